@@ -1,0 +1,50 @@
+"""epslots: Mixture-of-Experts models from a bounded pool of expert slots.
+
+model = epslots.load("path/or/id", slots="25%")   # a transformers model; .generate() and all else as usual
+epslots.stats(model)                              # hits, misses, bytes by source, stall time, per layer
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epslots.errors import (
+        CheckpointError,
+        ConfigError,
+        CorruptExpertError,
+        DoesNotFitError,
+        EpslotsError,
+        StoreError,
+        UnsupportedModelError,
+    )
+    from epslots.loading import load
+    from epslots.runtime import stats, verify
+    from epslots.trace import Trace, record_trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CorruptExpertError",
+    "DoesNotFitError",
+    "EpslotsError",
+    "StoreError",
+    "Trace",
+    "UnsupportedModelError",
+    "load",
+    "record_trace",
+    "stats",
+    "verify",
+]
+
+_HOME = {"load": "loading", "stats": "runtime", "verify": "runtime", "Trace": "trace", "record_trace": "trace"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and transformers take seconds, and ``epslots --help`` shouldn't."""
+    if name not in __all__:
+        raise AttributeError(f"module 'epslots' has no attribute {name!r}")
+    return getattr(import_module(f"epslots.{_HOME.get(name, 'errors')}"), name)

@@ -1,0 +1,48 @@
+"""The command line: ``epslots generate | plan | verify | trace | bench``.
+
+Each command is a module; torch and transformers are imported when a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from epslots.cli.bench import bench
+from epslots.cli.generate import generate
+from epslots.cli.plan import plan
+from epslots.cli.trace import trace_app
+from epslots.cli.verify import verify
+from epslots.errors import EpslotsError
+
+app = typer.Typer(
+    name="epslots",
+    help="Run Mixture-of-Experts models from a bounded pool of expert slots: outputs are the model's own, memory is yours.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(plan)
+app.command()(verify)
+app.command()(bench)
+app.add_typer(trace_app, name="trace")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point: one-line errors for what a user can mend, tracebacks for bugs alone."""
+    try:
+        app()
+    except EpslotsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,236 @@
+"""``epslots plan``: what a model takes of a rank's memory, and what other settings would, without loading anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from epslots.cli.options import DtypeOption, SlotsOption
+from epslots.errors import ConfigError, DoesNotFitError
+from epslots.known_shapes import KNOWN_SHAPES, known_shape
+from epslots.memory_plan import MemoryPlan, ModelShape, describe_quotas, plan_memory
+from epslots.units import format_bytes, parse_bytes, parse_slots
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXIT_DOES_NOT_FIT = 1
+# Where output goes to a file or a pipe, which have no width of their own.
+PLAIN_WIDTH = 140
+
+
+def plan(
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            "--model",
+            "-m",
+            help=f"Checkpoint folder with safetensors, or a known model: {', '.join(KNOWN_SHAPES)}. "
+            f"Default: the small model shipped here.",
+        ),
+    ] = None,
+    slots: SlotsOption = "auto",
+    memory: Annotated[
+        Optional[str],
+        typer.Option("--memory", help="Memory of one rank, such as 80GiB. Default: what this machine's device has free."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts among them.")] = 1,
+    kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens of KV cache for each sequence.")] = 4096,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that a rank runs at a time.")] = 1,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a rank puts through a layer at a time.")] = 512,
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Plan one rank's memory, without loading a model: of a checkpoint, only configuration and headers are read.
+
+    Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
+
+        epslots plan --model deepseek-v3 --ranks 8 --slots 8 --memory 80GiB
+        epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --sequences 16
+    """
+    setting = parse_slots(slots)
+    memory_bytes = None if memory is None else parse_bytes(memory, "memory")
+    shape, checkpoint_bytes = find_shape(model, dtype)
+    try:
+        result = plan_memory(
+            shape,
+            setting,
+            memory_bytes=_device_memory() if memory_bytes is None else memory_bytes,
+            ranks=ranks,
+            kv_tokens=kv_tokens,
+            sequences=sequences,
+            batch_tokens=batch_tokens,
+        )
+    except DoesNotFitError as error:
+        typer.echo(f"doesn't fit: {error}", err=True)
+        raise typer.Exit(EXIT_DOES_NOT_FIT) from error
+    if as_json:
+        typer.echo(json.dumps(_as_json(result, checkpoint_bytes), indent=2))
+    else:
+        _print_tables(result, checkpoint_bytes)
+    if result.free_bytes is not None and not result.fits:
+        typer.echo(f"doesn't fit: short of {format_bytes(-result.free_bytes)}. {result.advice}", err=True)
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def find_shape(model: str | None, dtype: str) -> tuple[ModelShape, int | None]:
+    """The shape of a known model, or of a checkpoint with the bytes of its weight files. A folder goes before a name.
+
+    Raises:
+        ConfigError: neither a folder nor a known name, or no such dtype.
+        CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
+        UnsupportedModelError: the model's experts can't be run from slots.
+    """
+    if model is not None and not Path(model).is_dir():
+        if model not in KNOWN_SHAPES:
+            raise ConfigError(
+                f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
+                f"of the hub is planned once it is downloaded"
+            )
+        return known_shape(model) if dtype == "auto" else known_shape(model, dtype), None
+    from epslots.checkpoint import open_checkpoint
+    from epslots.example import example_model
+    from epslots.model_shape import shape_of_config
+    from epslots.pretrained import read_config
+
+    folder = example_model() if model is None else Path(model)
+    config = read_config(folder)
+    # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
+    checkpoint = open_checkpoint(folder)
+    weight_bytes = sum((folder / file).stat().st_size for file in checkpoint.handles)
+    return shape_of_config(config, checkpoint.name, dtype), weight_bytes
+
+
+def _device_memory() -> int:
+    from epslots.loading import free_memory, resolve_device
+
+    return free_memory(resolve_device(None))
+
+
+def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]:
+    """Everything in the tables, in bytes and as numbers."""
+    return {
+        "model": result.shape.name,
+        "dtype": result.shape.dtype,
+        "parameters": result.shape.parameters,
+        "moe_layers": len(result.shape.layers),
+        "experts": result.shape.num_experts,
+        "top_k": result.shape.top_k,
+        "slots": str(result.setting),
+        "quotas": list(result.quotas),
+        "ranks": result.ranks,
+        "kv_tokens": result.kv_tokens,
+        "sequences": result.sequences,
+        "batch_tokens": result.batch_tokens,
+        "dense_bytes": result.shape.dense_bytes,
+        "slot_bytes": result.slot_bytes,
+        "kv_bytes": result.kv_bytes,
+        "workspace_bytes": result.workspace_bytes,
+        "reserve_bytes": result.reserve_bytes,
+        "total_bytes": result.total_bytes,
+        "memory_bytes": result.memory_bytes,
+        "free_bytes": result.free_bytes,
+        "fits": result.fits,
+        "host_store_bytes": result.host_store_bytes,
+        "checkpoint_bytes": checkpoint_bytes,
+        "resident_share": result.resident_share,
+        "slots_per_expert": result.slots_per_expert,
+        "all_resident": result.all_resident,
+        "alternatives": [
+            {
+                "slots": str(other.setting),
+                "slot_bytes": other.slot_bytes,
+                "total_bytes": other.total_bytes,
+                "resident_share": other.resident_share,
+                "fits": other.fits,
+            }
+            for other in result.alternatives
+        ],
+    }
+
+
+def _print_tables(result: MemoryPlan, checkpoint_bytes: int | None) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
+    console.print(_plan_table(result, checkpoint_bytes))
+    console.print()
+    console.print(_alternatives_table(result))
+
+
+def _plan_table(result: MemoryPlan, checkpoint_bytes: int | None) -> Table:
+    from rich.table import Table
+
+    shape = result.shape
+    table = Table(
+        title=f"{shape.name} in {shape.dtype}, slots={result.setting}: memory of one rank",
+        title_justify="left",
+        caption=f"{_describe_model(shape)}. {_describe_residency(result)}",
+        caption_justify="left",
+    )
+    table.add_column("item")
+    table.add_column("size", justify="right")
+    table.add_column("of memory", justify="right")
+    table.add_column("from")
+
+    def row(name: str, size: int, note: str = "") -> None:
+        share = f"{size / result.memory_bytes:.1%}" if result.memory_bytes else "-"
+        table.add_row(name, format_bytes(size), share, note)
+
+    for name, size, note in result.items:
+        row(name, size, note)
+    table.add_section()
+    row("needed", result.total_bytes)
+    if result.memory_bytes is not None and result.free_bytes is not None:
+        row("available", result.memory_bytes)
+        row("free" if result.fits else "short of", abs(result.free_bytes))
+    table.add_section()
+    note = f"all {shape.num_experts:,} experts, once for each node, in RAM or a mapped file"
+    table.add_row("host store", format_bytes(result.host_store_bytes), "", note)
+    if checkpoint_bytes is not None:
+        table.add_row("checkpoint", format_bytes(checkpoint_bytes), "", "its weight files")
+    return table
+
+
+def _describe_model(shape: ModelShape) -> str:
+    least, most = (pick(layer.num_experts for layer in shape.layers) for pick in (min, max))
+    experts = f"{most}" if least == most else f"{least} to {most}"
+    return (
+        f"{shape.parameters / 1e9:,.3g} billion weights; {len(shape.layers)} MoE layers of {experts} experts, "
+        f"{shape.top_k} for each token"
+    )
+
+
+def _describe_residency(result: MemoryPlan) -> str:
+    """What share of the experts finds a slot, on a rank and on all of them."""
+    text = f"A rank's slots hold {result.resident_share:.1%} of the experts"
+    if result.ranks == 1:
+        return f"{text}."
+    where = "every expert can be in a slot somewhere" if result.all_resident else "some experts are in no slot at a time"
+    return f"{text}; {result.ranks} ranks have {result.slots_per_expert:.3g} slots for each expert: {where}."
+
+
+def _alternatives_table(result: MemoryPlan) -> Table:
+    from rich.table import Table
+
+    table = Table(title="other numbers of slots, all else as above", title_justify="left")
+    table.add_column("slots")
+    for heading in ("slots of a layer", "pool", "needed", "free"):
+        table.add_column(heading, justify="right")
+    table.add_column("fits")
+    for other in result.alternatives:
+        free = "-" if result.memory_bytes is None else format_bytes(result.memory_bytes - other.total_bytes)
+        table.add_row(
+            f"{other.setting}" + (" (all resident)" if other.resident_share == 1 else ""),
+            describe_quotas(other.quotas).removesuffix(" per layer"),
+            format_bytes(other.slot_bytes),
+            format_bytes(other.total_bytes),
+            free,
+            "yes" if other.fits else "no",
+        )
+    return table

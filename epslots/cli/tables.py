@@ -1,0 +1,63 @@
+"""Counters as tables that people read, on standard error."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from epslots.telemetry import LayerStats, Stats
+from epslots.units import format_bytes
+
+
+def stats_table(stats: Stats) -> Table:
+    """One row for each MoE layer, and their sums."""
+    table = Table(title="expert slots", title_justify="left", caption_justify="left")
+    table.add_column("layer")
+    for heading in ("slots", "steps", "hit rate", "misses", "waves/step", "evictions", "fetched", "stall", "hottest"):
+        table.add_column(heading, justify="right")
+    for layer in stats.layers:
+        table.add_row(
+            layer.layer,
+            f"{layer.slots}/{layer.num_experts}",
+            f"{layer.steps:,}",
+            f"{layer.hit_rate:.1%}",
+            f"{layer.misses:,}",
+            f"{layer.waves / max(1, layer.steps):.2f}",
+            f"{layer.evictions:,}",
+            format_bytes(layer.bytes_fetched),
+            f"{layer.stall_s:.3f} s",
+            _hottest(layer),
+        )
+    table.add_section()
+    table.add_row(
+        "all layers",
+        f"{sum(x.slots for x in stats.layers)}/{sum(x.num_experts for x in stats.layers)}",
+        "",
+        f"{stats.hit_rate:.1%}",
+        f"{stats.misses:,}",
+        "",
+        f"{sum(x.evictions for x in stats.layers):,}",
+        format_bytes(stats.bytes_fetched),
+        f"{stats.stall_s:.3f} s",
+        "",
+    )
+    table.caption = (
+        "hit rate: uses of an expert that found it in a slot; hottest: the expert with the most tokens, and its share"
+    )
+    return table
+
+
+def _hottest(layer: LayerStats) -> str:
+    total = sum(layer.tokens_per_expert)
+    if not total:
+        return "-"
+    most = max(layer.tokens_per_expert)
+    return f"#{layer.tokens_per_expert.index(most)} {most / total:.1%}"
+
+
+def print_stats(stats: Stats) -> None:
+    """Print the counters to standard error."""
+    console = Console(stderr=True)
+    if not console.is_terminal:  # a log has no width of its own
+        console = Console(stderr=True, width=140)
+    console.print(stats_table(stats))

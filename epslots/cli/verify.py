@@ -1,0 +1,34 @@
+"""``epslots verify``: hold every expert of a model's host store against its digest."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from epslots.cli.options import CacheDirOption, DtypeOption, ModelOption
+from epslots.errors import StoreError
+
+
+def verify(
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+    cache_dir: CacheDirOption = None,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Also convert every expert again and compare it with the store.")
+    ] = False,
+) -> None:
+    """Check that no expert in the host store has changed since the store was built.
+
+    With --checkpoint, also that the checkpoint still gives the same experts: a bit that flipped in a weight file is found,
+    and the expert named. The store is built if there is none yet. Exit code 2 if anything differs.
+    """
+    from epslots.example import example_model
+    from epslots.store_check import check_store
+
+    count, problems = check_store(model or example_model(), dtype=dtype, cache_dir=cache_dir, against_checkpoint=checkpoint)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise StoreError(f"{len(problems)} of {count} experts differ")
+    typer.echo(f"{count} experts: all as they were built" + (" and as the checkpoint has them" if checkpoint else ""))

@@ -1,0 +1,55 @@
+"""Every error that epslots raises on purpose.
+
+    EpslotsError
+    ├── ConfigError            a setting is not one of those allowed          (also a ValueError)
+    ├── UnsupportedModelError  the model's experts can't be run from slots
+    ├── DoesNotFitError        the memory plan exceeds the device or the node
+    ├── CheckpointError        files missing, truncated, mis-shaped or of a refused kind
+    └── StoreError             the host store can't be built, opened or trusted
+        └── CorruptExpertError one expert's record differs from its digest
+
+Every message says what was given and what is allowed, so that the command line can print it alone.
+Broken invariants of our own are ``AssertionError``: they are bugs, not user mistakes.
+"""
+
+from __future__ import annotations
+
+
+class EpslotsError(Exception):
+    """Base of all deliberate errors; catching it catches no bug."""
+
+
+class ConfigError(EpslotsError, ValueError):
+    """A setting given by the user is not one of those allowed."""
+
+
+class UnsupportedModelError(EpslotsError):
+    """The model has no experts, or experts that transformers doesn't route through its interface."""
+
+
+class DoesNotFitError(EpslotsError):
+    """A configuration exceeds the memory there is; raised before any weight is read."""
+
+
+class CheckpointError(EpslotsError):
+    """The checkpoint on disk can't be used as it is."""
+
+
+class StoreError(EpslotsError):
+    """The host store can't be built, opened or trusted."""
+
+
+class CorruptExpertError(StoreError):
+    """A record's bytes differ from its digest.
+
+    ``layer`` is the experts module's path in the model, ``expert`` the expert's id in that layer.
+    """
+
+    def __init__(self, layer: str, expert: int, where: str) -> None:
+        super().__init__(
+            f"expert {expert} of {layer} is corrupt in the host store ({where}): its bytes differ from the digest "
+            f"taken when the store was built. It was not served. Delete the store and load again to rebuild it "
+            f"from the checkpoint."
+        )
+        self.layer = layer
+        self.expert = expert

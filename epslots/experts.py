@@ -1,0 +1,156 @@
+"""transformers' experts modules: finding them, emptying them, and taking over their forward pass.
+
+transformers routes the experts of most MoE models through one interface: ``fn(experts_module, hidden_states, top_k_index,
+top_k_weights)``, chosen by name. epslots registers itself there. The experts' weights never become parameters of the
+model: a subclass made on the fly takes them off the modules before anything is loaded, so that transformers loads the
+dense part alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from epslots.errors import UnsupportedModelError
+from epslots.records import LayerSpec, RecordLayout
+
+IMPLEMENTATION = "epslots"
+# The attribute of an experts module that holds its layer's runner (moe_layer.py), and the one with its tensors' shapes.
+RUNNER = "epslots_runner"
+SPEC = "epslots_spec"
+_FORWARD_PARAMETERS = ["self", "hidden_states", "top_k_index", "top_k_weights"]
+
+
+def _run_from_slots(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    output: torch.Tensor = getattr(module, RUNNER)(hidden_states, top_k_index, top_k_weights)
+    return output
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run_from_slots)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers routes this module through its experts interface."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+
+
+def _bring_in(module: nn.Module) -> None:
+    """Route a module that has the interface's signature, but whose class isn't decorated for it, through it.
+
+    In transformers 5.23 these are the experts of longcat_flash and step3p7: fused ``gate_up_proj`` and ``down_proj``, and the
+    forward signature of the decorated classes. Only this instance changes; other models of the class stay as they are.
+    """
+    if (
+        is_experts(module)
+        or not {"gate_up_proj", "down_proj"} <= module._parameters.keys()
+        or list(inspect.signature(type(module).forward).parameters) != _FORWARD_PARAMETERS
+    ):
+        return
+    plain = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False}
+    plain |= {"is_transposed": False, "is_concatenated": True, "_is_expert_parallel": False}
+    for flag, value in plain.items():
+        setattr(module, flag, value)
+    if not hasattr(module, "_apply_gate"):
+        module._apply_gate = MethodType(_default_apply_gate, module)
+    module.forward = MethodType(_run_from_slots, module)
+
+
+def num_weighted_experts(module: nn.Module) -> int:
+    """Experts that have weights: ids from here on carry none (longcat_flash's identity experts)."""
+    shapes = getattr(module, SPEC, None) or {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None}
+    return min(shape[0] for shape in shapes.values())
+
+
+def _take_off_weights(module: nn.Module) -> None:
+    """Replace the module's own parameters by plain meta tensors.
+
+    They are then no part of the state dict, so their checkpoint keys are "unexpected" and never read, while code that asks
+    for their shape or dtype still finds them.
+    """
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    setattr(module, SPEC, {name: tuple(p.shape) for name, p in parameters.items()})
+    for name, parameter in parameters.items():
+        del module._parameters[name]
+        setattr(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+
+
+def dense_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of ``model_class`` whose instances have no expert weights.
+
+    It keeps the name and module of the original: transformers looks up checkpoint conversions by them.
+    """
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        patterns = set(self._keys_to_ignore_on_load_unexpected or ())
+        for name, module in self.named_modules():
+            _bring_in(module)
+            if is_experts(module):
+                _take_off_weights(module)
+                patterns.add(rf"(^|\.){re.escape(name)}\.")
+        self._keys_to_ignore_on_load_unexpected = patterns
+
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedModelError(
+            "this model holds no expert weights, they are in epslots' host store: copy the original checkpoint instead"
+        )
+
+    namespace = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), namespace)
+
+
+def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The model's experts modules by path, in the order in which they run.
+
+    Raises:
+        UnsupportedModelError: there are none, or there are experts that don't go through the interface.
+    """
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    name = type(model).__name__
+    strangers = {
+        type(module).__name__
+        for module in model.modules()
+        if type(module).__name__.endswith(("Experts", "MoE", "Moe")) and not _contains_experts(module)
+    }
+    if not found and strangers:
+        raise UnsupportedModelError(
+            f"{name} runs its experts in {', '.join(sorted(strangers))}, which transformers doesn't route through its "
+            f"experts interface (ALL_EXPERTS_FUNCTIONS), so they can't be run from slots. Use a transformers version in "
+            f"which that class is decorated with @use_experts_implementation, or run the model with plain transformers"
+        )
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} has no experts: it is a dense model, and slots would bring it nothing. Run it with plain transformers"
+        )
+    return found
+
+
+def _contains_experts(module: nn.Module) -> bool:
+    return any(is_experts(m) for m in module.modules())
+
+
+def expert_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
+    """The model's MoE layers in order, from its structure alone (a model on the meta device will do).
+
+    Raises:
+        UnsupportedModelError: as ``experts_modules``.
+    """
+    return tuple(_layer_spec(name, module) for name, module in experts_modules(model).items())
+
+
+def _layer_spec(name: str, module: nn.Module) -> LayerSpec:
+    shapes = getattr(module, SPEC, None) or {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None}
+    layout = RecordLayout.of(
+        (parameter, shape[1:], str(getattr(module, parameter).dtype).removeprefix("torch."))
+        for parameter, shape in shapes.items()
+    )
+    return LayerSpec(name, num_weighted_experts(module), layout)

@@ -1,0 +1,69 @@
+"""The arithmetic of experts: rows sorted by slot in, each row's expert applied, rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Grouped matrix multiplication wants strides in multiples of this.
+STRIDE_BYTES = 16
+
+
+class ExpertKernel:
+    """Applies the experts of one layer's window of slots.
+
+    The weights are read where they lie. How gate and up are combined, which activation is used and whether a norm follows are
+    the module's own code, as transformers defines them for its experts interface.
+
+    Args:
+        module: the experts module; asked for its flags, ``_apply_gate``, ``act_fn`` and ``post_expert_norm``.
+        weights: tensors [Q, ...] by the module's parameter names, in the slots' memory.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        self._first = _oriented(weights[first], transposed=bool(module.is_transposed))
+        self._down = _oriented(weights["down_proj"], transposed=bool(module.is_transposed))
+        self._first_bias = weights[f"{first}_bias"] if module.has_bias else None
+        self._down_bias = weights["down_proj_bias"] if module.has_bias else None
+        self._activate: Callable[[torch.Tensor], torch.Tensor] = (
+            module._apply_gate if module.has_gate else module.act_fn  # type: ignore[assignment]
+        )
+        self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
+        self._matmul = _matmul_for(self._first, self._down)
+        self._dtype = self._first.dtype
+
+    def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
+        """Each row's expert applied to it.
+
+        Args:
+            rows_NH: float [N, H], sorted by slot. Rows past ``ends_Q[-1]`` come out undefined.
+            ends_Q: int32 [Q], where the rows of each slot end.
+            slot_N: int64 [N], the slot of each row, counted from the window's start.
+
+        Returns:
+            [N, H] in the weights' dtype.
+        """
+        result = self._matmul(rows_NH.to(self._dtype), self._first, ends_Q)
+        if self._first_bias is not None:
+            result += self._first_bias[slot_N]
+        result = self._matmul(self._activate(result), self._down, ends_Q)
+        if self._down_bias is not None:
+            result += self._down_bias[slot_N]
+        return result if self._post_norm is None else self._post_norm(result)
+
+
+def _oriented(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """[Q, in, out], whichever way the checkpoint's layout has it."""
+    return weight if transposed else weight.transpose(-2, -1)
+
+
+def _matmul_for(*weights: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """torch's grouped matrix multiplication, or transformers' loop over it where strides aren't aligned for it."""
+    aligned = all(stride * w.element_size() % STRIDE_BYTES == 0 or stride == 1 for w in weights for stride in w.stride())
+    if aligned:
+        return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
+    return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)

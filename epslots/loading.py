@@ -1,0 +1,223 @@
+"""``epslots.load``: a checkpoint in, a transformers model out whose experts run from slots.
+
+In order: find and check the files; plan memory and refuse what can't fit; load the dense part; open the node's host store,
+building it if need be; allocate the slots; hand each experts module its runner; fill the slots if every expert has one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import platformdirs
+import psutil
+import torch
+import transformers
+import xxhash
+from torch import nn
+from transformers import PreTrainedModel
+
+from epslots.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from epslots.errors import ConfigError
+from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, resolve_policy
+from epslots.expert_reader import ExpertReader
+from epslots.experts import RUNNER, expert_layers, experts_modules
+from epslots.fetch import Mover
+from epslots.host_store import HostStore, Manifest
+from epslots.kernel import ExpertKernel
+from epslots.memory_plan import MemoryPlan, plan_memory
+from epslots.model_shape import shape_of_model
+from epslots.moe_layer import MoELayer
+from epslots.node_store import open_node_store, resolve_store_kind
+from epslots.pinning import pin_store
+from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
+from epslots.progress import ProgressDisplay
+from epslots.records import LayerSpec, RecordLayout
+from epslots.runtime import Runtime, attach
+from epslots.slot_pool import SlotPool
+from epslots.telemetry import Telemetry
+from epslots.units import SlotsSetting, parse_slots
+
+# Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
+RECORDS_VERSION = 1
+DEFAULT_KV_TOKENS = 4096
+
+
+def default_cache_dir() -> Path:
+    """Where host stores are kept unless the user says otherwise."""
+    return Path(platformdirs.user_cache_dir("epslots"))
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    *,
+    slots: int | str | SlotsSetting = "auto",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    policy: str | Policy = DEFAULT_POLICY,
+    host_store: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    kv_tokens: int = DEFAULT_KV_TOKENS,
+    progress: bool | None = None,
+    **model_kwargs: Any,
+) -> PreTrainedModel:
+    """Load a Mixture-of-Experts checkpoint with a bounded number of expert slots.
+
+    Args:
+        path_or_id: a checkpoint folder with safetensors, or a hub id.
+        slots: an int (per MoE layer), ``"25%"`` (of each layer's experts), ``"12GiB"`` (bytes of the whole pool) or
+            ``"auto"`` (what is left beside dense weights, KV cache, workspace and reserve).
+        device: where the model computes; the current GPU if there is one, else the CPU.
+        dtype: what to compute in; ``"auto"`` is the checkpoint's own.
+        policy: eviction policy by name (``eviction.POLICIES``), or a function of a ``UseHistory``.
+        host_store: ``"file"`` (a mapped file in ``cache_dir``, kept for the next start) or ``"memory"`` (shared memory of the
+            node, gone with its last user); by default memory on a GPU where it fits, because it can be pinned, else file.
+        cache_dir: folder of the host store; by default the user's cache folder.
+        kv_tokens: tokens of KV cache that the memory plan leaves room for.
+        progress: show progress bars; by default when standard error is a terminal.
+        model_kwargs: handed to transformers' ``from_pretrained``, such as ``attn_implementation``.
+
+    Returns:
+        The transformers model, in evaluation mode: ``generate``, ``forward`` and all else as usual.
+
+    Raises:
+        ConfigError: a setting is not one of those allowed.
+        CheckpointError: files are missing, damaged, or of a refused kind.
+        UnsupportedModelError: the model's experts can't be run from slots.
+        DoesNotFitError: the memory plan exceeds the device; no weight was read.
+        StoreError: the host store can't be built or trusted.
+    """
+    setting = parse_slots(slots)
+    policy_function = resolve_policy(policy)
+    target = resolve_device(device)
+    if model_kwargs.pop("trust_remote_code", False):
+        raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
+    folder = find_checkpoint(path_or_id)
+    config = read_config(folder)
+    checkpoint = open_checkpoint(folder)
+    compute_dtype = resolve_dtype(dtype, config)
+    model_class = resolve_class(config)
+    skeleton = build_skeleton(model_class, config, compute_dtype)
+    layers = expert_layers(skeleton)
+    plan = plan_memory(
+        shape_of_model(skeleton, checkpoint.name, str(compute_dtype).removeprefix("torch."), layers),
+        setting,
+        memory_bytes=free_memory(target),
+        kv_tokens=kv_tokens,
+    )
+    plan.check()
+    kind = resolve_store_kind(host_store or _default_store_kind(target, plan))
+
+    display = ProgressDisplay(progress)
+    model = load_dense(
+        model_class,
+        config,
+        folder,
+        dtype=compute_dtype,
+        device=target,
+        show_progress=display.shown,
+        model_kwargs=model_kwargs,
+    )
+    store = open_node_store(
+        Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers),
+        lambda: ExpertReader(checkpoint, model, layers),
+        kind=kind,
+        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+        start_progress=display,
+    )
+    if target.type == "cuda":
+        pin_store(store, display)
+    runtime = _build_runtime(model, layers, plan, store, policy_function, target)
+    runtime.fill_complete_layers(display)
+    return model
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to compute on, with its index: the current GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r}: allowed: cpu, cuda, cuda:N") from error
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={str(device)!r}, but torch sees no GPU here; use device='cpu'")
+        resolved = torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+        if resolved.index >= torch.cuda.device_count():
+            raise ConfigError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} GPUs here, from cuda:0")
+    elif resolved.type != "cpu":
+        raise ConfigError(f"device={str(device)!r}: allowed: cpu, cuda, cuda:N")
+    return resolved
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give to this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _default_store_kind(device: torch.device, plan: MemoryPlan) -> str:
+    """Memory on a GPU, because it can be pinned, where half of the free RAM holds it; else a file."""
+    in_memory = device.type == "cuda" and hasattr(os, "memfd_create")
+    return "memory" if in_memory and plan.host_store_bytes < psutil.virtual_memory().available // 2 else "file"
+
+
+def _store_key(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], config: Any) -> str:
+    """Hex digest of everything that the records depend on."""
+    parts = (
+        RECORDS_VERSION,
+        transformers.__version__,
+        checkpoint.fingerprint,
+        layers,
+        str(getattr(config, "quantization_config", None)),
+    )
+    return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(parts))[:16]
+
+
+def _build_runtime(
+    model: PreTrainedModel,
+    layers: tuple[LayerSpec, ...],
+    plan: MemoryPlan,
+    store: HostStore,
+    policy: Policy,
+    device: torch.device,
+) -> Runtime:
+    """Slots for every layer, one pool for each layout, and a runner on every experts module."""
+    telemetry = Telemetry(layers, plan.quotas, device)
+    modules: list[nn.Module] = list(experts_modules(model).values())
+    members: dict[RecordLayout, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        members[layer.layout].append(index)
+    pools, runners = [], {}
+    for indices in members.values():
+        pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device)
+        mover = Mover(pool, store, tuple(indices), telemetry)
+        history = UseHistory.empty(len(indices), max(layers[i].num_experts for i in indices))
+        pools.append((pool, mover))
+        for position, index in enumerate(indices):
+            experts = layers[index].num_experts
+            runners[index] = MoELayer(
+                index=index,
+                pool_layer=position,
+                num_experts=experts,
+                identity=bool(getattr(modules[index], "zero_expert_num", 0)),
+                kernel=ExpertKernel(modules[index], pool.weights(position)),
+                pool=pool,
+                mover=mover,
+                policy=policy,
+                history=history.layer(position, experts),
+                telemetry=telemetry,
+            )
+            setattr(modules[index], RUNNER, runners[index])
+    runtime = Runtime(layers, plan, store, tuple(pools), tuple(runners[i] for i in range(len(layers))), telemetry)
+    attach(model, runtime)
+    return runtime

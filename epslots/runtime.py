@@ -1,0 +1,90 @@
+"""What belongs to one loaded model on one rank, and how to ask it: ``stats``, ``verify``, ``check_integrity``, tracing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from epslots.errors import ConfigError, CorruptExpertError
+from epslots.fetch import Mover
+from epslots.host_store import HostStore
+from epslots.memory_plan import MemoryPlan
+from epslots.moe_layer import MoELayer
+from epslots.progress import ProgressDisplay
+from epslots.records import LayerSpec
+from epslots.slot_pool import SlotPool
+from epslots.telemetry import Stats, Telemetry
+
+_ATTRIBUTE = "epslots_runtime"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Everything behind one model: the layers in order, each with its runner, and the pools with their movers."""
+
+    layers: tuple[LayerSpec, ...]
+    plan: MemoryPlan
+    store: HostStore
+    pools: tuple[tuple[SlotPool, Mover], ...]
+    runners: tuple[MoELayer, ...]
+    telemetry: Telemetry
+
+    def fill_complete_layers(self, display: ProgressDisplay) -> None:
+        """Load every layer that has a slot for each of its experts: it will never miss."""
+        complete = [(p, m, i) for p, m in self.pools for i in range(len(p.layers)) if p.holds_all_of(i)]
+        total = sum(pool.quotas[i] * pool.layout.nbytes for pool, _, i in complete)
+        with display("loading experts into slots", total) as advance:
+            for pool, mover, i in complete:
+                mover.fill(i)
+                advance(pool.quotas[i] * pool.layout.nbytes)
+
+    def check_integrity(self) -> None:
+        """Assert that every pool's tables, slots and records agree, byte for byte.
+
+        Raises:
+            AssertionError: naming what disagrees. It is a bug of ours.
+        """
+        for pool, mover in self.pools:
+            pool.check_integrity()
+            mover.check_content()
+
+
+def attach(model: nn.Module, runtime: Runtime) -> None:
+    """Make ``runtime`` the one that ``runtime_of`` finds."""
+    setattr(model, _ATTRIBUTE, runtime)
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime behind a model that ``epslots.load`` returned.
+
+    Raises:
+        ConfigError: the model came from somewhere else.
+    """
+    runtime = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(runtime, Runtime):
+        raise ConfigError(f"this {type(model).__name__} was not loaded by epslots.load")
+    return runtime
+
+
+def stats(model: nn.Module) -> Stats:
+    """Counters of every MoE layer since loading: tokens per expert, hits, misses, waves, bytes, stalls, evictions.
+
+    Raises:
+        ConfigError: the model was not loaded by ``epslots.load``.
+    """
+    return runtime_of(model).telemetry.snapshot()
+
+
+def verify(model: nn.Module, progress: bool | None = None) -> list[CorruptExpertError]:
+    """Hold every record of the model's host store against its digest.
+
+    Returns:
+        One error for each corrupt expert; empty when all is well.
+
+    Raises:
+        ConfigError: the model was not loaded by ``epslots.load``.
+    """
+    store = runtime_of(model).store
+    with ProgressDisplay(progress)("verifying the host store", store.nbytes) as advance:
+        return store.verify(advance)

@@ -1,0 +1,116 @@
+"""The slot pool: one block of device memory, cut into slots, and the tables that say what is in them.
+
+    slot_of[layer, expert]   the slot that holds an expert, -1 = absent
+    expert_of[slot]          the expert id in a slot, -1 = empty
+
+A layer owns a window of neighbouring slots, so that its experts are one strided tensor which grouped matrix
+multiplication reads in place. The tables exist on the host, where plans are made, and on the device, where tokens are
+sorted by them; on the CPU these are the same memory.
+
+Only the mover (``fetch.py``) fills slots. A slot is empty in both tables from the moment its old content is given up until
+its new content is complete, so that a failed fetch leaves a smaller cache, never a wrong one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from epslots.records import LayerSpec
+
+
+class SlotPool:
+    """Slots of equal size for the MoE layers whose experts have equal layouts.
+
+    Args:
+        layers: the layers served, all with the same layout; indices below are positions in this sequence.
+        quotas: slots of each layer, from 1 to its number of experts.
+        device: where the slots live. The memory is allocated here, once: ``sum(quotas) * layout.nbytes`` bytes.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec], quotas: Sequence[int], device: torch.device) -> None:
+        assert len({layer.layout for layer in layers}) == 1
+        assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, layers, strict=True))
+        self.layers = tuple(layers)
+        self.layout = layers[0].layout
+        self.quotas = tuple(int(q) for q in quotas)
+        self.starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(self.quotas)]))
+        self.device = device
+        self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
+        experts = max(layer.num_experts for layer in layers)
+        self.slot_of: NDArray[np.int64] = np.full((len(layers), experts), -1, np.int64)
+        self.expert_of: NDArray[np.int64] = np.full(self.num_slots, -1, np.int64)
+        self.slot_of_device = torch.from_numpy(self.slot_of).to(device)
+        self.expert_of_device = torch.from_numpy(self.expert_of).to(device)
+
+    @property
+    def num_slots(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_slots * self.layout.nbytes
+
+    def holds_all_of(self, layer: int) -> bool:
+        """Whether every expert of the layer has a slot of its own, so that nothing is ever evicted there."""
+        return self.quotas[layer] == self.layers[layer].num_experts
+
+    def window(self, layer: int) -> slice:
+        """The layer's slots."""
+        return slice(self.starts[layer], self.starts[layer + 1])
+
+    def weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """The layer's window as one tensor [quota, *shape] for each tensor of an expert, sharing the slots' memory."""
+        window = self.memory[self.window(layer)]
+        views = {}
+        for spec in self.layout.tensors:
+            typed = window[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+            views[spec.name] = typed.view(typed.shape[0], *spec.shape)
+        return views
+
+    def vacate(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """Give up the slots of these resident experts (-1 entries are skipped)."""
+        gone = experts[experts >= 0]
+        if len(gone):
+            self.expert_of[self.slot_of[layer, gone]] = -1
+            self.slot_of[layer, gone] = -1
+            self._publish(layer)
+
+    def occupy(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        """Enter these experts as complete in these empty slots of the layer's window."""
+        assert (self.expert_of[slots] == -1).all() and (self.slot_of[layer, experts] == -1).all()
+        self.expert_of[slots] = experts
+        self.slot_of[layer, experts] = slots
+        self._publish(layer)
+
+    def _publish(self, layer: int) -> None:
+        """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory."""
+        if self.device.type != "cpu":
+            window = self.window(layer)
+            self.slot_of_device[layer].copy_(torch.from_numpy(self.slot_of[layer]), non_blocking=True)
+            self.expert_of_device[window].copy_(torch.from_numpy(self.expert_of[window]), non_blocking=True)
+
+    def check_integrity(self) -> None:
+        """Assert that tables and quotas agree: free + used = capacity, each table the other's inverse, both copies equal.
+
+        Raises:
+            AssertionError: naming the layer and slot that break the rule. It is a bug of ours.
+        """
+        for layer, spec in enumerate(self.layers):
+            window = self.window(layer)
+            row, inside = self.slot_of[layer], self.expert_of[window]
+            resident = np.flatnonzero(row >= 0)
+            assert (resident < spec.num_experts).all(), f"layer {layer}: an expert beyond {spec.num_experts}"
+            slots = row[resident]
+            assert ((slots >= window.start) & (slots < window.stop)).all(), f"layer {layer}: a slot outside its window"
+            wrong = resident[self.expert_of[slots] != resident]
+            assert not len(wrong), f"layer {layer}: slot {row[wrong[:1]]} doesn't hold expert {wrong[:1]}"
+            used = int((inside >= 0).sum())
+            assert used == len(resident), f"layer {layer}: {used} slots in use for {len(resident)} experts"
+        assert torch.equal(self.slot_of_device.cpu(), torch.from_numpy(self.slot_of)), "slot_of differs on the device"
+        assert torch.equal(self.expert_of_device.cpu(), torch.from_numpy(self.expert_of)), "expert_of differs there"
+        assert self.memory.nbytes == self.nbytes == math.prod(self.memory.shape)

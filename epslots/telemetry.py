@@ -1,0 +1,143 @@
+"""What one rank's layers did: counters kept beside the hot path, and the table people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+
+from epslots.records import LayerSpec
+
+
+class LayerStats(msgspec.Struct, frozen=True):
+    """Counters of one MoE layer since loading or the last reset. One *use* is one expert needed by one step.
+
+    Attributes:
+        layer: the experts module's path in the model.
+        slots: slots that the layer has, of ``num_experts``.
+        tokens_per_expert: (token, k) pairs routed to each expert.
+        steps: forward passes with at least one token.
+        hits: uses that found the expert in a slot.
+        misses: uses that had to fetch it first.
+        waves: passes over part of the layer's experts; equal to ``steps`` when the slots suffice.
+        evictions: experts that gave way to a fetch.
+        bytes_fetched: bytes moved from the host store, first filling included.
+        stall_s: seconds the host spent on demand fetches (on CUDA: queueing them; the copies run beside it).
+    """
+
+    layer: str
+    num_experts: int
+    slots: int
+    tokens_per_expert: tuple[int, ...]
+    steps: int
+    hits: int
+    misses: int
+    waves: int
+    evictions: int
+    bytes_fetched: int
+    stall_s: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per use; 1.0 before the first use."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """The counters of every MoE layer, and their sums."""
+
+    layers: tuple[LayerStats, ...]
+
+    @property
+    def hits(self) -> int:
+        return sum(layer.hits for layer in self.layers)
+
+    @property
+    def misses(self) -> int:
+        return sum(layer.misses for layer in self.layers)
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per use over all layers; 1.0 before the first use."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+
+    @property
+    def bytes_fetched(self) -> int:
+        return sum(layer.bytes_fetched for layer in self.layers)
+
+    @property
+    def stall_s(self) -> float:
+        return sum(layer.stall_s for layer in self.layers)
+
+
+class Telemetry:
+    """Counters of all layers of one rank. Layers that never miss count on the device and cost no synchronisation."""
+
+    def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:
+        self._layers = tuple(layers)
+        self._slots = tuple(slots)
+        count = len(self._layers)
+        experts = max(layer.num_experts for layer in layers)
+        # One row more than experts: ids beyond the last expert (experts that carry no weights) are counted there.
+        self._tokens = np.zeros((count, experts + 1), np.int64)
+        self._device_tokens = torch.zeros((count, experts + 1), dtype=torch.int64, device=device)
+        self._device_uses = torch.zeros(count, dtype=torch.int64, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Set every counter to zero."""
+        self._tokens[:] = 0
+        self._device_tokens.zero_()
+        self._device_uses.zero_()
+        count = len(self._layers)
+        self._steps, self._hits, self._misses, self._waves, self._evictions, self._bytes = ([0] * count for _ in range(6))
+        self._stall_s = [0.0] * count
+
+    def count_resident(self, layer: int, counts: torch.Tensor) -> None:
+        """A step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
+        self._device_tokens[layer, : len(counts)] += counts
+        self._device_uses[layer] += torch.count_nonzero(counts[: self._layers[layer].num_experts])
+        self._steps[layer] += 1
+        self._waves[layer] += 1
+
+    def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, waves: int) -> None:
+        """A step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
+        self._tokens[layer, : len(counts)] += counts
+        self._steps[layer] += 1
+        self._hits[layer] += hits
+        self._misses[layer] += misses
+        self._waves[layer] += waves
+
+    def count_fetches(self, layer: int, *, bytes_fetched: int, evictions: int) -> None:
+        """Fetches, on demand or to fill slots at the start."""
+        self._bytes[layer] += bytes_fetched
+        self._evictions[layer] += evictions
+
+    def count_stall(self, layer: int, seconds: float) -> None:
+        """Time that a step waited for fetches."""
+        self._stall_s[layer] += seconds
+
+    def snapshot(self) -> Stats:
+        """All counters as they are now. Synchronises with the device."""
+        tokens = self._tokens + self._device_tokens.cpu().numpy()
+        uses = self._device_uses.tolist()
+        return Stats(
+            tuple(
+                LayerStats(
+                    layer=spec.name,
+                    num_experts=spec.num_experts,
+                    slots=self._slots[i],
+                    tokens_per_expert=tuple(tokens[i, : spec.num_experts].tolist()),
+                    steps=self._steps[i],
+                    hits=self._hits[i] + uses[i],
+                    misses=self._misses[i],
+                    waves=self._waves[i],
+                    evictions=self._evictions[i],
+                    bytes_fetched=self._bytes[i],
+                    stall_s=self._stall_s[i],
+                )
+                for i, spec in enumerate(self._layers)
+            )
+        )

@@ -1,0 +1,145 @@
+"""Routing traces: which experts each token chose, in every layer. What policies, placements and predictors are judged on.
+
+A trace is an ``.npz`` with ``expert_ids`` int16 [steps, layers, k] (one row a token, sequence after sequence, -1 where a
+layer has fewer than k), ``starts`` int64 [sequences] (each sequence's first row) and ``num_experts`` int64 [layers].
+``probs`` float16 [steps, layers, experts] is optional.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from epslots.errors import ConfigError
+from epslots.runtime import Runtime, runtime_of
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A routing trace in memory; the fields are those of the file."""
+
+    expert_ids: NDArray[np.int16]
+    starts: NDArray[np.int64]
+    num_experts: NDArray[np.int64]
+    probs: NDArray[np.float16] | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace, compressed; the file appears whole or not at all."""
+        path = Path(path)
+        arrays = {"expert_ids": self.expert_ids, "starts": self.starts, "num_experts": self.num_experts}
+        if self.probs is not None:
+            arrays["probs"] = self.probs
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, **arrays)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read and check a trace.
+
+        Raises:
+            ConfigError: not a routing trace: which field is wrong, and how it should be.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            ids, starts, experts = arrays["expert_ids"], arrays["starts"], arrays["num_experts"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{os.fspath(path)} is not a routing trace: {error}") from error
+        if ids.ndim != 3 or ids.dtype != np.int16:
+            raise ConfigError(f"expert_ids is {ids.dtype}{list(ids.shape)}; it must be int16 [steps, layers, k]")
+        if experts.shape != ids.shape[1:2] or starts.ndim != 1:
+            raise ConfigError(f"num_experts must be [layers={ids.shape[1]}] and starts [sequences]")
+        if (np.diff(starts) <= 0).any() or (len(starts) and (starts[0] != 0 or starts[-1] >= len(ids))):
+            raise ConfigError("starts must begin with 0, rise, and stay below the number of steps")
+        return cls(ids, starts.astype(np.int64), experts.astype(np.int64), arrays.get("probs"))
+
+
+class TraceRecorder:
+    """Collects the routing of a model's forward passes, sequence by sequence. Made by ``record_trace``."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._finished: list[NDArray[np.int16]] = []
+        self._open: list[list[NDArray[np.int16]]] = []
+        self._layer_ids: dict[int, torch.Tensor] = {}
+
+    def observe(self, layer: int, index_TK: torch.Tensor) -> None:
+        """A layer's routing of the pass under way."""
+        self._layer_ids[layer] = index_TK.detach().to(torch.int16).cpu()
+
+    def end_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook: sort the pass's tokens into their sequences."""
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        batch, length = inputs.shape[:2]
+        ids_BTLK = self._take_pass().reshape(batch, length, len(self._runtime.layers), -1)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            real_BT = mask[:, -length:].bool().cpu().numpy()
+        else:
+            real_BT = np.ones((batch, length), bool)
+        cache = kwargs.get("past_key_values")
+        # The hook runs after the pass: a cache that holds no more than this pass's tokens was empty before it.
+        if cache is None or cache.get_seq_length() <= length or len(self._open) != batch:
+            self._close_sequences()
+            self._open = [[] for _ in range(batch)]
+        for row, sequence in enumerate(self._open):
+            sequence.append(ids_BTLK[row, real_BT[row]])
+
+    def _take_pass(self) -> NDArray[np.int16]:
+        """[tokens, layers, k] of the pass, -1 where a layer has a smaller k."""
+        layers = [self._layer_ids[i].numpy() for i in range(len(self._runtime.layers))]
+        top_k = max(ids.shape[1] for ids in layers)
+        padded = [np.pad(ids, ((0, 0), (0, top_k - ids.shape[1])), constant_values=-1) for ids in layers]
+        self._layer_ids.clear()
+        return np.stack(padded, axis=1)
+
+    def _close_sequences(self) -> None:
+        self._finished += [np.concatenate(parts) for parts in self._open if sum(map(len, parts))]
+        self._open = []
+
+    def trace(self) -> Trace:
+        """Everything recorded so far."""
+        self._close_sequences()
+        experts = np.array([layer.num_experts for layer in self._runtime.layers], np.int64)
+        if not self._finished:
+            return Trace(np.zeros((0, len(experts), 1), np.int16), np.zeros(0, np.int64), experts)
+        lengths = np.array([len(sequence) for sequence in self._finished], np.int64)
+        return Trace(np.concatenate(self._finished), np.cumsum(lengths) - lengths, experts)
+
+
+@contextmanager
+def record_trace(model: PreTrainedModel) -> Iterator[TraceRecorder]:
+    """Record the routing of every forward pass inside the block; padding is left out.
+
+    Example:
+        with epslots.record_trace(model) as recorder:
+            model.generate(**inputs)
+        recorder.trace().save("trace.npz")
+
+    Raises:
+        ConfigError: the model was not loaded by ``epslots.load``.
+    """
+    runtime = runtime_of(model)
+    recorder = TraceRecorder(runtime)
+    with ExitStack() as stack:
+        hook = model.register_forward_hook(recorder.end_pass, with_kwargs=True)
+        stack.callback(hook.remove)
+        for runner in runtime.runners:
+            runner.observer = recorder.observe
+            stack.callback(setattr, runner, "observer", None)
+        yield recorder

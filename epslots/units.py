@@ -1,0 +1,97 @@
+"""Sizes as people write them: bytes with units, and the ``slots`` setting."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from epslots.errors import ConfigError
+
+_UNITS = {"B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
+_CANONICAL = {unit.lower(): unit for unit in _UNITS}
+
+
+def parse_bytes(text: str, setting: str = "size") -> int:
+    """Bytes in ``text``, such as ``"12GiB"`` (1024-based) or ``"80 GB"`` (1000-based).
+
+    Raises:
+        ConfigError: not a positive number followed by a unit.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(float(match[1]) * _UNITS[_CANONICAL[match[2].lower()]]) if match else 0
+    if size <= 0:
+        raise ConfigError(f"{setting}={text!r} is not a size: give a number and a unit ({', '.join(_UNITS)}): 12GiB")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """``size`` in bytes as text with a binary unit and three significant digits: ``1.17 GiB``."""
+    sign, size = ("-", -size) if size < 0 else ("", size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1023.5:
+            return f"{sign}{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{sign}{size:.3g} {unit}"
+        size /= 1024
+    return f"{sign}{size:.3g} TiB" if size < 999.5 else f"{sign}{size:,.0f} TiB"
+
+
+@dataclass(frozen=True)
+class SlotsSetting:
+    """How many slots a rank holds: exactly one field is set; none of them means ``"auto"``.
+
+    Attributes:
+        per_layer: slots in each MoE layer.
+        share: share of each layer's experts, in (0, 1].
+        total_bytes: bytes of the whole pool of one rank.
+    """
+
+    per_layer: int | None = None
+    share: float | None = None
+    total_bytes: int | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        return self == SlotsSetting()
+
+    def __str__(self) -> str:
+        if self.per_layer is not None:
+            return f"{self.per_layer} per layer"
+        if self.share is not None:
+            return f"{100 * self.share:g}%"
+        return "auto" if self.total_bytes is None else format_bytes(self.total_bytes)
+
+
+def parse_slots(value: int | str | SlotsSetting) -> SlotsSetting:
+    """Read the public ``slots`` setting.
+
+    Args:
+        value: an int (slots per MoE layer and rank), ``"25%"`` (of each layer's experts), ``"12GiB"``
+            (bytes of the whole pool) or ``"auto"`` (what is left beside everything else).
+
+    Raises:
+        ConfigError: anything else, zero, a negative number, or more than 100 %.
+    """
+    if isinstance(value, SlotsSetting):
+        return value
+    allowed = 'allowed: a positive int (slots per MoE layer), "25%" (over 0, up to 100), "12GiB" or "auto"'
+    text = str(value).strip()
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f"slots={value!r}: {allowed}")
+    if text == "auto":
+        return SlotsSetting()
+    if re.fullmatch(r"[+-]?\d+", text):
+        if int(text) <= 0:
+            raise ConfigError(f"slots={value!r} leaves no slot to compute in: {allowed}")
+        return SlotsSetting(per_layer=int(text))
+    if percent := re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*%", text):
+        share = float(percent[1]) / 100
+        if not 0 < share <= 1:
+            raise ConfigError(f"slots={value!r} is not a share of a layer's experts: {allowed}")
+        return SlotsSetting(share=share)
+    if _SIZE.fullmatch(text):
+        return SlotsSetting(total_bytes=parse_bytes(text, "slots"))
+    raise ConfigError(f"slots={value!r}: {allowed}")

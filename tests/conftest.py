@@ -1,0 +1,41 @@
+"""What every test shares: one thread, no hub, and a folder of tiny checkpoints made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach out
+
+import pytest
+import torch
+
+from tests.zoo import KNOWN_WARNINGS, make_checkpoint
+
+torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in KNOWN_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny checkpoints by name, each made on first use."""
+    root = tmp_path_factory.mktemp("zoo")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make_checkpoint(name, root / name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> Path:
+    """A folder for host stores, fresh for each test."""
+    return tmp_path / "cache"

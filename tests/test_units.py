@@ -1,0 +1,55 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from epslots.errors import ConfigError
+from epslots.units import SlotsSetting, format_bytes, parse_bytes, parse_slots
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GiB", 12 << 30), ("80 GB", 80 * 10**9), ("1.5kib", 1536), ("7B", 7), ("2TiB", 2 << 40), (" 3 MB ", 3_000_000)],
+)
+def test_sizes(text: str, size: int):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "12", "GiB", "-1GiB", "0GiB", "1 GiBs", "1e3MB", "many"])
+def test_what_is_no_size_is_refused_with_what_would_be(text: str):
+    with pytest.raises(ConfigError, match="give a number and a unit"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "setting"),
+    [
+        (16, SlotsSetting(per_layer=16)),
+        ("16", SlotsSetting(per_layer=16)),
+        ("25%", SlotsSetting(share=0.25)),
+        ("100 %", SlotsSetting(share=1.0)),
+        ("12GiB", SlotsSetting(total_bytes=12 << 30)),
+        ("auto", SlotsSetting()),
+    ],
+)
+def test_slots(value: int | str, setting: SlotsSetting):
+    assert parse_slots(value) == setting
+    assert parse_slots(setting) is setting
+
+
+@pytest.mark.parametrize(
+    "value", [0, -3, "0", "-1", "0%", "-5%", "101%", "100.01%", "0GiB", "", "half", "25 percent", "1.5", 2.5, True, None]
+)
+def test_bad_slots_are_refused_with_what_is_allowed(value: object):
+    with pytest.raises(ConfigError, match=r"slots") as caught:
+        parse_slots(value)  # type: ignore[arg-type]
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (123 << 20, "123 MiB"), (12 << 30, "12 GiB"), (-2048, "-2 KiB")],
+)
+def test_sizes_for_people(size: int, text: str):
+    assert format_bytes(size) == text

@@ -1,0 +1,112 @@
+"""The plan of one layer: every needed expert once, nothing needed given up early, within the window."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epslots.waves import plan_waves
+
+
+def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] | None = None):
+    """Plan with ``residents`` in positions 0, 1, ... of a window of ``quota``; -1 leaves a position empty."""
+    position_E = np.full(len(counts), -1)
+    expert_Q = np.full(quota, -1)
+    for position, expert in enumerate(residents):
+        expert_Q[position] = expert
+        if expert >= 0:
+            position_E[expert] = position
+    score_E = np.array(scores if scores is not None else [0] * len(counts), np.int64)
+    return plan_waves(np.array(counts, np.int64), position_E, expert_Q, score_E), expert_Q
+
+
+def test_nothing_needed_needs_no_wave():
+    assert plan([0, 0, 0], [0], 2)[0] == ()
+
+
+def test_hits_alone_are_one_wave_without_fetches():
+    (wave,), _ = plan([2, 0, 1, 0], [2, 0, 3], 3)
+    assert wave.experts.tolist() == [0, 2]
+    assert wave.positions.tolist() == [1, 0]
+    assert len(wave.fetch_experts) == 0
+
+
+def test_empty_slots_go_first_then_the_lowest_score():
+    (wave,), _ = plan([1, 0, 0, 0, 1, 1], [1, 2, -1, 3], 4, scores=[9, 5, 2, 7, 9, 9])
+    assert wave.fetch_experts.tolist() == [0, 4, 5]
+    assert wave.fetch_positions.tolist() == [2, 1, 0]
+    assert wave.evicted.tolist() == [-1, 2, 1]
+
+
+def test_one_slot_runs_an_expert_a_wave():
+    waves, _ = plan([1, 2, 3], [2], 1)
+    assert [w.experts.tolist() for w in waves] == [[2], [0], [1]]
+    assert [w.evicted.tolist() for w in waves] == [[], [2], [0]]
+
+
+def test_after_several_waves_the_highest_scores_are_resident():
+    scores = [10, 1, 2, 3, 4, 5, 6, 99]
+    waves, expert_Q = plan([1] * 8, [0, 1], 4, scores)
+    for wave in waves:
+        expert_Q[wave.fetch_positions] = wave.fetch_experts
+    assert {0, 7} <= set(expert_Q.tolist())
+    assert 0 not in np.concatenate([w.evicted for w in waves]).tolist()
+
+
+@st.composite
+def situations(draw: st.DrawFn):
+    experts = draw(st.integers(1, 24))
+    quota = draw(st.integers(1, experts))
+    counts = draw(st.lists(st.integers(0, 3), min_size=experts, max_size=experts))
+    residents = draw(st.permutations(range(experts)))[: draw(st.integers(0, quota))]
+    holes = draw(st.permutations([*residents, *[-1] * (quota - len(residents))]))
+    scores = draw(st.lists(st.integers(0, 5), min_size=experts, max_size=experts))
+    return counts, list(holes), quota, scores
+
+
+@given(situations())
+def test_every_needed_expert_is_computed_once_and_kept_until_then(situation):
+    counts, residents, quota, scores = situation
+    waves, expert_Q = plan(counts, residents, quota, scores)
+    needed = {e for e, count in enumerate(counts) if count}
+    waiting = set(needed)
+    for wave in waves:
+        assert wave.evicted.tolist() == expert_Q[wave.fetch_positions].tolist()
+        # What is still to be computed may leave only if this very wave fetched it, which it can't.
+        assert not waiting & (set(wave.evicted.tolist()) - {-1})
+        assert len(set(wave.fetch_positions.tolist())) == len(wave.fetch_positions)
+        expert_Q[wave.fetch_positions] = wave.fetch_experts
+        assert expert_Q[wave.positions].tolist() == wave.experts.tolist()
+        assert set(wave.experts.tolist()) <= waiting
+        waiting -= set(wave.experts.tolist())
+    assert not waiting
+    held = expert_Q[expert_Q >= 0]
+    assert len(set(held.tolist())) == len(held)
+    fetched = sum(len(w.fetch_experts) for w in waves)
+    assert fetched == len(needed - set(residents)), "each miss is fetched once, and nothing else is"
+    if len(needed) <= quota:
+        assert len(waves) <= 1
+    rotating = max(1, quota // 4)
+    assert len(waves) <= 2 + fetched // rotating
+
+
+@given(situations())
+def test_the_plan_depends_on_its_inputs_alone(situation):
+    first, _ = plan(*situation)
+    again, _ = plan(*situation)
+    assert [w.fetch_positions.tolist() for w in first] == [w.fetch_positions.tolist() for w in again]
+
+
+@pytest.mark.parametrize("quota", [1, 3, 8, 31])
+def test_frequent_experts_survive_a_pass_over_all(quota: int):
+    """A long prompt needs every expert once; what decoding lives on must still be there after it."""
+    experts = 32
+    scores = list(range(experts))
+    hot = list(range(experts - quota, experts))
+    waves, expert_Q = plan([1] * experts, hot, quota, scores)
+    for wave in waves:
+        expert_Q[wave.fetch_positions] = wave.fetch_experts
+    kept = len(set(hot) & set(expert_Q.tolist()))
+    assert kept >= quota - max(1, quota // 4)

@@ -1,0 +1,806 @@
+"""Tiny random checkpoints of many architectures, made on the spot for tests.
+
+Every model here is a real transformers class with its own router, experts and attention, shrunk until making, saving
+and loading it takes a fraction of a second. Weights are seeded by the model's name, so that a failure repeats.
+
+    folder = make_checkpoint("mixtral", tmp_path / "mixtral")      # safetensors shards, an index, configs
+    model = reference(folder)                                      # plain transformers, fp32: what outputs must equal
+    model(random_ids())
+
+The same weights in other layouts on disk: ``make_single_file``, ``make_fused``, ``make_fp8``, ``make_mxfp4``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+VOCAB = 320
+HIDDEN = 64
+
+# Ids below this one are left to the special tokens (pad, bos, images), which random prompts must not contain.
+FIRST_PLAIN_ID = 16
+
+# In the syntax of pytest's ``filterwarnings``: what transformers and torch emit on these models without our doing.
+KNOWN_WARNINGS: list[str] = []
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One architecture of the zoo; ``settings`` are the keyword arguments of its configuration class.
+
+    The rest is what tests choose models by, or check results against. ``test_zoo.py`` holds that it is true.
+    """
+
+    name: str
+    architecture: str
+    settings: Mapping[str, Any]
+    num_experts: int = 0
+    """Experts of each MoE layer that have weights of their own; 0 for a dense model."""
+    top_k: int = 0
+    moe_layers: int = 0
+    """Modules of routed experts in the model."""
+    idle_layers: int = 0
+    """Those of them that text alone never calls; see ``mixed_inputs``."""
+    interface: bool = True
+    """The experts go through transformers' experts interface."""
+    decorate: bool = False
+    """They don't, but have its signature: decorating their class at run time brings them to it."""
+    zero_experts: int = 0
+    """Identity experts, without weights, that the router can choose by the ids from ``num_experts`` on."""
+    hybrid: bool = False
+    """Some layers keep a recurrent state instead of keys and values: no continuous batching."""
+    tied: bool = False
+    """The output layer shares the embedding's weights and is not in the checkpoint."""
+    aligned: bool = True
+    """All strides of the experts' weights are multiples of 16 bytes in bf16 and fp32, as grouped matmul wants them."""
+
+    def build(self) -> PreTrainedModel:
+        """The model on the CPU in fp32, in evaluation mode, the same at every call."""
+        architecture = getattr(transformers, self.architecture)
+        config = architecture.config_class(**self.settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(self.name.encode()))
+            model = cast(PreTrainedModel, architecture(config).eval())
+            _spread_weights(model, self.tied)
+        return model
+
+
+def _spread_weights(model: PreTrainedModel, tied: bool) -> None:
+    """Replace initial weights by ones that a test can tell apart.
+
+    Initialisation leaves routing nearly uniform, and biases, corrections and centred norms at zero, where a weight that
+    is lost on the way goes unnoticed. Here every weight is random, the residual stream is mostly the token's own
+    embedding, so that tokens choose different experts in every layer, and logits have a deviation of about one.
+    """
+    embedding = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
+    persistent = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *buffers]:
+            if not tensor.is_floating_point():
+                continue
+            if tensor is embedding:
+                tensor.normal_(std=0.3 if tied else 1.0)
+            elif tied and name.endswith("model.norm.weight"):
+                # Signs at random: else each token's logit for itself, a square, wins and generation only repeats.
+                tensor.normal_(std=0.3)
+            elif name.endswith("balancing_biases"):
+                # The last is zaya's bias against its skip expert; transformers sets it to -1, whatever it loaded.
+                tensor[:-1].normal_(std=0.02)
+            elif tensor.dim() < 2:
+                tensor.add_(torch.randn_like(tensor), alpha=0.02)
+            else:
+                # Zaya's router is a small MLP, whose output shrinks with every layer.
+                tensor.normal_(std=0.5 if "router_mlp" in name else 0.1)
+
+
+def _common(**settings: Any) -> dict[str, Any]:
+    """Settings that nearly every configuration shares. Nothing ends a sequence, so that generation runs its length."""
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "tie_word_embeddings": False,
+    } | settings
+
+
+_MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+_DEEPSEEK_V3 = _common(
+    **_MLA,
+    q_lora_rank=32,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+)
+_OLMOE = _common(intermediate_size=32, num_experts=16, num_experts_per_tok=4)
+_GEMMA4_TEXT = _common(
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    enable_moe_block=True,
+    num_experts=16,
+    top_k_experts=4,
+    head_dim=16,
+    global_head_dim=32,
+    hidden_size_per_layer_input=0,
+    vocab_size_per_layer_input=VOCAB,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    sliding_window=16,
+    tie_word_embeddings=True,
+)
+
+_ALL = [
+    Tiny(
+        "mixtral",
+        "MixtralForCausalLM",
+        _common(intermediate_size=96, num_local_experts=8, num_experts_per_tok=2),
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+    ),
+    Tiny(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _common(
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=48,
+            num_experts=16,
+            num_experts_per_tok=4,
+            decoder_sparse_step=1,
+        ),
+        num_experts=16,
+        top_k=4,
+        moe_layers=3,
+    ),
+    Tiny(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _common(
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            num_experts=16,
+            num_experts_per_tok=4,
+            head_dim=16,
+            decoder_sparse_step=1,
+            norm_topk_prob=True,
+        ),
+        num_experts=16,
+        top_k=4,
+        moe_layers=3,
+    ),
+    Tiny(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        _common(
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            num_experts=16,
+            num_experts_per_tok=4,
+            head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+        num_experts=16,
+        top_k=4,
+        moe_layers=3,
+        hybrid=True,
+    ),
+    Tiny(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        _common(
+            **_MLA,
+            q_lora_rank=None,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            topk_method="greedy",
+        ),
+        num_experts=16,
+        top_k=4,
+        moe_layers=2,
+    ),
+    Tiny("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK_V3, num_experts=16, top_k=4, moe_layers=2),
+    Tiny(
+        "kimi",
+        "DeepseekV3ForCausalLM",
+        _DEEPSEEK_V3
+        | {
+            "n_routed_experts": 96,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.827,
+        },
+        num_experts=96,
+        top_k=8,
+        moe_layers=2,
+    ),
+    Tiny(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        _common(
+            intermediate_size=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            head_dim=16,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 128,
+            },
+        ),
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+    ),
+    Tiny("gemma4", "Gemma4ForCausalLM", _GEMMA4_TEXT, num_experts=16, top_k=4, moe_layers=3, tied=True),
+    Tiny(
+        "gemma4_multimodal",
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": _GEMMA4_TEXT,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "patch_size": 4,
+                "position_embedding_size": 16,
+            },
+            "boi_token_id": 2,
+            "eoi_token_id": 3,
+            "image_token_id": 4,
+            "video_token_id": 5,
+            "boa_token_id": 6,
+            "eoa_token_index": 7,
+            "audio_token_id": 8,
+        },
+        num_experts=16,
+        top_k=4,
+        moe_layers=3,
+        tied=True,
+    ),
+    Tiny("olmoe", "OlmoeForCausalLM", _OLMOE, num_experts=16, top_k=4, moe_layers=3),
+    Tiny(
+        "olmoe_tied",
+        "OlmoeForCausalLM",
+        _OLMOE | {"tie_word_embeddings": True},
+        num_experts=16,
+        top_k=4,
+        moe_layers=3,
+        tied=True,
+    ),
+    Tiny(
+        "olmoe_unaligned",
+        "OlmoeForCausalLM",
+        _OLMOE | {"intermediate_size": 30},
+        num_experts=16,
+        top_k=4,
+        moe_layers=3,
+        aligned=False,
+    ),
+    Tiny(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        _common(
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            head_dim=16,
+        ),
+        num_experts=16,
+        top_k=4,
+        moe_layers=2,
+    ),
+    Tiny(
+        "phimoe",
+        "PhimoeForCausalLM",
+        _common(intermediate_size=32, num_local_experts=8, num_experts_per_tok=2),
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+    ),
+    Tiny(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        _common(intermediate_size=32, num_local_experts=8, num_experts_per_tok=2),
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+    ),
+    Tiny(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
+        _common(intermediate_size=96, moe_intermediate_size=32, moe_num_experts=8, moe_k=2, moe_num_shared_experts=1),
+        num_experts=8,
+        top_k=2,
+        moe_layers=2,
+    ),
+    Tiny(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        _common(intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, head_dim=16),
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+    ),
+    Tiny(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        _common(
+            intermediate_size=64,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            moe_shared_expert_intermediate_size=32,
+            head_dim=16,
+            mamba_num_heads=4,
+            mamba_head_dim=32,
+            ssm_state_size=16,
+            n_groups=1,
+            chunk_size=16,
+            num_hidden_layers=4,
+            layers_block_type=["moe", "full_attention", "linear_attention", "moe"],
+        ),
+        num_experts=8,
+        top_k=2,
+        moe_layers=2,
+        hybrid=True,
+    ),
+    Tiny(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1ForCausalLM",
+        _common(intermediate_size=32, num_experts=8, moe_topk=2, head_dim=16),
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+    ),
+    Tiny(
+        "jamba",
+        "JambaForCausalLM",
+        _common(
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_experts=8,
+            num_experts_per_tok=2,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            attn_layer_period=4,
+            attn_layer_offset=2,
+            mamba_d_state=8,
+        ),
+        num_experts=8,
+        top_k=2,
+        moe_layers=2,
+        hybrid=True,
+    ),
+    Tiny(
+        "zaya",
+        "ZayaForCausalLM",
+        _common(
+            moe_intermediate_size=32,
+            num_experts=8,
+            num_experts_per_tok=1,
+            head_dim=16,
+            router_hidden_size=16,
+        ),
+        num_experts=8,
+        top_k=1,
+        moe_layers=3,
+        hybrid=True,
+    ),
+    Tiny(
+        "muse_spark",
+        "MuseSparkForConditionalGeneration",
+        {
+            "text_config": _common(
+                intermediate_size=96,
+                moe_intermediate_size=32,
+                moe_hidden_size=48,
+                num_local_experts=16,
+                num_experts_per_tok=4,
+                head_dim=16,
+                sliding_window=16,
+                output_multiplier=1.0,
+                mlp_layer_types=["dense", "sparse", "sparse"],
+            ),
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "patch_size": 4,
+                "pos_emb_height": 4,
+                "pos_emb_width": 4,
+            },
+            "audio_config": {
+                "patch_sizes": [2, 2],
+                "hidden_sizes": [16, 16],
+                "depths": [1, 1],
+                "num_hidden_layers": 2,
+                "out_hidden_size": HIDDEN,
+            },
+            "out_hidden_size": 128,
+            "projector_hidden_size": 32,
+            "image_token_id": 4,
+            "video_token_id": 5,
+            "audio_token_id": 8,
+        },
+        num_experts=16,
+        top_k=4,
+        moe_layers=2,
+    ),
+    Tiny(
+        "longcat_flash",
+        "LongcatFlashForCausalLM",
+        {k: v for k, v in _common().items() if k != "num_hidden_layers"}
+        | _MLA
+        | {
+            "num_layers": 2,
+            "q_lora_rank": 32,
+            "head_dim": 8,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 8,
+            "zero_expert_num": 2,
+            "moe_topk": 3,
+        },
+        num_experts=8,
+        top_k=3,
+        moe_layers=2,
+        interface=False,
+        decorate=True,
+        zero_experts=2,
+    ),
+    Tiny(
+        "step3p7",
+        "Step3p7ForConditionalGeneration",
+        {
+            "text_config": _common(
+                intermediate_size=96,
+                moe_intermediate_size=32,
+                share_expert_dim=32,
+                n_routed_experts=16,
+                num_experts_per_tok=4,
+                head_dim=16,
+                sliding_window=16,
+                layer_types=["full_attention", "sliding_attention", "full_attention"],
+                mlp_layer_types=["dense", "sparse", "sparse"],
+                swiglu_limits=[0.0, 0.5, 0.0],
+            ),
+            "vision_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "mlp_ratio": 1.0,
+                "image_size": 16,
+                "patch_size": 4,
+                "max_position_embeddings": 16,
+            },
+            "image_token_id": 4,
+        },
+        num_experts=16,
+        top_k=4,
+        moe_layers=2,
+        interface=False,
+        decorate=True,
+    ),
+    Tiny(
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        {
+            "text_config": _common(
+                intermediate_size=96,
+                moe_intermediate_size=[32, 16],
+                moe_num_experts=8,
+                moe_k=2,
+                moe_num_shared_experts=1,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+            ),
+            "vision_config": {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 4},
+            "image_start_token_id": 2,
+            "image_end_token_id": 3,
+            "image_token_id": 4,
+            "video_start_token_id": 5,
+            "video_end_token_id": 6,
+            "video_token_id": 7,
+            "tie_word_embeddings": False,
+        },
+        num_experts=8,
+        top_k=2,
+        moe_layers=4,
+        idle_layers=2,
+    ),
+    Tiny("llama", "LlamaForCausalLM", _common(intermediate_size=96), interface=False),
+    Tiny(
+        "llama4",
+        "Llama4ForCausalLM",
+        _common(
+            intermediate_size=32,
+            intermediate_size_mlp=96,
+            num_local_experts=8,
+            num_experts_per_tok=1,
+            head_dim=16,
+            attention_chunk_size=64,
+        ),
+        num_experts=8,
+        top_k=1,
+        moe_layers=3,
+        interface=False,
+    ),
+    Tiny(
+        "dbrx",
+        "DbrxForCausalLM",
+        {
+            "d_model": HIDDEN,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 512,
+            "vocab_size": VOCAB,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": HIDDEN},
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+        },
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+        interface=False,
+    ),
+    Tiny(
+        "jetmoe",
+        "JetMoeForCausalLM",
+        {k: v for k, v in _common().items() if k != "num_attention_heads"}
+        | {"kv_channels": 16, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
+        num_experts=8,
+        top_k=2,
+        moe_layers=3,
+        interface=False,
+    ),
+]
+
+ZOO: dict[str, Tiny] = {tiny.name: tiny for tiny in _ALL}
+
+
+def make_checkpoint(name: str, folder: Path, max_shard_size: str = "200KB") -> Path:
+    """Save the model called ``name`` in ``folder``, as its author would: safetensors shards, an index and configs."""
+    ZOO[name].build().save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def reference(folder: Path, experts_implementation: str = "eager", **settings: Any) -> PreTrainedModel:
+    """The checkpoint in plain transformers, fp32, every weight loaded and none left over.
+
+    "eager" is transformers' loop over experts: it shares no kernel with epslots, and takes experts whose strides the
+    default "grouped_mm" refuses.
+    """
+    architecture = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
+    model, report = architecture.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        experts_implementation=experts_implementation,
+        output_loading_info=True,
+        **settings,
+    )
+    assert not any(report.values()), report
+    return cast(PreTrainedModel, model.eval())
+
+
+def reference_dequantised(folder: Path, **settings: Any) -> PreTrainedModel:
+    """An FP8 or MXFP4 checkpoint in plain transformers, its weights dequantised to fp32."""
+    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    config = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[method](dequantize=True)
+    return reference(folder, quantization_config=config, **settings)
+
+
+def random_ids(batch: int = 1, length: int = 40, seed: int = 0) -> torch.Tensor:
+    """Random prompts [batch, length] that every model of the zoo accepts."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(FIRST_PLAIN_ID, VOCAB, (batch, length), generator=generator)
+
+
+def mixed_inputs(batch: int = 1, length: int = 40, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs for ernie4_5_vl_moe in which every other token counts as an image's and so goes to the vision experts."""
+    ids = random_ids(batch, length, seed)
+    return {"input_ids": ids, "moe_mm_token_type_ids": torch.arange(length).remainder(2).expand(batch, -1)}
+
+
+def experts_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The modules that compute routed experts from (hidden states, expert ids, weights), by their path."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts") and len(inspect.signature(module.forward).parameters) == 3
+    }
+
+
+def routing(model: PreTrainedModel, **inputs: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The expert ids and weights [T, K] that the model chooses for ``inputs``, by the experts module's path."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def record(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = (args[1], args[2])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(record(name)) for name, module in experts_modules(model).items()]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, under its name on disk."""
+    return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
+
+
+def write_checkpoint(
+    source: Path, folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int | None = 200_000, **config: Any
+) -> Path:
+    """A checkpoint of ``tensors`` in ``folder``, with the configs of ``source`` and ``config`` added to config.json.
+
+    ``shard_bytes=None`` writes one file and no index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "generation_config.json", folder)
+    settings = json.loads((source / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for key, tensor in tensors.items():
+        filled = sum(t.nbytes for t in shards[-1].values())
+        if shard_bytes is not None and shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][key] = tensor.contiguous()
+    if shard_bytes is None:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    return folder
+
+
+def make_single_file(source: Path, folder: Path) -> Path:
+    """The same tensors in one model.safetensors, without an index."""
+    return write_checkpoint(source, folder, read_tensors(source), shard_bytes=None)
+
+
+def make_fused(source: Path, folder: Path) -> Path:
+    """The same weights under the names the model has in memory: one tensor [E, ...] for all experts of a layer.
+
+    transformers loads such a checkpoint as it is; no conversion takes part.
+    """
+    model = reference(source)
+    # A tied weight has two names in the state dict, but safetensors stores a piece of memory once.
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared -= {name for name, _ in model.named_parameters()}
+    return write_checkpoint(source, folder, {k: t for k, t in model.state_dict().items() if k not in shared})
+
+
+def make_fp8(source: Path, folder: Path, block: int = 8) -> Path:
+    """A DeepSeek-style FP8 checkpoint: every projection in e4m3, with one fp32 scale per ``block`` x ``block`` weights.
+
+    Embeddings, norms, router and output layer keep their precision, as in the published checkpoints. So does the ragged
+    edge: a last block may be smaller. transformers can't dequantise that, so the default divides all shapes here.
+    """
+    tensors = {}
+    for key, weight in read_tensors(source).items():
+        if not (key.endswith(".weight") and weight.dim() == 2 and "_proj" in key):
+            tensors[key] = weight
+            continue
+        tensors[key], tensors[f"{key}_scale_inv"] = quantise_fp8(weight, block)
+    quantisation = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [block, block],
+        "activation_scheme": "dynamic",
+    }
+    return write_checkpoint(source, folder, tensors, quantization_config=quantisation)
+
+
+def quantise_fp8(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight`` [M, N] as e4m3 [M, N] and the scales of its blocks, whose product is close to it."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % block, 0, -rows % block))
+    grid = padded.reshape(padded.shape[0] // block, block, padded.shape[1] // block, block)
+    largest = grid.abs().amax((1, 3))
+    scales = largest / torch.finfo(torch.float8_e4m3fn).max
+    every = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+    return (weight / every).to(torch.float8_e4m3fn), scales
+
+
+# The magnitudes of E2M1, the 4-bit float of MXFP4, by the three low bits of its code; the fourth is the sign.
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_MXFP4_BLOCK = 32
+
+
+def make_mxfp4(source: Path, folder: Path) -> Path:
+    """A gpt-oss-style MXFP4 checkpoint: the experts' weights as packed blocks and scales, all else as it was."""
+    tensors = {}
+    for key, weight in read_tensors(source).items():
+        if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[key] = weight
+            continue
+        # On disk the blocks run along each output's inputs; in memory gpt-oss has [E, inputs, outputs].
+        tensors[f"{key}_blocks"], tensors[f"{key}_scales"] = quantise_mxfp4(weight.transpose(1, 2))
+    quantisation = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    }
+    return write_checkpoint(source, folder, tensors, quantization_config=quantisation)
+
+
+def quantise_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight`` [..., N] as blocks [..., N / 32, 16] of two codes a byte, low nibble first, and scales [..., N / 32]."""
+    blocks = weight.reshape(*weight.shape[:-1], -1, _MXFP4_BLOCK)
+    # 6 = 1.5 * 2^2 is the largest magnitude: the block's largest lands in [4, 8), and what exceeds 6 saturates.
+    exponent = torch.floor(torch.log2(blocks.abs().amax(-1))) - 2
+    scaled = blocks / torch.exp2(exponent)[..., None]
+    magnitude = (scaled.abs()[..., None] - _E2M1).abs().argmin(-1)
+    codes = (magnitude + 8 * (scaled < 0)).to(torch.uint8)
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    return packed, (exponent + 127).to(torch.uint8)
