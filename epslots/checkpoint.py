@@ -63,10 +63,14 @@ def find_checkpoint(path_or_id: str | os.PathLike[str]) -> Path:
         CheckpointError: no such folder, and not a hub id that can be had.
     """
     path = Path(path_or_id)
-    if path.is_dir():
-        return path
     text = os.fspath(path_or_id)
-    if path.exists():
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except PermissionError as error:
+        raise CheckpointError(f"no permission to look into {text}") from error
+    if is_file:
         raise CheckpointError(f"{text} is a file; give the folder that holds config.json and the *.safetensors")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{text} doesn't exist; give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'")
@@ -134,9 +138,10 @@ def _refuse_missing(folder: Path, missing: list[str], *, indexed: bool) -> None:
 
 
 def _open_file(path: Path) -> safe_open:
-    if not os.access(path, os.R_OK):
-        raise PermissionError(13, "permission denied", str(path))
     try:
+        path.open("rb").close()  # safetensors' own error for this doesn't tell it from damage
         return safe_open(path, "pt")
+    except PermissionError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from error

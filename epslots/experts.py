@@ -60,8 +60,8 @@ def _bring_in(module: nn.Module) -> None:
     for flag, value in plain.items():
         setattr(module, flag, value)
     if not hasattr(module, "_apply_gate"):
-        module._apply_gate = MethodType(_default_apply_gate, module)
-    module.forward = MethodType(_run_from_slots, module)
+        setattr(module, "_apply_gate", MethodType(_default_apply_gate, module))  # noqa: B010 - attributes are annotated
+    setattr(module, "forward", MethodType(_run_from_slots, module))  # noqa: B010
 
 
 def num_weighted_experts(module: nn.Module) -> int:

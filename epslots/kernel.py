@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 # Grouped matrix multiplication wants strides in multiples of this.
 STRIDE_BYTES = 16
@@ -23,15 +23,13 @@ class ExpertKernel:
         weights: tensors [Q, ...] by the module's parameter names, in the slots' memory.
     """
 
-    def __init__(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, module: Any, weights: Mapping[str, torch.Tensor]) -> None:
         first = "gate_up_proj" if module.has_gate else "up_proj"
         self._first = _oriented(weights[first], transposed=bool(module.is_transposed))
         self._down = _oriented(weights["down_proj"], transposed=bool(module.is_transposed))
         self._first_bias = weights[f"{first}_bias"] if module.has_bias else None
         self._down_bias = weights["down_proj_bias"] if module.has_bias else None
-        self._activate: Callable[[torch.Tensor], torch.Tensor] = (
-            module._apply_gate if module.has_gate else module.act_fn  # type: ignore[assignment]
-        )
+        self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
         self._matmul = _matmul_for(self._first, self._down)
         self._dtype = self._first.dtype

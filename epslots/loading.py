@@ -6,6 +6,7 @@ building it if need be; allocate the slots; hand each experts module its runner;
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -21,14 +22,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, resolve_policy
 from epslots.expert_reader import ExpertReader
 from epslots.experts import RUNNER, expert_layers, experts_modules
 from epslots.fetch import Mover
 from epslots.host_store import HostStore, Manifest
 from epslots.kernel import ExpertKernel
-from epslots.memory_plan import MemoryPlan, plan_memory
+from epslots.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.model_shape import shape_of_model
 from epslots.moe_layer import MoELayer
 from epslots.node_store import open_node_store, resolve_store_kind
@@ -40,6 +41,8 @@ from epslots.runtime import Runtime, attach
 from epslots.slot_pool import SlotPool
 from epslots.telemetry import Telemetry
 from epslots.units import SlotsSetting, parse_slots
+
+logger = logging.getLogger(__name__)
 
 # Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
 RECORDS_VERSION = 1
@@ -103,7 +106,7 @@ def load(
     skeleton = build_skeleton(model_class, config, compute_dtype)
     layers = expert_layers(skeleton)
     plan = plan_memory(
-        shape_of_model(skeleton, checkpoint.name, str(compute_dtype).removeprefix("torch."), layers),
+        _measure(skeleton, checkpoint.name, compute_dtype, layers),
         setting,
         memory_bytes=free_memory(target),
         kv_tokens=kv_tokens,
@@ -133,6 +136,16 @@ def load(
     runtime = _build_runtime(model, layers, plan, store, policy_function, target)
     runtime.fill_complete_layers(display)
     return model
+
+
+def _measure(skeleton: PreTrainedModel, name: str, dtype: torch.dtype, layers: tuple[LayerSpec, ...]) -> ModelShape:
+    """The model's sizes; a model whose cache can't be measured without weights is served all the same, and that is said."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    try:
+        return shape_of_model(skeleton, name, dtype_name, layers)
+    except UnsupportedModelError as error:
+        logger.warning("The memory plan leaves no room for the KV cache: %s", error)
+        return shape_of_model(skeleton, name, dtype_name, layers, run=False)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -180,11 +180,11 @@ def moe_workspace_bytes(shape: ModelShape, batch_tokens: int, ranks: int) -> int
     """Activations of one MoE layer for a batch of T tokens of this rank, all alive at once.
 
     There are T x K (token, expert) rows, K experts per token: the sorted copies [T*K, H], gate and up [T*K, 2I], the
-    activation [T*K, I], the output [T*K, H], and the weighted rows [T*K, H] in fp32 that are summed over k. With several
-    ranks, two more [T*K, H]: rows travel out and back. It is assumed that ranks receive as many rows as they send.
+    activation [T*K, I], the output [T*K, H], and twice [T*K, H] in fp32 when the rows are weighted and summed over k. With
+    several ranks, two more [T*K, H]: rows travel out and back. It is assumed that ranks receive as many rows as they send.
     """
     layouts = {layer.layout for layer in shape.layers}
-    row = max(map(_row_bytes, layouts), default=0) + shape.hidden_size * _FP32_BYTES
+    row = max(map(_row_bytes, layouts), default=0) + 2 * shape.hidden_size * _FP32_BYTES
     if ranks > 1:
         row += 2 * shape.hidden_size * ITEM_BYTES[shape.dtype]
     return batch_tokens * shape.top_k * row
@@ -365,12 +365,10 @@ class MemoryPlan(msgspec.Struct, frozen=True):
                 f"The most that fits is slots={best.setting.per_layer} ({100 * best.resident_share:.3g}% of the experts, "
                 f'{format_bytes(best.slot_bytes)}); slots="auto" takes what there is.'
             )
-        one = self._alternative(SlotsSetting(per_layer=1))
-        assert self.memory_bytes is not None
+        least = self._alternative(SlotsSetting(per_layer=1)).total_bytes
         return (
-            f"Not even one slot per layer fits ({format_bytes(one.slot_bytes)}, short of "
-            f"{format_bytes(one.total_bytes - self.memory_bytes)}): it takes more memory, or fewer or shorter sequences, "
-            f"a smaller batch, or a smaller dtype."
+            f"Not even one slot per layer fits, which needs {format_bytes(least)} in all: it takes more memory, or fewer or "
+            f"shorter sequences, a smaller batch, or a smaller dtype."
         )
 
 

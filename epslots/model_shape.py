@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.fx.experimental import _config as meta_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from epslots.errors import UnsupportedModelError
@@ -45,7 +46,9 @@ def shape_of_config(config: PretrainedConfig, name: str, dtype: str | torch.dtyp
     return shape_of_model(model, name, str(resolved).removeprefix("torch."), expert_layers(model))
 
 
-def shape_of_model(model: PreTrainedModel, name: str, dtype: str, layers: tuple[LayerSpec, ...]) -> ModelShape:
+def shape_of_model(
+    model: PreTrainedModel, name: str, dtype: str, layers: tuple[LayerSpec, ...], *, run: bool = True
+) -> ModelShape:
     """Measure a model.
 
     Args:
@@ -54,13 +57,14 @@ def shape_of_model(model: PreTrainedModel, name: str, dtype: str, layers: tuple[
         dtype: of weights and activations.
         layers: its MoE layers in order, named by the path of their experts module. The parameters of such a module itself
             are the experts; those of its children are dense.
+        run: without, the cache is taken for empty and a token for sent to one expert: for a model that can't be followed.
 
     Raises:
         UnsupportedModelError: its forward pass can't be followed on the meta device.
     """
     text = model.config.get_text_config(decoder=True)
     experts = [model.get_submodule(layer.name) for layer in layers]
-    kv, top_k = _dry_run(model, experts)
+    kv, top_k = _dry_run(model, experts) if run else ((), 1)
     return ModelShape(
         name=name,
         dtype=dtype,
@@ -127,16 +131,33 @@ def _cache_after(
         module.forward = stand_in
     try:
         # A mask may select any number of rows; for their shapes, let it be all of them (glm5_next's indexer).
-        with torch.no_grad(), meta_config.patch(meta_nonzero_assume_all_nonzero=True):
+        all_rows = cast(Any, meta_config).patch(meta_nonzero_assume_all_nonzero=True)
+        with torch.no_grad(), all_rows, _ValuesAreZero():
             ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
             # The decoder alone: what surrounds it turns images into embeddings, and hidden states into logits.
-            return model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+            decoder = cast(Any, model).get_decoder()
+            return decoder(input_ids=ids, use_cache=True).past_key_values
     finally:
         for module, forward in zip(experts, own, strict=True):
             if forward is None:
                 del module.forward
             else:
                 module.forward = forward
+
+
+class _ValuesAreZero(TorchDispatchMode):
+    """Answers whoever asks a meta tensor for its value with zero or False.
+
+    Some models ask, and go on with the same shapes whatever the answer: has the sequence outgrown the frequencies that
+    phimoe's rotary embedding was trained with?
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
+        return func(*args, **(kwargs or {}))
 
 
 def _parts(cache: Any) -> list[object]:
@@ -150,10 +171,11 @@ def _kv_layers(short: object, long: object, short_tokens: int, long_tokens: int)
     states, later = _states(short), _states(long)
     if window is not None:
         # Keys and values [1, heads, tokens kept, width]: their own shape says what a token takes.
-        sliding = [states.pop(name) for name in ("keys", "values") if name in states and states[name].dim() == 4]
-        later = {name: tensor for name, tensor in later.items() if name in states}
+        sliding = [name for name in ("keys", "values") if name in states and states[name].dim() == 4]
         if sliding:
-            yield KVLayer(sum(t.nbytes // t.shape[-2] for t in sliding), window)
+            yield KVLayer(sum(states[name].nbytes // states[name].shape[-2] for name in sliding), window)
+        for name in sliding:
+            del states[name], later[name]
     before, after = sum(t.nbytes for t in states.values()), sum(t.nbytes for t in later.values())
     per_token = -(-(after - before) // (long_tokens - short_tokens))
     if after:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from epslots.errors import CheckpointError, ConfigError, UnsupportedModelError
 from epslots.experts import IMPLEMENTATION, dense_class
+from epslots.fp8 import ragged_blocks
 from epslots.records import ITEM_BYTES
 
 # Quantised checkpoints whose experts are dequantised one by one on the way into the host store.
@@ -120,7 +121,7 @@ def load_dense(
         CheckpointError: a dense tensor is missing or has another shape than the model's.
     """
     try:
-        with _quiet(progress=show_progress):
+        with _quiet(progress=show_progress), ragged_blocks():
             model, report = model_class.from_pretrained(
                 folder,
                 config=config,

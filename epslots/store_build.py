@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import xxhash
 
 from epslots.errors import StoreError
-from epslots.host_store import Manifest, Progress, StoreShape
+from epslots.host_store import Manifest, Progress, StoreShape, record_digest
 from epslots.records import RecordLayout
 from epslots.units import format_bytes
 
@@ -128,12 +127,12 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
         views = record_views(record, layout)
         for name, tensor in source.read_expert(layer, expert).items():
             views[name].copy_(tensor)
-        digest = xxhash.xxh3_128_digest(record.numpy())
+        digest = record_digest(record)
         offset = shape.offset(layer, expert)
         _transfer(lambda view, at: os.pwrite(fd, view, at), record, offset)
         os.pwrite(fd, digest, shape.digest_offset(layer, expert))
         _transfer(lambda view, at: os.preadv(fd, [view], at), written, offset)
-        if xxhash.xxh3_128_digest(written.numpy()) != digest:
+        if record_digest(written) != digest:
             raise StoreError(f"{where} doesn't hold what was written to it (expert {expert} of layer {layer})")
         if progress is not None:
             progress(layout.nbytes)
@@ -158,7 +157,7 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
 
 def _transfer(call: Callable[[memoryview, int], int], record: torch.Tensor, offset: int) -> None:
     """Read or write a whole record: one system call moves at most 2 GiB, and may move less."""
-    view = memoryview(record.numpy())
+    view = record.numpy().data
     while len(view):
         moved = call(view, offset)
         if moved <= 0:

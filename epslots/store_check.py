@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import torch
-import xxhash
 
 from epslots.checkpoint import open_checkpoint
 from epslots.expert_reader import ExpertReader
+from epslots.host_store import record_digest
 from epslots.loading import load
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, runtime_of, verify
@@ -53,7 +53,7 @@ def _compare(runtime: Runtime, reader: ExpertReader, display: ProgressDisplay) -
             views = record_views(record, spec.layout)
             for name, tensor in reader.read_expert(layer, expert).items():
                 views[name].copy_(tensor)
-            if xxhash.xxh3_128_digest(record.numpy()) != runtime.store.digest(layer, expert):
+            if record_digest(record) != runtime.store.digest(layer, expert):
                 problems.append(f"expert {expert} of {spec.name}: the checkpoint differs from the host store")
             advance(record.nbytes)
     return problems

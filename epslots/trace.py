@@ -35,13 +35,11 @@ class Trace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace, compressed; the file appears whole or not at all."""
         path = Path(path)
-        arrays = {"expert_ids": self.expert_ids, "starts": self.starts, "num_experts": self.num_experts}
-        if self.probs is not None:
-            arrays["probs"] = self.probs
+        arrays: dict[str, NDArray[Any]] = {name: array for name, array in vars(self).items() if array is not None}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez_compressed(file, **arrays)
+                np.savez_compressed(file, allow_pickle=False, **arrays)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -101,12 +99,15 @@ class TraceRecorder:
             sequence.append(ids_BTLK[row, real_BT[row]])
 
     def _take_pass(self) -> NDArray[np.int16]:
-        """[tokens, layers, k] of the pass, -1 where a layer has a smaller k."""
-        layers = [self._layer_ids[i].numpy() for i in range(len(self._runtime.layers))]
-        top_k = max(ids.shape[1] for ids in layers)
-        padded = [np.pad(ids, ((0, 0), (0, top_k - ids.shape[1])), constant_values=-1) for ids in layers]
+        """[tokens, layers, k] of the pass, -1 where a layer has a smaller k, or saw some of the tokens only."""
+        seen = {layer: ids.numpy() for layer, ids in self._layer_ids.items()}
+        tokens, top_k = (max(ids.shape[axis] for ids in seen.values()) for axis in (0, 1))
+        ids_TLK = np.full((tokens, len(self._runtime.layers), top_k), -1, np.int16)
+        for layer, ids in seen.items():
+            if len(ids) == tokens:  # a layer that took part of the tokens alone can't say which
+                ids_TLK[:, layer, : ids.shape[1]] = ids
         self._layer_ids.clear()
-        return np.stack(padded, axis=1)
+        return ids_TLK
 
     def _close_sequences(self) -> None:
         self._finished += [np.concatenate(parts) for parts in self._open if sum(map(len, parts))]

@@ -82,8 +82,8 @@ def plan_waves(
     while len(misses) or len(computed):
         open_positions = np.flatnonzero(rotating_Q & ~busy_Q)
         occupants = occupant_Q[open_positions]
-        # Empty positions first, then the lowest score.
-        first = np.argsort(np.where(occupants < 0, np.iinfo(np.int64).min, score_E[occupants]), kind="stable")
+        # Empty positions first, then the lowest score, ties by expert id: never by where an expert happens to lie.
+        first = np.lexsort((occupants, np.where(occupants < 0, np.iinfo(np.int64).min, score_E[occupants])))
         targets = open_positions[first][: len(misses)]
         fetched, misses = misses[: len(targets)], misses[len(targets) :]
         waves.append(
@@ -106,7 +106,7 @@ def _rotating(occupant_Q: IntArray, misses: IntArray, score_E: IntArray) -> NDAr
     quota = len(occupant_Q)
     filled = np.flatnonzero(occupant_Q >= 0)
     candidates = np.concatenate([occupant_Q[filled], misses])
-    best = np.argsort(-score_E[candidates], kind="stable")[:quota]
+    best = np.lexsort((candidates, -score_E[candidates]))[:quota]
     anchored = filled[best[best < len(filled)]]  # in order of falling score
     rotating_least = max(1, quota // ROTATING_SHARE)
     rotating_Q = np.ones(quota, bool)

@@ -73,7 +73,9 @@ def test_any_policy_gives_the_same_tokens(policy: Any, checkpoint: Callable[[str
 
 
 @pytest.mark.parametrize("layout", [zoo.make_fused, zoo.make_single_file])
-def test_other_layouts_on_disk(layout: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path):
+def test_other_layouts_on_disk(
+    layout: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path
+):
     folder = layout(checkpoint("qwen3_moe"), tmp_path / "other")
     assert_equal(load(folder, cache_dir), zoo.reference(folder))
 
@@ -89,7 +91,31 @@ def test_quantised_checkpoints_are_dequantised_per_expert(
     assert greedy(model, prompt) == greedy(reference, prompt)
 
 
-def test_auto_dtype_is_the_checkpoints_own_and_bf16_is_close(checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path):
+def test_fp8_weights_of_ragged_blocks_like_deepseek_v3s(checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path):
+    """Blocks of 16 don't divide kv_a_proj_with_mqa's 24 rows, as 128 doesn't divide the real one's 576.
+
+    transformers can't be the reference here: it infers the wrong block. The weights, dequantised by hand, are.
+    """
+    source = checkpoint("deepseek_v3")
+    folder = zoo.make_fp8(source, tmp_path / "fp8", block=16)
+    tensors = zoo.read_tensors(folder)
+    plain = {}
+    for key, tensor in tensors.items():
+        if not key.endswith("_scale_inv"):
+            scales = tensors.get(f"{key}_scale_inv")
+            if scales is not None:
+                rows, columns = tensor.shape
+                every = scales.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+                tensor = tensor.float() * every
+            plain[key] = tensor
+    assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape[0] % 16
+    by_hand = zoo.write_checkpoint(source, tmp_path / "plain", plain)
+    assert_equal(load(folder, cache_dir), zoo.reference(by_hand))
+
+
+def test_auto_dtype_is_the_checkpoints_own_and_bf16_is_close(
+    checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path
+):
     folder = tmp_path / "bf16"
     zoo.reference(checkpoint("mixtral")).to(torch.bfloat16).save_pretrained(folder)
     model = load(folder, cache_dir, dtype="auto")

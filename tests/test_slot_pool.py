@@ -46,9 +46,7 @@ def make(quotas: list[int], experts: int) -> tuple[SlotPool, Mover, FakeStore, T
 class PoolMachine(RuleBasedStateMachine):
     """Steps of random layers with random needs, sometimes hitting a corrupt record, under a random policy."""
 
-    @initialize(
-        experts=st.integers(1, 12), layers=st.integers(1, 3), policy=st.sampled_from(sorted(POLICIES)), data=st.data()
-    )
+    @initialize(experts=st.integers(1, 12), layers=st.integers(1, 3), policy=st.sampled_from(sorted(POLICIES)), data=st.data())
     def begin(self, experts: int, layers: int, policy: str, data: st.DataObject) -> None:
         quotas = data.draw(st.lists(st.integers(1, experts), min_size=layers, max_size=layers))
         self.pool, self.mover, self.store, self.telemetry = make(quotas, experts)

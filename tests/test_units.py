@@ -49,7 +49,15 @@ def test_bad_slots_are_refused_with_what_is_allowed(value: object):
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (123 << 20, "123 MiB"), (12 << 30, "12 GiB"), (-2048, "-2 KiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (123 << 20, "123 MiB"),
+        (12 << 30, "12 GiB"),
+        (-2048, "-2 KiB"),
+    ],
 )
 def test_sizes_for_people(size: int, text: str):
     assert format_bytes(size) == text

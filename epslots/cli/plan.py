@@ -11,7 +11,7 @@ import typer
 from epslots.cli.options import DtypeOption, SlotsOption
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.known_shapes import KNOWN_SHAPES, known_shape
-from epslots.memory_plan import MemoryPlan, ModelShape, describe_quotas, plan_memory
+from epslots.memory_plan import Alternative, MemoryPlan, ModelShape, describe_quotas, plan_memory
 from epslots.units import format_bytes, parse_bytes, parse_slots
 
 if TYPE_CHECKING:
@@ -139,16 +139,18 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         "resident_share": result.resident_share,
         "slots_per_expert": result.slots_per_expert,
         "all_resident": result.all_resident,
-        "alternatives": [
-            {
-                "slots": str(other.setting),
-                "slot_bytes": other.slot_bytes,
-                "total_bytes": other.total_bytes,
-                "resident_share": other.resident_share,
-                "fits": other.fits,
-            }
-            for other in result.alternatives
-        ],
+        "alternatives": [_alternative_as_json(other) for other in result.alternatives],
+        "largest_fit": None if result.largest_fit is None else _alternative_as_json(result.largest_fit),
+    }
+
+
+def _alternative_as_json(other: Alternative) -> dict[str, Any]:
+    return {
+        "slots": str(other.setting),
+        "slot_bytes": other.slot_bytes,
+        "total_bytes": other.total_bytes,
+        "resident_share": other.resident_share,
+        "fits": other.fits,
     }
 
 
@@ -223,10 +225,16 @@ def _alternatives_table(result: MemoryPlan) -> Table:
     for heading in ("slots of a layer", "pool", "needed", "free"):
         table.add_column(heading, justify="right")
     table.add_column("fits")
-    for other in result.alternatives:
+    others = {other.setting: other for other in result.alternatives}
+    largest = result.largest_fit
+    if largest is not None and largest.resident_share < 1:
+        others[largest.setting] = largest
+    for other in sorted(others.values(), key=lambda other: other.slot_bytes):
         free = "-" if result.memory_bytes is None else format_bytes(result.memory_bytes - other.total_bytes)
+        notes = ["all resident"] if other.resident_share == 1 else []
+        notes += ["the most that fits"] if other is largest else []
         table.add_row(
-            f"{other.setting}" + (" (all resident)" if other.resident_share == 1 else ""),
+            f"{other.setting}" + (f" ({', '.join(notes)})" if notes else ""),
             describe_quotas(other.quotas).removesuffix(" per layer"),
             format_bytes(other.slot_bytes),
             format_bytes(other.total_bytes),

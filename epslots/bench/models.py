@@ -1,0 +1,43 @@
+"""Random checkpoints of a given shape, for benchmarks that need size and not sense."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+
+def random_config(
+    *, layers: int, hidden: int, experts: int, top_k: int, width: int, vocab: int = 4096, heads: int = 16
+) -> Qwen3MoeConfig:
+    """A Qwen3-MoE of the given shape: every layer has experts."""
+    return Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        head_dim=hidden // heads,
+        intermediate_size=width,
+        moe_intermediate_size=width,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        max_position_embeddings=8192,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+
+
+@contextlib.contextmanager
+def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype) -> Iterator[Path]:
+    """A folder with a random model of ``config``, one tensor per expert as such checkpoints have; gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype)
+        model.save_pretrained(folder)
+        del model
+        yield Path(folder)

@@ -1,0 +1,113 @@
+"""What the layer costs when nothing is missing: all experts resident, against plain transformers on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Qwen3MoeForCausalLM
+
+import epslots
+from epslots.bench.models import random_checkpoint, random_config
+from epslots.bench.report import Report, alternate, median, ratio_of_rounds, spread
+
+OURS = "epslots"
+# Every implementation of experts that transformers has for the CPU; the fastest of each scenario is what we are held to.
+# batched_mm copies the weights of every (token, k) pair: 19 GB for 512 tokens, so it takes part in decoding alone.
+DECODING = ("eager", "grouped_mm", "batched_mm")
+PREFILL = ("eager", "grouped_mm")
+
+
+def bench_overhead(report: Report, cache_dir: Path, *, rounds: int = 40, layers: int = 8) -> None:
+    """Whole steps (decode of batch 1 and 8, prefill of 512 tokens), then one MoE layer alone, in microseconds."""
+    config = random_config(layers=layers, hidden=1024, experts=32, top_k=4, width=768)
+    with random_checkpoint(config, torch.float32) as folder, torch.no_grad():
+        plain = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+        ours = epslots.load(folder, slots="100%", device="cpu", cache_dir=cache_dir)
+        steps = {"decode, batch 1": (1, 1), "decode, batch 8": (8, 1), "prefill, 512 tokens": (1, 512)}
+        report.table(
+            "whole model, ms a step",
+            [_row(name, _time_steps(plain, ours, *shape, rounds), 1e3) for name, shape in steps.items()],
+        )
+        report.table(
+            "one MoE layer, us",
+            [_layer_row(name, plain, ours, batch * length, rounds) for name, (batch, length) in steps.items()],
+        )
+        assert epslots.stats(ours).misses == 0
+
+
+def _time_steps(plain: PreTrainedModel, ours: PreTrainedModel, batch: int, length: int, rounds: int) -> dict[str, list[float]]:
+    """Forward passes of [batch, length] tokens; a single token follows a prompt of 32 held in a KV cache."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, plain.config.vocab_size, (batch, length))
+    prompt = torch.randint(0, plain.config.vocab_size, (batch, 32))
+
+    def step(model: PreTrainedModel, implementation: str | None) -> Callable[[], object]:
+        cache = model(prompt, use_cache=True).past_key_values if length == 1 else None
+
+        def run() -> object:
+            if implementation is not None:
+                model.config._experts_implementation_internal = implementation
+            if cache is None:
+                return model(ids, use_cache=False)
+            logits = model(ids, past_key_values=cache, use_cache=True).logits
+            cache.crop(-1)
+            return logits
+
+        return run
+
+    candidates = {OURS: step(ours, None)} | {name: step(plain, name) for name in (DECODING if length == 1 else PREFILL)}
+    return alternate(candidates, rounds if length == 1 else max(5, rounds // 5))
+
+
+def _row(scenario: str, seconds: dict[str, list[float]], unit: float) -> dict[str, Any]:
+    """Medians, and our time over the fastest of theirs, round by round."""
+    fastest = min(seconds.keys() & DECODING, key=lambda name: median(seconds[name]))
+    ratio = ratio_of_rounds(seconds[OURS], seconds[fastest])
+    medians = {name: median(seconds[name]) * unit if name in seconds else None for name in (OURS, *DECODING, "raw")}
+    if "raw" not in seconds:
+        del medians["raw"]
+    return {
+        "scenario": scenario,
+        **medians,
+        "fastest": fastest,
+        "ratio": ratio["median"],
+        "p25": ratio["p25"],
+        "p75": ratio["p75"],
+    }
+
+
+def _layer_row(scenario: str, plain: PreTrainedModel, ours: PreTrainedModel, tokens: int, rounds: int) -> dict[str, Any]:
+    """The experts of one layer on random tokens and random routing; "raw" is their matrix products and nothing else."""
+    torch.manual_seed(2)
+    config = plain.config
+    hidden = torch.randn(tokens, config.hidden_size)
+    index = torch.rand(tokens, config.num_experts).topk(config.num_experts_per_tok).indices
+    weights = torch.softmax(torch.rand(tokens, config.num_experts_per_tok), -1)
+    theirs, mine = plain.model.layers[0].mlp.experts, ours.model.layers[0].mlp.experts
+
+    def run(module: torch.nn.Module, implementation: str | None) -> Callable[[], object]:
+        def call() -> object:
+            if implementation is not None:
+                plain.config._experts_implementation_internal = implementation
+            return module(hidden, index, weights)
+
+        return call
+
+    groups = [
+        (hidden[(index == e).nonzero()[:, 0]].contiguous(), theirs.gate_up_proj[e].t(), theirs.down_proj[e].t())
+        for e in index.unique().tolist()
+    ]
+    width = config.moe_intermediate_size
+
+    def raw() -> None:
+        for rows, up, down in groups:
+            torch.mm(torch.mm(rows, up)[:, :width], down)
+
+    candidates = (
+        {OURS: run(mine, None)} | {name: run(theirs, name) for name in (DECODING if tokens < 100 else PREFILL)} | {"raw": raw}
+    )
+    seconds = alternate(candidates, rounds * 2 if tokens < 100 else max(5, rounds // 2))
+    return _row(scenario, seconds, 1e6) | {"over raw": spread(seconds[OURS])["median"] * 1e6 - median(seconds["raw"]) * 1e6}

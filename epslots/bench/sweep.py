@@ -1,0 +1,82 @@
+"""What slots buy: hit rate and tokens per second of the example model, from few slots to all."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+import epslots
+from epslots.bench.report import Report
+from epslots.example import example_model
+
+SHARES = ("12.5%", "25%", "50%", "75%", "100%")
+PROMPTS = (
+    "def read_json(path):\n",
+    "import os\nimport sys\n\nclass Parser:\n    def __init__(self, ",
+    '"""Utilities for dates and times."""\n\nfrom datetime import ',
+    "    for name, value in self.items():\n        if value is None:\n",
+)
+
+
+def bench_sweep(
+    report: Report, cache_dir: Path, *, new_tokens: int = 96, policies: tuple[str, ...] = ("lru", "lfu", "lrfu")
+) -> None:
+    """Greedy text after four prompts, for each share of slots and each eviction policy."""
+    tokenizer = AutoTokenizer.from_pretrained(example_model())
+    rows: list[dict[str, Any]] = []
+    texts = set()
+    for policy in policies:
+        for share in SHARES:
+            model = epslots.load(
+                example_model(), slots=share, device="cpu", dtype="float32", policy=policy, cache_dir=cache_dir
+            )
+            produced = []
+            seconds = 0.0
+            for prompt in PROMPTS:
+                inputs = tokenizer(prompt, return_tensors="pt")
+                began = time.perf_counter()
+                tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
+                seconds += time.perf_counter() - began
+                produced.append(tokenizer.decode(tokens[0]))
+            texts.add(tuple(produced))
+            stats = epslots.stats(model)
+            rows.append(
+                {
+                    "policy": policy,
+                    "slots": share,
+                    "hit rate": stats.hit_rate,
+                    "tokens/s": len(PROMPTS) * new_tokens / seconds,
+                    "MiB fetched per token": stats.bytes_fetched / 2**20 / (len(PROMPTS) * new_tokens),
+                }
+            )
+    if len(texts) != 1:
+        raise AssertionError("the text depends on the slots")
+    report.table("slots against speed", rows)
+    path = report.plot_path()
+    if path is not None:
+        plot(rows, policies, path)
+
+
+def plot(rows: list[dict[str, Any]], policies: tuple[str, ...], path: Path) -> None:
+    """Hit rate and tokens per second over the share of slots, a line for each policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for policy in policies:
+        mine = [row for row in rows if row["policy"] == policy]
+        shares = [float(row["slots"].rstrip("%")) for row in mine]
+        axes[0].plot(shares, [100 * row["hit rate"] for row in mine], marker="o", label=policy)
+        axes[1].plot(shares, [row["tokens/s"] for row in mine], marker="o", label=policy)
+    axes[0].set(xlabel="slots, % of each layer's experts", ylabel="hit rate, %", ylim=(0, 102))
+    axes[1].set(xlabel="slots, % of each layer's experts", ylabel="tokens/s", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,62 @@
+"""``epslots bench``: the project's figures, measured on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from epslots.cli.options import DeviceOption
+from epslots.errors import ConfigError
+
+BENCHMARKS = ("overhead", "start", "fetch", "sweep", "offload")
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Folder to save the result (JSON) and its plot (PNG) in.")
+    ] = None,
+    rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed rounds; default: the benchmark's own.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Measure one thing, as ratios within one run.
+
+    overhead: all experts resident, against plain transformers on the same weights (CPU).
+    start: first and second load of a 1 GiB checkpoint, against from_pretrained; peak memory (CPU).
+    fetch: one expert from host store to slot, against a plain copy of as many bytes.
+    sweep: hit rate and tokens/s of the example model from 12.5 % slots to all (CPU).
+    offload: tokens/s from 25 % slots to all, against plain transformers resident and accelerate's CPU offload; on a GPU a
+    model of Qwen3-30B-A3B's shape, on the CPU a small one.
+    """
+    if name not in BENCHMARKS:
+        raise ConfigError(f"benchmark {name!r}: allowed: {', '.join(BENCHMARKS)}")
+
+    import torch
+
+    from epslots.bench import fetch, offload, overhead, start, sweep
+    from epslots.bench.report import Report
+    from epslots.loading import resolve_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    target = resolve_device(device if name in ("fetch", "offload") else "cpu")
+    report = Report(name, target, output)
+    settings = {} if rounds is None else {"rounds": rounds}
+    with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
+        cache_dir = Path(folder) / "cache"
+        match name:
+            case "overhead":
+                overhead.bench_overhead(report, cache_dir, **settings)
+            case "start":
+                start.bench_start(report, cache_dir, **settings)
+            case "fetch":
+                fetch.bench_fetch(report, cache_dir, target, **settings)
+            case "sweep":
+                sweep.bench_sweep(report, cache_dir)
+            case "offload":
+                offload.bench_offload(report, cache_dir, target)
+    report.save()

@@ -1,0 +1,139 @@
+"""The borders: imports go one way, the public surface is what it is, and nothing of ours is pickled."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import epslots
+
+PACKAGE = Path(epslots.__file__).parent
+
+# From the bottom up: a module imports from layers below its own, never from its own or one above.
+LAYERS = (
+    # records and errors
+    ("errors", "records"),
+    # pure decisions
+    ("units", "eviction", "example"),
+    ("waves", "memory_plan"),
+    ("replay",),
+    # effects
+    ("host_store", "slot_pool", "telemetry", "checkpoint"),
+    ("store_build", "progress", "fetch", "kernel"),
+    ("node_store", "pinning", "moe_layer"),
+    # the model integration
+    ("experts", "fp8"),
+    ("expert_reader", "pretrained"),
+    ("model_shape",),
+    ("known_shapes", "runtime"),
+    # the public surface
+    ("trace", "loading"),
+    ("store_check",),
+    ("bench",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Decisions are arrays in, arrays out.
+PURE = ("units", "records", "eviction", "memory_plan", "waves", "replay")
+
+
+def modules() -> dict[str, Path]:
+    return {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_go_one_way():
+    for name, path in modules().items():
+        room = name.partition(".")[0]
+        if room == "__init__":
+            continue
+        for imported in imports(path):
+            parts = imported.split(".")
+            if parts[0] == "epslots" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != room:
+                assert LEVEL[parts[1]] < LEVEL[room], f"{name} imports {imported}, which is not below it"
+
+
+def test_every_module_has_its_place():
+    assert {name.partition(".")[0] for name in modules()} - {"__init__"} == set(LEVEL)
+
+
+def test_epslots_knows_neither_ray_nor_cluster():
+    for name, path in modules().items():
+        roots = {imported.partition(".")[0] for imported in imports(path)}
+        assert not roots & {"ray", "cluster"}, name
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_decisions_do_no_io(name: str):
+    roots = {imported.partition(".")[0] for imported in imports(PACKAGE / f"{name}.py")}
+    assert not roots & {"torch", "os", "time", "random", "transformers", "psutil", "pathlib"}
+
+
+def test_nothing_is_pickled_or_evaluated():
+    for name, path in modules().items():
+        assert not {"pickle", "cloudpickle", "dill", "shelve"} & imports(path), name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "torch.load", "torch.save"}, f"{name}: {called}"
+            if isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "allow_pickle"}:
+                assert ast.unparse(node.value) == "False", f"{name}: {node.arg}"
+
+
+def test_the_public_names():
+    assert epslots.__all__ == [
+        "CheckpointError",
+        "ConfigError",
+        "CorruptExpertError",
+        "DoesNotFitError",
+        "EpslotsError",
+        "StoreError",
+        "Trace",
+        "UnsupportedModelError",
+        "load",
+        "record_trace",
+        "stats",
+        "verify",
+    ]
+    assert all(getattr(epslots, name) is not None for name in epslots.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = epslots.missing  # type: ignore[attr-defined]
+
+
+def test_the_commands_and_their_options():
+    from epslots.cli import app
+
+    group = get_command(app)
+    found = {name: {o for p in c.params for o in p.opts} for name, c in group.commands.items()}  # type: ignore[attr-defined]
+    common = {"--model", "-m", "--dtype", "--cache-dir"}
+    assert found.keys() == {"generate", "plan", "verify", "bench", "trace"}
+    assert found["generate"] == common | {
+        "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
+        "--chat", "--echo", "--stats", "--policy", "--device", "--host-store",
+    }  # fmt: skip
+    assert found["verify"] == common | {"--checkpoint"}
+    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--threads", "--device"}
+    assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
+    record = group.commands["trace"].commands["record"]  # type: ignore[attr-defined]
+    assert {"output", "prompts", "--slots", "--model"} <= {o for p in record.params for o in p.opts}
+
+
+def test_help_needs_no_torch():
+    code = "import sys; import epslots.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,91 @@
+"""Known models: their sizes against published totals, and against arithmetic done here by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from epslots.errors import ConfigError
+from epslots.known_shapes import KNOWN_SHAPES, known_shape
+from epslots.memory_plan import KVLayer
+
+BILLION = 10**9
+BF16 = 2
+
+# name: (published weights, tolerance, MoE layers, experts, top-k, hidden size, width of an expert, bytes a token of one
+# sequence adds to the cache while no window is full)
+EXPECTED = {
+    "deepseek-v3": (671 * BILLION, 0.01, 58, 256, 8, 7168, 2048, 61 * (512 + 64) * BF16),
+    # Published as 1.04 T; the published configuration adds up to 1.026 T, which is checked by hand below.
+    "kimi-k2": (1040 * BILLION, 0.015, 60, 384, 8, 7168, 2048, 61 * (512 + 64) * BF16),
+    "qwen3-235b-a22b": (235 * BILLION, 0.01, 94, 128, 8, 4096, 1536, 94 * 2 * 4 * 128 * BF16),
+    "mixtral-8x7b": (46.7 * BILLION, 0.01, 32, 8, 2, 4096, 14336, 32 * 2 * 8 * 128 * BF16),
+    "grok-1": (314 * BILLION, 0.01, 64, 8, 2, 6144, 32768, 64 * 2 * 8 * 128 * BF16),
+    # 25.2 billion in the model card, of which the name makes 26.
+    "gemma-4-26b-a4b": (25.2 * BILLION, 0.01, 30, 128, 8, 2816, 704, (25 * 8 * 256 + 5 * 2 * 512) * 2 * BF16),
+}
+VOCABULARY = {
+    "deepseek-v3": 129280,
+    "kimi-k2": 163840,
+    "qwen3-235b-a22b": 151936,
+    "mixtral-8x7b": 32000,
+    "grok-1": 131072,
+    "gemma-4-26b-a4b": 262144,
+}
+
+
+def test_the_known_names_are_these_and_each_says_its_source() -> None:
+    assert set(KNOWN_SHAPES) == set(EXPECTED)
+    assert all("/" in source for source in KNOWN_SHAPES.values())
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_sizes_are_the_published_ones(name: str) -> None:
+    total, tolerance, layers, experts, top_k, hidden, width, kv_per_token = EXPECTED[name]
+    shape = known_shape(name)
+    assert shape.parameters == pytest.approx(total, rel=tolerance)
+    assert (shape.name, shape.dtype, len(shape.layers), shape.top_k) == (name, "bfloat16", layers, top_k)
+    assert {layer.num_experts for layer in shape.layers} == {experts}
+    assert {layer.layout.nbytes for layer in shape.layers} == {3 * hidden * width * BF16}
+    assert (shape.hidden_size, shape.vocab_size) == (hidden, VOCABULARY[name])
+    assert shape.kv_bytes(100) == 100 * kv_per_token
+
+
+def test_gemmas_windows_stop_growing() -> None:
+    shape = known_shape("gemma-4-26b-a4b")
+    assert shape.kv.count(KVLayer(2 * 8 * 256 * BF16, 1024)) == 25
+    assert shape.kv.count(KVLayer(2 * 2 * 512 * BF16)) == 5
+    assert shape.kv_bytes(5000) - shape.kv_bytes(4000) == 1000 * 5 * 2 * 2 * 512 * BF16
+
+
+def test_kimis_weights_add_up_by_hand() -> None:
+    hidden, heads, width = 7168, 64, 2048
+    expert = 3 * hidden * width
+    query = hidden * 1536 + 1536 * heads * 192
+    latent = hidden * 576 + 512 * heads * 256
+    attention = query + latent + heads * 128 * hidden
+    moe = 60 * ((384 + 1) * expert + 384 * hidden)
+    total = moe + 61 * attention + 3 * hidden * 18432 + 2 * 163840 * hidden
+    # Left out: norms and routing biases.
+    assert known_shape("kimi-k2").parameters == pytest.approx(total, rel=1e-5)
+
+
+def test_groks_weights_add_up_by_hand() -> None:
+    hidden = 6144
+    attention = 2 * hidden * hidden + 2 * hidden * 1024
+    total = 64 * (8 * 3 * hidden * 32768 + attention + 8 * hidden + 4 * hidden) + 131072 * hidden + hidden
+    assert known_shape("grok-1").parameters == total
+
+
+def test_the_dtype_scales_everything() -> None:
+    half, full = known_shape("mixtral-8x7b"), known_shape("mixtral-8x7b", "float32")
+    assert full.expert_bytes == 2 * half.expert_bytes
+    assert full.kv_bytes(10) == 2 * half.kv_bytes(10)
+    assert full.dense_bytes == pytest.approx(2 * half.dense_bytes, rel=1e-6)
+    assert known_shape("grok-1", "float32").dense_bytes == 2 * known_shape("grok-1").dense_bytes
+
+
+def test_unknown_names_and_dtypes_are_refused_with_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="kimi-k2"):
+        known_shape("kimi-k3")
+    with pytest.raises(ConfigError, match="bfloat16"):
+        known_shape("grok-1", "int4")

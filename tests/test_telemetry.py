@@ -1,0 +1,66 @@
+"""Counters say what happened: against a cache simulated by hand, resident or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import epslots
+from epslots.cli.tables import stats_table
+from tests import zoo
+
+
+def test_counters_agree_with_the_routing(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """LRU with five slots, one token a step: hits, misses and evictions replayed from what the router chose."""
+    folder = checkpoint("qwen3_moe")
+    model = epslots.load(folder, slots=5, policy="lru", device="cpu", cache_dir=cache_dir, progress=False)
+    with epslots.record_trace(model) as recorder, torch.no_grad():
+        for token in zoo.random_ids(1, 30)[0]:
+            model(token.view(1, 1))
+    ids = recorder.trace().expert_ids
+    stats = epslots.stats(model)
+    for layer, counted in enumerate(stats.layers):
+        cache: list[int] = []  # least recently used first
+        hits = misses = evictions = 0
+        for wanted in ids[:, layer].tolist():
+            missing = [e for e in wanted if e not in cache]
+            hits, misses = hits + len(wanted) - len(missing), misses + len(missing)
+            # LRU over whole steps; of one step's experts the lower id counts as older.
+            cache = [e for e in cache if e not in wanted]
+            room = 5 - len(wanted)
+            evictions += max(0, len(cache) - room)
+            cache = cache[max(0, len(cache) - room) :] + sorted(wanted)
+        assert (counted.hits, counted.misses, counted.evictions) == (hits, misses, evictions)
+        assert sum(counted.tokens_per_expert) == ids[:, layer].size
+        assert counted.tokens_per_expert[ids[3, layer, 0]] == (ids[:, layer] == ids[3, layer, 0]).sum()
+        assert counted.steps == counted.waves == 30
+        assert counted.bytes_fetched == misses * epslots.runtime.runtime_of(model).layers[0].layout.nbytes
+        assert counted.stall_s > 0
+    assert stats.misses == sum(layer.misses for layer in stats.layers) > 0
+
+
+def test_a_resident_layer_counts_the_same(checkpoint: Callable[[str], Path], cache_dir: Path):
+    folder = checkpoint("longcat_flash")
+    ids = zoo.random_ids(2, 20)
+    counted = []
+    for slots in (2, "100%"):
+        model = epslots.load(folder, slots=slots, device="cpu", cache_dir=cache_dir, progress=False)
+        model(ids)
+        counted.append(epslots.stats(model))
+    bounded, resident = counted
+    for few, all_ in zip(bounded.layers, resident.layers, strict=True):
+        assert few.tokens_per_expert == all_.tokens_per_expert
+        assert few.hits + few.misses == all_.hits
+        assert all_.misses == all_.evictions == 0
+        assert few.waves > few.steps == all_.steps == all_.waves == 1
+    assert resident.hit_rate == 1.0
+    assert resident.stall_s == 0
+
+
+def test_the_table_shows_every_layer(checkpoint: Callable[[str], Path], cache_dir: Path):
+    model = epslots.load(checkpoint("mixtral"), slots=2, device="cpu", cache_dir=cache_dir, progress=False)
+    assert stats_table(epslots.stats(model)).row_count == 4
+    model(zoo.random_ids())
+    assert stats_table(epslots.stats(model)).row_count == 4

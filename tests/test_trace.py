@@ -1,0 +1,99 @@
+"""Routing traces hold exactly what the router chose, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import epslots
+from epslots import ConfigError, Trace
+from tests import zoo
+
+
+def routed(reference: torch.nn.Module, ids: torch.Tensor) -> np.ndarray:
+    """[tokens, layers, k] that plain transformers chooses for one sequence."""
+    return np.stack([ids.numpy() for ids, _ in zoo.routing(reference, input_ids=ids).values()], axis=1)
+
+
+@pytest.fixture
+def loaded(checkpoint: Callable[[str], Path], cache_dir: Path) -> Any:
+    folder = checkpoint("qwen3_moe")
+    return zoo.reference(folder), epslots.load(folder, slots=3, device="cpu", cache_dir=cache_dir, progress=False)
+
+
+def test_generation_is_recorded_token_by_token(loaded: Any):
+    reference, model = loaded
+    prompt = zoo.random_ids(1, 7)
+    with epslots.record_trace(model) as recorder:
+        tokens = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        model.generate(prompt, max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0)
+    trace = recorder.trace()
+    assert trace.starts.tolist() == [0, 12]
+    assert trace.num_experts.tolist() == [16, 16, 16]
+    assert np.array_equal(np.sort(trace.expert_ids[:12]), np.sort(routed(reference, tokens[:, :12])))
+    model(prompt)
+    assert len(recorder.trace().expert_ids) == 19, "recording ends with the block"
+
+
+def test_a_padded_batch_is_told_apart_and_padding_left_out(loaded: Any):
+    reference, model = loaded
+    ids = zoo.random_ids(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with epslots.record_trace(model) as recorder:
+        tokens = model.generate(ids, attention_mask=mask, **settings)
+    trace = recorder.trace()
+    assert trace.starts.tolist() == [0, 8]
+    assert np.array_equal(np.sort(trace.expert_ids[8:]), np.sort(routed(reference, tokens[1:, :11])))
+    assert np.array_equal(np.sort(trace.expert_ids[:8]), np.sort(routed(reference, tokens[:1, 3:11])))
+
+
+def test_a_file_gives_back_the_trace(loaded: Any, tmp_path: Path):
+    _, model = loaded
+    with epslots.record_trace(model) as recorder:
+        model(zoo.random_ids(2, 5))
+    trace = recorder.trace()
+    trace.save(tmp_path / "trace.npz")
+    again = Trace.load(tmp_path / "trace.npz")
+    assert np.array_equal(again.expert_ids, trace.expert_ids)
+    assert again.expert_ids.dtype == np.int16
+    assert again.starts.tolist() == [0, 5]
+    assert [p.name for p in tmp_path.glob("trace*")] == ["trace.npz"]
+
+
+def test_nothing_recorded_is_an_empty_trace(loaded: Any):
+    with epslots.record_trace(loaded[1]) as recorder:
+        pass
+    assert recorder.trace().expert_ids.shape == (0, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expert_ids": np.zeros((3, 2), np.int16)}, r"must be int16 \[steps, layers, k\]"),
+        ({"expert_ids": np.zeros((3, 2, 1), np.int32)}, "int32"),
+        ({"num_experts": np.zeros(3, np.int64)}, r"layers=2"),
+        ({"starts": np.array([0, 0])}, "starts must begin with 0"),
+        ({"starts": np.array([0, 9])}, "stay below"),
+        ({"starts": np.array([1])}, "begin with 0"),
+    ],
+)
+def test_a_bad_trace_is_refused(change: dict[str, Any], message: str, tmp_path: Path):
+    arrays = {"expert_ids": np.zeros((3, 2, 1), np.int16), "starts": np.array([0]), "num_experts": np.array([4, 4])}
+    np.savez(tmp_path / "t.npz", **(arrays | change))
+    with pytest.raises(ConfigError, match=message):
+        Trace.load(tmp_path / "t.npz")
+
+
+def test_what_is_no_trace_at_all(tmp_path: Path):
+    (tmp_path / "t.npz").write_text("nothing of the kind")
+    with pytest.raises(ConfigError, match="is not a routing trace"):
+        Trace.load(tmp_path / "t.npz")
+    with pytest.raises(ConfigError, match="is not a routing trace"):
+        Trace.load(tmp_path / "missing.npz")
