@@ -38,6 +38,19 @@ def alternate(
     return seconds
 
 
+def contenders(
+    candidates: Mapping[str, Callable[[], object]], always: str, within: float = 2.5
+) -> dict[str, Callable[[], object]]:
+    """``always``, and of the others those that a first look (the second run of each) doesn't find hopelessly slow.
+
+    So the rounds measure the race, and not a loser that takes ten times as long.
+    """
+    others = {name: run for name, run in candidates.items() if name != always}
+    look = {name: seconds[0] for name, seconds in alternate(others, 1, 1).items()}
+    fastest = min(look.values())
+    return {always: candidates[always]} | {name: others[name] for name in others if look[name] <= within * fastest}
+
+
 def _synchronise(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
