@@ -132,10 +132,13 @@ def load_dense(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be told of them: they are refused below, by name
                 **model_kwargs,
             )
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:600]}") from error
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise CheckpointError(f"{folder}: {key} has shape {list(found)}, the model expects {list(expected)}")
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(

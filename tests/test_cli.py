@@ -186,7 +186,6 @@ def test_ctrl_c_ends_cleanly_and_leaves_nothing(tmp_path: Path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert process.returncode == 130
-    assert err.strip().splitlines()[-1] == "interrupted"
     assert "Traceback" not in err
     assert [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"] == []
 

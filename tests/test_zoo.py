@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 import torch
 from transformers import PreTrainedModel
-from zoo import (
+
+from tests.zoo import (
     FIRST_PLAIN_ID,
     VOCAB,
     ZOO,

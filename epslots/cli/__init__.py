@@ -30,19 +30,15 @@ app.command()(bench)
 app.add_typer(trace_app, name="trace")
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Entry point: one-line errors for what a user can mend, tracebacks for bugs alone."""
+    """Entry point: one-line errors for what a user can mend, tracebacks for bugs alone. Ctrl-C ends with code 130."""
     try:
         app()
     except EpslotsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stderr.close()
         sys.exit(0)
