@@ -6,7 +6,7 @@ by shifts and adds, so that numpy on the host, a kernel on the device and the si
 The history behind them is kept by whoever runs the cache (``record_use`` once per step and layer):
 
     last_use   the layer's step number of the expert's last use, 0 = never
-    recent     uses, each step losing 1/8 of the sum: what the last dozen steps wanted
+    recent     uses, each step losing 1/16 of the sum: what the last dozen steps wanted
     frequent   uses, each step losing 1/128: what the text at hand wants
 
 Sources: LRU and LFU with exponential ageing are textbook; summing two decay rates is the idea of LRFU (Lee et al., IEEE
@@ -27,7 +27,7 @@ IntArray = NDArray[np.int64]
 
 # One use, in fixed point.
 USE = 1 << 16
-RECENT_SHIFT = 3
+RECENT_SHIFT = 4
 FREQUENT_SHIFT = 7
 # Ties on a frequency go to the more recent: the low bits of a score hold the step number.
 _STEP_BITS = 32
