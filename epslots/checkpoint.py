@@ -19,6 +19,11 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # What a model needs besides its weights: no pickles, no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Other formats of the same weights lie in folders of their own.
+HUB_IGNORED = ["*/*", "consolidated*"]
+# How much of each weight file is read to tell it from others.
+SAMPLES = 16
+SAMPLE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,19 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of names, sizes and modification times of all weight files: changes when any file does."""
-        digest = xxhash.xxh3_128()
+        """Hex digest that tells these weight files from others, without reading them whole.
+
+        It covers where they are, sizes and modification times, and samples of their bytes: archives and container layers
+        give the same date to everything, and two fine-tunes of a model differ in nothing else.
+        """
+        digest = xxhash.xxh3_128(os.fsencode(self.folder.resolve()))
         for file in sorted(self.handles):
-            stat = (self.folder / file).stat()
-            digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            with open(self.folder / file, "rb") as opened:
+                stat = os.fstat(opened.fileno())
+                digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+                for sample in range(SAMPLES):
+                    opened.seek(stat.st_size * sample // SAMPLES)
+                    digest.update(opened.read(SAMPLE_BYTES))
         return digest.hexdigest()
 
 
@@ -77,7 +90,7 @@ def find_checkpoint(path_or_id: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
     try:
-        return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"no local folder {text}, and the hub doesn't give a model of that id: {reason}") from error

@@ -19,7 +19,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from epslots.checkpoint import Checkpoint
 from epslots.errors import CheckpointError
+from epslots.experts import parameter_shapes
 from epslots.records import LayerSpec
+
+# What safetensors calls the dtypes that mean nothing without scales.
+PACKED_DTYPES = {"F8_E4M3", "F8_E5M2", "U8", "I8"}
 
 
 @dataclass
@@ -62,7 +66,8 @@ class ExpertReader:
         self._find_keys({p.target: p for parameters in self._layers for p in parameters.values()})
         for layer, parameters in zip(layers, self._layers, strict=True):
             for parameter in parameters.values():
-                _check_complete(parameter, layer)
+                declared = parameter_shapes(model.get_submodule(layer.name))[parameter.target.rpartition(".")[2]][0]
+                _check_complete(parameter, checkpoint, declared)
 
     def _find_keys(self, parameters: dict[str, _Parameter]) -> None:
         conversions = self._model._weight_conversions
@@ -128,27 +133,35 @@ class ExpertReader:
         return handle.get_tensor(key) if merged else handle.get_slice(key)[expert : expert + 1]
 
 
-def _check_complete(parameter: _Parameter, layer: LayerSpec) -> None:
-    """Every expert has a key for every pattern of the parameter.
+def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int) -> None:
+    """Every expert has a tensor for every pattern of the parameter, and there are no more experts than the model declares.
 
     Raises:
-        CheckpointError: naming what is missing.
+        CheckpointError: naming what is missing or too much.
     """
     if not parameter.keys:
         raise CheckpointError(f"the checkpoint has no tensor for {parameter.target}")
     if parameter.converter is not None:
-        absent = [p for p in parameter.converter.source_patterns if p not in parameter.keys and "scale" not in p]
+        packed = any(checkpoint.tensors[keys[0]].dtype in PACKED_DTYPES for keys in parameter.keys.values())
+        optional = ("activation_scale",) if packed else ("activation_scale", "weight_scale_inv")
+        absent = [p for p in parameter.converter.source_patterns if p not in parameter.keys and not p.endswith(optional)]
         if absent:
             raise CheckpointError(f"{parameter.target}: the checkpoint has no tensor like {absent[0]}")
+    experts = parameter.parts * declared
     for pattern, keys in parameter.keys.items():
         if "*" not in pattern:
+            held = checkpoint.tensors[keys[0]].shape[0]
+            if held != declared:
+                raise CheckpointError(f"{keys[0]} holds {held} experts, the model has {declared}")
             continue
         place = re.compile(pattern.replace("*", r"(\d+)"))
         matches = (place.search(key) for key in keys)
         found = {int(m[1]) for m in matches if m}
-        missing = sorted(set(range(parameter.parts * layer.num_experts)) - found)
+        missing = sorted(set(range(experts)) - found)
         if missing:
             raise CheckpointError(
-                f"{parameter.target}: the checkpoint lacks expert {', '.join(map(str, missing[:8]))} of "
-                f"{parameter.parts * layer.num_experts} (keys like {keys[0]})"
+                f"{parameter.target}: the checkpoint lacks expert {', '.join(map(str, missing[:8]))} of {experts} "
+                f"(keys like {keys[0]})"
             )
+        if len(found) > experts:
+            raise CheckpointError(f"{parameter.target}: the checkpoint has {len(found)} experts, the model {experts}")

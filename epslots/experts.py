@@ -66,8 +66,13 @@ def _bring_in(module: nn.Module) -> None:
 
 def num_weighted_experts(module: nn.Module) -> int:
     """Experts that have weights: ids from here on carry none (longcat_flash's identity experts)."""
-    shapes = getattr(module, SPEC, None) or {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None}
-    return min(shape[0] for shape in shapes.values())
+    return min(shape[0] for shape in parameter_shapes(module).values())
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes [E, ...] of the module's own weights, on it or taken off."""
+    taken: dict[str, tuple[int, ...]] | None = getattr(module, SPEC, None)
+    return taken or {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
 
 
 def _take_off_weights(module: nn.Module) -> None:
@@ -116,12 +121,8 @@ def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     name = type(model).__name__
-    strangers = {
-        type(module).__name__
-        for module in model.modules()
-        if type(module).__name__.endswith(("Experts", "MoE", "Moe")) and not _contains_experts(module)
-    }
-    if not found and strangers:
+    strangers = {type(module).__name__ for module in model.modules() if _is_stranger(module)}
+    if strangers:
         raise UnsupportedModelError(
             f"{name} runs its experts in {', '.join(sorted(strangers))}, which transformers doesn't route through its "
             f"experts interface (ALL_EXPERTS_FUNCTIONS), so they can't be run from slots. Use a transformers version in "
@@ -134,8 +135,11 @@ def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
-def _contains_experts(module: nn.Module) -> bool:
-    return any(is_experts(m) for m in module.modules())
+def _is_stranger(module: nn.Module) -> bool:
+    """Routed experts, going by transformers' names for them, that don't go through the interface."""
+    name = type(module).__name__
+    has_weights = any(True for _ in module.parameters())
+    return name.endswith("Experts") and "Shared" not in name and has_weights and not is_experts(module)
 
 
 def expert_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
@@ -148,9 +152,8 @@ def expert_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
 
 
 def _layer_spec(name: str, module: nn.Module) -> LayerSpec:
-    shapes = getattr(module, SPEC, None) or {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None}
     layout = RecordLayout.of(
         (parameter, shape[1:], str(getattr(module, parameter).dtype).removeprefix("torch."))
-        for parameter, shape in shapes.items()
+        for parameter, shape in parameter_shapes(module).items()
     )
     return LayerSpec(name, num_weighted_experts(module), layout)

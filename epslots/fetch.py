@@ -1,7 +1,8 @@
 """The mover: the only code that fills slots.
 
-A fetch moves one expert's record into one slot as a single contiguous copy. On CUDA copies run on a stream of their own,
-from pinned memory straight to the slot, or through a pinned staging record where the store couldn't be pinned.
+A fetch moves one expert's record into one slot as a single contiguous copy. On CUDA it is queued on the stream that computes:
+in order with the kernels that still read what gives way, and with those that read what comes. It starts from the pinned store
+itself, or from a pinned staging record where the store couldn't be pinned.
 """
 
 from __future__ import annotations
@@ -31,11 +32,8 @@ class Mover:
         self.store_layers = store_layers
         self.telemetry = telemetry
         self._staging: torch.Tensor | None = None
-        self._stream: torch.cuda.Stream | None = None
-        if pool.device.type == "cuda":
-            self._stream = torch.cuda.Stream(pool.device)
-            if not store.pinned:
-                self._staging = torch.empty(pool.layout.nbytes, dtype=torch.uint8, pin_memory=True)
+        if pool.device.type == "cuda" and not store.pinned:
+            self._staging = torch.empty(pool.layout.nbytes, dtype=torch.uint8, pin_memory=True)
 
     def fetch(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64], evicted: NDArray[np.int64]) -> None:
         """Fill ``slots`` with ``experts`` of one layer in the place of ``evicted`` (-1 = empty), in order.
@@ -48,12 +46,10 @@ class Mover:
         self.pool.vacate(layer, evicted)
         done = 0
         try:
-            self._copy_begin()
             for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
                 self._copy(self.pool.memory[slot], self.store.record(self.store_layers[layer], expert))
                 done += 1
         finally:
-            self._copy_end()
             self.pool.occupy(layer, experts[:done], slots[:done])
             self.telemetry.count_fetches(
                 self.store_layers[layer],
@@ -80,21 +76,8 @@ class Mover:
                     record = self.store.record(self.store_layers[layer], expert)
                     assert torch.equal(self.pool.memory[slot].cpu(), record), f"slot {slot} isn't expert {expert}"
 
-    def _copy_begin(self) -> None:
-        if self._stream is not None:  # slots given up may still be read by kernels already queued
-            self._stream.wait_stream(torch.cuda.current_stream(self.pool.device))
-
     def _copy(self, slot: torch.Tensor, record: torch.Tensor) -> None:
-        if self._stream is None:
-            slot.copy_(record)
-            return
-        with torch.cuda.stream(self._stream):
-            if self._staging is not None:
-                self._stream.synchronize()  # the staging record is still being read by the copy before
-                self._staging.copy_(record)
-                record = self._staging
-            slot.copy_(record, non_blocking=True)
-
-    def _copy_end(self) -> None:
-        if self._stream is not None:
-            torch.cuda.current_stream(self.pool.device).wait_stream(self._stream)
+        if self._staging is not None:
+            torch.cuda.current_stream(self.pool.device).synchronize()  # the copy before may still read the staging record
+            record = self._staging.copy_(record)
+        slot.copy_(record, non_blocking=True)

@@ -26,15 +26,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from epslots.errors import CorruptExpertError, StoreError
-from epslots.records import LayerSpec, align
+from epslots.records import LayerSpec, Progress, align
 
 MAGIC = b"EPSLOTS\x01"
 PAGE = 4096
 DIGEST_BYTES = 16
 _HEADER = struct.Struct("<8sQ16s")
-
-Progress = Callable[[int], None]
-"""Called with the bytes done since the last call."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -110,7 +107,7 @@ class HostStore:
     """An open store. Records are read-only; many processes may hold one store open.
 
     Args:
-        fd: an open file descriptor of the file or shared memory; owned by the store from here on.
+        fd: an open file descriptor of the file or shared memory; the store's own from here on, whatever happens.
         where: how to name the store to people.
         shared: map it writable and shared, as pinning needs, or privately (a stray write then harms this process alone).
         on_close: called once when the store is closed, dropped, or the process exits.
@@ -126,6 +123,14 @@ class HostStore:
     def __init__(self, fd: int, where: str, *, shared: bool = False, on_close: Callable[[], None] | None = None) -> None:
         self.close = weakref.finalize(self, _release, fd, on_close)
         self.where = where
+        try:
+            self._open(fd, shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, fd: int, shared: bool) -> None:
+        where = self.where
         self.shape = StoreShape(read_manifest(fd, where))
         self.manifest = self.shape.manifest
         self.shared = shared
@@ -195,6 +200,8 @@ class HostStore:
 
 
 def _release(fd: int, on_close: Callable[[], None] | None) -> None:
-    os.close(fd)
-    if on_close is not None:
-        on_close()
+    try:
+        os.close(fd)
+    finally:
+        if on_close is not None:
+            on_close()

@@ -61,7 +61,9 @@ def _oriented(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
 
 def _matmul_for(*weights: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """torch's grouped matrix multiplication, or transformers' loop over it where strides aren't aligned for it."""
-    aligned = all(stride * w.element_size() % STRIDE_BYTES == 0 or stride == 1 for w in weights for stride in w.stride())
+    # The strides of the weights [Q, in, out], and of the rows [N, in] that meet them.
+    strides = [(w, stride) for w in weights for stride in (*w.stride(), w.shape[1]) if stride != 1]
+    aligned = all(stride * w.element_size() % STRIDE_BYTES == 0 for w, stride in strides)
     if aligned:
         return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
     return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)

@@ -27,7 +27,7 @@ from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, resolve_policy
 from epslots.expert_reader import ExpertReader
 from epslots.experts import RUNNER, expert_layers, experts_modules
 from epslots.fetch import Mover
-from epslots.host_store import HostStore, Manifest
+from epslots.host_store import HostStore, Manifest, StoreShape
 from epslots.kernel import ExpertKernel
 from epslots.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.model_shape import shape_of_model
@@ -47,6 +47,11 @@ logger = logging.getLogger(__name__)
 # Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
 RECORDS_VERSION = 1
 DEFAULT_KV_TOKENS = 4096
+# Arguments of from_pretrained that are settled here.
+OWN_ARGUMENTS = {
+    *("config", "device_map", "experts_implementation", "use_safetensors", "local_files_only", "output_loading_info"),
+    *("ignore_mismatched_sizes", "quantization_config", "state_dict", "tp_plan", "max_memory", "offload_folder"),
+}
 
 
 def default_cache_dir() -> Path:
@@ -98,6 +103,8 @@ def load(
     target = resolve_device(device)
     if model_kwargs.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
+    if taken := sorted(OWN_ARGUMENTS & model_kwargs.keys()):
+        raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
@@ -105,14 +112,18 @@ def load(
     model_class = resolve_class(config)
     skeleton = build_skeleton(model_class, config, compute_dtype)
     layers = expert_layers(skeleton)
+    manifest = Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers)
+    store_bytes = StoreShape(manifest).nbytes
+    kind = resolve_store_kind(host_store or _default_store_kind(target, store_bytes))
+    # On the CPU, slots and a store in memory share one RAM.
+    shared_bytes = store_bytes if kind == "memory" and target.type == "cpu" else 0
     plan = plan_memory(
         _measure(skeleton, checkpoint.name, compute_dtype, layers),
         setting,
-        memory_bytes=free_memory(target),
+        memory_bytes=free_memory(target) - shared_bytes,
         kv_tokens=kv_tokens,
     )
     plan.check()
-    kind = resolve_store_kind(host_store or _default_store_kind(target, plan))
 
     display = ProgressDisplay(progress)
     model = load_dense(
@@ -125,14 +136,14 @@ def load(
         model_kwargs=model_kwargs,
     )
     store = open_node_store(
-        Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers),
+        manifest,
         lambda: ExpertReader(checkpoint, model, layers),
         kind=kind,
         cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
         start_progress=display,
     )
     if target.type == "cuda":
-        pin_store(store, display)
+        pin_store(store, display, target)
     runtime = _build_runtime(model, layers, plan, store, policy_function, target)
     runtime.fill_complete_layers(display)
     return model
@@ -174,14 +185,18 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Bytes that the device can still give to this process."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return int(psutil.virtual_memory().available)
 
 
-def _default_store_kind(device: torch.device, plan: MemoryPlan) -> str:
-    """Memory on a GPU, because it can be pinned, where half of the free RAM holds it; else a file."""
+def _default_store_kind(device: torch.device, store_bytes: int) -> str:
+    """Memory on a GPU, because it can be pinned, if half of the node's RAM holds it; else a file.
+
+    The node's RAM and not what is free of it: all its processes must come to the same answer.
+    """
     in_memory = device.type == "cuda" and hasattr(os, "memfd_create")
-    return "memory" if in_memory and plan.host_store_bytes < psutil.virtual_memory().available // 2 else "file"
+    return "memory" if in_memory and store_bytes <= psutil.virtual_memory().total // 2 else "file"
 
 
 def _store_key(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], config: Any) -> str:
@@ -210,12 +225,12 @@ def _build_runtime(
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
-    pools, runners = [], {}
+    movers, runners = [], {}
     for indices in members.values():
         pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device)
         mover = Mover(pool, store, tuple(indices), telemetry)
         history = UseHistory.empty(len(indices), max(layers[i].num_experts for i in indices))
-        pools.append((pool, mover))
+        movers.append(mover)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
             runners[index] = MoELayer(
@@ -231,6 +246,6 @@ def _build_runtime(
                 telemetry=telemetry,
             )
             setattr(modules[index], RUNNER, runners[index])
-    runtime = Runtime(layers, plan, store, tuple(pools), tuple(runners[i] for i in range(len(layers))), telemetry)
+    runtime = Runtime(layers, plan, store, tuple(movers), tuple(runners[i] for i in range(len(layers))), telemetry)
     attach(model, runtime)
     return runtime

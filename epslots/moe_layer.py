@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from epslots.errors import ConfigError
-from epslots.eviction import Policy, UseHistory, record_use
+from epslots.eviction import IntArray, Policy, UseHistory, record_use
 from epslots.fetch import Mover
 from epslots.kernel import ExpertKernel
 from epslots.slot_pool import SlotPool
@@ -100,30 +100,30 @@ class MoELayer:
         if self._identity:
             ids_N = ids_N.clamp(max=self._num_experts)
         counts = self._prepare(ids_N)
+        with self._pool.lock:
+            pairs_NH = self._step(hidden_TH, ids_N, counts)
+        return combine(pairs_NH, weights_TK, hidden_TH.dtype)
+
+    def _step(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Plan, fetch and execute: each pair's result, [N, H]."""
         if self._never_misses:
             self._telemetry.count_resident(self.index, counts)
-            waves: tuple[Wave, ...] = ()
-        else:
-            waves = self._plan(counts)
+            return self._execute(hidden_TH, ids_N)
+        counts_host = counts.cpu().numpy()  # the one host synchronisation of a step
+        waves = self._plan(counts_host)
         if len(waves) > 1:
-            pairs_NH = self._execute_waves(hidden_TH, ids_N, counts, waves)
-        else:
-            for wave in waves:
-                self._fetch(wave)
-            pairs_NH = self._execute(hidden_TH, ids_N)
-        return combine(pairs_NH, weights_TK, hidden_TH.dtype)
+            return self._execute_waves(hidden_TH, ids_N, counts_host, waves)
+        for wave in waves:
+            self._fetch(wave)
+        return self._execute(hidden_TH, ids_N)
 
     def _prepare(self, ids_N: torch.Tensor) -> torch.Tensor:
         """Tokens of each expert, int64 [E + 1]; the last entry counts ids beyond the last expert."""
         counts = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=ids_N.device)
         return counts.scatter_add_(0, ids_N, self._one.expand(ids_N.shape[0]))
 
-    def _plan(self, counts: torch.Tensor) -> tuple[Wave, ...]:
-        """What to fetch and in which waves to compute; nothing if every needed expert is resident.
-
-        Reading the counts is the one host synchronisation of a step.
-        """
-        counts_host = counts.cpu().numpy()
+    def _plan(self, counts_host: IntArray) -> tuple[Wave, ...]:
+        """What to fetch and in which waves to compute; nothing if every needed expert is resident."""
         counts_E = counts_host[: self._num_experts]
         needed_E = counts_E > 0
         self._steps += 1
@@ -155,10 +155,9 @@ class MoELayer:
         return self._unsort(result_NH, rows_NH, order_N, key_N >= self._slots)
 
     def _execute_waves(
-        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts: torch.Tensor, waves: tuple[Wave, ...]
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts_host: IntArray, waves: tuple[Wave, ...]
     ) -> torch.Tensor:
         """Wave after wave: a pair's key is (wave, slot), so that each wave is a run of the sorted pairs."""
-        counts_E = counts.cpu().numpy()
         keys = len(waves) * self._slots
         key_host = np.full(self._num_experts + 1, keys, np.int64)
         for number, wave in enumerate(waves):
@@ -169,7 +168,7 @@ class MoELayer:
         start = 0
         for number, wave in enumerate(waves):
             self._fetch(wave)
-            rows = slice(start, start + int(counts_E[wave.experts].sum()))
+            rows = slice(start, start + int(counts_host[wave.experts].sum()))
             first_key = number * self._slots
             result_NH[rows] = self._kernel(
                 rows_NH[rows], ends[first_key : first_key + self._slots] - start, key_N[rows] - first_key

@@ -4,8 +4,9 @@
 than the model, the operating system keeps the hot part in memory and the file is the tier below.
 
 *memory*: anonymous shared memory (memfd), which the kernel frees with the last process that holds it, however that process
-ends. Holders announce themselves by empty files ``<pid>-<fd>`` in ``<cache>/<model>-<key>.holders``; a newcomer opens the
-memory through any holder that is still alive. Pinning wants this kind: kernels refuse to pin a disk file's pages for long.
+ends. Holders announce themselves by empty files ``<cache>/<model>-<key>.<pid>-<fd>.holder``; a newcomer opens the memory
+through any holder that is still alive, and removes the files of the dead. Pinning wants this kind: kernels refuse to pin a
+disk file's pages for long.
 
 A lock file serialises building, so that of several processes that start together one builds and the others wait.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +24,8 @@ import psutil
 import torch
 
 from epslots.errors import ConfigError, StoreError
-from epslots.host_store import HostStore, Manifest, Progress, StoreShape
+from epslots.host_store import HostStore, Manifest, StoreShape
+from epslots.records import Progress
 from epslots.store_build import ExpertSource, appearing_whole, check_free_space, fill_store, record_views, sweep
 from epslots.units import format_bytes
 
@@ -67,7 +70,7 @@ def open_node_store(
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            opened = _open_file(path, manifest) if kind == "file" else _join_memory(path)
+            opened = _open_file(path, manifest) if kind == "file" else _join_memory(path, manifest)
             if opened is not None:
                 return opened
             total = StoreShape(manifest).nbytes
@@ -80,8 +83,9 @@ def open_node_store(
                 assert opened is not None
                 return opened
             return _build_memory(path, manifest, source, total, start_progress)
-    except PermissionError as error:
-        raise StoreError(f"no permission for the host store in {cache_dir} ({error}); choose another cache_dir") from error
+    except OSError as error:
+        reason = "no permission" if isinstance(error, PermissionError) else "no place"
+        raise StoreError(f"{reason} for the host store in {cache_dir} ({error}); choose another cache_dir") from error
 
 
 def store_path(manifest: Manifest, cache_dir: Path) -> Path:
@@ -102,24 +106,25 @@ def _open_file(path: Path, manifest: Manifest) -> HostStore | None:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    store = HostStore(fd, str(path))
+    return _checked(HostStore(fd, str(path)), manifest)
+
+
+def _checked(store: HostStore, manifest: Manifest) -> HostStore:
     if store.manifest != manifest:
-        raise StoreError(f"{path} was built for something else; delete it and load again")
+        store.close()
+        raise StoreError(f"{store.where} was built for something else; delete it and load again")
     return store
 
 
 def _memory_name(path: Path) -> str:
-    return f"epslots-{path.stem}"[:240]
+    return f"epslots-{path.stem.rpartition('-')[2]}"  # the key alone: the kernel takes 249 bytes
 
 
-def _join_memory(path: Path) -> HostStore | None:
+def _join_memory(path: Path, manifest: Manifest) -> HostStore | None:
     """Open the memory through a living holder, and forget the dead ones."""
-    holders = path.with_suffix(".holders")
-    if not holders.is_dir():
-        return None
     found = None
-    for entry in sorted(holders.iterdir()):
-        pid, _, number = entry.name.partition("-")
+    for entry in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.holder")):
+        pid, _, number = entry.name.removesuffix(".holder").rpartition(".")[2].partition("-")
         held = f"/proc/{pid}/fd/{number}"
         try:
             if not os.readlink(held).startswith(f"/memfd:{_memory_name(path)}"):
@@ -128,7 +133,7 @@ def _join_memory(path: Path) -> HostStore | None:
                 found = os.open(held, os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
             entry.unlink(missing_ok=True)
-    return None if found is None else _hold(found, path)
+    return None if found is None else _checked(_hold(found, path), manifest)
 
 
 def _build_memory(path: Path, manifest: Manifest, source: OpenSource, total: int, start_progress: StartProgress) -> HostStore:
@@ -145,18 +150,16 @@ def _build_memory(path: Path, manifest: Manifest, source: OpenSource, total: int
         experts = source() if on_disk is None else _StoreSource(on_disk)
         with start_progress("filling shared memory", total) as progress:
             fill_store(fd, manifest, experts, "shared memory", progress)
-        return _hold(fd, path)
     except BaseException:
         os.close(fd)
         raise
+    return _hold(fd, path)
 
 
 def _hold(fd: int, path: Path) -> HostStore:
     """Open shared memory, and announce that this process holds it until the store is closed or the process ends."""
-    holders = path.with_suffix(".holders")
-    holders.mkdir(exist_ok=True)
     pid = os.getpid()
-    entry = holders / f"{pid}-{fd}"
+    entry = path.with_name(f"{path.stem}.{pid}-{fd}.holder")
     entry.touch()
     return HostStore(fd, f"shared memory of {path.stem}", shared=True, on_close=lambda: _leave(entry, pid))
 
@@ -164,8 +167,6 @@ def _hold(fd: int, path: Path) -> HostStore:
 def _leave(entry: Path, pid: int) -> None:
     if os.getpid() == pid:  # a forked child runs the same exit handlers
         entry.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            entry.parent.rmdir()
 
 
 class _StoreSource:

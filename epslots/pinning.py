@@ -5,6 +5,7 @@ Never run on a GPU by the project's own tests; the calls are those of the CUDA r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from typing import Any
@@ -18,12 +19,13 @@ from epslots.units import format_bytes
 logger = logging.getLogger(__name__)
 
 
-def pin_store(store: HostStore, display: ProgressDisplay, cudart: Any = None) -> bool:
+def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, cudart: Any = None) -> bool:
     """Page-lock a filled store in shared memory; say so where it can't be, and what that costs.
 
     Every record is verified on the way: pinning reads them all in anyway, and a first fetch is then as fast as any.
 
     Args:
+        device: the GPU that will copy from it.
         cudart: the CUDA runtime; ``torch.cuda.cudart()`` unless a test brings its own.
 
     Returns:
@@ -45,8 +47,10 @@ def pin_store(store: HostStore, display: ProgressDisplay, cudart: Any = None) ->
             raise error
     runtime = cudart or torch.cuda.cudart()
     memory = store.memory
-    code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # not whichever GPU happens to be current
+        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if code != 0:
+        _forget_last_error(device)
         logger.warning(
             "Pinning the host store (%s) failed with CUDA error %d: every fetch takes an extra copy through a pinned buffer, "
             "at the speed of one core's memory copy instead of the GPU link's. Raise the locked-memory limit (ulimit -l), or "
@@ -56,5 +60,18 @@ def pin_store(store: HostStore, display: ProgressDisplay, cudart: Any = None) ->
         )
         return False
     store.pinned = True
-    weakref.finalize(store, runtime.cudaHostUnregister, memory.data_ptr())
+    weakref.finalize(store, _unpin, runtime, memory, device)
     return True
+
+
+def _unpin(runtime: Any, memory: torch.Tensor, device: torch.device) -> None:
+    """Release the pages once no copy reads them any more."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    runtime.cudaHostUnregister(memory.data_ptr())
+
+
+def _forget_last_error(device: torch.device) -> None:
+    """CUDA hands a failed call's error to whoever asks next, which would be an innocent kernel launch: let it be this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from epslots.host_store import Progress as Advance
+from epslots.records import Progress as Advance
 
 
 class ProgressDisplay:

@@ -11,7 +11,7 @@ The words are the field's own:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -20,6 +20,10 @@ import msgspec
 TENSOR_ALIGNMENT = 256
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+Progress = Callable[[int], None]
+"""What long work calls with the bytes done since its last call."""
 
 
 def align(size: int, alignment: int) -> int:

@@ -13,7 +13,6 @@ from epslots.memory_plan import MemoryPlan
 from epslots.moe_layer import MoELayer
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec
-from epslots.slot_pool import SlotPool
 from epslots.telemetry import Stats, Telemetry
 
 _ATTRIBUTE = "epslots_runtime"
@@ -21,23 +20,23 @@ _ATTRIBUTE = "epslots_runtime"
 
 @dataclass(frozen=True)
 class Runtime:
-    """Everything behind one model: the layers in order, each with its runner, and the pools with their movers."""
+    """Everything behind one model: the layers in order, each with its runner, and a mover for each pool."""
 
     layers: tuple[LayerSpec, ...]
     plan: MemoryPlan
     store: HostStore
-    pools: tuple[tuple[SlotPool, Mover], ...]
+    movers: tuple[Mover, ...]
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
 
     def fill_complete_layers(self, display: ProgressDisplay) -> None:
         """Load every layer that has a slot for each of its experts: it will never miss."""
-        complete = [(p, m, i) for p, m in self.pools for i in range(len(p.layers)) if p.holds_all_of(i)]
-        total = sum(pool.quotas[i] * pool.layout.nbytes for pool, _, i in complete)
+        complete = [(m, i) for m in self.movers for i in range(len(m.pool.layers)) if m.pool.holds_all_of(i)]
+        total = sum(mover.pool.quotas[i] * mover.pool.layout.nbytes for mover, i in complete)
         with display("loading experts into slots", total) as advance:
-            for pool, mover, i in complete:
+            for mover, i in complete:
                 mover.fill(i)
-                advance(pool.quotas[i] * pool.layout.nbytes)
+                advance(mover.pool.quotas[i] * mover.pool.layout.nbytes)
 
     def check_integrity(self) -> None:
         """Assert that every pool's tables, slots and records agree, byte for byte.
@@ -45,8 +44,8 @@ class Runtime:
         Raises:
             AssertionError: naming what disagrees. It is a bug of ours.
         """
-        for pool, mover in self.pools:
-            pool.check_integrity()
+        for mover in self.movers:
+            mover.pool.check_integrity()
             mover.check_content()
 
 

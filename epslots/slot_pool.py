@@ -14,6 +14,7 @@ its new content is complete, so that a failed fetch leaves a smaller cache, neve
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,10 +43,14 @@ class SlotPool:
         self.device = device
         self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
         experts = max(layer.num_experts for layer in layers)
-        self.slot_of: NDArray[np.int64] = np.full((len(layers), experts), -1, np.int64)
-        self.expert_of: NDArray[np.int64] = np.full(self.num_slots, -1, np.int64)
-        self.slot_of_device = torch.from_numpy(self.slot_of).to(device)
-        self.expert_of_device = torch.from_numpy(self.expert_of).to(device)
+        # On CUDA the host's tables are pinned, so that publishing them is a copy which nobody waits for.
+        shapes = (len(layers), experts), (self.num_slots,)
+        tables = self._host_tables = [torch.full(shape, -1, pin_memory=device.type == "cuda") for shape in shapes]
+        self.slot_of: NDArray[np.int64] = tables[0].numpy()
+        self.expert_of: NDArray[np.int64] = tables[1].numpy()
+        self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
+        # One step at a time: another thread's step could give up what this one is about to compute with.
+        self.lock = threading.Lock()
 
     @property
     def num_slots(self) -> int:
@@ -73,12 +78,10 @@ class SlotPool:
         return views
 
     def vacate(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Give up the slots of these resident experts (-1 entries are skipped)."""
+        """Give up the slots of these resident experts (-1 is skipped). ``occupy`` must follow: it tells the device."""
         gone = experts[experts >= 0]
-        if len(gone):
-            self.expert_of[self.slot_of[layer, gone]] = -1
-            self.slot_of[layer, gone] = -1
-            self._publish(layer)
+        self.expert_of[self.slot_of[layer, gone]] = -1
+        self.slot_of[layer, gone] = -1
 
     def occupy(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Enter these experts as complete in these empty slots of the layer's window."""
@@ -88,11 +91,15 @@ class SlotPool:
         self._publish(layer)
 
     def _publish(self, layer: int) -> None:
-        """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory."""
+        """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory.
+
+        The copies are queued on the current stream. The host changes its tables again only after it has read the next
+        counts of that stream, which waits for them; within a step later copies overtake what earlier ones brought.
+        """
         if self.device.type != "cpu":
             window = self.window(layer)
-            self.slot_of_device[layer].copy_(torch.from_numpy(self.slot_of[layer]), non_blocking=True)
-            self.expert_of_device[window].copy_(torch.from_numpy(self.expert_of[window]), non_blocking=True)
+            self.slot_of_device[layer].copy_(self._host_tables[0][layer], non_blocking=True)
+            self.expert_of_device[window].copy_(self._host_tables[1][window], non_blocking=True)
 
     def check_integrity(self) -> None:
         """Assert that tables and quotas agree: free + used = capacity, each table the other's inverse, both copies equal.

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 
 from epslots.errors import StoreError
-from epslots.host_store import Manifest, Progress, StoreShape, record_digest
-from epslots.records import RecordLayout
+from epslots.host_store import Manifest, StoreShape, record_digest
+from epslots.records import Progress, RecordLayout
 from epslots.units import format_bytes
 
 # Left free on a disk that a store is written to: a full disk harms everyone on the node.
@@ -34,6 +34,13 @@ class ExpertSource(Protocol):
 def record_views(record: torch.Tensor, layout: RecordLayout) -> dict[str, torch.Tensor]:
     """The tensors inside a record, uint8 [layout.nbytes], sharing its memory."""
     return {t.name: record[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape) for t in layout.tensors}
+
+
+def pack_record(record: torch.Tensor, layout: RecordLayout, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy an expert's tensors into its record, converting their dtype; the padding between them is left as it is."""
+    views = record_views(record, layout)
+    for name, tensor in tensors.items():
+        views[name].copy_(tensor)
 
 
 def reserve(fd: int, nbytes: int, where: str) -> None:
@@ -124,9 +131,7 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
         if layout not in buffers:  # once a thread; zeros, so that the padding between tensors is defined
             buffers[layout] = torch.zeros(layout.nbytes, dtype=torch.uint8), torch.empty(layout.nbytes, dtype=torch.uint8)
         record, written = buffers[layout]
-        views = record_views(record, layout)
-        for name, tensor in source.read_expert(layer, expert).items():
-            views[name].copy_(tensor)
+        pack_record(record, layout, source.read_expert(layer, expert))
         digest = record_digest(record)
         offset = shape.offset(layer, expert)
         _transfer(lambda view, at: os.pwrite(fd, view, at), record, offset)

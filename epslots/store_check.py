@@ -13,7 +13,7 @@ from epslots.host_store import record_digest
 from epslots.loading import load
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, runtime_of, verify
-from epslots.store_build import record_views
+from epslots.store_build import pack_record
 
 
 def check_store(
@@ -50,9 +50,7 @@ def _compare(runtime: Runtime, reader: ExpertReader, display: ProgressDisplay) -
         for layer, expert in runtime.store.shape.experts():
             spec = runtime.layers[layer]
             record = torch.zeros(spec.layout.nbytes, dtype=torch.uint8)
-            views = record_views(record, spec.layout)
-            for name, tensor in reader.read_expert(layer, expert).items():
-                views[name].copy_(tensor)
+            pack_record(record, spec.layout, reader.read_expert(layer, expert))
             if record_digest(record) != runtime.store.digest(layer, expert):
                 problems.append(f"expert {expert} of {spec.name}: the checkpoint differs from the host store")
             advance(record.nbytes)

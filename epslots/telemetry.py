@@ -12,7 +12,7 @@ from epslots.records import LayerSpec
 
 
 class LayerStats(msgspec.Struct, frozen=True):
-    """Counters of one MoE layer since loading or the last reset. One *use* is one expert needed by one step.
+    """Counters of one MoE layer since loading. One *use* is one expert needed by one step.
 
     Attributes:
         layer: the experts module's path in the model.
@@ -84,14 +84,6 @@ class Telemetry:
         self._tokens = np.zeros((count, experts + 1), np.int64)
         self._device_tokens = torch.zeros((count, experts + 1), dtype=torch.int64, device=device)
         self._device_uses = torch.zeros(count, dtype=torch.int64, device=device)
-        self.reset()
-
-    def reset(self) -> None:
-        """Set every counter to zero."""
-        self._tokens[:] = 0
-        self._device_tokens.zero_()
-        self._device_uses.zero_()
-        count = len(self._layers)
         self._steps, self._hits, self._misses, self._waves, self._evictions, self._bytes = ([0] * count for _ in range(6))
         self._stall_s = [0.0] * count
 

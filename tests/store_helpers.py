@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -66,6 +67,7 @@ def hold_store(cache_dir: Path, kind: str, pipe: Connection) -> None:
 def build_slowly(cache_dir: Path, kind: str, pipe: Connection) -> None:
     """A process that the test kills or interrupts in the middle of building."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
     with contextlib.suppress(KeyboardInterrupt):
         open_store(cache_dir, TellingExperts(pipe), kind)
 

@@ -15,6 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import epslots
 from epslots import CheckpointError, ConfigError, DoesNotFitError, StoreError, UnsupportedModelError
+from epslots.checkpoint import open_checkpoint
+from epslots.expert_reader import ExpertReader
+from epslots.experts import SPEC
+from epslots.records import LayerSpec
+from epslots.runtime import runtime_of
 from epslots.store_check import check_store
 from tests import zoo
 from tests.store_helpers import without_privileges
@@ -92,6 +97,7 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic_before_any_weight_is_rea
         ({"policy": "fifo"}, "policy='fifo': allowed"),
         ({"host_store": "disk"}, "host_store='disk': allowed: file, memory"),
         ({"trust_remote_code": True}, "never runs code"),
+        ({"device_map": "auto"}, "device_map: epslots sets this itself"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str, folder: Path, tmp_path: Path):
@@ -147,7 +153,7 @@ def test_a_bit_flipped_in_the_host_store_is_never_served(folder: Path, tmp_path:
     bounded = load(folder, tmp_path, slots=2)  # nothing is fetched yet
     with pytest.raises(StoreError, match="expert 7"):
         bounded(zoo.random_ids(32, 64))
-    epslots.runtime.runtime_of(bounded).pools[0][0].check_integrity()
+    epslots.runtime.runtime_of(bounded).movers[0].pool.check_integrity()
     assert len(epslots.verify(bounded, progress=False)) == 1
 
 
@@ -172,6 +178,54 @@ def test_missing_expert_keys(folder: Path, tmp_path: Path):
     key = "model.layers.1.mlp.experts.5.up_proj.weight"
     rewrite(folder, key, dropping(key))
     refused(folder, tmp_path, CheckpointError, r"layers\.1\.mlp\.experts\.gate_up_proj: the checkpoint lacks expert 5 of 16")
+
+
+@pytest.mark.parametrize("layout", ["per expert", "fused"])
+@pytest.mark.parametrize("experts", [8, 24])
+def test_another_number_of_experts_than_the_model_has(layout: str, experts: int, folder: Path, tmp_path: Path):
+    if layout == "fused":
+        folder = zoo.make_fused(folder, tmp_path / "fused")
+    change_config(folder, num_experts=experts, num_local_experts=experts)
+    with pytest.raises(CheckpointError, match=r"shape|lacks expert 16, 17|has 16 experts, the model 8|holds 16 experts"):
+        load(folder, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["per expert", "fused"])
+@pytest.mark.parametrize("experts", [8, 24])
+def test_the_reader_itself_counts_experts(layout: str, experts: int, folder: Path, tmp_path: Path):
+    """The router's shape gives such a checkpoint away before; the reader doesn't lean on that."""
+    model = load(folder, tmp_path)
+    if layout == "fused":
+        folder = zoo.make_fused(folder, tmp_path / "fused")
+        model = load(folder, tmp_path)
+    for module in model.modules():
+        if hasattr(module, SPEC):
+            setattr(module, SPEC, {name: (experts, *shape[1:]) for name, shape in getattr(module, SPEC).items()})
+    layers = tuple(LayerSpec(x.name, experts, x.layout) for x in runtime_of(model).layers)
+    with pytest.raises(CheckpointError, match=r"lacks expert 16, 17|has 16 experts, the model 8|holds 16 experts"):
+        ExpertReader(open_checkpoint(folder), model, layers)
+
+
+def test_fp8_experts_without_their_scales(checkpoint: Callable[[str], Path], tmp_path: Path):
+    folder = zoo.make_fp8(checkpoint("deepseek_v3"), tmp_path / "fp8")
+    tensors = {k: t for k, t in zoo.read_tensors(folder).items() if not (".experts." in k and k.endswith("_scale_inv"))}
+    stripped = zoo.write_checkpoint(folder, tmp_path / "stripped", tensors)
+    refused(stripped, tmp_path, CheckpointError, r"no tensor like .*weight_scale_inv")
+
+
+def test_two_models_of_one_name_and_date_are_told_apart(checkpoint: Callable[[str], Path], tmp_path: Path):
+    """Archives and container layers give every file the same date; the sizes of two fine-tunes are equal anyway."""
+    first = Path(shutil.copytree(checkpoint("mixtral"), tmp_path / "a" / "model"))
+    second = Path(shutil.copytree(first, tmp_path / "b" / "model"))
+    for path in second.glob("*.safetensors"):
+        save_file({k: t * 2 for k, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    for path in [*first.iterdir(), *second.iterdir()]:
+        os.utime(path, ns=(10**18, 10**18))
+    load(first, tmp_path)
+    ids = zoo.random_ids()
+    with torch.no_grad():
+        expected, actual = zoo.reference(second)(ids).logits, load(second, tmp_path)(ids).logits
+    assert (expected - actual).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_whole_projection_missing(folder: Path, tmp_path: Path):

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from epslots import CorruptExpertError, StoreError
-from epslots.host_store import HostStore, StoreShape
-from epslots.node_store import resolve_store_kind, store_path
+from epslots.host_store import HostStore, Manifest, StoreShape
+from epslots.node_store import open_node_store, resolve_store_kind, store_path
+from epslots.progress import ProgressDisplay
 from epslots.store_build import appearing_whole, record_views
 from tests.store_helpers import MANIFEST, NARROW, WIDE, NamedExperts, build_slowly, hold_store, open_store, without_privileges
 
@@ -94,7 +95,9 @@ def test_processes_that_start_together_share_one_copy(kind: str, cache_dir: Path
 
 
 def test_shared_memory_lives_as_long_as_any_holder_and_no_longer(cache_dir: Path):
-    holders = store_path(MANIFEST, cache_dir).with_suffix(".holders")
+    def holders() -> list[Path]:
+        return list(cache_dir.glob("*.holder"))
+
     with process(hold_store, cache_dir, "memory") as (first, a):
         _, memory, _ = a.recv()
         with process(hold_store, cache_dir, "memory") as (second, b):
@@ -107,13 +110,13 @@ def test_shared_memory_lives_as_long_as_any_holder_and_no_longer(cache_dir: Path
                 third.join()
             second.kill()
             second.join()
-    assert len(list(holders.iterdir())) == 1, "an empty file of the last one killed, of no consequence"
+    assert len(holders()) == 1, "an empty file of the last one killed, of no consequence"
     source = NamedExperts()
     store = open_store(cache_dir, source, "memory")
     assert source.reads == 9, "with its last holder the memory was gone"
-    assert len(list(holders.iterdir())) == 1
+    assert len(holders()) == 1
     store.close()
-    assert not holders.exists()
+    assert holders() == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -150,6 +153,65 @@ def test_without_nameless_files_a_failure_leaves_nothing_either(cache_dir: Path,
         assert not path.exists()
     assert path.read_bytes() == b"whole"
     assert list(cache_dir.iterdir()) == [path]
+
+
+def test_a_second_process_waits_for_the_first_to_finish_building(cache_dir: Path):
+    with process(build_slowly, cache_dir, "file") as (first, a):
+        assert a.recv() == "building"
+        with process(hold_store, cache_dir, "file") as (_, b):
+            assert not b.poll(6.0), "it went ahead although the store was being built"
+            a.send("go on")
+            assert b.recv()[0] == 0, "it built a second time"
+            b.send("end")
+        first.join()
+
+
+def test_what_a_killed_builder_left_under_a_name_is_swept(cache_dir: Path):
+    cache_dir.mkdir()
+    leftover = store_path(MANIFEST, cache_dir).with_name(store_path(MANIFEST, cache_dir).name + ".1a2b.tmp")
+    leftover.write_bytes(b"half")
+    open_store(cache_dir, NamedExperts())
+    assert not leftover.exists()
+
+
+def test_a_disk_that_forgets_what_was_written_is_found_out(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    read = os.preadv
+
+    def forgetful(fd: int, buffers: list[Any], offset: int) -> int:
+        count = read(fd, buffers, offset)
+        buffers[0][3] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", forgetful)
+    with pytest.raises(StoreError, match="doesn't hold what was written to it"):
+        open_store(cache_dir, NamedExperts())
+
+
+def test_a_store_of_something_else_is_not_taken(cache_dir: Path):
+    open_store(cache_dir, NamedExperts()).close()
+    other = Manifest("0th3r", "model", MANIFEST.layers)
+    store_path(MANIFEST, cache_dir).rename(store_path(other, cache_dir))
+    with pytest.raises(StoreError, match="was built for something else"):
+        open_node_store(other, NamedExperts, kind="file", cache_dir=cache_dir, start_progress=ProgressDisplay(False))
+
+
+@pytest.mark.parametrize("place", ["a file", "under a file"])
+def test_a_cache_folder_that_cannot_be(place: str, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="no place for the host store"):
+        open_store(tmp_path / "file" if place == "a file" else tmp_path / "file" / "cache", NamedExperts())
+
+
+def test_a_store_that_cannot_be_mapped_gives_back_its_file(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("unable to mmap: Cannot allocate memory")
+
+    monkeypatch.setattr(torch, "from_file", refuse)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(RuntimeError, match="unable to mmap"):
+        open_store(cache_dir, NamedExperts(), "memory")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert list(cache_dir.glob("*.holder")) == []
 
 
 def test_an_error_in_one_expert_stops_the_build_and_is_told(cache_dir: Path):

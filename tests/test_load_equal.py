@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_logits_and_greedy_tokens_equal(name: str, slots: int | str, checkpoint:
     experts = zoo.ZOO[name].num_experts
     assert all(layer.num_experts == experts for layer in runtime.layers)
     quota = {1: 1, "25%": max(1, experts // 4), "100%": experts}[slots]
-    assert all(pool.memory.nbytes == quota * len(pool.layers) * pool.layout.nbytes for pool, _ in runtime.pools)
+    assert all(m.pool.memory.nbytes == quota * len(m.pool.layers) * m.pool.layout.nbytes for m in runtime.movers)
     used = [layer for layer in epslots.stats(model).layers if layer.steps]
     assert len(used) == zoo.ZOO[name].moe_layers - zoo.ZOO[name].idle_layers
     assert all((layer.misses == 0) == (slots == "100%") for layer in used), "the pool was really bounded"
@@ -60,7 +61,7 @@ def test_two_experts_modules_a_layer_and_both_reached(checkpoint: Callable[[str]
     folder = checkpoint("ernie4_5_vl_moe")
     reference, model = zoo.reference(folder), load(folder, cache_dir, slots=2)
     assert_equal(model, reference, **zoo.mixed_inputs(2, 40))
-    assert len(runtime_of(model).pools) == 2
+    assert len(runtime_of(model).movers) == 2
     assert all(layer.steps for layer in epslots.stats(model).layers)
 
 
@@ -141,6 +142,24 @@ def test_batches_padding_sampling_and_cache_work_as_usual(checkpoint: Callable[[
             torch.manual_seed(5)
             outputs.append(candidate.generate(ids, **settings, **extra))
         assert torch.equal(*outputs)
+
+
+def test_threads_that_share_a_model_do_not_disturb_each_other(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Two slots, four threads: without taking turns, one gives up what another is about to compute with."""
+    folder = checkpoint("qwen3_moe")
+    model, reference = load(folder, cache_dir, slots=2), zoo.reference(folder)
+    batches = [zoo.random_ids(1, 24, seed=seed) for seed in range(24)]
+    with torch.no_grad():
+        expected = [reference(ids).logits for ids in batches]
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():  # a thread's own setting
+            return model(ids).logits
+
+    with ThreadPoolExecutor(4) as pool:
+        for logits, actual in zip(expected, pool.map(run, batches), strict=True):
+            assert (logits - actual).abs().max() <= TOLERANCE * logits.abs().max()
+    runtime_of(model).check_integrity()
 
 
 def test_no_tokens_at_all(checkpoint: Callable[[str], Path], cache_dir: Path):

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from epslots import CorruptExpertError
 from epslots.pinning import pin_store
@@ -14,6 +15,7 @@ from epslots.progress import ProgressDisplay
 from tests.store_helpers import NamedExperts, open_store
 
 QUIET = ProgressDisplay(shown=False)
+CPU = torch.device("cpu")
 
 
 class FakeRuntime:
@@ -32,7 +34,7 @@ class FakeRuntime:
 
 def test_shared_memory_is_pinned_after_filling_and_released(cache_dir: Path):
     store, runtime = open_store(cache_dir, NamedExperts(), "memory"), FakeRuntime()
-    assert pin_store(store, QUIET, runtime)
+    assert pin_store(store, QUIET, CPU, runtime)
     assert store.pinned
     address = store.memory.data_ptr()
     assert runtime.registered == [(address, store.nbytes)]
@@ -44,7 +46,7 @@ def test_shared_memory_is_pinned_after_filling_and_released(cache_dir: Path):
 def test_a_refusal_is_told_with_its_cost(cache_dir: Path, caplog: pytest.LogCaptureFixture):
     store = open_store(cache_dir, NamedExperts(), "memory")
     with caplog.at_level(logging.WARNING):
-        assert not pin_store(store, QUIET, FakeRuntime(code=2))
+        assert not pin_store(store, QUIET, CPU, FakeRuntime(code=2))
     assert not store.pinned
     assert "failed with CUDA error 2: every fetch takes an extra copy" in caplog.text
 
@@ -52,7 +54,7 @@ def test_a_refusal_is_told_with_its_cost(cache_dir: Path, caplog: pytest.LogCapt
 def test_a_mapped_file_is_not_pinned_and_that_is_told(cache_dir: Path, caplog: pytest.LogCaptureFixture):
     store, runtime = open_store(cache_dir, NamedExperts(), "file"), FakeRuntime()
     with caplog.at_level(logging.WARNING):
-        assert not pin_store(store, QUIET, runtime)
+        assert not pin_store(store, QUIET, CPU, runtime)
     assert runtime.registered == []
     assert "host_store='memory'" in caplog.text
 
@@ -61,4 +63,4 @@ def test_a_corrupt_record_is_found_on_the_way(cache_dir: Path):
     store = open_store(cache_dir, NamedExperts(), "memory")
     store.memory[store.shape.offset(0, 2)] ^= 1
     with pytest.raises(CorruptExpertError, match="expert 2"):
-        pin_store(store, QUIET, FakeRuntime())
+        pin_store(store, QUIET, CPU, FakeRuntime())

@@ -158,6 +158,15 @@ def test_check_content_finds_a_changed_slot():
         mover.check_content()
 
 
+def test_what_a_failed_fetch_did_not_bring_is_not_counted():
+    pool, mover, store, telemetry = make([3], 4)
+    store.corrupt.add((0, 2))
+    with pytest.raises(CorruptExpertError):
+        mover.fetch(0, np.array([1, 2, 3]), np.array([0, 1, 2]), np.array([-1, -1, -1]))
+    assert telemetry.snapshot().layers[0].bytes_fetched == LAYOUT.nbytes
+    assert pool.slot_of[0].tolist() == [-1, 0, -1, -1]
+
+
 def test_fetches_and_evictions_are_counted():
     _, mover, _, telemetry = make([1], 4)
     mover.fetch(0, np.array([3]), np.array([0]), np.array([-1]))

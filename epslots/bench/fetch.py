@@ -23,7 +23,8 @@ def bench_fetch(report: Report, cache_dir: Path, device: torch.device, *, rounds
     with random_checkpoint(config, torch.bfloat16) as folder:
         model = epslots.load(folder, slots=8, device=device, cache_dir=cache_dir)
         runtime = runtime_of(model)
-        (pool, mover), experts = runtime.pools[0], 64
+        mover, experts = runtime.movers[0], 64
+        pool = mover.pool
         size = pool.layout.nbytes
         runtime.store.verify()  # a first fetch also takes the record's digest; every later one is what is measured
         source = torch.empty(4 * experts, size, dtype=torch.uint8, pin_memory=device.type == "cuda").random_()

@@ -58,7 +58,7 @@ def _ours(folder: Path, cache_dir: Path) -> int:
     from epslots.runtime import runtime_of
 
     model = epslots.load(folder, slots=SLOTS, device="cpu", cache_dir=cache_dir, progress=False)
-    return sum(p.nbytes for p in model.parameters()) + sum(pool.nbytes for pool, _ in runtime_of(model).pools)
+    return sum(p.nbytes for p in model.parameters()) + sum(mover.pool.nbytes for mover in runtime_of(model).movers)
 
 
 def _in_fresh_process(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path) -> dict[str, float]:

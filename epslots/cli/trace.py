@@ -9,6 +9,7 @@ import typer
 
 from epslots.cli.generate import load_tokenizer, read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
+from epslots.errors import ConfigError
 
 trace_app = typer.Typer(help="Routing traces: what policies and placements are judged on.", no_args_is_help=True)
 
@@ -36,6 +37,8 @@ def record(
 
     The file holds expert_ids int16 [steps, layers, k], starts int64 [sequences] and num_experts int64 [layers].
     """
+    if not output.absolute().parent.is_dir() or output.is_dir():
+        raise ConfigError(f"{output}: give a file in a folder that exists")
     texts = read_prompts(prompts or [], file)
 
     import epslots
