@@ -22,7 +22,8 @@ class Mover:
     Args:
         pool: the slots to fill.
         store: where records come from.
-        store_layers: the store's layer index of each of the pool's layers.
+        store_layers: the model's (and the store's) layer index of each of the pool's layers: a model whose experts have two
+            layouts has two pools, and ``layer`` in the methods below counts within one.
         telemetry: counts fetches, bytes and stalls under the store's layer indices.
     """
 

@@ -1,7 +1,10 @@
 """The life of a token batch in one MoE layer: the hot path, in the order in which it happens.
 
+transformers' experts module calls ``MoELayer`` with what its router chose (experts.py; loading.py puts it there).
+
 Legend of shape suffixes: T tokens, K experts per token, N = T * K (token, k) pairs, E experts, Q slots of the layer's window,
-W waves, H hidden size.
+H hidden size. Three numbers say where an expert is: its *slot* in the whole pool, its *position* in the layer's window (slot -
+window start), and in a step of several waves its *key* (wave * Q + position), by which the pairs are sorted.
 
     prepare    count the tokens of each expert
     plan       which experts are computed in which wave, and what is fetched for it (waves.py)

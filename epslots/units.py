@@ -39,6 +39,14 @@ def format_bytes(size: float) -> str:
     return f"{sign}{size:.3g} TiB" if size < 999.5 else f"{sign}{size:,.0f} TiB"
 
 
+def format_count(count: int) -> str:
+    """A large number in words, to four significant digits: ``671 billion``."""
+    for name, size in (("trillion", 10**12), ("billion", 10**9), ("million", 10**6)):
+        if count >= size:
+            return f"{count / size:.4g} {name}"
+    return f"{count:,}"
+
+
 @dataclass(frozen=True)
 class SlotsSetting:
     """How many slots a rank holds: exactly one field is set; none of them means ``"auto"``.

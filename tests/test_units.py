@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from epslots.errors import ConfigError
-from epslots.units import SlotsSetting, format_bytes, parse_bytes, parse_slots
+from epslots.units import SlotsSetting, format_bytes, format_count, parse_bytes, parse_slots
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,11 @@ def test_bad_slots_are_refused_with_what_is_allowed(value: object):
 )
 def test_sizes_for_people(size: int, text: str):
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999"), (3_532_864, "3.533 million"), (671 * 10**9, "671 billion"), (1_026_400_000_000, "1.026 trillion")],
+)
+def test_counts_for_people(count: int, text: str):
+    assert format_count(count) == text

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "device": str(device),
+        "temporary_folder": tempfile.gettempdir(),  # where checkpoints and stores were: /dev/shm is memory
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -56,7 +56,7 @@ def bench(
             case "fetch":
                 fetch.bench_fetch(report, cache_dir, target, **settings)
             case "sweep":
-                sweep.bench_sweep(report, cache_dir)
+                sweep.bench_sweep(report, cache_dir, **settings)
             case "offload":
                 offload.bench_offload(report, cache_dir, target)
     report.save()

@@ -75,13 +75,15 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    for number, text in enumerate(texts):
-        if len(texts) > 1:
-            print(f"--- {number + 1} of {len(texts)}", file=sys.stderr)
-        set_seed(seed)
-        stream(loaded, tokenizer, text, settings, chat=chat, echo=echo)
-    if stats:
-        print_stats(epslots.stats(loaded))
+    try:
+        for number, text in enumerate(texts):
+            if len(texts) > 1:
+                print(f"--- {number + 1} of {len(texts)}", file=sys.stderr)
+            set_seed(seed)
+            stream(loaded, tokenizer, text, settings, chat=chat, echo=echo)
+    finally:  # after Ctrl-C, too
+        if stats:
+            print_stats(epslots.stats(loaded))
 
 
 def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
@@ -108,7 +110,7 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
     if not found or not all(text.strip("\r\n") for text in found):
-        raise ConfigError("an empty prompt: there is nothing to continue")
+        raise ConfigError("an empty prompt: give text as an argument, with --file, or on standard input")
     return found
 
 

@@ -12,7 +12,7 @@ from epslots.cli.options import DtypeOption, SlotsOption
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.known_shapes import KNOWN_SHAPES, known_shape
 from epslots.memory_plan import Alternative, MemoryPlan, ModelShape, describe_quotas, plan_memory
-from epslots.units import format_bytes, parse_bytes, parse_slots
+from epslots.units import format_bytes, format_count, parse_bytes, parse_slots
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -203,7 +203,7 @@ def _describe_model(shape: ModelShape) -> str:
     least, most = (pick(layer.num_experts for layer in shape.layers) for pick in (min, max))
     experts = f"{most}" if least == most else f"{least} to {most}"
     return (
-        f"{shape.parameters / 1e9:,.3g} billion weights; {len(shape.layers)} MoE layers of {experts} experts, "
+        f"{format_count(shape.parameters)} weights; {len(shape.layers)} MoE layers of {experts} experts, "
         f"{shape.top_k} for each token"
     )
 

@@ -35,7 +35,7 @@ def record(
 ) -> None:
     """Record the experts that each token of the prompts, and of their continuations, chooses.
 
-    The file holds expert_ids int16 [steps, layers, k], starts int64 [sequences] and num_experts int64 [layers].
+    The .npz holds expert_ids (int16, a row a token: layers x k), starts (each sequence's first row) and num_experts.
     """
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f"{output}: give a file in a folder that exists")
