@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import epslots
 from epslots.bench.report import Report, median
+from epslots.eviction import POLICIES
 from epslots.example import example_model
 
 SHARES = ("12.5%", "25%", "50%", "75%", "100%")
@@ -21,14 +22,7 @@ PROMPTS = (
 )
 
 
-def bench_sweep(
-    report: Report,
-    cache_dir: Path,
-    *,
-    new_tokens: int = 64,
-    rounds: int = 3,
-    policies: tuple[str, ...] = ("lru", "lfu", "lrfu"),
-) -> None:
+def bench_sweep(report: Report, cache_dir: Path, *, new_tokens: int = 64, rounds: int = 3) -> None:
     """Greedy text after four prompts, for each share of slots and each eviction policy, all in turn.
 
     Hit rates count the first round, which starts with empty slots; tokens per second are the median over all.
@@ -39,7 +33,7 @@ def bench_sweep(
         (policy, share): epslots.load(
             example_model(), slots=share, device="cpu", dtype="float32", policy=policy, cache_dir=cache_dir
         )
-        for policy in policies
+        for policy in POLICIES
         for share in SHARES
     }
     rates: dict[tuple[str, str], list[float]] = {key: [] for key in models}
@@ -70,10 +64,10 @@ def bench_sweep(
     report.table("slots against speed", rows)
     path = report.plot_path()
     if path is not None:
-        plot(rows, policies, path)
+        plot(rows, path)
 
 
-def plot(rows: list[dict[str, Any]], policies: tuple[str, ...], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Hit rate and tokens per second over the share of slots, a line for each policy."""
     import matplotlib
 
@@ -81,7 +75,7 @@ def plot(rows: list[dict[str, Any]], policies: tuple[str, ...], path: Path) -> N
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for policy in policies:
+    for policy in POLICIES:
         mine = [row for row in rows if row["policy"] == policy]
         shares = [float(row["slots"].rstrip("%")) for row in mine]
         axes[0].plot(shares, [100 * row["hit rate"] for row in mine], marker="o", label=policy)
