@@ -199,7 +199,7 @@ def _sort(
     """
     top_k = ids_N.shape[0] // hidden_TH.shape[0]
     key_N, order_N = torch.sort(key_E[ids_N], stable=True)
-    ends = torch.searchsorted(key_N, torch.arange(keys, device=key_N.device), right=True).to(torch.int32)
+    ends = torch.searchsorted(key_N, torch.arange(keys, device=key_N.device), right=True, out_int32=True)
     return order_N, key_N, ends, hidden_TH[order_N // top_k]
 
 

@@ -84,13 +84,16 @@ class Telemetry:
         self._tokens = np.zeros((count, experts + 1), np.int64)
         self._device_tokens = torch.zeros((count, experts + 1), dtype=torch.int64, device=device)
         self._device_uses = torch.zeros(count, dtype=torch.int64, device=device)
+        # Views made once: indexing a tensor costs as much as adding to it.
+        self._device_rows = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens, layers, strict=True)]
+        self._device_use = list(self._device_uses)
         self._steps, self._hits, self._misses, self._waves, self._evictions, self._bytes = ([0] * count for _ in range(6))
         self._stall_s = [0.0] * count
 
     def count_resident(self, layer: int, counts: torch.Tensor) -> None:
         """A step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
-        self._device_tokens[layer, : len(counts)] += counts
-        self._device_uses[layer] += torch.count_nonzero(counts[: self._layers[layer].num_experts])
+        self._device_rows[layer].add_(counts)
+        self._device_use[layer].add_(torch.count_nonzero(counts[:-1]))
         self._steps[layer] += 1
         self._waves[layer] += 1
 
