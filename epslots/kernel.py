@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 # Grouped matrix multiplication wants strides in multiples of this.
 STRIDE_BYTES = 16
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertKernel:
@@ -60,10 +61,10 @@ def _oriented(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
 
 
 def _matmul_for(*weights: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """torch's grouped matrix multiplication, or transformers' loop over it where strides aren't aligned for it."""
+    """torch's grouped matrix multiplication, or transformers' loop of plain ones where dtype or strides aren't for it."""
     # The strides of the weights [Q, in, out], and of the rows [N, in] that meet them.
     strides = [(w, stride) for w in weights for stride in (*w.stride(), w.shape[1]) if stride != 1]
     aligned = all(stride * w.element_size() % STRIDE_BYTES == 0 for w, stride in strides)
-    if aligned:
+    if aligned and weights[0].dtype in GROUPED_DTYPES:
         return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
     return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)

@@ -204,7 +204,8 @@ def _sort(
 
 
 def combine(pairs_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weight each pair's result and sum over k, in fp32 and in the order of k: [T, H] in ``dtype``."""
+    """Weight each pair's result and sum over k, in the order of k and at least in fp32: [T, H] in ``dtype``."""
     tokens, top_k = weights_TK.shape
-    pairs_TKH = pairs_NH.view(tokens, top_k, -1).float()
-    return (pairs_TKH * weights_TK.float()[..., None]).sum(dim=1).to(dtype)
+    exact = torch.promote_types(pairs_NH.dtype, torch.float32)
+    pairs_TKH = pairs_NH.view(tokens, top_k, -1).to(exact)
+    return (pairs_TKH * weights_TK.to(exact)[..., None]).sum(dim=1).to(dtype)

@@ -129,6 +129,21 @@ def test_auto_dtype_is_the_checkpoints_own_and_bf16_is_close(
     assert (expected - actual).norm() < 0.02 * expected.norm()
 
 
+def test_fp64_stays_fp64(checkpoint: Callable[[str], Path], cache_dir: Path):
+    folder = checkpoint("mixtral")
+    model, reference = load(folder, cache_dir, dtype="float64"), zoo.reference(folder).double()
+    ids = zoo.random_ids(2, 20)
+    with torch.no_grad():
+        embeds = reference.get_input_embeddings()(ids)
+        expected, actual = reference(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits
+    assert (expected - actual).abs().max() <= 1e-6 * expected.abs().max()
+    layer = next(m for m in model.modules() if hasattr(m, "epslots_runner"))
+    other = next(m for m in reference.modules() if type(m).__name__ == "MixtralExperts")
+    hidden, index, weights = torch.randn(6, 64).double(), torch.randint(0, 8, (6, 2)), torch.rand(6, 2).double()
+    with torch.no_grad():
+        assert torch.allclose(layer(hidden, index, weights), other(hidden, index, weights), rtol=0, atol=1e-12)
+
+
 def test_batches_padding_sampling_and_cache_work_as_usual(checkpoint: Callable[[str], Path], cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     reference, model = zoo.reference(folder), load(folder, cache_dir)
