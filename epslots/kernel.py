@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Grouped matrix multiplication wants strides in multiples of this.
+# What grouped matrix multiplication takes: strides in multiples of so many bytes, and these types.
 STRIDE_BYTES = 16
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

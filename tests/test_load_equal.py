@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def test_auto_dtype_is_the_checkpoints_own_and_bf16_is_close(
     with torch.no_grad():
         expected, actual = reference(ids).logits.float(), model(ids).logits.float()
     assert (expected - actual).norm() < 0.02 * expected.norm()
+
+
+def test_transposed_weights_whose_rows_alone_are_unaligned(tmp_path: Path, cache_dir: Path):
+    """34 fp32 activations a row are 136 bytes; the fused 68 columns of the weights are 272, which is a multiple of 16."""
+    tiny = replace(zoo.ZOO["gpt_oss"], settings={**zoo.ZOO["gpt_oss"].settings, "intermediate_size": 34})
+    tiny.build().save_pretrained(tmp_path / "odd")
+    assert_equal(load(tmp_path / "odd", cache_dir), zoo.reference(tmp_path / "odd"))
 
 
 def test_fp64_stays_fp64(checkpoint: Callable[[str], Path], cache_dir: Path):
