@@ -32,7 +32,7 @@ from epslots.kernel import ExpertKernel
 from epslots.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.model_shape import shape_of_model
 from epslots.moe_layer import MoELayer
-from epslots.node_store import open_node_store, resolve_store_kind
+from epslots.node_store import check_room, open_node_store, resolve_store_kind
 from epslots.pinning import pin_store
 from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
 from epslots.progress import ProgressDisplay
@@ -124,6 +124,8 @@ def load(
         kv_tokens=kv_tokens,
     )
     plan.check()
+    store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    check_room(manifest, kind=kind, cache_dir=store_dir)
 
     display = ProgressDisplay(progress)
     model = load_dense(
@@ -139,7 +141,7 @@ def load(
         manifest,
         lambda: ExpertReader(checkpoint, model, layers),
         kind=kind,
-        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+        cache_dir=store_dir,
         start_progress=display,
     )
     if target.type == "cuda":

@@ -67,7 +67,7 @@ def open_node_store(
         CheckpointError: from the source.
     """
     path = store_path(manifest, cache_dir)
-    try:
+    with _told(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             opened = _open_file(path, manifest) if kind == "file" else _join_memory(path, manifest)
@@ -83,6 +83,26 @@ def open_node_store(
                 assert opened is not None
                 return opened
             return _build_memory(path, manifest, source, total, start_progress)
+
+
+def check_room(manifest: Manifest, *, kind: str, cache_dir: Path) -> None:
+    """Refuse a store that has yet to be built and can't be, before other work is done.
+
+    Raises:
+        StoreError: no room, or no permission.
+    """
+    path = store_path(manifest, cache_dir)
+    with _told(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        if kind == "file" and not path.exists():
+            check_free_space(cache_dir, StoreShape(manifest).nbytes)
+
+
+@contextlib.contextmanager
+def _told(cache_dir: Path) -> Iterator[None]:
+    """Errors of the operating system as what they mean to the user."""
+    try:
+        yield
     except OSError as error:
         reason = "no permission" if isinstance(error, PermissionError) else "no place"
         raise StoreError(f"{reason} for the host store in {cache_dir} ({error}); choose another cache_dir") from error

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,12 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic_before_any_weight_is_rea
     refused(folder, tmp_path, DoesNotFitError, r"(?s)dense.*slots.*KV cache.*workspace", slots="100%")
     with pytest.raises(DoesNotFitError, match="slot"):
         load(folder, tmp_path, slots="100B")
+
+
+def test_a_full_disk_is_said_before_any_weight_is_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    monkeypatch.setattr("epslots.loading.load_dense", lambda *args, **kwargs: pytest.fail("weights were read"))
+    refused(folder, tmp_path, StoreError, "no room for the host store")
 
 
 @pytest.mark.parametrize(
