@@ -381,7 +381,7 @@ def test_the_command_prints_the_plan_and_the_alternatives() -> None:
         "dense weights",
         "128 x 1.12 GiB: 2 per layer",
         "3 sequences of 4,096 tokens",
-        "316 billion weights; 64 MoE layers of 8 experts, 2 for each token",
+        "315.7 billion weights; 64 MoE layers of 8 experts, 2 for each token",
         "hold 25.0% of the experts; 4 ranks have 1 slots for each expert: every expert can be in a slot somewhere",
         "100% (all resident)",
         "2 per layer (the most that fits)",
