@@ -24,7 +24,7 @@ class Mover:
         store: where records come from.
         store_layers: the model's (and the store's) layer index of each of the pool's layers: a model whose experts have two
             layouts has two pools, and ``layer`` in the methods below counts within one.
-        telemetry: counts fetches, bytes and stalls under the store's layer indices.
+        telemetry: counts bytes and evictions under the store's layer indices.
     """
 
     def __init__(self, pool: SlotPool, store: HostStore, store_layers: tuple[int, ...], telemetry: Telemetry) -> None:

@@ -46,16 +46,12 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder / 'config.json'}: {reason}") from error
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        method = str(getattr(method, "value", method))
+        method = quantisation.get("quant_method")
         if method not in QUANTISATIONS:
             raise UnsupportedModelError(
                 f"{folder} is quantised with {method!r}; epslots reads {', '.join(QUANTISATIONS)} and unquantised checkpoints"
             )
-        if isinstance(quantisation, dict):
-            config.quantization_config = quantisation | {"dequantize": True}
-        else:
-            quantisation.dequantize = True
+        config.quantization_config = quantisation | {"dequantize": True}
     return config
 
 

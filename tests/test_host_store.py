@@ -247,6 +247,14 @@ def test_a_flipped_bit_names_the_expert_and_is_never_served(cache_dir: Path):
     assert [(e.layer, e.expert) for e in store.verify()] == [("layers.0.experts", 4)]
 
 
+def test_a_record_is_hashed_once_and_not_at_every_fetch(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    store, hashed = open_store(cache_dir, NamedExperts()), []
+    monkeypatch.setattr("epslots.host_store.record_digest", lambda record: hashed.append(1) or store.digest(0, 1))
+    for _ in range(3):
+        store.record(0, 1)
+    assert len(hashed) == 1
+
+
 def test_verify_finds_what_changed_after_the_first_use(cache_dir: Path):
     store = open_store(cache_dir, NamedExperts())
     store.record(1, 0)
