@@ -5,8 +5,13 @@
     ├── UnsupportedModelError  the model's experts can't be run from slots
     ├── DoesNotFitError        the memory plan exceeds the device or the node
     ├── CheckpointError        files missing, truncated, mis-shaped or of a refused kind
-    └── StoreError             the host store can't be built, opened or trusted
-        └── CorruptExpertError one expert's record differs from its digest
+    ├── StoreError             the host store can't be built, opened or trusted
+    │   └── CorruptExpertError one expert's record differs from its digest
+    └── GroupError             ranks can't work together
+        ├── RankMismatchError  they were started with different checkpoints, versions or settings
+        ├── PeerLost           one of them is gone, or didn't answer within the deadline
+        ├── StaleGeneration    one of them belongs to an older process group
+        └── ExchangeError      they disagree about what is exchanged, or about who holds which expert
 
 Every message says what was given and what is allowed, so that the command line can print it alone.
 Broken invariants of our own are ``AssertionError``: they are bugs, not user mistakes.
@@ -53,3 +58,23 @@ class CorruptExpertError(StoreError):
         )
         self.layer = layer
         self.expert = expert
+
+
+class GroupError(EpslotsError):
+    """Ranks of one process group can't work together."""
+
+
+class RankMismatchError(GroupError):
+    """Ranks were started with different checkpoints, versions or settings."""
+
+
+class PeerLost(GroupError):
+    """A rank is gone, didn't answer within the deadline, or the group was aborted."""
+
+
+class StaleGeneration(GroupError):
+    """A rank belongs to an older generation of the process group."""
+
+
+class ExchangeError(GroupError):
+    """Ranks disagree about what they exchange, or about which of them holds which expert."""

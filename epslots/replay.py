@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epslots.eviction import Policy, UseHistory, record_use
+from epslots.residency import settle
 from epslots.waves import plan_waves
 
 
@@ -41,6 +42,7 @@ def replay(expert_ids: NDArray[np.int16], num_experts: NDArray[np.int64], slots:
     for layer, experts in enumerate(num_experts.tolist()):
         history = UseHistory.empty(1, experts).layer(0, experts)
         position_E, expert_Q = np.full(experts, -1), np.full(min(slots, experts), -1)
+        quota = np.array([len(expert_Q)])
         counts_E = np.zeros(experts, np.int64)
         for step, chosen in enumerate(expert_ids[:, layer], start=1):
             counts_E[:] = 0
@@ -50,7 +52,9 @@ def replay(expert_ids: NDArray[np.int16], num_experts: NDArray[np.int64], slots:
             hits[layer] += int(counts_E.sum()) - missing
             misses[layer] += missing
             if missing:
-                for wave in plan_waves(counts_E, position_E, expert_Q, policy(history)):
+                needed_E, score_E = counts_E > 0, policy(history)
+                change = settle((position_E >= 0)[None], needed_E[None], quota, score_E)
+                for wave in plan_waves(needed_E, position_E, expert_Q, score_E, change.evicted_RE[0]):
                     position_E[wave.evicted[wave.evicted >= 0]] = -1
                     expert_Q[wave.fetch_positions] = wave.fetch_experts
                     position_E[wave.fetch_experts] = wave.fetch_positions

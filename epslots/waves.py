@@ -1,12 +1,8 @@
-"""The plan of one layer on one rank: what is computed when, what is fetched into which slot, and what gives way.
+"""One rank's way through one layer's step: what is computed when, and what is fetched into which slot.
 
-Pure: integer arrays in, integer arrays out. A layer owns a *window* of ``quota`` neighbouring slots; positions here count
-from the window's start. With at least as many slots as needed experts the plan is one wave. With fewer, the layer runs in
-waves, and once an expert is computed its slot may serve the next one.
-
-In a plan of several waves every expert that the policy scores highest should still be resident at the end, or a single
-long prompt would empty the cache of what decoding lives on. So the slots of the highest-scored residents are *anchored*,
-and the misses pass through the other, *rotating* slots in order of rising score.
+Pure: integer arrays in, integer arrays out. Which experts give way is decided (``residency.py``); here they get a position and
+a turn. A layer owns a *window* of ``quota`` neighbouring slots; positions count from the window's start. With at least as many
+slots as needed experts the plan is one wave. With fewer, the layer runs in waves.
 """
 
 from __future__ import annotations
@@ -17,9 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epslots.eviction import IntArray
-
-# At least one in so many slots rotates, so that anchoring can't stretch a layer into a wave per expert.
-ROTATING_SHARE = 4
+from epslots.residency import BoolArray
 
 
 @dataclass(frozen=True)
@@ -41,51 +35,56 @@ class Wave:
     evicted: IntArray
 
 
+_NOTHING = np.zeros(0, np.int64)
+NO_WAVE = Wave(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
+
+
 def plan_waves(
-    counts_E: IntArray, position_E: NDArray[np.integer], expert_Q: NDArray[np.integer], score_E: IntArray
+    needed_E: BoolArray,
+    position_E: NDArray[np.integer],
+    expert_Q: NDArray[np.integer],
+    score_E: IntArray,
+    evicted_E: BoolArray,
 ) -> tuple[Wave, ...]:
-    """Plan one layer's step.
+    """Plan one rank's part of a layer's step.
 
     Args:
-        counts_E: int [experts], tokens routed to each expert; an expert is needed where this is positive.
+        needed_E: the experts that this rank computes.
         position_E: int [experts], the window position that holds each expert, -1 = absent.
         expert_Q: int [quota], the expert in each position, -1 = empty; the inverse of ``position_E``.
-        score_E: int64 [experts], the eviction policy's scores; higher is kept longer.
+        score_E: int64 [experts], the eviction policy's scores.
+        evicted_E: what gives way, as ``residency.settle`` decided for these arguments.
 
     Returns:
         Waves in order. Every needed expert is computed in exactly one of them, none is evicted before that, and only
         positions inside the window are used. No waves when nothing is needed.
     """
-    needed_E = counts_E > 0
     resident_E = position_E >= 0
     hits = np.flatnonzero(needed_E & resident_E)
     misses = np.flatnonzero(needed_E & ~resident_E)
     hit_positions = position_E[hits].astype(np.int64)
     if not len(misses):
-        nothing = misses
-        return (Wave(hits, hit_positions, nothing, nothing, nothing),) if len(hits) else ()
+        return (Wave(hits, hit_positions, misses, misses, misses),) if len(hits) else ()
+    # Misses go through these positions in turn, again and again: empty ones first, then by their occupants' rising score.
+    empty = np.flatnonzero(expert_Q < 0)
+    going = np.flatnonzero(evicted_E)
+    going = going[np.argsort(score_E[going], kind="stable")]
+    if len(hits) + len(misses) <= len(expert_Q):
+        targets = np.concatenate([empty, position_E[going]])[: len(misses)]
+        displaced = np.concatenate([np.full(len(empty), -1), going])[: len(misses)]
+        return (Wave(np.concatenate([hits, misses]), np.concatenate([hit_positions, targets]), misses, targets, displaced),)
 
-    quota = len(expert_Q)
-    several = len(hits) + len(misses) > quota
+    misses = misses[np.argsort(score_E[misses], kind="stable")]
+    # What the first wave computes can't give way to it.
+    busy = needed_E[going]
+    turn = np.concatenate([empty, position_E[going[~busy]], position_E[going[busy]]])
     occupant_Q = expert_Q.astype(np.int64)
-    if several:
-        rotating_Q = _rotating(occupant_Q, misses, score_E)
-        misses = misses[np.argsort(score_E[misses], kind="stable")]
-    else:
-        rotating_Q = np.ones(quota, bool)
-    # What the first wave computes can't give way to it; later waves may use every rotating position.
-    busy_Q = np.zeros(quota, bool)
-    busy_Q[hit_positions] = True
-
     waves = []
     computed, computed_positions = hits, hit_positions
-    while len(misses) or len(computed):
-        open_positions = np.flatnonzero(rotating_Q & ~busy_Q)
-        occupants = occupant_Q[open_positions]
-        # Empty positions first, then the lowest score, ties by expert id: never by where an expert happens to lie.
-        first = np.lexsort((occupants, np.where(occupants < 0, np.iinfo(np.int64).min, score_E[occupants])))
-        targets = open_positions[first][: len(misses)]
-        fetched, misses = misses[: len(targets)], misses[len(targets) :]
+    done, room = 0, len(empty) + int(np.count_nonzero(~busy))
+    while done < len(misses) or len(computed):
+        fetched = misses[done : done + room]
+        targets = turn[(done + np.arange(len(fetched))) % len(turn)]
         waves.append(
             Wave(
                 np.concatenate([computed, fetched]),
@@ -96,19 +95,7 @@ def plan_waves(
             )
         )
         occupant_Q[targets] = fetched
-        busy_Q[:] = False
         computed = computed_positions = misses[:0]
+        done += len(fetched)
+        room = len(turn)
     return tuple(waves)
-
-
-def _rotating(occupant_Q: IntArray, misses: IntArray, score_E: IntArray) -> NDArray[np.bool_]:
-    """Positions that misses pass through: all but those of residents among the ``quota`` highest scores."""
-    quota = len(occupant_Q)
-    filled = np.flatnonzero(occupant_Q >= 0)
-    candidates = np.concatenate([occupant_Q[filled], misses])
-    best = np.lexsort((candidates, -score_E[candidates]))[:quota]
-    anchored = filled[best[best < len(filled)]]  # in order of falling score
-    rotating_least = max(1, quota // ROTATING_SHARE)
-    rotating_Q = np.ones(quota, bool)
-    rotating_Q[anchored[: quota - rotating_least]] = False
-    return rotating_Q

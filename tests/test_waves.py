@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from epslots.residency import settle
 from epslots.waves import plan_waves
 
 
@@ -19,7 +20,14 @@ def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] 
         if expert >= 0:
             position_E[expert] = position
     score_E = np.array(scores if scores is not None else [0] * len(counts), np.int64)
-    return plan_waves(np.array(counts, np.int64), position_E, expert_Q, score_E), expert_Q
+    needed_E = np.array(counts) > 0
+    change = settle((position_E >= 0)[None], needed_E[None], np.array([quota]), score_E)
+    waves = plan_waves(needed_E, position_E, expert_Q, score_E, change.evicted_RE[0])
+    after_Q = expert_Q.copy()
+    for wave in waves:
+        after_Q[wave.fetch_positions] = wave.fetch_experts
+    assert sorted(after_Q[after_Q >= 0]) == np.flatnonzero(change.after_RE[0]).tolist(), "waves lead to what was decided"
+    return waves, expert_Q
 
 
 def test_nothing_needed_needs_no_wave():
