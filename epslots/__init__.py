@@ -10,16 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from epslots.costs import Costs
     from epslots.errors import (
         CheckpointError,
         ConfigError,
         CorruptExpertError,
         DoesNotFitError,
         EpslotsError,
+        ExchangeError,
+        GroupError,
+        PeerLost,
+        RankMismatchError,
+        StaleGeneration,
         StoreError,
         UnsupportedModelError,
     )
     from epslots.loading import load
+    from epslots.ranks import keep_in_step
     from epslots.runtime import stats, verify
     from epslots.trace import Trace, record_trace
 
@@ -29,18 +36,33 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CorruptExpertError",
+    "Costs",
     "DoesNotFitError",
     "EpslotsError",
+    "ExchangeError",
+    "GroupError",
+    "PeerLost",
+    "RankMismatchError",
+    "StaleGeneration",
     "StoreError",
     "Trace",
     "UnsupportedModelError",
+    "keep_in_step",
     "load",
     "record_trace",
     "stats",
     "verify",
 ]
 
-_HOME = {"load": "loading", "stats": "runtime", "verify": "runtime", "Trace": "trace", "record_trace": "trace"}
+_HOME = {
+    "Costs": "costs",
+    "Trace": "trace",
+    "keep_in_step": "ranks",
+    "load": "loading",
+    "record_trace": "trace",
+    "stats": "runtime",
+    "verify": "runtime",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
 """The mover: the only code that fills slots.
 
-A fetch moves one expert's record into one slot as a single contiguous copy. On CUDA it is queued on the stream that computes:
-in order with the kernels that still read what gives way, and with those that read what comes. It starts from the pinned store
-itself, or from a pinned staging record where the store couldn't be pinned.
+A fetch moves one expert's record into one slot as a single contiguous copy, from the node's host store or straight from a
+peer's slot. On CUDA a host copy is queued on the stream that computes: in order with the kernels that still read what gives
+way, and with those that read what comes. It starts from the pinned store itself, or from a pinned staging record where the
+store couldn't be pinned.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from epslots.host_store import HostStore
+from epslots.shared_layer import Copies
 from epslots.slot_pool import SlotPool
 from epslots.telemetry import Telemetry
+from epslots.transport import Transport
 
 
 class Mover:
-    """Serves the fetches of one pool from the node's host store.
+    """Serves the fetches of one pool, from the node's host store and from peers.
+
+    Set ``transport`` to fetch from peers, and to be one.
 
     Args:
         pool: the slots to fill.
@@ -32,37 +37,77 @@ class Mover:
         self.store = store
         self.store_layers = store_layers
         self.telemetry = telemetry
+        self.transport: Transport | None = None
         self._staging: torch.Tensor | None = None
         if pool.device.type == "cuda" and not store.pinned:
             self._staging = torch.empty(pool.layout.nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def fetch(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64], evicted: NDArray[np.int64]) -> None:
+    def fetch(
+        self,
+        layer: int,
+        experts: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        evicted: NDArray[np.int64],
+        copies: Copies | None = None,
+        *,
+        agreed: bool = True,
+    ) -> None:
         """Fill ``slots`` with ``experts`` of one layer in the place of ``evicted`` (-1 = empty), in order.
 
         On return the tables name the new content, and work queued on the current stream sees it.
 
+        Args:
+            copies: what comes from peers, and what goes to them; all else comes from the host store. What goes to peers
+                isn't among ``evicted``, and is there on return, so no slot is reused while a peer reads it.
+            agreed: as in ``Transport.exchange``.
+
         Raises:
             CorruptExpertError: a record differs from its digest. It entered no slot; those before it did.
+            PeerLost: a copy between ranks broke off. Its slot is empty, as are those that would have come after it.
         """
         self.pool.vacate(layer, evicted)
-        done = 0
+        done = np.zeros(len(experts), bool)
+        from_peer = done.copy() if copies is None else np.array([e in copies.sources for e in experts.tolist()], bool)
         try:
-            for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-                self._copy(self.pool.memory[slot], self.store.record(self.store_layers[layer], expert))
-                done += 1
+            if copies is not None:
+                self._exchange(layer, experts[from_peer], slots[from_peer], copies, agreed)
+                done[from_peer] = True
+            for number in np.flatnonzero(~from_peer).tolist():
+                record = self.store.record(self.store_layers[layer], int(experts[number]))
+                self._copy(self.pool.memory[slots[number]], record)
+                done[number] = True
         finally:
-            self.pool.occupy(layer, experts[:done], slots[:done])
+            self.pool.occupy(layer, experts[done], slots[done])
+            size = self.pool.layout.nbytes
             self.telemetry.count_fetches(
                 self.store_layers[layer],
-                bytes_fetched=done * self.pool.layout.nbytes,
+                host_bytes=int((done & ~from_peer).sum()) * size,
+                peer_bytes=int((done & from_peer).sum()) * size,
                 evictions=int((evicted >= 0).sum()),
             )
 
-    def fill(self, layer: int) -> None:
-        """Load every expert of a layer that has a slot for each."""
-        assert self.pool.holds_all_of(layer)
-        experts = np.arange(self.pool.layers[layer].num_experts)
-        self.fetch(layer, experts, experts + self.pool.window(layer).start, np.full_like(experts, -1))
+    def _exchange(
+        self,
+        layer: int,
+        experts: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        copies: Copies,
+        agreed: bool,
+    ) -> None:
+        """Copies between ranks, from slot to slot, in the order of the experts on both sides."""
+        assert self.transport is not None
+        memory, slot_of_E = self.pool.memory, self.pool.slot_of[layer]
+        assert all(slot_of_E[expert] >= 0 for _, expert in copies.sends), "a peer was promised an expert that isn't here"
+        self.transport.exchange(
+            [(rank, memory[slot_of_E[expert]]) for rank, expert in copies.sends],
+            [(copies.sources[expert], memory[slot]) for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True)],
+            agreed=agreed,
+        )
+
+    def fill(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """Load experts into the layer's first slots, which are empty."""
+        slots = self.pool.window(layer).start + np.arange(len(experts))
+        self.fetch(layer, experts, slots, np.full(len(experts), -1))
 
     def check_content(self) -> None:
         """Assert that every occupied slot holds the store's record of its expert, byte for byte.

@@ -22,6 +22,10 @@ class ExpertKernel:
     Args:
         module: the experts module; asked for its flags, ``_apply_gate``, ``act_fn`` and ``post_expert_norm``.
         weights: tensors [Q, ...] by the module's parameter names, in the slots' memory.
+
+    Attributes:
+        dtype: of the weights and the results.
+        hidden_size: H.
     """
 
     def __init__(self, module: Any, weights: Mapping[str, torch.Tensor]) -> None:
@@ -33,7 +37,8 @@ class ExpertKernel:
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
         self._matmul = _matmul_for(self._first, self._down)
-        self._dtype = self._first.dtype
+        self.dtype = self._first.dtype
+        self.hidden_size = self._down.shape[-1]
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
         """Each row's expert applied to it.
@@ -46,7 +51,7 @@ class ExpertKernel:
         Returns:
             [N, H] in the weights' dtype.
         """
-        result = self._matmul(rows_NH.to(self._dtype), self._first, ends_Q)
+        result = self._matmul(rows_NH.to(self.dtype), self._first, ends_Q)
         if self._first_bias is not None:
             result += self._first_bias[slot_N]
         result = self._matmul(self._activate(result), self._down, ends_Q)

@@ -16,12 +16,14 @@ import msgspec
 import platformdirs
 import psutil
 import torch
+import torch.distributed as dist
 import transformers
 import xxhash
 from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from epslots.costs import Costs
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, resolve_policy
 from epslots.expert_reader import ExpertReader
@@ -36,10 +38,14 @@ from epslots.node_store import check_room, open_node_store, resolve_store_kind
 from epslots.pinning import pin_store
 from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
 from epslots.progress import ProgressDisplay
+from epslots.ranks import announce_failure, group_up, ranks_here
 from epslots.records import LayerSpec, RecordLayout
+from epslots.rendezvous import find_transport, local_number
 from epslots.runtime import Runtime, attach
+from epslots.slot_experts import SlotExperts
 from epslots.slot_pool import SlotPool
 from epslots.telemetry import Telemetry
+from epslots.transport import Transport
 from epslots.units import SlotsSetting, parse_slots
 
 logger = logging.getLogger(__name__)
@@ -70,9 +76,15 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     kv_tokens: int = DEFAULT_KV_TOKENS,
     progress: bool | None = None,
+    group: dist.ProcessGroup | Transport | None = None,
+    costs: Costs | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts checkpoint with a bounded number of expert slots.
+
+    With several ranks, each calls this; they become one model, whose experts are spread over all ranks' slots. Dense weights
+    are on every rank, batches are each rank's own, and every forward pass is a step that all ranks make together
+    (``keep_in_step`` and ``generate(synced_gpus=True)`` see to that).
 
     Args:
         path_or_id: a checkpoint folder with safetensors, or a hub id.
@@ -86,6 +98,9 @@ def load(
         cache_dir: folder of the host store; by default the user's cache folder.
         kv_tokens: tokens of KV cache that the memory plan leaves room for.
         progress: show progress bars; by default when standard error is a terminal.
+        group: the ranks to compute with; by default all of torch.distributed's default group, which is formed when the process
+            was started by ``torchrun`` and hasn't done so, and none otherwise. Ranks may have different numbers of slots.
+        costs: what things cost, by which ranks divide their work; measured if not given. The same on all ranks.
         model_kwargs: handed to transformers' ``from_pretrained``, such as ``attn_implementation``.
 
     Returns:
@@ -97,14 +112,61 @@ def load(
         UnsupportedModelError: the model's experts can't be run from slots.
         DoesNotFitError: the memory plan exceeds the device; no weight was read.
         StoreError: the host store can't be built or trusted.
+        GroupError: ranks don't match, or one is lost.
     """
-    setting = parse_slots(slots)
-    policy_function = resolve_policy(policy)
-    target = resolve_device(device)
     if model_kwargs.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
     if taken := sorted(OWN_ARGUMENTS & model_kwargs.keys()):
         raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
+    setting = parse_slots(slots)
+    policy_function = resolve_policy(policy)
+    display = ProgressDisplay(progress)
+    target = resolve_device(device)
+    transport = find_transport(group, target)
+    neighbours = 1 if transport is None else ranks_here(transport)
+    try:
+        model = _load_here(
+            path_or_id,
+            setting=setting,
+            target=target,
+            dtype=dtype,
+            policy=policy_function,
+            host_store=host_store,
+            store_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+            kv_tokens=kv_tokens,
+            neighbours=neighbours,
+            display=display,
+            model_kwargs=model_kwargs,
+        )
+    except Exception as error:
+        if transport is not None:
+            announce_failure(transport, error)
+        raise
+    if transport is not None:
+        settings = {
+            "dtype": str(model.dtype),
+            "policy": policy if isinstance(policy, str) else policy.__qualname__,
+            "device": target.type,
+        }
+        group_up(model, transport, settings=settings, costs=costs, display=display)
+    return model
+
+
+def _load_here(
+    path_or_id: str | os.PathLike[str],
+    *,
+    setting: SlotsSetting,
+    target: torch.device,
+    dtype: str | torch.dtype,
+    policy: Policy,
+    host_store: str | None,
+    store_dir: Path,
+    kv_tokens: int,
+    neighbours: int,
+    display: ProgressDisplay,
+    model_kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """This rank's model, on its own. ``neighbours`` ranks share the node's RAM."""
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
@@ -115,19 +177,16 @@ def load(
     manifest = Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers)
     store_bytes = StoreShape(manifest).nbytes
     kind = resolve_store_kind(host_store or _default_store_kind(target, store_bytes))
-    # On the CPU, slots and a store in memory share one RAM.
-    shared_bytes = store_bytes if kind == "memory" and target.type == "cpu" else 0
+    memory_bytes = free_memory(target)
+    if target.type == "cpu":
+        # Slots, and a store in memory, share one RAM, and so do the node's ranks.
+        memory_bytes = (memory_bytes - (store_bytes if kind == "memory" else 0)) // neighbours
     plan = plan_memory(
-        _measure(skeleton, checkpoint.name, compute_dtype, layers),
-        setting,
-        memory_bytes=free_memory(target) - shared_bytes,
-        kv_tokens=kv_tokens,
+        _measure(skeleton, checkpoint.name, compute_dtype, layers), setting, memory_bytes=memory_bytes, kv_tokens=kv_tokens
     )
     plan.check()
-    store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     check_room(manifest, kind=kind, cache_dir=store_dir)
 
-    display = ProgressDisplay(progress)
     model = load_dense(
         model_class,
         config,
@@ -146,8 +205,8 @@ def load(
     )
     if target.type == "cuda":
         pin_store(store, display, target)
-    runtime = _build_runtime(model, layers, plan, store, policy_function, target)
-    runtime.fill_complete_layers(display)
+    runtime = _build_runtime(model, layers, plan, store, policy, target)
+    runtime.fill(runtime.complete_layers(), display)
     return model
 
 
@@ -162,7 +221,8 @@ def _measure(skeleton: PreTrainedModel, name: str, dtype: torch.dtype, layers: t
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to compute on, with its index: the current GPU if there is one, else the CPU.
+    """The device to compute on, with its index: a GPU if there is one (under ``torchrun`` that of the process's number on the
+    node, else the current one), else the CPU.
 
     Raises:
         ConfigError: no such device here.
@@ -176,7 +236,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if resolved.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device={str(device)!r}, but torch sees no GPU here; use device='cpu'")
-        resolved = torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+        if resolved.index is None:
+            number = local_number()
+            resolved = torch.device("cuda", torch.cuda.current_device() if number is None else number)
         if resolved.index >= torch.cuda.device_count():
             raise ConfigError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} GPUs here, from cuda:0")
     elif resolved.type != "cpu":
@@ -237,12 +299,15 @@ def _build_runtime(
             experts = layers[index].num_experts
             runners[index] = MoELayer(
                 index=index,
-                pool_layer=position,
-                num_experts=experts,
+                experts=SlotExperts(
+                    index=index,
+                    pool_layer=position,
+                    num_experts=experts,
+                    kernel=ExpertKernel(modules[index], pool.weights(position)),
+                    mover=mover,
+                    telemetry=telemetry,
+                ),
                 identity=bool(getattr(modules[index], "zero_expert_num", 0)),
-                kernel=ExpertKernel(modules[index], pool.weights(position)),
-                pool=pool,
-                mover=mover,
                 policy=policy,
                 history=history.layer(position, experts),
                 telemetry=telemetry,

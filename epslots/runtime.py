@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from epslots.errors import ConfigError, CorruptExpertError
+from epslots.eviction import IntArray
 from epslots.fetch import Mover
 from epslots.host_store import HostStore
 from epslots.memory_plan import MemoryPlan
 from epslots.moe_layer import MoELayer
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec
+from epslots.slot_pool import SlotPool
 from epslots.telemetry import Stats, Telemetry
 
 _ATTRIBUTE = "epslots_runtime"
@@ -29,14 +33,27 @@ class Runtime:
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
 
-    def fill_complete_layers(self, display: ProgressDisplay) -> None:
-        """Load every layer that has a slot for each of its experts: it will never miss."""
-        complete = [(m, i) for m in self.movers for i in range(len(m.pool.layers)) if m.pool.holds_all_of(i)]
-        total = sum(mover.pool.quotas[i] * mover.pool.layout.nbytes for mover, i in complete)
-        with display("loading experts into slots", total) as advance:
-            for mover, i in complete:
-                mover.fill(i)
-                advance(mover.pool.quotas[i] * mover.pool.layout.nbytes)
+    def place_of(self, index: int) -> tuple[SlotPool, int]:
+        """The pool of a layer, and the layer's number within it."""
+        for mover in self.movers:
+            if index in mover.store_layers:
+                return mover.pool, mover.store_layers.index(index)
+        raise IndexError(f"layer {index}: there are {len(self.layers)}")
+
+    def complete_layers(self) -> dict[int, IntArray]:
+        """All experts of each layer that has a slot for every one: it will never miss."""
+        never_miss = [i for i, runner in enumerate(self.runners) if runner.experts.never_misses]
+        return {i: np.arange(self.layers[i].num_experts) for i in never_miss}
+
+    def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
+        """Load these experts of each layer into its first slots, which are empty."""
+        size = {i: self.layers[i].layout.nbytes for i in experts}
+        with display("loading experts into slots", sum(len(e) * size[i] for i, e in experts.items())) as advance:
+            for mover in self.movers:
+                for position, index in enumerate(mover.store_layers):
+                    if index in experts:
+                        mover.fill(position, experts[index])
+                        advance(len(experts[index]) * size[index])
 
     def check_integrity(self) -> None:
         """Assert that every pool's tables, slots and records agree, byte for byte.

@@ -12,18 +12,21 @@ from epslots.records import LayerSpec
 
 
 class LayerStats(msgspec.Struct, frozen=True):
-    """Counters of one MoE layer since loading. One *use* is one expert needed by one step.
+    """Counters of one MoE layer on one rank since loading. One *use* is one expert that the rank computes in one step.
 
     Attributes:
         layer: the experts module's path in the model.
         slots: slots that the layer has, of ``num_experts``.
-        tokens_per_expert: (token, k) pairs routed to each expert.
-        steps: forward passes with at least one token.
+        tokens_per_expert: (token, k) pairs of this rank's tokens routed to each expert, whoever computes them.
+        steps: forward passes with at least one token, on whichever rank.
         hits: uses that found the expert in a slot.
         misses: uses that had to fetch it first.
         waves: passes over part of the layer's experts; equal to ``steps`` when the slots suffice.
         evictions: experts that gave way to a fetch.
-        bytes_fetched: bytes moved from the host store, first filling included.
+        host_bytes: bytes fetched from the host store, first filling included.
+        peer_bytes: bytes fetched from other ranks' slots.
+        pairs_sent: (token, k) pairs of this rank's tokens that other ranks computed.
+        pairs_received: pairs of other ranks' tokens that this rank computed.
         stall_s: seconds the host spent on demand fetches (on CUDA: queueing them; the copies run beside it).
     """
 
@@ -36,8 +39,16 @@ class LayerStats(msgspec.Struct, frozen=True):
     misses: int
     waves: int
     evictions: int
-    bytes_fetched: int
+    host_bytes: int
+    peer_bytes: int
+    pairs_sent: int
+    pairs_received: int
     stall_s: float
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes of experts that came into slots, wherever from."""
+        return self.host_bytes + self.peer_bytes
 
     @property
     def hit_rate(self) -> float:
@@ -87,7 +98,8 @@ class Telemetry:
         # Views made once: indexing a tensor costs as much as adding to it.
         self._device_rows = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens, layers, strict=True)]
         self._device_use = list(self._device_uses)
-        self._steps, self._hits, self._misses, self._waves, self._evictions, self._bytes = ([0] * count for _ in range(6))
+        self._steps, self._hits, self._misses, self._waves, self._evictions = ([0] * count for _ in range(5))
+        self._host_bytes, self._peer_bytes, self._sent, self._received = ([0] * count for _ in range(4))
         self._stall_s = [0.0] * count
 
     def count_resident(self, layer: int, counts: torch.Tensor) -> None:
@@ -105,10 +117,16 @@ class Telemetry:
         self._misses[layer] += misses
         self._waves[layer] += waves
 
-    def count_fetches(self, layer: int, *, bytes_fetched: int, evictions: int) -> None:
+    def count_fetches(self, layer: int, *, host_bytes: int, peer_bytes: int, evictions: int) -> None:
         """Fetches, on demand or to fill slots at the start."""
-        self._bytes[layer] += bytes_fetched
+        self._host_bytes[layer] += host_bytes
+        self._peer_bytes[layer] += peer_bytes
         self._evictions[layer] += evictions
+
+    def count_exchange(self, layer: int, *, sent: int, received: int) -> None:
+        """Pairs computed for and by other ranks."""
+        self._sent[layer] += sent
+        self._received[layer] += received
 
     def count_stall(self, layer: int, seconds: float) -> None:
         """Time that a step waited for fetches."""
@@ -130,7 +148,10 @@ class Telemetry:
                     misses=self._misses[i],
                     waves=self._waves[i],
                     evictions=self._evictions[i],
-                    bytes_fetched=self._bytes[i],
+                    host_bytes=self._host_bytes[i],
+                    peer_bytes=self._peer_bytes[i],
+                    pairs_sent=self._sent[i],
+                    pairs_received=self._received[i],
                     stall_s=self._stall_s[i],
                 )
                 for i, spec in enumerate(self._layers)

@@ -20,26 +20,33 @@ LAYERS = (
     ("errors", "records"),
     # pure decisions
     ("units", "eviction", "example"),
-    ("waves", "memory_plan"),
-    ("replay",),
+    ("residency", "placement", "memory_plan"),
+    ("waves", "costs", "routes"),
+    ("assignment", "replay"),
+    ("shared_layer",),
     # effects
-    ("host_store", "slot_pool", "telemetry", "checkpoint"),
-    ("store_build", "progress", "fetch", "kernel"),
-    ("node_store", "pinning", "moe_layer"),
+    ("host_store", "slot_pool", "telemetry", "checkpoint", "transport"),
+    ("store_build", "progress", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
+    ("node_store", "pinning", "slot_experts", "link_speed", "rendezvous"),
+    ("moe_layer",),
     # the model integration
-    ("experts", "fp8"),
-    ("expert_reader", "pretrained"),
+    ("experts", "fp8", "paged_attention"),
+    ("expert_reader", "pretrained", "batching"),
     ("model_shape",),
     ("known_shapes", "runtime"),
+    ("ranks",),
     # the public surface
-    ("trace", "loading"),
+    ("trace", "loading", "engine"),
     ("store_check",),
     ("bench",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Decisions are arrays in, arrays out.
-PURE = ("units", "records", "eviction", "memory_plan", "waves", "replay")
+PURE = (
+    *("units", "records", "eviction", "memory_plan", "waves", "replay"),
+    *("residency", "placement", "costs", "routes", "assignment", "shared_layer"),
+)
 
 
 def modules() -> dict[str, Path]:
@@ -101,11 +108,18 @@ def test_the_public_names():
         "CheckpointError",
         "ConfigError",
         "CorruptExpertError",
+        "Costs",
         "DoesNotFitError",
         "EpslotsError",
+        "ExchangeError",
+        "GroupError",
+        "PeerLost",
+        "RankMismatchError",
+        "StaleGeneration",
         "StoreError",
         "Trace",
         "UnsupportedModelError",
+        "keep_in_step",
         "load",
         "record_trace",
         "stats",

@@ -13,6 +13,7 @@ from epslots.errors import CorruptExpertError
 from epslots.eviction import POLICIES, UseHistory, record_use
 from epslots.fetch import Mover
 from epslots.records import LayerSpec, RecordLayout
+from epslots.residency import settle
 from epslots.slot_pool import SlotPool
 from epslots.telemetry import Telemetry
 from epslots.waves import plan_waves
@@ -66,7 +67,9 @@ class PoolMachine(RuleBasedStateMachine):
         window = self.pool.window(layer)
         row = self.pool.slot_of[layer, : self.experts]
         position_E = np.where(row < 0, -1, row - window.start)
-        waves = plan_waves(counts, position_E, self.pool.expert_of[window], self.policy(history))
+        score_E = self.policy(history)
+        change = settle((row >= 0)[None], (counts > 0)[None], np.array([self.pool.quotas[layer]]), score_E)
+        waves = plan_waves(counts > 0, position_E, self.pool.expert_of[window], score_E, change.evicted_RE[0])
         computed: set[int] = set()
         for wave in waves:
             if len(wave.fetch_experts):

@@ -1,0 +1,152 @@
+"""Lock-step: all ranks run the same layers in the same order, whatever their batches; one with nothing to do takes part with
+zero tokens.
+
+Everything that ranks tell each other about a step is a row of int32 of one width, gathered from all: the header before the
+step, and each layer's counts in it. A row says what it is, so that ranks which got out of step find out at once, from rows
+that always match in size, before a byte of anything else moves.
+
+    row       kind (-1 = header, else the layer), step, top_k, then the words of the header or the layer's counts
+    header    generation, residency digest, has work, wants to stop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from epslots.errors import ConfigError, ExchangeError, StaleGeneration
+from epslots.eviction import IntArray
+from epslots.transport import Transport
+
+_HEADER = -1
+_PREFIX = 3
+_STEP_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class Header:
+    """What all ranks said before a step: whether any has work, and whether any wants to stop."""
+
+    work: bool
+    stop: bool
+
+
+class LockStep:
+    """Keeps one rank in step with the others.
+
+    Attributes:
+        header: what all ranks said before the latest step.
+        stopping: set it to tell the others, with the next step's header, that this rank wants to stop.
+
+    Args:
+        most_experts: experts of the largest layer.
+        idle_layers: takes part in each layer with zero tokens, in the order of the layers.
+        digest: 63 bits that tell whether ranks agree about who holds what.
+        explain_divergence: called on all ranks if they don't; what differs, in words.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        most_experts: int,
+        idle_layers: Sequence[Callable[[], object]],
+        digest: Callable[[], int],
+        explain_divergence: Callable[[], str],
+    ) -> None:
+        self.transport = transport
+        self._idle_layers = tuple(idle_layers)
+        self._digest = digest
+        self._explain_divergence = explain_divergence
+        self._row = torch.zeros(max(_PREFIX + most_experts + 1, 16), dtype=torch.int32, device=transport.device)
+        self._step = 0
+        self._layer: int | None = None
+        self.stopping = False
+        self.header = Header(work=False, stop=False)
+
+    @property
+    def agreed(self) -> bool:
+        """Whether sizes that ranks derive from the same plan go unchecked: from the second step of a generation on."""
+        return self._step > 1
+
+    def begin(self, *, work: bool = True) -> Header:
+        """Exchange the header of the next step, which stays in ``header``.
+
+        Raises:
+            StaleGeneration: a rank belongs to another generation.
+            ExchangeError: a rank is elsewhere, or holds another residency table.
+            PeerLost: a rank is gone.
+        """
+        self._step = (self._step + 1) % _STEP_LIMIT
+        self._layer = 0
+        mine = np.array([self.transport.generation, self._digest(), int(work), int(self.stopping)], np.int64)
+        self._row[_PREFIX : _PREFIX + 8] = torch.from_numpy(mine.view(np.int32))
+        rows = self._gather(_HEADER, 0)
+        words = np.ascontiguousarray(rows[:, _PREFIX : _PREFIX + 8]).view(np.int64)
+        generations, digests = words[:, 0], words[:, 1]
+        if (generations != generations[0]).any():
+            stale = np.flatnonzero(generations < generations.max()).tolist()
+            raise StaleGeneration(
+                f"ranks {stale} belong to an older generation of the group: generations by rank are {generations.tolist()}"
+            )
+        if (digests != digests[0]).any():
+            raise ExchangeError(f"ranks no longer agree about who holds which expert: {self._explain_divergence()}")
+        self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()))
+        return self.header
+
+    def arrive(self, layer: int) -> None:
+        """Called before each layer: takes part in those that this rank's model left out."""
+        if self._layer is None or layer < self._layer:
+            raise ConfigError(
+                "in a group of ranks the whole model is called, so that all ranks run the same layers: MoE layer "
+                f"{layer} was called {'outside of a step' if self._layer is None else 'twice in a step, or out of order'}"
+            )
+        while self._layer < layer:
+            self._pass()
+        self._layer += 1
+
+    def end(self) -> None:
+        """Called after the model's forward pass: takes part in the layers that are left."""
+        while self._layer is not None and self._layer < len(self._idle_layers):
+            self._pass()
+        self._layer = None
+
+    def idle_step(self) -> Header:
+        """A step without tokens; or no step at all, if no rank has work."""
+        header = self.begin(work=False)
+        if header.work:
+            self.end()
+        else:
+            self._layer = None
+        return header
+
+    def gather_counts(self, layer: int, counts: torch.Tensor, top_k: int) -> tuple[IntArray, int]:
+        """Every rank's counts of one layer, int64 [R, E + 1], and K.
+
+        Args:
+            counts: int64 [E + 1], this rank's.
+            top_k: K, or 0 without tokens.
+        """
+        self._row[_PREFIX : _PREFIX + len(counts)] = counts
+        rows = self._gather(layer, top_k)
+        return rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64), int(rows[:, 2].max())
+
+    def _pass(self) -> None:
+        assert self._layer is not None
+        layer, self._layer = self._layer, self._layer + 1
+        self._idle_layers[layer]()
+
+    def _gather(self, kind: int, top_k: int) -> IntArray:
+        self._row[:_PREFIX] = torch.tensor([kind, self._step, top_k], dtype=torch.int32)
+        rows: IntArray = self.transport.to_host(self.transport.all_gather(self._row))
+        if (rows[:, :2] != rows[0, :2]).any():
+            places = [f"rank {r} {_place(int(row[0]), int(row[1]))}" for r, row in enumerate(rows)]
+            raise ExchangeError(f"ranks are out of step: {', '.join(places)}")
+        return rows
+
+
+def _place(kind: int, step: int) -> str:
+    return f"begins step {step}" if kind == _HEADER else f"is in MoE layer {kind} of step {step}"

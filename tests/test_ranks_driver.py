@@ -1,0 +1,191 @@
+"""Thousands of random steps of several ranks in one process, with every table and every byte checked after each.
+
+The layers, pools, movers and plans are the real ones; the model around them is left out. An expert multiplies each element of
+a row by its own numbers, so that a result tells which expert made it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from epslots.costs import Costs
+from epslots.eviction import POLICIES, UseHistory
+from epslots.fetch import Mover
+from epslots.lockstep import LockStep
+from epslots.moe_layer import MoELayer
+from epslots.placement import default_homes
+from epslots.records import LayerSpec, RecordLayout
+from epslots.shared_layer import SharedLayer
+from epslots.slot_experts import SlotExperts
+from epslots.slot_pool import SlotPool
+from epslots.telemetry import Telemetry
+from epslots.transport import LocalTransport
+from tests.grouped import ALL_COSTS
+from tests.rank_helpers import run_threads
+
+HIDDEN = 8
+LAYOUT = RecordLayout.of([("scale", (HIDDEN,), "float32")])
+CPU = torch.device("cpu")
+LAYERS = 2
+
+
+def scale_of(layer: int, expert: int) -> torch.Tensor:
+    return torch.arange(1, HIDDEN + 1, dtype=torch.float32) + 10 * expert + 1000 * layer
+
+
+class Store:
+    pinned = False
+
+    def __init__(self, experts: int) -> None:
+        self._records = {}
+        for layer in range(LAYERS):
+            for expert in range(experts):
+                record = torch.zeros(LAYOUT.nbytes, dtype=torch.uint8)
+                record[: HIDDEN * 4] = scale_of(layer, expert).view(torch.uint8)
+                self._records[layer, expert] = record
+
+    def record(self, layer: int, expert: int) -> torch.Tensor:
+        return self._records[layer, expert]
+
+
+class Scaling:
+    """In the place of an ``ExpertKernel``."""
+
+    dtype = torch.float32
+    hidden_size = HIDDEN
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self._scale_QH = weights["scale"]
+
+    def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
+        return rows_NH * self._scale_QH[slot_N.clamp(max=len(self._scale_QH) - 1)]
+
+
+@dataclass(frozen=True)
+class Episode:
+    seed: int
+    quotas: tuple[int, ...]
+    experts: int
+    top_k: int
+    costs: Costs
+    policy: str
+    steps: int
+    identity: bool
+
+
+class OneRank:
+    """The layers of one rank."""
+
+    def __init__(self, episode: Episode, transport: LocalTransport) -> None:
+        specs = [LayerSpec(f"layer{i}", episode.experts, LAYOUT) for i in range(LAYERS)]
+        rank, quota = transport.rank, episode.quotas[transport.rank]
+        self.telemetry = Telemetry(specs, [quota] * LAYERS, CPU)
+        self.pool = SlotPool(specs, [quota] * LAYERS, CPU)
+        self.mover = Mover(self.pool, Store(episode.experts), tuple(range(LAYERS)), self.telemetry)  # type: ignore[arg-type]
+        self.mover.transport = transport
+        history = UseHistory.empty(LAYERS, episode.experts)
+        self.layers, self.shared = [], []
+        quota_R = np.array(episode.quotas)
+        for index in range(LAYERS):
+            experts = SlotExperts(
+                index=index,
+                pool_layer=index,
+                num_experts=episode.experts,
+                kernel=Scaling(self.pool.weights(index)),  # type: ignore[arg-type]
+                mover=self.mover,
+                telemetry=self.telemetry,
+            )
+            self.layers.append(
+                MoELayer(
+                    index=index,
+                    experts=experts,
+                    identity=episode.identity,
+                    policy=POLICIES[episode.policy],
+                    history=history.layer(index, episode.experts),
+                    telemetry=self.telemetry,
+                )
+            )
+            holds = np.zeros((transport.size, episode.experts), bool)
+            homes = default_homes(episode.experts, quota_R, index)
+            self.shared.append(SharedLayer(rank, holds, quota_R, homes, episode.costs))
+        self.lockstep = LockStep(
+            transport,
+            most_experts=episode.experts,
+            idle_layers=[layer.idle for layer in self.layers],
+            digest=lambda: hash(tuple(shared.digest for shared in self.shared)) >> 1,
+            explain_divergence=lambda: "the driver found it",
+        )
+        for layer, shared in zip(self.layers, self.shared, strict=True):
+            layer.join(self.lockstep, shared)
+
+    def check(self, rank: int) -> None:
+        self.pool.check_integrity()
+        self.mover.check_content()
+        for layer, shared in zip(self.layers, self.shared, strict=True):
+            assert (shared.holds_RE[rank] == layer.experts.resident_E).all()
+
+
+def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
+    """One rank's part; returns its hits, misses, pairs sent, and bytes copied from peers."""
+    rank = OneRank(episode, transport)
+    common = np.random.default_rng(episode.seed)  # the same on all ranks
+    own = np.random.default_rng((episode.seed, transport.rank))
+    ids_end = episode.experts + (2 if episode.identity else 0)
+    for _ in range(episode.steps):
+        if common.random() < 0.05:  # a new placement, effective at once
+            for shared in rank.shared:
+                shared.home_E = common.integers(0, transport.size, episode.experts)
+        skew = common.choice([0.0, 1.0, 2.5])
+        weights = 1 / np.arange(1, ids_end + 1) ** skew
+        favourites = common.permutation(ids_end)
+        tokens = int(own.choice([0, 1, 2, 7, 60]))
+        if not tokens:
+            rank.lockstep.idle_step()
+            rank.check(transport.rank)
+            continue
+        chance = np.empty(ids_end)
+        chance[favourites] = weights / weights.sum()
+        index = np.stack([own.choice(ids_end, episode.top_k, replace=False, p=chance) for _ in range(tokens)])
+        hidden = torch.from_numpy(own.standard_normal((tokens, HIDDEN))).float()
+        gates = torch.from_numpy(own.random((tokens, episode.top_k))).float()
+        rank.lockstep.begin()
+        for number, layer in enumerate(rank.layers):
+            if number == 1 and own.random() < 0.2:
+                break  # this rank's model leaves the layer out
+            got = layer(hidden, torch.from_numpy(index), gates)
+            scales = torch.stack([scale_of(number, e) if e < episode.experts else torch.ones(HIDDEN) for e in range(ids_end)])
+            expected = (hidden[:, None] * scales[index] * gates[..., None]).sum(1)
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-3)
+        rank.lockstep.end()
+        rank.check(transport.rank)
+    layers = rank.telemetry.snapshot().layers
+    return tuple(sum(getattr(x, name) for x in layers) for name in ("hits", "misses", "pairs_sent", "peer_bytes"))
+
+
+EPISODES = [
+    Episode(seed, quotas, experts, top_k, ALL_COSTS[costs], policy, steps, identity)
+    for seed, (quotas, experts, top_k, costs, policy, steps, identity) in enumerate(
+        [
+            ((3, 2), 8, 2, "tokens travel", "lrfu", 600, False),
+            ((4, 4, 4), 12, 3, "copies travel", "lru", 500, False),
+            ((1, 1, 1, 1), 16, 4, "gather", "lfu", 400, True),
+            ((2, 9, 5), 9, 2, "work spreads", "lrfu", 500, False),
+            ((6, 1), 10, 3, "nothing travels", "lrfu", 400, True),
+            ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 400, False),
+            ((1, 2, 1, 2, 1), 3, 1, "work spreads", "lru", 300, False),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("episode", EPISODES, ids=lambda e: f"{e.seed}")
+def test_random_steps(episode: Episode):
+    counts = run_threads(drive, len(episode.quotas), episode, timeout=150)
+    hits, misses, sent, copied = (sum(column) for column in zip(*counts, strict=True))
+    assert hits and misses, "nothing happened"
+    assert bool(sent) == (episode.costs not in (ALL_COSTS["nothing travels"], ALL_COSTS["copies travel"]))
+    assert copied or episode.costs is not ALL_COSTS["copies travel"]
