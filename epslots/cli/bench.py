@@ -11,7 +11,7 @@ import typer
 from epslots.cli.options import DeviceOption
 from epslots.errors import ConfigError
 
-BENCHMARKS = ("overhead", "start", "fetch", "sweep", "offload")
+BENCHMARKS = ("overhead", "start", "fetch", "sweep", "offload", "exchange", "ranks", "misses")
 
 
 def bench(
@@ -29,6 +29,9 @@ def bench(
     start: first and second load of a 1 GiB checkpoint, against from_pretrained; peak memory (CPU).
     fetch: one expert from host store to slot, against a plain copy of as many bytes.
     sweep: hit rate and tokens/s of the example model from 12.5 % slots to all (CPU).
+    exchange: exchange and plan of one layer on 2 ranks, against the bare collectives of the same sizes; the plan alone (CPU).
+    ranks: hit rate and bytes of 1, 2 and 4 ranks that share one distributed cache, against caches on their own (CPU).
+    misses: modelled time and bytes of the ways to serve a miss, with emulated links.
     offload: tokens/s from 25 % slots to all, against plain transformers resident and accelerate's CPU offload; on a GPU a
     model of Qwen3-30B-A3B's shape, on the CPU a small one.
     """
@@ -37,7 +40,7 @@ def bench(
 
     import torch
 
-    from epslots.bench import fetch, offload, overhead, start, sweep
+    from epslots.bench import exchange, fetch, misses, offload, overhead, ranks, start, sweep
     from epslots.bench.report import Report
     from epslots.loading import resolve_device
 
@@ -57,6 +60,12 @@ def bench(
                 fetch.bench_fetch(report, cache_dir, target, **settings)
             case "sweep":
                 sweep.bench_sweep(report, cache_dir, **settings)
+            case "exchange":
+                exchange.bench_exchange(report, cache_dir, **settings)
+            case "ranks":
+                ranks.bench_ranks(report, cache_dir)
+            case "misses":
+                misses.bench_misses(report, cache_dir)
             case "offload":
                 offload.bench_offload(report, cache_dir, target)
     report.save()
