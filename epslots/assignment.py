@@ -76,10 +76,11 @@ def assign(
     """
     experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs)
     best = _price(step, _to_holders(step, quota_R - holds_RE.sum(1)))
-    if int(best.computed_RU[step.home_U, np.arange(len(experts_U))].sum()) < int(step.total_U.sum()):
-        simplest = _price(step, _to_home(step))
+    home_RU = _to_home(step)
+    if not np.array_equal(home_RU, best.computed_RU) and _least_cost(step, home_RU) < best.cost_ns:
+        simplest = _price(step, home_RU)
         best = simplest if simplest.cost_ns < best.cost_ns else best
-    if _worst_misses(step) * min(costs.host_fetch, costs.peer_fetch) < best.cost_ns:
+    if _least_cost(step, step.counts_RU) < best.cost_ns:
         best = _better(best, _price(step, step.counts_RU))
     best = _with_copies(step, best, None if tolls_RE is None else tolls_RE[:, experts_U], home_E)
     for _ in range(SHED_ROUNDS):
@@ -302,21 +303,25 @@ def _better(best: _Priced, rival: _Priced) -> _Priced:
     return rival if rival.cost_ns < best.cost_ns - best.cost_ns // WORTHWHILE else best
 
 
-def _worst_misses(step: _Step) -> int:
-    """Experts that some rank would have to fetch to compute all its own tokens."""
-    return int(np.count_nonzero((step.counts_RU > 0) & ~step.holds_RU, axis=1).max(initial=0))
+def _least_cost(step: _Step, computed_RU: IntArray) -> int:
+    """What a division of work costs at least, from its fetches alone: far less work than ``_price``, and mostly enough."""
+    missing_RU = (computed_RU > 0) & ~step.holds_RU
+    nowhere_U = ~step.holds_RU.any(0)
+    fetches_R, hosted_R = missing_RU.sum(1), (missing_RU & nowhere_U).sum(1)
+    fetch_ns = min(step.costs.host_fetch, step.costs.peer_fetch)
+    fetching_R = hosted_R * step.costs.host_fetch + (fetches_R - hosted_R) * fetch_ns
+    return int(fetching_R.max(initial=0)) + int(fetching_R.sum()) // len(fetching_R)
 
 
 def _with_copies(step: _Step, base: _Priced, tolls_RU: IntArray | None, home_E: IntArray) -> _Priced:
     """Ranks fetch copies of what they send tokens for: where these tokens are worth it, or those so far and a slot is idle."""
     fetch_ns = min(step.costs.host_fetch, step.costs.peer_fetch)
     gain_RU = step.counts_RU * (2 * step.costs.pair_transfer)
-    if tolls_RU is None:
-        tolls_RU = np.zeros_like(gain_RU)
-        if int(gain_RU.max(initial=0)) <= fetch_ns:
-            return base
+    most = gain_RU if tolls_RU is None else gain_RU + tolls_RU
+    if int(most.max(initial=0)) <= fetch_ns:
+        return base
     away_RU = (step.counts_RU > 0) & ~step.holds_RU & (base.computed_RU == 0)
-    worth_RU = np.where(away_RU, gain_RU + tolls_RU - fetch_ns, 0)
+    worth_RU = np.where(away_RU, most - fetch_ns, 0)
     if int(worth_RU.max(initial=0)) <= 0:
         return base
     seats_R = step.quota_R - np.count_nonzero(base.computed_RU, axis=1)
@@ -327,7 +332,7 @@ def _with_copies(step: _Step, base: _Priced, tolls_RU: IntArray | None, home_E: 
     copied_RU = (worth_RU > 0) & (number_RU < np.where(gain_RU > fetch_ns, seats_R[:, None], idle_R[:, None]))
     own_RU = np.where(copied_RU, step.counts_RU, 0)
     rival = _price(step, own_RU + _divide(step.total_U - own_RU.sum(0), base.computed_RU))
-    paid_ns = int(tolls_RU[copied_RU].sum())
+    paid_ns = 0 if tolls_RU is None else int(tolls_RU[copied_RU].sum())
     return rival if rival.cost_ns - paid_ns < base.cost_ns - base.cost_ns // WORTHWHILE else base
 
 
@@ -347,7 +352,9 @@ def _shed(step: _Step, computed_RU: IntArray) -> IntArray | None:
         return None
     hottest_R = computed_RU.argmax(1)
     pairs_R = np.minimum(computed_RU.max(1), np.maximum(load_R - mean, 0) // costs.pair_compute)
-    seats_R = step.quota_R - (computed_RU > 0).sum(1)
+    if int(pairs_R.max()) * costs.pair_compute <= price:
+        return None  # no expert is hot enough to be worth a copy
+    seats_R = step.quota_R - np.count_nonzero(computed_RU, axis=1)
     room_R = np.where(seats_R > 0, np.maximum(mean - load_R - price, 0) // costs.pair_compute, 0)
     donors = np.argsort(-pairs_R, kind="stable")
     takers = np.argsort(-room_R, kind="stable")

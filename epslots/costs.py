@@ -85,10 +85,11 @@ def layer_time(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F:
         computed_RU: pairs that each rank computes.
         rank_F, source_F: the fetches: target rank, and source rank or -1 for the host.
     """
-    busy_R = compute_cost(costs, computed_RU)
+    pairs_R = computed_RU.sum(1)
+    busy_R = pairs_R * costs.pair_compute + np.count_nonzero(computed_RU, axis=1) * costs.expert_compute
     if len(rank_F):
-        busy_R = busy_R + fetch_cost(costs, len(busy_R), rank_F, source_F)
-    moved = int(moved_pairs(counts_RU, computed_RU).max())
+        busy_R += fetch_cost(costs, len(busy_R), rank_F, source_F)
+    moved = int((np.maximum(counts_RU.sum(1), pairs_R) - np.minimum(counts_RU, computed_RU).sum(1)).max())
     return int(busy_R.max()) + 2 * (moved * costs.pair_transfer + (costs.exchange if moved else 0))
 
 

@@ -120,9 +120,10 @@ def load(
         raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
     setting = parse_slots(slots)
     policy_function = resolve_policy(policy)
-    display = ProgressDisplay(progress)
     target = resolve_device(device)
     transport = find_transport(group, target)
+    # Of several ranks the first speaks for all.
+    display = ProgressDisplay(False if progress is None and transport is not None and transport.rank else progress)
     neighbours = 1 if transport is None else ranks_here(transport)
     try:
         model = _load_here(

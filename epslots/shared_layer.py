@@ -124,10 +124,11 @@ class SharedLayer:
         if self._steps % TOLL_STEPS == 0:
             self._tolls_RE >>= 1
         away_RU = counts_RU - np.minimum(counts_RU, found.computed_RU)
-        pairs = int(away_RU.sum())
-        if pairs:
-            latency = 2 * self.costs.exchange // pairs if self._exchange_may_go else 0
-            self._tolls_RE[:, found.experts_U] += away_RU * (2 * self.costs.pair_transfer + latency)
+        ranks, columns = np.nonzero(away_RU)
+        if len(ranks):
+            away = away_RU[ranks, columns]
+            latency = 2 * self.costs.exchange // int(away.sum()) if self._exchange_may_go else 0
+            self._tolls_RE[ranks, found.experts_U[columns]] += away * (2 * self.costs.pair_transfer + latency)
         self._tolls_RE[found.fetch_ranks, found.fetch_experts] = 0
 
     def _copies(self, found: Assignment) -> Copies | None:

@@ -28,7 +28,9 @@ from epslots.transport import LocalHub, LocalTransport
 
 # One server process imports what takes long and forks every rank, which is up in 0.1 s instead of 3. It runs no threads.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "hypothesis.strategies", "torch.distributed", "epslots.torch_transport"])
+_CONTEXT.set_forkserver_preload(
+    ["pytest", "hypothesis.strategies", "torch.distributed", "epslots.torch_transport", "epslots.loading", "tests.zoo"]
+)
 
 _GRACE_S = 1.0  # what other ranks have, after a failure, to say theirs
 

@@ -87,6 +87,11 @@ def test_more_ranks_than_experts(name: str, costs: epslots.Costs, checkpoint: Ch
     grouped.check()
 
 
+def test_one_rank_through_all_that_ranks_do(checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("qwen3_moe")
+    compare(Grouped(folder, cache_dir, slots=[3]), zoo.reference(folder))
+
+
 def test_measured_costs(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("gpt_oss")
     compare(Grouped(folder, cache_dir, slots=[3, 4], costs=None), zoo.reference(folder))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,3 +156,13 @@ def test_a_lost_process_is_noticed_and_the_others_go_on(how: str, within_s: floa
         with torch.no_grad():
             expected = reference(input_ids=zoo.random_ids(1, 9, seed=1 + rank)).logits
         assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_the_example_under_torchrun():
+    """The entry that users have: torchrun's environment alone makes two processes one model."""
+    folder = Path(__file__).parent.parent
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "examples/many_ranks.py", "--new-tokens", "3"]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--- rank 0: " in done.stdout and "--- rank 1: " in done.stdout
+    assert "pairs computed by other ranks" in done.stdout

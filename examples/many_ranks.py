@@ -1,0 +1,48 @@
+"""One model on several ranks of one machine: each rank its own prompts, all ranks one cache of experts.
+
+    torchrun --nproc-per-node 2 examples/many_ranks.py            # a GPU per rank if there are any, else gloo on the CPU
+    torchrun --nproc-per-node 8 examples/many_ranks.py --model ./Qwen3-30B-A3B --slots 25%
+
+Every rank calls ``epslots.load``; torchrun's environment says that there are others. From then on each forward pass is a step
+that all ranks make together, so none may be alone in one: ``keep_in_step`` lets those that are done go on without tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from transformers import AutoTokenizer
+
+import epslots
+from epslots.example import example_model
+
+PROMPTS = ("def read_json(path):\n", "class Parser:\n    def __init__(self", "import os\n\n", "for name, value in ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=str(example_model()), help="a checkpoint folder or hub id")
+    parser.add_argument("--slots", default="25%", help='slots of each rank: a number per layer, "25%%", "12GiB" or "auto"')
+    parser.add_argument("--new-tokens", type=int, default=40)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+    model = epslots.load(arguments.model, slots=arguments.slots)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    with epslots.keep_in_step(model):
+        for prompt in PROMPTS[rank::ranks]:  # on some ranks more than on others
+            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            tokens = model.generate(**inputs, max_new_tokens=arguments.new_tokens, do_sample=False)
+            print(f"--- rank {rank}\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}", flush=True)
+    stats = epslots.stats(model)
+    travelled = sum(layer.pairs_sent for layer in stats.layers)
+    print(f"--- rank {rank}: {stats.hit_rate:.1%} hits, {travelled} (token, k) pairs computed by other ranks", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
