@@ -46,6 +46,9 @@ class MoELayer:
         experts: computes with this rank's slots.
         identity: whether ids >= E stand for experts that return their input.
         history: the layer's row of past uses, on whichever rank; changed in place.
+
+    Attributes:
+        steps: steps that ``history`` counts. Among several ranks both are the same on all.
     """
 
     def __init__(
@@ -63,13 +66,13 @@ class MoELayer:
         self.observer: RouteObserver | None = None
         self._identity = identity
         self._policy = policy
-        self._history = history
+        self.history = history
         self._telemetry = telemetry
         self._lockstep: LockStep | None = None
         self._shared: SharedLayer | None = None
         self._quota_R = np.array([experts.slots])
         self._one = torch.ones(1, dtype=torch.int64, device=experts.pool.device)
-        self._steps = 0
+        self.steps = 0
 
     def join(self, lockstep: LockStep, shared: SharedLayer) -> None:
         """Compute together with other ranks from now on."""
@@ -134,7 +137,7 @@ class MoELayer:
         waves: tuple[Wave, ...] = ()
         missing = needed_E & ~self.experts.resident_E
         if missing.any():
-            score_E = self._policy(self._history)
+            score_E = self._policy(self.history)
             change = settle(self.experts.resident_E[None], needed_E[None], self._quota_R, score_E)
             waves = self.experts.waves(needed_E, score_E, change.evicted_RE[0])
         self._count(counts_host, needed_E, missing, waves)
@@ -154,7 +157,7 @@ class MoELayer:
         if not used_E.any():
             return experts.zeros(len(ids_N))
         self._note_uses(used_E)
-        score_E = self._policy(self._history)
+        score_E = self._policy(self.history)
         plan = shared.plan(counts_RE, score_E)
         computed_E = np.zeros(experts.num_experts, np.int64)
         computed_E[plan.experts_U] = plan.computed_U
@@ -184,8 +187,8 @@ class MoELayer:
         return self.experts.execute(arrived.rows_MH, arrived.ids_M)
 
     def _note_uses(self, used_E: BoolArray) -> None:
-        self._steps += 1
-        record_use(self._history, used_E, self._steps)
+        self.steps += 1
+        record_use(self.history, used_E, self.steps)
 
     def _count(self, counts: IntArray, needed_E: BoolArray, missing_E: BoolArray, waves: tuple[Wave, ...]) -> None:
         misses = int(np.count_nonzero(missing_E))

@@ -43,6 +43,7 @@ class _Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         settings: what must be equal on all ranks, by name.
         slots: slots of each layer.
         residents: the experts in them.
+        steps: steps of all layers that the rank's eviction policy has seen.
         failure: why this rank can't take part; empty if it can.
     """
 
@@ -50,6 +51,7 @@ class _Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, str]
     slots: list[int]
     residents: list[list[int]]
+    steps: int = 0
     failure: str = ""
 
 
@@ -164,8 +166,10 @@ def join(model: nn.Module, transport: Transport, *, settings: Mapping[str, str],
         settings=settings_of(runtime, {**settings, "costs": str(costs or "measured")}),
         slots=[runtime.plan.quotas[index] for index in range(len(runtime.layers))],
         residents=[np.flatnonzero(runner.experts.resident_E).tolist() for runner in runtime.runners],
+        steps=sum(runner.steps for runner in runtime.runners),
     )
     hellos = _greet(transport, hello)
+    _share_history(transport, runtime, hellos)
     if costs is None:
         kernels = [runtime.runners[mover.store_layers[0]].experts for mover in runtime.movers]
         agreed = [measure_costs(transport, m, k.kernel, k.slots) for m, k in zip(runtime.movers, kernels, strict=True)]
@@ -176,6 +180,20 @@ def join(model: nn.Module, transport: Transport, *, settings: Mapping[str, str],
         _step_with_every_pass(model)
     setattr(model, _ATTRIBUTE, group)
     return group
+
+
+def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[_Hello]) -> None:
+    """Give all ranks the past uses of the one that has seen most: what gives way must not depend on who asks."""
+    eldest = max(range(transport.size), key=lambda rank: (hellos[rank].steps, -rank))
+    rows = [np.stack([r.history.last_use, r.history.recent, r.history.frequent]) for r in runtime.runners]
+    mine = [(runner.steps, row.tobytes()) for runner, row in zip(runtime.runners, rows, strict=True)]
+    messages = transport.gather_bytes(_encode(mine) if transport.rank == eldest else b"")
+    theirs = msgspec.msgpack.decode(messages[eldest], type=list[tuple[int, bytes]])
+    for runner, (steps, content) in zip(runtime.runners, theirs, strict=True):
+        runner.steps = steps
+        history = runner.history
+        arrays = np.frombuffer(content, np.int64).reshape(3, -1)
+        history.last_use[:], history.recent[:], history.frequent[:] = arrays
 
 
 def group_of(model: nn.Module) -> RankGroup | None:
@@ -207,7 +225,7 @@ def group_up(
 def announce_failure(transport: Transport, failure: BaseException) -> None:
     """Tell ranks that wait in ``group_up`` why this one won't come."""
     transport.gather_bytes(_encode([]))
-    _exchange_hellos(transport, _Hello(transport.generation, {}, [], [], f"{type(failure).__name__}: {failure}"))
+    _exchange_hellos(transport, _Hello(transport.generation, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))
 
 
 def _greet(transport: Transport, hello: _Hello) -> list[_Hello]:

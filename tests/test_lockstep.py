@@ -206,3 +206,22 @@ def test_keep_in_step_on_one_rank_does_nothing(checkpoint: Checkpoints, cache_di
         forward(model)
     with pytest.raises(ConfigError, match=r"epslots\.load"), epslots.keep_in_step(torch.nn.Linear(1, 1)):
         pass
+
+
+def test_a_rank_that_is_new_takes_over_the_past_of_the_others(checkpoint: Checkpoints, cache_dir: Path):
+    """A survivor and a replacement: whose uses decide what gives way must be the same, or their tables part."""
+    folder = checkpoint("qwen3_moe")
+    grouped = Grouped(folder, cache_dir, slots=[3, 4])
+    for seed in range(4):
+        grouped.run(lambda rank, model, seed=seed: model(input_ids=zoo.random_ids(1, 3, seed=seed)).logits)
+    fresh = epslots.load(folder, slots=4, device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
+    grouped.models[0] = fresh
+    grouped.hub = LocalHub(2, generation=1)
+    run_threads(lambda t: join(grouped.models[t.rank], t, settings={}, costs=TOKENS_TRAVEL), 2, hub=grouped.hub)
+    for mine, other in zip(*(runtime_of(model).runners for model in grouped.models), strict=True):
+        assert mine.steps == other.steps > 0
+        assert mine.history.last_use.tolist() == other.history.last_use.tolist()
+        assert mine.history.recent.tolist() == other.history.recent.tolist()
+    for seed in range(12):
+        grouped.run(lambda rank, model, seed=seed: model(input_ids=zoo.random_ids(1, 2, seed=seed + rank)).logits)
+        grouped.check()
