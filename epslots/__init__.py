@@ -65,6 +65,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: torch and transformers take seconds, and ``epslots --help`` shouldn't."""
     if name not in __all__:

@@ -237,6 +237,10 @@ def _split(counts_RM: IntArray, holds_RM: BoolArray, load_R: IntArray, costs: Co
 def _divide(total_M: IntArray, weights_RM: NDArray[np.integer]) -> IntArray:
     """Whole numbers in proportion to ``weights_RM`` that add up to ``total_M`` in every column."""
     bounds_RM = weights_RM.cumsum(0)
+    excess = int(total_M.max(initial=0)).bit_length() + int(bounds_RM[-1].max(initial=0)).bit_length() - 62
+    if excess > 0:  # the products below must fit into 64 bits
+        weights_RM = np.where(weights_RM > 0, np.maximum(weights_RM >> excess, 1), 0)
+        bounds_RM = weights_RM.cumsum(0)
     whole_M = np.maximum(bounds_RM[-1], 1)
     bounds_RM = (total_M * bounds_RM + whole_M // 2) // whole_M
     bounds_RM[1:] -= bounds_RM[:-1].copy()

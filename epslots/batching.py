@@ -53,6 +53,14 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the output, and are the last of it."""
 
+    def __post_init__(self) -> None:
+        for name, kind in (("prompt", tuple), ("stop_tokens", frozenset)):
+            given = getattr(self, name)
+            tokens = None if isinstance(given, str | bytes) or not isinstance(given, Iterable) else kind(given)
+            if tokens is None or not all(isinstance(token, int) for token in tokens):
+                raise ConfigError(f"request {self.id!r}: {name}={given!r}; allowed: token ids, ints from a tokenizer")
+            object.__setattr__(self, name, tokens)
+
     def after(self, tokens: Iterable[int]) -> Request:
         """The request that goes on where this one stopped after the new tokens ``tokens``."""
         done = tuple(tokens)

@@ -1,6 +1,8 @@
 """One rank's steps: its own requests, or nothing, always together with all other ranks.
 
-    engine = Engine(model, kv_tokens=4096)
+    from epslots.batching import Request
+
+    engine = Engine(model, kv_tokens=4096)  # greedy; prompts are token ids
     engine.batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))
     for output in engine.run():  # all ranks call it; each gets the outputs of its own requests
         ...
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 from epslots.batching import DEFAULT_BATCH_TOKENS, Batcher, Output, batcher_for
 from epslots.lockstep import Header
 from epslots.ranks import group_of
+from epslots.runtime import runtime_of
 
 
 class Engine:
@@ -33,9 +36,13 @@ class Engine:
         model: from ``epslots.load``, alone or one of several ranks.
         kv_tokens: tokens that the KV cache keeps for all requests together.
         max_batch_tokens: the most tokens of one step.
+
+    Raises:
+        ConfigError: the model was not loaded by ``epslots.load``.
     """
 
     def __init__(self, model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+        runtime_of(model)  # refuses other models
         self.model = model
         self.batcher: Batcher = batcher_for(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
 
@@ -53,8 +60,8 @@ class Engine:
         return Header(work=False, stop=False) if group is None else group.lockstep.idle_step()
 
     def run(self) -> Iterator[Output]:
-        """Step until no rank has work; yields the outputs of this rank's requests as they come."""
-        working = True
-        while working:
-            working = self.step().work
+        """Step until no rank has work, or one wants to stop; yields the outputs of this rank's requests as they come."""
+        header = Header(work=True, stop=False)
+        while header.work and not header.stop:
+            header = self.step()
             yield from self.batcher.outputs()

@@ -15,6 +15,7 @@ Trans. Computers 2001), whose single decay rate spans the range between LRU and 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,6 +78,15 @@ def lrfu(history: UseHistory) -> IntArray:
 Policy = Callable[[UseHistory], IntArray]
 POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "lrfu": lrfu}
 DEFAULT_POLICY = "lrfu"
+
+
+def policy_name(policy: str | Policy) -> str:
+    """What tells a policy from others: its name, and of a function its code as well."""
+    if isinstance(policy, str):
+        return policy
+    code = getattr(policy, "__code__", None)
+    name = f"{getattr(policy, '__module__', '')}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"
+    return name if code is None else f"{name} ({zlib.crc32(code.co_code + repr(code.co_consts).encode()):08x})"
 
 
 def resolve_policy(policy: str | Policy) -> Policy:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from epslots.costs import Costs, gathers
+from epslots.device_copy import to_device
 from epslots.eviction import IntArray
 from epslots.records import align
 from epslots.routes import runs
@@ -99,11 +100,11 @@ class AllToAll:
         # Own pairs sorted by expert are runs, of which each rank gets a part.
         counts_O = plan.counts_RU[transport.rank, route.own_O]
         begin_DO = counts_O.cumsum() - counts_O + route.send_start_DO
-        picked = _to_device(runs(begin_DO.ravel(), route.send_DO.ravel()), hidden_TH.device)
+        picked = to_device(runs(begin_DO.ravel(), route.send_DO.ravel()), hidden_TH.device)
         self._order = torch.argsort(ids_N, stable=True)[picked]
         rows = hidden_TH[self._order // top_k]
         self.rows_MH = transport.all_to_all(rows, self._send, self._receive, agreed=agreed)
-        self.ids_M = _to_device(_ids(plan), hidden_TH.device)
+        self.ids_M = to_device(_ids(plan), hidden_TH.device)
 
     def give_back(self, result_MH: torch.Tensor) -> torch.Tensor:
         rows = self._transport.all_to_all(result_MH, self._receive, self._send, agreed=self._agreed)
@@ -140,11 +141,11 @@ class AllGather:
         offset_R = torch.arange(len(tokens_R), device=order_RN.device) * self._block
         begin_SU = plan.counts_RU.cumsum(1) - plan.counts_RU + np.arange(len(tokens_R))[:, None] * self._block
         begin_SC = begin_SU[:, plan.route.computed_C] + plan.route.receive_start_SC
-        picked = _to_device(runs(begin_SC.ravel(), plan.route.receive_SC.ravel()), hidden_TH.device)
+        picked = to_device(runs(begin_SC.ravel(), plan.route.receive_SC.ravel()), hidden_TH.device)
         self._order = (order_RN + offset_R[:, None]).flatten()[picked]
         states = blocks.flatten(0, 1)[:, :state_bytes].view(hidden_TH.dtype)
         self.rows_MH = states[self._order // top_k]
-        self.ids_M = _to_device(_ids(plan), hidden_TH.device)
+        self.ids_M = to_device(_ids(plan), hidden_TH.device)
 
     def give_back(self, result_MH: torch.Tensor) -> torch.Tensor:
         ranks = self._transport.size
@@ -156,7 +157,3 @@ def _ids(plan: StepPlan) -> IntArray:
     """The expert of each pair that arrives: sources one after another, experts in order within each."""
     receive_SC = plan.route.receive_SC
     return np.repeat(np.tile(plan.experts_U[plan.route.computed_C], len(receive_SC)), receive_SC.ravel())
-
-
-def _to_device(numbers: IntArray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(numbers).to(device, non_blocking=True)

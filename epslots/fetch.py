@@ -38,6 +38,7 @@ class Mover:
         self.store_layers = store_layers
         self.telemetry = telemetry
         self.transport: Transport | None = None
+        self._unconfirmed: list[tuple[int, NDArray[np.int64]]] = []
         self._staging: torch.Tensor | None = None
         if pool.device.type == "cuda" and not store.pinned:
             self._staging = torch.empty(pool.layout.nbytes, dtype=torch.uint8, pin_memory=True)
@@ -63,7 +64,8 @@ class Mover:
 
         Raises:
             CorruptExpertError: a record differs from its digest. It entered no slot; those before it did.
-            PeerLost: a copy between ranks broke off. Its slot is empty, as are those that would have come after it.
+            PeerLost: a copy between ranks broke off. Its slot is empty, as are those that would have come after it. On CUDA
+                a copy is only queued on return: see ``confirm``.
         """
         self.pool.vacate(layer, evicted)
         done = np.zeros(len(experts), bool)
@@ -72,6 +74,7 @@ class Mover:
             if copies is not None:
                 self._exchange(layer, experts[from_peer], slots[from_peer], copies, agreed)
                 done[from_peer] = True
+                self._unconfirmed.append((layer, experts[from_peer]))
             for number in np.flatnonzero(~from_peer).tolist():
                 record = self.store.record(self.store_layers[layer], int(experts[number]))
                 self._copy(self.pool.memory[slots[number]], record)
@@ -85,6 +88,17 @@ class Mover:
                 peer_bytes=int((done & from_peer).sum()) * size,
                 evictions=int((evicted >= 0).sum()),
             )
+
+    def confirm(self) -> None:
+        """All copies from peers so far have arrived: something that was queued after them came through to the host."""
+        self._unconfirmed.clear()
+
+    def give_up_unconfirmed(self) -> None:
+        """Empty the slots of copies from peers that may not have arrived, after a peer was lost."""
+        for layer, experts in self._unconfirmed:
+            self.pool.vacate(layer, experts[self.pool.slot_of[layer, experts] >= 0])
+            self.pool.publish(layer)
+        self._unconfirmed.clear()
 
     def _exchange(
         self,

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from epslots.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from epslots.costs import Costs
 from epslots.errors import ConfigError, UnsupportedModelError
-from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, resolve_policy
+from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
 from epslots.expert_reader import ExpertReader
 from epslots.experts import RUNNER, expert_layers, experts_modules
 from epslots.fetch import Mover
@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 # Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
 RECORDS_VERSION = 1
 DEFAULT_KV_TOKENS = 4096
+# Seconds that ranks wait for each other while they load: one may build the store that another has.
+LOAD_DEADLINE_S = 3600.0
 # Arguments of from_pretrained that are settled here.
 OWN_ARGUMENTS = {
     *("config", "device_map", "experts_implementation", "use_safetensors", "local_files_only", "output_loading_info"),
@@ -78,6 +80,7 @@ def load(
     progress: bool | None = None,
     group: dist.ProcessGroup | Transport | None = None,
     costs: Costs | None = None,
+    deadline_s: float | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts checkpoint with a bounded number of expert slots.
@@ -101,6 +104,9 @@ def load(
         group: the ranks to compute with; by default all of torch.distributed's default group, which is formed when the process
             was started by ``torchrun`` and hasn't done so, and none otherwise. Ranks may have different numbers of slots.
         costs: what things cost, by which ranks divide their work; measured if not given. The same on all ranks.
+        deadline_s: how long a rank waits for the others in one operation before it gives them up as lost. It has to cover what
+            a rank does between two forward passes. By default 60 (or as ``group`` has it, if that is a transport of ours);
+            loading has an hour.
         model_kwargs: handed to transformers' ``from_pretrained``, such as ``attn_implementation``.
 
     Returns:
@@ -124,9 +130,12 @@ def load(
     transport = find_transport(group, target)
     # Of several ranks the first speaks for all.
     display = ProgressDisplay(False if progress is None and transport is not None and transport.rank else progress)
-    neighbours = 1 if transport is None else ranks_here(transport)
-    try:
-        model = _load_here(
+    if deadline_s is not None and not deadline_s > 0:
+        raise ConfigError(f"deadline_s={deadline_s!r}: allowed: seconds, more than 0")
+    settings = {"policy": policy_name(policy), "device": target.type}
+
+    def load_here(neighbours: int) -> PreTrainedModel:
+        return _load_here(
             path_or_id,
             setting=setting,
             target=target,
@@ -139,17 +148,23 @@ def load(
             display=display,
             model_kwargs=model_kwargs,
         )
-    except Exception as error:
-        if transport is not None:
+
+    if transport is None:
+        return load_here(neighbours=1)
+    deadline_s = transport.deadline_s if deadline_s is None else deadline_s
+    transport.deadline_s = max(LOAD_DEADLINE_S, deadline_s)
+    try:
+        neighbours = ranks_here(transport)
+        try:
+            model = load_here(neighbours)
+        except Exception as error:
             announce_failure(transport, error)
+            raise
+        group_up(model, transport, settings={**settings, "dtype": str(model.dtype)}, costs=costs, display=display)
+    except BaseException as error:
+        transport.abort(f"rank {transport.rank} could not load: {type(error).__name__}: {error}")
         raise
-    if transport is not None:
-        settings = {
-            "dtype": str(model.dtype),
-            "policy": policy if isinstance(policy, str) else policy.__qualname__,
-            "device": target.type,
-        }
-        group_up(model, transport, settings=settings, costs=costs, display=display)
+    transport.deadline_s = deadline_s
     return model
 
 
@@ -206,7 +221,7 @@ def _load_here(
     )
     if target.type == "cuda":
         pin_store(store, display, target)
-    runtime = _build_runtime(model, layers, plan, store, policy, target)
+    runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy, target)
     runtime.fill(runtime.complete_layers(), display)
     return model
 
@@ -278,6 +293,7 @@ def _store_key(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], config: An
 
 def _build_runtime(
     model: PreTrainedModel,
+    content: str,
     layers: tuple[LayerSpec, ...],
     plan: MemoryPlan,
     store: HostStore,
@@ -314,6 +330,6 @@ def _build_runtime(
                 telemetry=telemetry,
             )
             setattr(modules[index], RUNNER, runners[index])
-    runtime = Runtime(layers, plan, store, tuple(movers), tuple(runners[i] for i in range(len(layers))), telemetry)
+    runtime = Runtime(content, layers, plan, store, tuple(movers), tuple(runners[i] for i in range(len(layers))), telemetry)
     attach(model, runtime)
     return runtime

@@ -5,8 +5,9 @@ Everything that ranks tell each other about a step is a row of int32 of one widt
 step, and each layer's counts in it. A row says what it is, so that ranks which got out of step find out at once, from rows
 that always match in size, before a byte of anything else moves.
 
-    row       kind (-1 = header, else the layer), step, top_k, then the words of the header or the layer's counts
-    header    generation, residency digest, has work, wants to stop
+    row       kind (-1 = header, else the layer), step, model, guard, top_k, then the words of the header or the layer's counts
+    guard     a digest of all that the layer's plan follows from but the counts: ranks that differ in it would plan differently
+    header    generation, digest of the residency table, has work, wants to stop
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from epslots.eviction import IntArray
 from epslots.transport import Transport
 
 _HEADER = -1
-_PREFIX = 3
+_PREFIX = 5
+# Rows of all models are as long, up to this many experts: one who calls the wrong model is told so.
+_USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
 
 
@@ -44,6 +47,7 @@ class LockStep:
     Args:
         most_experts: experts of the largest layer.
         idle_layers: takes part in each layer with zero tokens, in the order of the layers.
+        model: 31 bits that tell this model from others.
         digest: 63 bits that tell whether ranks agree about who holds what.
         explain_divergence: called on all ranks if they don't; what differs, in words.
     """
@@ -52,6 +56,7 @@ class LockStep:
         self,
         transport: Transport,
         *,
+        model: int,
         most_experts: int,
         idle_layers: Sequence[Callable[[], object]],
         digest: Callable[[], int],
@@ -61,7 +66,11 @@ class LockStep:
         self._idle_layers = tuple(idle_layers)
         self._digest = digest
         self._explain_divergence = explain_divergence
-        self._row = torch.zeros(max(_PREFIX + most_experts + 1, 16), dtype=torch.int32, device=transport.device)
+        self._model = model
+        width = _PREFIX + 1 + max(most_experts, _USUAL_EXPERTS)
+        self._row = torch.zeros(width, dtype=torch.int32, device=transport.device)
+        # What the host writes into the row, in one copy that nobody waits for: the gathering that follows is waited for.
+        self._head = torch.zeros(_PREFIX + 8, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
         self._step = 0
         self._layer: int | None = None
         self.stopping = False
@@ -83,8 +92,8 @@ class LockStep:
         self._step = (self._step + 1) % _STEP_LIMIT
         self._layer = 0
         mine = np.array([self.transport.generation, self._digest(), int(work), int(self.stopping)], np.int64)
-        self._row[_PREFIX : _PREFIX + 8] = torch.from_numpy(mine.view(np.int32))
-        rows = self._gather(_HEADER, 0)
+        self._head.numpy()[_PREFIX:] = mine.view(np.int32)
+        rows = self._gather(_HEADER, 0, 0, len(self._head))
         words = np.ascontiguousarray(rows[:, _PREFIX : _PREFIX + 8]).view(np.int64)
         generations, digests = words[:, 0], words[:, 1]
         if (generations != generations[0]).any():
@@ -93,7 +102,7 @@ class LockStep:
                 f"ranks {stale} belong to an older generation of the group: generations by rank are {generations.tolist()}"
             )
         if (digests != digests[0]).any():
-            raise ExchangeError(f"ranks no longer agree about who holds which expert: {self._explain_divergence()}")
+            raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()))
         return self.header
 
@@ -123,30 +132,44 @@ class LockStep:
             self._layer = None
         return header
 
-    def gather_counts(self, layer: int, counts: torch.Tensor, top_k: int) -> tuple[IntArray, int]:
+    def gather_counts(self, layer: int, counts: torch.Tensor, top_k: int, guard: int) -> tuple[IntArray, int]:
         """Every rank's counts of one layer, int64 [R, E + 1], and K.
 
         Args:
             counts: int64 [E + 1], this rank's.
             top_k: K, or 0 without tokens.
+            guard: a digest of what the layer's plan follows from, the same on all ranks.
+
+        Raises:
+            ExchangeError: ranks are in different places, or would plan differently.
+            PeerLost: a rank is gone.
         """
         self._row[_PREFIX : _PREFIX + len(counts)] = counts
-        rows = self._gather(layer, top_k)
-        return rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64), int(rows[:, 2].max())
+        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX)
+        if (rows[:, 3] != rows[0, 3]).any():
+            raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
+        return rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64), int(rows[:, 4].max())
+
+    def fail(self, error: BaseException) -> None:
+        """This rank's step ends with an error of its own: nobody must wait for it."""
+        self.transport.abort(f"rank {self.transport.rank} failed in a step: {type(error).__name__}: {error}")
 
     def _pass(self) -> None:
         assert self._layer is not None
         layer, self._layer = self._layer, self._layer + 1
         self._idle_layers[layer]()
 
-    def _gather(self, kind: int, top_k: int) -> IntArray:
-        self._row[:_PREFIX] = torch.tensor([kind, self._step, top_k], dtype=torch.int32)
+    def _gather(self, kind: int, top_k: int, guard: int, words: int) -> IntArray:
+        """All ranks' rows; the first ``words`` of this rank's come from the host."""
+        self._head.numpy()[:_PREFIX] = kind, self._step, self._model, guard, top_k
+        self._row[:words].copy_(self._head[:words], non_blocking=True)
         rows: IntArray = self.transport.to_host(self.transport.all_gather(self._row))
-        if (rows[:, :2] != rows[0, :2]).any():
-            places = [f"rank {r} {_place(int(row[0]), int(row[1]))}" for r, row in enumerate(rows)]
+        if (rows[:, :3] != rows[0, :3]).any():
+            places = [f"rank {r} {_place(*row[:3].tolist())}" for r, row in enumerate(rows)]
             raise ExchangeError(f"ranks are out of step: {', '.join(places)}")
         return rows
 
 
-def _place(kind: int, step: int) -> str:
-    return f"begins step {step}" if kind == _HEADER else f"is in MoE layer {kind} of step {step}"
+def _place(kind: int, step: int, model: int) -> str:
+    where = f"begins step {step}" if kind == _HEADER else f"is in MoE layer {kind} of step {step}"
+    return f"{where} of model {model:08x}"

@@ -151,7 +151,8 @@ class MoELayer:
         shared, experts = self._shared, self.experts
         assert shared is not None
         top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0
-        counts_R, top_k = lockstep.gather_counts(self.index, counts, top_k)
+        counts_R, top_k = lockstep.gather_counts(self.index, counts, top_k, shared.digest)
+        experts.confirm()  # what was queued before the counts has arrived with them
         counts_RE = counts_R[:, :-1]
         used_E = counts_RE.sum(0) > 0
         if not used_E.any():
@@ -200,5 +201,5 @@ def combine(pairs_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype
     """Weight each pair's result and sum over k, in the order of k and at least in fp32: [T, H] in ``dtype``."""
     tokens, top_k = weights_TK.shape
     exact = torch.promote_types(pairs_NH.dtype, torch.float32)
-    pairs_TKH = pairs_NH.view(tokens, top_k, -1).to(exact)
+    pairs_TKH = pairs_NH.view(tokens, top_k, pairs_NH.shape[-1]).to(exact)
     return (pairs_TKH * weights_TK.to(exact)[..., None]).sum(dim=1).to(dtype)

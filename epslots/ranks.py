@@ -6,10 +6,11 @@ join again, and the common table of who holds what is rebuilt from what each ran
 
 from __future__ import annotations
 
+import functools
 import platform
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 import numpy as np
@@ -20,9 +21,9 @@ from torch import nn
 
 from epslots import __version__
 from epslots.costs import Costs
-from epslots.errors import PeerLost, RankMismatchError, StaleGeneration
+from epslots.errors import GroupError, PeerLost, RankMismatchError, StaleGeneration
 from epslots.experts import experts_modules
-from epslots.link_speed import measure_costs
+from epslots.link_speed import largest, measure_costs
 from epslots.lockstep import LockStep
 from epslots.placement import default_homes
 from epslots.progress import ProgressDisplay
@@ -44,6 +45,7 @@ class _Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         slots: slots of each layer.
         residents: the experts in them.
         steps: steps of all layers that the rank's eviction policy has seen.
+        costs: what the rank's last group agreed on, by pool; empty if it had none.
         failure: why this rank can't take part; empty if it can.
     """
 
@@ -52,6 +54,7 @@ class _Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slots: list[int]
     residents: list[list[int]]
     steps: int = 0
+    costs: list[Costs] = []
     failure: str = ""
 
 
@@ -60,13 +63,22 @@ class RankGroup:
 
     Attributes:
         transport: to the others.
+        settings: equal on all ranks.
         costs: agreed by all, by pool.
         shared: what all ranks know of each layer.
         lockstep: keeps this rank in step.
     """
 
-    def __init__(self, runtime: Runtime, transport: Transport, hellos: Sequence[_Hello], costs: Sequence[Costs]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        transport: Transport,
+        settings: Mapping[str, str],
+        hellos: Sequence[_Hello],
+        costs: Sequence[Costs],
+    ) -> None:
         self.transport = transport
+        self.settings = dict(settings)
         self.costs = tuple(costs)
         self._runtime = runtime
         shared: dict[int, SharedLayer] = {}
@@ -85,6 +97,7 @@ class RankGroup:
         self.shared = tuple(shared[index] for index in range(len(runtime.layers)))
         self.lockstep = LockStep(
             transport,
+            model=xxhash.xxh3_64_intdigest(hellos[0].settings["checkpoint"].encode()) & 0x7FFFFFFF,
             most_experts=max(layer.num_experts for layer in runtime.layers),
             idle_layers=[runner.idle for runner in runtime.runners],
             digest=self._digest,
@@ -106,16 +119,21 @@ class RankGroup:
         """The first layer and slot in which the ranks' tables differ. All ranks call it together."""
         digests = np.array([_decode(m, list[int]) for m in self._gather([layer.digest for layer in self.shared])])
         index = int(np.flatnonzero((digests != digests[0]).any(0))[0])
+        name = self._runtime.layers[index].name
         pool, position = self._runtime.place_of(index)
         tables_R = np.array([_decode(m, list[list[bool]]) for m in self._gather(self.shared[index].holds_RE.tolist())])
         slots_RE = np.array([_decode(m, list[int]) for m in self._gather(pool.slot_of[position].tolist())])
-        owner, expert = np.argwhere((tables_R != tables_R[0]).any(0))[0].tolist()
+        differing = np.argwhere((tables_R != tables_R[0]).any(0))
+        again = "Load the model again, or form the next generation of the group"
+        if not len(differing):
+            return f"layer {name}: all slots are alike, but homes or earlier plans differ. {again}"
+        owner, expert = differing[0].tolist()
         say_yes = np.flatnonzero(tables_R[:, owner, expert]).tolist()
         slot = int(slots_RE[owner, expert])
         return (
-            f"layer {self._runtime.layers[index].name}, expert {expert} on rank {owner}: "
+            f"layer {name}, expert {expert} on rank {owner}: "
             f"{f'it is in slot {slot} there' if slot >= 0 else 'it is in no slot there'}; ranks {say_yes} of "
-            f"{self.transport.size} believe that it is. Load the model again, or form the next generation of the group"
+            f"{self.transport.size} believe that it is. {again}"
         )
 
     def _gather(self, value: object) -> list[bytes]:
@@ -132,7 +150,6 @@ def _decode(message: bytes, kind: type) -> object:
 
 def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
     """What must be equal on all ranks for their results and their plans to be."""
-    manifest = runtime.store.shape.manifest
     layers = xxhash.xxh3_64_hexdigest(msgspec.msgpack.encode(runtime.layers))
     return {
         "epslots": __version__,
@@ -141,45 +158,59 @@ def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
-        "checkpoint": f"{manifest.source} ({manifest.key})",
+        "checkpoint": runtime.checkpoint,
         "layers": f"{len(runtime.layers)} ({layers})",
         **given,
     }
 
 
-def join(model: nn.Module, transport: Transport, *, settings: Mapping[str, str], costs: Costs | None = None) -> RankGroup:
+def join(
+    model: nn.Module, transport: Transport, *, settings: Mapping[str, str] | None = None, costs: Costs | None = None
+) -> RankGroup:
     """Make this rank's model one with those of all other ranks. All ranks call it together.
 
     Args:
         model: from ``epslots.load``, alone or in an earlier generation's group.
-        settings: more of what must be equal on all ranks, by name.
-        costs: what things cost, on all ranks alike; measured if not given.
+        settings: more of what must be equal on all ranks, by name; those of the earlier group if not given.
+        costs: what things cost, on all ranks alike. If not given, they are what an earlier group of any rank had agreed on,
+            else they are measured.
 
     Raises:
         RankMismatchError: ranks run different checkpoints, versions or settings; on all of them.
         StaleGeneration: a rank belongs to another generation.
         PeerLost: a rank is gone, or could not load.
     """
-    runtime = runtime_of(model)
+    runtime, last = runtime_of(model), group_of(model)
+    for mover in runtime.movers:
+        mover.give_up_unconfirmed()
+    if settings is None:
+        settings = {} if last is None else last.settings
     hello = _Hello(
         generation=transport.generation,
-        settings=settings_of(runtime, {**settings, "costs": str(costs or "measured")}),
+        settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
         slots=[runtime.plan.quotas[index] for index in range(len(runtime.layers))],
         residents=[np.flatnonzero(runner.experts.resident_E).tolist() for runner in runtime.runners],
         steps=sum(runner.steps for runner in runtime.runners),
+        costs=[] if last is None else list(last.costs),
     )
     hellos = _greet(transport, hello)
     _share_history(transport, runtime, hellos)
-    if costs is None:
-        kernels = [runtime.runners[mover.store_layers[0]].experts for mover in runtime.movers]
-        agreed = [measure_costs(transport, m, k.kernel, k.slots) for m, k in zip(runtime.movers, kernels, strict=True)]
-    else:
-        agreed = [costs] * len(runtime.movers)
-    group = RankGroup(runtime, transport, hellos, agreed)
+    group = RankGroup(runtime, transport, settings, hellos, _agree_on_costs(transport, runtime, hellos, costs))
     if group_of(model) is None:
         _step_with_every_pass(model)
     setattr(model, _ATTRIBUTE, group)
     return group
+
+
+def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[_Hello], given: Costs | None) -> list[Costs]:
+    """What things cost, by pool: as given, as a rank's last group had it, or measured."""
+    if given is not None:
+        return [given] * len(runtime.movers)
+    known = [hello.costs for hello in hellos if hello.costs]
+    if known:
+        return [largest(pool) for pool in zip(*known, strict=True)]
+    kernels = [runtime.runners[mover.store_layers[0]].experts for mover in runtime.movers]
+    return [measure_costs(transport, m, k.kernel, k.slots) for m, k in zip(runtime.movers, kernels, strict=True)]
 
 
 def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[_Hello]) -> None:
@@ -224,8 +255,9 @@ def group_up(
 
 def announce_failure(transport: Transport, failure: BaseException) -> None:
     """Tell ranks that wait in ``group_up`` why this one won't come."""
-    transport.gather_bytes(_encode([]))
-    _exchange_hellos(transport, _Hello(transport.generation, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))
+    with suppress(PeerLost):  # then somebody else has failed before
+        transport.gather_bytes(_encode([]))
+        _exchange_hellos(transport, _Hello(transport.generation, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))
 
 
 def _greet(transport: Transport, hello: _Hello) -> list[_Hello]:
@@ -258,16 +290,26 @@ def ranks_here(transport: Transport) -> int:
 
 
 def _step_with_every_pass(model: nn.Module) -> None:
-    """Make every forward pass of the model a step of all ranks."""
+    """Make every forward pass of the model a step of all ranks, which ends for all if it fails on one."""
+    trunk = _trunk(model)
+    forward = trunk.forward
 
-    def lockstep() -> LockStep:
+    @functools.wraps(forward)
+    def step(*args: object, **kwargs: object) -> object:
         group = group_of(model)  # looked up each time: a later generation brings another
         assert group is not None
-        return group.lockstep
+        group.lockstep.begin()
+        try:
+            output = forward(*args, **kwargs)
+            group.lockstep.end()
+        except GroupError:
+            raise  # all ranks know
+        except BaseException as error:
+            group.lockstep.fail(error)
+            raise
+        return output
 
-    trunk = _trunk(model)
-    trunk.register_forward_pre_hook(lambda *_: lockstep().begin() and None)
-    trunk.register_forward_hook(lambda *_: lockstep().end())
+    setattr(trunk, "forward", step)  # noqa: B010 - a method to mypy
 
 
 def _trunk(model: nn.Module) -> nn.Module:
@@ -300,5 +342,6 @@ def keep_in_step(model: nn.Module) -> Iterator[None]:
     yield
     group = group_of(model)
     if group is not None:
-        while group.lockstep.idle_step().work:
-            pass
+        header = group.lockstep.idle_step()
+        while header.work and not header.stop:
+            header = group.lockstep.idle_step()

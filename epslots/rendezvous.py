@@ -50,6 +50,8 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
 def _form_default_group(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Torch's watchdog would end the process when a peer is lost. This is read from the environment alone.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         dist.init_process_group(BACKENDS[device.type], device_id=device if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:

@@ -24,8 +24,12 @@ _ATTRIBUTE = "epslots_runtime"
 
 @dataclass(frozen=True)
 class Runtime:
-    """Everything behind one model: the layers in order, each with its runner, and a mover for each pool."""
+    """Everything behind one model: the layers in order, each with its runner, and a mover for each pool.
 
+    ``checkpoint`` digests the weight files' content, wherever they are.
+    """
+
+    checkpoint: str
     layers: tuple[LayerSpec, ...]
     plan: MemoryPlan
     store: HostStore

@@ -71,7 +71,7 @@ class SharedLayer:
         rank: this rank.
         holds_RE: who holds what at the start; kept, and changed in place by ``plan``.
         quota_R: slots of the layer on each rank.
-        home_E: homes; may be replaced between steps, on all ranks alike.
+        home_E: homes; may be set anew between steps, on all ranks alike.
         costs: the same on all ranks.
         rule: how work is assigned; another one only to compare it.
     """
@@ -82,14 +82,15 @@ class SharedLayer:
         self.rank = rank
         self.holds_RE = holds_RE
         self.quota_R = quota_R
-        self.home_E = home_E
+        self._home_E = home_E
         self.costs = costs
         self.rule = rule
         self._tolls_RE = np.zeros(holds_RE.shape, np.int64)
         self._steps = 0
         # An exchange costs its latency until no rank needs any. That is in reach where each holds half of the experts.
         self._exchange_may_go = bool((2 * quota_R >= holds_RE.shape[1]).all())
-        self._digest: int | None = None
+        self._holds_digest: int | None = None
+        self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
         self._idle_slots: bool | None = None
 
     def plan(self, counts_RE: IntArray, score_E: IntArray) -> StepPlan:
@@ -105,6 +106,7 @@ class SharedLayer:
         counts_RU = counts_RE[:, found.experts_U]
         if tolls_RE is not None:
             self._charge(found, counts_RU)
+        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1))
         own = route(counts_RU, found.computed_RU, self.rank)
         return StepPlan(
             experts_U=found.experts_U,
@@ -157,15 +159,28 @@ class SharedLayer:
         return evicted_E
 
     @property
+    def home_E(self) -> IntArray:
+        """The home rank of each expert."""
+        return self._home_E
+
+    @home_E.setter
+    def home_E(self, home_E: IntArray) -> None:
+        self._home_E = home_E
+        self._remember(home_E)
+
+    @property
     def digest(self) -> int:
-        """63 bits that differ between ranks whose copies differ."""
-        if self._digest is None:
-            self._digest = xxhash.xxh3_64_intdigest(self.holds_RE.tobytes()) >> 1
-        return self._digest
+        """63 bits that differ between ranks that hold different tables, or came to them by different plans or homes."""
+        if self._holds_digest is None:
+            self._holds_digest = xxhash.xxh3_64_intdigest(self.holds_RE.tobytes())
+        return (self._holds_digest ^ self._past) >> 1
+
+    def _remember(self, *arrays: IntArray) -> None:
+        self._past = xxhash.xxh3_64_intdigest(b"".join(array.tobytes() for array in arrays), seed=self._past)
 
     def forget_digest(self) -> None:
         """To be called after ``holds_RE`` was changed."""
-        self._digest = self._idle_slots = None
+        self._holds_digest = self._idle_slots = None
 
     def _has_idle_slots(self) -> bool:
         """Whether any rank has a slot that is empty, or holds a copy that nobody would miss."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from epslots.device_copy import to_device
 from epslots.eviction import IntArray
 from epslots.fetch import Mover
 from epslots.kernel import ExpertKernel
@@ -81,6 +82,10 @@ class SlotExperts:
         )
         self._telemetry.count_stall(self._index, time.perf_counter() - began)
 
+    def confirm(self) -> None:
+        """Copies from peers, in whichever layer, have arrived: see ``Mover.confirm``."""
+        self._mover.confirm()
+
     def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """All pairs at once: every needed expert is in a slot. Returns [N, H], pair by pair."""
         if not len(ids_N):
@@ -102,7 +107,7 @@ class SlotExperts:
         key_host = np.full(self.num_experts + 1, keys, np.int64)
         for number, wave in enumerate(waves):
             key_host[wave.experts] = number * self.slots + wave.positions
-        key_E = torch.from_numpy(key_host).to(ids_N.device)
+        key_E = to_device(key_host, ids_N.device)
         order_N, key_N, ends, rows_NH = _sort(hidden_TH, ids_N, key_E, keys)
         result_NH = torch.empty_like(rows_NH)
         start = 0

@@ -78,7 +78,7 @@ class SlotPool:
         return views
 
     def vacate(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Give up the slots of these resident experts (-1 is skipped). ``occupy`` must follow: it tells the device."""
+        """Give up the slots of these resident experts (-1 is skipped). ``occupy`` or ``publish`` must tell the device."""
         gone = experts[experts >= 0]
         self.expert_of[self.slot_of[layer, gone]] = -1
         self.slot_of[layer, gone] = -1
@@ -88,9 +88,9 @@ class SlotPool:
         assert (self.expert_of[slots] == -1).all() and (self.slot_of[layer, experts] == -1).all()
         self.expert_of[slots] = experts
         self.slot_of[layer, experts] = slots
-        self._publish(layer)
+        self.publish(layer)
 
-    def _publish(self, layer: int) -> None:
+    def publish(self, layer: int) -> None:
         """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory.
 
         The copies are queued on the current stream. The host changes its tables again only after it has read the next

@@ -66,11 +66,20 @@ class TorchTransport:
         self.size = group.size()
         self.device = device
         self.generation = generation
-        self.deadline_s = deadline_s
         self._group = group
-        group.set_timeout(timedelta(seconds=deadline_s))  # gloo's own, which may be shorter
+        self.deadline_s = deadline_s
         self._cause: str | None = None
         self._breaking = threading.Lock()
+
+    @property
+    def deadline_s(self) -> float:
+        """How long one operation may take."""
+        return self._deadline_s
+
+    @deadline_s.setter
+    def deadline_s(self, seconds: float) -> None:
+        self._deadline_s = seconds
+        self._group.set_timeout(timedelta(seconds=seconds))  # gloo's own, which may be shorter
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         result = mine.new_empty((self.size, *mine.shape))
@@ -173,8 +182,12 @@ class TorchTransport:
         except RuntimeError as error:
             took_s = time.monotonic() - began
             # The first line without the place in the source that gloo and NCCL begin with.
-            text = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0])
-            raise self._break(f"{name} failed after {took_s:.1f} s (deadline {self.deadline_s:g} s): {text}") from error
+            text = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).partition(". This is typically")[0]
+            raise self._break(
+                f"a peer is gone or silent: {name} failed after {took_s:.1f} s (deadline {self.deadline_s:g} s): {text}. "
+                f"If no process ended, ranks made different numbers of forward passes, or one was busy with something else "
+                f"for longer than the deadline: see epslots.keep_in_step"
+            ) from error
         except BaseException as error:  # an interrupt, or a bug: works may be in progress, and this rank is out of step
             self._break(f"{name}: {error!r}")
             raise
@@ -190,7 +203,7 @@ class TorchTransport:
         """
         with self._breaking:
             if self._cause is None:
-                self._cause = f"rank {self.rank} of {self.size}, generation {self.generation}: {what}"
+                self._cause = f"{what} (noticed by rank {self.rank} of {self.size}, generation {self.generation})"
                 _cut(self._group)
             return PeerLost(self._cause)
 

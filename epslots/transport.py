@@ -42,12 +42,14 @@ class Transport(Protocol):
         rank, size: this rank, and how many there are (R).
         device: where tensors are.
         generation: number of the process group.
+        deadline_s: how long one operation may take. It may be changed between operations, on all ranks alike.
     """
 
     rank: int
     size: int
     device: torch.device
     generation: int
+    deadline_s: float
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor, [R, *S]. By contract ``mine`` [*S] has the same shape and type on all ranks."""
@@ -315,6 +317,15 @@ class LocalTransport:
         self.device = torch.device("cpu")
         self.generation = hub.generation
         self.hub = hub
+
+    @property
+    def deadline_s(self) -> float:
+        """As of the hub, for all ranks."""
+        return self.hub.deadline_s
+
+    @deadline_s.setter
+    def deadline_s(self, seconds: float) -> None:
+        self.hub.deadline_s = seconds
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         def combine(gifts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -62,6 +62,26 @@ def test_a_plan_is_never_dearer_than_the_simple_ones(situation: Situation):
     assert found.cost_ns * (WORTHWHILE - 1) <= own_only(*situation.arguments).cost_ns * WORTHWHILE
 
 
+@settings(max_examples=200)
+@given(situations())
+def test_a_plan_that_buys_copies_costs_no_more_than_was_paid_for_them(situation: Situation):
+    found = assign(*situation.arguments, situation.tolls_RE)
+    paid = int(situation.tolls_RE[found.fetch_ranks, found.fetch_experts].sum())
+    assert found.cost_ns - paid <= home_only(*situation.arguments).cost_ns
+
+
+@pytest.mark.parametrize("pairs", [10**4, 10**6, 2 * 10**7])
+@pytest.mark.parametrize("cost", [1, 10**3, 2**26 - 1])
+def test_no_number_is_too_large(pairs: int, cost: int):
+    """Replicated, hot and dear: sums and products stay whole."""
+    costs = Costs(2**40 - 1, 2**39, cost, cost, 2**39, 2**39, 2**39)
+    counts = np.array([[pairs, 3 * pairs], [pairs, 0], [7, pairs // 3]])
+    table = holds(3, 2, (0, 0), (1, 0), (2, 0), (0, 1), (2, 1))
+    found = assign(counts, table, np.full(3, 2), np.array([0, 1]), costs)
+    assert (found.computed_RU >= 0).all() and found.computed_RU.sum(0).tolist() == counts.sum(0).tolist()
+    assert found.cost_ns > 0
+
+
 @given(situations())
 def test_the_same_arguments_give_the_same_plan(situation: Situation):
     first, again = assign(*situation.arguments), assign(*(np.copy(a) for a in situation.arguments[:-1]), situation.costs)

@@ -25,7 +25,7 @@ LAYERS = (
     ("assignment", "replay"),
     ("shared_layer",),
     # effects
-    ("host_store", "slot_pool", "telemetry", "checkpoint", "transport"),
+    ("host_store", "slot_pool", "telemetry", "checkpoint", "transport", "device_copy"),
     ("store_build", "progress", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
     ("node_store", "pinning", "slot_experts", "link_speed", "rendezvous"),
     ("moe_layer",),
@@ -40,6 +40,7 @@ LAYERS = (
     ("store_check",),
     ("bench",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Decisions are arrays in, arrays out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from epslots.ranks import announce_failure, group_of, join
 from epslots.runtime import runtime_of
 from epslots.transport import LocalHub, LocalTransport
 from tests import zoo
-from tests.grouped import TOKENS_TRAVEL, Grouped
+from tests.grouped import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.rank_helpers import run_threads
 
 Checkpoints = Callable[[str], Path]
@@ -138,8 +139,8 @@ def test_a_table_that_differs_in_belief_names_the_slot(pair: Grouped):
         assert isinstance(error, ExchangeError) and f"it is in slot {slot} there; ranks [1] of 2" in str(error)
 
 
-def test_a_rank_that_left_a_step_is_told_where_the_others_are(pair: Grouped):
-    """Rank 0's model fails in the middle of a step; it then begins another while rank 1 is still in the first."""
+def test_a_rank_that_fails_in_a_step_ends_it_for_all(pair: Grouped):
+    """Rank 0's model fails in the middle of a step; nobody waits for it, and it can't go on as if nothing were."""
     model = pair.models[0]
 
     def fail(*_: object) -> None:
@@ -149,15 +150,41 @@ def test_a_rank_that_left_a_step_is_told_where_the_others_are(pair: Grouped):
         if transport.rank:
             forward(pair.models[1])
             return
-        handle = model.model.layers[2].register_forward_pre_hook(fail)
+        model.model.layers[2].register_forward_pre_hook(fail)
         with pytest.raises(ZeroDivisionError):
             forward(model)
-        handle.remove()
         forward(model)
 
     for error in errors_of(2, work, pair.hub):
+        assert isinstance(error, PeerLost) and "rank 0 failed in a step: ZeroDivisionError" in str(error)
+
+
+def test_ranks_in_different_places_are_told_where_each_is(pair: Grouped):
+    def work(transport: LocalTransport) -> None:
+        group = group_of(pair.models[transport.rank])
+        assert group is not None
+        group.lockstep.begin()
+        if transport.rank:
+            group.lockstep.begin()
+        else:
+            group.lockstep.end()
+
+    for error in errors_of(2, work, pair.hub):
         assert isinstance(error, ExchangeError)
-        assert "rank 0 begins step" in str(error) and "rank 1 is in MoE layer 2 of step" in str(error)
+        assert "rank 1 begins step" in str(error) and "rank 0 is in MoE layer 0 of step" in str(error)
+
+
+def test_homes_that_differ_are_an_error_before_anything_moves(pair: Grouped):
+    """Swapped on one rank only: it would plan otherwise than the other, from the next layer's counts on."""
+    pair.run(lambda rank, model: forward(model))
+
+    def swap_homes(*_: object) -> None:
+        shared = group_of(pair.models[1]).shared[1]
+        shared.home_E = shared.home_E[::-1].copy()
+
+    pair.models[1].model.layers[1].register_forward_pre_hook(swap_homes)
+    for error in errors_of(2, lambda t: forward(pair.models[t.rank]), pair.hub):
+        assert isinstance(error, ExchangeError) and "homes or earlier plans differ" in str(error)
 
 
 def test_parts_of_the_model_alone_are_refused(pair: Grouped):
@@ -225,3 +252,66 @@ def test_a_rank_that_is_new_takes_over_the_past_of_the_others(checkpoint: Checkp
     for seed in range(12):
         grouped.run(lambda rank, model, seed=seed: model(input_ids=zoo.random_ids(1, 2, seed=seed + rank)).logits)
         grouped.check()
+
+
+def test_the_only_survivor_goes_on_alone(pair: Grouped):
+    expected = pair.run(lambda rank, model: forward(model))
+    hub = LocalHub(1, generation=1)
+    run_threads(lambda t: join(pair.models[0], t), 1, hub=hub)
+    assert torch.allclose(forward(pair.models[0]), expected[0], atol=1e-5)
+
+
+def test_copies_that_may_not_have_arrived_are_given_up(checkpoint: Checkpoints, cache_dir: Path, monkeypatch: Any):
+    """On CUDA an exchange is only queued: if the group breaks before the next counts, its slots hold nobody knows what."""
+    grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, slots=["75%", "75%"], costs=COPIES_TRAVEL)
+    spoiled = []
+
+    def lazy(self: LocalTransport, sends: Any, receives: Any, *, agreed: bool = False) -> None:
+        if receives and not spoiled:
+            for _, tensor in receives:
+                tensor.fill_(77)
+            spoiled.append(self.rank)
+            self.hub.lose(self.rank)
+        elif not spoiled:
+            exchange(self, sends, receives, agreed=agreed)
+
+    exchange = LocalTransport.exchange
+    monkeypatch.setattr(LocalTransport, "exchange", lazy)
+
+    def work(transport: LocalTransport) -> None:
+        model = grouped.models[transport.rank]
+        for seed in range(20):
+            with torch.no_grad():
+                model(input_ids=zoo.random_ids(1, 3, seed=seed))
+
+    assert all(isinstance(error, PeerLost) for error in errors_of(2, work, grouped.hub))
+    assert spoiled
+    monkeypatch.undo()
+    grouped.hub = LocalHub(2, generation=1)
+    run_threads(lambda t: join(grouped.models[t.rank], t), 2, hub=grouped.hub)
+    grouped.check()
+
+
+def test_copies_of_a_checkpoint_are_the_same_checkpoint(checkpoint: Checkpoints, cache_dir: Path, tmp_path: Path):
+    """Nodes may each have their own."""
+    folder = checkpoint("mixtral")
+    copy = shutil.copytree(folder, tmp_path / "elsewhere")
+    options = {"slots": 2, "device": "cpu", "dtype": "float32", "cache_dir": cache_dir, "progress": False}
+    models = [epslots.load(path, **options) for path in (folder, copy)]
+    run_threads(lambda t: join(models[t.rank], t, costs=TOKENS_TRAVEL), 2)
+    assert group_of(models[0]) is not None
+
+
+def test_sizes_are_compared_in_the_first_step_of_a_generation(pair: Grouped, monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool] = []
+    all_to_all = LocalTransport.all_to_all
+
+    def watch(self: LocalTransport, *sizes: Any, agreed: bool = False) -> torch.Tensor:
+        seen.append(agreed)
+        return all_to_all(self, *sizes, agreed=agreed)
+
+    monkeypatch.setattr(LocalTransport, "all_to_all", watch)
+    run_threads(lambda t: forward(pair.models[t.rank]), 2, hub=pair.hub)
+    first = len(seen)
+    run_threads(lambda t: forward(pair.models[t.rank]), 2, hub=pair.hub)
+    assert first and not any(seen[:first]) and len(seen) > first and all(seen[first:])

@@ -114,6 +114,7 @@ class OneRank:
             self.shared.append(SharedLayer(rank, holds, quota_R, homes, episode.costs))
         self.lockstep = LockStep(
             transport,
+            model=1,
             most_experts=episode.experts,
             idle_layers=[layer.idle for layer in self.layers],
             digest=lambda: hash(tuple(shared.digest for shared in self.shared)) >> 1,

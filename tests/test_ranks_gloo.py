@@ -158,6 +158,45 @@ def test_a_lost_process_is_noticed_and_the_others_go_on(how: str, within_s: floa
         assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+def fail_once(rank: Rank, folder: Path, cache_dir: Path) -> tuple[str, float]:
+    """Rank 0's second pass fails in its second layer, and its user calls again."""
+    model = load(rank, folder, cache_dir, group=rank.transport(), slots=4, deadline_s=30)
+    ids = zoo.random_ids(1, 9, seed=1)
+    model(input_ids=ids)
+    if rank.rank == 0:
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        handle = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=ids)
+        handle.remove()
+    began = time.monotonic()
+    with pytest.raises(PeerLost) as caught:
+        model(input_ids=ids)
+    return str(caught.value), time.monotonic() - began
+
+
+def test_an_error_on_one_rank_ends_the_step_of_all_at_once(checkpoint: Checkpoints, cache_dir: Path):
+    (first, _), (_, waited_s) = run_ranks(fail_once, 2, checkpoint("qwen3_moe"), cache_dir)
+    assert "ZeroDivisionError" in first
+    assert waited_s < 15
+
+
+def fail_to_load(rank: Rank, folders: list[Path], cache_dir: Path) -> str:
+    with pytest.raises(epslots.EpslotsError) as caught:
+        load(rank, folders[rank.rank], cache_dir, group=rank.transport(), deadline_s=5)
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_load_says_why_on_all(checkpoint: Checkpoints, cache_dir: Path, tmp_path: Path):
+    missing = tmp_path / "nothing here"
+    waiting, failing = run_ranks(fail_to_load, 2, [checkpoint("mixtral"), missing], cache_dir)
+    assert "nothing here" in failing
+    assert "rank 1 could not load" in waiting and "nothing here" in waiting
+
+
 def test_the_example_under_torchrun():
     """The entry that users have: torchrun's environment alone makes two processes one model."""
     folder = Path(__file__).parent.parent
