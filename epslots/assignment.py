@@ -20,6 +20,7 @@ Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,10 @@ LEVEL_ROUNDS = 2
 SHED_ROUNDS = 4
 # Experts live where they are for a reason that a step's cost doesn't show, so a copy elsewhere must save this part of it.
 WORTHWHILE = 16
+
+
+Assign = Callable[[IntArray, BoolArray, IntArray, IntArray, Costs, IntArray | None], "Assignment"]
+"""A rule such as ``assign``."""
 
 
 @dataclass(frozen=True)
@@ -92,45 +97,6 @@ def assign(
             break
         best = lighter
     return best.of(experts_U)
-
-
-def home_only(
-    counts_RE: IntArray,
-    holds_RE: BoolArray,
-    quota_R: IntArray,
-    home_E: IntArray,
-    costs: Costs,
-    tolls_RE: IntArray | None = None,
-) -> Assignment:
-    """The simplest plan: tokens go home, home fetches. Arguments as ``assign``."""
-    experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs)
-    return _price(step, _to_home(step)).of(experts_U)
-
-
-def holder_only(
-    counts_RE: IntArray,
-    holds_RE: BoolArray,
-    quota_R: IntArray,
-    home_E: IntArray,
-    costs: Costs,
-    tolls_RE: IntArray | None = None,
-) -> Assignment:
-    """Tokens always travel to a rank that holds the expert, and only what nobody holds is fetched. Arguments as ``assign``."""
-    experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs)
-    return _price(step, _to_holders(step, quota_R - holds_RE.sum(1))).of(experts_U)
-
-
-def own_only(
-    counts_RE: IntArray,
-    holds_RE: BoolArray,
-    quota_R: IntArray,
-    home_E: IntArray,
-    costs: Costs,
-    tolls_RE: IntArray | None = None,
-) -> Assignment:
-    """No exchange: every rank computes its own tokens and fetches what they need. Arguments as ``assign``."""
-    experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs)
-    return _price(step, step.counts_RU).of(experts_U)
 
 
 @dataclass(frozen=True)
@@ -373,3 +339,29 @@ def _shed(step: _Step, computed_RU: IntArray) -> IntArray | None:
     np.subtract.at(shed_RU, (donors[donor], hottest_R[donors[donor]]), moved)
     np.add.at(shed_RU, (takers[taker], hottest_R[donors[donor]]), moved)
     return shed_RU
+
+
+def _always(divide: Callable[[_Step], IntArray]) -> Assign:
+    """A rule that divides work in one way, whatever it costs."""
+
+    def rule(
+        counts_RE: IntArray,
+        holds_RE: BoolArray,
+        quota_R: IntArray,
+        home_E: IntArray,
+        costs: Costs,
+        tolls_RE: IntArray | None = None,
+    ) -> Assignment:
+        experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs)
+        return _price(step, divide(step)).of(experts_U)
+
+    return rule
+
+
+# What the plan is compared with; arguments as ``assign``.
+home_only = _always(_to_home)
+"""The simplest plan: tokens go home, home fetches."""
+holder_only = _always(lambda step: _to_holders(step, step.quota_R - step.all_holds_RE.sum(1)))
+"""Tokens always travel to a rank that holds the expert, and only what nobody holds is fetched."""
+own_only = _always(lambda step: step.counts_RU)
+"""No exchange: every rank computes its own tokens and fetches what they need."""

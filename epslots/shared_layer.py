@@ -7,19 +7,17 @@ Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
-from epslots.assignment import Assignment, assign
+from epslots.assignment import Assign, Assignment, assign
 from epslots.costs import Costs, moved_pairs
 from epslots.eviction import IntArray
 from epslots.residency import BoolArray, settle, spare_copies
 from epslots.routes import Route, route
-
-Assign = Callable[[IntArray, BoolArray, IntArray, IntArray, Costs, IntArray | None], Assignment]
 
 # So many steps halve a toll: what was wanted long ago is no reason to fetch it now.
 TOLL_STEPS = 64
