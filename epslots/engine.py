@@ -1,6 +1,6 @@
 """One rank's steps: its own requests, or nothing, always together with all other ranks.
 
-    from epslots.batching import Request
+    from epslots.requests import Request
 
     engine = Engine(model, kv_tokens=4096)  # greedy; prompts are token ids
     engine.batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))
@@ -20,9 +20,10 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from epslots.batching import DEFAULT_BATCH_TOKENS, Batcher, Output, batcher_for
+from epslots.batching import DEFAULT_BATCH_TOKENS, batcher_for
 from epslots.lockstep import Header
 from epslots.ranks import group_of
+from epslots.requests import Batcher, Output
 from epslots.runtime import runtime_of
 
 

@@ -25,9 +25,10 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
-from epslots.batching import Batcher, Output, PagedBatcher, Request, SequentialBatcher, batcher_for, next_tokens
+from epslots.batching import PagedBatcher, SequentialBatcher, batcher_for, next_tokens
 from epslots.errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from epslots.paged_attention import cache_blocks, paging_obstacle
+from epslots.requests import Batcher, Output, Request
 from tests import zoo
 
 # Those that keep a recurrent state, those that attend in chunks, and those that repeat keys before they would be paged.

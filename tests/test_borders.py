@@ -19,7 +19,7 @@ LAYERS = (
     # records and errors
     ("errors", "records"),
     # pure decisions
-    ("units", "eviction", "example"),
+    ("units", "eviction", "example", "requests"),
     ("residency", "placement", "memory_plan"),
     ("waves", "costs", "routes"),
     ("assignment", "replay"),

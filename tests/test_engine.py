@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.batching import Request
 from epslots.engine import Engine
 from epslots.errors import PeerLost
 from epslots.ranks import group_of, join
+from epslots.requests import Request
 from epslots.transport import LocalHub, LocalTransport
 from tests import zoo
 from tests.grouped import TOKENS_TRAVEL, Grouped

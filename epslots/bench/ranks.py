@@ -9,12 +9,12 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 import epslots
-from epslots.batching import Request
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report
 from epslots.costs import Costs
 from epslots.engine import Engine
 from epslots.example import example_model
+from epslots.requests import Request
 from epslots.torch_transport import TorchTransport
 
 # 9.4 MB experts and 4 KB rows over 8 GB/s to the host and 200 GB/s between ranks.
