@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 
-from epslots.eviction import IntArray
 
-
-def to_device(numbers: IntArray, device: torch.device) -> torch.Tensor:
+def to_device(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
     """The numbers as a tensor on ``device``; the copy is queued on the current stream.
 
     It starts from pinned memory, which torch's allocator keeps until the copy is done: from pageable memory the host might

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from epslots.device_copy import to_device
 from epslots.errors import ConfigError, PeerLost
 from epslots.transport import (
     Transfers,
@@ -40,7 +41,7 @@ from epslots.transport import (
 # Transfers of one rank that are under way at once: unbounded batches have hung NCCL, whose kernels take eight together.
 _TRANSFERS_PER_BATCH = 8
 
-_POLL_S = 20e-6
+_POLL_S = 20e-6  # between looks at a CUDA event: a wait that blocks in the driver could not be aborted
 _CUT_TAG = 1  # no message has it
 
 
@@ -95,7 +96,7 @@ class TorchTransport:
             assert len(sends) == len(receives) == self.size and sum(sends) == rows.shape[0]
         else:
             header = all_to_all_header(rows, sends, receives, self.size)
-            check_all_to_all(self.to_host(self.all_gather(self._to_device(header))))
+            check_all_to_all(self.to_host(self.all_gather(to_device(header, self.device))))
         rows = rows.contiguous()
         result = rows.new_empty((sum(receives), *rows.shape[1:]))
         self._run("all_to_all", lambda: [self._group.all_to_all_single(result, rows, receives, sends)])
@@ -119,10 +120,10 @@ class TorchTransport:
 
     def gather_bytes(self, message: bytes) -> list[bytes]:
         mine = np.array([len(message)])
-        lengths = self.to_host(self.all_gather(self._to_device(mine)))[:, 0].tolist()
+        lengths = self.to_host(self.all_gather(to_device(mine, self.device)))[:, 0].tolist()
         padded = np.zeros(max(lengths), np.uint8)
         padded[: len(message)] = np.frombuffer(message, np.uint8)
-        gathered = self.to_host(self.all_gather(self._to_device(padded)))
+        gathered = self.to_host(self.all_gather(to_device(padded, self.device)))
         return [row[:length].tobytes() for row, length in zip(gathered, lengths, strict=True)]
 
     def to_host(self, tensor: torch.Tensor) -> NDArray[Any]:
@@ -153,12 +154,6 @@ class TorchTransport:
                     _cut(self._group)  # gloo would stay connected for as long as anything refers to the group
             with suppress(ValueError):  # it has been destroyed
                 dist.destroy_process_group(self._group)
-
-    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.device, non_blocking=True)  # pageable, the host would wait for what is queued before
 
     def _start(self, batch: Sequence[tuple[bool, int, torch.Tensor]]) -> list[dist.Work]:
         return dist.batch_isend_irecv(

@@ -16,19 +16,9 @@ import torch
 from transformers import AutoTokenizer
 
 import epslots
+from epslots.bench.models import LARGE_EXPERTS
 from epslots.example import example_model
 
-# The example's experts are so small that by measured costs no rank would send a token where it can fetch. So it plans with the
-# costs of large ones: 9.4 MB experts and 4 KB rows over 8 GB/s to the host and 200 GB/s between ranks, in nanoseconds.
-LARGE_EXPERTS = epslots.Costs(
-    host_fetch=1_180_000,
-    peer_fetch=47_000,
-    pair_transfer=20,
-    pair_compute=30,
-    expert_compute=3_000,
-    exchange=30_000,
-    gather=20_000,
-)
 PROMPTS = ("def read_json(path):\n", "class Parser:\n    def __init__(self", "import os\n\n", "for name, value in ")
 
 
@@ -41,6 +31,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
+    # The example's experts are so small that by measured costs no rank would send a token where it can fetch: so it plans with
+    # the costs of large ones.
     costs = LARGE_EXPERTS if arguments.model == str(example_model()) else None
     model = epslots.load(arguments.model, slots=arguments.slots, costs=costs)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

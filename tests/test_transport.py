@@ -425,7 +425,7 @@ def slow(rank: Rank) -> None:
     store.wait([f"{other} is up" for other in range(rank.size)])
     transport = rank.transport(form_deadline_s=1.0, deadline_s=FAR_S)
     if rank.rank == 1:
-        time.sleep(1.5)
+        time.sleep(1.5)  # being slow is what is tested: longer than forming may take, far less than an operation may
     assert transport.gather_bytes(b"x") == [b"x", b"x"]
     transport.close()
 

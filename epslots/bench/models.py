@@ -10,6 +10,20 @@ from pathlib import Path
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from epslots.costs import Costs
+
+# What ranks pay that serve large experts: 9.4 MB each and rows of 4 KB (Qwen3-30B-A3B in bf16), over 8 GB/s to the host and
+# 200 GB/s between ranks, in nanoseconds.
+LARGE_EXPERTS = Costs(
+    host_fetch=1_180_000,
+    peer_fetch=47_000,
+    pair_transfer=20,
+    pair_compute=30,
+    expert_compute=3_000,
+    exchange=30_000,
+    gather=20_000,
+)
+
 
 def random_config(
     *, layers: int, hidden: int, experts: int, top_k: int, width: int, vocab: int = 4096, heads: int = 16

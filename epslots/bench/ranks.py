@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 import epslots
+from epslots.bench.models import LARGE_EXPERTS
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report
 from epslots.costs import Costs
@@ -17,16 +18,6 @@ from epslots.example import example_model
 from epslots.requests import Request
 from epslots.torch_transport import TorchTransport
 
-# 9.4 MB experts and 4 KB rows over 8 GB/s to the host and 200 GB/s between ranks.
-LARGE_EXPERTS = Costs(
-    host_fetch=1_180_000,
-    peer_fetch=47_000,
-    pair_transfer=20,
-    pair_compute=30,
-    expert_compute=3_000,
-    exchange=30_000,
-    gather=20_000,
-)
 SLOTS = 8  # a quarter of the example model's 32 experts a layer
 PROMPTS = (
     "def read_json(path):\n",
