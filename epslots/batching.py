@@ -23,6 +23,7 @@ import inspect
 import itertools
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.paged_attention import WindowBackup, open_processor, paging_obstacle
 from epslots.requests import Batcher, Output, Reason, Request
+from epslots.sampling import Sampling
+from epslots.token_choice import next_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +63,6 @@ def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int
     return SequentialBatcher(model, kv_tokens=kv_tokens)
 
 
-def next_tokens(logits_NV: torch.Tensor) -> torch.Tensor:
-    """The token that follows each row of logits, int64 [N]. The one place where tokens are chosen.
-
-    Args:
-        logits_NV: fp32 [N, V], of the last token of N sequences.
-    """
-    return logits_NV.argmax(dim=-1)
-
-
 @dataclass(eq=False)
 class _Entry:
     """A request and what came of it."""
@@ -79,6 +73,11 @@ class _Entry:
     """How many of the tokens ``outputs`` handed out."""
     reason: Reason | None = None
     error: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Of the whole sequence: the position of its next token."""
+        return len(self.request.prompt) + len(self.tokens)
 
     def end(self, reason: Reason, error: str | None = None) -> None:
         self.reason, self.error = reason, error
@@ -186,7 +185,7 @@ class PagedBatcher(_Requests):
             )
         self._implementation = model.config._attn_implementation
         self._manager, self._processor = open_processor(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
-        self._processor.model_runner._sample = _choose
+        self._choice = self._processor.model_runner._sample = _Choice()
         super().__init__(model, infer_max_single_request_tokens(self._processor.cache))
         # transformers knows a request by a number, so that an id can be used again; and by the tokens it was handed over with.
         self._numbers = itertools.count()
@@ -233,6 +232,8 @@ class PagedBatcher(_Requests):
                     self._hand_over(entry)
             # Also without work: cancelled requests give their pages back here.
             if self._schedule():
+                batch = self._processor.inputs_and_outputs.requests_in_batch
+                self._choice.prepare([self._running[future.state.request_id][0] for future in batch if future.has_new_token])
                 self._windows = WindowBackup(self._processor)
         return self._windows is not None
 
@@ -291,13 +292,29 @@ class PagedBatcher(_Requests):
             self._model.set_attn_implementation(self._implementation)
 
 
-def _choose(scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-    """In place of transformers' choice: scores [1, N, V] to the first N of output_ids [1, any].
+class _Choice:
+    """In place of transformers' choice of tokens: that of each request in the prepared batch.
 
-    Row i belongs to the i-th request of the batch that gets a token now; rows beyond those mean nothing.
+    Settled when the batch is prepared: a step that is repeated chooses the same again, and so does one from which a request
+    was cancelled.
     """
-    chosen = next_tokens(scores[0])
-    output_ids[0, : len(chosen)].copy_(chosen)
+
+    def __init__(self) -> None:
+        self._samplings: list[Sampling] = []
+        self._positions: list[int] = []
+
+    def prepare(self, entries: Sequence[_Entry]) -> None:
+        """Take note of the batch's requests that get a token, in the batch's order."""
+        self._samplings = [entry.request.sampling for entry in entries]
+        self._positions = [entry.length for entry in entries]
+
+    def __call__(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
+        """scores [1, rows, V] to output_ids [1, any]: row i belongs to the i-th request that gets a token.
+
+        Rows beyond those, and what is chosen for them, mean nothing.
+        """
+        chosen = next_tokens(scores[0, : len(self._samplings)], self._samplings, self._positions)
+        output_ids[0, : len(chosen)].copy_(chosen)
 
 
 class SequentialBatcher(_Requests):
@@ -355,7 +372,7 @@ class SequentialBatcher(_Requests):
             ids, next_sequence_length=None if anew else 1, is_first_iteration=anew, **keeps
         )
         outputs = model(**inputs, return_dict=True)
-        (token,) = next_tokens(outputs.logits[:, -1].float()).tolist()
+        (token,) = next_tokens(outputs.logits[:, -1].float(), [entry.request.sampling], [entry.length]).tolist()
         return token, model._update_model_kwargs_for_generation(outputs, keeps)
 
     def _keep_nothing(self, ids: torch.Tensor) -> dict[str, Any]:

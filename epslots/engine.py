@@ -2,8 +2,8 @@
 
     from epslots.requests import Request
 
-    engine = Engine(model, kv_tokens=4096)  # greedy; prompts are token ids
-    engine.batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))
+    engine = Engine(model, kv_tokens=4096)
+    engine.batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))  # of token ids; greedy, unless it has a Sampling
     for output in engine.run():  # all ranks call it; each gets the outputs of its own requests
         ...
 

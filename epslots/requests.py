@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from epslots.errors import ConfigError
+from epslots.sampling import GREEDY, Sampling
 
 Reason = Literal["length", "stop", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from, greedily."""
+    """A prompt to go on from."""
 
     id: str
     """Its name in outputs; unique among the requests of a batcher that aren't done."""
@@ -21,6 +22,8 @@ class Request:
     max_new_tokens: int
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the output, and are the last of it."""
+    sampling: Sampling = GREEDY
+    """How its tokens are chosen; they are the same wherever it runs."""
 
     def __post_init__(self) -> None:
         for name, kind in (("prompt", tuple), ("stop_tokens", frozenset)):
@@ -29,9 +32,14 @@ class Request:
             if tokens is None or not all(isinstance(token, int) for token in tokens):
                 raise ConfigError(f"request {self.id!r}: {name}={given!r}; allowed: token ids, ints from a tokenizer")
             object.__setattr__(self, name, tokens)
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"request {self.id!r}: sampling={self.sampling!r}; allowed: a Sampling")
 
     def after(self, tokens: Iterable[int]) -> Request:
-        """The request that goes on where this one stopped after the new tokens ``tokens``."""
+        """The request that goes on where this one stopped after the new tokens ``tokens``.
+
+        They count as prompt, so the tokens to come keep their positions, and with them their random numbers.
+        """
         done = tuple(tokens)
         return replace(self, prompt=self.prompt + done, max_new_tokens=self.max_new_tokens - len(done))
 

@@ -25,11 +25,13 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
-from epslots.batching import PagedBatcher, SequentialBatcher, batcher_for, next_tokens
+from epslots.batching import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from epslots.paged_attention import cache_blocks, paging_obstacle
 from epslots.requests import Batcher, Output, Request
+from epslots.sampling import GREEDY, Sampling
 from tests import zoo
+from tests.test_sampling import drawn
 
 # Those that keep a recurrent state, those that attend in chunks, and those that repeat keys before they would be paged.
 SEQUENTIAL = {"qwen3_next", "nemotron_h", "jamba", "zaya", "llama4", "jetmoe"}
@@ -491,6 +493,123 @@ def test_what_fails_within_transformers_is_an_output(built: Callable[[str], PreT
     assert batcher.prepare()
 
 
+# --- drawn tokens ------------------------------------------------------------------------------------------------------------
+
+SAMPLINGS = (
+    Sampling(1.0, seed=1),
+    GREEDY,
+    Sampling(0.7, top_k=20, seed=2),
+    Sampling(1.5, top_p=0.8, seed=2**63 - 1),
+    Sampling(1.0, top_k=50, top_p=0.9),
+    Sampling(0.3, seed=7),
+)
+
+
+def sampled(requests: list[Request]) -> list[Request]:
+    return [replace(request, sampling=SAMPLINGS[i % len(SAMPLINGS)]) for i, request in enumerate(requests)]
+
+
+@pytest.mark.parametrize(
+    ("name", "batcher_class"),
+    [("mixtral", PagedBatcher), ("gpt_oss", PagedBatcher), ("mixtral", SequentialBatcher), ("qwen3_next", SequentialBatcher)],
+)
+def test_drawn_tokens_are_the_same_alone_and_together(name: str, batcher_class: type):
+    """And with prompts that begin alike or take several steps, and when every step is repeated twice."""
+    model = zoo.ZOO[name].build()
+    common = prompt_of(32)
+    twins = [replace(r, id=f"{r.id}+", prompt=common + r.prompt[:5]) for r in requests_of(((9, 7), (9, 8), (9, 5)))]
+    requests = sampled([*requests_of(((3, 12), (100, 4), (17, 5), (64, 1), (33, 3), (1, 10))), *twins])
+    expected = {request.id: drawn(model, request) for request in requests}
+    assert sum(expected[request.id] != generated(model, request) for request in requests) == 7, "but for the greedy ones"
+    batcher = batcher_class(model, kv_tokens=512, **({"max_batch_tokens": 64} if batcher_class is PagedBatcher else {}))
+    assert finish(batcher, requests).tokens == expected
+    assert finish(batcher, requests[::-1]).tokens == expected
+    assert finish(batcher, [requests[2]]).tokens == {"r2": expected["r2"]}
+    faults, again = Faults(model), Collected(batcher)
+
+    def step_in_spite_of_faults() -> None:
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                batcher.step()
+        batcher.step()
+
+    for request in requests:
+        batcher.add(request)
+    assert again.run(step=step_in_spite_of_faults).tokens == expected
+    faults.remove()
+    batcher.close()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_drawn_tokens_survive_lost_pages(name: str):
+    model = zoo.ZOO[name].build()
+    sizes = ((20, 12), (3, 40), (30, 8), (17, 30), (40, 6), (9, 25), (25, 20), (3, 12))
+    requests = sampled(requests_of(sizes, seed=3))
+    expected = {request.id: drawn(model, request) for request in requests}
+    batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
+    preempted = 0
+    preempt = batcher._processor.offloading_manager.offload_requests
+
+    def count() -> bool:
+        nonlocal preempted
+        done: bool = preempt()
+        preempted += done
+        return done
+
+    batcher._processor.offloading_manager.offload_requests = count
+    for request in requests:
+        batcher.add(request)
+    collected = Collected(batcher)
+    while not preempted:
+        assert batcher.has_work
+        collected.run(1)
+    batcher._start_over()
+    assert batcher._held
+    assert collected.run().tokens == expected
+    batcher.close()
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_cancelling_moves_no_drawn_token_to_another_request(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    requests = sampled(requests_of(((5, 9), (7, 9), (9, 9))))
+    requests[1] = replace(requests[1], sampling=Sampling(1.0, seed=5))
+    batcher = batcher_class(model, kv_tokens=128)
+    for request in requests:
+        batcher.add(request)
+    collected = Collected(batcher).run(3)
+    assert batcher.prepare()
+    batcher.cancel("r0")
+    collected.run()
+    for request in requests:
+        assert collected.tokens[request.id] == drawn(model, request)[: len(collected.tokens[request.id])]
+    assert collected.reasons == {"r0": "cancelled", "r1": "length", "r2": "length"}
+
+
+@pytest.mark.parametrize("first_class", BATCHERS)
+@pytest.mark.parametrize("second_class", BATCHERS)
+def test_another_batcher_draws_on(first_class: type, second_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    requests = sampled(requests_of(((5, 9), (7, 12), (9, 10))))
+    first, second = first_class(model, kv_tokens=128), second_class(model, kv_tokens=128)
+    for request in requests:
+        first.add(request)
+    collected = Collected(first).run(6)
+    first.prepare()
+    first.step()
+    moved = [request.after(tokens) for request, tokens in first.unfinished()]
+    assert [request.sampling for request in moved] == [request.sampling for request in requests[-len(moved) :]]
+    first.close()
+    rest = finish(second, moved)
+    for request in requests:
+        assert collected.tokens.get(request.id, []) + rest.tokens.get(request.id, []) == drawn(model, request)
+
+
+def test_a_sampling_is_one():
+    with pytest.raises(ConfigError, match=r"'a': sampling=0.7; allowed: a Sampling"):
+        Request("a", (1,), 1, sampling=0.7)  # type: ignore[arg-type]
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -685,7 +804,6 @@ def test_contract_tokens_are_chosen_by_a_method_that_can_be_replaced(built: Call
     collected = finish(batcher, requests_of(((5, 3), (60, 2), (4, 3))))
     assert collected.tokens == {"r0": [100] * 3, "r1": [101] * 2, "r2": [102] * 3}
     assert seen[0] == (torch.Size([1, 2, zoo.VOCAB]), ["0"]), "a row for each request of the batch; that of r1 means nothing"
-    assert torch.equal(next_tokens(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 3.0]])), torch.tensor([1, 0]))
 
 
 def test_contract_attention_gives_keys_and_values_to_the_cache(built: Callable[[str], PreTrainedModel]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,24 @@ from epslots.engine import Engine
 from epslots.errors import PeerLost
 from epslots.ranks import group_of, join
 from epslots.requests import Request
+from epslots.sampling import GREEDY, Sampling
 from epslots.transport import LocalHub, LocalTransport
 from tests import zoo
 from tests.grouped import TOKENS_TRAVEL, Grouped
 from tests.rank_helpers import run_threads
 from tests.test_load_equal import greedy
+from tests.test_sampling import drawn
 
 Checkpoints = Callable[[str], Path]
 ATTENTION = {"gpt_oss": "eager"}
+DRAWN = Sampling(0.9, top_k=200, top_p=0.95, seed=12)
 
 
-def requests_of(rank: int) -> list[Request]:
+def requests_of(rank: int, sampling: Sampling = GREEDY) -> list[Request]:
     """Of very different lengths; every third rank has none."""
     sizes = [[(3, 12), (60, 2), (17, 7)], [(9, 5)], []][rank % 3]
     return [
-        Request(f"{rank}.{n}", tuple(zoo.random_ids(1, length, seed=2 + n % 2)[0].tolist()), new)
+        Request(f"{rank}.{n}", tuple(zoo.random_ids(1, length, seed=2 + n % 2)[0].tolist()), new, sampling=sampling)
         for n, (length, new) in enumerate(sizes)
     ]
 
@@ -90,7 +94,24 @@ def test_a_rank_that_wants_to_stop_tells_all(checkpoint: Checkpoints, cache_dir:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
-def test_a_step_that_a_lost_rank_broke_is_made_again(name: str, checkpoint: Checkpoints, cache_dir: Path):
+def test_a_request_draws_the_same_tokens_on_any_rank(name: str, checkpoint: Checkpoints, cache_dir: Path):
+    """On the first of two, on the second, beside requests of its own kind and beside others."""
+    folder = checkpoint(name)
+    grouped = grouped_for(name, folder, cache_dir, [2, "50%"])
+    reference = zoo.reference(folder)
+    alike = [replace(request, sampling=DRAWN) for request in requests_of(0)]
+    mates = [replace(request, id=f"{request.id}+", sampling=Sampling(2.0, seed=n)) for n, request in enumerate(alike)]
+    tokens = {request.id: drawn(reference, request) for request in [*alike, *mates]}
+    assert tokens != {**expected(reference, alike), **expected(reference, mates)}
+    work = [[*alike, mates[0]], [mates[1], *alike[::-1], mates[2]]]
+    results = run_threads(lambda t: serve(grouped.models[t.rank], work[t.rank]), 2, hub=grouped.hub, timeout=120)
+    assert results == [{request.id: tokens[request.id] for request in requests} for requests in work]
+    grouped.check()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
+def test_a_step_that_a_lost_rank_broke_is_made_again(name: str, sampling: Sampling, checkpoint: Checkpoints, cache_dir: Path):
     """Rank 2 dies in the middle of the fourth step. The two others re-form and finish: every token as if nothing was."""
     folder = checkpoint(name)
     grouped = grouped_for(name, folder, cache_dir, [3, 4, 2])
@@ -109,7 +130,9 @@ def test_a_step_that_a_lost_rank_broke_is_made_again(name: str, checkpoint: Chec
 
     def work(transport: LocalTransport) -> dict[str, list[int]]:
         rank = transport.rank
-        requests = [Request("x", tuple(zoo.random_ids(1, 20, seed=2)[0].tolist()), 20)] if rank == 2 else requests_of(rank)
+        requests = (
+            [Request("x", tuple(zoo.random_ids(1, 20, seed=2)[0].tolist()), 20)] if rank == 2 else requests_of(rank, sampling)
+        )
         engine = Engine(grouped.models[rank], kv_tokens=512, max_batch_tokens=24)
         found: dict[str, list[int]] = {request.id: [] for request in requests}
         for request in requests:
@@ -127,6 +150,6 @@ def test_a_step_that_a_lost_rank_broke_is_made_again(name: str, checkpoint: Chec
 
     results = run_threads(work, 3, hub=grouped.hub)
     assert passes == 4
-    assert results[:2] == [expected(reference, requests_of(rank)) for rank in range(2)]
+    assert results[:2] == [{r.id: drawn(reference, r) for r in requests_of(rank, sampling)} for rank in range(2)]
     grouped.models = grouped.models[:2]
     grouped.check()

@@ -7,9 +7,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from epslots.cli.generate import load_tokenizer, read_prompts
+from epslots.cli.generate import read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
 from epslots.errors import ConfigError
+from epslots.text import load_tokenizer
 
 trace_app = typer.Typer(help="Routing traces: what policies and placements are judged on.", no_args_is_help=True)
 
