@@ -120,33 +120,26 @@ def load(
         StoreError: the host store can't be built or trusted.
         GroupError: ranks don't match, or one is lost.
     """
-    if model_kwargs.pop("trust_remote_code", False):
-        raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
-    if taken := sorted(OWN_ARGUMENTS & model_kwargs.keys()):
-        raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
-    setting = parse_slots(slots)
-    policy_function = resolve_policy(policy)
     target = resolve_device(device)
     transport = find_transport(group, target)
     # Of several ranks the first speaks for all.
     display = ProgressDisplay(False if progress is None and transport is not None and transport.rank else progress)
     if deadline_s is not None and not deadline_s > 0:
         raise ConfigError(f"deadline_s={deadline_s!r}: allowed: seconds, more than 0")
-    settings = {"policy": policy_name(policy), "device": target.type}
 
     def load_here(neighbours: int) -> PreTrainedModel:
-        return _load_here(
+        return load_alone(
             path_or_id,
-            setting=setting,
-            target=target,
+            slots=slots,
+            device=target,
             dtype=dtype,
-            policy=policy_function,
+            policy=policy,
             host_store=host_store,
-            store_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+            cache_dir=cache_dir,
             kv_tokens=kv_tokens,
             neighbours=neighbours,
             display=display,
-            model_kwargs=model_kwargs,
+            **model_kwargs,
         )
 
     if transport is None:
@@ -160,7 +153,7 @@ def load(
         except Exception as error:
             announce_failure(transport, error)
             raise
-        group_up(model, transport, settings={**settings, "dtype": str(model.dtype)}, costs=costs, display=display)
+        group_up(model, transport, settings=shared_settings(model, policy), costs=costs, display=display)
     except BaseException as error:
         transport.abort(f"rank {transport.rank} could not load: {type(error).__name__}: {error}")
         raise
@@ -168,21 +161,38 @@ def load(
     return model
 
 
-def _load_here(
+def shared_settings(model: PreTrainedModel, policy: str | Policy) -> dict[str, str]:
+    """What ``load`` was told that must be equal on all ranks, for ``ranks.join``."""
+    return {"policy": policy_name(policy), "device": model.device.type, "dtype": str(model.dtype)}
+
+
+def load_alone(
     path_or_id: str | os.PathLike[str],
     *,
-    setting: SlotsSetting,
-    target: torch.device,
+    slots: int | str | SlotsSetting,
+    device: str | torch.device | None,
     dtype: str | torch.dtype,
-    policy: Policy,
+    policy: str | Policy,
     host_store: str | None,
-    store_dir: Path,
+    cache_dir: str | os.PathLike[str] | None,
     kv_tokens: int,
     neighbours: int,
     display: ProgressDisplay,
-    model_kwargs: dict[str, Any],
+    **model_kwargs: Any,
 ) -> PreTrainedModel:
-    """This rank's model, on its own. ``neighbours`` ranks share the node's RAM."""
+    """``load`` without a group, whatever torch.distributed's state: for a rank that joins one by itself (``ranks.join``).
+
+    Args:
+        neighbours: ranks that share the node's RAM, this one included.
+        display: shows the progress.
+        others: as ``load`` has them.
+    """
+    if model_kwargs.pop("trust_remote_code", False):
+        raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
+    if taken := sorted(OWN_ARGUMENTS & model_kwargs.keys()):
+        raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
+    setting, policy_function, target = parse_slots(slots), resolve_policy(policy), resolve_device(device)
+    store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
@@ -221,7 +231,7 @@ def _load_here(
     )
     if target.type == "cuda":
         pin_store(store, display, target)
-    runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy, target)
+    runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target)
     runtime.fill(runtime.complete_layers(), display)
     return model
 
