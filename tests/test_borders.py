@@ -19,14 +19,14 @@ LAYERS = (
     # records and errors
     ("errors", "records"),
     # pure decisions
-    ("units", "eviction", "example", "requests"),
-    ("residency", "placement", "memory_plan"),
+    ("units", "eviction", "example", "sampling"),
+    ("residency", "placement", "memory_plan", "requests"),
     ("waves", "costs", "routes"),
     ("assignment", "replay"),
     ("shared_layer",),
     # effects
-    ("host_store", "slot_pool", "telemetry", "checkpoint", "transport", "device_copy"),
-    ("store_build", "progress", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
+    ("host_store", "slot_pool", "telemetry", "checkpoint", "transport", "device_copy", "text", "end_tokens"),
+    ("token_choice", "store_build", "progress", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
     ("node_store", "pinning", "slot_experts", "link_speed", "rendezvous"),
     ("moe_layer",),
     # the model integration
@@ -46,7 +46,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Decisions are arrays in, arrays out.
 PURE = (
     *("units", "records", "eviction", "memory_plan", "waves", "replay"),
-    *("residency", "placement", "costs", "routes", "assignment", "shared_layer"),
+    *("residency", "placement", "costs", "routes", "assignment", "shared_layer", "sampling"),
 )
 
 
@@ -140,10 +140,11 @@ def test_the_commands_and_their_options():
     assert found.keys() == {"generate", "plan", "verify", "bench", "trace"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
-        "--chat", "--echo", "--stats", "--policy", "--device", "--host-store",
+        "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
+        "--ranks", "--address", "--strategy",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
-    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--threads", "--device"}
+    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}
     assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
     record = group.commands["trace"].commands["record"]  # type: ignore[attr-defined]
     assert {"output", "prompts", "--slots", "--model"} <= {o for p in record.params for o in p.opts}

@@ -8,16 +8,24 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from epslots.cli import main
+from cluster.api import Cluster
+from epslots.cli import launchers, main
 from epslots.example import example_model
 from tests import zoo
+from tests.cluster.fake_fleet import FakeFleet, one_load_at_a_time
+from tests.grouped import TOKENS_TRAVEL
+
+__all__ = ["one_load_at_a_time"]
 
 
 class Run:
@@ -83,6 +91,72 @@ def test_sampling_repeats_with_its_seed(run: Callable[..., Run], cache_dir: Path
     assert sample(1) != sample(2)
 
 
+def test_several_prompts_give_what_each_gives_alone_up_to_a_stop_string(run: Callable[..., Run], cache_dir: Path):
+    prompts = ("import os\n", "class A:\n    def", "def read(self):\n")
+    common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 20, "--slots", 8)
+    alone = [run(*common, prompt).out for prompt in prompts]
+    assert run(*common, *prompts).out == "".join(alone)
+    assert run(*common, "--kv-tokens", 40, *prompts).out == "".join(alone), "they take turns in a small cache"
+    stop = alone[0][5:8]
+    first, second, _ = (text.partition(stop)[0] + "\n" * (stop in text) for text in alone)
+    assert run(*common, "--stop", stop, "--stop", "no such text", *prompts[:2]).out == first + second
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch, one_load_at_a_time: None) -> list[dict[str, Any]]:
+    """Makes ``--ranks`` start threads; the settings of each start."""
+    started: list[dict[str, Any]] = []
+
+    class Threads(EntryPoint):
+        def load(self) -> Any:
+            def start(path: str, **settings: Any) -> Cluster:
+                started.append({"path": path, **settings})
+                return Cluster(path, **{**settings, "address": None}, fleet=FakeFleet(), costs=TOKENS_TRAVEL, progress=False)
+
+            return start
+
+    monkeypatch.setattr(launchers, "entry_points", lambda **_: [Threads("ray", "x:y", launchers.GROUP)])
+    return started
+
+
+def test_the_same_seed_gives_the_same_text_on_any_number_of_ranks(
+    run: Callable[..., Run], cache_dir: Path, launcher: list[dict[str, Any]]
+):
+    prompts = ("import os\n", "class A:", "def read(self):\n")
+    common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 16, "--slots", 8)
+    for sampling in ((), ("--temperature", 1.2, "--top-p", 0.9, "--top-k", 40, "--seed", 7)):
+        one = run(*common, *sampling, *prompts)
+        two = run(*common, *sampling, "--ranks", 2, "--stats", *prompts)
+        assert (two.code, two.out) == (0, one.out), two.err
+    assert run(*common, "--address", "auto", "--strategy", "SPREAD", *prompts[:1]).code == 0
+    (_, two_ranks, elsewhere) = launcher
+    assert two_ranks["ranks"] == 2
+    assert two_ranks["path"] == str(example_model().resolve())
+    assert two_ranks["address"] is None
+    assert two_ranks["max_queue"] == 3
+    assert (elsewhere["ranks"], elsewhere["address"], elsewhere["strategy"]) == (1, "auto", "SPREAD")
+    for word in ("--- 3 of 3", "node fake, worker 2", "hit rate", "16/32"):
+        assert word in two.err
+
+
+def test_without_a_launcher_ranks_are_refused_with_what_to_install(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launchers, "entry_points", lambda **_: [])
+    got = run("generate", "--ranks", 2, "x")
+    assert (got.code, got.out) == (2, "")
+    assert "error: --ranks, --address: nothing here can start several ranks; install epslots again" in got.err
+    missing = EntryPoint("ray", "no_such_package.api:Cluster", launchers.GROUP)
+    monkeypatch.setattr(launchers, "entry_points", lambda **_: [missing])
+    got = run("generate", "--address", "auto", "x")
+    assert got.code == 2
+    assert "can't be imported (No module named 'no_such_package'); install epslots again" in got.err
+
+
+def test_the_project_brings_a_launcher():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    found = project["entry-points"][launchers.GROUP]
+    assert EntryPoint(launchers.NAME, found[launchers.NAME], launchers.GROUP).load() is Cluster
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +169,9 @@ def test_sampling_repeats_with_its_seed(run: Callable[..., Run], cache_dir: Path
         (["generate", "--file", "/nowhere.txt"], "/nowhere.txt: No such file"),
         (["generate", "--chat", "x"], "this tokenizer has no chat template"),
         (["generate", "--max-new-tokens", "5000", "x"], "the model's context holds 2048"),
+        (["generate", "--kv-tokens", "100", "x"], "need 128 tokens of KV cache, but --kv-tokens is 100"),
+        (["generate", "--top-p", "0", "x"], "top_p=0.0; allowed: a number over 0"),
+        (["generate", "--stop", "", "x"], "stop=('',); allowed: strings of at least one character"),
         (["bench", "everything"], "benchmark 'everything': allowed: overhead"),
     ],
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -12,14 +13,17 @@ from epslots.cli.options import DeviceOption
 from epslots.errors import ConfigError
 
 BENCHMARKS = ("overhead", "start", "fetch", "sweep", "offload", "exchange", "ranks", "misses")
+# Of whatever is installed beside epslots: each is called with a report, a folder for host stores, and the settings given.
+MORE = {entry.name: entry for entry in entry_points(group="epslots.benchmarks")}
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join((*BENCHMARKS, *MORE))}.")],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Folder to save the result (JSON) and its plot (PNG) in.")
     ] = None,
     rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed rounds; default: the benchmark's own.")] = None,
+    minutes: Annotated[Optional[float], typer.Option(min=0.0, help="soak: how long; default: 10.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -34,9 +38,18 @@ def bench(
     misses: modelled time and bytes of the ways to serve a miss, with emulated links.
     offload: tokens/s from 25 % slots to all, against plain transformers resident and accelerate's CPU offload; on a GPU a
     model of Qwen3-30B-A3B's shape, on the CPU a small one.
+
+    With Ray, on a cluster of 2 ranks of this machine (CPU):
+
+    cluster-start: seconds until a cluster serves, and where they go; what it costs to stand idle.
+    throughput: Cluster.generate against the same ranks without Ray.
+    recovery: from the SIGKILL of a rank in the middle of its work to the next token; requests lost, tokens different.
+    soak: requests, kills, stops, joins and leaves at random, for minutes; what is lost, different, or left behind.
     """
-    if name not in BENCHMARKS:
-        raise ConfigError(f"benchmark {name!r}: allowed: {', '.join(BENCHMARKS)}")
+    if name not in (*BENCHMARKS, *MORE):
+        raise ConfigError(f"benchmark {name!r}: allowed: {', '.join((*BENCHMARKS, *MORE))}")
+    if minutes is not None and name != "soak":
+        raise ConfigError(f"--minutes is for soak; {name} takes --rounds")
 
     import torch
 
@@ -48,7 +61,8 @@ def bench(
         torch.set_num_threads(threads)
     target = resolve_device(device if name in ("fetch", "offload") else "cpu")
     report = Report(name, target, output)
-    settings = {} if rounds is None else {"rounds": rounds}
+    given = {"rounds": rounds, "minutes": minutes}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
         cache_dir = Path(folder) / "cache"
         match name:
@@ -68,4 +82,6 @@ def bench(
                 misses.bench_misses(report, cache_dir)
             case "offload":
                 offload.bench_offload(report, cache_dir, target)
+            case _:
+                MORE[name].load()(report, cache_dir, **settings)
     report.save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -11,17 +12,28 @@ import typer
 
 from epslots.cli.options import (
     CacheDirOption,
+    ChatOption,
     DeviceOption,
     DtypeOption,
     HostStoreOption,
+    MaxNewTokensOption,
     ModelOption,
     PolicyOption,
+    SeedOption,
     SlotsOption,
+    StopOption,
+    StrategyOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    ray_address,
 )
 from epslots.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from epslots.cli.launchers import Launched
+
+DEFAULT_KV_TOKENS = 4096
 
 
 def generate(
@@ -30,21 +42,41 @@ def generate(
     ] = None,
     model: ModelOption = None,
     slots: SlotsOption = "auto",
+    ranks: Annotated[
+        int,
+        typer.Option("--ranks", min=1, help="Ranks; their slots are one cache of the experts. Several run under Ray."),
+    ] = 1,
+    address: Annotated[
+        Optional[str],
+        typer.Option(
+            "--address",
+            help='Ray cluster to run in: "auto" (the running one), "host:port", or "local" (start Ray on this '
+            "machine, as several ranks do by default).",
+        ),
+    ] = None,
+    strategy: StrategyOption = "PACK",
     file: Annotated[
         Optional[Path],
         typer.Option("--file", "-f", help='One prompt (a text file), or many (.jsonl: an object with "prompt" a line).'),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, samples.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0 = all.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    chat: Annotated[
-        Optional[bool],
-        typer.Option("--chat/--no-chat", help="Wrap prompts in the chat template. Default: if the tokenizer has one."),
-    ] = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    chat: ChatOption = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print each prompt before its continuation.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print hits, misses, bytes and stalls of each layer.")] = False,
+    kv_tokens: Annotated[
+        Optional[int],
+        typer.Option(
+            "--kv-tokens",
+            min=1,
+            help=f"Tokens that each rank's KV cache keeps. Default: enough for all prompts at once, but not over "
+            f"{DEFAULT_KV_TOKENS:,} unless one needs more.",
+        ),
+    ] = None,
     policy: PolicyOption = "lrfu",
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -53,37 +85,90 @@ def generate(
 ) -> None:
     """Continue prompts with a model larger than the device.
 
-    Text goes to standard output as it is made; progress, statistics and errors go to standard error.
+    Text goes to standard output as it is made; progress, statistics and errors go to standard error. Several prompts run
+    together, and their texts are printed one after the other.
 
         epslots generate --model ./Qwen3-30B-A3B --slots 25% "The capital of France is"
-        epslots generate --model ./Qwen3-30B-A3B --slots 12GiB --file prompts.jsonl --stats
+        epslots generate --model ./Qwen3-30B-A3B --ranks 4 --slots 12GiB --file prompts.jsonl --stats
         echo "import os" | epslots generate --temperature 0.7
     """
     texts = read_prompts(prompts or [], file)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    settings = {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), **sampling}
+    many = ranks > 1 or address is not None
 
-    from transformers import set_seed
+    from epslots.cli.launchers import find_launcher
 
-    import epslots
-    from epslots.cli.tables import print_stats
+    launch = find_launcher() if many else None  # before anything is read
+
+    from epslots.checkpoint import find_checkpoint
+    from epslots.cli.one_rank import OneRank
     from epslots.example import example_model
+    from epslots.sampling import Sampling
+    from epslots.text import encode_prompt, load_tokenizer, stop_strings
 
+    Sampling(**sampling)
+    stop_strings(settings["stop"])
     source = model or str(example_model())
-    loaded = epslots.load(
-        source, slots=slots, device=device, dtype=dtype, policy=policy, host_store=host_store, cache_dir=cache_dir
-    )
-    tokenizer = load_tokenizer(loaded.name_or_path)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    try:
-        for number, text in enumerate(texts):
-            if len(texts) > 1:
-                print(f"--- {number + 1} of {len(texts)}", file=sys.stderr)
-            set_seed(seed)
-            stream(loaded, tokenizer, text, settings, chat=chat, echo=echo)
-    finally:  # after Ctrl-C, too
+    folder = find_checkpoint(source)
+    tokenizer = load_tokenizer(folder)
+    encoded = [encode_prompt(tokenizer, text, chat=chat) for text in texts]
+    room = room_for(encoded, max_new_tokens, context=context_of(folder), kv_tokens=kv_tokens)
+    common: dict[str, Any] = {
+        "slots": slots,
+        "device": device,
+        "dtype": dtype,
+        "policy": policy,
+        "host_store": host_store,
+        "cache_dir": cache_dir,
+        "kv_tokens": room,
+    }
+    launched: Launched
+    if launch is None:
+        launched = OneRank(source, tokenizer, **common)
+    else:
+        # The other ranks' processes have another working folder.
+        path = str(folder.resolve()) if Path(source).is_dir() else source
+        launched = launch(path, ranks=ranks, address=ray_address(address), strategy=strategy, max_queue=len(texts), **common)
+    with launched:
+        try:
+            print_texts(launched, texts, encoded, settings, echo=echo)
+        except KeyboardInterrupt:
+            if stats:
+                show_stats(launched)
+            raise
         if stats:
-            print_stats(epslots.stats(loaded))
+            show_stats(launched)
+
+
+def context_of(folder: Path) -> int | None:
+    """Tokens of the model's context, if it states that."""
+    from epslots.pretrained import read_config
+
+    return getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+
+
+def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | None, kv_tokens: int | None) -> int:
+    """Tokens of KV cache for some prompts.
+
+    Raises:
+        ConfigError: a prompt and its new tokens exceed the model's context, or the cache that was asked for.
+    """
+    longest = max(map(len, encoded))
+    if context is not None and longest + max_new_tokens > context:
+        raise ConfigError(
+            f"the prompt has {longest} tokens and --max-new-tokens is {max_new_tokens}, but the model's context "
+            f"holds {context}"
+        )
+    needed = longest + max_new_tokens - 1  # the last one is handed out and never computed with
+    if kv_tokens is None:
+        return max(needed, min(DEFAULT_KV_TOKENS, sum(map(len, encoded)) + len(encoded) * max_new_tokens))
+    if kv_tokens < needed:
+        raise ConfigError(
+            f"the prompt has {longest} tokens and --max-new-tokens is {max_new_tokens}, which need {needed} tokens of KV "
+            f"cache, but --kv-tokens is {kv_tokens}"
+        )
+    return kv_tokens
 
 
 def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
@@ -128,52 +213,23 @@ def _prompt_of(line: str, number: int, file: Path) -> str:
     return prompt
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} has no tokenizer that transformers can load") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
-
-
-def stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    settings: dict[str, Any],
-    *,
-    chat: bool | None,
-    echo: bool,
+def print_texts(
+    launched: Launched, texts: list[str], encoded: list[list[int]], settings: dict[str, Any], *, echo: bool
 ) -> None:
-    """Continue one prompt, printing each piece of text as it is finished.
+    """Continue all prompts at once; print their texts one after the other, the first as it comes."""
+    running: list[Iterable[str]] = [launched.submit(tokens, **settings) for tokens in encoded]
+    for number, (text, pieces) in enumerate(zip(texts, running, strict=True)):
+        if len(texts) > 1:
+            print(f"--- {number + 1} of {len(texts)}", file=sys.stderr)
+        if echo:
+            print(text, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
 
-    Raises:
-        ConfigError: prompt and new tokens exceed the model's context, or there is no chat template to wrap it in.
-    """
-    from transformers import TextStreamer
 
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if chat and not has_template:
-        raise ConfigError("--chat: this tokenizer has no chat template")
-    if has_template if chat is None else chat:
-        turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    tokens = inputs["input_ids"].shape[1]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and tokens + settings["max_new_tokens"] > context:
-        raise ConfigError(
-            f"the prompt has {tokens} tokens and --max-new-tokens is {settings['max_new_tokens']}, but the model's context "
-            f"holds {context}"
-        )
-    streamer = TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
-    model.generate(**inputs.to(model.device), streamer=streamer, **settings)
+def show_stats(launched: Launched) -> None:
+    """Print the counters."""
+    from epslots.cli.tables import print_stats
+
+    print_stats(launched.stats())

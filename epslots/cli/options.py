@@ -39,3 +39,36 @@ HostStoreOption = Annotated[
 CacheDirOption = Annotated[
     Optional[Path], typer.Option("--cache-dir", help="Folder of the host store. Default: the user's cache folder.")
 ]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; above, samples.")
+]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much probability mass.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample from this many tokens; 0 = all.")]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        "--seed", min=0, help="Seed of the sampling. The same seed gives the same text, whatever the ranks and other prompts."
+    ),
+]
+StopOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--stop", help="End a text before this string, as the model's end tokens do. May be given several times."),
+]
+ChatOption = Annotated[
+    Optional[bool],
+    typer.Option("--chat/--no-chat", help="Wrap prompts in the chat template. Default: if the tokenizer has one."),
+]
+StrategyOption = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help="Where ranks are placed: PACK (on few nodes), SPREAD (over many), STRICT_PACK (one node) or STRICT_SPREAD (a "
+        "node each).",
+    ),
+]
+
+
+def ray_address(given: str | None) -> str | None:
+    """The address of a Ray cluster as an option has it; None for one to be started on this machine."""
+    return None if given == "local" else given

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from rich.console import Console
 from rich.table import Table
 
 from epslots.telemetry import LayerStats, Stats
 from epslots.units import format_bytes
+
+
+class OneRankStats(Protocol):
+    """Counters of one rank, and where it is."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def where(self) -> str: ...
+    @property
+    def stats(self) -> Stats: ...
+
+
+class RanksStats(Protocol):
+    """Counters of all ranks, and their sums."""
+
+    @property
+    def ranks(self) -> Sequence[OneRankStats]: ...
+    @property
+    def total(self) -> Stats: ...
 
 
 def stats_table(stats: Stats) -> Table:
@@ -55,9 +78,37 @@ def _hottest(layer: LayerStats) -> str:
     return f"#{layer.tokens_per_expert.index(most)} {most / total:.1%}"
 
 
-def print_stats(stats: Stats) -> None:
-    """Print the counters to standard error."""
+def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
+    """One row for each rank: what its slots did, and what it computed for others."""
+    table = Table(title="ranks", title_justify="left", caption_justify="left")
+    table.add_column("rank")
+    table.add_column("where")
+    for heading in ("slots", "hit rate", "misses", "from host", "from peers", "pairs sent", "received", "stall"):
+        table.add_column(heading, justify="right")
+    for one in ranks:
+        layers = one.stats.layers
+        table.add_row(
+            str(one.rank),
+            one.where,
+            f"{sum(layer.slots for layer in layers)}/{sum(layer.num_experts for layer in layers)}",
+            f"{one.stats.hit_rate:.1%}",
+            f"{one.stats.misses:,}",
+            format_bytes(sum(layer.host_bytes for layer in layers)),
+            format_bytes(sum(layer.peer_bytes for layer in layers)),
+            f"{sum(layer.pairs_sent for layer in layers):,}",
+            f"{sum(layer.pairs_received for layer in layers):,}",
+            f"{one.stats.stall_s:.3f} s",
+        )
+    table.caption = "pairs: (token, k) that a rank had others compute, and computed for others"
+    return table
+
+
+def print_stats(stats: Stats | RanksStats) -> None:
+    """Print the counters to standard error: of each layer, summed over ranks; and of each rank, if there are several."""
     console = Console(stderr=True)
     if not console.is_terminal:  # a log has no width of its own
         console = Console(stderr=True, width=140)
+    if not isinstance(stats, Stats):
+        console.print(ranks_table(stats.ranks))
+        stats = stats.total
     console.print(stats_table(stats))

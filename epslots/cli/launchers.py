@@ -1,0 +1,99 @@
+"""Launchers: what runs a model on several ranks. Another package brings it, by the entry point that is named here.
+
+[project.entry-points."epslots.launchers"]
+ray = "cluster.api:Cluster"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+from epslots.cli.tables import RanksStats
+from epslots.errors import ConfigError
+from epslots.telemetry import Stats
+
+GROUP = "epslots.launchers"
+NAME = "ray"
+
+
+class Launched(Protocol):
+    """A model that serves. Leaving the context ends all of its processes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> object: ...
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        stop: tuple[str, ...],
+    ) -> Iterable[str]:
+        """Start to continue a prompt of token ids; returns its text, in pieces as they come, up to a ``stop`` string.
+
+        Raises:
+            EpslotsError: the prompt or a setting is refused. Iterating raises it if the prompt can't be served.
+        """
+
+    def stats(self) -> Stats | RanksStats:
+        """Counters since the start."""
+
+
+class Launcher(Protocol):
+    """Starts a model on ranks. Returns when it serves."""
+
+    def __call__(
+        self,
+        path_or_id: str,
+        *,
+        ranks: int,
+        slots: int | str,
+        address: str | None,
+        strategy: str,
+        device: str | None,
+        dtype: str,
+        policy: str,
+        host_store: str | None,
+        cache_dir: Path | None,
+        kv_tokens: int,
+        max_queue: int,
+    ) -> Launched:
+        """Start.
+
+        Args:
+            address: of a running system; None starts one on this machine.
+            strategy: how ranks are placed on nodes.
+            kv_tokens: of each rank.
+            max_queue: prompts that may be submitted at once.
+            others: as ``epslots.load`` has them.
+
+        Raises:
+            EpslotsError: it can't be started; with what to do.
+        """
+
+
+def find_launcher() -> Launcher:
+    """The launcher that is installed.
+
+    Raises:
+        ConfigError: there is none, or it can't be imported; with how to install it.
+    """
+    advice = "install epslots again, with Ray (pip install epslots), or leave --ranks and --address off"
+    found = entry_points(group=GROUP, name=NAME)
+    if not found:
+        raise ConfigError(f"--ranks, --address: nothing here can start several ranks; {advice}")
+    try:
+        return cast(Launcher, next(iter(found)).load())
+    except ImportError as error:
+        raise ConfigError(f"--ranks, --address: what starts several ranks can't be imported ({error}); {advice}") from error
