@@ -1,0 +1,296 @@
+"""``Cluster``: a model on many ranks, from Python.
+
+with Cluster("path/or/id", ranks=8, slots="25%") as cluster:
+    for result in cluster.generate(["def f(", "import "], max_new_tokens=64):
+        print(result.index, result.text)
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from cluster.dispatcher import Dispatcher
+from cluster.display import StartDisplay
+from cluster.errors import ClusterError, Overloaded
+from cluster.fleet import Fleet
+from cluster.generation import Checker, Generation, GenerationSettings, Prompt, Result, read_settings
+from cluster.loop_thread import LoopThread
+from cluster.messages import Load
+from cluster.reports import ClusterStats, Placement, rank_stats, sum_stats
+from cluster.supervisor import Supervisor
+from cluster.workers import Deadlines
+from epslots.batching import DEFAULT_BATCH_TOKENS
+from epslots.checkpoint import find_checkpoint
+from epslots.costs import Costs
+from epslots.errors import ConfigError
+from epslots.eviction import DEFAULT_POLICY, resolve_policy
+from epslots.loading import DEFAULT_KV_TOKENS
+from epslots.text import load_tokenizer
+from epslots.units import parse_slots
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+DEFAULT_QUEUE = 1024
+
+
+class Cluster:
+    """Ranks that are one model, and requests to it from any number of threads.
+
+    Returns when the ranks serve. A rank that is lost later is replaced while the others go on, and its requests with them; no
+    caller notices but by the time it takes.
+
+    Args:
+        path_or_id: a checkpoint folder with safetensors, at the same path on all nodes; or a hub id.
+        ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
+        slots: of each rank, as in ``epslots.load``.
+        address: the Ray cluster to run in: "auto" for the running one, "host:port", or None to start Ray on this machine.
+        strategy: how ranks are placed: "PACK" (on few nodes), "SPREAD" (over many), or the same strictly: "STRICT_PACK" (one
+            node), "STRICT_SPREAD" (a node each).
+        device: "cuda" or "cpu"; None = GPUs if the cluster has any.
+        dtype, policy, host_store, cache_dir: as in ``epslots.load``, on every node.
+        kv_tokens: tokens that each rank's KV cache keeps.
+        max_batch_tokens: the most tokens of one step of a rank.
+        max_queue: requests that may wait or run at once.
+        costs: as in ``epslots.load``.
+        deadline_s: seconds that one operation between ranks may take before they give each other up.
+        silence_s: seconds in which a rank must answer while there is work; it is replaced otherwise.
+        progress: show how the start goes; None = if standard error is a terminal.
+        fleet: what to run ranks on, in place of Ray.
+
+    Raises:
+        ConfigError: a setting is not one of those allowed.
+        CheckpointError: there is no such checkpoint here.
+        ClusterError: the ranks don't come up: too few devices, a node without the model, a model that doesn't fit, ...
+
+    Attributes:
+        tokenizer: the checkpoint's; None if it has none.
+        timeline: seconds from the call to the end of each stage of the start, by name.
+    """
+
+    def __init__(
+        self,
+        path_or_id: str | os.PathLike[str],
+        *,
+        ranks: int | None = None,
+        slots: int | str = "auto",
+        address: str | None = None,
+        strategy: str = "PACK",
+        device: str | None = None,
+        dtype: str = "auto",
+        policy: str = DEFAULT_POLICY,
+        host_store: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        kv_tokens: int = DEFAULT_KV_TOKENS,
+        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        max_queue: int = DEFAULT_QUEUE,
+        costs: Costs | None = None,
+        deadline_s: float = 60.0,
+        silence_s: float = 10.0,
+        progress: bool | None = None,
+        fleet: Fleet | None = None,
+    ) -> None:
+        self._closed = True
+        parse_slots(slots)
+        resolve_policy(policy)
+        if strategy not in STRATEGIES:
+            raise ConfigError(f"strategy={strategy!r}; allowed: {', '.join(STRATEGIES)}")
+        for name, number in (("kv_tokens", kv_tokens), ("max_batch_tokens", max_batch_tokens), ("max_queue", max_queue)):
+            _check_count(name, number)
+        for name, seconds in (("deadline_s", deadline_s), ("silence_s", silence_s)):
+            if not seconds > 0:
+                raise ConfigError(f"{name}={seconds!r}; allowed: seconds, more than 0")
+        if ranks is not None:
+            _check_count("ranks", ranks)
+        folder = find_checkpoint(path_or_id)
+        if fleet is None:
+            from cluster.ray_fleet import RayFleet
+
+            fleet = RayFleet(address=address, strategy=strategy, device=device, path=str(path_or_id))
+        self._room = threading.Semaphore(max_queue)
+        self._max_queue = max_queue
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._thread = LoopThread("epslots-supervisor")
+        self._supervisor = Supervisor(
+            self._thread,
+            fleet,
+            Load(
+                path=os.fspath(path_or_id),
+                slots=slots,
+                device=device,
+                dtype=dtype,
+                policy=policy,
+                host_store=host_store,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                kv_tokens=kv_tokens,
+                max_batch_tokens=max_batch_tokens,
+                neighbours=1,
+                threads=0,
+            ),
+            costs=costs,
+            deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s),
+            display=StartDisplay(progress),
+            make_dispatcher=lambda send: Dispatcher(send, lambda: self.tokenizer),
+        )
+        self.timeline = self._supervisor.timeline
+        self._closed = False
+        atexit.register(self.close)
+        try:
+            starting = self._thread.begin(self._supervisor.start(ranks))
+            self.tokenizer = _tokenizer_of(folder)  # meanwhile
+            self._checker = Checker(self._thread.wait(starting), self.tokenizer)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Result]:
+        """Continue prompts, many at once; yields results as they finish.
+
+        Prompts are taken as there is room for them, so there may be any number. A prompt that can't be served is a result with
+        the reason "error". Closing the iterator gives up what isn't done.
+
+        Args:
+            prompts: text, token ids, or mappings with "prompt" and settings that differ from the others'.
+            settings: of ``GenerationSettings``.
+
+        Raises:
+            ConfigError: a setting is unknown or not allowed. (Now, not on first use.)
+            ClusterError: the cluster can't go on.
+        """
+        return self._generate(iter(prompts), read_settings(settings))
+
+    def _generate(self, prompts: Iterator[Prompt], settings: GenerationSettings) -> Iterator[Result]:
+        done: queue.SimpleQueue[Generation] = queue.SimpleQueue()
+        running: set[Generation] = set()
+        coming = enumerate(prompts)
+        following = next(coming, None)
+        try:
+            while following is not None or running:
+                # With nothing of its own to wait for, a caller waits until others leave room.
+                while following is not None and self._room.acquire(blocking=not running):
+                    index, prompt = following
+                    try:
+                        running.add(self._send(index, prompt, settings, done.put))
+                    except ConfigError as error:
+                        yield Result(index, prompt, (), None, "error", str(error))
+                    following = next(coming, None)
+                if running:
+                    generation = done.get()
+                    running.remove(generation)
+                    yield generation.result()
+        finally:
+            for generation in running:
+                generation.cancel()
+
+    def submit(self, prompt: Prompt, **settings: Any) -> Generation:
+        """Start to continue one prompt. Iterate what is returned for its text as it comes, or ask it for its ``result``.
+
+        Raises:
+            ConfigError: the prompt or a setting is not allowed.
+            Overloaded: ``max_queue`` requests wait or run already.
+            ClusterError: the cluster can't go on.
+        """
+        read = read_settings(settings)
+        if not self._room.acquire(blocking=False):
+            raise Overloaded(
+                f"{self._max_queue} requests wait or run already, which is all that max_queue allows; wait for results, or "
+                f"use generate(), which does"
+            )
+        return self._send(0, prompt, read, lambda _: None)
+
+    def _send(self, index: int, prompt: Prompt, settings: GenerationSettings, on_done: Any) -> Generation:
+        """Send a request whose room is taken; gives it back if that fails, and when the request is done."""
+
+        def done(generation: Generation) -> None:
+            self._room.release()
+            on_done(generation)
+
+        try:
+            self._check_open()
+            request, settings = self._checker.request(prompt, settings)
+        except BaseException:
+            self._room.release()
+            raise
+        generation = Generation(
+            index,
+            prompt,
+            stop=settings.stops,
+            tokenizer=self.tokenizer,
+            on_done=done,
+            cancel=lambda: self._thread.tell(self._supervisor.dispatcher.cancel, request.id),
+        )
+        self._thread.tell(self._supervisor.submit, request, generation, settings.stops)
+        return generation
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that serve now."""
+        return len(self._supervisor.members)
+
+    def stats(self) -> ClusterStats:
+        """Counters of all ranks since each was loaded, when the step under way is done."""
+        self._check_open()
+        reports = self._thread.call(self._supervisor.reports())
+        dispatcher = self._supervisor.dispatcher
+        ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
+        total = sum_stats([rank.stats for rank in ranks])
+        return ClusterStats(self._supervisor.generation, dispatcher.queued, ranks, total)
+
+    def placement(self) -> Placement:
+        """Which rank holds which expert, when the step under way is done."""
+        self._check_open()
+        reports = self._thread.call(self._supervisor.reports())
+        newest = max((report for _, report in reports), key=lambda report: report.generation, default=None)
+        ranks = tuple(worker.handle.where for worker, _ in reports)
+        return Placement(self._supervisor.generation, ranks, () if newest is None else newest.layers)
+
+    def scale(self, ranks: int) -> None:
+        """Change the number of ranks while requests go on; returns when that many serve.
+
+        Raises:
+            ConfigError: ``ranks`` is less than 1.
+            ClusterError: there are no devices for them, or they don't come up; the others go on.
+        """
+        _check_count("ranks", ranks)
+        self._check_open()
+        self._thread.call(self._supervisor.scale(ranks))
+
+    def close(self) -> None:
+        """End all ranks, and Ray if it was started here. Requests that aren't done fail. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        try:
+            self._thread.call(self._supervisor.close())
+        finally:
+            self._thread.end()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClusterError("the cluster was closed")
+        if self._supervisor.failure is not None:
+            raise self._supervisor.failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_count(name: str, given: object) -> None:
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise ConfigError(f"{name}={given!r}; allowed: an int, at least 1")
+
+
+def _tokenizer_of(folder: os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(os.fspath(folder))
+    except ConfigError:
+        return None

@@ -1,0 +1,25 @@
+"""What can go wrong with a cluster, beyond epslots' own errors.
+
+    epslots.EpslotsError
+    └── ClusterError       the cluster can't start, or can't go on
+        ├── Overloaded     too many requests wait already
+        └── RankFailed     a rank failed with an error of its own, on a node that the message names
+
+A request that is refused for what it asks is an ``epslots.ConfigError``.
+"""
+
+from __future__ import annotations
+
+from epslots.errors import EpslotsError
+
+
+class ClusterError(EpslotsError):
+    """The cluster can't start, or can't go on."""
+
+
+class Overloaded(ClusterError):
+    """The queue is full: try again when results have come, or give the cluster a longer one."""
+
+
+class RankFailed(ClusterError):
+    """A rank failed by itself; the message names the rank, its node and its error."""

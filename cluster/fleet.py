@@ -1,0 +1,78 @@
+"""The seam to whatever runs the ranks' processes: Ray (``ray_fleet.py``), or threads in tests.
+
+seat     a place for one rank: a GPU, or a CPU slot; numbered from 0
+worker   the process on a seat; when it has died, another may be hired for the same seat
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class WorkerDied(Exception):
+    """A worker's process is gone, as far as can be told; the message says why, if that is known."""
+
+
+class WorkerHandle(Protocol):
+    """One worker's process. It handles messages of ``messages.py``."""
+
+    seat: int
+
+    @property
+    def where(self) -> str:
+        """Node and process, for people: "node 10.0.0.2, pid 4711"."""
+
+    async def command(self, message: bytes) -> bytes:
+        """Send a command, which the worker answers at once whatever it is doing.
+
+        Raises:
+            WorkerDied: it never will.
+        """
+
+    async def events(self) -> bytes:
+        """Wait for what happens next; for ever, if nothing does.
+
+        Raises:
+            WorkerDied: nothing will.
+        """
+
+    def kill(self) -> None:
+        """End the process even if it was stopped; soon, without waiting for it. Twice is once."""
+
+
+class Fleet(Protocol):
+    """Seats on the nodes of a cluster, and the processes on them."""
+
+    async def open(self, ranks: int | None) -> int:
+        """Reserve the seats 0 to ``ranks`` - 1; returns how many.
+
+        Args:
+            ranks: None for one on every GPU, or a single one if there is none.
+
+        Raises:
+            ClusterError: nodes lack devices, or the model, or don't answer; with what to do about it.
+        """
+
+    async def resize(self, ranks: int) -> None:
+        """Reserve further seats, or give the last ones back, whose workers are gone.
+
+        Raises:
+            ClusterError: as ``open``; the seats are as before.
+        """
+
+    async def hire(self, seat: int) -> WorkerHandle:
+        """Start a worker on a free seat; returns when it answers.
+
+        Raises:
+            WorkerDied: it didn't come up.
+            ClusterError: the seat's node is gone, and no other has room.
+        """
+
+    async def neighbours(self, seat: int) -> int:
+        """How many seats the node of this one has, itself included: they share the node's RAM."""
+
+    async def rendezvous(self) -> tuple[str, int]:
+        """Host and port of the store where ranks meet, which lives in no rank; a new one if the last has died."""
+
+    async def close(self) -> None:
+        """End all processes and give all seats back. Never raises."""

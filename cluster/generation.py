@@ -1,0 +1,268 @@
+"""A prompt on its way through the cluster: what is asked for, what is refused, and what comes back.
+
+prompt and settings -> Checker.request -> epslots' Request -> ... -> Generation: tokens as they arrive -> Result
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from transformers import PreTrainedTokenizerBase
+
+from cluster.errors import ClusterError
+from cluster.messages import Loaded
+from epslots.errors import ConfigError
+from epslots.requests import Reason, Request
+from epslots.sampling import Sampling
+from epslots.text import TextStream, encode_prompt, stop_strings
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text; or token ids; or one of these as "prompt" with any settings of its own."""
+
+
+class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a prompt is continued.
+
+    Attributes:
+        max_new_tokens: stop after this many tokens.
+        temperature: 0 takes the likeliest token; above, samples: the higher, the more evenly.
+        top_k: sample from this many tokens; 0 = all.
+        top_p: sample from this much probability mass.
+        seed: of the random numbers, which depend on it and on a token's position alone.
+        stop: strings that end the text; not part of it.
+        stop_tokens: token ids that end the text; None = the model's own.
+        chat: wrap text in the checkpoint's chat template; None = if it has one.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: str | tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] | None = None
+    chat: bool | None = False
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+
+def read_settings(given: Mapping[str, Any], defaults: GenerationSettings | None = None) -> GenerationSettings:
+    """Settings by name, over defaults.
+
+    Raises:
+        ConfigError: a name is unknown, or a value not one of those allowed.
+    """
+    names = GenerationSettings.__struct_fields__
+    if unknown := sorted(set(given) - set(names)):
+        raise ConfigError(f"{', '.join(map(repr, unknown))}: no such setting; allowed: {', '.join(names)}")
+    base = {} if defaults is None else msgspec.structs.asdict(defaults)
+    try:
+        settings = msgspec.convert({**base, **given}, GenerationSettings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"settings {dict(given)!r}: {error}") from error
+    if settings.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={settings.max_new_tokens}; allowed: at least 1")
+    stop_strings(settings.stops)
+    _ = settings.sampling  # which checks itself
+    return settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a prompt.
+
+    Attributes:
+        index: its number among the prompts of one ``generate``; 0 from ``submit``.
+        prompt: as given.
+        tokens: new tokens, up to one that ended the text, or completed a stop string.
+        text: of the new tokens, without special ones and what a stop string begins; None if the checkpoint has no tokenizer.
+        reason: "stop" (end token or stop string), "length" (``max_new_tokens``), "cancelled", or "error".
+        error: what was wrong, if that is the reason.
+    """
+
+    index: int
+    prompt: Prompt
+    tokens: tuple[int, ...]
+    text: str | None
+    reason: Reason
+    error: str | None = None
+
+
+class Generation:
+    """A prompt that is being continued. Iterate it for pieces of text as they come, from the first, once or several times.
+
+    Args:
+        on_done: called from another thread when the end is known.
+        cancel: gives the request up.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Prompt,
+        *,
+        stop: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+        on_done: Callable[[Generation], None],
+        cancel: Callable[[], None],
+    ) -> None:
+        self.index, self.prompt = index, prompt
+        self._stop, self._tokenizer = tuple(stop), tokenizer
+        self._on_done, self._cancel = on_done, cancel
+        self._news = threading.Condition()
+        self._tokens: list[int] = []
+        self._reason: Reason | None = None
+        self._error: str | None = None
+        self._failure: ClusterError | None = None
+
+    # What the dispatcher says, from its thread.
+
+    def arrive(self, tokens: Sequence[int], reason: Reason | None, error: str | None) -> None:
+        """More tokens; and why there will be no others, if so."""
+        with self._news:
+            self._tokens += tokens
+            self._reason, self._error = reason, error
+            self._news.notify_all()
+        if reason is not None:
+            self._on_done(self)
+
+    def fail(self, error: ClusterError) -> None:
+        """The cluster can't go on."""
+        with self._news:
+            self._failure = error
+            self._news.notify_all()
+        self._on_done(self)
+
+    # What users call.
+
+    @property
+    def done(self) -> bool:
+        """Whether the end is known."""
+        return self._reason is not None or self._failure is not None
+
+    def cancel(self) -> None:
+        """Give it up: it ends with the reason "cancelled" and what there is. Once it is done, nothing happens."""
+        self._cancel()
+
+    def result(self, timeout_s: float | None = None) -> Result:
+        """Wait for the end.
+
+        Raises:
+            ClusterError: the cluster can't go on.
+            TimeoutError: it isn't done by then, and goes on.
+        """
+        with self._news:
+            if not self._news.wait_for(lambda: self.done, timeout_s):
+                raise TimeoutError(f"the prompt isn't done after {timeout_s:g} s")
+        if self._failure is not None:
+            raise self._failure
+        assert self._reason is not None
+        return Result(self.index, self.prompt, tuple(self._tokens), self._text(), self._reason, self._error)
+
+    def _text(self) -> str | None:
+        if self._tokenizer is None:
+            return None
+        if self._stop:
+            stream = TextStream(self._tokenizer, self._stop)
+            return stream.push(self._tokens) + stream.finish()
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text, as they become certain.
+
+        Raises:
+            ConfigError: the checkpoint has no tokenizer.
+            ClusterError: the cluster can't go on; or the request was refused or could not be served.
+        """
+        if self._tokenizer is None:
+            raise ConfigError("the checkpoint has no tokenizer, so there is no text; use result().tokens")
+        stream = TextStream(self._tokenizer, self._stop)
+        for seen in self._arrivals():
+            if piece := stream.push(seen):
+                yield piece
+        if piece := stream.finish():
+            yield piece
+
+    def _arrivals(self) -> Iterator[list[int]]:
+        """Tokens in the portions in which they come."""
+        taken = 0
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: len(self._tokens) > taken or self.done)  # noqa: B023 - called here
+                portion, done = self._tokens[taken:], self.done
+            taken += len(portion)
+            yield portion
+            if done:
+                break
+        if self._failure is not None:
+            raise self._failure
+        if self._reason == "error":
+            raise ClusterError(self._error)
+
+
+class Checker:
+    """Turns prompts into requests, or says what is wrong with them.
+
+    Args:
+        loaded: what the model takes.
+        tokenizer: the checkpoint's, if it has one.
+    """
+
+    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._loaded, self._tokenizer = loaded, tokenizer
+        self._numbers = itertools.count()
+
+    def request(self, prompt: Prompt, settings: GenerationSettings) -> tuple[Request, GenerationSettings]:
+        """The request for a prompt, and its own settings.
+
+        Raises:
+            ConfigError: saying what was given and what is allowed.
+        """
+        if isinstance(prompt, Mapping):
+            own = dict(prompt)
+            if "prompt" not in own:
+                raise ConfigError(f'a prompt with settings needs "prompt", but has only {sorted(own)}')
+            prompt = own.pop("prompt")
+            settings = read_settings(own, settings)
+        if settings.stops and self._tokenizer is None:
+            raise ConfigError("stop: the checkpoint has no tokenizer; use stop_tokens")
+        tokens = self._tokens_of(prompt, settings)
+        loaded, new = self._loaded, settings.max_new_tokens
+        if wrong := [token for token in tokens if not 0 <= token < loaded.vocabulary]:
+            raise ConfigError(f"the prompt has token {wrong[0]}; allowed: 0 to {loaded.vocabulary - 1}")
+        size = f"the prompt has {len(tokens)} tokens and max_new_tokens is {new}"
+        if len(tokens) + new - 1 > loaded.capacity:
+            raise ConfigError(
+                f"{size}, but a rank's cache holds {loaded.capacity}; shorten one of them, or give the cluster a larger "
+                f"kv_tokens"
+            )
+        if loaded.context is not None and len(tokens) + new > loaded.context:
+            raise ConfigError(f"{size}, but the model's context holds {loaded.context}")
+        ends = loaded.end_tokens if settings.stop_tokens is None else settings.stop_tokens
+        return Request(str(next(self._numbers)), tuple(tokens), new, frozenset(ends), settings.sampling), settings
+
+    def _tokens_of(self, prompt: Any, settings: GenerationSettings) -> Sequence[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ConfigError("the checkpoint has no tokenizer; give prompts as token ids")
+            return encode_prompt(self._tokenizer, prompt, chat=settings.chat)
+        tokens = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else None
+        if tokens is None or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+            raise ConfigError(f"a prompt of {prompt!r:.100}; allowed: text, or a list of token ids")
+        if not tokens:
+            raise ConfigError("an empty prompt; at least one token is needed")
+        return tokens

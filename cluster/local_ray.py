@@ -1,0 +1,236 @@
+"""This process's connection to Ray: to one that runs, or to one of its own, which is started quietly and ends without a trace.
+
+Ray has one connection per process, and so all fleets of the process share it; the last to leave ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import ray._private.worker as ray_worker
+
+from cluster.errors import ClusterError
+from cluster.ray_address import START, check_address, find_running
+
+SEAT = "epslots_seat"
+"""A resource of a Ray of our own, of which there is plenty: its seats are limited by GPUs, or by nothing."""
+
+_SEATS = 100_000
+_STORE_BYTES = 80 * 2**20  # little more than Ray's least: messages are small
+_END_S = 3.0
+_PREFIX = "epslots-ray-"
+_LONGEST_ROOT = 16  # with what Ray appends, the paths of its sockets stay below the system's limit of 107
+
+_entering, _counting = threading.Lock(), threading.Lock()
+_connection: Connection | None = None
+
+
+@dataclass(eq=False)
+class Connection:
+    """To Ray; ``users`` fleets use it.
+
+    Attributes:
+        address: what was asked for.
+        own: it is a Ray of this process alone, on this machine.
+    """
+
+    address: str | None
+    own: bool
+    users: int = 1
+    end: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+async def connect(address: str | None, ranks: int) -> Connection:
+    """Connect, unless this process is connected already.
+
+    Args:
+        address: None: the connection that there is, or else a Ray of this process alone; "auto" or "host:port": a running one.
+        ranks: how many to expect: a Ray of our own starts that many processes beforehand.
+
+    Raises:
+        ConfigError: such an address isn't allowed.
+        ClusterError: there is no such Ray, or it doesn't let us in; with what to do.
+    """
+    check_address(address)
+    ready: Future[Connection] = Future()
+    # Not a thread of a pool: what Ray starts is ended by the system when the thread ends that started it.
+    threading.Thread(target=_keep, args=(address, ranks, ready), name="epslots-ray", daemon=True).start()
+    waiting = asyncio.wrap_future(ready)
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        waiting.add_done_callback(lambda done: done.exception() or _leave(done.result()))
+        raise
+
+
+async def disconnect(connection: Connection) -> None:
+    """Leave. The last to do so ends a Ray of our own, with all of its processes."""
+    if _leave(connection):
+        await asyncio.to_thread(connection.ended.wait)
+
+
+def _leave(connection: Connection) -> bool:
+    """Whether this was the last user."""
+    with _counting:
+        connection.users -= 1
+        last = connection.users == 0
+    if last:
+        connection.end.set()
+    return last
+
+
+def _keep(address: str | None, ranks: int, ready: Future[Connection]) -> None:
+    """A thread's life: connect, say so, wait for the end, disconnect."""
+    try:
+        connection, ray_there = _enter(address, ranks)
+    except BaseException as error:
+        ready.set_exception(error)
+        return
+    ready.set_result(connection)
+    if ray_there is None:
+        return
+    connection.end.wait()
+    try:
+        ray_there.__exit__(None, None, None)
+    finally:
+        connection.ended.set()
+
+
+def _enter(address: str | None, ranks: int) -> tuple[Connection, Any]:
+    """The connection, and what ends it; None if that is somebody else's to do."""
+    global _connection
+    with _entering:
+        there = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
+        with _counting:
+            shared = _connection if _connection is not None and _connection.users else None
+            if shared is not None and there is not None and address in (None, shared.address, there):
+                shared.users += 1
+                return shared, None
+        if shared is None and _connection is not None:
+            _connection.ended.wait()
+            there = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
+        if there is not None:
+            if shared is not None or address not in (None, "auto", there):
+                raise ClusterError(
+                    f"address={address!r}, but this process is connected to the Ray at {there}: leave that first"
+                )
+            _connection = Connection(address, own=False)
+            _connection.ended.set()
+            return _connection, None
+        ray_there = _start(ranks) if address is None else _join(address)
+        ray_there.__enter__()
+        _connection = Connection(address, own=address is None)
+        return _connection, ray_there
+
+
+@contextmanager
+def _start(ranks: int) -> Iterator[None]:
+    """A Ray of our own."""
+    with _folder() as folder:
+        before = set(psutil.Process().children())
+        try:
+            ray.init(
+                address="local",
+                num_cpus=ranks + 1,  # so many processes are started beforehand; one is for the store where ranks meet
+                resources={SEAT: _SEATS},
+                object_store_memory=_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+                _system_config={"enable_metrics_collection": False},
+            )
+        except BaseException as error:
+            ray.shutdown()
+            raise ClusterError(f"a local Ray could not be started: {error}") from error
+        try:
+            with _silence():
+                yield
+        finally:
+            started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
+            started += [process for child in started for process in _descendants(child)]
+            ray.shutdown()
+            _end(started)
+
+
+@contextmanager
+def _join(address: str) -> Iterator[None]:
+    """A running Ray."""
+    found = find_running(address)
+    try:
+        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        ray.shutdown()
+        raise ClusterError(
+            f"the Ray at {found} can't be joined: {error}. The driver must run on a node of the cluster "
+            f"(`ray start --address={found}`), for example through `ray job submit`; or {START}"
+        ) from error
+    try:
+        with _silence():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No messages of Ray's between the user's output: who died, and where, is said by us."""
+    before, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False
+    try:
+        yield
+    finally:
+        ray_worker._worker_logs_enabled = before
+
+
+def _is_of_ray(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return str(Path(ray.__file__).parent) in " ".join(process.cmdline())
+    return False
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return list(process.children(recursive=True))
+    return []
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """See that processes have ended. One that was stopped doesn't by itself."""
+    _, alive = psutil.wait_procs(processes, _END_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, _END_S)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for Ray's sockets and logs. What a process that was killed has left is removed by the next one."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > _LONGEST_ROOT:
+        root = Path("/tmp")
+    for old in root.glob(f"{_PREFIX}*"):
+        with suppress(OSError), open(old / "lock", "rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+    try:
+        with open(folder / "lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder / "r"  # Ray lets everybody write to its folder; the one around it is ours
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,312 @@
+"""One rank's life, in a thread of its own: it obeys commands, makes steps together with the others, and says what happens.
+
+Three threads meet here, and none waits for another's work:
+
+    stepping   ``start`` runs it: loads, forms groups, steps the engine; blocked when nobody has work
+    commands   calls ``command``: queues what it is told, and is the one that can abort a group whose operation is stuck
+    events     calls ``events``: waits for something to tell
+
+A group that breaks costs nothing but the step under way: the rank says ``Broken``, stands by, and makes the same step again in
+the next generation. Any other error of its own is the rank's end (``Failed``), because nobody knows what it left behind.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from cluster.messages import (
+    Answer,
+    Ask,
+    Asleep,
+    Broken,
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Form,
+    Formed,
+    LayerPlace,
+    Load,
+    Loaded,
+    Outputs,
+    Ping,
+    Progress,
+    Report,
+    Stop,
+    Stopped,
+    Submit,
+    Wake,
+    decode_command,
+    encode,
+)
+from epslots.batching import PagedBatcher
+from epslots.end_tokens import end_tokens
+from epslots.engine import Engine
+from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
+from epslots.loading import LOAD_DEADLINE_S, load_alone, shared_settings
+from epslots.progress import ProgressDisplay
+from epslots.ranks import group_of, group_up, join
+from epslots.requests import Output
+from epslots.runtime import runtime_of, stats
+from epslots.transport import Transport
+
+FormTransport = Callable[[Form, torch.device], Transport]
+"""Meets the other ranks of a generation; raises PeerLost if they don't all come in time."""
+
+_TELL_EVERY_S = 0.2  # progress of loading
+
+
+class RankLoop:
+    """One rank.
+
+    Args:
+        form: how ranks meet.
+    """
+
+    def __init__(self, form: FormTransport) -> None:
+        self._form_transport = form
+        self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
+        self._news = threading.Condition()
+        """Guards the two lists below, and wakes those who wait for them."""
+        self._commands: list[Command] = []
+        self._events: list[Event] = []
+        # The rest is the stepping thread's, but that the commands' thread reads the transport, and aborts it.
+        self._settings: Load | None = None
+        self._engine: Engine | None = None
+        self._transport: Transport | None = None
+        self._ended = False
+        self._serving = False
+        self._asleep = False
+        self._steps = 0
+        """Steps in this generation; the same on all its ranks."""
+        self._wake_through = 0
+        self._told_s = 0.0
+
+    def start(self) -> None:
+        """Start the stepping thread."""
+        self._thread.start()
+
+    def command(self, message: bytes) -> bytes:
+        """Take a command; returns at once, whatever the rank is doing."""
+        match decode_command(message):
+            case Ping():
+                return encode(Answer(self._thread.is_alive() and not self._ended))
+            case Form() as form:
+                # Whoever waits for a lost rank is freed, and so are the others, who don't wait for the end of a long step.
+                if self._transport is not None and self._transport.generation < form.generation:
+                    self._transport.abort(f"generation {form.generation} is being formed")
+                self._queue(form)
+            case command:
+                self._queue(command)
+        return b""
+
+    def _queue(self, command: Command) -> None:
+        with self._news:
+            self._commands.append(command)
+            self._news.notify_all()
+
+    def events(self) -> bytes:
+        """Wait for events, and take them all."""
+        with self._news:
+            self._news.wait_for(lambda: self._events)
+            events, self._events = self._events, []
+        return encode(events)
+
+    def _tell(self, event: Event) -> None:
+        with self._news:
+            self._events.append(event)
+            self._news.notify_all()
+
+    def _main(self) -> None:
+        doing = "loading"
+        try:
+            while True:
+                for command in self._next_commands():
+                    if isinstance(command, Stop):
+                        self._ended = True
+                        self._give_back()
+                        self._tell(Stopped())
+                        return
+                    doing = "forming" if isinstance(command, Form) else doing
+                    self._obey(command)
+                doing = "serving" if self._serving else doing
+                if self._has_steps_to_make():
+                    self._step()
+                self._tell_outputs()
+        except BaseException as error:
+            self._ended = True
+            self._fail(error, doing)
+
+    def _next_commands(self) -> list[Command]:
+        """What came in; waits for something if there is nothing else to do."""
+        with self._news:
+            self._news.wait_for(lambda: self._commands or self._has_steps_to_make())
+            commands, self._commands = self._commands, []
+        return commands
+
+    def _has_steps_to_make(self) -> bool:
+        if not self._serving:
+            return False
+        assert self._engine is not None
+        return not self._asleep or self._steps < self._wake_through or self._engine.batcher.has_work
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Load():
+                self._load(command)
+            case Form():
+                self._form(command)
+            case Submit(requests):
+                for request in requests:
+                    try:
+                        self._engine_there().batcher.add(request)
+                    except ConfigError as error:
+                        self._tell(Outputs((Output(request.id, (), True, "error", str(error)),)))
+            case Cancel(ids):
+                for id in ids:
+                    self._engine_there().batcher.cancel(id)
+            case Wake(generation, step):
+                if self._transport is not None and generation == self._transport.generation:
+                    self._wake_through = max(self._wake_through, step)
+            case Ask(number):
+                self._tell(self._report(number))
+
+    def _engine_there(self) -> Engine:
+        assert self._engine is not None, "Load comes first"
+        return self._engine
+
+    def _load(self, load: Load) -> None:
+        began = time.monotonic()
+        if load.threads:
+            torch.set_num_threads(load.threads)
+        model: PreTrainedModel = load_alone(
+            load.path,
+            slots=load.slots,
+            device=load.device,
+            dtype=load.dtype,
+            policy=load.policy,
+            host_store=load.host_store,
+            cache_dir=None if load.cache_dir is None else Path(load.cache_dir),
+            kv_tokens=load.kv_tokens,
+            neighbours=load.neighbours,
+            display=ProgressDisplay(tell=self._tell_progress),
+        )
+        loaded = time.monotonic()
+        self._settings = load
+        self._engine = Engine(model, kv_tokens=load.kv_tokens, max_batch_tokens=load.max_batch_tokens)
+        config = model.config.get_text_config()
+        self._tell(
+            Loaded(
+                capacity=self._engine.batcher.capacity,
+                batches=isinstance(self._engine.batcher, PagedBatcher),
+                vocabulary=int(config.vocab_size),
+                context=getattr(config, "max_position_embeddings", None),
+                end_tokens=tuple(sorted(end_tokens(model))),
+                seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
+            )
+        )
+
+    def _tell_progress(self, title: str, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if done_bytes in (0, total_bytes) or now - self._told_s >= _TELL_EVERY_S:
+            self._told_s = now
+            self._tell(Progress(title, done_bytes, total_bytes))
+
+    def _form(self, form: Form) -> None:
+        """Meet the others and become one model with them. Before, and if that fails, this rank makes no step."""
+        began = time.monotonic()
+        self._serving = False
+        engine, settings = self._engine_there(), self._settings
+        assert settings is not None
+        newcomer = group_of(engine.model) is None
+        if self._transport is not None:
+            self._transport.close()
+        try:
+            self._transport = transport = self._form_transport(form, engine.model.device)
+            shared = shared_settings(engine.model, settings.policy)
+            if form.fresh:
+                transport.deadline_s = LOAD_DEADLINE_S  # they fill their slots, some from a slow disk
+                display = ProgressDisplay(tell=self._tell_progress)
+                group_up(engine.model, transport, settings=shared, costs=form.costs, display=display)
+            else:
+                join(engine.model, transport, settings=shared, costs=form.costs)
+            transport.deadline_s = form.deadline_s
+        except GroupError as error:
+            if isinstance(error, RankMismatchError) and newcomer:
+                raise  # the others can go on without it
+            self._tell(Broken(form.generation, str(error)))
+            return
+        self._serving, self._asleep, self._steps, self._wake_through = True, False, 0, 0
+        self._tell(Formed(form.generation, time.monotonic() - began))
+
+    def _step(self) -> None:
+        assert self._transport is not None
+        try:
+            header = self._engine_there().step()
+        except GroupError as error:
+            self._serving = False
+            self._tell(Broken(self._transport.generation, str(error)))
+            return
+        self._steps += 1
+        self._asleep = not header.work
+        if self._asleep:
+            self._tell_outputs()  # before the others could think that this rank still has some
+            self._tell(Asleep(self._transport.generation, self._steps))
+
+    def _tell_outputs(self) -> None:
+        if self._engine is not None and (outputs := self._engine.batcher.outputs()):
+            self._tell(Outputs(tuple(outputs)))
+
+    def _report(self, number: int) -> Report:
+        model = self._engine_there().model
+        group = group_of(model)
+        process = psutil.Process()
+        return Report(
+            number=number,
+            generation=-1 if self._transport is None else self._transport.generation,
+            steps=self._steps,
+            stats=stats(model),
+            layers=()
+            if group is None
+            else tuple(
+                LayerPlace(
+                    spec.name,
+                    tuple(shared.quota_R.tolist()),
+                    tuple(shared.home_E.tolist()),
+                    tuple(tuple(np.flatnonzero(holds).tolist()) for holds in shared.holds_RE.T),
+                )
+                for spec, shared in zip(runtime_of(model).layers, group.shared, strict=True)
+            ),
+            memory_bytes=process.memory_info().rss,
+            descriptors=process.num_fds(),
+            threads=process.num_threads(),
+        )
+
+    def _give_back(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        if self._engine is not None:
+            self._engine.batcher.close()
+            runtime_of(self._engine.model).store.close()
+
+    def _fail(self, error: BaseException, doing: str) -> None:
+        if self._transport is not None:
+            self._transport.abort(f"rank {self._transport.rank} failed: {type(error).__name__}: {error}")
+        self._tell(
+            Failed(
+                doing=doing,  # type: ignore[arg-type]
+                kind=type(error).__name__,
+                message=str(error),
+                deliberate=isinstance(error, EpslotsError),
+                traceback="".join(traceback.format_exception(error)),
+            )
+        )

@@ -1,0 +1,68 @@
+"""Finds a running Ray, and asks it whether it lets us in: Ray's own way to find out takes minutes, and fills the terminal."""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+from cluster.errors import ClusterError
+from epslots.errors import ConfigError
+
+_PROBE_S = 5.0
+
+START = "start one with `ray start --head`, or give no address to have a local one"
+TOKENS = (
+    "give this process the cluster's token, in ~/.ray/auth_token (or where RAY_AUTH_TOKEN_PATH says, or in RAY_AUTH_TOKEN), "
+    "and set RAY_AUTH_MODE=token, without which Ray sends no token to an address that was spelled out"
+)
+
+
+def check_address(address: str | None) -> None:
+    """Refuse what can't be an address."""
+    if address is None or address == "auto" or ("://" not in address and address.rpartition(":")[2].isdigit()):
+        return
+    raise ConfigError(
+        f'address={address!r}; allowed: None (a local Ray), "auto" (the running one), "host:port" of its head. This process '
+        f"becomes a part of the cluster, so ray:// won't do: run it on a node, for example through `ray job submit`"
+    )
+
+
+def find_running(address: str) -> str:
+    """The "host:port" of a Ray that runs and lets us in.
+
+    Raises:
+        ClusterError: with what to do.
+    """
+    try:
+        found: str | None = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}") from error
+    if found is None:
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}")
+    if address == "auto":
+        logger = logging.getLogger("ray")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it would tell about tokens what nobody asked
+        try:
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        finally:
+            logger.setLevel(level)
+    with init_grpc_channel(found) as channel:
+        try:
+            version = NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_PROBE_S).ray_version
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                raise ClusterError(f"the Ray at {found} refuses this process's token, or asks for one: {TOKENS}") from error
+            raise ClusterError(f"no Ray answers at {found} ({error.code().name.lower()}): {START}") from error
+    if version != ray.__version__:
+        raise ClusterError(
+            f"the Ray at {found} is version {version}, and this process has {ray.__version__}: install the same on all nodes"
+        )
+    return found

@@ -1,0 +1,95 @@
+"""A worker on Ray, as the driver holds it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.fleet import WorkerDied
+from cluster.worker import Hello
+
+_CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray: a thread each
+CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: 1}
+_COLORS = re.compile(r"\x1b\[\d+m")
+
+
+class RayWorker:
+    """One actor. It is used from one asyncio loop."""
+
+    def __init__(self, seat: int, actor: ActorHandle) -> None:
+        self.seat = seat
+        self.hello: Hello | None = None
+        self._actor = actor
+        self._hello = actor.hello.options(concurrency_group=_CONTROL)
+        self._command = actor.command.options(concurrency_group=_CONTROL)
+        self._events: Any = None
+
+    async def greet(self, deadline_s: float) -> None:
+        """Wait until it is up.
+
+        Raises:
+            WorkerDied: it isn't, in time.
+        """
+        try:
+            hello = await asyncio.wait_for(self._hello.remote(), deadline_s)
+        except TimeoutError:
+            raise WorkerDied(f"its process didn't come up within {deadline_s:g} s") from None
+        except RayError as error:
+            raise WorkerDied(reason_of(error)) from error
+        self.hello = msgspec.msgpack.decode(hello, type=Hello)
+
+    @property
+    def where(self) -> str:
+        if self.hello is None:
+            return "a process that is being started"
+        return f"node {self.hello.host}, pid {self.hello.pid}"
+
+    async def command(self, message: bytes) -> bytes:
+        try:
+            return await self._command.remote(message)
+        except RayError as error:
+            raise WorkerDied(reason_of(error)) from error
+
+    async def events(self) -> bytes:
+        try:
+            if self._events is None:
+                # One call for all of a worker's life, which yields: a third cheaper than one call each.
+                self._events = self._actor.events.options(num_returns="streaming", concurrency_group=_EVENTS).remote()
+            return await (await anext(self._events))
+        except StopAsyncIteration:
+            raise WorkerDied("its events have ended") from None
+        except RayError as error:
+            raise WorkerDied(reason_of(error)) from error
+
+    def kill(self) -> None:
+        kill(self._actor)
+
+
+def kill(actor: ActorHandle) -> None:
+    """End an actor's process soon. Ray gives one that doesn't react five seconds, and then sends SIGKILL."""
+    with suppress(Exception):  # the actor, or all of Ray, may be gone
+        if ray.is_initialized():  # or Ray would be started for it
+            ray.kill(actor)
+
+
+def reason_of(error: RayError) -> str:
+    """Why an actor can't be had any more: what matters of Ray's text."""
+    text = _COLORS.sub("", str(error))
+    if getattr(error, "_actor_init_failed", False) or isinstance(error, RayTaskError):
+        lines = text.rstrip().splitlines()
+        code = [number for number, line in enumerate(lines) if line.startswith(" ")]  # of the traceback
+        return "\n".join(lines[code[-1] + 1 if code else 0 :])
+    _, because, cause = text.partition("is dead because ")
+    cause = cause if because else text
+    if "its node has died" in cause:
+        return "its node is gone"
+    if "connection error code 2" in cause:
+        return "its process has ended: it was killed, maybe for lack of memory, or crashed"
+    return cause.rpartition("Worker exit detail: ")[2].strip().partition("\n")[0]

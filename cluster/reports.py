@@ -1,0 +1,90 @@
+"""What a cluster tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from cluster.messages import LayerPlace, Report
+from cluster.workers import Worker
+from epslots.telemetry import LayerStats, Stats
+
+_SUMS = ("hits", "misses", "waves", "evictions", "host_bytes", "peer_bytes", "pairs_sent", "pairs_received", "stall_s")
+
+
+@dataclass(frozen=True)
+class RankStats:
+    """One rank's counters since it was loaded.
+
+    Attributes:
+        where: node and process.
+        steps: of the current generation.
+        requests: that it has now.
+        memory_bytes, descriptors, threads: of its process.
+    """
+
+    rank: int
+    where: str
+    stats: Stats
+    steps: int
+    requests: int
+    memory_bytes: int
+    descriptors: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class ClusterStats:
+    """All ranks' counters, and their sums.
+
+    Attributes:
+        generation: number of the group; it grows with every loss and every join.
+        queued: requests that wait for a rank with room.
+        total: sums over ranks (``slots`` too; ``steps`` is the largest).
+    """
+
+    generation: int
+    queued: int
+    ranks: tuple[RankStats, ...]
+    total: Stats
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which rank holds which expert, and where ranks are."""
+
+    generation: int
+    ranks: tuple[str, ...]
+    layers: tuple[LayerPlace, ...]
+
+
+def rank_stats(worker: Worker, report: Report, requests: int) -> RankStats:
+    """One rank's counters, from its report."""
+    return RankStats(
+        rank=worker.rank,
+        where=worker.handle.where,
+        stats=report.stats,
+        steps=report.steps,
+        requests=requests,
+        memory_bytes=report.memory_bytes,
+        descriptors=report.descriptors,
+        threads=report.threads,
+    )
+
+
+def sum_stats(stats: Sequence[Stats]) -> Stats:
+    """Sums over ranks, layer by layer."""
+    return Stats(tuple(map(_sum_layer, zip(*(rank.layers for rank in stats), strict=True))))
+
+
+def _sum_layer(layers: tuple[LayerStats, ...]) -> LayerStats:
+    first = layers[0]
+    return msgspec.structs.replace(
+        first,
+        slots=sum(layer.slots for layer in layers),
+        tokens_per_expert=tuple(map(sum, zip(*(layer.tokens_per_expert for layer in layers), strict=True))),
+        steps=max(layer.steps for layer in layers),
+        **{name: sum(getattr(layer, name) for layer in layers) for name in _SUMS},
+    )

@@ -1,0 +1,207 @@
+"""A fleet of threads: real ranks with real models in this process, joined by the fake transport, that die on command.
+
+fleet = FakeFleet()
+with Cluster(folder, ranks=2, fleet=fleet, ...) as cluster:
+    fleet.at(seat=1, operation=40, do="crash")   # at its 40th exchange from now
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from typing import Any, Literal
+
+import pytest
+import torch
+
+import cluster.rank_loop
+from cluster.errors import ClusterError
+from cluster.fleet import WorkerDied
+from cluster.messages import Form
+from cluster.rank_loop import RankLoop
+from epslots.transport import LocalHub, LocalTransport
+
+Fault = Literal["crash", "vanish", "freeze", "raise"]
+"""crash: the process dies and that is known at once; vanish: nobody says so; freeze: it stops; raise: an error of its own."""
+
+
+class _Killed(BaseException):
+    """Ends a dead worker's thread."""
+
+
+@pytest.fixture
+def one_load_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' loading changes globals: of threads, one at a time."""
+    lock, load = threading.Lock(), cluster.rank_loop.load_alone
+
+    def locked(*arguments: Any, **settings: Any) -> Any:
+        with lock:
+            return load(*arguments, **settings)
+
+    monkeypatch.setattr(cluster.rank_loop, "load_alone", locked)
+
+
+class _Transport(LocalTransport):
+    """Counts the exchanges, and fails where it is told to."""
+
+    def __init__(self, hub: LocalHub, rank: int, worker: FakeWorker) -> None:
+        super().__init__(hub, rank)
+        self._worker = worker
+
+    def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        self._worker.before_exchange(self.hub)
+        return super().all_gather(mine)
+
+
+class FakeWorker:
+    """A thread as a process."""
+
+    def __init__(self, fleet: FakeFleet, seat: int) -> None:
+        self.seat = seat
+        self.number = fleet.hired
+        self.dead = False
+        self.loop = RankLoop(self._form)
+        self._fleet = fleet
+        self._asyncio = asyncio.get_running_loop()
+        self._batches: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._running = threading.Event()
+        self._running.set()
+        self._fault: tuple[int, Fault] | None = None
+        self._exchanges = 0
+        self.loop.start()
+        threading.Thread(target=self._pump, daemon=True).start()
+
+    @property
+    def where(self) -> str:
+        return f"node fake, worker {self.number}"
+
+    @property
+    def frozen(self) -> bool:
+        return not self._running.is_set()
+
+    async def command(self, message: bytes) -> bytes:
+        if self.dead:
+            raise WorkerDied("it was killed")
+        if self.frozen:
+            await asyncio.Event().wait()
+        return self.loop.command(message)
+
+    async def events(self) -> bytes:
+        batch = await self._batches.get()
+        if batch is None:
+            self._batches.put_nowait(None)
+            raise WorkerDied("it was killed")
+        return batch
+
+    def kill(self) -> None:
+        self._die(known=True)
+
+    def at(self, operation: int, do: Fault) -> None:
+        self._fault = self._exchanges + operation, do
+
+    def thaw(self) -> None:
+        """Let a frozen worker go on."""
+        self._running.set()
+
+    def before_exchange(self, hub: LocalHub) -> None:
+        """In the stepping thread, before each exchange."""
+        self._exchanges += 1
+        if self._fault is not None and self._exchanges >= self._fault[0]:
+            do, self._fault = self._fault[1], None
+            self._fleet.faults_done.append((self.seat, do))
+            match do:
+                case "crash" | "vanish":
+                    self._die(known=do == "crash")
+                case "freeze":
+                    self._running.clear()
+                case "raise":
+                    raise MemoryError("no memory left, says the test")
+        self._running.wait()
+        if self.dead:
+            hub.break_off("a rank's connections are closed")
+            raise _Killed
+
+    def _die(self, *, known: bool) -> None:
+        self.dead = True
+        self._running.set()
+        with self.loop._news:  # wakes the stepping thread, if it sleeps
+            self.loop._commands.append(_Bomb())  # type: ignore[arg-type]
+            self.loop._news.notify_all()
+        if self.loop._transport is not None:
+            self.loop._transport.abort("a rank's connections are closed")
+        if known:
+            self._asyncio.call_soon_threadsafe(self._batches.put_nowait, None)
+
+    def _form(self, form: Form, device: torch.device) -> LocalTransport:
+        assert device.type == "cpu"
+        if self.dead:
+            raise _Killed
+        return _Transport(self._fleet.hub(form), form.rank, self)
+
+    def _pump(self) -> None:
+        """Hand events over to asyncio; a dead worker's are lost."""
+        while True:
+            batch = self.loop.events()
+            if self.dead or self._asyncio.is_closed():
+                return
+            self._asyncio.call_soon_threadsafe(self._batches.put_nowait, batch)
+
+
+class _Bomb:
+    """A command that isn't one."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise _Killed
+
+
+class FakeFleet:
+    """Threads as processes. ``room`` is the number of seats that there could be."""
+
+    def __init__(self, room: int = 8) -> None:
+        self.room = room
+        self.hired = 0
+        self.refuse: dict[int, list[str]] = defaultdict(list)
+        """For a seat, why the next hires fail."""
+        self.workers: dict[int, FakeWorker] = {}
+        self.faults_done: list[tuple[int, Fault]] = []
+        self.seats = 0
+        self.closed = False
+        self._hubs: dict[int, LocalHub] = {}
+        self._lock = threading.Lock()
+
+    def hub(self, form: Form) -> LocalHub:
+        with self._lock:
+            if form.generation not in self._hubs:
+                self._hubs[form.generation] = LocalHub(form.size, generation=form.generation, deadline_s=form.form_s)
+            return self._hubs[form.generation]
+
+    def at(self, seat: int, operation: int, do: Fault) -> None:
+        """Have the worker that is on a seat now fail at an exchange, counted from here."""
+        self.workers[seat].at(operation, do)
+
+    async def open(self, ranks: int | None) -> int:
+        await self.resize(ranks or 1)
+        return self.seats
+
+    async def resize(self, ranks: int) -> None:
+        if ranks > self.room:
+            raise ClusterError(f"{ranks} ranks need {ranks} seats, and there are {self.room}")
+        self.seats = ranks
+
+    async def hire(self, seat: int) -> FakeWorker:
+        assert seat < self.seats
+        self.hired += 1
+        if self.refuse[seat]:
+            raise WorkerDied(self.refuse[seat].pop(0))
+        self.workers[seat] = FakeWorker(self, seat)
+        return self.workers[seat]
+
+    async def neighbours(self, seat: int) -> int:
+        return self.seats
+
+    async def rendezvous(self) -> tuple[str, int]:
+        return "nowhere", 1
+
+    async def close(self) -> None:
+        self.closed = True

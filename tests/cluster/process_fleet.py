@@ -1,0 +1,140 @@
+"""A fleet of processes without Ray: forked in a tenth of a second, joined by gloo, killed and stopped by real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from multiprocessing.connection import Connection
+
+import torch
+from torch.distributed import TCPStore
+
+from cluster.fleet import WorkerDied
+from cluster.meeting import meet
+from cluster.rank_loop import RankLoop
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def _worker(commands: Connection, events: Connection) -> None:
+    """What a process does: commands in the main thread, events in another, steps in a third."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    loop = RankLoop(meet)
+    loop.start()
+
+    def pump() -> None:
+        while True:
+            events.send_bytes(loop.events())
+
+    threading.Thread(target=pump, daemon=True).start()
+    try:
+        while True:
+            commands.send_bytes(loop.command(commands.recv_bytes()))
+    except EOFError:
+        os._exit(0)
+
+
+class ProcessWorker:
+    """A process on a seat."""
+
+    def __init__(self, seat: int) -> None:
+        self.seat = seat
+        self._asyncio = asyncio.get_running_loop()
+        self._commands, theirs_c = _CONTEXT.Pipe()
+        self._events, theirs_e = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_worker, args=(theirs_c, theirs_e), daemon=True)
+        self.process.start()
+        theirs_c.close()
+        theirs_e.close()
+        self._waiting: deque[asyncio.Future[bytes]] = deque()
+        self._batches: asyncio.Queue[bytes | None] = asyncio.Queue()
+        for source, take in ((self._commands, self._answer), (self._events, self._batches.put_nowait)):
+            threading.Thread(target=self._read, args=(source, take), daemon=True).start()
+
+    @property
+    def where(self) -> str:
+        return f"node here, pid {self.process.pid}"
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    async def command(self, message: bytes) -> bytes:
+        future: asyncio.Future[bytes] = self._asyncio.create_future()
+        self._waiting.append(future)
+        try:
+            self._commands.send_bytes(message)
+        except OSError as error:
+            raise WorkerDied("its process has ended") from error
+        return await future
+
+    async def events(self) -> bytes:
+        batch = await self._batches.get()
+        if batch is None:
+            self._batches.put_nowait(None)
+            raise WorkerDied("its process has ended")
+        return batch
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def _read(self, source: Connection, take: object) -> None:
+        assert callable(take)
+        try:
+            while True:
+                self._call(take, source.recv_bytes())
+        except (EOFError, OSError):
+            self._call(self._end)
+
+    def _call(self, function: object, *arguments: object) -> None:
+        if not self._asyncio.is_closed():
+            self._asyncio.call_soon_threadsafe(function, *arguments)  # type: ignore[arg-type]
+
+    def _answer(self, answer: bytes) -> None:
+        future = self._waiting.popleft()
+        if not future.done():
+            future.set_result(answer)
+
+    def _end(self) -> None:
+        self._batches.put_nowait(None)
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(WorkerDied("its process has ended"))
+
+
+class ProcessFleet:
+    """Processes on this machine."""
+
+    def __init__(self) -> None:
+        self.workers: dict[int, ProcessWorker] = {}
+        self.hired: list[ProcessWorker] = []
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    async def open(self, ranks: int | None) -> int:
+        return ranks or 1
+
+    async def resize(self, ranks: int) -> None:
+        pass
+
+    async def hire(self, seat: int) -> ProcessWorker:
+        worker = self.workers[seat] = ProcessWorker(seat)
+        self.hired.append(worker)
+        return worker
+
+    async def neighbours(self, seat: int) -> int:
+        return len(self.workers)
+
+    async def rendezvous(self) -> tuple[str, int]:
+        return "127.0.0.1", self._store.port
+
+    async def close(self) -> None:
+        for worker in self.hired:
+            worker.kill()
+            worker.process.join()

@@ -1,0 +1,359 @@
+"""The whole cluster but Ray: real ranks in threads, lost and replaced at will. Every token equals plain transformers'."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.api import Cluster
+from cluster.errors import ClusterError, Overloaded
+from cluster.generation import Result
+from epslots.errors import CheckpointError, ConfigError
+from tests import zoo
+from tests.cluster.fake_fleet import FakeFleet, Fault, one_load_at_a_time
+from tests.grouped import TOKENS_TRAVEL
+from tests.test_load_equal import greedy
+
+__all__ = ["one_load_at_a_time"]
+pytestmark = [pytest.mark.usefixtures("one_load_at_a_time"), pytest.mark.timeout(120)]
+
+Checkpoints = Callable[[str], Path]
+PROMPTS = [zoo.random_ids(1, length, seed=length)[0].tolist() for length in (3, 40, 17, 9, 25, 5, 12, 30)]
+
+
+@pytest.fixture
+def folder(checkpoint: Checkpoints) -> Path:
+    return checkpoint("qwen3_moe")
+
+
+@pytest.fixture
+def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeFleet]]]:
+    opened = []
+
+    def make(ranks: int = 2, fleet: FakeFleet | None = None, **settings: Any) -> tuple[Cluster, FakeFleet]:
+        fleet = fleet or FakeFleet()
+        settings = {"slots": 3, "kv_tokens": 512, "costs": TOKENS_TRAVEL, "silence_s": 1.0} | settings
+        cluster = Cluster(folder, ranks=ranks, fleet=fleet, cache_dir=cache_dir, progress=False, **settings)
+        opened.append(cluster)
+        return cluster, fleet
+
+    yield make
+    for cluster in opened:
+        cluster.close()
+
+
+def expected(folder: Path, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
+    reference = zoo.reference(folder)
+    return [tuple(greedy(reference, torch.tensor([p]), new)[len(p) :]) for p in prompts]
+
+
+def tokens_of(results: Iterator[Result]) -> list[tuple[int, ...]]:
+    found = sorted(results, key=lambda result: result.index)
+    assert [result.reason for result in found] == ["length"] * len(found), found
+    return [result.tokens for result in found]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_token_is_the_models_own(open_cluster: Any, folder: Path, ranks: int):
+    cluster, _ = open_cluster(ranks)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
+    assert tokens_of(cluster.generate(PROMPTS[:1], max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS[:1], 5)
+    stats = cluster.stats()
+    assert len(stats.ranks) == ranks
+    assert stats.total.hits == sum(rank.stats.hits for rank in stats.ranks) > 0
+    assert sum(sum(layer.tokens_per_expert) for layer in stats.total.layers) > 0
+    placement = cluster.placement()
+    assert len(placement.ranks) == ranks
+    assert all(set(layer.home) <= set(range(ranks)) for layer in placement.layers)
+
+
+FAULTS: tuple[Fault, ...] = ("crash", "vanish", "freeze", "raise")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("operation", [1, 12])
+def test_a_rank_is_lost_in_the_middle_of_a_step(
+    open_cluster: Any, folder: Path, fault: Fault, operation: int, caplog: pytest.LogCaptureFixture
+):
+    cluster, fleet = open_cluster(3)
+    lost = fleet.workers[1]
+    fleet.at(1, operation, fault)
+    with caplog.at_level(logging.WARNING, logger="epslots.cluster"):
+        assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=25, stop_tokens=())) == expected(folder, PROMPTS, 25)
+    assert fleet.faults_done == [(1, fault)]
+    assert fleet.workers[0].number == 1  # the others stayed
+    assert fleet.workers[2].number == 3
+    (record,) = caplog.records
+    said = "failed while serving: MemoryError: no memory left" if fault == "raise" else "is lost: "
+    assert f"rank 1 (node fake, worker 2) {said}" in record.message
+    cluster.scale(3)  # waits for the replacement
+    assert cluster.ranks == 3
+    assert fleet.workers[1] is not lost
+    before = cluster.stats().generation
+    lost.thaw()  # continued after it was given up: nothing of it counts
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=7, stop_tokens=())) == expected(folder, PROMPTS, 7)
+    assert cluster.stats().generation == before
+
+
+def test_all_ranks_are_lost_at_once(open_cluster: Any, folder: Path):
+    cluster, fleet = open_cluster(2)
+    fleet.at(0, 9, "crash")
+    fleet.at(1, 9, "crash")
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=20, stop_tokens=())) == expected(folder, PROMPTS, 20)
+
+
+def test_losses_follow_each_other(open_cluster: Any, folder: Path):
+    """Each replacement is lost as well, also while the next group forms."""
+    cluster, fleet = open_cluster(3)
+    results = cluster.generate(PROMPTS, max_new_tokens=60, stop_tokens=())
+    for seat, operation in ((1, 5), (2, 9), (0, 7), (1, 1), (2, 2)):
+        cluster.scale(3)
+        fleet.at(seat, operation, "crash")
+    assert tokens_of(results) == expected(folder, PROMPTS, 60)
+
+
+def test_a_request_that_ends_ranks_does_not_end_them_all(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    cluster, _ = open_cluster(2)
+    poison = [7] * 50
+
+    from epslots.batching import PagedBatcher
+
+    add = PagedBatcher.add
+
+    def deadly(self: Any, request: Any) -> None:
+        if request.prompt[:50] == tuple(poison):
+            raise MemoryError("a poisoned prompt")
+        add(self, request)
+
+    monkeypatch.setattr(PagedBatcher, "add", deadly)
+    results = sorted(cluster.generate([*PROMPTS, poison], max_new_tokens=9, stop_tokens=()), key=lambda r: r.index)
+    assert [r.tokens for r in results[:-1]] == expected(folder, PROMPTS, 9)
+    assert results[-1].reason == "error"
+    assert "5 ranks were lost while they served this request" in str(results[-1].error)
+    assert "failed while serving: MemoryError: a poisoned prompt" in str(results[-1].error)
+
+
+def test_ranks_come_and_go(open_cluster: Any, folder: Path):
+    cluster, _ = open_cluster(1)
+    results = cluster.generate(PROMPTS, max_new_tokens=80, stop_tokens=())
+    first = next(results)
+    for ranks in (3, 2, 4, 1):
+        cluster.scale(ranks)
+        assert cluster.ranks == ranks
+        assert len(cluster.stats().ranks) == ranks
+    found = sorted([first, *results], key=lambda result: result.index)
+    assert [result.tokens for result in found] == expected(folder, PROMPTS, 80)
+    with pytest.raises(ClusterError, match="9 ranks need 9 seats, and there are 8"):
+        cluster.scale(9)
+    assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=3, stop_tokens=())) == expected(folder, PROMPTS[:2], 3)
+
+
+def test_sampled_tokens_depend_on_seed_and_position_alone(open_cluster: Any):
+    prompts = [{"prompt": p, "seed": n, "temperature": 0.9, "top_p": 0.9} for n, p in enumerate(PROMPTS)]
+    alone, _ = open_cluster(1)
+    tokens = tokens_of(alone.generate(prompts, max_new_tokens=20, stop_tokens=()))
+    one_by_one = [alone.submit(prompt, max_new_tokens=20, stop_tokens=()).result(60).tokens for prompt in prompts]
+    assert one_by_one == tokens
+    cluster, fleet = open_cluster(3)
+    fleet.at(2, 14, "crash")
+    assert tokens_of(cluster.generate(prompts, max_new_tokens=20, stop_tokens=())) == tokens
+    assert tokens_of(cluster.generate(prompts, max_new_tokens=20, seed=5, stop_tokens=())) == tokens
+    other = [{**prompt, "seed": 77} for prompt in prompts]
+    assert tokens_of(cluster.generate(other, max_new_tokens=20, stop_tokens=())) != tokens
+
+
+def test_many_callers(open_cluster: Any, folder: Path):
+    cluster, _ = open_cluster(2)
+    right = expected(folder, PROMPTS, 10)
+    found: list[Any] = [None] * 6
+
+    def call(number: int) -> None:
+        found[number] = tokens_of(cluster.generate(PROMPTS, max_new_tokens=10, stop_tokens=()))
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [right] * 6
+
+
+def test_cancel(open_cluster: Any, folder: Path):
+    cluster, _ = open_cluster(2)
+    long = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
+    other = cluster.submit(PROMPTS[1], max_new_tokens=20, stop_tokens=())
+    assert other.result(60).tokens == expected(folder, PROMPTS[1:2], 20)[0]
+    long.cancel()
+    result = long.result(60)
+    assert result.reason == "cancelled"
+    assert result.tokens == expected(folder, PROMPTS[:1], 400)[0][: len(result.tokens)]
+    long.cancel()
+    iterator = cluster.generate(PROMPTS * 3, max_new_tokens=200, stop_tokens=())
+    next(iterator)
+    iterator.close()
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=3, stop_tokens=())) == expected(folder, PROMPTS, 3)
+
+
+def test_the_queue_is_bounded(open_cluster: Any, folder: Path):
+    cluster, _ = open_cluster(1, max_queue=2)
+    running = [cluster.submit(PROMPTS[0], max_new_tokens=300, stop_tokens=()) for _ in range(2)]
+    with pytest.raises(Overloaded, match="2 requests wait or run already"):
+        cluster.submit(PROMPTS[0])
+    waiting = cluster.generate(PROMPTS, max_new_tokens=4, stop_tokens=())
+    for generation in running:
+        generation.cancel()
+    assert tokens_of(waiting) == expected(folder, PROMPTS, 4)
+    with pytest.raises(ConfigError):  # takes no room
+        cluster.submit([])
+    assert cluster.submit(PROMPTS[0], max_new_tokens=2).result(60).reason in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "said"),
+    [
+        ([], {}, "an empty prompt; at least one token is needed"),
+        ([1] * 600, {}, "the prompt has 600 tokens and max_new_tokens is 128, but a rank's cache holds"),
+        ([5, 10**6], {}, "the prompt has token 1000000; allowed: 0 to 319"),
+        ([5, -1], {}, "the prompt has token -1"),
+        ([5], {"max_new_tokens": 10**9}, "max_new_tokens is 1000000000"),
+        ("text", {}, "the checkpoint has no tokenizer; give prompts as token ids"),
+        (b"\xff\xfe", {}, "allowed: text, or a list of token ids"),
+        (3.5, {}, "allowed: text, or a list of token ids"),
+        ({"text": "x"}, {}, 'needs "prompt"'),
+        ({"prompt": [5], "temprature": 1}, {}, "'temprature': no such setting; allowed: max_new_tokens, temperature"),
+        ({"prompt": [5], "temperature": -1}, {}, "temperature=-1.0; allowed"),
+        ([5], {"stop": ["x"]}, "stop: the checkpoint has no tokenizer; use stop_tokens"),
+    ],
+)
+def test_bad_prompts_are_results_and_the_others_go_on(
+    open_cluster: Any, folder: Path, prompt: Any, settings: dict[str, Any], said: str
+):
+    cluster, _ = open_cluster(1)
+    with pytest.raises(ConfigError) as caught:
+        cluster.submit(prompt, **settings)
+    assert said in str(caught.value)
+    good = {"prompt": PROMPTS[0], "max_new_tokens": 3, "stop": (), "stop_tokens": ()}
+    results = sorted(cluster.generate([good, prompt, good], **settings), key=lambda result: result.index)
+    assert [result.reason for result in results] == ["length", "error", "length"]
+    assert said in str(results[1].error)
+    assert results[0].tokens == results[2].tokens == expected(folder, PROMPTS[:1], 3)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0; allowed: at least 1"),
+        ({"max_new_tokens": "many"}, "Expected `int`, got `str`"),
+        ({"frequency_penalty": 1}, "'frequency_penalty': no such setting"),
+        ({"top_p": 2}, "top_p=2.0; allowed"),
+        ({"stop": ["a", ""]}, "at least one character"),
+    ],
+)
+def test_bad_settings_are_errors_at_once(open_cluster: Any, settings: dict[str, Any], said: str):
+    cluster, _ = open_cluster(1)
+    with pytest.raises(ConfigError, match=said):
+        cluster.generate(PROMPTS, **settings)
+    with pytest.raises(ConfigError, match=said):
+        cluster.submit(PROMPTS[0], **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"slots": "banana"}, ConfigError, "banana"),
+        ({"ranks": 0}, ConfigError, "ranks=0; allowed: an int, at least 1"),
+        ({"policy": "belady"}, ConfigError, "belady"),
+        ({"strategy": "PILE"}, ConfigError, "allowed: PACK, SPREAD, STRICT_PACK, STRICT_SPREAD"),
+        ({"deadline_s": 0}, ConfigError, "deadline_s=0"),
+        ({"kv_tokens": -3}, ConfigError, "kv_tokens=-3"),
+        ({"ranks": 9}, ClusterError, "9 ranks need 9 seats"),
+        ({"dtype": "float8"}, ClusterError, "failed while loading: ConfigError: dtype='float8'"),
+        (
+            {"host_store": "tape"},
+            ClusterError,
+            "rank 0 .node fake, worker 1. failed while loading: ConfigError: host_store='tape'",
+        ),
+        ({"kv_tokens": 10**12}, ClusterError, "failed while loading: DoesNotFitError: "),
+    ],
+)
+def test_starts_that_fail(open_cluster: Any, settings: dict[str, Any], error: type[Exception], said: str):
+    fleet = FakeFleet()
+    with pytest.raises(error, match=said):
+        open_cluster(**({"ranks": 1, "fleet": fleet} | settings))
+    assert all(worker.dead for worker in fleet.workers.values())
+
+
+def test_a_model_that_is_not_there(cache_dir: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="nothing"):
+        Cluster(tmp_path / "nothing", ranks=1, fleet=FakeFleet(), cache_dir=cache_dir)
+
+
+def test_a_worker_that_does_not_come_up(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    fleet = FakeFleet()
+    fleet.refuse[1] = ["the node is on fire"]
+    with pytest.raises(ClusterError, match="rank 1 could not be started: the node is on fire"):
+        open_cluster(2, fleet)
+    assert fleet.closed
+    # Later it is tried again.
+    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
+    cluster, fleet = open_cluster(2)
+    fleet.refuse[1] = ["still"] * 3
+    fleet.at(1, 3, "crash")
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
+    cluster.scale(2)
+    assert cluster.ranks == 2
+    # But not for ever: its seat is given up, and asking for it again tries again.
+    fleet.refuse[1] = ["still"] * 5
+    fleet.at(1, 1, "crash")
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
+    with pytest.raises(ClusterError, match=r"ranks \[1\] did not come up"):
+        cluster.scale(2)
+    cluster.scale(2)
+    assert cluster.ranks == 2
+
+
+def test_when_nobody_is_left(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
+    cluster, fleet = open_cluster(1)
+    fleet.refuse[0] = ["no more"] * 5
+    fleet.at(0, 7, "crash")
+    with pytest.raises(ClusterError, match="no more"):
+        list(cluster.generate(PROMPTS, max_new_tokens=50))
+    with pytest.raises(ClusterError, match="no more"):
+        cluster.submit(PROMPTS[0])
+    cluster.close()
+    with pytest.raises(ClusterError):
+        cluster.submit(PROMPTS[0])
+
+
+def test_close_ends_everything(open_cluster: Any):
+    cluster, fleet = open_cluster(2)
+    going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
+    cluster.close()
+    cluster.close()
+    with pytest.raises(ClusterError, match="the cluster was closed"):
+        going.result(10)
+    assert fleet.closed
+    assert all(worker.dead for worker in fleet.workers.values())
+
+
+def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
+    """Once all have said that they sleep, no exchange is made until a request comes; to whichever rank, and however often."""
+    cluster, fleet = open_cluster(3)
+    for _ in range(5):
+        assert tokens_of(cluster.generate(PROMPTS[:1], max_new_tokens=3, stop_tokens=())) == expected(folder, PROMPTS[:1], 3)
+        cluster.stats()  # answered by sleepers too
+        loops = [worker.loop for worker in fleet.workers.values()]
+        for loop in loops:
+            with loop._news:
+                loop._news.wait_for(lambda loop=loop: loop._asleep, 10)
+        assert all(loop._asleep for loop in loops)
+        before = [worker._exchanges for worker in fleet.workers.values()]
+        cluster.stats()
+        assert [worker._exchanges for worker in fleet.workers.values()] == before

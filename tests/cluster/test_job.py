@@ -1,0 +1,473 @@
+"""Jobs on a cluster of straw: what they write, how they go on, and how they end."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.api import Cluster
+from cluster.errors import ClusterError
+from cluster.generation import GenerationSettings
+from cluster.job_progress import Counts, JobProgress
+from cluster.job_run import JobSettings, run_job
+from epslots.errors import ConfigError
+from epslots.example import example_model
+from tests.cluster.fake_cluster import FakeCluster, opened
+from tests.cluster.fake_fleet import FakeFleet, one_load_at_a_time
+from tests.grouped import TOKENS_TRAVEL
+
+__all__ = ["one_load_at_a_time"]
+
+GOOD = b"\n".join(b'{"prompt": "%s", "id": %d}' % (b"abcdefghij"[: 1 + n % 7], n) for n in range(20)) + b"\n"
+MIXED = b"""{"prompt": "one", "id": "first"}
+
+{"promt": "two"}
+{"prompt": [7, 8, 9]}
+{"prompt": "\xff"}
+   \t
+{"prompt": ""}
+{"prompt": "five", "max_new_tokens": 0}
+{"prompt": "six", "max_new_tokens": 1000000000, "id": 6}
+{"prompt": "seven", "temperature": 0.5}
+oops
+{"prompt": "one"}"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobSettings:
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    return make_job(tmp_path)
+
+
+def make_job(folder: Path, **generation: Any) -> JobSettings:
+    how = GenerationSettings(**{"max_new_tokens": 8, **generation})
+    return JobSettings(folder / "in.jsonl", folder / "out.jsonl", "a/model", how)
+
+
+def run(job: JobSettings, cluster: FakeCluster) -> int:
+    return run_job(job, lambda: opened(cluster))
+
+
+def results(job: JobSettings) -> dict[int, dict[str, Any]]:
+    """The output by line, each line once."""
+    lines = [json.loads(line) for line in job.output.read_bytes().splitlines()]
+    found = {line["line"]: line for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def test_each_prompt_gets_a_line_as_it_finishes(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    cluster = FakeCluster()
+    assert run(job, cluster) == 0
+    found = results(job)
+    assert list(found) != sorted(found)
+    assert sorted(found) == list(range(1, 21))
+    assert found[3] == {
+        "line": 3, "id": 2, "text": "abc:0", "tokens": 4, "reason": "length", "digest": found[3]["digest"],
+    }  # fmt: skip
+    assert cluster.most_waiting == 4
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "0/20 prompts, 0 errors, 0.0 tokens/s"
+    assert err[-1].startswith("done: 20 of 20 prompts done, 0 with errors, 57 new tokens, ")
+
+
+def test_lines_that_are_wrong_are_said_and_the_others_go_on(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    job.prompts.write_bytes(MIXED)
+    assert run(job, FakeCluster()) == 1
+    found = results(job)
+    errors = {line: result["error"] for line, result in found.items() if "error" in result}
+    assert sorted(found) == [1, 3, 4, 5, 7, 8, 9, 10, 11, 12]
+    assert sorted(errors) == [3, 5, 7, 8, 9, 11]
+    for line, words in {
+        3: 'no such field: "promt"',
+        5: "not UTF-8 text",
+        7: "an empty prompt",
+        8: "max_new_tokens=0",
+        9: "a rank's cache holds 100",
+        11: "not JSON",
+    }.items():
+        assert words in errors[line]
+    assert found[1]["id"] == "first"
+    assert found[9]["id"] == 6
+    assert found[4]["token_ids"] == [0, 1, 2, 3]
+    assert "token_ids" not in found[1]
+    assert found[10]["text"] == "seven:0.5"
+    err = capsys.readouterr().err
+    assert f"warning: {job.prompts}, line 5: not UTF-8 text" in err
+    assert "6 with errors" in err
+
+    assert run(job, FakeCluster(fail_after=0)) == 1, "nothing is left, so no cluster is needed; the errors stay"
+
+
+def test_warnings_are_bounded(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    job.prompts.write_bytes(b"oops\n" * 50)
+    assert run(job, FakeCluster()) == 1
+    err = capsys.readouterr().err
+    assert err.count("not JSON") == 10
+    assert "50 with errors" in err
+
+
+def test_nothing_to_do_needs_no_cluster(job: JobSettings):
+    def refuse() -> Any:
+        raise AssertionError("no cluster is needed")
+
+    job.prompts.write_bytes(b"\n\n")
+    assert run_job(job, refuse) == 0
+    assert job.output.read_bytes() == b""
+
+
+def test_a_cluster_that_fails_leaves_no_line_and_the_job_goes_on(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    assert run(job, FakeCluster(fail_after=7)) == 3
+    assert len(results(job)) == 7
+    assert "error: all ranks are lost" in capsys.readouterr().err
+    again = FakeCluster(order=5)
+    assert run(job, again) == 0
+    assert len(again.asked) == 13
+    assert sorted(results(job)) == list(range(1, 21))
+    assert "going on: 7 of 20 prompts were done before" in capsys.readouterr().err
+
+
+def test_a_cluster_that_cannot_start_is_not_a_failure_midway(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    def fail() -> Any:
+        raise ClusterError("Ray isn't running: start it with ray start --head")
+
+    assert run_job(job, fail) == 2
+    assert capsys.readouterr().err.endswith("error: Ray isn't running: start it with ray start --head\n")
+
+
+def test_a_bug_is_shown_and_not_taken_for_an_end(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    class Broken(FakeCluster):
+        def generate(self, prompts: Any, **settings: Any) -> Any:
+            raise RuntimeError("a bug")
+
+    assert run(job, Broken()) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    prompts=st.sampled_from([GOOD, MIXED]),
+    stops=st.lists(st.integers(0, 12) | st.none(), max_size=6),
+)
+def test_stopped_anywhere_and_started_again_all_comes_out_once(data: st.DataObject, prompts: bytes, stops: list[int | None]):
+    """Killed in the middle of a write, or broken off: in the end the output is that of an undisturbed run."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "undisturbed").mkdir()
+        for place in (folder, folder / "undisturbed"):
+            (place / "in.jsonl").write_bytes(prompts)
+        undisturbed, job = make_job(folder / "undisturbed"), make_job(folder)
+        code = run(undisturbed, FakeCluster())
+
+        for order, stop in enumerate(stops):
+            run(job, FakeCluster(order=order, fail_after=stop))
+            whole = job.output.read_bytes()
+            kept = data.draw(st.integers(len(whole) // 2, len(whole)), label="bytes that reached the disk")
+            os.truncate(job.output, kept)
+        assert run(job, FakeCluster(order=9)) == code
+        assert results(job) == results(undisturbed)
+
+
+def test_what_is_not_this_jobs_output_is_refused_and_left_alone(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    assert run(job, FakeCluster(fail_after=7)) == 3
+    written = job.output.read_bytes()
+    first = min(results(job))
+
+    def refused(other: JobSettings, message: str, output: bytes = written) -> None:
+        capsys.readouterr()
+        other.output.write_bytes(output)
+        assert run(other, FakeCluster()) == 2
+        assert message in capsys.readouterr().err
+        assert other.output.read_bytes() == output
+
+    refused(make_job(job.prompts.parent, temperature=0.5), "another model or other settings")
+    refused(JobSettings(job.prompts, job.output, "another/model", job.generation), "another model or other settings")
+    refused(job, "a second time", written + written.splitlines(keepends=True)[0])
+    refused(job, "line 1 of it is no result of a job", b"my diary\n")
+    refused(job, "line 1 of it is no result of a job", b"my diary, last words")
+    refused(job, "line 8 of it is no result of a job", written + b"a note of mine")
+    refused(job, "line 1 of it is no result", b'{"line": 1, "text": "x", "digest": "", "more": 1}\n')
+    rows = GOOD.splitlines(keepends=True)
+    job.prompts.write_bytes(b"".join(rows[: first - 1] + rows[first:]))
+    refused(job, "answers another prompt")
+    job.prompts.write_bytes(GOOD)
+    assert run(job, FakeCluster()) == 0
+
+
+def test_prompts_may_be_added_at_the_end(job: JobSettings):
+    assert run(job, FakeCluster()) == 0
+    job.prompts.write_bytes(GOOD + b'{"prompt": "another"}')
+    later = FakeCluster()
+    assert run(job, later) == 0
+    assert [asked["prompt"] for asked in later.asked] == ["another"]
+
+
+def test_prompts_with_errors_are_done_again_when_their_lines_are_deleted(job: JobSettings):
+    job.prompts.write_bytes(MIXED)
+    assert run(job, FakeCluster()) == 1
+    kept = [line for line in job.output.read_bytes().splitlines(keepends=True) if b'"error"' not in line]
+    job.output.write_bytes(b"".join(kept))
+    later = FakeCluster()
+    assert run(job, later) == 1
+    assert sorted(results(job)) == [1, 3, 4, 5, 7, 8, 9, 10, 11, 12]
+    assert len(later.asked) == 3, "those that the cluster refuses; the others are refused here"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (b'{"prompt": "new"}\n' * 20, "line 1 was changed while"),
+        (b"".join(GOOD.splitlines(True)[:9]), "11 prompts got no answer"),
+    ],
+)
+def test_prompts_that_change_under_a_running_job_break_it_off(
+    job: JobSettings, change: bytes, message: str, capsys: pytest.CaptureFixture[str]
+):
+    class Editor(FakeCluster):
+        def generate(self, prompts: Any, **settings: Any) -> Any:
+            job.prompts.write_bytes(change)
+            return super().generate(prompts, **settings)
+
+    assert run(job, Editor()) == 3
+    assert message in capsys.readouterr().err
+
+
+def test_two_jobs_never_write_to_one_file(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    with open(job.output, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run(job, FakeCluster()) == 2
+    assert "another job is writing to it" in capsys.readouterr().err
+    assert run(job, FakeCluster()) == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("in.jsonl", "is the file of the prompts"),
+        ("none/out.jsonl", "No such file or directory"),
+        ("", "is not a plain file"),
+        ("runtime_resources/working_dir_files/_ray_pkg_1/out.jsonl", "deletes after it"),
+    ],
+)
+def test_outputs_that_cannot_be(job: JobSettings, output: str, message: str, capsys: pytest.CaptureFixture[str]):
+    other = JobSettings(job.prompts, job.output.parent / output, job.model, job.generation)
+    assert run(other, FakeCluster()) == 2
+    assert message in capsys.readouterr().err
+    assert job.prompts.read_bytes() == GOOD
+
+
+def test_a_full_disk_breaks_off(job: JobSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    class Disk(io.FileIO):
+        """Takes some bytes at a time, and then no more."""
+
+        room = 250
+
+        def write(self, data: Any) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            taken = min(len(data), self.room, 20)
+            self.room -= taken
+            return super().write(bytes(data[:taken]))
+
+    whole_open = Path.open
+
+    def small_open(path: Path, mode: str = "r", *given: Any, **options: Any) -> Any:
+        return Disk(path, "a+") if path == job.output and mode == "a+b" else whole_open(path, mode, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", small_open)
+        assert run(job, FakeCluster()) == 3
+    assert "can't be written any more: No space left on device" in capsys.readouterr().err
+    assert len(job.output.read_bytes()) == 250
+    assert run(job, FakeCluster()) == 0
+    assert sorted(results(job)) == list(range(1, 21))
+
+
+def test_a_log_is_told_now_and_then():
+    class Clock:
+        now = 0.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    clock, stream, counts = Clock(), io.StringIO(), Counts(total=1000, before=0, errors_before=0)
+    progress = JobProgress(counts, stream, clock)
+    progress.start()
+    for _ in range(150):
+        counts.served += 1
+        counts.tokens += 10
+        clock.now += 0.01
+        progress.advance()
+    clock.now += 20
+    progress.advance()
+    progress.advance()
+    progress.finish("done")
+    assert stream.getvalue().splitlines() == [
+        "0/1,000 prompts, 0 errors, 0.0 tokens/s",
+        "100/1,000 prompts, 0 errors, 1,000.0 tokens/s",
+        "150/1,000 prompts, 0 errors, 69.8 tokens/s",
+        "done: 150 of 1,000 prompts done, 0 with errors, 1,500 new tokens, 69.8 tokens/s",
+    ]
+
+
+def test_a_terminal_has_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream, counts = Terminal(), Counts(total=3, before=1, errors_before=0)
+    progress = JobProgress(counts, stream)
+    progress.start()
+    counts.served += 1
+    progress.advance()
+    progress.warn("in.jsonl, line 3: [no] such field")
+    progress.finish("done")
+    assert "2/3" in stream.getvalue()
+    assert "[no] such field" in stream.getvalue()
+
+
+STOPPED_JOB = """
+import sys, threading
+from pathlib import Path
+from cluster.generation import GenerationSettings
+from cluster.job_run import JobSettings, run_job
+from tests.cluster.fake_cluster import FakeCluster
+
+class Waits(FakeCluster):
+    def generate(self, prompts, **settings):
+        for number, result in enumerate(super().generate(prompts, **settings)):
+            if number == 5:
+                print("now", flush=True)
+                threading.Event().wait()
+            yield result
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        print("closed", flush=True)
+
+folder = Path(sys.argv[1])
+how = GenerationSettings(max_new_tokens=8)
+sys.exit(run_job(JobSettings(folder / "in.jsonl", folder / "out.jsonl", "a/model", how), Waits))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_job_that_is_told_to_stop_closes_its_cluster_and_can_go_on(job: JobSettings, number: int, code: int):
+    command = [sys.executable, "-c", STOPPED_JOB, str(job.prompts.parent)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(number)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (code, "closed\n")
+    assert "Traceback" not in err
+    assert "5 of 20 prompts done" in err
+    assert "start the job again with the same arguments to go on" in err
+    later = FakeCluster()
+    assert run(job, later) == 0
+    assert len(later.asked) == 15
+    assert sorted(results(job)) == list(range(1, 21))
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.job", *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_commands_help_needs_no_torch_and_teaches(monkeypatch: pytest.MonkeyPatch):
+    got = command("--help")
+    assert got.returncode == 0
+    for word in ("ray job submit", '{"prompt": [5, 6, 7], "id"', "143  stopped by SIGTERM", "--strategy", "--address"):
+        assert word in got.stdout
+    code = "import sys, cluster.job; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'ray')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_settings_that_are_wrong_are_one_line(job: JobSettings):
+    got = command("--prompts", job.prompts, "--output", job.output, "--top-p", 0)
+    assert got.returncode == 2
+    assert got.stderr.startswith("error: top_p=0.0; allowed")
+    assert got.stderr.count("\n") == 1
+    assert not job.output.exists()
+
+
+@contextmanager
+def _never() -> Iterator[FakeCluster]:
+    raise ConfigError("strategy='NEAR'; allowed: PACK")
+    yield FakeCluster()
+
+
+def test_a_wrong_setting_of_the_cluster_is_one_line(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    assert run_job(job, _never) == 2
+    assert capsys.readouterr().err == "error: strategy='NEAR'; allowed: PACK\n"
+
+
+REAL = b"""{"prompt": "import os\\n", "id": "a"}
+{"prompt": "def f(", "temperature": 1.0, "seed": 3}
+{"prompt": [5, 6, 7]}
+{"prompt": "class A:", "stop": ["\\n"], "max_new_tokens": 30}
+{"prompt": [99999]}
+{"prompt": ""}
+{"prompt": []}
+{"prompt": "x", "max_new_tokens": 0}
+{"prompt": "x", "max_new_tokens": 1000000000}
+{"prompt": "x", "max_new_tokens": 100000000000000000000000}
+{"prompt": "x", "top_p": 7}
+{"prompt": "x", "seed": -1}
+{"prompt": "x", "chat": true}
+"""
+
+
+@pytest.mark.usefixtures("one_load_at_a_time")
+def test_a_job_on_real_ranks_broken_off_and_resumed(tmp_path: Path, cache_dir: Path):
+    """Every bad prompt has its line, and the texts are those of an undisturbed run on another number of ranks."""
+
+    class Breaks(Cluster):
+        def generate(self, prompts: Any, **settings: Any) -> Any:
+            for number, result in enumerate(super().generate(prompts, **settings)):
+                if number == 2:
+                    raise ClusterError("all ranks are lost")
+                yield result
+
+    def ranks(count: int, kind: type[Cluster] = Cluster) -> Cluster:
+        settings: dict[str, Any] = {"slots": 8, "kv_tokens": 256, "dtype": "float32", "costs": TOKENS_TRAVEL}
+        return kind(example_model(), ranks=count, fleet=FakeFleet(), cache_dir=cache_dir, progress=False, **settings)
+
+    (tmp_path / "one").mkdir()
+    for folder in (tmp_path, tmp_path / "one"):
+        (folder / "in.jsonl").write_bytes(REAL)
+    one, job = make_job(tmp_path / "one"), make_job(tmp_path)
+    assert run_job(one, lambda: ranks(1)) == 1
+    assert run_job(job, lambda: ranks(2, Breaks)) == 3
+    assert len(results(job)) == 2
+    assert run_job(job, lambda: ranks(2)) == 1
+    found = results(job)
+    assert found == results(one)
+    assert sorted(found) == list(range(1, 14))
+    assert {line for line, result in found.items() if "error" in result} == set(range(5, 14))
+    assert len(found[3]["token_ids"]) == found[3]["tokens"] == 8
+    assert (found[4]["reason"], "\n" in found[4]["text"]) == ("stop", False)

@@ -1,0 +1,110 @@
+"""The cluster on real processes and gloo: killed by SIGKILL, stopped by SIGSTOP, and continued when it is too late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.api import Cluster
+from cluster.generation import Generation
+from tests.cluster.process_fleet import ProcessFleet
+from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
+from tests.grouped import TOKENS_TRAVEL
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("qwen3_moe")
+
+
+@pytest.fixture
+def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, ProcessFleet]]]:
+    opened = []
+
+    def make(ranks: int) -> tuple[Cluster, ProcessFleet]:
+        fleet = ProcessFleet()
+        cluster = Cluster(
+            folder,
+            ranks=ranks,
+            fleet=fleet,
+            cache_dir=cache_dir,
+            progress=False,
+            slots=3,
+            kv_tokens=1024,
+            costs=TOKENS_TRAVEL,
+            silence_s=1.0,
+        )
+        opened.append(cluster)
+        return cluster, fleet
+
+    yield make
+    for cluster in opened:
+        cluster.close()
+
+
+def running(cluster: Cluster, new: int) -> list[Generation]:
+    """All prompts, each with some of its tokens there and more to come."""
+    found = [cluster.submit(prompt, max_new_tokens=new, stop_tokens=()) for prompt in PROMPTS]
+    for generation in found:
+        next(generation._arrivals())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_killed_in_the_middle_of_a_step(open_cluster: Any, folder: Path, ranks: int):
+    cluster, fleet = open_cluster(ranks)
+    first = fleet.workers[0]
+    generations = running(cluster, 120)
+    os.kill(fleet.workers[1].pid, signal.SIGKILL)
+    assert not any(generation.done for generation in generations)
+    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 120)
+    cluster.scale(ranks)  # the replacement has joined
+    assert cluster.ranks == ranks
+    assert fleet.workers[0] is first
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
+
+
+def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody may kill the stopped process here, so that it really goes on; whatever it says then isn't heard."""
+    cluster, fleet = open_cluster(2)
+    stopped = fleet.workers[1]
+    monkeypatch.setattr(stopped, "kill", lambda: None)
+    generations = running(cluster, 120)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 120)
+    cluster.scale(2)
+    heard = threading.Event()
+    loop = stopped._asyncio
+
+    def hear(source: Any = stopped._batches.put_nowait) -> Any:
+        def put(batch: bytes | None) -> None:
+            source(batch)
+            heard.set()
+
+        return put
+
+    generation = cluster.stats().generation
+    monkeypatch.setattr(stopped._batches, "put_nowait", hear())
+    again = running(cluster, 60)
+    os.kill(stopped.pid, signal.SIGCONT)
+    assert not loop.is_closed()
+    assert [generation.result(60).tokens for generation in again] == expected(folder, PROMPTS, 60)
+    assert cluster.stats().generation == generation
+    assert cluster.ranks == 2
+    stopped.process.kill()
+
+
+def test_nothing_is_left(open_cluster: Any):
+    cluster, fleet = open_cluster(2)
+    running(cluster, 200)
+    cluster.close()
+    assert not any(psutil.pid_exists(worker.pid) for worker in fleet.hired)
