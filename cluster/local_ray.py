@@ -157,14 +157,14 @@ def _start(ranks: int) -> Iterator[None]:
         except BaseException as error:
             ray.shutdown()
             raise ClusterError(f"a local Ray could not be started: {error}") from error
-        try:
-            with _silence():
+        with _silence():
+            try:
                 yield
-        finally:
-            started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
-            started += [process for child in started for process in _descendants(child)]
-            ray.shutdown()
-            _end(started)
+            finally:
+                started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
+                started += [process for child in started for process in _descendants(child)]
+                ray.shutdown()
+                _end(started)
 
 
 @contextmanager
@@ -179,11 +179,11 @@ def _join(address: str) -> Iterator[None]:
             f"the Ray at {found} can't be joined: {error}. The driver must run on a node of the cluster "
             f"(`ray start --address={found}`), for example through `ray job submit`; or {START}"
         ) from error
-    try:
-        with _silence():
+    with _silence():
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

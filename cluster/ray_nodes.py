@@ -145,7 +145,7 @@ def _refusal(
     each = " and ".join(f"{number:g} {name}" for name, number in need.items() if name != SEAT)
     lines = [f"no room for {amount}{', ' * bool(rule)}{rule}: each takes {each}, and the cluster has"]
     for node in nodes:
-        ours = f", {taken.count(node.id)} of them with ranks of this cluster" if node.id in taken else ""
+        ours = f", {taken.count(node.id)} of its seats taken by this cluster" if node.id in taken else ""
         amounts = " and ".join(
             f"{node.free.get(name, 0):g} of {node.total.get(name, 0):g} {name}s free" for name in need if name != SEAT
         )

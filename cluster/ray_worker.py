@@ -92,4 +92,4 @@ def reason_of(error: RayError) -> str:
         return "its node is gone"
     if "connection error code 2" in cause:
         return "its process has ended: it was killed, maybe for lack of memory, or crashed"
-    return cause.rpartition("Worker exit detail: ")[2].strip().partition("\n")[0]
+    return cause.rpartition("Worker exit detail: ")[2].strip().partition("\n")[0].partition(". ")[0]

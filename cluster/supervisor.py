@@ -193,11 +193,11 @@ class Supervisor:
     async def _staff_up(self, ranks: int) -> None:
         """Staff the seats up to ``ranks``; returns when all of them serve, or raises what keeps one from it."""
         self._wanted = ranks
-        new = [seat for seat in range(ranks) if seat not in self._staffing]
-        for seat in new:
-            self._staffing[seat] = self._spawn(self._staff(seat))
+        for seat in range(ranks):
+            if seat not in self._staffing:
+                self._staffing[seat] = self._spawn(self._staff(seat))
         self._pulse.beat()
-        await self._serving(new)
+        await self._serving(range(ranks))
 
     async def _serving(self, seats: Sequence[int]) -> None:
         """Wait until these seats serve, and none beyond the wanted ones."""

@@ -14,7 +14,15 @@ from epslots.example import example_model
 
 RANKS = 2
 SLOTS = 8  # a quarter of the example model's 32 experts a layer
-SETTINGS: dict[str, Any] = {"slots": SLOTS, "kv_tokens": 16384, "device": "cpu", "costs": LARGE_EXPERTS, "progress": False}
+# In fp32, where batches don't change tokens: the example is stored in bf16, and there they do, with and without us.
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "slots": SLOTS,
+    "kv_tokens": 16384,
+    "device": "cpu",
+    "costs": LARGE_EXPERTS,
+    "progress": False,
+}
 
 _BEGINNINGS = (
     "def read_{}(path):\n",

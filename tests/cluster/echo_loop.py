@@ -1,0 +1,63 @@
+"""What runs in a worker's process in place of a ``RankLoop``: it says back what it is told."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from cluster.messages import Form, decode_command
+from epslots.transport import Transport
+
+TELL, FACTS, FAIL = b"tell:", b"facts", b"fail"
+
+
+class EchoLoop:
+    """A command is answered with itself; some do more."""
+
+    def __init__(self, form: Callable[[Form, torch.device], Transport]) -> None:
+        self._form = form
+        self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        pass
+
+    def command(self, message: bytes) -> bytes:
+        if message.startswith(TELL):
+            self._told.put(message.removeprefix(TELL))
+            return b""
+        if message == FACTS:
+            return msgspec.msgpack.encode(
+                {
+                    "threads": torch.get_num_threads(),
+                    "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+                    "status": Path("/proc/self/status").read_text(),
+                }
+            )
+        if message == FAIL:
+            raise ValueError("told to fail")
+        if len(message) > 10:
+            threading.Thread(target=self._meet, args=(decode_command(message),)).start()
+        return message
+
+    def events(self) -> bytes:
+        return self._told.get()
+
+    def _meet(self, form: Form) -> None:
+        try:
+            transport = self._form(form, torch.device("cpu"))
+            self._told.put(bytes(transport.all_gather(torch.tensor([form.rank])).flatten().tolist()))
+        except Exception as error:
+            self._told.put(repr(error).encode())
+
+
+class BrokenLoop(EchoLoop):
+    """Can't even be made."""
+
+    def __init__(self, form: Callable[[Form, torch.device], Transport]) -> None:
+        raise ValueError("this node has no such thing")

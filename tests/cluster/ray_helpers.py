@@ -1,0 +1,185 @@
+"""Ray for tests: several nodes on this machine, and a fleet on them that tests can use without a loop of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+import ray
+import ray._private.utils as ray_utils
+from ray._private.authentication.authentication_token_setup import _enable_token_auth
+from ray._private.node import Node
+from ray._raylet import AuthenticationTokenLoader
+from ray.cluster_utils import Cluster as RayCluster
+
+from cluster.loop_thread import LoopThread
+from cluster.messages import Form, encode
+from cluster.ray_fleet import RayFleet
+from cluster.ray_worker import RayWorker
+
+Result = TypeVar("Result")
+
+ECHO = "tests.cluster.echo_loop:EchoLoop"
+
+# A node that is killed is noticed in a second, in place of sixteen.
+_FAST_CHECKS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_timeout_ms": 500}
+_CHECKS = {**_FAST_CHECKS, "health_check_failure_threshold": 4}
+
+
+class RayNodes:
+    """Ray nodes on this machine, each with an address of its own: 127.0.0.2, 127.0.0.3, ... Token authentication is on.
+
+    Attributes:
+        address: of the head, for ``RayFleet``.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._numbers = count(2)
+        self._cluster = RayCluster()
+        self.head = self.add()
+        self.address: str = self._cluster.address
+
+    def add(self, num_cpus: int = 2) -> Node:
+        first = self._cluster.head_node is None
+        return self._cluster.add_node(
+            num_cpus=num_cpus,
+            node_ip_address=f"127.0.0.{next(self._numbers)}",
+            temp_dir=self._folder,
+            object_store_memory=80 * 2**20,
+            include_dashboard=False,
+            **({"_system_config": _CHECKS} if first else {}),
+        )
+
+    def kill(self, node: Node) -> None:
+        """SIGKILL to all that Ray runs there."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    @contextmanager
+    def further(self, num_cpus: int = 2) -> Iterator[Node]:
+        """One more node, for a while."""
+        node = self.add(num_cpus)
+        try:
+            yield node
+        finally:
+            if node in self._cluster.worker_nodes:
+                self.kill(node)
+            self._cluster.wait_for_nodes()
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_nodes(ray_tokens: None) -> Iterator[RayNodes]:
+    """One node; tests add more. Nothing of it is left afterwards."""
+    before = set(psutil.Process().children(recursive=True))
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets are limited
+    with pytest.MonkeyPatch.context() as patch:
+        # Or it would be what "auto" finds, for all processes of this user.
+        patch.setattr(ray_utils, "write_ray_address", lambda *args, **kwargs: None)
+        try:
+            nodes = RayNodes(folder)
+            try:
+                yield nodes
+            finally:
+                nodes.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=10)
+    assert not alive
+
+
+@pytest.fixture(scope="session")
+def ray_tokens() -> Iterator[None]:
+    """A token for all Rays of the tests; the user's own is left alone. And no messages."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        _enable_token_auth()
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield
+
+
+class Driver:
+    """A fleet, and the loop that drives it, as a supervisor would."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._thread = LoopThread("test-supervisor")
+        settings = {"address": None, "strategy": "PACK", "device": "cpu", "path": "no/folder", "loop": ECHO} | settings
+        self.fleet = RayFleet(**settings)
+
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self._thread.call(work)
+
+    def open(self, ranks: int | None) -> int:
+        return self.call(self.fleet.open(ranks))
+
+    def hire(self, seat: int) -> RayWorker:
+        return self.call(self.fleet.hire(seat))
+
+    def command(self, worker: RayWorker, message: bytes) -> bytes:
+        return self.call(worker.command(message))
+
+    def events(self, worker: RayWorker) -> bytes:
+        return self.call(worker.events())
+
+    def begin_events(self, worker: RayWorker) -> Callable[[], bytes]:
+        """Begin to wait for events; call what is returned for the rest."""
+        waiting = self._thread.begin(worker.events())
+        return lambda: waiting.result(60)
+
+    def meet(self, workers: Sequence[RayWorker], generation: int) -> list[bytes]:
+        """Have them form a group; what each received of all."""
+        host, port = self.call(self.fleet.rendezvous())
+        for rank, worker in enumerate(workers):
+            form = Form(
+                generation=generation,
+                rank=rank,
+                size=len(workers),
+                host=host,
+                port=port,
+                form_s=20,
+                deadline_s=20,
+                fresh=True,
+                costs=None,
+            )
+            self.command(worker, encode(form))
+        return [self.events(worker) for worker in workers]
+
+    def close(self) -> None:
+        self.call(self.fleet.close())
+        self._thread.end()
+
+
+@contextmanager
+def drive(ranks: int | None = None, **settings: Any) -> Iterator[Driver]:
+    """A fleet; opened, if ``ranks`` says with how many."""
+    driver = Driver(**settings)
+    try:
+        if ranks is not None:
+            driver.open(ranks)
+        yield driver
+    finally:
+        driver.close()
+
+
+def node_hosts() -> dict[str, str]:
+    """The address of each node that is alive, by its id."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def pids_below(pid: int = 0) -> set[psutil.Process]:
+    """All processes that a process has started, itself or through others."""
+    return set(psutil.Process(pid or os.getpid()).children(recursive=True))

@@ -1,0 +1,166 @@
+"""The connection to Ray: quiet, refused with advice where there is none, and gone without a trace however the process ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster.errors import ClusterError
+from epslots.errors import ConfigError
+from tests.cluster.ray_helpers import RayNodes, drive, pids_below, ray_nodes, ray_tokens
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+__all__ = ["ray_nodes", "ray_tokens"]
+
+# A process with a fleet and a worker, which ends as Ctrl-C has it.
+DRIVER = """
+import signal, threading
+from tests.cluster.ray_helpers import drive
+with drive(ranks=1) as driver:
+    worker = driver.hire(0)
+    driver.call(driver.fleet.rendezvous())
+    print("ready", worker.hello.pid, flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+worker.kill()
+print("closed", threading.active_count(), flush=True)
+"""
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def run_driver(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The process, once it is ready, and its worker's pid. Warnings are errors in it; its temporary files go to the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", DRIVER],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        first = process.stdout.readline()
+        assert first.startswith("ready"), first + process.stdout.read()
+        yield process, int(first.split()[1])
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def short_folder(ray_tokens: None) -> Iterator[Path]:
+    """For temporary files; pytest's own has too long a path for sockets. Nothing may be left there."""
+    folder = Path(tempfile.mkdtemp(prefix="e", dir="/tmp"))
+    yield folder
+    folder.rmdir()
+
+
+def shared_memory(process: psutil.Process) -> set[str]:
+    """What a process has mapped of the shared memory that would outlive it."""
+    mapped = {line.split(maxsplit=5)[-1] for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()}
+    return {path for path in mapped if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
+
+
+def test_control_c_ends_all_and_says_nothing(short_folder: Path):
+    with run_driver(short_folder) as (process, worker):
+        below = pids_below(process.pid)
+        assert worker in {p.pid for p in below}
+        assert not any(shared_memory(p) for p in below)
+        (folder,) = short_folder.iterdir()
+        assert folder.stat().st_mode & 0o077 == 0
+        psutil.Process(worker).suspend()  # one that doesn't react is no obstacle
+        os.killpg(process.pid, signal.SIGINT)  # to all processes of the terminal, as Ctrl-C sends it
+        assert process.wait(30) == 0
+        assert process.stdout is not None
+        assert process.stdout.read().splitlines() == ["closed 1"]
+        assert not [p for p in below if p.is_running()]
+
+
+def test_sigkill_ends_what_matters_and_the_next_clears_up(short_folder: Path):
+    with run_driver(short_folder) as (process, worker):
+        below = pids_below(process.pid)
+        psutil.Process(worker).suspend()
+        process.kill()
+        # Two of Ray's own helpers look for it for a minute before they give up. Nothing of ours does.
+        rest = {p for p in below if "Agent" not in p.name()}
+        _, alive = psutil.wait_procs(rest, 20)
+        assert not alive
+        for p in below - rest:
+            p.kill()
+    (left,) = short_folder.iterdir()
+    assert any(left.iterdir())
+    with run_driver(short_folder) as (process, _):
+        assert not left.exists()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "somewhere", "10.0.0.1:", "", "http://10.0.0.1:8265"])
+def test_addresses_that_can_not_be(address: str):
+    with pytest.raises(ConfigError, match=r'allowed: None \(a local Ray\), "auto"'), drive(ranks=1, address=address):
+        pass
+
+
+def test_no_ray_is_running(ray_tokens: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda *_: None)
+    with (
+        pytest.raises(ClusterError, match="no running Ray was found here; start one with `ray start --head`"),
+        drive(1, address="auto"),
+    ):
+        pass
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=r"no Ray answers at .* \(unavailable\): start one"), drive(1, address=address):
+            pass
+    assert not ray.is_initialized()
+
+
+def test_another_token_is_refused_with_advice(ray_nodes: RayNodes):
+    code = f"from tests.cluster.ray_helpers import drive\nwith drive(ranks=1, address={ray_nodes.address!r}): pass"
+    environment = {**os.environ, "RAY_AUTH_TOKEN": "0" * 32}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "refuses this process's token, or asks for one: give this process the cluster's token" in found.stderr
+    assert "Warning" not in found.stderr
+
+
+def test_auto_finds_the_running_one(ray_nodes: RayNodes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", ray_nodes.address)
+    with drive(ranks=1, address="auto"):
+        assert ray.get_runtime_context().gcs_address == ray_nodes.address
+        with drive(ranks=1, address=ray_nodes.address), drive(ranks=0, address=None):
+            pass
+        with pytest.raises(ClusterError, match="this process is connected to the Ray at"), drive(1, address="127.0.0.1:1"):
+            pass
+        assert ray.is_initialized()
+    assert not ray.is_initialized()
+
+
+def test_a_connection_of_the_users_is_used_and_left_alone(ray_nodes: RayNodes):
+    ray.init(address=ray_nodes.address, log_to_driver=False)
+    try:
+        for _ in range(2):
+            with drive(ranks=1):
+                pass
+            assert ray.is_initialized()
+    finally:
+        ray.shutdown()

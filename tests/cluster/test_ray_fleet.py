@@ -1,0 +1,132 @@
+"""The fleet on a Ray of its own: workers come up, talk, meet, die and are replaced; and nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import msgspec
+import psutil
+import pytest
+
+from cluster.fleet import WorkerDied
+from cluster.ray_worker import RayWorker
+from tests.cluster.echo_loop import FACTS, FAIL, TELL
+from tests.cluster.ray_helpers import Driver, drive, pids_below, ray_tokens
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+__all__ = ["ray_tokens"]
+
+
+@pytest.fixture(scope="module")
+def local(ray_tokens: None) -> Iterator[Driver]:
+    """Two seats on a Ray of this process alone."""
+    before = pids_below()
+    with drive(ranks=2) as driver:
+        yield driver
+    assert pids_below() <= before
+
+
+@pytest.fixture(scope="module")
+def workers(local: Driver) -> list[RayWorker]:
+    """One on each seat. Whoever ends one puts another in its place."""
+    return [local.hire(seat) for seat in range(2)]
+
+
+def test_it_answers_and_tells(local: Driver, workers: list[RayWorker]):
+    assert local.command(workers[0], b"hello") == b"hello"
+    hear = local.begin_events(workers[0])
+    local.command(workers[0], TELL + b"news")
+    assert hear() == b"news"
+    big = bytes(300_000)  # more than Ray sends within an answer
+    local.command(workers[0], TELL + big)
+    assert local.events(workers[0]) == big
+
+
+def test_where_a_worker_is(workers: list[RayWorker]):
+    for worker in workers:
+        assert worker.hello is not None
+        assert worker.where == f"node {worker.hello.host}, pid {worker.hello.pid}"
+        assert psutil.Process(worker.hello.pid).is_running()
+
+
+def test_seats_share_the_node_and_its_cores(local: Driver, workers: list[RayWorker]):
+    assert [local.call(local.fleet.neighbours(seat)) for seat in range(2)] == [2, 2]
+    cores = psutil.cpu_count(logical=False) or 1
+    for worker in workers:
+        facts = msgspec.msgpack.decode(local.command(worker, FACTS))
+        assert facts["threads"] == max(1, cores // 2)
+        assert facts["interface"] == "lo"
+
+
+def test_an_error_of_the_loop_is_the_workers_end(local: Driver, workers: list[RayWorker]):
+    with pytest.raises(WorkerDied, match="ValueError: told to fail"):
+        local.command(workers[0], FAIL)
+    assert local.command(workers[0], b"here") == b"here"
+
+
+def test_ranks_meet_through_a_store_that_is_replaced_when_it_dies(local: Driver, workers: list[RayWorker]):
+    assert local.meet(workers, 0) == [bytes([0, 1])] * 2
+    before = local.call(local.fleet.rendezvous())
+    (store,) = [process for process in pids_below() if "Rendezvous" in process.name()]
+    listening = [c.laddr for c in store.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == before[1]]
+    assert [address.ip for address in listening] == ["127.0.0.1"]
+    store.kill()
+    assert local.call(local.fleet.rendezvous()) != before
+    assert local.meet(workers, 1) == [bytes([0, 1])] * 2
+
+
+@pytest.mark.parametrize("waiting", ["events", "command"])
+def test_a_killed_worker_is_noticed_at_once_and_replaced(local: Driver, workers: list[RayWorker], waiting: str):
+    worker = workers[1]
+    assert worker.hello is not None
+    hear = local.begin_events(worker)
+    began = time.monotonic()
+    os.kill(worker.hello.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="its process has ended"):
+        hear() if waiting == "events" else local.command(worker, b"")
+    assert time.monotonic() - began < 5
+    workers[1] = local.hire(1)
+    assert local.command(workers[1], b"new") == b"new"
+
+
+def test_a_stopped_worker_is_killed_all_the_same(local: Driver, workers: list[RayWorker]):
+    worker = workers[1]
+    assert worker.hello is not None
+    process = psutil.Process(worker.hello.pid)
+    hear = local.begin_events(worker)
+    process.suspend()
+    worker.kill()
+    worker.kill()
+    with pytest.raises(WorkerDied):
+        hear()
+    process.wait(15)
+    workers[1] = local.hire(1)
+
+
+def test_seats_come_and_go(local: Driver):
+    local.call(local.fleet.resize(4))
+    third = local.hire(3)
+    assert local.call(local.fleet.neighbours(0)) == 4
+    local.call(local.fleet.resize(3))
+    assert local.call(local.fleet.neighbours(0)) == 3
+    local.call(local.fleet.resize(2))
+    with pytest.raises(WorkerDied, match="its placement group was removed"):
+        local.events(third)
+
+
+def test_a_worker_that_can_not_be_made_says_why(ray_tokens: None, local: Driver):
+    with (
+        drive(ranks=1, loop="tests.cluster.echo_loop:BrokenLoop") as broken,
+        pytest.raises(WorkerDied, match=r"^ValueError: this node has no such thing$"),
+    ):
+        broken.hire(0)
+
+
+def test_fleets_of_one_process_share_its_ray(local: Driver, workers: list[RayWorker]):
+    with drive(ranks=3) as other:
+        assert other.command(other.hire(2), b"here") == b"here"
+    assert local.command(workers[0], b"still here") == b"still here"
