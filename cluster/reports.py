@@ -11,7 +11,7 @@ from cluster.messages import LayerPlace, Report
 from cluster.workers import Worker
 from epslots.telemetry import LayerStats, Stats
 
-_SUMS = ("hits", "misses", "waves", "evictions", "host_bytes", "peer_bytes", "pairs_sent", "pairs_received", "stall_s")
+_SUMS = ("hits", "misses", "evictions", "host_bytes", "peer_bytes", "pairs_sent", "pairs_received", "stall_s")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ClusterStats:
     Attributes:
         generation: number of the group; it grows with every loss and every join.
         queued: requests that wait for a rank with room.
-        total: sums over ranks (``slots`` too; ``steps`` is the largest).
+        total: sums over ranks (``slots`` too; ``steps`` and ``waves`` are the largest).
     """
 
     generation: int
@@ -86,5 +86,6 @@ def _sum_layer(layers: tuple[LayerStats, ...]) -> LayerStats:
         slots=sum(layer.slots for layer in layers),
         tokens_per_expert=tuple(map(sum, zip(*(layer.tokens_per_expert for layer in layers), strict=True))),
         steps=max(layer.steps for layer in layers),
+        waves=max(layer.waves for layer in layers),
         **{name: sum(getattr(layer, name) for layer in layers) for name in _SUMS},
     )

@@ -42,8 +42,9 @@ class RayNodes:
         address: of the head, for ``RayFleet``.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, dashboard: bool = False) -> None:
         self._folder = folder
+        self._dashboard = dashboard
         self._numbers = count(2)
         self._cluster = RayCluster()
         self.head = self.add()
@@ -56,7 +57,8 @@ class RayNodes:
             node_ip_address=f"127.0.0.{next(self._numbers)}",
             temp_dir=self._folder,
             object_store_memory=80 * 2**20,
-            include_dashboard=False,
+            include_dashboard=first and self._dashboard,
+            dashboard_port=0,  # a free one
             **({"_system_config": _CHECKS} if first else {}),
         )
 
@@ -81,14 +83,21 @@ class RayNodes:
 
 @pytest.fixture(scope="session")
 def ray_nodes(ray_tokens: None) -> Iterator[RayNodes]:
-    """One node; tests add more. Nothing of it is left afterwards."""
+    """One node; tests add more."""
+    with start_nodes() as nodes:
+        yield nodes
+
+
+@contextmanager
+def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
+    """One node, with or without a dashboard, which jobs are submitted to. Nothing of it is left afterwards."""
     before = set(psutil.Process().children(recursive=True))
     folder = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets are limited
     with pytest.MonkeyPatch.context() as patch:
         # Or it would be what "auto" finds, for all processes of this user.
         patch.setattr(ray_utils, "write_ray_address", lambda *args, **kwargs: None)
         try:
-            nodes = RayNodes(folder)
+            nodes = RayNodes(folder, dashboard=dashboard)
             try:
                 yield nodes
             finally:

@@ -1,0 +1,77 @@
+"""A job through Ray's job API, on two nodes with token authentication: stopped in the middle, and submitted again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from tests import zoo
+from tests.cluster.ray_helpers import start_nodes
+from tests.cluster.test_cluster import expected
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),  # Ray's client says it to aiohttp
+]
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [zoo.random_ids(1, 3 + n % 20, seed=n)[0].tolist() for n in range(60)]
+NEW = 60
+
+
+def follow(client: JobSubmissionClient, job: str, stop_at: str | None = None) -> str:
+    """A job's log, to its end; the job is stopped when the log has what ``stop_at`` matches."""
+
+    async def read() -> str:
+        log, stopped = "", False
+        async for lines in client.tail_job_logs(job):
+            log += lines
+            if stop_at is not None and not stopped and re.search(stop_at, log):
+                stopped = client.stop_job(job)
+        return log
+
+    return asyncio.run(read())
+
+
+def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[str], Path], tmp_path: Path):
+    folder = checkpoint("qwen3_moe")
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps({"prompt": prompt, "id": n, "stop_tokens": []}) for n, prompt in enumerate(PROMPTS)]
+    prompts.write_text("\n".join([*lines, '{"prompt": [1, 2', ""]))
+    command = [
+        *(sys.executable, "-m", "cluster.job", "--model", folder, "--ranks", 2, "--strategy", "STRICT_SPREAD", "--slots", 3),
+        *("--prompts", prompts, "--output", output, "--max-new-tokens", NEW, "--kv-tokens", 512, "--device", "cpu"),
+        *("--cache-dir", tmp_path / "cache"),
+    ]
+    with start_nodes(dashboard=True) as nodes, nodes.further():
+        client = JobSubmissionClient(f"http://{nodes.head.webui_url}")
+
+        def submit(attempts: int = 5) -> str:
+            try:
+                return client.submit_job(entrypoint=shlex.join(map(str, command)), runtime_env={"working_dir": str(ROOT)})
+            except RuntimeError as error:  # after ten seconds, when Ray's agent isn't up yet
+                if not attempts or "No available agent" not in str(error):
+                    raise
+                return submit(attempts - 1)
+
+        first = submit()
+        log = follow(client, first, stop_at=r"\b[1-9]\d*/61 prompts")
+        assert client.get_job_status(first) == JobStatus.STOPPED, log
+        done = output.read_text().count("\n")
+        assert 0 < done < 61, log
+        second = submit()
+        log += follow(client, second)
+    assert f"going on: {done} of 61 prompts were done before" in log
+    assert "line 61" in log
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(line["line"] for line in found) == list(range(1, 62))
+    texts = {line["id"]: tuple(line["token_ids"]) for line in found if "error" not in line}
+    assert [texts[n] for n in range(60)] == expected(folder, PROMPTS, NEW)
