@@ -1,10 +1,47 @@
 """The ranks of epslots under Ray.
 
-from cluster import Cluster
+    from cluster import Cluster
 
-with Cluster("path/or/id", ranks=8, slots="25%") as cluster:
-    for result in cluster.generate(prompts, max_new_tokens=64):
-        print(result.text)
+    with Cluster("path/or/id", ranks=8, slots="25%") as cluster:
+        for result in cluster.generate(prompts, max_new_tokens=64):
+            print(result.text)
 """
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.api import Cluster
+    from cluster.errors import ClusterError, Overloaded, RankFailed
+    from cluster.generation import Generation, GenerationSettings, Result
+    from cluster.reports import ClusterStats, Placement
+
+__all__ = [
+    "Cluster",
+    "ClusterError",
+    "ClusterStats",
+    "Generation",
+    "GenerationSettings",
+    "Overloaded",
+    "Placement",
+    "RankFailed",
+    "Result",
+]
+
+_HOME = {
+    "Cluster": "api",
+    "ClusterStats": "reports",
+    "Generation": "generation",
+    "GenerationSettings": "generation",
+    "Placement": "reports",
+    "Result": "generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a rank's process needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module 'cluster' has no attribute {name!r}")
+    return getattr(import_module(f"cluster.{_HOME.get(name, 'errors')}"), name)

@@ -30,6 +30,12 @@ SEAT = "epslots_seat"
 
 _SEATS = 100_000
 _STORE_BYTES = 80 * 2**20  # little more than Ray's least: messages are small
+_SETTINGS = {
+    "enable_metrics_collection": False,
+    # Processes that were started beforehand and aren't needed end; Ray would keep as many as there are CPUs.
+    "num_workers_soft_limit": 0,
+    "idle_worker_killing_time_threshold_ms": 10_000,
+}
 _END_S = 3.0
 _PREFIX = "epslots-ray-"
 _LONGEST_ROOT = 16  # with what Ray appends, the paths of its sockets stay below the system's limit of 107
@@ -152,7 +158,7 @@ def _start(ranks: int) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
-                _system_config={"enable_metrics_collection": False},
+                _system_config=_SETTINGS,
             )
         except BaseException as error:
             ray.shutdown()
@@ -181,6 +187,8 @@ def _join(address: str) -> Iterator[None]:
         ) from error
     with _silence():
         try:
+            if SEAT in ray.cluster_resources():
+                raise ClusterError(f"the Ray at {found} is another process's own, and will end with it; {START}")
             yield
         finally:
             ray.shutdown()

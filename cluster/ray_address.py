@@ -40,20 +40,7 @@ def find_running(address: str) -> str:
     Raises:
         ClusterError: with what to do.
     """
-    try:
-        found: str | None = canonicalize_bootstrap_address(address)
-    except (ConnectionError, ValueError, OSError) as error:
-        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}") from error
-    if found is None:
-        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}")
-    if address == "auto":
-        logger = logging.getLogger("ray")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it would tell about tokens what nobody asked
-        try:
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        finally:
-            logger.setLevel(level)
+    found = _resolve(address)
     with init_grpc_channel(found) as channel:
         try:
             version = NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_PROBE_S).ray_version
@@ -65,4 +52,21 @@ def find_running(address: str) -> str:
         raise ClusterError(
             f"the Ray at {found} is version {version}, and this process has {ray.__version__}: install the same on all nodes"
         )
+    return found
+
+
+def _resolve(address: str) -> str:
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would tell about tokens, and about other clusters, what nobody asked
+    try:
+        found: str | None = canonicalize_bootstrap_address(address)
+        if address == "auto":
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}") from error
+    finally:
+        logger.setLevel(level)
+    if found is None:
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}")
     return found

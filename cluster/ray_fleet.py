@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -62,7 +63,7 @@ class RayFleet:
         self._loop, self._place_s = loop, place_s
         self._connection: Connection | None = None
         self._need: dict[str, float] = {}
-        self._seats = Seats({}, strategy, path, place_s)
+        self._seats = Seats({}, strategy, None, place_s)
         self._workers: WeakSet[RayWorker] = WeakSet()
         self._store: Any = None
         self._store_answered = False
@@ -73,7 +74,9 @@ class RayFleet:
         self._need = need_of_seat(nodes, self._device)
         if ranks is None:
             ranks = int(sum(node.total.get("GPU", 0) for node in nodes)) if "GPU" in self._need else 1
-        self._seats = Seats(self._need, self._strategy, self._path, self._place_s)
+        elsewhere = not self._connection.own and Path(self._path).is_dir()  # a hub id is the nodes' own to find
+        folder = str(Path(self._path).absolute()) if elsewhere else None
+        self._seats = Seats(self._need, self._strategy, folder, self._place_s)
         await self._seats.add(ranks)
         self._start_store()
         return ranks

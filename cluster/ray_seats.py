@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import ray
@@ -42,13 +41,13 @@ class Seats:
     Args:
         need: what each takes.
         strategy: how they are spread over nodes; Ray's words.
-        path: of the model's folder, which all nodes must have; a hub id is left to them.
+        folder: what every node must have; None for nothing.
         place_s: how long a seat whose node is lost waits for another.
     """
 
-    def __init__(self, need: dict[str, float], strategy: str, path: str, place_s: float) -> None:
+    def __init__(self, need: dict[str, float], strategy: str, folder: str | None, place_s: float) -> None:
         self._need, self._strategy, self._place_s = need, strategy, place_s
-        self._folder = str(Path(path).absolute()) if Path(path).is_dir() else None
+        self._folder = folder
         self._seats: list[_Seat] = []
         self._spare: list[_Seat] = []
         """Of groups that have others in use."""

@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.zoo import KNOWN_WARNINGS, make_checkpoint
 
@@ -19,6 +21,17 @@ torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred 
 def pytest_configure(config: pytest.Config) -> None:
     for line in KNOWN_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> LoadScopeScheduling:
+    """All that start Ray go to one process: two at once would be slow, and could find each other's."""
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith("tests/cluster/test_ray_") else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def died(text: str, **state: bool) -> ActorDiedError:
 
 
 def test_reasons_are_cut_to_what_matters():
-    head = "The actor died unexpectedly before finishing this task.\n\tclass_name: Worker\n\tpid: 7\nThe actor is dead because "
+    head = "The actor died unexpectedly before finishing this task.\n\tpid: 7\nThe actor is dead because "
     ended = f"{head}its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
     assert reason_of(died(f"{head}its node has died. Node Id: 12.\n")) == "its node is gone"
     assert "for lack of memory" in reason_of(died(f"{ended}Worker unexpectedly exits with a connection error code 2. End of"))

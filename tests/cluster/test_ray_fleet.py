@@ -14,11 +14,7 @@ import pytest
 from cluster.fleet import WorkerDied
 from cluster.ray_worker import RayWorker
 from tests.cluster.echo_loop import FACTS, FAIL, TELL
-from tests.cluster.ray_helpers import Driver, drive, pids_below, ray_tokens
-
-pytestmark = pytest.mark.xdist_group("ray")
-
-__all__ = ["ray_tokens"]
+from tests.cluster.ray_helpers import Driver, drive, pids_below
 
 
 @pytest.fixture(scope="module")

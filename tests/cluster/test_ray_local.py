@@ -16,36 +16,34 @@ import psutil
 import pytest
 import ray
 
+from cluster import local_ray
 from cluster.errors import ClusterError
 from epslots.errors import ConfigError
-from tests.cluster.ray_helpers import RayNodes, drive, pids_below, ray_nodes, ray_tokens
-
-pytestmark = pytest.mark.xdist_group("ray")
-
-__all__ = ["ray_nodes", "ray_tokens"]
+from tests.cluster.ray_helpers import RayNodes, drive, pids_below
 
 # A process with a fleet and a worker, which ends as Ctrl-C has it.
 DRIVER = """
-import signal, threading
+import threading
+import ray
 from tests.cluster.ray_helpers import drive
 with drive(ranks=1) as driver:
     worker = driver.hire(0)
     driver.call(driver.fleet.rendezvous())
-    print("ready", worker.hello.pid, flush=True)
     try:
+        print("ready", worker.hello.pid, ray.get_runtime_context().gcs_address, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
 worker.kill()
-print("closed", threading.active_count(), flush=True)
+print("closed", flush=True)
 """
 
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def run_driver(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """The process, once it is ready, and its worker's pid. Warnings are errors in it; its temporary files go to the folder."""
+def run_driver(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """The process, its worker's pid, and its Ray's address. Warnings are errors in it; its temporary files go to the folder."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", DRIVER],
         cwd=ROOT,
@@ -59,7 +57,8 @@ def run_driver(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     try:
         first = process.stdout.readline()
         assert first.startswith("ready"), first + process.stdout.read()
-        yield process, int(first.split()[1])
+        _, worker, address = first.split()
+        yield process, int(worker), address
     finally:
         process.kill()
         process.wait()
@@ -81,22 +80,24 @@ def shared_memory(process: psutil.Process) -> set[str]:
 
 
 def test_control_c_ends_all_and_says_nothing(short_folder: Path):
-    with run_driver(short_folder) as (process, worker):
+    with run_driver(short_folder) as (process, worker, address):
         below = pids_below(process.pid)
         assert worker in {p.pid for p in below}
         assert not any(shared_memory(p) for p in below)
         (folder,) = short_folder.iterdir()
         assert folder.stat().st_mode & 0o077 == 0
+        with pytest.raises(ClusterError, match="is another process's own"), drive(ranks=1, address=address):
+            pass
         psutil.Process(worker).suspend()  # one that doesn't react is no obstacle
         os.killpg(process.pid, signal.SIGINT)  # to all processes of the terminal, as Ctrl-C sends it
         assert process.wait(30) == 0
         assert process.stdout is not None
-        assert process.stdout.read().splitlines() == ["closed 1"]
+        assert process.stdout.read().splitlines() == ["closed"]
         assert not [p for p in below if p.is_running()]
 
 
-def test_sigkill_ends_what_matters_and_the_next_clears_up(short_folder: Path):
-    with run_driver(short_folder) as (process, worker):
+def test_sigkill_ends_what_matters_and_the_next_clears_up(short_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    with run_driver(short_folder) as (process, worker, _):
         below = pids_below(process.pid)
         psutil.Process(worker).suspend()
         process.kill()
@@ -108,10 +109,12 @@ def test_sigkill_ends_what_matters_and_the_next_clears_up(short_folder: Path):
             p.kill()
     (left,) = short_folder.iterdir()
     assert any(left.iterdir())
-    with run_driver(short_folder) as (process, _):
-        assert not left.exists()
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 0
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
+    with local_ray._folder() as mine:
+        assert list(short_folder.iterdir()) == [mine.parent]
+        with local_ray._folder() as other:
+            assert other.parent != mine.parent
+            assert mine.parent.exists()
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "somewhere", "10.0.0.1:", "", "http://10.0.0.1:8265"])
@@ -121,7 +124,8 @@ def test_addresses_that_can_not_be(address: str):
 
 
 def test_no_ray_is_running(ray_tokens: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda *_: None)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # of all processes of this machine
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: None)
     with (
         pytest.raises(ClusterError, match="no running Ray was found here; start one with `ray start --head`"),
         drive(1, address="auto"),

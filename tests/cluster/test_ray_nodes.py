@@ -13,11 +13,7 @@ from cluster.errors import ClusterError
 from cluster.fleet import WorkerDied
 from cluster.local_ray import SEAT
 from cluster.ray_nodes import Node, NoRoom, choose_nodes, count_seats, need_of_seat
-from tests.cluster.ray_helpers import Driver, RayNodes, drive, node_hosts, ray_nodes, ray_tokens
-
-__all__ = ["ray_nodes", "ray_tokens"]
-
-with_ray = pytest.mark.xdist_group("ray")
+from tests.cluster.ray_helpers import Driver, RayNodes, drive, node_hosts
 
 CPU = {"CPU": 1.0}
 GPU = {"GPU": 1.0, "CPU": 1.0}
@@ -104,7 +100,6 @@ def hosts_of(driver: Driver, ranks: int) -> list[str]:
     return [hosts[driver.call(driver.fleet._seats.placed(seat))] for seat in range(ranks)]
 
 
-@with_ray
 def test_ranks_on_two_nodes_meet(ray_nodes: RayNodes):
     with ray_nodes.further(), drive(ranks=2, address=ray_nodes.address, strategy="STRICT_SPREAD") as driver:
         workers = [driver.hire(seat) for seat in range(2)]
@@ -123,7 +118,6 @@ def test_ranks_on_two_nodes_meet(ray_nodes: RayNodes):
             assert driver.command(driver.hire(2), b"here") == b"here"
 
 
-@with_ray
 def test_a_lost_node_is_noticed_and_its_seat_moves_to_one_that_joins(ray_nodes: RayNodes):
     with (
         ray_nodes.further(num_cpus=1) as lost,
@@ -142,7 +136,6 @@ def test_a_lost_node_is_noticed_and_its_seat_moves_to_one_that_joins(ray_nodes: 
             assert f"node {joined.node_ip_address}," in driver.hire(seat).where
 
 
-@with_ray
 def test_pack_and_spread(ray_nodes: RayNodes):
     with ray_nodes.further():
         for strategy, counts in (("PACK", [2]), ("STRICT_PACK", [2]), ("SPREAD", [1, 1])):
@@ -153,7 +146,6 @@ def test_pack_and_spread(ray_nodes: RayNodes):
             assert len(set(hosts_of(driver, 2))) == 2
 
 
-@with_ray
 def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes):
     with (
         drive(address=ray_nodes.address) as driver,
@@ -168,7 +160,6 @@ def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes)
         second.open(1)
 
 
-@with_ray
 def test_a_model_that_a_node_lacks_is_said_by_node(ray_nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The nodes' processes have different working folders, and so this path leads to different places."""
     (tmp_path / "model").mkdir()

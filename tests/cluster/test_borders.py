@@ -1,0 +1,87 @@
+"""The borders of cluster/: imports go one way, what is Ray's stays in a few modules, and nothing of ours is pickled."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import cluster
+from tests.test_borders import imports
+
+PACKAGE = Path(cluster.__file__).parent
+
+# From the bottom up, as in epslots: a module imports from layers below its own.
+LAYERS = (
+    ("errors", "messages", "loop_thread", "display"),
+    ("fleet", "ledger", "generation", "meeting"),
+    ("workers", "dispatcher", "rank_loop", "rendezvous"),
+    ("reports", "supervisor", "worker", "ray_address"),
+    ("local_ray",),
+    ("ray_nodes", "ray_worker"),
+    ("ray_seats",),
+    ("ray_fleet",),
+    ("api",),
+    ("prompt_lines", "stop_signals"),
+    ("result_lines", "job_progress"),
+    ("job_run",),
+    ("job",),
+    ("bench",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+KNOW_RAY = {"rendezvous", "worker", "ray_address", "local_ray", "ray_nodes", "ray_worker", "ray_seats", "ray_fleet"}
+PURE = ("ledger", "messages")
+
+
+def modules() -> dict[str, Path]:
+    return {path.relative_to(PACKAGE).parts[0].removesuffix(".py"): path for path in PACKAGE.glob("*.py")} | {
+        f"bench.{path.stem}": path for path in (PACKAGE / "bench").glob("*.py")
+    }
+
+
+def test_imports_go_one_way():
+    for name, path in modules().items():
+        room = name.partition(".")[0]
+        if room == "__init__":
+            continue
+        for imported in imports(path):
+            parts = imported.split(".")
+            if parts[0] == "cluster" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != room:
+                assert LEVEL[parts[1]] < LEVEL[room], f"{name} imports {imported}, which is not below it"
+
+
+def test_every_module_has_its_place():
+    assert {name.partition(".")[0] for name in modules()} - {"__init__"} == set(LEVEL)
+
+
+def test_ray_stays_in_its_modules():
+    found = {name for name, path in modules().items() if any(i.partition(".")[0] == "ray" for i in imports(path))}
+    assert found == KNOW_RAY
+
+
+def test_decisions_do_no_io():
+    for name in PURE:
+        roots = {imported.partition(".")[0] for imported in imports(PACKAGE / f"{name}.py")}
+        assert not roots & {"asyncio", "threading", "os", "time", "random", "pathlib", "torch"}, name
+
+
+def test_nothing_is_pickled_or_evaluated():
+    for name, path in modules().items():
+        assert not {"pickle", "cloudpickle", "dill", "shelve"} & imports(path), name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in {"eval", "exec", "torch.load", "torch.save"}, name
+
+
+def test_the_public_names():
+    assert cluster.__all__ == [
+        "Cluster",
+        "ClusterError",
+        "ClusterStats",
+        "Generation",
+        "GenerationSettings",
+        "Overloaded",
+        "Placement",
+        "RankFailed",
+        "Result",
+    ]
+    assert all(getattr(cluster, name) is not None for name in cluster.__all__)
