@@ -108,10 +108,12 @@ class Cluster:
         if ranks is not None:
             _check_count("ranks", ranks)
         folder = find_checkpoint(path_or_id)
+        # Workers have working folders of their own.
+        path = os.path.abspath(path_or_id) if os.path.isdir(path_or_id) else os.fspath(path_or_id)
         if fleet is None:
             from cluster.ray_fleet import RayFleet
 
-            fleet = RayFleet(address=address, strategy=strategy, device=device, path=str(path_or_id))
+            fleet = RayFleet(address=address, strategy=strategy, device=device, path=path)
         self._room = threading.Semaphore(max_queue)
         self._max_queue = max_queue
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -120,7 +122,7 @@ class Cluster:
             self._thread,
             fleet,
             Load(
-                path=os.fspath(path_or_id),
+                path=path,
                 slots=slots,
                 device=device,
                 dtype=dtype,

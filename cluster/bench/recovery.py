@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from cluster.bench.common import RANKS, compare, open_cluster, pids, prompts
@@ -23,8 +26,8 @@ _PIECES_BEFORE = 20
 def bench_recovery(report: Report, cache_dir: Path, *, rounds: int = 10) -> None:
     """``rounds`` kills, of the ranks in turn; before each, the rank that was killed last has been replaced."""
     settings = {"max_new_tokens": _NEW_TOKENS, "stop_tokens": ()}
-    any_s, every_s, joined_s, lost, differing = [], [], [], 0, 0
-    with open_cluster(cache_dir) as cluster:
+    any_s, every_s, joined_s, pause_s, lost, differing = [], [], [], [], 0, 0
+    with open_cluster(cache_dir) as cluster, _served_again() as served_s:
         results = sorted(cluster.generate(prompts(_REQUESTS), **settings), key=lambda result: result.index)
         undisturbed = [result.tokens for result in results]
         for number in range(rounds):
@@ -37,10 +40,15 @@ def bench_recovery(report: Report, cache_dir: Path, *, rounds: int = 10) -> None
             killed_s = time.monotonic()
             for clock in clocks:
                 clock.thread.join()
-            every_s.append(max(_end_of_silence(clock.times_s, killed_s) for clock in clocks))
-            any_s.append(_end_of_silence(sorted(t for clock in clocks for t in clock.times_s), killed_s))
             cluster.scale(RANKS)
             joined_s.append(time.monotonic() - killed_s)
+            # What was on its way when the rank was killed doesn't count: only what came once a group stood again.
+            again_s = next(t for t in served_s if t > killed_s)
+            firsts = [min(t for t in clock.times_s if t > again_s) for clock in clocks]
+            any_s.append(min(firsts) - killed_s)
+            every_s.append(max(firsts) - killed_s)
+            all_s = sorted(t for clock in clocks for t in clock.times_s if t > again_s)
+            pause_s.append(max(later - earlier for earlier, later in pairwise(all_s)))
             found = [dataclasses.replace(g.result(), index=index) for index, g in enumerate(generations)]
             now = compare(found, undisturbed)
             lost, differing = lost + now[0], differing + now[1]
@@ -50,6 +58,7 @@ def bench_recovery(report: Report, cache_dir: Path, *, rounds: int = 10) -> None
         "the next token of any request": any_s,
         "the next token of the last request to go on": every_s,
         "the replacement has joined, and all requests are done": joined_s,
+        "(longest time without a token while the replacement loads and joins)": pause_s,
     }
     report.table(title, [{"from SIGKILL to": name, **spread(times), "most": max(times)} for name, times in rows.items()])
     report.table("requests", [{"requests": rounds * _REQUESTS, "lost": lost, "tokens different": differing}])
@@ -76,8 +85,24 @@ class _Clock:
                 raise TimeoutError(f"{pieces} pieces of text did not come within 60 s")
 
 
-def _end_of_silence(times_s: Sequence[float], killed_s: float) -> float:
-    """Seconds from the kill to the end of the longest silence after it: what was on its way then doesn't count."""
-    after = [killed_s, *(t for t in times_s if t > killed_s)]
-    longest = max(range(1, len(after)), key=lambda n: after[n] - after[n - 1])
-    return after[longest] - killed_s
+@contextmanager
+def _served_again() -> Iterator[list[float]]:
+    """When each group stood, as the supervisor says it."""
+    times_s: list[float] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.INFO and "serve" in record.getMessage():
+                times_s.append(time.monotonic())
+
+    handler, log = Handler(), logging.getLogger("epslots.cluster")
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield times_s
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate

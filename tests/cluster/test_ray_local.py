@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def run_driver(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
-    """The process, its worker's pid, and its Ray's address. Warnings are errors in it; its temporary files go to the folder."""
+    """The process, its worker's pid, its Ray's address. Warnings are errors in it; its temporary files go to the folder."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", DRIVER],
         cwd=ROOT,
