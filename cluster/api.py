@@ -11,17 +11,18 @@ import atexit
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
 from cluster.dispatcher import Dispatcher
 from cluster.display import StartDisplay
-from cluster.errors import ClusterError, Overloaded
+from cluster.errors import ClusterError, Overloaded, raised_anew
 from cluster.fleet import Fleet
 from cluster.generation import Checker, Generation, GenerationSettings, Prompt, Result, read_settings
-from cluster.loop_thread import LoopThread
+from cluster.loop_thread import CLOSED, LoopThread
 from cluster.messages import Load
 from cluster.reports import ClusterStats, Placement, rank_stats, sum_stats
 from cluster.supervisor import Supervisor
@@ -37,6 +38,7 @@ from epslots.units import parse_slots
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 DEFAULT_QUEUE = 1024
+_MOST_S = 7 * 24 * 3600
 
 
 class Cluster:
@@ -95,7 +97,6 @@ class Cluster:
         progress: bool | None = None,
         fleet: Fleet | None = None,
     ) -> None:
-        self._closed = True
         parse_slots(slots)
         resolve_policy(policy)
         if strategy not in STRATEGIES:
@@ -103,13 +104,13 @@ class Cluster:
         for name, number in (("kv_tokens", kv_tokens), ("max_batch_tokens", max_batch_tokens), ("max_queue", max_queue)):
             _check_count(name, number)
         for name, seconds in (("deadline_s", deadline_s), ("silence_s", silence_s)):
-            if not seconds > 0:
-                raise ConfigError(f"{name}={seconds!r}; allowed: seconds, more than 0")
+            if not isinstance(seconds, int | float) or not 0 < seconds <= _MOST_S:
+                raise ConfigError(f"{name}={seconds!r}; allowed: seconds, more than 0, at most {_MOST_S}")
         if ranks is not None:
             _check_count("ranks", ranks)
         folder = find_checkpoint(path_or_id)
         # Workers have working folders of their own.
-        path = os.path.abspath(path_or_id) if os.path.isdir(path_or_id) else os.fspath(path_or_id)
+        path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         if fleet is None:
             from cluster.ray_fleet import RayFleet
 
@@ -128,7 +129,7 @@ class Cluster:
                 dtype=dtype,
                 policy=policy,
                 host_store=host_store,
-                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                cache_dir=None if cache_dir is None else str(Path(cache_dir).absolute()),
                 kv_tokens=kv_tokens,
                 max_batch_tokens=max_batch_tokens,
                 neighbours=1,
@@ -164,6 +165,8 @@ class Cluster:
             ConfigError: a setting is unknown or not allowed. (Now, not on first use.)
             ClusterError: the cluster can't go on.
         """
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise ConfigError(f"prompts={prompts!r:.100}; allowed: a list of prompts, or another iterable. submit() takes one")
         return self._generate(iter(prompts), read_settings(settings))
 
     def _generate(self, prompts: Iterator[Prompt], settings: GenerationSettings) -> Iterator[Result]:
@@ -232,16 +235,19 @@ class Cluster:
     @property
     def ranks(self) -> int:
         """Ranks that serve now."""
-        return len(self._supervisor.members)
+        return self._supervisor.serving
 
     def stats(self) -> ClusterStats:
         """Counters of all ranks since each was loaded, when the step under way is done."""
         self._check_open()
-        reports = self._thread.call(self._supervisor.reports())
-        dispatcher = self._supervisor.dispatcher
-        ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
-        total = sum_stats([rank.stats for rank in ranks])
-        return ClusterStats(self._supervisor.generation, dispatcher.queued, ranks, total)
+
+        async def ask() -> ClusterStats:
+            dispatcher, reports = self._supervisor.dispatcher, await self._supervisor.reports()
+            ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
+            total = sum_stats([rank.stats for rank in ranks])
+            return ClusterStats(self._supervisor.generation, dispatcher.queued, ranks, total)
+
+        return self._thread.call(ask())
 
     def placement(self) -> Placement:
         """Which rank holds which expert, when the step under way is done."""
@@ -264,20 +270,18 @@ class Cluster:
 
     def close(self) -> None:
         """End all ranks, and Ray if it was started here. Requests that aren't done fail. Twice is once."""
-        if self._closed:
-            return
         self._closed = True
+        if self._thread.ended:
+            return
+        self._thread.call(self._supervisor.close())
+        self._thread.end()
         atexit.unregister(self.close)
-        try:
-            self._thread.call(self._supervisor.close())
-        finally:
-            self._thread.end()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClusterError("the cluster was closed")
+            raise ClusterError(CLOSED)
         if self._supervisor.failure is not None:
-            raise self._supervisor.failure
+            raise raised_anew(self._supervisor.failure)
 
     def __enter__(self) -> Self:
         return self

@@ -97,10 +97,13 @@ class Dispatcher:
         if worker is not None:
             self._send(worker, Cancel((id,)))
 
-    def serve(self, generation: int, rooms: dict[Hashable, Room]) -> None:
-        """The group of a generation stands: these are its ranks, in order."""
-        self._rooms = dict(rooms)
+    def begin(self, generation: int) -> None:
+        """A generation is about to form. Its ranks may fall asleep before all of them have said that they stand."""
         self._alarm.begin(generation)
+
+    def serve(self, rooms: dict[Hashable, Room]) -> None:
+        """The group stands: these are its ranks, in order."""
+        self._rooms = dict(rooms)
         self._paused = False
         self._plan()
 

@@ -17,6 +17,13 @@ class ClusterError(EpslotsError):
     """The cluster can't start, or can't go on."""
 
 
+def raised_anew(error: ClusterError) -> ClusterError:
+    """A copy to raise: each caller gets one of its own, with its own traceback."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error
+    return copy
+
+
 class Overloaded(ClusterError):
     """The queue is full: try again when results have come, or give the cluster a longer one."""
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, raised_anew
 from cluster.messages import Loaded
 from epslots.errors import ConfigError
 from epslots.requests import Reason, Request
 from epslots.sampling import Sampling
 from epslots.text import TextStream, encode_prompt, stop_strings
+
+_ALL = 2**31  # more tokens than any vocabulary has, and still a number that messages carry
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text; or token ids; or one of these as "prompt" with any settings of its own."""
@@ -55,7 +58,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        return Sampling(self.temperature, min(self.top_k, _ALL), self.top_p, self.seed)
 
 
 def read_settings(given: Mapping[str, Any], defaults: GenerationSettings | None = None) -> GenerationSettings:
@@ -65,7 +68,7 @@ def read_settings(given: Mapping[str, Any], defaults: GenerationSettings | None 
         ConfigError: a name is unknown, or a value not one of those allowed.
     """
     names = GenerationSettings.__struct_fields__
-    if unknown := sorted(set(given) - set(names)):
+    if unknown := sorted(set(given) - set(names), key=str):
         raise ConfigError(f"{', '.join(map(repr, unknown))}: no such setting; allowed: {', '.join(names)}")
     base = {} if defaults is None else msgspec.structs.asdict(defaults)
     try:
@@ -154,7 +157,9 @@ class Generation:
 
     def cancel(self) -> None:
         """Give it up: it ends with the reason "cancelled" and what there is. Once it is done, nothing happens."""
-        self._cancel()
+        if not self.done:
+            with suppress(ClusterError):  # closed meanwhile
+                self._cancel()
 
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait for the end.
@@ -167,7 +172,7 @@ class Generation:
             if not self._news.wait_for(lambda: self.done, timeout_s):
                 raise TimeoutError(f"the prompt isn't done after {timeout_s:g} s")
         if self._failure is not None:
-            raise self._failure
+            raise raised_anew(self._failure)
         assert self._reason is not None
         return Result(self.index, self.prompt, tuple(self._tokens), self._text(), self._reason, self._error)
 
@@ -209,7 +214,7 @@ class Generation:
             if done:
                 break
         if self._failure is not None:
-            raise self._failure
+            raise raised_anew(self._failure)
         if self._reason == "error":
             raise ClusterError(self._error)
 
@@ -225,6 +230,8 @@ class Checker:
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._loaded, self._tokenizer = loaded, tokenizer
         self._numbers = itertools.count()
+        self._tokenizing = threading.Lock()
+        """Tokenizers keep a state while they work."""
 
     def request(self, prompt: Prompt, settings: GenerationSettings) -> tuple[Request, GenerationSettings]:
         """The request for a prompt, and its own settings.
@@ -235,7 +242,7 @@ class Checker:
         if isinstance(prompt, Mapping):
             own = dict(prompt)
             if "prompt" not in own:
-                raise ConfigError(f'a prompt with settings needs "prompt", but has only {sorted(own)}')
+                raise ConfigError(f'a prompt with settings needs "prompt", but has only {sorted(own, key=str)}')
             prompt = own.pop("prompt")
             settings = read_settings(own, settings)
         if settings.stops and self._tokenizer is None:
@@ -253,13 +260,21 @@ class Checker:
         if loaded.context is not None and len(tokens) + new > loaded.context:
             raise ConfigError(f"{size}, but the model's context holds {loaded.context}")
         ends = loaded.end_tokens if settings.stop_tokens is None else settings.stop_tokens
+        if wrong := [token for token in ends if not 0 <= token < loaded.vocabulary]:
+            raise ConfigError(f"stop_tokens has {wrong[0]}; allowed: 0 to {loaded.vocabulary - 1}")
         return Request(str(next(self._numbers)), tuple(tokens), new, frozenset(ends), settings.sampling), settings
 
     def _tokens_of(self, prompt: Any, settings: GenerationSettings) -> Sequence[int]:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ConfigError("the checkpoint has no tokenizer; give prompts as token ids")
-            return encode_prompt(self._tokenizer, prompt, chat=settings.chat)
+            try:
+                with self._tokenizing:
+                    return encode_prompt(self._tokenizer, prompt, chat=settings.chat)
+            except ConfigError:
+                raise
+            except Exception as error:  # a prompt that the tokenizer or a template trips over must not end the others
+                raise ConfigError(f"the tokenizer fails on the prompt: {type(error).__name__}: {error}") from error
         tokens = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else None
         if tokens is None or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
             raise ConfigError(f"a prompt of {prompt!r:.100}; allowed: text, or a list of token ids")

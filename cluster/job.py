@@ -121,7 +121,7 @@ def job(
             "stop": tuple(stop or ()),
             "chat": chat,
         }
-        what = JobSettings(prompts, output, source, read_settings(settings))
+        what = JobSettings(prompts, output, source, read_settings(settings), dtype)
     except EpslotsError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(Exit.NOT_STARTED) from error

@@ -56,17 +56,19 @@ class JobSettings:
         prompts, output: files of JSON lines.
         model: as given; results of another model aren't mixed with this one's.
         generation: for prompts that don't say otherwise.
+        dtype: what the model computes in, as given.
     """
 
     prompts: Path
     output: Path
     model: str
     generation: GenerationSettings
+    dtype: str = "auto"
 
     @property
     def digest(self) -> int:
         """Of all that shapes a text besides its prompt, 32 bits."""
-        shaping = msgspec.json.encode((self.model, self.generation), order="sorted")
+        shaping = msgspec.json.encode((self.model, self.dtype, self.generation), order="sorted")
         return xxhash.xxh3_64_intdigest(shaping) >> 32
 
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ _SETTINGS = {
     "idle_worker_killing_time_threshold_ms": 10_000,
 }
 _END_S = 3.0
+_LAST_END_S = 30.0
 _PREFIX = "epslots-ray-"
 _LONGEST_ROOT = 16  # with what Ray appends, the paths of its sockets stay below the system's limit of 107
 
@@ -51,17 +52,22 @@ class Connection:
     Attributes:
         address: what was asked for.
         own: it is a Ray of this process alone, on this machine.
+        end: the last user has left.
+        ended: done when nothing of it is left.
     """
 
     address: str | None
     own: bool
     users: int = 1
     end: threading.Event = field(default_factory=threading.Event)
-    ended: threading.Event = field(default_factory=threading.Event)
+    ended: Future[None] = field(default_factory=Future)
 
 
-async def connect(address: str | None, ranks: int) -> Connection:
-    """Connect, unless this process is connected already.
+class RayUse:
+    """One fleet's use of the connection, which is made in a thread of its own, unless this process is connected already.
+
+    No loop and no pool of threads is needed to leave: a process that ends has none of its pools left, and a loop may be closed
+    before Ray has started.
 
     Args:
         address: None: the connection that there is, or else a Ray of this process alone; "auto" or "host:port": a running one.
@@ -69,34 +75,59 @@ async def connect(address: str | None, ranks: int) -> Connection:
 
     Raises:
         ConfigError: such an address isn't allowed.
-        ClusterError: there is no such Ray, or it doesn't let us in; with what to do.
     """
-    check_address(address)
-    ready: Future[Connection] = Future()
-    # Not a thread of a pool: what Ray starts is ended by the system when the thread ends that started it.
-    threading.Thread(target=_keep, args=(address, ranks, ready), name="epslots-ray", daemon=True).start()
-    waiting = asyncio.wrap_future(ready)
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        waiting.add_done_callback(lambda done: done.exception() or _leave(done.result()))
-        raise
 
+    def __init__(self, address: str | None, ranks: int) -> None:
+        check_address(address)
+        self._ready: Future[Connection] = Future()
+        self._left: Future[None] = Future()
+        for future in (self._ready, self._left):
+            future.set_running_or_notify_cancel()  # or who gives up waiting would cancel it for all
+        self._leaving = False
+        # Not a thread of a pool: what Ray starts is ended by the system when the thread ends that started it.
+        threading.Thread(target=_keep, args=(address, ranks, self._ready), name="epslots-ray", daemon=True).start()
 
-async def disconnect(connection: Connection) -> None:
-    """Leave. The last to do so ends a Ray of our own, with all of its processes."""
-    if _leave(connection):
-        await asyncio.to_thread(connection.ended.wait)
+    async def joined(self) -> Connection:
+        """The connection, once it is there. If the waiting is cancelled, it is left as soon as it is.
 
+        Raises:
+            ClusterError: there is no such Ray, or it doesn't let us in; with what to do.
+        """
+        try:
+            return await asyncio.wrap_future(self._ready)
+        except asyncio.CancelledError:
+            self.leave()
+            raise
 
-def _leave(connection: Connection) -> bool:
-    """Whether this was the last user."""
-    with _counting:
-        connection.users -= 1
-        last = connection.users == 0
-    if last:
-        connection.end.set()
-    return last
+    def leave(self) -> Future[None]:
+        """Leave, now or as soon as the connection is there. Twice is once.
+
+        The last to leave ends a Ray of our own, with all of its processes; what is returned is done when it has ended.
+        """
+        if not self._leaving:
+            self._leaving = True
+            self._ready.add_done_callback(self._leave)
+        return self._left
+
+    def _leave(self, ready: Future[Connection]) -> None:
+        if ready.exception() is not None:
+            self._left.set_result(None)
+            return
+        connection = ready.result()
+        with _counting:
+            connection.users -= 1
+            last = connection.users == 0
+        if last:
+            connection.end.set()
+            connection.ended.add_done_callback(self._tell)
+        else:
+            self._left.set_result(None)
+
+    def _tell(self, ended: Future[None]) -> None:
+        if (error := ended.exception()) is not None:
+            self._left.set_exception(error)
+        else:
+            self._left.set_result(None)
 
 
 def _keep(address: str | None, ranks: int, ready: Future[Connection]) -> None:
@@ -112,8 +143,10 @@ def _keep(address: str | None, ranks: int, ready: Future[Connection]) -> None:
     connection.end.wait()
     try:
         ray_there.__exit__(None, None, None)
-    finally:
-        connection.ended.set()
+    except BaseException as error:
+        connection.ended.set_exception(error)
+    else:
+        connection.ended.set_result(None)
 
 
 def _enter(address: str | None, ranks: int) -> tuple[Connection, Any]:
@@ -127,7 +160,11 @@ def _enter(address: str | None, ranks: int) -> tuple[Connection, Any]:
                 shared.users += 1
                 return shared, None
         if shared is None and _connection is not None:
-            _connection.ended.wait()
+            if not wait([_connection.ended], _LAST_END_S).done:
+                raise ClusterError(
+                    f"the last Ray of this process has not ended within {_LAST_END_S:g} s, and there can be only one: start "
+                    f"another process"
+                )
             there = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
         if there is not None:
             if shared is not None or address not in (None, "auto", there):
@@ -135,7 +172,7 @@ def _enter(address: str | None, ranks: int) -> tuple[Connection, Any]:
                     f"address={address!r}, but this process is connected to the Ray at {there}: leave that first"
                 )
             _connection = Connection(address, own=False)
-            _connection.ended.set()
+            _connection.ended.set_result(None)
             return _connection, None
         ray_there = _start(ranks) if address is None else _join(address)
         ray_there.__enter__()
@@ -169,8 +206,10 @@ def _start(ranks: int) -> Iterator[None]:
             finally:
                 started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
                 started += [process for child in started for process in _descendants(child)]
-                ray.shutdown()
-                _end(started)
+                try:
+                    ray.shutdown()
+                finally:
+                    _end(started)
 
 
 @contextmanager

@@ -6,35 +6,74 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
+from cluster.errors import ClusterError
+
 logger = logging.getLogger("epslots.cluster")
+
+CLOSED = "the cluster was closed"
 
 Result = TypeVar("Result")
 
 
 class LoopThread:
-    """Runs coroutines; its thread starts at once and ends with ``end``."""
+    """Runs coroutines; its thread starts at once and ends with ``end``.
+
+    Attributes:
+        on_bug: called in the thread with what a callback or a spawned coroutine raised, which nobody else would hear of.
+    """
 
     def __init__(self, name: str) -> None:
+        self.on_bug: Callable[[BaseException], None] = lambda error: None
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(self._handle)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._entry = threading.Lock()
+        """Nothing comes in after the end."""
+        self._ended = False
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
+    def ended(self) -> bool:
+        """Whether ``end`` was called."""
+        return self._ended
 
     def begin(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """From another thread: have a coroutine run."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """From another thread: have a coroutine run.
+
+        Raises:
+            ClusterError: the thread has ended.
+        """
+
+        async def tracked() -> Result:
+            task = asyncio.current_task()
+            assert task is not None
+            self._calls.add(task)
+            try:
+                return await work
+            finally:
+                self._calls.discard(task)
+
+        with self._entry:
+            if not self._ended:
+                return asyncio.run_coroutine_threadsafe(tracked(), self._loop)
+        work.close()
+        raise ClusterError(CLOSED)
 
     def wait(self, work: Future[Result]) -> Result:
-        """From another thread: wait for the result of what was begun. If the waiting is interrupted, it is cancelled."""
+        """From another thread: wait for the result of what was begun. If the waiting is interrupted, it is cancelled.
+
+        Raises:
+            ClusterError: the thread ends before that.
+        """
         try:
             return work.result()
+        except CancelledError as error:
+            raise ClusterError(CLOSED) from error
         except BaseException:
             work.cancel()
             raise
@@ -44,10 +83,17 @@ class LoopThread:
         return self.wait(self.begin(work))
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
-        """From another thread: have a function called, soon."""
-        self._loop.call_soon_threadsafe(function, *arguments)
+        """From another thread: have a function called, soon.
 
-    def spawn(self, work: Coroutine[Any, Any, object], on_bug: Callable[[BaseException], None]) -> asyncio.Task[Any]:
+        Raises:
+            ClusterError: the thread has ended.
+        """
+        with self._entry:
+            if self._ended:
+                raise ClusterError(CLOSED)
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
         """From the loop's thread: run a coroutine beside. What it raises is a bug, and told."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
@@ -56,7 +102,7 @@ class LoopThread:
             self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.error("a bug in %s", task.get_coro(), exc_info=error)
-                on_bug(error)
+                self.on_bug(error)
 
         task.add_done_callback(done)
         return task
@@ -69,11 +115,28 @@ class LoopThread:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def end(self) -> None:
-        """From another thread: end the thread. Twice is once."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        """From another thread: end the thread, when all that came in before has been called. Twice is once."""
+        with self._entry:
+            if self._ended:
+                return
+            self._ended = True
+            asyncio.run_coroutine_threadsafe(self._finish(), self._loop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _finish(self) -> None:
+        """Tell those who still wait, and stop."""
+        waiting = list(self._calls)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        self._loop.stop()
+
+    def _handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What asyncio would only write to a log."""
+        loop.default_exception_handler(context)
+        if "handle" in context and context.get("exception") is not None:  # of a callback
+            self.on_bug(context["exception"])
 
 
 class Pulse:

@@ -158,10 +158,15 @@ class Asleep(msgspec.Struct, tag=True, frozen=True):
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):
-    """The group of this generation has lost a rank, or didn't form; this rank stands by for the next."""
+    """The group of this generation has lost a rank, or didn't form; this rank stands by for the next.
+
+    Attributes:
+        stood: it had formed.
+    """
 
     generation: int
     cause: str
+    stood: bool
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -84,6 +84,8 @@ class RankLoop:
         self._engine: Engine | None = None
         self._transport: Transport | None = None
         self._ended = False
+        self._newest = -1
+        """The newest generation that was asked for."""
         self._serving = False
         self._asleep = False
         self._steps = 0
@@ -102,12 +104,17 @@ class RankLoop:
                 return encode(Answer(self._thread.is_alive() and not self._ended))
             case Form() as form:
                 # Whoever waits for a lost rank is freed, and so are the others, who don't wait for the end of a long step.
-                if self._transport is not None and self._transport.generation < form.generation:
-                    self._transport.abort(f"generation {form.generation} is being formed")
+                self._newest = max(self._newest, form.generation)
+                self._leave_old(self._transport)
                 self._queue(form)
             case command:
                 self._queue(command)
         return b""
+
+    def _leave_old(self, transport: Transport | None) -> None:
+        """Abort the group if a newer one is to be formed. Both threads call it, each after having told the other."""
+        if transport is not None and transport.generation < self._newest:
+            transport.abort(f"generation {self._newest} is being formed")
 
     def _queue(self, command: Command) -> None:
         with self._news:
@@ -232,6 +239,7 @@ class RankLoop:
             self._transport.close()
         try:
             self._transport = transport = self._form_transport(form, engine.model.device)
+            self._leave_old(transport)
             shared = shared_settings(engine.model, settings.policy)
             if form.fresh:
                 transport.deadline_s = LOAD_DEADLINE_S  # they fill their slots, some from a slow disk
@@ -243,7 +251,7 @@ class RankLoop:
         except GroupError as error:
             if isinstance(error, RankMismatchError) and newcomer:
                 raise  # the others can go on without it
-            self._tell(Broken(form.generation, str(error)))
+            self._tell(Broken(form.generation, str(error), stood=False))
             return
         self._serving, self._asleep, self._steps, self._wake_through = True, False, 0, 0
         self._tell(Formed(form.generation, time.monotonic() - began))
@@ -254,7 +262,7 @@ class RankLoop:
             header = self._engine_there().step()
         except GroupError as error:
             self._serving = False
-            self._tell(Broken(self._transport.generation, str(error)))
+            self._tell(Broken(self._transport.generation, str(error), stood=True))
             return
         self._steps += 1
         self._asleep = not header.work

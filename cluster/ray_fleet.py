@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError
-from cluster.local_ray import SEAT, Connection, connect, disconnect
+from cluster.local_ray import SEAT, Connection, RayUse
 from cluster.ray_nodes import need_of_seat, read_nodes
 from cluster.ray_seats import Seats
 from cluster.ray_worker import CONCURRENCY_GROUPS, RayWorker, kill, reason_of
@@ -30,6 +30,8 @@ _HIRE_S = 120.0
 _LOOK_EVERY_S = 1.0  # whether the node of one that is being hired is still there
 _STORE_START_S = 60.0
 _STORE_ANSWER_S = 2.0
+_START_S = 30.0  # for a Ray that is still being started when the fleet is closed
+_END_S = 10.0
 
 _worker_class = ray.remote(
     concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0, enable_task_events=False
@@ -61,6 +63,7 @@ class RayFleet:
     ) -> None:
         self._address, self._strategy, self._device, self._path = address, strategy, device, path
         self._loop, self._place_s = loop, place_s
+        self._use: RayUse | None = None
         self._connection: Connection | None = None
         self._need: dict[str, float] = {}
         self._seats = Seats({}, strategy, None, place_s)
@@ -69,7 +72,8 @@ class RayFleet:
         self._store_answered = False
 
     async def open(self, ranks: int | None) -> int:
-        self._connection = await connect(self._address, ranks or 1)
+        self._use = RayUse(self._address, ranks or 1)
+        self._connection = await self._use.joined()
         nodes = await asyncio.to_thread(read_nodes)
         self._need = need_of_seat(nodes, self._device)
         if ranks is None:
@@ -102,13 +106,16 @@ class RayFleet:
         worker = RayWorker(seat, actor)
         self._workers.add(worker)
         greeting = asyncio.ensure_future(worker.greet(_HIRE_S))
+        # Whether or not anybody waits for it by then; or asyncio would complain.
+        greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             while not (await asyncio.wait({greeting}, timeout=_LOOK_EVERY_S))[0]:
                 await self._seats.placed(seat)  # Ray may learn only now that the node is gone
             await greeting
         except BaseException:
-            greeting.cancel()
             worker.kill()
+            greeting.cancel()
+            await asyncio.wait({greeting})
             raise
         return worker
 
@@ -131,19 +138,25 @@ class RayFleet:
         raise ClusterError(f"the store where ranks meet didn't come up on this node: {reason}")
 
     async def close(self) -> None:
-        if self._connection is None:
-            return
-        connection, self._connection = self._connection, None
+        """End all, and leave Ray, even one that is still being started. If this is interrupted, a second call goes on."""
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
         if self._store is not None:
             kill(self._store)
+            self._store = None
         self._seats.keep(0)
+        if self._use is None:
+            return
+        left = self._use.leave()
+        wait_s = _END_S if self._connection is not None else _START_S + _END_S
         try:
-            await disconnect(connection)
+            await asyncio.wait_for(asyncio.wrap_future(left), wait_s)
+        except TimeoutError:
+            logger.warning("Ray did not end within %g s; it is no longer waited for", wait_s)
         except Exception:
             logger.exception("Ray did not end in peace")
+        self._use = self._connection = None
 
     @property
     def _host(self) -> str | None:

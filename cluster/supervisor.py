@@ -25,7 +25,7 @@ from cluster.display import StartDisplay
 from cluster.errors import ClusterError, RankFailed
 from cluster.fleet import Fleet, WorkerDied
 from cluster.ledger import Room
-from cluster.loop_thread import LoopThread, Pulse
+from cluster.loop_thread import CLOSED, LoopThread, Pulse
 from cluster.messages import (
     Ask,
     Asleep,
@@ -56,6 +56,7 @@ logger = logging.getLogger("epslots.cluster")
 
 MOST_FAILURES = 5  # of one seat in a row, and of forming a group
 _BACKOFF_S = 1.0  # before a seat's second attempt; doubled each time
+_SECOND_LOOK_S = 0.1
 
 MakeDispatcher = Callable[[Callable[[Hashable, Command], None]], Dispatcher]
 
@@ -71,6 +72,7 @@ class Supervisor:
     Attributes:
         generation: number of the group; -1 before the first.
         failure: why nothing can be served any more, if so.
+        serving: how many ranks do; for any thread.
         timeline: seconds from the beginning to the end of each stage of the start, by name.
     """
 
@@ -90,6 +92,7 @@ class Supervisor:
         self.dispatcher = make_dispatcher(self._send)
         self.generation = -1
         self.failure: ClusterError | None = None
+        self.serving = 0
         self.timeline: dict[str, float] = {}
         self._began_s = time.monotonic()
         self._wanted = 0
@@ -97,11 +100,17 @@ class Supervisor:
         self._staffing: dict[int, asyncio.Task[None]] = {}
         self._formed = False
         self._broken_by: str | None = None
-        """What broke the group, since it last began to form."""
+        """What broke the group, since it last began to form; and whether it had formed."""
+        self._broken_in_step = False
         self._reports: dict[int, Report | None] = {}
         self._asked = 0
-        self._started = self._closing = False
+        self._breaks = 0
+        """Groups in a row that broke without a token."""
+        self._started = False
+        self._closing: asyncio.Task[None] | None = None
+        self._scaling = asyncio.Lock()
         self._pulse = Pulse()
+        thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
 
     # What is asked of it.
 
@@ -132,8 +141,8 @@ class Supervisor:
 
     def submit(self, request: Request, caller: Caller, stop: Sequence[str]) -> None:
         """Take a request that has been checked."""
-        if self.failure is not None:
-            caller.fail(self.failure)
+        if self.failure is not None or self._closing is not None:
+            caller.fail(self.failure or ClusterError(CLOSED))
             return
         self.dispatcher.submit(request, caller, stop)
         self._pulse.beat()
@@ -144,17 +153,18 @@ class Supervisor:
         Raises:
             ClusterError: there is no place for them, or they don't come up; the others go on.
         """
-        if ranks >= self._wanted:
+        async with self._scaling:
+            if ranks >= self._wanted:
+                await self._fleet.resize(ranks)
+                await self._staff_up(ranks)
+                return
+            self._wanted = ranks
+            for seat in [seat for seat in self._staffing if seat >= ranks]:
+                self._staffing.pop(seat).cancel()
+                if seat in self._workers:
+                    self._lose(self._workers[seat], ClusterError("it is no longer needed"), retire=True)
+            await self._serving(range(ranks))
             await self._fleet.resize(ranks)
-            await self._staff_up(ranks)
-            return
-        self._wanted = ranks
-        for seat in [seat for seat in self._staffing if seat >= ranks]:
-            self._staffing.pop(seat).cancel()
-            if seat in self._workers:
-                self._lose(self._workers[seat], ClusterError("it is no longer needed"), retire=True)
-        await self._serving(range(ranks))
-        await self._fleet.resize(ranks)
 
     async def reports(self) -> list[tuple[Worker, Report]]:
         """What every rank has counted; of those that are lost meanwhile, nothing."""
@@ -171,17 +181,21 @@ class Supervisor:
         return [(worker, report) for worker, report in found if report is not None]
 
     async def close(self) -> None:
-        """End everything. Requests that aren't done fail. Twice is once."""
-        if self._closing:
-            return
-        self._closing = True
+        """End everything. Requests that aren't done fail. Twice is once; who is interrupted may wait for the rest again."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         self.dispatcher.pause()
-        self.dispatcher.fail(self.failure or ClusterError("the cluster was closed"))
+        self.dispatcher.fail(self.failure or ClusterError(CLOSED))
         workers = list(self._workers.values())
         loaded = [worker for worker in workers if worker.state in (State.READY, State.MEMBER)]
         for worker in loaded:
             self._send(worker, Stop())
-        await self._pulse.until(lambda: all(worker.stopped for worker in loaded), self._deadlines.stop_s)
+        await self._pulse.until(
+            lambda: all(worker.stopped or worker.state is State.LOST for worker in loaded), self._deadlines.stop_s
+        )
         await self._thread.cancel_all()
         for worker in workers:
             worker.handle.kill()
@@ -235,6 +249,8 @@ class Supervisor:
             told = error
             if not isinstance(told, ClusterError):
                 told = RankFailed(f"{f'rank {seat}' if worker is None else worker.name} could not be started: {error}")
+            if self._closing is not None:
+                return
             if not self._started:
                 self._give_up(told)
                 return
@@ -264,6 +280,7 @@ class Supervisor:
         match event:
             case Outputs(outputs):
                 worker.served = True
+                self._breaks = 0
                 self.dispatcher.take(worker, outputs)
                 return  # nobody waits for that here
             case Asleep(generation, step):
@@ -276,9 +293,9 @@ class Supervisor:
                 self._mark("model loaded")
             case Formed(generation):
                 worker.formed = generation
-            case Broken(generation, cause):
+            case Broken(generation, cause, stood):
                 if generation == self.generation:
-                    self._break_up(f"{worker.name} says: {cause}")
+                    self._break_up(f"{worker.name} says: {cause}", stood=stood)
             case Failed():
                 error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}")
                 if not event.deliberate:
@@ -292,7 +309,7 @@ class Supervisor:
 
     def _lose(self, worker: Worker, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
         """A worker is gone, or must go. Nothing that it says from now on is heard."""
-        if worker.state is State.LOST or self._closing:
+        if worker.state is State.LOST:
             return
         was_member = worker.state is State.MEMBER
         worker.state, worker.cause = State.LOST, cause
@@ -303,7 +320,7 @@ class Supervisor:
         if was_member:
             self._break_up(f"{worker.name} is lost: {cause}")
         moved = self.dispatcher.lose(worker, blame=not retire, cause=str(cause))
-        if self._started and not retire:
+        if self._started and not retire and self._closing is None:
             what = cause if isinstance(cause, RankFailed) else f"{worker.name} is lost: {cause}"
             notes = "".join(f"\n{note}" for note in getattr(cause, "__notes__", ()))
             logger.warning("%s%s%s", what, f"; its {moved} requests move" if moved else "", notes)
@@ -318,9 +335,13 @@ class Supervisor:
 
     # The group.
 
-    def _break_up(self, cause: str) -> None:
+    def _break_up(self, cause: str, *, stood: bool = False) -> None:
+        self.serving = len(self.members)
         self._formed = False
-        self._broken_by = self._broken_by or cause
+        if self._broken_by is None:
+            self._broken_by = cause
+            self._broken_in_step = stood
+            self._breaks += stood
         self.dispatcher.pause()
         self._pulse.beat()
 
@@ -340,6 +361,11 @@ class Supervisor:
         failures = 0
         while self.failure is None:
             await self._pulse.until(self._should_form)
+            if self._breaks > 1:
+                logger.warning("the group broke %d times without a token; the last time: %s", self._breaks, self._broken_by)
+            if self._breaks >= MOST_FAILURES:
+                self._give_up(ClusterError(f"the group broke {self._breaks} times without a token: {self._broken_by}"))
+                return
             await self._roll_call(self._candidates(), self._deadlines.roll_call_s)
             if not self._should_form():
                 continue
@@ -365,7 +391,8 @@ class Supervisor:
             return None
         members = self._candidates()
         self.generation += 1
-        self._formed, self._broken_by = False, None
+        self._formed, self._broken_by, self._broken_in_step = False, None, False
+        self.dispatcher.begin(self.generation)
         generation, deadlines = self.generation, self._deadlines
         fresh = all(worker.state is State.READY for worker in members)
         for rank, worker in enumerate(members):
@@ -391,28 +418,43 @@ class Supervisor:
                 if worker.formed != generation:
                     self._lose(worker, WorkerDied("it neither joined the group nor said why"))
         if self._broken_by is not None:
+            if self._broken_in_step:
+                return None  # it had formed, and broke for another reason
+            self._drop_newcomers(members, self._broken_by)
             return self._broken_by
         self._formed = True
+        self.serving = len(members)
         logger.info("generation %d: %d ranks serve", generation, len(members))
         self._mark("group formed")
         rooms: dict[Hashable, Room] = {
             w: Room(self._load.kv_tokens, w.loaded.batches) for w in members if w.loaded is not None
         }
-        self.dispatcher.serve(generation, rooms)
+        self.dispatcher.serve(rooms)
         self._pulse.beat()
         return None
+
+    def _drop_newcomers(self, members: Sequence[Worker], cause: str) -> None:
+        """A group didn't form though nobody is lost: if some of it stood together before, the others are the likely reason."""
+        newcomers = [worker for worker in members if worker.formed < 0]
+        if len(newcomers) < len(members) and all(worker.state is State.MEMBER for worker in members):
+            for worker in newcomers:
+                self._lose(worker, WorkerDied(f"the group could not form with it: {cause}"))
 
     async def _roll_call(self, workers: Sequence[Worker], deadline_s: float) -> None:
         """Ask for a sign of life, and lose those that don't give it."""
 
         async def ask(worker: Worker) -> None:
+            asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
+            await asyncio.wait({asking}, timeout=deadline_s)
+            if not asking.done():  # maybe this process stood still, and the answer waits here
+                await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
             try:
-                answer = decode_answer(await asyncio.wait_for(worker.handle.command(encode(Ping())), deadline_s))
-                if not answer.going:  # why, it is about to say
+                if not asking.done():
+                    asking.cancel()
+                    raise WorkerDied(f"it did not answer within {deadline_s:g} s")
+                if not decode_answer(asking.result()).going:  # why, it is about to say
                     await self._pulse.until(lambda: worker.state is State.LOST, deadline_s)
-                    self._lose(worker, WorkerDied("it has ended its work"))
-            except TimeoutError:
-                self._lose(worker, WorkerDied(f"it did not answer within {deadline_s:g} s"))
+                    raise WorkerDied("it has ended its work")
             except WorkerDied as error:
                 self._lose(worker, error)
 
@@ -439,7 +481,7 @@ class Supervisor:
             self._lose(worker, error)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return self._thread.spawn(work, lambda error: self._give_up(ClusterError(f"a bug: {error!r}")))
+        return self._thread.spawn(work)
 
     def _mark(self, stage: str) -> None:
         if not self._started:

@@ -20,6 +20,7 @@ from cluster.errors import ClusterError
 from cluster.fleet import WorkerDied
 from cluster.messages import Form
 from cluster.rank_loop import RankLoop
+from epslots.errors import PeerLost
 from epslots.transport import LocalHub, LocalTransport
 
 Fault = Literal["crash", "vanish", "freeze", "raise"]
@@ -137,11 +138,15 @@ class FakeWorker:
         assert device.type == "cpu"
         if self.dead:
             raise _Killed
+        if self.seat in self._fleet.unreachable:
+            raise PeerLost("nobody is there, says the test")
         return _Transport(self._fleet.hub(form), form.rank, self)
 
     def _pump(self) -> None:
-        """Hand events over to asyncio; a dead worker's are lost."""
+        """Hand events over to asyncio, in batches that come late, one rank's later than another's; a dead one's are lost."""
         while True:
+            with self.loop._news:
+                self.loop._news.wait_for(lambda: self.dead, 0.04 if self.seat % 2 else 0.01)
             batch = self.loop.events()
             if self.dead or self._asyncio.is_closed():
                 return
@@ -161,6 +166,8 @@ class FakeFleet:
     def __init__(self, room: int = 8) -> None:
         self.room = room
         self.hired = 0
+        self.unreachable: set[int] = set()
+        """Seats whose workers meet nobody."""
         self.refuse: dict[int, list[str]] = defaultdict(list)
         """For a seat, why the next hires fail."""
         self.workers: dict[int, FakeWorker] = {}

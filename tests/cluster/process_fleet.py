@@ -53,6 +53,8 @@ class ProcessWorker:
         theirs_e.close()
         self._waiting: deque[asyncio.Future[bytes]] = deque()
         self._batches: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.said = threading.Event()
+        """Set with each batch of events, heard or not."""
         for source, take in ((self._commands, self._answer), (self._events, self._batches.put_nowait)):
             threading.Thread(target=self._read, args=(source, take), daemon=True).start()
 
@@ -88,7 +90,10 @@ class ProcessWorker:
         assert callable(take)
         try:
             while True:
-                self._call(take, source.recv_bytes())
+                message = source.recv_bytes()
+                if source is self._events:
+                    self.said.set()
+                self._call(take, message)
         except (EOFError, OSError):
             self._call(self._end)
 

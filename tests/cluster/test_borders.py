@@ -12,7 +12,8 @@ PACKAGE = Path(cluster.__file__).parent
 
 # From the bottom up, as in epslots: a module imports from layers below its own.
 LAYERS = (
-    ("errors", "messages", "loop_thread", "display"),
+    ("errors",),
+    ("messages", "loop_thread", "display"),
     ("fleet", "ledger", "generation", "meeting"),
     ("workers", "dispatcher", "rank_loop", "rendezvous"),
     ("reports", "supervisor", "worker", "ray_address"),

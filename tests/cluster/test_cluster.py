@@ -357,3 +357,110 @@ def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
         before = [worker._exchanges for worker in fleet.workers.values()]
         cluster.stats()
         assert [worker._exchanges for worker in fleet.workers.values()] == before
+
+
+def test_a_newcomer_that_can_not_join_does_not_end_the_others(
+    open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
+    monkeypatch.setattr("cluster.workers.Deadlines.form_s", 0.5)
+    cluster, fleet = open_cluster(2)
+    fleet.unreachable.add(2)
+    results = cluster.generate(PROMPTS, max_new_tokens=30, stop_tokens=())
+    with pytest.raises(ClusterError, match=r"ranks \[2\] did not come up"):
+        cluster.scale(3)
+    assert tokens_of(results) == expected(folder, PROMPTS, 30)
+    assert cluster.ranks == 2
+    fleet.unreachable.clear()
+    cluster.scale(3)
+    assert cluster.ranks == 3
+
+
+def test_a_group_that_always_breaks_says_so(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    from epslots.engine import Engine
+    from epslots.errors import ExchangeError
+
+    cluster, _ = open_cluster(2)
+
+    def step(self: Engine) -> Any:
+        raise ExchangeError("always, says the test")
+
+    monkeypatch.setattr(Engine, "step", step)
+    with pytest.raises(ClusterError, match=r"the group broke 5 times without a token: .*always, says the test"):
+        cluster.submit(PROMPTS[0]).result(60)
+
+
+def test_numbers_that_no_message_carries_are_refused(open_cluster: Any, folder: Path):
+    cluster, _ = open_cluster(1)
+    good = cluster.submit(PROMPTS[0], max_new_tokens=3, stop_tokens=())
+    assert cluster.submit(PROMPTS[0], max_new_tokens=3, stop_tokens=(), top_k=2**64).result(60) == good.result(60)
+    with pytest.raises(ConfigError, match="seed=18446744073709551616; allowed"):
+        cluster.submit(PROMPTS[0], seed=2**64)
+    with pytest.raises(ConfigError, match="stop_tokens has 18446744073709551616; allowed: 0 to 319"):
+        cluster.submit(PROMPTS[0], stop_tokens=[2**64])
+    assert good.result(60).tokens == expected(folder, PROMPTS[:1], 3)[0]
+
+
+def test_a_bug_of_the_supervisors_is_everybodys_error(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    cluster, _ = open_cluster(1)
+    monkeypatch.setattr("cluster.ledger.Ledger.assign", lambda *_: 1 / 0)
+    generation = cluster.submit(PROMPTS[0])
+    with pytest.raises(ClusterError, match="a bug: ZeroDivisionError"):
+        generation.result(30)
+
+
+@pytest.mark.parametrize("prompts", ["def f(", b"x", {"prompt": [5]}, 3])
+def test_prompts_are_a_list(open_cluster: Any, prompts: Any):
+    cluster, _ = open_cluster(1)
+    with pytest.raises(ConfigError, match="allowed: a list of prompts"):
+        cluster.generate(prompts)
+
+
+def test_whoever_waits_when_it_closes_is_told(open_cluster: Any):
+    cluster, fleet = open_cluster(1)
+    fleet.refuse[1] = ["never"] * 3
+    iterator = cluster.generate(PROMPTS, max_new_tokens=400, stop_tokens=())
+    going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
+    found: list[Any] = []
+
+    def scale() -> None:
+        try:
+            cluster.scale(2)
+        except ClusterError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=scale)
+    thread.start()
+    while not fleet.refuse[1] or len(fleet.refuse[1]) == 3:
+        next(going._arrivals())  # until the scaling is under way
+    cluster.close()
+    thread.join(30)
+    assert found == ["the cluster was closed"]
+    going.cancel()  # nothing happens
+    with pytest.raises(ClusterError, match="the cluster was closed"):
+        going.result(5)
+    with pytest.raises(ClusterError, match="the cluster was closed"):
+        list(iterator)
+    for call in (cluster.stats, cluster.placement, lambda: cluster.scale(1), lambda: cluster.submit(PROMPTS[0])):
+        with pytest.raises(ClusterError, match="the cluster was closed"):
+            call()
+
+
+def test_a_rank_that_dies_while_the_cluster_closes(open_cluster: Any, caplog: pytest.LogCaptureFixture):
+    cluster, fleet = open_cluster(2)
+    going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
+    next(going._arrivals())
+    fleet.at(1, 2, "crash")
+    cluster.close()
+    assert not [record for record in caplog.records if "bug" in record.message]
+
+
+def test_ranks_scaled_by_several_at_once(open_cluster: Any, folder: Path):
+    cluster, fleet = open_cluster(2)
+    threads = [threading.Thread(target=cluster.scale, args=(ranks,)) for ranks in (4, 1, 3, 2)]
+    for thread in threads:
+        thread.start()
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=20, stop_tokens=())) == expected(folder, PROMPTS, 20)
+    for thread in threads:
+        thread.join(60)
+    assert cluster.ranks == fleet.seats

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 import time
 from collections.abc import Iterator
+from unittest.mock import MagicMock
 
 import msgspec
 import psutil
 import pytest
 
+from cluster import ray_fleet
+from cluster.errors import ClusterError
 from cluster.fleet import WorkerDied
+from cluster.ray_fleet import RayFleet
+from cluster.ray_seats import Seats
 from cluster.ray_worker import RayWorker
 from tests.cluster.echo_loop import FACTS, FAIL, TELL
 from tests.cluster.ray_helpers import Driver, drive, pids_below
@@ -126,3 +133,61 @@ def test_fleets_of_one_process_share_its_ray(local: Driver, workers: list[RayWor
     with drive(ranks=3) as other:
         assert other.command(other.hire(2), b"here") == b"here"
     assert local.command(workers[0], b"still here") == b"still here"
+
+
+def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(local: Driver, workers: list[RayWorker]):
+    async def cancel() -> list[RayWorker]:
+        before = asyncio.all_tasks()
+        hiring = asyncio.ensure_future(local.fleet.hire(1))
+        while not (new := [worker for worker in local.fleet._workers if worker not in known]):
+            await asyncio.sleep(0.02)
+        hiring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hiring
+        assert asyncio.all_tasks() == before
+        return new
+
+    workers[1].kill()
+    known = set(local.fleet._workers)
+    (worker,) = local.call(cancel())
+    with pytest.raises(WorkerDied):
+        local.command(worker, b"")
+    workers[1] = local.hire(1)
+
+
+def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """The greeting fails while the place of the worker is looked for, and there is none."""
+    looked, greeted = asyncio.Event(), asyncio.Event()
+    killed: list[RayWorker] = []
+
+    async def greet(worker: RayWorker, _deadline_s: float) -> None:
+        await looked.wait()
+        greeted.set()
+        raise WorkerDied("its node is gone")
+
+    looks = iter([False, True])
+
+    async def placed(_seats: Seats, _seat: int) -> str:
+        if next(looks):
+            looked.set()
+            await greeted.wait()
+            await asyncio.sleep(0)
+            raise ClusterError("no place")
+        return "node"
+
+    async def hire() -> None:
+        fleet = RayFleet(address=None, strategy="PACK", device="cuda", path="no/folder")
+        fleet._need = {"GPU": 1}
+        with pytest.raises(ClusterError, match="no place"):
+            await fleet.hire(0)
+
+    monkeypatch.setattr(ray_fleet, "_worker_class", MagicMock())
+    monkeypatch.setattr(ray_fleet, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(RayWorker, "greet", greet)
+    monkeypatch.setattr(RayWorker, "kill", lambda worker: killed.append(worker))
+    monkeypatch.setattr(Seats, "placed", placed)
+    monkeypatch.setattr(Seats, "strategy", lambda _seats, _seat: None)
+    asyncio.run(hire())
+    gc.collect()
+    assert len(killed) == 1
+    assert not caplog.records

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
-from cluster import local_ray
+from cluster import local_ray, ray_fleet
 from cluster.errors import ClusterError
+from cluster.ray_fleet import RayFleet
 from epslots.errors import ConfigError
 from tests.cluster.ray_helpers import RayNodes, drive, pids_below
 
@@ -38,14 +42,41 @@ worker.kill()
 print("closed", flush=True)
 """
 
+# A process that ends without having closed anything: it has only asked for that to be done at the end.
+LEFT_OPEN = """
+import atexit
+from tests.cluster.ray_helpers import Driver
+driver = Driver()
+atexit.register(driver.close)
+driver.open(1)
+driver.hire(0)
+driver.call(driver.fleet.rendezvous())
+"""
+
+# A process that says when Ray begins to start, and goes on after Ctrl-C.
+STARTING = """
+import ray
+from tests.cluster.ray_helpers import drive, pids_below
+real = ray.init
+def init(**settings):
+    print("ready", 0, "-", flush=True)
+    return real(**settings)
+ray.init = init
+try:
+    with drive(ranks=1):
+        pass
+except KeyboardInterrupt:
+    print("closed", ray.is_initialized(), pids_below(), flush=True)
+"""
+
 ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def run_driver(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+def run_driver(folder: Path, code: str = DRIVER) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     """The process, its worker's pid, its Ray's address. Warnings are errors in it; its temporary files go to the folder."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", DRIVER],
+        [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
@@ -94,6 +125,115 @@ def test_control_c_ends_all_and_says_nothing(short_folder: Path):
         assert process.stdout is not None
         assert process.stdout.read().splitlines() == ["closed"]
         assert not [p for p in below if p.is_running()]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return list(process.cmdline())
+    return []
+
+
+def test_a_process_that_closes_nothing_ends_in_peace(short_folder: Path):
+    command = [sys.executable, "-W", "error", "-c", LEFT_OPEN]
+    environment = {**os.environ, "TMPDIR": str(short_folder)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert not [p for p in psutil.process_iter() if str(short_folder) in " ".join(command_of(p))]
+    assert not any(short_folder.iterdir())
+
+
+def test_control_c_while_ray_starts_leaves_no_ray(short_folder: Path):
+    with run_driver(short_folder, STARTING) as (process, _, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0
+        assert process.stdout is not None
+        assert process.stdout.read().splitlines() == ["closed False set()"]
+
+
+@dataclass
+class FakeRay:
+    """Starts and ends when the test says so."""
+
+    called: threading.Event = field(default_factory=threading.Event)
+    may_start: threading.Event = field(default_factory=threading.Event)
+    may_end: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def start(self, _ranks: int) -> Iterator[None]:
+        self.called.set()
+        assert self.may_start.wait(60)
+        yield
+        assert self.may_end.wait(60)
+        self.ended.set()
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
+    fake = FakeRay()
+    monkeypatch.setattr(local_ray, "_start", fake.start)
+    yield fake
+    fake.may_start.set()
+    fake.may_end.set()
+
+
+def make_fleet() -> RayFleet:
+    return RayFleet(address=None, strategy="PACK", device="cpu", path="no/folder")
+
+
+async def begin_and_cancel(fleet: RayFleet, fake: FakeRay) -> None:
+    opening = asyncio.ensure_future(fleet.open(1))
+    await asyncio.to_thread(fake.called.wait)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+
+
+def test_a_ray_that_starts_when_nobody_waits_any_more_is_ended(fake_ray: FakeRay):
+    fake_ray.may_end.set()
+    asyncio.run(begin_and_cancel(make_fleet(), fake_ray))  # and no loop is left
+    fake_ray.may_start.set()
+    assert fake_ray.ended.wait(20)
+
+
+def test_closing_that_is_interrupted_goes_on_with_the_next_call(fake_ray: FakeRay):
+    async def interrupt() -> None:
+        await begin_and_cancel(fleet, fake_ray)
+        closing = asyncio.ensure_future(fleet.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        closing = asyncio.ensure_future(fleet.close())
+        await asyncio.sleep(0)
+        assert not closing.done()
+        fake_ray.may_start.set()
+        fake_ray.may_end.set()
+        await closing
+        assert fake_ray.ended.is_set()
+        await fleet.close()
+
+    fleet = make_fleet()
+    asyncio.run(interrupt())
+
+
+def test_a_ray_that_does_not_end_is_not_waited_for_for_ever(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    async def close() -> None:
+        await begin_and_cancel(fleet, fake_ray)
+        fake_ray.may_start.set()
+        await fleet.close()
+        with pytest.raises(ClusterError, match="the last Ray of this process has not ended within 0 s"):
+            await fleet.open(1)
+        await fleet.close()
+
+    fleet = make_fleet()
+    monkeypatch.setattr(ray_fleet, "_START_S", 0.2)
+    monkeypatch.setattr(ray_fleet, "_END_S", 0.2)
+    monkeypatch.setattr(local_ray, "_LAST_END_S", 0)
+    asyncio.run(close())
+    assert "Ray did not end within" in caplog.text
 
 
 def test_sigkill_ends_what_matters_and_the_next_clears_up(short_folder: Path, monkeypatch: pytest.MonkeyPatch):
