@@ -235,7 +235,7 @@ class Cluster:
     @property
     def ranks(self) -> int:
         """Ranks that serve now."""
-        return self._supervisor.serving
+        return self._supervisor.group.serving
 
     def stats(self) -> ClusterStats:
         """Counters of all ranks since each was loaded, when the step under way is done."""
@@ -245,7 +245,7 @@ class Cluster:
             dispatcher, reports = self._supervisor.dispatcher, await self._supervisor.reports()
             ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
             total = sum_stats([rank.stats for rank in ranks])
-            return ClusterStats(self._supervisor.generation, dispatcher.queued, ranks, total)
+            return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total)
 
         return self._thread.call(ask())
 
@@ -255,7 +255,7 @@ class Cluster:
         reports = self._thread.call(self._supervisor.reports())
         newest = max((report for _, report in reports), key=lambda report: report.generation, default=None)
         ranks = tuple(worker.handle.where for worker, _ in reports)
-        return Placement(self._supervisor.generation, ranks, () if newest is None else newest.layers)
+        return Placement(self._supervisor.group.generation, ranks, () if newest is None else newest.layers)
 
     def scale(self, ranks: int) -> None:
         """Change the number of ranks while requests go on; returns when that many serve.

@@ -1,13 +1,8 @@
-"""Who is in the cluster: starts a worker on every seat, makes them one group, notices who is lost, and replaces it.
+"""Who is in the cluster: starts a worker on every seat, listens to it, notices when it is lost, and replaces it.
 
-Everything here runs in one thread, on one asyncio loop. What a seat and the group go through:
+Everything here runs in one thread, on one asyncio loop. What a seat goes through:
 
-    seat      hire -> load -> ready ----------> member -> lost -> hire again, later and later if it keeps failing
-    group     whenever a member is lost or says that the group is broken, or somebody is ready:
-              roll call -> next generation, of all who answered -> Form to each -> all say Formed -> requests flow again
-
-There is one way to change the group, whatever the reason. Ranks that are told to form the next generation leave the last one
-at once; the step that breaks is made again afterwards, and their requests stay where they are.
+    hire -> load -> ready -> member of the group (``group.py``) -> lost -> hire again, later and later if it keeps failing
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from cluster.dispatcher import Caller, Dispatcher
 from cluster.display import StartDisplay
 from cluster.errors import ClusterError, RankFailed
 from cluster.fleet import Fleet, WorkerDied
-from cluster.ledger import Room
+from cluster.group import MOST_FAILURES, Group
 from cluster.loop_thread import CLOSED, LoopThread, Pulse
 from cluster.messages import (
     Ask,
@@ -33,30 +28,24 @@ from cluster.messages import (
     Command,
     Event,
     Failed,
-    Form,
     Formed,
     Load,
     Loaded,
     Outputs,
-    Ping,
     Progress,
     Report,
     Stop,
     Stopped,
-    decode_answer,
     decode_events,
     encode,
 )
 from cluster.workers import Deadlines, State, Worker
 from epslots.costs import Costs
-from epslots.loading import LOAD_DEADLINE_S
 from epslots.requests import Request
 
 logger = logging.getLogger("epslots.cluster")
 
-MOST_FAILURES = 5  # of one seat in a row, and of forming a group
 _BACKOFF_S = 1.0  # before a seat's second attempt; doubled each time
-_SECOND_LOOK_S = 0.1
 
 MakeDispatcher = Callable[[Callable[[Hashable, Command], None]], Dispatcher]
 
@@ -70,9 +59,8 @@ class Supervisor:
         make_dispatcher: given the way to send commands.
 
     Attributes:
-        generation: number of the group; -1 before the first.
+        group: the ranks that serve.
         failure: why nothing can be served any more, if so.
-        serving: how many ranks do; for any thread.
         timeline: seconds from the beginning to the end of each stage of the start, by name.
     """
 
@@ -87,38 +75,34 @@ class Supervisor:
         display: StartDisplay,
         make_dispatcher: MakeDispatcher,
     ) -> None:
-        self._thread, self._fleet, self._load, self._costs = thread, fleet, load, costs
+        self._thread, self._fleet, self._load = thread, fleet, load
         self._deadlines, self._display = deadlines, display
-        self.dispatcher = make_dispatcher(self._send)
-        self.generation = -1
+        self.dispatcher = make_dispatcher(self.send)
         self.failure: ClusterError | None = None
-        self.serving = 0
         self.timeline: dict[str, float] = {}
         self._began_s = time.monotonic()
         self._wanted = 0
         self._workers: dict[int, Worker] = {}
         self._staffing: dict[int, asyncio.Task[None]] = {}
-        self._formed = False
-        self._broken_by: str | None = None
-        """What broke the group, since it last began to form; and whether it had formed."""
-        self._broken_in_step = False
         self._reports: dict[int, Report | None] = {}
         self._asked = 0
-        self._breaks = 0
-        """Groups in a row that broke without a token."""
         self._started = False
         self._closing: asyncio.Task[None] | None = None
         self._scaling = asyncio.Lock()
         self._pulse = Pulse()
-        thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
+        self.group = Group(
+            self,
+            self._workers,
+            fleet,
+            self.dispatcher,
+            kv_tokens=load.kv_tokens,
+            costs=costs,
+            deadlines=deadlines,
+            pulse=self._pulse,
+        )
+        thread.on_bug = lambda error: self.give_up(ClusterError(f"a bug: {error!r}"))
 
     # What is asked of it.
-
-    @property
-    def members(self) -> list[Worker]:
-        """The ranks of the current generation, in order."""
-        members = [worker for worker in self._workers.values() if worker.state is State.MEMBER]
-        return sorted(members, key=lambda worker: worker.rank)
 
     async def start(self, ranks: int | None) -> Loaded:
         """Bring up the ranks (None: one on every GPU); returns when they serve, with what the first says of the model.
@@ -128,14 +112,16 @@ class Supervisor:
         """
         self._display.stage("reserving places")
         ranks = await self._fleet.open(ranks)
-        self._mark("places reserved")
-        self._spawn(self._keep_formed())
+        self.mark("places reserved")
+        self.group.least = ranks
+        self._spawn(self.group.keep_formed())
         self._spawn(self._watch())
         self._display.stage("starting workers")
         await self._staff_up(ranks)
         self._started = True
+        self.group.least = 1
         self._display.close()
-        loaded = self.members[0].loaded
+        loaded = self.group.members[0].loaded
         assert loaded is not None
         return loaded
 
@@ -162,17 +148,17 @@ class Supervisor:
             for seat in [seat for seat in self._staffing if seat >= ranks]:
                 self._staffing.pop(seat).cancel()
                 if seat in self._workers:
-                    self._lose(self._workers[seat], ClusterError("it is no longer needed"), retire=True)
+                    self.lose(self._workers[seat], ClusterError("it is no longer needed"), retire=True)
             await self._serving(range(ranks))
             await self._fleet.resize(ranks)
 
     async def reports(self) -> list[tuple[Worker, Report]]:
         """What every rank has counted; of those that are lost meanwhile, nothing."""
         asked = []
-        for worker in self.members:
+        for worker in self.group.members:
             self._asked += 1
             self._reports[self._asked] = None
-            self._send(worker, Ask(self._asked))
+            self.send(worker, Ask(self._asked))
             asked.append((worker, self._asked))
         await self._pulse.until(
             lambda: all(self._reports[number] is not None or worker.state is State.LOST for worker, number in asked)
@@ -192,7 +178,7 @@ class Supervisor:
         workers = list(self._workers.values())
         loaded = [worker for worker in workers if worker.state in (State.READY, State.MEMBER)]
         for worker in loaded:
-            self._send(worker, Stop())
+            self.send(worker, Stop())
         await self._pulse.until(
             lambda: all(worker.stopped or worker.state is State.LOST for worker in loaded), self._deadlines.stop_s
         )
@@ -217,12 +203,12 @@ class Supervisor:
         """Wait until these seats serve, and none beyond the wanted ones."""
 
         def settled() -> bool:
-            serving = {worker.seat for worker in self.members}
+            serving = {worker.seat for worker in self.group.members}
             given_up = set(seats) - self._staffing.keys()
             return (
                 self.failure is not None
                 or bool(given_up)
-                or (self._formed and serving >= set(seats) and max(serving, default=0) < self._wanted)
+                or (self.group.formed and serving >= set(seats) and max(serving, default=0) < self._wanted)
             )
 
         await self._pulse.until(settled)
@@ -239,7 +225,7 @@ class Supervisor:
             try:
                 worker = Worker(seat, await self._fleet.hire(seat))
                 self._workers[seat] = worker
-                self._mark("workers started")
+                self.mark("workers started")
                 worker.listening = self._spawn(self._listen(worker))
                 await asyncio.wait({worker.listening})
                 assert worker.cause is not None, "listening ends with the worker"
@@ -252,14 +238,14 @@ class Supervisor:
             if self._closing is not None:
                 return
             if not self._started:
-                self._give_up(told)
+                self.give_up(told)
                 return
             failures = 0 if worker is not None and worker.proven else failures + 1
             if failures == MOST_FAILURES:
                 logger.error("%s. That was the %dth failure in a row; its seat is given up", told, failures)
                 del self._staffing[seat]
                 if not self._staffing:
-                    self._give_up(told)
+                    self.give_up(told)
                 self._pulse.beat()
                 return
             if failures:
@@ -274,13 +260,13 @@ class Supervisor:
                 for event in decode_events(await worker.handle.events()):
                     self._take(worker, event)
         except (WorkerDied, ClusterError) as error:
-            self._lose(worker, error)
+            self.lose(worker, error)
 
     def _take(self, worker: Worker, event: Event) -> None:
         match event:
             case Outputs(outputs):
                 worker.served = True
-                self._breaks = 0
+                self.group.breaks = 0
                 self.dispatcher.take(worker, outputs)
                 return  # nobody waits for that here
             case Asleep(generation, step):
@@ -290,12 +276,12 @@ class Supervisor:
                 self._display.progress(worker.seat, title, done, total)
             case Loaded():
                 worker.loaded, worker.state = event, State.READY
-                self._mark("model loaded")
+                self.mark("model loaded")
             case Formed(generation):
                 worker.formed = generation
             case Broken(generation, cause, stood):
-                if generation == self.generation:
-                    self._break_up(f"{worker.name} says: {cause}", stood=stood)
+                if generation == self.group.generation:
+                    self.group.break_up(f"{worker.name} says: {cause}", stood=stood)
             case Failed():
                 error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}")
                 if not event.deliberate:
@@ -307,7 +293,7 @@ class Supervisor:
                 worker.stopped = True
         self._pulse.beat()
 
-    def _lose(self, worker: Worker, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
+    def lose(self, worker: Worker, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
         """A worker is gone, or must go. Nothing that it says from now on is heard."""
         if worker.state is State.LOST:
             return
@@ -318,7 +304,7 @@ class Supervisor:
         if worker.listening is not None and worker.listening is not asyncio.current_task():
             worker.listening.cancel()
         if was_member:
-            self._break_up(f"{worker.name} is lost: {cause}")
+            self.group.break_up(f"{worker.name} is lost: {cause}")
         moved = self.dispatcher.lose(worker, blame=not retire, cause=str(cause))
         if self._started and not retire and self._closing is None:
             what = cause if isinstance(cause, RankFailed) else f"{worker.name} is lost: {cause}"
@@ -326,150 +312,23 @@ class Supervisor:
             logger.warning("%s%s%s", what, f"; its {moved} requests move" if moved else "", notes)
         self._pulse.beat()
 
-    def _give_up(self, error: ClusterError) -> None:
+    def give_up(self, error: ClusterError) -> None:
         """Nothing can be served any more."""
         self.failure = self.failure or error
         self.dispatcher.pause()
         self.dispatcher.fail(self.failure)
         self._pulse.beat()
 
-    # The group.
-
-    def _break_up(self, cause: str, *, stood: bool = False) -> None:
-        self.serving = len(self.members)
-        self._formed = False
-        if self._broken_by is None:
-            self._broken_by = cause
-            self._broken_in_step = stood
-            self._breaks += stood
-        self.dispatcher.pause()
-        self._pulse.beat()
-
-    def _candidates(self) -> list[Worker]:
-        """Who could be in the next generation: those of this one first."""
-        return self.members + [worker for worker in self._workers.values() if worker.state is State.READY]
-
-    def _should_form(self) -> bool:
-        candidates = self._candidates()
-        if self._formed and len(candidates) == len(self.members):
-            return False
-        # The first group is everybody's; later ones go on without those that will come.
-        return len(candidates) >= (1 if self._started else self._wanted)
-
-    async def _keep_formed(self) -> None:
-        """Form a group whenever the last is broken or somebody is ready."""
-        failures = 0
-        while self.failure is None:
-            await self._pulse.until(self._should_form)
-            if self._breaks > 1:
-                logger.warning("the group broke %d times without a token; the last time: %s", self._breaks, self._broken_by)
-            if self._breaks >= MOST_FAILURES:
-                self._give_up(ClusterError(f"the group broke {self._breaks} times without a token: {self._broken_by}"))
-                return
-            await self._roll_call(self._candidates(), self._deadlines.roll_call_s)
-            if not self._should_form():
-                continue
-            cause = await self._form()
-            failures = 0 if cause is None else failures + 1
-            if failures == MOST_FAILURES:
-                places = ", ".join(sorted(worker.handle.where for worker in self._candidates()))
-                self._give_up(
-                    ClusterError(
-                        f"the ranks could not form a group, {failures} times in a row; the last time: {cause}. They must "
-                        f"reach each other over TCP, on any port: see firewalls and addresses of {places or 'all nodes'}"
-                    )
-                )
-
-    async def _form(self) -> str | None:
-        """Form the next generation, of all candidates; returns what went wrong, if anything did."""
-        logger.debug("forming generation %d after: %s", self.generation + 1, self._broken_by)
-        try:
-            host, port = await self._fleet.rendezvous()
-        except (WorkerDied, ClusterError) as error:
-            return f"there is no place to meet: {error}"
-        if not self._should_form():
-            return None
-        members = self._candidates()
-        self.generation += 1
-        self._formed, self._broken_by, self._broken_in_step = False, None, False
-        self.dispatcher.begin(self.generation)
-        generation, deadlines = self.generation, self._deadlines
-        fresh = all(worker.state is State.READY for worker in members)
-        for rank, worker in enumerate(members):
-            worker.rank, worker.state = rank, State.MEMBER
-            form = Form(
-                generation=generation,
-                rank=rank,
-                size=len(members),
-                host=host,
-                port=port,
-                form_s=deadlines.form_s,
-                deadline_s=deadlines.operation_s,
-                fresh=fresh,
-                costs=self._costs,
-            )
-            self._send(worker, form)
-        in_time = await self._pulse.until(
-            lambda: self._broken_by is not None or all(worker.formed == generation for worker in members),
-            LOAD_DEADLINE_S if fresh else 3 * deadlines.form_s + deadlines.operation_s,
-        )
-        if not in_time:
-            for worker in members:
-                if worker.formed != generation:
-                    self._lose(worker, WorkerDied("it neither joined the group nor said why"))
-        if self._broken_by is not None:
-            if self._broken_in_step:
-                return None  # it had formed, and broke for another reason
-            self._drop_newcomers(members, self._broken_by)
-            return self._broken_by
-        self._formed = True
-        self.serving = len(members)
-        logger.info("generation %d: %d ranks serve", generation, len(members))
-        self._mark("group formed")
-        rooms: dict[Hashable, Room] = {
-            w: Room(self._load.kv_tokens, w.loaded.batches) for w in members if w.loaded is not None
-        }
-        self.dispatcher.serve(rooms)
-        self._pulse.beat()
-        return None
-
-    def _drop_newcomers(self, members: Sequence[Worker], cause: str) -> None:
-        """A group didn't form though nobody is lost: if some of it stood together before, the others are the likely reason."""
-        newcomers = [worker for worker in members if worker.formed < 0]
-        if len(newcomers) < len(members) and all(worker.state is State.MEMBER for worker in members):
-            for worker in newcomers:
-                self._lose(worker, WorkerDied(f"the group could not form with it: {cause}"))
-
-    async def _roll_call(self, workers: Sequence[Worker], deadline_s: float) -> None:
-        """Ask for a sign of life, and lose those that don't give it."""
-
-        async def ask(worker: Worker) -> None:
-            asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
-            await asyncio.wait({asking}, timeout=deadline_s)
-            if not asking.done():  # maybe this process stood still, and the answer waits here
-                await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
-            try:
-                if not asking.done():
-                    asking.cancel()
-                    raise WorkerDied(f"it did not answer within {deadline_s:g} s")
-                if not decode_answer(asking.result()).going:  # why, it is about to say
-                    await self._pulse.until(lambda: worker.state is State.LOST, deadline_s)
-                    raise WorkerDied("it has ended its work")
-            except WorkerDied as error:
-                self._lose(worker, error)
-
-        await asyncio.gather(*map(ask, workers))
+    # Odds and ends.
 
     async def _watch(self) -> None:
         """While there is something to do, see that everybody answers. An idle cluster is left alone."""
         while True:
-            await self._pulse.until(lambda: bool(self.dispatcher.unfinished) or not self._formed)
+            await self._pulse.until(lambda: bool(self.dispatcher.unfinished) or not self.group.formed)
             await asyncio.sleep(self._deadlines.silence_s / 2)
-            await self._roll_call(list(self._workers.values()), self._deadlines.silence_s)
+            await self.group.roll_call(list(self._workers.values()), self._deadlines.silence_s)
 
-    # Odds and ends.
-
-    def _send(self, worker: Hashable, command: Command) -> None:
+    def send(self, worker: Hashable, command: Command) -> None:
         """Send a command in the background; commands arrive in the order of these calls."""
         assert isinstance(worker, Worker)
         self._spawn(self._deliver(worker, encode(command)))
@@ -478,11 +337,11 @@ class Supervisor:
         try:
             await worker.handle.command(message)
         except WorkerDied as error:
-            self._lose(worker, error)
+            self.lose(worker, error)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._thread.spawn(work)
 
-    def _mark(self, stage: str) -> None:
+    def mark(self, stage: str) -> None:
         if not self._started:
             self.timeline[stage] = time.monotonic() - self._began_s

@@ -156,21 +156,19 @@ def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(local: Driver, w
 
 
 def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """The greeting fails while the place of the worker is looked for, and there is none."""
-    looked, greeted = asyncio.Event(), asyncio.Event()
+    """There is no place for the worker any more, and its greeting fails just when it is cancelled for that."""
     killed: list[RayWorker] = []
 
     async def greet(worker: RayWorker, _deadline_s: float) -> None:
-        await looked.wait()
-        greeted.set()
-        raise WorkerDied("its node is gone")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise WorkerDied("its node is gone") from None
 
     looks = iter([False, True])
 
     async def placed(_seats: Seats, _seat: int) -> str:
         if next(looks):
-            looked.set()
-            await greeted.wait()
             await asyncio.sleep(0)
             raise ClusterError("no place")
         return "node"

@@ -1,0 +1,215 @@
+"""The ranks that are one model now: a process group of their own, which is formed anew whenever somebody is lost or comes.
+
+    whenever a member is lost or says that the group is broken, or somebody is ready:
+    roll call -> next generation, of all who answered -> Form to each -> all say Formed -> requests flow again
+
+There is one way to change the group, whatever the reason. Ranks that are told to form the next generation leave the last one
+at once; the step that breaks is made again afterwards, and their requests stay where they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
+
+from cluster.dispatcher import Dispatcher
+from cluster.errors import ClusterError
+from cluster.fleet import Fleet, WorkerDied
+from cluster.ledger import Room
+from cluster.loop_thread import Pulse
+from cluster.messages import Command, Form, Ping, decode_answer, encode
+from cluster.workers import Deadlines, State, Worker
+from epslots.costs import Costs
+from epslots.loading import LOAD_DEADLINE_S
+
+logger = logging.getLogger("epslots.cluster")
+
+MOST_FAILURES = 5  # in a row
+_SECOND_LOOK_S = 0.1
+
+
+class Crew(Protocol):
+    """Whoever has the workers."""
+
+    failure: ClusterError | None
+
+    def send(self, worker: Hashable, command: Command) -> None:
+        """Send a command in the background, in order."""
+
+    def lose(self, worker: Worker, cause: WorkerDied | ClusterError) -> None:
+        """Give a worker up."""
+
+    def give_up(self, error: ClusterError) -> None:
+        """Nothing can be served any more."""
+
+    def mark(self, stage: str) -> None:
+        """A stage of the start has ended."""
+
+
+class Group:
+    """Keeps the group formed. Of the supervisor's thread.
+
+    Args:
+        workers: all that there are, by seat; changed by the crew.
+
+    Attributes:
+        generation: number of the group; -1 before the first.
+        formed: whether it stands.
+        serving: how many ranks do; for any thread.
+        least: how many ranks must be there before a group is formed.
+        breaks: groups in a row that broke without a token; set to 0 when one comes.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        workers: Mapping[int, Worker],
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        *,
+        kv_tokens: int,
+        costs: Costs | None,
+        deadlines: Deadlines,
+        pulse: Pulse,
+    ) -> None:
+        self._crew, self._workers, self._fleet, self._dispatcher = crew, workers, fleet, dispatcher
+        self._kv_tokens, self._costs, self._deadlines, self._pulse = kv_tokens, costs, deadlines, pulse
+        self.generation = -1
+        self.formed = False
+        self.serving = 0
+        self.least = 1
+        self.breaks = 0
+        self._broken_by: str | None = None
+        """What broke the group, since it last began to form; and whether it had formed."""
+        self._broken_in_step = False
+
+    @property
+    def members(self) -> list[Worker]:
+        """The ranks of the current generation, in order."""
+        members = [worker for worker in self._workers.values() if worker.state is State.MEMBER]
+        return sorted(members, key=lambda worker: worker.rank)
+
+    def break_up(self, cause: str, *, stood: bool = False) -> None:
+        """The group is broken, or can't form. ``stood``: in a step."""
+        self.serving = len(self.members)
+        self.formed = False
+        if self._broken_by is None:
+            self._broken_by = cause
+            self._broken_in_step = stood
+            self.breaks += stood
+        self._dispatcher.pause()
+        self._pulse.beat()
+
+    def _candidates(self) -> list[Worker]:
+        """Who could be in the next generation: those of this one first."""
+        return self.members + [worker for worker in self._workers.values() if worker.state is State.READY]
+
+    def _should_form(self) -> bool:
+        candidates = self._candidates()
+        if self.formed and len(candidates) == len(self.members):
+            return False
+        return len(candidates) >= self.least
+
+    async def keep_formed(self) -> None:
+        """Form a group whenever the last is broken or somebody is ready."""
+        failures = 0
+        while self._crew.failure is None:
+            await self._pulse.until(self._should_form)
+            if self.breaks > 1:
+                logger.warning("the group broke %d times without a token; the last time: %s", self.breaks, self._broken_by)
+            if self.breaks >= MOST_FAILURES:
+                self._crew.give_up(ClusterError(f"the group broke {self.breaks} times without a token: {self._broken_by}"))
+                return
+            await self.roll_call(self._candidates(), self._deadlines.roll_call_s)
+            if not self._should_form():
+                continue
+            cause = await self._form()
+            failures = 0 if cause is None else failures + 1
+            if failures == MOST_FAILURES:
+                places = ", ".join(sorted(worker.handle.where for worker in self._candidates()))
+                self._crew.give_up(
+                    ClusterError(
+                        f"the ranks could not form a group, {failures} times in a row; the last time: {cause}. They must "
+                        f"reach each other over TCP, on any port: see firewalls and addresses of {places or 'all nodes'}"
+                    )
+                )
+
+    async def _form(self) -> str | None:
+        """Form the next generation, of all candidates; returns what went wrong, if anything did."""
+        logger.debug("forming generation %d after: %s", self.generation + 1, self._broken_by)
+        try:
+            host, port = await self._fleet.rendezvous()
+        except (WorkerDied, ClusterError) as error:
+            return f"there is no place to meet: {error}"
+        if not self._should_form():
+            return None
+        members = self._candidates()
+        self.generation += 1
+        self.formed, self._broken_by, self._broken_in_step = False, None, False
+        self._dispatcher.begin(self.generation)
+        generation, deadlines = self.generation, self._deadlines
+        fresh = all(worker.state is State.READY for worker in members)
+        for rank, worker in enumerate(members):
+            worker.rank, worker.state = rank, State.MEMBER
+            form = Form(
+                generation=generation,
+                rank=rank,
+                size=len(members),
+                host=host,
+                port=port,
+                form_s=deadlines.form_s,
+                deadline_s=deadlines.operation_s,
+                fresh=fresh,
+                costs=self._costs,
+            )
+            self._crew.send(worker, form)
+        in_time = await self._pulse.until(
+            lambda: self._broken_by is not None or all(worker.formed == generation for worker in members),
+            LOAD_DEADLINE_S if fresh else 3 * deadlines.form_s + deadlines.operation_s,
+        )
+        if not in_time:
+            for worker in members:
+                if worker.formed != generation:
+                    self._crew.lose(worker, WorkerDied("it neither joined the group nor said why"))
+        if self._broken_by is not None:
+            if self._broken_in_step:
+                return None  # it had formed, and broke for another reason
+            self._drop_newcomers(members, self._broken_by)
+            return self._broken_by
+        self.formed = True
+        self.serving = len(members)
+        logger.info("generation %d: %d ranks serve", generation, len(members))
+        self._crew.mark("group formed")
+        rooms: dict[Hashable, Room] = {w: Room(self._kv_tokens, w.loaded.batches) for w in members if w.loaded is not None}
+        self._dispatcher.serve(rooms)
+        self._pulse.beat()
+        return None
+
+    def _drop_newcomers(self, members: Sequence[Worker], cause: str) -> None:
+        """A group didn't form though nobody is lost: if some of it stood together before, the others are the likely reason."""
+        newcomers = [worker for worker in members if worker.formed < 0]
+        if len(newcomers) < len(members) and all(worker.state is State.MEMBER for worker in members):
+            for worker in newcomers:
+                self._crew.lose(worker, WorkerDied(f"the group could not form with it: {cause}"))
+
+    async def roll_call(self, workers: Sequence[Worker], deadline_s: float) -> None:
+        """Ask for a sign of life, and lose those that don't give it."""
+
+        async def ask(worker: Worker) -> None:
+            asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
+            await asyncio.wait({asking}, timeout=deadline_s)
+            if not asking.done():  # maybe this process stood still, and the answer waits here
+                await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
+            try:
+                if not asking.done():
+                    asking.cancel()
+                    raise WorkerDied(f"it did not answer within {deadline_s:g} s")
+                if not decode_answer(asking.result()).going:  # why, it is about to say
+                    await self._pulse.until(lambda: worker.state is State.LOST, deadline_s)
+                    raise WorkerDied("it has ended its work")
+            except WorkerDied as error:
+                self._crew.lose(worker, error)
+
+        await asyncio.gather(*map(ask, workers))
