@@ -62,10 +62,10 @@ def running(cluster: Cluster, new: int) -> list[Generation]:
 def test_killed_in_the_middle_of_a_step(open_cluster: Any, folder: Path, ranks: int):
     cluster, fleet = open_cluster(ranks)
     first = fleet.workers[0]
-    generations = running(cluster, 120)
+    generations = running(cluster, 80)
     os.kill(fleet.workers[1].pid, signal.SIGKILL)
     assert not any(generation.done for generation in generations)
-    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 120)
+    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 80)
     cluster.scale(ranks)  # the replacement has joined
     assert cluster.ranks == ranks
     assert fleet.workers[0] is first
@@ -77,16 +77,16 @@ def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Pa
     cluster, fleet = open_cluster(2)
     stopped = fleet.workers[1]
     monkeypatch.setattr(stopped, "kill", lambda: None)
-    generations = running(cluster, 120)
+    generations = running(cluster, 80)
     os.kill(stopped.pid, signal.SIGSTOP)
-    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 120)
+    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 80)
     cluster.scale(2)
     generation = cluster.stats().generation
     stopped.said.clear()
-    again = running(cluster, 60)
+    again = running(cluster, 40)
     os.kill(stopped.pid, signal.SIGCONT)
     assert stopped.said.wait(30)  # that its group is broken; and nobody listens
-    assert [one.result(60).tokens for one in again] == expected(folder, PROMPTS, 60)
+    assert [one.result(60).tokens for one in again] == expected(folder, PROMPTS, 40)
     assert cluster.stats().generation == generation
     assert cluster.ranks == 2
     stopped.process.kill()

@@ -20,7 +20,7 @@ from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
 from tests.grouped import TOKENS_TRAVEL
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
-NEW = 150
+NEW = 80
 
 
 @pytest.fixture(scope="module")

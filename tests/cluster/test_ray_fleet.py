@@ -135,21 +135,29 @@ def test_fleets_of_one_process_share_its_ray(local: Driver, workers: list[RayWor
     assert local.command(workers[0], b"still here") == b"still here"
 
 
-def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(local: Driver, workers: list[RayWorker]):
-    async def cancel() -> list[RayWorker]:
+def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(
+    local: Driver, workers: list[RayWorker], monkeypatch: pytest.MonkeyPatch
+):
+    greeted, greet = asyncio.Queue[RayWorker](), RayWorker.greet
+
+    async def told(worker: RayWorker, deadline_s: float) -> None:
+        greeted.put_nowait(worker)
+        await greet(worker, deadline_s)
+
+    async def cancel() -> RayWorker:
         before = asyncio.all_tasks()
         hiring = asyncio.ensure_future(local.fleet.hire(1))
-        while not (new := [worker for worker in local.fleet._workers if worker not in known]):
-            await asyncio.sleep(0.02)
+        worker = await greeted.get()
         hiring.cancel()
         with pytest.raises(asyncio.CancelledError):
             await hiring
         assert asyncio.all_tasks() == before
-        return new
+        return worker
 
     workers[1].kill()
-    known = set(local.fleet._workers)
-    (worker,) = local.call(cancel())
+    with monkeypatch.context() as patch:
+        patch.setattr(RayWorker, "greet", told)
+        worker = local.call(cancel())
     with pytest.raises(WorkerDied):
         local.command(worker, b"")
     workers[1] = local.hire(1)
