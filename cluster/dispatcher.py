@@ -145,7 +145,7 @@ class Dispatcher:
         moved, given_up = self._ledger.release(worker, blame=blame)
         for entry in given_up:
             call = self._calls.pop(entry.request.id)
-            message = f"{entry.losses} ranks were lost while they served this request; the last one: {cause}"
+            message = f"{entry.losses} ranks were lost while they served this request, none got on; the last one: {cause}"
             call.caller.arrive((), "error", message)
         self._plan()
         return len(moved)

@@ -6,8 +6,8 @@
 
 A request goes to the least loaded rank as soon as one has room for it, and not before: those that wait can go to ranks that
 come later. A rank that is lost gives its requests back. They go to the front of the queue and are started again from their
-prompt and the tokens that had arrived, so nothing that a user has seen changes. A request that was lost with several ranks may
-be what ends them: it is tried alone, and in the end given up.
+prompt and the tokens that had arrived, so nothing that a user has seen changes. A request that was lost with several ranks, and
+got on with none of them, may be what ends them: it is tried alone, and in the end given up.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from epslots.requests import Output, Request
 
-# Ranks that a request may be lost with before it has one to itself, so that the others aren't blamed if it is the reason; and
-# before it is given up, so that it doesn't go on for ever ending ranks.
+# Ranks in a row that a request may be lost with, without a token in between, before it has one to itself, so that the others
+# aren't blamed if it is the reason; and before it is given up, so that it doesn't go on for ever ending ranks.
 MOST_SHARED_LOSSES = 2
 MOST_LOSSES = 5
 
@@ -33,7 +33,7 @@ class Entry:
     worker: Hashable | None = None
     """Who serves it; None while it is queued."""
     losses: int = 0
-    """Ranks that were lost while they had it."""
+    """Ranks in a row that were lost while they had it, before a token came."""
     ending: bool = False
 
     @property
@@ -161,6 +161,8 @@ class Ledger:
         if entry.ending:
             return None
         entry.tokens += output.tokens
+        if output.tokens:
+            entry.losses = 0  # it isn't what ends them: what does so once does it again at the same token
         return entry
 
     def end(self, id: str) -> Hashable | None:

@@ -26,7 +26,7 @@ class Deadlines:
         stop_s: in which ranks give everything back before they are killed.
     """
 
-    roll_call_s: float = 1.0
+    roll_call_s: float = 3.0
     silence_s: float = 10.0
     form_s: float = 10.0
     operation_s: float = 60.0

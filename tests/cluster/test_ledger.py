@@ -86,6 +86,15 @@ def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
     assert assigned(ledger, x=WIDE) == [("x", "new")]
 
 
+def test_a_request_that_gets_on_is_no_suspect():
+    ledger = Ledger()
+    ledger.add(request("a", 3, 100))
+    for token in range(3 * MOST_LOSSES):
+        assert assigned(ledger, x=WIDE) == [("x", "a")]
+        assert ledger.count("x", Output("a", (token,))) is not None
+        assert ledger.release("x")[1] == []
+
+
 def test_an_ended_request_is_awaited_but_not_told_of():
     ledger = Ledger()
     ledger.add(request("a"))
