@@ -182,4 +182,5 @@ def _compare(levels: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def _shared_memory() -> set[Path]:
-    return set(_MEMORY.iterdir()) if _MEMORY.is_dir() else set()
+    """Segments: folders there are temporary ones of other programs."""
+    return {path for path in _MEMORY.iterdir() if path.is_file()} if _MEMORY.is_dir() else set()
