@@ -154,8 +154,8 @@ class Cluster:
     def generate(self, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Result]:
         """Continue prompts, many at once; yields results as they finish.
 
-        Prompts are taken as there is room for them, so there may be any number. A prompt that can't be served is a result with
-        the reason "error". Closing the iterator gives up what isn't done.
+        Prompts are taken as there is room for them, in the caller's thread, so there may be any number. A prompt that can't be
+        served is a result with the reason "error". Closing the iterator gives up what isn't done.
 
         Args:
             prompts: text, token ids, or mappings with "prompt" and settings that differ from the others'.
@@ -177,7 +177,7 @@ class Cluster:
         try:
             while following is not None or running:
                 # With nothing of its own to wait for, a caller waits until others leave room.
-                while following is not None and self._room.acquire(blocking=not running):
+                while following is not None and done.empty() and self._room.acquire(blocking=not running):
                     index, prompt = following
                     try:
                         running.add(self._send(index, prompt, settings, done.put))

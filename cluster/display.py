@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from epslots.units import format_bytes
 
 
 class StartDisplay:
@@ -18,7 +20,7 @@ class StartDisplay:
     def __init__(self, shown: bool | None = None) -> None:
         shown = sys.stderr.isatty() if shown is None else shown
         self._work: dict[tuple[int, str], tuple[int, int]] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
         self._bar = Progress(*columns, console=Console(file=sys.stderr), disable=not shown, transient=True)
         self._task: TaskID | None = None
 
@@ -26,7 +28,7 @@ class StartDisplay:
         """What goes on now."""
         if self._task is None:
             self._bar.start()
-            self._task = self._bar.add_task(title, total=None)
+            self._task = self._bar.add_task(title, total=None, amount="")
         self._bar.update(self._task, description=title)
 
     def progress(self, seat: int, title: str, done_bytes: int, total_bytes: int) -> None:
@@ -35,11 +37,13 @@ class StartDisplay:
             return
         self._work[seat, title] = done_bytes, total_bytes
         busy = sum(done < total for done, total in self._work.values())
+        done, total = (sum(numbers) for numbers in zip(*self._work.values(), strict=True))
         self._bar.update(
             self._task,
+            amount=f"{format_bytes(done)} of {format_bytes(total)}",
             description=f"{title} ({busy} ranks)" if busy else "ranks meet",
-            completed=sum(done for done, _ in self._work.values()),
-            total=sum(total for _, total in self._work.values()),
+            completed=done,
+            total=total,
         )
 
     def close(self) -> None:

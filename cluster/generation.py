@@ -252,13 +252,13 @@ class Checker:
         if wrong := [token for token in tokens if not 0 <= token < loaded.vocabulary]:
             raise ConfigError(f"the prompt has token {wrong[0]}; allowed: 0 to {loaded.vocabulary - 1}")
         size = f"the prompt has {len(tokens)} tokens and max_new_tokens is {new}"
+        if loaded.context is not None and len(tokens) + new > loaded.context:
+            raise ConfigError(f"{size}, but the model's context holds {loaded.context}")
         if len(tokens) + new - 1 > loaded.capacity:
             raise ConfigError(
                 f"{size}, but a rank's cache holds {loaded.capacity}; shorten one of them, or give the cluster a larger "
                 f"kv_tokens"
             )
-        if loaded.context is not None and len(tokens) + new > loaded.context:
-            raise ConfigError(f"{size}, but the model's context holds {loaded.context}")
         ends = loaded.end_tokens if settings.stop_tokens is None else settings.stop_tokens
         if wrong := [token for token in ends if not 0 <= token < loaded.vocabulary]:
             raise ConfigError(f"stop_tokens has {wrong[0]}; allowed: 0 to {loaded.vocabulary - 1}")

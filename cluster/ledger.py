@@ -6,8 +6,8 @@
 
 A request goes to the least loaded rank as soon as one has room for it, and not before: those that wait can go to ranks that
 come later. A rank that is lost gives its requests back. They go to the front of the queue and are started again from their
-prompt and the tokens that had arrived, so nothing that a user has seen changes. A request that was lost with several ranks, and
-got on with none of them, may be what ends them: it is tried alone, and in the end given up.
+prompt and the tokens that had arrived, so nothing that a user has seen changes. A request that was lost with several ranks,
+and got on with none of them, may be what ends them: it is tried alone, and in the end given up.
 """
 
 from __future__ import annotations

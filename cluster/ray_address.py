@@ -17,7 +17,7 @@ from epslots.errors import ConfigError
 
 _PROBE_S = 5.0
 
-START = "start one with `ray start --head`, or give no address to have a local one"
+START = "start one with `ray start --head`, or have a local one: give no address (a job: --address local)"
 TOKENS = (
     "give this process the cluster's token, in ~/.ray/auth_token (or where RAY_AUTH_TOKEN_PATH says, or in RAY_AUTH_TOKEN), "
     "and set RAY_AUTH_MODE=token, without which Ray sends no token to an address that was spelled out"

@@ -160,6 +160,7 @@ class Supervisor:
             self._reports[self._asked] = None
             self.send(worker, Ask(self._asked))
             asked.append((worker, self._asked))
+        self._pulse.beat()
         await self._pulse.until(
             lambda: all(self._reports[number] is not None or worker.state is State.LOST for worker, number in asked)
         )
@@ -322,9 +323,9 @@ class Supervisor:
     # Odds and ends.
 
     async def _watch(self) -> None:
-        """While there is something to do, see that everybody answers. An idle cluster is left alone."""
+        """While anything is awaited, see that everybody answers. An idle cluster is left alone."""
         while True:
-            await self._pulse.until(lambda: bool(self.dispatcher.unfinished) or not self.group.formed)
+            await self._pulse.until(lambda: bool(self.dispatcher.unfinished or self._reports) or not self.group.formed)
             await asyncio.sleep(self._deadlines.silence_s / 2)
             await self.group.roll_call(list(self._workers.values()), self._deadlines.silence_s)
 
