@@ -289,6 +289,13 @@ def test_starts_that_fail(open_cluster: Any, settings: dict[str, Any], error: ty
     assert all(worker.dead for worker in fleet.workers.values())
 
 
+def test_ranks_that_can_not_reach_each_other(open_cluster: Any):
+    fleet = FakeFleet()
+    fleet.unreachable |= {0, 1}
+    with pytest.raises(ClusterError, match=r"could not form a group, 5 times in a row.*nobody is there.*firewalls"):
+        open_cluster(2, fleet)
+
+
 def test_a_model_that_is_not_there(cache_dir: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="nothing"):
         Cluster(tmp_path / "nothing", ranks=1, fleet=FakeFleet(), cache_dir=cache_dir)
