@@ -59,7 +59,7 @@ class Group:
         formed: whether it stands.
         serving: how many ranks do; for any thread.
         least: how many ranks must be there before a group is formed.
-        breaks: groups in a row that broke without a token; set to 0 when one comes.
+        breaks: groups in a row that broke without a token, and without a rank lost; set to 0 when either comes.
     """
 
     def __init__(

@@ -305,6 +305,7 @@ class Supervisor:
         if worker.listening is not None and worker.listening is not asyncio.current_task():
             worker.listening.cancel()
         if was_member:
+            self.group.breaks = 0  # this one explains itself
             self.group.break_up(f"{worker.name} is lost: {cause}")
         moved = self.dispatcher.lose(worker, blame=not retire, cause=str(cause))
         if self._started and not retire and self._closing is None:
