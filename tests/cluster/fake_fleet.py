@@ -31,13 +31,17 @@ class _Killed(BaseException):
     """Ends a dead worker's thread."""
 
 
+# transformers' loading changes globals, and two at once would leave them changed: whoever loads in this process holds it.
+LOADING = threading.Lock()
+
+
 @pytest.fixture
 def one_load_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' loading changes globals: of threads, one at a time."""
-    lock, load = threading.Lock(), cluster.rank_loop.load_alone
+    """Ranks that are threads load one after the other."""
+    load = cluster.rank_loop.load_alone
 
     def locked(*arguments: Any, **settings: Any) -> Any:
-        with lock:
+        with LOADING:
             return load(*arguments, **settings)
 
     monkeypatch.setattr(cluster.rank_loop, "load_alone", locked)
@@ -174,6 +178,7 @@ class FakeFleet:
         self.faults_done: list[tuple[int, Fault]] = []
         self.seats = 0
         self.closed = False
+        self._all: list[FakeWorker] = []
         self._hubs: dict[int, LocalHub] = {}
         self._lock = threading.Lock()
 
@@ -202,6 +207,7 @@ class FakeFleet:
         if self.refuse[seat]:
             raise WorkerDied(self.refuse[seat].pop(0))
         self.workers[seat] = FakeWorker(self, seat)
+        self._all.append(self.workers[seat])
         return self.workers[seat]
 
     async def neighbours(self, seat: int) -> int:
@@ -211,4 +217,8 @@ class FakeFleet:
         return "nowhere", 1
 
     async def close(self) -> None:
+        """No thread is left, and so none that loads while the next test does."""
         self.closed = True
+        for worker in self._all:
+            worker.kill()
+            worker.loop._thread.join(30)

@@ -35,6 +35,9 @@ _FAST_CHECKS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 20
 _CHECKS = {**_FAST_CHECKS, "health_check_failure_threshold": 4}
 
 
+_NUMBERS = count(2)  # of all nodes: each has an address of its own, where Ray's agents listen on fixed ports
+
+
 class RayNodes:
     """Ray nodes on this machine, each with an address of its own: 127.0.0.2, 127.0.0.3, ... Token authentication is on.
 
@@ -45,7 +48,6 @@ class RayNodes:
     def __init__(self, folder: str, *, dashboard: bool = False) -> None:
         self._folder = folder
         self._dashboard = dashboard
-        self._numbers = count(2)
         self._cluster = RayCluster()
         self.head = self.add()
         self.address: str = self._cluster.address
@@ -54,7 +56,7 @@ class RayNodes:
         first = self._cluster.head_node is None
         return self._cluster.add_node(
             num_cpus=num_cpus,
-            node_ip_address=f"127.0.0.{next(self._numbers)}",
+            node_ip_address=f"127.0.0.{next(_NUMBERS)}",
             temp_dir=self._folder,
             object_store_memory=80 * 2**20,
             include_dashboard=first and self._dashboard,

@@ -16,7 +16,7 @@ from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Result
 from epslots.errors import CheckpointError, ConfigError
 from tests import zoo
-from tests.cluster.fake_fleet import FakeFleet, Fault, one_load_at_a_time
+from tests.cluster.fake_fleet import LOADING, FakeFleet, Fault, one_load_at_a_time
 from tests.grouped import TOKENS_TRAVEL
 from tests.test_load_equal import greedy
 
@@ -49,7 +49,8 @@ def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[
 
 
 def expected(folder: Path, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
-    reference = zoo.reference(folder)
+    with LOADING:
+        reference = zoo.reference(folder)
     return [tuple(greedy(reference, torch.tensor([p]), new)[len(p) :]) for p in prompts]
 
 
@@ -218,7 +219,7 @@ def test_the_queue_is_bounded(open_cluster: Any, folder: Path):
     ("prompt", "settings", "said"),
     [
         ([], {}, "an empty prompt; at least one token is needed"),
-        ([1] * 600, {}, "the prompt has 600 tokens and max_new_tokens is 128, but a rank's cache holds"),
+        ([1] * 600, {}, "the prompt has 600 tokens and max_new_tokens is 128, but the model's context holds 512"),
         ([5, 10**6], {}, "the prompt has token 1000000; allowed: 0 to 319"),
         ([5, -1], {}, "the prompt has token -1"),
         ([5], {"max_new_tokens": 10**9}, "max_new_tokens is 1000000000"),
@@ -414,6 +415,12 @@ def test_a_bug_of_the_supervisors_is_everybodys_error(open_cluster: Any, monkeyp
     generation = cluster.submit(PROMPTS[0])
     with pytest.raises(ClusterError, match="a bug: ZeroDivisionError"):
         generation.result(30)
+
+
+def test_a_prompt_longer_than_the_cache(open_cluster: Any):
+    cluster, _ = open_cluster(1, kv_tokens=64)
+    with pytest.raises(ConfigError, match=r"the prompt has 50 tokens and max_new_tokens is 30, but a rank's cache holds \d+;"):
+        cluster.submit([1] * 50, max_new_tokens=30)
 
 
 @pytest.mark.parametrize("prompts", ["def f(", b"x", {"prompt": [5]}, 3])
