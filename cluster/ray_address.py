@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import grpc
 import ray
@@ -59,6 +60,9 @@ def _resolve(address: str) -> str:
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it would tell about tokens, and about other clusters, what nobody asked
+    asked_auto = address == "auto"
+    if asked_auto:
+        address = os.environ.get("RAY_ADDRESS", address)  # Ray tells a job by it which cluster it is in, of several here
     try:
         found: str | None = canonicalize_bootstrap_address(address)
         if address == "auto":

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,13 @@ _CHECKS = {**_FAST_CHECKS, "health_check_failure_threshold": 4}
 _NUMBERS = count(2)  # of all nodes: each has an address of its own, where Ray's agents listen on fixed ports
 
 
+def free_port() -> int:
+    with socket.socket() as probing:
+        probing.bind(("", 0))
+        port: int = probing.getsockname()[1]
+    return port
+
+
 class RayNodes:
     """Ray nodes on this machine, each with an address of its own: 127.0.0.2, 127.0.0.3, ... Token authentication is on.
 
@@ -61,6 +69,7 @@ class RayNodes:
             object_store_memory=80 * 2**20,
             include_dashboard=first and self._dashboard,
             dashboard_port=0,  # a free one
+            dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes, whatever their addresses
             **({"_system_config": _CHECKS} if first else {}),
         )
 
