@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import cluster
-from tests.test_borders import imports
+from tests.test_borders import assert_one_way, imports
 
 PACKAGE = Path(cluster.__file__).parent
 
@@ -41,14 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def test_imports_go_one_way():
-    for name, path in modules().items():
-        room = name.partition(".")[0]
-        if room == "__init__":
-            continue
-        for imported in imports(path):
-            parts = imported.split(".")
-            if parts[0] == "cluster" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != room:
-                assert LEVEL[parts[1]] < LEVEL[room], f"{name} imports {imported}, which is not below it"
+    assert_one_way("cluster", modules(), LEVEL)
 
 
 def test_every_module_has_its_place():

@@ -19,7 +19,7 @@ from tests.cluster.ray_helpers import RayNodes
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
 from tests.grouped import TOKENS_TRAVEL
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 NEW = 80
 
 
