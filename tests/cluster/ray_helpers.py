@@ -89,7 +89,14 @@ class RayNodes:
             self._cluster.wait_for_nodes()
 
     def close(self) -> None:
+        """Asserts that no process of the nodes is left."""
+        services = [each for node in self._cluster.list_all_nodes() for each in node.all_processes.values()]
+        started = [info.process for infos in services for info in infos]
+        alive = [psutil.Process(each.pid) for each in started if each.poll() is None]
+        alive += [child for each in alive for child in each.children(recursive=True)]
         self._cluster.shutdown()
+        _, alive = psutil.wait_procs(alive, timeout=10)
+        assert not alive
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +109,6 @@ def ray_nodes(ray_tokens: None) -> Iterator[RayNodes]:
 @contextmanager
 def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
     """One node, with or without a dashboard, which jobs are submitted to. Nothing of it is left afterwards."""
-    before = set(psutil.Process().children(recursive=True))
     folder = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets are limited
     with pytest.MonkeyPatch.context() as patch:
         # Or it would be what "auto" finds, for all processes of this user.
@@ -115,8 +121,6 @@ def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
                 nodes.close()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=10)
-    assert not alive
 
 
 @pytest.fixture(scope="session")
