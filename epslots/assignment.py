@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +38,21 @@ SHED_ROUNDS = 4
 WORTHWHILE = 16
 
 
-Assign = Callable[[IntArray, BoolArray, IntArray, IntArray, Costs, IntArray | None], "Assignment"]
-"""A rule such as ``assign``."""
+class Assign(Protocol):
+    """A rule such as ``assign``."""
+
+    def __call__(
+        self,
+        counts_RE: IntArray,
+        holds_RE: BoolArray,
+        quota_R: IntArray,
+        home_E: IntArray,
+        costs: Costs,
+        tolls_RE: IntArray | None = None,
+        *,
+        wanted_RE: BoolArray | None = None,
+        node_R: IntArray | None = None,
+    ) -> Assignment: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,9 @@ def assign(
     home_E: IntArray,
     costs: Costs,
     tolls_RE: IntArray | None = None,
+    *,
+    wanted_RE: BoolArray | None = None,
+    node_R: IntArray | None = None,
 ) -> Assignment:
     """Plan one layer's step.
 
@@ -77,9 +94,12 @@ def assign(
         quota_R: slots of the layer on each rank.
         home_E: the home rank of each expert. Any will do; a good one saves fetches.
         costs: what things cost, the same on all ranks.
-        tolls_RE: nanoseconds that each rank has paid lately for sending its tokens to others; nothing, if not given.
+        tolls_RE: nanoseconds that each rank would have saved lately by copies of what it sent tokens to others for; nothing,
+            if not given.
+        wanted_RE: the copies that the placement wants; none, if not given.
+        node_R: the node of each rank, if there are several.
     """
-    experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs)
+    experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs, node_R)
     best = _price(step, _to_holders(step, quota_R - holds_RE.sum(1)))
     home_RU = _to_home(step)
     if not np.array_equal(home_RU, best.computed_RU) and _least_cost(step, home_RU) < best.cost_ns:
@@ -87,7 +107,7 @@ def assign(
         best = simplest if simplest.cost_ns < best.cost_ns else best
     if _least_cost(step, step.counts_RU) < best.cost_ns:
         best = _better(best, _price(step, step.counts_RU))
-    best = _with_copies(step, best, None if tolls_RE is None else tolls_RE[:, experts_U], home_E)
+    best = _with_copies(step, best, None if tolls_RE is None else tolls_RE[:, experts_U], home_E, wanted_RE)
     for _ in range(SHED_ROUNDS):
         lighter_RU = _shed(step, best.computed_RU)
         if lighter_RU is None:
@@ -111,6 +131,7 @@ class _Step:
     quota_R: IntArray
     home_U: IntArray
     costs: Costs
+    node_R: IntArray | None
 
 
 @dataclass(frozen=True)
@@ -126,13 +147,18 @@ class _Priced:
 
 
 def _used_part(
-    counts_RE: IntArray, holds_RE: BoolArray, quota_R: IntArray, home_E: IntArray, costs: Costs
+    counts_RE: IntArray,
+    holds_RE: BoolArray,
+    quota_R: IntArray,
+    home_E: IntArray,
+    costs: Costs,
+    node_R: IntArray | None,
 ) -> tuple[IntArray, _Step]:
     total_E = counts_RE.sum(0, dtype=np.int64)
     experts_U = np.flatnonzero(total_E)
     counts_RU = counts_RE[:, experts_U].astype(np.int64)
     return experts_U, _Step(
-        experts_U, counts_RU, total_E[experts_U], holds_RE[:, experts_U], holds_RE, quota_R, home_E[experts_U], costs
+        experts_U, counts_RU, total_E[experts_U], holds_RE[:, experts_U], holds_RE, quota_R, home_E[experts_U], costs, node_R
     )
 
 
@@ -143,7 +169,7 @@ def _price(step: _Step, computed_RU: IntArray) -> _Priced:
     if len(rank_F) and step.costs.peer_fetch < step.costs.host_fetch:
         copied = np.flatnonzero(step.holds_RU[:, column_F].any(0))
         if len(copied):
-            source_F[copied] = sources(step.holds_RU, computed_RU, step.quota_R, rank_F[copied], column_F[copied])
+            source_F[copied] = sources(step.holds_RU, computed_RU, step.quota_R, rank_F[copied], column_F[copied], step.node_R)
     cost_ns = layer_cost(step.costs, step.counts_RU, computed_RU, rank_F, source_F)
     return _Priced(computed_RU, rank_F, column_F, source_F, cost_ns)
 
@@ -163,7 +189,8 @@ def _to_holders(step: _Step, free_R: IntArray) -> IntArray:
     if len(several):
         computed_RU[:, several] = 0
         load_R = compute_cost(step.costs, computed_RU)
-        computed_RU[:, several] = _split(step.counts_RU[:, several], step.holds_RU[:, several], load_R, step.costs)
+        shared = step.counts_RU[:, several], step.holds_RU[:, several]
+        computed_RU[:, several] = _split(*shared, load_R, step.costs, step.node_R)
     nowhere = np.flatnonzero(copies_U == 0)
     if len(nowhere):
         load_R = compute_cost(step.costs, computed_RU)
@@ -173,10 +200,11 @@ def _to_holders(step: _Step, free_R: IntArray) -> IntArray:
     return computed_RU
 
 
-def _split(counts_RM: IntArray, holds_RM: BoolArray, load_R: IntArray, costs: Costs) -> IntArray:
+def _split(counts_RM: IntArray, holds_RM: BoolArray, load_R: IntArray, costs: Costs, node_R: IntArray | None) -> IntArray:
     """Divide the pairs of experts with several holders among these, int64 [R, M], so that ranks are level.
 
-    Own tokens stay, the others go to holders in proportion to what these lack to the mean; then ranks above the mean hand on.
+    Own tokens stay, the others go to holders in proportion to what these lack to the mean, on their own node if they can; then
+    ranks above the mean hand on, to whichever node.
     """
     pair = costs.pair_compute
     mean = (int(load_R.sum()) + int(counts_RM.sum()) * pair) // len(load_R) + 1
@@ -196,8 +224,22 @@ def _split(counts_RM: IntArray, holds_RM: BoolArray, load_R: IntArray, costs: Co
             if not handed_M.any():
                 break
             computed_RM -= back_RM
+        elif node_R is not None:
+            handed_RM = counts_RM * ~holds_RM
+            computed_RM += _divide_by_node(handed_RM, np.where(weights_RM.any(0), weights_RM, holds_RM), node_R)
+            continue
         computed_RM += _divide(handed_M, np.where(weights_RM.any(0), weights_RM, holds_RM))
     return computed_RM
+
+
+def _divide_by_node(handed_RM: IntArray, weights_RM: NDArray[np.integer], node_R: IntArray) -> IntArray:
+    """``_divide`` the pairs that each rank hands on, first among the ranks of its node, where any of these has a weight."""
+    here_NR = np.arange(int(node_R.max()) + 1)[:, None] == node_R
+    handed_NM = here_NR.astype(np.int64) @ handed_RM
+    weights_NRM = weights_RM * here_NR[:, :, None]
+    weights_NRM = np.where(weights_NRM.any(1, keepdims=True), weights_NRM, weights_RM)
+    divided: IntArray = _divide(handed_NM.ravel(), weights_NRM.swapaxes(0, 1).reshape(len(node_R), -1))
+    return divided.reshape(len(node_R), *handed_NM.shape).sum(1)
 
 
 def _divide(total_M: IntArray, weights_RM: NDArray[np.integer]) -> IntArray:
@@ -283,10 +325,13 @@ def _least_cost(step: _Step, computed_RU: IntArray) -> int:
     return int(fetching_R.max(initial=0)) + int(fetching_R.sum()) // len(fetching_R)
 
 
-def _with_copies(step: _Step, base: _Priced, tolls_RU: IntArray | None, home_E: IntArray) -> _Priced:
+def _with_copies(
+    step: _Step, base: _Priced, tolls_RU: IntArray | None, home_E: IntArray, wanted_RE: BoolArray | None
+) -> _Priced:
     """Ranks fetch copies of what they send tokens for: where these tokens are worth it, or those so far and a slot is idle."""
     fetch_ns = min(step.costs.host_fetch, step.costs.peer_fetch)
-    gain_RU = step.counts_RU * (2 * step.costs.pair_transfer)
+    # A copy saves the way to and fro, and has one more rank read the expert's weights.
+    gain_RU = np.maximum(step.counts_RU * (2 * step.costs.pair_transfer) - step.costs.expert_compute, 0)
     most = gain_RU if tolls_RU is None else gain_RU + tolls_RU
     if int(most.max(initial=0)) <= fetch_ns:
         return base
@@ -295,7 +340,7 @@ def _with_copies(step: _Step, base: _Priced, tolls_RU: IntArray | None, home_E: 
     if int(worth_RU.max(initial=0)) <= 0:
         return base
     seats_R = step.quota_R - np.count_nonzero(base.computed_RU, axis=1)
-    kept_RE = step.all_holds_RE & ~spare_copies(step.all_holds_RE, home_E)
+    kept_RE = step.all_holds_RE & ~spare_copies(step.all_holds_RE, home_E, wanted_RE)
     idle_R = seats_R - kept_RE.sum(1) + (kept_RE[:, step.experts_U] & (base.computed_RU > 0)).sum(1)
     number_RU = np.empty_like(worth_RU)
     np.put_along_axis(number_RU, np.argsort(-worth_RU, axis=1, kind="stable"), np.arange(worth_RU.shape[1])[None], axis=1)
@@ -351,8 +396,11 @@ def _always(divide: Callable[[_Step], IntArray]) -> Assign:
         home_E: IntArray,
         costs: Costs,
         tolls_RE: IntArray | None = None,
+        *,
+        wanted_RE: BoolArray | None = None,
+        node_R: IntArray | None = None,
     ) -> Assignment:
-        experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs)
+        experts_U, step = _used_part(counts_RE, holds_RE, quota_R, home_E, costs, node_R)
         return _price(step, divide(step)).of(experts_U)
 
     return rule

@@ -46,7 +46,14 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name}={value!r}: allowed: nanoseconds, an int from 1 to {most - 1}")
 
 
-def sources(holds_RU: BoolArray, computed_RU: IntArray, quota_R: IntArray, rank_F: IntArray, expert_F: IntArray) -> IntArray:
+def sources(
+    holds_RU: BoolArray,
+    computed_RU: IntArray,
+    quota_R: IntArray,
+    rank_F: IntArray,
+    expert_F: IntArray,
+    node_R: IntArray | None = None,
+) -> IntArray:
     """For each fetch the rank whose slot it can be copied from, int64 [F], -1 = none.
 
     The source's slot must keep its expert throughout the step, and the target's must not have to wait for a wave: so both
@@ -55,6 +62,7 @@ def sources(holds_RU: BoolArray, computed_RU: IntArray, quota_R: IntArray, rank_
     Args:
         holds_RU, computed_RU: residents before the step, and pairs that each rank computes in it.
         rank_F, expert_F: the fetches: target rank, and the expert's column.
+        node_R: the node of each rank, if there are several: one on the target's own comes first.
     """
     ranks = len(holds_RU)
     needed_RU = computed_RU > 0
@@ -64,7 +72,9 @@ def sources(holds_RU: BoolArray, computed_RU: IntArray, quota_R: IntArray, rank_
     able_RF = able_RU[:, expert_F] & one_wave_R[rank_F]
     # The next rank that can, going round from the target: copies of one expert to several ranks spread over its holders.
     distance_RF = (np.arange(ranks)[:, None] - rank_F) % ranks
-    nearest_F = np.where(able_RF, distance_RF, ranks).argmin(0)
+    if node_R is not None:
+        distance_RF = distance_RF + ranks * (node_R[:, None] != node_R[rank_F])
+    nearest_F = np.where(able_RF, distance_RF, 2 * ranks).argmin(0)
     return np.where(able_RF[nearest_F, np.arange(len(rank_F))], nearest_F, -1)
 
 

@@ -78,12 +78,14 @@ def settle(
     return change
 
 
-def spare_copies(holds_RE: BoolArray, home_E: IntArray) -> BoolArray:
-    """The copies that nobody misses: of each expert all but the one at home, or the first if there is none at home."""
+def spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | None = None) -> BoolArray:
+    """The copies that nobody misses: of each expert all but the one at home, or the first if there is none at home; and but
+    those that the placement wants, if given.
+    """
     experts = np.arange(len(home_E))
     keeper_E = np.where(holds_RE[home_E, experts], home_E, holds_RE.argmax(0))
     spare_RE: BoolArray = holds_RE & (keeper_E != np.arange(len(holds_RE))[:, None])
-    return spare_RE
+    return spare_RE if wanted_RE is None else spare_RE & ~wanted_RE
 
 
 def _from_the_top(mask: BoolArray) -> IntArray:
