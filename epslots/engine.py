@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from epslots.batching import DEFAULT_BATCH_TOKENS, batcher_for
 from epslots.lockstep import Header
-from epslots.ranks import group_of
+from epslots.rank_group import group_of
 from epslots.requests import Batcher, Output
 from epslots.runtime import runtime_of
 

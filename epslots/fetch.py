@@ -118,6 +118,27 @@ class Mover:
             agreed=agreed,
         )
 
+    def pass_slot(self, giver: int, taker: int, evicted: int) -> None:
+        """Pass a slot from a layer to its neighbour in the pool; what is in it moves to an empty slot of the giver.
+
+        Args:
+            evicted: the giver's expert that gives way before; -1 = the giver has an empty slot.
+        """
+        pool = self.pool
+        pool.vacate(giver, np.array([evicted]))
+        slot = pool.boundary_slot(giver, taker)
+        expert = int(pool.expert_of[slot])
+        if expert >= 0:
+            window = pool.window(giver)
+            empty = window.start + int(np.flatnonzero(pool.expert_of[window] < 0)[0])
+            pool.vacate(giver, np.array([expert]))
+            pool.memory[empty].copy_(pool.memory[slot], non_blocking=True)
+            pool.occupy(giver, np.array([expert]), np.array([empty]))
+        pool.pass_slot(giver, taker)
+        pool.publish(giver)
+        pool.publish(taker)
+        self.telemetry.count_fetches(self.store_layers[giver], host_bytes=0, peer_bytes=0, evictions=int(evicted >= 0))
+
     def fill(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Load experts into the layer's first slots, which are empty."""
         slots = self.pool.window(layer).start + np.arange(len(experts))

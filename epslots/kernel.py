@@ -29,16 +29,21 @@ class ExpertKernel:
     """
 
     def __init__(self, module: Any, weights: Mapping[str, torch.Tensor]) -> None:
-        first = "gate_up_proj" if module.has_gate else "up_proj"
-        self._first = _oriented(weights[first], transposed=bool(module.is_transposed))
-        self._down = _oriented(weights["down_proj"], transposed=bool(module.is_transposed))
-        self._first_bias = weights[f"{first}_bias"] if module.has_bias else None
-        self._down_bias = weights["down_proj_bias"] if module.has_bias else None
+        self._first_name = "gate_up_proj" if module.has_gate else "up_proj"
+        self._transposed, self._has_bias = bool(module.is_transposed), bool(module.has_bias)
+        self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
         self._matmul = _matmul_for(self._first, self._down)
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
+
+    def use(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Read these weights from now on, of as many slots as there are."""
+        self._first = _oriented(weights[self._first_name], transposed=self._transposed)
+        self._down = _oriented(weights["down_proj"], transposed=self._transposed)
+        self._first_bias = weights[f"{self._first_name}_bias"] if self._has_bias else None
+        self._down_bias = weights["down_proj_bias"] if self._has_bias else None
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
         """Each row's expert applied to it.

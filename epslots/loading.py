@@ -36,9 +36,11 @@ from epslots.model_shape import shape_of_model
 from epslots.moe_layer import MoELayer
 from epslots.node_store import check_room, open_node_store, resolve_store_kind
 from epslots.pinning import pin_store
+from epslots.placement import Placement
+from epslots.placement_file import read_placement
 from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
 from epslots.progress import ProgressDisplay
-from epslots.ranks import announce_failure, group_up, ranks_here
+from epslots.ranks import announce_failure, group_up, place_alone, ranks_here
 from epslots.records import LayerSpec, RecordLayout
 from epslots.rendezvous import find_transport, local_number
 from epslots.runtime import Runtime, attach
@@ -80,6 +82,7 @@ def load(
     progress: bool | None = None,
     group: dist.ProcessGroup | Transport | None = None,
     costs: Costs | None = None,
+    placement: Placement | str | os.PathLike[str] | None = None,
     deadline_s: float | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
@@ -104,6 +107,8 @@ def load(
         group: the ranks to compute with; by default all of torch.distributed's default group, which is formed when the process
             was started by ``torchrun`` and hasn't done so, and none otherwise. Ranks may have different numbers of slots.
         costs: what things cost, by which ranks divide their work; measured if not given. The same on all ranks.
+        placement: where experts live from the start: a file (``epslots placement plan``) or a ``Placement``, for as many ranks
+            and slots as there are; the same on all ranks. By default homes are dealt by slots.
         deadline_s: how long a rank waits for the others in one operation before it gives them up as lost. It has to cover what
             a rank does between two forward passes. By default 60 (or as ``group`` has it, if that is a transport of ours);
             loading has an hour.
@@ -126,6 +131,7 @@ def load(
     display = ProgressDisplay(False if progress is None and transport is not None and transport.rank else progress)
     if deadline_s is not None and not deadline_s > 0:
         raise ConfigError(f"deadline_s={deadline_s!r}: allowed: seconds, more than 0")
+    start = read_placement(placement) if isinstance(placement, str | os.PathLike) else placement
 
     def load_here(neighbours: int) -> PreTrainedModel:
         return load_alone(
@@ -143,7 +149,10 @@ def load(
         )
 
     if transport is None:
-        return load_here(neighbours=1)
+        model = load_here(neighbours=1)
+        if start is not None:
+            place_alone(model, start, display)
+        return model
     deadline_s = transport.deadline_s if deadline_s is None else deadline_s
     transport.deadline_s = max(LOAD_DEADLINE_S, deadline_s)
     try:
@@ -153,7 +162,8 @@ def load(
         except Exception as error:
             announce_failure(transport, error)
             raise
-        group_up(model, transport, settings=shared_settings(model, policy), costs=costs, display=display)
+        shared = shared_settings(model, policy)
+        group_up(model, transport, settings=shared, costs=costs, display=display, placement=start)
     except BaseException as error:
         transport.abort(f"rank {transport.rank} could not load: {type(error).__name__}: {error}")
         raise

@@ -7,7 +7,7 @@ that always match in size, before a byte of anything else moves.
 
     row       kind (-1 = header, else the layer), step, model, guard, top_k, then the words of the header or the layer's counts
     guard     a digest of all that the layer's plan follows from but the counts: ranks that differ in it would plan differently
-    header    generation, digest of the residency table, has work, wants to stop
+    header    generation, digest of the residency table, has work, wants to stop, newest placement that has come
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from epslots.transport import Transport
 
 _HEADER = -1
 _PREFIX = 5
+_HEADER_WORDS = 2 * 5
 # Rows of all models are as long, up to this many experts: one who calls the wrong model is told so.
 _USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
@@ -31,10 +32,11 @@ _STEP_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class Header:
-    """What all ranks said before a step: whether any has work, and whether any wants to stop."""
+    """What all ranks said before a step: whether any has work, whether any wants to stop, the placement that all have."""
 
     work: bool
     stop: bool
+    placement: int = 0
 
 
 class LockStep:
@@ -43,6 +45,7 @@ class LockStep:
     Attributes:
         header: what all ranks said before the latest step.
         stopping: set it to tell the others, with the next step's header, that this rank wants to stop.
+        placement: set it to tell them of the newest placement's generation that has come to this rank.
 
     Args:
         most_experts: experts of the largest layer.
@@ -50,6 +53,7 @@ class LockStep:
         model: 31 bits that tell this model from others.
         digest: 63 bits that tell whether ranks agree about who holds what.
         explain_divergence: called on all ranks if they don't; what differs, in words.
+        on_header: called with what all ranks said, before a step in which any has work.
     """
 
     def __init__(
@@ -61,19 +65,22 @@ class LockStep:
         idle_layers: Sequence[Callable[[], object]],
         digest: Callable[[], int],
         explain_divergence: Callable[[], str],
+        on_header: Callable[[Header], object],
     ) -> None:
         self.transport = transport
         self._idle_layers = tuple(idle_layers)
         self._digest = digest
         self._explain_divergence = explain_divergence
+        self._on_header = on_header
         self._model = model
         width = _PREFIX + 1 + max(most_experts, _USUAL_EXPERTS)
         self._row = torch.zeros(width, dtype=torch.int32, device=transport.device)
         # What the host writes into the row, in one copy that nobody waits for: the gathering that follows is waited for.
-        self._head = torch.zeros(_PREFIX + 8, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
+        self._head = torch.zeros(_PREFIX + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
         self._step = 0
         self._layer: int | None = None
         self.stopping = False
+        self.placement = 0
         self.header = Header(work=False, stop=False)
 
     @property
@@ -91,10 +98,11 @@ class LockStep:
         """
         self._step = (self._step + 1) % _STEP_LIMIT
         self._layer = 0
-        mine = np.array([self.transport.generation, self._digest(), int(work), int(self.stopping)], np.int64)
+        said = self.transport.generation, self._digest(), int(work), int(self.stopping), self.placement
+        mine = np.array(said, np.int64)
         self._head.numpy()[_PREFIX:] = mine.view(np.int32)
         rows = self._gather(_HEADER, 0, 0, len(self._head))
-        words = np.ascontiguousarray(rows[:, _PREFIX : _PREFIX + 8]).view(np.int64)
+        words = np.ascontiguousarray(rows[:, _PREFIX : _PREFIX + _HEADER_WORDS]).view(np.int64)
         generations, digests = words[:, 0], words[:, 1]
         if (generations != generations[0]).any():
             stale = np.flatnonzero(generations < generations.max()).tolist()
@@ -103,7 +111,9 @@ class LockStep:
             )
         if (digests != digests[0]).any():
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
-        self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()))
+        self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()), placement=int(words[:, 4].min()))
+        if self.header.work:
+            self._on_header(self.header)
         return self.header
 
     def arrive(self, layer: int) -> None:

@@ -19,6 +19,7 @@ Legend of shape suffixes: T tokens, K experts per token, N = T * K (token, k) pa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -29,10 +30,14 @@ from epslots.eviction import IntArray, Policy, UseHistory, record_use
 from epslots.exchange import Dispatched, Stay, dispatch
 from epslots.lockstep import LockStep
 from epslots.residency import BoolArray, settle
+from epslots.reuse import stack_distances
 from epslots.shared_layer import Copies, SharedLayer
 from epslots.slot_experts import SlotExperts
 from epslots.telemetry import Telemetry
 from epslots.waves import NO_WAVE, Wave
+
+# One step in so many is asked how soon its experts are used again; each layer in its turn.
+REUSE_EVERY = 16
 
 RouteObserver = Callable[[int, torch.Tensor], None]
 """Called with (layer index, top_k_index [T, K]) for every step; must not change it."""
@@ -70,13 +75,22 @@ class MoELayer:
         self._telemetry = telemetry
         self._lockstep: LockStep | None = None
         self._shared: SharedLayer | None = None
-        self._quota_R = np.array([experts.slots])
+        self._room: Callable[[], IntArray | None] = lambda: None
         self._one = torch.ones(1, dtype=torch.int64, device=experts.pool.device)
         self.steps = 0
 
-    def join(self, lockstep: LockStep, shared: SharedLayer) -> None:
-        """Compute together with other ranks from now on."""
-        self._lockstep, self._shared = lockstep, shared
+    def join(self, lockstep: LockStep, shared: SharedLayer, room: Callable[[], IntArray | None]) -> None:
+        """Compute together with other ranks from now on.
+
+        Args:
+            room: what ``SharedLayer.decide`` is given, in each step.
+        """
+        self._lockstep, self._shared, self._room = lockstep, shared, room
+
+    @property
+    def score_E(self) -> IntArray:
+        """The eviction policy's scores as they are now."""
+        return self._policy(self.history)
 
     def __call__(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted sum for each token, [T, H] in ``hidden_TH``'s dtype.
@@ -102,12 +116,14 @@ class MoELayer:
         ids_N = index_TK.reshape(-1)
         if self._identity:
             ids_N = ids_N.clamp(max=self.experts.num_experts)
+        began = time.perf_counter()
         counts = self._prepare(ids_N)
         with pool.lock:
             if self._lockstep is None:
                 pairs_NH = self._step_alone(hidden_TH, ids_N, counts)
             else:
                 pairs_NH = self._step_together(hidden_TH, ids_N, counts, self._lockstep)
+        self._telemetry.count_time(self.index, time.perf_counter() - began)
         if self._identity:
             weightless_N = ids_N >= self.experts.num_experts
             pairs_NH = torch.where(weightless_N[:, None], hidden_TH.repeat_interleave(index_TK.shape[1], 0), pairs_NH)
@@ -116,9 +132,11 @@ class MoELayer:
     def idle(self) -> None:
         """Take part in a step of all ranks without a token."""
         assert self._lockstep is not None
+        began = time.perf_counter()
         counts = torch.zeros(self.experts.num_experts + 1, dtype=torch.int64, device=self.experts.pool.device)
         with self.experts.pool.lock:
             self._step_together(self.experts.zeros(0), counts[:0], counts, self._lockstep)
+        self._telemetry.count_time(self.index, time.perf_counter() - began)
 
     def _prepare(self, ids_N: torch.Tensor) -> torch.Tensor:
         """Tokens of each expert, int64 [E + 1]; the last entry counts ids beyond the last expert."""
@@ -137,8 +155,8 @@ class MoELayer:
         waves: tuple[Wave, ...] = ()
         missing = needed_E & ~self.experts.resident_E
         if missing.any():
-            score_E = self._policy(self.history)
-            change = settle(self.experts.resident_E[None], needed_E[None], self._quota_R, score_E)
+            score_E = self.score_E
+            change = settle(self.experts.resident_E[None], needed_E[None], self.experts.quota_1, score_E)
             waves = self.experts.waves(needed_E, score_E, change.evicted_RE[0])
         self._count(counts_host, needed_E, missing, waves)
         self._fetch(waves)
@@ -151,15 +169,17 @@ class MoELayer:
         shared, experts = self._shared, self.experts
         assert shared is not None
         top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0
+        began = time.perf_counter()
         counts_R, top_k = lockstep.gather_counts(self.index, counts, top_k, shared.digest)
+        self._telemetry.count_wait(self.index, time.perf_counter() - began)
         experts.confirm()  # what was queued before the counts has arrived with them
         counts_RE = counts_R[:, :-1]
         used_E = counts_RE.sum(0) > 0
         if not used_E.any():
             return experts.zeros(len(ids_N))
         self._note_uses(used_E)
-        score_E = self._policy(self.history)
-        plan = shared.plan(counts_RE, score_E)
+        score_E = self.score_E
+        plan = shared.plan(counts_RE, score_E, self._room())
         computed_E = np.zeros(experts.num_experts, np.int64)
         computed_E[plan.experts_U] = plan.computed_U
         needed_E = computed_E > 0
@@ -174,7 +194,10 @@ class MoELayer:
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
         self._telemetry.count_exchange(self.index, sent=plan.sent, received=plan.received)
-        return arrived.give_back(self._compute(arrived, computed_E, waves))
+        pairs_NH = arrived.give_back(self._compute(arrived, computed_E, waves))
+        if plan.move is not None:
+            experts.move(plan.move, agreed=agreed)
+        return pairs_NH
 
     def _fetch(self, waves: tuple[Wave, ...], copies: Copies | None = None, *, agreed: bool = True) -> None:
         """Bring in what a single wave misses, and give peers their copies. Several waves fetch as they go."""
@@ -189,6 +212,10 @@ class MoELayer:
 
     def _note_uses(self, used_E: BoolArray) -> None:
         self.steps += 1
+        if (self.steps + self.index) % REUSE_EVERY == 0:
+            distances = stack_distances(self.history.last_use, used_E, self.score_E)
+            self._telemetry.count_reuse(self.index, distances)
+        self._telemetry.count_uses(self.index, used_E)
         record_use(self.history, used_E, self.steps)
 
     def _count(self, counts: IntArray, needed_E: BoolArray, missing_E: BoolArray, waves: tuple[Wave, ...]) -> None:

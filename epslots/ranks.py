@@ -7,165 +7,40 @@ join again, and the common table of who holds what is rebuilt from what each ran
 from __future__ import annotations
 
 import functools
-import platform
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import msgspec
 import numpy as np
-import torch
-import transformers
 import xxhash
 from torch import nn
 
-from epslots import __version__
 from epslots.costs import Costs
-from epslots.errors import GroupError, PeerLost, RankMismatchError, StaleGeneration
+from epslots.errors import GroupError, PeerLost
+from epslots.eviction import IntArray
 from epslots.experts import experts_modules
 from epslots.link_speed import largest, measure_costs
-from epslots.lockstep import LockStep
-from epslots.placement import default_homes
+from epslots.placement import Placement, default_placement, first_residents, pack
 from epslots.progress import ProgressDisplay
+from epslots.rank_group import RankGroup, enter, group_of
+from epslots.rank_hello import Hello, encode, exchange_hellos, greet, settings_of
 from epslots.runtime import Runtime, runtime_of
-from epslots.shared_layer import SharedLayer
-from epslots.slot_pool import SlotPool
+from epslots.shared_model import check_fits
 from epslots.transport import Transport
 
-# Raise it when ranks of this version couldn't work with those of the last.
-PROTOCOL = 1
-_ATTRIBUTE = "epslots_group"
-
-
-class _Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a rank says first; lists are by layer.
-
-    Attributes:
-        settings: what must be equal on all ranks, by name.
-        slots: slots of each layer.
-        residents: the experts in them.
-        steps: steps of all layers that the rank's eviction policy has seen.
-        costs: what the rank's last group agreed on, by pool; empty if it had none.
-        failure: why this rank can't take part; empty if it can.
-    """
-
-    generation: int
-    settings: dict[str, str]
-    slots: list[int]
-    residents: list[list[int]]
-    steps: int = 0
-    costs: list[Costs] = []
-    failure: str = ""
-
-
-class RankGroup:
-    """One rank's membership in a group of ranks that are one model.
-
-    Attributes:
-        transport: to the others.
-        settings: equal on all ranks.
-        costs: agreed by all, by pool.
-        shared: what all ranks know of each layer.
-        lockstep: keeps this rank in step.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        transport: Transport,
-        settings: Mapping[str, str],
-        hellos: Sequence[_Hello],
-        costs: Sequence[Costs],
-    ) -> None:
-        self.transport = transport
-        self.settings = dict(settings)
-        self.costs = tuple(costs)
-        self._runtime = runtime
-        shared: dict[int, SharedLayer] = {}
-        self._tables: list[tuple[SlotPool, np.ndarray, tuple[int, ...]]] = []
-        for mover, pool_costs in zip(runtime.movers, self.costs, strict=True):
-            table = np.zeros((len(mover.store_layers), transport.size, mover.pool.slot_of.shape[1]), bool)
-            for position, index in enumerate(mover.store_layers):
-                for rank, hello in enumerate(hellos):
-                    table[position, rank, hello.residents[index]] = True
-                experts = runtime.layers[index].num_experts
-                quota_R = np.array([hello.slots[index] for hello in hellos])
-                homes = default_homes(experts, quota_R, index)
-                shared[index] = SharedLayer(transport.rank, table[position, :, :experts], quota_R, homes, pool_costs)
-            self._tables.append((mover.pool, table, mover.store_layers))
-            mover.transport = transport
-        self.shared = tuple(shared[index] for index in range(len(runtime.layers)))
-        self.lockstep = LockStep(
-            transport,
-            model=xxhash.xxh3_64_intdigest(hellos[0].settings["checkpoint"].encode()) & 0x7FFFFFFF,
-            most_experts=max(layer.num_experts for layer in runtime.layers),
-            idle_layers=[runner.idle for runner in runtime.runners],
-            digest=self._digest,
-            explain_divergence=self._explain_divergence,
-        )
-        for runner, layer in zip(runtime.runners, self.shared, strict=True):
-            runner.join(self.lockstep, layer)
-
-    def _digest(self) -> int:
-        """Of the table as it is here, with this rank's row as its slots really are."""
-        for pool, table, layers in self._tables:
-            mine, actual = table[:, self.transport.rank], pool.slot_of >= 0
-            for position in np.flatnonzero((mine != actual).any(1)):
-                mine[position] = actual[position]
-                self.shared[layers[position]].forget_digest()
-        return xxhash.xxh3_64_intdigest(np.array([layer.digest for layer in self.shared]).tobytes()) >> 1
-
-    def _explain_divergence(self) -> str:
-        """The first layer and slot in which the ranks' tables differ. All ranks call it together."""
-        digests = np.array([_decode(m, list[int]) for m in self._gather([layer.digest for layer in self.shared])])
-        index = int(np.flatnonzero((digests != digests[0]).any(0))[0])
-        name = self._runtime.layers[index].name
-        pool, position = self._runtime.place_of(index)
-        tables_R = np.array([_decode(m, list[list[bool]]) for m in self._gather(self.shared[index].holds_RE.tolist())])
-        slots_RE = np.array([_decode(m, list[int]) for m in self._gather(pool.slot_of[position].tolist())])
-        differing = np.argwhere((tables_R != tables_R[0]).any(0))
-        again = "Load the model again, or form the next generation of the group"
-        if not len(differing):
-            return f"layer {name}: all slots are alike, but homes or earlier plans differ. {again}"
-        owner, expert = differing[0].tolist()
-        say_yes = np.flatnonzero(tables_R[:, owner, expert]).tolist()
-        slot = int(slots_RE[owner, expert])
-        return (
-            f"layer {name}, expert {expert} on rank {owner}: "
-            f"{f'it is in slot {slot} there' if slot >= 0 else 'it is in no slot there'}; ranks {say_yes} of "
-            f"{self.transport.size} believe that it is. {again}"
-        )
-
-    def _gather(self, value: object) -> list[bytes]:
-        return self.transport.gather_bytes(_encode(value))
-
-
-def _encode(value: object) -> bytes:
-    return msgspec.msgpack.encode(value)
-
-
-def _decode(message: bytes, kind: type) -> object:
-    return msgspec.msgpack.decode(message, type=kind)
-
-
-def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
-    """What must be equal on all ranks for their results and their plans to be."""
-    layers = xxhash.xxh3_64_hexdigest(msgspec.msgpack.encode(runtime.layers))
-    return {
-        "epslots": __version__,
-        "protocol": str(PROTOCOL),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "checkpoint": runtime.checkpoint,
-        "layers": f"{len(runtime.layers)} ({layers})",
-        **given,
-    }
+# What each rank fetches in a step towards a placement that it was started with, until told otherwise.
+_START_BYTES = 2**20
 
 
 def join(
-    model: nn.Module, transport: Transport, *, settings: Mapping[str, str] | None = None, costs: Costs | None = None
+    model: nn.Module,
+    transport: Transport,
+    *,
+    settings: Mapping[str, str] | None = None,
+    costs: Costs | None = None,
+    placement: Placement | None = None,
+    node: str | None = None,
 ) -> RankGroup:
     """Make this rank's model one with those of all other ranks. All ranks call it together.
 
@@ -174,8 +49,11 @@ def join(
         settings: more of what must be equal on all ranks, by name; those of the earlier group if not given.
         costs: what things cost, on all ranks alike. If not given, they are what an earlier group of any rank had agreed on,
             else they are measured.
+        placement: to begin with, on all ranks alike; by default that of the earlier group, if there was one.
+        node: the name of this rank's node; by default the host's.
 
     Raises:
+        ConfigError: the placement is for other ranks or another model.
         RankMismatchError: ranks run different checkpoints, versions or settings; on all of them.
         StaleGeneration: a rank belongs to another generation.
         PeerLost: a rank is gone, or could not load.
@@ -185,24 +63,37 @@ def join(
         mover.give_up_unconfirmed()
     if settings is None:
         settings = {} if last is None else last.settings
-    hello = _Hello(
+    followed = b"" if last is None or not last.placement.generation else pack(last.placement)
+    if placement is not None:
+        followed = pack(placement)
+        settings = {**settings, "placement": f"{placement.generation} ({xxhash.xxh3_64_hexdigest(followed)})"}
+    hello = Hello(
         generation=transport.generation,
         settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
-        slots=[runtime.plan.quotas[index] for index in range(len(runtime.layers))],
+        slots=[runner.experts.slots for runner in runtime.runners],
         residents=[np.flatnonzero(runner.experts.resident_E).tolist() for runner in runtime.runners],
+        node=socket.gethostname() if node is None else node,
         steps=sum(runner.steps for runner in runtime.runners),
         costs=[] if last is None else list(last.costs),
+        group=-1 if last is None or placement is not None else last.transport.generation,
+        rank=-1 if last is None else last.transport.rank,
+        placement=followed,
+        bytes_per_step=(0 if last is None else last.shared.bytes_per_step) or _START_BYTES,
     )
-    hellos = _greet(transport, hello)
+    hellos = greet(transport, hello)
     _share_history(transport, runtime, hellos)
+    if placement is not None:
+        slots_LR = np.array([other.slots for other in hellos]).T
+        pools = [mover.store_layers for mover in runtime.movers]
+        check_fits(placement, default_placement([layer.num_experts for layer in runtime.layers], slots_LR), pools)
     group = RankGroup(runtime, transport, settings, hellos, _agree_on_costs(transport, runtime, hellos, costs))
     if group_of(model) is None:
         _step_with_every_pass(model)
-    setattr(model, _ATTRIBUTE, group)
+    enter(model, group)
     return group
 
 
-def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[_Hello], given: Costs | None) -> list[Costs]:
+def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Hello], given: Costs | None) -> list[Costs]:
     """What things cost, by pool: as given, as a rank's last group had it, or measured."""
     if given is not None:
         return [given] * len(runtime.movers)
@@ -213,12 +104,12 @@ def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[_He
     return [measure_costs(transport, m, k.kernel, k.slots) for m, k in zip(runtime.movers, kernels, strict=True)]
 
 
-def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[_Hello]) -> None:
+def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Hello]) -> None:
     """Give all ranks the past uses of the one that has seen most: what gives way must not depend on who asks."""
     eldest = max(range(transport.size), key=lambda rank: (hellos[rank].steps, -rank))
     rows = [np.stack([r.history.last_use, r.history.recent, r.history.frequent]) for r in runtime.runners]
     mine = [(runner.steps, row.tobytes()) for runner, row in zip(runtime.runners, rows, strict=True)]
-    messages = transport.gather_bytes(_encode(mine) if transport.rank == eldest else b"")
+    messages = transport.gather_bytes(encode(mine) if transport.rank == eldest else b"")
     theirs = msgspec.msgpack.decode(messages[eldest], type=list[tuple[int, bytes]])
     for runner, (steps, content) in zip(runtime.runners, theirs, strict=True):
         runner.steps = steps
@@ -227,60 +118,59 @@ def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[_Hel
         history.last_use[:], history.recent[:], history.frequent[:] = arrays
 
 
-def group_of(model: nn.Module) -> RankGroup | None:
-    """The group that the model's rank belongs to; None for a model on its own."""
-    group: RankGroup | None = getattr(model, _ATTRIBUTE, None)
-    return group
-
-
 def group_up(
-    model: nn.Module, transport: Transport, *, settings: Mapping[str, str], costs: Costs | None, display: ProgressDisplay
+    model: nn.Module,
+    transport: Transport,
+    *,
+    settings: Mapping[str, str],
+    costs: Costs | None,
+    display: ProgressDisplay,
+    placement: Placement | None = None,
 ) -> RankGroup:
     """``join`` for ranks that have just loaded: where all of them together have a slot for every expert of a layer, each
-    fills its own share first.
+    fills its own share first. With a placement, each fills what it wants there.
     """
     runtime = runtime_of(model)
-    mine = _encode([runtime.plan.quotas[i] for i in range(len(runtime.layers))])
+    mine = encode([runner.experts.slots for runner in runtime.runners])
     slots_RL = [msgspec.msgpack.decode(m) for m in transport.gather_bytes(mine)]
     if len({len(slots) for slots in slots_RL}) == 1:  # else they run different models, which join says
-        shares = {}
-        for index, layer in enumerate(runtime.layers):
-            quota_R = np.array([slots[index] for slots in slots_RL])
-            if quota_R.sum() >= layer.num_experts > quota_R[transport.rank]:
-                homes = default_homes(layer.num_experts, quota_R, index)
-                shares[index] = np.flatnonzero(homes == transport.rank)
-        runtime.fill(shares, display)
-    return join(model, transport, settings=settings, costs=costs)
+        slots_LR = np.array(slots_RL).T
+        if placement is not None:
+            _divide(runtime, placement, slots_LR, transport.rank)
+        first = placement or default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
+        runtime.fill(_shares(runtime, first, transport.rank), display)
+    return join(model, transport, settings=settings, costs=costs, placement=placement)
+
+
+def place_alone(model: nn.Module, placement: Placement, display: ProgressDisplay) -> None:
+    """Divide and fill the slots of a model on a single rank, that has just loaded, as a placement wants it.
+
+    Raises:
+        ConfigError: the placement is for other ranks or another model.
+    """
+    runtime = runtime_of(model)
+    _divide(runtime, placement, np.array([[runner.experts.slots] for runner in runtime.runners]), 0)
+    runtime.fill(_shares(runtime, placement, 0), display)
+
+
+def _divide(runtime: Runtime, placement: Placement, slots_LR: IntArray, rank: int) -> None:
+    there = default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
+    check_fits(placement, there, [mover.store_layers for mover in runtime.movers])
+    runtime.divide(placement.quota_LR[:, rank].tolist())
+
+
+def _shares(runtime: Runtime, placement: Placement, rank: int) -> dict[int, IntArray]:
+    """The experts of each layer with which a rank fills its slots, where these are empty."""
+    first_LE = first_residents(placement)[:, rank]
+    empty = [index for index, runner in enumerate(runtime.runners) if not runner.experts.resident_E.any()]
+    return {index: np.flatnonzero(first_LE[index]) for index in empty if first_LE[index].any()}
 
 
 def announce_failure(transport: Transport, failure: BaseException) -> None:
     """Tell ranks that wait in ``group_up`` why this one won't come."""
     with suppress(PeerLost):  # then somebody else has failed before
-        transport.gather_bytes(_encode([]))
-        _exchange_hellos(transport, _Hello(transport.generation, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))
-
-
-def _greet(transport: Transport, hello: _Hello) -> list[_Hello]:
-    hellos = _exchange_hellos(transport, hello)
-    for rank, other in enumerate(hellos):
-        if other.failure:
-            raise PeerLost(f"rank {rank} could not load the model: {other.failure}")
-    generations = [other.generation for other in hellos]
-    if len(set(generations)) > 1:
-        raise StaleGeneration(f"ranks belong to different generations of the group: {generations}, by rank")
-    for rank, other in enumerate(hellos):
-        for name in sorted(hellos[0].settings.keys() | other.settings.keys()):
-            first, second = hellos[0].settings.get(name), other.settings.get(name)
-            if first != second:
-                raise RankMismatchError(f"ranks differ: {name} is {first!r} on rank 0 and {second!r} on rank {rank}")
-    return hellos
-
-
-def _exchange_hellos(transport: Transport, hello: _Hello) -> list[_Hello]:
-    try:
-        return [msgspec.msgpack.decode(m, type=_Hello) for m in transport.gather_bytes(_encode(hello))]
-    except msgspec.DecodeError as error:
-        raise RankMismatchError(f"a rank speaks another protocol than this one's ({PROTOCOL}): {error}") from error
+        transport.gather_bytes(encode([]))
+        exchange_hellos(transport, Hello(transport.generation, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))
 
 
 def ranks_here(transport: Transport) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,15 @@ class Runtime:
         """All experts of each layer that has a slot for every one: it will never miss."""
         never_miss = [i for i, runner in enumerate(self.runners) if runner.experts.never_misses]
         return {i: np.arange(self.layers[i].num_experts) for i in never_miss}
+
+    def divide(self, quotas: Sequence[int]) -> None:
+        """Give each layer another number of slots, of the same sum in every pool. What is in them is lost, unless all stay."""
+        for mover in self.movers:
+            of_pool = [quotas[index] for index in mover.store_layers]
+            if list(mover.pool.quotas) != of_pool:
+                mover.pool.divide(of_pool)
+                for index in mover.store_layers:
+                    self.runners[index].experts.use_window()
 
     def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
         """Load these experts of each layer into its first slots, which are empty."""

@@ -16,6 +16,7 @@ import xxhash
 from epslots.assignment import Assign, Assignment, assign
 from epslots.costs import Costs, moved_pairs
 from epslots.eviction import IntArray
+from epslots.moves import NO_MOVES, Moves, choose_moves
 from epslots.residency import BoolArray, settle, spare_copies
 from epslots.routes import Route, route
 
@@ -37,6 +38,44 @@ class Copies:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """The plan of one layer's step, for all ranks.
+
+    Attributes:
+        experts_U: int64, the experts with tokens on any rank.
+        counts_RU: int64, pairs of each rank's tokens.
+        computed_RU: int64, pairs that each rank computes.
+        fetch_ranks, fetch_experts, fetch_sources: as in ``Assignment``.
+        evicted_RE: residents that give way to them.
+        moves: what the placement has fetched besides, when the layer has computed.
+    """
+
+    experts_U: IntArray
+    counts_RU: IntArray
+    computed_RU: IntArray
+    fetch_ranks: IntArray
+    fetch_experts: IntArray
+    fetch_sources: IntArray
+    evicted_RE: BoolArray
+    moves: Moves
+
+
+@dataclass(frozen=True)
+class OwnMove:
+    """One rank's part of a step's moves.
+
+    Attributes:
+        expert: what it gets; -1 = nothing.
+        evicted: what gives way to it; -1 = nothing.
+        copies: its part of the copies between ranks; None if no rank copies anything.
+    """
+
+    expert: int
+    evicted: int
+    copies: Copies | None
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One rank's view of the plan of one layer's step.
 
@@ -49,6 +88,7 @@ class StepPlan:
         sent, received: pairs that leave this rank, and that come to it.
         evicted_E: this rank's residents that give way.
         copies: this rank's part of the copies between ranks; None if no rank copies anything.
+        move: this rank's part of the moves; None if it has none.
     """
 
     experts_U: IntArray
@@ -60,6 +100,7 @@ class StepPlan:
     received: int
     evicted_E: BoolArray
     copies: Copies | None
+    move: OwnMove | None
 
 
 class SharedLayer:
@@ -68,14 +109,29 @@ class SharedLayer:
     Args:
         rank: this rank.
         holds_RE: who holds what at the start; kept, and changed in place by ``plan``.
-        quota_R: slots of the layer on each rank.
-        home_E: homes; may be set anew between steps, on all ranks alike.
+        quota_R: slots of the layer on each rank; kept, and changed in place by ``resize``.
+        home_E: homes.
         costs: the same on all ranks.
         rule: how work is assigned; another one only to compare it.
+        expert_bytes: of one of the layer's experts.
+        node_R: the node of each rank, if there are several.
+
+    Attributes:
+        wanted_RE: the copies that the placement wants.
+        to_move: how many of them have yet to be moved in.
     """
 
     def __init__(
-        self, rank: int, holds_RE: BoolArray, quota_R: IntArray, home_E: IntArray, costs: Costs, rule: Assign = assign
+        self,
+        rank: int,
+        holds_RE: BoolArray,
+        quota_R: IntArray,
+        home_E: IntArray,
+        costs: Costs,
+        rule: Assign = assign,
+        *,
+        expert_bytes: int = 1,
+        node_R: IntArray | None = None,
     ) -> None:
         self.rank = rank
         self.holds_RE = holds_RE
@@ -83,97 +139,187 @@ class SharedLayer:
         self._home_E = home_E
         self.costs = costs
         self.rule = rule
+        self.expert_bytes = expert_bytes
+        self.node_R = node_R
+        self.wanted_RE = np.zeros(holds_RE.shape, bool)
+        self._todo_RE = self.wanted_RE
+        self.to_move = 0
         self._tolls_RE = np.zeros(holds_RE.shape, np.int64)
         self._steps = 0
-        # An exchange costs its latency until no rank needs any. That is in reach where each holds half of the experts.
-        self._exchange_may_go = bool((2 * quota_R >= holds_RE.shape[1]).all())
         self._holds_digest: int | None = None
         self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
         self._idle_slots: bool | None = None
-
-    def plan(self, counts_RE: IntArray, score_E: IntArray) -> StepPlan:
-        """Plan a step and enter its outcome: who holds what when it is done.
-
-        Args:
-            counts_RE: pairs of each rank's tokens for each expert.
-            score_E: the eviction policy's scores.
-        """
-        tolls_RE = self._tolls_RE if self._has_idle_slots() else None
-        found = self.rule(counts_RE, self.holds_RE, self.quota_R, self.home_E, self.costs, tolls_RE)
-        evicted_E = self._settle(found, score_E)
-        counts_RU = counts_RE[:, found.experts_U]
-        if tolls_RE is not None:
-            self._charge(found, counts_RU)
-        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1))
-        own = route(counts_RU, found.computed_RU, self.rank)
-        return StepPlan(
-            experts_U=found.experts_U,
-            computed_U=found.computed_RU[self.rank],
-            counts_RU=counts_RU,
-            route=own,
-            moved=int(moved_pairs(counts_RU, found.computed_RU).max(initial=0)),
-            sent=int(own.send_DO.sum() - own.send_DO[self.rank].sum()),
-            received=int(own.receive_SC.sum() - own.receive_SC[self.rank].sum()),
-            evicted_E=evicted_E,
-            copies=self._copies(found),
-        )
-
-    def _charge(self, found: Assignment, counts_RU: IntArray) -> None:
-        """Enter what each rank paid in this step for the experts that others computed for it."""
-        self._steps += 1
-        if self._steps % TOLL_STEPS == 0:
-            self._tolls_RE >>= 1
-        away_RU = counts_RU - np.minimum(counts_RU, found.computed_RU)
-        ranks, columns = np.nonzero(away_RU)
-        if len(ranks):
-            away = away_RU[ranks, columns]
-            latency = 2 * self.costs.exchange // int(away.sum()) if self._exchange_may_go else 0
-            self._tolls_RE[ranks, found.experts_U[columns]] += away * (2 * self.costs.pair_transfer + latency)
-        self._tolls_RE[found.fetch_ranks, found.fetch_experts] = 0
-
-    def _copies(self, found: Assignment) -> Copies | None:
-        if not (found.fetch_sources >= 0).any():
-            return None
-        mine = (found.fetch_ranks == self.rank) & (found.fetch_sources >= 0)
-        given = found.fetch_sources == self.rank
-        return Copies(
-            sources=dict(zip(found.fetch_experts[mine].tolist(), found.fetch_sources[mine].tolist(), strict=True)),
-            sends=tuple(zip(found.fetch_ranks[given].tolist(), found.fetch_experts[given].tolist(), strict=True)),
-        )
-
-    def _settle(self, found: Assignment, score_E: IntArray) -> BoolArray:
-        """Enter the residents after the step; returns what gives way on this rank."""
-        ranks = np.unique(found.fetch_ranks)
-        if not len(ranks):
-            return np.zeros(len(score_E), bool)
-        spare_RE = spare_copies(self.holds_RE, self.home_E)
-        holds = self.holds_RE[ranks]
-        needed = np.zeros_like(holds)
-        needed[:, found.experts_U] = found.computed_RU[ranks] > 0
-        change = settle(holds, needed, self.quota_R[ranks], score_E, spare_RE[ranks])
-        self.holds_RE[ranks] = change.after_RE
-        self.forget_digest()
-        evicted_E: BoolArray = change.evicted_RE[ranks == self.rank].any(0)
-        return evicted_E
 
     @property
     def home_E(self) -> IntArray:
         """The home rank of each expert."""
         return self._home_E
 
-    @home_E.setter
-    def home_E(self, home_E: IntArray) -> None:
-        self._home_E = home_E
-        self._remember(home_E)
+    def adopt(self, home_E: IntArray, wanted_RE: BoolArray) -> None:
+        """Follow another placement from the next step on. Each wanted copy that isn't there is moved in once."""
+        self._home_E, self.wanted_RE = home_E, wanted_RE
+        self._todo_RE = wanted_RE & ~self.holds_RE
+        self.to_move = int(np.count_nonzero(self._todo_RE))
+        self._idle_slots = None
+        self._remember(home_E, wanted_RE)
+
+    def resize(self, rank: int, change: int, score_E: IntArray) -> int:
+        """Give a rank one slot more or less (``change`` is 1 or -1); returns the expert that gives way there, -1 = none."""
+        self.quota_R[rank] += change
+        evicted = -1
+        if int(np.count_nonzero(self.holds_RE[rank])) > self.quota_R[rank]:
+            spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
+            # The copies that nobody misses first, those that are wanted last; the lowest score among equals.
+            kind_E = np.where(spare_RE[rank], 0, np.where(self.wanted_RE[rank], 2, 1))
+            order = np.lexsort((score_E, kind_E))
+            evicted = int(order[self.holds_RE[rank, order]][0])
+            self.holds_RE[rank, evicted] = False
+        self.forget_digest()
+        self._remember(np.array([rank, change, evicted]))
+        return evicted
+
+    def plan(self, counts_RE: IntArray, score_E: IntArray, room_R: IntArray | None = None) -> StepPlan:
+        """``decide``, as this rank sees it."""
+        plan = self.decide(counts_RE, score_E, room_R)
+        own = route(plan.counts_RU, plan.computed_RU, self.rank, self.node_R)
+        return StepPlan(
+            experts_U=plan.experts_U,
+            computed_U=plan.computed_RU[self.rank],
+            counts_RU=plan.counts_RU,
+            route=own,
+            moved=int(moved_pairs(plan.counts_RU, plan.computed_RU).max(initial=0)),
+            sent=int(own.send_DO.sum() - own.send_DO[self.rank].sum()),
+            received=int(own.receive_SC.sum() - own.receive_SC[self.rank].sum()),
+            evicted_E=plan.evicted_RE[self.rank],
+            copies=self._copies(plan.fetch_ranks, plan.fetch_experts, plan.fetch_sources),
+            move=self._own_move(plan.moves) if len(plan.moves) else None,
+        )
+
+    def decide(self, counts_RE: IntArray, score_E: IntArray, room_R: IntArray | None = None) -> GroupPlan:
+        """Plan a step for all ranks and enter its outcome: who holds what when it is done.
+
+        Args:
+            counts_RE: pairs of each rank's tokens for each expert.
+            score_E: the eviction policy's scores.
+            room_R: bytes that each rank may still fetch in this step for the placement's sake; what it fetches is taken off.
+                Nothing is moved without it.
+        """
+        tolls_RE = self._tolls_RE if self._has_idle_slots() else None
+        wanted_RE = self.wanted_RE if tolls_RE is not None else None
+        found = self.rule(
+            counts_RE,
+            self.holds_RE,
+            self.quota_R,
+            self.home_E,
+            self.costs,
+            tolls_RE,
+            wanted_RE=wanted_RE,
+            node_R=self.node_R,
+        )
+        evicted_RE = self._settle(found, score_E)
+        counts_RU = counts_RE[:, found.experts_U]
+        if tolls_RE is not None:
+            self._charge(found, counts_RU)
+        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1))
+        moves = NO_MOVES if not self.to_move or room_R is None else self._move(found, score_E, room_R)
+        return GroupPlan(
+            experts_U=found.experts_U,
+            counts_RU=counts_RU,
+            computed_RU=found.computed_RU,
+            fetch_ranks=found.fetch_ranks,
+            fetch_experts=found.fetch_experts,
+            fetch_sources=found.fetch_sources,
+            evicted_RE=evicted_RE,
+            moves=moves,
+        )
+
+    def _move(self, found: Assignment, score_E: IntArray, room_R: IntArray) -> Moves:
+        """The step's moves, within what its demand leaves of the room."""
+        room_R -= np.bincount(found.fetch_ranks, minlength=len(room_R)) * self.expert_bytes
+        able_R = room_R >= self.expert_bytes
+        if not able_R.any():
+            return NO_MOVES
+        able_R &= np.count_nonzero(found.computed_RU, axis=1) <= self.quota_R  # one wave: its slots are settled
+        moves = choose_moves(
+            self._todo_RE,
+            self.holds_RE,
+            self.wanted_RE,
+            spare_copies(self.holds_RE, self.home_E, self.wanted_RE),
+            self.quota_R,
+            score_E,
+            able_R,
+            from_peers=self.costs.peer_fetch < self.costs.host_fetch,
+            node_R=self.node_R,
+        )
+        if len(moves):
+            room_R[moves.ranks] -= self.expert_bytes
+            full = moves.evicted >= 0
+            self.holds_RE[moves.ranks[full], moves.evicted[full]] = False
+            self.holds_RE[moves.ranks, moves.experts] = True
+            self.forget_digest()
+            self._remember(moves.ranks, moves.experts, moves.evicted, moves.sources)
+        self._todo_RE = self._todo_RE & ~self.holds_RE
+        self.to_move = int(np.count_nonzero(self._todo_RE))
+        return moves
+
+    def _own_move(self, moves: Moves) -> OwnMove | None:
+        copies = self._copies(moves.ranks, moves.experts, moves.sources)
+        mine = np.flatnonzero(moves.ranks == self.rank)
+        if not len(mine):
+            return None if copies is None else OwnMove(-1, -1, copies)
+        return OwnMove(int(moves.experts[mine[0]]), int(moves.evicted[mine[0]]), copies)
+
+    def _charge(self, found: Assignment, counts_RU: IntArray) -> None:
+        """Enter what each rank would have saved in this step with copies of the experts that others computed for it."""
+        self._steps += 1
+        if self._steps % TOLL_STEPS == 0:
+            self._tolls_RE >>= 1
+        away_RU = np.where(self.holds_RE[:, found.experts_U], 0, counts_RU - np.minimum(counts_RU, found.computed_RU))
+        ranks, columns = np.nonzero(away_RU)
+        if len(ranks):
+            away = away_RU[ranks, columns]
+            # An exchange costs its latency until no rank needs any. That is in reach where each holds half of the experts.
+            may_go = bool((2 * self.quota_R >= self.holds_RE.shape[1]).all())
+            latency = 2 * self.costs.exchange // int(away.sum()) if may_go else 0
+            saved = away * (2 * self.costs.pair_transfer + latency) - self.costs.expert_compute
+            self._tolls_RE[ranks, found.experts_U[columns]] += np.maximum(saved, 0)
+        self._tolls_RE[found.fetch_ranks, found.fetch_experts] = 0
+
+    def _copies(self, ranks: IntArray, experts: IntArray, sources: IntArray) -> Copies | None:
+        """This rank's part of fetches of which some come from peers."""
+        if not (sources >= 0).any():
+            return None
+        mine = (ranks == self.rank) & (sources >= 0)
+        given = sources == self.rank
+        return Copies(
+            sources=dict(zip(experts[mine].tolist(), sources[mine].tolist(), strict=True)),
+            sends=tuple(zip(ranks[given].tolist(), experts[given].tolist(), strict=True)),
+        )
+
+    def _settle(self, found: Assignment, score_E: IntArray) -> BoolArray:
+        """Enter the residents after the step; returns what gives way."""
+        evicted_RE = np.zeros_like(self.holds_RE)
+        ranks = np.unique(found.fetch_ranks)
+        if not len(ranks):
+            return evicted_RE
+        spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
+        holds = self.holds_RE[ranks]
+        needed = np.zeros_like(holds)
+        needed[:, found.experts_U] = found.computed_RU[ranks] > 0
+        change = settle(holds, needed, self.quota_R[ranks], score_E, spare_RE[ranks])
+        self.holds_RE[ranks] = change.after_RE
+        self.forget_digest()
+        evicted_RE[ranks] = change.evicted_RE
+        return evicted_RE
 
     @property
     def digest(self) -> int:
-        """63 bits that differ between ranks that hold different tables, or came to them by different plans or homes."""
+        """63 bits that differ between ranks that hold different tables, or came to them by different plans or placements."""
         if self._holds_digest is None:
             self._holds_digest = xxhash.xxh3_64_intdigest(self.holds_RE.tobytes())
         return (self._holds_digest ^ self._past) >> 1
 
-    def _remember(self, *arrays: IntArray) -> None:
+    def _remember(self, *arrays: IntArray | BoolArray) -> None:
         self._past = xxhash.xxh3_64_intdigest(b"".join(array.tobytes() for array in arrays), seed=self._past)
 
     def forget_digest(self) -> None:
@@ -183,5 +329,6 @@ class SharedLayer:
     def _has_idle_slots(self) -> bool:
         """Whether any rank has a slot that is empty, or holds a copy that nobody would miss."""
         if self._idle_slots is None:
-            self._idle_slots = int(self.quota_R.sum()) > int(np.count_nonzero(self.holds_RE.any(0)))
+            spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
+            self._idle_slots = int(self.quota_R.sum()) > int(np.count_nonzero(self.holds_RE & ~spare_RE))
         return self._idle_slots

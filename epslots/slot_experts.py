@@ -20,9 +20,11 @@ from epslots.eviction import IntArray
 from epslots.fetch import Mover
 from epslots.kernel import ExpertKernel
 from epslots.residency import BoolArray
-from epslots.shared_layer import Copies
+from epslots.shared_layer import Copies, OwnMove
 from epslots.telemetry import Telemetry
 from epslots.waves import Wave, plan_waves
+
+_NOTHING = np.zeros(0, np.int64)
 
 
 class SlotExperts:
@@ -33,6 +35,9 @@ class SlotExperts:
         pool_layer: its number within the mover's pool.
         num_experts: E, experts that have weights. Ids from here on stand for experts that return their input.
         kernel: computes rows sorted by slot.
+
+    Attributes:
+        slots: Q; ``quota_1`` is the same as int64 [1].
     """
 
     def __init__(
@@ -46,13 +51,23 @@ class SlotExperts:
         self.kernel = kernel
         self._mover = mover
         self._telemetry = telemetry
-        self._window = pool.window(pool_layer)
-        self.slots = self._window.stop - self._window.start
         self._slot_of_E = pool.slot_of[pool_layer][:num_experts]
-        self._expert_of_Q = pool.expert_of[self._window]
         self._slot_of_device_E = pool.slot_of_device[pool_layer][:num_experts]
-        self.never_misses = pool.holds_all_of(pool_layer)
         self.dtype = kernel.dtype
+        self._read_window()
+
+    def _read_window(self) -> None:
+        self._window = self.pool.window(self._pool_layer)
+        self.slots = self._window.stop - self._window.start
+        self.quota_1 = np.array([self.slots])
+        self._expert_of_Q = self.pool.expert_of[self._window]
+        self.never_misses = self.pool.holds_all_of(self._pool_layer)
+
+    def use_window(self) -> None:
+        """Compute with the slots that the layer has by now."""
+        self._read_window()
+        self.kernel.use(self.pool.weights(self._pool_layer))
+        self._telemetry.set_slots(self._index, self.slots)
 
     @property
     def resident_E(self) -> BoolArray:
@@ -81,6 +96,26 @@ class SlotExperts:
             agreed=agreed,
         )
         self._telemetry.count_stall(self._index, time.perf_counter() - began)
+
+    def move(self, move: OwnMove, *, agreed: bool = True) -> None:
+        """Do this rank's part of the moves at the end of a step: see ``Mover.fetch``."""
+        experts, slots, evicted = _NOTHING, _NOTHING, _NOTHING
+        if move.expert >= 0:
+            experts, evicted = np.array([move.expert]), np.array([move.evicted])
+            slots = (
+                self._slot_of_E[evicted]
+                if move.evicted >= 0
+                else self._window.start + np.flatnonzero(self._expert_of_Q < 0)[:1]
+            )
+        began = time.perf_counter()
+        self._mover.fetch(self._pool_layer, experts, slots, evicted, move.copies, agreed=agreed)
+        self._telemetry.count_move(self._index, len(experts), time.perf_counter() - began)
+
+    def pass_slot(self, taker: SlotExperts, evicted: int) -> None:
+        """Pass a slot to a neighbouring layer; arguments as ``Mover.pass_slot``."""
+        self._mover.pass_slot(self._pool_layer, taker._pool_layer, evicted)
+        self.use_window()
+        taker.use_window()
 
     def confirm(self) -> None:
         """Copies from peers, in whichever layer, have arrived: see ``Mover.confirm``."""

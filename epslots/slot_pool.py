@@ -38,8 +38,7 @@ class SlotPool:
         assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, layers, strict=True))
         self.layers = tuple(layers)
         self.layout = layers[0].layout
-        self.quotas = tuple(int(q) for q in quotas)
-        self.starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(self.quotas)]))
+        self._lay_out(quotas)
         self.device = device
         self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
         experts = max(layer.num_experts for layer in layers)
@@ -49,8 +48,13 @@ class SlotPool:
         self.slot_of: NDArray[np.int64] = tables[0].numpy()
         self.expert_of: NDArray[np.int64] = tables[1].numpy()
         self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
+        self._publishing: torch.cuda.Event | None = None
         # One step at a time: another thread's step could give up what this one is about to compute with.
         self.lock = threading.Lock()
+
+    def _lay_out(self, quotas: Sequence[int]) -> None:
+        self.quotas = tuple(int(q) for q in quotas)
+        self.starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(self.quotas)]))
 
     @property
     def num_slots(self) -> int:
@@ -79,12 +83,38 @@ class SlotPool:
 
     def vacate(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Give up the slots of these resident experts (-1 is skipped). ``occupy`` or ``publish`` must tell the device."""
+        self._wait_until_published()
         gone = experts[experts >= 0]
         self.expert_of[self.slot_of[layer, gone]] = -1
         self.slot_of[layer, gone] = -1
 
+    def pass_slot(self, giver: int, taker: int) -> None:
+        """Shift the boundary between two neighbouring layers by a slot, which must be empty: ``boundary_slot``."""
+        assert abs(giver - taker) == 1 and self.quotas[giver] > 1 and self.expert_of[self.boundary_slot(giver, taker)] == -1
+        quotas = list(self.quotas)
+        quotas[giver] -= 1
+        quotas[taker] += 1
+        self._lay_out(quotas)
+
+    def boundary_slot(self, giver: int, taker: int) -> int:
+        """The giver's slot that is next to the taker's."""
+        window = self.window(giver)
+        return window.stop - 1 if taker > giver else window.start
+
+    def divide(self, quotas: Sequence[int]) -> None:
+        """Give each layer another number of slots, and lose what is in them; the sum stays."""
+        assert sum(quotas) == self.num_slots
+        assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, self.layers, strict=True))
+        self._wait_until_published()
+        self.slot_of[:] = -1
+        self.expert_of[:] = -1
+        self._lay_out(quotas)
+        for layer in range(len(self.layers)):
+            self.publish(layer)
+
     def occupy(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Enter these experts as complete in these empty slots of the layer's window."""
+        self._wait_until_published()
         assert (self.expert_of[slots] == -1).all() and (self.slot_of[layer, experts] == -1).all()
         self.expert_of[slots] = experts
         self.slot_of[layer, experts] = slots
@@ -93,13 +123,20 @@ class SlotPool:
     def publish(self, layer: int) -> None:
         """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory.
 
-        The copies are queued on the current stream. The host changes its tables again only after it has read the next
-        counts of that stream, which waits for them; within a step later copies overtake what earlier ones brought.
+        The copies are queued on the current stream. The host changes its tables again only when they have been made: what
+        was queued behind them must find what they brought.
         """
         if self.device.type != "cpu":
             window = self.window(layer)
             self.slot_of_device[layer].copy_(self._host_tables[0][layer], non_blocking=True)
             self.expert_of_device[window].copy_(self._host_tables[1][window], non_blocking=True)
+            self._publishing = self._publishing or torch.cuda.Event()
+            self._publishing.record(torch.cuda.current_stream(self.device))
+
+    def _wait_until_published(self) -> None:
+        """Mostly no wait at all: since the last copies the host has read the counts of a later layer."""
+        if self._publishing is not None:
+            self._publishing.synchronize()
 
     def check_integrity(self) -> None:
         """Assert that tables and quotas agree: free + used = capacity, each table the other's inverse, both copies equal.

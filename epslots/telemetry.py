@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 import torch
 
+from epslots.eviction import IntArray
 from epslots.records import LayerSpec
+from epslots.residency import BoolArray
+from epslots.reuse import count_distances
+from epslots.windows import Window
+
+Number = TypeVar("Number", int, float)
 
 
 class LayerStats(msgspec.Struct, frozen=True):
@@ -28,6 +36,10 @@ class LayerStats(msgspec.Struct, frozen=True):
         pairs_sent: (token, k) pairs of this rank's tokens that other ranks computed.
         pairs_received: pairs of other ranks' tokens that this rank computed.
         stall_s: seconds the host spent on demand fetches (on CUDA: queueing them; the copies run beside it).
+        moves: experts fetched for a placement's sake, at the end of a step. Their bytes count above.
+        move_s: seconds the host spent on these.
+        layer_s: seconds the host spent in the layer (on CUDA: queueing its work, and waiting for counts).
+        wait_s: of these, waiting for other ranks' counts.
     """
 
     layer: str
@@ -44,6 +56,10 @@ class LayerStats(msgspec.Struct, frozen=True):
     pairs_sent: int
     pairs_received: int
     stall_s: float
+    moves: int
+    move_s: float
+    layer_s: float
+    wait_s: float
 
     @property
     def bytes_fetched(self) -> int:
@@ -88,7 +104,7 @@ class Telemetry:
 
     def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:
         self._layers = tuple(layers)
-        self._slots = tuple(slots)
+        self._slots = list(slots)
         count = len(self._layers)
         experts = max(layer.num_experts for layer in layers)
         # One row more than experts: ids beyond the last expert (experts that carry no weights) are counted there.
@@ -99,8 +115,10 @@ class Telemetry:
         self._device_rows = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens, layers, strict=True)]
         self._device_use = list(self._device_uses)
         self._steps, self._hits, self._misses, self._waves, self._evictions = ([0] * count for _ in range(5))
-        self._host_bytes, self._peer_bytes, self._sent, self._received = ([0] * count for _ in range(4))
-        self._stall_s = [0.0] * count
+        self._host_bytes, self._peer_bytes, self._sent, self._received, self._moves = ([0] * count for _ in range(5))
+        self._stall_s, self._move_s, self._layer_s, self._wait_s = ([0.0] * count for _ in range(4))
+        self._uses = np.zeros((count, experts), np.int64)
+        self._reuse = np.zeros((count, experts + 1), np.int64)
 
     def count_resident(self, layer: int, counts: torch.Tensor) -> None:
         """A step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
@@ -128,6 +146,31 @@ class Telemetry:
         self._sent[layer] += sent
         self._received[layer] += received
 
+    def count_uses(self, layer: int, used_E: BoolArray) -> None:
+        """The experts that a step uses on whichever rank. Layers with every expert resident on one rank don't say."""
+        self._uses[layer, : len(used_E)] += used_E
+
+    def count_reuse(self, layer: int, distances: IntArray) -> None:
+        """Stack distances of some step's uses (``reuse.py``)."""
+        count_distances(self._reuse[layer], distances)
+
+    def count_move(self, layer: int, moves: int, seconds: float) -> None:
+        """Part in a step's moves, which may be to give copies away."""
+        self._moves[layer] += moves
+        self._move_s[layer] += seconds
+
+    def count_time(self, layer: int, seconds: float) -> None:
+        """Time in a layer."""
+        self._layer_s[layer] += seconds
+
+    def count_wait(self, layer: int, seconds: float) -> None:
+        """Time that a layer waited for other ranks' counts."""
+        self._wait_s[layer] += seconds
+
+    def set_slots(self, layer: int, slots: int) -> None:
+        """The layer has so many slots from now on."""
+        self._slots[layer] = slots
+
     def count_stall(self, layer: int, seconds: float) -> None:
         """Time that a step waited for fetches."""
         self._stall_s[layer] += seconds
@@ -153,7 +196,67 @@ class Telemetry:
                     pairs_sent=self._sent[i],
                     pairs_received=self._received[i],
                     stall_s=self._stall_s[i],
+                    moves=self._moves[i],
+                    move_s=self._move_s[i],
+                    layer_s=self._layer_s[i],
+                    wait_s=self._wait_s[i],
                 )
                 for i, spec in enumerate(self._layers)
             )
         )
+
+    def totals(self) -> Totals:
+        """What windows are cut from, as it is now. Synchronises with the device."""
+        uses = self._device_uses.tolist()
+        return Totals(
+            steps=max(self._steps),
+            arrays=(self._tokens[:, :-1] + self._device_tokens[:, :-1].cpu().numpy(), self._uses.copy(), self._reuse.copy()),
+            lists=(
+                [hits + resident for hits, resident in zip(self._hits, uses, strict=True)],
+                *(list(counts) for counts in (self._misses, self._host_bytes, self._peer_bytes)),
+            ),
+            times=(list(self._layer_s), list(self._wait_s)),
+        )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counters since loading, in the order of a ``Window``'s fields."""
+
+    steps: int
+    arrays: tuple[IntArray, ...]
+    lists: tuple[list[int], ...]
+    times: tuple[list[float], ...]
+
+
+class WindowMeter:
+    """Cuts one rank's telemetry into windows."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._last = telemetry.totals()
+
+    def cut(self, seconds: float) -> Window:
+        """What was counted since the last cut, which was so long ago."""
+        last, self._last = self._last, self._telemetry.totals()
+        now = self._last
+        tokens, uses, reuse = (np.subtract(a, b, dtype="<i8").tobytes() for a, b in zip(now.arrays, last.arrays, strict=True))
+        hits, misses, host_bytes, peer_bytes = (_less(a, b) for a, b in zip(now.lists, last.lists, strict=True))
+        layer_s, wait_s = (_less(a, b) for a, b in zip(now.times, last.times, strict=True))
+        return Window(
+            steps=now.steps - last.steps,
+            seconds=seconds,
+            tokens=tokens,
+            uses=uses,
+            reuse=reuse,
+            hits=hits,
+            misses=misses,
+            host_bytes=host_bytes,
+            peer_bytes=peer_bytes,
+            layer_s=layer_s,
+            wait_s=wait_s,
+        )
+
+
+def _less(now: Sequence[Number], last: Sequence[Number]) -> tuple[Number, ...]:
+    return tuple(a - b for a, b in zip(now, last, strict=True))

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.costs import Costs
 from epslots.progress import ProgressDisplay
-from epslots.ranks import group_of, group_up
+from epslots.rank_group import group_of
+from epslots.ranks import group_up
 from epslots.runtime import Runtime, runtime_of
 from epslots.transport import LocalHub, LocalTransport
 from tests.rank_helpers import run_threads
@@ -84,4 +85,4 @@ class Grouped:
                 resident_E = runner.experts.resident_E
                 for group in groups:
                     assert group is not None
-                    assert (group.shared[index].holds_RE[rank] == resident_E).all(), f"rank {rank}, layer {index}"
+                    assert (group.shared.layers[index].holds_RE[rank] == resident_E).all(), f"rank {rank}, layer {index}"

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from epslots.costs import Costs
+from epslots.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,30 @@ def situations(draw: st.DrawFn) -> Situation:
         draw(some_costs()),
         random.integers(0, draw(st.sampled_from([1, 10**4, 10**7])), (ranks, experts)),
     )
+
+
+def random_quotas(generator: np.random.Generator, quota_LR: np.ndarray, num_experts_L: np.ndarray) -> np.ndarray:
+    """Other slots of each layer, for ranks that keep their sums."""
+    quota_LR = quota_LR.copy()
+    layers, ranks = quota_LR.shape
+    for rank in range(ranks):
+        for _ in range(int(generator.integers(0, 3 * layers))):
+            giver, taker = generator.integers(0, layers, 2)
+            if quota_LR[giver, rank] > 1 and quota_LR[taker, rank] < num_experts_L[taker]:
+                quota_LR[giver, rank] -= 1
+                quota_LR[taker, rank] += 1
+    return quota_LR
+
+
+def random_placement(generator: np.random.Generator, last: Placement) -> Placement:
+    """A sound placement for the same model and ranks: other homes, some copies wanted, other slots."""
+    layers, ranks, experts = last.wanted_LRE.shape
+    quota_LR = random_quotas(generator, last.quota_LR, last.num_experts_L)
+    wanted_LRE = generator.random(last.wanted_LRE.shape) < generator.choice([0.0, 0.2, 0.9])
+    wanted_LRE &= np.arange(experts) < last.num_experts_L[:, None, None]
+    wanted_LRE &= wanted_LRE.cumsum(2) <= quota_LR[:, :, None]
+    anywhere_LE = generator.integers(0, ranks, (layers, experts))
+    home_LE = np.where(wanted_LRE.any(1), wanted_LRE.argmax(1), anywhere_LE)
+    placement = Placement(last.generation + 1, last.num_experts_L, home_LE, wanted_LRE, quota_LR)
+    placement.check()
+    return placement

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.engine import Engine
 from epslots.errors import PeerLost
-from epslots.ranks import group_of, join
+from epslots.rank_group import group_of
+from epslots.ranks import join
 from epslots.requests import Request
 from epslots.sampling import GREEDY, Sampling
 from epslots.transport import LocalHub, LocalTransport

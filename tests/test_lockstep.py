@@ -14,7 +14,8 @@ import torch
 
 import epslots
 from epslots.errors import ConfigError, ExchangeError, GroupError, PeerLost, RankMismatchError, StaleGeneration
-from epslots.ranks import announce_failure, group_of, join
+from epslots.rank_group import group_of
+from epslots.ranks import announce_failure, join
 from epslots.runtime import runtime_of
 from epslots.transport import LocalHub, LocalTransport
 from tests import zoo
@@ -130,7 +131,7 @@ def test_a_diverged_table_names_layer_and_slot(pair: Grouped):
 
 def test_a_table_that_differs_in_belief_names_the_slot(pair: Grouped):
     pair.run(lambda rank, model: forward(model))
-    shared = group_of(pair.models[0]).shared[2]
+    shared = group_of(pair.models[0]).shared.layers[2]
     expert = int(np.flatnonzero(shared.holds_RE[1])[0])
     slot = int(runtime_of(pair.models[1]).movers[0].pool.slot_of[2, expert])
     shared.holds_RE[1, expert] = False
@@ -179,12 +180,12 @@ def test_homes_that_differ_are_an_error_before_anything_moves(pair: Grouped):
     pair.run(lambda rank, model: forward(model))
 
     def swap_homes(*_: object) -> None:
-        shared = group_of(pair.models[1]).shared[1]
-        shared.home_E = shared.home_E[::-1].copy()
+        shared = group_of(pair.models[1]).shared.layers[1]
+        shared.adopt(shared.home_E[::-1].copy(), shared.wanted_RE)
 
     pair.models[1].model.layers[1].register_forward_pre_hook(swap_homes)
     for error in errors_of(2, lambda t: forward(pair.models[t.rank]), pair.hub):
-        assert isinstance(error, ExchangeError) and "homes or earlier plans differ" in str(error)
+        assert isinstance(error, ExchangeError) and "placements or earlier plans differ" in str(error)
 
 
 def test_parts_of_the_model_alone_are_refused(pair: Grouped):

@@ -15,20 +15,23 @@ import torch
 from epslots.costs import Costs
 from epslots.eviction import POLICIES, UseHistory
 from epslots.fetch import Mover
-from epslots.lockstep import LockStep
+from epslots.lockstep import Header, LockStep
 from epslots.moe_layer import MoELayer
-from epslots.placement import default_homes
+from epslots.placement import Placement, default_homes, default_placement
 from epslots.records import LayerSpec, RecordLayout
 from epslots.shared_layer import SharedLayer
+from epslots.shared_model import SharedModel
 from epslots.slot_experts import SlotExperts
 from epslots.slot_pool import SlotPool
 from epslots.telemetry import Telemetry
 from epslots.transport import LocalTransport
 from tests.grouped import ALL_COSTS
+from tests.plan_strategies import random_placement
 from tests.rank_helpers import run_threads
 
 HIDDEN = 8
 LAYOUT = RecordLayout.of([("scale", (HIDDEN,), "float32")])
+BYTES = LAYOUT.nbytes
 CPU = torch.device("cpu")
 LAYERS = 2
 
@@ -59,6 +62,9 @@ class Scaling:
     hidden_size = HIDDEN
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.use(weights)
+
+    def use(self, weights: dict[str, torch.Tensor]) -> None:
         self._scale_QH = weights["scale"]
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
@@ -75,6 +81,7 @@ class Episode:
     policy: str
     steps: int
     identity: bool
+    nodes: bool = False
 
 
 class OneRank:
@@ -88,7 +95,7 @@ class OneRank:
         self.mover = Mover(self.pool, Store(episode.experts), tuple(range(LAYERS)), self.telemetry)  # type: ignore[arg-type]
         self.mover.transport = transport
         history = UseHistory.empty(LAYERS, episode.experts)
-        self.layers, self.shared = [], []
+        self.layers, shared = [], []
         quota_R = np.array(episode.quotas)
         for index in range(LAYERS):
             experts = SlotExperts(
@@ -111,35 +118,57 @@ class OneRank:
             )
             holds = np.zeros((transport.size, episode.experts), bool)
             homes = default_homes(episode.experts, quota_R, index)
-            self.shared.append(SharedLayer(rank, holds, quota_R, homes, episode.costs))
+            node_R = np.arange(transport.size) // 2 if episode.nodes else None
+            shared.append(SharedLayer(rank, holds, quota_R.copy(), homes, episode.costs, expert_bytes=BYTES, node_R=node_R))
+        first = default_placement([episode.experts] * LAYERS, np.tile(quota_R, (LAYERS, 1)))
+        self.shared = SharedModel(shared, first, [range(LAYERS)])
+        self.rank = rank
+        self.offered: tuple[Placement, int] | None = None
+        self.reached = 0
         self.lockstep = LockStep(
             transport,
             model=1,
             most_experts=episode.experts,
             idle_layers=[layer.idle for layer in self.layers],
-            digest=lambda: hash(tuple(shared.digest for shared in self.shared)) >> 1,
+            digest=lambda: self.shared.digest,
             explain_divergence=lambda: "the driver found it",
+            on_header=self.begin_step,
         )
-        for layer, shared in zip(self.layers, self.shared, strict=True):
-            layer.join(self.lockstep, shared)
+        for layer, one in zip(self.layers, self.shared.layers, strict=True):
+            layer.join(self.lockstep, one, lambda: self.shared.room_R)
+
+    def begin_step(self, header: Header) -> None:
+        if self.offered is not None:
+            self.shared.check(self.offered[0])
+            self.shared.adopt(*self.offered)
+            self.offered = None
+        moving = self.shared.room_R is not None
+        for shift in self.shared.begin_step(lambda layer: self.layers[layer].score_E):
+            if shift.rank == self.rank:
+                self.layers[shift.giver].experts.pass_slot(self.layers[shift.taker].experts, shift.evicted)
+        if moving and self.shared.room_R is None:
+            self.reached += 1
+            quotas = [layer.experts.slots for layer in self.layers]
+            assert quotas == self.shared.placement.quota_LR[:, self.rank].tolist()
 
     def check(self, rank: int) -> None:
         self.pool.check_integrity()
         self.mover.check_content()
-        for layer, shared in zip(self.layers, self.shared, strict=True):
+        for layer, shared in zip(self.layers, self.shared.layers, strict=True):
             assert (shared.holds_RE[rank] == layer.experts.resident_E).all()
+            assert shared.quota_R[rank] == layer.experts.slots
 
 
 def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
-    """One rank's part; returns its hits, misses, pairs sent, and bytes copied from peers."""
+    """One rank's part; returns its hits, misses, pairs sent, bytes copied from peers, moves, and placements reached."""
     rank = OneRank(episode, transport)
     common = np.random.default_rng(episode.seed)  # the same on all ranks
     own = np.random.default_rng((episode.seed, transport.rank))
     ids_end = episode.experts + (2 if episode.identity else 0)
     for _ in range(episode.steps):
-        if common.random() < 0.05:  # a new placement, effective at once
-            for shared in rank.shared:
-                shared.home_E = common.integers(0, transport.size, episode.experts)
+        if common.random() < 0.03:  # a new placement, effective with the next step
+            placement = random_placement(common, rank.shared.placement)
+            rank.offered = placement, int(common.choice([BYTES // 3, BYTES, 20 * BYTES]))
         skew = common.choice([0.0, 1.0, 2.5])
         weights = 1 / np.arange(1, ids_end + 1) ** skew
         favourites = common.permutation(ids_end)
@@ -164,19 +193,21 @@ def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
         rank.lockstep.end()
         rank.check(transport.rank)
     layers = rank.telemetry.snapshot().layers
-    return tuple(sum(getattr(x, name) for x in layers) for name in ("hits", "misses", "pairs_sent", "peer_bytes"))
+    sums = (sum(getattr(x, name) for x in layers) for name in ("hits", "misses", "pairs_sent", "peer_bytes", "moves"))
+    return *sums, rank.reached
 
 
 EPISODES = [
-    Episode(seed, quotas, experts, top_k, ALL_COSTS[costs], policy, steps, identity)
-    for seed, (quotas, experts, top_k, costs, policy, steps, identity) in enumerate(
+    Episode(seed, quotas, experts, top_k, ALL_COSTS[costs], *rest)
+    for seed, (quotas, experts, top_k, costs, *rest) in enumerate(
         [
             ((3, 2), 8, 2, "tokens travel", "lrfu", 600, False),
             ((4, 4, 4), 12, 3, "copies travel", "lru", 500, False),
             ((1, 1, 1, 1), 16, 4, "gather", "lfu", 400, True),
             ((2, 9, 5), 9, 2, "work spreads", "lrfu", 500, False),
             ((6, 1), 10, 3, "nothing travels", "lrfu", 400, True),
-            ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 400, False),
+            ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 400, False, True),
+            ((7, 7, 7), 16, 2, "copies travel", "lrfu", 400, False, True),
             ((1, 2, 1, 2, 1), 3, 1, "work spreads", "lru", 300, False),
         ]
     )
@@ -186,7 +217,7 @@ EPISODES = [
 @pytest.mark.parametrize("episode", EPISODES, ids=lambda e: f"{e.seed}")
 def test_random_steps(episode: Episode):
     counts = run_threads(drive, len(episode.quotas), episode, timeout=150)
-    hits, misses, sent, copied = (sum(column) for column in zip(*counts, strict=True))
-    assert hits and misses, "nothing happened"
+    hits, misses, sent, copied, moves, reached = (sum(column) for column in zip(*counts, strict=True))
+    assert hits and misses and moves and reached, "nothing happened"
     assert bool(sent) == (episode.costs not in (ALL_COSTS["nothing travels"], ALL_COSTS["copies travel"]))
     assert copied or episode.costs is not ALL_COSTS["copies travel"]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import PeerLost
-from epslots.ranks import group_of
+from epslots.rank_group import group_of
 from epslots.runtime import runtime_of
 from tests import zoo
 from tests.rank_helpers import Rank, run_ranks

@@ -37,7 +37,7 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
 
     first, second = layer(), layer()
     assert first.digest == second.digest
-    second.home_E = np.array([1, 1, 0])
+    second.adopt(np.array([1, 1, 0]), second.wanted_RE)
     assert first.digest != second.digest
     second = layer()
     second.plan(np.array([[1, 0, 0], [0, 0, 0]]), np.zeros(3, np.int64))

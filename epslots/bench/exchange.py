@@ -18,7 +18,7 @@ from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report, alternate, median, ratio_of_rounds, spread
 from epslots.eviction import IntArray
 from epslots.placement import default_homes
-from epslots.ranks import group_of
+from epslots.rank_group import group_of
 from epslots.residency import BoolArray
 from epslots.runtime import runtime_of
 from epslots.shared_layer import SharedLayer
@@ -68,7 +68,7 @@ def _exchange_of_a_layer(transport: TorchTransport, folder: str, cache_dir: str,
             hidden = torch.randn(tokens, 1024)
             index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
             weights = torch.rand(tokens, TOP_K)
-            lockstep, live = group.lockstep, group.shared[0]
+            lockstep, live = group.lockstep, group.shared.layers[0]
             # A plan enters its outcome, so it is timed on a copy.
             shared = SharedLayer(transport.rank, live.holds_RE.copy(), live.quota_R, live.home_E, costs)
             counts_RE = _counts(transport, index)

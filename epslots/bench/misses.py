@@ -79,26 +79,17 @@ def simulate(ids_STLK: np.ndarray, slots: int, batch: int, costs: Costs, rule: A
     time_ns, host, peer, rows = 0, 0, 0, 0
     for layer in range(layers):
         history = UseHistory.empty(1, EXPERTS).layer(0, EXPERTS)
-        found: list[Any] = []
-
-        def watched(*arguments: Any, found: list[Any] = found) -> Any:
-            found.append(rule(*arguments))
-            return found[-1]
-
-        shared = SharedLayer(
-            0, np.zeros((ranks, EXPERTS), bool), quota_R, default_homes(EXPERTS, quota_R, layer), costs, watched
-        )
+        homes = default_homes(EXPERTS, quota_R, layer)
+        shared = SharedLayer(0, np.zeros((ranks, EXPERTS), bool), quota_R, homes, costs, rule)
         for step, start in enumerate(range(0, tokens - batch + 1, batch), start=1):
             counts_RE = counts_of(ids_STLK[:, start : start + batch, layer])
             record_use(history, counts_RE.sum(0) > 0, step)
-            shared.plan(counts_RE, POLICIES["lrfu"](history))
-            plan = found.pop()
-            counts_RU = counts_RE[:, plan.experts_U]
-            time_ns += layer_time(costs, counts_RU, plan.computed_RU, plan.fetch_ranks, plan.fetch_sources)
+            plan = shared.decide(counts_RE, POLICIES["lrfu"](history))
+            time_ns += layer_time(costs, plan.counts_RU, plan.computed_RU, plan.fetch_ranks, plan.fetch_sources)
             from_peer = int((plan.fetch_sources >= 0).sum())
             peer += from_peer
             host += len(plan.fetch_sources) - from_peer
-            rows += int(counts_RU.sum() - np.minimum(counts_RU, plan.computed_RU).sum())
+            rows += int(plan.counts_RU.sum() - np.minimum(plan.counts_RU, plan.computed_RU).sum())
     steps = layers * (tokens // batch)
     return {
         "ms per step and layer": time_ns / steps / 1e6,
