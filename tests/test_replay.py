@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from itertools import combinations, islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import epslots
 from epslots.eviction import POLICIES
-from epslots.replay import belady, replay
+from epslots.lanes import deal_once, read_on
+from epslots.replay import belady, replay, reuse_histogram, steps_of
 from tests import zoo
 
 
@@ -26,10 +29,12 @@ def test_a_replay_counts_what_the_model_counted(policy: str, slots: int, checkpo
         for token in zoo.random_ids(1, 40)[0]:
             model(token.view(1, 1))
     trace = recorder.trace()
-    replayed = replay(trace.expert_ids, trace.num_experts, slots, POLICIES[policy])
+    # Caches that are compared don't touch each other.
+    quota_CL = np.array([[5] * 3, [slots] * 3, [16] * 3])
+    replayed = replay(trace.expert_ids, trace.num_experts, quota_CL, POLICIES[policy])
     layers = epslots.stats(model).layers
-    assert replayed.hits.tolist() == [layer.hits for layer in layers]
-    assert replayed.misses.tolist() == [layer.misses for layer in layers]
+    assert replayed.hits_CL[1].tolist() == [layer.hits for layer in layers]
+    assert replayed.misses_CL[1].tolist() == [layer.misses for layer in layers]
 
 
 def random_trace(seed: int, steps: int = 30, experts: int = 6, top_k: int = 2) -> np.ndarray:
@@ -39,12 +44,18 @@ def random_trace(seed: int, steps: int = 30, experts: int = 6, top_k: int = 2) -
     return np.array(rows, np.int16)[:, None, :]
 
 
+SIX = np.array([6])
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_no_policy_beats_the_optimum(seed: int):
-    ids, experts = random_trace(seed), np.array([6])
-    for slots in (2, 3, 5):
-        best = belady(ids, experts, slots).hit_rate
-        assert all(replay(ids, experts, slots, policy).hit_rate <= best for policy in POLICIES.values())
+    quota_CL = np.array([[1], [2], [3], [5]])  # a step uses two: the first runs in waves
+    ids = random_trace(seed)
+    best = belady(ids, SIX, quota_CL)
+    for policy in POLICIES.values():
+        replayed = replay(ids, SIX, quota_CL, policy)
+        assert (replayed.hits_CL <= best.hits_CL).all()
+        assert (replayed.hits_CL + replayed.misses_CL == best.hits_CL + best.misses_CL).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -60,10 +71,64 @@ def test_belady_is_the_optimum(seed: int):
             else:
                 held[choice] = wanted
         most = max(most, hits)
-    assert int(belady(ids, np.array([4]), slots).hits[0]) == most
+    assert int(belady(ids, np.array([4]), np.array([[slots]])).hits_CL[0, 0]) == most
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_belady_is_the_optimum_of_steps_with_several_experts(seed: int):
+    """Against every choice of what else stays beside a step's experts."""
+    ids, slots = random_trace(seed, steps=7, experts=5, top_k=2), 3
+    best = {frozenset[int](): 0}
+    for wanted in map(frozenset, ids[:, 0].tolist()):
+        following: dict[frozenset[int], int] = {}
+        for held, hits in best.items():
+            for others in combinations(held - wanted, min(slots - len(wanted), len(held - wanted))):
+                after = wanted.union(others)
+                following[after] = max(following.get(after, 0), hits + len(wanted & held))
+        best = following
+    assert int(belady(ids, np.array([5]), np.array([[slots]])).hits_CL[0, 0]) == max(best.values())
 
 
 def test_all_slots_miss_each_expert_once():
-    ids = random_trace(0)
-    for result in (belady(ids, np.array([6]), 6), replay(ids, np.array([6]), 6, POLICIES["lru"])):
-        assert int(result.misses[0]) == len(np.unique(ids))
+    ids, quota_CL = random_trace(0), np.array([[6], [99]])
+    for result in (belady(ids, SIX, quota_CL), replay(ids, SIX, quota_CL, POLICIES["lru"])):
+        assert result.misses_CL[:, 0].tolist() == [len(np.unique(ids))] * 2
+
+
+def test_the_histogram_is_of_all_uses():
+    ids, done = random_trace(3, steps=600), list[int]()
+    histogram_LD = reuse_histogram(ids, SIX, advance=done.append)
+    assert histogram_LD.sum() == ids.size and sum(done) == 600
+    lru = replay(ids, SIX, np.array([[2], [4]]), POLICIES["lru"])
+    assert [histogram_LD[0, :2].sum(), histogram_LD[0, :4].sum()] == lru.hits_CL[:, 0].tolist()
+
+
+def test_a_batch_uses_an_expert_once_a_step():
+    ids = np.array([[[0, 1]], [[2, 3]], [[0, 1]], [[0, 5]], [[4, -1]]], np.int16)  # sequences of three and two tokens
+    row_SB = deal_once(np.array([0, 3]), 5, lanes=2)
+    assert row_SB.tolist() == [[0, 3], [1, 4], [2, -1]]
+    ids_TLN = steps_of(ids, row_SB)
+    assert ids_TLN[:, 0].tolist() == [[0, 1, 0, 5], [2, 3, 4, -1], [0, 1, -1, -1]]
+    replayed = replay(ids_TLN, SIX, np.array([[6]]), POLICIES["lru"])
+    assert (replayed.hits_CL.sum(), replayed.misses_CL.sum()) == (2, 6)
+    assert replayed.hit_rates == [0.25]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 40))
+def test_lanes(lengths: list[int], lanes: int, steps: int):
+    tokens = sum(lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    once_SB = deal_once(starts, tokens, lanes)
+    assert sorted(once_SB[once_SB >= 0].tolist()) == list(range(tokens)), "each token once"
+    round_SB = np.stack(list(islice(read_on(starts, tokens, lanes), steps)))
+    assert round_SB.shape == (steps, lanes) and round_SB.min() >= 0 and round_SB.max() < tokens
+    for lane_S in (*once_SB.T, *round_SB.T):
+        for now, then in pairwise(lane_S[lane_S >= 0].tolist()):
+            assert then == now + 1 if now + 1 not in (*starts, tokens) else then in starts, "a sequence stays in its lane"
+
+
+def test_sequences_go_to_free_lanes_in_their_order():
+    starts = np.array([0, 2, 4, 6, 8])
+    row_SB = np.stack(list(islice(read_on(starts, 10, 2), 12)))
+    drawn = [row for rows in row_SB.tolist() for row in rows if row in starts]
+    assert drawn == [0, 4, 6, 8, 0, 2, 4, 6, 8, 0, 2, 4], "the second lane entered sequence 1 amid it"

@@ -1,23 +1,28 @@
-"""``epslots trace record``: which experts each token of some prompts chooses, as a file."""
+"""``epslots trace record | replay``: which experts each token of some prompts chooses, as a file; and what caches of few slots
+would have hit.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
+import numpy as np
 import typer
 
 from epslots.cli.generate import read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
+from epslots.counting import counting
 from epslots.errors import ConfigError
+from epslots.eviction import POLICIES, IntArray
+from epslots.lanes import deal_once
+from epslots.replay import Replayed, belady, replay, reuse_histogram, steps_of
+from epslots.reuse import percentile
 from epslots.text import load_tokenizer
+from epslots.units import parse_slots
 
 trace_app = typer.Typer(help="Routing traces: what policies and placements are judged on.", no_args_is_help=True)
-
-
-@trace_app.callback()
-def _trace() -> None:
-    """Keep ``record`` a command of its own name while it is the only one."""
 
 
 @trace_app.command()
@@ -54,3 +59,112 @@ def record(
     trace = recorder.trace()
     trace.save(output)
     typer.echo(f"{output}: {len(trace.starts)} sequences, {len(trace.expert_ids)} tokens, {len(trace.num_experts)} layers")
+
+
+@trace_app.command(name="replay")
+def replay_command(
+    file: Annotated[Path, typer.Argument(help="A routing trace (.npz), as `trace record` writes it.")],
+    slots: Annotated[
+        str, typer.Option("--slots", "-s", help="Slots of each layer, or shares of its experts: 8,16,25%.")
+    ] = "25%",
+    policy: Annotated[str, typer.Option(help=f"all, or some of: {', '.join(POLICIES)}.")] = "all",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time; each takes a token a step.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """What eviction policies would have hit on a trace, beside Belady's optimum; and how soon experts are used again.
+
+    A hit is an expert that a step uses and finds in a slot, however many of the step's tokens chose it.
+    """
+    from epslots.trace import Trace
+
+    trace = Trace.load(file)
+    if not len(trace.expert_ids):
+        raise ConfigError(f"{file}: the trace holds no token")
+    names = list(POLICIES) if policy == "all" else policy.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise ConfigError(f"--policy {name!r}: allowed: all, {', '.join(POLICIES)}")
+    quotas = {given: slots_of_layers(given, trace.num_experts) for given in slots.split(",")}
+    quota_CL = np.stack(list(quotas.values()))
+    ids_TLN = steps_of(trace.expert_ids, deal_once(trace.starts, len(trace.expert_ids), batch))
+    # Once for each policy, once for the distances; the optimum takes a second look, from the end.
+    with counting("replay", len(ids_TLN) * len(trace.num_experts) * (len(names) + 2)) as advance:
+        results = {name: replay(ids_TLN, trace.num_experts, quota_CL, POLICIES[name], advance) for name in names}
+        results["belady"] = belady(ids_TLN, trace.num_experts, quota_CL, advance)
+        histogram_LD = reuse_histogram(ids_TLN, trace.num_experts, advance=advance)
+    found = {
+        "trace": str(file),
+        "sequences": len(trace.starts),
+        "tokens": len(trace.expert_ids),
+        "layers": len(trace.num_experts),
+        "batch": batch,
+        "steps": len(ids_TLN),
+        **_hit_rates(results, list(quotas)),
+        "reuse": [_reuse(histogram_LD[layer], experts) for layer, experts in enumerate(trace.num_experts.tolist())],
+    }
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print_replayed(found)
+
+
+def slots_of_layers(given: str, num_experts_L: IntArray) -> IntArray:
+    """Slots of each layer, int64 [layers], from a number or a share ("25%") of its experts, at least one.
+
+    Raises:
+        ConfigError: it is neither, or not positive.
+    """
+    setting = parse_slots(given)
+    if setting.per_layer is not None:
+        return np.minimum(setting.per_layer, num_experts_L)
+    if setting.share is None:
+        raise ConfigError(f"slots={given!r}: allowed here: a positive int (slots of a layer), or a share such as 25%")
+    return np.maximum(1, (num_experts_L * setting.share + 1e-9).astype(np.int64))
+
+
+def _hit_rates(results: dict[str, Replayed], settings: list[str]) -> dict[str, Any]:
+    rates, by_layer = {}, {}
+    for name, result in results.items():
+        rates[name] = dict(zip(settings, result.hit_rates, strict=True))
+        rate_CL = result.hits_CL / np.maximum(1, result.hits_CL + result.misses_CL)
+        by_layer[name] = dict(zip(settings, rate_CL.tolist(), strict=True))
+    return {"hit_rates": rates, "hit_rates_by_layer": by_layer}
+
+
+def _reuse(histogram_D: IntArray, experts: int) -> dict[str, Any]:
+    """Of one layer: stack distances of the uses that were not the first."""
+    again_D = histogram_D[:experts]
+    return {
+        "experts": experts,
+        "uses": int(histogram_D.sum()),
+        "first_uses": int(histogram_D[experts]),
+        "median": percentile(again_D, 0.5),
+        "p90": percentile(again_D, 0.9),
+        "p99": percentile(again_D, 0.99),
+        "histogram": again_D.tolist(),
+    }
+
+
+def _print_replayed(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    head = f"{found['sequences']} sequences, {found['tokens']:,} tokens, {found['batch']} at a time"
+    rates = Table(title=f"hit rates: {head}", title_justify="left", caption_justify="left")
+    rates.add_column("slots of a layer")
+    for name in found["hit_rates"]:
+        rates.add_column(name, justify="right")
+    for setting in found["hit_rates"]["belady"]:
+        rates.add_row(setting, *(f"{rate[setting]:.1%}" for rate in found["hit_rates"].values()))
+    rates.caption = "belady: what no policy can beat, for it knows the future"
+    console.print(rates)
+    reuse = Table(title="how many other experts are used before one is used again", title_justify="left")
+    reuse.add_column("layer")
+    for heading in ("experts", "uses", "first uses", "median", "90 %", "99 %"):
+        reuse.add_column(heading, justify="right")
+    for layer, row in enumerate(found["reuse"]):
+        reuse.add_row(str(layer), *(f"{row[name]:,}" for name in ("experts", "uses", "first_uses", "median", "p90", "p99")))
+    console.print(reuse)
