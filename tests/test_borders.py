@@ -20,20 +20,26 @@ LAYERS = (
     ("errors", "records"),
     # pure decisions
     ("units", "eviction", "example", "sampling"),
-    ("residency", "placement", "memory_plan", "requests"),
-    ("waves", "costs", "routes"),
-    ("assignment", "replay"),
-    ("shared_layer",),
+    ("residency", "memory_plan", "requests"),
+    ("waves", "costs", "routes", "reuse", "moves", "windows"),
+    ("assignment", "replay", "placement", "quotas", "lanes", "timing"),
+    ("shared_layer", "balance", "drift"),
+    ("shared_model", "forecast", "replication", "local_search", "heat_map"),
+    ("simulated_group", "scarce"),
+    ("rebalance",),
+    ("simulate", "placement_replay"),
     # effects
     ("host_store", "slot_pool", "telemetry", "checkpoint", "transport", "device_copy", "text", "end_tokens"),
-    ("token_choice", "store_build", "progress", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
-    ("node_store", "pinning", "slot_experts", "link_speed", "rendezvous"),
+    ("token_choice", "store_build", "progress", "counting", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
+    ("node_store", "placement_file", "pinning", "slot_experts", "link_speed", "rendezvous"),
     ("moe_layer",),
     # the model integration
     ("experts", "fp8", "paged_attention"),
     ("expert_reader", "pretrained", "batching"),
     ("model_shape",),
     ("known_shapes", "runtime"),
+    ("rank_hello",),
+    ("rank_group",),
     ("ranks",),
     # the public surface
     ("trace", "loading", "engine"),
@@ -46,7 +52,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Decisions are arrays in, arrays out.
 PURE = (
     *("units", "records", "eviction", "memory_plan", "waves", "replay"),
-    *("residency", "placement", "costs", "routes", "assignment", "shared_layer", "sampling"),
+    *("residency", "placement", "costs", "routes", "assignment", "shared_layer", "shared_model", "sampling"),
+    *("moves", "windows", "reuse", "quotas", "lanes", "timing", "balance", "drift", "forecast", "replication", "local_search"),
+    *("simulated_group", "scarce", "rebalance", "simulate", "placement_replay"),
 )
 
 
@@ -142,7 +150,7 @@ def test_the_commands_and_their_options():
     group = get_command(app)
     found = {name: {o for p in c.params for o in p.opts} for name, c in group.commands.items()}  # type: ignore[attr-defined]
     common = {"--model", "-m", "--dtype", "--cache-dir"}
-    assert found.keys() == {"generate", "plan", "verify", "bench", "trace"}
+    assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "placement", "simulate"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
         "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
@@ -151,8 +159,18 @@ def test_the_commands_and_their_options():
     assert found["verify"] == common | {"--checkpoint"}
     assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}
     assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
-    record = group.commands["trace"].commands["record"]  # type: ignore[attr-defined]
-    assert {"output", "prompts", "--slots", "--model"} <= {o for p in record.params for o in p.opts}
+    assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
+    inner = {
+        name: {o for p in c.params for o in p.opts}
+        for outer in ("trace", "placement")
+        for name, c in {f"{outer} {n}": c for n, c in group.commands[outer].commands.items()}.items()  # type: ignore[attr-defined]
+    }
+    assert inner.keys() == {"trace record", "trace replay", "placement replay", "placement plan", "placement show"}
+    assert {"output", "prompts", "--slots", "--model"} <= inner["trace record"]
+    assert {"--slots", "--policy", "--json"} <= inner["trace replay"]
+    assert {"--ranks", "--slots", "--json"} <= inner["placement replay"]
+    assert {"--ranks", "--slots", "--nodes", "--output"} <= inner["placement plan"]
+    assert {"--loads", "--layer", "--plot"} <= inner["placement show"]
 
 
 def test_help_needs_no_torch():

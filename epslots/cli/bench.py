@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from importlib.metadata import entry_points
+from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, Optional
 
 import typer
@@ -12,8 +14,13 @@ import typer
 from epslots.cli.options import DeviceOption
 from epslots.errors import ConfigError
 
-BENCHMARKS = ("overhead", "start", "fetch", "sweep", "offload", "exchange", "ranks", "misses")
-# Of whatever is installed beside epslots: each is called with a report, a folder for host stores, and the settings given.
+# Each is ``epslots.bench.<name>.bench_<name>``, called with a report, a folder for host stores, and the settings given.
+BENCHMARKS = (
+    *("overhead", "start", "fetch", "sweep", "offload", "exchange", "ranks", "misses"),
+    *("placement", "quotas", "rebalance", "simulate"),
+)
+_ON_DEVICE = ("fetch", "offload")  # these take the device as well; the others measure the CPU
+# Of whatever is installed beside epslots; called alike.
 MORE = {entry.name: entry for entry in entry_points(group="epslots.benchmarks")}
 
 
@@ -35,6 +42,10 @@ def bench(
     sweep: hit rate and tokens/s of the example model from 12.5 % slots to all (CPU).
     exchange: exchange and plan of one layer on 2 ranks, against the bare collectives of the same sizes; the plan alone (CPU).
     ranks: hit rate and bytes of 1, 2 and 4 ranks that share one distributed cache, against caches on their own (CPU).
+    placement: the planner against EPLB: known loads, their speed, the next window of shifting traffic.
+    quotas: hit rates with slots dealt to layers by measured need, against equal ones and the optimum.
+    simulate: how fast clusters are simulated, up to 1,024 ranks; the simulator against real ranks.
+    rebalance: step times of 4 ranks while a new placement is reached, against those of steady steps (CPU).
     misses: modelled time and bytes of the ways to serve a miss, with emulated links.
     offload: tokens/s from 25 % slots to all, against plain transformers resident and accelerate's CPU offload; on a GPU a
     model of Qwen3-30B-A3B's shape, on the CPU a small one.
@@ -48,40 +59,21 @@ def bench(
     """
     if name not in (*BENCHMARKS, *MORE):
         raise ConfigError(f"benchmark {name!r}: allowed: {', '.join((*BENCHMARKS, *MORE))}")
-    if minutes is not None and name != "soak":
-        raise ConfigError(f"--minutes is for soak; {name} takes --rounds")
 
     import torch
 
-    from epslots.bench import exchange, fetch, misses, offload, overhead, ranks, start, sweep
     from epslots.bench.report import Report
     from epslots.loading import resolve_device
 
     if threads is not None:
         torch.set_num_threads(threads)
-    target = resolve_device(device if name in ("fetch", "offload") else "cpu")
+    target = resolve_device(device if name in _ON_DEVICE else "cpu")
     report = Report(name, target, output)
+    run = MORE[name].load() if name in MORE else resolve_name(f"epslots.bench.{name}:bench_{name}")
     given = {"rounds": rounds, "minutes": minutes}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if unknown := [key for key in settings if key not in signature(run).parameters]:
+        raise ConfigError(f"--{unknown[0]}: benchmark {name} takes none")
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
-        cache_dir = Path(folder) / "cache"
-        match name:
-            case "overhead":
-                overhead.bench_overhead(report, cache_dir, **settings)
-            case "start":
-                start.bench_start(report, cache_dir, **settings)
-            case "fetch":
-                fetch.bench_fetch(report, cache_dir, target, **settings)
-            case "sweep":
-                sweep.bench_sweep(report, cache_dir, **settings)
-            case "exchange":
-                exchange.bench_exchange(report, cache_dir, **settings)
-            case "ranks":
-                ranks.bench_ranks(report, cache_dir)
-            case "misses":
-                misses.bench_misses(report, cache_dir)
-            case "offload":
-                offload.bench_offload(report, cache_dir, target)
-            case _:
-                MORE[name].load()(report, cache_dir, **settings)
+        run(report, Path(folder) / "cache", *((target,) if name in _ON_DEVICE else ()), **settings)
     report.save()

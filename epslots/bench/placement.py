@@ -1,0 +1,132 @@
+"""The planner's figures: loads known in advance, and what counts, the window that comes next. EPLB's rules beside ours.
+
+Legend of shape suffixes: W windows, L layers, R ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epslots.balance import balancedness, holders, rank_loads
+from epslots.bench.drift import mixed_windows, record_kinds, switching_windows
+from epslots.bench.eplb import copies_held, eplb
+from epslots.bench.report import Report
+from epslots.drift import Traffic, generate
+from epslots.eviction import IntArray
+from epslots.forecast import Expected
+from epslots.placement_replay import Planner, Scores, expected_of_all, replay, replay_costs, start_placement
+from epslots.progress import ProgressDisplay
+from epslots.rebalance import Fleet, propose
+from epslots.replication import place_afresh
+
+GOLDEN = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
+ZIPF = ((58, 256, 288, 32), (58, 256, 320, 64), (94, 128, 160, 16), (60, 384, 448, 64))
+LARGE = (60, 384, 2048, 1024)
+
+# Generated traffic: what it is like, ranks, slots.
+GENERATED: dict[str, tuple[Traffic, int, int]] = {
+    f"{kind}, 64 experts top-6": (Traffic(kind=kind), 8, 9) for kind in ("still", "switch", "drift", "flash", "all")
+} | {
+    "switch, 128 experts top-1": (Traffic(kind="switch", layers=24, experts=128, top_k=1, skew=1.0, prompts=40), 8, 17),
+    "all, large windows": (Traffic(kind="all", prompts=400, tokens=100, whim=0.4), 8, 9),
+    "all, 8 prompts a window": (Traffic(kind="all", prompts=8, tokens=100), 8, 9),
+}
+
+
+def bench_placement(report: Report, cache_dir: Path, *, rounds: int = 15, sequences: int = 240, windows: int = 48) -> None:
+    """Golden and Zipf loads, a large fleet, then next-window tables of real and generated traffic."""
+    report.table("loads known in advance", known_loads(rounds))
+    texts = record_kinds(cache_dir, sequences)
+    real = {
+        "texts of one kind at a time, 20 a window": (switching_windows(texts, windows, 20, 8), 4, 9),
+        "texts of one kind at a time, 60 a window": (switching_windows(texts, windows, 60, 8), 4, 9),
+        "kinds switch every 4 windows": (switching_windows(texts, windows, 20, 4), 4, 9),
+        "all kinds mixed, 20 a window": (mixed_windows(texts, windows, 20), 4, 9),
+    }
+    rows = []
+    with ProgressDisplay()("next windows", len(real) + len(GENERATED)) as advance:
+        for name, (loads_WLE, ranks, slots) in real.items():
+            rows.append({"traffic": f"real: {name}"} | next_window(loads_WLE, ranks, slots))
+            advance(1)
+        report.table("next window, real routing of the example model", rows)
+        rows = []
+        for name, (traffic, ranks, slots) in GENERATED.items():
+            rows.append({"traffic": name} | next_window(generate(traffic), ranks, slots))
+            advance(1)
+    report.table("next window, generated traffic", rows)
+
+
+def known_loads(rounds: int) -> list[dict[str, Any]]:
+    """Balance and milliseconds, the best of the rounds, where the loads that are planned for are those that come."""
+    sure = Expected(GOLDEN * 10**6, np.full_like(GOLDEN, 100), 100, 1.0, 8.0)
+    start = start_placement(1, 8, 8, 2)
+    fleet = Fleet(np.zeros(8, np.int64), np.full(8, 1000), replay_costs(sure.tokens_LE[None], 8, 0.0))
+    ours = rank_loads(holders(propose(start, sure, fleet).placement), GOLDEN).max()
+    theirs = rank_loads(copies_held(eplb(GOLDEN, 8, 2), 8, 8), GOLDEN).max()
+    rows: list[dict[str, Any]] = [_row("golden: largest load", float(ours), float(theirs))]
+    for layers, experts, slots, ranks in (*ZIPF, LARGE):
+        random = np.random.default_rng(0)
+        loads_LE = np.stack([random.permutation(1e6 / np.arange(1, experts + 1)) for _ in range(layers)])
+        quota_LR, speed_R = np.full((layers, ranks), slots // ranks), np.ones(ranks)
+        held_LRE, ours_ms = _best_of(partial(place_afresh, loads_LE, loads_LE > 0, quota_LR, speed_R), rounds)
+        planned, theirs_ms = _best_of(partial(eplb, loads_LE, ranks, slots // ranks), rounds)
+        level = (
+            balancedness(rank_loads(held_LRE, loads_LE)),
+            balancedness(rank_loads(copies_held(planned, ranks, experts), loads_LE)),
+        )
+        rows.append(
+            _row(f"Zipf: {layers} layers, {experts} experts, {slots} copies, {ranks} ranks", *level, ours_ms, theirs_ms)
+        )
+    return rows
+
+
+def _row(loads: str, ours: float, theirs: float, ours_ms: float = 0.0, theirs_ms: float = 0.0) -> dict[str, Any]:
+    return {"loads": loads, "ours": ours, "EPLB": theirs, "ours, ms": ours_ms, "EPLB's rules in numpy, ms": theirs_ms}
+
+
+def _best_of(run: Callable[[], Any], rounds: int) -> tuple[Any, float]:
+    seconds = []
+    result = None
+    for _ in range(rounds):
+        began = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - began)
+    return result, 1000 * min(seconds)
+
+
+def next_window(loads_WLE: IntArray, ranks: int, slots: int) -> dict[str, Any]:
+    """Both planners over the windows; and two that know more than they may, which bound what can be had.
+
+    "one plan of all" is ours, made once from all windows, those that it is scored on included, and never changed.
+    """
+    layers, experts = loads_WLE.shape[1:]
+    start = start_placement(layers, experts, ranks, slots)
+    fleet = Fleet(np.zeros(ranks, np.int64), np.full(ranks, 1000), replay_costs(loads_WLE, ranks))
+    free = Fleet(fleet.node_R, fleet.speed_R, replay_costs(loads_WLE, ranks, 0.0))
+    ours = replay(loads_WLE, start, Planner(start, fleet), time.perf_counter)
+    theirs = replay(
+        loads_WLE, start, lambda tokens: copies_held(eplb(tokens, ranks, slots), ranks, experts), time.perf_counter
+    )
+    fixed = holders(propose(start, expected_of_all(loads_WLE), free).placement)
+    one_plan = [balancedness(rank_loads(fixed, window_LE)) for window_LE in loads_WLE[1:]]
+    imbalances = {name: 1 - float(np.mean(scores.balance)) for name, scores in (("ours", ours), ("EPLB", theirs))}
+    return {
+        "imbalance, ours": imbalances["ours"],
+        "EPLB": imbalances["EPLB"],
+        "ours / EPLB": imbalances["ours"] / imbalances["EPLB"],
+        "one plan of all": 1 - float(np.mean(one_plan)),
+        "split live, ours": 1 - float(np.mean(ours.balance_live)),
+        "split live, EPLB": 1 - float(np.mean(theirs.balance_live)),
+        "moved, ours / EPLB": sum(ours.copies) / sum(theirs.copies),
+        "ms a window, ours": _milliseconds(ours),
+    }
+
+
+def _milliseconds(scores: Scores) -> float:
+    return 1000 * float(np.median(scores.seconds))
