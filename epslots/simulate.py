@@ -18,23 +18,17 @@ import numpy as np
 
 from epslots.errors import ConfigError
 from epslots.eviction import IntArray, Policy
-from epslots.forecast import Forecast
 from epslots.lanes import read_on
 from epslots.placement import Placement, default_placement
-from epslots.quotas import deal_quotas, improve_quotas
-from epslots.rebalance import Fleet, propose
+from epslots.rebalance import Fleet
+from epslots.replanning import OVERDUE, SHARE, Replanner
 from epslots.replay import IdArray
+from epslots.shared_model import movement_budget
 from epslots.simulated_group import SimulatedGroup, Tally
 from epslots.timing import Timing
 
 MOST_RANKS = 1024
 GROUP_SIZE = 64
-# Of a step's time that copies for a placement may take.
-MOVE_SHARE = 0.1
-# Windows after which placements are weighed again though the ranks aren't at the last one.
-OVERDUE = 2
-# Reuse distances of so many windows ago count a third.
-_REUSE_WINDOWS = 16
 _USUAL_SPEED = 1000
 
 
@@ -205,11 +199,10 @@ class _Controller:
     def __init__(self, cluster: Cluster, group: _Group) -> None:
         self._cluster = cluster
         self._fleet = Fleet(group.node_R, np.full(group.size, _USUAL_SPEED), cluster.timing.costs)
-        self._forecast = Forecast()
         self._placement = group.simulated.model.placement
         self._since = 0
-        layers, _, experts = self._placement.wanted_LRE.shape
-        self._reuse_LD = np.zeros((layers, experts + 1), np.int64)
+        layers = len(self._placement.num_experts_L)
+        self._replanner = Replanner(self._placement.num_experts_L, [range(layers)])
 
     def close_window(self, groups: Sequence[_Group]) -> None:
         """Learn from what the groups did since the last call; where another placement pays, have them follow it."""
@@ -218,28 +211,18 @@ class _Controller:
             sum(parts[1:], parts[0]) for parts in zip(*(s.take_window() for s in simulated), strict=True)
         )
         # Uses are counted by group, in steps of that group; the placement is for a group.
-        self._forecast.add(tokens_LE // len(groups), uses_LE // len(groups), self._cluster.window_steps)
-        self._reuse_LD += reuse_LD - self._reuse_LD // _REUSE_WINDOWS
+        self._replanner.learn(tokens_LE // len(groups), uses_LE // len(groups), reuse_LD, self._cluster.window_steps)
         self._since += 1
         if self._since <= OVERDUE and any(one.model.to_move for one in simulated):
             return
-        proposal = propose(self._placement, self._forecast.expected(), self._fleet, self._quotas())
+        proposal = self._replanner.weigh(self._placement, self._fleet).proposal
         if proposal.keep:
             return
         self._placement, self._since = proposal.placement, 0
         costs, step_ns = self._cluster.timing.costs, float(np.mean([np.mean(one.tally.step_ns) for one in simulated]))
-        experts = MOVE_SHARE * step_ns / costs.host_fetch
+        budget = movement_budget(step_ns / 1e9, costs, self._cluster.expert_bytes, SHARE)
         for one in simulated:
-            one.model.adopt(self._placement, max(1, int(experts * self._cluster.expert_bytes)))
-
-    def _quotas(self) -> IntArray | None:
-        """Slots of each layer and rank by measured need; None if they are to stay as they are."""
-        now_LR, experts_L = self._placement.quota_LR, self._placement.num_experts_L
-        ranks = now_LR.shape[1]
-        better_L = improve_quotas(now_LR.sum(1), self._reuse_LD, experts_L, np.full_like(experts_L, ranks), experts_L * ranks)
-        if (better_L == now_LR.sum(1)).all():
-            return None
-        return deal_quotas(better_L, now_LR.sum(0), experts_L, now_LR)
+            one.model.adopt(self._placement, budget)
 
 
 def _outcome(cluster: Cluster, batch: int, tallies: Sequence[Tally], sizes: Sequence[int], placements: int) -> Outcome:

@@ -27,7 +27,8 @@ LAYERS = (
     ("shared_model", "forecast", "replication", "local_search", "heat_map"),
     ("simulated_group", "scarce"),
     ("rebalance",),
-    ("simulate", "placement_replay"),
+    ("replanning", "placement_replay"),
+    ("simulate",),
     # effects
     ("host_store", "slot_pool", "telemetry", "checkpoint", "transport", "device_copy", "text", "end_tokens"),
     ("token_choice", "store_build", "progress", "counting", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
@@ -54,7 +55,7 @@ PURE = (
     *("units", "records", "eviction", "memory_plan", "waves", "replay"),
     *("residency", "placement", "costs", "routes", "assignment", "shared_layer", "shared_model", "sampling"),
     *("moves", "windows", "reuse", "quotas", "lanes", "timing", "balance", "drift", "forecast", "replication", "local_search"),
-    *("simulated_group", "scarce", "rebalance", "simulate", "placement_replay"),
+    *("simulated_group", "scarce", "rebalance", "replanning", "simulate", "placement_replay"),
 )
 
 
