@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.api import Cluster
+    from cluster.controller_messages import Explanation
     from cluster.errors import ClusterError, Overloaded, RankFailed
     from cluster.generation import Generation, GenerationSettings, Result
     from cluster.reports import ClusterStats, Placement
@@ -22,6 +23,7 @@ __all__ = [
     "Cluster",
     "ClusterError",
     "ClusterStats",
+    "Explanation",
     "Generation",
     "GenerationSettings",
     "Overloaded",
@@ -33,6 +35,7 @@ __all__ = [
 _HOME = {
     "Cluster": "api",
     "ClusterStats": "reports",
+    "Explanation": "controller_messages",
     "Generation": "generation",
     "GenerationSettings": "generation",
     "Placement": "reports",

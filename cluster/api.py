@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from cluster.controller_messages import Explanation
 from cluster.dispatcher import Dispatcher
 from cluster.display import StartDisplay
 from cluster.errors import ClusterError, Overloaded, raised_anew
@@ -25,6 +26,7 @@ from cluster.generation import Checker, Generation, GenerationSettings, Prompt, 
 from cluster.loop_thread import CLOSED, LoopThread
 from cluster.messages import Load
 from cluster.reports import ClusterStats, Placement, rank_stats, sum_stats
+from cluster.steering import Steering
 from cluster.supervisor import Supervisor
 from cluster.workers import Deadlines
 from epslots.batching import DEFAULT_BATCH_TOKENS
@@ -33,11 +35,14 @@ from epslots.costs import Costs
 from epslots.errors import ConfigError
 from epslots.eviction import DEFAULT_POLICY, resolve_policy
 from epslots.loading import DEFAULT_KV_TOKENS
+from epslots.placement import pack
+from epslots.placement_file import read_placement
 from epslots.text import load_tokenizer
 from epslots.units import parse_slots
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 DEFAULT_QUEUE = 1024
+DEFAULT_WINDOW = 64
 _MOST_S = 7 * 24 * 3600
 
 
@@ -63,6 +68,10 @@ class Cluster:
         deadline_s: seconds that one operation between ranks may take before they give each other up.
         silence_s: seconds in which a rank must answer while there is work; it is replaced otherwise.
         progress: show how the start goes; None = if standard error is a terminal.
+        placement: a file (of ``epslots placement plan``) that says where experts are to live at first, for as many ranks and
+            slots.
+        window_steps: steps after which ranks tell the controller what they measured; 0 = there is no controller, and the
+            placement stays.
         fleet: what to run ranks on, in place of Ray.
 
     Raises:
@@ -95,6 +104,8 @@ class Cluster:
         deadline_s: float = 60.0,
         silence_s: float = 10.0,
         progress: bool | None = None,
+        placement: str | os.PathLike[str] | None = None,
+        window_steps: int = DEFAULT_WINDOW,
         fleet: Fleet | None = None,
     ) -> None:
         parse_slots(slots)
@@ -108,6 +119,9 @@ class Cluster:
                 raise ConfigError(f"{name}={seconds!r}; allowed: seconds, more than 0, at most {_MOST_S}")
         if ranks is not None:
             _check_count("ranks", ranks)
+        if window_steps != 0:
+            _check_count("window_steps", window_steps)
+        first = None if placement is None else _first_placement(placement, ranks)
         folder = find_checkpoint(path_or_id)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
@@ -134,11 +148,13 @@ class Cluster:
                 max_batch_tokens=max_batch_tokens,
                 neighbours=1,
                 threads=0,
+                window_steps=window_steps,
             ),
             costs=costs,
             deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s),
             display=StartDisplay(progress),
             make_dispatcher=lambda send: Dispatcher(send, lambda: self.tokenizer),
+            placement=first,
         )
         self.timeline = self._supervisor.timeline
         self._closed = False
@@ -245,17 +261,67 @@ class Cluster:
             dispatcher, reports = self._supervisor.dispatcher, await self._supervisor.reports()
             ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
             total = sum_stats([rank.stats for rank in ranks])
-            return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total)
+            steering = self._supervisor.steering
+            controller = None if steering is None else steering.stats()
+            return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total, controller)
 
         return self._thread.call(ask())
 
     def placement(self) -> Placement:
-        """Which rank holds which expert, when the step under way is done."""
+        """Which rank holds which expert, and which should, when the step under way is done."""
         self._check_open()
         reports = self._thread.call(self._supervisor.reports())
         newest = max((report for _, report in reports), key=lambda report: report.generation, default=None)
         ranks = tuple(worker.handle.where for worker, _ in reports)
-        return Placement(self._supervisor.group.generation, ranks, () if newest is None else newest.layers)
+        return Placement(
+            generation=self._supervisor.group.generation,
+            ranks=ranks,
+            layers=() if newest is None else newest.layers,
+            placement_generation=-1 if newest is None else newest.placement,
+            to_move=0 if newest is None else newest.to_move,
+        )
+
+    def explain(self) -> Explanation:
+        """Why the placement is what it is, in numbers; as text, for people. From the controller, when it has answered.
+
+        Raises:
+            ConfigError: there is to be no controller.
+            ClusterError: none can be had.
+        """
+        return self._thread.call(self._steering().explain())
+
+    def rebalance(self) -> Explanation:
+        """Plan a placement now, and follow it if anything at all is gained, frozen or not. Requests go on meanwhile.
+
+        Returns:
+            What came of it (``latest``), when the ranks have been told: they get there step by step.
+
+        Raises:
+            ConfigError, ClusterError: as ``explain``.
+        """
+        return self._thread.call(self._steering().rebalance())
+
+    def freeze(self) -> None:
+        """Keep the placement, whatever the traffic, until ``unfreeze``. What is being moved for it goes on being moved.
+
+        Raises:
+            ConfigError: there is to be no controller.
+        """
+        self._thread.call(self._steering().freeze(True))
+
+    def unfreeze(self) -> None:
+        """Let the placement follow the traffic again.
+
+        Raises:
+            ConfigError: there is to be no controller.
+        """
+        self._thread.call(self._steering().freeze(False))
+
+    def _steering(self) -> Steering:
+        self._check_open()
+        if self._supervisor.steering is None:
+            raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")
+        return self._supervisor.steering
 
     def scale(self, ranks: int) -> None:
         """Change the number of ranks while requests go on; returns when that many serve.
@@ -293,6 +359,18 @@ class Cluster:
 def _check_count(name: str, given: object) -> None:
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise ConfigError(f"{name}={given!r}; allowed: an int, at least 1")
+
+
+def _first_placement(file: str | os.PathLike[str], ranks: int | None) -> bytes:
+    """A placement's file, as it is sent to the ranks.
+
+    Raises:
+        ConfigError: it is none, or for another number of ranks.
+    """
+    placement = read_placement(file)
+    if ranks is not None and placement.ranks != ranks:
+        raise ConfigError(f"placement={os.fspath(file)!r} is for {placement.ranks} ranks, and ranks={ranks}")
+    return pack(placement)
 
 
 def _tokenizer_of(folder: os.PathLike[str]) -> PreTrainedTokenizerBase | None:

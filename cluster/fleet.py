@@ -1,7 +1,8 @@
 """The seam to whatever runs the ranks' processes: Ray (``ray_fleet.py``), or threads in tests.
 
-seat     a place for one rank: a GPU, or a CPU slot; numbered from 0
-worker   the process on a seat; when it has died, another may be hired for the same seat
+seat         a place for one rank: a GPU, or a CPU slot; numbered from 0
+worker       the process on a seat; when it has died, another may be hired for the same seat
+controller   a process on no seat, which decides where experts should live; when it has died, another may be hired
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Protocol
 
 
 class WorkerDied(Exception):
-    """A worker's process is gone, as far as can be told; the message says why, if that is known."""
+    """A worker's or the controller's process is gone, as far as can be told; the message says why, if that is known."""
 
 
 class WorkerHandle(Protocol):
@@ -34,6 +35,24 @@ class WorkerHandle(Protocol):
 
         Raises:
             WorkerDied: nothing will.
+        """
+
+    def kill(self) -> None:
+        """End the process even if it was stopped; soon, without waiting for it. Twice is once."""
+
+
+class ControllerHandle(Protocol):
+    """The controller's process. It takes the orders of ``controller_messages.py``, one after the other."""
+
+    @property
+    def where(self) -> str:
+        """Node and process, for people."""
+
+    async def call(self, message: bytes) -> bytes:
+        """Give an order; returns what is answered, which may take as long as planning does.
+
+        Raises:
+            WorkerDied: there will be no answer.
         """
 
     def kill(self) -> None:
@@ -66,6 +85,14 @@ class Fleet(Protocol):
         Raises:
             WorkerDied: it didn't come up.
             ClusterError: the seat's node is gone, and no other has room.
+        """
+
+    async def hire_controller(self) -> ControllerHandle:
+        """Start a controller, which knows nothing; returns when it answers. It takes no seat.
+
+        Raises:
+            WorkerDied: it didn't come up.
+            ClusterError: there is no place for it.
         """
 
     async def neighbours(self, seat: int) -> int:

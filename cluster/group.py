@@ -44,8 +44,8 @@ class Crew(Protocol):
     def give_up(self, error: ClusterError) -> None:
         """Nothing can be served any more."""
 
-    def mark(self, stage: str) -> None:
-        """A stage of the start has ended."""
+    def stands(self) -> None:
+        """The group has formed."""
 
 
 class Group:
@@ -53,6 +53,7 @@ class Group:
 
     Args:
         workers: all that there are, by seat; changed by the crew.
+        placement: what the first group begins with; later ones carry theirs over.
 
     Attributes:
         generation: number of the group; -1 before the first.
@@ -73,9 +74,11 @@ class Group:
         costs: Costs | None,
         deadlines: Deadlines,
         pulse: Pulse,
+        placement: bytes | None,
     ) -> None:
         self._crew, self._workers, self._fleet, self._dispatcher = crew, workers, fleet, dispatcher
         self._kv_tokens, self._costs, self._deadlines, self._pulse = kv_tokens, costs, deadlines, pulse
+        self._placement = placement
         self.generation = -1
         self.formed = False
         self.serving = 0
@@ -163,6 +166,7 @@ class Group:
                 deadline_s=deadlines.operation_s,
                 fresh=fresh,
                 costs=self._costs,
+                placement=self._placement,
             )
             self._crew.send(worker, form)
         in_time = await self._pulse.until(
@@ -181,9 +185,10 @@ class Group:
         self.formed = True
         self.serving = len(members)
         logger.info("generation %d: %d ranks serve", generation, len(members))
-        self._crew.mark("group formed")
         rooms: dict[Hashable, Room] = {w: Room(self._kv_tokens, w.loaded.batches) for w in members if w.loaded is not None}
         self._dispatcher.serve(rooms)
+        self._placement = None
+        self._crew.stands()
         self._pulse.beat()
         return None
 

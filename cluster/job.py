@@ -66,6 +66,16 @@ def job(
     policy: PolicyOption = "lrfu",
     host_store: HostStoreOption = None,
     cache_dir: CacheDirOption = None,
+    placement: Annotated[
+        Optional[Path],
+        typer.Option(help="File of `epslots placement plan` that says where experts live at first, on as many ranks."),
+    ] = None,
+    window_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Steps after which ranks tell the controller what they measured; 0 = the placement stays as it is."
+        ),
+    ] = 64,
     deadline_s: Annotated[
         float, typer.Option(help="Seconds that one operation between ranks may take before they give each other up.")
     ] = 60.0,
@@ -141,6 +151,8 @@ def job(
             host_store=host_store,
             cache_dir=cache_dir,
             kv_tokens=kv_tokens,
+            placement=placement,
+            window_steps=window_steps,
             deadline_s=deadline_s,
         )
 

@@ -4,7 +4,8 @@
     events     worker -> driver, in the order in which they happened; handed over in batches
 
 A worker's life: Load -> Loaded; Form -> Formed; then Submit, Cancel, Wake -> Outputs, Asleep; when the group breaks, Broken;
-with the next Form it goes on where it was. ``Failed`` is its last word.
+with the next Form it goes on where it was. ``Failed`` is its last word. Beside it, for the controller: Windowed events, and
+Survey -> Surveyed; Place (``placement_messages.py``; what the controller itself is told is in ``controller_messages.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.placement_messages import Place, Survey, Surveyed, Unplaced, Windowed
 from epslots.costs import Costs
 from epslots.requests import Output, Request
 from epslots.telemetry import Stats
@@ -25,6 +27,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         neighbours: ranks that share the node's RAM, this one included.
         kv_tokens, max_batch_tokens: of the engine.
         threads: CPU threads for computing; 0 leaves torch's choice.
+        window_steps: steps of one window of telemetry; 0 = none is sent.
         others: as ``epslots.load`` has them.
     """
 
@@ -39,6 +42,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     max_batch_tokens: int
     neighbours: int
     threads: int
+    window_steps: int
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -50,6 +54,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         deadline_s: seconds that one operation may take from then on.
         fresh: all ranks have just loaded, so that they may fill their slots together.
         costs: as ``epslots.load`` has them.
+        placement: what the group begins with (``placement.pack``); None = what its ranks followed last, or as dealt.
     """
 
     generation: int
@@ -61,6 +66,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     deadline_s: float
     fresh: bool
     costs: Costs | None
+    placement: bytes | None = None
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -96,7 +102,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Give everything back; a ``Stopped`` follows."""
 
 
-Command = Load | Form | Submit | Cancel | Wake | Ask | Ping | Stop
+Command = Load | Form | Submit | Cancel | Wake | Ask | Survey | Place | Ping | Stop
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -187,22 +193,38 @@ class Failed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class LayerPlace(msgspec.Struct, frozen=True):
-    """Who holds which expert of a layer: ``holders[expert]`` are ranks, ``home[expert]`` is one."""
+    """Who holds which expert of a layer, and who should.
+
+    Attributes:
+        slots: of each rank.
+        home: the rank that fetches an expert which nobody holds, by expert.
+        holders: the ranks that hold it, by expert.
+        wanted: the ranks where the placement wants it to stay, by expert.
+    """
 
     layer: str
     slots: tuple[int, ...]
     home: tuple[int, ...]
     holders: tuple[tuple[int, ...], ...]
+    wanted: tuple[tuple[int, ...], ...]
 
 
 class Report(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A rank's counters, and what it knows of everybody's slots (all ranks know the same)."""
+    """A rank's counters, and what it knows of everybody's slots (all ranks know the same).
+
+    Attributes:
+        generation: of the group.
+        placement: generation of the placement that the ranks make for.
+        to_move: copies that it wants and that are not there yet, on all ranks.
+    """
 
     number: int
     generation: int
     steps: int
     stats: Stats
     layers: tuple[LayerPlace, ...]
+    placement: int
+    to_move: int
     memory_bytes: int
     descriptors: int
     threads: int
@@ -212,7 +234,7 @@ class Stopped(msgspec.Struct, tag=True, frozen=True):
     """Everything is given back; the process may end."""
 
 
-Event = Progress | Loaded | Formed | Outputs | Asleep | Broken | Failed | Report | Stopped
+Event = Progress | Loaded | Formed | Outputs | Asleep | Broken | Failed | Report | Windowed | Surveyed | Unplaced | Stopped
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)

@@ -18,8 +18,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -34,13 +32,11 @@ from cluster.messages import (
     Failed,
     Form,
     Formed,
-    LayerPlace,
     Load,
     Loaded,
     Outputs,
     Ping,
     Progress,
-    Report,
     Stop,
     Stopped,
     Submit,
@@ -48,15 +44,19 @@ from cluster.messages import (
     decode_command,
     encode,
 )
+from cluster.placement_messages import Place, Survey, Unplaced, Windowed
+from cluster.rank_reports import WindowCutter, report, survey
 from epslots.batching import PagedBatcher
 from epslots.end_tokens import end_tokens
 from epslots.engine import Engine
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.loading import LOAD_DEADLINE_S, load_alone, shared_settings
+from epslots.placement import unpack
 from epslots.progress import ProgressDisplay
-from epslots.ranks import group_of, group_up, join
+from epslots.rank_group import group_of
+from epslots.ranks import group_up, join
 from epslots.requests import Output
-from epslots.runtime import runtime_of, stats
+from epslots.runtime import runtime_of
 from epslots.transport import Transport
 
 FormTransport = Callable[[Form, torch.device], Transport]
@@ -92,6 +92,7 @@ class RankLoop:
         """Steps in this generation; the same on all its ranks."""
         self._wake_through = 0
         self._told_s = 0.0
+        self._windows: WindowCutter | None = None
 
     def start(self) -> None:
         """Start the stepping thread."""
@@ -185,7 +186,13 @@ class RankLoop:
                 if self._transport is not None and generation == self._transport.generation:
                     self._wake_through = max(self._wake_through, step)
             case Ask(number):
-                self._tell(self._report(number))
+                generation = -1 if self._transport is None else self._transport.generation
+                self._tell(report(self._engine_there().model, number, generation, self._steps))
+            case Survey(number):
+                if (surveyed := survey(self._engine_there().model, number)) is not None:
+                    self._tell(surveyed)
+            case Place():
+                self._place(command)
 
     def _engine_there(self) -> Engine:
         assert self._engine is not None, "Load comes first"
@@ -210,6 +217,7 @@ class RankLoop:
         loaded = time.monotonic()
         self._settings = load
         self._engine = Engine(model, kv_tokens=load.kv_tokens, max_batch_tokens=load.max_batch_tokens)
+        self._windows = WindowCutter(model, load.window_steps)
         config = model.config.get_text_config()
         self._tell(
             Loaded(
@@ -235,6 +243,7 @@ class RankLoop:
         engine, settings = self._engine_there(), self._settings
         assert settings is not None
         newcomer = group_of(engine.model) is None
+        placement = None if form.placement is None else unpack(form.placement)
         if self._transport is not None:
             self._transport.close()
         try:
@@ -244,9 +253,9 @@ class RankLoop:
             if form.fresh:
                 transport.deadline_s = LOAD_DEADLINE_S  # they fill their slots, some from a slow disk
                 display = ProgressDisplay(tell=self._tell_progress)
-                group_up(engine.model, transport, settings=shared, costs=form.costs, display=display)
+                group_up(engine.model, transport, settings=shared, costs=form.costs, display=display, placement=placement)
             else:
-                join(engine.model, transport, settings=shared, costs=form.costs)
+                join(engine.model, transport, settings=shared, costs=form.costs, placement=placement)
             transport.deadline_s = form.deadline_s
         except GroupError as error:
             if isinstance(error, RankMismatchError) and newcomer:
@@ -254,10 +263,13 @@ class RankLoop:
             self._tell(Broken(form.generation, str(error), stood=False))
             return
         self._serving, self._asleep, self._steps, self._wake_through = True, False, 0, 0
+        assert self._windows is not None
+        self._windows.begin()
         self._tell(Formed(form.generation, time.monotonic() - began))
 
     def _step(self) -> None:
         assert self._transport is not None
+        began = time.perf_counter()
         try:
             header = self._engine_there().step()
         except GroupError as error:
@@ -265,39 +277,34 @@ class RankLoop:
             self._tell(Broken(self._transport.generation, str(error), stood=True))
             return
         self._steps += 1
+        self._end_window(time.perf_counter() - began)
         self._asleep = not header.work
         if self._asleep:
             self._tell_outputs()  # before the others could think that this rank still has some
             self._tell(Asleep(self._transport.generation, self._steps))
 
+    def _end_window(self, seconds: float) -> None:
+        """A step took so long. Tell of the window that ends with it, if one does and the last was handed over."""
+        assert self._windows is not None
+        with self._news:
+            waits = any(isinstance(event, Windowed) for event in self._events)
+        windowed = self._windows.step(self._steps, seconds, waits=waits)
+        if windowed is not None:
+            self._tell(windowed)
+
+    def _place(self, place: Place) -> None:
+        """Make for a placement, together with the others. One that can't be is passed over, by all alike."""
+        group = group_of(self._engine_there().model)
+        if group is None or not self._serving or group.transport.generation != place.group:
+            return
+        try:
+            group.offer(unpack(place.placement), place.bytes_per_step)
+        except ConfigError as error:
+            self._tell(Unplaced(str(error)))
+
     def _tell_outputs(self) -> None:
         if self._engine is not None and (outputs := self._engine.batcher.outputs()):
             self._tell(Outputs(tuple(outputs)))
-
-    def _report(self, number: int) -> Report:
-        model = self._engine_there().model
-        group = group_of(model)
-        process = psutil.Process()
-        return Report(
-            number=number,
-            generation=-1 if self._transport is None else self._transport.generation,
-            steps=self._steps,
-            stats=stats(model),
-            layers=()
-            if group is None
-            else tuple(
-                LayerPlace(
-                    spec.name,
-                    tuple(shared.quota_R.tolist()),
-                    tuple(shared.home_E.tolist()),
-                    tuple(tuple(np.flatnonzero(holds).tolist()) for holds in shared.holds_RE.T),
-                )
-                for spec, shared in zip(runtime_of(model).layers, group.shared, strict=True)
-            ),
-            memory_bytes=process.memory_info().rss,
-            descriptors=process.num_fds(),
-            threads=process.num_threads(),
-        )
 
     def _give_back(self) -> None:
         if self._transport is not None:

@@ -1,4 +1,4 @@
-"""The fleet on Ray: seats are bundles of placement groups, and workers are actors on them."""
+"""The fleet on Ray: seats are bundles of placement groups, and workers are actors on them. The controller needs no seat."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.controller_actor import ControllerActor
 from cluster.errors import ClusterError
 from cluster.local_ray import SEAT, Connection, RayUse
+from cluster.ray_controller import RayController
 from cluster.ray_nodes import need_of_seat, read_nodes
 from cluster.ray_seats import Seats
 from cluster.ray_worker import CONCURRENCY_GROUPS, RayWorker, kill, reason_of
@@ -37,6 +39,7 @@ _worker_class = ray.remote(
     concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0, enable_task_events=False
 )(Worker)
 _rendezvous_class = ray.remote(num_cpus=0, max_restarts=0)(Rendezvous)
+_controller_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, enable_task_events=False)(ControllerActor)
 
 
 class RayFleet:
@@ -68,6 +71,7 @@ class RayFleet:
         self._need: dict[str, float] = {}
         self._seats = Seats({}, strategy, None, place_s)
         self._workers: WeakSet[RayWorker] = WeakSet()
+        self._controllers: WeakSet[RayController] = WeakSet()
         self._store: Any = None
         self._store_answered = False
 
@@ -119,6 +123,17 @@ class RayFleet:
             raise
         return worker
 
+    async def hire_controller(self) -> RayController:
+        actor = _controller_class.options(scheduling_strategy=self._here()).remote()
+        controller = RayController(actor)
+        self._controllers.add(controller)
+        try:
+            await controller.greet(_HIRE_S)
+        except BaseException:
+            controller.kill()
+            raise
+        return controller
+
     async def rendezvous(self) -> tuple[str, int]:
         reason = ""
         for _ in range(2):
@@ -141,7 +156,10 @@ class RayFleet:
         """End all, and leave Ray, even one that is still being started. If this is interrupted, a second call goes on."""
         for worker in self._workers:
             worker.kill()
+        for controller in self._controllers:
+            controller.kill()
         self._workers.clear()
+        self._controllers.clear()
         if self._store is not None:
             kill(self._store)
             self._store = None
@@ -170,7 +188,10 @@ class RayFleet:
         cores = psutil.cpu_count(logical=False) or 1
         return max(1, cores // max(2, await self.neighbours(seat)))  # a second rank may come: two on all cores are very slow
 
+    def _here(self) -> NodeAffinitySchedulingStrategy:
+        """On the driver's node: what lives there is lost with the driver alone."""
+        return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
     def _start_store(self) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._store = _rendezvous_class.options(scheduling_strategy=here).remote(self._host)
+        self._store = _rendezvous_class.options(scheduling_strategy=self._here()).remote(self._host)
         self._store_answered = False

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import msgspec
 
 from cluster.messages import LayerPlace, Report
+from cluster.steering import ControllerStats
 from cluster.workers import Worker
 from epslots.telemetry import LayerStats, Stats
 
-_SUMS = ("hits", "misses", "evictions", "host_bytes", "peer_bytes", "pairs_sent", "pairs_received", "stall_s")
+_SUMS = (
+    *("hits", "misses", "evictions", "host_bytes", "peer_bytes", "pairs_sent", "pairs_received", "stall_s"),
+    *("moves", "move_s", "layer_s", "wait_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,32 @@ class ClusterStats:
         generation: number of the group; it grows with every loss and every join.
         queued: requests that wait for a rank with room.
         total: sums over ranks (``slots`` too; ``steps`` and ``waves`` are the largest).
+        controller: None if there is to be none (``window_steps=0``).
     """
 
     generation: int
     queued: int
     ranks: tuple[RankStats, ...]
     total: Stats
+    controller: ControllerStats | None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which rank holds which expert, and where ranks are."""
+    """Which rank holds which expert and which should, and where ranks are.
+
+    Attributes:
+        generation: number of the group.
+        ranks: node and process of each.
+        placement_generation: of the placement that the ranks follow; 0 = as dealt at the start.
+        to_move: copies and slots that all ranks together have yet to move to get there.
+    """
 
     generation: int
     ranks: tuple[str, ...]
     layers: tuple[LayerPlace, ...]
+    placement_generation: int
+    to_move: int
 
 
 def rank_stats(worker: Worker, report: Report, requests: int) -> RankStats:

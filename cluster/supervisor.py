@@ -39,6 +39,8 @@ from cluster.messages import (
     decode_events,
     encode,
 )
+from cluster.placement_messages import Surveyed, Unplaced, Windowed
+from cluster.steering import Steering
 from cluster.workers import Deadlines, State, Worker
 from epslots.costs import Costs
 from epslots.requests import Request
@@ -57,9 +59,11 @@ class Supervisor:
         fleet: where workers come from.
         load: what each is told to load; ``neighbours`` is filled in.
         make_dispatcher: given the way to send commands.
+        placement: what the first group begins with (``placement.pack``).
 
     Attributes:
         group: the ranks that serve.
+        steering: what has a controller steer them; None if no windows are cut.
         failure: why nothing can be served any more, if so.
         timeline: seconds from the beginning to the end of each stage of the start, by name.
     """
@@ -74,6 +78,7 @@ class Supervisor:
         deadlines: Deadlines,
         display: StartDisplay,
         make_dispatcher: MakeDispatcher,
+        placement: bytes | None = None,
     ) -> None:
         self._thread, self._fleet, self._load = thread, fleet, load
         self._deadlines, self._display = deadlines, display
@@ -99,7 +104,9 @@ class Supervisor:
             costs=costs,
             deadlines=deadlines,
             pulse=self._pulse,
+            placement=placement,
         )
+        self.steering = Steering(fleet, self.group, self.send) if load.window_steps else None
         thread.on_bug = lambda error: self.give_up(ClusterError(f"a bug: {error!r}"))
 
     # What is asked of it.
@@ -116,6 +123,8 @@ class Supervisor:
         self.group.least = ranks
         self._spawn(self.group.keep_formed())
         self._spawn(self._watch())
+        if self.steering is not None:
+            self._spawn(self.steering.keep_steered())
         self._display.stage("starting workers")
         await self._staff_up(ranks)
         self._started = True
@@ -273,6 +282,17 @@ class Supervisor:
             case Asleep(generation, step):
                 self.dispatcher.fell_asleep(worker, generation, step)
                 return
+            case Windowed():
+                if self.steering is not None:
+                    self.steering.hear(worker, event)
+                return
+            case Surveyed():
+                if self.steering is not None:
+                    self.steering.stand(event)
+                return
+            case Unplaced(cause):
+                if self.steering is not None:
+                    self.steering.refuse(worker, cause)
             case Progress(title, done, total):
                 self._display.progress(worker.seat, title, done, total)
             case Loaded():
@@ -319,7 +339,15 @@ class Supervisor:
         self.failure = self.failure or error
         self.dispatcher.pause()
         self.dispatcher.fail(self.failure)
+        if self.steering is not None:
+            self.steering.fail(self.failure)
         self._pulse.beat()
+
+    def stands(self) -> None:
+        """The group has formed."""
+        self.mark("group formed")
+        if self.steering is not None:
+            self.steering.begin()
 
     # Odds and ends.
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
-import signal
-import sys
 import time
 from collections.abc import Iterator
 
@@ -16,13 +13,12 @@ import ray
 import torch
 
 from cluster.meeting import meet
+from cluster.orphans import die_with_parent
 
 RANK_LOOP = "cluster.rank_loop:RankLoop"
 
 _EVENTS_EVERY_S = 0.05
 """Between messages, which cost some milliseconds of processor time through Ray, at both ends: what is close goes together."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -51,7 +47,7 @@ class Worker:
 
     def __init__(self, host: str | None, threads: int, loop: str) -> None:
         began = time.time()
-        _die_with_parent()
+        die_with_parent()
         if threads:
             torch.set_num_threads(threads)
         self._node = ray.util.get_node_ip_address()
@@ -82,9 +78,3 @@ def _use_interface(host: str) -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == host for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # read from the environment alone
-
-
-def _die_with_parent() -> None:
-    """Have the system end this process with Ray's on this node, even while it is stopped."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

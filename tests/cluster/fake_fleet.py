@@ -3,6 +3,7 @@
 fleet = FakeFleet()
 with Cluster(folder, ranks=2, fleet=fleet, ...) as cluster:
     fleet.at(seat=1, operation=40, do="crash")   # at its 40th exchange from now
+    fleet.controller_at(order=3, do="hang")      # at its third order from now
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 import torch
 
 import cluster.rank_loop
+from cluster.controller import Controller
+from cluster.controller_messages import Order, decode_order, encode
 from cluster.errors import ClusterError
 from cluster.fleet import WorkerDied
 from cluster.messages import Form
@@ -25,6 +29,10 @@ from epslots.transport import LocalHub, LocalTransport
 
 Fault = Literal["crash", "vanish", "freeze", "raise"]
 """crash: the process dies and that is known at once; vanish: nobody says so; freeze: it stops; raise: an error of its own."""
+
+
+ControllerFault = Literal["crash", "hang", "garbage", "bug"]
+"""crash: it dies with the order; hang: it never answers; garbage: it answers nonsense; bug: it raises."""
 
 
 class _Killed(BaseException):
@@ -157,6 +165,42 @@ class FakeWorker:
             self._asyncio.call_soon_threadsafe(self._batches.put_nowait, batch)
 
 
+class FakeController:
+    """A controller without a process. It answers when asyncio is at it, and never in the middle of a caller's step."""
+
+    def __init__(self, fleet: FakeFleet) -> None:
+        self.dead = False
+        self.controller = fleet.make_controller()
+        self.number = fleet.controllers_hired
+        self._fleet = fleet
+        self._ended = asyncio.Event()
+
+    @property
+    def where(self) -> str:
+        return f"node fake, controller {self.number}"
+
+    async def call(self, message: bytes) -> bytes:
+        await asyncio.sleep(0)
+        fault = self._fleet.controller_fault()
+        if fault == "crash":
+            self.kill()
+        elif fault == "hang":
+            await self._ended.wait()
+        elif fault == "garbage":
+            return b"\xc1"
+        elif fault == "bug":
+            raise WorkerDied("ValueError: a bug, says the test")
+        if self.dead:
+            raise WorkerDied("it was killed")
+        order = decode_order(message)
+        self._fleet.orders.append(order)
+        return encode(self.controller.answer(order))
+
+    def kill(self) -> None:
+        self.dead = True
+        self._ended.set()
+
+
 class _Bomb:
     """A command that isn't one."""
 
@@ -165,10 +209,18 @@ class _Bomb:
 
 
 class FakeFleet:
-    """Threads as processes. ``room`` is the number of seats that there could be."""
+    """Threads as processes. ``room`` is the number of seats that there could be; controllers are made as told."""
 
-    def __init__(self, room: int = 8) -> None:
+    def __init__(self, room: int = 8, make_controller: Callable[[], Controller] = lambda: Controller(lambda: 0.0)) -> None:
         self.room = room
+        self.make_controller = make_controller
+        self.controllers: list[FakeController] = []
+        self.controllers_hired = 0
+        self.refuse_controllers: list[str] = []
+        """Why the next hires of a controller fail."""
+        self.orders: list[Order] = []
+        """That controllers have answered."""
+        self._controller_faults: list[ControllerFault | None] = []
         self.hired = 0
         self.unreachable: set[int] = set()
         """Seats whose workers meet nobody."""
@@ -191,6 +243,20 @@ class FakeFleet:
     def at(self, seat: int, operation: int, do: Fault) -> None:
         """Have the worker that is on a seat now fail at an exchange, counted from here."""
         self.workers[seat].at(operation, do)
+
+    def controller_at(self, order: int, do: ControllerFault) -> None:
+        """Have the controller fail at an order, counted from here, whichever controller gets it."""
+        self._controller_faults += [None] * (order - 1 - len(self._controller_faults)) + [do]
+
+    def controller_fault(self) -> ControllerFault | None:
+        return self._controller_faults.pop(0) if self._controller_faults else None
+
+    async def hire_controller(self) -> FakeController:
+        self.controllers_hired += 1
+        if self.refuse_controllers:
+            raise WorkerDied(self.refuse_controllers.pop(0))
+        self.controllers.append(FakeController(self))
+        return self.controllers[-1]
 
     async def open(self, ranks: int | None) -> int:
         await self.resize(ranks or 1)

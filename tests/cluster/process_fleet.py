@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch.distributed import TCPStore
 
-from cluster.fleet import WorkerDied
+from cluster.fleet import ControllerHandle, WorkerDied
 from cluster.meeting import meet
 from cluster.rank_loop import RankLoop
 
@@ -132,6 +132,9 @@ class ProcessFleet:
         worker = self.workers[seat] = ProcessWorker(seat)
         self.hired.append(worker)
         return worker
+
+    async def hire_controller(self) -> ControllerHandle:
+        raise WorkerDied("there are none here")
 
     async def neighbours(self, seat: int) -> int:
         return len(self.workers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import cluster
@@ -12,15 +14,15 @@ PACKAGE = Path(cluster.__file__).parent
 
 # From the bottom up, as in epslots: a module imports from layers below its own.
 LAYERS = (
-    ("errors",),
-    ("messages", "loop_thread", "display"),
-    ("fleet", "ledger", "generation", "meeting"),
-    ("workers", "dispatcher", "rank_loop", "rendezvous"),
-    ("reports", "group", "worker", "ray_address"),
-    ("supervisor",),
+    ("errors", "orphans", "placement_messages"),
+    ("messages", "controller_messages", "loop_thread", "display"),
+    ("fleet", "ledger", "generation", "meeting", "controller", "rank_reports"),
+    ("workers", "dispatcher", "rank_loop", "rendezvous", "controller_actor"),
+    ("group", "steering", "worker", "ray_address"),
+    ("reports", "supervisor"),
     ("local_ray",),
     ("ray_nodes", "ray_worker"),
-    ("ray_seats",),
+    ("ray_seats", "ray_controller"),
     ("ray_fleet",),
     ("api",),
     ("prompt_lines", "stop_signals"),
@@ -30,8 +32,11 @@ LAYERS = (
     ("bench",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-KNOW_RAY = {"rendezvous", "worker", "ray_address", "local_ray", "ray_nodes", "ray_worker", "ray_seats", "ray_fleet"}
-PURE = ("ledger", "messages")
+KNOW_RAY = {
+    *("rendezvous", "worker", "controller_actor", "ray_address", "local_ray"),
+    *("ray_nodes", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
+}
+PURE = ("ledger", "messages", "placement_messages", "controller_messages", "controller")
 
 
 def modules() -> dict[str, Path]:
@@ -59,6 +64,11 @@ def test_decisions_do_no_io():
         assert not roots & {"asyncio", "threading", "os", "time", "random", "pathlib", "torch"}, name
 
 
+def test_the_controllers_process_needs_no_torch():
+    code = "import sys; import cluster.controller_actor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
+
+
 def test_nothing_is_pickled_or_evaluated():
     for name, path in modules().items():
         assert not {"pickle", "cloudpickle", "dill", "shelve"} & imports(path), name
@@ -72,6 +82,7 @@ def test_the_public_names():
         "Cluster",
         "ClusterError",
         "ClusterStats",
+        "Explanation",
         "Generation",
         "GenerationSettings",
         "Overloaded",

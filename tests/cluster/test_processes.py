@@ -41,6 +41,7 @@ def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[
             kv_tokens=1024,
             costs=TOKENS_TRAVEL,
             silence_s=1.0,
+            window_steps=0,
         )
         opened.append(cluster)
         return cluster, fleet

@@ -17,7 +17,7 @@ from cluster.errors import ClusterError
 from cluster.generation import Generation
 from tests.cluster.ray_helpers import RayNodes
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
-from tests.grouped import TOKENS_TRAVEL
+from tests.grouped import COPIES_TRAVEL, TOKENS_TRAVEL
 
 pytestmark = pytest.mark.timeout(240)
 NEW = 80
@@ -113,3 +113,42 @@ def test_three_nodes_one_dies_and_another_joins(ray_nodes: RayNodes, open_cluste
 def test_more_ranks_than_there_is_room_for(open_cluster: Any):
     with pytest.raises(ClusterError, match=r"no room for 7 ranks(.|\n)*What helps: ask for fewer ranks"):
         open_cluster(7)
+
+
+def controller_pid(cluster: Cluster) -> int:
+    stats = cluster.stats().controller
+    assert stats is not None
+    return int(re.findall(r"pid (\d+)", stats.where)[0])
+
+
+def test_the_controller_is_asked_killed_and_stopped_while_requests_go_on(open_cluster: Any, folder: Path):
+    right = expected(folder, PROMPTS, NEW)
+    cluster = open_cluster(2, slots=10, costs=COPIES_TRAVEL, window_steps=2)
+    assert cluster.explain().state == "watching"
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW, stop_tokens=())) == right
+    found = cluster.explain()
+    assert found.windows > 0
+    assert found.refused == 0, found.refusals
+    assert (asked := cluster.rebalance().latest) is not None
+    assert asked.asked
+    assert asked.plan_s > 0
+    newest = found.placement
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        lost = controller_pid(cluster)
+        going = running(cluster)
+        os.kill(lost, number)
+        assert not any(generation.done for generation in going)
+        assert tokens(going) == right
+        if number == signal.SIGSTOP:
+            continue  # nobody has had to wait for it, and closing ends it
+        found = cluster.explain()  # by the next one
+        assert controller_pid(cluster) != lost
+        assert found.placement >= newest
+        newest = found.placement
+        assert cluster.ranks == 2
+    stats = cluster.stats().controller
+    assert stats is not None
+    assert stats.hired == 2
+    cluster.close()
+    psutil.wait_procs([psutil.Process(lost)] if psutil.pid_exists(lost) else [], timeout=20)
+    assert not psutil.pid_exists(lost)

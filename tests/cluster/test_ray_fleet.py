@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from cluster import ray_fleet
+from cluster.controller_messages import Explain, decode_reply, encode
 from cluster.errors import ClusterError
 from cluster.fleet import WorkerDied
+from cluster.ray_controller import RayController
 from cluster.ray_fleet import RayFleet
 from cluster.ray_seats import Seats
 from cluster.ray_worker import RayWorker
@@ -127,6 +129,50 @@ def test_a_worker_that_can_not_be_made_says_why(ray_tokens: None, local: Driver)
         pytest.raises(WorkerDied, match=r"^ValueError: this node has no such thing$"),
     ):
         broken.hire(0)
+
+
+def test_a_controller_takes_no_seat_and_another_can_be_had(local: Driver, workers: list[RayWorker]):
+    controller = local.call(local.fleet.hire_controller())
+    process = psutil.Process(int(controller.where.rpartition("pid ")[2]))
+    assert "ControllerActor" in process.name()
+    assert decode_reply(local.call(controller.call(encode(Explain())))).state == "waiting"
+    with pytest.raises(WorkerDied, match="ValidationError: Expected `object`"):
+        local.call(controller.call(b"no order"))
+    process.suspend()
+    controller.kill()
+    controller.kill()
+    with pytest.raises(WorkerDied):
+        local.call(controller.call(encode(Explain())))
+    process.wait(15)
+    another = local.call(local.fleet.hire_controller())
+    assert decode_reply(local.call(another.call(encode(Explain())))).state == "waiting"
+    process = psutil.Process(int(another.where.rpartition("pid ")[2]))
+    process.kill()
+    process.wait(15)
+    with pytest.raises(WorkerDied, match="its process has ended"):
+        local.call(another.call(encode(Explain())))
+    assert local.command(workers[0], b"still here") == b"still here"
+
+
+def test_a_controller_that_is_no_longer_wanted_leaves_no_process(local: Driver, monkeypatch: pytest.MonkeyPatch):
+    greeted, greet = asyncio.Queue[RayController](), RayController.greet
+
+    async def told(controller: RayController, deadline_s: float) -> None:
+        greeted.put_nowait(controller)
+        await greet(controller, deadline_s)
+
+    async def cancel() -> RayController:
+        hiring = asyncio.ensure_future(local.fleet.hire_controller())
+        controller = await greeted.get()
+        hiring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hiring
+        return controller
+
+    monkeypatch.setattr(RayController, "greet", told)
+    controller = local.call(cancel())
+    with pytest.raises(WorkerDied):
+        local.call(controller.call(encode(Explain())))
 
 
 def test_fleets_of_one_process_share_its_ray(local: Driver, workers: list[RayWorker]):

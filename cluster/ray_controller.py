@@ -1,0 +1,48 @@
+"""The controller on Ray, as the driver holds it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from cluster.fleet import WorkerDied
+from cluster.ray_worker import kill, reason_of
+
+
+class RayController:
+    """One actor. It is used from one asyncio loop."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+        self._place = ""
+
+    async def greet(self, deadline_s: float) -> None:
+        """Wait until it is up.
+
+        Raises:
+            WorkerDied: it isn't, in time.
+        """
+        try:
+            hello = await asyncio.wait_for(self._actor.hello.remote(), deadline_s)
+        except TimeoutError:
+            raise WorkerDied(f"its process didn't come up within {deadline_s:g} s") from None
+        except RayError as error:
+            raise WorkerDied(reason_of(error)) from error
+        host, pid = msgspec.msgpack.decode(hello, type=tuple[str, int])
+        self._place = f"node {host}, pid {pid}"
+
+    @property
+    def where(self) -> str:
+        return self._place
+
+    async def call(self, message: bytes) -> bytes:
+        try:
+            return await self._actor.call.remote(message)
+        except RayError as error:
+            raise WorkerDied(reason_of(error)) from error
+
+    def kill(self) -> None:
+        kill(self._actor)

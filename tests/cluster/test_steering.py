@@ -1,0 +1,432 @@
+"""The driver's side of the controller, without ranks: it is kept alive, told, and obeyed; and nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from cluster import steering as steering_module
+from cluster.controller import Controller
+from cluster.controller_messages import Meet, Order, Rebalance, Reply, State, Windows
+from cluster.errors import ClusterError
+from cluster.fleet import Fleet, WorkerHandle
+from cluster.messages import Command
+from cluster.placement_messages import Place, Survey, Windowed
+from cluster.steering import Steering
+from cluster.workers import Worker
+from epslots.placement import Placement, pack
+from tests.cluster.controller_helpers import Planner, controller, placement_of, survey_of, window
+from tests.cluster.fake_fleet import ControllerFault, FakeController, FakeFleet
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+class Ranks:
+    """A group of ranks that follow what they are told at once."""
+
+    def __init__(self, count: int = 2) -> None:
+        self.generation = -1
+        self.formed = False
+        self.members: list[Worker] = []
+        self.followed: Placement = placement_of(count)
+        self.answers = True
+        """Whether they answer surveys."""
+        self.sent: list[tuple[int, Command]] = []
+        self.steering: Steering = cast(Steering, None)
+
+    def form(self, count: int = 2) -> None:
+        self.generation, self.formed = self.generation + 1, True
+        self.members = [Worker(rank, cast(WorkerHandle, None), rank=rank) for rank in range(count)]
+        if count != self.followed.ranks:
+            self.followed = placement_of(count, self.followed.generation + 1)
+        self.steering.begin()
+
+    def send(self, worker: Hashable, command: Command) -> None:
+        assert isinstance(worker, Worker)
+        self.sent.append((worker.rank, command))
+        if isinstance(command, Survey) and self.answers:
+            surveyed = survey_of(self.followed, group=self.generation, number=command.number)
+            asyncio.get_running_loop().call_soon(self.steering.stand, surveyed)
+
+    def tell(self, number: int, *, group: int | None = None) -> None:
+        """A window of all ranks."""
+        message = window(placement=self.followed.generation)
+        for worker in self.members:
+            self.steering.hear(worker, Windowed(self.generation if group is None else group, number, message))
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Ranks and generations of the placements that were sent."""
+        return [(rank, command.generation) for rank, command in self.sent if isinstance(command, Place)]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let the others run until something holds."""
+
+    async def look() -> None:
+        while not condition():
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(look(), 30)
+
+
+@asynccontextmanager
+async def steered(fleet: FakeFleet | None = None, *, formed: bool = True) -> AsyncIterator[tuple[Steering, Ranks, FakeFleet]]:
+    """A group with steering; nothing of it is left afterwards."""
+    before = asyncio.all_tasks()
+    fleet = fleet or FakeFleet(make_controller=lambda: controller(Planner(moves=True)))
+    ranks = Ranks()
+    ranks.steering = steering = Steering(cast(Fleet, fleet), ranks, ranks.send)
+    task = asyncio.create_task(steering.keep_steered())
+    try:
+        if formed:
+            ranks.form()
+            await until(lambda: any(isinstance(order, Meet) for order in fleet.orders))
+        yield steering, ranks, fleet
+        assert not task.done(), task.exception()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*(asyncio.all_tasks() - before - {asyncio.current_task()}), return_exceptions=True)
+    assert all(each.dead for each in fleet.controllers)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a coroutine, in which nobody waits before another controller is hired."""
+    monkeypatch.setattr(steering_module, "_BACKOFF_S", 0.0)
+    return asyncio.run
+
+
+def test_a_controller_is_hired_when_a_group_stands(run: Run):
+    async def scenario() -> None:
+        async with steered(formed=False) as (steering, ranks, fleet):
+            await asyncio.sleep(0)
+            assert not fleet.controllers
+            assert steering.stats().state == "absent"
+            ranks.form()
+            await until(lambda: steering.stats().state == State.WATCHING)
+            assert steering.stats().where == "node fake, controller 1"
+            assert isinstance(fleet.orders[0], Meet)
+
+    run(scenario())
+
+
+def test_what_is_decided_is_taken_to_all_ranks(run: Run):
+    async def scenario() -> None:
+        async with steered() as (steering, ranks, _):
+            ranks.tell(1)
+            await until(lambda: ranks.places)
+            assert ranks.places == [(0, 1), (1, 1)]
+            assert steering.stats().placement == 1
+            assert steering.stats().state == State.MOVING
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fault", ["crash", "hang", "garbage", "bug"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_one_that_fails_is_replaced_and_generations_grow(
+    run: Run, fault: ControllerFault, order: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(steering_module, "ANSWER_S", 0.05)
+
+    async def scenario() -> None:
+        async with steered() as (steering, ranks, fleet):
+            ranks.tell(1)
+            await until(lambda: ranks.places)
+            fleet.controller_at(order, fault)
+            number = 1
+            while len(fleet.controllers) == 1:  # the fault comes with one of the next windows
+                number += 1
+                ranks.tell(number)
+                await asyncio.sleep(0.01)
+            await until(lambda: steering.stats().state == State.MOVING)
+            met = [order for order in fleet.orders if isinstance(order, Meet)][-1]
+            assert met.published == 1
+            assert met.offered is not None  # the ranks hadn't followed it
+            steering.begin()  # as if another group had formed
+            ranks.form(3)
+            await until(lambda: fleet.orders[-1] != met and isinstance(fleet.orders[-1], Meet))
+            ranks.tell(1)
+            await until(lambda: len(ranks.places) == 5)
+            assert ranks.places[2:] == [(0, 2), (1, 2), (2, 2)]
+            assert steering.stats().hired == 2
+
+    with caplog.at_level(logging.WARNING, logger="epslots.cluster"):
+        run(scenario())
+    (record,) = [record for record in caplog.records if record.name == "epslots.cluster"]
+    assert record.message.startswith("the controller: ")
+    assert "another is hired" in record.message
+
+
+def test_hiring_is_tried_again_and_again(run: Run):
+    async def scenario() -> None:
+        fleet = FakeFleet(make_controller=lambda: controller(Planner()))
+        fleet.refuse_controllers = ["no room"] * 3
+        async with steered(fleet, formed=False) as (steering, ranks, _):
+            ranks.form()
+            with pytest.raises(ClusterError, match="there is no controller, 3 times in a row; the last time: no room"):
+                await steering.explain()
+            assert (await steering.explain()).state is State.WATCHING
+            assert steering.stats().hired == 1
+
+    run(scenario())
+
+
+def test_a_planner_that_always_fails_is_tried_later_and_later(run: Run, monkeypatch: pytest.MonkeyPatch):
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def count(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    async def scenario() -> None:
+        async with steered() as (_, ranks, fleet):
+            monkeypatch.setattr(steering_module.asyncio, "sleep", count)
+            number = 0
+            while len(fleet.controllers) < 9:
+                fleet.controller_at(1, "bug")
+                number += 1
+                ranks.tell(number)
+                await sleep(0.001)
+
+    monkeypatch.setattr(steering_module, "_BACKOFF_S", 1.0)
+    run(scenario())
+    waited = [seconds for seconds in slept if seconds]
+    assert waited[:7] == [1, 2, 4, 8, 16, 30, 30]
+
+
+class Gated(FakeController):
+    """Answers when it is let."""
+
+    gate: asyncio.Event
+
+    async def call(self, message: bytes) -> bytes:
+        await self.gate.wait()
+        return await super().call(message)
+
+
+class GatedFleet(FakeFleet):
+    def __init__(self, make: Callable[[], Controller]) -> None:
+        super().__init__(make_controller=make)
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def hire_controller(self) -> FakeController:
+        self.controllers_hired += 1
+        there = Gated(self)
+        there.gate = self.gate
+        self.controllers.append(there)
+        return there
+
+
+def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
+    async def scenario() -> None:
+        fleet = GatedFleet(lambda: controller(Planner()))
+        async with steered(fleet) as (steering, ranks, _):
+            fleet.gate.clear()
+            ranks.tell(1)
+            await until(lambda: not steering._waiting)  # the controller is at it
+            for number in range(2, 50):
+                ranks.tell(number)
+            assert sorted(steering._waiting) == [2, 3]
+            assert all(len(heard) == 2 for heard in steering._waiting.values())
+            assert steering.stats().windows_dropped == 2 * 46
+            ranks.tell(2)  # whoever repeats itself takes no more room
+            assert all(len(heard) == 2 for heard in steering._waiting.values())
+            fleet.gate.set()
+            await until(lambda: len(fleet.orders) == 3)
+            last = fleet.orders[-1]
+            assert isinstance(last, Windows)
+            assert [(heard.rank, heard.number) for heard in last.windows] == [(0, 2), (1, 2), (0, 3), (1, 3)]
+            assert last.dropped == 92
+            found = await steering.explain()
+            assert (found.windows, found.incomplete, found.dropped) == (3, 0, 92)
+
+    run(scenario())
+
+
+def test_without_a_controller_windows_are_dropped(run: Run):
+    async def scenario() -> None:
+        async with steered(formed=False) as (steering, ranks, fleet):
+            fleet.refuse_controllers = ["no"] * 100_000
+            ranks.form()
+            await until(lambda: fleet.controllers_hired > 2000)
+            for number in range(1, 20):
+                ranks.tell(number)
+            assert not steering._waiting
+            assert steering.stats().windows_dropped == 38
+
+    run(scenario())
+
+
+def test_what_comes_too_late_for_a_group_does_not_reach_the_next(run: Run):
+    async def scenario() -> None:
+        fleet = GatedFleet(lambda: controller(Planner(moves=True)))
+        async with steered(fleet) as (steering, ranks, _):
+            fleet.gate.clear()
+            ranks.tell(1)
+            await until(lambda: not steering._waiting)
+            ranks.formed = False
+            ranks.form(3)
+            ranks.tell(5, group=0)  # from a rank that is late
+            assert not steering._waiting
+            fleet.gate.set()
+            await until(lambda: sum(isinstance(order, Meet) for order in fleet.orders) == 2)
+            assert not ranks.places
+            met = fleet.orders[-1]
+            assert isinstance(met, Meet)
+            assert met.published == 1  # nobody follows it, and its number is never used again
+            ranks.tell(1)
+            await until(lambda: ranks.places)
+            assert ranks.places == [(0, 2), (1, 2), (2, 2)]
+
+    run(scenario())
+
+
+def test_a_group_that_breaks_before_it_has_said_how_things_stand(run: Run):
+    async def scenario() -> None:
+        async with steered(formed=False) as (steering, ranks, fleet):
+            ranks.answers = False
+            ranks.form()
+            await until(lambda: ranks.sent)
+            ranks.formed = False
+            ranks.form(3)
+            await until(lambda: len(ranks.sent) == 2)
+            steering.stand(survey_of(placement_of(2), group=1, number=1))  # late: an answer to the first
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not fleet.orders
+            ranks.answers = True
+            steering.stand(survey_of(ranks.followed, group=1, number=2))
+            await until(lambda: fleet.orders)
+            met = fleet.orders[0]
+            assert isinstance(met, Meet)
+            assert met.survey.group == 1
+            assert len(met.survey.nodes) == 3
+            assert (await steering.explain()).group == 1
+            assert len(fleet.controllers) == 1
+
+    run(scenario())
+
+
+def test_frozen_is_kept_across_controllers(run: Run):
+    async def scenario() -> None:
+        async with steered() as (steering, ranks, fleet):
+            await steering.freeze(True)
+            for number in range(1, 4):
+                ranks.tell(number)
+                await until(lambda: not steering._waiting)
+            fleet.controllers[0].kill()
+            ranks.tell(4)
+            await until(lambda: len(fleet.controllers) == 2 and steering.stats().state == State.FROZEN)
+            heard = len(fleet.orders)
+            ranks.tell(5)
+            await until(lambda: len(fleet.orders) > heard)
+            found = await steering.rebalance()
+            assert found.placement == 1
+            assert ranks.places == [(0, 1), (1, 1)]
+            await steering.freeze(False)
+            assert steering.stats().state == State.MOVING
+
+    run(scenario())
+
+
+def test_frozen_without_a_controller_is_no_waiting(run: Run):
+    async def scenario() -> None:
+        async with steered(formed=False) as (steering, ranks, fleet):
+            await asyncio.wait_for(steering.freeze(True), 5)
+            ranks.form()
+            await until(lambda: steering.stats().state == State.FROZEN)
+            assert len(fleet.orders) == 1
+
+    run(scenario())
+
+
+def test_what_was_asked_is_answered_by_the_next_controller(run: Run):
+    async def scenario() -> None:
+        async with steered() as (steering, _, fleet):
+            fleet.controller_at(1, "crash")
+            assert (await steering.explain()).group == 0
+            assert len(fleet.controllers) == 2
+
+    run(scenario())
+
+
+def test_an_order_is_given_once(run: Run):
+    async def scenario() -> None:
+        async with steered() as (steering, _, fleet):
+            await steering.rebalance()
+            await steering.explain()
+            assert sum(isinstance(order, Rebalance) for order in fleet.orders) == 1
+
+    run(scenario())
+
+
+def test_an_order_that_nobody_waits_for_any_more_is_forgotten(run: Run):
+    async def scenario() -> None:
+        fleet = GatedFleet(lambda: controller(Planner()))
+        async with steered(fleet) as (steering, _, _2):
+            fleet.gate.clear()
+            asking = asyncio.create_task(steering.rebalance())
+            await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            fleet.gate.set()
+            assert (await steering.explain()).group == 0
+            assert sum(isinstance(order, Rebalance) for order in fleet.orders) <= 1
+
+    run(scenario())
+
+
+class Backwards(Controller):
+    """Publishes an old generation."""
+
+    def answer(self, order: Order) -> Reply:
+        reply = super().answer(order)
+        if isinstance(order, Windows):
+            place = Place(group=0, generation=0, placement=pack(placement_of(2)), bytes_per_step=1)
+            return Reply(reply.state, reply.placement, place)
+        return reply
+
+
+def test_a_generation_that_goes_back_is_not_taken_to_the_ranks(run: Run):
+    async def scenario() -> None:
+        fleet = FakeFleet(make_controller=lambda: Backwards(lambda: 0.0))
+        async with steered(fleet) as (_, ranks, _2):
+            ranks.tell(1)
+            await until(lambda: len(fleet.controllers) == 2)
+            assert not ranks.places
+
+    run(scenario())
+
+
+def test_when_nothing_can_be_served_whoever_asks_is_told(run: Run):
+    async def scenario() -> None:
+        async with steered(formed=False) as (steering, _, _2):
+            asking = asyncio.create_task(steering.explain())
+            await asyncio.sleep(0)
+            steering.fail(ClusterError("all ranks are lost"))
+            with pytest.raises(ClusterError, match="all ranks are lost"):
+                await asking
+
+    run(scenario())
+
+
+def test_what_a_rank_can_not_follow_is_told(run: Run, caplog: pytest.LogCaptureFixture):
+    async def scenario() -> None:
+        async with steered() as (steering, ranks, _):
+            worker = ranks.members[1]
+            worker.handle = cast(WorkerHandle, FakeController(FakeFleet()))
+            steering.refuse(worker, "it is for 3 ranks")
+            assert steering.stats().refused == 1
+
+    run(scenario())
+    assert "rank 1 (node fake, controller 0) does not follow a placement: it is for 3 ranks" in caplog.text
