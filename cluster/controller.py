@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -43,35 +44,27 @@ from epslots.errors import ConfigError
 from epslots.eviction import IntArray
 from epslots.forecast import Forecast
 from epslots.placement import Placement, pack, unpack
-from epslots.quotas import deal_quotas, improve_quotas
-from epslots.rebalance import Fleet, Proposal, propose
+from epslots.rebalance import Fleet, propose
+from epslots.replanning import OVERDUE, SHARE, Propose, Replanner
+from epslots.shared_model import movement_budget
 from epslots.windows import Window
 
-SHARE = 0.1
-"""Of a step's time that fetching for a placement may take."""
-OVERDUE = 2
-"""Windows after which placements are weighed again though the ranks aren't at the last one."""
 _MOST_GATHERED = 3
 """Windows that some ranks may have told of while others haven't."""
 _MOST_REFUSALS = 8
 _USUAL_SPEED = 1000
-_REUSE_WINDOWS = 16
-"""So many windows ago counts a third, when slots are dealt to layers."""
 _MOST_BYTES = 2**59
-_LONG = 10_000.0
-"""When asked to rebalance, a gain counts as if it were certain, and lasted for so many windows: any is worth its moves."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The ranks as they stand. ``pools``: the layers of each."""
+    """The ranks as they stand."""
 
     number: int
     fleet: Fleet
     costs: Costs
     num_experts_L: IntArray
     expert_bytes: int
-    pools: tuple[IntArray, ...]
 
     @property
     def ranks(self) -> int:
@@ -93,10 +86,11 @@ class Controller:
         clock: Callable[[], float],
         *,
         share: float = SHARE,
-        planner: Callable[..., Proposal] = propose,
+        planner: Propose = propose,
         forecast: Callable[[], Forecast] = Forecast,
     ) -> None:
-        self._clock, self._share, self._propose, self._make_forecast = clock, share, planner, forecast
+        self._clock, self._share = clock, share
+        self._make_replanner = partial(Replanner, planner=planner, forecast=forecast)
         self._group: _Group | None = None
         self._current: Placement | None = None
         """The newest placement of the group, whether or not its ranks follow it yet."""
@@ -110,8 +104,7 @@ class Controller:
         """By number and rank, until all ranks have told."""
         self._done = 0
         """Number of the last window that was learned from; earlier ones come too late."""
-        self._traffic = forecast()
-        self._reuse_LD: IntArray | None = None
+        self._replanner: Replanner | None = None
         self._step_s = 0.0
         self._windows = self._incomplete = self._dropped = self._refused = 0
         self._refusals: deque[str] = deque(maxlen=_MOST_REFUSALS)
@@ -164,15 +157,16 @@ class Controller:
             raise ConfigError(f"a group of {len(survey.nodes)} ranks has placements for {followed.ranks} and {ranks}")
         pools = np.array(survey.pools)
         _, node_R = np.unique(survey.nodes, return_inverse=True)
-        if self._current is not None and self._current.num_experts_L.tolist() != placement.num_experts_L.tolist():
-            self._traffic, self._reuse_LD = self._make_forecast(), None
+        members = [np.flatnonzero(pools == pool).tolist() for pool in np.unique(pools)]
+        known = self._replanner
+        if known is None or known.num_experts_L.tolist() != placement.num_experts_L.tolist():
+            self._replanner = self._make_replanner(placement.num_experts_L, members)
         self._group = _Group(
             number=survey.group,
             fleet=Fleet(node_R=node_R, speed_R=np.full(ranks, _USUAL_SPEED), costs=survey.costs),
             costs=survey.costs,
             num_experts_L=placement.num_experts_L,
             expert_bytes=max(survey.expert_bytes),
-            pools=tuple(np.flatnonzero(pools == pool) for pool in np.unique(pools)),
         )
         self._current, self._adopted, self._to_move = placement, followed.generation, survey.to_move
         self._newest = max(self._newest, meet.published, placement.generation)
@@ -247,23 +241,19 @@ class Controller:
         layers, experts = len(group.num_experts_L), int(group.num_experts_L.max())
         tokens_LE = sum((w.tokens_LE(layers, experts) for w in windows.values()), np.zeros((layers, experts), np.int64))
         uses_LE = np.maximum.reduce([window.uses_LE(layers, experts) for window in windows.values()])
-        self._traffic.add(tokens_LE, uses_LE, steps)
-        reuse_LD = windows[0].reuse_LD(layers, experts)  # all ranks have the same
-        before_LD = np.zeros_like(reuse_LD) if self._reuse_LD is None else self._reuse_LD
-        self._reuse_LD = before_LD - before_LD // _REUSE_WINDOWS + reuse_LD
+        assert self._replanner is not None, "it comes with the group"
+        self._replanner.learn(tokens_LE, uses_LE, windows[0].reuse_LD(layers, experts), steps)  # that, all ranks have alike
         return True
 
     # Placements.
 
     def _weigh(self, *, asked: bool) -> Place | None:
         """Hold the best placement that is found against the present one, and publish it if it is better."""
-        if self._group is None or self._current is None or not self._windows:
+        if self._group is None or self._current is None or self._replanner is None or not self._windows:
             return None
         began = self._clock()
-        expected = self._traffic.expected()
-        horizon = replace(expected, trust=1.0, windows=_LONG) if asked else expected
-        proposal = self._propose(self._current, horizon, self._group.fleet, self._quotas(self._group))
-        believed = expected.trust * expected.windows / (horizon.trust * horizon.windows) if asked else 1.0
+        weighed = self._replanner.weigh(self._current, self._group.fleet, any_gain=asked)
+        expected, proposal = weighed.expected, weighed.proposal
         generation = self._current.generation if proposal.keep else self._newest + 1
         self._latest = Judgement(
             placement=generation,
@@ -271,7 +261,7 @@ class Controller:
             asked=asked,
             balance_now=float(proposal.balance_now),
             balance_then=float(proposal.balance_then),
-            gain_s=proposal.gain_ns * believed / 1e9,
+            gain_s=weighed.gain_ns / 1e9,
             move_s=proposal.move_ns / 1e9,
             copies=int(proposal.copies),
             trust=float(expected.trust),
@@ -289,30 +279,12 @@ class Controller:
             group=self._group.number, generation=generation, placement=pack(placement), bytes_per_step=self._bytes_per_step()
         )
 
-    def _quotas(self, group: _Group) -> IntArray | None:
-        """Slots of each layer and rank by measured need, int64 [L, R]; None if they are to stay as they are.
-
-        Slots change hands within a pool and a rank.
-        """
-        assert self._current is not None
-        if self._reuse_LD is None or not self._reuse_LD.any():
-            return None
-        quota_LR = self._current.quota_LR.copy()
-        for layers in group.pools:
-            experts_L, now_LR = group.num_experts_L[layers], quota_LR[layers]
-            histogram_LD = _own_distances(self._reuse_LD[layers], experts_L)
-            better_L = improve_quotas(
-                now_LR.sum(1), histogram_LD, experts_L, np.full(len(layers), group.ranks), experts_L * group.ranks
-            )
-            quota_LR[layers] = deal_quotas(better_L, now_LR.sum(0), experts_L, now_LR)
-        return None if (quota_LR == self._current.quota_LR).all() else quota_LR
-
     def _bytes_per_step(self) -> int:
         """What each rank may fetch in a step, so that this takes no more than its share of the step's time."""
         if self._group is None:
             return 0
-        experts = self._share * self._step_s * 1e9 / self._group.costs.host_fetch
-        return min(max(1, int(experts * self._group.expert_bytes)), _MOST_BYTES)
+        budget = movement_budget(self._step_s, self._group.costs, self._group.expert_bytes, self._share)
+        return min(budget, _MOST_BYTES)
 
     def _explain(self) -> Explanation:
         return Explanation(
@@ -331,9 +303,3 @@ class Controller:
             published=self._published,
             latest=self._latest,
         )
-
-
-def _own_distances(histogram_LD: IntArray, num_experts_L: IntArray) -> IntArray:
-    """Histograms as wide as the largest of these layers."""
-    found: IntArray = histogram_LD[:, : int(num_experts_L.max()) + 1]
-    return found
