@@ -23,6 +23,7 @@ from epslots.cli.options import (
     HostStoreOption,
     MaxNewTokensOption,
     ModelOption,
+    PlacementOption,
     PolicyOption,
     SeedOption,
     SlotsOption,
@@ -66,10 +67,7 @@ def job(
     policy: PolicyOption = "lrfu",
     host_store: HostStoreOption = None,
     cache_dir: CacheDirOption = None,
-    placement: Annotated[
-        Optional[Path],
-        typer.Option(help="File of `epslots placement plan` that says where experts live at first, on as many ranks."),
-    ] = None,
+    placement: PlacementOption = None,
     window_steps: Annotated[
         int,
         typer.Option(

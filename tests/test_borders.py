@@ -155,7 +155,7 @@ def test_the_commands_and_their_options():
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
         "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
-        "--ranks", "--address", "--strategy",
+        "--ranks", "--address", "--strategy", "--placement",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
     assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}

@@ -18,6 +18,7 @@ from epslots.cli.options import (
     HostStoreOption,
     MaxNewTokensOption,
     ModelOption,
+    PlacementOption,
     PolicyOption,
     SeedOption,
     SlotsOption,
@@ -55,6 +56,7 @@ def generate(
         ),
     ] = None,
     strategy: StrategyOption = "PACK",
+    placement: PlacementOption = None,
     file: Annotated[
         Optional[Path],
         typer.Option("--file", "-f", help='One prompt (a text file), or many (.jsonl: an object with "prompt" a line).'),
@@ -122,6 +124,7 @@ def generate(
         "host_store": host_store,
         "cache_dir": cache_dir,
         "kv_tokens": room,
+        "placement": placement,
     }
     launched: Launched
     if launch is None:

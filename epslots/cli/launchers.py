@@ -67,6 +67,7 @@ class Launcher(Protocol):
         host_store: str | None,
         cache_dir: Path | None,
         kv_tokens: int,
+        placement: Path | None,
         max_queue: int,
     ) -> Launched:
         """Start.

@@ -51,6 +51,7 @@ class OneRank:
         host_store: str | None,
         cache_dir: Path | None,
         kv_tokens: int,
+        placement: Path | None,
     ) -> None:
         self._model = epslots.load(
             path_or_id,
@@ -61,6 +62,7 @@ class OneRank:
             host_store=host_store,
             cache_dir=cache_dir,
             kv_tokens=kv_tokens,
+            placement=placement,
         )
         self._tokenizer = tokenizer
         self._ends = end_tokens(self._model)

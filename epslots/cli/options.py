@@ -59,6 +59,12 @@ ChatOption = Annotated[
     Optional[bool],
     typer.Option("--chat/--no-chat", help="Wrap prompts in the chat template. Default: if the tokenizer has one."),
 ]
+PlacementOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--placement", help="File of `epslots placement plan`: where experts live at first. For as many ranks and slots."
+    ),
+]
 StrategyOption = Annotated[
     str,
     typer.Option(
