@@ -140,7 +140,7 @@ class Controller:
                 self._frozen = frozen
             case Explain():
                 explanation = self._explain()
-        return Reply(self.state, self._newest, place, explanation)
+        return Reply(self.state, self._newest, self._windows, place, explanation)
 
     def _meet(self, meet: Meet) -> None:
         """Start over with a group, but for what was learned of the traffic: that doesn't depend on who serves it."""

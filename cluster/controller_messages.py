@@ -178,12 +178,14 @@ class Reply(msgspec.Struct, frozen=True):
 
     Attributes:
         placement: the newest generation of a placement that it knows of.
+        windows: complete ones that it has learned from.
         place: for all ranks, if it has decided something.
         explanation: to ``Explain`` and ``Rebalance``.
     """
 
     state: State
     placement: int
+    windows: int
     place: Place | None = None
     explanation: Explanation | None = None
 

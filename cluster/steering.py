@@ -154,6 +154,9 @@ class Steering:
         """A rank can't follow a placement."""
         self._refused += 1
         logger.warning("%s does not follow a placement: %s", worker.name, cause)
+        # The controller believes that it is followed: it is told anew how things stand.
+        self._offered, self._told = None, -1
+        self._pulse.beat()
 
     def fail(self, error: ClusterError) -> None:
         """Whoever has asked something is told that there will be no answer."""
@@ -266,8 +269,9 @@ class Steering:
                 waiting, self._waiting = self._waiting, {}
                 dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped
                 windows = tuple(heard for windows in waiting.values() for heard in windows)
-                await self._call(handle, Windows(self._told, windows, dropped))
-                self._failures = 0
+                reply = await self._call(handle, Windows(self._told, windows, dropped))
+                if reply.windows:  # a complete one: it has planned, and lives
+                    self._failures = 0
 
     def _must_meet(self) -> bool:
         return self._told != self._ranks.generation

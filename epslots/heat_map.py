@@ -69,6 +69,7 @@ def plot_map(placement: Placement, layer: int, tokens_E: IntArray | FloatArray, 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     order = np.argsort(-np.asarray(tokens_E), kind="stable")
     held = dict(zip(("dealt by slots", "as placed"), layer_of(placement, layer), strict=True))
@@ -87,6 +88,8 @@ def plot_map(placement: Placement, layer: int, tokens_E: IntArray | FloatArray, 
         axes[2].bar(ranks + 0.4 * number - 0.2, load_R / mean, width=0.4, label=label)
     axes[2].axhline(1.0, color="black", linewidth=0.8)
     axes[2].set(xlabel="rank", ylabel="load / mean")
+    for whole in (axes[0].yaxis, axes[1].yaxis, axes[2].xaxis):
+        whole.set_major_locator(MaxNLocator(integer=True))
     axes[2].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -29,6 +29,7 @@ from epslots.errors import ConfigError
 from epslots.eviction import IntArray, Policy, UseHistory, record_use
 from epslots.exchange import Dispatched, Stay, dispatch
 from epslots.lockstep import LockStep
+from epslots.moves import Room
 from epslots.residency import BoolArray, settle
 from epslots.reuse import stack_distances
 from epslots.shared_layer import Copies, SharedLayer
@@ -75,11 +76,11 @@ class MoELayer:
         self._telemetry = telemetry
         self._lockstep: LockStep | None = None
         self._shared: SharedLayer | None = None
-        self._room: Callable[[], IntArray | None] = lambda: None
+        self._room: Callable[[], Room | None] = lambda: None
         self._one = torch.ones(1, dtype=torch.int64, device=experts.pool.device)
         self.steps = 0
 
-    def join(self, lockstep: LockStep, shared: SharedLayer, room: Callable[[], IntArray | None]) -> None:
+    def join(self, lockstep: LockStep, shared: SharedLayer, room: Callable[[], Room | None]) -> None:
         """Compute together with other ranks from now on.
 
         Args:

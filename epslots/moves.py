@@ -16,6 +16,7 @@ from epslots.eviction import IntArray
 from epslots.residency import BoolArray
 
 _NEVER = np.iinfo(np.int64).max
+KEPT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,41 @@ class Moves:
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+
+class Room:
+    """Bytes that each rank may still fetch in this step for a placement's sake; the same on all ranks.
+
+    Demand stands first: what it fetches is taken off. But an eighth of what is granted stays, or ranks that miss in every step
+    would never get anywhere.
+
+    Args:
+        granted: bytes of each rank and step. Less than an expert's size makes a move every few steps.
+        largest: bytes of the largest expert.
+
+    Attributes:
+        left_R: int64 [R].
+    """
+
+    def __init__(self, ranks: int, granted: int, largest: int) -> None:
+        self._granted, self._most, self._largest = granted, max(granted, largest), largest
+        self.left_R = np.zeros(ranks, np.int64)
+        self._kept_R = np.zeros(ranks, np.int64)
+
+    def renew(self) -> None:
+        """A step begins."""
+        self._kept_R = np.minimum(self._kept_R + max(1, self._granted // KEPT_SHARE), self._largest)
+        self.left_R = np.minimum(np.maximum(self.left_R, 0) + self._granted, self._most)
+
+    def charge(self, ranks: IntArray, expert_bytes: int) -> None:
+        """Demand fetches an expert for each of these ranks."""
+        fetched_R = np.bincount(ranks, minlength=len(self.left_R)) * expert_bytes
+        self.left_R = np.where(fetched_R > 0, np.maximum(self.left_R - fetched_R, self._kept_R), self.left_R)
+
+    def spend(self, ranks: IntArray, expert_bytes: int) -> None:
+        """Each of these ranks, which has room, moves an expert."""
+        self.left_R[ranks] -= expert_bytes
+        self._kept_R = np.minimum(self._kept_R, self.left_R)
 
 
 _NOTHING = np.zeros(0, np.int64)

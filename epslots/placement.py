@@ -16,6 +16,8 @@ from epslots.errors import ConfigError
 from epslots.eviction import IntArray
 from epslots.residency import BoolArray
 
+MOST_GENERATIONS = 2**40
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -48,6 +50,8 @@ class Placement:
                 f"a placement's arrays must agree: home {list(self.home_LE.shape)}, wanted {list(self.wanted_LRE.shape)}, "
                 f"slots {list(self.quota_LR.shape)}; allowed: [layers, experts], [layers, ranks, experts], [layers, ranks]"
             )
+        if not 0 <= self.generation <= MOST_GENERATIONS:
+            raise ConfigError(f"a placement's generation is {self.generation}; allowed: 0 to {MOST_GENERATIONS}")
         if self.num_experts_L.shape != (layers,) or int(self.num_experts_L.max()) != experts or self.num_experts_L.min() < 1:
             raise ConfigError(f"a placement of {layers} layers has experts {self.num_experts_L.tolist()}, widest {experts}")
         own_LE = np.arange(experts) < self.num_experts_L[:, None]

@@ -12,7 +12,7 @@ from epslots.costs import Costs
 from epslots.errors import ConfigError, ExchangeError
 from epslots.lockstep import Header, LockStep
 from epslots.placement import Placement, default_placement
-from epslots.rank_hello import Hello, carried, decode, encode
+from epslots.rank_hello import Hello, decode, encode
 from epslots.runtime import Runtime
 from epslots.shared_layer import SharedLayer
 from epslots.shared_model import SharedModel, check_fits
@@ -41,6 +41,7 @@ class RankGroup:
         settings: Mapping[str, str],
         hellos: Sequence[Hello],
         costs: Sequence[Costs],
+        followed: tuple[Placement, int] | None,
     ) -> None:
         self.transport = transport
         self.settings = dict(settings)
@@ -72,7 +73,6 @@ class RankGroup:
             mover.transport = transport
         layers = [shared[index] for index in range(len(runtime.layers))]
         self.shared = SharedModel(layers, placement, [mover.store_layers for mover in runtime.movers])
-        followed = carried(hellos, quota_LR)
         if followed is not None:
             self.shared.adopt(*followed)
         self.lockstep = LockStep(
@@ -86,7 +86,7 @@ class RankGroup:
         )
         self.lockstep.placement = self.shared.placement.generation
         for runner, layer in zip(runtime.runners, self.shared.layers, strict=True):
-            runner.join(self.lockstep, layer, lambda: self.shared.room_R)
+            runner.join(self.lockstep, layer, lambda: self.shared.room)
 
     @property
     def placement(self) -> Placement:

@@ -16,8 +16,7 @@ import xxhash
 from epslots import __version__
 from epslots.costs import Costs
 from epslots.errors import PeerLost, RankMismatchError, StaleGeneration
-from epslots.eviction import IntArray
-from epslots.placement import Placement, carry_over, unpack
+from epslots.placement import Placement, carry_over, pack, unpack
 from epslots.runtime import Runtime
 from epslots.transport import Transport
 
@@ -38,8 +37,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         steps: steps of all layers that the rank's eviction policy has seen.
         costs: what the rank's last group agreed on, by pool; empty if it had none.
         group, rank: generation of the rank's last group, and its number there; -1 if it had none.
-        placement: that the last group followed, packed; empty if it had none.
-        bytes_per_step: likewise.
+        placement: generation of the placement that the rank follows; 0 = none.
+        bytes_per_step: towards it.
         failure: why this rank can't take part; empty if it can.
     """
 
@@ -52,7 +51,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     costs: list[Costs] = []
     group: int = -1
     rank: int = -1
-    placement: bytes = b""
+    placement: int = 0
     bytes_per_step: int = 0
     failure: str = ""
 
@@ -112,19 +111,26 @@ def exchange_hellos(transport: Transport, hello: Hello) -> list[Hello]:
         raise RankMismatchError(f"a rank speaks another protocol than this one's ({PROTOCOL}): {error}") from error
 
 
-def carried(hellos: Sequence[Hello], quota_LR: IntArray) -> tuple[Placement, int] | None:
-    """What the newest of the ranks' last groups followed, for the ranks that there are now; None if there was nothing."""
-    known = [hello for hello in hellos if hello.placement]
-    if not known:
+def agree_on_placement(transport: Transport, hellos: Sequence[Hello], mine: Placement | None) -> tuple[Placement, int] | None:
+    """What the newest of the ranks' last groups followed, for the ranks that there are now, and its bytes per step; None if
+    there was nothing. All ranks call it together.
+
+    Args:
+        mine: what this rank follows.
+    """
+    eldest = max(range(transport.size), key=lambda rank: (hellos[rank].group, hellos[rank].placement, -rank))
+    newest = max(hello.placement for hello in hellos)
+    if not hellos[eldest].placement:
+        # Nothing is followed; but generations only grow, whoever followed something before.
         return None
-    last = [(hello, unpack(hello.placement)) for hello in known if hello.group == max(other.group for other in known)]
-    eldest, placement = max(last, key=lambda pair: pair[1].generation)
-    if eldest.group < 0:
-        return placement, eldest.bytes_per_step  # all have just loaded with it
-    newest = max(unpack(hello.placement).generation for hello in known)
-    rank_of_old = [-1] * placement.ranks
-    for rank, hello in enumerate(hellos):
-        if hello.group == eldest.group:
-            rank_of_old[hello.rank] = rank
-    there = carry_over(placement, rank_of_old, quota_LR)
-    return replace(there, generation=newest + 1), eldest.bytes_per_step
+    messages = transport.gather_bytes(pack(mine) if transport.rank == eldest and mine is not None else b"")
+    placement, group = unpack(messages[eldest]), hellos[eldest].group
+    if group >= 0:  # else all have just loaded with it
+        rank_of_old = [-1] * placement.ranks
+        for rank, hello in enumerate(hellos):
+            if hello.group == group:
+                rank_of_old[hello.rank] = rank
+        quota_LR = np.array([hello.slots for hello in hellos]).T
+        placement = replace(carry_over(placement, rank_of_old, quota_LR), generation=newest + 1)
+        placement.check()
+    return placement, hellos[eldest].bytes_per_step

@@ -24,7 +24,7 @@ from epslots.link_speed import largest, measure_costs
 from epslots.placement import Placement, default_placement, first_residents, pack
 from epslots.progress import ProgressDisplay
 from epslots.rank_group import RankGroup, enter, group_of
-from epslots.rank_hello import Hello, encode, exchange_hellos, greet, settings_of
+from epslots.rank_hello import Hello, agree_on_placement, encode, exchange_hellos, greet, settings_of
 from epslots.runtime import Runtime, runtime_of
 from epslots.shared_model import check_fits
 from epslots.transport import Transport
@@ -63,10 +63,9 @@ def join(
         mover.give_up_unconfirmed()
     if settings is None:
         settings = {} if last is None else last.settings
-    followed = b"" if last is None or not last.placement.generation else pack(last.placement)
+    followed = last.placement if placement is None and last is not None else placement
     if placement is not None:
-        followed = pack(placement)
-        settings = {**settings, "placement": f"{placement.generation} ({xxhash.xxh3_64_hexdigest(followed)})"}
+        settings = {**settings, "placement": f"{placement.generation} ({xxhash.xxh3_64_hexdigest(pack(placement))})"}
     hello = Hello(
         generation=transport.generation,
         settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
@@ -77,7 +76,7 @@ def join(
         costs=[] if last is None else list(last.costs),
         group=-1 if last is None or placement is not None else last.transport.generation,
         rank=-1 if last is None else last.transport.rank,
-        placement=followed,
+        placement=0 if followed is None else followed.generation,
         bytes_per_step=(0 if last is None else last.shared.bytes_per_step) or _START_BYTES,
     )
     hellos = greet(transport, hello)
@@ -86,7 +85,8 @@ def join(
         slots_LR = np.array([other.slots for other in hellos]).T
         pools = [mover.store_layers for mover in runtime.movers]
         check_fits(placement, default_placement([layer.num_experts for layer in runtime.layers], slots_LR), pools)
-    group = RankGroup(runtime, transport, settings, hellos, _agree_on_costs(transport, runtime, hellos, costs))
+    agreed = _agree_on_costs(transport, runtime, hellos, costs)
+    group = RankGroup(runtime, transport, settings, hellos, agreed, agree_on_placement(transport, hellos, followed))
     if group_of(model) is None:
         _step_with_every_pass(model)
     enter(model, group)
@@ -188,8 +188,8 @@ def _step_with_every_pass(model: nn.Module) -> None:
     def step(*args: object, **kwargs: object) -> object:
         group = group_of(model)  # looked up each time: a later generation brings another
         assert group is not None
-        group.lockstep.begin()
         try:
+            group.lockstep.begin()
             output = forward(*args, **kwargs)
             group.lockstep.end()
         except GroupError:

@@ -38,6 +38,8 @@ SHRINKAGE = 0.3
 _MOST_ENTRIES = 2**22  # of the candidate moves looked at together
 # A move outlives the forecast that it was made for: at least so many windows are reckoned with.
 LEAST_HORIZON = 4.0
+# Mean imbalance that a placement must save: less is within the noise of any forecast.
+LEAST_GAIN = 0.0005
 _FOCUS_ENTRIES = 2**15  # of the candidate moves worked out at a time: more are slow, and hardly better
 # Larger fleets are levelled for the mean load alone: what the search takes grows with the square of the ranks.
 MOST_SEARCHED = 128
@@ -134,11 +136,18 @@ def propose(
     resized = bool((quota_LR != current.quota_LR).any())
     placement = Placement(current.generation + 1, current.num_experts_L, home_LE, wanted_LRE, quota_LR)
     balance_now = balancedness(rank_loads(task.before_LRE, expected.tokens_LE), fleet.speed_R)
-    keep = not resized and (not changed_L.any() or gain_ns <= copies * task.price_ns)
-    then_L = now_L if keep else then_L
+    pays = gain_ns > copies * task.price_ns and float((now_L - then_L).mean()) >= LEAST_GAIN
+    if not (pays and changed_L.any()):
+        reasons = Reasons(float(now_L.mean()), float(now_L.mean()), 0, task.horizon, task.price_ns)
+        if not resized:
+            return Proposal(current, True, 0, 0, 0, balance_now, balance_now, reasons)
+        # The slots alone change hands; of the wanted copies stay as many as fit.
+        fits_LRE = current.wanted_LRE & (current.wanted_LRE.cumsum(2) <= quota_LR[:, :, None])
+        homes_LE = _homes(current, task.home_LE.copy(), fits_LRE, task.before_LRE)
+        placement = Placement(current.generation + 1, current.num_experts_L, homes_LE, fits_LRE, quota_LR)
+        placement.check()
+        return Proposal(placement, False, 0, 0, 0, balance_now, balance_now, reasons)
     reasons = Reasons(float(now_L.mean()), float(then_L.mean()), int(changed_L.sum()), task.horizon, task.price_ns)
-    if keep:
-        return Proposal(current, True, 0, 0, 0, balance_now, balance_now, reasons)
     placement.check()
     balance_then = balancedness(rank_loads(holders(placement), expected.tokens_LE), fleet.speed_R)
     return Proposal(placement, False, gain_ns, copies * task.price_ns, copies, balance_now, balance_then, reasons)

@@ -16,7 +16,7 @@ import xxhash
 from epslots.assignment import Assign, Assignment, assign
 from epslots.costs import Costs, moved_pairs
 from epslots.eviction import IntArray
-from epslots.moves import NO_MOVES, Moves, choose_moves
+from epslots.moves import NO_MOVES, Moves, Room, choose_moves
 from epslots.residency import BoolArray, settle, spare_copies
 from epslots.routes import Route, route
 
@@ -178,9 +178,9 @@ class SharedLayer:
         self._remember(np.array([rank, change, evicted]))
         return evicted
 
-    def plan(self, counts_RE: IntArray, score_E: IntArray, room_R: IntArray | None = None) -> StepPlan:
+    def plan(self, counts_RE: IntArray, score_E: IntArray, room: Room | None = None) -> StepPlan:
         """``decide``, as this rank sees it."""
-        plan = self.decide(counts_RE, score_E, room_R)
+        plan = self.decide(counts_RE, score_E, room)
         own = route(plan.counts_RU, plan.computed_RU, self.rank, self.node_R)
         return StepPlan(
             experts_U=plan.experts_U,
@@ -195,14 +195,14 @@ class SharedLayer:
             move=self._own_move(plan.moves) if len(plan.moves) else None,
         )
 
-    def decide(self, counts_RE: IntArray, score_E: IntArray, room_R: IntArray | None = None) -> GroupPlan:
+    def decide(self, counts_RE: IntArray, score_E: IntArray, room: Room | None = None) -> GroupPlan:
         """Plan a step for all ranks and enter its outcome: who holds what when it is done.
 
         Args:
             counts_RE: pairs of each rank's tokens for each expert.
             score_E: the eviction policy's scores.
-            room_R: bytes that each rank may still fetch in this step for the placement's sake; what it fetches is taken off.
-                Nothing is moved without it.
+            room: what each rank may still fetch in this step for the placement's sake; what is fetched is taken off. Nothing
+                is moved without it.
         """
         tolls_RE = self._tolls_RE if self._has_idle_slots() else None
         wanted_RE = self.wanted_RE if tolls_RE is not None else None
@@ -221,7 +221,7 @@ class SharedLayer:
         if tolls_RE is not None:
             self._charge(found, counts_RU)
         self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1))
-        moves = NO_MOVES if not self.to_move or room_R is None else self._move(found, score_E, room_R)
+        moves = NO_MOVES if room is None else self._move(found, score_E, room)
         return GroupPlan(
             experts_U=found.experts_U,
             counts_RU=counts_RU,
@@ -233,11 +233,12 @@ class SharedLayer:
             moves=moves,
         )
 
-    def _move(self, found: Assignment, score_E: IntArray, room_R: IntArray) -> Moves:
+    def _move(self, found: Assignment, score_E: IntArray, room: Room) -> Moves:
         """The step's moves, within what its demand leaves of the room."""
-        room_R -= np.bincount(found.fetch_ranks, minlength=len(room_R)) * self.expert_bytes
-        able_R = room_R >= self.expert_bytes
-        if not able_R.any():
+        if len(found.fetch_ranks):
+            room.charge(found.fetch_ranks, self.expert_bytes)
+        able_R = room.left_R >= self.expert_bytes
+        if not self.to_move or not able_R.any():
             return NO_MOVES
         able_R &= np.count_nonzero(found.computed_RU, axis=1) <= self.quota_R  # one wave: its slots are settled
         moves = choose_moves(
@@ -252,7 +253,7 @@ class SharedLayer:
             node_R=self.node_R,
         )
         if len(moves):
-            room_R[moves.ranks] -= self.expert_bytes
+            room.spend(moves.ranks, self.expert_bytes)
             full = moves.evicted >= 0
             self.holds_RE[moves.ranks[full], moves.evicted[full]] = False
             self.holds_RE[moves.ranks, moves.experts] = True

@@ -21,7 +21,8 @@ import xxhash
 from epslots.costs import Costs
 from epslots.errors import ConfigError, StaleGeneration
 from epslots.eviction import IntArray
-from epslots.placement import Placement, pack
+from epslots.moves import Room
+from epslots.placement import Placement
 from epslots.shared_layer import SharedLayer
 
 
@@ -49,7 +50,7 @@ class SharedModel:
         pools: the layers of each pool, in the order of their windows.
 
     Attributes:
-        room_R: bytes that each rank may still fetch in this step for the placement's sake; None while there is nothing to do.
+        room: what each rank may still fetch in this step for the placement's sake; None while there is nothing to do.
         bytes_per_step: by which it is renewed.
     """
 
@@ -57,7 +58,7 @@ class SharedModel:
         self.layers = tuple(layers)
         self.placement = placement
         self.bytes_per_step = 0
-        self.room_R: IntArray | None = None
+        self.room: Room | None = None
         self._pools = tuple(tuple(pool) for pool in pools)
         self._shifting = False
         self._past = 0
@@ -94,8 +95,10 @@ class SharedModel:
             experts = int(placement.num_experts_L[index])
             layer.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
         self._shifting = bool((self._quota_LR() != placement.quota_LR).any())
-        self.room_R = np.zeros(placement.ranks, np.int64) if self.to_move else None
-        self._past = xxhash.xxh3_64_intdigest(pack(placement) + bytes_per_step.to_bytes(8, "little"), seed=self._past)
+        largest = max(layer.expert_bytes for layer in self.layers)
+        self.room = Room(placement.ranks, bytes_per_step, largest) if self.to_move else None
+        numbers = np.array([placement.generation, bytes_per_step, *placement.quota_LR.ravel()])
+        self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
 
     def begin_step(self, scores: Callable[[int], IntArray]) -> list[Shift]:
         """Renew the room, and shift slots within it; once before every step, on all ranks alike.
@@ -106,22 +109,22 @@ class SharedModel:
         Returns:
             What has shifted, in order; the caller does so with its own rank's pool.
         """
-        if self.room_R is None:
+        if self.room is None:
             return []
         if not self.to_move:
-            self.room_R, self._shifting = None, False
+            self.room, self._shifting = None, False
             return []
-        largest = max(layer.expert_bytes for layer in self.layers)
-        self.room_R = np.minimum(np.maximum(self.room_R, 0) + self.bytes_per_step, max(self.bytes_per_step, largest))
+        self.room.renew()
         shifts = []
         if self._shifting:
             quota_LR = self._quota_LR()
             for rank in np.flatnonzero((quota_LR != self.placement.quota_LR).any(0)).tolist():
-                pair = next_shift(quota_LR[:, rank], self.placement.quota_LR[:, rank], self._pools)
-                if pair is None or self.room_R[rank] < self.layers[pair[0]].expert_bytes:
+                target_L, experts_L = self.placement.quota_LR[:, rank], self.placement.num_experts_L
+                pair = next_shift(quota_LR[:, rank], target_L, experts_L, self._pools)
+                if pair is None or self.room.left_R[rank] < self.layers[pair[0]].expert_bytes:
                     continue
                 giver, taker = pair
-                self.room_R[rank] -= self.layers[giver].expert_bytes
+                self.room.spend(np.array([rank]), self.layers[giver].expert_bytes)
                 evicted = self.layers[giver].resize(rank, -1, scores(giver))
                 self.layers[taker].resize(rank, 1, scores(taker))
                 shifts.append(Shift(rank, giver, taker, evicted))
@@ -152,6 +155,11 @@ def check_fits(placement: Placement, other: Placement, pools: Sequence[Sequence[
     if placement.ranks != other.ranks:
         raise ConfigError(f"the placement is for {placement.ranks} ranks, and there are {other.ranks}")
     for pool in pools:
+        single = [layer for layer in pool if placement.num_experts_L[layer] == 1]
+        if single and (placement.quota_LR[list(pool)] != other.quota_LR[list(pool)]).any():
+            raise ConfigError(
+                f"layer {single[0]} has a single expert, so slots can't pass it; leave the slots of layers as they are"
+            )
         given_R, there_R = placement.quota_LR[list(pool)].sum(0), other.quota_LR[list(pool)].sum(0)
         for rank in np.flatnonzero(given_R != there_R).tolist():
             raise ConfigError(
@@ -160,11 +168,14 @@ def check_fits(placement: Placement, other: Placement, pools: Sequence[Sequence[
             )
 
 
-def next_shift(quota_L: IntArray, target_L: IntArray, pools: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+def next_shift(
+    quota_L: IntArray, target_L: IntArray, num_experts_L: IntArray, pools: Sequence[Sequence[int]]
+) -> tuple[int, int] | None:
     """The next slot to pass from a layer to its neighbour on the way to a rank's quotas: (giver, taker), None = arrived.
 
-    Only a layer with more slots than it should have gives one, and in a direction in which one is lacking. So every shift
-    brings a boundary nearer, and a layer that slots pass through loses nothing on the way.
+    A layer with more slots than it should have gives one, in a direction in which one is lacking; so every shift brings a
+    boundary nearer, and a layer that slots pass through loses nothing on the way. One that has a slot for every expert takes
+    none, but passes one on first.
     """
     for pool in pools:
         members = list(pool)
@@ -172,8 +183,11 @@ def next_shift(quota_L: IntArray, target_L: IntArray, pools: Sequence[Sequence[i
         # Slots that must pass each boundary: to the right if positive.
         flow = (now - aim).cumsum()
         for position in np.flatnonzero(now > aim).tolist():
-            if flow[position] > 0:
-                return members[position], members[position + 1]
-            if position and flow[position - 1] < 0:
-                return members[position], members[position - 1]
+            way = 1 if flow[position] > 0 else -1
+            if way < 0 and not (position and flow[position - 1] < 0):
+                continue
+            # What comes to a full layer must leave it on the other side, so the last one in the row isn't full.
+            while now[position + way] >= num_experts_L[members[position + way]]:
+                position += way
+            return members[position], members[position + way]
     return None

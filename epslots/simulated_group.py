@@ -181,7 +181,7 @@ class SimulatedGroup:
         """Plan a layer's step, and count what it does."""
         shared, tally, ranks = self.model.layers[layer], self.tally, len(counts_RE)
         before_RE = shared.holds_RE.copy()
-        plan = shared.decide(counts_RE, self._score(layer), self.model.room_R)
+        plan = shared.decide(counts_RE, self._score(layer), self.model.room)
         needed_RU = plan.computed_RU > 0
         misses_R = np.bincount(plan.fetch_ranks, minlength=ranks)
         free_R = shared.quota_R - before_RE.sum(1)

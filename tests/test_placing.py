@@ -59,8 +59,9 @@ def compare(grouped: Grouped, reference: Any, seed: int, length: int = 3) -> Non
     grouped.check()
 
 
-@pytest.mark.parametrize("costs", [TOKENS_TRAVEL, COPIES_TRAVEL])
-@pytest.mark.parametrize("name", ["qwen3_moe", "ernie4_5_vl_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "costs"), [("qwen3_moe", TOKENS_TRAVEL), ("ernie4_5_vl_moe", TOKENS_TRAVEL), ("gpt_oss", COPIES_TRAVEL)]
+)
 def test_outputs_stay_and_every_placement_is_reached(name: str, costs: Any, checkpoint: Checkpoints, cache_dir: Path):
     """Of two layouts in two pools (ernie4_5_vl_moe), with biases (gpt_oss); offered to the ranks one after another."""
     folder = checkpoint(name)

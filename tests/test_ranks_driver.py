@@ -135,18 +135,18 @@ class OneRank:
             on_header=self.begin_step,
         )
         for layer, one in zip(self.layers, self.shared.layers, strict=True):
-            layer.join(self.lockstep, one, lambda: self.shared.room_R)
+            layer.join(self.lockstep, one, lambda: self.shared.room)
 
     def begin_step(self, header: Header) -> None:
         if self.offered is not None:
             self.shared.check(self.offered[0])
             self.shared.adopt(*self.offered)
             self.offered = None
-        moving = self.shared.room_R is not None
+        moving = self.shared.room is not None
         for shift in self.shared.begin_step(lambda layer: self.layers[layer].score_E):
             if shift.rank == self.rank:
                 self.layers[shift.giver].experts.pass_slot(self.layers[shift.taker].experts, shift.evicted)
-        if moving and self.shared.room_R is None:
+        if moving and self.shared.room is None:
             self.reached += 1
             quotas = [layer.experts.slots for layer in self.layers]
             assert quotas == self.shared.placement.quota_LR[:, self.rank].tolist()

@@ -393,7 +393,7 @@ class Backwards(Controller):
         reply = super().answer(order)
         if isinstance(order, Windows):
             place = Place(group=0, generation=0, placement=pack(placement_of(2)), bytes_per_step=1)
-            return Reply(reply.state, reply.placement, place)
+            return Reply(reply.state, reply.placement, reply.windows, place)
         return reply
 
 
