@@ -55,22 +55,22 @@ class Room:
     def __init__(self, ranks: int, granted: int, largest: int) -> None:
         self._granted, self._most, self._largest = granted, max(granted, largest), largest
         self.left_R = np.zeros(ranks, np.int64)
-        self._kept_R = np.zeros(ranks, np.int64)
+        self._kept_R = np.zeros(ranks, np.int64)  # in eighths of bytes
 
     def renew(self) -> None:
         """A step begins."""
-        self._kept_R = np.minimum(self._kept_R + max(1, self._granted // KEPT_SHARE), self._largest)
+        self._kept_R = np.minimum(self._kept_R + self._granted, self._largest * KEPT_SHARE)
         self.left_R = np.minimum(np.maximum(self.left_R, 0) + self._granted, self._most)
 
     def charge(self, ranks: IntArray, expert_bytes: int) -> None:
         """Demand fetches an expert for each of these ranks."""
         fetched_R = np.bincount(ranks, minlength=len(self.left_R)) * expert_bytes
-        self.left_R = np.where(fetched_R > 0, np.maximum(self.left_R - fetched_R, self._kept_R), self.left_R)
+        self.left_R = np.where(fetched_R > 0, np.maximum(self.left_R - fetched_R, self._kept_R // KEPT_SHARE), self.left_R)
 
     def spend(self, ranks: IntArray, expert_bytes: int) -> None:
         """Each of these ranks, which has room, moves an expert."""
         self.left_R[ranks] -= expert_bytes
-        self._kept_R = np.minimum(self._kept_R, self.left_R)
+        self._kept_R = np.minimum(self._kept_R, self.left_R * KEPT_SHARE)
 
 
 _NOTHING = np.zeros(0, np.int64)

@@ -77,11 +77,16 @@ class Planner:
         return holders(self.placement).astype(np.int64)
 
 
+_MOST_NS = 2**39
+
+
 def replay_costs(loads_WLE: IntArray, ranks: int, copy_share: float = COPY_SHARE) -> Costs:
     """Costs by which a copy is as dear as the given share of a rank's mean load of a window and layer."""
     mean = float(loads_WLE.sum((1, 2)).mean()) / loads_WLE.shape[1] / ranks
     pair_ns = 1000
-    copy_ns = max(1, round(copy_share * mean * pair_ns))
+    while pair_ns > 1 and copy_share * mean * pair_ns > _MOST_NS:
+        pair_ns //= 10
+    copy_ns = min(max(1, round(copy_share * mean * pair_ns)), _MOST_NS)
     return Costs(copy_ns, copy_ns, 1, pair_ns, 1, 1, 1)
 
 

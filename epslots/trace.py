@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError
+from epslots.npz import read_arrays
 from epslots.runtime import Runtime, runtime_of
 
 
@@ -51,17 +52,18 @@ class Trace:
         Raises:
             ConfigError: not a routing trace: which field is wrong, and how it should be.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            ids, starts, experts = arrays["expert_ids"], arrays["starts"], arrays["num_experts"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{os.fspath(path)} is not a routing trace: {error}") from error
+        arrays = read_arrays(path, "a routing trace")
+        if missing := {"expert_ids", "starts", "num_experts"} - arrays.keys():
+            raise ConfigError(f"{os.fspath(path)} is not a routing trace: it has no {', '.join(sorted(missing))}")
+        ids, starts, experts = arrays["expert_ids"], arrays["starts"], arrays["num_experts"]
         if ids.ndim != 3 or ids.dtype != np.int16:
             raise ConfigError(f"expert_ids is {ids.dtype}{list(ids.shape)}; it must be int16 [steps, layers, k]")
         if experts.shape != ids.shape[1:2] or starts.ndim != 1:
             raise ConfigError(f"num_experts must be [layers={ids.shape[1]}] and starts [sequences]")
-        if (np.diff(starts) <= 0).any() or (len(starts) and (starts[0] != 0 or starts[-1] >= len(ids))):
+        if not np.issubdtype(experts.dtype, np.integer) or (experts < 1).any():
+            raise ConfigError(f"num_experts is {experts.tolist()!r:.80}; allowed: whole numbers, at least 1")
+        first = starts[:1].tolist() == [0] or not len(ids)
+        if (np.diff(starts) <= 0).any() or not first or (len(starts) and starts[-1] >= len(ids)):
             raise ConfigError("starts must begin with 0, rise, and stay below the number of steps")
         return cls(ids, starts.astype(np.int64), experts.astype(np.int64), arrays.get("probs"))
 

@@ -32,7 +32,7 @@ LAYERS = (
     # effects
     ("host_store", "slot_pool", "telemetry", "checkpoint", "transport", "device_copy", "text", "end_tokens"),
     ("token_choice", "store_build", "progress", "counting", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
-    ("node_store", "placement_file", "pinning", "slot_experts", "link_speed", "rendezvous"),
+    ("node_store", "placement_file", "npz", "pinning", "slot_experts", "link_speed", "rendezvous"),
     ("moe_layer",),
     # the model integration
     ("experts", "fp8", "paged_attention"),

@@ -123,8 +123,8 @@ def test_what_is_wrong_is_said_in_a_line(loads: Path, tmp_path: Path):
     np.savez(one, loads=np.ones((1, 2, 5), np.int64))
     np.savez(negative, loads=-np.ones((3, 2, 5), np.int64))
     for arguments, message in (
-        (("replay", tmp_path / "none.npz", "--ranks", 2, "--slots", 2), "neither loads nor a routing trace"),
-        (("replay", text, "--ranks", 2, "--slots", 2), "neither loads nor a routing trace"),
+        (("replay", tmp_path / "none.npz", "--ranks", 2, "--slots", 2), "is not a file of loads, or a routing trace"),
+        (("replay", text, "--ranks", 2, "--slots", 2), "is not a file of loads, or a routing trace"),
         (("replay", flat, "--ranks", 2, "--slots", 2), r"must be int64 \[windows, layers, experts\]"),
         (("replay", one, "--ranks", 2, "--slots", 2), "2 or more are needed"),
         (("replay", negative, "--ranks", 2, "--slots", 2), r"allowed: 0 to 2\*\*40"),
@@ -142,3 +142,53 @@ def test_uses_by_chance():
     random = np.random.default_rng(0)
     hits = [len(np.unique(random.integers(0, 50, 80))) for _ in range(2000)]
     assert uses_by_chance(np.array([[0, 80]]), 50).tolist()[0] == [0, pytest.approx(np.mean(hits), abs=1)]
+
+
+def trace_of(path: Path, experts: list[int], ids: np.ndarray) -> Path:
+    np.savez(path, expert_ids=ids.astype(np.int16), starts=np.array([0]), num_experts=np.array(experts))
+    return path
+
+
+def test_layers_of_different_sizes_and_ids_beyond_them(tmp_path: Path):
+    """Id 5 of 4 stands for an expert without weights, and is nobody's load."""
+    generator = np.random.default_rng(0)
+    ids = np.stack([generator.integers(0, 6, (200, 2)), generator.integers(0, 8, (200, 2))], 1)
+    file = trace_of(tmp_path / "trace.npz", [4, 8], ids)
+    loads = read_loads(file, 50)
+    assert loads.shape == (4, 2, 8) and not loads[:, 0, 4:].any()
+    assert loads[:, 0].sum() == (ids[:, 0] < 4).sum() and loads[:, 1].sum() == 400
+    invoke("plan", file, "--ranks", 2, "--slots", "75%", "--output", tmp_path / "two.placement")
+    placement = read_placement(tmp_path / "two.placement")
+    assert placement.num_experts_L.tolist() == [4, 8] and placement.quota_LR.tolist() == [[3, 3], [6, 6]]
+
+
+def test_slots_go_to_the_layers_that_need_them(tmp_path: Path):
+    """Layer 0 uses two experts only, layer 1 all of them in turn."""
+    ids = np.stack([np.arange(900) % 2, np.arange(900) % 8], 1)[:, :, None]
+    file = trace_of(tmp_path / "trace.npz", [8, 8], ids)
+    invoke("plan", file, "--ranks", 2, "--slots", 3, "--learn-slots", "--output", tmp_path / "two.placement")
+    quota_LR = read_placement(tmp_path / "two.placement").quota_LR
+    assert quota_LR.sum(0).tolist() == [6, 6] and quota_LR[1].sum() > quota_LR[0].sum()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one array", "no field", "text"])
+def test_files_that_are_something_else(damage: str, loads: Path, tmp_path: Path):
+    path = tmp_path / "bad.npz"
+    match damage:
+        case "truncated":
+            path.write_bytes(loads.read_bytes()[:-40])
+        case "one array":
+            path = tmp_path / "bad.npy"
+            np.save(path, np.zeros(3))
+        case "no field":
+            np.savez(path, other=np.zeros(3))
+        case "text":
+            path.write_text("loads")
+    with pytest.raises(ConfigError, match="is not a"):
+        read_loads(path, 10)
+
+
+def test_very_large_loads(tmp_path: Path):
+    path = tmp_path / "large.npz"
+    np.savez(path, loads=generate(TRAFFIC, 0) * 2**30)
+    assert replayed(path, "--ranks", 4, "--slots", 5)["ours"]["balance"] > 0.5

@@ -97,3 +97,18 @@ def test_what_is_no_trace_at_all(tmp_path: Path):
         Trace.load(tmp_path / "t.npz")
     with pytest.raises(ConfigError, match="is not a routing trace"):
         Trace.load(tmp_path / "missing.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"starts": np.zeros(0, np.int64)}, "starts must begin with 0"),
+        ({"num_experts": np.array([4, 0])}, "at least 1"),
+        ({"num_experts": np.array([4.0, 4.0])}, "whole numbers"),
+    ],
+)
+def test_traces_that_make_no_sense_are_refused(change: dict[str, np.ndarray], says: str, tmp_path: Path):
+    fields = {"expert_ids": np.zeros((3, 2, 1), np.int16), "starts": np.array([0]), "num_experts": np.array([4, 4])}
+    np.savez(tmp_path / "trace.npz", **(fields | change))
+    with pytest.raises(ConfigError, match=says):
+        Trace.load(tmp_path / "trace.npz")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from epslots.eviction import IntArray
     from epslots.placement_replay import Scores
     from epslots.rebalance import Fleet
+    from epslots.trace import Trace
 
 placement_app = typer.Typer(help="Placements: where experts should live.", no_args_is_help=True)
 
@@ -86,29 +87,50 @@ def replay(
 def plan(
     record: LoadsArgument,
     ranks: RanksOption,
-    slots: SlotsOption,
+    slots: Annotated[str, typer.Option("--slots", help='Slots of each rank and layer: a number, or a share such as "25%".')],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .placement to write.")],
     nodes: NodesOption = 1,
     flat: FlatOption = False,
     steps: StepsOption = 256,
     window: WindowOption = 4096,
+    learn_slots: Annotated[
+        bool,
+        typer.Option(
+            "--learn-slots/--equal-slots",
+            help="From a routing trace: more slots to layers that gain more. Experts of all layers must be alike.",
+        ),
+    ] = False,
 ) -> None:
     """Make a placement once, from a routing trace or recorded loads, to be loaded at the start.
 
     epslots placement plan trace.npz --ranks 8 --slots 17 --output all.placement
     """
-    from epslots.balance import balancedness, holders, rank_loads
-    from epslots.placement_file import write_placement
-    from epslots.placement_replay import expected_of_all, replay_costs, start_placement
-    from epslots.rebalance import propose
+    import numpy as np
 
-    loads_WLE = read_loads(record, window)
-    start = start_placement(loads_WLE.shape[1], loads_WLE.shape[2], ranks, slots)
+    from epslots.balance import balancedness, holders, rank_loads
+    from epslots.cli.trace import slots_of_layers
+    from epslots.eviction import DEFAULT_POLICY, POLICIES
+    from epslots.placement import default_placement
+    from epslots.placement_file import write_placement
+    from epslots.placement_replay import expected_of_all, replay_costs
+    from epslots.quotas import deal_quotas, improve_quotas
+    from epslots.rebalance import propose
+    from epslots.replay import reuse_histogram
+
+    loads_WLE, trace = _read_record(record, window)
+    _, layers, experts = loads_WLE.shape
+    experts_L = np.full(layers, experts) if trace is None else trace.num_experts
+    quota_LR = np.repeat(slots_of_layers(slots, experts_L)[:, None], ranks, 1)
+    start = default_placement(experts_L.tolist(), quota_LR)
+    if trace is not None and learn_slots:
+        histogram_LD = reuse_histogram(trace.expert_ids, experts_L, POLICIES[DEFAULT_POLICY])
+        better_L = improve_quotas(quota_LR.sum(1), histogram_LD, experts_L, np.full(layers, ranks), experts_L * ranks)
+        quota_LR = deal_quotas(better_L, quota_LR.sum(0), experts_L, quota_LR)
     # Nothing is moved: the copies are where they are from the start.
     fleet = fleet_of(ranks, nodes, replay_costs(loads_WLE, ranks, 0.0))
     found, expected = start, expected_of_all(loads_WLE, steps)
     for _ in range(OFFLINE_ROUNDS):
-        proposal = propose(found, expected, fleet, flat=flat)
+        proposal = propose(found, expected, fleet, quota_LR, flat=flat)
         found = proposal.placement
         if proposal.keep:
             break
@@ -166,30 +188,33 @@ def read_loads(path: Path, window: int) -> IntArray:
     Raises:
         ConfigError: the file holds neither.
     """
+    return _read_record(path, window)[0]
+
+
+def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
+    """The loads of windows, and the routing trace if they come from one."""
     import numpy as np
 
+    from epslots.npz import read_arrays
     from epslots.placement_replay import check_loads
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            loads = file["loads"] if "loads" in file.files else None
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ConfigError(f"{path} holds neither loads nor a routing trace: {error}") from error
-    if loads is not None:
-        return check_loads(loads)
+    arrays = read_arrays(path, "a file of loads, or a routing trace")
+    if "loads" in arrays:
+        return check_loads(arrays["loads"]), None
     from epslots.trace import Trace
 
     trace = Trace.load(path)
+    experts_L1 = trace.num_experts[:, None]
     experts = int(trace.num_experts.max(initial=1))
     layers = len(trace.num_experts)
     parts = []
     for start in range(0, len(trace.expert_ids), window):
         ids_TLK = trace.expert_ids[start : start + window].astype(np.int64)
-        cells = (ids_TLK + experts * np.arange(layers)[:, None])[ids_TLK >= 0]
+        cells = (ids_TLK + experts * np.arange(layers)[:, None])[(ids_TLK >= 0) & (ids_TLK < experts_L1)]
         parts.append(np.bincount(cells, minlength=layers * experts).reshape(layers, experts))
     if not parts:
         raise ConfigError(f"{path} is a routing trace without a token")
-    return np.stack(parts)
+    return np.stack(parts), trace
 
 
 def fleet_of(ranks: int, nodes: int, costs: Any) -> Fleet:

@@ -19,6 +19,8 @@ from epslots.simulate import GROUP_SIZE, MOST_RANKS, Cluster, Outcome, Traffic, 
 from epslots.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
 from epslots.units import format_bytes, parse_bytes
 
+_MOST_LANES = 2**22
+
 
 def simulate_command(
     trace: Annotated[Path, typer.Argument(help="A routing trace (.npz), as `trace record` writes it.")],
@@ -41,8 +43,8 @@ def simulate_command(
     ] = None,
     expert_bytes: Annotated[str, typer.Option(help="An expert's size; default: 3 x 2048 x 768 weights in bf16.")] = "9MiB",
     row_bytes: Annotated[str, typer.Option(help="A hidden state's size; default: 2048 in bf16.")] = "4KiB",
-    layer_us: Annotated[float, typer.Option(min=0, help="Microseconds of a layer besides its experts.")] = 40.0,
-    token_us: Annotated[float, typer.Option(min=0, help="The same for each token of a rank.")] = 0.05,
+    layer_us: Annotated[float, typer.Option(min=0, max=1e6, help="Microseconds of a layer besides its experts.")] = 40.0,
+    token_us: Annotated[float, typer.Option(min=0, max=1e6, help="The same for each token of a rank.")] = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Step times, balance, hit rates and bytes of a cluster that needn't exist, from 1 rank to 1,024.
@@ -55,6 +57,8 @@ def simulate_command(
     if machine not in DEVICES:
         raise ConfigError(f"--machine {machine!r}: allowed: {', '.join(DEVICES)}")
     batches = [_positive("--batch", given) for given in batch.split(",")]
+    if max(batches) * ranks > _MOST_LANES:
+        raise ConfigError(f"--batch {max(batches)} on {ranks} ranks: allowed: {_MOST_LANES} sequences in all")
     size = parse_bytes(expert_bytes)
     times = timing_of(DEVICES[machine], size, parse_bytes(row_bytes), round(layer_us * 1e3), round(token_us * 1e3))
 

@@ -86,6 +86,8 @@ def replay_command(
             raise ConfigError(f"--policy {name!r}: allowed: all, {', '.join(POLICIES)}")
     quotas = {given: slots_of_layers(given, trace.num_experts) for given in slots.split(",")}
     quota_CL = np.stack(list(quotas.values()))
+    if batch > max(1, len(trace.starts)):
+        raise ConfigError(f"--batch {batch}: the trace has {len(trace.starts)} sequences, so no more than these at a time")
     ids_TLN = steps_of(trace.expert_ids, deal_once(trace.starts, len(trace.expert_ids), batch))
     # Once for each policy, once for the distances; the optimum takes a second look, from the end.
     with counting("replay", len(ids_TLN) * len(trace.num_experts) * (len(names) + 2)) as advance:
