@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ from epslots.end_tokens import end_tokens
 from epslots.engine import Engine
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.loading import LOAD_DEADLINE_S, load_alone, shared_settings
-from epslots.placement import unpack
+from epslots.placement import Placement, unpack
 from epslots.progress import ProgressDisplay
 from epslots.rank_group import group_of
 from epslots.ranks import group_up, join
@@ -63,6 +64,15 @@ FormTransport = Callable[[Form, torch.device], Transport]
 """Meets the other ranks of a generation; raises PeerLost if they don't all come in time."""
 
 _TELL_EVERY_S = 0.2  # progress of loading
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A ``Place``, unpacked."""
+
+    group: int
+    placement: Placement
+    bytes_per_step: int
 
 
 class RankLoop:
@@ -77,7 +87,7 @@ class RankLoop:
         self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
         self._news = threading.Condition()
         """Guards the two lists below, and wakes those who wait for them."""
-        self._commands: list[Command] = []
+        self._commands: list[Command | _Offer] = []
         self._events: list[Event] = []
         # The rest is the stepping thread's, but that the commands' thread reads the transport, and aborts it.
         self._settings: Load | None = None
@@ -108,6 +118,11 @@ class RankLoop:
                 self._newest = max(self._newest, form.generation)
                 self._leave_old(self._transport)
                 self._queue(form)
+            case Place() as place:
+                try:  # here and not between two steps, because a large one takes some milliseconds
+                    self._queue(_Offer(place.group, unpack(place.placement), place.bytes_per_step))
+                except ConfigError as error:
+                    self._tell(Unplaced(str(error)))
             case command:
                 self._queue(command)
         return b""
@@ -117,7 +132,7 @@ class RankLoop:
         if transport is not None and transport.generation < self._newest:
             transport.abort(f"generation {self._newest} is being formed")
 
-    def _queue(self, command: Command) -> None:
+    def _queue(self, command: Command | _Offer) -> None:
         with self._news:
             self._commands.append(command)
             self._news.notify_all()
@@ -154,7 +169,7 @@ class RankLoop:
             self._ended = True
             self._fail(error, doing)
 
-    def _next_commands(self) -> list[Command]:
+    def _next_commands(self) -> list[Command | _Offer]:
         """What came in; waits for something if there is nothing else to do."""
         with self._news:
             self._news.wait_for(lambda: self._commands or self._has_steps_to_make())
@@ -167,7 +182,7 @@ class RankLoop:
         assert self._engine is not None
         return not self._asleep or self._steps < self._wake_through or self._engine.batcher.has_work
 
-    def _obey(self, command: Command) -> None:
+    def _obey(self, command: Command | _Offer) -> None:
         match command:
             case Load():
                 self._load(command)
@@ -191,7 +206,7 @@ class RankLoop:
             case Survey(number):
                 if (surveyed := survey(self._engine_there().model, number)) is not None:
                     self._tell(surveyed)
-            case Place():
+            case _Offer():
                 self._place(command)
 
     def _engine_there(self) -> Engine:
@@ -292,13 +307,13 @@ class RankLoop:
         if windowed is not None:
             self._tell(windowed)
 
-    def _place(self, place: Place) -> None:
+    def _place(self, place: _Offer) -> None:
         """Make for a placement, together with the others. One that can't be is passed over, by all alike."""
         group = group_of(self._engine_there().model)
         if group is None or not self._serving or group.transport.generation != place.group:
             return
         try:
-            group.offer(unpack(place.placement), place.bytes_per_step)
+            group.offer(place.placement, place.bytes_per_step)
         except ConfigError as error:
             self._tell(Unplaced(str(error)))
 
