@@ -121,8 +121,9 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
             )
         return (
             f"{why}: placement {self.placement}; balance {self.balance_now:.3f} -> {self.balance_then:.3f}, saves "
-            f"{self.gain_s:.3g} s for {self.move_s:.3g} s of moving {self.copies} copies (trust {self.trust:.2f}, for "
-            f"{self.windows:.1f} windows)"
+            f"{self.gain_s * 1e6:.3g} us in the coming windows for {self.move_s * 1e6:.3g} us of moving {self.copies} copies"
+            f"{', which need not pay when asked' if self.asked else ''} (trust {self.trust:.2f}, for {self.windows:.1f} "
+            "windows)"
         )
 
 
@@ -165,7 +166,10 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             f"{self.state}: placement {self.placement}, followed by all ranks: {self.adopted}, copies to move: {self.to_move}",
             f"group {self.group}, {self.windows} windows weighed, {self.incomplete} incomplete, {self.dropped} messages "
             f"dropped, {self.refused} refused",
-            f"a step takes {self.step_s:.3g} s, and fetches at most {self.bytes_per_step} bytes for a placement on each rank",
+            "no step was measured yet"
+            if not self.step_s
+            else f"a step takes {self.step_s * 1e3:.3g} ms, and fetches at most {self.bytes_per_step / 2**20:.3g} MiB for a "
+            "placement on each rank",
             f"published: {self.published or 'nothing yet'}",
             f"latest: {self.latest or 'nothing yet'}",
             *(f"refused: {refusal}" for refusal in self.refusals),

@@ -28,5 +28,9 @@ def read_arrays(path: str | os.PathLike[str], what: str) -> dict[str, NDArray[An
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ConfigError(f"{os.fspath(path)} is not {what}: it holds one array, and an .npz is needed")
             return {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise ConfigError(f"{os.fspath(path)}: no such file") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise ConfigError(f"{os.fspath(path)} is not {what}: {error}") from error
+        raise ConfigError(
+            f"{os.fspath(path)} is not {what}: it isn't a sound .npz of plain arrays ({type(error).__name__})"
+        ) from error

@@ -170,7 +170,7 @@ def unpack(message: bytes) -> Placement:
     try:
         packed = msgspec.msgpack.decode(message, type=_Packed)
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"this is no placement: {error}") from error
+        raise ConfigError("this is no placement, as `epslots placement plan` writes them") from error
     layers, ranks = len(packed.num_experts), packed.ranks
     experts = max(packed.num_experts, default=0)
     entries = layers * ranks * experts

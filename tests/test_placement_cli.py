@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_in_a_line(loads: Path, tmp_path: Path):
     np.savez(one, loads=np.ones((1, 2, 5), np.int64))
     np.savez(negative, loads=-np.ones((3, 2, 5), np.int64))
     for arguments, message in (
-        (("replay", tmp_path / "none.npz", "--ranks", 2, "--slots", 2), "is not a file of loads, or a routing trace"),
+        (("replay", tmp_path / "none.npz", "--ranks", 2, "--slots", 2), "none.npz: no such file"),
         (("replay", text, "--ranks", 2, "--slots", 2), "is not a file of loads, or a routing trace"),
         (("replay", flat, "--ranks", 2, "--slots", 2), r"must be int64 \[windows, layers, experts\]"),
         (("replay", one, "--ranks", 2, "--slots", 2), "2 or more are needed"),

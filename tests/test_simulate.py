@@ -301,10 +301,12 @@ def test_the_command(run: Run, trace: Path, tmp_path: Path):
 def test_the_command_with_a_placement(run: Run, trace: Path, tmp_path: Path):
     path = tmp_path / "level.placement"
     path.write_bytes(pack(placement_that_wants([12, 8], 2, 5, [(0, 1, 3)])))
-    code, out, _ = run("simulate", trace, "--ranks", 2, "--placement", path, "--steps", 5, "--json")
+    code, out, _ = run("simulate", trace, "--ranks", 2, "--slots", 5, "--placement", path, "--steps", 5, "--json")
     assert code == 0 and json.loads(out)["curve"][0]["ranks"] == 2
-    code, _, err = run("simulate", trace, "--ranks", 4, "--placement", path, "--steps", 5)
+    code, _, err = run("simulate", trace, "--ranks", 4, "--slots", 5, "--placement", path, "--steps", 5)
     assert code == 2 and "the placement is for 2 ranks" in err
+    code, _, err = run("simulate", trace, "--ranks", 2, "--slots", 6, "--placement", path, "--steps", 5)
+    assert code == 2 and "is for [10] slots on a rank, all layers together; --slots 6 is 12" in err
 
 
 @pytest.mark.parametrize(

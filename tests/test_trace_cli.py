@@ -98,7 +98,7 @@ def test_files_that_are_no_traces(run: Run, tmp_path: Path):
     for path, message in (
         (empty, "holds no token"),
         (tmp_path / "text.npz", "not a routing trace"),
-        (tmp_path / "x", "No such"),
+        (tmp_path / "x", "no such file"),
     ):
         code, _, err = run("trace", "replay", path)
         assert code == 2 and message in err

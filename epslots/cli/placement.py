@@ -23,7 +23,9 @@ placement_app = typer.Typer(help="Placements: where experts should live.", no_ar
 # A proposal makes a bounded number of moves; offline there is time for more.
 OFFLINE_ROUNDS = 8
 
-LoadsArgument = Annotated[Path, typer.Argument(help="An .npz: loads int64 [windows, layers, experts], or a routing trace.")]
+LoadsArgument = Annotated[
+    Path, typer.Argument(help="An .npz: loads, int64 of (windows, layers, experts), or a routing trace.")
+]
 RanksOption = Annotated[int, typer.Option("--ranks", min=1, help="Ranks.")]
 SlotsOption = Annotated[int, typer.Option("--slots", min=1, help="Slots of each rank and layer.")]
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Nodes that the ranks are spread over, one after another.")]
@@ -62,7 +64,10 @@ def replay(
     loads_WLE = read_loads(loads, window)
     windows, layers, experts = loads_WLE.shape
     if windows < 2:
-        raise ConfigError(f"{loads} has {windows} window; 2 or more are needed to score a plan on the next")
+        raise ConfigError(
+            f"{loads} has {windows} window; 2 or more are needed to score a plan on the next. A trace is cut into windows of "
+            f"--window {window} tokens: give fewer, or record more"
+        )
     start = start_placement(layers, experts, ranks, slots)
     share = COPY_SHARE if copy_share is None else copy_share
     planner = Planner(start, fleet_of(ranks, nodes, replay_costs(loads_WLE, ranks, share)), steps, flat)
@@ -139,7 +144,8 @@ def plan(
     windows = [[balancedness(rank_loads(holders(one), window_LE)) for window_LE in loads_WLE] for one in (start, found)]
     before, after = (sum(one) / len(one) for one in windows)
     typer.echo(
-        f"{output}: {int(found.wanted_LRE.sum())} copies; balance over the record's windows {before:.3f} -> {after:.3f}"
+        f"{output}: {int(found.wanted_LRE.sum())} copies are to stay resident, and every expert has a home; balance over the "
+        f"record's windows {before:.3f} -> {after:.3f}"
     )
 
 
@@ -174,6 +180,8 @@ def show(
                 f"{found.home_LE.shape[0]} of {found.home_LE.shape[1]}: they must be of one model"
             )
         tokens_E = loads_WLE.sum(0)[layer, :experts]
+    else:
+        typer.echo("all experts taken to be used alike; --loads shows it with recorded traffic")
     typer.echo("\n".join(text_map(found, layer, tokens_E)))
     if plot is not None:
         if not plot.absolute().parent.is_dir():

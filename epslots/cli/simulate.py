@@ -14,7 +14,7 @@ from epslots.cli.trace import slots_of_layers
 from epslots.counting import counting
 from epslots.errors import ConfigError
 from epslots.eviction import DEFAULT_POLICY, POLICIES
-from epslots.placement import unpack
+from epslots.placement_file import read_placement
 from epslots.simulate import GROUP_SIZE, MOST_RANKS, Cluster, Outcome, Traffic, simulate
 from epslots.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
 from epslots.units import format_bytes, parse_bytes
@@ -65,15 +65,21 @@ def simulate_command(
     from epslots.trace import Trace
 
     recorded = Trace.load(trace)
+    quota_L = slots_of_layers(slots, recorded.num_experts)
+    first = None if placement is None else read_placement(placement)
+    if first is not None and (given := set(first.quota_LR.sum(0).tolist())) != {int(quota_L.sum())}:
+        raise ConfigError(
+            f"{placement} is for {sorted(given)} slots on a rank, all layers together; --slots {slots} is {quota_L.sum()}"
+        )
     cluster = Cluster(
         ranks=ranks,
         nodes=nodes,
-        quota_L=slots_of_layers(slots, recorded.num_experts),
+        quota_L=quota_L,
         timing=times if timing is None else _read_timing(timing),
         expert_bytes=size,
         policy=POLICIES[policy],
         group_size=group_size,
-        placement=None if placement is None else unpack(_read(placement)),
+        placement=first,
         window_steps=window_steps if controller else 0,
     )
     traffic = Traffic(recorded.expert_ids, recorded.starts, recorded.num_experts)
