@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,3 +53,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def cache_dir(tmp_path: Path) -> Path:
     """A folder for host stores, fresh for each test."""
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: exit code, output, errors."""
+
+    def one(*arguments: object) -> tuple[int, str, str]:
+        from epslots.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["epslots", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -13,7 +12,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from epslots.cli import main
 from epslots.costs import Costs, layer_time
 from epslots.errors import ConfigError
 from epslots.eviction import POLICIES
@@ -247,20 +245,6 @@ def test_data_sheets():
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def one(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["epslots", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return one
 
 
 @pytest.fixture

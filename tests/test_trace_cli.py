@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from epslots.cli import main
 from epslots.eviction import POLICIES
 from epslots.replay import replay
 from epslots.trace import Trace
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def one(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["epslots", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return one
 
 
 @pytest.fixture

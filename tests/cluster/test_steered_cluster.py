@@ -89,7 +89,7 @@ def wait_for(cluster: Cluster, condition: Callable[[], bool]) -> None:
 
     async def look() -> None:
         while not condition():
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # leaves the loop to the others; how long doesn't matter
 
     cluster._thread.call(asyncio.wait_for(look(), 60))
 
