@@ -1,7 +1,10 @@
 """The transport over torch.distributed: gloo on the CPU, NCCL on CUDA; and the forming of its process groups.
 
-On gloo an operation is waited for. It ends when a peer closes its connection, at the deadline, or when a second thread cuts
-this rank's connections. A rank that fails cuts its own, so that those who wait for it learn at once, not at their deadlines.
+On gloo an operation is waited for until it ends, a connection is closed, the deadline is over, or another thread breaks the
+transport. A rank that fails cuts its own connections, so that those who wait for it learn at once, not at their deadlines.
+Gloo itself tells an operation of a lost connection only while nothing of it is under way: one whose bytes have begun to move,
+or that found the connection closed as it sent, it leaves waiting for its deadline. So a rank that waits looks at its
+connections now and then, and leaves such an operation behind.
 
 On NCCL an operation is queued on the device, and a lost peer stops the device rather than the host. The host waits in
 ``to_host`` alone, which obeys the deadline and ``abort``: a loss shows there, and not in the call that queued the operation.
@@ -14,12 +17,14 @@ import re
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,7 +47,8 @@ from epslots.transport import (
 _TRANSFERS_PER_BATCH = 8
 
 _POLL_S = 20e-6  # between looks at a CUDA event: a wait that blocks in the driver could not be aborted
-_CUT_TAG = 1  # no message has it
+_LOOK_S = 0.1  # between looks at gloo's connections
+_CUT_TAG, _LOOK_TAG = 1, 2  # no message has them
 
 
 class TorchTransport:
@@ -71,6 +77,8 @@ class TorchTransport:
         self.deadline_s = deadline_s
         self._cause: str | None = None
         self._breaking = threading.Lock()
+        self._nothing = torch.empty(1, dtype=torch.uint8)
+        self._waiter: _Waiter | None = None
 
     @property
     def deadline_s(self) -> float:
@@ -116,7 +124,7 @@ class TorchTransport:
         else:
             check_exchange(self.gather_bytes(exchange_header(self.rank, self.size, sends, receives)))
         for batch in batches(self.rank, self.size, sends, receives):
-            self._run("exchange", partial(self._start, batch))
+            self._run("exchange", partial(self._start, batch), transfers=True)
 
     def gather_bytes(self, message: bytes) -> list[bytes]:
         mine = np.array([len(message)])
@@ -150,6 +158,7 @@ class TorchTransport:
         with self._breaking:
             if self._cause is None:
                 self._cause = "the transport was closed"
+                self._end_waiter()
                 if self.device.type == "cpu":
                     _cut(self._group)  # gloo would stay connected for as long as anything refers to the group
             with suppress(ValueError):  # it has been destroyed
@@ -163,17 +172,26 @@ class TorchTransport:
             ]
         )
 
-    def _run(self, name: str, start: Callable[[], Sequence[dist.Work]]) -> None:
-        """Start works and wait for them: on gloo until they are done, on NCCL as the current stream does."""
+    def _run(self, name: str, start: Callable[[], Sequence[dist.Work]], *, transfers: bool = False) -> None:
+        """Start works and wait for them: on gloo until they are done, on NCCL as the current stream does.
+
+        Args:
+            transfers: they are sends and receives.
+        """
         self._check()
         began = time.monotonic()
         try:
-            for work in start():
-                if self.device.type == "cuda":
+            works = start()
+            if self.device.type == "cuda":
+                for work in works:
                     work.wait()  # with a timeout it would block the host
-                else:
-                    left_s = began + self.deadline_s - time.monotonic()
-                    work.wait(timedelta(seconds=max(left_s, 1e-3)))  # 0 would mean the default
+            elif transfers:
+                if self._waiter is None:
+                    self._waiter = _Waiter(self._group)
+                self._await(self._waiter.start(works, began + self.deadline_s), began)
+            else:
+                for work in works:
+                    self._await(_Collective(work, self._group), began)
         except RuntimeError as error:
             took_s = time.monotonic() - began
             # The first line without the place in the source that gloo and NCCL begin with.
@@ -185,6 +203,26 @@ class TorchTransport:
             ) from error
         except BaseException as error:  # an interrupt, or a bug: works may be in progress, and this rank is out of step
             self._break(f"{name}: {error!r}")
+            raise
+
+    def _await(self, operation: _Operation, began: float) -> None:
+        """Wait for an operation of gloo, and leave it behind if the transport breaks.
+
+        Raises:
+            RuntimeError: it failed, a connection is closed, or the deadline is over.
+            PeerLost: the transport was broken by another thread.
+        """
+        try:
+            while not operation.ends_within(min(_LOOK_S, began + self.deadline_s - time.monotonic())):
+                self._check()
+                if time.monotonic() - began >= self.deadline_s:
+                    raise RuntimeError("it did not end in time")
+                for peer in range(self.size):
+                    if peer != self.rank:
+                        # Raises if the connection is closed. Else it waits for a receive that never comes, and costs nothing.
+                        self._group.send([self._nothing], peer, _LOOK_TAG)
+        except BaseException:
+            operation.leave()
             raise
 
     def _check(self) -> None:
@@ -199,8 +237,96 @@ class TorchTransport:
         with self._breaking:
             if self._cause is None:
                 self._cause = f"{what} (noticed by rank {self.rank} of {self.size}, generation {self.generation})"
+                self._end_waiter()
                 _cut(self._group)
             return PeerLost(self._cause)
+
+    def _end_waiter(self) -> None:
+        if self._waiter is not None:
+            self._waiter.end()
+
+
+class _Operation(Protocol):
+    """Something under way on gloo."""
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for its end. Raises RuntimeError if it failed."""
+
+    def leave(self) -> None:
+        """Nobody will wait for it any more; it may still be under way."""
+
+
+class _Collective:
+    def __init__(self, work: dist.Work, group: dist.ProcessGroup) -> None:
+        self._work, self._group = work, group
+
+    def ends_within(self, seconds: float) -> bool:
+        try:
+            self._work.wait(timedelta(seconds=max(seconds, 1e-3)))  # 0 would mean the default
+        except RuntimeError:
+            if not self._work.is_completed():
+                return False
+            self._work.wait()  # raises what it failed with, and nothing if it ended just now
+        return True
+
+    def leave(self) -> None:
+        if not self._work.is_completed():
+            # Where the last reference to the group goes away, all waits for its works: be that a thread of no other use.
+            threading.Thread(target=_outlive, args=(self._work, self._group), name="epslots-left", daemon=True).start()
+
+
+def _outlive(work: dist.Work, group: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError):
+        work.wait()
+
+
+class _Transfers:
+    """Sends and receives. A thread waits for them: a wait that gives up early would have gloo close all connections."""
+
+    def __init__(self, works: Sequence[dist.Work], ends_s: float) -> None:
+        self._works = works
+        self._ends_s = ends_s
+        self._ended = threading.Event()
+        self._error: RuntimeError | None = None
+
+    def wait(self) -> None:
+        """What the thread does."""
+        try:
+            for work in self._works:
+                work.wait(timedelta(seconds=max(self._ends_s - time.monotonic(), 1e-3)))  # 0 would mean the default
+        except RuntimeError as error:
+            self._error = error
+        self._ended.set()
+
+    def ends_within(self, seconds: float) -> bool:
+        ended = self._ended.wait(seconds)
+        if self._error is not None:
+            raise self._error
+        return ended
+
+    def leave(self) -> None:
+        """The thread keeps what it needs."""
+
+
+class _Waiter:
+    """A thread that waits for ``_Transfers``, one after another, for as long as anybody has this object, or until ``end``."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._transfers: SimpleQueue[_Transfers | None] = SimpleQueue()
+        threading.Thread(target=_wait_for_each, args=(self._transfers, group), name="epslots-transfers", daemon=True).start()
+        self.end = weakref.finalize(self, self._transfers.put, None)
+
+    def start(self, works: Sequence[dist.Work], ends_s: float) -> _Transfers:
+        """Have works waited for, until that time of the monotonic clock."""
+        transfers = _Transfers(works, ends_s)
+        self._transfers.put(transfers)
+        return transfers
+
+
+def _wait_for_each(queue: SimpleQueue[_Transfers | None], group: dist.ProcessGroup) -> None:
+    while (transfers := queue.get()) is not None:
+        transfers.wait()
+        del transfers  # what was sent and received belongs to others
 
 
 def batches(rank: int, size: int, sends: Transfers, receives: Transfers) -> list[list[tuple[bool, int, torch.Tensor]]]:

@@ -13,6 +13,7 @@ from itertools import permutations, product
 from operator import itemgetter
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -416,6 +417,87 @@ def test_a_second_thread_ends_the_wait(operation: str):
 def test_a_silent_rank_is_given_up_at_the_deadline(operation: str):
     took_s, _ = run_ranks(waits_in_vain, 2, operation, 0.3)
     assert 0.3 <= took_s < SOON_S
+
+
+def lost_in_the_middle(rank: Rank, operation: str, how: str) -> tuple[str, float] | None:
+    """Rank 1 is lost when the first bytes have come and most are still to: what the others say, and the seconds until they
+    are a group again."""
+    transport = rank.transport(deadline_s=FAR_S)
+    pid = int(transport.gather_bytes(str(os.getpid()).encode())[1])
+    receiver = 0 if operation == "receive" else 1
+    large = torch.full((1 << 26,), int(rank.rank != receiver), dtype=torch.uint8)
+
+    def until(condition: Callable[[], object]) -> None:
+        while not condition():
+            time.sleep(1e-4)  # the thread that waits for the operation needs the interpreter too
+
+    def lose() -> None:
+        until(lambda: large[0])
+        os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+
+    def abort() -> None:
+        until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        transport.abort("rank 1 is stopped")
+
+    if rank.rank == receiver:
+        threading.Thread(target=lose, daemon=True).start()
+    if rank.rank == 0 and how == "stopped":
+        threading.Thread(target=abort, daemon=True).start()
+    peer, none = 1 - rank.rank, [0] * 3
+    calls: dict[tuple[str, int], Callable[[], object]] = {
+        ("send", 0): lambda: transport.exchange([(peer, large)], [], agreed=True),
+        ("send", 1): lambda: transport.exchange([], [(peer, large)], agreed=True),
+        ("receive", 0): lambda: transport.exchange([], [(peer, large)], agreed=True),
+        ("receive", 1): lambda: transport.exchange([(peer, large)], [], agreed=True),
+        ("all_to_all", 0): lambda: transport.all_to_all(large, [0, len(large), 0], none, agreed=True),
+        # Into memory of its own, so that it sees what has come.
+        ("all_to_all", 1): lambda: transport._group.all_to_all_single(large, large[:0], [len(large), 0, 0], none).wait(),
+        ("all_to_all", 2): lambda: transport.all_to_all(large[:0], none, none, agreed=True),
+    }
+    call = calls.get((operation, rank.rank), lambda: None)
+    began = time.monotonic()
+    cause = loss(lambda: [call(), transport.all_gather(torch.zeros(1))])  # who isn't concerned waits for the next
+    is_broken(transport, cause)
+    transport.close()
+    transport = rank.transport(generation=1, rank=rank.rank // 2, size=2)
+    assert transport.gather_bytes(b"x") == [b"x"] * 2
+    return cause, time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("operation", ["send", "receive", "all_to_all"])
+def test_an_operation_under_way_is_left_behind(operation: str, how: str):
+    """Gloo says nothing of what is half sent or half received when a connection goes."""
+    first, _, other = run_ranks(lost_in_the_middle, 3, operation, how, may_die={1})
+    assert first[1] < SOON_S and other[1] < SOON_S
+    assert ("is stopped" if how == "stopped" else "a peer is gone") in first[0]
+
+
+def stopped_as_it_sends(rank: Rank) -> str:
+    """Rank 1 is stopped as it waits, and the other leaves: what it sends when it goes on finds the connection closed."""
+    transport = rank.transport(deadline_s=FAR_S)
+    pid = int(transport.gather_bytes(str(os.getpid()).encode())[1])
+    small = torch.zeros(1000)
+    if rank.rank == 1:
+        began = time.monotonic()
+        cause = loss(lambda: [transport.all_gather(small) for _ in range(10**9)])
+        assert time.monotonic() - began < SOON_S
+        is_broken(transport, cause)
+        return cause
+    for _ in range(200):
+        transport.all_gather(small)
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.2, transport.abort, ["rank 1 is stopped"]).start()
+    cause = loss(lambda: [transport.all_gather(small) for _ in range(10**9)])
+    os.kill(pid, signal.SIGCONT)
+    return cause
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_who_was_stopped_learns_that_the_others_left(attempt: int):
+    """It depends on where it is stopped: in one of three places gloo would not tell it."""
+    first, second = run_ranks(stopped_as_it_sends, 2)
+    assert "is stopped" in first and "a peer is gone" in second
 
 
 def slow(rank: Rank) -> None:
