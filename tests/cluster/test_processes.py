@@ -80,14 +80,15 @@ def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Pa
     monkeypatch.setattr(stopped, "kill", lambda: None)
     generations = running(cluster, 80)
     os.kill(stopped.pid, signal.SIGSTOP)
-    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 80)
+    right = expected(folder, PROMPTS, 80)
+    assert [generation.result(60).tokens for generation in generations] == right
     cluster.scale(2)
     generation = cluster.stats().generation
     stopped.said.clear()
     again = running(cluster, 40)
     os.kill(stopped.pid, signal.SIGCONT)
     assert stopped.said.wait(30)  # that its group is broken; and nobody listens
-    assert [one.result(60).tokens for one in again] == expected(folder, PROMPTS, 40)
+    assert [one.result(60).tokens for one in again] == [tokens[:40] for tokens in right]
     assert cluster.stats().generation == generation
     assert cluster.ranks == 2
     stopped.process.kill()

@@ -101,11 +101,11 @@ def test_three_nodes_one_dies_and_another_joins(ray_nodes: RayNodes, open_cluste
         with ray_nodes.further(1) as joined:
             cluster.scale(3)
             assert joined.node_ip_address in hosts(cluster)
-            assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, stop_tokens=())) == expected(folder, PROMPTS, 9)
+            assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, stop_tokens=())) == [own[:9] for own in right]
             with ray_nodes.further(1) as fourth:
                 cluster.scale(4)
                 assert fourth.node_ip_address in hosts(cluster)
-                assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, stop_tokens=())) == expected(folder, PROMPTS, 9)
+                assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, stop_tokens=())) == [own[:9] for own in right]
                 cluster.scale(2)
                 assert cluster.ranks == 2
 
