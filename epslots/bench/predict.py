@@ -1,0 +1,256 @@
+"""How well the next layers' experts are told: recall by layer and distance, calibration, cost, loss of the approximate mode.
+
+On the example model and text that neither it nor its predictor has seen: the files of the standard library that its training
+held out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import epslots
+from epslots.bench.report import Report
+from epslots.counting import counting
+from epslots.example import example_model
+from epslots.example_text import library_texts
+from epslots.experts import experts_modules
+from epslots.predictor import CERTAIN, Estimator, Predictor
+from epslots.predictor_file import FILE_NAME, load_predictor, naive_predictor
+from epslots.predictor_fit import Seen, Settings, cut_windows, fit, recalled, record
+from epslots.routers import Router, find_routers
+from epslots.runtime import runtime_of
+from epslots.text import load_tokenizer
+
+DISTANCES = (1, 2, 3)
+WINDOW = 256
+# Usage that is told is held against what happened in so many bins, for steps of so many tokens.
+BINS = 8
+BATCHES = (1, 4, 16)
+JUDGED_WINDOWS = 64
+# Tokens of the steps whose cost is measured, and calls that one figure is the mean of.
+COST_TOKENS = (1, 4, 16, 64)
+CALLS = 100
+_ROWS = 8192
+
+Ids = Callable[[int, torch.Tensor, int], torch.Tensor]
+"""Takes a layer's number, the hidden states that its experts are given, and k; gives the next layer's ids [T, k]."""
+
+
+def bench_predict(
+    report: Report, cache_dir: Path, *, held_tokens: int = 60_000, tokens: int = 100_000, rounds: int = 15
+) -> None:
+    """The predictor that lies beside the model, and one for each distance that is fitted here.
+
+    Args:
+        held_tokens: text that recall is measured on.
+        tokens: text that the fits of this run learn from.
+        rounds: of timing; the best counts.
+    """
+    model = epslots.load(example_model(), slots="100%", device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
+    held_SW = windows_of(model, library_texts(held_out=True), held_tokens)
+    with counting("recording held-out text", len(held_SW)) as advance:
+        seen = record(model, held_SW, range(len(runtime_of(model).layers)), advance)
+    routers = [router for router in find_routers(model, experts_modules(model)) if router is not None]
+    predictor = load_predictor(example_model() / FILE_NAME, model)
+    report.table("recall on held-out text, one layer ahead, as shipped", recalls(seen, routers, predictor.estimators, 1))
+    report.table(
+        "recall of the first layer's experts for the next token, told by the last layer", to_next_token(seen, predictor)
+    )
+    known_SW = windows_of(model, library_texts(held_out=False), tokens)
+    for distance in DISTANCES:
+        fits, _ = fit(model, known_SW, Settings(tokens=tokens, distance=distance), counting)
+        title = f"recall on held-out text, distance {distance}, fitted here on {known_SW.numel():,} tokens"
+        report.table(title, recalls(seen, routers, fits, distance))
+    report.table("usage as told, and as it was (as shipped, all layers)", calibration(predictor, seen))
+    report.table("thread time of one prediction", costs(model, predictor, rounds))
+    report.table("predicted experts executed instead of chosen ones", losses(model, held_SW[:JUDGED_WINDOWS], predictor))
+
+
+def windows_of(model: PreTrainedModel, texts: Sequence[str], tokens: int) -> torch.Tensor:
+    """Windows of text, int64 [S, W]."""
+    tokenizer = load_tokenizer(model.name_or_path)
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    return cut_windows(ids, WINDOW, tokens, tokenizer.eos_token_id, seed=1)
+
+
+def recalls(
+    seen: dict[int, Seen], routers: Sequence[Router], fits: Sequence[Estimator | None], distance: int
+) -> list[dict[str, Any]]:
+    """A row for each layer, and their mean: of its own router on an earlier layer's hidden states, and of the estimator."""
+    rows: list[dict[str, Any]] = []
+    for layer in range(len(routers) - distance):
+        estimator, target_NK = fits[layer], seen[layer + distance].index_NK
+        assert estimator is not None, "text reaches all layers of the example model"
+        naive = recall(seen[layer], target_NK, routers[layer + distance].scores, history=False)
+        fitted = recall(seen[layer], target_NK, estimator.logits, history=estimator.history)
+        rates = {"naive at k": naive[0], "at 2k": naive[1], "fitted at k": fitted[0], "fitted at 2k": fitted[1]}
+        rows.append({"layer": str(layer + distance), **rates, "token before": str(estimator.history)})
+    mean = {key: float(np.mean([row[key] for row in rows])) for key, value in rows[0].items() if isinstance(value, float)}
+    return [*rows, {"layer": "mean", **mean, "token before": ""}]
+
+
+def to_next_token(seen: dict[int, Seen], predictor: Predictor) -> list[dict[str, Any]]:
+    """What the last layer tells of the first."""
+    last, estimator = max(seen), predictor.estimators[max(seen)]
+    assert estimator is not None, "it is fitted"
+    hidden_SWH, index_SWK = (t.unflatten(0, (-1, WINDOW)) for t in (seen[last].hidden_NH, seen[0].index_NK))
+    found = torch.zeros(2)
+    for hidden_WH, index_WK in zip(hidden_SWH, index_SWK, strict=True):
+        rows_WH = hidden_WH.float()
+        if estimator.history:
+            rows_WH = torch.cat([rows_WH, functional.pad(rows_WH, (0, 0, 1, 0))[:-1]], 1)
+        found += recalled(estimator.logits(rows_WH[:-1]), index_WK[1:])
+    at_k, at_2k = (found / index_SWK[:, 1:].numel()).tolist()
+    return [{"layer": "0, next token", "fitted at k": at_k, "fitted at 2k": at_2k, "token before": str(estimator.history)}]
+
+
+def recall(
+    seen: Seen, target_NK: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], *, history: bool
+) -> list[float]:
+    """The share of the chosen experts that are among the likeliest k, and 2k."""
+    found = torch.zeros(2)
+    for start in range(0, len(target_NK), _ROWS):
+        rows_NH = seen.hidden_NH[start : start + _ROWS].float()
+        if history:  # whole windows: a window's first token has none before it
+            before_SWH = functional.pad(rows_NH.unflatten(0, (-1, WINDOW)), (0, 0, 1, 0))[:, :-1]
+            rows_NH = torch.cat([rows_NH, before_SWH.flatten(0, 1)], 1)
+        found += recalled(logits(rows_NH), target_NK[start : start + _ROWS])
+    return [float(share) for share in found / target_NK.numel()]
+
+
+def calibration(predictor: Predictor, seen: dict[int, Seen]) -> list[dict[str, Any]]:
+    """How often experts were used of which the same was told, step by step as at run time, for batches of several sizes."""
+    rows: list[dict[str, Any]] = []
+    for batch in BATCHES:
+        told, was = (np.concatenate(parts) for parts in zip(*steps(predictor, seen, batch), strict=True))
+        bin_of = np.minimum(told * BINS // CERTAIN, BINS - 1)
+        for number in range(BINS):
+            here = bin_of == number
+            rows.append(
+                {
+                    "tokens a step": batch,
+                    "told between": f"{number / BINS:.1%} and {(number + 1) / BINS:.1%}",
+                    "told, mean": float(told[here].mean() / CERTAIN) if here.any() else 0.0,
+                    "was used": float(was[here].mean()) if here.any() else 0.0,
+                    "share of all": float(here.mean()),
+                }
+            )
+    return rows
+
+
+def steps(predictor: Predictor, seen: dict[int, Seen], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Usage told, and whether it was: of the experts of each layer and step. Windows run ``batch`` at a time."""
+    first_S = torch.arange(JUDGED_WINDOWS) * WINDOW
+    with torch.inference_mode():
+        for first_B in first_S.split(batch):
+            predictor.forget()
+            for layer in range(len(seen) - 1):
+                for position in range(WINDOW):
+                    row_B = first_B + position
+                    hidden_TH, index_TK = seen[layer].hidden_NH[row_B].float(), seen[layer + 1].index_NK[row_B]
+                    usage_E = predictor.usage(layer, hidden_TH, index_TK)
+                    assert usage_E is not None
+                    yield usage_E.numpy(), np.bincount(index_TK.flatten().numpy(), minlength=len(usage_E)) > 0
+
+
+def costs(model: PreTrainedModel, predictor: Predictor, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of one layer's prediction, and of its experts, all resident. Thread time: other processes don't count."""
+    runtime, rows = runtime_of(model), []
+    experts = runtime.runners[1].experts
+    candidates = {"fitted": predictor, "naive": naive_predictor(model)}
+    for tokens in COST_TOKENS:
+        hidden_TH = torch.randn(tokens, experts.kernel.hidden_size)
+        weights_TK, index_TK = torch.rand(tokens, experts.num_experts).topk(runtime.plan.shape.top_k)
+        row: dict[str, Any] = {"tokens": tokens}
+        with torch.inference_mode():
+            for name, layer in product(candidates, (0, 1)):
+                run = partial(candidates[name].usage, layer, hidden_TH, index_TK)
+                row[f"{name}, layer {layer}, us"] = thread_us(run, rounds)
+            row["the experts, us"] = thread_us(partial(runtime.runners[1], hidden_TH, index_TK, weights_TK), rounds)
+        rows.append(row)
+    return rows
+
+
+def thread_us(run: Callable[[], object], rounds: int) -> float:
+    """The best mean of several calls."""
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.thread_time()
+        for _ in range(CALLS):
+            run()
+        best = min(best, (time.thread_time() - began) / CALLS)
+    return best * 1e6
+
+
+def losses(model: PreTrainedModel, windows_SW: torch.Tensor, predictor: Predictor) -> list[dict[str, Any]]:
+    """Next-token loss of the model as it is, and when each layer but the first executes what was predicted for it."""
+    naive = naive_predictor(model)
+    candidates: dict[str, Ids | None] = {
+        "chosen by the router": None,
+        "predicted, fitted": predictor.ids,
+        "predicted, naive": naive.ids,
+    }
+    rows: list[dict[str, Any]] = []
+    exact: torch.Tensor | None = None
+    for name, ids in candidates.items():
+        with counting(f"loss, {name}", len(windows_SW)) as advance, approximate(model, ids):
+            loss, best_N = next_token_loss(model, windows_SW, predictor, advance)
+        exact = best_N if exact is None else exact
+        same = float((best_N == exact).float().mean())
+        rows.append({"experts": name, "loss, nats": loss, "perplexity": float(np.exp(loss)), "likeliest token as exact": same})
+    predictor.follow(None)
+    return rows
+
+
+def next_token_loss(
+    model: PreTrainedModel, windows_SW: torch.Tensor, predictor: Predictor, advance: Callable[[int], object]
+) -> tuple[float, torch.Tensor]:
+    """Mean loss in nats, and the likeliest token at each position."""
+    total, best = 0.0, []
+    row_T = torch.arange(windows_SW.shape[1] - 1)  # each row follows the one before; the first begins
+    predictor.follow(row_T)
+    with torch.inference_mode():
+        for window_1W in windows_SW.split(1):
+            logits_TV = model(input_ids=window_1W[:, :-1], use_cache=False).logits[0].float()
+            total += float(functional.cross_entropy(logits_TV, window_1W[0, 1:]))
+            best.append(logits_TV.argmax(-1))
+            advance(1)
+    return total / len(windows_SW), torch.cat(best)
+
+
+@contextmanager
+def approximate(model: PreTrainedModel, ids: Ids | None) -> Iterator[None]:
+    """Inside the block each layer executes the experts that the layer before predicted, with the weights that its own router
+    gave to those it chose, in order of size. None: those chosen.
+    """
+    predicted: dict[int, torch.Tensor] = {}
+    modules = list(experts_modules(model).values())
+
+    def watch(layer: int, ids: Ids) -> Callable[..., tuple[Any, ...]]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+            hidden_TH, index_TK, weights_TK = args
+            if layer + 1 < len(modules):
+                predicted[layer + 1] = ids(layer, hidden_TH, index_TK.shape[1])
+            if layer in predicted:
+                return hidden_TH, predicted.pop(layer), weights_TK.sort(-1, descending=True).values
+            return args
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(modules if ids is not None else ()):
+            assert ids is not None
+            stack.callback(module.register_forward_pre_hook(watch(layer, ids)).remove)
+        yield

@@ -1,0 +1,31 @@
+"""The text that the example model knows: the source of Python's standard library, which every installation carries.
+
+``examples/python_moe/train.py`` trained it on these files but for one in twenty. Whoever fits something to the model, or
+judges it, parts them as that did: by name, so that the split survives another path or version of Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+_HELD_OUT = 256 / 20
+# Generated tables and test suites teach little Python for their size.
+_SKIPPED = {"test", "tests", "encodings", "site-packages", "__pycache__", "idlelib", "turtledemo"}
+_LEAST_BYTES = 512
+
+
+def library_texts(*, held_out: bool) -> list[str]:
+    """The texts that the example model was trained on, or those that it has never seen; in the files' order.
+
+    Files of a Python of another version than the training's may differ from what the model saw.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path for path in root.rglob("*.py") if not _SKIPPED & set(path.relative_to(root).parts))
+    chosen = [path for path in sorted(files) if path.stat().st_size > _LEAST_BYTES and _is_held_out(path) == held_out]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in chosen]
+
+
+def _is_held_out(path: Path) -> bool:
+    return hashlib.sha256(path.name.encode()).digest()[0] < _HELD_OUT
