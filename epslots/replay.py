@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from epslots.eviction import IntArray, Policy, UseHistory, lru, record_use
+from epslots.eviction import IntArray, Policy, UseHistory, learns, lru, record_use
 from epslots.residency import BoolArray, settle
 from epslots.reuse import count_distances, stack_distances
 
@@ -65,16 +65,21 @@ def replay(
     hits_CL, misses_CL = np.zeros(quota_CL.shape, np.int64), np.zeros(quota_CL.shape, np.int64)
     for layer, experts in enumerate(num_experts_L.tolist()):
         quota_C = np.minimum(quota_CL[:, layer], experts)
-        history = UseHistory.empty(1, experts).layer(0, experts)
+        if learns(policy):  # of the slots as well: each cache has a history of its own
+            parts = [(slice(c, c + 1), slots) for c, slots in enumerate(quota_C.tolist())]
+        else:
+            parts = [(slice(0, len(quota_C)), None)]
+        histories = [UseHistory.empty(1, experts).layer(0, experts) for _ in parts]
         holds_CE = np.zeros((len(quota_C), experts), bool)
         for step, used_E in enumerate(_used(ids_TLN[:, layer], experts, advance), start=1):
-            record_use(history, used_E, step)
             misses_C = np.count_nonzero(used_E & ~holds_CE, axis=1)
             misses_CL[:, layer] += misses_C
             hits_CL[:, layer] += np.count_nonzero(used_E) - misses_C
-            if misses_C.any():
-                needed_CE = np.broadcast_to(used_E, holds_CE.shape)
-                holds_CE = settle(holds_CE, needed_CE, quota_C, policy(history)).after_RE
+            for history, (part, slots) in zip(histories, parts, strict=True):
+                record_use(history, used_E, step, slots)
+                if misses_C[part].any():
+                    needed_CE = np.broadcast_to(used_E, holds_CE[part].shape)
+                    holds_CE[part] = settle(holds_CE[part], needed_CE, quota_C[part], policy(history)).after_RE
     return Replayed(hits_CL, misses_CL)
 
 

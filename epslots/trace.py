@@ -2,15 +2,17 @@
 
 A trace is an ``.npz`` with ``expert_ids`` int16 [steps, layers, k] (one row a token, sequence after sequence, -1 where a
 layer has fewer than k), ``starts`` int64 [sequences] (each sequence's first row) and ``num_experts`` int64 [layers].
-``probs`` float16 [steps, layers, experts] is optional.
+``probs`` float16 [steps, layers, experts] is optional: the softmax of each layer's router over all experts, zeros beyond the
+layer's own and where its router isn't one that can be applied (``routers.py``).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError
+from epslots.experts import experts_modules
 from epslots.npz import read_arrays
+from epslots.routers import Router, find_routers
 from epslots.runtime import Runtime, runtime_of
+
+_Rows = tuple[NDArray[Any], ...]
+"""Of some tokens: expert ids int16 [T, L, K]; and float16 probabilities [T, L, E], where they are recorded."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +72,49 @@ class Trace:
         first = starts[:1].tolist() == [0] or not len(ids)
         if (np.diff(starts) <= 0).any() or not first or (len(starts) and starts[-1] >= len(ids)):
             raise ConfigError("starts must begin with 0, rise, and stay below the number of steps")
-        return cls(ids, starts.astype(np.int64), experts.astype(np.int64), arrays.get("probs"))
+        probs = arrays.get("probs")
+        if probs is not None and (probs.dtype != np.float16 or probs.shape != (*ids.shape[:2], int(experts.max()))):
+            raise ConfigError(
+                f"probs is {probs.dtype}{list(probs.shape)}; it must be float16 {[*ids.shape[:2], int(experts.max())]}, "
+                f"[steps, layers, most experts of a layer]"
+            )
+        return cls(ids, starts.astype(np.int64), experts.astype(np.int64), probs)
 
 
 class TraceRecorder:
-    """Collects the routing of a model's forward passes, sequence by sequence. Made by ``record_trace``."""
+    """Collects the routing of a model's forward passes, sequence by sequence. Made by ``record_trace``.
 
-    def __init__(self, runtime: Runtime) -> None:
+    Args:
+        routers: of the layers whose probabilities are recorded too; None: of none.
+    """
+
+    def __init__(self, runtime: Runtime, routers: Sequence[Router | None] | None = None) -> None:
         self._runtime = runtime
-        self._finished: list[NDArray[np.int16]] = []
-        self._open: list[list[NDArray[np.int16]]] = []
+        self._routers = routers
+        self._experts = [layer.num_experts for layer in runtime.layers]
+        self._finished: list[_Rows] = []
+        self._open: list[list[_Rows]] = []
         self._layer_ids: dict[int, torch.Tensor] = {}
+        self._layer_probs: dict[int, torch.Tensor] = {}
 
     def observe(self, layer: int, index_TK: torch.Tensor) -> None:
         """A layer's routing of the pass under way."""
         self._layer_ids[layer] = index_TK.detach().to(torch.int16).cpu()
+
+    def observe_input(self, layer: int, hidden_TH: torch.Tensor) -> None:
+        """What a layer's experts are given in the pass under way, of any number of leading axes."""
+        assert self._routers is not None
+        router = self._routers[layer]
+        if router is not None:
+            probs_TE = router.logits(hidden_TH.detach().flatten(0, -2)).softmax(-1)
+            self._layer_probs[layer] = probs_TE[:, : self._experts[layer]].to(torch.float16).cpu()
 
     def end_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: sort the pass's tokens into their sequences."""
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         batch, length = inputs.shape[:2]
-        ids_BTLK = self._take_pass().reshape(batch, length, len(self._runtime.layers), -1)
+        rows = self._take_pass()
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
             real_BT = mask[:, -length:].bool().cpu().numpy()
@@ -98,36 +126,50 @@ class TraceRecorder:
             self._close_sequences()
             self._open = [[] for _ in range(batch)]
         for row, sequence in enumerate(self._open):
-            sequence.append(ids_BTLK[row, real_BT[row]])
+            here = slice(row * length, (row + 1) * length)
+            sequence.append(tuple(array[here][real_BT[row]] for array in rows))
 
-    def _take_pass(self) -> NDArray[np.int16]:
-        """[tokens, layers, k] of the pass, -1 where a layer has a smaller k, or saw some of the tokens only."""
+    def _take_pass(self) -> _Rows:
+        """The pass's tokens, with -1 where a layer has a smaller k, or saw some of the tokens only (and no probabilities)."""
         seen = {layer: ids.numpy() for layer, ids in self._layer_ids.items()}
         tokens, top_k = (max(ids.shape[axis] for ids in seen.values()) for axis in (0, 1))
-        ids_TLK = np.full((tokens, len(self._runtime.layers), top_k), -1, np.int16)
+        ids_TLK = np.full((tokens, len(self._experts), top_k), -1, np.int16)
         for layer, ids in seen.items():
             if len(ids) == tokens:  # a layer that took part of the tokens alone can't say which
                 ids_TLK[:, layer, : ids.shape[1]] = ids
         self._layer_ids.clear()
-        return ids_TLK
+        if self._routers is None:
+            return (ids_TLK,)
+        probs_TLE = np.zeros((tokens, len(self._experts), max(self._experts)), np.float16)
+        for layer, probs in self._layer_probs.items():
+            if len(probs) == tokens:
+                probs_TLE[:, layer, : probs.shape[1]] = probs.numpy()
+        self._layer_probs.clear()
+        return (ids_TLK, probs_TLE)
 
     def _close_sequences(self) -> None:
-        self._finished += [np.concatenate(parts) for parts in self._open if sum(map(len, parts))]
+        for parts in self._open:
+            if sum(len(part[0]) for part in parts):
+                self._finished.append(tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
         self._open = []
 
     def trace(self) -> Trace:
         """Everything recorded so far."""
         self._close_sequences()
-        experts = np.array([layer.num_experts for layer in self._runtime.layers], np.int64)
+        experts = np.array(self._experts, np.int64)
         if not self._finished:
             return Trace(np.zeros((0, len(experts), 1), np.int16), np.zeros(0, np.int64), experts)
-        lengths = np.array([len(sequence) for sequence in self._finished], np.int64)
-        return Trace(np.concatenate(self._finished), np.cumsum(lengths) - lengths, experts)
+        lengths = np.array([len(sequence[0]) for sequence in self._finished], np.int64)
+        ids, *probs = (np.concatenate(arrays) for arrays in zip(*self._finished, strict=True))
+        return Trace(ids, np.cumsum(lengths) - lengths, experts, *probs)
 
 
 @contextmanager
-def record_trace(model: PreTrainedModel) -> Iterator[TraceRecorder]:
+def record_trace(model: PreTrainedModel, *, probs: bool = False) -> Iterator[TraceRecorder]:
     """Record the routing of every forward pass inside the block; padding is left out.
+
+    Args:
+        probs: whether to record the routers' probabilities as well: 2 bytes for each token, layer and expert.
 
     Example:
         with epslots.record_trace(model) as recorder:
@@ -138,11 +180,22 @@ def record_trace(model: PreTrainedModel) -> Iterator[TraceRecorder]:
         ConfigError: the model was not loaded by ``epslots.load``.
     """
     runtime = runtime_of(model)
-    recorder = TraceRecorder(runtime)
+    modules = experts_modules(model) if probs else {}
+    recorder = TraceRecorder(runtime, find_routers(model, modules) if probs else None)
     with ExitStack() as stack:
         hook = model.register_forward_hook(recorder.end_pass, with_kwargs=True)
         stack.callback(hook.remove)
+        for layer, module in enumerate(modules.values()):
+            hook = module.register_forward_pre_hook(partial(_tell_input, recorder, layer), with_kwargs=True)
+            stack.callback(hook.remove)
         for runner in runtime.runners:
             runner.observer = recorder.observe
             stack.callback(setattr, runner, "observer", None)
         yield recorder
+
+
+def _tell_input(
+    recorder: TraceRecorder, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """A forward hook: an experts module's first argument is the hidden states."""
+    recorder.observe_input(layer, args[0] if args else kwargs["hidden_states"])

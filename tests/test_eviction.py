@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
-from epslots.eviction import POLICIES, USE, UseHistory, record_use, resolve_policy
+from epslots.eviction import (
+    COMPARE_EVERY,
+    POLICIES,
+    SHIFTS,
+    STILL_EVERY,
+    USE,
+    UseHistory,
+    adaptive,
+    learns,
+    record_use,
+    resolve_policy,
+)
+
+STILL = len(SHIFTS)
 
 
-def after(steps: list[set[int]], experts: int = 4) -> UseHistory:
+def after(steps: Sequence[set[int]], experts: int = 4, slots: int | None = None) -> UseHistory:
     history = UseHistory.empty(1, experts).layer(0, experts)
     for number, used in enumerate(steps, start=1):
-        record_use(history, np.array([e in used for e in range(experts)]), number)
+        record_use(history, np.array([e in used for e in range(experts)]), number, slots)
     return history
 
 
@@ -43,20 +59,124 @@ def test_lrfu_lets_a_burst_overtake_an_old_frequency_before_lfu_does():
     assert order("lrfu", steps)[-1] == 1
 
 
-@given(st.lists(st.sets(st.integers(0, 3)), max_size=40))
-def test_histories_are_integers_that_stay_bounded(steps):
-    history = after(steps)
-    assert (history.recent >= 0).all() and (history.recent <= USE << 4).all()
-    assert (history.frequent >= 0).all() and (history.frequent <= USE << 8).all()
+@given(st.lists(st.sets(st.integers(0, 3)), max_size=40), st.sampled_from([None, 1, 2, 3, 4]))
+def test_histories_are_integers_that_stay_bounded(steps: list[set[int]], slots: int | None):
+    history = after(steps, slots=slots)
+    for row, shift in enumerate((*SHIFTS, SHIFTS[-1])):
+        assert (history.decayed[row] >= 0).all() and (history.decayed[row] <= USE << shift + 1).all()
+    assert (history.follows >= 0).all() and (history.follows <= 1 << 14).all()
+    assert (history.weights >= 0).all() and 240 <= history.weights.sum() <= 256
     for policy in POLICIES.values():
         scores = policy(history)
         assert scores.dtype == np.int64
-        assert (scores >= 0).all()
+        assert (scores >= 0).all() and (scores < 1 << 62).all()
+
+
+def test_scores_stay_within_their_bits_when_everything_is_used_always():
+    history = after([{0, 1, 2, 3}] * 4000 + [{0}] * 40, slots=1)
+    assert (adaptive(history) >= 0).all() and (adaptive(history) < 1 << 62).all()
+    assert adaptive(history).argmax() == 0
+
+
+def drawn(shares: list[float], steps: int, seed: int = 0) -> list[set[int]]:
+    """Steps of one expert each."""
+    generator = np.random.default_rng(seed)
+    return [{int(expert)} for expert in generator.choice(len(shares), steps, p=np.array(shares) / sum(shares))]
+
+
+def test_weights_go_to_the_decay_rates_that_hit():
+    steady = after(drawn([8, 8, 8, 4, 2, 2, 1, 1], 3000), 8, slots=3)
+    assert steady.weights[SHIFTS.index(9) :].sum() > steady.weights[: SHIFTS.index(4)].sum()
+    # Each expert for a while and then never again, as others are: what counts is what was just used.
+    generator = np.random.default_rng(1)
+    walk = [{(step // 40 + int(generator.integers(2))) % 16} for step in range(3000)]
+    assert after(walk, 16, slots=3).weights[: SHIFTS.index(5)].sum() > 240
+
+
+def test_where_experts_are_used_in_turn_what_stands_still_is_kept():
+    history = after([{step % 8} for step in range(STILL_EVERY - 10)], 8, slots=4)
+    assert history.weights.argmax() == STILL
+    still = history.decayed[STILL].copy()
+    for step in range(STILL_EVERY - 9, STILL_EVERY + 10):
+        record_use(history, np.arange(8) == step % 8, step, 4)
+        assert np.array_equal(history.decayed[STILL], still) == (step < STILL_EVERY)
+
+
+def test_what_follows_the_experts_just_used_is_kept():
+    # 1 is used after 0, and 3 after 2; both as often. (4 to 7 make a step of one expert a small one.)
+    generator = np.random.default_rng(0)
+    steps = [{first + later} for first in (2 * generator.integers(2, size=200)).tolist() for later in (0, 1)]
+    right: dict[int | None, int] = {None: 0, 2: 0}
+    for now, other in ((0, 2), (2, 0)):
+        for slots in right:
+            scores = adaptive(after([*steps, {other}, {other + 1}, {now}], 8, slots))
+            right[slots] += int(scores[now + 1] > max(scores[other], scores[other + 1]))
+    assert right[2] == 2 and right[None] < 2, "without learning, it is the same expert both times"
+
+
+def test_what_follows_nothing_is_not_believed():
+    """Where each step is drawn apart, the last one tells nothing, and the policy learns that too."""
+    history = after(drawn([1.0] * 16, 40 * COMPARE_EVERY), 16, slots=4)
+    assert history.hits[-1] < 0
+    scores = adaptive(history)
+    history.follows[:] = 0
+    assert np.array_equal(adaptive(history), scores)
+    history.hits[-1] = 0
+    history.follows[:, 5] = 1 << 12
+    assert not np.array_equal(adaptive(history), scores)
+
+
+def test_in_waves_the_policy_is_that_of_frequency():
+    waves = after([{0, 1, 2}] * 51 + [{3}], slots=2)
+    assert not waves.hits[:-1].any(), "nothing is learned from such steps"
+    generator = np.random.default_rng(0)
+    steps = [set(generator.choice(8, 4, replace=False).tolist()) for _ in range(100)]
+    for number in range(50, 100):
+        history = after(steps[:number], 8, slots=3)
+        assert np.array_equal(np.argsort(adaptive(history)), np.argsort(POLICIES["lfu"](history)))
+    # And when steps fit again, it learns.
+    assert after([*steps, *drawn([4, 2, 1, 1, 1, 1, 1, 1], 100)], 8, slots=3).hits[:-1].all()
+
+
+@given(st.lists(st.sets(st.integers(0, 7), max_size=3), max_size=60), st.integers(1, 8))
+def test_a_row_of_more_layers_learns_what_a_single_one_does(steps: list[set[int]], slots: int):
+    alone = after(steps, 8, slots)
+    several = UseHistory.empty(3, 11)
+    row = several.layer(1, 8)
+    for number, used in enumerate(steps, start=1):
+        record_use(row, np.array([e in used for e in range(8)]), number, slots)
+    for field in fields(UseHistory):
+        assert np.array_equal(getattr(row, field.name), getattr(alone, field.name)), field.name
+    untouched, whole = UseHistory.empty(3, 11), several
+    for layer in (0, 2):
+        for field in fields(UseHistory):
+            assert np.array_equal(getattr(whole, field.name)[layer], getattr(untouched, field.name)[layer])
+
+
+def test_a_newcomer_goes_on_as_those_it_joins():
+    steps = drawn([4, 3, 2, 1, 1, 1, 1, 1], 300)
+    eldest, newcomer = after(steps, 8, slots=3), after(drawn([1] * 8, 50, seed=5), 8, slots=3)
+    content = eldest.pack()
+    for history in (eldest, newcomer):
+        history.unpack(content)
+    assert not eldest.follows.any()
+    for number, used in enumerate(drawn([1] * 8, 200, seed=9), start=301):
+        for history in (eldest, newcomer):
+            record_use(history, np.array([e in used for e in range(8)]), number, 3)
+        assert np.array_equal(adaptive(eldest), adaptive(newcomer))
+    assert eldest.follows.any() and eldest.pack() == newcomer.pack() != content
+    with pytest.raises(ConfigError, match=r"a history of 3 bytes; allowed for 8 experts: \d+"):
+        newcomer.unpack(b"abc")
+
+
+def test_only_policies_of_their_own_or_the_users_learn():
+    assert not any(learns(POLICIES[name]) for name in ("lru", "lfu", "lrfu"))
+    assert learns(adaptive) and learns(lambda history: history.last_use)
 
 
 def test_a_policy_is_a_name_or_a_function():
     assert resolve_policy("lru") is POLICIES["lru"]
     mine = POLICIES["lfu"]
     assert resolve_policy(mine) is mine
-    with pytest.raises(ConfigError, match="policy='fifo': allowed: lru, lfu, lrfu"):
+    with pytest.raises(ConfigError, match="policy='fifo': allowed: lru, lfu, lrfu, adaptive, or a function"):
         resolve_policy("fifo")

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import epslots
-from epslots.eviction import POLICIES
+from epslots.bench.eviction import Question, judge, summary
+from epslots.bench.made_up import PATTERNS
+from epslots.eviction import DEFAULT_POLICY, POLICIES
 from epslots.lanes import deal_once, read_on
 from epslots.replay import belady, replay, reuse_histogram, steps_of
 from tests import zoo
@@ -87,6 +89,43 @@ def test_belady_is_the_optimum_of_steps_with_several_experts(seed: int):
                 following[after] = max(following.get(after, 0), hits + len(wanted & held))
         best = following
     assert int(belady(ids, np.array([5]), np.array([[slots]])).hits_CL[0, 0]) == max(best.values())
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_caches_that_are_compared_learn_apart(policy: str):
+    ids, quotas = random_trace(4, steps=200), [1, 2, 4]
+    together = replay(ids, SIX, np.array(quotas)[:, None], POLICIES[policy]).hits_CL[:, 0].tolist()
+    alone = [int(replay(ids, SIX, np.array([[quota]]), POLICIES[policy]).hits_CL[0, 0]) for quota in quotas]
+    assert together == alone
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+@pytest.mark.parametrize(("experts", "top_k"), [(32, 4), (64, 1)])
+def test_the_default_policy_is_not_below_the_better_of_lru_and_lfu(pattern: str, experts: int, top_k: int):
+    """As a share of the optimum's hits. It learns as it goes, and blends: that costs a little where one row is right."""
+    ids = PATTERNS[pattern](np.random.default_rng(7), experts, top_k, 1500)[:, None]
+    quota_CL, experts_L = np.array([[experts // 4], [experts // 2]]), np.array([experts])
+    best_C = belady(ids, experts_L, quota_CL).hits_CL.sum(1)
+    share = {name: replay(ids, experts_L, quota_CL, POLICIES[name]).hits_CL.sum(1) / best_C for name in POLICIES}
+    gain_C = share[DEFAULT_POLICY] - np.maximum(share["lru"], share["lfu"])
+    assert (gain_C > -0.02).all(), gain_C
+    if pattern in ("in turn", "phases"):
+        assert gain_C.max() > 0.05, gain_C
+
+
+def test_the_benchmark_compares_with_the_better_of_lru_and_lfu():
+    ids = PATTERNS["topics"](np.random.default_rng(0), 32, 4, 300)[:, None]
+    rows = judge(Question("made up", "topics", 1, ids, np.array([32])), lambda steps: None)
+    assert [row["slots"] for row in rows] == ["12.5%", "25.0%", "50.0%"]
+    assert rows[0]["no choice"] and rows[0]["lru"] == 100, "a step fills all four slots"
+    replayed = replay(ids, np.array([32]), np.array([[8]]), POLICIES["lfu"])
+    best = belady(ids, np.array([32]), np.array([[8]]))
+    assert rows[1]["lfu"] == pytest.approx(100 * replayed.hits_CL.sum() / best.hits_CL.sum())
+    assert rows[1]["Belady"] == pytest.approx(100 * best.hits_CL.sum() / 1200)
+    other = {**rows[1], "kind": "text", "lru": 60.0, "lfu": 50.0, "lrfu": 59.0, "adaptive": 62.0}
+    found = {(row["kind"], row["policy"]): row for row in summary([rows[1], other])}
+    assert found["text", "adaptive"]["mean"] == found["text", "adaptive"]["worst"] == 2.0
+    assert found["text", "lrfu"]["below by over 0.1"] == 1 and found["all", "lrfu"]["settings"] == 2
 
 
 def test_all_slots_miss_each_expert_once():

@@ -67,6 +67,43 @@ def test_a_file_gives_back_the_trace(loaded: Any, tmp_path: Path):
     assert [p.name for p in tmp_path.glob("trace*")] == ["trace.npz"]
 
 
+def test_probabilities_are_those_that_the_router_chose_by(loaded: Any, tmp_path: Path):
+    reference, model = loaded
+    prompt = zoo.random_ids(2, 9)
+    mask = torch.ones_like(prompt)
+    mask[1, :4] = 0
+    with epslots.record_trace(model, probs=True) as recorder:
+        model.generate(prompt, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    trace = recorder.trace()
+    assert trace.probs is not None and trace.probs.dtype == np.float16 and trace.probs.shape == (11 + 7, 3, 16)
+    assert np.allclose(trace.probs.astype(np.float32).sum(-1), 1, atol=2e-3)
+    assert np.array_equal(np.sort(np.argsort(-trace.probs, -1)[..., :4]), np.sort(trace.expert_ids))
+    with torch.no_grad():
+        logits = reference(prompt[:1, :5], output_router_logits=True).router_logits
+    expected = torch.stack([layer.softmax(-1) for layer in logits], 1).numpy()
+    assert np.abs(trace.probs[:5].astype(np.float32) - expected).max() < 1e-3
+    trace.save(tmp_path / "trace.npz")
+    again = Trace.load(tmp_path / "trace.npz")
+    assert again.probs is not None and np.array_equal(again.probs, trace.probs)
+    model(prompt)
+    assert len(recorder.trace().expert_ids) == 18, "recording ends with the block"
+
+
+@pytest.mark.parametrize("name", ["longcat_flash", "zaya"])
+def test_probabilities_of_layers_that_differ(name: str, checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Identity experts have no column; a router that is no linear map leaves zeros."""
+    model = epslots.load(checkpoint(name), slots=3, device="cpu", cache_dir=cache_dir, progress=False)
+    with epslots.record_trace(model, probs=True) as recorder:
+        model(zoo.random_ids(1, 6))
+    trace = recorder.trace()
+    assert trace.probs is not None and trace.probs.shape == (6, *trace.num_experts.shape, trace.num_experts.max())
+    if name == "zaya":
+        assert not trace.probs.any()
+    else:
+        sums = trace.probs.astype(np.float32).sum(-1)
+        assert (sums > 0).all() and (sums < 0.99).any(), "some of it is the identity experts'"
+
+
 def test_nothing_recorded_is_an_empty_trace(loaded: Any):
     with epslots.record_trace(loaded[1]) as recorder:
         pass
@@ -82,6 +119,8 @@ def test_nothing_recorded_is_an_empty_trace(loaded: Any):
         ({"starts": np.array([0, 0])}, "starts must begin with 0"),
         ({"starts": np.array([0, 9])}, "stay below"),
         ({"starts": np.array([1])}, "begin with 0"),
+        ({"probs": np.zeros((3, 2, 4), np.float32)}, r"probs is float32\[3, 2, 4\]; it must be float16 \[3, 2, 4\]"),
+        ({"probs": np.zeros((3, 2, 5), np.float16)}, r"must be float16 \[3, 2, 4\]"),
     ],
 )
 def test_a_bad_trace_is_refused(change: dict[str, Any], message: str, tmp_path: Path):

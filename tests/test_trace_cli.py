@@ -66,7 +66,7 @@ def test_tables_for_people(run: Run, trace: tuple[Path, Trace]):
         (("--slots", "0"), "slots='0' leaves no slot"),
         (("--slots", "4,x%"), "slots='x%': allowed"),
         (("--slots", "4,2GiB"), "slots='2GiB': allowed here: a positive int"),
-        (("--policy", "best"), "--policy 'best': allowed: all, lru, lfu, lrfu"),
+        (("--policy", "best"), "--policy 'best': allowed: all, lru, lfu, lrfu, adaptive"),
     ],
 )
 def test_what_can_not_be(run: Run, trace: tuple[Path, Trace], options: tuple[str, str], message: str):

@@ -33,6 +33,7 @@ def record(
         Optional[Path], typer.Option("--file", "-f", help='A text file, or .jsonl with "prompt" in each line.')
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 128,
+    probs: Annotated[bool, typer.Option("--probs", help="Record the routers' probabilities as well.")] = False,
     model: ModelOption = None,
     slots: SlotsOption = "auto",
     device: DeviceOption = None,
@@ -41,7 +42,8 @@ def record(
 ) -> None:
     """Record the experts that each token of the prompts, and of their continuations, chooses.
 
-    The .npz holds expert_ids (int16, a row a token: layers x k), starts (each sequence's first row) and num_experts.
+    The .npz holds expert_ids (int16, a row a token: layers x k), starts (each sequence's first row) and num_experts; and with
+    --probs also probs (float16, a row a token: layers x experts).
     """
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f"{output}: give a file in a folder that exists")
@@ -52,7 +54,7 @@ def record(
 
     loaded = epslots.load(model or example_model(), slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
     tokenizer = load_tokenizer(loaded.name_or_path)
-    with epslots.record_trace(loaded) as recorder:
+    with epslots.record_trace(loaded, probs=probs) as recorder:
         for text in texts:
             inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
             loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
