@@ -14,9 +14,12 @@ import numpy as np
 from epslots.eviction import IntArray
 from epslots.residency import BoolArray
 
+# The costs that are 0 where the host's CPU computes no experts.
+HOST_COMPUTE = ("host_expert", "host_pair")
+
 
 class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Nanoseconds that one rank spends on each thing. All are positive.
+    """Nanoseconds that one rank spends on each thing. All are positive, but for the last two, which may be 0 together.
 
     A *pair* is one (token, k): a row of the hidden size.
 
@@ -28,6 +31,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         expert_compute: what an expert adds, however few its pairs: reading its weights.
         exchange: an all-to-all of nothing.
         gather: an all-gather of nothing, and likewise a reduce-scatter.
+        host_expert: what an expert takes that is computed by the host's CPU, straight from the host store, however few its
+            pairs. 0 = experts aren't computed there.
+        host_pair: one pair computed there; its row's way there and back included.
     """
 
     host_fetch: int
@@ -37,13 +43,23 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expert_compute: int
     exchange: int
     gather: int
+    host_expert: int = 0
+    host_pair: int = 0
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            most = 2 ** (26 if name.startswith("pair_") else 40)  # 67 ms, 18 min: sums over a step stay within 64 bits
-            if not isinstance(value, int) or not 0 < value < most:
-                raise ValueError(f"{name}={value!r}: allowed: nanoseconds, an int from 1 to {most - 1}")
+            most = 2 ** (26 if "pair" in name else 40)  # 67 ms, 18 min: sums over a step stay within 64 bits
+            least = 0 if name in HOST_COMPUTE else 1
+            if not isinstance(value, int) or not least <= value < most:
+                raise ValueError(f"{name}={value!r}: allowed: nanoseconds, an int from {least} to {most - 1}")
+        if (self.host_expert == 0) != (self.host_pair == 0):
+            raise ValueError(f"host_expert={self.host_expert!r}, host_pair={self.host_pair!r}: allowed: both 0, or neither")
+
+    @property
+    def computes_on_host(self) -> bool:
+        """Whether the host's CPU may compute an expert."""
+        return self.host_expert > 0
 
 
 def sources(

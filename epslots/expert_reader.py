@@ -2,7 +2,8 @@
 
 transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused
 one, transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a
-single expert, so that a fused parameter never exists.
+single expert, so that a fused parameter never exists. Where a quantised checkpoint's experts stay packed (``packing.py``),
+they are read as they are stored.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -20,6 +23,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from epslots.checkpoint import Checkpoint
 from epslots.errors import CheckpointError
 from epslots.experts import parameter_shapes
+from epslots.packed_records import Unpacker, assert_consistent, record_views
+from epslots.packing import Packed, conversions_of, find_packing, packed_layout
 from epslots.records import LayerSpec
 
 # What safetensors calls the dtypes that mean nothing without scales.
@@ -50,15 +55,24 @@ class ExpertReader:
     Args:
         checkpoint: the open checkpoint.
         model: the model, whose experts' parameters may be absent; it knows how its checkpoint is converted.
-        layers: the MoE layers, as the model defines them.
+        layers: the MoE layers, as the model defines them; packed ones as ``pack_layers`` found them.
+        conversions: those by which the model was loaded, or would be; the model's own if not given.
 
     Raises:
         CheckpointError: keys of some expert are missing, by name.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, layers: Sequence[LayerSpec]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        layers: Sequence[LayerSpec],
+        conversions: Sequence[Any] | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
         self._model = model
+        self._specs = tuple(layers)
+        self._conversions = model._weight_conversions if conversions is None else conversions
         self._layers = [
             {t.name: _Parameter(f"{layer.name}.{t.name}", (layer.num_experts, *t.shape)) for t in layer.layout.tensors}
             for layer in layers
@@ -68,11 +82,22 @@ class ExpertReader:
             for parameter in parameters.values():
                 declared = parameter_shapes(model.get_submodule(layer.name))[parameter.target.rpartition(".")[2]][0]
                 _check_complete(parameter, checkpoint, declared)
+        self._packings = [self.packings(i) if layer.packed is not None else {} for i, layer in enumerate(layers)]
+        for layer, packings in zip(layers, self._packings, strict=True):
+            assert layer.packed == packed_layout(layer.layout, packings), f"{layer.name}: packed in another way than planned"
+
+    def packings(self, layer: int) -> dict[str, Packed]:
+        """How tensors of a layer's slots can be packed, by name."""
+        spec, parameters = self._specs[layer], self._layers[layer]
+        found = {
+            tensor.name: find_packing(tensor, parameter.converter, parameter.keys, self._checkpoint.tensors, spec.num_experts)
+            for tensor, parameter in zip(spec.layout.tensors, parameters.values(), strict=True)
+        }
+        return {name: packing for name, packing in found.items() if packing is not None}
 
     def _find_keys(self, parameters: dict[str, _Parameter]) -> None:
-        conversions = self._model._weight_conversions
-        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         # rename_source_key looks here to decide whether a prefix must be added or dropped.
         wanted: dict[str, Any] = dict.fromkeys(parameters, True)
@@ -88,12 +113,41 @@ class ExpertReader:
                     parameter.converter, parameter.part, parameter.parts = converter, part, len(fragments)
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert by name, without the expert dimension.
+        """The tensors of one expert's record by name, without the expert dimension.
 
         Raises:
             CheckpointError: a tensor's shape is not what the model expects.
         """
-        return {name: self._read(parameter, expert) for name, parameter in self._layers[layer].items()}
+        parameters, packings = self._layers[layer], self._packings[layer]
+        tensors = {name: self._read(parameter, expert) for name, parameter in parameters.items() if name not in packings}
+        for name, packing in packings.items():
+            tensors |= packing.read(partial(self._read_pattern, parameters[name], expert))
+        if packings and expert == 0:
+            self._check_packed(layer, tensors)
+        return tensors
+
+    def _read_pattern(self, parameter: _Parameter, expert: int, pattern: str) -> torch.Tensor:
+        return self._tensor(parameter.keys[pattern], expert, merged="*" in pattern)
+
+    def _check_packed(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Unpack a layer's first expert, and hold it against what transformers makes of it.
+
+        Raises:
+            CheckpointError: they differ, so the checkpoint's form is not the one that it was taken for.
+        """
+        spec = self._specs[layer]
+        record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
+        for name, view in record_views(record, spec.record).items():
+            view.copy_(tensors[name])
+        slot = torch.empty(spec.layout.nbytes, dtype=torch.uint8)
+        Unpacker(spec)(slot, record)
+        unpacked = record_views(slot, spec.layout)
+        for name in self._packings[layer]:
+            expected = self._read(self._layers[layer][name], 0).to(unpacked[name].dtype)
+            if not torch.equal(unpacked[name].nan_to_num(), expected.nan_to_num()):
+                raise CheckpointError(
+                    f"{spec.name}.{name}: the checkpoint stores it in a form that looks like one that is known, and isn't"
+                )
 
     def _read(self, parameter: _Parameter, expert: int) -> torch.Tensor:
         experts = [part * parameter.shape[0] + expert for part in range(parameter.parts)]
@@ -131,6 +185,27 @@ class ExpertReader:
         header = self._checkpoint.tensors[key]
         handle = self._checkpoint.handles[header.file]
         return handle.get_tensor(key) if merged else handle.get_slice(key)[expert : expert + 1]
+
+
+def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The layers with their records packed where the checkpoint's quantisation allows it; from headers alone.
+
+    Args:
+        skeleton: the model's structure, on the meta device.
+
+    Raises:
+        CheckpointError: as ``ExpertReader``, of a quantised checkpoint.
+    """
+    if getattr(skeleton.config, "quantization_config", None) is None:
+        return tuple(layers)
+    reader = ExpertReader(checkpoint, skeleton, layers, conversions_of(skeleton))
+    packed = tuple(
+        msgspec.structs.replace(layer, packed=packed_layout(layer.layout, reader.packings(index)))
+        for index, layer in enumerate(layers)
+    )
+    for layer in packed:
+        assert_consistent(layer)
+    return packed
 
 
 def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int) -> None:

@@ -5,6 +5,7 @@ Every rank measures; the largest figure of all ranks counts, because the slowest
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 import torch
 
-from epslots.costs import Costs
+from epslots.costs import HOST_COMPUTE, Costs
 from epslots.fetch import Mover
+from epslots.host_compute import HostExperts
 from epslots.kernel import ExpertKernel
+from epslots.packed_records import Unpacker
 from epslots.transport import Transport
 
 _REPEATS = 7
@@ -22,15 +25,23 @@ _REPEATS = 7
 _ROWS = 128
 
 
-def measure_costs(transport: Transport, mover: Mover, kernel: ExpertKernel, slots: int) -> Costs:
+def measure_costs(
+    transport: Transport, mover: Mover, kernel: ExpertKernel, slots: int, host: HostExperts | None = None
+) -> Costs:
     """Measure, and agree with all ranks. All ranks call it together.
 
     Args:
         mover: of the pool whose experts are measured.
         kernel: of one of the pool's layers, with ``slots`` slots.
+        host: of that layer, if the host's CPU may compute experts.
     """
     device, nbytes = transport.device, mover.pool.layout.nbytes
-    here, there = torch.zeros(nbytes, dtype=torch.uint8, device=device), mover.store.record(mover.store_layers[0], 0)
+    here = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    layer = mover.store_layers[0]
+    spec = mover.pool.layers[0]
+    put = Unpacker(spec)
+    # One after the other, as misses come: from memory, and not from a cache.
+    records = (mover.store.record(layer, number % spec.num_experts) for number in itertools.count())
     gone = torch.zeros_like(here)
     rank, size = transport.rank, transport.size
     after, before = (rank + 1) % size, (rank - 1) % size
@@ -38,11 +49,15 @@ def measure_costs(transport: Transport, mover: Mover, kernel: ExpertKernel, slot
     rows = torch.zeros(_ROWS * size, kernel.hidden_size, dtype=kernel.dtype, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
+    def fetch() -> None:
+        for landing in mover.link.start([here], [next(records)], put, urgent=True):
+            mover.link.land(landing)
+
     def compute(count: int) -> None:
         ends = torch.full((slots,), count, dtype=torch.int32, device=device)
         kernel(rows[:count], ends, torch.zeros(count, dtype=torch.int64, device=device))
 
-    host = _time(lambda: here.copy_(there), wait)
+    host_fetch = _time(fetch, wait)
     peer = _time(lambda: transport.exchange([(after, gone)], [(before, here)], agreed=True), wait)
     exchange = _time(lambda: transport.all_to_all(rows[:size], one, one, agreed=True), wait)
     full = _time(lambda: transport.all_to_all(rows, many, many, agreed=True), wait)
@@ -50,7 +65,7 @@ def measure_costs(transport: Transport, mover: Mover, kernel: ExpertKernel, slot
     scatter = _time(lambda: transport.reduce_scatter(rows[:size]), wait)
     one_row, all_rows = (_time(lambda n=n: compute(n), wait) for n in (1, _ROWS))  # type: ignore[misc]
     mine = Costs(
-        host_fetch=max(1, host),
+        host_fetch=max(1, host_fetch),
         peer_fetch=max(1, peer),
         pair_transfer=max(1, (full - exchange) // (_ROWS * max(1, size - 1))),
         pair_compute=max(1, (all_rows - one_row) // (_ROWS - 1)),
@@ -58,7 +73,27 @@ def measure_costs(transport: Transport, mover: Mover, kernel: ExpertKernel, slot
         exchange=max(1, exchange),
         gather=max(1, (gather + scatter) // 2),
     )
+    if host is not None:
+        host_expert, host_pair = measure_host(host, rows[:_ROWS], wait)
+        mine = msgspec.structs.replace(mine, host_expert=host_expert, host_pair=host_pair)
     return agree_on_costs(transport, mine)
+
+
+def measure_host(host: HostExperts, rows_NH: torch.Tensor, wait: Callable[[], None]) -> tuple[int, int]:
+    """Nanoseconds that the host's CPU takes for an expert, however few its pairs, and for a pair more; both at least 1.
+
+    Args:
+        rows_NH: hidden states on the device.
+        wait: for the device.
+    """
+    experts = itertools.cycle(range(host.num_experts))
+
+    def compute(count: int) -> None:
+        expert = next(experts)
+        host.compute(rows_NH[:count], torch.full((count,), expert, device=rows_NH.device), [expert], [count])
+
+    one_row, all_rows = (_time(lambda n=n: compute(n), wait) for n in (1, len(rows_NH)))  # type: ignore[misc]
+    return max(1, one_row), max(1, (all_rows - one_row) // (len(rows_NH) - 1))
 
 
 def agree_on_costs(transport: Transport, mine: Costs) -> Costs:
@@ -67,8 +102,11 @@ def agree_on_costs(transport: Transport, mine: Costs) -> Costs:
 
 
 def largest(costs: Sequence[Costs]) -> Costs:
-    """Each figure's largest."""
-    return Costs(**{name: max(getattr(c, name) for c in costs) for name in Costs.__struct_fields__})
+    """Each figure's largest; hosts compute no experts unless all can."""
+    found = {name: max(getattr(c, name) for c in costs) for name in Costs.__struct_fields__}
+    if not all(c.computes_on_host for c in costs):
+        found |= dict.fromkeys(HOST_COMPUTE, 0)
+    return Costs(**found)
 
 
 def _time(action: Callable[[], object], wait: Callable[[], None]) -> int:

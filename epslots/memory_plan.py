@@ -4,6 +4,7 @@
     slots            the pool: quota of each MoE layer x bytes of one of its records
     KV cache         keys, values and recurrent states of all sequences
     workspace        the activations of one MoE layer for one batch, and the logits
+    unpacking        packed records (FP8, MXFP4) on their way into slots
     reserve          the rest of the forward pass, allocator fragmentation, the device's context
 
 One sum decides whether a configuration starts, and when it doesn't fit, the same sum is the message.
@@ -26,6 +27,8 @@ RESERVE_LEAST_BYTES = 512 * 1024**2
 RESERVE_PERCENT = 5
 # What `MemoryPlan.alternatives` compares, besides one slot per layer.
 ALTERNATIVE_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
+# Records that are unpacked at a time: one on each stream of copies (link.py).
+UNPACKED_AT_A_TIME = 2
 _FP32_BYTES = ITEM_BYTES["float32"]
 
 
@@ -81,7 +84,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts' records."""
-        return sum(layer.num_experts * layer.layout.nbytes for layer in self.layers)
+        return sum(layer.num_experts * layer.record.nbytes for layer in self.layers)
 
     @property
     def parameters(self) -> int:
@@ -198,6 +201,23 @@ def _row_bytes(layout: RecordLayout) -> int:
     return sum(sum(t.shape) * ITEM_BYTES[t.dtype] for t in layout.tensors if len(t.shape) == 2)
 
 
+def unpacking_bytes(layer: LayerSpec) -> int:
+    """What unpacking one of a layer's records takes on the device: its copy there, and what is on the way to the slot.
+
+    Scales become indices and factors of 4 bytes; codes of two weights a byte become indices and values of 4 bytes
+    (``packed_records.py``).
+    """
+    if layer.packed is None:
+        return 0
+    sizes = {tensor.name: tensor for tensor in layer.packed.record.tensors}
+    most = 0
+    for part in layer.packed.parts:
+        codes, scales = sizes[part.codes], sizes[part.scales]
+        halves = 2 * _FP32_BYTES * codes.nbytes if codes.dtype == "uint8" else 0
+        most = max(most, 2 * _FP32_BYTES * math.prod(scales.shape) + halves)
+    return layer.packed.record.nbytes + most
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -255,9 +275,14 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return self.sequences * self.shape.vocab_size * _FP32_BYTES
 
     @property
+    def unpacking_bytes(self) -> int:
+        """What packed records take on their way into slots."""
+        return UNPACKED_AT_A_TIME * max(map(unpacking_bytes, self.shape.layers), default=0)
+
+    @property
     def fixed_bytes(self) -> int:
         """Everything but the slots."""
-        return self.shape.dense_bytes + self.kv_bytes + self.workspace_bytes + self.reserve_bytes
+        return self.shape.dense_bytes + self.kv_bytes + self.workspace_bytes + self.unpacking_bytes + self.reserve_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -297,6 +322,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         """What adds up to ``total_bytes``: (name, bytes, how it comes about)."""
         layers = self.shape.layers
         plural = "sequence" if self.sequences == 1 else "sequences"
+        unpacking = (("unpacking", self.unpacking_bytes, "packed records on their way into slots"),)
         return (
             ("dense weights", self.shape.dense_bytes, "every rank holds all of them"),
             ("expert slots", self.slot_bytes, f"{_describe_slots(layers, self.quotas)}: {describe_quotas(self.quotas)}"),
@@ -306,6 +332,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
                 self.workspace_bytes,
                 f"{self.batch_tokens:,} tokens x {self.shape.top_k} experts in one MoE layer, and the logits",
             ),
+            *(unpacking if self.unpacking_bytes else ()),
             ("reserve", self.reserve_bytes, "rest of the forward pass, fragmentation, device context"),
         )
 

@@ -25,8 +25,9 @@ import torch
 
 from epslots.errors import ConfigError, StoreError
 from epslots.host_store import HostStore, Manifest, StoreShape
+from epslots.packed_records import record_views
 from epslots.records import Progress
-from epslots.store_build import ExpertSource, appearing_whole, check_free_space, fill_store, record_views, sweep
+from epslots.store_build import ExpertSource, appearing_whole, check_free_space, fill_store, sweep
 from epslots.units import format_bytes
 
 STORE_KINDS = ("file", "memory")
@@ -196,5 +197,5 @@ class _StoreSource:
         self._store = store
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        layout = self._store.manifest.layers[layer].layout
+        layout = self._store.manifest.layers[layer].record
         return record_views(self._store.record(layer, expert), layout)

@@ -3,8 +3,10 @@
 The words are the field's own:
 
     expert      one FFN of one MoE layer, named by (layer, expert id)
-    record      an expert's tensors as one contiguous, aligned run of bytes; the same in the host store and in a slot
-    slot        fixed device memory that holds one record
+    record      an expert in the host store: its tensors as one contiguous, aligned run of bytes
+    slot        fixed device memory that holds one expert's weights, as they are computed with
+    packed      of a record: in the form that a quantised checkpoint stores, which is unpacked into a slot. Any other record
+                is what its slot holds, byte for byte
     quota       how many slots of the pool a layer has
 """
 
@@ -20,6 +22,8 @@ import msgspec
 TENSOR_ALIGNMENT = 256
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# What packed records hold besides: nothing that could be computed with.
+PACKED_ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1}
 
 
 Progress = Callable[[int], None]
@@ -41,11 +45,11 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * (ITEM_BYTES.get(self.dtype) or PACKED_ITEM_BYTES[self.dtype])
 
 
 class RecordLayout(msgspec.Struct, frozen=True):
-    """Where each tensor of an expert lies in its record. Experts with equal layouts can share a slot pool."""
+    """Where each tensor of an expert lies in its slot, or in its record. Experts whose slots are alike can share a pool."""
 
     tensors: tuple[TensorSpec, ...]
     nbytes: int
@@ -66,9 +70,47 @@ class RecordLayout(msgspec.Struct, frozen=True):
         return sum(math.prod(t.shape) for t in self.tensors)
 
 
+class PackedPart(msgspec.Struct, frozen=True):
+    """Some rows of a slot's matrix as a record has them: codes, and a scale for each block of weights.
+
+    Attributes:
+        target: the matrix in the slot's layout, [rows, columns].
+        first_row, rows: the rows that the codes stand for.
+        codes: the tensor of codes in the record's layout. Either one a weight, [rows, columns] of an 8-bit float type; or two
+            a byte, uint8 [rows / 2, columns] of E2M1, the 4-bit float: rows 2i and 2i + 1 in the low and high halves.
+        scales: the tensor of scales there, [row blocks, column blocks]; as uint8 they are exponents of two, biased by 127.
+        block: rows and columns that share a scale; rows are even where codes share a byte. Last ones may be cut short.
+    """
+
+    target: str
+    first_row: int
+    rows: int
+    codes: str
+    scales: str
+    block: tuple[int, int]
+
+
+class PackedLayout(msgspec.Struct, frozen=True):
+    """A packed record. A slot's tensors that no part stands for are in ``record`` as they are in the slot."""
+
+    record: RecordLayout
+    parts: tuple[PackedPart, ...]
+
+
 class LayerSpec(msgspec.Struct, frozen=True):
-    """One MoE layer, as the model defines it; ``name`` is its experts module's path in the model."""
+    """One MoE layer, as the model defines it; ``name`` is its experts module's path in the model.
+
+    Attributes:
+        layout: of one of its slots.
+        packed: of one of its records, if these are packed.
+    """
 
     name: str
     num_experts: int
     layout: RecordLayout
+    packed: PackedLayout | None = None
+
+    @property
+    def record(self) -> RecordLayout:
+        """The layout of a record."""
+        return self.layout if self.packed is None else self.packed.record

@@ -16,6 +16,7 @@ import torch
 
 from epslots.errors import StoreError
 from epslots.host_store import Manifest, StoreShape, record_digest
+from epslots.packed_records import record_views
 from epslots.records import Progress, RecordLayout
 from epslots.units import format_bytes
 
@@ -28,12 +29,7 @@ class ExpertSource(Protocol):
     """Where a store's experts come from; safe to call from several threads."""
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert by name, in any float dtype, shaped as in the layer's layout."""
-
-
-def record_views(record: torch.Tensor, layout: RecordLayout) -> dict[str, torch.Tensor]:
-    """The tensors inside a record, uint8 [layout.nbytes], sharing its memory."""
-    return {t.name: record[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape) for t in layout.tensors}
+        """The tensors of one expert by name, shaped as in its record's layout; in any float dtype where that is one's own."""
 
 
 def pack_record(record: torch.Tensor, layout: RecordLayout, tensors: dict[str, torch.Tensor]) -> None:
@@ -126,7 +122,7 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
     stop = threading.Event()
 
     def write(layer: int, expert: int) -> None:
-        layout = manifest.layers[layer].layout
+        layout = manifest.layers[layer].record
         buffers = local.__dict__.setdefault("buffers", {})
         if layout not in buffers:  # once a thread; zeros, so that the padding between tensors is defined
             buffers[layout] = torch.zeros(layout.nbytes, dtype=torch.uint8), torch.empty(layout.nbytes, dtype=torch.uint8)

@@ -49,8 +49,8 @@ def _compare(runtime: Runtime, reader: ExpertReader, display: ProgressDisplay) -
     with display("comparing with the checkpoint", runtime.store.nbytes) as advance:
         for layer, expert in runtime.store.shape.experts():
             spec = runtime.layers[layer]
-            record = torch.zeros(spec.layout.nbytes, dtype=torch.uint8)
-            pack_record(record, spec.layout, reader.read_expert(layer, expert))
+            record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
+            pack_record(record, spec.record, reader.read_expert(layer, expert))
             if record_digest(record) != runtime.store.digest(layer, expert):
                 problems.append(f"expert {expert} of {spec.name}: the checkpoint differs from the host store")
             advance(record.nbytes)

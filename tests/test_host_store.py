@@ -19,8 +19,9 @@ import torch
 from epslots import CorruptExpertError, StoreError
 from epslots.host_store import HostStore, Manifest, StoreShape
 from epslots.node_store import open_node_store, resolve_store_kind, store_path
+from epslots.packed_records import record_views
 from epslots.progress import ProgressDisplay
-from epslots.store_build import appearing_whole, record_views
+from epslots.store_build import appearing_whole
 from tests.store_helpers import MANIFEST, NARROW, WIDE, NamedExperts, build_slowly, hold_store, open_store, without_privileges
 
 KINDS = ("file", "memory")

@@ -1,9 +1,10 @@
-"""How fast one expert gets from the host store into a slot, against a plain copy of as many bytes."""
+"""How fast one expert gets from the host store into a slot, in each form of records; or is computed by the host instead."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,19 @@ import torch
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import Report, alternate, median, ratio_of_rounds
-from epslots.runtime import runtime_of
+from epslots.experts import experts_modules
+from epslots.host_compute import HostExperts
+from epslots.packed_records import Unpacker
+from epslots.records import LayerSpec, PackedLayout, PackedPart, RecordLayout
+from epslots.runtime import Runtime, runtime_of
+
+LAYERS, EXPERTS, SLOTS, TOP_K = 4, 64, 8, 4
+HIDDEN, WIDTH = 1024, 768
+# Of DeepSeek's FP8, and of MXFP4.
+FP8_BLOCK, MX_BLOCK = 128, 32
+TOKENS = (1, 4, 16, 64, 256)
+# More than a cache holds of any form: records are read from memory, as misses are.
+COLD_RECORDS = 16
 
 
 def bench_fetch(report: Report, cache_dir: Path, device: torch.device, *, rounds: int = 300) -> None:
@@ -19,44 +32,128 @@ def bench_fetch(report: Report, cache_dir: Path, device: torch.device, *, rounds
 
     On CUDA the plain copy is from pinned memory, which is the ceiling of the link.
     """
-    config = random_config(layers=4, hidden=1024, experts=64, top_k=4, width=768)
+    config = random_config(layers=LAYERS, hidden=HIDDEN, experts=EXPERTS, top_k=TOP_K, width=WIDTH)
     with random_checkpoint(config, torch.bfloat16) as folder:
-        model = epslots.load(folder, slots=8, device=device, cache_dir=cache_dir)
+        model = epslots.load(folder, slots=SLOTS, device=device, cache_dir=cache_dir)
         runtime = runtime_of(model)
-        mover, experts = runtime.movers[0], 64
-        pool = mover.pool
-        size = pool.layout.nbytes
         runtime.store.verify()  # a first fetch also takes the record's digest; every later one is what is measured
-        source = torch.empty(4 * experts, size, dtype=torch.uint8, pin_memory=device.type == "cuda").random_()
-        target = torch.empty(32, size, dtype=torch.uint8, device=device)
-        turn = itertools.count()
-        plain_turn = itertools.count()
+        report.table("one expert, host to slot", [_fetches(runtime, device, rounds)])
+        report.table("one expert, by the form that it is stored in", _forms(device, rounds))
+        report.table("a miss, fetched and computed or computed on the host", _misses(model, runtime, device, rounds))
 
-        def fetch() -> None:
-            number = next(turn)
-            layer, expert = number % 4, np.array([number // 4 % experts])
-            slot = np.array([pool.window(layer).start + number // 4 % 8])
-            if pool.slot_of[layer, expert[0]] < 0:
-                mover.fetch(layer, expert, slot, pool.expert_of[slot].copy())
 
-        def copy() -> None:
-            number = next(plain_turn)
-            target[number % 32].copy_(source[number % 4 * experts + number // 4 % experts], non_blocking=True)
+def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, Any]:
+    mover = runtime.movers[0]
+    pool = mover.pool
+    size = pool.layout.nbytes
+    source = torch.empty(LAYERS * EXPERTS, size, dtype=torch.uint8, pin_memory=device.type == "cuda").random_()
+    target = torch.empty(LAYERS * SLOTS, size, dtype=torch.uint8, device=device)
+    turn, plain_turn = itertools.count(), itertools.count()
 
-        seconds = alternate({"fetch": fetch, "copy": copy}, rounds, device=device)
-        ratio = ratio_of_rounds(seconds["copy"], seconds["fetch"])
-        report.table(
-            "one expert, host to slot",
-            [
-                {
-                    "expert MiB": size / 2**20,
-                    "fetch us": median(seconds["fetch"]) * 1e6,
-                    "copy us": median(seconds["copy"]) * 1e6,
-                    "fetch GB/s": size / median(seconds["fetch"]) / 1e9,
-                    "copy GB/s": size / median(seconds["copy"]) / 1e9,
-                    "of copy": ratio["median"],
-                    "p25": ratio["p25"],
-                    "p75": ratio["p75"],
-                }
-            ],
+    def fetch() -> None:
+        number = next(turn)
+        layer, expert = number % LAYERS, np.array([number // LAYERS % EXPERTS])
+        slot = np.array([pool.window(layer).start + number // LAYERS % SLOTS])
+        if pool.slot_of[layer, expert[0]] < 0:
+            mover.fetch(layer, expert, slot, pool.expert_of[slot].copy())
+
+    def copy() -> None:
+        number = next(plain_turn)
+        record = source[number % LAYERS * EXPERTS + number // LAYERS % EXPERTS]
+        target[number % (LAYERS * SLOTS)].copy_(record, non_blocking=True)
+
+    seconds = alternate({"fetch": fetch, "copy": copy}, rounds, device=device)
+    ratio = ratio_of_rounds(seconds["copy"], seconds["fetch"])
+    return {
+        "expert MiB": size / 2**20,
+        "fetch us": median(seconds["fetch"]) * 1e6,
+        "copy us": median(seconds["copy"]) * 1e6,
+        "fetch GB/s": size / median(seconds["fetch"]) / 1e9,
+        "copy GB/s": size / median(seconds["copy"]) / 1e9,
+        "of copy": ratio["median"],
+        "p25": ratio["p25"],
+        "p75": ratio["p75"],
+    }
+
+
+def forms() -> dict[str, LayerSpec]:
+    """One expert of the bench's shape in bf16 slots, and its record as it is, in FP8 and in MXFP4."""
+    matrices = (("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH))
+    layout = RecordLayout.of((name, (rows, columns), "bfloat16") for name, rows, columns in matrices)
+    fp8, mx = [], []
+    for name, rows, columns in matrices:
+        fp8 += [(f"{name}.c", (rows, columns), "float8_e4m3fn")]
+        fp8 += [(f"{name}.s", (rows // FP8_BLOCK, columns // FP8_BLOCK), "float32")]
+        mx += [(f"{name}.c", (rows // 2, columns), "uint8"), (f"{name}.s", (rows // MX_BLOCK, columns), "uint8")]
+
+    def parts(block: tuple[int, int]) -> tuple[PackedPart, ...]:
+        return tuple(PackedPart(name, 0, rows, f"{name}.c", f"{name}.s", block) for name, rows, _ in matrices)
+
+    return {
+        "bf16": LayerSpec("experts", 1, layout),
+        "FP8": LayerSpec("experts", 1, layout, PackedLayout(RecordLayout.of(fp8), parts((FP8_BLOCK, FP8_BLOCK)))),
+        "MXFP4": LayerSpec("experts", 1, layout, PackedLayout(RecordLayout.of(mx), parts((MX_BLOCK, 1)))),
+    }
+
+
+def _forms(device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """On CUDA the way over the link is included; on the CPU there is none, and unpacking is all that shows."""
+    layers = forms()
+    slot = torch.empty(layers["bf16"].layout.nbytes, dtype=torch.uint8, device=device)
+    puts = {}
+    for name, layer in layers.items():
+        records = torch.empty(COLD_RECORDS, layer.record.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        # Any bytes will do, as long as they are no NaN.
+        turn = itertools.cycle(records.random_(0, 100))
+        unpacker = Unpacker(layer)
+        puts[name] = lambda unpacker=unpacker, turn=turn: unpacker(slot, next(turn))
+    seconds = alternate(puts, rounds, device=device)
+    weights = layers["bf16"].layout.elements
+    return [
+        {
+            "form": name,
+            "record MiB": layer.record.nbytes / 2**20,
+            "of bf16": layer.record.nbytes / layer.layout.nbytes,
+            "to slot us": median(seconds[name]) * 1e6,
+            "weights/ns": weights / median(seconds[name]) / 1e9,
+        }
+        for name, layer in layers.items()
+    ]
+
+
+def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """A fetch and a pass through the slot, against the host's CPU on the record itself; by the tokens that want the expert."""
+    mover, runner = runtime.movers[0], runtime.runners[0]
+    pool, kernel = mover.pool, runner.experts.kernel
+    host = HostExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
+    put, window = Unpacker(runtime.layers[0]), pool.window(0)
+    rows_out = []
+    for tokens in TOKENS:
+        hidden = torch.randn(tokens, HIDDEN, device=device).to(kernel.dtype)
+        ends = torch.full((SLOTS,), tokens, dtype=torch.int32, device=device)
+        first = torch.zeros(tokens, dtype=torch.int64, device=device)
+        ids = torch.arange(EXPERTS, device=device)[:, None].expand(EXPERTS, tokens).contiguous()
+        turn, host_turn = itertools.cycle(range(EXPERTS)), itertools.cycle(range(EXPERTS))
+
+        def fetched(turn: Any = turn, hidden: Any = hidden, ends: Any = ends, first: Any = first) -> None:
+            put(pool.memory[window.start], runtime.store.record(0, next(turn)))
+            kernel(hidden, ends, first)
+
+        def hosted(turn: Any = host_turn, hidden: Any = hidden, ids: Any = ids, tokens: int = tokens) -> None:
+            expert = next(turn)
+            host.compute(hidden, ids[expert], [expert], [tokens])
+
+        with torch.no_grad():
+            seconds = alternate({"fetched": fetched, "hosted": hosted}, rounds, device=device)
+        ratio = ratio_of_rounds(seconds["hosted"], seconds["fetched"])
+        rows_out.append(
+            {
+                "tokens": tokens,
+                "fetched us": median(seconds["fetched"]) * 1e6,
+                "hosted us": median(seconds["hosted"]) * 1e6,
+                "of fetched": ratio["median"],
+                "p25": ratio["p25"],
+                "p75": ratio["p75"],
+            }
         )
+    return rows_out
