@@ -38,7 +38,7 @@ from epslots.loading import DEFAULT_KV_TOKENS
 from epslots.placement import pack
 from epslots.placement_file import read_placement
 from epslots.text import load_tokenizer
-from epslots.units import parse_slots
+from epslots.units import parse_link, parse_prefetch, parse_slots
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 DEFAULT_QUEUE = 1024
@@ -60,7 +60,8 @@ class Cluster:
         strategy: how ranks are placed: "PACK" (on few nodes), "SPREAD" (over many), or the same strictly: "STRICT_PACK" (one
             node), "STRICT_SPREAD" (a node each).
         device: "cuda" or "cpu"; None = GPUs if the cluster has any.
-        dtype, policy, host_store, cache_dir: as in ``epslots.load``, on every node.
+        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted: as in ``epslots.load``, on every
+            node.
         kv_tokens: tokens that each rank's KV cache keeps.
         max_batch_tokens: the most tokens of one step of a rank.
         max_queue: requests that may wait or run at once.
@@ -105,11 +106,18 @@ class Cluster:
         silence_s: float = 10.0,
         progress: bool | None = None,
         placement: str | os.PathLike[str] | None = None,
+        link: str | None = None,
+        prefetch: str = "auto",
+        predictor: str | os.PathLike[str] | None = None,
+        execute_predicted: bool = False,
         window_steps: int = DEFAULT_WINDOW,
         fleet: Fleet | None = None,
     ) -> None:
         parse_slots(slots)
         resolve_policy(policy)
+        parse_prefetch(prefetch)
+        if link is not None:
+            parse_link(link)
         if strategy not in STRATEGIES:
             raise ConfigError(f"strategy={strategy!r}; allowed: {', '.join(STRATEGIES)}")
         for name, number in (("kv_tokens", kv_tokens), ("max_batch_tokens", max_batch_tokens), ("max_queue", max_queue)):
@@ -149,6 +157,10 @@ class Cluster:
                 neighbours=1,
                 threads=0,
                 window_steps=window_steps,
+                link=link,
+                prefetch=prefetch,
+                predictor=None if predictor is None else str(Path(predictor).absolute()),
+                execute_predicted=execute_predicted,
             ),
             costs=costs,
             deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s),

@@ -20,11 +20,15 @@ from epslots.cli.options import (
     ChatOption,
     DeviceOption,
     DtypeOption,
+    ExecutePredictedOption,
     HostStoreOption,
+    LinkOption,
     MaxNewTokensOption,
     ModelOption,
     PlacementOption,
     PolicyOption,
+    PredictorOption,
+    PrefetchOption,
     SeedOption,
     SlotsOption,
     StopOption,
@@ -35,6 +39,7 @@ from epslots.cli.options import (
     ray_address,
 )
 from epslots.errors import EpslotsError
+from epslots.eviction import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from cluster.api import Cluster
@@ -64,9 +69,13 @@ def job(
     kv_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each rank's KV cache keeps.")] = 4096,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
-    policy: PolicyOption = "lrfu",
+    policy: PolicyOption = DEFAULT_POLICY,
     host_store: HostStoreOption = None,
     cache_dir: CacheDirOption = None,
+    link: LinkOption = None,
+    prefetch: PrefetchOption = "auto",
+    predictor: PredictorOption = None,
+    execute_predicted: ExecutePredictedOption = False,
     placement: PlacementOption = None,
     window_steps: Annotated[
         int,
@@ -150,6 +159,10 @@ def job(
             cache_dir=cache_dir,
             kv_tokens=kv_tokens,
             placement=placement,
+            link=link,
+            prefetch=prefetch,
+            predictor=predictor,
+            execute_predicted=execute_predicted,
             window_steps=window_steps,
             deadline_s=deadline_s,
         )

@@ -43,6 +43,10 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     neighbours: int
     threads: int
     window_steps: int
+    link: str | None = None
+    prefetch: str = "auto"
+    predictor: str | None = None
+    execute_predicted: bool = False
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -227,6 +227,10 @@ class RankLoop:
             cache_dir=None if load.cache_dir is None else Path(load.cache_dir),
             kv_tokens=load.kv_tokens,
             neighbours=load.neighbours,
+            link=load.link,
+            prefetch=load.prefetch,
+            predictor=load.predictor,
+            execute_predicted=load.execute_predicted,
             display=ProgressDisplay(tell=self._tell_progress),
         )
         loaded = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from epslots.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from epslots.costs import Costs
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
-from epslots.expert_reader import ExpertReader
+from epslots.expert_reader import ExpertReader, pack_layers
 from epslots.experts import RUNNER, expert_layers, experts_modules
 from epslots.fetch import Mover
+from epslots.foresight import equip
+from epslots.host_compute import HostExperts
 from epslots.host_store import HostStore, Manifest, StoreShape
 from epslots.kernel import ExpertKernel
+from epslots.link import make_link
 from epslots.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.model_shape import shape_of_model
 from epslots.moe_layer import MoELayer
@@ -43,17 +47,17 @@ from epslots.progress import ProgressDisplay
 from epslots.ranks import announce_failure, group_up, place_alone, ranks_here
 from epslots.records import LayerSpec, RecordLayout
 from epslots.rendezvous import find_transport, local_number
-from epslots.runtime import Runtime, attach
+from epslots.runtime import Runtime, attach, runtime_of
 from epslots.slot_experts import SlotExperts
 from epslots.slot_pool import SlotPool
 from epslots.telemetry import Telemetry
 from epslots.transport import Transport
-from epslots.units import SlotsSetting, parse_slots
+from epslots.units import PrefetchSetting, SlotsSetting, parse_prefetch, parse_slots
 
 logger = logging.getLogger(__name__)
 
 # Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
-RECORDS_VERSION = 1
+RECORDS_VERSION = 2
 DEFAULT_KV_TOKENS = 4096
 # Seconds that ranks wait for each other while they load: one may build the store that another has.
 LOAD_DEADLINE_S = 3600.0
@@ -84,6 +88,10 @@ def load(
     costs: Costs | None = None,
     placement: Placement | str | os.PathLike[str] | None = None,
     deadline_s: float | None = None,
+    link: str | None = None,
+    prefetch: str | bool | PrefetchSetting = "auto",
+    predictor: str | os.PathLike[str] | None = None,
+    execute_predicted: bool = False,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts checkpoint with a bounded number of expert slots.
@@ -109,6 +117,14 @@ def load(
         costs: what things cost, by which ranks divide their work; measured if not given. The same on all ranks.
         placement: where experts live from the start: a file (``epslots placement plan``) or a ``Placement``, for as many ranks
             and slots as there are; the same on all ranks. By default homes are dealt by slots.
+        link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
+            computing. By default the device's own; on a CPU, fetches take place at once.
+        prefetch: fetch what the next layer is expected to need while this one computes: ``"auto"`` (where a link carries it
+            meanwhile), ``"off"``, or the bytes a rank may fetch in a step before nothing more is fetched ahead (``"64MiB"``).
+        predictor: what tells of the next layer: a file by ``epslots predict fit``; by default the one that lies beside the
+            checkpoint, if there is one, else the next layer's router.
+        execute_predicted: execute the experts that are predicted instead of those that the model's router chooses, in all
+            layers but the first. **The outputs are no longer the model's own.**
         deadline_s: how long a rank waits for the others in one operation before it gives them up as lost. It has to cover what
             a rank does between two forward passes. By default 60 (or as ``group`` has it, if that is a transport of ours);
             loading has an hour.
@@ -145,6 +161,10 @@ def load(
             kv_tokens=kv_tokens,
             neighbours=neighbours,
             display=display,
+            link=link,
+            prefetch=prefetch,
+            predictor=predictor,
+            execute_predicted=execute_predicted,
             **model_kwargs,
         )
 
@@ -173,7 +193,8 @@ def load(
 
 def shared_settings(model: PreTrainedModel, policy: str | Policy) -> dict[str, str]:
     """What ``load`` was told that must be equal on all ranks, for ``ranks.join``."""
-    return {"policy": policy_name(policy), "device": model.device.type, "dtype": str(model.dtype)}
+    foresight = runtime_of(model).foresight.settings
+    return {"policy": policy_name(policy), "device": model.device.type, "dtype": str(model.dtype), "predictions": foresight}
 
 
 def load_alone(
@@ -188,6 +209,10 @@ def load_alone(
     kv_tokens: int,
     neighbours: int,
     display: ProgressDisplay,
+    link: str | None = None,
+    prefetch: str | bool | PrefetchSetting = "auto",
+    predictor: str | os.PathLike[str] | None = None,
+    execute_predicted: bool = False,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """``load`` without a group, whatever torch.distributed's state: for a rank that joins one by itself (``ranks.join``).
@@ -202,6 +227,7 @@ def load_alone(
     if taken := sorted(OWN_ARGUMENTS & model_kwargs.keys()):
         raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
     setting, policy_function, target = parse_slots(slots), resolve_policy(policy), resolve_device(device)
+    ahead = parse_prefetch(prefetch)
     store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)
@@ -210,6 +236,10 @@ def load_alone(
     model_class = resolve_class(config)
     skeleton = build_skeleton(model_class, config, compute_dtype)
     layers = expert_layers(skeleton)
+    if (
+        target.type == "cuda" or link is not None
+    ):  # where there is a link, fewer bytes cross it; a CPU would unpack for nothing
+        layers = pack_layers(checkpoint, skeleton, layers)
     manifest = Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers)
     store_bytes = StoreShape(manifest).nbytes
     kind = resolve_store_kind(host_store or _default_store_kind(target, store_bytes))
@@ -241,7 +271,9 @@ def load_alone(
     )
     if target.type == "cuda":
         pin_store(store, display, target)
-    runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target)
+    runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target, link)
+    foresight = equip(model, runtime.runners, folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted)
+    attach(model, replace(runtime, foresight=foresight))
     runtime.fill(runtime.complete_layers(), display)
     return model
 
@@ -319,6 +351,7 @@ def _build_runtime(
     store: HostStore,
     policy: Policy,
     device: torch.device,
+    link_setting: str | None,
 ) -> Runtime:
     """Slots for every layer, one pool for each layout, and a runner on every experts module."""
     telemetry = Telemetry(layers, plan.quotas, device)
@@ -326,10 +359,12 @@ def _build_runtime(
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
+    largest = 0 if store.pinned else max(layer.record.nbytes for layer in layers)
+    link = make_link(link_setting, device, staging_bytes=largest)
     movers, runners = [], {}
     for indices in members.values():
         pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device)
-        mover = Mover(pool, store, tuple(indices), telemetry)
+        mover = Mover(pool, store, link, tuple(indices), telemetry)
         history = UseHistory.empty(len(indices), max(layers[i].num_experts for i in indices))
         movers.append(mover)
         for position, index in enumerate(indices):
@@ -343,6 +378,7 @@ def _build_runtime(
                     kernel=ExpertKernel(modules[index], pool.weights(position)),
                     mover=mover,
                     telemetry=telemetry,
+                    host=HostExperts(modules[index], store, index, device),
                 ),
                 identity=bool(getattr(modules[index], "zero_expert_num", 0)),
                 policy=policy,

@@ -5,7 +5,8 @@ Everything that ranks tell each other about a step is a row of int32 of one widt
 step, and each layer's counts in it. A row says what it is, so that ranks which got out of step find out at once, from rows
 that always match in size, before a byte of anything else moves.
 
-    row       kind (-1 = header, else the layer), step, model, guard, top_k, then the words of the header or the layer's counts
+    row       kind (-1 = header, else the layer), step, model, guard, top_k, then the words of the header; or the layer's
+              counts, and behind them bytes that tell what is predicted of the next layer
     guard     a digest of all that the layer's plan follows from but the counts: ranks that differ in it would plan differently
     header    generation, digest of the residency table, has work, wants to stop, newest placement that has come
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from epslots.errors import ConfigError, ExchangeError, StaleGeneration
 from epslots.eviction import IntArray
@@ -28,6 +30,7 @@ _HEADER_WORDS = 2 * 5
 # Rows of all models are as long, up to this many experts: one who calls the wrong model is told so.
 _USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
+_WORD_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,10 @@ class LockStep:
         self._explain_divergence = explain_divergence
         self._on_header = on_header
         self._model = model
-        width = _PREFIX + 1 + max(most_experts, _USUAL_EXPERTS)
+        self._words = _PREFIX + 1 + max(most_experts, _USUAL_EXPERTS)
+        width = self._words + -(-max(most_experts, _USUAL_EXPERTS) // _WORD_BYTES)
         self._row = torch.zeros(width, dtype=torch.int32, device=transport.device)
+        self._predicted = self._row[self._words :].view(torch.uint8)
         # What the host writes into the row, in one copy that nobody waits for: the gathering that follows is waited for.
         self._head = torch.zeros(_PREFIX + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
         self._step = 0
@@ -142,23 +147,30 @@ class LockStep:
             self._layer = None
         return header
 
-    def gather_counts(self, layer: int, counts: torch.Tensor, top_k: int, guard: int) -> tuple[IntArray, int]:
-        """Every rank's counts of one layer, int64 [R, E + 1], and K.
+    def gather_counts(
+        self, layer: int, counts: torch.Tensor, top_k: int, guard: int, predicted: torch.Tensor | None = None
+    ) -> tuple[IntArray, int, NDArray[np.uint8]]:
+        """Every rank's counts of one layer, int64 [R, E + 1]; K; and what each predicts, uint8 [R, at least n].
 
         Args:
             counts: int64 [E + 1], this rank's.
             top_k: K, or 0 without tokens.
             guard: a digest of what the layer's plan follows from, the same on all ranks.
+            predicted: n numbers from 0 to 255, no more than the largest layer has experts. What is behind them, and what ranks
+                that give none send, means nothing.
 
         Raises:
             ExchangeError: ranks are in different places, or would plan differently.
             PeerLost: a rank is gone.
         """
         self._row[_PREFIX : _PREFIX + len(counts)] = counts
+        if predicted is not None:
+            self._predicted[: len(predicted)] = predicted
         rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX)
         if (rows[:, 3] != rows[0, 3]).any():
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
-        return rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64), int(rows[:, 4].max())
+        counts_R = rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64)
+        return counts_R, int(rows[:, 4].max()), rows[:, self._words :].view(np.uint8)
 
     def fail(self, error: BaseException) -> None:
         """This rank's step ends with an error of its own: nobody must wait for it."""

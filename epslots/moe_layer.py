@@ -5,7 +5,8 @@ transformers' experts module calls ``MoELayer`` with what its router chose (expe
     prepare    count the tokens of each expert; ranks gather each other's counts
     plan       who computes what (assignment.py), which experts stay resident (residency.py), and which are fetched
                into which slot in which wave (waves.py)
-    fetch      missing experts into slots, from the host store or from a peer's slot (fetch.py)
+    fetch      missing experts into slots, from the host store or from a peer's slot (fetch.py); and behind them what the
+               next layer is expected to need (prefetch.py)
     dispatch   tokens to the ranks that compute them (exchange.py)
     execute    sort the pairs by slot; one grouped pass through the experts for each wave (slot_experts.py)
     combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
@@ -28,17 +29,22 @@ import torch
 from epslots.errors import ConfigError
 from epslots.eviction import IntArray, Policy, UseHistory, record_use
 from epslots.exchange import Dispatched, Stay, dispatch
+from epslots.host_compute import OnHost
 from epslots.lockstep import LockStep
+from epslots.look_ahead import Ahead, Expected
 from epslots.moves import Room
 from epslots.residency import BoolArray, settle
 from epslots.reuse import stack_distances
-from epslots.shared_layer import Copies, SharedLayer
+from epslots.serving import HostShare, displaces_better
+from epslots.shared_layer import SharedLayer
 from epslots.slot_experts import SlotExperts
 from epslots.telemetry import Telemetry
-from epslots.waves import NO_WAVE, Wave
+from epslots.waves import Wave
 
 # One step in so many is asked how soon its experts are used again; each layer in its turn.
 REUSE_EVERY = 16
+
+_NOTHING = np.zeros(0, np.int64)
 
 RouteObserver = Callable[[int, torch.Tensor], None]
 """Called with (layer index, top_k_index [T, K]) for every step; must not change it."""
@@ -55,6 +61,8 @@ class MoELayer:
 
     Attributes:
         steps: steps that ``history`` counts. Among several ranks both are the same on all.
+        expected: this layer, as the one before looks at it.
+        ahead: the view to the layer that follows, if anything is to be predicted of it.
     """
 
     def __init__(
@@ -77,6 +85,14 @@ class MoELayer:
         self._lockstep: LockStep | None = None
         self._shared: SharedLayer | None = None
         self._room: Callable[[], Room | None] = lambda: None
+        self.expected = Expected(experts, lambda: self.score_E)
+        self.ahead: Ahead | None = None
+        self._zero_E = np.zeros(experts.num_experts, np.int64)
+        self._nothing_E = np.zeros(experts.num_experts, bool)
+        # A CPU computes before the call returns, so what is to be fetched meanwhile must begin before; on a GPU kernels come
+        # first, and the host plans while they run.
+        self._hosted = experts.pool.device.type == "cpu"
+        self.host_share: HostShare | None = None
         self._one = torch.ones(1, dtype=torch.int64, device=experts.pool.device)
         self.steps = 0
 
@@ -87,6 +103,7 @@ class MoELayer:
             room: what ``SharedLayer.decide`` is given, in each step.
         """
         self._lockstep, self._shared, self._room = lockstep, shared, room
+        self.expected.join(shared)
 
     @property
     def score_E(self) -> IntArray:
@@ -114,16 +131,18 @@ class MoELayer:
                 return torch.zeros_like(hidden_TH)
         else:
             self._lockstep.arrive(self.index)
+        index_TK, weights_TK = self.expected.execute_predicted(index_TK, weights_TK)
         ids_N = index_TK.reshape(-1)
         if self._identity:
             ids_N = ids_N.clamp(max=self.experts.num_experts)
         began = time.perf_counter()
         counts = self._prepare(ids_N)
+        usage = None if self.ahead is None else self.ahead.predict(hidden_TH, index_TK)
         with pool.lock:
             if self._lockstep is None:
-                pairs_NH = self._step_alone(hidden_TH, ids_N, counts)
+                pairs_NH = self._step_alone(hidden_TH, ids_N, counts, usage)
             else:
-                pairs_NH = self._step_together(hidden_TH, ids_N, counts, self._lockstep)
+                pairs_NH = self._step_together(hidden_TH, ids_N, counts, usage, self._lockstep)
         self._telemetry.count_time(self.index, time.perf_counter() - began)
         if self._identity:
             weightless_N = ids_N >= self.experts.num_experts
@@ -136,7 +155,8 @@ class MoELayer:
         began = time.perf_counter()
         counts = torch.zeros(self.experts.num_experts + 1, dtype=torch.int64, device=self.experts.pool.device)
         with self.experts.pool.lock:
-            self._step_together(self.experts.zeros(0), counts[:0], counts, self._lockstep)
+            usage = None if self.ahead is None else self.ahead.nothing()
+            self._step_together(self.experts.zeros(0), counts[:0], counts, usage, self._lockstep)
         self._telemetry.count_time(self.index, time.perf_counter() - began)
 
     def _prepare(self, ids_N: torch.Tensor) -> torch.Tensor:
@@ -144,34 +164,68 @@ class MoELayer:
         counts = torch.zeros(self.experts.num_experts + 1, dtype=torch.int64, device=ids_N.device)
         return counts.scatter_add_(0, ids_N, self._one.expand(ids_N.shape[0]))
 
-    def _step_alone(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _step_alone(
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts: torch.Tensor, usage: torch.Tensor | None
+    ) -> torch.Tensor:
         """One rank's step: each pair's result, [N, H]."""
+        if self.index == 0 and self.expected.budget is not None:
+            self.expected.budget.renew()
         if self.experts.never_misses:
             self._telemetry.count_resident(self.index, counts)
+            if usage is not None:
+                self._fetch_ahead(usage.cpu().numpy()[None])
             return self.experts.execute(hidden_TH, ids_N)
-        counts_host = counts.cpu().numpy()  # the one host synchronisation of a step
+        counts_host, usage_E = _to_host(counts, usage)  # the one host synchronisation of a step
         counts_E = counts_host[:-1]
         needed_E = counts_E > 0
         self._note_uses(needed_E)
-        waves: tuple[Wave, ...] = ()
+        score_E, evicted_E, hosted, slots_E = self._zero_E, self._nothing_E, _NOTHING, counts_E
         missing = needed_E & ~self.experts.resident_E
         if missing.any():
             score_E = self.score_E
-            change = settle(self.experts.resident_E[None], needed_E[None], self.experts.quota_1, score_E)
-            waves = self.experts.waves(needed_E, score_E, change.evicted_RE[0])
+            resident_1E, needed_1E = self.experts.resident_E[None], needed_E[None]
+            if self.host_share is not None:
+                hosted = self._choose_hosted(resident_1E, needed_1E, counts_E, score_E)
+                slots_E = counts_E.copy()
+                slots_E[hosted] = 0
+                needed_1E = slots_E[None] > 0
+            evicted_E = settle(resident_1E, needed_1E, self.experts.quota_1, score_E).evicted_RE[0]
+        waves = self.experts.waves(slots_E, score_E, evicted_E)
+        on_host = self.experts.begin_on_host(hidden_TH, ids_N, hosted, counts_E)
         self._count(counts_host, needed_E, missing, waves)
-        self._fetch(waves)
-        return self._compute(Stay(hidden_TH, ids_N), counts_E, waves)
+        begun = self.experts.fetch(waves)
+        self.expected.charge(int(np.count_nonzero(missing)))
+        usage_1E = None if usage_E is None else usage_E[None]
+        if self._hosted:
+            self._fetch_ahead(usage_1E)
+        result = self._compute(Stay(hidden_TH, ids_N), slots_E, waves, begun, on_host)
+        if not self._hosted:
+            self._fetch_ahead(usage_1E)
+        return self.experts.finish_on_host(on_host, result)
+
+    def _choose_hosted(self, resident_1E: BoolArray, needed_1E: BoolArray, counts_E: IntArray, score_E: IntArray) -> IntArray:
+        """The missing experts that this rank, if it is alone, computes on its host."""
+        assert self.host_share is not None
+        experts = np.flatnonzero(needed_1E[0] & ~resident_1E[0])
+        ranks = np.zeros_like(experts)
+        displaces = displaces_better(resident_1E, needed_1E, self.experts.quota_1, score_E, ranks, experts)
+        return experts[self.host_share.choose(self.steps, ranks, experts, counts_E[experts], displaces)]
 
     def _step_together(
-        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts: torch.Tensor, lockstep: LockStep
+        self,
+        hidden_TH: torch.Tensor,
+        ids_N: torch.Tensor,
+        counts: torch.Tensor,
+        usage: torch.Tensor | None,
+        lockstep: LockStep,
     ) -> torch.Tensor:
         """This rank's part of all ranks' step: each of its pairs' results, [N, H]."""
         shared, experts = self._shared, self.experts
         assert shared is not None
         top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0
         began = time.perf_counter()
-        counts_R, top_k = lockstep.gather_counts(self.index, counts, top_k, shared.digest)
+        counts_R, top_k, predicted_R = lockstep.gather_counts(self.index, counts, top_k, shared.digest, usage)
+        usage_RE = None if usage is None else predicted_R[:, : len(usage)].astype(np.int64)
         self._telemetry.count_wait(self.index, time.perf_counter() - began)
         experts.confirm()  # what was queued before the counts has arrived with them
         counts_RE = counts_R[:, :-1]
@@ -185,31 +239,42 @@ class MoELayer:
         computed_E[plan.experts_U] = plan.computed_U
         needed_E = computed_E > 0
         missing = needed_E & ~experts.resident_E
-        waves: tuple[Wave, ...] = ()
-        if missing.any():
-            waves = experts.waves(needed_E, score_E, plan.evicted_E)
+        slots_E = computed_E
+        if len(plan.hosted):
+            slots_E = computed_E.copy()
+            slots_E[plan.hosted] = 0
+        waves = experts.waves(slots_E, score_E, plan.evicted_E, plan.copies)
         self._count(counts_R[shared.rank], needed_E, missing, waves)
         agreed = lockstep.agreed
-        self._fetch(waves, plan.copies, agreed=agreed)
+        begun = experts.fetch(waves, plan.copies, agreed=agreed)
+        if self._hosted:
+            self._fetch_ahead(usage_RE)
         tokens_R = counts_R.sum(1) // max(top_k, 1)
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
         self._telemetry.count_exchange(self.index, sent=plan.sent, received=plan.received)
-        pairs_NH = arrived.give_back(self._compute(arrived, computed_E, waves))
+        on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
+        results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
+        pairs_NH = arrived.give_back(experts.finish_on_host(on_host, results_MH))
+        if not self._hosted:
+            self._fetch_ahead(usage_RE)
         if plan.move is not None:
             experts.move(plan.move, agreed=agreed)
         return pairs_NH
 
-    def _fetch(self, waves: tuple[Wave, ...], copies: Copies | None = None, *, agreed: bool = True) -> None:
-        """Bring in what a single wave misses, and give peers their copies. Several waves fetch as they go."""
-        if len(waves) == 1 or copies is not None:
-            self.experts.fetch(waves[0] if len(waves) == 1 else NO_WAVE, copies, agreed=agreed)
+    def _fetch_ahead(self, usage_RE: IntArray | None) -> None:
+        """Begin to fetch what the next layer is expected to use, if anything was said of it."""
+        if usage_RE is not None and self.ahead is not None:
+            self.ahead.fetch(usage_RE, self.experts.pool)
 
-    def _compute(self, arrived: Dispatched, counts_E: IntArray, waves: tuple[Wave, ...]) -> torch.Tensor:
-        """The results of the pairs that are here: [M, H], pair by pair."""
-        if len(waves) > 1:
-            return self.experts.execute_waves(arrived.rows_MH, arrived.ids_M, counts_E, waves)
-        return self.experts.execute(arrived.rows_MH, arrived.ids_M)
+    def _compute(
+        self, arrived: Dispatched, counts_E: IntArray, waves: tuple[Wave, ...], begun: int, on_host: OnHost | None
+    ) -> torch.Tensor:
+        """The results of the pairs that are here: [M, H], pair by pair; undefined for those that slots have no part in."""
+        if self.experts.in_one_pass(waves):
+            here = None if on_host is None else int(counts_E.sum())
+            return self.experts.execute(arrived.rows_MH, arrived.ids_M, here)
+        return self.experts.execute_waves(arrived.rows_MH, arrived.ids_M, counts_E, waves, begun)
 
     def _note_uses(self, used_E: BoolArray) -> None:
         self.steps += 1
@@ -217,12 +282,25 @@ class MoELayer:
             distances = stack_distances(self.history.last_use, used_E, self.score_E)
             self._telemetry.count_reuse(self.index, distances)
         self._telemetry.count_uses(self.index, used_E)
-        record_use(self.history, used_E, self.steps)
+        self.expected.judge(used_E)
+        slots = self.experts.slots if self._shared is None else int(self._shared.quota_R.sum())
+        record_use(self.history, used_E, self.steps, slots)
 
     def _count(self, counts: IntArray, needed_E: BoolArray, missing_E: BoolArray, waves: tuple[Wave, ...]) -> None:
         misses = int(np.count_nonzero(missing_E))
-        hits = int(np.count_nonzero(needed_E)) - misses
-        self._telemetry.count_step(self.index, counts, hits=hits, misses=misses, waves=max(1, len(waves)))
+        needed = int(np.count_nonzero(needed_E))
+        rounds = max(1, len(waves)) if needed > self.experts.slots else 1
+        self._telemetry.count_step(self.index, counts, hits=needed - misses, misses=misses, waves=rounds)
+
+
+def _to_host(counts: torch.Tensor, usage: torch.Tensor | None) -> tuple[IntArray, IntArray | None]:
+    """Both on the host, by one copy."""
+    if usage is None:
+        return counts.cpu().numpy(), None
+    if counts.device.type == "cpu":
+        return counts.numpy(), usage.numpy()
+    both = torch.cat([counts, usage.to(counts.dtype)]).cpu().numpy()
+    return both[: len(counts)], both[len(counts) :]
 
 
 def combine(pairs_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -14,6 +14,7 @@ from epslots.lockstep import Header, LockStep
 from epslots.placement import Placement, default_placement
 from epslots.rank_hello import Hello, decode, encode
 from epslots.runtime import Runtime
+from epslots.serving import HostShare
 from epslots.shared_layer import SharedLayer
 from epslots.shared_model import SharedModel, check_fits
 from epslots.slot_pool import SlotPool
@@ -69,10 +70,14 @@ class RankGroup:
                     expert_bytes=mover.pool.layout.nbytes,
                     node_R=node_R if node_R.any() else None,
                 )
+                if pool_costs.computes_on_host:
+                    shared[index].host_share = HostShare(transport.size, experts, pool_costs, beside=mover.link.concurrent)
             self._tables.append((mover.pool, table, mover.store_layers))
             mover.transport = transport
         layers = [shared[index] for index in range(len(runtime.layers))]
         self.shared = SharedModel(layers, placement, [mover.store_layers for mover in runtime.movers])
+        if runtime.foresight.bytes_per_step is not None:
+            self.shared.bound_prefetches(runtime.foresight.bytes_per_step)
         if followed is not None:
             self.shared.adopt(*followed)
         self.lockstep = LockStep(

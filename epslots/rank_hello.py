@@ -23,7 +23,7 @@ from epslots.transport import Transport
 Message = TypeVar("Message")
 
 # Raise it when ranks of this version couldn't work with those of the last.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -107,15 +107,12 @@ def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Hel
 def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Hello]) -> None:
     """Give all ranks the past uses of the one that has seen most: what gives way must not depend on who asks."""
     eldest = max(range(transport.size), key=lambda rank: (hellos[rank].steps, -rank))
-    rows = [np.stack([r.history.last_use, r.history.recent, r.history.frequent]) for r in runtime.runners]
-    mine = [(runner.steps, row.tobytes()) for runner, row in zip(runtime.runners, rows, strict=True)]
+    mine = [(runner.steps, runner.history.pack()) for runner in runtime.runners]
     messages = transport.gather_bytes(encode(mine) if transport.rank == eldest else b"")
     theirs = msgspec.msgpack.decode(messages[eldest], type=list[tuple[int, bytes]])
     for runner, (steps, content) in zip(runtime.runners, theirs, strict=True):
         runner.steps = steps
-        history = runner.history
-        arrays = np.frombuffer(content, np.int64).reshape(3, -1)
-        history.last_use[:], history.recent[:], history.frequent[:] = arrays
+        runner.history.unpack(content)
 
 
 def group_up(

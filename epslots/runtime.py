@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
@@ -12,6 +12,7 @@ from epslots.errors import ConfigError, CorruptExpertError
 from epslots.eviction import IntArray
 from epslots.fetch import Mover
 from epslots.host_store import HostStore
+from epslots.look_ahead import Foresight
 from epslots.memory_plan import MemoryPlan
 from epslots.moe_layer import MoELayer
 from epslots.progress import ProgressDisplay
@@ -36,6 +37,7 @@ class Runtime:
     movers: tuple[Mover, ...]
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
+    foresight: Foresight = field(default_factory=Foresight)
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
         """The pool of a layer, and the layer's number within it."""
@@ -54,6 +56,7 @@ class Runtime:
         for mover in self.movers:
             of_pool = [quotas[index] for index in mover.store_layers]
             if list(mover.pool.quotas) != of_pool:
+                mover.land_all()
                 mover.pool.divide(of_pool)
                 for index in mover.store_layers:
                     self.runners[index].experts.use_window()

@@ -8,7 +8,7 @@ Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
@@ -17,9 +17,12 @@ from epslots.assignment import Assign, Assignment, assign
 from epslots.costs import Costs, moved_pairs
 from epslots.eviction import IntArray
 from epslots.moves import NO_MOVES, Moves, Room, choose_moves
+from epslots.prefetch import Budget, Lookout, Prefetches
 from epslots.residency import BoolArray, settle, spare_copies
 from epslots.routes import Route, route
+from epslots.serving import HostShare, displaces_better
 
+_NOTHING = np.zeros(0, np.int64)
 # So many steps halve a toll: what was wanted long ago is no reason to fetch it now.
 TOLL_STEPS = 64
 
@@ -58,6 +61,8 @@ class GroupPlan:
     fetch_sources: IntArray
     evicted_RE: BoolArray
     moves: Moves
+    hosted_ranks: IntArray
+    hosted_experts: IntArray
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class StepPlan:
     evicted_E: BoolArray
     copies: Copies | None
     move: OwnMove | None
+    hosted: IntArray
 
 
 class SharedLayer:
@@ -119,6 +125,8 @@ class SharedLayer:
     Attributes:
         wanted_RE: the copies that the placement wants.
         to_move: how many of them have yet to be moved in.
+        lookout: decides what is fetched ahead.
+        budget: what each rank may fetch in a step before nothing more is fetched ahead; one for all layers. No bound if None.
     """
 
     def __init__(
@@ -144,8 +152,12 @@ class SharedLayer:
         self.wanted_RE = np.zeros(holds_RE.shape, bool)
         self._todo_RE = self.wanted_RE
         self.to_move = 0
+        self.host_share: HostShare | None = None
+        self.lookout = Lookout()
+        self.budget: Budget | None = None
         self._tolls_RE = np.zeros(holds_RE.shape, np.int64)
         self._steps = 0
+        self._hosting_steps = 0
         self._holds_digest: int | None = None
         self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
         self._idle_slots: bool | None = None
@@ -193,6 +205,7 @@ class SharedLayer:
             evicted_E=plan.evicted_RE[self.rank],
             copies=self._copies(plan.fetch_ranks, plan.fetch_experts, plan.fetch_sources),
             move=self._own_move(plan.moves) if len(plan.moves) else None,
+            hosted=plan.hosted_experts[plan.hosted_ranks == self.rank],
         )
 
     def decide(self, counts_RE: IntArray, score_E: IntArray, room: Room | None = None) -> GroupPlan:
@@ -216,11 +229,16 @@ class SharedLayer:
             wanted_RE=wanted_RE,
             node_R=self.node_R,
         )
-        evicted_RE = self._settle(found, score_E)
+        hosted_ranks = hosted_experts = _NOTHING
+        if self.host_share is not None and len(found.fetch_ranks):
+            found, hosted_ranks, hosted_experts = self._host(found, score_E, self.host_share)
+        evicted_RE = self._settle(found, score_E, hosted_ranks, hosted_experts)
         counts_RU = counts_RE[:, found.experts_U]
         if tolls_RE is not None:
             self._charge(found, counts_RU)
-        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1))
+        if self.budget is not None:
+            self.budget.spend(found.fetch_ranks, self.expert_bytes)
+        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1), hosted_ranks, hosted_experts)
         moves = NO_MOVES if room is None else self._move(found, score_E, room)
         return GroupPlan(
             experts_U=found.experts_U,
@@ -231,7 +249,45 @@ class SharedLayer:
             fetch_sources=found.fetch_sources,
             evicted_RE=evicted_RE,
             moves=moves,
+            hosted_ranks=hosted_ranks,
+            hosted_experts=hosted_experts,
         )
+
+    def _host(self, found: Assignment, score_E: IntArray, share: HostShare) -> tuple[Assignment, IntArray, IntArray]:
+        """Which of the fetches from the host are computed there instead: what is left, and their ranks and experts."""
+        self._hosting_steps += 1
+        fetches = np.flatnonzero(found.fetch_sources < 0)
+        ranks, experts = found.fetch_ranks[fetches], found.fetch_experts[fetches]
+        pairs = found.computed_RU[ranks, np.searchsorted(found.experts_U, experts)]
+        needed_RE = np.zeros_like(self.holds_RE)
+        needed_RE[:, found.experts_U] = found.computed_RU > 0
+        displaces = displaces_better(self.holds_RE, needed_RE, self.quota_R, score_E, ranks, experts)
+        hosted = fetches[share.choose(self._hosting_steps, ranks, experts, pairs, displaces)]
+        rest = np.delete(np.arange(len(found.fetch_ranks)), hosted)
+        left = replace(
+            found,
+            fetch_ranks=found.fetch_ranks[rest],
+            fetch_experts=found.fetch_experts[rest],
+            fetch_sources=found.fetch_sources[rest],
+        )
+        return left, found.fetch_ranks[hosted], found.fetch_experts[hosted]
+
+    def prefetch(self, usage_RE: IntArray, score_E: IntArray) -> Prefetches | None:
+        """Choose what is fetched ahead of the layer's next step, and enter it: it counts as held from now on.
+
+        Args:
+            usage_RE: how likely each rank's tokens will use each expert, in 256ths.
+            score_E: the eviction policy's scores.
+        """
+        spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
+        found = self.lookout.plan(
+            usage_RE, self.holds_RE, self.quota_R, self.home_E, score_E, self.budget, self.expert_bytes, spare_RE
+        )
+        if found is not None:
+            self.holds_RE[:] = found.after_RE
+            self.forget_digest()
+            self._remember(found.ranks, found.experts, found.evicted_RE)
+        return found
 
     def _move(self, found: Assignment, score_E: IntArray, room: Room) -> Moves:
         """The step's moves, within what its demand leaves of the room."""
@@ -297,7 +353,7 @@ class SharedLayer:
             sends=tuple(zip(ranks[given].tolist(), experts[given].tolist(), strict=True)),
         )
 
-    def _settle(self, found: Assignment, score_E: IntArray) -> BoolArray:
+    def _settle(self, found: Assignment, score_E: IntArray, hosted_ranks: IntArray, hosted_experts: IntArray) -> BoolArray:
         """Enter the residents after the step; returns what gives way."""
         evicted_RE = np.zeros_like(self.holds_RE)
         ranks = np.unique(found.fetch_ranks)
@@ -305,8 +361,10 @@ class SharedLayer:
             return evicted_RE
         spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
         holds = self.holds_RE[ranks]
-        needed = np.zeros_like(holds)
-        needed[:, found.experts_U] = found.computed_RU[ranks] > 0
+        needed_RE = np.zeros_like(self.holds_RE)
+        needed_RE[:, found.experts_U] = found.computed_RU > 0
+        needed_RE[hosted_ranks, hosted_experts] = False
+        needed = needed_RE[ranks]
         change = settle(holds, needed, self.quota_R[ranks], score_E, spare_RE[ranks])
         self.holds_RE[ranks] = change.after_RE
         self.forget_digest()

@@ -23,6 +23,7 @@ from epslots.errors import ConfigError, StaleGeneration
 from epslots.eviction import IntArray
 from epslots.moves import Room
 from epslots.placement import Placement
+from epslots.prefetch import Budget
 from epslots.shared_layer import SharedLayer
 
 
@@ -52,6 +53,7 @@ class SharedModel:
     Attributes:
         room: what each rank may still fetch in this step for the placement's sake; None while there is nothing to do.
         bytes_per_step: by which it is renewed.
+        budget: what each rank may fetch in a step before nothing more is fetched ahead (``prefetch.py``); None = no bound.
     """
 
     def __init__(self, layers: Sequence[SharedLayer], placement: Placement, pools: Sequence[Sequence[int]]) -> None:
@@ -59,6 +61,7 @@ class SharedModel:
         self.placement = placement
         self.bytes_per_step = 0
         self.room: Room | None = None
+        self.budget: Budget | None = None
         self._pools = tuple(tuple(pool) for pool in pools)
         self._shifting = False
         self._past = 0
@@ -100,6 +103,12 @@ class SharedModel:
         numbers = np.array([placement.generation, bytes_per_step, *placement.quota_LR.ravel()])
         self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
 
+    def bound_prefetches(self, bytes_per_step: int) -> None:
+        """Let each rank fetch so many bytes in a step before nothing more is fetched ahead."""
+        self.budget = Budget(self.placement.ranks, bytes_per_step)
+        for layer in self.layers:
+            layer.budget = self.budget
+
     def begin_step(self, scores: Callable[[int], IntArray]) -> list[Shift]:
         """Renew the room, and shift slots within it; once before every step, on all ranks alike.
 
@@ -109,6 +118,8 @@ class SharedModel:
         Returns:
             What has shifted, in order; the caller does so with its own rank's pool.
         """
+        if self.budget is not None:
+            self.budget.renew()
         if self.room is None:
             return []
         if not self.to_move:

@@ -173,7 +173,7 @@ class SimulatedGroup:
         self._steps_L[layer] += 1
         row, experts = self._history.layer(layer, len(used_E)), len(used_E)
         count_distances(self._reuse_LD[layer], stack_distances(row.last_use, used_E, self._score(layer)))
-        record_use(row, used_E, self._steps_L[layer])
+        record_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].quota_R.sum()))
         self._tokens_LE[layer, :experts] += counts_RE.sum(0)
         self._uses_LE[layer, :experts] += used_E
 

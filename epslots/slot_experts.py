@@ -18,11 +18,12 @@ import torch
 from epslots.device_copy import to_device
 from epslots.eviction import IntArray
 from epslots.fetch import Mover
+from epslots.host_compute import HostExperts, OnHost
 from epslots.kernel import ExpertKernel
 from epslots.residency import BoolArray
 from epslots.shared_layer import Copies, OwnMove
 from epslots.telemetry import Telemetry
-from epslots.waves import Wave, plan_waves
+from epslots.waves import NO_WAVE, Wave, plan_waves
 
 _NOTHING = np.zeros(0, np.int64)
 
@@ -41,7 +42,15 @@ class SlotExperts:
     """
 
     def __init__(
-        self, *, index: int, pool_layer: int, num_experts: int, kernel: ExpertKernel, mover: Mover, telemetry: Telemetry
+        self,
+        *,
+        index: int,
+        pool_layer: int,
+        num_experts: int,
+        kernel: ExpertKernel,
+        mover: Mover,
+        telemetry: Telemetry,
+        host: HostExperts | None = None,
     ) -> None:
         pool = mover.pool
         self.pool = pool
@@ -49,6 +58,7 @@ class SlotExperts:
         self._index = index
         self._pool_layer = pool_layer
         self.kernel = kernel
+        self.host = host
         self._mover = mover
         self._telemetry = telemetry
         self._slot_of_E = pool.slot_of[pool_layer][:num_experts]
@@ -75,27 +85,83 @@ class SlotExperts:
         resident: BoolArray = self._slot_of_E >= 0
         return resident
 
+    @property
+    def fetches_meanwhile(self) -> bool:
+        """Whether something can be computed while fetches are under way."""
+        return self._mover.link.concurrent
+
     def zeros(self, rows: int) -> torch.Tensor:
         """Results [rows, H] where there is nothing to compute."""
         return torch.zeros(rows, self.kernel.hidden_size, dtype=self.dtype, device=self.pool.device)
 
-    def waves(self, needed_E: BoolArray, score_E: IntArray, evicted_E: BoolArray) -> tuple[Wave, ...]:
-        """The way to a step's outcome as ``residency.settle`` decided it; nothing if nothing is missing."""
-        position_E = np.where(self._slot_of_E < 0, -1, self._slot_of_E - self._window.start)
-        return plan_waves(needed_E, position_E, self._expert_of_Q, score_E, evicted_E)
+    def waves(
+        self, counts_E: IntArray, score_E: IntArray, evicted_E: BoolArray, copies: Copies | None = None
+    ) -> tuple[Wave, ...]:
+        """The way to a step's outcome as ``residency.settle`` decided it; nothing if all that is needed is there.
 
-    def fetch(self, wave: Wave, copies: Copies | None = None, *, agreed: bool = True) -> None:
-        """Bring a wave's missing experts into their slots, and give peers their copies. Arguments as ``Mover.fetch``."""
-        began = time.perf_counter()
-        self._mover.fetch(
-            self._pool_layer,
-            wave.fetch_experts,
-            wave.fetch_positions + self._window.start,
-            wave.evicted,
-            copies,
-            agreed=agreed,
+        Args:
+            counts_E: pairs that this rank computes.
+            score_E, evicted_E: as in ``plan_waves``.
+            copies: this rank's part of the step's copies between ranks.
+        """
+        flying_E = first_E = None
+        needed_E = counts_E > 0
+        slots = self._slot_of_E[needed_E]
+        if self._mover.link.concurrent and self._mover.flying[self._window].any():
+            flying_E = np.where(self._slot_of_E < 0, False, self._mover.flying[self._slot_of_E])
+        late = 0 if flying_E is None else int(np.count_nonzero(needed_E & flying_E))
+        if not late and (slots >= 0).all():
+            return ()
+        self._telemetry.count_late(self._index, late)
+        if copies is not None and copies.sources:
+            first_E = np.zeros(self.num_experts, bool)
+            first_E[list(copies.sources)] = True
+        return plan_waves(
+            counts_E,
+            np.where(self._slot_of_E < 0, -1, self._slot_of_E - self._window.start),
+            self._expert_of_Q,
+            score_E,
+            evicted_E,
+            concurrent=self._mover.link.concurrent,
+            flying_E=flying_E,
+            first_E=first_E,
         )
+
+    def fetch(self, waves: Sequence[Wave], copies: Copies | None = None, *, agreed: bool = True) -> int:
+        """Begin the fetches that need not wait for anything computed, and give peers their copies.
+
+        Args:
+            copies, agreed: as in ``Mover.fetch``.
+
+        Returns:
+            How many of the waves have their fetches under way.
+        """
+        if copies is None:
+            return self._begin(waves, 0, 0)
+        self._fetch(waves[0] if waves else NO_WAVE, copies, agreed=agreed)
+        return self._begin(waves, 1, 0)
+
+    def _begin(self, waves: Sequence[Wave], begun: int, computed: int) -> int:
+        """Begin the fetches of waves from number ``begun`` on that wait for no more than ``computed`` waves."""
+        while begun < len(waves) and waves[begun].after <= computed:
+            if len(waves[begun].fetch_experts):
+                self._fetch(waves[begun])
+            begun += 1
+        return begun
+
+    def _fetch(self, wave: Wave, copies: Copies | None = None, *, agreed: bool = True) -> None:
+        began = time.perf_counter()
+        slots = wave.fetch_positions + self._window.start
+        self._mover.fetch(self._pool_layer, wave.fetch_experts, slots, wave.evicted, copies, agreed=agreed)
         self._telemetry.count_stall(self._index, time.perf_counter() - began)
+
+    def prefetch(self, experts: IntArray, evicted: IntArray) -> None:
+        """Begin to fetch what is expected to be needed, in the place of ``evicted``, and in empty slots when these run out."""
+        empty = self._window.start + np.flatnonzero(self._expert_of_Q < 0)
+        slots = np.concatenate([empty, self._slot_of_E[evicted]])[: len(experts)]
+        displaced = np.concatenate([np.full(len(empty), -1), evicted])[: len(experts)]
+        self._mover.fetch(self._pool_layer, experts, slots, displaced, urgent=False)
+        self._telemetry.count_prefetches(self._index, len(experts))
 
     def move(self, move: OwnMove, *, agreed: bool = True) -> None:
         """Do this rank's part of the moves at the end of a step: see ``Mover.fetch``."""
@@ -108,7 +174,7 @@ class SlotExperts:
                 else self._window.start + np.flatnonzero(self._expert_of_Q < 0)[:1]
             )
         began = time.perf_counter()
-        self._mover.fetch(self._pool_layer, experts, slots, evicted, move.copies, agreed=agreed)
+        self._mover.fetch(self._pool_layer, experts, slots, evicted, move.copies, agreed=agreed, urgent=False)
         self._telemetry.count_move(self._index, len(experts), time.perf_counter() - began)
 
     def pass_slot(self, taker: SlotExperts, evicted: int) -> None:
@@ -121,22 +187,54 @@ class SlotExperts:
         """Copies from peers, in whichever layer, have arrived: see ``Mover.confirm``."""
         self._mover.confirm()
 
-    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """All pairs at once: every needed expert is in a slot. Returns [N, H], pair by pair."""
+    def in_one_pass(self, waves: Sequence[Wave]) -> bool:
+        """Whether what the waves compute is there, all of it."""
+        return not waves or (len(waves) == 1 and not self._mover.flying[self._window].any())
+
+    def begin_on_host(
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, hosted: IntArray, counts_E: IntArray
+    ) -> OnHost | None:
+        """Let the rows of hosted experts set out for the host: before anything is queued that they needn't wait for."""
+        if not len(hosted):
+            return None
+        assert self.host is not None
+        return self.host.begin(hidden_TH, ids_N, hosted.tolist(), counts_E[hosted].tolist())
+
+    def finish_on_host(self, begun: OnHost | None, result_NH: torch.Tensor) -> torch.Tensor:
+        """Compute hosted experts, and enter their results."""
+        if begun is not None:
+            assert self.host is not None
+            began = time.perf_counter()
+            self.host.finish(begun, result_NH)
+            self._telemetry.count_hosted(self._index, len(begun.experts), time.perf_counter() - began)
+        return result_NH
+
+    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, here: int | None = None) -> torch.Tensor:
+        """All pairs at once. Returns [N, H], pair by pair.
+
+        Args:
+            here: pairs whose expert is in a slot, if these aren't all; the others come out undefined.
+        """
         if not len(ids_N):
             return self.zeros(0)
         key_E = torch.nn.functional.pad(self._slot_of_device_E - self._window.start, (0, 1), value=self.slots)
+        if here is not None:
+            key_E = torch.where(key_E < 0, self.slots, key_E)  # what is absent goes last
         order_N, key_N, ends_Q, rows_NH = _sort(hidden_TH, ids_N, key_E, self.slots)
+        if here is not None:
+            result_NH = torch.empty(len(ids_N), self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
+            return result_NH.index_copy_(0, order_N[:here], self.kernel(rows_NH[:here], ends_Q, key_N[:here]))
         result_NH = self.kernel(rows_NH, ends_Q, key_N)
         return _unsort(result_NH, order_N)
 
     def execute_waves(
-        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts_E: IntArray, waves: Sequence[Wave]
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts_E: IntArray, waves: Sequence[Wave], begun: int
     ) -> torch.Tensor:
         """Wave after wave: a pair's key is (wave, position), so that each wave is a run of the sorted pairs.
 
         Args:
             counts_E: pairs of each expert, on the host.
+            begun: waves whose fetches are under way.
         """
         keys = len(waves) * self.slots
         key_host = np.full(self.num_experts + 1, keys, np.int64)
@@ -147,8 +245,8 @@ class SlotExperts:
         result_NH = torch.empty_like(rows_NH)
         start = 0
         for number, wave in enumerate(waves):
-            if len(wave.fetch_experts):
-                self.fetch(wave)
+            begun = self._begin(waves, begun, number)
+            self._land(wave)
             rows = slice(start, start + int(counts_E[wave.experts].sum()))
             first_key = number * self.slots
             result_NH[rows] = self.kernel(
@@ -156,6 +254,14 @@ class SlotExperts:
             )
             start = rows.stop
         return _unsort(result_NH, order_N)
+
+    def _land(self, wave: Wave) -> None:
+        """Wait for what a wave computes."""
+        slots = wave.positions + self._window.start
+        if self._mover.flying[slots].any():
+            began = time.perf_counter()
+            self._mover.land(slots)
+            self._telemetry.count_stall(self._index, time.perf_counter() - began)
 
 
 def _sort(

@@ -30,14 +30,18 @@ class LayerStats(msgspec.Struct, frozen=True):
         hits: uses that found the expert in a slot.
         misses: uses that had to fetch it first.
         waves: passes over part of the layer's experts; equal to ``steps`` when the slots suffice.
+        hosted: misses that weren't fetched, but computed by the host's CPU.
         evictions: experts that gave way to a fetch.
         host_bytes: bytes fetched from the host store, first filling included.
         peer_bytes: bytes fetched from other ranks' slots.
         pairs_sent: (token, k) pairs of this rank's tokens that other ranks computed.
         pairs_received: pairs of other ranks' tokens that this rank computed.
+        prefetches: experts fetched before the layer's router had asked for them. Their bytes count above.
+        late: hits of these whose fetch was still under way.
         stall_s: seconds the host spent on demand fetches (on CUDA: queueing them; the copies run beside it).
         moves: experts fetched for a placement's sake, at the end of a step. Their bytes count above.
         move_s: seconds the host spent on these.
+        hosted_s: seconds the host's CPU spent on experts that weren't fetched.
         layer_s: seconds the host spent in the layer (on CUDA: queueing its work, and waiting for counts).
         wait_s: of these, waiting for other ranks' counts.
     """
@@ -50,14 +54,18 @@ class LayerStats(msgspec.Struct, frozen=True):
     hits: int
     misses: int
     waves: int
+    hosted: int
     evictions: int
     host_bytes: int
     peer_bytes: int
     pairs_sent: int
     pairs_received: int
+    prefetches: int
+    late: int
     stall_s: float
     moves: int
     move_s: float
+    hosted_s: float
     layer_s: float
     wait_s: float
 
@@ -116,7 +124,9 @@ class Telemetry:
         self._device_use = list(self._device_uses)
         self._steps, self._hits, self._misses, self._waves, self._evictions = ([0] * count for _ in range(5))
         self._host_bytes, self._peer_bytes, self._sent, self._received, self._moves = ([0] * count for _ in range(5))
-        self._stall_s, self._move_s, self._layer_s, self._wait_s = ([0.0] * count for _ in range(4))
+        self._prefetches, self._late = [0] * count, [0] * count
+        self._stall_s, self._move_s, self._layer_s, self._wait_s, self._hosted_s = ([0.0] * count for _ in range(5))
+        self._hosted = [0] * count
         self._uses = np.zeros((count, experts), np.int64)
         self._reuse = np.zeros((count, experts + 1), np.int64)
 
@@ -126,6 +136,15 @@ class Telemetry:
         self._device_use[layer].add_(torch.count_nonzero(counts[:-1]))
         self._steps[layer] += 1
         self._waves[layer] += 1
+
+    def count_device(self, layer: int, *, steps: int, misses: int) -> None:
+        """What a device did by itself: steps that were replayed without the host, and misses among the uses of
+        ``count_resident``, which takes all for hits.
+        """
+        self._steps[layer] += steps
+        self._waves[layer] += steps
+        self._hits[layer] -= misses
+        self._misses[layer] += misses
 
     def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, waves: int) -> None:
         """A step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
@@ -159,6 +178,19 @@ class Telemetry:
         self._moves[layer] += moves
         self._move_s[layer] += seconds
 
+    def count_prefetches(self, layer: int, experts: int) -> None:
+        """Experts that are fetched ahead."""
+        self._prefetches[layer] += experts
+
+    def count_late(self, layer: int, experts: int) -> None:
+        """Uses of experts that were fetched ahead, and hadn't landed."""
+        self._late[layer] += experts
+
+    def count_hosted(self, layer: int, experts: int, seconds: float) -> None:
+        """Misses computed by the host's CPU."""
+        self._hosted[layer] += experts
+        self._hosted_s[layer] += seconds
+
     def count_time(self, layer: int, seconds: float) -> None:
         """Time in a layer."""
         self._layer_s[layer] += seconds
@@ -190,14 +222,18 @@ class Telemetry:
                     hits=self._hits[i] + uses[i],
                     misses=self._misses[i],
                     waves=self._waves[i],
+                    hosted=self._hosted[i],
                     evictions=self._evictions[i],
                     host_bytes=self._host_bytes[i],
                     peer_bytes=self._peer_bytes[i],
                     pairs_sent=self._sent[i],
                     pairs_received=self._received[i],
+                    prefetches=self._prefetches[i],
+                    late=self._late[i],
                     stall_s=self._stall_s[i],
                     moves=self._moves[i],
                     move_s=self._move_s[i],
+                    hosted_s=self._hosted_s[i],
                     layer_s=self._layer_s[i],
                     wait_s=self._wait_s[i],
                 )

@@ -1,4 +1,4 @@
-"""Sizes as people write them: bytes with units, and the ``slots`` setting."""
+"""Sizes as people write them: bytes with units, a link's speed, and the ``slots`` and ``prefetch`` settings."""
 
 from __future__ import annotations
 
@@ -45,6 +45,35 @@ def format_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.4g} {name}"
     return f"{count:,}"
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """What a link carries, and how long it takes to begin."""
+
+    bytes_per_s: int
+    latency_s: float = 0.0
+
+    def seconds(self, size: int) -> float:
+        """Seconds that a transfer of so many bytes takes."""
+        return self.latency_s + size / self.bytes_per_s
+
+
+_LINK = re.compile(r"([^,]+?)\s*/\s*s\s*(?:,\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*)?", re.IGNORECASE)
+_PER_SECOND = {"us": 1e6, "ms": 1e3, "s": 1.0}
+
+
+def parse_link(text: str) -> LinkSpeed:
+    """Read a link's speed: ``"8GB/s"``, or with the latency of each transfer ``"8GB/s,20us"``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = _LINK.fullmatch(text)
+    if not match:
+        raise ConfigError(f"link={text!r}: allowed: bytes a second, and the latency of a transfer if any: 8GB/s or 8GB/s,20us")
+    latency_s = float(match[2]) / _PER_SECOND[match[3].lower()] if match[2] else 0.0
+    return LinkSpeed(parse_bytes(match[1], "link"), latency_s)
 
 
 @dataclass(frozen=True)
@@ -103,3 +132,33 @@ def parse_slots(value: int | str | SlotsSetting) -> SlotsSetting:
     if _SIZE.fullmatch(text):
         return SlotsSetting(total_bytes=parse_bytes(text, "slots"))
     raise ConfigError(f"slots={value!r}: {allowed}")
+
+
+@dataclass(frozen=True)
+class PrefetchSetting:
+    """The ``prefetch`` setting.
+
+    Attributes:
+        on: whether anything is fetched ahead, where a link carries it meanwhile.
+        bytes_per_step: what a rank may fetch in a step before nothing more is fetched ahead; None = no bound.
+    """
+
+    on: bool = True
+    bytes_per_step: int | None = None
+
+
+def parse_prefetch(value: str | bool | PrefetchSetting) -> PrefetchSetting:
+    """Read the public ``prefetch`` setting: ``"auto"``, ``"off"``, or bytes a step such as ``"64MiB"``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(value, PrefetchSetting):
+        return value
+    if isinstance(value, bool):
+        return PrefetchSetting(value)
+    if value in ("auto", "off"):
+        return PrefetchSetting(value == "auto")
+    if not isinstance(value, str) or not value[:1].isdigit():
+        raise ConfigError(f"prefetch={value!r}: allowed: auto, off, or what may be fetched in a step before it ends: 64MiB")
+    return PrefetchSetting(bytes_per_step=parse_bytes(value, "prefetch"))

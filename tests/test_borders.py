@@ -20,9 +20,9 @@ LAYERS = (
     ("errors", "records"),
     # pure decisions
     ("units", "eviction", "example", "sampling"),
-    ("residency", "memory_plan", "requests"),
+    ("residency", "memory_plan", "requests", "row_order", "example_text"),
     ("waves", "costs", "routes", "reuse", "moves", "windows"),
-    ("assignment", "replay", "placement", "quotas", "lanes", "timing"),
+    ("assignment", "prefetch", "serving", "replay", "placement", "quotas", "lanes", "timing"),
     ("shared_layer", "balance", "drift"),
     ("shared_model", "forecast", "replication", "local_search", "heat_map"),
     ("simulated_group", "scarce"),
@@ -30,19 +30,34 @@ LAYERS = (
     ("replanning", "placement_replay"),
     ("simulate",),
     # effects
-    ("host_store", "slot_pool", "telemetry", "checkpoint", "transport", "device_copy", "text", "end_tokens"),
+    (
+        "host_store",
+        "packed_records",
+        "slot_pool",
+        "link",
+        "telemetry",
+        "checkpoint",
+        "transport",
+        "device_copy",
+        "text",
+        "end_tokens",
+    ),
     ("token_choice", "store_build", "progress", "counting", "fetch", "kernel", "exchange", "lockstep", "torch_transport"),
+    ("host_compute",),
     ("node_store", "placement_file", "npz", "pinning", "slot_experts", "link_speed", "rendezvous"),
-    ("moe_layer",),
+    ("look_ahead", "device_slots"),
+    ("moe_layer", "triton_slots"),
     # the model integration
-    ("experts", "fp8", "paged_attention"),
-    ("expert_reader", "pretrained", "batching"),
-    ("model_shape",),
-    ("known_shapes", "runtime"),
-    ("rank_hello",),
+    ("experts", "packing", "fp8", "paged_attention"),
+    ("expert_reader", "pretrained", "batching", "routers"),
+    ("model_shape", "predictor"),
+    ("known_shapes", "runtime", "predictor_fit"),
+    ("rank_hello", "decode_graph"),
     ("rank_group",),
     ("ranks",),
     # the public surface
+    ("predictor_file",),
+    ("foresight",),
     ("trace", "loading", "engine"),
     ("store_check",),
     ("bench",),
@@ -54,6 +69,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = (
     *("units", "records", "eviction", "memory_plan", "waves", "replay"),
     *("residency", "placement", "costs", "routes", "assignment", "shared_layer", "shared_model", "sampling"),
+    *("prefetch", "row_order", "serving"),
     *("moves", "windows", "reuse", "quotas", "lanes", "timing", "balance", "drift", "forecast", "replication", "local_search"),
     *("simulated_group", "scarce", "rebalance", "replanning", "simulate", "placement_replay"),
 )
@@ -151,11 +167,12 @@ def test_the_commands_and_their_options():
     group = get_command(app)
     found = {name: {o for p in c.params for o in p.opts} for name, c in group.commands.items()}  # type: ignore[attr-defined]
     common = {"--model", "-m", "--dtype", "--cache-dir"}
-    assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "placement", "simulate"}
+    assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
         "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
         "--ranks", "--address", "--strategy", "--placement",
+        "--link", "--prefetch", "--predictor", "--execute-predicted",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
     assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}
@@ -163,10 +180,18 @@ def test_the_commands_and_their_options():
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {
         name: {o for p in c.params for o in p.opts}
-        for outer in ("trace", "placement")
+        for outer in ("trace", "predict", "placement")
         for name, c in {f"{outer} {n}": c for n, c in group.commands[outer].commands.items()}.items()  # type: ignore[attr-defined]
     }
-    assert inner.keys() == {"trace record", "trace replay", "placement replay", "placement plan", "placement show"}
+    assert inner.keys() == {
+        "trace record",
+        "trace replay",
+        "placement replay",
+        "placement plan",
+        "placement show",
+        "predict fit",
+        "predict show",
+    }
     assert {"output", "prompts", "--slots", "--model"} <= inner["trace record"]
     assert {"--slots", "--policy", "--json"} <= inner["trace replay"]
     assert {"--ranks", "--slots", "--json"} <= inner["placement replay"]

@@ -66,7 +66,7 @@ def test_two_experts_modules_a_layer_and_both_reached(checkpoint: Callable[[str]
     assert all(layer.steps for layer in epslots.stats(model).layers)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", lambda history: -history.last_use])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "adaptive", lambda history: -history.last_use])
 def test_any_policy_gives_the_same_tokens(policy: Any, checkpoint: Callable[[str], Path], cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     prompt = zoo.random_ids(1, 9, seed=3)

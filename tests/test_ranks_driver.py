@@ -15,7 +15,9 @@ import torch
 from epslots.costs import Costs
 from epslots.eviction import POLICIES, UseHistory
 from epslots.fetch import Mover
+from epslots.link import AtOnce
 from epslots.lockstep import Header, LockStep
+from epslots.look_ahead import Ahead
 from epslots.moe_layer import MoELayer
 from epslots.placement import Placement, default_homes, default_placement
 from epslots.records import LayerSpec, RecordLayout
@@ -26,6 +28,7 @@ from epslots.slot_pool import SlotPool
 from epslots.telemetry import Telemetry
 from epslots.transport import LocalTransport
 from tests.grouped import ALL_COSTS
+from tests.late_link import Echo, Guesses, LateLink
 from tests.plan_strategies import random_placement
 from tests.rank_helpers import run_threads
 
@@ -82,6 +85,7 @@ class Episode:
     steps: int
     identity: bool
     nodes: bool = False
+    predictions: type[Guesses] | None = None
 
 
 class OneRank:
@@ -92,7 +96,8 @@ class OneRank:
         rank, quota = transport.rank, episode.quotas[transport.rank]
         self.telemetry = Telemetry(specs, [quota] * LAYERS, CPU)
         self.pool = SlotPool(specs, [quota] * LAYERS, CPU)
-        self.mover = Mover(self.pool, Store(episode.experts), tuple(range(LAYERS)), self.telemetry)  # type: ignore[arg-type]
+        link = AtOnce() if episode.predictions is None else LateLink()
+        self.mover = Mover(self.pool, Store(episode.experts), link, tuple(range(LAYERS)), self.telemetry)  # type: ignore[arg-type]
         self.mover.transport = transport
         history = UseHistory.empty(LAYERS, episode.experts)
         self.layers, shared = [], []
@@ -136,6 +141,10 @@ class OneRank:
         )
         for layer, one in zip(self.layers, self.shared.layers, strict=True):
             layer.join(self.lockstep, one, lambda: self.shared.room)
+        if episode.predictions is not None:
+            predictor = episode.predictions(episode.experts, rank)
+            self.layers[0].ahead = Ahead(0, self.layers[1].expected, predictor)
+            self.shared.bound_prefetches(5 * BYTES)
 
     def begin_step(self, header: Header) -> None:
         if self.offered is not None:
@@ -160,7 +169,9 @@ class OneRank:
 
 
 def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
-    """One rank's part; returns its hits, misses, pairs sent, bytes copied from peers, moves, and placements reached."""
+    """One rank's part; returns its hits, misses, pairs sent, bytes copied from peers, moves, prefetches, hits that hadn't
+    landed, and placements reached.
+    """
     rank = OneRank(episode, transport)
     common = np.random.default_rng(episode.seed)  # the same on all ranks
     own = np.random.default_rng((episode.seed, transport.rank))
@@ -193,22 +204,25 @@ def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
         rank.lockstep.end()
         rank.check(transport.rank)
     layers = rank.telemetry.snapshot().layers
-    sums = (sum(getattr(x, name) for x in layers) for name in ("hits", "misses", "pairs_sent", "peer_bytes", "moves"))
-    return *sums, rank.reached
+    names = ("hits", "misses", "pairs_sent", "peer_bytes", "moves", "prefetches", "late")
+    return *(sum(getattr(x, name) for x in layers) for name in names), rank.reached
 
 
 EPISODES = [
     Episode(seed, quotas, experts, top_k, ALL_COSTS[costs], *rest)
     for seed, (quotas, experts, top_k, costs, *rest) in enumerate(
         [
-            ((3, 2), 8, 2, "tokens travel", "lrfu", 600, False),
-            ((4, 4, 4), 12, 3, "copies travel", "lru", 500, False),
-            ((1, 1, 1, 1), 16, 4, "gather", "lfu", 400, True),
-            ((2, 9, 5), 9, 2, "work spreads", "lrfu", 500, False),
-            ((6, 1), 10, 3, "nothing travels", "lrfu", 400, True),
-            ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 400, False, True),
-            ((7, 7, 7), 16, 2, "copies travel", "lrfu", 400, False, True),
-            ((1, 2, 1, 2, 1), 3, 1, "work spreads", "lru", 300, False),
+            ((3, 2), 8, 2, "tokens travel", "lrfu", 360, False),
+            ((4, 4, 4), 12, 3, "copies travel", "lru", 300, False),
+            ((1, 1, 1, 1), 16, 4, "gather", "lfu", 240, True),
+            ((2, 9, 5), 9, 2, "work spreads", "lrfu", 300, False),
+            ((6, 1), 10, 3, "nothing travels", "lrfu", 240, True),
+            ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 240, False, True),
+            ((7, 7, 7), 16, 2, "copies travel", "lrfu", 240, False, True),
+            ((1, 2, 1, 2, 1), 3, 1, "work spreads", "lru", 180, False),
+            ((3, 2), 16, 2, "tokens travel", "lrfu", 500, False, False, Echo),
+            ((4, 4, 4), 16, 3, "copies travel", "lrfu", 400, True, True, Guesses),
+            ((1, 6), 16, 2, "nothing travels", "lru", 400, False, False, Echo),
         ]
     )
 ]
@@ -217,7 +231,8 @@ EPISODES = [
 @pytest.mark.parametrize("episode", EPISODES, ids=lambda e: f"{e.seed}")
 def test_random_steps(episode: Episode):
     counts = run_threads(drive, len(episode.quotas), episode, timeout=150)
-    hits, misses, sent, copied, moves, reached = (sum(column) for column in zip(*counts, strict=True))
+    hits, misses, sent, copied, moves, prefetches, late, reached = (sum(column) for column in zip(*counts, strict=True))
     assert hits and misses and moves and reached, "nothing happened"
+    assert bool(prefetches and late) == (episode.predictions is not None)
     assert bool(sent) == (episode.costs not in (ALL_COSTS["nothing travels"], ALL_COSTS["copies travel"]))
     assert copied or episode.costs is not ALL_COSTS["copies travel"]

@@ -37,7 +37,7 @@ def test_every_rank_foresees_what_every_other_rank_does(situation: Situation):
     for rank, quota in enumerate(situation.quota_R.tolist()):
         position_E, expert_Q = window(situation.holds_RE[rank], quota, random)
         evicted_E = change.evicted_RE[rank]
-        waves = plan_waves(needed_RE[rank], position_E, expert_Q, situation.score_E, evicted_E)
+        waves = plan_waves(needed_RE[rank].astype(np.int64), position_E, expert_Q, situation.score_E, evicted_E)
         computed: list[int] = []
         for number, wave in enumerate(waves):
             assert expert_Q[wave.fetch_positions].tolist() == wave.evicted.tolist()

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from epslots.errors import CorruptExpertError
 from epslots.eviction import POLICIES, UseHistory, record_use
 from epslots.fetch import Mover
+from epslots.link import AtOnce
 from epslots.records import LayerSpec, RecordLayout
 from epslots.residency import settle
 from epslots.slot_pool import SlotPool
@@ -41,7 +42,7 @@ def make(quotas: list[int], experts: int) -> tuple[SlotPool, Mover, FakeStore, T
     layers = [LayerSpec(f"layer {i}", experts, LAYOUT) for i in range(len(quotas))]
     pool, store = SlotPool(layers, quotas, CPU), FakeStore()
     telemetry = Telemetry(layers, quotas, CPU)
-    return pool, Mover(pool, store, tuple(range(len(quotas))), telemetry), store, telemetry  # type: ignore[arg-type]
+    return pool, Mover(pool, store, AtOnce(), tuple(range(len(quotas))), telemetry), store, telemetry  # type: ignore[arg-type]
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -69,7 +70,7 @@ class PoolMachine(RuleBasedStateMachine):
         position_E = np.where(row < 0, -1, row - window.start)
         score_E = self.policy(history)
         change = settle((row >= 0)[None], (counts > 0)[None], np.array([self.pool.quotas[layer]]), score_E)
-        waves = plan_waves(counts > 0, position_E, self.pool.expert_of[window], score_E, change.evicted_RE[0])
+        waves = plan_waves(counts, position_E, self.pool.expert_of[window], score_E, change.evicted_RE[0])
         computed: set[int] = set()
         for wave in waves:
             if len(wave.fetch_experts):

@@ -22,7 +22,7 @@ def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] 
     score_E = np.array(scores if scores is not None else [0] * len(counts), np.int64)
     needed_E = np.array(counts) > 0
     change = settle((position_E >= 0)[None], needed_E[None], np.array([quota]), score_E)
-    waves = plan_waves(needed_E, position_E, expert_Q, score_E, change.evicted_RE[0])
+    waves = plan_waves(np.array(counts), position_E, expert_Q, score_E, change.evicted_RE[0])
     after_Q = expert_Q.copy()
     for wave in waves:
         after_Q[wave.fetch_positions] = wave.fetch_experts

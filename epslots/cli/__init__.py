@@ -1,4 +1,4 @@
-"""The command line: ``epslots generate | plan | verify | trace | placement | simulate | bench``.
+"""The command line: ``epslots generate | plan | verify | trace | predict | placement | simulate | bench``.
 
 Each command is a module; torch and transformers are imported when a command runs, so that ``--help`` answers at once.
 """
@@ -13,6 +13,7 @@ from epslots.cli.bench import bench
 from epslots.cli.generate import generate
 from epslots.cli.placement import placement_app
 from epslots.cli.plan import plan
+from epslots.cli.predict import predict_app
 from epslots.cli.simulate import simulate_command
 from epslots.cli.trace import trace_app
 from epslots.cli.verify import verify
@@ -31,6 +32,7 @@ app.command()(verify)
 app.command()(bench)
 app.command(name="simulate")(simulate_command)
 app.add_typer(trace_app, name="trace")
+app.add_typer(predict_app, name="predict")
 app.add_typer(placement_app, name="placement")
 
 EXIT_USER_ERROR = 2

@@ -18,8 +18,9 @@ from epslots.errors import ConfigError
 BENCHMARKS = (
     *("overhead", "start", "fetch", "sweep", "offload", "exchange", "ranks", "misses"),
     *("placement", "quotas", "rebalance", "simulate"),
+    *("eviction", "predict", "overlap", "latency", "decode"),
 )
-_ON_DEVICE = ("fetch", "offload")  # these take the device as well; the others measure the CPU
+_ON_DEVICE = ("fetch", "offload", "decode")  # these take the device as well; the others measure the CPU
 # Of whatever is installed beside epslots; called alike.
 MORE = {entry.name: entry for entry in entry_points(group="epslots.benchmarks")}
 
@@ -45,6 +46,12 @@ def bench(
     placement: the planner against EPLB: known loads, their speed, the next window of shifting traffic.
     quotas: hit rates with slots dealt to layers by measured need, against equal ones and the optimum.
     simulate: how fast clusters are simulated, up to 1,024 ranks; the simulator against real ranks.
+    eviction: hits of each policy as a share of the optimum's, over models, kinds of text, sizes and batches.
+    predict: recall of the next layers' experts, calibration, cost, loss of the approximate mode (CPU).
+    latency: P50/P95/P99 per token, to the first token, and tokens/s for 1 to 64 requests at 25, 50 and 100 % slots (CPU).
+    decode: tokens/s of captured decoding from 25 % slots to all, against plain transformers resident and accelerate's CPU
+    offload; copies into slots against the link. On a GPU a model of Qwen3-30B-A3B's shape, on the CPU a small one.
+    overlap: time per token at 25 % slots, fetches hidden behind computing, against waiting for each (emulated link, CPU).
     rebalance: step times of 4 ranks while a new placement is reached, against those of steady steps (CPU).
     misses: modelled time and bytes of the ways to serve a miss, with emulated links.
     offload: tokens/s from 25 % slots to all, against plain transformers resident and accelerate's CPU offload; on a GPU a

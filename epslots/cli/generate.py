@@ -15,11 +15,15 @@ from epslots.cli.options import (
     ChatOption,
     DeviceOption,
     DtypeOption,
+    ExecutePredictedOption,
     HostStoreOption,
+    LinkOption,
     MaxNewTokensOption,
     ModelOption,
     PlacementOption,
     PolicyOption,
+    PredictorOption,
+    PrefetchOption,
     SeedOption,
     SlotsOption,
     StopOption,
@@ -30,6 +34,7 @@ from epslots.cli.options import (
     ray_address,
 )
 from epslots.errors import ConfigError
+from epslots.eviction import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from epslots.cli.launchers import Launched
@@ -79,11 +84,15 @@ def generate(
             f"{DEFAULT_KV_TOKENS:,} unless one needs more.",
         ),
     ] = None,
-    policy: PolicyOption = "lrfu",
+    policy: PolicyOption = DEFAULT_POLICY,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     host_store: HostStoreOption = None,
     cache_dir: CacheDirOption = None,
+    link: LinkOption = None,
+    prefetch: PrefetchOption = "auto",
+    predictor: PredictorOption = None,
+    execute_predicted: ExecutePredictedOption = False,
 ) -> None:
     """Continue prompts with a model larger than the device.
 
@@ -125,6 +134,10 @@ def generate(
         "cache_dir": cache_dir,
         "kv_tokens": room,
         "placement": placement,
+        "link": link,
+        "prefetch": prefetch,
+        "predictor": predictor,
+        "execute_predicted": execute_predicted,
     }
     launched: Launched
     if launch is None:

@@ -68,6 +68,10 @@ class Launcher(Protocol):
         cache_dir: Path | None,
         kv_tokens: int,
         placement: Path | None,
+        link: str | None,
+        prefetch: str,
+        predictor: Path | None,
+        execute_predicted: bool,
         max_queue: int,
     ) -> Launched:
         """Start.

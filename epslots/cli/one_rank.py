@@ -52,6 +52,10 @@ class OneRank:
         cache_dir: Path | None,
         kv_tokens: int,
         placement: Path | None,
+        link: str | None,
+        prefetch: str,
+        predictor: Path | None,
+        execute_predicted: bool,
     ) -> None:
         self._model = epslots.load(
             path_or_id,
@@ -63,6 +67,10 @@ class OneRank:
             cache_dir=cache_dir,
             kv_tokens=kv_tokens,
             placement=placement,
+            link=link,
+            prefetch=prefetch,
+            predictor=predictor,
+            execute_predicted=execute_predicted,
         )
         self._tokenizer = tokenizer
         self._ends = end_tokens(self._model)

@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from epslots.eviction import POLICIES
+
 ModelOption = Annotated[
     Optional[str],
     typer.Option(
@@ -27,7 +29,7 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64.")
 ]
-PolicyOption = Annotated[str, typer.Option("--policy", help="Eviction policy: lru, lfu or lrfu.")]
+PolicyOption = Annotated[str, typer.Option("--policy", help=f"Eviction policy: {', '.join(POLICIES)}.")]
 HostStoreOption = Annotated[
     Optional[str],
     typer.Option(
@@ -63,6 +65,37 @@ PlacementOption = Annotated[
     Optional[Path],
     typer.Option(
         "--placement", help="File of `epslots placement plan`: where experts live at first. For as many ranks and slots."
+    ),
+]
+LinkOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--link",
+        help="Emulate a link between host and device on a CPU: bytes a second and the latency of each fetch, such as "
+        "8GB/s,20us. Fetches then take their time in the background, as on a GPU.",
+    ),
+]
+PrefetchOption = Annotated[
+    str,
+    typer.Option(
+        "--prefetch",
+        help='Fetch what the next layer is expected to need: "auto" (where a link carries it meanwhile), "off", or the bytes '
+        "a rank may fetch in a step before nothing more is fetched ahead: 64MiB.",
+    ),
+]
+PredictorOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--predictor",
+        help="File of `epslots predict fit`. Default: the one beside the checkpoint; without one, the next layer's router.",
+    ),
+]
+ExecutePredictedOption = Annotated[
+    bool,
+    typer.Option(
+        "--execute-predicted",
+        help="APPROXIMATE: execute the experts that are predicted instead of those that the model chooses. The text is no "
+        "longer the model's own.",
     ),
 ]
 StrategyOption = Annotated[

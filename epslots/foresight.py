@@ -1,0 +1,84 @@
+"""What a loaded model does with predictions: which predictor it has, what it may fetch ahead, and whether it executes them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import xxhash
+from transformers import PreTrainedModel
+
+from epslots.errors import ConfigError
+from epslots.look_ahead import Ahead, Foresight
+from epslots.moe_layer import MoELayer
+from epslots.predictor import Predictor
+from epslots.predictor_file import FILE_NAME, load_predictor, naive_predictor
+from epslots.prefetch import Budget
+from epslots.units import PrefetchSetting
+
+logger = logging.getLogger(__name__)
+
+
+def equip(
+    model: PreTrainedModel,
+    runners: Sequence[MoELayer],
+    folder: Path,
+    *,
+    prefetch: PrefetchSetting,
+    predictor: str | os.PathLike[str] | None,
+    execute_predicted: bool,
+) -> Foresight:
+    """Give each layer a view to the next.
+
+    Args:
+        folder: the checkpoint's; a predictor that lies there is used unless another is named.
+        predictor: a file written by ``epslots predict fit``.
+
+    Raises:
+        ConfigError: the file isn't one, or for another checkpoint; or predictions are to be executed and there is none.
+    """
+    concurrent = any(runner.experts.fetches_meanwhile for runner in runners)
+    path = Path(predictor) if predictor is not None else folder / FILE_NAME
+    fitted = _read(model, path, named=True) if predictor is not None else None
+    if not execute_predicted and not (prefetch.on and concurrent):
+        return Foresight()
+    if predictor is None and path.is_file():
+        fitted = _read(model, path, named=False)
+    told = naive_predictor(model) if fitted is None else fitted
+    blind = []
+    for runner, following in pairwise(runners):
+        if told.predicts(runner.index):
+            runner.ahead = Ahead(runner.index, following.expected, told, approximate=execute_predicted)
+        else:
+            blind.append(following.index)
+    if prefetch.on and concurrent and told.predicts(runners[-1].index):  # of the first layer, in the next step
+        runners[-1].ahead = Ahead(runners[-1].index, runners[0].expected, told)
+    if execute_predicted and len(runners) > 1 and len(blind) == len(runners) - 1:
+        raise ConfigError("execute_predicted: nothing can be predicted of this model; fit a predictor: epslots predict fit")
+    if blind:
+        logger.info("nothing is predicted of MoE layers %s", blind)
+    if prefetch.bytes_per_step is not None:
+        budget = Budget(1, prefetch.bytes_per_step)
+        for runner in runners:
+            runner.expected.budget = budget
+    kind = "routers" if fitted is None else f"predictor {_digest(path)}"
+    what = "executed" if execute_predicted else "fetched"
+    return Foresight(f"{what} ahead by {kind}, up to {prefetch.bytes_per_step} bytes", prefetch.bytes_per_step)
+
+
+def _read(model: PreTrainedModel, path: Path, *, named: bool) -> Predictor | None:
+    """The predictor in a file; one that wasn't asked for by name and doesn't fit is passed over, and that is said."""
+    try:
+        return load_predictor(path, model)
+    except ConfigError as error:
+        if named:
+            raise
+        logger.warning("%s is not used: %s", path, error)
+        return None
+
+
+def _digest(path: Path) -> str:
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
