@@ -34,7 +34,7 @@ from epslots.checkpoint import find_checkpoint
 from epslots.costs import Costs
 from epslots.errors import ConfigError
 from epslots.eviction import DEFAULT_POLICY, resolve_policy
-from epslots.loading import DEFAULT_KV_TOKENS
+from epslots.loading import DEFAULT_KV_TOKENS, HOST_COMPUTE_SETTINGS
 from epslots.placement import pack
 from epslots.placement_file import read_placement
 from epslots.text import load_tokenizer
@@ -60,8 +60,8 @@ class Cluster:
         strategy: how ranks are placed: "PACK" (on few nodes), "SPREAD" (over many), or the same strictly: "STRICT_PACK" (one
             node), "STRICT_SPREAD" (a node each).
         device: "cuda" or "cpu"; None = GPUs if the cluster has any.
-        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted: as in ``epslots.load``, on every
-            node.
+        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted, host_compute: as in
+            ``epslots.load``, on every node.
         kv_tokens: tokens that each rank's KV cache keeps.
         max_batch_tokens: the most tokens of one step of a rank.
         max_queue: requests that may wait or run at once.
@@ -110,12 +110,15 @@ class Cluster:
         prefetch: str = "auto",
         predictor: str | os.PathLike[str] | None = None,
         execute_predicted: bool = False,
+        host_compute: str = "auto",
         window_steps: int = DEFAULT_WINDOW,
         fleet: Fleet | None = None,
     ) -> None:
         parse_slots(slots)
         resolve_policy(policy)
         parse_prefetch(prefetch)
+        if host_compute not in HOST_COMPUTE_SETTINGS:
+            raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
         if link is not None:
             parse_link(link)
         if strategy not in STRATEGIES:
@@ -161,6 +164,7 @@ class Cluster:
                 prefetch=prefetch,
                 predictor=None if predictor is None else str(Path(predictor).absolute()),
                 execute_predicted=execute_predicted,
+                host_compute=host_compute,
             ),
             costs=costs,
             deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s),

@@ -21,6 +21,7 @@ from epslots.cli.options import (
     DeviceOption,
     DtypeOption,
     ExecutePredictedOption,
+    HostComputeOption,
     HostStoreOption,
     LinkOption,
     MaxNewTokensOption,
@@ -76,6 +77,7 @@ def job(
     prefetch: PrefetchOption = "auto",
     predictor: PredictorOption = None,
     execute_predicted: ExecutePredictedOption = False,
+    host_compute: HostComputeOption = "auto",
     placement: PlacementOption = None,
     window_steps: Annotated[
         int,
@@ -163,6 +165,7 @@ def job(
             prefetch=prefetch,
             predictor=predictor,
             execute_predicted=execute_predicted,
+            host_compute=host_compute,
             window_steps=window_steps,
             deadline_s=deadline_s,
         )

@@ -47,6 +47,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     prefetch: str = "auto"
     predictor: str | None = None
     execute_predicted: bool = False
+    host_compute: str = "auto"
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):

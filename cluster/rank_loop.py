@@ -231,6 +231,7 @@ class RankLoop:
             prefetch=load.prefetch,
             predictor=load.predictor,
             execute_predicted=load.execute_predicted,
+            host_compute=load.host_compute,
             display=ProgressDisplay(tell=self._tell_progress),
         )
         loaded = time.monotonic()

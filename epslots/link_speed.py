@@ -28,26 +28,46 @@ _ROWS = 128
 def measure_costs(
     transport: Transport, mover: Mover, kernel: ExpertKernel, slots: int, host: HostExperts | None = None
 ) -> Costs:
-    """Measure, and agree with all ranks. All ranks call it together.
+    """Measure, and agree with all ranks. All ranks call it together. Arguments as ``measure_alone``."""
+    mine = measure_alone(mover, kernel, slots, host)
+    device = transport.device
+    here = torch.zeros(mover.pool.layout.nbytes, dtype=torch.uint8, device=device)
+    gone = torch.zeros_like(here)
+    rank, size = transport.rank, transport.size
+    after, before = (rank + 1) % size, (rank - 1) % size
+    one, many = [1] * size, [_ROWS] * size
+    rows = torch.zeros(_ROWS * size, kernel.hidden_size, dtype=kernel.dtype, device=device)
+    wait = _wait_for(device)
+    peer = _time(lambda: transport.exchange([(after, gone)], [(before, here)], agreed=True), wait)
+    exchange = _time(lambda: transport.all_to_all(rows[:size], one, one, agreed=True), wait)
+    full = _time(lambda: transport.all_to_all(rows, many, many, agreed=True), wait)
+    gather = _time(lambda: transport.all_gather(rows[:1]), wait)
+    scatter = _time(lambda: transport.reduce_scatter(rows[:size]), wait)
+    mine = msgspec.structs.replace(
+        mine,
+        peer_fetch=max(1, peer),
+        pair_transfer=max(1, (full - exchange) // (_ROWS * max(1, size - 1))),
+        exchange=max(1, exchange),
+        gather=max(1, (gather + scatter) // 2),
+    )
+    return agree_on_costs(transport, mine)
+
+
+def measure_alone(mover: Mover, kernel: ExpertKernel, slots: int, host: HostExperts | None = None) -> Costs:
+    """What a rank pays without others; what is exchanged with these counts as next to nothing.
 
     Args:
         mover: of the pool whose experts are measured.
         kernel: of one of the pool's layers, with ``slots`` slots.
         host: of that layer, if the host's CPU may compute experts.
     """
-    device, nbytes = transport.device, mover.pool.layout.nbytes
-    here = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    layer = mover.store_layers[0]
-    spec = mover.pool.layers[0]
+    device, spec = mover.pool.device, mover.pool.layers[0]
+    here = torch.zeros(mover.pool.layout.nbytes, dtype=torch.uint8, device=device)
     put = Unpacker(spec)
     # One after the other, as misses come: from memory, and not from a cache.
-    records = (mover.store.record(layer, number % spec.num_experts) for number in itertools.count())
-    gone = torch.zeros_like(here)
-    rank, size = transport.rank, transport.size
-    after, before = (rank + 1) % size, (rank - 1) % size
-    one, many = [1] * size, [_ROWS] * size
-    rows = torch.zeros(_ROWS * size, kernel.hidden_size, dtype=kernel.dtype, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    records = (mover.store.record(mover.store_layers[0], number % spec.num_experts) for number in itertools.count())
+    rows = torch.zeros(_ROWS, kernel.hidden_size, dtype=kernel.dtype, device=device)
+    wait = _wait_for(device)
 
     def fetch() -> None:
         for landing in mover.link.start([here], [next(records)], put, urgent=True):
@@ -57,26 +77,23 @@ def measure_costs(
         ends = torch.full((slots,), count, dtype=torch.int32, device=device)
         kernel(rows[:count], ends, torch.zeros(count, dtype=torch.int64, device=device))
 
-    host_fetch = _time(fetch, wait)
-    peer = _time(lambda: transport.exchange([(after, gone)], [(before, here)], agreed=True), wait)
-    exchange = _time(lambda: transport.all_to_all(rows[:size], one, one, agreed=True), wait)
-    full = _time(lambda: transport.all_to_all(rows, many, many, agreed=True), wait)
-    gather = _time(lambda: transport.all_gather(rows[:1]), wait)
-    scatter = _time(lambda: transport.reduce_scatter(rows[:size]), wait)
     one_row, all_rows = (_time(lambda n=n: compute(n), wait) for n in (1, _ROWS))  # type: ignore[misc]
-    mine = Costs(
-        host_fetch=max(1, host_fetch),
-        peer_fetch=max(1, peer),
-        pair_transfer=max(1, (full - exchange) // (_ROWS * max(1, size - 1))),
+    host_expert, host_pair = (0, 0) if host is None else measure_host(host, rows, wait)
+    return Costs(
+        host_fetch=max(1, _time(fetch, wait)),
+        peer_fetch=1,
+        pair_transfer=1,
         pair_compute=max(1, (all_rows - one_row) // (_ROWS - 1)),
         expert_compute=max(1, one_row),
-        exchange=max(1, exchange),
-        gather=max(1, (gather + scatter) // 2),
+        exchange=1,
+        gather=1,
+        host_expert=host_expert,
+        host_pair=host_pair,
     )
-    if host is not None:
-        host_expert, host_pair = measure_host(host, rows[:_ROWS], wait)
-        mine = msgspec.structs.replace(mine, host_expert=host_expert, host_pair=host_pair)
-    return agree_on_costs(transport, mine)
+
+
+def _wait_for(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def measure_host(host: HostExperts, rows_NH: torch.Tensor, wait: Callable[[], None]) -> tuple[int, int]:

@@ -44,7 +44,7 @@ from epslots.placement import Placement
 from epslots.placement_file import read_placement
 from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
 from epslots.progress import ProgressDisplay
-from epslots.ranks import announce_failure, group_up, place_alone, ranks_here
+from epslots.ranks import announce_failure, compute_on_host, group_up, place_alone, ranks_here
 from epslots.records import LayerSpec, RecordLayout
 from epslots.rendezvous import find_transport, local_number
 from epslots.runtime import Runtime, attach, runtime_of
@@ -61,6 +61,8 @@ RECORDS_VERSION = 2
 DEFAULT_KV_TOKENS = 4096
 # Seconds that ranks wait for each other while they load: one may build the store that another has.
 LOAD_DEADLINE_S = 3600.0
+# Whether the host's CPU computes missing experts where that costs less than fetching them; "auto" = for a GPU.
+HOST_COMPUTE_SETTINGS = ("auto", "on", "off")
 # Arguments of from_pretrained that are settled here.
 OWN_ARGUMENTS = {
     *("config", "device_map", "experts_implementation", "use_safetensors", "local_files_only", "output_loading_info"),
@@ -92,6 +94,7 @@ def load(
     prefetch: str | bool | PrefetchSetting = "auto",
     predictor: str | os.PathLike[str] | None = None,
     execute_predicted: bool = False,
+    host_compute: str = "auto",
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts checkpoint with a bounded number of expert slots.
@@ -125,6 +128,8 @@ def load(
             checkpoint, if there is one, else the next layer's router.
         execute_predicted: execute the experts that are predicted instead of those that the model's router chooses, in all
             layers but the first. **The outputs are no longer the model's own.**
+        host_compute: let the host's CPU compute a missing expert, from the host store, where that costs less than fetching it:
+            ``"auto"`` (for a GPU), ``"on"`` or ``"off"``. ``costs`` that are given must say what it costs.
         deadline_s: how long a rank waits for the others in one operation before it gives them up as lost. It has to cover what
             a rank does between two forward passes. By default 60 (or as ``group`` has it, if that is a transport of ours);
             loading has an hour.
@@ -165,11 +170,14 @@ def load(
             prefetch=prefetch,
             predictor=predictor,
             execute_predicted=execute_predicted,
+            host_compute=host_compute,
             **model_kwargs,
         )
 
     if transport is None:
         model = load_here(neighbours=1)
+        if runtime_of(model).host_compute:
+            compute_on_host(model, costs)
         if start is not None:
             place_alone(model, start, display)
         return model
@@ -193,8 +201,14 @@ def load(
 
 def shared_settings(model: PreTrainedModel, policy: str | Policy) -> dict[str, str]:
     """What ``load`` was told that must be equal on all ranks, for ``ranks.join``."""
-    foresight = runtime_of(model).foresight.settings
-    return {"policy": policy_name(policy), "device": model.device.type, "dtype": str(model.dtype), "predictions": foresight}
+    runtime = runtime_of(model)
+    return {
+        "policy": policy_name(policy),
+        "device": model.device.type,
+        "dtype": str(model.dtype),
+        "predictions": runtime.foresight.settings,
+        "host_compute": str(runtime.host_compute),
+    }
 
 
 def load_alone(
@@ -213,6 +227,7 @@ def load_alone(
     prefetch: str | bool | PrefetchSetting = "auto",
     predictor: str | os.PathLike[str] | None = None,
     execute_predicted: bool = False,
+    host_compute: str = "auto",
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """``load`` without a group, whatever torch.distributed's state: for a rank that joins one by itself (``ranks.join``).
@@ -228,6 +243,9 @@ def load_alone(
         raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
     setting, policy_function, target = parse_slots(slots), resolve_policy(policy), resolve_device(device)
     ahead = parse_prefetch(prefetch)
+    if host_compute not in HOST_COMPUTE_SETTINGS:
+        raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
+    on_host = host_compute == "on" or (host_compute == "auto" and target.type == "cuda")
     store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)
@@ -273,7 +291,7 @@ def load_alone(
         pin_store(store, display, target)
     runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target, link)
     foresight = equip(model, runtime.runners, folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted)
-    attach(model, replace(runtime, foresight=foresight))
+    attach(model, replace(runtime, foresight=foresight, host_compute=on_host))
     runtime.fill(runtime.complete_layers(), display)
     return model
 

@@ -20,12 +20,13 @@ from epslots.costs import Costs
 from epslots.errors import GroupError, PeerLost
 from epslots.eviction import IntArray
 from epslots.experts import experts_modules
-from epslots.link_speed import largest, measure_costs
+from epslots.link_speed import largest, measure_alone, measure_costs
 from epslots.placement import Placement, default_placement, first_residents, pack
 from epslots.progress import ProgressDisplay
 from epslots.rank_group import RankGroup, enter, group_of
 from epslots.rank_hello import Hello, agree_on_placement, encode, exchange_hellos, greet, settings_of
 from epslots.runtime import Runtime, runtime_of
+from epslots.serving import HostShare
 from epslots.shared_model import check_fits
 from epslots.transport import Transport
 
@@ -101,7 +102,27 @@ def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Hel
     if known:
         return [largest(pool) for pool in zip(*known, strict=True)]
     kernels = [runtime.runners[mover.store_layers[0]].experts for mover in runtime.movers]
-    return [measure_costs(transport, m, k.kernel, k.slots) for m, k in zip(runtime.movers, kernels, strict=True)]
+    return [
+        measure_costs(transport, mover, experts.kernel, experts.slots, experts.host if runtime.host_compute else None)
+        for mover, experts in zip(runtime.movers, kernels, strict=True)
+    ]
+
+
+def compute_on_host(model: nn.Module, costs: Costs | None) -> None:
+    """Let a rank that is alone compute misses on its host's CPU where that is cheaper than fetching them.
+
+    Args:
+        costs: what things cost; measured, if not given.
+    """
+    runtime = runtime_of(model)
+    for mover in runtime.movers:
+        experts = runtime.runners[mover.store_layers[0]].experts
+        known = costs or measure_alone(mover, experts.kernel, experts.slots, experts.host)
+        for index in mover.store_layers:
+            if known.computes_on_host:
+                runtime.runners[index].host_share = HostShare(
+                    1, runtime.layers[index].num_experts, known, beside=mover.link.concurrent
+                )
 
 
 def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Hello]) -> None:

@@ -27,7 +27,8 @@ _ATTRIBUTE = "epslots_runtime"
 class Runtime:
     """Everything behind one model: the layers in order, each with its runner, and a mover for each pool.
 
-    ``checkpoint`` digests the weight files' content, wherever they are.
+    ``checkpoint`` digests the weight files' content, wherever they are; ``host_compute`` is whether the host's CPU may compute
+    what is missing.
     """
 
     checkpoint: str
@@ -38,6 +39,7 @@ class Runtime:
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
     foresight: Foresight = field(default_factory=Foresight)
+    host_compute: bool = False
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
         """The pool of a layer, and the layer's number within it."""

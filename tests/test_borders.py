@@ -172,7 +172,7 @@ def test_the_commands_and_their_options():
         "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
         "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
         "--ranks", "--address", "--strategy", "--placement",
-        "--link", "--prefetch", "--predictor", "--execute-predicted",
+        "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
     assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}

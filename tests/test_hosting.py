@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.costs import Costs
+from epslots.errors import ConfigError
+from epslots.rank_group import group_of
 from epslots.runtime import runtime_of
 from epslots.serving import HostShare
 from tests import zoo
@@ -81,3 +83,37 @@ def test_packed_records(name: str, make: Callable[..., Path], checkpoint: Checkp
     assert fetched(model) == stats.misses * layer.record.nbytes
     assert_equal(hosting(model, OFTEN, beside=False), reference)
     runtime_of(model).check_integrity()
+
+
+def test_measured_costs_decide(checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("qwen3_moe")
+    model = load(folder, cache_dir, host_compute="on")
+    shares = [runner.host_share for runner in runtime_of(model).runners]
+    assert all(share is not None and share.costs.computes_on_host for share in shares)
+    assert_equal(model, zoo.reference(folder))
+    plain = load(folder, cache_dir)
+    assert not any(runner.host_share for runner in runtime_of(plain).runners), "a CPU computes from slots by default"
+
+
+def test_given_costs_decide(checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("qwen3_moe")
+    model = load(folder, cache_dir, host_compute="on", costs=ALWAYS)
+    assert_equal(model, zoo.reference(folder))
+    assert fetched(model) == 0
+    other = load(folder, cache_dir, host_compute="on", costs=TOKENS_TRAVEL)
+    assert_equal(other, zoo.reference(folder))
+    assert fetched(other), "these costs don't say what the host takes"
+
+
+def test_measured_by_many_ranks(checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("qwen3_moe")
+    grouped = Grouped(folder, cache_dir, slots=[3, 3], costs=None, host_compute="on")
+    assert all(group_of(model).costs[0].computes_on_host for model in grouped.models)
+    compare(grouped, zoo.reference(folder))
+    other = Grouped(folder, cache_dir, slots=[3, 3], costs=None)
+    assert not any(group_of(model).costs[0].computes_on_host for model in other.models)
+
+
+def test_what_is_no_setting(checkpoint: Checkpoints, cache_dir: Path):
+    with pytest.raises(ConfigError, match="host_compute='maybe': allowed: auto, on, off"):
+        load(checkpoint("qwen3_moe"), cache_dir, host_compute="maybe")

@@ -16,6 +16,7 @@ from epslots.cli.options import (
     DeviceOption,
     DtypeOption,
     ExecutePredictedOption,
+    HostComputeOption,
     HostStoreOption,
     LinkOption,
     MaxNewTokensOption,
@@ -93,6 +94,7 @@ def generate(
     prefetch: PrefetchOption = "auto",
     predictor: PredictorOption = None,
     execute_predicted: ExecutePredictedOption = False,
+    host_compute: HostComputeOption = "auto",
 ) -> None:
     """Continue prompts with a model larger than the device.
 
@@ -138,6 +140,7 @@ def generate(
         "prefetch": prefetch,
         "predictor": predictor,
         "execute_predicted": execute_predicted,
+        "host_compute": host_compute,
     }
     launched: Launched
     if launch is None:

@@ -72,6 +72,7 @@ class Launcher(Protocol):
         prefetch: str,
         predictor: Path | None,
         execute_predicted: bool,
+        host_compute: str,
         max_queue: int,
     ) -> Launched:
         """Start.

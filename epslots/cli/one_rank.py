@@ -56,6 +56,7 @@ class OneRank:
         prefetch: str,
         predictor: Path | None,
         execute_predicted: bool,
+        host_compute: str,
     ) -> None:
         self._model = epslots.load(
             path_or_id,
@@ -71,6 +72,7 @@ class OneRank:
             prefetch=prefetch,
             predictor=predictor,
             execute_predicted=execute_predicted,
+            host_compute=host_compute,
         )
         self._tokenizer = tokenizer
         self._ends = end_tokens(self._model)

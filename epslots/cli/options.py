@@ -90,6 +90,13 @@ PredictorOption = Annotated[
         help="File of `epslots predict fit`. Default: the one beside the checkpoint; without one, the next layer's router.",
     ),
 ]
+HostComputeOption = Annotated[
+    str,
+    typer.Option(
+        "--host-compute",
+        help="Let the host's CPU compute a missing expert where that costs less than fetching it: auto (on a GPU), on, off.",
+    ),
+]
 ExecutePredictedOption = Annotated[
     bool,
     typer.Option(
