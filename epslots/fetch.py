@@ -125,8 +125,8 @@ class Mover:
             done[begun] = True
 
     def land(self, slots: NDArray[np.int64]) -> None:
-        """What is computed next finds these slots complete."""
-        for slot in slots[self.flying[slots]].tolist():
+        """What is computed next finds these slots complete; any of them may be named twice."""
+        for slot in set(slots[self.flying[slots]].tolist()):
             self.link.land(self._landings.pop(slot))
             self.flying[slot] = False
 

@@ -41,9 +41,13 @@ class Link(Protocol):
 
     Attributes:
         concurrent: whether records are on their way while the caller goes on.
+        busy: whether any are now.
     """
 
     concurrent: bool
+
+    @property
+    def busy(self) -> bool: ...
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
         """Fill slots with records, in order; returns their landings.
@@ -65,6 +69,7 @@ class AtOnce:
     """Copies before it returns."""
 
     concurrent = False
+    busy = False
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
@@ -109,6 +114,11 @@ class CopyStreams:
         self._staged: Any = None
         self._waiting: deque[_Copy] = deque()
         self._on_spare: deque[_Copy] = deque()
+
+    @property
+    def busy(self) -> bool:
+        self._go_on()
+        return bool(self._on_spare) or (self._staged is not None and not self._staged.query())
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
         copies = [_Copy(slot, record, put) for slot, record in zip(slots, records, strict=True)]
@@ -176,6 +186,7 @@ class _Queue:
         self.urgent: deque[_Flight] = deque()
         self.spare: deque[_Flight] = deque()
         self.open = True
+        self.free = 0.0  # when the link is free again
 
     def close(self) -> None:
         with self.changed:
@@ -184,20 +195,19 @@ class _Queue:
 
     def carry(self) -> None:
         """The thread: one flight after the other, urgent ones first; it sleeps while bytes would be crossing."""
-        free = 0.0  # when the link is free again
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.urgent or self.spare or not self.open)
                 if not self.open:
                     return
                 flight = (self.urgent or self.spare).popleft()
-            due = max(free, perf_counter()) + flight.taken_s
+            due = self.free = max(self.free, perf_counter()) + flight.taken_s
             flight.put(flight.slot, flight.record)
             with self.changed:
                 flight.due, flight.begun = due, True
                 self.changed.notify_all()
             del flight
-            free = max(due, perf_counter())
+            self.free = max(due, perf_counter())
             _sleep_until(due)
 
 
@@ -216,6 +226,11 @@ class EmulatedLink:
         self._thread = threading.Thread(target=queue.carry, name="epslots-link", daemon=True)
         self._thread.start()
         weakref.finalize(self, queue.close)
+
+    @property
+    def busy(self) -> bool:
+        queue = self._queue
+        return bool(queue.urgent or queue.spare) or perf_counter() < queue.free
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
         flights = [

@@ -5,8 +5,8 @@ Everything that ranks tell each other about a step is a row of int32 of one widt
 step, and each layer's counts in it. A row says what it is, so that ranks which got out of step find out at once, from rows
 that always match in size, before a byte of anything else moves.
 
-    row       kind (-1 = header, else the layer), step, model, guard, top_k, then the words of the header; or the layer's
-              counts, and behind them bytes that tell what is predicted of the next layer
+    row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy, then the words of
+              the header; or the layer's counts, and behind them bytes that tell what is predicted of the next layer
     guard     a digest of all that the layer's plan follows from but the counts: ranks that differ in it would plan differently
     header    generation, digest of the residency table, has work, wants to stop, newest placement that has come
 """
@@ -25,7 +25,7 @@ from epslots.eviction import IntArray
 from epslots.transport import Transport
 
 _HEADER = -1
-_PREFIX = 5
+_PREFIX = 6
 _HEADER_WORDS = 2 * 5
 # Rows of all models are as long, up to this many experts: one who calls the wrong model is told so.
 _USUAL_EXPERTS = 500
@@ -40,6 +40,23 @@ class Header:
     work: bool
     stop: bool
     placement: int = 0
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What all ranks said of a layer.
+
+    Attributes:
+        counts_R: int64 [R, E + 1].
+        top_k: K.
+        busy_R: whether each rank's link has something to do, bool [R].
+        predicted_R: uint8 [R, at least as many as were given]; of ranks that gave none it means nothing.
+    """
+
+    counts_R: IntArray
+    top_k: int
+    busy_R: NDArray[np.bool_]
+    predicted_R: NDArray[np.uint8]
 
 
 class LockStep:
@@ -148,16 +165,23 @@ class LockStep:
         return header
 
     def gather_counts(
-        self, layer: int, counts: torch.Tensor, top_k: int, guard: int, predicted: torch.Tensor | None = None
-    ) -> tuple[IntArray, int, NDArray[np.uint8]]:
-        """Every rank's counts of one layer, int64 [R, E + 1]; K; and what each predicts, uint8 [R, at least n].
+        self,
+        layer: int,
+        counts: torch.Tensor,
+        top_k: int,
+        guard: int,
+        predicted: torch.Tensor | None = None,
+        *,
+        busy: bool = False,
+    ) -> Gathered:
+        """Tell all ranks what this one has of a layer, and learn what they have.
 
         Args:
             counts: int64 [E + 1], this rank's.
             top_k: K, or 0 without tokens.
             guard: a digest of what the layer's plan follows from, the same on all ranks.
-            predicted: n numbers from 0 to 255, no more than the largest layer has experts. What is behind them, and what ranks
-                that give none send, means nothing.
+            predicted: numbers from 0 to 255, no more than the largest layer has experts.
+            busy: whether this rank's link has something to do.
 
         Raises:
             ExchangeError: ranks are in different places, or would plan differently.
@@ -166,11 +190,11 @@ class LockStep:
         self._row[_PREFIX : _PREFIX + len(counts)] = counts
         if predicted is not None:
             self._predicted[: len(predicted)] = predicted
-        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX)
+        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX, busy=busy)
         if (rows[:, 3] != rows[0, 3]).any():
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         counts_R = rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64)
-        return counts_R, int(rows[:, 4].max()), rows[:, self._words :].view(np.uint8)
+        return Gathered(counts_R, int(rows[:, 4].max()), rows[:, 5] > 0, rows[:, self._words :].view(np.uint8))
 
     def fail(self, error: BaseException) -> None:
         """This rank's step ends with an error of its own: nobody must wait for it."""
@@ -181,9 +205,9 @@ class LockStep:
         layer, self._layer = self._layer, self._layer + 1
         self._idle_layers[layer]()
 
-    def _gather(self, kind: int, top_k: int, guard: int, words: int) -> IntArray:
+    def _gather(self, kind: int, top_k: int, guard: int, words: int, *, busy: bool = False) -> IntArray:
         """All ranks' rows; the first ``words`` of this rank's come from the host."""
-        self._head.numpy()[:_PREFIX] = kind, self._step, self._model, guard, top_k
+        self._head.numpy()[:_PREFIX] = kind, self._step, self._model, guard, top_k, busy
         self._row[:words].copy_(self._head[:words], non_blocking=True)
         rows: IntArray = self.transport.to_host(self.transport.all_gather(self._row))
         if (rows[:, :3] != rows[0, :3]).any():

@@ -95,22 +95,22 @@ class Expected:
         self._steps += 1
         self._lookout.judge(used_E)
 
-    def fetch(self, usage_RE: IntArray) -> None:
-        """Begin to fetch what these predictions say."""
-        found = self._choose(usage_RE)
+    def fetch(self, usage_RE: IntArray, busy_R: BoolArray) -> None:
+        """Begin to fetch what these predictions say. Arguments as ``Lookout.plan``."""
+        found = self._choose(usage_RE, busy_R)
         if found is not None:
             rank = 0 if self._shared is None else self._shared.rank
             mine = found.experts[found.ranks == rank]
             if len(mine):
                 self.experts.prefetch(mine, np.flatnonzero(found.evicted_RE[rank]))
 
-    def _choose(self, usage_RE: IntArray) -> Prefetches | None:
+    def _choose(self, usage_RE: IntArray, busy_R: BoolArray) -> Prefetches | None:
         if self._shared is not None:
-            return self._shared.prefetch(usage_RE, self._score())
+            return self._shared.prefetch(usage_RE, self._score(), busy_R)
         experts = self.experts
         nbytes = experts.pool.layout.nbytes
         return self._lookout.plan(
-            usage_RE, experts.resident_E[None], experts.quota_1, self._home_E, self._score(), self.budget, nbytes
+            usage_RE, experts.resident_E[None], experts.quota_1, self._home_E, self._score(), busy_R, self.budget, nbytes
         )
 
     def charge(self, experts: int) -> None:
@@ -156,18 +156,19 @@ class Ahead:
         """``predict`` of a rank without tokens."""
         return self._nothing if self._expected.asked else None
 
-    def fetch(self, usage_RE: IntArray, here: SlotPool) -> None:
+    def fetch(self, usage_RE: IntArray, busy_R: BoolArray, here: SlotPool) -> None:
         """Begin to fetch what all ranks expect.
 
         Args:
+            busy_R: as in ``Lookout.plan``.
             here: the pool whose lock the caller holds.
         """
         there = self._expected.experts.pool
         # Another thread may hold that pool's lock, and wait for this one's. In a group of ranks there is no other.
         if there is here:
-            self._expected.fetch(usage_RE)
+            self._expected.fetch(usage_RE, busy_R)
         elif there.lock.acquire(blocking=self._expected.in_group):
             try:
-                self._expected.fetch(usage_RE)
+                self._expected.fetch(usage_RE, busy_R)
             finally:
                 there.lock.release()

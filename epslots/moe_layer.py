@@ -170,10 +170,11 @@ class MoELayer:
         """One rank's step: each pair's result, [N, H]."""
         if self.index == 0 and self.expected.budget is not None:
             self.expected.budget.renew()
+        busy_1 = np.array([self.experts.link_is_busy])
         if self.experts.never_misses:
             self._telemetry.count_resident(self.index, counts)
             if usage is not None:
-                self._fetch_ahead(usage.cpu().numpy()[None])
+                self._fetch_ahead(usage.cpu().numpy()[None], busy_1)
             return self.experts.execute(hidden_TH, ids_N)
         counts_host, usage_E = _to_host(counts, usage)  # the one host synchronisation of a step
         counts_E = counts_host[:-1]
@@ -197,10 +198,10 @@ class MoELayer:
         self.expected.charge(int(np.count_nonzero(missing)))
         usage_1E = None if usage_E is None else usage_E[None]
         if self._hosted:
-            self._fetch_ahead(usage_1E)
+            self._fetch_ahead(usage_1E, busy_1)
         result = self._compute(Stay(hidden_TH, ids_N), slots_E, waves, begun, on_host)
         if not self._hosted:
-            self._fetch_ahead(usage_1E)
+            self._fetch_ahead(usage_1E, busy_1)
         return self.experts.finish_on_host(on_host, result)
 
     def _choose_hosted(self, resident_1E: BoolArray, needed_1E: BoolArray, counts_E: IntArray, score_E: IntArray) -> IntArray:
@@ -224,8 +225,9 @@ class MoELayer:
         assert shared is not None
         top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0
         began = time.perf_counter()
-        counts_R, top_k, predicted_R = lockstep.gather_counts(self.index, counts, top_k, shared.digest, usage)
-        usage_RE = None if usage is None else predicted_R[:, : len(usage)].astype(np.int64)
+        all_ranks = lockstep.gather_counts(self.index, counts, top_k, shared.digest, usage, busy=experts.link_is_busy)
+        counts_R, top_k = all_ranks.counts_R, all_ranks.top_k
+        usage_RE = None if usage is None else all_ranks.predicted_R[:, : len(usage)].astype(np.int64)
         self._telemetry.count_wait(self.index, time.perf_counter() - began)
         experts.confirm()  # what was queued before the counts has arrived with them
         counts_RE = counts_R[:, :-1]
@@ -248,7 +250,7 @@ class MoELayer:
         agreed = lockstep.agreed
         begun = experts.fetch(waves, plan.copies, agreed=agreed)
         if self._hosted:
-            self._fetch_ahead(usage_RE)
+            self._fetch_ahead(usage_RE, all_ranks.busy_R)
         tokens_R = counts_R.sum(1) // max(top_k, 1)
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
@@ -257,15 +259,15 @@ class MoELayer:
         results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
         pairs_NH = arrived.give_back(experts.finish_on_host(on_host, results_MH))
         if not self._hosted:
-            self._fetch_ahead(usage_RE)
+            self._fetch_ahead(usage_RE, all_ranks.busy_R)
         if plan.move is not None:
             experts.move(plan.move, agreed=agreed)
         return pairs_NH
 
-    def _fetch_ahead(self, usage_RE: IntArray | None) -> None:
+    def _fetch_ahead(self, usage_RE: IntArray | None, busy_R: BoolArray) -> None:
         """Begin to fetch what the next layer is expected to use, if anything was said of it."""
         if usage_RE is not None and self.ahead is not None:
-            self.ahead.fetch(usage_RE, self.experts.pool)
+            self.ahead.fetch(usage_RE, busy_R, self.experts.pool)
 
     def _compute(
         self, arrived: Dispatched, counts_E: IntArray, waves: tuple[Wave, ...], begun: int, on_host: OnHost | None

@@ -19,16 +19,17 @@ from epslots.eviction import IntArray
 from epslots.residency import BoolArray, settle
 
 CERTAIN = 256
-# How likely an expert must be used to be fetched, or kept from giving way to one that is.
-LIKELY = 96
-# No more than this part of a layer's slots changes ahead of a step: what was used last is the other guess at what comes.
-CHANGING_SHARE = 4
-# Prefetching stops where less than a third of it is used, and begins anew where two fifths would be.
-STOP_BELOW = 3, 1
-START_ABOVE = 5, 2
-# Judged on the last few dozen of prefetches; while there are none, on what is predicted in one step of so many.
-LEAST_JUDGED = 16
-MEMORY = 64
+# How likely an expert must be used to be fetched, or kept from giving way to one that is: over a link that is idle as the
+# layer begins, where what isn't used then costs nothing; and over one that has something to do.
+WORTH_A_TRY, LIKELY = 38, 96
+# No more than this part of a layer's slots changes ahead of a step, in these cases: what was used last is the other guess.
+IDLE_SHARE, BUSY_SHARE = 2, 4
+# Prefetching stops where less than half of what was promised comes true, and begins anew where two thirds would.
+STOP_BELOW = 2, 1
+START_ABOVE = 3, 2
+# Judged on predictions that promised so many uses lately; while nothing is fetched, on those of one step of so many.
+LEAST_JUDGED = 12 * CERTAIN
+MEMORY = 48 * CERTAIN
 PROBE_EVERY = 32
 
 
@@ -67,6 +68,7 @@ def choose_prefetches(
     home_E: IntArray,
     score_E: IntArray,
     most_R: IntArray,
+    least_R: IntArray,
     spare_RE: BoolArray | None = None,
 ) -> Prefetches | None:
     """The prefetches of a layer before its next step; None if there are none.
@@ -77,12 +79,12 @@ def choose_prefetches(
         usage_E: 0 to 256, how likely each expert is used in the layer's next step.
         holds_RE, quota_R, home_E, score_E, spare_RE: the layer's residents, slots, homes, scores, and copies that go first.
         most_R: prefetches that each rank may make.
+        least_R: how likely an expert must be used for a rank to fetch or to keep it.
     """
-    likely_E = usage_E >= LIKELY
-    wanted = np.flatnonzero(likely_E & ~holds_RE.any(0))
+    wanted = np.flatnonzero((usage_E >= least_R[home_E]) & ~holds_RE.any(0))
     if not len(wanted):
         return None
-    kept_RE = holds_RE & likely_E
+    kept_RE = holds_RE & (usage_E >= least_R[:, None])
     most_R = np.minimum(most_R, quota_R - np.count_nonzero(kept_RE, axis=1))
     wanted = wanted[np.argsort(-usage_E[wanted], kind="stable")]
     # Each home takes its likeliest.
@@ -134,8 +136,8 @@ class Lookout:
 
     def __init__(self) -> None:
         self.active = True
-        self._asked = self._used = 0
-        self._expected_E: BoolArray | None = None
+        self._promised = self._kept = 0
+        self._expected_E: IntArray | None = None
 
     def due(self, step: int) -> bool:
         """Whether a prediction is wanted for the layer's step of this number."""
@@ -148,19 +150,25 @@ class Lookout:
         quota_R: IntArray,
         home_E: IntArray,
         score_E: IntArray,
+        busy_R: BoolArray,
         budget: Budget | None,
         expert_bytes: int,
         spare_RE: BoolArray | None = None,
     ) -> Prefetches | None:
-        """The prefetches before the layer's next step. Arguments as ``choose_prefetches``; they are taken off the budget."""
+        """The prefetches before the layer's next step. Arguments as ``choose_prefetches``; they are taken off the budget.
+
+        Args:
+            busy_R: whether each rank's link had something to do as the layer began.
+        """
         usage_E = used_by_any(usage_RE)
-        self._expected_E = (usage_E >= LIKELY) & ~holds_RE.any(0)
+        self._expected_E = np.where((usage_E >= WORTH_A_TRY) & ~holds_RE.any(0), usage_E, 0)
         if not self.active or not self._expected_E.any():
             return None
-        most_R = np.maximum(quota_R // CHANGING_SHARE, 1)
+        least_R = np.where(busy_R, LIKELY, WORTH_A_TRY)
+        most_R = np.maximum(quota_R // np.where(busy_R, BUSY_SHARE, IDLE_SHARE), 1)
         if budget is not None:
             most_R = np.minimum(most_R, budget.experts(expert_bytes))
-        found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, score_E, most_R, spare_RE)
+        found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, score_E, most_R, least_R, spare_RE)
         if found is not None and budget is not None:
             budget.spend(found.ranks, expert_bytes)
         return found
@@ -169,12 +177,12 @@ class Lookout:
         """What that step then used."""
         if self._expected_E is None:
             return
-        self._asked += int(np.count_nonzero(self._expected_E))
-        self._used += int(np.count_nonzero(self._expected_E & used_E))
+        self._promised += int(self._expected_E.sum())
+        self._kept += int(np.count_nonzero(self._expected_E[used_E])) * CERTAIN
         self._expected_E = None
-        if self._asked < LEAST_JUDGED:
+        if self._promised < LEAST_JUDGED:
             return
         parts, least = STOP_BELOW if self.active else START_ABOVE
-        self.active = self._used * parts >= self._asked * least
-        if self._asked >= MEMORY:
-            self._asked, self._used = self._asked // 2, self._used // 2
+        self.active = self._kept * parts >= self._promised * least
+        if self._promised >= MEMORY:
+            self._promised, self._kept = self._promised // 2, self._kept // 2

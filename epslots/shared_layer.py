@@ -272,16 +272,17 @@ class SharedLayer:
         )
         return left, found.fetch_ranks[hosted], found.fetch_experts[hosted]
 
-    def prefetch(self, usage_RE: IntArray, score_E: IntArray) -> Prefetches | None:
+    def prefetch(self, usage_RE: IntArray, score_E: IntArray, busy_R: BoolArray) -> Prefetches | None:
         """Choose what is fetched ahead of the layer's next step, and enter it: it counts as held from now on.
 
         Args:
             usage_RE: how likely each rank's tokens will use each expert, in 256ths.
             score_E: the eviction policy's scores.
+            busy_R: whether each rank's link has something to do.
         """
         spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
         found = self.lookout.plan(
-            usage_RE, self.holds_RE, self.quota_R, self.home_E, score_E, self.budget, self.expert_bytes, spare_RE
+            usage_RE, self.holds_RE, self.quota_R, self.home_E, score_E, busy_R, self.budget, self.expert_bytes, spare_RE
         )
         if found is not None:
             self.holds_RE[:] = found.after_RE

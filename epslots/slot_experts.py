@@ -90,6 +90,11 @@ class SlotExperts:
         """Whether something can be computed while fetches are under way."""
         return self._mover.link.concurrent
 
+    @property
+    def link_is_busy(self) -> bool:
+        """Whether fetches are under way, of whichever layer."""
+        return self._mover.link.busy
+
     def zeros(self, rows: int) -> torch.Tensor:
         """Results [rows, H] where there is nothing to compute."""
         return torch.zeros(rows, self.kernel.hidden_size, dtype=self.dtype, device=self.pool.device)

@@ -28,6 +28,13 @@ class LateLink:
 
     def __init__(self) -> None:
         self.landed = self.dropped = 0
+        self._looks = 0
+
+    @property
+    def busy(self) -> bool:
+        """Now and then."""
+        self._looks += 1
+        return self._looks % 3 == 0
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Late]:
         for slot in slots:

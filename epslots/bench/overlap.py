@@ -45,6 +45,7 @@ class Waiting:
     """A link whose every fetch is waited for."""
 
     concurrent = False
+    busy = False
 
     def __init__(self, link: Link) -> None:
         self._link = link
