@@ -119,6 +119,10 @@ class Cluster:
         parse_prefetch(prefetch)
         if host_compute not in HOST_COMPUTE_SETTINGS:
             raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
+        if host_compute == "on" and costs is not None and not costs.computes_on_host:
+            raise ConfigError(
+                "host_compute='on', but costs don't say what it costs: give host_expert and host_pair, or no costs"
+            )
         if link is not None:
             parse_link(link)
         if strategy not in STRATEGIES:

@@ -38,6 +38,7 @@ from epslots.device_slots import (
 )
 from epslots.errors import ConfigError
 from epslots.fetch import Mover
+from epslots.look_ahead import Ahead
 from epslots.moe_layer import MoELayer
 from epslots.runtime import Runtime, runtime_of
 
@@ -102,6 +103,7 @@ class DecodeGraph:
         self._length = 0
         self.replays = 0
         self._counted = 0
+        self._ahead: list[Ahead | None] = []
         self._in_charge = False
         self._windows: list[tuple[int, ...]] = []
         self._slots: list[DeviceSlots | None] = []
@@ -296,9 +298,11 @@ class DecodeGraph:
             if slots is not None:
                 rows = [runners[index] for index in mover.store_layers]
                 slots.enter([row.history for row in rows], [row.steps for row in rows])
+        self._ahead = [runner.ahead for runner in runners]
+        self._in_charge = True
         for runner, experts in zip(runners, self._experts, strict=True):
             runner.experts = experts  # type: ignore[assignment]  # it is asked for what both have
-        self._in_charge = True
+            runner.ahead = None  # nothing is fetched into slots that the device rules
 
     def _build(self) -> None:
         """The device's state and stand-ins for each layer's experts, for the windows that layers have by now."""
@@ -320,8 +324,8 @@ class DecodeGraph:
             return
         self._in_charge = False
         runners = self._runtime.runners
-        for runner, experts in zip(runners, self._experts, strict=True):
-            runner.experts = experts.inner
+        for runner, experts, ahead in zip(runners, self._experts, self._ahead, strict=True):
+            runner.experts, runner.ahead = experts.inner, ahead
         replays, self._counted = self.replays - self._counted, self.replays
         for runner, experts in zip(runners, self._experts, strict=True):
             if experts.calls:
@@ -352,6 +356,8 @@ class DecodeGraph:
 
 def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
     """Why the device can't decide about some slots, as a sentence's end; None if it can about all."""
+    if any(runner.ahead is not None and runner.ahead.approximate for runner in runtime.runners):
+        return "predicted experts are executed"
     pairs = batch * runtime.plan.shape.top_k
     return next((why for mover in runtime.movers if (why := slots_obstacle(mover, pairs)) is not None), None)
 

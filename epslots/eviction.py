@@ -227,7 +227,8 @@ def _learn_follows(history: UseHistory, used_E: NDArray[np.bool_], step: int) ->
 def _expected_next(rows_UE: NDArray[np.int16]) -> IntArray:
     """What rows of ``follows`` expect together, in 2^-_FOLLOW_BITS, int64 [E]: as many uses as there are rows."""
     sum_E: IntArray = np.add.reduce(rows_UE, axis=0, dtype=np.int64)
-    return sum_E * (len(rows_UE) << _FOLLOW_BITS) // max(1, int(sum_E.sum()))
+    share_E = sum_E * (len(rows_UE) << _FOLLOW_BITS) // max(1, int(sum_E.sum()))
+    return np.minimum(share_E, 1 << _FOLLOW_BITS)  # a step uses an expert once
 
 
 def _quadratic_score(share_E: IntArray, used_E: NDArray[np.bool_]) -> int:

@@ -77,8 +77,8 @@ class Mover:
             PeerLost: a copy between ranks broke off. Its slot is empty, as are those that would have come after it. On CUDA
                 a copy is only queued on return: see ``confirm``.
         """
-        self._clear(slots)
         self.pool.vacate(layer, evicted)
+        self._clear(slots)
         done = np.zeros(len(experts), bool)
         from_peer = done.copy() if copies is None else np.array([e in copies.sources for e in experts.tolist()], bool)
         try:
@@ -127,8 +127,15 @@ class Mover:
     def land(self, slots: NDArray[np.int64]) -> None:
         """What is computed next finds these slots complete; any of them may be named twice."""
         for slot in set(slots[self.flying[slots]].tolist()):
-            self.link.land(self._landings.pop(slot))
+            self.link.land(self._landings[slot])
             self.flying[slot] = False
+            del self._landings[slot]
+
+    def retire(self, slots: NDArray[np.int64]) -> None:
+        """What has landed in these slots by now flies no more."""
+        for slot in slots[self.flying[slots]].tolist():
+            if self.link.landed(self._landings[slot]):
+                self.land(np.array([slot]))
 
     def land_all(self) -> None:
         """No slot is flying afterwards."""
@@ -137,8 +144,9 @@ class Mover:
     def _clear(self, slots: NDArray[np.int64]) -> None:
         """Nothing that began earlier is written to these slots from now on."""
         for slot in slots[self.flying[slots]].tolist():
-            self.link.drop(self._landings.pop(slot))
+            self.link.drop(self._landings[slot])
             self.flying[slot] = False
+            del self._landings[slot]
 
     def confirm(self) -> None:
         """All copies from peers so far have arrived: something that was queued after them came through to the host."""

@@ -40,10 +40,14 @@ def equip(
     Raises:
         ConfigError: the file isn't one, or for another checkpoint; or predictions are to be executed and there is none.
     """
-    concurrent = any(runner.experts.fetches_meanwhile for runner in runners)
+    fetches = prefetch.on and any(runner.experts.fetches_meanwhile for runner in runners)
     path = Path(predictor) if predictor is not None else folder / FILE_NAME
     fitted = _read(model, path, named=True) if predictor is not None else None
-    if not execute_predicted and not (prefetch.on and concurrent):
+    if not execute_predicted and not fetches:
+        if prefetch.bytes_per_step is not None or predictor is not None:
+            logger.warning(
+                "nothing is fetched ahead on %s, where fetches take place at once, or with prefetch off", model.device
+            )
         return Foresight()
     if predictor is None and path.is_file():
         fitted = _read(model, path, named=False)
@@ -51,10 +55,10 @@ def equip(
     blind = []
     for runner, following in pairwise(runners):
         if told.predicts(runner.index):
-            runner.ahead = Ahead(runner.index, following.expected, told, approximate=execute_predicted)
+            runner.ahead = Ahead(runner.index, following.expected, told, approximate=execute_predicted, fetches=fetches)
         else:
             blind.append(following.index)
-    if prefetch.on and concurrent and told.predicts(runners[-1].index):  # of the first layer, in the next step
+    if fetches and len(runners) > 1 and told.predicts(runners[-1].index):  # of the first layer, in the next step
         runners[-1].ahead = Ahead(runners[-1].index, runners[0].expected, told)
     if execute_predicted and len(runners) > 1 and len(blind) == len(runners) - 1:
         raise ConfigError("execute_predicted: nothing can be predicted of this model; fit a predictor: epslots predict fit")
@@ -65,8 +69,9 @@ def equip(
         for runner in runners:
             runner.expected.budget = budget
     kind = "routers" if fitted is None else f"predictor {_digest(path)}"
-    what = "executed" if execute_predicted else "fetched"
-    return Foresight(f"{what} ahead by {kind}, up to {prefetch.bytes_per_step} bytes", prefetch.bytes_per_step)
+    what = [word for word, does in (("executed", execute_predicted), ("fetched ahead", fetches)) if does]
+    bound = "" if prefetch.bytes_per_step is None else f", up to {prefetch.bytes_per_step} bytes a step"
+    return Foresight(f"{' and '.join(what)} by {kind}{bound}", prefetch.bytes_per_step)
 
 
 def _read(model: PreTrainedModel, path: Path, *, named: bool) -> Predictor | None:

@@ -108,7 +108,7 @@ class HostExperts:
             rows = slice(start, start + pairs)
             computed_PH[rows] = self._compute(expert, begun.rows_PH[rows])
             start = rows.stop
-        result_MH.index_copy_(0, begun.pair_P, computed_PH.to(self._device, non_blocking=True))
+        result_MH.index_copy_(0, begun.pair_P, computed_PH.to(self._device, result_MH.dtype, non_blocking=True))
 
     def compute(
         self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]

@@ -60,6 +60,10 @@ class Link(Protocol):
         """What this thread computes next finds the slot complete. It is urgent from now on."""
         ...
 
+    def landed(self, landing: Any) -> bool:
+        """Whether the record is there, so that ``land`` takes no time."""
+        ...
+
     def drop(self, landing: Any) -> None:
         """The record isn't wanted any more; what is started from now on is written after it."""
         ...
@@ -77,6 +81,9 @@ class AtOnce:
         return []
 
     def land(self, landing: Any) -> None:
+        raise AssertionError("nothing is ever under way")
+
+    def landed(self, landing: Any) -> bool:
         raise AssertionError("nothing is ever under way")
 
     drop = land
@@ -114,32 +121,42 @@ class CopyStreams:
         self._staged: Any = None
         self._waiting: deque[_Copy] = deque()
         self._on_spare: deque[_Copy] = deque()
+        self._lock = threading.Lock()  # a model of two layouts has two pools, which two threads may be in
 
     @property
     def busy(self) -> bool:
-        self._go_on()
+        with self._lock:
+            self._go_on()
         return bool(self._on_spare) or (self._staged is not None and not self._staged.query())
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
         copies = [_Copy(slot, record, put) for slot, record in zip(slots, records, strict=True)]
-        if urgent:
-            self._queue(copies, self._urgent)
-        else:
-            self._waiting.extendleft(reversed(copies))
-        self._go_on()
+        with self._lock:
+            if urgent:
+                self._queue(copies, self._urgent)
+            else:
+                self._waiting.extendleft(reversed(copies))
+            self._go_on()
         return copies
 
     def land(self, landing: _Copy) -> None:
-        if landing.event is None:
-            self._waiting.remove(landing)
-            self._queue([landing], self._urgent)
+        with self._lock:
+            if landing.event is None:
+                self._waiting.remove(landing)
+                self._queue([landing], self._urgent)
         self._cuda.current_stream(self._device).wait_event(landing.event)
 
+    def landed(self, landing: _Copy) -> bool:
+        return landing.event is not None and landing.event.query()
+
     def drop(self, landing: _Copy) -> None:
-        if landing.event is None:
-            self._waiting.remove(landing)
-        else:  # what is started later waits for the current stream, so this orders it behind the landing on either stream
-            self._cuda.current_stream(self._device).wait_event(landing.event)
+        with self._lock:
+            if landing.event is None:
+                if landing in self._waiting:
+                    self._waiting.remove(landing)
+                return
+        # What is started later waits for the current stream, so this orders it behind the landing on either stream.
+        self._cuda.current_stream(self._device).wait_event(landing.event)
 
     def _go_on(self) -> None:
         """Queue more of what isn't urgent, if there is room."""
@@ -170,12 +187,13 @@ class CopyStreams:
 class _Flight:
     """One record on an emulated link."""
 
-    __slots__ = ("begun", "due", "put", "record", "slot", "taken_s", "urgent")
+    __slots__ = ("begun", "due", "error", "put", "record", "slot", "taken_s", "urgent")
 
     def __init__(self, slot: torch.Tensor, record: torch.Tensor, put: Put, urgent: bool, taken_s: float) -> None:
         self.slot, self.record, self.put, self.urgent, self.taken_s = slot, record, put, urgent, taken_s
         self.begun = False
         self.due = 0.0
+        self.error: BaseException | None = None
 
 
 class _Queue:
@@ -202,7 +220,10 @@ class _Queue:
                     return
                 flight = (self.urgent or self.spare).popleft()
             due = self.free = max(self.free, perf_counter()) + flight.taken_s
-            flight.put(flight.slot, flight.record)
+            try:
+                flight.put(flight.slot, flight.record)
+            except BaseException as error:  # whoever waits for it is told
+                flight.error = error
             with self.changed:
                 flight.due, flight.begun = due, True
                 self.changed.notify_all()
@@ -253,7 +274,12 @@ class EmulatedLink:
                 queue.spare.remove(landing)
                 queue.urgent.append(landing)
             queue.changed.wait_for(lambda: landing.begun)
+        if landing.error is not None:
+            raise RuntimeError(f"a record couldn't be brought into its slot: {landing.error!r}") from landing.error
         _sleep_until(landing.due)
+
+    def landed(self, landing: _Flight) -> bool:
+        return landing.begun and landing.error is None and perf_counter() >= landing.due
 
     def drop(self, landing: _Flight) -> None:
         queue = self._queue
@@ -261,6 +287,7 @@ class EmulatedLink:
             for waiting in (queue.spare, queue.urgent):
                 if landing in waiting:
                     waiting.remove(landing)
+                    landing.begun = True  # nobody need wait for it, should this call be interrupted here and made again
                     return
             queue.changed.wait_for(lambda: landing.begun)
 

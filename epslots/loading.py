@@ -146,6 +146,8 @@ def load(
         StoreError: the host store can't be built or trusted.
         GroupError: ranks don't match, or one is lost.
     """
+    if host_compute == "on" and costs is not None and not costs.computes_on_host:
+        raise ConfigError("host_compute='on', but costs don't say what it costs: give host_expert and host_pair, or no costs")
     target = resolve_device(device)
     transport = find_transport(group, target)
     # Of several ranks the first speaks for all.
@@ -208,6 +210,7 @@ def shared_settings(model: PreTrainedModel, policy: str | Policy) -> dict[str, s
         "dtype": str(model.dtype),
         "predictions": runtime.foresight.settings,
         "host_compute": str(runtime.host_compute),
+        "fetches": "meanwhile" if any(mover.link.concurrent for mover in runtime.movers) else "at once",
     }
 
 

@@ -9,12 +9,14 @@ Legend of shape suffixes: T tokens, K experts per token, R ranks, E experts of t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from epslots.errors import CorruptExpertError
 from epslots.eviction import IntArray
 from epslots.prefetch import Budget, Lookout, Prefetches
 from epslots.residency import BoolArray
@@ -102,13 +104,15 @@ class Expected:
             rank = 0 if self._shared is None else self._shared.rank
             mine = found.experts[found.ranks == rank]
             if len(mine):
-                self.experts.prefetch(mine, np.flatnonzero(found.evicted_RE[rank]))
+                # Alone, a corrupt record is an error when its expert is needed. In a group all others count on the fetch.
+                with nullcontext() if self.in_group else suppress(CorruptExpertError):
+                    self.experts.prefetch(mine, np.flatnonzero(found.evicted_RE[rank]))
 
     def _choose(self, usage_RE: IntArray, busy_R: BoolArray) -> Prefetches | None:
         if self._shared is not None:
             return self._shared.prefetch(usage_RE, self._score(), busy_R)
         experts = self.experts
-        nbytes = experts.pool.layout.nbytes
+        nbytes = experts.record_bytes
         return self._lookout.plan(
             usage_RE, experts.resident_E[None], experts.quota_1, self._home_E, self._score(), busy_R, self.budget, nbytes
         )
@@ -116,7 +120,7 @@ class Expected:
     def charge(self, experts: int) -> None:
         """So many experts were fetched on demand."""
         if self.budget is not None:
-            self.budget.spend(np.zeros(experts, np.int64), self.experts.pool.layout.nbytes)
+            self.budget.spend(np.zeros(experts, np.int64), self.experts.record_bytes)
 
     def execute_predicted(self, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What was predicted instead of what the router chose, if anything was; with the router's weights, largest first."""
@@ -133,28 +137,32 @@ class Ahead:
         index: the layer's number, from which is looked.
         expected: of the next.
         approximate: whether that executes what is predicted instead of what its router will choose.
+        fetches: whether what is predicted is fetched meanwhile.
     """
 
-    def __init__(self, index: int, expected: Expected, predictor: Predicts, *, approximate: bool = False) -> None:
+    def __init__(
+        self, index: int, expected: Expected, predictor: Predicts, *, approximate: bool = False, fetches: bool = True
+    ) -> None:
         self._index = index
         self._expected = expected
         self._predictor = predictor
-        self._approximate = approximate
+        self.approximate, self._fetches = approximate, fetches
         experts = expected.experts
         self._nothing = torch.zeros(experts.num_experts, dtype=torch.int32, device=experts.pool.device)
 
+    @torch.no_grad()
     def predict(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
         """What the next layer is expected to use, int32 [E] from 0 to 255; None if nobody asks."""
-        if self._approximate:
+        if self.approximate:
             self._expected.ids = self._predictor.ids(self._index, hidden_TH, index_TK.shape[1])
-        if not self._expected.asked:
+        if not self._fetches or not self._expected.asked:
             return None
         usage = self._predictor.usage(self._index, hidden_TH, index_TK)
         return self._nothing if usage is None else usage.clamp(0, _MOST)
 
     def nothing(self) -> torch.Tensor | None:
         """``predict`` of a rank without tokens."""
-        return self._nothing if self._expected.asked else None
+        return self._nothing if self._fetches and self._expected.asked else None
 
     def fetch(self, usage_RE: IntArray, busy_R: BoolArray, here: SlotPool) -> None:
         """Begin to fetch what all ranks expect.

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from epslots.errors import ConfigError
-from epslots.eviction import IntArray, Policy, UseHistory, record_use
+from epslots.eviction import IntArray, Policy, UseHistory, learns, record_use
 from epslots.exchange import Dispatched, Stay, dispatch
 from epslots.host_compute import OnHost
 from epslots.lockstep import LockStep
@@ -79,7 +79,7 @@ class MoELayer:
         self.experts = experts
         self.observer: RouteObserver | None = None
         self._identity = identity
-        self._policy = policy
+        self._policy, self._learns = policy, learns(policy)
         self.history = history
         self._telemetry = telemetry
         self._lockstep: LockStep | None = None
@@ -89,9 +89,6 @@ class MoELayer:
         self.ahead: Ahead | None = None
         self._zero_E = np.zeros(experts.num_experts, np.int64)
         self._nothing_E = np.zeros(experts.num_experts, bool)
-        # A CPU computes before the call returns, so what is to be fetched meanwhile must begin before; on a GPU kernels come
-        # first, and the host plans while they run.
-        self._hosted = experts.pool.device.type == "cpu"
         self.host_share: HostShare | None = None
         self._one = torch.ones(1, dtype=torch.int64, device=experts.pool.device)
         self.steps = 0
@@ -170,12 +167,12 @@ class MoELayer:
         """One rank's step: each pair's result, [N, H]."""
         if self.index == 0 and self.expected.budget is not None:
             self.expected.budget.renew()
-        busy_1 = np.array([self.experts.link_is_busy])
         if self.experts.never_misses:
             self._telemetry.count_resident(self.index, counts)
             if usage is not None:
-                self._fetch_ahead(usage.cpu().numpy()[None], busy_1)
+                self._fetch_ahead(usage.cpu().numpy()[None], self._busy_1())
             return self.experts.execute(hidden_TH, ids_N)
+        busy_1 = self._busy_1()
         counts_host, usage_E = _to_host(counts, usage)  # the one host synchronisation of a step
         counts_E = counts_host[:-1]
         needed_E = counts_E > 0
@@ -195,13 +192,10 @@ class MoELayer:
         on_host = self.experts.begin_on_host(hidden_TH, ids_N, hosted, counts_E)
         self._count(counts_host, needed_E, missing, waves)
         begun = self.experts.fetch(waves)
-        self.expected.charge(int(np.count_nonzero(missing)))
+        self.expected.charge(int(np.count_nonzero(missing)) - len(hosted))
         usage_1E = None if usage_E is None else usage_E[None]
-        if self._hosted:
-            self._fetch_ahead(usage_1E, busy_1)
+        self._fetch_ahead(usage_1E, busy_1)
         result = self._compute(Stay(hidden_TH, ids_N), slots_E, waves, begun, on_host)
-        if not self._hosted:
-            self._fetch_ahead(usage_1E, busy_1)
         return self.experts.finish_on_host(on_host, result)
 
     def _choose_hosted(self, resident_1E: BoolArray, needed_1E: BoolArray, counts_E: IntArray, score_E: IntArray) -> IntArray:
@@ -249,8 +243,7 @@ class MoELayer:
         self._count(counts_R[shared.rank], needed_E, missing, waves)
         agreed = lockstep.agreed
         begun = experts.fetch(waves, plan.copies, agreed=agreed)
-        if self._hosted:
-            self._fetch_ahead(usage_RE, all_ranks.busy_R)
+        self._fetch_ahead(usage_RE, all_ranks.busy_R)
         tokens_R = counts_R.sum(1) // max(top_k, 1)
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
@@ -258,11 +251,12 @@ class MoELayer:
         on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
         results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
         pairs_NH = arrived.give_back(experts.finish_on_host(on_host, results_MH))
-        if not self._hosted:
-            self._fetch_ahead(usage_RE, all_ranks.busy_R)
         if plan.move is not None:
             experts.move(plan.move, agreed=agreed)
         return pairs_NH
+
+    def _busy_1(self) -> BoolArray:
+        return np.array([self.experts.link_is_busy])
 
     def _fetch_ahead(self, usage_RE: IntArray | None, busy_R: BoolArray) -> None:
         """Begin to fetch what the next layer is expected to use, if anything was said of it."""
@@ -285,7 +279,9 @@ class MoELayer:
             self._telemetry.count_reuse(self.index, distances)
         self._telemetry.count_uses(self.index, used_E)
         self.expected.judge(used_E)
-        slots = self.experts.slots if self._shared is None else int(self._shared.quota_R.sum())
+        slots = None
+        if self._learns:
+            slots = self.experts.slots if self._shared is None else int(self._shared.quota_R.sum())
         record_use(self.history, used_E, self.steps, slots)
 
     def _count(self, counts: IntArray, needed_E: BoolArray, missing_E: BoolArray, waves: tuple[Wave, ...]) -> None:

@@ -34,7 +34,7 @@ CERTAIN = 256
 # Beyond so many choices for each expert, nearly all are used: what is usual tells as much as a look at each token.
 SATURATED = 8
 # The last rows of a step that are kept for the next one, which may continue any of them.
-_KEPT_ROWS = 4096
+_KEPT_ROWS = 512
 # A naive logit falls by one where a score falls by this part of the scores' deviation over the experts.
 _NAIVE_STEP = 0.25
 

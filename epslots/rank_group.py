@@ -70,7 +70,8 @@ class RankGroup:
                     expert_bytes=mover.pool.layout.nbytes,
                     node_R=node_R if node_R.any() else None,
                 )
-                if pool_costs.computes_on_host:
+                shared[index].record_bytes = runtime.layers[index].record.nbytes
+                if runtime.host_compute and pool_costs.computes_on_host:
                     shared[index].host_share = HostShare(transport.size, experts, pool_costs, beside=mover.link.concurrent)
             self._tables.append((mover.pool, table, mover.store_layers))
             mover.transport = transport

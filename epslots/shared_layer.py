@@ -126,6 +126,7 @@ class SharedLayer:
         wanted_RE: the copies that the placement wants.
         to_move: how many of them have yet to be moved in.
         lookout: decides what is fetched ahead.
+        record_bytes: what crosses the link for an expert, if it isn't ``expert_bytes``.
         budget: what each rank may fetch in a step before nothing more is fetched ahead; one for all layers. No bound if None.
     """
 
@@ -147,7 +148,7 @@ class SharedLayer:
         self._home_E = home_E
         self.costs = costs
         self.rule = rule
-        self.expert_bytes = expert_bytes
+        self.expert_bytes = self.record_bytes = expert_bytes
         self.node_R = node_R
         self.wanted_RE = np.zeros(holds_RE.shape, bool)
         self._todo_RE = self.wanted_RE
@@ -237,7 +238,7 @@ class SharedLayer:
         if tolls_RE is not None:
             self._charge(found, counts_RU)
         if self.budget is not None:
-            self.budget.spend(found.fetch_ranks, self.expert_bytes)
+            self.budget.spend(found.fetch_ranks, self.record_bytes)
         self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1), hosted_ranks, hosted_experts)
         moves = NO_MOVES if room is None else self._move(found, score_E, room)
         return GroupPlan(
@@ -282,7 +283,7 @@ class SharedLayer:
         """
         spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
         found = self.lookout.plan(
-            usage_RE, self.holds_RE, self.quota_R, self.home_E, score_E, busy_R, self.budget, self.expert_bytes, spare_RE
+            usage_RE, self.holds_RE, self.quota_R, self.home_E, score_E, busy_R, self.budget, self.record_bytes, spare_RE
         )
         if found is not None:
             self.holds_RE[:] = found.after_RE

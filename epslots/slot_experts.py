@@ -91,6 +91,11 @@ class SlotExperts:
         return self._mover.link.concurrent
 
     @property
+    def record_bytes(self) -> int:
+        """What crosses the link for an expert."""
+        return self.pool.layers[self._pool_layer].record.nbytes
+
+    @property
     def link_is_busy(self) -> bool:
         """Whether fetches are under way, of whichever layer."""
         return self._mover.link.busy
@@ -113,6 +118,7 @@ class SlotExperts:
         needed_E = counts_E > 0
         slots = self._slot_of_E[needed_E]
         if self._mover.link.concurrent and self._mover.flying[self._window].any():
+            self._mover.retire(slots[slots >= 0])
             flying_E = np.where(self._slot_of_E < 0, False, self._mover.flying[self._slot_of_E])
         late = 0 if flying_E is None else int(np.count_nonzero(needed_E & flying_E))
         if not late and (slots >= 0).all():

@@ -35,7 +35,20 @@ def check_store(
     Raises:
         EpslotsError: as ``load``.
     """
-    model = load(path_or_id, slots=1, device="cpu", dtype=dtype, host_store="file", cache_dir=cache_dir, progress=progress)
+    link = (
+        "1000GB/s" if torch.cuda.is_available() else None
+    )  # a store for a GPU keeps quantised experts packed, as one for a link
+    model = load(
+        path_or_id,
+        slots=1,
+        device="cpu",
+        dtype=dtype,
+        host_store="file",
+        cache_dir=cache_dir,
+        progress=progress,
+        link=link,
+        prefetch="off",
+    )
     runtime = runtime_of(model)
     problems = [str(error) for error in verify(model, progress)]
     if against_checkpoint:

@@ -47,7 +47,8 @@ from epslots.transport import (
 _TRANSFERS_PER_BATCH = 8
 
 _POLL_S = 20e-6  # between looks at a CUDA event: a wait that blocks in the driver could not be aborted
-_LOOK_S = 0.1  # between looks at gloo's connections
+_LOOK_S = 0.1  # between looks whether another thread broke the transport
+_FIRST_LOOK_S, _MOST_LOOK_S = 0.5, 2.0  # and at gloo's connections: then again after twice the time, up to so much later
 _CUT_TAG, _LOOK_TAG = 1, 2  # no message has them
 
 
@@ -212,14 +213,19 @@ class TorchTransport:
             RuntimeError: it failed, a connection is closed, or the deadline is over.
             PeerLost: the transport was broken by another thread.
         """
+        look_s = _FIRST_LOOK_S
         try:
             while not operation.ends_within(min(_LOOK_S, began + self.deadline_s - time.monotonic())):
                 self._check()
-                if time.monotonic() - began >= self.deadline_s:
+                waited_s = time.monotonic() - began
+                if waited_s >= self.deadline_s:
                     raise RuntimeError("it did not end in time")
+                if waited_s < look_s:
+                    continue
+                look_s = waited_s + min(waited_s, _MOST_LOOK_S)
                 for peer in range(self.size):
                     if peer != self.rank:
-                        # Raises if the connection is closed. Else it waits for a receive that never comes, and costs nothing.
+                        # Raises if the connection is closed. Else it waits for a receive that never comes: some 70 bytes.
                         self._group.send([self._nothing], peer, _LOOK_TAG)
         except BaseException:
             operation.leave()

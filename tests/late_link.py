@@ -18,16 +18,11 @@ class Late:
 
 
 class LateLink:
-    """Until it must have landed a slot holds nonsense, and what isn't waited for never comes.
-
-    Attributes:
-        landed, dropped: how many records.
-    """
+    """Until it must have landed a slot holds nonsense, and what isn't waited for never comes."""
 
     concurrent = True
 
     def __init__(self) -> None:
-        self.landed = self.dropped = 0
         self._looks = 0
 
     @property
@@ -43,10 +38,12 @@ class LateLink:
 
     def land(self, landing: Late) -> None:
         landing.put(landing.slot, landing.record)
-        self.landed += 1
+
+    def landed(self, landing: Late) -> bool:
+        return False
 
     def drop(self, landing: Late) -> None:
-        self.dropped += 1
+        pass
 
 
 class Guesses:

@@ -95,6 +95,17 @@ def test_the_device_leaves_behind_what_the_host_would(name: str, checkpoint: Cal
                 assert np.array_equal(getattr(a.history, field), getattr(b.history, field)), field
 
 
+def test_nothing_is_fetched_ahead_into_slots_that_the_device_rules(checkpoint: Callable[[str], Path], tmp_path: Path):
+    folder, prompt = checkpoint("qwen3_moe"), zoo.random_ids(1, 9, seed=5)
+    model = load(folder, tmp_path, slots="50%", link="20MB/s,200us")
+    graph, expected = DecodeGraph(model, 1, 60), greedy(zoo.reference(folder), prompt, 40)
+    assert graph.generate(prompt, 40).tolist() == expected
+    runtime_of(model).check_integrity()
+    before = sum(layer.prefetches for layer in epslots.stats(model).layers)
+    assert greedy(model, prompt, 40) == expected
+    assert sum(layer.prefetches for layer in epslots.stats(model).layers) > before, "the usual path predicts again"
+
+
 class TablesApart(SlotPool):
     """A pool whose device tables are memory of their own, as on a GPU: each side knows what it was told."""
 

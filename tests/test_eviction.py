@@ -180,3 +180,17 @@ def test_a_policy_is_a_name_or_a_function():
     assert resolve_policy(mine) is mine
     with pytest.raises(ConfigError, match="policy='fifo': allowed: lru, lfu, lrfu, adaptive, or a function"):
         resolve_policy("fifo")
+
+
+def test_scores_stay_within_64_bits_where_prompts_and_single_tokens_alternate():
+    """A step of many experts, whose followers are few, once promised these more than a use each."""
+    generator = np.random.default_rng(1)
+    history = UseHistory.empty(1, 256).layer(0, 256)
+    step = 0
+    for _ in range(12):
+        for uses in (64, *[8] * 40):
+            step += 1
+            used_E = np.zeros(256, bool)
+            used_E[generator.permutation(256 if uses == 64 else 12)[:uses]] = True
+            record_use(history, used_E, step, 128)
+            assert (POLICIES["adaptive"](history) >= 0).all()

@@ -144,6 +144,12 @@ class TestExecutePredicted:
 
         runner.expected.execute_predicted = watch
 
+    @pytest.mark.parametrize("settings", [{"prefetch": "off", "link": LINK}, {"prefetch": "auto"}])
+    def test_fetches_nothing_ahead_by_itself(self, settings: dict[str, Any], checkpoint: Checkpoints, cache_dir: Path):
+        model = load(checkpoint("qwen3_moe"), cache_dir, execute_predicted=True, **settings)
+        greedy(model, zoo.random_ids(1, 9, seed=2), 10)
+        assert sums(model, "prefetches") == (0,)
+
     def test_off_by_default(self, checkpoint: Checkpoints, cache_dir: Path):
         model = load(checkpoint("qwen3_moe"), cache_dir, link=LINK)
         greedy(model, zoo.random_ids(1, 9, seed=2), 4)
@@ -195,3 +201,41 @@ def test_prefetches_count_where_their_bytes_do(checkpoint: Checkpoints, cache_di
     fetched = np.array(sums(model, "misses", "prefetches")).sum()
     assert sums(model, "host_bytes") == (fetched * runtime.layers[0].layout.nbytes,)
     assert sums(model, "late")[0] <= sums(model, "hits")[0]
+
+
+class Interrupted(LateLink):
+    """Ctrl-C comes while a slot is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: int | None = None
+
+    def land(self, landing: Any) -> None:
+        if self.at == 0:
+            self.at = None
+            raise KeyboardInterrupt
+        self.at = None if self.at is None else self.at - 1
+        super().land(landing)
+
+    def drop(self, landing: Any) -> None:
+        if self.at == 0:
+            self.at = None
+            raise KeyboardInterrupt
+        super().drop(landing)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_an_interrupted_wait_leaves_the_model_as_it_was(at: int, checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("qwen3_moe")
+    reference, model = zoo.reference(folder), load(folder, cache_dir, slots="50%")
+    mislead(runtime_of(model))
+    link = Interrupted()
+    for mover in runtime_of(model).movers:
+        mover.link = link
+    ids = zoo.random_ids(1, 4, seed=5)
+    greedy(model, ids, 2)
+    link.at = at
+    with pytest.raises(KeyboardInterrupt):
+        greedy(model, ids, 40)
+    assert_equal(model, reference, input_ids=ids)
+    runtime_of(model).check_integrity()

@@ -269,6 +269,8 @@ def test_the_command(run: Run, trace: Path, tmp_path: Path):
         30,
         "--timing",
         tmp_path / "timing.json",
+        "--policy",
+        "lrfu",
     )
     code, out, _ = run("simulate", trace, *options, "--json")
     assert code == 0

@@ -79,6 +79,7 @@ def timing(costs: Costs) -> Timing:
 CASES = [
     ((3, 2), "tokens travel", "lrfu"),
     ((8, 8), "copies travel", "lrfu"),
+    ((4, 5), "tokens travel", "adaptive"),
     ((10, 10), "copies travel", "lru"),
     ((4, 3, 4, 4), "tokens travel", "lfu"),
     ((5, 1, 7, 4), "copies travel", "lrfu"),
@@ -136,7 +137,7 @@ def another_placement(quota_LR: np.ndarray, seed: int) -> Placement:
 def test_the_simulator_follows_placements_as_ranks_do(
     slots: tuple[int, ...], checkpoint: Callable[[str], Path], cache_dir: Path
 ):
-    ranks = Watched(checkpoint("qwen3_moe"), cache_dir, slots, ALL_COSTS["copies travel"])
+    ranks = Watched(checkpoint("qwen3_moe"), cache_dir, slots, ALL_COSTS["copies travel"], policy="lrfu")
     quota_LR = np.tile(slots, (LAYERS, 1))
     steps = np.random.default_rng(7).choice([1, 1, 2, 9], (len(slots), 30)).tolist()
     before = ranks.counters()

@@ -31,6 +31,8 @@ from tests.test_device_slots import (
 )
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+# Triton warns of its default's change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETER, reason="runs in the interpreter's process")
 outside = pytest.mark.skipif(INTERPRETER, reason="runs outside of the interpreter's process")

@@ -58,6 +58,9 @@ class Waiting:
     def land(self, landing: Any) -> None:
         raise AssertionError("nothing is ever under way")
 
+    def landed(self, landing: Any) -> bool:
+        raise AssertionError("nothing is ever under way")
+
     drop = land
 
 
