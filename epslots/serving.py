@@ -114,7 +114,7 @@ class HostShare:
         """``served_on_host`` for a step's fetches, whose outcome is entered.
 
         Args:
-            step: the layer's step, a number that only grows (``MoELayer.steps``).
+            step: a number that only grows: of the layer's steps alone, of those with fetches from a host in a group.
         """
         halvings = step // TOLL_STEPS
         self._tolls_RE >>= min(halvings - self._halvings, 62)
@@ -127,7 +127,7 @@ class HostShare:
 
     @property
     def tolls_RE(self) -> IntArray:
-        """Nanoseconds that each rank's host has cost lately by each expert, int64; what newcomers are told."""
+        """Nanoseconds that each rank's host has cost lately by each expert, int64. A group that forms begins with none."""
         return self._tolls_RE
 
 

@@ -20,11 +20,9 @@ from epslots.moves import NO_MOVES, Moves, Room, choose_moves
 from epslots.prefetch import Budget, Lookout, Prefetches
 from epslots.residency import BoolArray, settle, spare_copies
 from epslots.routes import Route, route
-from epslots.serving import HostShare, displaces_better
+from epslots.serving import TOLL_STEPS, HostShare, displaces_better
 
 _NOTHING = np.zeros(0, np.int64)
-# So many steps halve a toll: what was wanted long ago is no reason to fetch it now.
-TOLL_STEPS = 64
 
 
 @dataclass(frozen=True)

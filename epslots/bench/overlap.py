@@ -22,7 +22,7 @@ from epslots.bench.report import Report, median, ratio_of_rounds
 from epslots.eviction import DEFAULT_POLICY
 from epslots.example import example_model
 from epslots.experts import RUNNER, experts_modules
-from epslots.link import Link, Put
+from epslots.link import AtOnce, Link, Put
 from epslots.runtime import runtime_of
 from epslots.telemetry import Stats
 from epslots.units import parse_link
@@ -41,11 +41,8 @@ RESIDENT, ON_DEMAND, WAITING, OVERLAP, PREFETCH = (
 )
 
 
-class Waiting:
+class Waiting(AtOnce):
     """A link whose every fetch is waited for."""
-
-    concurrent = False
-    busy = False
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -54,14 +51,6 @@ class Waiting:
         for landing in self._link.start(slots, records, put, urgent=True):
             self._link.land(landing)
         return []
-
-    def land(self, landing: Any) -> None:
-        raise AssertionError("nothing is ever under way")
-
-    def landed(self, landing: Any) -> bool:
-        raise AssertionError("nothing is ever under way")
-
-    drop = land
 
 
 @dataclass
