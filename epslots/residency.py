@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from epslots.compiled import compiled
 from epslots.eviction import IntArray
 
 BoolArray = NDArray[np.bool_]
@@ -53,29 +54,67 @@ def settle(
         score_E: the eviction policy's scores; higher is kept longer.
         spare_RE: copies that give way before any other, such as replicas.
     """
-    order = np.argsort(score_E, kind="stable")
-    holds, needed = holds_RE[:, order], needed_RE[:, order]
-    missing = needed & ~holds
-    misses_R, filled_R = missing.sum(1), holds.sum(1)
-    several_R = needed.sum(1) > quota_R
-    taken_R = misses_R  # slots that fetches go to
-    if several_R.any():
-        candidates = holds | missing
-        anchored = holds & (_from_the_top(candidates) <= quota_R[:, None])
-        rotating_R = np.maximum(quota_R - anchored.sum(1), np.maximum(1, quota_R // ROTATING_SHARE))
-        taken_R = np.where(several_R, np.minimum(misses_R, rotating_R), misses_R)
-    may_go = holds & (several_R[:, None] | ~needed)
-    turn = may_go.cumsum(1)
-    if spare_RE is not None:
-        spare = spare_RE[:, order] & may_go
-        spare_turn = spare.cumsum(1)
-        turn = np.where(spare, spare_turn, spare_turn[:, -1:] + turn - spare_turn)
-    evicted = may_go & (turn <= (filled_R + taken_R - quota_R)[:, None])
-    after = (holds & ~evicted) | (missing & (_from_the_top(missing) <= taken_R[:, None]))
     change = Change(np.empty_like(holds_RE), np.empty_like(holds_RE))
-    change.evicted_RE[:, order] = evicted
-    change.after_RE[:, order] = after
+    spare_RE, any_spare = (holds_RE, False) if spare_RE is None else (spare_RE, True)
+    _settle(holds_RE, needed_RE, quota_R, score_E, spare_RE, any_spare, change.evicted_RE, change.after_RE)
     return change
+
+
+@compiled(
+    "void(b1[:, ::1], b1[:, ::1], int64[::1], int64[::1], b1[:, ::1], b1, b1[:, ::1], b1[:, ::1])",
+)
+def _settle(
+    holds_RE: BoolArray,
+    needed_RE: BoolArray,
+    quota_R: IntArray,
+    score_E: IntArray,
+    spare_RE: BoolArray,
+    any_spare: bool,
+    evicted_RE: BoolArray,
+    after_RE: BoolArray,
+) -> None:
+    ranks, experts = holds_RE.shape
+    rising_E = np.argsort(score_E, kind="mergesort")  # stable
+    for rank in range(ranks):
+        holds_E, needed_E, quota = holds_RE[rank], needed_RE[rank], quota_R[rank]
+        filled = needed = misses = 0
+        for expert in range(experts):
+            filled += holds_E[expert]
+            needed += needed_E[expert]
+            misses += needed_E[expert] and not holds_E[expert]
+        several = needed > quota
+        taken = misses  # slots that fetches go to
+        if several:
+            anchored = highest = 0
+            for place in range(experts - 1, -1, -1):
+                expert = rising_E[place]
+                if holds_E[expert] or needed_E[expert]:
+                    highest += 1
+                    anchored += holds_E[expert] and highest <= quota
+            taken = min(misses, max(quota - anchored, max(1, quota // ROTATING_SHARE)))
+        going = filled + taken - quota
+        for expert in range(experts):
+            evicted_RE[rank, expert] = False
+            after_RE[rank, expert] = holds_E[expert]
+        for spares in (True, False) if any_spare else (False, False):
+            for place in range(experts):
+                expert = rising_E[place]
+                if going <= 0:
+                    break
+                if not after_RE[rank, expert] or (needed_E[expert] and not several):
+                    continue
+                if spares and not spare_RE[rank, expert]:
+                    continue
+                evicted_RE[rank, expert] = True
+                after_RE[rank, expert] = False
+                going -= 1
+        for place in range(experts - 1, -1, -1):
+            expert = rising_E[place]
+            if taken <= 0:
+                break
+            if needed_E[expert] and not holds_E[expert]:
+                after_RE[rank, expert] = True
+                taken -= 1
 
 
 def spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | None = None) -> BoolArray:
@@ -86,9 +125,3 @@ def spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | N
     keeper_E = np.where(holds_RE[home_E, experts], home_E, holds_RE.argmax(0))
     spare_RE: BoolArray = holds_RE & (keeper_E != np.arange(len(holds_RE))[:, None])
     return spare_RE if wanted_RE is None else spare_RE & ~wanted_RE
-
-
-def _from_the_top(mask: BoolArray) -> IntArray:
-    """Each true entry's number in its row, counted from the right, from 1."""
-    running = mask.cumsum(1)
-    return running[:, -1:] - running + 1

@@ -14,8 +14,11 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+import epslots.loading  # and with it all that is compiled
+from epslots.compiled import prepare
 from tests.zoo import KNOWN_WARNINGS, make_checkpoint
 
+prepare()  # what is given other types than it was made for is an error from now on
 torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(epslots.__file__).parent
 # From the bottom up: a module imports from layers below its own, never from its own or one above.
 LAYERS = (
     # records and errors
-    ("errors", "records"),
+    ("errors", "records", "compiled"),
     # pure decisions
     ("units", "eviction", "example", "sampling"),
     ("residency", "memory_plan", "requests", "row_order", "example_text"),
