@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from epslots.compiled import compiled
 from epslots.host_store import HostStore
 from epslots.link import Link
 from epslots.packed_records import Unpacker
@@ -50,6 +51,7 @@ class Mover:
         """Whether each slot's record is under way."""
         self._landings: dict[int, Any] = {}
         self._unpackers = [Unpacker(spec) for spec in pool.layers]
+        self._rows = pool.memory.unbind(0)  # taking a row out of a tensor takes microseconds
 
     def fetch(
         self,
@@ -78,54 +80,50 @@ class Mover:
                 a copy is only queued on return: see ``confirm``.
         """
         self.pool.vacate(layer, evicted)
-        self._clear(slots)
-        done = np.zeros(len(experts), bool)
-        from_peer = done.copy() if copies is None else np.array([e in copies.sources for e in experts.tolist()], bool)
+        self._clear(layer, slots)
+        peers = 0
+        done: list[int] = []  # slots that have been filled, or are being
         try:
             if copies is not None:
-                self._exchange(layer, experts[from_peer], slots[from_peer], copies, agreed)
-                done[from_peer] = True
-                self._unconfirmed.append((layer, experts[from_peer]))
-            if not from_peer.all():
-                self._start(layer, experts, slots, np.flatnonzero(~from_peer), done, urgent=urgent)
+                experts, slots, peers = _peers_first(experts, slots, copies)
+                self._exchange(layer, experts[:peers], slots[:peers], copies, agreed)
+                done.extend(slots[:peers].tolist())
+                self._unconfirmed.append((layer, experts[:peers]))
+            if peers < len(experts):
+                self._start(layer, experts[peers:].tolist(), slots[peers:].tolist(), done, urgent=urgent)
         finally:
-            self.pool.occupy(layer, experts[done], slots[done])
-            size = self.pool.layout.nbytes
+            self.pool.occupy(layer, experts[: len(done)], slots[: len(done)])
             self.telemetry.count_fetches(
                 self.store_layers[layer],
-                host_bytes=int((done & ~from_peer).sum()) * self.pool.layers[layer].record.nbytes,
-                peer_bytes=int((done & from_peer).sum()) * size,
-                evictions=int((evicted >= 0).sum()),
+                host_bytes=max(0, len(done) - peers) * self.pool.layers[layer].record.nbytes,
+                peer_bytes=min(len(done), peers) * self.pool.layout.nbytes,
+                evictions=_count_experts(evicted),
             )
 
-    def _start(
-        self,
-        layer: int,
-        experts: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        numbers: NDArray[np.int64],
-        done: NDArray[np.bool_],
-        *,
-        urgent: bool,
-    ) -> None:
-        """Begin these fetches from the host, marking in ``done`` those that have begun."""
+    def _start(self, layer: int, experts: list[int], slots: list[int], done: list[int], *, urgent: bool) -> None:
+        """Begin these fetches from the host, and append to ``done`` the slots whose fetches have begun."""
         records: list[torch.Tensor] = []
         try:
-            for expert in experts[numbers].tolist():
+            for expert in experts:
                 records.append(self.store.record(self.store_layers[layer], expert))
         finally:
-            begun = numbers[: len(records)]
-            targets = slots[begun].tolist()
-            landings = self.link.start(
-                [self.pool.memory[slot] for slot in targets], records, self._unpackers[layer], urgent=urgent
-            )
+            begun = slots[: len(records)]
+            landings = self.link.start([self._rows[slot] for slot in begun], records, self._unpackers[layer], urgent=urgent)
             if landings:
-                self.flying[targets] = True
-                self._landings.update(zip(targets, landings, strict=True))
-            done[begun] = True
+                for slot, landing in zip(begun, landings, strict=True):
+                    self._landings[slot] = landing
+                self.flying[begun] = True
+            done.extend(begun)
+
+    @property
+    def any_flying(self) -> bool:
+        """Whether any slot's record is under way, as far as is known."""
+        return bool(self._landings)
 
     def land(self, slots: NDArray[np.int64]) -> None:
         """What is computed next finds these slots complete; any of them may be named twice."""
+        if not self._landings:
+            return
         for slot in set(slots[self.flying[slots]].tolist()):
             self.link.land(self._landings[slot])
             self.flying[slot] = False
@@ -141,10 +139,15 @@ class Mover:
         """No slot is flying afterwards."""
         self.land(np.flatnonzero(self.flying))
 
-    def _clear(self, slots: NDArray[np.int64]) -> None:
-        """Nothing that began earlier is written to these slots from now on."""
+    def _clear(self, layer: int, slots: NDArray[np.int64]) -> None:
+        """Nothing that began earlier is written to these slots of a layer from now on."""
+        if not self._landings:
+            return
         for slot in slots[self.flying[slots]].tolist():
-            self.link.drop(self._landings[slot])
+            crosses = self.link.drop(self._landings[slot])
+            if not crosses and self.flying[slot]:
+                record = self.pool.layers[layer].record.nbytes
+                self.telemetry.count_fetches(self.store_layers[layer], host_bytes=-record, peer_bytes=0, evictions=0)
             self.flying[slot] = False
             del self._landings[slot]
 
@@ -223,3 +226,21 @@ class Mover:
                     record = self.store.record(self.store_layers[layer], expert)
                     same = self._unpackers[layer].same(self.pool.memory[slot], record)
                     assert same, f"slot {slot} isn't expert {expert}"
+
+
+def _peers_first(
+    experts: NDArray[np.int64], slots: NDArray[np.int64], copies: Copies
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Experts that come from peers, then the others, each in the order given; and how many come from peers."""
+    from_peer = np.array([expert in copies.sources for expert in experts.tolist()], bool)
+    order = np.argsort(~from_peer, kind="stable")
+    return experts[order], slots[order], int(np.count_nonzero(from_peer))
+
+
+@compiled("int64(int64[::1])")
+def _count_experts(experts: NDArray[np.int64]) -> int:
+    """How many entries name an expert; -1 names none."""
+    named = 0
+    for expert in experts:
+        named += expert >= 0
+    return named

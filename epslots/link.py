@@ -6,16 +6,16 @@ and of this the newest goes first: what has waited for long is most likely out o
 
     AtOnce          the CPU copies, and the slot is complete on return
     CopyStreams     CUDA copies beside the kernels; events order the two
-    EmulatedLink    a thread copies and lets as much time pass as a link of a given speed would take: it makes a machine
-                    without a GPU behave like one with one, so that overlap can be measured there
+    EmulatedLink    lets as much time pass as a link of a given speed would take: it makes a machine without a GPU behave
+                    like one with one, so that overlap can be measured there
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter, sleep
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ from epslots.units import LinkSpeed, parse_link
 
 # Copies that aren't urgent which a GPU has at once: enough to keep its link busy until the host comes by again.
 _SPARE_COPIES = 2
+# Up to this size a record is copied sooner than a thread is woken.
+_SMALL = 256 << 10
+_AWAKE_S = 100e-6
 
 Put = Callable[[torch.Tensor, torch.Tensor], object]
 """Brings a record (uint8, on the host) into a slot (uint8, on the device), queued on the current stream if there is one."""
@@ -64,8 +67,12 @@ class Link(Protocol):
         """Whether the record is there, so that ``land`` takes no time."""
         ...
 
-    def drop(self, landing: Any) -> None:
-        """The record isn't wanted any more; what is started from now on is written after it."""
+    def drop(self, landing: Any) -> bool:
+        """The record isn't wanted any more; what is started from now on is written after it.
+
+        Returns:
+            Whether it crosses all the same, or has.
+        """
         ...
 
 
@@ -86,7 +93,7 @@ class AtOnce:
     def landed(self, landing: Any) -> bool:
         raise AssertionError("nothing is ever under way")
 
-    drop = land
+    drop = landed
 
 
 class _Copy:
@@ -149,14 +156,15 @@ class CopyStreams:
     def landed(self, landing: _Copy) -> bool:
         return landing.event is not None and landing.event.query()
 
-    def drop(self, landing: _Copy) -> None:
+    def drop(self, landing: _Copy) -> bool:
         with self._lock:
             if landing.event is None:
                 if landing in self._waiting:
                     self._waiting.remove(landing)
-                return
+                return False
         # What is started later waits for the current stream, so this orders it behind the landing on either stream.
         self._cuda.current_stream(self._device).wait_event(landing.event)
+        return True
 
     def _go_on(self) -> None:
         """Queue more of what isn't urgent, if there is room."""
@@ -185,117 +193,103 @@ class CopyStreams:
 
 
 class _Flight:
-    """One record on an emulated link."""
+    """One record on an emulated link.
 
-    __slots__ = ("begun", "due", "error", "put", "record", "slot", "taken_s", "urgent")
+    ``started`` says since when it waits, ``due`` when it will have crossed, or None as long as its turn hasn't come.
+    """
 
-    def __init__(self, slot: torch.Tensor, record: torch.Tensor, put: Put, urgent: bool, taken_s: float) -> None:
-        self.slot, self.record, self.put, self.urgent, self.taken_s = slot, record, put, urgent, taken_s
-        self.begun = False
-        self.due = 0.0
-        self.error: BaseException | None = None
+    __slots__ = ("due", "put", "started", "taken_s", "urgent")
 
-
-class _Queue:
-    """What an emulated link and its thread share."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.urgent: deque[_Flight] = deque()
-        self.spare: deque[_Flight] = deque()
-        self.open = True
-        self.free = 0.0  # when the link is free again
-
-    def close(self) -> None:
-        with self.changed:
-            self.open = False
-            self.changed.notify_all()
-
-    def carry(self) -> None:
-        """The thread: one flight after the other, urgent ones first; it sleeps while bytes would be crossing."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.urgent or self.spare or not self.open)
-                if not self.open:
-                    return
-                flight = (self.urgent or self.spare).popleft()
-            due = self.free = max(self.free, perf_counter()) + flight.taken_s
-            try:
-                flight.put(flight.slot, flight.record)
-            except BaseException as error:  # whoever waits for it is told
-                flight.error = error
-            with self.changed:
-                flight.due, flight.begun = due, True
-                self.changed.notify_all()
-            del flight
-            self.free = max(due, perf_counter())
-            _sleep_until(due)
+    def __init__(self, started: float, taken_s: float, put: Future[object] | None, urgent: bool) -> None:
+        self.started, self.taken_s, self.put, self.urgent = started, taken_s, put, urgent
+        self.due: float | None = None
 
 
 class EmulatedLink:
     """A link of a given speed between host and device, on a machine that has none.
 
-    The bytes are copied by a thread; then it sleeps for as long as they would take to cross. One record at a time, so that
-    the link's time is never shared. What the copying itself takes is part of that time.
+    What crosses when is worked out by the clock whenever somebody asks: records follow each other without a gap, one at a
+    time, so that the link's time is never shared; and whoever needs one waits until it would be there. The bytes are copied
+    as soon as can be, small records at once, others by a thread, so that crossing takes no time of a core. No one looks
+    at them before they are due.
     """
 
     concurrent = True
 
     def __init__(self, speed: LinkSpeed) -> None:
         self.speed = speed
-        self._queue = queue = _Queue()
-        self._thread = threading.Thread(target=queue.carry, name="epslots-link", daemon=True)
-        self._thread.start()
-        weakref.finalize(self, queue.close)
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="epslots-link")
+        self._lock = threading.Lock()
+        self._urgent: deque[_Flight] = deque()
+        self._spare: deque[_Flight] = deque()
+        self._free = 0.0  # when the link is free again
 
     @property
     def busy(self) -> bool:
-        queue = self._queue
-        return bool(queue.urgent or queue.spare) or perf_counter() < queue.free
+        with self._lock:
+            now = self._go_on()
+            return bool(self._urgent or self._spare) or now < self._free
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
-        flights = [
-            _Flight(slot, record, put, urgent, self.speed.seconds(record.nbytes))
-            for slot, record in zip(slots, records, strict=True)
-        ]
-        queue = self._queue
-        with queue.changed:
+        with self._lock:
+            now = self._go_on()
+            flights = []
+            for slot, record in zip(slots, records, strict=True):
+                copying = None
+                if record.nbytes > _SMALL:
+                    copying = self._copier.submit(put, slot, record)
+                else:
+                    put(slot, record)
+                flights.append(_Flight(now, self.speed.seconds(record.nbytes), copying, urgent))
             if urgent:
-                queue.urgent.extend(flights)
+                self._urgent.extend(flights)
             else:
-                queue.spare.extendleft(reversed(flights))  # the newest guesses first: older ones may be out of date
-            queue.changed.notify_all()
+                self._spare.extendleft(reversed(flights))  # the newest guesses first: older ones may be out of date
         return flights
 
     def land(self, landing: _Flight) -> None:
-        queue = self._queue
-        with queue.changed:
-            if not landing.begun and landing in queue.spare:
-                queue.spare.remove(landing)
-                queue.urgent.append(landing)
-            queue.changed.wait_for(lambda: landing.begun)
-        if landing.error is not None:
-            raise RuntimeError(f"a record couldn't be brought into its slot: {landing.error!r}") from landing.error
-        _sleep_until(landing.due)
+        with self._lock:
+            now = self._go_on()
+            if landing.due is None and not landing.urgent:
+                self._spare.remove(landing)
+                self._urgent.append(landing)
+                landing.urgent, landing.started = True, now
+            while landing.due is None:  # what is before it is urgent as well: nothing can come between
+                self._begin()
+        if landing.put is not None:
+            landing.put.result()
+        _wait_until(landing.due)
 
     def landed(self, landing: _Flight) -> bool:
-        return landing.begun and landing.error is None and perf_counter() >= landing.due
+        with self._lock:
+            now = self._go_on()
+            return landing.due is not None and landing.due <= now and (landing.put is None or landing.put.done())
 
-    def drop(self, landing: _Flight) -> None:
-        queue = self._queue
-        with queue.changed:
-            for waiting in (queue.spare, queue.urgent):
-                if landing in waiting:
-                    waiting.remove(landing)
-                    landing.begun = True  # nobody need wait for it, should this call be interrupted here and made again
-                    return
-            queue.changed.wait_for(lambda: landing.begun)
+    def drop(self, landing: _Flight) -> bool:
+        with self._lock:
+            self._go_on()
+            if landing.due is None:
+                (self._urgent if landing.urgent else self._spare).remove(landing)
+                landing.due = 0.0  # nobody need wait for it, should this call be interrupted here and made again
+                return False
+        return True
+
+    def _go_on(self) -> float:
+        """Begin what has begun by now, in its turn; returns the time."""
+        now = perf_counter()
+        while (self._urgent or self._spare) and self._free <= now:
+            self._begin()
+        return now
+
+    def _begin(self) -> None:
+        flight = (self._urgent or self._spare).popleft()
+        flight.due = self._free = max(self._free, flight.started) + flight.taken_s
 
 
-def _sleep_until(due: float) -> None:
-    left = due - perf_counter()
-    if left > 0:
-        sleep(left)
+def _wait_until(due: float) -> None:
+    """Sleep, and stay awake for the last of it: sleeping takes some 60 us longer than it is asked to."""
+    while (left := due - perf_counter()) > 0:
+        sleep(left - _AWAKE_S if left > 2 * _AWAKE_S else 0)
 
 
 def make_link(setting: str | None, device: torch.device, staging_bytes: int = 0) -> Link:

@@ -390,6 +390,7 @@ def _build_runtime(
         movers.append(mover)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
+            identity = bool(getattr(modules[index], "zero_expert_num", 0))
             runners[index] = MoELayer(
                 index=index,
                 experts=SlotExperts(
@@ -400,8 +401,9 @@ def _build_runtime(
                     mover=mover,
                     telemetry=telemetry,
                     host=HostExperts(modules[index], store, index, device),
+                    identity=identity,
                 ),
-                identity=bool(getattr(modules[index], "zero_expert_num", 0)),
+                identity=identity,
                 policy=policy,
                 history=history.layer(position, experts),
                 telemetry=telemetry,

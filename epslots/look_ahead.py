@@ -106,7 +106,7 @@ class Expected:
             if len(mine):
                 # Alone, a corrupt record is an error when its expert is needed. In a group all others count on the fetch.
                 with nullcontext() if self.in_group else suppress(CorruptExpertError):
-                    self.experts.prefetch(mine, np.flatnonzero(found.evicted_RE[rank]))
+                    self.experts.prefetch(mine, found.evicted_RE[rank])
 
     def _choose(self, usage_RE: IntArray, busy_R: BoolArray) -> Prefetches | None:
         if self._shared is not None:

@@ -37,7 +37,7 @@ from epslots.residency import BoolArray, settle
 from epslots.reuse import stack_distances
 from epslots.serving import HostShare, displaces_better
 from epslots.shared_layer import SharedLayer
-from epslots.slot_experts import SlotExperts
+from epslots.slot_experts import Needs, SlotExperts
 from epslots.telemetry import Telemetry
 from epslots.waves import Wave
 
@@ -175,11 +175,11 @@ class MoELayer:
         busy_1 = self._busy_1()
         counts_host, usage_E = _to_host(counts, usage)  # the one host synchronisation of a step
         counts_E = counts_host[:-1]
-        needed_E = counts_E > 0
+        needs = self.experts.needs(counts_E)
+        needed_E = needs.needed_E
         self._note_uses(needed_E)
         score_E, evicted_E, hosted, slots_E = self._zero_E, self._nothing_E, _NOTHING, counts_E
-        missing = needed_E & ~self.experts.resident_E
-        if missing.any():
+        if needs.missing:
             score_E = self.score_E
             resident_1E, needed_1E = self.experts.resident_E[None], needed_E[None]
             if self.host_share is not None:
@@ -190,9 +190,9 @@ class MoELayer:
             evicted_E = settle(resident_1E, needed_1E, self.experts.quota_1, score_E).evicted_RE[0]
         waves = self.experts.waves(slots_E, score_E, evicted_E)
         on_host = self.experts.begin_on_host(hidden_TH, ids_N, hosted, counts_E)
-        self._count(counts_host, needed_E, missing, waves)
+        self._count(counts_host, needs, waves)
         begun = self.experts.fetch(waves)
-        self.expected.charge(int(np.count_nonzero(missing)) - len(hosted))
+        self.expected.charge(needs.missing - len(hosted))
         usage_1E = None if usage_E is None else usage_E[None]
         self._fetch_ahead(usage_1E, busy_1)
         result = self._compute(Stay(hidden_TH, ids_N), slots_E, waves, begun, on_host)
@@ -233,14 +233,13 @@ class MoELayer:
         plan = shared.plan(counts_RE, score_E, self._room())
         computed_E = np.zeros(experts.num_experts, np.int64)
         computed_E[plan.experts_U] = plan.computed_U
-        needed_E = computed_E > 0
-        missing = needed_E & ~experts.resident_E
         slots_E = computed_E
         if len(plan.hosted):
             slots_E = computed_E.copy()
             slots_E[plan.hosted] = 0
+        needs = experts.needs(computed_E)
         waves = experts.waves(slots_E, score_E, plan.evicted_E, plan.copies)
-        self._count(counts_R[shared.rank], needed_E, missing, waves)
+        self._count(counts_R[shared.rank], needs, waves)
         agreed = lockstep.agreed
         begun = experts.fetch(waves, plan.copies, agreed=agreed)
         self._fetch_ahead(usage_RE, all_ranks.busy_R)
@@ -267,10 +266,8 @@ class MoELayer:
         self, arrived: Dispatched, counts_E: IntArray, waves: tuple[Wave, ...], begun: int, on_host: OnHost | None
     ) -> torch.Tensor:
         """The results of the pairs that are here: [M, H], pair by pair; undefined for those that slots have no part in."""
-        if self.experts.in_one_pass(waves):
-            here = None if on_host is None else int(counts_E.sum())
-            return self.experts.execute(arrived.rows_MH, arrived.ids_M, here)
-        return self.experts.execute_waves(arrived.rows_MH, arrived.ids_M, counts_E, waves, begun)
+        here = None if on_host is None else int(counts_E.sum())
+        return self.experts.compute(arrived.rows_MH, arrived.ids_M, counts_E, waves, begun, here)
 
     def _note_uses(self, used_E: BoolArray) -> None:
         self.steps += 1
@@ -284,11 +281,10 @@ class MoELayer:
             slots = self.experts.slots if self._shared is None else int(self._shared.quota_R.sum())
         record_use(self.history, used_E, self.steps, slots)
 
-    def _count(self, counts: IntArray, needed_E: BoolArray, missing_E: BoolArray, waves: tuple[Wave, ...]) -> None:
-        misses = int(np.count_nonzero(missing_E))
-        needed = int(np.count_nonzero(needed_E))
-        rounds = max(1, len(waves)) if needed > self.experts.slots else 1
-        self._telemetry.count_step(self.index, counts, hits=needed - misses, misses=misses, waves=rounds)
+    def _count(self, counts: IntArray, needs: Needs, waves: tuple[Wave, ...]) -> None:
+        rounds = max(1, len(waves)) if needs.needed > self.experts.slots else 1
+        hits = needs.needed - needs.missing
+        self._telemetry.count_step(self.index, counts, hits=hits, misses=needs.missing, waves=rounds)
 
 
 def _to_host(counts: torch.Tensor, usage: torch.Tensor | None) -> tuple[IntArray, IntArray | None]:

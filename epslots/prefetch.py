@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from epslots.compiled import compiled
 from epslots.eviction import IntArray
 from epslots.residency import BoolArray, settle
 
@@ -54,11 +55,26 @@ class Prefetches:
 
 def used_by_any(usage_RE: IntArray) -> IntArray:
     """How likely each expert is used by any rank's tokens, int64 [E], if ranks choose independently."""
-    unused = CERTAIN - usage_RE.astype(np.int64)
-    while len(unused) > 1:
-        odd = unused[len(unused) & ~1 :]
-        unused = np.concatenate([unused[: len(unused) & ~1 : 2] * unused[1::2] // CERTAIN, odd])
-    return CERTAIN - unused[0]
+    used_E = np.empty(usage_RE.shape[1], np.int64)
+    _used_by_any(np.ascontiguousarray(usage_RE, np.int64), used_E)
+    return used_E
+
+
+@compiled("void(int64[:, ::1], int64[::1])")
+def _used_by_any(usage_RE: IntArray, used_E: IntArray) -> None:
+    ranks, experts = usage_RE.shape
+    unused_R = np.empty(ranks, np.int64)
+    for expert in range(experts):
+        for rank in range(ranks):
+            unused_R[rank] = CERTAIN - usage_RE[rank, expert]
+        left = ranks
+        while left > 1:  # in pairs, and then in pairs of these: fewer roundings than one by one
+            for pair in range(left // 2):
+                unused_R[pair] = unused_R[2 * pair] * unused_R[2 * pair + 1] // CERTAIN
+            if left % 2:
+                unused_R[left // 2] = unused_R[left - 1]
+            left = (left + 1) // 2
+        used_E[expert] = CERTAIN - unused_R[0]
 
 
 def choose_prefetches(
@@ -81,24 +97,60 @@ def choose_prefetches(
         most_R: prefetches that each rank may make.
         least_R: how likely an expert must be used for a rank to fetch or to keep it.
     """
-    wanted = np.flatnonzero((usage_E >= least_R[home_E]) & ~holds_RE.any(0))
-    if not len(wanted):
+    ranks, experts = np.empty((2, len(usage_E)), np.int64)
+    kept_RE = np.empty_like(holds_RE)
+    found = _choose(usage_E, holds_RE, quota_R, home_E, most_R, least_R, kept_RE, ranks, experts)
+    if not found:
         return None
-    kept_RE = holds_RE & (usage_E >= least_R[:, None])
-    most_R = np.minimum(most_R, quota_R - np.count_nonzero(kept_RE, axis=1))
-    wanted = wanted[np.argsort(-usage_E[wanted], kind="stable")]
-    # Each home takes its likeliest.
-    by_home = np.argsort(home_E[wanted], kind="stable")
-    ranks, experts = home_E[wanted][by_home], wanted[by_home]
-    size_R = np.bincount(ranks, minlength=len(quota_R))
-    number = np.arange(len(ranks)) - (size_R.cumsum() - size_R)[ranks]
-    taken = number < most_R[ranks]
-    if not taken.any():
-        return None
-    ranks, experts = ranks[taken], experts[taken]
-    kept_RE[ranks, experts] = True
     change = settle(holds_RE, kept_RE, quota_R, score_E, spare_RE)
-    return Prefetches(ranks, experts, change.evicted_RE, change.after_RE)
+    return Prefetches(ranks[:found], experts[:found], change.evicted_RE, change.after_RE)
+
+
+@compiled(
+    "int64(int64[::1], b1[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], b1[:, ::1], int64[::1], int64[::1])",
+)
+def _choose(
+    usage_E: IntArray,
+    holds_RE: BoolArray,
+    quota_R: IntArray,
+    home_E: IntArray,
+    most_R: IntArray,
+    least_R: IntArray,
+    kept_RE: BoolArray,
+    rank_F: IntArray,
+    expert_F: IntArray,
+) -> int:
+    """Enter each rank's prefetches, and what it keeps with them; returns how many there are."""
+    ranks, experts = holds_RE.shape
+    held_E = np.zeros(experts, np.bool_)
+    room_R = np.empty(ranks, np.int64)
+    for rank in range(ranks):
+        kept = 0
+        for expert in range(experts):
+            held_E[expert] |= holds_RE[rank, expert]
+            keeps = holds_RE[rank, expert] and usage_E[expert] >= least_R[rank]
+            kept_RE[rank, expert] = keeps
+            kept += keeps
+        room_R[rank] = min(most_R[rank], quota_R[rank] - kept)
+    # Each home takes its likeliest.
+    first_R = np.zeros(ranks + 1, np.int64)
+    falling_E = np.argsort(-usage_E, kind="mergesort")  # stable
+    for place in range(experts):
+        expert = falling_E[place]
+        home = home_E[expert]
+        if usage_E[expert] >= least_R[home] and not held_E[expert] and first_R[home + 1] < room_R[home]:
+            kept_RE[home, expert] = True
+            first_R[home + 1] += 1
+    for rank in range(ranks):
+        first_R[rank + 1] += first_R[rank]
+    found = int(first_R[ranks])
+    for place in range(experts):
+        expert = falling_E[place]
+        home = home_E[expert]
+        if kept_RE[home, expert] and not held_E[expert]:
+            rank_F[first_R[home]], expert_F[first_R[home]] = home, expert
+            first_R[home] += 1
+    return found
 
 
 class Budget:
@@ -123,6 +175,30 @@ class Budget:
     def experts(self, expert_bytes: int) -> IntArray:
         """How many experts each rank may still fetch, int64 [R]."""
         return np.maximum(self._left_R, 0) // expert_bytes
+
+
+@compiled("int64(int64[::1], b1[:, ::1], int64[::1])")
+def _expect(usage_E: IntArray, holds_RE: BoolArray, expected_E: IntArray) -> int:
+    """Enter what is likely enough to be fetched and held by nobody; returns how many experts these are."""
+    ranks, experts = holds_RE.shape
+    found = 0
+    for expert in range(experts):
+        wanted = usage_E[expert] >= WORTH_A_TRY
+        for rank in range(ranks):
+            wanted &= not holds_RE[rank, expert]
+        expected_E[expert] = usage_E[expert] if wanted else 0
+        found += wanted
+    return found
+
+
+@compiled("UniTuple(int64, 2)(int64[::1], b1[::1])")
+def _promised_and_kept(expected_E: IntArray, used_E: BoolArray) -> tuple[int, int]:
+    """What was expected in all, and how much of it those make up that were used, each of them for certain."""
+    promised = kept = 0
+    for expert in range(len(expected_E)):
+        promised += expected_E[expert]
+        kept += CERTAIN if expected_E[expert] > 0 and used_E[expert] else 0
+    return promised, kept
 
 
 class Lookout:
@@ -161,8 +237,8 @@ class Lookout:
             busy_R: whether each rank's link had something to do as the layer began.
         """
         usage_E = used_by_any(usage_RE)
-        self._expected_E = np.where((usage_E >= WORTH_A_TRY) & ~holds_RE.any(0), usage_E, 0)
-        if not self.active or not self._expected_E.any():
+        self._expected_E = np.empty_like(usage_E)
+        if not _expect(usage_E, holds_RE, self._expected_E) or not self.active:
             return None
         least_R = np.where(busy_R, LIKELY, WORTH_A_TRY)
         most_R = np.maximum(quota_R // np.where(busy_R, BUSY_SHARE, IDLE_SHARE), 1)
@@ -177,8 +253,9 @@ class Lookout:
         """What that step then used."""
         if self._expected_E is None:
             return
-        self._promised += int(self._expected_E.sum())
-        self._kept += int(np.count_nonzero(self._expected_E[used_E])) * CERTAIN
+        promised, kept = _promised_and_kept(self._expected_E, used_E)
+        self._promised += promised
+        self._kept += kept
         self._expected_E = None
         if self._promised < LEAST_JUDGED:
             return

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from epslots.compiled import compiled
 from epslots.device_copy import to_device
 from epslots.eviction import IntArray
 from epslots.fetch import Mover
@@ -27,6 +29,19 @@ from epslots.waves import NO_WAVE, Wave, plan_waves
 
 _NOTHING = np.zeros(0, np.int64)
 
+# What a pass costs besides reading its experts' weights, as bytes that are read meanwhile. On the CPU measured (90 us, most of
+# them torch's); on CUDA reckoned from launches of some microseconds each: nothing else there is short enough to matter.
+_PASS_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+
+
+class Needs(NamedTuple):
+    """What a step needs of a layer's experts, and what of it is in no slot; and how many experts these are."""
+
+    needed_E: BoolArray
+    missing_E: BoolArray
+    needed: int
+    missing: int
+
 
 class SlotExperts:
     """Computes with one layer's window of slots, and fetches into it what is missing.
@@ -36,6 +51,7 @@ class SlotExperts:
         pool_layer: its number within the mover's pool.
         num_experts: E, experts that have weights. Ids from here on stand for experts that return their input.
         kernel: computes rows sorted by slot.
+        identity: whether there are any such ids.
 
     Attributes:
         slots: Q; ``quota_1`` is the same as int64 [1].
@@ -51,6 +67,7 @@ class SlotExperts:
         mover: Mover,
         telemetry: Telemetry,
         host: HostExperts | None = None,
+        identity: bool = False,
     ) -> None:
         pool = mover.pool
         self.pool = pool
@@ -64,6 +81,11 @@ class SlotExperts:
         self._slot_of_E = pool.slot_of[pool_layer][:num_experts]
         self._slot_of_device_E = pool.slot_of_device[pool_layer][:num_experts]
         self.dtype = kernel.dtype
+        self._identity = identity
+        self._worth = -(-_PASS_BYTES[pool.device.type] // pool.layout.nbytes)
+        self._positions_E = np.empty(num_experts, np.int64)
+        self._flying_E = np.zeros(num_experts, bool)
+        self._keys = torch.arange(0, device=pool.device)
         self._read_window()
 
     def _read_window(self) -> None:
@@ -104,6 +126,12 @@ class SlotExperts:
         """Results [rows, H] where there is nothing to compute."""
         return torch.zeros(rows, self.kernel.hidden_size, dtype=self.dtype, device=self.pool.device)
 
+    def needs(self, counts_E: IntArray) -> Needs:
+        """What a step with these pairs of each expert needs."""
+        needed_E, missing_E = np.empty((2, self.num_experts), bool)
+        needed, missing = _need(counts_E, self._slot_of_E, needed_E, missing_E)
+        return Needs(needed_E, missing_E, needed, missing)
+
     def waves(
         self, counts_E: IntArray, score_E: IntArray, evicted_E: BoolArray, copies: Copies | None = None
     ) -> tuple[Wave, ...]:
@@ -114,28 +142,28 @@ class SlotExperts:
             score_E, evicted_E: as in ``plan_waves``.
             copies: this rank's part of the step's copies between ranks.
         """
-        flying_E = first_E = None
-        needed_E = counts_E > 0
-        slots = self._slot_of_E[needed_E]
-        if self._mover.link.concurrent and self._mover.flying[self._window].any():
-            self._mover.retire(slots[slots >= 0])
-            flying_E = np.where(self._slot_of_E < 0, False, self._mover.flying[self._slot_of_E])
-        late = 0 if flying_E is None else int(np.count_nonzero(needed_E & flying_E))
-        if not late and (slots >= 0).all():
+        position_E, flying_E, first_E = self._positions_E, self._flying_E, None
+        tables = counts_E, self._slot_of_E, self._mover.flying, self._window.start, position_E, flying_E
+        absent, late = _look_up(*tables)
+        if late:
+            self._mover.retire(self._slot_of_E[(counts_E > 0) & flying_E])
+            absent, late = _look_up(*tables)
+            self._telemetry.count_late(self._index, late)
+        if not late and not absent:
             return ()
-        self._telemetry.count_late(self._index, late)
         if copies is not None and copies.sources:
             first_E = np.zeros(self.num_experts, bool)
             first_E[list(copies.sources)] = True
         return plan_waves(
             counts_E,
-            np.where(self._slot_of_E < 0, -1, self._slot_of_E - self._window.start),
+            position_E,
             self._expert_of_Q,
             score_E,
             evicted_E,
             concurrent=self._mover.link.concurrent,
-            flying_E=flying_E,
+            flying_E=flying_E if late else None,
             first_E=first_E,
+            worth=self._worth,
         )
 
     def fetch(self, waves: Sequence[Wave], copies: Copies | None = None, *, agreed: bool = True) -> int:
@@ -166,11 +194,11 @@ class SlotExperts:
         self._mover.fetch(self._pool_layer, wave.fetch_experts, slots, wave.evicted, copies, agreed=agreed)
         self._telemetry.count_stall(self._index, time.perf_counter() - began)
 
-    def prefetch(self, experts: IntArray, evicted: IntArray) -> None:
-        """Begin to fetch what is expected to be needed, in the place of ``evicted``, and in empty slots when these run out."""
-        empty = self._window.start + np.flatnonzero(self._expert_of_Q < 0)
-        slots = np.concatenate([empty, self._slot_of_E[evicted]])[: len(experts)]
-        displaced = np.concatenate([np.full(len(empty), -1), evicted])[: len(experts)]
+    def prefetch(self, experts: IntArray, evicted_E: BoolArray) -> None:
+        """Begin to fetch what is expected to be needed into empty slots, and in the place of ``evicted_E``."""
+        slots, displaced = np.empty((2, len(experts)), np.int64)
+        found = _place(self._slot_of_E, evicted_E, self._expert_of_Q, self._window.start, slots, displaced)
+        assert found == len(experts), "more is fetched ahead than there is room for"
         self._mover.fetch(self._pool_layer, experts, slots, displaced, urgent=False)
         self._telemetry.count_prefetches(self._index, len(experts))
 
@@ -198,10 +226,6 @@ class SlotExperts:
         """Copies from peers, in whichever layer, have arrived: see ``Mover.confirm``."""
         self._mover.confirm()
 
-    def in_one_pass(self, waves: Sequence[Wave]) -> bool:
-        """Whether what the waves compute is there, all of it."""
-        return not waves or (len(waves) == 1 and not self._mover.flying[self._window].any())
-
     def begin_on_host(
         self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, hosted: IntArray, counts_E: IntArray
     ) -> OnHost | None:
@@ -220,6 +244,22 @@ class SlotExperts:
             self._telemetry.count_hosted(self._index, len(begun.experts), time.perf_counter() - began)
         return result_NH
 
+    def compute(
+        self,
+        hidden_TH: torch.Tensor,
+        ids_N: torch.Tensor,
+        counts_E: IntArray,
+        waves: Sequence[Wave],
+        begun: int,
+        here: int | None = None,
+    ) -> torch.Tensor:
+        """A step's pairs, as its waves have it. Returns [N, H], pair by pair. Arguments as the two methods below."""
+        if len(waves) > 1:
+            return self.execute_waves(hidden_TH, ids_N, counts_E, waves, begun)
+        for wave in waves:
+            self._land(wave)
+        return self.execute(hidden_TH, ids_N, here)
+
     def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, here: int | None = None) -> torch.Tensor:
         """All pairs at once. Returns [N, H], pair by pair.
 
@@ -228,10 +268,12 @@ class SlotExperts:
         """
         if not len(ids_N):
             return self.zeros(0)
-        key_E = torch.nn.functional.pad(self._slot_of_device_E - self._window.start, (0, 1), value=self.slots)
+        key_E = self._slot_of_device_E - self._window.start
+        if self._identity:
+            key_E = torch.nn.functional.pad(key_E, (0, 1), value=self.slots)
         if here is not None:
             key_E = torch.where(key_E < 0, self.slots, key_E)  # what is absent goes last
-        order_N, key_N, ends_Q, rows_NH = _sort(hidden_TH, ids_N, key_E, self.slots)
+        order_N, key_N, ends_Q, rows_NH = self._sort(hidden_TH, ids_N, key_E, self.slots)
         if here is not None:
             result_NH = torch.empty(len(ids_N), self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
             return result_NH.index_copy_(0, order_N[:here], self.kernel(rows_NH[:here], ends_Q, key_N[:here]))
@@ -252,7 +294,7 @@ class SlotExperts:
         for number, wave in enumerate(waves):
             key_host[wave.experts] = number * self.slots + wave.positions
         key_E = to_device(key_host, ids_N.device)
-        order_N, key_N, ends, rows_NH = _sort(hidden_TH, ids_N, key_E, keys)
+        order_N, key_N, ends, rows_NH = self._sort(hidden_TH, ids_N, key_E, keys)
         result_NH = torch.empty_like(rows_NH)
         start = 0
         for number, wave in enumerate(waves):
@@ -268,28 +310,76 @@ class SlotExperts:
 
     def _land(self, wave: Wave) -> None:
         """Wait for what a wave computes."""
-        slots = wave.positions + self._window.start
-        if self._mover.flying[slots].any():
+        if self._mover.any_flying:
             began = time.perf_counter()
-            self._mover.land(slots)
+            self._mover.land(wave.positions + self._window.start)
             self._telemetry.count_stall(self._index, time.perf_counter() - began)
 
+    def _sort(
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, key_E: torch.Tensor, keys: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sort the pairs by their expert's key.
 
-def _sort(
-    hidden_TH: torch.Tensor, ids_N: torch.Tensor, key_E: torch.Tensor, keys: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort the pairs by their expert's key.
-
-    Returns:
-        order_N (the pair in each sorted row), key_N (sorted), ends int32 [keys] (where each key's rows end), and the
-        sorted rows' hidden states [N, H].
-    """
-    top_k = ids_N.shape[0] // hidden_TH.shape[0]
-    key_N, order_N = torch.sort(key_E[ids_N], stable=True)
-    ends = torch.searchsorted(key_N, torch.arange(keys, device=key_N.device), right=True, out_int32=True)
-    return order_N, key_N, ends, hidden_TH[order_N // top_k]
+        Returns:
+            order_N (the pair in each sorted row), key_N (sorted), ends int32 [keys] (where each key's rows end), and the
+            sorted rows' hidden states [N, H].
+        """
+        if len(self._keys) < keys:
+            self._keys = torch.arange(keys, device=ids_N.device)
+        top_k = ids_N.shape[0] // hidden_TH.shape[0]
+        key_N, order_N = torch.sort(key_E[ids_N], stable=True)
+        ends = torch.searchsorted(key_N, self._keys[:keys], right=True, out_int32=True)
+        return order_N, key_N, ends, hidden_TH[order_N // top_k]
 
 
 def _unsort(result_NH: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
     """Results in the order of the pairs."""
     return torch.empty_like(result_NH).index_copy_(0, order_N, result_NH)
+
+
+@compiled("UniTuple(int64, 2)(int64[::1], int64[::1], b1[::1], b1[::1])")
+def _need(counts_E: IntArray, slot_of_E: IntArray, needed_E: BoolArray, missing_E: BoolArray) -> tuple[int, int]:
+    """Enter which experts have pairs, and which of these are in no slot; returns how many they are."""
+    needed = missing = 0
+    for expert in range(len(counts_E)):
+        needs = counts_E[expert] > 0
+        misses = needs and slot_of_E[expert] < 0
+        needed_E[expert], missing_E[expert] = needs, misses
+        needed += needs
+        missing += misses
+    return needed, missing
+
+
+@compiled("UniTuple(int64, 2)(int64[::1], int64[::1], b1[::1], int64, int64[::1], b1[::1])")
+def _look_up(
+    counts_E: IntArray, slot_of_E: IntArray, flying_S: BoolArray, start: int, position_E: IntArray, flying_E: BoolArray
+) -> tuple[int, int]:
+    """Enter where experts are in the window that begins with slot ``start``, and which are under way; returns how many of
+    those with pairs are absent, and under way.
+    """
+    absent = late = 0
+    for expert in range(len(counts_E)):
+        slot = slot_of_E[expert]
+        position_E[expert] = -1 if slot < 0 else slot - start
+        flying_E[expert] = slot >= 0 and flying_S[slot]
+        if counts_E[expert] > 0:
+            absent += slot < 0
+            late += flying_E[expert]
+    return absent, late
+
+
+@compiled("int64(int64[::1], b1[::1], int64[::1], int64, int64[::1], int64[::1])")
+def _place(
+    slot_of_E: IntArray, evicted_E: BoolArray, expert_of_Q: IntArray, start: int, slot_F: IntArray, displaced_F: IntArray
+) -> int:
+    """Enter slots of the window for fetches: empty ones, then those of ``evicted_E``; returns how many were found."""
+    found = 0
+    for position in range(len(expert_of_Q)):
+        if expert_of_Q[position] < 0 and found < len(slot_F):
+            slot_F[found], displaced_F[found] = start + position, -1
+            found += 1
+    for expert in range(len(slot_of_E)):
+        if evicted_E[expert] and found < len(slot_F):
+            slot_F[found], displaced_F[found] = slot_of_E[expert], expert
+            found += 1
+    return found

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from epslots.compiled import compiled
 from epslots.records import LayerSpec
 
 
@@ -84,9 +85,7 @@ class SlotPool:
     def vacate(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Give up the slots of these resident experts (-1 is skipped). ``occupy`` or ``publish`` must tell the device."""
         self._wait_until_published()
-        gone = experts[experts >= 0]
-        self.expert_of[self.slot_of[layer, gone]] = -1
-        self.slot_of[layer, gone] = -1
+        _vacate(self.slot_of[layer], self.expert_of, experts)
 
     def pass_slot(self, giver: int, taker: int) -> None:
         """Shift the boundary between two neighbouring layers by a slot, which must be empty: ``boundary_slot``."""
@@ -115,10 +114,9 @@ class SlotPool:
     def occupy(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Enter these experts as complete in these empty slots of the layer's window."""
         self._wait_until_published()
-        assert (self.expert_of[slots] == -1).all() and (self.slot_of[layer, experts] == -1).all()
-        self.expert_of[slots] = experts
-        self.slot_of[layer, experts] = slots
+        done = _occupy(self.slot_of[layer], self.expert_of, experts, slots)
         self.publish(layer)
+        assert done == len(experts), f"slot {slots[done]} isn't empty, or expert {experts[done]} is elsewhere"
 
     def publish(self, layer: int) -> None:
         """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory.
@@ -158,3 +156,24 @@ class SlotPool:
         assert torch.equal(self.slot_of_device.cpu(), torch.from_numpy(self.slot_of)), "slot_of differs on the device"
         assert torch.equal(self.expert_of_device.cpu(), torch.from_numpy(self.expert_of)), "expert_of differs there"
         assert self.memory.nbytes == self.nbytes == math.prod(self.memory.shape)
+
+
+@compiled("void(int64[::1], int64[::1], int64[::1])")
+def _vacate(slot_of_E: NDArray[np.int64], expert_of_S: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
+    for expert in experts:
+        if expert >= 0:
+            expert_of_S[slot_of_E[expert]] = -1
+            slot_of_E[expert] = -1
+
+
+@compiled("int64(int64[::1], int64[::1], int64[::1], int64[::1])")
+def _occupy(
+    slot_of_E: NDArray[np.int64], expert_of_S: NDArray[np.int64], experts: NDArray[np.int64], slots: NDArray[np.int64]
+) -> int:
+    """Enter experts until one can't be; returns how many were."""
+    for number in range(len(experts)):
+        expert, slot = experts[number], slots[number]
+        if slot_of_E[expert] != -1 or expert_of_S[slot] != -1:
+            return number
+        slot_of_E[expert], expert_of_S[slot] = slot, expert
+    return len(experts)

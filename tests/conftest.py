@@ -14,7 +14,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-import epslots.loading  # and with it all that is compiled
+import epslots.loading  # noqa: F401 - and with it all that is compiled
 from epslots.compiled import prepare
 from tests.zoo import KNOWN_WARNINGS, make_checkpoint
 

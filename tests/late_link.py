@@ -42,8 +42,8 @@ class LateLink:
     def landed(self, landing: Late) -> bool:
         return False
 
-    def drop(self, landing: Late) -> None:
-        pass
+    def drop(self, landing: Late) -> bool:
+        return False
 
 
 class Guesses:

@@ -28,24 +28,27 @@ def slots(count: int) -> list[torch.Tensor]:
     return [torch.zeros(4, dtype=torch.uint8) for _ in range(count)]
 
 
-class Gate:
-    """A ``Put`` that copies once it is let, and remembers the order."""
+class Clock:
+    """Time that passes when somebody sleeps, and when we say so."""
 
     def __init__(self) -> None:
-        self.open = threading.Event()
-        self.waiting = threading.Event()
-        self.order: list[int] = []
+        self.now = 100.0
 
-    def __call__(self, slot: torch.Tensor, record: torch.Tensor) -> None:
-        self.waiting.set()
-        assert self.open.wait(20)
-        self.order.append(int(record[0]))
-        slot.copy_(record)
+    def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 1e-6)
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("epslots.link.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("epslots.link.sleep", clock.sleep)
+    return clock
+
+
+def second() -> EmulatedLink:
+    """4 bytes take a second and a half."""
+    return EmulatedLink(LinkSpeed(8, 1.0))
 
 
 def test_the_cpu_copies_at_once():
@@ -55,91 +58,103 @@ def test_the_cpu_copies_at_once():
     assert [int(slot[0]) for slot in there] == [1, 2]
 
 
-def test_urgent_first_then_the_newest_guess(gate: Gate):
-    link = EmulatedLink(FAST)
-    first = link.start(slots(1), records(9), gate, urgent=False)
-    assert gate.waiting.wait(20)
-    guesses = link.start(slots(2), records(1, 2), gate, urgent=False)
-    newer = link.start(slots(2), records(3, 4), gate, urgent=False)
-    urgent = link.start(slots(2), records(5, 6), gate, urgent=True)
-    gate.open.set()
-    for landing in (*urgent, *newer, *guesses, *first):
-        link.land(landing)
-    assert gate.order == [9, 5, 6, 3, 4, 1, 2]
+def due(clock: Clock, link: EmulatedLink, landing: Any) -> float:
+    """When a landing has been waited for, seconds from the start."""
+    link.land(landing)
+    return round(clock.now - 100, 3)
 
 
-def test_what_is_waited_for_becomes_urgent(gate: Gate):
-    link = EmulatedLink(FAST)
-    link.start(slots(1), records(9), gate, urgent=True)
-    assert gate.waiting.wait(20)
-    link.start(slots(1), records(1), gate, urgent=False)
-    wanted = link.start(slots(1), records(2), gate, urgent=False)
-    link.start(slots(1), records(3), gate, urgent=False)
-    waiter = threading.Thread(target=link.land, args=wanted)
-    waiter.start()
-    until(lambda: wanted[0] in link._queue.urgent)
-    gate.open.set()
-    waiter.join(20)
-    assert gate.order[:2] == [9, 2]
+def test_each_record_takes_its_time_on_the_link_and_none_is_lost_between(clock: Clock):
+    link, there = second(), slots(3)
+    landings = link.start(there, records(1, 2, 3), copy, urgent=True)
+    clock.now += 2.0
+    assert [link.landed(landing) for landing in landings] == [True, False, False]
+    assert link.busy
+    assert [due(clock, link, landing) for landing in landings[1:]] == [3.0, 4.5]
+    assert [int(slot[0]) for slot in there] == [1, 2, 3]
+    assert not link.busy
+    clock.now += 10
+    (late,) = link.start(slots(1), records(4), copy, urgent=True)
+    assert due(clock, link, late) == 16.0, "an idle link begins at once"
 
 
-def until(true: Callable[[], bool]) -> None:
-    for _ in range(10**7):
-        if true():
-            return
-    raise AssertionError("it never was")
+def test_urgent_first_then_the_newest_guess(clock: Clock):
+    link = second()
+    first = link.start(slots(1), records(9), copy, urgent=False)
+    clock.now += 0.1
+    guesses = link.start(slots(2), records(1, 2), copy, urgent=False)
+    clock.now += 0.1
+    newer = link.start(slots(2), records(3, 4), copy, urgent=False)
+    urgent = link.start(slots(2), records(5, 6), copy, urgent=True)
+    clock.now += 100
+    link.landed(first[0])
+    order = sorted((*first, *guesses, *newer, *urgent), key=lambda flight: flight.due)
+    assert order == [*first, *urgent, *newer, *guesses]
+    assert [flight.due - 100 for flight in order] == [1.5 * (number + 1) for number in range(7)]
+
+
+def test_what_is_waited_for_becomes_urgent(clock: Clock):
+    link = second()
+    link.start(slots(1), records(9), copy, urgent=True)
+    clock.now += 0.1
+    older, wanted, newest = (link.start(slots(1), records(n), copy, urgent=False)[0] for n in (1, 2, 3))
+    assert due(clock, link, wanted) == 3.0
+    assert due(clock, link, newest) == 4.5
+    assert due(clock, link, older) == 6.0
 
 
 @pytest.mark.parametrize("urgent", [False, True])
-def test_what_is_dropped_never_comes(gate: Gate, urgent: bool):
+def test_what_is_dropped_takes_no_time_unless_it_has_begun(clock: Clock, urgent: bool):
+    link = second()
+    (begun,) = link.start(slots(1), records(9), copy, urgent=True)
+    clock.now += 0.1
+    (dropped,) = link.start(slots(1), records(1), copy, urgent=urgent)
+    assert link.drop(begun), "it crosses all the same"
+    assert not link.drop(dropped)
+    (last,) = link.start(slots(1), records(2), copy, urgent=False)
+    assert due(clock, link, last) == 3.0
+
+
+def test_a_large_record_is_brought_by_a_thread_and_waited_for():
     link = EmulatedLink(FAST)
-    first = link.start(slots(1), records(9), gate, urgent=True)
-    assert gate.waiting.wait(20)
-    (dropped,) = link.start(slots(1), records(1), gate, urgent=urgent)
-    link.drop(dropped)
-    gate.open.set()
-    (last,) = link.start(slots(1), records(2), gate, urgent=False)
-    link.land(first[0])
-    link.land(last)
-    assert gate.order == [9, 2]
+    there = [torch.zeros(1 << 20, dtype=torch.uint8)]
+    go, who = threading.Event(), []
+
+    def put(slot: torch.Tensor, record: torch.Tensor) -> None:
+        who.append(threading.current_thread())
+        assert go.wait(20)
+        slot.copy_(record)
+
+    (first,) = link.start(there, [torch.full((1 << 20,), 1, dtype=torch.uint8)], put, urgent=True)
+    link.drop(first)
+    (landing,) = link.start(there, [torch.full((1 << 20,), 2, dtype=torch.uint8)], put, urgent=True)
+    assert not link.landed(landing)
+    go.set()
+    link.land(landing)
+    assert (there[0] == 2).all(), "what was started last is written last"
+    assert threading.current_thread() not in who
 
 
-def test_what_has_begun_is_waited_for_before_its_slot_is_another_s(gate: Gate):
-    link, there = EmulatedLink(FAST), slots(1)
-    (begun,) = link.start(there, records(1), gate, urgent=True)
-    assert gate.waiting.wait(20)
-    gate.open.set()
-    link.drop(begun)
-    assert int(there[0][0]) == 1, "and is written no more"
+def test_what_cannot_be_brought_is_told_to_whoever_waits():
+    def broken(slot: torch.Tensor, record: torch.Tensor) -> None:
+        raise MemoryError("no room")
 
-
-def test_each_record_takes_its_time_on_the_link(monkeypatch: pytest.MonkeyPatch):
-    """4 bytes at 8 bytes/s and a latency of a second: one and a half each, one after the other. The clock is ours."""
-    now, slept = [100.0], []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        now[0] += seconds
-
-    monkeypatch.setattr("epslots.link.perf_counter", lambda: now[0])
-    monkeypatch.setattr("epslots.link.sleep", sleep)
-    gate = Gate()
-    link = EmulatedLink(LinkSpeed(8, 1.0))
-    landings = link.start(slots(3), records(1, 2, 3), gate, urgent=True)
-    gate.open.set()
-    with link._queue.changed:
-        link._queue.changed.wait_for(lambda: all(landing.begun for landing in landings), 20)
-    assert [landing.due for landing in landings] == [101.5, 103.0, 104.5]
+    link = EmulatedLink(FAST)
+    (landing,) = link.start([torch.zeros(1 << 20)], [torch.zeros(1 << 20)], broken, urgent=True)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            link.land(landing)
 
 
 def test_its_thread_ends_with_the_link():
     link = EmulatedLink(FAST)
-    thread = link._thread
-    for landing in link.start(slots(1), records(1), copy, urgent=True):
+    threads: list[threading.Thread] = []
+    large = torch.zeros(1 << 20)
+    for landing in link.start([large], [large], lambda *_: threads.append(threading.current_thread()), urgent=True):
         link.land(landing)
     del link, landing
-    thread.join(20)
-    assert not thread.is_alive()
+    threads[0].join(20)
+    assert not threads[0].is_alive()
 
 
 @pytest.mark.parametrize(

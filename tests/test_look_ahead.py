@@ -199,7 +199,9 @@ def test_prefetches_count_where_their_bytes_do(checkpoint: Checkpoints, cache_di
     greedy(model, zoo.random_ids(1, 9, seed=2), 40)
     runtime = runtime_of(model)
     fetched = np.array(sums(model, "misses", "prefetches")).sum()
-    assert sums(model, "host_bytes") == (fetched * runtime.layers[0].layout.nbytes,)
+    record = runtime.layers[0].layout.nbytes
+    (crossed,) = sums(model, "host_bytes")
+    assert crossed % record == 0 and 0.5 * fetched * record < crossed <= fetched * record, "some are dropped in time"
     assert sums(model, "late")[0] <= sums(model, "hits")[0]
 
 
@@ -217,11 +219,11 @@ class Interrupted(LateLink):
         self.at = None if self.at is None else self.at - 1
         super().land(landing)
 
-    def drop(self, landing: Any) -> None:
+    def drop(self, landing: Any) -> bool:
         if self.at == 0:
             self.at = None
             raise KeyboardInterrupt
-        super().drop(landing)
+        return super().drop(landing)
 
 
 @pytest.mark.parametrize("at", range(6))

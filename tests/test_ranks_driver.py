@@ -110,6 +110,7 @@ class OneRank:
                 kernel=Scaling(self.pool.weights(index)),  # type: ignore[arg-type]
                 mover=self.mover,
                 telemetry=self.telemetry,
+                identity=episode.identity,
             )
             self.layers.append(
                 MoELayer(
