@@ -5,18 +5,22 @@ numpy for each rule came to a millisecond. A compiled function takes C-contiguou
 into arrays that it is given or returns new ones, and calls compiled functions of its own module only: numba notices no change
 elsewhere to what it has kept.
 
-Compiling takes seconds, once on a machine: the code is kept beside the module, or in the user's cache where that can't be
-written. ``prepare`` does it, so that no step waits for it.
+Compiling takes half a minute, once on a machine: the code is kept in the user's cache, or where that can't be written beside
+the module. ``prepare`` does it, so that no step waits for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
 
 import numba
+import platformdirs
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator, UserWideCacheLocator
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +30,29 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _waiting: list[tuple[Any, str]] = []
 
 
+class _BySource(InTreeCacheLocator):
+    """The same code is compiled once for a user, wherever it lies: in a checkout, a wheel, a job's working folder."""
+
+    def __init__(self, function: Callable[..., Any], path: str) -> None:
+        super().__init__(function, path)
+        folder = Path(platformdirs.user_cache_dir("epslots")) / "compiled"
+        self._cache_path = str(folder / hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16])
+
+
+class _Code(CompileResultCacheImpl):
+    _locator_classes: ClassVar = [_BySource, InTreeCacheLocator, UserWideCacheLocator]
+
+
+class _Cache(FunctionCache):
+    _impl_class = _Code
+
+
 def compiled(signature: str) -> Callable[[_Function], _Function]:
     """Compile a function for these types, as numba spells them: ``"int64(int64[::1], b1[:, ::1])"``."""
 
     def keep(function: _Function) -> _Function:
-        dispatcher = numba.njit(cache=True)(function)
+        dispatcher = numba.njit(function)
+        dispatcher._cache = _Cache(function)
         _waiting.append((dispatcher, signature))
         return cast(_Function, dispatcher)
 

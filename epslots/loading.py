@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from epslots.compiled import prepare
 from epslots.costs import Costs
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
@@ -249,6 +250,7 @@ def load_alone(
     if host_compute not in HOST_COMPUTE_SETTINGS:
         raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
     on_host = host_compute == "on" or (host_compute == "auto" and target.type == "cuda")
+    prepare()  # here, and not in the first step
     store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)

@@ -1,0 +1,52 @@
+"""Compiled code is kept by what it was compiled from; and takes what it was made for alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from epslots.residency import settle
+
+MODULE = """
+import numpy as np
+from epslots.compiled import compiled, prepare
+
+@compiled("int64(int64[::1])")
+def total(numbers):
+    result = 0
+    for number in numbers:
+        result += number
+    return result
+
+prepare()
+print(total(np.arange(5)), sum(total.stats.cache_hits.values()), sum(total.stats.cache_misses.values()))
+"""
+
+
+def run(folder: Path, cache: Path, module: str = MODULE) -> list[int]:
+    """The sum, how often code was found, and how often it wasn't."""
+    folder.mkdir(exist_ok=True)
+    (folder / "summing.py").write_text(module)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", "import summing"], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is Linux's")
+def test_what_was_compiled_in_one_folder_is_found_from_another(tmp_path: Path):
+    cache = tmp_path / "cache"
+    assert run(tmp_path / "first", cache) == [10, 0, 1]
+    assert run(tmp_path / "second", cache) == [10, 1, 0]
+    assert run(tmp_path / "third", cache, MODULE.replace("result = 0", "result = 1")) == [11, 0, 1]
+
+
+def test_other_types_are_an_error():
+    with pytest.raises(TypeError):
+        settle(np.zeros((1, 4), np.int32), np.zeros((1, 4), bool), np.array([2]), np.zeros(4, np.int64))  # type: ignore[arg-type]
