@@ -125,15 +125,19 @@ class Mover:
         if not self._landings:
             return
         for slot in set(slots[self.flying[slots]].tolist()):
-            self.link.land(self._landings[slot])
-            self.flying[slot] = False
-            del self._landings[slot]
+            self._finish(slot, self._landings[slot])
+
+    def _finish(self, slot: int, landing: Any) -> None:
+        self.link.land(landing)  # may be interrupted, and is asked again then
+        self.flying[slot] = False
+        del self._landings[slot]
 
     def retire(self, slots: NDArray[np.int64]) -> None:
         """What has landed in these slots by now flies no more."""
         for slot in slots[self.flying[slots]].tolist():
-            if self.link.landed(self._landings[slot]):
-                self.land(np.array([slot]))
+            landing = self._landings[slot]
+            if self.link.landed(landing):
+                self._finish(slot, landing)
 
     def land_all(self) -> None:
         """No slot is flying afterwards."""

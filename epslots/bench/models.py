@@ -47,11 +47,18 @@ def random_config(
 
 
 @contextlib.contextmanager
-def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype) -> Iterator[Path]:
-    """A folder with a random model of ``config``, one tensor per expert as such checkpoints have; gone after the block."""
+def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype, *, embedding: float | None = None) -> Iterator[Path]:
+    """A folder with a random model of ``config``, one tensor per expert as such checkpoints have; gone after the block.
+
+    Args:
+        embedding: the deviation of embeddings. With transformers' own, 0.02, all tokens are routed alike soon: what attention
+            adds, which hardly differs from token to token, drowns them.
+    """
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
         torch.manual_seed(0)
         model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype)
+        if embedding is not None:
+            model.model.embed_tokens.weight.data.normal_(0, embedding)
         model.save_pretrained(folder)
         del model
         yield Path(folder)

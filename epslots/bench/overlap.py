@@ -85,10 +85,12 @@ def bench_overlap(report: Report, cache_dir: Path, *, rounds: int = 12, tokens: 
     text = tokenizer(Path(torch.__file__).with_name("functional.py").read_text(encoding="utf-8"), return_tensors="pt")
     ids = text["input_ids"][:, 200:1000]
     _bench(report, "trained example model", example_model(), ids, cache_dir, rounds, tokens)
-    config = random_config(layers=6, hidden=512, experts=32, top_k=4, width=384)
-    with random_checkpoint(config, torch.float32) as folder:
+    # About as much is dense as of experts that a token uses, and large enough for the host's plan to weigh little.
+    config = random_config(layers=6, hidden=1024, experts=32, top_k=4, width=256)
+    with random_checkpoint(config, torch.float32, embedding=1.0) as folder:
         generator = torch.Generator().manual_seed(5)
-        ids = torch.randint(0, config.vocab_size, (1, 800), generator=generator)
+        often = 1 / torch.arange(1.0, config.vocab_size + 1)  # Zipf, as words are
+        ids = torch.multinomial(often, 800, replacement=True, generator=generator)[None]
         _bench(report, "larger random model", folder, ids, cache_dir, rounds, tokens)
 
 
