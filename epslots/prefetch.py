@@ -23,8 +23,8 @@ CERTAIN = 256
 # How likely an expert must be used to be fetched, or kept from giving way to one that is: over a link that is idle as the
 # layer begins, where what isn't used then costs nothing; and over one that has something to do.
 WORTH_A_TRY, LIKELY = 38, 96
-# No more than this part of a layer's slots changes ahead of a step, in these cases: what was used last is the other guess.
-IDLE_SHARE, BUSY_SHARE = 2, 4
+# No more than this part of a layer's slots changes ahead of a step: what was used last is the other guess.
+CHANGING_SHARE = 2
 # Prefetching stops where less than half of what was promised comes true, and begins anew where two thirds would.
 STOP_BELOW = 2, 1
 START_ABOVE = 3, 2
@@ -241,7 +241,7 @@ class Lookout:
         if not _expect(usage_E, holds_RE, self._expected_E) or not self.active:
             return None
         least_R = np.where(busy_R, LIKELY, WORTH_A_TRY)
-        most_R = np.maximum(quota_R // np.where(busy_R, BUSY_SHARE, IDLE_SHARE), 1)
+        most_R = np.maximum(quota_R // CHANGING_SHARE, 1)
         if budget is not None:
             most_R = np.minimum(most_R, budget.experts(expert_bytes))
         found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, score_E, most_R, least_R, spare_RE)
