@@ -36,7 +36,8 @@ class _BySource(InTreeCacheLocator):
     def __init__(self, function: Callable[..., Any], path: str) -> None:
         super().__init__(function, path)
         folder = Path(platformdirs.user_cache_dir("epslots")) / "compiled"
-        self._cache_path = str(folder / hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16])
+        source = function.__module__.encode() + b"\n" + Path(path).read_bytes()  # what is kept names the module
+        self._cache_path = str(folder / hashlib.sha256(source).hexdigest()[:16])
 
 
 class _Code(CompileResultCacheImpl):

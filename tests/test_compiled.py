@@ -28,13 +28,13 @@ print(total(np.arange(5)), sum(total.stats.cache_hits.values()), sum(total.stats
 """
 
 
-def run(folder: Path, cache: Path, module: str = MODULE) -> list[int]:
+def run(folder: Path, cache: Path, module: str = MODULE, name: str = "summing") -> list[int]:
     """The sum, how often code was found, and how often it wasn't."""
     folder.mkdir(exist_ok=True)
-    (folder / "summing.py").write_text(module)
+    (folder / f"{name}.py").write_text(module)
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-c", "import summing"], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import {name}"], cwd=folder, env=environment, capture_output=True, text=True, check=True
     )
     return [int(word) for word in done.stdout.split()]
 
@@ -45,6 +45,7 @@ def test_what_was_compiled_in_one_folder_is_found_from_another(tmp_path: Path):
     assert run(tmp_path / "first", cache) == [10, 0, 1]
     assert run(tmp_path / "second", cache) == [10, 1, 0]
     assert run(tmp_path / "third", cache, MODULE.replace("result = 0", "result = 1")) == [11, 0, 1]
+    assert run(tmp_path / "fourth", cache, name="adding") == [10, 0, 1], "the same source elsewhere in a package is other code"
 
 
 def test_other_types_are_an_error():
