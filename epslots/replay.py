@@ -78,7 +78,7 @@ def replay(
             for history, (part, slots) in zip(histories, parts, strict=True):
                 record_use(history, used_E, step, slots)
                 if misses_C[part].any():
-                    needed_CE = np.broadcast_to(used_E, holds_CE[part].shape)
+                    needed_CE = np.tile(used_E, (len(holds_CE[part]), 1))
                     holds_CE[part] = settle(holds_CE[part], needed_CE, quota_C[part], policy(history)).after_RE
     return Replayed(hits_CL, misses_CL)
 

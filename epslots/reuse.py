@@ -20,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from epslots.compiled import compiled
 from epslots.eviction import IntArray
 from epslots.residency import BoolArray
 
@@ -37,17 +38,26 @@ def stack_distances(last_use_E: IntArray, used_E: BoolArray, score_E: IntArray |
     Returns:
         For each used expert the number of experts that stand above it: 0 to E - 1; or E if it was never used before.
     """
-    experts = len(last_use_E)
-    used = np.flatnonzero(used_E)
-    if score_E is None:
-        order = np.argsort(last_use_E, kind="stable")
-    else:
-        order = np.lexsort((score_E, last_use_E == last_use_E.max(initial=0)))
-    above_E = np.empty(experts, np.int64)
-    above_E[order] = np.arange(experts - 1, -1, -1)
-    distances: IntArray = above_E[used]
-    distances[last_use_E[used] == 0] = experts
+    distances = np.empty(np.count_nonzero(used_E), np.int64)
+    _stack_distances(last_use_E, used_E, last_use_E if score_E is None else score_E, distances)
     return distances
+
+
+@compiled("void(int64[::1], b1[::1], int64[::1], int64[::1])")
+def _stack_distances(last_use_E: IntArray, used_E: BoolArray, score_E: IntArray, distances: IntArray) -> None:
+    experts, place = len(last_use_E), 0
+    last = last_use_E.max() if experts else 0
+    for used in range(experts):
+        if not used_E[used]:
+            continue
+        above = 0
+        for expert in range(experts):
+            if (last_use_E[expert] == last) != (last_use_E[used] == last):
+                above += last_use_E[expert] == last
+            else:
+                above += score_E[expert] > score_E[used] or (score_E[expert] == score_E[used] and expert > used)
+        distances[place] = above if last_use_E[used] else experts
+        place += 1
 
 
 def count_distances(histogram_D: IntArray, distances: IntArray) -> None:

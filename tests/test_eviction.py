@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
@@ -23,6 +23,7 @@ from epslots.eviction import (
     record_use,
     resolve_policy,
 )
+from epslots.residency import settle
 
 STILL = len(SHIFTS)
 
@@ -59,6 +60,7 @@ def test_lrfu_lets_a_burst_overtake_an_old_frequency_before_lfu_does():
     assert order("lrfu", steps)[-1] == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.sets(st.integers(0, 3)), max_size=40), st.sampled_from([None, 1, 2, 3, 4]))
 def test_histories_are_integers_that_stay_bounded(steps: list[set[int]], slots: int | None):
     history = after(steps, slots=slots)
@@ -90,7 +92,7 @@ def test_weights_go_to_the_decay_rates_that_hit():
     # Each expert for a while and then never again, as others are: what counts is what was just used.
     generator = np.random.default_rng(1)
     walk = [{(step // 40 + int(generator.integers(2))) % 16} for step in range(3000)]
-    assert after(walk, 16, slots=3).weights[: SHIFTS.index(5)].sum() > 240
+    assert after(walk, 16, slots=3).weights[: SHIFTS.index(7)].sum() > 240
 
 
 def test_where_experts_are_used_in_turn_what_stands_still_is_kept():
@@ -126,18 +128,47 @@ def test_what_follows_nothing_is_not_believed():
     assert not np.array_equal(adaptive(history), scores)
 
 
-def test_in_waves_the_policy_is_that_of_frequency():
-    waves = after([{0, 1, 2}] * 51 + [{3}], slots=2)
-    assert not waves.hits[:-1].any(), "nothing is learned from such steps"
+def in_waves(popular: Callable[[int], list[float]], steps: int = 1500) -> UseHistory:
+    """After steps of 4 of 16 experts, by shares that follow from the step's number, with 3 slots."""
     generator = np.random.default_rng(0)
-    steps = [set(generator.choice(8, 4, replace=False).tolist()) for _ in range(100)]
-    for number in range(50, 100):
-        history = after(steps[:number], 8, slots=3)
-        assert np.array_equal(np.argsort(adaptive(history)), np.argsort(POLICIES["lfu"](history)))
-    # And when steps fit again, it learns.
-    assert after([*steps, *drawn([4, 2, 1, 1, 1, 1, 1, 1], 100)], 8, slots=3).hits[:-1].all()
+    log_shares = np.log([popular(step) for step in range(steps)])
+    order_TE = np.argsort(-log_shares - generator.gumbel(size=log_shares.shape))
+    return after([set(chosen) for chosen in order_TE[:, :4].tolist()], 16, slots=3)
 
 
+def test_in_waves_the_rows_are_weighed_as_well():
+    steady = in_waves(lambda step: [1.5**-expert for expert in range(16)])
+    moving = in_waves(lambda step: [1.5 ** -((expert - step // 10) % 16) for expert in range(16)])
+    slow, fast = slice(SHIFTS.index(7), None), slice(0, SHIFTS.index(5) + 1)
+    assert steady.hits[:-1].all() and moving.hits[:-1].all()
+    assert steady.weights[slow].sum() > 200 > 50 > steady.weights[fast].sum()
+    assert moving.weights[fast].sum() > 200 > 50 > moving.weights[slow].sum()
+
+
+@settings(deadline=None)
+@given(st.lists(st.sets(st.integers(0, 8), max_size=6), max_size=60), st.integers(1, 8))
+def test_a_rows_cache_is_what_its_scores_would_make_of_one(steps: list[set[int]], slots: int):
+    """And never more than the slots, where a step uses more than there are."""
+    history = UseHistory.empty(1, 9).layer(0, 9)
+    holds_DE = np.zeros((STILL + 1, 9), bool)
+    hits = 0
+    for number, used in enumerate(steps, start=1):
+        used_E = np.isin(np.arange(9), list(used))
+        hits += int((holds_DE[0] & used_E).sum()) << 9
+        hits -= int(history.hits[0]) >> 9
+        record_use(history, used_E, number, slots)
+        assert history.hits[0] == hits
+        if len(used) <= slots:
+            for row in range(STILL + 1):
+                score_E = (history.decayed[row] << 32) + history.last_use
+                holds_DE[row] = settle(holds_DE[[row]], used_E[None].copy(), np.array([slots]), score_E).after_RE[0]
+            assert np.array_equal(history.holds, holds_DE)
+        else:
+            assert (history.holds.sum(1) == slots).all() and not (history.holds & ~(holds_DE | used_E)).any()
+            holds_DE = history.holds.copy()
+
+
+@settings(deadline=None)
 @given(st.lists(st.sets(st.integers(0, 7), max_size=3), max_size=60), st.integers(1, 8))
 def test_a_row_of_more_layers_learns_what_a_single_one_does(steps: list[set[int]], slots: int):
     alone = after(steps, 8, slots)

@@ -108,7 +108,7 @@ def test_the_default_policy_is_not_below_the_better_of_lru_and_lfu(pattern: str,
     best_C = belady(ids, experts_L, quota_CL).hits_CL.sum(1)
     share = {name: replay(ids, experts_L, quota_CL, POLICIES[name]).hits_CL.sum(1) / best_C for name in POLICIES}
     gain_C = share[DEFAULT_POLICY] - np.maximum(share["lru"], share["lfu"])
-    assert (gain_C > -0.02).all(), gain_C
+    assert (gain_C > -0.015).all(), gain_C
     if pattern in ("in turn", "phases"):
         assert gain_C.max() > 0.05, gain_C
 

@@ -34,10 +34,12 @@ from epslots.trace import Trace
 SHARES = (0.125, 0.25, 0.5)
 BATCHES = (1, 4, 16)
 TOKENS = 192  # of each passage
+PROMPT = 64  # of these, where a passage is a prompt that one step computes, and then an answer
 # Random models by experts, top k and layers.
 RANDOM = {"random 64, top 6": (64, 6, 3), "random 128, top 8": (128, 8, 2), "random 128, top 1": (128, 1, 3)}
-# Experts and choices of made-up traffic: as DeepSeek-V2-Lite, as Llama-4 Maverick, and as the example model has them.
-SHAPES = ((64, 6), (128, 1), (32, 4))
+# Experts and choices of made-up traffic: as DeepSeek-V2-Lite, Llama-4 Maverick and the example model have them; and of few
+# experts one, where each mistake counts most.
+SHAPES = ((64, 6), (128, 1), (32, 4), (64, 1))
 
 
 @dataclass(frozen=True)
@@ -132,17 +134,20 @@ def _text_questions(cache_dir: Path, passages: int, steps: int) -> Iterator[Ques
     }
     kinds = {kind: ids for kind, ids in ids_of.items() if len(ids) >= max(BATCHES)}
     mixed = [ids for turn in zip(*kinds.values(), strict=False) for ids in turn]
-    example = "text of the example model"
+    example, turns = "text of the example model", "all kinds in turn"
     model = epslots.load(example_model(), slots="100%", device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
-    for name, texts in (kinds | {"all kinds in turn": mixed}).items():
-        yield from _questions(example, name, _record(model, texts), BATCHES, steps)
+    for name, texts in (kinds | {turns: mixed}).items():
+        trace = _record(model, texts)
+        yield from _questions(example, name, trace, steps)
+    yield _with_prompts(example, turns, trace, steps)
     for number, (experts, top_k, layers) in enumerate(RANDOM.values()):
         config = random_config(layers=layers, hidden=64, experts=experts, top_k=top_k, width=16, vocab=len(tokenizer), heads=4)
         torch.manual_seed(number)
         with random_checkpoint(config, torch.float32) as folder:
             model = epslots.load(folder, slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
             trace = _record(model, mixed)
-        yield from _questions("text of random models", list(RANDOM)[number], trace, BATCHES, steps)
+        yield from _questions("text of random models", list(RANDOM)[number], trace, steps)
+        yield _with_prompts("text of random models", list(RANDOM)[number], trace, steps)
 
 
 def _record(model: Any, texts: Sequence[Sequence[int]]) -> Trace:
@@ -152,10 +157,22 @@ def _record(model: Any, texts: Sequence[Sequence[int]]) -> Trace:
     return recorder.trace()
 
 
-def _questions(kind: str, name: str, trace: Trace, batches: Sequence[int], steps: int) -> Iterator[Question]:
-    for batch in batches:
+def _questions(kind: str, name: str, trace: Trace, steps: int) -> Iterator[Question]:
+    for batch in BATCHES:
         rows_SB = deal_once(trace.starts, len(trace.expert_ids), batch)[:steps]
         yield Question(kind, name, batch, steps_of(trace.expert_ids, rows_SB), trace.num_experts)
+
+
+def _with_prompts(kind: str, name: str, trace: Trace, steps: int) -> Question:
+    """Passages one after the other: a step for the prompt, and one for each later token."""
+    rows_SB = np.full((len(trace.expert_ids), PROMPT), -1)
+    step = 0
+    for start in trace.starts.tolist():
+        rows_SB[step] = np.arange(start, start + PROMPT)
+        rows_SB[step + 1 : step + 1 + TOKENS - PROMPT, 0] = np.arange(start + PROMPT, start + TOKENS)
+        step += 1 + TOKENS - PROMPT
+    ids_TLN = steps_of(trace.expert_ids, rows_SB[: min(step, steps)])
+    return Question(kind, f"{name}, with prompts", 1, ids_TLN, trace.num_experts)
 
 
 def _made_up(steps: int) -> Iterator[Question]:

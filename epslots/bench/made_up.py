@@ -1,5 +1,7 @@
 """Made-up traffic of one layer: choices in each step, int16 [steps, k], each pattern with one reason for reuse.
 
+Where steps differ in how much they choose, rows are as long as the longest needs, and end in -1.
+
 Legend of shape suffixes: T steps, E experts, K choices of a step.
 """
 
@@ -66,6 +68,17 @@ def phases(random: np.random.Generator, experts: int, top_k: int, steps: int) ->
     return np.concatenate([parts[n % 3](random, experts, top_k, 500) for n in range(-(-steps // 500))])[:steps]
 
 
+def prompts(random: np.random.Generator, experts: int, top_k: int, steps: int) -> Ids:
+    """Requests one after the other: a step for a prompt of 50 tokens, then 99 of one token, by the request's own Zipf."""
+    ids_TK = np.full((steps, 50 * top_k), -1, np.int16)
+    for start in range(0, steps, 100):
+        end = min(start + 100, steps)
+        tokens_TK = _draw(random, np.broadcast_to(_zipf(random, experts, 1.3), (50 + end - start, experts)), top_k)
+        ids_TK[start] = tokens_TK[:50].ravel()
+        ids_TK[start + 1 : end, :top_k] = tokens_TK[51:]
+    return ids_TK
+
+
 PATTERNS: dict[str, Pattern] = {
     "static": static,
     "drifting": drifting,
@@ -74,6 +87,7 @@ PATTERNS: dict[str, Pattern] = {
     "scans": scans,
     "walking": walking,
     "phases": phases,
+    "prompts": prompts,
 }
 # Those whose steps are drawn at random: with several tokens a step they are what they were.
 DRAWN = ("static", "drifting", "topics", "walking")
