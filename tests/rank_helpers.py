@@ -27,9 +27,9 @@ from epslots.torch_transport import TorchTransport, form_group
 from epslots.transport import LocalHub, LocalTransport
 
 # One server process imports what takes long and forks every rank, which is up in 0.1 s instead of 3. It runs no threads.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["pytest", "hypothesis.strategies", "torch.distributed", "epslots.torch_transport", "epslots.loading", "tests.zoo"]
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    ["pytest", "hypothesis.strategies", "torch.distributed", "epslots.torch_transport", "tests.warm", "tests.zoo"]
 )
 
 _GRACE_S = 1.0  # what other ranks have, after a failure, to say theirs
@@ -88,7 +88,7 @@ def run_ranks(
     with TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         processes = [
-            _CONTEXT.Process(target=_main, args=(fn, Rank(rank, size, folder), args, timeout), daemon=True)
+            FORKED.Process(target=_main, args=(fn, Rank(rank, size, folder), args, timeout), daemon=True)
             for rank in range(size)
         ]
         try:

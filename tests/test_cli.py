@@ -43,6 +43,12 @@ class Run:
         self.out, self.err = capsys.readouterr()
 
 
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all: the example's host store is built once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
@@ -203,16 +209,16 @@ def test_bad_prompt_files(name: str, data: bytes, message: str, run: Callable[..
     assert message in got.err
 
 
-def test_verify(run: Callable[..., Run], cache_dir: Path):
-    got = run("verify", "--cache-dir", cache_dir, "--checkpoint")
+def test_verify(run: Callable[..., Run], tmp_path: Path):
+    got = run("verify", "--cache-dir", tmp_path, "--checkpoint")
     assert (got.code, got.out) == (0, "192 experts: all as they were built and as the checkpoint has them\n")
-    (store,) = cache_dir.glob("*.experts")
+    (store,) = tmp_path.glob("*.experts")
     with open(store, "r+b") as file:
         file.seek(-5000, os.SEEK_END)
         byte = file.read(1)[0]
         file.seek(-5000, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
-    got = run("verify", "--cache-dir", cache_dir)
+    got = run("verify", "--cache-dir", tmp_path)
     assert got.code == 2
     assert "expert 31 of model.layers.5.mlp.experts is corrupt" in got.err
     assert "1 of 192 experts differ" in got.err
@@ -251,7 +257,8 @@ def test_ctrl_c_ends_cleanly_and_leaves_nothing(tmp_path: Path):
     command = [
         sys.executable,
         "-c",
-        "from epslots.cli import main; main()",
+        # A parent in the background has it ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from epslots.cli import main; main()",
         "generate",
         "--cache-dir",
         str(tmp_path / "cache"),

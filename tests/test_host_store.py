@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -22,10 +21,10 @@ from epslots.node_store import open_node_store, resolve_store_kind, store_path
 from epslots.packed_records import record_views
 from epslots.progress import ProgressDisplay
 from epslots.store_build import appearing_whole
+from tests.rank_helpers import FORKED
 from tests.store_helpers import MANIFEST, NARROW, WIDE, NamedExperts, build_slowly, hold_store, open_store, without_privileges
 
 KINDS = ("file", "memory")
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def weight(store: HostStore, layer: int, expert: int, name: str) -> torch.Tensor:
@@ -34,8 +33,8 @@ def weight(store: HostStore, layer: int, expert: int, name: str) -> torch.Tensor
 
 @contextmanager
 def process(target: Any, *args: Any) -> Iterator[tuple[Any, Connection]]:
-    ours, theirs = SPAWN.Pipe()
-    child = SPAWN.Process(target=target, args=(*args, theirs))
+    ours, theirs = FORKED.Pipe()
+    child = FORKED.Process(target=target, args=(*args, theirs))
     child.start()
     try:
         yield child, ours
@@ -160,7 +159,7 @@ def test_a_second_process_waits_for_the_first_to_finish_building(cache_dir: Path
     with process(build_slowly, cache_dir, "file") as (first, a):
         assert a.recv() == "building"
         with process(hold_store, cache_dir, "file") as (_, b):
-            assert not b.poll(6.0), "it went ahead although the store was being built"
+            assert not b.poll(2.0), "it went ahead although the store was being built"
             a.send("go on")
             assert b.recv()[0] == 0, "it built a second time"
             b.send("end")

@@ -26,9 +26,13 @@ def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:
     return epslots.load(folder, cache_dir=cache_dir, **settings)
 
 
-def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[int]:
+def greedy_rows(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[list[int]]:
     settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(ids, **settings)[0].tolist()
+    return model.generate(ids, **settings).tolist()
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[int]:
+    return greedy_rows(model, ids, new_tokens)[0]
 
 
 @torch.no_grad()

@@ -177,6 +177,10 @@ def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
     common = np.random.default_rng(episode.seed)  # the same on all ranks
     own = np.random.default_rng((episode.seed, transport.rank))
     ids_end = episode.experts + (2 if episode.identity else 0)
+    scales_L = [
+        torch.stack([scale_of(number, e) if e < episode.experts else torch.ones(HIDDEN) for e in range(ids_end)])
+        for number in range(LAYERS)
+    ]
     for _ in range(episode.steps):
         if common.random() < 0.03:  # a new placement, effective with the next step
             placement = random_placement(common, rank.shared.placement)
@@ -199,8 +203,7 @@ def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
             if number == 1 and own.random() < 0.2:
                 break  # this rank's model leaves the layer out
             got = layer(hidden, torch.from_numpy(index), gates)
-            scales = torch.stack([scale_of(number, e) if e < episode.experts else torch.ones(HIDDEN) for e in range(ids_end)])
-            expected = (hidden[:, None] * scales[index] * gates[..., None]).sum(1)
+            expected = (hidden[:, None] * scales_L[number][index] * gates[..., None]).sum(1)
             assert torch.allclose(got, expected, rtol=1e-5, atol=1e-3)
         rank.lockstep.end()
         rank.check(transport.rank)

@@ -92,9 +92,10 @@ def test_one_rank_through_all_that_ranks_do(checkpoint: Checkpoints, cache_dir: 
     compare(Grouped(folder, cache_dir, slots=[3]), zoo.reference(folder))
 
 
-def test_measured_costs(checkpoint: Checkpoints, cache_dir: Path):
+@pytest.mark.parametrize("slots", [[3], [3, 4]])
+def test_measured_costs(slots: list[int], checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("gpt_oss")
-    compare(Grouped(folder, cache_dir, slots=[3, 4], costs=None), zoo.reference(folder))
+    compare(Grouped(folder, cache_dir, slots=slots, costs=None), zoo.reference(folder))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

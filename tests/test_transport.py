@@ -582,6 +582,7 @@ def test_an_interrupt_breaks_the_transport():
 
 
 def interrupted(rank: Rank) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
     transport = rank.transport(deadline_s=FAR_S)
     transport.gather_bytes(b"all are here")
     if rank.rank == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import threading
@@ -16,8 +15,7 @@ from torch.distributed import TCPStore
 from cluster.fleet import ControllerHandle, WorkerDied
 from cluster.meeting import meet
 from cluster.rank_loop import RankLoop
-
-_CONTEXT = multiprocessing.get_context("forkserver")
+from tests.rank_helpers import FORKED
 
 
 def _worker(commands: Connection, events: Connection) -> None:
@@ -45,9 +43,9 @@ class ProcessWorker:
     def __init__(self, seat: int) -> None:
         self.seat = seat
         self._asyncio = asyncio.get_running_loop()
-        self._commands, theirs_c = _CONTEXT.Pipe()
-        self._events, theirs_e = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_worker, args=(theirs_c, theirs_e), daemon=True)
+        self._commands, theirs_c = FORKED.Pipe()
+        self._events, theirs_e = FORKED.Pipe()
+        self.process = FORKED.Process(target=_worker, args=(theirs_c, theirs_e), daemon=True)
         self.process.start()
         theirs_c.close()
         theirs_e.close()

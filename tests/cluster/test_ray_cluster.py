@@ -6,11 +6,13 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from ray._private.node import Node
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
@@ -28,18 +30,26 @@ def folder(checkpoint: Callable[[str], Path]) -> Path:
     return checkpoint("qwen3_moe")
 
 
-@pytest.fixture
-def open_cluster(ray_nodes: RayNodes, folder: Path, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+@contextmanager
+def clusters(ray_nodes: RayNodes, folder: Path, cache_dir: Path) -> Iterator[Callable[..., Cluster]]:
     opened: list[Cluster] = []
 
     def make(ranks: int, **settings: Any) -> Cluster:
         settings = {"slots": 3, "kv_tokens": 2048, "costs": TOKENS_TRAVEL, "device": "cpu", "progress": False} | settings
-        opened.append(Cluster(folder, ranks=ranks, address=ray_nodes.address, cache_dir=tmp_path / "cache", **settings))
+        opened.append(Cluster(folder, ranks=ranks, address=ray_nodes.address, cache_dir=cache_dir, **settings))
         return opened[-1]
 
-    yield make
-    for cluster in opened:
-        cluster.close()
+    try:
+        yield make
+    finally:
+        for cluster in opened:
+            cluster.close()
+
+
+@pytest.fixture
+def open_cluster(ray_nodes: RayNodes, folder: Path, cache_dir: Path) -> Iterator[Callable[..., Cluster]]:
+    with clusters(ray_nodes, folder, cache_dir) as make:
+        yield make
 
 
 def running(cluster: Cluster) -> list[Generation]:
@@ -62,34 +72,46 @@ def hosts(cluster: Cluster) -> list[str]:
     return [re.findall(r"node (\S+),", place)[0] for place in cluster.placement().ranks]
 
 
-def test_two_nodes_a_killed_rank_and_a_stopped_one(ray_nodes: RayNodes, open_cluster: Any, folder: Path):
-    right = expected(folder, PROMPTS, NEW)
-    with ray_nodes.further():
-        cluster = open_cluster(2, strategy="STRICT_SPREAD", silence_s=2.0)
-        assert len(set(hosts(cluster))) == 2
-        assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW, stop_tokens=())) == right
-        for number in (signal.SIGKILL, signal.SIGSTOP):
-            first, second = pids(cluster)
-            going = running(cluster)
-            os.kill(second, number)
-            assert not any(generation.done for generation in going)
-            assert tokens(going) == right
-            cluster.scale(2)
-            now = pids(cluster)
-            assert now[0] == first
-            assert now[1] != second
-            psutil.wait_procs([psutil.Process(second)] if psutil.pid_exists(second) else [], timeout=20)
-            assert not psutil.pid_exists(second)
+@pytest.fixture(scope="class")
+def second(ray_nodes: RayNodes) -> Iterator[Node]:
+    with ray_nodes.further(1) as second:
+        yield second
+
+
+@pytest.fixture(scope="class")
+def cluster(ray_nodes: RayNodes, second: Node, folder: Path, tmp_path_factory: Any) -> Iterator[Cluster]:
+    with ray_nodes.further(1), clusters(ray_nodes, folder, tmp_path_factory.mktemp("cache")) as make:
+        cluster = make(3, strategy="STRICT_SPREAD", silence_s=2.0)
+        yield cluster
         processes = [psutil.Process(pid) for pid in pids(cluster)]
         cluster.close()
         _, alive = psutil.wait_procs(processes, timeout=10)
         assert not alive
 
 
-def test_three_nodes_one_dies_and_another_joins(ray_nodes: RayNodes, open_cluster: Any, folder: Path):
-    right = expected(folder, PROMPTS, NEW)
-    with ray_nodes.further(1) as second, ray_nodes.further(1):
-        cluster = open_cluster(3, strategy="STRICT_SPREAD", silence_s=2.0)
+class TestThreeNodes:
+    """One cluster lives through it all."""
+
+    def test_a_killed_rank_and_a_stopped_one(self, cluster: Cluster, folder: Path):
+        right = expected(folder, PROMPTS, NEW)
+        assert len(set(hosts(cluster))) == 3
+        assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW, stop_tokens=())) == right
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            before = pids(cluster)
+            lost = before[1]
+            going = running(cluster)
+            os.kill(lost, number)
+            assert not any(generation.done for generation in going)
+            assert tokens(going) == right
+            cluster.scale(3)
+            now = pids(cluster)
+            assert set(before) - set(now) == {lost}, "the others stayed"
+            assert len(set(now)) == 3
+            psutil.wait_procs([psutil.Process(lost)] if psutil.pid_exists(lost) else [], timeout=20)
+            assert not psutil.pid_exists(lost)
+
+    def test_a_node_dies_and_others_join(self, ray_nodes: RayNodes, second: Node, cluster: Cluster, folder: Path):
+        right = expected(folder, PROMPTS, NEW)
         lost = second.node_ip_address
         assert lost in hosts(cluster)
         assert len(set(hosts(cluster))) == 3

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = [zoo.random_ids(1, 3 + n % 20, seed=n)[0].tolist() for n in range(60)]
+PROMPTS = [zoo.random_ids(1, 3 + 5 * (n % 4), seed=n)[0].tolist() for n in range(60)]
 NEW = 60
 
 
