@@ -10,8 +10,10 @@ import torch
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
 import epslots
-from epslots.bench.models import random_checkpoint, random_config
+from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, random_config
+from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report, alternate, contenders, median, ratio_of_rounds, spread
+from epslots.torch_transport import TorchTransport
 
 OURS = "epslots"
 # Every implementation of experts that transformers has for the CPU; the fastest of each scenario is what we are held to.
@@ -20,13 +22,17 @@ THEIRS = ("eager", "grouped_mm", "batched_mm")
 COPIED_PAIRS_MAX = 64
 
 
+# Behind a link experts are predicted and fetched ahead, where any are missing.
+SETTINGS: dict[str, Any] = {"slots": "100%", "device": "cpu", "link": "1000GB/s", "prefetch": "auto"}
+
+
 def bench_overhead(report: Report, cache_dir: Path, *, rounds: int = 40, layers: int = 8) -> None:
-    """Whole steps (decode of batch 1 and 8, prefill of 512 tokens), then one MoE layer alone, in microseconds."""
+    """Whole steps (decode of batch 1 and 8, prefill of 512 tokens), then one MoE layer alone, in microseconds; two ranks."""
     config = random_config(layers=layers, hidden=1024, experts=32, top_k=4, width=768)
+    steps = {"decode, batch 1": (1, 1), "decode, batch 8": (8, 1), "prefill, 512 tokens": (1, 512)}
     with random_checkpoint(config, torch.float32) as folder, torch.no_grad():
-        plain = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
-        ours = epslots.load(folder, slots="100%", device="cpu", cache_dir=cache_dir)
-        steps = {"decode, batch 1": (1, 1), "decode, batch 8": (8, 1), "prefill, 512 tokens": (1, 512)}
+        plain = _plain(folder)
+        ours = epslots.load(folder, cache_dir=cache_dir, **SETTINGS)
         report.table(
             "whole model, ms a step",
             [_row(name, _time_steps(plain, ours, *shape, rounds), 1e3) for name, shape in steps.items()],
@@ -36,32 +42,56 @@ def bench_overhead(report: Report, cache_dir: Path, *, rounds: int = 40, layers:
             [_layer_row(name, plain, ours, batch * length, rounds) for name, (batch, length) in steps.items()],
         )
         assert epslots.stats(ours).misses == 0
+    config.num_hidden_layers = max(1, layers // 2)  # two of each model have to fit
+    with random_checkpoint(config, torch.float32) as folder:
+        fastest = {row["scenario"]: row["fastest"] for row in report.result["whole model, ms a step"]}
+        shapes = [(name, *shape, fastest[name]) for name, shape in steps.items()]
+        results = run_ranks(_two_ranks, 2, str(folder), str(cache_dir), shapes, rounds)
+    report.table(f"whole model of {config.num_hidden_layers} layers on each of 2 gloo ranks at once, ms a step", results[0])
+
+
+def _plain(folder: str | Path) -> PreTrainedModel:
+    return Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+@torch.no_grad()
+def _two_ranks(
+    transport: TorchTransport, folder: str, cache_dir: str, shapes: list[tuple[str, int, int, str]], rounds: int
+) -> list[dict[str, Any]]:
+    """All experts on both ranks, each of which has its own batch; against plain transformers on both at once."""
+    plain, ours = _plain(folder), epslots.load(folder, cache_dir=cache_dir, group=transport, costs=LARGE_EXPERTS, **SETTINGS)
+    rows = []
+    for name, batch, length, fastest in shapes:
+        candidates = {OURS: _step(ours, None, batch, length), fastest: _step(plain, fastest, batch, length)}
+        most = rounds if length == 1 else max(5, rounds // 5)
+        rows.append(_row(name, alternate(candidates, most, meet=lambda: transport.gather_bytes(b"")), 1e3))
+    return rows
 
 
 def _time_steps(plain: PreTrainedModel, ours: PreTrainedModel, batch: int, length: int, rounds: int) -> dict[str, list[float]]:
     """Forward passes of [batch, length] tokens; a single token follows a prompt of 32 held in a KV cache."""
-    torch.manual_seed(1)
-    ids = torch.randint(0, plain.config.vocab_size, (batch, length))
-    prompt = torch.randint(0, plain.config.vocab_size, (batch, 32))
-
-    def step(model: PreTrainedModel, implementation: str | None) -> Callable[[], object]:
-        cache = model(prompt, use_cache=True).past_key_values if length == 1 else None
-
-        def run() -> object:
-            if implementation is not None:
-                model.config._experts_implementation_internal = implementation
-            if cache is None:
-                return model(ids, use_cache=False)
-            logits = model(ids, past_key_values=cache, use_cache=True).logits
-            cache.crop(-1)
-            return logits
-
-        return run
-
-    candidates = {OURS: step(ours, None)} | {
-        name: step(plain, name) for name in _theirs(batch * length * plain.config.num_experts_per_tok)
+    candidates = {OURS: _step(ours, None, batch, length)} | {
+        name: _step(plain, name, batch, length) for name in _theirs(batch * length * plain.config.num_experts_per_tok)
     }
     return alternate(contenders(candidates, OURS), rounds if length == 1 else max(5, rounds // 5))
+
+
+def _step(model: PreTrainedModel, implementation: str | None, batch: int, length: int) -> Callable[[], object]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length))
+    prompt = torch.randint(0, model.config.vocab_size, (batch, 32))
+    cache = model(prompt, use_cache=True).past_key_values if length == 1 else None
+
+    def run() -> object:
+        if implementation is not None:
+            model.config._experts_implementation_internal = implementation
+        if cache is None:
+            return model(ids, use_cache=False)
+        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        return logits
+
+    return run
 
 
 def _theirs(pairs: int) -> tuple[str, ...]:

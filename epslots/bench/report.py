@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import psutil
 import torch
@@ -24,13 +25,22 @@ import epslots
 
 
 def alternate(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2, device: torch.device | None = None
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 2,
+    device: torch.device | None = None,
+    meet: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, one after the other in turn, so that a machine's moods hit all alike."""
+    """Seconds of each candidate in each round, one after the other in turn, so that a machine's moods hit all alike.
+
+    Args:
+        meet: called before each run, which begins when it returns: ranks wait for each other in it.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(-warm_up, rounds):
         for name, run in candidates.items():
             _synchronise(device)
+            meet()
             began = time.perf_counter()
             run()
             _synchronise(device)
@@ -114,6 +124,7 @@ class Report:
                 "epslots": epslots.__version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                "numba": numba.__version__,
                 "python": platform.python_version(),
             },
             "machine": machine(device),
