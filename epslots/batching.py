@@ -23,18 +23,23 @@ import inspect
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
 from epslots.errors import ConfigError, UnsupportedModelError
+from epslots.eviction import IntArray
 from epslots.paged_attention import WindowBackup, open_processor, paging_obstacle
 from epslots.requests import Batcher, Output, Reason, Request
+from epslots.row_order import RowOrder
+from epslots.runtime import predictor_of
 from epslots.sampling import Sampling
 from epslots.token_choice import next_tokens
 
@@ -155,6 +160,19 @@ class _Requests(ABC):
                 del self._entries[id]
         return found
 
+    @contextmanager
+    def _following(self, row_T: IntArray | None) -> Iterator[None]:
+        """Inside, what the model looks ahead by knows which row precedes each one: ``Predictor.follow``."""
+        predictor = predictor_of(self._model)
+        if predictor is None or row_T is None:
+            yield
+            return
+        predictor.follow(torch.from_numpy(row_T).to(self._model.device))
+        try:
+            yield
+        finally:
+            predictor.follow(None)
+
     def unfinished(self) -> list[tuple[Request, tuple[int, ...]]]:
         alive = [entry for entry in self._entries.values() if entry.reason not in ("cancelled", "error")]
         return [(entry.request, tuple(entry.tokens[: entry.delivered])) for entry in alive]
@@ -194,6 +212,8 @@ class PagedBatcher(_Requests):
         self._held: list[_Entry] = []
         # Of the prepared batch; None if none is.
         self._windows: WindowBackup | None = None
+        self._order = RowOrder()
+        self._follows_T: IntArray | None = None
 
     def _enter(self, entry: _Entry) -> None:
         if self._held:
@@ -234,6 +254,7 @@ class PagedBatcher(_Requests):
             if self._schedule():
                 batch = self._processor.inputs_and_outputs.requests_in_batch
                 self._choice.prepare([self._running[future.state.request_id][0] for future in batch if future.has_new_token])
+                self._follows_T = self._order.next([(future.state.request_id, future.query_length) for future in batch])
                 self._windows = WindowBackup(self._processor)
         return self._windows is not None
 
@@ -265,7 +286,8 @@ class PagedBatcher(_Requests):
     def step(self) -> None:
         assert self._windows is not None, "prepare() comes first"
         self._windows.restore()
-        self._processor._generation_step(self._model)
+        with self._following(self._follows_T):
+            self._processor._generation_step(self._model)
         self._processor.update_batch()
         self._windows = None
         results = self._manager.output_router.output_queue
@@ -354,7 +376,8 @@ class SequentialBatcher(_Requests):
         assert entry is not None, "prepare() comes first"
         assert kept is None or kept[0] is entry, "a request is advanced until it ends"
         self._kept = None  # What a forward pass that raises leaves behind is of no use.
-        token, keeps = self._forward(entry, kept[1] if kept is not None else None)
+        with self._following(np.arange(entry.length) if kept is None else np.array([-1])):
+            token, keeps = self._forward(entry, kept[1] if kept is not None else None)
         self._prepared = None
         if entry.reason is None:
             entry.append(token)

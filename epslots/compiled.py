@@ -21,8 +21,13 @@ from typing import Any, ClassVar, TypeVar, cast
 import numba
 import platformdirs
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator, UserWideCacheLocator
+from numba.extending import register_jitable
+
+from epslots.counting import counting
 
 logger = logging.getLogger(__name__)
+
+_LONG_S = 1.5
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -60,17 +65,34 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
     return keep
 
 
-def prepare() -> None:
+def part(function: _Function) -> _Function:
+    """A function that only compiled ones of its module call; compiled with them."""
+    return cast(_Function, register_jitable(function))
+
+
+def prepare(*, shown: bool = False) -> None:
     """Compile what has been defined by now, for its own types alone: others are a TypeError from then on.
 
     A function that is called before is compiled then.
+
+    Args:
+        shown: whether a progress bar is drawn where it takes long.
     """
     began = time.perf_counter()
-    while _waiting:
-        dispatcher, signature = _waiting[0]
-        dispatcher.compile(signature)
-        dispatcher.disable_compile()
-        _waiting.pop(0)
-    seconds = time.perf_counter() - began
-    if seconds > 2:
-        logger.info("compiled the planner in %.0f s; it is kept for the next start", seconds)
+    while _waiting and time.perf_counter() < began + _LONG_S:  # time enough to find what has been kept
+        _compile_next()
+    if not _waiting:
+        return
+    title = "compiling the planner, once on this machine"
+    logger.info("%s", title)
+    with counting(title, len(_waiting), shown) as advance:
+        while _waiting:
+            _compile_next()
+            advance(1)
+
+
+def _compile_next() -> None:
+    dispatcher, signature = _waiting[0]
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    _waiting.pop(0)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
+from epslots import division
 from epslots.eviction import IntArray
-from epslots.residency import BoolArray
 
 # The costs that are 0 where the host's CPU computes no experts.
 HOST_COMPUTE = ("host_expert", "host_pair")
@@ -62,46 +63,13 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.host_expert > 0
 
 
-def sources(
-    holds_RU: BoolArray,
-    computed_RU: IntArray,
-    quota_R: IntArray,
-    rank_F: IntArray,
-    expert_F: IntArray,
-    node_R: IntArray | None = None,
-) -> IntArray:
-    """For each fetch the rank whose slot it can be copied from, int64 [F], -1 = none.
-
-    The source's slot must keep its expert throughout the step, and the target's must not have to wait for a wave: so both
-    have slots enough for what they compute, and the source needs the expert itself or gives nothing up.
-
-    Args:
-        holds_RU, computed_RU: residents before the step, and pairs that each rank computes in it.
-        rank_F, expert_F: the fetches: target rank, and the expert's column.
-        node_R: the node of each rank, if there are several: one on the target's own comes first.
-    """
-    ranks = len(holds_RU)
-    needed_RU = computed_RU > 0
-    one_wave_R = needed_RU.sum(1) <= quota_R
-    calm_R = np.count_nonzero(needed_RU & ~holds_RU, axis=1) == 0
-    able_RU = holds_RU & one_wave_R[:, None] & (needed_RU | calm_R[:, None])
-    able_RF = able_RU[:, expert_F] & one_wave_R[rank_F]
-    # The next rank that can, going round from the target: copies of one expert to several ranks spread over its holders.
-    distance_RF = (np.arange(ranks)[:, None] - rank_F) % ranks
-    if node_R is not None:
-        distance_RF = distance_RF + ranks * (node_R[:, None] != node_R[rank_F])
-    nearest_F = np.where(able_RF, distance_RF, 2 * ranks).argmin(0)
-    return np.where(able_RF[nearest_F, np.arange(len(rank_F))], nearest_F, -1)
-
-
 def layer_cost(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray) -> int:
     """What a plan of a layer's step is judged by, in nanoseconds: its time, and what its fetches will cost later.
 
     Every fetch takes a slot from another expert, which somebody will have to fetch again: so the mean rank's fetches count
     once more. Arguments as ``layer_time``.
     """
-    later = int(fetch_cost(costs, len(counts_RU), rank_F, source_F).sum()) // len(counts_RU) if len(rank_F) else 0
-    return layer_time(costs, counts_RU, computed_RU, rank_F, source_F) + later
+    return sum(_layer_times(costs, counts_RU, computed_RU, rank_F, source_F))
 
 
 def layer_time(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray) -> int:
@@ -112,32 +80,44 @@ def layer_time(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F:
         computed_RU: pairs that each rank computes.
         rank_F, source_F: the fetches: target rank, and source rank or -1 for the host.
     """
-    pairs_R = computed_RU.sum(1)
-    busy_R = pairs_R * costs.pair_compute + np.count_nonzero(computed_RU, axis=1) * costs.expert_compute
-    if len(rank_F):
-        busy_R += fetch_cost(costs, len(busy_R), rank_F, source_F)
-    moved = int((np.maximum(counts_RU.sum(1), pairs_R) - np.minimum(counts_RU, computed_RU).sum(1)).max())
-    return int(busy_R.max()) + 2 * (moved * costs.pair_transfer + (costs.exchange if moved else 0))
+    return _layer_times(costs, counts_RU, computed_RU, rank_F, source_F)[0]
+
+
+def _layer_times(
+    costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray
+) -> tuple[int, int]:
+    return division.layer_times(_plain(counts_RU), _plain(computed_RU), _plain(rank_F), _plain(source_F), astuple(costs)[:6])
 
 
 def compute_cost(costs: Costs, computed_RU: IntArray) -> IntArray:
     """Nanoseconds of compute, int64 [R]."""
-    return computed_RU.sum(1) * costs.pair_compute + np.count_nonzero(computed_RU, axis=1) * costs.expert_compute
+    cost_R = np.zeros(len(computed_RU), np.int64)
+    division.add_compute(_plain(computed_RU), costs.pair_compute, costs.expert_compute, cost_R)
+    return cost_R
 
 
 def moved_pairs(counts_RU: IntArray, computed_RU: IntArray) -> IntArray:
     """Pairs that each rank sends or receives, whichever is more, int64 [R]: own tokens stay as far as they can."""
-    own_R = np.minimum(counts_RU, computed_RU).sum(1)
-    return np.maximum(counts_RU.sum(1), computed_RU.sum(1)) - own_R
+    _, sent_R, received_R = travelling_pairs(counts_RU, computed_RU)
+    return np.maximum(sent_R, received_R)
+
+
+def travelling_pairs(counts_RU: IntArray, computed_RU: IntArray) -> tuple[int, IntArray, IntArray]:
+    """The most pairs that any rank sends or receives; and those that leave each rank, and that come to it, int64 [R]."""
+    sent_R, received_R = np.empty(len(counts_RU), np.int64), np.empty(len(counts_RU), np.int64)
+    most = division.travelling(_plain(counts_RU), _plain(computed_RU), sent_R, received_R)
+    return most, sent_R, received_R
 
 
 def fetch_cost(costs: Costs, ranks: int, rank_F: IntArray, source_F: IntArray) -> IntArray:
     """Nanoseconds of fetching, int64 [R]: a copy between ranks keeps both busy."""
-    peer = source_F >= 0
-    host_R = np.bincount(rank_F[~peer], minlength=ranks)
-    peer_R = np.bincount(rank_F[peer], minlength=ranks) + np.bincount(source_F[peer], minlength=ranks)
-    result: IntArray = host_R * costs.host_fetch + peer_R * costs.peer_fetch
-    return result
+    cost_R = np.zeros(ranks, np.int64)
+    division.add_fetches(_plain(rank_F), _plain(source_F), costs.host_fetch, costs.peer_fetch, cost_R)
+    return cost_R
+
+
+def _plain(array: IntArray) -> IntArray:
+    return np.ascontiguousarray(array, np.int64)
 
 
 def gathers(costs: Costs, most_tokens: int, moved: int, ranks: int, top_k: int) -> bool:

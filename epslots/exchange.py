@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from epslots.compiled import compiled
 from epslots.costs import Costs, gathers
 from epslots.device_copy import to_device
 from epslots.eviction import IntArray
@@ -137,12 +138,8 @@ class AllGather:
         ids_TK.fill_(torch.iinfo(torch.int64).max)  # what is padded sorts last
         ids_TK[:tokens] = ids_N.view(tokens, top_k)
         blocks = transport.all_gather(block)
-        order_RN = torch.argsort(blocks[:, :, ids_at:].view(torch.int64).flatten(1), stable=True)
-        offset_R = torch.arange(len(tokens_R), device=order_RN.device) * self._block
-        begin_SU = plan.counts_RU.cumsum(1) - plan.counts_RU + np.arange(len(tokens_R))[:, None] * self._block
-        begin_SC = begin_SU[:, plan.route.computed_C] + plan.route.receive_start_SC
-        picked = to_device(runs(begin_SC.ravel(), plan.route.receive_SC.ravel()), hidden_TH.device)
-        self._order = (order_RN + offset_R[:, None]).flatten()[picked]
+        order = torch.argsort(blocks[:, :, ids_at:].view(torch.int64).flatten(), stable=True)
+        self._order = order[to_device(_among_all(plan), hidden_TH.device)]
         states = blocks.flatten(0, 1)[:, :state_bytes].view(hidden_TH.dtype)
         self.rows_MH = states[self._order // top_k]
         self.ids_M = to_device(_ids(plan), hidden_TH.device)
@@ -153,7 +150,29 @@ class AllGather:
         return self._transport.reduce_scatter(blocks.view(ranks, self._block, -1))[: self._pairs]
 
 
+def _among_all(plan: StepPlan) -> IntArray:
+    """The places of the pairs that are computed here among all ranks' pairs, which are sorted by expert, then by source."""
+    counts_RU = plan.counts_RU
+    ends_UR = counts_RU.T.ravel().cumsum().reshape(counts_RU.T.shape)
+    begin_SC = (ends_UR.T - counts_RU)[:, plan.route.computed_C] + plan.route.receive_start_SC
+    return runs(begin_SC.ravel(), plan.route.receive_SC.ravel())
+
+
 def _ids(plan: StepPlan) -> IntArray:
     """The expert of each pair that arrives: sources one after another, experts in order within each."""
-    receive_SC = plan.route.receive_SC
-    return np.repeat(np.tile(plan.experts_U[plan.route.computed_C], len(receive_SC)), receive_SC.ravel())
+    return _repeated(plan.experts_U[plan.route.computed_C], plan.route.receive_SC)
+
+
+@compiled("int64[::1](int64[::1], int64[:, ::1])")
+def _repeated(experts_C: IntArray, pairs_SC: IntArray) -> IntArray:
+    total = 0
+    for pairs_C in pairs_SC:
+        for pairs in pairs_C:
+            total += pairs
+    ids_M, place = np.empty(total, np.int64), 0
+    for pairs_C in pairs_SC:
+        for column, expert in enumerate(experts_C):
+            for _ in range(pairs_C[column]):
+                ids_M[place] = expert
+                place += 1
+    return ids_M

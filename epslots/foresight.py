@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 import xxhash
 from transformers import PreTrainedModel
 
@@ -15,7 +17,7 @@ from epslots.errors import ConfigError
 from epslots.look_ahead import Ahead, Foresight
 from epslots.moe_layer import MoELayer
 from epslots.predictor import Predictor
-from epslots.predictor_file import FILE_NAME, load_predictor, naive_predictor
+from epslots.predictor_file import FILE_NAME, file_bytes, load_predictor, naive_bytes, naive_predictor
 from epslots.prefetch import Budget
 from epslots.units import PrefetchSetting
 
@@ -30,8 +32,8 @@ def equip(
     prefetch: PrefetchSetting,
     predictor: str | os.PathLike[str] | None,
     execute_predicted: bool,
-) -> Foresight:
-    """Give each layer a view to the next.
+) -> tuple[Foresight, Predictor | None]:
+    """Give each layer a view to the next; returns what comes of it, and what the layers ask, if they ask anything.
 
     Args:
         folder: the checkpoint's; a predictor that lies there is used unless another is named.
@@ -48,7 +50,7 @@ def equip(
             logger.warning(
                 "nothing is fetched ahead on %s, where fetches take place at once, or with prefetch off", model.device
             )
-        return Foresight()
+        return Foresight(), None
     if predictor is None and path.is_file():
         fitted = _read(model, path, named=False)
     told = naive_predictor(model) if fitted is None else fitted
@@ -60,7 +62,9 @@ def equip(
             blind.append(following.index)
     if fetches and len(runners) > 1 and told.predicts(runners[-1].index):  # of the first layer, in the next step
         runners[-1].ahead = Ahead(runners[-1].index, runners[0].expected, told)
-    if execute_predicted and len(runners) > 1 and len(blind) == len(runners) - 1:
+    if execute_predicted and len(runners) == 1:
+        logger.warning("execute_predicted does nothing: the model's only MoE layer has none before it that could tell of it")
+    elif execute_predicted and len(blind) == len(runners) - 1:
         raise ConfigError("execute_predicted: nothing can be predicted of this model; fit a predictor: epslots predict fit")
     if blind:
         logger.info("nothing is predicted of MoE layers %s", blind)
@@ -71,7 +75,42 @@ def equip(
     kind = "routers" if fitted is None else f"predictor {_digest(path)}"
     what = [word for word, does in (("executed", execute_predicted), ("fetched ahead", fetches)) if does]
     bound = "" if prefetch.bytes_per_step is None else f", up to {prefetch.bytes_per_step} bytes a step"
-    return Foresight(f"{' and '.join(what)} by {kind}{bound}", prefetch.bytes_per_step)
+    return Foresight(f"{' and '.join(what)} by {kind}{bound}", prefetch.bytes_per_step), told
+
+
+def planned_bytes(
+    skeleton: PreTrainedModel,
+    content: str,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    fetches: bool,
+    predictor: str | os.PathLike[str] | None,
+    execute_predicted: bool,
+) -> int:
+    """What the predictor that ``equip`` will find takes on the device, before anything is loaded.
+
+    Args:
+        skeleton: the model, on the meta device.
+        content: ``Checkpoint.content``.
+        dtype: the model's.
+        fetches: whether anything is fetched ahead: prefetch is on, and a link carries it.
+        folder, predictor, execute_predicted: as ``equip`` has them.
+
+    Raises:
+        ConfigError: ``predictor`` isn't one.
+    """
+    if not fetches and not execute_predicted:
+        return 0
+    if predictor is not None:
+        return file_bytes(predictor, device, dtype)[0]
+    if (folder / FILE_NAME).is_file():
+        with suppress(ConfigError):  # is passed over, and that will be said
+            nbytes, about = file_bytes(folder / FILE_NAME, device, dtype)
+            if about.checkpoint == content:
+                return nbytes
+    return naive_bytes(skeleton, device, dtype)
 
 
 def _read(model: PreTrainedModel, path: Path, *, named: bool) -> Predictor | None:

@@ -31,7 +31,7 @@ from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, policy_name, re
 from epslots.expert_reader import ExpertReader, pack_layers
 from epslots.experts import RUNNER, expert_layers, experts_modules
 from epslots.fetch import Mover
-from epslots.foresight import equip
+from epslots.foresight import equip, planned_bytes
 from epslots.host_compute import HostExperts
 from epslots.host_store import HostStore, Manifest, StoreShape
 from epslots.kernel import ExpertKernel
@@ -107,7 +107,7 @@ def load(
     Args:
         path_or_id: a checkpoint folder with safetensors, or a hub id.
         slots: an int (per MoE layer), ``"25%"`` (of each layer's experts), ``"12GiB"`` (bytes of the whole pool) or
-            ``"auto"`` (what is left beside dense weights, KV cache, workspace and reserve).
+            ``"auto"`` (what is left beside dense weights, KV cache, workspace, predictor and reserve).
         device: where the model computes; the current GPU if there is one, else the CPU.
         dtype: what to compute in; ``"auto"`` is the checkpoint's own.
         policy: eviction policy by name (``eviction.POLICIES``), or a function of a ``UseHistory``.
@@ -250,7 +250,7 @@ def load_alone(
     if host_compute not in HOST_COMPUTE_SETTINGS:
         raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
     on_host = host_compute == "on" or (host_compute == "auto" and target.type == "cuda")
-    prepare()  # here, and not in the first step
+    prepare(shown=display.shown)  # here, and not in the first step
     store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)
@@ -259,9 +259,8 @@ def load_alone(
     model_class = resolve_class(config)
     skeleton = build_skeleton(model_class, config, compute_dtype)
     layers = expert_layers(skeleton)
-    if (
-        target.type == "cuda" or link is not None
-    ):  # where there is a link, fewer bytes cross it; a CPU would unpack for nothing
+    linked = target.type == "cuda" or link is not None
+    if linked:  # fewer bytes cross it; a CPU would unpack for nothing
         layers = pack_layers(checkpoint, skeleton, layers)
     manifest = Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers)
     store_bytes = StoreShape(manifest).nbytes
@@ -270,8 +269,22 @@ def load_alone(
     if target.type == "cpu":
         # Slots, and a store in memory, share one RAM, and so do the node's ranks.
         memory_bytes = (memory_bytes - (store_bytes if kind == "memory" else 0)) // neighbours
+    predictor_bytes = planned_bytes(
+        skeleton,
+        checkpoint.content,
+        folder,
+        device=target,
+        dtype=compute_dtype,
+        fetches=ahead.on and linked,
+        predictor=predictor,
+        execute_predicted=execute_predicted,
+    )
     plan = plan_memory(
-        _measure(skeleton, checkpoint.name, compute_dtype, layers), setting, memory_bytes=memory_bytes, kv_tokens=kv_tokens
+        _measure(skeleton, checkpoint.name, compute_dtype, layers),
+        setting,
+        memory_bytes=memory_bytes,
+        kv_tokens=kv_tokens,
+        predictor_bytes=predictor_bytes,
     )
     plan.check()
     check_room(manifest, kind=kind, cache_dir=store_dir)
@@ -295,8 +308,10 @@ def load_alone(
     if target.type == "cuda":
         pin_store(store, display, target)
     runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target, link)
-    foresight = equip(model, runtime.runners, folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted)
-    attach(model, replace(runtime, foresight=foresight, host_compute=on_host))
+    foresight, told = equip(
+        model, runtime.runners, folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted
+    )
+    attach(model, replace(runtime, foresight=foresight, predictor=told, host_compute=on_host))
     runtime.fill(runtime.complete_layers(), display)
     return model
 

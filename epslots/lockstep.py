@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from epslots.compiled import compiled
 from epslots.errors import ConfigError, ExchangeError, StaleGeneration
 from epslots.eviction import IntArray
 from epslots.transport import Transport
@@ -97,8 +98,10 @@ class LockStep:
         width = self._words + -(-max(most_experts, _USUAL_EXPERTS) // _WORD_BYTES)
         self._row = torch.zeros(width, dtype=torch.int32, device=transport.device)
         self._predicted = self._row[self._words :].view(torch.uint8)
-        # What the host writes into the row, in one copy that nobody waits for: the gathering that follows is waited for.
-        self._head = torch.zeros(_PREFIX + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
+        # What the host writes into the row; on a device in one copy that nobody waits for: the gathering that follows is.
+        head = torch.zeros(_PREFIX + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
+        self._head = self._row[: len(head)] if transport.device.type == "cpu" else head
+        self._words_of_head = self._head.numpy()
         self._step = 0
         self._layer: int | None = None
         self.stopping = False
@@ -122,7 +125,7 @@ class LockStep:
         self._layer = 0
         said = self.transport.generation, self._digest(), int(work), int(self.stopping), self.placement
         mine = np.array(said, np.int64)
-        self._head.numpy()[_PREFIX:] = mine.view(np.int32)
+        self._words_of_head[_PREFIX:] = mine.view(np.int32)
         rows = self._gather(_HEADER, 0, 0, len(self._head))
         words = np.ascontiguousarray(rows[:, _PREFIX : _PREFIX + _HEADER_WORDS]).view(np.int64)
         generations, digests = words[:, 0], words[:, 1]
@@ -191,7 +194,7 @@ class LockStep:
         if predicted is not None:
             self._predicted[: len(predicted)] = predicted
         rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX, busy=busy)
-        if (rows[:, 3] != rows[0, 3]).any():
+        if not _alike(rows, 4):
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         counts_R = rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64)
         return Gathered(counts_R, int(rows[:, 4].max()), rows[:, 5] > 0, rows[:, self._words :].view(np.uint8))
@@ -205,15 +208,26 @@ class LockStep:
         layer, self._layer = self._layer, self._layer + 1
         self._idle_layers[layer]()
 
-    def _gather(self, kind: int, top_k: int, guard: int, words: int, *, busy: bool = False) -> IntArray:
+    def _gather(self, kind: int, top_k: int, guard: int, words: int, *, busy: bool = False) -> NDArray[np.int32]:
         """All ranks' rows; the first ``words`` of this rank's come from the host."""
-        self._head.numpy()[:_PREFIX] = kind, self._step, self._model, guard, top_k, busy
-        self._row[:words].copy_(self._head[:words], non_blocking=True)
-        rows: IntArray = self.transport.to_host(self.transport.all_gather(self._row))
-        if (rows[:, :3] != rows[0, :3]).any():
+        self._words_of_head[:_PREFIX] = kind, self._step, self._model, guard, top_k, busy
+        if self._row.device.type != "cpu":
+            self._row[:words].copy_(self._head[:words], non_blocking=True)
+        rows: NDArray[np.int32] = self.transport.to_host(self.transport.all_gather(self._row))
+        if not _alike(rows, 3):
             places = [f"rank {r} {_place(*row[:3].tolist())}" for r, row in enumerate(rows)]
             raise ExchangeError(f"ranks are out of step: {', '.join(places)}")
         return rows
+
+
+@compiled("b1(int32[:, ::1], int64)")
+def _alike(rows: NDArray[np.int32], words: int) -> bool:
+    """Whether all ranks' rows begin with the same words."""
+    for row in rows:
+        for word in range(words):
+            if row[word] != rows[0, word]:
+                return False
+    return True
 
 
 def _place(kind: int, step: int, model: int) -> str:

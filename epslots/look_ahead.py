@@ -8,6 +8,7 @@ Legend of shape suffixes: T tokens, K experts per token, R ranks, E experts of t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -24,15 +25,16 @@ from epslots.shared_layer import SharedLayer
 from epslots.slot_experts import SlotExperts
 from epslots.slot_pool import SlotPool
 
-# What a byte holds of 256ths of certainty: ranks tell each other bytes.
-_MOST = 255
-
 
 class Predicts(Protocol):
     """Tells from one layer what the next will need. No host synchronisation."""
 
     def usage(self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
-        """How likely some token will choose each of the next layer's experts, int32 [E] in 256ths; None = no telling."""
+        """How likely some token will choose each of the next layer's experts, int32 [E], 0 to 255; None = no telling."""
+        ...
+
+    def skip(self, layer: int, hidden_TH: torch.Tensor) -> None:
+        """Nobody asks in this step; the next one's tokens follow these."""
         ...
 
     def ids(self, layer: int, hidden_TH: torch.Tensor, k: int) -> torch.Tensor:
@@ -53,6 +55,12 @@ class Foresight:
     bytes_per_step: int | None = None
 
 
+class _Own(threading.local):
+    """Each thread's own."""
+
+    ids: torch.Tensor | None = None
+
+
 class Expected:
     """One layer, looked at from the one before.
 
@@ -62,7 +70,8 @@ class Expected:
 
     Attributes:
         budget: what this rank, if it is alone, may fetch in a step before nothing more is fetched ahead; one for all layers.
-        ids: [T, K], what is to be executed in the layer's next step instead of what its router chooses; None = nothing.
+        own: whose ``ids``, [T, K], is what this thread is to execute in the layer's next step instead of what its router
+            chooses; None = nothing.
     """
 
     def __init__(self, experts: SlotExperts, score: Callable[[], IntArray]) -> None:
@@ -73,7 +82,7 @@ class Expected:
         self._home_E = np.zeros(experts.num_experts, np.int64)
         self._steps = 0
         self.budget: Budget | None = None
-        self.ids: torch.Tensor | None = None
+        self.own = _Own()
 
     def join(self, shared: SharedLayer) -> None:
         """Decide as all ranks do from now on."""
@@ -124,7 +133,7 @@ class Expected:
 
     def execute_predicted(self, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What was predicted instead of what the router chose, if anything was; with the router's weights, largest first."""
-        ids_TK, self.ids = self.ids, None
+        ids_TK, self.own.ids = self.own.ids, None
         if ids_TK is None or ids_TK.shape != index_TK.shape:
             return index_TK, weights_TK
         return ids_TK, weights_TK.sort(dim=-1, descending=True).values
@@ -154,11 +163,15 @@ class Ahead:
     def predict(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
         """What the next layer is expected to use, int32 [E] from 0 to 255; None if nobody asks."""
         if self.approximate:
-            self._expected.ids = self._predictor.ids(self._index, hidden_TH, index_TK.shape[1])
-        if not self._fetches or not self._expected.asked:
+            self._expected.own.ids = self._predictor.ids(self._index, hidden_TH, index_TK.shape[1])
+        if not self._fetches:
+            return None
+        if not self._expected.asked:
+            if not self.approximate:
+                self._predictor.skip(self._index, hidden_TH)
             return None
         usage = self._predictor.usage(self._index, hidden_TH, index_TK)
-        return self._nothing if usage is None else usage.clamp(0, _MOST)
+        return self._nothing if usage is None else usage
 
     def nothing(self) -> torch.Tensor | None:
         """``predict`` of a rank without tokens."""

@@ -5,6 +5,7 @@
     KV cache         keys, values and recurrent states of all sequences
     workspace        the activations of one MoE layer for one batch, and the logits
     unpacking        packed records (FP8, MXFP4) on their way into slots
+    predictor        what tells of the next layer's experts, and the rows that it remembers
     reserve          the rest of the forward pass, allocator fragmentation, the device's context
 
 One sum decides whether a configuration starts, and when it doesn't fit, the same sum is the message.
@@ -20,7 +21,7 @@ from fractions import Fraction
 import msgspec
 
 from epslots.errors import ConfigError, DoesNotFitError
-from epslots.records import ITEM_BYTES, LayerSpec, RecordLayout
+from epslots.records import ITEM_BYTES, LayerSpec, RecordLayout, unpacking_bytes
 from epslots.units import SlotsSetting, format_bytes
 
 RESERVE_LEAST_BYTES = 512 * 1024**2
@@ -201,23 +202,6 @@ def _row_bytes(layout: RecordLayout) -> int:
     return sum(sum(t.shape) * ITEM_BYTES[t.dtype] for t in layout.tensors if len(t.shape) == 2)
 
 
-def unpacking_bytes(layer: LayerSpec) -> int:
-    """What unpacking one of a layer's records takes on the device: its copy there, and what is on the way to the slot.
-
-    Scales become indices and factors of 4 bytes; codes of two weights a byte become indices and values of 4 bytes
-    (``packed_records.py``).
-    """
-    if layer.packed is None:
-        return 0
-    sizes = {tensor.name: tensor for tensor in layer.packed.record.tensors}
-    most = 0
-    for part in layer.packed.parts:
-        codes, scales = sizes[part.codes], sizes[part.scales]
-        halves = 2 * _FP32_BYTES * codes.nbytes if codes.dtype == "uint8" else 0
-        most = max(most, 2 * _FP32_BYTES * math.prod(scales.shape) + halves)
-    return layer.packed.record.nbytes + most
-
-
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +229,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         sequences: sequences that a rank runs at a time.
         batch_tokens: tokens that a rank puts through a layer at a time.
         reserve_bytes: kept free.
+        predictor_bytes: of what the layers look ahead by (``foresight.planned_bytes``).
     """
 
     shape: ModelShape
@@ -256,6 +241,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     sequences: int
     batch_tokens: int
     reserve_bytes: int
+    predictor_bytes: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -282,7 +268,8 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     @property
     def fixed_bytes(self) -> int:
         """Everything but the slots."""
-        return self.shape.dense_bytes + self.kv_bytes + self.workspace_bytes + self.unpacking_bytes + self.reserve_bytes
+        weights = self.shape.dense_bytes + self.predictor_bytes
+        return weights + self.kv_bytes + self.workspace_bytes + self.unpacking_bytes + self.reserve_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -323,6 +310,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         layers = self.shape.layers
         plural = "sequence" if self.sequences == 1 else "sequences"
         unpacking = (("unpacking", self.unpacking_bytes, "packed records on their way into slots"),)
+        predictor = (("predictor", self.predictor_bytes, "what tells of the next layer's experts"),)
         return (
             ("dense weights", self.shape.dense_bytes, "every rank holds all of them"),
             ("expert slots", self.slot_bytes, f"{_describe_slots(layers, self.quotas)}: {describe_quotas(self.quotas)}"),
@@ -333,6 +321,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
                 f"{self.batch_tokens:,} tokens x {self.shape.top_k} experts in one MoE layer, and the logits",
             ),
             *(unpacking if self.unpacking_bytes else ()),
+            *(predictor if self.predictor_bytes else ()),
             ("reserve", self.reserve_bytes, "rest of the forward pass, fragmentation, device context"),
         )
 
@@ -415,6 +404,7 @@ def plan_memory(
     sequences: int = 1,
     batch_tokens: int = 512,
     reserve_bytes: int | None = None,
+    predictor_bytes: int = 0,
 ) -> MemoryPlan:
     """Plan one rank's memory. A plan that doesn't fit is returned, not raised: ``check()`` refuses it.
 
@@ -427,6 +417,7 @@ def plan_memory(
         sequences: sequences that a rank runs at a time.
         batch_tokens: tokens that a rank puts through a layer at a time.
         reserve_bytes: what to keep free; None = ``default_reserve``.
+        predictor_bytes: of what the layers look ahead by.
 
     Raises:
         ConfigError: a number is out of range, or there are more slots per layer than experts.
@@ -441,7 +432,7 @@ def plan_memory(
     assert shape.layers, "a model without experts has no use for slots"
     reserve = default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes
     ones = (1,) * len(shape.layers)
-    plan = MemoryPlan(shape, setting, ones, memory_bytes, ranks, kv_tokens, sequences, batch_tokens, reserve)
+    plan = MemoryPlan(shape, setting, ones, memory_bytes, ranks, kv_tokens, sequences, batch_tokens, reserve, predictor_bytes)
     pool = None if memory_bytes is None else memory_bytes - plan.fixed_bytes
     if setting.is_auto and pool is not None and pool < plan.slot_bytes:
         return plan

@@ -6,9 +6,11 @@ matrices are kept in bfloat16. The metadata holds one JSON object, ``epslots-pre
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError
 from epslots.experts import experts_modules
-from epslots.predictor import Estimator, Fitted, Naive, Predictor
+from epslots.predictor import KEPT_ROWS, Fitted, Naive, Predictor, dtype_on
 from epslots.predictor_fit import Quality, Settings
 from epslots.routers import find_routers, input_size
 from epslots.runtime import runtime_of
@@ -26,7 +28,7 @@ from epslots.runtime import runtime_of
 FILE_NAME = "epslots-predictor.safetensors"
 FORMAT = 1
 _KEY = "epslots-predictor"
-_PARTS = ("first", "first_bias", "second", "unlikely")
+_Taken = TypeVar("_Taken")
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,13 +81,38 @@ def read_predictor(path: str | os.PathLike[str]) -> tuple[list[Fitted | None], A
     Raises:
         ConfigError: no such file, or no sound predictor.
     """
+    tensors, about = _open(path, lambda file, key: file.get_tensor(key))
+    return [_fitted(os.fspath(path), tensors, layer, about) for layer in range(len(about.experts))], about
+
+
+def file_bytes(path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> tuple[int, About]:
+    """What a predictor in a file will take on the device of a model of ``dtype``, rows kept included; from its header alone.
+
+    Raises:
+        ConfigError: no such file, or no predictor.
+    """
+    shapes, about = _open(path, lambda file, key: tuple(file.get_slice(key).get_shape()))
+    item = dtype_on(device, dtype).itemsize
+    total = sum(math.prod(shape) * (4 if key.endswith(".unlikely") else item) for key, shape in shapes.items())
+    for layer, quality in enumerate(about.quality):
+        if quality is not None and quality.history and f"{layer}.first" in shapes:
+            total += KEPT_ROWS * shapes[f"{layer}.first"][1] // 2 * item
+    return total, about
+
+
+def _open(path: str | os.PathLike[str], take: Callable[[Any, str], _Taken]) -> tuple[dict[str, _Taken], About]:
+    """What is taken of each tensor in a file, and what the file says of them.
+
+    Raises:
+        ConfigError: no such file, or no predictor.
+    """
     name = os.fspath(path)
     if not Path(path).is_file():
         raise ConfigError(f"no predictor at {name}: no such file; `epslots predict fit` makes one")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a handle is no mapping
+            taken = {key: take(file, key) for key in file.keys()}  # noqa: SIM118 - a handle is no mapping
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{name} is not a predictor: {error}") from error
     if text is None:
@@ -98,7 +125,7 @@ def read_predictor(path: str | os.PathLike[str]) -> tuple[list[Fitted | None], A
         raise ConfigError(f"{name} has format {about.format}; allowed: {FORMAT}")
     if len(about.quality) != len(about.experts):
         raise ConfigError(f"{name} is not a predictor: {len(about.quality)} qualities for {len(about.experts)} layers")
-    return [_fitted(name, tensors, layer, about) for layer in range(len(about.experts))], about
+    return taken, about
 
 
 def load_predictor(path: str | os.PathLike[str], model: PreTrainedModel) -> Predictor:
@@ -137,13 +164,41 @@ def naive_predictor(model: PreTrainedModel) -> Predictor:
         ConfigError: the model was not loaded by ``epslots.load``.
     """
     runtime = runtime_of(model)
+    estimators = _naive(model, dtype_on(model.device, model.dtype), runtime.plan.shape.top_k)
+    return Predictor(estimators, [layer.num_experts for layer in runtime.layers], model.device, model.dtype)
+
+
+def naive_bytes(skeleton: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> int:
+    """What ``naive_predictor`` will take on the device of a model of ``dtype``, beside the model.
+
+    Args:
+        skeleton: the model, on the meta device.
+    """
+    kept = dtype_on(device, dtype)
+    own = [parameter.untyped_storage() for parameter in skeleton.parameters()]
+
+    def is_own(tensor: torch.Tensor) -> bool:
+        return any(tensor.untyped_storage() is storage for storage in own)
+
+    total = 0
+    for estimator in _naive(skeleton, kept, top_k=1):
+        if estimator is not None:
+            weight, bias = estimator.router.weight_EH, estimator.router.bias_E
+            total += 0 if is_own(bias) else bias.nbytes
+            # A CPU has it in an order of its own.
+            total += 0 if is_own(weight) and device.type != "cpu" else weight.nbytes
+    return total
+
+
+def _naive(model: PreTrainedModel, dtype: torch.dtype, top_k: int) -> list[Naive | None]:
+    """For each MoE layer the router of the next, where there is one that takes what this layer is given."""
     modules = experts_modules(model)
-    routers, sizes = find_routers(model, modules), [input_size(module) for module in modules.values()]
-    estimators: list[Estimator | None] = [None] * len(routers)
+    routers, sizes = find_routers(model, modules, dtype), [input_size(module) for module in modules.values()]
+    estimators: list[Naive | None] = [None] * len(routers)
     for layer, router in enumerate(routers[Predictor.lookahead :]):
         if router is not None and router.weight_EH.shape[1] == sizes[layer]:
-            estimators[layer] = Naive(router, runtime.plan.shape.top_k)
-    return Predictor(estimators, [layer.num_experts for layer in runtime.layers], model.device, model.dtype)
+            estimators[layer] = Naive(router, top_k)
+    return estimators
 
 
 def _fitted(name: str, tensors: Mapping[str, torch.Tensor], layer: int, about: About) -> Fitted | None:

@@ -114,3 +114,20 @@ class LayerSpec(msgspec.Struct, frozen=True):
     def record(self) -> RecordLayout:
         """The layout of a record."""
         return self.layout if self.packed is None else self.packed.record
+
+
+def unpacking_bytes(layer: LayerSpec) -> int:
+    """What unpacking one of a layer's records takes on the device: its copy there, and what is on the way to the slot.
+
+    Scales become indices and factors of 4 bytes; codes of two weights a byte become indices and values of 4 bytes
+    (``packed_records.py``).
+    """
+    if layer.packed is None:
+        return 0
+    sizes = {tensor.name: tensor for tensor in layer.packed.record.tensors}
+    most = 0
+    for part in layer.packed.parts:
+        codes, scales = sizes[part.codes], sizes[part.scales]
+        halves = 2 * ITEM_BYTES["float32"] * codes.nbytes if codes.dtype == "uint8" else 0
+        most = max(most, 2 * ITEM_BYTES["float32"] * math.prod(scales.shape) + halves)
+    return layer.packed.record.nbytes + most

@@ -121,7 +121,23 @@ def spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | N
     """The copies that nobody misses: of each expert all but the one at home, or the first if there is none at home; and but
     those that the placement wants, if given.
     """
-    experts = np.arange(len(home_E))
-    keeper_E = np.where(holds_RE[home_E, experts], home_E, holds_RE.argmax(0))
-    spare_RE: BoolArray = holds_RE & (keeper_E != np.arange(len(holds_RE))[:, None])
-    return spare_RE if wanted_RE is None else spare_RE & ~wanted_RE
+    holds_RE, spare_RE = np.ascontiguousarray(holds_RE), np.empty(holds_RE.shape, bool)
+    any_wanted, wanted_RE = wanted_RE is not None, holds_RE if wanted_RE is None else np.ascontiguousarray(wanted_RE)
+    _spare_copies(holds_RE, home_E, wanted_RE, any_wanted, spare_RE)
+    return spare_RE
+
+
+@compiled("void(b1[:, ::1], int64[::1], b1[:, ::1], b1, b1[:, ::1])")
+def _spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray, any_wanted: bool, spare_RE: BoolArray) -> None:
+    ranks, experts = holds_RE.shape
+    keeper_E = np.full(experts, ranks)  # none yet
+    for expert in range(experts):
+        if holds_RE[home_E[expert], expert]:
+            keeper_E[expert] = home_E[expert]
+    for rank in range(ranks):
+        for expert in range(experts):
+            if holds_RE[rank, expert]:
+                keeper_E[expert] = keeper_E[expert] if keeper_E[expert] < ranks else rank
+            spare_RE[rank, expert] = holds_RE[rank, expert] and keeper_E[expert] != rank
+            if any_wanted and wanted_RE[rank, expert]:
+                spare_RE[rank, expert] = False

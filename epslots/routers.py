@@ -32,8 +32,8 @@ class Router:
     """A linear router, and how its top k is chosen.
 
     Attributes:
-        weight_EH: float32, on the model's device.
-        bias_E: float32, part of the logits (gpt_oss); zeros where there is none.
+        weight_EH: float, on the model's device; what it is multiplied with is taken in its dtype.
+        bias_E: of the same dtype, part of the logits (gpt_oss); zeros where there is none.
         correction_E: float32, added to the scores for the choice alone (DeepSeek-V3); None where there is none.
         scoring: what the correction is added to, and groups compared by.
         groups: experts are in so many groups of one size, in order; only the best ``top_groups`` can be chosen from.
@@ -48,7 +48,7 @@ class Router:
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Float32 [T, E]."""
-        return nn.functional.linear(hidden_TH.float(), self.weight_EH, self.bias_E)
+        return nn.functional.linear(hidden_TH.to(self.weight_EH.dtype), self.weight_EH, self.bias_E).float()
 
     def scores(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """What the top k is taken of, float32 [T, E]: its order is what matters."""
@@ -71,13 +71,16 @@ class Router:
         return self.scores(hidden_TH).topk(k, -1).indices
 
 
-def find_routers(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> tuple[Router | None, ...]:
+def find_routers(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32
+) -> tuple[Router | None, ...]:
     """The router of each layer; None where there is none that is a linear map of the experts' input.
 
     Args:
         modules: the experts modules in order, by their path (``experts.experts_modules``).
+        dtype: of their weights; where the model's own have it, the two share memory.
     """
-    return tuple(_find(model.get_submodule(path.rpartition(".")[0]), module) for path, module in modules.items())
+    return tuple(_find(model.get_submodule(path.rpartition(".")[0]), module, dtype) for path, module in modules.items())
 
 
 def agreement(router: Router, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> float:
@@ -86,7 +89,7 @@ def agreement(router: Router, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -
     return float((top_TK[:, :, None] == index_TK[:, None, :]).any(1).float().mean())
 
 
-def _find(block: nn.Module, experts: nn.Module) -> Router | None:
+def _find(block: nn.Module, experts: nn.Module, dtype: torch.dtype) -> Router | None:
     """The router beside ``experts`` in ``block``."""
     found = [module for name, module in block.named_children() if name in _NAMES]
     if len(found) != 1:
@@ -97,11 +100,11 @@ def _find(block: nn.Module, experts: nn.Module) -> Router | None:
     choices = num_weighted_experts(experts) + int(getattr(experts, "zero_expert_num", None) or 0)
     if len(matrices) != 1 or matrices[0].shape != (choices, input_size(experts)):
         return None
-    weight_EH = matrices[0].detach().float()
-    bias_E = next((p.detach().float() for name, p in named.items() if name.rpartition(".")[2] == "bias"), None)
+    weight_EH = matrices[0].detach().to(dtype)
+    bias_E = next((p.detach().to(dtype) for name, p in named.items() if name.rpartition(".")[2] == "bias"), None)
     router = Router(
         weight_EH,
-        torch.zeros(choices, device=weight_EH.device) if bias_E is None else bias_E,
+        torch.zeros(choices, dtype=dtype, device=weight_EH.device) if bias_E is None else bias_E,
         _correction(module, block),
         "sigmoid" if "sigmoid" in inspect.getsource(type(module)) else "softmax",
         **_groups(module),
@@ -134,7 +137,10 @@ def _through_norms(router: Router, module: nn.Module, block: nn.Module) -> Route
     if scale is None or norm is None:
         return router if norm is None else None
     of_experts = getattr(getattr(block, "pre_feedforward_layernorm_2", None), "weight", None)
-    if of_experts is None or getattr(norm, "weight", None) is not None or not of_experts.abs().min() > 0:
+    if of_experts is None or getattr(norm, "weight", None) is not None:
+        return None
+    if not of_experts.is_meta and not of_experts.abs().min() > 0:
         return None
     factor_H = scale.detach().float() * float(getattr(module, "scalar_root_size", 1.0)) / of_experts.detach().float()
-    return replace(router, weight_EH=router.weight_EH * factor_H)
+    weight_EH = next(p for p in module.parameters() if p.dim() == 2).detach().float() * factor_H
+    return replace(router, weight_EH=weight_EH.to(router.weight_EH.dtype))

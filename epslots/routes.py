@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from epslots.compiled import compiled
 from epslots.eviction import IntArray
 
 
@@ -48,112 +49,82 @@ def route(counts_RU: IntArray, computed_RU: IntArray, rank: int, node_R: IntArra
         computed_RU: pairs that each rank computes; columns add up to the same.
         node_R: the node of each rank, if there are several.
     """
+    counts_RU, computed_RU = np.ascontiguousarray(counts_RU, np.int64), np.ascontiguousarray(computed_RU, np.int64)
+    ranks = len(counts_RU)
+    node_R = np.zeros(ranks, np.int64) if node_R is None else node_R
     own_O, computed_C = np.flatnonzero(counts_RU[rank]), np.flatnonzero(computed_RU[rank])
-
-    own_RO, lines, near = _lines(counts_RU[:, own_O], computed_RU[:, own_O], node_R)
-    send_DO, send_start_DO = lines.from_rank(rank)
-    if near is not None:
-        send_DO, send_start_DO = near.on_node_of(rank, near.lines.from_rank(rank), (send_DO, send_start_DO))
-    send_DO[rank], send_start_DO[rank] = own_RO[rank], 0
-
-    own_RC, lines, near = _lines(counts_RU[:, computed_C], computed_RU[:, computed_C], node_R)
-    receive_SC, receive_start_SC = lines.to_rank(rank)
-    if near is not None:
-        receive_SC, receive_start_SC = near.on_node_of(rank, near.lines.to_rank(rank), (receive_SC, receive_start_SC))
-    receive_SC[rank], receive_start_SC[rank] = own_RC[rank], 0
+    send_DO, send_start_DO = np.empty((ranks, len(own_O)), np.int64), np.empty((ranks, len(own_O)), np.int64)
+    _overlaps(counts_RU, computed_RU, rank, node_R, own_O, True, send_DO, send_start_DO)
+    receive_SC, receive_start_SC = np.empty((ranks, len(computed_C)), np.int64), np.empty((ranks, len(computed_C)), np.int64)
+    _overlaps(counts_RU, computed_RU, rank, node_R, computed_C, False, receive_SC, receive_start_SC)
     return Route(own_O, send_DO, send_start_DO, computed_C, receive_SC, receive_start_SC)
 
 
-@dataclass(frozen=True)
-class _Lines:
-    """Two lines of pairs for each expert; stretches by rank, int64 [R, X].
+@compiled("void(int64[:, ::1], int64[:, ::1], int64, int64[::1], int64[::1], b1, int64[:, ::1], int64[:, ::1])")
+def _overlaps(
+    counts_RU: IntArray,
+    computed_RU: IntArray,
+    rank: int,
+    node_R: IntArray,
+    columns_X: IntArray,
+    giving: bool,
+    pairs_RX: IntArray,
+    start_RX: IntArray,
+) -> None:
+    """How much of the rank's stretches overlaps that of every other, and where that begins among its source's pairs.
 
-    Attributes:
-        start_RX: where a rank's stretch begins among its pairs of the expert.
-        left_RX, left_begin_RX: pairs of its tokens, and where they begin on their line.
-        wanted_RX, wanted_begin_RX: pairs that it computes for others, and where they begin on theirs.
+    A rank has four stretches: on the line of what is left over and on that of what is wanted (its side), each in part on its
+    node's own line and the rest on the one between nodes.
     """
-
-    start_RX: IntArray
-    left_RX: IntArray
-    left_begin_RX: IntArray
-    wanted_RX: IntArray
-    wanted_begin_RX: IntArray
-
-    def from_rank(self, rank: int) -> tuple[IntArray, IntArray]:
-        """What the rank sends to each, and where that begins."""
-        left, begin = self.left_RX[rank], self.left_begin_RX[rank]
-        sent_RX = _overlap(begin, left, self.wanted_begin_RX, self.wanted_RX)
-        return sent_RX, self.start_RX[rank] + np.minimum(np.maximum(self.wanted_begin_RX - begin, 0), left)
-
-    def to_rank(self, rank: int) -> tuple[IntArray, IntArray]:
-        """What the rank receives from each, and where that begins among the source's pairs."""
-        begin = self.wanted_begin_RX[rank]
-        received_RX = _overlap(self.left_begin_RX, self.left_RX, begin, self.wanted_RX[rank])
-        return received_RX, self.start_RX + np.minimum(np.maximum(begin - self.left_begin_RX, 0), self.left_RX)
-
-
-@dataclass(frozen=True)
-class _Near:
-    """The lines of each node; two ranks of one node meet there and nowhere else."""
-
-    node_R: IntArray
-    lines: _Lines
-
-    def on_node_of(
-        self, rank: int, near: tuple[IntArray, IntArray], far: tuple[IntArray, IntArray]
-    ) -> tuple[IntArray, IntArray]:
-        same_R1 = (self.node_R == self.node_R[rank])[:, None]
-        return np.where(same_R1, near[0], far[0]), np.where(same_R1, near[1], far[1])
-
-
-def _lines(counts_RX: IntArray, computed_RX: IntArray, node_R: IntArray | None) -> tuple[IntArray, _Lines, _Near | None]:
-    """Each rank's pairs that stay, the lines for the rest, and those of the nodes if there are several."""
-    own_RX = np.minimum(counts_RX, computed_RX)
-    left_RX, wanted_RX = counts_RX - own_RX, computed_RX - own_RX
-    if node_R is None:
-        lines = _Lines(own_RX, left_RX, left_RX.cumsum(0) - left_RX, wanted_RX, wanted_RX.cumsum(0) - wanted_RX)
-        return own_RX, lines, None
-    near_left_RX, left_begin_RX, near_wanted_RX, wanted_begin_RX = _within_nodes(left_RX, wanted_RX, node_R)
-    near = _Near(node_R, _Lines(own_RX, near_left_RX, left_begin_RX, near_wanted_RX, wanted_begin_RX))
-    left_RX, wanted_RX = left_RX - near_left_RX, wanted_RX - near_wanted_RX
-    begins = left_RX.cumsum(0) - left_RX, wanted_RX.cumsum(0) - wanted_RX
-    return own_RX, _Lines(own_RX + near_left_RX, left_RX, begins[0], wanted_RX, begins[1]), near
-
-
-def _within_nodes(left_RX: IntArray, wanted_RX: IntArray, node_R: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """The part of both that is matched within the ranks' nodes, and where each begins on its node's line."""
-    order = np.argsort(node_R, kind="stable")
-    first_N = np.flatnonzero(np.diff(node_R[order], prepend=node_R[order[0]] - 1))
-    number_R = np.repeat(np.arange(len(first_N)), np.diff(first_N, append=len(node_R)))
-
-    def begins(length_RX: IntArray) -> IntArray:
-        begin_RX = np.empty_like(length_RX)
-        running = length_RX[order].cumsum(0) - length_RX[order]
-        begin_RX[order] = running - running[first_N][number_R]
-        return begin_RX
-
-    def total(length_RX: IntArray) -> IntArray:
-        whole: IntArray = np.add.reduceat(length_RX[order], first_N)
-        return whole
-
-    matched_RX = np.empty_like(left_RX)
-    matched_RX[order] = np.minimum(total(left_RX), total(wanted_RX))[number_R]
-    left_begin_RX, wanted_begin_RX = begins(left_RX), begins(wanted_RX)
-    near_left_RX = np.clip(matched_RX - left_begin_RX, 0, left_RX)
-    near_wanted_RX = np.clip(matched_RX - wanted_begin_RX, 0, wanted_RX)
-    return near_left_RX, left_begin_RX, near_wanted_RX, wanted_begin_RX
-
-
-def _overlap(begin: IntArray, length: IntArray, other_begin: IntArray, other_length: IntArray) -> IntArray:
-    """How much of two stretches on one line is common to both."""
-    end = np.minimum(begin + length, other_begin + other_length)
-    common: IntArray = np.maximum(end - np.maximum(begin, other_begin), 0)
-    return common
+    ranks = len(counts_RU)
+    nodes = 0
+    for node in node_R:
+        nodes = max(nodes, node + 1)
+    begin_22R, length_22R = np.zeros((2, 2, ranks), np.int64), np.zeros((2, 2, ranks), np.int64)  # side, whether far
+    whole_2N, end_2N, far_end_2 = np.zeros((2, nodes), np.int64), np.zeros((2, nodes), np.int64), np.zeros(2, np.int64)
+    for place, column in enumerate(columns_X):
+        whole_2N[:], end_2N[:], far_end_2[:] = 0, 0, 0
+        for other, node in enumerate(node_R):
+            more = counts_RU[other, column] - computed_RU[other, column]
+            whole_2N[0, node] += max(more, 0)
+            whole_2N[1, node] += max(-more, 0)
+        for other, node in enumerate(node_R):
+            matched = min(whole_2N[0, node], whole_2N[1, node])
+            more = counts_RU[other, column] - computed_RU[other, column]
+            for side in range(2):
+                length = max(-more if side else more, 0)
+                near = min(max(matched - end_2N[side, node], 0), length)
+                begin_22R[side, 0, other], begin_22R[side, 1, other] = end_2N[side, node], far_end_2[side]
+                length_22R[side, 0, other], length_22R[side, 1, other] = near, length - near
+                end_2N[side, node] += length
+                far_end_2[side] += length - near
+        for other in range(ranks):
+            source, target = (rank, other) if giving else (other, rank)
+            own = min(counts_RU[source, column], computed_RU[source, column])
+            if other == rank:
+                pairs_RX[other, place], start_RX[other, place] = own, 0
+                continue
+            far = 0 if node_R[other] == node_R[rank] else 1
+            left, wanted = begin_22R[0, far, source], begin_22R[1, far, target]
+            left_end, wanted_end = left + length_22R[0, far, source], wanted + length_22R[1, far, target]
+            pairs_RX[other, place] = max(min(left_end, wanted_end) - max(left, wanted), 0)
+            before = own + far * length_22R[0, 0, source]
+            start_RX[other, place] = before + min(max(wanted - left, 0), left_end - left)
 
 
 def runs(begin: IntArray, length: IntArray) -> IntArray:
     """The numbers ``begin[i], ..., begin[i] + length[i] - 1`` of all runs, one after another, int64 [sum of lengths]."""
-    end: IntArray = length.cumsum()
-    offset: IntArray = np.repeat(begin - (end - length), length)
-    return offset + np.arange(len(offset))
+    return _runs(np.ascontiguousarray(begin), np.ascontiguousarray(length))
+
+
+@compiled("int64[::1](int64[::1], int64[::1])")
+def _runs(begin: IntArray, length: IntArray) -> IntArray:
+    total = 0
+    for pairs in length:
+        total += pairs
+    number, place = np.empty(total, np.int64), 0
+    for run in range(len(length)):
+        for step in range(length[run]):
+            number[place] = begin[run] + step
+            place += 1
+    return number

@@ -15,6 +15,7 @@ from epslots.host_store import HostStore
 from epslots.look_ahead import Foresight
 from epslots.memory_plan import MemoryPlan
 from epslots.moe_layer import MoELayer
+from epslots.predictor import Predictor
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec
 from epslots.slot_pool import SlotPool
@@ -27,8 +28,8 @@ _ATTRIBUTE = "epslots_runtime"
 class Runtime:
     """Everything behind one model: the layers in order, each with its runner, and a mover for each pool.
 
-    ``checkpoint`` digests the weight files' content, wherever they are; ``host_compute`` is whether the host's CPU may compute
-    what is missing.
+    ``checkpoint`` digests the weight files' content, wherever they are; ``predictor`` is what the layers look ahead by, None
+    where they don't; ``host_compute`` is whether the host's CPU may compute what is missing.
     """
 
     checkpoint: str
@@ -39,6 +40,7 @@ class Runtime:
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
     foresight: Foresight = field(default_factory=Foresight)
+    predictor: Predictor | None = None
     host_compute: bool = False
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
@@ -99,6 +101,12 @@ def runtime_of(model: nn.Module) -> Runtime:
     if not isinstance(runtime, Runtime):
         raise ConfigError(f"this {type(model).__name__} was not loaded by epslots.load")
     return runtime
+
+
+def predictor_of(model: nn.Module) -> Predictor | None:
+    """What a model's layers look ahead by; None where they don't, and for models that ``epslots.load`` didn't return."""
+    runtime = getattr(model, _ATTRIBUTE, None)
+    return runtime.predictor if isinstance(runtime, Runtime) else None
 
 
 def stats(model: nn.Module) -> Stats:

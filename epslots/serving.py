@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from epslots.compiled import compiled
 from epslots.costs import Costs
 from epslots.eviction import IntArray
 from epslots.residency import BoolArray
 
 # So many steps halve a toll: what was wanted long ago is no reason to fetch it now.
 TOLL_STEPS = 64
+
+NEVER = 2**63 - 1
 
 
 def served_on_host(
@@ -41,26 +44,44 @@ def served_on_host(
         displaces_F: whether the eviction policy would rather keep what the expert would displace.
         beside: whether the CPU computes while the link carries; else one waits for the other.
     """
-    if not costs.computes_on_host or not len(rank_F):
-        return np.zeros(len(rank_F), bool)
-    time_F = costs.host_expert + pairs_F * costs.host_pair
-    rent_F = _rent(costs, pairs_F)
-    buy = costs.host_fetch
+    hosted_F = np.zeros(len(rank_F), bool)
+    if costs.computes_on_host and len(rank_F):
+        prices = costs.host_fetch, costs.host_expert, costs.host_pair
+        _serve(rank_F, pairs_F, toll_F, displaces_F, _rent(costs, pairs_F), prices, beside, hosted_F)
+    return hosted_F
+
+
+@compiled(
+    "void(int64[::1], int64[::1], int64[::1], b1[::1], int64[::1], UniTuple(int64, 3), b1, b1[::1])",
+)
+def _serve(
+    rank_F: IntArray,
+    pairs_F: IntArray,
+    toll_F: IntArray,
+    displaces_F: BoolArray,
+    rent_F: IntArray,
+    prices: tuple[int, int, int],
+    beside: bool,
+    hosted_F: BoolArray,
+) -> None:
+    buy, host_expert, host_pair = prices
+    fetches, ranks = len(rank_F), 0
+    for fetch in range(fetches):
+        ranks = max(ranks, rank_F[fetch] + 1)
+        fair = displaces_F[fetch] or toll_F[fetch] + rent_F[fetch] < 2 * buy
+        hosted_F[fetch] = not beside and rent_F[fetch] < buy and fair
     if not beside:
-        worth_F: BoolArray = (rent_F < buy) & (displaces_F | (toll_F + rent_F < 2 * buy))
-        return worth_F
+        return
     # The cheapest first, as long as the link would still be the busier one: each host's share of its rank's misses.
-    may_F = displaces_F | (toll_F < 2 * buy)
-    order = np.lexsort((time_F, ~may_F, rank_F))
-    ranks, may = rank_F[order], may_F[order]
-    first = np.searchsorted(ranks, ranks)
-    number = np.arange(len(order)) - first
-    misses = np.searchsorted(ranks, ranks, side="right") - first
-    spent = time_F[order].cumsum()
-    busy = spent - (spent - time_F[order])[first]
-    result = np.zeros(len(rank_F), bool)
-    result[order] = may & (busy < (misses - number) * buy)
-    return result
+    busy_R, left_R = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
+    for rank in rank_F:
+        left_R[rank] += 1
+    for fetch in np.argsort(pairs_F, kind="mergesort"):
+        rank = rank_F[fetch]
+        if displaces_F[fetch] or toll_F[fetch] < 2 * buy:
+            busy_R[rank] += host_expert + pairs_F[fetch] * host_pair
+            hosted_F[fetch] = busy_R[rank] < left_R[rank] * buy
+            left_R[rank] -= 1
 
 
 def displaces_better(
@@ -78,14 +99,32 @@ def displaces_better(
         score_E: the policy's scores.
         rank_F, expert_F: the fetches.
     """
-    ranks = np.unique(rank_F)
-    idle_RE = holds_RE[ranks] & ~needed_RE[ranks]
-    full_R = np.count_nonzero(holds_RE[ranks], axis=1) >= quota_R[ranks]
-    least_R = np.where(idle_RE, score_E, np.iinfo(np.int64).max).min(1)
-    weighed_R = full_R & idle_RE.any(1)
-    position_F = np.searchsorted(ranks, rank_F)
-    better: BoolArray = weighed_R[position_F] & (least_R[position_F] > score_E[expert_F])
-    return better
+    better_F = np.empty(len(rank_F), bool)
+    _displace(holds_RE, needed_RE, quota_R, score_E, rank_F, expert_F, better_F)
+    return better_F
+
+
+@compiled("void(b1[:, ::1], b1[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], b1[::1])")
+def _displace(
+    holds_RE: BoolArray,
+    needed_RE: BoolArray,
+    quota_R: IntArray,
+    score_E: IntArray,
+    rank_F: IntArray,
+    expert_F: IntArray,
+    better_F: BoolArray,
+) -> None:
+    ranks, experts = holds_RE.shape
+    least_R, known_R = np.zeros(ranks, np.int64), np.zeros(ranks, np.bool_)  # of the residents that the step doesn't need
+    for fetch, rank in enumerate(rank_F):
+        if not known_R[rank]:
+            held, least = 0, NEVER
+            for expert in range(experts):
+                held += holds_RE[rank, expert]
+                if holds_RE[rank, expert] and not needed_RE[rank, expert]:
+                    least = min(least, score_E[expert])
+            least_R[rank], known_R[rank] = least if held >= quota_R[rank] else NEVER, True
+        better_F[fetch] = NEVER > least_R[rank] > score_E[expert_F[fetch]]
 
 
 class HostShare:

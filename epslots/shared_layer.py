@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from epslots.assignment import Assign, Assignment, assign
-from epslots.costs import Costs, moved_pairs
+from epslots.assignment import Assign, Assignment, assign, own_only
+from epslots.compiled import compiled
+from epslots.costs import Costs, travelling_pairs
 from epslots.eviction import IntArray
 from epslots.moves import NO_MOVES, Moves, Room, choose_moves
 from epslots.prefetch import Budget, Lookout, Prefetches
@@ -159,7 +160,15 @@ class SharedLayer:
         self._hosting_steps = 0
         self._holds_digest: int | None = None
         self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
-        self._idle_slots: bool | None = None
+        self._kept_spare_RE: BoolArray | None = None
+        self._everywhere: bool | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every rank holds every expert: then each computes its own tokens, and nobody has to say anything."""
+        if self._everywhere is None:
+            self._everywhere = bool(self.holds_RE.all())
+        return self._everywhere
 
     @property
     def home_E(self) -> IntArray:
@@ -171,7 +180,7 @@ class SharedLayer:
         self._home_E, self.wanted_RE = home_E, wanted_RE
         self._todo_RE = wanted_RE & ~self.holds_RE
         self.to_move = int(np.count_nonzero(self._todo_RE))
-        self._idle_slots = None
+        self._kept_spare_RE = None
         self._remember(home_E, wanted_RE)
 
     def resize(self, rank: int, change: int, score_E: IntArray) -> int:
@@ -179,7 +188,7 @@ class SharedLayer:
         self.quota_R[rank] += change
         evicted = -1
         if int(np.count_nonzero(self.holds_RE[rank])) > self.quota_R[rank]:
-            spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
+            spare_RE = self._spare_RE
             # The copies that nobody misses first, those that are wanted last; the lowest score among equals.
             kind_E = np.where(spare_RE[rank], 0, np.where(self.wanted_RE[rank], 2, 1))
             order = np.lexsort((score_E, kind_E))
@@ -193,14 +202,15 @@ class SharedLayer:
         """``decide``, as this rank sees it."""
         plan = self.decide(counts_RE, score_E, room)
         own = route(plan.counts_RU, plan.computed_RU, self.rank, self.node_R)
+        moved, sent_R, received_R = travelling_pairs(plan.counts_RU, plan.computed_RU)
         return StepPlan(
             experts_U=plan.experts_U,
             computed_U=plan.computed_RU[self.rank],
             counts_RU=plan.counts_RU,
             route=own,
-            moved=int(moved_pairs(plan.counts_RU, plan.computed_RU).max(initial=0)),
-            sent=int(own.send_DO.sum() - own.send_DO[self.rank].sum()),
-            received=int(own.receive_SC.sum() - own.receive_SC[self.rank].sum()),
+            moved=moved,
+            sent=int(sent_R[self.rank]),
+            received=int(received_R[self.rank]),
             evicted_E=plan.evicted_RE[self.rank],
             copies=self._copies(plan.fetch_ranks, plan.fetch_experts, plan.fetch_sources),
             move=self._own_move(plan.moves) if len(plan.moves) else None,
@@ -218,7 +228,7 @@ class SharedLayer:
         """
         tolls_RE = self._tolls_RE if self._has_idle_slots() else None
         wanted_RE = self.wanted_RE if tolls_RE is not None else None
-        found = self.rule(
+        found = (own_only if self.everywhere else self.rule)(
             counts_RE,
             self.holds_RE,
             self.quota_R,
@@ -232,16 +242,15 @@ class SharedLayer:
         if self.host_share is not None and len(found.fetch_ranks):
             found, hosted_ranks, hosted_experts = self._host(found, score_E, self.host_share)
         evicted_RE = self._settle(found, score_E, hosted_ranks, hosted_experts)
-        counts_RU = counts_RE[:, found.experts_U]
         if tolls_RE is not None:
-            self._charge(found, counts_RU)
+            self._charge(found)
         if self.budget is not None:
             self.budget.spend(found.fetch_ranks, self.record_bytes)
-        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU.sum(1), hosted_ranks, hosted_experts)
+        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU, hosted_ranks, hosted_experts)
         moves = NO_MOVES if room is None else self._move(found, score_E, room)
         return GroupPlan(
             experts_U=found.experts_U,
-            counts_RU=counts_RU,
+            counts_RU=found.counts_RU,
             computed_RU=found.computed_RU,
             fetch_ranks=found.fetch_ranks,
             fetch_experts=found.fetch_experts,
@@ -258,18 +267,18 @@ class SharedLayer:
         fetches = np.flatnonzero(found.fetch_sources < 0)
         ranks, experts = found.fetch_ranks[fetches], found.fetch_experts[fetches]
         pairs = found.computed_RU[ranks, np.searchsorted(found.experts_U, experts)]
-        needed_RE = np.zeros_like(self.holds_RE)
-        needed_RE[:, found.experts_U] = found.computed_RU > 0
-        displaces = displaces_better(self.holds_RE, needed_RE, self.quota_R, score_E, ranks, experts)
-        hosted = fetches[share.choose(self._hosting_steps, ranks, experts, pairs, displaces)]
-        rest = np.delete(np.arange(len(found.fetch_ranks)), hosted)
+        holds_RE, needed_RE = np.ascontiguousarray(self.holds_RE), self._needed(found)
+        displaces = displaces_better(holds_RE, needed_RE, self.quota_R, score_E, ranks, experts)
+        hosted_F = np.zeros(len(found.fetch_ranks), bool)
+        hosted_F[fetches] = share.choose(self._hosting_steps, ranks, experts, pairs, displaces)
+        fetched_F = ~hosted_F
         left = replace(
             found,
-            fetch_ranks=found.fetch_ranks[rest],
-            fetch_experts=found.fetch_experts[rest],
-            fetch_sources=found.fetch_sources[rest],
+            fetch_ranks=found.fetch_ranks[fetched_F],
+            fetch_experts=found.fetch_experts[fetched_F],
+            fetch_sources=found.fetch_sources[fetched_F],
         )
-        return left, found.fetch_ranks[hosted], found.fetch_experts[hosted]
+        return left, found.fetch_ranks[hosted_F], found.fetch_experts[hosted_F]
 
     def prefetch(self, usage_RE: IntArray, score_E: IntArray, busy_R: BoolArray) -> Prefetches | None:
         """Choose what is fetched ahead of the layer's next step, and enter it: it counts as held from now on.
@@ -279,9 +288,9 @@ class SharedLayer:
             score_E: the eviction policy's scores.
             busy_R: whether each rank's link has something to do.
         """
-        spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
+        holds_RE = np.ascontiguousarray(self.holds_RE)
         found = self.lookout.plan(
-            usage_RE, self.holds_RE, self.quota_R, self.home_E, score_E, busy_R, self.budget, self.record_bytes, spare_RE
+            usage_RE, holds_RE, self.quota_R, self.home_E, score_E, busy_R, self.budget, self.record_bytes, self._spare_RE
         )
         if found is not None:
             self.holds_RE[:] = found.after_RE
@@ -301,7 +310,7 @@ class SharedLayer:
             self._todo_RE,
             self.holds_RE,
             self.wanted_RE,
-            spare_copies(self.holds_RE, self.home_E, self.wanted_RE),
+            self._spare_RE,
             self.quota_R,
             score_E,
             able_R,
@@ -326,25 +335,19 @@ class SharedLayer:
             return None if copies is None else OwnMove(-1, -1, copies)
         return OwnMove(int(moves.experts[mine[0]]), int(moves.evicted[mine[0]]), copies)
 
-    def _charge(self, found: Assignment, counts_RU: IntArray) -> None:
+    def _charge(self, found: Assignment) -> None:
         """Enter what each rank would have saved in this step with copies of the experts that others computed for it."""
         self._steps += 1
         if self._steps % TOLL_STEPS == 0:
             self._tolls_RE >>= 1
-        away_RU = np.where(self.holds_RE[:, found.experts_U], 0, counts_RU - np.minimum(counts_RU, found.computed_RU))
-        ranks, columns = np.nonzero(away_RU)
-        if len(ranks):
-            away = away_RU[ranks, columns]
-            # An exchange costs its latency until no rank needs any. That is in reach where each holds half of the experts.
-            may_go = bool((2 * self.quota_R >= self.holds_RE.shape[1]).all())
-            latency = 2 * self.costs.exchange // int(away.sum()) if may_go else 0
-            saved = away * (2 * self.costs.pair_transfer + latency) - self.costs.expert_compute
-            self._tolls_RE[ranks, found.experts_U[columns]] += np.maximum(saved, 0)
+        holds_RE, costs = np.ascontiguousarray(self.holds_RE), self.costs
+        prices = costs.pair_transfer, costs.expert_compute, costs.exchange
+        _charge(found.experts_U, found.counts_RU, found.computed_RU, holds_RE, self.quota_R, prices, self._tolls_RE)
         self._tolls_RE[found.fetch_ranks, found.fetch_experts] = 0
 
     def _copies(self, ranks: IntArray, experts: IntArray, sources: IntArray) -> Copies | None:
         """This rank's part of fetches of which some come from peers."""
-        if not (sources >= 0).any():
+        if not len(sources) or not (sources >= 0).any():
             return None
         mine = (ranks == self.rank) & (sources >= 0)
         given = sources == self.rank
@@ -355,21 +358,20 @@ class SharedLayer:
 
     def _settle(self, found: Assignment, score_E: IntArray, hosted_ranks: IntArray, hosted_experts: IntArray) -> BoolArray:
         """Enter the residents after the step; returns what gives way."""
-        evicted_RE = np.zeros_like(self.holds_RE)
-        ranks = np.unique(found.fetch_ranks)
-        if not len(ranks):
-            return evicted_RE
-        spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
-        holds = self.holds_RE[ranks]
-        needed_RE = np.zeros_like(self.holds_RE)
-        needed_RE[:, found.experts_U] = found.computed_RU > 0
+        if not len(found.fetch_ranks):
+            return np.zeros(self.holds_RE.shape, bool)
+        needed_RE = self._needed(found)
         needed_RE[hosted_ranks, hosted_experts] = False
-        needed = needed_RE[ranks]
-        change = settle(holds, needed, self.quota_R[ranks], score_E, spare_RE[ranks])
-        self.holds_RE[ranks] = change.after_RE
+        change = settle(np.ascontiguousarray(self.holds_RE), needed_RE, self.quota_R, score_E, self._spare_RE)
+        self.holds_RE[:] = change.after_RE
         self.forget_digest()
-        evicted_RE[ranks] = change.evicted_RE
-        return evicted_RE
+        return change.evicted_RE
+
+    def _needed(self, found: Assignment) -> BoolArray:
+        """What each rank computes."""
+        needed_RE = np.zeros(self.holds_RE.shape, bool)
+        _enter(found.experts_U, found.computed_RU, needed_RE)
+        return needed_RE
 
     @property
     def digest(self) -> int:
@@ -383,11 +385,52 @@ class SharedLayer:
 
     def forget_digest(self) -> None:
         """To be called after ``holds_RE`` was changed."""
-        self._holds_digest = self._idle_slots = None
+        self._holds_digest = self._kept_spare_RE = self._everywhere = None
+
+    @property
+    def _spare_RE(self) -> BoolArray:
+        """Copies that nobody would miss."""
+        if self._kept_spare_RE is None:
+            self._kept_spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
+        return self._kept_spare_RE
 
     def _has_idle_slots(self) -> bool:
         """Whether any rank has a slot that is empty, or holds a copy that nobody would miss."""
-        if self._idle_slots is None:
-            spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
-            self._idle_slots = int(self.quota_R.sum()) > int(np.count_nonzero(self.holds_RE & ~spare_RE))
-        return self._idle_slots
+        held, spare = np.count_nonzero(self.holds_RE), np.count_nonzero(self._spare_RE)
+        return bool(self.quota_R.sum() > held - spare)
+
+
+@compiled("void(int64[::1], int64[:, ::1], b1[:, ::1])")
+def _enter(experts_U: IntArray, computed_RU: IntArray, needed_RE: BoolArray) -> None:
+    for rank in range(len(needed_RE)):
+        for column, expert in enumerate(experts_U):
+            needed_RE[rank, expert] = computed_RU[rank, column] > 0
+
+
+@compiled(
+    "void(int64[::1], int64[:, ::1], int64[:, ::1], b1[:, ::1], int64[::1], UniTuple(int64, 3), int64[:, ::1])",
+)
+def _charge(
+    experts_U: IntArray,
+    counts_RU: IntArray,
+    computed_RU: IntArray,
+    holds_RE: BoolArray,
+    quota_R: IntArray,
+    prices: tuple[int, int, int],
+    tolls_RE: IntArray,
+) -> None:
+    pair_transfer, expert_compute, exchange = prices
+    ranks, experts = holds_RE.shape
+    # An exchange costs its latency until no rank needs any. That is in reach where each holds half of the experts.
+    away, may_go = 0, True
+    for rank in range(ranks):
+        may_go &= 2 * quota_R[rank] >= experts
+        for column, expert in enumerate(experts_U):
+            if not holds_RE[rank, expert]:
+                away += max(counts_RU[rank, column] - computed_RU[rank, column], 0)
+    each = 2 * pair_transfer + (2 * exchange // away if may_go and away else 0)
+    for rank in range(ranks):
+        for column, expert in enumerate(experts_U):
+            pairs = counts_RU[rank, column] - computed_RU[rank, column]
+            if pairs > 0 and not holds_RE[rank, expert]:
+                tolls_RE[rank, expert] += max(pairs * each - expert_compute, 0)

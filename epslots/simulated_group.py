@@ -155,7 +155,11 @@ class SimulatedGroup:
             moving_R = np.zeros_like(self._behind_R)
             if used_E.any():
                 # A predictor's prefetches would be asked for here: before the layer's counts are known to its ranks.
-                self._note_uses(layer, counts_RE, used_E)
+                if self.model.layers[layer].everywhere:  # nobody says anything of it, and nothing of its uses is known
+                    self._tokens_LE[layer, :experts] += counts_RE.sum(0)
+                    layer_ns -= header
+                else:
+                    self._note_uses(layer, counts_RE, used_E)
                 plan = self._plan(layer, counts_RE)
                 layer_ns += self._layer_time(plan, tokens_R, far)
                 if len(plan.moves):

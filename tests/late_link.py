@@ -65,7 +65,10 @@ class Guesses:
         if len(index_TK) > 20:
             return None
         certain = torch.rand(self._experts, generator=self._generator) ** 4 * 300
-        return certain.clamp(max=256).to(torch.int32)
+        return certain.clamp(max=255).to(torch.int32)
+
+    def skip(self, layer: int, hidden_TH: torch.Tensor) -> None:
+        pass
 
     def ids(self, layer: int, hidden_TH: torch.Tensor, k: int) -> torch.Tensor:
         return torch.rand(len(hidden_TH), self._experts, generator=self._generator).topk(k).indices

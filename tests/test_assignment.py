@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.assignment import WORTHWHILE, assign, home_only, own_only, place_misses
-from epslots.costs import Costs, gathers, layer_cost
+from epslots.assignment import assign, home_only, own_only, place_misses
+from epslots.costs import Costs, gathers, layer_cost, layer_time
+from epslots.division import WORTHWHILE
 from tests.plan_strategies import Situation, situations
 
 # A slow host, fast peers, compute worth levelling: roughly a large expert over PCIe and NVLink.
@@ -175,6 +176,17 @@ def test_a_busy_rank_fetches_only_when_the_others_are_taken():
     load = np.array([10_000, 0])
     place = place_misses(np.array([1]), np.array([0]), np.array([1, 1]), np.array([1, 1]), load, fetch_ns=100)
     assert place.tolist() == [1]
+
+
+def test_a_layer_takes_as_long_as_its_slowest_rank_and_the_slowest_exchange():
+    """Rank 0 hands 5 pairs on to rank 1, which copies an expert from it, and fetches one from the host."""
+    costs = Costs(host_fetch=1000, peer_fetch=100, pair_transfer=7, pair_compute=3, expert_compute=20, exchange=50, gather=1)
+    counts, computed = np.array([[6, 0], [1, 4]]), np.array([[1, 0], [6, 4]])
+    fetches = np.array([1, 1]), np.array([0, -1])
+    busy = max(100 + 1 * 3 + 20, 100 + 1000 + 10 * 3 + 2 * 20)
+    assert layer_time(costs, counts, computed, *fetches) == busy + 2 * (5 * 7 + 50)
+    assert layer_cost(costs, counts, computed, *fetches) == busy + 2 * (5 * 7 + 50) + (3 * 100 + 1000 - 100) // 2
+    assert layer_time(costs, counts, counts, np.zeros(0, int), np.zeros(0, int)) == max(6 * 3 + 20, 5 * 3 + 2 * 20)
 
 
 def test_small_exchanges_gather_and_large_ones_do_not():

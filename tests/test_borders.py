@@ -19,9 +19,10 @@ LAYERS = (
     # records and errors
     ("errors", "records", "compiled"),
     # pure decisions
-    ("units", "eviction", "example", "sampling"),
+    ("units", "eviction", "example", "sampling", "few_rows"),
     ("residency", "memory_plan", "requests", "row_order", "example_text"),
-    ("waves", "costs", "routes", "reuse", "moves", "windows"),
+    ("division", "waves", "routes", "reuse", "moves", "windows"),
+    ("costs",),
     ("assignment", "prefetch", "serving", "replay", "placement", "quotas", "lanes", "timing"),
     ("shared_layer", "balance", "drift"),
     ("shared_model", "forecast", "replication", "local_search", "heat_map"),
@@ -49,10 +50,10 @@ LAYERS = (
     ("moe_layer", "triton_slots"),
     # the model integration
     ("experts", "packing", "fp8", "paged_attention"),
-    ("expert_reader", "pretrained", "batching", "routers"),
+    ("expert_reader", "pretrained", "routers"),
     ("model_shape", "predictor"),
     ("known_shapes", "runtime", "predictor_fit"),
-    ("rank_hello", "decode_graph"),
+    ("rank_hello", "decode_graph", "batching"),
     ("rank_group",),
     ("ranks",),
     # the public surface
@@ -68,8 +69,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Decisions are arrays in, arrays out.
 PURE = (
     *("units", "records", "eviction", "memory_plan", "waves", "replay"),
-    *("residency", "placement", "costs", "routes", "assignment", "shared_layer", "shared_model", "sampling"),
-    *("prefetch", "row_order", "serving"),
+    *("residency", "placement", "division", "costs", "routes", "assignment", "shared_layer", "shared_model", "sampling"),
+    *("prefetch", "row_order", "serving", "few_rows"),
     *("moves", "windows", "reuse", "quotas", "lanes", "timing", "balance", "drift", "forecast", "replication", "local_search"),
     *("simulated_group", "scarce", "rebalance", "replanning", "simulate", "placement_replay"),
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,16 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError, RankMismatchError
+from epslots.foresight import planned_bytes
 from epslots.loading import shared_settings
 from epslots.look_ahead import Ahead
-from epslots.predictor_file import FILE_NAME
+from epslots.predictor import KEPT_ROWS, Fitted
+from epslots.predictor_file import FILE_NAME, About, file_bytes, write_predictor
+from epslots.predictor_fit import Quality, Settings
+from epslots.pretrained import build_skeleton, read_config, resolve_class
 from epslots.progress import ProgressDisplay
 from epslots.ranks import group_up
-from epslots.runtime import Runtime, runtime_of
+from epslots.runtime import Runtime, predictor_of, runtime_of
 from epslots.transport import LocalTransport
 from epslots.units import PrefetchSetting, parse_prefetch
 from tests import zoo
@@ -144,6 +151,43 @@ class TestExecutePredicted:
 
         runner.expected.execute_predicted = watch
 
+    def test_each_thread_executes_what_was_predicted_for_its_own(self, checkpoint: Checkpoints, cache_dir: Path):
+        """Two passes of one shape, of which each has been told of a layer before either comes to it."""
+        model = load(checkpoint("qwen3_moe"), cache_dir, slots="100%", execute_predicted=True)
+        inputs = [zoo.random_ids(1, 12, seed=seed) for seed in (3, 4)]
+        with torch.no_grad():
+            alone = [model(input_ids=ids).logits for ids in inputs]
+        both = threading.Barrier(2, timeout=60)
+        for runner in runtime_of(model).runners:
+            execute = runner.expected.execute_predicted
+
+            def met(index: torch.Tensor, weights: torch.Tensor, execute: Any = execute) -> Any:
+                both.wait()
+                found = execute(index, weights)
+                both.wait()
+                return found
+
+            runner.expected.execute_predicted = met  # type: ignore[method-assign]
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                logits: torch.Tensor = model(input_ids=ids).logits
+                return logits
+
+        with ThreadPoolExecutor(2) as threads:
+            together = list(threads.map(forward, inputs))
+        for one, other in zip(together, alone, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+
+    def test_one_layer_has_none_before_it(self, tmp_path: Path, cache_dir: Path, caplog: pytest.LogCaptureFixture):
+        tiny = zoo.ZOO["deepseek_v3"]
+        settings = {**tiny.settings, "first_k_dense_replace": tiny.settings["num_hidden_layers"] - 1}
+        reference = replace(tiny, settings=settings, moe_layers=1).build()
+        reference.save_pretrained(tmp_path / "model")
+        model = load(tmp_path / "model", cache_dir, execute_predicted=True)
+        assert "execute_predicted does nothing" in caplog.text
+        assert_equal(model, reference)
+
     @pytest.mark.parametrize("settings", [{"prefetch": "off", "link": LINK}, {"prefetch": "auto"}])
     def test_fetches_nothing_ahead_by_itself(self, settings: dict[str, Any], checkpoint: Checkpoints, cache_dir: Path):
         model = load(checkpoint("qwen3_moe"), cache_dir, execute_predicted=True, **settings)
@@ -153,7 +197,7 @@ class TestExecutePredicted:
     def test_off_by_default(self, checkpoint: Checkpoints, cache_dir: Path):
         model = load(checkpoint("qwen3_moe"), cache_dir, link=LINK)
         greedy(model, zoo.random_ids(1, 9, seed=2), 4)
-        assert all(runner.expected.ids is None for runner in runtime_of(model).runners)
+        assert all(runner.expected.own.ids is None for runner in runtime_of(model).runners)
 
 
 class TestSettings:
@@ -241,3 +285,86 @@ def test_an_interrupted_wait_leaves_the_model_as_it_was(at: int, checkpoint: Che
         greedy(model, ids, 40)
     assert_equal(model, reference, input_ids=ids)
     runtime_of(model).check_integrity()
+
+
+class TestMemory:
+    """What the plan leaves for the predictor is what it takes."""
+
+    def _taken(self, model: PreTrainedModel) -> int:
+        """Bytes of the estimators' tensors that aren't the model's own."""
+        told = predictor_of(model)
+        assert told is not None
+        own = {p.data_ptr() for p in model.parameters()}
+        tensors: dict[int, torch.Tensor] = {}
+        for estimator in told.estimators:
+            if isinstance(estimator, Fitted):
+                found = [estimator.first, estimator.first_bias, estimator.second, estimator.unlikely_E]
+            else:
+                found = [] if estimator is None else [estimator.router.weight_EH, estimator.router.bias_E]
+            tensors |= {t.data_ptr(): t for t in found if t.numel() and t.data_ptr() not in own}
+        few = [few for few in told._few if few is not None]
+        assert not {a.ctypes.data for f in few for a in (f.first_DN, f.bias_N, f.second_ME) if a.size} - tensors.keys() - own
+        return sum(t.nbytes for t in tensors.values())
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4"])
+    def test_of_routers(self, name: str, dtype: str, checkpoint: Checkpoints, cache_dir: Path):
+        model = load(checkpoint(name), cache_dir, link=LINK, dtype=dtype)
+        assert runtime_of(model).plan.predictor_bytes == self._taken(model) > 0
+        for settings in ({"link": LINK, "prefetch": "off"}, {}):
+            assert runtime_of(load(checkpoint(name), cache_dir, **settings)).plan.predictor_bytes == 0
+
+    def test_of_a_file(self, checkpoint: Checkpoints, cache_dir: Path, tmp_path: Path):
+        folder = checkpoint("qwen3_moe")
+        plain = load(folder, cache_dir, link=LINK)
+        runtime, random = runtime_of(plain), torch.Generator().manual_seed(0)
+        experts = [layer.num_experts for layer in runtime.layers]
+        fits = [
+            Fitted(
+                torch.randn(5 + count, (2 if layer else 1) * zoo.HIDDEN, generator=random),
+                torch.zeros(5 + count),
+                torch.randn(5, count, generator=random),
+                torch.full((count,), -0.1),
+                bool(layer),
+            )
+            for layer, count in enumerate(experts)
+        ]
+        quality = [Quality(None, (0.5, 0.5), fit.history) for fit in fits]
+        about = About(
+            checkpoint=runtime.checkpoint, model="tiny", experts=experts, tokens=1, settings=Settings(), quality=list(quality)
+        )
+        write_predictor(tmp_path / "p.safetensors", fits, about)
+        model = load(folder, cache_dir, link=LINK, predictor=tmp_path / "p.safetensors")
+        rows = KEPT_ROWS * zoo.HIDDEN * 4 * (len(experts) - 1)
+        plan = runtime_of(model).plan
+        assert plan.predictor_bytes == self._taken(model) + rows
+        told = predictor_of(model)
+        assert told is not None
+        for layer in range(len(experts)):
+            told.usage(layer, torch.randn(KEPT_ROWS + 9, zoo.HIDDEN), torch.zeros(1, 1, dtype=torch.int64))
+        assert sum(kept.nbytes for kept in told._state.rows if kept is not None) == rows
+        assert ("predictor", plan.predictor_bytes) in [item[:2] for item in plan.items]
+        greedy(model, zoo.random_ids(1, 9, seed=2), 4)
+        # On a GPU half of it, in the model's type; and one of another checkpoint gives way to the routers, which are there.
+        nbytes, _ = file_bytes(tmp_path / "p.safetensors", torch.device("cuda"), torch.bfloat16)
+        of_unlikely = 4 * sum(experts)
+        assert 2 * (nbytes - of_unlikely) == plan.predictor_bytes - of_unlikely
+
+    @pytest.mark.parametrize(("content", "fitted"), [("own", True), ("other", False)])
+    def test_of_one_beside_the_checkpoint(self, content: str, fitted: bool, checkpoint: Checkpoints, tmp_path: Path):
+        folder = checkpoint("mixtral")
+        config = read_config(folder)
+        skeleton = build_skeleton(resolve_class(config), config, torch.bfloat16)
+        fit = Fitted(torch.zeros(8, zoo.HIDDEN), torch.zeros(8), torch.zeros(0, 8), torch.zeros(8))
+        quality = [Quality(None, (0.5, 0.5), False), None, None]
+        about = About(checkpoint="own", model="m", experts=[8] * 3, tokens=1, settings=Settings(), quality=list(quality))
+        write_predictor(tmp_path / FILE_NAME, [fit, None, None], about)
+
+        def planned(fetches: bool) -> int:
+            settings: dict[str, Any] = {"predictor": None, "execute_predicted": False, "fetches": fetches}
+            cuda = torch.device("cuda")
+            return planned_bytes(skeleton, content, tmp_path, device=cuda, dtype=torch.bfloat16, **settings)
+
+        assert planned(False) == 0
+        of_file, of_biases = 8 * zoo.HIDDEN * 2 + 8 * 2 + 8 * 4, 2 * 8 * 2
+        assert planned(True) == (of_file if fitted else of_biases)

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from epslots.checkpoint import open_checkpoint
 from epslots.cli.plan import plan as plan_command
 from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
+from epslots.example import example_model
+from epslots.expert_reader import pack_layers
+from epslots.experts import expert_layers
 from epslots.known_shapes import KNOWN_SHAPES
 from epslots.memory_plan import (
     KVLayer,
@@ -29,9 +34,11 @@ from epslots.memory_plan import (
     resolve_quotas,
     slot_bytes,
 )
+from epslots.predictor_file import FILE_NAME, file_bytes
+from epslots.pretrained import build_skeleton, read_config, resolve_class
 from epslots.records import LayerSpec, RecordLayout, TensorSpec
 from epslots.units import SlotsSetting, format_bytes, parse_slots
-from tests.zoo import make_checkpoint
+from tests.zoo import make_checkpoint, make_fp8, make_mxfp4
 
 MIB = 1024**2
 AUTO = SlotsSetting()
@@ -432,6 +439,54 @@ def test_the_command_plans_a_checkpoint_from_its_configuration_and_headers(tmp_p
     assert json.loads(run("--model", str(folder), "--json").stdout)["memory_bytes"] > 0
 
 
+def test_slots_leave_room_for_the_predictor() -> None:
+    """Fourteen slots fit; what tells of the next layer takes the place of two, and of a byte more."""
+    shape, record = tiny_shape(), 36_864
+    rest = plan_memory(shape, AUTO, memory_bytes=None, reserve_bytes=0).fixed_bytes
+    memory = rest + 14 * record
+    plain, less = (
+        plan_memory(shape, AUTO, memory_bytes=memory, reserve_bytes=0, predictor_bytes=nbytes)
+        for nbytes in (0, 2 * record + 1)
+    )
+    assert (sum(plain.quotas), sum(less.quotas)) == (14, 11)
+    assert less.total_bytes == less.slot_bytes + rest + 2 * record + 1 <= memory
+    for plan in (plain, less):
+        assert sum(size for _, size, _ in plan.items) == plan.total_bytes
+    assert "predictor" in [name for name, *_ in less.items] and "predictor" not in [name for name, *_ in plain.items]
+    with pytest.raises(DoesNotFitError, match=r"predictor +72 KiB  what tells of the next layer's experts"):
+        plan_memory(shape, SlotsSetting(per_layer=7), memory_bytes=memory, reserve_bytes=0, predictor_bytes=73_729).check()
+
+
+@pytest.mark.parametrize(("name", "quantise"), [("gpt_oss", make_mxfp4), ("qwen3_moe", make_fp8)])
+def test_the_command_plans_what_a_device_makes_of_a_quantised_checkpoint(name: str, quantise: Any, tmp_path: Path) -> None:
+    """A GPU's host store has the experts as the checkpoint has them; a CPU's, as they are computed with."""
+    folder = quantise(make_checkpoint(name, tmp_path / "whole"), tmp_path / "quantised")
+    arguments = ("--model", str(folder), "--memory", "4GiB", "--dtype", "bfloat16")
+    on_cpu, on_gpu = (json.loads(run(*arguments, "--device", kind, "--json").stdout) for kind in ("cpu", "cuda:1"))
+    config = read_config(folder)
+    skeleton = build_skeleton(resolve_class(config), config, torch.bfloat16)
+    layers = expert_layers(skeleton)
+    packed = pack_layers(open_checkpoint(folder), skeleton, layers)
+    assert on_cpu["host_store_bytes"] == sum(layer.num_experts * layer.layout.nbytes for layer in layers)
+    assert on_gpu["host_store_bytes"] == sum(layer.num_experts * layer.record.nbytes for layer in packed)
+    assert on_gpu["host_store_bytes"] < 0.7 * on_cpu["host_store_bytes"]
+    assert on_cpu["unpacking_bytes"] == on_cpu["predictor_bytes"] == 0 < on_gpu["unpacking_bytes"]
+    assert on_cpu["slot_bytes"] == on_gpu["slot_bytes"], "a slot holds what is computed with"
+    parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "reserve")
+    for planned in (on_cpu, on_gpu):
+        assert sum(planned[f"{part}_bytes"] for part in parts) == planned["total_bytes"]
+    assert "packed as in the checkpoint" in run(*arguments, "--device", "cuda").stdout
+    assert "packed as in the checkpoint" not in run(*arguments, "--device", "cpu").stdout
+
+
+def test_the_command_counts_the_predictor_that_a_gpu_would_have() -> None:
+    """The example's, which lies beside it: float32 on a CPU that fetches nothing ahead, thus none; bfloat16 on a GPU."""
+    given = json.loads(run("--memory", "4GiB", "--device", "cuda", "--dtype", "bfloat16", "--json").stdout)
+    expected, _ = file_bytes(example_model() / FILE_NAME, torch.device("cuda"), torch.bfloat16)
+    assert given["predictor_bytes"] == expected > (example_model() / FILE_NAME).stat().st_size // 2
+    assert json.loads(run("--memory", "4GiB", "--device", "cpu", "--json").stdout)["predictor_bytes"] == 0
+
+
 def test_the_command_refuses_a_checkpoint_that_is_cut_short(tmp_path: Path) -> None:
     folder = make_checkpoint("mixtral", tmp_path / "mixtral")
     victim = sorted(folder.glob("*.safetensors"))[0]
@@ -449,6 +504,8 @@ def test_the_command_refuses_a_checkpoint_that_is_cut_short(tmp_path: Path) -> N
         (["--model", "grok-1", "--slots", "most"], "slots="),
         (["--model", "grok-1", "--memory", "80"], "memory='80'"),
         (["--model", "grok-1", "--dtype", "int4"], "dtype='int4'"),
+        (["--model", "grok-1", "--memory", "80GiB", "--device", "tpu"], "device='tpu'"),
+        (["--model", "grok-1", "--device", "cuda:99"], "device='cuda:99'"),
     ],
 )
 def test_the_command_refuses_wrong_settings(arguments: list[str], message: str) -> None:

@@ -26,13 +26,13 @@ from epslots.expert_reader import ExpertReader, pack_layers
 from epslots.experts import expert_layers
 from epslots.fp8 import BlockDequantize
 from epslots.host_store import HostStore, Manifest, StoreShape
-from epslots.memory_plan import UNPACKED_AT_A_TIME, ModelShape, plan_memory, unpacking_bytes
+from epslots.memory_plan import UNPACKED_AT_A_TIME, ModelShape, plan_memory
 from epslots.node_store import open_node_store
 from epslots.packed_records import Unpacker, assert_consistent, record_views
 from epslots.packing import conversions_of, find_packing
 from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class
 from epslots.progress import ProgressDisplay
-from epslots.records import LayerSpec, PackedLayout, PackedPart, RecordLayout
+from epslots.records import LayerSpec, PackedLayout, PackedPart, RecordLayout, unpacking_bytes
 from epslots.units import parse_slots
 from tests import zoo
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
+from epslots.lockstep import LockStep
 from tests import zoo
 from tests.grouped import ALL_COSTS, COPIES_TRAVEL, GATHER, TOKENS_TRAVEL, Grouped
 from tests.test_load_equal import SERVED, greedy
@@ -85,6 +86,24 @@ def test_more_ranks_than_experts(name: str, costs: epslots.Costs, checkpoint: Ch
         with torch.no_grad():
             assert_close(logits, reference(input_ids=zoo.random_ids(1, 5 + rank, seed=rank)).logits)
     grouped.check()
+
+
+def test_ranks_that_hold_everything_exchange_headers_alone(
+    checkpoint: Checkpoints, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And as soon as one of them lacks an expert of a layer, they plan that layer again."""
+    gathered: list[int] = []
+    gather = LockStep.gather_counts
+    monkeypatch.setattr(
+        LockStep, "gather_counts", lambda self, layer, *a, **k: gathered.append(layer) or gather(self, layer, *a, **k)
+    )
+    folder = checkpoint("qwen3_moe")
+    whole = Grouped(folder, cache_dir, slots=["100%", "100%"])
+    compare(whole, zoo.reference(folder))
+    assert not gathered
+    assert all(layer.misses == 0 and layer.steps > 0 for model in whole.models for layer in epslots.stats(model).layers)
+    compare(Grouped(folder, cache_dir, slots=["100%", 3]), zoo.reference(folder))
+    assert gathered
 
 
 def test_one_rank_through_all_that_ranks_do(checkpoint: Checkpoints, cache_dir: Path):

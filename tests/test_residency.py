@@ -72,6 +72,10 @@ def test_all_ranks_agree_and_slots_read_by_peers_stay(situation: Situation):
             assert given_experts == [e for e, s in wanting.copies.sources.items() if s == source]
             assert not plan.evicted_E[given_experts].any()
     assert sum(int(p.computed_U.sum()) for p in plans) == int(situation.counts_RE.sum())
+    for rank, plan in enumerate(plans):
+        others = np.arange(len(plans)) != rank
+        assert plan.sent == plan.route.send_DO[others].sum() and plan.received == plan.route.receive_SC[others].sum()
+        assert plan.moved == max(max(p.sent, p.received) for p in plans)
 
 
 def test_spare_copies_go_first_then_the_lowest_score():

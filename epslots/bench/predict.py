@@ -6,9 +6,10 @@ held out.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -26,11 +26,12 @@ from epslots.counting import counting
 from epslots.example import example_model
 from epslots.example_text import library_texts
 from epslots.experts import experts_modules
-from epslots.predictor import CERTAIN, Estimator, Predictor
+from epslots.few_rows import CERTAIN
+from epslots.predictor import Estimator, Predictor
 from epslots.predictor_file import FILE_NAME, load_predictor, naive_predictor
 from epslots.predictor_fit import Seen, Settings, cut_windows, fit, recalled, record
 from epslots.routers import Router, find_routers
-from epslots.runtime import runtime_of
+from epslots.runtime import predictor_of, runtime_of
 from epslots.text import load_tokenizer
 
 DISTANCES = (1, 2, 3)
@@ -44,9 +45,6 @@ COST_TOKENS = (1, 4, 16, 64)
 CALLS = 100
 _ROWS = 8192
 
-Ids = Callable[[int, torch.Tensor, int], torch.Tensor]
-"""Takes a layer's number, the hidden states that its experts are given, and k; gives the next layer's ids [T, k]."""
-
 
 def bench_predict(
     report: Report, cache_dir: Path, *, held_tokens: int = 60_000, tokens: int = 100_000, rounds: int = 15
@@ -58,7 +56,7 @@ def bench_predict(
         tokens: text that the fits of this run learn from.
         rounds: of timing; the best counts.
     """
-    model = epslots.load(example_model(), slots="100%", device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
+    model = load(example_model(), cache_dir)
     held_SW = windows_of(model, library_texts(held_out=True), held_tokens)
     with counting("recording held-out text", len(held_SW)) as advance:
         seen = record(model, held_SW, range(len(runtime_of(model).layers)), advance)
@@ -75,7 +73,13 @@ def bench_predict(
         report.table(title, recalls(seen, routers, fits, distance))
     report.table("usage as told, and as it was (as shipped, all layers)", calibration(predictor, seen))
     report.table("thread time of one prediction", costs(model, predictor, rounds))
-    report.table("predicted experts executed instead of chosen ones", losses(model, held_SW[:JUDGED_WINDOWS], predictor))
+    rows = losses(model, held_SW[:JUDGED_WINDOWS], cache_dir)
+    report.table("predicted experts executed instead of chosen ones (execute_predicted=True)", rows)
+
+
+def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:
+    """All experts resident, in float32."""
+    return epslots.load(folder, slots="100%", device="cpu", dtype="float32", cache_dir=cache_dir, progress=False, **settings)
 
 
 def windows_of(model: PreTrainedModel, texts: Sequence[str], tokens: int) -> torch.Tensor:
@@ -194,33 +198,41 @@ def thread_us(run: Callable[[], object], rounds: int) -> float:
     return best * 1e6
 
 
-def losses(model: PreTrainedModel, windows_SW: torch.Tensor, predictor: Predictor) -> list[dict[str, Any]]:
+def losses(model: PreTrainedModel, windows_SW: torch.Tensor, cache_dir: Path) -> list[dict[str, Any]]:
     """Next-token loss of the model as it is, and when each layer but the first executes what was predicted for it."""
-    naive = naive_predictor(model)
-    candidates: dict[str, Ids | None] = {
-        "chosen by the router": None,
-        "predicted, fitted": predictor.ids,
-        "predicted, naive": naive.ids,
-    }
     rows: list[dict[str, Any]] = []
     exact: torch.Tensor | None = None
-    for name, ids in candidates.items():
-        with counting(f"loss, {name}", len(windows_SW)) as advance, approximate(model, ids):
-            loss, best_N = next_token_loss(model, windows_SW, predictor, advance)
-        exact = best_N if exact is None else exact
-        same = float((best_N == exact).float().mean())
-        rows.append({"experts": name, "loss, nats": loss, "perplexity": float(np.exp(loss)), "likeliest token as exact": same})
-    predictor.follow(None)
+    with without_predictor(example_model()) as bare:
+        candidates = {"chosen by the router": None, "predicted, fitted": example_model(), "predicted, naive": bare}
+        for name, folder in candidates.items():
+            judged = model if folder is None else load(folder, cache_dir, execute_predicted=True)
+            with counting(f"loss, {name}", len(windows_SW)) as advance:
+                loss, best_N = next_token_loss(judged, windows_SW, advance)
+            exact = best_N if exact is None else exact
+            same = float((best_N == exact).float().mean())
+            figures = {"loss, nats": loss, "perplexity": float(np.exp(loss)), "likeliest token as exact": same}
+            rows.append({"experts": name, **figures})
     return rows
 
 
+@contextmanager
+def without_predictor(folder: Path) -> Iterator[Path]:
+    """The same checkpoint in a folder of its own, without the predictor beside it."""
+    with tempfile.TemporaryDirectory(prefix="epslots-bench-") as other:
+        for path in folder.iterdir():
+            if path.name != FILE_NAME:
+                (Path(other) / path.name).symlink_to(path.resolve())
+        yield Path(other)
+
+
 def next_token_loss(
-    model: PreTrainedModel, windows_SW: torch.Tensor, predictor: Predictor, advance: Callable[[int], object]
+    model: PreTrainedModel, windows_SW: torch.Tensor, advance: Callable[[int], object]
 ) -> tuple[float, torch.Tensor]:
     """Mean loss in nats, and the likeliest token at each position."""
     total, best = 0.0, []
-    row_T = torch.arange(windows_SW.shape[1] - 1)  # each row follows the one before; the first begins
-    predictor.follow(row_T)
+    predictor = predictor_of(model)
+    if predictor is not None:  # each row follows the one before; the first begins
+        predictor.follow(torch.arange(windows_SW.shape[1] - 1))
     with torch.inference_mode():
         for window_1W in windows_SW.split(1):
             logits_TV = model(input_ids=window_1W[:, :-1], use_cache=False).logits[0].float()
@@ -228,29 +240,3 @@ def next_token_loss(
             best.append(logits_TV.argmax(-1))
             advance(1)
     return total / len(windows_SW), torch.cat(best)
-
-
-@contextmanager
-def approximate(model: PreTrainedModel, ids: Ids | None) -> Iterator[None]:
-    """Inside the block each layer executes the experts that the layer before predicted, with the weights that its own router
-    gave to those it chose, in order of size. None: those chosen.
-    """
-    predicted: dict[int, torch.Tensor] = {}
-    modules = list(experts_modules(model).values())
-
-    def watch(layer: int, ids: Ids) -> Callable[..., tuple[Any, ...]]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-            hidden_TH, index_TK, weights_TK = args
-            if layer + 1 < len(modules):
-                predicted[layer + 1] = ids(layer, hidden_TH, index_TK.shape[1])
-            if layer in predicted:
-                return hidden_TH, predicted.pop(layer), weights_TK.sort(-1, descending=True).values
-            return args
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, module in enumerate(modules if ids is not None else ()):
-            assert ids is not None
-            stack.callback(module.register_forward_pre_hook(watch(layer, ids)).remove)
-        yield

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from epslots.cli.options import DtypeOption, SlotsOption
+from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.known_shapes import KNOWN_SHAPES, known_shape
 from epslots.memory_plan import Alternative, MemoryPlan, ModelShape, describe_quotas, plan_memory
@@ -37,6 +37,7 @@ def plan(
         Optional[str],
         typer.Option("--memory", help="Memory of one rank, such as 80GiB. Default: what this machine's device has free."),
     ] = None,
+    device: DeviceOption = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts among them.")] = 1,
     kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens of KV cache for each sequence.")] = 4096,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences that a rank runs at a time.")] = 1,
@@ -49,20 +50,25 @@ def plan(
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
         epslots plan --model deepseek-v3 --ranks 8 --slots 8 --memory 80GiB
-        epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --sequences 16
+        epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --sequences 16 --device cuda
+
+    With --memory, --device may be one that this machine lacks. It decides more than the memory: for a GPU, the host store
+    keeps FP8 and MXFP4 experts as the checkpoint has them, and the next layer's experts are predicted.
     """
     setting = parse_slots(slots)
     memory_bytes = None if memory is None else parse_bytes(memory, "memory")
-    shape, checkpoint_bytes = find_shape(model, dtype)
+    kind = _device_kind(device, here=memory_bytes is None)
+    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind)
     try:
         result = plan_memory(
             shape,
             setting,
-            memory_bytes=_device_memory() if memory_bytes is None else memory_bytes,
+            memory_bytes=_device_memory(device) if memory_bytes is None else memory_bytes,
             ranks=ranks,
             kv_tokens=kv_tokens,
             sequences=sequences,
             batch_tokens=batch_tokens,
+            predictor_bytes=predictor_bytes,
         )
     except DoesNotFitError as error:
         typer.echo(f"doesn't fit: {error}", err=True)
@@ -76,8 +82,13 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def find_shape(model: str | None, dtype: str) -> tuple[ModelShape, int | None]:
-    """The shape of a known model, or of a checkpoint with the bytes of its weight files. A folder goes before a name.
+def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, int | None, int]:
+    """The shape of a known model, or of a checkpoint with the bytes of its weight files; and those of its predictor.
+
+    A folder goes before a name.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``, what the model is to run on.
 
     Raises:
         ConfigError: neither a folder nor a known name, or no such dtype.
@@ -90,24 +101,63 @@ def find_shape(model: str | None, dtype: str) -> tuple[ModelShape, int | None]:
                 f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
                 f"of the hub is planned once it is downloaded"
             )
-        return known_shape(model) if dtype == "auto" else known_shape(model, dtype), None
+        # Without a fitted predictor, routers tell of the next layer: on a GPU they are the model's own.
+        return known_shape(model) if dtype == "auto" else known_shape(model, dtype), None, 0
+    import torch
+
     from epslots.checkpoint import open_checkpoint
     from epslots.example import example_model
-    from epslots.model_shape import shape_of_config
-    from epslots.pretrained import read_config
+    from epslots.expert_reader import pack_layers
+    from epslots.experts import expert_layers
+    from epslots.foresight import planned_bytes
+    from epslots.model_shape import shape_of_model
+    from epslots.pretrained import build_skeleton, read_config, resolve_class, resolve_dtype
 
     folder = example_model() if model is None else Path(model)
     config = read_config(folder)
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
     checkpoint = open_checkpoint(folder)
     weight_bytes = sum((folder / file).stat().st_size for file in checkpoint.handles)
-    return shape_of_config(config, checkpoint.name, dtype), weight_bytes
+    resolved = resolve_dtype(dtype, config)
+    skeleton = build_skeleton(resolve_class(config), config, resolved)
+    layers, linked = expert_layers(skeleton), device == "cuda"
+    if linked:
+        layers = pack_layers(checkpoint, skeleton, layers)
+    predictor_bytes = planned_bytes(
+        skeleton,
+        checkpoint.content,
+        folder,
+        device=torch.device(device),
+        dtype=resolved,
+        fetches=linked,
+        predictor=None,
+        execute_predicted=False,
+    )
+    shape = shape_of_model(skeleton, checkpoint.name, str(resolved).removeprefix("torch."), layers)
+    return shape, weight_bytes, predictor_bytes
 
 
-def _device_memory() -> int:
+def _device_kind(device: str | None, *, here: bool) -> str:
+    """``"cuda"`` or ``"cpu"``.
+
+    Args:
+        here: whether it is one of this machine.
+
+    Raises:
+        ConfigError: it is neither, or isn't here.
+    """
+    kind = (device or "").partition(":")[0]
+    if not here and kind in ("cpu", "cuda"):
+        return kind
+    from epslots.loading import resolve_device
+
+    return resolve_device(device).type
+
+
+def _device_memory(device: str | None) -> int:
     from epslots.loading import free_memory, resolve_device
 
-    return free_memory(resolve_device(None))
+    return free_memory(resolve_device(device))
 
 
 def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]:
@@ -129,6 +179,8 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         "slot_bytes": result.slot_bytes,
         "kv_bytes": result.kv_bytes,
         "workspace_bytes": result.workspace_bytes,
+        "unpacking_bytes": result.unpacking_bytes,
+        "predictor_bytes": result.predictor_bytes,
         "reserve_bytes": result.reserve_bytes,
         "total_bytes": result.total_bytes,
         "memory_bytes": result.memory_bytes,
@@ -192,7 +244,8 @@ def _plan_table(result: MemoryPlan, checkpoint_bytes: int | None) -> Table:
         row("available", result.memory_bytes)
         row("free" if result.fits else "short of", abs(result.free_bytes))
     table.add_section()
-    note = f"all {shape.num_experts:,} experts, once for each node, in RAM or a mapped file"
+    packed = ", packed as in the checkpoint" if any(layer.packed is not None for layer in shape.layers) else ""
+    note = f"all {shape.num_experts:,} experts{packed}, once for each node, in RAM or a mapped file"
     table.add_row("host store", format_bytes(result.host_store_bytes), "", note)
     if checkpoint_bytes is not None:
         table.add_row("checkpoint", format_bytes(checkpoint_bytes), "", "its weight files")
