@@ -29,15 +29,15 @@ from cluster.reports import ClusterStats, Placement, rank_stats, sum_stats
 from cluster.steering import Steering
 from cluster.supervisor import Supervisor
 from cluster.workers import Deadlines
-from epslots.batching import DEFAULT_BATCH_TOKENS
-from epslots.checkpoint import find_checkpoint
-from epslots.costs import Costs
 from epslots.errors import ConfigError
-from epslots.eviction import DEFAULT_POLICY, resolve_policy
+from epslots.generation.batching import DEFAULT_BATCH_TOKENS
+from epslots.generation.text import load_tokenizer
 from epslots.loading import DEFAULT_KV_TOKENS, HOST_COMPUTE_SETTINGS
-from epslots.placement import pack
-from epslots.placement_file import read_placement
-from epslots.text import load_tokenizer
+from epslots.models.checkpoint import find_checkpoint
+from epslots.placement.placement import pack
+from epslots.placement.placement_file import read_placement
+from epslots.step.costs import Costs
+from epslots.step.eviction import DEFAULT_POLICY, resolve_policy
 from epslots.units import parse_link, parse_prefetch, parse_slots
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")

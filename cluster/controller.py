@@ -39,15 +39,15 @@ from cluster.controller_messages import (
     Windows,
 )
 from cluster.placement_messages import Place
-from epslots.costs import Costs
 from epslots.errors import ConfigError
-from epslots.eviction import IntArray
-from epslots.forecast import Forecast
-from epslots.placement import Placement, pack, unpack
-from epslots.rebalance import Fleet, propose
-from epslots.replanning import OVERDUE, SHARE, Propose, Replanner
-from epslots.shared_model import movement_budget
-from epslots.windows import Window
+from epslots.placement.forecast import Forecast
+from epslots.placement.placement import Placement, pack, unpack
+from epslots.placement.rebalance import Fleet, propose
+from epslots.placement.replanning import OVERDUE, SHARE, Propose, Replanner
+from epslots.placement.shared_model import movement_budget
+from epslots.placement.windows import Window
+from epslots.step.costs import Costs
+from epslots.step.eviction import IntArray
 
 _MOST_GATHERED = 3
 """Windows that some ranks may have told of while others haven't."""

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from cluster.errors import ClusterError
 from cluster.ledger import Alarm, Ledger, Room
 from cluster.messages import Cancel, Command, Submit, Wake
-from epslots.requests import Output, Reason, Request
-from epslots.text import TextStream
+from epslots.generation.requests import Output, Reason, Request
+from epslots.generation.text import TextStream
 
 # How long a request waits for others: ranks that get many in one message need fewer steps than if each began one more.
 _TOGETHER_S = 0.005

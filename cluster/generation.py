@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from cluster.errors import ClusterError, raised_anew
 from cluster.messages import Loaded
 from epslots.errors import ConfigError
-from epslots.requests import Reason, Request
-from epslots.sampling import Sampling
-from epslots.text import TextStream, encode_prompt, stop_strings
+from epslots.generation.requests import Reason, Request
+from epslots.generation.sampling import Sampling
+from epslots.generation.text import TextStream, encode_prompt, stop_strings
 
 _ALL = 2**31  # more tokens than any vocabulary has, and still a number that messages carry
 

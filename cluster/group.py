@@ -21,8 +21,8 @@ from cluster.ledger import Room
 from cluster.loop_thread import Pulse
 from cluster.messages import Command, Form, Ping, decode_answer, encode
 from cluster.workers import Deadlines, State, Worker
-from epslots.costs import Costs
 from epslots.loading import LOAD_DEADLINE_S
+from epslots.step.costs import Costs
 
 logger = logging.getLogger("epslots.cluster")
 

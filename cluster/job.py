@@ -40,7 +40,7 @@ from epslots.cli.options import (
     ray_address,
 )
 from epslots.errors import EpslotsError
-from epslots.eviction import DEFAULT_POLICY
+from epslots.step.eviction import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from cluster.api import Cluster

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from epslots.requests import Output, Request
+from epslots.generation.requests import Output, Request
 
 # Ranks in a row that a request may be lost with, without a token in between, before it has one to itself, so that the others
 # aren't blamed if it is the reason; and before it is given up, so that it doesn't go on for ever ending ranks.

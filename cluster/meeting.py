@@ -9,8 +9,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cluster.messages import Form
 from epslots.errors import PeerLost
-from epslots.rendezvous import BACKENDS
-from epslots.torch_transport import TorchTransport, form_group
+from epslots.transport.rendezvous import BACKENDS
+from epslots.transport.torch_transport import TorchTransport, form_group
 
 
 def meet(form: Form, device: torch.device) -> TorchTransport:

@@ -15,8 +15,8 @@ from typing import Literal
 import msgspec
 
 from cluster.placement_messages import Place, Survey, Surveyed, Unplaced, Windowed
-from epslots.costs import Costs
-from epslots.requests import Output, Request
+from epslots.generation.requests import Output, Request
+from epslots.step.costs import Costs
 from epslots.telemetry import Stats
 
 

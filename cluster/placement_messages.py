@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from epslots.costs import Costs
+from epslots.step.costs import Costs
 
 
 class Survey(msgspec.Struct, tag=True, frozen=True):

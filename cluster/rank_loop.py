@@ -47,18 +47,18 @@ from cluster.messages import (
 )
 from cluster.placement_messages import Place, Survey, Unplaced, Windowed
 from cluster.rank_reports import WindowCutter, report, survey
-from epslots.batching import PagedBatcher
-from epslots.end_tokens import end_tokens
-from epslots.engine import Engine
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
+from epslots.generation.batching import PagedBatcher
+from epslots.generation.end_tokens import end_tokens
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Output
+from epslots.group.rank_group import group_of
+from epslots.group.ranks import group_up, join
 from epslots.loading import LOAD_DEADLINE_S, load_alone, shared_settings
-from epslots.placement import Placement, unpack
+from epslots.placement.placement import Placement, unpack
 from epslots.progress import ProgressDisplay
-from epslots.rank_group import group_of
-from epslots.ranks import group_up, join
-from epslots.requests import Output
 from epslots.runtime import runtime_of
-from epslots.transport import Transport
+from epslots.transport.transport import Transport
 
 FormTransport = Callable[[Form, torch.device], Transport]
 """Meets the other ranks of a generation; raises PeerLost if they don't all come in time."""

@@ -9,11 +9,11 @@ from torch import nn
 
 from cluster.messages import LayerPlace, Report
 from cluster.placement_messages import Surveyed, Windowed
-from epslots.link_speed import largest
-from epslots.placement import pack
-from epslots.rank_group import group_of
-from epslots.residency import BoolArray
+from epslots.group.link_speed import largest
+from epslots.group.rank_group import group_of
+from epslots.placement.placement import pack
 from epslots.runtime import runtime_of, stats
+from epslots.step.residency import BoolArray
 from epslots.telemetry import WindowMeter
 
 

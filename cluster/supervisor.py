@@ -42,8 +42,8 @@ from cluster.messages import (
 from cluster.placement_messages import Surveyed, Unplaced, Windowed
 from cluster.steering import Steering
 from cluster.workers import Deadlines, State, Worker
-from epslots.costs import Costs
-from epslots.requests import Request
+from epslots.generation.requests import Request
+from epslots.step.costs import Costs
 
 logger = logging.getLogger("epslots.cluster")
 

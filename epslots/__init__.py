@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from epslots.costs import Costs
     from epslots.errors import (
         CheckpointError,
         ConfigError,
@@ -25,9 +24,10 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedModelError,
     )
+    from epslots.group.ranks import keep_in_step
     from epslots.loading import load
-    from epslots.ranks import keep_in_step
     from epslots.runtime import stats, verify
+    from epslots.step.costs import Costs
     from epslots.trace import Trace, record_trace
 
 __version__ = "0.1.0"
@@ -55,9 +55,9 @@ __all__ = [
 ]
 
 _HOME = {
-    "Costs": "costs",
+    "Costs": "step.costs",
     "Trace": "trace",
-    "keep_in_step": "ranks",
+    "keep_in_step": "group.ranks",
     "load": "loading",
     "record_trace": "trace",
     "stats": "runtime",

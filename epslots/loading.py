@@ -23,36 +23,36 @@ import xxhash
 from torch import nn
 from transformers import PreTrainedModel
 
-from epslots.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from epslots.compiled import prepare
-from epslots.costs import Costs
 from epslots.errors import ConfigError, UnsupportedModelError
-from epslots.eviction import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
-from epslots.expert_reader import ExpertReader, pack_layers
-from epslots.experts import RUNNER, expert_layers, experts_modules
-from epslots.fetch import Mover
-from epslots.foresight import equip, planned_bytes
-from epslots.host_compute import HostExperts
-from epslots.host_store import HostStore, Manifest, StoreShape
-from epslots.kernel import ExpertKernel
-from epslots.link import make_link
-from epslots.memory_plan import MemoryPlan, ModelShape, plan_memory
-from epslots.model_shape import shape_of_model
-from epslots.moe_layer import MoELayer
-from epslots.node_store import check_room, open_node_store, resolve_store_kind
-from epslots.pinning import pin_store
-from epslots.placement import Placement
-from epslots.placement_file import read_placement
-from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
+from epslots.group.ranks import announce_failure, compute_on_host, group_up, place_alone, ranks_here
+from epslots.layer.host_compute import HostExperts
+from epslots.layer.kernel import ExpertKernel
+from epslots.layer.moe_layer import MoELayer
+from epslots.layer.slot_experts import SlotExperts
+from epslots.models.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from epslots.models.expert_reader import ExpertReader, pack_layers
+from epslots.models.experts import RUNNER, expert_layers, experts_modules
+from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
+from epslots.models.model_shape import shape_of_model
+from epslots.models.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
+from epslots.placement.placement import Placement
+from epslots.placement.placement_file import read_placement
+from epslots.prediction.foresight import equip, planned_bytes
 from epslots.progress import ProgressDisplay
-from epslots.ranks import announce_failure, compute_on_host, group_up, place_alone, ranks_here
 from epslots.records import LayerSpec, RecordLayout
-from epslots.rendezvous import find_transport, local_number
 from epslots.runtime import Runtime, attach, runtime_of
-from epslots.slot_experts import SlotExperts
-from epslots.slot_pool import SlotPool
+from epslots.slots.fetch import Mover
+from epslots.slots.link import make_link
+from epslots.slots.slot_pool import SlotPool
+from epslots.step.costs import Costs
+from epslots.step.eviction import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
+from epslots.store.host_store import HostStore, Manifest, StoreShape
+from epslots.store.node_store import check_room, open_node_store, resolve_store_kind
+from epslots.store.pinning import pin_store
 from epslots.telemetry import Telemetry
-from epslots.transport import Transport
+from epslots.transport.rendezvous import find_transport, local_number
+from epslots.transport.transport import Transport
 from epslots.units import PrefetchSetting, SlotsSetting, parse_prefetch, parse_slots
 
 logger = logging.getLogger(__name__)

@@ -9,16 +9,15 @@ import numpy as np
 from torch import nn
 
 from epslots.errors import ConfigError, CorruptExpertError
-from epslots.eviction import IntArray
-from epslots.fetch import Mover
-from epslots.host_store import HostStore
-from epslots.look_ahead import Foresight
-from epslots.memory_plan import MemoryPlan
-from epslots.moe_layer import MoELayer
-from epslots.predictor import Predictor
+from epslots.layer.look_ahead import Foresight, Predicts
+from epslots.layer.moe_layer import MoELayer
+from epslots.models.memory_plan import MemoryPlan
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec
-from epslots.slot_pool import SlotPool
+from epslots.slots.fetch import Mover
+from epslots.slots.slot_pool import SlotPool
+from epslots.step.eviction import IntArray
+from epslots.store.host_store import HostStore
 from epslots.telemetry import Stats, Telemetry
 
 _ATTRIBUTE = "epslots_runtime"
@@ -40,7 +39,7 @@ class Runtime:
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
     foresight: Foresight = field(default_factory=Foresight)
-    predictor: Predictor | None = None
+    predictor: Predicts | None = None
     host_compute: bool = False
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
@@ -103,7 +102,7 @@ def runtime_of(model: nn.Module) -> Runtime:
     return runtime
 
 
-def predictor_of(model: nn.Module) -> Predictor | None:
+def predictor_of(model: nn.Module) -> Predicts | None:
     """What a model's layers look ahead by; None where they don't, and for models that ``epslots.load`` didn't return."""
     runtime = getattr(model, _ATTRIBUTE, None)
     return runtime.predictor if isinstance(runtime, Runtime) else None

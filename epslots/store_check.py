@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from epslots.checkpoint import open_checkpoint
-from epslots.expert_reader import ExpertReader
-from epslots.host_store import record_digest
 from epslots.loading import load
+from epslots.models.checkpoint import open_checkpoint
+from epslots.models.expert_reader import ExpertReader
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, runtime_of, verify
-from epslots.store_build import pack_record
+from epslots.store.host_store import record_digest
+from epslots.store.store_build import pack_record
 
 
 def check_store(

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import torch
 
-from epslots.eviction import IntArray
+from epslots.placement.windows import Window
 from epslots.records import LayerSpec
-from epslots.residency import BoolArray
-from epslots.reuse import count_distances
-from epslots.windows import Window
+from epslots.step.eviction import IntArray
+from epslots.step.residency import BoolArray
+from epslots.step.reuse import count_distances
 
 Number = TypeVar("Number", int, float)
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError
-from epslots.experts import experts_modules
+from epslots.models.experts import experts_modules
 from epslots.npz import read_arrays
-from epslots.routers import Router, find_routers
+from epslots.prediction.routers import Router, find_routers
 from epslots.runtime import Runtime, runtime_of
 
 _Rows = tuple[NDArray[Any], ...]

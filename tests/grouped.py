@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.costs import Costs
+from epslots.group.rank_group import group_of
+from epslots.group.ranks import group_up
 from epslots.progress import ProgressDisplay
-from epslots.rank_group import group_of
-from epslots.ranks import group_up
 from epslots.runtime import Runtime, runtime_of
-from epslots.transport import LocalHub, LocalTransport
+from epslots.step.costs import Costs
+from epslots.transport.transport import LocalHub, LocalTransport
 from tests.rank_helpers import run_threads
 
 # Costs by which tokens travel rather than experts, experts rather than tokens, and everything stays where it is.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from epslots.link import Put
+from epslots.slots.link import Put
 
 
 @dataclass

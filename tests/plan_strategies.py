@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from epslots.costs import Costs
-from epslots.placement import Placement
+from epslots.placement.placement import Placement
+from epslots.step.costs import Costs
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch.distributed import FileStore, Store
 
-from epslots.torch_transport import TorchTransport, form_group
-from epslots.transport import LocalHub, LocalTransport
+from epslots.transport.torch_transport import TorchTransport, form_group
+from epslots.transport.transport import LocalHub, LocalTransport
 
 # One server process imports what takes long and forks every rank, which is up in 0.1 s instead of 3. It runs no threads.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["pytest", "hypothesis.strategies", "torch.distributed", "epslots.torch_transport", "tests.warm", "tests.zoo"]
+    ["pytest", "hypothesis.strategies", "torch.distributed", "epslots.transport.torch_transport", "tests.warm", "tests.zoo"]
 )
 
 _GRACE_S = 1.0  # what other ranks have, after a failure, to say theirs

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from epslots.host_store import HostStore, Manifest
-from epslots.node_store import open_node_store
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec, RecordLayout
+from epslots.store.host_store import HostStore, Manifest
+from epslots.store.node_store import open_node_store
 
 WIDE = RecordLayout.of([("gate_up_proj", (64, 32), "float32"), ("down_proj", (32, 32), "float32")])
 NARROW = RecordLayout.of([("up_proj", (7, 5), "bfloat16")])

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.assignment import assign, home_only, own_only, place_misses
-from epslots.costs import Costs, gathers, layer_cost, layer_time
-from epslots.division import WORTHWHILE
+from epslots.step.assignment import assign, home_only, own_only, place_misses
+from epslots.step.costs import Costs, gathers, layer_cost, layer_time
+from epslots.step.division import WORTHWHILE
 from tests.plan_strategies import Situation, situations
 
 # A slow host, fast peers, compute worth levelling: roughly a large expert over PCIe and NVLink.

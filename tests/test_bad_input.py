@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import epslots
 from epslots import CheckpointError, ConfigError, DoesNotFitError, StoreError, UnsupportedModelError
-from epslots.checkpoint import open_checkpoint
-from epslots.expert_reader import ExpertReader
-from epslots.experts import SPEC
+from epslots.models.checkpoint import open_checkpoint
+from epslots.models.expert_reader import ExpertReader
+from epslots.models.experts import SPEC
 from epslots.records import LayerSpec
 from epslots.runtime import runtime_of
 from epslots.store_check import check_store

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.balance import balancedness, holders, live_loads, rank_loads
-from epslots.placement import Placement, default_placement
+from epslots.placement.balance import balancedness, holders, live_loads, rank_loads
+from epslots.placement.placement import Placement, default_placement
 
 
 def table(*rows: str) -> np.ndarray:

@@ -25,11 +25,11 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
-from epslots.batching import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.errors import ConfigError, DoesNotFitError, UnsupportedModelError
-from epslots.paged_attention import cache_blocks, paging_obstacle
-from epslots.requests import Batcher, Output, Request
-from epslots.sampling import GREEDY, Sampling
+from epslots.generation.batching import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.generation.paged_attention import cache_blocks, paging_obstacle
+from epslots.generation.requests import Batcher, Output, Request
+from epslots.generation.sampling import GREEDY, Sampling
 from tests import zoo
 from tests.test_sampling import drawn
 
@@ -648,10 +648,10 @@ def test_bad_sizes(built: Callable[[str], PreTrainedModel]):
 
 
 def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture, built: Callable[[str], PreTrainedModel]):
-    with caplog.at_level(logging.INFO, "epslots.batching"):
+    with caplog.at_level(logging.INFO, "epslots.generation.batching"):
         batcher_for(built("mixtral"), kv_tokens=64)
         batcher_for(built("qwen3_next"), kv_tokens=64)
-    first, second = [r.getMessage() for r in caplog.records if r.name == "epslots.batching"]
+    first, second = [r.getMessage() for r in caplog.records if r.name == "epslots.generation.batching"]
     assert "MixtralForCausalLM: requests are batched" in first
     assert "Qwen3NextForCausalLM: requests run one at a time, because some of its layers keep a recurrent state" in second
 

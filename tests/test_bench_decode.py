@@ -10,7 +10,7 @@ from transformers import Qwen3MoeForCausalLM
 import epslots
 from epslots.bench.decode import SkewedRouter, quick_checkpoint, random_tokens, skew_routers
 from epslots.bench.models import random_config
-from epslots.decode_graph import DecodeGraph
+from epslots.generation.decode_graph import DecodeGraph
 
 CPU = torch.device("cpu")
 CONFIG = {"layers": 2, "hidden": 64, "experts": 16, "top_k": 4, "width": 32, "vocab": 320, "heads": 4}

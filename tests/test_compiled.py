@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epslots.residency import settle
+from epslots.step.residency import settle
 
 MODULE = """
 import numpy as np

@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.decode_graph import DecodeGraph, _addresses
-from epslots.device_slots import DeviceExperts
 from epslots.errors import ConfigError, CorruptExpertError
+from epslots.generation.decode_graph import DecodeGraph, _addresses
+from epslots.generation.device_slots import DeviceExperts
 from epslots.runtime import runtime_of
-from epslots.slot_pool import SlotPool
+from epslots.slots.slot_pool import SlotPool
 from tests import zoo
 from tests.test_device_slots import NoValues
 
@@ -175,7 +175,7 @@ def test_a_step_could_be_captured(
         graph.step(token)
         before = _addresses(graph._cache)
         assert before
-        monkeypatch.setattr("epslots.device_slots.TorchKernels.copy", lambda *_: None)
+        monkeypatch.setattr("epslots.generation.device_slots.TorchKernels.copy", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with NoValues():
             graph.step(token)

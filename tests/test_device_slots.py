@@ -16,15 +16,22 @@ from hypothesis import strategies as st
 from msgspec import structs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epslots.device_slots import DEVICE_POLICIES, DeviceSlots, Missing, TorchKernels, adopt_device_tables, slots_obstacle
 from epslots.errors import ConfigError, CorruptExpertError
-from epslots.eviction import POLICIES, UseHistory, record_use
-from epslots.host_store import HostStore, Manifest
-from epslots.node_store import open_node_store
+from epslots.generation.device_slots import (
+    DEVICE_POLICIES,
+    DeviceSlots,
+    Missing,
+    TorchKernels,
+    adopt_device_tables,
+    slots_obstacle,
+)
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec, PackedLayout, RecordLayout
-from epslots.residency import settle
-from epslots.slot_pool import SlotPool
+from epslots.slots.slot_pool import SlotPool
+from epslots.step.eviction import POLICIES, UseHistory, record_use
+from epslots.step.residency import settle
+from epslots.store.host_store import HostStore, Manifest
+from epslots.store.node_store import open_node_store
 
 # Records of several chunks of the copying kernel, the last one not full; on pages of the store with a gap behind each.
 LAYOUT = RecordLayout.of([("gate_up_proj", (64, 50), "float32"), ("down_proj", (16, 8), "bfloat16")])

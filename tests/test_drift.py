@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from epslots.drift import KINDS, Traffic, generate
 from epslots.errors import ConfigError
+from epslots.simulation.drift import KINDS, Traffic, generate
 
 SMALL = {"layers": 2, "experts": 16, "top_k": 2, "windows": 24, "prompts": 60, "tokens": 50, "pace": 6}
 

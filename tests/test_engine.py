@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.engine import Engine
 from epslots.errors import PeerLost
-from epslots.rank_group import group_of
-from epslots.ranks import join
-from epslots.requests import Request
-from epslots.sampling import GREEDY, Sampling
-from epslots.transport import LocalHub, LocalTransport
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
+from epslots.generation.sampling import GREEDY, Sampling
+from epslots.group.rank_group import group_of
+from epslots.group.ranks import join
+from epslots.transport.transport import LocalHub, LocalTransport
 from tests import zoo
 from tests.grouped import TOKENS_TRAVEL, Grouped
 from tests.rank_helpers import run_threads

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from epslots.balance import balancedness, rank_loads
 from epslots.bench.eplb import copies_held, eplb
 from epslots.errors import ConfigError
+from epslots.placement.balance import balancedness, rank_loads
 
 # The example of EPLB's README: 2 layers of 12 experts on 8 GPUs of 2 nodes, 16 replicas, 4 groups.
 README = np.array(

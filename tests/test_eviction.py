@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
-from epslots.eviction import (
+from epslots.step.eviction import (
     COMPARE_EVERY,
     POLICIES,
     SHIFTS,
@@ -23,7 +23,7 @@ from epslots.eviction import (
     record_use,
     resolve_policy,
 )
-from epslots.residency import settle
+from epslots.step.residency import settle
 
 STILL = len(SHIFTS)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epslots.errors import ConfigError
-from epslots.forecast import Expected, Forecast
+from epslots.placement.forecast import Expected, Forecast
 
 LAYERS, EXPERTS, PAIRS = 4, 32, 3000
 

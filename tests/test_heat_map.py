@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from epslots.heat_map import plot_map, text_map
-from epslots.placement import Placement, default_placement
+from epslots.placement.heat_map import plot_map, text_map
+from epslots.placement.placement import Placement, default_placement
 
 TOKENS = np.array([10, 80, 10, 20])
 

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 import epslots
-from epslots.checkpoint import open_checkpoint
-from epslots.costs import HOST_COMPUTE, Costs
-from epslots.expert_reader import ExpertReader, pack_layers
-from epslots.experts import expert_layers, experts_modules
-from epslots.host_compute import HostExperts, on_cpu
-from epslots.host_store import HostStore, Manifest
-from epslots.kernel import ExpertKernel
-from epslots.link_speed import largest, measure_host
-from epslots.node_store import open_node_store
-from epslots.packed_records import Unpacker
-from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class
+from epslots.group.link_speed import largest, measure_host
+from epslots.layer.host_compute import HostExperts, on_cpu
+from epslots.layer.kernel import ExpertKernel
+from epslots.models.checkpoint import open_checkpoint
+from epslots.models.expert_reader import ExpertReader, pack_layers
+from epslots.models.experts import expert_layers, experts_modules
+from epslots.models.pretrained import build_skeleton, load_dense, read_config, resolve_class
 from epslots.progress import ProgressDisplay
-from epslots.slot_pool import SlotPool
+from epslots.slots.slot_pool import SlotPool
+from epslots.step.costs import HOST_COMPUTE, Costs
+from epslots.store.host_store import HostStore, Manifest
+from epslots.store.node_store import open_node_store
+from epslots.store.packed_records import Unpacker
 from tests import zoo
 
 CPU = torch.device("cpu")

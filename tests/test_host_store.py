@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from epslots import CorruptExpertError, StoreError
-from epslots.host_store import HostStore, Manifest, StoreShape
-from epslots.node_store import open_node_store, resolve_store_kind, store_path
-from epslots.packed_records import record_views
 from epslots.progress import ProgressDisplay
-from epslots.store_build import appearing_whole
+from epslots.store.host_store import HostStore, Manifest, StoreShape
+from epslots.store.node_store import open_node_store, resolve_store_kind, store_path
+from epslots.store.packed_records import record_views
+from epslots.store.store_build import appearing_whole
 from tests.rank_helpers import FORKED
 from tests.store_helpers import MANIFEST, NARROW, WIDE, NamedExperts, build_slowly, hold_store, open_store, without_privileges
 
@@ -249,7 +249,7 @@ def test_a_flipped_bit_names_the_expert_and_is_never_served(cache_dir: Path):
 
 def test_a_record_is_hashed_once_and_not_at_every_fetch(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
     store, hashed = open_store(cache_dir, NamedExperts()), []
-    monkeypatch.setattr("epslots.host_store.record_digest", lambda record: hashed.append(1) or store.digest(0, 1))
+    monkeypatch.setattr("epslots.store.host_store.record_digest", lambda record: hashed.append(1) or store.digest(0, 1))
     for _ in range(3):
         store.record(0, 1)
     assert len(hashed) == 1

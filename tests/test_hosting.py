@@ -10,11 +10,11 @@ import pytest
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.costs import Costs
 from epslots.errors import ConfigError
-from epslots.rank_group import group_of
+from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
-from epslots.serving import HostShare
+from epslots.step.costs import Costs
+from epslots.step.serving import HostShare
 from tests import zoo
 from tests.grouped import ALL_COSTS, TOKENS_TRAVEL
 from tests.test_load_equal import assert_equal, greedy, load

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from epslots.errors import ConfigError
-from epslots.known_shapes import KNOWN_SHAPES, known_shape
-from epslots.memory_plan import KVLayer
+from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
+from epslots.models.memory_plan import KVLayer
 
 BILLION = 10**9
 BF16 = 2

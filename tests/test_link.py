@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from epslots.errors import ConfigError
-from epslots.link import AtOnce, CopyStreams, EmulatedLink, copy, make_link
+from epslots.slots.link import AtOnce, CopyStreams, EmulatedLink, copy, make_link
 from epslots.units import LinkSpeed, parse_link
 
 CPU = torch.device("cpu")
@@ -41,8 +41,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("epslots.link.perf_counter", lambda: clock.now)
-    monkeypatch.setattr("epslots.link.sleep", clock.sleep)
+    monkeypatch.setattr("epslots.slots.link.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("epslots.slots.link.sleep", clock.sleep)
     return clock
 
 

@@ -14,10 +14,10 @@ import torch
 
 import epslots
 from epslots.errors import ConfigError, ExchangeError, GroupError, PeerLost, RankMismatchError, StaleGeneration
-from epslots.rank_group import group_of
-from epslots.ranks import announce_failure, join
+from epslots.group.rank_group import group_of
+from epslots.group.ranks import announce_failure, join
 from epslots.runtime import runtime_of
-from epslots.transport import LocalHub, LocalTransport
+from epslots.transport.transport import LocalHub, LocalTransport
 from tests import zoo
 from tests.grouped import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.rank_helpers import run_threads
@@ -105,8 +105,8 @@ def test_a_rank_that_cannot_load_tells_those_that_wait(pair: Grouped):
         if transport.rank:
             announce_failure(transport, FileNotFoundError("no such folder"))
         else:
+            from epslots.group.ranks import group_up
             from epslots.progress import ProgressDisplay
-            from epslots.ranks import group_up
 
             group_up(pair.models[0], transport, settings={}, costs=None, display=ProgressDisplay(False))
 

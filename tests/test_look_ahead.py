@@ -16,17 +16,17 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError, RankMismatchError
-from epslots.foresight import planned_bytes
+from epslots.group.ranks import group_up
+from epslots.layer.look_ahead import Ahead
 from epslots.loading import shared_settings
-from epslots.look_ahead import Ahead
-from epslots.predictor import KEPT_ROWS, Fitted
-from epslots.predictor_file import FILE_NAME, About, file_bytes, write_predictor
-from epslots.predictor_fit import Quality, Settings
-from epslots.pretrained import build_skeleton, read_config, resolve_class
+from epslots.models.pretrained import build_skeleton, read_config, resolve_class
+from epslots.prediction.foresight import planned_bytes
+from epslots.prediction.predictor import KEPT_ROWS, Fitted
+from epslots.prediction.predictor_file import FILE_NAME, About, file_bytes, write_predictor
+from epslots.prediction.predictor_fit import Quality, Settings
 from epslots.progress import ProgressDisplay
-from epslots.ranks import group_up
 from epslots.runtime import Runtime, predictor_of, runtime_of
-from epslots.transport import LocalTransport
+from epslots.transport.transport import LocalTransport
 from epslots.units import PrefetchSetting, parse_prefetch
 from tests import zoo
 from tests.grouped import TOKENS_TRAVEL, Grouped

@@ -17,14 +17,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from epslots.checkpoint import open_checkpoint
 from epslots.cli.plan import plan as plan_command
 from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
 from epslots.example import example_model
-from epslots.expert_reader import pack_layers
-from epslots.experts import expert_layers
-from epslots.known_shapes import KNOWN_SHAPES
-from epslots.memory_plan import (
+from epslots.models.checkpoint import open_checkpoint
+from epslots.models.expert_reader import pack_layers
+from epslots.models.experts import expert_layers
+from epslots.models.known_shapes import KNOWN_SHAPES
+from epslots.models.memory_plan import (
     KVLayer,
     ModelShape,
     default_reserve,
@@ -34,8 +34,8 @@ from epslots.memory_plan import (
     resolve_quotas,
     slot_bytes,
 )
-from epslots.predictor_file import FILE_NAME, file_bytes
-from epslots.pretrained import build_skeleton, read_config, resolve_class
+from epslots.models.pretrained import build_skeleton, read_config, resolve_class
+from epslots.prediction.predictor_file import FILE_NAME, file_bytes
 from epslots.records import LayerSpec, RecordLayout, TensorSpec
 from epslots.units import SlotsSetting, format_bytes, parse_slots
 from tests.zoo import make_checkpoint, make_fp8, make_mxfp4
@@ -363,7 +363,7 @@ def test_quotas_are_described_by_their_range() -> None:
 
 def test_planning_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, epslots.memory_plan, epslots.known_shapes; epslots.known_shapes.known_shape('grok-1');"
+        "import sys, epslots.models.memory_plan; from epslots.models.known_shapes import known_shape; known_shape('grok-1');"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

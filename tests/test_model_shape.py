@@ -12,10 +12,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError, UnsupportedModelError
-from epslots.experts import expert_layers
-from epslots.memory_plan import KVLayer, ModelShape
-from epslots.model_shape import shape_of_config, shape_of_model
-from epslots.pretrained import build_skeleton, resolve_class
+from epslots.models.experts import expert_layers
+from epslots.models.memory_plan import KVLayer, ModelShape
+from epslots.models.model_shape import shape_of_config, shape_of_model
+from epslots.models.pretrained import build_skeleton, resolve_class
 from tests.zoo import HIDDEN, VOCAB, ZOO, Tiny, random_ids
 
 TOKENS = 40  # longer than every sliding window of the zoo, 16

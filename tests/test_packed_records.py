@@ -20,19 +20,19 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import epslots
-from epslots import packed_records
-from epslots.checkpoint import Checkpoint, open_checkpoint
-from epslots.expert_reader import ExpertReader, pack_layers
-from epslots.experts import expert_layers
-from epslots.fp8 import BlockDequantize
-from epslots.host_store import HostStore, Manifest, StoreShape
-from epslots.memory_plan import UNPACKED_AT_A_TIME, ModelShape, plan_memory
-from epslots.node_store import open_node_store
-from epslots.packed_records import Unpacker, assert_consistent, record_views
-from epslots.packing import conversions_of, find_packing
-from epslots.pretrained import build_skeleton, load_dense, read_config, resolve_class
+from epslots.models.checkpoint import Checkpoint, open_checkpoint
+from epslots.models.expert_reader import ExpertReader, pack_layers
+from epslots.models.experts import expert_layers
+from epslots.models.fp8 import BlockDequantize
+from epslots.models.memory_plan import UNPACKED_AT_A_TIME, ModelShape, plan_memory
+from epslots.models.packing import conversions_of, find_packing
+from epslots.models.pretrained import build_skeleton, load_dense, read_config, resolve_class
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec, PackedLayout, PackedPart, RecordLayout, unpacking_bytes
+from epslots.store import packed_records
+from epslots.store.host_store import HostStore, Manifest, StoreShape
+from epslots.store.node_store import open_node_store
+from epslots.store.packed_records import Unpacker, assert_consistent, record_views
 from epslots.units import parse_slots
 from tests import zoo
 

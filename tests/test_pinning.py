@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from epslots import CorruptExpertError
-from epslots.pinning import pin_store
 from epslots.progress import ProgressDisplay
+from epslots.store.pinning import pin_store
 from tests.store_helpers import NamedExperts, open_store
 
 QUIET = ProgressDisplay(shown=False)

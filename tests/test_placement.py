@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
-from epslots.placement import Placement, carry_over, default_placement, pack, unpack
-from epslots.placement_file import read_placement, write_placement
+from epslots.placement.placement import Placement, carry_over, default_placement, pack, unpack
+from epslots.placement.placement_file import read_placement, write_placement
 from tests.plan_strategies import random_placement
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from epslots.balance import balancedness, holders, rank_loads
 from epslots.cli.placement import placement_app, read_loads
-from epslots.drift import Traffic, generate
 from epslots.errors import ConfigError
-from epslots.placement_file import read_placement
-from epslots.placement_replay import Planner, replay, replay_costs, start_placement, uses_by_chance
-from epslots.rebalance import Fleet
+from epslots.placement.balance import balancedness, holders, rank_loads
+from epslots.placement.placement_file import read_placement
+from epslots.placement.placement_replay import Planner, replay, replay_costs, start_placement, uses_by_chance
+from epslots.placement.rebalance import Fleet
+from epslots.simulation.drift import Traffic, generate
 
 TRAFFIC = Traffic(kind="still", layers=2, experts=16, top_k=2, windows=10, prompts=30, tokens=60, whim=0.3)
 

@@ -13,14 +13,14 @@ import torch
 
 import epslots
 from epslots.errors import ConfigError, CorruptExpertError, ExchangeError, PeerLost, RankMismatchError
-from epslots.placement import Placement, default_placement
-from epslots.placement_file import write_placement
+from epslots.group.rank_group import RankGroup, group_of
+from epslots.group.ranks import group_up, join
+from epslots.placement.placement import Placement, default_placement
+from epslots.placement.placement_file import write_placement
 from epslots.progress import ProgressDisplay
-from epslots.rank_group import RankGroup, group_of
-from epslots.ranks import group_up, join
 from epslots.runtime import runtime_of
 from epslots.telemetry import WindowMeter
-from epslots.transport import LocalHub, LocalTransport
+from epslots.transport.transport import LocalHub, LocalTransport
 from tests import zoo
 from tests.grouped import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.plan_strategies import random_placement
@@ -319,7 +319,7 @@ def test_windows_add_up_to_the_counters(checkpoint: Checkpoints, cache_dir: Path
 def test_absurd_windows_are_refused(change: dict[str, Any], says: str):
     from msgspec.structs import replace as changed
 
-    from epslots.windows import Window
+    from epslots.placement.windows import Window
 
     tokens = np.array([[5, 0, 2], [1, 1, 0]])
     uses = np.array([[4, 0, 2], [1, 1, 0]])

@@ -18,11 +18,11 @@ from epslots.cli.predict import read_texts
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.example_text import library_texts
-from epslots.experts import experts_modules
-from epslots.predictor import Predictor
-from epslots.predictor_file import FILE_NAME, load_predictor, read_predictor
-from epslots.predictor_fit import recalled, record
-from epslots.text import load_tokenizer
+from epslots.generation.text import load_tokenizer
+from epslots.models.experts import experts_modules
+from epslots.prediction.predictor import Predictor
+from epslots.prediction.predictor_file import FILE_NAME, load_predictor, read_predictor
+from epslots.prediction.predictor_fit import recalled, record
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError
-from epslots.experts import experts_modules
-from epslots.few_rows import CERTAIN, MOST
-from epslots.predictor import KEPT_ROWS, SATURATED, Fitted, Naive, Predictor, guess_previous
-from epslots.predictor_file import About, load_predictor, naive_predictor, read_predictor, write_predictor
-from epslots.predictor_fit import HELD_BACK, Quality, Settings, cut_windows, fit, passes, recalled, record
-from epslots.routers import Router, agreement, find_routers
+from epslots.models.experts import experts_modules
+from epslots.prediction.few_rows import CERTAIN, MOST
+from epslots.prediction.predictor import KEPT_ROWS, SATURATED, Fitted, Naive, Predictor, guess_previous
+from epslots.prediction.predictor_file import About, load_predictor, naive_predictor, read_predictor, write_predictor
+from epslots.prediction.predictor_fit import HELD_BACK, Quality, Settings, cut_windows, fit, passes, recalled, record
+from epslots.prediction.routers import Router, agreement, find_routers
 from epslots.runtime import runtime_of
 from tests import zoo
 

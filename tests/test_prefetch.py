@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epslots.prefetch import CERTAIN, LIKELY, PROBE_EVERY, WORTH_A_TRY, Budget, Lookout, choose_prefetches, used_by_any
+from epslots.step.prefetch import CERTAIN, LIKELY, PROBE_EVERY, WORTH_A_TRY, Budget, Lookout, choose_prefetches, used_by_any
 from tests.plan_strategies import Situation, situations
 
 

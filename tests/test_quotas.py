@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epslots import quotas
 from epslots.errors import ConfigError
-from epslots.quotas import convex_minorant, deal_quotas, expected_misses, improve_quotas, learn_quotas
-from epslots.reuse import misses_by_slots
+from epslots.placement import quotas
+from epslots.placement.quotas import convex_minorant, deal_quotas, expected_misses, improve_quotas, learn_quotas
+from epslots.step.reuse import misses_by_slots
 
 
 @pytest.fixture

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from epslots.costs import Costs
-from epslots.eviction import POLICIES, UseHistory
-from epslots.fetch import Mover
-from epslots.link import AtOnce
-from epslots.lockstep import Header, LockStep
-from epslots.look_ahead import Ahead
-from epslots.moe_layer import MoELayer
-from epslots.placement import Placement, default_homes, default_placement
+from epslots.layer.look_ahead import Ahead
+from epslots.layer.moe_layer import MoELayer
+from epslots.layer.slot_experts import SlotExperts
+from epslots.placement.placement import Placement, default_homes, default_placement
+from epslots.placement.shared_model import SharedModel
 from epslots.records import LayerSpec, RecordLayout
-from epslots.shared_layer import SharedLayer
-from epslots.shared_model import SharedModel
-from epslots.slot_experts import SlotExperts
-from epslots.slot_pool import SlotPool
+from epslots.slots.fetch import Mover
+from epslots.slots.link import AtOnce
+from epslots.slots.slot_pool import SlotPool
+from epslots.step.costs import Costs
+from epslots.step.eviction import POLICIES, UseHistory
+from epslots.step.shared_layer import SharedLayer
 from epslots.telemetry import Telemetry
-from epslots.transport import LocalTransport
+from epslots.transport.lockstep import Header, LockStep
+from epslots.transport.transport import LocalTransport
 from tests.grouped import ALL_COSTS
 from tests.late_link import Echo, Guesses, LateLink
 from tests.plan_strategies import random_placement

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.lockstep import LockStep
+from epslots.transport.lockstep import LockStep
 from tests import zoo
 from tests.grouped import ALL_COSTS, COPIES_TRAVEL, GATHER, TOKENS_TRAVEL, Grouped
 from tests.test_load_equal import SERVED, greedy

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import PeerLost
-from epslots.rank_group import group_of
+from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
 from tests import zoo
 from tests.rank_helpers import Rank, run_ranks
@@ -138,7 +138,7 @@ def lose_one(rank: Rank, folder: Path, cache_dir: Path, how: str) -> tuple[str, 
     except PeerLost as error:
         message, noticed_s = str(error), time.monotonic() - began
     transport = rank.transport(generation=1, size=last)
-    epslots.ranks.join(model, transport, settings={})
+    epslots.group.ranks.join(model, transport, settings={})
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     runtime_of(model).check_integrity()

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.balance import balancedness, holders, rank_loads
 from epslots.bench.eplb import copies_held, eplb
-from epslots.costs import Costs
 from epslots.errors import ConfigError
-from epslots.forecast import Expected, Forecast
-from epslots.local_search import Field, Search, spread_factor
-from epslots.placement import Placement, default_placement
-from epslots.rebalance import Fleet, propose, renumber
-from epslots.replication import copies_by_load, place_afresh, slots_of
-from epslots.scarce import expert_times, rank_times
+from epslots.placement.balance import balancedness, holders, rank_loads
+from epslots.placement.forecast import Expected, Forecast
+from epslots.placement.local_search import Field, Search, spread_factor
+from epslots.placement.placement import Placement, default_placement
+from epslots.placement.rebalance import Fleet, propose, renumber
+from epslots.placement.replication import copies_by_load, place_afresh, slots_of
+from epslots.placement.scarce import expert_times, rank_times
+from epslots.step.costs import Costs
 
 GOLDEN = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
 ZIPF = {

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import epslots
 from epslots.bench.eviction import Question, judge, summary
 from epslots.bench.made_up import PATTERNS
-from epslots.eviction import DEFAULT_POLICY, POLICIES
-from epslots.lanes import deal_once, read_on
-from epslots.replay import belady, replay, reuse_histogram, steps_of
+from epslots.placement.lanes import deal_once, read_on
+from epslots.simulation.replay import belady, replay, reuse_histogram, steps_of
+from epslots.step.eviction import DEFAULT_POLICY, POLICIES
 from tests import zoo
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 
-from epslots.assignment import assign
-from epslots.placement import default_homes
-from epslots.residency import settle
-from epslots.shared_layer import SharedLayer
-from epslots.waves import plan_waves
+from epslots.placement.placement import default_homes
+from epslots.step.assignment import assign
+from epslots.step.residency import settle
+from epslots.step.shared_layer import SharedLayer
+from epslots.step.waves import plan_waves
 from tests.plan_strategies import Situation, situations
 
 

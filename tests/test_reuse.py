@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epslots.eviction import POLICIES
-from epslots.replay import replay, reuse_histogram
-from epslots.reuse import count_distances, miss_ratio_curve, misses_by_slots, percentile, stack_distances
+from epslots.simulation.replay import replay, reuse_histogram
+from epslots.step.eviction import POLICIES
+from epslots.step.reuse import count_distances, miss_ratio_curve, misses_by_slots, percentile, stack_distances
 
 
 def histogram_of(ids_TK: np.ndarray, experts: int) -> np.ndarray:

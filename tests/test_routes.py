@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.assignment import assign
-from epslots.costs import Costs
-from epslots.routes import Route, route, runs
+from epslots.step.assignment import assign
+from epslots.step.costs import Costs
+from epslots.step.routes import Route, route, runs
 from tests.plan_strategies import Situation, situations
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
-from epslots.batching import PagedBatcher, SequentialBatcher
-from epslots.predictor import Few, Predictor
-from epslots.requests import Batcher, Request
-from epslots.row_order import RowOrder
+from epslots.generation.batching import PagedBatcher, SequentialBatcher
+from epslots.generation.requests import Batcher, Request
+from epslots.prediction.predictor import Few, Predictor
+from epslots.prediction.row_order import RowOrder
 from epslots.runtime import attach, runtime_of
 from tests import zoo
 from tests.test_load_equal import load

@@ -15,11 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from epslots import token_choice
 from epslots.errors import ConfigError
-from epslots.requests import Request
-from epslots.sampling import SEEDS, Sampling, uniform_numbers
-from epslots.token_choice import next_tokens
+from epslots.generation import token_choice
+from epslots.generation.requests import Request
+from epslots.generation.sampling import SEEDS, Sampling, uniform_numbers
+from epslots.generation.token_choice import next_tokens
 
 V = 40
 PLAIN = Sampling(1.0)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epslots.costs import Costs
-from epslots.serving import TOLL_STEPS, HostShare, displaces_better, served_on_host
+from epslots.step.costs import Costs
+from epslots.step.serving import TOLL_STEPS, HostShare, displaces_better, served_on_host
 
 FETCH = 1000
 

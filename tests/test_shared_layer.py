@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from epslots.shared_layer import SharedLayer
+from epslots.step.shared_layer import SharedLayer
 from tests.test_assignment import COSTS, holds
 
 

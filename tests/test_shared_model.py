@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.costs import Costs
 from epslots.errors import ConfigError, StaleGeneration
-from epslots.moves import NO_MOVES, Room, choose_moves
-from epslots.placement import carry_over, default_placement
-from epslots.residency import spare_copies
-from epslots.shared_layer import SharedLayer
-from epslots.shared_model import SharedModel, next_shift
+from epslots.placement.placement import carry_over, default_placement
+from epslots.placement.shared_model import SharedModel, next_shift
+from epslots.step.costs import Costs
+from epslots.step.moves import NO_MOVES, Room, choose_moves
+from epslots.step.residency import spare_copies
+from epslots.step.shared_layer import SharedLayer
 from tests.plan_strategies import random_placement, random_quotas
 
 HOST = Costs(1000, 10**6, 1, 1, 1, 1, 1)

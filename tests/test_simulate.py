@@ -12,15 +12,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from epslots.costs import Costs, layer_time
 from epslots.errors import ConfigError
-from epslots.eviction import POLICIES
-from epslots.lanes import read_on
-from epslots.placement import Placement, default_placement, first_residents, pack
-from epslots.replay import replay, steps_of
-from epslots.simulate import Cluster, Traffic, simulate
-from epslots.simulated_group import SimulatedGroup, far_pairs_of_a_rank
-from epslots.timing import DEVICES, Timing, timing_of
+from epslots.placement.lanes import read_on
+from epslots.placement.placement import Placement, default_placement, first_residents, pack
+from epslots.simulation.replay import replay, steps_of
+from epslots.simulation.simulate import Cluster, Traffic, simulate
+from epslots.simulation.simulated_group import SimulatedGroup, far_pairs_of_a_rank
+from epslots.simulation.timing import DEVICES, Timing, timing_of
+from epslots.step.costs import Costs, layer_time
+from epslots.step.eviction import POLICIES
 from epslots.trace import Trace
 from tests.grouped import ALL_COSTS
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import epslots
-from epslots.costs import Costs
-from epslots.eviction import POLICIES
-from epslots.placement import Placement, default_placement, first_residents
-from epslots.rank_group import group_of
-from epslots.simulated_group import SimulatedGroup, Tally
-from epslots.timing import Timing
+from epslots.group.rank_group import group_of
+from epslots.placement.placement import Placement, default_placement, first_residents
+from epslots.simulation.simulated_group import SimulatedGroup, Tally
+from epslots.simulation.timing import Timing
+from epslots.step.costs import Costs
+from epslots.step.eviction import POLICIES
 from tests.grouped import ALL_COSTS, Grouped
 
 EXPERTS, LAYERS = 16, 3  # of the zoo's qwen3_moe

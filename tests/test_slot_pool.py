@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from epslots.errors import CorruptExpertError
-from epslots.eviction import POLICIES, UseHistory, record_use
-from epslots.fetch import Mover
-from epslots.link import AtOnce
 from epslots.records import LayerSpec, RecordLayout
-from epslots.residency import settle
-from epslots.slot_pool import SlotPool
+from epslots.slots.fetch import Mover
+from epslots.slots.link import AtOnce
+from epslots.slots.slot_pool import SlotPool
+from epslots.step.eviction import POLICIES, UseHistory, record_use
+from epslots.step.residency import settle
+from epslots.step.waves import plan_waves
 from epslots.telemetry import Telemetry
-from epslots.waves import plan_waves
 
 LAYOUT = RecordLayout.of([("gate_up_proj", (4, 8), "float32"), ("down_proj", (8, 2), "float32"), ("bias", (3,), "bfloat16")])
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from epslots.errors import ConfigError
 from epslots.example import example_model
-from epslots.text import TextStream, encode_prompt, load_tokenizer, stop_strings
+from epslots.generation.text import TextStream, encode_prompt, load_tokenizer, stop_strings
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epslots.eviction import POLICIES
-from epslots.replay import replay
+from epslots.simulation.replay import replay
+from epslots.step.eviction import POLICIES
 from epslots.trace import Trace
 
 Run = Callable[..., tuple[int, str, str]]

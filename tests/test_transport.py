@@ -21,8 +21,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError, ExchangeError, PeerLost
-from epslots.torch_transport import TorchTransport, batches, form_group
-from epslots.transport import LocalHub, LocalTransport, Transfers, Transport
+from epslots.transport.torch_transport import TorchTransport, batches, form_group
+from epslots.transport.transport import LocalHub, LocalTransport, Transfers, Transport
 from tests.rank_helpers import Rank, RankError, run_ranks, run_threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from epslots.device_slots import DeviceSlots, Kernels, Missing, TorchKernels
+from epslots.generation.device_slots import DeviceSlots, Kernels, Missing, TorchKernels
 from tests.test_device_slots import (
     LAYOUT,
     STORE_LAYERS,
@@ -53,7 +53,7 @@ def test_under_the_interpreter():
 
 
 def kernels(mover: Any) -> Kernels:
-    from epslots import triton_slots
+    from epslots.generation import triton_slots
 
     triton_slots.GATHER_PROGRAMS = 3  # each takes the interpreter milliseconds
     return triton_slots.TritonKernels(mover)
@@ -89,7 +89,7 @@ def test_triton_equals_torch_in_any_state(state: dict[str, Any]):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_what_is_copied_and_what_is_not(count: int, monkeypatch: pytest.MonkeyPatch):
     """Entries past the count are left alone, whatever the number of programs; so are slots that nothing goes to."""
-    import epslots.triton_slots as module
+    import epslots.generation.triton_slots as module
 
     for programs in (1, 5, 64):
         mover = make_mover((2, 6, 2))
@@ -109,7 +109,7 @@ def compiled(name: str, constants: dict[str, int], capability: int, warps: int) 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from epslots import triton_slots
+    from epslots.generation import triton_slots
 
     kernel = getattr(triton_slots, name)
     unaligned = ("pairs", "experts", "slots", "start", "row", "page")
@@ -126,7 +126,7 @@ def compiled(name: str, constants: dict[str, int], capability: int, warps: int) 
 def test_copies_are_of_16_bytes(capability: int):
     """On a link each request costs the same, whatever it brings."""
     assert LAYOUT.nbytes % 16 == 0
-    from epslots.triton_slots import GATHER_WARPS, GATHER_WORDS
+    from epslots.generation.triton_slots import GATHER_WARPS, GATHER_WORDS
 
     code = compiled("_gather", {"BLOCK": GATHER_WORDS}, capability, GATHER_WARPS).asm["ptx"]
     assert set(re.findall(r"st\.global[.\w]*", code)) == {"st.global.v2.b64"}

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epslots.residency import settle
-from epslots.waves import plan_waves
+from epslots.step.residency import settle
+from epslots.step.waves import plan_waves
 
 
 def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] | None = None):

@@ -16,11 +16,11 @@ import epslots
 from cluster.bench.common import RANKS, SETTINGS, open_cluster, prompts
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report, ratio_of_rounds, spread
-from epslots.engine import Engine
 from epslots.example import example_model
-from epslots.requests import Request
-from epslots.text import load_tokenizer
-from epslots.torch_transport import TorchTransport
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
+from epslots.generation.text import load_tokenizer
+from epslots.transport.torch_transport import TorchTransport
 
 _PROMPTS = 64
 _NEW_TOKENS = 64

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 import epslots
 from epslots.bench.models import random_config
 from epslots.bench.report import Report, alternate, median
-from epslots.decode_graph import DecodeGraph, kernels_for
-from epslots.device_slots import DeviceSlots, Missing
-from epslots.host_store import HostStore
+from epslots.generation.decode_graph import DecodeGraph, kernels_for
+from epslots.generation.device_slots import DeviceSlots, Missing
 from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
+from epslots.store.host_store import HostStore
 
 SHARES = ("25%", "50%", "75%", "100%")
 PROMPT = 32

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from epslots.balance import FloatArray
 from epslots.errors import ConfigError
-from epslots.eviction import IntArray
+from epslots.placement.balance import FloatArray
+from epslots.step.eviction import IntArray
 
 
 def eplb(tokens_LE: IntArray | FloatArray, ranks: int, slots: int, groups: int = 1, nodes: int = 1) -> IntArray:

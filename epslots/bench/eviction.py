@@ -25,10 +25,10 @@ from epslots.bench.made_up import DRAWN, PATTERNS
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import Report
 from epslots.counting import counting
-from epslots.eviction import POLICIES, IntArray
 from epslots.example import example_model
-from epslots.lanes import deal_once
-from epslots.replay import belady, replay, steps_of
+from epslots.placement.lanes import deal_once
+from epslots.simulation.replay import belady, replay, steps_of
+from epslots.step.eviction import POLICIES, IntArray
 from epslots.trace import Trace
 
 SHARES = (0.125, 0.25, 0.5)

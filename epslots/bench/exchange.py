@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 
 import epslots
-from epslots.assignment import assign
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report, alternate, median, ratio_of_rounds, spread
-from epslots.eviction import IntArray
-from epslots.placement import default_homes
-from epslots.rank_group import group_of
-from epslots.residency import BoolArray
+from epslots.group.rank_group import group_of
+from epslots.placement.placement import default_homes
 from epslots.runtime import runtime_of
-from epslots.shared_layer import SharedLayer
-from epslots.torch_transport import TorchTransport
+from epslots.step.assignment import assign
+from epslots.step.eviction import IntArray
+from epslots.step.residency import BoolArray
+from epslots.step.shared_layer import SharedLayer
+from epslots.transport.torch_transport import TorchTransport
 
 TOP_K = 4
 EXPERTS = 32

@@ -12,11 +12,11 @@ import torch
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import Report, alternate, median, ratio_of_rounds
-from epslots.experts import experts_modules
-from epslots.host_compute import HostExperts
-from epslots.packed_records import Unpacker
+from epslots.layer.host_compute import HostExperts
+from epslots.models.experts import experts_modules
 from epslots.records import LayerSpec, PackedLayout, PackedPart, RecordLayout
 from epslots.runtime import Runtime, runtime_of
+from epslots.store.packed_records import Unpacker
 
 LAYERS, EXPERTS, SLOTS, TOP_K = 4, 64, 8, 4
 HIDDEN, WIDTH = 1024, 768

@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import Report
-from epslots.engine import Engine
 from epslots.example import example_model
 from epslots.example_text import library_texts
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
 from epslots.progress import ProgressDisplay
-from epslots.requests import Request
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = ("25%", "50%", "100%")

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoTokenizer
 
 import epslots
-from epslots.assignment import Assign, assign, holder_only, own_only
 from epslots.bench.ranks import PROMPTS
 from epslots.bench.report import Report
-from epslots.costs import Costs, layer_time
-from epslots.eviction import POLICIES, IntArray, UseHistory, record_use
 from epslots.example import example_model
-from epslots.placement import default_homes
-from epslots.shared_layer import SharedLayer
+from epslots.placement.placement import default_homes
+from epslots.step.assignment import Assign, assign, holder_only, own_only
+from epslots.step.costs import Costs, layer_time
+from epslots.step.eviction import POLICIES, IntArray, UseHistory, record_use
+from epslots.step.shared_layer import SharedLayer
 
 RANKS, EXPERTS = 4, 32
 SLOTS = (4, 6, 12, 20)

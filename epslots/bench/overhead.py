@@ -13,7 +13,7 @@ import epslots
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report, alternate, contenders, median, ratio_of_rounds, spread
-from epslots.torch_transport import TorchTransport
+from epslots.transport.torch_transport import TorchTransport
 
 OURS = "epslots"
 # Every implementation of experts that transformers has for the CPU; the fastest of each scenario is what we are held to.

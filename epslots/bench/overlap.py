@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import Report, median, ratio_of_rounds
-from epslots.eviction import DEFAULT_POLICY
 from epslots.example import example_model
-from epslots.experts import RUNNER, experts_modules
-from epslots.link import AtOnce, Link, Put
+from epslots.models.experts import RUNNER, experts_modules
 from epslots.runtime import runtime_of
+from epslots.slots.link import AtOnce, Link, Put
+from epslots.step.eviction import DEFAULT_POLICY
 from epslots.telemetry import Stats
 from epslots.units import parse_link
 

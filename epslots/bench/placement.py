@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from epslots.balance import balancedness, holders, rank_loads
 from epslots.bench.drift import mixed_windows, record_kinds, switching_windows
 from epslots.bench.eplb import copies_held, eplb
 from epslots.bench.report import Report
-from epslots.drift import Traffic, generate
-from epslots.eviction import IntArray
-from epslots.forecast import Expected
-from epslots.placement_replay import Planner, Scores, expected_of_all, replay, replay_costs, start_placement
+from epslots.placement.balance import balancedness, holders, rank_loads
+from epslots.placement.forecast import Expected
+from epslots.placement.placement_replay import Planner, Scores, expected_of_all, replay, replay_costs, start_placement
+from epslots.placement.rebalance import Fleet, propose
+from epslots.placement.replication import place_afresh
 from epslots.progress import ProgressDisplay
-from epslots.rebalance import Fleet, propose
-from epslots.replication import place_afresh
+from epslots.simulation.drift import Traffic, generate
+from epslots.step.eviction import IntArray
 
 GOLDEN = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
 ZIPF = ((58, 256, 288, 32), (58, 256, 320, 64), (94, 128, 160, 16), (60, 384, 448, 64))

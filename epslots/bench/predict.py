@@ -25,14 +25,14 @@ from epslots.bench.report import Report
 from epslots.counting import counting
 from epslots.example import example_model
 from epslots.example_text import library_texts
-from epslots.experts import experts_modules
-from epslots.few_rows import CERTAIN
-from epslots.predictor import Estimator, Predictor
-from epslots.predictor_file import FILE_NAME, load_predictor, naive_predictor
-from epslots.predictor_fit import Seen, Settings, cut_windows, fit, recalled, record
-from epslots.routers import Router, find_routers
+from epslots.generation.text import load_tokenizer
+from epslots.models.experts import experts_modules
+from epslots.prediction.few_rows import CERTAIN
+from epslots.prediction.predictor import Estimator, Predictor
+from epslots.prediction.predictor_file import FILE_NAME, load_predictor, naive_predictor
+from epslots.prediction.predictor_fit import Seen, Settings, cut_windows, fit, recalled, record
+from epslots.prediction.routers import Router, find_routers
 from epslots.runtime import predictor_of, runtime_of
-from epslots.text import load_tokenizer
 
 DISTANCES = (1, 2, 3)
 WINDOW = 256

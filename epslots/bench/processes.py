@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from epslots.torch_transport import TorchTransport, form_group
+from epslots.transport.torch_transport import TorchTransport, form_group
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,12 @@ import epslots
 from epslots.bench.drift import kinds_of_text
 from epslots.bench.report import Report
 from epslots.counting import counting
-from epslots.eviction import DEFAULT_POLICY, POLICIES, IntArray
 from epslots.example import example_model
-from epslots.lanes import deal_once
-from epslots.quotas import learn_quotas
-from epslots.replay import belady, replay, reuse_histogram, steps_of
-from epslots.reuse import miss_ratio_curve
+from epslots.placement.lanes import deal_once
+from epslots.placement.quotas import learn_quotas
+from epslots.simulation.replay import belady, replay, reuse_histogram, steps_of
+from epslots.step.eviction import DEFAULT_POLICY, POLICIES, IntArray
+from epslots.step.reuse import miss_ratio_curve
 from epslots.trace import Trace
 
 SHARES = (0.125, 0.25, 0.5)

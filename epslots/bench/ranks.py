@@ -12,11 +12,11 @@ import epslots
 from epslots.bench.models import LARGE_EXPERTS
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report
-from epslots.costs import Costs
-from epslots.engine import Engine
 from epslots.example import example_model
-from epslots.requests import Request
-from epslots.torch_transport import TorchTransport
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
+from epslots.step.costs import Costs
+from epslots.transport.torch_transport import TorchTransport
 
 SLOTS = 8  # a quarter of the example model's 32 experts a layer
 PROMPTS = (

@@ -16,10 +16,10 @@ from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import Report
 from epslots.example import example_model
-from epslots.placement import Placement
-from epslots.rank_group import group_of
-from epslots.shared_model import movement_budget
-from epslots.torch_transport import TorchTransport
+from epslots.group.rank_group import group_of
+from epslots.placement.placement import Placement
+from epslots.placement.shared_model import movement_budget
+from epslots.transport.torch_transport import TorchTransport
 
 RANKS = 4
 SLOTS = 12

@@ -12,9 +12,9 @@ import numpy as np
 from epslots.bench.quotas import record_texts
 from epslots.bench.report import Report, median
 from epslots.counting import counting
-from epslots.eviction import DEFAULT_POLICY, POLICIES
-from epslots.simulate import GROUP_SIZE, Cluster, Outcome, Traffic, simulate
-from epslots.timing import DEFAULT_DEVICE, DEVICES, timing_of
+from epslots.simulation.simulate import GROUP_SIZE, Cluster, Outcome, Traffic, simulate
+from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, timing_of
+from epslots.step.eviction import DEFAULT_POLICY, POLICIES
 
 EXPERT_BYTES, ROW_BYTES = 9_437_184, 4096  # Qwen3-30B-A3B in bf16: 3 x 2048 x 768, and a hidden state of 2048
 LAYER_NS, TOKEN_NS = 40_000, 50

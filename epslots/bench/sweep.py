@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 import epslots
 from epslots.bench.report import Report, median
-from epslots.eviction import POLICIES
 from epslots.example import example_model
+from epslots.step.eviction import POLICIES
 
 SHARES = ("12.5%", "25%", "50%", "75%", "100%")
 PROMPTS = (

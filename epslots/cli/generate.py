@@ -35,7 +35,7 @@ from epslots.cli.options import (
     ray_address,
 )
 from epslots.errors import ConfigError
-from epslots.eviction import DEFAULT_POLICY
+from epslots.step.eviction import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from epslots.cli.launchers import Launched
@@ -114,11 +114,11 @@ def generate(
 
     launch = find_launcher() if many else None  # before anything is read
 
-    from epslots.checkpoint import find_checkpoint
     from epslots.cli.one_rank import OneRank
     from epslots.example import example_model
-    from epslots.sampling import Sampling
-    from epslots.text import encode_prompt, load_tokenizer, stop_strings
+    from epslots.generation.sampling import Sampling
+    from epslots.generation.text import encode_prompt, load_tokenizer, stop_strings
+    from epslots.models.checkpoint import find_checkpoint
 
     Sampling(**sampling)
     stop_strings(settings["stop"])
@@ -162,7 +162,7 @@ def generate(
 
 def context_of(folder: Path) -> int | None:
     """Tokens of the model's context, if it states that."""
-    from epslots.pretrained import read_config
+    from epslots.models.pretrained import read_config
 
     return getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import epslots
-from epslots.end_tokens import end_tokens
-from epslots.engine import Engine
 from epslots.errors import EpslotsError
-from epslots.requests import Output, Request
-from epslots.sampling import Sampling
+from epslots.generation.end_tokens import end_tokens
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Output, Request
+from epslots.generation.sampling import Sampling
+from epslots.generation.text import TextStream
 from epslots.telemetry import Stats
-from epslots.text import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

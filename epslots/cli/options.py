@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from epslots.eviction import POLICIES
+from epslots.step.eviction import POLICIES
 
 ModelOption = Annotated[
     Optional[str],

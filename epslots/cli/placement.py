@@ -13,9 +13,9 @@ import typer
 from epslots.errors import ConfigError
 
 if TYPE_CHECKING:
-    from epslots.eviction import IntArray
-    from epslots.placement_replay import Scores
-    from epslots.rebalance import Fleet
+    from epslots.placement.placement_replay import Scores
+    from epslots.placement.rebalance import Fleet
+    from epslots.step.eviction import IntArray
     from epslots.trace import Trace
 
 placement_app = typer.Typer(help="Placements: where experts should live.", no_args_is_help=True)
@@ -57,8 +57,8 @@ def replay(
     epslots placement replay LOADS.npz --ranks 8 --slots 17 --json
     """
     from epslots.bench.eplb import copies_held, eplb
-    from epslots.placement_replay import COPY_SHARE, Planner, replay_costs, start_placement
-    from epslots.placement_replay import replay as run
+    from epslots.placement.placement_replay import COPY_SHARE, Planner, replay_costs, start_placement
+    from epslots.placement.placement_replay import replay as run
     from epslots.progress import ProgressDisplay
 
     loads_WLE = read_loads(loads, window)
@@ -112,15 +112,15 @@ def plan(
     """
     import numpy as np
 
-    from epslots.balance import balancedness, holders, rank_loads
     from epslots.cli.trace import slots_of_layers
-    from epslots.eviction import DEFAULT_POLICY, POLICIES
-    from epslots.placement import default_placement
-    from epslots.placement_file import write_placement
-    from epslots.placement_replay import expected_of_all, replay_costs
-    from epslots.quotas import deal_quotas, improve_quotas
-    from epslots.rebalance import propose
-    from epslots.replay import reuse_histogram
+    from epslots.placement.balance import balancedness, holders, rank_loads
+    from epslots.placement.placement import default_placement
+    from epslots.placement.placement_file import write_placement
+    from epslots.placement.placement_replay import expected_of_all, replay_costs
+    from epslots.placement.quotas import deal_quotas, improve_quotas
+    from epslots.placement.rebalance import propose
+    from epslots.simulation.replay import reuse_histogram
+    from epslots.step.eviction import DEFAULT_POLICY, POLICIES
 
     loads_WLE, trace = _read_record(record, window)
     _, layers, experts = loads_WLE.shape
@@ -164,8 +164,8 @@ def show(
     """
     import numpy as np
 
-    from epslots.heat_map import plot_map, text_map
-    from epslots.placement_file import read_placement
+    from epslots.placement.heat_map import plot_map, text_map
+    from epslots.placement.placement_file import read_placement
 
     found = read_placement(placement)
     if layer >= len(found.num_experts_L):
@@ -204,7 +204,7 @@ def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
     import numpy as np
 
     from epslots.npz import read_arrays
-    from epslots.placement_replay import check_loads
+    from epslots.placement.placement_replay import check_loads
 
     arrays = read_arrays(path, "a file of loads, or a routing trace")
     if "loads" in arrays:
@@ -229,7 +229,7 @@ def fleet_of(ranks: int, nodes: int, costs: Any) -> Fleet:
     """Ranks of one speed on so many nodes, one after another."""
     import numpy as np
 
-    from epslots.rebalance import Fleet
+    from epslots.placement.rebalance import Fleet
 
     if nodes > ranks:
         raise ConfigError(f"--nodes {nodes}: allowed: 1 to the {ranks} ranks")

@@ -10,8 +10,8 @@ import typer
 
 from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
 from epslots.errors import ConfigError, DoesNotFitError
-from epslots.known_shapes import KNOWN_SHAPES, known_shape
-from epslots.memory_plan import Alternative, MemoryPlan, ModelShape, describe_quotas, plan_memory
+from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
+from epslots.models.memory_plan import Alternative, MemoryPlan, ModelShape, describe_quotas, plan_memory
 from epslots.units import format_bytes, format_count, parse_bytes, parse_slots
 
 if TYPE_CHECKING:
@@ -105,13 +105,13 @@ def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, 
         return known_shape(model) if dtype == "auto" else known_shape(model, dtype), None, 0
     import torch
 
-    from epslots.checkpoint import open_checkpoint
     from epslots.example import example_model
-    from epslots.expert_reader import pack_layers
-    from epslots.experts import expert_layers
-    from epslots.foresight import planned_bytes
-    from epslots.model_shape import shape_of_model
-    from epslots.pretrained import build_skeleton, read_config, resolve_class, resolve_dtype
+    from epslots.models.checkpoint import open_checkpoint
+    from epslots.models.expert_reader import pack_layers
+    from epslots.models.experts import expert_layers
+    from epslots.models.model_shape import shape_of_model
+    from epslots.models.pretrained import build_skeleton, read_config, resolve_class, resolve_dtype
+    from epslots.prediction.foresight import planned_bytes
 
     folder = example_model() if model is None else Path(model)
     config = read_config(folder)

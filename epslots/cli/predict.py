@@ -13,10 +13,10 @@ import typer
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SeedOption, SlotsOption
 from epslots.counting import counting
 from epslots.errors import ConfigError
-from epslots.text import load_tokenizer
+from epslots.generation.text import load_tokenizer
 
 if TYPE_CHECKING:
-    from epslots.predictor_file import About
+    from epslots.prediction.predictor_file import About
 
 predict_app = typer.Typer(help="Estimators of the experts that the next layer will use.", no_args_is_help=True)
 
@@ -63,9 +63,9 @@ def fit(
     import epslots
     from epslots.example import example_model
     from epslots.example_text import library_texts
-    from epslots.predictor_file import FILE_NAME, About, write_predictor
-    from epslots.predictor_fit import Settings, cut_windows
-    from epslots.predictor_fit import fit as fit_model
+    from epslots.prediction.predictor_file import FILE_NAME, About, write_predictor
+    from epslots.prediction.predictor_fit import Settings, cut_windows
+    from epslots.prediction.predictor_fit import fit as fit_model
     from epslots.runtime import runtime_of
 
     settings = Settings(tokens=tokens, window=window, hidden=hidden, epochs=epochs, memory=memory_bytes, seed=seed)
@@ -103,7 +103,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """What a predictor was fitted to, and its recall on text that took no part, beside the next layer's router as it is."""
-    from epslots.predictor_file import read_predictor
+    from epslots.prediction.predictor_file import read_predictor
 
     _, about = read_predictor(file)
     if as_json:

@@ -13,10 +13,10 @@ import typer
 from epslots.cli.trace import slots_of_layers
 from epslots.counting import counting
 from epslots.errors import ConfigError
-from epslots.eviction import DEFAULT_POLICY, POLICIES
-from epslots.placement_file import read_placement
-from epslots.simulate import GROUP_SIZE, MOST_RANKS, Cluster, Outcome, Traffic, simulate
-from epslots.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
+from epslots.placement.placement_file import read_placement
+from epslots.simulation.simulate import GROUP_SIZE, MOST_RANKS, Cluster, Outcome, Traffic, simulate
+from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
+from epslots.step.eviction import DEFAULT_POLICY, POLICIES
 from epslots.units import format_bytes, parse_bytes
 
 _MOST_LANES = 2**22
@@ -39,7 +39,7 @@ def simulate_command(
     window_steps: Annotated[int, typer.Option(min=1, help="With --controller: steps of a window of telemetry.")] = 50,
     machine: Annotated[str, typer.Option(help=f"Bandwidths: {', '.join(DEVICES)}.")] = DEFAULT_DEVICE,
     timing: Annotated[
-        Optional[Path], typer.Option(help="Measured times instead, as JSON (epslots.timing.Timing, nanoseconds).")
+        Optional[Path], typer.Option(help="Measured times instead, as JSON (epslots.simulation.timing.Timing, nanoseconds).")
     ] = None,
     expert_bytes: Annotated[str, typer.Option(help="An expert's size; default: 3 x 2048 x 768 weights in bf16.")] = "9MiB",
     row_bytes: Annotated[str, typer.Option(help="A hidden state's size; default: 2048 in bf16.")] = "4KiB",

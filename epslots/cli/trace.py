@@ -15,11 +15,11 @@ from epslots.cli.generate import read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
 from epslots.counting import counting
 from epslots.errors import ConfigError
-from epslots.eviction import POLICIES, IntArray
-from epslots.lanes import deal_once
-from epslots.replay import Replayed, belady, replay, reuse_histogram, steps_of
-from epslots.reuse import percentile
-from epslots.text import load_tokenizer
+from epslots.generation.text import load_tokenizer
+from epslots.placement.lanes import deal_once
+from epslots.simulation.replay import Replayed, belady, replay, reuse_histogram, steps_of
+from epslots.step.eviction import POLICIES, IntArray
+from epslots.step.reuse import percentile
 from epslots.units import parse_slots
 
 trace_app = typer.Typer(help="Routing traces: what policies and placements are judged on.", no_args_is_help=True)

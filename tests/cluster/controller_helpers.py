@@ -11,10 +11,10 @@ import numpy as np
 from cluster.controller import Controller
 from cluster.controller_messages import Explain, Explanation, Heard, Meet, Reply, Windows
 from cluster.placement_messages import Surveyed
-from epslots.costs import Costs
-from epslots.placement import Placement, default_placement, pack
-from epslots.rebalance import Fleet, Proposal, Reasons
-from epslots.windows import Window
+from epslots.placement.placement import Placement, default_placement, pack
+from epslots.placement.rebalance import Fleet, Proposal, Reasons
+from epslots.placement.windows import Window
+from epslots.step.costs import Costs
 
 LAYERS, EXPERTS, SLOTS = 3, 6, 4
 COSTS = Costs(

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from cluster.messages import Form, decode_command
-from epslots.transport import Transport
+from epslots.transport.transport import Transport
 
 TELL, FACTS, FAIL = b"tell:", b"facts", b"fail"
 

@@ -25,7 +25,7 @@ from cluster.fleet import WorkerDied
 from cluster.messages import Form
 from cluster.rank_loop import RankLoop
 from epslots.errors import PeerLost
-from epslots.transport import LocalHub, LocalTransport
+from epslots.transport.transport import LocalHub, LocalTransport
 
 Fault = Literal["crash", "vanish", "freeze", "raise"]
 """crash: the process dies and that is known at once; vanish: nobody says so; freeze: it stops; raise: an error of its own."""

@@ -21,7 +21,7 @@ from cluster.controller_messages import (
     encode,
 )
 from epslots.errors import ConfigError
-from epslots.placement import carry_over, pack, unpack
+from epslots.placement.placement import carry_over, pack, unpack
 from tests.cluster.controller_helpers import (
     BAD,
     COSTS,

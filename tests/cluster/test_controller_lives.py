@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.controller_messages import Freeze, Heard, Rebalance, Reply, State, Windows
-from epslots.placement import carry_over, unpack
+from epslots.placement.placement import carry_over, unpack
 from tests.cluster.controller_helpers import BAD, Planner, controller, explained, meeting, placement_of, told, window
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.ledger import MOST_LOSSES, MOST_SHARED_LOSSES, Alarm, Ledger, Room
-from epslots.requests import Output, Request
+from epslots.generation.requests import Output, Request
 
 
 def request(id: str, prompt: int = 3, new: int = 5) -> Request:

@@ -23,12 +23,12 @@ from cluster.placement_messages import Place, Windowed
 from cluster.rank_loop import RankLoop
 from cluster.rank_reports import WindowCutter
 from epslots.errors import ConfigError
-from epslots.placement import Placement, default_placement, pack
-from epslots.placement_file import write_placement
-from epslots.rank_group import group_of
-from epslots.rebalance import Fleet, Proposal
+from epslots.group.rank_group import group_of
+from epslots.placement.placement import Placement, default_placement, pack
+from epslots.placement.placement_file import write_placement
+from epslots.placement.rebalance import Fleet, Proposal
+from epslots.placement.windows import Window
 from epslots.runtime import runtime_of
-from epslots.windows import Window
 from tests.cluster.controller_helpers import NO_REASONS
 from tests.cluster.fake_fleet import ControllerFault, FakeFleet, one_load_at_a_time
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of

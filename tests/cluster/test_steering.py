@@ -19,7 +19,7 @@ from cluster.messages import Command
 from cluster.placement_messages import Place, Survey, Windowed
 from cluster.steering import Steering
 from cluster.workers import Worker
-from epslots.placement import Placement, pack
+from epslots.placement.placement import Placement, pack
 from tests.cluster.controller_helpers import Planner, controller, placement_of, survey_of, window
 from tests.cluster.fake_fleet import ControllerFault, FakeController, FakeFleet
 

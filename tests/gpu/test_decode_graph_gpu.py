@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.decode_graph import DecodeGraph, kernels_for
-from epslots.device_slots import DeviceSlots, Missing, TorchKernels
 from epslots.errors import ConfigError
+from epslots.generation.decode_graph import DecodeGraph, kernels_for
+from epslots.generation.device_slots import DeviceSlots, Missing, TorchKernels
 from epslots.runtime import runtime_of
 from tests import zoo
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import epslots
-from epslots.ranks import join
+from epslots.group.ranks import join
 from epslots.runtime import runtime_of
-from epslots.torch_transport import TorchTransport, form_group
+from epslots.transport.torch_transport import TorchTransport, form_group
 from tests import zoo
 from tests.grouped import GATHER, TOKENS_TRAVEL
 from tests.plan_strategies import random_placement

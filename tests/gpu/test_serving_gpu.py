@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from epslots.bench.fetch import forms
-from epslots.host_compute import HostExperts
-from epslots.packed_records import Unpacker, record_views
+from epslots.layer.host_compute import HostExperts
+from epslots.store.packed_records import Unpacker, record_views
 from tests.test_host_compute import Layer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

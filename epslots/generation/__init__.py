@@ -1,0 +1,1 @@
+"""Texts: requests, batches, sampling, captured decoding."""

@@ -1,0 +1,68 @@
+"""One rank's steps: its own requests, or nothing, always together with all other ranks.
+
+    from epslots.generation.requests import Request
+
+    engine = Engine(model, kv_tokens=4096)
+    engine.batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))  # of token ids; greedy, unless it has a Sampling
+    for output in engine.run():  # all ranks call it; each gets the outputs of its own requests
+        ...
+
+A rank with a batch runs the model over it, and one without takes part with zero tokens; the model's forward pass exchanges the
+step's header by itself (``ranks.py``). With no work anywhere ``run`` ends, and nobody spins.
+
+If a peer is lost, ``step`` raises PeerLost and the batch stands. When the survivors have formed the next generation and joined
+again (``ranks.join``), the next ``step`` does the interrupted one again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from epslots.generation.batching import DEFAULT_BATCH_TOKENS, batcher_for
+from epslots.generation.requests import Batcher, Output
+from epslots.group.rank_group import group_of
+from epslots.runtime import runtime_of
+from epslots.transport.lockstep import Header
+
+
+class Engine:
+    """Steps one rank's model.
+
+    Attributes:
+        batcher: takes requests and hands out what came of them.
+
+    Args:
+        model: from ``epslots.load``, alone or one of several ranks.
+        kv_tokens: tokens that the KV cache keeps for all requests together.
+        max_batch_tokens: the most tokens of one step.
+
+    Raises:
+        ConfigError: the model was not loaded by ``epslots.load``.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+        runtime_of(model)  # refuses other models
+        self.model = model
+        self.batcher: Batcher = batcher_for(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+
+    def step(self) -> Header:
+        """Make one step together with all ranks, or none if nobody has work; returns what the ranks said before it.
+
+        Raises:
+            PeerLost: a rank is gone. Nothing of the step counts.
+            GroupError: ranks don't match, or are out of step.
+        """
+        group = group_of(self.model)
+        if self.batcher.prepare():
+            self.batcher.step()
+            return Header(work=True, stop=False) if group is None else group.lockstep.header
+        return Header(work=False, stop=False) if group is None else group.lockstep.idle_step()
+
+    def run(self) -> Iterator[Output]:
+        """Step until no rank has work, or one wants to stop; yields the outputs of this rank's requests as they come."""
+        header = Header(work=True, stop=False)
+        while header.work and not header.stop:
+            header = self.step()
+            yield from self.batcher.outputs()

@@ -1,0 +1,1 @@
+"""How ranks become one, and what they agree on."""

@@ -1,0 +1,1 @@
+"""One MoE layer's step, from router to combine."""

@@ -1,0 +1,1 @@
+"""transformers' models and their checkpoints, as this project needs them."""

@@ -1,0 +1,242 @@
+"""One expert out of a checkpoint of any layout that transformers can convert.
+
+transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused
+one, transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a
+single expert, so that a fused parameter never exists. Where a quantised checkpoint's experts stay packed (``packing.py``),
+they are read as they are stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from epslots.errors import CheckpointError
+from epslots.models.checkpoint import Checkpoint
+from epslots.models.experts import parameter_shapes
+from epslots.models.packing import Packed, conversions_of, find_packing, packed_layout
+from epslots.records import LayerSpec
+from epslots.store.packed_records import Unpacker, assert_consistent, record_views
+
+# What safetensors calls the dtypes that mean nothing without scales.
+PACKED_DTYPES = {"F8_E4M3", "F8_E5M2", "U8", "I8"}
+
+
+@dataclass
+class _Parameter:
+    """One fused parameter of an experts module, and the checkpoint keys that it is made from.
+
+    Attributes:
+        keys: by the converter's source pattern, in expert order; a single key where the checkpoint is fused already.
+        part, parts: a converter may deal one list of experts out to several parameters, in equal runs (ernie4_5_vl_moe: first
+            the text experts, then the vision experts); this parameter takes run ``part`` of ``parts``.
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    converter: WeightConverter | None = None
+    keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    part: int = 0
+    parts: int = 1
+
+
+class ExpertReader:
+    """Reads single experts of ``layers`` from ``checkpoint``; safe to use from several threads.
+
+    Args:
+        checkpoint: the open checkpoint.
+        model: the model, whose experts' parameters may be absent; it knows how its checkpoint is converted.
+        layers: the MoE layers, as the model defines them; packed ones as ``pack_layers`` found them.
+        conversions: those by which the model was loaded, or would be; the model's own if not given.
+
+    Raises:
+        CheckpointError: keys of some expert are missing, by name.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        layers: Sequence[LayerSpec],
+        conversions: Sequence[Any] | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._model = model
+        self._specs = tuple(layers)
+        self._conversions = model._weight_conversions if conversions is None else conversions
+        self._layers = [
+            {t.name: _Parameter(f"{layer.name}.{t.name}", (layer.num_experts, *t.shape)) for t in layer.layout.tensors}
+            for layer in layers
+        ]
+        self._find_keys({p.target: p for parameters in self._layers for p in parameters.values()})
+        for layer, parameters in zip(layers, self._layers, strict=True):
+            for parameter in parameters.values():
+                declared = parameter_shapes(model.get_submodule(layer.name))[parameter.target.rpartition(".")[2]][0]
+                _check_complete(parameter, checkpoint, declared)
+        self._packings = [self.packings(i) if layer.packed is not None else {} for i, layer in enumerate(layers)]
+        for layer, packings in zip(layers, self._packings, strict=True):
+            assert layer.packed == packed_layout(layer.layout, packings), f"{layer.name}: packed in another way than planned"
+
+    def packings(self, layer: int) -> dict[str, Packed]:
+        """How tensors of a layer's slots can be packed, by name."""
+        spec, parameters = self._specs[layer], self._layers[layer]
+        found = {
+            tensor.name: find_packing(tensor, parameter.converter, parameter.keys, self._checkpoint.tensors, spec.num_experts)
+            for tensor, parameter in zip(spec.layout.tensors, parameters.values(), strict=True)
+        }
+        return {name: packing for name, packing in found.items() if packing is not None}
+
+    def _find_keys(self, parameters: dict[str, _Parameter]) -> None:
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        # rename_source_key looks here to decide whether a prefix must be added or dropped.
+        wanted: dict[str, Any] = dict.fromkeys(parameters, True)
+        prefix = self._model.base_model_prefix
+        for key in sorted(self._checkpoint.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+            converter = by_pattern[pattern] if pattern else None
+            fragments = converter.target_patterns if converter else [target]
+            for part, fragment in enumerate(fragments):
+                parameter = parameters.get(target.replace(fragments[0], fragment))
+                if parameter is not None:
+                    parameter.keys[pattern or key].append(key)
+                    parameter.converter, parameter.part, parameter.parts = converter, part, len(fragments)
+
+    def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """The tensors of one expert's record by name, without the expert dimension.
+
+        Raises:
+            CheckpointError: a tensor's shape is not what the model expects.
+        """
+        parameters, packings = self._layers[layer], self._packings[layer]
+        tensors = {name: self._read(parameter, expert) for name, parameter in parameters.items() if name not in packings}
+        for name, packing in packings.items():
+            tensors |= packing.read(partial(self._read_pattern, parameters[name], expert))
+        if packings and expert == 0:
+            self._check_packed(layer, tensors)
+        return tensors
+
+    def _read_pattern(self, parameter: _Parameter, expert: int, pattern: str) -> torch.Tensor:
+        return self._tensor(parameter.keys[pattern], expert, merged="*" in pattern)
+
+    def _check_packed(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Unpack a layer's first expert, and hold it against what transformers makes of it.
+
+        Raises:
+            CheckpointError: they differ, so the checkpoint's form is not the one that it was taken for.
+        """
+        spec = self._specs[layer]
+        record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
+        for name, view in record_views(record, spec.record).items():
+            view.copy_(tensors[name])
+        slot = torch.empty(spec.layout.nbytes, dtype=torch.uint8)
+        Unpacker(spec)(slot, record)
+        unpacked = record_views(slot, spec.layout)
+        for name in self._packings[layer]:
+            expected = self._read(self._layers[layer][name], 0).to(unpacked[name].dtype)
+            if not torch.equal(unpacked[name].nan_to_num(), expected.nan_to_num()):
+                raise CheckpointError(
+                    f"{spec.name}.{name}: the checkpoint stores it in a form that looks like one that is known, and isn't"
+                )
+
+    def _read(self, parameter: _Parameter, expert: int) -> torch.Tensor:
+        experts = [part * parameter.shape[0] + expert for part in range(parameter.parts)]
+        tensors: Any = {
+            pattern: [self._tensor(keys, e, merged="*" in pattern) for e in experts]
+            for pattern, keys in parameter.keys.items()
+        }
+        converter = parameter.converter
+        try:
+            for operation in converter.operations if converter else ():
+                tensors = operation.convert(
+                    tensors,
+                    source_patterns=converter.source_patterns,  # type: ignore[union-attr]
+                    target_patterns=converter.target_patterns,  # type: ignore[union-attr]
+                    full_layer_name=parameter.target,
+                    model=self._model,
+                    config=self._model.config,
+                    missing_keys=None,
+                )
+            tensor = list(tensors.values())[parameter.part]
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{parameter.target}, expert {expert}: can't be converted: {error}") from error
+        expected = parameter.shape[1:]
+        if tuple(tensor.shape) != (1, *expected):
+            raise CheckpointError(
+                f"{parameter.target}, expert {expert}: the checkpoint's tensors give shape {list(tensor.shape[1:])}, the "
+                f"model expects {list(expected)}"
+            )
+        return tensor[0]
+
+    def _tensor(self, keys: list[str], expert: int, *, merged: bool) -> torch.Tensor:
+        """One expert's own tensor, or its slice [1, ...] of a fused one."""
+        key = keys[expert] if merged else keys[0]
+        header = self._checkpoint.tensors[key]
+        handle = self._checkpoint.handles[header.file]
+        return handle.get_tensor(key) if merged else handle.get_slice(key)[expert : expert + 1]
+
+
+def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The layers with their records packed where the checkpoint's quantisation allows it; from headers alone.
+
+    Args:
+        skeleton: the model's structure, on the meta device.
+
+    Raises:
+        CheckpointError: as ``ExpertReader``, of a quantised checkpoint.
+    """
+    if getattr(skeleton.config, "quantization_config", None) is None:
+        return tuple(layers)
+    reader = ExpertReader(checkpoint, skeleton, layers, conversions_of(skeleton))
+    packed = tuple(
+        msgspec.structs.replace(layer, packed=packed_layout(layer.layout, reader.packings(index)))
+        for index, layer in enumerate(layers)
+    )
+    for layer in packed:
+        assert_consistent(layer)
+    return packed
+
+
+def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int) -> None:
+    """Every expert has a tensor for every pattern of the parameter, and there are no more experts than the model declares.
+
+    Raises:
+        CheckpointError: naming what is missing or too much.
+    """
+    if not parameter.keys:
+        raise CheckpointError(f"the checkpoint has no tensor for {parameter.target}")
+    if parameter.converter is not None:
+        packed = any(checkpoint.tensors[keys[0]].dtype in PACKED_DTYPES for keys in parameter.keys.values())
+        optional = ("activation_scale",) if packed else ("activation_scale", "weight_scale_inv")
+        absent = [p for p in parameter.converter.source_patterns if p not in parameter.keys and not p.endswith(optional)]
+        if absent:
+            raise CheckpointError(f"{parameter.target}: the checkpoint has no tensor like {absent[0]}")
+    experts = parameter.parts * declared
+    for pattern, keys in parameter.keys.items():
+        if "*" not in pattern:
+            held = checkpoint.tensors[keys[0]].shape[0]
+            if held != declared:
+                raise CheckpointError(f"{keys[0]} holds {held} experts, the model has {declared}")
+            continue
+        place = re.compile(pattern.replace("*", r"(\d+)"))
+        matches = (place.search(key) for key in keys)
+        found = {int(m[1]) for m in matches if m}
+        missing = sorted(set(range(experts)) - found)
+        if missing:
+            raise CheckpointError(
+                f"{parameter.target}: the checkpoint lacks expert {', '.join(map(str, missing[:8]))} of {experts} "
+                f"(keys like {keys[0]})"
+            )
+        if len(found) > experts:
+            raise CheckpointError(f"{parameter.target}: the checkpoint has {len(found)} experts, the model {experts}")

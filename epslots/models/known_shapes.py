@@ -1,0 +1,187 @@
+"""Shapes of well-known models, to plan for one without having it.
+
+The settings below are those of the published configurations, where they decide a size; everything else is left out. They are
+measured as a checkpoint would be (model_shape.py), by building the model's skeleton. grok-1 has no class in transformers: its
+sizes are added up here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from epslots.errors import ConfigError
+from epslots.models.memory_plan import KVLayer, ModelShape
+from epslots.records import ITEM_BYTES, LayerSpec, RecordLayout
+
+
+class _Published(NamedTuple):
+    """A model's class, the settings of its configuration, and where they were published."""
+
+    architecture: str
+    settings: Mapping[str, Any]
+    source: str
+
+
+_MLA = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+
+_PUBLISHED = {
+    "deepseek-v3": _Published(
+        "DeepseekV3ForCausalLM",
+        _MLA
+        | {
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 61,
+            "first_k_dense_replace": 3,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "n_group": 8,
+            "topk_group": 4,
+        },
+        "deepseek-ai/DeepSeek-V3, config.json; without the multi-token prediction module",
+    ),
+    "kimi-k2": _Published(
+        "DeepseekV3ForCausalLM",
+        _MLA
+        | {
+            "vocab_size": 163840,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 61,
+            "first_k_dense_replace": 1,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 64,
+            "n_routed_experts": 384,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "moonshotai/Kimi-K2-Base, config.json (the architecture is DeepSeek-V3's)",
+    ),
+    "qwen3-235b-a22b": _Published(
+        "Qwen3MoeForCausalLM",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 1536,
+            "num_hidden_layers": 94,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "decoder_sparse_step": 1,
+            "tie_word_embeddings": False,
+        },
+        "Qwen/Qwen3-235B-A22B, config.json",
+    ),
+    "mixtral-8x7b": _Published(
+        "MixtralForCausalLM",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+        "mistralai/Mixtral-8x7B-v0.1, config.json",
+    ),
+    "gemma-4-26b-a4b": _Published(
+        "Gemma4ForCausalLM",
+        {
+            "vocab_size": 262144,
+            "hidden_size": 2816,
+            "intermediate_size": 2112,
+            "moe_intermediate_size": 704,
+            "num_hidden_layers": 30,  # every sixth one attends to everything, the others to a window
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "attention_k_eq_v": True,
+            "sliding_window": 1024,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 128,
+            "top_k_experts": 8,
+            "tie_word_embeddings": True,
+        },
+        "google/gemma-4-26B-A4B, text_config of config.json; without the vision tower",
+    ),
+}
+_GROK_1 = "grok-1"
+
+KNOWN_SHAPES: dict[str, str] = {name: published.source for name, published in _PUBLISHED.items()} | {
+    _GROK_1: "xai-org/grok-1, run.py and model.py"
+}
+"""The names that ``known_shape`` takes, and where the numbers are from."""
+
+
+@functools.cache
+def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
+    """The shape of a well-known model, with all weights in ``dtype``.
+
+    Raises:
+        ConfigError: no model of that name is known, or no such dtype.
+    """
+    if name not in KNOWN_SHAPES:
+        raise ConfigError(f"model={name!r} is not known; the known ones: {', '.join(sorted(KNOWN_SHAPES))}")
+    if dtype not in ITEM_BYTES:
+        raise ConfigError(f"dtype={dtype!r}: allowed: {', '.join(ITEM_BYTES)}")
+    if name == _GROK_1:
+        return _grok_1(dtype)
+    # Both take seconds to import, and the names above are wanted without them.
+    import transformers
+
+    from epslots.models.model_shape import shape_of_config
+
+    published = _PUBLISHED[name]
+    model_class = getattr(transformers, published.architecture)
+    config = model_class.config_class(**published.settings, architectures=[published.architecture])
+    return shape_of_config(config, name, dtype)
+
+
+def _grok_1(dtype: str) -> ModelShape:
+    item = ITEM_BYTES[dtype]
+    num_layers, num_experts, top_k = 64, 8, 2
+    heads, kv_heads, head_dim = 48, 8, 128
+    hidden = heads * head_dim
+    # The feed-forward width is two thirds of the widening factor, 8, times the hidden size.
+    intermediate = 8 * hidden * 2 // 3
+    vocab = 128 * 1024
+
+    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim  # query and output, key and value
+    norms = 4 * hidden  # before and after attention, before and after the experts
+    router = hidden * num_experts
+    # Embedding and output are one matrix; one more norm comes before the output.
+    dense = num_layers * (attention + norms + router) + vocab * hidden + hidden
+    layout = RecordLayout.of(
+        [("gate_up_proj", (2 * intermediate, hidden), dtype), ("down_proj", (hidden, intermediate), dtype)]
+    )
+    return ModelShape(
+        name=_GROK_1,
+        dtype=dtype,
+        layers=tuple(LayerSpec(f"decoder_layer_{i}.moe", num_experts, layout) for i in range(num_layers)),
+        top_k=top_k,
+        dense_bytes=dense * item,
+        kv=(KVLayer(2 * kv_heads * head_dim * item),) * num_layers,
+        hidden_size=hidden,
+        vocab_size=vocab,
+    )

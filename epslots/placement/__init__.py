@@ -1,0 +1,1 @@
+"""Where experts live and how many slots a layer has: decided from windows of telemetry."""

@@ -1,0 +1,37 @@
+"""Placements as files: computed offline (``epslots placement plan``), loaded at the start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from epslots.errors import ConfigError
+from epslots.placement.placement import Placement, pack, unpack
+
+
+def read_placement(path: str | os.PathLike[str]) -> Placement:
+    """The placement in a file.
+
+    Raises:
+        ConfigError: the file can't be read, or holds no sound placement.
+    """
+    try:
+        return unpack(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"no placement at {os.fspath(path)}: {error.strerror}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{os.fspath(path)}: {error}") from error
+
+
+def write_placement(placement: Placement, path: str | os.PathLike[str]) -> None:
+    """Write a placement; the file appears whole or not at all."""
+    placement.check()
+    target = Path(path)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(pack(placement))
+        temporary.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{target} can't be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""A group of ranks without ranks: the very rules by which they plan, cache and move, and a clock that adds up what that takes.
+
+Pure. What is decided is exact: for the same choices of the router, real ranks have the same hits, misses, fetches, moves and
+evictions. What it takes is a model (``timing.py``): in each layer of a step all wait for the slowest rank, which fetches, then
+computes; copies for a placement run behind that and delay the next fetches if they aren't done.
+
+Legend of shape suffixes: L layers, R ranks, N nodes, E experts of the largest layer, U experts with tokens, F fetches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from epslots.placement.placement import Placement, default_placement, first_residents
+from epslots.placement.shared_model import SharedModel
+from epslots.simulation.timing import Timing
+from epslots.step.costs import compute_cost, fetch_cost, moved_pairs
+from epslots.step.eviction import IntArray, Policy, UseHistory, record_use
+from epslots.step.residency import BoolArray
+from epslots.step.reuse import FloatArray, count_distances, stack_distances
+from epslots.step.shared_layer import GroupPlan, SharedLayer
+
+
+@dataclass
+class Tally:
+    """What a group did in a step, or in several. int64 [L, R] unless said otherwise.
+
+    Attributes:
+        hits, misses: uses of experts by the rank that computes them.
+        host_fetches, peer_fetches: experts fetched on demand.
+        host_moves, peer_moves: experts fetched for the placement.
+        evictions: experts that gave way to any of them, or to a slot's change of layer.
+        computed: pairs that each rank computed.
+        far_fetches: experts, moves included, that came from another node.
+        time_L: nanoseconds of each layer, int64 [L].
+        levels_L: mean pairs of the ranks / most pairs, summed over steps, float [L].
+        steps_L: steps in which the layer had tokens, int64 [L].
+        step_ns: of each step.
+    """
+
+    hits: IntArray
+    misses: IntArray
+    host_fetches: IntArray
+    peer_fetches: IntArray
+    host_moves: IntArray
+    peer_moves: IntArray
+    evictions: IntArray
+    computed: IntArray
+    far_fetches: IntArray
+    time_L: IntArray
+    levels_L: FloatArray
+    steps_L: IntArray
+    step_ns: list[int]
+
+    @classmethod
+    def empty(cls, layers: int, ranks: int) -> Tally:
+        def zeros() -> IntArray:
+            return np.zeros((layers, ranks), np.int64)
+
+        return cls(
+            *(zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), zeros()),
+            time_L=np.zeros(layers, np.int64),
+            levels_L=np.zeros(layers),
+            steps_L=np.zeros(layers, np.int64),
+            step_ns=[],
+        )
+
+
+class SimulatedGroup:
+    """The ranks of one expert-parallel group.
+
+    Args:
+        placement: where experts live at the start, and each rank's slots. Slots hold what ranks would fill them with.
+        policy: the eviction policy.
+        expert_bytes: of any layer's expert.
+        node_R: the node of each rank, if there are several.
+        holds_LRE: who holds what at the start, if it is otherwise.
+
+    Attributes:
+        model: what real ranks know of each other.
+        tally: what has been done since it was last taken.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        timing: Timing,
+        policy: Policy,
+        *,
+        expert_bytes: int = 1,
+        node_R: IntArray | None = None,
+        holds_LRE: BoolArray | None = None,
+    ) -> None:
+        layers, ranks, experts = placement.wanted_LRE.shape
+        self._experts = placement.num_experts_L.tolist()
+        self._timing, self._policy, self._node_R = timing, policy, node_R
+        holds_LRE = first_residents(placement) if holds_LRE is None else holds_LRE
+        dealt = default_placement(self._experts, placement.quota_LR)
+        shared = [
+            SharedLayer(
+                0,
+                holds_LRE[layer, :, :own].copy(),
+                placement.quota_LR[layer].copy(),
+                dealt.home_LE[layer, :own].copy(),
+                timing.costs,
+                expert_bytes=expert_bytes,
+                node_R=node_R,
+            )
+            for layer, own in enumerate(self._experts)
+        ]
+        # As the ranks of a runtime do: they form with homes dealt by slots, and adopt a placement from there.
+        self.model = SharedModel(shared, dealt, [range(layers)])
+        if placement.generation > 0:
+            self.model.adopt(placement, expert_bytes)
+        self._history = UseHistory.empty(layers, experts)
+        self._steps_L = [0] * layers
+        self._behind_R = np.zeros(ranks, np.int64)
+        self.tally = Tally.empty(layers, ranks)
+        self._tokens_LE, self._uses_LE = (np.zeros((layers, experts), np.int64) for _ in range(2))
+        self._reuse_LD = np.zeros((layers, experts + 1), np.int64)
+
+    def take(self) -> Tally:
+        """What was done since the last call."""
+        tally, self.tally = self.tally, Tally.empty(*self.tally.hits.shape)
+        return tally
+
+    def take_window(self) -> tuple[IntArray, IntArray, IntArray]:
+        """What real ranks' telemetry counts, since the last call: pairs and steps by expert, and stack distances."""
+        window = self._tokens_LE.copy(), self._uses_LE.copy(), self._reuse_LD.copy()
+        for counted in (self._tokens_LE, self._uses_LE, self._reuse_LD):
+            counted[:] = 0
+        return window
+
+    def step(self, counts_LRE: IntArray | Sequence[IntArray], tokens_R: IntArray) -> int:
+        """Run one step of all ranks; returns its nanoseconds.
+
+        Args:
+            counts_LRE: (token, k) pairs of each rank's own tokens, [R, at least the layer's experts] for each layer.
+            tokens_R: tokens of each rank.
+        """
+        timing, tally = self._timing, self.tally
+        for shift in self.model.begin_step(self._score):
+            tally.evictions[shift.giver, shift.rank] += int(shift.evicted >= 0)
+        together = len(self._behind_R) > 1
+        far = timing.far_exchange if self._node_R is not None else 0
+        header = timing.costs.gather + far if together else 0
+        step_ns = header
+        for layer, experts in enumerate(self._experts):
+            counts_RE = counts_LRE[layer][:, :experts]
+            used_E: BoolArray = counts_RE.sum(0) > 0
+            layer_ns = timing.layer + int(tokens_R.max(initial=0)) * timing.token + header
+            moving_R = np.zeros_like(self._behind_R)
+            if used_E.any():
+                # A predictor's prefetches would be asked for here: before the layer's counts are known to its ranks.
+                if self.model.layers[layer].everywhere:  # nobody says anything of it, and nothing of its uses is known
+                    self._tokens_LE[layer, :experts] += counts_RE.sum(0)
+                    layer_ns -= header
+                else:
+                    self._note_uses(layer, counts_RE, used_E)
+                plan = self._plan(layer, counts_RE)
+                layer_ns += self._layer_time(plan, tokens_R, far)
+                if len(plan.moves):
+                    moving_R = self._fetch_time(plan.moves.ranks, plan.moves.sources)
+            self._behind_R = np.maximum(self._behind_R - layer_ns, 0) + moving_R
+            tally.time_L[layer] += layer_ns
+            step_ns += layer_ns
+        tally.step_ns.append(step_ns)
+        return step_ns
+
+    def _score(self, layer: int) -> IntArray:
+        return self._policy(self._history.layer(layer, self._experts[layer]))
+
+    def _note_uses(self, layer: int, counts_RE: IntArray, used_E: BoolArray) -> None:
+        self._steps_L[layer] += 1
+        row, experts = self._history.layer(layer, len(used_E)), len(used_E)
+        count_distances(self._reuse_LD[layer], stack_distances(row.last_use, used_E, self._score(layer)))
+        record_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].quota_R.sum()))
+        self._tokens_LE[layer, :experts] += counts_RE.sum(0)
+        self._uses_LE[layer, :experts] += used_E
+
+    def _plan(self, layer: int, counts_RE: IntArray) -> GroupPlan:
+        """Plan a layer's step, and count what it does."""
+        shared, tally, ranks = self.model.layers[layer], self.tally, len(counts_RE)
+        before_RE = shared.holds_RE.copy()
+        plan = shared.decide(counts_RE, self._score(layer), self.model.room)
+        needed_RU = plan.computed_RU > 0
+        misses_R = np.bincount(plan.fetch_ranks, minlength=ranks)
+        free_R = shared.quota_R - before_RE.sum(1)
+        from_peer = plan.fetch_sources >= 0
+        moves = plan.moves
+        tally.hits[layer] += needed_RU.sum(1) - misses_R
+        tally.misses[layer] += misses_R
+        tally.host_fetches[layer] += np.bincount(plan.fetch_ranks[~from_peer], minlength=ranks)
+        tally.peer_fetches[layer] += np.bincount(plan.fetch_ranks[from_peer], minlength=ranks)
+        tally.host_moves[layer] += np.bincount(moves.ranks[moves.sources < 0], minlength=ranks)
+        tally.peer_moves[layer] += np.bincount(moves.ranks[moves.sources >= 0], minlength=ranks)
+        # Fetches take the empty slots first; in a step of several waves even what it has fetched gives way.
+        tally.evictions[layer] += np.maximum(misses_R - free_R, 0)
+        tally.evictions[layer] += np.bincount(moves.ranks[moves.evicted >= 0], minlength=ranks)
+        pairs_R = plan.computed_RU.sum(1)
+        tally.computed[layer] += pairs_R
+        tally.levels_L[layer] += float(pairs_R.mean() / pairs_R.max())
+        tally.steps_L[layer] += 1
+        if self._node_R is not None:
+            for target, source in ((plan.fetch_ranks, plan.fetch_sources), (moves.ranks, moves.sources)):
+                tally.far_fetches[layer] += np.bincount(target[self._is_far(target, source)], minlength=ranks)
+        return plan
+
+    def _layer_time(self, plan: GroupPlan, tokens_R: IntArray, far: int) -> int:
+        """As ``costs.layer_time`` has it; with other nodes, and with what is still being moved."""
+        costs, ranks = self._timing.costs, len(plan.counts_RU)
+        busy_R = compute_cost(costs, plan.computed_RU)
+        if len(plan.fetch_ranks):
+            fetching_R = self._fetch_time(plan.fetch_ranks, plan.fetch_sources)
+            busy_R = busy_R + fetching_R + np.where(fetching_R > 0, self._behind_R, 0)
+        moved_R = moved_pairs(plan.counts_RU, plan.computed_RU)
+        most = int(moved_R.max())
+        if not most:
+            return int(busy_R.max())
+        far_pairs = 0 if self._node_R is None else far_pairs_of_a_rank(plan.counts_RU, plan.computed_RU, self._node_R)
+        sent = most * costs.pair_transfer + far_pairs * self._timing.far_pair
+        # Ranks choose the cheaper way to exchange (``costs.gathers``).
+        top_k = -(-int(plan.counts_RU.sum()) // max(1, int(tokens_R.sum())))
+        rows = (ranks - 1) * int(tokens_R.max()) * (1 + top_k)
+        gathered = 2 * (costs.gather + far) + rows * max(costs.pair_transfer, self._timing.far_pair if far else 0)
+        return int(busy_R.max()) + min(2 * (costs.exchange + far + sent), gathered)
+
+    def _fetch_time(self, rank_F: IntArray, source_F: IntArray) -> IntArray:
+        """Nanoseconds that each rank is busy with these fetches, int64 [R]."""
+        ranks = len(self._behind_R)
+        if self._node_R is None:
+            return fetch_cost(self._timing.costs, ranks, rank_F, source_F)
+        far = self._is_far(rank_F, source_F)
+        far_R = np.bincount(rank_F[far], minlength=ranks) + np.bincount(source_F[far], minlength=ranks)
+        return fetch_cost(self._timing.costs, ranks, rank_F[~far], source_F[~far]) + far_R * self._timing.far_fetch
+
+    def _is_far(self, rank_F: IntArray, source_F: IntArray) -> BoolArray:
+        assert self._node_R is not None
+        far: BoolArray = (source_F >= 0) & (self._node_R[rank_F] != self._node_R[source_F])
+        return far
+
+
+def far_pairs_of_a_rank(counts_RU: IntArray, computed_RU: IntArray, node_R: IntArray) -> int:
+    """Pairs that a rank of the busiest node sends to other nodes or receives from them, whichever is more.
+
+    Tokens stay on their node as far as they can (``routes.py``); what crosses is spread over the node's ranks.
+    """
+    here_NR = (np.arange(int(node_R.max()) + 1)[:, None] == node_R).astype(np.int64)
+    counts_NU, computed_NU = here_NR @ counts_RU, here_NR @ computed_RU
+    crossing_N = np.maximum(counts_NU.sum(1), computed_NU.sum(1)) - np.minimum(counts_NU, computed_NU).sum(1)
+    return int((-(-crossing_N // np.maximum(1, here_NR.sum(1)))).max())

@@ -1,0 +1,105 @@
+"""How long things take on machines that aren't here: what the simulator's clock counts.
+
+Pure. Ranks decide by ``Costs``; a machine has more to it than these: links between nodes, attention, and whatever else a layer
+does. The device classes are data sheets' bandwidths at the share of them that copies and matrix products usually reach. They
+rank choices; to predict a machine, give its measured costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from epslots.step.costs import Costs
+
+
+@dataclass(frozen=True)
+class Device:
+    """Bandwidths of one rank's device in GB/s, and its compute in TFLOP/s (bf16, dense).
+
+    Attributes:
+        memory: of the device's own memory.
+        host: from the node's host memory.
+        peer: to and from another rank of the node, one way.
+        network: to and from another node, one way, for each rank.
+        latency_us: of a collective of nothing within a node; ``network_latency_us`` adds what other nodes add.
+    """
+
+    memory: float
+    host: float
+    peer: float
+    network: float
+    tflops: float
+    latency_us: float
+    network_latency_us: float
+
+
+# Data sheets: NVIDIA A100 SXM (NVLink 3, PCIe 4 x16, HDR 200), H100 and H200 SXM (NVLink 4, PCIe 5 x16, NDR 400),
+# L40S (no NVLink: peers through PCIe 4 x16). "cpu" is a socket with gloo.
+DEVICES = {
+    "a100": Device(2039, 32, 300, 25, 312, 15, 15),
+    "h100": Device(3350, 64, 450, 50, 989, 12, 12),
+    "h200": Device(4800, 64, 450, 50, 989, 12, 12),
+    "l40s": Device(864, 32, 16, 12.5, 362, 25, 20),
+    "cpu": Device(40, 10, 2, 1, 0.5, 80, 100),
+}
+DEFAULT_DEVICE = "h100"
+# What copies reach of a link's data sheet, and products of few rows of a device's.
+LINK_SHARE, COMPUTE_SHARE = 0.8, 0.5
+# bf16
+_BYTES_PER_WEIGHT = 2
+
+
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the simulated clock counts, in nanoseconds.
+
+    Attributes:
+        costs: what the ranks decide by, and what most of their time follows from.
+        far_pair: a pair's transfer to another node, one way.
+        far_fetch: an expert's copy from another node's rank.
+        far_exchange: what a collective takes longer where there are other nodes.
+        layer: what a layer takes besides its experts, such as attention.
+        token: the same for each of the rank's tokens.
+    """
+
+    costs: Costs
+    far_pair: int
+    far_fetch: int
+    far_exchange: int
+    layer: int
+    token: int
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__[1:]:
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value < 2**40:
+                raise ValueError(f"{name}={value!r}: allowed: nanoseconds, an int from 0 to {2**40 - 1}")
+
+
+def timing_of(device: Device, expert_bytes: int, row_bytes: int, layer_ns: int = 0, token_ns: int = 0) -> Timing:
+    """A device's timing for a model.
+
+    Args:
+        expert_bytes: of one expert's weights, in bf16.
+        row_bytes: of one token's hidden state.
+        layer_ns, token_ns: of a layer besides its experts: see ``Timing``.
+    """
+
+    def carry(size: int, gigabytes: float) -> int:  # bytes / (GB/s) = ns
+        return max(1, round(size / (gigabytes * LINK_SHARE)))
+
+    flops = 2 * expert_bytes / _BYTES_PER_WEIGHT
+    costs = Costs(
+        host_fetch=carry(expert_bytes, device.host),
+        peer_fetch=carry(expert_bytes, device.peer),
+        pair_transfer=carry(row_bytes, device.peer),
+        pair_compute=max(1, round(flops / (device.tflops * COMPUTE_SHARE * 1e3))),
+        expert_compute=carry(expert_bytes, device.memory),
+        exchange=round(device.latency_us * 1e3),
+        gather=round(device.latency_us * 1e3),
+    )
+    far = round(device.network_latency_us * 1e3)
+    return Timing(
+        costs, carry(row_bytes, device.network), carry(expert_bytes, device.network), far, int(layer_ns), int(token_ns)
+    )

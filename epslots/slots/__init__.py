@@ -1,0 +1,1 @@
+"""Experts on the device: the pool of slots, its tables, and the links that fill it."""

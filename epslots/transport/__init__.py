@@ -1,0 +1,1 @@
+"""Between ranks: collectives, and the row of counts that keeps them in step."""

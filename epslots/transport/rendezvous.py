@@ -1,0 +1,58 @@
+"""Which ranks a process computes with: a process group that it is given, torch's default one, or the one of ``torchrun``."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from epslots.errors import ConfigError, PeerLost
+from epslots.transport.torch_transport import TorchTransport
+from epslots.transport.transport import Transport
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def started_by_torchrun() -> bool:
+    """Whether the environment names this process's rank among several."""
+    return {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_number() -> int | None:
+    """This process's number among those that ``torchrun`` started on the node; None if it started none."""
+    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+
+
+def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.device) -> Transport | None:
+    """The way to the other ranks; None if there are none.
+
+    Raises:
+        ConfigError: this process isn't in ``group``, or its backend isn't the device's.
+        PeerLost: ``torchrun``'s ranks didn't find each other.
+    """
+    if group is None:
+        if not dist.is_available():
+            return None
+        if not dist.is_initialized():
+            if not started_by_torchrun():
+                return None
+            _form_default_group(device)
+        group = dist.group.WORLD
+        assert group is not None
+    if isinstance(group, dist.ProcessGroup):
+        return TorchTransport(group, device=device) if group.size() > 1 else None
+    if not hasattr(group, "all_to_all"):  # torch gives processes outside of a group a number in its place
+        raise ConfigError(f"group={group!r}: allowed: None, or a torch.distributed process group that this process is in")
+    return group if group.size > 1 else None
+
+
+def _form_default_group(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # Torch's watchdog would end the process when a peer is lost. This is read from the environment alone.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    try:
+        dist.init_process_group(BACKENDS[device.type], device_id=device if device.type == "cuda" else None)
+    except (RuntimeError, ValueError) as error:
+        raise PeerLost(f"the ranks of torchrun could not form a group: {error}") from error
