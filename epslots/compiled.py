@@ -6,21 +6,28 @@ into arrays that it is given or returns new ones, and calls compiled functions o
 elsewhere to what it has kept.
 
 Compiling takes half a minute, once on a machine: the code is kept in the user's cache, or where that can't be written beside
-the module. ``prepare`` does it, so that no step waits for it.
+the module, or nowhere. ``prepare`` does it, so that no step waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
+import llvmlite
+import llvmlite.binding
 import numba
 import platformdirs
+from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator, UserWideCacheLocator
+from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
 from epslots.counting import counting
@@ -33,6 +40,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Functions that have yet to be compiled, in the order in which they were defined: a caller stands behind what it calls.
 _waiting: list[tuple[Any, str]] = []
+_lock = threading.Lock()
+
+
+@functools.cache
+def _folder(module: str, path: str) -> str:
+    """Where a module's code is kept: by all that it follows from, so that neither a move nor another machine spoils it."""
+    machine = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
+    settings = config.USING_SVML, config.BOUNDSCHECK, config.OPT
+    about = repr((numba.__version__, llvmlite.__version__, *machine, *map(str, settings), module))
+    key = hashlib.sha256(about.encode() + Path(path).read_bytes()).hexdigest()[:16]
+    return str(Path(platformdirs.user_cache_dir("epslots")) / "compiled" / key)
 
 
 class _BySource(InTreeCacheLocator):
@@ -40,9 +58,7 @@ class _BySource(InTreeCacheLocator):
 
     def __init__(self, function: Callable[..., Any], path: str) -> None:
         super().__init__(function, path)
-        folder = Path(platformdirs.user_cache_dir("epslots")) / "compiled"
-        source = function.__module__.encode() + b"\n" + Path(path).read_bytes()  # what is kept names the module
-        self._cache_path = str(folder / hashlib.sha256(source).hexdigest()[:16])
+        self._cache_path = _folder(function.__module__, path)
 
 
 class _Code(CompileResultCacheImpl):
@@ -50,7 +66,24 @@ class _Code(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
+    """A cache that may be broken, full or read-only: then code is compiled as if there were none."""
+
     _impl_class = _Code
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            logger.warning("compiled code in %s can't be read and is made anew: %r", self.cache_path, error)
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            logger.warning("compiled code can't be kept in %s: %r", self.cache_path, error)
 
 
 def compiled(signature: str) -> Callable[[_Function], _Function]:
@@ -58,7 +91,6 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
 
     def keep(function: _Function) -> _Function:
         dispatcher = numba.njit(function)
-        dispatcher._cache = _Cache(function)
         _waiting.append((dispatcher, signature))
         return cast(_Function, dispatcher)
 
@@ -70,29 +102,34 @@ def part(function: _Function) -> _Function:
     return cast(_Function, register_jitable(function))
 
 
-def prepare(*, shown: bool = False) -> None:
+def prepare(*, shown: bool | None = None) -> None:
     """Compile what has been defined by now, for its own types alone: others are a TypeError from then on.
 
-    A function that is called before is compiled then.
+    A function that is called before is compiled then, and not kept.
 
     Args:
-        shown: whether a progress bar is drawn where it takes long.
+        shown: whether a progress bar is drawn where it takes long; None: if standard error is a terminal.
     """
-    began = time.perf_counter()
-    while _waiting and time.perf_counter() < began + _LONG_S:  # time enough to find what has been kept
-        _compile_next()
-    if not _waiting:
-        return
-    title = "compiling the planner, once on this machine"
-    logger.info("%s", title)
-    with counting(title, len(_waiting), shown) as advance:
-        while _waiting:
+    with _lock:
+        began = time.perf_counter()
+        while _waiting and time.perf_counter() < began + _LONG_S:  # time enough to find what has been kept
             _compile_next()
-            advance(1)
+        if not _waiting:
+            return
+        title = "compiling the planner, once on this machine"
+        logger.info("%s", title)
+        with counting(title, len(_waiting), shown) as advance:
+            while _waiting:
+                _compile_next()
+                advance(1)
 
 
 def _compile_next() -> None:
     dispatcher, signature = _waiting[0]
-    dispatcher.compile(signature)
-    dispatcher.disable_compile()
+    if getattr(dispatcher, "_can_compile", False):  # not interrupted here before; and NUMBA_DISABLE_JIT isn't set
+        # Nothing to keep it in is no reason to do without.
+        with contextlib.suppress(RuntimeError, OSError):
+            dispatcher._cache = _Cache(dispatcher.py_func)
+        dispatcher.compile(normalize_signature(signature)[0])
+        dispatcher.disable_compile()
     _waiting.pop(0)

@@ -156,6 +156,8 @@ def load(
     if deadline_s is not None and not deadline_s > 0:
         raise ConfigError(f"deadline_s={deadline_s!r}: allowed: seconds, more than 0")
     start = read_placement(placement) if isinstance(placement, str | os.PathLike) else placement
+    if start is not None:
+        start.check()
 
     def load_here(neighbours: int) -> PreTrainedModel:
         return load_alone(
@@ -250,7 +252,6 @@ def load_alone(
     if host_compute not in HOST_COMPUTE_SETTINGS:
         raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
     on_host = host_compute == "on" or (host_compute == "auto" and target.type == "cuda")
-    prepare(shown=display.shown)  # here, and not in the first step
     store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = find_checkpoint(path_or_id)
     config = read_config(folder)
@@ -288,6 +289,7 @@ def load_alone(
     )
     plan.check()
     check_room(manifest, kind=kind, cache_dir=store_dir)
+    prepare(shown=display.shown)  # here, and not in the first step
 
     model = load_dense(
         model_class,

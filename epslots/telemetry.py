@@ -166,7 +166,7 @@ class Telemetry:
         self._received[layer] += received
 
     def count_uses(self, layer: int, used_E: BoolArray) -> None:
-        """The experts that a step uses on whichever rank. Layers with every expert resident on one rank don't say."""
+        """The experts that a step uses on whichever rank. Layers that miss nothing on any rank don't say."""
         self._uses[layer, : len(used_E)] += used_E
 
     def count_reuse(self, layer: int, distances: IntArray) -> None:
@@ -278,6 +278,7 @@ class WindowMeter:
         now = self._last
         tokens, uses, reuse = (np.subtract(a, b, dtype="<i8").tobytes() for a, b in zip(now.arrays, last.arrays, strict=True))
         hits, misses, host_bytes, peer_bytes = (_less(a, b) for a, b in zip(now.lists, last.lists, strict=True))
+        host_bytes = tuple(max(0, more) for more in host_bytes)  # a prefetch of the last window may have been given up in this
         layer_s, wait_s = (_less(a, b) for a, b in zip(now.times, last.times, strict=True))
         return Window(
             steps=now.steps - last.steps,

@@ -17,6 +17,7 @@ from epslots.step.eviction import (
     SHIFTS,
     STILL_EVERY,
     USE,
+    Policy,
     UseHistory,
     adaptive,
     learns,
@@ -225,3 +226,12 @@ def test_scores_stay_within_64_bits_where_prompts_and_single_tokens_alternate():
             used_E[generator.permutation(256 if uses == 64 else 12)[:uses]] = True
             record_use(history, used_E, step, 128)
             assert (POLICIES["adaptive"](history) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [lambda history: history.last_use * 1.0, lambda history: history.last_use[:2], lambda history: history.decayed[0, ::-1]],
+)
+def test_a_policy_of_ones_own_is_tried_before_it_is_used(policy: Policy):
+    with pytest.raises(ConfigError, match="allowed: contiguous int64"):
+        resolve_policy(policy)

@@ -115,24 +115,46 @@ def test_what_is_dropped_takes_no_time_unless_it_has_begun(clock: Clock, urgent:
     assert due(clock, link, last) == 3.0
 
 
+def large(number: int) -> torch.Tensor:
+    return torch.full((1 << 20,), number, dtype=torch.uint8)
+
+
 def test_a_large_record_is_brought_by_a_thread_and_waited_for():
-    link = EmulatedLink(FAST)
-    there = [torch.zeros(1 << 20, dtype=torch.uint8)]
-    go, who = threading.Event(), []
+    link, there, who = EmulatedLink(FAST), [large(0)], []
+    go = threading.Event()
 
     def put(slot: torch.Tensor, record: torch.Tensor) -> None:
         who.append(threading.current_thread())
         assert go.wait(20)
         slot.copy_(record)
 
-    (first,) = link.start(there, [torch.full((1 << 20,), 1, dtype=torch.uint8)], put, urgent=True)
-    link.drop(first)
-    (landing,) = link.start(there, [torch.full((1 << 20,), 2, dtype=torch.uint8)], put, urgent=True)
+    (landing,) = link.start(there, [large(1)], put, urgent=True)
     assert not link.landed(landing)
     go.set()
     link.land(landing)
-    assert (there[0] == 2).all(), "what was started last is written last"
+    assert (there[0] == 1).all()
     assert threading.current_thread() not in who
+
+
+def test_nothing_of_what_was_dropped_is_written_later():
+    """Not even by a record whose copying has begun: the slot's next writer may be a peer."""
+    link, there = EmulatedLink(FAST), [large(0)]
+    begun, go, done = threading.Event(), threading.Event(), threading.Event()
+
+    def put(slot: torch.Tensor, record: torch.Tensor) -> None:
+        begun.set()
+        assert go.wait(20)
+        slot.copy_(record)
+
+    (copying,) = link.start(there, [large(1)], put, urgent=True)
+    (waiting,) = link.start([large(0)], [large(2)], put, urgent=True)
+    assert begun.wait(20)
+    dropping = threading.Thread(target=lambda: (link.drop(waiting), link.drop(copying), done.set()))
+    dropping.start()
+    assert not done.is_set()
+    go.set()
+    dropping.join(20)
+    assert done.is_set() and (there[0] == 1).all()
 
 
 def test_what_cannot_be_brought_is_told_to_whoever_waits():

@@ -88,17 +88,18 @@ def test_more_ranks_than_experts(name: str, costs: epslots.Costs, checkpoint: Ch
     grouped.check()
 
 
+@pytest.mark.parametrize("link", [None, "20MB/s,200us"])
 def test_ranks_that_hold_everything_exchange_headers_alone(
-    checkpoint: Checkpoints, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+    link: str | None, checkpoint: Checkpoints, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """And as soon as one of them lacks an expert of a layer, they plan that layer again."""
+    """Where one of them lacks an expert of any layer, they plan each of its layers."""
     gathered: list[int] = []
     gather = LockStep.gather_counts
     monkeypatch.setattr(
         LockStep, "gather_counts", lambda self, layer, *a, **k: gathered.append(layer) or gather(self, layer, *a, **k)
     )
     folder = checkpoint("qwen3_moe")
-    whole = Grouped(folder, cache_dir, slots=["100%", "100%"])
+    whole = Grouped(folder, cache_dir, slots=["100%", "100%"], link=link)
     compare(whole, zoo.reference(folder))
     assert not gathered
     assert all(layer.misses == 0 and layer.steps > 0 for model in whole.models for layer in epslots.stats(model).layers)

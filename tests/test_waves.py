@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epslots.step.residency import settle
-from epslots.step.waves import plan_waves
+from epslots.step.waves import PAIRS_A_READ, plan_waves
 
 
 def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] | None = None):
@@ -110,6 +110,53 @@ def test_where_an_expert_happens_to_lie_decides_nothing(situation, random):
         assert sorted(wave.experts) == sorted(other.experts)
         assert wave.fetch_experts.tolist() == other.fetch_experts.tolist()
         assert sorted(wave.evicted) == sorted(other.evicted)
+
+
+@given(situations(), st.data())
+def test_over_a_link_what_is_there_runs_first_and_small_passes_are_joined(situation, data):
+    counts, residents, quota, scores = situation
+    counts_E, score_E = np.array(counts), np.array(scores, np.int64)
+    position_E, expert_Q = np.full(len(counts), -1), np.full(quota, -1)
+    for position, expert in enumerate(residents):
+        expert_Q[position] = expert
+        if expert >= 0:
+            position_E[expert] = position
+    flags = data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts)))
+    needed = {e for e, count in enumerate(counts) if count}
+    fits = len(needed) <= quota
+    flying_E = (position_E >= 0) & flags
+    first_E = (position_E < 0) & flags if fits else None
+    worth = data.draw(st.integers(0, 12))
+    change = settle((position_E >= 0)[None], (counts_E > 0)[None], np.array([quota]), score_E)
+    waves = plan_waves(
+        counts_E,
+        position_E,
+        expert_Q,
+        score_E,
+        change.evicted_RE[0],
+        concurrent=True,
+        flying_E=flying_E,
+        first_E=first_E,
+        worth=worth,
+    )
+    order = [e for wave in waves for e in wave.experts.tolist()]
+    assert sorted(order) == sorted(needed)
+    kind = {e: (3 if position_E[e] < 0 and not (fits and flags[e]) else 1 if not flags[e] else 2) for e in needed}
+    assert [kind[e] for e in order if kind[e] != 2] == sorted(kind[e] for e in order if kind[e] != 2)
+    assert fits or all(len(w.fetch_experts) <= max(1, quota // 2) for w in waves[1:])
+    computed = 0
+    for number, wave in enumerate(waves):
+        # What gives way was computed in the waves that the fetch waits for, or isn't needed.
+        assert wave.evicted.tolist() == expert_Q[wave.fetch_positions].tolist()
+        before = {e for w in waves[: wave.after] for e in w.experts.tolist()}
+        assert all(e < 0 or e not in needed or e in before for e in wave.evicted.tolist())
+        expert_Q[wave.fetch_positions] = wave.fetch_experts
+        assert expert_Q[wave.positions].tolist() == wave.experts.tolist()
+        reads = sum(1 + counts[e] // PAIRS_A_READ for e in wave.experts.tolist())
+        computed += reads
+        assert not fits or len(waves) == 1 or reads >= worth, "a wave that isn't worth it is joined to another"
+        assert fits is False or wave.after == 0
+        assert number < len(waves)
 
 
 def test_misses_pass_through_in_order_of_rising_score():

@@ -70,6 +70,7 @@ def bench(
     import torch
 
     from epslots.bench.report import Report
+    from epslots.compiled import prepare
     from epslots.loading import resolve_device
 
     if threads is not None:
@@ -81,6 +82,7 @@ def bench(
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if unknown := [key for key in settings if key not in signature(run).parameters]:
         raise ConfigError(f"--{unknown[0]}: benchmark {name} takes none")
+    prepare()
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
         run(report, Path(folder) / "cache", *((target,) if name in _ON_DEVICE else ()), **settings)
     report.save()

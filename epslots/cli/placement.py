@@ -113,6 +113,7 @@ def plan(
     import numpy as np
 
     from epslots.cli.trace import slots_of_layers
+    from epslots.compiled import prepare
     from epslots.placement.balance import balancedness, holders, rank_loads
     from epslots.placement.placement import default_placement
     from epslots.placement.placement_file import write_placement
@@ -128,6 +129,7 @@ def plan(
     quota_LR = np.repeat(slots_of_layers(slots, experts_L)[:, None], ranks, 1)
     start = default_placement(experts_L.tolist(), quota_LR)
     if trace is not None and learn_slots:
+        prepare()
         histogram_LD = reuse_histogram(trace.expert_ids, experts_L, POLICIES[DEFAULT_POLICY])
         better_L = improve_quotas(quota_LR.sum(1), histogram_LD, experts_L, np.full(layers, ranks), experts_L * ranks)
         quota_LR = deal_quotas(better_L, quota_LR.sum(0), experts_L, quota_LR)

@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from epslots.cli.trace import slots_of_layers
+from epslots.compiled import prepare
 from epslots.counting import counting
 from epslots.errors import ConfigError
 from epslots.placement.placement_file import read_placement
@@ -82,6 +83,7 @@ def simulate_command(
         placement=first,
         window_steps=window_steps if controller else 0,
     )
+    prepare()
     traffic = Traffic(recorded.expert_ids, recorded.starts, recorded.num_experts)
     with counting("simulate", len(batches) * (steps + warm_up) * len(cluster.groups())) as advance:
         outcomes = [simulate(traffic, cluster, one, steps, warm_up, advance) for one in batches]

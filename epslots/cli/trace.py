@@ -13,6 +13,7 @@ import typer
 
 from epslots.cli.generate import read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
+from epslots.compiled import prepare
 from epslots.counting import counting
 from epslots.errors import ConfigError
 from epslots.generation.text import load_tokenizer
@@ -87,6 +88,7 @@ def replay_command(
         if name not in POLICIES:
             raise ConfigError(f"--policy {name!r}: allowed: all, {', '.join(POLICIES)}")
     quotas = {given: slots_of_layers(given, trace.num_experts) for given in slots.split(",")}
+    prepare()
     quota_CL = np.stack(list(quotas.values()))
     if batch > max(1, len(trace.starts)):
         raise ConfigError(f"--batch {batch}: the trace has {len(trace.starts)} sequences, so no more than these at a time")

@@ -34,6 +34,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
+from epslots.device_copy import to_device
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.generation.paged_attention import WindowBackup, open_processor, paging_obstacle
 from epslots.generation.requests import Batcher, Output, Reason, Request
@@ -167,7 +168,7 @@ class _Requests(ABC):
         if predictor is None or row_T is None:
             yield
             return
-        predictor.follow(torch.from_numpy(row_T).to(self._model.device))
+        predictor.follow(to_device(row_T, self._model.device))
         try:
             yield
         finally:

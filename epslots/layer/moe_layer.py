@@ -12,8 +12,9 @@ transformers' experts module calls ``MoELayer`` with what its router chose (expe
     combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
 
 On one rank all that travels vanishes: its counts are all there are, and its pairs stay where they are. No Python loop runs
-over tokens or experts. A layer of which every rank holds all experts takes no exchange, no plan and no host synchronisation:
-each rank computes its own tokens. Any other takes one, to learn from the counts what is missing.
+over tokens or experts. A single rank's layer that has a slot for every expert takes no plan and no host synchronisation, and
+neither do ranks that each hold the whole model: they compute their own tokens. Any other step takes one, to learn from the
+counts what is missing.
 
 Legend of shape suffixes: T tokens, K experts per token, N = T * K (token, k) pairs, R ranks, E experts, H hidden size.
 """
@@ -217,7 +218,8 @@ class MoELayer:
         """This rank's part of all ranks' step: each of its pairs' results, [N, H]."""
         shared, experts = self._shared, self.experts
         assert shared is not None
-        if usage is None and shared.everywhere:
+        if shared.complete:
+            experts.land()
             self._telemetry.count_resident(self.index, counts)
             return experts.execute(hidden_TH, ids_N)
         top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0

@@ -85,7 +85,6 @@ class SlotExperts:
         self._worth = -(-_PASS_BYTES[pool.device.type] // pool.layout.nbytes)
         self._positions_E = np.empty(num_experts, np.int64)
         self._flying_E = np.zeros(num_experts, bool)
-        self._keys = torch.arange(0, device=pool.device)
         self._read_window()
 
     def _read_window(self) -> None:
@@ -94,6 +93,8 @@ class SlotExperts:
         self.quota_1 = np.array([self.slots])
         self._expert_of_Q = self.pool.expert_of[self._window]
         self.never_misses = self.pool.holds_all_of(self._pool_layer)
+        # Read by captured steps, which are made anew when the window changes: so it stays where it is until then.
+        self._keys = torch.arange(self.slots, device=self.pool.device)
 
     def use_window(self) -> None:
         """Compute with the slots that the layer has by now."""
@@ -260,6 +261,11 @@ class SlotExperts:
             self._land(wave)
         return self.execute(hidden_TH, ids_N, here)
 
+    def land(self) -> None:
+        """Wait for all that is under way to the layer's slots."""
+        if self._mover.any_flying:
+            self._mover.land(np.arange(self._window.start, self._window.stop))
+
     def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, here: int | None = None) -> torch.Tensor:
         """All pairs at once. Returns [N, H], pair by pair.
 
@@ -324,11 +330,10 @@ class SlotExperts:
             order_N (the pair in each sorted row), key_N (sorted), ends int32 [keys] (where each key's rows end), and the
             sorted rows' hidden states [N, H].
         """
-        if len(self._keys) < keys:
-            self._keys = torch.arange(keys, device=ids_N.device)
+        all_keys = self._keys if keys == self.slots else torch.arange(keys, device=ids_N.device)
         top_k = ids_N.shape[0] // hidden_TH.shape[0]
         key_N, order_N = torch.sort(key_E[ids_N], stable=True)
-        ends = torch.searchsorted(key_N, self._keys[:keys], right=True, out_int32=True)
+        ends = torch.searchsorted(key_N, all_keys, right=True, out_int32=True)
         return order_N, key_N, ends, hidden_TH[order_N // top_k]
 
 

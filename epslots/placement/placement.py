@@ -50,6 +50,9 @@ class Placement:
                 f"a placement's arrays must agree: home {list(self.home_LE.shape)}, wanted {list(self.wanted_LRE.shape)}, "
                 f"slots {list(self.quota_LR.shape)}; allowed: [layers, experts], [layers, ranks, experts], [layers, ranks]"
             )
+        for name, array in (("home", self.home_LE), ("slots", self.quota_LR), ("experts", self.num_experts_L)):
+            if array.dtype != np.int64:
+                raise ConfigError(f"a placement's {name} are {array.dtype}; allowed: int64")
         if not 0 <= self.generation <= MOST_GENERATIONS:
             raise ConfigError(f"a placement's generation is {self.generation}; allowed: 0 to {MOST_GENERATIONS}")
         if self.num_experts_L.shape != (layers,) or int(self.num_experts_L.max()) != experts or self.num_experts_L.min() < 1:

@@ -58,6 +58,9 @@ class SharedModel:
 
     def __init__(self, layers: Sequence[SharedLayer], placement: Placement, pools: Sequence[Sequence[int]]) -> None:
         self.layers = tuple(layers)
+        if all(layer.holds_RE.all() for layer in layers):  # there is no other placement of as many slots
+            for layer in layers:
+                layer.complete = True
         self.placement = placement
         self.bytes_per_step = 0
         self.room: Room | None = None

@@ -155,7 +155,7 @@ class SimulatedGroup:
             moving_R = np.zeros_like(self._behind_R)
             if used_E.any():
                 # A predictor's prefetches would be asked for here: before the layer's counts are known to its ranks.
-                if self.model.layers[layer].everywhere:  # nobody says anything of it, and nothing of its uses is known
+                if self.model.layers[layer].complete:  # nobody says anything of it, and nothing of its uses is known
                     self._tokens_LE[layer, :experts] += counts_RE.sum(0)
                     layer_ns -= header
                 else:

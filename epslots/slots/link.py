@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from time import perf_counter, sleep
 from typing import Any, Protocol
 
@@ -251,8 +251,8 @@ class EmulatedLink:
         with self._lock:
             now = self._go_on()
             if landing.due is None and not landing.urgent:
-                self._spare.remove(landing)
                 self._urgent.append(landing)
+                self._spare.remove(landing)
                 landing.urgent, landing.started = True, now
             while landing.due is None:  # what is before it is urgent as well: nothing can come between
                 self._begin()
@@ -268,11 +268,13 @@ class EmulatedLink:
     def drop(self, landing: _Flight) -> bool:
         with self._lock:
             self._go_on()
-            if landing.due is None:
+            crosses = landing.due is not None
+            if not crosses:
                 (self._urgent if landing.urgent else self._spare).remove(landing)
                 landing.due = 0.0  # nobody need wait for it, should this call be interrupted here and made again
-                return False
-        return True
+        if landing.put is not None and not landing.put.cancel():
+            wait([landing.put])  # whoever writes the slot next may be another than the copier
+        return crosses
 
     def _go_on(self) -> float:
         """Begin what has begun by now, in its turn; returns the time."""
@@ -282,8 +284,10 @@ class EmulatedLink:
         return now
 
     def _begin(self) -> None:
-        flight = (self._urgent or self._spare).popleft()
+        queue = self._urgent or self._spare
+        flight = queue[0]
         flight.due = self._free = max(self._free, flight.started) + flight.taken_s
+        queue.popleft()
 
 
 def _wait_until(due: float) -> None:

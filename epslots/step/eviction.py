@@ -404,6 +404,10 @@ def resolve_policy(policy: str | Policy) -> Policy:
         ConfigError: no policy of that name.
     """
     if callable(policy):
+        told = policy(UseHistory.empty(1, 4).layer(0, 4))
+        if not isinstance(told, np.ndarray) or told.dtype != np.int64 or told.shape != (4,) or not told.flags.c_contiguous:
+            what = f"{told.dtype} {list(told.shape)}" if isinstance(told, np.ndarray) else type(told).__name__
+            raise ConfigError(f"policy={policy_name(policy)}: of 4 experts it makes {what}; allowed: contiguous int64 [4]")
         return policy
     if policy not in POLICIES:
         raise ConfigError(f"policy={policy!r}: allowed: {', '.join(POLICIES)}, or a function of a UseHistory")

@@ -22,7 +22,7 @@ from epslots.step.residency import BoolArray, settle
 CERTAIN = 256
 # How likely an expert must be used to be fetched, or kept from giving way to one that is: over a link that is idle as the
 # layer begins, where what isn't used then costs nothing; and over one that has something to do.
-WORTH_A_TRY, LIKELY = 38, 96
+WORTH_A_TRY, LIKELY = 31, 64
 # No more than this part of a layer's slots changes ahead of a step: what was used last is the other guess.
 CHANGING_SHARE = 2
 # Prefetching stops where less than half of what was promised comes true, and begins anew where two thirds would.

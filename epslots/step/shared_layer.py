@@ -127,6 +127,8 @@ class SharedLayer:
         lookout: decides what is fetched ahead.
         record_bytes: what crosses the link for an expert, if it isn't ``expert_bytes``.
         budget: what each rank may fetch in a step before nothing more is fetched ahead; one for all layers. No bound if None.
+        complete: whether every rank holds every expert of every layer, for good: then each computes its own tokens, and
+            nobody has anything to say.
     """
 
     def __init__(
@@ -161,14 +163,8 @@ class SharedLayer:
         self._holds_digest: int | None = None
         self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
         self._kept_spare_RE: BoolArray | None = None
-        self._everywhere: bool | None = None
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether every rank holds every expert: then each computes its own tokens, and nobody has to say anything."""
-        if self._everywhere is None:
-            self._everywhere = bool(self.holds_RE.all())
-        return self._everywhere
+        self._kept_idle: bool | None = None
+        self.complete = False
 
     @property
     def home_E(self) -> IntArray:
@@ -180,7 +176,7 @@ class SharedLayer:
         self._home_E, self.wanted_RE = home_E, wanted_RE
         self._todo_RE = wanted_RE & ~self.holds_RE
         self.to_move = int(np.count_nonzero(self._todo_RE))
-        self._kept_spare_RE = None
+        self._kept_spare_RE = self._kept_idle = None
         self._remember(home_E, wanted_RE)
 
     def resize(self, rank: int, change: int, score_E: IntArray) -> int:
@@ -228,7 +224,7 @@ class SharedLayer:
         """
         tolls_RE = self._tolls_RE if self._has_idle_slots() else None
         wanted_RE = self.wanted_RE if tolls_RE is not None else None
-        found = (own_only if self.everywhere else self.rule)(
+        found = (own_only if self.complete else self.rule)(
             counts_RE,
             self.holds_RE,
             self.quota_R,
@@ -302,6 +298,8 @@ class SharedLayer:
         """The step's moves, within what its demand leaves of the room."""
         if len(found.fetch_ranks):
             room.charge(found.fetch_ranks, self.expert_bytes)
+        if self.to_move:
+            self._see_what_is_left()  # demand may have brought it
         able_R = room.left_R >= self.expert_bytes
         if not self.to_move or not able_R.any():
             return NO_MOVES
@@ -324,9 +322,12 @@ class SharedLayer:
             self.holds_RE[moves.ranks, moves.experts] = True
             self.forget_digest()
             self._remember(moves.ranks, moves.experts, moves.evicted, moves.sources)
+        self._see_what_is_left()
+        return moves
+
+    def _see_what_is_left(self) -> None:
         self._todo_RE = self._todo_RE & ~self.holds_RE
         self.to_move = int(np.count_nonzero(self._todo_RE))
-        return moves
 
     def _own_move(self, moves: Moves) -> OwnMove | None:
         copies = self._copies(moves.ranks, moves.experts, moves.sources)
@@ -385,7 +386,7 @@ class SharedLayer:
 
     def forget_digest(self) -> None:
         """To be called after ``holds_RE`` was changed."""
-        self._holds_digest = self._kept_spare_RE = self._everywhere = None
+        self._holds_digest = self._kept_spare_RE = self._kept_idle = None
 
     @property
     def _spare_RE(self) -> BoolArray:
@@ -396,8 +397,10 @@ class SharedLayer:
 
     def _has_idle_slots(self) -> bool:
         """Whether any rank has a slot that is empty, or holds a copy that nobody would miss."""
-        held, spare = np.count_nonzero(self.holds_RE), np.count_nonzero(self._spare_RE)
-        return bool(self.quota_R.sum() > held - spare)
+        if self._kept_idle is None:
+            held, spare = np.count_nonzero(self.holds_RE), np.count_nonzero(self._spare_RE)
+            self._kept_idle = bool(self.quota_R.sum() > held - spare)
+        return self._kept_idle
 
 
 @compiled("void(int64[::1], int64[:, ::1], b1[:, ::1])")
