@@ -48,16 +48,16 @@ def test_replayed_steps_equal_plain_transformers(
     ids = zoo.random_ids(1, 50, seed=1).cuda()
     with torch.no_grad():
         expected = reference(ids).logits
-        for _ in range(2):
-            found = [graph.prefill(ids[:, :10]).clone()]
+        for begin in (10, 40):  # the longer prompt takes more waves than any step before it
+            found = [graph.prefill(ids[:, :begin]).clone()]
             with graph:
-                found += [graph.step(ids[:, position]).clone() for position in range(10, 50)]
+                found += [graph.step(ids[:, position]).clone() for position in range(begin, 50)]
             runtime_of(model).check_integrity()
-            difference = torch.stack(found, 1) - expected[:, 9:]
+            difference = torch.stack(found, 1) - expected[:, begin - 1 :]
             assert difference.abs().max() <= TOLERANCE * expected.abs().max()
-    assert graph.replays == 38 + 40
+    assert graph.replays == 38 + 10
     used = [layer for layer in epslots.stats(model).layers if layer.steps]
-    assert all(layer.steps == 2 * 41 and (layer.misses > 0) == (slots == 6) for layer in used)
+    assert all(layer.steps == 41 + 11 and (layer.misses > 0) == (slots == 6) for layer in used)
 
 
 def test_a_graph_gives_what_its_steps_give(checkpoint: Callable[[str], Path], tmp_path: Path):
