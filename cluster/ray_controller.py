@@ -26,7 +26,8 @@ class RayController:
             WorkerDied: it isn't, in time.
         """
         try:
-            hello = await asyncio.wait_for(self._actor.hello.remote(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                hello = await self._actor.hello.remote()
         except TimeoutError:
             raise WorkerDied(f"its process didn't come up within {deadline_s:g} s") from None
         except RayError as error:

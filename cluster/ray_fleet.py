@@ -139,7 +139,8 @@ class RayFleet:
         for _ in range(2):
             wait_s = _STORE_ANSWER_S if self._store_answered else _STORE_START_S
             try:
-                answer = await asyncio.wait_for(self._store.address.remote(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    answer = await self._store.address.remote()
             except TimeoutError:
                 reason = f"it did not answer within {wait_s:g} s"
             except RayError as error:
@@ -169,7 +170,8 @@ class RayFleet:
         left = self._use.leave()
         wait_s = _END_S if self._connection is not None else _START_S + _END_S
         try:
-            await asyncio.wait_for(asyncio.wrap_future(left), wait_s)
+            async with asyncio.timeout(wait_s):
+                await asyncio.wrap_future(left)
         except TimeoutError:
             logger.warning("Ray did not end within %g s; it is no longer waited for", wait_s)
         except Exception:

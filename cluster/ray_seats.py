@@ -174,7 +174,8 @@ class Seats:
         """Why a node can't be used; empty if it can."""
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
         try:
-            answer = await asyncio.wait_for(_look.options(scheduling_strategy=there).remote(folder), _LOOK_S)
+            async with asyncio.timeout(_LOOK_S):
+                answer = await _look.options(scheduling_strategy=there).remote(folder)
         except TimeoutError:
             return f"did not answer within {_LOOK_S:g} s"
         except RayError as error:

@@ -38,7 +38,8 @@ class RayWorker:
             WorkerDied: it isn't, in time.
         """
         try:
-            hello = await asyncio.wait_for(self._hello.remote(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                hello = await self._hello.remote()
         except TimeoutError:
             raise WorkerDied(f"its process didn't come up within {deadline_s:g} s") from None
         except RayError as error:

@@ -296,7 +296,8 @@ class Steering:
     async def _call(self, handle: ControllerHandle, order: Order, *, meets: int | None = None) -> Reply:
         """An order's answer; what it decides is taken to the ranks."""
         try:
-            reply = decode_reply(await asyncio.wait_for(handle.call(encode(order)), ANSWER_S))
+            async with asyncio.timeout(ANSWER_S):
+                reply = decode_reply(await handle.call(encode(order)))
         except TimeoutError:
             raise WorkerDied(f"it did not answer within {ANSWER_S:g} s") from None
         self._told = self._told if meets is None else meets

@@ -89,6 +89,7 @@ def test_what_is_carried_over_is_sound_and_keeps_what_stays(placement: Placement
         ({"quota_LR": np.array([[1, 1]])}, "more wanted copies on a rank than slots"),
         ({"quota_LR": np.array([[1, 1, 1]])}, "arrays must agree"),
         ({"num_experts_L": np.array([2])}, "widest 3"),
+        ({"home_LE": np.array([[0, 0, 1]], np.int32)}, "home are int32; allowed: int64"),
     ],
 )
 def test_rules(change: dict[str, np.ndarray], says: str):

@@ -13,6 +13,7 @@ import epslots
 from epslots.transport.lockstep import LockStep
 from tests import zoo
 from tests.grouped import ALL_COSTS, COPIES_TRAVEL, GATHER, TOKENS_TRAVEL, Grouped
+from tests.late_link import LateLink
 from tests.test_load_equal import SERVED, greedy
 
 TOLERANCE = 2e-5
@@ -105,6 +106,20 @@ def test_ranks_that_hold_everything_exchange_headers_alone(
     assert all(layer.misses == 0 and layer.steps > 0 for model in whole.models for layer in epslots.stats(model).layers)
     compare(Grouped(folder, cache_dir, slots=["100%", 3]), zoo.reference(folder))
     assert gathered
+
+
+def test_ranks_that_hold_everything_wait_for_what_is_still_under_way(checkpoint: Checkpoints, cache_dir: Path):
+    """They look at no counts; but a slot may be in flight when they become a group, and holds nonsense until it has landed."""
+    folder = checkpoint("qwen3_moe")
+    grouped = Grouped(folder, cache_dir, slots=["100%", "100%"])
+    for rank in range(2):
+        for mover in grouped.runtime(rank).movers:
+            mover.link = LateLink()
+            first = mover.pool.expert_of[mover.pool.window(0)][:2].copy()
+            slots = mover.pool.slot_of[0, first].copy()
+            mover.fetch(0, first, slots, first, urgent=False)
+            assert mover.flying[slots].all()
+    compare(grouped, zoo.reference(folder))
 
 
 def test_one_rank_through_all_that_ranks_do(checkpoint: Checkpoints, cache_dir: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from epslots.step.moves import Room
 from epslots.step.shared_layer import SharedLayer
 from tests.test_assignment import COSTS, holds
 
@@ -47,3 +48,12 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
     second.holds_RE[1, 1] = True
     second.forget_digest()
     assert first.digest != second.digest
+
+
+def test_a_wanted_copy_that_demand_brings_is_not_waited_for_though_there_is_no_room():
+    layer = SharedLayer(0, holds(1, 2), np.array([2]), np.array([0, 0]), COSTS, expert_bytes=10)
+    layer.adopt(np.array([0, 0]), np.array([[True, False]]))
+    assert layer.to_move == 1
+    room = Room(1, granted=1, largest=10)
+    layer.plan(np.array([[3, 0]]), np.zeros(2, np.int64), room)
+    assert not (room.left_R >= 10).any() and layer.to_move == 0

@@ -9,6 +9,8 @@ import torch
 
 import epslots
 from epslots.cli.tables import stats_table
+from epslots.records import LayerSpec, RecordLayout
+from epslots.telemetry import Telemetry, WindowMeter
 from tests import zoo
 
 
@@ -64,3 +66,12 @@ def test_the_table_shows_every_layer(checkpoint: Callable[[str], Path], cache_di
     assert stats_table(epslots.stats(model)).row_count == 4
     model(zoo.random_ids())
     assert stats_table(epslots.stats(model)).row_count == 4
+
+
+def test_a_prefetch_that_is_given_up_in_the_next_window_leaves_no_negative_bytes():
+    telemetry = Telemetry([LayerSpec("layer", 4, RecordLayout.of([("scale", (2,), "float32")]))], [2], torch.device("cpu"))
+    meter = WindowMeter(telemetry)
+    telemetry.count_fetches(0, host_bytes=8, peer_bytes=0, evictions=0)
+    assert meter.cut(1.0).host_bytes == (8,)
+    telemetry.count_fetches(0, host_bytes=-8, peer_bytes=0, evictions=0)
+    assert meter.cut(1.0).host_bytes == (0,)

@@ -21,7 +21,6 @@ Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from msgspec.structs import astuple
@@ -31,23 +30,6 @@ from epslots.step.costs import Costs
 from epslots.step.division import CHEAPEST, HOLDERS, HOME, OWN, divide_work
 from epslots.step.eviction import IntArray
 from epslots.step.residency import BoolArray, spare_copies
-
-
-class Assign(Protocol):
-    """A rule such as ``assign``."""
-
-    def __call__(
-        self,
-        counts_RE: IntArray,
-        holds_RE: BoolArray,
-        quota_R: IntArray,
-        home_E: IntArray,
-        costs: Costs,
-        tolls_RE: IntArray | None = None,
-        *,
-        wanted_RE: BoolArray | None = None,
-        node_R: IntArray | None = None,
-    ) -> Assignment: ...
 
 
 @dataclass(frozen=True)
@@ -72,55 +54,62 @@ class Assignment:
     cost_ns: int
 
 
-def assign(
-    counts_RE: IntArray,
-    holds_RE: BoolArray,
-    quota_R: IntArray,
-    home_E: IntArray,
-    costs: Costs,
-    tolls_RE: IntArray | None = None,
-    *,
-    wanted_RE: BoolArray | None = None,
-    node_R: IntArray | None = None,
-) -> Assignment:
-    """Plan one layer's step.
+@dataclass(frozen=True)
+class Assign:
+    """A rule by which a layer's work is divided.
 
     Args:
-        counts_RE: (token, k) pairs of each rank's own tokens for each expert.
-        holds_RE: who holds what before the step.
-        quota_R: slots of the layer on each rank.
-        home_E: the home rank of each expert. Any will do; a good one saves fetches.
-        costs: what things cost, the same on all ranks.
-        tolls_RE: nanoseconds that each rank would have saved lately by copies of what it sent tokens to others for; nothing,
-            if not given.
-        wanted_RE: the copies that the placement wants; none, if not given.
-        node_R: the node of each rank, if there are several.
+        way: of ``division.py``.
     """
-    return _assign(CHEAPEST, counts_RE, holds_RE, quota_R, home_E, costs, tolls_RE, wanted_RE, node_R)
+
+    way: int
+
+    def __call__(
+        self,
+        counts_RE: IntArray,
+        holds_RE: BoolArray,
+        quota_R: IntArray,
+        home_E: IntArray,
+        costs: Costs,
+        tolls_RE: IntArray | None = None,
+        *,
+        wanted_RE: BoolArray | None = None,
+        node_R: IntArray | None = None,
+    ) -> Assignment:
+        """Plan one layer's step.
+
+        Args:
+            counts_RE: (token, k) pairs of each rank's own tokens for each expert.
+            holds_RE: who holds what before the step.
+            quota_R: slots of the layer on each rank.
+            home_E: the home rank of each expert. Any will do; a good one saves fetches.
+            costs: what things cost, the same on all ranks.
+            tolls_RE: nanoseconds that each rank would have saved lately by copies of what it sent tokens to others for;
+                nothing, if not given. ``assign`` alone looks at them.
+            wanted_RE: the copies that the placement wants; none, if not given.
+            node_R: the node of each rank, if there are several.
+        """
+        counts_RE, holds_RE = np.ascontiguousarray(counts_RE, np.int64), np.ascontiguousarray(holds_RE)
+        if tolls_RE is None or self.way != CHEAPEST:
+            tolls_RE, spare_RE = np.zeros(holds_RE.shape, np.int64), holds_RE  # then nothing is put into idle slots
+        else:
+            spare_RE = spare_copies(holds_RE, home_E, wanted_RE)
+        node_R = np.zeros(len(quota_R), np.int64) if node_R is None else node_R
+        experts_U, counts_RU, computed_RU, (rank_F, column_F, source_F), cost_ns = divide_work(
+            counts_RE, holds_RE, quota_R, home_E, node_R, astuple(costs)[:6], tolls_RE, spare_RE, self.way
+        )
+        return Assignment(experts_U, counts_RU, computed_RU, rank_F, experts_U[column_F], source_F, cost_ns)
 
 
-def _assign(
-    rule: int,
-    counts_RE: IntArray,
-    holds_RE: BoolArray,
-    quota_R: IntArray,
-    home_E: IntArray,
-    costs: Costs,
-    tolls_RE: IntArray | None,
-    wanted_RE: BoolArray | None,
-    node_R: IntArray | None,
-) -> Assignment:
-    counts_RE, holds_RE = np.ascontiguousarray(counts_RE, np.int64), np.ascontiguousarray(holds_RE)
-    spare_RE = holds_RE  # without tolls nothing is put into idle slots
-    if tolls_RE is None:
-        tolls_RE = np.zeros(holds_RE.shape, np.int64)
-    else:
-        spare_RE = spare_copies(holds_RE, home_E, wanted_RE)
-    node_R = np.zeros(len(quota_R), np.int64) if node_R is None else node_R
-    experts_U, counts_RU, computed_RU, (rank_F, column_F, source_F), cost_ns = divide_work(
-        counts_RE, holds_RE, quota_R, home_E, node_R, astuple(costs)[:6], tolls_RE, spare_RE, rule
-    )
-    return Assignment(experts_U, counts_RU, computed_RU, rank_F, experts_U[column_F], source_F, cost_ns)
+assign = Assign(CHEAPEST)
+"""The plan: what costs least."""
+# What it is compared with.
+home_only = Assign(HOME)
+"""The simplest plan: tokens go home, home fetches."""
+holder_only = Assign(HOLDERS)
+"""Tokens always travel to a rank that holds the expert, and only what nobody holds is fetched."""
+own_only = Assign(OWN)
+"""No exchange: every rank computes its own tokens and fetches what they need."""
 
 
 def place_misses(
@@ -140,31 +129,3 @@ def place_misses(
         fetch_ns: what a fetch takes: a rank that is further above the mean load fetches only if all others are taken.
     """
     return division.place_misses(total_M, home_M, free_R, seats_R, load_R, fetch_ns)
-
-
-def _always(number: int) -> Assign:
-    """A rule that divides work in one way, whatever it costs."""
-
-    def rule(
-        counts_RE: IntArray,
-        holds_RE: BoolArray,
-        quota_R: IntArray,
-        home_E: IntArray,
-        costs: Costs,
-        tolls_RE: IntArray | None = None,
-        *,
-        wanted_RE: BoolArray | None = None,
-        node_R: IntArray | None = None,
-    ) -> Assignment:
-        return _assign(number, counts_RE, holds_RE, quota_R, home_E, costs, None, None, node_R)
-
-    return rule
-
-
-# What the plan is compared with; arguments as ``assign``.
-home_only = _always(HOME)
-"""The simplest plan: tokens go home, home fetches."""
-holder_only = _always(HOLDERS)
-"""Tokens always travel to a rank that holds the expert, and only what nobody holds is fetched."""
-own_only = _always(OWN)
-"""No exchange: every rank computes its own tokens and fetches what they need."""

@@ -69,6 +69,13 @@ def test_the_controllers_process_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 
 
+def test_cancelling_is_never_swallowed():
+    """In Python 3.11 ``asyncio.wait_for`` forgets that it is cancelled where its answer has just come; ``timeout`` doesn't."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "asyncio.wait_for"), name
+
+
 def test_nothing_is_pickled_or_evaluated():
     for name, path in modules().items():
         assert not {"pickle", "cloudpickle", "dill", "shelve"} & imports(path), name

@@ -79,6 +79,6 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
     assert f"going on: {done} of 61 prompts were done before" in rest, rest
     assert "line 61" in log + rest, log + rest
     found = [json.loads(line) for line in output.read_text().splitlines()]
-    assert sorted(line["line"] for line in found) == list(range(1, 62))
+    assert sorted(line["line"] for line in found) == list(range(1, 62)), rest
     texts = {line["id"]: tuple(line["token_ids"]) for line in found if "error" not in line}
     assert [texts[n] for n in range(60)] == expected(folder, PROMPTS, NEW)

@@ -43,7 +43,7 @@ GREEDY: dict[str, Any] = {"stop_tokens": ()}
 
 
 class Restless:
-    """A planner that always wants something else."""
+    """A planner that always wants something else, and copies of some experts of each layer."""
 
     def __init__(self) -> None:
         self._generator = np.random.default_rng(5)
@@ -51,6 +51,8 @@ class Restless:
     def __call__(self, current: Placement, expected: Any, fleet: Fleet, quota_LR: Any) -> Proposal:
         assert expected.tokens_LE.sum() > 0
         found = random_placement(self._generator, current)
+        while not found.wanted_LRE.any((1, 2)).all():
+            found = random_placement(self._generator, current)
         return Proposal(found, False, 1, 1, int(found.wanted_LRE.sum()), 0.5, 0.6, NO_REASONS)
 
 

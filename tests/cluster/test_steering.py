@@ -253,6 +253,31 @@ def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
     run(scenario())
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_an_answer_that_comes_just_when_all_is_ended_ends_it_all_the_same(run: Run, turns: int):
+    async def scenario() -> None:
+        fleet = GatedFleet(lambda: controller(Planner()))
+        async with steered(fleet) as (steering, ranks, _):
+            fleet.gate.clear()
+            ranks.tell(1)
+            await until(lambda: not steering._waiting)
+            (steering_task,) = [each for each in asyncio.all_tasks() if "keep_steered" in repr(each.get_coro())]
+            fleet.gate.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            steering_task.cancel()
+            await asyncio.wait({steering_task}, timeout=10)
+            ended = steering_task.done()
+            while not steering_task.done():  # or nothing of this would
+                steering_task.cancel()
+                await asyncio.sleep(0)
+            assert ended
+            raise asyncio.CancelledError  # leaves without a look at a task that was to live
+
+    with pytest.raises(asyncio.CancelledError):
+        run(scenario())
+
+
 def test_without_a_controller_windows_are_dropped(run: Run):
     async def scenario() -> None:
         async with steered(formed=False) as (steering, ranks, fleet):
