@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import pytest
 import ray
 import ray._private.utils as ray_utils
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import _enable_token_auth
 from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader
@@ -26,6 +28,8 @@ from cluster.loop_thread import LoopThread
 from cluster.messages import Form, encode
 from cluster.ray_fleet import RayFleet
 from cluster.ray_worker import RayWorker
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -73,6 +77,15 @@ class RayNodes:
             # Where jobs run no node is killed, and none must be taken for dead because the machine is busy.
             **({"_system_config": _CHECKS} if first and not self._dashboard else {}),
         )
+
+    def replace_lost(self) -> None:
+        """Add a node for each but the head whose raylet has ended by itself, as Ray's may on a busy machine; tells why."""
+        for node in list(self._cluster.worker_nodes):
+            if any(info.process.poll() is not None for info in node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, [])):
+                for log in Path(node.get_logs_dir_path()).glob("raylet*"):
+                    logger.warning("a Ray node has ended; %s: %s", log, log.read_text(errors="replace")[-3000:])
+                self.kill(node)
+                self.add()
 
     def kill(self, node: Node) -> None:
         """SIGKILL to all that Ray runs there."""
