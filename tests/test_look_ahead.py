@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,35 @@ def test_prefetches_count_where_their_bytes_do(checkpoint: Checkpoints, cache_di
     (crossed,) = sums(model, "host_bytes")
     assert crossed % record == 0 and 0.5 * fetched * record < crossed <= fetched * record, "some are dropped in time"
     assert sums(model, "late")[0] <= sums(model, "hits")[0]
+
+
+class Counting(Guesses):
+    """Counts, for each layer that is looked from, the rows that it was shown."""
+
+    def __init__(self, experts: int, seed: int) -> None:
+        super().__init__(experts, seed)
+        self.asked: list[int] = []
+        self.skipped: list[int] = []
+
+    def usage(self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
+        self.asked.append(len(hidden_TH))
+        return super().usage(layer, hidden_TH, index_TK)
+
+    def skip(self, layer: int, hidden_TH: torch.Tensor) -> None:
+        self.skipped.append(len(hidden_TH))
+
+
+def test_a_predictor_sees_the_rows_of_every_step_asked_or_not(checkpoint: Checkpoints, cache_dir: Path):
+    """Or what it says of the next step's would follow from rows of long ago."""
+    model = load(checkpoint("qwen3_moe"), cache_dir, slots=3, link=LINK)
+    runners = runtime_of(model).runners
+    seen = []
+    for runner, following in pairwise(runners):
+        seen.append(Counting(following.experts.num_experts, runner.index))
+        runner.ahead = Ahead(runner.index, following.expected, seen[-1])
+    greedy(model, zoo.random_ids(1, 9, seed=2), 60)
+    assert seen and all(found.asked and found.skipped for found in seen), "useless guesses are asked for now and then"
+    assert all(sum(found.asked) + sum(found.skipped) == 9 + 59 for found in seen)
 
 
 class Interrupted(LateLink):
