@@ -204,17 +204,18 @@ class Group:
 
         async def ask(worker: Worker) -> None:
             asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
-            await asyncio.wait({asking}, timeout=deadline_s)
-            if not asking.done():  # maybe this process stood still, and the answer waits here
-                await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
             try:
+                await asyncio.wait({asking}, timeout=deadline_s)
+                if not asking.done():  # maybe this process stood still, and the answer waits here
+                    await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
                 if not asking.done():
-                    asking.cancel()
                     raise WorkerDied(f"it did not answer within {deadline_s:g} s")
                 if not decode_answer(asking.result()).going:  # why, it is about to say
                     await self._pulse.until(lambda: worker.state is State.LOST, deadline_s)
                     raise WorkerDied("it has ended its work")
             except WorkerDied as error:
                 self._crew.lose(worker, error)
+            finally:
+                asking.cancel()
 
         await asyncio.gather(*map(ask, workers))

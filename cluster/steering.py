@@ -264,7 +264,8 @@ class Steering:
                 reply = await self._call(handle, question.order)
                 if question in self._questions:  # else nobody waits for it any more
                     self._questions.remove(question)
-                    question.answer.set_result(reply)
+                    if not question.answer.done():  # given up, and about to say so
+                        question.answer.set_result(reply)
             else:
                 waiting, self._waiting = self._waiting, {}
                 dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped

@@ -170,10 +170,12 @@ class Supervisor:
             self.send(worker, Ask(self._asked))
             asked.append((worker, self._asked))
         self._pulse.beat()
-        await self._pulse.until(
-            lambda: all(self._reports[number] is not None or worker.state is State.LOST for worker, number in asked)
-        )
-        found = [(worker, self._reports.pop(number)) for worker, number in asked]
+        try:
+            await self._pulse.until(
+                lambda: all(self._reports[number] is not None or worker.state is State.LOST for worker, number in asked)
+            )
+        finally:  # or, if the caller gave up, an idle cluster would be watched for ever
+            found = [(worker, self._reports.pop(number)) for worker, number in asked]
         return [(worker, report) for worker, report in found if report is not None]
 
     async def close(self) -> None:
@@ -309,7 +311,8 @@ class Supervisor:
                     error.add_note(event.traceback)
                 raise error
             case Report(number=number):
-                self._reports[number] = event
+                if number in self._reports:  # else nobody waits for it any more
+                    self._reports[number] = event
             case Stopped():
                 worker.stopped = True
         self._pulse.beat()

@@ -111,9 +111,7 @@ def prepare(*, shown: bool | None = None) -> None:
         shown: whether a progress bar is drawn where it takes long; None: if standard error is a terminal.
     """
     with _lock:
-        began = time.perf_counter()
-        while _waiting and time.perf_counter() < began + _LONG_S:  # time enough to find what has been kept
-            _compile_next()
+        _find()
         if not _waiting:
             return
         title = "compiling the planner, once on this machine"
@@ -122,6 +120,23 @@ def prepare(*, shown: bool | None = None) -> None:
             while _waiting:
                 _compile_next()
                 advance(1)
+
+
+def prepare_beside() -> None:
+    """Find what has been kept in a thread, while the caller does something else; ``prepare`` waits, and does the rest."""
+
+    def find() -> None:
+        with _lock:
+            _find()
+
+    threading.Thread(target=find, name="epslots-compiled").start()
+
+
+def _find() -> None:
+    """Compile for as long as finding what has been kept takes."""
+    ends = time.perf_counter() + _LONG_S
+    while _waiting and time.perf_counter() < ends:
+        _compile_next()
 
 
 def _compile_next() -> None:

@@ -23,7 +23,7 @@ import xxhash
 from torch import nn
 from transformers import PreTrainedModel
 
-from epslots.compiled import prepare
+from epslots.compiled import prepare, prepare_beside
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.group.ranks import announce_failure, compute_on_host, group_up, place_alone, ranks_here
 from epslots.layer.host_compute import HostExperts
@@ -289,7 +289,7 @@ def load_alone(
     )
     plan.check()
     check_room(manifest, kind=kind, cache_dir=store_dir)
-    prepare(shown=display.shown)  # here, and not in the first step
+    prepare_beside()
 
     model = load_dense(
         model_class,
@@ -309,6 +309,7 @@ def load_alone(
     )
     if target.type == "cuda":
         pin_store(store, display, target)
+    prepare(shown=display.shown)  # here, and not in the first step
     runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target, link)
     foresight, told = equip(
         model, runtime.runners, folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted

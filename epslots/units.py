@@ -29,6 +29,10 @@ def parse_bytes(text: str, setting: str = "size") -> int:
     return size
 
 
+_MOST_BYTES = 2**60
+"""A budget below it stays an int64, whatever it is added to."""
+
+
 def format_bytes(size: float) -> str:
     """``size`` in bytes as text with a binary unit and three significant digits: ``1.17 GiB``."""
     sign, size = ("-", -size) if size < 0 else ("", size)
@@ -161,4 +165,7 @@ def parse_prefetch(value: str | bool | PrefetchSetting) -> PrefetchSetting:
         return PrefetchSetting(value == "auto")
     if not isinstance(value, str) or not value[:1].isdigit():
         raise ConfigError(f"prefetch={value!r}: allowed: auto, off, or what may be fetched in a step before it ends: 64MiB")
-    return PrefetchSetting(bytes_per_step=parse_bytes(value, "prefetch"))
+    nbytes = parse_bytes(value, "prefetch")
+    if nbytes >= _MOST_BYTES:
+        raise ConfigError(f"prefetch={value!r}: allowed: less than {format_bytes(_MOST_BYTES)} a step")
+    return PrefetchSetting(bytes_per_step=nbytes)

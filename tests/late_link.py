@@ -39,6 +39,9 @@ class LateLink:
     def land(self, landing: Late) -> None:
         landing.put(landing.slot, landing.record)
 
+    def hurry(self, landing: Late) -> None:
+        pass
+
     def landed(self, landing: Late) -> bool:
         return False
 

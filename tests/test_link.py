@@ -93,6 +93,20 @@ def test_urgent_first_then_the_newest_guess(clock: Clock):
     assert [flight.due - 100 for flight in order] == [1.5 * (number + 1) for number in range(7)]
 
 
+def test_what_is_hurried_goes_before_what_is_started_later(clock: Clock):
+    link = second()
+    (first,) = link.start(slots(1), records(0), copy, urgent=True)
+    guesses = link.start(slots(3), records(1, 2, 3), copy, urgent=False)
+    for guess in guesses[1:]:
+        link.hurry(guess)
+        link.hurry(guess)  # twice is once
+    (missed,) = link.start(slots(1), records(4), copy, urgent=True)
+    expected = {guesses[1]: 3.0, guesses[2]: 4.5, missed: 6.0, guesses[0]: 7.5}
+    assert {landing: due(clock, link, landing) for landing in expected} == expected
+    link.hurry(first)
+    assert link.landed(first)
+
+
 def test_what_is_waited_for_becomes_urgent(clock: Clock):
     link = second()
     link.start(slots(1), records(9), copy, urgent=True)
@@ -312,11 +326,14 @@ def test_of_what_is_not_urgent_only_some_is_queued_and_the_rest_can_be_dropped()
     def put(slot: torch.Tensor, record: torch.Tensor) -> None:
         cuda.here.work.append(lambda: copied.append(int(record[0])))
 
-    landings = link.start(slots(5), records(1, 2, 3, 4, 5), put, urgent=False)
-    for landing in landings[3:]:
+    landings = link.start(slots(6), records(1, 2, 3, 4, 5, 6), put, urgent=False)
+    for landing in landings[4:]:
         link.drop(landing)
     cuda.finish()
     assert copied == [1, 2]
+    link.hurry(landings[3])
+    link.hurry(landings[0])
     link.start(slots(1), records(9), put, urgent=True)
     cuda.finish()
-    assert sorted(copied) == [1, 2, 3, 9], "the host came by"
+    assert sorted(copied) == [1, 2, 3, 4, 9], "the host came by"
+    assert copied.index(4) < copied.index(9)

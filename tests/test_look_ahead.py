@@ -215,7 +215,7 @@ class TestSettings:
     def test_prefetch(self, value: str | bool, setting: PrefetchSetting):
         assert parse_prefetch(value) == setting
 
-    @pytest.mark.parametrize("value", ["on", "", "64", "-1MiB", "0GiB", 3, None])
+    @pytest.mark.parametrize("value", ["on", "", "64", "-1MiB", "0GiB", "9000000TiB", 3, None])
     def test_what_is_none(self, value: Any):
         with pytest.raises(ConfigError, match="prefetch"):
             parse_prefetch(value)
@@ -248,6 +248,42 @@ def test_prefetches_count_where_their_bytes_do(checkpoint: Checkpoints, cache_di
     (crossed,) = sums(model, "host_bytes")
     assert crossed % record == 0 and 0.5 * fetched * record < crossed <= fetched * record, "some are dropped in time"
     assert sums(model, "late")[0] <= sums(model, "hits")[0]
+
+
+class HurriedLink(LateLink):
+    """Counts what is waited for, and what of it nobody had said is needed: it would come behind the step's misses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urgent: set[int] = set()
+        self.waited = self.surprising = 0
+
+    def start(self, slots: Any, records: Any, put: Any, *, urgent: bool) -> list[Any]:
+        landings = super().start(slots, records, put, urgent=urgent)
+        self.urgent.update(id(landing) for landing in landings if urgent)
+        return landings
+
+    def hurry(self, landing: Any) -> None:
+        self.urgent.add(id(landing))
+
+    def land(self, landing: Any) -> None:
+        self.waited += 1
+        self.surprising += id(landing) not in self.urgent
+        self.urgent.discard(id(landing))
+        super().land(landing)
+
+
+def test_what_was_fetched_ahead_and_is_late_goes_before_the_step_s_misses(checkpoint: Checkpoints, cache_dir: Path):
+    model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%", link=LINK)
+    runtime = runtime_of(model)
+    mislead(runtime)
+    links = [HurriedLink() for _ in runtime.movers]
+    for mover, link in zip(runtime.movers, links, strict=True):
+        mover.link = link
+    greedy(model, zoo.random_ids(2, 9, seed=2), 40)
+    assert sums(model, "late")[0] > 10
+    assert sum(link.waited for link in links) > 50
+    assert not any(link.surprising for link in links)
 
 
 class Counting(Guesses):

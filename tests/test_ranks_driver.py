@@ -141,7 +141,7 @@ class OneRank:
             on_header=self.begin_step,
         )
         for layer, one in zip(self.layers, self.shared.layers, strict=True):
-            layer.join(self.lockstep, one, lambda: self.shared.room)
+            layer.join(self.lockstep, one)
         if episode.predictions is not None:
             predictor = episode.predictions(episode.experts, rank)
             self.layers[0].ahead = Ahead(0, self.layers[1].expected, predictor)

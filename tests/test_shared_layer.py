@@ -54,6 +54,6 @@ def test_a_wanted_copy_that_demand_brings_is_not_waited_for_though_there_is_no_r
     layer = SharedLayer(0, holds(1, 2), np.array([2]), np.array([0, 0]), COSTS, expert_bytes=10)
     layer.adopt(np.array([0, 0]), np.array([[True, False]]))
     assert layer.to_move == 1
-    room = Room(1, granted=1, largest=10)
-    layer.plan(np.array([[3, 0]]), np.zeros(2, np.int64), room)
+    layer.room = room = Room(1, granted=1, largest=10)
+    layer.plan(np.array([[3, 0]]), np.zeros(2, np.int64))
     assert not (room.left_R >= 10).any() and layer.to_move == 0

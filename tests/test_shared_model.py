@@ -14,6 +14,7 @@ from epslots.placement.placement import carry_over, default_placement
 from epslots.placement.shared_model import SharedModel, next_shift
 from epslots.step.costs import Costs
 from epslots.step.moves import NO_MOVES, Room, choose_moves
+from epslots.step.prefetch import Budget
 from epslots.step.residency import spare_copies
 from epslots.step.shared_layer import SharedLayer
 from tests.plan_strategies import random_placement, random_quotas
@@ -65,7 +66,7 @@ class World:
             ranks, experts = layer.holds_RE.shape
             counts = self.generator.multinomial(tokens, np.full(experts, 1 / experts), size=ranks)
             before = layer.holds_RE.copy()
-            plans = [model.layers[number].decide(counts, score[number], model.room) for model in self.models]
+            plans = [model.layers[number].decide(counts, score[number]) for model in self.models]
             for plan in plans[1:]:
                 assert np.array_equal(plan.moves.experts, plans[0].moves.experts)
                 assert np.array_equal(plan.moves.sources, plans[0].moves.sources)
@@ -131,7 +132,7 @@ def test_less_than_an_expert_a_step_is_a_move_every_few_steps():
     moved = []
     for _ in range(12):
         model.begin_step(lambda _: np.zeros(4, np.int64))
-        moved.append(len(layer.decide(np.zeros((1, 4), np.int64), np.zeros(4, np.int64), model.room).moves))
+        moved.append(len(layer.decide(np.zeros((1, 4), np.int64), np.zeros(4, np.int64)).moves))
     assert moved == [0, 0, 1] * 4
     model.begin_step(lambda _: np.zeros(4, np.int64))
     assert model.room is None and model.to_move == 0
@@ -142,10 +143,26 @@ def test_moves_stand_behind_the_demand_of_the_step():
     layer = SharedLayer(0, np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64), HOST, expert_bytes=BYTES)
     layer.adopt(np.zeros(4, np.int64), np.array([[True, False, False, False]]))
     score, room = np.zeros(4, np.int64), Room(1, BYTES, BYTES)
+    layer.room = room
     room.renew()
-    assert not len(layer.decide(np.array([[0, 3, 0, 0]]), score, room).moves) and layer.to_move == 1
+    assert not len(layer.decide(np.array([[0, 3, 0, 0]]), score).moves) and layer.to_move == 1
     room.renew()
-    assert len(layer.decide(np.array([[0, 3, 0, 0]]), score, room).moves) == 1 and layer.to_move == 0
+    assert len(layer.decide(np.array([[0, 3, 0, 0]]), score).moves) == 1 and layer.to_move == 0
+
+
+def test_what_is_fetched_ahead_leaves_less_room_for_moves_and_moves_leave_less_to_fetch_ahead():
+    nobody = np.zeros(4, np.int64)
+    for ahead in (False, True):
+        layer = SharedLayer(0, np.zeros((1, 4), bool), np.array([4]), nobody, HOST, expert_bytes=BYTES)
+        layer.adopt(nobody, np.array([[True, False, False, False]]))
+        layer.room, layer.budget = Room(1, BYTES, BYTES), Budget(1, 2 * BYTES)
+        layer.room.renew()
+        if ahead:
+            found = layer.prefetch(np.array([[0, 0, 255, 0]]), nobody, np.array([False]))
+            assert found is not None and found.experts.tolist() == [2]
+        moves = layer.decide(np.zeros((1, 4), np.int64), nobody).moves
+        assert len(moves) == (not ahead)
+        assert layer.budget.experts(BYTES).tolist() == [1], "an expert of two has been fetched, one way or the other"
 
 
 def test_ranks_that_miss_in_every_step_get_there_all_the_same():
@@ -165,7 +182,7 @@ def test_ranks_that_miss_in_every_step_get_there_all_the_same():
         for number, layer in enumerate(layers):
             counts = np.zeros((1, 9), np.int64)
             counts[0, (steps * 2 + number) % 8] = 1
-            layer.decide(counts, np.arange(9), model.room)
+            layer.decide(counts, np.arange(9))
         steps += 1
         assert steps < 3 * 8 * 2 + 10
     assert steps > 3 * 8, "and demand stands first"

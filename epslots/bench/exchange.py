@@ -1,4 +1,4 @@
-"""What ranks cost each other: exchange and plan of a layer against the bare collectives of the same sizes; the plan alone."""
+"""What ranks cost each other: exchange and plan of a layer against bare collectives of counts and rows; the plan alone."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _counts(transport: TorchTransport, index: torch.Tensor) -> IntArray:
 
 
 def _bare_collectives(way: str, shared: SharedLayer, counts_RE: IntArray, tokens: int) -> Callable[[], object]:
-    """The same bytes through torch.distributed, into buffers made once."""
+    """The same counts and rows through torch.distributed, into buffers made once; without what else ranks tell each other."""
     group = dist.group.WORLD
     assert group is not None
     plan = shared.plan(counts_RE, np.zeros(EXPERTS, np.int64))

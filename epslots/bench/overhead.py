@@ -33,6 +33,7 @@ def bench_overhead(report: Report, cache_dir: Path, *, rounds: int = 40, layers:
     with random_checkpoint(config, torch.float32) as folder, torch.no_grad():
         plain = _plain(folder)
         ours = epslots.load(folder, cache_dir=cache_dir, **SETTINGS)
+        report.result["settings"] = SETTINGS
         report.table(
             "whole model, ms a step",
             [_row(name, _time_steps(plain, ours, *shape, rounds), 1e3) for name, shape in steps.items()],

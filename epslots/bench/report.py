@@ -90,11 +90,16 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_GiB": round(psutil.virtual_memory().total / 2**30, 1),
         "device": str(device),
-        "temporary_folder": tempfile.gettempdir(),  # where checkpoints and stores were: /dev/shm is memory
+        "temporary_files_on": _file_system(Path(tempfile.gettempdir())),  # checkpoints and stores: tmpfs is memory
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def _file_system(folder: Path) -> str:
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[at] for at in (folder.resolve(), *folder.resolve().parents) if at in mounts), "unknown")
 
 
 def _cpu_name() -> str:

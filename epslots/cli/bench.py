@@ -41,7 +41,7 @@ def bench(
     start: first and second load of a 1 GiB checkpoint, against from_pretrained; peak memory (CPU).
     fetch: one expert from host store to slot, against a plain copy of as many bytes.
     sweep: hit rate and tokens/s of the example model from 12.5 % slots to all (CPU).
-    exchange: exchange and plan of one layer on 2 ranks, against the bare collectives of the same sizes; the plan alone (CPU).
+    exchange: exchange and plan of one layer on 2 ranks, against bare collectives of counts and rows; the plan alone (CPU).
     ranks: hit rate and bytes of 1, 2 and 4 ranks that share one distributed cache, against caches on their own (CPU).
     placement: the planner against EPLB: known loads, their speed, the next window of shifting traffic.
     quotas: hit rates with slots dealt to layers by measured need, against equal ones and the optimum.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import torch
@@ -16,6 +16,7 @@ import torch
 from epslots.layer.host_compute import HostExperts
 from epslots.layer.kernel import ExpertKernel
 from epslots.slots.fetch import Mover
+from epslots.slots.slot_pool import SlotPool
 from epslots.step.costs import HOST_COMPUTE, Costs
 from epslots.store.packed_records import Unpacker
 from epslots.transport.transport import Transport
@@ -23,6 +24,7 @@ from epslots.transport.transport import Transport
 _REPEATS = 7
 # Enough that starting the work is a small part of it, few enough to be done in milliseconds.
 _ROWS = 128
+_SLOTS = 8
 
 
 def measure_costs(
@@ -75,9 +77,13 @@ def measure_alone(mover: Mover, kernel: ExpertKernel, slots: int, host: HostExpe
         for landing in mover.link.start([here], [next(records)], put, urgent=True):
             mover.link.land(landing)
 
+    turns = _slots_in_turn(mover.pool, slots)
+
     def compute(count: int) -> None:
-        ends = torch.full((slots,), count, dtype=torch.int32, device=device)
-        kernel(rows[:count], ends, torch.zeros(count, dtype=torch.int64, device=device))
+        slot = next(turns)
+        ends = torch.zeros(slots, dtype=torch.int32, device=device)
+        ends[slot:] = count
+        kernel(rows[:count], ends, torch.full((count,), slot, dtype=torch.int64, device=device))
 
     one_row, all_rows = (_time(lambda n=n: compute(n), wait) for n in (1, _ROWS))  # type: ignore[misc]
     host_expert, host_pair = (0, 0) if host is None else measure_host(host, rows, wait)
@@ -92,6 +98,15 @@ def measure_alone(mover: Mover, kernel: ExpertKernel, slots: int, host: HostExpe
         host_expert=host_expert,
         host_pair=host_pair,
     )
+
+
+def _slots_in_turn(pool: SlotPool, slots: int) -> Iterator[int]:
+    """The first layer's slots one after the other: experts come from memory, and not from a cache."""
+    some = min(slots, _SLOTS)
+    for slot in range(pool.window(0).start, pool.window(0).start + some):
+        if pool.expert_of[slot] < 0:
+            pool.memory[slot].zero_()  # or it may be no memory yet
+    return itertools.cycle(range(some))
 
 
 def _wait_for(device: torch.device) -> Callable[[], None]:

@@ -92,7 +92,7 @@ class RankGroup:
         )
         self.lockstep.placement = self.shared.placement.generation
         for runner, layer in zip(runtime.runners, self.shared.layers, strict=True):
-            runner.join(self.lockstep, layer, lambda: self.shared.room)
+            runner.join(self.lockstep, layer)
 
     @property
     def placement(self) -> Placement:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
+import numba
 import numpy as np
 import torch
 import transformers
@@ -23,7 +24,7 @@ from epslots.transport.transport import Transport
 Message = TypeVar("Message")
 
 # Raise it when ranks of this version couldn't work with those of the last.
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +76,7 @@ def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "numpy": np.__version__,
+        "numba": numba.__version__,
         "machine": platform.machine(),
         "checkpoint": runtime.checkpoint,
         "layers": f"{len(runtime.layers)} ({layers})",

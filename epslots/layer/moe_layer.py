@@ -33,7 +33,6 @@ from epslots.layer.host_compute import OnHost
 from epslots.layer.look_ahead import Ahead, Expected
 from epslots.layer.slot_experts import Needs, SlotExperts
 from epslots.step.eviction import IntArray, Policy, UseHistory, learns, record_use
-from epslots.step.moves import Room
 from epslots.step.residency import BoolArray, settle
 from epslots.step.reuse import stack_distances
 from epslots.step.serving import HostShare, displaces_better
@@ -85,7 +84,6 @@ class MoELayer:
         self._telemetry = telemetry
         self._lockstep: LockStep | None = None
         self._shared: SharedLayer | None = None
-        self._room: Callable[[], Room | None] = lambda: None
         self.expected = Expected(experts, lambda: self.score_E)
         self.ahead: Ahead | None = None
         self._zero_E = np.zeros(experts.num_experts, np.int64)
@@ -94,13 +92,9 @@ class MoELayer:
         self._one = torch.ones(1, dtype=torch.int64, device=experts.pool.device)
         self.steps = 0
 
-    def join(self, lockstep: LockStep, shared: SharedLayer, room: Callable[[], Room | None]) -> None:
-        """Compute together with other ranks from now on.
-
-        Args:
-            room: what ``SharedLayer.decide`` is given, in each step.
-        """
-        self._lockstep, self._shared, self._room = lockstep, shared, room
+    def join(self, lockstep: LockStep, shared: SharedLayer) -> None:
+        """Compute together with other ranks from now on."""
+        self._lockstep, self._shared = lockstep, shared
         self.expected.join(shared)
 
     @property
@@ -235,7 +229,7 @@ class MoELayer:
             return experts.zeros(len(ids_N))
         self._note_uses(used_E)
         score_E = self.score_E
-        plan = shared.plan(counts_RE, score_E, self._room())
+        plan = shared.plan(counts_RE, score_E)
         computed_E = np.zeros(experts.num_experts, np.int64)
         computed_E[plan.experts_U] = plan.computed_U
         slots_E = computed_E

@@ -149,6 +149,7 @@ class SlotExperts:
         if late:
             self._mover.retire(self._slot_of_E[(counts_E > 0) & flying_E])
             absent, late = _look_up(*tables)
+            self._mover.hurry(self._slot_of_E[(counts_E > 0) & flying_E])  # it is computed before what is fetched now
             self._telemetry.count_late(self._index, late)
         if not late and not absent:
             return ()

@@ -102,9 +102,14 @@ class SharedModel:
             layer.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
         self._shifting = bool((self._quota_LR() != placement.quota_LR).any())
         largest = max(layer.expert_bytes for layer in self.layers)
-        self.room = Room(placement.ranks, bytes_per_step, largest) if self.to_move else None
+        self._make_room(Room(placement.ranks, bytes_per_step, largest) if self.to_move else None)
         numbers = np.array([placement.generation, bytes_per_step, *placement.quota_LR.ravel()])
         self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
+
+    def _make_room(self, room: Room | None) -> None:
+        self.room = room
+        for layer in self.layers:
+            layer.room = room
 
     def bound_prefetches(self, bytes_per_step: int) -> None:
         """Let each rank fetch so many bytes in a step before nothing more is fetched ahead."""
@@ -126,7 +131,8 @@ class SharedModel:
         if self.room is None:
             return []
         if not self.to_move:
-            self.room, self._shifting = None, False
+            self._make_room(None)
+            self._shifting = False
             return []
         self.room.renew()
         shifts = []

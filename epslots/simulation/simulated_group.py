@@ -1,8 +1,9 @@
 """A group of ranks without ranks: the very rules by which they plan, cache and move, and a clock that adds up what that takes.
 
-Pure. What is decided is exact: for the same choices of the router, real ranks have the same hits, misses, fetches, moves and
-evictions. What it takes is a model (``timing.py``): in each layer of a step all wait for the slowest rank, which fetches, then
-computes; copies for a placement run behind that and delay the next fetches if they aren't done.
+Pure. What is decided is exact: for the same choices of the router, real ranks that neither fetch ahead nor let their hosts
+compute have the same hits, misses, fetches, moves and evictions. What it takes is a model (``timing.py``): in each layer of a
+step all wait for the slowest rank, which fetches, then computes; copies for a placement run behind that and delay the next
+fetches if they aren't done.
 
 Legend of shape suffixes: L layers, R ranks, N nodes, E experts of the largest layer, U experts with tokens, F fetches.
 """
@@ -154,7 +155,6 @@ class SimulatedGroup:
             layer_ns = timing.layer + int(tokens_R.max(initial=0)) * timing.token + header
             moving_R = np.zeros_like(self._behind_R)
             if used_E.any():
-                # A predictor's prefetches would be asked for here: before the layer's counts are known to its ranks.
                 if self.model.layers[layer].complete:  # nobody says anything of it, and nothing of its uses is known
                     self._tokens_LE[layer, :experts] += counts_RE.sum(0)
                     layer_ns -= header
@@ -185,7 +185,7 @@ class SimulatedGroup:
         """Plan a layer's step, and count what it does."""
         shared, tally, ranks = self.model.layers[layer], self.tally, len(counts_RE)
         before_RE = shared.holds_RE.copy()
-        plan = shared.decide(counts_RE, self._score(layer), self.model.room)
+        plan = shared.decide(counts_RE, self._score(layer))
         needed_RU = plan.computed_RU > 0
         misses_R = np.bincount(plan.fetch_ranks, minlength=ranks)
         free_R = shared.quota_R - before_RE.sum(1)

@@ -139,6 +139,11 @@ class Mover:
             if self.link.landed(landing):
                 self._finish(slot, landing)
 
+    def hurry(self, slots: NDArray[np.int64]) -> None:
+        """What is under way to these slots is needed in this step, in this order, and before what is fetched from now on."""
+        for slot in slots[self.flying[slots]].tolist():
+            self.link.hurry(self._landings[slot])
+
     def land_all(self) -> None:
         """No slot is flying afterwards."""
         self.land(np.flatnonzero(self.flying))

@@ -63,6 +63,10 @@ class Link(Protocol):
         """What this thread computes next finds the slot complete. It is urgent from now on."""
         ...
 
+    def hurry(self, landing: Any) -> None:
+        """It is urgent from now on, and goes before what is started later."""
+        ...
+
     def landed(self, landing: Any) -> bool:
         """Whether the record is there, so that ``land`` takes no time."""
         ...
@@ -89,6 +93,8 @@ class AtOnce:
 
     def land(self, landing: Any) -> None:
         raise AssertionError("nothing is ever under way")
+
+    hurry = land
 
     def landed(self, landing: Any) -> bool:
         raise AssertionError("nothing is ever under way")
@@ -146,11 +152,14 @@ class CopyStreams:
             self._go_on()
         return copies
 
-    def land(self, landing: _Copy) -> None:
+    def hurry(self, landing: _Copy) -> None:
         with self._lock:
             if landing.event is None:
                 self._waiting.remove(landing)
                 self._queue([landing], self._urgent)
+
+    def land(self, landing: _Copy) -> None:
+        self.hurry(landing)
         self._cuda.current_stream(self._device).wait_event(landing.event)
 
     def landed(self, landing: _Copy) -> bool:
@@ -247,13 +256,20 @@ class EmulatedLink:
                 self._spare.extendleft(reversed(flights))  # the newest guesses first: older ones may be out of date
         return flights
 
+    def hurry(self, landing: _Flight) -> None:
+        with self._lock:
+            self._hurry(landing)
+
+    def _hurry(self, landing: _Flight) -> None:
+        now = self._go_on()
+        if landing.due is None and not landing.urgent:
+            self._urgent.append(landing)
+            self._spare.remove(landing)
+            landing.urgent, landing.started = True, now
+
     def land(self, landing: _Flight) -> None:
         with self._lock:
-            now = self._go_on()
-            if landing.due is None and not landing.urgent:
-                self._urgent.append(landing)
-                self._spare.remove(landing)
-                landing.urgent, landing.started = True, now
+            self._hurry(landing)
             while landing.due is None:  # what is before it is urgent as well: nothing can come between
                 self._begin()
         if landing.put is not None:

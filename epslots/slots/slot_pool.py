@@ -8,7 +8,8 @@ multiplication reads in place. The tables exist on the host, where plans are mad
 sorted by them; on the CPU these are the same memory.
 
 Only the mover (``fetch.py``) fills slots. A slot is empty in both tables from the moment its old content is given up until
-its new content is complete, so that a failed fetch leaves a smaller cache, never a wrong one.
+its new content is on its way, or has come from a peer: a failed fetch leaves a smaller cache, never a wrong one. What is on
+its way is the mover's to know: whoever reads a slot has it land before.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class SlotPool:
             self.publish(layer)
 
     def occupy(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
-        """Enter these experts as complete in these empty slots of the layer's window."""
+        """Enter these experts in these empty slots of the layer's window: they are there, or under way."""
         self._wait_until_published()
         done = _occupy(self.slot_of[layer], self.expert_of, experts, slots)
         self.publish(layer)

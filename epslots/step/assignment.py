@@ -73,7 +73,7 @@ class Assign:
         costs: Costs,
         tolls_RE: IntArray | None = None,
         *,
-        wanted_RE: BoolArray | None = None,
+        spare_RE: BoolArray | None = None,
         node_R: IntArray | None = None,
     ) -> Assignment:
         """Plan one layer's step.
@@ -86,14 +86,15 @@ class Assign:
             costs: what things cost, the same on all ranks.
             tolls_RE: nanoseconds that each rank would have saved lately by copies of what it sent tokens to others for;
                 nothing, if not given. ``assign`` alone looks at them.
-            wanted_RE: the copies that the placement wants; none, if not given.
+            spare_RE: the copies that may give way to others (``spare_copies``), where the placement wants some; all that are
+                neither at home nor the last, if not given.
             node_R: the node of each rank, if there are several.
         """
         counts_RE, holds_RE = np.ascontiguousarray(counts_RE, np.int64), np.ascontiguousarray(holds_RE)
         if tolls_RE is None or self.way != CHEAPEST:
             tolls_RE, spare_RE = np.zeros(holds_RE.shape, np.int64), holds_RE  # then nothing is put into idle slots
         else:
-            spare_RE = spare_copies(holds_RE, home_E, wanted_RE)
+            spare_RE = spare_copies(holds_RE, home_E) if spare_RE is None else spare_RE
         node_R = np.zeros(len(quota_R), np.int64) if node_R is None else node_R
         experts_U, counts_RU, computed_RU, (rank_F, column_F, source_F), cost_ns = divide_work(
             counts_RE, holds_RE, quota_R, home_E, node_R, astuple(costs)[:6], tolls_RE, spare_RE, self.way

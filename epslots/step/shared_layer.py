@@ -50,6 +50,7 @@ class GroupPlan:
         fetch_ranks, fetch_experts, fetch_sources: as in ``Assignment``.
         evicted_RE: residents that give way to them.
         moves: what the placement has fetched besides, when the layer has computed.
+        hosted_ranks, hosted_experts: what is computed by a rank's host instead of being fetched there.
     """
 
     experts_U: IntArray
@@ -93,6 +94,7 @@ class StepPlan:
         evicted_E: this rank's residents that give way.
         copies: this rank's part of the copies between ranks; None if no rank copies anything.
         move: this rank's part of the moves; None if it has none.
+        hosted: experts that this rank's host computes.
     """
 
     experts_U: IntArray
@@ -127,6 +129,7 @@ class SharedLayer:
         lookout: decides what is fetched ahead.
         record_bytes: what crosses the link for an expert, if it isn't ``expert_bytes``.
         budget: what each rank may fetch in a step before nothing more is fetched ahead; one for all layers. No bound if None.
+        room: what each rank may still fetch in this step for the placement's sake; one for all layers. Nothing if None.
         complete: whether every rank holds every expert of every layer, for good: then each computes its own tokens, and
             nobody has anything to say.
     """
@@ -157,6 +160,7 @@ class SharedLayer:
         self.host_share: HostShare | None = None
         self.lookout = Lookout()
         self.budget: Budget | None = None
+        self.room: Room | None = None
         self._tolls_RE = np.zeros(holds_RE.shape, np.int64)
         self._steps = 0
         self._hosting_steps = 0
@@ -194,9 +198,9 @@ class SharedLayer:
         self._remember(np.array([rank, change, evicted]))
         return evicted
 
-    def plan(self, counts_RE: IntArray, score_E: IntArray, room: Room | None = None) -> StepPlan:
+    def plan(self, counts_RE: IntArray, score_E: IntArray) -> StepPlan:
         """``decide``, as this rank sees it."""
-        plan = self.decide(counts_RE, score_E, room)
+        plan = self.decide(counts_RE, score_E)
         own = route(plan.counts_RU, plan.computed_RU, self.rank, self.node_R)
         moved, sent_R, received_R = travelling_pairs(plan.counts_RU, plan.computed_RU)
         return StepPlan(
@@ -213,17 +217,17 @@ class SharedLayer:
             hosted=plan.hosted_experts[plan.hosted_ranks == self.rank],
         )
 
-    def decide(self, counts_RE: IntArray, score_E: IntArray, room: Room | None = None) -> GroupPlan:
+    def decide(self, counts_RE: IntArray, score_E: IntArray) -> GroupPlan:
         """Plan a step for all ranks and enter its outcome: who holds what when it is done.
+
+        What it fetches and moves is taken off the ``room``, if there is one, and off the ``budget``.
 
         Args:
             counts_RE: pairs of each rank's tokens for each expert.
             score_E: the eviction policy's scores.
-            room: what each rank may still fetch in this step for the placement's sake; what is fetched is taken off. Nothing
-                is moved without it.
         """
         tolls_RE = self._tolls_RE if self._has_idle_slots() else None
-        wanted_RE = self.wanted_RE if tolls_RE is not None else None
+        spare_RE = self._spare_RE if tolls_RE is not None else None
         found = (own_only if self.complete else self.rule)(
             counts_RE,
             self.holds_RE,
@@ -231,7 +235,7 @@ class SharedLayer:
             self.home_E,
             self.costs,
             tolls_RE,
-            wanted_RE=wanted_RE,
+            spare_RE=spare_RE,
             node_R=self.node_R,
         )
         hosted_ranks = hosted_experts = _NOTHING
@@ -243,7 +247,7 @@ class SharedLayer:
         if self.budget is not None:
             self.budget.spend(found.fetch_ranks, self.record_bytes)
         self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU, hosted_ranks, hosted_experts)
-        moves = NO_MOVES if room is None else self._move(found, score_E, room)
+        moves = NO_MOVES if self.room is None else self._move(found, score_E, self.room)
         return GroupPlan(
             experts_U=found.experts_U,
             counts_RU=found.counts_RU,
@@ -292,6 +296,8 @@ class SharedLayer:
             self.holds_RE[:] = found.after_RE
             self.forget_digest()
             self._remember(found.ranks, found.experts, found.evicted_RE)
+            if self.room is not None:  # moves would share the link with them
+                self.room.charge(found.ranks, self.expert_bytes)
         return found
 
     def _move(self, found: Assignment, score_E: IntArray, room: Room) -> Moves:
@@ -317,6 +323,8 @@ class SharedLayer:
         )
         if len(moves):
             room.spend(moves.ranks, self.expert_bytes)
+            if self.budget is not None:
+                self.budget.spend(moves.ranks, self.record_bytes)
             full = moves.evicted >= 0
             self.holds_RE[moves.ranks[full], moves.evicted[full]] = False
             self.holds_RE[moves.ranks, moves.experts] = True

@@ -395,6 +395,26 @@ def test_an_order_is_given_once(run: Run):
     run(scenario())
 
 
+@pytest.mark.parametrize("turns", range(8))
+def test_who_gives_up_just_when_the_answer_comes_costs_no_controller(run: Run, turns: int):
+    async def scenario() -> None:
+        fleet = GatedFleet(lambda: controller(Planner()))
+        async with steered(fleet) as (steering, _, _2):
+            fleet.gate.clear()
+            asking = asyncio.create_task(steering.explain())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            fleet.gate.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert (await steering.explain()).group == 0
+            assert len(fleet.controllers) == 1
+
+    run(scenario())
+
+
 def test_an_order_that_nobody_waits_for_any_more_is_forgotten(run: Run):
     async def scenario() -> None:
         fleet = GatedFleet(lambda: controller(Planner()))
