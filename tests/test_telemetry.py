@@ -65,7 +65,10 @@ def test_the_table_shows_every_layer(checkpoint: Callable[[str], Path], cache_di
     model = epslots.load(checkpoint("mixtral"), slots=2, device="cpu", cache_dir=cache_dir, progress=False)
     assert stats_table(epslots.stats(model)).row_count == 4
     model(zoo.random_ids())
-    assert stats_table(epslots.stats(model)).row_count == 4
+    table = stats_table(epslots.stats(model))
+    assert table.row_count == 4
+    assert "emulated" not in str(table.caption)
+    assert "emulated: 8GB/s" in str(stats_table(epslots.stats(model), link="8GB/s").caption)
 
 
 def test_a_prefetch_that_is_given_up_in_the_next_window_leaves_no_negative_bytes():

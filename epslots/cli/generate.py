@@ -154,10 +154,10 @@ def generate(
             print_texts(launched, texts, encoded, settings, echo=echo)
         except KeyboardInterrupt:
             if stats:
-                show_stats(launched)
+                show_stats(launched, link)
             raise
         if stats:
-            show_stats(launched)
+            show_stats(launched, link)
 
 
 def context_of(folder: Path) -> int | None:
@@ -247,8 +247,8 @@ def print_texts(
         print(flush=True)
 
 
-def show_stats(launched: Launched) -> None:
+def show_stats(launched: Launched, link: str | None) -> None:
     """Print the counters."""
     from epslots.cli.tables import print_stats
 
-    print_stats(launched.stats())
+    print_stats(launched.stats(), link=link)

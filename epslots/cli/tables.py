@@ -32,8 +32,8 @@ class RanksStats(Protocol):
     def total(self) -> Stats: ...
 
 
-def stats_table(stats: Stats) -> Table:
-    """One row for each MoE layer, and their sums."""
+def stats_table(stats: Stats, *, link: str | None = None) -> Table:
+    """One row for each MoE layer, and their sums. Arguments as ``print_stats``."""
     table = Table(title="expert slots", title_justify="left", caption_justify="left")
     table.add_column("layer")
     for heading in ("slots", "steps", "hit rate", "misses", "waves/step", "evictions", "fetched", "stall", "hottest"):
@@ -67,6 +67,8 @@ def stats_table(stats: Stats) -> Table:
     table.caption = (
         "hit rate: uses of an expert that found it in a slot; hottest: the expert with the most tokens, and its share"
     )
+    if link is not None:
+        table.caption += f"\nthe link was emulated: {link}"
     return table
 
 
@@ -103,12 +105,16 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
     return table
 
 
-def print_stats(stats: Stats | RanksStats) -> None:
-    """Print the counters to standard error: of each layer, summed over ranks; and of each rank, if there are several."""
+def print_stats(stats: Stats | RanksStats, *, link: str | None = None) -> None:
+    """Print the counters to standard error: of each layer, summed over ranks; and of each rank, if there are several.
+
+    Args:
+        link: the emulated link, if there was one.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:  # a log has no width of its own
         console = Console(stderr=True, width=140)
     if not isinstance(stats, Stats):
         console.print(ranks_table(stats.ranks))
         stats = stats.total
-    console.print(stats_table(stats))
+    console.print(stats_table(stats, link=link))
