@@ -24,7 +24,7 @@ _NAME = "epslots, "  # of placement groups
 _FREE_S = 3.0  # in which the places of what has just ended become free
 _RESERVE_S = 20.0
 _LOOK_S = 60.0  # the first task on a node may have to wait for a process, and that for a slow disk
-_POLL_S = 0.2
+_POLL_S = 0.2  # between looks at Ray's tables: it tells nobody when a place becomes free, or a node is found
 
 _look = ray.remote(num_cpus=0, max_retries=0)(lacks_model)
 

@@ -358,7 +358,7 @@ class Supervisor:
         """While anything is awaited, see that everybody answers. An idle cluster is left alone."""
         while True:
             await self._pulse.until(lambda: bool(self.dispatcher.unfinished or self._reports) or not self.group.formed)
-            await asyncio.sleep(self._deadlines.silence_s / 2)
+            await asyncio.sleep(self._deadlines.silence_s / 2)  # who asks more often learns no more
             await self.group.roll_call(list(self._workers.values()), self._deadlines.silence_s)
 
     def send(self, worker: Hashable, command: Command) -> None:

@@ -29,8 +29,8 @@ def parse_bytes(text: str, setting: str = "size") -> int:
     return size
 
 
-_MOST_BYTES = 2**60
-"""A budget below it stays an int64, whatever it is added to."""
+MOST_STEP_BYTES = 2**60
+"""What may be fetched in a step is less: so budgets stay int64, whatever is added to them."""
 
 
 def format_bytes(size: float) -> str:
@@ -166,6 +166,6 @@ def parse_prefetch(value: str | bool | PrefetchSetting) -> PrefetchSetting:
     if not isinstance(value, str) or not value[:1].isdigit():
         raise ConfigError(f"prefetch={value!r}: allowed: auto, off, or what may be fetched in a step before it ends: 64MiB")
     nbytes = parse_bytes(value, "prefetch")
-    if nbytes >= _MOST_BYTES:
-        raise ConfigError(f"prefetch={value!r}: allowed: less than {format_bytes(_MOST_BYTES)} a step")
+    if nbytes >= MOST_STEP_BYTES:
+        raise ConfigError(f"prefetch={value!r}: allowed: less than {format_bytes(MOST_STEP_BYTES)} a step")
     return PrefetchSetting(bytes_per_step=nbytes)

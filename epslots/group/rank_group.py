@@ -19,6 +19,7 @@ from epslots.step.serving import HostShare
 from epslots.step.shared_layer import SharedLayer
 from epslots.transport.lockstep import Header, LockStep
 from epslots.transport.transport import Transport
+from epslots.units import MOST_STEP_BYTES, format_bytes
 
 _ATTRIBUTE = "epslots_group"
 
@@ -115,8 +116,9 @@ class RankGroup:
         Raises:
             ConfigError: the placement is for other ranks or another model, or the bytes aren't positive.
         """
-        if not 0 < bytes_per_step < 2**60:
-            raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0")
+        if not 0 < bytes_per_step < MOST_STEP_BYTES:
+            most = format_bytes(MOST_STEP_BYTES)
+            raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0 and less than {most}")
         if placement.generation > self.lockstep.placement:
             check_fits(placement, self.placement, [mover.store_layers for mover in self._runtime.movers])
             self._offered[placement.generation] = placement, bytes_per_step

@@ -330,7 +330,7 @@ class SharedLayer:
             self.holds_RE[moves.ranks, moves.experts] = True
             self.forget_digest()
             self._remember(moves.ranks, moves.experts, moves.evicted, moves.sources)
-        self._see_what_is_left()
+            self._see_what_is_left()
         return moves
 
     def _see_what_is_left(self) -> None:

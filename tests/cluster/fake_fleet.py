@@ -180,7 +180,7 @@ class FakeController:
         return f"node fake, controller {self.number}"
 
     async def call(self, message: bytes) -> bytes:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # as a message would: the caller goes on first
         fault = self._fleet.controller_fault()
         if fault == "crash":
             self.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -389,6 +390,27 @@ def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_c
     fleet.workers[0].thaw()
     assert len(cluster.stats().ranks) == 2  # whoever asks later is answered after all that was asked before
     assert not cluster._supervisor._reports
+
+
+def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any):
+    cluster, fleet = open_cluster(2, silence_s=60.0)
+    fleet.workers[0]._running.clear()
+
+    def asked() -> int:
+        return sum("FakeWorker.command" in repr(task.get_coro()) for task in asyncio.all_tasks())
+
+    async def break_off() -> int:
+        supervisor = cluster._supervisor
+        calling = asyncio.create_task(supervisor.group.roll_call(list(supervisor._workers.values()), 60.0))
+        while not asked():
+            await asyncio.sleep(0)
+        calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+        await asyncio.sleep(0)  # what was cancelled with it ends
+        return asked()
+
+    assert cluster._thread.call(break_off()) == 0
+    fleet.workers[0].thaw()
 
 
 def test_a_newcomer_that_can_not_join_does_not_end_the_others(

@@ -223,7 +223,7 @@ def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, c
 
     async def placed(_seats: Seats, _seat: int) -> str:
         if next(looks):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # it is looked up beside others, and fails after them
             raise ClusterError("no place")
         return "node"
 

@@ -200,12 +200,12 @@ def test_closing_that_is_interrupted_goes_on_with_the_next_call(fake_ray: FakeRa
     async def interrupt() -> None:
         await begin_and_cancel(fleet, fake_ray)
         closing = asyncio.ensure_future(fleet.close())
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it begins to wait
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing
         closing = asyncio.ensure_future(fleet.close())
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it begins to wait
         assert not closing.done()
         fake_ray.may_start.set()
         fake_ray.may_end.set()

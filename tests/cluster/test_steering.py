@@ -75,6 +75,12 @@ async def until(condition: Callable[[], Any]) -> None:
     await asyncio.wait_for(look(), 30)
 
 
+async def pass_turns(count: int) -> None:
+    """Let the others run so many times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 @asynccontextmanager
 async def steered(fleet: FakeFleet | None = None, *, formed: bool = True) -> AsyncIterator[tuple[Steering, Ranks, FakeFleet]]:
     """A group with steering; nothing of it is left afterwards."""
@@ -263,8 +269,7 @@ def test_an_answer_that_comes_just_when_all_is_ended_ends_it_all_the_same(run: R
             await until(lambda: not steering._waiting)
             (steering_task,) = [each for each in asyncio.all_tasks() if "keep_steered" in repr(each.get_coro())]
             fleet.gate.set()
-            for _ in range(turns):
-                await asyncio.sleep(0)
+            await pass_turns(turns)
             steering_task.cancel()
             await asyncio.wait({steering_task}, timeout=10)
             ended = steering_task.done()
@@ -326,8 +331,7 @@ def test_a_group_that_breaks_before_it_has_said_how_things_stand(run: Run):
             ranks.form(3)
             await until(lambda: len(ranks.sent) == 2)
             steering.stand(survey_of(placement_of(2), group=1, number=1))  # late: an answer to the first
-            for _ in range(10):
-                await asyncio.sleep(0)
+            await pass_turns(10)
             assert not fleet.orders
             ranks.answers = True
             steering.stand(survey_of(ranks.followed, group=1, number=2))
@@ -402,11 +406,9 @@ def test_who_gives_up_just_when_the_answer_comes_costs_no_controller(run: Run, t
         async with steered(fleet) as (steering, _, _2):
             fleet.gate.clear()
             asking = asyncio.create_task(steering.explain())
-            for _ in range(5):
-                await asyncio.sleep(0)
+            await pass_turns(5)
             fleet.gate.set()
-            for _ in range(turns):
-                await asyncio.sleep(0)
+            await pass_turns(turns)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             assert (await steering.explain()).group == 0
