@@ -91,7 +91,7 @@ class Assign:
             node_R: the node of each rank, if there are several.
         """
         counts_RE, holds_RE = np.ascontiguousarray(counts_RE, np.int64), np.ascontiguousarray(holds_RE)
-        if tolls_RE is None or self.way != CHEAPEST:
+        if tolls_RE is None:
             tolls_RE, spare_RE = np.zeros(holds_RE.shape, np.int64), holds_RE  # then nothing is put into idle slots
         else:
             spare_RE = spare_copies(holds_RE, home_E) if spare_RE is None else spare_RE

@@ -381,15 +381,22 @@ def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
         assert [worker._exchanges for worker in fleet.workers.values()] == before
 
 
-def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_cluster: Any, folder: Path):
-    cluster, fleet = open_cluster(2, silence_s=60.0)
-    assert tokens_of(cluster.generate(PROMPTS[:1], max_new_tokens=3, stop_tokens=())) == expected(folder, PROMPTS[:1], 3)
-    fleet.workers[0]._running.clear()
-    asking = cluster._thread.begin(cluster._supervisor.reports())
-    asking.cancel()
-    fleet.workers[0].thaw()
+def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_cluster: Any):
+    cluster, _ = open_cluster(2, silence_s=60.0)
+    supervisor = cluster._supervisor
+
+    async def give_up() -> int:
+        asking = asyncio.create_task(supervisor.reports())
+        while not supervisor._reports:
+            await asyncio.sleep(0)
+        awaited = len(supervisor._reports)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        return awaited
+
+    assert cluster._thread.call(give_up()) == 2
     assert len(cluster.stats().ranks) == 2  # whoever asks later is answered after all that was asked before
-    assert not cluster._supervisor._reports
+    assert not supervisor._reports
 
 
 def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any):
