@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import epslots  # noqa: F401 - a rank imports it before torch, whose threads read how to wait
+
 if TYPE_CHECKING:
     from cluster.api import Cluster
     from cluster.controller_messages import Explanation

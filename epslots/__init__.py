@@ -6,8 +6,11 @@ epslots.stats(model)                              # hits, misses, bytes by sourc
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from epslots.cpu_threads import limit_spinning
 
 if TYPE_CHECKING:
     from epslots.errors import (
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from epslots.trace import Trace, record_trace
 
 __version__ = "0.1.0"
+
+limit_spinning(os.environ)  # here, because torch's threads read it when torch is imported
 
 __all__ = [
     "CheckpointError",

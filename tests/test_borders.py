@@ -18,7 +18,7 @@ PACKAGE = Path(epslots.__file__).parent
 # From the bottom up: a package, or a module that stands alone, imports from layers below its own.
 LAYERS = (
     # records and errors
-    ("errors", "records", "counting"),
+    ("errors", "records", "counting", "cpu_threads"),
     ("compiled", "units", "npz", "progress", "device_copy", "example"),
     # pure decisions
     ("step", "example_text"),

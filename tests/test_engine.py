@@ -154,3 +154,19 @@ def test_a_step_that_a_lost_rank_broke_is_made_again(name: str, sampling: Sampli
     assert results[:2] == [{r.id: drawn(reference, r) for r in requests_of(rank, sampling)} for rank in range(2)]
     grouped.models = grouped.models[:2]
     grouped.check()
+
+
+def test_each_step_looks_at_the_load(checkpoint: Checkpoints, cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    looks = []
+
+    class Governor:
+        def __init__(self, *torchs: Any) -> None:
+            assert torchs == (torch.get_num_threads, torch.set_num_threads)
+
+        def adjust(self) -> None:
+            looks.append(1)
+
+    monkeypatch.setattr("epslots.generation.engine.ThreadGovernor", Governor)
+    model = epslots.load(checkpoint("qwen3_moe"), slots=4, dtype="float32", cache_dir=cache_dir)
+    serve(model, requests_of(1))
+    assert len(looks) >= requests_of(1)[0].max_new_tokens

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from transformers import PreTrainedModel
 
+from epslots.cpu_threads import ThreadGovernor
 from epslots.generation.batching import DEFAULT_BATCH_TOKENS, batcher_for
 from epslots.generation.requests import Batcher, Output
 from epslots.group.rank_group import group_of
@@ -46,6 +48,7 @@ class Engine:
         runtime_of(model)  # refuses other models
         self.model = model
         self.batcher: Batcher = batcher_for(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+        self._threads = ThreadGovernor(torch.get_num_threads, torch.set_num_threads)
 
     def step(self) -> Header:
         """Make one step together with all ranks, or none if nobody has work; returns what the ranks said before it.
@@ -54,6 +57,7 @@ class Engine:
             PeerLost: a rank is gone. Nothing of the step counts.
             GroupError: ranks don't match, or are out of step.
         """
+        self._threads.adjust()
         group = group_of(self.model)
         if self.batcher.prepare():
             self.batcher.step()

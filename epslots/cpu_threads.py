@@ -1,0 +1,116 @@
+"""How many CPU threads a step uses, so that a busy machine makes it slower and not a hundred times slower.
+
+The threads of a parallel region meet at its end. libgomp's threads wait there by spinning, for milliseconds by default, each on
+a core that the last thread may need: two threads on two busy cores made a step up to 100 times slower than one thread. So two rules:
+
+- Threads spin briefly and then sleep (``SPIN_COUNT``). libgomp reads that from the environment when torch loads it, so
+  ``import epslots`` sets it, and leaves settings of the user alone.
+- A step of the engine uses no more threads than there are cores that other processes leave free (``ThreadGovernor``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
+
+# Turns of the waiting loop, some microseconds: between operations of a step the threads stay awake on a quiet machine.
+SPIN_COUNT = "1000"
+# Seconds over which the load of other processes is averaged.
+WINDOW_S = 0.5
+# A core that others use less than this share of the time takes a thread.
+_SHARE = 0.15
+
+
+def limit_spinning(environment: MutableMapping[str, str]) -> None:
+    """Have libgomp's threads wait with little spinning, unless the environment says how they wait."""
+    if not environment.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        environment["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+class CpuTimes(NamedTuple):
+    """Processor seconds since some fixed moment.
+
+    Attributes:
+        all: on the cores that this process may use, of all processes.
+        own: of this process.
+    """
+
+    all: float
+    own: float
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def read_cpu_times() -> CpuTimes | None:
+    """What the system says; None where it doesn't."""
+    import psutil
+
+    try:
+        times = psutil.cpu_times(percpu=True)
+    except (psutil.Error, OSError, NotImplementedError):
+        return None
+    cores = [times[core] for core in usable_cores() if core < len(times)]
+    busy = sum(core.user + core.system + getattr(core, "nice", 0.0) + getattr(core, "irq", 0.0) for core in cores)
+    own = os.times()
+    return CpuTimes(busy, own.user + own.system)
+
+
+def threads_for(cores: int, others: float, most: int) -> int:
+    """Threads for a step: one for each core that others leave free, at least one, at most ``most``.
+
+    Args:
+        cores: that this process may use.
+        others: cores' worth of work that other processes did there lately.
+    """
+    return max(1, min(most, int(cores - others + _SHARE)))
+
+
+class ThreadGovernor:
+    """Sets torch's threads by what other processes leave free. For the thread that makes steps.
+
+    The number of threads that torch has at the start is never exceeded. A number that somebody else sets later stays.
+
+    Args:
+        get_threads, set_threads: torch's.
+        read: processor times.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        get_threads: Callable[[], int],
+        set_threads: Callable[[int], None],
+        read: Callable[[], CpuTimes | None] = read_cpu_times,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._get, self._set, self._read, self._clock = get_threads, set_threads, read, clock
+        self._most = self._current = get_threads()
+        self._cores = len(usable_cores())
+        self._since_s = clock()
+        self._before = read() if self._most > 1 else None
+
+    def adjust(self) -> None:
+        """Look at the load if a window has passed, and set the number of threads that fits it."""
+        if self._before is None:
+            return
+        now = self._clock()
+        seconds = now - self._since_s
+        if seconds < WINDOW_S:
+            return
+        times = self._read()
+        if times is None or self._get() != self._current:
+            self._before = None
+            return
+        others = max(0.0, (times.all - self._before.all) - (times.own - self._before.own)) / seconds
+        self._since_s, self._before = now, times
+        threads = threads_for(self._cores, others, self._most)
+        if threads != self._current:
+            self._set(threads)
+            self._current = threads
