@@ -1,7 +1,8 @@
 """How many CPU threads a step uses, so that a busy machine makes it slower and not a hundred times slower.
 
-The threads of a parallel region meet at its end. libgomp's threads wait there by spinning, for milliseconds by default, each on
-a core that the last thread may need: two threads on two busy cores made a step up to 100 times slower than one thread. So two rules:
+The threads of a parallel region meet at its end. libgomp's threads wait there by spinning, for milliseconds by default, each
+on a core that the last thread may need: two threads on two busy cores made a step up to 100 times slower than one thread.
+So two rules:
 
 - Threads spin briefly and then sleep (``SPIN_COUNT``). libgomp reads that from the environment when torch loads it, so
   ``import epslots`` sets it, and leaves settings of the user alone.
