@@ -63,9 +63,14 @@ class _SkippingSelector(selectors.DefaultSelector):
         return found
 
 
+def use_clock_loops(patch: pytest.MonkeyPatch) -> None:
+    """Have supervisors run on a ``ClockLoop``. Deadlines are far off: a test that needs one skips the time until then."""
+    patient = partial(Deadlines, roll_call_s=PATIENCE_S, form_s=PATIENCE_S, stop_s=PATIENCE_S)
+    patch.setattr("cluster.api.Deadlines", patient)
+    patch.setattr("cluster.loop_thread.new_event_loop", ClockLoop)
+
+
 @pytest.fixture
 def clock_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Supervisors run on a ``ClockLoop``. Deadlines are far off: a test that needs one skips the time until then."""
-    patient = partial(Deadlines, roll_call_s=PATIENCE_S, form_s=PATIENCE_S, stop_s=PATIENCE_S)
-    monkeypatch.setattr("cluster.api.Deadlines", patient)
-    monkeypatch.setattr("cluster.loop_thread.new_event_loop", ClockLoop)
+    """As ``use_clock_loops``, for one test."""
+    use_clock_loops(monkeypatch)
