@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from asyncio import new_event_loop
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.on_bug: Callable[[BaseException], None] = lambda error: None
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._loop.set_exception_handler(self._handle)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._calls: set[asyncio.Task[Any]] = set()

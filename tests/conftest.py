@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -19,12 +21,21 @@ from epslots.compiled import prepare
 from tests.zoo import KNOWN_WARNINGS, make_checkpoint
 
 prepare()  # what is given other types than it was made for is an error from now on
+settings.register_profile("epslots", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("epslots")  # a busy machine fails no example
 torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in KNOWN_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """transformers collects garbage whenever a cache goes: up to a second each, over all that was ever imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,7 +16,7 @@ from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, runtime_of
 from epslots.step.costs import Costs
 from epslots.transport.transport import LocalHub, LocalTransport
-from tests.rank_helpers import run_threads
+from tests.rank_helpers import PATIENCE_S, run_threads
 
 # Costs by which tokens travel rather than experts, experts rather than tokens, and everything stays where it is.
 TOKENS_TRAVEL = Costs(10**9, 10**9, 1, 1, 1, 1, 10**6)
@@ -50,7 +50,7 @@ class Grouped:
     ) -> None:
         settings = {"device": "cpu", "dtype": "float32", "progress": False} | settings
         self.models = [epslots.load(folder, slots=s, cache_dir=cache_dir, **settings) for s in slots]
-        self.hub = LocalHub(len(slots), deadline_s=60)
+        self.hub = LocalHub(len(slots), deadline_s=PATIENCE_S)
         self.form(costs)
 
     def form(self, costs: Costs | None = TOKENS_TRAVEL) -> None:
@@ -62,7 +62,7 @@ class Grouped:
 
         run_threads(one, len(self.models), hub=self.hub)
 
-    def run(self, work: Callable[[int, PreTrainedModel], Any], timeout: float = 60) -> list[Any]:
+    def run(self, work: Callable[[int, PreTrainedModel], Any], timeout: float = PATIENCE_S) -> list[Any]:
         """``work(rank, model)`` on every rank, each keeping in step with those that do more; what each returned."""
 
         def one(transport: LocalTransport) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 from torch.distributed import FileStore, Store
 
@@ -32,7 +33,11 @@ FORKED.set_forkserver_preload(
     ["pytest", "hypothesis.strategies", "torch.distributed", "epslots.transport.torch_transport", "tests.warm", "tests.zoo"]
 )
 
+PATIENCE_S = 200.0
+"""A deadline that nothing healthy misses, however busy the machine; and what hangs is still named before pytest ends it."""
+
 _GRACE_S = 1.0  # what other ranks have, after a failure, to say theirs
+_LATE_S = 30.0  # in which a rank whose time is over has ended itself
 
 
 class RankError(Exception):
@@ -57,8 +62,8 @@ class Rank:
         generation: int = 0,
         rank: int | None = None,
         size: int | None = None,
-        form_deadline_s: float = 20.0,
-        deadline_s: float = 20.0,
+        form_deadline_s: float = PATIENCE_S,
+        deadline_s: float = PATIENCE_S,
     ) -> TorchTransport:
         """Form a gloo group, of this process's own rank among all unless said otherwise."""
         group = form_group(
@@ -71,9 +76,14 @@ class Rank:
         )
         return TorchTransport(group, device=torch.device("cpu"), generation=generation, deadline_s=deadline_s)
 
+    def end_after(self, seconds: float) -> None:
+        """Have this process end, and leave its stacks behind, unless it has returned by then. The last call counts."""
+        # Ends the process even if nobody is left to kill it. The file stays open for that.
+        faulthandler.dump_traceback_later(seconds, exit=True, file=(self.folder / f"stack{self.rank}").open("w"))
+
 
 def run_ranks(
-    fn: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0, may_die: Collection[int] = ()
+    fn: Callable[..., Any], size: int, *args: Any, timeout: float = PATIENCE_S, may_die: Collection[int] = ()
 ) -> list[Any]:
     """``fn(Rank, *args)`` in ``size`` processes: what each returned (it must pickle; tensors go by value).
 
@@ -94,7 +104,7 @@ def run_ranks(
         try:
             for process in processes:
                 process.start()
-            _await(processes, folder, may_die, time.monotonic() + timeout + _GRACE_S)
+            _await(processes, folder, may_die, time.monotonic() + timeout + _LATE_S)
         finally:
             for process in processes:
                 if process.pid is not None:
@@ -106,7 +116,7 @@ def run_ranks(
 
 
 def run_threads(
-    fn: Callable[..., Any], size: int, *args: Any, hub: LocalHub | None = None, timeout: float = 60.0
+    fn: Callable[..., Any], size: int, *args: Any, hub: LocalHub | None = None, timeout: float = PATIENCE_S
 ) -> list[Any]:
     """``fn(LocalTransport, *args)`` in ``size`` threads of this process: what each returned.
 
@@ -141,20 +151,29 @@ def run_threads(
     return results
 
 
+def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition that nothing tells of."""
+    while not condition():
+        time.sleep(1e-4)  # other threads need the interpreter too
+
+
+def until_stopped(pid: int) -> None:
+    """Wait until a process is stopped: a signal that was sent may be yet to come."""
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
 def _main(fn: Callable[..., Any], rank: Rank, args: tuple[Any, ...], timeout: float) -> None:
     """What a process does: leave ``result<rank>`` in the folder, or ``failure<rank>`` and exit with 1."""
     torch.set_num_threads(1)
     warnings.filterwarnings("error", module="epslots")
-    with (rank.folder / f"stack{rank.rank}").open("w") as stack:
-        # Ends the process even if nobody is left to kill it.
-        faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
-        try:
-            result = pickle.dumps(fn(rank, *args))
-        except BaseException:
-            _publish(rank.folder / f"failure{rank.rank}", traceback.format_exc().encode())
-            raise SystemExit(1) from None
-        _publish(rank.folder / f"result{rank.rank}", result)
-        faulthandler.cancel_dump_traceback_later()
+    rank.end_after(timeout)
+    try:
+        result = pickle.dumps(fn(rank, *args))
+    except BaseException:
+        _publish(rank.folder / f"failure{rank.rank}", traceback.format_exc().encode())
+        raise SystemExit(1) from None
+    _publish(rank.folder / f"result{rank.rank}", result)
+    faulthandler.cancel_dump_traceback_later()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import logging
 import os
@@ -124,15 +123,6 @@ class Faults:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """transformers collects garbage whenever a cache goes: a quarter of a second each, over all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ def test_ranks_with_many_few_and_no_requests(name: str, checkpoint: Checkpoints,
     folder = checkpoint(name)
     grouped = grouped_for(name, folder, cache_dir, [2, "50%", 1])
     reference = zoo.reference(folder)
-    results = run_threads(lambda t: serve(grouped.models[t.rank], requests_of(t.rank)), 3, hub=grouped.hub, timeout=120)
+    results = run_threads(lambda t: serve(grouped.models[t.rank], requests_of(t.rank)), 3, hub=grouped.hub)
     for rank, found in enumerate(results):
         assert found == expected(reference, requests_of(rank))
     grouped.check()
@@ -105,7 +105,7 @@ def test_a_request_draws_the_same_tokens_on_any_rank(name: str, checkpoint: Chec
     tokens = {request.id: drawn(reference, request) for request in [*alike, *mates]}
     assert tokens != {**expected(reference, alike), **expected(reference, mates)}
     work = [[*alike, mates[0]], [mates[1], *alike[::-1], mates[2]]]
-    results = run_threads(lambda t: serve(grouped.models[t.rank], work[t.rank]), 2, hub=grouped.hub, timeout=120)
+    results = run_threads(lambda t: serve(grouped.models[t.rank], work[t.rank]), 2, hub=grouped.hub)
     assert results == [{request.id: tokens[request.id] for request in requests} for requests in work]
     grouped.check()
 

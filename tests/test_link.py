@@ -15,6 +15,7 @@ import torch
 from epslots.errors import ConfigError
 from epslots.slots.link import AtOnce, CopyStreams, EmulatedLink, copy, make_link
 from epslots.units import LinkSpeed, parse_link
+from tests.rank_helpers import PATIENCE_S
 
 CPU = torch.device("cpu")
 FAST = LinkSpeed(10**12)
@@ -139,7 +140,7 @@ def test_a_large_record_is_brought_by_a_thread_and_waited_for():
 
     def put(slot: torch.Tensor, record: torch.Tensor) -> None:
         who.append(threading.current_thread())
-        assert go.wait(20)
+        assert go.wait(PATIENCE_S)
         slot.copy_(record)
 
     (landing,) = link.start(there, [large(1)], put, urgent=True)
@@ -157,17 +158,17 @@ def test_nothing_of_what_was_dropped_is_written_later():
 
     def put(slot: torch.Tensor, record: torch.Tensor) -> None:
         begun.set()
-        assert go.wait(20)
+        assert go.wait(PATIENCE_S)
         slot.copy_(record)
 
     (copying,) = link.start(there, [large(1)], put, urgent=True)
     (waiting,) = link.start([large(0)], [large(2)], put, urgent=True)
-    assert begun.wait(20)
+    assert begun.wait(PATIENCE_S)
     dropping = threading.Thread(target=lambda: (link.drop(waiting), link.drop(copying), done.set()))
     dropping.start()
     assert not done.is_set()
     go.set()
-    dropping.join(20)
+    dropping.join(PATIENCE_S)
     assert done.is_set() and (there[0] == 1).all()
 
 
@@ -189,7 +190,7 @@ def test_its_thread_ends_with_the_link():
     for landing in link.start([large], [large], lambda *_: threads.append(threading.current_thread()), urgent=True):
         link.land(landing)
     del link, landing
-    threads[0].join(20)
+    threads[0].join(PATIENCE_S)
     assert not threads[0].is_alive()
 
 

@@ -234,7 +234,7 @@ EPISODES = [
 
 @pytest.mark.parametrize("episode", EPISODES, ids=lambda e: f"{e.seed}")
 def test_random_steps(episode: Episode):
-    counts = run_threads(drive, len(episode.quotas), episode, timeout=150)
+    counts = run_threads(drive, len(episode.quotas), episode)
     hits, misses, sent, copied, moves, prefetches, late, reached = (sum(column) for column in zip(*counts, strict=True))
     assert hits and misses and moves and reached, "nothing happened"
     assert bool(prefetches and late) == (episode.predictions is not None)

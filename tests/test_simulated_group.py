@@ -45,7 +45,7 @@ class Watched(Grouped):
                 model(torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator))
             return counts
 
-        by_rank = self.run(one, timeout=120)
+        by_rank = self.run(one)
         tokens_SR = np.array(steps).T
         return [(np.stack(ranks, 1), tokens_R) for ranks, tokens_R in zip(zip(*by_rank, strict=True), tokens_SR, strict=True)]
 

@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import permutations, product
 from operator import itemgetter
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from epslots.errors import ConfigError, ExchangeError, PeerLost
 from epslots.transport.torch_transport import TorchTransport, batches, form_group
 from epslots.transport.transport import LocalHub, LocalTransport, Transfers, Transport
-from tests.rank_helpers import Rank, RankError, run_ranks, run_threads
+from tests.rank_helpers import PATIENCE_S, Rank, RankError, run_ranks, run_threads, until, until_stopped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8)
 
@@ -229,8 +229,7 @@ def keep_the_contract(rank: Rank) -> None:
 
 # Losses. Deadlines are far off, except where one is what ends the wait.
 
-FAR_S = 40.0
-SOON_S = 15.0  # "well within the deadline", on a busy machine
+FAR_S = 1000.0  # a test would have been given up: what ends before was not ended by its deadline
 
 
 def loss(call: Callable[[], object]) -> str:
@@ -271,8 +270,8 @@ def test_the_fake_loses_a_rank():
 
 def test_the_fake_obeys_its_deadline():
     def body(transport: LocalTransport) -> None:
-        if transport.rank != 2:
-            assert "ranks [2] didn't take part within 0.05 s" in loss(lambda: transport.all_gather(torch.zeros(1)))
+        if transport.rank == 0:  # alone: a second one that waits could be late itself
+            assert "ranks [1, 2] didn't take part within 0.05 s" in loss(lambda: transport.all_gather(torch.zeros(1)))
 
     run_threads(body, 3, hub=LocalHub(3, deadline_s=0.05))
 
@@ -283,7 +282,7 @@ def test_the_fake_aborts_and_closes():
     causes: list[str] = []
     waiting.start()
     hub.transport(0).abort("enough")
-    waiting.join(SOON_S)
+    waiting.join(PATIENCE_S)
     assert causes == ["rank 0 aborted: enough"]
     hub = LocalHub(2)
     hub.transport(1).close()
@@ -304,8 +303,8 @@ def test_the_fake_finds_ranks_out_of_step():
     run_threads(body, 2)
 
 
-def killed_while_receiving(rank: Rank, how: str) -> float:
-    """The last rank dies in the middle of an exchange with the others: seconds until they know."""
+def killed_while_receiving(rank: Rank, how: str) -> None:
+    """The last rank dies in the middle of an exchange with the others."""
     transport = rank.transport(deadline_s=FAR_S)
     transport.gather_bytes(b"all are here")
     last = rank.size - 1
@@ -315,19 +314,16 @@ def killed_while_receiving(rank: Rank, how: str) -> float:
         if how == "exit":
             os._exit(3)
         os.kill(os.getpid(), signal.SIGKILL)
-    began = time.monotonic()
     if rank.rank == 0:
         cause = loss(lambda: transport.exchange([(last, large)] * 20, [], agreed=True))
     else:
         cause = loss(lambda: transport.all_gather(torch.zeros(1)))
     is_broken(transport, cause)
-    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
-def test_a_killed_rank_is_noticed_at_once(how: str):
-    took_s = run_ranks(killed_while_receiving, 3, how, may_die={2})
-    assert max(took_s[:2]) < SOON_S
+def test_a_killed_rank_is_noticed_before_the_deadline(how: str):
+    run_ranks(killed_while_receiving, 3, how, may_die={2})
 
 
 def stopped(rank: Rank) -> tuple[str, int]:
@@ -344,13 +340,13 @@ def stopped(rank: Rank) -> tuple[str, int]:
         store.set("the late one is done", "")
         return cause, 0
     slot = torch.zeros(1000, dtype=torch.uint8)
-    began = time.monotonic()
     cause = loss(lambda: transport.exchange([], [(last, slot)], agreed=True))
-    assert time.monotonic() - began < SOON_S
     is_broken(transport, cause)
     transport = rank.transport(generation=1, size=last, deadline_s=FAR_S)
     if rank.rank == 0:
-        os.kill(int(store.get("pid")), signal.SIGCONT)
+        pid = int(store.get("pid"))
+        until_stopped(pid)  # or it would stop when it has been continued
+        os.kill(pid, signal.SIGCONT)
     steps = 0
     done = False
     while not done:
@@ -370,24 +366,17 @@ def test_a_stopped_rank_is_given_up_at_the_deadline_and_disturbs_nobody():
 
 
 def waits_in_vain(rank: Rank, operation: str, deadline_s: float) -> float:
-    """Rank 0 waits for rank 1, which comes only when rank 0 has given up: seconds from the abort until then."""
+    """Rank 0 waits for rank 1, which comes only when rank 0 has given up: seconds until then."""
     transport = rank.transport(deadline_s=deadline_s if rank.rank == 0 else FAR_S)
     store = rank.store()
     if rank.rank == 1:
         store.wait(["given up"])
-        began = time.monotonic()
         loss(lambda: transport.all_gather(torch.zeros(1)))
-        assert time.monotonic() - began < SOON_S
         return 0.0
-    aborted_s = [time.monotonic()]
-
-    def abort() -> None:
-        aborted_s.append(time.monotonic())
-        transport.abort("a second thread says so")
-
     if deadline_s == FAR_S:
         # Later than the operation's begin, most likely; the outcome is the same if not.
-        threading.Timer(0.2, abort).start()
+        threading.Timer(0.2, transport.abort, ["a second thread says so"]).start()
+    began = time.monotonic()
     cause = loss(
         {
             "all_gather": lambda: transport.all_gather(torch.zeros(1)),
@@ -397,7 +386,7 @@ def waits_in_vain(rank: Rank, operation: str, deadline_s: float) -> float:
             "receive": lambda: transport.exchange([], [(1, torch.zeros(8, dtype=torch.uint8))], agreed=True),
         }[operation]
     )
-    took_s = time.monotonic() - aborted_s[-1]
+    took_s = time.monotonic() - began
     assert ("a second thread says so" if deadline_s == FAR_S else "(deadline 0.3 s)") in cause
     is_broken(transport, cause)
     store.set("given up", "")
@@ -409,34 +398,28 @@ WAITS = ("all_gather", "all_to_all", "reduce_scatter", "send", "receive")
 
 @pytest.mark.parametrize("operation", WAITS)
 def test_a_second_thread_ends_the_wait(operation: str):
-    took_s, _ = run_ranks(waits_in_vain, 2, operation, FAR_S)
-    assert took_s < 1.0
+    run_ranks(waits_in_vain, 2, operation, FAR_S)
 
 
 @pytest.mark.parametrize("operation", WAITS)
 def test_a_silent_rank_is_given_up_at_the_deadline(operation: str):
     took_s, _ = run_ranks(waits_in_vain, 2, operation, 0.3)
-    assert 0.3 <= took_s < SOON_S
+    assert took_s >= 0.3
 
 
-def lost_in_the_middle(rank: Rank, operation: str, how: str) -> tuple[str, float] | None:
-    """Rank 1 is lost when the first bytes have come and most are still to: what the others say, and the seconds until they
-    are a group again."""
+def lost_in_the_middle(rank: Rank, operation: str, how: str) -> str:
+    """Rank 1 is lost when the first bytes have come and most are still to: what the others say, who are a group again."""
     transport = rank.transport(deadline_s=FAR_S)
     pid = int(transport.gather_bytes(str(os.getpid()).encode())[1])
     receiver = 0 if operation == "receive" else 1
     large = torch.full((1 << 26,), int(rank.rank != receiver), dtype=torch.uint8)
-
-    def until(condition: Callable[[], object]) -> None:
-        while not condition():
-            time.sleep(1e-4)  # the thread that waits for the operation needs the interpreter too
 
     def lose() -> None:
         until(lambda: large[0])
         os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
 
     def abort() -> None:
-        until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        until_stopped(pid)
         transport.abort("rank 1 is stopped")
 
     if rank.rank == receiver:
@@ -455,22 +438,20 @@ def lost_in_the_middle(rank: Rank, operation: str, how: str) -> tuple[str, float
         ("all_to_all", 2): lambda: transport.all_to_all(large[:0], none, none, agreed=True),
     }
     call = calls.get((operation, rank.rank), lambda: None)
-    began = time.monotonic()
     cause = loss(lambda: [call(), transport.all_gather(torch.zeros(1))])  # who isn't concerned waits for the next
     is_broken(transport, cause)
     transport.close()
     transport = rank.transport(generation=1, rank=rank.rank // 2, size=2)
     assert transport.gather_bytes(b"x") == [b"x"] * 2
-    return cause, time.monotonic() - began
+    return cause
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("operation", ["send", "receive", "all_to_all"])
 def test_an_operation_under_way_is_left_behind(operation: str, how: str):
     """Gloo says nothing of what is half sent or half received when a connection goes."""
-    first, _, other = run_ranks(lost_in_the_middle, 3, operation, how, may_die={1})
-    assert first[1] < SOON_S and other[1] < SOON_S
-    assert ("is stopped" if how == "stopped" else "a peer is gone") in first[0]
+    first, _, _ = run_ranks(lost_in_the_middle, 3, operation, how, may_die={1})
+    assert ("is stopped" if how == "stopped" else "a peer is gone") in first
 
 
 def stopped_as_it_sends(rank: Rank) -> str:
@@ -479,15 +460,14 @@ def stopped_as_it_sends(rank: Rank) -> str:
     pid = int(transport.gather_bytes(str(os.getpid()).encode())[1])
     small = torch.zeros(1000)
     if rank.rank == 1:
-        began = time.monotonic()
         cause = loss(lambda: [transport.all_gather(small) for _ in range(10**9)])
-        assert time.monotonic() - began < SOON_S
         is_broken(transport, cause)
         return cause
     for _ in range(200):
         transport.all_gather(small)
     os.kill(pid, signal.SIGSTOP)
-    threading.Timer(0.2, transport.abort, ["rank 1 is stopped"]).start()
+    until_stopped(pid)
+    threading.Timer(0.2, transport.abort, ["rank 1 is stopped"]).start()  # when this one waits for it, most likely
     cause = loss(lambda: [transport.all_gather(small) for _ in range(10**9)])
     os.kill(pid, signal.SIGCONT)
     return cause
@@ -502,12 +482,11 @@ def test_who_was_stopped_learns_that_the_others_left(attempt: int):
 
 def slow(rank: Rank) -> None:
     """Longer than the group's own deadline, which was for its forming, and not than the transport's."""
-    store = rank.store()
-    store.set(f"{rank.rank} is up", "")
-    store.wait([f"{other} is up" for other in range(rank.size)])
-    transport = rank.transport(form_deadline_s=1.0, deadline_s=FAR_S)
+    group = form_group(rank.store(), generation=0, rank=rank.rank, size=rank.size, backend="gloo", deadline_s=PATIENCE_S)
+    group.set_timeout(timedelta(seconds=0.1))  # as if it had formed within that
+    transport = TorchTransport(group, device=torch.device("cpu"), deadline_s=FAR_S)
     if rank.rank == 1:
-        time.sleep(1.5)  # being slow is what is tested: longer than forming may take, far less than an operation may
+        time.sleep(0.5)  # being slow is what is tested: longer than forming may take, far less than an operation may
     assert transport.gather_bytes(b"x") == [b"x", b"x"]
     transport.close()
 
@@ -561,9 +540,7 @@ def closes(rank: Rank) -> str:
     if rank.rank == 0:
         transport.close()
         assert not dist.is_initialized()
-    began = time.monotonic()
     cause = loss(lambda: transport.gather_bytes(b"one is gone"))
-    assert time.monotonic() - began < SOON_S
     if rank.rank == 0:
         is_broken(transport, cause)
         rank.store().wait(["noticed"])
@@ -669,12 +646,13 @@ def test_a_dying_rank_is_named():
 
 
 def hangs(rank: Rank) -> None:
+    rank.end_after(0.1)  # its time is over now, and not before it is here
     threading.Event().wait()
 
 
 def test_a_hanging_rank_is_named():
     with pytest.raises(RankError, match=r"rank 0 ended(?s:.*)in hangs"):
-        run_ranks(hangs, 1, timeout=0.5)
+        run_ranks(hangs, 1)
 
 
 def test_a_failing_thread_is_named():

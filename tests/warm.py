@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import transformers.generation.utils
 import transformers.models.deepseek_v3.modeling_deepseek_v3
 import transformers.models.gpt_oss.modeling_gpt_oss
@@ -11,3 +13,5 @@ import epslots.loading  # noqa: F401 - and with it all that is compiled
 from epslots.compiled import prepare
 
 prepare()
+gc.collect()
+gc.freeze()  # transformers collects garbage whenever a cache goes

@@ -4,6 +4,8 @@ fleet = FakeFleet()
 with Cluster(folder, ranks=2, fleet=fleet, ...) as cluster:
     fleet.at(seat=1, operation=40, do="crash")   # at its 40th exchange from now
     fleet.controller_at(order=3, do="hang")      # at its third order from now
+
+Faults that nothing but a deadline reveals ("freeze", "hang") need the fixture ``clock_loops``: its time is skipped.
 """
 
 from __future__ import annotations
@@ -26,13 +28,22 @@ from cluster.messages import Form
 from cluster.rank_loop import RankLoop
 from epslots.errors import PeerLost
 from epslots.transport.transport import LocalHub, LocalTransport
+from tests.cluster.clock_loop import ClockLoop
+from tests.rank_helpers import PATIENCE_S
 
 Fault = Literal["crash", "vanish", "freeze", "raise"]
 """crash: the process dies and that is known at once; vanish: nobody says so; freeze: it stops; raise: an error of its own."""
 
 
-ControllerFault = Literal["crash", "hang", "garbage", "bug"]
-"""crash: it dies with the order; hang: it never answers; garbage: it answers nonsense; bug: it raises."""
+ControllerFault = Literal["crash", "hang", "stall", "garbage", "bug"]
+"""crash: it dies with the order; hang: it never answers, and the time for that passes; stall: as hang, and it doesn't pass;
+garbage: it answers nonsense; bug: it raises."""
+
+
+def skip_until(loop: asyncio.AbstractEventLoop, over: Callable[[], bool]) -> None:
+    """Skip the time in which a supervisor waits for a fault to show."""
+    assert isinstance(loop, ClockLoop), "the fixture clock_loops is needed"
+    loop.skip_until(over)
 
 
 class _Killed(BaseException):
@@ -128,6 +139,7 @@ class FakeWorker:
                     self._die(known=do == "crash")
                 case "freeze":
                     self._running.clear()
+                    skip_until(self._asyncio, lambda: self.dead)
                 case "raise":
                     raise MemoryError("no memory left, says the test")
         self._running.wait()
@@ -184,7 +196,9 @@ class FakeController:
         fault = self._fleet.controller_fault()
         if fault == "crash":
             self.kill()
-        elif fault == "hang":
+        elif fault in ("hang", "stall"):
+            if fault == "hang":
+                skip_until(asyncio.get_running_loop(), lambda: self.dead)
             await self._ended.wait()
         elif fault == "garbage":
             return b"\xc1"
@@ -237,7 +251,7 @@ class FakeFleet:
     def hub(self, form: Form) -> LocalHub:
         with self._lock:
             if form.generation not in self._hubs:
-                self._hubs[form.generation] = LocalHub(form.size, generation=form.generation, deadline_s=form.form_s)
+                self._hubs[form.generation] = LocalHub(form.size, generation=form.generation, deadline_s=PATIENCE_S)
             return self._hubs[form.generation]
 
     def at(self, seat: int, operation: int, do: Fault) -> None:
@@ -287,4 +301,4 @@ class FakeFleet:
         self.closed = True
         for worker in self._all:
             worker.kill()
-            worker.loop._thread.join(30)
+            worker.loop._thread.join(PATIENCE_S)

@@ -81,6 +81,11 @@ class ProcessWorker:
             raise WorkerDied("its process has ended")
         return batch
 
+    @property
+    def owes(self) -> bool:
+        """Whether an answer of it is awaited. Of the loop's thread."""
+        return bool(self._waiting)
+
     def kill(self) -> None:
         self.process.kill()
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -20,14 +21,21 @@ import ray
 import ray._private.utils as ray_utils
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import _enable_token_auth
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader
 from ray.cluster_utils import Cluster as RayCluster
+from ray.core.generated.common_pb2 import NodeDeathInfo
+from ray.core.generated.gcs_service_pb2 import UnregisterNodeRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
+from cluster import loop_thread, ray_address, ray_seats
 from cluster.loop_thread import LoopThread
 from cluster.messages import Form, encode
 from cluster.ray_fleet import RayFleet
 from cluster.ray_worker import RayWorker
+from tests.cluster.clock_loop import ClockLoop
+from tests.rank_helpers import PATIENCE_S
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +43,8 @@ Result = TypeVar("Result")
 
 ECHO = "tests.cluster.echo_loop:EchoLoop"
 
-# A node that is killed is noticed in two seconds, in place of sixteen.
-_FAST_CHECKS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_timeout_ms": 1000}
-_CHECKS = {**_FAST_CHECKS, "health_check_failure_threshold": 6}
-
+# No node that is only slow is taken for dead. Of one that is killed, Ray is told (``RayNodes.kill``).
+_CHECKS = {"health_check_timeout_ms": 1000 * int(PATIENCE_S)}
 
 _NUMBERS = count(2)  # of all nodes: each has an address of its own, where Ray's agents listen on fixed ports
 
@@ -74,8 +80,7 @@ class RayNodes:
             include_dashboard=first and self._dashboard,
             dashboard_port=0,  # a free one
             dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes, whatever their addresses
-            # Where jobs run no node is killed, and none must be taken for dead because the machine is busy.
-            **({"_system_config": _CHECKS} if first and not self._dashboard else {}),
+            **({"_system_config": _CHECKS} if first else {}),
         )
 
     def replace_lost(self) -> None:
@@ -88,8 +93,12 @@ class RayNodes:
                 self.add()
 
     def kill(self, node: Node) -> None:
-        """SIGKILL to all that Ray runs there."""
+        """SIGKILL to all that Ray runs there, and have Ray know, as it would after some missed health checks."""
         self._cluster.remove_node(node, allow_graceful=False)
+        request = UnregisterNodeRequest(node_id=bytes.fromhex(node._node_id))
+        request.node_death_info.reason = NodeDeathInfo.UNEXPECTED_TERMINATION
+        with init_grpc_channel(self.address) as channel:
+            NodeInfoGcsServiceStub(channel).UnregisterNode(request)
 
     @contextmanager
     def further(self, num_cpus: int = 2) -> Iterator[Node]:
@@ -109,7 +118,7 @@ class RayNodes:
         alive = [psutil.Process(each.pid) for each in started if each.poll() is None]
         alive += [child for each in alive for child in each.children(recursive=True)]
         self._cluster.shutdown()
-        _, alive = psutil.wait_procs(alive, timeout=10)
+        _, alive = psutil.wait_procs(alive, timeout=PATIENCE_S)
         assert not alive
 
 
@@ -139,9 +148,11 @@ def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
 
 @pytest.fixture(scope="session")
 def ray_tokens() -> Iterator[None]:
-    """A token for all Rays of the tests; the user's own is left alone. And no messages."""
+    """A token for all Rays of the tests; the user's own is left alone. And no messages, and no haste."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_seats, "_FREE_S", PATIENCE_S)
+        patch.setattr(ray_address, "_PROBE_S", PATIENCE_S)
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -154,12 +165,26 @@ class Driver:
     """A fleet, and the loop that drives it, as a supervisor would."""
 
     def __init__(self, **settings: Any) -> None:
-        self._thread = LoopThread("test-supervisor")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop_thread, "new_event_loop", ClockLoop)
+            self._thread = LoopThread("test-supervisor")
         settings = {"address": None, "strategy": "PACK", "device": "cpu", "path": "no/folder", "loop": ECHO} | settings
         self.fleet = RayFleet(**settings)
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self._thread.call(work)
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Deadlines pass at once: only for what would wait for one in vain."""
+        over = threading.Event()
+        loop = self._thread._loop
+        assert isinstance(loop, ClockLoop)
+        loop.skip_until(over.is_set)
+        try:
+            yield
+        finally:
+            over.set()
 
     def open(self, ranks: int | None) -> int:
         return self.call(self.fleet.open(ranks))
@@ -176,7 +201,7 @@ class Driver:
     def begin_events(self, worker: RayWorker) -> Callable[[], bytes]:
         """Begin to wait for events; call what is returned for the rest."""
         waiting = self._thread.begin(worker.events())
-        return lambda: waiting.result(60)
+        return lambda: waiting.result(PATIENCE_S)
 
     def meet(self, workers: Sequence[RayWorker], generation: int) -> list[bytes]:
         """Have them form a group; what each received of all."""
@@ -188,8 +213,8 @@ class Driver:
                 size=len(workers),
                 host=host,
                 port=port,
-                form_s=20,
-                deadline_s=20,
+                form_s=PATIENCE_S,
+                deadline_s=PATIENCE_S,
                 fresh=True,
                 costs=None,
             )

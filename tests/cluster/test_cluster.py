@@ -17,12 +17,14 @@ from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Result
 from epslots.errors import CheckpointError, ConfigError
 from tests import zoo
+from tests.cluster.clock_loop import clock_loops
 from tests.cluster.fake_fleet import LOADING, FakeFleet, Fault, one_load_at_a_time
 from tests.grouped import TOKENS_TRAVEL
+from tests.rank_helpers import PATIENCE_S
 from tests.test_load_equal import greedy_rows
 
-__all__ = ["one_load_at_a_time"]
-pytestmark = [pytest.mark.usefixtures("one_load_at_a_time"), pytest.mark.timeout(120)]
+__all__ = ["clock_loops", "one_load_at_a_time"]
+pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "clock_loops")
 
 Checkpoints = Callable[[str], Path]
 PROMPTS = [zoo.random_ids(1, length, seed=length)[0].tolist() for length in (3, 40, 17, 9, 25, 5, 12, 30)]
@@ -34,12 +36,15 @@ def folder(checkpoint: Checkpoints) -> Path:
 
 
 @pytest.fixture
-def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeFleet]]]:
+def open_cluster(
+    folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Cluster, FakeFleet]]]:
+    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
     opened = []
 
     def make(ranks: int = 2, fleet: FakeFleet | None = None, **settings: Any) -> tuple[Cluster, FakeFleet]:
         fleet = fleet or FakeFleet()
-        settings = {"slots": 3, "kv_tokens": 512, "costs": TOKENS_TRAVEL, "silence_s": 1.0} | settings
+        settings = {"slots": 3, "kv_tokens": 512, "costs": TOKENS_TRAVEL, "silence_s": PATIENCE_S} | settings
         cluster = Cluster(folder, ranks=ranks, fleet=fleet, cache_dir=cache_dir, progress=False, **settings)
         opened.append(cluster)
         return cluster, fleet
@@ -360,7 +365,7 @@ def test_close_ends_everything(open_cluster: Any):
     cluster.close()
     cluster.close()
     with pytest.raises(ClusterError, match="the cluster was closed"):
-        going.result(10)
+        going.result(60)
     assert fleet.closed
     assert all(worker.dead for worker in fleet.workers.values())
 
@@ -374,7 +379,7 @@ def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
         loops = [worker.loop for worker in fleet.workers.values()]
         for loop in loops:
             with loop._news:
-                loop._news.wait_for(lambda loop=loop: loop._asleep, 10)
+                loop._news.wait_for(lambda loop=loop: loop._asleep, PATIENCE_S)
         assert all(loop._asleep for loop in loops)
         before = [worker._exchanges for worker in fleet.workers.values()]
         cluster.stats()
@@ -382,7 +387,7 @@ def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
 
 
 def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_cluster: Any):
-    cluster, _ = open_cluster(2, silence_s=60.0)
+    cluster, _ = open_cluster(2)
     supervisor = cluster._supervisor
 
     async def give_up() -> int:
@@ -400,7 +405,7 @@ def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_c
 
 
 def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any):
-    cluster, fleet = open_cluster(2, silence_s=60.0)
+    cluster, fleet = open_cluster(2)
     fleet.workers[0]._running.clear()
 
     def asked() -> int:
@@ -408,7 +413,7 @@ def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any)
 
     async def break_off() -> int:
         supervisor = cluster._supervisor
-        calling = asyncio.create_task(supervisor.group.roll_call(list(supervisor._workers.values()), 60.0))
+        calling = asyncio.create_task(supervisor.group.roll_call(list(supervisor._workers.values()), PATIENCE_S))
         while not asked():
             await asyncio.sleep(0)
         calling.cancel()
@@ -467,7 +472,7 @@ def test_a_bug_of_the_supervisors_is_everybodys_error(open_cluster: Any, monkeyp
     monkeypatch.setattr("cluster.ledger.Ledger.assign", lambda *_: 1 / 0)
     generation = cluster.submit(PROMPTS[0])
     with pytest.raises(ClusterError, match="a bug: ZeroDivisionError"):
-        generation.result(30)
+        generation.result(60)
 
 
 def test_a_prompt_longer_than_the_cache(open_cluster: Any):
@@ -501,11 +506,11 @@ def test_whoever_waits_when_it_closes_is_told(open_cluster: Any):
     while not fleet.refuse[1] or len(fleet.refuse[1]) == 3:
         next(going._arrivals())  # until the scaling is under way
     cluster.close()
-    thread.join(30)
+    thread.join(60)
     assert found == ["the cluster was closed"]
     going.cancel()  # nothing happens
     with pytest.raises(ClusterError, match="the cluster was closed"):
-        going.result(5)
+        going.result(60)
     with pytest.raises(ClusterError, match="the cluster was closed"):
         list(iterator)
     for call in (cluster.stats, cluster.placement, lambda: cluster.scale(1), lambda: cluster.submit(PROMPTS[0])):

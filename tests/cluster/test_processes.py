@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.generation import Generation
+from tests.cluster.clock_loop import ClockLoop, clock_loops
 from tests.cluster.process_fleet import ProcessFleet
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
 from tests.grouped import TOKENS_TRAVEL
+from tests.rank_helpers import PATIENCE_S
 
-pytestmark = pytest.mark.timeout(120)
+__all__ = ["clock_loops"]
+pytestmark = pytest.mark.usefixtures("clock_loops")
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[
             slots=3,
             kv_tokens=1024,
             costs=TOKENS_TRAVEL,
-            silence_s=1.0,
+            silence_s=PATIENCE_S,
             window_steps=0,
         )
         opened.append(cluster)
@@ -66,7 +70,7 @@ def test_killed_in_the_middle_of_a_step(open_cluster: Any, folder: Path, ranks: 
     generations = running(cluster, 80)
     os.kill(fleet.workers[1].pid, signal.SIGKILL)
     assert not any(generation.done for generation in generations)
-    assert [generation.result(60).tokens for generation in generations] == expected(folder, PROMPTS, 80)
+    assert [generation.result(PATIENCE_S).tokens for generation in generations] == expected(folder, PROMPTS, 80)
     cluster.scale(ranks)  # the replacement has joined
     assert cluster.ranks == ranks
     assert fleet.workers[0] is first
@@ -76,19 +80,22 @@ def test_killed_in_the_middle_of_a_step(open_cluster: Any, folder: Path, ranks: 
 def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Nobody may kill the stopped process here, so that it really goes on; whatever it says then isn't heard."""
     cluster, fleet = open_cluster(2)
-    stopped = fleet.workers[1]
-    monkeypatch.setattr(stopped, "kill", lambda: None)
+    stopped, given_up = fleet.workers[1], threading.Event()
+    monkeypatch.setattr(stopped, "kill", given_up.set)
     generations = running(cluster, 80)
     os.kill(stopped.pid, signal.SIGSTOP)
+    loop = cluster._thread._loop
+    assert isinstance(loop, ClockLoop)
+    loop.skip_until(given_up.is_set, settled=lambda: not any(w.owes for w in fleet.workers.values() if w is not stopped))
     right = expected(folder, PROMPTS, 80)
-    assert [generation.result(60).tokens for generation in generations] == right
+    assert [generation.result(PATIENCE_S).tokens for generation in generations] == right
     cluster.scale(2)
     generation = cluster.stats().generation
     stopped.said.clear()
     again = running(cluster, 40)
     os.kill(stopped.pid, signal.SIGCONT)
-    assert stopped.said.wait(30)  # that its group is broken; and nobody listens
-    assert [one.result(60).tokens for one in again] == [tokens[:40] for tokens in right]
+    assert stopped.said.wait(PATIENCE_S)  # that its group is broken; and nobody listens
+    assert [one.result(PATIENCE_S).tokens for one in again] == [tokens[:40] for tokens in right]
     assert cluster.stats().generation == generation
     assert cluster.ranks == 2
     stopped.process.kill()

@@ -24,6 +24,7 @@ from cluster.errors import ClusterError
 from cluster.ray_fleet import RayFleet
 from epslots.errors import ConfigError
 from tests.cluster.ray_helpers import RayNodes, drive, pids_below
+from tests.rank_helpers import PATIENCE_S
 
 # A process with a fleet and a worker, which ends as Ctrl-C has it.
 DRIVER = """
@@ -121,7 +122,7 @@ def test_control_c_ends_all_and_says_nothing(short_folder: Path):
             pass
         psutil.Process(worker).suspend()  # one that doesn't react is no obstacle
         os.killpg(process.pid, signal.SIGINT)  # to all processes of the terminal, as Ctrl-C sends it
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert process.stdout is not None
         assert process.stdout.read().splitlines() == ["closed"]
         assert not [p for p in below if p.is_running()]
@@ -136,7 +137,7 @@ def command_of(process: psutil.Process) -> list[str]:
 def test_a_process_that_closes_nothing_ends_in_peace(short_folder: Path):
     command = [sys.executable, "-W", "error", "-c", LEFT_OPEN]
     environment = {**os.environ, "TMPDIR": str(short_folder)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     assert not [p for p in psutil.process_iter() if str(short_folder) in " ".join(command_of(p))]
     assert not any(short_folder.iterdir())
@@ -145,7 +146,7 @@ def test_a_process_that_closes_nothing_ends_in_peace(short_folder: Path):
 def test_control_c_while_ray_starts_leaves_no_ray(short_folder: Path):
     with run_driver(short_folder, STARTING) as (process, _, _):
         process.send_signal(signal.SIGINT)
-        assert process.wait(90) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert process.stdout is not None
         assert process.stdout.read().splitlines() == ["closed False set()"]
 
@@ -162,9 +163,9 @@ class FakeRay:
     @contextmanager
     def start(self, _ranks: int) -> Iterator[None]:
         self.called.set()
-        assert self.may_start.wait(60)
+        assert self.may_start.wait(PATIENCE_S)
         yield
-        assert self.may_end.wait(60)
+        assert self.may_end.wait(PATIENCE_S)
         self.ended.set()
 
 
@@ -193,7 +194,7 @@ def test_a_ray_that_starts_when_nobody_waits_any_more_is_ended(fake_ray: FakeRay
     fake_ray.may_end.set()
     asyncio.run(begin_and_cancel(make_fleet(), fake_ray))  # and no loop is left
     fake_ray.may_start.set()
-    assert fake_ray.ended.wait(20)
+    assert fake_ray.ended.wait(PATIENCE_S)
 
 
 def test_closing_that_is_interrupted_goes_on_with_the_next_call(fake_ray: FakeRay):
@@ -243,7 +244,7 @@ def test_sigkill_ends_what_matters_and_the_next_clears_up(short_folder: Path, mo
         process.kill()
         # Two of Ray's own helpers look for it for a minute before they give up. Nothing of ours does.
         rest = {p for p in below if "Agent" not in p.name()}
-        _, alive = psutil.wait_procs(rest, 20)
+        _, alive = psutil.wait_procs(rest, PATIENCE_S)
         assert not alive
         for p in below - rest:
             p.kill()

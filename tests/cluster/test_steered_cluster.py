@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -29,14 +28,16 @@ from epslots.placement.placement_file import write_placement
 from epslots.placement.rebalance import Fleet, Proposal
 from epslots.placement.windows import Window
 from epslots.runtime import runtime_of
+from tests.cluster.clock_loop import clock_loops
 from tests.cluster.controller_helpers import NO_REASONS
 from tests.cluster.fake_fleet import ControllerFault, FakeFleet, one_load_at_a_time
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
 from tests.grouped import COPIES_TRAVEL
 from tests.plan_strategies import random_placement
+from tests.rank_helpers import PATIENCE_S
 
-__all__ = ["one_load_at_a_time"]
-pytestmark = [pytest.mark.usefixtures("one_load_at_a_time"), pytest.mark.timeout(180)]
+__all__ = ["clock_loops", "one_load_at_a_time"]
+pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "clock_loops")
 
 Open = Callable[..., tuple[Cluster, FakeFleet]]
 GREEDY: dict[str, Any] = {"stop_tokens": ()}
@@ -74,7 +75,8 @@ def open_cluster(folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch)
     def make(ranks: int = 2, fleet: FakeFleet | None = None, **settings: Any) -> tuple[Cluster, FakeFleet]:
         fleet = fleet or FakeFleet(make_controller=restless)
         usual = {"slots": 10, "kv_tokens": 512, "costs": COPIES_TRAVEL, "dtype": "float32", "window_steps": 2}
-        cluster = Cluster(folder, ranks=ranks, fleet=fleet, cache_dir=cache_dir, progress=False, **(usual | settings))
+        settings = usual | {"silence_s": PATIENCE_S} | settings
+        cluster = Cluster(folder, ranks=ranks, fleet=fleet, cache_dir=cache_dir, progress=False, **settings)
         opened.append(cluster)
         return cluster, fleet
 
@@ -84,16 +86,6 @@ def open_cluster(folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(controller.dead for cluster in opened for controller in cluster._supervisor._fleet.controllers)  # type: ignore[attr-defined]
     left = {thread for thread in threading.enumerate() if thread.name.startswith("epslots")} - before
     assert not left
-
-
-def wait_for(cluster: Cluster, condition: Callable[[], bool]) -> None:
-    """Until something holds in the supervisor's thread; it is asked about there."""
-
-    async def look() -> None:
-        while not condition():
-            await asyncio.sleep(0.001)  # leaves the loop to the others; how long doesn't matter
-
-    cluster._thread.call(asyncio.wait_for(look(), 60))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -120,10 +112,7 @@ def test_experts_move_while_tokens_flow(open_cluster: Open, folder: Path, ranks:
 
 
 @pytest.mark.parametrize("fault", ["crash", "hang", "garbage", "bug"])
-def test_requests_go_on_whatever_happens_to_the_controller(
-    open_cluster: Open, folder: Path, fault: ControllerFault, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(steering, "ANSWER_S", 0.2)
+def test_requests_go_on_whatever_happens_to_the_controller(open_cluster: Open, folder: Path, fault: ControllerFault):
     cluster, fleet = open_cluster(2)
     for order in (1, 3, 5):
         fleet.controller_at(order, fault)
@@ -136,9 +125,10 @@ def test_requests_go_on_whatever_happens_to_the_controller(
     assert generations == sorted(generations)
 
 
-def test_a_controller_that_never_answers_keeps_nobody(open_cluster: Open, folder: Path):
+def test_a_controller_that_never_answers_keeps_nobody(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(steering, "ANSWER_S", PATIENCE_S)
     cluster, fleet = open_cluster(2)
-    fleet.controller_at(1, "hang")
+    fleet.controller_at(1, "stall")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=60, **GREEDY)) == expected(folder, PROMPTS, 60)
     stats = cluster.stats().controller
     assert stats is not None
@@ -164,7 +154,7 @@ def test_no_controller_can_be_had(open_cluster: Open, folder: Path):
 
 @pytest.mark.parametrize("fault", ["crash", "freeze"])
 def test_ranks_are_lost_in_the_middle_of_a_move(open_cluster: Open, folder: Path, fault: Any):
-    cluster, fleet = open_cluster(3, silence_s=1.0)
+    cluster, fleet = open_cluster(3)
     for seat, operation in ((1, 60), (2, 45), (0, 70)):
         cluster.scale(3)
         before = cluster.placement().placement_generation
