@@ -19,7 +19,9 @@ PACKAGE = Path(epslots.__file__).parent
 LAYERS = (
     # records and errors
     ("errors", "records", "counting"),
-    ("compiled", "units", "npz", "progress", "device_copy", "example"),
+    ("private_files", "units"),
+    ("host_limits",),
+    ("compiled", "npz", "progress", "device_copy", "example"),
     # pure decisions
     ("step", "example_text"),
     ("placement",),
