@@ -19,7 +19,9 @@ from epslots.errors import StoreError
 
 _ROOT_USER = 0
 _FILE_MODE, _FOLDER_MODE = 0o600, 0o700
-_NOT_REGULAR = "{} is no regular file, but a link, a folder, a FIFO, a socket or a device: remove it, or choose another cache_dir"
+_NOT_REGULAR = (
+    "{} is no regular file, but a link, a folder, a FIFO, a socket or a device: remove it, or choose another cache_dir"
+)
 
 
 def default_cache_dir() -> Path:

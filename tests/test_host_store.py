@@ -282,7 +282,7 @@ def test_a_damaged_store_is_never_opened(damage: Any, message: str, cache_dir: P
 
 def test_a_full_disk_is_said_before_anything_is_written(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
-    with pytest.raises(StoreError, match=r"it needs .* KiB in .*, where 64 MiB stay free .* 4 KiB are free"):
+    with pytest.raises(StoreError, match=r"it needs .* KiB in .*, beside 64 MiB that stay free, and 4 KiB are free"):
         open_store(cache_dir, NamedExperts())
     assert [p.suffix for p in cache_dir.iterdir()] == [".lock"]
 

@@ -108,7 +108,9 @@ def check_room(manifest: Manifest, *, kind: str, cache_dir: Path) -> None:
         if path.exists():
             return
         if not writable and not (kind == "memory" and _holders(path)):
-            raise PermissionError(errno.EACCES, "it can't be written to, and holds no store of this checkpoint", str(cache_dir))
+            raise PermissionError(
+                errno.EACCES, "it can't be written to, and holds no store of this checkpoint", str(cache_dir)
+            )
         if kind == "file":
             check_free_space(cache_dir, StoreShape(manifest).nbytes)
 

@@ -67,8 +67,9 @@ def check_free_space(folder: Path, nbytes: int) -> None:
     free = fs.f_bavail * fs.f_frsize
     if free < nbytes + DISK_MARGIN_BYTES:
         raise StoreError(
-            f"no room for the host store: it needs {format_bytes(nbytes)} in {folder}, where {format_bytes(DISK_MARGIN_BYTES)} "
-            f"stay free for others, and {format_bytes(free)} are free; free some, or choose another folder (cache_dir)"
+            f"no room for the host store: it needs {format_bytes(nbytes)} in {folder}, beside "
+            f"{format_bytes(DISK_MARGIN_BYTES)} that stay free, and {format_bytes(free)} are free; free some, or choose "
+            f"another folder (cache_dir)"
         )
 
 
