@@ -14,8 +14,9 @@ from epslots.cli.trace import slots_of_layers
 from epslots.compiled import prepare
 from epslots.counting import counting
 from epslots.errors import ConfigError
+from epslots.placement.placement import MOST_RANKS
 from epslots.placement.placement_file import read_placement
-from epslots.simulation.simulate import GROUP_SIZE, MOST_RANKS, Cluster, Outcome, Traffic, simulate
+from epslots.simulation.simulate import GROUP_SIZE, Cluster, Outcome, Traffic, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
 from epslots.step.eviction import DEFAULT_POLICY, POLICIES
 from epslots.units import format_bytes, parse_bytes

@@ -25,7 +25,8 @@ from epslots.prediction.predictor_fit import Quality, Settings
 from epslots.prediction.routers import find_routers, input_size
 from epslots.runtime import runtime_of
 
-FILE_NAME = "epslots-predictor.safetensors"
+# Not .safetensors, though it is one: loaders that take all of a folder would take it for weights.
+FILE_NAME = "epslots.predictor"
 FORMAT = 1
 _KEY = "epslots-predictor"
 _Taken = TypeVar("_Taken")
