@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from epslots.errors import ConfigError
+from epslots.given_files import open_regular
 from epslots.host_limits import tightest_memory_limit
 from epslots.units import format_bytes
 
@@ -50,7 +48,7 @@ def read_arrays(path: str | os.PathLike[str], what: str) -> dict[str, NDArray[An
     """
     name = os.fspath(path)
     try:
-        with _open_regular(name) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(name) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive, name, what)
             _check_sizes(members.values(), name, os.fstat(file.fileno()).st_size)
             for member in members.values():
@@ -62,16 +60,6 @@ def read_arrays(path: str | os.PathLike[str], what: str) -> dict[str, NDArray[An
         raise ConfigError(f"{name}: no such file") from error
     except _BROKEN as error:
         raise ConfigError(f"{name} is not {what}: it isn't a sound .npz of plain arrays ({type(error).__name__})") from error
-
-
-@contextmanager
-def _open_regular(name: str) -> Iterator[IO[bytes]]:
-    """A file open for reading; a FIFO or a device, which may have no end or no beginning, is refused and not waited for."""
-    fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ConfigError(f"{name} is no regular file; give an .npz that is one")
-        yield file
 
 
 def _members(archive: zipfile.ZipFile, name: str, what: str) -> dict[str, zipfile.ZipInfo]:

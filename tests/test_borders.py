@@ -20,7 +20,7 @@ LAYERS = (
     # records and errors
     ("errors", "records", "counting"),
     ("private_files", "units"),
-    ("host_limits",),
+    ("host_limits", "given_files"),
     ("compiled", "npz", "progress", "device_copy", "example"),
     # pure decisions
     ("step", "example_text"),
