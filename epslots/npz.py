@@ -92,11 +92,11 @@ def _check_sizes(members: Any, name: str, file_bytes: int) -> None:
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, what: str) -> None:
     """Refuse a header that tells of other bytes than the directory, or of anything but plain numbers."""
     with archive.open(member) as file:
-        version = npy.read_magic(file)  # type: ignore[no-untyped-call]
+        version = npy.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             raise ConfigError(f"{name} is not {what}: {member.filename!r:.80} has version {version} of .npy; allowed: 1, 2")
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(file)  # type: ignore[no-untyped-call]
+        shape, _, dtype = read(file)
         held = member.file_size - file.tell()
     if dtype.kind not in _KINDS or dtype.hasobject or dtype.subdtype is not None:
         raise ConfigError(f"{name} is not {what}: {member.filename!r:.80} holds {str(dtype)!r:.80}; allowed: plain numbers")
@@ -110,5 +110,5 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(member) as file:
-        array = npy.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]
+        array = npy.read_array(file, allow_pickle=False)
     return np.asarray(array, array.dtype.newbyteorder("="), order="C")
