@@ -25,7 +25,7 @@ from cluster.fleet import Fleet
 from cluster.generation import Checker, Generation, GenerationSettings, Prompt, Result, read_settings
 from cluster.loop_thread import CLOSED, LoopThread
 from cluster.messages import Load
-from cluster.reports import ClusterStats, Placement, rank_stats, sum_stats
+from cluster.reports import ClusterStats, Placement, rank_stats
 from cluster.steering import Steering
 from cluster.supervisor import Supervisor
 from cluster.workers import Deadlines
@@ -38,6 +38,7 @@ from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
 from epslots.step.costs import Costs
 from epslots.step.eviction import DEFAULT_POLICY, resolve_policy
+from epslots.telemetry import sum_over_ranks
 from epslots.units import parse_link, parse_prefetch, parse_slots
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -280,7 +281,7 @@ class Cluster:
         async def ask() -> ClusterStats:
             dispatcher, reports = self._supervisor.dispatcher, await self._supervisor.reports()
             ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
-            total = sum_stats([rank.stats for rank in ranks])
+            total = sum_over_ranks([rank.stats for rank in ranks])
             steering = self._supervisor.steering
             controller = None if steering is None else steering.stats()
             return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total, controller)

@@ -9,7 +9,6 @@ from typing import Any
 from weakref import WeakSet
 
 import msgspec
-import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,6 +22,7 @@ from cluster.ray_seats import Seats
 from cluster.ray_worker import CONCURRENCY_GROUPS, RayWorker, kill, reason_of
 from cluster.rendezvous import Rendezvous
 from cluster.worker import RANK_LOOP, Worker
+from epslots.host_limits import usable_cores
 
 logger = logging.getLogger("epslots.cluster")
 
@@ -187,8 +187,8 @@ class RayFleet:
         """For torch on the CPU. On a Ray of our own all cores are the ranks'; another gives each what it was promised."""
         if "GPU" in self._need or self._host is None:
             return 0
-        cores = psutil.cpu_count(logical=False) or 1
-        return max(1, cores // max(2, await self.neighbours(seat)))  # a second rank may come: two on all cores are very slow
+        # A second rank may come, and two on all cores are very slow.
+        return max(1, usable_cores() // max(2, await self.neighbours(seat)))
 
     def _here(self) -> NodeAffinitySchedulingStrategy:
         """On the driver's node: what lives there is lost with the driver alone."""

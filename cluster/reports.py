@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import msgspec
 
 from cluster.messages import LayerPlace, Report
 from cluster.steering import ControllerStats
 from cluster.workers import Worker
-from epslots.telemetry import LayerStats, Stats
-
-_SUMS = (
-    *("hits", "misses", "evictions", "host_bytes", "peer_bytes", "pairs_sent", "pairs_received", "stall_s"),
-    *("moves", "move_s", "layer_s", "wait_s"),
-)
+from epslots.telemetry import Stats
 
 
 @dataclass(frozen=True)
@@ -86,21 +78,4 @@ def rank_stats(worker: Worker, report: Report, requests: int) -> RankStats:
         memory_bytes=report.memory_bytes,
         descriptors=report.descriptors,
         threads=report.threads,
-    )
-
-
-def sum_stats(stats: Sequence[Stats]) -> Stats:
-    """Sums over ranks, layer by layer."""
-    return Stats(tuple(map(_sum_layer, zip(*(rank.layers for rank in stats), strict=True))))
-
-
-def _sum_layer(layers: tuple[LayerStats, ...]) -> LayerStats:
-    first = layers[0]
-    return msgspec.structs.replace(
-        first,
-        slots=sum(layer.slots for layer in layers),
-        tokens_per_expert=tuple(map(sum, zip(*(layer.tokens_per_expert for layer in layers), strict=True))),
-        steps=max(layer.steps for layer in layers),
-        waves=max(layer.waves for layer in layers),
-        **{name: sum(getattr(layer, name) for layer in layers) for name in _SUMS},
     )

@@ -12,6 +12,7 @@ the module, or nowhere. ``prepare`` does it, so that no step waits for it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import logging
@@ -24,13 +25,14 @@ from typing import Any, ClassVar, TypeVar, cast
 import llvmlite
 import llvmlite.binding
 import numba
-import platformdirs
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator, UserWideCacheLocator
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
 from epslots.counting import counting
+from epslots.errors import StoreError
+from epslots.private_files import default_cache_dir, make_private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,18 @@ def _folder(module: str, path: str) -> str:
     settings = config.USING_SVML, config.BOUNDSCHECK, config.OPT
     about = repr((numba.__version__, llvmlite.__version__, *machine, *map(str, settings), module))
     key = hashlib.sha256(about.encode() + Path(path).read_bytes()).hexdigest()[:16]
-    return str(Path(platformdirs.user_cache_dir("epslots")) / "compiled" / key)
+    return str(default_cache_dir() / "compiled" / key)
+
+
+@functools.cache
+def _is_private(folder: Path) -> bool:
+    """Whether a folder, made here if it is missing, belongs to this user or to root."""
+    try:
+        make_private_folder(folder)
+    except StoreError as error:
+        logger.warning("compiled code isn't read or kept there: %s", error)
+        return False
+    return True
 
 
 class _BySource(InTreeCacheLocator):
@@ -59,6 +72,14 @@ class _BySource(InTreeCacheLocator):
     def __init__(self, function: Callable[..., Any], path: str) -> None:
         super().__init__(function, path)
         self._cache_path = _folder(function.__module__, path)
+
+    def ensure_cache_path(self) -> None:
+        """As numba's; and since the code is pickled, in a folder that nobody else can write to."""
+        folder = Path(self._cache_path)
+        for ours in (folder.parent.parent, folder.parent, folder):
+            if not _is_private(ours):
+                raise PermissionError(errno.EACCES, "another user's", str(ours))
+        super().ensure_cache_path()
 
 
 class _Code(CompileResultCacheImpl):

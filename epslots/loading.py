@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import platformdirs
-import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -26,6 +24,7 @@ from transformers import PreTrainedModel
 from epslots.compiled import prepare, prepare_beside
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.group.ranks import announce_failure, compute_on_host, group_up, place_alone, ranks_here
+from epslots.host_limits import MemoryLimit, tightest_memory_limit, total_memory
 from epslots.layer.host_compute import HostExperts
 from epslots.layer.kernel import ExpertKernel
 from epslots.layer.moe_layer import MoELayer
@@ -39,6 +38,7 @@ from epslots.models.pretrained import build_skeleton, load_dense, read_config, r
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
 from epslots.prediction.foresight import equip, planned_bytes
+from epslots.private_files import default_cache_dir
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec, RecordLayout
 from epslots.runtime import Runtime, attach, runtime_of
@@ -53,7 +53,7 @@ from epslots.store.pinning import pin_store
 from epslots.telemetry import Telemetry
 from epslots.transport.rendezvous import find_transport, local_number
 from epslots.transport.transport import Transport
-from epslots.units import PrefetchSetting, SlotsSetting, parse_prefetch, parse_slots
+from epslots.units import PrefetchSetting, SlotsSetting, format_bytes, parse_prefetch, parse_slots
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,6 @@ OWN_ARGUMENTS = {
     *("config", "device_map", "experts_implementation", "use_safetensors", "local_files_only", "output_loading_info"),
     *("ignore_mismatched_sizes", "quantization_config", "state_dict", "tp_plan", "max_memory", "offload_folder"),
 }
-
-
-def default_cache_dir() -> Path:
-    """Where host stores are kept unless the user says otherwise."""
-    return Path(platformdirs.user_cache_dir("epslots"))
 
 
 def load(
@@ -266,10 +261,13 @@ def load_alone(
     manifest = Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers)
     store_bytes = StoreShape(manifest).nbytes
     kind = resolve_store_kind(host_store or _default_store_kind(target, store_bytes))
-    memory_bytes = free_memory(target)
+    memory_bytes, memory_note = free_memory(target), str(memory_limit(target))
     if target.type == "cpu":
         # Slots, and a store in memory, share one RAM, and so do the node's ranks.
-        memory_bytes = (memory_bytes - (store_bytes if kind == "memory" else 0)) // neighbours
+        store_in_memory = store_bytes if kind == "memory" else 0
+        memory_bytes = (memory_bytes - store_in_memory) // neighbours
+        memory_note += f", less the host store's {format_bytes(store_in_memory)}" if store_in_memory else ""
+        memory_note += f", shared by {neighbours} ranks" if neighbours > 1 else ""
     predictor_bytes = planned_bytes(
         skeleton,
         checkpoint.content,
@@ -286,6 +284,7 @@ def load_alone(
         memory_bytes=memory_bytes,
         kv_tokens=kv_tokens,
         predictor_bytes=predictor_bytes,
+        memory_note=memory_note,
     )
     plan.check()
     check_room(manifest, kind=kind, cache_dir=store_dir)
@@ -357,19 +356,25 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that the device can still give to this process."""
+    return memory_limit(device).free_bytes
+
+
+def memory_limit(device: torch.device) -> MemoryLimit:
+    """The limit that leaves this process the least of the device's memory."""
     if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return int(psutil.virtual_memory().available)
+        return MemoryLimit(str(device), "", total, free + cached)
+    return tightest_memory_limit()
 
 
 def _default_store_kind(device: torch.device, store_bytes: int) -> str:
-    """Memory on a GPU, because it can be pinned, if half of the node's RAM holds it; else a file.
+    """Memory on a GPU, because it can be pinned, if half of the RAM that this process may use holds it; else a file.
 
-    The node's RAM and not what is free of it: all its processes must come to the same answer.
+    The limit and not the free part of it: all processes of a node must come to the same answer.
     """
     in_memory = device.type == "cuda" and hasattr(os, "memfd_create")
-    return "memory" if in_memory and store_bytes <= psutil.virtual_memory().total // 2 else "file"
+    return "memory" if in_memory and store_bytes <= total_memory() // 2 else "file"
 
 
 def _store_key(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], config: Any) -> str:

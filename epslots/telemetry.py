@@ -1,10 +1,14 @@
-"""What one rank's layers did: counters kept beside the hot path, and the table people read."""
+"""What one rank's layers did: counters kept beside the hot path, and the table people read.
+
+To add a counter, add a field to ``LayerStats`` and count it with ``Telemetry.count``: sums over ranks, messages and JSON
+follow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,8 +19,6 @@ from epslots.records import LayerSpec
 from epslots.step.eviction import IntArray
 from epslots.step.residency import BoolArray
 from epslots.step.reuse import count_distances
-
-Number = TypeVar("Number", int, float)
 
 
 class LayerStats(msgspec.Struct, frozen=True):
@@ -107,6 +109,35 @@ class Stats(msgspec.Struct, frozen=True):
         return sum(layer.stall_s for layer in self.layers)
 
 
+# Fields of LayerStats that tell of the layer; all others are counters.
+_OF_THE_LAYER = {"layer", "num_experts", "slots", "tokens_per_expert"}
+# All ranks of a group make the same steps: these don't add up. Fields that differ on no rank stay as they are.
+_LARGEST_OF_RANKS = {"steps", "waves"}
+_SAME_ON_RANKS = {"layer", "num_experts"}
+COUNTERS: dict[str, float] = {
+    field.name: field.type() for field in msgspec.structs.fields(LayerStats) if field.name not in _OF_THE_LAYER
+}
+"""Every counter of a layer by name, at 0 or 0.0."""
+
+
+def sum_over_ranks(stats: Sequence[Stats]) -> Stats:
+    """The sums of all ranks' counters, layer by layer; of ``steps`` and ``waves`` the largest."""
+    return Stats(tuple(map(_sum_layer, zip(*(rank.layers for rank in stats), strict=True))))
+
+
+def _sum_layer(ranks: tuple[LayerStats, ...]) -> LayerStats:
+    changes: dict[str, Any] = {}
+    for name in ranks[0].__struct_fields__:
+        values = [getattr(rank, name) for rank in ranks]
+        if name in _LARGEST_OF_RANKS:
+            changes[name] = max(values)
+        elif name == "tokens_per_expert":
+            changes[name] = tuple(map(sum, zip(*values, strict=True)))
+        elif name not in _SAME_ON_RANKS:
+            changes[name] = sum(values)
+    return msgspec.structs.replace(ranks[0], **changes)
+
+
 class Telemetry:
     """Counters of all layers of one rank. Layers that never miss count on the device and cost no synchronisation."""
 
@@ -122,48 +153,34 @@ class Telemetry:
         # Views made once: indexing a tensor costs as much as adding to it.
         self._device_rows = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens, layers, strict=True)]
         self._device_use = list(self._device_uses)
-        self._steps, self._hits, self._misses, self._waves, self._evictions = ([0] * count for _ in range(5))
-        self._host_bytes, self._peer_bytes, self._sent, self._received, self._moves = ([0] * count for _ in range(5))
-        self._prefetches, self._late = [0] * count, [0] * count
-        self._stall_s, self._move_s, self._layer_s, self._wait_s, self._hosted_s = ([0.0] * count for _ in range(5))
-        self._hosted = [0] * count
+        self._counts = [dict(COUNTERS) for _ in self._layers]
         self._uses = np.zeros((count, experts), np.int64)
         self._reuse = np.zeros((count, experts + 1), np.int64)
+
+    def count(self, layer: int, **amounts: float) -> None:
+        """Add to counters of a layer, by their names in ``LayerStats``."""
+        counts = self._counts[layer]
+        for name, amount in amounts.items():
+            counts[name] += amount
 
     def count_resident(self, layer: int, counts: torch.Tensor) -> None:
         """A step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
         self._device_rows[layer].add_(counts)
         self._device_use[layer].add_(torch.count_nonzero(counts[:-1]))
-        self._steps[layer] += 1
-        self._waves[layer] += 1
+        own = self._counts[layer]
+        own["steps"] += 1
+        own["waves"] += 1
 
     def count_device(self, layer: int, *, steps: int, misses: int) -> None:
         """What a device did by itself: steps that were replayed without the host, and misses among the uses of
         ``count_resident``, which takes all for hits.
         """
-        self._steps[layer] += steps
-        self._waves[layer] += steps
-        self._hits[layer] -= misses
-        self._misses[layer] += misses
+        self.count(layer, steps=steps, waves=steps, hits=-misses, misses=misses)
 
     def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, waves: int) -> None:
         """A step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
         self._tokens[layer, : len(counts)] += counts
-        self._steps[layer] += 1
-        self._hits[layer] += hits
-        self._misses[layer] += misses
-        self._waves[layer] += waves
-
-    def count_fetches(self, layer: int, *, host_bytes: int, peer_bytes: int, evictions: int) -> None:
-        """Fetches, on demand or to fill slots at the start."""
-        self._host_bytes[layer] += host_bytes
-        self._peer_bytes[layer] += peer_bytes
-        self._evictions[layer] += evictions
-
-    def count_exchange(self, layer: int, *, sent: int, received: int) -> None:
-        """Pairs computed for and by other ranks."""
-        self._sent[layer] += sent
-        self._received[layer] += received
+        self.count(layer, steps=1, hits=hits, misses=misses, waves=waves)
 
     def count_uses(self, layer: int, used_E: BoolArray) -> None:
         """The experts that a step uses on whichever rank. Layers that miss nothing on any rank don't say."""
@@ -173,44 +190,13 @@ class Telemetry:
         """Stack distances of some step's uses (``reuse.py``)."""
         count_distances(self._reuse[layer], distances)
 
-    def count_move(self, layer: int, moves: int, seconds: float) -> None:
-        """Part in a step's moves, which may be to give copies away."""
-        self._moves[layer] += moves
-        self._move_s[layer] += seconds
-
-    def count_prefetches(self, layer: int, experts: int) -> None:
-        """Experts that are fetched ahead."""
-        self._prefetches[layer] += experts
-
-    def count_late(self, layer: int, experts: int) -> None:
-        """Uses of experts that were fetched ahead, and hadn't landed."""
-        self._late[layer] += experts
-
-    def count_hosted(self, layer: int, experts: int, seconds: float) -> None:
-        """Misses computed by the host's CPU."""
-        self._hosted[layer] += experts
-        self._hosted_s[layer] += seconds
-
-    def count_time(self, layer: int, seconds: float) -> None:
-        """Time in a layer."""
-        self._layer_s[layer] += seconds
-
-    def count_wait(self, layer: int, seconds: float) -> None:
-        """Time that a layer waited for other ranks' counts."""
-        self._wait_s[layer] += seconds
-
     def set_slots(self, layer: int, slots: int) -> None:
         """The layer has so many slots from now on."""
         self._slots[layer] = slots
 
-    def count_stall(self, layer: int, seconds: float) -> None:
-        """Time that a step waited for fetches."""
-        self._stall_s[layer] += seconds
-
     def snapshot(self) -> Stats:
         """All counters as they are now. Synchronises with the device."""
         tokens = self._tokens + self._device_tokens.cpu().numpy()
-        uses = self._device_uses.tolist()
         return Stats(
             tuple(
                 LayerStats(
@@ -218,51 +204,38 @@ class Telemetry:
                     num_experts=spec.num_experts,
                     slots=self._slots[i],
                     tokens_per_expert=tuple(tokens[i, : spec.num_experts].tolist()),
-                    steps=self._steps[i],
-                    hits=self._hits[i] + uses[i],
-                    misses=self._misses[i],
-                    waves=self._waves[i],
-                    hosted=self._hosted[i],
-                    evictions=self._evictions[i],
-                    host_bytes=self._host_bytes[i],
-                    peer_bytes=self._peer_bytes[i],
-                    pairs_sent=self._sent[i],
-                    pairs_received=self._received[i],
-                    prefetches=self._prefetches[i],
-                    late=self._late[i],
-                    stall_s=self._stall_s[i],
-                    moves=self._moves[i],
-                    move_s=self._move_s[i],
-                    hosted_s=self._hosted_s[i],
-                    layer_s=self._layer_s[i],
-                    wait_s=self._wait_s[i],
+                    **counts,  # type: ignore[arg-type]
                 )
-                for i, spec in enumerate(self._layers)
+                for i, (spec, counts) in enumerate(zip(self._layers, self._all_counts(), strict=True))
             )
         )
 
     def totals(self) -> Totals:
         """What windows are cut from, as it is now. Synchronises with the device."""
-        uses = self._device_uses.tolist()
+        counts = self._all_counts()
         return Totals(
-            steps=max(self._steps),
+            steps=int(max(layer["steps"] for layer in counts)),
             arrays=(self._tokens[:, :-1] + self._device_tokens[:, :-1].cpu().numpy(), self._uses.copy(), self._reuse.copy()),
-            lists=(
-                [hits + resident for hits, resident in zip(self._hits, uses, strict=True)],
-                *(list(counts) for counts in (self._misses, self._host_bytes, self._peer_bytes)),
-            ),
-            times=(list(self._layer_s), list(self._wait_s)),
+            counts={name: [layer[name] for layer in counts] for name in _OF_WINDOWS},
         )
+
+    def _all_counts(self) -> list[dict[str, float]]:
+        """The counters of each layer, with the uses that were counted on the device."""
+        uses = self._device_uses.tolist()
+        return [counts | {"hits": counts["hits"] + more} for counts, more in zip(self._counts, uses, strict=True)]
+
+
+# Counters of each layer that a window has.
+_OF_WINDOWS = [name for name in Window.__struct_fields__ if name in COUNTERS.keys() - {"steps"}]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Counters since loading, in the order of a ``Window``'s fields."""
+    """Counters since loading: arrays in the order of a ``Window``'s fields, the others by name and layer."""
 
     steps: int
     arrays: tuple[IntArray, ...]
-    lists: tuple[list[int], ...]
-    times: tuple[list[float], ...]
+    counts: dict[str, list[float]]
 
 
 class WindowMeter:
@@ -277,23 +250,9 @@ class WindowMeter:
         last, self._last = self._last, self._telemetry.totals()
         now = self._last
         tokens, uses, reuse = (np.subtract(a, b, dtype="<i8").tobytes() for a, b in zip(now.arrays, last.arrays, strict=True))
-        hits, misses, host_bytes, peer_bytes = (_less(a, b) for a, b in zip(now.lists, last.lists, strict=True))
-        host_bytes = tuple(max(0, more) for more in host_bytes)  # a prefetch of the last window may have been given up in this
-        layer_s, wait_s = (_less(a, b) for a, b in zip(now.times, last.times, strict=True))
-        return Window(
-            steps=now.steps - last.steps,
-            seconds=seconds,
-            tokens=tokens,
-            uses=uses,
-            reuse=reuse,
-            hits=hits,
-            misses=misses,
-            host_bytes=host_bytes,
-            peer_bytes=peer_bytes,
-            layer_s=layer_s,
-            wait_s=wait_s,
-        )
-
-
-def _less(now: Sequence[Number], last: Sequence[Number]) -> tuple[Number, ...]:
-    return tuple(a - b for a, b in zip(now, last, strict=True))
+        counts: dict[str, Any] = {
+            name: tuple(a - b for a, b in zip(values, last.counts[name], strict=True)) for name, values in now.counts.items()
+        }
+        # A prefetch of the last window may have been given up in this one.
+        counts["host_bytes"] = tuple(max(0, more) for more in counts["host_bytes"])
+        return Window(steps=now.steps - last.steps, seconds=seconds, tokens=tokens, uses=uses, reuse=reuse, **counts)

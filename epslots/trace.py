@@ -1,7 +1,8 @@
 """Routing traces: which experts each token chose, in every layer. What policies, placements and predictors are judged on.
 
 A trace is an ``.npz`` with ``expert_ids`` int16 [steps, layers, k] (one row a token, sequence after sequence, -1 where a
-layer has fewer than k), ``starts`` int64 [sequences] (each sequence's first row) and ``num_experts`` int64 [layers].
+layer has fewer than k, and for experts without weights), ``starts`` int64 [sequences] (each sequence's first row) and
+``num_experts`` int64 [layers].
 ``probs`` float16 [steps, layers, experts] is optional: the softmax of each layer's router over all experts, zeros beyond the
 layer's own and where its router isn't one that can be applied (``routers.py``).
 """
@@ -9,7 +10,7 @@ layer's own and where its router isn't one that can be applied (``routers.py``).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +25,12 @@ from transformers import PreTrainedModel
 from epslots.errors import ConfigError
 from epslots.models.experts import experts_modules
 from epslots.npz import read_arrays
+from epslots.placement.placement import check_size
 from epslots.prediction.routers import Router, find_routers
 from epslots.runtime import Runtime, runtime_of
+
+MOST_EXPERTS = 2**15  # of a layer: ids are int16
+_MOST_PROBABILITY = 1.01  # rounded to float16
 
 _Rows = tuple[NDArray[Any], ...]
 """Of some tokens: expert ids int16 [T, L, K]; and float16 probabilities [T, L, E], where they are recorded."""
@@ -59,26 +64,59 @@ class Trace:
         Raises:
             ConfigError: not a routing trace: which field is wrong, and how it should be.
         """
-        arrays = read_arrays(path, "a routing trace")
+        return cls.of_arrays(read_arrays(path, "a routing trace"), os.fspath(path))
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, NDArray[Any]], name: str) -> Trace:
+        """Check a file's arrays.
+
+        Raises:
+            ConfigError: as ``load``.
+        """
         if missing := {"expert_ids", "starts", "num_experts"} - arrays.keys():
-            raise ConfigError(f"{os.fspath(path)} is not a routing trace: it has no {', '.join(sorted(missing))}")
+            raise ConfigError(f"{name} is not a routing trace: it has no {', '.join(sorted(missing))}")
         ids, starts, experts = arrays["expert_ids"], arrays["starts"], arrays["num_experts"]
         if ids.ndim != 3 or ids.dtype != np.int16:
             raise ConfigError(f"expert_ids is {ids.dtype}{list(ids.shape)}; it must be int16 [steps, layers, k]")
         if experts.shape != ids.shape[1:2] or starts.ndim != 1:
             raise ConfigError(f"num_experts must be [layers={ids.shape[1]}] and starts [sequences]")
-        if not np.issubdtype(experts.dtype, np.integer) or (experts < 1).any():
-            raise ConfigError(f"num_experts is {experts.tolist()!r:.80}; allowed: whole numbers, at least 1")
-        first = starts[:1].tolist() == [0] or not len(ids)
-        if (np.diff(starts) <= 0).any() or not first or (len(starts) and starts[-1] >= len(ids)):
-            raise ConfigError("starts must begin with 0, rise, and stay below the number of steps")
+        if not np.issubdtype(experts.dtype, np.integer) or (experts < 1).any() or (experts > MOST_EXPERTS).any():
+            raise ConfigError(f"num_experts is {experts.tolist()!r:.80}; allowed: whole numbers from 1 to {MOST_EXPERTS}")
+        check_size(len(experts), 1, int(experts.max(initial=1)))
+        _check_starts(starts, len(ids))
+        _check_ids(ids, experts)
         probs = arrays.get("probs")
         if probs is not None and (probs.dtype != np.float16 or probs.shape != (*ids.shape[:2], int(experts.max()))):
             raise ConfigError(
                 f"probs is {probs.dtype}{list(probs.shape)}; it must be float16 {[*ids.shape[:2], int(experts.max())]}, "
                 f"[steps, layers, most experts of a layer]"
             )
+        if probs is not None and not ((probs >= 0) & (probs <= _MOST_PROBABILITY)).all():  # what is no number is neither
+            raise ConfigError("probs has values that are no probabilities; allowed: 0 to 1")
         return cls(ids, starts.astype(np.int64), experts.astype(np.int64), probs)
+
+
+def _check_starts(starts: NDArray[Any], steps: int) -> None:
+    """Refuse first rows of sequences that aren't those of a trace of so many steps."""
+    if not np.issubdtype(starts.dtype, np.integer):
+        raise ConfigError(f"starts is {starts.dtype}; it must be int64 [sequences]")
+    first = starts[:1].tolist() == [0] or not steps
+    if not first or (starts[1:] <= starts[:-1]).any() or (len(starts) and starts[-1] >= steps):
+        raise ConfigError("starts must begin with 0, rise, and stay below the number of steps")
+
+
+def _check_ids(ids_TLK: NDArray[np.int16], experts_L: NDArray[Any]) -> None:
+    """Refuse ids of experts that there are not; -1 stands for none."""
+    if not ids_TLK.size:
+        return
+    least_L, most_L = ids_TLK.min((0, 2)), ids_TLK.max((0, 2))
+    wrong_L = (least_L < -1) | (most_L >= experts_L)
+    if wrong_L.any():
+        layer = int(wrong_L.argmax())
+        raise ConfigError(
+            f"expert_ids of layer {layer} go from {least_L[layer]} to {most_L[layer]}; allowed: -1 (none) to "
+            f"{int(experts_L[layer]) - 1}, by num_experts"
+        )
 
 
 class TraceRecorder:
@@ -99,7 +137,8 @@ class TraceRecorder:
 
     def observe(self, layer: int, index_TK: torch.Tensor) -> None:
         """A layer's routing of the pass under way."""
-        self._layer_ids[layer] = index_TK.detach().to(torch.int16).cpu()
+        experts = self._experts[layer]
+        self._layer_ids[layer] = index_TK.detach().masked_fill(index_TK >= experts, -1).to(torch.int16).cpu()
 
     def observe_input(self, layer: int, hidden_TH: torch.Tensor) -> None:
         """What a layer's experts are given in the pass under way, of any number of leading axes."""

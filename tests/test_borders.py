@@ -19,7 +19,9 @@ PACKAGE = Path(epslots.__file__).parent
 LAYERS = (
     # records and errors
     ("errors", "records", "counting", "cpu_threads"),
-    ("compiled", "units", "npz", "progress", "device_copy", "example"),
+    ("private_files", "units"),
+    ("host_limits", "given_files"),
+    ("compiled", "npz", "progress", "device_copy", "example"),
     # pure decisions
     ("step", "example_text"),
     ("placement",),

@@ -282,7 +282,7 @@ def test_a_damaged_store_is_never_opened(damage: Any, message: str, cache_dir: P
 
 def test_a_full_disk_is_said_before_anything_is_written(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
-    with pytest.raises(StoreError, match=r"it needs .* KiB in .* and 4 KiB are free; free some, or choose another folder"):
+    with pytest.raises(StoreError, match=r"it needs .* KiB in .*, beside 64 MiB that stay free, and 4 KiB are free"):
         open_store(cache_dir, NamedExperts())
     assert [p.suffix for p in cache_dir.iterdir()] == [".lock"]
 
@@ -299,8 +299,8 @@ def test_space_that_runs_out_is_said_too(kind: str, cache_dir: Path, monkeypatch
 
 
 def test_too_little_memory_is_said_with_the_way_out(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-    with pytest.raises(StoreError, match="use host_store='file'"):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=1 << 30, available=1 << 20))
+    with pytest.raises(StoreError, match="1 MiB free of the machine's 1 GiB; use host_store='file'"):
         open_store(cache_dir, NamedExperts(), "memory")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,3 +114,48 @@ def test_files(tmp_path: Path):
         read_placement(tmp_path / "other")
     with pytest.raises(ConfigError, match="can't be written"):
         write_placement(placement, tmp_path / "no" / "folder")
+
+
+@pytest.mark.parametrize(("layers", "ranks", "experts"), [(4097, 1, 1), (1, 1025, 1), (1025, 1, 1024), (64, 1024, 1025)])
+def test_tables_that_would_be_too_large_are_refused(layers: int, ranks: int, experts: int):
+    with pytest.raises(
+        ConfigError, match=f"{layers} layers of up to {experts} experts on {ranks} ranks: allowed: 4096 layers"
+    ):
+        default_placement([experts] * layers, np.ones((layers, ranks), np.int64))
+    with pytest.raises(
+        ConfigError, match=f"{layers} layers of up to {experts} experts on {ranks} ranks: allowed: 4096 layers"
+    ):
+        unpack(msgspec.msgpack.encode([1, [experts] * layers, ranks, b"", b"", b"", 0]))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"\xdd\xff\xff\xff\xff",  # an array of four billion entries
+        b"\x91" * 100_000,  # arrays in arrays
+        msgspec.msgpack.encode([1, [2**63], 2, b"", b"", b"", 0]),
+        msgspec.msgpack.encode([1, [2**63 - 1] * 2, 2**63 - 1, b"", b"", b"", 0]),
+        msgspec.msgpack.encode([1, [], 2, b"", b"", b"", 0]),
+        msgspec.msgpack.encode([1, [4], 0, b"", b"", b"", 0]),
+        msgspec.msgpack.encode([1, [4], -2, b"", b"", b"", 0]),
+        msgspec.msgpack.encode([1, [4, -4], 2, b"", b"", b"", 0]),
+        msgspec.msgpack.encode([-(2**63), [4], 2, bytes(16), bytes(1), bytes(8), 0]),
+        msgspec.msgpack.encode([1, [4], 2, bytes(16), bytes(1), bytes(8), 2**63]),
+    ],
+)
+def test_messages_that_are_no_placements(message: bytes):
+    with pytest.raises(ConfigError):
+        unpack(message)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "huge"])
+def test_files_without_an_end_are_not_read(kind: str, tmp_path: Path):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "a.placement"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 1 << 30)
+    with pytest.raises(ConfigError, match=r"is no regular file|is too large; allowed: 64 MiB"):
+        read_placement(path)

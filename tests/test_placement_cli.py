@@ -149,14 +149,15 @@ def trace_of(path: Path, experts: list[int], ids: np.ndarray) -> Path:
     return path
 
 
-def test_layers_of_different_sizes_and_ids_beyond_them(tmp_path: Path):
-    """Id 5 of 4 stands for an expert without weights, and is nobody's load."""
+def test_layers_of_different_sizes_and_ids_of_none(tmp_path: Path):
+    """Id -1 stands for an expert without weights, and is no rank's load."""
     generator = np.random.default_rng(0)
     ids = np.stack([generator.integers(0, 6, (200, 2)), generator.integers(0, 8, (200, 2))], 1)
+    ids[:, 0][ids[:, 0] >= 4] = -1
     file = trace_of(tmp_path / "trace.npz", [4, 8], ids)
     loads = read_loads(file, 50)
     assert loads.shape == (4, 2, 8) and not loads[:, 0, 4:].any()
-    assert loads[:, 0].sum() == (ids[:, 0] < 4).sum() and loads[:, 1].sum() == 400
+    assert loads[:, 0].sum() == (ids[:, 0] >= 0).sum() and loads[:, 1].sum() == 400
     invoke("plan", file, "--ranks", 2, "--slots", "75%", "--output", tmp_path / "two.placement")
     placement = read_placement(tmp_path / "two.placement")
     assert placement.num_experts_L.tolist() == [4, 8] and placement.quota_LR.tolist() == [[3, 3], [6, 6]]

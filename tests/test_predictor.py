@@ -20,10 +20,19 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError
+from epslots.example import example_model
 from epslots.models.experts import experts_modules
 from epslots.prediction.few_rows import CERTAIN, MOST
 from epslots.prediction.predictor import KEPT_ROWS, SATURATED, Fitted, Naive, Predictor, guess_previous
-from epslots.prediction.predictor_file import About, load_predictor, naive_predictor, read_predictor, write_predictor
+from epslots.prediction.predictor_file import (
+    FILE_NAME,
+    About,
+    file_bytes,
+    load_predictor,
+    naive_predictor,
+    read_predictor,
+    write_predictor,
+)
 from epslots.prediction.predictor_fit import HELD_BACK, Quality, Settings, cut_windows, fit, passes, recalled, record
 from epslots.prediction.routers import Router, agreement, find_routers
 from epslots.runtime import runtime_of
@@ -561,6 +570,10 @@ def test_a_predictor_of_another_checkpoint_is_refused(written: Path, checkpoint:
         ),
         ({"settings": {"distance": 2}}, "layer 0 tells of 16 experts, which no layer has"),
         ({"checkpoint": 3}, "is not a predictor: Expected `str`"),
+        ({"experts": [16, 0]}, r"layers of \[16, 0\] experts, 1 layers ahead; allowed: 1 and more"),
+        ({"experts": [16, 2**40]}, "2 layers of up to 1099511627776 experts on 1 ranks: allowed"),
+        ({"experts": [], "quality": []}, "allowed: 1 and more"),
+        ({"settings": {"distance": -5}}, "-5 layers ahead; allowed: 1 and more"),
     ],
 )
 def test_files_that_say_what_is_not_so(trained: dict[str, Any], written: Path, change: dict[str, Any], message: str):
@@ -585,7 +598,7 @@ def _metadata(path: Path) -> str:
     [
         ("0.first", torch.zeros(7, 64)),
         ("0.first_bias", torch.zeros(2, 2)),
-        ("0.second", torch.zeros(48, 16, dtype=torch.int64)),
+        ("0.first", torch.zeros(7)),
         ("0.unlikely", torch.full((16,), float("nan"))),
     ],
 )
@@ -594,6 +607,39 @@ def test_tensors_that_do_not_fit_together(trained: dict[str, Any], written: Path
     save_file(load_file(written) | {tensor: value}, written, metadata=metadata)
     with pytest.raises(ConfigError, match=r"the tensors of layer 0 .* don't fit together"):
         load_predictor(written, trained["model"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_tensors_of_other_types_are_refused_unread(trained: dict[str, Any], written: Path, dtype: torch.dtype):
+    metadata = {"epslots-predictor": _metadata(written)}
+    save_file(load_file(written) | {"0.second": torch.zeros(48, 16, dtype=dtype)}, written, metadata=metadata)
+    for read in (load_predictor, lambda path, _: file_bytes(path, torch.device("cpu"), torch.float32)):
+        with pytest.raises(ConfigError, match=r"its tensor 0\.second is .*; allowed: BF16, F16, F32, F64"):
+            read(written, trained["model"])
+
+
+def test_sizes_of_a_strange_predictor_are_those_of_its_tensors(trained: dict[str, Any], written: Path):
+    told = json.loads(_metadata(written))
+    told["quality"][0] = {"naive": None, "fitted": [1.0, 1.0], "history": True}
+    tensors = load_file(written) | {"0.first": torch.zeros(7), "other": torch.zeros(1000)}
+    save_file(tensors, written, metadata={"epslots-predictor": json.dumps(told)})
+    total, _ = file_bytes(written, torch.device("cpu"), torch.float32)
+    own = {key: tensor for key, tensor in tensors.items() if key != "other"}
+    assert total == sum(4 * tensor.numel() for tensor in own.values())
+
+
+def test_metadata_nested_without_end_is_refused(written: Path):
+    text = _metadata(written)[:-1] + ', "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    save_file(load_file(written), written, metadata={"epslots-predictor": text})
+    with pytest.raises(ConfigError, match="is not a predictor"):
+        read_predictor(written)
+
+
+def test_a_predictor_is_not_taken_for_weights(written: Path):
+    """Loaders of weights take every file of these kinds in a folder."""
+    assert not FILE_NAME.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"))
+    assert [path.name for path in example_model().glob("*.safetensors")] == ["model.safetensors"]
+    assert (example_model() / FILE_NAME).is_file()
 
 
 def test_files_that_are_no_predictors(trained: dict[str, Any], tmp_path: Path, checkpoint: Callable[[str], Path]):

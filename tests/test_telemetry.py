@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import pytest
 import torch
 
 import epslots
 from epslots.cli.tables import stats_table
 from epslots.records import LayerSpec, RecordLayout
-from epslots.telemetry import Telemetry, WindowMeter
+from epslots.telemetry import COUNTERS, LayerStats, Stats, Telemetry, WindowMeter, sum_over_ranks
 from tests import zoo
 
 
@@ -74,7 +77,50 @@ def test_the_table_shows_every_layer(checkpoint: Callable[[str], Path], cache_di
 def test_a_prefetch_that_is_given_up_in_the_next_window_leaves_no_negative_bytes():
     telemetry = Telemetry([LayerSpec("layer", 4, RecordLayout.of([("scale", (2,), "float32")]))], [2], torch.device("cpu"))
     meter = WindowMeter(telemetry)
-    telemetry.count_fetches(0, host_bytes=8, peer_bytes=0, evictions=0)
+    telemetry.count(0, host_bytes=8)
     assert meter.cut(1.0).host_bytes == (8,)
-    telemetry.count_fetches(0, host_bytes=-8, peer_bytes=0, evictions=0)
+    telemetry.count(0, host_bytes=-8)
     assert meter.cut(1.0).host_bytes == (0,)
+
+
+def layer_stats(number: int, kind: type[LayerStats] = LayerStats) -> LayerStats:
+    """Counters that all differ, from each other and from those of another number."""
+    counters = {name: 10 * place + number for place, name in enumerate(kind.__struct_fields__)}
+    return kind(**counters | {"layer": "layer", "num_experts": 2, "tokens_per_expert": (number, 2 * number)})  # type: ignore[arg-type]
+
+
+class MoreStats(LayerStats, frozen=True):
+    """As if somebody had added a counter."""
+
+    new: int
+
+
+def test_every_counter_is_summed_over_ranks():
+    ranks = [Stats((layer_stats(number, MoreStats),)) for number in (1, 3, 2)]
+    (total,) = sum_over_ranks(ranks).layers
+    for name in MoreStats.__struct_fields__:
+        each = [getattr(rank.layers[0], name) for rank in ranks]
+        expected: Any = sum(each) if name not in ("layer", "num_experts", "tokens_per_expert") else None
+        if name in ("steps", "waves"):
+            expected = each[1]  # ranks make their steps together
+        elif name == "tokens_per_expert":
+            expected = (6, 12)
+        elif expected is None:
+            expected = each[0]
+        assert getattr(total, name) == expected, name
+
+
+def test_every_counter_is_counted_and_shown():
+    """By its name as a field alone: there is no second list to forget it in."""
+    telemetry = Telemetry([LayerSpec("layer", 4, RecordLayout.of([("scale", (2,), "float32")]))], [2], torch.device("cpu"))
+    for place, name in enumerate(COUNTERS, start=1):
+        telemetry.count(0, **{name: place})
+        telemetry.count(0, **{name: place})
+    (shown,) = telemetry.snapshot().layers
+    assert {name: getattr(shown, name) for name in COUNTERS} == {
+        name: 2 * place for place, name in enumerate(COUNTERS, start=1)
+    }
+    assert len(COUNTERS) == len(LayerStats.__struct_fields__) - 4
+    assert msgspec.json.decode(msgspec.json.encode(shown), type=LayerStats) == shown
+    with pytest.raises(KeyError):
+        telemetry.count(0, mises=1)

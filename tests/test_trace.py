@@ -97,6 +97,7 @@ def test_probabilities_of_layers_that_differ(name: str, checkpoint: Callable[[st
         model(zoo.random_ids(1, 6))
     trace = recorder.trace()
     assert trace.probs is not None and trace.probs.shape == (6, *trace.num_experts.shape, trace.num_experts.max())
+    assert (trace.expert_ids == -1).any() == (name == "longcat_flash"), "identity experts have no id either"
     if name == "zaya":
         assert not trace.probs.any()
     else:
@@ -142,8 +143,30 @@ def test_what_is_no_trace_at_all(tmp_path: Path):
     ("change", "says"),
     [
         ({"starts": np.zeros(0, np.int64)}, "starts must begin with 0"),
-        ({"num_experts": np.array([4, 0])}, "at least 1"),
+        ({"num_experts": np.array([4, 0])}, "from 1 to 32768"),
         ({"num_experts": np.array([4.0, 4.0])}, "whole numbers"),
+        ({"num_experts": np.array([4, 2**40])}, "from 1 to 32768"),
+        ({"num_experts": np.array([4, 2**64 - 1], np.uint64)}, "from 1 to 32768"),
+        ({"num_experts": np.array([4, -4])}, "from 1 to 32768"),
+        ({"expert_ids": np.full((3, 2, 1), 4, np.int16)}, r"layer 0 go from 4 to 4; allowed: -1 \(none\) to 3"),
+        ({"expert_ids": np.full((3, 2, 1), 4, np.int16), "num_experts": np.array([5, 4])}, "expert_ids of layer 1"),
+        ({"expert_ids": np.full((3, 2, 1), -7, np.int16)}, "go from -7 to -7"),
+        ({"starts": np.array([0, np.nan])}, "starts is float64; it must be int64"),
+        ({"starts": np.array([0.0])}, "starts is float64"),
+        ({"starts": np.array([0, 2**64 - 1], np.uint64)}, "stay below the number of steps"),
+        ({"starts": np.array([0, 2, 1], np.uint8)}, "rise"),
+        ({"starts": np.array([-1, 0])}, "begin with 0"),
+        ({"probs": np.full((3, 2, 4), np.nan, np.float16)}, "probs has values that are no probabilities"),
+        ({"probs": np.full((3, 2, 4), -0.5, np.float16)}, "allowed: 0 to 1"),
+        ({"probs": np.full((3, 2, 4), np.inf, np.float16)}, "allowed: 0 to 1"),
+        (
+            {"expert_ids": np.zeros((0, 5000, 1), np.int16), "starts": np.zeros(0, int), "num_experts": np.full(5000, 2)},
+            "5000 layers of up to 2 experts on 1 ranks: allowed: 4096 layers",
+        ),
+        (
+            {"expert_ids": np.zeros((1, 64, 1), np.int16), "num_experts": np.full(64, 32768)},
+            "allowed: .* 1,048,576 experts of all layers",
+        ),
     ],
 )
 def test_traces_that_make_no_sense_are_refused(change: dict[str, np.ndarray], says: str, tmp_path: Path):
@@ -151,3 +174,16 @@ def test_traces_that_make_no_sense_are_refused(change: dict[str, np.ndarray], sa
     np.savez(tmp_path / "trace.npz", **(fields | change))
     with pytest.raises(ConfigError, match=says):
         Trace.load(tmp_path / "trace.npz")
+
+
+def test_an_unusual_order_of_bytes_and_axes_is_read(tmp_path: Path):
+    ids = np.arange(24, dtype=np.int16).reshape(4, 3, 2)
+    np.savez(
+        tmp_path / "t.npz",
+        expert_ids=np.asfortranarray(ids.astype(">i2")),
+        starts=np.array([0, 2], ">u4"),
+        num_experts=np.array([24] * 3, np.uint8),
+    )
+    trace = Trace.load(tmp_path / "t.npz")
+    assert np.array_equal(trace.expert_ids, ids) and trace.expert_ids.dtype == np.int16 and trace.expert_ids.flags.c_contiguous
+    assert trace.starts.dtype == trace.num_experts.dtype == np.int64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import epslots
+from epslots.host_limits import total_memory, usable_cores
 
 
 def alternate(
@@ -86,9 +86,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Where a result was measured."""
     facts: dict[str, Any] = {
         "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "memory_GiB": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_GiB": round(total_memory() / 2**30, 1),
         "device": str(device),
         "temporary_files_on": _file_system(Path(tempfile.gettempdir())),  # checkpoints and stores: tmpfs is memory
     }

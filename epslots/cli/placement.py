@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from epslots.errors import ConfigError
+from epslots.placement.placement import MOST_RANKS
 
 if TYPE_CHECKING:
     from epslots.placement.placement_replay import Scores
@@ -26,7 +27,7 @@ OFFLINE_ROUNDS = 8
 LoadsArgument = Annotated[
     Path, typer.Argument(help="An .npz: loads, int64 of (windows, layers, experts), or a routing trace.")
 ]
-RanksOption = Annotated[int, typer.Option("--ranks", min=1, help="Ranks.")]
+RanksOption = Annotated[int, typer.Option("--ranks", min=1, max=MOST_RANKS, help="Ranks.")]
 SlotsOption = Annotated[int, typer.Option("--slots", min=1, help="Slots of each rank and layer.")]
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Nodes that the ranks are spread over, one after another.")]
 FlatOption = Annotated[bool, typer.Option("--flat", help="Pay no attention to nodes.")]
@@ -213,7 +214,7 @@ def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
         return check_loads(arrays["loads"]), None
     from epslots.trace import Trace
 
-    trace = Trace.load(path)
+    trace = Trace.of_arrays(arrays, str(path))
     experts_L1 = trace.num_experts[:, None]
     experts = int(trace.num_experts.max(initial=1))
     layers = len(trace.num_experts)

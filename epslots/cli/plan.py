@@ -56,19 +56,23 @@ def plan(
     keeps FP8 and MXFP4 experts as the checkpoint has them, and the next layer's experts are predicted.
     """
     setting = parse_slots(slots)
-    memory_bytes = None if memory is None else parse_bytes(memory, "memory")
-    kind = _device_kind(device, here=memory_bytes is None)
+    if memory is None:
+        memory_bytes, memory_note = _device_memory(device)
+    else:
+        memory_bytes, memory_note = parse_bytes(memory, "memory"), "--memory"
+    kind = _device_kind(device, here=memory is None)
     shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind)
     try:
         result = plan_memory(
             shape,
             setting,
-            memory_bytes=_device_memory(device) if memory_bytes is None else memory_bytes,
+            memory_bytes=memory_bytes,
             ranks=ranks,
             kv_tokens=kv_tokens,
             sequences=sequences,
             batch_tokens=batch_tokens,
             predictor_bytes=predictor_bytes,
+            memory_note=memory_note,
         )
     except DoesNotFitError as error:
         typer.echo(f"doesn't fit: {error}", err=True)
@@ -154,10 +158,12 @@ def _device_kind(device: str | None, *, here: bool) -> str:
     return resolve_device(device).type
 
 
-def _device_memory(device: str | None) -> int:
-    from epslots.loading import free_memory, resolve_device
+def _device_memory(device: str | None) -> tuple[int, str]:
+    """The free bytes of this machine's device, and the limit that leaves no more."""
+    from epslots.loading import memory_limit, resolve_device
 
-    return free_memory(resolve_device(device))
+    limit = memory_limit(resolve_device(device))
+    return limit.free_bytes, str(limit)
 
 
 def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]:
@@ -184,6 +190,7 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         "reserve_bytes": result.reserve_bytes,
         "total_bytes": result.total_bytes,
         "memory_bytes": result.memory_bytes,
+        "memory_note": result.memory_note,
         "free_bytes": result.free_bytes,
         "fits": result.fits,
         "host_store_bytes": result.host_store_bytes,
@@ -241,7 +248,7 @@ def _plan_table(result: MemoryPlan, checkpoint_bytes: int | None) -> Table:
     table.add_section()
     row("needed", result.total_bytes)
     if result.memory_bytes is not None and result.free_bytes is not None:
-        row("available", result.memory_bytes)
+        row("available", result.memory_bytes, result.memory_note)
         row("free" if result.fits else "short of", abs(result.free_bytes))
     table.add_section()
     packed = ", packed as in the checkpoint" if any(layer.packed is not None for layer in shape.layers) else ""

@@ -33,7 +33,7 @@ def fit(
     model: ModelOption = None,
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", help="File to write. Default: epslots-predictor.safetensors beside the weights."),
+        typer.Option("--output", "-o", help="File to write. Default: epslots.predictor beside the weights."),
     ] = None,
     pattern: Annotated[str, typer.Option(help="Which files of a folder, at any depth.")] = "*.txt",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of text to use.")] = 800_000,

@@ -14,13 +14,16 @@ from epslots.cli.trace import slots_of_layers
 from epslots.compiled import prepare
 from epslots.counting import counting
 from epslots.errors import ConfigError
+from epslots.given_files import read_given
+from epslots.placement.placement import MOST_RANKS
 from epslots.placement.placement_file import read_placement
-from epslots.simulation.simulate import GROUP_SIZE, MOST_RANKS, Cluster, Outcome, Traffic, simulate
+from epslots.simulation.simulate import GROUP_SIZE, Cluster, Outcome, Traffic, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
 from epslots.step.eviction import DEFAULT_POLICY, POLICIES
 from epslots.units import format_bytes, parse_bytes
 
 _MOST_LANES = 2**22
+_MOST_TIMING_BYTES = 1 << 20
 
 
 def simulate_command(
@@ -102,7 +105,7 @@ def _positive(name: str, given: str) -> int:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_given(path, _MOST_TIMING_BYTES)
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from error
 
@@ -110,7 +113,7 @@ def _read(path: Path) -> bytes:
 def _read_timing(path: Path) -> Timing:
     try:
         return msgspec.json.decode(_read(path), type=Timing)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ConfigError(f"{path} holds no timing: {error}") from error
 
 

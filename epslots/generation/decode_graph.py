@@ -343,9 +343,7 @@ class DecodeGraph:
                 continue
             row.steps = step
             telemetry.count_device(row.index, steps=0, misses=tally.misses)
-            telemetry.count_fetches(
-                row.index, host_bytes=tally.misses * mover.pool.layout.nbytes, peer_bytes=0, evictions=tally.evictions
-            )
+            telemetry.count(row.index, host_bytes=tally.misses * mover.pool.layout.nbytes, evictions=tally.evictions)
 
     def __enter__(self) -> DecodeGraph:
         return self

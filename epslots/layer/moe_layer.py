@@ -135,7 +135,7 @@ class MoELayer:
                 pairs_NH = self._step_alone(hidden_TH, ids_N, counts, usage)
             else:
                 pairs_NH = self._step_together(hidden_TH, ids_N, counts, usage, self._lockstep)
-        self._telemetry.count_time(self.index, time.perf_counter() - began)
+        self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
         if self._identity:
             weightless_N = ids_N >= self.experts.num_experts
             pairs_NH = torch.where(weightless_N[:, None], hidden_TH.repeat_interleave(index_TK.shape[1], 0), pairs_NH)
@@ -149,7 +149,7 @@ class MoELayer:
         with self.experts.pool.lock:
             usage = None if self.ahead is None else self.ahead.nothing()
             self._step_together(self.experts.zeros(0), counts[:0], counts, usage, self._lockstep)
-        self._telemetry.count_time(self.index, time.perf_counter() - began)
+        self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
 
     def _prepare(self, ids_N: torch.Tensor) -> torch.Tensor:
         """Tokens of each expert, int64 [E + 1]; the last entry counts ids beyond the last expert."""
@@ -221,7 +221,7 @@ class MoELayer:
         all_ranks = lockstep.gather_counts(self.index, counts, top_k, shared.digest, usage, busy=experts.link_is_busy)
         counts_R, top_k = all_ranks.counts_R, all_ranks.top_k
         usage_RE = None if usage is None else all_ranks.predicted_R[:, : len(usage)].astype(np.int64)
-        self._telemetry.count_wait(self.index, time.perf_counter() - began)
+        self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
         experts.confirm()  # what was queued before the counts has arrived with them
         counts_RE = counts_R[:, :-1]
         used_E = counts_RE.sum(0) > 0
@@ -245,7 +245,7 @@ class MoELayer:
         tokens_R = counts_R.sum(1) // max(top_k, 1)
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
-        self._telemetry.count_exchange(self.index, sent=plan.sent, received=plan.received)
+        self._telemetry.count(self.index, pairs_sent=plan.sent, pairs_received=plan.received)
         on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
         results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
         pairs_NH = arrived.give_back(experts.finish_on_host(on_host, results_MH))

@@ -150,7 +150,7 @@ class SlotExperts:
             self._mover.retire(self._slot_of_E[(counts_E > 0) & flying_E])
             absent, late = _look_up(*tables)
             self._mover.hurry(self._slot_of_E[(counts_E > 0) & flying_E])  # it is computed before what is fetched now
-            self._telemetry.count_late(self._index, late)
+            self._telemetry.count(self._index, late=late)
         if not late and not absent:
             return ()
         if copies is not None and copies.sources:
@@ -194,7 +194,7 @@ class SlotExperts:
         began = time.perf_counter()
         slots = wave.fetch_positions + self._window.start
         self._mover.fetch(self._pool_layer, wave.fetch_experts, slots, wave.evicted, copies, agreed=agreed)
-        self._telemetry.count_stall(self._index, time.perf_counter() - began)
+        self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
 
     def prefetch(self, experts: IntArray, evicted_E: BoolArray) -> None:
         """Begin to fetch what is expected to be needed into empty slots, and in the place of ``evicted_E``."""
@@ -202,7 +202,7 @@ class SlotExperts:
         found = _place(self._slot_of_E, evicted_E, self._expert_of_Q, self._window.start, slots, displaced)
         assert found == len(experts), "more is fetched ahead than there is room for"
         self._mover.fetch(self._pool_layer, experts, slots, displaced, urgent=False)
-        self._telemetry.count_prefetches(self._index, len(experts))
+        self._telemetry.count(self._index, prefetches=len(experts))
 
     def move(self, move: OwnMove, *, agreed: bool = True) -> None:
         """Do this rank's part of the moves at the end of a step: see ``Mover.fetch``."""
@@ -216,7 +216,7 @@ class SlotExperts:
             )
         began = time.perf_counter()
         self._mover.fetch(self._pool_layer, experts, slots, evicted, move.copies, agreed=agreed, urgent=False)
-        self._telemetry.count_move(self._index, len(experts), time.perf_counter() - began)
+        self._telemetry.count(self._index, moves=len(experts), move_s=time.perf_counter() - began)
 
     def pass_slot(self, taker: SlotExperts, evicted: int) -> None:
         """Pass a slot to a neighbouring layer; arguments as ``Mover.pass_slot``."""
@@ -243,7 +243,7 @@ class SlotExperts:
             assert self.host is not None
             began = time.perf_counter()
             self.host.finish(begun, result_NH)
-            self._telemetry.count_hosted(self._index, len(begun.experts), time.perf_counter() - began)
+            self._telemetry.count(self._index, hosted=len(begun.experts), hosted_s=time.perf_counter() - began)
         return result_NH
 
     def compute(
@@ -320,7 +320,7 @@ class SlotExperts:
         if self._mover.any_flying:
             began = time.perf_counter()
             self._mover.land(wave.positions + self._window.start)
-            self._telemetry.count_stall(self._index, time.perf_counter() - began)
+            self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
 
     def _sort(
         self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, key_E: torch.Tensor, keys: int

@@ -230,6 +230,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         batch_tokens: tokens that a rank puts through a layer at a time.
         reserve_bytes: kept free.
         predictor_bytes: of what the layers look ahead by (``foresight.planned_bytes``).
+        memory_note: where ``memory_bytes`` comes from, for messages.
     """
 
     shape: ModelShape
@@ -242,6 +243,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     batch_tokens: int
     reserve_bytes: int
     predictor_bytes: int = 0
+    memory_note: str = "memory of one rank"
 
     @property
     def slot_bytes(self) -> int:
@@ -365,7 +367,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         rows = [
             *self.items,
             ("needed", self.total_bytes, ""),
-            ("available", self.memory_bytes, "memory of one rank"),
+            ("available", self.memory_bytes, self.memory_note),
             ("short of", -self.free_bytes, ""),
         ]
         table = "\n".join(f"  {name:14}{format_bytes(size):>11}  {note}".rstrip() for name, size, note in rows)
@@ -405,6 +407,7 @@ def plan_memory(
     batch_tokens: int = 512,
     reserve_bytes: int | None = None,
     predictor_bytes: int = 0,
+    memory_note: str = "memory of one rank",
 ) -> MemoryPlan:
     """Plan one rank's memory. A plan that doesn't fit is returned, not raised: ``check()`` refuses it.
 
@@ -418,6 +421,7 @@ def plan_memory(
         batch_tokens: tokens that a rank puts through a layer at a time.
         reserve_bytes: what to keep free; None = ``default_reserve``.
         predictor_bytes: of what the layers look ahead by.
+        memory_note: where ``memory_bytes`` comes from, for messages.
 
     Raises:
         ConfigError: a number is out of range, or there are more slots per layer than experts.
@@ -432,7 +436,19 @@ def plan_memory(
     assert shape.layers, "a model without experts has no use for slots"
     reserve = default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes
     ones = (1,) * len(shape.layers)
-    plan = MemoryPlan(shape, setting, ones, memory_bytes, ranks, kv_tokens, sequences, batch_tokens, reserve, predictor_bytes)
+    plan = MemoryPlan(
+        shape=shape,
+        setting=setting,
+        quotas=ones,
+        memory_bytes=memory_bytes,
+        ranks=ranks,
+        kv_tokens=kv_tokens,
+        sequences=sequences,
+        batch_tokens=batch_tokens,
+        reserve_bytes=reserve,
+        predictor_bytes=predictor_bytes,
+        memory_note=memory_note,
+    )
     pool = None if memory_bytes is None else memory_bytes - plan.fixed_bytes
     if setting.is_auto and pool is not None and pool < plan.slot_bytes:
         return plan

@@ -17,6 +17,11 @@ from epslots.step.eviction import IntArray
 from epslots.step.residency import BoolArray
 
 MOST_GENERATIONS = 2**40
+MOST_RANKS = 1024
+MOST_LAYERS = 4096
+# Experts of all layers, each layer counted as the largest; and the same times the ranks. Tables have so many entries.
+MOST_EXPERTS = 2**20
+MOST_COPIES = 2**26
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,20 @@ class Placement:
                 raise ConfigError(f"a placement's layer {int(broken_L.argmax())} has {rule}")
 
 
+def check_size(layers: int, ranks: int, experts: int) -> None:
+    """Refuse numbers whose tables would be too large to be made, sent or kept.
+
+    Raises:
+        ConfigError: with what is allowed.
+    """
+    of_layers = layers * experts
+    if ranks > MOST_RANKS or layers > MOST_LAYERS or of_layers > MOST_EXPERTS or of_layers * ranks > MOST_COPIES:
+        raise ConfigError(
+            f"{layers} layers of up to {experts} experts on {ranks} ranks: allowed: {MOST_LAYERS} layers, {MOST_RANKS} ranks, "
+            f"{MOST_EXPERTS:,} experts of all layers, {MOST_COPIES:,} of all layers and ranks"
+        )
+
+
 def default_homes(num_experts: int, quota_R: IntArray, layer: int) -> IntArray:
     """The home rank of each expert when nothing is known of the traffic, int64 [E].
 
@@ -90,6 +109,7 @@ def default_homes(num_experts: int, quota_R: IntArray, layer: int) -> IntArray:
 def default_placement(num_experts_L: Sequence[int], quota_LR: IntArray) -> Placement:
     """What ranks begin with: homes dealt by slots, no copy wanted. Generation 0."""
     layers, experts = len(num_experts_L), max(num_experts_L)
+    check_size(layers, quota_LR.shape[1], experts)
     home_LE = np.full((layers, experts), -1)
     for layer, count in enumerate(num_experts_L):
         home_LE[layer, :count] = default_homes(count, quota_LR[layer], layer)
@@ -151,9 +171,6 @@ class _Packed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
     checksum: int
 
 
-_MOST = 2**26  # entries of any array in a message
-
-
 def pack(placement: Placement) -> bytes:
     """The placement as a message, or as a file."""
     home = placement.home_LE.astype("<i4").tobytes()
@@ -172,13 +189,14 @@ def unpack(message: bytes) -> Placement:
     """
     try:
         packed = msgspec.msgpack.decode(message, type=_Packed)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ConfigError("this is no placement, as `epslots placement plan` writes them") from error
     layers, ranks = len(packed.num_experts), packed.ranks
     experts = max(packed.num_experts, default=0)
     entries = layers * ranks * experts
-    if not 0 < entries <= _MOST or packed.generation < 0 or min(packed.num_experts) < 1:
+    if min(packed.num_experts, default=0) < 1 or ranks < 1:
         raise ConfigError(f"a placement of {layers} layers, {ranks} ranks and {experts} experts can't be")
+    check_size(layers, ranks, experts)
     sizes = {"home": 4 * layers * experts, "wanted": -(-entries // 8), "quota": 4 * layers * ranks}
     if any(len(getattr(packed, name)) != size for name, size in sizes.items()):
         raise ConfigError(f"a placement's arrays have the wrong sizes; these were expected, in bytes: {sizes}")

@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 
 from epslots.errors import ConfigError
+from epslots.given_files import read_given
 from epslots.placement.placement import Placement, pack, unpack
+
+# The largest placement that is allowed takes less.
+MOST_BYTES = 64 << 20
 
 
 def read_placement(path: str | os.PathLike[str]) -> Placement:
@@ -16,7 +20,7 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
         ConfigError: the file can't be read, or holds no sound placement.
     """
     try:
-        return unpack(Path(path).read_bytes())
+        return unpack(read_given(path, MOST_BYTES))
     except OSError as error:
         raise ConfigError(f"no placement at {os.fspath(path)}: {error.strerror}") from error
     except ConfigError as error:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from epslots.errors import ConfigError
 from epslots.placement.balance import balancedness, holders, live_loads, rank_loads
 from epslots.placement.forecast import Expected, Forecast
-from epslots.placement.placement import Placement, default_placement
+from epslots.placement.placement import Placement, check_size, default_placement
 from epslots.placement.rebalance import Fleet, Proposal, propose
 from epslots.step.costs import Costs
 from epslots.step.eviction import IntArray
@@ -113,6 +113,7 @@ def check_loads(loads_WLE: NDArray[Any]) -> IntArray:
     """
     if loads_WLE.ndim != 3 or not np.issubdtype(loads_WLE.dtype, np.integer) or not loads_WLE.size:
         raise ConfigError(f"loads is {loads_WLE.dtype}{list(loads_WLE.shape)}; it must be int64 [windows, layers, experts]")
+    check_size(loads_WLE.shape[1], 1, loads_WLE.shape[2])
     if int(loads_WLE.min()) < 0 or int(loads_WLE.max()) > 2**40:
         raise ConfigError(f"loads from {int(loads_WLE.min())} to {int(loads_WLE.max())}: allowed: 0 to 2**40")
     return loads_WLE.astype(np.int64)

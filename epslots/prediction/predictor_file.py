@@ -20,14 +20,18 @@ from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError
 from epslots.models.experts import experts_modules
+from epslots.placement.placement import check_size
 from epslots.prediction.predictor import KEPT_ROWS, Fitted, Naive, Predictor, dtype_on
 from epslots.prediction.predictor_fit import Quality, Settings
 from epslots.prediction.routers import find_routers, input_size
 from epslots.runtime import runtime_of
 
-FILE_NAME = "epslots-predictor.safetensors"
+# Not .safetensors, though it is one: loaders that take all of a folder would take it for weights.
+FILE_NAME = "epslots.predictor"
 FORMAT = 1
 _KEY = "epslots-predictor"
+_PARTS = ("first", "first_bias", "second", "unlikely")
+_DTYPES = ("BF16", "F16", "F32", "F64")
 _Taken = TypeVar("_Taken")
 
 
@@ -95,8 +99,9 @@ def file_bytes(path: str | os.PathLike[str], device: torch.device, dtype: torch.
     item = dtype_on(device, dtype).itemsize
     total = sum(math.prod(shape) * (4 if key.endswith(".unlikely") else item) for key, shape in shapes.items())
     for layer, quality in enumerate(about.quality):
-        if quality is not None and quality.history and f"{layer}.first" in shapes:
-            total += KEPT_ROWS * shapes[f"{layer}.first"][1] // 2 * item
+        if quality is not None and quality.history:
+            width = shapes.get(f"{layer}.first", ())[1:2]
+            total += KEPT_ROWS * sum(width) // 2 * item  # a file without such a tensor is refused when it is loaded
     return total, about
 
 
@@ -111,21 +116,43 @@ def _open(path: str | os.PathLike[str], take: Callable[[Any, str], _Taken]) -> t
         raise ConfigError(f"no predictor at {name}: no such file; `epslots predict fit` makes one")
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            taken = {key: take(file, key) for key in file.keys()}  # noqa: SIM118 - a handle is no mapping
+            # First of all: another file's tensors may be as large as a model.
+            about = _read_about(name, (file.metadata() or {}).get(_KEY))
+            own = {f"{layer}.{part}" for layer in range(len(about.experts)) for part in _PARTS}
+            taken = {}
+            for key in own.intersection(file.keys()):
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in _DTYPES:
+                    raise ConfigError(f"{name} is not a predictor: its tensor {key} is {dtype}; allowed: {', '.join(_DTYPES)}")
+                taken[key] = take(file, key)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{name} is not a predictor: {error}") from error
+    return taken, about
+
+
+def _read_about(name: str, text: str | None) -> About:
+    """What a file says of itself, checked.
+
+    Raises:
+        ConfigError: nothing, or what can't be.
+    """
     if text is None:
         raise ConfigError(f"{name} is not a predictor: its metadata has no {_KEY!r}")
     try:
         about = msgspec.json.decode(text, type=About)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ConfigError(f"{name} is not a predictor: {error}") from error
     if about.format != FORMAT:
         raise ConfigError(f"{name} has format {about.format}; allowed: {FORMAT}")
     if len(about.quality) != len(about.experts):
         raise ConfigError(f"{name} is not a predictor: {len(about.quality)} qualities for {len(about.experts)} layers")
-    return taken, about
+    if min(about.experts, default=0) < 1 or about.settings.distance < 1:
+        raise ConfigError(
+            f"{name} is not a predictor: layers of {str(about.experts)[:80]} experts, {about.settings.distance} layers ahead; "
+            f"allowed: 1 and more of each"
+        )
+    check_size(len(about.experts), 1, max(about.experts))
+    return about
 
 
 def load_predictor(path: str | os.PathLike[str], model: PreTrainedModel) -> Predictor:
@@ -211,15 +238,13 @@ def _fitted(name: str, tensors: Mapping[str, torch.Tensor], layer: int, about: A
     if quality is None:
         return None
     try:
-        first, bias, second, unlikely_E = (
-            tensors[f"{layer}.{part}"] for part in ("first", "first_bias", "second", "unlikely")
-        )
+        first, bias, second, unlikely_E = (tensors[f"{layer}.{part}"] for part in _PARTS)
     except KeyError as error:
         raise ConfigError(f"{name} is not a predictor: it has no tensor {error}") from error
     dims = (first.dim(), bias.dim(), second.dim(), unlikely_E.dim())
-    floats = all(t.is_floating_point() and bool(t.isfinite().all()) for t in (first, bias, second, unlikely_E))
+    finite = all(bool(t.isfinite().all()) for t in (first, bias, second, unlikely_E))
     if (
-        not floats
+        not finite
         or dims != (2, 1, 2, 1)
         or not len(first) == len(bias) == sum(second.shape)
         or second.shape[1] != len(unlikely_E)

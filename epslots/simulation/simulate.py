@@ -18,7 +18,7 @@ import numpy as np
 
 from epslots.errors import ConfigError
 from epslots.placement.lanes import read_on
-from epslots.placement.placement import Placement, default_placement
+from epslots.placement.placement import MOST_RANKS, Placement, default_placement
 from epslots.placement.rebalance import Fleet
 from epslots.placement.replanning import OVERDUE, SHARE, Replanner
 from epslots.placement.shared_model import movement_budget
@@ -27,7 +27,6 @@ from epslots.simulation.simulated_group import SimulatedGroup, Tally
 from epslots.simulation.timing import Timing
 from epslots.step.eviction import IntArray, Policy
 
-MOST_RANKS = 1024
 GROUP_SIZE = 64
 _USUAL_SPEED = 1000
 

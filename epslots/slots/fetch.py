@@ -93,7 +93,7 @@ class Mover:
                 self._start(layer, experts[peers:].tolist(), slots[peers:].tolist(), done, urgent=urgent)
         finally:
             self.pool.occupy(layer, experts[: len(done)], slots[: len(done)])
-            self.telemetry.count_fetches(
+            self.telemetry.count(
                 self.store_layers[layer],
                 host_bytes=max(0, len(done) - peers) * self.pool.layers[layer].record.nbytes,
                 peer_bytes=min(len(done), peers) * self.pool.layout.nbytes,
@@ -156,7 +156,7 @@ class Mover:
             crosses = self.link.drop(self._landings[slot])
             if not crosses and self.flying[slot]:
                 record = self.pool.layers[layer].record.nbytes
-                self.telemetry.count_fetches(self.store_layers[layer], host_bytes=-record, peer_bytes=0, evictions=0)
+                self.telemetry.count(self.store_layers[layer], host_bytes=-record)
             self.flying[slot] = False
             del self._landings[slot]
 
@@ -213,7 +213,7 @@ class Mover:
         pool.pass_slot(giver, taker)
         pool.publish(giver)
         pool.publish(taker)
-        self.telemetry.count_fetches(self.store_layers[giver], host_bytes=0, peer_bytes=0, evictions=int(evicted >= 0))
+        self.telemetry.count(self.store_layers[giver], evictions=int(evicted >= 0))
 
     def fill(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Load experts into the layer's first slots, which are empty."""

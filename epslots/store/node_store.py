@@ -8,27 +8,33 @@ ends. Holders announce themselves by empty files ``<cache>/<model>-<key>.<pid>-<
 through any holder that is still alive, and removes the files of the dead. Pinning wants this kind: kernels refuse to pin a
 disk file's pages for long.
 
-A lock file serialises building, so that of several processes that start together one builds and the others wait.
+A lock file serialises building, so that of several processes that start together one builds and the others wait. A store
+file appears whole, so that it is opened without the lock: a folder that can't be written to serves the stores that it has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import torch
 
 from epslots.errors import ConfigError, StoreError
+from epslots.host_limits import tightest_memory_limit
+from epslots.private_files import check_owner, make_private_folder, open_private_file
 from epslots.records import Progress
 from epslots.store.host_store import HostStore, Manifest, StoreShape
 from epslots.store.packed_records import record_views
 from epslots.store.store_build import ExpertSource, appearing_whole, check_free_space, fill_store, sweep
 from epslots.units import format_bytes
+
+logger = logging.getLogger(__name__)
 
 STORE_KINDS = ("file", "memory")
 # Left free in RAM beside a store in shared memory.
@@ -69,7 +75,11 @@ def open_node_store(
     """
     path = store_path(manifest, cache_dir)
     with _told(cache_dir):
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        opened = _open_read_only(path, manifest, kind) if not _enter(cache_dir) else None
+        if opened is None and kind == "file":
+            opened = _open_file(path, manifest)
+        if opened is not None:
+            return opened
         with _locked(path.with_suffix(".lock")):
             opened = _open_file(path, manifest) if kind == "file" else _join_memory(path, manifest)
             if opened is not None:
@@ -94,8 +104,14 @@ def check_room(manifest: Manifest, *, kind: str, cache_dir: Path) -> None:
     """
     path = store_path(manifest, cache_dir)
     with _told(cache_dir):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        if kind == "file" and not path.exists():
+        writable = _enter(cache_dir)
+        if path.exists():
+            return
+        if not writable and not (kind == "memory" and _holders(path)):
+            raise PermissionError(
+                errno.EACCES, "it can't be written to, and holds no store of this checkpoint", str(cache_dir)
+            )
+        if kind == "file":
             check_free_space(cache_dir, StoreShape(manifest).nbytes)
 
 
@@ -117,17 +133,42 @@ def store_path(manifest: Manifest, cache_dir: Path) -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an advisory lock, which the kernel releases with the process. Waiting can be interrupted."""
-    with open(path, "w", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    fd = open_private_file(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(fd)
+
+
+def _open_read_only(path: Path, manifest: Manifest, kind: str) -> HostStore | None:
+    """The store of a folder in which no file can be made: without a lock, and without an announcement."""
+    if kind == "file":
+        return _open_file(path, manifest)
+    joined = _join_memory(path, manifest, announce=False)
+    if joined is not None:
+        return joined
+    opened = _open_file(path, manifest)
+    if opened is not None:
+        logger.warning("%s can't be written to: the host store is served from its file there, not from memory", path.parent)
+    return opened
 
 
 def _open_file(path: Path, manifest: Manifest) -> HostStore | None:
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_private_file(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     return _checked(HostStore(fd, str(path)), manifest)
+
+
+def _enter(cache_dir: Path) -> bool:
+    """Make the folder if it is missing, check its owner, and say whether files can be made in it."""
+    if cache_dir.is_dir() and not os.access(cache_dir, os.W_OK | os.X_OK, effective_ids=True):
+        check_owner(cache_dir.stat(), cache_dir)
+        return False
+    make_private_folder(cache_dir)
+    return True
 
 
 def _checked(store: HostStore, manifest: Manifest) -> HostStore:
@@ -141,29 +182,59 @@ def _memory_name(path: Path) -> str:
     return f"epslots-{path.stem.rpartition('-')[2]}"  # the key alone: the kernel takes 249 bytes
 
 
-def _join_memory(path: Path, manifest: Manifest) -> HostStore | None:
-    """Open the memory through a living holder, and forget the dead ones."""
-    found = None
+def _holders(path: Path) -> list[Path]:
+    """The files of this user's processes that announced themselves as holders; another user's are none."""
+    found = []
     for entry in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.holder")):
-        pid, _, number = entry.name.removesuffix(".holder").rpartition(".")[2].partition("-")
-        held = f"/proc/{pid}/fd/{number}"
-        try:
-            if not os.readlink(held).startswith(f"/memfd:{_memory_name(path)}"):
-                raise FileNotFoundError(held)  # the process id was given to someone else
-            if found is None:
-                found = os.open(held, os.O_RDWR | os.O_CLOEXEC)
-        except (FileNotFoundError, ProcessLookupError):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if entry.lstat().st_uid == os.geteuid():
+                found.append(entry)
+    return found
+
+
+def _join_memory(path: Path, manifest: Manifest, *, announce: bool = True) -> HostStore | None:
+    """Open the memory through a living holder, and forget the dead ones.
+
+    Args:
+        announce: False where no file can be made or removed: nothing is forgotten, and this process is no holder.
+    """
+    found = None
+    for entry in _holders(path):
+        held = _open_held(entry, path)
+        if held is None and announce:
             entry.unlink(missing_ok=True)
-    return None if found is None else _checked(_hold(found, path), manifest)
+        if found is None:
+            found = held
+        elif held is not None:
+            os.close(held)
+    if found is None:
+        return None
+    return _checked(_hold(found, path) if announce else HostStore(found, _memory_where(path), shared=True), manifest)
+
+
+def _open_held(entry: Path, path: Path) -> int | None:
+    """The memory of the process that made ``entry``; None if it has ended, whoever has its process id now."""
+    pid, _, number = entry.name.removesuffix(".holder").rpartition(".")[2].partition("-")
+    held = f"/proc/{pid}/fd/{number}"
+    try:
+        if not os.readlink(held).startswith(f"/memfd:{_memory_name(path)}"):
+            return None
+        fd = os.open(held, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    if os.fstat(fd).st_uid != os.geteuid():
+        os.close(fd)
+        return None
+    return fd
 
 
 def _build_memory(path: Path, manifest: Manifest, source: OpenSource, total: int, start_progress: StartProgress) -> HostStore:
-    free = psutil.virtual_memory().available
-    if free < total + MEMORY_MARGIN_BYTES:
+    limit = tightest_memory_limit()
+    if limit.free_bytes < total + MEMORY_MARGIN_BYTES:
         raise StoreError(
             f"no room for the host store in memory: it needs {format_bytes(total)} and leaves "
-            f"{format_bytes(MEMORY_MARGIN_BYTES)} free, but only {format_bytes(free)} are available; use "
-            f"host_store='file', which keeps what doesn't fit on the disk"
+            f"{format_bytes(MEMORY_MARGIN_BYTES)} free, but only {limit}; use host_store='file', which keeps what doesn't fit "
+            f"on the disk"
         )
     fd = os.memfd_create(_memory_name(path), os.MFD_CLOEXEC)
     try:
@@ -181,8 +252,12 @@ def _hold(fd: int, path: Path) -> HostStore:
     """Open shared memory, and announce that this process holds it until the store is closed or the process ends."""
     pid = os.getpid()
     entry = path.with_name(f"{path.stem}.{pid}-{fd}.holder")
-    entry.touch()
-    return HostStore(fd, f"shared memory of {path.stem}", shared=True, on_close=lambda: _leave(entry, pid))
+    os.close(open_private_file(entry, os.O_RDONLY | os.O_CREAT))
+    return HostStore(fd, _memory_where(path), shared=True, on_close=lambda: _leave(entry, pid))
+
+
+def _memory_where(path: Path) -> str:
+    return f"shared memory of {path.stem}"
 
 
 def _leave(entry: Path, pid: int) -> None:

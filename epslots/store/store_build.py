@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from epslots.errors import StoreError
+from epslots.host_limits import usable_cores
 from epslots.records import Progress, RecordLayout
 from epslots.store.host_store import Manifest, StoreShape, record_digest
 from epslots.store.packed_records import record_views
@@ -66,8 +67,9 @@ def check_free_space(folder: Path, nbytes: int) -> None:
     free = fs.f_bavail * fs.f_frsize
     if free < nbytes + DISK_MARGIN_BYTES:
         raise StoreError(
-            f"no room for the host store: it needs {format_bytes(nbytes)} in {folder} and {format_bytes(free)} are "
-            f"free; free some, or choose another folder (cache_dir)"
+            f"no room for the host store: it needs {format_bytes(nbytes)} in {folder}, beside "
+            f"{format_bytes(DISK_MARGIN_BYTES)} that stay free, and {format_bytes(free)} are free; free some, or choose "
+            f"another folder (cache_dir)"
         )
 
 
@@ -83,12 +85,12 @@ def appearing_whole(path: Path) -> Iterator[int]:
     try:
         if not tmpfile:
             raise OSError(errno.EOPNOTSUPP, "no nameless files")
-        fd = os.open(path.parent, tmpfile | os.O_RDWR, 0o644)
+        fd = os.open(path.parent, tmpfile | os.O_RDWR, 0o600)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         yield fd
         if temporary is None:
@@ -146,7 +148,7 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
             stop.set()
             raise
 
-    with ThreadPoolExecutor(min(BUILD_WORKERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(BUILD_WORKERS, usable_cores())) as pool:
         try:
             for future in [pool.submit(write_unless_stopped, layer, expert) for layer, expert in shape.experts()]:
                 future.result()

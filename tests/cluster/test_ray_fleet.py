@@ -21,6 +21,7 @@ from cluster.ray_controller import RayController
 from cluster.ray_fleet import RayFleet
 from cluster.ray_seats import Seats
 from cluster.ray_worker import RayWorker
+from epslots.host_limits import usable_cores
 from tests.cluster.echo_loop import FACTS, FAIL, TELL
 from tests.cluster.ray_helpers import Driver, drive, pids_below
 from tests.rank_helpers import PATIENCE_S
@@ -60,10 +61,9 @@ def test_where_a_worker_is(workers: list[RayWorker]):
 
 def test_seats_share_the_node_and_its_cores(local: Driver, workers: list[RayWorker]):
     assert [local.call(local.fleet.neighbours(seat)) for seat in range(2)] == [2, 2]
-    cores = psutil.cpu_count(logical=False) or 1
     for worker in workers:
         facts = msgspec.msgpack.decode(local.command(worker, FACTS))
-        assert facts["threads"] == max(1, cores // 2)
+        assert facts["threads"] == max(1, usable_cores() // 2)
         assert facts["interface"] == "lo"
 
 

@@ -1,0 +1,42 @@
+"""Files that a user names: opened without waiting for a writer, and read up to a bound."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from epslots.errors import ConfigError
+from epslots.units import format_bytes
+
+
+@contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file open for reading. A FIFO or a device may have no beginning or no end.
+
+    Raises:
+        ConfigError: it is no regular file.
+        OSError: it can't be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"{os.fspath(path)} is no regular file; give one that is")
+    with open(fd, "rb") as file:
+        yield file
+
+
+def read_given(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """A file's content.
+
+    Raises:
+        ConfigError: it is no regular file, or larger than allowed.
+        OSError: it can't be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ConfigError(f"{os.fspath(path)} is too large; allowed: {format_bytes(most_bytes)}")
+    return content
