@@ -42,7 +42,7 @@ class CpuTimes(NamedTuple):
     own: float
 
 
-def usable_cores() -> list[int]:
+def allowed_cores() -> list[int]:
     """The numbers of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -57,7 +57,7 @@ def read_cpu_times() -> CpuTimes | None:
         times = psutil.cpu_times(percpu=True)
     except (psutil.Error, OSError, NotImplementedError):
         return None
-    cores = [times[core] for core in usable_cores() if core < len(times)]
+    cores = [times[core] for core in allowed_cores() if core < len(times)]
     busy = sum(core.user + core.system + getattr(core, "nice", 0.0) + getattr(core, "irq", 0.0) for core in cores)
     own = os.times()
     return CpuTimes(busy, own.user + own.system)
@@ -93,7 +93,7 @@ class ThreadGovernor:
     ) -> None:
         self._get, self._set, self._read, self._clock = get_threads, set_threads, read, clock
         self._most = self._current = get_threads()
-        self._cores = len(usable_cores())
+        self._cores = len(allowed_cores())
         self._since_s = clock()
         self._before = read() if self._most > 1 else None
 

@@ -33,7 +33,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(cpu_threads, "usable_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(cpu_threads, "allowed_cores", lambda: [0, 1, 2, 3])
     return Machine(threads=4)
 
 
