@@ -23,7 +23,8 @@ from epslots.models.weight_files import WeightFiles, find_weight_files
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other formats of the same weights lie in folders of their own.
 HUB_IGNORED = ["*/*", "consolidated*"]
-# How much of each tensor is read to tell a checkpoint from others, and how many files at a time.
+# What is read of each tensor to tell a checkpoint from others, and of how many files at a time.
+SAMPLES = 2
 SAMPLE_BYTES = 64
 SAMPLE_THREADS = 16
 # What safetensors calls the dtypes that weights are computed with, and their names in torch.
@@ -106,7 +107,7 @@ class Checkpoint:
 
     @cached_property
     def content(self) -> str:
-        """Hex digest of all headers and a sample of every tensor: the same for copies of a checkpoint, wherever they are."""
+        """Hex digest of all headers and samples of every tensor: the same for copies of a checkpoint, wherever they are."""
         names = sorted(self.handles)
         with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
             digests = pool.map(_digest_samples, [self.folder / name for name in names])
@@ -124,7 +125,7 @@ class Checkpoint:
 
 
 def _digest_samples(path: Path) -> str:
-    """Hex digest of a weight file's header and of some bytes in the middle of each of its tensors."""
+    """Hex digest of a weight file's header and of some bytes of each of its tensors, evenly spread."""
     with open(path, "rb", buffering=0) as opened:
         length = opened.read(8)
         header = opened.read(int.from_bytes(length, "little"))
@@ -132,8 +133,9 @@ def _digest_samples(path: Path) -> str:
         start = len(length) + len(header)
         spans = (about["data_offsets"] for key, about in json.loads(header).items() if key != "__metadata__")
         for begin, end in sorted(spans):
-            middle = max(begin, (begin + end - SAMPLE_BYTES) // 2)
-            digest.update(os.pread(opened.fileno(), min(SAMPLE_BYTES, end - middle), start + middle))
+            for part in range(1, SAMPLES + 1):
+                offset = begin + (end - begin) * part // (SAMPLES + 1)
+                digest.update(os.pread(opened.fileno(), min(SAMPLE_BYTES, end - offset), start + offset))
     return digest.hexdigest()
 
 

@@ -15,9 +15,11 @@ from transformers import PretrainedConfig
 from epslots.errors import CheckpointError, EpslotsError
 from epslots.records import LayerSpec
 
-# Configuration classes make lists of this length before a weight file is opened. Published models have up to some hundreds.
+# Configuration classes make lists of this length before a weight file is opened, and check those that they are given entry by
+# entry. Published models have up to some hundreds of layers.
 MOST_LAYERS = 10_000
 _LAYERS = re.compile(r"(layers?|depth)$")
+_POSITIVE = re.compile(r"max_position_embeddings$")
 _NOT_NEGATIVE = re.compile(r"(layers?|depth|eps|epsilon)$")
 # How configurations name the experts of a token.
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
@@ -43,7 +45,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def check_numbers(settings: dict[str, Any], path: Path) -> None:
-    """Refuse numbers that no model has: NaN, an infinity that is no bound of a range, millions of layers, epsilons below zero.
+    """Refuse numbers that no model has: NaN, an infinity that is no bound of a range, millions of layers, and the like.
 
     Args:
         settings: the content of ``path``, a config.json.
@@ -57,12 +59,15 @@ def check_numbers(settings: dict[str, Any], path: Path) -> None:
         if isinstance(value, dict):
             pending += [(f"{name}.{key}", item) for key, item in value.items()]
         elif isinstance(value, list):  # mamba2's time_step_limit ends in infinity
+            if len(value) > MOST_LAYERS and not name.startswith("quantization_config"):  # it may list modules
+                raise CheckpointError(f"{path}: {name} has {len(value):,} entries: allowed: up to {MOST_LAYERS:,}")
             pending += [(f"{name}[]", item) for item in value if not (isinstance(item, float) and math.isinf(item))]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise CheckpointError(f"{path}: {name} is {value}: allowed: finite numbers")
-            if _NOT_NEGATIVE.search(name) and value < 0:
-                raise CheckpointError(f"{path}: {name} is {value}: allowed: 0 and more")
+            least = 1 if _POSITIVE.search(name) else 0 if _NOT_NEGATIVE.search(name) else value
+            if value < least:
+                raise CheckpointError(f"{path}: {name} is {value}: allowed: {least} and more")
             if _LAYERS.search(name) and value > MOST_LAYERS:
                 raise CheckpointError(f"{path}: {name} is {value}: allowed: up to {MOST_LAYERS:,}")
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from epslots.errors import CheckpointError, ConfigError
 from epslots.models.checkpoint import Checkpoint, CheckpointSource, find_checkpoint, open_checkpoint
-from epslots.models.config_check import check_top_k, refusing
+from epslots.models.config_check import check_numbers, check_top_k, refusing
 from epslots.models.experts import IMPLEMENTATION, expert_layers, experts_modules
 from epslots.models.fp8 import ragged_blocks
 from epslots.models.json_file import read_json_object
@@ -39,7 +39,7 @@ class OpenModel:
         dtype: to compute in.
         skeleton: the model on the meta device.
         layers: its MoE layers.
-        left_out: names that transformers will report as unexpected, by ``check_tensors``.
+        left_out: names that transformers will report as unexpected; ``check_tensors`` finds them.
     """
 
     checkpoint: Checkpoint
@@ -116,7 +116,7 @@ def load_dense(
         raise CheckpointError(f"{folder}: {reason}") from error
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:600]}") from error
-    _check_report(folder, report, opened.left_out)
+    _check_report(folder, report, opened)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, buffer in model.named_buffers():
@@ -129,7 +129,7 @@ def load_dense(
     return loaded
 
 
-def _check_report(folder: Path, report: dict[str, Any], left_out: frozenset[str]) -> None:
+def _check_report(folder: Path, report: dict[str, Any], opened: OpenModel) -> None:
     """Refuse whatever transformers would only warn of.
 
     Raises:
@@ -140,7 +140,9 @@ def _check_report(folder: Path, report: dict[str, Any], left_out: frozenset[str]
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors that the model needs: {_first(missing)}")
-    unexpected = sorted(report["unexpected_keys"] - left_out)
+    prefix = f"{opened.skeleton.base_model_prefix}."
+    left_out = {name.removeprefix(prefix) for name in opened.left_out}
+    unexpected = sorted(name for name in report["unexpected_keys"] if name.removeprefix(prefix) not in left_out)
     if unexpected:
         raise CheckpointError(f"{folder}: transformers has no use for {len(unexpected)} tensors: {_first(unexpected)}")
 
@@ -157,7 +159,12 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     """
     path = folder / "generation_config.json"
     if path.is_file():
-        read_json_object(path)
+        settings = read_json_object(path)
+        check_numbers(settings, path)
+        for name, value in settings.items():
+            ids = value if isinstance(value, list) else [value]
+            if name.endswith("_token_id") and value is not None and not all(isinstance(id, int) for id in ids):
+                raise CheckpointError(f"{path}: {name} is {value!r}: allowed: an integer or a list of integers")
         with refusing(str(path)), quiet():
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
     with refusing(str(folder / "config.json")), quiet():

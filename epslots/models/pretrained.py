@@ -76,7 +76,7 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The transformers class that the checkpoint names, made to load without expert weights.
 
     Raises:
-        CheckpointError: ``architectures`` is no list of names.
+        CheckpointError: ``architectures`` is no list of names, or names the class of another ``model_type``.
         UnsupportedModelError: transformers has no such class.
     """
     names = config.architectures or []
@@ -90,6 +90,14 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         raise UnsupportedModelError(
             f"the configuration ({config.model_type}) names the architecture {', '.join(names) or '(none)'}, which "
             f"transformers {transformers.__version__} doesn't have"
+        )
+    # As transformers' auto classes choose it; a composite configuration may be given to its text model's class.
+    own = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    expected = getattr(classes[0], "config_class", None) or PretrainedConfig
+    if classes[0] is not own and not any(isinstance(c, expected) for c in (config, config.get_text_config(decoder=True))):
+        raise CheckpointError(
+            f"{config.name_or_path}: config.json names the architecture {classes[0].__name__}, which is none of model_type "
+            f"{config.model_type}"
         )
     return dense_class(classes[0])
 

@@ -49,7 +49,8 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
         layers: its MoE layers.
 
     Returns:
-        Names that transformers will report as unexpected when it loads the dense part: the experts', and those left out.
+        Names that transformers will report as unexpected when it loads the dense part, with or without the base model's
+        prefix: the experts', and those left out.
 
     Raises:
         CheckpointError: naming a tensor that is packed and isn't unpacked, has another shape than the model's, or would be
@@ -108,7 +109,7 @@ def _decide(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, s
         if not isinstance(modules[owner], PreTrainedModel | nn.ModuleList | nn.ModuleDict):
             hint = "" if checkpoint.tensors[key].dtype in FLOATS and "scale" not in rest else ": is its quantisation stated?"
             raise CheckpointError(
-                f"{checkpoint.folder}: {key} would be left out, as {type(skeleton).__name__} has no such tensor in {owner}{hint}"
+                f"{checkpoint.folder}: {key} would be left out: in {owner}, {type(skeleton).__name__} has no such tensor{hint}"
             )
         beside[".".join(filter(None, (owner, rest.partition(".")[0])))].append(f"{owner}.{rest}".lstrip("."))
     kinds = {_NUMBER.sub("*", target) for target in made}
@@ -116,7 +117,7 @@ def _decide(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, s
         numbered = isinstance(modules[group.rpartition(".")[0]], nn.ModuleList)
         if numbered and all(_NUMBER.sub("*", target) in kinds for target in targets):
             raise CheckpointError(
-                f"{checkpoint.folder}: {group} would be left out, one more layer like those of {type(skeleton).__name__}: does "
+                f"{checkpoint.folder}: {group} would be left out, one more layer like those that the model has: does "
                 f"config.json state the number of layers?"
             )
     if beside:

@@ -70,12 +70,13 @@ def _read_index(folder: Path, name: str) -> WeightFiles:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{index} is not a safetensors index: it has no "weight_map" from tensors to files')
-    for key, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {file!r} for {key}: only *.safetensors in the same folder are read")
+    names = {file if isinstance(file, str) else repr(file) for file in weight_map.values()}
+    for file in names:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {file!r}: only *.safetensors in the same folder are read")
     metadata = content.get("metadata")
     dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
-    return WeightFiles(tuple(sorted(set(weight_map.values()))), name, weight_map, None if dtype is None else str(dtype))
+    return WeightFiles(tuple(sorted(names)), name, weight_map, None if dtype is None else str(dtype))
 
 
 def _single_beside_index(folder: Path, single: str, indexed: WeightFiles) -> WeightFiles:
