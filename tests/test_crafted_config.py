@@ -50,6 +50,7 @@ def refused(folder: Path, message: str, error: type[EpslotsError] = CheckpointEr
         ({"hidden_size": -64}, "negative dimension"),
         ({"hidden_size": 10**12}, "the model expects"),
         ({"vocab_size": 0}, "describes no Qwen3MoeForCausalLM"),
+        ({"vocab_size": 10**400}, "describes no Qwen3MoeForCausalLM"),
         ({"vocab_size": 10**12}, r"lm_head\.weight has shape \[320, 64\]"),
         ({"num_attention_heads": 0}, "ZeroDivisionError"),
         ({"num_attention_heads": 8}, r"o_proj\.weight has shape"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from epslots import CheckpointError, UnsupportedModelError
 from epslots.models.expert_reader import ExpertReader, pack_layers
@@ -195,6 +196,13 @@ def test_what_transformers_ignores_silently(
     with caplog.at_level(logging.WARNING, "epslots"):
         load_dense(open_model(variant(name, adding(key)), "float32"), device=CPU, show_progress=False)
     assert not [record for record in caplog.records if "left out" in record.getMessage()]
+
+
+def test_a_scale_is_never_ignorable(variant: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    """Classes name ignorable layers by number: 61 in DeepSeek-V3's, which a larger model has as one of its own."""
+    monkeypatch.setattr(transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.1.*"])
+    key = "model.layers.1.self_attn.o_proj.weight_scale"
+    refused(variant("deepseek_v3", adding(key)), f"{key} would be left out.*quantisation")
 
 
 def test_transformers_report_is_held_against_the_check(checkpoint: Checkpoints):

@@ -63,7 +63,7 @@ def check_numbers(settings: dict[str, Any], path: Path) -> None:
                 raise CheckpointError(f"{path}: {name} has {len(value):,} entries: allowed: up to {MOST_LAYERS:,}")
             pending += [(f"{name}[]", item) for item in value if not (isinstance(item, float) and math.isinf(item))]
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise CheckpointError(f"{path}: {name} is {value}: allowed: finite numbers")
             least = 1 if _POSITIVE.search(name) else 0 if _NOT_NEGATIVE.search(name) else value
             if value < least:

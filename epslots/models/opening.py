@@ -109,13 +109,11 @@ def load_dense(
                 ignore_mismatched_sizes=True,  # to be told of them: they are refused below, by name
                 **attention,
             )
-    except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:600]
-        if attn_implementation is not None:
+    except Exception as error:  # of a crafted checkpoint, any line of transformers' can fail
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        if attn_implementation is not None and isinstance(error, ValueError | ImportError):
             raise ConfigError(f"attn_implementation={attn_implementation!r}: {reason}") from error
         raise CheckpointError(f"{folder}: {reason}") from error
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:600]}") from error
     _check_report(folder, report, opened)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
