@@ -6,6 +6,7 @@ building it if need be; allocate the slots; hand each experts module its runner;
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections import defaultdict
@@ -29,12 +30,12 @@ from epslots.layer.host_compute import HostExperts
 from epslots.layer.kernel import ExpertKernel
 from epslots.layer.moe_layer import MoELayer
 from epslots.layer.slot_experts import SlotExperts
-from epslots.models.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from epslots.models.checkpoint import Checkpoint, CheckpointSource
 from epslots.models.expert_reader import ExpertReader, pack_layers
-from epslots.models.experts import RUNNER, expert_layers, experts_modules
+from epslots.models.experts import RUNNER, experts_modules
 from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.models.model_shape import shape_of_model
-from epslots.models.pretrained import build_skeleton, load_dense, read_config, resolve_class, resolve_dtype
+from epslots.models.opening import load_dense, open_model
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
 from epslots.prediction.foresight import equip, planned_bytes
@@ -64,11 +65,6 @@ DEFAULT_KV_TOKENS = 4096
 LOAD_DEADLINE_S = 3600.0
 # Whether the host's CPU computes missing experts where that costs less than fetching them; "auto" = for a GPU.
 HOST_COMPUTE_SETTINGS = ("auto", "on", "off")
-# Arguments of from_pretrained that are settled here.
-OWN_ARGUMENTS = {
-    *("config", "device_map", "experts_implementation", "use_safetensors", "local_files_only", "output_loading_info"),
-    *("ignore_mismatched_sizes", "quantization_config", "state_dict", "tp_plan", "max_memory", "offload_folder"),
-}
 
 
 def load(
@@ -91,7 +87,12 @@ def load(
     predictor: str | os.PathLike[str] | None = None,
     execute_predicted: bool = False,
     host_compute: str = "auto",
-    **model_kwargs: Any,
+    subfolder: str = "",
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    attn_implementation: str | None = None,
+    **unknown: object,
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts checkpoint with a bounded number of expert slots.
 
@@ -104,7 +105,7 @@ def load(
         slots: an int (per MoE layer), ``"25%"`` (of each layer's experts), ``"12GiB"`` (bytes of the whole pool) or
             ``"auto"`` (what is left beside dense weights, KV cache, workspace, predictor and reserve).
         device: where the model computes; the current GPU if there is one, else the CPU.
-        dtype: what to compute in; ``"auto"`` is the checkpoint's own.
+        dtype: what to compute in; ``"auto"`` is the checkpoint's own, as in transformers (but bfloat16 for a quantised one).
         policy: eviction policy by name (``eviction.POLICIES``), or a function of a ``UseHistory``.
         host_store: ``"file"`` (a mapped file in ``cache_dir``, kept for the next start) or ``"memory"`` (shared memory of the
             node, gone with its last user); by default memory on a GPU where it fits, because it can be pinned, else file.
@@ -129,7 +130,12 @@ def load(
         deadline_s: how long a rank waits for the others in one operation before it gives them up as lost. It has to cover what
             a rank does between two forward passes. By default 60 (or as ``group`` has it, if that is a transport of ours);
             loading has an hour.
-        model_kwargs: handed to transformers' ``from_pretrained``, such as ``attn_implementation``.
+        subfolder: folder of the checkpoint that holds config.json and the weights.
+        variant: of the weight files: ``"fp16"`` reads ``model.fp16.safetensors`` or ``model.safetensors.index.fp16.json``.
+        revision: branch, tag or commit of a hub id.
+        token: of the hub, for a hub id.
+        attn_implementation: as in transformers, such as ``"sdpa"``.
+        unknown: there are no others: what ``from_pretrained`` would take besides is refused, never ignored.
 
     Returns:
         The transformers model, in evaluation mode: ``generate``, ``forward`` and all else as usual.
@@ -144,6 +150,14 @@ def load(
     """
     if host_compute == "on" and costs is not None and not costs.computes_on_host:
         raise ConfigError("host_compute='on', but costs don't say what it costs: give host_expert and host_pair, or no costs")
+    if unknown.pop("trust_remote_code", False):
+        raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
+    if unknown:
+        allowed = ", ".join(name for name in inspect.signature(load).parameters if name != "unknown")
+        raise ConfigError(
+            f"{', '.join(sorted(unknown))}: epslots sets this itself, or has no such setting; allowed: {allowed}"
+        )
+    source = CheckpointSource(path_or_id, subfolder, variant, revision, token)
     target = resolve_device(device)
     transport = find_transport(group, target)
     # Of several ranks the first speaks for all.
@@ -156,7 +170,7 @@ def load(
 
     def load_here(neighbours: int) -> PreTrainedModel:
         return load_alone(
-            path_or_id,
+            source,
             slots=slots,
             device=target,
             dtype=dtype,
@@ -171,7 +185,7 @@ def load(
             predictor=predictor,
             execute_predicted=execute_predicted,
             host_compute=host_compute,
-            **model_kwargs,
+            attn_implementation=attn_implementation,
         )
 
     if transport is None:
@@ -213,7 +227,7 @@ def shared_settings(model: PreTrainedModel, policy: str | Policy) -> dict[str, s
 
 
 def load_alone(
-    path_or_id: str | os.PathLike[str],
+    source: CheckpointSource | str | os.PathLike[str],
     *,
     slots: int | str | SlotsSetting,
     device: str | torch.device | None,
@@ -229,36 +243,28 @@ def load_alone(
     predictor: str | os.PathLike[str] | None = None,
     execute_predicted: bool = False,
     host_compute: str = "auto",
-    **model_kwargs: Any,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """``load`` without a group, whatever torch.distributed's state: for a rank that joins one by itself (``ranks.join``).
 
     Args:
+        source: the checkpoint.
         neighbours: ranks that share the node's RAM, this one included.
         display: shows the progress.
         others: as ``load`` has them.
     """
-    if model_kwargs.pop("trust_remote_code", False):
-        raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
-    if taken := sorted(OWN_ARGUMENTS & model_kwargs.keys()):
-        raise ConfigError(f"{', '.join(taken)}: epslots sets this itself; see the arguments of epslots.load")
     setting, policy_function, target = parse_slots(slots), resolve_policy(policy), resolve_device(device)
     ahead = parse_prefetch(prefetch)
     if host_compute not in HOST_COMPUTE_SETTINGS:
         raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
     on_host = host_compute == "on" or (host_compute == "auto" and target.type == "cuda")
     store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    folder = find_checkpoint(path_or_id)
-    config = read_config(folder)
-    checkpoint = open_checkpoint(folder)
-    compute_dtype = resolve_dtype(dtype, config)
-    model_class = resolve_class(config)
-    skeleton = build_skeleton(model_class, config, compute_dtype)
-    layers = expert_layers(skeleton)
+    opened = open_model(source, dtype)
+    checkpoint, skeleton, layers = opened.checkpoint, opened.skeleton, opened.layers
     linked = target.type == "cuda" or link is not None
     if linked:  # fewer bytes cross it; a CPU would unpack for nothing
         layers = pack_layers(checkpoint, skeleton, layers)
-    manifest = Manifest(_store_key(checkpoint, layers, config), checkpoint.name, layers)
+    manifest = Manifest(_store_key(checkpoint, layers, opened.config), checkpoint.name, layers)
     store_bytes = StoreShape(manifest).nbytes
     kind = resolve_store_kind(host_store or _default_store_kind(target, store_bytes))
     memory_bytes, memory_note = free_memory(target), str(memory_limit(target))
@@ -271,15 +277,15 @@ def load_alone(
     predictor_bytes = planned_bytes(
         skeleton,
         checkpoint.content,
-        folder,
+        checkpoint.folder,
         device=target,
-        dtype=compute_dtype,
+        dtype=opened.dtype,
         fetches=ahead.on and linked,
         predictor=predictor,
         execute_predicted=execute_predicted,
     )
     plan = plan_memory(
-        _measure(skeleton, checkpoint.name, compute_dtype, layers),
+        _measure(skeleton, checkpoint.name, opened.dtype, layers),
         setting,
         memory_bytes=memory_bytes,
         kv_tokens=kv_tokens,
@@ -290,15 +296,7 @@ def load_alone(
     check_room(manifest, kind=kind, cache_dir=store_dir)
     prepare_beside()
 
-    model = load_dense(
-        model_class,
-        config,
-        folder,
-        dtype=compute_dtype,
-        device=target,
-        show_progress=display.shown,
-        model_kwargs=model_kwargs,
-    )
+    model = load_dense(opened, device=target, show_progress=display.shown, attn_implementation=attn_implementation)
     store = open_node_store(
         manifest,
         lambda: ExpertReader(checkpoint, model, layers),
@@ -311,7 +309,7 @@ def load_alone(
     prepare(shown=display.shown)  # here, and not in the first step
     runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target, link)
     foresight, told = equip(
-        model, runtime.runners, folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted
+        model, runtime.runners, checkpoint.folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted
     )
     attach(model, replace(runtime, foresight=foresight, predictor=told, host_compute=on_host))
     runtime.fill(runtime.complete_layers(), display)

@@ -14,10 +14,9 @@ import epslots
 from epslots.group.link_speed import largest, measure_host
 from epslots.layer.host_compute import HostExperts, on_cpu
 from epslots.layer.kernel import ExpertKernel
-from epslots.models.checkpoint import open_checkpoint
 from epslots.models.expert_reader import ExpertReader, pack_layers
-from epslots.models.experts import expert_layers, experts_modules
-from epslots.models.pretrained import build_skeleton, load_dense, read_config, resolve_class
+from epslots.models.experts import experts_modules
+from epslots.models.opening import load_dense, open_model
 from epslots.progress import ProgressDisplay
 from epslots.slots.slot_pool import SlotPool
 from epslots.step.costs import HOST_COMPUTE, Costs
@@ -36,11 +35,10 @@ class Layer:
     """The first MoE layer of a checkpoint: its module, its experts in a store, and all of them in slots."""
 
     def __init__(self, folder: Path, cache_dir: Path, dtype: torch.dtype = torch.float32) -> None:
-        config, checkpoint = read_config(folder), open_checkpoint(folder)
-        model_class = resolve_class(config)
-        skeleton = build_skeleton(model_class, config, dtype)
-        layers = pack_layers(checkpoint, skeleton, expert_layers(skeleton))
-        model = load_dense(model_class, config, folder, dtype=dtype, device=CPU, show_progress=False, model_kwargs={})
+        opened = open_model(folder, dtype)
+        checkpoint = opened.checkpoint
+        layers = pack_layers(checkpoint, opened.skeleton, opened.layers)
+        model = load_dense(opened, device=CPU, show_progress=False)
         self.store: HostStore = open_node_store(
             Manifest("k3y", "model", layers),
             lambda: ExpertReader(checkpoint, model, layers),

@@ -20,13 +20,13 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import epslots
-from epslots.models.checkpoint import Checkpoint, open_checkpoint
+from epslots.models.checkpoint import Checkpoint
+from epslots.models.conversions import conversions_of
 from epslots.models.expert_reader import ExpertReader, pack_layers
-from epslots.models.experts import expert_layers
 from epslots.models.fp8 import BlockDequantize
 from epslots.models.memory_plan import UNPACKED_AT_A_TIME, ModelShape, plan_memory
-from epslots.models.packing import conversions_of, find_packing
-from epslots.models.pretrained import build_skeleton, load_dense, read_config, resolve_class
+from epslots.models.opening import load_dense, open_model
+from epslots.models.packing import find_packing
 from epslots.progress import ProgressDisplay
 from epslots.records import LayerSpec, PackedLayout, PackedPart, RecordLayout, unpacking_bytes
 from epslots.store import packed_records
@@ -172,13 +172,10 @@ class Opened:
 
 
 def open_quantised(folder: Path, dtype: torch.dtype = torch.float32) -> Opened:
-    config, checkpoint = read_config(folder), open_checkpoint(folder)
-    model_class = resolve_class(config)
-    skeleton = build_skeleton(model_class, config, dtype)
-    layers = expert_layers(skeleton)
-    packed = pack_layers(checkpoint, skeleton, layers)
-    model = load_dense(model_class, config, folder, dtype=dtype, device=CPU, show_progress=False, model_kwargs={})
-    return Opened(checkpoint, skeleton, model, layers, packed)
+    opened = open_model(folder, dtype)
+    packed = pack_layers(opened.checkpoint, opened.skeleton, opened.layers)
+    model = load_dense(opened, device=CPU, show_progress=False)
+    return Opened(opened.checkpoint, opened.skeleton, model, opened.layers, packed)
 
 
 def ragged_fp8(source: Path, folder: Path) -> Path:

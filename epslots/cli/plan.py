@@ -110,34 +110,29 @@ def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, 
     import torch
 
     from epslots.example import example_model
-    from epslots.models.checkpoint import open_checkpoint
     from epslots.models.expert_reader import pack_layers
-    from epslots.models.experts import expert_layers
     from epslots.models.model_shape import shape_of_model
-    from epslots.models.pretrained import build_skeleton, read_config, resolve_class, resolve_dtype
+    from epslots.models.opening import open_model
     from epslots.prediction.foresight import planned_bytes
 
-    folder = example_model() if model is None else Path(model)
-    config = read_config(folder)
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
-    checkpoint = open_checkpoint(folder)
-    weight_bytes = sum((folder / file).stat().st_size for file in checkpoint.handles)
-    resolved = resolve_dtype(dtype, config)
-    skeleton = build_skeleton(resolve_class(config), config, resolved)
-    layers, linked = expert_layers(skeleton), device == "cuda"
+    opened = open_model(example_model() if model is None else model, dtype)
+    checkpoint, skeleton, layers = opened.checkpoint, opened.skeleton, opened.layers
+    weight_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files.names)
+    linked = device == "cuda"
     if linked:
         layers = pack_layers(checkpoint, skeleton, layers)
     predictor_bytes = planned_bytes(
         skeleton,
         checkpoint.content,
-        folder,
+        checkpoint.folder,
         device=torch.device(device),
-        dtype=resolved,
+        dtype=opened.dtype,
         fetches=linked,
         predictor=None,
         execute_predicted=False,
     )
-    shape = shape_of_model(skeleton, checkpoint.name, str(resolved).removeprefix("torch."), layers)
+    shape = shape_of_model(skeleton, checkpoint.name, str(opened.dtype).removeprefix("torch."), layers)
     return shape, weight_bytes, predictor_bytes
 
 

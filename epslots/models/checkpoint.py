@@ -1,4 +1,4 @@
-"""A checkpoint's files: found, checked by their headers alone, and opened.
+"""A checkpoint: which one is asked for, its local folder, and its open files, checked by their headers alone.
 
 Only safetensors are read. A ``.bin`` checkpoint is a pickle, which runs code when it is opened, and is refused.
 """
@@ -7,23 +7,61 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from epslots.errors import CheckpointError
+from epslots.errors import CheckpointError, ConfigError
+from epslots.models.weight_files import WeightFiles, find_weight_files
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 # What a model needs besides its weights: no pickles, no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other formats of the same weights lie in folders of their own.
 HUB_IGNORED = ["*/*", "consolidated*"]
-# How much of each weight file is read to tell it from others.
-SAMPLES = 16
+# What is read of each tensor to tell a checkpoint from others, and of how many files at a time.
+SAMPLES = 2
 SAMPLE_BYTES = 64
+SAMPLE_THREADS = 16
+# What safetensors calls the dtypes that weights are computed with, and their names in torch.
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Which checkpoint is asked for.
+
+    Attributes:
+        path_or_id: a folder, or a hub id.
+        subfolder: folder inside of it that holds config.json and the weights.
+        variant: of the weight files: ``"fp16"`` stands for model.fp16.safetensors and its like.
+        revision: branch, tag or commit, of a hub id.
+        token: of the hub, for a hub id; True = the one that was saved by ``hf auth login``.
+
+    Raises:
+        ConfigError: a field is of another type, or leads out of the checkpoint's folder.
+    """
+
+    path_or_id: str | os.PathLike[str]
+    subfolder: str = ""
+    variant: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("subfolder", "variant", "revision"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name}={value!r}: allowed: text")
+        path = PurePosixPath(self.subfolder or "")
+        if path.is_absolute() or ".." in path.parts:
+            raise ConfigError(f"subfolder={self.subfolder!r}: allowed: a folder inside of the checkpoint's")
+        if self.variant is not None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", self.variant):
+            raise ConfigError(f"variant={self.variant!r}: allowed: a part of a file's name, such as fp16")
 
 
 @dataclass(frozen=True)
@@ -42,121 +80,136 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         name: what to call it.
-        tensors: header of every tensor, by key.
+        files: which of its files are the weights.
+        tensors: header of every tensor, by key, file by file.
         handles: the open files, by name; safetensors maps them and reads nothing until asked.
     """
 
     folder: Path
     name: str
+    files: WeightFiles
     tensors: dict[str, TensorHeader]
     handles: dict[str, safe_open] = field(repr=False)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that tells these weight files from others, without reading them whole.
+        """Hex digest that tells these weight files from others on this machine, without reading them whole.
 
-        It covers where they are, sizes and modification times, and samples of their bytes: archives and container layers
-        give the same date to everything, and two fine-tunes of a model differ in nothing else.
+        It covers their folder, content (as sampled), and times. The time of modification can be set to anything, as archives
+        and container layers do; the time of the last change can't, so that a file replaced in place is noticed.
         """
         digest = xxhash.xxh3_128(os.fsencode(self.folder.resolve()))
         for file in sorted(self.handles):
-            digest.update(f"{file}\0{(self.folder / file).stat().st_mtime_ns}\0".encode())
+            status = (self.folder / file).stat()
+            digest.update(f"{file}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
         digest.update(self.content.encode())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def content(self) -> str:
-        """Hex digest of sizes and samples alone: the same for copies of a checkpoint, wherever they are."""
-        digest = xxhash.xxh3_64()
-        for file in sorted(self.handles):
-            with open(self.folder / file, "rb") as opened:
-                size = os.fstat(opened.fileno()).st_size
-                digest.update(f"{file}\0{size}\0".encode())
-                for sample in range(SAMPLES):
-                    opened.seek(size * sample // SAMPLES)
-                    digest.update(opened.read(SAMPLE_BYTES))
-        return digest.hexdigest()
+        """Hex digest of all headers and samples of every tensor: the same for copies of a checkpoint, wherever they are."""
+        names = sorted(self.handles)
+        with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+            digests = pool.map(_digest_samples, [self.folder / name for name in names])
+            parts = (f"{name}\0{digest}\0" for name, digest in zip(names, digests, strict=True))
+            return xxhash.xxh3_64_hexdigest("".join(parts).encode())
+
+    @property
+    def dtype(self) -> str:
+        """The weights' own dtype, by transformers' rule: the index's, else that of the first float of the first file."""
+        if self.files.dtype is not None:
+            return self.files.dtype
+        listed = [header.dtype for header in self.tensors.values() if header.file == self.files.names[0]]
+        floats = [dtype for dtype in listed if dtype in FLOATS]
+        return FLOATS[floats[0]] if floats else listed[0] if listed else "float32"
 
 
-def find_checkpoint(path_or_id: str | os.PathLike[str]) -> Path:
+def _digest_samples(path: Path) -> str:
+    """Hex digest of a weight file's header and of some bytes of each of its tensors, evenly spread."""
+    with open(path, "rb", buffering=0) as opened:
+        length = opened.read(8)
+        header = opened.read(int.from_bytes(length, "little"))
+        digest = xxhash.xxh3_64(header)
+        start = len(length) + len(header)
+        spans = (about["data_offsets"] for key, about in json.loads(header).items() if key != "__metadata__")
+        for begin, end in sorted(spans):
+            for part in range(1, SAMPLES + 1):
+                offset = begin + (end - begin) * part // (SAMPLES + 1)
+                digest.update(os.pread(opened.fileno(), min(SAMPLE_BYTES, end - offset), start + offset))
+    return digest.hexdigest()
+
+
+def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     """The local folder of a checkpoint: a folder as it is, a hub id through its cache (downloading what's missing).
 
     Raises:
+        ConfigError: a revision or a token of a local folder.
         CheckpointError: no such folder, and not a hub id that can be had.
     """
-    path = Path(path_or_id)
-    text = os.fspath(path_or_id)
+    if not isinstance(source, CheckpointSource):
+        source = CheckpointSource(source)
+    path, text = Path(source.path_or_id), os.fspath(source.path_or_id)
     try:
-        if path.is_dir():
-            return path
-        is_file = path.exists()
+        is_folder, exists = path.is_dir(), path.exists()
     except PermissionError as error:
         raise CheckpointError(f"no permission to look into {text}") from error
-    if is_file:
+    if is_folder:
+        for name in ("revision", "token"):
+            if getattr(source, name) is not None:
+                raise ConfigError(f"{name}: allowed for a hub id, and {text} is a folder of this machine")
+    elif exists:
         raise CheckpointError(f"{text} is a file; give the folder that holds config.json and the *.safetensors")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    elif text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{text} doesn't exist; give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'")
+    else:
+        path = _download(text, source)
+    folder = path / source.subfolder if source.subfolder else path
+    if not folder.is_dir():
+        raise CheckpointError(f"{text} holds no folder {source.subfolder}")
+    return folder
+
+
+def _download(model_id: str, source: CheckpointSource) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
+    inside = f"{PurePosixPath(source.subfolder)}/" if source.subfolder else ""
     try:
-        return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+        return Path(
+            snapshot_download(
+                model_id,
+                revision=source.revision,
+                token=source.token,
+                allow_patterns=[inside + pattern for pattern in HUB_PATTERNS],
+                ignore_patterns=[inside + pattern for pattern in HUB_IGNORED],
+            )
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no local folder {text}, and the hub doesn't give a model of that id: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"no local folder {model_id}, and the hub doesn't give a model of that id: {reason}") from error
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     """Check every weight file of a folder by its header, and open it.
 
     Raises:
         CheckpointError: naming the file at fault and what to do.
     """
     try:
-        expected = _weight_map(folder)
-        files = sorted(set(expected.values())) if expected else [SINGLE_NAME]
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
-            _refuse_missing(folder, missing, indexed=expected is not None)
-        handles = {file: _open_file(folder / file) for file in files}
+        files = find_weight_files(folder, variant)
+        handles = {name: _open_file(folder / name) for name in files.names}
     except PermissionError as error:
         raise CheckpointError(f"no permission to read {error.filename}") from error
-    tensors = {}
+    tensors: dict[str, TensorHeader] = {}
     for file, handle in handles.items():
         for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            if key in tensors:
+                raise CheckpointError(f"{folder}: {tensors[key].file} and {file} both hold {key}: remove one of the two")
             part = handle.get_slice(key)
             tensors[key] = TensorHeader(file, tuple(part.get_shape()), part.get_dtype())
-    for key, file in (expected or {}).items():
+    for key, file in (files.weight_map or {}).items():
         if key not in tensors or tensors[key].file != file:
-            raise CheckpointError(f"{folder / INDEX_NAME} says that {file} holds {key}, and it doesn't")
-    return Checkpoint(folder, folder.resolve().name, tensors, handles)
-
-
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor key -> file, from the index if there is one. Only plain names of files in the folder are accepted."""
-    index = folder / INDEX_NAME
-    if not index.exists():
-        return None
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index: {error}") from error
-    for key, file in items:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {file!r} for {key}: only *.safetensors in the same folder are read")
-    return dict(items)
-
-
-def _refuse_missing(folder: Path, missing: list[str], *, indexed: bool) -> None:
-    if indexed:
-        raise CheckpointError(f"{folder / INDEX_NAME} names files that aren't there: {', '.join(missing[:4])}")
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds {pickles[0]}, which is a pickle: opening it could run any code. epslots reads safetensors "
-            f"alone; convert the checkpoint with save_pretrained in an environment you trust"
-        )
-    raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+            raise CheckpointError(f"{folder / str(files.index)} says that {file} holds {key}, and it doesn't")
+    return Checkpoint(folder, folder.resolve().name, files, tensors, handles)
 
 
 def _open_file(path: Path) -> safe_open:

@@ -18,17 +18,15 @@ from typing import Any
 import msgspec
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import WeightConverter
 
 from epslots.errors import CheckpointError
 from epslots.models.checkpoint import Checkpoint
+from epslots.models.conversions import check_packing, conversions_of, match_keys
 from epslots.models.experts import parameter_shapes
-from epslots.models.packing import Packed, conversions_of, find_packing, packed_layout
+from epslots.models.packing import Packed, find_packing, packed_layout
 from epslots.records import LayerSpec
 from epslots.store.packed_records import Unpacker, assert_consistent, record_views
-
-# What safetensors calls the dtypes that mean nothing without scales.
-PACKED_DTYPES = {"F8_E4M3", "F8_E5M2", "U8", "I8"}
 
 
 @dataclass
@@ -96,21 +94,13 @@ class ExpertReader:
         return {name: packing for name, packing in found.items() if packing is not None}
 
     def _find_keys(self, parameters: dict[str, _Parameter]) -> None:
-        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        # rename_source_key looks here to decide whether a prefix must be added or dropped.
-        wanted: dict[str, Any] = dict.fromkeys(parameters, True)
         prefix = self._model.base_model_prefix
-        for key in sorted(self._checkpoint.tensors, key=dot_natural_key):
-            target, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
-            converter = by_pattern[pattern] if pattern else None
-            fragments = converter.target_patterns if converter else [target]
-            for part, fragment in enumerate(fragments):
-                parameter = parameters.get(target.replace(fragments[0], fragment))
+        for found in match_keys(self._checkpoint.tensors, self._conversions, prefix, dict.fromkeys(parameters, True)):
+            for part, target in enumerate(found.targets):
+                parameter = parameters.get(target)
                 if parameter is not None:
-                    parameter.keys[pattern or key].append(key)
-                    parameter.converter, parameter.part, parameter.parts = converter, part, len(fragments)
+                    parameter.keys[found.pattern].append(found.key)
+                    parameter.converter, parameter.part, parameter.parts = found.converter, part, len(found.targets)
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert's record by name, without the expert dimension.
@@ -216,9 +206,9 @@ def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int
     """
     if not parameter.keys:
         raise CheckpointError(f"the checkpoint has no tensor for {parameter.target}")
+    check_packing(parameter.target, parameter.converter, parameter.keys, checkpoint.tensors)
     if parameter.converter is not None:
-        packed = any(checkpoint.tensors[keys[0]].dtype in PACKED_DTYPES for keys in parameter.keys.values())
-        optional = ("activation_scale",) if packed else ("activation_scale", "weight_scale_inv")
+        optional = ("activation_scale", "weight_scale_inv")
         absent = [p for p in parameter.converter.source_patterns if p not in parameter.keys and not p.endswith(optional)]
         if absent:
             raise CheckpointError(f"{parameter.target}: the checkpoint has no tensor like {absent[0]}")
@@ -238,5 +228,7 @@ def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int
                 f"{parameter.target}: the checkpoint lacks expert {', '.join(map(str, missing[:8]))} of {experts} "
                 f"(keys like {keys[0]})"
             )
+        if len(keys) > len(found):
+            raise CheckpointError(f"{parameter.target}: the checkpoint has some experts under two names, as {keys[0]}")
         if len(found) > experts:
             raise CheckpointError(f"{parameter.target}: the checkpoint has {len(found)} experts, the model {experts}")

@@ -9,7 +9,6 @@ dense part alone.
 from __future__ import annotations
 
 import inspect
-import re
 from types import MethodType
 from typing import Any
 
@@ -96,13 +95,10 @@ def dense_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        patterns = set(self._keys_to_ignore_on_load_unexpected or ())
-        for name, module in self.named_modules():
+        for module in self.modules():
             _bring_in(module)
             if is_experts(module):
                 _take_off_weights(module)
-                patterns.add(rf"(^|\.){re.escape(name)}\.")
-        self._keys_to_ignore_on_load_unexpected = patterns
 
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedModelError(

@@ -12,18 +12,14 @@ Whatever else an operation does, transposing, interleaving or mixing experts, is
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from epslots.models.checkpoint import TensorHeader
 from epslots.records import PackedLayout, PackedPart, RecordLayout, TensorSpec
@@ -53,20 +49,6 @@ class Packed:
     tensors: tuple[tuple[str, tuple[int, ...], str], ...]
     parts: tuple[PackedPart, ...]
     read: Callable[[Read], dict[str, torch.Tensor]]
-
-
-def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
-    """The conversions by which transformers would load a checkpoint into a model, quantised or not, before it is loaded.
-
-    Args:
-        skeleton: the model's structure; its configuration says how the checkpoint is quantised, and that it is to be
-            dequantised (``pretrained.read_config`` sees to that).
-    """
-    quantisation = getattr(skeleton.config, "quantization_config", None)
-    quantizer = None
-    if quantisation is not None:
-        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantisation), pre_quantized=True)
-    return list(get_model_conversion_mapping(skeleton, None, quantizer))
 
 
 def find_packing(

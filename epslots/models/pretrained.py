@@ -1,51 +1,68 @@
-"""What transformers needs to know to load a checkpoint's dense part: class, configuration, quantisation, and the skeleton."""
+"""What a checkpoint's configuration says: class, dtype, quantisation, and the model's structure without weights."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from epslots.errors import CheckpointError, ConfigError, UnsupportedModelError
+from epslots.models.config_check import check_numbers, refusing
 from epslots.models.experts import IMPLEMENTATION, dense_class
-from epslots.models.fp8 import ragged_blocks
+from epslots.models.json_file import read_json_object
 from epslots.records import ITEM_BYTES
 
 # Quantised checkpoints whose experts are dequantised one by one on the way into the host store.
 QUANTISATIONS = ("fp8", "mxfp4")
+# Tensors of a model that are made of one of its checkpoint, at most: where one holds queries, keys and values, three.
+MADE_OF_ONE = 8
 
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The checkpoint's configuration, quantised ones set to be dequantised on loading.
 
     Raises:
-        CheckpointError: config.json is missing or unreadable.
+        CheckpointError: config.json is missing or unreadable, holds settings that no model has, or names other weight files.
         UnsupportedModelError: transformers doesn't know the model without running code from the checkpoint, or the
             quantisation is not one of ``QUANTISATIONS``.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json), which epslots doesn't apply: merge it into the weights, or "
+            f"move it elsewhere"
+        )
+    if not path.is_file():
         raise CheckpointError(f"{folder} holds no config.json: it is not a checkpoint folder")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except PermissionError as error:
-        raise CheckpointError(f"no permission to read {error.filename}") from error
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error) or "auto_map" in (folder / "config.json").read_text(encoding="utf-8"):
-            raise UnsupportedModelError(
-                f"{folder} brings its own model code, and epslots never runs code from a checkpoint; use a model that "
-                f"transformers {transformers.__version__} knows"
-            ) from error
-        raise CheckpointError(f"{folder / 'config.json'}: {reason}") from error
-    quantisation = getattr(config, "quantization_config", None)
+    settings = read_json_object(path)
+    check_numbers(settings, path)
+    if settings.get("transformers_weights") is not None:
+        raise CheckpointError(f"{path} names its weight files (transformers_weights); epslots reads those of the usual names")
+    with refusing(str(path)):
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            if "trust_remote_code" in str(error) or "auto_map" in settings:
+                raise UnsupportedModelError(
+                    f"{folder} brings its own model code, and epslots never runs code from a checkpoint; use a model that "
+                    f"transformers {transformers.__version__} knows"
+                ) from error
+            raise
+        # As transformers looks for it. Of a composite configuration, it is the whole model's from here on.
+        text = config.get_text_config(decoder=True)
+        quantisation = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
     if quantisation is not None:
+        if not isinstance(quantisation, dict):
+            raise CheckpointError(f"{path}: quantization_config is {quantisation!r}, not an object")
         method = quantisation.get("quant_method")
         if method not in QUANTISATIONS:
             raise UnsupportedModelError(
@@ -59,9 +76,12 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The transformers class that the checkpoint names, made to load without expert weights.
 
     Raises:
+        CheckpointError: ``architectures`` is no list of names, or names the class of another ``model_type``.
         UnsupportedModelError: transformers has no such class.
     """
     names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{config.name_or_path}: architectures is {names!r}, not a list of names")
     known = [getattr(transformers, name, None) for name in names]
     if not names:  # a configuration made by hand: its language model
         known = [AutoModelForCausalLM._model_mapping.get(type(config), None)]
@@ -71,84 +91,94 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"the configuration ({config.model_type}) names the architecture {', '.join(names) or '(none)'}, which "
             f"transformers {transformers.__version__} doesn't have"
         )
+    # As transformers' auto classes choose it; a composite configuration may be given to its text model's class.
+    own = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    expected = getattr(classes[0], "config_class", None) or PretrainedConfig
+    if classes[0] is not own and not any(isinstance(c, expected) for c in (config, config.get_text_config(decoder=True))):
+        raise CheckpointError(
+            f"{config.name_or_path}: config.json names the architecture {classes[0].__name__}, which is none of model_type "
+            f"{config.model_type}"
+        )
     return dense_class(classes[0])
 
 
-def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
-    """The dtype to compute in: ``"auto"`` is the checkpoint's own (bfloat16 for a quantised one).
+def has_language_head(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
+    """Whether a model, or a class of models, predicts tokens: False for a base model (hidden states) and for classifiers."""
+    return model.can_generate()
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, of_weights: str | None = None) -> torch.dtype:
+    """The dtype to compute in.
+
+    ``"auto"`` is what it is in transformers: the configuration's, else that of the weights. With one exception: a quantised
+    checkpoint is never dequantised to float32 or more, which its configuration or its scales may name, but to bfloat16.
+
+    Args:
+        of_weights: ``Checkpoint.dtype``; None where there are no weights to ask.
 
     Raises:
         ConfigError: not a float dtype that experts can be kept in.
     """
+    allowed = f"auto, {', '.join(ITEM_BYTES)}"
     if dtype == "auto":
-        if getattr(config, "quantization_config", None) is not None:
-            return torch.bfloat16
-        dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+        dtype = getattr(config, "dtype", None) or of_weights or getattr(config.get_text_config(), "dtype", None) or "float32"
+        if getattr(config, "quantization_config", None) is not None and str(dtype).endswith(("float32", "float64")):
+            dtype = torch.bfloat16
+        allowed = f"{allowed}; auto found it in the checkpoint"
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
-        raise ConfigError(f"dtype={name!r}: allowed: auto, {', '.join(ITEM_BYTES)}")
+        raise ConfigError(f"dtype={name!r}: allowed: {allowed}")
     resolved = getattr(torch, name)
     assert isinstance(resolved, torch.dtype)
     return resolved
 
 
-def build_skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model's structure on the meta device: no memory, no weights."""
-    with torch.device("meta"), _quiet():
+def build_skeleton(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, *, tensors: int | None = None
+) -> PreTrainedModel:
+    """The model's structure on the meta device: no memory, no weights.
+
+    Args:
+        tensors: that the checkpoint holds; a configuration that describes a much larger model is refused.
+
+    Raises:
+        CheckpointError: the class can't be made from the configuration.
+    """
+    what = f"{config.name_or_path or 'config.json'} describes no {model_class.__name__} that transformers can build"
+    with torch.device("meta"), quiet(), refusing(what), _at_most(None if tensors is None else MADE_OF_ONE * tensors):
         skeleton: PreTrainedModel = model_class._from_config(
             copy.deepcopy(config), dtype=dtype, experts_implementation=IMPLEMENTATION
         )
     return skeleton.eval()
 
 
-def load_dense(
-    model_class: type[PreTrainedModel],
-    config: PretrainedConfig,
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    show_progress: bool,
-    model_kwargs: dict[str, Any],
-) -> PreTrainedModel:
-    """Everything but the experts, loaded by transformers onto ``device``, in evaluation mode.
+@contextlib.contextmanager
+def _at_most(parameters: int | None) -> Iterator[None]:
+    """Stop this thread from registering more parameters, before a crafted number of layers takes minutes and gigabytes.
 
     Raises:
-        CheckpointError: a dense tensor is missing or has another shape than the model's.
+        CheckpointError: it did.
     """
-    try:
-        with _quiet(progress=show_progress), ragged_blocks():
-            model, report = model_class.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                experts_implementation=IMPLEMENTATION,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to be told of them: they are refused below, by name
-                **model_kwargs,
+    thread, made = threading.get_ident(), 0
+
+    def count(_module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread and parameter is not None
+        if parameters is not None and made > parameters:
+            raise CheckpointError(
+                f"config.json describes a model of more than {parameters:,} tensors, far more than the weight files hold: "
+                f"does it state the number of layers?"
             )
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:600]}") from error
-    for key, found, expected in sorted(report["mismatched_keys"]):
-        raise CheckpointError(f"{folder}: {key} has shape {list(found)}, the model expects {list(expected)}")
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors that the model needs: {', '.join(missing[:4])}"
-            + (", ..." if len(missing) > 4 else "")
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
-def _quiet(progress: bool = False) -> Iterator[None]:
+def quiet(progress: bool = False) -> Iterator[None]:
     """Keep transformers' loading report and bar to itself: what matters of them is raised as errors here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -1,0 +1,124 @@
+"""transformers' conversions of a checkpoint: which tensors of it become which of the model's, and whether they are unpacked.
+
+Its own loading, the reading of single experts, and the check before either follow the same rules, from here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import Mxfp4Dequantize
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from epslots.errors import CheckpointError
+from epslots.models.checkpoint import FLOATS, TensorHeader
+from epslots.models.config_check import refusing
+
+# Ends of the source patterns of scales, without which a packed tensor means nothing, and of those that may be absent.
+_SCALES = ("weight_scale_inv", "_scales")
+_OPTIONAL = "activation_scale"
+
+
+@dataclass(frozen=True)
+class MatchedKey:
+    """One tensor of a checkpoint, and what becomes of it.
+
+    Attributes:
+        key: its name in the checkpoint.
+        pattern: the converter's source pattern that it matches; the key itself without a converter.
+        converter: makes the model's tensors from it and others; None where it is taken as it is.
+        targets: names of these in the model; most converters make one.
+    """
+
+    key: str
+    pattern: str
+    converter: WeightConverter | None
+    targets: tuple[str, ...]
+
+
+def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
+    """The conversions by which transformers would load a checkpoint into a model, quantised or not, before it is loaded.
+
+    Args:
+        skeleton: the model's structure; its configuration says how the checkpoint is quantised, and that it is to be
+            dequantised (``pretrained.read_config`` sees to that).
+
+    Raises:
+        CheckpointError: the configuration's ``quantization_config`` is none.
+    """
+    quantisation = getattr(skeleton.config, "quantization_config", None)
+    with refusing("config.json, quantization_config"):
+        quantizer = None
+        if quantisation is not None:
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantisation), pre_quantized=True)
+        return list(get_model_conversion_mapping(skeleton, None, quantizer))
+
+
+def match_keys(
+    keys: Iterable[str], conversions: Sequence[Any], base_model_prefix: str, wanted: dict[str, Any]
+) -> Iterator[MatchedKey]:
+    """Every key of a checkpoint with the model's tensors that it becomes, as transformers' loading finds them.
+
+    Args:
+        conversions: the model's.
+        base_model_prefix: the model's, which is added or dropped where that leads to a wanted name.
+        wanted: the model's tensors, by name.
+    """
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, base_model_prefix, wanted)
+        if target not in wanted and key in wanted:
+            target, pattern = rename_source_key(key, [], [], base_model_prefix, wanted)
+        converter = by_pattern[pattern] if pattern else None
+        fragments = converter.target_patterns if converter else [target]
+        yield MatchedKey(
+            key, pattern or key, converter, tuple(target.replace(fragments[0], fragment) for fragment in fragments)
+        )
+
+
+def check_packing(
+    target: str,
+    converter: WeightConverter | None,
+    keys: Mapping[str, Sequence[str]],
+    headers: Mapping[str, TensorHeader],
+) -> None:
+    """Refuse packed tensors that nothing unpacks or that lack their scales, and scales of tensors that aren't packed.
+
+    Args:
+        target: name of the model's tensor that is made.
+        converter: makes it.
+        keys: the checkpoint's keys that it is made from, by the converter's source pattern.
+        headers: of the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    scales = [pattern for pattern in keys if pattern.endswith(_SCALES)]
+    stored = [key for pattern, listed in keys.items() if not pattern.endswith((*_SCALES, _OPTIONAL)) for key in listed]
+    packed = [key for key in stored if headers[key].dtype not in FLOATS]
+    if converter is None or not any(isinstance(op, Fp8Dequantize | Mxfp4Dequantize) for op in converter.operations):
+        if packed:
+            raise CheckpointError(
+                f"{packed[0]} is stored as {headers[packed[0]].dtype}, and config.json has no quantization_config by which it "
+                f"is unpacked: its codes would be taken for weights"
+            )
+        return
+    absent = [p for p in converter.source_patterns if p.endswith(_SCALES) and p not in keys]
+    if packed and absent:
+        raise CheckpointError(
+            f"{target}: the checkpoint has no tensor like {absent[0]}, and {packed[0]} is stored as {headers[packed[0]].dtype}"
+        )
+    if scales and len(packed) < len(stored):
+        plain = next(key for key in stored if headers[key].dtype in FLOATS)
+        raise CheckpointError(
+            f"{keys[scales[0]][0]} is a scale, but {plain} is stored as {headers[plain].dtype}, which needs none"
+        )

@@ -1,0 +1,171 @@
+"""A checkpoint and the model that it describes: opened and checked from headers alone, then its dense part loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from epslots.errors import CheckpointError, ConfigError
+from epslots.models.checkpoint import Checkpoint, CheckpointSource, find_checkpoint, open_checkpoint
+from epslots.models.config_check import check_numbers, check_top_k, refusing
+from epslots.models.experts import IMPLEMENTATION, expert_layers, experts_modules
+from epslots.models.fp8 import ragged_blocks
+from epslots.models.json_file import read_json_object
+from epslots.models.pretrained import (
+    build_skeleton,
+    has_language_head,
+    quiet,
+    read_config,
+    resolve_class,
+    resolve_dtype,
+)
+from epslots.models.tensor_check import check_tensors
+from epslots.records import LayerSpec
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint and the model that it describes, before a weight is read.
+
+    Attributes:
+        checkpoint: its open files.
+        config: its configuration, as ``read_config`` gives it.
+        model_class: the transformers class, made to load without expert weights.
+        dtype: to compute in.
+        skeleton: the model on the meta device.
+        layers: its MoE layers.
+        left_out: names that transformers will report as unexpected; ``check_tensors`` finds them.
+    """
+
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+    dtype: torch.dtype
+    skeleton: PreTrainedModel
+    layers: tuple[LayerSpec, ...]
+    left_out: frozenset[str]
+
+
+def open_model(source: CheckpointSource | str | os.PathLike[str], dtype: str | torch.dtype) -> OpenModel:
+    """Find a checkpoint's files and check them against the model that its configuration describes.
+
+    Args:
+        dtype: to compute in; ``"auto"`` as in ``resolve_dtype``.
+
+    Raises:
+        ConfigError: ``dtype`` is none that experts can be kept in, or ``source`` contradicts itself.
+        CheckpointError: files are missing, damaged, or don't fit together or the model.
+        UnsupportedModelError: the model's experts can't be run from slots.
+    """
+    if not isinstance(source, CheckpointSource):
+        source = CheckpointSource(source)
+    folder = find_checkpoint(source)
+    config = read_config(folder)
+    checkpoint = open_checkpoint(folder, source.variant)
+    resolved = resolve_dtype(dtype, config, checkpoint.dtype)
+    model_class = resolve_class(config)
+    skeleton = build_skeleton(model_class, config, resolved, tensors=len(checkpoint.tensors))
+    layers = expert_layers(skeleton)
+    check_top_k(config, layers, list(experts_modules(skeleton).values()))
+    left_out = check_tensors(checkpoint, skeleton, layers)
+    return OpenModel(checkpoint, config, model_class, resolved, skeleton, layers, left_out)
+
+
+def load_dense(
+    opened: OpenModel, *, device: torch.device, show_progress: bool, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Everything but the experts, loaded by transformers onto ``device``, in evaluation mode.
+
+    transformers is handed the checkpoint's tensors and looks for no files: dense weights and experts come from the same ones.
+
+    Args:
+        attn_implementation: as in transformers; None = its default.
+
+    Raises:
+        ConfigError: there is no such ``attn_implementation`` here.
+        CheckpointError: a dense tensor is missing, has another shape than the model's, or was left out.
+    """
+    checkpoint = opened.checkpoint
+    folder = checkpoint.folder
+    generation_config = read_generation_config(folder) if has_language_head(opened.model_class) else None
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with quiet(progress=show_progress), ragged_blocks():
+            model, report = opened.model_class.from_pretrained(
+                None,
+                state_dict={key: checkpoint.handles[header.file].get_slice(key) for key, header in checkpoint.tensors.items()},
+                config=opened.config,
+                dtype=opened.dtype,
+                device_map={"": device},
+                experts_implementation=IMPLEMENTATION,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be told of them: they are refused below, by name
+                **attention,
+            )
+    except Exception as error:  # of a crafted checkpoint, any line of transformers' can fail
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        if attn_implementation is not None and isinstance(error, ValueError | ImportError):
+            raise ConfigError(f"attn_implementation={attn_implementation!r}: {reason}") from error
+        raise CheckpointError(f"{folder}: {reason}") from error
+    _check_report(folder, report, opened)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and not buffer.isfinite().all():
+            raise CheckpointError(f"{folder}: {name} isn't finite: config.json states impossible rotary embeddings (rope)")
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.name_or_path = model.config.name_or_path = os.fspath(folder)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _check_report(folder: Path, report: dict[str, Any], opened: OpenModel) -> None:
+    """Refuse whatever transformers would only warn of.
+
+    Raises:
+        CheckpointError: naming tensors.
+    """
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise CheckpointError(f"{folder}: {key} has shape {list(found)}, the model expects {list(expected)}")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors that the model needs: {_first(missing)}")
+    prefix = f"{opened.skeleton.base_model_prefix}."
+    left_out = {name.removeprefix(prefix) for name in opened.left_out}
+    unexpected = sorted(name for name in report["unexpected_keys"] if name.removeprefix(prefix) not in left_out)
+    if unexpected:
+        raise CheckpointError(f"{folder}: transformers has no use for {len(unexpected)} tensors: {_first(unexpected)}")
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """How the checkpoint's author would have it generate: generation_config.json, else what config.json says of it.
+
+    Raises:
+        CheckpointError: generation_config.json isn't one. (transformers would go on without it.)
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        settings = read_json_object(path)
+        check_numbers(settings, path)
+        for name, value in settings.items():
+            ids = value if isinstance(value, list) else [value]
+            if name.endswith("_token_id") and value is not None and not all(isinstance(id, int) for id in ids):
+                raise CheckpointError(f"{path}: {name} is {value!r}: allowed: an integer or a list of integers")
+        with refusing(str(path)), quiet():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    with refusing(str(folder / "config.json")), quiet():
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
