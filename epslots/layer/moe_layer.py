@@ -212,10 +212,25 @@ class MoELayer:
         """This rank's part of all ranks' step: each of its pairs' results, [N, H]."""
         shared, experts = self._shared, self.experts
         assert shared is not None
+        lockstep.take_part(self.index)
         if shared.complete:
             experts.land()
             self._telemetry.count_resident(self.index, counts)
             return experts.execute(hidden_TH, ids_N)
+        with lockstep.exchanges():
+            return self._exchange(hidden_TH, ids_N, counts, usage, lockstep, shared)
+
+    def _exchange(
+        self,
+        hidden_TH: torch.Tensor,
+        ids_N: torch.Tensor,
+        counts: torch.Tensor,
+        usage: torch.Tensor | None,
+        lockstep: LockStep,
+        shared: SharedLayer,
+    ) -> torch.Tensor:
+        """``_step_together`` where experts are missing somewhere."""
+        experts = self.experts
         top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0
         began = time.perf_counter()
         all_ranks = lockstep.gather_counts(self.index, counts, top_k, shared.digest, usage, busy=experts.link_is_busy)

@@ -13,7 +13,8 @@ that always match in size, before a byte of anything else moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,9 @@ class LockStep:
     Attributes:
         header: what all ranks said before the latest step.
         stopping: set it to tell the others, with the next step's header, that this rank wants to stop.
+        steps: steps that this rank has begun.
+        exchanging: whether it is between a layer's first exchange and its last, where the others wait for its part.
+        completes: whether a step in which this rank fails elsewhere is completed without its tokens: see ``completing``.
         placement: set it to tell them of the newest placement's generation that has come to this rank.
 
     Args:
@@ -102,7 +106,9 @@ class LockStep:
         head = torch.zeros(_PREFIX + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
         self._head = self._row[: len(head)] if transport.device.type == "cpu" else head
         self._words_of_head = self._head.numpy()
-        self._step = 0
+        self.steps = 0
+        self.exchanging = False
+        self.completes = False
         self._layer: int | None = None
         self.stopping = False
         self.placement = 0
@@ -111,7 +117,7 @@ class LockStep:
     @property
     def agreed(self) -> bool:
         """Whether sizes that ranks derive from the same plan go unchecked: from the second step of a generation on."""
-        return self._step > 1
+        return self.steps > 1
 
     def begin(self, *, work: bool = True) -> Header:
         """Exchange the header of the next step, which stays in ``header``.
@@ -121,8 +127,8 @@ class LockStep:
             ExchangeError: a rank is elsewhere, or holds another residency table.
             PeerLost: a rank is gone.
         """
-        self._step = (self._step + 1) % _STEP_LIMIT
-        self._layer = 0
+        self.steps += 1
+        self._layer, self.exchanging = 0, False
         said = self.transport.generation, self._digest(), int(work), int(self.stopping), self.placement
         mine = np.array(said, np.int64)
         self._words_of_head[_PREFIX:] = mine.view(np.int32)
@@ -150,7 +156,17 @@ class LockStep:
             )
         while self._layer < layer:
             self._pass()
-        self._layer += 1
+
+    def take_part(self, layer: int) -> None:
+        """Called as a layer begins to deal with all ranks, with tokens or without."""
+        self._layer = layer + 1
+
+    @contextmanager
+    def exchanges(self) -> Iterator[None]:
+        """Around all exchanges of a layer. ``exchanging`` stays set if they break off."""
+        self.exchanging = True
+        yield
+        self.exchanging = False
 
     def end(self) -> None:
         """Called after the model's forward pass: takes part in the layers that are left."""
@@ -158,9 +174,23 @@ class LockStep:
             self._pass()
         self._layer = None
 
-    def idle_step(self) -> Header:
+    @contextmanager
+    def completing(self) -> Iterator[None]:
+        """Inside, a forward pass that fails between exchanges costs the others nothing: the rank goes on without tokens.
+
+        For a caller that makes one step here whatever happens, and goes on making steps.
+        """
+        before, self.completes = self.steps, True
+        try:
+            yield
+            if self.steps == before:  # it failed before it began the step that the others are in
+                self.idle_step(work=True)
+        finally:
+            self.completes = False
+
+    def idle_step(self, *, work: bool = False) -> Header:
         """A step without tokens; or no step at all, if no rank has work."""
-        header = self.begin(work=False)
+        header = self.begin(work=work)
         if header.work:
             self.end()
         else:
@@ -205,12 +235,13 @@ class LockStep:
 
     def _pass(self) -> None:
         assert self._layer is not None
-        layer, self._layer = self._layer, self._layer + 1
+        layer = self._layer
         self._idle_layers[layer]()
+        assert self._layer == layer + 1, "an idle layer takes part"
 
     def _gather(self, kind: int, top_k: int, guard: int, words: int, *, busy: bool = False) -> NDArray[np.int32]:
         """All ranks' rows; the first ``words`` of this rank's come from the host."""
-        self._words_of_head[:_PREFIX] = kind, self._step, self._model, guard, top_k, busy
+        self._words_of_head[:_PREFIX] = kind, self.steps % _STEP_LIMIT, self._model, guard, top_k, busy
         if self._row.device.type != "cpu":
             self._row[:words].copy_(self._head[:words], non_blocking=True)
         rows: NDArray[np.int32] = self.transport.to_host(self.transport.all_gather(self._row))
