@@ -167,7 +167,9 @@ class Books(ABC):
         if isinstance(cause, EpslotsError | torch.AcceleratorError) or (breaks and self._breaks > MOST_BREAKS):
             raise cause
         if not isolation.split:
-            logger.warning("a step of %d requests failed and is repeated in parts", len(isolation.part), exc_info=cause)
+            what = "gave logits that are NaN or infinite" if isinstance(cause, NotFiniteError) else "failed"
+            trace = None if isinstance(cause, NotFiniteError) else cause
+            logger.warning("a step of %d requests %s and is repeated in parts", len(isolation.part), what, exc_info=trace)
         guilty = isolation.failed(singly=breaks)
         return None if guilty is None else (guilty, _in_words(cause, self._model.dtype))
 
