@@ -76,8 +76,12 @@ class PeerLost(GroupError):
 class StepFailed(GroupError):
     """This rank's part of a step failed where the others wait for it, so the group was aborted.
 
-    ``__cause__`` is what it failed with.
+    ``__cause__`` is what it failed with; ``computing`` is whether it did so while it computed, and not in an exchange.
     """
+
+    def __init__(self, message: str, *, computing: bool) -> None:
+        super().__init__(message)
+        self.computing = computing
 
 
 class StaleGeneration(GroupError):

@@ -158,13 +158,14 @@ class Books(ABC):
         Raises:
             Exception: the failure, or its cause, if it is none that requests are isolated for.
         """
-        cause, breaks = failure, isinstance(failure, StepFailed)
-        if breaks:
+        cause, breaks, ours = failure, False, False
+        if isinstance(failure, StepFailed):
             assert isinstance(failure.__cause__, Exception)
-            cause = failure.__cause__
+            cause, breaks = failure.__cause__, True
             self._breaks += 1
+            ours = not failure.computing or self._breaks > MOST_BREAKS
         # An error of ours is about ranks, files or settings; after one of a device nothing runs on it any more.
-        if isinstance(cause, EpslotsError | torch.AcceleratorError) or (breaks and self._breaks > MOST_BREAKS):
+        if ours or isinstance(cause, EpslotsError | torch.AcceleratorError):
             raise cause
         if not isolation.split:
             what = "gave logits that are NaN or infinite" if isinstance(cause, NotFiniteError) else "failed"

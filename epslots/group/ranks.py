@@ -234,7 +234,8 @@ def _fail(lockstep: LockStep, error: BaseException) -> None:
         return
     lockstep.fail(error)
     if completes:
-        raise StepFailed(f"this rank failed in a step: {type(error).__name__}: {error}") from error
+        what = f"this rank failed in a step: {type(error).__name__}: {error}"
+        raise StepFailed(what, computing=lockstep.computing) from error
 
 
 def _trunk(model: nn.Module) -> nn.Module:

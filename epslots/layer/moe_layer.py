@@ -261,9 +261,11 @@ class MoELayer:
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
         self._telemetry.count_exchange(self.index, sent=plan.sent, received=plan.received)
-        on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
-        results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
-        pairs_NH = arrived.give_back(experts.finish_on_host(on_host, results_MH))
+        with lockstep.computes():
+            on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
+            results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
+            results_MH = experts.finish_on_host(on_host, results_MH)
+        pairs_NH = arrived.give_back(results_MH)
         if plan.move is not None:
             experts.move(plan.move, agreed=agreed)
         return pairs_NH

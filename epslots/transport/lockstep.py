@@ -68,7 +68,8 @@ class LockStep:
         header: what all ranks said before the latest step.
         stopping: set it to tell the others, with the next step's header, that this rank wants to stop.
         steps: steps that this rank has begun.
-        exchanging: whether it is between a layer's first exchange and its last, where the others wait for its part.
+        exchanging: whether it is in the header's exchange, or between a layer's first and last, where the others wait for it.
+        computing: whether it computes there, for itself or for others.
         completes: whether a step in which this rank fails elsewhere is completed without its tokens: see ``completing``.
         placement: set it to tell them of the newest placement's generation that has come to this rank.
 
@@ -107,8 +108,7 @@ class LockStep:
         self._head = self._row[: len(head)] if transport.device.type == "cpu" else head
         self._words_of_head = self._head.numpy()
         self.steps = 0
-        self.exchanging = False
-        self.completes = False
+        self.exchanging = self.computing = self.completes = False
         self._layer: int | None = None
         self.stopping = False
         self.placement = 0
@@ -128,7 +128,7 @@ class LockStep:
             PeerLost: a rank is gone.
         """
         self.steps += 1
-        self._layer, self.exchanging = 0, False
+        self._layer, self.exchanging, self.computing = 0, True, False
         said = self.transport.generation, self._digest(), int(work), int(self.stopping), self.placement
         mine = np.array(said, np.int64)
         self._words_of_head[_PREFIX:] = mine.view(np.int32)
@@ -145,6 +145,7 @@ class LockStep:
         self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()), placement=int(words[:, 4].min()))
         if self.header.work:
             self._on_header(self.header)
+        self.exchanging = False
         return self.header
 
     def arrive(self, layer: int) -> None:
@@ -167,6 +168,13 @@ class LockStep:
         self.exchanging = True
         yield
         self.exchanging = False
+
+    @contextmanager
+    def computes(self) -> Iterator[None]:
+        """Around what is computed between exchanges. ``computing`` stays set if that fails."""
+        self.computing = True
+        yield
+        self.computing = False
 
     def end(self) -> None:
         """Called after the model's forward pass: takes part in the layers that are left."""
