@@ -80,15 +80,22 @@ def serve(model: PreTrainedModel, requests: list[Request], regroup: Callable[[],
             tokens[output.id] += output.tokens
             if output.reason == "error":
                 errors[output.id] = output.error or ""
-    group = group_of(model)
+    group = group_of(model)  # perhaps another
     assert group is not None and group.lockstep.steps == before + steps, "a step of the batcher is one of the group"
     engine.batcher.close()
     return tokens, errors, steps
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("name", "costs"), [("qwen3_moe", "tokens travel"), ("mixtral", "gather"), ("qwen3_next", "copies travel")]
+    ("name", "costs", "way"),
+    [
+        ("qwen3_moe", "tokens travel", "nan"),
+        ("qwen3_moe", "copies travel", "RuntimeError"),
+        ("mixtral", "gather", "inf"),
+        ("mixtral", "nothing travels", "IndexError"),
+        ("qwen3_next", "copies travel", "nan"),
+        ("qwen3_next", "work spreads", "OutOfMemoryError"),
+    ],
 )
 def test_other_ranks_notice_nothing(name: str, costs: str, way: str, checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint(name)

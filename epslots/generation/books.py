@@ -32,8 +32,8 @@ T = TypeVar("T")
 class NotFiniteError(ArithmeticError):
     """Logits from which a token would be chosen are NaN, or the largest is infinite."""
 
-    def __str__(self) -> str:
-        return "its logits are NaN or infinite"
+    def __init__(self) -> None:
+        super().__init__("logits are NaN or infinite")
 
 
 @dataclass(eq=False)
@@ -79,6 +79,8 @@ class Books(ABC):
         self._plain_outputs = PlainOutputs(model)
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
+        self._said = ""
+        """The failure that was logged last."""
 
     @abstractmethod
     def _enter(self, entry: Entry) -> None:
@@ -168,16 +170,21 @@ class Books(ABC):
         if ours or isinstance(cause, EpslotsError | torch.AcceleratorError):
             raise cause
         if not isolation.split:
-            what = "gave logits that are NaN or infinite" if isinstance(cause, NotFiniteError) else "failed"
-            trace = None if isinstance(cause, NotFiniteError) else cause
-            logger.warning("a step of %d requests %s and is repeated in parts", len(isolation.part), what, exc_info=trace)
+            self._log(cause, len(isolation.part))
         guilty = isolation.failed(singly=breaks)
         return None if guilty is None else (guilty, _in_words(cause, self._model.dtype))
+
+    def _log(self, cause: Exception, requests: int) -> None:
+        """Once in a row: a model that fails with every large batch does so in every step."""
+        if (said := f"{type(cause).__name__}: {cause}") != self._said:
+            self._said = said
+            trace = None if isinstance(cause, NotFiniteError) else cause
+            logger.warning("a step of %d requests failed and is repeated in parts: %s", requests, said, exc_info=trace)
 
 
 def _in_words(cause: Exception, dtype: torch.dtype) -> str:
     if isinstance(cause, NotFiniteError):
-        return f"{cause}: a damaged weight, or numbers beyond the range of {dtype}"
+        return f"its {cause}: a damaged weight, or numbers beyond the range of {dtype}"
     text = str(cause)
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]} [...]"
     return f"the model's forward pass fails with this request alone: {type(cause).__name__}: {text}"

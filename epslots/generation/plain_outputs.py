@@ -25,7 +25,8 @@ class PlainOutputs:
     def __init__(self, model: PreTrainedModel) -> None:
         configs = _all_configs(model.config)
         names = sorted(_flags(model))
-        self._on = [(c, n, value) for c in configs for n in names if (value := getattr(c, n, None)) not in (None, False)]
+        asked = [(config, name, getattr(config, name, None)) for config in configs for name in names]
+        self._on = [(c, n, value) for c, n, value in asked if value is not None and value is not False]
         self._on += [(c, "return_dict", value) for c in configs if (value := getattr(c, "return_dict", True)) is not True]
 
     @contextmanager

@@ -217,8 +217,10 @@ class MoELayer:
             experts.land()
             self._telemetry.count_resident(self.index, counts)
             return experts.execute(hidden_TH, ids_N)
-        with lockstep.exchanges():
-            return self._exchange(hidden_TH, ids_N, counts, usage, lockstep, shared)
+        lockstep.exchanging = True
+        pairs_NH = self._exchange(hidden_TH, ids_N, counts, usage, lockstep, shared)
+        lockstep.exchanging = False
+        return pairs_NH
 
     def _exchange(
         self,
@@ -261,10 +263,10 @@ class MoELayer:
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
         self._telemetry.count_exchange(self.index, sent=plan.sent, received=plan.received)
-        with lockstep.computes():
-            on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
-            results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
-            results_MH = experts.finish_on_host(on_host, results_MH)
+        lockstep.computing = True
+        on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
+        results_MH = experts.finish_on_host(on_host, self._compute(arrived, slots_E, waves, begun, on_host))
+        lockstep.computing = False
         pairs_NH = arrived.give_back(results_MH)
         if plan.move is not None:
             experts.move(plan.move, agreed=agreed)

@@ -68,8 +68,9 @@ class LockStep:
         header: what all ranks said before the latest step.
         stopping: set it to tell the others, with the next step's header, that this rank wants to stop.
         steps: steps that this rank has begun.
-        exchanging: whether it is in the header's exchange, or between a layer's first and last, where the others wait for it.
-        computing: whether it computes there, for itself or for others.
+        exchanging: set from the header's exchange to its end, and from a layer's first exchange to its last: the others wait
+            for this rank. It stays set where that fails.
+        computing: set while it computes in between; likewise.
         completes: whether a step in which this rank fails elsewhere is completed without its tokens: see ``completing``.
         placement: set it to tell them of the newest placement's generation that has come to this rank.
 
@@ -161,20 +162,6 @@ class LockStep:
     def take_part(self, layer: int) -> None:
         """Called as a layer begins to deal with all ranks, with tokens or without."""
         self._layer = layer + 1
-
-    @contextmanager
-    def exchanges(self) -> Iterator[None]:
-        """Around all exchanges of a layer. ``exchanging`` stays set if they break off."""
-        self.exchanging = True
-        yield
-        self.exchanging = False
-
-    @contextmanager
-    def computes(self) -> Iterator[None]:
-        """Around what is computed between exchanges. ``computing`` stays set if that fails."""
-        self.computing = True
-        yield
-        self.computing = False
 
     def end(self) -> None:
         """Called after the model's forward pass: takes part in the layers that are left."""
