@@ -174,6 +174,25 @@ def test_a_failure_that_passes_costs_nobody_anything(batcher_class: type):
     handle.remove()
 
 
+def test_a_moment_of_nan_in_a_cut_prompt_is_made_up_for():
+    """No token is chosen after a prompt's first chunk, and what it left in the cache would spoil all that follow."""
+    model = zoo.ZOO["mixtral"].build()
+    requests = requests_of(((100, 6), (3, 6)))
+    expected = {request.id: generated(model, request) for request in requests}
+    batcher, chunks = PagedBatcher(model, kv_tokens=256, max_batch_tokens=32), 0
+
+    def spoil(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        nonlocal chunks
+        chunks += 1
+        if chunks in (1, 4):
+            output[0, 5] = math.nan
+
+    handle = model.model.layers[0].register_forward_hook(spoil)
+    assert served(batcher, requests) == (expected, {})
+    handle.remove()
+    batcher.close()
+
+
 def test_a_model_that_always_fails_errs_and_serves_on():
     model = zoo.ZOO["mixtral"].build()
     requests = requests_of(((3, 6), (20, 4), (9, 5)))
