@@ -64,6 +64,11 @@ def without(token: int, requests: list[Request]) -> list[Request]:
     return [replace(request, prompt=tuple(20 if t == token else t for t in request.prompt)) for request in requests]
 
 
+def nothing_is_spoilt(batcher: PagedBatcher) -> bool:
+    """Whether all that the pages hold are numbers."""
+    return all(bool(a.cache_tensor.isfinite().all()) for a in batcher._processor.cache.cache_allocators.values())
+
+
 # --- the decision ------------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +120,7 @@ def test_mates_get_the_tokens_they_would_get_without_it(name: str, way: str):
     assert errors.keys() == {request.id for request in guilty}
     assert all(error_of(way) in error for error in errors.values())
     assert guilt.fell
-    assert all(torch.isfinite(a.cache_tensor).all() for a in batcher._processor.cache.cache_allocators.values())
+    assert nothing_is_spoilt(batcher)
     assert served(batcher, [*mates, *innocent]) == ({**expected, **later}, {})
     assert pages_are_free(batcher)
     batcher.close()
@@ -224,6 +229,7 @@ def test_prompts_that_begin_like_a_guilty_one_are_served():
         tokens, errors = served(batcher, requests)
         assert list(errors) == [request.id for request in requests if request.id == "guilty"]
         assert all(tokens[id] == expected[id] for id in tokens.keys() & expected.keys())
+        assert nothing_is_spoilt(batcher)
     guilt.remove()
     assert pages_are_free(batcher)
 
