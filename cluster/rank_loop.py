@@ -7,7 +7,8 @@ Three threads meet here, and none waits for another's work:
     events     calls ``events``: waits for something to tell
 
 A group that breaks costs nothing but the step under way: the rank says ``Broken``, stands by, and makes the same step again in
-the next generation. Any other error of its own is the rank's end (``Failed``), because nobody knows what it left behind.
+the next generation. A request that the model fails with ends with an error (``generation/books.py``); where that broke the
+group, the rank says ``Broken`` of itself. Any other error is the rank's end (``Failed``), because its state is unknown then.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@
     └── GroupError             ranks can't work together
         ├── RankMismatchError  they were started with different checkpoints, versions or settings
         ├── PeerLost           one of them is gone, or didn't answer within the deadline
+        ├── StepFailed         this rank's own part of a step failed between its exchanges
         ├── StaleGeneration    one of them belongs to an older process group
         └── ExchangeError      they disagree about what is exchanged, or about who holds which expert
 
@@ -70,6 +71,17 @@ class RankMismatchError(GroupError):
 
 class PeerLost(GroupError):
     """A rank is gone, didn't answer within the deadline, or the group was aborted."""
+
+
+class StepFailed(GroupError):
+    """This rank's part of a step failed where the others wait for it, so the group was aborted.
+
+    ``__cause__`` is what it failed with; ``computing`` is whether it did so while it computed, and not in an exchange.
+    """
+
+    def __init__(self, message: str, *, computing: bool) -> None:
+        super().__init__(message)
+        self.computing = computing
 
 
 class StaleGeneration(GroupError):

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
-from epslots.errors import ConfigError, DoesNotFitError, UnsupportedModelError
+from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
 from epslots.generation.batching import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.generation.paged_attention import cache_blocks, paging_obstacle
 from epslots.generation.requests import Batcher, Output, Request
@@ -111,7 +111,7 @@ class Faults:
     def _fail_at(self, call: int) -> None:
         if self.calls % 3 == call:
             self.raised += 1
-            raise ConnectionError("a peer was lost")
+            raise PeerLost("a peer was lost")
 
     def _before(self, *_: Any) -> None:
         self.calls += 1
@@ -203,7 +203,7 @@ def test_every_architecture_equals_generate(name: str, checkpoint: Callable[[str
 
     def step_in_spite_of_faults() -> None:
         for _ in range(2):
-            with pytest.raises(ConnectionError, match="a peer was lost"):
+            with pytest.raises(PeerLost, match="a peer was lost"):
                 batcher.step()
             assert not batcher.outputs()
             assert batcher.prepare()
@@ -519,7 +519,7 @@ def test_drawn_tokens_are_the_same_alone_and_together(name: str, batcher_class: 
 
     def step_in_spite_of_faults() -> None:
         for _ in range(2):
-            with pytest.raises(ConnectionError):
+            with pytest.raises(PeerLost):
                 batcher.step()
         batcher.step()
 

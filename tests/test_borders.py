@@ -45,7 +45,15 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Decisions are arrays in, arrays out: all of these packages, but for what reads or shows files; and some modules elsewhere.
 PURE_PACKAGES = ("step", "placement", "simulation")
 NOT_PURE = {"placement.placement_file", "placement.heat_map"}
-PURE = ("units", "records", "models.memory_plan", "prediction.row_order", "prediction.few_rows", "generation.sampling")
+PURE = (
+    "units",
+    "records",
+    "models.memory_plan",
+    "prediction.row_order",
+    "prediction.few_rows",
+    "generation.sampling",
+    "generation.isolation",
+)
 
 
 def modules() -> dict[str, Path]:

@@ -81,7 +81,7 @@ def _exchange_of_a_layer(transport: TorchTransport, folder: str, cache_dir: str,
                 shared.plan(counts, np.zeros(EXPERTS, np.int64))
 
             lockstep.begin()
-            lockstep._step = 2  # sizes are agreed from the second step on
+            lockstep.steps = 2  # sizes are agreed from the second step on
             bare = _bare_collectives(way, shared, counts_RE, tokens)
             seconds = alternate({"ours": ours, "bare": bare, "plan": plan}, rounds, warm_up=20)
             lockstep._layer = None

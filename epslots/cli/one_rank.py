@@ -75,8 +75,8 @@ class OneRank:
             host_compute=host_compute,
         )
         self._tokenizer = tokenizer
-        self._ends = end_tokens(self._model)
         self._engine = Engine(self._model, kv_tokens=kv_tokens)
+        self._ends = end_tokens(self._model)
         self._texts: dict[str, _Text] = {}
 
     def submit(

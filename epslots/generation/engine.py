@@ -10,6 +10,9 @@
 A rank with a batch runs the model over it, and one without takes part with zero tokens; the model's forward pass exchanges the
 step's header by itself (``ranks.py``). With no work anywhere ``run`` ends, and nobody spins.
 
+A request that the model fails with, or whose logits come out as NaN, ends with an error. The other ranks don't notice, and its
+batch mates only that there are more steps: a forward pass that raises takes part in the rest of its step without tokens.
+
 If a peer is lost, ``step`` raises PeerLost and the batch stands. When the survivors have formed the next generation and joined
 again (``ranks.join``), the next ``step`` does the interrupted one again.
 """
@@ -55,14 +58,20 @@ class Engine:
 
         Raises:
             PeerLost: a rank is gone. Nothing of the step counts.
+            StepFailed: the model failed where other ranks wait for its result. As if a rank was gone.
             GroupError: ranks don't match, or are out of step.
         """
         self._threads.adjust()
-        group = group_of(self.model)
-        if self.batcher.prepare():
+        group, work = group_of(self.model), self.batcher.prepare()
+        if group is None:
+            if work:
+                self.batcher.step()
+            return Header(work=work, stop=False)
+        if not work:
+            return group.lockstep.idle_step()
+        with group.lockstep.completing():
             self.batcher.step()
-            return Header(work=True, stop=False) if group is None else group.lockstep.header
-        return Header(work=False, stop=False) if group is None else group.lockstep.idle_step()
+        return group.lockstep.header
 
     def run(self) -> Iterator[Output]:
         """Step until no rank has work, or one wants to stop; yields the outputs of this rank's requests as they come."""

@@ -6,7 +6,8 @@ everywhere:
 
 - Every layer's keys and values have the shape [heads, head size] that the configuration states. Latent attention (MLA) has
   keys wider than values; gemma4's layers differ in both numbers. ``flatten_rows`` keeps such layers in rows of one width.
-- A forward pass that began also ends. ``WindowBackup`` makes one that didn't repeatable.
+- A forward pass that began also ends, and ends well. ``WindowBackup`` makes one that didn't repeatable, ``lay_out`` repeats it
+  for some of its requests, ``discard`` takes a request out that can't go on, and ``check_tokens`` tells that there is one.
 - The process has no other use for torch's random numbers: opening a cache seeds them. ``open_processor`` puts them back.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 from transformers.utils.generic import is_flash_attention_requested
 
 from epslots.errors import DoesNotFitError
+from epslots.generation.positions import depends_on_length
 
 # Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel wants 256.
 PAGE_TOKENS = 16
@@ -37,7 +39,7 @@ FLASH_PAGE_TOKENS = 256
 def paging_obstacle(model: PreTrainedModel) -> str | None:
     """Why the model's requests can't be kept in pages, as the end of a sentence; None if they can.
 
-    Decided by configuration and class alone: no forward pass is run.
+    Decided without a forward pass of the model: by its configuration, its class, and what its rotary embeddings answer.
     """
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
@@ -61,6 +63,8 @@ def paging_obstacle(model: PreTrainedModel) -> str | None:
         groups = {module.num_key_value_groups for module in _attentions(model) if hasattr(module, "num_key_value_groups")}
         if groups - {heads // kept_heads}:
             return "its attention repeats keys and values before it would page them"
+    if depends_on_length(model):
+        return "its rotary embedding depends on the longest sequence of a batch"
     return _implementation_obstacle(model)
 
 
@@ -234,23 +238,95 @@ class WindowBackup:
 
     def __init__(self, processor: Any) -> None:
         self._stream = processor.inputs_and_outputs.compute_stream
-        self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        continuing = [entry for entry in processor.inputs_and_outputs.requests_in_batch if _continues_a_prompt(entry)]
-        for allocator in processor.cache.cache_allocators.values():
-            if continuing and hasattr(allocator, "sliding_window"):
-                blocks = [block for entry in continuing for block in allocator.block_table[entry.state.request_id]]
-                content = allocator._copy_view
-                with stream_context(self._stream):
-                    chosen = torch.tensor(blocks, device=content.device)
-                    self._saved.append((content, chosen, content.index_select(0, chosen)))
+        # By request: for each kind of window the cache, the request's blocks, and their content.
+        self._saved: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        for entry in processor.inputs_and_outputs.requests_in_batch:
+            if _continues_a_prompt(entry):
+                self._saved[entry.state.request_id] = [
+                    self._save(allocator, entry.state.request_id)
+                    for allocator in processor.cache.cache_allocators.values()
+                    if hasattr(allocator, "sliding_window")
+                ]
 
-    def restore(self) -> None:
-        """Bring the windows back to what they were when the batch was prepared."""
+    def _save(self, allocator: Any, request_id: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        content = allocator._copy_view
         with stream_context(self._stream):
-            for content, blocks, saved in self._saved:
-                content.index_copy_(0, blocks, saved)
+            blocks = torch.tensor(allocator.block_table[request_id], device=content.device)
+            return content, blocks, content.index_select(0, blocks)
+
+    def restore(self, batch: Sequence[FutureRequestState]) -> None:
+        """Bring these requests' windows back to what they were when the batch was prepared."""
+        with stream_context(self._stream):
+            for entry in batch if self._saved else ():
+                for content, blocks, saved in self._saved.get(entry.state.request_id, ()):
+                    content.index_copy_(0, blocks, saved)
 
 
 def _continues_a_prompt(entry: FutureRequestState) -> bool:
     # The position is that after the batch: the scheduler counts a chunk as done once it is prepared.
     return entry.query_length > 1 and entry.state.position_offset > entry.query_length
+
+
+def lay_out(processor: Any, part: Sequence[FutureRequestState]) -> None:
+    """Prepare the forward pass again for some requests of a prepared batch, whose pass failed or hasn't come."""
+    for entry in part:
+        state = entry.state
+        state.position_offset -= entry.query_length
+        known = state.initial_tokens + state.generated_tokens  # those to compute were replaced by a token to come
+        state.tokens_to_process = known[state.position_offset : state.position_offset + entry.query_length]
+    batch = processor.inputs_and_outputs
+    batch.prepare_batch_tensors(
+        requests_in_batch=list(part),
+        logits_processors=processor.logit_processor,
+        use_decode_fast_path=batch.use_block_table,
+        num_q_tokens=sum(entry.query_length for entry in part),
+        max_kv_read=batch.max_kv_read,
+        use_padding=processor.model_runner.pad_inputs,
+    )
+
+
+def show_cut_prompts(batch: Any) -> int:
+    """Give a row of logits to each request whose prompt goes on after this step, behind the rows of those that get a token.
+
+    transformers computes a row for every request, and these would be of some token. The last token of such a chunk attends
+    to all the others, so its logits tell whether any of them came out as NaN.
+
+    Returns:
+        How many rows get no token.
+    """
+    entries = batch.requests_in_batch
+    last, at = [], 0
+    for entry in entries:
+        at += entry.query_length
+        if not entry.has_new_token:
+            last.append(at - 1)
+    if last:
+        rows = batch.logits_indices[len(entries) - len(last) : len(entries)]
+        rows.copy_(torch.tensor(last, dtype=rows.dtype))
+    return len(last)
+
+
+def check_tokens(batch: Any, check: Callable[[list[int]], None]) -> None:
+    """Call ``check`` with a step's rows of tokens when transformers reads them, before they change anything."""
+    read = batch.prepare_batch_update
+
+    def checked() -> Any:
+        found = read()
+        check(found[1])
+        return found
+
+    batch.prepare_batch_update = checked
+
+
+def discard(processor: Any, request_id: str) -> None:
+    """Take a running request out, and leave nothing of it: its pages are zeros, and no other request finds them again."""
+    scheduler, stream = processor.scheduler, processor.inputs_and_outputs.compute_stream
+    for allocator in processor.cache.cache_allocators.values():
+        blocks = allocator.block_table.get(request_id, [])
+        own = [block for block in blocks if block not in allocator.ledger.shared_ref_counts]
+        allocator.free_blocks(request_id, no_cache=True)
+        with stream_context(stream):
+            content = allocator._copy_view
+            content.index_fill_(0, torch.tensor(own, dtype=torch.int64, device=content.device), 0)
+    scheduler.finish_request(request_id)
+    scheduler.block_new_requests = False

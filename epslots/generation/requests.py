@@ -24,6 +24,8 @@ class Request:
     """Tokens that end the output, and are the last of it."""
     sampling: Sampling = GREEDY
     """How its tokens are chosen; they are the same wherever it runs."""
+    resumed: int = 0
+    """Tokens at the end of the prompt that an earlier part of the request generated: see ``after``."""
 
     def __post_init__(self) -> None:
         for name, kind in (("prompt", tuple), ("stop_tokens", frozenset)):
@@ -34,6 +36,8 @@ class Request:
             object.__setattr__(self, name, tokens)
         if not isinstance(self.sampling, Sampling):
             raise ConfigError(f"request {self.id!r}: sampling={self.sampling!r}; allowed: a Sampling")
+        if self.resumed and not 0 <= self.resumed < len(self.prompt):
+            raise ConfigError(f"request {self.id!r}: resumed={self.resumed}; allowed: 0 to all of the prompt but a token")
 
     def after(self, tokens: Iterable[int]) -> Request:
         """The request that goes on where this one stopped after the new tokens ``tokens``.
@@ -41,7 +45,12 @@ class Request:
         They count as prompt, so the tokens to come keep their positions, and with them their random numbers.
         """
         done = tuple(tokens)
-        return replace(self, prompt=self.prompt + done, max_new_tokens=self.max_new_tokens - len(done))
+        return replace(
+            self,
+            prompt=self.prompt + done,
+            max_new_tokens=self.max_new_tokens - len(done),
+            resumed=self.resumed + len(done),
+        )
 
 
 @dataclass(frozen=True)
@@ -84,14 +93,19 @@ class Batcher(Protocol):
     def prepare(self) -> bool:
         """Put together the next step; False if there is nothing to do.
 
-        Until that step succeeded, further calls change nothing and return True.
+        Until ``step`` has returned, further calls change nothing and return True.
         """
 
     def step(self) -> None:
         """Run the model once, over what was prepared.
 
+        If that fails by itself, nothing is raised: the next steps do it again with fewer requests each, and a request that
+        fails alone ends with reason "error". The same goes for logits that are NaN or infinite.
+
         Raises:
-            Exception: whatever the forward pass raised. Nothing counts then: calling again does the same again.
+            PeerLost: nothing counts, and calling again does the same again.
+            StepFailed: as if a peer was lost; it was this rank that broke the group.
+            Exception: an error that says nothing of requests: of files, settings or the device.
         """
 
     def outputs(self) -> list[Output]:

@@ -17,23 +17,26 @@ from epslots.generation.sampling import Sampling, uniform_numbers
 # Drawing takes up to 50 bytes for each logit, so 200 MB for this many at a time; or what a single row takes.
 PART_LOGITS = 2**22
 
+NO_TOKEN = -1
+
 _TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def next_tokens(logits_NV: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
-    """The token that follows each row of logits, int64 [N]. The one place where tokens are chosen.
+    """The token that follows each row of logits, int64 [N]; -1 = it has none. The one place where tokens are chosen.
 
-    No row's token depends on the other rows.
+    No row's token depends on the other rows. A row has none if one of its logits is NaN, or the largest is infinite.
 
     Args:
         logits_NV: fp32 [N, V], of the last token of N sequences.
         samplings: how each row's token is chosen.
         positions: index of each new token in its whole sequence, the prompt included.
     """
-    chosen_N = logits_NV.argmax(dim=-1)
+    most_N, chosen_N = logits_NV.max(dim=-1)  # which is NaN if any is
+    finite_N = most_N.isfinite()
     drawing = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if not drawing:
-        return chosen_N
+        return chosen_N.masked_fill_(~finite_N, NO_TOKEN)
     vocabulary = logits_NV.shape[1]
     drawn = [samplings[row] for row in drawing]
     numbers = uniform_numbers([sampling.seed for sampling in drawn], [positions[row] for row in drawing])
@@ -46,7 +49,7 @@ def next_tokens(logits_NV: torch.Tensor, samplings: Sequence[Sampling], position
     for part_5R in settings_5R.split(max(1, PART_LOGITS // vocabulary), dim=1):
         rows_R = part_5R[0].long()
         chosen_N.index_copy_(0, rows_R, _draw(logits_NV[rows_R], part_5R[1:, :, None], filters))
-    return chosen_N
+    return chosen_N.masked_fill_(~finite_N, NO_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def _draw(logits_RV: torch.Tensor, settings_4R1: torch.Tensor, filters: _Filters
     ends_RV.masked_fill_(weights_RV == 0, -1)
     # Below the last end: what is 1 - 2**-53 at most times a float64 is never rounded up to that.
     point_R1 = number_R1 * ends_RV.amax(dim=-1, keepdim=True)
-    return (ends_RV > point_R1).byte().argmax(dim=-1)  # the first; if logits are NaN, token 0
+    return (ends_RV > point_R1).byte().argmax(dim=-1)  # the first; if logits are NaN, any
 
 
 def _floor(

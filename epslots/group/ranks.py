@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from torch import nn
 
-from epslots.errors import GroupError, PeerLost
+from epslots.errors import GroupError, PeerLost, StepFailed
 from epslots.group.link_speed import largest, measure_alone, measure_costs
 from epslots.group.rank_group import RankGroup, enter, group_of
 from epslots.group.rank_hello import Hello, agree_on_placement, encode, exchange_hellos, greet, settings_of
@@ -28,6 +28,7 @@ from epslots.runtime import Runtime, runtime_of
 from epslots.step.costs import Costs
 from epslots.step.eviction import IntArray
 from epslots.step.serving import HostShare
+from epslots.transport.lockstep import LockStep
 from epslots.transport.transport import Transport
 
 # What each rank fetches in a step towards a placement that it was started with, until told otherwise.
@@ -198,7 +199,7 @@ def ranks_here(transport: Transport) -> int:
 
 
 def _step_with_every_pass(model: nn.Module) -> None:
-    """Make every forward pass of the model a step of all ranks, which ends for all if it fails on one."""
+    """Make every forward pass of the model a step of all ranks; what becomes of it if it fails on one, ``_fail`` decides."""
     trunk = _trunk(model)
     forward = trunk.forward
 
@@ -213,11 +214,28 @@ def _step_with_every_pass(model: nn.Module) -> None:
         except GroupError:
             raise  # all ranks know
         except BaseException as error:
-            group.lockstep.fail(error)
+            _fail(group.lockstep, error)
             raise
         return output
 
     setattr(trunk, "forward", step)  # noqa: B010 - a method to mypy
+
+
+def _fail(lockstep: LockStep, error: BaseException) -> None:
+    """This rank's forward pass has failed: complete the step without its tokens if that was asked for, or end it for all.
+
+    Raises:
+        StepFailed: it was to be completed, and can't be.
+        PeerLost: a rank is gone, too.
+    """
+    completes = lockstep.completes and isinstance(error, Exception)
+    if completes and not lockstep.exchanging:
+        lockstep.end()
+        return
+    lockstep.fail(error)
+    if completes:
+        what = f"this rank failed in a step: {type(error).__name__}: {error}"
+        raise StepFailed(what, computing=lockstep.computing) from error
 
 
 def _trunk(model: nn.Module) -> nn.Module:

@@ -212,10 +212,27 @@ class MoELayer:
         """This rank's part of all ranks' step: each of its pairs' results, [N, H]."""
         shared, experts = self._shared, self.experts
         assert shared is not None
+        lockstep.take_part(self.index)
         if shared.complete:
             experts.land()
             self._telemetry.count_resident(self.index, counts)
             return experts.execute(hidden_TH, ids_N)
+        lockstep.exchanging = True
+        pairs_NH = self._exchange(hidden_TH, ids_N, counts, usage, lockstep, shared)
+        lockstep.exchanging = False
+        return pairs_NH
+
+    def _exchange(
+        self,
+        hidden_TH: torch.Tensor,
+        ids_N: torch.Tensor,
+        counts: torch.Tensor,
+        usage: torch.Tensor | None,
+        lockstep: LockStep,
+        shared: SharedLayer,
+    ) -> torch.Tensor:
+        """``_step_together`` where experts are missing somewhere."""
+        experts = self.experts
         top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0
         began = time.perf_counter()
         all_ranks = lockstep.gather_counts(self.index, counts, top_k, shared.digest, usage, busy=experts.link_is_busy)
@@ -246,9 +263,11 @@ class MoELayer:
         rows_TH = hidden_TH.to(experts.dtype)
         arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
         self._telemetry.count(self.index, pairs_sent=plan.sent, pairs_received=plan.received)
+        lockstep.computing = True
         on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
-        results_MH = self._compute(arrived, slots_E, waves, begun, on_host)
-        pairs_NH = arrived.give_back(experts.finish_on_host(on_host, results_MH))
+        results_MH = experts.finish_on_host(on_host, self._compute(arrived, slots_E, waves, begun, on_host))
+        lockstep.computing = False
+        pairs_NH = arrived.give_back(results_MH)
         if plan.move is not None:
             experts.move(plan.move, agreed=agreed)
         return pairs_NH

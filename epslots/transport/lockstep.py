@@ -13,7 +13,8 @@ that always match in size, before a byte of anything else moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,11 @@ class LockStep:
     Attributes:
         header: what all ranks said before the latest step.
         stopping: set it to tell the others, with the next step's header, that this rank wants to stop.
+        steps: steps that this rank has begun.
+        exchanging: set from the header's exchange to its end, and from a layer's first exchange to its last: the others wait
+            for this rank. It stays set where that fails.
+        computing: set while it computes in between; likewise.
+        completes: whether a step in which this rank fails elsewhere is completed without its tokens: see ``completing``.
         placement: set it to tell them of the newest placement's generation that has come to this rank.
 
     Args:
@@ -102,7 +108,8 @@ class LockStep:
         head = torch.zeros(_PREFIX + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
         self._head = self._row[: len(head)] if transport.device.type == "cpu" else head
         self._words_of_head = self._head.numpy()
-        self._step = 0
+        self.steps = 0
+        self.exchanging = self.computing = self.completes = False
         self._layer: int | None = None
         self.stopping = False
         self.placement = 0
@@ -111,7 +118,7 @@ class LockStep:
     @property
     def agreed(self) -> bool:
         """Whether sizes that ranks derive from the same plan go unchecked: from the second step of a generation on."""
-        return self._step > 1
+        return self.steps > 1
 
     def begin(self, *, work: bool = True) -> Header:
         """Exchange the header of the next step, which stays in ``header``.
@@ -121,8 +128,8 @@ class LockStep:
             ExchangeError: a rank is elsewhere, or holds another residency table.
             PeerLost: a rank is gone.
         """
-        self._step = (self._step + 1) % _STEP_LIMIT
-        self._layer = 0
+        self.steps += 1
+        self._layer, self.exchanging, self.computing = 0, True, False
         said = self.transport.generation, self._digest(), int(work), int(self.stopping), self.placement
         mine = np.array(said, np.int64)
         self._words_of_head[_PREFIX:] = mine.view(np.int32)
@@ -139,6 +146,7 @@ class LockStep:
         self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()), placement=int(words[:, 4].min()))
         if self.header.work:
             self._on_header(self.header)
+        self.exchanging = False
         return self.header
 
     def arrive(self, layer: int) -> None:
@@ -150,7 +158,10 @@ class LockStep:
             )
         while self._layer < layer:
             self._pass()
-        self._layer += 1
+
+    def take_part(self, layer: int) -> None:
+        """Called as a layer begins to deal with all ranks, with tokens or without."""
+        self._layer = layer + 1
 
     def end(self) -> None:
         """Called after the model's forward pass: takes part in the layers that are left."""
@@ -158,9 +169,23 @@ class LockStep:
             self._pass()
         self._layer = None
 
-    def idle_step(self) -> Header:
+    @contextmanager
+    def completing(self) -> Iterator[None]:
+        """Inside, a forward pass that fails between exchanges costs the others nothing: the rank goes on without tokens.
+
+        For a caller that makes one step here whatever happens, and goes on making steps.
+        """
+        before, self.completes = self.steps, True
+        try:
+            yield
+            if self.steps == before:  # it failed before it began the step that the others are in
+                self.idle_step(work=True)
+        finally:
+            self.completes = False
+
+    def idle_step(self, *, work: bool = False) -> Header:
         """A step without tokens; or no step at all, if no rank has work."""
-        header = self.begin(work=False)
+        header = self.begin(work=work)
         if header.work:
             self.end()
         else:
@@ -205,12 +230,13 @@ class LockStep:
 
     def _pass(self) -> None:
         assert self._layer is not None
-        layer, self._layer = self._layer, self._layer + 1
+        layer = self._layer
         self._idle_layers[layer]()
+        assert self._layer == layer + 1, "an idle layer takes part"
 
     def _gather(self, kind: int, top_k: int, guard: int, words: int, *, busy: bool = False) -> NDArray[np.int32]:
         """All ranks' rows; the first ``words`` of this rank's come from the host."""
-        self._words_of_head[:_PREFIX] = kind, self._step, self._model, guard, top_k, busy
+        self._words_of_head[:_PREFIX] = kind, self.steps % _STEP_LIMIT, self._model, guard, top_k, busy
         if self._row.device.type != "cpu":
             self._row[:words].copy_(self._head[:words], non_blocking=True)
         rows: NDArray[np.int32] = self.transport.to_host(self.transport.all_gather(self._row))

@@ -20,6 +20,7 @@ from tests import zoo
 from tests.cluster.clock_loop import clock_loops
 from tests.cluster.fake_fleet import LOADING, FakeFleet, Fault, one_load_at_a_time
 from tests.grouped import TOKENS_TRAVEL
+from tests.guilt import WAYS, Guilt, error_of
 from tests.rank_helpers import PATIENCE_S
 from tests.test_load_equal import greedy_rows
 
@@ -91,6 +92,29 @@ def test_every_token_is_the_models_own(open_cluster: Any, folder: Path, ranks: i
     placement = cluster.placement()
     assert len(placement.ranks) == ranks
     assert all(set(layer.home) <= set(range(ranks)) for layer in placement.layers)
+
+
+@pytest.mark.parametrize("way", ["nan", "RuntimeError"])
+def test_a_request_that_the_model_fails_with_ends_no_rank(open_cluster: Any, folder: Path, way: str):
+    """It costs itself an error, and not even an epoch."""
+    cluster, fleet = open_cluster(2)
+    right = expected(folder, PROMPTS, 12)
+    token = next(t for t in range(16, zoo.VOCAB) if not any(t in (*p, *r) for p, r in zip(PROMPTS, right, strict=True)))
+    for worker in fleet.workers.values():
+        assert worker.loop._engine is not None
+        Guilt(worker.loop._engine.model, token, 1, WAYS[way]())
+    guilty = [[*PROMPTS[0], token], [token, *PROMPTS[1]], [token]]
+    mixed = [prompt for pair in zip(guilty, PROMPTS, strict=False) for prompt in pair] + PROMPTS[len(guilty) :]
+    found = {result.index: result for result in cluster.generate(mixed, max_new_tokens=12, stop_tokens=())}
+    for index, prompt in enumerate(mixed):
+        if token in prompt:
+            assert (found[index].reason, found[index].tokens) == ("error", ())
+            assert error_of(way) in str(found[index].error)
+        else:
+            assert found[index].tokens == right[PROMPTS.index(prompt)]
+    assert cluster.stats().generation == 0
+    assert fleet.hired == 2
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == right
 
 
 FAULTS: tuple[Fault, ...] = ("crash", "vanish", "freeze", "raise")

@@ -1,0 +1,62 @@
+"""Switches off what a configuration asks a model to return besides logits: a batch of requests has no use for it.
+
+Fine-tuned checkpoints often keep such flags (``output_router_logits``, say): of a packed batch transformers can't compute what
+they ask for, and hidden states or attentions of all layers would be memory that no plan knows of.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+# How transformers names a configuration's flag, and a forward pass's argument, that asks for one more output.
+_PREFIX = "output_"
+
+
+class PlainOutputs:
+    """The flags of one model's configuration that ask for more than logits, as they were when this was made.
+
+    Outside of ``off`` the configuration is as the checkpoint has it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        configs = _all_configs(model.config)
+        names = sorted(_flags(model))
+        asked = [(config, name, getattr(config, name, None)) for config in configs for name in names]
+        self._on = [(c, n, value) for c, n, value in asked if value is not None and value is not False]
+        self._on += [(c, "return_dict", value) for c in configs if (value := getattr(c, "return_dict", True)) is not True]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, a forward pass returns an output object with logits, and nothing that has to be asked for."""
+        for config, name, _ in self._on:
+            setattr(config, name, name == "return_dict")
+        try:
+            yield
+        finally:
+            for config, name, value in self._on:
+                # The property refuses to be set again where the attention's implementation has changed.
+                setattr(config, "_output_attentions" if name == "output_attentions" else name, value)
+
+
+def _all_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """A configuration and those inside of it."""
+    found = [config]
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if isinstance(inner, PretrainedConfig):
+            found += _all_configs(inner)
+    return found
+
+
+def _flags(model: PreTrainedModel) -> set[str]:
+    """What modules take from the configuration unless a call says otherwise."""
+    found = set()
+    for module in model.modules():
+        found |= {name for name in inspect.signature(module.forward).parameters if name.startswith(_PREFIX)}
+        # Asked for as output_{key}, with a default from the configuration: transformers' capture_outputs.
+        found |= {f"{_PREFIX}{key}" for key in getattr(module, "_can_record_outputs", None) or ()}
+    return found

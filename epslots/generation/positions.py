@@ -1,0 +1,73 @@
+"""Whether a model's positions depend on how long a batch's longest sequence is; and how they are made to forget it.
+
+Some rotary embeddings choose their frequencies, or a scale, by the largest position of the forward pass (transformers'
+``longrope`` and ``dynamic``, and phimoe's own scale). A request would get other tokens beside a longer one, or with its prompt
+cut in chunks. Which do is found out by asking them: positions alone, then beside a far one.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Farther than any context: every threshold lies between the two.
+_FAR = 2**30
+_NEAR = 4
+
+
+def depends_on_length(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's rotary embeddings that give a position other angles beside a far one."""
+    return [module for module in _rotaries(model) if _depends(module, model.device)]
+
+
+def forget_length(rotaries: Sequence[nn.Module], model: PreTrainedModel) -> None:
+    """Bring rotary embeddings back to what they are for a short sequence, whatever they have seen."""
+    for module in rotaries:
+        for kind in _kinds(module):
+            _angles(module, torch.zeros(1, 1, dtype=torch.int64, device=model.device), kind)
+
+
+def _rotaries(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules that turn positions into angles: they hold frequencies, and are given positions."""
+    return [
+        module
+        for module in model.get_decoder().modules()
+        if any("inv_freq" in name for name in (*module._buffers, *vars(module)))
+        and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+
+
+def _depends(module: nn.Module, device: torch.device) -> bool:
+    near = torch.arange(_NEAR + 1, device=device)[None]
+    far = near.clone()
+    far[0, -1] = _FAR
+    for kind in _kinds(module):
+        probe = copy.deepcopy(module)  # asking may change it
+        # Of the same shape, so that both are computed alike to the last bit.
+        alone, beside = ([part[..., :_NEAR, :] for part in _angles(probe, positions, kind)] for positions in (near, far))
+        if not all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True)):
+            return True
+    return False
+
+
+def _kinds(module: nn.Module) -> list[str | None]:
+    """The layer types for which a rotary embedding has frequencies of their own; None = one for all."""
+    kinds = getattr(module, "rope_type", None)
+    return list(kinds) if isinstance(kinds, dict) else [None]
+
+
+@torch.no_grad()
+def _angles(module: nn.Module, positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines [..., T, any] of positions [1, T]."""
+    like = torch.zeros(1, device=positions.device)  # asked for its dtype and device
+    kinds = {} if kind is None else {"layer_type": kind}
+    try:
+        found = module(like, position_ids=positions, **kinds)
+    except (ValueError, RuntimeError, IndexError):  # with an axis for each of time, height and width
+        found = module(like, position_ids=positions.expand(3, *positions.shape), **kinds)
+    return found if isinstance(found, tuple) else (found,)
