@@ -232,7 +232,8 @@ class FakeFleet:
         """Why the next attempts to reopen it fail."""
         self.reopened: list[int] = []
         """With how many seats."""
-        self.losses: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._losses: asyncio.Queue[str] = asyncio.Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.workers: dict[int, FakeWorker] = {}
         self.faults_done: list[tuple[int, Fault]] = []
         self.seats = 0
@@ -266,6 +267,7 @@ class FakeFleet:
         return self.controllers[-1]
 
     async def open(self, ranks: int | None) -> int:
+        self._loop = asyncio.get_running_loop()
         await self.resize(ranks or 1)
         return self.seats
 
@@ -288,10 +290,11 @@ class FakeFleet:
 
     def lose(self, reason: str) -> None:
         """End all workers, controllers and seats at once."""
-        self.losses.put(reason)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._losses.put_nowait, reason)
 
     async def lost(self) -> str:
-        reason = await asyncio.to_thread(self.losses.get)
+        reason = await self._losses.get()
         self.seats = 0
         for worker in self.workers.values():
             worker._die(known=False)
