@@ -69,6 +69,8 @@ class Cluster:
         costs: as in ``epslots.load``.
         deadline_s: seconds that one operation between ranks may take before they give each other up.
         silence_s: seconds in which a rank must answer while there is work; it is replaced otherwise.
+        give_up_after_s: seconds after which a rank that can't be replaced, or a Ray that doesn't come back, is given up; with
+            the last rank the cluster ends. None = it is tried without an end, twice a minute.
         progress: show how the start goes; None = if standard error is a terminal.
         placement: a file (of ``epslots placement plan``) that says where experts are to live at first, for as many ranks and
             slots.
@@ -105,6 +107,7 @@ class Cluster:
         costs: Costs | None = None,
         deadline_s: float = 60.0,
         silence_s: float = 10.0,
+        give_up_after_s: float | None = None,
         progress: bool | None = None,
         placement: str | os.PathLike[str] | None = None,
         link: str | None = None,
@@ -131,8 +134,9 @@ class Cluster:
         for name, number in (("kv_tokens", kv_tokens), ("max_batch_tokens", max_batch_tokens), ("max_queue", max_queue)):
             _check_count(name, number)
         for name, seconds in (("deadline_s", deadline_s), ("silence_s", silence_s)):
-            if not isinstance(seconds, int | float) or not 0 < seconds <= _MOST_S:
-                raise ConfigError(f"{name}={seconds!r}; allowed: seconds, more than 0, at most {_MOST_S}")
+            _check_seconds(name, seconds)
+        if give_up_after_s is not None:
+            _check_seconds("give_up_after_s", give_up_after_s)
         if ranks is not None:
             _check_count("ranks", ranks)
         if window_steps != 0:
@@ -172,7 +176,7 @@ class Cluster:
                 host_compute=host_compute,
             ),
             costs=costs,
-            deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s),
+            deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s, give_up_s=give_up_after_s),
             display=StartDisplay(progress),
             make_dispatcher=lambda send: Dispatcher(send, lambda: self.tokenizer),
             placement=first,
@@ -284,7 +288,8 @@ class Cluster:
             total = sum_over_ranks([rank.stats for rank in ranks])
             steering = self._supervisor.steering
             controller = None if steering is None else steering.stats()
-            return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total, controller)
+            missing = self._supervisor.staffing.missing()
+            return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total, controller, missing)
 
         return self._thread.call(ask())
 
@@ -380,6 +385,11 @@ class Cluster:
 def _check_count(name: str, given: object) -> None:
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise ConfigError(f"{name}={given!r}; allowed: an int, at least 1")
+
+
+def _check_seconds(name: str, given: object) -> None:
+    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given <= _MOST_S:
+        raise ConfigError(f"{name}={given!r}; allowed: seconds, more than 0, at most {_MOST_S}")
 
 
 def _first_placement(file: str | os.PathLike[str], ranks: int | None) -> bytes:

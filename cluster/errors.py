@@ -29,4 +29,15 @@ class Overloaded(ClusterError):
 
 
 class RankFailed(ClusterError):
-    """A rank failed by itself; the message names the rank, its node and its error."""
+    """A rank failed by itself; the message names the rank, its node and its error.
+
+    Attributes:
+        kind: the error's type; empty if the rank couldn't say.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])

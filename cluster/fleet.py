@@ -98,6 +98,19 @@ class Fleet(Protocol):
     async def neighbours(self, seat: int) -> int:
         """How many seats the node of this one has, itself included: they share the node's RAM."""
 
+    async def lost(self) -> str:
+        """Wait until all workers, the controller and the seats are gone at once, by no act of ours; returns why, for people.
+
+        For ever, if that doesn't happen. From the moment when it returns nothing works but ``reopen`` and ``close``.
+        """
+
+    async def reopen(self, ranks: int) -> None:
+        """After ``lost``: wait until seats can be had again, and reserve as many, from 0 on.
+
+        Raises:
+            ClusterError: that failed; it may be called again.
+        """
+
     async def rendezvous(self) -> tuple[str, int]:
         """Host and port of the store where ranks meet, which lives in no rank; a new one if the last has died."""
 

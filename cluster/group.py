@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
@@ -20,14 +21,17 @@ from cluster.fleet import Fleet, WorkerDied
 from cluster.ledger import Room
 from cluster.loop_thread import Pulse
 from cluster.messages import Command, Form, Ping, decode_answer, encode
+from cluster.retries import Pace, Retries
 from cluster.workers import Deadlines, State, Worker
 from epslots.loading import LOAD_DEADLINE_S
+from epslots.placement.placement import unpack
 from epslots.step.costs import Costs
 
 logger = logging.getLogger("epslots.cluster")
 
 MOST_FAILURES = 5  # in a row
 _SECOND_LOOK_S = 0.1
+_PACE = Pace(first_s=0.2, most_s=5.0)
 
 
 class Crew(Protocol):
@@ -53,12 +57,14 @@ class Group:
 
     Args:
         workers: all that there are, by seat; changed by the crew.
-        placement: what the first group begins with; later ones carry theirs over.
+        placement: what the first group begins with.
 
     Attributes:
+        placement: what ranks begin with that have all just started; ranks that have served carry theirs over themselves.
         generation: number of the group; -1 before the first.
         formed: whether it stands.
         serving: how many ranks do; for any thread.
+        stood: whether a group has ever formed.
         least: how many ranks must be there before a group is formed.
         breaks: groups in a row that broke without a token, and without a rank lost; set to 0 when either comes.
     """
@@ -78,9 +84,10 @@ class Group:
     ) -> None:
         self._crew, self._workers, self._fleet, self._dispatcher = crew, workers, fleet, dispatcher
         self._kv_tokens, self._costs, self._deadlines, self._pulse = kv_tokens, costs, deadlines, pulse
-        self._placement = placement
+        self.placement = placement
         self.generation = -1
         self.formed = False
+        self.stood = False
         self.serving = 0
         self.least = 1
         self.breaks = 0
@@ -116,8 +123,11 @@ class Group:
         return len(candidates) >= self.least
 
     async def keep_formed(self) -> None:
-        """Form a group whenever the last is broken or somebody is ready."""
-        failures = 0
+        """Form a group whenever the last is broken or somebody is ready.
+
+        At the start, ranks that can't form one end it. Later the reason may pass, as a full disk does or a network's trouble.
+        """
+        retries = Retries(_PACE, self._deadlines.give_up_s)
         while self._crew.failure is None:
             await self._pulse.until(self._should_form)
             if self.breaks > 1:
@@ -129,15 +139,22 @@ class Group:
             if not self._should_form():
                 continue
             cause = await self._form()
-            failures = 0 if cause is None else failures + 1
-            if failures == MOST_FAILURES:
+            if cause is None:
+                retries.reset()
+                continue
+            verdict = retries.failed(time.monotonic())
+            if verdict.give_up or (retries.failures == MOST_FAILURES and not self.stood):
                 places = ", ".join(sorted(worker.handle.where for worker in self._candidates()))
                 self._crew.give_up(
                     ClusterError(
-                        f"the ranks could not form a group, {failures} times in a row; the last time: {cause}. They must "
-                        f"reach each other over TCP, on any port: see firewalls and addresses of {places or 'all nodes'}"
+                        f"the ranks could not form a group, {retries.failures} times in a row; the last time: {cause}. They "
+                        f"must reach each other over TCP, on any port: see firewalls and addresses of {places or 'all nodes'}"
                     )
                 )
+            elif self.stood:
+                if verdict.tell and retries.failures > 1:
+                    logger.warning("the ranks can't form a group (failures in a row: %d): %s", retries.failures, cause)
+                await asyncio.sleep(verdict.wait_s)
 
     async def _form(self) -> str | None:
         """Form the next generation, of all candidates; returns what went wrong, if anything did."""
@@ -154,6 +171,7 @@ class Group:
         self._dispatcher.begin(self.generation)
         generation, deadlines = self.generation, self._deadlines
         fresh = all(worker.state is State.READY for worker in members)
+        placement = self._first_placement(len(members)) if fresh or not self.stood else None
         for rank, worker in enumerate(members):
             worker.rank, worker.state = rank, State.MEMBER
             form = Form(
@@ -166,7 +184,7 @@ class Group:
                 deadline_s=deadlines.operation_s,
                 fresh=fresh,
                 costs=self._costs,
-                placement=self._placement,
+                placement=placement,
             )
             self._crew.send(worker, form)
         in_time = await self._pulse.until(
@@ -181,16 +199,26 @@ class Group:
             if self._broken_in_step:
                 return None  # it had formed, and broke for another reason
             self._drop_newcomers(members, self._broken_by)
+            if self.stood:
+                self.placement = None  # it may be the reason; it is only a hint
             return self._broken_by
-        self.formed = True
+        self.formed = self.stood = True
         self.serving = len(members)
         logger.info("generation %d: %d ranks serve", generation, len(members))
         rooms: dict[Hashable, Room] = {w: Room(self._kv_tokens, w.loaded.batches) for w in members if w.loaded is not None}
         self._dispatcher.serve(rooms)
-        self._placement = None
         self._crew.stands()
         self._pulse.beat()
         return None
+
+    def _first_placement(self, ranks: int) -> bytes | None:
+        """What these ranks begin with; None for experts as they are dealt.
+
+        If all ranks are replaced at once, that is the placement that the last group followed, where it is for as many.
+        """
+        if self.placement is None or (self.stood and unpack(self.placement).ranks != ranks):
+            return None
+        return self.placement
 
     def _drop_newcomers(self, members: Sequence[Worker], cause: str) -> None:
         """A group didn't form though nobody is lost: if some of it stood together before, the others are the likely reason."""

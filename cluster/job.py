@@ -88,6 +88,10 @@ def job(
     deadline_s: Annotated[
         float, typer.Option(help="Seconds that one operation between ranks may take before they give each other up.")
     ] = 60.0,
+    give_up_after_s: Annotated[
+        Optional[float],
+        typer.Option(help="Seconds after which a rank that can't be replaced is given up. Default: never, it is tried again."),
+    ] = None,
 ) -> None:
     """Continue the prompts of a file, on the ranks of a Ray cluster.
 
@@ -168,6 +172,7 @@ def job(
             host_compute=host_compute,
             window_steps=window_steps,
             deadline_s=deadline_s,
+            give_up_after_s=give_up_after_s,
         )
 
     raise typer.Exit(run_job(what, open_cluster))

@@ -1,48 +1,81 @@
 """This process's connection to Ray: to one that runs, or to one of its own, which is started quietly and ends without a trace.
 
-Ray has one connection per process, and so all fleets of the process share it; the last to leave ends it.
+Ray has one connection per process, and so all fleets of the process share it; the last to leave ends it. A Ray that ends by
+itself is started or joined again, until then:
+
+    life -> a process of Ray has ended -> ``lost`` -> what is left is ended -> start or join, again and again -> the next life
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
+import json
 import logging
-import shutil
-import tempfile
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
 import ray._private.worker as ray_worker
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
 from cluster.errors import ClusterError
-from cluster.ray_address import START, check_address, find_running
+from cluster.ray_address import START, HeadWatch, check_address, find_running
+from cluster.ray_processes import end, own_folder, protect_token, started_since, users_of, watch_joined, watch_own
+from cluster.retries import Pace, Retries
+
+logger = logging.getLogger("epslots.cluster")
 
 SEAT = "epslots_seat"
 """A resource of a Ray of our own, of which there is plenty: its seats are limited by GPUs, or by nothing."""
 
 _SEATS = 100_000
 _STORE_BYTES = 80 * 2**20  # little more than Ray's least: messages are small
+# Ray ends a process that hasn't reached the cluster's head for a minute, and raises nothing. We say what is wrong, and go on.
+_PATIENCE_NAME, _PATIENCE_S = "gcs_rpc_server_reconnect_timeout_s", 10 * 365 * 86400
 _SETTINGS = {
     "enable_metrics_collection": False,
     # Processes that were started beforehand and aren't needed end; Ray would keep as many as there are CPUs.
     "num_workers_soft_limit": 0,
     "idle_worker_killing_time_threshold_ms": 10_000,
+    _PATIENCE_NAME: _PATIENCE_S,
 }
-_END_S = 3.0
+_SHUTDOWN_S = 20.0
 _LAST_END_S = 30.0
-_PREFIX = "epslots-ray-"
-_LONGEST_ROOT = 16  # with what Ray appends, the paths of its sockets stay below the system's limit of 107
+_LOOK_EVERY_S = 0.5  # at Ray's processes
+_NOTICE_S = 0.2  # from saying that Ray is lost until it is shut down: who has just begun to use it is done by then
+_PACE = Pace(first_s=1.0, most_s=30.0)
 
 _entering, _counting = threading.Lock(), threading.Lock()
 _connection: Connection | None = None
+
+
+_Ended = Callable[[], str]
+"""Says what has ended of a Ray, for people; empty if nothing has."""
+_There = tuple[AbstractContextManager[_Ended], _Ended]
+"""A Ray that was entered, and what watches it."""
+
+
+@dataclass(eq=False)
+class Life:
+    """A Ray, from its start to its end.
+
+    Attributes:
+        lost: done with the reason, for people, when it has ended by itself.
+        next: done with the life that follows.
+    """
+
+    lost: Future[str] = field(default_factory=Future)
+    next: Future[Life] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        for future in (self.lost, self.next):
+            future.set_running_or_notify_cancel()  # or who gives up waiting would cancel it for all
 
 
 @dataclass(eq=False)
@@ -52,12 +85,14 @@ class Connection:
     Attributes:
         address: what was asked for.
         own: it is a Ray of this process alone, on this machine.
+        life: the newest.
         end: the last user has left.
         ended: done when nothing of it is left.
     """
 
     address: str | None
     own: bool
+    life: Life = field(default_factory=Life)
     users: int = 1
     end: threading.Event = field(default_factory=threading.Event)
     ended: Future[None] = field(default_factory=Future)
@@ -131,25 +166,62 @@ class RayUse:
 
 
 def _keep(address: str | None, ranks: int, ready: Future[Connection]) -> None:
-    """A thread's life: connect, say so, wait for the end, disconnect."""
+    """A thread's life: connect, say so, see that Ray goes on, disconnect at the end."""
+
+    def connect() -> AbstractContextManager[_Ended]:
+        return _start(ranks) if address is None else _join(address)
+
     try:
-        connection, ray_there = _enter(address, ranks)
+        connection, there = _enter(address, connect)
     except BaseException as error:
         ready.set_exception(error)
         return
     ready.set_result(connection)
-    if ray_there is None:
+    if there is None:
         return
-    connection.end.wait()
     try:
-        ray_there.__exit__(None, None, None)
+        while there is not None:
+            reason = _watch(connection, there[1])
+            if reason:
+                connection.life.lost.set_result(reason)
+                time.sleep(_NOTICE_S)
+            there[0].__exit__(None, None, None)
+            there = _again(connection, connect) if reason else None
     except BaseException as error:
         connection.ended.set_exception(error)
     else:
         connection.ended.set_result(None)
 
 
-def _enter(address: str | None, ranks: int) -> tuple[Connection, Any]:
+def _watch(connection: Connection, ended: _Ended) -> str:
+    """Wait for the end; returns what has ended of Ray, or nothing if its last user has left."""
+    while not connection.end.wait(_LOOK_EVERY_S):
+        if reason := ended():
+            return reason
+    return ""
+
+
+def _again(connection: Connection, connect: Callable[[], AbstractContextManager[_Ended]]) -> _There | None:
+    """Start or join Ray again, however often that fails; None if its last user has left meanwhile."""
+    retries = Retries(_PACE)
+    while not connection.end.is_set():
+        try:
+            with _entering:
+                entered = connect()
+                there = entered, entered.__enter__()
+        except Exception as error:
+            verdict = retries.failed(time.monotonic())
+            if verdict.tell:
+                logger.warning("Ray is not there again: %s. It is tried without an end", error)
+            connection.end.wait(verdict.wait_s)
+        else:
+            before, connection.life = connection.life, Life()
+            before.next.set_result(connection.life)
+            return there
+    return None
+
+
+def _enter(address: str | None, connect: Callable[[], AbstractContextManager[_Ended]]) -> tuple[Connection, _There | None]:
     """The connection, and what ends it; None if that is somebody else's to do."""
     global _connection
     with _entering:
@@ -159,6 +231,10 @@ def _enter(address: str | None, ranks: int) -> tuple[Connection, Any]:
             if shared is not None and there is not None and address in (None, shared.address, there):
                 shared.users += 1
                 return shared, None
+        if shared is not None and there is None:
+            raise ClusterError(
+                "the Ray of this process has ended, and is being started or joined again; try again in a minute"
+            )
         if shared is None and _connection is not None:
             if not wait([_connection.ended], _LAST_END_S).done:
                 raise ClusterError(
@@ -174,17 +250,22 @@ def _enter(address: str | None, ranks: int) -> tuple[Connection, Any]:
             _connection = Connection(address, own=False)
             _connection.ended.set_result(None)
             return _connection, None
-        ray_there = _start(ranks) if address is None else _join(address)
-        ray_there.__enter__()
+        entered = connect()
+        ended = entered.__enter__()
         _connection = Connection(address, own=address is None)
-        return _connection, ray_there
+        return _connection, (entered, ended)
 
 
 @contextmanager
-def _start(ranks: int) -> Iterator[None]:
-    """A Ray of our own."""
-    with _folder() as folder:
-        before = set(psutil.Process().children())
+def _start(ranks: int) -> Iterator[_Ended]:
+    """A Ray of our own; yields what says what has ended of it, if anything has."""
+    with own_folder() as folder:
+        protect_token()
+        before = psutil.Process().children()
+        # Before Ray does the same: it would read its settings again. Not by the environment, which its helpers would inherit:
+        # those whose driver was killed would never end.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        Config.initialize(json.dumps({_PATIENCE_NAME: _PATIENCE_S}))
         try:
             ray.init(
                 address="local",
@@ -201,23 +282,28 @@ def _start(ranks: int) -> Iterator[None]:
             ray.shutdown()
             raise ClusterError(f"a local Ray could not be started: {error}") from error
         with _silence():
+            watch = watch_own()
+
+            def ended() -> str:
+                reason = watch.ended()
+                return f"this process's own Ray has ended: {reason}" if reason else ""
+
             try:
-                yield
+                yield ended
             finally:
-                started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
-                started += [process for child in started for process in _descendants(child)]
-                try:
-                    ray.shutdown()
-                finally:
-                    _end(started)
+                started = started_since(before)
+                if watch.ended():
+                    started += users_of(folder)  # its node is no longer the parent of its processes
+                _shut_down(started)
 
 
 @contextmanager
-def _join(address: str) -> Iterator[None]:
-    """A running Ray."""
+def _join(address: str) -> Iterator[_Ended]:
+    """A running Ray; yields what says what has ended of it."""
     found = find_running(address)
     try:
-        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+        with _patience():
+            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         ray.shutdown()
         raise ClusterError(
@@ -228,9 +314,51 @@ def _join(address: str) -> Iterator[None]:
         try:
             if SEAT in ray.cluster_resources():
                 raise ClusterError(f"the Ray at {found} is another process's own, and will end with it; {START}")
-            yield
+            watch, head = watch_joined(), HeadWatch(found)
+
+            def ended() -> str:
+                head.look(time.monotonic())
+                if reason := watch.ended():
+                    return (
+                        f"the node of this process has left the Ray at {found}: {reason}. Ranks are started again when it is "
+                        f"back (`ray start --address={found}` here; or `ray start --head`, if the head is gone)"
+                    )
+                return ""
+
+            yield ended
         finally:
+            _shut_down([])
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Have this process outlive the head of a Ray that it joins now. That setting is read from the environment alone."""
+    name = f"RAY_{_PATIENCE_NAME}"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, str(_PATIENCE_S))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def _shut_down(processes: list[psutil.Process]) -> None:
+    """Disconnect, and see that processes have ended. Without a head, Ray takes some seconds for it."""
+    stopped: Future[None] = Future()
+
+    def stop() -> None:
+        try:
             ray.shutdown()
+        except BaseException as error:
+            stopped.set_exception(error)
+        else:
+            stopped.set_result(None)
+
+    threading.Thread(target=stop, name="epslots-ray-shutdown", daemon=True).start()
+    wait([stopped], _SHUTDOWN_S)
+    end(processes)
+    stopped.result()  # nothing that it could wait for is left
 
 
 @contextmanager
@@ -241,43 +369,3 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         ray_worker._worker_logs_enabled = before
-
-
-def _is_of_ray(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return str(Path(ray.__file__).parent) in " ".join(process.cmdline())
-    return False
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    with suppress(psutil.Error):
-        return list(process.children(recursive=True))
-    return []
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    """See that processes have ended. One that was stopped doesn't by itself."""
-    _, alive = psutil.wait_procs(processes, _END_S)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, _END_S)
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """A folder for Ray's sockets and logs. What a process that was killed has left is removed by the next one."""
-    root = Path(tempfile.gettempdir())
-    if len(str(root)) > _LONGEST_ROOT:
-        root = Path("/tmp")
-    for old in root.glob(f"{_PREFIX}*"):
-        with suppress(OSError), open(old / "lock", "rb") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-    try:
-        with open(folder / "lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder / "r"  # Ray lets everybody write to its folder; the one around it is ours
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

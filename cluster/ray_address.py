@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 
 import grpc
 import ray
@@ -16,7 +17,10 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from cluster.errors import ClusterError
 from epslots.errors import ConfigError
 
+logger = logging.getLogger("epslots.cluster")
+
 _PROBE_S = 5.0
+_HEAD_EVERY_S = 5.0
 
 START = "start one with `ray start --head`, or have a local one: give no address (a job: --address local)"
 TOKENS = (
@@ -57,9 +61,9 @@ def find_running(address: str) -> str:
 
 
 def _resolve(address: str) -> str:
-    logger = logging.getLogger("ray")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it would tell about tokens, and about other clusters, what nobody asked
+    rays = logging.getLogger("ray")
+    level = rays.level
+    rays.setLevel(logging.ERROR)  # it would tell about tokens, and about other clusters, what nobody asked
     asked_auto = address == "auto"
     if asked_auto:
         address = os.environ.get("RAY_ADDRESS", address)  # Ray tells a job by it which cluster it is in, of several here
@@ -70,7 +74,37 @@ def _resolve(address: str) -> str:
     except (ConnectionError, ValueError, OSError) as error:
         raise ClusterError(f"address={address!r}: no running Ray was found here; {START}") from error
     finally:
-        logger.setLevel(level)
+        rays.setLevel(level)
     if found is None:
         raise ClusterError(f"address={address!r}: no running Ray was found here; {START}")
     return found
+
+
+class HeadWatch:
+    """Whether the head of a Ray that isn't ours can be reached; says so in the log when that changes."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._next_s = 0.0
+        self._reached = True
+
+    def look(self, now_s: float) -> None:
+        """Look, if it is time to."""
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + _HEAD_EVERY_S
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_HEAD_EVERY_S).close()
+            reached = True
+        except OSError:
+            reached = False
+        if self._reached and not reached:
+            logger.warning(
+                "the head of the Ray at %s can't be reached. Ranks serve on, but none can be replaced. Ray ends its nodes, "
+                "and all ranks with them, if the head isn't back in a minute (its gcs_rpc_server_reconnect_timeout_s)",
+                self._address,
+            )
+        elif reached and not self._reached:
+            logger.warning("the head of the Ray at %s is back", self._address)
+        self._reached = reached

@@ -16,7 +16,7 @@ class RayController:
     """One actor. It is used from one asyncio loop."""
 
     def __init__(self, actor: ActorHandle) -> None:
-        self._actor = actor
+        self._actor: ActorHandle | None = actor
         self._place = ""
 
     async def greet(self, deadline_s: float) -> None:
@@ -25,6 +25,7 @@ class RayController:
         Raises:
             WorkerDied: it isn't, in time.
         """
+        assert self._actor is not None, "it is greeted once, at first"
         try:
             async with asyncio.timeout(deadline_s):
                 hello = await self._actor.hello.remote()
@@ -40,10 +41,17 @@ class RayController:
         return self._place
 
     async def call(self, message: bytes) -> bytes:
+        if self._actor is None:
+            raise WorkerDied("its Ray has ended")
         try:
             return await self._actor.call.remote(message)
         except RayError as error:
             raise WorkerDied(reason_of(error)) from error
 
     def kill(self) -> None:
-        kill(self._actor)
+        if self._actor is not None:
+            kill(self._actor)
+
+    def forget(self) -> None:
+        """Its Ray is gone, and the actor with it: Ray must not be asked about it any more."""
+        self._actor = None

@@ -15,7 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller_actor import ControllerActor
 from cluster.errors import ClusterError
-from cluster.local_ray import SEAT, Connection, RayUse
+from cluster.local_ray import SEAT, Connection, Life, RayUse
+from cluster.ray_calls import ask
 from cluster.ray_controller import RayController
 from cluster.ray_nodes import need_of_seat, read_nodes
 from cluster.ray_seats import Seats
@@ -33,7 +34,7 @@ _LOOK_EVERY_S = 1.0  # whether the node of one that is being hired is still ther
 _STORE_START_S = 60.0
 _STORE_ANSWER_S = 2.0
 _START_S = 30.0  # for a Ray that is still being started when the fleet is closed
-_END_S = 10.0
+_END_S = 20.0  # without a head, Ray takes some seconds
 
 _worker_class = ray.remote(
     concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0, enable_task_events=False
@@ -68,6 +69,7 @@ class RayFleet:
         self._loop, self._place_s = loop, place_s
         self._use: RayUse | None = None
         self._connection: Connection | None = None
+        self._life: Life | None = None
         self._need: dict[str, float] = {}
         self._seats = Seats({}, strategy, None, place_s)
         self._workers: WeakSet[RayWorker] = WeakSet()
@@ -78,7 +80,13 @@ class RayFleet:
     async def open(self, ranks: int | None) -> int:
         self._use = RayUse(self._address, ranks or 1)
         self._connection = await self._use.joined()
-        nodes = await asyncio.to_thread(read_nodes)
+        self._life = self._connection.life
+        return await self._reserve(ranks)
+
+    async def _reserve(self, ranks: int | None) -> int:
+        """Reserve all seats, on the nodes that there are; returns how many."""
+        assert self._connection is not None
+        nodes = await ask(read_nodes)
         self._need = need_of_seat(nodes, self._device)
         if ranks is None:
             ranks = int(sum(node.total.get("GPU", 0) for node in nodes)) if "GPU" in self._need else 1
@@ -88,6 +96,24 @@ class RayFleet:
         await self._seats.add(ranks)
         self._start_store()
         return ranks
+
+    async def lost(self) -> str:
+        assert self._life is not None, "it is open"
+        reason = await asyncio.wrap_future(self._life.lost)
+        for worker in self._workers:
+            worker.forget()
+        for controller in self._controllers:
+            controller.forget()
+        self._workers.clear()
+        self._controllers.clear()
+        self._store = None
+        return reason
+
+    async def reopen(self, ranks: int) -> None:
+        assert self._life is not None, "it is open"
+        while self._life.lost.done():
+            self._life = await asyncio.wrap_future(self._life.next)
+        await self._reserve(ranks)
 
     async def resize(self, ranks: int) -> None:
         if ranks > len(self._seats):
@@ -101,12 +127,14 @@ class RayFleet:
 
     async def hire(self, seat: int) -> RayWorker:
         await self._seats.placed(seat)
+        threads = await self._threads(seat)
+        self._check()
         actor = _worker_class.options(
             num_cpus=self._need.get("CPU", 0),
             num_gpus=self._need.get("GPU", 0),
             resources={SEAT: 1} if SEAT in self._need else None,
             scheduling_strategy=self._seats.strategy(seat),
-        ).remote(self._host, await self._threads(seat), self._loop)
+        ).remote(self._host, threads, self._loop)
         worker = RayWorker(seat, actor)
         self._workers.add(worker)
         greeting = asyncio.ensure_future(worker.greet(_HIRE_S))
@@ -124,6 +152,7 @@ class RayFleet:
         return worker
 
     async def hire_controller(self) -> RayController:
+        self._check()
         actor = _controller_class.options(scheduling_strategy=self._here()).remote()
         controller = RayController(actor)
         self._controllers.add(controller)
@@ -135,6 +164,9 @@ class RayFleet:
         return controller
 
     async def rendezvous(self) -> tuple[str, int]:
+        self._check()
+        if self._store is None:
+            self._start_store()
         reason = ""
         for _ in range(2):
             wait_s = _STORE_ANSWER_S if self._store_answered else _STORE_START_S
@@ -149,6 +181,7 @@ class RayFleet:
                 self._store_answered = True
                 host, port = msgspec.msgpack.decode(answer, type=tuple[str, int])
                 return host, port
+            self._check()
             kill(self._store)
             self._start_store()
         raise ClusterError(f"the store where ranks meet didn't come up on this node: {reason}")
@@ -168,7 +201,8 @@ class RayFleet:
         if self._use is None:
             return
         left = self._use.leave()
-        wait_s = _END_S if self._connection is not None else _START_S + _END_S
+        starting = self._life is None or self._life.lost.done()
+        wait_s = _START_S + _END_S if starting else _END_S
         try:
             async with asyncio.timeout(wait_s):
                 await asyncio.wrap_future(left)
@@ -176,7 +210,7 @@ class RayFleet:
             logger.warning("Ray did not end within %g s; it is no longer waited for", wait_s)
         except Exception:
             logger.exception("Ray did not end in peace")
-        self._use = self._connection = None
+        self._use = self._connection = self._life = None
 
     @property
     def _host(self) -> str | None:
@@ -193,6 +227,11 @@ class RayFleet:
     def _here(self) -> NodeAffinitySchedulingStrategy:
         """On the driver's node: what lives there is lost with the driver alone."""
         return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+    def _check(self) -> None:
+        """Ray must not be asked between two lives: it would start one by itself."""
+        if self._life is not None and self._life.lost.done():
+            raise ClusterError(self._life.lost.result())
 
     def _start_store(self) -> None:
         self._store = _rendezvous_class.options(scheduling_strategy=self._here()).remote(self._host)

@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,12 +18,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.errors import ClusterError
+from cluster.ray_calls import ANSWER_S, ask, begin
 from cluster.ray_nodes import NODE_LABEL, Node, NoRoom, choose_nodes, lacks_model, read_nodes
 from cluster.ray_worker import reason_of
 
 _NAME = "epslots, "  # of placement groups
 _FREE_S = 3.0  # in which the places of what has just ended become free
 _RESERVE_S = 20.0
+_REMOVE_S = 5.0
 _LOOK_S = 60.0  # the first task on a node may have to wait for a process, and that for a slow disk
 _POLL_S = 0.2  # between looks at Ray's tables: it tells nobody when a place becomes free, or a node is found
 
@@ -85,7 +88,7 @@ class Seats:
     async def nodes(self) -> list[str]:
         """The node of each seat, by Ray's id; "" if Ray is looking for another."""
         groups = {seat.group.id: seat.group for seat in self._seats}
-        tables = await asyncio.gather(*(asyncio.to_thread(placement_group_table, group) for group in groups.values()))
+        tables = await asyncio.gather(*(ask(placement_group_table, group) for group in groups.values()))
         bundles = {id: table.get("bundles_to_node_id", {}) for id, table in zip(groups, tables, strict=True)}
         return [bundles[seat.group.id].get(seat.bundle, "") for seat in self._seats]
 
@@ -98,7 +101,7 @@ class Seats:
         ends = asyncio.get_running_loop().time() + self._place_s
         while True:
             node = (await self.nodes())[seat]
-            if node in {node.id for node in await asyncio.to_thread(read_nodes)}:
+            if node in {node.id for node in await ask(read_nodes)}:
                 await self._check([node])
                 return node
             if asyncio.get_running_loop().time() > ends:
@@ -110,21 +113,23 @@ class Seats:
 
     async def _make(self, count: int) -> list[_Seat]:
         selector = await self._find_room(count)
-        group = placement_group(
-            [self._need] * count,
-            strategy=self._strategy,
-            name=f"{self._name} {uuid.uuid4().hex[:8]}",
-            bundle_label_selector=None if selector is None else [{NODE_LABEL: selector}] * count,
+        group = await ask(
+            lambda: placement_group(
+                [self._need] * count,
+                strategy=self._strategy,
+                name=f"{self._name} {uuid.uuid4().hex[:8]}",
+                bundle_label_selector=None if selector is None else [{NODE_LABEL: selector}] * count,
+            )
         )
         try:
-            if not await asyncio.to_thread(group.wait, _RESERVE_S):
+            if not await ask(group.wait, _RESERVE_S, deadline_s=_RESERVE_S + ANSWER_S):
                 _remove(group)
                 await self._find_room(count)  # Ray may have learned meanwhile that a node is gone
                 raise ClusterError(
                     f"Ray did not reserve places for {count} ranks within {_RESERVE_S:g} s, though there was room; others may "
                     f"have taken it (`ray status -v` shows what waits). Try again"
                 )
-            table = await asyncio.to_thread(placement_group_table, group)
+            table = await ask(placement_group_table, group)
             await self._check(table["bundles_to_node_id"].values())
         except BaseException:
             _remove(group)
@@ -135,7 +140,7 @@ class Seats:
         """Which nodes new seats may go to. What has just ended may still hold places for a moment."""
         ends = asyncio.get_running_loop().time() + _FREE_S
         while True:
-            nodes, taken = await asyncio.to_thread(read_nodes), await self.nodes()
+            nodes, taken = await ask(read_nodes), await self.nodes()
             try:
                 return choose_nodes(nodes, self._need, count, self._strategy, [node for node in taken if node])
             except NoRoom as error:
@@ -147,7 +152,7 @@ class Seats:
 
     async def _holders(self) -> str:
         """Other clusters of ours that hold places, for messages."""
-        tables = await asyncio.to_thread(placement_group_table)
+        tables = await ask(placement_group_table)
         others = [
             f"\n  {table['name'].removeprefix(_NAME).rpartition(', ')[0]}: {len(table['bundles'])} ranks"
             for table in tables.values()
@@ -159,7 +164,7 @@ class Seats:
         """See that the model's folder is there."""
         if self._folder is None or not set(ids) - self._checked:
             return
-        nodes = {node.id: node for node in await asyncio.to_thread(read_nodes)}
+        nodes = {node.id: node for node in await ask(read_nodes)}
         new = sorted(set(ids) & nodes.keys() - self._checked)
         lacking = await asyncio.gather(*(self._look(nodes[node], self._folder) for node in new))
         if any(lacking):
@@ -184,6 +189,6 @@ class Seats:
 
 
 def _remove(group: PlacementGroup) -> None:
-    with suppress(Exception):
+    with suppress(ClusterError):
         if ray.is_initialized():  # or Ray would be started for it
-            remove_placement_group(group)
+            wait([begin(remove_placement_group, group)], _REMOVE_S)

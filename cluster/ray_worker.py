@@ -26,7 +26,7 @@ class RayWorker:
     def __init__(self, seat: int, actor: ActorHandle) -> None:
         self.seat = seat
         self.hello: Hello | None = None
-        self._actor = actor
+        self._actor: ActorHandle | None = actor
         self._hello = actor.hello.options(concurrency_group=_CONTROL)
         self._command = actor.command.options(concurrency_group=_CONTROL)
         self._events: Any = None
@@ -53,14 +53,17 @@ class RayWorker:
         return f"node {self.hello.host}, pid {self.hello.pid}"
 
     async def command(self, message: bytes) -> bytes:
+        self._check()
         try:
             return await self._command.remote(message)
         except RayError as error:
             raise WorkerDied(reason_of(error)) from error
 
     async def events(self) -> bytes:
+        self._check()
         try:
             if self._events is None:
+                assert self._actor is not None
                 # One call for all of a worker's life, which yields: a third cheaper than one call each.
                 self._events = self._actor.events.options(num_returns="streaming", concurrency_group=_EVENTS).remote()
             return await (await anext(self._events))
@@ -69,8 +72,17 @@ class RayWorker:
         except RayError as error:
             raise WorkerDied(reason_of(error)) from error
 
+    def _check(self) -> None:
+        if self._actor is None:
+            raise WorkerDied("its Ray has ended")
+
     def kill(self) -> None:
-        kill(self._actor)
+        if self._actor is not None:
+            kill(self._actor)
+
+    def forget(self) -> None:
+        """Its Ray is gone, and the actor with it: Ray must not be asked about it any more."""
+        self._actor = None
 
 
 def kill(actor: ActorHandle) -> None:

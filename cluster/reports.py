@@ -40,6 +40,7 @@ class ClusterStats:
         queued: requests that wait for a rank with room.
         total: sums over ranks (``slots`` too; ``steps`` and ``waves`` are the largest).
         controller: None if there is to be none (``window_steps=0``).
+        missing: what keeps wanted ranks from serving, and what is done about it, for people; empty if all serve.
     """
 
     generation: int
@@ -47,6 +48,7 @@ class ClusterStats:
     ranks: tuple[RankStats, ...]
     total: Stats
     controller: ControllerStats | None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class Ranks(Protocol):
 
     generation: int
     formed: bool
+    placement: bytes | None
+    """What they begin with if all of them are replaced."""
 
     @property
     def members(self) -> list[Worker]:
@@ -289,6 +291,7 @@ class Steering:
         surveyed = self._surveyed
         if surveyed is None or surveyed.group != self._ranks.generation:
             return
+        self._ranks.placement = surveyed.placement
         offered = None if self._offered is None else self._offered.placement
         await self._call(
             handle, Meet(survey=surveyed, offered=offered, published=self._newest, frozen=self.frozen), meets=generation
@@ -316,6 +319,7 @@ class Steering:
             return
         logger.info("placement %d is published", place.generation)
         self._offered = place
+        self._ranks.placement = place.placement
         for worker in self._ranks.members:
             self._send(worker, place)
 

@@ -2,7 +2,7 @@
 
 Everything here runs in one thread, on one asyncio loop. What a seat goes through:
 
-    hire -> load -> ready -> member of the group (``group.py``) -> lost -> hire again, later and later if it keeps failing
+    hire -> load -> ready -> member of the group (``group.py``) -> lost -> hire again (``staffing.py``)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.dispatcher import Caller, Dispatcher
 from cluster.display import StartDisplay
 from cluster.errors import ClusterError, RankFailed
 from cluster.fleet import Fleet, WorkerDied
-from cluster.group import MOST_FAILURES, Group
+from cluster.group import Group
 from cluster.loop_thread import CLOSED, LoopThread, Pulse
 from cluster.messages import (
     Ask,
@@ -40,14 +40,13 @@ from cluster.messages import (
     encode,
 )
 from cluster.placement_messages import Surveyed, Unplaced, Windowed
+from cluster.staffing import Staffing
 from cluster.steering import Steering
 from cluster.workers import Deadlines, State, Worker
 from epslots.generation.requests import Request
 from epslots.step.costs import Costs
 
 logger = logging.getLogger("epslots.cluster")
-
-_BACKOFF_S = 1.0  # before a seat's second attempt; doubled each time
 
 MakeDispatcher = Callable[[Callable[[Hashable, Command], None]], Dispatcher]
 
@@ -63,6 +62,8 @@ class Supervisor:
 
     Attributes:
         group: the ranks that serve.
+        staffing: the seats.
+        started: the ranks have served; what fails before that ends the start.
         steering: what has a controller steer them; None if no windows are cut.
         failure: why nothing can be served any more, if so.
         timeline: seconds from the beginning to the end of each stage of the start, by name.
@@ -86,12 +87,10 @@ class Supervisor:
         self.failure: ClusterError | None = None
         self.timeline: dict[str, float] = {}
         self._began_s = time.monotonic()
-        self._wanted = 0
         self._workers: dict[int, Worker] = {}
-        self._staffing: dict[int, asyncio.Task[None]] = {}
         self._reports: dict[int, Report | None] = {}
         self._asked = 0
-        self._started = False
+        self.started = False
         self._closing: asyncio.Task[None] | None = None
         self._scaling = asyncio.Lock()
         self._pulse = Pulse()
@@ -106,6 +105,7 @@ class Supervisor:
             pulse=self._pulse,
             placement=placement,
         )
+        self.staffing = Staffing(self, fleet, self._workers, self._pulse, self._spawn, deadlines.give_up_s)
         self.steering = Steering(fleet, self.group, self.send) if load.window_steps else None
         thread.on_bug = lambda error: self.give_up(ClusterError(f"a bug: {error!r}"))
 
@@ -123,11 +123,13 @@ class Supervisor:
         self.group.least = ranks
         self._spawn(self.group.keep_formed())
         self._spawn(self._watch())
+        self._spawn(self.staffing.keep_fleet())
+        self._spawn(self.staffing.tell_of_gaps())
         if self.steering is not None:
             self._spawn(self.steering.keep_steered())
         self._display.stage("starting workers")
-        await self._staff_up(ranks)
-        self._started = True
+        await self.staffing.staff_up(ranks)
+        self.started = True
         self.group.least = 1
         self._display.close()
         loaded = self.group.members[0].loaded
@@ -149,17 +151,13 @@ class Supervisor:
             ClusterError: there is no place for them, or they don't come up; the others go on.
         """
         async with self._scaling:
-            if ranks >= self._wanted:
-                await self._fleet.resize(ranks)
-                await self._staff_up(ranks)
+            if ranks >= self.staffing.wanted:
+                await self.staffing.resize(ranks)
+                await self.staffing.staff_up(ranks)
                 return
-            self._wanted = ranks
-            for seat in [seat for seat in self._staffing if seat >= ranks]:
-                self._staffing.pop(seat).cancel()
-                if seat in self._workers:
-                    self.lose(self._workers[seat], ClusterError("it is no longer needed"), retire=True)
-            await self._serving(range(ranks))
-            await self._fleet.resize(ranks)
+            self.staffing.staff_down(ranks)
+            await self.staffing.serving(range(ranks))
+            await self.staffing.resize(ranks)
 
     async def reports(self) -> list[tuple[Worker, Report]]:
         """What every rank has counted; of those that are lost meanwhile, nothing."""
@@ -200,68 +198,22 @@ class Supervisor:
         await self._fleet.close()
         self._display.close()
 
-    # Seats.
+    # Workers.
 
-    async def _staff_up(self, ranks: int) -> None:
-        """Staff the seats up to ``ranks``; returns when all of them serve, or raises what keeps one from it."""
-        self._wanted = ranks
-        for seat in range(ranks):
-            if seat not in self._staffing:
-                self._staffing[seat] = self._spawn(self._staff(seat))
-        self._pulse.beat()
-        await self._serving(range(ranks))
+    @property
+    def closing(self) -> bool:
+        """All is being ended."""
+        return self._closing is not None
 
-    async def _serving(self, seats: Sequence[int]) -> None:
-        """Wait until these seats serve, and none beyond the wanted ones."""
+    def count_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self.dispatcher.unfinished
 
-        def settled() -> bool:
-            serving = {worker.seat for worker in self.group.members}
-            given_up = set(seats) - self._staffing.keys()
-            return (
-                self.failure is not None
-                or bool(given_up)
-                or (self.group.formed and serving >= set(seats) and max(serving, default=0) < self._wanted)
-            )
-
-        await self._pulse.until(settled)
-        if self.failure is not None:
-            raise self.failure
-        if given_up := sorted(set(seats) - self._staffing.keys()):
-            raise ClusterError(f"ranks {given_up} did not come up; the log says why. The others go on")
-
-    async def _staff(self, seat: int) -> None:
-        """Keep a worker on a seat, until it has failed too often."""
-        failures = 0
-        while True:
-            worker = None
-            try:
-                worker = Worker(seat, await self._fleet.hire(seat))
-                self._workers[seat] = worker
-                self.mark("workers started")
-                worker.listening = self._spawn(self._listen(worker))
-                await asyncio.wait({worker.listening})
-                assert worker.cause is not None, "listening ends with the worker"
-                error = worker.cause
-            except (WorkerDied, ClusterError) as failure:
-                error = failure
-            told = error
-            if not isinstance(told, ClusterError):
-                told = RankFailed(f"{f'rank {seat}' if worker is None else worker.name} could not be started: {error}")
-            if self._closing is not None:
-                return
-            if not self._started:
-                self.give_up(told)
-                return
-            failures = 0 if worker is not None and worker.proven else failures + 1
-            if failures == MOST_FAILURES:
-                logger.error("%s. That was the %dth failure in a row; its seat is given up", told, failures)
-                del self._staffing[seat]
-                if not self._staffing:
-                    self.give_up(told)
-                self._pulse.beat()
-                return
-            if failures:
-                await asyncio.sleep(_BACKOFF_S * 2 ** (failures - 1))
+    def listen(self, worker: Worker) -> asyncio.Task[None]:
+        """Begin to take a new worker's events; it is done when the worker is lost, with its ``cause`` set."""
+        self.mark("workers started")
+        worker.listening = self._spawn(self._listen(worker))
+        return worker.listening
 
     async def _listen(self, worker: Worker) -> None:
         """Tell a new worker to load, and take its events until it is lost."""
@@ -306,7 +258,7 @@ class Supervisor:
                 if generation == self.group.generation:
                     self.group.break_up(f"{worker.name} says: {cause}", stood=stood)
             case Failed():
-                error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}")
+                error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}", event.kind)
                 if not event.deliberate:
                     error.add_note(event.traceback)
                 raise error
@@ -331,7 +283,7 @@ class Supervisor:
             self.group.breaks = 0  # this one explains itself
             self.group.break_up(f"{worker.name} is lost: {cause}")
         moved = self.dispatcher.lose(worker, blame=not retire, cause=str(cause))
-        if self._started and not retire and self._closing is None:
+        if self.started and not retire and self._closing is None:
             what = cause if isinstance(cause, RankFailed) else f"{worker.name} is lost: {cause}"
             notes = "".join(f"\n{note}" for note in getattr(cause, "__notes__", ()))
             logger.warning("%s%s%s", what, f"; its {moved} requests move" if moved else "", notes)
@@ -349,6 +301,9 @@ class Supervisor:
     def stands(self) -> None:
         """The group has formed."""
         self.mark("group formed")
+        self.staffing.served(self.group.members)
+        if self.started:
+            self.group.least = 1
         if self.steering is not None:
             self.steering.begin()
 
@@ -376,5 +331,5 @@ class Supervisor:
         return self._thread.spawn(work)
 
     def mark(self, stage: str) -> None:
-        if not self._started:
+        if not self.started:
             self.timeline[stage] = time.monotonic() - self._began_s

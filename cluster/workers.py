@@ -24,6 +24,7 @@ class Deadlines:
         form_s: in which ranks meet.
         operation_s: that one operation between ranks may take.
         stop_s: in which ranks give everything back before they are killed.
+        give_up_s: after which a seat that keeps failing, or a Ray that doesn't come back, is given up; None for never.
     """
 
     roll_call_s: float = 3.0
@@ -31,6 +32,7 @@ class Deadlines:
     form_s: float = 10.0
     operation_s: float = 60.0
     stop_s: float = 5.0
+    give_up_s: float | None = None
 
 
 class State(Enum):

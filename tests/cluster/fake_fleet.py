@@ -240,6 +240,14 @@ class FakeFleet:
         """Seats whose workers meet nobody."""
         self.refuse: dict[int, list[str]] = defaultdict(list)
         """For a seat, why the next hires fail."""
+        self.refuse_rendezvous: list[str] = []
+        """Why the next groups can't meet."""
+        self.refuse_reopening: list[str] = []
+        """Why the next attempts to reopen it fail."""
+        self.reopened: list[int] = []
+        """With how many seats."""
+        self._losses: asyncio.Queue[str] = asyncio.Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.workers: dict[int, FakeWorker] = {}
         self.faults_done: list[tuple[int, Fault]] = []
         self.seats = 0
@@ -273,6 +281,7 @@ class FakeFleet:
         return self.controllers[-1]
 
     async def open(self, ranks: int | None) -> int:
+        self._loop = asyncio.get_running_loop()
         await self.resize(ranks or 1)
         return self.seats
 
@@ -293,7 +302,30 @@ class FakeFleet:
     async def neighbours(self, seat: int) -> int:
         return self.seats
 
+    def lose(self, reason: str) -> None:
+        """End all workers, controllers and seats at once."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._losses.put_nowait, reason)
+
+    async def lost(self) -> str:
+        reason = await self._losses.get()
+        self.seats = 0
+        for worker in self.workers.values():
+            worker._die(known=False)
+        for controller in self.controllers:
+            controller.kill()
+        return reason
+
+    async def reopen(self, ranks: int) -> None:
+        assert self.seats == 0
+        if self.refuse_reopening:
+            raise ClusterError(self.refuse_reopening.pop(0))
+        self.reopened.append(ranks)
+        await self.resize(ranks)
+
     async def rendezvous(self) -> tuple[str, int]:
+        if self.refuse_rendezvous:
+            raise ClusterError(self.refuse_rendezvous.pop(0))
         return "nowhere", 1
 
     async def close(self) -> None:

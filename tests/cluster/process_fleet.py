@@ -142,6 +142,13 @@ class ProcessFleet:
     async def neighbours(self, seat: int) -> int:
         return len(self.workers)
 
+    async def lost(self) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError("it never is")
+
+    async def reopen(self, ranks: int) -> None:
+        raise AssertionError("it never is lost")
+
     async def rendezvous(self) -> tuple[str, int]:
         return "127.0.0.1", self._store.port
 

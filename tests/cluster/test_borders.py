@@ -14,12 +14,13 @@ PACKAGE = Path(cluster.__file__).parent
 
 # From the bottom up, as in epslots: a module imports from layers below its own.
 LAYERS = (
-    ("errors", "orphans", "placement_messages"),
-    ("messages", "controller_messages", "loop_thread", "display"),
+    ("errors", "orphans", "placement_messages", "retries"),
+    ("messages", "controller_messages", "loop_thread", "display", "ray_calls"),
     ("fleet", "ledger", "generation", "meeting", "controller", "rank_reports"),
     ("workers", "dispatcher", "rank_loop", "rendezvous", "controller_actor"),
-    ("group", "steering", "worker", "ray_address"),
-    ("reports", "supervisor"),
+    ("group", "steering", "worker", "ray_address", "ray_processes"),
+    ("reports", "staffing"),
+    ("supervisor",),
     ("local_ray",),
     ("ray_nodes", "ray_worker"),
     ("ray_seats", "ray_controller"),
@@ -33,10 +34,10 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOW_RAY = {
-    *("rendezvous", "worker", "controller_actor", "ray_address", "local_ray"),
+    *("rendezvous", "worker", "controller_actor", "ray_address", "ray_processes", "local_ray"),
     *("ray_nodes", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
 }
-PURE = ("ledger", "messages", "placement_messages", "controller_messages", "controller")
+PURE = ("ledger", "retries", "messages", "placement_messages", "controller_messages", "controller")
 
 
 def modules() -> dict[str, Path]:

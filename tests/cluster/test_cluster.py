@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from cluster import rank_loop
 from cluster.api import Cluster
 from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Result
-from epslots.errors import CheckpointError, ConfigError
+from cluster.retries import Pace
+from epslots.errors import CheckpointError, ConfigError, RankMismatchError
 from tests import zoo
 from tests.cluster.clock_loop import clock_loops
 from tests.cluster.fake_fleet import LOADING, FakeFleet, Fault, one_load_at_a_time
@@ -72,6 +74,20 @@ def expected(folder: Path, prompts: list[list[int]], new: int) -> list[tuple[int
                 _EXPECTED[folder, tuple(prompt)] = tuple(ids[len(prompt) :])
         known = [_EXPECTED[folder, tuple(prompt)] for prompt in prompts]
     return [tokens[:new] for tokens in known]
+
+
+AT_ONCE = Pace(first_s=0.001, most_s=0.001)
+
+
+def until(cluster: Cluster, condition: Callable[[], bool]) -> None:
+    """Wait for what the supervisor does."""
+    cluster._thread.call(cluster._supervisor._pulse.until(condition))
+
+
+def serve_again(cluster: Cluster, ranks: int) -> None:
+    """Wait until so many ranks serve, without asking for them."""
+    group = cluster._supervisor.group
+    until(cluster, lambda: group.formed and len(group.members) == ranks)
 
 
 def tokens_of(results: Iterator[Result]) -> list[tuple[int, ...]]:
@@ -351,28 +367,208 @@ def test_a_worker_that_does_not_come_up(open_cluster: Any, folder: Path, monkeyp
     with pytest.raises(ClusterError, match="rank 1 could not be started: the node is on fire"):
         open_cluster(2, fleet)
     assert fleet.closed
-    # Later it is tried again.
-    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
+    # Later it is tried again, however often that fails.
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
     cluster, fleet = open_cluster(2)
-    fleet.refuse[1] = ["still"] * 3
+    fleet.refuse[1] = ["still"] * 40
     fleet.at(1, 3, "crash")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
-    cluster.scale(2)
-    assert cluster.ranks == 2
-    # But not for ever: its seat is given up, and asking for it again tries again.
+    serve_again(cluster, 2)
+    assert not fleet.refuse[1]
+
+
+def test_scaling_tells_of_a_seat_that_has_never_served(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    cluster, fleet = open_cluster(1)
     fleet.refuse[1] = ["still"] * 5
-    fleet.at(1, 1, "crash")
-    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
     with pytest.raises(ClusterError, match=r"ranks \[1\] did not come up"):
         cluster.scale(2)
+    assert cluster.stats().missing == ("rank 1 was given up: rank 1 could not be started: still",)
+    cluster.scale(2)  # asking again tries again
+    assert cluster.ranks == 2
+    assert cluster.stats().missing == ()
+
+
+@pytest.mark.parametrize("kind", [ConfigError, RankMismatchError])
+def test_what_time_does_not_cure_ends_a_seat(open_cluster: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    cluster, fleet = open_cluster(2)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise kind("never, says the test")
+
+    monkeypatch.setattr("cluster.rank_loop.load_alone", refuse)
+    fleet.at(1, 3, "crash")
+    cluster.submit(PROMPTS[0], max_new_tokens=12, stop_tokens=()).result(60)
+    until(cluster, lambda: 1 in cluster._supervisor.staffing._given_up)
+    (line,) = cluster.stats().missing
+    assert "rank 1 was given up" in line
+    assert "never, says the test" in line
+
+
+def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
+    open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("cluster.staffing._PACE", Pace(first_s=3600.0, most_s=3600.0))
+    cluster, fleet = open_cluster(2)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
+    fleet.refuse[1] = ["the disk is full"]
+    fleet.at(1, 3, "crash")
+    cluster.submit(PROMPTS[0], max_new_tokens=12, stop_tokens=()).result(60)
+    until(cluster, lambda: cluster._supervisor.staffing._seats[1].next_s is not None)
+    (line,) = cluster.stats().missing
+    assert line.startswith("rank 1 could not be started: the disk is full; it is tried again in 3")
     cluster.scale(2)
     assert cluster.ranks == 2
+
+
+def test_a_fleet_that_is_lost_is_reopened_and_no_caller_notices(
+    open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Under requests, while it is reopened already, when idle; and a fleet that fails to come back is asked again."""
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    cluster, fleet = open_cluster(2)
+    for number in range(2):
+        going = [cluster.submit(prompt, max_new_tokens=40, stop_tokens=()) for prompt in PROMPTS]
+        for generation in going:
+            next(generation._arrivals())
+        fleet.refuse_reopening = ["not yet"] * 3
+        fleet.lose("the Ray has ended, says the test")
+        assert [generation.result(60).tokens for generation in going] == expected(folder, PROMPTS, 40)
+        until(cluster, lambda number=number: len(fleet.reopened) > number)
+        serve_again(cluster, 2)
+    fleet.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(fleet.reopened) == 3)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
+    assert fleet.reopened == [2, 2, 2]
+    assert [record.message for record in caplog.records if "are started again" in record.message] == [
+        "the Ray has ended, says the test. All ranks end with it, and are started again; requests wait meanwhile"
+    ] * 3
+    assert not [record for record in caplog.records if "bug" in record.message]
+
+
+def test_a_fleet_is_lost_while_ranks_load_and_while_scaling(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    load = rank_loop.load_alone
+    cluster, fleet = open_cluster(1)
+    loading, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any, **settings: Any) -> Any:
+        loading.set()
+        assert go_on.wait(60)
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr("cluster.rank_loop.load_alone", held)
+    scaling = threading.Thread(target=cluster.scale, args=(3,))
+    scaling.start()
+    assert loading.wait(60)
+    fleet.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(fleet.reopened) == 1)
+    fleet.lose("again")
+    until(cluster, lambda: len(fleet.reopened) == 2)
+    go_on.set()
+    scaling.join(60)
+    assert not scaling.is_alive()
+    assert cluster.ranks == 3
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
+
+
+def test_a_seat_is_reserved_again_if_the_fleet_is_lost_meanwhile(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    cluster, fleet = open_cluster(1)
+    resize = fleet.resize
+    asked: list[int] = []
+
+    async def lost_meanwhile(ranks: int) -> None:
+        asked.append(ranks)
+        if asked == [2]:
+            monkeypatch.setattr(fleet, "resize", resize)
+            fleet.lose("the Ray has ended, says the test")
+            await cluster._supervisor._pulse.until(lambda: len(fleet.reopened) == 1)
+            raise ClusterError("Ray did not answer")
+        await resize(ranks)
+
+    monkeypatch.setattr(fleet, "resize", lost_meanwhile)
+    cluster.scale(2)
+    assert fleet.reopened == [1]
+    assert cluster.ranks == fleet.seats == 2
+
+
+def test_closing_while_a_fleet_is_lost(open_cluster: Any):
+    cluster, fleet = open_cluster(2)
+    going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
+    next(going._arrivals())
+    fleet.refuse_reopening = ["never"] * 1000
+    fleet.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(fleet.refuse_reopening) < 1000)
+    assert cluster.stats().missing == ("the Ray has ended, says the test; it is waited for",)
+    cluster.close()
+    with pytest.raises(ClusterError, match="the cluster was closed"):
+        going.result(10)
+
+
+def test_a_fleet_that_does_not_come_back_ends_the_cluster_if_asked_to(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    cluster, fleet = open_cluster(1, give_up_after_s=0.01)
+    going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
+    fleet.refuse_reopening = ["never"] * 100_000
+    fleet.lose("the Ray has ended, says the test")
+    with pytest.raises(ClusterError, match=r"the Ray has ended, says the test; it wasn't back within 0.01 s"):
+        going.result(60)
+
+
+def test_a_fleet_that_is_lost_during_the_start_ends_it(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    fleet = FakeFleet()
+    hire = fleet.hire
+
+    async def lost(seat: int) -> Any:
+        fleet.lose("the Ray has ended, says the test")
+        return await hire(seat)
+
+    monkeypatch.setattr(fleet, "hire", lost)
+    with pytest.raises(ClusterError, match="the Ray has ended, says the test"):
+        open_cluster(1, fleet)
+
+
+def test_ranks_that_can_not_meet_for_a_while_meet_later(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The store where they meet may find no room on a disk that is full for a moment."""
+    monkeypatch.setattr("cluster.group._PACE", AT_ONCE)
+    cluster, fleet = open_cluster(2)
+    fleet.refuse_rendezvous = ["the disk is full"] * 20
+    fleet.at(1, 3, "crash")
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
+    assert not fleet.refuse_rendezvous
+
+
+def test_callers_are_told_when_no_rank_serves(
+    open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("cluster.staffing._GAP_S", 0.001)
+    monkeypatch.setattr("cluster.staffing._GAP_AGAIN_S", 0.05)
+    monkeypatch.setattr("cluster.staffing._PACE", Pace(first_s=3600.0, most_s=3600.0))
+    cluster, fleet = open_cluster(1)
+    fleet.refuse[0] = ["the disk is full"]
+    going = cluster.submit(PROMPTS[0], max_new_tokens=200, stop_tokens=())
+    next(going._arrivals())
+    fleet.at(0, 1, "crash")
+    until(cluster, lambda: cluster._supervisor.staffing._seats[0].next_s is not None)
+
+    def told() -> list[str]:
+        return [record.message for record in caplog.records if "no rank has served" in record.message]
+
+    while not any(
+        "1 requests wait: rank 0 could not be started: the disk is full; it is tried again in 3" in m for m in told()
+    ):
+        cluster.stats()
+    assert not going.done
+    cluster.scale(1)
+    assert going.result(60).tokens == expected(folder, PROMPTS[:1], 200)[0]
+    assert any("1 ranks serve again after" in record.message for record in caplog.records)
 
 
 def test_when_nobody_is_left(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
-    cluster, fleet = open_cluster(1)
-    fleet.refuse[0] = ["no more"] * 5
+    """With ``give_up_after_s``, the last seat's end is the cluster's."""
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    cluster, fleet = open_cluster(1, give_up_after_s=0.001)
+    fleet.refuse[0] = ["no more"] * 1000
     fleet.at(0, 7, "crash")
     with pytest.raises(ClusterError, match="no more"):
         list(cluster.generate(PROMPTS, max_new_tokens=50))
@@ -452,7 +648,7 @@ def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any)
 def test_a_newcomer_that_can_not_join_does_not_end_the_others(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
     monkeypatch.setattr("cluster.workers.Deadlines.form_s", 0.5)
     cluster, fleet = open_cluster(2)
     fleet.unreachable.add(2)

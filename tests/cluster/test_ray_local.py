@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,10 @@ import psutil
 import pytest
 import ray
 
-from cluster import local_ray, ray_fleet
+from cluster import local_ray, ray_fleet, ray_processes
 from cluster.errors import ClusterError
 from cluster.ray_fleet import RayFleet
+from cluster.ray_processes import own_folder, protect_token
 from epslots.errors import ConfigError
 from tests.cluster.ray_helpers import RayNodes, drive, pids_below
 from tests.rank_helpers import PATIENCE_S
@@ -161,10 +162,10 @@ class FakeRay:
     ended: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
-    def start(self, _ranks: int) -> Iterator[None]:
+    def start(self, _ranks: int) -> Iterator[Callable[[], str]]:
         self.called.set()
         assert self.may_start.wait(PATIENCE_S)
-        yield
+        yield lambda: ""
         assert self.may_end.wait(PATIENCE_S)
         self.ended.set()
 
@@ -251,11 +252,136 @@ def test_sigkill_ends_what_matters_and_the_next_clears_up(short_folder: Path, mo
     (left,) = short_folder.iterdir()
     assert any(left.iterdir())
     monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
-    with local_ray._folder() as mine:
+    with own_folder() as mine:
         assert list(short_folder.iterdir()) == [mine.parent]
-        with local_ray._folder() as other:
+        with own_folder() as other:
             assert other.parent != mine.parent
             assert mine.parent.exists()
+
+
+def lock_fifo(folder: Path) -> None:
+    os.mkfifo(folder / "lock")
+
+
+def lock_link(folder: Path) -> None:
+    (folder / "lock").symlink_to("/dev/zero")
+
+
+def lock_folder(folder: Path) -> None:
+    (folder / "lock").mkdir()
+
+
+def lock_socket(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "lock"))
+
+
+def lock_huge(folder: Path) -> None:
+    with open(folder / "lock", "wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What everybody's folder for temporary files is, for a while."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ray_processes, "_LONGEST_ROOT", 1000)
+    return tmp_path
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("lock", [lock_fifo, lock_link, lock_folder, lock_socket])
+def test_what_lies_among_temporary_files_hangs_no_start(temporary: Path, lock: Callable[[Path], None]):
+    """As any user may put it there, under any name."""
+    left = temporary / "epslots-ray-x"
+    left.mkdir()
+    lock(left)
+    with own_folder() as mine:
+        assert mine.parent.parent == temporary
+    assert list(temporary.iterdir()) == [left]
+
+
+@pytest.mark.timeout(20)
+def test_names_of_temporary_files_are_not_believed(temporary: Path):
+    """A link to another folder of this user, a FIFO, a file, a link to itself and one to nothing."""
+    kept = temporary / "mine"
+    kept.mkdir()
+    (kept / "lock").touch()
+    (temporary / "epslots-ray-a").symlink_to(kept)
+    os.mkfifo(temporary / "epslots-ray-b")
+    (temporary / "epslots-ray-c").touch()
+    (temporary / "epslots-ray-d").symlink_to("epslots-ray-d")
+    (temporary / "epslots-ray-e").symlink_to("nothing")
+    before = sorted(temporary.iterdir())
+    with own_folder():
+        pass
+    assert sorted(temporary.iterdir()) == before
+    assert (kept / "lock").exists()
+
+
+def test_only_folders_of_this_user_are_cleared_up(temporary: Path, monkeypatch: pytest.MonkeyPatch):
+    left = temporary / "epslots-ray-x"
+    left.mkdir()
+    lock_huge(left)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with own_folder():
+            pass
+    assert left.exists()
+    with own_folder():
+        assert not left.exists()
+
+
+def test_a_folder_that_can_not_be_made_is_an_error_of_ours(temporary: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "nothing"))
+    with (
+        pytest.raises(ClusterError, match=r"no folder for Ray's sockets and logs can be made in .*: No such file"),
+        own_folder(),
+    ):
+        pass
+
+
+def rights(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home without a token, under the usual umask."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    before = os.umask(0o022)
+    yield tmp_path
+    os.umask(before)
+
+
+def test_rays_token_is_this_users_alone(home: Path):
+    protect_token()
+    token = home / ".ray" / "auth_token"
+    assert rights(token) == 0o600
+    assert rights(token.parent) == 0o700
+    made = token.read_text()
+    assert len(made) == 64
+    token.chmod(0o644)  # as Ray makes it
+    protect_token()
+    assert rights(token) == 0o600
+    assert token.read_text() == made
+    assert list(token.parent.iterdir()) == [token]
+
+
+@pytest.mark.parametrize("name", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_a_token_that_the_user_names_is_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setenv(name, "somewhere")
+    protect_token()
+    assert not list(home.iterdir())
+
+
+@pytest.mark.timeout(20)
+def test_a_token_file_that_is_none_hangs_nothing(home: Path):
+    (home / ".ray").mkdir()
+    os.mkfifo(home / ".ray" / "auth_token")
+    protect_token()
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "somewhere", "10.0.0.1:", "", "http://10.0.0.1:8265"])

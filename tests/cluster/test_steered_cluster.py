@@ -31,7 +31,7 @@ from epslots.runtime import runtime_of
 from tests.cluster.clock_loop import clock_loops
 from tests.cluster.controller_helpers import NO_REASONS
 from tests.cluster.fake_fleet import ControllerFault, FakeFleet, one_load_at_a_time
-from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
+from tests.cluster.test_cluster import PROMPTS, expected, serve_again, tokens_of, until
 from tests.grouped import COPIES_TRAVEL
 from tests.plan_strategies import random_placement
 from tests.rank_helpers import PATIENCE_S
@@ -245,6 +245,42 @@ def test_a_cluster_that_began_with_a_file_goes_on_from_there(open_cluster: Open,
     fleet.at(1, 5, "crash")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30, **GREEDY)) == expected(folder, PROMPTS, 30)
     assert cluster.placement().placement_generation > 8
+
+
+def lose_fleet(cluster: Cluster, fleet: FakeFleet, ranks: int) -> None:
+    """End all ranks at once, and wait until others serve."""
+    before = len(fleet.reopened)
+    fleet.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(fleet.reopened) > before)
+    serve_again(cluster, ranks)
+
+
+def test_ranks_that_are_all_replaced_keep_the_placement(open_cluster: Open, folder: Path):
+    cluster, fleet = open_cluster(2)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30, **GREEDY)) == expected(folder, PROMPTS, 30)
+    cluster.freeze()
+    newest = cluster.explain().placement
+    assert newest > 1
+    lose_fleet(cluster, fleet, 2)
+    assert cluster.placement().placement_generation == newest
+    assert cluster.placement().to_move == 0  # ranks filled their slots by it
+    assert cluster.explain().placement == newest
+    cluster.unfreeze()
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30, **GREEDY)) == expected(folder, PROMPTS, 30)
+    assert cluster.explain().placement > newest
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_placement_that_no_longer_fits_is_dropped(open_cluster: Open, folder: Path, ranks: int, caplog: Any):
+    """For other ranks, or for slots that there aren't any more: it is only a hint."""
+    cluster, fleet = open_cluster(ranks, window_steps=0)
+    layers = cluster.placement().layers
+    slots_LR = np.array([[min(slots + 1, len(layer.home)) for slots in layer.slots[:1] * 2] for layer in layers])
+    cluster._supervisor.group.placement = pack(default_placement([len(layer.home) for layer in layers], slots_LR))
+    lose_fleet(cluster, fleet, ranks)
+    assert cluster.placement().placement_generation == 0
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, **GREEDY)) == expected(folder, PROMPTS, 9)
+    assert ("is lost" in caplog.text or "failed while" in caplog.text) == (ranks == 2)
 
 
 def test_placements_that_do_not_fit(open_cluster: Open, tmp_path: Path):

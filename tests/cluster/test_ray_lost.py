@@ -1,0 +1,81 @@
+"""A Ray that ends by itself: it is started or joined again, and requests go on with the same tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.api import Cluster
+from cluster.errors import ClusterError
+from cluster.ray_processes import watch_joined
+from tests.cluster.ray_helpers import drive, pids_below, start_nodes
+from tests.cluster.test_cluster import PROMPTS, expected, serve_again
+from tests.grouped import TOKENS_TRAVEL
+
+pytestmark = pytest.mark.timeout(300)
+NEW = 60
+
+
+@pytest.fixture
+def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path) -> Iterator[Cluster]:
+    """Two ranks on a Ray of their own. Nothing of it may be left."""
+    before = pids_below()
+    with Cluster(
+        checkpoint("qwen3_moe"),
+        ranks=2,
+        device="cpu",
+        slots=3,
+        kv_tokens=2048,
+        costs=TOKENS_TRAVEL,
+        window_steps=4,
+        cache_dir=cache_dir,
+        progress=False,
+    ) as cluster:
+        yield cluster
+    assert pids_below() <= before
+
+
+def kill(part: str) -> None:
+    """SIGKILL to a process of Ray's that this one has started."""
+    (found,) = [process for process in pids_below() if part in process.name()]
+    found.kill()
+
+
+def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callable[[str], Path]):
+    """Its node ends under requests, then its head, then its node again while the cluster closes."""
+    folder = checkpoint("qwen3_moe")
+    right = expected(folder, PROMPTS, NEW)
+    for part in ("raylet", "gcs_server"):
+        assert cluster.explain().state
+        helpers = {process.pid for process in pids_below() if "Agent" in process.name()}
+        going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
+        for generation in going:
+            next(generation._arrivals())
+        kill(part)
+        assert not all(generation.done for generation in going)
+        assert [generation.result(240).tokens for generation in going] == right
+        serve_again(cluster, 2)
+        assert not [pid for pid in helpers if psutil.pid_exists(pid)]
+    kill("raylet")  # and what is closed just then, closes
+
+
+def test_a_ray_of_others_is_joined_again(ray_tokens: None):
+    """The node that the driver is on ends, and another comes up in its place."""
+    with start_nodes() as nodes, drive(ranks=1, address=nodes.address) as driver:
+        worker = driver.hire(0)
+        (mine,) = [process.pid for process in watch_joined()._processes]
+        os.kill(mine, signal.SIGKILL)
+        reason = driver.call(driver.fleet.lost())
+        assert "the node of this process has left the Ray at" in reason
+        assert f"its raylet (pid {mine}) has ended" in reason
+        with pytest.raises(ClusterError, match="the node of this process has left"):
+            driver.hire(0)
+        worker.kill()  # nothing happens
+        nodes.add()
+        driver.call(driver.fleet.reopen(1))
+        assert driver.command(driver.hire(0), b"here") == b"here"
