@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from epslots.errors import ConfigError
+from epslots.streams import table_console
 
 if TYPE_CHECKING:
     from epslots.placement.placement_replay import Scores
@@ -255,7 +256,6 @@ def _summary(scores: Scores) -> dict[str, Any]:
 
 
 def _print_scores(scores: dict[str, Scores], windows: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{windows} windows: planned after each, scored on the next", title_justify="left")
@@ -272,5 +272,4 @@ def _print_scores(scores: dict[str, Scores], windows: int) -> None:
             str(row["experts_moved"]),
             f"{row['ms_per_window']:.1f}",
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    table_console(120).print(table)

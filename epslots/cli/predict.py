@@ -14,6 +14,7 @@ from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, Model
 from epslots.counting import counting
 from epslots.errors import ConfigError
 from epslots.generation.text import load_tokenizer
+from epslots.streams import table_console
 
 if TYPE_CHECKING:
     from epslots.prediction.predictor_file import About
@@ -139,12 +140,9 @@ def read_texts(paths: Sequence[Path], pattern: str, most_bytes: int) -> list[str
 
 
 def _print(about: About) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = table_console(120)
     head = f"{about.model}, fitted on {about.tokens:,} tokens: recall {about.settings.distance} layer ahead"
     table = Table(title=head, title_justify="left", caption_justify="left")
     table.add_column("layer")

@@ -21,6 +21,7 @@ from epslots.placement.lanes import deal_once
 from epslots.simulation.replay import Replayed, belady, replay, reuse_histogram, steps_of
 from epslots.step.eviction import POLICIES, IntArray
 from epslots.step.reuse import percentile
+from epslots.streams import table_console
 from epslots.units import parse_slots
 
 trace_app = typer.Typer(help="Routing traces: what policies and placements are judged on.", no_args_is_help=True)
@@ -152,12 +153,9 @@ def _reuse(histogram_D: IntArray, experts: int) -> dict[str, Any]:
 
 
 def _print_replayed(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = table_console(120)
     head = f"{found['sequences']} sequences, {found['tokens']:,} tokens, {found['batch']} at a time"
     rates = Table(title=f"hit rates: {head}", title_justify="left", caption_justify="left")
     rates.add_column("slots of a layer")
