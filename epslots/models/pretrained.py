@@ -74,6 +74,11 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return dense_class(classes[0])
 
 
+def has_language_head(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
+    """Whether a model, or a class of models, predicts tokens: False for a base model (hidden states) and for classifiers."""
+    return model.can_generate()
+
+
 def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
     """The dtype to compute in: ``"auto"`` is the checkpoint's own (bfloat16 for a quantised one).
 
