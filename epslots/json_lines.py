@@ -1,7 +1,7 @@
 """Files of JSON lines: read line by line as bytes, and what is wrong with a line in plain words.
 
-A line ends with a line feed and nothing else: U+2028, U+0085 and their like are characters of a JSON string. A line is known by
-its number, from 1, blank ones counted; and by a digest of its bytes.
+A line ends with a line feed and nothing else: U+2028, U+0085 and their like are characters of a JSON string. A line is
+known by its number, from 1, blank ones counted; and by a digest of its bytes.
 """
 
 from __future__ import annotations

@@ -40,12 +40,15 @@ def table_console(plain_width: int, *, stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def usable_streams() -> Iterator[None]:
+def usable_streams() -> Iterator[tuple[TextIO, TextIO]]:
     """Let the commands of a process read, print and flush whatever its standard streams are.
 
     What can't be read is empty, and what can't be written is lost. A character that the output's encoding lacks is printed as
     its escape. Closed descriptors 0 to 2 are taken first: the next file that is opened would get their number, and what
     libraries write to standard error would end up in it.
+
+    Yields:
+        Standard output and standard error.
     """
     for descriptor, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:
@@ -55,24 +58,26 @@ def usable_streams() -> Iterator[None]:
     before = sys.stdin, sys.stdout, sys.stderr
     with open(os.devnull, encoding="utf-8") as empty, open(os.devnull, "w", encoding="utf-8") as sink:
         sys.stdin = before[0] if hasattr(before[0], "read") and not _is_closed(before[0]) else empty
-        sys.stdout, sys.stderr = (_escaping(_output(stream) or sink) for stream in before[1:])
+        sys.stdout, sys.stderr = streams = _escaping(_output(before[1]) or sink), _escaping(_output(before[2]) or sink)
         try:
-            yield
+            yield streams
         finally:
             sys.stdin, sys.stdout, sys.stderr = before
 
 
-def flush_output() -> OSError | None:
-    """Write out what was printed; returns why that fails. What is left then is dropped, so that the process ends quietly."""
-    failed = None
-    for stream in (sys.stdout, sys.stderr):
+def flush_output(output: TextIO, errors: TextIO) -> OSError | None:
+    """Write out what was printed; returns why ``output`` can't be written. What is left then is dropped, so that Python's own
+    flush at the end says nothing.
+    """
+    failed: dict[TextIO, OSError] = {}
+    for stream in (output, errors):
         try:
-            if stream is not None and not _is_closed(stream):
+            if not _is_closed(stream):
                 stream.flush()
         except OSError as error:
-            failed = error if stream is sys.stdout else failed
+            failed[stream] = error
             _drop(stream)
-    return failed
+    return failed.get(output)
 
 
 def read_input(most_bytes: int) -> bytes:

@@ -21,6 +21,7 @@ import transformers
 from rich.table import Table
 
 import epslots
+from epslots.streams import table_console
 
 
 def alternate(

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Optional
 import numpy as np
 import typer
 
-from epslots.cli.generate import read_prompts
+from epslots.cli.generate import context_of, read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
 from epslots.compiled import prepare
 from epslots.counting import counting
 from epslots.errors import ConfigError
-from epslots.generation.text import load_tokenizer
+from epslots.generation.text import encode_prompt, load_tokenizer
 from epslots.placement.lanes import deal_once
 from epslots.simulation.replay import Replayed, belady, replay, reuse_histogram, steps_of
 from epslots.step.eviction import POLICIES, IntArray
@@ -51,15 +51,22 @@ def record(
         raise ConfigError(f"{output}: give a file in a folder that exists")
     texts = read_prompts(prompts or [], file)
 
+    import torch
+
     import epslots
     from epslots.example import example_model
+    from epslots.models.checkpoint import find_checkpoint
 
-    loaded = epslots.load(model or example_model(), slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
-    tokenizer = load_tokenizer(loaded.name_or_path)
+    source = model or example_model()
+    folder = find_checkpoint(source)
+    context_of(folder)  # refuses models that predict no tokens
+    tokenizer = load_tokenizer(folder)
+    encoded = [encode_prompt(tokenizer, text, chat=False) for text in texts]
+    loaded = epslots.load(source, slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
     with epslots.record_trace(loaded, probs=probs) as recorder:
-        for text in texts:
-            inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
-            loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        for tokens in encoded:
+            ids = torch.tensor([tokens], device=loaded.device)
+            loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     trace = recorder.trace()
     trace.save(output)
     typer.echo(f"{output}: {len(trace.starts)} sequences, {len(trace.expert_ids)} tokens, {len(trace.num_experts)} layers")

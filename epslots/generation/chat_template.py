@@ -1,8 +1,8 @@
 """A prompt in the tokenizer's chat template, within limits of time and memory.
 
-A template is a program that came with the checkpoint. transformers' sandbox keeps it from the machine, but not from endless loops
-or from gigabytes of text, and Python can't end a thread. So templates are rendered in a process of their own, which the kernel
-ends at a limit, also in the middle of one long operation. It is started for the first template, and serves all later ones.
+A template is a program that came with the checkpoint. transformers' sandbox keeps it from the machine, but not from endless
+loops or from gigabytes of text, and Python can't end a thread. So templates are rendered in a process of their own, which the
+kernel ends at a limit, also in the middle of one long operation. The first prompt starts it, and it serves all later ones.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ MOST_STOP_CHARS = 256
 # Text up to this length is tokenized whatever fits, in some hundredths of a second: a message with the number of tokens says
 # more than one with characters, and tokenizers that drop spaces make few tokens of much text.
 _SMALL_TEXT_CHARS = 2**16
-# Ordinary text has four characters a token. Of longer text a part is tokenized first, and most of what can't fit is refused then.
+# Ordinary text has four characters a token. Of longer text a part is tokenized first, and most that can't fit is refused then.
 _PART_CHARS_PER_TOKEN = 16
 
 
@@ -57,8 +57,8 @@ def encode_prompt(
 
     Args:
         chat: whether to wrap the text in the tokenizer's chat template, as what a user says; None: if it has one.
-        most_tokens: how many are of use, None for any. Text that has certainly more is refused before that work is done; up to
-            about as many more may be returned.
+        most_tokens: how many fit, None for any. Text that certainly has more is refused before that work is done; somewhat
+            more than fit may be returned.
 
     Raises:
         ConfigError: the text is none, empty, too long or has no tokens; there is no chat template, or it is broken, or refuses
@@ -66,6 +66,7 @@ def encode_prompt(
     """
     if not isinstance(text, str) or not text:
         raise ConfigError(f"a prompt of {shown(text)}; allowed: text that isn't empty")
+    most_tokens = None if most_tokens is None else max(0, most_tokens)
     most_chars = None if most_tokens is None else max(_SMALL_TEXT_CHARS, most_tokens * _longest_token(tokenizer))
     if most_chars is not None and len(text) > most_chars:
         raise ConfigError(
@@ -107,20 +108,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens
 
 @lru_cache(maxsize=4)
 def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Characters of the longest token: in whatever way it is written, no token stands for more."""
+    """Characters of the longest token. No token stands for more, but for what a normalizer drops."""
     return max(map(len, tokenizer.get_vocab()))
 
 
 @contextlib.contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Turn all that tokenizers raise into ConfigError: those written in Rust raise plain Exception, and panic with BaseException."""
+    """Turn all that tokenizers raise into ConfigError: those in Rust raise plain Exception, and panic with a BaseException."""
     try:
         yield
     except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        reason = next(iter(str(error).split("\n", 1)), "")
-        raise ConfigError(f"{what} ({type(error).__name__}: {reason[:300]})") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{what} ({type(error).__name__}: {reason})") from error
 
 
 def stop_strings(given: Iterable[str]) -> tuple[str, ...]:
