@@ -132,9 +132,9 @@ _fields_decoder = msgspec.json.Decoder(dict[str, Raw])
 
 
 def read_names(line: Line) -> dict[str, Raw]:
-    """The ``id`` and ``custom_id`` of a line that is an object, whatever else is wrong with it: text, a number or a truth value.
+    """The ``id`` and ``custom_id`` of a line that is an object, whatever else is wrong with it; as they were written.
 
-    As they were written: 1.0 stays 1.0. Lists, objects and null name nothing.
+    They may be text, numbers or truth values. Lists, objects and null name nothing.
     """
     try:
         fields = _fields_decoder.decode(line.data or b"")

@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
@@ -26,11 +26,10 @@ def is_terminal(stream: object) -> bool:
 
 def say(text: str, stream: object = None) -> None:
     """Write a line to standard error, or to ``stream``. It is lost if that can't be written: work goes on without a reader."""
-    target = _output(sys.stderr if stream is None else stream)
+    target = sys.stderr if stream is None else cast(TextIO, stream)
     if target is not None:
-        with contextlib.suppress(OSError, ValueError):
-            target.write(text + "\n")
-            target.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(text, file=target, flush=True)
 
 
 def table_console(plain_width: int, *, stderr: bool = False) -> Console:
@@ -39,45 +38,87 @@ def table_console(plain_width: int, *, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=plain_width)
 
 
+class Output(io.TextIOBase):
+    """Standard output or standard error over what a process has for it, which may be anything that has ``write``, or nothing.
+
+    Args:
+        inner: that; what is written is lost if it can't take text.
+        lossy: what can't be written is lost, and no error.
+
+    Attributes:
+        failure: why something couldn't be written.
+    """
+
+    def __init__(self, inner: object, *, lossy: bool) -> None:
+        self._inner: Any = inner if hasattr(inner, "write") and not _is_closed(inner) else None
+        self._lossy = lossy
+        self.failure: OSError | None = None
+        # A character that the encoding lacks is printed as its escape.
+        if isinstance(self._inner, io.TextIOWrapper) and self._inner.errors in ("strict", "surrogateescape"):
+            self._inner.reconfigure(errors="backslashreplace")
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._inner, "encoding", None) or "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return is_terminal(self._inner)
+
+    def fileno(self) -> int:
+        if self._inner is None:
+            raise io.UnsupportedOperation("fileno")
+        number: int = self._inner.fileno()
+        return number
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, name: str, *arguments: str) -> None:
+        method = getattr(self._inner, name, None)
+        if method is None or _is_closed(self._inner):
+            return
+        try:
+            method(*arguments)
+        except OSError as error:
+            self.failure = error
+            self._drop()
+            if not self._lossy:
+                raise
+
+    def _drop(self) -> None:
+        """Let later flushes succeed: Python's own at its end would say that it fails, and change the exit code."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._inner.fileno())
+            os.close(null)
+
+
 @contextlib.contextmanager
-def usable_streams() -> Iterator[tuple[TextIO, TextIO]]:
-    """Let the commands of a process read, print and flush whatever its standard streams are.
+def usable_streams() -> Iterator[Output]:
+    """Let the commands of a process read and print whatever its standard streams are. Yields standard output.
 
-    What can't be read is empty, and what can't be written is lost. A character that the output's encoding lacks is printed as
-    its escape. Closed descriptors 0 to 2 are taken first: the next file that is opened would get their number, and what
-    libraries write to standard error would end up in it.
-
-    Yields:
-        Standard output and standard error.
+    Closed descriptors 0 to 2 are taken first: the next file that is opened would get their number, and what libraries write to
+    standard error would end up in it.
     """
     for descriptor, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, mode)  # gets the lowest free number
-    before = sys.stdin, sys.stdout, sys.stderr
-    with open(os.devnull, encoding="utf-8") as empty, open(os.devnull, "w", encoding="utf-8") as sink:
-        sys.stdin = before[0] if hasattr(before[0], "read") and not _is_closed(before[0]) else empty
-        sys.stdout, sys.stderr = streams = _escaping(_output(before[1]) or sink), _escaping(_output(before[2]) or sink)
-        try:
-            yield streams
-        finally:
-            sys.stdin, sys.stdout, sys.stderr = before
-
-
-def flush_output(output: TextIO, errors: TextIO) -> OSError | None:
-    """Write out what was printed; returns why ``output`` can't be written. What is left then is dropped, so that Python's own
-    flush at the end says nothing.
-    """
-    failed: dict[TextIO, OSError] = {}
-    for stream in (output, errors):
-        try:
-            if not _is_closed(stream):
-                stream.flush()
-        except OSError as error:
-            failed[stream] = error
-            _drop(stream)
-    return failed.get(output)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = output, errors = Output(sys.stdout, lossy=False), Output(sys.stderr, lossy=True)
+    try:
+        yield output
+    finally:
+        errors.flush()
+        sys.stdout, sys.stderr = before
 
 
 def read_input(most_bytes: int) -> bytes:
@@ -93,46 +134,5 @@ def read_input(most_bytes: int) -> bytes:
     return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else bytes(found)
 
 
-class _WriteOnly(io.TextIOBase):
-    """A text stream over an object with ``write`` and little else."""
-
-    def __init__(self, inner: object) -> None:
-        self._inner = cast(TextIO, inner)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        self._inner.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        flush = getattr(self._inner, "flush", None)
-        if flush is not None:
-            flush()
-
-
-def _output(stream: object) -> TextIO | None:
-    """A stream to write text to; None if that is impossible."""
-    if not hasattr(stream, "write") or _is_closed(stream):
-        return None
-    whole = all(hasattr(stream, name) for name in ("flush", "isatty", "encoding"))
-    return cast(TextIO, stream if whole else _WriteOnly(stream))
-
-
-def _escaping(stream: TextIO) -> TextIO:
-    if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-        stream.reconfigure(errors="backslashreplace")
-    return stream
-
-
 def _is_closed(stream: object) -> bool:
     return bool(getattr(stream, "closed", False))
-
-
-def _drop(stream: TextIO) -> None:
-    """Let the interpreter's last flush succeed: it would say that it fails, and change the exit code."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)

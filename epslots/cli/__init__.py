@@ -5,6 +5,7 @@ Each command is a module; torch and transformers are imported when a command run
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, NoReturn
 
@@ -20,7 +21,7 @@ from epslots.cli.simulate import simulate_command
 from epslots.cli.trace import trace_app
 from epslots.cli.verify import verify
 from epslots.errors import EpslotsError
-from epslots.streams import flush_output, say, usable_streams
+from epslots.streams import say, usable_streams
 
 app = typer.Typer(
     name="epslots",
@@ -71,7 +72,7 @@ def run(command: typer.Typer) -> NoReturn:
     Ctrl-C ends with code 130. A reader that closes the pipe has seen enough, and isn't told of it.
     """
     code: str | int | None = 0
-    with usable_streams() as streams:
+    with usable_streams() as output:
         try:
             command()
         except SystemExit as end:
@@ -80,18 +81,13 @@ def run(command: typer.Typer) -> NoReturn:
             say(f"error: {error}")
             code = EXIT_USER_ERROR
         except OSError:
-            failure = flush_output(*streams)
-            if failure is None:  # it wasn't about printing
+            if output.failure is None:  # it wasn't about printing
                 raise
-            code = _code_for(failure)
-        if (failure := flush_output(*streams)) is not None:
-            code = _code_for(failure)
+        with contextlib.suppress(OSError):
+            output.flush()
+        if isinstance(output.failure, BrokenPipeError):
+            code = EXIT_NO_READER
+        elif output.failure is not None:
+            say(f"error: standard output can't be written: {output.failure.strerror}")
+            code = EXIT_USER_ERROR
     sys.exit(code)
-
-
-def _code_for(failure: OSError) -> int:
-    """The exit code when standard output can't be written."""
-    if isinstance(failure, BrokenPipeError):
-        return EXIT_NO_READER
-    say(f"error: standard output can't be written: {failure.strerror}")
-    return EXIT_USER_ERROR

@@ -90,8 +90,8 @@ def read_language_config(folder: Path) -> PretrainedConfig:
     model_class = resolve_class(config)
     if not has_language_head(model_class):
         raise UnsupportedModelError(
-            f"{folder} is a {model_class.__name__}, which has no language-model head and so predicts no tokens; give the "
-            f"checkpoint of the whole model (a class such as {config.model_type}'s ...ForCausalLM)"
+            f"{folder} holds a {model_class.__name__}, which has no language-model head, so it predicts no tokens; allowed: a "
+            f"checkpoint of the whole model, whose config.json names an architecture such as ...ForCausalLM"
         )
     return config
 
