@@ -61,6 +61,9 @@ class Output(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return getattr(self._inner, "encoding", None) or "utf-8"
 
+    def __getattr__(self, name: str) -> Any:  # what libraries ask of a stream besides: its buffer, its name
+        return getattr(self._inner, name)
+
     def writable(self) -> bool:
         return True
 

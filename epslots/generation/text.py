@@ -83,8 +83,8 @@ def encode_prompt(
         raise ConfigError(
             "chat=True: this tokenizer has no chat template; allowed: False or None (on the command line --no-chat)"
         )
-    wrapped = text if template is None else render(tokenizer, template, text, most_chars=most_chars)
     with _refusing("the tokenizer fails on the prompt"):
+        wrapped = text if template is None else render(tokenizer, template, text, most_chars=most_chars)
         tokens = _encode(tokenizer, wrapped, add_special_tokens=template is None, most_tokens=most_tokens)
     if not tokens:
         raise ConfigError(f"a prompt of {shown(text)} has no tokens; at least one is needed")
