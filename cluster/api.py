@@ -34,6 +34,7 @@ from epslots.generation.batching import DEFAULT_BATCH_TOKENS
 from epslots.generation.text import load_tokenizer
 from epslots.loading import DEFAULT_KV_TOKENS, HOST_COMPUTE_SETTINGS
 from epslots.models.checkpoint import find_checkpoint
+from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
 from epslots.step.costs import Costs
@@ -81,10 +82,11 @@ class Cluster:
     Raises:
         ConfigError: a setting is not one of those allowed.
         CheckpointError: there is no such checkpoint here.
+        UnsupportedModelError: the model predicts no tokens.
         ClusterError: the ranks don't come up: too few devices, a node without the model, a model that doesn't fit, ...
 
     Attributes:
-        tokenizer: the checkpoint's; None if it has none.
+        tokenizer: the checkpoint's; None if it has none that can be loaded: prompts are token ids then.
         timeline: seconds from the call to the end of each stage of the start, by name.
     """
 
@@ -143,6 +145,7 @@ class Cluster:
             _check_count("window_steps", window_steps)
         first = None if placement is None else _first_placement(placement, ranks)
         folder = find_checkpoint(path_or_id)
+        read_language_config(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         if fleet is None:
@@ -186,8 +189,8 @@ class Cluster:
         atexit.register(self.close)
         try:
             starting = self._thread.begin(self._supervisor.start(ranks))
-            self.tokenizer = _tokenizer_of(folder)  # meanwhile
-            self._checker = Checker(self._thread.wait(starting), self.tokenizer)
+            self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
+            self._checker = Checker(self._thread.wait(starting), self.tokenizer, problem)
         except BaseException:
             self.close()
             raise
@@ -404,8 +407,9 @@ def _first_placement(file: str | os.PathLike[str], ranks: int | None) -> bytes:
     return pack(placement)
 
 
-def _tokenizer_of(folder: os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(folder: os.PathLike[str]) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """A checkpoint's tokenizer, or why there is none: token ids can be served without."""
     try:
-        return load_tokenizer(os.fspath(folder))
-    except ConfigError:
-        return None
+        return load_tokenizer(os.fspath(folder)), ""
+    except ConfigError as error:
+        return None, str(error)

@@ -7,6 +7,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from epslots.streams import is_terminal
 from epslots.units import format_bytes
 
 
@@ -18,7 +19,7 @@ class StartDisplay:
     """
 
     def __init__(self, shown: bool | None = None) -> None:
-        shown = sys.stderr.isatty() if shown is None else shown
+        shown = is_terminal(sys.stderr) if shown is None else shown
         self._work: dict[tuple[int, str], tuple[int, int]] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
         self._bar = Progress(*columns, console=Console(file=sys.stderr), disable=not shown, transient=True)

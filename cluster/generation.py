@@ -5,10 +5,11 @@ prompt and settings -> Checker.request -> epslots' Request -> ... -> Generation:
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import ClusterError, raised_anew
 from cluster.messages import Loaded
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, shown
+from epslots.generation.end_tokens import tokenizer_end_tokens
 from epslots.generation.requests import Reason, Request
 from epslots.generation.sampling import Sampling
 from epslots.generation.text import TextStream, encode_prompt, stop_strings
 
 _ALL = 2**31  # more tokens than any vocabulary has, and still a number that messages carry
+_MOST_NEW_TOKENS = 2**63 - 1
+MOST_STOP_TOKENS = 1024
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text; or token ids; or one of these as "prompt" with any settings of its own."""
@@ -38,7 +42,9 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         top_p: sample from this much probability mass.
         seed: of the random numbers, which depend on it and on a token's position alone.
         stop: strings that end the text; not part of it.
-        stop_tokens: token ids that end the text; None = the model's own.
+        stop_tokens: token ids that end the text; None = the checkpoint's: those of its generation configuration, and the
+            tokenizer's end token.
+        ignore_tokenizer_eos: leave the tokenizer's end token out of these, as transformers' ``generate`` does.
         chat: wrap text in the checkpoint's chat template; None = if it has one.
     """
 
@@ -49,6 +55,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     seed: int = 0
     stop: str | tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] | None = None
+    ignore_tokenizer_eos: bool = False
     chat: bool | None = False
 
     @property
@@ -69,14 +76,16 @@ def read_settings(given: Mapping[str, Any], defaults: GenerationSettings | None 
     """
     names = GenerationSettings.__struct_fields__
     if unknown := sorted(set(given) - set(names), key=str):
-        raise ConfigError(f"{', '.join(map(repr, unknown))}: no such setting; allowed: {', '.join(names)}")
+        raise ConfigError(f"{', '.join(map(shown, unknown[:3]))}: no such setting; allowed: {', '.join(names)}")
     base = {} if defaults is None else msgspec.structs.asdict(defaults)
     try:
         settings = msgspec.convert({**base, **given}, GenerationSettings)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"settings {dict(given)!r}: {error}") from error
-    if settings.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={settings.max_new_tokens}; allowed: at least 1")
+        raise ConfigError(f"settings {shown(dict(given))}: {error}") from error
+    if not 1 <= settings.max_new_tokens <= _MOST_NEW_TOKENS:
+        raise ConfigError(f"max_new_tokens={shown(settings.max_new_tokens)}; allowed: at least 1, up to 2**63 - 1")
+    if len(settings.stop_tokens or ()) > MOST_STOP_TOKENS:
+        raise ConfigError(f"stop_tokens has {len(settings.stop_tokens or ()):,}; allowed: at most {MOST_STOP_TOKENS:,}")
     stop_strings(settings.stops)
     _ = settings.sampling  # which checks itself
     return settings
@@ -220,21 +229,26 @@ class Generation:
 
 
 class Checker:
-    """Turns prompts into requests, or says what is wrong with them.
+    """Turns prompts into requests, or says what is wrong with them. For any thread.
 
     Args:
         loaded: what the model takes.
-        tokenizer: the checkpoint's, if it has one.
+        tokenizer: the checkpoint's, if it can be loaded.
+        problem: why it can't.
     """
 
-    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._loaded, self._tokenizer = loaded, tokenizer
+    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase | None, problem: str = "") -> None:
+        self._loaded, self._problem = loaded, f" ({problem})" if problem else ""
         self._numbers = itertools.count()
-        self._tokenizing = threading.Lock()
-        """Tokenizers keep a state while they work."""
+        # Those in Rust work for several threads at once, unless one sets padding or truncation meanwhile: nobody else has the
+        # copy. Those in Python keep a state while they work.
+        in_rust = getattr(tokenizer, "is_fast", False)
+        self._tokenizer = copy.deepcopy(tokenizer) if in_rust else tokenizer
+        self._tokenizing: AbstractContextManager[object] = nullcontext() if in_rust else threading.Lock()
+        self._tokenizer_ends = tokenizer_end_tokens(tokenizer, loaded.vocabulary)
 
     def request(self, prompt: Prompt, settings: GenerationSettings) -> tuple[Request, GenerationSettings]:
-        """The request for a prompt, and its own settings.
+        """The request for a prompt, and its own settings. Refuses what is too long before it is looked at.
 
         Raises:
             ConfigError: saying what was given and what is allowed.
@@ -242,42 +256,64 @@ class Checker:
         if isinstance(prompt, Mapping):
             own = dict(prompt)
             if "prompt" not in own:
-                raise ConfigError(f'a prompt with settings needs "prompt", but has only {sorted(own, key=str)}')
+                raise ConfigError(f'a prompt with settings needs "prompt", but has only {shown(sorted(own, key=str))}')
             prompt = own.pop("prompt")
             settings = read_settings(own, settings)
         if settings.stops and self._tokenizer is None:
-            raise ConfigError("stop: the checkpoint has no tokenizer; use stop_tokens")
-        tokens = self._tokens_of(prompt, settings)
+            raise ConfigError(f"stop: the checkpoint has no tokenizer; use stop_tokens{self._problem}")
         loaded, new = self._loaded, settings.max_new_tokens
-        if wrong := [token for token in tokens if not 0 <= token < loaded.vocabulary]:
-            raise ConfigError(f"the prompt has token {wrong[0]}; allowed: 0 to {loaded.vocabulary - 1}")
-        size = f"the prompt has {len(tokens)} tokens and max_new_tokens is {new}"
-        if loaded.context is not None and len(tokens) + new > loaded.context:
+        if isinstance(prompt, str):
+            tokens = self._encode(prompt, settings)
+        else:
+            self._check_length(prompt, new)
+            tokens = _token_ids(prompt)
+        self._check_length(tokens, new)
+        wrong = next((token for token in tokens if not 0 <= token < loaded.vocabulary), None)
+        if wrong is not None:
+            raise ConfigError(f"the prompt has token {shown(wrong)}; allowed: 0 to {loaded.vocabulary - 1}")
+        ends = self._ends(settings)
+        return Request(str(next(self._numbers)), tuple(tokens), new, ends, settings.sampling), settings
+
+    def _check_length(self, prompt: object, new: int) -> None:
+        length = len(prompt) if isinstance(prompt, Sequence) else 0
+        size = f"the prompt has {length} tokens and max_new_tokens is {new}"
+        loaded = self._loaded
+        if loaded.context is not None and length + new > loaded.context:
             raise ConfigError(f"{size}, but the model's context holds {loaded.context}")
-        if len(tokens) + new - 1 > loaded.capacity:
+        if length + new - 1 > loaded.capacity:
             raise ConfigError(
                 f"{size}, but a rank's cache holds {loaded.capacity}; shorten one of them, or give the cluster a larger "
                 f"kv_tokens"
             )
-        ends = loaded.end_tokens if settings.stop_tokens is None else settings.stop_tokens
-        if wrong := [token for token in ends if not 0 <= token < loaded.vocabulary]:
-            raise ConfigError(f"stop_tokens has {wrong[0]}; allowed: 0 to {loaded.vocabulary - 1}")
-        return Request(str(next(self._numbers)), tuple(tokens), new, frozenset(ends), settings.sampling), settings
 
-    def _tokens_of(self, prompt: Any, settings: GenerationSettings) -> Sequence[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise ConfigError("the checkpoint has no tokenizer; give prompts as token ids")
-            try:
-                with self._tokenizing:
-                    return encode_prompt(self._tokenizer, prompt, chat=settings.chat)
-            except ConfigError:
-                raise
-            except Exception as error:  # a prompt that the tokenizer or a template trips over must not end the others
-                raise ConfigError(f"the tokenizer fails on the prompt: {type(error).__name__}: {error}") from error
-        tokens = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else None
-        if tokens is None or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
-            raise ConfigError(f"a prompt of {prompt!r:.100}; allowed: text, or a list of token ids")
-        if not tokens:
-            raise ConfigError("an empty prompt; at least one token is needed")
-        return tokens
+    def _encode(self, text: str, settings: GenerationSettings) -> Sequence[int]:
+        if self._tokenizer is None:
+            raise ConfigError(f"the checkpoint has no tokenizer; give prompts as token ids{self._problem}")
+        loaded = self._loaded
+        room = loaded.capacity + 1 if loaded.context is None else min(loaded.context, loaded.capacity + 1)
+        with self._tokenizing:
+            return encode_prompt(self._tokenizer, text, chat=settings.chat, most_tokens=room - settings.max_new_tokens)
+
+    def _ends(self, settings: GenerationSettings) -> frozenset[int]:
+        vocabulary = self._loaded.vocabulary
+        if settings.stop_tokens is None:
+            stated = frozenset(token for token in self._loaded.end_tokens if token < vocabulary)
+            return stated if settings.ignore_tokenizer_eos else stated | self._tokenizer_ends
+        for token in settings.stop_tokens:
+            if not 0 <= token < vocabulary:
+                raise ConfigError(f"stop_tokens has {shown(token)}; allowed: 0 to {vocabulary - 1}")
+        return frozenset(settings.stop_tokens)
+
+
+def _token_ids(prompt: object) -> list[int]:
+    """The token ids of a prompt that is no text.
+
+    Raises:
+        ConfigError: it is no list of them, or empty.
+    """
+    tokens = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else None
+    if tokens is None or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise ConfigError(f"a prompt of {shown(prompt)}; allowed: text, or a list of token ids")
+    if not tokens:
+        raise ConfigError("an empty prompt; at least one token is needed")
+    return tokens

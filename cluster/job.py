@@ -9,12 +9,12 @@ job_progress.py   what is said meanwhile
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from epslots.cli import VersionOption, run
 from epslots.cli.options import (
     CacheDirOption,
     ChatOption,
@@ -23,6 +23,7 @@ from epslots.cli.options import (
     ExecutePredictedOption,
     HostComputeOption,
     HostStoreOption,
+    IgnoreTokenizerEosOption,
     LinkOption,
     MaxNewTokensOption,
     ModelOption,
@@ -41,6 +42,7 @@ from epslots.cli.options import (
 )
 from epslots.errors import EpslotsError
 from epslots.step.eviction import DEFAULT_POLICY
+from epslots.streams import say
 
 if TYPE_CHECKING:
     from cluster.api import Cluster
@@ -66,6 +68,7 @@ def job(
     top_k: TopKOption = 0,
     seed: SeedOption = 0,
     stop: StopOption = None,
+    ignore_tokenizer_eos: IgnoreTokenizerEosOption = False,
     chat: ChatOption = None,
     kv_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each rank's KV cache keeps.")] = 4096,
     device: DeviceOption = None,
@@ -92,6 +95,7 @@ def job(
         Optional[float],
         typer.Option(help="Seconds after which a rank that can't be replaced is given up. Default: never, it is tried again."),
     ] = None,
+    version: VersionOption = False,
 ) -> None:
     """Continue the prompts of a file, on the ranks of a Ray cluster.
 
@@ -101,7 +105,7 @@ def job(
 
     --prompts is read as a JSON object a line, blank lines skipped. Beside "prompt" (text, or a list of token ids) it may have
     an "id", which comes back, and settings of its own: max_new_tokens, temperature, top_k, top_p, seed, stop, stop_tokens,
-    chat.
+    ignore_tokenizer_eos, chat.
 
     \b
     {"prompt": "The capital of France is"}
@@ -109,7 +113,7 @@ def job(
 
     --output gets a JSON object a line for each prompt, in the order in which they finish. "line" is the prompt's line number,
     and "tokens" the number of new tokens; "token_ids" are there if the prompt was given as such. What is wrong with a prompt
-    that can't be served is said in its line, and the others go on.
+    that can't be served is said in its line, with its "id" and "custom_id" if the line is an object, and the others go on.
 
     \b
     {"line":1,"text":" Paris.","tokens":3,"reason":"stop","digest":"..."}
@@ -142,11 +146,12 @@ def job(
             "top_k": top_k,
             "seed": seed,
             "stop": tuple(stop or ()),
+            "ignore_tokenizer_eos": ignore_tokenizer_eos,
             "chat": chat,
         }
         what = JobSettings(prompts, output, source, read_settings(settings), dtype)
     except EpslotsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         raise typer.Exit(Exit.NOT_STARTED) from error
 
     def open_cluster() -> Cluster:
@@ -179,4 +184,4 @@ def job(
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

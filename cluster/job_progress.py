@@ -11,6 +11,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from epslots.streams import is_terminal, say
+
 MOST_WARNINGS = 10
 LOG_EVERY_S = 10.0
 _LOG_PARTS = 10
@@ -53,7 +55,7 @@ class JobProgress:
         self._told_part = 0
         self._warnings = 0
         columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        drawn = self._stream.isatty()
+        drawn = is_terminal(self._stream)
         self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(file=self._stream), disable=not drawn)
         self._task = self._bar.add_task("", total=counts.total, completed=counts.done)
 
@@ -94,7 +96,7 @@ class JobProgress:
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar.disable:
-            print(text, file=self._stream, flush=True)
+            say(text, self._stream)
         else:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 

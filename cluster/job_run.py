@@ -7,7 +7,6 @@ if anything is left; serve what is left, writing each result as it comes.
 from __future__ import annotations
 
 import enum
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -21,10 +20,12 @@ import xxhash
 from cluster.errors import ClusterError
 from cluster.generation import GenerationSettings, Result
 from cluster.job_progress import Counts, JobProgress
-from cluster.prompt_lines import Line, decode_line, index_lines, open_prompts, read_lines
+from cluster.prompt_lines import decode_line, index_lines, open_prompts, read_names
 from cluster.result_lines import ResultFile, ResultLine, join_digest
 from cluster.stop_signals import Stopped, StopSignals
 from epslots.errors import ConfigError, EpslotsError
+from epslots.json_lines import Line, read_lines
+from epslots.streams import say
 
 
 class Exit(enum.IntEnum):
@@ -83,10 +84,10 @@ def run_job(job: JobSettings, open_cluster: OpenCluster) -> int:
         with StopSignals() as signals:
             return _Job(job, open_cluster, signals).run()
     except Stopped as stopped:
-        print(f"stopped by {stopped}; {_GO_ON}", file=sys.stderr)
+        say(f"stopped by {stopped}; {_GO_ON}")
         return stopped.exit_code
     except EpslotsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return Exit.NOT_STARTED
 
 
@@ -144,7 +145,7 @@ class _Job:
             if deliberate and not opened:
                 raise
             if not deliberate:
-                traceback.print_exc()
+                say("".join(traceback.format_exception(error)).rstrip())
             self._progress.finish("broken off")
             self._progress.say(f"error: {error}")
             self._progress.say(_GO_ON)
@@ -160,7 +161,7 @@ class _Job:
                 if result.reason == "cancelled":
                     continue  # not by us: it is done at the next start
                 if result.reason == "error":
-                    self._refuse(line, id, result.error or "unknown")
+                    self._refuse(line, result.error or "unknown")
                     continue
                 self._counts.tokens += len(result.tokens)
                 token_ids = result.tokens if as_ids or result.text is None else None
@@ -183,16 +184,16 @@ class _Job:
             try:
                 prompt = decode_line(line)
             except ConfigError as error:
-                self._refuse(line, None, str(error))
+                self._refuse(line, str(error))
                 continue
             self._asked[number] = (line, prompt.id, not isinstance(prompt.prompt, str))
             number += 1
             yield prompt.request()
 
-    def _refuse(self, line: Line, id: str | int | None, problem: str) -> None:
+    def _refuse(self, line: Line, problem: str) -> None:
         self._counts.errors += 1
         self._progress.warn(f"{self._job.prompts}, line {line.number}: {problem}")
-        self._write(line, id=id, error=problem)
+        self._write(line, **read_names(line), error=problem)
 
     def _write(self, line: Line, **what: Any) -> None:
         self._results.append(ResultLine(line=line.number, digest=join_digest(self._digest, line.digest), **what))

@@ -136,7 +136,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         batches: whether requests run together; else one at a time.
         vocabulary: number of token ids.
         context: tokens of the model's context; None if it states none.
-        end_tokens: those that end a text.
+        end_tokens: those of the generation configuration.
         seconds: what took how long, by name.
     """
 

@@ -246,7 +246,7 @@ class RankLoop:
                 batches=isinstance(self._engine.batcher, PagedBatcher),
                 vocabulary=int(config.vocab_size),
                 context=getattr(config, "max_position_embeddings", None),
-                end_tokens=tuple(sorted(end_tokens(model))),
+                end_tokens=tuple(sorted(end_tokens(model, ignore_tokenizer_eos=True))),
                 seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
             )
         )

@@ -14,7 +14,7 @@ import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
@@ -31,7 +31,8 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
     Attributes:
         line: the prompt's line number, from 1.
-        id: the prompt's own, if it has one.
+        id: the prompt's own, if it has one; of a line with an error as it was written.
+        custom_id: that of a line with an error, as it was written.
         text: the new text; absent if the checkpoint has no tokenizer.
         tokens: how many there are.
         token_ids: which, if the prompt was given as token ids or there is no tokenizer.
@@ -41,7 +42,8 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     """
 
     line: int
-    id: str | int | None = None
+    id: Any = None
+    custom_id: Any = None
     text: str | None = None
     tokens: int | None = None
     token_ids: tuple[int, ...] | None = None

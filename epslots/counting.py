@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from epslots.streams import is_terminal
+
 
 @contextlib.contextmanager
 def counting(title: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
@@ -17,7 +19,7 @@ def counting(title: str, total: int, shown: bool | None = None) -> Iterator[Call
     Args:
         shown: whether it is drawn; None draws it when standard error is a terminal.
     """
-    shown = sys.stderr.isatty() if shown is None else shown
+    shown = is_terminal(sys.stderr) if shown is None else shown
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), disable=not shown) as bar:
         task = bar.add_task(title, total=total)

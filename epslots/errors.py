@@ -20,6 +20,8 @@ Broken invariants of our own are ``AssertionError``: they are bugs, not user mis
 
 from __future__ import annotations
 
+import reprlib
+
 
 class EpslotsError(Exception):
     """Base of all deliberate errors; catching it catches no bug."""
@@ -90,3 +92,15 @@ class StaleGeneration(GroupError):
 
 class ExchangeError(GroupError):
     """Ranks disagree about what they exchange, or about which of them holds which expert."""
+
+
+def shown(value: object) -> str:
+    """What a user gave, as a message shows it: its beginning, however large it is."""
+    try:
+        return _shortened.repr(value)
+    except Exception:  # integers of more than 4,300 digits have no text, and objects may raise anything
+        return f"<{type(value).__name__}>"
+
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 100

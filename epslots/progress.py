@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from epslots.records import Progress as Advance
+from epslots.streams import is_terminal
 
 Tell = Callable[[str, int, int], None]
 """Takes a piece of work's title, bytes done and bytes in all; called at its start and after every part."""
@@ -24,7 +25,7 @@ class ProgressDisplay:
     """
 
     def __init__(self, shown: bool | None = None, tell: Tell | None = None) -> None:
-        self.shown = tell is None and (sys.stderr.isatty() if shown is None else shown)
+        self.shown = tell is None and (is_terminal(sys.stderr) if shown is None else shown)
         self._tell = tell
 
     @contextlib.contextmanager

@@ -18,12 +18,12 @@ PACKAGE = Path(epslots.__file__).parent
 # From the bottom up: a package, or a module that stands alone, imports from layers below its own.
 LAYERS = (
     # records and errors
-    ("errors", "records", "counting", "cpu_threads"),
-    ("private_files", "units"),
+    ("errors", "records", "streams", "cpu_threads"),
+    ("counting", "private_files", "units"),
     ("host_limits", "given_files"),
     ("compiled", "npz", "progress", "device_copy", "example"),
     # pure decisions
-    ("step", "example_text"),
+    ("step", "example_text", "json_lines"),
     ("placement",),
     ("simulation", "telemetry"),
     # effects
@@ -162,6 +162,7 @@ def test_the_commands_and_their_options():
     assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
+        "--ignore-tokenizer-eos",
         "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
         "--ranks", "--address", "--strategy", "--placement",
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute",

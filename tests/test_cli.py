@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import epslots
 from cluster.api import Cluster
+from cluster.job import app as job_app
+from epslots import UnsupportedModelError, cli
 from epslots.cli import launchers, main
+from epslots.cli.generate import read_prompts
 from epslots.example import example_model
+from epslots.generation.end_tokens import end_tokens
 from tests import zoo
 from tests.cluster.fake_fleet import FakeFleet, one_load_at_a_time
 from tests.grouped import TOKENS_TRAVEL
@@ -178,6 +184,9 @@ def test_the_project_brings_a_launcher():
         (["generate", "--kv-tokens", "100", "x"], "need 128 tokens of KV cache, but --kv-tokens is 100"),
         (["generate", "--top-p", "0", "x"], "top_p=0.0; allowed: a number over 0"),
         (["generate", "--stop", "", "x"], "stop=('',); allowed: strings of at least one character"),
+        (["generate", "--stop", "x" * 1000, "x"], "at least one character each and at most 256"),
+        (["generate", *["--stop", "x"] * 65, "x"], "in a list or a tuple of at most 64"),
+        (["generate", "x" * 10**6], "a prompt of 1,000,000 characters; at most"),
         (["bench", "everything"], "benchmark 'everything': allowed: overhead"),
     ],
 )
@@ -207,6 +216,73 @@ def test_bad_prompt_files(name: str, data: bytes, message: str, run: Callable[..
     got = run("generate", "--file", tmp_path / name, *(["and an argument"] if name == "both.txt" else []))
     assert got.code == 2
     assert message in got.err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'\xef\xbb\xbf{"prompt": "ab"}\n{"prompt": "c"}\n\n',
+        b'{"prompt": "ab"}\r\n\r\n\xef\xbb\xbf{"prompt": "c", "id": 3}',
+        '{"prompt": "a\u2028b\x85"}\n \x0c\n{"prompt": "\\u0000\x7f"}'.encode(),
+    ],
+)
+def test_prompt_files_as_other_tools_write_them(data: bytes, tmp_path: Path):
+    (tmp_path / "lines.jsonl").write_bytes(data)
+    decoded = [json.loads(row) for row in data.decode().replace("\ufeff", "").split("\n") if row.strip()]
+    assert read_prompts([], tmp_path / "lines.jsonl") == [row["prompt"] for row in decoded]
+    text = '{"prompt": "a\u2028"}\r\n'
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_prompts([], tmp_path / "text.txt") == [text]
+
+
+def test_the_version_needs_no_model(run: Callable[..., Run]):
+    got = run("--version")
+    assert (got.code, got.out) == (0, f"epslots {epslots.__version__}\n")
+    argv, sys.argv = sys.argv, ["job", "--version"]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.run(job_app)
+    finally:
+        sys.argv = argv
+    assert caught.value.code == 0
+
+
+def test_a_model_that_predicts_no_tokens_is_refused_before_it_is_loaded(
+    run: Callable[..., Run], checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3MoeModel"]}))
+    monkeypatch.setattr(epslots.loading, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    for command in (["generate"], ["generate", "--ranks", 2], ["trace", "record", tmp_path / "t.npz"]):
+        got = run(*command, "--model", folder, "x")
+        assert (got.code, got.out) == (2, "")
+        assert "holds a Qwen3MoeModel, which has no language-model head" in got.err
+    with pytest.raises(UnsupportedModelError, match="Qwen3MoeModel"):
+        Cluster(folder, ranks=1, fleet=FakeFleet())
+
+
+def test_a_text_ends_at_the_tokenizers_end_token_too(
+    run: Callable[..., Run], cache_dir: Path, tmp_path: Path, launcher: list[dict[str, Any]]
+):
+    """Also where the tokenizer alone states that token; on one rank and on two."""
+    tokenizer = AutoTokenizer.from_pretrained(example_model())
+    prompt = "import os\n"
+    common = ("generate", "--dtype", "float32", "--max-new-tokens", 12, "--slots", 8)
+    whole = run(*common, "--cache-dir", cache_dir, prompt).out
+    tokens = tokenizer(whole)["input_ids"]
+    folder = Path(shutil.copytree(example_model(), tmp_path / "model"))
+    end = tokenizer.convert_ids_to_tokens(tokens[2])
+    assert end not in tokenizer.convert_ids_to_tokens(tokens[:2])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": end}))
+    assert tokens[2] in end_tokens(epslots.load(folder, cache_dir=tmp_path, slots=1))
+    for ranks in (1, 2):
+        ended = run(*common, "--cache-dir", tmp_path, "--model", folder, "--ranks", ranks, prompt)
+        assert ended.code == 0, ended.err
+        assert ended.out.strip("\n") == tokenizer.decode(tokens[:2]).strip("\n")
+        on = run(*common, "--cache-dir", tmp_path, "--model", folder, "--ranks", ranks, "--ignore-tokenizer-eos", prompt)
+        assert len(on.out) > len(ended.out)
 
 
 def test_verify(run: Callable[..., Run], tmp_path: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,3 +122,15 @@ def test_tokenizers_and_configs_say_when_they_would_run_code(tmp_path: Path):
     (tmp_path / "code.py").write_text("")
     with pytest.raises(ValueError, match="trust_remote_code"):
         transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+def test_chat_templates_are_rendered_by_a_function_that_needs_no_torch():
+    """So the process that renders them starts within a second."""
+    code = (
+        "import sys; from transformers.utils.chat_template_utils import render_jinja_template as render;"
+        "turns = [{'role': 'user', 'content': 'x'}];"
+        "template = '{{ messages[0].content }}{{ eos }}{{ add_generation_prompt }}';"
+        "print(render([turns], chat_template=template, add_generation_prompt=True, eos='e'), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(['xeTrue'], []) False\n"

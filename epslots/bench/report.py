@@ -17,11 +17,11 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 
 import epslots
 from epslots.host_limits import total_memory, usable_cores
+from epslots.streams import table_console
 
 
 def alternate(
@@ -143,8 +143,7 @@ class Report:
             table.add_column(heading, justify="left" if isinstance(rows[0][heading], str) else "right")
         for row in rows:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(table)
+        table_console(160).print(table)
 
     def save(self) -> None:
         """Write ``<output>/<name>.json``, if there is an output folder."""

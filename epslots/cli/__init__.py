@@ -5,10 +5,13 @@ Each command is a module; torch and transformers are imported when a command run
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from typing import Annotated, NoReturn
 
 import typer
 
+import epslots
 from epslots.cli.bench import bench
 from epslots.cli.generate import generate
 from epslots.cli.placement import placement_app
@@ -18,6 +21,7 @@ from epslots.cli.simulate import simulate_command
 from epslots.cli.trace import trace_app
 from epslots.cli.verify import verify
 from epslots.errors import EpslotsError
+from epslots.streams import say, usable_streams
 
 app = typer.Typer(
     name="epslots",
@@ -26,6 +30,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def print_version(wanted: bool) -> None:
+    """What ``--version`` does, here and in other commands."""
+    if wanted:
+        typer.echo(f"epslots {epslots.__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+]
+
+
+@app.callback()
+def options(version: VersionOption = False) -> None: ...
+
+
 app.command()(generate)
 app.command()(plan)
 app.command()(verify)
@@ -36,15 +58,36 @@ app.add_typer(predict_app, name="predict")
 app.add_typer(placement_app, name="placement")
 
 EXIT_USER_ERROR = 2
+EXIT_NO_READER = 1
 
 
-def main() -> None:
-    """Entry point: one-line errors for what a user can mend, tracebacks for bugs alone. Ctrl-C ends with code 130."""
-    try:
-        app()
-    except EpslotsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        sys.stderr.close()
-        sys.exit(0)
+def main() -> NoReturn:
+    """Entry point."""
+    run(app)
+
+
+def run(command: typer.Typer) -> NoReturn:
+    """Run a command as the work of a process: one-line errors for what a user can mend, tracebacks for bugs alone.
+
+    Ctrl-C ends with code 130. A reader that closes the pipe has seen enough, and isn't told of it.
+    """
+    code: str | int | None = 0
+    with usable_streams() as output:
+        try:
+            command()
+        except SystemExit as end:
+            code = end.code
+        except EpslotsError as error:
+            say(f"error: {error}")
+            code = EXIT_USER_ERROR
+        except OSError:
+            if output.failure is None:  # it wasn't about printing
+                raise
+        with contextlib.suppress(OSError):
+            output.flush()
+        if isinstance(output.failure, BrokenPipeError):
+            code = EXIT_NO_READER
+        elif output.failure is not None:
+            say(f"error: standard output can't be written: {output.failure.strerror}")
+            code = EXIT_USER_ERROR
+    sys.exit(code)

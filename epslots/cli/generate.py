@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+import msgspec
 import typer
 
 from epslots.cli.options import (
@@ -18,6 +18,7 @@ from epslots.cli.options import (
     ExecutePredictedOption,
     HostComputeOption,
     HostStoreOption,
+    IgnoreTokenizerEosOption,
     LinkOption,
     MaxNewTokensOption,
     ModelOption,
@@ -35,7 +36,10 @@ from epslots.cli.options import (
     ray_address,
 )
 from epslots.errors import ConfigError
+from epslots.json_lines import MOST_LINE_BYTES, Line, decode_line, decode_text, read_lines
 from epslots.step.eviction import DEFAULT_POLICY
+from epslots.streams import is_terminal, read_input, say
+from epslots.units import format_bytes
 
 if TYPE_CHECKING:
     from epslots.cli.launchers import Launched
@@ -73,6 +77,7 @@ def generate(
     top_k: TopKOption = 0,
     seed: SeedOption = 0,
     stop: StopOption = None,
+    ignore_tokenizer_eos: IgnoreTokenizerEosOption = False,
     chat: ChatOption = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print each prompt before its continuation.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print hits, misses, bytes and stalls of each layer.")] = False,
@@ -107,7 +112,8 @@ def generate(
     """
     texts = read_prompts(prompts or [], file)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    settings = {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), **sampling}
+    ends: dict[str, Any] = {"stop": tuple(stop or ()), "ignore_tokenizer_eos": ignore_tokenizer_eos}
+    settings = {"max_new_tokens": max_new_tokens, **ends, **sampling}
     many = ranks > 1 or address is not None
 
     from epslots.cli.launchers import find_launcher
@@ -121,12 +127,15 @@ def generate(
     from epslots.models.checkpoint import find_checkpoint
 
     Sampling(**sampling)
-    stop_strings(settings["stop"])
+    stop_strings(ends["stop"])
     source = model or str(example_model())
     folder = find_checkpoint(source)
+    context = context_of(folder)
     tokenizer = load_tokenizer(folder)
-    encoded = [encode_prompt(tokenizer, text, chat=chat) for text in texts]
-    room = room_for(encoded, max_new_tokens, context=context_of(folder), kv_tokens=kv_tokens)
+    limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
+    most_tokens = min(limits) - max_new_tokens if limits else None
+    encoded = [encode_prompt(tokenizer, text, chat=chat, most_tokens=most_tokens) for text in texts]
+    room = room_for(encoded, max_new_tokens, context=context, kv_tokens=kv_tokens)
     common: dict[str, Any] = {
         "slots": slots,
         "device": device,
@@ -161,10 +170,14 @@ def generate(
 
 
 def context_of(folder: Path) -> int | None:
-    """Tokens of the model's context, if it states that."""
-    from epslots.models.pretrained import read_config
+    """Tokens of the model's context, if it states that.
 
-    return getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    Raises:
+        UnsupportedModelError: the model predicts no tokens.
+    """
+    from epslots.models.pretrained import read_language_config
+
+    return getattr(read_language_config(folder).get_text_config(), "max_position_embeddings", None)
 
 
 def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | None, kv_tokens: int | None) -> int:
@@ -190,6 +203,16 @@ def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | No
     return kv_tokens
 
 
+class _PromptLine(msgspec.Struct):
+    """A line of a .jsonl file; other fields are left alone."""
+
+    prompt: Any
+
+
+_decoder = msgspec.json.Decoder(_PromptLine)
+_GIVE = "give text as an argument, with --file, or on standard input"
+
+
 def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
     """Prompts from the arguments, else a file, else standard input.
 
@@ -198,37 +221,44 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
     """
     if arguments and file is not None:
         raise ConfigError("give prompts as arguments or as --file, not both")
+    if not arguments and file is None and is_terminal(sys.stdin):
+        raise ConfigError(f"no prompt: {_GIVE}")
+    name = str(file or "standard input")
     try:
         if arguments:
             found = arguments
         elif file is not None and file.suffix == ".jsonl":
-            found = [_prompt_of(line, n, file) for n, line in enumerate(_lines(file), start=1) if line.strip()]
+            with file.open("rb") as lines:
+                found = [_prompt_of(line, f"{name}, line {line.number}") for line in read_lines(lines)]
         elif file is not None:
-            found = [file.read_text(encoding="utf-8")]
-        elif not sys.stdin.isatty():
-            found = [sys.stdin.buffer.read().decode("utf-8")]
+            with file.open("rb") as whole:
+                found = [_text_of(whole.read(MOST_LINE_BYTES + 1), name)]
         else:
-            raise ConfigError("no prompt: give one as an argument, with --file, or on standard input")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file or 'standard input'} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+            found = [_text_of(read_input(MOST_LINE_BYTES), name)]
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
+        raise ConfigError(f"{name}: {error.strerror or error}") from error
     if not found or not all(text.strip("\r\n") for text in found):
-        raise ConfigError("an empty prompt: give text as an argument, with --file, or on standard input")
+        raise ConfigError(f"an empty prompt: {_GIVE}")
     return found
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").splitlines()
-
-
-def _prompt_of(line: str, number: int, file: Path) -> str:
+def _text_of(data: bytes, name: str) -> str:
+    if len(data) > MOST_LINE_BYTES:
+        raise ConfigError(f"{name} is longer than {format_bytes(MOST_LINE_BYTES)}, the most that is read")
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f'{file}, line {number}: not an object with "prompt"') from error
+        return decode_text(data)
+    except ConfigError as error:
+        raise ConfigError(f"{name} is {error}") from error
+
+
+def _prompt_of(line: Line, name: str) -> str:
+    example = '{"prompt": "text"}'
+    try:
+        prompt = decode_line(line, _decoder, example=example, needed={}).prompt
+    except ConfigError as error:
+        raise ConfigError(f'{name}: not an object with "prompt": {error}') from error
     if not isinstance(prompt, str):
-        raise ConfigError(f'{file}, line {number}: "prompt" must be text')
+        raise ConfigError(f'{name}: "prompt" must be text, as in {example}')
     return prompt
 
 
@@ -239,7 +269,7 @@ def print_texts(
     running: list[Iterable[str]] = [launched.submit(tokens, **settings) for tokens in encoded]
     for number, (text, pieces) in enumerate(zip(texts, running, strict=True)):
         if len(texts) > 1:
-            print(f"--- {number + 1} of {len(texts)}", file=sys.stderr)
+            say(f"--- {number + 1} of {len(texts)}")
         if echo:
             print(text, end="", flush=True)
         for piece in pieces:

@@ -39,6 +39,7 @@ class Launched(Protocol):
         top_p: float,
         seed: int,
         stop: tuple[str, ...],
+        ignore_tokenizer_eos: bool,
     ) -> Iterable[str]:
         """Start to continue a prompt of token ids; returns its text, in pieces as they come, up to a ``stop`` string.
 

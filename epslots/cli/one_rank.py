@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 import epslots
 from epslots.errors import EpslotsError
-from epslots.generation.end_tokens import end_tokens
+from epslots.generation.end_tokens import end_tokens, tokenizer_end_tokens
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Output, Request
 from epslots.generation.sampling import Sampling
@@ -76,7 +76,8 @@ class OneRank:
         )
         self._tokenizer = tokenizer
         self._engine = Engine(self._model, kv_tokens=kv_tokens)
-        self._ends = end_tokens(self._model)
+        self._ends = end_tokens(self._model, ignore_tokenizer_eos=True)
+        self._tokenizer_ends = tokenizer_end_tokens(tokenizer, self._model.config.get_text_config().vocab_size)
         self._texts: dict[str, _Text] = {}
 
     def submit(
@@ -89,6 +90,7 @@ class OneRank:
         top_p: float,
         seed: int,
         stop: tuple[str, ...],
+        ignore_tokenizer_eos: bool,
     ) -> Iterator[str]:
         """Start to continue a prompt of token ids; returns its text, in pieces as they come.
 
@@ -97,7 +99,8 @@ class OneRank:
         """
         id = str(len(self._texts))
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        self._engine.batcher.add(Request(id, tuple(prompt), max_new_tokens, stop_tokens=self._ends, sampling=sampling))
+        ends = self._ends if ignore_tokenizer_eos else self._ends | self._tokenizer_ends
+        self._engine.batcher.add(Request(id, tuple(prompt), max_new_tokens, stop_tokens=ends, sampling=sampling))
         self._texts[id] = _Text(TextStream(self._tokenizer, stop))
         return self._pieces(self._texts[id])
 

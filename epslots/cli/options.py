@@ -55,7 +55,17 @@ SeedOption = Annotated[
 ]
 StopOption = Annotated[
     Optional[list[str]],
-    typer.Option("--stop", help="End a text before this string, as the model's end tokens do. May be given several times."),
+    typer.Option(
+        "--stop", help="End a text before this string, as the model's end tokens do. May be given several times (up to 64)."
+    ),
+]
+IgnoreTokenizerEosOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-tokenizer-eos",
+        help="End texts at the end tokens of the generation configuration alone, as transformers' generate does, and not also "
+        "at the tokenizer's.",
+    ),
 ]
 ChatOption = Annotated[
     Optional[bool],

@@ -12,6 +12,7 @@ import typer
 
 from epslots.errors import ConfigError
 from epslots.placement.placement import MOST_RANKS
+from epslots.streams import table_console
 
 if TYPE_CHECKING:
     from epslots.placement.placement_replay import Scores
@@ -256,7 +257,6 @@ def _summary(scores: Scores) -> dict[str, Any]:
 
 
 def _print_scores(scores: dict[str, Scores], windows: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{windows} windows: planned after each, scored on the next", title_justify="left")
@@ -273,5 +273,4 @@ def _print_scores(scores: dict[str, Scores], windows: int) -> None:
             str(row["experts_moved"]),
             f"{row['ms_per_window']:.1f}",
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    table_console(120).print(table)

@@ -12,6 +12,7 @@ from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
 from epslots.models.memory_plan import Alternative, MemoryPlan, ModelShape, describe_quotas, plan_memory
+from epslots.streams import table_console
 from epslots.units import format_bytes, format_count, parse_bytes, parse_slots
 
 if TYPE_CHECKING:
@@ -209,11 +210,8 @@ def _alternative_as_json(other: Alternative) -> dict[str, Any]:
 
 
 def _print_tables(result: MemoryPlan, checkpoint_bytes: int | None) -> None:
-    from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
+    console = table_console(PLAIN_WIDTH)
     console.print(_plan_table(result, checkpoint_bytes))
     console.print()
     console.print(_alternatives_table(result))

@@ -14,6 +14,8 @@ from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, Model
 from epslots.counting import counting
 from epslots.errors import ConfigError
 from epslots.generation.text import load_tokenizer
+from epslots.json_lines import decode_text
+from epslots.streams import table_console
 
 if TYPE_CHECKING:
     from epslots.prediction.predictor_file import About
@@ -63,14 +65,16 @@ def fit(
     import epslots
     from epslots.example import example_model
     from epslots.example_text import library_texts
+    from epslots.models.checkpoint import find_checkpoint
     from epslots.prediction.predictor_file import FILE_NAME, About, write_predictor
     from epslots.prediction.predictor_fit import Settings, cut_windows
     from epslots.prediction.predictor_fit import fit as fit_model
     from epslots.runtime import runtime_of
 
     settings = Settings(tokens=tokens, window=window, hidden=hidden, epochs=epochs, memory=memory_bytes, seed=seed)
-    loaded = epslots.load(model or example_model(), slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
-    tokenizer = load_tokenizer(loaded.name_or_path)
+    source = model or example_model()
+    tokenizer = load_tokenizer(find_checkpoint(source))  # the cheaper of the two to fail
+    loaded = epslots.load(source, slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
     found = library_texts(held_out=False) if found is None else found
     ids: list[list[int]] = []
     with counting("reading", len(found)) as advance:
@@ -124,9 +128,9 @@ def read_texts(paths: Sequence[Path], pattern: str, most_bytes: int) -> list[str
         if file.is_dir():
             continue
         try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+            text = decode_text(file.read_bytes())
+        except ConfigError as error:
+            raise ConfigError(f"{file} is {error}") from error
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from error
         found.append(text)
@@ -139,12 +143,9 @@ def read_texts(paths: Sequence[Path], pattern: str, most_bytes: int) -> list[str
 
 
 def _print(about: About) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = table_console(120)
     head = f"{about.model}, fitted on {about.tokens:,} tokens: recall {about.settings.distance} layer ahead"
     table = Table(title=head, title_justify="left", caption_justify="left")
     table.add_column("layer")

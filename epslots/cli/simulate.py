@@ -20,6 +20,7 @@ from epslots.placement.placement_file import read_placement
 from epslots.simulation.simulate import GROUP_SIZE, Cluster, Outcome, Traffic, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
 from epslots.step.eviction import DEFAULT_POLICY, POLICIES
+from epslots.streams import table_console
 from epslots.units import format_bytes, parse_bytes
 
 _MOST_LANES = 2**22
@@ -118,12 +119,9 @@ def _read_timing(path: Path) -> Timing:
 
 
 def _print(outcomes: Sequence[Outcome]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    console = table_console(150)
     first = outcomes[0]
     title = f"{first.ranks} ranks on {first.nodes} nodes in groups of {first.ranks // first.groups}: {first.steps} steps"
     table = Table(title=title, title_justify="left", caption_justify="left")

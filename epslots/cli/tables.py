@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from rich.console import Console
 from rich.table import Table
 
+from epslots.streams import table_console
 from epslots.telemetry import LayerStats, Stats
 from epslots.units import format_bytes
 
@@ -111,9 +111,7 @@ def print_stats(stats: Stats | RanksStats, *, link: str | None = None) -> None:
     Args:
         link: the emulated link, if there was one.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:  # a log has no width of its own
-        console = Console(stderr=True, width=140)
+    console = table_console(140, stderr=True)
     if not isinstance(stats, Stats):
         console.print(ranks_table(stats.ranks))
         stats = stats.total

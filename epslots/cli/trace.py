@@ -11,16 +11,17 @@ from typing import Annotated, Any, Optional
 import numpy as np
 import typer
 
-from epslots.cli.generate import read_prompts
+from epslots.cli.generate import context_of, read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
 from epslots.compiled import prepare
 from epslots.counting import counting
 from epslots.errors import ConfigError
-from epslots.generation.text import load_tokenizer
+from epslots.generation.text import encode_prompt, load_tokenizer
 from epslots.placement.lanes import deal_once
 from epslots.simulation.replay import Replayed, belady, replay, reuse_histogram, steps_of
 from epslots.step.eviction import POLICIES, IntArray
 from epslots.step.reuse import percentile
+from epslots.streams import table_console
 from epslots.units import parse_slots
 
 trace_app = typer.Typer(help="Routing traces: what policies and placements are judged on.", no_args_is_help=True)
@@ -50,15 +51,22 @@ def record(
         raise ConfigError(f"{output}: give a file in a folder that exists")
     texts = read_prompts(prompts or [], file)
 
+    import torch
+
     import epslots
     from epslots.example import example_model
+    from epslots.models.checkpoint import find_checkpoint
 
-    loaded = epslots.load(model or example_model(), slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
-    tokenizer = load_tokenizer(loaded.name_or_path)
+    source = model or example_model()
+    folder = find_checkpoint(source)
+    context_of(folder)  # refuses models that predict no tokens
+    tokenizer = load_tokenizer(folder)
+    encoded = [encode_prompt(tokenizer, text, chat=False) for text in texts]
+    loaded = epslots.load(source, slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
     with epslots.record_trace(loaded, probs=probs) as recorder:
-        for text in texts:
-            inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
-            loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        for tokens in encoded:
+            ids = torch.tensor([tokens], device=loaded.device)
+            loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     trace = recorder.trace()
     trace.save(output)
     typer.echo(f"{output}: {len(trace.starts)} sequences, {len(trace.expert_ids)} tokens, {len(trace.num_experts)} layers")
@@ -152,12 +160,9 @@ def _reuse(histogram_D: IntArray, experts: int) -> dict[str, Any]:
 
 
 def _print_replayed(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = table_console(120)
     head = f"{found['sequences']} sequences, {found['tokens']:,} tokens, {found['batch']} at a time"
     rates = Table(title=f"hit rates: {head}", title_justify="left", caption_justify="left")
     rates.add_column("slots of a layer")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, shown
 
 SEEDS = 2**63
 
@@ -40,12 +40,12 @@ class Sampling:
             number = isinstance(given, int | float) and not isinstance(given, bool)
             if not number or not 0 <= given <= most or (name == "top_p" and given == 0):
                 allowed = "a finite number, at least 0" if name == "temperature" else "a number over 0, up to 1"
-                raise ConfigError(f"{name}={given!r}; allowed: {allowed}")
+                raise ConfigError(f"{name}={shown(given)}; allowed: {allowed}")
             object.__setattr__(self, name, float(given))
         for name, allowed in (("top_k", "an int, at least 0 (0: all tokens)"), ("seed", "an int from 0 to 2**63 - 1")):
             given = getattr(self, name)
             if not isinstance(given, int) or isinstance(given, bool) or given < 0 or (name == "seed" and given >= SEEDS):
-                raise ConfigError(f"{name}={given!r}; allowed: {allowed}")
+                raise ConfigError(f"{name}={shown(given)}; allowed: {allowed}")
 
 
 GREEDY = Sampling()

@@ -107,6 +107,23 @@ def has_language_head(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
     return model.can_generate()
 
 
+def read_language_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a checkpoint whose model predicts tokens: known from config.json, before anything is loaded.
+
+    Raises:
+        CheckpointError: as ``read_config``.
+        UnsupportedModelError: as ``read_config``; or the model has no language-model head.
+    """
+    config = read_config(folder)
+    model_class = resolve_class(config)
+    if not has_language_head(model_class):
+        raise UnsupportedModelError(
+            f"{folder} holds a {model_class.__name__}, which has no language-model head, so it predicts no tokens; allowed: a "
+            f"checkpoint of the whole model, whose config.json names an architecture such as ...ForCausalLM"
+        )
+    return config
+
+
 def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, of_weights: str | None = None) -> torch.dtype:
     """The dtype to compute in.
 

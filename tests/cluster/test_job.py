@@ -114,6 +114,38 @@ def test_lines_that_are_wrong_are_said_and_the_others_go_on(job: JobSettings, ca
     assert run(job, FakeCluster(fail_after=0)) == 1, "nothing is left, so no cluster is needed; the errors stay"
 
 
+def test_a_refused_line_keeps_its_names(job: JobSettings):
+    """Text, numbers and truth values come back as they were written, from lines that are objects; and the job goes on."""
+    rows = [
+        (b'{"prompt": "x", "stop": null, "id": "a"}', {"id": "a"}),
+        (b'{"messages": [], "id": "a", "custom_id": "request-1"}', {"id": "a", "custom_id": "request-1"}),
+        (b'{"prompt": "x", "max_new_tokens": "4", "id": 7}', {"id": 7}),
+        (b'{"prompt": "x", "custom_id": "c"}', {"custom_id": "c"}),
+        (b'{"prompt": 5, "id": 1.0}', {"id": 1.0}),
+        (b'{"prompt": "", "id": ' + b"9" * 40 + b"}", {"id": int("9" * 40)}),
+        (b'{"id": "\\u00e9\\n"}', {"id": "\u00e9\n"}),
+        (b'{"id": true}', {"id": True}),
+        (b'{"id": null}', {}),
+        (b'{"id": {"a": [1]}, "custom_id": ["b"]}', {}),
+        (b'{"id": "\xff", "custom_id": "c"}', {"custom_id": "c"}),
+        (b'{"id": ' + b"9" * 5000 + b"}", {}),
+        (b'{"id": "a", "id": "b"}', {"id": "b"}),
+        (b'{"prompt": "\xff", "id": "a"}', {"id": "a"}),
+        (b'["id", "a"]', {}),
+        (b'{"id": "a"', {}),
+        (b'{"x": ' + b"[" * 10**5 + b"]" * 10**5 + b', "id": "a"}', {}),
+    ]
+    job.prompts.write_bytes(b"\n".join(row for row, _ in rows) + b"\n" + GOOD)
+    assert run(job, FakeCluster(fail_after=7)) == 3
+    assert run(job, FakeCluster()) == 1, "the output is read again, whatever the names"
+    found = results(job)
+    assert sorted(found) == list(range(1, len(rows) + 21))
+    for number, (_, names) in enumerate(rows, start=1):
+        assert "error" in found[number]
+        assert {name: found[number][name] for name in ("id", "custom_id") if name in found[number]} == names
+    assert len(job.output.read_text(encoding="utf-8").splitlines()) == len(found)
+
+
 def test_warnings_are_bounded(job: JobSettings, capsys: pytest.CaptureFixture[str]):
     job.prompts.write_bytes(b"oops\n" * 50)
     assert run(job, FakeCluster()) == 1

@@ -11,10 +11,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import prompt_lines
 from cluster.generation import GenerationSettings
-from cluster.prompt_lines import Line, LineIndex, PromptLine, decode_line, index_lines, read_lines
+from cluster.prompt_lines import LineIndex, PromptLine, decode_line, index_lines
 from epslots.errors import ConfigError
+from epslots.json_lines import Line, read_lines
 
 
 def line_of(data: bytes) -> Line:
@@ -72,22 +72,6 @@ def test_what_is_wrong_is_said_in_plain_words(data: bytes, message: str):
 def test_no_bytes_raise_anything_else(data: bytes):
     with contextlib.suppress(ConfigError):
         assert isinstance(decode_line(line_of(data)), PromptLine)
-
-
-def test_blank_lines_count_and_are_skipped():
-    file = io.BytesIO(b'\xef\xbb\xbf{"a"}\r\n\n \t\r\n{"b"}\n\n{"c"}')
-    assert [(line.number, line.data) for line in read_lines(file)] == [(1, b'{"a"}\r'), (4, b'{"b"}'), (6, b'{"c"}')]
-
-
-def test_a_long_line_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prompt_lines, "MOST_LINE_BYTES", 10)
-    monkeypatch.setattr(prompt_lines, "_PART_BYTES", 3)
-    data = b"0123456789\n" + b"x" * 25 + b"\n" + b"0123456789a"
-    lines = list(read_lines(io.BytesIO(data)))
-    assert [(line.number, line.data) for line in lines] == [(1, b"0123456789"), (2, None), (3, None)]
-    assert lines[1].digest == xxhash.xxh3_64_intdigest(b"x" * 25 + b"\n")
-    with pytest.raises(ConfigError, match="longer than"):
-        decode_line(lines[1])
 
 
 @given(st.lists(st.sampled_from([b"", b"  ", b"x", b"yy" * 9]), max_size=12), st.booleans())

@@ -1,0 +1,141 @@
+"""Standard input, output and error as a process really has them: closed, None, or objects of another kind.
+
+A daemon starts without them, ``pythonw`` and notebooks replace them, a reader may close its end. All of ``epslots`` and
+``cluster`` asks here whether a stream is a terminal, and writes messages from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a stream is an open terminal; False for None and for objects that can't tell."""
+    try:
+        return bool(cast(TextIO, stream).isatty())
+    except (AttributeError, ValueError, OSError):  # no stream, a closed one, one without a descriptor
+        return False
+
+
+def say(text: str, stream: object = None) -> None:
+    """Write a line to standard error, or to ``stream``. It is lost if that can't be written: work goes on without a reader."""
+    target = sys.stderr if stream is None else cast(TextIO, stream)
+    if target is not None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(text, file=target, flush=True)
+
+
+def table_console(plain_width: int, *, stderr: bool = False) -> Console:
+    """A console for tables, ``plain_width`` columns wide where it is no terminal: a log has no width of its own."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=plain_width)
+
+
+class Output(io.TextIOBase):
+    """Standard output or standard error over what a process has for it, which may be anything that has ``write``, or nothing.
+
+    Args:
+        inner: that; what is written is lost if it can't take text.
+        lossy: what can't be written is lost, and no error.
+
+    Attributes:
+        failure: why something couldn't be written.
+    """
+
+    def __init__(self, inner: object, *, lossy: bool) -> None:
+        self._inner: Any = inner if hasattr(inner, "write") and not _is_closed(inner) else None
+        self._lossy = lossy
+        self.failure: OSError | None = None
+        # A character that the encoding lacks is printed as its escape.
+        if isinstance(self._inner, io.TextIOWrapper) and self._inner.errors in ("strict", "surrogateescape"):
+            self._inner.reconfigure(errors="backslashreplace")
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._inner, "encoding", None) or "utf-8"
+
+    def __getattr__(self, name: str) -> Any:  # what libraries ask of a stream besides: its buffer, its name
+        return getattr(self._inner, name)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return is_terminal(self._inner)
+
+    def fileno(self) -> int:
+        if self._inner is None:
+            raise io.UnsupportedOperation("fileno")
+        number: int = self._inner.fileno()
+        return number
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, name: str, *arguments: str) -> None:
+        method = getattr(self._inner, name, None)
+        if method is None or _is_closed(self._inner):
+            return
+        try:
+            method(*arguments)
+        except OSError as error:
+            self.failure = error
+            self._drop()
+            if not self._lossy:
+                raise
+
+    def _drop(self) -> None:
+        """Let later flushes succeed: Python's own at its end would say that it fails, and change the exit code."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._inner.fileno())
+            os.close(null)
+
+
+@contextlib.contextmanager
+def usable_streams() -> Iterator[Output]:
+    """Let the commands of a process read and print whatever its standard streams are. Yields standard output.
+
+    Closed descriptors 0 to 2 are taken first: the next file that is opened would get their number, and what libraries write to
+    standard error would end up in it.
+    """
+    for descriptor, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, mode)  # gets the lowest free number
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = output, errors = Output(sys.stdout, lossy=False), Output(sys.stderr, lossy=True)
+    try:
+        yield output
+    finally:
+        errors.flush()
+        sys.stdout, sys.stderr = before
+
+
+def read_input(most_bytes: int) -> bytes:
+    """Standard input, up to ``most_bytes`` and one; empty if there is none.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    read = getattr(getattr(sys.stdin, "buffer", sys.stdin), "read", None)
+    if read is None or _is_closed(sys.stdin):
+        return b""
+    found = read(most_bytes + 1)
+    return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else bytes(found)
+
+
+def _is_closed(stream: object) -> bool:
+    return bool(getattr(stream, "closed", False))
