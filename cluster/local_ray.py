@@ -6,9 +6,13 @@ Ray has one connection per process, and so all fleets of the process share it; t
 from __future__ import annotations
 
 import asyncio
+import atexit
+import ctypes
 import fcntl
 import logging
+import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ from typing import Any
 
 import psutil
 import ray
+import ray._private.state as ray_state
 import ray._private.worker as ray_worker
 
 from cluster.errors import ClusterError
@@ -43,6 +48,24 @@ _LONGEST_ROOT = 16  # with what Ray appends, the paths of its sockets stay below
 
 _entering, _counting = threading.Lock(), threading.Lock()
 _connection: Connection | None = None
+_forked = False
+
+
+def _after_fork() -> None:
+    """Have a forked child end without Ray, none of whose threads it has: exit handlers and destructors would hang or crash."""
+    global _forked
+    if not ray.is_initialized() and not _entering.locked():
+        return
+    _forked = True
+    atexit.unregister(ray_worker.shutdown)
+    for holder in (ray_worker.global_worker, ray_worker._global_node, ray_state.state):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(holder))  # never destroyed, nor is any object of C++ that it holds
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)  # called with the exit status, after all of Python's and before any static destructor
+
+
+if sys.platform == "linux":
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(eq=False)
@@ -75,10 +98,16 @@ class RayUse:
 
     Raises:
         ConfigError: such an address isn't allowed.
+        ClusterError: this is a forked child of a process that uses Ray.
     """
 
     def __init__(self, address: str | None, ranks: int) -> None:
         check_address(address)
+        if _forked:
+            raise ClusterError(
+                "this process was forked from one that uses Ray, which works in the parent alone; start it with the method "
+                '"spawn", or fork before the parent makes a cluster'
+            )
         self._ready: Future[Connection] = Future()
         self._left: Future[None] = Future()
         for future in (self._ready, self._left):

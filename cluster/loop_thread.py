@@ -16,7 +16,7 @@ from cluster.errors import ClusterError
 logger = logging.getLogger("epslots.cluster")
 
 CLOSED = "the cluster was closed"
-FORKED = "this cluster was made before a fork, and belongs to the parent process; make a Cluster of its own in the child"
+FORKED = "this cluster was made before a fork: only the process that made it can use it"
 
 Result = TypeVar("Result")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import ray
+import ray._private.state as ray_state
 import ray._private.worker as ray_worker
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
@@ -35,6 +36,15 @@ def test_a_running_ray_can_be_asked_before_it_is_joined():
     assert "warn_if_disabled" in inspect.signature(maybe_enable_token_auth_if_token_available).parameters
     assert "CheckAlive" in inspect.getsource(NodeInfoGcsServiceStub)
     assert "ray_version" in CheckAliveReply.DESCRIPTOR.fields_by_name
+
+
+def test_a_forked_child_can_end_without_ray():
+    """Its exit handler would wait for threads that only the parent has, and its destructors would crash."""
+    assert inspect.signature(ray_worker.shutdown).parameters["_exiting_interpreter"]
+    assert "atexit.register(shutdown, _exiting_interpreter=True)" in inspect.getsource(ray_worker)
+    assert ray_worker.global_worker is not None
+    assert hasattr(ray_worker, "_global_node")
+    assert hasattr(ray_state.state, "_global_state_accessor")
 
 
 def test_what_is_free_is_known_by_node():

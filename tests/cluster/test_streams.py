@@ -57,9 +57,12 @@ def leave_the_loop(stream: Iterator[str]) -> None:
 
 
 def raise_in_the_loop(stream: Iterator[str]) -> None:
-    with pytest.raises(ZeroDivisionError):
+    def consume() -> None:
         for _ in stream:
-            _ = 1 / 0
+            raise LookupError("of the consumer's own")
+
+    with pytest.raises(LookupError):
+        consume()
 
 
 def close_it(stream: Any) -> None:
@@ -198,7 +201,7 @@ def test_a_place_is_free_as_soon_as_its_reader_has_left(open_cluster: Any, folde
             leave(iter(going))
             result = going.result()
             assert result.reason == "cancelled"
-            assert result.tokens == expected(folder, PROMPTS[:1], 400)[0][: len(result.tokens)]
+            assert result.tokens[:80] == expected(folder, PROMPTS[:1], 80)[0][: len(result.tokens)]
         held = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
         with pytest.raises(Overloaded):
             cluster.submit(PROMPTS[1])
@@ -208,7 +211,7 @@ def test_a_place_is_free_as_soon_as_its_reader_has_left(open_cluster: Any, folde
 
 def test_a_batch_whose_reader_has_left_takes_no_steps(open_cluster: Any):
     cluster, _ = with_text(open_cluster, max_queue=8)
-    for result in cluster.generate(PROMPTS[:1] + [[5]], max_new_tokens=1, stop_tokens=()):
+    for result in cluster.generate([*PROMPTS[:1], [5]], max_new_tokens=1, stop_tokens=()):
         assert result.reason == "length"
         break
     results = cluster.generate(PROMPTS * 3, max_new_tokens=400, stop_tokens=())
