@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -51,15 +51,29 @@ _connection: Connection | None = None
 _forked = False
 
 
+class _NoCoreWorker:
+    """Stands for Ray's core worker in a forked child, where every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_arguments, **_settings: None
+
+
 def _after_fork() -> None:
-    """Have a forked child end without Ray, none of whose threads it has: exit handlers and destructors would hang or crash."""
+    """Have a forked child end without Ray, none of whose threads it has.
+
+    Its exit handler and its destructors would hang or crash; and a handle that the child drops would end the parent's actor.
+    """
     global _forked
     if not ray.is_initialized() and not _entering.locked():
         return
     _forked = True
     atexit.unregister(ray_worker.shutdown)
-    for holder in (ray_worker.global_worker, ray_worker._global_node, ray_state.state):
+    worker = ray_worker.global_worker
+    for holder in (worker, getattr(worker, "core_worker", None), ray_worker._global_node, ray_state.state):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(holder))  # never destroyed, nor is any object of C++ that it holds
+    worker.core_worker = _NoCoreWorker()
+    worker.set_is_connected(False)
+    worker.set_mode(None)  # or its exception hook would still write to the parent's tables
     libc = ctypes.CDLL(None)
     libc.on_exit(libc._exit, None)  # called with the exit status, after all of Python's and before any static destructor
 

@@ -11,6 +11,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
+from ray.actor import ActorHandle
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import ActorDiedError
@@ -39,7 +40,11 @@ def test_a_running_ray_can_be_asked_before_it_is_joined():
 
 
 def test_a_forked_child_can_end_without_ray():
-    """Its exit handler would wait for threads that only the parent has, and its destructors would crash."""
+    """Its exit handler would wait for threads that only the parent has; its destructors would crash, or end actors."""
+    assert "worker.connected" in inspect.getsource(ActorHandle.__del__)
+    assert "core_worker" in inspect.getsource(ray.ObjectRefGenerator.__del__)
+    assert "if global_worker.mode == SCRIPT_MODE" in inspect.getsource(ray_worker.custom_excepthook)
+    assert inspect.signature(ray_worker.global_worker.set_is_connected).parameters
     assert inspect.signature(ray_worker.shutdown).parameters["_exiting_interpreter"]
     assert "atexit.register(shutdown, _exiting_interpreter=True)" in inspect.getsource(ray_worker)
     assert ray_worker.global_worker is not None
