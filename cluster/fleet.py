@@ -98,8 +98,5 @@ class Fleet(Protocol):
     async def neighbours(self, seat: int) -> int:
         """How many seats the node of this one has, itself included: they share the node's RAM."""
 
-    async def rendezvous(self) -> tuple[str, int]:
-        """Host and port of the store where ranks meet, which lives in no rank; a new one if the last has died."""
-
     async def close(self) -> None:
         """End all processes and give all seats back. Never raises."""

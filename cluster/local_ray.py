@@ -231,7 +231,7 @@ def _start(ranks: int) -> Iterator[None]:
         try:
             ray.init(
                 address="local",
-                num_cpus=ranks + 1,  # so many processes are started beforehand; one is for the store where ranks meet
+                num_cpus=ranks + 1,  # so many processes are started beforehand; one is for the controller
                 resources={SEAT: _SEATS},
                 object_store_memory=_STORE_BYTES,
                 include_dashboard=False,

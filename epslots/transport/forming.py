@@ -106,7 +106,7 @@ def _connect(
 
     def make() -> None:
         try:
-            made.set_result(dist.ProcessGroupGloo(store, rank, size, timeout))  # type: ignore[attr-defined]
+            made.set_result(dist.ProcessGroupGloo(store, rank, size, timeout))
         except BaseException as error:
             made.set_exception(error)
 
@@ -144,7 +144,7 @@ class _SealedStore(Store):
     def set(self, key: str, value: Any) -> None:
         """Write a value with its seal."""
         value = value.encode() if isinstance(value, str) else bytes(value)
-        self._store.set(key, _seal(self._secret, "value", key, value) + value)  # type: ignore[arg-type]
+        self._store.set(key, _seal(self._secret, "value", key, value) + value)
 
     def get(self, key: str) -> bytes:
         """A value, without its seal."""

@@ -22,6 +22,7 @@ from cluster.controller import Controller
 from cluster.controller_messages import Order, decode_order, encode
 from cluster.errors import ClusterError
 from cluster.fleet import WorkerDied
+from cluster.meeting import ContactStore
 from cluster.messages import Form
 from cluster.rank_loop import RankLoop
 from epslots.errors import PeerLost
@@ -146,7 +147,7 @@ class FakeWorker:
         if known:
             self._asyncio.call_soon_threadsafe(self._batches.put_nowait, None)
 
-    def _form(self, form: Form, device: torch.device) -> LocalTransport:
+    def _form(self, form: Form, device: torch.device, _contacts: ContactStore) -> LocalTransport:
         assert device.type == "cpu"
         if self.dead:
             raise _Killed
@@ -278,9 +279,6 @@ class FakeFleet:
 
     async def neighbours(self, seat: int) -> int:
         return self.seats
-
-    async def rendezvous(self) -> tuple[str, int]:
-        return "nowhere", 1
 
     async def close(self) -> None:
         """No thread is left, and so none that loads while the next test does."""

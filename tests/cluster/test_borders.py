@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "orphans", "placement_messages"),
     ("messages", "controller_messages", "loop_thread", "display"),
     ("fleet", "ledger", "generation", "meeting", "controller", "rank_reports"),
-    ("workers", "dispatcher", "rank_loop", "rendezvous", "controller_actor"),
+    ("workers", "dispatcher", "rank_loop", "controller_actor"),
     ("group", "steering", "worker", "ray_address"),
     ("reports", "supervisor"),
     ("local_ray",),
@@ -33,7 +33,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOW_RAY = {
-    *("rendezvous", "worker", "controller_actor", "ray_address", "local_ray"),
+    *("worker", "controller_actor", "ray_address", "local_ray"),
     *("ray_nodes", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
 }
 PURE = ("ledger", "messages", "placement_messages", "controller_messages", "controller")

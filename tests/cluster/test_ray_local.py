@@ -32,7 +32,6 @@ import ray
 from tests.cluster.ray_helpers import drive
 with drive(ranks=1) as driver:
     worker = driver.hire(0)
-    driver.call(driver.fleet.rendezvous())
     try:
         print("ready", worker.hello.pid, ray.get_runtime_context().gcs_address, flush=True)
         threading.Event().wait()
