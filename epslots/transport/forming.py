@@ -125,7 +125,7 @@ def _prove(transport: TorchTransport, secret: bytes) -> None:
     """
     me, ones = transport.rank, [1] * transport.size
     seals = [_seal(secret, "rank", transport.generation, me, peer) for peer in range(transport.size)]
-    mine = np.frombuffer(b"".join(seals), np.uint8).reshape(transport.size, _SEAL_BYTES)
+    mine = np.frombuffer(bytearray().join(seals), np.uint8).reshape(transport.size, _SEAL_BYTES)
     theirs = transport.to_host(transport.all_to_all(to_device(mine, transport.device), ones, ones, agreed=True))
     for peer in range(transport.size):
         if not hmac.compare_digest(theirs[peer].tobytes(), _seal(secret, "rank", transport.generation, peer, me)):
