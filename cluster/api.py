@@ -11,7 +11,8 @@ import atexit
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from cluster.dispatcher import Dispatcher
 from cluster.display import StartDisplay
 from cluster.errors import ClusterError, Overloaded, raised_anew
 from cluster.fleet import Fleet
-from cluster.generation import Checker, Generation, GenerationSettings, Prompt, Result, read_settings
+from cluster.generation import Arrivals, Checker, Generation, GenerationSettings, Prompt, Result, read_settings
 from cluster.loop_thread import CLOSED, LoopThread
 from cluster.messages import Load
 from cluster.reports import ClusterStats, Placement, rank_stats
@@ -186,7 +187,7 @@ class Cluster:
         )
         self.timeline = self._supervisor.timeline
         self._closed = False
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
         try:
             starting = self._thread.begin(self._supervisor.start(ranks))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
@@ -199,7 +200,7 @@ class Cluster:
         """Continue prompts, many at once; yields results as they finish.
 
         Prompts are taken as there is room for them, in the caller's thread, so there may be any number. A prompt that can't be
-        served is a result with the reason "error". Closing the iterator gives up what isn't done.
+        served is a result with the reason "error". Closing or dropping the iterator cancels all that isn't done.
 
         Args:
             prompts: text, token ids, or mappings with "prompt" and settings that differ from the others'.
@@ -211,53 +212,59 @@ class Cluster:
         """
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
             raise ConfigError(f"prompts={prompts!r:.100}; allowed: a list of prompts, or another iterable. submit() takes one")
+        self._thread.check_process()
         return self._generate(iter(prompts), read_settings(settings))
 
     def _generate(self, prompts: Iterator[Prompt], settings: GenerationSettings) -> Iterator[Result]:
-        done: queue.SimpleQueue[Generation] = queue.SimpleQueue()
-        running: set[Generation] = set()
+        done: queue.SimpleQueue[int] = queue.SimpleQueue()
+        running: dict[int, Generation] = {}
         coming = enumerate(prompts)
         following = next(coming, None)
         try:
             while following is not None or running:
+                self._thread.check_process()  # the iterator may have been made before a fork
                 # With nothing of its own to wait for, a caller waits until others leave room.
                 while following is not None and done.empty() and self._room.acquire(blocking=not running):
                     index, prompt = following
                     try:
-                        running.add(self._send(index, prompt, settings, done.put))
+                        running[index] = self._send(index, prompt, settings, done.put)
                     except ConfigError as error:
                         yield Result(index, prompt, (), None, "error", str(error))
+                        self._thread.check_process()
                     following = next(coming, None)
                 if running:
-                    generation = done.get()
-                    running.remove(generation)
-                    yield generation.result()
+                    yield running.pop(done.get()).result()
         finally:
-            for generation in running:
-                generation.cancel()
+            for generation in running.values():
+                generation.give_up()
 
     def submit(self, prompt: Prompt, **settings: Any) -> Generation:
         """Start to continue one prompt. Iterate what is returned for its text as it comes, or ask it for its ``result``.
+
+        It is cancelled when it is closed or dropped, and when a loop over it is left and no one else reads it.
 
         Raises:
             ConfigError: the prompt or a setting is not allowed.
             Overloaded: ``max_queue`` requests wait or run already.
             ClusterError: the cluster can't go on.
         """
+        self._thread.check_process()
         read = read_settings(settings)
         if not self._room.acquire(blocking=False):
-            raise Overloaded(
-                f"{self._max_queue} requests wait or run already, which is all that max_queue allows; wait for results, or "
-                f"use generate(), which does"
-            )
+            self._thread.settle()  # those that were cancelled before this call leave room
+            if not self._room.acquire(blocking=False):
+                raise Overloaded(
+                    f"{self._max_queue} requests wait or run already, which is all that max_queue allows; wait for results, "
+                    f"or use generate(), which does"
+                )
         return self._send(0, prompt, read, lambda _: None)
 
-    def _send(self, index: int, prompt: Prompt, settings: GenerationSettings, on_done: Any) -> Generation:
+    def _send(self, index: int, prompt: Prompt, settings: GenerationSettings, on_done: Callable[[int], None]) -> Generation:
         """Send a request whose room is taken; gives it back if that fails, and when the request is done."""
 
-        def done(generation: Generation) -> None:
+        def done() -> None:
             self._room.release()
-            on_done(generation)
+            on_done(index)
 
         try:
             self._check_open()
@@ -265,20 +272,23 @@ class Cluster:
         except BaseException:
             self._room.release()
             raise
+        arrivals = Arrivals(done)
         generation = Generation(
             index,
             prompt,
             stop=settings.stops,
             tokenizer=self.tokenizer,
-            on_done=done,
-            cancel=lambda: self._thread.tell(self._supervisor.dispatcher.cancel, request.id),
+            arrivals=arrivals,
+            cancel=partial(self._thread.hint, self._supervisor.dispatcher.cancel, request.id),
+            check_process=self._thread.check_process,
         )
-        self._thread.tell(self._supervisor.submit, request, generation, settings.stops)
+        self._thread.tell(self._supervisor.submit, request, arrivals, settings.stops)
         return generation
 
     @property
     def ranks(self) -> int:
         """Ranks that serve now."""
+        self._thread.check_process()
         return self._supervisor.group.serving
 
     def stats(self) -> ClusterStats:
@@ -364,15 +374,25 @@ class Cluster:
         self._thread.call(self._supervisor.scale(ranks))
 
     def close(self) -> None:
-        """End all ranks, and Ray if it was started here. Requests that aren't done fail. Twice is once."""
+        """End all ranks, and Ray if it was started here. Requests that aren't done fail. Twice is once.
+
+        Raises:
+            ClusterError: this is a forked child of the process that made the cluster; there, nothing can be called.
+        """
+        self._thread.check_process()
         self._closed = True
         if self._thread.ended:
             return
         self._thread.call(self._supervisor.close())
         self._thread.end()
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
+
+    def _close_at_exit(self) -> None:
+        if not self._thread.forked:  # a child runs its parent's exit handlers
+            self.close()
 
     def _check_open(self) -> None:
+        self._thread.check_process()
         if self._closed:
             raise ClusterError(CLOSED)
         if self._supervisor.failure is not None:
@@ -381,8 +401,9 @@ class Cluster:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not self._thread.forked:  # a child that exits within the block does just that
+            self.close()
 
 
 def _check_count(name: str, given: object) -> None:

@@ -111,8 +111,5 @@ class Fleet(Protocol):
             ClusterError: that failed; it may be called again.
         """
 
-    async def rendezvous(self) -> tuple[str, int]:
-        """Host and port of the store where ranks meet, which lives in no rank; a new one if the last has died."""
-
     async def close(self) -> None:
         """End all processes and give all seats back. Never raises."""

@@ -1,6 +1,6 @@
 """A prompt on its way through the cluster: what is asked for, what is refused, and what comes back.
 
-prompt and settings -> Checker.request -> epslots' Request -> ... -> Generation: tokens as they arrive -> Result
+prompt and settings -> Checker.request -> epslots' Request -> ... -> Arrivals of tokens -> Generation -> Result
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from transformers import PreTrainedTokenizerBase
@@ -112,12 +113,58 @@ class Result:
     error: str | None = None
 
 
+class Arrivals:
+    """What has come of a request: written by the supervisor's thread, read by any.
+
+    Args:
+        on_done: called in that thread when the end is known.
+
+    Attributes:
+        users: the iterators and waiting calls that want the rest. No lock guards it, because iterators also end in finalizers.
+    """
+
+    def __init__(self, on_done: Callable[[], None]) -> None:
+        self._on_done = on_done
+        self.news = threading.Condition()
+        self.tokens: list[int] = []
+        self.reason: Reason | None = None
+        self.error: str | None = None
+        self.failure: ClusterError | None = None
+        self.users: set[object] = set()
+
+    @property
+    def done(self) -> bool:
+        """Whether the end is known."""
+        return self.reason is not None or self.failure is not None
+
+    def arrive(self, tokens: Sequence[int], reason: Reason | None, error: str | None) -> None:
+        """More tokens; and why there will be no others, if so."""
+        with self.news:
+            self.tokens += tokens
+            self.reason, self.error = reason, error
+            self.news.notify_all()
+        if reason is not None:
+            self._on_done()
+
+    def fail(self, error: ClusterError) -> None:
+        """The cluster can't go on."""
+        with self.news:
+            self.failure = error
+            self.news.notify_all()
+        self._on_done()
+
+
 class Generation:
     """A prompt that is being continued. Iterate it for pieces of text as they come, from the first, once or several times.
 
+    A request that has lost its last reader is cancelled, and its place in the queue is free again: when the last open iterator
+    is closed or dropped (a loop over it was left) and no call waits for the result; or when the generation itself is dropped.
+    As a context manager, it is cancelled at the end of the block unless it is done.
+
     Args:
-        on_done: called from another thread when the end is known.
-        cancel: gives the request up.
+        arrivals: what the dispatcher writes to.
+        cancel: gives the request up; called from anywhere, finalizers included.
+        check_process: raises ClusterError in a forked child, which would wait for ever.
     """
 
     def __init__(
@@ -127,81 +174,83 @@ class Generation:
         *,
         stop: Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None,
-        on_done: Callable[[Generation], None],
+        arrivals: Arrivals,
         cancel: Callable[[], None],
+        check_process: Callable[[], None],
     ) -> None:
         self.index, self.prompt = index, prompt
         self._stop, self._tokenizer = tuple(stop), tokenizer
-        self._on_done, self._cancel = on_done, cancel
-        self._news = threading.Condition()
-        self._tokens: list[int] = []
-        self._reason: Reason | None = None
-        self._error: str | None = None
-        self._failure: ClusterError | None = None
-
-    # What the dispatcher says, from its thread.
-
-    def arrive(self, tokens: Sequence[int], reason: Reason | None, error: str | None) -> None:
-        """More tokens; and why there will be no others, if so."""
-        with self._news:
-            self._tokens += tokens
-            self._reason, self._error = reason, error
-            self._news.notify_all()
-        if reason is not None:
-            self._on_done(self)
-
-    def fail(self, error: ClusterError) -> None:
-        """The cluster can't go on."""
-        with self._news:
-            self._failure = error
-            self._news.notify_all()
-        self._on_done(self)
-
-    # What users call.
+        self._there, self._cancel, self._check_process = arrivals, cancel, check_process
+        weakref.finalize(self, _cancel_unless_done, arrivals, cancel).atexit = False
 
     @property
     def done(self) -> bool:
         """Whether the end is known."""
-        return self._reason is not None or self._failure is not None
+        return self._there.done
 
     def cancel(self) -> None:
-        """Give it up: it ends with the reason "cancelled" and what there is. Once it is done, nothing happens."""
-        if not self.done:
-            with suppress(ClusterError):  # closed meanwhile
-                self._cancel()
+        """Give it up: it ends with the reason "cancelled" and what there is. Once it is done, nothing happens.
+
+        Raises:
+            ClusterError: this is a forked child.
+        """
+        self._check_process()
+        self.give_up()
+
+    close = cancel
+
+    def give_up(self) -> None:
+        """As ``cancel``, but a forked child, which has nothing to give up, is not refused."""
+        _cancel_unless_done(self._there, self._cancel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_up()
 
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait for the end.
 
         Raises:
-            ClusterError: the cluster can't go on.
+            ClusterError: the cluster can't go on; or this is a forked child.
             TimeoutError: it isn't done by then, and goes on.
         """
-        with self._news:
-            if not self._news.wait_for(lambda: self.done, timeout_s):
-                raise TimeoutError(f"the prompt isn't done after {timeout_s:g} s")
-        if self._failure is not None:
-            raise raised_anew(self._failure)
-        assert self._reason is not None
-        return Result(self.index, self.prompt, tuple(self._tokens), self._text(), self._reason, self._error)
+        self._check_process()
+        there, this_call = self._there, object()
+        there.users.add(this_call)
+        try:
+            with there.news:
+                if not there.news.wait_for(lambda: there.done, timeout_s):
+                    raise TimeoutError(f"the prompt isn't done after {timeout_s:g} s")
+        finally:
+            there.users.discard(this_call)
+        if there.failure is not None:
+            raise raised_anew(there.failure)
+        assert there.reason is not None
+        return Result(self.index, self.prompt, tuple(there.tokens), self._text(), there.reason, there.error)
 
     def _text(self) -> str | None:
         if self._tokenizer is None:
             return None
+        tokens = self._there.tokens
         if self._stop:
             stream = TextStream(self._tokenizer, self._stop)
-            return stream.push(self._tokens) + stream.finish()
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+            return stream.push(tokens) + stream.finish()
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Pieces:
         """Pieces of text, as they become certain.
 
-        Raises:
+        Raises (the iterator, when asked for a piece):
             ConfigError: the checkpoint has no tokenizer.
-            ClusterError: the cluster can't go on; or the request was refused or could not be served.
+            ClusterError: the cluster can't go on; the request was refused or could not be served; or this is a forked child.
         """
+        return Pieces(self, self._read(), self._there, self._cancel)
+
+    def _read(self) -> Iterator[str]:
         if self._tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer, so there is no text; use result().tokens")
         stream = TextStream(self._tokenizer, self._stop)
@@ -213,19 +262,56 @@ class Generation:
 
     def _arrivals(self) -> Iterator[list[int]]:
         """Tokens in the portions in which they come."""
-        taken = 0
+        there, taken = self._there, 0
         while True:
-            with self._news:
-                self._news.wait_for(lambda: len(self._tokens) > taken or self.done)  # noqa: B023 - called here
-                portion, done = self._tokens[taken:], self.done
+            self._check_process()
+            with there.news:
+                there.news.wait_for(lambda: len(there.tokens) > taken or there.done)  # noqa: B023 - called here
+                portion, done = there.tokens[taken:], there.done
             taken += len(portion)
             yield portion
             if done:
                 break
-        if self._failure is not None:
-            raise raised_anew(self._failure)
-        if self._reason == "error":
-            raise ClusterError(self._error)
+        if there.failure is not None:
+            raise raised_anew(there.failure)
+        if there.reason == "error":
+            raise ClusterError(there.error)
+
+
+class Pieces(Iterator[str]):
+    """One reader of a generation's text.
+
+    Attributes:
+        close: read no more; any thread may call it. Once the end is known, or if others read on, the request isn't cancelled.
+    """
+
+    def __init__(self, generation: Generation, pieces: Iterator[str], arrivals: Arrivals, cancel: Callable[[], None]) -> None:
+        self._generation, self._pieces = generation, pieces  # which isn't dropped before its last reader
+        this_reader = object()
+        arrivals.users.add(this_reader)
+        self.close = weakref.finalize(self, _leave, arrivals, this_reader, cancel)
+        self.close.atexit = False
+
+    def __next__(self) -> str:
+        if not self.close.alive:
+            raise StopIteration
+        try:
+            return next(self._pieces)
+        except BaseException:  # the end, a failure or an interrupt: there is no more to be had from it
+            self.close()
+            raise
+
+
+def _leave(arrivals: Arrivals, reader: object, cancel: Callable[[], None]) -> None:
+    """A reader has gone."""
+    arrivals.users.discard(reader)
+    if not arrivals.users:
+        _cancel_unless_done(arrivals, cancel)
+
+
+def _cancel_unless_done(arrivals: Arrivals, cancel: Callable[[], None]) -> None:
+    if not arrivals.done:
+        cancel()
 
 
 class Checker:

@@ -1,7 +1,8 @@
 """The ranks that are one model now: a process group of their own, which is formed anew whenever somebody is lost or comes.
 
     whenever a member is lost or says that the group is broken, or somebody is ready:
-    roll call -> next generation, of all who answered -> Form to each -> all say Formed -> requests flow again
+    roll call -> next generation, of all who answered -> Form to each -> each publishes a Contact, which all get -> all say
+    Formed -> requests flow again
 
 There is one way to change the group, whatever the reason. Ranks that are told to form the next generation leave the last one
 at once; the step that breaks is made again afterwards, and their requests stay where they are.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
@@ -20,7 +22,7 @@ from cluster.errors import ClusterError
 from cluster.fleet import Fleet, WorkerDied
 from cluster.ledger import Room
 from cluster.loop_thread import Pulse
-from cluster.messages import Command, Form, Ping, decode_answer, encode
+from cluster.messages import Command, Contact, Contacts, Form, Ping, decode_answer, encode
 from cluster.retries import Pace, Retries
 from cluster.workers import Deadlines, State, Worker
 from epslots.loading import LOAD_DEADLINE_S
@@ -32,6 +34,8 @@ logger = logging.getLogger("epslots.cluster")
 MOST_FAILURES = 5  # in a row
 _SECOND_LOOK_S = 0.1
 _PACE = Pace(first_s=0.2, most_s=5.0)
+_SECRET_BYTES = 16
+_TOGETHER_S = 0.01  # how long a rank's contact waits for others': R messages are sent in place of R x R
 
 
 class Crew(Protocol):
@@ -94,6 +98,8 @@ class Group:
         self._broken_by: str | None = None
         """What broke the group, since it last began to form; and whether it had formed."""
         self._broken_in_step = False
+        self._contacts: dict[str, bytes] = {}
+        """Published in this generation, and not yet passed on."""
 
     @property
     def members(self) -> list[Worker]:
@@ -159,17 +165,12 @@ class Group:
     async def _form(self) -> str | None:
         """Form the next generation, of all candidates; returns what went wrong, if anything did."""
         logger.debug("forming generation %d after: %s", self.generation + 1, self._broken_by)
-        try:
-            host, port = await self._fleet.rendezvous()
-        except (WorkerDied, ClusterError) as error:
-            return f"there is no place to meet: {error}"
-        if not self._should_form():
-            return None
         members = self._candidates()
         self.generation += 1
         self.formed, self._broken_by, self._broken_in_step = False, None, False
         self._dispatcher.begin(self.generation)
-        generation, deadlines = self.generation, self._deadlines
+        self._contacts = {}
+        generation, deadlines, secret = self.generation, self._deadlines, secrets.token_bytes(_SECRET_BYTES)
         fresh = all(worker.state is State.READY for worker in members)
         placement = self._first_placement(len(members)) if fresh or not self.stood else None
         for rank, worker in enumerate(members):
@@ -178,8 +179,7 @@ class Group:
                 generation=generation,
                 rank=rank,
                 size=len(members),
-                host=host,
-                port=port,
+                secret=secret,
                 form_s=deadlines.form_s,
                 deadline_s=deadlines.operation_s,
                 fresh=fresh,
@@ -219,6 +219,19 @@ class Group:
         if self.placement is None or (self.stood and unpack(self.placement).ranks != ranks):
             return None
         return self.placement
+
+    def pass_on(self, contact: Contact) -> None:
+        """A rank has published where it listens: all ranks of its generation get to know it."""
+        if contact.generation != self.generation:
+            return
+        if not self._contacts:
+            asyncio.get_running_loop().call_later(_TOGETHER_S, self._send_contacts)
+        self._contacts[contact.key] = contact.value
+
+    def _send_contacts(self) -> None:
+        contacts, self._contacts = self._contacts, {}
+        for worker in self.members if contacts else ():
+            self._crew.send(worker, Contacts(self.generation, contacts))
 
     def _drop_newcomers(self, members: Sequence[Worker], cause: str) -> None:
         """A group didn't form though nobody is lost: if some of it stood together before, the others are the likely reason."""

@@ -9,9 +9,12 @@ itself is started or joined again, until then:
 from __future__ import annotations
 
 import asyncio
+import atexit
+import ctypes
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from dataclasses import dataclass, field
 
 import psutil
 import ray
+import ray._private.state as ray_state
 import ray._private.worker as ray_worker
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
@@ -53,6 +57,38 @@ _PACE = Pace(first_s=1.0, most_s=30.0)
 
 _entering, _counting = threading.Lock(), threading.Lock()
 _connection: Connection | None = None
+_forked = False
+
+
+class _NoCoreWorker:
+    """Stands for Ray's core worker in a forked child, where every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_arguments, **_settings: None
+
+
+def _after_fork() -> None:
+    """Have a forked child end without Ray, none of whose threads it has.
+
+    Its exit handler and its destructors would hang or crash; and a handle that the child drops would end the parent's actor.
+    """
+    global _forked
+    if not ray.is_initialized() and not _entering.locked():
+        return
+    _forked = True
+    atexit.unregister(ray_worker.shutdown)
+    worker = ray_worker.global_worker
+    for holder in (worker, getattr(worker, "core_worker", None), ray_worker._global_node, ray_state.state):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(holder))  # never destroyed, nor is any object of C++ that it holds
+    worker.core_worker = _NoCoreWorker()
+    worker.set_is_connected(False)
+    worker.set_mode(None)  # or its exception hook would still write to the parent's tables
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)  # called with the exit status, after all of Python's and before any static destructor
+
+
+if sys.platform == "linux":
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 _Ended = Callable[[], str]
@@ -110,10 +146,16 @@ class RayUse:
 
     Raises:
         ConfigError: such an address isn't allowed.
+        ClusterError: this is a forked child of a process that uses Ray.
     """
 
     def __init__(self, address: str | None, ranks: int) -> None:
         check_address(address)
+        if _forked:
+            raise ClusterError(
+                "this process was forked from one that uses Ray, which works in the parent alone; start it with the method "
+                '"spawn", or fork before the parent makes a cluster'
+            )
         self._ready: Future[Connection] = Future()
         self._left: Future[None] = Future()
         for future in (self._ready, self._left):
@@ -269,7 +311,7 @@ def _start(ranks: int) -> Iterator[_Ended]:
         try:
             ray.init(
                 address="local",
-                num_cpus=ranks + 1,  # so many processes are started beforehand; one is for the store where ranks meet
+                num_cpus=ranks + 1,  # so many processes are started beforehand; one is for the controller
                 resources={SEAT: _SEATS},
                 object_store_memory=_STORE_BYTES,
                 include_dashboard=False,

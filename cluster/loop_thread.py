@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from asyncio import new_event_loop
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from cluster.errors import ClusterError
@@ -15,6 +17,7 @@ from cluster.errors import ClusterError
 logger = logging.getLogger("epslots.cluster")
 
 CLOSED = "the cluster was closed"
+FORKED = "this cluster was made before a fork: only the process that made it can use it"
 
 Result = TypeVar("Result")
 
@@ -28,6 +31,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.on_bug: Callable[[BaseException], None] = lambda error: None
+        self._pid = os.getpid()
         self._loop = new_event_loop()
         self._loop.set_exception_handler(self._handle)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -43,11 +47,25 @@ class LoopThread:
         """Whether ``end`` was called."""
         return self._ended
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that has the thread: a fork copies no threads, and locks as they are held."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Refuse to go on in a forked child, where every wait would be for ever.
+
+        Raises:
+            ClusterError: this is one.
+        """
+        if self.forked:
+            raise ClusterError(FORKED)
+
     def begin(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         """From another thread: have a coroutine run.
 
         Raises:
-            ClusterError: the thread has ended.
+            ClusterError: the thread has ended, or this is a forked child.
         """
 
         async def tracked() -> Result:
@@ -59,6 +77,9 @@ class LoopThread:
             finally:
                 self._calls.discard(task)
 
+        if self.forked:
+            work.close()
+            raise ClusterError(FORKED)
         with self._entry:
             if not self._ended:
                 return asyncio.run_coroutine_threadsafe(tracked(), self._loop)
@@ -87,12 +108,30 @@ class LoopThread:
         """From another thread: have a function called, soon.
 
         Raises:
-            ClusterError: the thread has ended.
+            ClusterError: the thread has ended, or this is a forked child.
         """
+        self.check_process()
         with self._entry:
             if self._ended:
                 raise ClusterError(CLOSED)
             self._loop.call_soon_threadsafe(function, *arguments)
+
+    def hint(self, function: Callable[..., object], *arguments: object) -> None:
+        """From anywhere, finalizers included: have a function called soon. Nothing happens after the end or in a forked child.
+
+        It takes no lock, because garbage is collected while any lock may be held.
+        """
+        if not self.forked:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(function, *arguments)
+
+    def settle(self) -> None:
+        """From another thread: wait until all that came in before has been called.
+
+        Raises:
+            ClusterError: the thread has ended, or this is a forked child.
+        """
+        self.call(asyncio.sleep(0))
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
         """From the loop's thread: run a coroutine beside. What it raises is a bug, and told."""

@@ -3,9 +3,10 @@
     commands   driver -> worker, each answered at once: with an empty message, or with an ``Answer``
     events     worker -> driver, in the order in which they happened; handed over in batches
 
-A worker's life: Load -> Loaded; Form -> Formed; then Submit, Cancel, Wake -> Outputs, Asleep; when the group breaks, Broken;
-with the next Form it goes on where it was. ``Failed`` is its last word. Beside it, for the controller: Windowed events, and
-Survey -> Surveyed; Place (``placement_messages.py``; what the controller itself is told is in ``controller_messages.py``).
+A worker's life: Load -> Loaded; Form -> Contact, Contacts -> Formed; then Submit, Cancel, Wake -> Outputs, Asleep; when the
+group breaks, Broken; with the next Form it goes on where it was. ``Failed`` is its last word. Beside it, for the controller:
+Windowed events, and Survey -> Surveyed; Place (``placement_messages.py``; what the controller itself is told is in
+``controller_messages.py``).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Leave the group there is, at once, and form the next.
 
     Attributes:
-        host, port: of the store where ranks meet.
+        secret: known to the ranks of this generation alone, by which they know each other.
         form_s: seconds to wait for the others.
         deadline_s: seconds that one operation may take from then on.
         fresh: all ranks have just loaded, so that they may fill their slots together.
@@ -65,13 +66,19 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     generation: int
     rank: int
     size: int
-    host: str
-    port: int
+    secret: bytes
     form_s: float
     deadline_s: float
     fresh: bool
     costs: Costs | None
     placement: bytes | None = None
+
+
+class Contacts(msgspec.Struct, tag=True, frozen=True):
+    """What ranks of this generation have published, by key."""
+
+    generation: int
+    entries: dict[str, bytes]
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -107,7 +114,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Give everything back; a ``Stopped`` follows."""
 
 
-Command = Load | Form | Submit | Cancel | Wake | Ask | Survey | Place | Ping | Stop
+Command = Load | Form | Contacts | Submit | Cancel | Wake | Ask | Survey | Place | Ping | Stop
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -146,6 +153,14 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     context: int | None
     end_tokens: tuple[int, ...]
     seconds: dict[str, float]
+
+
+class Contact(msgspec.Struct, tag=True, frozen=True):
+    """An entry that the other ranks of this generation need in order to connect; as torch has written it."""
+
+    generation: int
+    key: str
+    value: bytes
 
 
 class Formed(msgspec.Struct, tag=True, frozen=True):
@@ -239,7 +254,21 @@ class Stopped(msgspec.Struct, tag=True, frozen=True):
     """Everything is given back; the process may end."""
 
 
-Event = Progress | Loaded | Formed | Outputs | Asleep | Broken | Failed | Report | Windowed | Surveyed | Unplaced | Stopped
+Event = (
+    Progress
+    | Loaded
+    | Contact
+    | Formed
+    | Outputs
+    | Asleep
+    | Broken
+    | Failed
+    | Report
+    | Windowed
+    | Surveyed
+    | Unplaced
+    | Stopped
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)

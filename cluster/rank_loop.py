@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from cluster.meeting import ContactStore
 from cluster.messages import (
     Answer,
     Ask,
@@ -30,6 +31,7 @@ from cluster.messages import (
     Broken,
     Cancel,
     Command,
+    Contacts,
     Event,
     Failed,
     Form,
@@ -61,7 +63,7 @@ from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
 from epslots.transport.transport import Transport
 
-FormTransport = Callable[[Form, torch.device], Transport]
+FormTransport = Callable[[Form, torch.device, ContactStore], Transport]
 """Meets the other ranks of a generation; raises PeerLost if they don't all come in time."""
 
 _TELL_EVERY_S = 0.2  # progress of loading
@@ -76,6 +78,14 @@ class _Offer:
     bytes_per_step: int
 
 
+@dataclass(frozen=True)
+class _Forming:
+    """A ``Form``, and what comes in for it meanwhile."""
+
+    form: Form
+    contacts: ContactStore
+
+
 class RankLoop:
     """One rank.
 
@@ -88,12 +98,16 @@ class RankLoop:
         self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
         self._news = threading.Condition()
         """Guards the two lists below, and wakes those who wait for them."""
-        self._commands: list[Command | _Offer] = []
+        self._commands: list[Command | _Offer | _Forming] = []
         self._events: list[Event] = []
+        self._contacts: ContactStore | None = None
+        """Of the newest generation; the commands' thread's."""
         # The rest is the stepping thread's, but that the commands' thread reads the transport, and aborts it.
         self._settings: Load | None = None
         self._engine: Engine | None = None
         self._transport: Transport | None = None
+        self._met_through: ContactStore | None = None
+        """Kept for as long as the transport, since NCCL uses it."""
         self._ended = False
         self._newest = -1
         """The newest generation that was asked for."""
@@ -118,7 +132,13 @@ class RankLoop:
                 # Whoever waits for a lost rank is freed, and so are the others, who don't wait for the end of a long step.
                 self._newest = max(self._newest, form.generation)
                 self._leave_old(self._transport)
-                self._queue(form)
+                if self._contacts is not None:
+                    self._contacts.end(self._newer())
+                self._contacts = ContactStore(form.generation, self._tell, form.form_s)
+                self._queue(_Forming(form, self._contacts))
+            case Contacts(generation, entries):
+                if self._contacts is not None and self._contacts.generation == generation:
+                    self._contacts.take(entries)
             case Place() as place:
                 try:  # here and not between two steps, because a large one takes some milliseconds
                     self._queue(_Offer(place.group, unpack(place.placement), place.bytes_per_step))
@@ -131,9 +151,12 @@ class RankLoop:
     def _leave_old(self, transport: Transport | None) -> None:
         """Abort the group if a newer one is to be formed. Both threads call it, each after having told the other."""
         if transport is not None and transport.generation < self._newest:
-            transport.abort(f"generation {self._newest} is being formed")
+            transport.abort(self._newer())
 
-    def _queue(self, command: Command | _Offer) -> None:
+    def _newer(self) -> str:
+        return f"generation {self._newest} is being formed"
+
+    def _queue(self, command: Command | _Offer | _Forming) -> None:
         with self._news:
             self._commands.append(command)
             self._news.notify_all()
@@ -160,7 +183,7 @@ class RankLoop:
                         self._give_back()
                         self._tell(Stopped())
                         return
-                    doing = "forming" if isinstance(command, Form) else doing
+                    doing = "forming" if isinstance(command, _Forming) else doing
                     self._obey(command)
                 doing = "serving" if self._serving else doing
                 if self._has_steps_to_make():
@@ -170,7 +193,7 @@ class RankLoop:
             self._ended = True
             self._fail(error, doing)
 
-    def _next_commands(self) -> list[Command | _Offer]:
+    def _next_commands(self) -> list[Command | _Offer | _Forming]:
         """What came in; waits for something if there is nothing else to do."""
         with self._news:
             self._news.wait_for(lambda: self._commands or self._has_steps_to_make())
@@ -183,12 +206,12 @@ class RankLoop:
         assert self._engine is not None
         return not self._asleep or self._steps < self._wake_through or self._engine.batcher.has_work
 
-    def _obey(self, command: Command | _Offer) -> None:
+    def _obey(self, command: Command | _Offer | _Forming) -> None:
         match command:
             case Load():
                 self._load(command)
-            case Form():
-                self._form(command)
+            case _Forming(form, contacts):
+                self._form(form, contacts)
             case Submit(requests):
                 for request in requests:
                     try:
@@ -257,7 +280,7 @@ class RankLoop:
             self._told_s = now
             self._tell(Progress(title, done_bytes, total_bytes))
 
-    def _form(self, form: Form) -> None:
+    def _form(self, form: Form, contacts: ContactStore) -> None:
         """Meet the others and become one model with them. Before, and if that fails, this rank makes no step."""
         began = time.monotonic()
         self._serving = False
@@ -267,8 +290,9 @@ class RankLoop:
         placement = None if form.placement is None else unpack(form.placement)
         if self._transport is not None:
             self._transport.close()
+        self._met_through = contacts
         try:
-            self._transport = transport = self._form_transport(form, engine.model.device)
+            self._transport = transport = self._form_transport(form, engine.model.device, contacts)
             self._leave_old(transport)
             shared = shared_settings(engine.model, settings.policy)
             if form.fresh:

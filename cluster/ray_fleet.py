@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Any
 from weakref import WeakSet
 
-import msgspec
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller_actor import ControllerActor
@@ -20,8 +17,7 @@ from cluster.ray_calls import ask
 from cluster.ray_controller import RayController
 from cluster.ray_nodes import need_of_seat, read_nodes
 from cluster.ray_seats import Seats
-from cluster.ray_worker import CONCURRENCY_GROUPS, RayWorker, kill, reason_of
-from cluster.rendezvous import Rendezvous
+from cluster.ray_worker import CONCURRENCY_GROUPS, RayWorker
 from cluster.worker import RANK_LOOP, Worker
 from epslots.host_limits import usable_cores
 
@@ -31,15 +27,12 @@ LOOPBACK = "127.0.0.1"
 
 _HIRE_S = 120.0
 _LOOK_EVERY_S = 1.0  # whether the node of one that is being hired is still there
-_STORE_START_S = 60.0
-_STORE_ANSWER_S = 2.0
 _START_S = 30.0  # for a Ray that is still being started when the fleet is closed
 _END_S = 20.0  # without a head, Ray takes some seconds
 
 _worker_class = ray.remote(
     concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0, enable_task_events=False
 )(Worker)
-_rendezvous_class = ray.remote(num_cpus=0, max_restarts=0)(Rendezvous)
 _controller_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, enable_task_events=False)(ControllerActor)
 
 
@@ -74,8 +67,6 @@ class RayFleet:
         self._seats = Seats({}, strategy, None, place_s)
         self._workers: WeakSet[RayWorker] = WeakSet()
         self._controllers: WeakSet[RayController] = WeakSet()
-        self._store: Any = None
-        self._store_answered = False
 
     async def open(self, ranks: int | None) -> int:
         self._use = RayUse(self._address, ranks or 1)
@@ -94,7 +85,6 @@ class RayFleet:
         folder = str(Path(self._path).absolute()) if elsewhere else None
         self._seats = Seats(self._need, self._strategy, folder, self._place_s)
         await self._seats.add(ranks)
-        self._start_store()
         return ranks
 
     async def lost(self) -> str:
@@ -106,7 +96,6 @@ class RayFleet:
             controller.forget()
         self._workers.clear()
         self._controllers.clear()
-        self._store = None
         return reason
 
     async def reopen(self, ranks: int) -> None:
@@ -163,29 +152,6 @@ class RayFleet:
             raise
         return controller
 
-    async def rendezvous(self) -> tuple[str, int]:
-        self._check()
-        if self._store is None:
-            self._start_store()
-        reason = ""
-        for _ in range(2):
-            wait_s = _STORE_ANSWER_S if self._store_answered else _STORE_START_S
-            try:
-                async with asyncio.timeout(wait_s):
-                    answer = await self._store.address.remote()
-            except TimeoutError:
-                reason = f"it did not answer within {wait_s:g} s"
-            except RayError as error:
-                reason = reason_of(error)
-            else:
-                self._store_answered = True
-                host, port = msgspec.msgpack.decode(answer, type=tuple[str, int])
-                return host, port
-            self._check()
-            kill(self._store)
-            self._start_store()
-        raise ClusterError(f"the store where ranks meet didn't come up on this node: {reason}")
-
     async def close(self) -> None:
         """End all, and leave Ray, even one that is still being started. If this is interrupted, a second call goes on."""
         for worker in self._workers:
@@ -194,9 +160,6 @@ class RayFleet:
             controller.kill()
         self._workers.clear()
         self._controllers.clear()
-        if self._store is not None:
-            kill(self._store)
-            self._store = None
         self._seats.keep(0)
         if self._use is None:
             return
@@ -232,7 +195,3 @@ class RayFleet:
         """Ray must not be asked between two lives: it would start one by itself."""
         if self._life is not None and self._life.lost.done():
             raise ClusterError(self._life.lost.result())
-
-    def _start_store(self) -> None:
-        self._store = _rendezvous_class.options(scheduling_strategy=self._here()).remote(self._host)
-        self._store_answered = False

@@ -26,6 +26,7 @@ from cluster.messages import (
     Asleep,
     Broken,
     Command,
+    Contact,
     Event,
     Failed,
     Formed,
@@ -235,6 +236,9 @@ class Supervisor:
                 return  # nobody waits for that here
             case Asleep(generation, step):
                 self.dispatcher.fell_asleep(worker, generation, step)
+                return
+            case Contact():
+                self.group.pass_on(event)
                 return
             case Windowed():
                 if self.steering is not None:

@@ -21,7 +21,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError, ExchangeError, PeerLost
-from epslots.transport.torch_transport import TorchTransport, batches, form_group
+from epslots.transport.forming import form_group
+from epslots.transport.torch_transport import TorchTransport, batches
 from epslots.transport.transport import LocalHub, LocalTransport, Transfers, Transport
 from tests.rank_helpers import PATIENCE_S, Rank, RankError, run_ranks, run_threads, until, until_stopped
 

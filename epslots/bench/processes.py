@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from epslots.transport.torch_transport import TorchTransport, form_group
+from epslots.transport.forming import form_group
+from epslots.transport.torch_transport import TorchTransport
 
 CPU = torch.device("cpu")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import weakref
 from typing import Any
 
@@ -60,12 +61,14 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
         )
         return False
     store.pinned = True
-    weakref.finalize(store, _unpin, runtime, memory, device)
+    weakref.finalize(store, _unpin, runtime, memory, device, os.getpid())
     return True
 
 
-def _unpin(runtime: Any, memory: torch.Tensor, device: torch.device) -> None:
+def _unpin(runtime: Any, memory: torch.Tensor, device: torch.device, pid: int) -> None:
     """Release the pages once no copy reads them any more."""
+    if os.getpid() != pid:  # a forked child runs the same exit handlers, and has no CUDA
+        return
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     runtime.cudaHostUnregister(memory.data_ptr())

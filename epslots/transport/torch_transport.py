@@ -1,4 +1,4 @@
-"""The transport over torch.distributed: gloo on the CPU, NCCL on CUDA; and the forming of its process groups.
+"""The transport over torch.distributed: gloo on the CPU, NCCL on CUDA.
 
 On gloo an operation is waited for until it ends, a connection is closed, the deadline is over, or another thread breaks the
 transport. A rank that fails cuts its own connections, so that those who wait for it learn at once, not at their deadlines.
@@ -12,9 +12,7 @@ On NCCL an operation is queued on the device, and a lost peer stops the device r
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import threading
 import time
 import weakref
@@ -30,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, PeerLost
@@ -42,6 +39,8 @@ from epslots.transport.transport import (
     exchange_header,
     transfers_are_sound,
 )
+
+GLOO = "epslots_gloo"  # torch's name for a gloo group that ``forming.py`` has made
 
 # Transfers of one rank that are under way at once: unbounded batches have hung NCCL, whose kernels take eight together.
 _TRANSFERS_PER_BATCH = 8
@@ -68,8 +67,10 @@ class TorchTransport:
         self, group: dist.ProcessGroup, *, device: torch.device, generation: int = 0, deadline_s: float = 60.0
     ) -> None:
         backend = dist.get_backend(group)
-        if (backend, device.type) not in {("gloo", "cpu"), ("nccl", "cuda")}:
-            raise ConfigError(f"a {backend} group can't serve {device}: gloo serves cpu, nccl serves cuda")
+        if (backend, device.type) not in {("gloo", "cpu"), (GLOO, "cpu"), ("nccl", "cuda")}:
+            raise ConfigError(
+                f"a {backend.removeprefix('epslots_')} group can't serve {device}: gloo serves cpu, nccl serves cuda"
+            )
         self.rank = group.rank()
         self.size = group.size()
         self.device = device
@@ -161,7 +162,7 @@ class TorchTransport:
                 self._cause = "the transport was closed"
                 self._end_waiter()
                 if self.device.type == "cpu":
-                    _cut(self._group)  # gloo would stay connected for as long as anything refers to the group
+                    cut(self._group)  # gloo would stay connected for as long as anything refers to the group
             with suppress(ValueError):  # it has been destroyed
                 dist.destroy_process_group(self._group)
 
@@ -244,7 +245,7 @@ class TorchTransport:
             if self._cause is None:
                 self._cause = f"{what} (noticed by rank {self.rank} of {self.size}, generation {self.generation})"
                 self._end_waiter()
-                _cut(self._group)
+                cut(self._group)
             return PeerLost(self._cause)
 
     def _end_waiter(self) -> None:
@@ -356,50 +357,7 @@ def batches(rank: int, size: int, sends: Transfers, receives: Transfers) -> list
     return [ordered[i : i + _TRANSFERS_PER_BATCH] for i in range(0, len(ordered), _TRANSFERS_PER_BATCH)]
 
 
-def form_group(store: Store, *, generation: int, rank: int, size: int, backend: str, deadline_s: float) -> dist.ProcessGroup:
-    """Leave this process's group, whatever its state, and form the next with all who call this with the same generation.
-
-    Args:
-        store: where ranks find each other; shared by all generations, each under its own prefix.
-        generation: a new one for each attempt, since what an attempt leaves in the store would mislead the next.
-        backend: "gloo", or "nccl" for the current CUDA device.
-        deadline_s: how long to wait for the others.
-
-    Raises:
-        PeerLost: not all ranks came in time. This may be called again, with a later generation.
-    """
-    group = dist.group.WORLD
-    if group is not None:
-        _cut(group)  # destroying alone would wait for what is still in progress
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # Part of the rendezvous keys: a rank whose last attempt failed would otherwise look for the others under another number.
-    dist.distributed_c10d._world.group_count = 0
-    device = None
-    if backend == "nccl":
-        # Torch's watchdog would end the process when a peer is lost. This is read from the environment alone.
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-        # One communicator, made now by all ranks: the first exchange may be one of some ranks only.
-        device = torch.device("cuda", torch.cuda.current_device())
-    hook = sys.excepthook
-    try:
-        dist.init_process_group(
-            backend,
-            store=PrefixStore(f"epslots/{generation}", store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=deadline_s),
-            device_id=device,
-        )
-    except RuntimeError as error:
-        raise PeerLost(f"generation {generation} of {size} ranks didn't form within {deadline_s:g} s: {error}") from error
-    finally:
-        sys.excepthook = hook  # each group would wrap it once more
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
-
-
-def _cut(group: dist.ProcessGroup) -> None:
+def cut(group: dist.ProcessGroup) -> None:
     """End all that this rank has in progress, and its connections: waiting threads raise, and so do peers that wait for it."""
     if group.name() == "nccl":
         with suppress(ValueError):  # it has been destroyed

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
 
-from cluster.messages import Form, decode_command
-from epslots.transport.transport import Transport
+from cluster.meeting import ContactStore
+from cluster.messages import Contact, Contacts, Form, decode_command, encode
+from cluster.rank_loop import FormTransport
 
 TELL, FACTS, FAIL = b"tell:", b"facts", b"fail"
 
@@ -20,8 +20,9 @@ TELL, FACTS, FAIL = b"tell:", b"facts", b"fail"
 class EchoLoop:
     """A command is answered with itself; some do more."""
 
-    def __init__(self, form: Callable[[Form, torch.device], Transport]) -> None:
+    def __init__(self, form: FormTransport) -> None:
         self._form = form
+        self._contacts: ContactStore | None = None
         self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -42,15 +43,23 @@ class EchoLoop:
         if message == FAIL:
             raise ValueError("told to fail")
         if len(message) > 10:
-            threading.Thread(target=self._meet, args=(decode_command(message),)).start()
+            match decode_command(message):
+                case Form() as form:
+                    self._contacts = ContactStore(form.generation, self._publish, form.form_s)
+                    threading.Thread(target=self._meet, args=(form, self._contacts)).start()
+                case Contacts(_, entries) if self._contacts is not None:
+                    self._contacts.take(entries)
         return message
 
     def events(self) -> bytes:
         return self._told.get()
 
-    def _meet(self, form: Form) -> None:
+    def _publish(self, contact: Contact) -> None:
+        self._told.put(encode([contact]))
+
+    def _meet(self, form: Form, contacts: ContactStore) -> None:
         try:
-            transport = self._form(form, torch.device("cpu"))
+            transport = self._form(form, torch.device("cpu"), contacts)
             self._told.put(bytes(transport.all_gather(torch.tensor([form.rank])).flatten().tolist()))
         except Exception as error:
             self._told.put(repr(error).encode())
@@ -59,5 +68,5 @@ class EchoLoop:
 class BrokenLoop(EchoLoop):
     """Can't even be made."""
 
-    def __init__(self, form: Callable[[Form, torch.device], Transport]) -> None:
+    def __init__(self, form: FormTransport) -> None:
         raise ValueError("this node has no such thing")

@@ -24,6 +24,7 @@ from cluster.controller import Controller
 from cluster.controller_messages import Order, decode_order, encode
 from cluster.errors import ClusterError
 from cluster.fleet import WorkerDied
+from cluster.meeting import ContactStore
 from cluster.messages import Form
 from cluster.rank_loop import RankLoop
 from epslots.errors import PeerLost
@@ -158,10 +159,12 @@ class FakeWorker:
         if known:
             self._asyncio.call_soon_threadsafe(self._batches.put_nowait, None)
 
-    def _form(self, form: Form, device: torch.device) -> LocalTransport:
+    def _form(self, form: Form, device: torch.device, _contacts: ContactStore) -> LocalTransport:
         assert device.type == "cpu"
         if self.dead:
             raise _Killed
+        if self._fleet.refuse_forming:
+            raise PeerLost(self._fleet.refuse_forming.pop())
         if self.seat in self._fleet.unreachable:
             raise PeerLost("nobody is there, says the test")
         return _Transport(self._fleet.hub(form), form.rank, self)
@@ -240,8 +243,8 @@ class FakeFleet:
         """Seats whose workers meet nobody."""
         self.refuse: dict[int, list[str]] = defaultdict(list)
         """For a seat, why the next hires fail."""
-        self.refuse_rendezvous: list[str] = []
-        """Why the next groups can't meet."""
+        self.refuse_forming: list[str] = []
+        """Why the next workers that form a group can't."""
         self.refuse_reopening: list[str] = []
         """Why the next attempts to reopen it fail."""
         self.reopened: list[int] = []
@@ -322,11 +325,6 @@ class FakeFleet:
             raise ClusterError(self.refuse_reopening.pop(0))
         self.reopened.append(ranks)
         await self.resize(ranks)
-
-    async def rendezvous(self) -> tuple[str, int]:
-        if self.refuse_rendezvous:
-            raise ClusterError(self.refuse_rendezvous.pop(0))
-        return "nowhere", 1
 
     async def close(self) -> None:
         """No thread is left, and so none that loads while the next test does."""

@@ -10,7 +10,6 @@ from collections import deque
 from multiprocessing.connection import Connection
 
 import torch
-from torch.distributed import TCPStore
 
 from cluster.fleet import ControllerHandle, WorkerDied
 from cluster.meeting import meet
@@ -123,7 +122,6 @@ class ProcessFleet:
     def __init__(self) -> None:
         self.workers: dict[int, ProcessWorker] = {}
         self.hired: list[ProcessWorker] = []
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     async def open(self, ranks: int | None) -> int:
         return ranks or 1
@@ -148,9 +146,6 @@ class ProcessFleet:
 
     async def reopen(self, ranks: int) -> None:
         raise AssertionError("it never is lost")
-
-    async def rendezvous(self) -> tuple[str, int]:
-        return "127.0.0.1", self._store.port
 
     async def close(self) -> None:
         for worker in self.hired:

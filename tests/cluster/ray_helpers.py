@@ -31,7 +31,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from cluster import loop_thread, ray_address, ray_seats
 from cluster.loop_thread import LoopThread
-from cluster.messages import Form, encode
+from cluster.messages import Contact, Contacts, Form, decode_events, encode
 from cluster.ray_fleet import RayFleet
 from cluster.ray_worker import RayWorker
 from tests.cluster.clock_loop import ClockLoop
@@ -205,20 +205,25 @@ class Driver:
 
     def meet(self, workers: Sequence[RayWorker], generation: int) -> list[bytes]:
         """Have them form a group; what each received of all."""
-        host, port = self.call(self.fleet.rendezvous())
         for rank, worker in enumerate(workers):
             form = Form(
                 generation=generation,
                 rank=rank,
                 size=len(workers),
-                host=host,
-                port=port,
+                secret=b"of the test",
                 form_s=PATIENCE_S,
                 deadline_s=PATIENCE_S,
                 fresh=True,
                 costs=None,
             )
             self.command(worker, encode(form))
+        contacts: dict[str, bytes] = {}
+        for worker in workers:
+            (contact,) = decode_events(self.events(worker))
+            assert isinstance(contact, Contact)
+            contacts[contact.key] = contact.value
+        for worker in workers:
+            self.command(worker, encode(Contacts(generation, contacts)))
         return [self.events(worker) for worker in workers]
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "orphans", "placement_messages", "retries"),
     ("messages", "controller_messages", "loop_thread", "display", "ray_calls"),
     ("fleet", "ledger", "generation", "meeting", "controller", "rank_reports"),
-    ("workers", "dispatcher", "rank_loop", "rendezvous", "controller_actor"),
+    ("workers", "dispatcher", "rank_loop", "controller_actor"),
     ("group", "steering", "worker", "ray_address", "ray_processes"),
     ("reports", "staffing"),
     ("supervisor",),
@@ -34,7 +34,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOW_RAY = {
-    *("rendezvous", "worker", "controller_actor", "ray_address", "ray_processes", "local_ray"),
+    *("worker", "controller_actor", "ray_address", "ray_processes", "local_ray"),
     *("ray_nodes", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
 }
 PURE = ("ledger", "retries", "messages", "placement_messages", "controller_messages", "controller")

@@ -16,6 +16,7 @@ from cluster import rank_loop
 from cluster.api import Cluster
 from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Result
+from cluster.group import MOST_FAILURES
 from cluster.retries import Pace
 from epslots.errors import CheckpointError, ConfigError, RankMismatchError
 from tests import zoo
@@ -529,13 +530,14 @@ def test_a_fleet_that_is_lost_during_the_start_ends_it(open_cluster: Any, monkey
 
 
 def test_ranks_that_can_not_meet_for_a_while_meet_later(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """The store where they meet may find no room on a disk that is full for a moment."""
+    """More often than ends a start: a network may be down for a moment."""
     monkeypatch.setattr("cluster.group._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
     cluster, fleet = open_cluster(2)
-    fleet.refuse_rendezvous = ["the disk is full"] * 20
+    fleet.refuse_forming = ["the network is down"] * (2 * MOST_FAILURES)
     fleet.at(1, 3, "crash")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
-    assert not fleet.refuse_rendezvous
+    assert not fleet.refuse_forming
 
 
 def test_callers_are_told_when_no_rank_serves(

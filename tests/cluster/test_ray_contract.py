@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 
 import ray
+import ray._private.state as ray_state
 import ray._private.worker as ray_worker
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
+from ray.actor import ActorHandle
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import ActorDiedError
@@ -35,6 +37,19 @@ def test_a_running_ray_can_be_asked_before_it_is_joined():
     assert "warn_if_disabled" in inspect.signature(maybe_enable_token_auth_if_token_available).parameters
     assert "CheckAlive" in inspect.getsource(NodeInfoGcsServiceStub)
     assert "ray_version" in CheckAliveReply.DESCRIPTOR.fields_by_name
+
+
+def test_a_forked_child_can_end_without_ray():
+    """Its exit handler would wait for threads that only the parent has; its destructors would crash, or end actors."""
+    assert "worker.connected" in inspect.getsource(ActorHandle.__del__)
+    assert "core_worker" in inspect.getsource(ray.ObjectRefGenerator.__del__)
+    assert "if global_worker.mode == SCRIPT_MODE" in inspect.getsource(ray_worker.custom_excepthook)
+    assert inspect.signature(ray_worker.global_worker.set_is_connected).parameters
+    assert inspect.signature(ray_worker.shutdown).parameters["_exiting_interpreter"]
+    assert "atexit.register(shutdown, _exiting_interpreter=True)" in inspect.getsource(ray_worker)
+    assert ray_worker.global_worker is not None
+    assert hasattr(ray_worker, "_global_node")
+    assert hasattr(ray_state.state, "_global_state_accessor")
 
 
 def test_what_is_free_is_known_by_node():

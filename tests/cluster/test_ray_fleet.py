@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import MagicMock
 
 import msgspec
@@ -73,15 +74,18 @@ def test_an_error_of_the_loop_is_the_workers_end(local: Driver, workers: list[Ra
     assert local.command(workers[0], b"here") == b"here"
 
 
-def test_ranks_meet_through_a_store_that_is_replaced_when_it_dies(local: Driver, workers: list[RayWorker]):
-    assert local.meet(workers, 0) == [bytes([0, 1])] * 2
-    before = local.call(local.fleet.rendezvous())
-    (store,) = [process for process in pids_below() if "Rendezvous" in process.name()]
-    listening = [c.laddr for c in store.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == before[1]]
-    assert [address.ip for address in listening] == ["127.0.0.1"]
-    store.kill()
-    assert local.call(local.fleet.rendezvous()) != before
-    assert local.meet(workers, 1) == [bytes([0, 1])] * 2
+def test_ranks_meet_and_listen_on_the_loopback_alone(local: Driver, workers: list[RayWorker]):
+    before = [listening(worker) for worker in workers]
+    for generation in range(2):
+        assert local.meet(workers, generation) == [bytes([0, 1])] * 2
+    for worker, known in zip(workers, before, strict=True):
+        assert {address.ip for address in listening(worker) - known} == {"127.0.0.1"}
+
+
+def listening(worker: RayWorker) -> set[Any]:
+    assert worker.hello is not None
+    connections = psutil.Process(worker.hello.pid).net_connections("tcp")
+    return {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 @pytest.mark.parametrize("waiting", ["events", "command"])

@@ -34,7 +34,6 @@ import ray
 from tests.cluster.ray_helpers import drive
 with drive(ranks=1) as driver:
     worker = driver.hire(0)
-    driver.call(driver.fleet.rendezvous())
     try:
         print("ready", worker.hello.pid, ray.get_runtime_context().gcs_address, flush=True)
         threading.Event().wait()
@@ -44,15 +43,25 @@ worker.kill()
 print("closed", flush=True)
 """
 
-# A process that ends without having closed anything: it has only asked for that to be done at the end.
+# A process that ends without having closed anything: it has only asked for that to be done at the end. A fork ends before it.
 LEFT_OPEN = """
-import atexit
+import atexit, os, sys
+from cluster.errors import ClusterError
+from cluster.local_ray import RayUse
 from tests.cluster.ray_helpers import Driver
 driver = Driver()
 atexit.register(driver.close)
 driver.open(1)
-driver.hire(0)
-driver.call(driver.fleet.rendezvous())
+worker = driver.hire(0)
+child = os.fork()
+if not child:
+    atexit.unregister(driver.close)
+    try:
+        RayUse(None, 1)
+    except ClusterError as error:
+        sys.exit(7 if "was forked from one that uses Ray" in str(error) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert driver.command(worker, b"hello") == b"hello"
 """
 
 # A process that says when Ray begins to start, and goes on after Ctrl-C.

@@ -15,7 +15,8 @@ import torch
 import epslots
 from epslots.group.ranks import join
 from epslots.runtime import runtime_of
-from epslots.transport.torch_transport import TorchTransport, form_group
+from epslots.transport.forming import form_group
+from epslots.transport.torch_transport import TorchTransport
 from tests import zoo
 from tests.grouped import GATHER, TOKENS_TRAVEL
 from tests.plan_strategies import random_placement

@@ -1,0 +1,164 @@
+"""The forming of process groups: ranks find each other through a store, connect, and prove to each other that they belong.
+
+A store on the network is open to every process that reaches it, and so are the ports that gloo listens on. With a secret that
+all ranks were given on another way, a foreign process can neither find a group's entries nor have its own taken for a rank's,
+and a connection that it makes in a rank's place is found out before anything is exchanged.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from epslots.device_copy import to_device
+from epslots.errors import PeerLost
+from epslots.transport.torch_transport import GLOO, TorchTransport, cut
+
+_SEAL_BYTES = 32
+
+
+def form_group(
+    store: Store,
+    *,
+    generation: int,
+    rank: int,
+    size: int,
+    backend: str,
+    deadline_s: float,
+    secret: bytes = b"",
+    stop: Future[str] | None = None,
+) -> dist.ProcessGroup:
+    """Leave this process's group, whatever its state, and form the next with all who call this with the same generation.
+
+    Args:
+        store: where ranks find each other; shared by all generations, each under its own prefix. With NCCL it is used for as
+            long as the group is.
+        generation: a new one for each attempt, since what an attempt leaves in the store would mislead the next.
+        backend: "gloo", or "nccl" for the current CUDA device.
+        deadline_s: how long to wait for the others.
+        secret: known to the group's ranks alone; empty where everybody who reaches the store is trusted.
+        stop: says, once it is done, why the group is no longer wanted.
+
+    Raises:
+        PeerLost: not all ranks came in time, or what was found in the store or at a connection isn't a rank's. This may be
+            called again, with a later generation.
+    """
+    group = dist.group.WORLD
+    if group is not None:
+        cut(group)  # destroying alone would wait for what is still in progress
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Part of the rendezvous keys: a rank whose last attempt failed would otherwise look for the others under another number.
+    dist.distributed_c10d._world.group_count = 0
+    place, device = f"epslots/{generation}", None
+    if secret:
+        place += f"/{_seal(secret, 'place', generation).hex()}"
+    if backend == "nccl":
+        # Torch's watchdog would end the process when a peer is lost. This is read from the environment alone.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        # One communicator, made now by all ranks: the first exchange may be one of some ranks only.
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        dist.Backend.register_backend(GLOO, partial(_connect, stop), devices=["cpu"])
+        store = _SealedStore(store, secret) if secret else store
+    hook = sys.excepthook
+    try:
+        dist.init_process_group(
+            GLOO if device is None else backend,
+            store=PrefixStore(place, store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=deadline_s),
+            device_id=device,
+        )
+    except (RuntimeError, ValueError, MemoryError) as error:  # the last two: what is in the store isn't a rank's
+        raise PeerLost(f"generation {generation} of {size} ranks didn't form within {deadline_s:g} s: {error}") from error
+    finally:
+        sys.excepthook = hook  # each group would wrap it once more
+    group = dist.group.WORLD
+    assert group is not None
+    if secret and size > 1:
+        transport = TorchTransport(group, device=device or torch.device("cpu"), generation=generation, deadline_s=deadline_s)
+        _prove(transport, secret)
+    return group
+
+
+def _connect(
+    stop: Future[str] | None, store: Store, rank: int, size: int, timeout: timedelta
+) -> dist.distributed_c10d.ProcessGroupGloo:
+    """Gloo's group, made in a thread: gloo itself waits five times its timeout for a rank that doesn't connect.
+
+    Raises:
+        RuntimeError: not all connected in time, or the group is no longer wanted. The thread ends by itself, later.
+    """
+    made: Future[Any] = Future()
+
+    def make() -> None:
+        try:
+            made.set_result(dist.ProcessGroupGloo(store, rank, size, timeout))
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, name="epslots-connect", daemon=True).start()
+    wait([made] if stop is None else [made, stop], timeout.total_seconds(), return_when=FIRST_COMPLETED)
+    if made.done():
+        return made.result()
+    raise RuntimeError("not all ranks connected in time" if stop is None or not stop.done() else stop.result())
+
+
+def _prove(transport: TorchTransport, secret: bytes) -> None:
+    """Show every rank that this one knows the secret, over the connection between the two, and have it shown.
+
+    Raises:
+        PeerLost: a rank doesn't know it. Nothing else has been exchanged with it.
+    """
+    me, ones = transport.rank, [1] * transport.size
+    seals = [_seal(secret, "rank", transport.generation, me, peer) for peer in range(transport.size)]
+    mine = np.frombuffer(bytearray().join(seals), np.uint8).reshape(transport.size, _SEAL_BYTES)
+    theirs = transport.to_host(transport.all_to_all(to_device(mine, transport.device), ones, ones, agreed=True))
+    for peer in range(transport.size):
+        if not hmac.compare_digest(theirs[peer].tobytes(), _seal(secret, "rank", transport.generation, peer, me)):
+            cause = f"who answers as rank {peer} doesn't know the secret of generation {transport.generation}"
+            transport.abort(cause)
+            raise PeerLost(cause)
+
+
+class _SealedStore(Store):
+    """A store whose values carry a seal, so that another process's are refused before gloo reads them."""
+
+    def __init__(self, store: Store, secret: bytes) -> None:
+        super().__init__()
+        self._store, self._secret = store, secret
+
+    def set(self, key: str, value: Any) -> None:
+        """Write a value with its seal."""
+        value = value.encode() if isinstance(value, str) else bytes(value)
+        self._store.set(key, _seal(self._secret, "value", key, value) + value)
+
+    def get(self, key: str) -> bytes:
+        """A value, without its seal."""
+        sealed = self._store.get(key)
+        seal, value = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
+        if not hmac.compare_digest(seal, _seal(self._secret, "value", key, value)):
+            raise ValueError("the store has a value that none of the ranks has written")
+        return value
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        """Wait until all keys are there."""
+        self._store.wait(keys, *timeout)
+
+
+def _seal(secret: bytes, *parts: str | int | bytes) -> bytes:
+    """What only those who know the secret can say of something."""
+    return hmac.digest(secret, repr(parts).encode(), "sha256")
