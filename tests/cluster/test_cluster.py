@@ -40,10 +40,7 @@ def folder(checkpoint: Checkpoints) -> Path:
 
 
 @pytest.fixture
-def open_cluster(
-    folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., tuple[Cluster, FakeFleet]]]:
-    monkeypatch.setattr("cluster.supervisor._BACKOFF_S", 0.01)
+def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeFleet]]]:
     opened = []
 
     def make(ranks: int = 2, fleet: FakeFleet | None = None, **settings: Any) -> tuple[Cluster, FakeFleet]:
