@@ -37,9 +37,11 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.generation.paged_attention import WindowBackup, open_processor, paging_obstacle
+from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.generation.requests import Batcher, Output, Reason, Request
 from epslots.generation.sampling import Sampling
 from epslots.generation.token_choice import next_tokens
+from epslots.models.batch_invariance import is_batch_invariant
 from epslots.prediction.row_order import RowOrder
 from epslots.runtime import predictor_of
 from epslots.step.eviction import IntArray
@@ -61,7 +63,7 @@ def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int
         ConfigError: a number is less than one.
         DoesNotFitError: the KV cache exceeds the device's free memory.
     """
-    obstacle = paging_obstacle(model)
+    obstacle = paging_obstacle(model) or invariance_obstacle(model)
     if obstacle is None:
         logger.info("%s: requests are batched, with %d tokens of paged KV cache", type(model).__name__, kv_tokens)
         return PagedBatcher(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
@@ -198,12 +200,13 @@ class PagedBatcher(_Requests):
             UnsupportedModelError: the model can't keep its requests in pages.
         """
         _check_positive(kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
-        if obstacle := paging_obstacle(model):
+        if obstacle := paging_obstacle(model) or invariance_obstacle(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} can't be served from pages: {obstacle}; use SequentialBatcher"
             )
         self._implementation = model.config._attn_implementation
         self._manager, self._processor = open_processor(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+        self._attention = PackedAttention(model, self._processor) if is_batch_invariant(model) else None
         self._choice = self._processor.model_runner._sample = _Choice()
         super().__init__(model, infer_max_single_request_tokens(self._processor.cache))
         # transformers knows a request by a number, so that an id can be used again; and by the tokens it was handed over with.
@@ -256,6 +259,8 @@ class PagedBatcher(_Requests):
                 batch = self._processor.inputs_and_outputs.requests_in_batch
                 self._choice.prepare([self._running[future.state.request_id][0] for future in batch if future.has_new_token])
                 self._follows_T = self._order.next([(future.state.request_id, future.query_length) for future in batch])
+                if self._attention is not None:  # the position is that after the batch
+                    self._attention.prepare([Span(future.query_length, future.state.position_offset) for future in batch])
                 self._windows = WindowBackup(self._processor)
         return self._windows is not None
 
