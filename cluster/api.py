@@ -60,8 +60,8 @@ class Cluster:
         strategy: how ranks are placed: "PACK" (on few nodes), "SPREAD" (over many), or the same strictly: "STRICT_PACK" (one
             node), "STRICT_SPREAD" (a node each).
         device: "cuda" or "cpu"; None = GPUs if the cluster has any.
-        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted, host_compute, batch_invariant: as in
-            ``epslots.load``, on every node.
+        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted, host_compute, batch_invariant: as
+            in ``epslots.load``, on every node.
         kv_tokens: tokens that each rank's KV cache keeps.
         max_batch_tokens: the most tokens of one step of a rank.
         max_queue: requests that may wait or run at once.

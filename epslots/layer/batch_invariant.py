@@ -6,13 +6,13 @@
 Inside, in this thread, a row's bits are a function of that row alone:
 
 - Matrix products with a weight are computed in blocks of rows (``row_blocks.py``).
-- torch's vectorised activations round otherwise than the scalar code that computes the last few elements of a tensor, which are
-  other elements in another batch (silu, sigmoid, gelu and softplus in fp32; gelu, rsqrt and powers in bf16). They are replaced
-  by their formulas over functions that tests found to be free of that: exp, erf, tanh, log1p, sqrt and arithmetic.
+- torch's vectorised activations round otherwise than the scalar code for the last few elements of a tensor. In another batch
+  these are others: silu, sigmoid, gelu and softplus in fp32; gelu, rsqrt and powers in bf16. Formulas replace them, over
+  functions that tests found to be free of that: exp, erf, tanh, log1p, sqrt and arithmetic. So do they for complex products.
 
-What else a model calls either computes elements one by one, or reduces rows one by one; ``obstacles`` names what isn't known to.
-It is the ``torch.overrides`` mode of what ``batch_invariant_ops`` (Thinking Machines Lab) and vLLM do by ``torch.library`` for a
-whole process; here other models of the process stay as they are.
+All else that a model calls computes elements one by one, or reduces rows one by one; ``obstacles`` names what isn't known to.
+``batch_invariant_ops`` (Thinking Machines Lab) and vLLM replace kernels for a whole process, by ``torch.library``; this is a
+``torch.overrides`` mode, so that other models of the process stay as they are.
 """
 
 from __future__ import annotations
@@ -84,9 +84,12 @@ def _pow(x: torch.Tensor, exponent: Any) -> Any:
     return NotImplemented
 
 
-def _mul(x: Any, other: Any) -> torch.Tensor:
-    if not (isinstance(x, torch.Tensor) and isinstance(other, torch.Tensor) and x.is_complex() and other.is_complex()):
+def _mul(x: Any, other: Any) -> Any:
+    complex_ones = [torch.is_tensor(factor) and factor.is_complex() for factor in (x, other)]
+    if not any(complex_ones):
         return torch.mul(x, other)
+    if not all(complex_ones):
+        return NotImplemented
     (a, b), (c, d) = torch.view_as_real(x).unbind(-1), torch.view_as_real(other).unbind(-1)
     return torch.view_as_complex(torch.stack((a * c - b * d, a * d + b * c), -1))
 
@@ -103,21 +106,22 @@ _REPLACEMENTS: Mapping[Any, Replacement] = {
     **dict.fromkeys((torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__), _mul),
 }
 
-# By the last part of their names, less underscores: functions that move elements, compute them one by one in exact arithmetic or
-# by torch's vectorised functions that have no other code for the last ones, or reduce rows of the last dimension one by one.
-_BY_ROW = frozenset(
-    """
-    T abs add and arange argmax bfloat16 bool chunk clamp clamp_max clamp_min clone concat cat contiguous copy cos cumsum data detach
-    device dim div double dropout dtype embedding empty empty_like eq erf exp expand expand_as expm1 flatten float floor full
-    full_like gather ge get getitem greater gt half iadd imul index_add index_copy index_select int invert is_complex
-    is_contiguous is_floating_point isub item itruediv layer_norm le len log log1p logical_and logical_not logical_or logsumexp
-    long lt masked_fill masked_scatter max maximum mean min minimum movedim mul narrow ndim ne neg new_empty new_full new_ones
-    new_tensor new_zeros nonzero norm normalize numel one_hot ones ones_like or pad permute polar radd reciprocal relu repeat
-    repeat_interleave requires_grad reshape rms_norm rsub rtruediv scatter set_grad_enabled setitem shape sin size softmax sort
-    split sqrt square squeeze stack storage_offset stride sub sum tanh tensor to topk transpose tril triu truediv type type_as
-    unbind unflatten unsqueeze var view view_as_complex view_as_real where xor zeros zeros_like
-    """.split()
-)
+# The last parts of names, less underscores, of functions that move elements, compute them one by one (exactly, or by code that
+# has no other form for the last ones), or reduce rows one by one. A name doesn't tell over which dimension a sum goes: none of
+# the known models sums over tokens.
+_NAMES = """
+abs add and arange argmax bfloat16 bool cat chunk clamp clamp_max clamp_min clone concat contiguous copy cos cumsum data
+detach device dim div double dropout dtype embedding empty empty_like eq erf exp expand expand_as expm1 flatten float
+floor full full_like gather ge get getitem greater gt half iadd imul index_add index_copy index_select int invert
+is_complex is_contiguous is_floating_point isub item itruediv layer_norm le len log log1p logical_and logical_not
+logical_or logsumexp long lt masked_fill masked_scatter max maximum mean min minimum movedim mul narrow ndim ne neg
+new_empty new_full new_ones new_tensor new_zeros nonzero norm normalize numel one_hot ones ones_like or pad permute polar
+radd reciprocal relu repeat repeat_interleave requires_grad reshape rms_norm rsub rtruediv scatter set_grad_enabled
+setitem shape sin size softmax sort split sqrt square squeeze stack storage_offset stride sub sum T tanh tensor to topk
+transpose tril triu truediv type type_as unbind unflatten unsqueeze var view view_as_complex view_as_real where xor zeros
+zeros_like
+"""
+_BY_ROW = frozenset(_NAMES.split())
 
 
 def _replaced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
