@@ -40,7 +40,7 @@ class ExpertKernel:
         self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
-        self._batch_invariant = batch_invariant
+        self.batch_invariant = batch_invariant
         self._matmul = _matmul_by_row if batch_invariant else _matmul_for(self._first, self._down)
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
@@ -63,7 +63,7 @@ class ExpertKernel:
         Returns:
             [N, H] in the weights' dtype.
         """
-        with batch_invariant_functions() if self._batch_invariant else nullcontext():
+        with batch_invariant_functions() if self.batch_invariant else nullcontext():
             return self._compute(rows_NH, ends_Q, slot_N)
 
     def _compute(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
