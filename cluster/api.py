@@ -63,8 +63,8 @@ class Cluster:
         strategy: how ranks are placed: "PACK" (on few nodes), "SPREAD" (over many), or the same strictly: "STRICT_PACK" (one
             node), "STRICT_SPREAD" (a node each).
         device: "cuda" or "cpu"; None = GPUs if the cluster has any.
-        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted, host_compute: as in
-            ``epslots.load``, on every node.
+        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted, host_compute, batch_invariant: as
+            in ``epslots.load``, on every node.
         kv_tokens: tokens that each rank's KV cache keeps.
         max_batch_tokens: the most tokens of one step of a rank.
         max_queue: requests that may wait or run at once.
@@ -118,6 +118,7 @@ class Cluster:
         predictor: str | os.PathLike[str] | None = None,
         execute_predicted: bool = False,
         host_compute: str = "auto",
+        batch_invariant: bool = False,
         window_steps: int = DEFAULT_WINDOW,
         fleet: Fleet | None = None,
     ) -> None:
@@ -178,6 +179,7 @@ class Cluster:
                 predictor=None if predictor is None else str(Path(predictor).absolute()),
                 execute_predicted=execute_predicted,
                 host_compute=host_compute,
+                batch_invariant=batch_invariant,
             ),
             costs=costs,
             deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s, give_up_s=give_up_after_s),

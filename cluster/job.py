@@ -16,6 +16,7 @@ import typer
 
 from epslots.cli import VersionOption, run
 from epslots.cli.options import (
+    BatchInvariantOption,
     CacheDirOption,
     ChatOption,
     DeviceOption,
@@ -81,6 +82,7 @@ def job(
     predictor: PredictorOption = None,
     execute_predicted: ExecutePredictedOption = False,
     host_compute: HostComputeOption = "auto",
+    batch_invariant: BatchInvariantOption = False,
     placement: PlacementOption = None,
     window_steps: Annotated[
         int,
@@ -175,6 +177,7 @@ def job(
             predictor=predictor,
             execute_predicted=execute_predicted,
             host_compute=host_compute,
+            batch_invariant=batch_invariant,
             window_steps=window_steps,
             deadline_s=deadline_s,
             give_up_after_s=give_up_after_s,

@@ -49,6 +49,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     predictor: str | None = None
     execute_predicted: bool = False
     host_compute: str = "auto"
+    batch_invariant: bool = False
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):

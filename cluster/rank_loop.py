@@ -256,6 +256,7 @@ class RankLoop:
             predictor=load.predictor,
             execute_predicted=load.execute_predicted,
             host_compute=load.host_compute,
+            batch_invariant=load.batch_invariant,
             display=ProgressDisplay(tell=self._tell_progress),
         )
         loaded = time.monotonic()

@@ -30,6 +30,7 @@ from epslots.layer.host_compute import HostExperts
 from epslots.layer.kernel import ExpertKernel
 from epslots.layer.moe_layer import MoELayer
 from epslots.layer.slot_experts import SlotExperts
+from epslots.models.batch_invariance import is_batch_invariant, make_batch_invariant
 from epslots.models.checkpoint import Checkpoint, CheckpointSource
 from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.experts import RUNNER, experts_modules
@@ -87,6 +88,7 @@ def load(
     predictor: str | os.PathLike[str] | None = None,
     execute_predicted: bool = False,
     host_compute: str = "auto",
+    batch_invariant: bool = False,
     subfolder: str = "",
     variant: str | None = None,
     revision: str | None = None,
@@ -127,6 +129,8 @@ def load(
             layers but the first. **The outputs are no longer the model's own.**
         host_compute: let the host's CPU compute a missing expert, from the host store, where that costs less than fetching it:
             ``"auto"`` (for a GPU), ``"on"`` or ``"off"``. ``costs`` that are given must say what it costs.
+        batch_invariant: compute every token in the same bits whatever is computed beside it: the batch, the slots, the ranks
+            and their number. Slower. Experts and dense layers hold it in every forward pass; attention in an ``Engine``.
         deadline_s: how long a rank waits for the others in one operation before it gives them up as lost. It has to cover what
             a rank does between two forward passes. By default 60 (or as ``group`` has it, if that is a transport of ours);
             loading has an hour.
@@ -185,6 +189,7 @@ def load(
             predictor=predictor,
             execute_predicted=execute_predicted,
             host_compute=host_compute,
+            batch_invariant=batch_invariant,
             attn_implementation=attn_implementation,
         )
 
@@ -222,6 +227,7 @@ def shared_settings(model: PreTrainedModel, policy: str | Policy) -> dict[str, s
         "dtype": str(model.dtype),
         "predictions": runtime.foresight.settings,
         "host_compute": str(runtime.host_compute),
+        "batch_invariant": str(is_batch_invariant(model)),
         "fetches": "meanwhile" if any(mover.link.concurrent for mover in runtime.movers) else "at once",
     }
 
@@ -243,6 +249,7 @@ def load_alone(
     predictor: str | os.PathLike[str] | None = None,
     execute_predicted: bool = False,
     host_compute: str = "auto",
+    batch_invariant: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """``load`` without a group, whatever torch.distributed's state: for a rank that joins one by itself (``ranks.join``).
@@ -257,7 +264,9 @@ def load_alone(
     ahead = parse_prefetch(prefetch)
     if host_compute not in HOST_COMPUTE_SETTINGS:
         raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
-    on_host = host_compute == "on" or (host_compute == "auto" and target.type == "cuda")
+    on_host = host_compute == "on" or (host_compute == "auto" and target.type == "cuda" and not batch_invariant)
+    if batch_invariant:
+        _check_batch_invariant(target, execute_predicted=execute_predicted, on_host=on_host)
     store_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     opened = open_model(source, dtype)
     checkpoint, skeleton, layers = opened.checkpoint, opened.skeleton, opened.layers
@@ -307,6 +316,8 @@ def load_alone(
     if target.type == "cuda":
         pin_store(store, display, target)
     prepare(shown=display.shown)  # here, and not in the first step
+    if batch_invariant:
+        make_batch_invariant(model)
     runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target, link)
     foresight, told = equip(
         model, runtime.runners, checkpoint.folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted
@@ -314,6 +325,16 @@ def load_alone(
     attach(model, replace(runtime, foresight=foresight, predictor=told, host_compute=on_host))
     runtime.fill(runtime.complete_layers(), display)
     return model
+
+
+def _check_batch_invariant(device: torch.device, *, execute_predicted: bool, on_host: bool) -> None:
+    """Refuse settings that ``batch_invariant`` can't hold with."""
+    if execute_predicted:
+        raise ConfigError(
+            "batch_invariant with execute_predicted: the predicted experts may depend on the batch; leave one out"
+        )
+    if on_host and device.type == "cuda":
+        raise ConfigError("batch_invariant with host_compute='on': the host's sums differ from the GPU's; leave one out")
 
 
 def _measure(skeleton: PreTrainedModel, name: str, dtype: torch.dtype, layers: tuple[LayerSpec, ...]) -> ModelShape:
@@ -398,7 +419,7 @@ def _build_runtime(
     link_setting: str | None,
 ) -> Runtime:
     """Slots for every layer, one pool for each layout, and a runner on every experts module."""
-    telemetry = Telemetry(layers, plan.quotas, device)
+    telemetry, batch_invariant = Telemetry(layers, plan.quotas, device), is_batch_invariant(model)
     modules: list[nn.Module] = list(experts_modules(model).values())
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
@@ -420,10 +441,10 @@ def _build_runtime(
                     index=index,
                     pool_layer=position,
                     num_experts=experts,
-                    kernel=ExpertKernel(modules[index], pool.weights(position)),
+                    kernel=ExpertKernel(modules[index], pool.weights(position), batch_invariant=batch_invariant),
                     mover=mover,
                     telemetry=telemetry,
-                    host=HostExperts(modules[index], store, index, device),
+                    host=HostExperts(modules[index], store, index, device, batch_invariant=batch_invariant),
                     identity=identity,
                 ),
                 identity=identity,

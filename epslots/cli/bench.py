@@ -18,7 +18,7 @@ from epslots.errors import ConfigError
 BENCHMARKS = (
     *("overhead", "start", "fetch", "sweep", "offload", "exchange", "ranks", "misses"),
     *("placement", "quotas", "rebalance", "simulate"),
-    *("eviction", "predict", "overlap", "latency", "decode"),
+    *("eviction", "predict", "overlap", "latency", "decode", "invariant"),
 )
 _ON_DEVICE = ("fetch", "offload", "decode")  # these take the device as well; the others measure the CPU
 # Of whatever is installed beside epslots; called alike.
@@ -51,6 +51,7 @@ def bench(
     latency: P50/P95/P99 per token, to the first token, and tokens/s for 1 to 64 requests at 25, 50 and 100 % slots (CPU).
     decode: tokens/s of captured decoding from 25 % slots to all, against plain transformers resident and accelerate's CPU
     offload; copies into slots against the link. On a GPU a model of Qwen3-30B-A3B's shape, on the CPU a small one.
+    invariant: step times with batch_invariant, against those without (CPU).
     overlap: time per token at 25 % slots, fetches hidden behind computing, against waiting for each (emulated link, CPU).
     rebalance: step times of 4 ranks while a new placement is reached, against those of steady steps (CPU).
     misses: modelled time and bytes of the ways to serve a miss, with emulated links.

@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from epslots.cli.options import (
+    BatchInvariantOption,
     CacheDirOption,
     ChatOption,
     DeviceOption,
@@ -100,6 +101,7 @@ def generate(
     predictor: PredictorOption = None,
     execute_predicted: ExecutePredictedOption = False,
     host_compute: HostComputeOption = "auto",
+    batch_invariant: BatchInvariantOption = False,
 ) -> None:
     """Continue prompts with a model larger than the device.
 
@@ -150,6 +152,7 @@ def generate(
         "predictor": predictor,
         "execute_predicted": execute_predicted,
         "host_compute": host_compute,
+        "batch_invariant": batch_invariant,
     }
     launched: Launched
     if launch is None:

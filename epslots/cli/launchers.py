@@ -74,6 +74,7 @@ class Launcher(Protocol):
         predictor: Path | None,
         execute_predicted: bool,
         host_compute: str,
+        batch_invariant: bool,
         max_queue: int,
     ) -> Launched:
         """Start.

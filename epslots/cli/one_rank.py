@@ -57,6 +57,7 @@ class OneRank:
         predictor: Path | None,
         execute_predicted: bool,
         host_compute: str,
+        batch_invariant: bool,
     ) -> None:
         self._model = epslots.load(
             path_or_id,
@@ -73,6 +74,7 @@ class OneRank:
             predictor=predictor,
             execute_predicted=execute_predicted,
             host_compute=host_compute,
+            batch_invariant=batch_invariant,
         )
         self._tokenizer = tokenizer
         self._engine = Engine(self._model, kv_tokens=kv_tokens)

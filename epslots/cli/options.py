@@ -115,6 +115,13 @@ ExecutePredictedOption = Annotated[
         "longer the model's own.",
     ),
 ]
+BatchInvariantOption = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Compute each text in the same bits whatever runs beside it, and whatever --slots and --ranks are. Slower.",
+    ),
+]
 StrategyOption = Annotated[
     str,
     typer.Option(

@@ -44,10 +44,12 @@ from epslots.generation.paged_attention import (
     paging_obstacle,
     show_cut_prompts,
 )
+from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.generation.requests import Batcher
 from epslots.generation.sampling import GREEDY, Sampling
 from epslots.generation.sequential import SequentialBatcher
 from epslots.generation.token_choice import NO_TOKEN, next_tokens
+from epslots.models.batch_invariance import is_batch_invariant
 from epslots.prediction.row_order import RowOrder
 from epslots.step.eviction import IntArray
 
@@ -70,7 +72,7 @@ def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int
         UnsupportedModelError: the model has no language-model head.
     """
     check_servable(model)
-    obstacle = paging_obstacle(model)
+    obstacle = paging_obstacle(model) or invariance_obstacle(model)
     if obstacle is None:
         logger.info("%s: requests are batched, with %d tokens of paged KV cache", type(model).__name__, kv_tokens)
         return PagedBatcher(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
@@ -98,12 +100,13 @@ class PagedBatcher(Books):
         """
         check_servable(model)
         check_positive(kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
-        if obstacle := paging_obstacle(model):
+        if obstacle := paging_obstacle(model) or invariance_obstacle(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} can't be served from pages: {obstacle}; use SequentialBatcher"
             )
         self._implementation = model.config._attn_implementation
         self._manager, self._processor = open_processor(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+        self._attention = PackedAttention(model, self._processor) if is_batch_invariant(model) else None
         self._choice = self._processor.model_runner._sample = _Choice()
         check_tokens(self._processor.inputs_and_outputs, self._choice.check)
         super().__init__(model, infer_max_single_request_tokens(self._processor.cache))
@@ -173,6 +176,8 @@ class PagedBatcher(Books):
         tokenless = show_cut_prompts(self._processor.inputs_and_outputs)
         self._choice.prepare([None if run is None else run[0] for run in runs], tokenless)
         self._follows_T = self._order.next([(future.state.request_id, future.query_length) for future in part])
+        if self._attention is not None:  # the position is that after the batch
+            self._attention.prepare([Span(future.query_length, future.state.position_offset) for future in part])
 
     def _schedule(self) -> bool:
         try:

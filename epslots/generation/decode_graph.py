@@ -356,6 +356,8 @@ def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
     """Why the device can't decide about some slots, as a sentence's end; None if it can about all."""
     if any(runner.ahead is not None and runner.ahead.approximate for runner in runtime.runners):
         return "predicted experts are executed"
+    if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
+        return "batch-invariant products are laid out on the host"
     pairs = batch * runtime.plan.shape.top_k
     return next((why for mover in runtime.movers if (why := slots_obstacle(mover, pairs)) is not None), None)
 

@@ -56,15 +56,19 @@ class HostExperts:
         store: where the records are.
         layer: the layer's number in the store.
         device: where rows come from, and results go to.
+        batch_invariant: as ``ExpertKernel`` has it.
     """
 
-    def __init__(self, module: nn.Module, store: HostStore, layer: int, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, store: HostStore, layer: int, device: torch.device, *, batch_invariant: bool = False
+    ) -> None:
         spec = store.manifest.layers[layer]
         self._store, self._layer, self._device = store, layer, device
         self._layout, self._unpacker = spec.layout, None if spec.packed is None else Unpacker(spec)
         self.num_experts = spec.num_experts
         shapes = torch.empty(spec.layout.nbytes, dtype=torch.uint8, device="meta")
-        self._kernel = ExpertKernel(module if device.type == "cpu" else on_cpu(module), self._one_of(shapes))
+        twin = module if device.type == "cpu" else on_cpu(module)
+        self._kernel = ExpertKernel(twin, self._one_of(shapes), batch_invariant=batch_invariant)
         self.dtype, self.hidden_size = self._kernel.dtype, self._kernel.hidden_size
 
     def begin(self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]) -> OnHost:

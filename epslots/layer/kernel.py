@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from epslots.layer.batch_invariant import batch_invariant_functions
+from epslots.layer.row_blocks import product
 
 # What grouped matrix multiplication takes: strides in multiples of so many bytes, and these types.
 STRIDE_BYTES = 16
@@ -22,19 +26,22 @@ class ExpertKernel:
     Args:
         module: the experts module; asked for its flags, ``_apply_gate``, ``act_fn`` and ``post_expert_norm``.
         weights: tensors [Q, ...] by the module's parameter names, in the slots' memory.
+        batch_invariant: compute each row in the same bits whatever the other rows are. A Python loop over the slots that have
+            rows, and on CUDA a host synchronisation.
 
     Attributes:
         dtype: of the weights and the results.
         hidden_size: H.
     """
 
-    def __init__(self, module: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, module: Any, weights: Mapping[str, torch.Tensor], *, batch_invariant: bool = False) -> None:
         self._first_name = "gate_up_proj" if module.has_gate else "up_proj"
         self._transposed, self._has_bias = bool(module.is_transposed), bool(module.has_bias)
         self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
-        self._matmul = _matmul_for(self._first, self._down)
+        self.batch_invariant = batch_invariant
+        self._matmul = _matmul_by_row if batch_invariant else _matmul_for(self._first, self._down)
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
 
@@ -56,6 +63,10 @@ class ExpertKernel:
         Returns:
             [N, H] in the weights' dtype.
         """
+        with batch_invariant_functions() if self.batch_invariant else nullcontext():
+            return self._compute(rows_NH, ends_Q, slot_N)
+
+    def _compute(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
         result = self._matmul(rows_NH.to(self.dtype), self._first, ends_Q)
         if self._first_bias is not None:
             result += self._first_bias[slot_N]
@@ -78,3 +89,13 @@ def _matmul_for(*weights: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor,
     if aligned and weights[0].dtype in GROUPED_DTYPES:
         return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
     return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+
+
+def _matmul_by_row(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Grouped matrix multiplication in which no row's bits depend on the others. Rows past the last end are undefined."""
+    result, start = rows.new_empty(len(rows), weight.shape[2]), 0
+    for slot, end in enumerate(ends.tolist()):
+        if end > start:
+            result[start:end] = product(rows[start:end], weight[slot])
+        start = end
+    return result

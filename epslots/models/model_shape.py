@@ -94,8 +94,8 @@ def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tupl
 
     short_tokens, long_tokens = _dry_run_lengths(model)
     try:
-        short = _cache_after(model, short_tokens, experts, stand_in)
-        long = _cache_after(model, long_tokens, experts, stand_in)
+        short = run_without_experts(model, short_tokens, experts, stand_in)
+        long = run_without_experts(model, long_tokens, experts, stand_in)
     except Exception as error:  # whatever an architecture does that needs values, its error is its own
         raise UnsupportedModelError(
             f"the cache of {type(model).__name__} can't be measured without weights, so its memory can't be planned: "
@@ -119,10 +119,10 @@ def _dry_run_lengths(model: PreTrainedModel) -> tuple[int, int]:
     return unit - 1, 2 * unit - 1
 
 
-def _cache_after(
+def run_without_experts(
     model: PreTrainedModel, tokens: int, experts: Sequence[nn.Module], stand_in: Callable[..., torch.Tensor]
 ) -> object:
-    """The cache that the model makes for itself and fills with one sequence.
+    """The cache that the model makes for itself and fills with one sequence, on whichever device it is.
 
     The experts are skipped: they change no shape, and which of them run depends on values that aren't there.
     """
@@ -133,7 +133,7 @@ def _cache_after(
         # A mask may select any number of rows; for their shapes, let it be all of them (glm5_next's indexer).
         all_rows = cast(Any, meta_config).patch(meta_nonzero_assume_all_nonzero=True)
         with torch.no_grad(), all_rows, _ValuesAreZero():
-            ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+            ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
             # The decoder alone: what surrounds it turns images into embeddings, and hidden states into logits.
             decoder = cast(Any, model).get_decoder()
             return decoder(input_ids=ids, use_cache=True).past_key_values

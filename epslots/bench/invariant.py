@@ -1,0 +1,84 @@
+"""What batch invariance costs: an engine's steps with ``batch_invariant``, over the same steps without it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import epslots
+from epslots.bench.models import random_checkpoint, random_config
+from epslots.bench.report import Report, alternate, median, ratio_of_rounds
+from epslots.example import example_model
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
+
+PROMPT_TOKENS = 256
+# Tokens of the prompts that decoding follows.
+PAST_TOKENS = 100
+BATCHES = (1, 8, 32)
+
+
+def bench_invariant(report: Report, cache_dir: Path, *, rounds: int = 20) -> None:
+    """Steps that decode 1, 8 and 32 requests, and that compute a prompt of 256 tokens; two models in two dtypes."""
+    large = random_config(layers=4, hidden=1024, experts=32, top_k=4, width=768)
+    with torch.no_grad(), random_checkpoint(large, torch.bfloat16) as folder:
+        for dtype in ("bfloat16", "float32"):
+            for name, source in (("shipped model", example_model()), ("random, experts of 4.5 MiB in bfloat16", folder)):
+                report.table(f"{name}, {dtype}: ms a step", _rows(source, cache_dir, dtype, rounds))
+
+
+def _rows(source: Path, cache_dir: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    settings: dict[str, Any] = {"slots": "100%", "device": "cpu", "dtype": dtype, "cache_dir": cache_dir}
+    models = {name: epslots.load(source, batch_invariant=name == "with", **settings) for name in ("with", "without")}
+    rows = []
+    for batch in BATCHES:
+        rows.append(_row(f"decode, batch {batch}", {n: _decoding(m, batch, rounds) for n, m in models.items()}, rounds))
+    prompts = {name: _prompts(model) for name, model in models.items()}
+    return [*rows, _row(f"prompt of {PROMPT_TOKENS} tokens", prompts, rounds)]
+
+
+def _row(scenario: str, engines: dict[str, tuple[Engine, Callable[[], object]]], rounds: int) -> dict[str, Any]:
+    seconds = alternate({name: step for name, (_, step) in engines.items()}, rounds)
+    for engine, _ in engines.values():
+        engine.batcher.close()
+    ratio = ratio_of_rounds(seconds["with"], seconds["without"])
+    milliseconds = {name: median(values) * 1e3 for name, values in seconds.items()}
+    return {"step": scenario, **milliseconds, "ratio": ratio["median"], "p25": ratio["p25"], "p75": ratio["p75"]}
+
+
+def _decoding(model: PreTrainedModel, batch: int, rounds: int) -> tuple[Engine, Callable[[], object]]:
+    """Steps in which each of ``batch`` requests gets a token; their prompts are done."""
+    steps = rounds + 16
+    engine = Engine(model, kv_tokens=batch * (PAST_TOKENS + steps + 16))
+    for number in range(batch):
+        engine.batcher.add(Request(str(number), _tokens(model, PAST_TOKENS, number), steps))
+    started: set[str] = set()
+    while len(started) < batch:
+        engine.step()
+        started |= {output.id for output in engine.batcher.outputs()}
+    return engine, engine.step
+
+
+def _prompts(model: PreTrainedModel) -> tuple[Engine, Callable[[], object]]:
+    """Steps that compute a prompt each, always another: pages of one that is known would be shared."""
+    engine, numbers = Engine(model, kv_tokens=2 * PROMPT_TOKENS), itertools.count(1000)
+
+    def step() -> object:
+        number = next(numbers)
+        engine.batcher.add(Request(str(number), _tokens(model, PROMPT_TOKENS, number), 1))
+        engine.step()
+        (output,) = engine.batcher.outputs()
+        assert output.finished
+        return output
+
+    return engine, step
+
+
+def _tokens(model: PreTrainedModel, count: int, seed: int) -> tuple[int, ...]:
+    numbers = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(0, model.config.vocab_size, (count,), generator=numbers).tolist())

@@ -1,0 +1,77 @@
+"""A loaded model whose forward passes are batch-invariant: dense layers here, experts by their kernels.
+
+Attention isn't part of it: how it sees a batch depends on the caller. ``generation/paged_invariance.py`` computes that of
+requests in pages.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from epslots.layer.batch_invariant import batch_invariant_functions, obstacles
+from epslots.models.experts import experts_modules
+from epslots.models.model_shape import run_without_experts
+
+_ATTRIBUTE = "epslots_batch_invariance_unknown"
+# Tokens of the forward pass that shows what a model calls.
+_TRIAL_TOKENS = 4
+_NO_ATTENTION = "epslots_no_attention"
+
+
+def make_batch_invariant(model: PreTrainedModel) -> None:
+    """From now on, compute every forward pass of this model with batch-invariant functions.
+
+    Call it before the model joins other ranks: a forward pass shows what else the decoder calls.
+    """
+    setattr(model, _ATTRIBUTE, tuple(_unknown_functions(model)))
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def invariant_forward(*args: object, **kwargs: object) -> object:
+        with batch_invariant_functions():
+            return forward(*args, **kwargs)
+
+    setattr(model, "forward", invariant_forward)  # noqa: B010 - a method to mypy
+
+
+def is_batch_invariant(model: nn.Module) -> bool:
+    """Whether a model was loaded with ``batch_invariant=True``."""
+    return hasattr(model, _ATTRIBUTE)
+
+
+def unknown_functions(model: nn.Module) -> tuple[str, ...]:
+    """What the decoder of a batch-invariant model calls that isn't known to be batch-invariant itself."""
+    found: tuple[str, ...] = getattr(model, _ATTRIBUTE)
+    return found
+
+
+def _unknown_functions(model: PreTrainedModel) -> list[str]:
+    """Found by running the decoder without its experts and without attention, which have kernels of their own."""
+    if not model._supports_attention_backend:
+        return ["attention outside of transformers' interface"]
+
+    def stand_in(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+    modules = list(experts_modules(model).values())
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation(_NO_ATTENTION)
+    try:
+        return obstacles(lambda: run_without_experts(model, _TRIAL_TOKENS, modules, stand_in))
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def _no_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: object, **kwargs: object
+) -> tuple[torch.Tensor, None]:
+    """Zeros in the shape of attention's results."""
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NO_ATTENTION, _no_attention)
