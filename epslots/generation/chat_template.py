@@ -26,7 +26,7 @@ from epslots.units import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_CPU_S = 5.0
+TEMPLATE_CPU_S = 2.0
 """Seconds of CPU time that a template may take for a prompt."""
 TEMPLATE_MEMORY_BYTES = 512 * 1024**2
 """Memory that it may take."""
