@@ -20,7 +20,7 @@ LAYERS = (
     ("workers", "dispatcher", "rank_loop", "controller_actor"),
     ("group", "steering", "worker", "ray_address"),
     ("reports", "supervisor"),
-    ("local_ray",),
+    ("local_ray", "ray_imports"),
     ("ray_nodes", "ray_worker"),
     ("ray_seats", "ray_controller"),
     ("ray_fleet",),
@@ -34,7 +34,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOW_RAY = {
     *("worker", "controller_actor", "ray_address", "local_ray"),
-    *("ray_nodes", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
+    *("ray_nodes", "ray_imports", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
 }
 PURE = ("ledger", "messages", "placement_messages", "controller_messages", "controller")
 
