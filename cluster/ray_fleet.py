@@ -10,15 +10,15 @@ from weakref import WeakSet
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.controller_actor import ControllerActor
 from cluster.errors import ClusterError
 from cluster.local_ray import SEAT, Connection, Life, RayUse
 from cluster.ray_calls import ask
 from cluster.ray_controller import RayController
+from cluster.ray_imports import actor
 from cluster.ray_nodes import need_of_seat, read_nodes
 from cluster.ray_seats import Seats
 from cluster.ray_worker import CONCURRENCY_GROUPS, RayWorker
-from cluster.worker import RANK_LOOP, Worker
+from cluster.worker import RANK_LOOP
 from epslots.host_limits import usable_cores
 
 logger = logging.getLogger("epslots.cluster")
@@ -32,8 +32,10 @@ _END_S = 20.0  # without a head, Ray takes some seconds
 
 _worker_class = ray.remote(
     concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0, enable_task_events=False
-)(Worker)
-_controller_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, enable_task_events=False)(ControllerActor)
+)(actor("cluster.worker", "Worker"))
+_controller_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, enable_task_events=False)(
+    actor("cluster.controller_actor", "ControllerActor")
+)
 
 
 class RayFleet:

@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.errors import ClusterError
 from cluster.ray_calls import ANSWER_S, ask, begin
-from cluster.ray_nodes import NODE_LABEL, Node, NoRoom, choose_nodes, lacks_model, read_nodes
+from cluster.ray_imports import function
+from cluster.ray_nodes import NODE_LABEL, Node, NoRoom, choose_nodes, read_nodes
 from cluster.ray_worker import reason_of
 
 _NAME = "epslots, "  # of placement groups
@@ -29,7 +30,7 @@ _REMOVE_S = 5.0
 _LOOK_S = 60.0  # the first task on a node may have to wait for a process, and that for a slow disk
 _POLL_S = 0.2  # between looks at Ray's tables: it tells nobody when a place becomes free, or a node is found
 
-_look = ray.remote(num_cpus=0, max_retries=0)(lacks_model)
+_look = ray.remote(num_cpus=0, max_retries=0)(function("cluster.ray_nodes", "lacks_model"))
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def form_group(
         # One communicator, made now by all ranks: the first exchange may be one of some ranks only.
         device = torch.device("cuda", torch.cuda.current_device())
     else:
-        dist.Backend.register_backend(GLOO, partial(_connect, stop), devices=["cpu"])
         store = _SealedStore(store, secret) if secret else store
+        dist.Backend.register_backend(GLOO, partial(_connect, stop, store), devices=["cpu"])
     hook = sys.excepthook
     try:
         dist.init_process_group(
@@ -95,9 +95,12 @@ def form_group(
 
 
 def _connect(
-    stop: Future[str] | None, store: Store, rank: int, size: int, timeout: timedelta
+    stop: Future[str] | None, whole: Store, store: Store, rank: int, size: int, timeout: timedelta
 ) -> dist.distributed_c10d.ProcessGroupGloo:
     """Gloo's group, made in a thread: gloo itself waits five times its timeout for a rank that doesn't connect.
+
+    Args:
+        whole: what ``store`` is a part of, and doesn't keep alive.
 
     Raises:
         RuntimeError: not all connected in time, or the group is no longer wanted. The thread ends by itself, later.
@@ -105,6 +108,7 @@ def _connect(
     made: Future[Any] = Future()
 
     def make() -> None:
+        _ = whole  # for as long as this thread
         try:
             made.set_result(dist.ProcessGroupGloo(store, rank, size, timeout))
         except BaseException as error:

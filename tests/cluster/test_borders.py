@@ -21,7 +21,7 @@ LAYERS = (
     ("group", "steering", "worker", "ray_address", "ray_processes"),
     ("reports", "staffing"),
     ("supervisor",),
-    ("local_ray",),
+    ("local_ray", "ray_imports"),
     ("ray_nodes", "ray_worker"),
     ("ray_seats", "ray_controller"),
     ("ray_fleet",),
@@ -35,7 +35,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOW_RAY = {
     *("worker", "controller_actor", "ray_address", "ray_processes", "local_ray"),
-    *("ray_nodes", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
+    *("ray_nodes", "ray_imports", "ray_worker", "ray_controller", "ray_seats", "ray_fleet"),
 }
 PURE = ("ledger", "retries", "messages", "placement_messages", "controller_messages", "controller")
 

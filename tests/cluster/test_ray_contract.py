@@ -12,6 +12,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
+from ray.core.generated.common_pb2 import JobConfig
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import ActorDiedError
@@ -50,6 +51,11 @@ def test_a_forked_child_can_end_without_ray():
     assert ray_worker.global_worker is not None
     assert hasattr(ray_worker, "_global_node")
     assert hasattr(ray_state.state, "_global_state_accessor")
+
+
+def test_folders_of_the_driver_are_known_where_they_come_first():
+    assert "job_config._py_driver_sys_path.extend(code_paths)" in inspect.getsource(ray_worker)
+    assert "py_driver_sys_path" in JobConfig.DESCRIPTOR.fields_by_name
 
 
 def test_what_is_free_is_known_by_node():

@@ -53,6 +53,7 @@ driver = Driver()
 atexit.register(driver.close)
 driver.open(1)
 worker = driver.hire(0)
+driver.call(driver.fleet.hire_controller())
 child = os.fork()
 if not child:
     atexit.unregister(driver.close)
@@ -144,10 +145,13 @@ def command_of(process: psutil.Process) -> list[str]:
     return []
 
 
-def test_a_process_that_closes_nothing_ends_in_peace(short_folder: Path):
-    command = [sys.executable, "-W", "error", "-c", LEFT_OPEN]
-    environment = {**os.environ, "TMPDIR": str(short_folder)}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_a_process_that_closes_nothing_ends_in_peace(short_folder: Path, tmp_path: Path):
+    """It forks, and works in a folder of scripts that are called as what ranks import."""
+    for name in ("cluster", "epslots", "torch", "numpy", "msgspec", "psutil", "types"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a script of the same name')")
+    command = [sys.executable, "-P", "-W", "error", "-c", LEFT_OPEN]
+    environment = {**os.environ, "TMPDIR": str(short_folder), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     assert not [p for p in psutil.process_iter() if str(short_folder) in " ".join(command_of(p))]
     assert not any(short_folder.iterdir())
