@@ -114,6 +114,13 @@ def test_a_container_sees_its_group_as_the_root(own: str, tmp_path: Path):
     assert limits(tmp_path) == (7, 8)
 
 
+def test_a_group_inside_of_a_container(tmp_path: Path):
+    tree(tmp_path, "0::/docker/abc/job", v2(root="/docker/abc"))
+    write(tmp_path / "sys/fs/cgroup/job", memory__max=5 * GIB, memory__current=GIB)
+    write(tmp_path / "sys/fs/cgroup", memory__max=8 * GIB, memory__current=GIB)
+    assert limits(tmp_path) == (4, 5)
+
+
 def test_both_versions_at_once(tmp_path: Path):
     tree(tmp_path, "4:memory:/a\n0::/b", v1(), v2("/sys/fs/cgroup/unified"))
     write(tmp_path / "sys/fs/cgroup/memory/a", memory__limit_in_bytes=8 * GIB, memory__usage_in_bytes=0)

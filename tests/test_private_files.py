@@ -18,6 +18,7 @@ from epslots import StoreError
 from epslots.private_files import default_cache_dir, make_private_folder, open_private_file
 from epslots.store.host_store import HostStore
 from epslots.store.node_store import check_room, store_path
+from epslots.store.store_build import appearing_whole
 from tests.store_helpers import MANIFEST, NamedExperts, open_store
 
 KINDS = ("file", "memory")
@@ -80,6 +81,16 @@ def test_stores_locks_and_folders_are_for_one_user(kind: str, cache_dir: Path):
     assert {mode(path) for path in made} == {0o600}
     assert mode(cache_dir) == mode(cache_dir / "deep") == 0o700
     store.close()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_store_that_is_being_built_is_for_one_user(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a name from the start where the file system has no nameless files."""
+    if named:
+        monkeypatch.setattr(os, "O_TMPFILE", 0, raising=False)
+    with appearing_whole(tmp_path / "store") as fd:
+        assert len(list(tmp_path.iterdir())) == named
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
 
 
 def test_an_older_store_is_used_and_closed_to_others(cache_dir: Path):
