@@ -254,7 +254,7 @@ def _again(connection: Connection, connect: Callable[[], AbstractContextManager[
         except Exception as error:
             verdict = retries.failed(time.monotonic())
             if verdict.tell:
-                logger.warning("Ray is not there again: %s. It is tried without an end", error)
+                logger.warning("%s. It is tried again, until Ray is there", error)
             connection.end.wait(verdict.wait_s)
         else:
             before, connection.life = connection.life, Life()
@@ -360,12 +360,8 @@ def _join(address: str) -> Iterator[_Ended]:
 
             def ended() -> str:
                 head.look(time.monotonic())
-                if reason := watch.ended():
-                    return (
-                        f"the node of this process has left the Ray at {found}: {reason}. Ranks are started again when it is "
-                        f"back (`ray start --address={found}` here; or `ray start --head`, if the head is gone)"
-                    )
-                return ""
+                reason = watch.ended()
+                return f"the node of this process has left the Ray at {found}: {reason}" if reason else ""
 
             yield ended
         finally:

@@ -247,7 +247,9 @@ class Staffing:
             began_s = self.clock()
             self._lost = reason
             self._losses += 1
-            logger.warning("%s. All ranks end with it, and are started again; requests wait meanwhile", reason)
+            logger.warning(
+                "%s. All ranks end with it, and are started again when Ray is there; requests wait meanwhile", reason
+            )
             for seat in self._seats.values():
                 if seat.staffing is not None:
                     seat.staffing.cancel()
