@@ -79,6 +79,7 @@ class ThreadGovernor:
     The number of threads that torch has at the start is never exceeded. A number that somebody else sets later stays.
 
     Args:
+        cores: that this process may keep busy: a CPU quota stops threads beyond it in the middle of a step.
         get_threads, set_threads: torch's.
         read: processor times.
         clock: seconds.
@@ -86,13 +87,17 @@ class ThreadGovernor:
 
     def __init__(
         self,
+        cores: int,
         get_threads: Callable[[], int],
         set_threads: Callable[[int], None],
         read: Callable[[], CpuTimes | None] = read_cpu_times,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._get, self._set, self._read, self._clock = get_threads, set_threads, read, clock
-        self._most = self._current = get_threads()
+        given = get_threads()
+        self._most = self._current = min(given, cores)
+        if self._current < given:
+            set_threads(self._current)
         self._cores = len(allowed_cores())
         self._since_s = clock()
         self._before = read() if self._most > 1 else None

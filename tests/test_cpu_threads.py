@@ -16,9 +16,9 @@ from epslots.cpu_threads import SPIN_COUNT, WINDOW_S, CpuTimes, ThreadGovernor, 
 class Machine:
     """Cores with a load of others, a clock, and torch's number of threads."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, quota: int = 64) -> None:
         self.threads, self.now, self.times = threads, 100.0, CpuTimes(1000.0, 50.0)
-        self.governor = ThreadGovernor(lambda: self.threads, self.set, lambda: self.times, lambda: self.now)
+        self.governor = ThreadGovernor(quota, lambda: self.threads, self.set, lambda: self.times, lambda: self.now)
 
     def set(self, threads: int) -> None:
         self.threads = threads
@@ -64,6 +64,12 @@ def test_given_threads_are_never_exceeded(machine):
     assert few.run(1.0, others=0.0) == 2
     alone = Machine(threads=1)
     assert alone.run(1.0, others=0.0) == 1
+
+
+def test_a_quota_bounds_the_threads_at_once(machine):
+    limited = Machine(threads=4, quota=3)
+    assert limited.threads == 3
+    assert limited.run(1.0, others=0.0) == 3
 
 
 def test_unknown_load_changes_nothing(machine):

@@ -160,8 +160,8 @@ def test_each_step_looks_at_the_load(checkpoint: Checkpoints, cache_dir: Path, m
     looks = []
 
     class Governor:
-        def __init__(self, *torchs: Any) -> None:
-            assert torchs == (torch.get_num_threads, torch.set_num_threads)
+        def __init__(self, cores: int, *torchs: Any) -> None:
+            assert cores >= 1 and torchs == (torch.get_num_threads, torch.set_num_threads)
 
         def adjust(self) -> None:
             looks.append(1)

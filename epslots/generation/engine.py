@@ -28,6 +28,7 @@ from epslots.cpu_threads import ThreadGovernor
 from epslots.generation.batching import DEFAULT_BATCH_TOKENS, batcher_for
 from epslots.generation.requests import Batcher, Output
 from epslots.group.rank_group import group_of
+from epslots.host_limits import usable_cores
 from epslots.runtime import runtime_of
 from epslots.transport.lockstep import Header
 
@@ -51,7 +52,7 @@ class Engine:
         runtime_of(model)  # refuses other models
         self.model = model
         self.batcher: Batcher = batcher_for(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
-        self._threads = ThreadGovernor(torch.get_num_threads, torch.set_num_threads)
+        self._threads = ThreadGovernor(usable_cores(), torch.get_num_threads, torch.set_num_threads)
 
     def step(self) -> Header:
         """Make one step together with all ranks, or none if nobody has work; returns what the ranks said before it.
