@@ -117,6 +117,8 @@ class RankLoop:
         """Steps in this generation; the same on all its ranks."""
         self._wake_through = 0
         self._told_s = 0.0
+        self._asked: list[int] = []
+        """Reports that are due."""
         self._windows: WindowCutter | None = None
 
     def start(self) -> None:
@@ -189,6 +191,7 @@ class RankLoop:
                 if self._has_steps_to_make():
                     self._step()
                 self._tell_outputs()
+                self._tell_reports()
         except BaseException as error:
             self._ended = True
             self._fail(error, doing)
@@ -225,8 +228,7 @@ class RankLoop:
                 if self._transport is not None and generation == self._transport.generation:
                     self._wake_through = max(self._wake_through, step)
             case Ask(number):
-                generation = -1 if self._transport is None else self._transport.generation
-                self._tell(report(self._engine_there().model, number, generation, self._steps))
+                self._asked.append(number)
             case Survey(number):
                 if (surveyed := survey(self._engine_there().model, number)) is not None:
                     self._tell(surveyed)
@@ -347,6 +349,13 @@ class RankLoop:
             group.offer(place.placement, place.bytes_per_step)
         except ConfigError as error:
             self._tell(Unplaced(str(error)))
+
+    def _tell_reports(self) -> None:
+        """After the step that was due, so that a count doesn't change any more where there is no work."""
+        asked, self._asked = self._asked, []
+        for number in asked:
+            generation = -1 if self._transport is None else self._transport.generation
+            self._tell(report(self._engine_there().model, number, generation, self._steps))
 
     def _tell_outputs(self) -> None:
         if self._engine is not None and (outputs := self._engine.batcher.outputs()):

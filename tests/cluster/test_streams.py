@@ -227,3 +227,15 @@ def test_a_batch_whose_reader_has_left_takes_no_steps(open_cluster: Any):
         del held
     cluster.stats()
     assert cluster._supervisor.dispatcher._calls == {}
+
+
+def test_no_step_is_made_after_the_last_reader_has_left(open_cluster: Any):
+    """Counters that are asked for right after that are the last ones."""
+    cluster, fleet = with_text(open_cluster)
+    for _ in range(5):
+        leave_the_loop(iter(cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())))
+        before = cluster.stats().ranks[0].steps
+        loop = fleet.workers[0].loop
+        with loop._news:
+            assert loop._news.wait_for(lambda loop=loop: loop._asleep and not loop._commands, 60)
+        assert cluster.stats().ranks[0].steps == before
