@@ -165,7 +165,7 @@ def test_the_commands_and_their_options():
         "--ignore-tokenizer-eos",
         "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
         "--ranks", "--address", "--strategy", "--placement",
-        "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute",
+        "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
     assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}

@@ -36,7 +36,7 @@ from epslots.step.eviction import IntArray
 IMPLEMENTATION = "epslots_batch_invariant"
 KEYS = 64
 # Rows of a product: queries times the heads that share their keys.
-ROWS = 8
+ROWS = 16
 # Numbers of keys that are gathered at a time; what a single block of queries needs is gathered whatever it is.
 _PART_NUMBERS = 2**22
 
@@ -113,7 +113,7 @@ class PackedAttention:
         result_THE = query_HTD.new_empty(tokens, heads, value_GSE.shape[2])
         numbers = groups * max(size, value_GSE.shape[2])
         for part in self._parts_for(window, queries, numbers, query_HTD.device):
-            part_IBHE = part.attend(query_GRTD, key_GSD, value_GSE, scale, sink_GR, window)
+            part_IBHE = part.attend(query_GRTD, key_GSD, value_GSE, scale, sink_GR)
             result_THE[part.query_IB[part.valid_IB]] = part_IBHE[part.valid_IB].to(result_THE.dtype)
         return result_THE
 
@@ -123,7 +123,7 @@ class PackedAttention:
         if kind not in self._parts:
             most = max(1, _PART_NUMBERS // (numbers * KEYS))
             blocks = _query_blocks(self._spans, window, queries)
-            self._parts[kind] = [_Part(rows, queries, device) for rows in _cut(blocks, most)]
+            self._parts[kind] = [_Part(rows, queries, window, device) for rows in _cut(blocks, most)]
         return self._parts[kind]
 
 
@@ -170,7 +170,7 @@ class _Part:
         valid_IB: which are no repetitions.
     """
 
-    def __init__(self, rows_I7: IntArray, queries: int, device: torch.device) -> None:
+    def __init__(self, rows_I7: IntArray, queries: int, window: int | None, device: torch.device) -> None:
         # At least two, because a batched product of one matrix may take the kernel of a plain one.
         self._blocks = max(2, int(rows_I7[:, _BLOCKS].max()))
         columns = to_device(rows_I7, device).t()[:, :, None]
@@ -178,10 +178,15 @@ class _Part:
         turn_B = torch.arange(queries, device=device)
         self.valid_IB = turn_B < count
         self.query_IB = first + torch.minimum(turn_B, count - 1)
-        self._position_IB = position + turn_B
-        self._position_IL = block * KEYS + torch.arange(self._blocks * KEYS, device=device)
-        self._present_IL = (self._position_IL >= oldest) & (self._position_IL < position + count)
-        self._place_IL = torch.where(self._present_IL, self._position_IL + shift, 0)
+        position_IL = block * KEYS + torch.arange(self._blocks * KEYS, device=device)
+        present_IL = (position_IL >= oldest) & (position_IL < position + count)
+        self._place_IL = torch.where(present_IL, position_IL + shift, 0)
+        self._absent_IL1 = ~present_IL[..., None]
+        query_IB1, key_I1L = (position + turn_B)[..., None], position_IL[:, None]
+        hidden_IBL = ~present_IL[:, None] | (key_I1L > query_IB1)
+        if window is not None:
+            hidden_IBL |= key_I1L <= query_IB1 - window
+        self._hidden_IN1BK = hidden_IBL.unflatten(2, (self._blocks, KEYS)).transpose(1, 2).unsqueeze(2)
 
     def attend(
         self,
@@ -190,7 +195,6 @@ class _Part:
         value_GSE: torch.Tensor,
         scale: float,
         sink_GR: torch.Tensor | None,
-        window: int | None,
     ) -> torch.Tensor:
         """What the queries attend to, [I, B, heads, E]."""
         groups, shared, _, size = query_GRTD.shape
@@ -202,7 +206,7 @@ class _Part:
             query_GIMD.expand(*lead, rows, size).reshape(-1, rows, size), key_GINKD.flatten(0, 2).transpose(1, 2)
         )
         score = (score * scale).view(*lead, shared, queries, KEYS)
-        score.masked_fill_(~self._visible(window), -torch.inf)
+        score.masked_fill_(self._hidden_IN1BK, -torch.inf)
         top = score.amax(dim=(2, -1), keepdim=True)
         if sink_GR is not None:
             sink = sink_GR[:, None, None, :, None, None]
@@ -218,16 +222,8 @@ class _Part:
     def _blocks_of(self, states_GSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Keys or values of each block [G, I, N, KEYS, D]; zeros where there are none, whatever other requests have there."""
         chosen = states_GSD[:, self._place_IL].to(dtype)
-        chosen.masked_fill_(~self._present_IL[..., None], 0)
+        chosen.masked_fill_(self._absent_IL1, 0)
         return chosen.unflatten(2, (self._blocks, KEYS))
-
-    def _visible(self, window: int | None) -> torch.Tensor:
-        """Which keys a query sees, bool [I, N, 1, B, KEYS]."""
-        query, key = self._position_IB[:, :, None], self._position_IL[:, None]
-        visible = self._present_IL[:, None] & (key <= query)
-        if window is not None:
-            visible &= key > query - window
-        return visible.unflatten(2, (self._blocks, KEYS)).transpose(1, 2).unsqueeze(2)
 
 
 def _sum_keys(weight: torch.Tensor) -> torch.Tensor:
