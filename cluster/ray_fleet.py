@@ -11,17 +11,16 @@ from weakref import WeakSet
 import msgspec
 import psutil
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller_actor import ControllerActor
 from cluster.errors import ClusterError
 from cluster.local_ray import SEAT, Connection, Life, RayUse
-from cluster.ray_calls import ask
+from cluster.ray_calls import ask, refusals
 from cluster.ray_controller import RayController
 from cluster.ray_nodes import need_of_seat, read_nodes
 from cluster.ray_seats import Seats
-from cluster.ray_worker import CONCURRENCY_GROUPS, RayWorker, kill, reason_of
+from cluster.ray_worker import CONCURRENCY_GROUPS, RAY_ERRORS, RayWorker, kill, reason_of
 from cluster.rendezvous import Rendezvous
 from cluster.worker import RANK_LOOP, Worker
 
@@ -129,12 +128,13 @@ class RayFleet:
         await self._seats.placed(seat)
         threads = await self._threads(seat)
         self._check()
-        actor = _worker_class.options(
-            num_cpus=self._need.get("CPU", 0),
-            num_gpus=self._need.get("GPU", 0),
-            resources={SEAT: 1} if SEAT in self._need else None,
-            scheduling_strategy=self._seats.strategy(seat),
-        ).remote(self._host, threads, self._loop)
+        with refusals():
+            actor = _worker_class.options(
+                num_cpus=self._need.get("CPU", 0),
+                num_gpus=self._need.get("GPU", 0),
+                resources={SEAT: 1} if SEAT in self._need else None,
+                scheduling_strategy=self._seats.strategy(seat),
+            ).remote(self._host, threads, self._loop)
         worker = RayWorker(seat, actor)
         self._workers.add(worker)
         greeting = asyncio.ensure_future(worker.greet(_HIRE_S))
@@ -153,7 +153,8 @@ class RayFleet:
 
     async def hire_controller(self) -> RayController:
         self._check()
-        actor = _controller_class.options(scheduling_strategy=self._here()).remote()
+        with refusals():
+            actor = _controller_class.options(scheduling_strategy=self._here()).remote()
         controller = RayController(actor)
         self._controllers.add(controller)
         try:
@@ -175,7 +176,7 @@ class RayFleet:
                     answer = await self._store.address.remote()
             except TimeoutError:
                 reason = f"it did not answer within {wait_s:g} s"
-            except RayError as error:
+            except RAY_ERRORS as error:
                 reason = reason_of(error)
             else:
                 self._store_answered = True
@@ -234,5 +235,6 @@ class RayFleet:
             raise ClusterError(self._life.lost.result())
 
     def _start_store(self) -> None:
-        self._store = _rendezvous_class.options(scheduling_strategy=self._here()).remote(self._host)
+        with refusals():
+            self._store = _rendezvous_class.options(scheduling_strategy=self._here()).remote(self._host)
         self._store_answered = False
