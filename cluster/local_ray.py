@@ -52,7 +52,7 @@ _SETTINGS = {
 _SHUTDOWN_S = 20.0
 _LAST_END_S = 30.0
 _LOOK_EVERY_S = 0.5  # at Ray's processes
-_NOTICE_S = 0.2  # from saying that Ray is lost until it is shut down: who has just begun to use it is done by then
+_NOTICE_S = 0.5  # from saying that Ray is lost until it is shut down: who has just begun to use it is done by then
 _PACE = Pace(first_s=1.0, most_s=30.0)
 
 _entering, _counting = threading.Lock(), threading.Lock()
@@ -224,11 +224,16 @@ def _keep(address: str | None, ranks: int, ready: Future[Connection]) -> None:
     try:
         while there is not None:
             reason = _watch(connection, there[1])
-            if reason:
-                connection.life.lost.set_result(reason)
-                time.sleep(_NOTICE_S)
-            there[0].__exit__(None, None, None)
-            there = _again(connection, connect) if reason else None
+            if not reason:
+                there[0].__exit__(None, None, None)
+                break
+            connection.life.lost.set_result(reason)
+            time.sleep(_NOTICE_S)
+            try:
+                there[0].__exit__(None, None, None)
+            except Exception:
+                logger.exception("what is left of Ray did not end in peace")
+            there = _again(connection, connect)
     except BaseException as error:
         connection.ended.set_exception(error)
     else:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
 
 import grpc
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
@@ -60,6 +64,13 @@ def find_running(address: str) -> str:
     return found
 
 
+def _check_file(file: Path) -> None:
+    """See that Ray's note of the running cluster is a file: it lies where anybody may write, and Ray's open would wait."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ClusterError(f'address="auto": {file} is no file; remove it, or give the "host:port" of the Ray to join')
+
+
 def _resolve(address: str) -> str:
     rays = logging.getLogger("ray")
     level = rays.level
@@ -68,6 +79,8 @@ def _resolve(address: str) -> str:
     if asked_auto:
         address = os.environ.get("RAY_ADDRESS", address)  # Ray tells a job by it which cluster it is in, of several here
     try:
+        if address == "auto":
+            _check_file(Path(get_ray_address_file(None)))
         found: str | None = canonicalize_bootstrap_address(address)
         if address == "auto":
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)

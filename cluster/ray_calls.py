@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cluster.errors import ClusterError
@@ -17,6 +18,17 @@ _late: set[Future[Any]] = set()
 """Calls that nobody waits for any more; changed by ``add`` and ``discard`` alone, which are atomic."""
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Whatever Ray raises as an error of ours: which kinds there are when it is about to end, it doesn't say."""
+    try:
+        yield
+    except ClusterError:
+        raise
+    except Exception as error:
+        raise ClusterError(f"Ray refuses: {type(error).__name__}: {error}") from error
 
 
 async def ask(function: Callable[..., Result], *arguments: object, deadline_s: float = ANSWER_S) -> Result:
@@ -48,15 +60,10 @@ def begin(function: Callable[..., Result], *arguments: object) -> Future[Result]
 
     def call() -> None:
         try:
-            found = function(*arguments)
+            with refusals():
+                answer.set_result(function(*arguments))
         except ClusterError as error:
             answer.set_exception(error)
-        except Exception as error:
-            refused = ClusterError(f"Ray refuses: {type(error).__name__}: {error}")
-            refused.__cause__ = error
-            answer.set_exception(refused)
-        else:
-            answer.set_result(found)
 
     threading.Thread(target=call, name="epslots-ray-call", daemon=True).start()
     return answer

@@ -6,10 +6,9 @@ import asyncio
 
 import msgspec
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
 from cluster.fleet import WorkerDied
-from cluster.ray_worker import kill, reason_of
+from cluster.ray_worker import RAY_ERRORS, kill, reason_of
 
 
 class RayController:
@@ -31,7 +30,7 @@ class RayController:
                 hello = await self._actor.hello.remote()
         except TimeoutError:
             raise WorkerDied(f"its process didn't come up within {deadline_s:g} s") from None
-        except RayError as error:
+        except RAY_ERRORS as error:
             raise WorkerDied(reason_of(error)) from error
         host, pid = msgspec.msgpack.decode(hello, type=tuple[str, int])
         self._place = f"node {host}, pid {pid}"
@@ -45,7 +44,7 @@ class RayController:
             raise WorkerDied("its Ray has ended")
         try:
             return await self._actor.call.remote(message)
-        except RayError as error:
+        except RAY_ERRORS as error:
             raise WorkerDied(reason_of(error)) from error
 
     def kill(self) -> None:

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError
 from cluster.local_ray import SEAT, Connection, Life, RayUse
-from cluster.ray_calls import ask
+from cluster.ray_calls import ask, refusals
 from cluster.ray_controller import RayController
 from cluster.ray_imports import actor
 from cluster.ray_nodes import need_of_seat, read_nodes
@@ -120,12 +120,13 @@ class RayFleet:
         await self._seats.placed(seat)
         threads = await self._threads(seat)
         self._check()
-        actor = _worker_class.options(
-            num_cpus=self._need.get("CPU", 0),
-            num_gpus=self._need.get("GPU", 0),
-            resources={SEAT: 1} if SEAT in self._need else None,
-            scheduling_strategy=self._seats.strategy(seat),
-        ).remote(self._host, threads, self._loop)
+        with refusals():
+            actor = _worker_class.options(
+                num_cpus=self._need.get("CPU", 0),
+                num_gpus=self._need.get("GPU", 0),
+                resources={SEAT: 1} if SEAT in self._need else None,
+                scheduling_strategy=self._seats.strategy(seat),
+            ).remote(self._host, threads, self._loop)
         worker = RayWorker(seat, actor)
         self._workers.add(worker)
         greeting = asyncio.ensure_future(worker.greet(_HIRE_S))
@@ -144,7 +145,8 @@ class RayFleet:
 
     async def hire_controller(self) -> RayController:
         self._check()
-        actor = _controller_class.options(scheduling_strategy=self._here()).remote()
+        with refusals():
+            actor = _controller_class.options(scheduling_strategy=self._here()).remote()
         controller = RayController(actor)
         self._controllers.add(controller)
         try:

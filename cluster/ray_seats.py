@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import msgspec
 import ray
-from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -21,7 +20,7 @@ from cluster.errors import ClusterError
 from cluster.ray_calls import ANSWER_S, ask, begin
 from cluster.ray_imports import function
 from cluster.ray_nodes import NODE_LABEL, Node, NoRoom, choose_nodes, read_nodes
-from cluster.ray_worker import reason_of
+from cluster.ray_worker import RAY_ERRORS, reason_of
 
 _NAME = "epslots, "  # of placement groups
 _FREE_S = 3.0  # in which the places of what has just ended become free
@@ -184,7 +183,7 @@ class Seats:
                 answer = await _look.options(scheduling_strategy=there).remote(folder)
         except TimeoutError:
             return f"did not answer within {_LOOK_S:g} s"
-        except RayError as error:
+        except RAY_ERRORS as error:
             return f"can't run epslots: {reason_of(error)}"
         return msgspec.msgpack.decode(answer, type=str) if answer else ""
 

@@ -17,6 +17,8 @@ from cluster.worker import Hello
 
 _CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray: a thread each
 CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: 1}
+RAY_ERRORS = (RayError, RuntimeError, AttributeError, ConnectionError)
+"""What a call raises: RayError, or any of the others while Ray is being disconnected in another thread."""
 _COLORS = re.compile(r"\x1b\[\d+m")
 
 
@@ -42,7 +44,7 @@ class RayWorker:
                 hello = await self._hello.remote()
         except TimeoutError:
             raise WorkerDied(f"its process didn't come up within {deadline_s:g} s") from None
-        except RayError as error:
+        except RAY_ERRORS as error:
             raise WorkerDied(reason_of(error)) from error
         self.hello = msgspec.msgpack.decode(hello, type=Hello)
 
@@ -56,7 +58,7 @@ class RayWorker:
         self._check()
         try:
             return await self._command.remote(message)
-        except RayError as error:
+        except RAY_ERRORS as error:
             raise WorkerDied(reason_of(error)) from error
 
     async def events(self) -> bytes:
@@ -69,7 +71,7 @@ class RayWorker:
             return await (await anext(self._events))
         except StopAsyncIteration:
             raise WorkerDied("its events have ended") from None
-        except RayError as error:
+        except RAY_ERRORS as error:
             raise WorkerDied(reason_of(error)) from error
 
     def _check(self) -> None:
@@ -92,7 +94,7 @@ def kill(actor: ActorHandle) -> None:
             ray.kill(actor)
 
 
-def reason_of(error: RayError) -> str:
+def reason_of(error: Exception) -> str:
     """Why an actor can't be had any more: what matters of Ray's text."""
     text = _COLORS.sub("", str(error))
     if getattr(error, "_actor_init_failed", False) or isinstance(error, RayTaskError):

@@ -21,6 +21,7 @@ import ray
 
 from cluster import local_ray, ray_fleet, ray_processes
 from cluster.errors import ClusterError
+from cluster.ray_address import find_running
 from cluster.ray_fleet import RayFleet
 from cluster.ray_processes import own_folder, protect_token
 from epslots.errors import ConfigError
@@ -302,7 +303,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("lock", [lock_fifo, lock_link, lock_folder, lock_socket])
 def test_what_lies_among_temporary_files_hangs_no_start(temporary: Path, lock: Callable[[Path], None]):
     """As any user may put it there, under any name."""
@@ -314,7 +315,7 @@ def test_what_lies_among_temporary_files_hangs_no_start(temporary: Path, lock: C
     assert list(temporary.iterdir()) == [left]
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_names_of_temporary_files_are_not_believed(temporary: Path):
     """A link to another folder of this user, a FIFO, a file, a link to itself and one to nothing."""
     kept = temporary / "mine"
@@ -390,7 +391,7 @@ def test_a_token_that_the_user_names_is_left_alone(home: Path, monkeypatch: pyte
     assert not list(home.iterdir())
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_token_file_that_is_none_hangs_nothing(home: Path):
     (home / ".ray").mkdir()
     os.mkfifo(home / ".ray" / "auth_token")
@@ -417,6 +418,16 @@ def test_no_ray_is_running(ray_tokens: None, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ClusterError, match=r"no Ray answers at .* \(unavailable\): start one"), drive(1, address=address):
             pass
     assert not ray.is_initialized()
+
+
+@pytest.mark.timeout(120)
+def test_a_note_of_the_running_ray_that_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    note = tmp_path / "ray_current_cluster"
+    os.mkfifo(note)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("cluster.ray_address.get_ray_address_file", lambda _: str(note))
+    with pytest.raises(ClusterError, match=r"ray_current_cluster is no file; remove it"):
+        find_running("auto")
 
 
 def test_another_token_is_refused_with_advice(ray_nodes: RayNodes):
