@@ -281,6 +281,7 @@ def test_a_placement_that_no_longer_fits_is_dropped(open_cluster: Open, folder: 
     assert cluster.placement().placement_generation == 0
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, **GREEDY)) == expected(folder, PROMPTS, 9)
     assert ("is lost" in caplog.text or "failed while" in caplog.text) == (ranks == 2)
+    assert (cluster._supervisor.group.placement is None) == (ranks == 2)  # it was tried, once
 
 
 def test_placements_that_do_not_fit(open_cluster: Open, tmp_path: Path):
