@@ -151,7 +151,7 @@ def job(
             "ignore_tokenizer_eos": ignore_tokenizer_eos,
             "chat": chat,
         }
-        what = JobSettings(prompts, output, source, read_settings(settings), dtype)
+        what = JobSettings(prompts, output, source, read_settings(settings), dtype, execute_predicted, batch_invariant)
     except EpslotsError as error:
         say(f"error: {error}")
         raise typer.Exit(Exit.NOT_STARTED) from error

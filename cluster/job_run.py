@@ -58,6 +58,7 @@ class JobSettings:
         model: as given; results of another model aren't mixed with this one's.
         generation: for prompts that don't say otherwise.
         dtype: what the model computes in, as given.
+        execute_predicted, batch_invariant: as ``epslots.load`` has them.
     """
 
     prompts: Path
@@ -65,11 +66,14 @@ class JobSettings:
     model: str
     generation: GenerationSettings
     dtype: str = "auto"
+    execute_predicted: bool = False
+    batch_invariant: bool = False
 
     @property
     def digest(self) -> int:
         """Of all that shapes a text besides its prompt, 32 bits."""
-        shaping = msgspec.json.encode((self.model, self.dtype, self.generation), order="sorted")
+        computing = (self.model, self.dtype, self.execute_predicted, self.batch_invariant)
+        shaping = msgspec.json.encode((*computing, self.generation), order="sorted")
         return xxhash.xxh3_64_intdigest(shaping) >> 32
 
 

@@ -230,7 +230,8 @@ def test_what_is_not_this_jobs_output_is_refused_and_left_alone(job: JobSettings
 
     refused(make_job(job.prompts.parent, temperature=0.5), "another model or other settings")
     refused(JobSettings(job.prompts, job.output, "another/model", job.generation), "another model or other settings")
-    refused(JobSettings(job.prompts, job.output, job.model, job.generation, "float16"), "another model or other settings")
+    for other in ({"dtype": "float16"}, {"execute_predicted": True}, {"batch_invariant": True}):
+        refused(JobSettings(job.prompts, job.output, job.model, job.generation, **other), "another model or other settings")
     refused(job, "a second time", written + written.splitlines(keepends=True)[0])
     refused(job, "line 1 of it is no result of a job", b"my diary\n")
     refused(job, "line 1 of it is no result of a job", b"my diary, last words")
