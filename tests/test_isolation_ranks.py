@@ -214,9 +214,10 @@ def serve_on_gloo(rank: Rank, job: Job, folder: Path, cache_dir: Path, ways: lis
     return found
 
 
+@pytest.mark.timeout(300)
 def test_on_gloo(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     job, ways = Job(folder, 2), ["nan", "RuntimeError"]
-    results = run_ranks(serve_on_gloo, 2, job, folder, cache_dir, ways, timeout=150)
+    results = run_ranks(serve_on_gloo, 2, job, folder, cache_dir, ways, timeout=240)
     for number, way in enumerate(ways):
         job.check([found[number] for found in results], error_of(way))
