@@ -113,6 +113,33 @@ def test_characters_that_the_encoding_lacks_are_escaped():
     assert raw.getvalue() == b"caf\xe9 \\u2713\n"
 
 
+def test_messages_are_lost_where_results_fail():
+    errors, output = (Output(Failing(errno.ENOSPC), lossy=lossy) for lossy in (True, False))
+    print("a message", file=errors, flush=True)
+    with pytest.raises(OSError, match="No space left"):
+        print("a result", file=output)
+    assert errors.failure is not None
+    assert output.failure is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "message"), [("full", 2, "standard output can't be written: No space left"), ("left", 1, "")]
+)
+def test_an_output_that_takes_nothing_is_one_line(kind: str, code: int, message: str):
+    """Also at the interpreter's own last flush."""
+    if kind == "full":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "epslots", "--version"]
+    done = subprocess.run(command, stdout=descriptor, stderr=subprocess.PIPE, check=False, text=True)
+    os.close(descriptor)
+    assert done.returncode == code
+    assert done.stderr.startswith(f"error: {message}" if message else "")
+    assert len(done.stderr.splitlines()) == bool(message)
+
+
 @pytest.mark.parametrize("given", [io.StringIO("a\u2713"), io.BytesIO("a\u2713".encode()), None, closed(), object()])
 def test_standard_input_of_any_kind(given: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdin", given)
