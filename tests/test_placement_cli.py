@@ -193,3 +193,10 @@ def test_very_large_loads(tmp_path: Path):
     path = tmp_path / "large.npz"
     np.savez(path, loads=generate(TRAFFIC, 0) * 2**30)
     assert replayed(path, "--ranks", 4, "--slots", 5)["ours"]["balance"] > 0.5
+
+
+@pytest.mark.parametrize("command", ["plan", "replay"])
+@pytest.mark.parametrize("ranks", [-1, 0, 1025, 1_000_000, 2**70])
+def test_numbers_of_ranks_that_are_refused(command: str, ranks: int, loads: Path):
+    result = CliRunner().invoke(placement_app, [command, str(loads), "--ranks", str(ranks), "--slots", "4"])
+    assert result.exit_code == 2 and "'--ranks'" in result.output
