@@ -95,8 +95,8 @@ def hidden_alone(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
 def positions(batcher: Batcher) -> list[tuple[str, int]]:
     """Whose the rows of the prepared batch are: (request, place in its sequence)."""
     if isinstance(batcher, SequentialBatcher):
-        entry = batcher._prepared
-        assert entry is not None
+        assert batcher._isolation is not None
+        (entry,) = batcher._isolation.part
         first = 0 if batcher._kept is None else entry.length - 1
         return [(entry.request.id, place) for place in range(first, entry.length)]
     assert isinstance(batcher, PagedBatcher)
