@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from cluster.errors import ClusterError
 
 ANSWER_S = 15.0
+CALL = "epslots-ray-call"
+"""Name of the threads that wait for Ray."""
 
 _MOST_LATE = 16
 _late: set[Future[Any]] = set()
@@ -65,5 +67,5 @@ def begin(function: Callable[..., Result], *arguments: object) -> Future[Result]
         except ClusterError as error:
             answer.set_exception(error)
 
-    threading.Thread(target=call, name="epslots-ray-call", daemon=True).start()
+    threading.Thread(target=call, name=CALL, daemon=True).start()
     return answer

@@ -41,10 +41,13 @@ class ClockLoop(asyncio.SelectorEventLoop):
         self._skips = [skip for skip in self._skips if not skip[0]()]
         return bool(self._skips)
 
+    def settled(self) -> bool:
+        """Whether time may be skipped now."""
+        return all(settled() for _, settled in self._skips)
+
     def skip(self, seconds: float) -> None:
-        """Skip time unless something has to come first."""
-        if all(settled() for _, settled in self._skips):
-            self._skipped_s += max(seconds, _LEAST_SKIP_S)
+        """Skip time."""
+        self._skipped_s += max(seconds, _LEAST_SKIP_S)
 
 
 class _SkippingSelector(selectors.DefaultSelector):
@@ -57,8 +60,9 @@ class _SkippingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if not timeout or not self._loop.skips():
             return super().select(timeout)
+        settled = self._loop.settled()  # before the pause: an answer that comes at its end is taken first
         found = super().select(_PAUSE_S)
-        if not found:
+        if settled and not found:
             self._loop.skip(timeout)
         return found
 

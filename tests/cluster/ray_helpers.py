@@ -32,6 +32,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from cluster import loop_thread, ray_address, ray_seats
 from cluster.loop_thread import LoopThread
 from cluster.messages import Contact, Contacts, Form, decode_events, encode
+from cluster.ray_calls import CALL
 from cluster.ray_fleet import RayFleet
 from cluster.ray_worker import RayWorker
 from tests.cluster.clock_loop import ClockLoop
@@ -176,11 +177,11 @@ class Driver:
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """Deadlines pass at once: only for what would wait for one in vain."""
+        """Deadlines pass at once: only for what would wait for one in vain. Ray has all the time that it needs to answer."""
         over = threading.Event()
         loop = self._thread._loop
         assert isinstance(loop, ClockLoop)
-        loop.skip_until(over.is_set)
+        loop.skip_until(over.is_set, settled=lambda: not any(thread.name == CALL for thread in threading.enumerate()))
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
-from cluster.ray_processes import watch_joined
+from cluster.ray_processes import PREFIX, watch_joined
 from tests.cluster.ray_helpers import drive, pids_below, start_nodes
 from tests.cluster.test_cluster import PROMPTS, expected, serve_again
 from tests.grouped import TOKENS_TRAVEL
@@ -40,10 +40,10 @@ def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path
     assert pids_below() <= before
 
 
-def kill(part: str) -> None:
-    """SIGKILL to a process of Ray's that this one has started."""
-    (found,) = [process for process in pids_below() if part in process.name()]
-    found.kill()
+def own(part: str) -> psutil.Process:
+    """A process of our own Ray; the nodes of other tests may still be there."""
+    (found,) = [process for process in pids_below() if part in process.name() and PREFIX in " ".join(process.cmdline())]
+    return found
 
 
 def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callable[[str], Path]):
@@ -52,16 +52,17 @@ def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callabl
     right = expected(folder, PROMPTS, NEW)
     for part in ("raylet", "gcs_server"):
         assert cluster.explain().state
-        helpers = {process.pid for process in pids_below() if "Agent" in process.name()}
+        helpers = [process for process in own("raylet").children() if "Agent" in process.name()]
+        assert helpers
         going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
         for generation in going:
             next(generation._arrivals())
-        kill(part)
+        own(part).kill()
         assert not all(generation.done for generation in going)
         assert [generation.result(240).tokens for generation in going] == right
         serve_again(cluster, 2)
-        assert not [pid for pid in helpers if psutil.pid_exists(pid)]
-    kill("raylet")  # and what is closed just then, closes
+        assert not [process for process in helpers if process.is_running()]
+    own("raylet").kill()  # and what is closed just then, closes
 
 
 def test_a_ray_of_others_is_joined_again(ray_tokens: None):
