@@ -78,6 +78,8 @@ class Trace:
         ids, starts, experts = arrays["expert_ids"], arrays["starts"], arrays["num_experts"]
         if ids.ndim != 3 or ids.dtype != np.int16:
             raise ConfigError(f"expert_ids is {ids.dtype}{list(ids.shape)}; it must be int16 [steps, layers, k]")
+        if 0 in ids.shape[1:]:  # any number of steps would take no bytes
+            raise ConfigError(f"expert_ids is {list(ids.shape)}; allowed: at least one layer, and k of at least 1")
         if experts.shape != ids.shape[1:2] or starts.ndim != 1:
             raise ConfigError(f"num_experts must be [layers={ids.shape[1]}] and starts [sequences]")
         if not np.issubdtype(experts.dtype, np.integer) or (experts < 1).any() or (experts > MOST_EXPERTS).any():

@@ -209,6 +209,21 @@ def test_the_hub_is_asked_for_what_was_asked(folder: Path, monkeypatch: pytest.M
     assert f"{folder.name}/*/*" in asked["ignore_patterns"]
 
 
+@pytest.mark.parametrize("name", ["path_or_id", "subfolder", "variant"])
+def test_a_name_that_is_too_long(name: str, folder: Path):
+    source = CheckpointSource(**{"path_or_id": folder} | {name: "x" * 5000})
+    with pytest.raises(CheckpointError, match="File name too long"):
+        open_model(source, "float32")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_weights_that_are_no_file(make: Callable[[Path], None], other: Path):
+    (other / SINGLE_NAME).unlink()
+    make(other / SINGLE_NAME)
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json$"):
+        open_model(other, "float32")
+
+
 # --- keywords ----------------------------------------------------------------------------------------------------------
 
 

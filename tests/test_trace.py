@@ -116,6 +116,8 @@ def test_nothing_recorded_is_an_empty_trace(loaded: Any):
     [
         ({"expert_ids": np.zeros((3, 2), np.int16)}, r"must be int16 \[steps, layers, k\]"),
         ({"expert_ids": np.zeros((3, 2, 1), np.int32)}, "int32"),
+        ({"expert_ids": np.zeros((2**40, 2, 0), np.int16)}, "allowed: at least one layer, and k of at least 1"),
+        ({"expert_ids": np.zeros((2**40, 0, 1), np.int16), "num_experts": np.zeros(0, np.int64)}, "at least one layer"),
         ({"num_experts": np.zeros(3, np.int64)}, r"layers=2"),
         ({"starts": np.array([0, 0])}, "starts must begin with 0"),
         ({"starts": np.array([0, 9])}, "stay below"),

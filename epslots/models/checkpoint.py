@@ -5,9 +5,11 @@ Only safetensors are read. A ``.bin`` checkpoint is a pickle, which runs code wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -149,10 +151,8 @@ def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     if not isinstance(source, CheckpointSource):
         source = CheckpointSource(source)
     path, text = Path(source.path_or_id), os.fspath(source.path_or_id)
-    try:
+    with _told(text):
         is_folder, exists = path.is_dir(), path.exists()
-    except PermissionError as error:
-        raise CheckpointError(f"no permission to look into {text}") from error
     if is_folder:
         for name in ("revision", "token"):
             if getattr(source, name) is not None:
@@ -164,9 +164,19 @@ def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     else:
         path = _download(text, source)
     folder = path / source.subfolder if source.subfolder else path
-    if not folder.is_dir():
-        raise CheckpointError(f"{text} holds no folder {source.subfolder}")
+    with _told(text):
+        if not folder.is_dir():
+            raise CheckpointError(f"{text} holds no folder {source.subfolder}")
     return folder
+
+
+@contextlib.contextmanager
+def _told(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the operating system as errors of the checkpoint: no permission, too long a name, a disk that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or where} can't be read: {error.strerror or error}") from error
 
 
 def _download(model_id: str, source: CheckpointSource) -> Path:
@@ -194,11 +204,9 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: naming the file at fault and what to do.
     """
-    try:
+    with _told(folder):
         files = find_weight_files(folder, variant)
         handles = {name: _open_file(folder / name) for name in files.names}
-    except PermissionError as error:
-        raise CheckpointError(f"no permission to read {error.filename}") from error
     tensors: dict[str, TensorHeader] = {}
     for file, handle in handles.items():
         for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping

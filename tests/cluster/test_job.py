@@ -133,6 +133,9 @@ def test_a_refused_line_keeps_its_names(job: JobSettings):
         (b'{"prompt": "\xff", "id": "a"}', {"id": "a"}),
         (b'["id", "a"]', {}),
         (b'{"id": "a"', {}),
+        (b'{"prompt": "\\ud800", "id": "a", "custom_id": "\\udfff"}', {"id": "a"}),
+        (b'{"prompt": "x", "temperature": NaN, "id": "\\u00e9"}', {"id": "\u00e9"}),
+        (b'{"prompt": "x", "temperature": 1e999, "id": NaN, "custom_id": -Infinity}', {}),
         (b'{"x": ' + b"[" * 10**5 + b"]" * 10**5 + b', "id": "a"}', {}),
     ]
     job.prompts.write_bytes(b"\n".join(row for row, _ in rows) + b"\n" + GOOD)
