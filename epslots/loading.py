@@ -161,6 +161,11 @@ def load(
         raise ConfigError(
             f"{', '.join(sorted(unknown))}: epslots sets this itself, or has no such setting; allowed: {allowed}"
         )
+    for name, switch in (("execute_predicted", execute_predicted), ("batch_invariant", batch_invariant)):
+        if not isinstance(switch, bool):
+            raise ConfigError(f"{name}={switch!r}: allowed: True, False")
+    if not isinstance(attn_implementation, str | None):
+        raise ConfigError(f"attn_implementation={attn_implementation!r}: allowed: a name, such as 'sdpa'")
     source = CheckpointSource(path_or_id, subfolder, variant, revision, token)
     target = resolve_device(device)
     transport = find_transport(group, target)

@@ -114,7 +114,8 @@ def usable_streams() -> Iterator[Output]:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, mode)  # gets the lowest free number
+            taken = os.open(os.devnull, mode)  # gets the lowest free number
+            os.set_inheritable(taken, True)  # as standard streams are: the processes that are started need them too
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = output, errors = Output(sys.stdout, lossy=False), Output(sys.stderr, lossy=True)
     try:
@@ -133,7 +134,7 @@ def read_input(most_bytes: int) -> bytes:
     read = getattr(getattr(sys.stdin, "buffer", sys.stdin), "read", None)
     if read is None or _is_closed(sys.stdin):
         return b""
-    found = read(most_bytes + 1)
+    found = read(most_bytes + 1) or b""  # None of a descriptor that doesn't block
     return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else bytes(found)
 
 

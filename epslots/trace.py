@@ -46,7 +46,11 @@ class Trace:
     probs: NDArray[np.float16] | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace, compressed; the file appears whole or not at all."""
+        """Write the trace, compressed; the file appears whole or not at all.
+
+        Raises:
+            ConfigError: it can't be written.
+        """
         path = Path(path)
         arrays: dict[str, NDArray[Any]] = {name: array for name, array in vars(self).items() if array is not None}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -54,6 +58,8 @@ class Trace:
             with open(temporary, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
             temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(f"{path} can't be written: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

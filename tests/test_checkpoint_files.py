@@ -216,6 +216,13 @@ def test_a_name_that_is_too_long(name: str, folder: Path):
         open_model(source, "float32")
 
 
+def test_an_empty_name_is_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    assert find_checkpoint(".").samefile(folder)
+    with pytest.raises(CheckpointError, match="name is empty"):
+        find_checkpoint("")
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_weights_that_are_no_file(make: Callable[[Path], None], other: Path):
     (other / SINGLE_NAME).unlink()
@@ -239,6 +246,12 @@ def test_weights_that_are_no_file(make: Callable[[Path], None], other: Path):
 def test_no_keyword_is_ignored(name: str, value: Any, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"{name}: epslots sets this itself, or has no such setting; allowed: .*subfolder"):
         epslots.load(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("settings", [{"batch_invariant": "no"}, {"execute_predicted": "off"}, {"attn_implementation": 5}])
+def test_a_keyword_of_another_type(settings: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))}=.*: allowed: "):
+        epslots.load(tmp_path, **settings)
 
 
 def test_attention_is_the_one_that_was_asked_for(folder: Path, cache_dir: Path):

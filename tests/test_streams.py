@@ -32,6 +32,13 @@ class WriteOnly:
         self.text += text
 
 
+class Waiting(io.BytesIO):
+    """A descriptor that doesn't block, and has nothing yet."""
+
+    def read(self, size: int | None = None) -> bytes:
+        return None  # type: ignore[return-value]
+
+
 class Failing(io.StringIO):
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -123,6 +130,11 @@ def test_standard_input_of_any_kind(given: Any, monkeypatch: pytest.MonkeyPatch)
         assert len(read_input(1)) >= 2, "one more than allowed, so that it is noticed"
 
 
+def test_standard_input_that_does_not_block(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", Waiting())
+    assert read_input(100) == b""
+
+
 def test_the_streams_come_back(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", None)
     with usable_streams():
@@ -143,7 +155,8 @@ def run(closed):
         main()
     except SystemExit as end:
         taken = open(sys.executable, "rb").fileno()
-        os.write(report, json.dumps([end.code, taken]).encode())
+        inherited = all(map(os.get_inheritable, range(3)))  # what it starts needs them too
+        os.write(report, json.dumps([end.code, taken, inherited]).encode())
     finally:
         os._exit(0)
 
@@ -166,7 +179,8 @@ def test_descriptors_that_are_closed_are_taken():
     done = subprocess.run([sys.executable, "-c", CLOSED], stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True)
     found = json.loads(done.stdout)
     assert len(found) == 8
-    assert {code for code, _ in found.values()} == {2}
-    assert min(taken for _, taken in found.values()) > 2
+    assert {code for code, _, _ in found.values()} == {2}
+    assert min(taken for _, taken, _ in found.values()) > 2
+    assert all(inherited for _, _, inherited in found.values())
     assert done.stderr.count("error: an empty prompt") == 4, "where standard error is open"
     assert "Traceback" not in done.stderr

@@ -210,7 +210,6 @@ def _alternative_as_json(other: Alternative) -> dict[str, Any]:
 
 
 def _print_tables(result: MemoryPlan, checkpoint_bytes: int | None) -> None:
-
     console = table_console(PLAIN_WIDTH)
     console.print(_plan_table(result, checkpoint_bytes))
     console.print()

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from epslots.errors import CheckpointError, ConfigError
 from epslots.models.weight_files import WeightFiles, find_weight_files
 
+_GIVE = "give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'"
 # What a model needs besides its weights: no pickles, no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other formats of the same weights lie in folders of their own.
@@ -151,6 +152,8 @@ def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     if not isinstance(source, CheckpointSource):
         source = CheckpointSource(source)
     path, text = Path(source.path_or_id), os.fspath(source.path_or_id)
+    if not text:  # what a shell makes of a variable that isn't set; as a path it is the working folder
+        raise CheckpointError(f"the checkpoint's name is empty; {_GIVE}")
     with _told(text):
         is_folder, exists = path.is_dir(), path.exists()
     if is_folder:
@@ -160,7 +163,7 @@ def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     elif exists:
         raise CheckpointError(f"{text} is a file; give the folder that holds config.json and the *.safetensors")
     elif text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{text} doesn't exist; give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'")
+        raise CheckpointError(f"{text} doesn't exist; {_GIVE}")
     else:
         path = _download(text, source)
     folder = path / source.subfolder if source.subfolder else path
