@@ -188,6 +188,11 @@ def test_a_variant_that_is_none(variant: Any, folder: Path, cache_dir: Path):
         load(folder, cache_dir, variant=variant)
 
 
+def test_an_empty_revision_is_not_main(folder: Path):
+    with pytest.raises(ConfigError, match="revision=''"):
+        CheckpointSource("some/model", revision="")
+
+
 @pytest.mark.parametrize("settings", [{"revision": "main"}, {"token": "hf_x"}, {"token": False}])
 def test_a_folder_has_no_revision(settings: dict[str, Any], folder: Path, cache_dir: Path):
     with pytest.raises(ConfigError, match="allowed for a hub id"):

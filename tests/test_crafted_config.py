@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from epslots import CheckpointError, ConfigError, EpslotsError, UnsupportedModelError
+from epslots.generation.end_tokens import end_tokens
 from epslots.models.json_file import MOST_BYTES, read_json_object
 from epslots.models.opening import load_dense, open_model, read_generation_config
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
@@ -157,6 +158,7 @@ def test_a_configuration_that_is_no_file(make: Callable[[Path], None], folder: P
     [
         ('{"eos_token_id": "x"}', "eos_token_id is 'x': allowed: an integer or a list"),
         ('{"eos_token_id": [1, null]}', "eos_token_id"),
+        ('{"eos_token_id": true}', "eos_token_id is True"),
         ('{"temperature": NaN}', "temperature is nan"),
         ('{"max_new_tokens": -5}', "max_new_tokens"),
     ],
@@ -174,6 +176,13 @@ def test_generation_settings_are_the_checkpoints(folder: Path):
     (folder / "generation_config.json").unlink()
     edit(folder, eos_token_id=3)
     assert read_generation_config(folder).eos_token_id == 3
+
+
+def test_end_tokens_are_tokens_of_the_model(folder: Path):
+    """Others end nothing, and a number of any length fits into no message."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 7, 10**30]}))
+    model = load_dense(open_model(folder, "auto"), device=torch.device("cpu"), show_progress=False)
+    assert end_tokens(model, ignore_tokenizer_eos=True) == {7}
 
 
 def test_a_skeleton_is_stopped_where_it_outgrows_the_files(checkpoint: Checkpoints):

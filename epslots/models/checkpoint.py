@@ -60,6 +60,8 @@ class CheckpointSource:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}: allowed: text")
+        if self.revision == "":  # as the hub's client takes it, it would be the main branch
+            raise ConfigError("revision='': allowed: a branch, a tag, a commit, or None")
         path = PurePosixPath(self.subfolder or "")
         if path.is_absolute() or ".." in path.parts:
             raise ConfigError(f"subfolder={self.subfolder!r}: allowed: a folder inside of the checkpoint's")
