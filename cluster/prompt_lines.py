@@ -110,8 +110,11 @@ def index_lines(path: Path) -> LineIndex:
     """
     index = LineIndex()
     with open_prompts(path) as file:
-        for line in read_lines(file):
-            index.add(line)
+        try:
+            for line in read_lines(file):
+                index.add(line)
+        except OSError as error:
+            raise ConfigError(f"--prompts {path}: {error.strerror}") from error
     return index
 
 

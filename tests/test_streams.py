@@ -55,10 +55,10 @@ def closed() -> io.StringIO:
 
 
 def no_streams() -> list[Any]:
-    return [None, closed(), object(), WriteOnly(), Failing(errno.EPIPE), Failing(errno.ENOSPC)]
+    return [None, closed(), object(), WriteOnly(), Failing(errno.EPIPE), Failing(errno.ENOSPC), io.BytesIO()]
 
 
-NUMBERS = pytest.mark.parametrize("number", range(6))
+NUMBERS = pytest.mark.parametrize("number", range(7))
 
 
 @NUMBERS
@@ -101,10 +101,11 @@ def test_commands_run_on_any_streams(name: str, number: int, run: Run, monkeypat
             patch.setattr(sys, name, stream)
             got, out, err = run(*arguments)
         assert "Traceback" not in err
-        fails = name == "stdout" and code == 0 and isinstance(stream, Failing)
-        assert got == ({4: 1, 5: 2}[number] if fails else code)
+        fails = name == "stdout" and code == 0 and isinstance(stream, Failing | io.BytesIO)
+        assert got == ({4: 1, 5: 2, 6: 2}[number] if fails else code)
         if fails:
-            assert err == ("" if number == 4 else "error: standard output can't be written: No space left on device\n")
+            reason = {5: "No space left on device", 6: "TypeError: a bytes-like object is required, not 'str'"}
+            assert err == ("" if number == 4 else f"error: standard output can't be written: {reason[number]}\n")
         elif isinstance(stream, WriteOnly):
             assert bool(stream.text) == (name == ("stdout" if code == 0 else "stderr"))
         elif code == 0 and name != "stdout":

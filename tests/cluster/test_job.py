@@ -237,6 +237,7 @@ def test_what_is_not_this_jobs_output_is_refused_and_left_alone(job: JobSettings
     refused(job, "a second time", written + written.splitlines(keepends=True)[0])
     refused(job, "line 1 of it is no result of a job", b"my diary\n")
     refused(job, "line 1 of it is no result of a job", b"my diary, last words")
+    refused(job, "line 1 of it is no result of a job", b'{"line": 1, "id": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n")
     refused(job, "line 8 of it is no result of a job", written + b"a note of mine")
     refused(job, "line 1 of it is no result", b'{"line": 1, "text": "x", "digest": "", "more": 1}\n')
     rows = GOOD.splitlines(keepends=True)
