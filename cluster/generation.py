@@ -397,7 +397,7 @@ def _token_ids(prompt: object) -> list[int]:
     Raises:
         ConfigError: it is no list of them, or empty.
     """
-    tokens = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else None
+    tokens = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray) else None
     if tokens is None or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
         raise ConfigError(f"a prompt of {shown(prompt)}; allowed: text, or a list of token ids")
     if not tokens:

@@ -140,7 +140,7 @@ def job(
     from epslots.example import example_model
 
     try:
-        source = model or str(example_model())
+        source = str(example_model()) if model is None else model
         settings = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,

@@ -8,6 +8,7 @@ The digest of a line tells whether the file has changed since the line was serve
 
 from __future__ import annotations
 
+import json
 import stat
 from array import array
 from dataclasses import dataclass, field
@@ -109,8 +110,11 @@ def index_lines(path: Path) -> LineIndex:
     """
     index = LineIndex()
     with open_prompts(path) as file:
-        for line in read_lines(file):
-            index.add(line)
+        try:
+            for line in read_lines(file):
+                index.add(line)
+        except OSError as error:
+            raise ConfigError(f"--prompts {path}: {error.strerror}") from error
     return index
 
 
@@ -137,10 +141,19 @@ def read_names(line: Line) -> dict[str, Raw]:
     They may be text, numbers or truth values. Lists, objects and null name nothing.
     """
     try:
-        fields = _fields_decoder.decode(line.data or b"")
+        fields: dict[str, Any] = _fields_decoder.decode(line.data or b"")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        fields = _lenient_fields(line.data or b"")
+    return {name: Raw(fields[name]) for name in _NAMES if name in fields and _is_name(bytes(fields[name]))}
+
+
+def _lenient_fields(data: bytes) -> dict[str, bytes]:
+    """The fields of an object that Python's own JSON takes: it has NaN, and halves of surrogate pairs, as writers in it do."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
         return {}
-    return {name: fields[name] for name in _NAMES if name in fields and _is_name(bytes(fields[name]))}
+    return {name: json.dumps(fields[name]).encode() for name in _NAMES if name in fields} if isinstance(fields, dict) else {}
 
 
 def _is_name(written: bytes) -> bool:

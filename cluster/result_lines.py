@@ -119,7 +119,7 @@ class ResultFile:
         """Finish the line of one result; returns whether that is an error."""
         try:
             result = _decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._foreign(f"line {row} of it is no result of a job") from error
         settings, _, line = result.digest.partition("-")
         if settings != f"{settings_digest:08x}":

@@ -23,9 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.compiled import prepare, prepare_beside
+from epslots.devices import memory_limit, resolve_device
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.group.ranks import announce_failure, compute_on_host, group_up, place_alone, ranks_here
-from epslots.host_limits import MemoryLimit, tightest_memory_limit, total_memory
+from epslots.host_limits import total_memory
 from epslots.layer.host_compute import HostExperts
 from epslots.layer.kernel import ExpertKernel
 from epslots.layer.moe_layer import MoELayer
@@ -53,7 +54,7 @@ from epslots.store.host_store import HostStore, Manifest, StoreShape
 from epslots.store.node_store import check_room, open_node_store, resolve_store_kind
 from epslots.store.pinning import pin_store
 from epslots.telemetry import Telemetry
-from epslots.transport.rendezvous import find_transport, local_number
+from epslots.transport.rendezvous import find_transport
 from epslots.transport.transport import Transport
 from epslots.units import PrefetchSetting, SlotsSetting, format_bytes, parse_prefetch, parse_slots
 
@@ -161,6 +162,11 @@ def load(
         raise ConfigError(
             f"{', '.join(sorted(unknown))}: epslots sets this itself, or has no such setting; allowed: {allowed}"
         )
+    for name, switch in (("execute_predicted", execute_predicted), ("batch_invariant", batch_invariant)):
+        if not isinstance(switch, bool):
+            raise ConfigError(f"{name}={switch!r}: allowed: True, False")
+    if not isinstance(attn_implementation, str | None):
+        raise ConfigError(f"attn_implementation={attn_implementation!r}: allowed: a name, such as 'sdpa'")
     source = CheckpointSource(path_or_id, subfolder, variant, revision, token)
     target = resolve_device(device)
     transport = find_transport(group, target)
@@ -276,7 +282,8 @@ def load_alone(
     manifest = Manifest(_store_key(checkpoint, layers, opened.config), checkpoint.name, layers)
     store_bytes = StoreShape(manifest).nbytes
     kind = resolve_store_kind(host_store or _default_store_kind(target, store_bytes))
-    memory_bytes, memory_note = free_memory(target), str(memory_limit(target))
+    limit = memory_limit(target)
+    memory_bytes, memory_note = limit.free_bytes, str(limit)
     if target.type == "cpu":
         # Slots, and a store in memory, share one RAM, and so do the node's ranks.
         store_in_memory = store_bytes if kind == "memory" else 0
@@ -345,46 +352,6 @@ def _measure(skeleton: PreTrainedModel, name: str, dtype: torch.dtype, layers: t
     except UnsupportedModelError as error:
         logger.warning("The memory plan leaves no room for the KV cache: %s", error)
         return shape_of_model(skeleton, name, dtype_name, layers, run=False)
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to compute on, with its index: a GPU if there is one (under ``torchrun`` that of the process's number on the
-    node, else the current one), else the CPU.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r}: allowed: cpu, cuda, cuda:N") from error
-    if resolved.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device={str(device)!r}, but torch sees no GPU here; use device='cpu'")
-        if resolved.index is None:
-            number = local_number()
-            resolved = torch.device("cuda", torch.cuda.current_device() if number is None else number)
-        if resolved.index >= torch.cuda.device_count():
-            raise ConfigError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} GPUs here, from cuda:0")
-    elif resolved.type != "cpu":
-        raise ConfigError(f"device={str(device)!r}: allowed: cpu, cuda, cuda:N")
-    return resolved
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give to this process."""
-    return memory_limit(device).free_bytes
-
-
-def memory_limit(device: torch.device) -> MemoryLimit:
-    """The limit that leaves this process the least of the device's memory."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return MemoryLimit(str(device), "", total, free + cached)
-    return tightest_memory_limit()
 
 
 def _default_store_kind(device: torch.device, store_bytes: int) -> str:

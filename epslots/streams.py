@@ -7,6 +7,7 @@ A daemon starts without them, ``pythonw`` and notebooks replace them, a reader m
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -28,7 +29,7 @@ def say(text: str, stream: object = None) -> None:
     """Write a line to standard error, or to ``stream``. It is lost if that can't be written: work goes on without a reader."""
     target = sys.stderr if stream is None else cast(TextIO, stream)
     if target is not None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(Exception):  # what isn't a file may raise anything
             print(text, file=target, flush=True)
 
 
@@ -77,6 +78,8 @@ class Output(io.TextIOBase):
         return number
 
     def write(self, text: str) -> int:
+        if not isinstance(text, str):  # so that libraries can tell what kind of stream this is
+            raise TypeError(f"a stream of text takes str, not {type(text).__name__}")
         self._try("write", text)
         return len(text)
 
@@ -89,11 +92,11 @@ class Output(io.TextIOBase):
             return
         try:
             method(*arguments)
-        except OSError as error:
-            self.failure = error
+        except Exception as error:  # what isn't a file may raise anything: TypeError, because it takes bytes
+            self.failure = error if isinstance(error, OSError) else OSError(errno.EIO, f"{type(error).__name__}: {error}")
             self._drop()
             if not self._lossy:
-                raise
+                raise self.failure from error
 
     def _drop(self) -> None:
         """Let later flushes succeed: Python's own at its end would say that it fails, and change the exit code."""
@@ -114,7 +117,8 @@ def usable_streams() -> Iterator[Output]:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, mode)  # gets the lowest free number
+            taken = os.open(os.devnull, mode)  # gets the lowest free number
+            os.set_inheritable(taken, True)  # as standard streams are: the processes that are started need them too
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = output, errors = Output(sys.stdout, lossy=False), Output(sys.stderr, lossy=True)
     try:
@@ -133,7 +137,7 @@ def read_input(most_bytes: int) -> bytes:
     read = getattr(getattr(sys.stdin, "buffer", sys.stdin), "read", None)
     if read is None or _is_closed(sys.stdin):
         return b""
-    found = read(most_bytes + 1)
+    found = read(most_bytes + 1) or b""  # None of a descriptor that doesn't block
     return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else bytes(found)
 
 

@@ -46,7 +46,11 @@ class Trace:
     probs: NDArray[np.float16] | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace, compressed; the file appears whole or not at all."""
+        """Write the trace, compressed; the file appears whole or not at all.
+
+        Raises:
+            ConfigError: it can't be written.
+        """
         path = Path(path)
         arrays: dict[str, NDArray[Any]] = {name: array for name, array in vars(self).items() if array is not None}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -54,6 +58,8 @@ class Trace:
             with open(temporary, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
             temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(f"{path} can't be written: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -78,6 +84,8 @@ class Trace:
         ids, starts, experts = arrays["expert_ids"], arrays["starts"], arrays["num_experts"]
         if ids.ndim != 3 or ids.dtype != np.int16:
             raise ConfigError(f"expert_ids is {ids.dtype}{list(ids.shape)}; it must be int16 [steps, layers, k]")
+        if 0 in ids.shape[1:]:  # any number of steps would take no bytes
+            raise ConfigError(f"expert_ids is {list(ids.shape)}; allowed: at least one layer, and k of at least 1")
         if experts.shape != ids.shape[1:2] or starts.ndim != 1:
             raise ConfigError(f"num_experts must be [layers={ids.shape[1]}] and starts [sequences]")
         if not np.issubdtype(experts.dtype, np.integer) or (experts < 1).any() or (experts > MOST_EXPERTS).any():

@@ -28,7 +28,7 @@ LAYERS = (
     ("simulation", "telemetry"),
     # effects
     ("transport", "store"),
-    ("slots",),
+    ("slots", "devices"),
     ("layer",),
     # the model integration
     ("models",),

@@ -188,6 +188,11 @@ def test_a_variant_that_is_none(variant: Any, folder: Path, cache_dir: Path):
         load(folder, cache_dir, variant=variant)
 
 
+def test_an_empty_revision_is_not_main(folder: Path):
+    with pytest.raises(ConfigError, match="revision=''"):
+        CheckpointSource("some/model", revision="")
+
+
 @pytest.mark.parametrize("settings", [{"revision": "main"}, {"token": "hf_x"}, {"token": False}])
 def test_a_folder_has_no_revision(settings: dict[str, Any], folder: Path, cache_dir: Path):
     with pytest.raises(ConfigError, match="allowed for a hub id"):
@@ -209,6 +214,28 @@ def test_the_hub_is_asked_for_what_was_asked(folder: Path, monkeypatch: pytest.M
     assert f"{folder.name}/*/*" in asked["ignore_patterns"]
 
 
+@pytest.mark.parametrize("name", ["path_or_id", "subfolder", "variant"])
+def test_a_name_that_is_too_long(name: str, folder: Path):
+    source = CheckpointSource(**{"path_or_id": folder} | {name: "x" * 5000})
+    with pytest.raises(CheckpointError, match="File name too long"):
+        open_model(source, "float32")
+
+
+def test_an_empty_name_is_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    assert find_checkpoint(".").samefile(folder)
+    with pytest.raises(CheckpointError, match="name is empty"):
+        find_checkpoint("")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_weights_that_are_no_file(make: Callable[[Path], None], other: Path):
+    (other / SINGLE_NAME).unlink()
+    make(other / SINGLE_NAME)
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json$"):
+        open_model(other, "float32")
+
+
 # --- keywords ----------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +251,12 @@ def test_the_hub_is_asked_for_what_was_asked(folder: Path, monkeypatch: pytest.M
 def test_no_keyword_is_ignored(name: str, value: Any, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"{name}: epslots sets this itself, or has no such setting; allowed: .*subfolder"):
         epslots.load(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("settings", [{"batch_invariant": "no"}, {"execute_predicted": "off"}, {"attn_implementation": 5}])
+def test_a_keyword_of_another_type(settings: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))}=.*: allowed: "):
+        epslots.load(tmp_path, **settings)
 
 
 def test_attention_is_the_one_that_was_asked_for(folder: Path, cache_dir: Path):

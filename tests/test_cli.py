@@ -94,6 +94,15 @@ def test_prompts_from_a_file_a_jsonl_and_standard_input(
     assert run(*common, "--echo", "import os\n").out.startswith("import os\n")
 
 
+@pytest.mark.parametrize("command", [("generate",), ("verify",), ("plan",), ("trace", "record", "t.npz", "--slots", "1")])
+def test_an_empty_model_is_not_the_shipped_one(command: tuple[str, ...], run: Callable[..., Run]):
+    """What a shell makes of ``--model "$MODEL"`` where there is no such variable."""
+    prompt = ["x"] if command[0] in ("generate", "trace") else []
+    got = run(*command, "--model", "", *prompt)
+    assert got.code == 2
+    assert "name is empty" in got.err
+
+
 def test_sampling_repeats_with_its_seed(run: Callable[..., Run], cache_dir: Path):
     def sample(seed: int) -> str:
         options = ("--temperature", 1.5, "--top-p", 0.95, "--top-k", 50, "--seed", seed, "--max-new-tokens", 16)
@@ -227,9 +236,9 @@ def test_bad_prompt_files(name: str, data: bytes, message: str, run: Callable[..
     ],
 )
 def test_prompt_files_as_other_tools_write_them(data: bytes, tmp_path: Path):
-    (tmp_path / "lines.jsonl").write_bytes(data)
+    (tmp_path / "lines.JSONL").write_bytes(data)
     decoded = [json.loads(row) for row in data.decode().replace("\ufeff", "").split("\n") if row.strip()]
-    assert read_prompts([], tmp_path / "lines.jsonl") == [row["prompt"] for row in decoded]
+    assert read_prompts([], tmp_path / "lines.JSONL") == [row["prompt"] for row in decoded]
     text = '{"prompt": "a\u2028"}\r\n'
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read_prompts([], tmp_path / "text.txt") == [text]

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from epslots import CheckpointError, ConfigError, EpslotsError, UnsupportedModelError
+from epslots.generation.end_tokens import end_tokens
 from epslots.models.json_file import MOST_BYTES, read_json_object
 from epslots.models.opening import load_dense, open_model, read_generation_config
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
@@ -69,6 +70,9 @@ def refused(folder: Path, message: str, error: type[EpslotsError] = CheckpointEr
         ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_hidden_layers": 9999}, "far more than the weight files hold"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000: allowed: up to 100,000"),
+        ({"text_config": {"num_labels": 10**9}}, r"text_config\.num_labels is 1000000000"),
+        ({"first_k_dense_replace": 10**9}, "first_k_dense_replace is 1000000000"),
         ({"vision_config": {"depth": 10**8}}, r"vision_config\.depth is 100000000"),
         ({"layer_types": ["full_attention"] * 10_001}, "layer_types has 10,001 entries"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0: allowed: 1 and more"),
@@ -154,6 +158,7 @@ def test_a_configuration_that_is_no_file(make: Callable[[Path], None], folder: P
     [
         ('{"eos_token_id": "x"}', "eos_token_id is 'x': allowed: an integer or a list"),
         ('{"eos_token_id": [1, null]}', "eos_token_id"),
+        ('{"eos_token_id": true}', "eos_token_id is True"),
         ('{"temperature": NaN}', "temperature is nan"),
         ('{"max_new_tokens": -5}', "max_new_tokens"),
     ],
@@ -171,6 +176,13 @@ def test_generation_settings_are_the_checkpoints(folder: Path):
     (folder / "generation_config.json").unlink()
     edit(folder, eos_token_id=3)
     assert read_generation_config(folder).eos_token_id == 3
+
+
+def test_end_tokens_are_tokens_of_the_model(folder: Path):
+    """Others end nothing, and a number of any length fits into no message."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 7, 10**30]}))
+    model = load_dense(open_model(folder, "auto"), device=torch.device("cpu"), show_progress=False)
+    assert end_tokens(model, ignore_tokenizer_eos=True) == {7}
 
 
 def test_a_skeleton_is_stopped_where_it_outgrows_the_files(checkpoint: Checkpoints):

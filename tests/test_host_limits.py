@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from epslots.devices import memory_limit
 from epslots.errors import DoesNotFitError, StoreError
 from epslots.host_limits import MemoryLimit, tightest_memory_limit, total_memory, usable_cores
-from epslots.loading import _default_store_kind, free_memory, load_alone
+from epslots.loading import _default_store_kind, load_alone
 from epslots.progress import ProgressDisplay
 from tests.store_helpers import NamedExperts, open_store
 
@@ -213,7 +214,7 @@ def small_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_of_the_cpu_is_what_the_group_leaves(small_group: None):
-    assert free_memory(torch.device("cpu")) == 3 * GIB
+    assert memory_limit(torch.device("cpu")).free_bytes == 3 * GIB
 
 
 def test_half_of_the_group_holds_a_store_in_memory(small_group: None):

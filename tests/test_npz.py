@@ -112,6 +112,13 @@ def test_headers_of_what_are_no_plain_numbers(shape: str, dtype: object, tmp_pat
         read_arrays(path, "a trace")
 
 
+def test_whatever_fails_in_numpy_is_a_refusal(tmp_path: Path):
+    """numpy takes a truth value for a length, until it makes the array: TypeError."""
+    path = archive(tmp_path / "a.npz", ("ids.npy", header("(True,)") + bytes(2)))
+    with pytest.raises(ConfigError, match="is not a trace: "):
+        read_arrays(path, "a trace")
+
+
 @pytest.mark.parametrize("version", [b"\x03\x00", b"\x09\x00"])
 def test_another_version_of_npy(version: bytes, tmp_path: Path, nothing_is_made: None):
     path = archive(tmp_path / "a.npz", ("ids.npy", header((16,), version=version) + bytes(32)))

@@ -32,6 +32,13 @@ class WriteOnly:
         self.text += text
 
 
+class Waiting(io.BytesIO):
+    """A descriptor that doesn't block, and has nothing yet."""
+
+    def read(self, size: int | None = None) -> bytes:
+        return None  # type: ignore[return-value]
+
+
 class Failing(io.StringIO):
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -48,10 +55,10 @@ def closed() -> io.StringIO:
 
 
 def no_streams() -> list[Any]:
-    return [None, closed(), object(), WriteOnly(), Failing(errno.EPIPE), Failing(errno.ENOSPC)]
+    return [None, closed(), object(), WriteOnly(), Failing(errno.EPIPE), Failing(errno.ENOSPC), io.BytesIO()]
 
 
-NUMBERS = pytest.mark.parametrize("number", range(6))
+NUMBERS = pytest.mark.parametrize("number", range(7))
 
 
 @NUMBERS
@@ -94,10 +101,11 @@ def test_commands_run_on_any_streams(name: str, number: int, run: Run, monkeypat
             patch.setattr(sys, name, stream)
             got, out, err = run(*arguments)
         assert "Traceback" not in err
-        fails = name == "stdout" and code == 0 and isinstance(stream, Failing)
-        assert got == ({4: 1, 5: 2}[number] if fails else code)
+        fails = name == "stdout" and code == 0 and isinstance(stream, Failing | io.BytesIO)
+        assert got == ({4: 1, 5: 2, 6: 2}[number] if fails else code)
         if fails:
-            assert err == ("" if number == 4 else "error: standard output can't be written: No space left on device\n")
+            reason = {5: "No space left on device", 6: "TypeError: a bytes-like object is required, not 'str'"}
+            assert err == ("" if number == 4 else f"error: standard output can't be written: {reason[number]}\n")
         elif isinstance(stream, WriteOnly):
             assert bool(stream.text) == (name == ("stdout" if code == 0 else "stderr"))
         elif code == 0 and name != "stdout":
@@ -150,6 +158,11 @@ def test_standard_input_of_any_kind(given: Any, monkeypatch: pytest.MonkeyPatch)
         assert len(read_input(1)) >= 2, "one more than allowed, so that it is noticed"
 
 
+def test_standard_input_that_does_not_block(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", Waiting())
+    assert read_input(100) == b""
+
+
 def test_the_streams_come_back(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", None)
     with usable_streams():
@@ -170,7 +183,8 @@ def run(closed):
         main()
     except SystemExit as end:
         taken = open(sys.executable, "rb").fileno()
-        os.write(report, json.dumps([end.code, taken]).encode())
+        inherited = all(map(os.get_inheritable, range(3)))  # what it starts needs them too
+        os.write(report, json.dumps([end.code, taken, inherited]).encode())
     finally:
         os._exit(0)
 
@@ -193,7 +207,8 @@ def test_descriptors_that_are_closed_are_taken():
     done = subprocess.run([sys.executable, "-c", CLOSED], stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True)
     found = json.loads(done.stdout)
     assert len(found) == 8
-    assert {code for code, _ in found.values()} == {2}
-    assert min(taken for _, taken in found.values()) > 2
+    assert {code for code, _, _ in found.values()} == {2}
+    assert min(taken for _, taken, _ in found.values()) > 2
+    assert all(inherited for _, _, inherited in found.values())
     assert done.stderr.count("error: an empty prompt") == 4, "where standard error is open"
     assert "Traceback" not in done.stderr

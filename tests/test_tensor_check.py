@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from epslots import CheckpointError, UnsupportedModelError
+from epslots.models.conversions import conversions_of
 from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.opening import load_dense, open_model
 from epslots.models.pretrained import has_language_head
@@ -107,6 +108,24 @@ def test_a_scale_of_what_is_not_packed(variant: Callable[..., Path], checkpoint:
     )
 
 
+@pytest.mark.parametrize("rows", [slice(None, 5), slice(None, 0), 0])
+def test_scales_of_another_shape(rows: slice | int, variant: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path):
+    packed = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "mxfp4")
+    key = "model.layers.1.mlp.experts.gate_up_proj_scales"
+    opened = open_model(variant(packed, lambda tensors: tensors.update({key: tensors[key][:, rows].clone()})), "float32")
+    reader = ExpertReader(opened.checkpoint, opened.skeleton, opened.layers, conversions_of(opened.skeleton))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj, expert 2: can't be converted"):
+        reader.read_expert(1, 2)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_fused_experts_of_no_dimension(shape: tuple[int, ...], variant: Callable[..., Path]):
+    key = "model.layers.1.mlp.experts.down_proj"
+    opened = open_model(variant("gpt_oss", lambda tensors: tensors.update({key: torch.ones(shape)})), "float32")
+    with pytest.raises(CheckpointError, match=f"{key} holds {sum(shape)} experts, the model has 8"):
+        ExpertReader(opened.checkpoint, opened.skeleton, opened.layers, conversions_of(opened.skeleton))
+
+
 def test_mxfp4_without_quantization_config(variant: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path):
     packed = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "mxfp4")
     refused(variant(packed, lambda tensors: None, quantization_config=None), r"experts\.\w+_blocks would be left out")
@@ -187,6 +206,7 @@ def test_modules_that_the_model_lacks_are_left_out_and_named(
     ("name", "key"),
     [
         ("qwen3_moe", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("qwen3_moe", "model.layers.0.self_attn.rotary_emb.cos_cached"),
         ("deepseek_v3", "model.layers.61.self_attn.q_proj.weight"),  # its class ignores that layer by name
     ],
 )

@@ -67,6 +67,14 @@ def test_a_file_gives_back_the_trace(loaded: Any, tmp_path: Path):
     assert [p.name for p in tmp_path.glob("trace*")] == ["trace.npz"]
 
 
+def test_a_trace_that_cannot_be_written(tmp_path: Path):
+    trace = Trace(np.zeros((1, 1, 1), np.int16), np.zeros(1, np.int64), np.ones(1, np.int64))
+    (tmp_path / "t.npz").mkdir()
+    with pytest.raises(ConfigError, match=r"t\.npz can't be written: Is a directory"):
+        trace.save(tmp_path / "t.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
+
+
 def test_probabilities_are_those_that_the_router_chose_by(loaded: Any, tmp_path: Path):
     reference, model = loaded
     prompt = zoo.random_ids(2, 9)
@@ -116,6 +124,8 @@ def test_nothing_recorded_is_an_empty_trace(loaded: Any):
     [
         ({"expert_ids": np.zeros((3, 2), np.int16)}, r"must be int16 \[steps, layers, k\]"),
         ({"expert_ids": np.zeros((3, 2, 1), np.int32)}, "int32"),
+        ({"expert_ids": np.zeros((2**40, 2, 0), np.int16)}, "allowed: at least one layer, and k of at least 1"),
+        ({"expert_ids": np.zeros((2**40, 0, 1), np.int16), "num_experts": np.zeros(0, np.int64)}, "at least one layer"),
         ({"num_experts": np.zeros(3, np.int64)}, r"layers=2"),
         ({"starts": np.array([0, 0])}, "starts must begin with 0"),
         ({"starts": np.array([0, 9])}, "stay below"),

@@ -72,7 +72,7 @@ def bench(
 
     from epslots.bench.report import Report
     from epslots.compiled import prepare
-    from epslots.loading import resolve_device
+    from epslots.devices import resolve_device
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -130,7 +130,7 @@ def generate(
 
     Sampling(**sampling)
     stop_strings(ends["stop"])
-    source = model or str(example_model())
+    source = str(example_model()) if model is None else model
     folder = find_checkpoint(source)
     context = context_of(folder)
     tokenizer = load_tokenizer(folder)
@@ -230,7 +230,7 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
     try:
         if arguments:
             found = arguments
-        elif file is not None and file.suffix == ".jsonl":
+        elif file is not None and file.suffix.lower() == ".jsonl":
             with file.open("rb") as lines:
                 found = [_prompt_of(line, f"{name}, line {line.number}") for line in read_lines(lines)]
         elif file is not None:

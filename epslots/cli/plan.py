@@ -149,14 +149,14 @@ def _device_kind(device: str | None, *, here: bool) -> str:
     kind = (device or "").partition(":")[0]
     if not here and kind in ("cpu", "cuda"):
         return kind
-    from epslots.loading import resolve_device
+    from epslots.devices import resolve_device
 
     return resolve_device(device).type
 
 
 def _device_memory(device: str | None) -> tuple[int, str]:
     """The free bytes of this machine's device, and the limit that leaves no more."""
-    from epslots.loading import memory_limit, resolve_device
+    from epslots.devices import memory_limit, resolve_device
 
     limit = memory_limit(resolve_device(device))
     return limit.free_bytes, str(limit)
@@ -210,7 +210,6 @@ def _alternative_as_json(other: Alternative) -> dict[str, Any]:
 
 
 def _print_tables(result: MemoryPlan, checkpoint_bytes: int | None) -> None:
-
     console = table_console(PLAIN_WIDTH)
     console.print(_plan_table(result, checkpoint_bytes))
     console.print()

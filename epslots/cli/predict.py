@@ -72,7 +72,7 @@ def fit(
     from epslots.runtime import runtime_of
 
     settings = Settings(tokens=tokens, window=window, hidden=hidden, epochs=epochs, memory=memory_bytes, seed=seed)
-    source = model or example_model()
+    source = example_model() if model is None else model
     tokenizer = load_tokenizer(find_checkpoint(source))  # the cheaper of the two to fail
     loaded = epslots.load(source, slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
     found = library_texts(held_out=False) if found is None else found

@@ -57,7 +57,7 @@ def record(
     from epslots.example import example_model
     from epslots.models.checkpoint import find_checkpoint
 
-    source = model or example_model()
+    source = example_model() if model is None else model
     folder = find_checkpoint(source)
     context_of(folder)  # refuses models that predict no tokens
     tokenizer = load_tokenizer(folder)

@@ -26,7 +26,9 @@ def verify(
     from epslots.example import example_model
     from epslots.store_check import check_store
 
-    count, problems = check_store(model or example_model(), dtype=dtype, cache_dir=cache_dir, against_checkpoint=checkpoint)
+    count, problems = check_store(
+        example_model() if model is None else model, dtype=dtype, cache_dir=cache_dir, against_checkpoint=checkpoint
+    )
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:

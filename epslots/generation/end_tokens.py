@@ -23,11 +23,12 @@ def end_tokens(model: PreTrainedModel, *, ignore_tokenizer_eos: bool = False) ->
     """
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = stated if isinstance(stated, list | tuple | set) else [stated]
-    found = frozenset(token for token in listed if isinstance(token, int) and token >= 0)  # some state -1 for none
+    vocabulary = model.config.get_text_config().vocab_size
+    found = frozenset(token for token in listed if isinstance(token, int) and 0 <= token < vocabulary)  # -1 stands for none
     if ignore_tokenizer_eos:
         return found
     try:
-        return found | tokenizer_end_tokens(load_tokenizer(model.name_or_path), model.config.get_text_config().vocab_size)
+        return found | tokenizer_end_tokens(load_tokenizer(model.name_or_path), vocabulary)
     except ConfigError:  # a model without a tokenizer is served by token ids
         return found
 

@@ -5,9 +5,11 @@ Only safetensors are read. A ``.bin`` checkpoint is a pickle, which runs code wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from epslots.errors import CheckpointError, ConfigError
 from epslots.models.weight_files import WeightFiles, find_weight_files
 
+_GIVE = "give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'"
 # What a model needs besides its weights: no pickles, no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other formats of the same weights lie in folders of their own.
@@ -57,6 +60,8 @@ class CheckpointSource:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}: allowed: text")
+        if self.revision == "":  # as the hub's client takes it, it would be the main branch
+            raise ConfigError("revision='': allowed: a branch, a tag, a commit, or None")
         path = PurePosixPath(self.subfolder or "")
         if path.is_absolute() or ".." in path.parts:
             raise ConfigError(f"subfolder={self.subfolder!r}: allowed: a folder inside of the checkpoint's")
@@ -149,10 +154,10 @@ def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     if not isinstance(source, CheckpointSource):
         source = CheckpointSource(source)
     path, text = Path(source.path_or_id), os.fspath(source.path_or_id)
-    try:
+    if not text:  # what a shell makes of a variable that isn't set; as a path it is the working folder
+        raise CheckpointError(f"the checkpoint's name is empty; {_GIVE}")
+    with _told(text):
         is_folder, exists = path.is_dir(), path.exists()
-    except PermissionError as error:
-        raise CheckpointError(f"no permission to look into {text}") from error
     if is_folder:
         for name in ("revision", "token"):
             if getattr(source, name) is not None:
@@ -160,13 +165,23 @@ def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     elif exists:
         raise CheckpointError(f"{text} is a file; give the folder that holds config.json and the *.safetensors")
     elif text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{text} doesn't exist; give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'")
+        raise CheckpointError(f"{text} doesn't exist; {_GIVE}")
     else:
         path = _download(text, source)
     folder = path / source.subfolder if source.subfolder else path
-    if not folder.is_dir():
-        raise CheckpointError(f"{text} holds no folder {source.subfolder}")
+    with _told(text):
+        if not folder.is_dir():
+            raise CheckpointError(f"{text} holds no folder {source.subfolder}")
     return folder
+
+
+@contextlib.contextmanager
+def _told(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the operating system as errors of the checkpoint: no permission, too long a name, a disk that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or where} can't be read: {error.strerror or error}") from error
 
 
 def _download(model_id: str, source: CheckpointSource) -> Path:
@@ -194,11 +209,9 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: naming the file at fault and what to do.
     """
-    try:
+    with _told(folder):
         files = find_weight_files(folder, variant)
         handles = {name: _open_file(folder / name) for name in files.names}
-    except PermissionError as error:
-        raise CheckpointError(f"no permission to read {error.filename}") from error
     tensors: dict[str, TensorHeader] = {}
     for file, handle in handles.items():
         for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping

@@ -18,7 +18,9 @@ from epslots.records import LayerSpec
 # Configuration classes make lists of this length before a weight file is opened, and check those that they are given entry by
 # entry. Published models have up to some hundreds of layers.
 MOST_LAYERS = 10_000
-_LAYERS = re.compile(r"(layers?|depth)$")
+_LAYERS = re.compile(r"(layers?|depth|first_k_dense_replace)$")
+# Every configuration has a table of so many names. Published classifiers have up to some ten thousand classes.
+MOST_LABELS = 100_000
 _POSITIVE = re.compile(r"max_position_embeddings$")
 _NOT_NEGATIVE = re.compile(r"(layers?|depth|eps|epsilon)$")
 # How configurations name the experts of a token.
@@ -68,8 +70,9 @@ def check_numbers(settings: dict[str, Any], path: Path) -> None:
             least = 1 if _POSITIVE.search(name) else 0 if _NOT_NEGATIVE.search(name) else value
             if value < least:
                 raise CheckpointError(f"{path}: {name} is {value}: allowed: {least} and more")
-            if _LAYERS.search(name) and value > MOST_LAYERS:
-                raise CheckpointError(f"{path}: {name} is {value}: allowed: up to {MOST_LAYERS:,}")
+            most = MOST_LAYERS if _LAYERS.search(name) else MOST_LABELS if name.endswith("num_labels") else value
+            if value > most:
+                raise CheckpointError(f"{path}: {name} is {value}: allowed: up to {most:,}")
 
 
 def check_top_k(config: PretrainedConfig, layers: Sequence[LayerSpec], modules: Sequence[nn.Module]) -> None:

@@ -159,7 +159,7 @@ class ExpertReader:
                 )
             tensor = list(tensors.values())[parameter.part]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # of a crafted checkpoint, any line of transformers' can fail
             raise CheckpointError(f"{parameter.target}, expert {expert}: can't be converted: {error}") from error
         expected = parameter.shape[1:]
         if tuple(tensor.shape) != (1, *expected):
@@ -215,9 +215,9 @@ def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int
     experts = parameter.parts * declared
     for pattern, keys in parameter.keys.items():
         if "*" not in pattern:
-            held = checkpoint.tensors[keys[0]].shape[0]
-            if held != declared:
-                raise CheckpointError(f"{keys[0]} holds {held} experts, the model has {declared}")
+            held = checkpoint.tensors[keys[0]].shape[:1]
+            if held != (declared,):
+                raise CheckpointError(f"{keys[0]} holds {sum(held)} experts, the model has {declared}")
             continue
         place = re.compile(pattern.replace("*", r"(\d+)"))
         matches = (place.search(key) for key in keys)

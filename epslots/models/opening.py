@@ -161,7 +161,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         check_numbers(settings, path)
         for name, value in settings.items():
             ids = value if isinstance(value, list) else [value]
-            if name.endswith("_token_id") and value is not None and not all(isinstance(id, int) for id in ids):
+            if name.endswith("_token_id") and value is not None and not all(type(id) is int for id in ids):  # bool is an int
                 raise CheckpointError(f"{path}: {name} is {value!r}: allowed: an integer or a list of integers")
         with refusing(str(path)), quiet():
             return GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -36,12 +36,14 @@ def read_config(folder: Path) -> PretrainedConfig:
             quantisation is not one of ``QUANTISATIONS``.
     """
     path = folder / "config.json"
-    if (folder / "adapter_config.json").exists():
+    with refusing(str(folder)):  # it may be closed to this user
+        has_adapter, has_config = (folder / "adapter_config.json").exists(), path.is_file()
+    if has_adapter:
         raise CheckpointError(
             f"{folder} holds an adapter (adapter_config.json), which epslots doesn't apply: merge it into the weights, or "
             f"move it elsewhere"
         )
-    if not path.is_file():
+    if not has_config:
         raise CheckpointError(f"{folder} holds no config.json: it is not a checkpoint folder")
     settings = read_json_object(path)
     check_numbers(settings, path)

@@ -29,7 +29,7 @@ from epslots.records import LayerSpec
 logger = logging.getLogger(__name__)
 
 # Buffers that older checkpoints hold, and models now compute from their configuration.
-_RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+_RECOMPUTED = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)position_ids$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 

@@ -108,6 +108,6 @@ def _no_weights(folder: Path, single: str, index: str) -> CheckpointError:
             f"{folder} holds {pickles[0]}, which is a pickle: opening it could run any code. epslots reads safetensors "
             f"alone; convert the checkpoint with save_pretrained in an environment you trust"
         )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     beside = f"; {', '.join(others[:4])} is not read without them" if others else ""
     return CheckpointError(f"{folder} holds neither {single} nor {index}{beside}")

@@ -282,6 +282,7 @@ def test_the_queue_is_bounded(open_cluster: Any, folder: Path):
         ([5], {"max_new_tokens": 10**9}, "max_new_tokens is 1000000000"),
         ("text", {}, "the checkpoint has no tokenizer; give prompts as token ids"),
         (b"\xff\xfe", {}, "allowed: text, or a list of token ids"),
+        (bytearray(b"ab"), {}, "allowed: text, or a list of token ids"),
         (3.5, {}, "allowed: text, or a list of token ids"),
         ({"text": "x"}, {}, 'needs "prompt"'),
         ({"prompt": [5], "temprature": 1}, {}, "'temprature': no such setting; allowed: max_new_tokens, temperature"),

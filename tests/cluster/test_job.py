@@ -133,6 +133,9 @@ def test_a_refused_line_keeps_its_names(job: JobSettings):
         (b'{"prompt": "\xff", "id": "a"}', {"id": "a"}),
         (b'["id", "a"]', {}),
         (b'{"id": "a"', {}),
+        (b'{"prompt": "\\ud800", "id": "a", "custom_id": "\\udfff"}', {"id": "a"}),
+        (b'{"prompt": "x", "temperature": NaN, "id": "\\u00e9"}', {"id": "\u00e9"}),
+        (b'{"prompt": "x", "temperature": 1e999, "id": NaN, "custom_id": -Infinity}', {}),
         (b'{"x": ' + b"[" * 10**5 + b"]" * 10**5 + b', "id": "a"}', {}),
     ]
     job.prompts.write_bytes(b"\n".join(row for row, _ in rows) + b"\n" + GOOD)
@@ -235,6 +238,7 @@ def test_what_is_not_this_jobs_output_is_refused_and_left_alone(job: JobSettings
     refused(job, "a second time", written + written.splitlines(keepends=True)[0])
     refused(job, "line 1 of it is no result of a job", b"my diary\n")
     refused(job, "line 1 of it is no result of a job", b"my diary, last words")
+    refused(job, "line 1 of it is no result of a job", b'{"line": 1, "id": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n")
     refused(job, "line 8 of it is no result of a job", written + b"a note of mine")
     refused(job, "line 1 of it is no result", b'{"line": 1, "text": "x", "digest": "", "more": 1}\n')
     rows = GOOD.splitlines(keepends=True)

@@ -91,6 +91,11 @@ def test_an_index_has_each_line_that_is_not_blank(rows: list[bytes], ended: bool
     assert index.done == index.total
 
 
+def test_prompts_that_cannot_be_read():
+    with pytest.raises(ConfigError, match="--prompts /proc/self/mem: Input/output error"):
+        index_lines(Path("/proc/self/mem"))  # whose first page isn't there
+
+
 def test_prompts_must_be_a_file_that_can_be_read_again(tmp_path: Path):
     with pytest.raises(ConfigError, match="No such file"):
         index_lines(tmp_path / "none.jsonl")
