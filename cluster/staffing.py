@@ -231,8 +231,10 @@ class Staffing:
             logger.warning("%s. It is tried again, in %.3g s (failures in a row: %d)", error, verdict.wait_s, failures)
         seat.next_s = self.clock() + verdict.wait_s
         self.pulse.beat()
-        await self.pulse.until(lambda: not seat.retries.failures, verdict.wait_s)
-        seat.next_s = None
+        try:
+            await self.pulse.until(lambda: not seat.retries.failures, verdict.wait_s)
+        finally:  # also where the fleet is lost meanwhile
+            seat.next_s = None
         return True
 
     # The fleet as a whole.
