@@ -231,10 +231,8 @@ class Staffing:
             logger.warning("%s. It is tried again, in %.3g s (failures in a row: %d)", error, verdict.wait_s, failures)
         seat.next_s = self.clock() + verdict.wait_s
         self.pulse.beat()
-        try:
-            await self.pulse.until(lambda: not seat.retries.failures, verdict.wait_s)
-        finally:  # also where the fleet is lost meanwhile
-            seat.next_s = None
+        await self.pulse.until(lambda: not seat.retries.failures, verdict.wait_s)
+        seat.next_s = None
         return True
 
     # The fleet as a whole.
@@ -255,7 +253,7 @@ class Staffing:
             for seat in self._seats.values():
                 if seat.staffing is not None:
                     seat.staffing.cancel()
-                    seat.staffing = None
+                    seat.staffing = seat.next_s = None
             for worker in list(self.workers.values()):
                 self.employer.lose(worker, WorkerDied(reason), retire=True)
             if not await self._reopen():

@@ -14,6 +14,7 @@ from epslots.errors import PeerLost, UnsupportedModelError
 from epslots.generation.batching import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.generation.paged_attention import paging_obstacle
 from epslots.generation.requests import Batcher, Request
+from epslots.models.batch_invariance import make_batch_invariant
 from tests import zoo
 from tests.guilt import WAYS, Guilt
 from tests.test_batching import Collected, Faults, finish, generated, prompt_of
@@ -91,6 +92,12 @@ def test_they_are_not_paged(kind: str, caplog: pytest.LogCaptureFixture):
 def test_no_request_notices_what_was_served_before(kind: str, order: int, expected: dict[str, list[int]]):
     batcher = batcher_for(build(kind), kv_tokens=256)
     assert finish(batcher, REQUESTS[::order]).tokens == expected
+
+
+def test_a_batch_invariant_model_computes_its_angles_too(kind: str, expected: dict[str, list[int]]):
+    model = build(kind)
+    make_batch_invariant(model)
+    assert finish(batcher_for(model, kv_tokens=256), REQUESTS[::-1]).tokens == expected
 
 
 def test_steps_that_are_made_again_change_nothing(kind: str, expected: dict[str, list[int]]):
