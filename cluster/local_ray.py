@@ -73,7 +73,8 @@ def _after_fork() -> None:
     Its exit handler and its destructors would hang or crash; and a handle that the child drops would end the parent's actor.
     """
     global _forked
-    if not ray.is_initialized() and not _entering.locked():
+    between_lives = _connection is not None and not _connection.ended.done()  # or on its way to the end
+    if not ray.is_initialized() and not _entering.locked() and not between_lives:
         return
     _forked = True
     atexit.unregister(ray_worker.shutdown)

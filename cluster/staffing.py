@@ -253,7 +253,7 @@ class Staffing:
             for seat in self._seats.values():
                 if seat.staffing is not None:
                     seat.staffing.cancel()
-                    seat.staffing = None
+                    seat.staffing = seat.next_s = None
             for worker in list(self.workers.values()):
                 self.employer.lose(worker, WorkerDied(reason), retire=True)
             if not await self._reopen():

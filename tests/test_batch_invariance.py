@@ -30,8 +30,9 @@ from tests.rank_helpers import run_threads
 from tests.test_batching import prompt_of
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Grouped heads, MLA, sinks and transposed weights with biases, windows and unequal layers, a shared expert, identity experts.
-PAGED = ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4", "qwen2_moe", "longcat_flash"]
+# Grouped heads, MLA, sinks and transposed weights with biases, windows and unequal layers, a shared expert, identity experts,
+# complex angles.
+PAGED = ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4", "qwen2_moe", "longcat_flash", "deepseek_v2"]
 KINDS = [*((name, torch.bfloat16) for name in PAGED), ("deepseek_v3", torch.float32), ("gemma4", torch.float32)]
 
 Logits = dict[tuple[int, int], torch.Tensor]
@@ -265,7 +266,7 @@ def test_large_blocks_with_other_bits_are_not_used(dtype: torch.dtype, monkeypat
 
 def complex_square(x: torch.Tensor) -> torch.Tensor:
     numbers = torch.view_as_complex(x.reshape(-1, 2))
-    return torch.view_as_real(numbers * numbers)
+    return torch.view_as_real(numbers * numbers * 1.5)
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -296,6 +297,24 @@ def test_activations_by_element(function: Callable[[torch.Tensor], torch.Tensor]
         strided = torch.zeros(99, 170, dtype=dtype)[:, :100].copy_(numbers.view(99, 100))
         assert equal_bits(function(strided).flatten(), whole.flatten())
     torch.testing.assert_close(whole, function(numbers))
+
+
+def test_calls_of_another_form_are_torchs_own():
+    """They raise nothing, and are named as unknown."""
+    x, weight, result = torch.rand(3, 4), torch.rand(5, 4), torch.empty(3, 4)
+    across = weight.t()
+    calls: list[Callable[[], torch.Tensor]] = [
+        lambda: torch.pow(x, x),
+        lambda: torch.mul(x, x, out=result),
+        lambda: torch.sigmoid(x, out=result),
+        lambda: torch.mm(x, mat2=across),
+        lambda: F.linear(input=x, weight=weight),
+    ]
+    for call in calls:
+        with batch_invariant_functions():
+            found = call().clone()
+        torch.testing.assert_close(found, call())
+        assert len(obstacles(call)) == 1
 
 
 REDUCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -132,22 +132,26 @@ def test_it_may_fail_anywhere_between_exchanges(where: str, checkpoint: Checkpoi
     grouped.check()
 
 
-def test_a_failure_between_two_exchanges_breaks_groups_twice(checkpoint: Checkpoints, cache_dir: Path):
-    """The others wait for a result that never comes. Once for each guilty request's batch, and once for itself alone."""
+@pytest.mark.parametrize("where", ["needs", "fetch", "compute"])
+def test_a_failure_between_two_exchanges_breaks_groups_twice(where: str, checkpoint: Checkpoints, cache_dir: Path):
+    """The others wait for a result that never comes. Once for each guilty request's batch, and once for itself alone.
+
+    Memory may run out before anything is computed, too: a batch that is too large for an exchange says nothing of the rank.
+    """
     folder = checkpoint("qwen3_moe")
     job = Job(folder, 2)
     grouped = Grouped(folder, cache_dir, [3, 2])
     model = grouped.models[0]
     guilt = Guilt(model, job.token, 0, 1.0)
     experts = runtime_of(model).runners[1].experts
-    compute = experts.compute
+    work_there = getattr(experts, where)
 
-    def fail(*arguments: Any) -> torch.Tensor:
+    def fail(*arguments: Any, **settings: Any) -> Any:
         if guilt._rows_T.any():
             raise torch.OutOfMemoryError("no memory is left")
-        return compute(*arguments)
+        return work_there(*arguments, **settings)
 
-    experts.compute = fail  # type: ignore[method-assign]
+    setattr(experts, where, fail)
     hubs = [grouped.hub] + [LocalHub(2, generation=number, deadline_s=60) for number in range(1, 5)]
     broke = [0, 0]
 

@@ -14,7 +14,9 @@ from epslots.errors import PeerLost, UnsupportedModelError
 from epslots.generation.batching import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.generation.paged_attention import paging_obstacle
 from epslots.generation.requests import Batcher, Request
+from epslots.models.batch_invariance import make_batch_invariant
 from tests import zoo
+from tests.guilt import WAYS, Guilt
 from tests.test_batching import Collected, Faults, finish, generated, prompt_of
 
 BORDER = 64
@@ -92,6 +94,12 @@ def test_no_request_notices_what_was_served_before(kind: str, order: int, expect
     assert finish(batcher, REQUESTS[::order]).tokens == expected
 
 
+def test_a_batch_invariant_model_computes_its_angles_too(kind: str, expected: dict[str, list[int]]):
+    model = build(kind)
+    make_batch_invariant(model)
+    assert finish(batcher_for(model, kv_tokens=256), REQUESTS[::-1]).tokens == expected
+
+
 def test_steps_that_are_made_again_change_nothing(kind: str, expected: dict[str, list[int]]):
     """What was computed before the border was crossed keeps its angles, though all of it is computed anew."""
     model = build(kind)
@@ -118,6 +126,27 @@ def test_another_batcher_goes_on_alike(kind: str, expected: dict[str, list[int]]
             collected.run(1)
         done += collected.tokens["crossing"]
     assert done == expected["crossing"]
+
+
+@pytest.mark.parametrize("way", ["nan", "RuntimeError"])
+def test_a_request_that_fails_at_a_later_token_ends(kind: str, way: str, expected: dict[str, list[int]]):
+    """Its tokens are computed again one by one, on the way to the second attempt at the one that failed."""
+    model, guilty = build(kind), next(request for request in REQUESTS if request.id == "crossing")
+    tokens = expected[guilty.id]
+    at = next(i for i in range(3, len(tokens)) if tokens[i] not in (*guilty.prompt, *tokens[:i]))
+    batcher = SequentialBatcher(model, kv_tokens=256)
+    guilt = Guilt(model, tokens[at], 0, WAYS[way]())
+    batcher.add(guilty)
+    steps, outputs = 0, []
+    while batcher.prepare():
+        assert (steps := steps + 1) < 100, "it is tried for ever"
+        batcher.step()
+        outputs += batcher.outputs()
+    guilt.remove()
+    assert [token for output in outputs for token in output.tokens] == tokens[: at + 1]
+    assert outputs[-1].reason == "error" and guilt.fell == 2
+    batcher.add(REQUESTS[0])
+    assert finish(batcher, []).tokens == {REQUESTS[0].id: expected[REQUESTS[0].id]}
 
 
 def test_a_request_that_was_moved_twice_knows_its_own_prompt():

@@ -377,6 +377,7 @@ def waits_in_vain(rank: Rank, operation: str, deadline_s: float) -> float:
     if deadline_s == FAR_S:
         # Later than the operation's begin, most likely; the outcome is the same if not.
         threading.Timer(0.2, transport.abort, ["a second thread says so"]).start()
+    transport._group.set_timeout(timedelta(seconds=FAR_S))  # so that it isn't gloo that ends the wait
     began = time.monotonic()
     cause = loss(
         {

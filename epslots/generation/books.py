@@ -165,7 +165,9 @@ class Books(ABC):
             assert isinstance(failure.__cause__, Exception)
             cause, breaks = failure.__cause__, True
             self._breaks += 1
-            ours = not failure.computing or self._breaks > MOST_BREAKS
+            # Memory that ran out says nothing of the rank, wherever that was.
+            explained = failure.computing or isinstance(cause, torch.OutOfMemoryError | MemoryError)
+            ours = not explained or self._breaks > MOST_BREAKS
         # An error of ours is about ranks, files or settings; after one of a device nothing runs on it any more.
         if ours or isinstance(cause, EpslotsError | torch.AcceleratorError):
             raise cause

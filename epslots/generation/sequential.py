@@ -82,8 +82,9 @@ class SequentialBatcher(Books):
             if isinstance(failure, StepFailed):
                 raise
             return
-        self._isolation = None
         self._breaks = 0
+        if entry.reason is not None or length == entry.length:
+            self._isolation = None  # Else the step that failed is yet to come: a second failure there is the request's own.
         if entry.reason is None and length == entry.length:
             entry.append(token)
         if entry.reason is None:

@@ -77,6 +77,8 @@ def _rsqrt(x: torch.Tensor) -> torch.Tensor:
 
 
 def _pow(x: torch.Tensor, exponent: Any) -> Any:
+    if torch.is_tensor(exponent):
+        return NotImplemented
     if exponent == -0.5:
         return _rsqrt(x)
     if exponent in (0.5, 1, 2, 3):
@@ -88,6 +90,8 @@ def _mul(x: Any, other: Any) -> Any:
     complex_ones = [torch.is_tensor(factor) and factor.is_complex() for factor in (x, other)]
     if not any(complex_ones):
         return torch.mul(x, other)
+    if complex_ones[0] and isinstance(other, int | float):
+        return torch.view_as_complex(torch.view_as_real(x) * other)
     if not all(complex_ones):
         return NotImplemented
     (a, b), (c, d) = torch.view_as_real(x).unbind(-1), torch.view_as_real(other).unbind(-1)
@@ -105,6 +109,9 @@ _REPLACEMENTS: Mapping[Any, Replacement] = {
     **dict.fromkeys((torch.pow, torch.Tensor.pow, torch.Tensor.__pow__), _pow),
     **dict.fromkeys((torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__), _mul),
 }
+
+# Arguments by name that the replacements know; with others, as ``out``, torch's own function is called.
+_KEYWORDS = frozenset({"weight", "bias", "other", "exponent", "inplace", "approximate", "beta", "threshold"})
 
 # The last parts of names, less underscores, of functions that move elements, compute them one by one (exactly, or by code that
 # has no other form for the last ones), or reduce rows one by one. A name doesn't tell over which dimension a sum goes: none of
@@ -126,8 +133,8 @@ _BY_ROW = frozenset(_NAMES.split())
 
 def _replaced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """What the replacement of a function returns; NotImplemented without one."""
-    replacement = _REPLACEMENTS.get(func)
-    return NotImplemented if replacement is None else replacement(*args, **(kwargs or {}))
+    replacement, kwargs = _REPLACEMENTS.get(func), kwargs or {}
+    return NotImplemented if replacement is None or kwargs.keys() - _KEYWORDS else replacement(*args, **kwargs)
 
 
 class _Mode(TorchFunctionMode):

@@ -142,7 +142,7 @@ class FakeWorker:
                     self._running.clear()
                     skip_until(self._asyncio, lambda: self.dead)
                 case "raise":
-                    raise MemoryError("no memory left, says the test")
+                    raise ValueError("a bug, says the test")
         self._running.wait()
         if self.dead:
             hub.break_off("a rank's connections are closed")

@@ -148,7 +148,7 @@ def test_a_rank_is_lost_in_the_middle_of_a_step(
     assert fleet.workers[0].number == 1  # the others stayed
     assert fleet.workers[2].number == 3
     (record,) = caplog.records
-    said = "failed while serving: MemoryError: no memory left" if fault == "raise" else "is lost: "
+    said = "failed while serving: ValueError: a bug" if fault == "raise" else "is lost: "
     assert f"rank 1 (node fake, worker 2) {said}" in record.message
     cluster.scale(3)  # waits for the replacement
     assert cluster.ranks == 3
@@ -419,6 +419,19 @@ def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
     assert line.startswith("rank 1 could not be started: the disk is full; it is tried again in 3")
     cluster.scale(2)
     assert cluster.ranks == 2
+
+
+def test_a_seat_that_waits_when_the_fleet_is_lost_waits_no_more(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cluster.staffing._PACE", Pace(first_s=3600.0, most_s=3600.0))
+    cluster, fleet = open_cluster(2)
+    seats = cluster._supervisor.staffing._seats
+    fleet.at(1, 1, "crash")  # before it has brought anything
+    cluster.submit(PROMPTS[0], max_new_tokens=12, stop_tokens=()).result(60)
+    until(cluster, lambda: seats[1].next_s is not None)
+    fleet.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(fleet.reopened) == 1)
+    assert seats[1].next_s is None  # or it would be said when it is tried again
+    serve_again(cluster, 2)
 
 
 def test_a_fleet_that_is_lost_is_reopened_and_no_caller_notices(

@@ -21,11 +21,13 @@ import ray
 
 from cluster import local_ray, ray_fleet, ray_processes
 from cluster.errors import ClusterError
+from cluster.local_ray import RayUse
 from cluster.ray_address import find_running
 from cluster.ray_fleet import RayFleet
 from cluster.ray_processes import own_folder, protect_token
 from epslots.errors import ConfigError
 from tests.cluster.ray_helpers import RayNodes, drive, pids_below
+from tests.cluster.test_fork import in_a_child
 from tests.rank_helpers import PATIENCE_S
 
 # A process with a fleet and a worker, which ends as Ctrl-C has it.
@@ -210,6 +212,20 @@ def test_a_ray_that_starts_when_nobody_waits_any_more_is_ended(fake_ray: FakeRay
     asyncio.run(begin_and_cancel(make_fleet(), fake_ray))  # and no loop is left
     fake_ray.may_start.set()
     assert fake_ray.ended.wait(PATIENCE_S)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_child_knows_of_a_ray_that_has_ended_and_comes_back(fake_ray: FakeRay):
+    """It has what is left of it, and would hang at its exit."""
+    use = RayUse(None, 1)
+    fake_ray.may_start.set()
+    asyncio.run(use.joined())
+    assert not ray.is_initialized()
+    assert in_a_child(lambda: local_ray._forked)
+    left = use.leave()
+    fake_ray.may_end.set()
+    left.result(PATIENCE_S)
+    assert not in_a_child(lambda: local_ray._forked)
 
 
 def test_closing_that_is_interrupted_goes_on_with_the_next_call(fake_ray: FakeRay):
