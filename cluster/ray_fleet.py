@@ -25,7 +25,7 @@ logger = logging.getLogger("epslots.cluster")
 
 LOOPBACK = "127.0.0.1"
 
-_HIRE_S = 120.0
+_HIRE_S = 300.0  # it imports torch and transformers, maybe from a slow disk on a busy machine
 _LOOK_EVERY_S = 1.0  # whether the node of one that is being hired is still there
 _START_S = 30.0  # for a Ray that is still being started when the fleet is closed
 _END_S = 20.0  # without a head, Ray takes some seconds

@@ -319,7 +319,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("lock", [lock_fifo, lock_link, lock_folder, lock_socket])
 def test_what_lies_among_temporary_files_hangs_no_start(temporary: Path, lock: Callable[[Path], None]):
     """As any user may put it there, under any name."""
@@ -331,7 +330,6 @@ def test_what_lies_among_temporary_files_hangs_no_start(temporary: Path, lock: C
     assert list(temporary.iterdir()) == [left]
 
 
-@pytest.mark.timeout(120)
 def test_names_of_temporary_files_are_not_believed(temporary: Path):
     """A link to another folder of this user, a FIFO, a file, a link to itself and one to nothing."""
     kept = temporary / "mine"
@@ -407,7 +405,6 @@ def test_a_token_that_the_user_names_is_left_alone(home: Path, monkeypatch: pyte
     assert not list(home.iterdir())
 
 
-@pytest.mark.timeout(120)
 def test_a_token_file_that_is_none_hangs_nothing(home: Path):
     (home / ".ray").mkdir()
     os.mkfifo(home / ".ray" / "auth_token")
@@ -436,7 +433,6 @@ def test_no_ray_is_running(ray_tokens: None, monkeypatch: pytest.MonkeyPatch):
     assert not ray.is_initialized()
 
 
-@pytest.mark.timeout(120)
 def test_a_note_of_the_running_ray_that_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     note = tmp_path / "ray_current_cluster"
     os.mkfifo(note)

@@ -17,7 +17,6 @@ from tests.cluster.ray_helpers import drive, pids_below, start_nodes
 from tests.cluster.test_cluster import PROMPTS, expected, serve_again
 from tests.grouped import TOKENS_TRAVEL
 
-pytestmark = pytest.mark.timeout(300)
 NEW = 60
 
 
