@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,10 @@ import epslots.loading  # noqa: F401 - and with it all that is compiled
 from epslots.compiled import prepare
 from tests.zoo import KNOWN_WARNINGS, make_checkpoint
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell starts what runs beside it; tests' processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 prepare()  # what is given other types than it was made for is an error from now on
 settings.register_profile("epslots", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("epslots")  # a busy machine fails no example

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import ray
 import ray._private.utils as ray_utils
+from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import _enable_token_auth
 from ray._private.grpc_utils import init_grpc_channel
@@ -135,8 +136,10 @@ def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
     """One node, with or without a dashboard, which jobs are submitted to. Nothing of it is left afterwards."""
     folder = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets are limited
     with pytest.MonkeyPatch.context() as patch:
-        # Or it would be what "auto" finds, for all processes of this user.
-        patch.setattr(ray_utils, "write_ray_address", lambda *args, **kwargs: None)
+        # Here alone, where Ray's job agent looks first: elsewhere it would be what "auto" finds for all processes of the user,
+        # and without it the agent would give a job the address of any Ray on this machine.
+        note = Path(get_ray_address_file(folder))
+        patch.setattr(ray_utils, "write_ray_address", lambda address, *_: note.write_text(address))
         try:
             nodes = RayNodes(folder, dashboard=dashboard)
             try:
