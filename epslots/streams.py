@@ -39,7 +39,7 @@ def table_console(plain_width: int, *, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=plain_width)
 
 
-class Output(io.TextIOBase):
+class SafeStream(io.TextIOBase):
     """Standard output or standard error over what a process has for it, which may be anything that has ``write``, or nothing.
 
     Args:
@@ -107,7 +107,7 @@ class Output(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def usable_streams() -> Iterator[Output]:
+def usable_streams() -> Iterator[SafeStream]:
     """Let the commands of a process read and print whatever its standard streams are. Yields standard output.
 
     Closed descriptors 0 to 2 are taken first: the next file that is opened would get their number, and what libraries write to
@@ -120,7 +120,7 @@ def usable_streams() -> Iterator[Output]:
             taken = os.open(os.devnull, mode)  # gets the lowest free number
             os.set_inheritable(taken, True)  # as standard streams are: the processes that are started need them too
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = output, errors = Output(sys.stdout, lossy=False), Output(sys.stderr, lossy=True)
+    sys.stdout, sys.stderr = output, errors = SafeStream(sys.stdout, lossy=False), SafeStream(sys.stderr, lossy=True)
     try:
         yield output
     finally:

@@ -17,7 +17,7 @@ from cluster.display import StartDisplay
 from cluster.job_progress import Counts, JobProgress
 from epslots.counting import counting
 from epslots.progress import ProgressDisplay
-from epslots.streams import Output, is_terminal, read_input, say, usable_streams
+from epslots.streams import SafeStream, is_terminal, read_input, say, usable_streams
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -87,7 +87,7 @@ def test_a_terminal_is_one():
             return True
 
     assert is_terminal(Terminal())
-    assert Output(Terminal(), lossy=False).isatty()
+    assert SafeStream(Terminal(), lossy=False).isatty()
 
 
 @NUMBERS
@@ -116,13 +116,13 @@ def test_commands_run_on_any_streams(name: str, number: int, run: Run, monkeypat
 
 def test_characters_that_the_encoding_lacks_are_escaped():
     raw = io.BytesIO()
-    output = Output(io.TextIOWrapper(raw, encoding="latin-1"), lossy=False)
+    output = SafeStream(io.TextIOWrapper(raw, encoding="latin-1"), lossy=False)
     print("caf\u00e9 \u2713", file=output, flush=True)
     assert raw.getvalue() == b"caf\xe9 \\u2713\n"
 
 
 def test_messages_are_lost_where_results_fail():
-    errors, output = (Output(Failing(errno.ENOSPC), lossy=lossy) for lossy in (True, False))
+    errors, output = (SafeStream(Failing(errno.ENOSPC), lossy=lossy) for lossy in (True, False))
     print("a message", file=errors, flush=True)
     with pytest.raises(OSError, match="No space left"):
         print("a result", file=output)

@@ -33,7 +33,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.errors import StepFailed, UnsupportedModelError
-from epslots.generation.books import Books, Entry, NotFiniteError, check_positive, check_servable
+from epslots.generation.books import Books, NotFiniteError, TrackedRequest, check_positive, check_servable
 from epslots.generation.isolation import Isolation
 from epslots.generation.paged_attention import (
     WindowBackup,
@@ -112,9 +112,9 @@ class PagedBatcher(Books):
         super().__init__(model, infer_max_single_request_tokens(self._processor.cache))
         # transformers knows a request by a number, so that an id can be used again; and by the tokens it was handed over with.
         self._numbers = itertools.count()
-        self._running: dict[str, tuple[Entry, int]] = {}
+        self._running: dict[str, tuple[TrackedRequest, int]] = {}
         # Requests that wait until all that run are done; see ``_start_over``.
-        self._held: list[Entry] = []
+        self._held: list[TrackedRequest] = []
         # Of the batch under way; None if none is.
         self._isolation: Isolation[FutureRequestState] | None = None
         self._windows: WindowBackup | None = None
@@ -123,13 +123,13 @@ class PagedBatcher(Books):
         self._order = RowOrder()
         self._follows_T: IntArray | None = None
 
-    def _enter(self, entry: Entry) -> None:
+    def _enter(self, entry: TrackedRequest) -> None:
         if self._held:
             self._held.append(entry)
         else:
             self._hand_over(entry)
 
-    def _hand_over(self, entry: Entry) -> None:
+    def _hand_over(self, entry: TrackedRequest) -> None:
         """Queue a request in transformers, to go on after the tokens it has."""
         rest = entry.request.after(entry.tokens)
         number = str(next(self._numbers))
@@ -142,7 +142,7 @@ class PagedBatcher(Books):
             streaming=True,
         )
 
-    def _leave(self, entry: Entry) -> None:
+    def _leave(self, entry: TrackedRequest) -> None:
         if entry in self._held:
             self._held.remove(entry)
             return
@@ -276,7 +276,7 @@ class _Choice:
         self._samplings: list[Sampling] = []
         self._positions: list[int] = []
 
-    def prepare(self, entries: Sequence[Entry | None], tokenless: int) -> None:
+    def prepare(self, entries: Sequence[TrackedRequest | None], tokenless: int) -> None:
         """Take note of the batch's requests that get a token, in the batch's order; None = one that was cancelled.
 
         Args:

@@ -37,7 +37,7 @@ class NotFiniteError(ArithmeticError):
 
 
 @dataclass(eq=False)
-class Entry:
+class TrackedRequest:
     """A request and what came of it."""
 
     request: Request
@@ -75,7 +75,7 @@ class Books(ABC):
         self.capacity = capacity
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, TrackedRequest] = {}
         self._plain_outputs = PlainOutputs(model)
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
@@ -83,16 +83,16 @@ class Books(ABC):
         """The failure that was logged last."""
 
     @abstractmethod
-    def _enter(self, entry: Entry) -> None:
+    def _enter(self, entry: TrackedRequest) -> None:
         """Take up a new request."""
 
     @abstractmethod
-    def _leave(self, entry: Entry) -> None:
+    def _leave(self, entry: TrackedRequest) -> None:
         """Give up a request that has just been cancelled."""
 
     def add(self, request: Request) -> None:
         self._check(request)
-        entry = self._entries[request.id] = Entry(request)
+        entry = self._entries[request.id] = TrackedRequest(request)
         self._enter(entry)
 
     def _check(self, request: Request) -> None:
@@ -118,7 +118,7 @@ class Books(ABC):
             entry.end("cancelled")
             self._leave(entry)
 
-    def _open(self) -> list[Entry]:
+    def _open(self) -> list[TrackedRequest]:
         """Requests that go on, oldest first."""
         return [entry for entry in self._entries.values() if entry.reason is None]
 

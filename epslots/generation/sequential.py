@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from epslots.errors import StepFailed
-from epslots.generation.books import Books, Entry, NotFiniteError, check_positive, check_servable
+from epslots.generation.books import Books, NotFiniteError, TrackedRequest, check_positive, check_servable
 from epslots.generation.isolation import Isolation
 from epslots.generation.positions import depends_on_length, forget_length
 from epslots.generation.token_choice import NO_TOKEN, next_tokens
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class _Kept(NamedTuple):
     """What the model keeps of a request: arguments of its next forward pass, and the tokens that they hold."""
 
-    entry: Entry
+    entry: TrackedRequest
     arguments: dict[str, Any]
     tokens: int
 
@@ -47,14 +47,14 @@ class SequentialBatcher(Books):
         check_servable(model)
         check_positive(kv_tokens=kv_tokens)
         super().__init__(model, kv_tokens)
-        self._isolation: Isolation[Entry] | None = None
+        self._isolation: Isolation[TrackedRequest] | None = None
         self._kept: _Kept | None = None
         self._rotaries = depends_on_length(model)
 
-    def _enter(self, entry: Entry) -> None:
+    def _enter(self, entry: TrackedRequest) -> None:
         pass  # It waits among the open ones.
 
-    def _leave(self, entry: Entry) -> None:
+    def _leave(self, entry: TrackedRequest) -> None:
         if self._kept is not None and self._kept.entry is entry and self._isolation is None:
             self._kept = None
 
@@ -90,14 +90,14 @@ class SequentialBatcher(Books):
         if entry.reason is None:
             self._kept = _Kept(entry, arguments, length)
 
-    def _length_after(self, entry: Entry, kept: _Kept | None) -> int:
+    def _length_after(self, entry: TrackedRequest, kept: _Kept | None) -> int:
         """Tokens that the model keeps after the next step."""
         if kept is not None:
             return kept.tokens + 1
         return len(entry.request.prompt) - entry.request.resumed if self._rotaries else entry.length
 
     @torch.no_grad()
-    def _forward(self, entry: Entry, kept: _Kept | None, length: int) -> tuple[int, dict[str, Any]]:
+    def _forward(self, entry: TrackedRequest, kept: _Kept | None, length: int) -> tuple[int, dict[str, Any]]:
         """The token after the first ``length``, and what the model keeps: over the last alone if it kept something before."""
         model = self._model
         ids = torch.tensor([[*entry.request.prompt, *entry.tokens][:length]], device=model.device)
