@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,9 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import epslots
+from epslots.models.fp8 import ragged_blocks
+from epslots.models.pretrained import quiet
 from epslots.runtime import runtime_of
 from tests import zoo
 
@@ -227,3 +232,24 @@ def test_save_pretrained_refuses(checkpoint: Callable[[str], Path], cache_dir: P
     with pytest.raises(epslots.UnsupportedModelError, match="copy the original checkpoint"):
         model.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_threads_that_load_leave_transformers_as_it_was():
+    """Each puts back what it found, so one must not find what another one set."""
+    before = FineGrainedFP8HfQuantizer.get_load_operations
+    verbosity = transformers.logging.get_verbosity()
+    entered, second_entered = threading.Event(), threading.Event()
+
+    def second() -> None:
+        entered.wait()
+        with quiet(), ragged_blocks():
+            second_entered.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        with quiet(), ragged_blocks():
+            waiting = threads.submit(second)
+            entered.set()
+            assert not second_entered.wait(0.2)
+        waiting.result()
+    assert FineGrainedFP8HfQuantizer.get_load_operations is before
+    assert transformers.logging.get_verbosity() == verbosity

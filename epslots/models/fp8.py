@@ -37,7 +37,7 @@ class BlockDequantize(Fp8Dequantize):
 
 @contextlib.contextmanager
 def ragged_blocks() -> Iterator[None]:
-    """Let transformers load with ``BlockDequantize`` inside the block."""
+    """Let transformers load with ``BlockDequantize`` inside the block; for one thread at a time, as ``quiet`` has it."""
     original = FineGrainedFP8HfQuantizer.get_load_operations
     FineGrainedFP8HfQuantizer.get_load_operations = lambda self: {"dequantize": BlockDequantize}
     try:

@@ -196,17 +196,22 @@ def _at_most(parameters: int | None) -> Iterator[None]:
         hook.remove()
 
 
+# Verbosity, bars, the default dtype, the initialisation that is skipped, an operation that is replaced: all of the process.
+_process_settings = threading.RLock()
+
+
 @contextlib.contextmanager
 def quiet(progress: bool = False) -> Iterator[None]:
-    """Keep transformers' loading report and bar to itself: what matters of them is raised as errors here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    if not progress:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    """Call transformers without its report and bar, one thread at a time: it changes settings of the process."""
+    with _process_settings:
+        verbosity = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        if not progress:
+            transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
