@@ -16,10 +16,10 @@ import epslots  # noqa: F401 - a rank imports it before torch, whose threads rea
 
 if TYPE_CHECKING:
     from cluster.api import Cluster
-    from cluster.controller_messages import Explanation
     from cluster.errors import ClusterError, Overloaded, RankFailed
     from cluster.generation import Generation, GenerationSettings, Result
-    from cluster.reports import ClusterStats, Placement
+    from cluster.messages.controller import Explanation
+    from cluster.reports import ClusterStats, PlacementReport
 
 __all__ = [
     "Cluster",
@@ -29,7 +29,7 @@ __all__ = [
     "Generation",
     "GenerationSettings",
     "Overloaded",
-    "Placement",
+    "PlacementReport",
     "RankFailed",
     "Result",
 ]
@@ -37,10 +37,10 @@ __all__ = [
 _HOME = {
     "Cluster": "api",
     "ClusterStats": "reports",
-    "Explanation": "controller_messages",
+    "Explanation": "messages.controller",
     "Generation": "generation",
     "GenerationSettings": "generation",
-    "Placement": "reports",
+    "PlacementReport": "reports",
     "Result": "generation",
 }
 

@@ -18,28 +18,28 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.controller_messages import Explanation
-from cluster.dispatcher import Dispatcher
-from cluster.display import StartDisplay
+from cluster.driver.backend import Backend
+from cluster.driver.controller_client import ControllerClient
+from cluster.driver.loop_thread import CLOSED, LoopThread
+from cluster.driver.request_router import RequestRouter
+from cluster.driver.start_display import StartDisplay
+from cluster.driver.supervisor import Supervisor
+from cluster.driver.workers import Deadlines
 from cluster.errors import ClusterError, Overloaded, raised_anew
-from cluster.fleet import Fleet
 from cluster.generation import Arrivals, Checker, Generation, GenerationSettings, Prompt, Result, read_settings
-from cluster.loop_thread import CLOSED, LoopThread
-from cluster.messages import Load
-from cluster.reports import ClusterStats, Placement, rank_stats
-from cluster.steering import Steering
-from cluster.supervisor import Supervisor
-from cluster.workers import Deadlines
+from cluster.messages.controller import Explanation
+from cluster.messages.rank import Load
+from cluster.reports import ClusterStats, PlacementReport, rank_stats
+from epslots.engine.paged_batcher import DEFAULT_BATCH_TOKENS
+from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
-from epslots.generation.batching import DEFAULT_BATCH_TOKENS
-from epslots.generation.text import load_tokenizer
 from epslots.loading import DEFAULT_KV_TOKENS, HOST_COMPUTE_SETTINGS
 from epslots.models.checkpoint import find_checkpoint
 from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
-from epslots.step.costs import Costs
-from epslots.step.eviction import DEFAULT_POLICY, resolve_policy
+from epslots.planner.cache_policy import DEFAULT_POLICY, resolve_policy
+from epslots.planner.cost_model import Costs
 from epslots.telemetry import sum_over_ranks
 from epslots.units import parse_link, parse_prefetch, parse_slots
 
@@ -120,7 +120,7 @@ class Cluster:
         host_compute: str = "auto",
         batch_invariant: bool = False,
         window_steps: int = DEFAULT_WINDOW,
-        fleet: Fleet | None = None,
+        fleet: Backend | None = None,
     ) -> None:
         parse_slots(slots)
         resolve_policy(policy)
@@ -151,9 +151,9 @@ class Cluster:
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         if fleet is None:
-            from cluster.ray_fleet import RayFleet
+            from cluster.ray_backend.backend import RayBackend
 
-            fleet = RayFleet(address=address, strategy=strategy, device=device, path=path)
+            fleet = RayBackend(address=address, strategy=strategy, device=device, path=path)
         self._room = threading.Semaphore(max_queue)
         self._max_queue = max_queue
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -184,7 +184,7 @@ class Cluster:
             costs=costs,
             deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s, give_up_s=give_up_after_s),
             display=StartDisplay(progress),
-            make_dispatcher=lambda send: Dispatcher(send, lambda: self.tokenizer),
+            make_dispatcher=lambda send: RequestRouter(send, lambda: self.tokenizer),
             placement=first,
         )
         self.timeline = self._supervisor.timeline
@@ -301,25 +301,25 @@ class Cluster:
             dispatcher, reports = self._supervisor.dispatcher, await self._supervisor.reports()
             ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
             total = sum_over_ranks([rank.stats for rank in ranks])
-            steering = self._supervisor.steering
-            controller = None if steering is None else steering.stats()
+            controller_client = self._supervisor.controller_client
+            controller = None if controller_client is None else controller_client.stats()
             missing = self._supervisor.staffing.missing()
             return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total, controller, missing)
 
         return self._thread.call(ask())
 
-    def placement(self) -> Placement:
+    def placement(self) -> PlacementReport:
         """Which rank holds which expert, and which should, when the step under way is done."""
         self._check_open()
         reports = self._thread.call(self._supervisor.reports())
         newest = max((report for _, report in reports), key=lambda report: report.generation, default=None)
         ranks = tuple(worker.handle.where for worker, _ in reports)
-        return Placement(
+        return PlacementReport(
             generation=self._supervisor.group.generation,
             ranks=ranks,
             layers=() if newest is None else newest.layers,
             placement_generation=-1 if newest is None else newest.placement,
-            to_move=0 if newest is None else newest.to_move,
+            pending_migrations=0 if newest is None else newest.pending_migrations,
         )
 
     def explain(self) -> Explanation:
@@ -358,11 +358,11 @@ class Cluster:
         """
         self._thread.call(self._steering().freeze(False))
 
-    def _steering(self) -> Steering:
+    def _steering(self) -> ControllerClient:
         self._check_open()
-        if self._supervisor.steering is None:
+        if self._supervisor.controller_client is None:
             raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")
-        return self._supervisor.steering
+        return self._supervisor.controller_client
 
     def scale(self, ranks: int) -> None:
         """Change the number of ranks while requests go on; returns when that many serve.

@@ -18,12 +18,12 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import ClusterError, raised_anew
-from cluster.messages import Loaded
+from cluster.messages.rank import Loaded
+from epslots.engine.end_tokens import tokenizer_end_tokens
+from epslots.engine.requests import Reason, Request
+from epslots.engine.sampling import Sampling
+from epslots.engine.text import TextStream, encode_prompt, stop_strings
 from epslots.errors import ConfigError, shown
-from epslots.generation.end_tokens import tokenizer_end_tokens
-from epslots.generation.requests import Reason, Request
-from epslots.generation.sampling import Sampling
-from epslots.generation.text import TextStream, encode_prompt, stop_strings
 
 _ALL = 2**31  # more tokens than any vocabulary has, and still a number that messages carry
 _MOST_NEW_TOKENS = 2**63 - 1

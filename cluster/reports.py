@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.messages import LayerPlace, Report
-from cluster.steering import ControllerStats
-from cluster.workers import Worker
+from cluster.driver.controller_client import ControllerStats
+from cluster.driver.workers import LiveWorker
+from cluster.messages.rank import LayerPlace, RankReport
 from epslots.telemetry import Stats
 
 
@@ -38,7 +38,7 @@ class ClusterStats:
     Attributes:
         generation: number of the group; it grows with every loss and every join.
         queued: requests that wait for a rank with room.
-        total: sums over ranks (``slots`` too; ``steps`` and ``waves`` are the largest).
+        total: sums over ranks (``slots`` too; ``steps`` and ``passes`` are the largest).
         controller: None if there is to be none (``window_steps=0``).
         missing: what keeps wanted ranks from serving, and what is done about it, for people; empty if all serve.
     """
@@ -52,24 +52,24 @@ class ClusterStats:
 
 
 @dataclass(frozen=True)
-class Placement:
+class PlacementReport:
     """Which rank holds which expert and which should, and where ranks are.
 
     Attributes:
         generation: number of the group.
         ranks: node and process of each.
         placement_generation: of the placement that the ranks follow; 0 = as dealt at the start.
-        to_move: copies and slots that all ranks together have yet to move to get there.
+        pending_migrations: copies and slots that all ranks together have yet to move to get there.
     """
 
     generation: int
     ranks: tuple[str, ...]
     layers: tuple[LayerPlace, ...]
     placement_generation: int
-    to_move: int
+    pending_migrations: int
 
 
-def rank_stats(worker: Worker, report: Report, requests: int) -> RankStats:
+def rank_stats(worker: LiveWorker, report: RankReport, requests: int) -> RankStats:
     """One rank's counters, from its report."""
     return RankStats(
         rank=worker.rank,

@@ -10,6 +10,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from epslots._version import __version__ as __version__
 from epslots.cpu_threads import limit_spinning
 
 if TYPE_CHECKING:
@@ -23,17 +24,16 @@ if TYPE_CHECKING:
         GroupError,
         PeerLost,
         RankMismatchError,
-        StaleGeneration,
+        StaleEpoch,
         StoreError,
         UnsupportedModelError,
     )
-    from epslots.group.ranks import keep_in_step
+    from epslots.group.join import sync_ranks
     from epslots.loading import load
+    from epslots.planner.cost_model import Costs
     from epslots.runtime import stats, verify
-    from epslots.step.costs import Costs
     from epslots.trace import Trace, record_trace
 
-__version__ = "0.1.0"
 
 limit_spinning(os.environ)  # here, because torch's threads read it when torch is imported
 
@@ -48,21 +48,21 @@ __all__ = [
     "GroupError",
     "PeerLost",
     "RankMismatchError",
-    "StaleGeneration",
+    "StaleEpoch",
     "StoreError",
     "Trace",
     "UnsupportedModelError",
-    "keep_in_step",
     "load",
     "record_trace",
     "stats",
+    "sync_ranks",
     "verify",
 ]
 
 _HOME = {
-    "Costs": "step.costs",
+    "Costs": "planner.cost_model",
     "Trace": "trace",
-    "keep_in_step": "group.ranks",
+    "sync_ranks": "group.join",
     "load": "loading",
     "record_trace": "trace",
     "stats": "runtime",

@@ -11,7 +11,7 @@
         ├── RankMismatchError  they were started with different checkpoints, versions or settings
         ├── PeerLost           one of them is gone, or didn't answer within the deadline
         ├── StepFailed         this rank's own part of a step failed between its exchanges
-        ├── StaleGeneration    one of them belongs to an older process group
+        ├── StaleEpoch    one of them belongs to an older process group
         └── ExchangeError      they disagree about what is exchanged, or about who holds which expert
 
 Every message says what was given and what is allowed, so that the command line can print it alone.
@@ -86,7 +86,7 @@ class StepFailed(GroupError):
         self.computing = computing
 
 
-class StaleGeneration(GroupError):
+class StaleEpoch(GroupError):
     """A rank belongs to an older generation of the process group."""
 
 

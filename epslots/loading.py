@@ -22,15 +22,18 @@ import xxhash
 from torch import nn
 from transformers import PreTrainedModel
 
+from epslots.cache.copy_engine import make_copy_engine
+from epslots.cache.expert_loader import ExpertLoader
+from epslots.cache.host_store import HostStore, Manifest, StoreShape
+from epslots.cache.node_store import check_room, open_node_store, resolve_store_kind
+from epslots.cache.pinning import pin_store
+from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_beside
 from epslots.devices import memory_limit, resolve_device
 from epslots.errors import ConfigError, UnsupportedModelError
-from epslots.group.ranks import announce_failure, compute_on_host, group_up, place_alone, ranks_here
+from epslots.group.join import announce_failure, compute_on_host, group_up, place_alone, ranks_here
 from epslots.host_limits import total_memory
-from epslots.layer.host_compute import HostExperts
-from epslots.layer.kernel import ExpertKernel
-from epslots.layer.moe_layer import MoELayer
-from epslots.layer.slot_experts import SlotExperts
+from epslots.layout import LayerSpec, RecordLayout
 from epslots.models.batch_invariance import is_batch_invariant, make_batch_invariant
 from epslots.models.checkpoint import Checkpoint, CheckpointSource
 from epslots.models.expert_reader import ExpertReader, pack_layers
@@ -38,21 +41,18 @@ from epslots.models.experts import RUNNER, experts_modules
 from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.models.model_shape import shape_of_model
 from epslots.models.opening import load_dense, open_model
+from epslots.moe.cpu_experts import CpuExperts
+from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.moe.moe_layer import MoELayer
+from epslots.moe.slot_experts import SlotExperts
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
-from epslots.prediction.foresight import equip, planned_bytes
+from epslots.planner.cache_policy import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
+from epslots.planner.cost_model import Costs
+from epslots.prefetch.setup import attach_prefetchers, planned_bytes
 from epslots.private_files import default_cache_dir
 from epslots.progress import ProgressDisplay
-from epslots.records import LayerSpec, RecordLayout
 from epslots.runtime import Runtime, attach, runtime_of
-from epslots.slots.fetch import Mover
-from epslots.slots.link import make_link
-from epslots.slots.slot_pool import SlotPool
-from epslots.step.costs import Costs
-from epslots.step.eviction import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
-from epslots.store.host_store import HostStore, Manifest, StoreShape
-from epslots.store.node_store import check_room, open_node_store, resolve_store_kind
-from epslots.store.pinning import pin_store
 from epslots.telemetry import Telemetry
 from epslots.transport.rendezvous import find_transport
 from epslots.transport.transport import Transport
@@ -101,7 +101,7 @@ def load(
 
     With several ranks, each calls this; they become one model, whose experts are spread over all ranks' slots. Dense weights
     are on every rank, batches are each rank's own, and every forward pass is a step that all ranks make together
-    (``keep_in_step`` and ``generate(synced_gpus=True)`` see to that).
+    (``sync_ranks`` and ``generate(synced_gpus=True)`` see to that).
 
     Args:
         path_or_id: a checkpoint folder with safetensors, or a hub id.
@@ -234,7 +234,7 @@ def shared_settings(model: PreTrainedModel, policy: str | Policy) -> dict[str, s
         "predictions": runtime.foresight.settings,
         "host_compute": str(runtime.host_compute),
         "batch_invariant": str(is_batch_invariant(model)),
-        "fetches": "meanwhile" if any(mover.link.concurrent for mover in runtime.movers) else "at once",
+        "fetches": "meanwhile" if any(loader.link.concurrent for loader in runtime.movers) else "at once",
     }
 
 
@@ -326,7 +326,7 @@ def load_alone(
     if batch_invariant:
         make_batch_invariant(model)
     runtime = _build_runtime(model, checkpoint.content, layers, plan, store, policy_function, target, link)
-    foresight, told = equip(
+    foresight, told = attach_prefetchers(
         model, runtime.runners, checkpoint.folder, prefetch=ahead, predictor=predictor, execute_predicted=execute_predicted
     )
     attach(model, replace(runtime, foresight=foresight, predictor=told, host_compute=on_host))
@@ -392,13 +392,13 @@ def _build_runtime(
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
     largest = 0 if store.pinned else max(layer.record.nbytes for layer in layers)
-    link = make_link(link_setting, device, staging_bytes=largest)
+    link = make_copy_engine(link_setting, device, staging_bytes=largest)
     movers, runners = [], {}
     for indices in members.values():
         pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device)
-        mover = Mover(pool, store, link, tuple(indices), telemetry)
+        loader = ExpertLoader(pool, store, link, tuple(indices), telemetry)
         history = UseHistory.empty(len(indices), max(layers[i].num_experts for i in indices))
-        movers.append(mover)
+        movers.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
             identity = bool(getattr(modules[index], "zero_expert_num", 0))
@@ -408,10 +408,10 @@ def _build_runtime(
                     index=index,
                     pool_layer=position,
                     num_experts=experts,
-                    kernel=ExpertKernel(modules[index], pool.weights(position), batch_invariant=batch_invariant),
-                    mover=mover,
+                    kernel=GroupedGemm(modules[index], pool.weights(position), batch_invariant=batch_invariant),
+                    loader=loader,
                     telemetry=telemetry,
-                    host=HostExperts(modules[index], store, index, device, batch_invariant=batch_invariant),
+                    host=CpuExperts(modules[index], store, index, device, batch_invariant=batch_invariant),
                     identity=identity,
                 ),
                 identity=identity,

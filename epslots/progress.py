@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from epslots.records import Progress as Advance
+from epslots.layout import Progress as Advance
 from epslots.streams import is_terminal
 
 Tell = Callable[[str, int, int], None]

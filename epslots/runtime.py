@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from epslots.arrays import IntArray
+from epslots.cache.expert_loader import ExpertLoader
+from epslots.cache.host_store import HostStore
+from epslots.cache.slot_pool import SlotPool
 from epslots.errors import ConfigError, CorruptExpertError
-from epslots.layer.look_ahead import Foresight, Predicts
-from epslots.layer.moe_layer import MoELayer
+from epslots.layout import LayerSpec
 from epslots.models.memory_plan import MemoryPlan
+from epslots.moe.moe_layer import MoELayer
+from epslots.moe.prefetcher import PrefetchConfig, UsagePredictor
 from epslots.progress import ProgressDisplay
-from epslots.records import LayerSpec
-from epslots.slots.fetch import Mover
-from epslots.slots.slot_pool import SlotPool
-from epslots.step.eviction import IntArray
-from epslots.store.host_store import HostStore
 from epslots.telemetry import Stats, Telemetry
 
 _ATTRIBUTE = "epslots_runtime"
@@ -35,18 +35,18 @@ class Runtime:
     layers: tuple[LayerSpec, ...]
     plan: MemoryPlan
     store: HostStore
-    movers: tuple[Mover, ...]
+    movers: tuple[ExpertLoader, ...]
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
-    foresight: Foresight = field(default_factory=Foresight)
-    predictor: Predicts | None = None
+    foresight: PrefetchConfig = field(default_factory=PrefetchConfig)
+    predictor: UsagePredictor | None = None
     host_compute: bool = False
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
         """The pool of a layer, and the layer's number within it."""
-        for mover in self.movers:
-            if index in mover.store_layers:
-                return mover.pool, mover.store_layers.index(index)
+        for loader in self.movers:
+            if index in loader.store_layers:
+                return loader.pool, loader.store_layers.index(index)
         raise IndexError(f"layer {index}: there are {len(self.layers)}")
 
     def complete_layers(self) -> dict[int, IntArray]:
@@ -56,22 +56,22 @@ class Runtime:
 
     def divide(self, quotas: Sequence[int]) -> None:
         """Give each layer another number of slots, of the same sum in every pool. What is in them is lost, unless all stay."""
-        for mover in self.movers:
-            of_pool = [quotas[index] for index in mover.store_layers]
-            if list(mover.pool.quotas) != of_pool:
-                mover.land_all()
-                mover.pool.divide(of_pool)
-                for index in mover.store_layers:
+        for loader in self.movers:
+            of_pool = [quotas[index] for index in loader.store_layers]
+            if list(loader.pool.quotas) != of_pool:
+                loader.land_all()
+                loader.pool.divide(of_pool)
+                for index in loader.store_layers:
                     self.runners[index].experts.use_window()
 
     def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
         """Load these experts of each layer into its first slots, which are empty."""
         size = {i: self.layers[i].layout.nbytes for i in experts}
         with display("loading experts into slots", sum(len(e) * size[i] for i, e in experts.items())) as advance:
-            for mover in self.movers:
-                for position, index in enumerate(mover.store_layers):
+            for loader in self.movers:
+                for position, index in enumerate(loader.store_layers):
                     if index in experts:
-                        mover.fill(position, experts[index])
+                        loader.fill(position, experts[index])
                         advance(len(experts[index]) * size[index])
 
     def check_integrity(self) -> None:
@@ -80,9 +80,9 @@ class Runtime:
         Raises:
             AssertionError: naming what disagrees. It is a bug of ours.
         """
-        for mover in self.movers:
-            mover.pool.check_integrity()
-            mover.check_content()
+        for loader in self.movers:
+            loader.pool.check_integrity()
+            loader.check_content()
 
 
 def attach(model: nn.Module, runtime: Runtime) -> None:
@@ -102,7 +102,7 @@ def runtime_of(model: nn.Module) -> Runtime:
     return runtime
 
 
-def predictor_of(model: nn.Module) -> Predicts | None:
+def predictor_of(model: nn.Module) -> UsagePredictor | None:
     """What a model's layers look ahead by; None where they don't, and for models that ``epslots.load`` didn't return."""
     runtime = getattr(model, _ATTRIBUTE, None)
     return runtime.predictor if isinstance(runtime, Runtime) else None

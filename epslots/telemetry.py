@@ -14,11 +14,10 @@ import msgspec
 import numpy as np
 import torch
 
-from epslots.placement.windows import Window
-from epslots.records import LayerSpec
-from epslots.step.eviction import IntArray
-from epslots.step.residency import BoolArray
-from epslots.step.reuse import count_distances
+from epslots.arrays import BoolArray, IntArray
+from epslots.layout import LayerSpec
+from epslots.load_window import LoadWindow
+from epslots.planner.reuse_distance import count_distances
 
 
 class LayerStats(msgspec.Struct, frozen=True):
@@ -31,7 +30,7 @@ class LayerStats(msgspec.Struct, frozen=True):
         steps: forward passes with at least one token, on whichever rank.
         hits: uses that found the expert in a slot.
         misses: uses that had to fetch it first.
-        waves: passes over part of the layer's experts; equal to ``steps`` when the slots suffice.
+        passes: passes over part of the layer's experts; equal to ``steps`` when the slots suffice.
         hosted: misses that weren't fetched, but computed by the host's CPU.
         evictions: experts that gave way to a fetch.
         host_bytes: bytes fetched from the host store, first filling included.
@@ -55,7 +54,7 @@ class LayerStats(msgspec.Struct, frozen=True):
     steps: int
     hits: int
     misses: int
-    waves: int
+    passes: int
     hosted: int
     evictions: int
     host_bytes: int
@@ -112,7 +111,7 @@ class Stats(msgspec.Struct, frozen=True):
 # Fields of LayerStats that tell of the layer; all others are counters.
 _OF_THE_LAYER = {"layer", "num_experts", "slots", "tokens_per_expert"}
 # All ranks of a group make the same steps: these don't add up. Fields that differ on no rank stay as they are.
-_LARGEST_OF_RANKS = {"steps", "waves"}
+_LARGEST_OF_RANKS = {"steps", "passes"}
 _SAME_ON_RANKS = {"layer", "num_experts"}
 COUNTERS: dict[str, float] = {
     field.name: field.type() for field in msgspec.structs.fields(LayerStats) if field.name not in _OF_THE_LAYER
@@ -121,7 +120,7 @@ COUNTERS: dict[str, float] = {
 
 
 def sum_over_ranks(stats: Sequence[Stats]) -> Stats:
-    """The sums of all ranks' counters, layer by layer; of ``steps`` and ``waves`` the largest."""
+    """The sums of all ranks' counters, layer by layer; of ``steps`` and ``passes`` the largest."""
     return Stats(tuple(map(_sum_layer, zip(*(rank.layers for rank in stats), strict=True))))
 
 
@@ -169,25 +168,25 @@ class Telemetry:
         self._device_use[layer].add_(torch.count_nonzero(counts[:-1]))
         own = self._counts[layer]
         own["steps"] += 1
-        own["waves"] += 1
+        own["passes"] += 1
 
     def count_device(self, layer: int, *, steps: int, misses: int) -> None:
         """What a device did by itself: steps that were replayed without the host, and misses among the uses of
         ``count_resident``, which takes all for hits.
         """
-        self.count(layer, steps=steps, waves=steps, hits=-misses, misses=misses)
+        self.count(layer, steps=steps, passes=steps, hits=-misses, misses=misses)
 
-    def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, waves: int) -> None:
+    def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, passes: int) -> None:
         """A step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
         self._tokens[layer, : len(counts)] += counts
-        self.count(layer, steps=1, hits=hits, misses=misses, waves=waves)
+        self.count(layer, steps=1, hits=hits, misses=misses, passes=passes)
 
     def count_uses(self, layer: int, used_E: BoolArray) -> None:
         """The experts that a step uses on whichever rank. Layers that miss nothing on any rank don't say."""
         self._uses[layer, : len(used_E)] += used_E
 
     def count_reuse(self, layer: int, distances: IntArray) -> None:
-        """Stack distances of some step's uses (``reuse.py``)."""
+        """Stack distances of some step's uses (``reuse_distance.py``)."""
         count_distances(self._reuse[layer], distances)
 
     def set_slots(self, layer: int, slots: int) -> None:
@@ -226,12 +225,12 @@ class Telemetry:
 
 
 # Counters of each layer that a window has.
-_OF_WINDOWS = [name for name in Window.__struct_fields__ if name in COUNTERS.keys() - {"steps"}]
+_OF_WINDOWS = [name for name in LoadWindow.__struct_fields__ if name in COUNTERS.keys() - {"steps"}]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Counters since loading: arrays in the order of a ``Window``'s fields, the others by name and layer."""
+    """Counters since loading: arrays in the order of a ``LoadWindow``'s fields, the others by name and layer."""
 
     steps: int
     arrays: tuple[IntArray, ...]
@@ -245,7 +244,7 @@ class WindowMeter:
         self._telemetry = telemetry
         self._last = telemetry.totals()
 
-    def cut(self, seconds: float) -> Window:
+    def cut(self, seconds: float) -> LoadWindow:
         """What was counted since the last cut, which was so long ago."""
         last, self._last = self._last, self._telemetry.totals()
         now = self._last
@@ -255,4 +254,4 @@ class WindowMeter:
         }
         # A prefetch of the last window may have been given up in this one.
         counts["host_bytes"] = tuple(max(0, more) for more in counts["host_bytes"])
-        return Window(steps=now.steps - last.steps, seconds=seconds, tokens=tokens, uses=uses, reuse=reuse, **counts)
+        return LoadWindow(steps=now.steps - last.steps, seconds=seconds, tokens=tokens, uses=uses, reuse=reuse, **counts)

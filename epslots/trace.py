@@ -26,7 +26,7 @@ from epslots.errors import ConfigError
 from epslots.models.experts import experts_modules
 from epslots.npz import read_arrays
 from epslots.placement.placement import check_size
-from epslots.prediction.routers import Router, find_routers
+from epslots.prefetch.routers import Router, find_routers
 from epslots.runtime import Runtime, runtime_of
 
 MOST_EXPERTS = 2**15  # of a layer: ids are int16

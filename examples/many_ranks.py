@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 examples/many_ranks.py --model ./Qwen3-30B-A3B --slots 25%
 
 Every rank calls ``epslots.load``; torchrun's environment says that there are others. From then on each forward pass is a step
-that all ranks make together, so none may be alone in one: ``keep_in_step`` lets those that are done go on without tokens.
+that all ranks make together, so none may be alone in one: ``sync_ranks`` lets those that are done go on without tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     costs = LARGE_EXPERTS if arguments.model == str(example_model()) else None
     model = epslots.load(arguments.model, slots=arguments.slots, costs=costs)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    with epslots.keep_in_step(model):
+    with epslots.sync_ranks(model):
         for prompt in PROMPTS[rank::ranks]:  # on some ranks more than on others
             inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
             tokens = model.generate(**inputs, max_new_tokens=arguments.new_tokens, do_sample=False)

@@ -19,7 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 import epslots.loading  # noqa: F401 - and with it all that is compiled
 from epslots.compiled import prepare
-from tests.zoo import KNOWN_WARNINGS, make_checkpoint
+from tests.support.zoo import KNOWN_WARNINGS, make_checkpoint
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

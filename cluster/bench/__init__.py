@@ -1,0 +1,1 @@
+"""Benchmarks of a cluster: start, throughput, recovery, soak."""

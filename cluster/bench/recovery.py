@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster.bench.common import RANKS, compare, open_cluster, pids, prompts
 from cluster.generation import Generation
-from epslots.bench.report import Report, spread
+from epslots.bench.report import BenchReport, spread
 
 _REQUESTS = 16
 _NEW_TOKENS = 200
@@ -23,7 +23,7 @@ _PIECES_BEFORE = 20
 """Pieces of text of every request that are there when the rank is killed."""
 
 
-def bench_recovery(report: Report, cache_dir: Path, *, rounds: int = 10) -> None:
+def bench_recovery(report: BenchReport, cache_dir: Path, *, rounds: int = 10) -> None:
     """``rounds`` kills, of the ranks in turn; before each, the rank that was killed last has been replaced."""
     settings = {"max_new_tokens": _NEW_TOKENS, "stop_tokens": ()}
     any_s, every_s, joined_s, pause_s, lost, differing = [], [], [], [], 0, 0

@@ -18,7 +18,7 @@ from cluster.api import Cluster
 from cluster.bench.common import open_cluster, pids, prompts
 from cluster.errors import ClusterError
 from cluster.generation import Result
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
 
 _MOST_RANKS = 3
 _TEXTS = 24
@@ -42,7 +42,7 @@ class _Tally:
     levels: list[dict[str, float]] = field(default_factory=list)
 
 
-def bench_soak(report: Report, cache_dir: Path, *, minutes: float = 10.0, seed: int = 0) -> None:
+def bench_soak(report: BenchReport, cache_dir: Path, *, minutes: float = 10.0, seed: int = 0) -> None:
     """Everything at once for ``minutes``. Every text is compared with that of an undisturbed run."""
     chance = random.Random(seed)
     memory_before = _shared_memory()

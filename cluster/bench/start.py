@@ -8,12 +8,12 @@ from pathlib import Path
 import psutil
 
 from cluster.bench.common import RANKS, open_cluster, pids, prompts
-from epslots.bench.report import Report, spread
+from epslots.bench.report import BenchReport, spread
 
 _IDLE_S = 10.0
 
 
-def bench_start(report: Report, cache_dir: Path, *, rounds: int = 5) -> None:
+def bench_start(report: BenchReport, cache_dir: Path, *, rounds: int = 5) -> None:
     """The first start builds the host store and isn't counted; then ``rounds`` starts, each with one token and a close."""
     stages: dict[str, list[float]] = {}
     idle: list[dict[str, float | str]] = []

@@ -15,11 +15,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 import epslots
 from cluster.bench.common import RANKS, SETTINGS, open_cluster, prompts
 from epslots.bench.processes import run_ranks
-from epslots.bench.report import Report, ratio_of_rounds, spread
+from epslots.bench.report import BenchReport, ratio_of_rounds, spread
+from epslots.engine.engine import Engine
+from epslots.engine.requests import Request
+from epslots.engine.text import load_tokenizer
 from epslots.example import example_model
-from epslots.generation.engine import Engine
-from epslots.generation.requests import Request
-from epslots.generation.text import load_tokenizer
 from epslots.transport.torch_transport import TorchTransport
 
 _PROMPTS = 64
@@ -28,7 +28,7 @@ _WARM_UP = 1
 _FOR_EVER = timedelta(hours=2)
 
 
-def bench_throughput(report: Report, cache_dir: Path, *, rounds: int = 7) -> None:
+def bench_throughput(report: BenchReport, cache_dir: Path, *, rounds: int = 7) -> None:
     """64 prompts on two ranks, in turn on a cluster and in a bare loop. The tokens must be the same."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_FOR_EVER)
     bare = threading.Thread(target=run_ranks, args=(_bare, RANKS, store.port, rounds + _WARM_UP, str(cache_dir)), daemon=True)

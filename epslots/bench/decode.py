@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import epslots
 from epslots.bench.models import random_config
-from epslots.bench.report import Report, alternate, median
-from epslots.generation.decode_graph import DecodeGraph, kernels_for
-from epslots.generation.device_slots import DeviceSlots, Missing
+from epslots.bench.report import BenchReport, alternate, median
+from epslots.cache.host_store import HostStore
+from epslots.cuda_graph.decode_graph import DecodeGraph, kernels_for
+from epslots.cuda_graph.device_slots import DeviceSlots, Missing
 from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
-from epslots.store.host_store import HostStore
 
 SHARES = ("25%", "50%", "75%", "100%")
 PROMPT = 32
@@ -48,7 +48,7 @@ def shape_for(device: torch.device, layers: int = 48) -> Qwen3MoeConfig:
 
 
 def bench_decode(
-    report: Report, cache_dir: Path, device: torch.device, *, rounds: int = 3, new_tokens: int = 48, layers: int = 48
+    report: BenchReport, cache_dir: Path, device: torch.device, *, rounds: int = 3, new_tokens: int = 48, layers: int = 48
 ) -> None:
     """Tokens a second of batch 1 and 4, and the speed of copies into slots against the link's ceiling, all in bf16.
 
@@ -245,19 +245,19 @@ def _plain_rows(
 
 def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -> list[dict[str, Any]]:
     """Records into slots by the device's kernel and by plain copies, against one large copy of pinned memory: GB/s."""
-    mover = runtime_of(model).movers[0]
-    pool = mover.pool
+    loader = runtime_of(model).movers[0]
+    pool = loader.pool
     count = min(TIMED_RECORDS, pool.quotas[0])
-    mover.land_all()
+    loader.land_all()
     pool.vacate(0, pool.expert_of[pool.window(0)].copy())
     pool.publish(0)
-    kernels = kernels_for(mover)
-    layer = DeviceSlots(mover, kernels, count).layers[0]
+    kernels = kernels_for(loader)
+    layer = DeviceSlots(loader, kernels, count).layers[0]
     number = torch.arange(count, device=device)
     missing = Missing(number, number, torch.tensor([count], device=device))
     source = torch.empty(count * pool.layout.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(source, device=device)
-    records = [mover.store.record(mover.store_layers[0], expert) for expert in range(count)]
+    records = [loader.store.record(loader.store_layers[0], expert) for expert in range(count)]
 
     def one_by_one() -> None:
         for slot, record in enumerate(records):

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoTokenizer
 
 import epslots
+from epslots.arrays import IntArray
 from epslots.example import example_model
 from epslots.progress import ProgressDisplay
-from epslots.step.eviction import IntArray
 
 TOKENS = 192  # of each sequence
 BATCH = 16

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from epslots.arrays import FloatArray, IntArray
 from epslots.errors import ConfigError
-from epslots.placement.balance import FloatArray
-from epslots.step.eviction import IntArray
 
 
 def eplb(tokens_LE: IntArray | FloatArray, ranks: int, slots: int, groups: int = 1, nodes: int = 1) -> IntArray:

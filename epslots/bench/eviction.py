@@ -1,6 +1,7 @@
 """Eviction policies alone, without prefetch: hits as a share of Belady's optimum, over models, texts and made-up traffic.
 
-Caches are replayed (``replay.py``) by the very policies that the model runs. The example model has learned its routing from
+Caches are replayed (``cache_replay.py``) by the very policies that the model runs. The example model has learned its
+routing from
 text; other families and sizes have random weights, and route by the token at hand. Made-up traffic is what single reasons for
 reuse look like when nothing else is mixed in.
 """
@@ -20,15 +21,16 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 import epslots
+from epslots.arrays import IntArray
 from epslots.bench.drift import kinds_of_text
 from epslots.bench.made_up import DRAWN, PATTERNS
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
 from epslots.counting import counting
 from epslots.example import example_model
-from epslots.placement.lanes import deal_once
-from epslots.simulation.replay import belady, replay, steps_of
-from epslots.step.eviction import POLICIES, IntArray
+from epslots.planner.cache_policy import POLICIES
+from epslots.simulation.cache_replay import belady, replay, steps_of
+from epslots.simulation.lanes import deal_once
 from epslots.trace import Trace
 
 SHARES = (0.125, 0.25, 0.5)
@@ -58,7 +60,7 @@ class Question:
     num_experts_L: IntArray
 
 
-def bench_eviction(report: Report, cache_dir: Path, *, steps: int = 2000, passages: int = 24) -> None:
+def bench_eviction(report: BenchReport, cache_dir: Path, *, steps: int = 2000, passages: int = 24) -> None:
     """A row for each trace, batch and share of slots; then means over kinds of traffic, and the worst of each.
 
     Args:

@@ -12,16 +12,15 @@ import torch
 import torch.distributed as dist
 
 import epslots
+from epslots.arrays import BoolArray, IntArray
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
-from epslots.bench.report import Report, alternate, median, ratio_of_rounds, spread
+from epslots.bench.report import BenchReport, alternate, median, ratio_of_rounds, spread
 from epslots.group.rank_group import group_of
 from epslots.placement.placement import default_homes
+from epslots.planner.assignment import assign
+from epslots.planner.layer_planner import LayerPlanner
 from epslots.runtime import runtime_of
-from epslots.step.assignment import assign
-from epslots.step.eviction import IntArray
-from epslots.step.residency import BoolArray
-from epslots.step.shared_layer import SharedLayer
 from epslots.transport.torch_transport import TorchTransport
 
 TOP_K = 4
@@ -30,7 +29,7 @@ EXPERTS = 32
 LARGE = msgspec.structs.replace(LARGE_EXPERTS, host_fetch=188_000)
 
 
-def bench_exchange(report: Report, cache_dir: Path, *, rounds: int = 300) -> None:
+def bench_exchange(report: BenchReport, cache_dir: Path, *, rounds: int = 300) -> None:
     """Two gloo ranks, every expert resident on one of them; then the plan alone, for larger groups."""
     config = random_config(layers=2, hidden=1024, experts=EXPERTS, top_k=TOP_K, width=64)
     with random_checkpoint(config, torch.float32) as folder:
@@ -70,14 +69,14 @@ def _exchange_of_a_layer(transport: TorchTransport, folder: str, cache_dir: str,
             weights = torch.rand(tokens, TOP_K)
             lockstep, live = group.lockstep, group.shared.layers[0]
             # A plan enters its outcome, so it is timed on a copy.
-            shared = SharedLayer(transport.rank, live.holds_RE.copy(), live.quota_R, live.home_E, costs)
+            shared = LayerPlanner(transport.rank, live.holds_RE.copy(), live.quota_R, live.home_E, costs)
             counts_RE = _counts(transport, index)
 
             def ours(layer: Any = runner, lockstep: Any = lockstep, batch: Any = (hidden, index, weights)) -> None:
                 lockstep._layer = 0  # a layer by itself, without a step's header
                 layer(*batch)
 
-            def plan(shared: SharedLayer = shared, counts: IntArray = counts_RE) -> None:
+            def plan(shared: LayerPlanner = shared, counts: IntArray = counts_RE) -> None:
                 shared.plan(counts, np.zeros(EXPERTS, np.int64))
 
             lockstep.begin()
@@ -103,12 +102,12 @@ def _counts(transport: TorchTransport, index: torch.Tensor) -> IntArray:
     return transport.to_host(transport.all_gather(mine)).astype(np.int64)
 
 
-def _bare_collectives(way: str, shared: SharedLayer, counts_RE: IntArray, tokens: int) -> Callable[[], object]:
+def _bare_collectives(way: str, shared: LayerPlanner, counts_RE: IntArray, tokens: int) -> Callable[[], object]:
     """The same counts and rows through torch.distributed, into buffers made once; without what else ranks tell each other."""
     group = dist.group.WORLD
     assert group is not None
     plan = shared.plan(counts_RE, np.zeros(EXPERTS, np.int64))
-    send, receive = plan.route.send_DO.sum(1).tolist(), plan.route.receive_SC.sum(1).tolist()
+    send, receive = plan.splits.send_DO.sum(1).tolist(), plan.splits.receive_SC.sum(1).tolist()
     row = torch.zeros(EXPERTS + 4, dtype=torch.int32)
     rows = torch.zeros(2 * len(row), dtype=torch.int32)
     out, there = torch.zeros(sum(send), 1024), torch.zeros(sum(receive), 1024)
@@ -150,7 +149,7 @@ def plan_times(rounds: int) -> list[dict[str, Any]]:
                 homes: IntArray = homes,
                 score: IntArray = score,
             ) -> None:
-                shared = SharedLayer(0, holds.copy(), quota_R, homes, LARGE)
+                shared = LayerPlanner(0, holds.copy(), quota_R, homes, LARGE)
                 shared.plan(counts, score)
 
             fetches = len(assign(counts, holds, quota_R, homes, LARGE).fetch_ranks)

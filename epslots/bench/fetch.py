@@ -11,12 +11,12 @@ import torch
 
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import Report, alternate, median, ratio_of_rounds
-from epslots.layer.host_compute import HostExperts
+from epslots.bench.report import BenchReport, alternate, median, ratio_of_rounds
+from epslots.cache.unpacking import Unpacker
+from epslots.layout import LayerSpec, PackedLayout, PackedPart, RecordLayout
 from epslots.models.experts import experts_modules
-from epslots.records import LayerSpec, PackedLayout, PackedPart, RecordLayout
+from epslots.moe.cpu_experts import CpuExperts
 from epslots.runtime import Runtime, runtime_of
-from epslots.store.packed_records import Unpacker
 
 LAYERS, EXPERTS, SLOTS, TOP_K = 4, 64, 8, 4
 HIDDEN, WIDTH = 1024, 768
@@ -27,7 +27,7 @@ TOKENS = (1, 4, 16, 64, 256)
 COLD_RECORDS = 16
 
 
-def bench_fetch(report: Report, cache_dir: Path, device: torch.device, *, rounds: int = 300) -> None:
+def bench_fetch(report: BenchReport, cache_dir: Path, device: torch.device, *, rounds: int = 300) -> None:
     """Fetches of 4.5 MiB experts, each into a slot that another gives up, and copies between equal buffers in turn.
 
     On CUDA the plain copy is from pinned memory, which is the ceiling of the link.
@@ -43,8 +43,8 @@ def bench_fetch(report: Report, cache_dir: Path, device: torch.device, *, rounds
 
 
 def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, Any]:
-    mover = runtime.movers[0]
-    pool = mover.pool
+    loader = runtime.movers[0]
+    pool = loader.pool
     size = pool.layout.nbytes
     source = torch.empty(LAYERS * EXPERTS, size, dtype=torch.uint8, pin_memory=device.type == "cuda").random_()
     target = torch.empty(LAYERS * SLOTS, size, dtype=torch.uint8, device=device)
@@ -55,7 +55,7 @@ def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, A
         layer, expert = number % LAYERS, np.array([number // LAYERS % EXPERTS])
         slot = np.array([pool.window(layer).start + number // LAYERS % SLOTS])
         if pool.slot_of[layer, expert[0]] < 0:
-            mover.fetch(layer, expert, slot, pool.expert_of[slot].copy())
+            loader.fetch(layer, expert, slot, pool.expert_of[slot].copy())
 
     def copy() -> None:
         number = next(plain_turn)
@@ -123,9 +123,9 @@ def _forms(device: torch.device, rounds: int) -> list[dict[str, Any]]:
 
 def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """A fetch and a pass through the slot, against the host's CPU on the record itself; by the tokens that want the expert."""
-    mover, runner = runtime.movers[0], runtime.runners[0]
-    pool, kernel = mover.pool, runner.experts.kernel
-    host = HostExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
+    loader, runner = runtime.movers[0], runtime.runners[0]
+    pool, kernel = loader.pool, runner.experts.kernel
+    host = CpuExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
     put, window = Unpacker(runtime.layers[0]), pool.window(0)
     rows_out = []
     for tokens in TOKENS:

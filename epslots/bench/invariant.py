@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import Report, alternate, median, ratio_of_rounds
+from epslots.bench.report import BenchReport, alternate, median, ratio_of_rounds
+from epslots.engine.engine import Engine
+from epslots.engine.requests import Request
 from epslots.example import example_model
-from epslots.generation.engine import Engine
-from epslots.generation.requests import Request
 
 PROMPT_TOKENS = 256
 # Tokens of the prompts that decoding follows.
@@ -23,7 +23,7 @@ PAST_TOKENS = 100
 BATCHES = (1, 8, 32)
 
 
-def bench_invariant(report: Report, cache_dir: Path, *, rounds: int = 20) -> None:
+def bench_invariant(report: BenchReport, cache_dir: Path, *, rounds: int = 20) -> None:
     """Steps that decode 1, 8 and 32 requests, and that compute a prompt of 256 tokens; two models in two dtypes."""
     large = random_config(layers=4, hidden=1024, experts=32, top_k=4, width=768)
     with torch.no_grad(), random_checkpoint(large, torch.bfloat16) as folder:

@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
+from epslots.engine.engine import Engine
+from epslots.engine.requests import Request
 from epslots.example import example_model
 from epslots.example_text import library_texts
-from epslots.generation.engine import Engine
-from epslots.generation.requests import Request
 from epslots.progress import ProgressDisplay
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -150,7 +150,7 @@ def turn(rows: Sequence[Mapping[str, Any]]) -> int | None:
     return turned
 
 
-def bench_latency(report: Report, cache_dir: Path, *, rounds: int = 3, steps: int = 60) -> None:
+def bench_latency(report: BenchReport, cache_dir: Path, *, rounds: int = 3, steps: int = 60) -> None:
     """The trained example on code that it has never seen, and a larger random model on random tokens; shares in turn.
 
     Raises:

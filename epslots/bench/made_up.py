@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from epslots.step.reuse import FloatArray
+from epslots.arrays import FloatArray
 
 Ids = NDArray[np.int16]
 Pattern = Callable[[np.random.Generator, int, int, int], Ids]

@@ -14,14 +14,15 @@ import torch
 from transformers import AutoTokenizer
 
 import epslots
+from epslots.arrays import IntArray
 from epslots.bench.ranks import PROMPTS
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
 from epslots.example import example_model
 from epslots.placement.placement import default_homes
-from epslots.step.assignment import Assign, assign, holder_only, own_only
-from epslots.step.costs import Costs, layer_time
-from epslots.step.eviction import POLICIES, IntArray, UseHistory, record_use
-from epslots.step.shared_layer import SharedLayer
+from epslots.planner.assignment import Assign, assign, holder_only, own_only
+from epslots.planner.cache_policy import POLICIES, UseHistory, record_use
+from epslots.planner.cost_model import Costs, layer_time
+from epslots.planner.layer_planner import LayerPlanner
 
 RANKS, EXPERTS = 4, 32
 SLOTS = (4, 6, 12, 20)
@@ -35,7 +36,7 @@ RULES: dict[str, Assign] = {"chosen by cost": assign, "always the host": own_onl
 BATCHES = (1, 8, 64, 448)
 
 
-def bench_misses(report: Report, cache_dir: Path, *, new_tokens: int = 450) -> None:
+def bench_misses(report: BenchReport, cache_dir: Path, *, new_tokens: int = 450) -> None:
     """Four ranks with text of their own; the modelled time of all steps, and the bytes by where they came from."""
     ids_STLK = record(cache_dir, new_tokens)
     for name, (peer, host, latency) in LINKS.items():
@@ -80,7 +81,7 @@ def simulate(ids_STLK: np.ndarray, slots: int, batch: int, costs: Costs, rule: A
     for layer in range(layers):
         history = UseHistory.empty(1, EXPERTS).layer(0, EXPERTS)
         homes = default_homes(EXPERTS, quota_R, layer)
-        shared = SharedLayer(0, np.zeros((ranks, EXPERTS), bool), quota_R, homes, costs, rule)
+        shared = LayerPlanner(0, np.zeros((ranks, EXPERTS), bool), quota_R, homes, costs, rule)
         for step, start in enumerate(range(0, tokens - batch + 1, batch), start=1):
             counts_RE = counts_of(ids_STLK[:, start : start + batch, layer])
             record_use(history, counts_RE.sum(0) > 0, step)

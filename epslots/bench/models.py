@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from epslots.step.costs import Costs
+from epslots.planner.cost_model import Costs
 
 # What ranks pay that serve large experts: 9.4 MB each and rows of 4 KB (Qwen3-30B-A3B in bf16), over 8 GB/s to the host and
 # 200 GB/s between ranks, in nanoseconds.

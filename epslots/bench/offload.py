@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import Report, median
+from epslots.bench.report import BenchReport, median
 
 SHARES = ("25%", "50%", "75%", "100%")
 
@@ -25,7 +25,9 @@ def shape_for(device: torch.device) -> Qwen3MoeConfig:
     return random_config(layers=4, hidden=256, experts=32, top_k=4, width=128)
 
 
-def bench_offload(report: Report, cache_dir: Path, device: torch.device, *, new_tokens: int = 32, repeats: int = 3) -> None:
+def bench_offload(
+    report: BenchReport, cache_dir: Path, device: torch.device, *, new_tokens: int = 32, repeats: int = 3
+) -> None:
     """Greedy decoding of one sequence in bf16; routing of random weights is nearly uniform, the hardest case for a cache."""
     config = shape_for(device)
     rows: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 import epslots
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
-from epslots.bench.report import Report, alternate, contenders, median, ratio_of_rounds, spread
+from epslots.bench.report import BenchReport, alternate, contenders, median, ratio_of_rounds, spread
 from epslots.transport.torch_transport import TorchTransport
 
 OURS = "epslots"
@@ -26,7 +26,7 @@ COPIED_PAIRS_MAX = 64
 SETTINGS: dict[str, Any] = {"slots": "100%", "device": "cpu", "link": "1000GB/s", "prefetch": "auto"}
 
 
-def bench_overhead(report: Report, cache_dir: Path, *, rounds: int = 40, layers: int = 8) -> None:
+def bench_overhead(report: BenchReport, cache_dir: Path, *, rounds: int = 40, layers: int = 8) -> None:
     """Whole steps (decode of batch 1 and 8, prefill of 512 tokens), then one MoE layer alone, in microseconds; two ranks."""
     config = random_config(layers=layers, hidden=1024, experts=32, top_k=4, width=768)
     steps = {"decode, batch 1": (1, 1), "decode, batch 8": (8, 1), "prefill, 512 tokens": (1, 512)}

@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import Report, median, ratio_of_rounds
+from epslots.bench.report import BenchReport, median, ratio_of_rounds
+from epslots.cache.copy_engine import CopyEngine, Put, SynchronousEngine
 from epslots.example import example_model
 from epslots.models.experts import RUNNER, experts_modules
+from epslots.planner.cache_policy import DEFAULT_POLICY
 from epslots.runtime import runtime_of
-from epslots.slots.link import AtOnce, Link, Put
-from epslots.step.eviction import DEFAULT_POLICY
 from epslots.telemetry import Stats
 from epslots.units import parse_link
 
@@ -41,10 +41,10 @@ RESIDENT, ON_DEMAND, WAITING, OVERLAP, PREFETCH = (
 )
 
 
-class Waiting(AtOnce):
+class Waiting(SynchronousEngine):
     """A link whose every fetch is waited for."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: CopyEngine) -> None:
         self._link = link
 
     def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
@@ -79,7 +79,7 @@ class Variant:
 
 
 @torch.no_grad()
-def bench_overlap(report: Report, cache_dir: Path, *, rounds: int = 12, tokens: int = 32) -> None:
+def bench_overlap(report: BenchReport, cache_dir: Path, *, rounds: int = 12, tokens: int = 32) -> None:
     """The trained example model in float32, and a larger random one; then both with random routing."""
     tokenizer = AutoTokenizer.from_pretrained(example_model())
     text = tokenizer(Path(torch.__file__).with_name("functional.py").read_text(encoding="utf-8"), return_tensors="pt")
@@ -94,7 +94,7 @@ def bench_overlap(report: Report, cache_dir: Path, *, rounds: int = 12, tokens: 
         _bench(report, "larger random model", folder, ids, cache_dir, rounds, tokens)
 
 
-def _bench(report: Report, name: str, folder: Path, ids: torch.Tensor, cache_dir: Path, rounds: int, tokens: int) -> None:
+def _bench(report: BenchReport, name: str, folder: Path, ids: torch.Tensor, cache_dir: Path, rounds: int, tokens: int) -> None:
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cache_dir": cache_dir, "progress": False}
     resident = Variant(epslots.load(folder, slots="100%", **settings), DynamicCache())
     counted = Variant(epslots.load(folder, slots=SLOTS, policy="lru", link=FAST, prefetch="off", **settings), DynamicCache())
@@ -111,8 +111,8 @@ def _bench(report: Report, name: str, folder: Path, ids: torch.Tensor, cache_dir
     def load(policy: str, *, waiting: bool, prefetch: str) -> Variant:
         model = epslots.load(folder, slots=SLOTS, link=link, prefetch=prefetch, policy=policy, **settings)
         if waiting:
-            for mover in runtime_of(model).movers:
-                mover.link = Waiting(mover.link)
+            for loader in runtime_of(model).movers:
+                loader.link = Waiting(loader.link)
         return Variant(model, DynamicCache())
 
     variants = {

@@ -21,17 +21,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
 from epslots.counting import counting
+from epslots.engine.text import load_tokenizer
 from epslots.example import example_model
 from epslots.example_text import library_texts
-from epslots.generation.text import load_tokenizer
 from epslots.models.experts import experts_modules
-from epslots.prediction.few_rows import CERTAIN
-from epslots.prediction.predictor import Estimator, Predictor
-from epslots.prediction.predictor_file import FILE_NAME, load_predictor, naive_predictor
-from epslots.prediction.predictor_fit import Seen, Settings, cut_windows, fit, recalled, record
-from epslots.prediction.routers import Router, find_routers
+from epslots.prefetch.fit import Seen, Settings, cut_windows, fit, recalled, record
+from epslots.prefetch.predictor import Estimator, Predictor
+from epslots.prefetch.predictor_file import FILE_NAME, load_predictor, naive_predictor
+from epslots.prefetch.predictor_kernel import CERTAIN
+from epslots.prefetch.routers import Router, find_routers
 from epslots.runtime import predictor_of, runtime_of
 
 DISTANCES = (1, 2, 3)
@@ -47,7 +47,7 @@ _ROWS = 8192
 
 
 def bench_predict(
-    report: Report, cache_dir: Path, *, held_tokens: int = 60_000, tokens: int = 100_000, rounds: int = 15
+    report: BenchReport, cache_dir: Path, *, held_tokens: int = 60_000, tokens: int = 100_000, rounds: int = 15
 ) -> None:
     """The predictor that lies beside the model, and one for each distance that is fitted here.
 

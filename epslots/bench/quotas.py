@@ -13,15 +13,16 @@ import torch
 from transformers import AutoTokenizer
 
 import epslots
+from epslots.arrays import IntArray
 from epslots.bench.drift import kinds_of_text
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
 from epslots.counting import counting
 from epslots.example import example_model
-from epslots.placement.lanes import deal_once
-from epslots.placement.quotas import learn_quotas
-from epslots.simulation.replay import belady, replay, reuse_histogram, steps_of
-from epslots.step.eviction import DEFAULT_POLICY, POLICIES, IntArray
-from epslots.step.reuse import miss_ratio_curve
+from epslots.placement.slot_quotas import learn_quotas
+from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
+from epslots.planner.reuse_distance import miss_ratio_curve
+from epslots.simulation.cache_replay import belady, replay, reuse_histogram, steps_of
+from epslots.simulation.lanes import deal_once
 from epslots.trace import Trace
 
 SHARES = (0.125, 0.25, 0.5)
@@ -29,7 +30,7 @@ BATCHES = (1, 4)  # sequences at a time
 TOKENS = 192
 
 
-def bench_quotas(report: Report, cache_dir: Path, *, passages: int = 24) -> None:
+def bench_quotas(report: BenchReport, cache_dir: Path, *, passages: int = 24) -> None:
     """A token of each sequence a step; slots are dealt equally, or as half of the text taught: by how recent uses were, and by
     the policy's own scores.
     """

@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 import epslots
 from epslots.bench.models import LARGE_EXPERTS
 from epslots.bench.processes import run_ranks
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
+from epslots.engine.engine import Engine
+from epslots.engine.requests import Request
 from epslots.example import example_model
-from epslots.generation.engine import Engine
-from epslots.generation.requests import Request
-from epslots.step.costs import Costs
+from epslots.planner.cost_model import Costs
 from epslots.transport.torch_transport import TorchTransport
 
 SLOTS = 8  # a quarter of the example model's 32 experts a layer
@@ -27,7 +27,7 @@ PROMPTS = (
 )
 
 
-def bench_ranks(report: Report, cache_dir: Path, *, new_tokens: int = 64) -> None:
+def bench_ranks(report: BenchReport, cache_dir: Path, *, new_tokens: int = 64) -> None:
     """Greedy text after a prompt of its own on each of 1, 2 and 4 gloo ranks. The texts must be the same everywhere.
 
     The example's experts are so small that by their own costs no rank would send a token where it can fetch: so ranks plan

@@ -14,11 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
-from epslots.bench.report import Report
+from epslots.bench.report import BenchReport
 from epslots.example import example_model
 from epslots.group.rank_group import group_of
+from epslots.placement.model_planner import movement_budget
 from epslots.placement.placement import Placement
-from epslots.placement.shared_model import movement_budget
 from epslots.transport.torch_transport import TorchTransport
 
 RANKS = 4
@@ -28,7 +28,7 @@ CONTEXT = 256  # tokens after which a sequence begins anew
 BATCH = 4  # sequences of each rank
 
 
-def bench_rebalance(report: Report, cache_dir: Path, *, rounds: int = 16) -> None:
+def bench_rebalance(report: BenchReport, cache_dir: Path, *, rounds: int = 16) -> None:
     """Decoding on four ranks; every round a placement is offered that has half of the wanted experts move.
 
     Steps in which there is something left to move are held against those in which there isn't, of the same rounds. Beside it
@@ -80,7 +80,7 @@ def _serve(transport: TorchTransport, folder: str, cache_dir: str, slots: int, s
     for _ in range(rounds):
         group.offer(_other(group.placement, generator), budget)
         steps_with = 0
-        while steps_with < 2 or group.to_move:
+        while steps_with < 2 or group.pending_migrations:
             seconds.append(decode.step())
             moving.append(True)
             steps_with += 1

@@ -19,7 +19,7 @@ import torch
 import transformers
 from rich.table import Table
 
-import epslots
+from epslots._version import __version__
 from epslots.host_limits import total_memory, usable_cores
 from epslots.streams import table_console
 
@@ -109,7 +109,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-class Report:
+class BenchReport:
     """One benchmark's result: printed as a table, and saved as JSON (beside it a plot, where there is one).
 
     Args:
@@ -126,7 +126,7 @@ class Report:
             "command": "epslots " + " ".join(sys.argv[1:]),
             "date": datetime.date.today().isoformat(),
             "versions": {
-                "epslots": epslots.__version__,
+                "epslots": __version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "numba": numba.__version__,

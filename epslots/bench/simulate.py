@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from epslots.bench.quotas import record_texts
-from epslots.bench.report import Report, median
+from epslots.bench.report import BenchReport, median
 from epslots.counting import counting
-from epslots.simulation.simulate import GROUP_SIZE, Cluster, Outcome, Traffic, simulate
+from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
+from epslots.simulation.simulate import GROUP_SIZE, Outcome, SimulatedCluster, TrafficShape, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, timing_of
-from epslots.step.eviction import DEFAULT_POLICY, POLICIES
 
 EXPERT_BYTES, ROW_BYTES = 9_437_184, 4096  # Qwen3-30B-A3B in bf16: 3 x 2048 x 768, and a hidden state of 2048
 LAYER_NS, TOKEN_NS = 40_000, 50
@@ -26,13 +26,13 @@ SLOTS = 8  # a quarter of the experts
 TIMED_STEPS = 50
 
 
-def bench_simulate(report: Report, cache_dir: Path, *, rounds: int = 3, passages: int = 12) -> None:
+def bench_simulate(report: BenchReport, cache_dir: Path, *, rounds: int = 3, passages: int = 12) -> None:
     """Seconds for each 1,000 simulated steps; then the batch-size curve of one node, with a controller and without."""
     trace, _ = record_texts(cache_dir, passages)
-    traffic = Traffic(trace.expert_ids, trace.starts, trace.num_experts)
+    traffic = TrafficShape(trace.expert_ids, trace.starts, trace.num_experts)
     layers = len(trace.num_experts)
     timing = timing_of(DEVICES[DEFAULT_DEVICE], EXPERT_BYTES, ROW_BYTES, LAYER_NS, TOKEN_NS)
-    node = Cluster(RANKS_OF_A_NODE, 1, np.full(layers, SLOTS), timing, EXPERT_BYTES, POLICIES[DEFAULT_POLICY])
+    node = SimulatedCluster(RANKS_OF_A_NODE, 1, np.full(layers, SLOTS), timing, EXPERT_BYTES, POLICIES[DEFAULT_POLICY])
     report.result["settings"] = {
         "machine": DEFAULT_DEVICE,
         "expert_bytes": EXPERT_BYTES,

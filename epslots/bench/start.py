@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import Report, median
+from epslots.bench.report import BenchReport, median
 
 SLOTS = "25%"
 
 
-def bench_start(report: Report, cache_dir: Path, *, rounds: int = 5) -> None:
+def bench_start(report: BenchReport, cache_dir: Path, *, rounds: int = 5) -> None:
     """A checkpoint of 1 GiB, in the page cache for everyone alike; imports are not counted."""
     config = random_config(layers=7, hidden=1024, experts=32, top_k=4, width=768)
     with random_checkpoint(config, torch.bfloat16) as folder:
@@ -58,7 +58,7 @@ def _ours(folder: Path, cache_dir: Path) -> int:
     from epslots.runtime import runtime_of
 
     model = epslots.load(folder, slots=SLOTS, device="cpu", cache_dir=cache_dir, progress=False)
-    return sum(p.nbytes for p in model.parameters()) + sum(mover.pool.nbytes for mover in runtime_of(model).movers)
+    return sum(p.nbytes for p in model.parameters()) + sum(loader.pool.nbytes for loader in runtime_of(model).movers)
 
 
 def _in_fresh_process(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path) -> dict[str, float]:

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 import epslots
-from epslots.bench.report import Report, median
+from epslots.bench.report import BenchReport, median
 from epslots.example import example_model
-from epslots.step.eviction import POLICIES
+from epslots.planner.cache_policy import POLICIES
 
 SHARES = ("12.5%", "25%", "50%", "75%", "100%")
 PROMPTS = (
@@ -22,7 +22,7 @@ PROMPTS = (
 )
 
 
-def bench_sweep(report: Report, cache_dir: Path, *, new_tokens: int = 64, rounds: int = 3) -> None:
+def bench_sweep(report: BenchReport, cache_dir: Path, *, new_tokens: int = 64, rounds: int = 3) -> None:
     """Greedy text after four prompts, for each share of slots and each eviction policy, all in turn.
 
     Hit rates count the first round, which starts with empty slots; tokens per second are the median over all.

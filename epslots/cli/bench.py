@@ -70,14 +70,14 @@ def bench(
 
     import torch
 
-    from epslots.bench.report import Report
+    from epslots.bench.report import BenchReport
     from epslots.compiled import prepare
     from epslots.devices import resolve_device
 
     if threads is not None:
         torch.set_num_threads(threads)
     target = resolve_device(device if name in _ON_DEVICE else "cpu")
-    report = Report(name, target, output)
+    report = BenchReport(name, target, output)
     run = MORE[name].load() if name in MORE else resolve_name(f"epslots.bench.{name}:bench_{name}")
     given = {"rounds": rounds, "minutes": minutes}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}

@@ -38,7 +38,7 @@ from epslots.cli.options import (
 )
 from epslots.errors import ConfigError
 from epslots.json_lines import MOST_LINE_BYTES, Line, decode_line, decode_text, read_lines
-from epslots.step.eviction import DEFAULT_POLICY
+from epslots.planner.cache_policy import DEFAULT_POLICY
 from epslots.streams import is_terminal, read_input, say
 from epslots.units import format_bytes
 
@@ -123,9 +123,9 @@ def generate(
     launch = find_launcher() if many else None  # before anything is read
 
     from epslots.cli.one_rank import OneRank
+    from epslots.engine.sampling import Sampling
+    from epslots.engine.text import encode_prompt, load_tokenizer, stop_strings
     from epslots.example import example_model
-    from epslots.generation.sampling import Sampling
-    from epslots.generation.text import encode_prompt, load_tokenizer, stop_strings
     from epslots.models.checkpoint import find_checkpoint
 
     Sampling(**sampling)

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from epslots.step.eviction import POLICIES
+from epslots.planner.cache_policy import POLICIES
 
 ModelOption = Annotated[
     Optional[str],

@@ -15,9 +15,9 @@ from epslots.placement.placement import MOST_RANKS
 from epslots.streams import table_console
 
 if TYPE_CHECKING:
-    from epslots.placement.placement_replay import Scores
-    from epslots.placement.rebalance import Fleet
-    from epslots.step.eviction import IntArray
+    from epslots.arrays import IntArray
+    from epslots.placement.planner import RankShape
+    from epslots.simulation.placement_replay import Scores
     from epslots.trace import Trace
 
 placement_app = typer.Typer(help="Placements: where experts should live.", no_args_is_help=True)
@@ -59,9 +59,9 @@ def replay(
     epslots placement replay LOADS.npz --ranks 8 --slots 17 --json
     """
     from epslots.bench.eplb import copies_held, eplb
-    from epslots.placement.placement_replay import COPY_SHARE, Planner, replay_costs, start_placement
-    from epslots.placement.placement_replay import replay as run
     from epslots.progress import ProgressDisplay
+    from epslots.simulation.placement_replay import COPY_SHARE, Planner, replay_costs, start_placement
+    from epslots.simulation.placement_replay import replay as run
 
     loads_WLE = read_loads(loads, window)
     windows, layers, experts = loads_WLE.shape
@@ -119,11 +119,11 @@ def plan(
     from epslots.placement.balance import balancedness, holders, rank_loads
     from epslots.placement.placement import default_placement
     from epslots.placement.placement_file import write_placement
-    from epslots.placement.placement_replay import expected_of_all, replay_costs
-    from epslots.placement.quotas import deal_quotas, improve_quotas
-    from epslots.placement.rebalance import propose
-    from epslots.simulation.replay import reuse_histogram
-    from epslots.step.eviction import DEFAULT_POLICY, POLICIES
+    from epslots.placement.planner import propose
+    from epslots.placement.slot_quotas import deal_quotas, improve_quotas
+    from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
+    from epslots.simulation.cache_replay import reuse_histogram
+    from epslots.simulation.placement_replay import expected_of_all, replay_costs
 
     loads_WLE, trace = _read_record(record, window)
     _, layers, experts = loads_WLE.shape
@@ -168,7 +168,7 @@ def show(
     """
     import numpy as np
 
-    from epslots.placement.heat_map import plot_map, text_map
+    from epslots.cli.heat_map import plot_map, text_map
     from epslots.placement.placement_file import read_placement
 
     found = read_placement(placement)
@@ -208,7 +208,7 @@ def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
     import numpy as np
 
     from epslots.npz import read_arrays
-    from epslots.placement.placement_replay import check_loads
+    from epslots.simulation.placement_replay import check_loads
 
     arrays = read_arrays(path, "a file of loads, or a routing trace")
     if "loads" in arrays:
@@ -229,15 +229,15 @@ def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
     return np.stack(parts), trace
 
 
-def fleet_of(ranks: int, nodes: int, costs: Any) -> Fleet:
+def fleet_of(ranks: int, nodes: int, costs: Any) -> RankShape:
     """Ranks of one speed on so many nodes, one after another."""
     import numpy as np
 
-    from epslots.placement.rebalance import Fleet
+    from epslots.placement.planner import RankShape
 
     if nodes > ranks:
         raise ConfigError(f"--nodes {nodes}: allowed: 1 to the {ranks} ranks")
-    return Fleet(np.arange(ranks) * nodes // ranks, np.full(ranks, 1000), costs)
+    return RankShape(np.arange(ranks) * nodes // ranks, np.full(ranks, 1000), costs)
 
 
 def _summary(scores: Scores) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, 
     from epslots.models.expert_reader import pack_layers
     from epslots.models.model_shape import shape_of_model
     from epslots.models.opening import open_model
-    from epslots.prediction.foresight import planned_bytes
+    from epslots.prefetch.setup import planned_bytes
 
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
     opened = open_model(example_model() if model is None else model, dtype)

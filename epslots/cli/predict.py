@@ -12,13 +12,13 @@ import typer
 
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SeedOption, SlotsOption
 from epslots.counting import counting
+from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
-from epslots.generation.text import load_tokenizer
 from epslots.json_lines import decode_text
 from epslots.streams import table_console
 
 if TYPE_CHECKING:
-    from epslots.prediction.predictor_file import About
+    from epslots.prefetch.predictor_file import About
 
 predict_app = typer.Typer(help="Estimators of the experts that the next layer will use.", no_args_is_help=True)
 
@@ -66,9 +66,9 @@ def fit(
     from epslots.example import example_model
     from epslots.example_text import library_texts
     from epslots.models.checkpoint import find_checkpoint
-    from epslots.prediction.predictor_file import FILE_NAME, About, write_predictor
-    from epslots.prediction.predictor_fit import Settings, cut_windows
-    from epslots.prediction.predictor_fit import fit as fit_model
+    from epslots.prefetch.fit import Settings, cut_windows
+    from epslots.prefetch.fit import fit as fit_model
+    from epslots.prefetch.predictor_file import FILE_NAME, About, write_predictor
     from epslots.runtime import runtime_of
 
     settings = Settings(tokens=tokens, window=window, hidden=hidden, epochs=epochs, memory=memory_bytes, seed=seed)
@@ -107,7 +107,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """What a predictor was fitted to, and its recall on text that took no part, beside the next layer's router as it is."""
-    from epslots.prediction.predictor_file import read_predictor
+    from epslots.prefetch.predictor_file import read_predictor
 
     _, about = read_predictor(file)
     if as_json:

@@ -45,7 +45,7 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
             f"{layer.steps:,}",
             f"{layer.hit_rate:.1%}",
             f"{layer.misses:,}",
-            f"{layer.waves / max(1, layer.steps):.2f}",
+            f"{layer.passes / max(1, layer.steps):.2f}",
             f"{layer.evictions:,}",
             format_bytes(layer.bytes_fetched),
             f"{layer.stall_s:.3f} s",

@@ -24,7 +24,7 @@ def verify(
     and the expert named. The store is built if there is none yet. Exit code 2 if anything differs.
     """
     from epslots.example import example_model
-    from epslots.store_check import check_store
+    from epslots.verify_store import check_store
 
     count, problems = check_store(
         example_model() if model is None else model, dtype=dtype, cache_dir=cache_dir, against_checkpoint=checkpoint

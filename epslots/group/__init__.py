@@ -1,1 +1,1 @@
-"""How ranks become one, and what they agree on."""
+"""Ranks that are one model: how they form a group, and what they agree on."""

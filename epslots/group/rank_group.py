@@ -8,15 +8,15 @@ import numpy as np
 import xxhash
 from torch import nn
 
+from epslots.cache.slot_pool import SlotPool
 from epslots.errors import ConfigError, ExchangeError
-from epslots.group.rank_hello import Hello, decode, encode
+from epslots.group.handshake import Handshake, decode, encode
+from epslots.placement.model_planner import ModelPlanner, check_fits
 from epslots.placement.placement import Placement, default_placement
-from epslots.placement.shared_model import SharedModel, check_fits
+from epslots.planner.cost_model import Costs
+from epslots.planner.cpu_offload import CpuShare
+from epslots.planner.layer_planner import LayerPlanner
 from epslots.runtime import Runtime
-from epslots.slots.slot_pool import SlotPool
-from epslots.step.costs import Costs
-from epslots.step.serving import HostShare
-from epslots.step.shared_layer import SharedLayer
 from epslots.transport.lockstep import Header, LockStep
 from epslots.transport.transport import Transport
 from epslots.units import MOST_STEP_BYTES, format_bytes
@@ -41,7 +41,7 @@ class RankGroup:
         runtime: Runtime,
         transport: Transport,
         settings: Mapping[str, str],
-        hellos: Sequence[Hello],
+        hellos: Sequence[Handshake],
         costs: Sequence[Costs],
         followed: tuple[Placement, int] | None,
     ) -> None:
@@ -54,30 +54,30 @@ class RankGroup:
         quota_LR = np.array([hello.slots for hello in hellos]).T
         placement = default_placement([layer.num_experts for layer in runtime.layers], quota_LR)
         _, node_R = np.unique(self.nodes, return_inverse=True)
-        shared: dict[int, SharedLayer] = {}
+        shared: dict[int, LayerPlanner] = {}
         self._tables: list[tuple[SlotPool, np.ndarray, tuple[int, ...]]] = []
-        for mover, pool_costs in zip(runtime.movers, self.costs, strict=True):
-            table = np.zeros((len(mover.store_layers), transport.size, mover.pool.slot_of.shape[1]), bool)
-            for position, index in enumerate(mover.store_layers):
+        for loader, pool_costs in zip(runtime.movers, self.costs, strict=True):
+            table = np.zeros((len(loader.store_layers), transport.size, loader.pool.slot_of.shape[1]), bool)
+            for position, index in enumerate(loader.store_layers):
                 for rank, hello in enumerate(hellos):
                     table[position, rank, hello.residents[index]] = True
                 experts = runtime.layers[index].num_experts
-                shared[index] = SharedLayer(
+                shared[index] = LayerPlanner(
                     transport.rank,
                     table[position, :, :experts],
                     quota_LR[index].copy(),
                     placement.home_LE[index, :experts],
                     pool_costs,
-                    expert_bytes=mover.pool.layout.nbytes,
+                    expert_bytes=loader.pool.layout.nbytes,
                     node_R=node_R if node_R.any() else None,
                 )
                 shared[index].record_bytes = runtime.layers[index].record.nbytes
                 if runtime.host_compute and pool_costs.computes_on_host:
-                    shared[index].host_share = HostShare(transport.size, experts, pool_costs, beside=mover.link.concurrent)
-            self._tables.append((mover.pool, table, mover.store_layers))
-            mover.transport = transport
+                    shared[index].cpu_share = CpuShare(transport.size, experts, pool_costs, beside=loader.link.concurrent)
+            self._tables.append((loader.pool, table, loader.store_layers))
+            loader.transport = transport
         layers = [shared[index] for index in range(len(runtime.layers))]
-        self.shared = SharedModel(layers, placement, [mover.store_layers for mover in runtime.movers])
+        self.shared = ModelPlanner(layers, placement, [loader.store_layers for loader in runtime.movers])
         if runtime.foresight.bytes_per_step is not None:
             self.shared.bound_prefetches(runtime.foresight.bytes_per_step)
         if followed is not None:
@@ -101,9 +101,9 @@ class RankGroup:
         return self.shared.placement
 
     @property
-    def to_move(self) -> int:
+    def pending_migrations(self) -> int:
         """Copies and slots that all ranks together have yet to move to get there."""
-        return self.shared.to_move
+        return self.shared.pending_migrations
 
     def offer(self, placement: Placement, bytes_per_step: int) -> None:
         """Follow a newer placement as soon as it was offered to all ranks; to all in the same order, at whatever time.
@@ -120,7 +120,7 @@ class RankGroup:
             most = format_bytes(MOST_STEP_BYTES)
             raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0 and less than {most}")
         if placement.generation > self.lockstep.placement:
-            check_fits(placement, self.placement, [mover.store_layers for mover in self._runtime.movers])
+            check_fits(placement, self.placement, [loader.store_layers for loader in self._runtime.movers])
             self._offered[placement.generation] = placement, bytes_per_step
             self.lockstep.placement = placement.generation
 

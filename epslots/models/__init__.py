@@ -1,1 +1,1 @@
-"""transformers' models and their checkpoints, as this project needs them."""
+"""transformers' models and their checkpoints: opened, checked, planned for, loaded."""

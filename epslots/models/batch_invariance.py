@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from epslots.layer.batch_invariant import batch_invariant_functions, obstacles
 from epslots.models.experts import experts_modules
 from epslots.models.model_shape import run_without_experts
+from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 
 _ATTRIBUTE = "epslots_batch_invariance_unknown"
 # Tokens of the forward pass that shows what a model calls.

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from epslots.errors import CheckpointError, EpslotsError
-from epslots.records import LayerSpec
+from epslots.layout import LayerSpec
 
 # Configuration classes make lists of this length before a weight file is opened, and check those that they are given entry by
 # entry. Published models have up to some hundreds of layers.

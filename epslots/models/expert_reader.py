@@ -20,13 +20,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
+from epslots.cache.unpacking import Unpacker, assert_consistent, record_views
 from epslots.errors import CheckpointError
+from epslots.layout import LayerSpec
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import check_packing, conversions_of, match_keys
 from epslots.models.experts import parameter_shapes
 from epslots.models.packing import Packed, find_packing, packed_layout
-from epslots.records import LayerSpec
-from epslots.store.packed_records import Unpacker, assert_consistent, record_views
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from epslots.errors import UnsupportedModelError
-from epslots.records import LayerSpec, RecordLayout
+from epslots.layout import LayerSpec, RecordLayout
 
 IMPLEMENTATION = "epslots"
 # The attribute of an experts module that holds its layer's runner (moe_layer.py), and the one with its tensors' shapes.

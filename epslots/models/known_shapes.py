@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from epslots.errors import ConfigError
+from epslots.layout import ITEM_BYTES, LayerSpec, RecordLayout
 from epslots.models.memory_plan import KVLayer, ModelShape
-from epslots.records import ITEM_BYTES, LayerSpec, RecordLayout
 
 
 class _Published(NamedTuple):

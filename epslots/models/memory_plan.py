@@ -21,14 +21,14 @@ from fractions import Fraction
 import msgspec
 
 from epslots.errors import ConfigError, DoesNotFitError
-from epslots.records import ITEM_BYTES, LayerSpec, RecordLayout, unpacking_bytes
+from epslots.layout import ITEM_BYTES, LayerSpec, RecordLayout, unpacking_bytes
 from epslots.units import SlotsSetting, format_bytes
 
 RESERVE_LEAST_BYTES = 512 * 1024**2
 RESERVE_PERCENT = 5
 # What `MemoryPlan.alternatives` compares, besides one slot per layer.
 ALTERNATIVE_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
-# Records that are unpacked at a time: one on each stream of copies (link.py).
+# Records that are unpacked at a time: one on each stream of copies (copy_engine.py).
 UNPACKED_AT_A_TIME = 2
 _FP32_BYTES = ITEM_BYTES["float32"]
 

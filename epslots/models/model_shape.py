@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from epslots.errors import UnsupportedModelError
+from epslots.layout import LayerSpec
 from epslots.models.experts import expert_layers
 from epslots.models.memory_plan import KVLayer, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class, resolve_dtype
-from epslots.records import LayerSpec
 
 # The dry runs are this many tokens long, less one, and twice this many, less one: enough to see what grows. (Some recurrent
 # layers loop over tokens in Python, so more would take time.)

@@ -1,7 +1,7 @@
 """Which experts of a quantised checkpoint can stay as they are stored until they are in a slot, and how.
 
 transformers dequantises by operations on whole parameters (``expert_reader.py``). Two chains of them are known here well
-enough to be done on the device instead, by ``packed_records.py``:
+enough to be done on the device instead, by ``unpacking.py``:
 
     FP8      DeepSeek's blocks: matrices [rows, columns] of one expert each, 8-bit floats with one scale for a block, joined
              by their rows (gate and up)
@@ -21,8 +21,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
+from epslots.layout import PackedLayout, PackedPart, RecordLayout, TensorSpec
 from epslots.models.checkpoint import TensorHeader
-from epslots.records import PackedLayout, PackedPart, RecordLayout, TensorSpec
 
 # What safetensors calls the types that stay packed, and their names in torch.
 _FP8_CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}

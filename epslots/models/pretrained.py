@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from epslots.errors import CheckpointError, ConfigError, UnsupportedModelError
+from epslots.layout import ITEM_BYTES
 from epslots.models.config_check import check_numbers, refusing
 from epslots.models.experts import IMPLEMENTATION, dense_class
 from epslots.models.json_file import read_json_object
-from epslots.records import ITEM_BYTES
 
 # Quantised checkpoints whose experts are dequantised one by one on the way into the host store.
 QUANTISATIONS = ("fp8", "mxfp4")

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
 from epslots.errors import CheckpointError
+from epslots.layout import LayerSpec
 from epslots.models.checkpoint import FLOATS, Checkpoint
 from epslots.models.conversions import check_packing, conversions_of, match_keys
-from epslots.records import LayerSpec
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,9 @@ Pure: arrays in, arrays out. Legend of shape suffixes: L layers, R ranks, E expe
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from epslots.arrays import BoolArray, FloatArray, IntArray
 from epslots.placement.placement import Placement
-from epslots.step.eviction import IntArray
-from epslots.step.residency import BoolArray
-
-FloatArray = NDArray[np.float64]
 
 _LEVEL_ROUNDS = 24
 

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from epslots.arrays import FloatArray, IntArray
 from epslots.errors import ConfigError
-from epslots.placement.balance import FloatArray
-from epslots.step.eviction import IntArray
 
 # How sharply likeness counts (in units of the usual distance between windows that are alike), and what a window's age leaves
 # of its weight.
@@ -40,7 +39,7 @@ _LONGEST = 16.0
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedLoad:
     """What the coming window is expected to be like.
 
     Attributes:
@@ -114,7 +113,7 @@ class Forecast:
         self._weights_MK = self._candidate_weights()
         self._forecasts_MLE = np.tensordot(self._weights_MK, np.stack(self._shares), 1)
 
-    def expected(self) -> Expected:
+    def expected(self) -> ExpectedLoad:
         """The coming window, from all so far.
 
         Raises:
@@ -133,7 +132,7 @@ class Forecast:
         steps = round(float(recent_K @ [steps for _, _, steps in self._sizes]))
         alike = 1 / float((weight_K**2).sum())
         # What has lasted for so many windows is expected to last as long again.
-        return Expected(tokens_LE, uses_LE, steps, self._trust(), min(alike, _LONGEST), sample_KLE, weight_K)
+        return ExpectedLoad(tokens_LE, uses_LE, steps, self._trust(), min(alike, _LONGEST), sample_KLE, weight_K)
 
     def _score(self, share_LE: FloatArray) -> None:
         """How wrong the forecasts were about this window."""

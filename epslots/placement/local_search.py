@@ -20,9 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from epslots.placement.balance import FloatArray
-from epslots.step.eviction import IntArray
-from epslots.step.residency import BoolArray
+from epslots.arrays import BoolArray, FloatArray, IntArray
 
 _LEAST = 1e-6  # gains below are roundings
 _NEVER = 1e12  # a price for what must not be

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from epslots.arrays import BoolArray, IntArray
 from epslots.errors import ConfigError
-from epslots.step.eviction import IntArray
-from epslots.step.residency import BoolArray
 
 MOST_GENERATIONS = 2**40
 MOST_RANKS = 1024

@@ -1,1 +1,1 @@
-"""Clusters that aren't here: the same decisions on recorded or made-up traffic, and how long they would take."""
+"""Clusters that aren't here: the same decisions on recorded or generated traffic, and their step times."""

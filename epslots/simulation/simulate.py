@@ -16,23 +16,24 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from epslots.arrays import IntArray
 from epslots.errors import ConfigError
-from epslots.placement.lanes import read_on
+from epslots.placement.model_planner import movement_budget
 from epslots.placement.placement import MOST_RANKS, Placement, default_placement
-from epslots.placement.rebalance import Fleet
-from epslots.placement.replanning import OVERDUE, SHARE, Replanner
-from epslots.placement.shared_model import movement_budget
-from epslots.simulation.replay import IdArray
-from epslots.simulation.simulated_group import SimulatedGroup, Tally
+from epslots.placement.planner import RankShape
+from epslots.placement.replanner import OVERDUE, SHARE, Replanner
+from epslots.planner.cache_policy import Policy
+from epslots.simulation.cache_replay import IdArray
+from epslots.simulation.lanes import read_on
+from epslots.simulation.simulated_group import SimulatedGroup, StepTally
 from epslots.simulation.timing import Timing
-from epslots.step.eviction import IntArray, Policy
 
 GROUP_SIZE = 64
 _USUAL_SPEED = 1000
 
 
 @dataclass(frozen=True)
-class Traffic:
+class TrafficShape:
     """A routing trace; see ``trace.py``."""
 
     expert_ids: IdArray
@@ -41,7 +42,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class SimulatedCluster:
     """What is simulated.
 
     Attributes:
@@ -126,7 +127,12 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def simulate(
-    traffic: Traffic, cluster: Cluster, batch: int, steps: int, warm_up: int = 0, advance: Callable[[int], object] = int
+    traffic: TrafficShape,
+    cluster: SimulatedCluster,
+    batch: int,
+    steps: int,
+    warm_up: int = 0,
+    advance: Callable[[int], object] = int,
 ) -> Outcome:
     """Run ``steps`` steps of all groups, and ``warm_up`` before them that don't count.
 
@@ -142,7 +148,7 @@ def simulate(
     if batch < 1 or steps < 1 or warm_up < 0:
         raise ConfigError(f"batch={batch}, steps={steps}, warm_up={warm_up}: allowed: from 1, 1 and 0")
     cluster.check(traffic.num_experts_L)
-    groups = [_Group(cluster, traffic, ranks, batch) for ranks in cluster.groups()]
+    groups = [_SimulatedRanks(cluster, traffic, ranks, batch) for ranks in cluster.groups()]
     controllers = {group.size: _Controller(cluster, group) for group in groups} if cluster.window_steps else {}
     lanes = read_on(traffic.starts, len(traffic.expert_ids), cluster.ranks * batch)
     for step, row_B in zip(range(warm_up + steps), lanes, strict=False):
@@ -161,10 +167,10 @@ def simulate(
     return _outcome(cluster, batch, tallies, [group.size for group in groups], generations - first)
 
 
-class _Group:
+class _SimulatedRanks:
     """A group and its part of the lanes: lane b is one of rank b modulo ranks."""
 
-    def __init__(self, cluster: Cluster, traffic: Traffic, ranks: IntArray, batch: int) -> None:
+    def __init__(self, cluster: SimulatedCluster, traffic: TrafficShape, ranks: IntArray, batch: int) -> None:
         self.size = len(ranks)
         self._traffic = traffic
         self._lanes = (ranks[:, None] + np.arange(batch) * cluster.ranks).ravel()
@@ -195,15 +201,15 @@ class _Group:
 class _Controller:
     """What the cluster's controller does with windows, for groups of one size; all of them follow the same placements."""
 
-    def __init__(self, cluster: Cluster, group: _Group) -> None:
+    def __init__(self, cluster: SimulatedCluster, group: _SimulatedRanks) -> None:
         self._cluster = cluster
-        self._fleet = Fleet(group.node_R, np.full(group.size, _USUAL_SPEED), cluster.timing.costs)
+        self._fleet = RankShape(group.node_R, np.full(group.size, _USUAL_SPEED), cluster.timing.costs)
         self._placement = group.simulated.model.placement
         self._since = 0
         layers = len(self._placement.num_experts_L)
         self._replanner = Replanner(self._placement.num_experts_L, [range(layers)])
 
-    def close_window(self, groups: Sequence[_Group]) -> None:
+    def close_window(self, groups: Sequence[_SimulatedRanks]) -> None:
         """Learn from what the groups did since the last call; where another placement pays, have them follow it."""
         simulated = [group.simulated for group in groups]
         tokens_LE, uses_LE, reuse_LD = (
@@ -212,7 +218,7 @@ class _Controller:
         # Uses are counted by group, in steps of that group; the placement is for a group.
         self._replanner.learn(tokens_LE // len(groups), uses_LE // len(groups), reuse_LD, self._cluster.window_steps)
         self._since += 1
-        if self._since <= OVERDUE and any(one.model.to_move for one in simulated):
+        if self._since <= OVERDUE and any(one.model.pending_migrations for one in simulated):
             return
         proposal = self._replanner.weigh(self._placement, self._fleet).proposal
         if proposal.keep:
@@ -224,7 +230,9 @@ class _Controller:
             one.model.adopt(self._placement, budget)
 
 
-def _outcome(cluster: Cluster, batch: int, tallies: Sequence[Tally], sizes: Sequence[int], placements: int) -> Outcome:
+def _outcome(
+    cluster: SimulatedCluster, batch: int, tallies: Sequence[StepTally], sizes: Sequence[int], placements: int
+) -> Outcome:
     """Sum up the groups."""
     step_ms = np.concatenate([tally.step_ns for tally in tallies]) / 1e6
 

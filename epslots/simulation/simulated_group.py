@@ -15,18 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from epslots.arrays import BoolArray, FloatArray, IntArray
+from epslots.placement.model_planner import ModelPlanner
 from epslots.placement.placement import Placement, default_placement, first_residents
-from epslots.placement.shared_model import SharedModel
+from epslots.planner.cache_policy import Policy, UseHistory, record_use
+from epslots.planner.cost_model import compute_cost, fetch_cost, moved_pairs
+from epslots.planner.layer_planner import GroupPlan, LayerPlanner
+from epslots.planner.reuse_distance import count_distances, stack_distances
 from epslots.simulation.timing import Timing
-from epslots.step.costs import compute_cost, fetch_cost, moved_pairs
-from epslots.step.eviction import IntArray, Policy, UseHistory, record_use
-from epslots.step.residency import BoolArray
-from epslots.step.reuse import FloatArray, count_distances, stack_distances
-from epslots.step.shared_layer import GroupPlan, SharedLayer
 
 
 @dataclass
-class Tally:
+class StepTally:
     """What a group did in a step, or in several. int64 [L, R] unless said otherwise.
 
     Attributes:
@@ -57,7 +57,7 @@ class Tally:
     step_ns: list[int]
 
     @classmethod
-    def empty(cls, layers: int, ranks: int) -> Tally:
+    def empty(cls, layers: int, ranks: int) -> StepTally:
         def zeros() -> IntArray:
             return np.zeros((layers, ranks), np.int64)
 
@@ -101,7 +101,7 @@ class SimulatedGroup:
         holds_LRE = first_residents(placement) if holds_LRE is None else holds_LRE
         dealt = default_placement(self._experts, placement.quota_LR)
         shared = [
-            SharedLayer(
+            LayerPlanner(
                 0,
                 holds_LRE[layer, :, :own].copy(),
                 placement.quota_LR[layer].copy(),
@@ -113,19 +113,19 @@ class SimulatedGroup:
             for layer, own in enumerate(self._experts)
         ]
         # As the ranks of a runtime do: they form with homes dealt by slots, and adopt a placement from there.
-        self.model = SharedModel(shared, dealt, [range(layers)])
+        self.model = ModelPlanner(shared, dealt, [range(layers)])
         if placement.generation > 0:
             self.model.adopt(placement, expert_bytes)
         self._history = UseHistory.empty(layers, experts)
         self._steps_L = [0] * layers
         self._behind_R = np.zeros(ranks, np.int64)
-        self.tally = Tally.empty(layers, ranks)
+        self.tally = StepTally.empty(layers, ranks)
         self._tokens_LE, self._uses_LE = (np.zeros((layers, experts), np.int64) for _ in range(2))
         self._reuse_LD = np.zeros((layers, experts + 1), np.int64)
 
-    def take(self) -> Tally:
+    def take(self) -> StepTally:
         """What was done since the last call."""
-        tally, self.tally = self.tally, Tally.empty(*self.tally.hits.shape)
+        tally, self.tally = self.tally, StepTally.empty(*self.tally.hits.shape)
         return tally
 
     def take_window(self) -> tuple[IntArray, IntArray, IntArray]:
@@ -246,7 +246,7 @@ class SimulatedGroup:
 def far_pairs_of_a_rank(counts_RU: IntArray, computed_RU: IntArray, node_R: IntArray) -> int:
     """Pairs that a rank of the busiest node sends to other nodes or receives from them, whichever is more.
 
-    Tokens stay on their node as far as they can (``routes.py``); what crosses is spread over the node's ranks.
+    Tokens stay on their node as far as they can (``token_splits.py``); what crosses is spread over the node's ranks.
     """
     here_NR = (np.arange(int(node_R.max()) + 1)[:, None] == node_R).astype(np.int64)
     counts_NU, computed_NU = here_NR @ counts_RU, here_NR @ computed_RU

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from epslots.step.costs import Costs
+from epslots.planner.cost_model import Costs
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Between ranks: collectives, and the row of counts that keeps them in step."""
+"""Between ranks: collectives, forming a group, and the lock-step of their layers."""

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from epslots.arrays import IntArray
 from epslots.compiled import compiled
-from epslots.errors import ConfigError, ExchangeError, StaleGeneration
-from epslots.step.eviction import IntArray
+from epslots.errors import ConfigError, ExchangeError, StaleEpoch
 from epslots.transport.transport import Transport
 
 _HEADER = -1
@@ -124,7 +124,7 @@ class LockStep:
         """Exchange the header of the next step, which stays in ``header``.
 
         Raises:
-            StaleGeneration: a rank belongs to another generation.
+            StaleEpoch: a rank belongs to another generation.
             ExchangeError: a rank is elsewhere, or holds another residency table.
             PeerLost: a rank is gone.
         """
@@ -138,7 +138,7 @@ class LockStep:
         generations, digests = words[:, 0], words[:, 1]
         if (generations != generations[0]).any():
             stale = np.flatnonzero(generations < generations.max()).tolist()
-            raise StaleGeneration(
+            raise StaleEpoch(
                 f"ranks {stale} belong to an older generation of the group: generations by rank are {generations.tolist()}"
             )
         if (digests != digests[0]).any():

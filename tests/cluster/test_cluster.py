@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from cluster import rank_loop
 from cluster.api import Cluster
+from cluster.driver.retries import Pace
+from cluster.driver.worker_group import MOST_FAILURES
 from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Result
-from cluster.group import MOST_FAILURES
-from cluster.retries import Pace
+from cluster.rank import rank_loop
 from epslots.errors import CheckpointError, ConfigError, RankMismatchError
-from tests import zoo
-from tests.cluster.clock_loop import clock_loops
-from tests.cluster.fake_fleet import LOADING, FakeFleet, Fault, one_load_at_a_time
-from tests.grouped import TOKENS_TRAVEL
-from tests.guilt import WAYS, Guilt, error_of
-from tests.rank_helpers import PATIENCE_S
-from tests.test_load_equal import greedy_rows
+from tests.equality.test_load_equal import greedy_rows
+from tests.support import zoo
+from tests.support.clock_loop import clock_loops
+from tests.support.fake_backend import LOADING, FakeFleet, Fault, one_load_at_a_time
+from tests.support.grouped_ranks import TOKENS_TRAVEL
+from tests.support.guilty_requests import WAYS, Guilt, error_of
+from tests.support.rank_helpers import PATIENCE_S
 
 __all__ = ["clock_loops", "one_load_at_a_time"]
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "clock_loops")
@@ -180,7 +180,7 @@ def test_a_request_that_ends_ranks_does_not_end_them_all(open_cluster: Any, fold
     cluster, _ = open_cluster(2)
     poison = [7] * 50
 
-    from epslots.generation.batching import PagedBatcher
+    from epslots.engine.paged_batcher import PagedBatcher
 
     add = PagedBatcher.add
 
@@ -367,7 +367,7 @@ def test_a_worker_that_does_not_come_up(open_cluster: Any, folder: Path, monkeyp
         open_cluster(2, fleet)
     assert fleet.closed
     # Later it is tried again, however often that fails.
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(2)
     fleet.refuse[1] = ["still"] * 40
     fleet.at(1, 3, "crash")
@@ -377,7 +377,7 @@ def test_a_worker_that_does_not_come_up(open_cluster: Any, folder: Path, monkeyp
 
 
 def test_scaling_tells_of_a_seat_that_has_never_served(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(1)
     fleet.refuse[1] = ["still"] * 5
     with pytest.raises(ClusterError, match=r"ranks \[1\] did not come up"):
@@ -390,13 +390,13 @@ def test_scaling_tells_of_a_seat_that_has_never_served(open_cluster: Any, monkey
 
 @pytest.mark.parametrize("kind", [ConfigError, RankMismatchError])
 def test_what_time_does_not_cure_ends_a_seat(open_cluster: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(2)
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise kind("never, says the test")
 
-    monkeypatch.setattr("cluster.rank_loop.load_alone", refuse)
+    monkeypatch.setattr("cluster.rank.rank_loop.load_alone", refuse)
     fleet.at(1, 3, "crash")
     cluster.submit(PROMPTS[0], max_new_tokens=12, stop_tokens=()).result(60)
     until(cluster, lambda: 1 in cluster._supervisor.staffing._given_up)
@@ -408,7 +408,7 @@ def test_what_time_does_not_cure_ends_a_seat(open_cluster: Any, monkeypatch: pyt
 def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("cluster.staffing._PACE", Pace(first_s=3600.0, most_s=3600.0))
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
     cluster, fleet = open_cluster(2)
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
     fleet.refuse[1] = ["the disk is full"]
@@ -422,7 +422,7 @@ def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
 
 
 def test_a_seat_that_waits_when_the_fleet_is_lost_waits_no_more(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cluster.staffing._PACE", Pace(first_s=3600.0, most_s=3600.0))
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
     cluster, fleet = open_cluster(2)
     seats = cluster._supervisor.staffing._seats
     fleet.at(1, 1, "crash")  # before it has brought anything
@@ -438,7 +438,7 @@ def test_a_fleet_that_is_lost_is_reopened_and_no_caller_notices(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """Under requests, while it is reopened already, when idle; and a fleet that fails to come back is asked again."""
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(2)
     for number in range(2):
         going = [cluster.submit(prompt, max_new_tokens=40, stop_tokens=()) for prompt in PROMPTS]
@@ -468,7 +468,7 @@ def test_a_fleet_is_lost_while_ranks_load_and_while_scaling(open_cluster: Any, f
         assert go_on.wait(60)
         return load(*arguments, **settings)
 
-    monkeypatch.setattr("cluster.rank_loop.load_alone", held)
+    monkeypatch.setattr("cluster.rank.rank_loop.load_alone", held)
     scaling = threading.Thread(target=cluster.scale, args=(3,))
     scaling.start()
     assert loading.wait(60)
@@ -517,7 +517,7 @@ def test_closing_while_a_fleet_is_lost(open_cluster: Any):
 
 
 def test_a_fleet_that_does_not_come_back_ends_the_cluster_if_asked_to(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(1, give_up_after_s=0.01)
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
     fleet.refuse_reopening = ["never"] * 100_000
@@ -541,8 +541,8 @@ def test_a_fleet_that_is_lost_during_the_start_ends_it(open_cluster: Any, monkey
 
 def test_ranks_that_can_not_meet_for_a_while_meet_later(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """More often than ends a start: a network may be down for a moment."""
-    monkeypatch.setattr("cluster.group._PACE", AT_ONCE)
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_group._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(2)
     fleet.refuse_forming = ["the network is down"] * (2 * MOST_FAILURES)
     fleet.at(1, 3, "crash")
@@ -553,9 +553,9 @@ def test_ranks_that_can_not_meet_for_a_while_meet_later(open_cluster: Any, folde
 def test_callers_are_told_when_no_rank_serves(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("cluster.staffing._GAP_S", 0.001)
-    monkeypatch.setattr("cluster.staffing._GAP_AGAIN_S", 0.05)
-    monkeypatch.setattr("cluster.staffing._PACE", Pace(first_s=3600.0, most_s=3600.0))
+    monkeypatch.setattr("cluster.driver.worker_pool._GAP_S", 0.001)
+    monkeypatch.setattr("cluster.driver.worker_pool._GAP_AGAIN_S", 0.05)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
     cluster, fleet = open_cluster(1)
     fleet.refuse[0] = ["the disk is full"]
     going = cluster.submit(PROMPTS[0], max_new_tokens=200, stop_tokens=())
@@ -578,7 +578,7 @@ def test_callers_are_told_when_no_rank_serves(
 
 def test_when_nobody_is_left(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     """With ``give_up_after_s``, the last seat's end is the cluster's."""
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(1, give_up_after_s=0.001)
     fleet.refuse[0] = ["no more"] * 1000
     fleet.at(0, 7, "crash")
@@ -660,8 +660,8 @@ def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any)
 def test_a_newcomer_that_can_not_join_does_not_end_the_others(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("cluster.staffing._PACE", AT_ONCE)
-    monkeypatch.setattr("cluster.workers.Deadlines.form_s", 0.5)
+    monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
+    monkeypatch.setattr("cluster.driver.workers.Deadlines.form_s", 0.5)
     cluster, fleet = open_cluster(2)
     fleet.unreachable.add(2)
     results = cluster.generate(PROMPTS, max_new_tokens=30, stop_tokens=())
@@ -675,8 +675,8 @@ def test_a_newcomer_that_can_not_join_does_not_end_the_others(
 
 
 def test_a_group_that_always_breaks_says_so(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+    from epslots.engine.engine import Engine
     from epslots.errors import ExchangeError
-    from epslots.generation.engine import Engine
 
     cluster, _ = open_cluster(2)
 
@@ -701,7 +701,7 @@ def test_numbers_that_no_message_carries_are_refused(open_cluster: Any, folder: 
 
 def test_a_bug_of_the_supervisors_is_everybodys_error(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     cluster, _ = open_cluster(1)
-    monkeypatch.setattr("cluster.ledger.Ledger.assign", lambda *_: 1 / 0)
+    monkeypatch.setattr("cluster.driver.scheduler.Scheduler.assign", lambda *_: 1 / 0)
     generation = cluster.submit(PROMPTS[0])
     with pytest.raises(ClusterError, match="a bug: ZeroDivisionError"):
         generation.result(60)

@@ -8,21 +8,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from cluster.controller import OVERDUE, SHARE
-from cluster.controller_messages import (
+from cluster.controller.controller import OVERDUE, SHARE
+from cluster.messages.controller import (
     Explain,
     Freeze,
-    Heard,
+    GroupState,
+    LoadReport,
+    LoadReports,
     Rebalance,
-    State,
-    Windows,
     decode_order,
     decode_reply,
     encode,
 )
 from epslots.errors import ConfigError
 from epslots.placement.placement import carry_over, pack, unpack
-from tests.cluster.controller_helpers import (
+from tests.support.controller_helpers import (
     BAD,
     COSTS,
     EXPERTS,
@@ -42,11 +42,11 @@ SKEWED = (400, 100, 40, 20, 10, 10)
 
 def test_it_waits_for_a_group():
     there = controller(Planner(moves=True))
-    assert there.state is State.WAITING
+    assert there.state is GroupState.WAITING
     assert there.answer(told(1, 2)).place is None
     assert there.answer(Rebalance()).place is None
     assert explained(there).group == -1
-    assert there.answer(meeting(placement_of(2))).state is State.WATCHING
+    assert there.answer(meeting(placement_of(2))).state is GroupState.WATCHING
 
 
 def test_what_pays_is_published_and_then_moved_to():
@@ -63,19 +63,19 @@ def test_what_pays_is_published_and_then_moved_to():
     published = unpack(place.placement)
     assert published.generation == 5
     assert (published.home_LE == (placement_of(2).home_LE + 1) % 2).all()
-    assert reply.state is State.MOVING
-    assert there.answer(told(3, 2, window(placement=4), group=7)).state is State.MOVING  # not adopted
-    assert there.answer(told(4, 2, window(placement=5, to_move=2), group=7)).state is State.MOVING  # not there
+    assert reply.state is GroupState.MOVING
+    assert there.answer(told(3, 2, window(placement=4), group=7)).state is GroupState.MOVING  # not adopted
+    assert there.answer(told(4, 2, window(placement=5, pending_migrations=2), group=7)).state is GroupState.MOVING  # not there
     planner.moves = False
-    assert there.answer(told(5, 2, window(placement=5), group=7)).state is State.WATCHING
+    assert there.answer(told(5, 2, window(placement=5), group=7)).state is GroupState.WATCHING
 
 
 def test_one_rank_that_has_not_adopted_is_waited_for():
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2)))
     assert there.answer(told(1, 2)).place is not None
-    mixed = Windows(0, (Heard(0, 2, window(placement=1)), Heard(1, 2, window(placement=0))), 0)
-    assert there.answer(mixed).state is State.MOVING
+    mixed = LoadReports(0, (LoadReport(0, 2, window(placement=1)), LoadReport(1, 2, window(placement=0))), 0)
+    assert there.answer(mixed).state is GroupState.MOVING
     assert explained(there).adopted == 0
 
 
@@ -92,9 +92,9 @@ def test_windows_count_when_all_ranks_have_told_and_only_once():
     there = controller(planner)
     there.answer(meeting(placement_of(3)))
     for rank in (2, 0):
-        assert there.answer(Windows(0, (Heard(rank, 1, window()),), 0)).place is None
+        assert there.answer(LoadReports(0, (LoadReport(rank, 1, window()),), 0)).place is None
     assert not planner.asked
-    there.answer(Windows(0, (Heard(1, 1, window()),), 0))
+    there.answer(LoadReports(0, (LoadReport(1, 1, window()),), 0))
     assert len(planner.asked) == 1
     assert (planner.asked[0][1].tokens_LE == 3 * 8).all()  # of all ranks
     there.answer(told(1, 3))  # again, as a whole
@@ -106,11 +106,11 @@ def test_windows_that_a_rank_left_out_are_given_up():
     planner = Planner()
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
-    there.answer(Windows(0, (Heard(0, 1, window()), Heard(0, 2, window()), Heard(1, 2, window())), 3))
+    there.answer(LoadReports(0, (LoadReport(0, 1, window()), LoadReport(0, 2, window()), LoadReport(1, 2, window())), 3))
     assert len(planner.asked) == 1
     found = explained(there)
     assert (found.windows, found.incomplete, found.dropped) == (1, 1, 3)
-    there.answer(Windows(0, (Heard(1, 1, window()),), 0))  # late
+    there.answer(LoadReports(0, (LoadReport(1, 1, window()),), 0))  # late
     found = explained(there)
     assert (found.windows, found.incomplete) == (1, 1)
 
@@ -119,7 +119,7 @@ def test_what_is_gathered_is_bounded_whatever_the_numbers():
     there = controller(Planner())
     there.answer(meeting(placement_of(2)))
     for number in range(10**9, 10**9 + 50):
-        there.answer(Windows(0, (Heard(1, number, window()),), 0))
+        there.answer(LoadReports(0, (LoadReport(1, number, window()),), 0))
     assert len(there._gathered) <= 3
     assert explained(there).incomplete >= 47
     there.answer(told(1, 2))  # and the others' go on
@@ -148,7 +148,7 @@ def test_what_can_not_be_true_is_refused_and_the_placement_stays(bad: bytes):
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
     before = explained(there)
-    reply = there.answer(Windows(0, (Heard(0, 1, bad), Heard(1, 1, window())), 0))
+    reply = there.answer(LoadReports(0, (LoadReport(0, 1, bad), LoadReport(1, 1, window())), 0))
     assert reply.place is None
     assert not planner.asked
     found = explained(there)
@@ -162,8 +162,8 @@ def test_a_rank_that_is_not_there_and_one_that_tells_twice():
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2)))
     for rank in (-1, 2, 10**9):
-        there.answer(Windows(0, (Heard(rank, 1, window()),), 0))
-    there.answer(Windows(0, (Heard(0, 1, window()), Heard(0, 1, window())), 0))
+        there.answer(LoadReports(0, (LoadReport(rank, 1, window()),), 0))
+    there.answer(LoadReports(0, (LoadReport(0, 1, window()), LoadReport(0, 1, window())), 0))
     found = explained(there)
     assert found.refused == 4
     assert "allowed: ranks 0 to 1" in found.refusals[0]
@@ -185,7 +185,7 @@ def test_frozen_it_learns_and_publishes_nothing_unasked():
     planner = Planner(moves=True)
     there = controller(planner)
     there.answer(meeting(placement_of(2), frozen=True))
-    assert there.state is State.FROZEN
+    assert there.state is GroupState.FROZEN
     assert not any(reply.place for reply in steady(there, 2, 0, range(1, 9)))
     assert explained(there).windows == 8
     asked = there.answer(Rebalance())
@@ -193,11 +193,11 @@ def test_frozen_it_learns_and_publishes_nothing_unasked():
     assert asked.explanation is not None
     assert asked.explanation.published is not None
     assert asked.explanation.published.asked
-    assert there.state is State.FROZEN
+    assert there.state is GroupState.FROZEN
     there.answer(Freeze(False))
-    assert there.state is State.MOVING
+    assert there.state is GroupState.MOVING
     there.answer(Freeze(True))
-    assert there.state is State.FROZEN
+    assert there.state is GroupState.FROZEN
 
 
 def test_asked_it_counts_any_gain():
@@ -234,7 +234,7 @@ def test_a_new_one_goes_on_where_the_last_one_was():
     there = controller(Planner(moves=True))
     # Ranks follow 3; they were told of 5, which the last one had published as its last.
     there.answer(meeting(placement_of(2, generation=3), published=5, offered=pack(placement_of(2, generation=5))))
-    assert there.state is State.MOVING
+    assert there.state is GroupState.MOVING
     assert explained(there).adopted == 3
     replies = steady(there, 2, 5, [1])
     assert replies[0].place is not None
@@ -258,7 +258,7 @@ def test_a_group_that_has_carried_its_placement_over():
     carried = carry_over(placement_of(2), [0, -1, 1][:2], placement_of(3).quota_LR)
     reply = there.answer(meeting(carried, group=1))
     assert carried.generation == 1
-    assert reply.state is State.WATCHING
+    assert reply.state is GroupState.WATCHING
     place = there.answer(told(1, 3, window(placement=1), group=1)).place
     assert place is not None
     assert place.generation == 2
@@ -313,7 +313,7 @@ def test_uneven_traffic_is_levelled_once_and_then_kept():
     assert found.latest is not None
     assert found.latest.kept
     assert found.latest.placement == generation
-    assert found.state is State.WATCHING
+    assert found.state is GroupState.WATCHING
 
 
 def test_slots_follow_measured_need_within_a_pool_and_a_rank():

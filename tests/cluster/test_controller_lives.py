@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.controller_messages import Freeze, Heard, Rebalance, Reply, State, Windows
+from cluster.messages.controller import Freeze, GroupState, LoadReport, LoadReports, Rebalance, Reply
 from epslots.placement.placement import carry_over, unpack
-from tests.cluster.controller_helpers import BAD, Planner, controller, explained, meeting, placement_of, told, window
+from tests.support.controller_helpers import BAD, Planner, controller, explained, meeting, placement_of, told, window
 
 
 class Lives(RuleBasedStateMachine):
@@ -88,11 +88,11 @@ class Lives(RuleBasedStateMachine):
         self.planner.moves = moves
         self.take(self.there.answer(Rebalance()), lost=lost)
 
-    @rule(moves=st.booleans(), to_move=st.integers(0, 1), lost=st.booleans())
-    def a_window(self, moves: bool, to_move: int, lost: bool) -> None:
+    @rule(moves=st.booleans(), pending_migrations=st.integers(0, 1), lost=st.booleans())
+    def a_window(self, moves: bool, pending_migrations: int, lost: bool) -> None:
         self.number += 1
         self.planner.moves = moves
-        message = window(placement=self.followed.generation, to_move=to_move)
+        message = window(placement=self.followed.generation, pending_migrations=pending_migrations)
         reply = self.there.answer(told(self.number, self.ranks, message, group=self.group))
         if self.frozen or not moves or not self.met:
             assert reply.place is None
@@ -106,8 +106,8 @@ class Lives(RuleBasedStateMachine):
         message = window(placement=self.followed.generation)
         number = self.number
         self.number += 10
-        windows = tuple(Heard(rank, number + ahead, message) for rank, ahead in heard)
-        self.take(self.there.answer(Windows(self.group, windows, 0)), lost=False)
+        windows = tuple(LoadReport(rank, number + ahead, message) for rank, ahead in heard)
+        self.take(self.there.answer(LoadReports(self.group, windows, 0)), lost=False)
 
     @rule(bad=st.sampled_from(sorted(BAD)), data=st.data())
     def nonsense(self, bad: str, data: st.DataObject) -> None:
@@ -117,9 +117,9 @@ class Lives(RuleBasedStateMachine):
         self.planner.moves = True
         liar = data.draw(st.integers(0, self.ranks - 1))
         good = window(placement=self.followed.generation)
-        heard = tuple(Heard(rank, self.number, BAD[bad] if rank == liar else good) for rank in range(self.ranks))
+        heard = tuple(LoadReport(rank, self.number, BAD[bad] if rank == liar else good) for rank in range(self.ranks))
         before = explained(self.there)
-        reply = self.there.answer(Windows(self.group, heard, 0))
+        reply = self.there.answer(LoadReports(self.group, heard, 0))
         assert reply.place is None
         after = explained(self.there)
         assert (after.placement, after.adopted, after.windows) == (before.placement, before.adopted, before.windows)
@@ -137,11 +137,11 @@ class Lives(RuleBasedStateMachine):
             return
         found = explained(self.there)
         if found.group == -1:
-            assert found.state is State.WAITING
+            assert found.state is GroupState.WAITING
         elif self.frozen:
-            assert found.state is State.FROZEN
-        elif found.state is State.WATCHING:
-            assert found.to_move == 0
+            assert found.state is GroupState.FROZEN
+        elif found.state is GroupState.WATCHING:
+            assert found.pending_migrations == 0
 
 
 TestLives = Lives.TestCase

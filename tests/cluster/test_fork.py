@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import ClusterError
-from tests.cluster.fake_fleet import one_load_at_a_time
 from tests.cluster.test_cluster import PROMPTS, folder, open_cluster
-from tests.test_text import TOKENIZERS
+from tests.engine.test_text import TOKENIZERS
+from tests.support.fake_backend import one_load_at_a_time
 
 __all__ = ["folder", "one_load_at_a_time", "open_cluster"]
 pytestmark = [

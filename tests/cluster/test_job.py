@@ -23,13 +23,14 @@ from hypothesis import strategies as st
 from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.generation import GenerationSettings
-from cluster.job_progress import Counts, JobProgress
-from cluster.job_run import JobSettings, run_job
+from cluster.job.progress import Counts, JobProgress
+from cluster.job.run import JobSettings, run_job
 from epslots.errors import ConfigError
 from epslots.example import example_model
-from tests.cluster.fake_cluster import FakeCluster, opened
-from tests.cluster.fake_fleet import FakeFleet, one_load_at_a_time
-from tests.grouped import TOKENS_TRAVEL
+from tests.support import ROOT
+from tests.support.fake_backend import FakeFleet, one_load_at_a_time
+from tests.support.fake_cluster import FakeCluster, opened
+from tests.support.grouped_ranks import TOKENS_TRAVEL
 
 __all__ = ["one_load_at_a_time"]
 
@@ -384,8 +385,8 @@ STOPPED_JOB = """
 import sys, threading
 from pathlib import Path
 from cluster.generation import GenerationSettings
-from cluster.job_run import JobSettings, run_job
-from tests.cluster.fake_cluster import FakeCluster
+from cluster.job.run import JobSettings, run_job
+from tests.support.fake_cluster import FakeCluster
 
 class Waits(FakeCluster):
     def generate(self, prompts, **settings):
@@ -410,7 +411,7 @@ sys.exit(run_job(JobSettings(folder / "in.jsonl", folder / "out.jsonl", "a/model
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_job_that_is_told_to_stop_closes_its_cluster_and_can_go_on(job: JobSettings, number: int, code: int):
     command = [sys.executable, "-c", STOPPED_JOB, str(job.prompts.parent)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
@@ -429,7 +430,7 @@ def test_a_job_that_is_told_to_stop_closes_its_cluster_and_can_go_on(job: JobSet
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cluster.job", *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -442,7 +443,7 @@ def test_the_commands_help_needs_no_torch_and_teaches(monkeypatch: pytest.Monkey
     for word in ("ray job submit", '{"prompt": [5, 6, 7], "id"', "143  stopped by SIGTERM", "--strategy", "--address"):
         assert word in got.stdout
     code = "import sys, cluster.job; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'ray')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
 def test_settings_that_are_wrong_are_one_line(job: JobSettings):

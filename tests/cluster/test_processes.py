@@ -14,11 +14,11 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.generation import Generation
-from tests.cluster.clock_loop import ClockLoop, clock_loops
-from tests.cluster.process_fleet import ProcessFleet
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
-from tests.grouped import TOKENS_TRAVEL
-from tests.rank_helpers import PATIENCE_S
+from tests.support.clock_loop import ClockLoop, clock_loops
+from tests.support.grouped_ranks import TOKENS_TRAVEL
+from tests.support.process_backend import ProcessFleet
+from tests.support.rank_helpers import PATIENCE_S
 
 __all__ = ["clock_loops"]
 pytestmark = pytest.mark.usefixtures("clock_loops")

@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import ray_calls
 from cluster.errors import ClusterError
-from cluster.ray_address import HeadWatch
-from cluster.ray_calls import ask
-from cluster.ray_processes import Watch, users_of
+from cluster.ray_backend import calls
+from cluster.ray_backend.address import HeadWatch
+from cluster.ray_backend.calls import ask
+from cluster.ray_backend.processes import Watch, users_of
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_call_without_an_answer_ends_at_its_deadline(head: threading.Event):
 
 def test_calls_that_are_stuck_are_bounded(head: threading.Event):
     async def many() -> None:
-        for _ in range(ray_calls._MOST_LATE):
+        for _ in range(calls._MOST_LATE):
             with pytest.raises(ClusterError, match="did not answer"):
                 await ask(head.wait, deadline_s=0.001)
         with pytest.raises(ClusterError, match="16 calls wait for its head, which may be gone"):

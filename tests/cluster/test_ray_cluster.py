@@ -16,15 +16,15 @@ import pytest
 from ray._private.node import Node
 
 from cluster.api import Cluster
+from cluster.driver.backend import WorkerHandle
 from cluster.errors import ClusterError
-from cluster.fleet import WorkerHandle
 from cluster.generation import Generation
-from cluster.ray_worker import RayWorker
-from tests.cluster.clock_loop import ClockLoop, use_clock_loops
-from tests.cluster.ray_helpers import RayNodes
+from cluster.ray_backend.worker import RayWorker
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
-from tests.grouped import COPIES_TRAVEL, TOKENS_TRAVEL
-from tests.rank_helpers import PATIENCE_S
+from tests.support.clock_loop import ClockLoop, use_clock_loops
+from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL
+from tests.support.rank_helpers import PATIENCE_S
+from tests.support.ray_helpers import RayNodes
 
 NEW = 80
 

@@ -13,17 +13,16 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests import zoo
-from tests.cluster.held_job import HELD
-from tests.cluster.ray_helpers import start_nodes
 from tests.cluster.test_cluster import expected
+from tests.support import ROOT, zoo
+from tests.support.held_job import HELD
+from tests.support.ray_helpers import start_nodes
 
 pytestmark = [
     pytest.mark.timeout(600),  # two nodes, and Ray's agents on them, which take their time on a busy machine
     pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),  # Ray's client says it to aiohttp
 ]
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [zoo.random_ids(1, 3 + 5 * (n % 4), seed=n)[0].tolist() for n in range(30)]
 LINES = len(PROMPTS) + 1
 NEW = 20
@@ -76,7 +75,7 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
             nodes.replace_lost()
             return run(module, stop_at, attempts - 1)
 
-        first, log = run("tests.cluster.held_job", stop_at=HELD)
+        first, log = run("tests.support.held_job", stop_at=HELD)
         assert client.get_job_status(first) == JobStatus.STOPPED, log
         done = output.read_text().count("\n")
         assert 0 < done < LINES, log

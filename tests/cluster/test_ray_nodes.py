@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import ray
 
+from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
-from cluster.fleet import WorkerDied
-from cluster.local_ray import SEAT
-from cluster.ray_nodes import Node, NoRoom, choose_nodes, count_seats, need_of_seat
-from tests.cluster.ray_helpers import Driver, RayNodes, drive, node_hosts
-from tests.rank_helpers import PATIENCE_S
+from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_seats, need_of_seat
+from cluster.ray_backend.session import SEAT
+from tests.support.rank_helpers import PATIENCE_S
+from tests.support.ray_helpers import Driver, RayNodes, drive, node_hosts
 
 CPU = {"CPU": 1.0}
 GPU = {"GPU": 1.0, "CPU": 1.0}

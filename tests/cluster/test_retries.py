@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from cluster.retries import Pace, Retries
+from cluster.driver.retries import Pace, Retries
 
 
 def fail_for(retries: Retries, seconds: float) -> list[tuple[float, bool]]:

@@ -13,9 +13,9 @@ import pytest
 from cluster.api import Cluster
 from cluster.errors import Overloaded
 from cluster.generation import Arrivals, Generation
-from tests.cluster.fake_fleet import FakeFleet, one_load_at_a_time
 from tests.cluster.test_cluster import PROMPTS, expected, folder, open_cluster, tokens_of
-from tests.test_text import TOKENIZERS
+from tests.engine.test_text import TOKENIZERS
+from tests.support.fake_backend import FakeFleet, one_load_at_a_time
 
 __all__ = ["folder", "one_load_at_a_time", "open_cluster"]
 

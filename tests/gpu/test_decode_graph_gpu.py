@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
+from epslots.cuda_graph.decode_graph import DecodeGraph, kernels_for
+from epslots.cuda_graph.device_slots import DeviceSlots, Missing, TorchKernels
 from epslots.errors import ConfigError
-from epslots.generation.decode_graph import DecodeGraph, kernels_for
-from epslots.generation.device_slots import DeviceSlots, Missing, TorchKernels
 from epslots.runtime import runtime_of
-from tests import zoo
+from tests.support import zoo
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -109,15 +109,15 @@ def test_the_pool_and_the_graph_take_their_memory_once(checkpoint: Callable[[str
 def test_triton_decides_as_torch_does(checkpoint: Callable[[str], Path], cache_dir: Path):
     """On the GPU itself, from the same state and for the same ids: tables, histories, counts and what is missing."""
     runtime = runtime_of(load(checkpoint("qwen3_moe"), cache_dir))
-    (mover,) = runtime.movers
-    mover.land_all()
+    (loader,) = runtime.movers
+    loader.land_all()
     generator = torch.Generator().manual_seed(1)
-    pool, states = mover.pool, []
-    for kernels in (TorchKernels(mover), kernels_for(mover)):
+    pool, states = loader.pool, []
+    for kernels in (TorchKernels(loader), kernels_for(loader)):
         pool.slot_of_device.fill_(-1)
         pool.expert_of_device.fill_(-1)
         generator.manual_seed(1)
-        slots = DeviceSlots(mover, kernels, 4)
+        slots = DeviceSlots(loader, kernels, 4)
         slots.enter([runner.history for runner in runtime.runners], [0] * len(runtime.runners))
         missing = Missing(*(torch.zeros(n, dtype=torch.int64, device="cuda") for n in (4, 4, 1)))
         state = []

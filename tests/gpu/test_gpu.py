@@ -13,7 +13,7 @@ import torch
 
 import epslots
 from epslots.runtime import runtime_of
-from tests import zoo
+from tests.support import zoo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

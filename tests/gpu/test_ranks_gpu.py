@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import epslots
-from epslots.group.ranks import join
+from epslots.group.join import join
 from epslots.runtime import runtime_of
 from epslots.transport.forming import form_group
 from epslots.transport.torch_transport import TorchTransport
-from tests import zoo
-from tests.grouped import GATHER, TOKENS_TRAVEL
-from tests.plan_strategies import random_placement
-from tests.rank_helpers import Rank, run_ranks
+from tests.support import zoo
+from tests.support.grouped_ranks import GATHER, TOKENS_TRAVEL
+from tests.support.plan_strategies import random_placement
+from tests.support.rank_helpers import Rank, run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,7 +36,7 @@ def on_nccl(rank: Rank, folder: Path, cache_dir: Path, costs: epslots.Costs) -> 
     else:
         model = epslots.load(folder, **options)
         join(model, transport, settings={}, costs=costs)
-    with torch.no_grad(), epslots.keep_in_step(model):
+    with torch.no_grad(), epslots.sync_ranks(model):
         logits = model(input_ids=zoo.random_ids(1, 9 + 20 * rank.rank, seed=1).cuda()).logits
     runtime_of(model).check_integrity()
     return logits.cpu()
@@ -73,7 +73,7 @@ def while_moving(rank: Rank, folder: Path, cache_dir: Path) -> list[torch.Tensor
     joined = join(model, transport, settings={}, costs=TOKENS_TRAVEL)
     generator, found = np.random.default_rng(1), []
     for seed in range(60):
-        if not joined.to_move:
+        if not joined.pending_migrations:
             joined.offer(random_placement(generator, joined.placement), 3 * joined.shared.layers[0].expert_bytes)
         with torch.no_grad():
             found.append(model(input_ids=zoo.random_ids(1, 9, seed=seed).cuda()).logits.cpu())

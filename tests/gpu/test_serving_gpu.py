@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from epslots.bench.fetch import forms
-from epslots.layer.host_compute import HostExperts
-from epslots.store.packed_records import Unpacker, record_views
-from tests.test_host_compute import Layer
+from epslots.cache.unpacking import Unpacker, record_views
+from epslots.moe.cpu_experts import CpuExperts
+from tests.moe.test_cpu_experts import Layer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -41,7 +41,7 @@ def test_hosted_experts_for_rows_on_a_gpu(name: str, checkpoint: Callable[[str],
     hosted = sorted(set(ids.tolist()))[::2]
     pairs = [int((ids == expert).sum()) for expert in hosted]
     device = torch.device("cuda")
-    host = HostExperts(layer.module.to(device), layer.store, 0, device)
+    host = CpuExperts(layer.module.to(device), layer.store, 0, device)
     with torch.no_grad():
         found = host.compute(rows.to(device), ids.to(device), hosted, pairs)
         layer.module.to("cpu")

@@ -1,0 +1,1 @@
+"""The placement controller: an actor that turns load reports into placements."""

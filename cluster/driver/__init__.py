@@ -1,0 +1,1 @@
+"""The driver's side: starts workers, forms groups, routes requests, asks the controller."""

@@ -1,0 +1,1 @@
+"""python -m cluster.job: a file of prompts in, a file of results out, resumable."""

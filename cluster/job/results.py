@@ -1,0 +1,175 @@
+"""The output of a job: a JSON line for each prompt, written when it finishes, and read again when the job goes on.
+
+    {"line":3,"id":"a-1","text":" world","tokens":2,"reason":"stop","digest":"5c0ffee1-0123456789abcdef"}
+    {"line":4,"error":"no such field: \"promt\"; allowed: ...","digest":"5c0ffee1-89abcdef01234567"}
+
+A line is written with one call, so a job that is killed leaves whole lines, and at most one torn one at the end, which the
+next start drops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from cluster.job.prompts import LineIndex
+from epslots.errors import ConfigError, EpslotsError
+
+_BEGIN = b'{"line":'
+# A text of a million tokens, with room to spare: what is longer wasn't written by a job.
+_MOST_LINE_BYTES = 256 * 1024**2
+
+
+class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What came of one prompt.
+
+    Attributes:
+        line: the prompt's line number, from 1.
+        id: the prompt's own, if it has one; of a line with an error as it was written.
+        custom_id: that of a line with an error, as it was written.
+        text: the new text; absent if the checkpoint has no tokenizer.
+        tokens: how many there are.
+        token_ids: which, if the prompt was given as token ids or there is no tokenizer.
+        reason: "stop" (end token or stop string) or "length" (``max_new_tokens``).
+        error: what was wrong, instead of all these.
+        digest: of the settings that shape the text, and of the prompt's line.
+    """
+
+    line: int
+    id: Any = None
+    custom_id: Any = None
+    text: str | None = None
+    tokens: int | None = None
+    token_ids: tuple[int, ...] | None = None
+    reason: str | None = None
+    error: str | None = None
+    digest: str
+
+
+def join_digest(settings: int, line: int) -> str:
+    """The digest that a result carries, of 32 and 64 bits."""
+    return f"{settings:08x}-{line:016x}"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What earlier runs left: lines, those of them with errors, and bytes of a torn line that were dropped."""
+
+    done: int = 0
+    errors: int = 0
+    torn_bytes: int = 0
+
+
+class OutputLost(EpslotsError):
+    """The output can't be written any more."""
+
+
+class ResultFile:
+    """The output, locked against other jobs while it is open.
+
+    Raises:
+        ConfigError: it can't be opened, or another job writes to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--output {path} is not a plain file: a job reads its results again when it goes on")
+        try:
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"--output {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            if isinstance(error, BlockingIOError):
+                message = f"--output {path}: another job is writing to it; wait for that, or give another file"
+            else:
+                message = f"--output {path} can't be locked against other jobs ({error.strerror}); give a file elsewhere"
+            raise ConfigError(message) from error
+
+    def resume(self, index: LineIndex, settings_digest: int) -> Before:
+        """Finish those lines of the index whose results are there, and drop a torn last line.
+
+        Raises:
+            ConfigError: the file is not this job's: other lines, other prompts, or other settings. It is as it was.
+        """
+        done = errors = whole_bytes = torn_bytes = 0
+        with open(self._path, "rb") as file:
+            while data := file.readline(_MOST_LINE_BYTES):
+                if not data.endswith(b"\n"):
+                    self._check_torn(data, done)
+                    torn_bytes = len(data)
+                    break
+                whole_bytes += len(data)
+                errors += self._count(data, done + 1, index, settings_digest)
+                done += 1
+        if torn_bytes:
+            os.ftruncate(self._file.fileno(), whole_bytes)
+        return Before(done, errors, torn_bytes)
+
+    def _count(self, data: bytes, row: int, index: LineIndex, settings_digest: int) -> bool:
+        """Finish the line of one result; returns whether that is an error."""
+        try:
+            result = _decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise self._foreign(f"line {row} of it is no result of a job") from error
+        settings, _, line = result.digest.partition("-")
+        if settings != f"{settings_digest:08x}":
+            raise self._foreign(
+                f"line {row} of it was made with another model or other settings (max_new_tokens, temperature, ...)"
+            )
+        if not index.has(result.line) or line != f"{index.digest(result.line):016x}":
+            raise self._foreign(f"line {row} of it answers another prompt than line {result.line} of the prompts is now")
+        if index.is_done(result.line):
+            raise self._foreign(f"line {row} of it answers line {result.line} of the prompts a second time")
+        index.finish(result.line)
+        return result.error is not None
+
+    def _check_torn(self, data: bytes, row: int) -> None:
+        """Whether the end of the file may be dropped: a user's own file must not lose its last line."""
+        written = data.rstrip(b"\0")  # what a file system leaves when the machine lost its power
+        if len(data) == _MOST_LINE_BYTES or not (written.startswith(_BEGIN) or _BEGIN.startswith(written)):
+            raise self._foreign(f"line {row + 1} of it is no result of a job")
+
+    def _foreign(self, problem: str) -> ConfigError:
+        return ConfigError(
+            f"--output {self._path} is not this job's: {problem}. To go on with a job, start it with the prompts and settings "
+            f"that it began with; for a new one give another file, or move this one away"
+        )
+
+    def append(self, result: ResultLine) -> None:
+        """Write one result.
+
+        Raises:
+            OutputLost: the file can't take it; a torn line may be left, which the next start drops.
+        """
+        rest = memoryview(_encoder.encode(result) + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            raise OutputLost(f"--output {self._path} can't be written any more: {error.strerror}") from error
+
+    def close(self) -> None:
+        """See that all is on the disk, and let others in."""
+        with contextlib.suppress(OSError):  # not every file can be synced
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(ResultLine)

@@ -1,0 +1,206 @@
+"""A job: prompts from a file through a cluster into another file, and what its end tells.
+
+In order: read the prompts once, to know how much there is; read the output, to know what is done; start the cluster,
+if anything is left; serve what is left, writing each result as it comes.
+"""
+
+from __future__ import annotations
+
+import enum
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import msgspec
+import xxhash
+
+from cluster.errors import ClusterError
+from cluster.generation import GenerationSettings, Result
+from cluster.job.progress import Counts, JobProgress
+from cluster.job.prompts import decode_line, index_lines, open_prompts, read_names
+from cluster.job.results import ResultFile, ResultLine, join_digest
+from cluster.job.signals import JobStopped, StopSignals
+from epslots.errors import ConfigError, EpslotsError
+from epslots.json_lines import Line, read_lines
+from epslots.streams import say
+
+
+class Exit(enum.IntEnum):
+    """Exit codes; a job that is stopped by a signal has 128 + its number instead: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    DONE = 0
+    SOME_ERRORS = 1
+    NOT_STARTED = 2
+    BROKEN_OFF = 3
+
+
+class JobCluster(Protocol):
+    """What a job needs of a cluster."""
+
+    def generate(self, prompts: Iterable[Mapping[str, Any]], **settings: Any) -> Iterator[Result]:
+        """Results as they finish. Prompts are taken one by one as there is room for them, in the caller's thread."""
+
+
+_GO_ON = "start the job again with the same arguments to go on"
+
+OpenCluster = Callable[[], AbstractContextManager[JobCluster]]
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What a job is to do.
+
+    Attributes:
+        prompts, output: files of JSON lines.
+        model: as given; results of another model aren't mixed with this one's.
+        generation: for prompts that don't say otherwise.
+        dtype: what the model computes in, as given.
+        execute_predicted, batch_invariant: as ``epslots.load`` has them.
+    """
+
+    prompts: Path
+    output: Path
+    model: str
+    generation: GenerationSettings
+    dtype: str = "auto"
+    execute_predicted: bool = False
+    batch_invariant: bool = False
+
+    @property
+    def digest(self) -> int:
+        """Of all that shapes a text besides its prompt, 32 bits."""
+        computing = (self.model, self.dtype, self.execute_predicted, self.batch_invariant)
+        shaping = msgspec.json.encode((*computing, self.generation), order="sorted")
+        return xxhash.xxh3_64_intdigest(shaping) >> 32
+
+
+def run_job(job: JobSettings, open_cluster: OpenCluster) -> int:
+    """Do what is left of a job; returns the exit code. What there is to say goes to standard error.
+
+    Args:
+        job: the same at every start, until it is done.
+        open_cluster: called if there is anything to do.
+    """
+    try:
+        with StopSignals() as signals:
+            return _Job(job, open_cluster, signals).run()
+    except JobStopped as stopped:
+        say(f"stopped by {stopped}; {_GO_ON}")
+        return stopped.exit_code
+    except EpslotsError as error:
+        say(f"error: {error}")
+        return Exit.NOT_STARTED
+
+
+class _Job:
+    def __init__(self, job: JobSettings, open_cluster: OpenCluster, signals: StopSignals) -> None:
+        self._job, self._open_cluster, self._signals = job, open_cluster, signals
+        self._digest = job.digest
+        self._asked: dict[int, tuple[Line, str | int | None, bool]] = {}
+        """Prompts that the cluster has, by their number there: line, id, and whether it was given as token ids."""
+
+    def run(self) -> int:
+        job = self._job
+        self._check_files()
+        self._index = index_lines(job.prompts)
+        with ResultFile(job.output) as self._results:
+            before = self._results.resume(self._index, self._digest)
+            self._counts = Counts(self._index.total, before.done, before.errors)
+            self._progress = JobProgress(self._counts)
+            if before.done:
+                torn = "; a line that was not written whole is done again" if before.torn_bytes else ""
+                self._progress.say(f"going on: {before.done:,} of {self._index.total:,} prompts were done before{torn}")
+            if before.done == self._index.total:
+                self._progress.finish("nothing to do")
+            elif (code := self._serve()) is not None:
+                return code
+        return Exit.SOME_ERRORS if self._counts.all_errors else Exit.DONE
+
+    def _check_files(self) -> None:
+        prompts, output = self._job.prompts, self._job.output
+        if output.exists() and prompts.exists() and output.samefile(prompts):
+            raise ConfigError(f"--output {output} is the file of the prompts; give another")
+        if "/runtime_resources/working_dir_files/" in str(output.resolve()):
+            raise ConfigError(
+                f"--output {output} is in the copy of the working folder that Ray made for this job and deletes after it; "
+                f"give an absolute path"
+            )
+
+    def _serve(self) -> int | None:
+        """Serve what is left; returns the exit code if that breaks off."""
+        opened = False
+        try:
+            with self._open_cluster() as cluster:
+                opened = True
+                self._signals.take_back()
+                self._progress.start()
+                try:
+                    self._generate(cluster)
+                except JobStopped as stopped:
+                    self._progress.finish(f"stopping for {stopped}")  # at once: Ray kills a job that takes some seconds
+                    raise
+                finally:
+                    self._signals.ignore()  # closing is not to be interrupted
+        except Exception as error:
+            deliberate = isinstance(error, EpslotsError)
+            if deliberate and not opened:
+                raise
+            if not deliberate:
+                say("".join(traceback.format_exception(error)).rstrip())
+            self._progress.finish("broken off")
+            self._progress.say(f"error: {error}")
+            self._progress.say(_GO_ON)
+            return Exit.BROKEN_OFF
+        self._progress.finish("done")
+        return None
+
+    def _generate(self, cluster: JobCluster) -> None:
+        settings = msgspec.structs.asdict(self._job.generation)
+        with open_prompts(self._job.prompts) as file:
+            for result in cluster.generate(self._take(file), **settings):
+                line, id, as_ids = self._asked.pop(result.index)
+                if result.reason == "cancelled":
+                    continue  # not by us: it is done at the next start
+                if result.reason == "error":
+                    self._refuse(line, result.error or "unknown")
+                    continue
+                self._counts.tokens += len(result.tokens)
+                token_ids = result.tokens if as_ids or result.text is None else None
+                self._write(
+                    line, id=id, text=result.text, tokens=len(result.tokens), token_ids=token_ids, reason=result.reason
+                )
+        if missing := self._index.total - self._index.done:
+            raise ClusterError(f"{missing:,} prompts got no answer; is their file shorter now?")
+
+    def _take(self, file: BinaryIO) -> Iterator[Mapping[str, Any]]:
+        """The prompts that are left; lines that are none are done with here."""
+        number = 0
+        for line in read_lines(file):
+            if line.number > self._index.last:
+                return  # it was added after the start, and is left for the next
+            if line.digest != self._index.digest(line.number):
+                raise ConfigError(f"--prompts {self._job.prompts}: line {line.number} was changed while the job ran")
+            if self._index.is_done(line.number):
+                continue
+            try:
+                prompt = decode_line(line)
+            except ConfigError as error:
+                self._refuse(line, str(error))
+                continue
+            self._asked[number] = (line, prompt.id, not isinstance(prompt.prompt, str))
+            number += 1
+            yield prompt.request()
+
+    def _refuse(self, line: Line, problem: str) -> None:
+        self._counts.errors += 1
+        self._progress.warn(f"{self._job.prompts}, line {line.number}: {problem}")
+        self._write(line, **read_names(line), error=problem)
+
+    def _write(self, line: Line, **what: Any) -> None:
+        self._results.append(ResultLine(line=line.number, digest=join_digest(self._digest, line.digest), **what))
+        self._index.finish(line.number)
+        self._counts.served += 1
+        self._progress.advance()

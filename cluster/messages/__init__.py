@@ -1,0 +1,1 @@
+"""What crosses between driver, ranks and controller: msgspec structs, encoded and decoded here."""

@@ -1,0 +1,194 @@
+"""The fleet's seats: bundles of Ray's placement groups, each on a node that has the model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import wait
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from cluster.errors import ClusterError
+from cluster.ray_backend.calls import ANSWER_S, ask, begin
+from cluster.ray_backend.imports import function
+from cluster.ray_backend.nodes import NODE_LABEL, Node, NoRoom, choose_nodes, read_nodes
+from cluster.ray_backend.worker import RAY_ERRORS, reason_of
+
+_NAME = "epslots, "  # of placement groups
+_FREE_S = 3.0  # in which the places of what has just ended become free
+_RESERVE_S = 20.0
+_REMOVE_S = 5.0
+_LOOK_S = 60.0  # the first task on a node may have to wait for a process, and that for a slow disk
+_POLL_S = 0.2  # between looks at Ray's tables: it tells nobody when a place becomes free, or a node is found
+
+_look = ray.remote(num_cpus=0, max_retries=0)(function("cluster.ray_backend.nodes", "lacks_model"))
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    group: PlacementGroup
+    bundle: int
+
+
+class Bundles:
+    """Places that are reserved, numbered from 0. Groups have a fixed size: each time that more are wanted, there is one more.
+
+    Args:
+        need: what each takes.
+        strategy: how they are spread over nodes; Ray's words.
+        folder: what every node must have; None for nothing.
+        place_s: how long a seat whose node is lost waits for another.
+    """
+
+    def __init__(self, need: dict[str, float], strategy: str, folder: str | None, place_s: float) -> None:
+        self._need, self._strategy, self._place_s = need, strategy, place_s
+        self._folder = folder
+        self._seats: list[_Bundle] = []
+        self._spare: list[_Bundle] = []
+        """Of groups that have others in use."""
+        self._checked: set[str] = set()
+        self._name = f"{_NAME}process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def strategy(self, seat: int) -> PlacementGroupSchedulingStrategy:
+        """What puts an actor there."""
+        return PlacementGroupSchedulingStrategy(self._seats[seat].group, self._seats[seat].bundle)
+
+    async def add(self, count: int) -> None:
+        """Reserve more.
+
+        Raises:
+            ClusterError: there is no room, or a node lacks the model; everything is as before.
+        """
+        seats = self._spare[:count]
+        if len(seats) < count:
+            seats += await self._make(count - len(seats))
+        self._spare = self._spare[count:]
+        self._seats += seats
+
+    def keep(self, count: int) -> None:
+        """Give those beyond ``count`` back. What shares a group with one that is kept is spare until it is wanted again."""
+        self._spare += self._seats[count:]
+        del self._seats[count:]
+        kept = {seat.group.id for seat in self._seats}
+        for group in {seat.group.id: seat.group for seat in self._spare if seat.group.id not in kept}.values():
+            _remove(group)
+        self._spare = [seat for seat in self._spare if seat.group.id in kept]
+
+    async def nodes(self) -> list[str]:
+        """The node of each seat, by Ray's id; "" if Ray is looking for another."""
+        groups = {seat.group.id: seat.group for seat in self._seats}
+        tables = await asyncio.gather(*(ask(placement_group_table, group) for group in groups.values()))
+        bundles = {id: table.get("bundles_to_node_id", {}) for id, table in zip(groups, tables, strict=True)}
+        return [bundles[seat.group.id].get(seat.bundle, "") for seat in self._seats]
+
+    async def placed(self, seat: int) -> str:
+        """The node of a seat, once that is alive: when one is lost, Ray finds others for its seats.
+
+        Raises:
+            ClusterError: it finds none, or one that lacks the model.
+        """
+        ends = asyncio.get_running_loop().time() + self._place_s
+        while True:
+            node = (await self.nodes())[seat]
+            if node in {node.id for node in await ask(read_nodes)}:
+                await self._check([node])
+                return node
+            if asyncio.get_running_loop().time() > ends:
+                raise ClusterError(
+                    f"the node of rank {seat} is gone, and Ray found no place on another within {self._place_s:g} s; start a "
+                    f"node (`ray start --address=...`), or go on with fewer ranks (scale)"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def _make(self, count: int) -> list[_Bundle]:
+        selector = await self._find_room(count)
+        group = await ask(
+            lambda: placement_group(
+                [self._need] * count,
+                strategy=self._strategy,
+                name=f"{self._name} {uuid.uuid4().hex[:8]}",
+                bundle_label_selector=None if selector is None else [{NODE_LABEL: selector}] * count,
+            )
+        )
+        try:
+            if not await ask(group.wait, _RESERVE_S, deadline_s=_RESERVE_S + ANSWER_S):
+                _remove(group)
+                await self._find_room(count)  # Ray may have learned meanwhile that a node is gone
+                raise ClusterError(
+                    f"Ray did not reserve places for {count} ranks within {_RESERVE_S:g} s, though there was room; others may "
+                    f"have taken it (`ray status -v` shows what waits). Try again"
+                )
+            table = await ask(placement_group_table, group)
+            await self._check(table["bundles_to_node_id"].values())
+        except BaseException:
+            _remove(group)
+            raise
+        return [_Bundle(group, bundle) for bundle in range(count)]
+
+    async def _find_room(self, count: int) -> str | None:
+        """Which nodes new seats may go to. What has just ended may still hold places for a moment."""
+        ends = asyncio.get_running_loop().time() + _FREE_S
+        while True:
+            nodes, taken = await ask(read_nodes), await self.nodes()
+            try:
+                return choose_nodes(nodes, self._need, count, self._strategy, [node for node in taken if node])
+            except NoRoom as error:
+                if not error.later:
+                    raise
+                if asyncio.get_running_loop().time() > ends:
+                    raise ClusterError(f"{error}{await self._holders()}") from None
+            await asyncio.sleep(_POLL_S)
+
+    async def _holders(self) -> str:
+        """Other clusters of ours that hold places, for messages."""
+        tables = await ask(placement_group_table)
+        others = [
+            f"\n  {table['name'].removeprefix(_NAME).rpartition(', ')[0]}: {len(table['bundles'])} ranks"
+            for table in tables.values()
+            if table["name"].startswith(_NAME) and not table["name"].startswith(self._name) and table["state"] == "CREATED"
+        ]
+        return "\nOther clusters of epslots hold:" + "".join(others) if others else ""
+
+    async def _check(self, ids: Iterable[str]) -> None:
+        """See that the model's folder is there."""
+        if self._folder is None or not set(ids) - self._checked:
+            return
+        nodes = {node.id: node for node in await ask(read_nodes)}
+        new = sorted(set(ids) & nodes.keys() - self._checked)
+        lacking = await asyncio.gather(*(self._look(nodes[node], self._folder) for node in new))
+        if any(lacking):
+            where = "\n".join(f"  {nodes[node]}: {reason}" for node, reason in zip(new, lacking, strict=True) if reason)
+            raise ClusterError(
+                f"every node needs the model at the same path, and not all have {self._folder}:\n{where}\nCopy it there, or "
+                f"give a folder that all nodes share, or a hub id"
+            )
+        self._checked.update(new)
+
+    async def _look(self, node: Node, folder: str) -> str:
+        """Why a node can't be used; empty if it can."""
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                answer = await _look.options(scheduling_strategy=there).remote(folder)
+        except TimeoutError:
+            return f"did not answer within {_LOOK_S:g} s"
+        except RAY_ERRORS as error:
+            return f"can't run epslots: {reason_of(error)}"
+        return msgspec.msgpack.decode(answer, type=str) if answer else ""
+
+
+def _remove(group: PlacementGroup) -> None:
+    with suppress(ClusterError):
+        if ray.is_initialized():  # or Ray would be started for it
+            wait([begin(remove_placement_group, group)], _REMOVE_S)

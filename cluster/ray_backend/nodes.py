@@ -1,0 +1,164 @@
+"""The nodes of a Ray cluster: what each has and lacks, and where seats can go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import ray
+import ray._private.state as ray_state
+
+from cluster.errors import ClusterError
+from cluster.ray_backend.session import SEAT
+
+NODE_LABEL = "ray.io/node-id"  # Ray gives each node this label
+
+Resources = Mapping[str, float]
+
+
+class NoRoom(ClusterError):
+    """Seats don't fit; ``later``: they would, if all that isn't free became free."""
+
+    def __init__(self, message: str, later: bool) -> None:
+        super().__init__(message)
+        self.later = later
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive.
+
+    Attributes:
+        id: Ray's, in hexadecimal.
+        host: its address, by which Ray knows it.
+        name: of the machine.
+        total, free: its resources by name. Ray learns what is free some tenths of a second late.
+    """
+
+    id: str
+    host: str
+    name: str
+    total: Resources
+    free: Resources
+
+    def __str__(self) -> str:
+        known_by = self.host if self.name in ("", self.host) else f"{self.host} ({self.name})"
+        return f"node {known_by}"
+
+
+def read_nodes() -> list[Node]:
+    """All nodes that are alive."""
+    free = ray_state.available_resources_per_node()
+    return [
+        Node(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"], node["Resources"], free[node["NodeID"]])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] in free
+    ]
+
+
+def lacks_model(path: str) -> bytes:
+    """Why a checkpoint folder can't be used on the node that this runs on; empty if it can."""
+    try:
+        if (Path(path) / "config.json").is_file():
+            return b""
+        reason = "has no config.json there" if Path(path).is_dir() else "has no such folder"
+    except OSError as error:
+        reason = f"can't look there: {error.strerror}"
+    return msgspec.msgpack.encode(reason)
+
+
+def need_of_seat(nodes: Sequence[Node], device: str | None) -> dict[str, float]:
+    """What one seat takes: a GPU if there are any, unless the CPU is asked for.
+
+    Raises:
+        ClusterError: GPUs are asked for, and there are none.
+    """
+    gpus = sum(node.total.get("GPU", 0) for node in nodes)
+    if device is not None and device.startswith("cuda") and not gpus:
+        raise ClusterError(
+            f'device="{device}", and Ray knows of no GPU on {_list(nodes)}. If there are some: see that nvidia-smi lists them '
+            f'there, and that Ray was started with --num-gpus or without it. To compute on CPUs: device="cpu"'
+        )
+    gpu = {"GPU": 1.0} if gpus and (device is None or device.startswith("cuda")) else {}
+    share = SEAT if any(SEAT in node.total for node in nodes) else "CPU"
+    return {**gpu, share: 1.0}
+
+
+def count_seats(resources: Resources, need: Resources) -> int:
+    """How many seats there are in these resources."""
+    return int(min(resources.get(name, 0) // amount for name, amount in need.items()))
+
+
+def choose_nodes(nodes: Sequence[Node], need: Resources, ranks: int, strategy: str, taken: Sequence[str]) -> str | None:
+    """Which nodes further seats may go to, as Ray's selector of labels; None for any.
+
+    Ray keeps to the strategy among the seats of one reservation. This does so among all.
+
+    Args:
+        need: of one seat.
+        ranks: how many seats to reserve.
+        taken: the node of each seat that there is.
+
+    Raises:
+        NoRoom: they don't fit; with the numbers of every node, and what to do.
+    """
+    free = {node.id: count_seats(node.free, need) for node in nodes}
+    total = {node.id: count_seats(node.total, need) for node in nodes}
+    allowed = set(free)
+    if taken and strategy == "STRICT_PACK":
+        allowed &= set(taken)
+    if taken and strategy == "STRICT_SPREAD":
+        allowed -= set(taken)
+    if strategy == "STRICT_PACK":
+        fits = any(free[node] >= ranks for node in allowed)
+        could = any(total[node] >= ranks + taken.count(node) for node in allowed)
+        rule = "on one node"
+    elif strategy == "STRICT_SPREAD":
+        fits = sum(free[node] > 0 for node in allowed) >= ranks
+        could = sum(total[node] > 0 for node in allowed) >= ranks
+        rule = "each on a node of its own"
+    else:
+        fits = sum(free.values()) >= ranks
+        could = sum(total.values()) >= ranks + len(taken)
+        rule = ""
+    if not fits:
+        raise NoRoom(_refusal(nodes, need, ranks, rule, taken, could), could)
+    names = ",".join(sorted(set(taken)))
+    unused = sum(free[node] for node in free.keys() - set(taken))
+    if taken and (strategy == "STRICT_SPREAD" or (strategy == "SPREAD" and unused >= ranks)):
+        return f"!in({names})"
+    return f"in({names})" if taken and strategy == "STRICT_PACK" else None
+
+
+def _refusal(
+    nodes: Sequence[Node],
+    need: Resources,
+    ranks: int,
+    rule: str,
+    taken: Sequence[str],
+    could: bool,
+) -> str:
+    what = "GPU" if "GPU" in need else "CPU"
+    amount = f"{ranks} {'more ' if taken else ''}rank{'s' if ranks > 1 else ''}"
+    each = " and ".join(f"{number:g} {name}" for name, number in need.items() if name != SEAT)
+    lines = [f"no room for {amount}{', ' * bool(rule)}{rule}: each takes {each}, and the cluster has"]
+    for node in nodes:
+        ours = f", {taken.count(node.id)} of its seats taken by this cluster" if node.id in taken else ""
+        amounts = " and ".join(
+            f"{node.free.get(name, 0):g} of {node.total.get(name, 0):g} {name}s free" for name in need if name != SEAT
+        )
+        lines.append(f"  {node}: {amounts}{ours}")
+    advice = ["ask for fewer ranks", "start more nodes (`ray start --address=...`)"]
+    if could:
+        advice.append("end what holds the rest (`ray status -v` shows it)")
+    elif what == "CPU":
+        advice.append("start Ray with more CPUs (`--num-cpus`: they are only counted)")
+    if rule:
+        advice.append('take strategy="PACK"')
+    return "\n".join(lines) + f"\nWhat helps: {', or '.join(advice)}."
+
+
+def _list(nodes: Sequence[Node]) -> str:
+    return ", ".join(str(node) for node in nodes)

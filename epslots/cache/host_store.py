@@ -1,0 +1,208 @@
+"""The host store: a node's one copy of the experts, mapped by every process on it.
+
+One file, on disk or in anonymous shared memory:
+
+    header      magic, length and digest of the manifest
+    manifest    msgpack: what the records are made from and how they lie
+    digests     16 bytes a record (XXH3-128 of its bytes)
+    records     one an expert, page-aligned, layer after layer
+
+A record enters a slot only after its bytes have been held against its digest once in this process, so that a bit that
+flipped on the disk is an error that names the expert, not a wrong answer.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from epslots.errors import CorruptExpertError, StoreError
+from epslots.layout import LayerSpec, Progress, align
+
+MAGIC = b"EPSLOTS\x01"
+PAGE = 4096
+DIGEST_BYTES = 16
+_HEADER = struct.Struct("<8sQ16s")
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a store holds. ``key`` digests everything that the records depend on; ``source`` is for people."""
+
+    key: str
+    source: str
+    layers: tuple[LayerSpec, ...]
+
+
+class StoreShape:
+    """Where everything lies in a store's file: arithmetic on the manifest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.encoded = msgspec.msgpack.encode(manifest)
+        self.num_records = sum(layer.num_experts for layer in manifest.layers)
+        self.digests_offset = align(_HEADER.size + len(self.encoded), PAGE)
+        self.first_record: list[int] = []
+        self.layer_offset: list[int] = []
+        record, offset = 0, align(self.digests_offset + self.num_records * DIGEST_BYTES, PAGE)
+        for layer in manifest.layers:
+            self.first_record.append(record)
+            self.layer_offset.append(offset)
+            record += layer.num_experts
+            offset += layer.num_experts * self.stride(layer)
+        self.nbytes = offset
+
+    @staticmethod
+    def stride(layer: LayerSpec) -> int:
+        """Bytes from one record of a layer to the next."""
+        return align(layer.record.nbytes, PAGE)
+
+    def header(self) -> bytes:
+        return _HEADER.pack(MAGIC, len(self.encoded), xxhash.xxh3_128_digest(self.encoded)) + self.encoded
+
+    def offset(self, layer: int, expert: int) -> int:
+        """Where a record begins in the file."""
+        return self.layer_offset[layer] + expert * self.stride(self.manifest.layers[layer])
+
+    def digest_offset(self, layer: int, expert: int) -> int:
+        return self.digests_offset + (self.first_record[layer] + expert) * DIGEST_BYTES
+
+    def experts(self) -> Iterator[tuple[int, int]]:
+        """Every (layer, expert), in the order of the records."""
+        for index, layer in enumerate(self.manifest.layers):
+            for expert in range(layer.num_experts):
+                yield index, expert
+
+
+def read_manifest(fd: int, where: str) -> Manifest:
+    """The manifest of an open store.
+
+    Raises:
+        StoreError: not a store, one of another version, or a damaged header.
+    """
+    head = os.pread(fd, _HEADER.size, 0)
+    if len(head) < _HEADER.size or head[: len(MAGIC)] != MAGIC:
+        raise StoreError(f"{where} is not a host store of this version of epslots; delete it and load again")
+    _, length, digest = _HEADER.unpack(head)
+    encoded = os.pread(fd, min(length, os.fstat(fd).st_size), _HEADER.size)
+    if xxhash.xxh3_128_digest(encoded) != digest:
+        raise StoreError(f"{where}: the header is damaged; delete the file and load again to rebuild it")
+    return msgspec.msgpack.decode(encoded, type=Manifest)
+
+
+def record_digest(record: torch.Tensor) -> bytes:
+    """The digest of a record's bytes: XXH3-128, which runs at the speed of memory and is not meant against forgery."""
+    return xxhash.xxh3_128_digest(record.numpy().data)
+
+
+class HostStore:
+    """An open store. Records are read-only; many processes may hold one store open.
+
+    Args:
+        fd: an open file descriptor of the file or shared memory; the store's own from here on, whatever happens.
+        where: how to name the store to people.
+        shared: map it writable and shared, as pinning needs, or privately (a stray write then harms this process alone).
+        on_close: called once when the store is closed, dropped, or the process exits.
+
+    Attributes:
+        close: lets go of the file, once; tensors handed out stay valid.
+        pinned: whether the mapping is page-locked for CUDA (pinning.py).
+
+    Raises:
+        StoreError: the file is not a whole store.
+    """
+
+    def __init__(self, fd: int, where: str, *, shared: bool = False, on_close: Callable[[], None] | None = None) -> None:
+        self.close = weakref.finalize(self, _release, fd, on_close)
+        self.where = where
+        try:
+            self._open(fd, shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, fd: int, shared: bool) -> None:
+        where = self.where
+        self.shape = StoreShape(read_manifest(fd, where))
+        self.manifest = self.shape.manifest
+        self.shared = shared
+        self.pinned = False
+        size = os.fstat(fd).st_size
+        if size < self.shape.nbytes:
+            raise StoreError(f"{where} holds {size:,} of {self.shape.nbytes:,} bytes; delete it and load again to rebuild it")
+        self._bytes = torch.from_file(f"/dev/fd/{fd}", shared=shared, size=self.shape.nbytes, dtype=torch.uint8)
+        # Taking a row out of a tensor takes microseconds.
+        self._records = [self._layer_records(index).unbind(0) for index in range(len(self.manifest.layers))]
+        table = self._bytes[self.shape.digests_offset :][: self.shape.num_records * DIGEST_BYTES]
+        self._digests: NDArray[np.uint8] = table.numpy().reshape(-1, DIGEST_BYTES)
+        self._trusted = bytearray(self.shape.num_records)
+
+    def _layer_records(self, index: int) -> torch.Tensor:
+        layer = self.manifest.layers[index]
+        stride = self.shape.stride(layer)
+        block = self._bytes[self.shape.layer_offset[index] :][: layer.num_experts * stride]
+        return block.view(layer.num_experts, stride)[:, : layer.record.nbytes]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.nbytes
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The whole mapping, uint8 [nbytes]; for pinning."""
+        return self._bytes
+
+    def record(self, layer: int, expert: int) -> torch.Tensor:
+        """One expert's bytes, uint8 [record.nbytes of its layer], in the store's memory.
+
+        Raises:
+            CorruptExpertError: the bytes differ from the digest taken when the store was built.
+        """
+        record = self._records[layer][expert]
+        index = self.shape.first_record[layer] + expert
+        if not self._trusted[index]:
+            if record_digest(record) != self.digest(layer, expert):
+                raise CorruptExpertError(self.manifest.layers[layer].name, expert, self.where)
+            self._trusted[index] = 1
+        return record
+
+    def digest(self, layer: int, expert: int) -> bytes:
+        """The digest taken of a record when the store was built."""
+        return self._digests[self.shape.first_record[layer] + expert].tobytes()
+
+    def verify(self, progress: Progress | None = None, workers: int = 4) -> list[CorruptExpertError]:
+        """Hold every record against its digest, whether read before or not.
+
+        Returns:
+            One error for each corrupt expert, in the order of the records; empty when all is well.
+        """
+        self._trusted = bytearray(self.shape.num_records)
+
+        def check(layer: int, expert: int) -> CorruptExpertError | None:
+            try:
+                record = self.record(layer, expert)
+            except CorruptExpertError as error:
+                return error
+            if progress is not None:
+                progress(record.nbytes)
+            return None
+
+        with ThreadPoolExecutor(workers) as pool:
+            found = pool.map(lambda key: check(*key), list(self.shape.experts()))
+            return [error for error in found if error is not None]
+
+
+def _release(fd: int, on_close: Callable[[], None] | None) -> None:
+    try:
+        os.close(fd)
+    finally:
+        if on_close is not None:
+            on_close()

@@ -1,0 +1,181 @@
+"""The slot pool: one block of device memory, cut into slots, and the tables that say what is in them.
+
+    slot_of[layer, expert]   the slot that holds an expert, -1 = absent
+    expert_of[slot]          the expert id in a slot, -1 = empty
+
+A layer owns a window of neighbouring slots, so that its experts are one strided tensor which grouped matrix
+multiplication reads in place. The tables exist on the host, where plans are made, and on the device, where tokens are
+sorted by them; on the CPU these are the same memory.
+
+Only the mover (``expert_loader.py``) fills slots. A slot is empty in both tables from the moment its old content is given
+up until
+its new content is on its way, or has come from a peer: a failed fetch leaves a smaller cache, never a wrong one. What is on
+its way is the mover's to know: whoever reads a slot has it land before.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from epslots.compiled import compiled
+from epslots.layout import LayerSpec
+
+
+class SlotPool:
+    """Slots of equal size for the MoE layers whose experts have equal layouts.
+
+    Args:
+        layers: the layers served, all with the same layout; indices below are positions in this sequence.
+        quotas: slots of each layer, from 1 to its number of experts.
+        device: where the slots live. The memory is allocated here, once: ``sum(quotas) * layout.nbytes`` bytes.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec], quotas: Sequence[int], device: torch.device) -> None:
+        assert len({layer.layout for layer in layers}) == 1
+        assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, layers, strict=True))
+        self.layers = tuple(layers)
+        self.layout = layers[0].layout
+        self._lay_out(quotas)
+        self.device = device
+        self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
+        experts = max(layer.num_experts for layer in layers)
+        # On CUDA the host's tables are pinned, so that publishing them is a copy which nobody waits for.
+        shapes = (len(layers), experts), (self.num_slots,)
+        tables = self._host_tables = [torch.full(shape, -1, pin_memory=device.type == "cuda") for shape in shapes]
+        self.slot_of: NDArray[np.int64] = tables[0].numpy()
+        self.expert_of: NDArray[np.int64] = tables[1].numpy()
+        self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
+        self._publishing: torch.cuda.Event | None = None
+        # One step at a time: another thread's step could give up what this one is about to compute with.
+        self.lock = threading.Lock()
+
+    def _lay_out(self, quotas: Sequence[int]) -> None:
+        self.quotas = tuple(int(q) for q in quotas)
+        self.starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(self.quotas)]))
+
+    @property
+    def num_slots(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_slots * self.layout.nbytes
+
+    def holds_all_of(self, layer: int) -> bool:
+        """Whether every expert of the layer has a slot of its own, so that nothing is ever evicted there."""
+        return self.quotas[layer] == self.layers[layer].num_experts
+
+    def window(self, layer: int) -> slice:
+        """The layer's slots."""
+        return slice(self.starts[layer], self.starts[layer + 1])
+
+    def weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """The layer's window as one tensor [quota, *shape] for each tensor of an expert, sharing the slots' memory."""
+        window = self.memory[self.window(layer)]
+        views = {}
+        for spec in self.layout.tensors:
+            typed = window[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+            views[spec.name] = typed.view(typed.shape[0], *spec.shape)
+        return views
+
+    def vacate(self, layer: int, experts: NDArray[np.int64]) -> None:
+        """Give up the slots of these resident experts (-1 is skipped). ``occupy`` or ``publish`` must tell the device."""
+        self._wait_until_published()
+        _vacate(self.slot_of[layer], self.expert_of, experts)
+
+    def pass_slot(self, giver: int, taker: int) -> None:
+        """Shift the boundary between two neighbouring layers by a slot, which must be empty: ``boundary_slot``."""
+        assert abs(giver - taker) == 1 and self.quotas[giver] > 1 and self.expert_of[self.boundary_slot(giver, taker)] == -1
+        quotas = list(self.quotas)
+        quotas[giver] -= 1
+        quotas[taker] += 1
+        self._lay_out(quotas)
+
+    def boundary_slot(self, giver: int, taker: int) -> int:
+        """The giver's slot that is next to the taker's."""
+        window = self.window(giver)
+        return window.stop - 1 if taker > giver else window.start
+
+    def divide(self, quotas: Sequence[int]) -> None:
+        """Give each layer another number of slots, and lose what is in them; the sum stays."""
+        assert sum(quotas) == self.num_slots
+        assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, self.layers, strict=True))
+        self._wait_until_published()
+        self.slot_of[:] = -1
+        self.expert_of[:] = -1
+        self._lay_out(quotas)
+        for layer in range(len(self.layers)):
+            self.publish(layer)
+
+    def occupy(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        """Enter these experts in these empty slots of the layer's window: they are there, or under way."""
+        self._wait_until_published()
+        done = _occupy(self.slot_of[layer], self.expert_of, experts, slots)
+        self.publish(layer)
+        assert done == len(experts), f"slot {slots[done]} isn't empty, or expert {experts[done]} is elsewhere"
+
+    def publish(self, layer: int) -> None:
+        """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory.
+
+        The copies are queued on the current stream. The host changes its tables again only when they have been made: what
+        was queued behind them must find what they brought.
+        """
+        if self.device.type != "cpu":
+            window = self.window(layer)
+            self.slot_of_device[layer].copy_(self._host_tables[0][layer], non_blocking=True)
+            self.expert_of_device[window].copy_(self._host_tables[1][window], non_blocking=True)
+            self._publishing = self._publishing or torch.cuda.Event()
+            self._publishing.record(torch.cuda.current_stream(self.device))
+
+    def _wait_until_published(self) -> None:
+        """Mostly no wait at all: since the last copies the host has read the counts of a later layer."""
+        if self._publishing is not None:
+            self._publishing.synchronize()
+
+    def check_integrity(self) -> None:
+        """Assert that tables and quotas agree: free + used = capacity, each table the other's inverse, both copies equal.
+
+        Raises:
+            AssertionError: naming the layer and slot that break the rule. It is a bug of ours.
+        """
+        for layer, spec in enumerate(self.layers):
+            window = self.window(layer)
+            row, inside = self.slot_of[layer], self.expert_of[window]
+            resident = np.flatnonzero(row >= 0)
+            assert (resident < spec.num_experts).all(), f"layer {layer}: an expert beyond {spec.num_experts}"
+            slots = row[resident]
+            assert ((slots >= window.start) & (slots < window.stop)).all(), f"layer {layer}: a slot outside its window"
+            wrong = resident[self.expert_of[slots] != resident]
+            assert not len(wrong), f"layer {layer}: slot {row[wrong[:1]]} doesn't hold expert {wrong[:1]}"
+            used = int((inside >= 0).sum())
+            assert used == len(resident), f"layer {layer}: {used} slots in use for {len(resident)} experts"
+        assert torch.equal(self.slot_of_device.cpu(), torch.from_numpy(self.slot_of)), "slot_of differs on the device"
+        assert torch.equal(self.expert_of_device.cpu(), torch.from_numpy(self.expert_of)), "expert_of differs there"
+        assert self.memory.nbytes == self.nbytes == math.prod(self.memory.shape)
+
+
+@compiled("void(int64[::1], int64[::1], int64[::1])")
+def _vacate(slot_of_E: NDArray[np.int64], expert_of_S: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
+    for expert in experts:
+        if expert >= 0:
+            expert_of_S[slot_of_E[expert]] = -1
+            slot_of_E[expert] = -1
+
+
+@compiled("int64(int64[::1], int64[::1], int64[::1], int64[::1])")
+def _occupy(
+    slot_of_E: NDArray[np.int64], expert_of_S: NDArray[np.int64], experts: NDArray[np.int64], slots: NDArray[np.int64]
+) -> int:
+    """Enter experts until one can't be; returns how many were."""
+    for number in range(len(experts)):
+        expert, slot = experts[number], slots[number]
+        if slot_of_E[expert] != -1 or expert_of_S[slot] != -1:
+            return number
+        slot_of_E[expert], expert_of_S[slot] = slot, expert
+    return len(experts)

@@ -1,0 +1,1 @@
+"""Captured decoding: a step whose slot decisions are made on the device, in a CUDA graph."""

@@ -1,0 +1,410 @@
+"""Decoding with next to no host: a step of fixed shape, repeated; on CUDA captured once as a graph and replayed.
+
+Between two tokens of a plain ``generate`` the host launches some thousand small kernels, and where experts may be missing it
+waits once a layer. Here the keys and values lie in transformers' static cache, the step's inputs and outputs stay where they
+are, and slots are decided about on the device (``device_slots.py``). So a step is one call, and the host's part of it is over
+before the GPU's has begun.
+
+    prefill    the prompt, on the usual path: it needs more experts than there are slots, and is no step of fixed shape
+    first step on the device, as it comes: kernels are compiled, workspaces allocated
+    second     captured, and replayed
+    others     replayed
+
+Without a GPU all steps are as the first one. Where the device can't decide (``DecodeGraph.obstacle`` says why), they take the
+usual path.
+
+Source of the idea that decision and copies can be part of the graph: FreeToken. Capturing follows PyTorch's notes on CUDA
+graphs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from epslots.cache.expert_loader import ExpertLoader
+from epslots.cuda_graph.device_slots import (
+    DEFAULT_DEVICE_POLICY,
+    DEVICE_POLICIES,
+    DeviceExperts,
+    DeviceSlots,
+    Kernels,
+    TorchKernels,
+    slots_obstacle,
+)
+from epslots.errors import ConfigError
+from epslots.moe.moe_layer import MoELayer
+from epslots.moe.prefetcher import Prefetcher
+from epslots.runtime import Runtime, runtime_of
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeGraph:
+    """Decodes with one model, a fixed number of sequences at a time.
+
+    While it steps, the model's experts are its own: other use of the model is refused until ``close``, which also brings the
+    host's tables, histories and counters up to date. ``generate`` does so by itself; around ``step`` use ``with``.
+
+    Args:
+        model: loaded by ``epslots.load``, on one rank.
+        batch: sequences.
+        max_tokens: of each sequence, prompt and output together.
+        policy: whose scores choose what gives way on the device: one of ``DEVICE_POLICIES``. No output depends on it.
+        capture: whether steps are captured in a CUDA graph; by default on a GPU.
+
+    Attributes:
+        obstacle: why the usual path is taken, None if it isn't; looked at whenever the slots are taken over.
+        replays: steps so far that were replayed.
+
+    Raises:
+        ConfigError: no such policy, a model that can't decode from a static cache, sequences that are longer than the memory
+            plan or the model's windows have room for, or no GPU to capture for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        max_tokens: int,
+        *,
+        policy: str = DEFAULT_DEVICE_POLICY,
+        capture: bool | None = None,
+    ) -> None:
+        if batch < 1 or max_tokens < 2:
+            raise ConfigError(f"batch={batch}, max_tokens={max_tokens}: allowed: at least one sequence of two tokens")
+        if policy not in DEVICE_POLICIES:
+            raise ConfigError(f"policy={policy!r}: the device knows {', '.join(DEVICE_POLICIES)}")
+        self.model, self.batch, self.max_tokens = model, batch, max_tokens
+        self._runtime = runtime = runtime_of(model)
+        self._policy = policy
+        self._check_room(runtime)
+        device = model.device
+        if capture and device.type != "cuda":
+            raise ConfigError(f"capture={capture}: CUDA graphs need a GPU, and the model is on {device}")
+        self.obstacle = _device_obstacle(runtime, batch)
+        if self.obstacle is not None:
+            if capture:
+                raise ConfigError(f"capture={capture}: {self.obstacle}; allowed: capture=False")
+            logger.warning("Decoding takes the usual path: %s.", self.obstacle)
+        self._capture = device.type == "cuda" if capture is None else capture
+        self._cache = _static_cache(model, max_tokens, captured=self._capture)
+        self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self._positions = torch.zeros_like(self._ids)
+        self._mask = torch.ones((batch, max_tokens), dtype=torch.int64, device=device)
+        self._logits: torch.Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = False
+        self._length = 0
+        self.replays = 0
+        self._counted = 0
+        self._ahead: list[Prefetcher | None] = []
+        self._in_charge = False
+        self._windows: list[tuple[int, ...]] = []
+        self._slots: list[DeviceSlots | None] = []
+        self._experts: list[DeviceExperts] = []
+
+    def _check_room(self, runtime: Runtime) -> None:
+        room = runtime.plan.kv_tokens * runtime.plan.sequences
+        if self.batch * self.max_tokens > room:
+            raise ConfigError(
+                f"batch={self.batch} sequences of max_tokens={self.max_tokens}: the memory plan has a KV cache of {room} "
+                f"tokens; load the model with kv_tokens={self.batch * self.max_tokens}"
+            )
+
+    @torch.no_grad()
+    def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Begin with new sequences.
+
+        Args:
+            input_ids: int64 [batch, T], the prompts; shorter ones are padded on the left.
+            attention_mask: int64 [batch, T], 0 where they are padded; none are by default.
+
+        Returns:
+            The next token's logits, [batch, vocabulary].
+
+        Raises:
+            ConfigError: another shape than agreed.
+        """
+        length = input_ids.shape[1]
+        if input_ids.shape[0] != self.batch or not 1 <= length < self.max_tokens:
+            raise ConfigError(
+                f"input_ids of shape {tuple(input_ids.shape)}: allowed: {self.batch} prompts of 1 to {self.max_tokens - 1} "
+                f"tokens"
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape or not bool(mask[:, -1].all()):
+            raise ConfigError(
+                f"attention_mask of shape {tuple(mask.shape)}: allowed: the prompts' {tuple(input_ids.shape)}, padded on "
+                f"the left"
+            )
+        self.close()
+        self._cache.reset()
+        self._mask.fill_(1)[:, :length] = mask
+        positions = (self._mask[:, :length].cumsum(1) - 1).clamp(min=0)
+        last_alone = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        logits = self.model(
+            input_ids=input_ids.to(self._ids.device),
+            attention_mask=None if attention_mask is None else self._mask[:, :length],
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **last_alone,
+        ).logits[:, -1]
+        self._positions.copy_(positions[:, -1:] + 1)
+        self._length = length
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        self._logits.copy_(logits)
+        return self._logits
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append a token to each sequence.
+
+        Args:
+            tokens: int64 [batch].
+
+        Returns:
+            The next token's logits, [batch, vocabulary]; overwritten by the next step.
+
+        Raises:
+            ConfigError: before ``prefill``, the cache is full, or the step can't be captured.
+        """
+        self._ids.copy_(tokens.view(self.batch, 1))
+        self._advance()
+        assert self._logits is not None
+        return self._logits
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: torch.Tensor, max_new_tokens: int, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Greedy decoding, without a look at the tokens in between.
+
+        Args:
+            input_ids, attention_mask: as in ``prefill``.
+            max_new_tokens: tokens to append; no token ends a sequence before.
+
+        Returns:
+            int64 [batch, T + max_new_tokens], prompts included.
+
+        Raises:
+            ConfigError: as ``prefill`` and ``step``.
+        """
+        prompt = input_ids.shape[1]
+        if max_new_tokens < 1 or prompt + max_new_tokens > self.max_tokens:
+            raise ConfigError(
+                f"max_new_tokens={max_new_tokens} after a prompt of {prompt}: allowed: 1 to {self.max_tokens - prompt}, "
+                f"as max_tokens={self.max_tokens}"
+            )
+        tokens = torch.empty((self.batch, prompt + max_new_tokens), dtype=torch.int64, device=self._ids.device)
+        tokens[:, :prompt] = input_ids
+        self._ids.copy_(self.prefill(input_ids, attention_mask).argmax(-1, keepdim=True))
+        tokens[:, prompt] = self._ids[:, 0]
+        with self:
+            for position in range(prompt + 1, prompt + max_new_tokens):
+                self._advance()
+                tokens[:, position] = self._ids[:, 0]
+        return tokens
+
+    def _advance(self) -> None:
+        """One step: ``_ids`` goes in, and holds the likeliest next tokens afterwards."""
+        if self._logits is None:
+            raise ConfigError("a step before the prompt: allowed: prefill first")
+        if self._length >= self.max_tokens:
+            raise ConfigError(f"the sequences have {self._length} tokens: allowed: max_tokens={self.max_tokens}")
+        if not self._in_charge:
+            self._take_over()
+        by_hand = not self._capture or self.obstacle is not None
+        try:
+            if by_hand or any(runner.observer is not None for runner in self._runtime.runners):
+                self._forward()  # an observer of routes is called from Python
+            elif not self._warm:
+                self._forward_beside()
+            else:
+                if self._graph is None:
+                    self._graph = self._captured()
+                else:
+                    self.replays += 1
+                self._graph.replay()
+        except BaseException:
+            self.close()
+            raise
+        self._warm = True
+        self._length += 1
+
+    def _forward(self) -> None:
+        """The step as it is captured: reads and writes tensors that stay where they are."""
+        assert self._logits is not None
+        output = self.model(
+            input_ids=self._ids,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._logits.copy_(output.logits[:, -1])
+        self._ids.copy_(self._logits.argmax(-1, keepdim=True))
+        self._positions.add_(1)
+
+    def _forward_beside(self) -> None:
+        """A step on another stream than the default one, as CUDA wants it before a capture."""
+        stream, current = torch.cuda.Stream(self.model.device), torch.cuda.current_stream(self.model.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self._forward()
+        current.wait_stream(stream)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph. Capturing runs nothing: the cache and the slots are as before."""
+        before = _addresses(self._cache)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on using the GPU.
+            with torch.cuda.device(self.model.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._forward()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"a decode step of {type(self.model).__name__} can't be captured in a CUDA graph ({error}); allowed for this "
+                f"model: capture=False"
+            ) from error
+        if _addresses(self._cache) != before:
+            raise ConfigError(
+                f"{type(self.model).__name__} keeps its state in new memory after each step, which a CUDA graph can't follow; "
+                f"allowed for this model: capture=False"
+            )
+        return graph
+
+    def _take_over(self) -> None:
+        """Rule the slots from here until ``close``, if the device can."""
+        runners, movers = self._runtime.runners, self._runtime.movers
+        if any(isinstance(runner.experts, DeviceExperts) for runner in runners):
+            raise ConfigError("another DecodeGraph has this model's slots; close it before")
+        self.obstacle = _device_obstacle(self._runtime, self.batch)  # layers may have passed slots, or a group been joined
+        if self.obstacle is not None:
+            return
+        windows = [loader.pool.starts for loader in movers]
+        if windows != self._windows:
+            self._windows = windows
+            self._graph, self._warm = None, False
+            self._build()
+        for slots, loader in zip(self._slots, movers, strict=True):
+            if slots is not None:
+                rows = [runners[index] for index in loader.store_layers]
+                slots.enter([row.history for row in rows], [row.steps for row in rows])
+        self._ahead = [runner.ahead for runner in runners]
+        self._in_charge = True
+        for runner, experts in zip(runners, self._experts, strict=True):
+            runner.experts = experts  # type: ignore[assignment]  # it is asked for what both have
+            runner.ahead = None  # nothing is fetched into slots that the device rules
+
+    def _build(self) -> None:
+        """The device's state and stand-ins for each layer's experts, for the windows that layers have by now."""
+        self._slots, stand_ins = [], {}
+        for loader in self._runtime.movers:
+            pool = loader.pool
+            misses = [layer for layer in range(len(pool.layers)) if not pool.holds_all_of(layer)]
+            pairs = self.batch * self._runtime.plan.shape.top_k
+            slots = DeviceSlots(loader, kernels_for(loader), pairs, policy=self._policy) if misses else None
+            self._slots.append(slots)
+            for layer, index in enumerate(loader.store_layers):
+                inner = self._runtime.runners[index].experts
+                stand_ins[index] = DeviceExperts(inner, slots if layer in misses else None, layer)
+        self._experts = [stand_ins[index] for index in range(len(stand_ins))]
+
+    def close(self) -> None:
+        """Give the slots back to the usual path; a no-op when they are there. The sequences can go on afterwards."""
+        if not self._in_charge:
+            return
+        self._in_charge = False
+        runners = self._runtime.runners
+        for runner, experts, ahead in zip(runners, self._experts, self._ahead, strict=True):
+            runner.experts, runner.ahead = experts.inner, ahead
+        replays, self._counted = self.replays - self._counted, self.replays
+        for runner, experts in zip(runners, self._experts, strict=True):
+            if experts.calls:
+                self._runtime.telemetry.count_device(runner.index, steps=replays, misses=0)
+        for slots, loader in zip(self._slots, self._runtime.movers, strict=True):
+            if slots is not None:
+                self._hand_back(slots, loader, [runners[index] for index in loader.store_layers])
+
+    def _hand_back(self, slots: DeviceSlots, loader: ExpertLoader, rows: list[MoELayer]) -> None:
+        """Histories and counters of a pool's layers, as the device has them."""
+        telemetry = self._runtime.telemetry
+        steps, tallies = slots.leave([row.history for row in rows])
+        for row, step, tally in zip(rows, steps, tallies, strict=True):
+            if not tally.steps:
+                continue
+            row.steps = step
+            telemetry.count_device(row.index, steps=0, misses=tally.misses)
+            telemetry.count(row.index, host_bytes=tally.misses * loader.pool.layout.nbytes, evictions=tally.evictions)
+
+    def __enter__(self) -> DecodeGraph:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
+    """Why the device can't decide about some slots, as a sentence's end; None if it can about all."""
+    if any(runner.ahead is not None and runner.ahead.approximate for runner in runtime.runners):
+        return "predicted experts are executed"
+    if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
+        return "batch-invariant products are laid out on the host"
+    pairs = batch * runtime.plan.shape.top_k
+    return next((why for loader in runtime.movers if (why := slots_obstacle(loader, pairs)) is not None), None)
+
+
+def kernels_for(loader: ExpertLoader) -> Kernels:
+    """What decides about a pool's slots on its device."""
+    if loader.pool.device.type == "cpu":
+        return TorchKernels(loader)
+    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and wanted on GPUs alone
+
+    return TritonKernels(loader)
+
+
+def _static_cache(model: PreTrainedModel, max_tokens: int, *, captured: bool) -> StaticCache:
+    """A cache whose tensors stay where they are.
+
+    Raises:
+        ConfigError: the model has none, or not for so many tokens in a graph.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ConfigError(f"{name} has an encoder: allowed: models that decode alone")
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=max_tokens)
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{name} can't decode from a static cache ({error!r}); allowed: plain generate") from error
+    if not cache.is_compileable:
+        kinds = sorted({type(layer).__name__ for layer in cache.layers if not layer.is_compileable})
+        raise ConfigError(f"{name} keeps state that isn't static ({', '.join(kinds)}); allowed: plain generate")
+    # A window that is full moves on, and which tokens are in it is decided by the host.
+    windows = [layer.max_cache_len for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    if captured and min(windows, default=max_tokens) < max_tokens:
+        raise ConfigError(
+            f"max_tokens={max_tokens}: some of {name}'s layers attend to a window of {min(windows)} tokens: allowed in a CUDA "
+            f"graph: up to max_tokens={min(windows)}; or capture=False"
+        )
+    return cache
+
+
+def _addresses(cache: StaticCache) -> list[tuple[int, str, Any]]:
+    """Where each tensor of the cache lies, and what else steers its layers."""
+    found: list[tuple[int, str, Any]] = []
+    for number, layer in enumerate(cache.layers):
+        for name, value in sorted(vars(layer).items()):
+            for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, torch.Tensor):
+                    found.append((number, name, part.data_ptr()))
+                elif isinstance(part, bool | str | torch.dtype | None):
+                    found.append((number, name, part))
+    return found

@@ -1,0 +1,1 @@
+"""Requests in batches: scheduling a step, caches of keys and values, sampling, text."""

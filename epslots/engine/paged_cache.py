@@ -1,0 +1,332 @@
+"""What transformers' paged KV cache is asked for: which models it can serve, how large it is, and what it needs from us.
+
+transformers keeps the keys and values of all running requests in *pages* of one tensor, and a scheduler of its own puts
+together batches of whatever tokens are next (its "continuous batching"). It takes three things for granted that don't hold
+everywhere:
+
+- Every layer's keys and values have the shape [heads, head size] that the configuration states. Latent attention (MLA) has
+  keys wider than values; gemma4's layers differ in both numbers. ``flatten_rows`` keeps such layers in rows of one width.
+- A forward pass that began also ends, and ends well. ``WindowBackup`` makes one that didn't repeatable, ``lay_out`` repeats it
+  for some of its requests, ``discard`` takes a request out that can't go on, and ``check_tokens`` tells that there is one.
+- The process has no other use for torch's random numbers: opening a cache seeds them. ``open_processor`` puts them back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
+from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads, stream_context
+from transformers.utils.generic import is_flash_attention_requested
+
+from epslots.engine.positions import depends_on_length
+from epslots.errors import DoesNotFitError
+
+# Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel wants 256.
+PAGE_TOKENS = 16
+FLASH_PAGE_TOKENS = 256
+
+
+def paging_obstacle(model: PreTrainedModel) -> str | None:
+    """Why the model's requests can't be kept in pages, as the end of a sentence; None if they can.
+
+    Decided without a forward pass of the model: by its configuration, its class, and what its rotary embeddings answer.
+    """
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if model._is_stateful:
+        return "some of its layers keep a recurrent state"
+    if not model._supports_attention_backend:
+        return "its attention isn't routed through transformers' attention interface"
+    try:
+        group_layers_by_attn_type(config)
+    except ValueError as error:
+        return f"transformers keeps no pages for its layers ({error})"
+    # The names of layer types hide what gemma3n shares between layers.
+    kept = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if kept:
+        return f"its layers keep more than keys and values ({', '.join(sorted(kind.__name__ for kind in kept))})"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "paged attention has no soft cap"
+    if not config.is_heterogeneous:
+        heads, kept_heads = config.num_attention_heads, find_num_key_value_heads(config)
+        groups = {module.num_key_value_groups for module in _attentions(model) if hasattr(module, "num_key_value_groups")}
+        if groups - {heads // kept_heads}:
+            return "its attention repeats keys and values before it would page them"
+    if depends_on_length(model):
+        return "its rotary embedding depends on the longest sequence of a batch"
+    return _implementation_obstacle(model)
+
+
+def _implementation_obstacle(model: PreTrainedModel) -> str | None:
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa" or is_flash_attention_requested(requested_attention_implementation=implementation):
+        return None
+    if implementation not in ("eager", "paged|eager"):
+        return f"its attention implementation is {implementation!r} (allowed: sdpa, eager, flash)"
+    # "paged|eager" knows masks, scales and sinks, and leaves out whatever else a model's own eager attention does.
+    if model._supports_sdpa or any(hasattr(module, "sinks") for module in model.modules()):
+        return None
+    return "its eager attention may do what paged attention doesn't"
+
+
+def _attentions(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder's modules that would fill a cache."""
+    return [module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")]
+
+
+def cache_blocks(kv_tokens: int, page_tokens: int, layers: Mapping[str, Sequence[int]]) -> int:
+    """Blocks (pages of all layers) of a cache in which one request of ``kv_tokens`` fits.
+
+    Each kind of attention takes whole *sectors*, the smallest unit that any of them can divide into pages of its layers. So
+    beside the tokens there must be room for every kind but one to leave a sector half empty.
+
+    Args:
+        kv_tokens: to hold at least.
+        page_tokens: tokens of a page.
+        layers: the layers of each kind of attention, as ``group_layers_by_attn_type`` gives them.
+    """
+    counts = [len(indices) for indices in layers.values()]
+    return -(-kv_tokens // page_tokens) + -(-(len(counts) - 1) * math.lcm(*counts) // sum(counts))
+
+
+def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int) -> tuple[Any, Any]:
+    """A paged cache of ``kv_tokens`` for the model, with transformers' scheduler, and no thread.
+
+    Returns:
+        transformers' manager, which takes requests and gives tokens, and its batch processor, which advances them.
+
+    Raises:
+        DoesNotFitError: cache and batches exceed the device's free memory.
+    """
+    config = model.config.get_text_config()
+    flash = is_flash_attention_requested(config)
+    page_tokens = FLASH_PAGE_TOKENS if flash else PAGE_TOKENS
+    width = row_width(model)
+    implementation = model.config._attn_implementation
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=page_tokens,
+            num_blocks=cache_blocks(kv_tokens, page_tokens, group_layers_by_attn_type(config)),
+            max_batch_tokens=max_batch_tokens,
+            # Reads pages in place, by the shape that the configuration states.
+            max_blocks_per_request=None if flash and width is None else 0,
+            # A step is over when it returns; and its MoE layers talk to the host and to other ranks, which no graph holds.
+            use_async_batching=False,
+            use_cuda_graph=False,
+            # Would load kernels from the hub.
+            auto_switch_to_flash=False,
+            # Would set an environment variable.
+            disable_nccl_graph_mixing=False,
+            seed=0,
+        ),
+    )
+    try:
+        cuda = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            processor = _processor(manager, None if width is None else rows_config(config, width))
+    except MemoryError as error:
+        model.set_attn_implementation(implementation)
+        raise DoesNotFitError(
+            f"a KV cache of {kv_tokens} tokens and batches of {max_batch_tokens} don't fit on {model.device}: {error} (bytes)"
+        ) from error
+    return manager, processor
+
+
+def _processor(manager: Any, rows: PretrainedConfig | None) -> Any:
+    """The manager's batch processor, over a cache of flat rows if their configuration is given."""
+    if rows is None:
+        return manager._create_batch_processor()
+    model, manager.model = manager.model, _Stand(manager.model, rows)
+    try:
+        processor = manager._create_batch_processor()
+    finally:
+        manager.model = model
+    flatten_rows(processor.cache)
+    return processor
+
+
+class _Stand:
+    """Stands in for a model while its cache is made: the same but for the configuration.
+
+    The model's own stays as it is: with MLA, rotary embeddings read their head size from it, some in every forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PretrainedConfig) -> None:
+        self.config = config
+        self.device = model.device
+        self.dtype = model.dtype
+        self._supports_logits_to_keep = model._supports_logits_to_keep
+
+
+def row_width(model: PreTrainedModel) -> int | None:
+    """Numbers in the widest row of keys or values that a layer keeps of one token.
+
+    None where all layers keep the heads and the head size that the configuration states.
+    """
+    config = model.config.get_text_config()
+    widths = set()
+    for module in _attentions(model):
+        projections = (getattr(module, name, None) for name in ("k_proj", "v_proj"))
+        widths |= {projection.out_features for projection in projections if isinstance(projection, torch.nn.Linear)}
+    if config.is_heterogeneous:
+        return max(widths)
+    if hasattr(config, "qk_nope_head_dim"):
+        return int(config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim))
+    return None if widths <= {find_num_key_value_heads(config) * find_head_dim(config)} else max(widths)
+
+
+def rows_config(config: PretrainedConfig, width: int) -> PretrainedConfig:
+    """A copy of a text configuration whose keys and values are one head of ``width``."""
+    rows = copy.deepcopy(config)
+    rows.per_layer_config = None
+    rows.num_key_value_heads = 1
+    rows.head_dim = width
+    return rows
+
+
+def flatten_rows(cache: PagedAttentionCache) -> None:
+    """Let a cache made for one head of some width take keys and values of any shape that is no wider.
+
+    Only this cache changes. What it returns has the shape, per token, of what it was given.
+    """
+    paged_update = cache.update
+
+    def update(
+        key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = cache.layer_to_allocator[layer_idx].head_dim
+        keys, values = paged_update(_to_rows(key_states, width), _to_rows(value_states, width), layer_idx, kwargs)
+        return _from_rows(keys, key_states), _from_rows(values, value_states)
+
+    cache.update = update
+
+
+def _to_rows(states: torch.Tensor, width: int) -> torch.Tensor:
+    """[1, heads, T, size] to [1, 1, T, width], zeros behind."""
+    rows = states.transpose(1, 2).flatten(2)
+    return F.pad(rows, (0, width - rows.shape[-1])).unsqueeze(1)
+
+
+def _from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[1, 1, S, width] to [1, heads, S, size], with the heads and the size of ``like``."""
+    heads, size = like.shape[1], like.shape[3]
+    return rows[0, 0, :, : heads * size].view(1, -1, heads, size).transpose(1, 2)
+
+
+class WindowBackup:
+    """What a prepared batch needs of sliding windows and overwrites on the way.
+
+    Repeating a forward pass writes the same keys and values to the same places. With full attention this is harmless. A
+    sliding window is a ring, though: the later tokens of a chunk take the place of tokens that its first ones attend to,
+    read before they are overwritten. A pass that stopped after that can't be repeated without the old content.
+
+    Only chunks that continue a prompt need it: a prompt's first chunk reads nothing, and a single token takes the place of
+    one that has just left its window.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._stream = processor.inputs_and_outputs.compute_stream
+        # By request: for each kind of window the cache, the request's blocks, and their content.
+        self._saved: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        for entry in processor.inputs_and_outputs.requests_in_batch:
+            if _continues_a_prompt(entry):
+                self._saved[entry.state.request_id] = [
+                    self._save(allocator, entry.state.request_id)
+                    for allocator in processor.cache.cache_allocators.values()
+                    if hasattr(allocator, "sliding_window")
+                ]
+
+    def _save(self, allocator: Any, request_id: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        content = allocator._copy_view
+        with stream_context(self._stream):
+            blocks = torch.tensor(allocator.block_table[request_id], device=content.device)
+            return content, blocks, content.index_select(0, blocks)
+
+    def restore(self, batch: Sequence[FutureRequestState]) -> None:
+        """Bring these requests' windows back to what they were when the batch was prepared."""
+        with stream_context(self._stream):
+            for entry in batch if self._saved else ():
+                for content, blocks, saved in self._saved.get(entry.state.request_id, ()):
+                    content.index_copy_(0, blocks, saved)
+
+
+def _continues_a_prompt(entry: FutureRequestState) -> bool:
+    # The position is that after the batch: the scheduler counts a chunk as done once it is prepared.
+    return entry.query_length > 1 and entry.state.position_offset > entry.query_length
+
+
+def lay_out(processor: Any, part: Sequence[FutureRequestState]) -> None:
+    """Prepare the forward pass again for some requests of a prepared batch, whose pass failed or hasn't come."""
+    for entry in part:
+        state = entry.state
+        state.position_offset -= entry.query_length
+        known = state.initial_tokens + state.generated_tokens  # those to compute were replaced by a token to come
+        state.tokens_to_process = known[state.position_offset : state.position_offset + entry.query_length]
+    batch = processor.inputs_and_outputs
+    batch.prepare_batch_tensors(
+        requests_in_batch=list(part),
+        logits_processors=processor.logit_processor,
+        use_decode_fast_path=batch.use_block_table,
+        num_q_tokens=sum(entry.query_length for entry in part),
+        max_kv_read=batch.max_kv_read,
+        use_padding=processor.model_runner.pad_inputs,
+    )
+
+
+def show_cut_prompts(batch: Any) -> int:
+    """Give a row of logits to each request whose prompt goes on after this step, behind the rows of those that get a token.
+
+    transformers computes a row for every request, and these would be of some token. The last token of such a chunk attends
+    to all the others, so its logits tell whether any of them came out as NaN.
+
+    Returns:
+        How many rows get no token.
+    """
+    entries = batch.requests_in_batch
+    last, at = [], 0
+    for entry in entries:
+        at += entry.query_length
+        if not entry.has_new_token:
+            last.append(at - 1)
+    if last:
+        rows = batch.logits_indices[len(entries) - len(last) : len(entries)]
+        rows.copy_(torch.tensor(last, dtype=rows.dtype))
+    return len(last)
+
+
+def check_tokens(batch: Any, check: Callable[[list[int]], None]) -> None:
+    """Call ``check`` with a step's rows of tokens when transformers reads them, before they change anything."""
+    read = batch.prepare_batch_update
+
+    def checked() -> Any:
+        found = read()
+        check(found[1])
+        return found
+
+    batch.prepare_batch_update = checked
+
+
+def discard(processor: Any, request_id: str) -> None:
+    """Take a running request out, and leave nothing of it: its pages are zeros, and no other request finds them again."""
+    scheduler, stream = processor.scheduler, processor.inputs_and_outputs.compute_stream
+    for allocator in processor.cache.cache_allocators.values():
+        blocks = allocator.block_table.get(request_id, [])
+        own = [block for block in blocks if block not in allocator.ledger.shared_ref_counts]
+        allocator.free_blocks(request_id, no_cache=True)
+        with stream_context(stream):
+            content = allocator._copy_view
+            content.index_fill_(0, torch.tensor(own, dtype=torch.int64, device=content.device), 0)
+    scheduler.finish_request(request_id)
+    scheduler.block_new_requests = False

@@ -1,0 +1,237 @@
+"""Text to tokens, and tokens to text as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from epslots.engine.chat_template import find_template, render
+from epslots.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+# SentencePiece's token for a single byte of a character that it has no token for.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Tokens that text waits for at the most, to be certain. Whole characters come much earlier; bytes that make none, never.
+_WAIT_TOKENS = 64
+
+MOST_STOP_STRINGS = 64
+MOST_STOP_CHARS = 256
+"""All stop strings are looked for after every token, in the thread that serves everybody."""
+# Text up to this length is tokenized whatever fits, in some hundredths of a second: a message with the number of tokens says
+# more than one with characters, and tokenizers that drop spaces make few tokens of much text.
+_SMALL_TEXT_CHARS = 2**16
+# Ordinary text has four characters a token. Of longer text a part is tokenized first, and most that can't fit is refused then.
+_PART_CHARS_PER_TOKEN = 16
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        ConfigError: it has none, or one that can't be read: damaged, newer than the libraries, or with code of its own.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    with _refusing(f"{path} has no tokenizer that transformers can load"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        no_words = tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if no_words:  # what transformers makes of a folder without files
+        raise ConfigError(f"{path} has no tokenizer: there is no vocabulary")
+    return tokenizer
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool | None = None, most_tokens: int | None = None
+) -> list[int]:
+    """A prompt's tokens.
+
+    Args:
+        chat: whether to wrap the text in the tokenizer's chat template, as what a user says; None: if it has one.
+        most_tokens: how many fit, None for any. Text that certainly has more is refused before that work is done; somewhat
+            more than fit may be returned.
+
+    Raises:
+        ConfigError: the text is none, empty, too long or has no tokens; there is no chat template, or it is broken, or refuses
+            the text.
+    """
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"a prompt of {shown(text)}; allowed: text that isn't empty")
+    most_tokens = None if most_tokens is None else max(0, most_tokens)
+    most_chars = None if most_tokens is None else max(_SMALL_TEXT_CHARS, most_tokens * _longest_token(tokenizer))
+    if most_chars is not None and len(text) > most_chars:
+        raise ConfigError(
+            f"a prompt of {len(text):,} characters; at most {most_chars:,} are read where {most_tokens:,} tokens fit"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"a prompt of {shown(text)}: character {error.start} is half of a pair, which no text has"
+        ) from error
+    template = None if chat is False else find_template(tokenizer)
+    if chat and template is None:
+        raise ConfigError(
+            "chat=True: this tokenizer has no chat template; allowed: False or None (on the command line --no-chat)"
+        )
+    with _refusing("the tokenizer fails on the prompt"):
+        wrapped = text if template is None else render(tokenizer, template, text, most_chars=most_chars)
+        tokens = _encode(tokenizer, wrapped, add_special_tokens=template is None, most_tokens=most_tokens)
+    if not tokens:
+        raise ConfigError(f"a prompt of {shown(text)} has no tokens; at least one is needed")
+    return tokens
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool, most_tokens: int | None) -> list[int]:
+    def ids(part: str) -> list[int]:
+        found = tokenizer(part, add_special_tokens=add_special_tokens, return_token_type_ids=False, verbose=False)
+        return list(found["input_ids"])
+
+    if most_tokens is not None:
+        part = text[: max(_SMALL_TEXT_CHARS, most_tokens * _PART_CHARS_PER_TOKEN)]
+        if len(part) < len(text) and (count := len(ids(part))) > 2 * most_tokens:
+            raise ConfigError(
+                f"a prompt of {len(text):,} characters, of which the first {len(part):,} alone have {count:,} tokens; "
+                f"{most_tokens:,} tokens fit"
+            )
+    return ids(text)
+
+
+@lru_cache(maxsize=4)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token. No token stands for more, but for what a normalizer drops."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn all that tokenizers raise into ConfigError: those in Rust raise plain Exception, and panic with a BaseException."""
+    try:
+        yield
+    except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{what} ({type(error).__name__}: {reason})") from error
+
+
+def stop_strings(given: Iterable[str]) -> tuple[str, ...]:
+    """The strings that end an output.
+
+    Raises:
+        ConfigError: one is empty, too long or no string; or there are too many.
+    """
+    allowed = (
+        f"allowed: strings of at least one character each and at most {MOST_STOP_CHARS}, in a list or a tuple of at most "
+        f"{MOST_STOP_STRINGS}"
+    )
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise ConfigError(f"stop={shown(given)}; {allowed}")
+    found = tuple(islice(given, MOST_STOP_STRINGS + 1))
+    if len(found) > MOST_STOP_STRINGS or not all(isinstance(stop, str) and 0 < len(stop) <= MOST_STOP_CHARS for stop in found):
+        raise ConfigError(f"stop={shown(given)}; {allowed}")
+    return found
+
+
+class TextStream:
+    """The text of tokens that come one by one, up to a stop string.
+
+    All pieces together are ``tokenizer.decode`` of all tokens, special ones left out; with a stop string, what of it is before
+    that. A piece is certain: no later token changes it. So characters and stop strings of which only a beginning is there are
+    held back. (What a tokenizer's ``clean_up_tokenization_spaces`` would take back later can't be known, and stays.)
+
+    Only the last few tokens are decoded, twice: alone, and with the new ones. The difference is the new text: spaces and
+    characters that span tokens come out right. As in text-generation-inference, ``Model.decode_token``:
+    https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/models/model.py
+
+    Attributes:
+        stopped_after: how many tokens it took to complete a stop string; None while there is none. Tokens after that have no
+            effect. The stop string is that which ends first, and of those that end together the longest.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = ()) -> None:
+        self.stopped_after: int | None = None
+        self._tokenizer = tokenizer
+        self._stops = sorted(stop_strings(stop))
+        self._first_characters = {stop[0] for stop in self._stops}
+        self._longest_stop = max(map(len, self._stops), default=0)
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._count = 0
+        # Tokens whose text is out (the context), then those that wait; and the context's text.
+        self._window: list[int] = []
+        self._read = 0
+        self._context = ""
+        # Certain text that may be the beginning of a stop string.
+        self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_after is not None
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """Take the next tokens; returns the text that has become certain."""
+        return "".join([self._push(token) for token in tokens])
+
+    def finish(self) -> str:
+        """The text that was held back, when no token follows."""
+        rest = self._held + self._waiting()
+        self._held, self._context = "", self._decode(self._window)
+        return rest
+
+    def _push(self, token: int) -> str:
+        if self.stopped:
+            return ""
+        self._count += 1
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None or (token in self._special and not self._decode([token])):
+            return ""  # padding of the vocabulary, or left out
+        self._window.append(token)
+        waiting = self._waiting()
+        # A stop string may be found in what isn't certain: nothing follows then.
+        text = self._held + waiting.rstrip(_UNFINISHED)
+        if (start := self._stop_starts(text)) is not None:
+            self.stopped_after, self._held, self._window, self._context = self._count, "", [], ""
+            return text[:start]
+        # Bytes become characters all together when the last is there, and else none of them.
+        certain = waiting and not waiting.endswith(_UNFINISHED) and not _BYTE.fullmatch(name)
+        if not certain and len(self._window) - self._read <= _WAIT_TOKENS:
+            return ""
+        del self._window[: self._read]
+        self._read, self._context = len(self._window), self._decode(self._window)
+        text = self._held + waiting
+        begins = self._stop_begins(text)
+        self._held = text[begins:]
+        return text[:begins]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _waiting(self) -> str:
+        """Text of the tokens after the context."""
+        return self._decode(self._window)[len(self._context) :]
+
+    def _stop_starts(self, text: str) -> int | None:
+        """Where the stop string starts that ends first."""
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        return min(found)[1] if found else None
+
+    def _stop_begins(self, text: str) -> int:
+        """Where the end of ``text`` may be the beginning of a stop string; its length if nowhere."""
+        for start in range(max(0, len(text) - self._longest_stop + 1), len(text)):
+            if text[start] in self._first_characters:
+                rest = text[start:]
+                following = self._stops[bisect_left(self._stops, rest) :][:1]  # sorted: before all others that begin like this
+                if following and following[0].startswith(rest):
+                    return start
+        return len(text)

@@ -1,0 +1,124 @@
+"""The token that follows each sequence of a batch: the likeliest, or drawn as its request's ``Sampling`` says.
+
+Suffixes: N sequences; R of them that draw; V tokens of the vocabulary; K of them, the likeliest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from epslots.device_copy import to_device
+from epslots.engine.sampling import Sampling, uniform_numbers
+
+# Drawing takes up to 50 bytes for each logit, so 200 MB for this many at a time; or what a single row takes.
+PART_LOGITS = 2**22
+
+NO_TOKEN = -1
+
+_TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def next_tokens(logits_NV: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
+    """The token that follows each row of logits, int64 [N]; -1 = it has none. The one place where tokens are chosen.
+
+    No row's token depends on the other rows. A row has none if one of its logits is NaN, or the largest is infinite.
+
+    Args:
+        logits_NV: fp32 [N, V], of the last token of N sequences.
+        samplings: how each row's token is chosen.
+        positions: index of each new token in its whole sequence, the prompt included.
+    """
+    most_N, chosen_N = logits_NV.max(dim=-1)  # which is NaN if any is
+    finite_N = most_N.isfinite()
+    drawing = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if not drawing:
+        return chosen_N.masked_fill_(~finite_N, NO_TOKEN)
+    vocabulary = logits_NV.shape[1]
+    drawn = [samplings[row] for row in drawing]
+    numbers = uniform_numbers([sampling.seed for sampling in drawn], [positions[row] for row in drawing])
+    top_k = [min(sampling.top_k or vocabulary, vocabulary) for sampling in drawn]
+    top_p = [sampling.top_p for sampling in drawn]
+    temperature = [min(max(sampling.temperature, _TINIEST), _LARGEST) for sampling in drawn]
+    # float64 holds all of it exactly, and one copy carries it.
+    settings_5R = to_device(np.array([drawing, temperature, numbers, top_k, top_p]), logits_NV.device)
+    filters = _Filters.of(top_k, top_p, vocabulary)
+    for part_5R in settings_5R.split(max(1, PART_LOGITS // vocabulary), dim=1):
+        rows_R = part_5R[0].long()
+        chosen_N.index_copy_(0, rows_R, _draw(logits_NV[rows_R], part_5R[1:, :, None], filters))
+    return chosen_N.masked_fill_(~finite_N, NO_TOKEN)
+
+
+@dataclass(frozen=True)
+class _Filters:
+    """What the filters of all rows need, known to the host."""
+
+    ranks: int
+    """Tokens of the most that a ``top_k`` keeps; 0 without any."""
+    nucleus: bool
+    """Whether a row has a ``top_p`` alone: how many tokens that keeps depends on the logits."""
+
+    @classmethod
+    def of(cls, top_k: Sequence[int], top_p: Sequence[float], vocabulary: int) -> _Filters:
+        """Of each row; ``top_k`` is the vocabulary where there is none."""
+        nucleus = any(k == vocabulary and p < 1 for k, p in zip(top_k, top_p, strict=True))
+        return cls(max((k for k in top_k if k < vocabulary), default=0), nucleus)
+
+
+def _draw(logits_RV: torch.Tensor, settings_4R1: torch.Tensor, filters: _Filters) -> torch.Tensor:
+    """A token of each row, int64 [R], by inverse transform sampling.
+
+    The tokens share an interval in the order of their ids, each as much as is likely, and the random number falls to one of
+    them. The logits of a sequence differ in their last bits with the shape of its batch. In this order that moves the
+    borders by as little, and hardly ever a border past the number. In the order of probabilities, two tokens about as
+    likely would change places, and with them what the number falls to.
+    """
+    temperature_R1, number_R1, top_k_R1, top_p_R1 = settings_4R1
+    # The likeliest token weighs 1, whatever the temperature.
+    weights_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)).div_(temperature_R1.float()).exp_()
+    if filters.ranks or filters.nucleus:
+        floor_R1 = _floor(logits_RV, weights_RV, top_k_R1.long(), top_p_R1, filters)
+        weights_RV.masked_fill_(logits_RV < floor_R1, 0)
+    # In float32 the tokens at the end of a large vocabulary would get a rounded share.
+    ends_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
+    # A scan in parallel rounds each sum in another way: tokens of no weight could seem to have an interval.
+    ends_RV.masked_fill_(weights_RV == 0, -1)
+    # Below the last end: what is 1 - 2**-53 at most times a float64 is never rounded up to that.
+    point_R1 = number_R1 * ends_RV.amax(dim=-1, keepdim=True)
+    return (ends_RV > point_R1).byte().argmax(dim=-1)  # the first; if logits are NaN, any
+
+
+def _floor(
+    logits_RV: torch.Tensor, weights_RV: torch.Tensor, top_k_R1: torch.Tensor, top_p_R1: torch.Tensor, filters: _Filters
+) -> torch.Tensor:
+    """The logit that a token needs to be kept, [R, 1].
+
+    ``top_k`` keeps the tokens as likely as the k-th. Of these ``top_p`` keeps those to which the likelier ones leave
+    something of it, so always the likeliest. Tokens equally likely are kept or dropped together, and not as a sort has it.
+    """
+    vocabulary = logits_RV.shape[1]
+    ranks = filters.ranks
+    if filters.nucleus:
+        ranks = max(ranks, _most_in_a_nucleus(weights_RV, top_p_R1.masked_fill(top_k_R1 < vocabulary, 1)))
+    top_RK, ids_RK = logits_RV.topk(ranks, dim=-1)
+    floor_R1 = top_RK.gather(1, top_k_R1.clamp(max=ranks) - 1).masked_fill_(top_k_R1 == vocabulary, -torch.inf)
+    weights_RK = weights_RV.gather(1, ids_RK).double()
+    likelier_RK = weights_RK.cumsum(dim=-1) - weights_RK
+    total_R1 = weights_RV.masked_fill(logits_RV < floor_R1, 0).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    count_R1 = (likelier_RK < top_p_R1 * total_R1).sum(dim=-1, keepdim=True).clamp_(min=1)  # 0 if logits are NaN
+    nucleus_R1 = top_RK.gather(1, count_R1 - 1).masked_fill_(top_p_R1 == 1, -torch.inf)
+    return torch.maximum(floor_R1, nucleus_R1)
+
+
+def _most_in_a_nucleus(weights_RV: torch.Tensor, top_p_R1: torch.Tensor) -> int:
+    """A bound on the tokens that ``top_p`` keeps of the row that keeps most; rows whose is 1 don't count.
+
+    Sorting some thousand tokens is worth the wait for the device: a vocabulary takes ten times as long. Tokens that weigh
+    less than 1 - top_p shared by all of the vocabulary are less than 1 - top_p together: the likelier ones leave them none.
+    """
+    total_R1 = weights_RV.sum(dim=-1, keepdim=True)
+    least_R1 = ((1 - top_p_R1) * total_R1 / weights_RV.shape[1]).masked_fill_(top_p_R1 == 1, torch.inf)
+    return max(1, int((weights_RV >= least_R1).sum(dim=-1).max()))

@@ -1,1 +1,0 @@
-"""Texts: requests, batches, sampling, captured decoding."""

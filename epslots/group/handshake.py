@@ -1,0 +1,140 @@
+"""What ranks say to each other when they become one model: who they are, what they run and hold, and what they followed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import msgspec
+import numba
+import numpy as np
+import torch
+import transformers
+import xxhash
+
+from epslots._version import __version__
+from epslots.errors import PeerLost, RankMismatchError, StaleEpoch
+from epslots.placement.placement import Placement, carry_over, pack, unpack
+from epslots.planner.cost_model import Costs
+from epslots.runtime import Runtime
+from epslots.transport.transport import Transport
+
+Message = TypeVar("Message")
+
+# Raise it when ranks of this version couldn't work with those of the last.
+PROTOCOL = 4
+
+
+class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rank says first; lists are by layer.
+
+    Attributes:
+        settings: what must be equal on all ranks, by name.
+        slots: slots of each layer.
+        residents: the experts in them.
+        node: the name of the rank's node.
+        steps: steps of all layers that the rank's eviction policy has seen.
+        costs: what the rank's last group agreed on, by pool; empty if it had none.
+        group, rank: generation of the rank's last group, and its number there; -1 if it had none.
+        placement: generation of the placement that the rank follows; 0 = none.
+        bytes_per_step: towards it.
+        failure: why this rank can't take part; empty if it can.
+    """
+
+    generation: int
+    settings: dict[str, str]
+    slots: list[int]
+    residents: list[list[int]]
+    node: str = ""
+    steps: int = 0
+    costs: list[Costs] = []
+    group: int = -1
+    rank: int = -1
+    placement: int = 0
+    bytes_per_step: int = 0
+    failure: str = ""
+
+
+def encode(value: object) -> bytes:
+    """A message between ranks."""
+    return msgspec.msgpack.encode(value)
+
+
+def decode(message: bytes, kind: type[Message]) -> Message:
+    """The other end of ``encode``."""
+    return msgspec.msgpack.decode(message, type=kind)
+
+
+def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal on all ranks for their results and their plans to be."""
+    layers = xxhash.xxh3_64_hexdigest(msgspec.msgpack.encode(runtime.layers))
+    return {
+        "epslots": __version__,
+        "protocol": str(PROTOCOL),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "machine": platform.machine(),
+        "checkpoint": runtime.checkpoint,
+        "layers": f"{len(runtime.layers)} ({layers})",
+        **given,
+    }
+
+
+def greet_peers(transport: Transport, hello: Handshake) -> list[Handshake]:
+    """Every rank's words, once they are found to match.
+
+    Raises:
+        RankMismatchError, StaleEpoch, PeerLost: as ``ranks.join``.
+    """
+    hellos = exchange_handshakes(transport, hello)
+    for rank, other in enumerate(hellos):
+        if other.failure:
+            raise PeerLost(f"rank {rank} could not load the model: {other.failure}")
+    generations = [other.generation for other in hellos]
+    if len(set(generations)) > 1:
+        raise StaleEpoch(f"ranks belong to different generations of the group: {generations}, by rank")
+    for rank, other in enumerate(hellos):
+        for name in sorted(hellos[0].settings.keys() | other.settings.keys()):
+            first, second = hellos[0].settings.get(name), other.settings.get(name)
+            if first != second:
+                raise RankMismatchError(f"ranks differ: {name} is {first!r} on rank 0 and {second!r} on rank {rank}")
+    return hellos
+
+
+def exchange_handshakes(transport: Transport, hello: Handshake) -> list[Handshake]:
+    """Every rank's words, whatever they are."""
+    try:
+        return [msgspec.msgpack.decode(m, type=Handshake) for m in transport.gather_bytes(encode(hello))]
+    except msgspec.DecodeError as error:
+        raise RankMismatchError(f"a rank speaks another protocol than this one's ({PROTOCOL}): {error}") from error
+
+
+def agree_on_placement(
+    transport: Transport, hellos: Sequence[Handshake], mine: Placement | None
+) -> tuple[Placement, int] | None:
+    """What the newest of the ranks' last groups followed, for the ranks that there are now, and its bytes per step; None if
+    there was nothing. All ranks call it together.
+
+    Args:
+        mine: what this rank follows.
+    """
+    eldest = max(range(transport.size), key=lambda rank: (hellos[rank].group, hellos[rank].placement, -rank))
+    newest = max(hello.placement for hello in hellos)
+    if not hellos[eldest].placement:
+        # Nothing is followed; but generations only grow, whoever followed something before.
+        return None
+    messages = transport.gather_bytes(pack(mine) if transport.rank == eldest and mine is not None else b"")
+    placement, group = unpack(messages[eldest]), hellos[eldest].group
+    if group >= 0:  # else all have just loaded with it
+        rank_of_old = [-1] * placement.ranks
+        for rank, hello in enumerate(hellos):
+            if hello.group == group:
+                rank_of_old[hello.rank] = rank
+        quota_LR = np.array([hello.slots for hello in hellos]).T
+        placement = replace(carry_over(placement, rank_of_old, quota_LR), generation=newest + 1)
+        placement.check()
+    return placement, hellos[eldest].bytes_per_step

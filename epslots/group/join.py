@@ -1,0 +1,275 @@
+"""Many ranks become one model: they compare what they run, publish their slots, agree on costs, and keep in step from then on.
+
+``join`` does it for a first group and for every later one: after a loss the survivors form the next generation's group and
+join again, and the common table of who holds what is rebuilt from what each rank really holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import msgspec
+import numpy as np
+import xxhash
+from torch import nn
+
+from epslots.arrays import IntArray
+from epslots.errors import GroupError, PeerLost, StepFailed
+from epslots.group.cost_probe import largest, measure_alone, measure_costs
+from epslots.group.handshake import Handshake, agree_on_placement, encode, exchange_handshakes, greet_peers, settings_of
+from epslots.group.rank_group import RankGroup, enter, group_of
+from epslots.models.experts import experts_modules
+from epslots.placement.model_planner import check_fits
+from epslots.placement.placement import Placement, default_placement, first_residents, pack
+from epslots.planner.cost_model import Costs
+from epslots.planner.cpu_offload import CpuShare
+from epslots.progress import ProgressDisplay
+from epslots.runtime import Runtime, runtime_of
+from epslots.transport.lockstep import LockStep
+from epslots.transport.transport import Transport
+
+# What each rank fetches in a step towards a placement that it was started with, until told otherwise.
+_START_BYTES = 2**20
+
+
+def join(
+    model: nn.Module,
+    transport: Transport,
+    *,
+    settings: Mapping[str, str] | None = None,
+    costs: Costs | None = None,
+    placement: Placement | None = None,
+    node: str | None = None,
+) -> RankGroup:
+    """Make this rank's model one with those of all other ranks. All ranks call it together.
+
+    Args:
+        model: from ``epslots.load``, alone or in an earlier generation's group.
+        settings: more of what must be equal on all ranks, by name; those of the earlier group if not given.
+        costs: what things cost, on all ranks alike. If not given, they are what an earlier group of any rank had agreed on,
+            else they are measured.
+        placement: to begin with, on all ranks alike; by default that of the earlier group, if there was one.
+        node: the name of this rank's node; by default the host's.
+
+    Raises:
+        ConfigError: the placement is for other ranks or another model.
+        RankMismatchError: ranks run different checkpoints, versions or settings; on all of them.
+        StaleEpoch: a rank belongs to another generation.
+        PeerLost: a rank is gone, or could not load.
+    """
+    runtime, last = runtime_of(model), group_of(model)
+    for loader in runtime.movers:
+        loader.give_up_unconfirmed()
+    if settings is None:
+        settings = {} if last is None else last.settings
+    followed = last.placement if placement is None and last is not None else placement
+    if placement is not None:
+        settings = {**settings, "placement": f"{placement.generation} ({xxhash.xxh3_64_hexdigest(pack(placement))})"}
+    hello = Handshake(
+        generation=transport.generation,
+        settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
+        slots=[runner.experts.slots for runner in runtime.runners],
+        residents=[np.flatnonzero(runner.experts.resident_E).tolist() for runner in runtime.runners],
+        node=socket.gethostname() if node is None else node,
+        steps=sum(runner.steps for runner in runtime.runners),
+        costs=[] if last is None else list(last.costs),
+        group=-1 if last is None or placement is not None else last.transport.generation,
+        rank=-1 if last is None else last.transport.rank,
+        placement=0 if followed is None else followed.generation,
+        bytes_per_step=(0 if last is None else last.shared.bytes_per_step) or _START_BYTES,
+    )
+    hellos = greet_peers(transport, hello)
+    _share_history(transport, runtime, hellos)
+    if placement is not None:
+        slots_LR = np.array([other.slots for other in hellos]).T
+        pools = [loader.store_layers for loader in runtime.movers]
+        check_fits(placement, default_placement([layer.num_experts for layer in runtime.layers], slots_LR), pools)
+    agreed = _agree_on_costs(transport, runtime, hellos, costs)
+    group = RankGroup(runtime, transport, settings, hellos, agreed, agree_on_placement(transport, hellos, followed))
+    if group_of(model) is None:
+        _step_with_every_pass(model)
+    enter(model, group)
+    return group
+
+
+def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Handshake], given: Costs | None) -> list[Costs]:
+    """What things cost, by pool: as given, as a rank's last group had it, or measured."""
+    if given is not None:
+        return [given] * len(runtime.movers)
+    known = [hello.costs for hello in hellos if hello.costs]
+    if known:
+        return [largest(pool) for pool in zip(*known, strict=True)]
+    kernels = [runtime.runners[loader.store_layers[0]].experts for loader in runtime.movers]
+    return [
+        measure_costs(transport, loader, experts.kernel, experts.slots, experts.host if runtime.host_compute else None)
+        for loader, experts in zip(runtime.movers, kernels, strict=True)
+    ]
+
+
+def compute_on_host(model: nn.Module, costs: Costs | None) -> None:
+    """Let a rank that is alone compute misses on its host's CPU where that is cheaper than fetching them.
+
+    Args:
+        costs: what things cost; measured, if not given.
+    """
+    runtime = runtime_of(model)
+    for loader in runtime.movers:
+        experts = runtime.runners[loader.store_layers[0]].experts
+        known = costs or measure_alone(loader, experts.kernel, experts.slots, experts.host)
+        for index in loader.store_layers:
+            if known.computes_on_host:
+                runtime.runners[index].cpu_share = CpuShare(
+                    1, runtime.layers[index].num_experts, known, beside=loader.link.concurrent
+                )
+
+
+def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Handshake]) -> None:
+    """Give all ranks the past uses of the one that has seen most: what gives way must not depend on who asks."""
+    eldest = max(range(transport.size), key=lambda rank: (hellos[rank].steps, -rank))
+    mine = [(runner.steps, runner.history.pack()) for runner in runtime.runners]
+    messages = transport.gather_bytes(encode(mine) if transport.rank == eldest else b"")
+    theirs = msgspec.msgpack.decode(messages[eldest], type=list[tuple[int, bytes]])
+    for runner, (steps, content) in zip(runtime.runners, theirs, strict=True):
+        runner.steps = steps
+        runner.history.unpack(content)
+
+
+def group_up(
+    model: nn.Module,
+    transport: Transport,
+    *,
+    settings: Mapping[str, str],
+    costs: Costs | None,
+    display: ProgressDisplay,
+    placement: Placement | None = None,
+) -> RankGroup:
+    """``join`` for ranks that have just loaded: where all of them together have a slot for every expert of a layer, each
+    fills its own share first. With a placement, each fills what it wants there.
+    """
+    runtime = runtime_of(model)
+    mine = encode([runner.experts.slots for runner in runtime.runners])
+    slots_RL = [msgspec.msgpack.decode(m) for m in transport.gather_bytes(mine)]
+    if len({len(slots) for slots in slots_RL}) == 1:  # else they run different models, which join says
+        slots_LR = np.array(slots_RL).T
+        if placement is not None:
+            _divide(runtime, placement, slots_LR, transport.rank)
+        first = placement or default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
+        runtime.fill(_shares(runtime, first, transport.rank), display)
+    return join(model, transport, settings=settings, costs=costs, placement=placement)
+
+
+def place_alone(model: nn.Module, placement: Placement, display: ProgressDisplay) -> None:
+    """Divide and fill the slots of a model on a single rank, that has just loaded, as a placement wants it.
+
+    Raises:
+        ConfigError: the placement is for other ranks or another model.
+    """
+    runtime = runtime_of(model)
+    _divide(runtime, placement, np.array([[runner.experts.slots] for runner in runtime.runners]), 0)
+    runtime.fill(_shares(runtime, placement, 0), display)
+
+
+def _divide(runtime: Runtime, placement: Placement, slots_LR: IntArray, rank: int) -> None:
+    there = default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
+    check_fits(placement, there, [loader.store_layers for loader in runtime.movers])
+    runtime.divide(placement.quota_LR[:, rank].tolist())
+
+
+def _shares(runtime: Runtime, placement: Placement, rank: int) -> dict[int, IntArray]:
+    """The experts of each layer with which a rank fills its slots, where these are empty."""
+    first_LE = first_residents(placement)[:, rank]
+    empty = [index for index, runner in enumerate(runtime.runners) if not runner.experts.resident_E.any()]
+    return {index: np.flatnonzero(first_LE[index]) for index in empty if first_LE[index].any()}
+
+
+def announce_failure(transport: Transport, failure: BaseException) -> None:
+    """Tell ranks that wait in ``group_up`` why this one won't come."""
+    with suppress(PeerLost):  # then somebody else has failed before
+        transport.gather_bytes(encode([]))
+        exchange_handshakes(
+            transport, Handshake(transport.generation, {}, [], [], failure=f"{type(failure).__name__}: {failure}")
+        )
+
+
+def ranks_here(transport: Transport) -> int:
+    """How many ranks are on this one's node, itself included. All ranks call it together."""
+    nodes = transport.gather_bytes(socket.gethostname().encode())
+    return nodes.count(nodes[transport.rank])
+
+
+def _step_with_every_pass(model: nn.Module) -> None:
+    """Make every forward pass of the model a step of all ranks; what becomes of it if it fails on one, ``_fail`` decides."""
+    trunk = _trunk(model)
+    forward = trunk.forward
+
+    @functools.wraps(forward)
+    def step(*args: object, **kwargs: object) -> object:
+        group = group_of(model)  # looked up each time: a later generation brings another
+        assert group is not None
+        try:
+            group.lockstep.begin()
+            output = forward(*args, **kwargs)
+            group.lockstep.end()
+        except GroupError:
+            raise  # all ranks know
+        except BaseException as error:
+            _fail(group.lockstep, error)
+            raise
+        return output
+
+    setattr(trunk, "forward", step)  # noqa: B010 - a method to mypy
+
+
+def _fail(lockstep: LockStep, error: BaseException) -> None:
+    """This rank's forward pass has failed: complete the step without its tokens if that was asked for, or end it for all.
+
+    Raises:
+        StepFailed: it was to be completed, and can't be.
+        PeerLost: a rank is gone, too.
+    """
+    completes = lockstep.completes and isinstance(error, Exception)
+    if completes and not lockstep.exchanging:
+        lockstep.end()
+        return
+    lockstep.fail(error)
+    if completes:
+        what = f"this rank failed in a step: {type(error).__name__}: {error}"
+        raise StepFailed(what, computing=lockstep.computing) from error
+
+
+def _trunk(model: nn.Module) -> nn.Module:
+    """The innermost module that runs all MoE layers, once per forward pass, whichever way the model is entered."""
+    paths = [name.split(".") for name in experts_modules(model)]
+    common = 0
+    while len({tuple(path[: common + 1]) for path in paths}) == 1 and common + 1 < min(map(len, paths)):
+        common += 1
+    while common and isinstance(model.get_submodule(".".join(paths[0][:common])), nn.ModuleList | nn.ModuleDict):
+        common -= 1
+    return model.get_submodule(".".join(paths[0][:common]))
+
+
+@contextmanager
+def sync_ranks(model: nn.Module) -> Iterator[None]:
+    """Let ranks make different numbers of forward passes: at the end of the block, this rank takes part in the others' steps
+    without tokens until no rank has work. All ranks enter such a block, like torch's ``Join``.
+
+        with epslots.sync_ranks(model):
+            for prompt in my_prompts:  # on some ranks many, on others none
+                model.generate(**prompt)
+
+    Does nothing for a model on a single rank. A block left by an error doesn't wait for anybody.
+
+    Raises:
+        ConfigError: the model was not loaded by ``epslots.load``.
+        PeerLost: a rank is gone.
+    """
+    runtime_of(model)
+    yield
+    group = group_of(model)
+    if group is not None:
+        header = group.lockstep.idle_step()
+        while header.work and not header.stop:
+            header = group.lockstep.idle_step()

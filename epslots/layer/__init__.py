@@ -1,1 +1,0 @@
-"""One MoE layer's step, from router to combine."""

@@ -1,0 +1,1 @@
+"""One MoE layer's step on the device: dispatch, fetch, execute, combine."""

@@ -1,0 +1,161 @@
+"""Experts computed by the host's CPU, straight from the host store: the cheapest way where few tokens want a large expert.
+
+Nothing enters a slot and nothing gives way. A few rows of hidden states cross the link instead of an expert's weights, and
+their results come back (as KTransformers and Fiddler do it). The arithmetic is that of the slots' own kernel on the CPU, so
+results are exact; only the order of their sums may differ from a GPU's.
+
+    begin    the rows that want hosted experts are gathered, and set out for the host
+    finish   each hosted expert is applied to its rows; the results go back to the device
+
+What is queued on the device between the two runs beside the CPU's work.
+
+Legend of shape suffixes: M pairs of a step, J rows given, P pairs of hosted experts among them, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import nn
+
+from epslots.cache.host_store import HostStore
+from epslots.cache.unpacking import Unpacker, record_views
+from epslots.device_copy import to_device
+from epslots.moe.grouped_gemm import GroupedGemm
+
+_THREAD = threading.local()
+
+
+@dataclass(frozen=True)
+class CpuRows:
+    """Pairs on their way to the host.
+
+    Attributes:
+        experts: the hosted experts, and pairs of each; pairs are in this order.
+        pair_P: int64 on the device, the number of each pair among the step's.
+        rows_PH: their rows on the host; complete when ``arrived`` has happened (None: they are).
+    """
+
+    experts: tuple[tuple[int, int], ...]
+    pair_P: torch.Tensor
+    rows_PH: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+
+class CpuExperts:
+    """Computes experts of one layer on the CPU.
+
+    Args:
+        module: the layer's experts module, as ``GroupedGemm`` has it; its activation and norm are copied to the CPU if they
+            are elsewhere.
+        store: where the records are.
+        layer: the layer's number in the store.
+        device: where rows come from, and results go to.
+        batch_invariant: as ``GroupedGemm`` has it.
+    """
+
+    def __init__(
+        self, module: nn.Module, store: HostStore, layer: int, device: torch.device, *, batch_invariant: bool = False
+    ) -> None:
+        spec = store.manifest.layers[layer]
+        self._store, self._layer, self._device = store, layer, device
+        self._layout, self._unpacker = spec.layout, None if spec.packed is None else Unpacker(spec)
+        self.num_experts = spec.num_experts
+        shapes = torch.empty(spec.layout.nbytes, dtype=torch.uint8, device="meta")
+        twin = module if device.type == "cpu" else on_cpu(module)
+        self._kernel = GroupedGemm(twin, self._one_of(shapes), batch_invariant=batch_invariant)
+        self.dtype, self.hidden_size = self._kernel.dtype, self._kernel.hidden_size
+
+    def begin(self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]) -> CpuRows:
+        """Gather the rows of the pairs whose experts are hosted. On CUDA all of it is queued, and nothing is waited for.
+
+        Args:
+            rows_JH: hidden states; M is a multiple of J, and each row serves M / J neighbouring pairs.
+            ids_M: int64, the expert of each pair.
+            experts: the hosted experts, each once.
+            pairs: how many pairs each of them has among ``ids_M``.
+        """
+        total = sum(pairs)
+        turn_E = torch.full((self.num_experts + 1,), len(experts))
+        turn_E[list(experts)] = torch.arange(len(experts))
+        # Pairs of the first hosted expert come first, and all others last: how many to take is known without a look.
+        turn_M = to_device(turn_E.numpy(), self._device)[ids_M]
+        pair_P = torch.sort(turn_M, stable=True).indices[:total]
+        rows_PH = rows_JH[pair_P // (len(ids_M) // len(rows_JH))].to(self.dtype)
+        arrived = None
+        if rows_PH.is_cuda:
+            landing = torch.empty(rows_PH.shape, dtype=rows_PH.dtype, pin_memory=True)
+            rows_PH = landing.copy_(rows_PH, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self._device))
+        return CpuRows(tuple(zip(experts, pairs, strict=True)), pair_P, rows_PH, arrived)
+
+    def finish(self, begun: CpuRows, result_MH: torch.Tensor) -> None:
+        """Compute the experts, and enter their results into those of the step, in place.
+
+        Args:
+            result_MH: [M, H] in the weights' dtype, on the device.
+
+        Raises:
+            CorruptExpertError: a record differs from its digest.
+        """
+        if begun.arrived is not None:
+            begun.arrived.synchronize()
+        computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype, pin_memory=begun.arrived is not None)
+        start = 0
+        for expert, pairs in begun.experts:
+            rows = slice(start, start + pairs)
+            computed_PH[rows] = self._compute(expert, begun.rows_PH[rows])
+            start = rows.stop
+        result_MH.index_copy_(0, begun.pair_P, computed_PH.to(self._device, result_MH.dtype, non_blocking=True))
+
+    def compute(
+        self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]
+    ) -> torch.Tensor:
+        """``begin`` and ``finish`` at once: [M, H], zeros for pairs of experts that aren't hosted."""
+        result_MH = torch.zeros(len(ids_M), self.hidden_size, dtype=self.dtype, device=self._device)
+        self.finish(self.begin(rows_JH, ids_M, experts, pairs), result_MH)
+        return result_MH
+
+    def _compute(self, expert: int, rows_NH: torch.Tensor) -> torch.Tensor:
+        """One expert's results [N, H] for its rows, on the CPU."""
+        self._kernel.use(self._weights(expert))
+        ends = torch.full((1,), len(rows_NH), dtype=torch.int32)
+        return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64))
+
+    def _weights(self, expert: int) -> dict[str, torch.Tensor]:
+        """An expert's tensors [1, ...] on the host: where its record is, or unpacked from there."""
+        record = self._store.record(self._layer, expert)
+        if self._unpacker is not None:
+            unpacked = _scratch(self._layout.nbytes)
+            self._unpacker(unpacked, record)
+            record = unpacked
+        return self._one_of(record)
+
+    def _one_of(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What lies in the memory of a slot, as a pool of one."""
+        return {name: tensor[None] for name, tensor in record_views(slot, self._layout).items()}
+
+
+def _scratch(nbytes: int) -> torch.Tensor:
+    """This thread's memory for one unpacked expert of a size: fresh memory each time would cost as much as unpacking."""
+    kept: dict[int, torch.Tensor] = _THREAD.__dict__.setdefault("scratch", {})
+    if nbytes not in kept:
+        kept[nbytes] = torch.empty(nbytes, dtype=torch.uint8)
+    return kept[nbytes]
+
+
+def on_cpu(module: nn.Module) -> nn.Module:
+    """A module of the same flags whose activation and norm are on the CPU. The original stays as it is."""
+    twin = copy.copy(module)
+    twin._modules = {name: None if m is None else copy.deepcopy(m).to("cpu") for name, m in module._modules.items()}
+    twin._buffers = {name: None if b is None else b.to("cpu") for name, b in module._buffers.items()}
+    for name, value in list(vars(twin).items()):
+        if isinstance(value, MethodType) and value.__self__ is module:  # experts.py binds what a class lacks
+            vars(twin)[name] = MethodType(value.__func__, twin)
+    return twin

@@ -1,0 +1,214 @@
+"""What every rank knows of the whole model: the placement that is followed, and how far the ranks are on the way to it.
+
+Pure, and the same on all ranks. A placement is adopted between two steps, on all ranks before the same one; from then on its
+homes count, and every step brings the slots a little nearer to it, within a budget of bytes for each rank:
+
+    copies    wanted experts are fetched behind the demand of a layer's step (``migration.py``)
+    slots     layers of one pool are neighbours, so a slot changes hands between these: a boundary between two windows shifts,
+              at most one a step on each rank, and far layers trade through those between them
+
+Legend of shape suffixes: L MoE layers, R ranks, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from epslots.arrays import IntArray
+from epslots.errors import ConfigError, StaleEpoch
+from epslots.placement.placement import Placement
+from epslots.planner.cost_model import Costs
+from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.migration import MigrationBudget
+from epslots.planner.prefetch_policy import PrefetchBudget
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One slot of a rank passes from a layer to its neighbour.
+
+    Attributes:
+        giver, taker: layers' numbers in the model.
+        evicted: the giver's expert that gives way; -1 = it has an empty slot.
+    """
+
+    rank: int
+    giver: int
+    taker: int
+    evicted: int
+
+
+class ModelPlanner:
+    """All layers of a model as all ranks see them.
+
+    Args:
+        layers: in order.
+        placement: that the layers' homes come from.
+        pools: the layers of each pool, in the order of their windows.
+
+    Attributes:
+        room: what each rank may still fetch in this step for the placement's sake; None while there is nothing to do.
+        bytes_per_step: by which it is renewed.
+        budget: what each rank may fetch in a step before nothing more is fetched ahead (``prefetch_policy.py``); None = no
+        bound.
+    """
+
+    def __init__(self, layers: Sequence[LayerPlanner], placement: Placement, pools: Sequence[Sequence[int]]) -> None:
+        self.layers = tuple(layers)
+        if all(layer.holds_RE.all() for layer in layers):  # there is no other placement of as many slots
+            for layer in layers:
+                layer.complete = True
+        self.placement = placement
+        self.bytes_per_step = 0
+        self.room: MigrationBudget | None = None
+        self.budget: PrefetchBudget | None = None
+        self._pools = tuple(tuple(pool) for pool in pools)
+        self._shifting = False
+        self._past = 0
+
+    @property
+    def pending_migrations(self) -> int:
+        """Copies and slots that have yet to be moved."""
+        slots = int(np.abs(self._quota_LR() - self.placement.quota_LR).sum()) // 2 if self._shifting else 0
+        return sum(layer.pending_migrations for layer in self.layers) + slots
+
+    @property
+    def digest(self) -> int:
+        """63 bits that differ between ranks whose layers or whose placements differ."""
+        layers = np.array([layer.digest for layer in self.layers])
+        return (xxhash.xxh3_64_intdigest(layers.tobytes()) ^ self._past) >> 1
+
+    def check(self, placement: Placement) -> None:
+        """Raise ConfigError if a placement isn't for this model and these ranks, StaleEpoch if it isn't a newer one."""
+        if placement.generation <= self.placement.generation:
+            raise StaleEpoch(
+                f"placement {placement.generation} is not newer than {self.placement.generation}, which is followed"
+            )
+        check_fits(placement, self.placement, self._pools)
+
+    def adopt(self, placement: Placement, bytes_per_step: int) -> None:
+        """Follow ``placement`` from now on; between steps, on all ranks alike.
+
+        Args:
+            bytes_per_step: what each rank fetches at most in a step to get there. Less than an expert's size makes a move
+                every few steps.
+        """
+        self.placement, self.bytes_per_step = placement, bytes_per_step
+        for index, layer in enumerate(self.layers):
+            experts = int(placement.num_experts_L[index])
+            layer.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
+        self._shifting = bool((self._quota_LR() != placement.quota_LR).any())
+        largest = max(layer.expert_bytes for layer in self.layers)
+        self._make_room(MigrationBudget(placement.ranks, bytes_per_step, largest) if self.pending_migrations else None)
+        numbers = np.array([placement.generation, bytes_per_step, *placement.quota_LR.ravel()])
+        self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
+
+    def _make_room(self, room: MigrationBudget | None) -> None:
+        self.room = room
+        for layer in self.layers:
+            layer.room = room
+
+    def bound_prefetches(self, bytes_per_step: int) -> None:
+        """Let each rank fetch so many bytes in a step before nothing more is fetched ahead."""
+        self.budget = PrefetchBudget(self.placement.ranks, bytes_per_step)
+        for layer in self.layers:
+            layer.budget = self.budget
+
+    def begin_step(self, scores: Callable[[int], IntArray]) -> list[Shift]:
+        """Renew the room, and shift slots within it; once before every step, on all ranks alike.
+
+        Args:
+            scores: the eviction policy's scores of a layer's experts.
+
+        Returns:
+            What has shifted, in order; the caller does so with its own rank's pool.
+        """
+        if self.budget is not None:
+            self.budget.renew()
+        if self.room is None:
+            return []
+        if not self.pending_migrations:
+            self._make_room(None)
+            self._shifting = False
+            return []
+        self.room.renew()
+        shifts = []
+        if self._shifting:
+            quota_LR = self._quota_LR()
+            for rank in np.flatnonzero((quota_LR != self.placement.quota_LR).any(0)).tolist():
+                target_L, experts_L = self.placement.quota_LR[:, rank], self.placement.num_experts_L
+                pair = next_shift(quota_LR[:, rank], target_L, experts_L, self._pools)
+                if pair is None or self.room.left_R[rank] < self.layers[pair[0]].expert_bytes:
+                    continue
+                giver, taker = pair
+                self.room.spend(np.array([rank]), self.layers[giver].expert_bytes)
+                evicted = self.layers[giver].resize(rank, -1, scores(giver))
+                self.layers[taker].resize(rank, 1, scores(taker))
+                shifts.append(Shift(rank, giver, taker, evicted))
+        return shifts
+
+    def _quota_LR(self) -> IntArray:
+        return np.stack([layer.quota_R for layer in self.layers])
+
+
+def movement_budget(step_s: float, costs: Costs, expert_bytes: int, share: float) -> int:
+    """Bytes that a rank may fetch in a step for the placement's sake, if that is to take a share of the step's time.
+
+    Args:
+        step_s: what a step takes, in seconds.
+        expert_bytes: of the expert whose fetch ``costs`` tells.
+        share: more than 0.
+    """
+    return max(1, int(share * step_s * 1e9 / costs.host_fetch * expert_bytes))
+
+
+def check_fits(placement: Placement, other: Placement, pools: Sequence[Sequence[int]]) -> None:
+    """Raise ConfigError, naming what differs, if a placement isn't for the ranks and the model of another."""
+    if placement.num_experts_L.tolist() != other.num_experts_L.tolist():
+        raise ConfigError(
+            f"the placement is for another model: its layers have {placement.num_experts_L.tolist()} experts, "
+            f"this model's {other.num_experts_L.tolist()}"
+        )
+    if placement.ranks != other.ranks:
+        raise ConfigError(f"the placement is for {placement.ranks} ranks, and there are {other.ranks}")
+    for pool in pools:
+        single = [layer for layer in pool if placement.num_experts_L[layer] == 1]
+        if single and (placement.quota_LR[list(pool)] != other.quota_LR[list(pool)]).any():
+            raise ConfigError(
+                f"layer {single[0]} has a single expert, so slots can't pass it; leave the slots of layers as they are"
+            )
+        given_R, there_R = placement.quota_LR[list(pool)].sum(0), other.quota_LR[list(pool)].sum(0)
+        for rank in np.flatnonzero(given_R != there_R).tolist():
+            raise ConfigError(
+                f"the placement gives rank {rank} {given_R[rank]} slots, and it has {there_R[rank]} (in layers "
+                f"{pool[0]} to {pool[-1]}, whose experts are alike)"
+            )
+
+
+def next_shift(
+    quota_L: IntArray, target_L: IntArray, num_experts_L: IntArray, pools: Sequence[Sequence[int]]
+) -> tuple[int, int] | None:
+    """The next slot to pass from a layer to its neighbour on the way to a rank's quotas: (giver, taker), None = arrived.
+
+    A layer with more slots than it should have gives one, in a direction in which one is lacking; so every shift brings a
+    boundary nearer, and a layer that slots pass through loses nothing on the way. One that has a slot for every expert takes
+    none, but passes one on first.
+    """
+    for pool in pools:
+        members = list(pool)
+        now, aim = quota_L[members], target_L[members]
+        # Slots that must pass each boundary: to the right if positive.
+        flow = (now - aim).cumsum()
+        for position in np.flatnonzero(now > aim).tolist():
+            way = 1 if flow[position] > 0 else -1
+            if way < 0 and not (position and flow[position - 1] < 0):
+                continue
+            # What comes to a full layer must leave it on the other side, so the last one in the row isn't full.
+            while now[position + way] >= num_experts_L[members[position + way]]:
+                position += way
+            return members[position], members[position + way]
+    return None

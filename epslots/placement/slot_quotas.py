@@ -1,0 +1,270 @@
+"""How many slots each layer gets: more where another slot saves more misses.
+
+A layer's curve of misses over slots (``reuse_distance.py``) needn't be convex: a text that cycles through twenty experts
+hits nothing
+until all twenty fit. So slots are dealt along each curve's *convex minorant*, whose steps never grow, always to the layer that
+gains most (the greedy rule is optimal on convex curves: Fox, Operations Research 1966; the minorant as in Talus, Beckmann and
+Sanchez, HPCA 2015). At most one layer ends amid a stretch that the minorant bridges.
+
+Pure. Legend of shape suffixes: L layers, R ranks, S slots, D stack distances (E + 1 of the largest layer).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from epslots.arrays import BoolArray, FloatArray, IntArray
+from epslots.errors import ConfigError
+from epslots.planner.reuse_distance import misses_by_slots
+
+# A layer's curve is believed less than the mean of all layers' until it has seen so many uses for each of its experts.
+PRIOR_USES = 4.0
+# A slot moves only for a gain that so many standard errors of the counts can't explain.
+CONFIDENCE = 2.0
+
+
+def learn_quotas(
+    histogram_LD: IntArray,
+    num_experts_L: IntArray,
+    total_slots: int,
+    least_L: IntArray | None = None,
+    most_L: IntArray | None = None,
+) -> IntArray:
+    """Deal ``total_slots`` to layers so that they miss least in all, int64 [L]. The sum is exact.
+
+    Args:
+        histogram_LD: uses by stack distance, by the scores of the policy that the slots are for; row l up to its
+            ``num_experts_L[l]`` (never used before).
+        num_experts_L: experts of each layer.
+        total_slots: slots of all layers, over all ranks.
+        least_L: the fewest slots of a layer; 1 if not given.
+        most_L: the most; its experts if not given. Slots beyond a layer's experts hold replicas: they save no miss, and are
+            dealt evenly when nothing else is to be gained.
+
+    Raises:
+        ConfigError: the total can't be dealt within these bounds.
+    """
+    least_L, most_L = _bounds(num_experts_L, least_L, most_L)
+    if not least_L.sum() <= total_slots <= most_L.sum():
+        raise ConfigError(
+            f"{total_slots} slots for {len(num_experts_L)} layers: allowed: {int(least_L.sum())} to {int(most_L.sum())}"
+        )
+    gains = slot_gains(histogram_LD, num_experts_L)
+    # A layer's slots up to its experts compete by gain; among equals the one that is emptier in proportion comes first.
+    layers, numbers = np.nonzero(np.arange(gains.shape[1]) < np.minimum(most_L, num_experts_L)[:, None])
+    optional = numbers >= least_L[layers]
+    layers, numbers = layers[optional], numbers[optional]
+    order = np.lexsort((layers, numbers / num_experts_L[layers], -gains[layers, numbers]))
+    quota_L: IntArray = least_L + np.bincount(layers[order[: total_slots - int(least_L.sum())]], minlength=len(least_L))
+    return fill_evenly(quota_L, num_experts_L, total_slots, most_L)
+
+
+def improve_quotas(
+    current_L: IntArray,
+    histogram_LD: IntArray,
+    num_experts_L: IntArray,
+    least_L: IntArray | None = None,
+    most_L: IntArray | None = None,
+    move_misses: float = 1.0,
+) -> IntArray:
+    """Better quotas of the same sum, int64 [L]; slots stay where they are unless the gain is worth a move and is no chance.
+
+    Args:
+        current_L: slots of each layer now.
+        histogram_LD, num_experts_L, least_L, most_L: as in ``learn_quotas``.
+        move_misses: what moving a slot costs, in misses within a span as long as the histogram's. (The expert in it is lost.)
+    """
+    least_L, most_L = _bounds(num_experts_L, least_L, most_L)
+    gains = np.pad(slot_gains(histogram_LD, num_experts_L), ((0, 0), (0, 1)))
+    layers, last = np.arange(len(current_L)), gains.shape[1] - 1
+    quota_L = current_L.copy()
+    for _ in range(int(current_L.sum())):
+        gain_L = np.where(quota_L < most_L, gains[layers, np.minimum(quota_L, last)], -np.inf)
+        loss_L = np.where(quota_L > least_L, gains[layers, np.minimum(quota_L - 1, last)], np.inf)
+        taker, giver = int(gain_L.argmax()), int(loss_L.argmin())
+        gain, loss = float(gain_L[taker]), float(loss_L[giver])
+        if not gain - loss > move_misses + CONFIDENCE * np.sqrt(max(gain + loss, 0)):
+            break
+        quota_L[taker] += 1
+        quota_L[giver] -= 1
+    return quota_L
+
+
+def expected_misses(histogram_LD: IntArray, num_experts_L: IntArray, quota_L: IntArray) -> float:
+    """Misses per use of these layers with these slots, were the uses to come again."""
+    misses = 0
+    for histogram_D, experts, quota in zip(histogram_LD, num_experts_L.tolist(), quota_L.tolist(), strict=True):
+        misses += int(misses_by_slots(histogram_D[: experts + 1])[min(quota, experts)])
+    return misses / max(1, int(histogram_LD.sum()))
+
+
+def slot_gains(histogram_LD: IntArray, num_experts_L: IntArray) -> FloatArray:
+    """Misses that each further slot saves, float [L, E]: column s is the slot after s slots. Rows never rise."""
+    layers, experts = len(num_experts_L), int(num_experts_L.max())
+    uses_L = histogram_LD.sum(1)
+    shared_D = _mean_shape(histogram_LD, num_experts_L, uses_L)
+    gains = np.zeros((layers, experts))
+    for layer, own in enumerate(num_experts_L.tolist()):
+        # The mean layer's uses by relative distance, as many as the prior is worth, but never more than were seen.
+        prior = _stretch(shared_D, own) * min(PRIOR_USES * own, float(uses_L[layer]))
+        curve = np.concatenate([histogram_LD[layer, :own] + prior, histogram_LD[layer, own : own + 1]])[::-1].cumsum()[::-1]
+        gains[layer, :own] = -np.diff(convex_minorant(curve))
+    return gains
+
+
+_SHAPE_BINS = 64
+
+
+def _mean_shape(histogram_LD: IntArray, num_experts_L: IntArray, uses_L: IntArray) -> FloatArray:
+    """Share of uses by distance relative to the layer's experts, in bins, float [bins]; zeros where nothing was used."""
+    shape = np.zeros(_SHAPE_BINS)
+    for histogram_D, own in zip(histogram_LD, num_experts_L.tolist(), strict=True):
+        middle = (np.arange(own) + 0.5) / own * _SHAPE_BINS
+        shape += np.bincount(middle.astype(np.int64), histogram_D[:own], _SHAPE_BINS)
+    total: FloatArray = shape / max(1, int(uses_L.sum()))
+    return total
+
+
+def _stretch(shape: FloatArray, experts: int) -> FloatArray:
+    """Binned shares spread over ``experts`` distances, float [experts]."""
+    running = np.interp(
+        np.arange(experts + 1) / experts * _SHAPE_BINS, np.arange(_SHAPE_BINS + 1), np.append(0, shape.cumsum())
+    )
+    return np.diff(running)
+
+
+def convex_minorant(curve: FloatArray) -> FloatArray:
+    """The greatest convex curve that lies nowhere above ``curve``, float [n]: its lower hull (Andrew's monotone chain)."""
+    corners: list[int] = []
+    values = curve.tolist()
+    for x, y in enumerate(values):
+        while len(corners) > 1:
+            a, b = corners[-2], corners[-1]
+            if (values[b] - values[a]) * (x - b) < (y - values[b]) * (b - a):
+                break
+            corners.pop()
+        corners.append(x)
+    return np.interp(np.arange(len(values)), corners, curve[corners])
+
+
+def fill_evenly(quota_L: IntArray, weight_L: IntArray, total_slots: int, most_L: IntArray) -> IntArray:
+    """Deal what is left of ``total_slots`` so that slots in proportion to ``weight_L`` get level, int64 [L]."""
+    quota_L = quota_L.copy()
+    left = total_slots - int(quota_L.sum())
+    if left <= 0:
+        return quota_L
+    low, high = 0.0, float((most_L / weight_L).max())
+    for _ in range(60):  # the level to which all can be raised
+        level = (low + high) / 2
+        raised = np.clip((level * weight_L).astype(np.int64), quota_L, most_L)
+        low, high = (level, high) if int(raised.sum()) <= total_slots else (low, level)
+    quota_L = np.clip((low * weight_L).astype(np.int64), quota_L, most_L)
+    while (left := total_slots - int(quota_L.sum())) > 0:
+        open_L = np.flatnonzero(quota_L < most_L)
+        quota_L[open_L[np.argsort((quota_L / weight_L)[open_L], kind="stable")[:left]]] += 1
+    return quota_L
+
+
+def _bounds(num_experts_L: IntArray, least_L: IntArray | None, most_L: IntArray | None) -> tuple[IntArray, IntArray]:
+    least_L = np.ones_like(num_experts_L) if least_L is None else least_L
+    most_L = num_experts_L if most_L is None else most_L
+    if (least_L > most_L).any() or (least_L < 1).any():
+        raise ConfigError(
+            f"slots of layers from {least_L.tolist()} to {most_L.tolist()}: the least is at least 1, the most no less"
+        )
+    return least_L, most_L
+
+
+def deal_quotas(quota_L: IntArray, total_R: IntArray, num_experts_L: IntArray, current_LR: IntArray | None = None) -> IntArray:
+    """Deal the layers' slots to ranks, int64 [L, R]: on each rank from 1 to the layer's experts, and evenly.
+
+    Column sums are exact: they are the ranks' memory. Row sums are exact wherever the bounds allow it at all, else as near as
+    they can be.
+
+    Args:
+        quota_L: slots of each layer over all ranks.
+        total_R: slots of each rank over all layers.
+        num_experts_L: experts of each layer.
+        current_LR: what the ranks have now: changed no more than needed. Dealt in proportion to ``total_R`` if not given.
+
+    Raises:
+        ConfigError: sums differ, or a rank's slots can't be dealt to the layers.
+    """
+    layers = len(quota_L)
+    if quota_L.sum() != total_R.sum():
+        raise ConfigError(
+            f"{int(quota_L.sum())} slots of all layers and {int(total_R.sum())} of all ranks: they must be equal"
+        )
+    if (total_R < layers).any() or (total_R > num_experts_L.sum()).any():
+        raise ConfigError(f"a rank's slots are {total_R.tolist()}: allowed: {layers} to {int(num_experts_L.sum())}")
+    quota_LR = _in_proportion(quota_L, total_R) if current_LR is None else current_LR.copy()
+    quota_LR = np.clip(quota_LR, 1, num_experts_L[:, None])
+    for layer in range(layers):
+        _mend_row(quota_LR, layer, int(quota_L[layer]), total_R, int(num_experts_L[layer]))
+    most_LR = np.broadcast_to(num_experts_L[:, None], quota_LR.shape)
+    while (over_R := quota_LR.sum(0) - total_R).any():
+        if not _hand_on(quota_LR, over_R, most_LR):
+            _give_up_rows(quota_LR, quota_L, over_R, most_LR)
+            break
+    return quota_LR
+
+
+def _in_proportion(quota_L: IntArray, total_R: IntArray) -> IntArray:
+    """Whole numbers near ``quota_L * total_R / sum``, int64 [L, R], with exact row and column sums."""
+    # One row of seats, in which each rank's are spread evenly; layer after layer sits down.
+    rank_S = np.repeat(np.arange(len(total_R)), total_R)
+    number_S = np.arange(len(rank_S)) - np.repeat(total_R.cumsum() - total_R, total_R)
+    seats_S = rank_S[np.argsort((number_S + 0.5) / total_R[rank_S], kind="stable")]
+    layer_S = np.repeat(np.arange(len(quota_L)), quota_L)
+    dealt = np.bincount(layer_S * len(total_R) + seats_S, minlength=len(quota_L) * len(total_R))
+    return dealt.reshape(len(quota_L), len(total_R))
+
+
+def _mend_row(quota_LR: IntArray, layer: int, target: int, total_R: IntArray, most: int) -> None:
+    """Give a layer as many slots as it should have, as far as the bounds allow: where ranks have room, or too many."""
+    row_R = quota_LR[layer]
+    while (lack := target - int(row_R.sum())) != 0:
+        over_R = quota_LR.sum(0) - total_R
+        free = np.flatnonzero(row_R < most if lack > 0 else row_R > 1)
+        if not len(free):
+            return
+        sign = 1 if lack > 0 else -1
+        order = np.lexsort((free, sign * row_R[free] / total_R[free], sign * np.sign(over_R[free])))
+        row_R[free[order[: abs(lack)]]] += sign
+
+
+def _hand_on(quota_LR: IntArray, over_R: IntArray, most_LR: IntArray) -> bool:
+    """Move one slot's worth from a rank with too many to one with too few, through others if need be. False: no way."""
+    came_from = np.full(len(over_R), -1)
+    seen_R: BoolArray = over_R > 0
+    frontier = np.flatnonzero(seen_R).tolist()
+    lacking_R = over_R < 0
+    while frontier:
+        rank = frontier.pop(0)
+        may_give_L = quota_LR[:, rank] > 1
+        reached_R = (may_give_L[:, None] & (quota_LR < most_LR)).any(0) & ~seen_R
+        came_from[reached_R] = rank
+        seen_R |= reached_R
+        found = np.flatnonzero(reached_R & lacking_R)
+        if len(found):
+            target = int(found[0])
+            while (source := int(came_from[target])) >= 0:
+                movable_L = (quota_LR[:, source] > 1) & (quota_LR[:, target] < most_LR[:, target])
+                uneven_L = np.where(movable_L, quota_LR[:, source] - quota_LR[:, target], np.iinfo(np.int64).min)
+                layer = int(uneven_L.argmax())
+                quota_LR[layer, source] -= 1
+                quota_LR[layer, target] += 1
+                target = source
+            return True
+        frontier += np.flatnonzero(reached_R).tolist()
+    return False
+
+
+def _give_up_rows(quota_LR: IntArray, quota_L: IntArray, over_R: IntArray, most_LR: IntArray) -> None:
+    """The layers' sums can't be had: keep the ranks' sums, where the layers' suffer least."""
+    for rank in np.flatnonzero(over_R).tolist():
+        sign = -1 if over_R[rank] > 0 else 1
+        for _ in range(abs(int(over_R[rank]))):
+            lack_L = (quota_L - quota_LR.sum(1)) * sign
+            free_L = quota_LR[:, rank] > 1 if sign < 0 else quota_LR[:, rank] < most_LR[:, rank]
+            quota_LR[int(np.where(free_L, lack_L, np.iinfo(np.int64).min).argmax()), rank] += sign

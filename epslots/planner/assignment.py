@@ -1,0 +1,132 @@
+"""Who computes what: the plan of one layer's step for all ranks.
+
+Pure: integer arrays in, integer arrays out. Every rank knows every rank's counts and residents, so each works out the whole
+plan and all come to the same one; nobody coordinates. A miss is served by whatever the cost model (``cost_model.py``) finds
+cheapest: tokens go to a rank that holds the expert, or a rank fetches it, from a peer or from its host.
+
+    held by one rank      that rank computes
+    held by several       split so that ranks are level, own tokens first
+    held by none          fetched at home, or elsewhere where home has more than its share of fetches
+    many own tokens       a rank fetches a copy when that costs less than sending them; or less than it has cost so far, if it
+                          has a slot to spare (the rule of ski rental: rent until you could have bought)
+    one hot expert        a swamped rank sheds tokens to another that fetches a copy (least-loaded expert parallelism,
+                          arXiv 2601.17111)
+
+The last two are taken only if they lower the modelled cost of the whole layer, as is an exchange at all; and nothing is taken
+that costs more than the simplest plan: tokens go home, home fetches. The loops are in ``assignment_kernels.py``.
+
+Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens ("used"), M some of them, F fetches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from msgspec.structs import astuple
+
+from epslots.arrays import BoolArray, IntArray
+from epslots.planner import assignment_kernels
+from epslots.planner.assignment_kernels import CHEAPEST, HOLDERS, HOME, OWN, divide_work
+from epslots.planner.cost_model import Costs
+from epslots.planner.evictions import spare_replicas
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who computes what, and who fetches what for it.
+
+    Attributes:
+        experts_U: int64, the experts with tokens, in order of their ids.
+        counts_RU: int64, pairs of each rank's tokens for each of them.
+        computed_RU: int64, pairs of each of them that each rank computes. Columns add up to the pairs there are.
+        fetch_ranks, fetch_experts, fetch_sources: int64 [F], parallel, by rank and expert: the target, the expert's id, and
+            the rank it is copied from, -1 = the target's host.
+        cost_ns: what the cost model expects.
+    """
+
+    experts_U: IntArray
+    counts_RU: IntArray
+    computed_RU: IntArray
+    fetch_ranks: IntArray
+    fetch_experts: IntArray
+    fetch_sources: IntArray
+    cost_ns: int
+
+
+@dataclass(frozen=True)
+class Assign:
+    """A rule by which a layer's work is divided.
+
+    Args:
+        way: of ``assignment_kernels.py``.
+    """
+
+    way: int
+
+    def __call__(
+        self,
+        counts_RE: IntArray,
+        holds_RE: BoolArray,
+        quota_R: IntArray,
+        home_E: IntArray,
+        costs: Costs,
+        remote_ns_RE: IntArray | None = None,
+        *,
+        spare_RE: BoolArray | None = None,
+        node_R: IntArray | None = None,
+    ) -> Assignment:
+        """Plan one layer's step.
+
+        Args:
+            counts_RE: (token, k) pairs of each rank's own tokens for each expert.
+            holds_RE: who holds what before the step.
+            quota_R: slots of the layer on each rank.
+            home_E: the home rank of each expert. Any will do; a good one saves fetches.
+            costs: what things cost, the same on all ranks.
+            remote_ns_RE: nanoseconds that each rank would have saved lately by copies of what it sent tokens to others for;
+                nothing, if not given. ``assign`` alone looks at them.
+            spare_RE: the copies that may give way to others (``spare_replicas``), where the placement wants some; all that are
+                neither at home nor the last, if not given.
+            node_R: the node of each rank, if there are several.
+        """
+        counts_RE, holds_RE = np.ascontiguousarray(counts_RE, np.int64), np.ascontiguousarray(holds_RE)
+        if remote_ns_RE is None:
+            remote_ns_RE, spare_RE = np.zeros(holds_RE.shape, np.int64), holds_RE  # then nothing is put into idle slots
+        else:
+            spare_RE = spare_replicas(holds_RE, home_E) if spare_RE is None else spare_RE
+        node_R = np.zeros(len(quota_R), np.int64) if node_R is None else node_R
+        experts_U, counts_RU, computed_RU, (rank_F, column_F, source_F), cost_ns = divide_work(
+            counts_RE, holds_RE, quota_R, home_E, node_R, astuple(costs)[:6], remote_ns_RE, spare_RE, self.way
+        )
+        return Assignment(experts_U, counts_RU, computed_RU, rank_F, experts_U[column_F], source_F, cost_ns)
+
+
+assign = Assign(CHEAPEST)
+"""The plan: what costs least."""
+# What it is compared with.
+home_only = Assign(HOME)
+"""The simplest plan: tokens go home, home fetches."""
+holder_only = Assign(HOLDERS)
+"""Tokens always travel to a rank that holds the expert, and only what nobody holds is fetched."""
+own_only = Assign(OWN)
+"""No exchange: every rank computes its own tokens and fetches what they need."""
+
+
+def place_misses(
+    total_M: IntArray, home_M: IntArray, free_R: IntArray, free_slots_R: IntArray, load_R: IntArray, fetch_ns: int
+) -> IntArray:
+    """The rank that fetches each expert which nobody holds, int64 [M].
+
+    No rank fetches more than its share, because the slowest is waited for. Empty slots are filled before anything is given up,
+    and slots in use before a rank runs in waves; among these home comes first, then the least loaded.
+
+    Args:
+        total_M: the experts' pairs; those with most choose first.
+        home_M: their homes.
+        free_R: empty slots.
+        free_slots_R: slots that the step leaves unused.
+        load_R: nanoseconds of compute so far.
+        fetch_ns: what a fetch takes: a rank that is further above the mean load fetches only if all others are taken.
+    """
+    return assignment_kernels.place_misses(total_M, home_M, free_R, free_slots_R, load_R, fetch_ns)

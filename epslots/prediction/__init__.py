@@ -1,1 +1,0 @@
-"""Which experts the next layer will use."""

@@ -1,0 +1,1 @@
+"""Which experts the next layer will use: predictors, their fit, and their files."""

@@ -1,0 +1,70 @@
+"""Is the host store still what was built, and is that what the checkpoint holds?"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from epslots.cache.host_store import record_digest
+from epslots.cache.store_build import pack_record
+from epslots.loading import load
+from epslots.models.checkpoint import open_checkpoint
+from epslots.models.expert_reader import ExpertReader
+from epslots.progress import ProgressDisplay
+from epslots.runtime import Runtime, runtime_of, verify
+
+
+def check_store(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    against_checkpoint: bool = False,
+    progress: bool | None = None,
+) -> tuple[int, list[str]]:
+    """Hold every record of a model's host store (built if there is none) against its digest.
+
+    Args:
+        against_checkpoint: also convert each expert again from the checkpoint and compare; finds what changed there.
+
+    Returns:
+        The number of experts, and one line for each that differs.
+
+    Raises:
+        EpslotsError: as ``load``.
+    """
+    link = (
+        "1000GB/s" if torch.cuda.is_available() else None
+    )  # a store for a GPU keeps quantised experts packed, as one for a link
+    model = load(
+        path_or_id,
+        slots=1,
+        device="cpu",
+        dtype=dtype,
+        host_store="file",
+        cache_dir=cache_dir,
+        progress=progress,
+        link=link,
+        prefetch="off",
+    )
+    runtime = runtime_of(model)
+    problems = [str(error) for error in verify(model, progress)]
+    if against_checkpoint:
+        reader = ExpertReader(open_checkpoint(Path(model.name_or_path)), model, runtime.layers)
+        problems += _compare(runtime, reader, ProgressDisplay(progress))
+    return sum(layer.num_experts for layer in runtime.layers), problems
+
+
+def _compare(runtime: Runtime, reader: ExpertReader, display: ProgressDisplay) -> list[str]:
+    problems = []
+    with display("comparing with the checkpoint", runtime.store.nbytes) as advance:
+        for layer, expert in runtime.store.shape.experts():
+            spec = runtime.layers[layer]
+            record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
+            pack_record(record, spec.record, reader.read_expert(layer, expert))
+            if record_digest(record) != runtime.store.digest(layer, expert):
+                problems.append(f"expert {expert} of {spec.name}: the checkpoint differs from the host store")
+            advance(record.nbytes)
+    return problems

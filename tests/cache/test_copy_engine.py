@@ -1,0 +1,340 @@
+"""Links: what is urgent goes first, of guesses the newest; what is given up never comes; and as late as it says."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from epslots.cache.copy_engine import CudaEngine, EmulatedEngine, SynchronousEngine, copy, make_copy_engine
+from epslots.errors import ConfigError
+from epslots.units import LinkSpeed, parse_link
+from tests.support.rank_helpers import PATIENCE_S
+
+CPU = torch.device("cpu")
+FAST = LinkSpeed(10**12)
+
+
+def records(*numbers: int) -> list[torch.Tensor]:
+    return [torch.full((4,), number, dtype=torch.uint8) for number in numbers]
+
+
+def slots(count: int) -> list[torch.Tensor]:
+    return [torch.zeros(4, dtype=torch.uint8) for _ in range(count)]
+
+
+class Clock:
+    """Time that passes when somebody sleeps, and when we say so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 1e-6)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("epslots.cache.copy_engine.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("epslots.cache.copy_engine.sleep", clock.sleep)
+    return clock
+
+
+def second() -> EmulatedEngine:
+    """4 bytes take a second and a half."""
+    return EmulatedEngine(LinkSpeed(8, 1.0))
+
+
+def test_the_cpu_copies_at_once():
+    link, there = make_copy_engine(None, CPU), slots(2)
+    assert isinstance(link, SynchronousEngine) and not link.concurrent
+    assert link.start(there, records(1, 2), copy, urgent=False) == []
+    assert [int(slot[0]) for slot in there] == [1, 2]
+
+
+def due(clock: Clock, link: EmulatedEngine, landing: Any) -> float:
+    """When a landing has been waited for, seconds from the start."""
+    link.land(landing)
+    return round(clock.now - 100, 3)
+
+
+def test_each_record_takes_its_time_on_the_link_and_none_is_lost_between(clock: Clock):
+    link, there = second(), slots(3)
+    landings = link.start(there, records(1, 2, 3), copy, urgent=True)
+    clock.now += 2.0
+    assert [link.landed(landing) for landing in landings] == [True, False, False]
+    assert link.busy
+    assert [due(clock, link, landing) for landing in landings[1:]] == [3.0, 4.5]
+    assert [int(slot[0]) for slot in there] == [1, 2, 3]
+    assert not link.busy
+    clock.now += 10
+    (late,) = link.start(slots(1), records(4), copy, urgent=True)
+    assert due(clock, link, late) == 16.0, "an idle link begins at once"
+
+
+def test_urgent_first_then_the_newest_guess(clock: Clock):
+    link = second()
+    first = link.start(slots(1), records(9), copy, urgent=False)
+    clock.now += 0.1
+    guesses = link.start(slots(2), records(1, 2), copy, urgent=False)
+    clock.now += 0.1
+    newer = link.start(slots(2), records(3, 4), copy, urgent=False)
+    urgent = link.start(slots(2), records(5, 6), copy, urgent=True)
+    clock.now += 100
+    link.landed(first[0])
+    order = sorted((*first, *guesses, *newer, *urgent), key=lambda flight: flight.due)
+    assert order == [*first, *urgent, *newer, *guesses]
+    assert [flight.due - 100 for flight in order] == [1.5 * (number + 1) for number in range(7)]
+
+
+def test_what_is_hurried_goes_before_what_is_started_later(clock: Clock):
+    link = second()
+    (first,) = link.start(slots(1), records(0), copy, urgent=True)
+    guesses = link.start(slots(3), records(1, 2, 3), copy, urgent=False)
+    for guess in guesses[1:]:
+        link.set_urgent(guess)
+        link.set_urgent(guess)  # twice is once
+    (missed,) = link.start(slots(1), records(4), copy, urgent=True)
+    expected = {guesses[1]: 3.0, guesses[2]: 4.5, missed: 6.0, guesses[0]: 7.5}
+    assert {landing: due(clock, link, landing) for landing in expected} == expected
+    link.set_urgent(first)
+    assert link.landed(first)
+
+
+def test_what_is_waited_for_becomes_urgent(clock: Clock):
+    link = second()
+    link.start(slots(1), records(9), copy, urgent=True)
+    clock.now += 0.1
+    older, wanted, newest = (link.start(slots(1), records(n), copy, urgent=False)[0] for n in (1, 2, 3))
+    assert due(clock, link, wanted) == 3.0
+    assert due(clock, link, newest) == 4.5
+    assert due(clock, link, older) == 6.0
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_what_is_dropped_takes_no_time_unless_it_has_begun(clock: Clock, urgent: bool):
+    link = second()
+    (begun,) = link.start(slots(1), records(9), copy, urgent=True)
+    clock.now += 0.1
+    (dropped,) = link.start(slots(1), records(1), copy, urgent=urgent)
+    assert link.drop(begun), "it crosses all the same"
+    assert not link.drop(dropped)
+    (last,) = link.start(slots(1), records(2), copy, urgent=False)
+    assert due(clock, link, last) == 3.0
+
+
+def large(number: int) -> torch.Tensor:
+    return torch.full((1 << 20,), number, dtype=torch.uint8)
+
+
+def test_a_large_record_is_brought_by_a_thread_and_waited_for():
+    link, there, who = EmulatedEngine(FAST), [large(0)], []
+    go = threading.Event()
+
+    def put(slot: torch.Tensor, record: torch.Tensor) -> None:
+        who.append(threading.current_thread())
+        assert go.wait(PATIENCE_S)
+        slot.copy_(record)
+
+    (landing,) = link.start(there, [large(1)], put, urgent=True)
+    assert not link.landed(landing)
+    go.set()
+    link.land(landing)
+    assert (there[0] == 1).all()
+    assert threading.current_thread() not in who
+
+
+def test_nothing_of_what_was_dropped_is_written_later():
+    """Not even by a record whose copying has begun: the slot's next writer may be a peer."""
+    link, there = EmulatedEngine(FAST), [large(0)]
+    begun, go, done = threading.Event(), threading.Event(), threading.Event()
+
+    def put(slot: torch.Tensor, record: torch.Tensor) -> None:
+        begun.set()
+        assert go.wait(PATIENCE_S)
+        slot.copy_(record)
+
+    (copying,) = link.start(there, [large(1)], put, urgent=True)
+    (waiting,) = link.start([large(0)], [large(2)], put, urgent=True)
+    assert begun.wait(PATIENCE_S)
+    dropping = threading.Thread(target=lambda: (link.drop(waiting), link.drop(copying), done.set()))
+    dropping.start()
+    assert not done.is_set()
+    go.set()
+    dropping.join(PATIENCE_S)
+    assert done.is_set() and (there[0] == 1).all()
+
+
+def test_what_cannot_be_brought_is_told_to_whoever_waits():
+    def broken(slot: torch.Tensor, record: torch.Tensor) -> None:
+        raise MemoryError("no room")
+
+    link = EmulatedEngine(FAST)
+    (landing,) = link.start([torch.zeros(1 << 20)], [torch.zeros(1 << 20)], broken, urgent=True)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            link.land(landing)
+
+
+def test_its_thread_ends_with_the_link():
+    link = EmulatedEngine(FAST)
+    threads: list[threading.Thread] = []
+    large = torch.zeros(1 << 20)
+    for landing in link.start([large], [large], lambda *_: threads.append(threading.current_thread()), urgent=True):
+        link.land(landing)
+    del link, landing
+    threads[0].join(PATIENCE_S)
+    assert not threads[0].is_alive()
+
+
+@pytest.mark.parametrize(
+    ("text", "speed"),
+    [
+        ("8GB/s,20us", LinkSpeed(8 * 10**9, 20e-6)),
+        ("512 MiB/s", LinkSpeed(512 * 2**20)),
+        ("1.5GB/s , 1ms", LinkSpeed(1_500_000_000, 1e-3)),
+    ],
+)
+def test_speeds(text: str, speed: LinkSpeed):
+    assert parse_link(text) == speed
+
+
+@pytest.mark.parametrize("text", ["", "8GB", "8GB/s,", "8GB/s,20", "fast", "0GB/s", "8GB/s,20us,3", "-1GB/s"])
+def test_what_is_no_speed(text: str):
+    with pytest.raises(ConfigError, match="link"):
+        parse_link(text)
+
+
+def test_a_gpu_has_its_own():
+    with pytest.raises(ConfigError, match="of its own"):
+        make_copy_engine("8GB/s", torch.device("cuda:0"))
+
+
+class FakeCuda:
+    """Streams whose work is done when it must be, or by chance: whatever an order of events leaves open may happen."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.streams: list[FakeStream] = []
+        self.here = self.Stream()
+
+    def Stream(self, *_: Any, **__: Any) -> FakeStream:
+        self.streams.append(FakeStream(self))
+        return self.streams[-1]
+
+    def Event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+    def current_stream(self, _: Any) -> FakeStream:
+        return self.here
+
+    @contextlib.contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.here = self.here, stream
+        yield
+        self.here = before
+
+    def some(self) -> None:
+        """Do a few things that may be done now."""
+        for _ in range(self.random.randrange(4)):
+            self.random.choice(self.streams).advance()
+
+    def finish(self) -> None:
+        while any(stream.advance() for stream in self.streams):
+            pass
+        assert not any(stream.work for stream in self.streams), "streams wait for each other"
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.done = cuda, False
+
+    def record(self, stream: FakeStream) -> None:
+        stream.work.append(lambda: setattr(self, "done", True) or True)
+
+    def query(self) -> bool:
+        self.cuda.some()
+        return self.done
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.work: deque[Callable[[], Any]] = deque()
+
+    def advance(self) -> bool:
+        """Do the next thing; False if there is none, or it must wait."""
+        if not self.work or self.work[0]() is False:
+            return False
+        self.work.popleft()
+        return True
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.work.append(lambda: event.done)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        event = self.cuda.Event()
+        event.record(other)
+        self.wait_event(event)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_copies_on_streams_are_in_order_with_what_computes(seed: int):
+    """Random fetches, reads and evictions of six slots: each read finds what was last fetched there, whatever runs when."""
+    cuda = FakeCuda(seed)
+    link = CudaEngine(CPU, cuda=cuda)
+    choose = random.Random(seed)
+    there, names = slots(6), [0] * 6
+    in_flight: dict[int, Any] = {}
+
+    def put(slot: torch.Tensor, record: torch.Tensor) -> None:
+        cuda.here.work.append(lambda: slot.copy_(record))
+
+    reads: list[tuple[int, list[int]]] = []
+    for number in range(1, 120):
+        slot = choose.randrange(6)
+        if choose.random() < 0.5:
+            if slot in in_flight:
+                link.drop(in_flight.pop(slot))
+            names[slot] = number
+            (in_flight[slot],) = link.start([there[slot]], records(number), put, urgent=choose.random() < 0.4)
+        else:
+            if slot in in_flight:
+                link.land(in_flight.pop(slot))
+            found: list[int] = []
+            cuda.here.work.append(lambda slot=slot, found=found: found.append(int(there[slot][0])))
+            reads.append((names[slot], found))
+        cuda.some()
+    for landing in in_flight.values():
+        link.land(landing)
+    cuda.finish()
+    assert [found for _, found in reads] == [[name] for name, _ in reads]
+    assert [int(slot[0]) for slot in there] == names
+
+
+def test_of_what_is_not_urgent_only_some_is_queued_and_the_rest_can_be_dropped():
+    cuda = FakeCuda(0)
+    link = CudaEngine(CPU, cuda=cuda)
+    copied: list[int] = []
+
+    def put(slot: torch.Tensor, record: torch.Tensor) -> None:
+        cuda.here.work.append(lambda: copied.append(int(record[0])))
+
+    landings = link.start(slots(6), records(1, 2, 3, 4, 5, 6), put, urgent=False)
+    for landing in landings[4:]:
+        link.drop(landing)
+    cuda.finish()
+    assert copied == [1, 2]
+    link.set_urgent(landings[3])
+    link.set_urgent(landings[0])
+    link.start(slots(1), records(9), put, urgent=True)
+    cuda.finish()
+    assert sorted(copied) == [1, 2, 3, 4, 9], "the host came by"
+    assert copied.index(4) < copied.index(9)

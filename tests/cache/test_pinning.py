@@ -1,0 +1,66 @@
+"""Pinning, with a stand-in for the CUDA runtime: what is asked of it, and what the user is told when it refuses."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from epslots import CorruptExpertError
+from epslots.cache.pinning import pin_store
+from epslots.progress import ProgressDisplay
+from tests.support.store_helpers import NamedExperts, open_store
+
+QUIET = ProgressDisplay(shown=False)
+CPU = torch.device("cpu")
+
+
+class FakeRuntime:
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.registered: list[tuple[int, int]] = []
+        self.released: list[int] = []
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.registered.append((address, size))
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> None:
+        self.released.append(address)
+
+
+def test_shared_memory_is_pinned_after_filling_and_released(cache_dir: Path):
+    store, runtime = open_store(cache_dir, NamedExperts(), "memory"), FakeRuntime()
+    assert pin_store(store, QUIET, CPU, runtime)
+    assert store.pinned
+    address = store.memory.data_ptr()
+    assert runtime.registered == [(address, store.nbytes)]
+    del store
+    gc.collect()
+    assert runtime.released == [address]
+
+
+def test_a_refusal_is_told_with_its_cost(cache_dir: Path, caplog: pytest.LogCaptureFixture):
+    store = open_store(cache_dir, NamedExperts(), "memory")
+    with caplog.at_level(logging.WARNING):
+        assert not pin_store(store, QUIET, CPU, FakeRuntime(code=2))
+    assert not store.pinned
+    assert "failed with CUDA error 2: every fetch takes an extra copy" in caplog.text
+
+
+def test_a_mapped_file_is_not_pinned_and_that_is_told(cache_dir: Path, caplog: pytest.LogCaptureFixture):
+    store, runtime = open_store(cache_dir, NamedExperts(), "file"), FakeRuntime()
+    with caplog.at_level(logging.WARNING):
+        assert not pin_store(store, QUIET, CPU, runtime)
+    assert runtime.registered == []
+    assert "host_store='memory'" in caplog.text
+
+
+def test_a_corrupt_record_is_found_on_the_way(cache_dir: Path):
+    store = open_store(cache_dir, NamedExperts(), "memory")
+    store.memory[store.shape.offset(0, 2)] ^= 1
+    with pytest.raises(CorruptExpertError, match="expert 2"):
+        pin_store(store, QUIET, CPU, FakeRuntime())

@@ -1,0 +1,316 @@
+"""The books of requests, and who is woken when: state machines that never lose a request or leave a rank waiting alone."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracker, RankLoad, Scheduler
+from epslots.engine.requests import Output, Request
+
+
+def request(id: str, prompt: int = 3, new: int = 5) -> Request:
+    return Request(id, tuple(range(prompt)), new)
+
+
+def assigned(ledger: Scheduler, **rooms: RankLoad) -> list[tuple[object, str]]:
+    return [(worker, request.id) for worker, request in ledger.assign(dict(rooms))]
+
+
+WIDE = RankLoad(1000, batches=True)
+
+
+def test_the_least_loaded_rank_is_next():
+    ledger = Scheduler()
+    for id, prompt, new in (("a", 10, 50), ("b", 10, 10), ("c", 10, 10), ("d", 10, 10), ("e", 1, 1)):
+        ledger.add(request(id, prompt, new))
+    found = assigned(ledger, x=WIDE, y=WIDE)
+    assert found == [("x", "a"), ("y", "b"), ("y", "c"), ("y", "d"), ("x", "e")]
+
+
+def test_a_request_waits_until_there_is_room():
+    ledger = Scheduler()
+    for id in "abc":
+        ledger.add(request(id, 40, 5))
+    room = RankLoad(100, batches=True)
+    assert assigned(ledger, x=room) == [("x", "a"), ("x", "b")]
+    assert ledger.queued == 1
+    assert assigned(ledger, x=room, y=room) == [("y", "c")]  # a rank that came later
+    ledger.add(request("d", 99, 5))
+    assert assigned(ledger, x=room, y=room) == []
+    assert ledger.count("y", Output("c", (1,), True, "stop")) is not None
+    assert assigned(ledger, x=room, y=room) == [("y", "d")]
+
+
+def test_without_batches_one_runs_and_one_waits():
+    ledger = Scheduler()
+    for id in "abc":
+        ledger.add(request(id))
+    room = RankLoad(1000, batches=False)
+    assert assigned(ledger, x=room) == [("x", "a"), ("x", "b")]
+
+
+def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
+    ledger = Scheduler()
+    for id in "abcd":
+        ledger.add(request(id))
+    assert assigned(ledger, x=RankLoad(6, batches=True)) == [("x", "a"), ("x", "b")]
+    ledger.count("x", Output("a", (7, 8)))
+    moved, given_up = ledger.release("x")
+    assert [entry.request.id for entry in moved] == ["a", "b"]
+    assert not given_up
+    assert ledger.count("x", Output("a", (9,))) is None  # it isn't listened to any more
+    again = ledger.assign({"y": WIDE})
+    assert [r.id for _, r in again] == list("abcd")
+    assert again[0][1] == Request("a", (0, 1, 2, 7, 8), 3, resumed=2)
+
+
+def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
+    ledger = Scheduler()
+    ledger.add(request("bad"))
+    ledger.add(request("good"))
+    for _ in range(MOST_SHARED_LOSSES):
+        assert assigned(ledger, x=WIDE) == [("x", "bad"), ("x", "good")]
+        assert ledger.release("x")[1] == []
+    ledger.add(request("new"))
+    for _ in range(MOST_LOSSES - MOST_SHARED_LOSSES - 1):
+        assert assigned(ledger, x=WIDE) == [("x", "bad")]
+        assert ledger.release("x")[1] == []
+    assert assigned(ledger, x=WIDE) == [("x", "bad")]
+    assert [entry.request.id for entry in ledger.release("x")[1]] == ["bad"]
+    assert assigned(ledger, x=WIDE) == [("x", "good")]
+    ledger.count("x", Output("good", (1,), True, "stop"))
+    assert assigned(ledger, x=WIDE) == [("x", "new")]
+
+
+def test_a_request_that_gets_on_is_no_suspect():
+    ledger = Scheduler()
+    ledger.add(request("a", 3, 100))
+    for token in range(3 * MOST_LOSSES):
+        assert assigned(ledger, x=WIDE) == [("x", "a")]
+        assert ledger.count("x", Output("a", (token,))) is not None
+        assert ledger.release("x")[1] == []
+
+
+def test_an_ended_request_is_awaited_but_not_told_of():
+    ledger = Scheduler()
+    ledger.add(request("a"))
+    assert ledger.end("a") is None  # queued: simply gone
+    assert "a" not in ledger
+    ledger.add(request("b"))
+    ledger.assign({"x": WIDE})
+    assert ledger.end("b") == "x"
+    assert ledger.end("b") is None
+    assert ledger.outstanding
+    assert ledger.count("x", Output("b", (1, 2))) is None
+    assert ledger.count("x", Output("b", (), True, "cancelled")) is None
+    assert not ledger.outstanding
+    assert len(ledger) == 0
+
+
+class Books(RuleBasedStateMachine):
+    """Requests come, are served, cancelled and moved as chance has it; each of them ends exactly once."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.ledger = Scheduler()
+        self.numbers = 0
+        self.workers = {f"w{number}": RankLoad(40, number % 2 == 0) for number in range(3)}
+        self.has: dict[str, dict[str, Request]] = {worker: {} for worker in self.workers}
+        self.waiting: dict[str, list[int]] = {}
+        """What the user has, of requests that aren't done for him."""
+
+    @rule(prompt=st.integers(1, 30), new=st.integers(1, 8))
+    def add(self, prompt: int, new: int) -> None:
+        self.numbers += 1
+        id = str(self.numbers)
+        self.ledger.add(request(id, prompt, new))
+        self.waiting[id] = []
+
+    @rule()
+    def assign(self) -> None:
+        for worker, given in self.ledger.assign(dict(self.workers)):
+            assert isinstance(worker, str)
+            assert given.id in self.waiting
+            assert not any(given.id in has for has in self.has.values())
+            assert given.prompt[len(given.prompt) - len(self.waiting[given.id]) :] == tuple(self.waiting[given.id])
+            self.has[worker][given.id] = given
+        assert not self.ledger.queued or all(self.has[worker] for worker in self.workers), "an idle rank takes the next"
+
+    @precondition(lambda self: any(self.has.values()))
+    @rule(data=st.data(), many=st.integers(1, 3))
+    def serve(self, data: st.DataObject, many: int) -> None:
+        worker = data.draw(st.sampled_from([w for w, has in self.has.items() if has]))
+        id = data.draw(st.sampled_from(sorted(self.has[worker])))
+        given = self.has[worker][id]
+        tokens = tuple(range(100, 100 + min(many, given.max_new_tokens)))
+        finished = len(tokens) == given.max_new_tokens
+        entry = self.ledger.count(worker, Output(id, tokens, finished, "length" if finished else None))
+        assert (entry is not None) == (id in self.waiting)
+        if id in self.waiting:
+            self.waiting[id] += tokens
+        if finished:
+            del self.has[worker][id]
+            self.waiting.pop(id, None)
+        else:
+            self.has[worker][id] = given.after(tokens)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        id = data.draw(st.sampled_from(sorted(self.waiting)))
+        del self.waiting[id]
+        worker = self.ledger.end(id)
+        assert worker == next((w for w, has in self.has.items() if id in has), None)
+        if worker is not None:
+            del self.has[worker][id]
+            assert self.ledger.count(worker, Output(id, (), True, "cancelled")) is None
+
+    @precondition(lambda self: len(self.workers) > 1)
+    @rule(data=st.data(), blame=st.booleans())
+    def lose(self, data: st.DataObject, blame: bool) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.workers)))
+        moved, given_up = self.ledger.release(worker, blame=blame)
+        assert {e.request.id for e in [*moved, *given_up]} == {id for id in self.has[worker] if id in self.waiting}
+        for entry in given_up:
+            assert entry.losses == MOST_LOSSES
+            del self.waiting[entry.request.id]
+        room = self.workers.pop(worker)
+        self.has.pop(worker)
+        self.numbers += 1
+        self.workers[f"w{self.numbers}"] = room
+        self.has[f"w{self.numbers}"] = {}
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        self.ledger.check()
+        served = {id for has in self.has.values() for id in has}
+        assert len(self.ledger) == len(set(self.waiting) | served)
+        assert self.ledger.outstanding == bool(served)
+
+    def teardown(self) -> None:
+        """Everything ends."""
+        if not hasattr(self, "ledger"):
+            return
+        for _ in range(3 * len(self.waiting) + 3):
+            for worker, given in self.ledger.assign(dict(self.workers)):
+                assert isinstance(worker, str)
+                self.has[worker][given.id] = given
+            for worker, has in self.has.items():
+                for id in list(has):
+                    self.ledger.count(worker, Output(id, (), True, "stop"))
+                    del has[id]
+        assert len(self.ledger) == 0
+
+
+class Sleepers(RuleBasedStateMachine):
+    """Ranks that sleep when nobody has work, messages that take any time: a rank is never left waiting for sleeping ones."""
+
+    @initialize(ranks=st.integers(1, 4))
+    def begin(self, ranks: int) -> None:
+        self.alarm = IdleTracker()
+        self.alarm.begin(0)
+        self.work = [0] * ranks
+        """Steps that each rank's requests still need."""
+        self.steps = [0] * ranks
+        self.asleep = [False] * ranks
+        self.through = [0] * ranks
+        self.to_rank: list[deque[tuple[str, int]]] = [deque() for _ in range(ranks)]
+        self.to_driver: list[deque[tuple[str, int]]] = [deque() for _ in range(ranks)]
+        self.outstanding = 0
+
+    def ring(self) -> None:
+        step, sleepers = self.alarm.ring(self.outstanding > 0)
+        for rank in sleepers:
+            assert isinstance(rank, int)
+            self.to_rank[rank].append(("wake", step))
+
+    @rule(data=st.data(), steps=st.integers(1, 3))
+    def submit(self, data: st.DataObject, steps: int) -> None:
+        rank = data.draw(st.integers(0, len(self.work) - 1))
+        self.outstanding += 1
+        self.to_rank[rank].append(("submit", steps))
+        self.ring()
+
+    @property
+    def everybody(self) -> range:
+        return range(len(self.work))
+
+    @rule(data=st.data())
+    def rank_reads(self, data: st.DataObject) -> None:
+        self.read(data.draw(st.sampled_from(self.everybody)))
+
+    @rule(data=st.data())
+    def driver_reads(self, data: st.DataObject) -> None:
+        self.hear(data.draw(st.sampled_from(self.everybody)))
+
+    def read(self, rank: int) -> bool:
+        """A rank takes a message, if it has one. One request at a time is enough here."""
+        if not self.to_rank[rank] or (self.to_rank[rank][0][0] == "submit" and self.work[rank]):
+            return False
+        kind, number = self.to_rank[rank].popleft()
+        if kind == "wake":
+            self.through[rank] = max(self.through[rank], number)
+        else:
+            self.work[rank] = number
+        return True
+
+    def hear(self, rank: int) -> bool:
+        """The driver takes a message of a rank, if it has one."""
+        if not self.to_driver[rank]:
+            return False
+        kind, number = self.to_driver[rank].popleft()
+        if kind == "asleep":
+            self.alarm.fell_asleep(rank, 0, number)
+        else:
+            self.outstanding -= 1
+        self.ring()
+        return True
+
+    @rule()
+    def step(self) -> None:
+        self.make_step()
+
+    def make_step(self) -> bool:
+        """All ranks make a step, if all are at it."""
+        ready = [not self.asleep[r] or self.work[r] > 0 or self.steps[r] < self.through[r] for r in range(len(self.work))]
+        if not all(ready):
+            return False
+        work = any(self.work)
+        for rank in range(len(self.work)):
+            self.steps[rank] += 1
+            if self.work[rank]:
+                self.work[rank] -= 1
+                if not self.work[rank]:
+                    self.to_driver[rank].append(("done", 0))
+            self.asleep[rank] = not work
+            if not work:
+                self.to_driver[rank].append(("asleep", self.steps[rank]))
+        return True
+
+    def teardown(self) -> None:
+        """When all messages have come and all steps are made, everything is done, and all sleep after the same step."""
+        if not hasattr(self, "alarm"):
+            return
+        for _ in range(1000):  # messages as late as can be: one at a time, when no step can be made
+            if not (self.make_step() or any(map(self.hear, self.everybody)) or any(map(self.read, self.everybody))):
+                break
+        else:
+            raise AssertionError("they never sleep")
+        assert self.outstanding == 0
+        assert all(self.asleep)
+        assert not any(step < through for step, through in zip(self.steps, self.through, strict=True)), "one waits alone"
+        assert len(set(self.steps)) == 1
+        assert not any(self.work)
+        assert not any(self.to_rank)
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSleepers = Sleepers.TestCase
+TestSleepers.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,147 @@
+"""The Triton kernels: held to the torch operations by Triton's interpreter, and compiled for GPUs that aren't here.
+
+Triton reads ``TRITON_INTERPRET`` when it is imported. So this file runs itself in a process of its own, where the variable is
+set and the tests marked ``interpreted`` run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from epslots.cuda_graph.device_slots import DeviceSlots, Kernels, Missing, TorchKernels
+from tests.cuda_graph.test_device_slots import (
+    LAYOUT,
+    STORE_LAYERS,
+    assert_as_the_host_decides,
+    make_mover,
+    problems,
+    put_in_state,
+    states,
+    store,
+)
+from tests.support import ROOT
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+# Triton warns of its default's change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETER, reason="runs in the interpreter's process")
+outside = pytest.mark.skipif(INTERPRETER, reason="runs outside of the interpreter's process")
+
+
+@outside
+def test_under_the_interpreter():
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
+    assert re.search(r"\b5 passed, 6 skipped", found.stdout), found.stdout[-2000:]
+
+
+def kernels(loader: Any) -> Kernels:
+    from epslots.cuda_graph import triton_kernels
+
+    triton_kernels.GATHER_PROGRAMS = 3  # each takes the interpreter milliseconds
+    return triton_kernels.TritonKernels(loader)
+
+
+@interpreted
+@settings(deadline=None, max_examples=6)
+@given(problem=problems())
+def test_triton_decides_as_the_host_does(problem: dict[str, Any]):
+    """Steps in a row: the decision, the tables, the histories and every byte of every slot."""
+    loader = make_mover(problem["quotas"])
+    assert_as_the_host_decides(problem, loader, kernels(loader))
+
+
+@interpreted
+@settings(deadline=None, max_examples=30)
+@given(state=states())
+def test_triton_equals_torch_in_any_state(state: dict[str, Any]):
+    found = []
+    for make in (TorchKernels, kernels):
+        loader, slots, _ = put_in_state(state, make)
+        view, quota = slots.layers[state["layer"]], state["quota"]
+        missing = Missing(*(torch.zeros(n, dtype=torch.int64) for n in (quota, quota, 1)))
+        make(loader).decide(view, torch.tensor(state["ids"]), missing)
+        count = int(missing.count)
+        tensors = [view.slot_of_E, view.expert_of_Q, view.last_use_E, view.decayed_DE, view.step, view.tally_3]
+        found.append([*(t.tolist() for t in tensors), missing.expert_M[:count].tolist(), missing.slot_M[:count].tolist()])
+        loader.pool.check_integrity()
+    assert found[0] == found[1]
+
+
+@interpreted
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_what_is_copied_and_what_is_not(count: int, monkeypatch: pytest.MonkeyPatch):
+    """Entries past the count are left alone, whatever the number of programs; so are slots that nothing goes to."""
+    import epslots.cuda_graph.triton_kernels as module
+
+    for programs in (1, 5, 64):
+        loader = make_mover((2, 6, 2))
+        made = kernels(loader)
+        monkeypatch.setattr(module, "GATHER_PROGRAMS", programs)
+        loader.pool.memory.fill_(77)
+        missing = Missing(torch.tensor([8, 0, 5, 4]), torch.tensor([7, 2, 4, 3]), torch.tensor([count]))
+        made.copy(DeviceSlots(loader, made, 2).layers[1], missing)
+        expected = torch.full_like(loader.pool.memory, 77)
+        for expert, slot in [(8, 7), (0, 2), (5, 4)][:count]:
+            expected[slot] = store().record(STORE_LAYERS[1], expert)
+        assert torch.equal(loader.pool.memory, expected)
+
+
+def compiled(name: str, constants: dict[str, int], capability: int, warps: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from epslots.cuda_graph import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    unaligned = ("pairs", "experts", "slots", "start", "row", "page")
+    scalars = (*unaligned, "page_words", "stride", "record_words")
+    signature = {n: "constexpr" if n in constants else "i32" if n in scalars else "*i64" for n in kernel.arg_names}
+    # As the launcher finds them: tensors, strides and sizes that are multiples of 16.
+    aligned = [i for i, n in enumerate(kernel.arg_names) if n not in constants and n not in unaligned]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+@outside
+@pytest.mark.parametrize("capability", [80, 90])
+def test_copies_are_of_16_bytes(capability: int):
+    """On a link each request costs the same, whatever it brings."""
+    assert LAYOUT.nbytes % 16 == 0
+    from epslots.cuda_graph.triton_kernels import GATHER_WARPS, GATHER_WORDS
+
+    code = compiled("_gather", {"BLOCK": GATHER_WORDS}, capability, GATHER_WARPS).asm["ptx"]
+    assert set(re.findall(r"st\.global[.\w]*", code)) == {"st.global.v2.b64"}
+    assert len(re.findall(r"ld\.global[.\w]*v2\.b64", code)) == GATHER_WORDS // (32 * GATHER_WARPS) // 2
+
+
+@outside
+@pytest.mark.parametrize(("experts", "warps"), [(8, 1), (128, 1), (512, 4)])
+def test_the_decision_stays_in_registers(experts: int, warps: int, tmp_path: Path):
+    """As the assembler reports it."""
+    import triton
+
+    code = tmp_path / "decide.ptx"
+    code.write_text(compiled("_decide", {"BLOCK_E": experts, "BLOCK_Q": experts // 2}, 90, warps).asm["ptx"])
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", tmp_path / "decide.cubin", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in told, told

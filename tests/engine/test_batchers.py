@@ -1,0 +1,871 @@
+"""Requests advanced step by step give what generate gives, whatever the cache, the batch and the failures."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousBatchProcessor
+from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+
+import epslots
+from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.engine.paged_cache import cache_blocks, paging_obstacle
+from epslots.engine.requests import Batcher, Output, Request
+from epslots.engine.sampling import GREEDY, Sampling
+from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
+from tests.engine.test_sampling import drawn
+from tests.support import zoo
+
+# Those that keep a recurrent state, those that attend in chunks, and those that repeat keys before they would be paged.
+SEQUENTIAL = {"qwen3_next", "nemotron_h", "jamba", "zaya", "llama4", "jetmoe"}
+BATCHERS = [PagedBatcher, SequentialBatcher]
+# One longer than any step, one of a single token; requests of one new token and of several.
+LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
+
+
+def prompt_of(length: int, seed: int = 2) -> tuple[int, ...]:
+    return tuple(zoo.random_ids(1, length, seed=seed + length)[0].tolist())
+
+
+def requests_of(sizes: tuple[tuple[int, int], ...], seed: int = 2) -> list[Request]:
+    return [Request(f"r{i}", prompt_of(length, seed), new) for i, (length, new) in enumerate(sizes)]
+
+
+def generated(model: PreTrainedModel, request: Request) -> list[int]:
+    """What plain transformers makes of the request alone."""
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(request.stop_tokens) or None}
+    ids = torch.tensor([request.prompt])
+    return model.generate(ids, max_new_tokens=request.max_new_tokens, **settings)[0, len(request.prompt) :].tolist()
+
+
+class Collected:
+    """Runs a batcher and gathers what comes out of it."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
+        self.tokens: dict[str, list[int]] = {}
+        self.reasons: dict[str, str | None] = {}
+        self.steps = 0
+        self._threads = threading.enumerate()
+
+    def take(self) -> list[Output]:
+        assert threading.enumerate() == self._threads
+        outputs = self.batcher.outputs()
+        for output in outputs:
+            assert output.id not in self.reasons, "nothing follows an end"
+            assert output.finished == (output.reason is not None)
+            assert output.finished or output.tokens
+            assert output.error is None
+            self.tokens.setdefault(output.id, []).extend(output.tokens)
+            if output.finished:
+                self.reasons[output.id] = output.reason
+        return outputs
+
+    def run(self, steps: int = 10_000, step: Callable[[], None] | None = None) -> Collected:
+        for _ in range(steps):
+            if not self.batcher.prepare():
+                break
+            (step or self.batcher.step)()
+            self.steps += 1
+            self.take()
+        return self
+
+
+def finish(batcher: Batcher, requests: list[Request]) -> Collected:
+    for request in requests:
+        batcher.add(request)
+    return Collected(batcher).run()
+
+
+def pages_are_free(batcher: PagedBatcher) -> bool:
+    cache = batcher._processor.cache
+    cache.evict_cached_blocks()
+    cache.pool.try_to_free_sectors()
+    return bool(cache.pool.num_free_sectors == cache.num_sectors)
+
+
+class Faults:
+    """Makes each step's forward pass fail twice: before the last layer, and after it, when every layer has kept something."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        last = next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))[-1]
+        self.raised = self.calls = 0
+        self._handles = [last.register_forward_pre_hook(self._before), last.register_forward_hook(self._after)]
+
+    def _fail_at(self, call: int) -> None:
+        if self.calls % 3 == call:
+            self.raised += 1
+            raise PeerLost("a peer was lost")
+
+    def _before(self, *_: Any) -> None:
+        self.calls += 1
+        self._fail_at(1)
+
+    def _after(self, *_: Any) -> None:
+        self._fail_at(2)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """No environment, and no warning in transformers' log."""
+    warnings: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warnings.append(record.getMessage())
+
+    logger, keep = logging.getLogger("ContinuousBatchingLogger"), Keep(logging.WARNING)
+    logger.addHandler(keep)
+    environment = dict(os.environ)
+    yield
+    logger.removeHandler(keep)
+    environment["PYTEST_CURRENT_TEST"] = os.environ["PYTEST_CURRENT_TEST"]
+    assert dict(os.environ) == environment
+    assert not warnings
+
+
+@pytest.fixture(scope="module")
+def built() -> Callable[[str], PreTrainedModel]:
+    """Plain models by name, each built once; only for tests that leave them as they are."""
+    models: dict[str, PreTrainedModel] = {}
+
+    def get(name: str) -> PreTrainedModel:
+        if name not in models:
+            models[name] = zoo.ZOO[name].build()
+        return models[name]
+
+    return get
+
+
+# --- the same tokens ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_every_architecture_equals_generate(name: str, checkpoint: Callable[[str], Path], cache_dir: Path):
+    tiny, folder = zoo.ZOO[name], checkpoint(name)
+    reference = zoo.reference(folder)
+    served = tiny.interface or tiny.decorate
+    if served and tiny.num_experts:
+        model = epslots.load(folder, slots="50%", device="cpu", dtype="float32", progress=False, cache_dir=cache_dir)
+    else:
+        model = zoo.reference(folder)
+    requests = requests_of(LENGTHS_AND_NEW)
+    expected = {request.id: generated(reference, request) for request in requests}
+
+    random_state = torch.get_rng_state()
+    batcher = batcher_for(model, kv_tokens=512, max_batch_tokens=64)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert isinstance(batcher, SequentialBatcher if name in SEQUENTIAL else PagedBatcher)
+
+    calls: Counter[str] = Counter()
+    experts = zoo.experts_modules(model)
+    handles = [m.register_forward_pre_hook(lambda *_, n=n: calls.update([n])) for n, m in experts.items()]
+
+    def step() -> None:
+        calls.clear()
+        batcher.step()
+        assert set(calls.values()) <= {1}, "one forward pass"
+        assert len(calls) == len(experts) - tiny.idle_layers
+
+    for request in requests:
+        batcher.add(request)
+    collected = Collected(batcher).run(step=step)
+    assert collected.tokens == expected
+    assert set(collected.reasons.values()) == {"length"}
+    for handle in handles:
+        handle.remove()
+
+    # Again, in a new cache, with failures in every step.
+    batcher.close()
+    batcher = batcher_for(model, kv_tokens=512, max_batch_tokens=64)
+    faults = Faults(model)
+    retried = Collected(batcher)
+
+    def step_in_spite_of_faults() -> None:
+        for _ in range(2):
+            with pytest.raises(PeerLost, match="a peer was lost"):
+                batcher.step()
+            assert not batcher.outputs()
+            assert batcher.prepare()
+        batcher.step()
+
+    for request in requests[:3]:
+        batcher.add(request)
+    retried.run(step=step_in_spite_of_faults)
+    faults.remove()
+    assert retried.tokens == {request.id: expected[request.id] for request in requests[:3]}
+    assert faults.raised == 2 * retried.steps
+    batcher.close()
+    assert generated(model, requests[0]) == expected["r0"], "the model is as it was"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
+def test_an_oversubscribed_cache_loses_nothing(name: str):
+    model = zoo.ZOO[name].build()
+    sizes = ((20, 12), (3, 40), (30, 8), (17, 30), (40, 6), (9, 25), (25, 20), (3, 12))
+    requests = requests_of(sizes, seed=3)
+    expected = {request.id: generated(model, request) for request in requests}
+    batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
+    preempted = 0
+    preempt = batcher._processor.offloading_manager.offload_requests
+
+    def count() -> bool:
+        nonlocal preempted
+        done: bool = preempt()
+        preempted += done
+        return done
+
+    batcher._processor.offloading_manager.offload_requests = count
+    memory = batcher._processor.cache.cache_tensor.data_ptr()
+    assert finish(batcher, requests).tokens == expected
+    assert preempted, "the cache was really too small"
+    assert pages_are_free(batcher)
+    assert batcher._processor.cache.cache_tensor.data_ptr() == memory, "allocated once"
+    batcher.close()
+
+
+def test_scattered_pages_are_put_in_order():
+    """Two layers attend to all, one to a window: a sector holds one page of the first kind, or two of the other.
+
+    "a" and "b" grow together and share the sectors of the windows' pages. When "b" is done, "a" keeps one page in each, so
+    that one sector less is left than it needs in the end, and than it would have found in an empty cache.
+    """
+    tiny = zoo.ZOO["gpt_oss"]
+    layers = ["full_attention", "full_attention", "sliding_attention"]
+    model = replace(tiny, settings={**tiny.settings, "layer_types": layers, "sliding_window": 32}).build()
+    batcher = PagedBatcher(model, kv_tokens=48)
+    assert batcher.capacity == 80
+    sizes = {"a": (3, 78), "b": (4, 29), "c": (5, 4), "d": (6, 3), "e": (7, 2)}
+    requests = {id: Request(id, prompt_of(length), new) for id, (length, new) in sizes.items()}
+    scattered, begin_again = [], batcher._start_over
+
+    def seen() -> None:
+        scattered.append(batcher._processor.cache.pool.num_free_sectors)
+        begin_again()
+        batcher.add(requests["e"])
+        batcher.cancel("c")
+        assert [entry.request.id for entry in batcher._held] == ["d", "e"], "they wait until the oldest is done"
+
+    batcher._start_over = seen  # type: ignore[method-assign]
+    batcher.add(requests["a"])
+    batcher.add(requests["b"])
+    collected = Collected(batcher).run(50)
+    assert collected.reasons == {"b": "length"}
+    batcher.add(requests["c"])
+    batcher.add(requests["d"])
+    collected.run()
+    assert scattered == [0]
+    assert pages_are_free(batcher)
+    batcher.close()
+    assert list(collected.reasons) == ["b", "c", "a", "e", "d"]
+    assert collected.reasons.pop("c") == "cancelled"
+    for id in collected.reasons:
+        assert collected.tokens[id] == generated(model, requests[id])
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_many_requests_through_a_small_cache(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    batcher = batcher_class(model, kv_tokens=48)
+    rng = random.Random(5)
+    common = prompt_of(16)
+    # Some begin alike, so that pages are shared.
+    requests = [
+        Request(f"{i}", common[: 16 * rng.randint(0, 1)] + prompt_of(rng.randint(1, 8)), rng.randint(1, 8)) for i in range(40)
+    ]
+    expected = {request.id: generated(model, request) for request in requests}
+    assert finish(batcher, requests).tokens == expected
+    if isinstance(batcher, PagedBatcher):
+        assert pages_are_free(batcher)
+    else:
+        assert batcher._kept is None
+    assert not batcher.has_work
+    assert not batcher._entries
+
+
+# --- ends --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_stop_tokens_end_a_request_and_are_its_last(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    plain = Request("plain", prompt_of(9), 8)
+    tokens = generated(model, plain)
+    stop = tokens[3]
+    at = tokens.index(stop)
+    requests = [
+        replace(plain, id="early", stop_tokens=frozenset({stop, 319})),
+        replace(plain, id="last", stop_tokens=frozenset({tokens[at]}), max_new_tokens=at + 1),
+        replace(plain, id="never", stop_tokens=frozenset(set(range(zoo.VOCAB)) - set(tokens))),
+        plain,
+    ]
+    collected = finish(batcher_class(model, kv_tokens=128), requests)
+    assert collected.tokens["early"] == collected.tokens["last"] == tokens[: at + 1]
+    assert collected.tokens["early"] == generated(model, requests[0])
+    assert collected.tokens["never"] == collected.tokens["plain"] == tokens
+    assert collected.reasons == {"early": "stop", "last": "stop", "never": "length", "plain": "length"}
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_the_cache_can_be_filled_to_its_last_token(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    batcher = batcher_class(model, kv_tokens=32)
+    assert batcher.capacity == 32
+    requests = [Request("a", prompt_of(20), 13), Request("b", prompt_of(32), 1), Request("c", prompt_of(1), 32)]
+    collected = finish(batcher, requests)
+    assert {k: len(v) for k, v in collected.tokens.items()} == {"a": 13, "b": 1, "c": 32}
+    assert all(collected.tokens[request.id] == generated(model, request) for request in requests)
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_cancelling(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    batcher = batcher_class(model, kv_tokens=128)
+    requests = requests_of(((5, 9), (7, 9), (9, 9), (4, 6)))
+    expected = {request.id: generated(model, request) for request in requests}
+    batcher.add(Request("first", prompt_of(5), 9))
+    for _ in range(2):
+        batcher.prepare()
+        batcher.step()
+    batcher.cancel("first")
+    (output,) = batcher.outputs()
+    assert (output.id, len(output.tokens), output.reason) == ("first", 2, "cancelled")
+    assert isinstance(batcher, PagedBatcher) or batcher._kept is None
+    for request in requests[:3]:
+        batcher.add(request)
+    collected = Collected(batcher).run(3)
+    batcher.cancel("r2")
+    batcher.cancel("nobody")
+    assert [output.id for output in collected.take()] == ["r2"]
+    # Between a step's preparation and its run: the step is run, and what it says of the request doesn't count.
+    assert batcher.prepare()
+    batcher.cancel("r0")
+    batcher.cancel("r0")
+    with pytest.raises(ConfigError, match=r"'r0'.*taken"):
+        batcher.add(requests[0])
+    batcher.step()
+    collected.take()
+    assert collected.reasons == {"r2": "cancelled", "r0": "cancelled"}
+    for id in ("r0", "r2"):
+        assert collected.tokens[id] == expected[id][: len(collected.tokens[id])]
+    assert [request.id for request, _ in batcher.unfinished()] == ["r1"]
+    # An id is free again once its end was handed out.
+    batcher.add(requests[3])
+    batcher.add(requests[0])
+    again = Collected(batcher).run()
+    assert again.tokens["r0"] == expected["r0"]
+    assert collected.tokens.get("r1", []) + again.tokens["r1"] == expected["r1"]
+    assert again.tokens["r3"] == expected["r3"]
+    assert not batcher.prepare()
+    if isinstance(batcher, PagedBatcher):
+        assert pages_are_free(batcher)
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_cancelling_all_of_a_prepared_step(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    """Peers have been told of the step: it is run all the same."""
+    batcher = batcher_class(built("mixtral"), kv_tokens=128)
+    batcher.add(Request("a", prompt_of(5), 9))
+    for _ in range(2):
+        batcher.prepare()
+        batcher.step()
+    assert batcher.prepare()
+    batcher.cancel("a")
+    assert not batcher.has_work
+    assert batcher.prepare()
+    batcher.step()
+    (output,) = batcher.outputs()
+    assert (len(output.tokens), output.reason) == (2, "cancelled")
+    assert not batcher.prepare()
+    assert not batcher.unfinished()
+    if isinstance(batcher, PagedBatcher):
+        assert pages_are_free(batcher)
+
+
+def test_cancelling_after_a_preemption_lets_the_next_ones_in(built: Callable[[str], PreTrainedModel]):
+    """After it gave up pages, the scheduler admits nothing until a request finishes. If that is cancelled, it never would."""
+    model = built("mixtral")
+    batcher = PagedBatcher(model, kv_tokens=32)
+    batcher.add(Request("long", prompt_of(3), 30))
+    batcher.add(Request("late", prompt_of(4), 29))
+    collected = Collected(batcher)
+    while not batcher._processor.scheduler.block_new_requests:
+        collected.run(1)
+    batcher.cancel("long")
+    batcher.add(Request("last", prompt_of(5), 3))
+    collected.run(1)
+    assert len(batcher._running) == 2, "and not as if the cache were in disorder"
+    collected.run()
+    assert collected.reasons == {"long": "cancelled", "late": "length", "last": "length"}
+    assert collected.tokens["late"] == generated(model, Request("late", prompt_of(4), 29))
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_going_on_in_another_batcher(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    requests = requests_of(((5, 9), (7, 2), (9, 6)))
+    expected = {request.id: generated(model, request) for request in requests}
+    first, second = (batcher_class(model, kv_tokens=128) for _ in range(2))
+    for request in requests:
+        first.add(request)
+    collected = Collected(first).run(3)
+    first.prepare()
+    first.step()  # What it brought was not handed out: it is lost with the batcher.
+    unfinished = first.unfinished()
+    first.close()
+    assert first.unfinished() == unfinished
+    assert {request.id for request, _ in unfinished} == expected.keys() - collected.reasons.keys()
+    for request, tokens in unfinished:
+        assert list(tokens) == collected.tokens.get(request.id, [])
+        second.add(request.after(tokens))
+    rest = Collected(second).run()
+    for id, tokens in expected.items():
+        assert collected.tokens.get(id, []) + rest.tokens.get(id, []) == tokens
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_a_step_is_prepared_once(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    batcher = batcher_class(built("mixtral"), kv_tokens=128)
+    assert not batcher.has_work
+    assert not batcher.prepare()
+    with pytest.raises(AssertionError, match="prepare"):
+        batcher.step()
+    batcher.add(Request("a", prompt_of(5), 2))
+    assert batcher.has_work
+    assert batcher.prepare()
+    batcher.add(Request("b", prompt_of(6), 1))
+    assert batcher.prepare()
+    batcher.step()
+    assert [(output.id, len(output.tokens)) for output in batcher.outputs()] == [("a", 1)]
+    assert not batcher.outputs(), "handed out once"
+    with pytest.raises(AssertionError, match="prepare"):
+        batcher.step()
+
+
+def test_what_fails_within_transformers_is_an_output(built: Callable[[str], PreTrainedModel]):
+    batcher = PagedBatcher(built("mixtral"), kv_tokens=128)
+    requests = requests_of(((5, 4), (6, 4)))
+    for request in requests:
+        batcher.add(request)
+    for _ in range(2):
+        batcher.prepare()
+        batcher.step()
+    batcher.outputs()
+    broken = batcher._processor.scheduler.active_requests["0"]
+    batcher._processor._handle_request_error(ValueError("no such thing"), broken)
+    batcher._processor.scheduler.finish_request("0")
+    batcher.prepare()
+    batcher.step()
+    first, second = batcher.outputs()
+    assert first == Output("r0", (), True, "error", "no such thing")
+    assert (second.id, second.reason) == ("r1", None)
+    assert [request.id for request, _ in batcher.unfinished()] == ["r1"]
+    assert batcher.prepare()
+
+
+# --- drawn tokens ------------------------------------------------------------------------------------------------------------
+
+SAMPLINGS = (
+    Sampling(1.0, seed=1),
+    GREEDY,
+    Sampling(0.7, top_k=20, seed=2),
+    Sampling(1.5, top_p=0.8, seed=2**63 - 1),
+    Sampling(1.0, top_k=50, top_p=0.9),
+    Sampling(0.3, seed=7),
+)
+
+
+def sampled(requests: list[Request]) -> list[Request]:
+    return [replace(request, sampling=SAMPLINGS[i % len(SAMPLINGS)]) for i, request in enumerate(requests)]
+
+
+@pytest.mark.parametrize(
+    ("name", "batcher_class"),
+    [("mixtral", PagedBatcher), ("gpt_oss", PagedBatcher), ("mixtral", SequentialBatcher), ("qwen3_next", SequentialBatcher)],
+)
+def test_drawn_tokens_are_the_same_alone_and_together(name: str, batcher_class: type):
+    """And with prompts that begin alike or take several steps, and when every step is repeated twice."""
+    model = zoo.ZOO[name].build()
+    common = prompt_of(32)
+    twins = [replace(r, id=f"{r.id}+", prompt=common + r.prompt[:5]) for r in requests_of(((9, 7), (9, 8), (9, 5)))]
+    requests = sampled([*requests_of(((3, 12), (100, 4), (17, 5), (64, 1), (33, 3), (1, 10))), *twins])
+    expected = {request.id: drawn(model, request) for request in requests}
+    assert sum(expected[request.id] != generated(model, request) for request in requests) == 7, "but for the greedy ones"
+    batcher = batcher_class(model, kv_tokens=512, **({"max_batch_tokens": 64} if batcher_class is PagedBatcher else {}))
+    assert finish(batcher, requests).tokens == expected
+    assert finish(batcher, requests[::-1]).tokens == expected
+    assert finish(batcher, [requests[2]]).tokens == {"r2": expected["r2"]}
+    faults, again = Faults(model), Collected(batcher)
+
+    def step_in_spite_of_faults() -> None:
+        for _ in range(2):
+            with pytest.raises(PeerLost):
+                batcher.step()
+        batcher.step()
+
+    for request in requests:
+        batcher.add(request)
+    assert again.run(step=step_in_spite_of_faults).tokens == expected
+    faults.remove()
+    batcher.close()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_drawn_tokens_survive_lost_pages(name: str):
+    model = zoo.ZOO[name].build()
+    sizes = ((20, 12), (3, 40), (30, 8), (17, 30), (40, 6), (9, 25), (25, 20), (3, 12))
+    requests = sampled(requests_of(sizes, seed=3))
+    expected = {request.id: drawn(model, request) for request in requests}
+    batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
+    preempted = 0
+    preempt = batcher._processor.offloading_manager.offload_requests
+
+    def count() -> bool:
+        nonlocal preempted
+        done: bool = preempt()
+        preempted += done
+        return done
+
+    batcher._processor.offloading_manager.offload_requests = count
+    for request in requests:
+        batcher.add(request)
+    collected = Collected(batcher)
+    while not preempted:
+        assert batcher.has_work
+        collected.run(1)
+    batcher._start_over()
+    assert batcher._held
+    assert collected.run().tokens == expected
+    batcher.close()
+
+
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_cancelling_moves_no_drawn_token_to_another_request(batcher_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    requests = sampled(requests_of(((5, 9), (7, 9), (9, 9))))
+    requests[1] = replace(requests[1], sampling=Sampling(1.0, seed=5))
+    batcher = batcher_class(model, kv_tokens=128)
+    for request in requests:
+        batcher.add(request)
+    collected = Collected(batcher).run(3)
+    assert batcher.prepare()
+    batcher.cancel("r0")
+    collected.run()
+    for request in requests:
+        assert collected.tokens[request.id] == drawn(model, request)[: len(collected.tokens[request.id])]
+    assert collected.reasons == {"r0": "cancelled", "r1": "length", "r2": "length"}
+
+
+@pytest.mark.parametrize("first_class", BATCHERS)
+@pytest.mark.parametrize("second_class", BATCHERS)
+def test_another_batcher_draws_on(first_class: type, second_class: type, built: Callable[[str], PreTrainedModel]):
+    model = built("mixtral")
+    requests = sampled(requests_of(((5, 9), (7, 12), (9, 10))))
+    first, second = first_class(model, kv_tokens=128), second_class(model, kv_tokens=128)
+    for request in requests:
+        first.add(request)
+    collected = Collected(first).run(6)
+    first.prepare()
+    first.step()
+    moved = [request.after(tokens) for request, tokens in first.unfinished()]
+    assert [request.sampling for request in moved] == [request.sampling for request in requests[-len(moved) :]]
+    first.close()
+    rest = finish(second, moved)
+    for request in requests:
+        assert collected.tokens.get(request.id, []) + rest.tokens.get(request.id, []) == drawn(model, request)
+
+
+def test_a_sampling_is_one():
+    with pytest.raises(ConfigError, match=r"'a': sampling=0.7; allowed: a Sampling"):
+        Request("a", (1,), 1, sampling=0.7)  # type: ignore[arg-type]
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("a", (), 1), r"'a' has an empty prompt"),
+        (Request("a", (20, 320), 1), r"token 320 in its prompt; allowed: 0 to 319"),
+        (Request("a", (-1,), 1), r"token -1 in its prompt"),
+        (Request("a", (20,), 0), r"max_new_tokens=0; at least 1"),
+        (Request("a", (20,) * 40, 10), r"49 tokens of KV cache \(40 of prompt, 10 new.*holds 48"),
+        (Request("b", (20,), 1), r"'b': this id is taken"),
+    ],
+)
+@pytest.mark.parametrize("batcher_class", BATCHERS)
+def test_bad_requests(batcher_class: type, request_: Request, message: str, built: Callable[[str], PreTrainedModel]):
+    batcher = batcher_class(built("mixtral"), kv_tokens=48)
+    batcher.add(Request("b", (20,), 1))
+    with pytest.raises(ConfigError, match=message):
+        batcher.add(request_)
+    assert [request.id for request, _ in batcher.unfinished()] == ["b"]
+
+
+def test_bad_sizes(built: Callable[[str], PreTrainedModel]):
+    for name, sizes in (("mixtral", {"kv_tokens": 0}), ("mixtral", {"kv_tokens": 9, "max_batch_tokens": 0})):
+        with pytest.raises(ConfigError, match="=0: at least 1"):
+            batcher_for(built(name), **sizes)
+    with pytest.raises(ConfigError, match="kv_tokens=0"):
+        SequentialBatcher(built("qwen3_next"), kv_tokens=0)
+    model = zoo.ZOO["gpt_oss"].build()
+    with pytest.raises(DoesNotFitError, match="KV cache of 1000000000000 tokens"):
+        batcher_for(model, kv_tokens=10**12)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UnsupportedModelError, match=r"Qwen3Next.*recurrent state; use SequentialBatcher"):
+        PagedBatcher(built("qwen3_next"), kv_tokens=64)
+
+
+def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture, built: Callable[[str], PreTrainedModel]):
+    with caplog.at_level(logging.INFO, "epslots.engine.paged_batcher"):
+        batcher_for(built("mixtral"), kv_tokens=64)
+        batcher_for(built("qwen3_next"), kv_tokens=64)
+    first, second = [r.getMessage() for r in caplog.records if r.name == "epslots.engine.paged_batcher"]
+    assert "MixtralForCausalLM: requests are batched" in first
+    assert "Qwen3NextForCausalLM: requests run one at a time, because some of its layers keep a recurrent state" in second
+
+
+@pytest.mark.parametrize(
+    ("name", "obstacle"),
+    [
+        ("llama4", "keeps no pages for its layers .*chunked_attention"),
+        ("jetmoe", "repeats keys and values"),
+        ("zaya", "recurrent state"),
+    ],
+)
+def test_obstacles_of_models(name: str, obstacle: str, built: Callable[[str], PreTrainedModel]):
+    with pytest.raises(UnsupportedModelError, match=obstacle):
+        PagedBatcher(built(name), kv_tokens=64)
+
+
+def test_layers_that_share_keys_run_one_at_a_time():
+    tiny = zoo.ZOO["gemma4"]
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 1}
+    # transformers' gemma4 shares keys only where layers have inputs of their own.
+    model = replace(tiny, settings={**tiny.settings, **layers, "hidden_size_per_layer_input": 8}).build()
+    assert "DummyLayer" in (paging_obstacle(model) or "")
+    batcher = batcher_for(model, kv_tokens=64)
+    request = Request("a", prompt_of(20), 4)
+    assert finish(batcher, [request]).tokens["a"] == generated(model, request)
+
+
+def test_obstacles_of_settings():
+    model = zoo.ZOO["mixtral"].build()
+    model.config.attn_logit_softcapping = 30.0
+    assert "soft cap" in (paging_obstacle(model) or "")
+    model.config.attn_logit_softcapping = None
+    model.config.is_encoder_decoder = True
+    assert "encoder" in (paging_obstacle(model) or "")
+    model.config.is_encoder_decoder = False
+    model.config._attn_implementation_internal = "flex_attention"
+    assert "'flex_attention'" in (paging_obstacle(model) or "")
+    model.config._attn_implementation_internal = "eager"
+    assert paging_obstacle(model) is None
+    model._supports_sdpa = False
+    assert "eager attention may do" in (paging_obstacle(model) or "")
+    model._supports_attention_backend = False
+    assert "attention interface" in (paging_obstacle(model) or "")
+
+
+def test_a_model_with_eager_attention_is_paged(built: Callable[[str], PreTrainedModel]):
+    model = zoo.ZOO["mixtral"].build()
+    model.set_attn_implementation("eager")
+    requests = requests_of(((5, 4), (20, 3)))
+    expected = {request.id: generated(model, request) for request in requests}
+    batcher = batcher_for(model, kv_tokens=64)
+    assert isinstance(batcher, PagedBatcher)
+    assert finish(batcher, requests).tokens == expected
+    batcher.close()
+    assert model.config._attn_implementation == "eager"
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_cache():
+    full, mixed = {"full": [0, 1, 2]}, {"sliding": [0, 1, 2, 3, 4], "full": [5]}
+    assert cache_blocks(64, 16, full) == 4
+    assert cache_blocks(65, 16, full) == 5
+    assert cache_blocks(64, 16, mixed) == 5, "six layers' pages and a sector of five more"
+    assert cache_blocks(1, 16, {"full": [0, 1, 2], "sliding": [3, 4]}) == 1 + 2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gemma4", "step3p7", "deepseek_v3"])
+def test_a_request_of_kv_tokens_fits(name: str, built: Callable[[str], PreTrainedModel]):
+    for kv_tokens in (1, 17, 512):
+        batcher = PagedBatcher(built(name), kv_tokens=kv_tokens)
+        assert batcher.capacity >= kv_tokens
+        batcher.close()
+
+
+# --- transformers' internals, one test for each that is used -----------------------------------------------------------------
+
+
+def parameters(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_contract_a_manager_makes_a_processor_that_is_stepped_by_hand(built: Callable[[str], PreTrainedModel]):
+    assert parameters(ContinuousBatchingManager._create_batch_processor) == ["self"]
+    assert parameters(ContinuousBatchProcessor._generation_step) == ["self", "model"]
+    batcher = PagedBatcher(built("mixtral"), kv_tokens=64)
+    manager, processor = batcher._manager, batcher._processor
+    assert manager.model is built("mixtral")
+    assert isinstance(processor, ContinuousBatchProcessor)
+    assert isinstance(processor.scheduler, FIFOScheduler)
+    assert processor.inputs_and_outputs.compute_stream is None, "on the CPU"
+    assert processor.cb_config.use_async_batching is False
+    assert processor.cb_config.use_cuda_graph == (False, False)
+    assert processor.cb_config.auto_switch_to_flash is False
+    assert processor.cb_config.disable_nccl_graph_mixing is False
+    assert processor.prepare_next_batch() is False
+    manager.add_request([20, 21], request_id="x", max_new_tokens=2, eos_token_id=[], streaming=True)
+    assert processor.prepare_next_batch() is True
+    (entry,) = processor.inputs_and_outputs.requests_in_batch
+    assert (entry.state.request_id, entry.query_length, entry.state.position_offset) == ("x", 2, 2)
+    processor._generation_step(manager.model)
+    assert manager.output_router.output_queue.empty()
+    processor.update_batch()
+    result = manager.output_router.output_queue.get()
+    assert (result.request_id, len(result.generated_tokens), result.error) == ("x", 1, None)
+    assert not result.is_finished()
+    manager.cancel_request("x")
+    processor.prepare_next_batch()
+    assert pages_are_free(batcher)
+
+
+def test_contract_a_preempted_request_keeps_its_tokens_and_blocks_new_ones(built: Callable[[str], PreTrainedModel]):
+    batcher = PagedBatcher(built("mixtral"), kv_tokens=32)
+    scheduler = batcher._processor.scheduler
+    for id in ("a", "b"):
+        batcher.add(Request(id, prompt_of(3), 20))
+    while not scheduler.block_new_requests:
+        assert batcher.prepare()
+        batcher.step()
+    (waiting,) = scheduler.waiting_requests.values()
+    assert waiting.initial_tokens[:3] == list(prompt_of(3))
+    assert len(waiting.initial_tokens) == 3 + (20 - waiting.max_new_tokens)
+    batcher._processor.reset()
+    assert not scheduler.has_pending_requests()
+    assert scheduler.block_new_requests is False
+    assert pages_are_free(batcher)
+
+
+def test_contract_the_message_when_nothing_fits():
+    assert "no requests can be offloaded" in inspect.getsource(ContinuousBatchProcessor.prepare_next_batch)
+
+
+def test_contract_tokens_are_chosen_by_a_method_that_can_be_replaced(built: Callable[[str], PreTrainedModel]):
+    """Row i of the scores is that of the i-th request of the batch that gets a token: where sampling by request plugs in."""
+    assert parameters(ModelRunner._sample) == ["self", "scores", "output_ids"]
+    batcher = PagedBatcher(built("mixtral"), kv_tokens=256, max_batch_tokens=32)
+    seen: list[tuple[torch.Size, list[str]]] = []
+
+    def choose(scores: torch.Tensor, output_ids: torch.Tensor) -> None:
+        assert scores.dtype == torch.float32
+        batch = batcher._processor.inputs_and_outputs.requests_in_batch
+        rows = [entry.state.request_id for entry in batch if entry.has_new_token]
+        seen.append((scores.shape, rows))
+        for row, id in enumerate(rows):
+            output_ids[0, row] = 100 + int(id)
+
+    batcher._processor.model_runner._sample = choose
+    collected = finish(batcher, requests_of(((5, 3), (60, 2), (4, 3))))
+    assert collected.tokens == {"r0": [100] * 3, "r1": [101] * 2, "r2": [102] * 3}
+    assert seen[0] == (torch.Size([1, 2, zoo.VOCAB]), ["0"]), "a row for each request of the batch; that of r1 means nothing"
+
+
+def test_contract_attention_gives_keys_and_values_to_the_cache(built: Callable[[str], PreTrainedModel]):
+    assert parameters(PagedAttentionCache.update) == ["self", "key_states", "value_states", "layer_idx", "kwargs"]
+    batcher = PagedBatcher(built("deepseek_v3"), kv_tokens=64)
+    cache = batcher._processor.cache
+    assert isinstance(cache, PagedAttentionCache)
+    assert {allocator.head_dim for allocator in cache.layer_to_allocator.values()} == {4 * 24}
+    assert cache.cache_allocators["full_attention"].num_key_value_heads == 1
+    assert built("deepseek_v3").config.head_dim == 8, "the model's own configuration is not touched"
+    update, shapes = cache.update, []
+
+    def seen(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = update(**given)
+        shapes.append((given["key_states"].shape, given["value_states"].shape, keys.shape, values.shape))
+        return keys, values
+
+    cache.update = seen
+    finish(batcher, [Request("a", prompt_of(5), 2)])
+    assert shapes[0] == ((1, 4, 5, 24), (1, 4, 5, 16)) * 2
+    assert shapes[-1] == ((1, 4, 1, 24), (1, 4, 1, 16), (1, 4, 6, 24), (1, 4, 6, 16))
+
+
+def test_contract_windows_are_rings_of_blocks(built: Callable[[str], PreTrainedModel]):
+    model = zoo.ZOO["gpt_oss"].build()
+    batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=8)
+    cache = batcher._processor.cache
+    window = cache.cache_allocators["sliding_attention"]
+    assert window.sliding_window == 16
+    assert not hasattr(cache.cache_allocators["full_attention"], "sliding_window")
+    batcher.add(Request("a", prompt_of(30), 2))
+    blocks = []
+    while batcher.prepare():
+        batcher.step()
+        blocks.append(list(window.block_table.get("0", [])))
+    assert blocks[0] == blocks[2] != []
+    assert window._copy_view[blocks[0]].any()
+
+
+def test_contract_what_a_model_says_of_its_layers(built: Callable[[str], PreTrainedModel]):
+    assert built("mixtral")._is_stateful is False
+    assert built("qwen3_next")._is_stateful is True
+    assert built("mixtral")._supports_attention_backend is True
+    assert built("gpt_oss")._supports_sdpa is False
+    assert any(hasattr(module, "sinks") for module in built("gpt_oss").modules())
+    assert built("gemma4").config.is_heterogeneous is True
+    assert built("mixtral").config.is_heterogeneous is False
+    config = built("muse_spark").config.get_text_config()
+    assert group_layers_by_attn_type(config) == {"sliding_attention": [0, 1], "full_attention": [2]}
+    kinds = [DynamicSlidingWindowLayer, DynamicSlidingWindowLayer, DynamicLayer]
+    assert [type(layer) for layer in DynamicCache(config=config).layers] == kinds
+    with pytest.raises(ValueError, match="chunked_attention"):
+        group_layers_by_attn_type(built("llama4").config)
+    assert infer_max_single_request_tokens(PagedBatcher(built("mixtral"), kv_tokens=64)._processor.cache) == 64
+
+
+def test_contract_generate_is_made_of_steps(built: Callable[[str], PreTrainedModel]):
+    model = built("qwen3_next")
+    assert [mode.name for mode in GenerationMode][:3].count("GREEDY_SEARCH") == 1
+    keeps: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+    assert model._supports_logits_to_keep()
+    model._prepare_cache_for_generation(GenerationConfig(), keeps, GenerationMode.GREEDY_SEARCH, 1, 64)
+    assert isinstance(keeps["past_key_values"], DynamicCache)
+    ids = torch.tensor([[20, 21, 22]])
+    keeps["position_ids"] = model._prepare_position_ids_for_generation(ids, {})
+    assert keeps["position_ids"].tolist() == [[0, 1, 2]]
+    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=None, is_first_iteration=True, **keeps)
+    assert inputs["input_ids"].tolist() == ids.tolist()
+    with torch.no_grad():
+        keeps = model._update_model_kwargs_for_generation(model(**inputs, return_dict=True), keeps)
+    assert keeps["position_ids"].tolist() == [[0, 1, 2, 3]]
+    ids = torch.tensor([[20, 21, 22, 23]])
+    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **keeps)
+    assert inputs["input_ids"].tolist() == [[23]]
+    assert inputs["position_ids"].tolist() == [[3]]

@@ -1,0 +1,178 @@
+"""Invariant 1 for many ranks: each answers as plain transformers does, whoever computes, whatever moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import epslots
+from epslots.transport.lockstep import LockStep
+from tests.equality.test_load_equal import SERVED, greedy
+from tests.support import zoo
+from tests.support.grouped_ranks import ALL_COSTS, COPIES_TRAVEL, GATHER, TOKENS_TRAVEL, Grouped
+from tests.support.late_link import LateLink
+
+TOLERANCE = 2e-5
+Checkpoints = Callable[[str], Path]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def batch_of(rank: int) -> torch.Tensor:
+    """Another batch for each rank; the last of four has none."""
+    return zoo.random_ids(1 + rank % 2, (40, 3, 17, 0)[rank], seed=1 + rank)
+
+
+def compare(grouped: Grouped, reference: PreTrainedModel) -> None:
+    """Logits of a prompt, and greedy tokens of another, of different lengths on each rank."""
+
+    def work(rank: int, model: PreTrainedModel) -> tuple[torch.Tensor | None, list[int]]:
+        ids = batch_of(rank)
+        logits = model(input_ids=ids).logits if ids.numel() else None
+        return logits, greedy(model, zoo.random_ids(1, 9, seed=2 + rank % 2), 4 + 3 * rank)
+
+    for rank, (logits, tokens) in enumerate(grouped.run(work)):
+        if logits is not None:
+            with torch.no_grad():
+                assert_close(logits, reference(input_ids=batch_of(rank)).logits)
+        assert tokens == greedy(reference, zoo.random_ids(1, 9, seed=2 + rank % 2), 4 + 3 * rank), rank
+    grouped.check()
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_architecture_on_unequal_ranks(name: str, checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint(name)
+    compare(Grouped(folder, cache_dir, slots=[1, "25%", "100%"]), zoo.reference(folder))
+
+
+@pytest.mark.parametrize("costs", ALL_COSTS.values(), ids=ALL_COSTS.keys())
+@pytest.mark.parametrize("slots", [[1, 1], [3, 5], ["50%", "50%"], [2, 7, 3, 1]])
+def test_whatever_is_cheap(costs: epslots.Costs, slots: list[int | str], checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("qwen3_moe")
+    grouped = Grouped(folder, cache_dir, slots=slots, costs=costs)
+    compare(grouped, zoo.reference(folder))
+    sent = sum(layer.pairs_sent for model in grouped.models for layer in epslots.stats(model).layers)
+    assert bool(sent) == (costs not in (ALL_COSTS["nothing travels"], COPIES_TRAVEL))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "ernie4_5_vl_moe"])
+def test_copies_from_slot_to_slot(name: str, checkpoint: Checkpoints, cache_dir: Path):
+    """Every record has bytes of its own, and ``check`` holds each slot against the record that the tables name."""
+    folder = checkpoint(name)
+    grouped = Grouped(folder, cache_dir, slots=["75%", "75%"], costs=COPIES_TRAVEL)
+    compare(grouped, zoo.reference(folder))
+    stats = [layer for model in grouped.models for layer in epslots.stats(model).layers]
+    size = grouped.runtime(0).layers[0].layout.nbytes
+    assert sum(layer.peer_bytes for layer in stats) >= size
+
+
+@pytest.mark.parametrize("costs", [TOKENS_TRAVEL, GATHER])
+@pytest.mark.parametrize("name", ["mixtral", "longcat_flash"])
+def test_more_ranks_than_experts(name: str, costs: epslots.Costs, checkpoint: Checkpoints, cache_dir: Path):
+    """mixtral has 8 experts."""
+    folder = checkpoint(name)
+    grouped = Grouped(folder, cache_dir, slots=[1] * 9, costs=costs)
+    reference = zoo.reference(folder)
+
+    def work(rank: int, model: PreTrainedModel) -> torch.Tensor:
+        return model(input_ids=zoo.random_ids(1, 5 + rank, seed=rank)).logits
+
+    for rank, logits in enumerate(grouped.run(work)):
+        with torch.no_grad():
+            assert_close(logits, reference(input_ids=zoo.random_ids(1, 5 + rank, seed=rank)).logits)
+    grouped.check()
+
+
+@pytest.mark.parametrize("link", [None, "20MB/s,200us"])
+def test_ranks_that_hold_everything_exchange_headers_alone(
+    link: str | None, checkpoint: Checkpoints, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where one of them lacks an expert of any layer, they plan each of its layers."""
+    gathered: list[int] = []
+    gather = LockStep.gather_counts
+    monkeypatch.setattr(
+        LockStep, "gather_counts", lambda self, layer, *a, **k: gathered.append(layer) or gather(self, layer, *a, **k)
+    )
+    folder = checkpoint("qwen3_moe")
+    whole = Grouped(folder, cache_dir, slots=["100%", "100%"], link=link)
+    compare(whole, zoo.reference(folder))
+    assert not gathered
+    assert all(layer.misses == 0 and layer.steps > 0 for model in whole.models for layer in epslots.stats(model).layers)
+    compare(Grouped(folder, cache_dir, slots=["100%", 3]), zoo.reference(folder))
+    assert gathered
+
+
+def test_ranks_that_hold_everything_wait_for_what_is_still_under_way(checkpoint: Checkpoints, cache_dir: Path):
+    """They look at no counts; but a slot may be in flight when they become a group, and holds nonsense until it has landed."""
+    folder = checkpoint("qwen3_moe")
+    grouped = Grouped(folder, cache_dir, slots=["100%", "100%"])
+    for rank in range(2):
+        for loader in grouped.runtime(rank).movers:
+            loader.link = LateLink()
+            first = loader.pool.expert_of[loader.pool.window(0)][:2].copy()
+            slots = loader.pool.slot_of[0, first].copy()
+            loader.fetch(0, first, slots, first, urgent=False)
+            assert loader.in_flight[slots].all()
+    compare(grouped, zoo.reference(folder))
+
+
+def test_one_rank_through_all_that_ranks_do(checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("qwen3_moe")
+    compare(Grouped(folder, cache_dir, slots=[3]), zoo.reference(folder))
+
+
+@pytest.mark.parametrize("slots", [[3], [3, 4]])
+def test_measured_costs(slots: list[int], checkpoint: Checkpoints, cache_dir: Path):
+    folder = checkpoint("gpt_oss")
+    compare(Grouped(folder, cache_dir, slots=slots, costs=None), zoo.reference(folder))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("costs", [TOKENS_TRAVEL, GATHER])
+def test_who_computes_changes_not_a_bit(dtype: str, costs: epslots.Costs, checkpoint: Checkpoints, cache_dir: Path):
+    """Each pair's result comes whole from one rank, and its own rank sums in its own order: no bit depends on who it was."""
+    folder = checkpoint("mixtral")
+    alone = epslots.load(folder, slots=2, device="cpu", dtype=dtype, cache_dir=cache_dir, progress=False)
+    grouped = Grouped(folder, cache_dir, slots=[2, 3, 1], costs=costs, dtype=dtype)
+    ids = [zoo.random_ids(1, 6 + rank, seed=rank) for rank in range(3)]
+    for rank, logits in enumerate(grouped.run(lambda rank, model: model(input_ids=ids[rank]).logits)):
+        with torch.no_grad():
+            expected = alone(input_ids=ids[rank]).logits
+        # Matrix products of other heights may round differently, and that is all.
+        assert (logits - expected).abs().max() <= (0.02 if dtype == "bfloat16" else 1e-12) * expected.abs().max()
+
+
+def test_experts_that_only_some_ranks_call(checkpoint: Checkpoints, cache_dir: Path):
+    """ernie4_5_vl_moe calls its vision experts only where there are image tokens."""
+    folder = checkpoint("ernie4_5_vl_moe")
+    grouped, reference = Grouped(folder, cache_dir, slots=[2, 3]), zoo.reference(folder)
+    inputs = [zoo.mixed_inputs(2, 40), {"input_ids": zoo.random_ids(1, 12, seed=1)}]
+    for rank, logits in enumerate(grouped.run(lambda rank, model: model(**inputs[rank]).logits)):
+        with torch.no_grad():
+            assert_close(logits, reference(**inputs[rank]).logits)
+    grouped.check()
+
+
+def test_all_ranks_together_hold_the_model_from_the_start(checkpoint: Checkpoints, cache_dir: Path):
+    grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, slots=["50%", "25%", "25%"])
+    grouped.run(lambda rank, model: model(input_ids=batch_of(rank)).logits)
+    for model in grouped.models:
+        assert epslots.stats(model).misses == 0
+    grouped.check()
+
+
+def test_ranks_share_one_cache(checkpoint: Checkpoints, cache_dir: Path):
+    """Two ranks with the same prompts fetch each expert once between them, not once each."""
+    folder = checkpoint("qwen3_moe")
+    grouped = Grouped(folder, cache_dir, slots=["50%", "25%"])
+    ids = zoo.random_ids(1, 3, seed=5)
+    grouped.run(lambda rank, model: model(input_ids=ids).logits)
+    needed = [len(set(i.flatten().tolist())) for i, _ in zoo.routing(zoo.reference(folder), input_ids=ids).values()]
+    fetched = sum(epslots.stats(model).misses for model in grouped.models)
+    assert fetched == sum(needed)

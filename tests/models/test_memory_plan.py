@@ -1,0 +1,521 @@
+"""The memory plan: quotas by hand and by property, every term against its definition, the message, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from epslots.cli.plan import plan as plan_command
+from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
+from epslots.example import example_model
+from epslots.layout import LayerSpec, RecordLayout, TensorSpec
+from epslots.models.checkpoint import open_checkpoint
+from epslots.models.expert_reader import pack_layers
+from epslots.models.experts import expert_layers
+from epslots.models.known_shapes import KNOWN_SHAPES
+from epslots.models.memory_plan import (
+    KVLayer,
+    ModelShape,
+    default_reserve,
+    describe_quotas,
+    moe_workspace_bytes,
+    plan_memory,
+    resolve_quotas,
+    slot_bytes,
+)
+from epslots.models.pretrained import build_skeleton, read_config, resolve_class
+from epslots.prefetch.predictor_file import FILE_NAME, file_bytes
+from epslots.units import SlotsSetting, format_bytes, parse_slots
+from tests.support.zoo import make_checkpoint, make_fp8, make_mxfp4
+
+MIB = 1024**2
+AUTO = SlotsSetting()
+
+
+def record(nbytes: int) -> RecordLayout:
+    """A layout of a given size, for tests that look at nothing else."""
+    return RecordLayout((TensorSpec("w", (nbytes // 2,), "bfloat16", 0),), nbytes)
+
+
+def moe_layers(*sizes: tuple[int, int]) -> tuple[LayerSpec, ...]:
+    """Layers from (experts, bytes of a record)."""
+    return tuple(LayerSpec(f"layers.{i}", experts, record(nbytes)) for i, (experts, nbytes) in enumerate(sizes))
+
+
+def tiny_shape(**changes: Any) -> ModelShape:
+    """Two layers of 8 experts, H = 64, I = 96, in bfloat16; a record is 3 * 64 * 96 * 2 = 36,864 bytes."""
+    layout = RecordLayout.of([("gate_up_proj", (192, 64), "bfloat16"), ("down_proj", (64, 96), "bfloat16")])
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "dtype": "bfloat16",
+        "layers": (LayerSpec("layers.0", 8, layout), LayerSpec("layers.1", 8, layout)),
+        "top_k": 2,
+        "dense_bytes": 1_000_000,
+        "kv": (KVLayer(256), KVLayer(256, window=16), KVLayer(0, fixed_bytes=5000)),
+        "hidden_size": 64,
+        "vocab_size": 320,
+    }
+    return ModelShape(**(fields | changes))
+
+
+# --- quotas ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_int_is_capped_by_each_layer_and_bounded_by_the_largest() -> None:
+    layers = moe_layers((8, 256), (64, 256), (16, 512))
+    assert resolve_quotas(SlotsSetting(per_layer=1), layers, None) == (1, 1, 1)
+    assert resolve_quotas(SlotsSetting(per_layer=12), layers, None) == (8, 12, 12)
+    assert resolve_quotas(SlotsSetting(per_layer=64), layers, None) == (8, 64, 16)
+    for wrong in (0, 65):
+        with pytest.raises(ConfigError, match=rf"slots={wrong}.*1 to 64"):
+            resolve_quotas(SlotsSetting(per_layer=wrong), layers, None)
+
+
+@example(percent=290, experts=100)
+@given(percent=st.integers(1, 1000), experts=st.integers(1, 600))
+def test_a_share_is_the_exact_product_rounded_down(percent: int, experts: int) -> None:
+    """Tenths of a percent, for which floats are not exact: 29 % of 100 experts are 29."""
+    setting = parse_slots(f"{percent / 10}%")
+    (quota,) = resolve_quotas(setting, moe_layers((experts, 256)), None)
+    assert quota == max(1, percent * experts // 1000)
+
+
+def test_a_share_leaves_every_layer_a_slot() -> None:
+    assert resolve_quotas(parse_slots("25%"), moe_layers((2, 256), (8, 256), (9, 256)), None) == (1, 2, 2)
+
+
+def test_bytes_are_spread_over_equal_layers() -> None:
+    layers = moe_layers((8, 1000), (8, 1000), (8, 1000))
+    assert resolve_quotas(SlotsSetting(total_bytes=3_000), layers, None) == (1, 1, 1)
+    assert resolve_quotas(SlotsSetting(total_bytes=3_999), layers, None) == (1, 1, 1)
+    assert resolve_quotas(SlotsSetting(total_bytes=8_500), layers, None) == (3, 3, 2)
+    assert resolve_quotas(SlotsSetting(total_bytes=10**9), layers, None) == (8, 8, 8)
+
+
+def test_bytes_give_layers_equal_shares_not_equal_numbers() -> None:
+    layers = moe_layers((8, 1000), (16, 1000), (32, 1000))
+    assert resolve_quotas(SlotsSetting(total_bytes=28_000), layers, None) == (4, 8, 16)
+
+
+def test_what_no_longer_holds_a_large_record_holds_small_ones() -> None:
+    layers = moe_layers((4, 1000), (4, 100))
+    # One of each and a second of each are 2200; of the 600 left no large one comes in, but both small ones.
+    assert resolve_quotas(SlotsSetting(total_bytes=2_800), layers, None) == (2, 4)
+
+
+def test_auto_takes_the_pool_it_is_given_and_all_if_there_is_no_bound() -> None:
+    layers = moe_layers((8, 1000), (8, 1000))
+    assert resolve_quotas(AUTO, layers, 7_000) == (4, 3)
+    assert resolve_quotas(AUTO, layers, None) == (8, 8)
+    assert resolve_quotas(SlotsSetting(total_bytes=4_000), layers, 999_999) == (2, 2)
+
+
+def test_bytes_that_hold_less_than_a_slot_per_layer_are_refused_with_the_sum() -> None:
+    layers = moe_layers((8, 2 * MIB), (8, 2 * MIB), (8, 3 * MIB))
+    assert resolve_quotas(SlotsSetting(total_bytes=7 * MIB), layers, None) == (1, 1, 1)
+    with pytest.raises(DoesNotFitError) as refused:
+        resolve_quotas(SlotsSetting(total_bytes=7 * MIB - 1), layers, None)
+    assert "2 x 2 MiB + 1 x 3 MiB = 7 MiB" in str(refused.value)
+
+
+sizes = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([256, 512, 1024, 1280])), min_size=1, max_size=12)
+
+
+@given(sizes=sizes, extra=st.integers(0, 60_000))
+@settings(max_examples=300)
+def test_a_pool_is_filled_and_never_overfilled(sizes: list[tuple[int, int]], extra: int) -> None:
+    layers = moe_layers(*sizes)
+    budget = slot_bytes(layers, [1] * len(layers)) + extra
+    quotas = resolve_quotas(SlotsSetting(total_bytes=budget), layers, None)
+    used = slot_bytes(layers, quotas)
+    assert used <= budget
+    assert all(1 <= quota <= layer.num_experts for quota, layer in zip(quotas, layers, strict=True))
+    # No slot that is missing anywhere would still fit.
+    missing = [layer.layout.nbytes for quota, layer in zip(quotas, layers, strict=True) if quota < layer.num_experts]
+    assert all(used + nbytes > budget for nbytes in missing)
+    # Equal layers differ by one slot at most, and the earlier has it.
+    for i, layer in enumerate(layers):
+        for j in range(i + 1, len(layers)):
+            if (layers[j].num_experts, layers[j].layout) == (layer.num_experts, layer.layout):
+                assert 0 <= quotas[i] - quotas[j] <= 1
+
+
+@given(experts=st.lists(st.integers(1, 40), min_size=1, max_size=12), slots=st.integers(0, 200))
+@settings(max_examples=300)
+def test_shares_are_as_equal_as_slots_of_one_size_allow(experts: list[int], slots: int) -> None:
+    layers = moe_layers(*((e, 256) for e in experts))
+    quotas = resolve_quotas(SlotsSetting(total_bytes=256 * (len(layers) + slots)), layers, None)
+    assert sum(quotas) == min(len(layers) + slots, sum(experts))
+    # Nobody was given a slot that left it above what another, which still lacks slots, would have had with it.
+    for a, ea in zip(quotas, experts, strict=True):
+        for b, eb in zip(quotas, experts, strict=True):
+            if a > 1 and b < eb:
+                assert a * eb <= (b + 1) * ea
+
+
+def test_quotas_of_the_largest_models_take_no_time() -> None:
+    layers = moe_layers(*[(512, 1 << 20)] * 100)
+    start = time.process_time()
+    quotas = resolve_quotas(SlotsSetting(total_bytes=40_000 << 20), layers, None)
+    assert set(quotas) == {400}
+    assert time.process_time() - start < 2
+
+
+# --- terms -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layers_cache_grows_to_its_window_and_keeps_its_state() -> None:
+    assert KVLayer(100).nbytes(0) == 0
+    assert KVLayer(100).nbytes(50) == 5000
+    assert KVLayer(100, window=16).nbytes(15) == 1500
+    assert KVLayer(100, window=16).nbytes(50) == 1600
+    assert KVLayer(0, fixed_bytes=7).nbytes(50) == 7
+    assert KVLayer(100, 16, 7).nbytes(50) == 1607
+
+
+def test_every_term_is_what_its_definition_says() -> None:
+    result = plan_memory(
+        tiny_shape(),
+        SlotsSetting(per_layer=3),
+        memory_bytes=100 * MIB,
+        kv_tokens=40,
+        sequences=5,
+        batch_tokens=10,
+        reserve_bytes=1234,
+    )
+    assert result.quotas == (3, 3)
+    assert result.slot_bytes == 6 * 36_864
+    assert result.kv_bytes == 5 * (40 * 256 + 16 * 256 + 5000)
+    rows = 10 * 2
+    activations = rows * 64 + rows * 192 + rows * 96 + rows * 64  # sorted copies, gate and up, activation, output
+    weighted = 2 * rows * 64  # widened to fp32, and multiplied
+    assert result.workspace_bytes == 2 * activations + 4 * weighted + 4 * 5 * 320
+    assert result.reserve_bytes == 1234
+    assert result.total_bytes == 1_000_000 + result.slot_bytes + result.kv_bytes + result.workspace_bytes + 1234
+    assert result.free_bytes == 100 * MIB - result.total_bytes
+    assert sum(size for _, size, _ in result.items) == result.total_bytes
+    assert result.host_store_bytes == 16 * 36_864
+
+
+def test_workspace_is_the_same_for_transposed_matrices_and_ignores_biases() -> None:
+    plain = moe_workspace_bytes(tiny_shape(), 10, 1)
+    layout = RecordLayout.of(
+        [
+            ("gate_up_proj", (64, 192), "bfloat16"),
+            ("gate_up_proj_bias", (192,), "bfloat16"),
+            ("down_proj", (96, 64), "bfloat16"),
+            ("down_proj_bias", (64,), "bfloat16"),
+        ]
+    )
+    assert moe_workspace_bytes(tiny_shape(layers=(LayerSpec("layers.0", 8, layout),)), 10, 1) == plain
+    # Rows that travel to other ranks and back take two more buffers.
+    assert moe_workspace_bytes(tiny_shape(), 10, 2) == plain + 2 * 20 * 64 * 2
+
+
+def test_workspace_is_that_of_the_widest_layer() -> None:
+    narrow = RecordLayout.of([("gate_up_proj", (32, 64), "bfloat16"), ("down_proj", (64, 16), "bfloat16")])
+    shape = tiny_shape()
+    mixed = tiny_shape(layers=(LayerSpec("narrow", 8, narrow), *shape.layers))
+    assert moe_workspace_bytes(mixed, 10, 1) == moe_workspace_bytes(shape, 10, 1)
+
+
+def test_the_reserve_is_a_share_with_a_floor() -> None:
+    assert default_reserve(None) == default_reserve(0) == default_reserve(2 * 1024 * MIB) == 512 * MIB
+    assert default_reserve(80_000 * MIB) == 4_000 * MIB
+    assert plan_memory(tiny_shape(), AUTO, memory_bytes=80_000 * MIB).reserve_bytes == 4_000 * MIB
+
+
+def test_parameters_count_dense_and_expert_weights() -> None:
+    assert tiny_shape().parameters == 16 * 3 * 64 * 96 + 500_000
+    assert tiny_shape().num_experts == 16
+
+
+def test_residency_counts_slots_of_one_rank_and_of_all() -> None:
+    alone = plan_memory(tiny_shape(), parse_slots("25%"), memory_bytes=None)
+    assert (alone.resident_share, alone.slots_per_expert, alone.all_resident) == (0.25, 0.25, False)
+    four = plan_memory(tiny_shape(), parse_slots("25%"), memory_bytes=None, ranks=4)
+    assert (four.resident_share, four.slots_per_expert, four.all_resident) == (0.25, 1.0, True)
+    # Slots enough in sum, but one layer lacks some.
+    uneven = tiny_shape(layers=moe_layers((2, 256), (32, 256)))
+    plenty = plan_memory(uneven, SlotsSetting(per_layer=9), memory_bytes=None, ranks=4)
+    assert plenty.quotas == (2, 9)
+    assert plenty.all_resident
+    short = plan_memory(uneven, SlotsSetting(per_layer=7), memory_bytes=None, ranks=4)
+    assert short.slots_per_expert > 1
+    assert not short.all_resident
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_fits_to_the_byte() -> None:
+    shape, setting = tiny_shape(), SlotsSetting(per_layer=2)
+    need = plan_memory(shape, setting, memory_bytes=None, reserve_bytes=1000).total_bytes
+    exact = plan_memory(shape, setting, memory_bytes=need, reserve_bytes=1000)
+    assert (exact.fits, exact.free_bytes) == (True, 0)
+    exact.check()
+    over = plan_memory(shape, setting, memory_bytes=need - 1, reserve_bytes=1000)
+    assert (over.fits, over.free_bytes) == (False, -1)
+    with pytest.raises(DoesNotFitError):
+        over.check()
+
+
+@given(memory=st.integers(0, 6 * MIB), batch=st.integers(1, 64), ranks=st.integers(1, 4))
+def test_auto_takes_all_that_is_left_and_no_more(memory: int, batch: int, ranks: int) -> None:
+    shape = tiny_shape()
+    result = plan_memory(shape, AUTO, memory_bytes=memory, batch_tokens=batch, ranks=ranks, reserve_bytes=10_000, kv_tokens=64)
+    least = result.fixed_bytes + 2 * 36_864
+    assert result.fits == (memory >= least)
+    if not result.fits:
+        assert result.quotas == (1, 1)
+    elif result.quotas != (8, 8):
+        assert result.free_bytes is not None
+        assert 0 <= result.free_bytes < 36_864
+
+
+def test_unknown_memory_fits_everything() -> None:
+    result = plan_memory(tiny_shape(), AUTO, memory_bytes=None)
+    assert result.quotas == (8, 8)
+    assert result.fits
+    assert result.free_bytes is None
+    result.check()
+    assert all(other.fits for other in result.alternatives)
+    assert result.largest_fit is not None
+    assert result.largest_fit.resident_share == 1
+
+
+def test_alternatives_are_the_plans_of_those_settings() -> None:
+    arguments: dict[str, Any] = {"memory_bytes": None, "kv_tokens": 100, "ranks": 2, "reserve_bytes": 1000}
+    arguments["memory_bytes"] = plan_memory(tiny_shape(), AUTO, **arguments).fixed_bytes + 9 * 36_864
+    result = plan_memory(tiny_shape(), SlotsSetting(per_layer=5), **arguments)
+    assert [str(other.setting) for other in result.alternatives] == ["1 per layer", "12.5%", "25%", "50%", "75%", "100%"]
+    for other in result.alternatives:
+        alone = plan_memory(tiny_shape(), other.setting, **arguments)
+        assert (other.quotas, other.total_bytes, other.fits) == (alone.quotas, alone.total_bytes, alone.fits)
+        assert other.resident_share == alone.resident_share
+    assert [other.fits for other in result.alternatives] == [True, True, True, True, False, False]
+
+
+@given(memory=st.integers(0, 3 * MIB))
+def test_the_largest_fit_is_the_last_that_fits(memory: int) -> None:
+    def fits(per_layer: int) -> bool:
+        plan = plan_memory(tiny_shape(), SlotsSetting(per_layer=per_layer), memory_bytes=memory, reserve_bytes=1000)
+        return plan.fits
+
+    plan = plan_memory(tiny_shape(), SlotsSetting(per_layer=8), memory_bytes=memory, reserve_bytes=1000)
+    most = max((n for n in range(1, 9) if fits(n)), default=None)
+    assert (plan.largest_fit.setting.per_layer if plan.largest_fit else None) == most
+
+
+def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
+    shape = tiny_shape(name="mixtral-mini", dense_bytes=600 * MIB)
+    arguments: dict[str, Any] = {"kv_tokens": 4096, "sequences": 3, "batch_tokens": 7, "reserve_bytes": 2 * MIB}
+    base = plan_memory(shape, SlotsSetting(per_layer=1), memory_bytes=None, **arguments).fixed_bytes
+    over = plan_memory(shape, parse_slots("75%"), memory_bytes=base + 4 * 2 * 36_864 + 5, **arguments)
+    with pytest.raises(DoesNotFitError) as refused:
+        over.check()
+    message = str(refused.value)
+    lines = [" ".join(line.split()) for line in message.splitlines()]
+    assert lines[0].startswith("mixtral-mini in bfloat16 with slots=75%")
+    for name, size, note in over.items:
+        assert f"{name} {format_bytes(size)} {note}" in lines
+    assert f"needed {format_bytes(over.total_bytes)}" in lines
+    assert f"available {format_bytes(over.memory_bytes or 0)} memory of one rank" in lines
+    assert f"short of {format_bytes(-(over.free_bytes or 0))}" in lines
+    assert "3 sequences of 4,096 tokens" in message
+    assert f"12 x {format_bytes(36_864)}: 6 per layer" in message
+    assert "slots=4 (50% of the experts" in lines[-1]
+
+
+def test_a_refusal_says_when_nothing_fits() -> None:
+    hopeless = plan_memory(tiny_shape(), SlotsSetting(per_layer=4), memory_bytes=100_000, reserve_bytes=0)
+    assert hopeless.largest_fit is None
+    least = plan_memory(tiny_shape(), SlotsSetting(per_layer=1), memory_bytes=None, reserve_bytes=0).total_bytes
+    with pytest.raises(DoesNotFitError, match=f"Not even one slot per layer fits, which needs {format_bytes(least)}"):
+        hopeless.check()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("ranks", 0), ("sequences", 0), ("batch_tokens", -1), ("kv_tokens", -1), ("reserve_bytes", -1)]
+)
+def test_numbers_out_of_range_are_refused_by_name(setting: str, value: int) -> None:
+    arguments: dict[str, Any] = {"memory_bytes": MIB, setting: value}
+    with pytest.raises(ConfigError, match=f"{setting}={value}"):
+        plan_memory(tiny_shape(), AUTO, **arguments)
+
+
+def test_quotas_are_described_by_their_range() -> None:
+    assert describe_quotas((4, 4)) == "4 per layer"
+    assert describe_quotas((5, 4, 5)) == "4 to 5 per layer"
+
+
+def test_planning_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, epslots.models.memory_plan; from epslots.models.known_shapes import known_shape; known_shape('grok-1');"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+app = typer.Typer()
+app.command()(plan_command)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_prints_the_plan_and_the_alternatives() -> None:
+    result = run("--model", "grok-1", "--slots", "2", "--memory", "200GiB", "--ranks", "4", "--sequences", "3")
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    for wanted in (
+        "grok-1 in bfloat16, slots=2 per layer",
+        "dense weights",
+        "128 x 1.12 GiB: 2 per layer",
+        "3 sequences of 4,096 tokens",
+        "315.7 billion weights; 64 MoE layers of 8 experts, 2 for each token",
+        "hold 25.0% of the experts; 4 ranks have 1 slots for each expert: every expert can be in a slot somewhere",
+        "100% (all resident)",
+        "2 per layer (the most that fits)",
+    ):
+        assert wanted in text, wanted
+
+
+def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
+    result = run("--model", "grok-1", "--slots", "50%", "--memory", "200GiB")
+    assert result.exit_code == 1
+    assert "short of" in result.stdout
+    assert "The most that fits is slots=2" in result.stderr
+    # The pool itself is too small for a slot of every layer: there is no plan to print.
+    result = run("--model", "grok-1", "--slots", "10GiB", "--memory", "200GiB")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "64 x 1.12 GiB = 72 GiB" in result.stderr
+
+
+def test_the_command_gives_json() -> None:
+    result = run("--model", "grok-1", "--slots", "auto", "--memory", "200GiB", "--ranks", "2", "--kv-tokens", "10", "--json")
+    assert result.exit_code == 0
+    given = json.loads(result.stdout)
+    parts = ("dense_bytes", "slot_bytes", "kv_bytes", "workspace_bytes", "reserve_bytes")
+    assert sum(given[part] for part in parts) == given["total_bytes"]
+    assert given["free_bytes"] == 200 * 1024**3 - given["total_bytes"]
+    assert given["kv_bytes"] == 64 * 10 * 4096
+    assert given["fits"] is True
+    assert given["checkpoint_bytes"] is None
+    assert sum(given["quotas"]) == math.floor((given["free_bytes"] + given["slot_bytes"]) / (3 * 6144 * 32768 * 2))
+    assert [other["slots"] for other in given["alternatives"]] == ["1 per layer", "12.5%", "25%", "50%", "75%", "100%"]
+    assert given["largest_fit"]["slots"] == "2 per layer"
+
+
+def test_the_command_plans_a_checkpoint_from_its_configuration_and_headers(tmp_path: Path) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "mixtral")
+    result = run("--model", str(folder), "--slots", "25%", "--memory", "4GiB", "--json")
+    assert result.exit_code == 0, result.output
+    given = json.loads(result.stdout)
+    assert given["model"] == "mixtral"
+    assert given["quotas"] == [2, 2, 2]
+    assert given["checkpoint_bytes"] == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    # Every weight is stored once, in the dtype that is planned for; headers come on top.
+    assert 0 < given["checkpoint_bytes"] - given["dense_bytes"] - given["host_store_bytes"] < 50_000
+    half = json.loads(run("--model", str(folder), "--memory", "4GiB", "--dtype", "bfloat16", "--json").stdout)
+    assert half["host_store_bytes"] * 2 == given["host_store_bytes"]
+    # Without --memory it is this machine's: whatever it has, the plan compares with it.
+    assert json.loads(run("--model", str(folder), "--json").stdout)["memory_bytes"] > 0
+
+
+def test_slots_leave_room_for_the_predictor() -> None:
+    """Fourteen slots fit; what tells of the next layer takes the place of two, and of a byte more."""
+    shape, record = tiny_shape(), 36_864
+    rest = plan_memory(shape, AUTO, memory_bytes=None, reserve_bytes=0).fixed_bytes
+    memory = rest + 14 * record
+    plain, less = (
+        plan_memory(shape, AUTO, memory_bytes=memory, reserve_bytes=0, predictor_bytes=nbytes)
+        for nbytes in (0, 2 * record + 1)
+    )
+    assert (sum(plain.quotas), sum(less.quotas)) == (14, 11)
+    assert less.total_bytes == less.slot_bytes + rest + 2 * record + 1 <= memory
+    for plan in (plain, less):
+        assert sum(size for _, size, _ in plan.items) == plan.total_bytes
+    assert "predictor" in [name for name, *_ in less.items] and "predictor" not in [name for name, *_ in plain.items]
+    with pytest.raises(DoesNotFitError, match=r"predictor +72 KiB  what tells of the next layer's experts"):
+        plan_memory(shape, SlotsSetting(per_layer=7), memory_bytes=memory, reserve_bytes=0, predictor_bytes=73_729).check()
+
+
+@pytest.mark.parametrize(("name", "quantise"), [("gpt_oss", make_mxfp4), ("qwen3_moe", make_fp8)])
+def test_the_command_plans_what_a_device_makes_of_a_quantised_checkpoint(name: str, quantise: Any, tmp_path: Path) -> None:
+    """A GPU's host store has the experts as the checkpoint has them; a CPU's, as they are computed with."""
+    folder = quantise(make_checkpoint(name, tmp_path / "whole"), tmp_path / "quantised")
+    arguments = ("--model", str(folder), "--memory", "4GiB", "--dtype", "bfloat16")
+    on_cpu, on_gpu = (json.loads(run(*arguments, "--device", kind, "--json").stdout) for kind in ("cpu", "cuda:1"))
+    config = read_config(folder)
+    skeleton = build_skeleton(resolve_class(config), config, torch.bfloat16)
+    layers = expert_layers(skeleton)
+    packed = pack_layers(open_checkpoint(folder), skeleton, layers)
+    assert on_cpu["host_store_bytes"] == sum(layer.num_experts * layer.layout.nbytes for layer in layers)
+    assert on_gpu["host_store_bytes"] == sum(layer.num_experts * layer.record.nbytes for layer in packed)
+    assert on_gpu["host_store_bytes"] < 0.7 * on_cpu["host_store_bytes"]
+    assert on_cpu["unpacking_bytes"] == on_cpu["predictor_bytes"] == 0 < on_gpu["unpacking_bytes"]
+    assert on_cpu["slot_bytes"] == on_gpu["slot_bytes"], "a slot holds what is computed with"
+    parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "reserve")
+    for planned in (on_cpu, on_gpu):
+        assert sum(planned[f"{part}_bytes"] for part in parts) == planned["total_bytes"]
+    assert "packed as in the checkpoint" in run(*arguments, "--device", "cuda").stdout
+    assert "packed as in the checkpoint" not in run(*arguments, "--device", "cpu").stdout
+
+
+def test_the_command_counts_the_predictor_that_a_gpu_would_have() -> None:
+    """The example's, which lies beside it: float32 on a CPU that fetches nothing ahead, thus none; bfloat16 on a GPU."""
+    given = json.loads(run("--memory", "4GiB", "--device", "cuda", "--dtype", "bfloat16", "--json").stdout)
+    expected, _ = file_bytes(example_model() / FILE_NAME, torch.device("cuda"), torch.bfloat16)
+    assert given["predictor_bytes"] == expected > (example_model() / FILE_NAME).stat().st_size // 2
+    assert json.loads(run("--memory", "4GiB", "--device", "cpu", "--json").stdout)["predictor_bytes"] == 0
+
+
+def test_the_command_refuses_a_checkpoint_that_is_cut_short(tmp_path: Path) -> None:
+    folder = make_checkpoint("mixtral", tmp_path / "mixtral")
+    victim = sorted(folder.glob("*.safetensors"))[0]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    result = run("--model", str(folder), "--memory", "4GiB")
+    assert isinstance(result.exception, CheckpointError)
+    assert victim.name in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-model"], "neither a checkpoint folder nor a known model"),
+        (["--model", "grok-1", "--slots", "9"], "1 to 8 slots"),
+        (["--model", "grok-1", "--slots", "most"], "slots="),
+        (["--model", "grok-1", "--memory", "80"], "memory='80'"),
+        (["--model", "grok-1", "--dtype", "int4"], "dtype='int4'"),
+        (["--model", "grok-1", "--memory", "80GiB", "--device", "tpu"], "device='tpu'"),
+        (["--model", "grok-1", "--device", "cuda:99"], "device='cuda:99'"),
+    ],
+)
+def test_the_command_refuses_wrong_settings(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_the_command_checks_ranges_and_lists_the_known_models() -> None:
+    for option in ("--ranks", "--sequences", "--batch-tokens"):
+        assert run("--model", "grok-1", option, "0").exit_code == 2
+    helped = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
+    assert all(name in helped.output for name in KNOWN_SHAPES)

@@ -1,0 +1,260 @@
+"""On the way to a placement: moves and shifts arrive, stay within the budget, and never lose what a step needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epslots.errors import ConfigError, StaleEpoch
+from epslots.placement.model_planner import ModelPlanner, next_shift
+from epslots.placement.placement import carry_over, default_placement
+from epslots.planner.cost_model import Costs
+from epslots.planner.evictions import spare_replicas
+from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, choose_migrations
+from epslots.planner.prefetch_policy import PrefetchBudget
+from tests.support.plan_strategies import random_placement, random_quotas
+
+HOST = Costs(1000, 10**6, 1, 1, 1, 1, 1)
+PEERS = Costs(1000, 10, 1, 1, 1, 1, 1)
+BYTES = 100
+
+
+@dataclass
+class World:
+    """Ranks that share a model, seen from all of them."""
+
+    models: list[ModelPlanner]
+    generator: np.random.Generator
+
+    @classmethod
+    def random(cls, seed: int) -> World:
+        generator = np.random.default_rng(seed)
+        layers, ranks = int(generator.integers(1, 4)), int(generator.integers(1, 5))
+        experts_L = generator.integers(2, 9, layers)
+        quota_LR = generator.integers(1, experts_L[:, None] + 1, (layers, ranks))
+        first = default_placement(experts_L.tolist(), quota_LR)
+        costs = PEERS if generator.random() < 0.5 else HOST
+        node_R = np.arange(ranks) // 2 if generator.random() < 0.5 and ranks > 2 else None
+        models = []
+        for rank in range(ranks):
+            shared = []
+            for layer, experts in enumerate(experts_L.tolist()):
+                holds = np.zeros((ranks, experts), bool)
+                homes = first.home_LE[layer, :experts]
+                shared.append(
+                    LayerPlanner(rank, holds, quota_LR[layer].copy(), homes, costs, expert_bytes=BYTES, node_R=node_R)
+                )
+            models.append(ModelPlanner(shared, first, [range(layers)]))
+        return cls(models, generator)
+
+    def step(self, tokens: int) -> int:
+        """A step of all ranks; returns the most bytes that any rank moved in it."""
+        score = {i: self.generator.permutation(layer.holds_RE.shape[1]) for i, layer in enumerate(self.models[0].layers)}
+        shifts = [model.begin_step(lambda layer: score[layer]) for model in self.models]
+        assert all(each == shifts[0] for each in shifts)
+        now_LR = np.stack([layer.quota_R for layer in self.models[0].layers])
+        carry_over(self.models[0].placement, range(len(self.models)), now_LR).check()  # the group may break at any time
+        bytes_R = np.zeros(len(self.models), np.int64)
+        for shift in shifts[0]:
+            bytes_R[shift.rank] += BYTES
+        for number, layer in enumerate(self.models[0].layers):
+            ranks, experts = layer.holds_RE.shape
+            counts = self.generator.multinomial(tokens, np.full(experts, 1 / experts), size=ranks)
+            before = layer.holds_RE.copy()
+            plans = [model.layers[number].decide(counts, score[number]) for model in self.models]
+            for plan in plans[1:]:
+                assert np.array_equal(plan.moves.experts, plans[0].moves.experts)
+                assert np.array_equal(plan.moves.sources, plans[0].moves.sources)
+            plan, moves = plans[0], plans[0].moves
+            assert len(set(moves.ranks.tolist())) == len(moves), "one of each rank"
+            assert layer.wanted_RE[moves.ranks, moves.experts].all(), "only what is wanted"
+            gone = moves.evicted >= 0
+            assert not layer.wanted_RE[moves.ranks[gone], moves.evicted[gone]].any(), "nothing wanted gives way"
+            assert (layer.holds_RE.sum(1) <= layer.quota_R).all()
+            computed_RE = np.zeros((ranks, experts), bool)
+            computed_RE[:, plan.experts_U] = plan.computed_RU > 0
+            fetched_RE = np.zeros((ranks, experts), bool)
+            fetched_RE[plan.fetch_ranks, plan.fetch_experts] = True
+            assert ((before | fetched_RE) >= computed_RE).all(), "what is computed is held or fetched"
+            for rank, expert, source in zip(moves.ranks, moves.experts, moves.sources, strict=True):
+                assert source < 0 or (layer.holds_RE[source, expert] and source != rank), "the source keeps its copy"
+            bytes_R[moves.ranks] += BYTES
+        assert len({model.digest for model in self.models}) == 1
+        return int(bytes_R.max())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from([BYTES, 2 * BYTES, 5 * BYTES]))
+def test_a_placement_is_reached_within_the_budget(seed: int, bytes_per_step: int):
+    world = World.random(seed)
+    for _ in range(3):
+        world.step(4)
+    target = random_placement(world.generator, world.models[0].placement)
+    for model in world.models:
+        model.check(target)
+        model.adopt(target, bytes_per_step)
+    layers, ranks = target.quota_LR.shape
+    steps = 0
+    wanted = sum(np.count_nonzero(layer.wanted_RE & ~layer.holds_RE) for layer in world.models[0].layers)
+    assert world.models[0].pending_migrations >= wanted
+    while world.models[0].room is not None:
+        assert world.step(0 if steps % 2 else 3) <= bytes_per_step
+        steps += 1
+        assert steps < 2000, f"{world.models[0].pending_migrations} are left"
+    for index, layer in enumerate(world.models[0].layers):
+        assert layer.quota_R.tolist() == target.quota_LR[index].tolist()
+        assert layer.pending_migrations == 0
+    # Without demand what was moved in stays.
+    again = replace(target, generation=target.generation + 1)
+    for model in world.models:
+        model.adopt(again, 10**6)
+    steps = 0
+    while world.models[0].room is not None:
+        world.step(0)
+        steps += 1
+        assert steps < 50 * layers * ranks
+    for _ in range(10):
+        world.step(0)
+    for layer in world.models[0].layers:
+        assert (layer.holds_RE >= layer.wanted_RE).all()
+
+
+def test_less_than_an_expert_a_step_is_a_move_every_few_steps():
+    layer = LayerPlanner(0, np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64), HOST, expert_bytes=BYTES)
+    first = default_placement([4], np.array([[4]]))
+    model = ModelPlanner([layer], first, [[0]])
+    model.adopt(replace(first, generation=1, wanted_LRE=np.ones((1, 1, 4), bool)), BYTES // 3 + 1)
+    moved = []
+    for _ in range(12):
+        model.begin_step(lambda _: np.zeros(4, np.int64))
+        moved.append(len(layer.decide(np.zeros((1, 4), np.int64), np.zeros(4, np.int64)).moves))
+    assert moved == [0, 0, 1] * 4
+    model.begin_step(lambda _: np.zeros(4, np.int64))
+    assert model.room is None and model.pending_migrations == 0
+
+
+def test_moves_stand_behind_the_demand_of_the_step():
+    """A fetch takes the whole budget of the step, and the move waits for the next one."""
+    layer = LayerPlanner(0, np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64), HOST, expert_bytes=BYTES)
+    layer.adopt(np.zeros(4, np.int64), np.array([[True, False, False, False]]))
+    score, room = np.zeros(4, np.int64), MigrationBudget(1, BYTES, BYTES)
+    layer.room = room
+    room.renew()
+    assert not len(layer.decide(np.array([[0, 3, 0, 0]]), score).moves) and layer.pending_migrations == 1
+    room.renew()
+    assert len(layer.decide(np.array([[0, 3, 0, 0]]), score).moves) == 1 and layer.pending_migrations == 0
+
+
+def test_what_is_fetched_ahead_leaves_less_room_for_moves_and_moves_leave_less_to_fetch_ahead():
+    nobody = np.zeros(4, np.int64)
+    for ahead in (False, True):
+        layer = LayerPlanner(0, np.zeros((1, 4), bool), np.array([4]), nobody, HOST, expert_bytes=BYTES)
+        layer.adopt(nobody, np.array([[True, False, False, False]]))
+        layer.room, layer.budget = MigrationBudget(1, BYTES, BYTES), PrefetchBudget(1, 2 * BYTES)
+        layer.room.renew()
+        if ahead:
+            found = layer.prefetch(np.array([[0, 0, 255, 0]]), nobody, np.array([False]))
+            assert found is not None and found.experts.tolist() == [2]
+        moves = layer.decide(np.zeros((1, 4), np.int64), nobody).moves
+        assert len(moves) == (not ahead)
+        assert layer.budget.experts(BYTES).tolist() == [1], "an expert of two has been fetched, one way or the other"
+
+
+def test_ranks_that_miss_in_every_step_get_there_all_the_same():
+    """Demand takes all that is granted, but for an eighth."""
+    layers = [
+        LayerPlanner(0, np.zeros((1, 9), bool), np.array([2]), np.zeros(9, np.int64), HOST, expert_bytes=BYTES)
+        for _ in range(3)
+    ]
+    first = default_placement([9] * 3, np.array([[2]] * 3))
+    model = ModelPlanner(layers, first, [[0, 1, 2]])
+    wanted = np.zeros((3, 1, 9), bool)
+    wanted[:, 0, 8] = True
+    model.adopt(replace(first, generation=1, wanted_LRE=wanted), BYTES // 2)
+    steps = 0
+    while model.pending_migrations:
+        model.begin_step(lambda _: np.zeros(9, np.int64))
+        for number, layer in enumerate(layers):
+            counts = np.zeros((1, 9), np.int64)
+            counts[0, (steps * 2 + number) % 8] = 1
+            layer.decide(counts, np.arange(9))
+        steps += 1
+        assert steps < 3 * 8 * 2 + 10
+    assert steps > 3 * 8, "and demand stands first"
+
+
+def test_which_copy_gives_way():
+    """Rank 0 is full: a spare copy goes first, then what moves elsewhere now, then the lowest score; never what is wanted."""
+
+    def evicted(holds: list[list[int]], wanted: list[list[int]], home: list[int], able: list[bool]) -> list[int]:
+        holds_RE, wanted_RE = np.zeros((2, 5), bool), np.zeros((2, 5), bool)
+        for rank in range(2):
+            holds_RE[rank, holds[rank]] = wanted_RE[rank, wanted[rank]] = True
+        spare_RE = spare_replicas(holds_RE, np.array(home), wanted_RE)
+        score_E = np.array([9, 1, 5, 3, 7])
+        moves = choose_migrations(
+            wanted_RE & ~holds_RE, holds_RE, wanted_RE, spare_RE, np.array([2, 2]), score_E, np.array(able), from_peers=True
+        )
+        return moves.evicted.tolist() if len(moves) else []
+
+    assert evicted([[1, 2], [2, 3]], [[4], []], [1, 1, 1, 1, 0], [True, False]) == [2], "spare, though it scores more"
+    assert evicted([[1, 2], [3]], [[4], [2]], [0, 0, 1, 1, 0], [True, True]) == [2, -1], "2 moves to rank 1 in the same moment"
+    assert evicted([[1, 2], [3]], [[4], []], [0, 0, 0, 1, 0], [True, True]) == [1], "the lowest score"
+    assert evicted([[1, 2], [3]], [[1, 2, 4], []], [0, 0, 0, 1, 0], [True, True]) == [], "all is wanted"
+
+
+def test_where_a_move_comes_from():
+    holds_RE = np.array([[1, 0], [1, 0], [1, 0], [0, 1]], bool)
+    wanted_RE = holds_RE.copy()
+    wanted_RE[3] = True, False
+    arguments = (wanted_RE & ~holds_RE, holds_RE, wanted_RE, np.zeros((4, 2), bool), np.ones(4, int), np.zeros(2, int))
+    able = np.ones(4, bool)
+    assert choose_migrations(*arguments, able, from_peers=True).sources.tolist() == [0], "the next one, going round"
+    nodes = np.array([0, 0, 1, 1])
+    assert choose_migrations(*arguments, able, from_peers=True, node_R=nodes).sources.tolist() == [2], "of the same node"
+    assert choose_migrations(*arguments, able, from_peers=False).sources.tolist() == [-1]
+    assert choose_migrations(*arguments, ~able, from_peers=True) == NO_MIGRATIONS
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 10**9))
+def test_shifts_bring_every_boundary_nearer_and_arrive(seed: int):
+    generator = np.random.default_rng(seed)
+    layers = int(generator.integers(2, 8))
+    experts_L = generator.integers(2, 9, layers)
+    quota_L = generator.integers(1, experts_L + 1)
+    target_L = random_quotas(generator, quota_L[:, None], experts_L)[:, 0]
+    pools = [list(range(layers))]
+    while (pair := next_shift(quota_L, target_L, experts_L, pools)) is not None:
+        giver, taker = pair
+        assert abs(giver - taker) == 1
+        full_L = quota_L == experts_L
+        least_L = np.minimum(quota_L, target_L) - full_L
+        before = np.abs((quota_L - target_L).cumsum()).sum()
+        quota_L[giver] -= 1
+        quota_L[taker] += 1
+        assert np.abs((quota_L - target_L).cumsum()).sum() == before - 1
+        assert (quota_L >= least_L).all(), "only a full layer loses anything on the way"
+        assert (quota_L >= 1).all() and (quota_L <= experts_L).all()
+    assert quota_L.tolist() == target_L.tolist()
+
+
+def test_placements_that_do_not_fit_are_refused_by_name():
+    layers = [LayerPlanner(0, np.zeros((2, 4), bool), np.array([2, 3]), np.zeros(4, int), HOST) for _ in range(2)]
+    first = default_placement([4, 4], np.array([[2, 3], [2, 3]]))
+    model = ModelPlanner(layers, first, [[0, 1]])
+    newer = replace(first, generation=1)
+    model.check(newer)
+    with pytest.raises(StaleEpoch, match="placement 0 is not newer than 0"):
+        model.check(first)
+    with pytest.raises(ConfigError, match="gives rank 1 5 slots, and it has 6"):
+        model.check(replace(newer, quota_LR=np.array([[2, 3], [2, 2]])))
+    with pytest.raises(ConfigError, match="for 3 ranks, and there are 2"):
+        model.check(replace(default_placement([4, 4], np.full((2, 3), 2)), generation=1))
+    with pytest.raises(ConfigError, match="for another model"):
+        model.check(replace(default_placement([4, 5], np.full((2, 2), 2)), generation=1))

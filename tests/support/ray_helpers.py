@@ -1,0 +1,258 @@
+"""Ray for tests: several nodes on this machine, and a fleet on them that tests can use without a loop of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+import ray
+import ray._private.utils as ray_utils
+from ray._common.utils import get_ray_address_file
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import _enable_token_auth
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.node import Node
+from ray._raylet import AuthenticationTokenLoader
+from ray.cluster_utils import Cluster as RayCluster
+from ray.core.generated.common_pb2 import NodeDeathInfo
+from ray.core.generated.gcs_service_pb2 import UnregisterNodeRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+from cluster.driver import loop_thread
+from cluster.driver.loop_thread import LoopThread
+from cluster.messages.rank import Contact, Contacts, Form, decode_events, encode
+from cluster.ray_backend import address, bundles
+from cluster.ray_backend.backend import RayBackend
+from cluster.ray_backend.calls import CALL
+from cluster.ray_backend.worker import RayWorker
+from tests.support.clock_loop import ClockLoop
+from tests.support.rank_helpers import PATIENCE_S
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+ECHO = "tests.support.echo_loop:EchoLoop"
+
+# No node that is only slow is taken for dead. Of one that is killed, Ray is told (``RayNodes.kill``).
+_CHECKS = {"health_check_timeout_ms": 1000 * int(PATIENCE_S)}
+
+_NUMBERS = count(2)  # of all nodes: each has an address of its own, where Ray's agents listen on fixed ports
+
+
+def free_port() -> int:
+    with socket.socket() as probing:
+        probing.bind(("", 0))
+        port: int = probing.getsockname()[1]
+    return port
+
+
+class RayNodes:
+    """Ray nodes on this machine, each with an address of its own: 127.0.0.2, 127.0.0.3, ... Token authentication is on.
+
+    Attributes:
+        address: of the head, for ``RayBackend``.
+    """
+
+    def __init__(self, folder: str, *, dashboard: bool = False) -> None:
+        self._folder = folder
+        self._dashboard = dashboard
+        self._cluster = RayCluster()
+        self.head = self.add()
+        self.address: str = self._cluster.address
+
+    def add(self, num_cpus: int = 2) -> Node:
+        first = self._cluster.head_node is None
+        return self._cluster.add_node(
+            num_cpus=num_cpus,
+            node_ip_address=f"127.0.0.{next(_NUMBERS)}",
+            temp_dir=self._folder,
+            object_store_memory=80 * 2**20,
+            include_dashboard=first and self._dashboard,
+            dashboard_port=0,  # a free one
+            dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes, whatever their addresses
+            **({"_system_config": _CHECKS} if first else {}),
+        )
+
+    def replace_lost(self) -> None:
+        """Add a node for each but the head whose raylet has ended by itself, as Ray's may on a busy machine; tells why."""
+        for node in list(self._cluster.worker_nodes):
+            if any(info.process.poll() is not None for info in node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, [])):
+                for log in Path(node.get_logs_dir_path()).glob("raylet*"):
+                    logger.warning("a Ray node has ended; %s: %s", log, log.read_text(errors="replace")[-3000:])
+                self.kill(node)
+                self.add()
+
+    def kill(self, node: Node) -> None:
+        """SIGKILL to all that Ray runs there, and have Ray know, as it would after some missed health checks."""
+        self._cluster.remove_node(node, allow_graceful=False)
+        request = UnregisterNodeRequest(node_id=bytes.fromhex(node._node_id))
+        request.node_death_info.reason = NodeDeathInfo.UNEXPECTED_TERMINATION
+        with init_grpc_channel(self.address) as channel:
+            NodeInfoGcsServiceStub(channel).UnregisterNode(request)
+
+    @contextmanager
+    def further(self, num_cpus: int = 2) -> Iterator[Node]:
+        """One more node, for a while."""
+        node = self.add(num_cpus)
+        try:
+            yield node
+        finally:
+            if node in self._cluster.worker_nodes:
+                self.kill(node)
+            self._cluster.wait_for_nodes()
+
+    def close(self) -> None:
+        """Asserts that no process of the nodes is left."""
+        services = [each for node in self._cluster.list_all_nodes() for each in node.all_processes.values()]
+        started = [info.process for infos in services for info in infos]
+        alive = [psutil.Process(each.pid) for each in started if each.poll() is None]
+        alive += [child for each in alive for child in each.children(recursive=True)]
+        self._cluster.shutdown()
+        _, alive = psutil.wait_procs(alive, timeout=PATIENCE_S)
+        assert not alive
+
+
+@pytest.fixture(scope="session")
+def ray_nodes(ray_tokens: None) -> Iterator[RayNodes]:
+    """One node; tests add more."""
+    with start_nodes() as nodes:
+        yield nodes
+
+
+@contextmanager
+def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
+    """One node, with or without a dashboard, which jobs are submitted to. Nothing of it is left afterwards."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: the paths of sockets are limited
+    with pytest.MonkeyPatch.context() as patch:
+        # Here alone, where Ray's job agent looks first: elsewhere it would be what "auto" finds for all processes of the user,
+        # and without it the agent would give a job the address of any Ray on this machine.
+        note = Path(get_ray_address_file(folder))
+        patch.setattr(ray_utils, "write_ray_address", lambda address, *_: note.write_text(address))
+        try:
+            nodes = RayNodes(folder, dashboard=dashboard)
+            try:
+                yield nodes
+            finally:
+                nodes.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_tokens() -> Iterator[None]:
+    """A token for all Rays of the tests; the user's own is left alone. And no messages, and no haste."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundles, "_FREE_S", PATIENCE_S)
+        patch.setattr(address, "_PROBE_S", PATIENCE_S)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        _enable_token_auth()
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield
+
+
+class Driver:
+    """A fleet, and the loop that drives it, as a supervisor would."""
+
+    def __init__(self, **settings: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop_thread, "new_event_loop", ClockLoop)
+            self._thread = LoopThread("test-supervisor")
+        settings = {"address": None, "strategy": "PACK", "device": "cpu", "path": "no/folder", "loop": ECHO} | settings
+        self.fleet = RayBackend(**settings)
+
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self._thread.call(work)
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Deadlines pass at once: only for what would wait for one in vain. Ray has all the time that it needs to answer."""
+        over = threading.Event()
+        loop = self._thread._loop
+        assert isinstance(loop, ClockLoop)
+        loop.skip_until(over.is_set, settled=lambda: not any(thread.name == CALL for thread in threading.enumerate()))
+        try:
+            yield
+        finally:
+            over.set()
+
+    def open(self, ranks: int | None) -> int:
+        return self.call(self.fleet.open(ranks))
+
+    def hire(self, seat: int) -> RayWorker:
+        return self.call(self.fleet.hire(seat))
+
+    def command(self, worker: RayWorker, message: bytes) -> bytes:
+        return self.call(worker.command(message))
+
+    def events(self, worker: RayWorker) -> bytes:
+        return self.call(worker.events())
+
+    def begin_events(self, worker: RayWorker) -> Callable[[], bytes]:
+        """Begin to wait for events; call what is returned for the rest."""
+        waiting = self._thread.begin(worker.events())
+        return lambda: waiting.result(PATIENCE_S)
+
+    def meet(self, workers: Sequence[RayWorker], generation: int) -> list[bytes]:
+        """Have them form a group; what each received of all."""
+        for rank, worker in enumerate(workers):
+            form = Form(
+                generation=generation,
+                rank=rank,
+                size=len(workers),
+                secret=b"of the test",
+                form_s=PATIENCE_S,
+                deadline_s=PATIENCE_S,
+                fresh=True,
+                costs=None,
+            )
+            self.command(worker, encode(form))
+        contacts: dict[str, bytes] = {}
+        for worker in workers:
+            (contact,) = decode_events(self.events(worker))
+            assert isinstance(contact, Contact)
+            contacts[contact.key] = contact.value
+        for worker in workers:
+            self.command(worker, encode(Contacts(generation, contacts)))
+        return [self.events(worker) for worker in workers]
+
+    def close(self) -> None:
+        self.call(self.fleet.close())
+        self._thread.end()
+
+
+@contextmanager
+def drive(ranks: int | None = None, **settings: Any) -> Iterator[Driver]:
+    """A fleet; opened, if ``ranks`` says with how many."""
+    driver = Driver(**settings)
+    try:
+        if ranks is not None:
+            driver.open(ranks)
+        yield driver
+    finally:
+        driver.close()
+
+
+def node_hosts() -> dict[str, str]:
+    """The address of each node that is alive, by its id."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def pids_below(pid: int = 0) -> set[psutil.Process]:
+    """All processes that a process has started, itself or through others."""
+    return set(psutil.Process(pid or os.getpid()).children(recursive=True))
