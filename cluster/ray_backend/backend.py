@@ -32,7 +32,7 @@ _END_S = 20.0  # without a head, Ray takes some seconds
 
 _worker_class = ray.remote(
     concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0, enable_task_events=False
-)(actor("cluster.rank.worker", "Worker"))
+)(actor("cluster.rank.worker", "RankWorker"))
 _controller_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, enable_task_events=False)(
     actor("cluster.controller.actor", "ControllerActor")
 )
