@@ -304,7 +304,7 @@ class Cluster:
             controller_client = self._supervisor.controller_client
             controller = None if controller_client is None else controller_client.stats()
             missing = self._supervisor.staffing.missing()
-            return ClusterStats(self._supervisor.group.generation, dispatcher.queued, ranks, total, controller, missing)
+            return ClusterStats(self._supervisor.group.epoch, dispatcher.queued, ranks, total, controller, missing)
 
         return self._thread.call(ask())
 
@@ -312,13 +312,13 @@ class Cluster:
         """Which rank holds which expert, and which should, when the step under way is done."""
         self._check_open()
         reports = self._thread.call(self._supervisor.reports())
-        newest = max((report for _, report in reports), key=lambda report: report.generation, default=None)
+        newest = max((report for _, report in reports), key=lambda report: report.epoch, default=None)
         ranks = tuple(worker.handle.where for worker, _ in reports)
         return PlacementReport(
-            generation=self._supervisor.group.generation,
+            epoch=self._supervisor.group.epoch,
             ranks=ranks,
             layers=() if newest is None else newest.layers,
-            placement_generation=-1 if newest is None else newest.placement,
+            placement_version=-1 if newest is None else newest.placement,
             pending_migrations=0 if newest is None else newest.pending_migrations,
         )
 

@@ -16,7 +16,7 @@ class RankStats:
 
     Attributes:
         where: node and process.
-        steps: of the current generation.
+        steps: of the current epoch.
         requests: that it has now.
         memory_bytes, descriptors, threads: of its process.
     """
@@ -36,14 +36,14 @@ class ClusterStats:
     """All ranks' counters, and their sums.
 
     Attributes:
-        generation: number of the group; it grows with every loss and every join.
+        epoch: number of the group; it grows with every loss and every join.
         queued: requests that wait for a rank with room.
         total: sums over ranks (``slots`` too; ``steps`` and ``passes`` are the largest).
         controller: None if there is to be none (``window_steps=0``).
         missing: what keeps wanted ranks from serving, and what is done about it, for people; empty if all serve.
     """
 
-    generation: int
+    epoch: int
     queued: int
     ranks: tuple[RankStats, ...]
     total: Stats
@@ -56,16 +56,16 @@ class PlacementReport:
     """Which rank holds which expert and which should, and where ranks are.
 
     Attributes:
-        generation: number of the group.
+        epoch: number of the group.
         ranks: node and process of each.
-        placement_generation: of the placement that the ranks follow; 0 = as dealt at the start.
+        placement_version: of the placement that the ranks follow; 0 = as dealt at the start.
         pending_migrations: copies and slots that all ranks together have yet to move to get there.
     """
 
-    generation: int
+    epoch: int
     ranks: tuple[str, ...]
     layers: tuple[LayerPlace, ...]
-    placement_generation: int
+    placement_version: int
     pending_migrations: int
 
 

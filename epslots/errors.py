@@ -87,7 +87,7 @@ class StepFailed(GroupError):
 
 
 class StaleEpoch(GroupError):
-    """A rank belongs to an older generation of the process group."""
+    """A rank belongs to an older epoch of the process group."""
 
 
 class ExchangeError(GroupError):

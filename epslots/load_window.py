@@ -31,7 +31,7 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         host_bytes, peer_bytes: fetched, by layer.
         layer_s: seconds in each layer.
         wait_s: of these, waiting for other ranks' counts.
-        placement: generation of the placement that is followed at the end.
+        placement: version of the placement that is followed at the end.
         pending_migrations: copies and slots that are still to be moved for it.
         dropped: windows before this one that never left the rank.
     """

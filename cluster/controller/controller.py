@@ -119,7 +119,7 @@ class Controller:
             return GroupState.WAITING
         if self._frozen:
             return GroupState.FROZEN
-        there = self._adopted >= self._current.generation and not self._pending_migrations
+        there = self._adopted >= self._current.version and not self._pending_migrations
         return GroupState.WATCHING if there else GroupState.MOVING
 
     def answer(self, order: Order) -> Reply:
@@ -169,8 +169,8 @@ class Controller:
             num_experts_L=placement.num_experts_L,
             expert_bytes=max(survey.expert_bytes),
         )
-        self._current, self._adopted, self._pending_migrations = placement, followed.generation, survey.pending_migrations
-        self._newest = max(self._newest, meet.published, placement.generation)
+        self._current, self._adopted, self._pending_migrations = placement, followed.version, survey.pending_migrations
+        self._newest = max(self._newest, meet.published, placement.version)
         self._frozen = meet.frozen
         self._gathered, self._done, self._since = {}, 0, 0
 
@@ -255,9 +255,9 @@ class Controller:
         began = self._clock()
         weighed = self._replanner.weigh(self._current, self._group.fleet, any_gain=asked)
         expected, proposal = weighed.expected, weighed.proposal
-        generation = self._current.generation if proposal.keep else self._newest + 1
+        version = self._current.version if proposal.keep else self._newest + 1
         self._latest = Judgement(
-            placement=generation,
+            placement=version,
             kept=proposal.keep,
             asked=asked,
             balance_now=float(proposal.balance_now),
@@ -272,12 +272,12 @@ class Controller:
         )
         if proposal.keep:
             return None
-        placement = replace(proposal.placement, generation=generation)
+        placement = replace(proposal.placement, version=version)
         placement.check()
-        self._current, self._newest, self._pending_migrations, self._since = placement, generation, int(proposal.copies), 0
+        self._current, self._newest, self._pending_migrations, self._since = placement, version, int(proposal.copies), 0
         self._published = self._latest
         return SetPlacement(
-            group=self._group.number, generation=generation, placement=pack(placement), bytes_per_step=self._bytes_per_step()
+            group=self._group.number, version=version, placement=pack(placement), bytes_per_step=self._bytes_per_step()
         )
 
     def _bytes_per_step(self) -> int:

@@ -55,7 +55,7 @@ _MOST_WAITING = 2  # windows, by number
 class RankCalls(Protocol):
     """The group, as far as it is needed here."""
 
-    generation: int
+    epoch: int
     formed: bool
     placement: bytes | None
     """What they begin with if all of them are replaced."""
@@ -73,7 +73,7 @@ class ControllerStats:
         state: what it was about when it last answered: "waiting" for a group, "watching" windows, "moving" to a placement,
             "frozen"; "absent" while there is none.
         where: node and process; empty while there is none.
-        placement: generation of the newest placement.
+        placement: version of the newest placement.
         hired: how many there have been.
         windows_dropped: messages with windows that were given up by the driver, because the controller was busy or absent.
         refused: placements that a rank could not follow.
@@ -112,7 +112,7 @@ class ControllerClient:
         self._controller: ControllerHandle | None = None
         self._state = ABSENT
         self._newest = -1
-        """Highest generation of a placement that was seen. It outlives controllers, as the ranks' own do."""
+        """Highest version of a placement that was seen. It outlives controllers, as the ranks' own do."""
         self._offered: SetPlacement | None = None
         """The last that the group's ranks were told."""
         self._hired = self._failures = 0
@@ -136,7 +136,7 @@ class ControllerClient:
     def hear(self, worker: LiveWorker, windowed: WindowReport) -> None:
         """A rank has told of a window."""
         ranks = self._ranks
-        if windowed.group != ranks.generation or not ranks.formed:
+        if windowed.group != ranks.epoch or not ranks.formed:
             return
         if self._controller is None or (windowed.number not in self._waiting and len(self._waiting) == _MOST_WAITING):
             self._dropped += 1
@@ -277,24 +277,22 @@ class ControllerClient:
                     self._failures = 0
 
     def _must_meet(self) -> bool:
-        return self._told != self._ranks.generation
+        return self._told != self._ranks.epoch
 
     async def _meet(self, handle: ControllerHandle) -> None:
         """Introduce the group: a rank is asked how things stand, because a placement may be carried over, or on its way."""
-        generation = self._ranks.generation
+        epoch = self._ranks.epoch
         self._surveys += 1
         self._surveyed = None
         self._send(self._ranks.members[0], GetResidency(self._surveys))
-        await self._pulse.until(
-            lambda: self._surveyed is not None or self._ranks.generation != generation or not self._ranks.formed
-        )
+        await self._pulse.until(lambda: self._surveyed is not None or self._ranks.epoch != epoch or not self._ranks.formed)
         surveyed = self._surveyed
-        if surveyed is None or surveyed.group != self._ranks.generation:
+        if surveyed is None or surveyed.group != self._ranks.epoch:
             return
         self._ranks.placement = surveyed.placement
         offered = None if self._offered is None else self._offered.placement
         await self._call(
-            handle, Attach(survey=surveyed, offered=offered, published=self._newest, frozen=self.frozen), meets=generation
+            handle, Attach(survey=surveyed, offered=offered, published=self._newest, frozen=self.frozen), meets=epoch
         )
 
     async def _call(self, handle: ControllerHandle, order: Order, *, meets: int | None = None) -> Reply:
@@ -313,11 +311,11 @@ class ControllerClient:
 
     def _relay(self, place: SetPlacement) -> None:
         """Tell all ranks. One that has been lost meanwhile, or a group that breaks, is told of by the next survey."""
-        if place.generation <= self._newest:
-            raise ClusterError(f"it published placement {place.generation} after {self._newest}")
-        if place.group != self._ranks.generation or not self._ranks.formed:
+        if place.version <= self._newest:
+            raise ClusterError(f"it published placement {place.version} after {self._newest}")
+        if place.group != self._ranks.epoch or not self._ranks.formed:
             return
-        logger.info("placement %d is published", place.generation)
+        logger.info("placement %d is published", place.version)
         self._offered = place
         self._ranks.placement = place.placement
         for worker in self._ranks.members:

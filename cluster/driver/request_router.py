@@ -97,9 +97,9 @@ class RequestRouter:
         if worker is not None:
             self._send(worker, Cancel((id,)))
 
-    def begin(self, generation: int) -> None:
-        """A generation is about to form. Its ranks may fall asleep before all of them have said that they stand."""
-        self._alarm.begin(generation)
+    def begin(self, epoch: int) -> None:
+        """A epoch is about to form. Its ranks may fall asleep before all of them have said that they stand."""
+        self._alarm.begin(epoch)
 
     def serve(self, rooms: dict[Hashable, RankLoad]) -> None:
         """The group stands: these are its ranks, in order."""
@@ -134,9 +134,9 @@ class RequestRouter:
         if any(output.finished for output in outputs):
             self._plan()
 
-    def fell_asleep(self, worker: Hashable, generation: int, step: int) -> None:
+    def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
         """A rank says that nobody had work."""
-        self._alarm.fell_asleep(worker, generation, step)
+        self._alarm.fell_asleep(worker, epoch, step)
         self._wake()
 
     def lose(self, worker: Hashable, *, blame: bool, cause: str) -> int:
@@ -177,4 +177,4 @@ class RequestRouter:
     def _wake(self) -> None:
         step, sleepers = self._alarm.ring(self._ledger.outstanding)
         for worker in sleepers:
-            self._send(worker, Wake(self._alarm.generation, step))
+            self._send(worker, Wake(self._alarm.epoch, step))

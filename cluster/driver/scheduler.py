@@ -219,24 +219,24 @@ class IdleTracker:
     """Decides who must be woken. Ranks sleep when a step's header said that nobody has work, each by itself; a rank that gets
     a request then makes the next step alone, and waits for the others in it.
 
-    All ranks of a generation fall asleep at the same step. So it is enough to remember up to which step they have been woken:
+    All ranks of a epoch fall asleep at the same step. So it is enough to remember up to which step they have been woken:
     whoever sleeps before that, or will say so later, is woken as well.
     """
 
     def __init__(self) -> None:
-        self.generation = -1
+        self.epoch = -1
         self._asleep: dict[Hashable, int] = {}
         self._through = 0
 
-    def begin(self, generation: int) -> None:
-        """A new generation: all of it is awake."""
-        self.generation = generation
+    def begin(self, epoch: int) -> None:
+        """A new epoch: all of it is awake."""
+        self.epoch = epoch
         self._asleep.clear()
         self._through = 0
 
-    def fell_asleep(self, worker: Hashable, generation: int, step: int) -> None:
+    def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
         """A rank says that nobody had work in ``step``."""
-        if generation == self.generation:
+        if epoch == self.epoch:
             self._asleep[worker] = step
 
     def ring(self, outstanding: bool) -> tuple[int, Sequence[Hashable]]:

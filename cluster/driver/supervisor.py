@@ -234,8 +234,8 @@ class Supervisor:
                 self.group.breaks = 0
                 self.dispatcher.take(worker, outputs)
                 return  # nobody waits for that here
-            case Asleep(generation, step):
-                self.dispatcher.fell_asleep(worker, generation, step)
+            case Asleep(epoch, step):
+                self.dispatcher.fell_asleep(worker, epoch, step)
                 return
             case Contact():
                 self.group.pass_on(event)
@@ -256,10 +256,10 @@ class Supervisor:
             case Loaded():
                 worker.loaded, worker.state = event, WorkerState.READY
                 self.mark("model loaded")
-            case Formed(generation):
-                worker.formed = generation
-            case Broken(generation, cause, stood):
-                if generation == self.group.generation:
+            case Formed(epoch):
+                worker.formed = epoch
+            case Broken(epoch, cause, stood):
+                if epoch == self.group.epoch:
                     self.group.break_up(f"{worker.name} says: {cause}", stood=stood)
             case Failed():
                 error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}", event.kind)

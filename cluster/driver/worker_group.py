@@ -1,10 +1,10 @@
 """The ranks that are one model now: a process group of their own, which is formed anew whenever somebody is lost or comes.
 
     whenever a member is lost or says that the group is broken, or somebody is ready:
-    roll call -> next generation, of all who answered -> Form to each -> each publishes a Contact, which all get -> all say
+    roll call -> next epoch, of all who answered -> Form to each -> each publishes a Contact, which all get -> all say
     Formed -> requests flow again
 
-There is one way to change the group, whatever the reason. Ranks that are told to form the next generation leave the last one
+There is one way to change the group, whatever the reason. Ranks that are told to form the next epoch leave the last one
 at once; the step that breaks is made again afterwards, and their requests stay where they are.
 """
 
@@ -65,7 +65,7 @@ class WorkerGroup:
 
     Attributes:
         placement: what ranks begin with that have all just started; ranks that have served carry theirs over themselves.
-        generation: number of the group; -1 before the first.
+        epoch: number of the group; -1 before the first.
         formed: whether it stands.
         serving: how many ranks do; for any thread.
         stood: whether a group has ever formed.
@@ -89,7 +89,7 @@ class WorkerGroup:
         self._crew, self._workers, self._fleet, self._dispatcher = crew, workers, fleet, dispatcher
         self._kv_tokens, self._costs, self._deadlines, self._pulse = kv_tokens, costs, deadlines, pulse
         self.placement = placement
-        self.generation = -1
+        self.epoch = -1
         self.formed = False
         self.stood = False
         self.serving = 0
@@ -99,11 +99,11 @@ class WorkerGroup:
         """What broke the group, since it last began to form; and whether it had formed."""
         self._broken_in_step = False
         self._contacts: dict[str, bytes] = {}
-        """Published in this generation, and not yet passed on."""
+        """Published in this epoch, and not yet passed on."""
 
     @property
     def members(self) -> list[LiveWorker]:
-        """The ranks of the current generation, in order."""
+        """The ranks of the current epoch, in order."""
         members = [worker for worker in self._workers.values() if worker.state is WorkerState.MEMBER]
         return sorted(members, key=lambda worker: worker.rank)
 
@@ -119,7 +119,7 @@ class WorkerGroup:
         self._pulse.beat()
 
     def _candidates(self) -> list[LiveWorker]:
-        """Who could be in the next generation: those of this one first."""
+        """Who could be in the next epoch: those of this one first."""
         return self.members + [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
 
     def _should_form(self) -> bool:
@@ -163,20 +163,20 @@ class WorkerGroup:
                 await asyncio.sleep(verdict.wait_s)
 
     async def _form(self) -> str | None:
-        """Form the next generation, of all candidates; returns what went wrong, if anything did."""
-        logger.debug("forming generation %d after: %s", self.generation + 1, self._broken_by)
+        """Form the next epoch, of all candidates; returns what went wrong, if anything did."""
+        logger.debug("forming epoch %d after: %s", self.epoch + 1, self._broken_by)
         members = self._candidates()
-        self.generation += 1
+        self.epoch += 1
         self.formed, self._broken_by, self._broken_in_step = False, None, False
-        self._dispatcher.begin(self.generation)
+        self._dispatcher.begin(self.epoch)
         self._contacts = {}
-        generation, deadlines, secret = self.generation, self._deadlines, secrets.token_bytes(_SECRET_BYTES)
+        epoch, deadlines, secret = self.epoch, self._deadlines, secrets.token_bytes(_SECRET_BYTES)
         fresh = all(worker.state is WorkerState.READY for worker in members)
         placement = self._first_placement(len(members)) if fresh or not self.stood else None
         for rank, worker in enumerate(members):
             worker.rank, worker.state = rank, WorkerState.MEMBER
             form = Form(
-                generation=generation,
+                epoch=epoch,
                 rank=rank,
                 size=len(members),
                 secret=secret,
@@ -188,12 +188,12 @@ class WorkerGroup:
             )
             self._crew.send(worker, form)
         in_time = await self._pulse.until(
-            lambda: self._broken_by is not None or all(worker.formed == generation for worker in members),
+            lambda: self._broken_by is not None or all(worker.formed == epoch for worker in members),
             LOAD_DEADLINE_S if fresh else 3 * deadlines.form_s + deadlines.operation_s,
         )
         if not in_time:
             for worker in members:
-                if worker.formed != generation:
+                if worker.formed != epoch:
                     self._crew.lose(worker, WorkerDied("it neither joined the group nor said why"))
         if self._broken_by is not None:
             if self._broken_in_step:
@@ -204,7 +204,7 @@ class WorkerGroup:
             return self._broken_by
         self.formed = self.stood = True
         self.serving = len(members)
-        logger.info("generation %d: %d ranks serve", generation, len(members))
+        logger.info("epoch %d: %d ranks serve", epoch, len(members))
         rooms: dict[Hashable, RankLoad] = {
             w: RankLoad(self._kv_tokens, w.loaded.batches) for w in members if w.loaded is not None
         }
@@ -223,8 +223,8 @@ class WorkerGroup:
         return self.placement
 
     def pass_on(self, contact: Contact) -> None:
-        """A rank has published where it listens: all ranks of its generation get to know it."""
-        if contact.generation != self.generation:
+        """A rank has published where it listens: all ranks of its epoch get to know it."""
+        if contact.epoch != self.epoch:
             return
         if not self._contacts:
             asyncio.get_running_loop().call_later(_TOGETHER_S, self._send_contacts)
@@ -233,7 +233,7 @@ class WorkerGroup:
     def _send_contacts(self) -> None:
         contacts, self._contacts = self._contacts, {}
         for worker in self.members if contacts else ():
-            self._crew.send(worker, Contacts(self.generation, contacts))
+            self._crew.send(worker, Contacts(self.epoch, contacts))
 
     def _drop_newcomers(self, members: Sequence[LiveWorker], cause: str) -> None:
         """A group didn't form though nobody is lost: if some of it stood together before, the others are the likely reason."""

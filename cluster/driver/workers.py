@@ -49,8 +49,8 @@ class LiveWorker:
     """A worker's process and what is known of it.
 
     Attributes:
-        rank: in the current generation, or the last that it was in; -1 before.
-        formed: the last generation that it said it stood in.
+        rank: in the current epoch, or the last that it was in; -1 before.
+        formed: the last epoch that it said it stood in.
         served: it has brought something.
         cause: why it is lost.
         listening: takes its events.

@@ -35,7 +35,7 @@ class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     Attributes:
         survey: what a rank says of the group.
         offered: a newer placement than that one, which ranks were told of and may not follow yet.
-        published: the highest generation of a placement that the driver has seen.
+        published: the highest version of a placement that the driver has seen.
         frozen: whether to publish nothing unasked.
     """
 
@@ -86,7 +86,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     """A placement that was weighed against the one there is.
 
     Attributes:
-        placement: its generation; that of the placement there is, if it is kept.
+        placement: its version; that of the placement there is, if it is kept.
         kept: nothing better was found that pays.
         asked: by ``rebalance``, rather than because a window had come.
         balance_now, balance_then: mean load of the ranks / largest load, averaged over layers: as it is, and with it.
@@ -131,8 +131,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Why the placement is what it is, in numbers. As text, it is for people.
 
     Attributes:
-        group: generation of the group; -1 = the controller knows of none.
-        placement: the newest generation of a placement.
+        group: epoch of the group; -1 = the controller knows of none.
+        placement: the newest version of a placement.
         adopted: that all ranks make for, as of the last window.
         pending_migrations: copies that are not there yet, as of the last window.
         windows: that all ranks told of, and that were weighed.
@@ -182,7 +182,7 @@ class Reply(msgspec.Struct, frozen=True):
     """What the controller answers.
 
     Attributes:
-        placement: the newest generation of a placement that it knows of.
+        placement: the newest version of a placement that it knows of.
         windows: complete ones that it has learned from.
         place: for all ranks, if it has decided something.
         explanation: to ``Explain`` and ``Rebalance``.

@@ -23,14 +23,14 @@ class SetPlacement(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Make for a placement, step by step. All ranks of a group are told; one of another group ignores it.
 
     Attributes:
-        group: generation of the group that it is for.
-        generation: the placement's.
+        group: epoch of the group that it is for.
+        version: the placement's.
         placement: as ``placement.pack`` has it.
         bytes_per_step: what each rank may fetch for it in a step.
     """
 
     group: int
-    generation: int
+    version: int
     placement: bytes
     bytes_per_step: int
 
@@ -39,7 +39,7 @@ class WindowReport(msgspec.Struct, tag=True, frozen=True):
     """A window of telemetry. At most one of a rank waits to be handed over; what comes meanwhile is dropped.
 
     Attributes:
-        group: generation of the group.
+        group: epoch of the group.
         number: of the window; ranks of a group cut alike.
         window: an ``epslots.telemetry.Window``, as msgpack.
     """
@@ -53,7 +53,7 @@ class Residency(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """How things stand in the group, as all its ranks know it.
 
     Attributes:
-        group: its generation.
+        group: its epoch.
         nodes: the name of each rank's node.
         placement: the one they make for (``placement.pack``).
         pending_migrations: copies that it wants and that are not there yet, on all ranks.

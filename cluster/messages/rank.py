@@ -56,7 +56,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Leave the group there is, at once, and form the next.
 
     Attributes:
-        secret: known to the ranks of this generation alone, by which they know each other.
+        secret: known to the ranks of this epoch alone, by which they know each other.
         form_s: seconds to wait for the others.
         deadline_s: seconds that one operation may take from then on.
         fresh: all ranks have just loaded, so that they may fill their slots together.
@@ -64,7 +64,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         placement: what the group begins with (``placement.pack``); None = what its ranks followed last, or as dealt.
     """
 
-    generation: int
+    epoch: int
     rank: int
     size: int
     secret: bytes
@@ -76,9 +76,9 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Contacts(msgspec.Struct, tag=True, frozen=True):
-    """What ranks of this generation have published, by key."""
+    """What ranks of this epoch have published, by key."""
 
-    generation: int
+    epoch: int
     entries: dict[str, bytes]
 
 
@@ -95,9 +95,9 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
 
 
 class Wake(msgspec.Struct, tag=True, frozen=True):
-    """Somebody has work: make the steps of this generation up to ``step``, with or without work of one's own."""
+    """Somebody has work: make the steps of this epoch up to ``step``, with or without work of one's own."""
 
-    generation: int
+    epoch: int
     step: int
 
 
@@ -157,17 +157,17 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Contact(msgspec.Struct, tag=True, frozen=True):
-    """An entry that the other ranks of this generation need in order to connect; as torch has written it."""
+    """An entry that the other ranks of this epoch need in order to connect; as torch has written it."""
 
-    generation: int
+    epoch: int
     key: str
     value: bytes
 
 
 class Formed(msgspec.Struct, tag=True, frozen=True):
-    """The group of this generation stands, and this rank makes steps in it."""
+    """The group of this epoch stands, and this rank makes steps in it."""
 
-    generation: int
+    epoch: int
     seconds: float
 
 
@@ -178,20 +178,20 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
 
 
 class Asleep(msgspec.Struct, tag=True, frozen=True):
-    """Nobody had work in ``step`` of this generation: the rank sleeps until it is woken."""
+    """Nobody had work in ``step`` of this epoch: the rank sleeps until it is woken."""
 
-    generation: int
+    epoch: int
     step: int
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):
-    """The group of this generation has lost a rank, or didn't form; this rank stands by for the next.
+    """The group of this epoch has lost a rank, or didn't form; this rank stands by for the next.
 
     Attributes:
         stood: it had formed.
     """
 
-    generation: int
+    epoch: int
     cause: str
     stood: bool
 
@@ -234,13 +234,13 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """A rank's counters, and what it knows of everybody's slots (all ranks know the same).
 
     Attributes:
-        generation: of the group.
-        placement: generation of the placement that the ranks make for.
+        epoch: of the group.
+        placement: version of the placement that the ranks make for.
         pending_migrations: copies that it wants and that are not there yet, on all ranks.
     """
 
     number: int
-    generation: int
+    epoch: int
     steps: int
     stats: Stats
     layers: tuple[LayerPlace, ...]

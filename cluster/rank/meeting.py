@@ -18,7 +18,7 @@ from epslots.transport.torch_transport import TorchTransport
 
 
 class ContactStore(Store):
-    """What torch takes for the store of one generation: a rank's own entries go to the driver, the others' come from there.
+    """What torch takes for the store of one epoch: a rank's own entries go to the driver, the others' come from there.
 
     No socket listens for it, so that only this cluster's ranks write to it, as many bytes as torch has them write.
 
@@ -27,12 +27,12 @@ class ContactStore(Store):
         wait_s: how long an entry is waited for.
 
     Attributes:
-        stop: done when the generation is no longer wanted, with the reason.
+        stop: done when the epoch is no longer wanted, with the reason.
     """
 
-    def __init__(self, generation: int, publish: Callable[[Contact], None], wait_s: float) -> None:
+    def __init__(self, epoch: int, publish: Callable[[Contact], None], wait_s: float) -> None:
         super().__init__()
-        self.generation = generation
+        self.epoch = epoch
         self.stop: Future[str] = Future()
         self._publish, self._wait_s = publish, wait_s
         self._entries: dict[str, bytes] = {}
@@ -57,7 +57,7 @@ class ContactStore(Store):
         """Write an entry of this rank's."""
         value = value.encode() if isinstance(value, str) else bytes(value)
         self.take({key: value})
-        self._publish(Contact(self.generation, key, value))
+        self._publish(Contact(self.epoch, key, value))
 
     def get(self, key: str) -> bytes:
         """An entry, once it is there."""
@@ -84,19 +84,19 @@ class ContactStore(Store):
 
 
 def meet(form: Form, device: torch.device, contacts: ContactStore) -> TorchTransport:
-    """Form the group of a generation with all ranks that are told to.
+    """Form the group of a epoch with all ranks that are told to.
 
     Args:
-        contacts: of this generation; kept by the caller for as long as the transport.
+        contacts: of this epoch; kept by the caller for as long as the transport.
 
     Raises:
-        PeerLost: they didn't all come in time, or one of them isn't a rank of this generation.
+        PeerLost: they didn't all come in time, or one of them isn't a rank of this epoch.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # it is the thread's, and this thread's is another than that of the imports
     group = form_group(
         contacts,
-        generation=form.generation,
+        epoch=form.epoch,
         rank=form.rank,
         size=form.size,
         backend=BACKENDS[device.type],
@@ -104,4 +104,4 @@ def meet(form: Form, device: torch.device, contacts: ContactStore) -> TorchTrans
         secret=form.secret,
         stop=contacts.stop,
     )
-    return TorchTransport(group, device=device, generation=form.generation, deadline_s=form.deadline_s)
+    return TorchTransport(group, device=device, epoch=form.epoch, deadline_s=form.deadline_s)

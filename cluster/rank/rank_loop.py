@@ -7,7 +7,7 @@ Three threads meet here, and none waits for another's work:
     events     calls ``events``: waits for something to tell
 
 A group that breaks costs nothing but the step under way: the rank says ``Broken``, stands by, and makes the same step again in
-the next generation. A request that the model fails with ends with an error (``generation/books.py``); where that broke the
+the next epoch. A request that the model fails with ends with an error (``epoch/books.py``); where that broke the
 group, the rank says ``Broken`` of itself. Any other error is the rank's end (``Failed``), because its state is unknown then.
 """
 
@@ -64,7 +64,7 @@ from epslots.runtime import runtime_of
 from epslots.transport.transport import Transport
 
 FormTransport = Callable[[Form, torch.device, ContactStore], Transport]
-"""Meets the other ranks of a generation; raises PeerLost if they don't all come in time."""
+"""Meets the other ranks of a epoch; raises PeerLost if they don't all come in time."""
 
 _TELL_EVERY_S = 0.2  # progress of loading
 
@@ -101,7 +101,7 @@ class RankLoop:
         self._commands: list[Command | _Offer | _Forming] = []
         self._events: list[Event] = []
         self._contacts: ContactStore | None = None
-        """Of the newest generation; the commands' thread's."""
+        """Of the newest epoch; the commands' thread's."""
         # The rest is the stepping thread's, but that the commands' thread reads the transport, and aborts it.
         self._settings: Load | None = None
         self._engine: Engine | None = None
@@ -110,11 +110,11 @@ class RankLoop:
         """Kept for as long as the transport, since NCCL uses it."""
         self._ended = False
         self._newest = -1
-        """The newest generation that was asked for."""
+        """The newest epoch that was asked for."""
         self._serving = False
         self._asleep = False
         self._steps = 0
-        """Steps in this generation; the same on all its ranks."""
+        """Steps in this epoch; the same on all its ranks."""
         self._wake_through = 0
         self._told_s = 0.0
         self._asked: list[int] = []
@@ -132,14 +132,14 @@ class RankLoop:
                 return encode(Answer(self._thread.is_alive() and not self._ended))
             case Form() as form:
                 # Whoever waits for a lost rank is freed, and so are the others, who don't wait for the end of a long step.
-                self._newest = max(self._newest, form.generation)
+                self._newest = max(self._newest, form.epoch)
                 self._leave_old(self._transport)
                 if self._contacts is not None:
                     self._contacts.end(self._newer())
-                self._contacts = ContactStore(form.generation, self._tell, form.form_s)
+                self._contacts = ContactStore(form.epoch, self._tell, form.form_s)
                 self._queue(_Forming(form, self._contacts))
-            case Contacts(generation, entries):
-                if self._contacts is not None and self._contacts.generation == generation:
+            case Contacts(epoch, entries):
+                if self._contacts is not None and self._contacts.epoch == epoch:
                     self._contacts.take(entries)
             case SetPlacement() as place:
                 try:  # here and not between two steps, because a large one takes some milliseconds
@@ -152,11 +152,11 @@ class RankLoop:
 
     def _leave_old(self, transport: Transport | None) -> None:
         """Abort the group if a newer one is to be formed. Both threads call it, each after having told the other."""
-        if transport is not None and transport.generation < self._newest:
+        if transport is not None and transport.epoch < self._newest:
             transport.abort(self._newer())
 
     def _newer(self) -> str:
-        return f"generation {self._newest} is being formed"
+        return f"epoch {self._newest} is being formed"
 
     def _queue(self, command: Command | _Offer | _Forming) -> None:
         with self._news:
@@ -224,8 +224,8 @@ class RankLoop:
             case Cancel(ids):
                 for id in ids:
                     self._engine_there().batcher.cancel(id)
-            case Wake(generation, step):
-                if self._transport is not None and generation == self._transport.generation:
+            case Wake(epoch, step):
+                if self._transport is not None and epoch == self._transport.epoch:
                     self._wake_through = max(self._wake_through, step)
             case Ask(number):
                 self._asked.append(number)
@@ -308,12 +308,12 @@ class RankLoop:
         except GroupError as error:
             if isinstance(error, RankMismatchError) and newcomer:
                 raise  # the others can go on without it
-            self._tell(Broken(form.generation, str(error), stood=False))
+            self._tell(Broken(form.epoch, str(error), stood=False))
             return
         self._serving, self._asleep, self._steps, self._wake_through = True, False, 0, 0
         assert self._windows is not None
         self._windows.begin()
-        self._tell(Formed(form.generation, time.monotonic() - began))
+        self._tell(Formed(form.epoch, time.monotonic() - began))
 
     def _step(self) -> None:
         assert self._transport is not None
@@ -322,14 +322,14 @@ class RankLoop:
             header = self._engine_there().step()
         except GroupError as error:
             self._serving = False
-            self._tell(Broken(self._transport.generation, str(error), stood=True))
+            self._tell(Broken(self._transport.epoch, str(error), stood=True))
             return
         self._steps += 1
         self._end_window(time.perf_counter() - began)
         self._asleep = not header.work
         if self._asleep:
             self._tell_outputs()  # before the others could think that this rank still has some
-            self._tell(Asleep(self._transport.generation, self._steps))
+            self._tell(Asleep(self._transport.epoch, self._steps))
 
     def _end_window(self, seconds: float) -> None:
         """A step took so long. Tell of the window that ends with it, if one does and the last was handed over."""
@@ -343,7 +343,7 @@ class RankLoop:
     def _place(self, place: _Offer) -> None:
         """Make for a placement, together with the others. One that can't be is passed over, by all alike."""
         group = group_of(self._engine_there().model)
-        if group is None or not self._serving or group.transport.generation != place.group:
+        if group is None or not self._serving or group.transport.epoch != place.group:
             return
         try:
             group.offer(place.placement, place.bytes_per_step)
@@ -354,8 +354,8 @@ class RankLoop:
         """After the step that was due, so that a count doesn't change any more where there is no work."""
         asked, self._asked = self._asked, []
         for number in asked:
-            generation = -1 if self._transport is None else self._transport.generation
-            self._tell(report(self._engine_there().model, number, generation, self._steps))
+            epoch = -1 if self._transport is None else self._transport.epoch
+            self._tell(report(self._engine_there().model, number, epoch, self._steps))
 
     def _tell_outputs(self) -> None:
         if self._engine is not None and (outputs := self._engine.batcher.outputs()):

@@ -40,7 +40,7 @@ class WindowCutter:
         """A step has been made; the window that ends with it, if one does.
 
         Args:
-            number: of the step, in this generation of the group.
+            number: of the step, in this epoch of the group.
             seconds: that it took.
             waits: the last window has not been handed over yet: this one is dropped, and counted.
         """
@@ -54,10 +54,10 @@ class WindowCutter:
             self._dropped += 1
             return None
         window = msgspec.structs.replace(
-            window, placement=group.placement.generation, pending_migrations=group.pending_migrations, dropped=self._dropped
+            window, placement=group.placement.version, pending_migrations=group.pending_migrations, dropped=self._dropped
         )
         self._dropped = 0
-        return WindowReport(group.transport.generation, number // self._every, msgspec.msgpack.encode(window))
+        return WindowReport(group.transport.epoch, number // self._every, msgspec.msgpack.encode(window))
 
 
 def survey(model: nn.Module, number: int) -> Residency | None:
@@ -68,7 +68,7 @@ def survey(model: nn.Module, number: int) -> Residency | None:
     pool_of = {layer: pool for pool, loader in enumerate(runtime.movers) for layer in loader.store_layers}
     return Residency(
         number=number,
-        group=group.transport.generation,
+        group=group.transport.epoch,
         nodes=group.nodes,
         placement=pack(group.placement),
         pending_migrations=group.pending_migrations,
@@ -78,11 +78,11 @@ def survey(model: nn.Module, number: int) -> Residency | None:
     )
 
 
-def report(model: nn.Module, number: int, generation: int, steps: int) -> RankReport:
+def report(model: nn.Module, number: int, epoch: int, steps: int) -> RankReport:
     """The rank's counters, and who holds what.
 
     Args:
-        generation: of the group that the rank is in, or forms.
+        epoch: of the group that the rank is in, or forms.
         steps: made in it.
     """
     group, runtime = group_of(model), runtime_of(model)
@@ -90,7 +90,7 @@ def report(model: nn.Module, number: int, generation: int, steps: int) -> RankRe
     layers = () if group is None else zip(runtime.layers, group.shared.layers, group.placement.wanted_LRE, strict=True)
     return RankReport(
         number=number,
-        generation=generation,
+        epoch=epoch,
         steps=steps,
         stats=stats(model),
         layers=tuple(
@@ -103,7 +103,7 @@ def report(model: nn.Module, number: int, generation: int, steps: int) -> RankRe
             )
             for spec, shared, wanted_RE in layers
         ),
-        placement=-1 if group is None else group.placement.generation,
+        placement=-1 if group is None else group.placement.version,
         pending_migrations=0 if group is None else group.pending_migrations,
         memory_bytes=process.memory_info().rss,
         descriptors=process.num_fds(),

@@ -34,7 +34,7 @@ def _main(rank: int, work: Callable[..., Any], size: int, folder: str, args: tup
     store = dist.FileStore(  # type: ignore[attr-defined]
         str(Path(folder) / "store"), size
     )
-    group = form_group(store, generation=0, rank=rank, size=size, backend="gloo", deadline_s=120)
+    group = form_group(store, epoch=0, rank=rank, size=size, backend="gloo", deadline_s=120)
     transport = TorchTransport(group, device=CPU, deadline_s=120)
     result = work(transport, *args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")

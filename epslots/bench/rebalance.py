@@ -131,4 +131,4 @@ def _other(last: Placement, generator: np.random.Generator) -> Placement:
         for rank in range(ranks):
             mine = np.flatnonzero(home_LE[layer] == rank)[: last.quota_LR[layer, rank]]
             wanted_LRE[layer, rank, mine] = True
-    return replace(last, generation=last.generation + 1, home_LE=home_LE, wanted_LRE=wanted_LRE)
+    return replace(last, version=last.version + 1, home_LE=home_LE, wanted_LRE=wanted_LRE)

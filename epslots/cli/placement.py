@@ -143,7 +143,7 @@ def plan(
         found = proposal.placement
         if proposal.keep:
             break
-    found = replace(found, generation=1)
+    found = replace(found, version=1)
     write_placement(found, output)
     windows = [[balancedness(rank_loads(holders(one), window_LE)) for window_LE in loads_WLE] for one in (start, found)]
     before, after = (sum(one) / len(one) for one in windows)

@@ -37,13 +37,13 @@ class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         node: the name of the rank's node.
         steps: steps of all layers that the rank's eviction policy has seen.
         costs: what the rank's last group agreed on, by pool; empty if it had none.
-        group, rank: generation of the rank's last group, and its number there; -1 if it had none.
-        placement: generation of the placement that the rank follows; 0 = none.
+        group, rank: epoch of the rank's last group, and its number there; -1 if it had none.
+        placement: version of the placement that the rank follows; 0 = none.
         bytes_per_step: towards it.
         failure: why this rank can't take part; empty if it can.
     """
 
-    generation: int
+    epoch: int
     settings: dict[str, str]
     slots: list[int]
     residents: list[list[int]]
@@ -94,9 +94,9 @@ def greet_peers(transport: Transport, hello: Handshake) -> list[Handshake]:
     for rank, other in enumerate(hellos):
         if other.failure:
             raise PeerLost(f"rank {rank} could not load the model: {other.failure}")
-    generations = [other.generation for other in hellos]
-    if len(set(generations)) > 1:
-        raise StaleEpoch(f"ranks belong to different generations of the group: {generations}, by rank")
+    epochs = [other.epoch for other in hellos]
+    if len(set(epochs)) > 1:
+        raise StaleEpoch(f"ranks belong to different epochs of the group: {epochs}, by rank")
     for rank, other in enumerate(hellos):
         for name in sorted(hellos[0].settings.keys() | other.settings.keys()):
             first, second = hellos[0].settings.get(name), other.settings.get(name)
@@ -125,7 +125,7 @@ def agree_on_placement(
     eldest = max(range(transport.size), key=lambda rank: (hellos[rank].group, hellos[rank].placement, -rank))
     newest = max(hello.placement for hello in hellos)
     if not hellos[eldest].placement:
-        # Nothing is followed; but generations only grow, whoever followed something before.
+        # Nothing is followed; but epochs only grow, whoever followed something before.
         return None
     messages = transport.gather_bytes(pack(mine) if transport.rank == eldest and mine is not None else b"")
     placement, group = unpack(messages[eldest]), hellos[eldest].group
@@ -135,6 +135,6 @@ def agree_on_placement(
             if hello.group == group:
                 rank_of_old[hello.rank] = rank
         quota_LR = np.array([hello.slots for hello in hellos]).T
-        placement = replace(carry_over(placement, rank_of_old, quota_LR), generation=newest + 1)
+        placement = replace(carry_over(placement, rank_of_old, quota_LR), version=newest + 1)
         placement.check()
     return placement, hellos[eldest].bytes_per_step

@@ -1,6 +1,6 @@
 """Many ranks become one model: they compare what they run, publish their slots, agree on costs, and keep in step from then on.
 
-``join`` does it for a first group and for every later one: after a loss the survivors form the next generation's group and
+``join`` does it for a first group and for every later one: after a loss the survivors form the next epoch's group and
 join again, and the common table of who holds what is rebuilt from what each rank really holds.
 """
 
@@ -47,7 +47,7 @@ def join(
     """Make this rank's model one with those of all other ranks. All ranks call it together.
 
     Args:
-        model: from ``epslots.load``, alone or in an earlier generation's group.
+        model: from ``epslots.load``, alone or in an earlier epoch's group.
         settings: more of what must be equal on all ranks, by name; those of the earlier group if not given.
         costs: what things cost, on all ranks alike. If not given, they are what an earlier group of any rank had agreed on,
             else they are measured.
@@ -57,7 +57,7 @@ def join(
     Raises:
         ConfigError: the placement is for other ranks or another model.
         RankMismatchError: ranks run different checkpoints, versions or settings; on all of them.
-        StaleEpoch: a rank belongs to another generation.
+        StaleEpoch: a rank belongs to another epoch.
         PeerLost: a rank is gone, or could not load.
     """
     runtime, last = runtime_of(model), group_of(model)
@@ -67,18 +67,18 @@ def join(
         settings = {} if last is None else last.settings
     followed = last.placement if placement is None and last is not None else placement
     if placement is not None:
-        settings = {**settings, "placement": f"{placement.generation} ({xxhash.xxh3_64_hexdigest(pack(placement))})"}
+        settings = {**settings, "placement": f"{placement.version} ({xxhash.xxh3_64_hexdigest(pack(placement))})"}
     hello = Handshake(
-        generation=transport.generation,
+        epoch=transport.epoch,
         settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
         slots=[runner.experts.slots for runner in runtime.runners],
         residents=[np.flatnonzero(runner.experts.resident_E).tolist() for runner in runtime.runners],
         node=socket.gethostname() if node is None else node,
         steps=sum(runner.steps for runner in runtime.runners),
         costs=[] if last is None else list(last.costs),
-        group=-1 if last is None or placement is not None else last.transport.generation,
+        group=-1 if last is None or placement is not None else last.transport.epoch,
         rank=-1 if last is None else last.transport.rank,
-        placement=0 if followed is None else followed.generation,
+        placement=0 if followed is None else followed.version,
         bytes_per_step=(0 if last is None else last.shared.bytes_per_step) or _START_BYTES,
     )
     hellos = greet_peers(transport, hello)
@@ -189,9 +189,7 @@ def announce_failure(transport: Transport, failure: BaseException) -> None:
     """Tell ranks that wait in ``group_up`` why this one won't come."""
     with suppress(PeerLost):  # then somebody else has failed before
         transport.gather_bytes(encode([]))
-        exchange_handshakes(
-            transport, Handshake(transport.generation, {}, [], [], failure=f"{type(failure).__name__}: {failure}")
-        )
+        exchange_handshakes(transport, Handshake(transport.epoch, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))
 
 
 def ranks_here(transport: Transport) -> int:
@@ -207,7 +205,7 @@ def _step_with_every_pass(model: nn.Module) -> None:
 
     @functools.wraps(forward)
     def step(*args: object, **kwargs: object) -> object:
-        group = group_of(model)  # looked up each time: a later generation brings another
+        group = group_of(model)  # looked up each time: a later epoch brings another
         assert group is not None
         try:
             group.lockstep.begin()

@@ -91,7 +91,7 @@ class RankGroup:
             explain_divergence=self._explain_divergence,
             on_header=self._begin_step,
         )
-        self.lockstep.placement = self.shared.placement.generation
+        self.lockstep.placement = self.shared.placement.version
         for runner, layer in zip(runtime.runners, self.shared.layers, strict=True):
             runner.join(self.lockstep, layer)
 
@@ -119,14 +119,14 @@ class RankGroup:
         if not 0 < bytes_per_step < MOST_STEP_BYTES:
             most = format_bytes(MOST_STEP_BYTES)
             raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0 and less than {most}")
-        if placement.generation > self.lockstep.placement:
+        if placement.version > self.lockstep.placement:
             check_fits(placement, self.placement, [loader.store_layers for loader in self._runtime.movers])
-            self._offered[placement.generation] = placement, bytes_per_step
-            self.lockstep.placement = placement.generation
+            self._offered[placement.version] = placement, bytes_per_step
+            self.lockstep.placement = placement.version
 
     def _begin_step(self, header: Header) -> None:
         """Adopt the placement that all ranks have by now, and go a step towards it."""
-        if header.placement > self.placement.generation:
+        if header.placement > self.placement.version:
             if header.placement not in self._offered:
                 error = ExchangeError(
                     f"rank {self.transport.rank} was offered the placements {sorted(self._offered)}, and another rank "
@@ -163,7 +163,7 @@ class RankGroup:
         tables_R = np.array([decode(m, list[list[bool]]) for m in self._gather(layers[index].holds_RE.tolist())])
         slots_RE = np.array([decode(m, list[int]) for m in self._gather(pool.slot_of[position].tolist())])
         differing = np.argwhere((tables_R != tables_R[0]).any(0))
-        again = "Load the model again, or form the next generation of the group"
+        again = "Load the model again, or form the next epoch of the group"
         if not len(differing):
             return f"layer {name}: all slots are alike, but placements or earlier plans differ. {again}"
         owner, expert = differing[0].tolist()

@@ -84,10 +84,8 @@ class ModelPlanner:
 
     def check(self, placement: Placement) -> None:
         """Raise ConfigError if a placement isn't for this model and these ranks, StaleEpoch if it isn't a newer one."""
-        if placement.generation <= self.placement.generation:
-            raise StaleEpoch(
-                f"placement {placement.generation} is not newer than {self.placement.generation}, which is followed"
-            )
+        if placement.version <= self.placement.version:
+            raise StaleEpoch(f"placement {placement.version} is not newer than {self.placement.version}, which is followed")
         check_fits(placement, self.placement, self._pools)
 
     def adopt(self, placement: Placement, bytes_per_step: int) -> None:
@@ -104,7 +102,7 @@ class ModelPlanner:
         self._shifting = bool((self._quota_LR() != placement.quota_LR).any())
         largest = max(layer.expert_bytes for layer in self.layers)
         self._make_room(MigrationBudget(placement.ranks, bytes_per_step, largest) if self.pending_migrations else None)
-        numbers = np.array([placement.generation, bytes_per_step, *placement.quota_LR.ravel()])
+        numbers = np.array([placement.version, bytes_per_step, *placement.quota_LR.ravel()])
         self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
 
     def _make_room(self, room: MigrationBudget | None) -> None:

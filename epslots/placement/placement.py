@@ -28,7 +28,7 @@ class Placement:
     """Where the experts of all layers should live.
 
     Attributes:
-        generation: only ever grows; 0 = dealt by slots, knowing nothing of the traffic.
+        version: only ever grows; 0 = dealt by slots, knowing nothing of the traffic.
         num_experts_L: int64, experts of each layer. Entries of the arrays below beyond them mean nothing.
         home_LE: int64, the rank that fetches an expert which nobody holds.
         wanted_LRE: bool, the copies that should stay resident. Where any of an expert is wanted, one is at home. The rest of
@@ -36,7 +36,7 @@ class Placement:
         quota_LR: int64, slots of each layer on each rank, at least 1 and at most the layer's experts.
     """
 
-    generation: int
+    version: int
     num_experts_L: IntArray
     home_LE: IntArray
     wanted_LRE: BoolArray
@@ -57,8 +57,8 @@ class Placement:
         for name, array in (("home", self.home_LE), ("slots", self.quota_LR), ("experts", self.num_experts_L)):
             if array.dtype != np.int64:
                 raise ConfigError(f"a placement's {name} are {array.dtype}; allowed: int64")
-        if not 0 <= self.generation <= MOST_GENERATIONS:
-            raise ConfigError(f"a placement's generation is {self.generation}; allowed: 0 to {MOST_GENERATIONS}")
+        if not 0 <= self.version <= MOST_GENERATIONS:
+            raise ConfigError(f"a placement's version is {self.version}; allowed: 0 to {MOST_GENERATIONS}")
         if self.num_experts_L.shape != (layers,) or int(self.num_experts_L.max()) != experts or self.num_experts_L.min() < 1:
             raise ConfigError(f"a placement of {layers} layers has experts {self.num_experts_L.tolist()}, widest {experts}")
         own_LE = np.arange(experts) < self.num_experts_L[:, None]
@@ -133,7 +133,7 @@ def first_residents(placement: Placement) -> BoolArray:
 
 
 def carry_over(placement: Placement, rank_of_old: Sequence[int], quota_LR: IntArray) -> Placement:
-    """The placement for a group in which ranks were lost, joined, or have other numbers. The next generation.
+    """The placement for a group in which ranks were lost, joined, or have other numbers. The next version.
 
     Wanted copies stay where their rank stays. An expert whose home is gone gets one where a copy is wanted, else as if nothing
     were known.
@@ -155,13 +155,13 @@ def carry_over(placement: Placement, rank_of_old: Sequence[int], quota_LR: IntAr
     copied_LE = wanted_LRE.any(1)
     at_home_LE = np.take_along_axis(wanted_LRE, np.maximum(home_LE, 0)[:, None], 1)[:, 0]
     home_LE = np.where(copied_LE & ~at_home_LE, wanted_LRE.argmax(1), home_LE)
-    return Placement(placement.generation + 1, placement.num_experts_L, home_LE, wanted_LRE, quota_LR.astype(np.int64))
+    return Placement(placement.version + 1, placement.num_experts_L, home_LE, wanted_LRE, quota_LR.astype(np.int64))
 
 
 class _Packed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """A placement as a message: arrays as little-endian bytes, booleans packed."""
 
-    generation: int
+    version: int
     num_experts: list[int]
     ranks: int
     home: bytes
@@ -177,7 +177,7 @@ def pack(placement: Placement) -> bytes:
     quota = placement.quota_LR.astype("<i4").tobytes()
     experts = placement.num_experts_L.tolist()
     checksum = zlib.crc32(home + wanted + quota)
-    return msgspec.msgpack.encode(_Packed(placement.generation, experts, placement.ranks, home, wanted, quota, checksum))
+    return msgspec.msgpack.encode(_Packed(placement.version, experts, placement.ranks, home, wanted, quota, checksum))
 
 
 def unpack(message: bytes) -> Placement:
@@ -202,7 +202,7 @@ def unpack(message: bytes) -> Placement:
     if zlib.crc32(packed.home + packed.wanted + packed.quota) != packed.checksum:
         raise ConfigError("a placement's arrays were damaged on their way")
     placement = Placement(
-        generation=packed.generation,
+        version=packed.version,
         num_experts_L=np.array(packed.num_experts, np.int64),
         home_LE=np.frombuffer(packed.home, "<i4").reshape(layers, experts).astype(np.int64),
         wanted_LRE=np.unpackbits(np.frombuffer(packed.wanted, np.uint8), count=entries)

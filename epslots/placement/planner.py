@@ -84,7 +84,7 @@ class Proposal:
     """What to do.
 
     Attributes:
-        placement: the next generation; or the current placement itself.
+        placement: the next version; or the current placement itself.
         keep: nothing pays.
         gain_ns: expected time saved over the horizon.
         move_ns: what the copies cost.
@@ -133,7 +133,7 @@ def propose(
     gain_ns = int(((now_L - then_L) * task.mean_ns_L).sum() * task.horizon)
     changed_L = (wanted_LRE != current.wanted_LRE).any((1, 2)) | ((home_LE != current.home_LE) & task.own_LE).any(1)
     resized = bool((quota_LR != current.quota_LR).any())
-    placement = Placement(current.generation + 1, current.num_experts_L, home_LE, wanted_LRE, quota_LR)
+    placement = Placement(current.version + 1, current.num_experts_L, home_LE, wanted_LRE, quota_LR)
     balance_now = balancedness(rank_loads(task.before_LRE, expected.tokens_LE), fleet.speed_R)
     pays = gain_ns > copies * task.price_ns and float((now_L - then_L).mean()) >= LEAST_GAIN
     if not (pays and changed_L.any()):
@@ -143,7 +143,7 @@ def propose(
         # The slots alone change hands; of the wanted copies stay as many as fit.
         fits_LRE = current.wanted_LRE & (current.wanted_LRE.cumsum(2) <= quota_LR[:, :, None])
         homes_LE = _homes(current, task.home_LE.copy(), fits_LRE, task.before_LRE)
-        placement = Placement(current.generation + 1, current.num_experts_L, homes_LE, fits_LRE, quota_LR)
+        placement = Placement(current.version + 1, current.num_experts_L, homes_LE, fits_LRE, quota_LR)
         placement.check()
         return Proposal(placement, False, 0, 0, 0, balance_now, balance_now, reasons)
     reasons = Reasons(float(now_L.mean()), float(then_L.mean()), int(changed_L.sum()), task.horizon, task.price_ns)

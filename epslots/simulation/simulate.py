@@ -107,7 +107,7 @@ class Outcome(msgspec.Struct, frozen=True):
         hit_rate: uses that found their expert in a slot.
         bytes_by_source: fetched on demand and for placements; ``from_other_nodes`` is part of the peers'.
         evictions: experts that gave way.
-        placements: generations that the groups followed after the first.
+        placements: versions that the groups followed after the first.
         layer_us: mean microseconds of each layer.
     """
 
@@ -162,9 +162,9 @@ def simulate(
             for size, controller in controllers.items():
                 controller.close_window([group for group in groups if group.size == size])
     tallies = [group.simulated.take() for group in groups]
-    generations = max(group.simulated.model.placement.generation for group in groups)
-    first = 0 if cluster.placement is None else cluster.placement.generation
-    return _outcome(cluster, batch, tallies, [group.size for group in groups], generations - first)
+    versions = max(group.simulated.model.placement.version for group in groups)
+    first = 0 if cluster.placement is None else cluster.placement.version
+    return _outcome(cluster, batch, tallies, [group.size for group in groups], versions - first)
 
 
 class _SimulatedRanks:

@@ -114,7 +114,7 @@ class SimulatedGroup:
         ]
         # As the ranks of a runtime do: they form with homes dealt by slots, and adopt a placement from there.
         self.model = ModelPlanner(shared, dealt, [range(layers)])
-        if placement.generation > 0:
+        if placement.version > 0:
             self.model.adopt(placement, expert_bytes)
         self._history = UseHistory.empty(layers, experts)
         self._steps_L = [0] * layers

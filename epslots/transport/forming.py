@@ -31,7 +31,7 @@ _SEAL_BYTES = 32
 def form_group(
     store: Store,
     *,
-    generation: int,
+    epoch: int,
     rank: int,
     size: int,
     backend: str,
@@ -39,12 +39,12 @@ def form_group(
     secret: bytes = b"",
     stop: Future[str] | None = None,
 ) -> dist.ProcessGroup:
-    """Leave this process's group, whatever its state, and form the next with all who call this with the same generation.
+    """Leave this process's group, whatever its state, and form the next with all who call this with the same epoch.
 
     Args:
-        store: where ranks find each other; shared by all generations, each under its own prefix. With NCCL it is used for as
+        store: where ranks find each other; shared by all epochs, each under its own prefix. With NCCL it is used for as
             long as the group is.
-        generation: a new one for each attempt, since what an attempt leaves in the store would mislead the next.
+        epoch: a new one for each attempt, since what an attempt leaves in the store would mislead the next.
         backend: "gloo", or "nccl" for the current CUDA device.
         deadline_s: how long to wait for the others.
         secret: known to the group's ranks alone; empty where everybody who reaches the store is trusted.
@@ -52,7 +52,7 @@ def form_group(
 
     Raises:
         PeerLost: not all ranks came in time, or what was found in the store or at a connection isn't a rank's. This may be
-            called again, with a later generation.
+            called again, with a later epoch.
     """
     group = dist.group.WORLD
     if group is not None:
@@ -61,9 +61,9 @@ def form_group(
         dist.destroy_process_group()
     # Part of the rendezvous keys: a rank whose last attempt failed would otherwise look for the others under another number.
     dist.distributed_c10d._world.group_count = 0
-    place, device = f"epslots/{generation}", None
+    place, device = f"epslots/{epoch}", None
     if secret:
-        place += f"/{_seal(secret, 'place', generation).hex()}"
+        place += f"/{_seal(secret, 'place', epoch).hex()}"
     if backend == "nccl":
         # Torch's watchdog would end the process when a peer is lost. This is read from the environment alone.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
@@ -83,13 +83,13 @@ def form_group(
             device_id=device,
         )
     except (RuntimeError, ValueError, MemoryError) as error:  # the last two: what is in the store isn't a rank's
-        raise PeerLost(f"generation {generation} of {size} ranks didn't form within {deadline_s:g} s: {error}") from error
+        raise PeerLost(f"epoch {epoch} of {size} ranks didn't form within {deadline_s:g} s: {error}") from error
     finally:
         sys.excepthook = hook  # each group would wrap it once more
     group = dist.group.WORLD
     assert group is not None
     if secret and size > 1:
-        transport = TorchTransport(group, device=device or torch.device("cpu"), generation=generation, deadline_s=deadline_s)
+        transport = TorchTransport(group, device=device or torch.device("cpu"), epoch=epoch, deadline_s=deadline_s)
         _prove(transport, secret)
     return group
 
@@ -128,12 +128,12 @@ def _prove(transport: TorchTransport, secret: bytes) -> None:
         PeerLost: a rank doesn't know it. Nothing else has been exchanged with it.
     """
     me, ones = transport.rank, [1] * transport.size
-    seals = [_seal(secret, "rank", transport.generation, me, peer) for peer in range(transport.size)]
+    seals = [_seal(secret, "rank", transport.epoch, me, peer) for peer in range(transport.size)]
     mine = np.frombuffer(bytearray().join(seals), np.uint8).reshape(transport.size, _SEAL_BYTES)
     theirs = transport.to_host(transport.all_to_all(to_device(mine, transport.device), ones, ones, agreed=True))
     for peer in range(transport.size):
-        if not hmac.compare_digest(theirs[peer].tobytes(), _seal(secret, "rank", transport.generation, peer, me)):
-            cause = f"who answers as rank {peer} doesn't know the secret of generation {transport.generation}"
+        if not hmac.compare_digest(theirs[peer].tobytes(), _seal(secret, "rank", transport.epoch, peer, me)):
+            cause = f"who answers as rank {peer} doesn't know the secret of epoch {transport.epoch}"
             transport.abort(cause)
             raise PeerLost(cause)
 

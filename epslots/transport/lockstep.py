@@ -8,7 +8,7 @@ that always match in size, before a byte of anything else moves.
     row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy, then the words of
               the header; or the layer's counts, and behind them bytes that tell what is predicted of the next layer
     guard     a digest of all that the layer's plan follows from but the counts: ranks that differ in it would plan differently
-    header    generation, digest of the residency table, has work, wants to stop, newest placement that has come
+    header    epoch, digest of the residency table, has work, wants to stop, newest placement that has come
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LockStep:
             for this rank. It stays set where that fails.
         computing: set while it computes in between; likewise.
         completes: whether a step in which this rank fails elsewhere is completed without its tokens: see ``completing``.
-        placement: set it to tell them of the newest placement's generation that has come to this rank.
+        placement: set it to tell them of the newest placement's version that has come to this rank.
 
     Args:
         most_experts: experts of the largest layer.
@@ -117,30 +117,28 @@ class LockStep:
 
     @property
     def agreed(self) -> bool:
-        """Whether sizes that ranks derive from the same plan go unchecked: from the second step of a generation on."""
+        """Whether sizes that ranks derive from the same plan go unchecked: from the second step of a epoch on."""
         return self.steps > 1
 
     def begin(self, *, work: bool = True) -> Header:
         """Exchange the header of the next step, which stays in ``header``.
 
         Raises:
-            StaleEpoch: a rank belongs to another generation.
+            StaleEpoch: a rank belongs to another epoch.
             ExchangeError: a rank is elsewhere, or holds another residency table.
             PeerLost: a rank is gone.
         """
         self.steps += 1
         self._layer, self.exchanging, self.computing = 0, True, False
-        said = self.transport.generation, self._digest(), int(work), int(self.stopping), self.placement
+        said = self.transport.epoch, self._digest(), int(work), int(self.stopping), self.placement
         mine = np.array(said, np.int64)
         self._words_of_head[_PREFIX:] = mine.view(np.int32)
         rows = self._gather(_HEADER, 0, 0, len(self._head))
         words = np.ascontiguousarray(rows[:, _PREFIX : _PREFIX + _HEADER_WORDS]).view(np.int64)
-        generations, digests = words[:, 0], words[:, 1]
-        if (generations != generations[0]).any():
-            stale = np.flatnonzero(generations < generations.max()).tolist()
-            raise StaleEpoch(
-                f"ranks {stale} belong to an older generation of the group: generations by rank are {generations.tolist()}"
-            )
+        epochs, digests = words[:, 0], words[:, 1]
+        if (epochs != epochs[0]).any():
+            stale = np.flatnonzero(epochs < epochs.max()).tolist()
+            raise StaleEpoch(f"ranks {stale} belong to an older epoch of the group: epochs by rank are {epochs.tolist()}")
         if (digests != digests[0]).any():
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()), placement=int(words[:, 4].min()))

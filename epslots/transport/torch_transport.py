@@ -56,16 +56,14 @@ class TorchTransport:
 
     Args:
         group: of gloo for a CPU device, of NCCL for a CUDA device.
-        generation: the group's number.
+        epoch: the group's number.
         deadline_s: how long one operation (of an exchange: one batch), or one wait in ``to_host``, may take.
 
     Raises:
         ConfigError: the group's backend isn't the device's.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, *, device: torch.device, generation: int = 0, deadline_s: float = 60.0
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, device: torch.device, epoch: int = 0, deadline_s: float = 60.0) -> None:
         backend = dist.get_backend(group)
         if (backend, device.type) not in {("gloo", "cpu"), (GLOO, "cpu"), ("nccl", "cuda")}:
             raise ConfigError(
@@ -74,7 +72,7 @@ class TorchTransport:
         self.rank = group.rank()
         self.size = group.size()
         self.device = device
-        self.generation = generation
+        self.epoch = epoch
         self._group = group
         self.deadline_s = deadline_s
         self._cause: str | None = None
@@ -248,7 +246,7 @@ class TorchTransport:
         """
         with self._breaking:
             if self._cause is None:
-                self._cause = f"{what} (noticed by rank {self.rank} of {self.size}, generation {self.generation})"
+                self._cause = f"{what} (noticed by rank {self.rank} of {self.size}, epoch {self.epoch})"
                 self._end_waiter()
                 cut(self._group)
             return PeerLost(self._cause)

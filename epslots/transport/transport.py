@@ -5,7 +5,7 @@ threads of one process. Both check sizes with the functions below, so that they 
 
     operation   one call of a method that all ranks make in the same order
     agreed      sizes were derived from integers that all ranks had already exchanged, so that they can't differ
-    broken      an operation failed on the wire, or was aborted: nothing more is sent in this generation
+    broken      an operation failed on the wire, or was aborted: nothing more is sent in this epoch
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Transport(Protocol):
     Attributes:
         rank, size: this rank, and how many there are (R).
         device: where tensors are.
-        generation: number of the process group.
+        epoch: number of the process group.
         deadline_s: how long one operation may take. It may be changed between operations, on all ranks alike.
     """
 
     rank: int
     size: int
     device: torch.device
-    generation: int
+    epoch: int
     deadline_s: float
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
@@ -236,9 +236,9 @@ class LocalHub:
         deadline_s: how long a rank waits for the others in one operation.
     """
 
-    def __init__(self, size: int, *, generation: int = 0, deadline_s: float = 60.0) -> None:
+    def __init__(self, size: int, *, epoch: int = 0, deadline_s: float = 60.0) -> None:
         self.size = size
-        self.generation = generation
+        self.epoch = epoch
         self.deadline_s = deadline_s
         self._changed = threading.Condition(threading.Lock())
         self._meeting = _Meeting()
@@ -315,7 +315,7 @@ class LocalTransport:
         self.rank = rank
         self.size = hub.size
         self.device = torch.device("cpu")
-        self.generation = hub.generation
+        self.epoch = hub.epoch
         self.hub = hub
 
     @property

@@ -17,7 +17,7 @@ def placed() -> Placement:
     """Expert 1, the hottest, on both ranks; 0 and 2 on rank 0, 3 on rank 1."""
     start = default_placement([4], np.full((1, 2), 3))
     wanted = np.array([[[1, 1, 1, 0], [0, 1, 0, 1]]], bool)
-    return replace(start, generation=1, wanted_LRE=wanted, home_LE=np.array([[0, 0, 0, 1]]))
+    return replace(start, version=1, wanted_LRE=wanted, home_LE=np.array([[0, 0, 0, 1]]))
 
 
 def test_the_map_shows_who_holds_what_and_loads_before_and_after():

@@ -88,7 +88,7 @@ def test_a_placement_planned_from_a_record_levels_it(loads: Path, tmp_path: Path
     output = tmp_path / "made.placement"
     text = invoke("plan", loads, "--ranks", 4, "--slots", 5, "-o", output)
     found = read_placement(output)
-    assert found.generation == 1 and (found.wanted_LRE.sum(2) == 5).all() and str(output) in text
+    assert found.version == 1 and (found.wanted_LRE.sum(2) == 5).all() and str(output) in text
     windows = read_loads(loads, 1)
     assert min(balancedness(rank_loads(holders(found), window)) for window in windows) > 0.8
 

@@ -126,7 +126,7 @@ def test_a_request_that_the_model_fails_with_ends_no_rank(open_cluster: Any, fol
             assert error_of(way) in str(found[index].error)
         else:
             assert found[index].tokens == right[PROMPTS.index(prompt)]
-    assert cluster.stats().generation == 0
+    assert cluster.stats().epoch == 0
     assert fleet.hired == 2
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == right
 
@@ -153,10 +153,10 @@ def test_a_rank_is_lost_in_the_middle_of_a_step(
     cluster.scale(3)  # waits for the replacement
     assert cluster.ranks == 3
     assert fleet.workers[1] is not lost
-    before = cluster.stats().generation
+    before = cluster.stats().epoch
     lost.thaw()  # continued after it was given up: nothing of it counts
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=7, stop_tokens=())) == expected(folder, PROMPTS, 7)
-    assert cluster.stats().generation == before
+    assert cluster.stats().epoch == before
 
 
 def test_all_ranks_are_lost_at_once(open_cluster: Any, folder: Path):

@@ -100,7 +100,7 @@ def test_experts_move_while_tokens_flow(open_cluster: Open, folder: Path, ranks:
     assert stats.controller.hired == len(fleet.controllers) == 1
     assert sum(layer.moves for layer in stats.total.layers) > 0
     placement = cluster.placement()
-    assert 1 < placement.placement_generation <= stats.controller.placement
+    assert 1 < placement.placement_version <= stats.controller.placement
     assert placement.pending_migrations >= 0
     for layer in placement.layers:
         assert any(layer.wanted)
@@ -121,8 +121,8 @@ def test_requests_go_on_whatever_happens_to_the_controller(open_cluster: Open, f
     stats = cluster.stats().controller
     assert stats is not None
     assert stats.hired > 1
-    generations = [order.published for order in fleet.orders if isinstance(order, Attach)]
-    assert generations == sorted(generations)
+    versions = [order.published for order in fleet.orders if isinstance(order, Attach)]
+    assert versions == sorted(versions)
 
 
 def test_a_controller_that_never_answers_keeps_nobody(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -157,10 +157,10 @@ def test_ranks_are_lost_in_the_middle_of_a_move(open_cluster: Open, folder: Path
     cluster, fleet = open_cluster(3)
     for seat, operation in ((1, 60), (2, 45), (0, 70)):
         cluster.scale(3)
-        before = cluster.placement().placement_generation
+        before = cluster.placement().placement_version
         fleet.at(seat, operation, fault)
         assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30, **GREEDY)) == expected(folder, PROMPTS, 30)
-        assert cluster.placement().placement_generation >= before
+        assert cluster.placement().placement_version >= before
     assert len(fleet.faults_done) == 3
     assert cluster.stats().controller is not None
     assert len(fleet.controllers) == 1  # it outlived them all
@@ -205,7 +205,7 @@ def test_without_windows_there_is_no_controller(open_cluster: Open, folder: Path
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, **GREEDY)) == expected(folder, PROMPTS, 12)
     assert not fleet.controllers
     assert cluster.stats().controller is None
-    assert cluster.placement().placement_generation == 0
+    assert cluster.placement().placement_version == 0
     for ask in (cluster.explain, cluster.rebalance, cluster.freeze, cluster.unfreeze):
         with pytest.raises(ConfigError, match="window_steps=0, so there is no controller"):
             ask()
@@ -219,7 +219,7 @@ def test_a_placement_from_a_file(open_cluster: Open, folder: Path, tmp_path: Pat
     write_placement(first, tmp_path / "first.placement")
     cluster, _ = open_cluster(2, window_steps=0, placement=tmp_path / "first.placement")
     placement = cluster.placement()
-    assert placement.placement_generation == first.generation == 1
+    assert placement.placement_version == first.version == 1
     assert placement.pending_migrations == 0  # ranks filled their slots by it
     for layer, home_E, wanted_RE, quota_R in zip(
         placement.layers, first.home_LE, first.wanted_LRE, first.quota_LR, strict=True
@@ -244,7 +244,7 @@ def test_a_cluster_that_began_with_a_file_goes_on_from_there(open_cluster: Open,
     assert cluster.explain().placement > 7
     fleet.at(1, 5, "crash")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30, **GREEDY)) == expected(folder, PROMPTS, 30)
-    assert cluster.placement().placement_generation > 8
+    assert cluster.placement().placement_version > 8
 
 
 def lose_fleet(cluster: Cluster, fleet: FakeFleet, ranks: int) -> None:
@@ -262,7 +262,7 @@ def test_ranks_that_are_all_replaced_keep_the_placement(open_cluster: Open, fold
     newest = cluster.explain().placement
     assert newest > 1
     lose_fleet(cluster, fleet, 2)
-    assert cluster.placement().placement_generation == newest
+    assert cluster.placement().placement_version == newest
     assert cluster.placement().pending_migrations == 0  # ranks filled their slots by it
     assert cluster.explain().placement == newest
     cluster.unfreeze()
@@ -278,7 +278,7 @@ def test_a_placement_that_no_longer_fits_is_dropped(open_cluster: Open, folder: 
     slots_LR = np.array([[min(slots + 1, len(layer.home)) for slots in layer.slots[:1] * 2] for layer in layers])
     cluster._supervisor.group.placement = pack(default_placement([len(layer.home) for layer in layers], slots_LR))
     lose_fleet(cluster, fleet, ranks)
-    assert cluster.placement().placement_generation == 0
+    assert cluster.placement().placement_version == 0
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, **GREEDY)) == expected(folder, PROMPTS, 9)
     assert ("is lost" in caplog.text or "failed while" in caplog.text) == (ranks == 2)
     assert (cluster._supervisor.group.placement is None) == (ranks == 2)  # it was tried, once
@@ -321,7 +321,7 @@ def test_what_a_rank_can_not_follow_ends_nothing(open_cluster: Open, folder: Pat
     assert stats is not None
     assert stats.refused > 0
     assert "does not follow a placement: the placement gives rank 0" in caplog.text
-    assert cluster.placement().placement_generation == 0
+    assert cluster.placement().placement_version == 0
     assert cluster.ranks == 2
 
 
@@ -338,7 +338,7 @@ def test_a_window_is_dropped_and_counted_while_the_last_one_waits(open_cluster: 
     assert cutter.step(5, 0.5, waits=True) is None
     told = cutter.step(6, 0.25, waits=False)
     assert told is not None
-    assert (told.group, told.number) == (cluster.stats().generation, 3)
+    assert (told.group, told.number) == (cluster.stats().epoch, 3)
     window = msgspec.msgpack.decode(told.window, type=LoadWindow)
     assert window.seconds == 0.75
     assert window.dropped == 2
@@ -373,14 +373,14 @@ def test_at_most_one_window_of_a_rank_waits():
 def test_a_placement_for_another_group_is_passed_over(open_cluster: Open):
     """One that is told of when the rank has left its group already."""
     cluster, fleet = open_cluster(2, window_steps=0)
-    group = cluster.stats().generation
+    group = cluster.stats().epoch
     wanted = random_placement(np.random.default_rng(1), followed(fleet))
     for number in (group - 1, group + 1, group):
         for worker in fleet.workers.values():
-            place = SetPlacement(group=number, generation=1, placement=pack(wanted), bytes_per_step=1000)
+            place = SetPlacement(group=number, version=1, placement=pack(wanted), bytes_per_step=1000)
             cluster._thread.call(worker.command(encode(place)))
         tokens_of(cluster.generate(PROMPTS[:1], max_new_tokens=3, **GREEDY))
-        assert cluster.placement().placement_generation == (number == group)
+        assert cluster.placement().placement_version == (number == group)
 
 
 def followed(fleet: FakeFleet) -> Placement:

@@ -1,4 +1,4 @@
-"""What the controller decides: what it learns from, what it refuses, when it publishes, and that generations only grow."""
+"""What the controller decides: what it learns from, what it refuses, when it publishes, and that versions only grow."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def test_it_waits_for_a_group():
 def test_what_pays_is_published_and_then_moved_to():
     planner = Planner()
     there = controller(planner)
-    there.answer(meeting(placement_of(2, generation=4), group=7))
+    there.answer(meeting(placement_of(2, version=4), group=7))
     assert there.answer(told(1, 2, window(placement=4), group=7)).place is None
     assert len(planner.asked) == 1
     planner.moves = True
     reply = there.answer(told(2, 2, window(placement=4), group=7))
     place = reply.place
     assert place is not None
-    assert (place.group, place.generation, reply.placement) == (7, 5, 5)
+    assert (place.group, place.version, reply.placement) == (7, 5, 5)
     published = unpack(place.placement)
-    assert published.generation == 5
+    assert published.version == 5
     assert (published.home_LE == (placement_of(2).home_LE + 1) % 2).all()
     assert reply.state is GroupState.MOVING
     assert there.answer(told(3, 2, window(placement=4), group=7)).state is GroupState.MOVING  # not adopted
@@ -84,7 +84,7 @@ def test_on_the_way_nothing_is_published_until_it_is_overdue():
     there.answer(meeting(placement_of(2)))
     replies = steady(there, 2, 0, range(1, OVERDUE + 4))
     assert [reply.place is not None for reply in replies] == [True, *[False] * OVERDUE, True, False]
-    assert [reply.place.generation for reply in replies if reply.place] == [1, 2]
+    assert [reply.place.version for reply in replies if reply.place] == [1, 2]
 
 
 def test_windows_count_when_all_ranks_have_told_and_only_once():
@@ -233,21 +233,21 @@ def test_nothing_to_plan_from():
 def test_a_new_one_goes_on_where_the_last_one_was():
     there = controller(Planner(moves=True))
     # Ranks follow 3; they were told of 5, which the last one had published as its last.
-    there.answer(meeting(placement_of(2, generation=3), published=5, offered=pack(placement_of(2, generation=5))))
+    there.answer(meeting(placement_of(2, version=3), published=5, offered=pack(placement_of(2, version=5))))
     assert there.state is GroupState.MOVING
     assert explained(there).adopted == 3
     replies = steady(there, 2, 5, [1])
     assert replies[0].place is not None
-    assert replies[0].place.generation == 6
+    assert replies[0].place.version == 6
 
 
 def test_numbers_that_were_published_to_nobody_are_not_used_again():
     """Placements 4 and 5 were on their way when the group broke, and its ranks carried 3 over as 4."""
     there = controller(Planner(moves=True))
-    there.answer(meeting(placement_of(2, generation=4), group=1, published=5))
+    there.answer(meeting(placement_of(2, version=4), group=1, published=5))
     place = there.answer(told(1, 2, window(placement=4), group=1)).place
     assert place is not None
-    assert place.generation == 6
+    assert place.version == 6
 
 
 def test_a_group_that_has_carried_its_placement_over():
@@ -257,11 +257,11 @@ def test_a_group_that_has_carried_its_placement_over():
     assert there.answer(told(1, 2)).place is not None  # 1, which reaches nobody: the group breaks
     carried = carry_over(placement_of(2), [0, -1, 1][:2], placement_of(3).quota_LR)
     reply = there.answer(meeting(carried, group=1))
-    assert carried.generation == 1
+    assert carried.version == 1
     assert reply.state is GroupState.WATCHING
     place = there.answer(told(1, 3, window(placement=1), group=1)).place
     assert place is not None
-    assert place.generation == 2
+    assert place.version == 2
     assert unpack(place.placement).ranks == 3
     assert explained(there).windows == 2  # what was learned of the traffic stays
 
@@ -298,11 +298,11 @@ def test_uneven_traffic_is_levelled_once_and_then_kept():
     """With the planner itself: a placement that pays is found within some windows, and none follows while nothing changes."""
     there = controller()
     there.answer(meeting(placement_of(2)))
-    generation, published = 0, []
+    version, published = 0, []
     for number in range(1, 21):
-        place = there.answer(told(number, 2, window(SKEWED, steps=10, seconds=5.0, placement=generation))).place
+        place = there.answer(told(number, 2, window(SKEWED, steps=10, seconds=5.0, placement=version))).place
         if place is not None:
-            generation = place.generation
+            version = place.version
             published.append(number)
     assert published
     assert published[-1] <= 10
@@ -312,7 +312,7 @@ def test_uneven_traffic_is_levelled_once_and_then_kept():
     assert found.published.gain_s > found.published.move_s
     assert found.latest is not None
     assert found.latest.kept
-    assert found.latest.placement == generation
+    assert found.latest.placement == version
     assert found.state is GroupState.WATCHING
 
 

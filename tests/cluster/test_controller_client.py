@@ -31,7 +31,7 @@ class FakeRankCalls:
     """A group of ranks that follow what they are told at once."""
 
     def __init__(self, count: int = 2) -> None:
-        self.generation = -1
+        self.epoch = -1
         self.formed = False
         self.members: list[LiveWorker] = []
         self.followed: Placement = placement_of(count)
@@ -41,29 +41,29 @@ class FakeRankCalls:
         self.controller_client: ControllerClient = cast(ControllerClient, None)
 
     def form(self, count: int = 2) -> None:
-        self.generation, self.formed = self.generation + 1, True
+        self.epoch, self.formed = self.epoch + 1, True
         self.members = [LiveWorker(rank, cast(WorkerHandle, None), rank=rank) for rank in range(count)]
         if count != self.followed.ranks:
-            self.followed = placement_of(count, self.followed.generation + 1)
+            self.followed = placement_of(count, self.followed.version + 1)
         self.controller_client.begin()
 
     def send(self, worker: Hashable, command: Command) -> None:
         assert isinstance(worker, LiveWorker)
         self.sent.append((worker.rank, command))
         if isinstance(command, GetResidency) and self.answers:
-            surveyed = survey_of(self.followed, group=self.generation, number=command.number)
+            surveyed = survey_of(self.followed, group=self.epoch, number=command.number)
             asyncio.get_running_loop().call_soon(self.controller_client.stand, surveyed)
 
     def tell(self, number: int, *, group: int | None = None) -> None:
         """A window of all ranks."""
-        message = window(placement=self.followed.generation)
+        message = window(placement=self.followed.version)
         for worker in self.members:
-            self.controller_client.hear(worker, WindowReport(self.generation if group is None else group, number, message))
+            self.controller_client.hear(worker, WindowReport(self.epoch if group is None else group, number, message))
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """Ranks and generations of the placements that were sent."""
-        return [(rank, command.generation) for rank, command in self.sent if isinstance(command, SetPlacement)]
+        """Ranks and versions of the placements that were sent."""
+        return [(rank, command.version) for rank, command in self.sent if isinstance(command, SetPlacement)]
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -436,12 +436,12 @@ def test_an_order_that_nobody_waits_for_any_more_is_forgotten(run: Run):
 
 
 class Backwards(Controller):
-    """Publishes an old generation."""
+    """Publishes an old version."""
 
     def answer(self, order: Order) -> Reply:
         reply = super().answer(order)
         if isinstance(order, LoadReports):
-            place = SetPlacement(group=0, generation=0, placement=pack(placement_of(2)), bytes_per_step=1)
+            place = SetPlacement(group=0, version=0, placement=pack(placement_of(2)), bytes_per_step=1)
             return Reply(reply.state, reply.placement, reply.windows, place)
         return reply
 

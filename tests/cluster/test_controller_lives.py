@@ -1,4 +1,4 @@
-"""A controller's lives, by hypothesis: whatever is lost and whoever lies, generations grow, and what is kept is bounded."""
+"""A controller's lives, by hypothesis: whatever is lost and whoever lies, versions grow, and what is kept is bounded."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class Lives(RuleBasedStateMachine):
             return
         place = reply.place
         if place is not None:
-            assert place.generation > self.seen
-            assert place.generation > max(self.published, default=-1)
+            assert place.version > self.seen
+            assert place.version > max(self.published, default=-1)
             assert place.bytes_per_step > 0
             placement = unpack(place.placement)
-            assert placement.generation == place.generation
-            self.published.append(place.generation)
+            assert placement.version == place.version
+            self.published.append(place.version)
             if place.group == self.group:
                 assert placement.ranks == self.ranks
-                assert place.generation > self.followed.generation
+                assert place.version > self.followed.version
                 self.offered = place.placement
         self.seen = max(self.seen, reply.placement)
 
@@ -92,7 +92,7 @@ class Lives(RuleBasedStateMachine):
     def a_window(self, moves: bool, pending_migrations: int, lost: bool) -> None:
         self.number += 1
         self.planner.moves = moves
-        message = window(placement=self.followed.generation, pending_migrations=pending_migrations)
+        message = window(placement=self.followed.version, pending_migrations=pending_migrations)
         reply = self.there.answer(told(self.number, self.ranks, message, group=self.group))
         if self.frozen or not moves or not self.met:
             assert reply.place is None
@@ -103,7 +103,7 @@ class Lives(RuleBasedStateMachine):
         """Of some ranks, in any order, of any of some numbers."""
         self.planner.moves = moves
         heard = data.draw(st.lists(st.tuples(st.integers(0, self.ranks - 1), st.integers(0, 9)), max_size=5))
-        message = window(placement=self.followed.generation)
+        message = window(placement=self.followed.version)
         number = self.number
         self.number += 10
         windows = tuple(LoadReport(rank, number + ahead, message) for rank, ahead in heard)
@@ -116,7 +116,7 @@ class Lives(RuleBasedStateMachine):
         self.number += 1
         self.planner.moves = True
         liar = data.draw(st.integers(0, self.ranks - 1))
-        good = window(placement=self.followed.generation)
+        good = window(placement=self.followed.version)
         heard = tuple(LoadReport(rank, self.number, BAD[bad] if rank == liar else good) for rank in range(self.ranks))
         before = explained(self.there)
         reply = self.there.answer(LoadReports(self.group, heard, 0))

@@ -90,13 +90,13 @@ def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Pa
     right = expected(folder, PROMPTS, 80)
     assert [generation.result(PATIENCE_S).tokens for generation in generations] == right
     cluster.scale(2)
-    generation = cluster.stats().generation
+    generation = cluster.stats().epoch
     stopped.said.clear()
     again = running(cluster, 40)
     os.kill(stopped.pid, signal.SIGCONT)
     assert stopped.said.wait(PATIENCE_S)  # that its group is broken; and nobody listens
     assert [one.result(PATIENCE_S).tokens for one in again] == [tokens[:40] for tokens in right]
-    assert cluster.stats().generation == generation
+    assert cluster.stats().epoch == generation
     assert cluster.ranks == 2
     stopped.process.kill()
 

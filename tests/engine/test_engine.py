@@ -127,7 +127,7 @@ def test_a_step_that_a_lost_rank_broke_is_made_again(name: str, sampling: Sampli
 
     layers: Any = grouped.models[2].model.layers
     layers[1].register_forward_pre_hook(die)
-    next_hub = LocalHub(2, generation=1)
+    next_hub = LocalHub(2, epoch=1)
 
     def work(transport: LocalTransport) -> dict[str, list[int]]:
         rank = transport.rank

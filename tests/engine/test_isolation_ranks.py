@@ -152,7 +152,7 @@ def test_a_failure_between_two_exchanges_breaks_groups_twice(where: str, checkpo
         return work_there(*arguments, **settings)
 
     setattr(experts, where, fail)
-    hubs = [grouped.hub] + [LocalHub(2, generation=number, deadline_s=60) for number in range(1, 5)]
+    hubs = [grouped.hub] + [LocalHub(2, epoch=number, deadline_s=60) for number in range(1, 5)]
     broke = [0, 0]
 
     def work(transport: LocalTransport) -> Served:
@@ -187,7 +187,7 @@ def test_a_rank_that_breaks_every_group_gives_up(checkpoint: Checkpoints, cache_
     for number in range(1, 4):
         with pytest.raises(StepFailed, match="OutOfMemoryError"):
             engine.step()
-        run_threads(lambda t: join(model, t, costs=TOKENS_TRAVEL), 1, hub=LocalHub(1, generation=number))
+        run_threads(lambda t: join(model, t, costs=TOKENS_TRAVEL), 1, hub=LocalHub(1, epoch=number))
     assert len([output for output in engine.batcher.outputs() if output.reason == "error"]) == 2
     with pytest.raises(torch.OutOfMemoryError):
         engine.step()

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def on_nccl(rank: Rank, folder: Path, cache_dir: Path, costs: epslots.Costs) -> torch.Tensor:
     torch.cuda.set_device(0)
     torch.backends.cuda.matmul.allow_tf32 = False
-    group = form_group(rank.store(), generation=0, rank=rank.rank, size=rank.size, backend="nccl", deadline_s=60)
+    group = form_group(rank.store(), epoch=0, rank=rank.rank, size=rank.size, backend="nccl", deadline_s=60)
     transport = TorchTransport(group, device=torch.device("cuda", 0), deadline_s=60)
     options = {"slots": 3 + rank.rank, "device": "cuda:0", "dtype": "float32", "cache_dir": cache_dir, "progress": False}
     if rank.size > 1:
@@ -67,7 +67,7 @@ def while_moving(rank: Rank, folder: Path, cache_dir: Path) -> list[torch.Tensor
     """A rank on its own, through all that a group does, while one placement after the other is reached."""
     torch.cuda.set_device(0)
     torch.backends.cuda.matmul.allow_tf32 = False
-    group = form_group(rank.store(), generation=0, rank=0, size=1, backend="nccl", deadline_s=60)
+    group = form_group(rank.store(), epoch=0, rank=0, size=1, backend="nccl", deadline_s=60)
     transport = TorchTransport(group, device=torch.device("cuda", 0), deadline_s=60)
     model = epslots.load(folder, slots=4, device="cuda:0", dtype="float32", cache_dir=cache_dir, progress=False)
     joined = join(model, transport, settings={}, costs=TOKENS_TRAVEL)
@@ -78,7 +78,7 @@ def while_moving(rank: Rank, folder: Path, cache_dir: Path) -> list[torch.Tensor
         with torch.no_grad():
             found.append(model(input_ids=zoo.random_ids(1, 9, seed=seed).cuda()).logits.cpu())
         runtime_of(model).check_integrity()
-    assert joined.placement.generation > 1
+    assert joined.placement.version > 1
     return found
 
 

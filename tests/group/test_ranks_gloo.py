@@ -138,7 +138,7 @@ def lose_one(rank: Rank, folder: Path, cache_dir: Path, how: str) -> tuple[str, 
         threading.Thread(target=end_deadline, args=(transport, pid), daemon=True).start()
     with pytest.raises(PeerLost) as caught:
         model(input_ids=ids)
-    transport = rank.transport(generation=1, size=last)
+    transport = rank.transport(epoch=1, size=last)
     epslots.group.join.join(model, transport, settings={})
     with torch.no_grad():
         logits = model(input_ids=ids).logits
@@ -158,7 +158,7 @@ def test_a_lost_process_is_noticed_and_the_others_go_on(how: str, checkpoint: Ch
     results = run_ranks(lose_one, 3, folder, cache_dir, how, may_die=[2])
     reference = zoo.reference(folder)
     for rank, (message, logits) in enumerate(results[:2]):
-        assert "generation 0" in message
+        assert "epoch 0" in message
         with torch.no_grad():
             expected = reference(input_ids=zoo.random_ids(1, 9, seed=1 + rank)).logits
         assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()

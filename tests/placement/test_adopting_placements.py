@@ -74,20 +74,20 @@ def test_outputs_stay_and_every_placement_is_reached(name: str, costs: Any, chec
         if len(pools) > 1:  # slots pass between the layers of one pool alone
             target = replace(
                 random_placement(generator, replace(target, quota_LR=groups[0].placement.quota_LR)),
-                generation=target.generation,
+                version=target.version,
                 quota_LR=groups[0].placement.quota_LR,
                 wanted_LRE=np.zeros_like(target.wanted_LRE),
             )
         for late, group in enumerate(groups):
             compare(grouped, reference, seed=10 * late)
-            assert group.placement.generation == number - 1, "not before all have it"
+            assert group.placement.version == number - 1, "not before all have it"
             group.offer(target, 3 * bytes_of(grouped))
         for seed in range(400):
             compare(grouped, reference, seed=seed) if seed < 6 else step(grouped, seed)
             if not groups[0].pending_migrations:
                 break
         for group in groups:
-            assert group.placement.generation == number and group.pending_migrations == 0
+            assert group.placement.version == number and group.pending_migrations == 0
             assert group.placement.home_LE.tolist() == target.home_LE.tolist()
         for rank, model in enumerate(grouped.models):
             slots = [runner.experts.slots for runner in runtime_of(model).runners]
@@ -103,17 +103,17 @@ def test_what_does_not_fit_is_refused_and_what_is_old_passed_over(checkpoint: Ch
     group, other = groups_of(grouped)
     first = group.placement
     with pytest.raises(ConfigError, match="for 1 ranks, and there are 2"):
-        group.offer(replace(default_placement(first.num_experts_L.tolist(), first.quota_LR[:, :1]), generation=1), 1)
+        group.offer(replace(default_placement(first.num_experts_L.tolist(), first.quota_LR[:, :1]), version=1), 1)
     with pytest.raises(ConfigError, match="bytes_per_step=0"):
-        group.offer(replace(first, generation=1), 0)
-    target = replace(first, generation=5, home_LE=first.home_LE[:, ::-1].copy())
+        group.offer(replace(first, version=1), 0)
+    target = replace(first, version=5, home_LE=first.home_LE[:, ::-1].copy())
     for each in (group, other):
         each.offer(target, 1000)
-        each.offer(replace(first, generation=4), 1000)
+        each.offer(replace(first, version=4), 1000)
     step(grouped, 1)
-    assert group.placement.generation == other.placement.generation == 5
-    group.offer(replace(first, generation=7), 1000)
-    other.offer(replace(first, generation=6), 1000)
+    assert group.placement.version == other.placement.version == 5
+    group.offer(replace(first, version=7), 1000)
+    other.offer(replace(first, version=6), 1000)
 
     def errors(transport: LocalTransport) -> Exception | None:
         try:
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_and_what_is_old_passed_over(checkpoint: Ch
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_survivors_of_a_half_made_move_go_on_from_what_they_hold(lost: int, checkpoint: Checkpoints, cache_dir: Path):
-    """A rank is lost in the exchange of a move; the others form the next generation, with a newcomer, and get there."""
+    """A rank is lost in the exchange of a move; the others form the next version, with a newcomer, and get there."""
     folder = checkpoint("qwen3_moe")
     grouped, reference = Grouped(folder, cache_dir, slots=[4, 4, 4], costs=COPIES_TRAVEL), zoo.reference(folder)
     for seed in range(3):
@@ -144,10 +144,10 @@ def test_survivors_of_a_half_made_move_go_on_from_what_they_hold(lost: int, chec
     fresh = epslots.load(folder, slots=4, device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
     survivors = [model for rank, model in enumerate(grouped.models) if rank != lost]
     grouped.models = [*survivors, fresh]
-    grouped.hub = LocalHub(3, generation=1)
+    grouped.hub = LocalHub(3, epoch=1)
     run_threads(lambda t: join(grouped.models[t.rank], t, settings={}, costs=COPIES_TRAVEL), 3, hub=grouped.hub)
     groups = groups_of(grouped)
-    assert {group.placement.generation for group in groups} == {2}, "it only ever grows"
+    assert {group.placement.version for group in groups} == {2}, "it only ever grows"
     new_of_old = {old: new for new, old in enumerate(rank for rank in range(3) if rank != lost)}
     for old, new in new_of_old.items():
         stays = target.home_LE == old
@@ -170,7 +170,7 @@ def test_a_move_that_fails_ends_the_step_for_all_and_leaves_an_empty_slot(checkp
     home = group.placement.home_LE.copy()
     home[0, absent] = 0
     for each in groups_of(grouped):
-        each.offer(replace(each.placement, generation=1, home_LE=home, wanted_LRE=wanted), bytes_of(grouped))
+        each.offer(replace(each.placement, version=1, home_LE=home, wanted_LRE=wanted), bytes_of(grouped))
     store = runtime_of(grouped.models[0]).store
     record, copying = store.record, []
 
@@ -194,7 +194,7 @@ def test_a_move_that_fails_ends_the_step_for_all_and_leaves_an_empty_slot(checkp
     first, second = run_threads(errors, 2, hub=grouped.hub)
     assert copying and isinstance(first, CorruptExpertError) and isinstance(second, PeerLost)
     setattr(store, "record", record)  # noqa: B010
-    grouped.hub = LocalHub(2, generation=1)
+    grouped.hub = LocalHub(2, epoch=1)
     run_threads(lambda t: join(grouped.models[t.rank], t), 2, hub=grouped.hub)
     for seed in range(20):
         compare(grouped, reference, seed=seed)
@@ -235,7 +235,7 @@ def test_a_placement_from_a_file_is_there_from_the_start(checkpoint: Checkpoints
             wanted_E = target.wanted_LRE[layer, rank, : runner.experts.num_experts]
             assert (runner.experts.resident_E == wanted_E).all(), "all that is wanted, which is as much as fits"
     assert {group.pending_migrations for group in groups_of(grouped)} == {0}
-    assert {group.placement.generation for group in groups_of(grouped)} == {3}
+    assert {group.placement.version for group in groups_of(grouped)} == {3}
     for seed in range(4):
         compare(grouped, reference, seed=seed)
 
@@ -257,7 +257,7 @@ def test_ranks_with_different_placements_are_refused(checkpoint: Checkpoints, ca
     target = placed(groups_of(grouped)[0].placement)
 
     def one(transport: LocalTransport) -> Exception | None:
-        mine = target if transport.rank else replace(target, generation=9)
+        mine = target if transport.rank else replace(target, version=9)
         try:
             join(grouped.models[transport.rank], transport, settings={}, placement=mine)
         except RankMismatchError as error:

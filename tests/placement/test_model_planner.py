@@ -110,7 +110,7 @@ def test_a_placement_is_reached_within_the_budget(seed: int, bytes_per_step: int
         assert layer.quota_R.tolist() == target.quota_LR[index].tolist()
         assert layer.pending_migrations == 0
     # Without demand what was moved in stays.
-    again = replace(target, generation=target.generation + 1)
+    again = replace(target, version=target.version + 1)
     for model in world.models:
         model.adopt(again, 10**6)
     steps = 0
@@ -128,7 +128,7 @@ def test_less_than_an_expert_a_step_is_a_move_every_few_steps():
     layer = LayerPlanner(0, np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64), HOST, expert_bytes=BYTES)
     first = default_placement([4], np.array([[4]]))
     model = ModelPlanner([layer], first, [[0]])
-    model.adopt(replace(first, generation=1, wanted_LRE=np.ones((1, 1, 4), bool)), BYTES // 3 + 1)
+    model.adopt(replace(first, version=1, wanted_LRE=np.ones((1, 1, 4), bool)), BYTES // 3 + 1)
     moved = []
     for _ in range(12):
         model.begin_step(lambda _: np.zeros(4, np.int64))
@@ -175,7 +175,7 @@ def test_ranks_that_miss_in_every_step_get_there_all_the_same():
     model = ModelPlanner(layers, first, [[0, 1, 2]])
     wanted = np.zeros((3, 1, 9), bool)
     wanted[:, 0, 8] = True
-    model.adopt(replace(first, generation=1, wanted_LRE=wanted), BYTES // 2)
+    model.adopt(replace(first, version=1, wanted_LRE=wanted), BYTES // 2)
     steps = 0
     while model.pending_migrations:
         model.begin_step(lambda _: np.zeros(9, np.int64))
@@ -248,13 +248,13 @@ def test_placements_that_do_not_fit_are_refused_by_name():
     layers = [LayerPlanner(0, np.zeros((2, 4), bool), np.array([2, 3]), np.zeros(4, int), HOST) for _ in range(2)]
     first = default_placement([4, 4], np.array([[2, 3], [2, 3]]))
     model = ModelPlanner(layers, first, [[0, 1]])
-    newer = replace(first, generation=1)
+    newer = replace(first, version=1)
     model.check(newer)
     with pytest.raises(StaleEpoch, match="placement 0 is not newer than 0"):
         model.check(first)
     with pytest.raises(ConfigError, match="gives rank 1 5 slots, and it has 6"):
         model.check(replace(newer, quota_LR=np.array([[2, 3], [2, 2]])))
     with pytest.raises(ConfigError, match="for 3 ranks, and there are 2"):
-        model.check(replace(default_placement([4, 4], np.full((2, 3), 2)), generation=1))
+        model.check(replace(default_placement([4, 4], np.full((2, 3), 2)), version=1))
     with pytest.raises(ConfigError, match="for another model"):
-        model.check(replace(default_placement([4, 5], np.full((2, 2), 2)), generation=1))
+        model.check(replace(default_placement([4, 5], np.full((2, 2), 2)), version=1))

@@ -29,7 +29,7 @@ def placements(draw: st.DrawFn) -> Placement:
 
 def assert_equal(one: Placement, other: Placement) -> None:
     own = np.arange(one.home_LE.shape[1]) < one.num_experts_L[:, None]
-    assert one.generation == other.generation
+    assert one.version == other.version
     for name in ("num_experts_L", "wanted_LRE", "quota_LR"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
     assert np.array_equal(one.home_LE[own], other.home_LE[own])
@@ -51,7 +51,7 @@ def test_a_damaged_message_is_refused(placement: Placement, data: st.DataObject)
         return
     # The few bits outside of the arrays: other numbers of the same sizes, which make a sound placement all the same.
     found.check()
-    assert found.generation != placement.generation or found.num_experts_L.tolist() != placement.num_experts_L.tolist()
+    assert found.version != placement.version or found.num_experts_L.tolist() != placement.num_experts_L.tolist()
 
 
 @pytest.mark.parametrize("message", [b"", b"\x90", b"not a placement", pack(default_placement([3], np.array([[1]])))[:-3]])
@@ -73,7 +73,7 @@ def test_what_is_carried_over_is_sound_and_keeps_what_stays(placement: Placement
             quota_LR[:, new] = placement.quota_LR[:, old]
     carried = carry_over(placement, rank_of_old, quota_LR)
     carried.check()
-    assert carried.generation == placement.generation + 1 and carried.ranks == ranks
+    assert carried.version == placement.version + 1 and carried.ranks == ranks
     for old, new in enumerate(rank_of_old):
         if new >= 0:
             assert np.array_equal(carried.wanted_LRE[:, new], placement.wanted_LRE[:, old])

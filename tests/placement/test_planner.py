@@ -54,7 +54,7 @@ def largest(placement: Placement, tokens_LE: np.ndarray) -> float:
 def test_the_golden_loads():
     """EPLB gives 232, FlashLB 205, the optimum with equal split is 196.7."""
     found = propose(start([8], 8, 2), certain(GOLDEN), fleet(8))
-    assert not found.keep and found.placement.generation == 1
+    assert not found.keep and found.placement.version == 1
     assert largest(found.placement, GOLDEN) <= 200
 
 
@@ -98,7 +98,7 @@ def test_placements_are_sound_and_what_is_proposed_pays(situation: tuple[Placeme
         if found.keep:
             assert found.placement is current and found.copies == found.gain_ns == found.move_ns == 0
         else:
-            assert found.placement.generation == current.generation + 1
+            assert found.placement.version == current.version + 1
             assert found.gain_ns > found.move_ns == found.copies * machines.costs.peer_fetch
             added = found.placement.wanted_LRE & ~holders(current)
             assert found.copies >= added.sum()  # more, where slots of a home are too few for all that call it home
@@ -177,7 +177,7 @@ def test_experts_that_rise_together_are_kept_apart():
     found = propose(start([16], 4, 4), expected, fleet(4)).placement
     by_topic = holders(found)[0][:, :8].sum(1)
     assert by_topic.tolist() == [2, 2, 2, 2]
-    assert found.generation == 1
+    assert found.version == 1
 
 
 def test_with_few_slots_homes_level_misses_and_hot_experts_stay():

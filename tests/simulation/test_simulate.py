@@ -94,7 +94,7 @@ def placement_that_wants(experts: list[int], ranks: int, quota: int, wanted: lis
     for layer, rank, expert in wanted:
         wanted_LRE[layer, rank, expert] = True
         home_LE[layer, expert] = rank
-    placement = replace(dealt, generation=1, wanted_LRE=wanted_LRE, home_LE=home_LE)
+    placement = replace(dealt, version=1, wanted_LRE=wanted_LRE, home_LE=home_LE)
     placement.check()
     return placement
 
@@ -206,7 +206,7 @@ def test_a_placement_is_followed_from_the_start():
     wanted = [(layer, expert % 4, expert) for layer in range(2) for expert in range(8)]
     placement = placement_that_wants([12, 8], 4, 3, wanted)
     group = SimulatedGroup(placement, plain(CHEAP), LRFU)
-    assert group.model.pending_migrations == 0 and group.model.placement.generation == 1
+    assert group.model.pending_migrations == 0 and group.model.placement.version == 1
     assert (first_residents(placement) >= placement.wanted_LRE).all()
     outcome = simulate(traffic, cluster_of(4, 1, placement=placement), batch=2, steps=30)
     assert outcome.placements == 0

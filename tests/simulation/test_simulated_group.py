@@ -149,7 +149,7 @@ def test_the_simulator_follows_placements_as_ranks_do(
         assert group is not None
         group.offer(placement, 6 * expert_bytes)
     seen += ranks.forward(steps, seed=3)
-    assert groups[0].placement.generation == 1  # type: ignore[union-attr]
+    assert groups[0].placement.version == 1  # type: ignore[union-attr]
     after = ranks.counters()
     simulated = SimulatedGroup(
         default_placement([EXPERTS] * LAYERS, quota_LR),

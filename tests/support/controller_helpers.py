@@ -29,10 +29,10 @@ COSTS = Costs(
 NO_REASONS = Reasons(0.0, 0.0, 0, 0.0, 0)
 
 
-def placement_of(ranks: int, generation: int = 0, slots: int = SLOTS) -> Placement:
+def placement_of(ranks: int, version: int = 0, slots: int = SLOTS) -> Placement:
     """As dealt, under another number."""
     dealt = default_placement([EXPERTS] * LAYERS, np.full((LAYERS, ranks), slots))
-    return Placement(generation, dealt.num_experts_L, dealt.home_LE, dealt.wanted_LRE, dealt.quota_LR)
+    return Placement(version, dealt.num_experts_L, dealt.home_LE, dealt.wanted_LRE, dealt.quota_LR)
 
 
 def survey_of(placement: Placement, *, group: int = 0, number: int = 1, **changes: Any) -> Residency:
@@ -101,7 +101,7 @@ class Planner:
             return Proposal(current, True, 0, 0, 0, 0.75, 0.75, NO_REASONS)
         home_LE = (current.home_LE + 1) % current.ranks
         quota = current.quota_LR if quota_LR is None else quota_LR
-        turned = Placement(current.generation + 1, current.num_experts_L, home_LE, np.zeros_like(current.wanted_LRE), quota)
+        turned = Placement(current.version + 1, current.num_experts_L, home_LE, np.zeros_like(current.wanted_LRE), quota)
         return Proposal(turned, False, 3_000_000_000, 1_000_000_000, 5, 0.75, 0.875, NO_REASONS)
 
 

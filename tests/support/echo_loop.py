@@ -45,7 +45,7 @@ class EchoLoop:
         if len(message) > 10:
             match decode_command(message):
                 case Form() as form:
-                    self._contacts = ContactStore(form.generation, self._publish, form.form_s)
+                    self._contacts = ContactStore(form.epoch, self._publish, form.form_s)
                     threading.Thread(target=self._meet, args=(form, self._contacts)).start()
                 case Contacts(_, entries) if self._contacts is not None:
                     self._contacts.take(entries)

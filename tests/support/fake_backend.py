@@ -261,9 +261,9 @@ class FakeFleet:
 
     def hub(self, form: Form) -> LocalHub:
         with self._lock:
-            if form.generation not in self._hubs:
-                self._hubs[form.generation] = LocalHub(form.size, generation=form.generation, deadline_s=PATIENCE_S)
-            return self._hubs[form.generation]
+            if form.epoch not in self._hubs:
+                self._hubs[form.epoch] = LocalHub(form.size, epoch=form.epoch, deadline_s=PATIENCE_S)
+            return self._hubs[form.epoch]
 
     def at(self, seat: int, operation: int, do: Fault) -> None:
         """Have the worker that is on a seat now fail at an exchange, counted from here."""

@@ -81,6 +81,6 @@ def random_placement(generator: np.random.Generator, last: Placement) -> Placeme
     wanted_LRE &= wanted_LRE.cumsum(2) <= quota_LR[:, :, None]
     anywhere_LE = generator.integers(0, ranks, (layers, experts))
     home_LE = np.where(wanted_LRE.any(1), wanted_LRE.argmax(1), anywhere_LE)
-    placement = Placement(last.generation + 1, last.num_experts_L, home_LE, wanted_LRE, quota_LR)
+    placement = Placement(last.version + 1, last.num_experts_L, home_LE, wanted_LRE, quota_LR)
     placement.check()
     return placement

@@ -61,13 +61,13 @@ class Rank:
     folder: Path
 
     def store(self) -> Store:
-        """Where ranks meet, of all generations."""
+        """Where ranks meet, of all epochs."""
         return FileStore(str(self.folder / "store"), -1)
 
     def transport(
         self,
         *,
-        generation: int = 0,
+        epoch: int = 0,
         rank: int | None = None,
         size: int | None = None,
         form_deadline_s: float = PATIENCE_S,
@@ -76,13 +76,13 @@ class Rank:
         """Form a gloo group, of this process's own rank among all unless said otherwise."""
         group = form_group(
             self.store(),
-            generation=generation,
+            epoch=epoch,
             rank=self.rank if rank is None else rank,
             size=self.size if size is None else size,
             backend="gloo",
             deadline_s=form_deadline_s,
         )
-        return TorchTransport(group, device=torch.device("cpu"), generation=generation, deadline_s=deadline_s)
+        return TorchTransport(group, device=torch.device("cpu"), epoch=epoch, deadline_s=deadline_s)
 
     def end_after(self, seconds: float) -> None:
         """Have this process end, and leave its stacks behind, unless it has returned by then. The last call counts."""

@@ -208,11 +208,11 @@ class Driver:
         waiting = self._thread.begin(worker.events())
         return lambda: waiting.result(PATIENCE_S)
 
-    def meet(self, workers: Sequence[RayWorker], generation: int) -> list[bytes]:
+    def meet(self, workers: Sequence[RayWorker], epoch: int) -> list[bytes]:
         """Have them form a group; what each received of all."""
         for rank, worker in enumerate(workers):
             form = Form(
-                generation=generation,
+                epoch=epoch,
                 rank=rank,
                 size=len(workers),
                 secret=b"of the test",
@@ -228,7 +228,7 @@ class Driver:
             assert isinstance(contact, Contact)
             contacts[contact.key] = contact.value
         for worker in workers:
-            self.command(worker, encode(Contacts(generation, contacts)))
+            self.command(worker, encode(Contacts(epoch, contacts)))
         return [self.events(worker) for worker in workers]
 
     def close(self) -> None:

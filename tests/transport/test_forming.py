@@ -20,23 +20,23 @@ SECRET = b"sixteen bytes...."
 FAR_S = 60.0
 
 
-def form(rank: Rank, generation: int, secret: bytes = SECRET, deadline_s: float = FAR_S) -> TorchTransport:
+def form(rank: Rank, epoch: int, secret: bytes = SECRET, deadline_s: float = FAR_S) -> TorchTransport:
     group = form_group(
         rank.store(),
-        generation=generation,
+        epoch=epoch,
         rank=rank.rank,
         size=rank.size,
         backend="gloo",
         deadline_s=deadline_s,
         secret=secret,
     )
-    return TorchTransport(group, device=torch.device("cpu"), generation=generation, deadline_s=deadline_s)
+    return TorchTransport(group, device=torch.device("cpu"), epoch=epoch, deadline_s=deadline_s)
 
 
 def forms_twice(rank: Rank) -> int:
     total = 0
-    for generation in range(2):
-        transport = form(rank, generation)
+    for epoch in range(2):
+        transport = form(rank, epoch)
         total += int(transport.all_gather(torch.tensor([rank.rank])).sum())
         transport.close()
     return total
@@ -82,14 +82,14 @@ class Foreign(dist.Store):
 def test_a_foreign_value_is_a_lost_peer(value: bytes):
     """Without a seal, an empty value would end the process, and others raise whatever parsing them does."""
     with pytest.raises(PeerLost, match="a value that none of the ranks has written"):
-        form_group(Foreign(value), generation=0, rank=0, size=2, backend="gloo", deadline_s=FAR_S, secret=SECRET)
+        form_group(Foreign(value), epoch=0, rank=0, size=2, backend="gloo", deadline_s=FAR_S, secret=SECRET)
 
 
 def test_keys_tell_neither_the_secret_nor_the_next_place():
     stores = [Foreign(b"") for _ in range(3)]
-    for store, (generation, secret) in zip(stores, [(0, SECRET), (1, SECRET), (0, b"another")], strict=True):
+    for store, (epoch, secret) in zip(stores, [(0, SECRET), (1, SECRET), (0, b"another")], strict=True):
         with pytest.raises(PeerLost):
-            form_group(store, generation=generation, rank=0, size=2, backend="gloo", deadline_s=FAR_S, secret=secret)
+            form_group(store, epoch=epoch, rank=0, size=2, backend="gloo", deadline_s=FAR_S, secret=secret)
     places = {key.split("/")[2] for store in stores for key in store.keys}
     assert len(places) == 3
     assert not any(SECRET.hex() in place for place in places)
@@ -134,14 +134,14 @@ def test_forming_ends_though_a_rank_never_connects(how: str):
 
     def call_off() -> None:
         began.wait()
-        stop.set_result("a newer generation is being formed")
+        stop.set_result("a newer epoch is being formed")
 
     if how == "stop":
         threading.Thread(target=call_off, daemon=True).start()
-    with pytest.raises(PeerLost, match="newer generation" if how == "stop" else "not all ranks connected in time"):
+    with pytest.raises(PeerLost, match="newer epoch" if how == "stop" else "not all ranks connected in time"):
         form_group(
             Absent(began),
-            generation=0,
+            epoch=0,
             rank=0,
             size=2,
             backend="gloo",

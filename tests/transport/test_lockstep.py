@@ -83,7 +83,7 @@ def test_other_checkpoints_and_versions_are_refused(pair: Grouped, checkpoint: C
 
 def test_an_old_generation_is_refused_when_it_greets(pair: Grouped):
     def work(transport: LocalTransport) -> None:
-        transport.generation = 7 - transport.rank
+        transport.epoch = 7 - transport.rank
         join(pair.models[transport.rank], transport, settings={}, costs=TOKENS_TRAVEL)
 
     for error in errors_of(2, work):
@@ -93,11 +93,11 @@ def test_an_old_generation_is_refused_when_it_greets(pair: Grouped):
 def test_an_old_generation_is_refused_at_a_steps_header(pair: Grouped):
     def work(transport: LocalTransport) -> None:
         group = group_of(pair.models[transport.rank])
-        group.transport.generation = 3 - transport.rank
+        group.transport.epoch = 3 - transport.rank
         forward(pair.models[transport.rank])
 
     for error in errors_of(2, work, pair.hub):
-        assert isinstance(error, StaleEpoch) and "ranks [1] belong to an older generation" in str(error)
+        assert isinstance(error, StaleEpoch) and "ranks [1] belong to an older epoch" in str(error)
 
 
 def test_a_rank_that_cannot_load_tells_those_that_wait(pair: Grouped):
@@ -194,7 +194,7 @@ def test_parts_of_the_model_alone_are_refused(pair: Grouped):
 
 
 def test_a_lost_rank_is_an_error_and_the_next_generation_goes_on(checkpoint: Checkpoints, cache_dir: Path):
-    """Rank 2 dies in the middle of a step. The others form the next generation, retry, and answer as before."""
+    """Rank 2 dies in the middle of a step. The others form the next epoch, retry, and answer as before."""
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=[3, 4, 5])
     expected = grouped.run(lambda rank, model: forward(model))
@@ -207,7 +207,7 @@ def test_a_lost_rank_is_an_error_and_the_next_generation_goes_on(checkpoint: Che
         assert isinstance(error, PeerLost) and "rank 2 is lost" in str(error)
     handle.remove()
     grouped.models = grouped.models[:2]
-    grouped.hub = LocalHub(2, generation=1)
+    grouped.hub = LocalHub(2, epoch=1)
     run_threads(lambda t: join(grouped.models[t.rank], t, settings={}, costs=TOKENS_TRAVEL), 2, hub=grouped.hub)
     for rank, logits in enumerate(grouped.run(lambda rank, model: forward(model))):
         assert torch.allclose(logits, expected[rank], atol=1e-5)
@@ -244,7 +244,7 @@ def test_a_rank_that_is_new_takes_over_the_past_of_the_others(checkpoint: Checkp
         grouped.run(lambda rank, model, seed=seed: model(input_ids=zoo.random_ids(1, 3, seed=seed)).logits)
     fresh = epslots.load(folder, slots=4, device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
     grouped.models[0] = fresh
-    grouped.hub = LocalHub(2, generation=1)
+    grouped.hub = LocalHub(2, epoch=1)
     run_threads(lambda t: join(grouped.models[t.rank], t, settings={}, costs=TOKENS_TRAVEL), 2, hub=grouped.hub)
     for mine, other in zip(*(runtime_of(model).runners for model in grouped.models), strict=True):
         assert mine.steps == other.steps > 0
@@ -257,7 +257,7 @@ def test_a_rank_that_is_new_takes_over_the_past_of_the_others(checkpoint: Checkp
 
 def test_the_only_survivor_goes_on_alone(pair: Grouped):
     expected = pair.run(lambda rank, model: forward(model))
-    hub = LocalHub(1, generation=1)
+    hub = LocalHub(1, epoch=1)
     run_threads(lambda t: join(pair.models[0], t), 1, hub=hub)
     assert torch.allclose(forward(pair.models[0]), expected[0], atol=1e-5)
 
@@ -288,7 +288,7 @@ def test_copies_that_may_not_have_arrived_are_given_up(checkpoint: Checkpoints, 
     assert all(isinstance(error, PeerLost) for error in errors_of(2, work, grouped.hub))
     assert spoiled
     monkeypatch.undo()
-    grouped.hub = LocalHub(2, generation=1)
+    grouped.hub = LocalHub(2, epoch=1)
     run_threads(lambda t: join(grouped.models[t.rank], t), 2, hub=grouped.hub)
     grouped.check()
 

@@ -328,7 +328,7 @@ def test_a_killed_rank_is_noticed_before_the_deadline(how: str):
 
 
 def stopped(rank: Rank) -> tuple[str, int]:
-    """The last rank is stopped; the others go on in the next generation, whose work it can't disturb when it wakes."""
+    """The last rank is stopped; the others go on in the next epoch, whose work it can't disturb when it wakes."""
     store = rank.store()
     transport = rank.transport(deadline_s=1.0)
     last = rank.size - 1
@@ -337,13 +337,13 @@ def stopped(rank: Rank) -> tuple[str, int]:
         os.kill(os.getpid(), signal.SIGSTOP)
         cause = loss(lambda: transport.gather_bytes(b"late"))
         # The old addresses are still in the store: this may even connect, but nobody answers.
-        loss(lambda: rank.transport(generation=0, form_deadline_s=0.1, deadline_s=0.1).gather_bytes(b"anyone?"))
+        loss(lambda: rank.transport(epoch=0, form_deadline_s=0.1, deadline_s=0.1).gather_bytes(b"anyone?"))
         store.set("the late one is done", "")
         return cause, 0
     slot = torch.zeros(1000, dtype=torch.uint8)
     cause = loss(lambda: transport.exchange([], [(last, slot)], agreed=True))
     is_broken(transport, cause)
-    transport = rank.transport(generation=1, size=last, deadline_s=FAR_S)
+    transport = rank.transport(epoch=1, size=last, deadline_s=FAR_S)
     if rank.rank == 0:
         pid = int(store.get("pid"))
         until_stopped(pid)  # or it would stop when it has been continued
@@ -363,7 +363,7 @@ def test_a_stopped_rank_is_given_up_at_the_deadline_and_disturbs_nobody():
     first, second, late = run_ranks(stopped, 3)
     assert "deadline 1 s" in first[0] or "closed" in first[0]
     assert first[1] == second[1] > 0
-    assert "generation 0" in late[0]
+    assert "epoch 0" in late[0]
 
 
 def waits_in_vain(rank: Rank, operation: str, deadline_s: float) -> float:
@@ -443,7 +443,7 @@ def lost_in_the_middle(rank: Rank, operation: str, how: str) -> str:
     cause = loss(lambda: [call(), transport.all_gather(torch.zeros(1))])  # who isn't concerned waits for the next
     is_broken(transport, cause)
     transport.close()
-    transport = rank.transport(generation=1, rank=rank.rank // 2, size=2)
+    transport = rank.transport(epoch=1, rank=rank.rank // 2, size=2)
     assert transport.gather_bytes(b"x") == [b"x"] * 2
     return cause
 
@@ -484,7 +484,7 @@ def test_who_was_stopped_learns_that_the_others_left(attempt: int):
 
 def slow(rank: Rank) -> None:
     """Longer than the group's own deadline, which was for its forming, and not than the transport's."""
-    group = form_group(rank.store(), generation=0, rank=rank.rank, size=rank.size, backend="gloo", deadline_s=PATIENCE_S)
+    group = form_group(rank.store(), epoch=0, rank=rank.rank, size=rank.size, backend="gloo", deadline_s=PATIENCE_S)
     group.set_timeout(timedelta(seconds=0.1))  # as if it had formed within that
     transport = TorchTransport(group, device=torch.device("cpu"), deadline_s=FAR_S)
     if rank.rank == 1:
@@ -501,19 +501,19 @@ def test_a_slow_rank_is_waited_for():
 
 
 def forms_many(rank: Rank) -> list[int]:
-    """Generation after generation, left in peace, aborted, or given up half-way."""
+    """Generation after epoch, left in peace, aborted, or given up half-way."""
     transport = rank.transport()
     sums = []
-    for generation in range(1, 7):
+    for epoch in range(1, 7):
         old = transport
-        match generation % 3:
+        match epoch % 3:
             case 0:
                 old.close()
                 old.close()
             case 1:
                 old.abort("for the next")
-        transport = rank.transport(generation=generation)
-        sums.append(int(transport.reduce_scatter(torch.full((rank.size, 1), generation))))
+        transport = rank.transport(epoch=epoch)
+        sums.append(int(transport.reduce_scatter(torch.full((rank.size, 1), epoch))))
         loss(lambda old=old: old.gather_bytes(b""))
         old.abort("late")
         old.close()
@@ -526,10 +526,10 @@ def test_one_generation_after_another():
 
 
 def forms_after_failing(rank: Rank) -> int:
-    """Rank 0 waits for a generation that never forms, and then meets rank 1 in the next."""
+    """Rank 0 waits for a epoch that never forms, and then meets rank 1 in the next."""
     if rank.rank == 0:
-        assert "generation 0 of 2 ranks didn't form" in loss(lambda: rank.transport(form_deadline_s=0.1))
-    return int(rank.transport(generation=1).all_gather(torch.ones(1)).sum())
+        assert "epoch 0 of 2 ranks didn't form" in loss(lambda: rank.transport(form_deadline_s=0.1))
+    return int(rank.transport(epoch=1).all_gather(torch.ones(1)).sum())
 
 
 def test_a_failed_attempt_leaves_no_trace():
@@ -575,8 +575,8 @@ def interrupted(rank: Rank) -> None:
 def test_a_group_serves_its_own_device(tmp_path):
     hook = sys.excepthook
     store = dist.FileStore(str(tmp_path / "store"), -1)
-    group = form_group(store, generation=0, rank=0, size=1, backend="gloo", deadline_s=FAR_S)
-    assert sys.excepthook is hook  # torch would wrap it once more for each generation
+    group = form_group(store, epoch=0, rank=0, size=1, backend="gloo", deadline_s=FAR_S)
+    assert sys.excepthook is hook  # torch would wrap it once more for each epoch
     with pytest.raises(ConfigError, match="gloo serves cpu"):
         TorchTransport(group, device=torch.device("cuda"))
     transport = TorchTransport(group, device=torch.device("cpu"))
