@@ -31,7 +31,7 @@ from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_beside
 from epslots.devices import memory_limit, resolve_device
 from epslots.errors import ConfigError, UnsupportedModelError
-from epslots.group.join import announce_failure, compute_on_host, group_up, place_alone, ranks_here
+from epslots.group.join import announce_failure, ranks_here, start_rank
 from epslots.host_limits import total_memory
 from epslots.layout import LayerSpec, RecordLayout
 from epslots.models.batch_invariance import is_batch_invariant, make_batch_invariant
@@ -42,9 +42,10 @@ from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.models.model_shape import shape_of_model
 from epslots.models.opening import load_dense, open_model
 from epslots.moe.cpu_experts import CpuExperts
+from epslots.moe.expert_cache import ExpertCache
+from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.moe.moe_layer import MoELayer
-from epslots.moe.slot_experts import SlotExperts
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
 from epslots.planner.cache_policy import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
@@ -201,10 +202,7 @@ def load(
 
     if transport is None:
         model = load_here(neighbours=1)
-        if runtime_of(model).host_compute:
-            compute_on_host(model, costs)
-        if start is not None:
-            place_alone(model, start, display)
+        start_rank(model, None, settings={}, costs=costs, display=display, placement=start)
         return model
     deadline_s = transport.deadline_s if deadline_s is None else deadline_s
     transport.deadline_s = max(LOAD_DEADLINE_S, deadline_s)
@@ -216,7 +214,7 @@ def load(
             announce_failure(transport, error)
             raise
         shared = shared_settings(model, policy)
-        group_up(model, transport, settings=shared, costs=costs, display=display, placement=start)
+        start_rank(model, transport, settings=shared, costs=costs, display=display, placement=start)
     except BaseException as error:
         transport.abort(f"rank {transport.rank} could not load: {type(error).__name__}: {error}")
         raise
@@ -401,24 +399,17 @@ def _build_runtime(
         movers.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
-            identity = bool(getattr(modules[index], "zero_expert_num", 0))
-            runners[index] = MoELayer(
-                index=index,
-                experts=SlotExperts(
-                    index=index,
-                    pool_layer=position,
-                    num_experts=experts,
-                    kernel=GroupedGemm(modules[index], pool.weights(position), batch_invariant=batch_invariant),
-                    loader=loader,
-                    telemetry=telemetry,
-                    host=CpuExperts(modules[index], store, index, device, batch_invariant=batch_invariant),
-                    identity=identity,
-                ),
-                identity=identity,
-                policy=policy,
-                history=history.layer(position, experts),
-                telemetry=telemetry,
+            kernel = GroupedGemm(modules[index], pool.weights(position), batch_invariant=batch_invariant)
+            compute = ExpertCompute(
+                index,
+                ExpertCache(index, position, experts, loader, telemetry),
+                kernel,
+                telemetry,
+                cpu=CpuExperts(modules[index], store, index, device, batch_invariant=batch_invariant),
+                identity=bool(getattr(modules[index], "zero_expert_num", 0)),
             )
+            past = history.layer(position, experts)
+            runners[index] = MoELayer(index, compute, policy=policy, history=past, telemetry=telemetry)
             setattr(modules[index], RUNNER, runners[index])
     runtime = Runtime(content, layers, plan, store, tuple(movers), tuple(runners[i] for i in range(len(layers))), telemetry)
     attach(model, runtime)

@@ -51,7 +51,7 @@ class Runtime:
 
     def complete_layers(self) -> dict[int, IntArray]:
         """All experts of each layer that has a slot for every one: it will never miss."""
-        never_miss = [i for i, runner in enumerate(self.runners) if runner.experts.never_misses]
+        never_miss = [i for i, runner in enumerate(self.runners) if runner.cache.holds_all]
         return {i: np.arange(self.layers[i].num_experts) for i in never_miss}
 
     def divide(self, quotas: Sequence[int]) -> None:

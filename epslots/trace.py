@@ -236,8 +236,8 @@ def record_trace(model: PreTrainedModel, *, probs: bool = False) -> Iterator[Tra
             hook = module.register_forward_pre_hook(partial(_tell_input, recorder, layer), with_kwargs=True)
             stack.callback(hook.remove)
         for runner in runtime.runners:
-            runner.observer = recorder.observe
-            stack.callback(setattr, runner, "observer", None)
+            runner.observe(recorder.observe)
+            stack.callback(runner.observe, None)
         yield recorder
 
 

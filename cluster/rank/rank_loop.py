@@ -55,7 +55,7 @@ from epslots.engine.engine import Engine
 from epslots.engine.paged_batcher import PagedBatcher
 from epslots.engine.requests import Output
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
-from epslots.group.join import group_up, join
+from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
 from epslots.loading import LOAD_DEADLINE_S, load_alone, shared_settings
 from epslots.placement.placement import Placement, unpack
@@ -301,7 +301,7 @@ class RankLoop:
             if form.fresh:
                 transport.deadline_s = LOAD_DEADLINE_S  # they fill their slots, some from a slow disk
                 display = ProgressDisplay(tell=self._tell_progress)
-                group_up(engine.model, transport, settings=shared, costs=form.costs, display=display, placement=placement)
+                start_rank(engine.model, transport, settings=shared, costs=form.costs, display=display, placement=placement)
             else:
                 join(engine.model, transport, settings=shared, costs=form.costs, placement=placement)
             transport.deadline_s = form.deadline_s

@@ -96,9 +96,9 @@ def report(model: nn.Module, number: int, epoch: int, steps: int) -> RankReport:
         layers=tuple(
             LayerPlace(
                 layer=spec.name,
-                slots=tuple(shared.quota_R.tolist()),
-                home=tuple(shared.home_E.tolist()),
-                holders=_ranks_of(shared.holds_RE),
+                slots=tuple(shared.state.quota_R.tolist()),
+                home=tuple(shared.state.home_E.tolist()),
+                holders=_ranks_of(shared.state.holds_RE),
                 wanted=_ranks_of(wanted_RE[:, : spec.num_experts]),
             )
             for spec, shared, wanted_RE in layers

@@ -20,6 +20,7 @@ from epslots.group.rank_group import group_of
 from epslots.placement.placement import default_homes
 from epslots.planner.assignment import assign
 from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_state import LayerState
 from epslots.runtime import runtime_of
 from epslots.transport.torch_transport import TorchTransport
 
@@ -67,9 +68,9 @@ def _exchange_of_a_layer(transport: TorchTransport, folder: str, cache_dir: str,
             hidden = torch.randn(tokens, 1024)
             index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
             weights = torch.rand(tokens, TOP_K)
-            lockstep, live = group.lockstep, group.shared.layers[0]
+            lockstep, live = group.lockstep, group.shared.layers[0].state
             # A plan enters its outcome, so it is timed on a copy.
-            shared = LayerPlanner(transport.rank, live.holds_RE.copy(), live.quota_R, live.home_E, costs)
+            shared = LayerPlanner(transport.rank, LayerState(live.holds_RE.copy(), live.quota_R, live.home_E), costs)
             counts_RE = _counts(transport, index)
 
             def ours(layer: Any = runner, lockstep: Any = lockstep, batch: Any = (hidden, index, weights)) -> None:
@@ -77,7 +78,7 @@ def _exchange_of_a_layer(transport: TorchTransport, folder: str, cache_dir: str,
                 layer(*batch)
 
             def plan(shared: LayerPlanner = shared, counts: IntArray = counts_RE) -> None:
-                shared.plan(counts, np.zeros(EXPERTS, np.int64))
+                shared.plan(counts, lambda: np.zeros(EXPERTS, np.int64))
 
             lockstep.begin()
             lockstep.steps = 2  # sizes are agreed from the second step on
@@ -106,8 +107,9 @@ def _bare_collectives(way: str, shared: LayerPlanner, counts_RE: IntArray, token
     """The same counts and rows through torch.distributed, into buffers made once; without what else ranks tell each other."""
     group = dist.group.WORLD
     assert group is not None
-    plan = shared.plan(counts_RE, np.zeros(EXPERTS, np.int64))
-    send, receive = plan.splits.send_DO.sum(1).tolist(), plan.splits.receive_SC.sum(1).tolist()
+    splits = shared.plan(counts_RE, lambda: np.zeros(EXPERTS, np.int64)).splits
+    assert splits is not None
+    send, receive = splits.send_DO.sum(1).tolist(), splits.receive_SC.sum(1).tolist()
     row = torch.zeros(EXPERTS + 4, dtype=torch.int32)
     rows = torch.zeros(2 * len(row), dtype=torch.int32)
     out, there = torch.zeros(sum(send), 1024), torch.zeros(sum(receive), 1024)
@@ -149,8 +151,8 @@ def plan_times(rounds: int) -> list[dict[str, Any]]:
                 homes: IntArray = homes,
                 score: IntArray = score,
             ) -> None:
-                shared = LayerPlanner(0, holds.copy(), quota_R, homes, LARGE)
-                shared.plan(counts, score)
+                shared = LayerPlanner(0, LayerState(holds.copy(), quota_R, homes), LARGE)
+                shared.plan(counts, lambda: score)
 
             fetches = len(assign(counts, holds, quota_R, homes, LARGE).fetch_ranks)
             seconds = alternate({"plan": plan}, rounds, warm_up=20)["plan"]

@@ -6,6 +6,7 @@ Nothing is measured here: real routing of the example model drives the very plan
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from epslots.planner.assignment import Assign, assign, holder_only, own_only
 from epslots.planner.cache_policy import POLICIES, UseHistory, record_use
 from epslots.planner.cost_model import Costs, layer_time
 from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_state import LayerState
 
 RANKS, EXPERTS = 4, 32
 SLOTS = (4, 6, 12, 20)
@@ -81,11 +83,11 @@ def simulate(ids_STLK: np.ndarray, slots: int, batch: int, costs: Costs, rule: A
     for layer in range(layers):
         history = UseHistory.empty(1, EXPERTS).layer(0, EXPERTS)
         homes = default_homes(EXPERTS, quota_R, layer)
-        shared = LayerPlanner(0, np.zeros((ranks, EXPERTS), bool), quota_R, homes, costs, rule)
+        shared = LayerPlanner(0, LayerState(np.zeros((ranks, EXPERTS), bool), quota_R, homes), costs, rule)
         for step, start in enumerate(range(0, tokens - batch + 1, batch), start=1):
             counts_RE = counts_of(ids_STLK[:, start : start + batch, layer])
             record_use(history, counts_RE.sum(0) > 0, step)
-            plan = shared.decide(counts_RE, POLICIES["lrfu"](history))
+            plan = shared.decide(counts_RE, partial(POLICIES["lrfu"], history)).assignment
             time_ns += layer_time(costs, plan.counts_RU, plan.computed_RU, plan.fetch_ranks, plan.fetch_sources)
             from_peer = int((plan.fetch_sources >= 0).sum())
             peer += from_peer

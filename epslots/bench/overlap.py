@@ -203,7 +203,7 @@ def _random_routing(variants: Sequence[Variant] | Any) -> Iterator[None]:
                 runner: Any = runner,
                 generator: torch.Generator = generator,
             ) -> torch.Tensor:
-                drawn = torch.rand(index.shape[0], runner.experts.num_experts, generator=generator)
+                drawn = torch.rand(index.shape[0], runner.cache.num_experts, generator=generator)
                 return runner(hidden, drawn.topk(index.shape[1]).indices, weights)
 
             setattr(module, RUNNER, route)

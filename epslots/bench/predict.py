@@ -176,7 +176,7 @@ def costs(model: PreTrainedModel, predictor: Predictor, rounds: int) -> list[dic
     candidates = {"fitted": predictor, "naive": naive_predictor(model)}
     for tokens in COST_TOKENS:
         hidden_TH = torch.randn(tokens, experts.kernel.hidden_size)
-        weights_TK, index_TK = torch.rand(tokens, experts.num_experts).topk(runtime.plan.shape.top_k)
+        weights_TK, index_TK = torch.rand(tokens, experts.cache.num_experts).topk(runtime.plan.shape.top_k)
         row: dict[str, Any] = {"tokens": tokens}
         with torch.inference_mode():
             for name, layer in product(candidates, (0, 1)):

@@ -18,7 +18,7 @@ from epslots.cache.host_store import HostStore
 from epslots.cache.slot_pool import SlotPool
 from epslots.cache.unpacking import Unpacker
 from epslots.compiled import compiled
-from epslots.planner.layer_planner import PeerCopies
+from epslots.planner.plan import PeerCopies
 from epslots.telemetry import Telemetry
 from epslots.transport.transport import Transport
 

@@ -39,7 +39,6 @@ from epslots.cuda_graph.device_slots import (
 )
 from epslots.errors import ConfigError
 from epslots.moe.moe_layer import MoELayer
-from epslots.moe.prefetcher import Prefetcher
 from epslots.runtime import Runtime, runtime_of
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,6 @@ class DecodeGraph:
         self._length = 0
         self.replays = 0
         self._counted = 0
-        self._ahead: list[Prefetcher | None] = []
         self._in_charge = False
         self._windows: list[tuple[int, ...]] = []
         self._slots: list[DeviceSlots | None] = []
@@ -223,7 +221,7 @@ class DecodeGraph:
             self._take_over()
         by_hand = not self._capture or self.obstacle is not None
         try:
-            if by_hand or any(runner.observer is not None for runner in self._runtime.runners):
+            if by_hand or any(runner.observed for runner in self._runtime.runners):
                 self._forward()  # an observer of routes is called from Python
             elif not self._warm:
                 self._forward_beside()
@@ -284,7 +282,7 @@ class DecodeGraph:
     def _take_over(self) -> None:
         """Rule the slots from here until ``close``, if the device can."""
         runners, movers = self._runtime.runners, self._runtime.movers
-        if any(isinstance(runner.experts, DeviceExperts) for runner in runners):
+        if any(runner.slots_are_lent for runner in runners):
             raise ConfigError("another DecodeGraph has this model's slots; close it before")
         self.obstacle = _device_obstacle(self._runtime, self.batch)  # layers may have passed slots, or a group been joined
         if self.obstacle is not None:
@@ -298,11 +296,9 @@ class DecodeGraph:
             if slots is not None:
                 rows = [runners[index] for index in loader.store_layers]
                 slots.enter([row.history for row in rows], [row.steps for row in rows])
-        self._ahead = [runner.ahead for runner in runners]
         self._in_charge = True
         for runner, experts in zip(runners, self._experts, strict=True):
-            runner.experts = experts  # type: ignore[assignment]  # it is asked for what both have
-            runner.ahead = None  # nothing is fetched into slots that the device rules
+            runner.lend_slots(experts)
 
     def _build(self) -> None:
         """The device's state and stand-ins for each layer's experts, for the windows that layers have by now."""
@@ -324,8 +320,8 @@ class DecodeGraph:
             return
         self._in_charge = False
         runners = self._runtime.runners
-        for runner, experts, ahead in zip(runners, self._experts, self._ahead, strict=True):
-            runner.experts, runner.ahead = experts.inner, ahead
+        for runner in runners:
+            runner.take_slots_back()
         replays, self._counted = self.replays - self._counted, self.replays
         for runner, experts in zip(runners, self._experts, strict=True):
             if experts.calls:
@@ -354,7 +350,7 @@ class DecodeGraph:
 
 def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
     """Why the device can't decide about some slots, as a sentence's end; None if it can about all."""
-    if any(runner.ahead is not None and runner.ahead.approximate for runner in runtime.runners):
+    if any(runner.prefetcher is not None and runner.prefetcher.approximate for runner in runtime.runners):
         return "predicted experts are executed"
     if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
         return "batch-invariant products are laid out on the host"

@@ -23,16 +23,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from epslots.arrays import BoolArray, IntArray
+from epslots.arrays import IntArray
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.errors import ConfigError
-from epslots.moe.slot_experts import SlotExperts
+from epslots.moe.expert_compute import ExpertCompute
 from epslots.planner.cache_policy import _SCALE_D, _STEP_BITS, _TRIM, ROWS, SHIFTS, STILL_EVERY, USE, UseHistory
 
 # A score is (sum over D of factors * decayed >> TRIM) << STEP_BITS, plus the step of the last use: as in cache_policy.py.
@@ -336,7 +336,7 @@ def adopt_device_tables(pool: SlotPool) -> None:
 
 
 class DeviceExperts:
-    """A layer's ``SlotExperts`` while the device decides: its layer takes it for one that never misses.
+    """Computes one layer while the device rules its slots; the layer takes it for one that never misses.
 
     Args:
         inner: computes from the slots.
@@ -347,25 +347,15 @@ class DeviceExperts:
         calls: steps that went through Python. A captured step is repeated without.
     """
 
-    never_misses = True
-
-    def __init__(self, inner: SlotExperts, slots: DeviceSlots | None, layer: int) -> None:
-        self.inner = inner
+    def __init__(self, inner: ExpertCompute, slots: DeviceSlots | None, layer: int) -> None:
+        self._inner = inner
         self._slots = slots
         self._layer = layer
         self.calls = 0
 
-    @property
-    def resident_E(self) -> BoolArray:
-        """To the host it looks as if all were there: it has nothing to fetch, neither now nor ahead."""
-        return np.ones(self.inner.num_experts, bool)
-
     def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """As ``SlotExperts.execute``, after bringing in what is missing."""
+        """Fetch missing experts, then ``ExpertCompute.execute``."""
         self.calls += 1
         if self._slots is not None:
             self._slots.prepare(self._layer, ids_N)
-        return self.inner.execute(hidden_TH, ids_N)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+        return self._inner.execute(hidden_TH, ids_N)

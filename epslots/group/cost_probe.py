@@ -17,7 +17,7 @@ from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.cache.unpacking import Unpacker
 from epslots.moe.cpu_experts import CpuExperts
-from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.moe.expert_compute import ExpertCompute
 from epslots.planner.cost_model import HOST_COMPUTE, Costs
 from epslots.transport.transport import Transport
 
@@ -27,11 +27,13 @@ _ROWS = 128
 _SLOTS = 8
 
 
-def measure_costs(
-    transport: Transport, loader: ExpertLoader, kernel: GroupedGemm, slots: int, host: CpuExperts | None = None
-) -> Costs:
-    """Measure, and agree with all ranks. All ranks call it together. Arguments as ``measure_alone``."""
-    mine = measure_alone(loader, kernel, slots, host)
+def measure_costs(transport: Transport, loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool) -> Costs:
+    """The costs that all ranks agree on: each figure is the largest of all ranks. All ranks call it together.
+
+    Args:
+        loader, experts, on_cpu: as for ``measure_alone``.
+    """
+    kernel, mine = experts.kernel, measure_alone(loader, experts, on_cpu=on_cpu)
     if transport.size == 1:
         return mine
     device = transport.device
@@ -57,14 +59,15 @@ def measure_costs(
     return agree_on_costs(transport, mine)
 
 
-def measure_alone(loader: ExpertLoader, kernel: GroupedGemm, slots: int, host: CpuExperts | None = None) -> Costs:
-    """What a rank pays without others; what is exchanged with these counts as next to nothing.
+def measure_alone(loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool) -> Costs:
+    """The costs of a rank without others; every exchange counts as next to nothing.
 
     Args:
         loader: of the pool whose experts are measured.
-        kernel: of one of the pool's layers, with ``slots`` slots.
-        host: of that layer, if the host's CPU may compute experts.
+        experts: of the pool's first layer.
+        on_cpu: whether the host's CPU may compute experts.
     """
+    kernel, slots, cpu = experts.kernel, experts.cache.slots, experts.cpu if on_cpu else None
     device, spec = loader.pool.device, loader.pool.layers[0]
     here = torch.zeros(loader.pool.layout.nbytes, dtype=torch.uint8, device=device)
     put = Unpacker(spec)
@@ -86,7 +89,7 @@ def measure_alone(loader: ExpertLoader, kernel: GroupedGemm, slots: int, host: C
         kernel(rows[:count], ends, torch.full((count,), slot, dtype=torch.int64, device=device))
 
     one_row, all_rows = (_time(lambda n=n: compute(n), wait) for n in (1, _ROWS))  # type: ignore[misc]
-    host_expert, host_pair = (0, 0) if host is None else measure_host(host, rows, wait)
+    host_expert, host_pair = (0, 0) if cpu is None else measure_cpu(cpu, rows, wait)
     return Costs(
         host_fetch=max(1, _time(fetch, wait)),
         peer_fetch=1,
@@ -113,18 +116,18 @@ def _wait_for(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def measure_host(host: CpuExperts, rows_NH: torch.Tensor, wait: Callable[[], None]) -> tuple[int, int]:
+def measure_cpu(cpu: CpuExperts, rows_NH: torch.Tensor, wait: Callable[[], None]) -> tuple[int, int]:
     """Nanoseconds that the host's CPU takes for an expert, however few its pairs, and for a pair more; both at least 1.
 
     Args:
         rows_NH: hidden states on the device.
         wait: for the device.
     """
-    experts = itertools.cycle(range(host.num_experts))
+    experts = itertools.cycle(range(cpu.num_experts))
 
     def compute(count: int) -> None:
         expert = next(experts)
-        host.compute(rows_NH[:count], torch.full((count,), expert, device=rows_NH.device), [expert], [count])
+        cpu.compute(rows_NH[:count], torch.full((count,), expert, device=rows_NH.device), [expert], [count])
 
     one_row, all_rows = (_time(lambda n=n: compute(n), wait) for n in (1, len(rows_NH)))  # type: ignore[misc]
     return max(1, one_row), max(1, (all_rows - one_row) // (len(rows_NH) - 1))

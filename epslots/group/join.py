@@ -19,13 +19,25 @@ from torch import nn
 from epslots.arrays import IntArray
 from epslots.errors import GroupError, PeerLost, StepFailed
 from epslots.group.cost_probe import largest, measure_alone, measure_costs
-from epslots.group.handshake import Handshake, agree_on_placement, encode, exchange_handshakes, greet_peers, settings_of
+from epslots.group.handshake import (
+    Handshake,
+    agree_on_placement,
+    decode,
+    encode,
+    exchange_handshakes,
+    greet_peers,
+    settings_of,
+)
 from epslots.group.rank_group import RankGroup, enter, group_of
 from epslots.models.experts import experts_modules
+from epslots.moe.moe_layer import plan_alone
+from epslots.moe.peers import Alone
 from epslots.placement.model_planner import check_fits
 from epslots.placement.placement import Placement, default_placement, first_residents, pack
 from epslots.planner.cost_model import Costs
 from epslots.planner.cpu_offload import CpuShare
+from epslots.planner.layer_planner import FetchBudgets
+from epslots.planner.prefetch_policy import PrefetchBudget
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, runtime_of
 from epslots.transport.lockstep import LockStep
@@ -71,8 +83,8 @@ def join(
     hello = Handshake(
         epoch=transport.epoch,
         settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
-        slots=[runner.experts.slots for runner in runtime.runners],
-        residents=[np.flatnonzero(runner.experts.resident_E).tolist() for runner in runtime.runners],
+        slots=[runner.cache.slots for runner in runtime.runners],
+        residents=[np.flatnonzero(runner.cache.resident_E).tolist() for runner in runtime.runners],
         node=socket.gethostname() if node is None else node,
         steps=sum(runner.steps for runner in runtime.runners),
         costs=[] if last is None else list(last.costs),
@@ -102,28 +114,30 @@ def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Han
     known = [hello.costs for hello in hellos if hello.costs]
     if known:
         return [largest(pool) for pool in zip(*known, strict=True)]
-    kernels = [runtime.runners[loader.store_layers[0]].experts for loader in runtime.movers]
     return [
-        measure_costs(transport, loader, experts.kernel, experts.slots, experts.host if runtime.host_compute else None)
-        for loader, experts in zip(runtime.movers, kernels, strict=True)
+        measure_costs(transport, loader, runtime.runners[loader.store_layers[0]].experts, on_cpu=runtime.host_compute)
+        for loader in runtime.movers
     ]
 
 
-def compute_on_host(model: nn.Module, costs: Costs | None) -> None:
-    """Let a rank that is alone compute misses on its host's CPU where that is cheaper than fetching them.
+def stand_alone(model: nn.Module, costs: Costs | None = None) -> None:
+    """Let a rank make its steps alone, with what ``load`` has set up: a bound of its prefetches, and misses on the CPU.
 
     Args:
-        costs: what things cost; measured, if not given.
+        costs: what things cost, if misses may be computed on the CPU; measured, if not given.
     """
     runtime = runtime_of(model)
+    bound = runtime.foresight.bytes_per_step
+    budgets = FetchBudgets(None if bound is None else PrefetchBudget(1, bound))
+    peers = Alone(lambda: None if budgets.prefetch is None else budgets.prefetch.renew())
     for loader in runtime.movers:
-        experts = runtime.runners[loader.store_layers[0]].experts
-        known = costs or measure_alone(loader, experts.kernel, experts.slots, experts.host)
-        for index in loader.store_layers:
-            if known.computes_on_host:
-                runtime.runners[index].cpu_share = CpuShare(
-                    1, runtime.layers[index].num_experts, known, beside=loader.link.concurrent
-                )
+        runners = [runtime.runners[index] for index in loader.store_layers]
+        known = (costs or measure_alone(loader, runners[0].experts, on_cpu=True)) if runtime.host_compute else None
+        for runner in runners:
+            share = None
+            if known is not None and known.computes_on_host:
+                share = CpuShare(1, runner.cache.num_experts, known, beside=loader.link.concurrent)
+            runner.form(peers, plan_alone(runner.cache, budgets, share), complete=runner.cache.holds_all)
 
 
 def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Handshake]) -> None:
@@ -137,39 +151,39 @@ def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Hand
         runner.history.unpack(content)
 
 
-def group_up(
+def start_rank(
     model: nn.Module,
-    transport: Transport,
+    transport: Transport | None,
     *,
     settings: Mapping[str, str],
     costs: Costs | None,
     display: ProgressDisplay,
     placement: Placement | None = None,
-) -> RankGroup:
-    """``join`` for ranks that have just loaded: where all of them together have a slot for every expert of a layer, each
-    fills its own share first. With a placement, each fills what it wants there.
-    """
-    runtime = runtime_of(model)
-    mine = encode([runner.experts.slots for runner in runtime.runners])
-    slots_RL = [msgspec.msgpack.decode(m) for m in transport.gather_bytes(mine)]
-    if len({len(slots) for slots in slots_RL}) == 1:  # else they run different models, which join says
-        slots_LR = np.array(slots_RL).T
-        if placement is not None:
-            _divide(runtime, placement, slots_LR, transport.rank)
-        first = placement or default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
-        runtime.fill(_shares(runtime, first, transport.rank), display)
-    return join(model, transport, settings=settings, costs=costs, placement=placement)
+) -> None:
+    """Fill the slots of a rank that has just loaded, and let it join the others; alone without ``transport``.
 
-
-def place_alone(model: nn.Module, placement: Placement, display: ProgressDisplay) -> None:
-    """Divide and fill the slots of a model on a single rank, that has just loaded, as a placement wants it.
+    Where all ranks together have a slot for every expert of a layer, each fills its own share. With a placement, each fills
+    its slots as the placement wants it. Arguments as ``join`` takes them.
 
     Raises:
         ConfigError: the placement is for other ranks or another model.
+        GroupError: as ``join``.
     """
     runtime = runtime_of(model)
-    _divide(runtime, placement, np.array([[runner.experts.slots] for runner in runtime.runners]), 0)
-    runtime.fill(_shares(runtime, placement, 0), display)
+    mine = [runner.cache.slots for runner in runtime.runners]
+    rank, slots_RL = 0, [mine]
+    if transport is not None:
+        rank, slots_RL = transport.rank, [decode(m, list[int]) for m in transport.gather_bytes(encode(mine))]
+    if len({len(slots) for slots in slots_RL}) == 1:  # else they run different models, which join says
+        slots_LR = np.array(slots_RL).T
+        if placement is not None:
+            _divide(runtime, placement, slots_LR, rank)
+        first = placement or default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
+        runtime.fill(_shares(runtime, first, rank), display)
+    if transport is None:
+        stand_alone(model, costs)
+    else:
+        join(model, transport, settings=settings, costs=costs, placement=placement)
 
 
 def _divide(runtime: Runtime, placement: Placement, slots_LR: IntArray, rank: int) -> None:
@@ -181,12 +195,12 @@ def _divide(runtime: Runtime, placement: Placement, slots_LR: IntArray, rank: in
 def _shares(runtime: Runtime, placement: Placement, rank: int) -> dict[int, IntArray]:
     """The experts of each layer with which a rank fills its slots, where these are empty."""
     first_LE = first_residents(placement)[:, rank]
-    empty = [index for index, runner in enumerate(runtime.runners) if not runner.experts.resident_E.any()]
+    empty = [index for index, runner in enumerate(runtime.runners) if not runner.cache.resident_E.any()]
     return {index: np.flatnonzero(first_LE[index]) for index in empty if first_LE[index].any()}
 
 
 def announce_failure(transport: Transport, failure: BaseException) -> None:
-    """Tell ranks that wait in ``group_up`` why this one won't come."""
+    """Tell ranks that wait in ``start_rank`` why this one won't come."""
     with suppress(PeerLost):  # then somebody else has failed before
         transport.gather_bytes(encode([]))
         exchange_handshakes(transport, Handshake(transport.epoch, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))

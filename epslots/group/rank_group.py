@@ -8,14 +8,17 @@ import numpy as np
 import xxhash
 from torch import nn
 
-from epslots.cache.slot_pool import SlotPool
+from epslots.arrays import BoolArray
+from epslots.cache.expert_loader import ExpertLoader
 from epslots.errors import ConfigError, ExchangeError
 from epslots.group.handshake import Handshake, decode, encode
 from epslots.placement.model_planner import ModelPlanner, check_fits
 from epslots.placement.placement import Placement, default_placement
 from epslots.planner.cost_model import Costs
 from epslots.planner.cpu_offload import CpuShare
-from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
+from epslots.planner.layer_state import LayerState
+from epslots.planner.prefetch_policy import PrefetchBudget
 from epslots.runtime import Runtime
 from epslots.transport.lockstep import Header, LockStep
 from epslots.transport.transport import Transport
@@ -51,35 +54,8 @@ class RankGroup:
         self.nodes = tuple(hello.node for hello in hellos)
         self._runtime = runtime
         self._offered: dict[int, tuple[Placement, int]] = {}
-        quota_LR = np.array([hello.slots for hello in hellos]).T
-        placement = default_placement([layer.num_experts for layer in runtime.layers], quota_LR)
-        _, node_R = np.unique(self.nodes, return_inverse=True)
-        shared: dict[int, LayerPlanner] = {}
-        self._tables: list[tuple[SlotPool, np.ndarray, tuple[int, ...]]] = []
-        for loader, pool_costs in zip(runtime.movers, self.costs, strict=True):
-            table = np.zeros((len(loader.store_layers), transport.size, loader.pool.slot_of.shape[1]), bool)
-            for position, index in enumerate(loader.store_layers):
-                for rank, hello in enumerate(hellos):
-                    table[position, rank, hello.residents[index]] = True
-                experts = runtime.layers[index].num_experts
-                shared[index] = LayerPlanner(
-                    transport.rank,
-                    table[position, :, :experts],
-                    quota_LR[index].copy(),
-                    placement.home_LE[index, :experts],
-                    pool_costs,
-                    expert_bytes=loader.pool.layout.nbytes,
-                    node_R=node_R if node_R.any() else None,
-                )
-                shared[index].record_bytes = runtime.layers[index].record.nbytes
-                if runtime.host_compute and pool_costs.computes_on_host:
-                    shared[index].cpu_share = CpuShare(transport.size, experts, pool_costs, beside=loader.link.concurrent)
-            self._tables.append((loader.pool, table, loader.store_layers))
-            loader.transport = transport
-        layers = [shared[index] for index in range(len(runtime.layers))]
-        self.shared = ModelPlanner(layers, placement, [loader.store_layers for loader in runtime.movers])
-        if runtime.foresight.bytes_per_step is not None:
-            self.shared.bound_prefetches(runtime.foresight.bytes_per_step)
+        self._tables = [(loader, _table(loader, hellos)) for loader in runtime.movers]
+        self.shared = self._planners(hellos)
         if followed is not None:
             self.shared.adopt(*followed)
         self.lockstep = LockStep(
@@ -92,8 +68,40 @@ class RankGroup:
             on_header=self._begin_step,
         )
         self.lockstep.placement = self.shared.placement.version
-        for runner, layer in zip(runtime.runners, self.shared.layers, strict=True):
-            runner.join(self.lockstep, layer)
+        for loader in runtime.movers:
+            loader.transport = transport
+        for runner, planner in zip(runtime.runners, self.shared.layers, strict=True):
+            runner.form(self.lockstep, planner, complete=self.shared.complete)
+
+    def _planners(self, hellos: Sequence[Handshake]) -> ModelPlanner:
+        """A planner for each layer, from what all ranks hold."""
+        runtime, size = self._runtime, self.transport.size
+        quota_LR = np.array([hello.slots for hello in hellos]).T
+        placement = default_placement([layer.num_experts for layer in runtime.layers], quota_LR)
+        _, node_R = np.unique(self.nodes, return_inverse=True)
+        bound = runtime.foresight.bytes_per_step
+        budgets = FetchBudgets(None if bound is None else PrefetchBudget(size, bound))
+        layers: dict[int, LayerPlanner] = {}
+        for (loader, table), costs in zip(self._tables, self.costs, strict=True):
+            for position, index in enumerate(loader.store_layers):
+                experts = runtime.layers[index].num_experts
+                offloads = runtime.host_compute and costs.computes_on_host
+                layers[index] = LayerPlanner(
+                    self.transport.rank,
+                    LayerState(
+                        table[position, :, :experts],
+                        quota_LR[index].copy(),
+                        placement.home_LE[index, :experts],
+                        node_R if node_R.any() else None,
+                    ),
+                    costs,
+                    expert_bytes=loader.pool.layout.nbytes,
+                    record_bytes=runtime.layers[index].record.nbytes,
+                    budgets=budgets,
+                    cpu_share=CpuShare(size, experts, costs, beside=loader.link.concurrent) if offloads else None,
+                )
+        pools = [loader.store_layers for loader in runtime.movers]
+        return ModelPlanner([layers[index] for index in range(len(layers))], placement, pools, budgets)
 
     @property
     def placement(self) -> Placement:
@@ -137,22 +145,22 @@ class RankGroup:
             self.shared.adopt(*self._offered[header.placement])
             self._offered = {g: offer for g, offer in self._offered.items() if g > header.placement}
         runners = self._runtime.runners
-        for shift in self.shared.begin_step(lambda layer: runners[layer].score_E):
+        for shift in self.shared.begin_step(lambda layer: runners[layer].scores()):
             if shift.rank == self.transport.rank:
-                runners[shift.giver].experts.pass_slot(runners[shift.taker].experts, shift.evicted)
+                runners[shift.giver].pass_slot(runners[shift.taker], shift.evicted)
 
     def _digest(self) -> int:
         """Of the table as it is here, with this rank's row as its slots really are."""
-        for pool, table, layers in self._tables:
-            mine, actual = table[:, self.transport.rank], pool.slot_of >= 0
+        for loader, table in self._tables:
+            mine, actual = table[:, self.transport.rank], loader.pool.slot_of >= 0
             for position in np.flatnonzero((mine != actual).any(1)):
                 mine[position] = actual[position]
-                self.shared.layers[layers[position]].forget_digest()
+                self.shared.layers[loader.store_layers[position]].state.holds_changed()
         return self.shared.digest
 
     def _explain_divergence(self) -> str:
         """The first layer and slot in which the ranks' tables differ. All ranks call it together."""
-        layers = self.shared.layers
+        layers = [planner.state for planner in self.shared.layers]
         digests = np.array([decode(m, list[int]) for m in self._gather([layer.digest for layer in layers])])
         differing_L = np.flatnonzero((digests != digests[0]).any(0))
         if not len(differing_L):
@@ -177,6 +185,15 @@ class RankGroup:
 
     def _gather(self, value: object) -> list[bytes]:
         return self.transport.gather_bytes(encode(value))
+
+
+def _table(loader: ExpertLoader, hellos: Sequence[Handshake]) -> BoolArray:
+    """Which rank holds which expert of a pool's layers, bool [layers, R, E]."""
+    table = np.zeros((len(loader.store_layers), len(hellos), loader.pool.slot_of.shape[1]), bool)
+    for position, index in enumerate(loader.store_layers):
+        for rank, hello in enumerate(hellos):
+            table[position, rank, hello.residents[index]] = True
+    return table
 
 
 def group_of(model: nn.Module) -> RankGroup | None:

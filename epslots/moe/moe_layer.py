@@ -1,107 +1,178 @@
-"""The life of a token batch in one MoE layer: the hot path, in the order in which it happens.
+"""The life of a token batch in one MoE layer. transformers' experts module calls ``MoELayer`` with its router's choice.
 
-transformers' experts module calls ``MoELayer`` with what its router chose (experts.py; loading.py puts it there).
-
-    prepare    count the tokens of each expert; ranks gather each other's counts
-    plan       who computes what (assignment.py), which experts stay resident (evictions.py), and which are fetched
-               into which slot in which wave (expert_passes.py)
-    fetch      missing experts into slots, from the host store or from a peer's slot (expert_loader.py); and behind them
-    what the
-               next layer is expected to need (prefetch_policy.py)
+    prepare    count the tokens of each expert; predict the next layer's experts (prefetcher.py)
+    plan       gather all ranks' counts (peers.py); decide who computes what, what is fetched and what evicted
+               (planner/layer_planner.py); order this rank's fetches and passes (expert_cache.py)
+    fetch      missing experts into slots, from the host store or a peer's slot; behind them the next layer's (prefetcher.py)
     dispatch   tokens to the ranks that compute them (token_dispatcher.py)
-    execute    sort the pairs by slot; one grouped pass through the experts for each wave (slot_experts.py)
+    execute    sort the pairs by slot; one grouped product for each pass (expert_compute.py)
     combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
 
-On one rank all that travels vanishes: its counts are all there are, and its pairs stay where they are. No Python loop runs
-over tokens or experts. A single rank's layer that has a slot for every expert takes no plan and no host synchronisation, and
-neither do ranks that each hold the whole model: they compute their own tokens. Any other step takes one, to learn from the
-counts what is missing.
+One rank and many go the same way. Where no expert can be missing on any rank, a step takes no plan and no host
+synchronisation. No Python loop runs over tokens or experts.
 
-Legend of shape suffixes: T tokens, K experts per token, N = T * K (token, k) pairs, R ranks, E experts, H hidden size.
+Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; a rank *hits* an expert that is in one
+of its slots, and *misses* another. A *pass* is one grouped product over part of the layer's experts, where these are more
+than its slots or come late. *Residents* are the experts in slots; some are *evicted* for fetches. A *migration* is a fetch for
+the placement's sake.
+
+Legend of shape suffixes: T tokens, K experts per token, N = T * K pairs, M pairs computed here, R ranks, E experts, H hidden
+size.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from epslots.arrays import BoolArray, IntArray
 from epslots.errors import ConfigError
-from epslots.moe.cpu_experts import CpuRows
+from epslots.moe.expert_cache import ExpertCache
+from epslots.moe.expert_compute import ExpertCompute
+from epslots.moe.peers import Alone, Peers
 from epslots.moe.prefetcher import Prefetcher, PrefetchTarget
-from epslots.moe.slot_experts import Needs, SlotExperts
 from epslots.moe.token_dispatcher import Dispatch, LocalDispatch, dispatch
+from epslots.planner.assignment import own_only
 from epslots.planner.cache_policy import Policy, UseHistory, learns, record_use
-from epslots.planner.cpu_offload import CpuShare, displaces_better
-from epslots.planner.evictions import plan_evictions
-from epslots.planner.expert_passes import ExpertPass
-from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.cost_model import Costs
+from epslots.planner.cpu_offload import CpuShare
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
+from epslots.planner.layer_state import LayerState
+from epslots.planner.plan import RankPlan
 from epslots.planner.reuse_distance import stack_distances
 from epslots.telemetry import Telemetry
-from epslots.transport.lockstep import LockStep
+from epslots.transport.lockstep import Gathered
 
 # One step in so many is asked how soon its experts are used again; each layer in its turn.
 REUSE_EVERY = 16
-
-_NOTHING = np.zeros(0, np.int64)
 
 RouteObserver = Callable[[int, torch.Tensor], None]
 """Called with (layer index, top_k_index [T, K]) for every step; must not change it."""
 
 
+class ResidentExperts(Protocol):
+    """Computes pairs whose experts are all in slots when they are computed."""
+
+    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+        """Each pair's result, [N, H]."""
+        ...
+
+
+class Batch(NamedTuple):
+    """A rank's tokens in one layer. ``MoELayer.prepare`` fills every field.
+
+    Attributes:
+        hidden_TH, weights_TK: the hidden states, and the router's weights.
+        ids_N: int64, the expert of each pair; those without weights are E.
+        counts: int64 [E + 1] on the device, pairs of each expert; the last entry counts those without weights.
+        usage: int32 on the device, how likely the next layer uses each expert, 0 to 255; None = not predicted.
+    """
+
+    hidden_TH: torch.Tensor
+    ids_N: torch.Tensor
+    weights_TK: torch.Tensor
+    counts: torch.Tensor
+    usage: torch.Tensor | None
+
+
 class MoELayer:
     """Runs one experts module from slots.
+
+    It is complete as constructed: a rank alone. ``form`` makes it a layer of a group, and of each later group.
 
     Args:
         index: the layer's number among the model's MoE layers.
         experts: computes with this rank's slots.
-        identity: whether ids >= E stand for experts that return their input.
-        history: the layer's row of past uses, on whichever rank; changed in place.
+        policy: scores experts; the lowest are evicted.
+        history: the layer's past uses on any rank; changed in place.
 
     Attributes:
-        steps: steps that ``history`` counts. Among several ranks both are the same on all.
-        expected: this layer, as the one before looks at it.
-        ahead: the view to the layer that follows, if anything is to be predicted of it.
+        cache: this rank's slots of the layer.
+        planner: plans the layer's steps.
+        steps: steps that ``history`` counts; the same on all ranks of a group, as ``history`` is.
+        prefetch_target: this layer as the one before sees it.
+        prefetcher: predicts for the next layer; None where nothing is predicted.
     """
 
     def __init__(
-        self,
-        *,
-        index: int,
-        experts: SlotExperts,
-        identity: bool,
-        policy: Policy,
-        history: UseHistory,
-        telemetry: Telemetry,
+        self, index: int, experts: ExpertCompute, *, policy: Policy, history: UseHistory, telemetry: Telemetry
     ) -> None:
         self.index = index
-        self.experts = experts
-        self.observer: RouteObserver | None = None
-        self._identity = identity
+        self.experts, self.cache = experts, experts.cache
+        self.history, self.steps = history, 0
+        self._observer: RouteObserver | None = None
+        self.prefetcher: Prefetcher | None = None
         self._policy, self._learns = policy, learns(policy)
-        self.history = history
         self._telemetry = telemetry
-        self._lockstep: LockStep | None = None
-        self._shared: LayerPlanner | None = None
-        self.expected = PrefetchTarget(experts, lambda: self.score_E)
-        self.ahead: Prefetcher | None = None
-        self._zero_E = np.zeros(experts.num_experts, np.int64)
-        self._nothing_E = np.zeros(experts.num_experts, bool)
-        self.cpu_share: CpuShare | None = None
-        self._one = torch.ones(1, dtype=torch.int64, device=experts.pool.device)
-        self.steps = 0
+        self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
+        self._one = torch.ones(1, dtype=torch.int64, device=self._device)
+        self._no_tokens = experts.no_tokens()
+        self._peers: Peers = Alone()
+        self.planner = plan_alone(self.cache)
+        self.prefetch_target = PrefetchTarget(self.cache, self.scores, self.planner)
+        self._resident: ResidentExperts | None = None
+        self._lent_by: tuple[ResidentExperts | None, Prefetcher | None] | None = None
+        self.form(self._peers, self.planner, complete=self.cache.holds_all)
 
-    def join(self, lockstep: LockStep, shared: LayerPlanner) -> None:
-        """Compute together with other ranks from now on."""
-        self._lockstep, self._shared = lockstep, shared
-        self.expected.join(shared)
+    def form(self, peers: Peers, planner: LayerPlanner, *, complete: bool) -> None:
+        """Make all steps from now on with these peers, by plans of this planner. Called between steps.
+
+        A layer outlives its groups: each epoch's group brings other ranks, another table of who holds what and other costs.
+
+        Args:
+            complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
+        """
+        self._peers, self.planner, self.prefetch_target.planner = peers, planner, planner
+        self._resident = None
+        if complete:
+            self.cache.wait_for_all()
+            self._resident = self.experts
+
+    def prefetch_by(self, prefetcher: Prefetcher) -> None:
+        """Predict for the next layer from now on. Layers look at each other in a circle, so none can be made with it."""
+        self.prefetcher = prefetcher
+
+    def observe(self, observer: RouteObserver | None) -> None:
+        """Show every choice of the router to ``observer`` from now on; None ends it."""
+        self._observer = observer
 
     @property
-    def score_E(self) -> IntArray:
-        """The eviction policy's scores as they are now."""
+    def observed(self) -> bool:
+        """Whether ``observe`` is in force."""
+        return self._observer is not None
+
+    def lend_slots(self, experts: ResidentExperts) -> None:
+        """Let ``experts`` rule the layer's slots and compute every step, until ``take_slots_back``; nothing is prefetched."""
+        assert self._lent_by is None, "the slots are lent already"
+        self._lent_by = self._resident, self.prefetcher
+        self._resident, self.prefetcher = experts, None
+
+    def take_slots_back(self) -> None:
+        """End what ``lend_slots`` began."""
+        assert self._lent_by is not None, "the slots aren't lent"
+        (self._resident, self.prefetcher), self._lent_by = self._lent_by, None
+
+    @property
+    def slots_are_lent(self) -> bool:
+        """Whether ``lend_slots`` is in force."""
+        return self._lent_by is not None
+
+    def pass_slot(self, taker: MoELayer, evicted: int) -> None:
+        """Pass a slot to a neighbouring layer of the pool.
+
+        Args:
+            evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
+        """
+        self.cache.pass_slot(taker.cache, evicted)
+        self.experts.use_window()
+        taker.experts.use_window()
+
+    def scores(self) -> IntArray:
+        """The eviction policy's scores of the experts as they are now, int64 [E]."""
         return self._policy(self.history)
 
     def __call__(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -112,214 +183,148 @@ class MoELayer:
             index_TK: int64, the router's choice; never altered.
             weights_TK: float, the router's weights.
         """
-        pool = self.experts.pool
-        if hidden_TH.device != pool.device:
-            raise ConfigError(
-                f"the model was loaded for {pool.device} and is given tensors on {hidden_TH.device}; load it with "
-                f"device={str(hidden_TH.device)!r} instead of moving it"
-            )
-        if self.observer is not None:
-            self.observer(self.index, index_TK)
-        if self._lockstep is None:
-            if not index_TK.numel():
-                return torch.zeros_like(hidden_TH)
-        else:
-            self._lockstep.arrive(self.index)
-        index_TK, weights_TK = self.expected.execute_predicted(index_TK, weights_TK)
-        ids_N = index_TK.reshape(-1)
-        if self._identity:
-            ids_N = ids_N.clamp(max=self.experts.num_experts)
+        self._check_device(hidden_TH)
+        if self._observer is not None and index_TK is not self._no_tokens[1]:
+            self._observer(self.index, index_TK)
+        if self._peers.alone and not index_TK.numel():
+            return torch.zeros_like(hidden_TH)
+        self._peers.arrive(self.index)
         began = time.perf_counter()
-        counts = self._prepare(ids_N)
-        usage = None if self.ahead is None else self.ahead.predict(hidden_TH, index_TK)
-        with pool.lock:
-            if self._lockstep is None:
-                pairs_NH = self._step_alone(hidden_TH, ids_N, counts, usage)
+        batch = self.prepare(hidden_TH, index_TK, weights_TK)
+        with self.cache.pool.lock:
+            self._peers.take_part(self.index)
+            if self._resident is not None:  # no plan, and no host synchronisation
+                results_NH = self.execute_resident(batch, self._resident)
             else:
-                pairs_NH = self._step_together(hidden_TH, ids_N, counts, usage, self._lockstep)
+                gathered = self.gather(batch)
+                plan = self.plan(gathered)
+                self.fetch(plan, batch, gathered)
+                routed = self.dispatch(batch, plan, gathered)
+                results_MH = self.execute(routed, plan)
+                results_NH = routed.combine(results_MH)
+                self.migrate(plan)
         self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
-        if self._identity:
-            weightless_N = ids_N >= self.experts.num_experts
-            pairs_NH = torch.where(weightless_N[:, None], hidden_TH.repeat_interleave(index_TK.shape[1], 0), pairs_NH)
-        return combine(pairs_NH, weights_TK, hidden_TH.dtype)
+        return self.combine(results_NH, batch)
 
     def idle(self) -> None:
         """Take part in a step of all ranks without a token."""
-        assert self._lockstep is not None
-        began = time.perf_counter()
-        counts = torch.zeros(self.experts.num_experts + 1, dtype=torch.int64, device=self.experts.pool.device)
-        with self.experts.pool.lock:
-            usage = None if self.ahead is None else self.ahead.nothing()
-            self._step_together(self.experts.zeros(0), counts[:0], counts, usage, self._lockstep)
-        self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
+        self(*self._no_tokens)
 
-    def _prepare(self, ids_N: torch.Tensor) -> torch.Tensor:
-        """Tokens of each expert, int64 [E + 1]; the last entry counts ids beyond the last expert."""
-        counts = torch.zeros(self.experts.num_experts + 1, dtype=torch.int64, device=ids_N.device)
-        return counts.scatter_add_(0, ids_N, self._one.expand(ids_N.shape[0]))
+    def prepare(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> Batch:
+        """Count the tokens of each expert, and predict those of the next layer."""
+        index_TK, weights_TK = self.prefetch_target.take_predicted(index_TK, weights_TK)
+        ids_N = index_TK.reshape(-1)
+        if self.experts.identity:
+            ids_N = ids_N.clamp(max=self._num_experts)
+        counts = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=self._device)
+        counts.scatter_add_(0, ids_N, self._one.expand(ids_N.shape[0]))
+        usage = None if self.prefetcher is None else self.prefetcher.predict(hidden_TH, index_TK)
+        return Batch(hidden_TH, ids_N, weights_TK, counts, usage)
 
-    def _step_alone(
-        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, counts: torch.Tensor, usage: torch.Tensor | None
-    ) -> torch.Tensor:
-        """One rank's step: each pair's result, [N, H]."""
-        if self.index == 0 and self.expected.budget is not None:
-            self.expected.budget.renew()
-        if self.experts.never_misses:
-            self._telemetry.count_resident(self.index, counts)
-            if usage is not None:
-                self._fetch_ahead(usage.cpu().numpy()[None], self._busy_1())
-            return self.experts.execute(hidden_TH, ids_N)
-        busy_1 = self._busy_1()
-        counts_host, usage_E = _to_host(counts, usage)  # the one host synchronisation of a step
-        counts_E = counts_host[:-1]
-        needs = self.experts.needs(counts_E)
-        needed_E = needs.needed_E
-        self._note_uses(needed_E)
-        score_E, evicted_E, hosted, slots_E = self._zero_E, self._nothing_E, _NOTHING, counts_E
-        if needs.missing:
-            score_E = self.score_E
-            resident_1E, needed_1E = self.experts.resident_E[None], needed_E[None]
-            if self.cpu_share is not None:
-                hosted = self._choose_hosted(resident_1E, needed_1E, counts_E, score_E)
-                slots_E = counts_E.copy()
-                slots_E[hosted] = 0
-                needed_1E = slots_E[None] > 0
-            evicted_E = plan_evictions(resident_1E, needed_1E, self.experts.quota_1, score_E).evicted_RE[0]
-        passes = self.experts.passes(slots_E, score_E, evicted_E)
-        on_host = self.experts.begin_on_host(hidden_TH, ids_N, hosted, counts_E)
-        self._count(counts_host, needs, passes)
-        begun = self.experts.fetch(passes)
-        self.expected.charge(needs.missing - len(hosted))
-        usage_1E = None if usage_E is None else usage_E[None]
-        self._fetch_ahead(usage_1E, busy_1)
-        result = self._compute(LocalDispatch(hidden_TH, ids_N), slots_E, passes, begun, on_host)
-        return self.experts.finish_on_host(on_host, result)
+    def execute_resident(self, batch: Batch, experts: ResidentExperts) -> torch.Tensor:
+        """A step of a layer whose experts are all in slots: each pair's result, [N, H]."""
+        self._telemetry.count_resident(self.index, batch.counts)
+        if batch.usage is not None and self.prefetcher is not None:  # the next layer may miss
+            busy_R = np.array([self.cache.link_is_busy])
+            self.prefetcher.fetch(batch.usage.cpu().numpy()[None], busy_R, self.cache.pool)
+        return experts.execute(batch.hidden_TH, batch.ids_N)
 
-    def _choose_hosted(self, resident_1E: BoolArray, needed_1E: BoolArray, counts_E: IntArray, score_E: IntArray) -> IntArray:
-        """The missing experts that this rank, if it is alone, computes on its host."""
-        assert self.cpu_share is not None
-        experts = np.flatnonzero(needed_1E[0] & ~resident_1E[0])
-        ranks = np.zeros_like(experts)
-        displaces = displaces_better(resident_1E, needed_1E, self.experts.quota_1, score_E, ranks, experts)
-        return experts[self.cpu_share.choose(self.steps, ranks, experts, counts_E[experts], displaces)]
+    def gather(self, batch: Batch) -> Gathered:
+        """All ranks' counts and predictions, on the host."""
+        peers, began = self._peers, time.perf_counter()
+        peers.exchanging = True
+        top_k, guard = batch.weights_TK.shape[1] if len(batch.ids_N) else 0, self.planner.state.digest
+        gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy)
+        if not peers.alone:
+            self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
+            self.cache.confirm_copies()
+        return gathered
 
-    def _step_together(
-        self,
-        hidden_TH: torch.Tensor,
-        ids_N: torch.Tensor,
-        counts: torch.Tensor,
-        usage: torch.Tensor | None,
-        lockstep: LockStep,
-    ) -> torch.Tensor:
-        """This rank's part of all ranks' step: each of its pairs' results, [N, H]."""
-        shared, experts = self._shared, self.experts
-        assert shared is not None
-        lockstep.take_part(self.index)
-        if shared.complete:
-            experts.land()
-            self._telemetry.count_resident(self.index, counts)
-            return experts.execute(hidden_TH, ids_N)
-        lockstep.exchanging = True
-        pairs_NH = self._exchange(hidden_TH, ids_N, counts, usage, lockstep, shared)
-        lockstep.exchanging = False
-        return pairs_NH
+    def plan(self, gathered: Gathered) -> RankPlan:
+        """Decide for all ranks who computes what, and for this one what is fetched when."""
+        planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
+        used_E: BoolArray = counts_RE.sum(0) > 0
+        if not used_E.any():  # no rank has tokens
+            return planner.no_work
+        self._record_uses(used_E)
+        if planner.alone:
+            planner.refresh(self.cache.resident_E)
+        plan = planner.plan(counts_RE, self.scores)
+        self.cache.schedule(plan, gathered.counts_R[planner.rank])
+        return plan
 
-    def _exchange(
-        self,
-        hidden_TH: torch.Tensor,
-        ids_N: torch.Tensor,
-        counts: torch.Tensor,
-        usage: torch.Tensor | None,
-        lockstep: LockStep,
-        shared: LayerPlanner,
-    ) -> torch.Tensor:
-        """``_step_together`` where experts are missing somewhere."""
-        experts = self.experts
-        top_k = ids_N.shape[0] // hidden_TH.shape[0] if len(hidden_TH) else 0
-        began = time.perf_counter()
-        all_ranks = lockstep.gather_counts(self.index, counts, top_k, shared.digest, usage, busy=experts.link_is_busy)
-        counts_R, top_k = all_ranks.counts_R, all_ranks.top_k
-        usage_RE = None if usage is None else all_ranks.predicted_R[:, : len(usage)].astype(np.int64)
-        self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
-        experts.confirm()  # what was queued before the counts has arrived with them
-        counts_RE = counts_R[:, :-1]
-        used_E = counts_RE.sum(0) > 0
-        if not used_E.any():
-            return experts.zeros(len(ids_N))
-        self._note_uses(used_E)
-        score_E = self.score_E
-        plan = shared.plan(counts_RE, score_E)
-        computed_E = np.zeros(experts.num_experts, np.int64)
-        computed_E[plan.experts_U] = plan.computed_U
-        slots_E = computed_E
-        if len(plan.hosted):
-            slots_E = computed_E.copy()
-            slots_E[plan.hosted] = 0
-        needs = experts.needs(computed_E)
-        passes = experts.passes(slots_E, score_E, plan.evicted_E, plan.copies)
-        self._count(counts_R[shared.rank], needs, passes)
-        agreed = lockstep.agreed
-        begun = experts.fetch(passes, plan.copies, agreed=agreed)
-        self._fetch_ahead(usage_RE, all_ranks.busy_R)
-        tokens_R = counts_R.sum(1) // max(top_k, 1)
-        rows_TH = hidden_TH.to(experts.dtype)
-        arrived = dispatch(lockstep.transport, rows_TH, ids_N, plan, tokens_R, top_k, shared.costs, agreed=agreed)
+    def fetch(self, plan: RankPlan, batch: Batch, gathered: Gathered) -> None:
+        """Begin this step's fetches, and behind them those for the next layer."""
+        self.cache.fetch(plan, agreed=self._peers.agreed)
+        if batch.usage is not None and self.prefetcher is not None:
+            usage_RE = gathered.predicted_R[:, : len(batch.usage)].astype(np.int64)
+            self.prefetcher.fetch(usage_RE, gathered.busy_R, self.cache.pool)
+
+    def dispatch(self, batch: Batch, plan: RankPlan, gathered: Gathered) -> Dispatch:
+        """Send own pairs to the ranks that compute them, and take in those that this rank computes."""
+        if not plan.moved:
+            return LocalDispatch(batch.hidden_TH, batch.ids_N)
         self._telemetry.count(self.index, pairs_sent=plan.sent, pairs_received=plan.received)
-        lockstep.computing = True
-        on_host = experts.begin_on_host(arrived.rows_MH, arrived.ids_M, plan.hosted, computed_E)
-        results_MH = experts.finish_on_host(on_host, self._compute(arrived, slots_E, passes, begun, on_host))
-        lockstep.computing = False
-        pairs_NH = arrived.combine(results_MH)
-        if plan.move is not None:
-            experts.move(plan.move, agreed=agreed)
-        return pairs_NH
+        transport = self._peers.transport
+        assert transport is not None
+        rows_TH, costs = batch.hidden_TH.to(self.experts.dtype), self.planner.costs
+        return dispatch(transport, rows_TH, batch.ids_N, plan, gathered, costs, agreed=self._peers.agreed)
 
-    def _busy_1(self) -> BoolArray:
-        return np.array([self.experts.link_is_busy])
+    def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
+        """The results of the pairs that are here, [M, H]."""
+        self._peers.computing = True
+        results_MH = self.experts.compute(routed, plan)
+        self._peers.computing = False
+        return results_MH
 
-    def _fetch_ahead(self, usage_RE: IntArray | None, busy_R: BoolArray) -> None:
-        """Begin to fetch what the next layer is expected to use, if anything was said of it."""
-        if usage_RE is not None and self.ahead is not None:
-            self.ahead.fetch(usage_RE, busy_R, self.experts.pool)
+    def migrate(self, plan: RankPlan) -> None:
+        """Begin what is fetched for the placement's sake; the step's last exchange."""
+        self.cache.migrate(plan, agreed=self._peers.agreed)
+        self._peers.exchanging = False
 
-    def _compute(
-        self, arrived: Dispatch, counts_E: IntArray, passes: tuple[ExpertPass, ...], begun: int, on_host: CpuRows | None
-    ) -> torch.Tensor:
-        """The results of the pairs that are here: [M, H], pair by pair; undefined for those that slots have no part in."""
-        here = None if on_host is None else int(counts_E.sum())
-        return self.experts.compute(arrived.rows_MH, arrived.ids_M, counts_E, passes, begun, here)
+    def combine(self, results_NH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The weighted sum of each token's results, [T, H]; ids without weights return their input."""
+        if self.experts.identity:
+            weightless_N = batch.ids_N >= self._num_experts
+            inputs_NH = batch.hidden_TH.repeat_interleave(batch.weights_TK.shape[1], 0)
+            results_NH = torch.where(weightless_N[:, None], inputs_NH, results_NH)
+        return combine(results_NH, batch.weights_TK, batch.hidden_TH.dtype)
 
-    def _note_uses(self, used_E: BoolArray) -> None:
+    def _check_device(self, hidden_TH: torch.Tensor) -> None:
+        if hidden_TH.device != self._device:
+            raise ConfigError(
+                f"the model was loaded for {self._device} and is given tensors on {hidden_TH.device}; load it with "
+                f"device={str(hidden_TH.device)!r} instead of moving it"
+            )
+
+    def _record_uses(self, used_E: BoolArray) -> None:
+        """Enter the experts that a step uses on any rank into the history."""
         self.steps += 1
         if (self.steps + self.index) % REUSE_EVERY == 0:
-            distances = stack_distances(self.history.last_use, used_E, self.score_E)
-            self._telemetry.count_reuse(self.index, distances)
+            self._telemetry.count_reuse(self.index, stack_distances(self.history.last_use, used_E, self.scores()))
         self._telemetry.count_uses(self.index, used_E)
-        self.expected.judge(used_E)
-        slots = None
-        if self._learns:
-            slots = self.experts.slots if self._shared is None else int(self._shared.quota_R.sum())
+        self.planner.judge_predictions(used_E)
+        slots = int(self.planner.state.quota_R.sum()) if self._learns else None
         record_use(self.history, used_E, self.steps, slots)
 
-    def _count(self, counts: IntArray, needs: Needs, passes: tuple[ExpertPass, ...]) -> None:
-        rounds = max(1, len(passes)) if needs.needed > self.experts.slots else 1
-        hits = needs.needed - needs.missing
-        self._telemetry.count_step(self.index, counts, hits=hits, misses=needs.missing, passes=rounds)
+
+def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_share: CpuShare | None = None) -> LayerPlanner:
+    """The planner of a layer on a rank alone, whose work has one place to go: so costs play no part in it.
+
+    Args:
+        cpu_share: decides which missing experts the CPU computes, by costs of its own.
+    """
+    state = LayerState(cache.resident_E[None], np.array([cache.slots]), np.zeros(cache.num_experts, np.int64))
+    sizes = {"expert_bytes": cache.expert_bytes, "record_bytes": cache.record_bytes}
+    return LayerPlanner(0, state, _ANY_COSTS, own_only, **sizes, budgets=budgets, cpu_share=cpu_share)
 
 
-def _to_host(counts: torch.Tensor, usage: torch.Tensor | None) -> tuple[IntArray, IntArray | None]:
-    """Both on the host, by one copy."""
-    if usage is None:
-        return counts.cpu().numpy(), None
-    if counts.device.type == "cpu":
-        return counts.numpy(), usage.numpy()
-    both = torch.cat([counts, usage.to(counts.dtype)]).cpu().numpy()
-    return both[: len(counts)], both[len(counts) :]
+_ANY_COSTS = Costs(1, 1, 1, 1, 1, 1, 1)
 
 
-def combine(pairs_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def combine(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Weight each pair's result and sum over k, in the order of k and at least in fp32: [T, H] in ``dtype``."""
     tokens, top_k = weights_TK.shape
-    exact = torch.promote_types(pairs_NH.dtype, torch.float32)
-    pairs_TKH = pairs_NH.view(tokens, top_k, pairs_NH.shape[-1]).to(exact)
-    return (pairs_TKH * weights_TK.to(exact)[..., None]).sum(dim=1).to(dtype)
+    exact = torch.promote_types(results_NH.dtype, torch.float32)
+    results_TKH = results_NH.view(tokens, top_k, results_NH.shape[-1]).to(exact)
+    return (results_TKH * weights_TK.to(exact)[..., None]).sum(dim=1).to(dtype)

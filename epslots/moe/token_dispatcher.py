@@ -23,8 +23,9 @@ from epslots.compiled import compiled
 from epslots.device_copy import to_device
 from epslots.layout import align
 from epslots.planner.cost_model import Costs, gathers
-from epslots.planner.layer_planner import StepPlan
-from epslots.planner.token_splits import runs
+from epslots.planner.plan import Assignment, RankPlan
+from epslots.planner.token_splits import TokenSplits, runs
+from epslots.transport.lockstep import Gathered
 from epslots.transport.transport import Transport
 
 _ID_BYTES = 8
@@ -53,24 +54,26 @@ def dispatch(
     transport: Transport,
     hidden_TH: torch.Tensor,
     ids_N: torch.Tensor,
-    plan: StepPlan,
-    tokens_R: IntArray,
-    top_k: int,
+    plan: RankPlan,
+    gathered: Gathered,
     costs: Costs,
     *,
     agreed: bool,
 ) -> Dispatch:
-    """Send own pairs where the plan wants them computed, and take in those of others, whichever way is cheaper.
+    """Send own pairs where the plan wants them computed, and take in those of others, in the cheaper of two ways.
 
     Args:
-        tokens_R: each rank's tokens, identity experts' included.
-        agreed: as in ``Transport.all_to_all``.
+        plan: in which some pairs travel.
+        gathered: all ranks' counts.
+        agreed: whether sizes go unchecked, as in ``Transport.all_to_all``.
     """
-    if not plan.moved:
-        return LocalDispatch(hidden_TH, ids_N)
-    if gathers(costs, int(tokens_R.max()), plan.moved, len(tokens_R), top_k):
-        return AllGatherDispatch(transport, hidden_TH, ids_N, plan, tokens_R, top_k)
-    return AllToAllDispatch(transport, hidden_TH, ids_N, plan, top_k, agreed=agreed)
+    top_k = gathered.top_k
+    most_tokens = int(gathered.counts_R.sum(1).max()) // top_k  # of a rank, identity experts' included
+    work, splits = plan.layer.assignment, plan.splits
+    assert splits is not None
+    if gathers(costs, most_tokens, plan.moved, len(gathered.counts_R), top_k):
+        return AllGatherDispatch(transport, hidden_TH, ids_N, work, splits, most_tokens, top_k)
+    return AllToAllDispatch(transport, hidden_TH, ids_N, work, splits, top_k, agreed=agreed)
 
 
 class LocalDispatch:
@@ -87,26 +90,35 @@ class AllToAllDispatch:
     """Each pair to the rank that computes it.
 
     Args:
-        agreed: as in ``Transport.all_to_all``.
+        work, splits: the pairs of all ranks, and those that this rank sends and receives.
+        top_k: K, also on a rank without tokens.
+        agreed: whether sizes go unchecked, as in ``Transport.all_to_all``.
     """
 
     def __init__(
-        self, transport: Transport, hidden_TH: torch.Tensor, ids_N: torch.Tensor, plan: StepPlan, top_k: int, *, agreed: bool
+        self,
+        transport: Transport,
+        hidden_TH: torch.Tensor,
+        ids_N: torch.Tensor,
+        work: Assignment,
+        splits: TokenSplits,
+        top_k: int,
+        *,
+        agreed: bool,
     ) -> None:
         self._transport = transport
         self._agreed = agreed
         self._pairs = ids_N.shape[0]
-        splits = plan.splits
         self._send = splits.send_DO.sum(1).tolist()
         self._receive = splits.receive_SC.sum(1).tolist()
         # Own pairs sorted by expert are runs, of which each rank gets a part.
-        counts_O = plan.counts_RU[transport.rank, splits.own_columns_O]
+        counts_O = work.counts_RU[transport.rank, splits.own_columns_O]
         begin_DO = counts_O.cumsum() - counts_O + splits.send_start_DO
         picked = to_device(runs(begin_DO.ravel(), splits.send_DO.ravel()), hidden_TH.device)
         self._order = torch.argsort(ids_N, stable=True)[picked]
         rows = hidden_TH[self._order // top_k]
         self.rows_MH = transport.all_to_all(rows, self._send, self._receive, agreed=agreed)
-        self.ids_M = to_device(_ids(plan), hidden_TH.device)
+        self.ids_M = to_device(_arriving_ids(work, splits), hidden_TH.device)
 
     def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
         rows = self._transport.all_to_all(result_MH, self._receive, self._send, agreed=self._agreed)
@@ -114,36 +126,42 @@ class AllToAllDispatch:
 
 
 class AllGatherDispatch:
-    """All tokens to every rank."""
+    """All tokens to every rank.
+
+    Args:
+        work, splits: the pairs of all ranks, and those that this rank sends and receives.
+        most_tokens: tokens of the rank that has most.
+        top_k: K, also on a rank without tokens.
+    """
 
     def __init__(
         self,
         transport: Transport,
         hidden_TH: torch.Tensor,
         ids_N: torch.Tensor,
-        plan: StepPlan,
-        tokens_R: IntArray,
+        work: Assignment,
+        splits: TokenSplits,
+        most_tokens: int,
         top_k: int,
     ) -> None:
         self._transport = transport
         self._pairs = ids_N.shape[0]
-        most = int(tokens_R.max())
-        self._block = most * top_k
+        self._block = most_tokens * top_k
         tokens, width = hidden_TH.shape
         # One collective for both: a token's row is its hidden state, then its ids, as bytes.
         state_bytes = width * hidden_TH.element_size()
         ids_at = align(state_bytes, _ID_BYTES)
-        block = torch.zeros(most, ids_at + top_k * _ID_BYTES, dtype=torch.uint8, device=hidden_TH.device)
+        block = torch.zeros(most_tokens, ids_at + top_k * _ID_BYTES, dtype=torch.uint8, device=hidden_TH.device)
         block[:tokens, :state_bytes] = hidden_TH.contiguous().view(torch.uint8)
         ids_TK = block[:, ids_at:].view(torch.int64)
-        ids_TK.fill_(torch.iinfo(torch.int64).max)  # what is padded sorts last
+        ids_TK.fill_(torch.iinfo(torch.int64).max)  # padding sorts last
         ids_TK[:tokens] = ids_N.view(tokens, top_k)
         blocks = transport.all_gather(block)
         order = torch.argsort(blocks[:, :, ids_at:].view(torch.int64).flatten(), stable=True)
-        self._order = order[to_device(_among_all(plan), hidden_TH.device)]
+        self._order = order[to_device(_places_among_all(work, splits), hidden_TH.device)]
         states = blocks.flatten(0, 1)[:, :state_bytes].view(hidden_TH.dtype)
         self.rows_MH = states[self._order // top_k]
-        self.ids_M = to_device(_ids(plan), hidden_TH.device)
+        self.ids_M = to_device(_arriving_ids(work, splits), hidden_TH.device)
 
     def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
         ranks = self._transport.size
@@ -151,17 +169,17 @@ class AllGatherDispatch:
         return self._transport.reduce_scatter(blocks.view(ranks, self._block, -1))[: self._pairs]
 
 
-def _among_all(plan: StepPlan) -> IntArray:
+def _places_among_all(work: Assignment, splits: TokenSplits) -> IntArray:
     """The places of the pairs that are computed here among all ranks' pairs, which are sorted by expert, then by source."""
-    counts_RU = plan.counts_RU
+    counts_RU = work.counts_RU
     ends_UR = counts_RU.T.ravel().cumsum().reshape(counts_RU.T.shape)
-    begin_SC = (ends_UR.T - counts_RU)[:, plan.splits.computed_C] + plan.splits.receive_start_SC
-    return runs(begin_SC.ravel(), plan.splits.receive_SC.ravel())
+    begin_SC = (ends_UR.T - counts_RU)[:, splits.computed_C] + splits.receive_start_SC
+    return runs(begin_SC.ravel(), splits.receive_SC.ravel())
 
 
-def _ids(plan: StepPlan) -> IntArray:
+def _arriving_ids(work: Assignment, splits: TokenSplits) -> IntArray:
     """The expert of each pair that arrives: sources one after another, experts in order within each."""
-    return _repeated(plan.experts_U[plan.splits.computed_C], plan.splits.receive_SC)
+    return _repeated(work.experts_U[splits.computed_C], splits.receive_SC)
 
 
 @compiled("int64[::1](int64[::1], int64[:, ::1])")

@@ -22,9 +22,8 @@ from epslots.arrays import IntArray
 from epslots.errors import ConfigError, StaleEpoch
 from epslots.placement.placement import Placement
 from epslots.planner.cost_model import Costs
-from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.migration import MigrationBudget
-from epslots.planner.prefetch_policy import PrefetchBudget
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,21 @@ class ModelPlanner:
         placement: that the layers' homes come from.
         pools: the layers of each pool, in the order of their windows.
 
+        budgets: shared with all layers' planners. ``migration`` is set while there is something to migrate.
+
     Attributes:
-        room: what each rank may still fetch in this step for the placement's sake; None while there is nothing to do.
-        bytes_per_step: by which it is renewed.
-        budget: what each rank may fetch in a step before nothing more is fetched ahead (``prefetch_policy.py``); None = no
-        bound.
+        complete: whether every rank holds every expert of every layer, for good: then each computes its own tokens.
+        bytes_per_step: of the migration budget.
     """
 
-    def __init__(self, layers: Sequence[LayerPlanner], placement: Placement, pools: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, layers: Sequence[LayerPlanner], placement: Placement, pools: Sequence[Sequence[int]], budgets: FetchBudgets
+    ) -> None:
         self.layers = tuple(layers)
-        if all(layer.holds_RE.all() for layer in layers):  # there is no other placement of as many slots
-            for layer in layers:
-                layer.complete = True
+        self.complete = all(layer.state.holds_RE.all() for layer in layers)  # no other placement has as many slots
         self.placement = placement
+        self.budgets = budgets
         self.bytes_per_step = 0
-        self.room: MigrationBudget | None = None
-        self.budget: PrefetchBudget | None = None
         self._pools = tuple(tuple(pool) for pool in pools)
         self._shifting = False
         self._past = 0
@@ -74,12 +72,12 @@ class ModelPlanner:
     def pending_migrations(self) -> int:
         """Copies and slots that have yet to be moved."""
         slots = int(np.abs(self._quota_LR() - self.placement.quota_LR).sum()) // 2 if self._shifting else 0
-        return sum(layer.pending_migrations for layer in self.layers) + slots
+        return sum(layer.state.pending_migrations for layer in self.layers) + slots
 
     @property
     def digest(self) -> int:
         """63 bits that differ between ranks whose layers or whose placements differ."""
-        layers = np.array([layer.digest for layer in self.layers])
+        layers = np.array([layer.state.digest for layer in self.layers])
         return (xxhash.xxh3_64_intdigest(layers.tobytes()) ^ self._past) >> 1
 
     def check(self, placement: Placement) -> None:
@@ -98,26 +96,16 @@ class ModelPlanner:
         self.placement, self.bytes_per_step = placement, bytes_per_step
         for index, layer in enumerate(self.layers):
             experts = int(placement.num_experts_L[index])
-            layer.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
+            layer.state.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
         self._shifting = bool((self._quota_LR() != placement.quota_LR).any())
         largest = max(layer.expert_bytes for layer in self.layers)
-        self._make_room(MigrationBudget(placement.ranks, bytes_per_step, largest) if self.pending_migrations else None)
+        pending = self.pending_migrations > 0
+        self.budgets.migration = MigrationBudget(placement.ranks, bytes_per_step, largest) if pending else None
         numbers = np.array([placement.version, bytes_per_step, *placement.quota_LR.ravel()])
         self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
 
-    def _make_room(self, room: MigrationBudget | None) -> None:
-        self.room = room
-        for layer in self.layers:
-            layer.room = room
-
-    def bound_prefetches(self, bytes_per_step: int) -> None:
-        """Let each rank fetch so many bytes in a step before nothing more is fetched ahead."""
-        self.budget = PrefetchBudget(self.placement.ranks, bytes_per_step)
-        for layer in self.layers:
-            layer.budget = self.budget
-
     def begin_step(self, scores: Callable[[int], IntArray]) -> list[Shift]:
-        """Renew the room, and shift slots within it; once before every step, on all ranks alike.
+        """Renew the budgets, and shift slots within them; once before every step, on all ranks alike.
 
         Args:
             scores: the eviction policy's scores of a layer's experts.
@@ -125,32 +113,33 @@ class ModelPlanner:
         Returns:
             What has shifted, in order; the caller does so with its own rank's pool.
         """
-        if self.budget is not None:
-            self.budget.renew()
-        if self.room is None:
+        if self.budgets.prefetch is not None:
+            self.budgets.prefetch.renew()
+        budget = self.budgets.migration
+        if budget is None:
             return []
         if not self.pending_migrations:
-            self._make_room(None)
+            self.budgets.migration = None
             self._shifting = False
             return []
-        self.room.renew()
+        budget.renew()
         shifts = []
         if self._shifting:
             quota_LR = self._quota_LR()
             for rank in np.flatnonzero((quota_LR != self.placement.quota_LR).any(0)).tolist():
                 target_L, experts_L = self.placement.quota_LR[:, rank], self.placement.num_experts_L
                 pair = next_shift(quota_LR[:, rank], target_L, experts_L, self._pools)
-                if pair is None or self.room.left_R[rank] < self.layers[pair[0]].expert_bytes:
+                if pair is None or budget.left_R[rank] < self.layers[pair[0]].expert_bytes:
                     continue
                 giver, taker = pair
-                self.room.spend(np.array([rank]), self.layers[giver].expert_bytes)
-                evicted = self.layers[giver].resize(rank, -1, scores(giver))
-                self.layers[taker].resize(rank, 1, scores(taker))
+                budget.spend(np.array([rank]), self.layers[giver].expert_bytes)
+                evicted = self.layers[giver].state.resize(rank, -1, scores(giver))
+                self.layers[taker].state.resize(rank, 1, scores(taker))
                 shifts.append(Shift(rank, giver, taker, evicted))
         return shifts
 
     def _quota_LR(self) -> IntArray:
-        return np.stack([layer.quota_R for layer in self.layers])
+        return np.stack([layer.state.quota_R for layer in self.layers])
 
 
 def movement_budget(step_s: float, costs: Costs, expert_bytes: int, share: float) -> int:

@@ -30,28 +30,7 @@ from epslots.planner import assignment_kernels
 from epslots.planner.assignment_kernels import CHEAPEST, HOLDERS, HOME, OWN, divide_work
 from epslots.planner.cost_model import Costs
 from epslots.planner.evictions import spare_replicas
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Who computes what, and who fetches what for it.
-
-    Attributes:
-        experts_U: int64, the experts with tokens, in order of their ids.
-        counts_RU: int64, pairs of each rank's tokens for each of them.
-        computed_RU: int64, pairs of each of them that each rank computes. Columns add up to the pairs there are.
-        fetch_ranks, fetch_experts, fetch_sources: int64 [F], parallel, by rank and expert: the target, the expert's id, and
-            the rank it is copied from, -1 = the target's host.
-        cost_ns: what the cost model expects.
-    """
-
-    experts_U: IntArray
-    counts_RU: IntArray
-    computed_RU: IntArray
-    fetch_ranks: IntArray
-    fetch_experts: IntArray
-    fetch_sources: IntArray
-    cost_ns: int
+from epslots.planner.plan import Assignment
 
 
 @dataclass(frozen=True)

@@ -1,447 +1,312 @@
-"""What every rank knows of one layer: who holds what, where experts live, what things cost. From it follows a step's plan.
+"""Plans one layer's step for all ranks: who computes what, what is fetched, evicted and migrated.
 
-All ranks keep the same copy by applying the same plans; a digest of it travels in the step header (``lockstep.py``).
+Every rank has a planner for each layer. All planners get the same integers and come to the same plans, so no rank has to be
+told. ``MoELayer`` calls ``plan``, and ``prefetch`` for the next layer; the simulator calls ``decide``. A rank alone plans the
+same way, with nothing to weigh: it computes its own tokens.
 
-Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens.
+Pure. Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens, F fetches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
-import xxhash
 
 from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
-from epslots.planner.assignment import Assign, Assignment, assign, own_only
+from epslots.planner.assignment import Assign, assign
 from epslots.planner.cost_model import Costs, travelling_pairs
-from epslots.planner.cpu_offload import TOLL_STEPS, CpuShare, displaces_better
-from epslots.planner.evictions import plan_evictions, spare_replicas
+from epslots.planner.cpu_offload import CpuShare, displaces_better
+from epslots.planner.evictions import plan_evictions
+from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, Migrations, choose_migrations
+from epslots.planner.plan import NO_EXPERTS, Assignment, LayerPlan, PeerCopies, RankPlan
 from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
-from epslots.planner.token_splits import TokenSplits, token_splits
+from epslots.planner.remote_costs import RemoteCosts
+from epslots.planner.token_splits import token_splits
 
-_NOTHING = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True)
-class PeerCopies:
-    """One rank's part of the copies from slot to slot in a layer's step. All ranks take part, some with nothing.
-
-    Attributes:
-        sources: the source rank of each expert that comes from a peer.
-        sends: (target rank, expert) of each copy that this rank gives. Both ends list a pair's copies by expert.
-    """
-
-    sources: Mapping[int, int]
-    sends: Sequence[tuple[int, int]]
+Scores = Callable[[], IntArray]
+"""The eviction policy's scores of the layer's experts, int64 [E]; computed when something is missing."""
 
 
-@dataclass(frozen=True)
-class GroupPlan:
-    """The plan of one layer's step, for all ranks.
+@dataclass
+class FetchBudgets:
+    """What each rank may still fetch in this step; one object for all layers of a model, renewed by ``ModelPlanner``.
 
     Attributes:
-        experts_U: int64, the experts with tokens on any rank.
-        counts_RU: int64, pairs of each rank's tokens.
-        computed_RU: int64, pairs that each rank computes.
-        fetch_ranks, fetch_experts, fetch_sources: as in ``Assignment``.
-        evicted_RE: residents that give way to them.
-        moves: what the placement has fetched besides, when the layer has computed.
-        hosted_ranks, hosted_experts: what is computed by a rank's host instead of being fetched there.
+        prefetch: for the next layer; None = no bound.
+        migration: for the placement; None = there is nothing to migrate.
     """
 
-    experts_U: IntArray
-    counts_RU: IntArray
-    computed_RU: IntArray
-    fetch_ranks: IntArray
-    fetch_experts: IntArray
-    fetch_sources: IntArray
-    evicted_RE: BoolArray
-    moves: Migrations
-    hosted_ranks: IntArray
-    hosted_experts: IntArray
-
-
-@dataclass(frozen=True)
-class RankMigration:
-    """One rank's part of a step's moves.
-
-    Attributes:
-        expert: what it gets; -1 = nothing.
-        evicted: what gives way to it; -1 = nothing.
-        copies: its part of the copies between ranks; None if no rank copies anything.
-    """
-
-    expert: int
-    evicted: int
-    copies: PeerCopies | None
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One rank's view of the plan of one layer's step.
-
-    Attributes:
-        experts_U: int64, the experts with tokens on any rank.
-        computed_U: int64, pairs of them that this rank computes.
-        counts_RU: int64, pairs of each rank's tokens.
-        splits: what this rank sends and receives.
-        moved: pairs that the busiest rank sends or receives; 0 = nothing travels anywhere.
-        sent, received: pairs that leave this rank, and that come to it.
-        evicted_E: this rank's residents that give way.
-        copies: this rank's part of the copies between ranks; None if no rank copies anything.
-        move: this rank's part of the moves; None if it has none.
-        hosted: experts that this rank's host computes.
-    """
-
-    experts_U: IntArray
-    computed_U: IntArray
-    counts_RU: IntArray
-    splits: TokenSplits
-    moved: int
-    sent: int
-    received: int
-    evicted_E: BoolArray
-    copies: PeerCopies | None
-    move: RankMigration | None
-    hosted: IntArray
+    prefetch: PrefetchBudget | None = None
+    migration: MigrationBudget | None = None
 
 
 class LayerPlanner:
-    """One layer as all ranks see it.
+    """Plans the steps of one layer, and enters their outcome into the layer's state.
 
     Args:
         rank: this rank.
-        holds_RE: who holds what at the start; kept, and changed in place by ``plan``.
-        quota_R: slots of the layer on each rank; kept, and changed in place by ``resize``.
-        home_E: homes.
+        state: which rank holds what; kept, and changed in place.
         costs: the same on all ranks.
-        rule: how work is assigned; another one only to compare it.
-        expert_bytes: of one of the layer's experts.
-        node_R: the node of each rank, if there are several.
-
-    Attributes:
-        wanted_RE: the copies that the placement wants.
-        pending_migrations: how many of them have yet to be moved in.
-        prefetch_policy: decides what is fetched ahead.
-        record_bytes: what crosses the link for an expert, if it isn't ``expert_bytes``.
-        budget: what each rank may fetch in a step before nothing more is fetched ahead; one for all layers. No bound if None.
-        room: what each rank may still fetch in this step for the placement's sake; one for all layers. Nothing if None.
-        complete: whether every rank holds every expert of every layer, for good: then each computes its own tokens, and
-            nobody has anything to say.
+        rule: assigns the work; another rule than ``assign`` only to compare it.
+        expert_bytes: of one of the layer's experts in its slot.
+        record_bytes: of one of them on its way from the host; ``expert_bytes`` if not given.
+        budgets: shared by all layers.
+        cpu_share: decides which missing experts are computed on the ranks' CPUs; None = none.
     """
 
     def __init__(
         self,
         rank: int,
-        holds_RE: BoolArray,
-        quota_R: IntArray,
-        home_E: IntArray,
+        state: LayerState,
         costs: Costs,
         rule: Assign = assign,
         *,
         expert_bytes: int = 1,
-        node_R: IntArray | None = None,
+        record_bytes: int | None = None,
+        budgets: FetchBudgets | None = None,
+        cpu_share: CpuShare | None = None,
     ) -> None:
         self.rank = rank
-        self.holds_RE = holds_RE
-        self.quota_R = quota_R
-        self._home_E = home_E
+        self.state = state
         self.costs = costs
-        self.rule = rule
-        self.expert_bytes = self.record_bytes = expert_bytes
-        self.node_R = node_R
-        self.wanted_RE = np.zeros(holds_RE.shape, bool)
-        self._todo_RE = self.wanted_RE
-        self.pending_migrations = 0
-        self.cpu_share: CpuShare | None = None
-        self.prefetch_policy = PrefetchPolicy()
-        self.budget: PrefetchBudget | None = None
-        self.room: MigrationBudget | None = None
-        self._remote_ns_RE = np.zeros(holds_RE.shape, np.int64)
+        self.expert_bytes = expert_bytes
+        self.cpu_share = cpu_share
+        self.alone = state.ranks == 1
+        self._rule = rule
+        self._record_bytes = expert_bytes if record_bytes is None else record_bytes
+        self._budgets = FetchBudgets() if budgets is None else budgets
+        self._remote = RemoteCosts(*state.holds_RE.shape)
+        self._prefetch_policy = PrefetchPolicy()
         self._steps = 0
-        self._hosting_steps = 0
-        self._holds_digest: int | None = None
-        self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
-        self._kept_spare_RE: BoolArray | None = None
-        self._kept_idle: bool | None = None
-        self.complete = False
+        self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
 
     @property
-    def home_E(self) -> IntArray:
-        """The home rank of each expert."""
-        return self._home_E
+    def no_work(self) -> RankPlan:
+        """The plan of a step in which no rank has tokens."""
+        none_E, none_RU = self._zero_E, np.zeros((self.state.ranks, 0), np.int64)
+        work = Assignment(NO_EXPERTS, none_RU, none_RU, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, 0)
+        layer = LayerPlan(work, NO_EXPERTS, NO_EXPERTS, self._none_RE, NO_MIGRATIONS, none_E)
+        return RankPlan(layer, none_E, NO_EXPERTS, none_E, self._none_RE[0], 0, None, 0, 0, None, -1, -1, None)
 
-    def adopt(self, home_E: IntArray, wanted_RE: BoolArray) -> None:
-        """Follow another placement from the next step on. Each wanted copy that isn't there is moved in once."""
-        self._home_E, self.wanted_RE = home_E, wanted_RE
-        self._todo_RE = wanted_RE & ~self.holds_RE
-        self.pending_migrations = int(np.count_nonzero(self._todo_RE))
-        self._kept_spare_RE = self._kept_idle = None
-        self._remember(home_E, wanted_RE)
-
-    def resize(self, rank: int, change: int, score_E: IntArray) -> int:
-        """Give a rank one slot more or less (``change`` is 1 or -1); returns the expert that gives way there, -1 = none."""
-        self.quota_R[rank] += change
-        evicted = -1
-        if int(np.count_nonzero(self.holds_RE[rank])) > self.quota_R[rank]:
-            spare_RE = self._spare_RE
-            # The copies that nobody misses first, those that are wanted last; the lowest score among equals.
-            kind_E = np.where(spare_RE[rank], 0, np.where(self.wanted_RE[rank], 2, 1))
-            order = np.lexsort((score_E, kind_E))
-            evicted = int(order[self.holds_RE[rank, order]][0])
-            self.holds_RE[rank, evicted] = False
-        self.forget_digest()
-        self._remember(np.array([rank, change, evicted]))
-        return evicted
-
-    def plan(self, counts_RE: IntArray, score_E: IntArray) -> StepPlan:
-        """``decide``, as this rank sees it."""
-        plan = self.decide(counts_RE, score_E)
-        own = token_splits(plan.counts_RU, plan.computed_RU, self.rank, self.node_R)
-        moved, sent_R, received_R = travelling_pairs(plan.counts_RU, plan.computed_RU)
-        return StepPlan(
-            experts_U=plan.experts_U,
-            computed_U=plan.computed_RU[self.rank],
-            counts_RU=plan.counts_RU,
-            splits=own,
+    def plan(self, counts_RE: IntArray, scores: Scores) -> RankPlan:
+        """``decide`` for all ranks; returns this rank's part. Arguments as there."""
+        plan, rank = self.decide(counts_RE, scores), self.rank
+        work = plan.assignment
+        if self.alone:
+            computed_E, splits, moved, sent, received = np.ascontiguousarray(counts_RE[0], np.int64), None, 0, 0, 0
+        else:
+            computed_E = np.zeros(counts_RE.shape[1], np.int64)
+            computed_E[work.experts_U] = work.computed_RU[rank]
+            moved, sent_R, received_R = travelling_pairs(work.counts_RU, work.computed_RU)
+            sent, received = int(sent_R[rank]), int(received_R[rank])
+            splits = token_splits(work.counts_RU, work.computed_RU, rank, self.state.node_R) if moved else None
+        cpu_experts, slots_E = plan.cpu_experts, computed_E
+        if len(cpu_experts):
+            cpu_experts = cpu_experts[plan.cpu_ranks == rank]
+            slots_E = computed_E.copy()
+            slots_E[cpu_experts] = 0
+        migrated, displaced, migration_copies = self._own_migration(plan.migrations)
+        return RankPlan(
+            layer=plan,
+            computed_E=computed_E,
+            cpu_experts=cpu_experts,
+            slots_E=slots_E,
+            evicted_E=plan.evicted_RE[rank],
             moved=moved,
-            sent=int(sent_R[self.rank]),
-            received=int(received_R[self.rank]),
-            evicted_E=plan.evicted_RE[self.rank],
-            copies=self._copies(plan.fetch_ranks, plan.fetch_experts, plan.fetch_sources),
-            move=self._own_move(plan.moves) if len(plan.moves) else None,
-            hosted=plan.hosted_experts[plan.hosted_ranks == self.rank],
+            splits=splits,
+            sent=sent,
+            received=received,
+            copies=self._copies(work.fetch_ranks, work.fetch_experts, work.fetch_sources),
+            migrated=migrated,
+            displaced=displaced,
+            migration_copies=migration_copies,
         )
 
-    def decide(self, counts_RE: IntArray, score_E: IntArray) -> GroupPlan:
-        """Plan a step for all ranks and enter its outcome: who holds what when it is done.
-
-        What it fetches and moves is taken off the ``room``, if there is one, and off the ``budget``.
+    def decide(self, counts_RE: IntArray, scores: Scores) -> LayerPlan:
+        """Plan a step for all ranks, enter which rank holds what after it, and spend the budgets.
 
         Args:
-            counts_RE: pairs of each rank's tokens for each expert.
-            score_E: the eviction policy's scores.
+            counts_RE: int64, pairs of each rank's tokens for each expert.
+            scores: of the layer's experts.
         """
-        remote_ns_RE = self._remote_ns_RE if self._has_idle_slots() else None
-        spare_RE = self._spare_RE if remote_ns_RE is not None else None
-        found = (own_only if self.complete else self.rule)(
-            counts_RE,
-            self.holds_RE,
-            self.quota_R,
-            self.home_E,
-            self.costs,
-            remote_ns_RE,
-            spare_RE=spare_RE,
-            node_R=self.node_R,
-        )
-        hosted_ranks = hosted_experts = _NOTHING
-        if self.cpu_share is not None and len(found.fetch_ranks):
-            found, hosted_ranks, hosted_experts = self._host(found, score_E, self.cpu_share)
-        evicted_RE = self._settle(found, score_E, hosted_ranks, hosted_experts)
-        if remote_ns_RE is not None:
-            self._charge(found)
-        if self.budget is not None:
-            self.budget.spend(found.fetch_ranks, self.record_bytes)
-        self._remember(found.fetch_ranks, found.fetch_experts, found.computed_RU, hosted_ranks, hosted_experts)
-        moves = NO_MIGRATIONS if self.room is None else self._move(found, score_E, self.room)
-        return GroupPlan(
-            experts_U=found.experts_U,
-            counts_RU=found.counts_RU,
-            computed_RU=found.computed_RU,
-            fetch_ranks=found.fetch_ranks,
-            fetch_experts=found.fetch_experts,
-            fetch_sources=found.fetch_sources,
-            evicted_RE=evicted_RE,
-            moves=moves,
-            hosted_ranks=hosted_ranks,
-            hosted_experts=hosted_experts,
-        )
+        self._steps += 1
+        state = self.state
+        idle_slots = not self.alone and state.has_idle_slots
+        work = self._assign(counts_RE, idle_slots=idle_slots)
+        cpu_ranks = cpu_experts = NO_EXPERTS
+        score_E, evicted_RE = self._zero_E, self._none_RE
+        if len(work.fetch_ranks):
+            score_E = scores()
+            if self.cpu_share is not None:
+                work, cpu_ranks, cpu_experts = self._offload(work, score_E, self.cpu_share)
+            if len(work.fetch_ranks):
+                evicted_RE = self._evict(work, score_E, cpu_ranks, cpu_experts)
+            if self._budgets.prefetch is not None:
+                self._budgets.prefetch.spend(work.fetch_ranks, self._record_bytes)
+        if idle_slots:
+            self._remote.add(work, state, self.costs)
+        state.record(work.fetch_ranks, work.fetch_experts, work.computed_RU, cpu_ranks, cpu_experts)
+        migrations = NO_MIGRATIONS
+        if self._budgets.migration is not None:
+            migrations = self._migrate(work, scores, self._budgets.migration)
+        return LayerPlan(work, cpu_ranks, cpu_experts, evicted_RE, migrations, score_E)
 
-    def _host(self, found: Assignment, score_E: IntArray, share: CpuShare) -> tuple[Assignment, IntArray, IntArray]:
-        """Which of the fetches from the host are computed there instead: what is left, and their ranks and experts."""
-        self._hosting_steps += 1
-        fetches = np.flatnonzero(found.fetch_sources < 0)
-        ranks, experts = found.fetch_ranks[fetches], found.fetch_experts[fetches]
-        pairs = found.computed_RU[ranks, np.searchsorted(found.experts_U, experts)]
-        holds_RE, needed_RE = np.ascontiguousarray(self.holds_RE), self._needed(found)
-        displaces = displaces_better(holds_RE, needed_RE, self.quota_R, score_E, ranks, experts)
-        hosted_F = np.zeros(len(found.fetch_ranks), bool)
-        hosted_F[fetches] = share.choose(self._hosting_steps, ranks, experts, pairs, displaces)
-        fetched_F = ~hosted_F
-        left = replace(
-            found,
-            fetch_ranks=found.fetch_ranks[fetched_F],
-            fetch_experts=found.fetch_experts[fetched_F],
-            fetch_sources=found.fetch_sources[fetched_F],
-        )
-        return left, found.fetch_ranks[hosted_F], found.fetch_experts[hosted_F]
+    def refresh(self, resident_E: BoolArray) -> None:
+        """Take what is in this rank's slots for what it holds: faults and captured steps change slots without a plan.
 
-    def prefetch(self, usage_RE: IntArray, score_E: IntArray, busy_R: BoolArray) -> Prefetches | None:
-        """Choose what is fetched ahead of the layer's next step, and enter it: it counts as held from now on.
+        Only for a rank alone. Ranks of a group compare their tables in the step header instead.
+        """
+        if self.state.holds_RE.tobytes() != resident_E.tobytes():
+            self.state.replace(resident_E)
+
+    def judge_predictions(self, used_E: BoolArray) -> None:
+        """Compare the predictions of a step with the experts that it uses on any rank."""
+        self._prefetch_policy.judge(used_E)
+
+    @property
+    def wants_prediction(self) -> bool:
+        """Whether a prediction of the layer's next step is of use; the same on all ranks."""
+        return self._prefetch_policy.due(self._steps + 1) and not self.state.holds_all
+
+    def prefetch(self, usage_RE: IntArray, scores: Scores, busy_R: BoolArray) -> Prefetches | None:
+        """Choose what is fetched before the layer's next step, and enter it: it counts as held from now on.
 
         Args:
             usage_RE: how likely each rank's tokens will use each expert, in 256ths.
-            score_E: the eviction policy's scores.
+            scores: of the layer's experts.
             busy_R: whether each rank's link has something to do.
         """
-        holds_RE = np.ascontiguousarray(self.holds_RE)
-        found = self.prefetch_policy.plan(
-            usage_RE, holds_RE, self.quota_R, self.home_E, score_E, busy_R, self.budget, self.record_bytes, self._spare_RE
+        state, budgets = self.state, self._budgets
+        found = self._prefetch_policy.plan(
+            usage_RE,
+            np.ascontiguousarray(state.holds_RE),
+            state.quota_R,
+            state.home_E,
+            scores(),
+            busy_R,
+            budgets.prefetch,
+            self._record_bytes,
+            None if self.alone else state.spare_RE,
         )
         if found is not None:
-            self.holds_RE[:] = found.after_RE
-            self.forget_digest()
-            self._remember(found.ranks, found.experts, found.evicted_RE)
-            if self.room is not None:  # moves would share the link with them
-                self.room.charge(found.ranks, self.expert_bytes)
+            state.replace(found.after_RE)
+            state.record(found.ranks, found.experts, found.evicted_RE)
+            if budgets.migration is not None:  # migrations would share the link with them
+                budgets.migration.charge(found.ranks, self.expert_bytes)
         return found
 
-    def _move(self, found: Assignment, score_E: IntArray, room: MigrationBudget) -> Migrations:
-        """The step's moves, within what its demand leaves of the room."""
-        if len(found.fetch_ranks):
-            room.charge(found.fetch_ranks, self.expert_bytes)
-        if self.pending_migrations:
-            self._see_what_is_left()  # demand may have brought it
-        able_R = room.left_R >= self.expert_bytes
-        if not self.pending_migrations or not able_R.any():
+    def _assign(self, counts_RE: IntArray, *, idle_slots: bool) -> Assignment:
+        """The work of each rank, and the fetches that it takes. Copies are bought for idle slots alone."""
+        state = self.state
+        if self.alone:  # nothing to weigh
+            used_U = np.flatnonzero(counts_RE[0])
+            counts_1U = counts_RE[:, used_U].astype(np.int64, copy=False)
+            missing_F = used_U[~state.holds_RE[0, used_U]]
+            ranks_F = np.zeros_like(missing_F)
+            return Assignment(used_U, counts_1U, counts_1U, ranks_F, missing_F, ranks_F - 1, 0)
+        return self._rule(
+            counts_RE,
+            state.holds_RE,
+            state.quota_R,
+            state.home_E,
+            self.costs,
+            self._remote.ns_RE if idle_slots else None,
+            spare_RE=state.spare_RE if idle_slots else None,
+            node_R=state.node_R,
+        )
+
+    def _offload(self, work: Assignment, score_E: IntArray, share: CpuShare) -> tuple[Assignment, IntArray, IntArray]:
+        """The work with the fetches that are left, and the ranks and experts that CPUs compute instead."""
+        host_F = np.flatnonzero(work.fetch_sources < 0)
+        ranks, experts = work.fetch_ranks[host_F], work.fetch_experts[host_F]
+        pairs = work.computed_RU[ranks, np.searchsorted(work.experts_U, experts)]
+        holds_RE, needed_RE = np.ascontiguousarray(self.state.holds_RE), self._needed(work)
+        displaces = displaces_better(holds_RE, needed_RE, self.state.quota_R, score_E, ranks, experts)
+        on_cpu_F = np.zeros(len(work.fetch_ranks), bool)
+        on_cpu_F[host_F] = share.choose(self._steps, ranks, experts, pairs, displaces)
+        fetched_F = ~on_cpu_F
+        left = msgspec.structs.replace(
+            work,
+            fetch_ranks=work.fetch_ranks[fetched_F],
+            fetch_experts=work.fetch_experts[fetched_F],
+            fetch_sources=work.fetch_sources[fetched_F],
+        )
+        return left, work.fetch_ranks[on_cpu_F], work.fetch_experts[on_cpu_F]
+
+    def _evict(self, work: Assignment, score_E: IntArray, cpu_ranks: IntArray, cpu_experts: IntArray) -> BoolArray:
+        """Enter the residents after the step; returns those that are evicted."""
+        state, needed_RE = self.state, self._needed(work)
+        needed_RE[cpu_ranks, cpu_experts] = False
+        holds_RE, spare_RE = np.ascontiguousarray(state.holds_RE), None if self.alone else state.spare_RE
+        change = plan_evictions(holds_RE, needed_RE, state.quota_R, score_E, spare_RE)
+        state.replace(change.after_RE)
+        return change.evicted_RE
+
+    def _needed(self, work: Assignment) -> BoolArray:
+        """The experts that each rank computes, bool [R, E]."""
+        needed_RE = np.zeros(self.state.holds_RE.shape, bool)
+        _mark_computed(work.experts_U, work.computed_RU, needed_RE)
+        return needed_RE
+
+    def _migrate(self, work: Assignment, scores: Scores, budget: MigrationBudget) -> Migrations:
+        """The step's migrations, within what its demand leaves of the budget."""
+        state = self.state
+        if len(work.fetch_ranks):
+            budget.charge(work.fetch_ranks, self.expert_bytes)
+        if state.pending_migrations:
+            state.update_pending()  # demand may have fetched some
+        able_R = budget.left_R >= self.expert_bytes
+        if not state.pending_migrations or not able_R.any():
             return NO_MIGRATIONS
-        able_R &= np.count_nonzero(found.computed_RU, axis=1) <= self.quota_R  # one wave: its slots are settled
-        moves = choose_migrations(
-            self._todo_RE,
-            self.holds_RE,
-            self.wanted_RE,
-            self._spare_RE,
-            self.quota_R,
-            score_E,
+        # A rank that computes in one pass knows what is in its slots when the layer has computed.
+        able_R &= np.count_nonzero(work.computed_RU, axis=1) <= state.quota_R
+        migrations = choose_migrations(
+            state.missing_RE,
+            state.holds_RE,
+            state.wanted_RE,
+            state.spare_RE,
+            state.quota_R,
+            scores(),
             able_R,
             from_peers=self.costs.peer_fetch < self.costs.host_fetch,
-            node_R=self.node_R,
+            node_R=state.node_R,
         )
-        if len(moves):
-            room.spend(moves.ranks, self.expert_bytes)
-            if self.budget is not None:
-                self.budget.spend(moves.ranks, self.record_bytes)
-            full = moves.evicted >= 0
-            self.holds_RE[moves.ranks[full], moves.evicted[full]] = False
-            self.holds_RE[moves.ranks, moves.experts] = True
-            self.forget_digest()
-            self._remember(moves.ranks, moves.experts, moves.evicted, moves.sources)
-            self._see_what_is_left()
-        return moves
+        if len(migrations):
+            budget.spend(migrations.ranks, self.expert_bytes)
+            if self._budgets.prefetch is not None:
+                self._budgets.prefetch.spend(migrations.ranks, self._record_bytes)
+            state.migrate(migrations)
+        return migrations
 
-    def _see_what_is_left(self) -> None:
-        self._todo_RE = self._todo_RE & ~self.holds_RE
-        self.pending_migrations = int(np.count_nonzero(self._todo_RE))
-
-    def _own_move(self, moves: Migrations) -> RankMigration | None:
-        copies = self._copies(moves.ranks, moves.experts, moves.sources)
-        mine = np.flatnonzero(moves.ranks == self.rank)
+    def _own_migration(self, migrations: Migrations) -> tuple[int, int, PeerCopies | None]:
+        """What this rank fetches for the placement, what it evicts for it, and its part of the copies between ranks."""
+        if not len(migrations):
+            return -1, -1, None
+        copies = self._copies(migrations.ranks, migrations.experts, migrations.sources)
+        mine = np.flatnonzero(migrations.ranks == self.rank)
         if not len(mine):
-            return None if copies is None else RankMigration(-1, -1, copies)
-        return RankMigration(int(moves.experts[mine[0]]), int(moves.evicted[mine[0]]), copies)
-
-    def _charge(self, found: Assignment) -> None:
-        """Enter what each rank would have saved in this step with copies of the experts that others computed for it."""
-        self._steps += 1
-        if self._steps % TOLL_STEPS == 0:
-            self._remote_ns_RE >>= 1
-        holds_RE, costs = np.ascontiguousarray(self.holds_RE), self.costs
-        prices = costs.pair_transfer, costs.expert_compute, costs.exchange
-        _charge(found.experts_U, found.counts_RU, found.computed_RU, holds_RE, self.quota_R, prices, self._remote_ns_RE)
-        self._remote_ns_RE[found.fetch_ranks, found.fetch_experts] = 0
+            return -1, -1, copies
+        return int(migrations.experts[mine[0]]), int(migrations.evicted[mine[0]]), copies
 
     def _copies(self, ranks: IntArray, experts: IntArray, sources: IntArray) -> PeerCopies | None:
         """This rank's part of fetches of which some come from peers."""
-        if not len(sources) or not (sources >= 0).any():
+        if self.alone or not len(sources) or not (sources >= 0).any():
             return None
         mine = (ranks == self.rank) & (sources >= 0)
-        given = sources == self.rank
+        sent = sources == self.rank
         return PeerCopies(
             sources=dict(zip(experts[mine].tolist(), sources[mine].tolist(), strict=True)),
-            sends=tuple(zip(ranks[given].tolist(), experts[given].tolist(), strict=True)),
+            sends=tuple(zip(ranks[sent].tolist(), experts[sent].tolist(), strict=True)),
         )
-
-    def _settle(self, found: Assignment, score_E: IntArray, hosted_ranks: IntArray, hosted_experts: IntArray) -> BoolArray:
-        """Enter the residents after the step; returns what gives way."""
-        if not len(found.fetch_ranks):
-            return np.zeros(self.holds_RE.shape, bool)
-        needed_RE = self._needed(found)
-        needed_RE[hosted_ranks, hosted_experts] = False
-        change = plan_evictions(np.ascontiguousarray(self.holds_RE), needed_RE, self.quota_R, score_E, self._spare_RE)
-        self.holds_RE[:] = change.after_RE
-        self.forget_digest()
-        return change.evicted_RE
-
-    def _needed(self, found: Assignment) -> BoolArray:
-        """What each rank computes."""
-        needed_RE = np.zeros(self.holds_RE.shape, bool)
-        _enter(found.experts_U, found.computed_RU, needed_RE)
-        return needed_RE
-
-    @property
-    def digest(self) -> int:
-        """63 bits that differ between ranks that hold different tables, or came to them by different plans or placements."""
-        if self._holds_digest is None:
-            self._holds_digest = xxhash.xxh3_64_intdigest(self.holds_RE.tobytes())
-        return (self._holds_digest ^ self._past) >> 1
-
-    def _remember(self, *arrays: IntArray | BoolArray) -> None:
-        self._past = xxhash.xxh3_64_intdigest(b"".join(array.tobytes() for array in arrays), seed=self._past)
-
-    def forget_digest(self) -> None:
-        """To be called after ``holds_RE`` was changed."""
-        self._holds_digest = self._kept_spare_RE = self._kept_idle = None
-
-    @property
-    def _spare_RE(self) -> BoolArray:
-        """PeerCopies that nobody would miss."""
-        if self._kept_spare_RE is None:
-            self._kept_spare_RE = spare_replicas(self.holds_RE, self.home_E, self.wanted_RE)
-        return self._kept_spare_RE
-
-    def _has_idle_slots(self) -> bool:
-        """Whether any rank has a slot that is empty, or holds a copy that nobody would miss."""
-        if self._kept_idle is None:
-            held, spare = np.count_nonzero(self.holds_RE), np.count_nonzero(self._spare_RE)
-            self._kept_idle = bool(self.quota_R.sum() > held - spare)
-        return self._kept_idle
 
 
 @compiled("void(int64[::1], int64[:, ::1], b1[:, ::1])")
-def _enter(experts_U: IntArray, computed_RU: IntArray, needed_RE: BoolArray) -> None:
+def _mark_computed(experts_U: IntArray, computed_RU: IntArray, needed_RE: BoolArray) -> None:
     for rank in range(len(needed_RE)):
         for column, expert in enumerate(experts_U):
             needed_RE[rank, expert] = computed_RU[rank, column] > 0
-
-
-@compiled(
-    "void(int64[::1], int64[:, ::1], int64[:, ::1], b1[:, ::1], int64[::1], UniTuple(int64, 3), int64[:, ::1])",
-)
-def _charge(
-    experts_U: IntArray,
-    counts_RU: IntArray,
-    computed_RU: IntArray,
-    holds_RE: BoolArray,
-    quota_R: IntArray,
-    prices: tuple[int, int, int],
-    remote_ns_RE: IntArray,
-) -> None:
-    pair_transfer, expert_compute, exchange = prices
-    ranks, experts = holds_RE.shape
-    # An exchange costs its latency until no rank needs any. That is in reach where each holds half of the experts.
-    away, may_go = 0, True
-    for rank in range(ranks):
-        may_go &= 2 * quota_R[rank] >= experts
-        for column, expert in enumerate(experts_U):
-            if not holds_RE[rank, expert]:
-                away += max(counts_RU[rank, column] - computed_RU[rank, column], 0)
-    each = 2 * pair_transfer + (2 * exchange // away if may_go and away else 0)
-    for rank in range(ranks):
-        for column, expert in enumerate(experts_U):
-            pairs = counts_RU[rank, column] - computed_RU[rank, column]
-            if pairs > 0 and not holds_RE[rank, expert]:
-                remote_ns_RE[rank, expert] += max(pairs * each - expert_compute, 0)

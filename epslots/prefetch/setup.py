@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from epslots.errors import ConfigError
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import PrefetchConfig, Prefetcher
-from epslots.planner.prefetch_policy import PrefetchBudget
 from epslots.prefetch.predictor import Predictor
 from epslots.prefetch.predictor_file import FILE_NAME, file_bytes, load_predictor, naive_bytes, naive_predictor
 from epslots.units import PrefetchSetting
@@ -42,7 +41,7 @@ def attach_prefetchers(
     Raises:
         ConfigError: the file isn't one, or for another checkpoint; or predictions are to be executed and there is none.
     """
-    fetches = prefetch.on and any(runner.experts.fetches_meanwhile for runner in runners)
+    fetches = prefetch.on and any(runner.cache.fetches_meanwhile for runner in runners)
     path = Path(predictor) if predictor is not None else folder / FILE_NAME
     fitted = _read(model, path, named=True) if predictor is not None else None
     if not execute_predicted and not fetches:
@@ -57,21 +56,19 @@ def attach_prefetchers(
     blind = []
     for runner, following in pairwise(runners):
         if told.predicts(runner.index):
-            runner.ahead = Prefetcher(runner.index, following.expected, told, approximate=execute_predicted, fetches=fetches)
+            runner.prefetch_by(
+                Prefetcher(runner.index, following.prefetch_target, told, approximate=execute_predicted, fetches=fetches)
+            )
         else:
             blind.append(following.index)
     if fetches and len(runners) > 1 and told.predicts(runners[-1].index):  # of the first layer, in the next step
-        runners[-1].ahead = Prefetcher(runners[-1].index, runners[0].expected, told)
+        runners[-1].prefetch_by(Prefetcher(runners[-1].index, runners[0].prefetch_target, told))
     if execute_predicted and len(runners) == 1:
         logger.warning("execute_predicted does nothing: the model's only MoE layer has none before it that could tell of it")
     elif execute_predicted and len(blind) == len(runners) - 1:
         raise ConfigError("execute_predicted: nothing can be predicted of this model; fit a predictor: epslots predict fit")
     if blind:
         logger.info("nothing is predicted of MoE layers %s", blind)
-    if prefetch.bytes_per_step is not None:
-        budget = PrefetchBudget(1, prefetch.bytes_per_step)
-        for runner in runners:
-            runner.expected.budget = budget
     kind = "routers" if fitted is None else f"predictor {_digest(path)}"
     what = [word for word, does in (("executed", execute_predicted), ("fetched ahead", fetches)) if does]
     bound = "" if prefetch.bytes_per_step is None else f", up to {prefetch.bytes_per_step} bytes a step"

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from epslots.arrays import BoolArray, FloatArray, IntArray
 from epslots.placement.model_planner import ModelPlanner
 from epslots.placement.placement import Placement, default_placement, first_residents
+from epslots.planner.assignment import assign, own_only
 from epslots.planner.cache_policy import Policy, UseHistory, record_use
 from epslots.planner.cost_model import compute_cost, fetch_cost, moved_pairs
-from epslots.planner.layer_planner import GroupPlan, LayerPlanner
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
+from epslots.planner.layer_state import LayerState
+from epslots.planner.plan import Assignment, LayerPlan
 from epslots.planner.reuse_distance import count_distances, stack_distances
 from epslots.simulation.timing import Timing
 
@@ -100,20 +104,20 @@ class SimulatedGroup:
         self._timing, self._policy, self._node_R = timing, policy, node_R
         holds_LRE = first_residents(placement) if holds_LRE is None else holds_LRE
         dealt = default_placement(self._experts, placement.quota_LR)
-        shared = [
-            LayerPlanner(
-                0,
+        states = [
+            LayerState(
                 holds_LRE[layer, :, :own].copy(),
                 placement.quota_LR[layer].copy(),
                 dealt.home_LE[layer, :own].copy(),
-                timing.costs,
-                expert_bytes=expert_bytes,
-                node_R=node_R,
+                node_R,
             )
             for layer, own in enumerate(self._experts)
         ]
+        budgets = FetchBudgets()
+        rule = own_only if all(state.holds_RE.all() for state in states) else assign
+        planners = [LayerPlanner(0, state, timing.costs, rule, expert_bytes=expert_bytes, budgets=budgets) for state in states]
         # As the ranks of a runtime do: they form with homes dealt by slots, and adopt a placement from there.
-        self.model = ModelPlanner(shared, dealt, [range(layers)])
+        self.model = ModelPlanner(planners, dealt, [range(layers)], budgets)
         if placement.version > 0:
             self.model.adopt(placement, expert_bytes)
         self._history = UseHistory.empty(layers, experts)
@@ -155,15 +159,15 @@ class SimulatedGroup:
             layer_ns = timing.layer + int(tokens_R.max(initial=0)) * timing.token + header
             moving_R = np.zeros_like(self._behind_R)
             if used_E.any():
-                if self.model.layers[layer].complete:  # nobody says anything of it, and nothing of its uses is known
+                if self.model.complete:  # nobody says anything of it, and nothing of its uses is known
                     self._tokens_LE[layer, :experts] += counts_RE.sum(0)
                     layer_ns -= header
                 else:
                     self._note_uses(layer, counts_RE, used_E)
                 plan = self._plan(layer, counts_RE)
-                layer_ns += self._layer_time(plan, tokens_R, far)
-                if len(plan.moves):
-                    moving_R = self._fetch_time(plan.moves.ranks, plan.moves.sources)
+                layer_ns += self._layer_time(plan.assignment, tokens_R, far)
+                if len(plan.migrations):
+                    moving_R = self._fetch_time(plan.migrations.ranks, plan.migrations.sources)
             self._behind_R = np.maximum(self._behind_R - layer_ns, 0) + moving_R
             tally.time_L[layer] += layer_ns
             step_ns += layer_ns
@@ -177,53 +181,52 @@ class SimulatedGroup:
         self._steps_L[layer] += 1
         row, experts = self._history.layer(layer, len(used_E)), len(used_E)
         count_distances(self._reuse_LD[layer], stack_distances(row.last_use, used_E, self._score(layer)))
-        record_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].quota_R.sum()))
+        record_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].state.quota_R.sum()))
         self._tokens_LE[layer, :experts] += counts_RE.sum(0)
         self._uses_LE[layer, :experts] += used_E
 
-    def _plan(self, layer: int, counts_RE: IntArray) -> GroupPlan:
+    def _plan(self, layer: int, counts_RE: IntArray) -> LayerPlan:
         """Plan a layer's step, and count what it does."""
-        shared, tally, ranks = self.model.layers[layer], self.tally, len(counts_RE)
-        before_RE = shared.holds_RE.copy()
-        plan = shared.decide(counts_RE, self._score(layer))
-        needed_RU = plan.computed_RU > 0
-        misses_R = np.bincount(plan.fetch_ranks, minlength=ranks)
-        free_R = shared.quota_R - before_RE.sum(1)
-        from_peer = plan.fetch_sources >= 0
-        moves = plan.moves
-        tally.hits[layer] += needed_RU.sum(1) - misses_R
+        planner, tally, ranks = self.model.layers[layer], self.tally, len(counts_RE)
+        before_RE = planner.state.holds_RE.copy()
+        plan = planner.decide(counts_RE, partial(self._score, layer))
+        work, migrations = plan.assignment, plan.migrations
+        misses_R = np.bincount(work.fetch_ranks, minlength=ranks)
+        free_R = planner.state.quota_R - before_RE.sum(1)
+        from_peer = work.fetch_sources >= 0
+        tally.hits[layer] += (work.computed_RU > 0).sum(1) - misses_R
         tally.misses[layer] += misses_R
-        tally.host_fetches[layer] += np.bincount(plan.fetch_ranks[~from_peer], minlength=ranks)
-        tally.peer_fetches[layer] += np.bincount(plan.fetch_ranks[from_peer], minlength=ranks)
-        tally.host_moves[layer] += np.bincount(moves.ranks[moves.sources < 0], minlength=ranks)
-        tally.peer_moves[layer] += np.bincount(moves.ranks[moves.sources >= 0], minlength=ranks)
-        # Fetches take the empty slots first; in a step of several waves even what it has fetched gives way.
+        tally.host_fetches[layer] += np.bincount(work.fetch_ranks[~from_peer], minlength=ranks)
+        tally.peer_fetches[layer] += np.bincount(work.fetch_ranks[from_peer], minlength=ranks)
+        tally.host_moves[layer] += np.bincount(migrations.ranks[migrations.sources < 0], minlength=ranks)
+        tally.peer_moves[layer] += np.bincount(migrations.ranks[migrations.sources >= 0], minlength=ranks)
+        # Fetches take the empty slots first; in a step of several passes even fetched experts are evicted.
         tally.evictions[layer] += np.maximum(misses_R - free_R, 0)
-        tally.evictions[layer] += np.bincount(moves.ranks[moves.evicted >= 0], minlength=ranks)
-        pairs_R = plan.computed_RU.sum(1)
+        tally.evictions[layer] += np.bincount(migrations.ranks[migrations.evicted >= 0], minlength=ranks)
+        pairs_R = work.computed_RU.sum(1)
         tally.computed[layer] += pairs_R
         tally.levels_L[layer] += float(pairs_R.mean() / pairs_R.max())
         tally.steps_L[layer] += 1
         if self._node_R is not None:
-            for target, source in ((plan.fetch_ranks, plan.fetch_sources), (moves.ranks, moves.sources)):
+            for target, source in ((work.fetch_ranks, work.fetch_sources), (migrations.ranks, migrations.sources)):
                 tally.far_fetches[layer] += np.bincount(target[self._is_far(target, source)], minlength=ranks)
         return plan
 
-    def _layer_time(self, plan: GroupPlan, tokens_R: IntArray, far: int) -> int:
+    def _layer_time(self, work: Assignment, tokens_R: IntArray, far: int) -> int:
         """As ``costs.layer_time`` has it; with other nodes, and with what is still being moved."""
-        costs, ranks = self._timing.costs, len(plan.counts_RU)
-        busy_R = compute_cost(costs, plan.computed_RU)
-        if len(plan.fetch_ranks):
-            fetching_R = self._fetch_time(plan.fetch_ranks, plan.fetch_sources)
+        costs, ranks = self._timing.costs, len(work.counts_RU)
+        busy_R = compute_cost(costs, work.computed_RU)
+        if len(work.fetch_ranks):
+            fetching_R = self._fetch_time(work.fetch_ranks, work.fetch_sources)
             busy_R = busy_R + fetching_R + np.where(fetching_R > 0, self._behind_R, 0)
-        moved_R = moved_pairs(plan.counts_RU, plan.computed_RU)
+        moved_R = moved_pairs(work.counts_RU, work.computed_RU)
         most = int(moved_R.max())
         if not most:
             return int(busy_R.max())
-        far_pairs = 0 if self._node_R is None else far_pairs_of_a_rank(plan.counts_RU, plan.computed_RU, self._node_R)
+        far_pairs = 0 if self._node_R is None else far_pairs_of_a_rank(work.counts_RU, work.computed_RU, self._node_R)
         sent = most * costs.pair_transfer + far_pairs * self._timing.far_pair
         # Ranks choose the cheaper way to exchange (``costs.gathers``).
-        top_k = -(-int(plan.counts_RU.sum()) // max(1, int(tokens_R.sum())))
+        top_k = -(-int(work.counts_RU.sum()) // max(1, int(tokens_R.sum())))
         rows = (ranks - 1) * int(tokens_R.max()) * (1 + top_k)
         gathered = 2 * (costs.gather + far) + rows * max(costs.pair_transfer, self._timing.far_pair if far else 0)
         return int(busy_R.max()) + min(2 * (costs.exchange + far + sent), gathered)

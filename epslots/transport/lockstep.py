@@ -83,6 +83,8 @@ class LockStep:
         on_header: called with what all ranks said, before a step in which any has work.
     """
 
+    alone = False
+
     def __init__(
         self,
         transport: Transport,

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.cache.slot_pool import SlotPool
 from epslots.cuda_graph.decode_graph import DecodeGraph, _addresses
-from epslots.cuda_graph.device_slots import DeviceExperts
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.runtime import runtime_of
 from tests.cuda_graph.test_device_slots import NoValues
@@ -190,10 +189,10 @@ def test_the_host_is_not_asked_and_looks_at_no_plan(checkpoint: Callable[[str], 
     steps = [runner.steps for runner in runners]
     with graph:
         graph.step(token)
-        assert all(isinstance(runner.experts, DeviceExperts) and runner.experts.calls == 1 for runner in runners)
+        assert all(runner.slots_are_lent for runner in runners) and all(one.calls == 1 for one in graph._experts)
         assert [runner.steps for runner in runners] == steps, "the host's plan was not made"
     assert [runner.steps for runner in runners] == [step + 1 for step in steps]
-    assert not any(isinstance(runner.experts, DeviceExperts) for runner in runners)
+    assert not any(runner.slots_are_lent for runner in runners)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "adaptive"])
@@ -270,9 +269,7 @@ def test_a_corrupt_record_ends_the_step_and_nothing_else(
         patch.setattr(runtime_of(model).store, "record", corrupt)
         with pytest.raises(CorruptExpertError):
             [graph.step(torch.tensor([token])) for token in expected[0][9:]]
-    assert not any(isinstance(runner.experts, DeviceExperts) for runner in runtime_of(model).runners), (
-        "the slots are given back"
-    )
+    assert not any(runner.slots_are_lent for runner in runtime_of(model).runners), "the slots are given back"
     runtime_of(model).check_integrity()
     assert graph.generate(prompt, 25).tolist() == expected
 
@@ -280,7 +277,7 @@ def test_a_corrupt_record_ends_the_step_and_nothing_else(
 def test_routes_are_observed(checkpoint: Callable[[str], Path], cache_dir: Path):
     model = load(checkpoint("qwen3_moe"), cache_dir)
     seen: list[tuple[int, ...]] = []
-    runtime_of(model).runners[0].observer = lambda layer, index_TK: seen.append((layer, *index_TK.shape))
+    runtime_of(model).runners[0].observe(lambda layer, index_TK: seen.append((layer, *index_TK.shape)))
     DecodeGraph(model, 1, 30).generate(zoo.random_ids(1, 9, seed=8), 4)
     top_k = zoo.ZOO["qwen3_moe"].top_k
     assert seen == [(0, 9, top_k), *[(0, 1, top_k)] * 3]

@@ -132,7 +132,7 @@ def test_it_may_fail_anywhere_between_exchanges(where: str, checkpoint: Checkpoi
     grouped.check()
 
 
-@pytest.mark.parametrize("where", ["needs", "fetch", "compute"])
+@pytest.mark.parametrize("where", ["schedule", "fetch", "compute"])
 def test_a_failure_between_two_exchanges_breaks_groups_twice(where: str, checkpoint: Checkpoints, cache_dir: Path):
     """The others wait for a result that never comes. Once for each guilty request's batch, and once for itself alone.
 
@@ -143,7 +143,8 @@ def test_a_failure_between_two_exchanges_breaks_groups_twice(where: str, checkpo
     grouped = Grouped(folder, cache_dir, [3, 2])
     model = grouped.models[0]
     guilt = Guilt(model, job.token, 0, 1.0)
-    experts = runtime_of(model).runners[1].experts
+    runner = runtime_of(model).runners[1]
+    experts = runner.experts if where == "compute" else runner.cache
     work_there = getattr(experts, where)
 
     def fail(*arguments: Any, **settings: Any) -> Any:

@@ -7,6 +7,7 @@ a row by its own numbers, so that a result tells which expert made it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,17 @@ from epslots.cache.copy_engine import SynchronousEngine
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.layout import LayerSpec, RecordLayout
+from epslots.moe.expert_cache import ExpertCache
+from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import Prefetcher
-from epslots.moe.slot_experts import SlotExperts
 from epslots.placement.model_planner import ModelPlanner
 from epslots.placement.placement import Placement, default_homes, default_placement
 from epslots.planner.cache_policy import POLICIES, UseHistory
 from epslots.planner.cost_model import Costs
-from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
+from epslots.planner.layer_state import LayerState
+from epslots.planner.prefetch_policy import PrefetchBudget
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Header, LockStep
 from epslots.transport.transport import LocalTransport
@@ -101,33 +105,24 @@ class OneRank:
         self.loader.transport = transport
         history = UseHistory.empty(LAYERS, episode.experts)
         self.layers, shared = [], []
+        bound = None if episode.predictions is None else PrefetchBudget(transport.size, 5 * BYTES)
+        budgets = FetchBudgets(prefetch=bound)
         quota_R = np.array(episode.quotas)
         for index in range(LAYERS):
-            experts = SlotExperts(
-                index=index,
-                pool_layer=index,
-                num_experts=episode.experts,
-                kernel=Scaling(self.pool.weights(index)),  # type: ignore[arg-type]
-                loader=self.loader,
-                telemetry=self.telemetry,
-                identity=episode.identity,
-            )
+            cache = ExpertCache(index, index, episode.experts, self.loader, self.telemetry)
+            kernel: Any = Scaling(self.pool.weights(index))
+            experts = ExpertCompute(index, cache, kernel, self.telemetry, identity=episode.identity)
+            past = history.layer(index, episode.experts)
             self.layers.append(
-                MoELayer(
-                    index=index,
-                    experts=experts,
-                    identity=episode.identity,
-                    policy=POLICIES[episode.policy],
-                    history=history.layer(index, episode.experts),
-                    telemetry=self.telemetry,
-                )
+                MoELayer(index, experts, policy=POLICIES[episode.policy], history=past, telemetry=self.telemetry)
             )
             holds = np.zeros((transport.size, episode.experts), bool)
             homes = default_homes(episode.experts, quota_R, index)
             node_R = np.arange(transport.size) // 2 if episode.nodes else None
-            shared.append(LayerPlanner(rank, holds, quota_R.copy(), homes, episode.costs, expert_bytes=BYTES, node_R=node_R))
+            state = LayerState(holds, quota_R.copy(), homes, node_R)
+            shared.append(LayerPlanner(rank, state, episode.costs, expert_bytes=BYTES, budgets=budgets))
         first = default_placement([episode.experts] * LAYERS, np.tile(quota_R, (LAYERS, 1)))
-        self.shared = ModelPlanner(shared, first, [range(LAYERS)])
+        self.shared = ModelPlanner(shared, first, [range(LAYERS)], budgets)
         self.rank = rank
         self.offered: tuple[Placement, int] | None = None
         self.reached = 0
@@ -141,32 +136,31 @@ class OneRank:
             on_header=self.begin_step,
         )
         for layer, one in zip(self.layers, self.shared.layers, strict=True):
-            layer.join(self.lockstep, one)
+            layer.form(self.lockstep, one, complete=False)
         if episode.predictions is not None:
             predictor = episode.predictions(episode.experts, rank)
-            self.layers[0].ahead = Prefetcher(0, self.layers[1].expected, predictor)
-            self.shared.bound_prefetches(5 * BYTES)
+            self.layers[0].prefetch_by(Prefetcher(0, self.layers[1].prefetch_target, predictor))
 
     def begin_step(self, header: Header) -> None:
         if self.offered is not None:
             self.shared.check(self.offered[0])
             self.shared.adopt(*self.offered)
             self.offered = None
-        moving = self.shared.room is not None
-        for shift in self.shared.begin_step(lambda layer: self.layers[layer].score_E):
+        moving = self.shared.budgets.migration is not None
+        for shift in self.shared.begin_step(lambda layer: self.layers[layer].scores()):
             if shift.rank == self.rank:
-                self.layers[shift.giver].experts.pass_slot(self.layers[shift.taker].experts, shift.evicted)
-        if moving and self.shared.room is None:
+                self.layers[shift.giver].pass_slot(self.layers[shift.taker], shift.evicted)
+        if moving and self.shared.budgets.migration is None:
             self.reached += 1
-            quotas = [layer.experts.slots for layer in self.layers]
+            quotas = [layer.cache.slots for layer in self.layers]
             assert quotas == self.shared.placement.quota_LR[:, self.rank].tolist()
 
     def check(self, rank: int) -> None:
         self.pool.check_integrity()
         self.loader.check_content()
         for layer, shared in zip(self.layers, self.shared.layers, strict=True):
-            assert (shared.holds_RE[rank] == layer.experts.resident_E).all()
-            assert shared.quota_R[rank] == layer.experts.slots
+            assert (shared.state.holds_RE[rank] == layer.cache.resident_E).all()
+            assert shared.state.quota_R[rank] == layer.cache.slots
 
 
 def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:

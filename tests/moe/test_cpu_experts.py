@@ -15,7 +15,7 @@ from epslots.cache.host_store import HostStore, Manifest
 from epslots.cache.node_store import open_node_store
 from epslots.cache.slot_pool import SlotPool
 from epslots.cache.unpacking import Unpacker
-from epslots.group.cost_probe import largest, measure_host
+from epslots.group.cost_probe import largest, measure_cpu
 from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.experts import experts_modules
 from epslots.models.opening import load_dense, open_model
@@ -171,7 +171,7 @@ def test_a_twin_on_the_cpu_shares_nothing_that_could_be_elsewhere():
 def test_costs_are_measured_and_agreed_on(checkpoint: Checkpoints, cache_dir: Path):
     layer = Layer(checkpoint("mixtral"), cache_dir)
     rows, _ = layer.random_rows(64)
-    expert, pair = measure_host(layer.host, rows, lambda: None)
+    expert, pair = measure_cpu(layer.host, rows, lambda: None)
     assert pair > 0 and 1000 < expert < 10**9, "nanoseconds: no expert is done in a microsecond, none takes a second"
     with_host = Costs(1, 1, 1, 1, 1, 1, 1, host_expert=expert, host_pair=pair)
     slower = Costs(2, 1, 1, 1, 1, 1, 1, host_expert=expert + 5, host_pair=pair)

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.errors import ConfigError
 from epslots.group.rank_group import group_of
+from epslots.moe.moe_layer import plan_alone
+from epslots.moe.peers import Alone
 from epslots.planner.cost_model import Costs
 from epslots.planner.cpu_offload import CpuShare
 from epslots.runtime import runtime_of
@@ -28,7 +30,8 @@ OFTEN = msgspec.structs.replace(TOKENS_TRAVEL, host_expert=4 * 10**8, host_pair=
 
 def hosting(model: PreTrainedModel, costs: Costs, *, beside: bool) -> PreTrainedModel:
     for runner in runtime_of(model).runners:
-        runner.cpu_share = CpuShare(1, runner.experts.num_experts, costs, beside=beside)
+        share = CpuShare(1, runner.cache.num_experts, costs, beside=beside)
+        runner.form(Alone(), plan_alone(runner.cache, cpu_share=share), complete=runner.cache.holds_all)
     return model
 
 
@@ -58,7 +61,7 @@ def test_what_is_always_cheaper_there_leaves_the_slots_as_they_are(checkpoint: C
     stats = epslots.stats(model)
     assert fetched(model) == 0 and stats.misses == sum(layer.hosted for layer in stats.layers) > 0
     assert all(layer.hosted_s > 0 for layer in stats.layers)
-    assert all((runner.experts.resident_E == False).all() for runner in runtime_of(model).runners)  # noqa: E712
+    assert all((runner.cache.resident_E == False).all() for runner in runtime_of(model).runners)  # noqa: E712
 
 
 @pytest.mark.parametrize("slots", [[1, 1], [3, 5], [2, 7, 3, 1]])
@@ -89,11 +92,11 @@ def test_packed_records(name: str, make: Callable[..., Path], checkpoint: Checkp
 def test_measured_costs_decide(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     model = load(folder, cache_dir, host_compute="on")
-    shares = [runner.cpu_share for runner in runtime_of(model).runners]
+    shares = [runner.planner.cpu_share for runner in runtime_of(model).runners]
     assert all(share is not None and share.costs.computes_on_host for share in shares)
     assert_equal(model, zoo.reference(folder))
     plain = load(folder, cache_dir)
-    assert not any(runner.cpu_share for runner in runtime_of(plain).runners), "a CPU computes from slots by default"
+    assert not any(runner.planner.cpu_share for runner in runtime_of(plain).runners), "a CPU computes from slots by default"
 
 
 def test_given_costs_decide(checkpoint: Checkpoints, cache_dir: Path):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError, RankMismatchError
-from epslots.group.join import group_up
+from epslots.group.join import start_rank
 from epslots.loading import shared_settings
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
 from epslots.moe.prefetcher import Prefetcher
@@ -46,7 +46,8 @@ def mislead(runtime: Runtime, seed: int = 0) -> None:
     for loader in runtime.movers:
         loader.link = link
     for runner, following in zip(runtime.runners, runtime.runners[1:], strict=False):
-        runner.ahead = Prefetcher(runner.index, following.expected, Guesses(following.experts.num_experts, seed))
+        guesses = Guesses(following.cache.num_experts, seed)
+        runner.prefetch_by(Prefetcher(runner.index, following.prefetch_target, guesses))
 
 
 def sums(model: PreTrainedModel, *names: str) -> tuple[int, ...]:
@@ -97,7 +98,7 @@ def test_several_ranks_by_default(checkpoint: Checkpoints, cache_dir: Path):
 
 def test_a_cpu_without_a_link_predicts_nothing(checkpoint: Checkpoints, cache_dir: Path):
     model = load(checkpoint("qwen3_moe"), cache_dir)
-    assert all(runner.ahead is None for runner in runtime_of(model).runners)
+    assert all(runner.prefetcher is None for runner in runtime_of(model).runners)
 
 
 def test_ranks_must_predict_alike(checkpoint: Checkpoints, cache_dir: Path):
@@ -106,7 +107,7 @@ def test_ranks_must_predict_alike(checkpoint: Checkpoints, cache_dir: Path):
 
     def form(transport: LocalTransport) -> None:
         model = models[transport.rank]
-        group_up(
+        start_rank(
             model, transport, settings=shared_settings(model, "lrfu"), costs=TOKENS_TRAVEL, display=ProgressDisplay(False)
         )
 
@@ -141,7 +142,7 @@ class TestExecutePredicted:
         assert differing == [runner.index for runner in runners[1:]]
 
     def _watch(self, runner: Any, executed: dict[int, torch.Tensor], given: dict[int, Any]) -> None:
-        replace = runner.expected.execute_predicted
+        replace = runner.prefetch_target.take_predicted
 
         def watch(index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             given[runner.index] = index, weights
@@ -150,7 +151,7 @@ class TestExecutePredicted:
             assert torch.equal(found[1].sort(-1).values, weights.sort(-1).values)
             return found
 
-        runner.expected.execute_predicted = watch
+        runner.prefetch_target.take_predicted = watch
 
     def test_each_thread_executes_what_was_predicted_for_its_own(self, checkpoint: Checkpoints, cache_dir: Path):
         """Two passes of one shape, of which each has been told of a layer before either comes to it."""
@@ -160,7 +161,7 @@ class TestExecutePredicted:
             alone = [model(input_ids=ids).logits for ids in inputs]
         both = threading.Barrier(2, timeout=60)
         for runner in runtime_of(model).runners:
-            execute = runner.expected.execute_predicted
+            execute = runner.prefetch_target.take_predicted
 
             def met(index: torch.Tensor, weights: torch.Tensor, execute: Any = execute) -> Any:
                 both.wait()
@@ -168,7 +169,7 @@ class TestExecutePredicted:
                 both.wait()
                 return found
 
-            runner.expected.execute_predicted = met  # type: ignore[method-assign]
+            runner.prefetch_target.take_predicted = met  # type: ignore[method-assign]
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
@@ -198,7 +199,7 @@ class TestExecutePredicted:
     def test_off_by_default(self, checkpoint: Checkpoints, cache_dir: Path):
         model = load(checkpoint("qwen3_moe"), cache_dir, link=LINK)
         greedy(model, zoo.random_ids(1, 9, seed=2), 4)
-        assert all(runner.expected.own.ids is None for runner in runtime_of(model).runners)
+        assert all(runner.prefetch_target.predicted.ids_TK is None for runner in runtime_of(model).runners)
 
 
 class TestSettings:
@@ -308,8 +309,8 @@ def test_a_predictor_sees_the_rows_of_every_step_asked_or_not(checkpoint: Checkp
     runners = runtime_of(model).runners
     seen = []
     for runner, following in pairwise(runners):
-        seen.append(Counting(following.experts.num_experts, runner.index))
-        runner.ahead = Prefetcher(runner.index, following.expected, seen[-1])
+        seen.append(Counting(following.cache.num_experts, runner.index))
+        runner.prefetch_by(Prefetcher(runner.index, following.prefetch_target, seen[-1]))
     greedy(model, zoo.random_ids(1, 9, seed=2), 60)
     assert seen and all(found.asked and found.skipped for found in seen), "useless guesses are asked for now and then"
     assert all(sum(found.asked) + sum(found.skipped) == 9 + 59 for found in seen)

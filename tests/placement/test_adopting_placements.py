@@ -13,7 +13,7 @@ import torch
 
 import epslots
 from epslots.errors import ConfigError, CorruptExpertError, ExchangeError, PeerLost, RankMismatchError
-from epslots.group.join import group_up, join
+from epslots.group.join import join, start_rank
 from epslots.group.rank_group import RankGroup, group_of
 from epslots.placement.placement import Placement, default_placement
 from epslots.placement.placement_file import write_placement
@@ -90,7 +90,7 @@ def test_outputs_stay_and_every_placement_is_reached(name: str, costs: Any, chec
             assert group.placement.version == number and group.pending_migrations == 0
             assert group.placement.home_LE.tolist() == target.home_LE.tolist()
         for rank, model in enumerate(grouped.models):
-            slots = [runner.experts.slots for runner in runtime_of(model).runners]
+            slots = [runner.cache.slots for runner in runtime_of(model).runners]
             assert slots == target.quota_LR[:, rank].tolist()
             assert [layer.slots for layer in epslots.stats(model).layers] == slots
         compare(grouped, reference, seed=number, length=30)
@@ -164,7 +164,7 @@ def test_a_move_that_fails_ends_the_step_for_all_and_leaves_an_empty_slot(checkp
     grouped, reference = Grouped(folder, cache_dir, slots=[4, 4]), zoo.reference(folder)
     compare(grouped, reference, seed=1)
     group = groups_of(grouped)[0]
-    absent = int(np.flatnonzero(~group.shared.layers[0].holds_RE.any(0))[0])
+    absent = int(np.flatnonzero(~group.shared.layers[0].state.holds_RE.any(0))[0])
     wanted = np.zeros_like(group.placement.wanted_LRE)
     wanted[0, 0, absent] = True
     home = group.placement.home_LE.copy()
@@ -227,13 +227,13 @@ def test_a_placement_from_a_file_is_there_from_the_start(checkpoint: Checkpoints
 
     def one(transport: LocalTransport) -> None:
         model, silent = grouped.models[transport.rank], ProgressDisplay(False)
-        group_up(model, transport, settings={}, costs=TOKENS_TRAVEL, display=silent, placement=target)
+        start_rank(model, transport, settings={}, costs=TOKENS_TRAVEL, display=silent, placement=target)
 
     run_threads(one, 2, hub=grouped.hub)
     for rank, model in enumerate(grouped.models):
         for layer, runner in enumerate(runtime_of(model).runners):
-            wanted_E = target.wanted_LRE[layer, rank, : runner.experts.num_experts]
-            assert (runner.experts.resident_E == wanted_E).all(), "all that is wanted, which is as much as fits"
+            wanted_E = target.wanted_LRE[layer, rank, : runner.cache.num_experts]
+            assert (runner.cache.resident_E == wanted_E).all(), "all that is wanted, which is as much as fits"
     assert {group.pending_migrations for group in groups_of(grouped)} == {0}
     assert {group.placement.version for group in groups_of(grouped)} == {3}
     for seed in range(4):
@@ -246,7 +246,7 @@ def test_a_placement_from_a_file_is_there_from_the_start(checkpoint: Checkpoints
     homeless = target.wanted_LRE[:, :1]
     model = epslots.load(folder, placement=alone, **options)
     for layer, runner in enumerate(runtime_of(model).runners):
-        assert runner.experts.resident_E.tolist() == homeless[layer, 0, : runner.experts.num_experts].tolist()
+        assert runner.cache.resident_E.tolist() == homeless[layer, 0, : runner.cache.num_experts].tolist()
     ids = zoo.random_ids(1, 12, seed=5)
     with torch.no_grad():
         assert_close(model(input_ids=ids).logits, reference(input_ids=ids).logits)

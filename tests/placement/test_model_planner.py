@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from epslots.placement.model_planner import ModelPlanner, next_shift
 from epslots.placement.placement import carry_over, default_placement
 from epslots.planner.cost_model import Costs
 from epslots.planner.evictions import spare_replicas
-from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
+from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, choose_migrations
 from epslots.planner.prefetch_policy import PrefetchBudget
 from tests.support.plan_strategies import random_placement, random_quotas
@@ -42,44 +44,51 @@ class World:
         node_R = np.arange(ranks) // 2 if generator.random() < 0.5 and ranks > 2 else None
         models = []
         for rank in range(ranks):
-            shared = []
+            shared, budgets = [], FetchBudgets()
             for layer, experts in enumerate(experts_L.tolist()):
                 holds = np.zeros((ranks, experts), bool)
                 homes = first.home_LE[layer, :experts]
                 shared.append(
-                    LayerPlanner(rank, holds, quota_LR[layer].copy(), homes, costs, expert_bytes=BYTES, node_R=node_R)
+                    LayerPlanner(
+                        rank,
+                        LayerState(holds, quota_LR[layer].copy(), homes, node_R),
+                        costs,
+                        expert_bytes=BYTES,
+                        budgets=budgets,
+                    )
                 )
-            models.append(ModelPlanner(shared, first, [range(layers)]))
+            models.append(ModelPlanner(shared, first, [range(layers)], budgets))
         return cls(models, generator)
 
     def step(self, tokens: int) -> int:
         """A step of all ranks; returns the most bytes that any rank moved in it."""
-        score = {i: self.generator.permutation(layer.holds_RE.shape[1]) for i, layer in enumerate(self.models[0].layers)}
+        score = {i: self.generator.permutation(layer.state.holds_RE.shape[1]) for i, layer in enumerate(self.models[0].layers)}
         shifts = [model.begin_step(lambda layer: score[layer]) for model in self.models]
         assert all(each == shifts[0] for each in shifts)
-        now_LR = np.stack([layer.quota_R for layer in self.models[0].layers])
+        now_LR = np.stack([layer.state.quota_R for layer in self.models[0].layers])
         carry_over(self.models[0].placement, range(len(self.models)), now_LR).check()  # the group may break at any time
         bytes_R = np.zeros(len(self.models), np.int64)
         for shift in shifts[0]:
             bytes_R[shift.rank] += BYTES
-        for number, layer in enumerate(self.models[0].layers):
+        for number, planner in enumerate(self.models[0].layers):
+            layer = planner.state
             ranks, experts = layer.holds_RE.shape
             counts = self.generator.multinomial(tokens, np.full(experts, 1 / experts), size=ranks)
             before = layer.holds_RE.copy()
-            plans = [model.layers[number].decide(counts, score[number]) for model in self.models]
+            plans = [model.layers[number].decide(counts, partial(score.get, number)) for model in self.models]
             for plan in plans[1:]:
-                assert np.array_equal(plan.moves.experts, plans[0].moves.experts)
-                assert np.array_equal(plan.moves.sources, plans[0].moves.sources)
-            plan, moves = plans[0], plans[0].moves
+                assert np.array_equal(plan.migrations.experts, plans[0].migrations.experts)
+                assert np.array_equal(plan.migrations.sources, plans[0].migrations.sources)
+            work, moves = plans[0].assignment, plans[0].migrations
             assert len(set(moves.ranks.tolist())) == len(moves), "one of each rank"
             assert layer.wanted_RE[moves.ranks, moves.experts].all(), "only what is wanted"
             gone = moves.evicted >= 0
             assert not layer.wanted_RE[moves.ranks[gone], moves.evicted[gone]].any(), "nothing wanted gives way"
             assert (layer.holds_RE.sum(1) <= layer.quota_R).all()
             computed_RE = np.zeros((ranks, experts), bool)
-            computed_RE[:, plan.experts_U] = plan.computed_RU > 0
+            computed_RE[:, work.experts_U] = work.computed_RU > 0
             fetched_RE = np.zeros((ranks, experts), bool)
-            fetched_RE[plan.fetch_ranks, plan.fetch_experts] = True
+            fetched_RE[work.fetch_ranks, work.fetch_experts] = True
             assert ((before | fetched_RE) >= computed_RE).all(), "what is computed is held or fetched"
             for rank, expert, source in zip(moves.ranks, moves.experts, moves.sources, strict=True):
                 assert source < 0 or (layer.holds_RE[source, expert] and source != rank), "the source keeps its copy"
@@ -100,79 +109,80 @@ def test_a_placement_is_reached_within_the_budget(seed: int, bytes_per_step: int
         model.adopt(target, bytes_per_step)
     layers, ranks = target.quota_LR.shape
     steps = 0
-    wanted = sum(np.count_nonzero(layer.wanted_RE & ~layer.holds_RE) for layer in world.models[0].layers)
+    wanted = sum(np.count_nonzero(layer.state.wanted_RE & ~layer.state.holds_RE) for layer in world.models[0].layers)
     assert world.models[0].pending_migrations >= wanted
-    while world.models[0].room is not None:
+    while world.models[0].budgets.migration is not None:
         assert world.step(0 if steps % 2 else 3) <= bytes_per_step
         steps += 1
         assert steps < 2000, f"{world.models[0].pending_migrations} are left"
     for index, layer in enumerate(world.models[0].layers):
-        assert layer.quota_R.tolist() == target.quota_LR[index].tolist()
-        assert layer.pending_migrations == 0
+        assert layer.state.quota_R.tolist() == target.quota_LR[index].tolist()
+        assert layer.state.pending_migrations == 0
     # Without demand what was moved in stays.
     again = replace(target, version=target.version + 1)
     for model in world.models:
         model.adopt(again, 10**6)
     steps = 0
-    while world.models[0].room is not None:
+    while world.models[0].budgets.migration is not None:
         world.step(0)
         steps += 1
         assert steps < 50 * layers * ranks
     for _ in range(10):
         world.step(0)
     for layer in world.models[0].layers:
-        assert (layer.holds_RE >= layer.wanted_RE).all()
+        assert (layer.state.holds_RE >= layer.state.wanted_RE).all()
 
 
 def test_less_than_an_expert_a_step_is_a_move_every_few_steps():
-    layer = LayerPlanner(0, np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64), HOST, expert_bytes=BYTES)
+    state, budgets = LayerState(np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64)), FetchBudgets()
+    layer = LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=budgets)
     first = default_placement([4], np.array([[4]]))
-    model = ModelPlanner([layer], first, [[0]])
+    model = ModelPlanner([layer], first, [[0]], budgets)
     model.adopt(replace(first, version=1, wanted_LRE=np.ones((1, 1, 4), bool)), BYTES // 3 + 1)
     moved = []
     for _ in range(12):
         model.begin_step(lambda _: np.zeros(4, np.int64))
-        moved.append(len(layer.decide(np.zeros((1, 4), np.int64), np.zeros(4, np.int64)).moves))
+        moved.append(len(layer.decide(np.zeros((1, 4), np.int64), lambda: np.zeros(4, np.int64)).migrations))
     assert moved == [0, 0, 1] * 4
     model.begin_step(lambda _: np.zeros(4, np.int64))
-    assert model.room is None and model.pending_migrations == 0
+    assert budgets.migration is None and model.pending_migrations == 0
 
 
 def test_moves_stand_behind_the_demand_of_the_step():
     """A fetch takes the whole budget of the step, and the move waits for the next one."""
-    layer = LayerPlanner(0, np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64), HOST, expert_bytes=BYTES)
-    layer.adopt(np.zeros(4, np.int64), np.array([[True, False, False, False]]))
-    score, room = np.zeros(4, np.int64), MigrationBudget(1, BYTES, BYTES)
-    layer.room = room
-    room.renew()
-    assert not len(layer.decide(np.array([[0, 3, 0, 0]]), score).moves) and layer.pending_migrations == 1
-    room.renew()
-    assert len(layer.decide(np.array([[0, 3, 0, 0]]), score).moves) == 1 and layer.pending_migrations == 0
+    state, budget = LayerState(np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64)), MigrationBudget(1, BYTES, BYTES)
+    layer = LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=FetchBudgets(migration=budget))
+    state.adopt(np.zeros(4, np.int64), np.array([[True, False, False, False]]))
+    score = np.zeros(4, np.int64)
+    budget.renew()
+    assert not len(layer.decide(np.array([[0, 3, 0, 0]]), lambda: score).migrations) and state.pending_migrations == 1
+    budget.renew()
+    assert len(layer.decide(np.array([[0, 3, 0, 0]]), lambda: score).migrations) == 1 and state.pending_migrations == 0
 
 
 def test_what_is_fetched_ahead_leaves_less_room_for_moves_and_moves_leave_less_to_fetch_ahead():
     nobody = np.zeros(4, np.int64)
     for ahead in (False, True):
-        layer = LayerPlanner(0, np.zeros((1, 4), bool), np.array([4]), nobody, HOST, expert_bytes=BYTES)
-        layer.adopt(nobody, np.array([[True, False, False, False]]))
-        layer.room, layer.budget = MigrationBudget(1, BYTES, BYTES), PrefetchBudget(1, 2 * BYTES)
-        layer.room.renew()
+        state, migration = LayerState(np.zeros((1, 4), bool), np.array([4]), nobody), MigrationBudget(1, BYTES, BYTES)
+        budgets = FetchBudgets(PrefetchBudget(1, 2 * BYTES), migration)
+        layer = LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=budgets)
+        state.adopt(nobody, np.array([[True, False, False, False]]))
+        migration.renew()
         if ahead:
-            found = layer.prefetch(np.array([[0, 0, 255, 0]]), nobody, np.array([False]))
+            found = layer.prefetch(np.array([[0, 0, 255, 0]]), lambda: nobody, np.array([False]))
             assert found is not None and found.experts.tolist() == [2]
-        moves = layer.decide(np.zeros((1, 4), np.int64), nobody).moves
+        moves = layer.decide(np.zeros((1, 4), np.int64), lambda: nobody).migrations
         assert len(moves) == (not ahead)
-        assert layer.budget.experts(BYTES).tolist() == [1], "an expert of two has been fetched, one way or the other"
+        assert budgets.prefetch.experts(BYTES).tolist() == [1], "an expert of two has been fetched, one way or the other"
 
 
 def test_ranks_that_miss_in_every_step_get_there_all_the_same():
     """Demand takes all that is granted, but for an eighth."""
-    layers = [
-        LayerPlanner(0, np.zeros((1, 9), bool), np.array([2]), np.zeros(9, np.int64), HOST, expert_bytes=BYTES)
-        for _ in range(3)
-    ]
+    budgets = FetchBudgets()
+    states = [LayerState(np.zeros((1, 9), bool), np.array([2]), np.zeros(9, np.int64)) for _ in range(3)]
+    layers = [LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=budgets) for state in states]
     first = default_placement([9] * 3, np.array([[2]] * 3))
-    model = ModelPlanner(layers, first, [[0, 1, 2]])
+    model = ModelPlanner(layers, first, [[0, 1, 2]], budgets)
     wanted = np.zeros((3, 1, 9), bool)
     wanted[:, 0, 8] = True
     model.adopt(replace(first, version=1, wanted_LRE=wanted), BYTES // 2)
@@ -182,7 +192,7 @@ def test_ranks_that_miss_in_every_step_get_there_all_the_same():
         for number, layer in enumerate(layers):
             counts = np.zeros((1, 9), np.int64)
             counts[0, (steps * 2 + number) % 8] = 1
-            layer.decide(counts, np.arange(9))
+            layer.decide(counts, lambda: np.arange(9))
         steps += 1
         assert steps < 3 * 8 * 2 + 10
     assert steps > 3 * 8, "and demand stands first"
@@ -245,9 +255,10 @@ def test_shifts_bring_every_boundary_nearer_and_arrive(seed: int):
 
 
 def test_placements_that_do_not_fit_are_refused_by_name():
-    layers = [LayerPlanner(0, np.zeros((2, 4), bool), np.array([2, 3]), np.zeros(4, int), HOST) for _ in range(2)]
+    states = [LayerState(np.zeros((2, 4), bool), np.array([2, 3]), np.zeros(4, int)) for _ in range(2)]
+    layers = [LayerPlanner(0, state, HOST) for state in states]
     first = default_placement([4, 4], np.array([[2, 3], [2, 3]]))
-    model = ModelPlanner(layers, first, [[0, 1]])
+    model = ModelPlanner(layers, first, [[0, 1]], FetchBudgets())
     newer = replace(first, version=1)
     model.check(newer)
     with pytest.raises(StaleEpoch, match="placement 0 is not newer than 0"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
+from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import MigrationBudget
 from tests.planner.test_assignment import COSTS, holds
 
@@ -12,48 +13,51 @@ from tests.planner.test_assignment import COSTS, holds
 def test_tolls_add_up_until_a_copy_is_bought():
     """Rank 0 has an empty slot and sends a pair a step to rank 1, which holds the expert."""
     counts, score = np.array([[1, 0], [0, 0]]), np.zeros(2, np.int64)
-    layers = [LayerPlanner(rank, holds(2, 2, (1, 0), (1, 1)), np.array([1, 2]), np.array([1, 1]), COSTS) for rank in range(2)]
+    layers = [
+        LayerPlanner(rank, LayerState(holds(2, 2, (1, 0), (1, 1)), np.array([1, 2]), np.array([1, 1])), COSTS)
+        for rank in range(2)
+    ]
     for _ in range(20_000):
-        plans = [layer.plan(counts, score) for layer in layers]
+        plans = [layer.plan(counts, lambda: score) for layer in layers]
         if plans[0].copies is not None:
             break
     assert plans[0].copies is not None and plans[0].copies.sources == {0: 1}
     assert plans[1].copies is not None and plans[1].copies.sends == ((0, 0),)
-    assert layers[0].holds_RE[0].tolist() == [True, False]
-    assert layers[0].plan(counts, score).moved == 0, "from now on the token stays"
+    assert layers[0].state.holds_RE[0].tolist() == [True, False]
+    assert layers[0].plan(counts, lambda: score).moved == 0, "from now on the token stays"
 
 
 def test_a_spare_copy_gives_way_before_the_only_one_of_another_expert():
     """Rank 0 holds expert 0, alone and never used, and a copy of expert 1, often used, whose home is rank 1."""
     score = np.array([0, 9, 5])
-    layer = LayerPlanner(0, holds(2, 3, (0, 0), (0, 1), (1, 1)), np.array([2, 1]), np.array([0, 1, 0]), COSTS)
-    plan = layer.plan(np.array([[0, 0, 4], [0, 0, 0]]), score)
+    layer = LayerPlanner(0, LayerState(holds(2, 3, (0, 0), (0, 1), (1, 1)), np.array([2, 1]), np.array([0, 1, 0])), COSTS)
+    plan = layer.plan(np.array([[0, 0, 4], [0, 0, 0]]), lambda: score)
     assert plan.evicted_E.tolist() == [False, True, False]
-    assert layer.holds_RE.tolist() == [[True, False, True], [False, True, False]]
+    assert layer.state.holds_RE.tolist() == [[True, False, True], [False, True, False]]
 
 
 def test_the_digest_tells_tables_homes_and_pasts_apart():
     def layer() -> LayerPlanner:
-        return LayerPlanner(0, holds(2, 3, (0, 0)), np.array([2, 1]), np.array([0, 1, 0]), COSTS)
+        return LayerPlanner(0, LayerState(holds(2, 3, (0, 0)), np.array([2, 1]), np.array([0, 1, 0])), COSTS)
 
     first, second = layer(), layer()
-    assert first.digest == second.digest
-    second.adopt(np.array([1, 1, 0]), second.wanted_RE)
-    assert first.digest != second.digest
+    assert first.state.digest == second.state.digest
+    second.state.adopt(np.array([1, 1, 0]), second.state.wanted_RE)
+    assert first.state.digest != second.state.digest
     second = layer()
-    second.plan(np.array([[1, 0, 0], [0, 0, 0]]), np.zeros(3, np.int64))
-    assert first.digest != second.digest
-    first.plan(np.array([[1, 0, 0], [0, 0, 0]]), np.zeros(3, np.int64))
-    assert first.digest == second.digest
-    second.holds_RE[1, 1] = True
-    second.forget_digest()
-    assert first.digest != second.digest
+    second.plan(np.array([[1, 0, 0], [0, 0, 0]]), lambda: np.zeros(3, np.int64))
+    assert first.state.digest != second.state.digest
+    first.plan(np.array([[1, 0, 0], [0, 0, 0]]), lambda: np.zeros(3, np.int64))
+    assert first.state.digest == second.state.digest
+    second.state.holds_RE[1, 1] = True
+    second.state.holds_changed()
+    assert first.state.digest != second.state.digest
 
 
 def test_a_wanted_copy_that_demand_brings_is_not_waited_for_though_there_is_no_room():
-    layer = LayerPlanner(0, holds(1, 2), np.array([2]), np.array([0, 0]), COSTS, expert_bytes=10)
-    layer.adopt(np.array([0, 0]), np.array([[True, False]]))
-    assert layer.pending_migrations == 1
-    layer.room = room = MigrationBudget(1, granted=1, largest=10)
-    layer.plan(np.array([[3, 0]]), np.zeros(2, np.int64))
-    assert not (room.left_R >= 10).any() and layer.pending_migrations == 0
+    state, budget = LayerState(holds(1, 2), np.array([2]), np.array([0, 0])), MigrationBudget(1, granted=1, largest=10)
+    layer = LayerPlanner(0, state, COSTS, expert_bytes=10, budgets=FetchBudgets(migration=budget))
+    state.adopt(np.array([0, 0]), np.array([[True, False]]))
+    assert state.pending_migrations == 1
+    layer.plan(np.array([[3, 0]]), lambda: np.zeros(2, np.int64))
+    assert not (budget.left_R >= 10).any() and state.pending_migrations == 0

@@ -39,7 +39,7 @@ class Watched(Grouped):
 
             generator = torch.Generator().manual_seed(seed * 100 + rank)
             for runner in self.runtime(rank).runners:
-                runner.observer = observe
+                runner.observe(observe)
             for tokens in steps[rank]:
                 counts.append(np.zeros((LAYERS, EXPERTS), np.int64))
                 model(torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator))
@@ -52,7 +52,7 @@ class Watched(Grouped):
     def holds(self) -> np.ndarray:
         group = group_of(self.models[0])
         assert group is not None
-        return np.stack([layer.holds_RE for layer in group.shared.layers])
+        return np.stack([layer.state.holds_RE for layer in group.shared.layers])
 
     def counters(self) -> dict[str, np.ndarray]:
         stats = [epslots.stats(model).layers for model in self.models]
@@ -108,7 +108,7 @@ def test_the_simulator_does_what_ranks_do(
     tally = simulated.take()
     assert tally.misses.sum() and tally.hits.sum(), "nothing happened"
     assert_equal(tally, {name: after[name] - before[name] for name in after}, expert_bytes)
-    assert (ranks.holds() == np.stack([layer.holds_RE for layer in simulated.model.layers])).all()
+    assert (ranks.holds() == np.stack([layer.state.holds_RE for layer in simulated.model.layers])).all()
     assert (tally.misses == tally.host_fetches + tally.peer_fetches).all()
     assert bool(tally.peer_fetches.sum()) or costs != "copies travel" or sum(slots) < EXPERTS
 
@@ -164,5 +164,5 @@ def test_the_simulator_follows_placements_as_ranks_do(
     tally = simulated.take()
     assert (tally.host_moves + tally.peer_moves).sum(), "nothing was moved"
     assert_equal(tally, {name: after[name] - before[name] for name in after}, expert_bytes)
-    assert (ranks.holds() == np.stack([layer.holds_RE for layer in simulated.model.layers])).all()
+    assert (ranks.holds() == np.stack([layer.state.holds_RE for layer in simulated.model.layers])).all()
     assert groups[0].pending_migrations == simulated.model.pending_migrations  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.group.join import group_up
+from epslots.group.join import start_rank
 from epslots.group.rank_group import group_of
 from epslots.planner.cost_model import Costs
 from epslots.progress import ProgressDisplay
@@ -58,7 +58,7 @@ class Grouped:
         silent = ProgressDisplay(False)
 
         def one(transport: LocalTransport) -> None:
-            group_up(self.models[transport.rank], transport, settings={}, costs=costs, display=silent)
+            start_rank(self.models[transport.rank], transport, settings={}, costs=costs, display=silent)
 
         run_threads(one, len(self.models), hub=self.hub)
 
@@ -82,7 +82,7 @@ class Grouped:
             runtime = runtime_of(model)
             runtime.check_integrity()
             for index, runner in enumerate(runtime.runners):
-                resident_E = runner.experts.resident_E
+                resident_E = runner.cache.resident_E
                 for group in groups:
                     assert group is not None
-                    assert (group.shared.layers[index].holds_RE[rank] == resident_E).all(), f"rank {rank}, layer {index}"
+                    assert (group.shared.layers[index].state.holds_RE[rank] == resident_E).all(), f"rank {rank}, layer {index}"

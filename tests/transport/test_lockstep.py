@@ -105,10 +105,10 @@ def test_a_rank_that_cannot_load_tells_those_that_wait(pair: Grouped):
         if transport.rank:
             announce_failure(transport, FileNotFoundError("no such folder"))
         else:
-            from epslots.group.join import group_up
+            from epslots.group.join import start_rank
             from epslots.progress import ProgressDisplay
 
-            group_up(pair.models[0], transport, settings={}, costs=None, display=ProgressDisplay(False))
+            start_rank(pair.models[0], transport, settings={}, costs=None, display=ProgressDisplay(False))
 
     first, second = errors_of(2, work)
     assert second is None
@@ -131,11 +131,11 @@ def test_a_diverged_table_names_layer_and_slot(pair: Grouped):
 
 def test_a_table_that_differs_in_belief_names_the_slot(pair: Grouped):
     pair.run(lambda rank, model: forward(model))
-    shared = group_of(pair.models[0]).shared.layers[2]
+    shared = group_of(pair.models[0]).shared.layers[2].state
     expert = int(np.flatnonzero(shared.holds_RE[1])[0])
     slot = int(runtime_of(pair.models[1]).movers[0].pool.slot_of[2, expert])
     shared.holds_RE[1, expert] = False
-    shared.forget_digest()
+    shared.holds_changed()
     for error in errors_of(2, lambda t: forward(pair.models[t.rank]), pair.hub):
         assert isinstance(error, ExchangeError) and f"it is in slot {slot} there; ranks [1] of 2" in str(error)
 
@@ -180,7 +180,7 @@ def test_homes_that_differ_are_an_error_before_anything_moves(pair: Grouped):
     pair.run(lambda rank, model: forward(model))
 
     def swap_homes(*_: object) -> None:
-        shared = group_of(pair.models[1]).shared.layers[1]
+        shared = group_of(pair.models[1]).shared.layers[1].state
         shared.adopt(shared.home_E[::-1].copy(), shared.wanted_RE)
 
     pair.models[1].model.layers[1].register_forward_pre_hook(swap_homes)

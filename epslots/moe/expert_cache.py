@@ -1,0 +1,242 @@
+"""The slots of one layer on one rank: which experts a step finds there, which it lacks, and which are in flight.
+
+``MoELayer`` calls ``schedule``, ``fetch`` and ``migrate``, ``ExpertCompute`` calls ``begin_pass``, and the layer before calls
+``prefetch``. All fetches go through the pool's ``ExpertLoader``. A *position* is a slot's number in the layer's window (slot -
+window start).
+
+Legend of shape suffixes: E experts, Q slots of the layer's window, S slots of the pool, F fetches.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from epslots.arrays import BoolArray, IntArray
+from epslots.cache.expert_loader import ExpertLoader
+from epslots.compiled import compiled
+from epslots.planner.expert_passes import NO_PASS, ExpertPass, plan_passes
+from epslots.planner.plan import NO_EXPERTS, PeerCopies, RankPlan
+from epslots.telemetry import Telemetry
+
+# What a pass costs besides reading its experts' weights, as bytes that are read meanwhile. On the CPU measured (90 us, most of
+# them torch's); on CUDA reckoned from launches of some microseconds each: nothing else there is short enough to matter.
+_PASS_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+
+
+class ExpertCache:
+    """One layer's window of a slot pool.
+
+    Args:
+        index: the layer's number among the model's MoE layers.
+        pool_layer: its number within the loader's pool.
+        num_experts: E, experts that have weights.
+
+    Attributes:
+        window: the layer's slots in the pool.
+        slots: Q.
+        holds_all: whether the layer has a slot for every expert, so that none is ever missing.
+    """
+
+    def __init__(self, index: int, pool_layer: int, num_experts: int, loader: ExpertLoader, telemetry: Telemetry) -> None:
+        self.pool = pool = loader.pool
+        self.pool_layer = pool_layer
+        self.num_experts = num_experts
+        self._index = index
+        self._loader = loader
+        self._telemetry = telemetry
+        self._slot_of_E = pool.slot_of[pool_layer][:num_experts]
+        self._reads_a_pass = -(-_PASS_BYTES[pool.device.type] // pool.layout.nbytes)
+        self._position_E = np.empty(num_experts, np.int64)
+        self._in_flight_E = np.zeros(num_experts, bool)
+        self._read_window()
+
+    def _read_window(self) -> None:
+        self.window = self.pool.window(self.pool_layer)
+        self.slots = self.window.stop - self.window.start
+        self._expert_of_Q = self.pool.expert_of[self.window]
+        self.holds_all = self.pool.holds_all_of(self.pool_layer)
+
+    def use_window(self) -> None:
+        """Follow a change of the layer's slots."""
+        self._read_window()
+        self._telemetry.set_slots(self._index, self.slots)
+
+    @property
+    def resident_E(self) -> BoolArray:
+        """Whether each expert is in a slot, or on its way there."""
+        resident: BoolArray = self._slot_of_E >= 0
+        return resident
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert on its way from the host."""
+        return self.pool.layers[self.pool_layer].record.nbytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in its slot."""
+        return self.pool.layout.nbytes
+
+    @property
+    def fetches_meanwhile(self) -> bool:
+        """Whether something can be computed while fetches are in flight."""
+        return self._loader.link.concurrent
+
+    @property
+    def link_is_busy(self) -> bool:
+        """Whether fetches of any layer are in flight."""
+        return self._loader.link.busy
+
+    def schedule(self, plan: RankPlan, counts: IntArray) -> None:
+        """Plan the passes over the plan's experts, and count the step.
+
+        Args:
+            counts: int64 [E + 1], pairs of this rank's tokens; the last entry counts ids beyond the last expert.
+        """
+        slots_E, position_E, in_flight_E, copies = plan.slots_E, self._position_E, self._in_flight_E, plan.copies
+        tables = slots_E, self._slot_of_E, self._loader.in_flight, self.window.start, position_E, in_flight_E
+        needed, absent, late = _look_up(*tables)
+        if late:
+            self._loader.retire(self._slot_of_E[(slots_E > 0) & in_flight_E])
+            needed, absent, late = _look_up(*tables)
+            # They are computed before those that are fetched now.
+            self._loader.set_urgent(self._slot_of_E[(slots_E > 0) & in_flight_E])
+            self._telemetry.count(self._index, late=late)
+        if late or absent:
+            first_E = None
+            if copies is not None and copies.sources:
+                first_E = np.zeros(self.num_experts, bool)
+                first_E[list(copies.sources)] = True
+            plan.passes = plan_passes(
+                slots_E,
+                position_E,
+                self._expert_of_Q,
+                plan.layer.score_E,
+                plan.evicted_E,
+                concurrent=self._loader.link.concurrent,
+                in_flight_E=in_flight_E if late else None,
+                first_E=first_E,
+                worth=self._reads_a_pass,
+            )
+        uses = needed + len(plan.cpu_experts)
+        passes = max(1, len(plan.passes)) if uses > self.slots else 1
+        misses = absent + len(plan.cpu_experts)
+        self._telemetry.count_step(self._index, counts, hits=uses - misses, misses=misses, passes=passes)
+
+    def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
+        """Begin the fetches that need not wait for anything computed, and send peers their copies.
+
+        Args:
+            agreed: as in ``Transport.exchange``.
+        """
+        if plan.copies is not None:
+            self._fetch(plan.passes[0] if plan.passes else NO_PASS, plan.copies, agreed=agreed)
+            plan.begun = 1
+        self._begin(plan, computed=0)
+
+    def begin_pass(self, plan: RankPlan, number: int) -> None:
+        """Begin the fetches that may begin when ``number`` passes are computed, and wait for those of the next pass."""
+        self._begin(plan, computed=number)
+        if self._loader.any_in_flight:
+            began = time.perf_counter()
+            self._loader.land(plan.passes[number].positions + self.window.start)
+            self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
+
+    def _begin(self, plan: RankPlan, computed: int) -> None:
+        passes = plan.passes
+        while plan.begun < len(passes) and passes[plan.begun].after <= computed:
+            if len(passes[plan.begun].fetch_experts):
+                self._fetch(passes[plan.begun])
+            plan.begun += 1
+
+    def _fetch(self, expert_pass: ExpertPass, copies: PeerCopies | None = None, *, agreed: bool = True) -> None:
+        began = time.perf_counter()
+        slots = expert_pass.fetch_positions + self.window.start
+        self._loader.fetch(self.pool_layer, expert_pass.fetch_experts, slots, expert_pass.evicted, copies, agreed=agreed)
+        self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
+
+    def prefetch(self, experts: IntArray, evicted_E: BoolArray) -> None:
+        """Begin to fetch experts, int64 [F], before a step asks for them: into empty slots, then those of ``evicted_E``.
+
+        Raises:
+            CorruptExpertError: a record differs from its digest. It entered no slot.
+        """
+        slots, displaced = np.empty((2, len(experts)), np.int64)
+        found = _place(self._slot_of_E, evicted_E, self._expert_of_Q, self.window.start, slots, displaced)
+        assert found == len(experts), "more prefetches than slots for them"
+        self._loader.fetch(self.pool_layer, experts, slots, displaced, urgent=False)
+        self._telemetry.count(self._index, prefetches=len(experts))
+
+    def migrate(self, plan: RankPlan, *, agreed: bool) -> None:
+        """Do this rank's part of the step's migrations, behind its demand.
+
+        Args:
+            agreed: as in ``Transport.exchange``.
+        """
+        if plan.migrated < 0 and plan.migration_copies is None:
+            return
+        experts, slots, evicted = NO_EXPERTS, NO_EXPERTS, NO_EXPERTS
+        if plan.migrated >= 0:
+            experts, evicted = np.array([plan.migrated]), np.array([plan.displaced])
+            empty = self.window.start + np.flatnonzero(self._expert_of_Q < 0)[:1]
+            slots = self._slot_of_E[evicted] if plan.displaced >= 0 else empty
+        began = time.perf_counter()
+        self._loader.fetch(self.pool_layer, experts, slots, evicted, plan.migration_copies, agreed=agreed, urgent=False)
+        self._telemetry.count(self._index, moves=len(experts), move_s=time.perf_counter() - began)
+
+    def pass_slot(self, taker: ExpertCache, evicted: int) -> None:
+        """Pass a slot to a neighbouring layer of the pool; both layers' windows change.
+
+        Args:
+            evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
+        """
+        self._loader.pass_slot(self.pool_layer, taker.pool_layer, evicted)
+
+    def wait_for_all(self) -> None:
+        """Wait for all fetches into the layer's slots."""
+        if self._loader.any_in_flight:
+            self._loader.land(np.arange(self.window.start, self.window.stop))
+
+    def confirm_copies(self) -> None:
+        """Copies from peers, in any layer, have arrived: counts that were queued behind them have come to the host."""
+        self._loader.confirm()
+
+
+@compiled("UniTuple(int64, 3)(int64[::1], int64[::1], b1[::1], int64, int64[::1], b1[::1])")
+def _look_up(
+    counts_E: IntArray, slot_of_E: IntArray, in_flight_S: BoolArray, start: int, position_E: IntArray, in_flight_E: BoolArray
+) -> tuple[int, int, int]:
+    """Enter where experts are in the window that begins with slot ``start``, and which are in flight.
+
+    Returns:
+        How many experts have pairs; how many of these are absent; and how many are in flight.
+    """
+    needed = absent = late = 0
+    for expert in range(len(counts_E)):
+        slot = slot_of_E[expert]
+        position_E[expert] = -1 if slot < 0 else slot - start
+        in_flight_E[expert] = slot >= 0 and in_flight_S[slot]
+        if counts_E[expert] > 0:
+            needed += 1
+            absent += slot < 0
+            late += in_flight_E[expert]
+    return needed, absent, late
+
+
+@compiled("int64(int64[::1], b1[::1], int64[::1], int64, int64[::1], int64[::1])")
+def _place(
+    slot_of_E: IntArray, evicted_E: BoolArray, expert_of_Q: IntArray, start: int, slot_F: IntArray, displaced_F: IntArray
+) -> int:
+    """Enter slots of the window for fetches: empty ones, then those of ``evicted_E``; returns how many were found."""
+    found = 0
+    for position in range(len(expert_of_Q)):
+        if expert_of_Q[position] < 0 and found < len(slot_F):
+            slot_F[found], displaced_F[found] = start + position, -1
+            found += 1
+    for expert in range(len(slot_of_E)):
+        if evicted_E[expert] and found < len(slot_F):
+            slot_F[found], displaced_F[found] = slot_of_E[expert], expert
+            found += 1
+    return found

@@ -1,0 +1,165 @@
+"""The arithmetic of one layer's experts on one rank: rows and expert ids in, results out.
+
+Rows are sorted by the slot of their expert, so one grouped product goes through all experts of a pass. ``MoELayer`` calls
+``execute`` where every expert is in a slot, else ``compute``. In a step of several passes a row's *key* is (pass * Q +
+position).
+
+Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer's window, H hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from epslots.device_copy import to_device
+from epslots.moe.cpu_experts import CpuExperts, CpuRows
+from epslots.moe.expert_cache import ExpertCache
+from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.moe.token_dispatcher import Dispatch
+from epslots.planner.plan import RankPlan
+from epslots.telemetry import Telemetry
+
+
+class ExpertCompute:
+    """Computes with one layer's slots, and on the CPU.
+
+    Args:
+        index: the layer's number among the model's MoE layers.
+        cache: the slots.
+        kernel: computes rows sorted by slot.
+        cpu: computes experts on the CPU; None = plans have none there.
+        identity: whether ids >= E stand for experts that return their input.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        cache: ExpertCache,
+        kernel: GroupedGemm,
+        telemetry: Telemetry,
+        *,
+        cpu: CpuExperts | None = None,
+        identity: bool = False,
+    ) -> None:
+        self.cache = cache
+        self.kernel = kernel
+        self.cpu = cpu
+        self.identity = identity
+        self.dtype = kernel.dtype
+        self._index = index
+        self._telemetry = telemetry
+        self._slot_of_device_E = cache.pool.slot_of_device[cache.pool_layer][: cache.num_experts]
+        # Read by captured steps, which are made anew when the window changes: so it stays where it is until then.
+        self._keys = torch.arange(cache.slots, device=cache.pool.device)
+
+    def use_window(self) -> None:
+        """Follow a change of the layer's slots."""
+        self.cache.use_window()
+        self.kernel.use(self.cache.pool.weights(self.cache.pool_layer))
+        self._keys = torch.arange(self.cache.slots, device=self.cache.pool.device)
+
+    def no_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The arguments of a layer's call for no token: hidden states [0, H], ids and weights [0, 1]."""
+        device, hidden_size = self.cache.pool.device, self.kernel.hidden_size
+        hidden_TH = torch.zeros(0, hidden_size, dtype=self.dtype, device=device)
+        return hidden_TH, torch.zeros(0, 1, dtype=torch.int64, device=device), torch.zeros(0, 1, device=device)
+
+    def compute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
+        """Execute a plan: experts on the CPU beside those in slots.
+
+        Args:
+            routed: the M pairs that this rank computes.
+
+        Returns:
+            [M, H] in the weights' dtype, pair by pair; undefined for ids without weights.
+        """
+        rows_MH, ids_M, cpu_rows = routed.rows_MH, routed.ids_M, None
+        if len(plan.cpu_experts):  # their rows set out for the CPU before anything is queued that they needn't wait for
+            assert self.cpu is not None
+            pairs = plan.computed_E[plan.cpu_experts].tolist()
+            cpu_rows = self.cpu.begin(rows_MH, ids_M, plan.cpu_experts.tolist(), pairs)
+        if len(plan.passes) > 1:
+            results_MH = self._execute_passes(rows_MH, ids_M, plan)
+        else:
+            if plan.passes:
+                self.cache.begin_pass(plan, 0)
+            in_slots = None if cpu_rows is None else int(plan.slots_E.sum())
+            results_MH = self.execute(rows_MH, ids_M, in_slots)
+        if cpu_rows is not None:
+            self._finish_on_cpu(cpu_rows, results_MH)
+        return results_MH
+
+    def _finish_on_cpu(self, cpu_rows: CpuRows, results_MH: torch.Tensor) -> None:
+        assert self.cpu is not None
+        began = time.perf_counter()
+        self.cpu.finish(cpu_rows, results_MH)
+        self._telemetry.count(self._index, hosted=len(cpu_rows.experts), hosted_s=time.perf_counter() - began)
+
+    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, in_slots: int | None = None) -> torch.Tensor:
+        """All pairs in one pass.
+
+        Args:
+            ids_N: int64, the expert of each pair; N is a multiple of T.
+            in_slots: pairs whose expert is in a slot, if these aren't all; the results of the others are undefined.
+
+        Returns:
+            [N, H] in the weights' dtype, pair by pair.
+        """
+        slots = self.cache.slots
+        if not len(ids_N):
+            return torch.zeros(0, self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
+        key_E = self._slot_of_device_E - self.cache.window.start
+        if self.identity:
+            key_E = torch.nn.functional.pad(key_E, (0, 1), value=slots)
+        if in_slots is not None:
+            key_E = torch.where(key_E < 0, slots, key_E)  # absent experts go last
+        order_N, key_N, ends_Q, rows_NH = self._sort(hidden_TH, ids_N, key_E, self._keys)
+        if in_slots is not None:
+            result_NH = torch.empty(len(ids_N), self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
+            computed_NH = self.kernel(rows_NH[:in_slots], ends_Q, key_N[:in_slots])
+            return result_NH.index_copy_(0, order_N[:in_slots], computed_NH)
+        return _unsort(self.kernel(rows_NH, ends_Q, key_N), order_N)
+
+    def _execute_passes(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, plan: RankPlan) -> torch.Tensor:
+        """Pass after pass: sorted by key, the pairs of each pass lie together. Returns [N, H], pair by pair."""
+        slots, passes = self.cache.slots, plan.passes
+        keys = len(passes) * slots
+        key_host = np.full(self.cache.num_experts + 1, keys, np.int64)
+        for number, one in enumerate(passes):
+            key_host[one.experts] = number * slots + one.positions
+        key_E, all_keys = to_device(key_host, ids_N.device), torch.arange(keys, device=ids_N.device)
+        order_N, key_N, ends, rows_NH = self._sort(hidden_TH, ids_N, key_E, all_keys)
+        result_NH = torch.empty_like(rows_NH)
+        start = 0
+        for number, one in enumerate(passes):
+            self.cache.begin_pass(plan, number)
+            rows = slice(start, start + int(plan.slots_E[one.experts].sum()))
+            first = number * slots
+            result_NH[rows] = self.kernel(rows_NH[rows], ends[first : first + slots] - start, key_N[rows] - first)
+            start = rows.stop
+        return _unsort(result_NH, order_N)
+
+    def _sort(
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, key_E: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sort the pairs by their expert's key.
+
+        Args:
+            keys: int64, all keys in order.
+
+        Returns:
+            order_N (the pair in each sorted row), key_N (sorted), ends int32 (where each key's rows end), and the sorted rows'
+            hidden states [N, H].
+        """
+        top_k = ids_N.shape[0] // hidden_TH.shape[0]
+        key_N, order_N = torch.sort(key_E[ids_N], stable=True)
+        ends = torch.searchsorted(key_N, keys, right=True, out_int32=True)
+        return order_N, key_N, ends, hidden_TH[order_N // top_k]
+
+
+def _unsort(result_NH: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
+    """Results in the order of the pairs."""
+    return torch.empty_like(result_NH).index_copy_(0, order_N, result_NH)

@@ -1,0 +1,113 @@
+"""The ranks that make a layer's step together: ``LockStep`` (transport/lockstep.py) with others, ``Alone`` without.
+
+``MoELayer`` knows no other difference between one rank and many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from epslots.transport.lockstep import Gathered
+from epslots.transport.transport import Transport
+
+
+class Peers(Protocol):
+    """A layer's way to all ranks of its step.
+
+    Attributes:
+        alone: whether there is one rank, and no step to keep. A layer without tokens then has nothing to do.
+        exchanging: set by the layer from its first exchange to its last.
+        computing: set by the layer while it computes in between.
+    """
+
+    alone: bool
+    exchanging: bool
+    computing: bool
+
+    @property
+    def transport(self) -> Transport | None:
+        """To the other ranks; None if there are none."""
+        ...
+
+    @property
+    def agreed(self) -> bool:
+        """Whether sizes that ranks derive from the same plan go unchecked."""
+        ...
+
+    def arrive(self, layer: int) -> None:
+        """The model has reached a layer: called before anything is computed there."""
+        ...
+
+    def take_part(self, layer: int) -> None:
+        """The layer begins to deal with all ranks."""
+        ...
+
+    def gather_counts(
+        self,
+        layer: int,
+        counts: torch.Tensor,
+        top_k: int,
+        guard: int,
+        predicted: torch.Tensor | None = None,
+        *,
+        busy: bool = False,
+    ) -> Gathered:
+        """All ranks' counts on the host: the one host synchronisation of a step that may miss.
+
+        Args:
+            counts: int64 [E + 1] on the device, this rank's.
+            top_k: K, or 0 without tokens.
+            guard: a digest of what the layer's plan follows from, the same on all ranks.
+            predicted: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
+            busy: whether this rank's link has something to do.
+        """
+        ...
+
+
+class Alone:
+    """The peers of a rank on its own. Threads may share one: it keeps nothing of a step.
+
+    Args:
+        begin_step: called when the model reaches its first layer.
+    """
+
+    alone = True
+    agreed = True
+    transport: Transport | None = None
+
+    def __init__(self, begin_step: Callable[[], object] = lambda: None) -> None:
+        self._begin_step = begin_step
+        self.exchanging = self.computing = False
+
+    def arrive(self, layer: int) -> None:
+        if layer == 0:
+            self._begin_step()
+
+    def take_part(self, layer: int) -> None:
+        pass
+
+    def gather_counts(
+        self,
+        layer: int,
+        counts: torch.Tensor,
+        top_k: int,
+        guard: int,
+        predicted: torch.Tensor | None = None,
+        *,
+        busy: bool = False,
+    ) -> Gathered:
+        if predicted is None:
+            counts_host, predicted_R = counts.cpu().numpy(), _NO_PREDICTION
+        elif counts.device.type == "cpu":
+            counts_host, predicted_R = counts.numpy(), predicted.numpy()[None]
+        else:
+            both = torch.cat([counts, predicted.to(counts.dtype)]).cpu().numpy()  # by one copy
+            counts_host, predicted_R = both[: len(counts)], both[None, len(counts) :]
+        return Gathered(counts_host[None], top_k, np.array([busy]), predicted_R)
+
+
+_NO_PREDICTION = np.zeros((1, 0), np.uint8)

@@ -1,0 +1,119 @@
+"""The records of one layer's step, in the order in which they come to be, and who fills each.
+
+    Assignment  the rule (assignment.py): how many pairs each rank computes, and the fetches that this takes
+    LayerPlan   ``LayerPlanner.decide``: what follows from it for every rank's slots; the same on all ranks
+    RankPlan    ``LayerPlanner.plan``: one rank's part of it; ``ExpertCache`` adds the passes
+
+``TokenSplits`` (token_splits.py), ``Migrations`` (migration.py) and ``ExpertPass`` (expert_passes.py) stand with the functions
+that make them.
+
+Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens ("used"), F fetches, C experts on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from epslots.arrays import BoolArray, IntArray
+from epslots.planner.expert_passes import ExpertPass
+from epslots.planner.migration import Migrations
+from epslots.planner.token_splits import TokenSplits
+
+NO_EXPERTS: IntArray = np.zeros(0, np.int64)
+
+
+class Assignment(msgspec.Struct, frozen=True):
+    """Which rank computes how many pairs, and which experts are fetched for it. The rule fills every field.
+
+    Attributes:
+        experts_U: int64, the experts with tokens on any rank, in order of their ids.
+        counts_RU: int64, pairs of each rank's tokens for each of them.
+        computed_RU: int64, pairs of each of them that each rank computes. Columns add up to the pairs there are.
+        fetch_ranks, fetch_experts, fetch_sources: int64 [F], parallel, by rank and expert: the target, the expert's id, and
+            the rank it is copied from, -1 = the target's host.
+        cost_ns: nanoseconds that the cost model expects.
+    """
+
+    experts_U: IntArray
+    counts_RU: IntArray
+    computed_RU: IntArray
+    fetch_ranks: IntArray
+    fetch_experts: IntArray
+    fetch_sources: IntArray
+    cost_ns: int
+
+
+class LayerPlan(msgspec.Struct, frozen=True):
+    """The plan of one layer's step for all ranks. ``LayerPlanner.decide`` fills every field.
+
+    Attributes:
+        assignment: the work, and the fetches that are left when CPUs have taken their share.
+        cpu_ranks, cpu_experts: int64 [C], parallel: missing experts that a rank's CPU computes instead of fetching them.
+        evicted_RE: residents that are evicted for the fetches.
+        migrations: what is fetched for the placement when the layer has computed.
+        score_E: the eviction policy's scores; zeros where nothing is missing.
+    """
+
+    assignment: Assignment
+    cpu_ranks: IntArray
+    cpu_experts: IntArray
+    evicted_RE: BoolArray
+    migrations: Migrations
+    score_E: IntArray
+
+
+class PeerCopies(msgspec.Struct, frozen=True):
+    """One rank's part of the copies from slot to slot in a layer's step. All ranks take part, some with nothing.
+
+    Attributes:
+        sources: the source rank of each expert that comes from a peer.
+        sends: (target rank, expert) of each copy that this rank sends. Both ends list a pair of ranks' copies by expert.
+    """
+
+    sources: Mapping[int, int]
+    sends: Sequence[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class RankPlan:
+    """One rank's part of the plan of one layer's step.
+
+    ``LayerPlanner.plan`` fills:
+        layer: the plan of all ranks.
+        computed_E: int64, pairs of each expert that this rank computes.
+        cpu_experts: int64, those of these experts that its CPU computes.
+        slots_E: int64, pairs of each expert that it computes from slots.
+        evicted_E: its residents that are evicted.
+        moved: pairs that the busiest rank sends or receives; 0 = no pair travels anywhere.
+        splits: the pairs that this rank sends and receives; None if no pair travels anywhere.
+        sent, received: pairs that leave this rank, and that come to it.
+        copies: its part of the copies between ranks; None if no rank copies anything.
+        migrated, displaced: the expert that it fetches for the placement, and the one evicted for it; -1 = none.
+        migration_copies: its part of the copies between ranks for the placement; None if no rank copies anything.
+
+    ``ExpertCache.schedule`` fills:
+        passes: the passes over the experts of ``slots_E``, in order; none if all of them are in their slots.
+
+    ``ExpertCache.fetch`` fills, and ``ExpertCache.begin_pass`` carries on:
+        begun: passes whose fetches have begun.
+    """
+
+    layer: LayerPlan
+    computed_E: IntArray
+    cpu_experts: IntArray
+    slots_E: IntArray
+    evicted_E: BoolArray
+    moved: int
+    splits: TokenSplits | None
+    sent: int
+    received: int
+    copies: PeerCopies | None
+    migrated: int
+    displaced: int
+    migration_copies: PeerCopies | None
+    passes: tuple[ExpertPass, ...] = ()
+    begun: int = 0
