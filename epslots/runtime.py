@@ -62,7 +62,7 @@ class Runtime:
                 loader.land_all()
                 loader.pool.divide(of_pool)
                 for index in loader.store_layers:
-                    self.runners[index].experts.use_window()
+                    self.runners[index].use_window()
 
     def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
         """Load these experts of each layer into its first slots, which are empty."""

@@ -168,8 +168,15 @@ class MoELayer:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
         self.cache.pass_slot(taker.cache, evicted)
+        self.use_window()
+        taker.use_window()
+
+    def use_window(self) -> None:
+        """Follow a change of the layer's slots in the pool. The plans of a group have entered it before."""
         self.experts.use_window()
-        taker.experts.use_window()
+        if self._peers.alone:
+            self.planner.state.quota_R[0] = self.cache.slots
+            self.form(self._peers, self.planner, complete=self.cache.holds_all)
 
     def scores(self) -> IntArray:
         """The eviction policy's scores of the experts as they are now, int64 [E]."""
