@@ -146,7 +146,7 @@ class SlotExperts:
         tables = counts_E, self._slot_of_E, self._loader.in_flight, self._window.start, position_E, in_flight_E
         absent, late = _look_up(*tables)
         if late:
-            self._loader.retire(self._slot_of_E[(counts_E > 0) & in_flight_E])
+            self._loader.poll(self._slot_of_E[(counts_E > 0) & in_flight_E])
             absent, late = _look_up(*tables)
             self._loader.set_urgent(self._slot_of_E[(counts_E > 0) & in_flight_E])  # it is computed before what is fetched now
             self._telemetry.count(self._index, late=late)
@@ -264,7 +264,7 @@ class SlotExperts:
     def land(self) -> None:
         """Wait for all that is under way to the layer's slots."""
         if self._loader.any_in_flight:
-            self._loader.land(np.arange(self._window.start, self._window.stop))
+            self._loader.wait(np.arange(self._window.start, self._window.stop))
 
     def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, here: int | None = None) -> torch.Tensor:
         """All pairs at once. Returns [N, H], pair by pair.
@@ -318,7 +318,7 @@ class SlotExperts:
         """Wait for what a wave computes."""
         if self._loader.any_in_flight:
             began = time.perf_counter()
-            self._loader.land(wave.positions + self._window.start)
+            self._loader.wait(wave.positions + self._window.start)
             self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
 
     def _sort(

@@ -259,18 +259,18 @@ class HurriedLink(LateLink):
         self.waited = self.surprising = 0
 
     def start(self, slots: Any, records: Any, put: Any, *, urgent: bool) -> list[Any]:
-        landings = super().start(slots, records, put, urgent=urgent)
-        self.urgent.update(id(landing) for landing in landings if urgent)
-        return landings
+        transfers = super().start(slots, records, put, urgent=urgent)
+        self.urgent.update(id(transfer) for transfer in transfers if urgent)
+        return transfers
 
-    def set_urgent(self, landing: Any) -> None:
-        self.urgent.add(id(landing))
+    def set_urgent(self, transfer: Any) -> None:
+        self.urgent.add(id(transfer))
 
-    def land(self, landing: Any) -> None:
+    def wait(self, transfer: Any) -> None:
         self.waited += 1
-        self.surprising += id(landing) not in self.urgent
-        self.urgent.discard(id(landing))
-        super().land(landing)
+        self.surprising += id(transfer) not in self.urgent
+        self.urgent.discard(id(transfer))
+        super().wait(transfer)
 
 
 def test_what_was_fetched_ahead_and_is_late_goes_before_the_step_s_misses(checkpoint: Checkpoints, cache_dir: Path):
@@ -322,18 +322,18 @@ class Interrupted(LateLink):
         super().__init__()
         self.at: int | None = None
 
-    def land(self, landing: Any) -> None:
+    def wait(self, transfer: Any) -> None:
         if self.at == 0:
             self.at = None
             raise KeyboardInterrupt
         self.at = None if self.at is None else self.at - 1
-        super().land(landing)
+        super().wait(transfer)
 
-    def drop(self, landing: Any) -> bool:
+    def cancel(self, transfer: Any) -> bool:
         if self.at == 0:
             self.at = None
             raise KeyboardInterrupt
-        return super().drop(landing)
+        return super().cancel(transfer)
 
 
 @pytest.mark.parametrize("at", range(6))
