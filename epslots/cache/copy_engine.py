@@ -6,7 +6,7 @@ goes first: a guess that has waited for long is probably out of date.
 
     SynchronousEngine   the CPU copies; the slot is complete on return
     CudaEngine          CUDA copies beside the kernels; events order the two
-    EmulatedEngine      takes as long as a link of a given speed, to measure on a machine without a GPU what would overlap on one
+    EmulatedEngine      as slow as a link of a given speed: measures without a GPU what would overlap on one
 
 ``ExpertLoader`` is the caller.
 """

@@ -25,8 +25,8 @@ from epslots.planner.cache_policy import POLICIES, UseHistory
 from epslots.planner.cost_model import Costs
 from epslots.planner.layer_planner import LayerPlanner
 from epslots.telemetry import Telemetry
+from epslots.transport.local_transport import LocalTransport
 from epslots.transport.lockstep import Header, LockStep
-from epslots.transport.transport import LocalTransport
 from tests.support.grouped_ranks import ALL_COSTS
 from tests.support.late_link import Echo, Guesses, LateLink
 from tests.support.plan_strategies import random_placement

@@ -27,7 +27,7 @@ from epslots.prefetch.predictor_file import FILE_NAME, About, file_bytes, write_
 from epslots.prefetch.setup import planned_bytes
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, predictor_of, runtime_of
-from epslots.transport.transport import LocalTransport
+from epslots.transport.local_transport import LocalTransport
 from epslots.units import PrefetchSetting, parse_prefetch
 from tests.equality.test_load_equal import SERVED, assert_equal, greedy, load
 from tests.equality.test_ranks_equal import compare
