@@ -13,7 +13,7 @@ The words are the field's own:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import msgspec
 
@@ -24,10 +24,6 @@ TENSOR_ALIGNMENT = 256
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # What packed records hold besides: nothing that could be computed with.
 PACKED_ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1}
-
-
-Progress = Callable[[int], None]
-"""What long work calls with the bytes done since its last call."""
 
 
 def align(size: int, alignment: int) -> int:

@@ -26,7 +26,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from epslots.errors import CorruptExpertError, StoreError
-from epslots.layout import LayerSpec, Progress, align
+from epslots.layout import LayerSpec, align
+from epslots.progress import Advance
 
 MAGIC = b"EPSLOTS\x01"
 PAGE = 4096
@@ -178,7 +179,7 @@ class HostStore:
         """The digest taken of a record when the store was built."""
         return self._digests[self.shape.first_record[layer] + expert].tobytes()
 
-    def verify(self, progress: Progress | None = None, workers: int = 4) -> list[CorruptExpertError]:
+    def verify(self, progress: Advance | None = None, workers: int = 4) -> list[CorruptExpertError]:
         """Hold every record against its digest, whether read before or not.
 
         Returns:

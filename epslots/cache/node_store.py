@@ -30,8 +30,8 @@ from epslots.cache.store_build import ExpertSource, appearing_whole, check_free_
 from epslots.cache.unpacking import record_views
 from epslots.errors import ConfigError, StoreError
 from epslots.host_limits import tightest_memory_limit
-from epslots.layout import Progress
 from epslots.private_files import check_owner, make_private_folder, open_private_file
+from epslots.progress import Advance
 from epslots.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ STORE_KINDS = ("file", "memory")
 MEMORY_MARGIN_BYTES = 512 << 20
 
 OpenSource = Callable[[], ExpertSource]
-StartProgress = Callable[[str, int], contextlib.AbstractContextManager[Progress]]
+StartProgress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 
 
 def resolve_store_kind(kind: str) -> str:

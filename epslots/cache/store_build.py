@@ -18,7 +18,8 @@ from epslots.cache.host_store import Manifest, StoreShape, record_digest
 from epslots.cache.unpacking import record_views
 from epslots.errors import StoreError
 from epslots.host_limits import usable_cores
-from epslots.layout import Progress, RecordLayout
+from epslots.layout import RecordLayout
+from epslots.progress import Advance
 from epslots.units import format_bytes
 
 # Left free on a disk that a store is written to: a full disk harms everyone on the node.
@@ -111,7 +112,7 @@ def sweep(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, progress: Progress | None = None) -> None:
+def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, progress: Advance | None = None) -> None:
     """Write a whole store into an empty file: records first, each read back against its digest, the header last.
 
     Raises:

@@ -37,8 +37,8 @@ class UsagePredictor(Protocol):
         """Nobody asks in this step; the next one's tokens follow these."""
         ...
 
-    def follow(self, row_T: torch.Tensor | None) -> None:
-        """Whose row precedes each row of the steps to come, until the next call: as ``Predictor.follow``."""
+    def set_previous_rows(self, row_T: torch.Tensor | None) -> None:
+        """Whose row precedes each row of the steps to come, until the next call: as ``Predictor.set_previous_rows``."""
         ...
 
     def ids(self, layer: int, hidden_TH: torch.Tensor, k: int) -> torch.Tensor:

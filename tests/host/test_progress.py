@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.driver.start_display import StartDisplay
+from epslots.progress import StartDisplay
 
 
 def test_one_bar_adds_up_what_all_ranks_load():
@@ -16,8 +16,8 @@ def test_one_bar_adds_up_what_all_ranks_load():
     assert (task.completed, task.total) == (2**20, 8 * 2**20)
     assert task.description == "building the host store (2 ranks)"
     assert task.fields["amount"] == "1 MiB of 8 MiB"
-    for seat in (0, 1):
-        display.progress(seat, "building the host store", 4 * 2**20, 4 * 2**20)
+    for worker in (0, 1):
+        display.progress(worker, "building the host store", 4 * 2**20, 4 * 2**20)
     assert task.finished
     assert task.description == "ranks meet"
     display.close()
