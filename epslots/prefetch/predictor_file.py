@@ -19,6 +19,7 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError
+from epslots.given_files import write_whole
 from epslots.models.experts import experts_modules
 from epslots.placement.placement import check_size
 from epslots.prefetch.fit import FitQuality, FitSettings
@@ -68,15 +69,8 @@ def write_predictor(path: str | os.PathLike[str], fits: Sequence[FittedEstimator
             tensors[f"{layer}.first_bias"] = fitted.first_bias.to("cpu", torch.float32).contiguous()
             tensors[f"{layer}.second"] = fitted.second.to("cpu", torch.bfloat16).contiguous()
             tensors[f"{layer}.unlikely"] = fitted.unlikely_E.to("cpu", torch.float32).contiguous()
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save(tensors, metadata={_KEY: msgspec.json.encode(about).decode()}))
-        temporary.replace(target)
-    except OSError as error:
-        raise ConfigError(f"{target} can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_whole(path) as file:
+        file.write(save(tensors, metadata={_KEY: msgspec.json.encode(about).decode()}))
 
 
 def read_predictor(path: str | os.PathLike[str]) -> tuple[list[FittedEstimator | None], PredictorMetadata]:
