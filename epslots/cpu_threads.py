@@ -103,7 +103,7 @@ class ThreadGovernor:
         self._before = read() if self._most > 1 else None
 
     def adjust(self) -> None:
-        """Measure the load if a window has passed, and set the number of threads by it."""
+        """Measure the load once a window, and set the number of threads by it."""
         if self._before is None:
             return
         now = self._clock()

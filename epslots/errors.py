@@ -78,7 +78,7 @@ class PeerLost(GroupError):
 
 
 class StepFailed(GroupError):
-    """This rank's part of a step failed where the others wait for it, so the group was aborted.
+    """This rank failed in a step where the others wait for it; the group was aborted.
 
     Attributes:
         __cause__: the error that it failed with.

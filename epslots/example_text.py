@@ -17,7 +17,7 @@ _LEAST_FILE_BYTES = 512
 
 
 def library_texts(*, held_out: bool) -> list[str]:
-    """The texts that the example model was trained on, or those that it has never seen; in the files' order.
+    """The example model's training texts, or the held-out ones, in the files' order.
 
     Under another version of Python than the training's, files may differ from those that the model saw.
     """

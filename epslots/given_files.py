@@ -45,7 +45,7 @@ def read_given(path: str | os.PathLike[str], most_bytes: int) -> bytes:
 
 @contextmanager
 def write_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file open for writing, which appears at ``path`` when the block ends without an error, and else never.
+    """A file to write, which appears at ``path`` if the block ends without an error.
 
     Raises:
         ConfigError: it can't be written.

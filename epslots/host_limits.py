@@ -124,7 +124,7 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
 
 
 def _group_folders(root: Path, kind: str) -> Iterator[Path]:
-    """The folders of this process's group and of those above it, as far as they are mounted.
+    """The folders of this process's group and its ancestors, as far as they are mounted.
 
     Args:
         kind: ``"v2"``, or a controller of version 1.
@@ -155,7 +155,7 @@ def _own_group(root: Path, kind: str) -> PurePosixPath | None:
 
 
 def _mounts(root: Path, kind: str) -> Iterator[tuple[PurePosixPath, str]]:
-    """(path of the mount's root in the hierarchy, mount point) of each mount of a hierarchy."""
+    """Each mount of a hierarchy: the path of its root in the hierarchy, and the mount point."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, described = before.split(" "), after.split(" ")

@@ -89,7 +89,7 @@ class Stats(msgspec.Struct, frozen=True):
     layers: tuple[LayerStats, ...]
 
     def total(self, counter: str) -> Any:
-        """The sum over layers of a counter, or of another number of ``LayerStats``, by its name."""
+        """The sum over layers of a number of ``LayerStats``, by its name."""
         return sum(getattr(layer, counter) for layer in self.layers)
 
     @property
@@ -225,7 +225,7 @@ class Telemetry:
         return self._counts | {"hits": hits}
 
     def _all_tokens(self) -> IntArray:
-        """Tokens of each layer and expert, int64 [L, E + 1], with those that were counted on the device."""
+        """Tokens of each layer and expert, host's and device's, int64 [L, E + 1]."""
         tokens_LX: IntArray = self._tokens_LX + self._device_tokens_LX.cpu().numpy()
         return tokens_LX
 

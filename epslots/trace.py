@@ -147,7 +147,7 @@ class TraceRecorder:
         self._layer_ids[layer] = index_TK.detach().masked_fill(index_TK >= experts, -1).to(torch.int16).cpu()
 
     def observe_input(self, layer: int, hidden_TH: torch.Tensor) -> None:
-        """Take the input of a layer's experts in the running forward pass, [..., H] of T rows."""
+        """Take the input of a layer's experts in the running forward pass, [..., H]."""
         assert self._routers is not None
         router = self._routers[layer]
         if router is not None:

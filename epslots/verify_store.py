@@ -27,7 +27,7 @@ def check_store(
     against_checkpoint: bool = False,
     progress: bool | None = None,
 ) -> tuple[int, list[str]]:
-    """Compare every record of a model's host store (built if there is none) with its digest.
+    """Compare the records of a model's host store with their digests. Builds a missing store.
 
     Args:
         path_or_id: a checkpoint's folder, or its id on the Hugging Face hub.

@@ -228,7 +228,7 @@ class _EmulatedTransfer:
 
 
 class EmulatedEngine:
-    """A link of a given speed between host and device, on a machine that has none.
+    """A link of a given speed between host and device, for machines without one.
 
     Each call works out by the clock which records have crossed: they follow each other without a gap, one at a time, so that
     no two share the link's time; ``wait`` lasts until the record would be there. The bytes are copied early, small records

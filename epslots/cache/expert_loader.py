@@ -107,7 +107,7 @@ class ExpertLoader:
             )
 
     def _start(self, layer: int, experts: list[int], slots: list[int], started: list[int], *, urgent: bool) -> None:
-        """Start these fetches from the host, and append to ``started`` the slots of those that did."""
+        """Start fetches from the host, and append to ``started`` the slots of those that did."""
         records: list[torch.Tensor] = []
         try:
             for expert in experts:
@@ -122,7 +122,7 @@ class ExpertLoader:
 
     @property
     def any_in_flight(self) -> bool:
-        """Whether any slot's record is in flight, as far as ``poll`` and ``wait`` have found out."""
+        """Whether any slot is in flight, as far as ``poll`` and ``wait`` have found out."""
         return bool(self._transfers)
 
     def wait(self, slots: IntArray) -> None:
@@ -137,7 +137,7 @@ class ExpertLoader:
         self.wait(np.flatnonzero(self.in_flight))
 
     def poll(self, slots: IntArray) -> None:
-        """Find out which of these slots, int64 [any number, no duplicates], have received their records by now."""
+        """Find out which of these slots have received their records: int64 [any number], without duplicates."""
         for slot in slots[self.in_flight[slots]].tolist():
             transfer = self._transfers[slot]
             if self.link.poll(transfer):
@@ -149,12 +149,12 @@ class ExpertLoader:
         del self._transfers[slot]
 
     def set_urgent(self, slots: IntArray) -> None:
-        """Put the transfers into these slots, int64 [any number], before all later fetches, in this order."""
+        """Put transfers before all later fetches: those into these slots, int64 [any number], the most urgent first."""
         for slot in slots[self.in_flight[slots]].tolist():
             self.link.set_urgent(self._transfers[slot])
 
     def _cancel(self, layer: int, slots: IntArray) -> None:
-        """See to it that no earlier transfer writes these slots of a layer from now on."""
+        """Prevent earlier transfers from writing these slots of a layer."""
         if not self._transfers:
             return
         for slot in slots[self.in_flight[slots]].tolist():
@@ -170,14 +170,14 @@ class ExpertLoader:
         self._unconfirmed.clear()
 
     def vacate_unconfirmed(self) -> None:
-        """Empty the slots of copies from peers that may not have arrived, after a peer was lost."""
+        """Empty the slots whose copies from peers may not have arrived. For use after a loss."""
         for layer, experts in self._unconfirmed:
             self.pool.vacate(layer, experts[self.pool.slot_of[layer, experts] >= 0])
             self.pool.publish(layer)
         self._unconfirmed.clear()
 
     def _exchange(self, layer: int, experts_F: IntArray, slots_F: IntArray, copies: PeerCopies, agreed: bool) -> None:
-        """Copy experts between ranks, from slot to slot, in the order of the experts on both sides."""
+        """Copy experts between ranks, from slot to slot; both sides order them by expert."""
         assert self.transport is not None
         order = np.argsort(experts_F)
         memory, slot_of_E = self.pool.memory, self.pool.slot_of[layer]

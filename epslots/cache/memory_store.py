@@ -102,7 +102,7 @@ def _open_held(file: Path, path: Path) -> int | None:
 
 
 def _hold(fd: int, path: Path) -> HostStore:
-    """Open shared memory, and announce that this process holds it until the store is closed or the process ends."""
+    """Open shared memory. This process is announced as a holder until it closes the store or ends."""
     pid = os.getpid()
     file = path.with_name(f"{path.stem}.{pid}-{fd}.holder")
     os.close(open_private_file(file, os.O_RDONLY | os.O_CREAT))

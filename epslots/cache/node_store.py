@@ -60,7 +60,7 @@ def store_path(manifest: Manifest, cache_dir: Path) -> Path:
 
 
 def check_room(manifest: Manifest, *, kind: str, cache_dir: Path) -> None:
-    """Refuse a store that has yet to be built and can't be, before other work is done.
+    """Refuse a store that can't be built, before other work is done. An existing one passes.
 
     Raises:
         StoreError: no room, or no permission.
@@ -81,7 +81,7 @@ def check_room(manifest: Manifest, *, kind: str, cache_dir: Path) -> None:
 def open_node_store(
     manifest: Manifest, source: OpenSource, *, kind: str, cache_dir: Path, start_progress: StartProgress
 ) -> HostStore:
-    """The node's store for ``manifest``, built from ``source`` if this is the first process that asks for it.
+    """The node's store for ``manifest``, built from ``source`` if there is none.
 
     Args:
         manifest: what the store must hold; its key names the store.

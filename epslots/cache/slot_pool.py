@@ -70,7 +70,7 @@ class SlotPool:
         return self.num_slots * self.layout.nbytes
 
     def holds_all_of(self, layer: int) -> bool:
-        """Whether every expert of the layer has a slot of its own, so that nothing is ever evicted there."""
+        """Whether every expert of the layer has a slot of its own. Nothing is evicted there then."""
         return self.quotas[layer] == self.layers[layer].num_experts
 
     def window(self, layer: int) -> slice:
@@ -78,7 +78,7 @@ class SlotPool:
         return slice(self.starts[layer], self.starts[layer + 1])
 
     def weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """The layer's window as one tensor [quota, *shape] for each tensor of an expert, sharing the slots' memory."""
+        """The layer's window as tensors [quota, *shape] by name, which share the slots' memory."""
         window = self.memory[self.window(layer)]
         views = {}
         for spec in self.layout.tensors:
@@ -119,7 +119,7 @@ class SlotPool:
             self.publish(layer)
 
     def occupy(self, layer: int, experts: IntArray, slots: IntArray) -> None:
-        """Enter experts, int64 [F], whose records are in, or in flight to, these empty slots of the layer, int64 [F]."""
+        """Enter experts in empty slots of the layer, int64 [F] both. Their records are there, or in flight."""
         self._wait_until_published()
         done = _occupy(self.slot_of[layer], self.expert_of, experts, slots)
         self.publish(layer)

@@ -84,7 +84,7 @@ def check_free_space(folder: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(path: Path) -> Iterator[int]:
-    """A new file, open for writing, that is linked at ``path`` only when the block ends without an error.
+    """A new file that appears at ``path`` when the block ends without an error.
 
     Until then it has no name, so that even a killed process leaves nothing behind. Where the file system has no nameless
     files it has a temporary name, removed on every exit but a kill; ``sweep`` removes a killed process's.
@@ -172,7 +172,7 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
 
 
 def _read_or_write(call: Callable[[memoryview, int], int], record: torch.Tensor, offset: int) -> None:
-    """Read or write a whole record by ``call(view, offset)``, which moves at most 2 GiB, and may move less."""
+    """Read or write a whole record. ``call(view, offset)`` moves at most 2 GiB, and may move less."""
     view = record.numpy().data
     while len(view):
         moved = call(view, offset)

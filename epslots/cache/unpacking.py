@@ -78,7 +78,7 @@ class Unpacker:
             _scale(target, rows, values, factors, part.block)
 
     def same(self, slot: torch.Tensor, record: torch.Tensor) -> bool:
-        """Whether a slot, on any device, holds the weights of a record on the host, bit for bit."""
+        """Whether a slot holds the weights of a record on the host, bit for bit."""
         if self.packed is None:
             return torch.equal(slot.cpu(), record)
         expected = torch.empty(self.layout.nbytes, dtype=torch.uint8)
@@ -115,7 +115,7 @@ def _scale(target: torch.Tensor, rows: slice, values: torch.Tensor, factors: tor
 
 
 def _spans(start: int, stop: int, size: int) -> Iterator[tuple[slice, int]]:
-    """(span, block size) of a range's whole blocks, and of a last block that is cut short."""
+    """(span, block size) of a range's whole blocks, and of a shorter last one."""
     whole = start + (stop - start) // size * size
     if whole > start:
         yield slice(start, whole), size
@@ -149,7 +149,7 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _half_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The value of the low half of each byte, and of its high half, float32 [256] each."""
+    """The E2M1 values of each byte's low half and high half, float32 [256] each."""
     values, byte = torch.tensor(_E2M1), torch.arange(256)
     return values[byte & 15].to(device), values[byte >> 4].to(device)
 

@@ -126,7 +126,7 @@ class _TrainingPair:
     trained: int
 
     def rows(self, which_B: torch.Tensor, history: bool, dropout: float = 0.0) -> torch.Tensor:
-        """Float32 [B, H], or [B, 2 H] with the previous token's hidden state behind each token's own.
+        """Inputs, float32 [B, H]; with history [B, 2 H], the previous token's hidden state behind.
 
         Args:
             dropout: share of rows whose previous token is left out.
@@ -173,7 +173,7 @@ def fit(
     settings: FitSettings,
     progress: Callable[[str, int], Any],
 ) -> tuple[list[FittedEstimator | None], list[FitQuality | None]]:
-    """Fit an estimator for each MoE layer of a model, of the layer ``settings.distance`` behind it.
+    """Fit an estimator per MoE layer, of the layer ``settings.distance`` behind it.
 
     Args:
         windows_SW: text from ``cut_windows``, int64 [S, W].

@@ -1,11 +1,9 @@
 """Predicts which experts the next MoE layer will use, from the hidden states given to this one. No host synchronisation.
 
-An *estimator* per pair of neighbouring layers gives each token a logit for each of the next layer's experts. From calibrated
-logits follows how probably *some* token of the step chooses an expert: 1 - prod_t (1 - p_te). Two kinds:
-
+An *estimator* per pair of neighbouring layers gives each token a logit for each of the next layer's experts. Calibrated logits
+yield the probability that *some* token of the step chooses an expert: 1 - prod_t (1 - p_te). Two kinds:
     FittedEstimator   a linear map and a small network, fitted on text (``fit.py``); the last layer's predicts the first layer
     RouterEstimator   the next layer's router applied to this layer's input (Madan et al., arXiv 2603.19289), without a fit
-
 Attention that looks at the previous token isn't in a token's hidden state. Where it decides the routing (early layers), an
 estimator is given the previous token's hidden state as well. A caller that mixes sequences says which row that is
 (``set_previous_rows``); else it is guessed from the numbers of rows. A wrong guess worsens a prediction, never a result.
@@ -92,7 +90,7 @@ class KernelWeights:
 
 @dataclass(frozen=True)
 class FittedEstimator:
-    """A linear map plus a small network of one hidden layer, both from one matrix product.
+    """A linear map plus a network of one hidden layer, by one matrix product.
 
     Attributes:
         first: [M + E, H or 2 H], rows of the network's first layer, then those of the linear map.
@@ -270,7 +268,7 @@ class Predictor:
             self._keep(layer, estimator, hidden_TH)
 
     def ids(self, layer: int, hidden_TH: torch.Tensor, k: int) -> torch.Tensor:
-        """The experts that each token will most likely choose in the layer after ``layer``, likeliest first: int64 [T, k].
+        """Each token's likeliest experts in the layer after ``layer``, likeliest first: int64 [T, k].
 
         At most once a step, and before ``usage``, which then costs little.
 

@@ -37,7 +37,7 @@ _Value = TypeVar("_Value")
 
 
 class PredictorMetadata(msgspec.Struct, frozen=True, kw_only=True):
-    """The model and text that a predictor was fitted to, and the quality of the fit.
+    """The model and text of a predictor's fit, and its quality.
 
     Attributes:
         checkpoint: digest of the weights' content, ``Runtime.checkpoint``.

@@ -39,7 +39,7 @@ def predict_usage(
     top_k: int,
     usage_U: npt.NDArray[np.int32],
 ) -> None:
-    """Write the probability that any of the tokens chooses each expert, in 256ths from 0 to 255, to ``usage_U``.
+    """Write to ``usage_U`` how probably any of the tokens chooses each expert, 0 to 255.
 
     Args:
         rows_TH: hidden states.

@@ -199,7 +199,7 @@ class LocalTransport:
 
 
 def _check_alike(name: str, inputs: Sequence[torch.Tensor]) -> None:
-    """Raise ExchangeError, naming the first rank whose tensor has another type or shape than rank 0's."""
+    """Raise ExchangeError, naming the first rank whose tensor has not rank 0's type and shape."""
     for rank, tensor in enumerate(inputs):
         if (tensor.dtype, tensor.shape) != (inputs[0].dtype, inputs[0].shape):
             raise ExchangeError(

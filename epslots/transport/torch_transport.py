@@ -258,7 +258,7 @@ class TorchTransport:
 def exchange_batches(
     rank: int, size: int, sends: PeerTensors, receives: PeerTensors
 ) -> list[list[tuple[bool, int, torch.Tensor]]]:
-    """A rank's sends and receives, (outgoing, peer, tensor), in the batches in which they are started and waited for.
+    """A rank's sends and receives as batches of (outgoing, peer, tensor), waited for in turn.
 
     A tensor moves when both ends have started it, and an end starts it when all of its earlier batches are done. No ring of
     waiting ranks can form, however many tensors each of them has, for both ends order theirs by the same key, in which all
