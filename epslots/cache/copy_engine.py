@@ -32,6 +32,7 @@ _INLINE_COPY_BYTES = 256 << 10
 # The end of a wait is spent awake: a sleep takes some 60 us longer than asked for.
 _SPIN_S = 100e-6
 
+Tensors = Sequence[torch.Tensor]
 SlotWriter = Callable[[torch.Tensor, torch.Tensor], object]
 """Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 
@@ -49,9 +50,7 @@ class CopyEngine(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def start(
-        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
-    ) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
         """Start one transfer per slot, in order; returns them. An empty list: all slots are complete.
 
         The slots may be written at any time from now on: no read of their old content may be started after this call.
@@ -90,9 +89,7 @@ class SynchronousEngine:
     concurrent = False
     busy = False
 
-    def start(
-        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
-    ) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
             write(slot, record)
         return []
@@ -148,9 +145,7 @@ class CudaEngine:
             self._advance()
         return bool(self._on_background_stream) or (self._last_copy is not None and not self._last_copy.query())
 
-    def start(
-        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
-    ) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
         transfers = [_CudaTransfer(slot, record, write) for slot, record in zip(slots, records, strict=True)]
         with self._lock:
             if urgent:
@@ -251,9 +246,7 @@ class EmulatedEngine:
             now = self._advance()
             return bool(self._urgent or self._background) or now < self._free_from
 
-    def start(
-        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
-    ) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
         with self._lock:
             now = self._advance()
             transfers = []

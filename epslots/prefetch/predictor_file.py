@@ -56,7 +56,7 @@ class PredictorMetadata(msgspec.Struct, frozen=True, kw_only=True):
     quality: list[FitQuality | None]
 
 
-def write_predictor(path: str | os.PathLike[str], fits: Sequence[FittedEstimator | None], about: PredictorMetadata) -> None:
+def write_predictor(path: str | os.PathLike[str], fits: Sequence[FittedEstimator | None], metadata: PredictorMetadata) -> None:
     """Write a predictor; the file appears whole or not at all.
 
     Raises:
@@ -70,7 +70,7 @@ def write_predictor(path: str | os.PathLike[str], fits: Sequence[FittedEstimator
             tensors[f"{layer}.second"] = fitted.second.to("cpu", torch.bfloat16).contiguous()
             tensors[f"{layer}.unlikely"] = fitted.unlikely_E.to("cpu", torch.float32).contiguous()
     with write_whole(path) as file:
-        file.write(save(tensors, metadata={_KEY: msgspec.json.encode(about).decode()}))
+        file.write(save(tensors, metadata={_KEY: msgspec.json.encode(metadata).decode()}))
 
 
 def read_predictor(path: str | os.PathLike[str]) -> tuple[list[FittedEstimator | None], PredictorMetadata]:
@@ -79,8 +79,8 @@ def read_predictor(path: str | os.PathLike[str]) -> tuple[list[FittedEstimator |
     Raises:
         ConfigError: no such file, or no sound predictor.
     """
-    tensors, about = _open(path, lambda file, key: file.get_tensor(key))
-    return [_estimator(os.fspath(path), tensors, layer, about) for layer in range(len(about.experts))], about
+    tensors, metadata = _open(path, lambda file, key: file.get_tensor(key))
+    return [_estimator(os.fspath(path), tensors, layer, metadata) for layer in range(len(metadata.experts))], metadata
 
 
 def file_bytes(path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> tuple[int, PredictorMetadata]:
@@ -89,14 +89,14 @@ def file_bytes(path: str | os.PathLike[str], device: torch.device, dtype: torch.
     Raises:
         ConfigError: no such file, or no predictor.
     """
-    shapes, about = _open(path, lambda file, key: tuple(file.get_slice(key).get_shape()))
+    shapes, metadata = _open(path, lambda file, key: tuple(file.get_slice(key).get_shape()))
     item = estimator_dtype(device, dtype).itemsize
     total = sum(math.prod(shape) * (4 if key.endswith(".unlikely") else item) for key, shape in shapes.items())
-    for layer, quality in enumerate(about.quality):
+    for layer, quality in enumerate(metadata.quality):
         if quality is not None and quality.history:
             width = shapes.get(f"{layer}.first", ())[1:2]
             total += HISTORY_ROWS * sum(width) // 2 * item  # a file without such a tensor is refused when it is loaded
-    return total, about
+    return total, metadata
 
 
 def _open(path: str | os.PathLike[str], get: Callable[[Any, str], _Value]) -> tuple[dict[str, _Value], PredictorMetadata]:
@@ -111,8 +111,8 @@ def _open(path: str | os.PathLike[str], get: Callable[[Any, str], _Value]) -> tu
     try:
         with safe_open(path, "pt") as file:
             # Before any tensor is read: another file's may be as large as a model.
-            about = _read_metadata(name, (file.metadata() or {}).get(_KEY))
-            own = {f"{layer}.{part}" for layer in range(len(about.experts)) for part in _PARTS}
+            metadata = _read_metadata(name, (file.metadata() or {}).get(_KEY))
+            own = {f"{layer}.{part}" for layer in range(len(metadata.experts)) for part in _PARTS}
             values = {}
             for key in own.intersection(file.keys()):
                 dtype = file.get_slice(key).get_dtype()
@@ -121,7 +121,7 @@ def _open(path: str | os.PathLike[str], get: Callable[[Any, str], _Value]) -> tu
                 values[key] = get(file, key)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{name} is not a predictor: {error}") from error
-    return values, about
+    return values, metadata
 
 
 def _read_metadata(name: str, text: str | None) -> PredictorMetadata:
@@ -133,20 +133,20 @@ def _read_metadata(name: str, text: str | None) -> PredictorMetadata:
     if text is None:
         raise ConfigError(f"{name} is not a predictor: its metadata has no {_KEY!r}")
     try:
-        about = msgspec.json.decode(text, type=PredictorMetadata)
+        metadata = msgspec.json.decode(text, type=PredictorMetadata)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ConfigError(f"{name} is not a predictor: {error}") from error
-    if about.format != FORMAT:
-        raise ConfigError(f"{name} has format {about.format}; allowed: {FORMAT}")
-    if len(about.quality) != len(about.experts):
-        raise ConfigError(f"{name} is not a predictor: {len(about.quality)} qualities for {len(about.experts)} layers")
-    if min(about.experts, default=0) < 1 or about.settings.distance < 1:
+    if metadata.format != FORMAT:
+        raise ConfigError(f"{name} has format {metadata.format}; allowed: {FORMAT}")
+    if len(metadata.quality) != len(metadata.experts):
+        raise ConfigError(f"{name} is not a predictor: {len(metadata.quality)} qualities for {len(metadata.experts)} layers")
+    if min(metadata.experts, default=0) < 1 or metadata.settings.distance < 1:
         raise ConfigError(
-            f"{name} is not a predictor: layers of {str(about.experts)[:80]} experts, {about.settings.distance} layers ahead; "
-            f"allowed: 1 and more of each"
+            f"{name} is not a predictor: layers of {str(metadata.experts)[:80]} experts, {metadata.settings.distance} layers "
+            f"ahead; allowed: 1 and more of each"
         )
-    check_size(len(about.experts), 1, max(about.experts))
-    return about
+    check_size(len(metadata.experts), 1, max(metadata.experts))
+    return metadata
 
 
 def load_predictor(path: str | os.PathLike[str], model: PreTrainedModel) -> Predictor:
@@ -156,17 +156,17 @@ def load_predictor(path: str | os.PathLike[str], model: PreTrainedModel) -> Pred
         ConfigError: no sound predictor, or one of another checkpoint.
     """
     runtime = runtime_of(model)
-    fits, about = read_predictor(path)
-    if about.checkpoint != runtime.checkpoint:
+    fits, metadata = read_predictor(path)
+    if metadata.checkpoint != runtime.checkpoint:
         raise ConfigError(
-            f"{os.fspath(path)} was fitted to another checkpoint ({about.model}, content {about.checkpoint}; this one has "
-            f"{runtime.checkpoint}): fit it anew with `epslots predict fit --model ...`"
+            f"{os.fspath(path)} was fitted to another checkpoint ({metadata.model}, content {metadata.checkpoint}; this one "
+            f"has {runtime.checkpoint}): fit it anew with `epslots predict fit --model ...`"
         )
     experts = [layer.num_experts for layer in runtime.layers]
-    if experts != about.experts:
-        raise ConfigError(f"{os.fspath(path)} predicts layers with {about.experts} experts; this model has {experts}")
-    if about.settings.distance != Predictor.lookahead:
-        raise ConfigError(f"{os.fspath(path)} looks {about.settings.distance} layers ahead; allowed: {Predictor.lookahead}")
+    if experts != metadata.experts:
+        raise ConfigError(f"{os.fspath(path)} predicts layers with {metadata.experts} experts; this model has {experts}")
+    if metadata.settings.distance != Predictor.lookahead:
+        raise ConfigError(f"{os.fspath(path)} looks {metadata.settings.distance} layers ahead; allowed: {Predictor.lookahead}")
     sizes = [input_size(module) for module in experts_modules(model).values()]
     for layer, fitted in enumerate(fits):
         wanted = 0 if fitted is None else fitted.first.shape[1] // (2 if fitted.history else 1)
@@ -221,13 +221,15 @@ def _router_estimators(model: PreTrainedModel, dtype: torch.dtype, top_k: int) -
     return estimators
 
 
-def _estimator(name: str, tensors: Mapping[str, torch.Tensor], layer: int, about: PredictorMetadata) -> FittedEstimator | None:
+def _estimator(
+    name: str, tensors: Mapping[str, torch.Tensor], layer: int, metadata: PredictorMetadata
+) -> FittedEstimator | None:
     """One layer's estimator, its tensors checked against each other.
 
     Raises:
         ConfigError: they don't fit together.
     """
-    quality = about.quality[layer]
+    quality = metadata.quality[layer]
     if quality is None:
         return None
     try:
@@ -244,12 +246,12 @@ def _estimator(name: str, tensors: Mapping[str, torch.Tensor], layer: int, about
     ):
         shapes = ", ".join(str(list(t.shape)) for t in (first, bias, second, unlikely_E))
         raise ConfigError(f"{name} is not a predictor: the tensors of layer {layer} ({shapes}) don't fit together")
-    following = layer + about.settings.distance
-    if about.settings.distance == 1:
-        following %= len(about.experts)  # the first, with the next token
+    following = layer + metadata.settings.distance
+    if metadata.settings.distance == 1:
+        following %= len(metadata.experts)  # the first, with the next token
     if (
-        following >= len(about.experts)
-        or second.shape[1] < about.experts[following]
+        following >= len(metadata.experts)
+        or second.shape[1] < metadata.experts[following]
         or (quality.history and first.shape[1] % 2)
     ):
         raise ConfigError(f"{name} is not a predictor: layer {layer} predicts {second.shape[1]} experts, which no layer has")
