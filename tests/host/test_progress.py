@@ -1,8 +1,8 @@
-"""One bar for all ranks."""
+"""Progress: sums of many parts, whether a bar or a listener shows them."""
 
 from __future__ import annotations
 
-from epslots.progress import StartDisplay
+from epslots.progress import ProgressDisplay, StartDisplay
 
 
 def test_one_bar_adds_up_what_all_ranks_load():
@@ -23,3 +23,13 @@ def test_one_bar_adds_up_what_all_ranks_load():
     display.close()
     display.close()
     display.progress(0, "too late", 1, 2)
+
+
+def test_a_listener_gets_the_sum_instead_of_a_bar():
+    heard: list[tuple[str, int, int]] = []
+    display = ProgressDisplay(shown=True, listener=lambda *progress: heard.append(progress))
+    with display("loading", 5) as advance:
+        advance(2)
+        advance(3)
+    assert not display.shown
+    assert heard == [("loading", 0, 5), ("loading", 2, 5), ("loading", 5, 5)]
