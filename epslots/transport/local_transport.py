@@ -122,7 +122,7 @@ class LocalHub:
 
 
 class LocalTransport:
-    """One rank's end of a ``LocalHub``. A ``Transport``, whose docstring has the shapes of all arguments."""
+    """One rank's end of a ``LocalHub``. A ``Transport``."""
 
     def __init__(self, hub: LocalHub, rank: int) -> None:
         assert 0 <= rank < hub.size
@@ -142,6 +142,8 @@ class LocalTransport:
         self.hub.deadline_s = seconds
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """[R, *S] of all ranks' ``mine`` [*S]."""
+
         def combine(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             _check_alike("all_gather", inputs)
             return [torch.stack(inputs) for _ in inputs]
@@ -151,6 +153,8 @@ class LocalTransport:
     def all_to_all(
         self, rows: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], *, agreed: bool = False
     ) -> torch.Tensor:
+        """All ranks' rows for this one, [M, ...]; ``rows`` [N, ...] and R sizes each way."""
+
         def combine(inputs: list[tuple[torch.Tensor, IntArray, list[int]]]) -> list[torch.Tensor]:
             check_all_to_all(np.stack([header for _, header, _ in inputs]))
             parts = [given.split(sizes) for given, _, sizes in inputs]
@@ -160,6 +164,8 @@ class LocalTransport:
         return self.hub.run(self.rank, "all_to_all", (rows, header, list(send_sizes)), combine)
 
     def reduce_scatter(self, blocks: torch.Tensor) -> torch.Tensor:
+        """[*S], the sum over ranks of ``blocks[rank]``; ``blocks`` [R, *S]."""
+
         def combine(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             _check_alike("reduce_scatter", inputs)
             if inputs[0].ndim < 1 or inputs[0].shape[0] != self.size:
@@ -169,6 +175,8 @@ class LocalTransport:
         return self.hub.run(self.rank, "reduce_scatter", blocks, combine)
 
     def exchange(self, sends: PeerTensors, receives: PeerTensors, *, agreed: bool = False) -> None:
+        """Copy (peer, uint8 [bytes]) tensors from rank to rank in place."""
+
         def combine(inputs: list[tuple[bytes, PeerTensors, PeerTensors]]) -> list[None]:
             check_exchange([header for header, _, _ in inputs])
             queues = defaultdict(list)
@@ -188,6 +196,7 @@ class LocalTransport:
         return self.hub.run(self.rank, "gather_bytes", message, lambda inputs: [list(inputs) for _ in inputs])
 
     def to_host(self, tensor: torch.Tensor) -> NDArray[Any]:
+        """The values of a tensor of any shape, on the host."""
         self.hub.check()
         return tensor.numpy()
 

@@ -90,6 +90,7 @@ class TorchTransport:
         self._group.set_timeout(timedelta(seconds=seconds))  # gloo's own, which may be shorter
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """[R, *S] of all ranks' ``mine`` [*S]."""
         result = mine.new_empty((self.size, *mine.shape))
         flat = mine.contiguous().view(-1)
         self._run("all_gather", lambda: [self._group.all_gather_single(result.view(-1), flat)])
@@ -98,6 +99,7 @@ class TorchTransport:
     def all_to_all(
         self, rows: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], *, agreed: bool = False
     ) -> torch.Tensor:
+        """All ranks' rows for this one, [M, ...]; ``rows`` [N, ...] and R sizes each way."""
         sends, receives = list(send_sizes), list(receive_sizes)
         if agreed:
             assert len(sends) == len(receives) == self.size and sum(sends) == rows.shape[0]
@@ -110,6 +112,7 @@ class TorchTransport:
         return result
 
     def reduce_scatter(self, blocks: torch.Tensor) -> torch.Tensor:
+        """[*S], the sum over ranks of ``blocks[rank]``; ``blocks`` [R, *S]."""
         assert blocks.shape[0] == self.size
         flat = blocks.contiguous().view(-1)
         if self.device.type == "cpu":
@@ -123,6 +126,7 @@ class TorchTransport:
         return result
 
     def exchange(self, sends: PeerTensors, receives: PeerTensors, *, agreed: bool = False) -> None:
+        """Copy (peer, uint8 [bytes]) tensors from rank to rank in place."""
         if agreed:
             assert peer_tensors_are_sound(self.rank, self.size, [*sends, *receives])
         else:
@@ -139,6 +143,7 @@ class TorchTransport:
         return [row[:length].tobytes() for row, length in zip(gathered, lengths, strict=True)]
 
     def to_host(self, tensor: torch.Tensor) -> NDArray[Any]:
+        """The values of a tensor of any shape, on the host."""
         self._check()
         if self.device.type == "cpu":
             return tensor.numpy()
