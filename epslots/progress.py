@@ -117,17 +117,17 @@ class StartDisplay:
             self._task = self._bar.add_task(title, total=None, amount="")
         self._bar.update(self._task, description=title)
 
-    def progress(self, worker: int, title: str, done_bytes: int, total_bytes: int) -> None:
-        """Show how far a worker is with a piece of work."""
+    def progress(self, bundle: int, title: str, done_bytes: int, total_bytes: int) -> None:
+        """Show how far the rank on a bundle is with a piece of work."""
         if self._task is None:
             return
-        self._work[worker, title] = done_bytes, total_bytes
+        self._work[bundle, title] = done_bytes, total_bytes
         busy = sum(done < total for done, total in self._work.values())
         done, total = (sum(numbers) for numbers in zip(*self._work.values(), strict=True))
         self._bar.update(
             self._task,
             amount=f"{format_bytes(done)} of {format_bytes(total)}",
-            description=f"{title} ({busy} ranks)" if busy else "ranks meet",
+            description=f"{title} ({busy} ranks)" if busy else "ranks form a group",
             completed=done,
             total=total,
         )
