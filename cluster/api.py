@@ -22,7 +22,6 @@ from cluster.driver.backend import Backend
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.request_router import RequestRouter
-from cluster.driver.start_display import StartDisplay
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.workers import Deadlines
 from cluster.errors import ClusterError, Overloaded, raised_anew
@@ -40,6 +39,7 @@ from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
 from epslots.planner.cache_policy import DEFAULT_POLICY, resolve_policy
 from epslots.planner.cost_model import Costs
+from epslots.progress import StartDisplay
 from epslots.telemetry import sum_over_ranks
 from epslots.units import parse_link, parse_prefetch, parse_slots
 

@@ -1,7 +1,10 @@
-"""epslots: Mixture-of-Experts models from a bounded pool of expert slots.
+"""epslots runs Mixture-of-Experts models from a bounded pool of expert slots, on one device or many.
 
 model = epslots.load("path/or/id", slots="25%")   # a transformers model; .generate() and all else as usual
-epslots.stats(model)                              # hits, misses, bytes by source, stall time, per layer
+with epslots.sync_ranks(model):                   # on several ranks (torchrun): each generates for its own prompts
+    output = model.generate(**inputs)
+stats = epslots.stats(model)                      # hits, misses, bytes by source, stall time, per layer
+print(stats.hit_rate, stats.layers[0].misses)
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ __all__ = [
     "verify",
 ]
 
-_HOME = {
+_MODULES = {
     "Costs": "planner.cost_model",
     "Trace": "trace",
     "sync_ranks": "group.join",
@@ -75,7 +78,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: torch and transformers take seconds, and ``epslots --help`` shouldn't."""
+    """Import a public name on its first use: torch and transformers take seconds, which ``epslots --help`` doesn't need."""
     if name not in __all__:
         raise AttributeError(f"module 'epslots' has no attribute {name!r}")
-    return getattr(import_module(f"epslots.{_HOME.get(name, 'errors')}"), name)
+    return getattr(import_module(f"epslots.{_MODULES.get(name, 'errors')}"), name)

@@ -30,9 +30,9 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCach
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
-from epslots.counting import counting
 from epslots.errors import StoreError
 from epslots.private_files import default_cache_dir, make_private_folder
+from epslots.progress import counting
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
-"""How many CPU threads a step uses, so that a busy machine makes it slower and not a hundred times slower.
+"""Number of CPU threads of a step, so that a busy machine makes it slower by its load, and not a hundred times.
 
-The threads of a parallel region meet at its end. libgomp's threads wait there by spinning, for milliseconds by default, each
+The threads of a parallel region meet at its end. Libgomp's threads wait there by spinning, for milliseconds by default, each
 on a core that the last thread may need: two threads on two busy cores made a step up to 100 times slower than one thread.
 So two rules:
 
-- Threads spin briefly and then sleep (``SPIN_COUNT``). libgomp reads that from the environment when torch loads it, so
-  ``import epslots`` sets it, and leaves settings of the user alone.
-- A step of the engine uses no more threads than there are cores that other processes leave free (``ThreadGovernor``).
+- Threads spin briefly and then sleep (``SPIN_COUNT``). Libgomp reads that from the environment when torch loads it, so
+  ``import epslots`` sets it; settings of the user are left alone.
+- A step of the engine uses at most as many threads as there are cores that other processes leave free (``ThreadGovernor``).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import NamedTuple
 SPIN_COUNT = "1000"
 # Seconds over which the load of other processes is averaged.
 WINDOW_S = 0.5
-# A core that others use less than this share of the time takes a thread.
-_SHARE = 0.15
+# A core that other processes use less than this share of the time takes a thread.
+_FREE_CORE_LOAD = 0.15
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:
-    """Have libgomp's threads wait with little spinning, unless the environment says how they wait."""
+    """Make libgomp's threads spin little as they wait, unless the environment says otherwise."""
     if not environment.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
 
@@ -50,7 +50,7 @@ def allowed_cores() -> list[int]:
 
 
 def read_cpu_times() -> CpuTimes | None:
-    """What the system says; None where it doesn't."""
+    """Processor times until now; None where the system doesn't count them."""
     import psutil
 
     try:
@@ -64,24 +64,24 @@ def read_cpu_times() -> CpuTimes | None:
 
 
 def threads_for(cores: int, others: float, most: int) -> int:
-    """Threads for a step: one for each core that others leave free, at least one, at most ``most``.
+    """Threads for a step: one for each core that other processes leave free, at least one, at most ``most``.
 
     Args:
-        cores: that this process may use.
-        others: cores' worth of work that other processes did there lately.
+        cores: number of cores that this process may use.
+        others: load of other processes on these, in cores.
     """
-    return max(1, min(most, int(cores - others + _SHARE)))
+    return max(1, min(most, int(cores - others + _FREE_CORE_LOAD)))
 
 
 class ThreadGovernor:
-    """Sets torch's threads by what other processes leave free. For the thread that makes steps.
+    """Sets torch's number of threads by the cores that other processes leave free. Called by the thread that makes steps.
 
-    The number of threads that torch has at the start is never exceeded. A number that somebody else sets later stays.
+    The number of threads that torch has at the start is never exceeded. A number that other code sets later stays.
 
     Args:
-        cores: that this process may keep busy: a CPU quota stops threads beyond it in the middle of a step.
+        cores: number of cores that this process may keep busy: a CPU quota stops threads beyond it in the middle of a step.
         get_threads, set_threads: torch's.
-        read: processor times.
+        read: reads processor times.
         clock: seconds.
     """
 
@@ -103,7 +103,7 @@ class ThreadGovernor:
         self._before = read() if self._most > 1 else None
 
     def adjust(self) -> None:
-        """Look at the load if a window has passed, and set the number of threads that fits it."""
+        """Measure the load once a window, and set the number of threads by it."""
         if self._before is None:
             return
         now = self._clock()

@@ -1,4 +1,4 @@
-"""The device that a model computes on, and the memory that it has left."""
+"""The device that a model computes on, and its free memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from epslots.transport.rendezvous import local_number
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to compute on, with its index: a GPU if there is one (under ``torchrun`` that of the process's number on the
-    node, else the current one), else the CPU.
+    """The device to compute on, with its index.
+
+    Args:
+        device: None: a GPU if there is one, else the CPU. A GPU without an index: under ``torchrun`` the one with the
+            process's number on the node, else the current one.
 
     Raises:
         ConfigError: no such device here.

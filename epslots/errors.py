@@ -1,21 +1,21 @@
 """Every error that epslots raises on purpose.
 
     EpslotsError
-    ├── ConfigError            a setting is not one of those allowed          (also a ValueError)
-    ├── UnsupportedModelError  the model's experts can't be run from slots
-    ├── DoesNotFitError        the memory plan exceeds the device or the node
-    ├── CheckpointError        files missing, truncated, mis-shaped or of a refused kind
-    ├── StoreError             the host store can't be built, opened or trusted
-    │   └── CorruptExpertError one expert's record differs from its digest
-    └── GroupError             ranks can't work together
-        ├── RankMismatchError  they were started with different checkpoints, versions or settings
-        ├── PeerLost           one of them is gone, or didn't answer within the deadline
-        ├── StepFailed         this rank's own part of a step failed between its exchanges
-        ├── StaleEpoch    one of them belongs to an older process group
-        └── ExchangeError      they disagree about what is exchanged, or about who holds which expert
+    ├── ConfigError              a setting is not one of those allowed (also a ValueError)
+    ├── UnsupportedModelError    the model's experts can't be run from slots
+    ├── DoesNotFitError          the memory plan exceeds the device or the node
+    ├── CheckpointError          files are missing, truncated, mis-shaped or of a refused kind
+    ├── StoreError               the host store can't be built, opened or trusted
+    │   └── CorruptExpertError   one expert's record differs from its digest
+    └── GroupError               ranks can't work together
+        ├── RankMismatchError    they were started with different checkpoints, versions or settings
+        ├── PeerLost             one of them is gone, or didn't answer within the deadline
+        ├── StepFailed           this rank's own part of a step failed, while it computed or in an exchange
+        ├── StaleEpoch           one of them belongs to an older process group
+        └── ExchangeError        they disagree about an exchange, or about which rank holds which expert
 
-Every message says what was given and what is allowed, so that the command line can print it alone.
-Broken invariants of our own are ``AssertionError``: they are bugs, not user mistakes.
+A message names the value that was given and those that are allowed: the command line prints it alone. A broken invariant of
+epslots itself is an ``AssertionError``: a bug, and not a user's mistake.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class UnsupportedModelError(EpslotsError):
 
 
 class DoesNotFitError(EpslotsError):
-    """A configuration exceeds the memory there is; raised before any weight is read."""
+    """A configuration exceeds the available memory; raised before any weight is read."""
 
 
 class CheckpointError(EpslotsError):
@@ -50,7 +50,9 @@ class StoreError(EpslotsError):
 class CorruptExpertError(StoreError):
     """A record's bytes differ from its digest.
 
-    ``layer`` is the experts module's path in the model, ``expert`` the expert's id in that layer.
+    Attributes:
+        layer: the experts module's path in the model.
+        expert: the expert's id in that layer.
     """
 
     def __init__(self, layer: str, expert: int, where: str) -> None:
@@ -76,9 +78,11 @@ class PeerLost(GroupError):
 
 
 class StepFailed(GroupError):
-    """This rank's part of a step failed where the others wait for it, so the group was aborted.
+    """This rank failed in a step where the others wait for it; the group was aborted.
 
-    ``__cause__`` is what it failed with; ``computing`` is whether it did so while it computed, and not in an exchange.
+    Attributes:
+        __cause__: the error that it failed with.
+        computing: whether it failed while it computed; else in an exchange.
     """
 
     def __init__(self, message: str, *, computing: bool) -> None:
@@ -91,11 +95,11 @@ class StaleEpoch(GroupError):
 
 
 class ExchangeError(GroupError):
-    """Ranks disagree about what they exchange, or about which of them holds which expert."""
+    """Ranks disagree about an exchange, or about which of them holds which expert."""
 
 
 def shown(value: object) -> str:
-    """What a user gave, as a message shows it: its beginning, however large it is."""
+    """A user's value as messages show it: cut short if it is long."""
     try:
         return _shortened.repr(value)
     except Exception:  # integers of more than 4,300 digits have no text, and objects may raise anything

@@ -1,4 +1,4 @@
-"""Where the small example model is: shipped inside a wheel, or in ``examples/`` beside the package in a source checkout."""
+"""The folder of the small example model: inside a wheel, or in ``examples/`` beside the package in a source checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that a user names: opened without waiting for a writer, and read up to a bound."""
+"""Files that a user names: opened without waiting for a writer, read up to a bound, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from epslots.errors import ConfigError
@@ -14,7 +15,7 @@ from epslots.units import format_bytes
 
 @contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file open for reading. A FIFO or a device may have no beginning or no end.
+    """A file open for reading. A FIFO or a device, which may have no beginning or no end, is refused.
 
     Raises:
         ConfigError: it is no regular file.
@@ -40,3 +41,22 @@ def read_given(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     if len(content) > most_bytes:
         raise ConfigError(f"{os.fspath(path)} is too large; allowed: {format_bytes(most_bytes)}")
     return content
+
+
+@contextmanager
+def write_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write, which appears at ``path`` if the block ends without an error.
+
+    Raises:
+        ConfigError: it can't be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        temporary.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{target} can't be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

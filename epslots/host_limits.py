@@ -1,8 +1,8 @@
-"""The memory and the CPU cores that this process may use: those of the machine, or fewer where a limit says so.
+"""The memory and the CPU cores that this process may use: the machine's, or fewer where a limit is set.
 
-A container's limits are its control group's. Version 1 and version 2 of control groups may be mounted side by side, and every
-ancestor of a group limits it too, so all that can be seen are read and the tightest counts. Files that are missing or can't
-be read limit nothing.
+A container's limits are those of its control group. Versions 1 and 2 of control groups may be mounted side by side, and every
+ancestor of a group limits it too. So all limits that are visible are read, and the tightest counts. Files that are missing or
+can't be read limit nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class MemoryLimit:
     """One limit of this process's memory.
 
     Attributes:
-        name: whose limit it is, for messages.
-        where: which of its limits; empty for the machine's.
+        name: owner of the limit, for messages: the machine, a control group, the process.
+        where: name of the limit among its owner's; empty for the machine's.
         total_bytes: the limit.
-        free_bytes: what it leaves. File cache counts as free, as it does for the machine: the kernel reclaims it before it
-            ends a process, and a mapped host store lives there.
+        free_bytes: bytes left to this process. File cache counts as free: the kernel reclaims it before it ends a process,
+            and a mapped host store is file cache.
     """
 
     name: str
@@ -97,7 +97,7 @@ def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
         used = _number(folder / "memory.usage_in_bytes") or 0
         stat = _table(folder / "memory.stat")
         cache = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file"))
-        # The second tells of ancestors that a container doesn't see.
+        # The second is the limit of ancestors, which a container may not see.
         limits = [_number(folder / "memory.limit_in_bytes"), stat.get("hierarchical_memory_limit")]
         yield from _limits_of_group(folder, limits, used, cache)
 
@@ -120,21 +120,21 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
             yield v1_quota / v1_period
 
 
-# --- where the control groups of this process are ----------------------------------------------------------------------
+# --- the folders of this process's control groups ----------------------------------------------------------------------
 
 
 def _group_folders(root: Path, kind: str) -> Iterator[Path]:
-    """The folders of this process's group and of those above it, as far as they are mounted.
+    """The folders of this process's group and its ancestors, as far as they are mounted.
 
     Args:
-        kind: ``"v2"``, or the controller of version 1 that is asked for.
+        kind: ``"v2"``, or a controller of version 1.
     """
     own = _own_group(root, kind)
     if own is None:
         return
     seen = set()
     for mounted, at in [*_mounts(root, kind), *((PurePosixPath("/"), usual) for usual in _USUAL_MOUNTS[kind])]:
-        # A container sees its own group as the mount's root, and may still be told the path outside of it.
+        # A container sees its own group as the mount's root, though the path that it reads may be the one outside.
         inside = own.relative_to(mounted) if own.is_relative_to(mounted) else PurePosixPath()
         for part in (inside, *inside.parents):
             folder = root / at.lstrip("/") / part
@@ -155,7 +155,7 @@ def _own_group(root: Path, kind: str) -> PurePosixPath | None:
 
 
 def _mounts(root: Path, kind: str) -> Iterator[tuple[PurePosixPath, str]]:
-    """Where a hierarchy is mounted: the path in it of the mount's root, and the mount point."""
+    """Each mount of a hierarchy: the path of its root in the hierarchy, and the mount point."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, described = before.split(" "), after.split(" ")
@@ -179,13 +179,13 @@ def _text(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    """A file's whole number from 0; None where it says something else ("max", -1), or nothing."""
+    """A file's whole number from 0; None for anything else ("max", -1), or no file."""
     text = _text(path).strip()
     return int(text) if _is_number(text) else None
 
 
 def _table(path: Path) -> dict[str, int]:
-    """A file of lines of a name and a whole number."""
+    """The lines of a file that are a name and a whole number."""
     lines = (line.split(" ") for line in _text(path).splitlines())
     return {words[0]: int(words[1]) for words in lines if len(words) == 2 and _is_number(words[1])}
 

@@ -1,7 +1,7 @@
-"""Files of JSON lines: read line by line as bytes, and what is wrong with a line in plain words.
+"""Files of JSON lines: reading them line by line, and explaining a wrong line in plain words.
 
-A line ends with a line feed and nothing else: U+2028, U+0085 and their like are characters of a JSON string. A line is
-known by its number, from 1, blank ones counted; and by a digest of its bytes.
+A line ends with a line feed and nothing else: U+2028, U+0085 and the like are characters of a JSON string. Lines are
+identified by number, from 1 with blank ones counted, and by a digest of their bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from epslots.units import format_bytes
 
 MOST_LINE_BYTES = 16 * 1024**2
 _PART_BYTES = 1024**2
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # what some editors put before UTF-8; joined files have it in the middle
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8; joined files have it in the middle
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def decode_text(data: bytes) -> str:
     """The text of bytes, without a byte order mark.
 
     Raises:
-        ConfigError: they are not UTF-8; with the place.
+        ConfigError: they are not UTF-8; names the place.
     """
     try:
         return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
@@ -74,11 +74,11 @@ def decode_line(line: Line, decoder: msgspec.json.Decoder[T], *, example: str, n
 
     Args:
         decoder: of a msgspec.Struct.
-        example: a line that is right, for messages.
-        needed: what a field takes, by its name, where msgspec's own words don't say it well.
+        example: a correct line, for messages.
+        needed: allowed values of fields, by name, where msgspec's own words are unclear.
 
     Raises:
-        ConfigError: what is wrong with the line, and what is allowed.
+        ConfigError: the line is wrong; names the mistake, and what is allowed.
     """
     if line.data is None:
         raise ConfigError(f"the line is longer than {format_bytes(MOST_LINE_BYTES)}, the most that is read")
@@ -103,7 +103,7 @@ _WORDS = {
 
 
 def _explain(data: bytes, error: Exception, wanted: str, needed: Mapping[str, str], allowed: str) -> str:
-    """What msgspec complains of, in words for the author of the line."""
+    """The mistake that msgspec found, in words for the author of the line."""
     message = str(error)
     if isinstance(error, RecursionError):
         return f"its lists or objects are nested too deep; a line is {wanted}"

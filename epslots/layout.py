@@ -1,33 +1,27 @@
-"""The records that every part of epslots shares, and who fills them.
+"""Layouts of experts in records and slots, shared by every part of epslots. The models package makes them.
 
-The words are the field's own:
-
-    expert      one FFN of one MoE layer, named by (layer, expert id)
-    record      an expert in the host store: its tensors as one contiguous, aligned run of bytes
-    slot        fixed device memory that holds one expert's weights, as they are computed with
-    packed      of a record: in the form that a quantised checkpoint stores, which is unpacked into a slot. Any other record
-                is what its slot holds, byte for byte
-    quota       how many slots of the pool a layer has
+expert      one FFN of one MoE layer, named by (layer, expert id)
+record      an expert in the host store: its tensors as one contiguous, aligned run of bytes
+slot        fixed device memory that holds one expert's weights in the form in which they are computed with
+packed      of a record: in the form of a quantised checkpoint, unpacked on the way into a slot. Any other record equals
+            its slot byte for byte
+quota       number of slots that a layer has of its pool
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import msgspec
 
-# Tensors inside a record start on this boundary: vector loads and DMA like it, and it is a multiple of the 16 bytes
-# that grouped matrix multiplication asks of every stride.
+# Tensors inside a record start on this boundary: good for vector loads and DMA, and a multiple of the 16 bytes that grouped
+# matrix multiplication requires of every stride.
 TENSOR_ALIGNMENT = 256
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# What packed records hold besides: nothing that could be computed with.
+# Dtypes of codes and scales in packed records; nothing is computed in them.
 PACKED_ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1}
-
-
-Progress = Callable[[int], None]
-"""What long work calls with the bytes done since its last call."""
 
 
 def align(size: int, alignment: int) -> int:
@@ -49,7 +43,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 
 class RecordLayout(msgspec.Struct, frozen=True):
-    """Where each tensor of an expert lies in its slot, or in its record. Experts whose slots are alike can share a pool."""
+    """Offsets of an expert's tensors in its slot or its record. Layers with equal slot layouts share a pool."""
 
     tensors: tuple[TensorSpec, ...]
     nbytes: int
@@ -71,15 +65,15 @@ class RecordLayout(msgspec.Struct, frozen=True):
 
 
 class PackedPart(msgspec.Struct, frozen=True):
-    """Some rows of a slot's matrix as a record has them: codes, and a scale for each block of weights.
+    """Packed rows of a slot's matrix: codes, and a scale for each block of weights.
 
     Attributes:
         target: the matrix in the slot's layout, [rows, columns].
         first_row, rows: the rows that the codes stand for.
-        codes: the tensor of codes in the record's layout. Either one a weight, [rows, columns] of an 8-bit float type; or two
-            a byte, uint8 [rows / 2, columns] of E2M1, the 4-bit float: rows 2i and 2i + 1 in the low and high halves.
-        scales: the tensor of scales there, [row blocks, column blocks]; as uint8 they are exponents of two, biased by 127.
-        block: rows and columns that share a scale; rows are even where codes share a byte. Last ones may be cut short.
+        codes: name of the tensor of codes in the record's layout: [rows, columns] of an 8-bit float type; or uint8
+            [rows / 2, columns] of the 4-bit float E2M1, with row 2i in the low and row 2i + 1 in the high half of a byte.
+        scales: name of the tensor of scales, [row blocks, column blocks]; uint8 scales are exponents of two, biased by 127.
+        block: rows and columns that share a scale; rows are even for E2M1. The last block of each may be cut short.
     """
 
     target: str
@@ -91,18 +85,19 @@ class PackedPart(msgspec.Struct, frozen=True):
 
 
 class PackedLayout(msgspec.Struct, frozen=True):
-    """A packed record. A slot's tensors that no part stands for are in ``record`` as they are in the slot."""
+    """A packed record. Tensors of the slot that aren't the target of a part are in ``record`` unpacked."""
 
     record: RecordLayout
     parts: tuple[PackedPart, ...]
 
 
 class LayerSpec(msgspec.Struct, frozen=True):
-    """One MoE layer, as the model defines it; ``name`` is its experts module's path in the model.
+    """One MoE layer of a model.
 
     Attributes:
-        layout: of one of its slots.
-        packed: of one of its records, if these are packed.
+        name: the experts module's path in the model.
+        layout: of a slot.
+        packed: of a record, if records are packed.
     """
 
     name: str
@@ -112,15 +107,14 @@ class LayerSpec(msgspec.Struct, frozen=True):
 
     @property
     def record(self) -> RecordLayout:
-        """The layout of a record."""
+        """The layout of a record, packed or not."""
         return self.layout if self.packed is None else self.packed.record
 
 
 def unpacking_bytes(layer: LayerSpec) -> int:
-    """What unpacking one of a layer's records takes on the device: its copy there, and what is on the way to the slot.
+    """Device bytes that unpacking one of a layer's records takes (``unpacking.py``): the record, and temporary tensors.
 
-    Scales become indices and factors of 4 bytes; codes of two weights a byte become indices and values of 4 bytes
-    (``unpacking.py``).
+    Scales become indices and factors of 4 bytes; E2M1 codes become indices and values of 4 bytes.
     """
     if layer.packed is None:
         return 0

@@ -74,12 +74,12 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(f"{name} counts experts that there are not")
         if (self.uses_LE(layers, experts) > self.steps).any():
             raise ConfigError(f"uses exceed the {self.steps} steps of the window")
-        for name in ("hits", "misses", "host_bytes", "peer_bytes"):
+        for name in _INTEGERS_BY_LAYER:
             values = getattr(self, name)
             if len(values) != layers:
                 raise ConfigError(f"{name} has {len(values)} layers; allowed: {layers}")
             self._check_range(name, min(values), max(values))
-        for name in ("layer_s", "wait_s"):
+        for name in _SECONDS_BY_LAYER:
             values = getattr(self, name)
             if len(values) != layers or not all(math.isfinite(s) and 0 <= s <= _MOST_S for s in values):
                 raise ConfigError(f"{name} is {values!r:.80}; allowed: {layers} numbers from 0 to {_MOST_S:g}")
@@ -92,3 +92,9 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _check_range(name: str, least: int, most: int) -> None:
         if least < 0 or most > MOST:
             raise ConfigError(f"{name} has {least if least < 0 else most}; allowed: 0 to {MOST}")
+
+
+_INTEGERS_BY_LAYER, _SECONDS_BY_LAYER = (
+    [field.name for field in msgspec.structs.fields(LoadWindow) if field.type == kind]
+    for kind in (tuple[int, ...], tuple[float, ...])
+)

@@ -1,8 +1,8 @@
-"""Reading ``.npz`` files of others: arrays, or one clear error whatever is wrong with the file.
+"""Reading ``.npz`` files from others: their arrays, or one clear error for any defect.
 
-A small file can ask for any amount of memory: by an array's header, by the archive's directory, or by data that are packed a
-thousand times smaller than they are. So the directory and the headers are read first, and what they promise is held against
-each other, the file's size and the memory that is free, before an array is made.
+A small file can claim any amount of memory: in an array's header, in the archive's directory, or by data that are compressed
+a thousandfold. So the directory and the headers are read first, and their claims are compared with each other, the file's
+size and the free memory before an array is allocated.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from epslots.given_files import open_regular
 from epslots.host_limits import tightest_memory_limit
 from epslots.units import format_bytes
 
-# Routing packs 3 to 10 times smaller than it is, and 100 times beside probabilities of routers that can't be recorded.
+# Routing compresses to a third or a tenth; to a hundredth with all-zero probabilities, of routers that can't be recorded.
 MOST_RATIO = 128
-# So much is allowed however small the file: it takes a fraction of a second.
+# Allowed for a file of any size: reading it takes a fraction of a second.
 ALWAYS_ALLOWED_BYTES = 64 << 20
-_KINDS = "biuf"
-_PACKING = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_NUMBER_KINDS = "biuf"
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SUFFIX = ".npy"
-_ENCRYPTED = 1
+_ENCRYPTED_FLAG = 1
 
 
 def read_arrays(path: str | os.PathLike[str], what: str) -> dict[str, NDArray[Any]]:
     """All arrays of a file by name, in this machine's byte order and C-contiguous.
 
     Args:
-        what: that it should be, for the error.
+        what: a name of what the file should be, for messages.
 
     Raises:
-        ConfigError: the file can't be read, isn't an ``.npz`` of plain arrays, or is larger than it may be.
+        ConfigError: the file can't be read, isn't an ``.npz`` of plain arrays, or is too large.
     """
     name = os.fspath(path)
     try:
@@ -65,14 +65,14 @@ def _members(archive: zipfile.ZipFile, name: str, what: str) -> dict[str, zipfil
         array = member.filename.removesuffix(_SUFFIX)
         if array in found:
             raise ConfigError(f"{name} is not {what}: it holds {array!r:.80} twice")
-        if array == member.filename or member.compress_type not in _PACKING or member.flag_bits & _ENCRYPTED:
+        if array == member.filename or member.compress_type not in _COMPRESSIONS or member.flag_bits & _ENCRYPTED_FLAG:
             raise ConfigError(f"{name} is not {what}: its member {member.filename!r:.80} is none that numpy writes")
         found[array] = member
     return found
 
 
 def _check_sizes(members: Any, name: str, file_bytes: int) -> None:
-    """Refuse more than is plausible for the file, or than there is memory for."""
+    """Refuse arrays that are implausibly large for the file, or larger than the free memory."""
     total = sum(member.file_size for member in members)
     plausible = max(ALWAYS_ALLOWED_BYTES, MOST_RATIO * file_bytes)
     if total > plausible:
@@ -86,7 +86,7 @@ def _check_sizes(members: Any, name: str, file_bytes: int) -> None:
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, what: str) -> None:
-    """Refuse a header that tells of other bytes than the directory, or of anything but plain numbers."""
+    """Refuse a header whose size differs from the directory's, or whose items aren't plain numbers."""
     with archive.open(member) as file:
         version = npy.read_magic(file)
         if version not in ((1, 0), (2, 0)):
@@ -94,10 +94,10 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, 
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(file)
         held = member.file_size - file.tell()
-    if dtype.kind not in _KINDS or dtype.hasobject or dtype.subdtype is not None:
+    if dtype.kind not in _NUMBER_KINDS or dtype.hasobject or dtype.subdtype is not None:
         raise ConfigError(f"{name} is not {what}: {member.filename!r:.80} holds {str(dtype)!r:.80}; allowed: plain numbers")
-    told = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or told != held:
+    described = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or described != held:
         raise ConfigError(
             f"{name} is not {what}: {member.filename!r:.80} has the shape {str(list(shape))[:80]} of {dtype}, and holds "
             f"{held:,} bytes; these must agree"

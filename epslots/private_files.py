@@ -1,8 +1,8 @@
 """Files and folders that belong to this user alone: host stores, their locks, compiled code.
 
-Folders are made with mode 0700 and files with 0600, since a store holds weights that may be readable to this user only. What
-another user owns is refused, since it would decide which weights are served. No link is followed and no open blocks, so that
-a link, a FIFO or a device in a file's place is an error that names it.
+Folders have mode 0700 and files 0600: a store holds weights that others may not be allowed to read. Files of another user are
+refused, since their owner would decide which weights are served. Links aren't followed and opening never blocks: a link, a
+FIFO or a device in a file's place is an error that names it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _NOT_REGULAR = (
 
 
 def default_cache_dir() -> Path:
-    """The folder of host stores and compiled code unless the user names another."""
+    """The folder of host stores and compiled code where the user names none."""
     return Path(platformdirs.user_cache_dir("epslots"))
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder and its parents where they are missing, for this user alone; check who owns it where it exists.
+    """Make a folder and its missing parents, for this user alone; check the owner of one that exists.
 
-    The mode of a folder that exists is its owner's choice, but for the default one: that is ours to close.
+    The mode of an existing folder is left to its owner, except for folders inside the default one: these are closed to others.
 
     Raises:
         StoreError: another user owns it.
@@ -49,9 +49,9 @@ def make_private_folder(folder: Path) -> None:
 
 
 def open_private_file(path: Path, flags: int) -> int:
-    """A file descriptor of a regular file of ours, or of root's; a new file (``os.O_CREAT``) has mode 0600.
+    """A file descriptor of a regular file of this user or root; a new file (``os.O_CREAT``) has mode 0600.
 
-    An older file of ours that others may read is closed to them where that is possible.
+    An existing file of this user that others may read is closed to them where that is possible.
 
     Raises:
         StoreError: it is a link or no regular file, or another user owns it.
@@ -77,7 +77,7 @@ def open_private_file(path: Path, flags: int) -> int:
 
 
 def check_owner(found: os.stat_result, path: Path) -> None:
-    """Refuse what belongs to another user.
+    """Refuse a file or folder of another user.
 
     Raises:
         StoreError: neither this user nor root owns it.
@@ -90,6 +90,7 @@ def check_owner(found: os.stat_result, path: Path) -> None:
 
 
 def _tighten(path: Path | int, found: os.stat_result, mode: int) -> None:
+    """Remove all permissions beyond ``mode``."""
     if stat.S_IMODE(found.st_mode) & ~mode:
         with contextlib.suppress(OSError):  # on a read-only volume, the mode stays
             os.chmod(path, mode)  # noqa: PTH101 - a file descriptor has no other way

@@ -59,7 +59,7 @@ class Runtime:
         for loader in self.movers:
             of_pool = [quotas[index] for index in loader.store_layers]
             if list(loader.pool.quotas) != of_pool:
-                loader.land_all()
+                loader.wait_all()
                 loader.pool.divide(of_pool)
                 for index in loader.store_layers:
                     self.runners[index].use_window()

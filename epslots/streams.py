@@ -1,7 +1,7 @@
-"""Standard input, output and error as a process really has them: closed, None, or objects of another kind.
+"""Standard input, output and error in every state that a process has them: closed, None, or objects of another kind.
 
-A daemon starts without them, ``pythonw`` and notebooks replace them, a reader may close its end. All of ``epslots`` and
-``cluster`` asks here whether a stream is a terminal, and writes messages from here.
+Daemons start without them, ``pythonw`` and notebooks replace them, a reader may close its end. All terminal checks and
+messages of ``epslots`` and ``cluster`` go through this module.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ def is_terminal(stream: object) -> bool:
 
 
 def say(text: str, stream: object = None) -> None:
-    """Write a line to standard error, or to ``stream``. It is lost if that can't be written: work goes on without a reader."""
+    """Write a line to standard error, or to ``stream``. A line that can't be written is lost without an error."""
     target = sys.stderr if stream is None else cast(TextIO, stream)
     if target is not None:
-        with contextlib.suppress(Exception):  # what isn't a file may raise anything
+        with contextlib.suppress(Exception):  # an object that isn't a file may raise anything
             print(text, file=target, flush=True)
 
 
 def table_console(plain_width: int, *, stderr: bool = False) -> Console:
-    """A console for tables, ``plain_width`` columns wide where it is no terminal: a log has no width of its own."""
+    """A rich console for tables; ``plain_width`` columns wide where it is no terminal, since a log has no width."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=plain_width)
 
 
 class SafeStream(io.TextIOBase):
-    """Standard output or standard error over what a process has for it, which may be anything that has ``write``, or nothing.
+    """A stream of text over any object that has ``write``, or over nothing; in the place of standard output or error.
 
     Args:
-        inner: that; what is written is lost if it can't take text.
-        lossy: what can't be written is lost, and no error.
+        inner: the process's own stream. Text is lost without an error if it is closed or has no ``write``.
+        lossy: whether text is lost without an error, too, where writing fails.
 
     Attributes:
-        failure: why something couldn't be written.
+        failure: the latest error of writing; None if there was none.
     """
 
     def __init__(self, inner: object, *, lossy: bool) -> None:
@@ -62,7 +62,7 @@ class SafeStream(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return getattr(self._inner, "encoding", None) or "utf-8"
 
-    def __getattr__(self, name: str) -> Any:  # what libraries ask of a stream besides: its buffer, its name
+    def __getattr__(self, name: str) -> Any:  # libraries read other attributes: a buffer, a name
         return getattr(self._inner, name)
 
     def writable(self) -> bool:
@@ -78,7 +78,7 @@ class SafeStream(io.TextIOBase):
         return number
 
     def write(self, text: str) -> int:
-        if not isinstance(text, str):  # so that libraries can tell what kind of stream this is
+        if not isinstance(text, str):  # libraries find out by this whether a stream takes text or bytes
             raise TypeError(f"a stream of text takes str, not {type(text).__name__}")
         self._try("write", text)
         return len(text)
@@ -92,14 +92,14 @@ class SafeStream(io.TextIOBase):
             return
         try:
             method(*arguments)
-        except Exception as error:  # what isn't a file may raise anything: TypeError, because it takes bytes
+        except Exception as error:  # an object that isn't a file may raise anything: TypeError, because it takes bytes
             self.failure = error if isinstance(error, OSError) else OSError(errno.EIO, f"{type(error).__name__}: {error}")
             self._drop()
             if not self._lossy:
                 raise self.failure from error
 
     def _drop(self) -> None:
-        """Let later flushes succeed: Python's own at its end would say that it fails, and change the exit code."""
+        """Let later flushes succeed: Python's own at exit would print its failure, and change the exit code."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._inner.fileno())
@@ -108,17 +108,17 @@ class SafeStream(io.TextIOBase):
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[SafeStream]:
-    """Let the commands of a process read and print whatever its standard streams are. Yields standard output.
+    """Make standard streams in any state usable for a command. Yields standard output.
 
-    Closed descriptors 0 to 2 are taken first: the next file that is opened would get their number, and what libraries write to
-    standard error would end up in it.
+    Closed descriptors 0 to 2 are opened first: the next file would get their number, and messages that libraries write to
+    standard error would end up in that file.
     """
     for descriptor, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
         except OSError:
             taken = os.open(os.devnull, mode)  # gets the lowest free number
-            os.set_inheritable(taken, True)  # as standard streams are: the processes that are started need them too
+            os.set_inheritable(taken, True)  # child processes need standard streams, too
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = output, errors = SafeStream(sys.stdout, lossy=False), SafeStream(sys.stderr, lossy=True)
     try:
@@ -129,7 +129,7 @@ def usable_streams() -> Iterator[SafeStream]:
 
 
 def read_input(most_bytes: int) -> bytes:
-    """Standard input, up to ``most_bytes`` and one; empty if there is none.
+    """The bytes of standard input, up to ``most_bytes`` + 1; empty if there is none.
 
     Raises:
         OSError: it can't be read.
@@ -137,7 +137,7 @@ def read_input(most_bytes: int) -> bytes:
     read = getattr(getattr(sys.stdin, "buffer", sys.stdin), "read", None)
     if read is None or _is_closed(sys.stdin):
         return b""
-    found = read(most_bytes + 1) or b""  # None of a descriptor that doesn't block
+    found = read(most_bytes + 1) or b""  # a non-blocking descriptor without data gives None
     return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else bytes(found)
 
 

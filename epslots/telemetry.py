@@ -1,13 +1,14 @@
-"""What one rank's layers did: counters kept beside the hot path, and the table people read.
+"""What one rank's layers did: counters since loading, counted beside the hot path, and windows cut from them.
 
-To add a counter, add a field to ``LayerStats`` and count it with ``Telemetry.count``: sums over ranks, messages and JSON
-follow.
+To add a counter, add a field to ``LayerStats`` and count it with ``Telemetry.count``. The table, sums over ranks, messages and
+JSON follow from the field. Controllers receive the counters that are fields of ``LoadWindow``, too.
+
+Legend of shape suffixes: L MoE layers, E experts of the largest layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,64 +22,65 @@ from epslots.planner.reuse_distance import count_distances
 
 
 class LayerStats(msgspec.Struct, frozen=True):
-    """Counters of one MoE layer on one rank since loading. One *use* is one expert that the rank computes in one step.
-
-    Attributes:
-        layer: the experts module's path in the model.
-        slots: slots that the layer has, of ``num_experts``.
-        tokens_per_expert: (token, k) pairs of this rank's tokens routed to each expert, whoever computes them.
-        steps: forward passes with at least one token, on whichever rank.
-        hits: uses that found the expert in a slot.
-        misses: uses that had to fetch it first.
-        passes: passes over part of the layer's experts; equal to ``steps`` when the slots suffice.
-        hosted: misses that weren't fetched, but computed by the host's CPU.
-        evictions: experts that gave way to a fetch.
-        host_bytes: bytes fetched from the host store, first filling included.
-        peer_bytes: bytes fetched from other ranks' slots.
-        pairs_sent: (token, k) pairs of this rank's tokens that other ranks computed.
-        pairs_received: pairs of other ranks' tokens that this rank computed.
-        prefetches: experts fetched before the layer's router had asked for them. Their bytes count above.
-        late: hits of these whose fetch was still under way.
-        stall_s: seconds the host spent on demand fetches (on CUDA: queueing them; the copies run beside it).
-        moves: experts fetched for a placement's sake, at the end of a step. Their bytes count above.
-        move_s: seconds the host spent on these.
-        hosted_s: seconds the host's CPU spent on experts that weren't fetched.
-        layer_s: seconds the host spent in the layer (on CUDA: queueing its work, and waiting for counts).
-        wait_s: of these, waiting for other ranks' counts.
-    """
+    """Counters of one MoE layer on one rank since loading. One *use* is one expert that the rank computes in one step."""
 
     layer: str
+    """The experts module's path in the model."""
     num_experts: int
     slots: int
+    """Slots that the layer has, of ``num_experts``."""
     tokens_per_expert: tuple[int, ...]
+    """(token, k) pairs of this rank's tokens routed to each expert, on whichever rank they are computed."""
     steps: int
+    """Forward passes with at least one token, on whichever rank."""
     hits: int
+    """Uses that found the expert in a slot."""
     misses: int
+    """Uses that had to fetch it first."""
     passes: int
+    """Passes over part of the layer's experts; equal to ``steps`` when the slots suffice."""
     hosted: int
+    """Misses that weren't fetched, but computed on the host's CPU."""
     evictions: int
+    """Experts that lost their slot to a fetch."""
     host_bytes: int
+    """Bytes fetched from the host store, first filling included."""
     peer_bytes: int
+    """Bytes fetched from other ranks' slots."""
     pairs_sent: int
+    """(token, k) pairs of this rank's tokens that other ranks computed."""
     pairs_received: int
+    """Pairs of other ranks' tokens that this rank computed."""
     prefetches: int
+    """Experts fetched before the layer's router had asked for them. Their bytes count above."""
     late: int
+    """Hits on prefetched experts whose fetch was still in flight."""
     stall_s: float
+    """Seconds the host spent on demand fetches (on CUDA: queueing them; the copies run beside it)."""
     moves: int
+    """Experts fetched by migrations, at the end of a step. Their bytes count above."""
     move_s: float
+    """Seconds the host spent on migrations."""
     hosted_s: float
+    """Seconds the host's CPU spent computing experts."""
     layer_s: float
+    """Seconds the host spent in the layer (on CUDA: queueing its work, and waiting for counts)."""
     wait_s: float
+    """Part of ``layer_s``: waiting for other ranks' counts."""
 
     @property
     def bytes_fetched(self) -> int:
-        """Bytes of experts that came into slots, wherever from."""
+        """Bytes of experts that came into slots, from the host store and from other ranks."""
         return self.host_bytes + self.peer_bytes
 
     @property
     def hit_rate(self) -> float:
         """Hits per use; 1.0 before the first use."""
-        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+        return _hit_rate(self.hits, self.misses)
+
+
+def _hit_rate(hits: int, misses: int) -> float:
+    return hits / (hits + misses) if hits + misses else 1.0
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -86,37 +88,41 @@ class Stats(msgspec.Struct, frozen=True):
 
     layers: tuple[LayerStats, ...]
 
+    def total(self, counter: str) -> Any:
+        """The sum over layers of a number of ``LayerStats``, by its name."""
+        return sum(getattr(layer, counter) for layer in self.layers)
+
     @property
     def hits(self) -> int:
-        return sum(layer.hits for layer in self.layers)
+        return self.total("hits")
 
     @property
     def misses(self) -> int:
-        return sum(layer.misses for layer in self.layers)
+        return self.total("misses")
 
     @property
     def hit_rate(self) -> float:
         """Hits per use over all layers; 1.0 before the first use."""
-        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+        return _hit_rate(self.hits, self.misses)
 
     @property
     def bytes_fetched(self) -> int:
-        return sum(layer.bytes_fetched for layer in self.layers)
+        return self.total("bytes_fetched")
 
     @property
     def stall_s(self) -> float:
-        return sum(layer.stall_s for layer in self.layers)
+        return self.total("stall_s")
 
 
-# Fields of LayerStats that tell of the layer; all others are counters.
-_OF_THE_LAYER = {"layer", "num_experts", "slots", "tokens_per_expert"}
-# All ranks of a group make the same steps: these don't add up. Fields that differ on no rank stay as they are.
-_LARGEST_OF_RANKS = {"steps", "passes"}
-_SAME_ON_RANKS = {"layer", "num_experts"}
+# Fields of LayerStats that describe the layer; all others are counters.
+_DESCRIPTION = {"layer", "num_experts", "slots", "tokens_per_expert"}
 COUNTERS: dict[str, float] = {
-    field.name: field.type() for field in msgspec.structs.fields(LayerStats) if field.name not in _OF_THE_LAYER
+    field.name: field.type() for field in msgspec.structs.fields(LayerStats) if field.name not in _DESCRIPTION
 }
 """Every counter of a layer by name, at 0 or 0.0."""
+# All ranks of a group make the same steps: the largest of these is the sum. The layer itself is the same on all ranks.
+_LARGEST_OF_RANKS = {"steps", "passes"}
+_SAME_ON_RANKS = {"layer", "num_experts"}
 
 
 def sum_over_ranks(stats: Sequence[Stats]) -> Stats:
@@ -143,98 +149,88 @@ class Telemetry:
     def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:
         self._layers = tuple(layers)
         self._slots = list(slots)
-        count = len(self._layers)
-        experts = max(layer.num_experts for layer in layers)
-        # One row more than experts: ids beyond the last expert (experts that carry no weights) are counted there.
-        self._tokens = np.zeros((count, experts + 1), np.int64)
-        self._device_tokens = torch.zeros((count, experts + 1), dtype=torch.int64, device=device)
-        self._device_uses = torch.zeros(count, dtype=torch.int64, device=device)
+        count, experts = len(self._layers), max(layer.num_experts for layer in layers)
+        # The table [counter][layer]; lists, because adding to a numpy item takes twice as long.
+        self._counts = {name: [zero] * count for name, zero in COUNTERS.items()}
+        self._uses_LE = np.zeros((count, experts), np.int64)
+        self._reuse_LD = np.zeros((count, experts + 1), np.int64)
+        # Ids from the last expert on (experts without weights) are counted in one column more.
+        self._tokens_LX = np.zeros((count, experts + 1), np.int64)
+        self._device_tokens_LX = torch.zeros((count, experts + 1), dtype=torch.int64, device=device)
+        self._device_hits_L = torch.zeros(count, dtype=torch.int64, device=device)
         # Views made once: indexing a tensor costs as much as adding to it.
-        self._device_rows = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens, layers, strict=True)]
-        self._device_use = list(self._device_uses)
-        self._counts = [dict(COUNTERS) for _ in self._layers]
-        self._uses = np.zeros((count, experts), np.int64)
-        self._reuse = np.zeros((count, experts + 1), np.int64)
+        tokens_X = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens_LX, layers, strict=True)]
+        self._device_views = list(zip(tokens_X, self._device_hits_L, strict=True))
 
     def count(self, layer: int, **amounts: float) -> None:
         """Add to counters of a layer, by their names in ``LayerStats``."""
-        counts = self._counts[layer]
+        counts = self._counts
         for name, amount in amounts.items():
-            counts[name] += amount
+            counts[name][layer] += amount
 
     def count_resident(self, layer: int, counts: torch.Tensor) -> None:
-        """A step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
-        self._device_rows[layer].add_(counts)
-        self._device_use[layer].add_(torch.count_nonzero(counts[:-1]))
-        own = self._counts[layer]
-        own["steps"] += 1
-        own["passes"] += 1
-
-    def count_device(self, layer: int, *, steps: int, misses: int) -> None:
-        """What a device did by itself: steps that were replayed without the host, and misses among the uses of
-        ``count_resident``, which takes all for hits.
-        """
-        self.count(layer, steps=steps, passes=steps, hits=-misses, misses=misses)
+        """Count a step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
+        tokens_X, hits = self._device_views[layer]
+        tokens_X.add_(counts)
+        hits.add_(torch.count_nonzero(counts[:-1]))
+        self._counts["steps"][layer] += 1
+        self._counts["passes"][layer] += 1
 
     def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, passes: int) -> None:
-        """A step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
-        self._tokens[layer, : len(counts)] += counts
+        """Count a step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
+        self._tokens_LX[layer, : len(counts)] += counts
         self.count(layer, steps=1, hits=hits, misses=misses, passes=passes)
 
     def count_uses(self, layer: int, used_E: BoolArray) -> None:
-        """The experts that a step uses on whichever rank. Layers that miss nothing on any rank don't say."""
-        self._uses[layer, : len(used_E)] += used_E
+        """Count the experts that a step uses on any rank. Layers that miss nothing on any rank need not call it."""
+        self._uses_LE[layer, : len(used_E)] += used_E
 
     def count_reuse(self, layer: int, distances: IntArray) -> None:
-        """Stack distances of some step's uses (``reuse_distance.py``)."""
-        count_distances(self._reuse[layer], distances)
+        """Count stack distances of a step's uses, int64 [uses] (``reuse_distance.py``)."""
+        count_distances(self._reuse_LD[layer], distances)
 
     def set_slots(self, layer: int, slots: int) -> None:
-        """The layer has so many slots from now on."""
+        """Note the layer's number of slots from now on."""
         self._slots[layer] = slots
 
     def snapshot(self) -> Stats:
         """All counters as they are now. Synchronises with the device."""
-        tokens = self._tokens + self._device_tokens.cpu().numpy()
+        counts, tokens_LX = self._all_counts(), self._all_tokens()
         return Stats(
             tuple(
                 LayerStats(
                     layer=spec.name,
                     num_experts=spec.num_experts,
                     slots=self._slots[i],
-                    tokens_per_expert=tuple(tokens[i, : spec.num_experts].tolist()),
-                    **counts,  # type: ignore[arg-type]
+                    tokens_per_expert=tuple(tokens_LX[i, : spec.num_experts].tolist()),
+                    **{name: values[i] for name, values in counts.items()},  # type: ignore[arg-type]
                 )
-                for i, (spec, counts) in enumerate(zip(self._layers, self._all_counts(), strict=True))
+                for i, spec in enumerate(self._layers)
             )
         )
 
-    def totals(self) -> Totals:
-        """What windows are cut from, as it is now. Synchronises with the device."""
+    def totals(self) -> dict[str, np.ndarray]:
+        """The counters that windows are cut from, by their names in ``LoadWindow``. Synchronises with the device.
+
+        Returns:
+            [L] of each number, int64 or float64; int64 [L, E] of tokens and uses, [L, E + 1] of stack distances.
+        """
         counts = self._all_counts()
-        return Totals(
-            steps=int(max(layer["steps"] for layer in counts)),
-            arrays=(self._tokens[:, :-1] + self._device_tokens[:, :-1].cpu().numpy(), self._uses.copy(), self._reuse.copy()),
-            counts={name: [layer[name] for layer in counts] for name in _OF_WINDOWS},
-        )
+        arrays = {"tokens": self._all_tokens()[:, :-1], "uses": self._uses_LE.copy(), "reuse": self._reuse_LD.copy()}
+        return arrays | {name: np.array(counts[name]) for name in _WINDOW_COUNTERS}
 
-    def _all_counts(self) -> list[dict[str, float]]:
-        """The counters of each layer, with the uses that were counted on the device."""
-        uses = self._device_uses.tolist()
-        return [counts | {"hits": counts["hits"] + more} for counts, more in zip(self._counts, uses, strict=True)]
+    def _all_counts(self) -> dict[str, list[float]]:
+        """The table, with the hits that were counted on the device."""
+        hits = [a + b for a, b in zip(self._counts["hits"], self._device_hits_L.tolist(), strict=True)]
+        return self._counts | {"hits": hits}
 
-
-# Counters of each layer that a window has.
-_OF_WINDOWS = [name for name in LoadWindow.__struct_fields__ if name in COUNTERS.keys() - {"steps"}]
+    def _all_tokens(self) -> IntArray:
+        """Tokens of each layer and expert, host's and device's, int64 [L, E + 1]."""
+        tokens_LX: IntArray = self._tokens_LX + self._device_tokens_LX.cpu().numpy()
+        return tokens_LX
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Counters since loading: arrays in the order of a ``LoadWindow``'s fields, the others by name and layer."""
-
-    steps: int
-    arrays: tuple[IntArray, ...]
-    counts: dict[str, list[float]]
+_WINDOW_COUNTERS = [name for name in LoadWindow.__struct_fields__ if name in COUNTERS]
 
 
 class WindowMeter:
@@ -245,13 +241,18 @@ class WindowMeter:
         self._last = telemetry.totals()
 
     def cut(self, seconds: float) -> LoadWindow:
-        """What was counted since the last cut, which was so long ago."""
-        last, self._last = self._last, self._telemetry.totals()
-        now = self._last
-        tokens, uses, reuse = (np.subtract(a, b, dtype="<i8").tobytes() for a, b in zip(now.arrays, last.arrays, strict=True))
-        counts: dict[str, Any] = {
-            name: tuple(a - b for a, b in zip(values, last.counts[name], strict=True)) for name, values in now.counts.items()
-        }
-        # A prefetch of the last window may have been given up in this one.
-        counts["host_bytes"] = tuple(max(0, more) for more in counts["host_bytes"])
-        return LoadWindow(steps=now.steps - last.steps, seconds=seconds, tokens=tokens, uses=uses, reuse=reuse, **counts)
+        """The counts since the last cut, ``seconds`` ago."""
+        last, now = self._last, self._telemetry.totals()
+        self._last = now
+        counts = {name: total - last[name] for name, total in now.items()}
+        counts["steps"] = now["steps"].max() - last["steps"].max()
+        # A prefetch that was counted in the last window may have been cancelled in this one.
+        counts["host_bytes"] = np.maximum(counts["host_bytes"], 0)
+        return LoadWindow(seconds=seconds, **{name: _encode(count) for name, count in counts.items()})
+
+
+def _encode(count: np.ndarray) -> Any:
+    """A count as a ``LoadWindow`` has it: a number, a tuple [L], or the bytes of an array [L, any number]."""
+    if count.ndim == 2:
+        return count.astype("<i8").tobytes()
+    return tuple(count.tolist()) if count.ndim else count.item()

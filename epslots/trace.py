@@ -1,10 +1,13 @@
-"""Routing traces: which experts each token chose, in every layer. What policies, placements and predictors are judged on.
+"""Routing traces: which experts each token chose, in every layer. Policies, placements and predictors are evaluated on them.
 
-A trace is an ``.npz`` with ``expert_ids`` int16 [steps, layers, k] (one row a token, sequence after sequence, -1 where a
-layer has fewer than k, and for experts without weights), ``starts`` int64 [sequences] (each sequence's first row) and
-``num_experts`` int64 [layers].
-``probs`` float16 [steps, layers, experts] is optional: the softmax of each layer's router over all experts, zeros beyond the
-layer's own and where its router isn't one that can be applied (``routers.py``).
+A trace is an ``.npz`` file of
+
+    expert_ids    int16 [steps, layers, k], one row per token, sequence after sequence; -1 where a layer has fewer than k
+                  experts per token, and for experts without weights
+    starts        int64 [sequences], each sequence's first row
+    num_experts   int64 [layers]
+    probs         optional, float16 [steps, layers, experts]: the softmax of each layer's router over all experts; zeros beyond
+                  the layer's own, and where its router is no linear map (``routers.py``)
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError
+from epslots.given_files import write_whole
 from epslots.models.experts import experts_modules
 from epslots.npz import read_arrays
 from epslots.placement.placement import check_size
@@ -51,33 +54,28 @@ class Trace:
         Raises:
             ConfigError: it can't be written.
         """
-        path = Path(path)
         arrays: dict[str, NDArray[Any]] = {name: array for name, array in vars(self).items() if array is not None}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **arrays)
-            temporary.replace(path)
-        except OSError as error:
-            raise ConfigError(f"{path} can't be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with write_whole(path) as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read and check a trace.
 
         Raises:
-            ConfigError: not a routing trace: which field is wrong, and how it should be.
+            ConfigError: no routing trace; names the field that is wrong, and its allowed values.
         """
         return cls.of_arrays(read_arrays(path, "a routing trace"), os.fspath(path))
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, NDArray[Any]], name: str) -> Trace:
-        """Check a file's arrays.
+        """The trace of a file's arrays, checked.
+
+        Args:
+            name: of the file, for messages.
 
         Raises:
-            ConfigError: as ``load``.
+            ConfigError: no routing trace; names the field that is wrong, and its allowed values.
         """
         if missing := {"expert_ids", "starts", "num_experts"} - arrays.keys():
             raise ConfigError(f"{name} is not a routing trace: it has no {', '.join(sorted(missing))}")
@@ -99,13 +97,13 @@ class Trace:
                 f"probs is {probs.dtype}{list(probs.shape)}; it must be float16 {[*ids.shape[:2], int(experts.max())]}, "
                 f"[steps, layers, most experts of a layer]"
             )
-        if probs is not None and not ((probs >= 0) & (probs <= _MOST_PROBABILITY)).all():  # what is no number is neither
+        if probs is not None and not ((probs >= 0) & (probs <= _MOST_PROBABILITY)).all():  # NaN compares False
             raise ConfigError("probs has values that are no probabilities; allowed: 0 to 1")
         return cls(ids, starts.astype(np.int64), experts.astype(np.int64), probs)
 
 
 def _check_starts(starts: NDArray[Any], steps: int) -> None:
-    """Refuse first rows of sequences that aren't those of a trace of so many steps."""
+    """Refuse first rows of sequences that can't be those of a trace of ``steps`` rows."""
     if not np.issubdtype(starts.dtype, np.integer):
         raise ConfigError(f"starts is {starts.dtype}; it must be int64 [sequences]")
     first = starts[:1].tolist() == [0] or not steps
@@ -131,7 +129,7 @@ class TraceRecorder:
     """Collects the routing of a model's forward passes, sequence by sequence. Made by ``record_trace``.
 
     Args:
-        routers: of the layers whose probabilities are recorded too; None: of none.
+        routers: of all layers, to record their probabilities; None where a layer has no linear router. None: record none.
     """
 
     def __init__(self, runtime: Runtime, routers: Sequence[Router | None] | None = None) -> None:
@@ -144,31 +142,31 @@ class TraceRecorder:
         self._layer_probs: dict[int, torch.Tensor] = {}
 
     def observe(self, layer: int, index_TK: torch.Tensor) -> None:
-        """A layer's routing of the pass under way."""
+        """Take a layer's routing in the running forward pass, int64 [T, K]."""
         experts = self._experts[layer]
         self._layer_ids[layer] = index_TK.detach().masked_fill(index_TK >= experts, -1).to(torch.int16).cpu()
 
     def observe_input(self, layer: int, hidden_TH: torch.Tensor) -> None:
-        """What a layer's experts are given in the pass under way, of any number of leading axes."""
+        """Take the input of a layer's experts in the running forward pass, [..., H]."""
         assert self._routers is not None
         router = self._routers[layer]
         if router is not None:
             probs_TE = router.logits(hidden_TH.detach().flatten(0, -2)).softmax(-1)
             self._layer_probs[layer] = probs_TE[:, : self._experts[layer]].to(torch.float16).cpu()
 
-    def end_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A forward hook: sort the pass's tokens into their sequences."""
+    def end_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Sort the tokens of a forward pass into their sequences; a forward hook of the model."""
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         batch, length = inputs.shape[:2]
-        rows = self._take_pass()
+        rows = self._take_rows()
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
             real_BT = mask[:, -length:].bool().cpu().numpy()
         else:
             real_BT = np.ones((batch, length), bool)
         cache = kwargs.get("past_key_values")
-        # The hook runs after the pass: a cache that holds no more than this pass's tokens was empty before it.
+        # The hook runs after the forward pass: a cache that holds no more than its tokens was empty before it.
         if cache is None or cache.get_seq_length() <= length or len(self._open) != batch:
             self._close_sequences()
             self._open = [[] for _ in range(batch)]
@@ -176,13 +174,13 @@ class TraceRecorder:
             here = slice(row * length, (row + 1) * length)
             sequence.append(tuple(array[here][real_BT[row]] for array in rows))
 
-    def _take_pass(self) -> _Rows:
-        """The pass's tokens, with -1 where a layer has a smaller k, or saw some of the tokens only (and no probabilities)."""
+    def _take_rows(self) -> _Rows:
+        """The tokens' rows; -1 where a layer has a smaller k or saw part of the tokens, and no probabilities in the latter."""
         seen = {layer: ids.numpy() for layer, ids in self._layer_ids.items()}
         tokens, top_k = (max(ids.shape[axis] for ids in seen.values()) for axis in (0, 1))
         ids_TLK = np.full((tokens, len(self._experts), top_k), -1, np.int16)
         for layer, ids in seen.items():
-            if len(ids) == tokens:  # a layer that took part of the tokens alone can't say which
+            if len(ids) == tokens:  # a layer that saw part of the tokens doesn't know which
                 ids_TLK[:, layer, : ids.shape[1]] = ids
         self._layer_ids.clear()
         if self._routers is None:
@@ -201,7 +199,7 @@ class TraceRecorder:
         self._open = []
 
     def trace(self) -> Trace:
-        """Everything recorded so far."""
+        """The trace of all that was recorded so far."""
         self._close_sequences()
         experts = np.array(self._experts, np.int64)
         if not self._finished:
@@ -230,10 +228,10 @@ def record_trace(model: PreTrainedModel, *, probs: bool = False) -> Iterator[Tra
     modules = experts_modules(model) if probs else {}
     recorder = TraceRecorder(runtime, find_routers(model, modules) if probs else None)
     with ExitStack() as stack:
-        hook = model.register_forward_hook(recorder.end_pass, with_kwargs=True)
+        hook = model.register_forward_hook(recorder.end_forward, with_kwargs=True)
         stack.callback(hook.remove)
         for layer, module in enumerate(modules.values()):
-            hook = module.register_forward_pre_hook(partial(_tell_input, recorder, layer), with_kwargs=True)
+            hook = module.register_forward_pre_hook(partial(_observe_input, recorder, layer), with_kwargs=True)
             stack.callback(hook.remove)
         for runner in runtime.runners:
             runner.observe(recorder.observe)
@@ -241,8 +239,8 @@ def record_trace(model: PreTrainedModel, *, probs: bool = False) -> Iterator[Tra
         yield recorder
 
 
-def _tell_input(
+def _observe_input(
     recorder: TraceRecorder, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """A forward hook: an experts module's first argument is the hidden states."""
+    """Pass an experts module's first argument, its hidden states, to the recorder; a forward hook."""
     recorder.observe_input(layer, args[0] if args else kwargs["hidden_states"])

@@ -30,7 +30,7 @@ def parse_bytes(text: str, setting: str = "size") -> int:
 
 
 MOST_STEP_BYTES = 2**60
-"""What may be fetched in a step is less: so budgets stay int64, whatever is added to them."""
+"""Bound of the bytes that may be fetched in a step: sums of budgets stay within int64."""
 
 
 def format_bytes(size: float) -> str:
@@ -53,7 +53,7 @@ def format_count(count: int) -> str:
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """What a link carries, and how long it takes to begin."""
+    """A link's bandwidth, and the latency of each transfer."""
 
     bytes_per_s: int
     latency_s: float = 0.0
@@ -82,7 +82,7 @@ def parse_link(text: str) -> LinkSpeed:
 
 @dataclass(frozen=True)
 class SlotsSetting:
-    """How many slots a rank holds: exactly one field is set; none of them means ``"auto"``.
+    """Number of slots of a rank. At most one field is set; none means ``"auto"``.
 
     Attributes:
         per_layer: slots in each MoE layer.
@@ -111,7 +111,7 @@ def parse_slots(value: int | str | SlotsSetting) -> SlotsSetting:
 
     Args:
         value: an int (slots per MoE layer and rank), ``"25%"`` (of each layer's experts), ``"12GiB"``
-            (bytes of the whole pool) or ``"auto"`` (what is left beside everything else).
+            (bytes of the whole pool) or ``"auto"`` (the memory left by everything else).
 
     Raises:
         ConfigError: anything else, zero, a negative number, or more than 100 %.
@@ -143,8 +143,8 @@ class PrefetchSetting:
     """The ``prefetch`` setting.
 
     Attributes:
-        on: whether anything is fetched ahead, where a link carries it meanwhile.
-        bytes_per_step: what a rank may fetch in a step before nothing more is fetched ahead; None = no bound.
+        on: whether experts are fetched ahead, where copies run beside computing.
+        bytes_per_step: bytes that a rank may fetch in a step before it stops fetching ahead; None = no bound.
     """
 
     on: bool = True

@@ -1,4 +1,7 @@
-"""Is the host store still what was built, and is that what the checkpoint holds?"""
+"""Verifying a host store: are its bytes those that were built, and do these equal the checkpoint?
+
+Called by ``epslots verify``.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,23 @@ def check_store(
     against_checkpoint: bool = False,
     progress: bool | None = None,
 ) -> tuple[int, list[str]]:
-    """Hold every record of a model's host store (built if there is none) against its digest.
+    """Compare the records of a model's host store with their digests. Builds a missing store.
 
     Args:
-        against_checkpoint: also convert each expert again from the checkpoint and compare; finds what changed there.
+        path_or_id: a checkpoint's folder, or its id on the Hugging Face hub.
+        dtype: of the weights, by name; "auto" = the checkpoint's.
+        cache_dir: the folder of stores; the user's cache folder by default.
+        against_checkpoint: also convert each expert from the checkpoint again, and compare; finds checkpoints that changed.
+        progress: show progress bars; by default when standard error is a terminal.
 
     Returns:
         The number of experts, and one line for each that differs.
 
     Raises:
-        EpslotsError: as ``load``.
+        EpslotsError: the model can't be loaded.
     """
-    link = (
-        "1000GB/s" if torch.cuda.is_available() else None
-    )  # a store for a GPU keeps quantised experts packed, as one for a link
+    # The store that a GPU uses keeps quantised experts packed; on the CPU, so does that of an emulated link.
+    link = "1000GB/s" if torch.cuda.is_available() else None
     model = load(
         path_or_id,
         slots=1,

@@ -19,7 +19,6 @@ from cluster.driver.backend import Backend, WorkerDied
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread, Pulse
 from cluster.driver.request_router import Caller, RequestRouter
-from cluster.driver.start_display import StartDisplay
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.worker_pool import WorkerPool
 from cluster.driver.workers import Deadlines, LiveWorker, WorkerState
@@ -46,6 +45,7 @@ from cluster.messages.rank import (
 )
 from epslots.engine.requests import Request
 from epslots.planner.cost_model import Costs
+from epslots.progress import StartDisplay
 
 logger = logging.getLogger("epslots.cluster")
 

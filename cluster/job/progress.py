@@ -1,21 +1,15 @@
-"""How far a job is, on standard error: a bar in a terminal, and a line from time to time in a log."""
+"""The progress of a job on standard error: its numbers, its warnings and its last line."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from epslots.streams import is_terminal, say
+from epslots.progress import LoggedProgress
 
 MOST_WARNINGS = 10
-LOG_EVERY_S = 10.0
-_LOG_PARTS = 10
 
 
 @dataclass
@@ -39,36 +33,29 @@ class Counts:
 
 
 class JobProgress:
-    """Says how a job goes.
+    """Shows how far a job is.
 
     Args:
         counts: kept by the job.
-        stream: where to; a bar is drawn if it is a terminal.
+        stream: standard error by default; a bar is drawn if it is a terminal.
         clock: seconds.
     """
 
     def __init__(self, counts: Counts, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._counts = counts
-        self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._began_s = self._told_s = clock()
-        self._told_part = 0
+        self._began_s = clock()
         self._warnings = 0
-        columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        drawn = is_terminal(self._stream)
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(file=self._stream), disable=not drawn)
-        self._task = self._bar.add_task("", total=counts.total, completed=counts.done)
+        self._progress = LoggedProgress("prompts", counts.total, done=counts.done, stream=stream, clock=clock)
+        self.say = self._progress.say
 
     def start(self) -> None:
         """The cluster serves: time counts from here."""
-        self._began_s = self._told_s = self._clock()
-        self._told_part = self._part()
-        self._bar.start()
-        if self._bar.disable:
-            self.say(self._state())
+        self._began_s = self._clock()
+        self._progress.start(self._counts.done, self._state())
 
     def warn(self, text: str) -> None:
-        """Say what is wrong with a prompt; the first few of them."""
+        """Print a prompt's problem; the first few of them."""
         self._warnings += 1
         if self._warnings <= MOST_WARNINGS:
             self.say(f"warning: {text}")
@@ -77,31 +64,17 @@ class JobProgress:
 
     def advance(self) -> None:
         """Another prompt is done."""
-        now = self._clock()
-        self._bar.update(self._task, completed=self._counts.done, description=self._rate())
-        if self._bar.disable and (now - self._told_s >= LOG_EVERY_S or self._part() > self._told_part):
-            self._told_s, self._told_part = now, self._part()
-            self.say(self._state())
+        self._progress.update(self._counts.done, self._rate(), self._state)
 
     def finish(self, how: str) -> None:
-        """The last word."""
-        self._bar.stop()
+        """Print the last line."""
+        self._progress.stop()
         counts = self._counts
         parts = [f"{counts.done:,} of {counts.total:,} prompts done"]
         if counts.before:
             parts.append(f"{counts.before:,} of them in earlier runs")
         parts += [f"{counts.all_errors:,} with errors", f"{counts.tokens:,} new tokens", self._rate()]
         self.say(f"{how}: {', '.join(parts)}")
-
-    def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._bar.disable:
-            say(text, self._stream)
-        else:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _part(self) -> int:
-        return self._counts.done * _LOG_PARTS // max(1, self._counts.total)
 
     def _rate(self) -> str:
         seconds = self._clock() - self._began_s

@@ -259,7 +259,7 @@ class RankLoop:
             execute_predicted=load.execute_predicted,
             host_compute=load.host_compute,
             batch_invariant=load.batch_invariant,
-            display=ProgressDisplay(tell=self._tell_progress),
+            display=ProgressDisplay(listener=self._tell_progress),
         )
         loaded = time.monotonic()
         self._settings = load
@@ -300,7 +300,7 @@ class RankLoop:
             shared = shared_settings(engine.model, settings.policy)
             if form.fresh:
                 transport.deadline_s = LOAD_DEADLINE_S  # they fill their slots, some from a slow disk
-                display = ProgressDisplay(tell=self._tell_progress)
+                display = ProgressDisplay(listener=self._tell_progress)
                 start_rank(engine.model, transport, settings=shared, costs=form.costs, display=display, placement=placement)
             else:
                 join(engine.model, transport, settings=shared, costs=form.costs, placement=placement)

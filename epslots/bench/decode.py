@@ -248,7 +248,7 @@ def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -
     loader = runtime_of(model).movers[0]
     pool = loader.pool
     count = min(TIMED_RECORDS, pool.quotas[0])
-    loader.land_all()
+    loader.wait_all()
     pool.vacate(0, pool.expert_of[pool.window(0)].copy())
     pool.publish(0)
     kernels = kernels_for(loader)

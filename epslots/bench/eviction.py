@@ -26,9 +26,9 @@ from epslots.bench.drift import kinds_of_text
 from epslots.bench.made_up import DRAWN, PATTERNS
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import BenchReport
-from epslots.counting import counting
 from epslots.example import example_model
 from epslots.planner.cache_policy import POLICIES
+from epslots.progress import counting
 from epslots.simulation.cache_replay import belady, replay, steps_of
 from epslots.simulation.lanes import deal_once
 from epslots.trace import Trace

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import BenchReport, median, ratio_of_rounds
-from epslots.cache.copy_engine import CopyEngine, Put, SynchronousEngine
+from epslots.cache.copy_engine import CopyEngine, SlotWriter, SynchronousEngine
 from epslots.example import example_model
 from epslots.models.experts import RUNNER, experts_modules
 from epslots.planner.cache_policy import DEFAULT_POLICY
@@ -47,9 +47,11 @@ class Waiting(SynchronousEngine):
     def __init__(self, link: CopyEngine) -> None:
         self._link = link
 
-    def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
-        for landing in self._link.start(slots, records, put, urgent=True):
-            self._link.land(landing)
+    def start(
+        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
+    ) -> list[Any]:
+        for transfer in self._link.start(slots, records, write, urgent=True):
+            self._link.wait(transfer)
         return []
 
 

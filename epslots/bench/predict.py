@@ -22,16 +22,17 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.bench.report import BenchReport
-from epslots.counting import counting
 from epslots.engine.text import load_tokenizer
 from epslots.example import example_model
 from epslots.example_text import library_texts
 from epslots.models.experts import experts_modules
-from epslots.prefetch.fit import Seen, Settings, cut_windows, fit, recalled, record
+from epslots.prefetch.fit import FitSettings, count_recalled, fit
 from epslots.prefetch.predictor import Estimator, Predictor
-from epslots.prefetch.predictor_file import FILE_NAME, load_predictor, naive_predictor
-from epslots.prefetch.predictor_kernel import CERTAIN
+from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, load_predictor, router_predictor
+from epslots.prefetch.predictor_kernel import USAGE_SCALE
+from epslots.prefetch.recording import LayerRecording, cut_windows, record
 from epslots.prefetch.routers import Router, find_routers
+from epslots.progress import counting
 from epslots.runtime import predictor_of, runtime_of
 
 DISTANCES = (1, 2, 3)
@@ -61,14 +62,14 @@ def bench_predict(
     with counting("recording held-out text", len(held_SW)) as advance:
         seen = record(model, held_SW, range(len(runtime_of(model).layers)), advance)
     routers = [router for router in find_routers(model, experts_modules(model)) if router is not None]
-    predictor = load_predictor(example_model() / FILE_NAME, model)
+    predictor = load_predictor(example_model() / PREDICTOR_FILE_NAME, model)
     report.table("recall on held-out text, one layer ahead, as shipped", recalls(seen, routers, predictor.estimators, 1))
     report.table(
         "recall of the first layer's experts for the next token, told by the last layer", to_next_token(seen, predictor)
     )
     known_SW = windows_of(model, library_texts(held_out=False), tokens)
     for distance in DISTANCES:
-        fits, _ = fit(model, known_SW, Settings(tokens=tokens, distance=distance), counting)
+        fits, _ = fit(model, known_SW, FitSettings(tokens=tokens, distance=distance), counting)
         title = f"recall on held-out text, distance {distance}, fitted here on {known_SW.numel():,} tokens"
         report.table(title, recalls(seen, routers, fits, distance))
     report.table("usage as told, and as it was (as shipped, all layers)", calibration(predictor, seen))
@@ -90,7 +91,7 @@ def windows_of(model: PreTrainedModel, texts: Sequence[str], tokens: int) -> tor
 
 
 def recalls(
-    seen: dict[int, Seen], routers: Sequence[Router], fits: Sequence[Estimator | None], distance: int
+    seen: dict[int, LayerRecording], routers: Sequence[Router], fits: Sequence[Estimator | None], distance: int
 ) -> list[dict[str, Any]]:
     """A row for each layer, and their mean: of its own router on an earlier layer's hidden states, and of the estimator."""
     rows: list[dict[str, Any]] = []
@@ -105,7 +106,7 @@ def recalls(
     return [*rows, {"layer": "mean", **mean, "token before": ""}]
 
 
-def to_next_token(seen: dict[int, Seen], predictor: Predictor) -> list[dict[str, Any]]:
+def to_next_token(seen: dict[int, LayerRecording], predictor: Predictor) -> list[dict[str, Any]]:
     """What the last layer tells of the first."""
     last, estimator = max(seen), predictor.estimators[max(seen)]
     assert estimator is not None, "it is fitted"
@@ -115,13 +116,13 @@ def to_next_token(seen: dict[int, Seen], predictor: Predictor) -> list[dict[str,
         rows_WH = hidden_WH.float()
         if estimator.history:
             rows_WH = torch.cat([rows_WH, functional.pad(rows_WH, (0, 0, 1, 0))[:-1]], 1)
-        found += recalled(estimator.logits(rows_WH[:-1]), index_WK[1:])
+        found += count_recalled(estimator.logits(rows_WH[:-1]), index_WK[1:])
     at_k, at_2k = (found / index_SWK[:, 1:].numel()).tolist()
     return [{"layer": "0, next token", "fitted at k": at_k, "fitted at 2k": at_2k, "token before": str(estimator.history)}]
 
 
 def recall(
-    seen: Seen, target_NK: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], *, history: bool
+    seen: LayerRecording, target_NK: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], *, history: bool
 ) -> list[float]:
     """The share of the chosen experts that are among the likeliest k, and 2k."""
     found = torch.zeros(2)
@@ -130,23 +131,23 @@ def recall(
         if history:  # whole windows: a window's first token has none before it
             before_SWH = functional.pad(rows_NH.unflatten(0, (-1, WINDOW)), (0, 0, 1, 0))[:, :-1]
             rows_NH = torch.cat([rows_NH, before_SWH.flatten(0, 1)], 1)
-        found += recalled(logits(rows_NH), target_NK[start : start + _ROWS])
+        found += count_recalled(logits(rows_NH), target_NK[start : start + _ROWS])
     return [float(share) for share in found / target_NK.numel()]
 
 
-def calibration(predictor: Predictor, seen: dict[int, Seen]) -> list[dict[str, Any]]:
+def calibration(predictor: Predictor, seen: dict[int, LayerRecording]) -> list[dict[str, Any]]:
     """How often experts were used of which the same was told, step by step as at run time, for batches of several sizes."""
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
         told, was = (np.concatenate(parts) for parts in zip(*steps(predictor, seen, batch), strict=True))
-        bin_of = np.minimum(told * BINS // CERTAIN, BINS - 1)
+        bin_of = np.minimum(told * BINS // USAGE_SCALE, BINS - 1)
         for number in range(BINS):
             here = bin_of == number
             rows.append(
                 {
                     "tokens a step": batch,
                     "told between": f"{number / BINS:.1%} and {(number + 1) / BINS:.1%}",
-                    "told, mean": float(told[here].mean() / CERTAIN) if here.any() else 0.0,
+                    "told, mean": float(told[here].mean() / USAGE_SCALE) if here.any() else 0.0,
                     "was used": float(was[here].mean()) if here.any() else 0.0,
                     "share of all": float(here.mean()),
                 }
@@ -154,7 +155,7 @@ def calibration(predictor: Predictor, seen: dict[int, Seen]) -> list[dict[str, A
     return rows
 
 
-def steps(predictor: Predictor, seen: dict[int, Seen], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def steps(predictor: Predictor, seen: dict[int, LayerRecording], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Usage told, and whether it was: of the experts of each layer and step. Windows run ``batch`` at a time."""
     first_S = torch.arange(JUDGED_WINDOWS) * WINDOW
     with torch.inference_mode():
@@ -173,7 +174,7 @@ def costs(model: PreTrainedModel, predictor: Predictor, rounds: int) -> list[dic
     """Microseconds of one layer's prediction, and of its experts, all resident. Thread time: other processes don't count."""
     runtime, rows = runtime_of(model), []
     experts = runtime.runners[1].experts
-    candidates = {"fitted": predictor, "naive": naive_predictor(model)}
+    candidates = {"fitted": predictor, "naive": router_predictor(model)}
     for tokens in COST_TOKENS:
         hidden_TH = torch.randn(tokens, experts.kernel.hidden_size)
         weights_TK, index_TK = torch.rand(tokens, experts.cache.num_experts).topk(runtime.plan.shape.top_k)
@@ -220,7 +221,7 @@ def without_predictor(folder: Path) -> Iterator[Path]:
     """The same checkpoint in a folder of its own, without the predictor beside it."""
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as other:
         for path in folder.iterdir():
-            if path.name != FILE_NAME:
+            if path.name != PREDICTOR_FILE_NAME:
                 (Path(other) / path.name).symlink_to(path.resolve())
         yield Path(other)
 
@@ -232,7 +233,7 @@ def next_token_loss(
     total, best = 0.0, []
     predictor = predictor_of(model)
     if predictor is not None:  # each row follows the one before; the first begins
-        predictor.follow(torch.arange(windows_SW.shape[1] - 1))
+        predictor.set_previous_rows(torch.arange(windows_SW.shape[1] - 1))
     with torch.inference_mode():
         for window_1W in windows_SW.split(1):
             logits_TV = model(input_ids=window_1W[:, :-1], use_cache=False).logits[0].float()

@@ -16,11 +16,11 @@ import epslots
 from epslots.arrays import IntArray
 from epslots.bench.drift import kinds_of_text
 from epslots.bench.report import BenchReport
-from epslots.counting import counting
 from epslots.example import example_model
 from epslots.placement.slot_quotas import learn_quotas
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.planner.reuse_distance import miss_ratio_curve
+from epslots.progress import counting
 from epslots.simulation.cache_replay import belady, replay, reuse_histogram, steps_of
 from epslots.simulation.lanes import deal_once
 from epslots.trace import Trace

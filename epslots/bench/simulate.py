@@ -11,8 +11,8 @@ import numpy as np
 
 from epslots.bench.quotas import record_texts
 from epslots.bench.report import BenchReport, median
-from epslots.counting import counting
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
+from epslots.progress import counting
 from epslots.simulation.simulate import GROUP_SIZE, Outcome, SimulatedCluster, TrafficShape, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, timing_of
 

@@ -1,13 +1,14 @@
-"""The way of records from the host store into slots: at once, on a copy stream of the GPU, or at an emulated pace.
+"""Copy engines: they bring records from the host store into slots.
 
-A *landing* is one record under way into one slot. Whoever reads the slot waits for it (``land``); whoever overwrites it has it
-stopped if it hasn't begun (``drop``). What is urgent, because a step needs it, goes before what is only expected to be needed,
-and of this the newest goes first: what has waited for long is most likely out of date.
+A *transfer* is one record in flight into one slot. Before a slot is read, its transfer is waited for (``wait``); before it is
+overwritten, its transfer is cancelled (``cancel``). Urgent transfers, which a step needs, go first. Of the others the newest
+goes first: a guess that has waited for long is probably out of date.
 
-    SynchronousEngine          the CPU copies, and the slot is complete on return
-    CudaEngine     CUDA copies beside the kernels; events order the two
-    EmulatedEngine    lets as much time pass as a link of a given speed would take: it makes a machine without a GPU behave
-                    like one with one, so that overlap can be measured there
+    SynchronousEngine   the CPU copies; the slot is complete on return
+    CudaEngine          CUDA copies beside the kernels; events order the two
+    EmulatedEngine      as slow as a link of a given speed: measures without a GPU what would overlap on one
+
+``ExpertLoader`` is the caller.
 """
 
 from __future__ import annotations
@@ -24,27 +25,24 @@ import torch
 from epslots.errors import ConfigError
 from epslots.units import LinkSpeed, parse_link
 
-# Copies that aren't urgent which a GPU has at once: enough to keep its link busy until the host comes by again.
-_SPARE_COPIES = 2
-# Up to this size a record is copied sooner than a thread is woken.
-_SMALL = 256 << 10
-_AWAKE_S = 100e-6
+# Background copies that are queued on a GPU at once: enough to keep its link busy until the engine is called again.
+_QUEUED_BACKGROUND_COPIES = 2
+# Copying a record of up to this size takes less time than waking a thread.
+_INLINE_COPY_BYTES = 256 << 10
+# The end of a wait is spent awake: a sleep takes some 60 us longer than asked for.
+_SPIN_S = 100e-6
 
-Put = Callable[[torch.Tensor, torch.Tensor], object]
-"""Brings a record (uint8, on the host) into a slot (uint8, on the device), queued on the current stream if there is one."""
-
-
-def copy(slot: torch.Tensor, record: torch.Tensor) -> None:
-    """A record that crosses as the slot has it."""
-    slot.copy_(record, non_blocking=True)
+Tensors = Sequence[torch.Tensor]
+SlotWriter = Callable[[torch.Tensor, torch.Tensor], object]
+"""Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 
 
 class CopyEngine(Protocol):
-    """Fills slots.
+    """Fills slots from host memory.
 
     Attributes:
-        concurrent: whether records are on their way while the caller goes on.
-        busy: whether any are now.
+        concurrent: whether transfers proceed while the caller computes.
+        busy: whether any are in flight now.
     """
 
     concurrent: bool
@@ -52,30 +50,35 @@ class CopyEngine(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
-        """Fill slots with records, in order; returns their landings.
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+        """Start one transfer per slot, in order; returns them. An empty list: all slots are complete.
 
-        On return the link may write the slots at any time: nothing that reads their old content may be started later.
+        The slots may be written at any time from now on: no read of their old content may be started after this call.
+
+        Args:
+            slots: uint8 [slot bytes] each, on the device.
+            records: uint8 [record bytes] each, on the host; as many as slots.
+            urgent: whether the running step needs them.
         """
         ...
 
-    def land(self, landing: Any) -> None:
-        """What this thread computes next finds the slot complete. It is urgent from now on."""
+    def wait(self, transfer: Any) -> None:
+        """Make the slot complete for all that this thread computes from now on. The transfer becomes urgent."""
         ...
 
-    def set_urgent(self, landing: Any) -> None:
-        """It is urgent from now on, and goes before what is started later."""
+    def poll(self, transfer: Any) -> bool:
+        """Whether the record has arrived, so that ``wait`` takes no time."""
         ...
 
-    def landed(self, landing: Any) -> bool:
-        """Whether the record is there, so that ``land`` takes no time."""
+    def set_urgent(self, transfer: Any) -> None:
+        """Put the transfer before all that are started later."""
         ...
 
-    def drop(self, landing: Any) -> bool:
-        """The record isn't wanted any more; what is started from now on is written after it.
+    def cancel(self, transfer: Any) -> bool:
+        """Stop the transfer if it hasn't begun; later transfers into its slot are written after it in any case.
 
         Returns:
-            Whether it crosses all the same, or has.
+            Whether the record crosses the link all the same, or has.
         """
         ...
 
@@ -86,141 +89,145 @@ class SynchronousEngine:
     concurrent = False
     busy = False
 
-    def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
-            put(slot, record)
+            write(slot, record)
         return []
 
-    def land(self, landing: Any) -> None:
-        raise AssertionError("nothing is ever under way")
+    def wait(self, transfer: Any) -> None:
+        raise AssertionError("a synchronous engine has no transfer in flight")
 
-    set_urgent = land
+    set_urgent = wait
 
-    def landed(self, landing: Any) -> bool:
-        raise AssertionError("nothing is ever under way")
+    def poll(self, transfer: Any) -> bool:
+        raise AssertionError("a synchronous engine has no transfer in flight")
 
-    drop = landed
+    cancel = poll
 
 
-class _Copy:
-    """One record on its way to a GPU: in the queue of what isn't urgent, or (``event``) on a stream."""
+class _CudaTransfer:
+    """One record in flight to a GPU: in the background queue while ``event`` is None, then on a stream."""
 
-    __slots__ = ("event", "put", "record", "slot")
+    __slots__ = ("event", "record", "slot", "write")
 
-    def __init__(self, slot: torch.Tensor, record: torch.Tensor, put: Put) -> None:
-        self.slot, self.record, self.put = slot, record, put
+    def __init__(self, slot: torch.Tensor, record: torch.Tensor, write: SlotWriter) -> None:
+        self.slot, self.record, self.write = slot, record, write
         self.event: Any = None
 
 
 class CudaEngine:
-    """Copies on two streams of a GPU, one of them for what is urgent; the device serves both in turn.
+    """Copies on two streams of a GPU, one of them urgent; the device serves both in turn.
 
-    What has been queued on a stream can't be taken back. So of what isn't urgent only a few copies are, and the next whenever
-    the host comes by.
+    A copy can't be taken back from a stream. So only a few background copies are on theirs at a time; each call of the engine
+    queues the next.
 
     Args:
-        staging_bytes: the largest record, if the store isn't pinned: then records pass through a pinned buffer, and the host
-            waits for the copy before.
-        cuda: ``torch.cuda``, or what acts like it.
+        staging_bytes: size of the largest record if the store isn't pinned: records then pass through a pinned buffer, and the
+            host waits for the copy before.
+        cuda: ``torch.cuda``, or a fake of it.
     """
 
     concurrent = True
 
     def __init__(self, device: torch.device, staging_bytes: int = 0, cuda: Any = torch.cuda) -> None:
         self._device, self._cuda = device, cuda
-        self._urgent = cuda.Stream(device, priority=-1)  # torch's number for a stream that goes first
-        self._spare = cuda.Stream(device)
+        self._urgent_stream = cuda.Stream(device, priority=-1)  # torch's number for a stream that goes first
+        self._background_stream = cuda.Stream(device)
         self._staging = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True) if staging_bytes else None
-        self._staged: Any = None
-        self._waiting: deque[_Copy] = deque()
-        self._on_spare: deque[_Copy] = deque()
+        self._last_copy: Any = None
+        self._background: deque[_CudaTransfer] = deque()
+        self._on_background_stream: deque[_CudaTransfer] = deque()
         self._lock = threading.Lock()  # a model of two layouts has two pools, which two threads may be in
 
     @property
     def busy(self) -> bool:
         with self._lock:
-            self._go_on()
-        return bool(self._on_spare) or (self._staged is not None and not self._staged.query())
+            self._advance()
+        return bool(self._on_background_stream) or (self._last_copy is not None and not self._last_copy.query())
 
-    def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
-        copies = [_Copy(slot, record, put) for slot, record in zip(slots, records, strict=True)]
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+        transfers = [_CudaTransfer(slot, record, write) for slot, record in zip(slots, records, strict=True)]
         with self._lock:
             if urgent:
-                self._queue(copies, self._urgent)
+                self._queue(transfers, self._urgent_stream)
             else:
-                self._waiting.extendleft(reversed(copies))
-            self._go_on()
-        return copies
+                self._background.extendleft(reversed(transfers))
+            self._advance()
+        return transfers
 
-    def set_urgent(self, landing: _Copy) -> None:
+    def set_urgent(self, transfer: _CudaTransfer) -> None:
         with self._lock:
-            if landing.event is None:
-                self._waiting.remove(landing)
-                self._queue([landing], self._urgent)
+            if transfer.event is None:
+                self._background.remove(transfer)
+                self._queue([transfer], self._urgent_stream)
 
-    def land(self, landing: _Copy) -> None:
-        self.set_urgent(landing)
-        self._cuda.current_stream(self._device).wait_event(landing.event)
+    def wait(self, transfer: _CudaTransfer) -> None:
+        self.set_urgent(transfer)
+        self._cuda.current_stream(self._device).wait_event(transfer.event)
 
-    def landed(self, landing: _Copy) -> bool:
-        return landing.event is not None and landing.event.query()
+    def poll(self, transfer: _CudaTransfer) -> bool:
+        return transfer.event is not None and transfer.event.query()
 
-    def drop(self, landing: _Copy) -> bool:
+    def cancel(self, transfer: _CudaTransfer) -> bool:
         with self._lock:
-            if landing.event is None:
-                if landing in self._waiting:
-                    self._waiting.remove(landing)
+            if transfer.event is None:
+                if transfer in self._background:
+                    self._background.remove(transfer)
                 return False
-        # What is started later waits for the current stream, so this orders it behind the landing on either stream.
-        self._cuda.current_stream(self._device).wait_event(landing.event)
+        # Later transfers wait for the current stream, so this puts them behind this one on either stream.
+        self._cuda.current_stream(self._device).wait_event(transfer.event)
         return True
 
-    def _go_on(self) -> None:
-        """Queue more of what isn't urgent, if there is room."""
-        while self._on_spare and self._on_spare[0].event.query():
-            self._on_spare.popleft()
-        while self._waiting and len(self._on_spare) < _SPARE_COPIES:
-            copy = self._waiting.popleft()
-            self._queue([copy], self._spare)
-            self._on_spare.append(copy)
+    def _advance(self) -> None:
+        """Queue further background copies if there is room on their stream."""
+        while self._on_background_stream and self._on_background_stream[0].event.query():
+            self._on_background_stream.popleft()
+        while self._background and len(self._on_background_stream) < _QUEUED_BACKGROUND_COPIES:
+            transfer = self._background.popleft()
+            self._queue([transfer], self._background_stream)
+            self._on_background_stream.append(transfer)
 
-    def _queue(self, copies: Sequence[_Copy], stream: Any) -> None:
-        stream.wait_stream(self._cuda.current_stream(self._device))  # kernels may still read what was in the slots
+    def _queue(self, transfers: Sequence[_CudaTransfer], stream: Any) -> None:
+        stream.wait_stream(self._cuda.current_stream(self._device))  # kernels may still read the slots' old content
         with self._cuda.stream(stream):
-            for copy in copies:
-                copy.put(copy.slot, self._stage(copy.record))
-                copy.event = self._cuda.Event()
-                copy.event.record(stream)
-                self._staged = copy.event
+            for transfer in transfers:
+                transfer.write(transfer.slot, self._stage(transfer.record))
+                transfer.event = self._cuda.Event()
+                transfer.event.record(stream)
+                self._last_copy = transfer.event
 
     def _stage(self, record: torch.Tensor) -> torch.Tensor:
+        """The record in pinned memory."""
         if self._staging is None:
             return record
-        if self._staged is not None:
-            self._staged.synchronize()
+        if self._last_copy is not None:
+            self._last_copy.synchronize()
         return self._staging[: record.nbytes].copy_(record)
 
 
-class _Flight:
+class _EmulatedTransfer:
     """One record on an emulated link.
 
-    ``started`` says since when it waits, ``due`` when it will have crossed, or None as long as its turn hasn't come.
+    Attributes:
+        queued_s: clock when it was queued.
+        crossing_s: seconds that it occupies the link.
+        copy: the thread's copy of the bytes; None if they were copied at once.
+        due: clock when it will have crossed; None until its turn comes.
     """
 
-    __slots__ = ("due", "put", "started", "taken_s", "urgent")
+    __slots__ = ("copy", "crossing_s", "due", "queued_s", "urgent")
 
-    def __init__(self, started: float, taken_s: float, put: Future[object] | None, urgent: bool) -> None:
-        self.started, self.taken_s, self.put, self.urgent = started, taken_s, put, urgent
+    def __init__(self, queued_s: float, crossing_s: float, copy: Future[object] | None, urgent: bool) -> None:
+        self.queued_s, self.crossing_s, self.copy, self.urgent = queued_s, crossing_s, copy, urgent
         self.due: float | None = None
 
 
 class EmulatedEngine:
-    """A link of a given speed between host and device, on a machine that has none.
+    """A link of a given speed between host and device, for machines without one.
 
-    What crosses when is worked out by the clock whenever somebody asks: records follow each other without a gap, one at a
-    time, so that the link's time is never shared; and whoever needs one waits until it would be there. The bytes are copied
-    as soon as can be, small records at once, others by a thread, so that crossing takes no time of a core. No one looks
-    at them before they are due.
+    Each call works out by the clock which records have crossed: they follow each other without a gap, one at a time, so that
+    no two share the link's time; ``wait`` lasts until the record would be there. The bytes are copied early, small records
+    at once and large ones by a thread, so that crossing takes no time of a core. They aren't read before they are due.
     """
 
     concurrent = True
@@ -229,95 +236,94 @@ class EmulatedEngine:
         self.speed = speed
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="epslots-link")
         self._lock = threading.Lock()
-        self._urgent: deque[_Flight] = deque()
-        self._spare: deque[_Flight] = deque()
-        self._free = 0.0  # when the link is free again
+        self._urgent: deque[_EmulatedTransfer] = deque()
+        self._background: deque[_EmulatedTransfer] = deque()
+        self._free_from = 0.0  # clock when the link is free again
 
     @property
     def busy(self) -> bool:
         with self._lock:
-            now = self._go_on()
-            return bool(self._urgent or self._spare) or now < self._free
+            now = self._advance()
+            return bool(self._urgent or self._background) or now < self._free_from
 
-    def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
         with self._lock:
-            now = self._go_on()
-            flights = []
+            now = self._advance()
+            transfers = []
             for slot, record in zip(slots, records, strict=True):
-                copying = None
-                if record.nbytes > _SMALL:
-                    copying = self._copier.submit(put, slot, record)
+                copy = None
+                if record.nbytes > _INLINE_COPY_BYTES:
+                    copy = self._copier.submit(write, slot, record)
                 else:
-                    put(slot, record)
-                flights.append(_Flight(now, self.speed.seconds(record.nbytes), copying, urgent))
+                    write(slot, record)
+                transfers.append(_EmulatedTransfer(now, self.speed.seconds(record.nbytes), copy, urgent))
             if urgent:
-                self._urgent.extend(flights)
+                self._urgent.extend(transfers)
             else:
-                self._spare.extendleft(reversed(flights))  # the newest guesses first: older ones may be out of date
-        return flights
+                self._background.extendleft(reversed(transfers))
+        return transfers
 
-    def set_urgent(self, landing: _Flight) -> None:
+    def set_urgent(self, transfer: _EmulatedTransfer) -> None:
         with self._lock:
-            self._hurry(landing)
+            self._set_urgent(transfer)
 
-    def _hurry(self, landing: _Flight) -> None:
-        now = self._go_on()
-        if landing.due is None and not landing.urgent:
-            self._urgent.append(landing)
-            self._spare.remove(landing)
-            landing.urgent, landing.started = True, now
+    def _set_urgent(self, transfer: _EmulatedTransfer) -> None:
+        now = self._advance()
+        if transfer.due is None and not transfer.urgent:
+            self._urgent.append(transfer)
+            self._background.remove(transfer)
+            transfer.urgent, transfer.queued_s = True, now
 
-    def land(self, landing: _Flight) -> None:
+    def wait(self, transfer: _EmulatedTransfer) -> None:
         with self._lock:
-            self._hurry(landing)
-            while landing.due is None:  # what is before it is urgent as well: nothing can come between
-                self._begin()
-        if landing.put is not None:
-            landing.put.result()
-        _wait_until(landing.due)
+            self._set_urgent(transfer)
+            while transfer.due is None:  # those before it are urgent as well: no new one can come between
+                self._begin_next()
+        if transfer.copy is not None:
+            transfer.copy.result()
+        _sleep_until(transfer.due)
 
-    def landed(self, landing: _Flight) -> bool:
+    def poll(self, transfer: _EmulatedTransfer) -> bool:
         with self._lock:
-            now = self._go_on()
-            return landing.due is not None and landing.due <= now and (landing.put is None or landing.put.done())
+            now = self._advance()
+            return transfer.due is not None and transfer.due <= now and (transfer.copy is None or transfer.copy.done())
 
-    def drop(self, landing: _Flight) -> bool:
+    def cancel(self, transfer: _EmulatedTransfer) -> bool:
         with self._lock:
-            self._go_on()
-            crosses = landing.due is not None
+            self._advance()
+            crosses = transfer.due is not None
             if not crosses:
-                (self._urgent if landing.urgent else self._spare).remove(landing)
-                landing.due = 0.0  # nobody need wait for it, should this call be interrupted here and made again
-        if landing.put is not None and not landing.put.cancel():
-            wait([landing.put])  # whoever writes the slot next may be another than the copier
+                (self._urgent if transfer.urgent else self._background).remove(transfer)
+                transfer.due = 0.0  # a second call, after an interrupt of this one, finds it crossed
+        if transfer.copy is not None and not transfer.copy.cancel():
+            wait([transfer.copy])  # the slot's next writer may be another thread than the copier
         return crosses
 
-    def _go_on(self) -> float:
-        """Begin what has begun by now, in its turn; returns the time."""
+    def _advance(self) -> float:
+        """Begin the transfers whose turn has come by now; returns the clock."""
         now = perf_counter()
-        while (self._urgent or self._spare) and self._free <= now:
-            self._begin()
+        while (self._urgent or self._background) and self._free_from <= now:
+            self._begin_next()
         return now
 
-    def _begin(self) -> None:
-        queue = self._urgent or self._spare
-        flight = queue[0]
-        flight.due = self._free = max(self._free, flight.started) + flight.taken_s
+    def _begin_next(self) -> None:
+        queue = self._urgent or self._background
+        transfer = queue[0]
+        transfer.due = self._free_from = max(self._free_from, transfer.queued_s) + transfer.crossing_s
         queue.popleft()
 
 
-def _wait_until(due: float) -> None:
-    """Sleep, and stay awake for the last of it: sleeping takes some 60 us longer than it is asked to."""
+def _sleep_until(due: float) -> None:
     while (left := due - perf_counter()) > 0:
-        sleep(left - _AWAKE_S if left > 2 * _AWAKE_S else 0)
+        sleep(left - _SPIN_S if left > 2 * _SPIN_S else 0)
 
 
 def make_copy_engine(setting: str | None, device: torch.device, staging_bytes: int = 0) -> CopyEngine:
-    """The link of a device.
+    """The copy engine of a device.
 
     Args:
-        setting: None for the device's own; or an emulated one's speed, such as ``"8GB/s,20us"``.
-        staging_bytes: as ``CudaEngine`` has it.
+        setting: None for the device's own link; or the speed of an emulated one, such as ``"8GB/s,20us"``.
+        staging_bytes: size of the largest record if the store isn't pinned, else 0; for a GPU alone.
 
     Raises:
         ConfigError: not a speed, or the device has a link of its own.

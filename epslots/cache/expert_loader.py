@@ -1,8 +1,10 @@
-"""The mover: the only code that fills slots.
+"""The expert loader: the only code that fills slots.
 
-A fetch moves one expert's record into one slot as a single contiguous copy, over the link from the node's host store
-(``copy_engine.py``) or straight from a peer's slot. Tables name an expert as soon as its fetch has begun; until it has
-landed its slot is *flying*, and whoever reads or overwrites the slot goes through ``land`` first.
+A fetch moves one expert's record into one slot as one contiguous copy: from the node's host store through a copy engine
+(``copy_engine.py``), or from a peer's slot. The pool's tables name an expert from the start of its fetch. Until its record has
+arrived the slot is *in flight*: it is read after ``wait``, and a new fetch into it cancels the old one.
+
+Legend of shape suffixes: F fetches of one layer, in order; S slots of the pool.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from epslots.arrays import BoolArray, IntArray
 from epslots.cache.copy_engine import CopyEngine
 from epslots.cache.host_store import HostStore
 from epslots.cache.slot_pool import SlotPool
@@ -26,15 +28,18 @@ from epslots.transport.transport import Transport
 class ExpertLoader:
     """Serves the fetches of one pool, from the node's host store and from peers.
 
-    Set ``transport`` to fetch from peers, and to be one.
+    ``layer`` counts within the pool: a model whose experts have two layouts has two pools.
 
     Args:
         pool: the slots to fill.
-        store: where records come from.
-        link: the way from there.
-        store_layers: the model's (and the store's) layer index of each of the pool's layers: a model whose experts have two
-            layouts has two pools, and ``layer`` in the methods below counts within one.
-        telemetry: counts bytes and evictions under the store's layer indices.
+        store: the source of records.
+        link: copies records from the store into slots.
+        store_layers: the model's (and the store's) layer index of each of the pool's layers.
+        telemetry: counts bytes and evictions under the model's layer indices.
+
+    Attributes:
+        transport: to peers; None without a group. Set each time a group is formed.
+        in_flight: bool [S], whether each slot's record is in flight, as far as ``poll`` and ``wait`` have found out.
     """
 
     def __init__(
@@ -46,161 +51,156 @@ class ExpertLoader:
         self.store_layers = store_layers
         self.telemetry = telemetry
         self.transport: Transport | None = None
-        self._unconfirmed: list[tuple[int, NDArray[np.int64]]] = []
-        self.in_flight = np.zeros(pool.num_slots, bool)
-        """Whether each slot's record is under way."""
-        self._landings: dict[int, Any] = {}
+        self.in_flight: BoolArray = np.zeros(pool.num_slots, bool)
+        self._transfers: dict[int, Any] = {}  # by slot
+        self._unconfirmed: list[tuple[int, IntArray]] = []
         self._unpackers = [Unpacker(spec) for spec in pool.layers]
         self._rows = pool.memory.unbind(0)  # taking a row out of a tensor takes microseconds
 
     def fetch(
         self,
         layer: int,
-        experts: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        evicted: NDArray[np.int64],
+        experts_F: IntArray,
+        slots_F: IntArray,
+        evicted: IntArray,
         copies: PeerCopies | None = None,
         *,
         agreed: bool = True,
         urgent: bool = True,
     ) -> None:
-        """Begin to fill ``slots`` with ``experts`` of one layer in the place of ``evicted`` (-1 = empty), in order.
+        """Start to fill slots with experts of one layer, in order.
 
-        On return the tables name the new content, and what came from peers is there.
+        On return the tables name the new content, and copies from peers have arrived (on CUDA: are queued, see ``confirm``).
 
         Args:
-            copies: what comes from peers, and what goes to them; all else comes from the host store. What goes to peers
-                isn't among ``evicted``, and is there on return, so no slot is reused while a peer reads it.
-            agreed: as in ``Transport.exchange``.
-            urgent: whether a step waits for it.
+            experts_F: ids, int64 [F].
+            slots_F: slots of the pool, int64 [F]; empty, or those of ``evicted``.
+            evicted: the layer's experts that lose their slots, int64 [any number]; -1 is skipped.
+            copies: what comes from peers, and what goes to them; all else comes from the host store. Experts that go to peers
+                aren't among ``evicted``, and have left on return, so no slot is reused while a peer reads it.
+            agreed: whether the ranks go without comparing sizes first, which they derive from the same plan.
+            urgent: whether the running step needs them.
 
         Raises:
             CorruptExpertError: a record differs from its digest. It entered no slot; those before it did.
-            PeerLost: a copy between ranks broke off. Its slot is empty, as are those that would have come after it. On CUDA
-                a copy is only queued on return: see ``confirm``.
+            PeerLost: a copy between ranks broke off. Its slot is empty, and so are those that would have come after it.
         """
         self.pool.vacate(layer, evicted)
-        self._clear(layer, slots)
-        peers = 0
-        done: list[int] = []  # slots that have been filled, or are being
+        self._cancel(layer, slots_F)
+        from_peers = 0
+        started: list[int] = []  # slots that are filled or in flight
         try:
             if copies is not None:
-                experts, slots, peers = _peers_first(experts, slots, copies)
-                self._exchange(layer, experts[:peers], slots[:peers], copies, agreed)
-                done.extend(slots[:peers].tolist())
-                self._unconfirmed.append((layer, experts[:peers]))
-            if peers < len(experts):
-                self._start(layer, experts[peers:].tolist(), slots[peers:].tolist(), done, urgent=urgent)
+                experts_F, slots_F, from_peers = _peers_first(experts_F, slots_F, copies)
+                self._exchange(layer, experts_F[:from_peers], slots_F[:from_peers], copies, agreed)
+                started.extend(slots_F[:from_peers].tolist())
+                self._unconfirmed.append((layer, experts_F[:from_peers]))
+            if from_peers < len(experts_F):
+                self._start(layer, experts_F[from_peers:].tolist(), slots_F[from_peers:].tolist(), started, urgent=urgent)
         finally:
-            self.pool.occupy(layer, experts[: len(done)], slots[: len(done)])
+            self.pool.occupy(layer, experts_F[: len(started)], slots_F[: len(started)])
             self.telemetry.count(
                 self.store_layers[layer],
-                host_bytes=max(0, len(done) - peers) * self.pool.layers[layer].record.nbytes,
-                peer_bytes=min(len(done), peers) * self.pool.layout.nbytes,
+                host_bytes=max(0, len(started) - from_peers) * self.pool.layers[layer].record.nbytes,
+                peer_bytes=min(len(started), from_peers) * self.pool.layout.nbytes,
                 evictions=_count_experts(evicted),
             )
 
-    def _start(self, layer: int, experts: list[int], slots: list[int], done: list[int], *, urgent: bool) -> None:
-        """Begin these fetches from the host, and append to ``done`` the slots whose fetches have begun."""
+    def _start(self, layer: int, experts: list[int], slots: list[int], started: list[int], *, urgent: bool) -> None:
+        """Start fetches from the host, and append to ``started`` the slots of those that did."""
         records: list[torch.Tensor] = []
         try:
             for expert in experts:
                 records.append(self.store.record(self.store_layers[layer], expert))
         finally:
-            begun = slots[: len(records)]
-            landings = self.link.start([self._rows[slot] for slot in begun], records, self._unpackers[layer], urgent=urgent)
-            if landings:
-                for slot, landing in zip(begun, landings, strict=True):
-                    self._landings[slot] = landing
-                self.in_flight[begun] = True
-            done.extend(begun)
+            sound = slots[: len(records)]
+            transfers = self.link.start([self._rows[slot] for slot in sound], records, self._unpackers[layer], urgent=urgent)
+            if transfers:
+                self._transfers.update(zip(sound, transfers, strict=True))
+                self.in_flight[sound] = True
+            started.extend(sound)
 
     @property
     def any_in_flight(self) -> bool:
-        """Whether any slot's record is under way, as far as is known."""
-        return bool(self._landings)
+        """Whether any slot is in flight, as far as ``poll`` and ``wait`` have found out."""
+        return bool(self._transfers)
 
-    def land(self, slots: NDArray[np.int64]) -> None:
-        """What is computed next finds these slots complete; any of them may be named twice."""
-        if not self._landings:
+    def wait(self, slots: IntArray) -> None:
+        """Make these slots, int64 [any number], complete for what is computed next. Duplicates are allowed."""
+        if not self._transfers:
             return
         for slot in set(slots[self.in_flight[slots]].tolist()):
-            self._finish(slot, self._landings[slot])
+            self._finish(slot, self._transfers[slot])
 
-    def _finish(self, slot: int, landing: Any) -> None:
-        self.link.land(landing)  # may be interrupted, and is asked again then
+    def wait_all(self) -> None:
+        """Make every slot complete for what is computed next."""
+        self.wait(np.flatnonzero(self.in_flight))
+
+    def poll(self, slots: IntArray) -> None:
+        """Find out which of these slots have received their records: int64 [any number], without duplicates."""
+        for slot in slots[self.in_flight[slots]].tolist():
+            transfer = self._transfers[slot]
+            if self.link.poll(transfer):
+                self._finish(slot, transfer)
+
+    def _finish(self, slot: int, transfer: Any) -> None:
+        self.link.wait(transfer)  # may be interrupted, and is called again then
         self.in_flight[slot] = False
-        del self._landings[slot]
+        del self._transfers[slot]
 
-    def retire(self, slots: NDArray[np.int64]) -> None:
-        """What has landed in these slots by now flies no more."""
+    def set_urgent(self, slots: IntArray) -> None:
+        """Put transfers before all later fetches: those into these slots, int64 [any number], the most urgent first."""
         for slot in slots[self.in_flight[slots]].tolist():
-            landing = self._landings[slot]
-            if self.link.landed(landing):
-                self._finish(slot, landing)
+            self.link.set_urgent(self._transfers[slot])
 
-    def set_urgent(self, slots: NDArray[np.int64]) -> None:
-        """What is under way to these slots is needed in this step, in this order, and before what is fetched from now on."""
-        for slot in slots[self.in_flight[slots]].tolist():
-            self.link.set_urgent(self._landings[slot])
-
-    def land_all(self) -> None:
-        """No slot is flying afterwards."""
-        self.land(np.flatnonzero(self.in_flight))
-
-    def _clear(self, layer: int, slots: NDArray[np.int64]) -> None:
-        """Nothing that began earlier is written to these slots of a layer from now on."""
-        if not self._landings:
+    def _cancel(self, layer: int, slots: IntArray) -> None:
+        """Prevent earlier transfers from writing these slots of a layer."""
+        if not self._transfers:
             return
         for slot in slots[self.in_flight[slots]].tolist():
-            crosses = self.link.drop(self._landings[slot])
+            crosses = self.link.cancel(self._transfers[slot])
             if not crosses and self.in_flight[slot]:
                 record = self.pool.layers[layer].record.nbytes
                 self.telemetry.count(self.store_layers[layer], host_bytes=-record)
             self.in_flight[slot] = False
-            del self._landings[slot]
+            del self._transfers[slot]
 
     def confirm(self) -> None:
-        """All copies from peers so far have arrived: something that was queued after them came through to the host."""
+        """All copies from peers so far have arrived: something that was queued after them has reached the host."""
         self._unconfirmed.clear()
 
-    def give_up_unconfirmed(self) -> None:
-        """Empty the slots of copies from peers that may not have arrived, after a peer was lost."""
+    def vacate_unconfirmed(self) -> None:
+        """Empty the slots whose copies from peers may not have arrived. For use after a loss."""
         for layer, experts in self._unconfirmed:
             self.pool.vacate(layer, experts[self.pool.slot_of[layer, experts] >= 0])
             self.pool.publish(layer)
         self._unconfirmed.clear()
 
-    def _exchange(
-        self,
-        layer: int,
-        experts: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        copies: PeerCopies,
-        agreed: bool,
-    ) -> None:
-        """PeerCopies between ranks, from slot to slot, in the order of the experts on both sides."""
+    def _exchange(self, layer: int, experts_F: IntArray, slots_F: IntArray, copies: PeerCopies, agreed: bool) -> None:
+        """Copy experts between ranks, from slot to slot; both sides order them by expert."""
         assert self.transport is not None
-        order = np.argsort(experts)
-        experts, slots = experts[order], slots[order]
+        order = np.argsort(experts_F)
         memory, slot_of_E = self.pool.memory, self.pool.slot_of[layer]
-        given = slot_of_E[[expert for _, expert in copies.sends]]
-        assert (given >= 0).all(), "a peer was promised an expert that isn't here"
-        self.land(given)
+        sent = slot_of_E[[expert for _, expert in copies.sends]]
+        assert (sent >= 0).all(), "a peer was promised an expert that isn't here"
+        self.wait(sent)
         self.transport.exchange(
             [(rank, memory[slot_of_E[expert]]) for rank, expert in copies.sends],
-            [(copies.sources[expert], memory[slot]) for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True)],
+            [
+                (copies.sources[expert], memory[slot])
+                for expert, slot in zip(experts_F[order].tolist(), slots_F[order].tolist(), strict=True)
+            ],
             agreed=agreed,
         )
 
     def pass_slot(self, giver: int, taker: int, evicted: int) -> None:
-        """Pass a slot from a layer to its neighbour in the pool; what is in it moves to an empty slot of the giver.
+        """Pass a slot from a layer to its neighbour in the pool; its expert moves to an empty slot of the giver.
 
         Args:
-            evicted: the giver's expert that gives way before; -1 = the giver has an empty slot.
+            evicted: the giver's expert that loses its slot first; -1 = the giver has an empty slot.
         """
         pool = self.pool
-        self.land_all()
+        self.wait_all()
         pool.vacate(giver, np.array([evicted]))
         slot = pool.boundary_slot(giver, taker)
         expert = int(pool.expert_of[slot])
@@ -215,11 +215,11 @@ class ExpertLoader:
         pool.publish(taker)
         self.telemetry.count(self.store_layers[giver], evictions=int(evicted >= 0))
 
-    def fill(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Load experts into the layer's first slots, which are empty."""
-        slots = self.pool.window(layer).start + np.arange(len(experts))
-        self.fetch(layer, experts, slots, np.full(len(experts), -1))
-        self.land(slots)
+    def fill(self, layer: int, experts_F: IntArray) -> None:
+        """Load experts, int64 [F], into the layer's first F slots, which are empty."""
+        slots_F = self.pool.window(layer).start + np.arange(len(experts_F))
+        self.fetch(layer, experts_F, slots_F, np.full(len(experts_F), -1))
+        self.wait(slots_F)
 
     def check_content(self) -> None:
         """Assert that every occupied slot holds the store's record of its expert, byte for byte.
@@ -227,7 +227,7 @@ class ExpertLoader:
         Raises:
             AssertionError: naming the slot and the expert. It is a bug of ours.
         """
-        self.land_all()
+        self.wait_all()
         for layer in range(len(self.pool.layers)):
             window = self.pool.window(layer)
             for slot, expert in enumerate(self.pool.expert_of[window].tolist(), window.start):
@@ -237,17 +237,15 @@ class ExpertLoader:
                     assert same, f"slot {slot} isn't expert {expert}"
 
 
-def _peers_first(
-    experts: NDArray[np.int64], slots: NDArray[np.int64], copies: PeerCopies
-) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Experts that come from peers, then the others, each in the order given; and how many come from peers."""
-    from_peer = np.array([expert in copies.sources for expert in experts.tolist()], bool)
-    order = np.argsort(~from_peer, kind="stable")
-    return experts[order], slots[order], int(np.count_nonzero(from_peer))
+def _peers_first(experts_F: IntArray, slots_F: IntArray, copies: PeerCopies) -> tuple[IntArray, IntArray, int]:
+    """Fetches from peers, then the others, each in the order given; and the number of those from peers."""
+    from_peer_F = np.array([expert in copies.sources for expert in experts_F.tolist()], bool)
+    order = np.argsort(~from_peer_F, kind="stable")
+    return experts_F[order], slots_F[order], int(np.count_nonzero(from_peer_F))
 
 
 @compiled("int64(int64[::1])")
-def _count_experts(experts: NDArray[np.int64]) -> int:
+def _count_experts(experts: IntArray) -> int:
     """How many entries name an expert; -1 names none."""
     named = 0
     for expert in experts:

@@ -1,14 +1,14 @@
-"""The host store: a node's one copy of the experts, mapped by every process on it.
+"""The host store: a node's one copy of the experts, mapped by all of its processes.
 
 One file, on disk or in anonymous shared memory:
 
     header      magic, length and digest of the manifest
-    manifest    msgpack: what the records are made from and how they lie
-    digests     16 bytes a record (XXH3-128 of its bytes)
-    records     one an expert, page-aligned, layer after layer
+    manifest    msgpack: the origin of the records, and their layouts
+    digests     16 bytes per record (XXH3-128 of its bytes)
+    records     one per expert, page-aligned, layer after layer
 
-A record enters a slot only after its bytes have been held against its digest once in this process, so that a bit that
-flipped on the disk is an error that names the expert, not a wrong answer.
+A record's bytes are compared with its digest before their first use in a process: a bit that flipped on the disk is an error
+that names the expert, not a wrong answer. ``node_store.py`` finds or builds a store; ``ExpertLoader`` copies its records.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from epslots.errors import CorruptExpertError, StoreError
-from epslots.layout import LayerSpec, Progress, align
+from epslots.layout import LayerSpec, align
+from epslots.progress import Advance
 
 MAGIC = b"EPSLOTS\x01"
 PAGE = 4096
@@ -35,7 +36,7 @@ _HEADER = struct.Struct("<8sQ16s")
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a store holds. ``key`` digests everything that the records depend on; ``source`` is for people."""
+    """A store's content. ``key`` digests everything that the records depend on; ``source`` names it for people."""
 
     key: str
     source: str
@@ -43,7 +44,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class StoreShape:
-    """Where everything lies in a store's file: arithmetic on the manifest."""
+    """Offsets of everything in a store's file, from its manifest alone."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -108,13 +109,13 @@ class HostStore:
 
     Args:
         fd: an open file descriptor of the file or shared memory; the store's own from here on, whatever happens.
-        where: how to name the store to people.
-        shared: map it writable and shared, as pinning needs, or privately (a stray write then harms this process alone).
-        on_close: called once when the store is closed, dropped, or the process exits.
+        where: the store's name in messages.
+        shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms this process alone.
+        on_close: called once when the store is closed or dropped, or the process exits.
 
     Attributes:
-        close: lets go of the file, once; tensors handed out stay valid.
-        pinned: whether the mapping is page-locked for CUDA (pinning.py).
+        close: closes the file; later calls do nothing. Tensors from ``record`` stay valid.
+        pinned: whether the mapping is page-locked for CUDA; set by ``pinning.pin_store``.
 
     Raises:
         StoreError: the file is not a whole store.
@@ -151,6 +152,13 @@ class HostStore:
         block = self._bytes[self.shape.layer_offset[index] :][: layer.num_experts * stride]
         return block.view(layer.num_experts, stride)[:, : layer.record.nbytes]
 
+    def checked(self, manifest: Manifest) -> HostStore:
+        """This store, or StoreError if it holds something else than ``manifest``; it is closed then."""
+        if self.manifest != manifest:
+            self.close()
+            raise StoreError(f"{self.where} was built for something else; delete it and load again")
+        return self
+
     @property
     def nbytes(self) -> int:
         return self.shape.nbytes
@@ -178,11 +186,14 @@ class HostStore:
         """The digest taken of a record when the store was built."""
         return self._digests[self.shape.first_record[layer] + expert].tobytes()
 
-    def verify(self, progress: Progress | None = None, workers: int = 4) -> list[CorruptExpertError]:
-        """Hold every record against its digest, whether read before or not.
+    def verify(self, progress: Advance | None = None, workers: int = 4) -> list[CorruptExpertError]:
+        """Compare every record with its digest, also those that were compared before.
+
+        Args:
+            progress: called with the bytes of each record.
 
         Returns:
-            One error for each corrupt expert, in the order of the records; empty when all is well.
+            One error for each corrupt expert, in the order of the records.
         """
         self._trusted = bytearray(self.shape.num_records)
 

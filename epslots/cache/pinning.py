@@ -1,6 +1,6 @@
-"""Pinning the host store: without it, a copy to the GPU goes through a staging buffer and waits for it.
+"""Pinning the host store: copies from pinned memory to a GPU need no staging buffer.
 
-Never run on a GPU by the project's own tests; the calls are those of the CUDA runtime through ``torch.cuda.cudart()``.
+The calls are the CUDA runtime's (``torch.cuda.cudart()``); the project's own tests run them against a fake.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, cudart: Any = None) -> bool:
-    """Page-lock a filled store in shared memory; say so where it can't be, and what that costs.
+    """Page-lock a filled store in shared memory; where that fails, a warning says what it costs.
 
-    Every record is verified on the way: pinning reads them all in anyway, and a first fetch is then as fast as any.
+    Every record is verified first: pinning reads them all anyway, and first fetches are then as fast as later ones.
 
     Args:
         device: the GPU that will copy from it.
-        cudart: the CUDA runtime; ``torch.cuda.cudart()`` unless a test brings its own.
+        cudart: the CUDA runtime, ``torch.cuda.cudart()`` by default; tests give a fake.
 
     Returns:
         Whether the store is pinned.
@@ -48,7 +48,7 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
             raise error
     runtime = cudart or torch.cuda.cudart()
     memory = store.memory
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # not whichever GPU happens to be current
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # the current GPU may be another one
         code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if code != 0:
         _forget_last_error(device)
@@ -66,7 +66,7 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
 
 
 def _unpin(runtime: Any, memory: torch.Tensor, device: torch.device, pid: int) -> None:
-    """Release the pages once no copy reads them any more."""
+    """Release the pages after the last copy from them."""
     if os.getpid() != pid:  # a forked child runs the same exit handlers, and has no CUDA
         return
     if device.type == "cuda":
@@ -75,6 +75,6 @@ def _unpin(runtime: Any, memory: torch.Tensor, device: torch.device, pid: int) -
 
 
 def _forget_last_error(device: torch.device) -> None:
-    """CUDA hands a failed call's error to whoever asks next, which would be an innocent kernel launch: let it be this one."""
+    """Clear a failed call's error, which CUDA would report at the next kernel launch: this launch takes it."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device=device)

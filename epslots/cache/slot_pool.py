@@ -1,16 +1,13 @@
-"""The slot pool: one block of device memory, cut into slots, and the tables that say what is in them.
+"""The slot pool: one block of device memory, cut into slots, and the tables of their content.
 
     slot_of[layer, expert]   the slot that holds an expert, -1 = absent
     expert_of[slot]          the expert id in a slot, -1 = empty
 
-A layer owns a window of neighbouring slots, so that its experts are one strided tensor which grouped matrix
-multiplication reads in place. The tables exist on the host, where plans are made, and on the device, where tokens are
-sorted by them; on the CPU these are the same memory.
-
-Only the mover (``expert_loader.py``) fills slots. A slot is empty in both tables from the moment its old content is given
-up until
-its new content is on its way, or has come from a peer: a failed fetch leaves a smaller cache, never a wrong one. What is on
-its way is the mover's to know: whoever reads a slot has it land before.
+A layer owns a window of neighbouring slots, so that its experts are one strided tensor, which grouped matrix multiplication
+reads in place. The tables exist on the host, for plans, and on the device, where tokens are sorted by them; on the CPU these
+are the same memory. Only ``ExpertLoader`` fills slots. A fetch first empties its slot in both tables, and enters the expert
+once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone knows which slots are in
+flight; readers of a slot call its ``wait`` first.
 """
 
 from __future__ import annotations
@@ -21,8 +18,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from epslots.arrays import IntArray
 from epslots.compiled import compiled
 from epslots.layout import LayerSpec
 
@@ -33,7 +30,13 @@ class SlotPool:
     Args:
         layers: the layers served, all with the same layout; indices below are positions in this sequence.
         quotas: slots of each layer, from 1 to its number of experts.
-        device: where the slots live. The memory is allocated here, once: ``sum(quotas) * layout.nbytes`` bytes.
+        device: the device of the slots. The memory is allocated here, once: ``sum(quotas) * layout.nbytes`` bytes.
+
+    Attributes:
+        memory: uint8 [slots, layout.nbytes].
+        slot_of, expert_of: the host's tables, int64 [layers, experts] and [slots].
+        slot_of_device, expert_of_device: the device's.
+        lock: held by a thread for its step: another thread's step could evict what this one computes with.
     """
 
     def __init__(self, layers: Sequence[LayerSpec], quotas: Sequence[int], device: torch.device) -> None:
@@ -45,14 +48,13 @@ class SlotPool:
         self.device = device
         self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
         experts = max(layer.num_experts for layer in layers)
-        # On CUDA the host's tables are pinned, so that publishing them is a copy which nobody waits for.
+        # On CUDA the host's tables are pinned, so that publishing them is an asynchronous copy.
         shapes = (len(layers), experts), (self.num_slots,)
         tables = self._host_tables = [torch.full(shape, -1, pin_memory=device.type == "cuda") for shape in shapes]
-        self.slot_of: NDArray[np.int64] = tables[0].numpy()
-        self.expert_of: NDArray[np.int64] = tables[1].numpy()
+        self.slot_of: IntArray = tables[0].numpy()
+        self.expert_of: IntArray = tables[1].numpy()
         self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
         self._publishing: torch.cuda.Event | None = None
-        # One step at a time: another thread's step could give up what this one is about to compute with.
         self.lock = threading.Lock()
 
     def _lay_out(self, quotas: Sequence[int]) -> None:
@@ -68,7 +70,7 @@ class SlotPool:
         return self.num_slots * self.layout.nbytes
 
     def holds_all_of(self, layer: int) -> bool:
-        """Whether every expert of the layer has a slot of its own, so that nothing is ever evicted there."""
+        """Whether every expert of the layer has a slot of its own. Nothing is evicted there then."""
         return self.quotas[layer] == self.layers[layer].num_experts
 
     def window(self, layer: int) -> slice:
@@ -76,7 +78,7 @@ class SlotPool:
         return slice(self.starts[layer], self.starts[layer + 1])
 
     def weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """The layer's window as one tensor [quota, *shape] for each tensor of an expert, sharing the slots' memory."""
+        """The layer's window as tensors [quota, *shape] by name, which share the slots' memory."""
         window = self.memory[self.window(layer)]
         views = {}
         for spec in self.layout.tensors:
@@ -84,13 +86,16 @@ class SlotPool:
             views[spec.name] = typed.view(typed.shape[0], *spec.shape)
         return views
 
-    def vacate(self, layer: int, experts: NDArray[np.int64]) -> None:
-        """Give up the slots of these resident experts (-1 is skipped). ``occupy`` or ``publish`` must tell the device."""
+    def vacate(self, layer: int, experts: IntArray) -> None:
+        """Empty the slots of these resident experts, int64 [any number]; -1 is skipped.
+
+        The device's tables change with the next ``occupy`` or ``publish``.
+        """
         self._wait_until_published()
         _vacate(self.slot_of[layer], self.expert_of, experts)
 
     def pass_slot(self, giver: int, taker: int) -> None:
-        """Shift the boundary between two neighbouring layers by a slot, which must be empty: ``boundary_slot``."""
+        """Shift the boundary between two neighbouring layers by one slot, ``boundary_slot``, which must be empty."""
         assert abs(giver - taker) == 1 and self.quotas[giver] > 1 and self.expert_of[self.boundary_slot(giver, taker)] == -1
         quotas = list(self.quotas)
         quotas[giver] -= 1
@@ -103,7 +108,7 @@ class SlotPool:
         return window.stop - 1 if taker > giver else window.start
 
     def divide(self, quotas: Sequence[int]) -> None:
-        """Give each layer another number of slots, and lose what is in them; the sum stays."""
+        """Give each layer another number of slots, with the same sum. All slots are empty afterwards."""
         assert sum(quotas) == self.num_slots
         assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, self.layers, strict=True))
         self._wait_until_published()
@@ -113,18 +118,18 @@ class SlotPool:
         for layer in range(len(self.layers)):
             self.publish(layer)
 
-    def occupy(self, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
-        """Enter these experts in these empty slots of the layer's window: they are there, or under way."""
+    def occupy(self, layer: int, experts: IntArray, slots: IntArray) -> None:
+        """Enter experts in empty slots of the layer, int64 [F] both. Their records are there, or in flight."""
         self._wait_until_published()
         done = _occupy(self.slot_of[layer], self.expert_of, experts, slots)
         self.publish(layer)
         assert done == len(experts), f"slot {slots[done]} isn't empty, or expert {experts[done]} is elsewhere"
 
     def publish(self, layer: int) -> None:
-        """Bring the device's tables up to the host's; a no-op on the CPU, where they are the same memory.
+        """Copy the host's tables to the device; a no-op on the CPU, where they are the same memory.
 
-        The copies are queued on the current stream. The host changes its tables again only when they have been made: what
-        was queued behind them must find what they brought.
+        The copies are queued on the current stream. The host changes its tables again only after the copies have ended:
+        they must bring to the kernels queued behind them what the tables held when they were queued.
         """
         if self.device.type != "cpu":
             window = self.window(layer)
@@ -134,7 +139,7 @@ class SlotPool:
             self._publishing.record(torch.cuda.current_stream(self.device))
 
     def _wait_until_published(self) -> None:
-        """Mostly no wait at all: since the last copies the host has read the counts of a later layer."""
+        """Wait for the last copies. Mostly they have ended: the host has read counts of a later layer since."""
         if self._publishing is not None:
             self._publishing.synchronize()
 
@@ -161,7 +166,7 @@ class SlotPool:
 
 
 @compiled("void(int64[::1], int64[::1], int64[::1])")
-def _vacate(slot_of_E: NDArray[np.int64], expert_of_S: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
+def _vacate(slot_of_E: IntArray, expert_of_S: IntArray, experts: IntArray) -> None:
     for expert in experts:
         if expert >= 0:
             expert_of_S[slot_of_E[expert]] = -1
@@ -169,10 +174,8 @@ def _vacate(slot_of_E: NDArray[np.int64], expert_of_S: NDArray[np.int64], expert
 
 
 @compiled("int64(int64[::1], int64[::1], int64[::1], int64[::1])")
-def _occupy(
-    slot_of_E: NDArray[np.int64], expert_of_S: NDArray[np.int64], experts: NDArray[np.int64], slots: NDArray[np.int64]
-) -> int:
-    """Enter experts until one can't be; returns how many were."""
+def _occupy(slot_of_E: IntArray, expert_of_S: IntArray, experts: IntArray, slots: IntArray) -> int:
+    """Enter experts up to the first that can't be; returns how many were entered."""
     for number in range(len(experts)):
         expert, slot = experts[number], slots[number]
         if slot_of_E[expert] != -1 or expert_of_S[slot] != -1:

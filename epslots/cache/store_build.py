@@ -1,4 +1,7 @@
-"""Building a host store: every expert converted once, in parallel, into a file that appears whole or not at all."""
+"""Building a host store: every expert is converted once, in parallel, into a file that appears whole or not at all.
+
+``fill_store`` writes the store; the other functions make room for it. Called by ``node_store.py`` and ``memory_store.py``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from epslots.cache.host_store import Manifest, StoreShape, record_digest
 from epslots.cache.unpacking import record_views
 from epslots.errors import StoreError
 from epslots.host_limits import usable_cores
-from epslots.layout import Progress, RecordLayout
+from epslots.layout import RecordLayout
+from epslots.progress import Advance
 from epslots.units import format_bytes
 
 # Left free on a disk that a store is written to: a full disk harms everyone on the node.
@@ -27,14 +31,19 @@ BUILD_WORKERS = 4
 
 
 class ExpertSource(Protocol):
-    """Where a store's experts come from; safe to call from several threads."""
+    """The origin of a store's experts; safe to call from several threads."""
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert by name, shaped as in its record's layout; in any float dtype where that is one's own."""
+        """The tensors of one expert by name, shaped as in its record's layout; floats may have another float dtype."""
+
+
+OpenSource = Callable[[], ExpertSource]
+StartProgress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
+"""Opens a progress display for (title, total bytes)."""
 
 
 def pack_record(record: torch.Tensor, layout: RecordLayout, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy an expert's tensors into its record, converting their dtype; the padding between them is left as it is."""
+    """Copy an expert's tensors into its record, uint8 [layout.nbytes], converting their dtype; padding stays as it is."""
     views = record_views(record, layout)
     for name, tensor in tensors.items():
         views[name].copy_(tensor)
@@ -44,7 +53,7 @@ def reserve(fd: int, nbytes: int, where: str) -> None:
     """Reserve all of a store's space before the first byte is written.
 
     Raises:
-        StoreError: it isn't there.
+        StoreError: there isn't enough.
     """
     try:
         os.posix_fallocate(fd, 0, nbytes)
@@ -75,10 +84,10 @@ def check_free_space(folder: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(path: Path) -> Iterator[int]:
-    """A new file that is linked at ``path`` when the block ends well, and otherwise was never there.
+    """A new file that appears at ``path`` when the block ends without an error.
 
-    Until then it has no name, so that even a killed process leaves nothing behind. File systems that can't hold nameless
-    files get a temporary name, removed on every exit but a kill; ``sweep`` removes what a kill left.
+    Until then it has no name, so that even a killed process leaves nothing behind. Where the file system has no nameless
+    files it has a temporary name, removed on every exit but a kill; ``sweep`` removes a killed process's.
     """
     tmpfile = getattr(os, "O_TMPFILE", 0)
     temporary: Path | None = None
@@ -106,13 +115,17 @@ def appearing_whole(path: Path) -> Iterator[int]:
 
 
 def sweep(path: Path) -> None:
-    """Remove temporary files that a killed builder of ``path`` left. The caller holds the store's lock."""
+    """Remove the temporary files of killed builders of ``path``. The caller holds the store's lock."""
     for leftover in path.parent.glob(f"{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
-def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, progress: Progress | None = None) -> None:
+def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, progress: Advance | None = None) -> None:
     """Write a whole store into an empty file: records first, each read back against its digest, the header last.
+
+    Args:
+        where: the store's name in messages.
+        progress: called with the bytes of each record.
 
     Raises:
         StoreError: no room, or a record read back differs from what was written.
@@ -120,21 +133,21 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
     """
     shape = StoreShape(manifest)
     reserve(fd, shape.nbytes, where)
-    local = threading.local()
+    of_thread = threading.local()
     stop = threading.Event()
 
     def write(layer: int, expert: int) -> None:
         layout = manifest.layers[layer].record
-        buffers = local.__dict__.setdefault("buffers", {})
-        if layout not in buffers:  # once a thread; zeros, so that the padding between tensors is defined
+        buffers = of_thread.__dict__.setdefault("buffers", {})
+        if layout not in buffers:  # zeros, so that the padding between tensors is defined
             buffers[layout] = torch.zeros(layout.nbytes, dtype=torch.uint8), torch.empty(layout.nbytes, dtype=torch.uint8)
         record, written = buffers[layout]
         pack_record(record, layout, source.read_expert(layer, expert))
         digest = record_digest(record)
         offset = shape.offset(layer, expert)
-        _transfer(lambda view, at: os.pwrite(fd, view, at), record, offset)
+        _read_or_write(lambda view, at: os.pwrite(fd, view, at), record, offset)
         os.pwrite(fd, digest, shape.digest_offset(layer, expert))
-        _transfer(lambda view, at: os.preadv(fd, [view], at), written, offset)
+        _read_or_write(lambda view, at: os.preadv(fd, [view], at), written, offset)
         if record_digest(written) != digest:
             raise StoreError(f"{where} doesn't hold what was written to it (expert {expert} of layer {layer})")
         if progress is not None:
@@ -152,14 +165,14 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
         try:
             for future in [pool.submit(write_unless_stopped, layer, expert) for layer, expert in shape.experts()]:
                 future.result()
-        except BaseException:  # Ctrl-C among them: what is still queued does nothing
+        except BaseException:  # Ctrl-C among them: queued writes do nothing from now on
             stop.set()
             raise
     os.pwrite(fd, shape.header(), 0)
 
 
-def _transfer(call: Callable[[memoryview, int], int], record: torch.Tensor, offset: int) -> None:
-    """Read or write a whole record: one system call moves at most 2 GiB, and may move less."""
+def _read_or_write(call: Callable[[memoryview, int], int], record: torch.Tensor, offset: int) -> None:
+    """Read or write a whole record. ``call(view, offset)`` moves at most 2 GiB, and may move less."""
     view = record.numpy().data
     while len(view):
         moved = call(view, offset)

@@ -1,15 +1,14 @@
-"""Records that cross the link as a quantised checkpoint stores them, and what becomes of them in a slot.
+"""Unpacking: records that cross the link as a quantised checkpoint stores them, and their slots' weights.
 
-A packed record (``records.PackedLayout``) is half to a quarter of its slot: 8-bit floats with a scale for each block of them,
-as DeepSeek's FP8 checkpoints have them, or 4-bit floats (E2M1), as gpt-oss' MXFP4 ones do. It is unpacked where the slot is,
-into the very bits that transformers' own dequantisation gives:
+A packed record (``layout.PackedLayout``) is half to a quarter of its slot: 8-bit floats with a scale per block of them
+(DeepSeek's FP8 checkpoints), or 4-bit floats, E2M1 (gpt-oss' MXFP4). It is unpacked on the slot's device, to the same bits as
+transformers' own dequantisation:
 
     weight = round(float32(code) * float32(scale))
 
-(An exponent of 255, which is no number in the MX formats, makes its block infinite here.)
-
-On CUDA the bytes cross as they are, and a few kernels on the stream of the copy write the slot. The CPU, which converts 8-bit
-floats one by one, looks up two of them at a time instead, and works on parts small enough for its cache.
+(A scale with exponent 255, which is no number in the MX formats, makes its block infinite.) On CUDA the bytes cross as they
+are, and a few kernels on the copy's stream write the slot. The CPU converts 8-bit floats one by one; so it looks up two of
+them at a time instead, and works on parts that fit its cache.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ def record_views(record: torch.Tensor, layout: RecordLayout) -> dict[str, torch.
 
 
 class Unpacker:
-    """Brings a layer's records into slots. Safe to use from several threads.
+    """Writes a layer's records to slots: a ``SlotWriter``. Safe to use from several threads.
 
     Args:
-        layer: what its records and its slots are like.
-        by_table: look codes up, rather than convert them; by default on the CPU.
+        layer: has the layouts of its records and slots.
+        by_table: whether codes are looked up instead of converted; by default on the CPU.
     """
 
     def __init__(self, layer: LayerSpec, *, by_table: bool | None = None) -> None:
@@ -46,13 +45,12 @@ class Unpacker:
         self._by_table = by_table
 
     def __call__(self, slot: torch.Tensor, record: torch.Tensor) -> None:
-        """Write a slot. What this takes on a GPU is queued on the current stream, and allocated there.
+        """Write a slot. On a GPU, kernels and temporary memory belong to the current stream.
 
         Args:
-            slot: uint8 [layout.nbytes] on any device. Bytes between its tensors are left as they are, or take those of a
-                record that isn't packed.
-            record: uint8, a whole record, on the same device or on the host; on the way to a GPU it must be pinned, and stay
-                as it is until the copy is done.
+            slot: uint8 [layout.nbytes] on any device. Unpacked records overwrite the padding between its tensors.
+            record: uint8 [record bytes], on the same device or on the host. For a GPU it must be pinned, and stay unchanged
+                until the copy has ended.
         """
         if self.packed is None:
             slot.copy_(record, non_blocking=True)
@@ -80,7 +78,7 @@ class Unpacker:
             _scale(target, rows, values, factors, part.block)
 
     def same(self, slot: torch.Tensor, record: torch.Tensor) -> bool:
-        """Whether a slot, on whichever device, holds what a record on the host says, bit for bit."""
+        """Whether a slot holds the weights of a record on the host, bit for bit."""
         if self.packed is None:
             return torch.equal(slot.cpu(), record)
         expected = torch.empty(self.layout.nbytes, dtype=torch.uint8)
@@ -90,7 +88,7 @@ class Unpacker:
 
 
 def _runs(codes: torch.Tensor, block_rows: int) -> Iterator[slice]:
-    """Runs of whole blocks of rows: all at once on a GPU, and as many as are good for the cache on the CPU."""
+    """Runs of whole blocks of rows: one run on a GPU, runs that fit the cache on the CPU."""
     rows, columns = codes.shape
     step = rows if codes.device.type != "cpu" else max(1, CPU_RUN // (columns * block_rows)) * block_rows
     for first in range(0, rows, step):
@@ -100,7 +98,7 @@ def _runs(codes: torch.Tensor, block_rows: int) -> Iterator[slice]:
 def _scale(target: torch.Tensor, rows: slice, values: torch.Tensor, factors: torch.Tensor, block: tuple[int, int]) -> None:
     """Write ``values`` times their blocks' factors to these rows of ``target``. Rows begin with a block.
 
-    The product is one of float32 in any case: the factors are, and narrower values are promoted.
+    The product is in float32: the factors are, and narrower values are promoted.
     """
     block_rows, block_columns = block
     for row_span, height in _spans(rows.start, rows.stop, block_rows):
@@ -117,7 +115,7 @@ def _scale(target: torch.Tensor, rows: slice, values: torch.Tensor, factors: tor
 
 
 def _spans(start: int, stop: int, size: int) -> Iterator[tuple[slice, int]]:
-    """The whole blocks of a range, and the last one if it is cut short; with the size of a block in each."""
+    """(span, block size) of a range's whole blocks, and of a shorter last one."""
     whole = start + (stop - start) // size * size
     if whole > start:
         yield slice(start, whole), size
@@ -143,7 +141,7 @@ def _look_up(codes: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Of each two neighbouring codes their float32 values side by side, as int64 [65536]."""
+    """The float32 values of every two neighbouring codes, side by side as int64 [65536]."""
     values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     both = torch.arange(1 << 16)
     return torch.stack([values[both & 255], values[both >> 8]], dim=1).view(torch.int64).view(-1).to(device)
@@ -151,14 +149,14 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _half_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The value of the low half of each byte, and of its high half, float32 [256] each."""
+    """The E2M1 values of each byte's low half and high half, float32 [256] each."""
     values, byte = torch.tensor(_E2M1), torch.arange(256)
     return values[byte & 15].to(device), values[byte >> 4].to(device)
 
 
 @functools.cache
 def _exponents(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What each 8-bit scale stands for, float32 [256]."""
+    """The value of each 8-bit scale, float32 [256]."""
     codes = torch.arange(256, dtype=torch.uint8)
     if dtype == torch.uint8:
         return torch.pow(2.0, codes.int() - 127).to(device)
@@ -166,10 +164,10 @@ def _exponents(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def assert_consistent(layer: LayerSpec) -> None:
-    """Assert that a packed record makes up every tensor of the layer's slots, once.
+    """Assert that a packed record yields every tensor of the layer's slots exactly once.
 
     Raises:
-        AssertionError: a mistake of whoever made the layout.
+        AssertionError: the layout is wrong. It is a bug of ours.
     """
     if layer.packed is None:
         return

@@ -11,14 +11,14 @@ import msgspec
 import typer
 
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SeedOption, SlotsOption
-from epslots.counting import counting
 from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
 from epslots.json_lines import decode_text
+from epslots.progress import counting
 from epslots.streams import table_console
 
 if TYPE_CHECKING:
-    from epslots.prefetch.predictor_file import About
+    from epslots.prefetch.predictor_file import PredictorMetadata
 
 predict_app = typer.Typer(help="Estimators of the experts that the next layer will use.", no_args_is_help=True)
 
@@ -66,12 +66,13 @@ def fit(
     from epslots.example import example_model
     from epslots.example_text import library_texts
     from epslots.models.checkpoint import find_checkpoint
-    from epslots.prefetch.fit import Settings, cut_windows
+    from epslots.prefetch.fit import FitSettings
     from epslots.prefetch.fit import fit as fit_model
-    from epslots.prefetch.predictor_file import FILE_NAME, About, write_predictor
+    from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, PredictorMetadata, write_predictor
+    from epslots.prefetch.recording import cut_windows
     from epslots.runtime import runtime_of
 
-    settings = Settings(tokens=tokens, window=window, hidden=hidden, epochs=epochs, memory=memory_bytes, seed=seed)
+    settings = FitSettings(tokens=tokens, window=window, hidden=hidden, epochs=epochs, memory=memory_bytes, seed=seed)
     source = example_model() if model is None else model
     tokenizer = load_tokenizer(find_checkpoint(source))  # the cheaper of the two to fail
     loaded = epslots.load(source, slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
@@ -87,7 +88,7 @@ def fit(
     if not any(fits):
         raise ConfigError(f"{loaded.name_or_path}: no layer's choice can be told from another's; there must be two MoE layers")
     runtime = runtime_of(loaded)
-    about = About(
+    about = PredictorMetadata(
         checkpoint=runtime.checkpoint,
         model=Path(loaded.name_or_path).name,
         experts=[layer.num_experts for layer in runtime.layers],
@@ -95,7 +96,7 @@ def fit(
         settings=settings,
         quality=quality,
     )
-    path = Path(loaded.name_or_path) / FILE_NAME if output is None else output
+    path = Path(loaded.name_or_path) / PREDICTOR_FILE_NAME if output is None else output
     write_predictor(path, fits, about)
     _print(about)
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
@@ -142,7 +143,7 @@ def read_texts(paths: Sequence[Path], pattern: str, most_bytes: int) -> list[str
     return found
 
 
-def _print(about: About) -> None:
+def _print(about: PredictorMetadata) -> None:
     from rich.table import Table
 
     console = table_console(120)

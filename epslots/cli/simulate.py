@@ -12,12 +12,12 @@ import typer
 
 from epslots.cli.trace import slots_of_layers
 from epslots.compiled import prepare
-from epslots.counting import counting
 from epslots.errors import ConfigError
 from epslots.given_files import read_given
 from epslots.placement.placement import MOST_RANKS
 from epslots.placement.placement_file import read_placement
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
+from epslots.progress import counting
 from epslots.simulation.simulate import GROUP_SIZE, Outcome, SimulatedCluster, TrafficShape, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
 from epslots.streams import table_console

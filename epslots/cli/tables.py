@@ -54,12 +54,12 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
     table.add_section()
     table.add_row(
         "all layers",
-        f"{sum(x.slots for x in stats.layers)}/{sum(x.num_experts for x in stats.layers)}",
+        f"{stats.total('slots')}/{stats.total('num_experts')}",
         "",
         f"{stats.hit_rate:.1%}",
         f"{stats.misses:,}",
         "",
-        f"{sum(x.evictions for x in stats.layers):,}",
+        f"{stats.total('evictions'):,}",
         format_bytes(stats.bytes_fetched),
         f"{stats.stall_s:.3f} s",
         "",
@@ -88,17 +88,17 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
     for heading in ("slots", "hit rate", "misses", "from host", "from peers", "pairs sent", "received", "stall"):
         table.add_column(heading, justify="right")
     for one in ranks:
-        layers = one.stats.layers
+        total = one.stats.total
         table.add_row(
             str(one.rank),
             one.where,
-            f"{sum(layer.slots for layer in layers)}/{sum(layer.num_experts for layer in layers)}",
+            f"{total('slots')}/{total('num_experts')}",
             f"{one.stats.hit_rate:.1%}",
             f"{one.stats.misses:,}",
-            format_bytes(sum(layer.host_bytes for layer in layers)),
-            format_bytes(sum(layer.peer_bytes for layer in layers)),
-            f"{sum(layer.pairs_sent for layer in layers):,}",
-            f"{sum(layer.pairs_received for layer in layers):,}",
+            format_bytes(total("host_bytes")),
+            format_bytes(total("peer_bytes")),
+            f"{total('pairs_sent'):,}",
+            f"{total('pairs_received'):,}",
             f"{one.stats.stall_s:.3f} s",
         )
     table.caption = "pairs: (token, k) that a rank had others compute, and computed for others"

@@ -15,11 +15,11 @@ from epslots.arrays import IntArray
 from epslots.cli.generate import context_of, read_prompts
 from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
 from epslots.compiled import prepare
-from epslots.counting import counting
 from epslots.engine.text import encode_prompt, load_tokenizer
 from epslots.errors import ConfigError
 from epslots.planner.cache_policy import POLICIES
 from epslots.planner.reuse_distance import percentile
+from epslots.progress import counting
 from epslots.simulation.cache_replay import Replayed, belady, replay, reuse_histogram, steps_of
 from epslots.simulation.lanes import deal_once
 from epslots.streams import table_console

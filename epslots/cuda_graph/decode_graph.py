@@ -325,7 +325,7 @@ class DecodeGraph:
         replays, self._counted = self.replays - self._counted, self.replays
         for runner, experts in zip(runners, self._experts, strict=True):
             if experts.calls:
-                self._runtime.telemetry.count_device(runner.index, steps=replays, misses=0)
+                self._runtime.telemetry.count(runner.index, steps=replays, passes=replays)
         for slots, loader in zip(self._slots, self._runtime.movers, strict=True):
             if slots is not None:
                 self._hand_back(slots, loader, [runners[index] for index in loader.store_layers])
@@ -338,7 +338,8 @@ class DecodeGraph:
             if not tally.steps:
                 continue
             row.steps = step
-            telemetry.count_device(row.index, steps=0, misses=tally.misses)
+            # While the graph replays, every use counts as a hit.
+            telemetry.count(row.index, hits=-tally.misses, misses=tally.misses)
             telemetry.count(row.index, host_bytes=tally.misses * loader.pool.layout.nbytes, evictions=tally.evictions)
 
     def __enter__(self) -> DecodeGraph:

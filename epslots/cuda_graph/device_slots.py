@@ -272,7 +272,7 @@ class DeviceSlots:
             histories: each layer's row, as the host has it.
             steps: what each of them counts.
         """
-        self._loader.land_all()
+        self._loader.wait_all()
         last_use, decayed = np.zeros(self._last_use.shape, np.int64), np.zeros(self._decayed.shape, np.int64)
         for layer, history in enumerate(histories):
             experts = len(history.last_use)

@@ -139,16 +139,16 @@ class RequestBooks(ABC):
 
     @contextmanager
     def _following(self, row_T: IntArray | None) -> Iterator[None]:
-        """Inside, what the model looks ahead by knows which row precedes each one: ``Predictor.follow``."""
+        """Inside, what the model looks ahead by knows which row precedes each one: ``Predictor.set_previous_rows``."""
         predictor = predictor_of(self._model)
         if predictor is None or row_T is None:
             yield
             return
-        predictor.follow(to_device(row_T, self._model.device))
+        predictor.set_previous_rows(to_device(row_T, self._model.device))
         try:
             yield
         finally:
-            predictor.follow(None)
+            predictor.set_previous_rows(None)
 
     def unfinished(self) -> list[tuple[Request, tuple[int, ...]]]:
         alive = [entry for entry in self._entries.values() if entry.reason not in ("cancelled", "error")]

@@ -13,7 +13,7 @@ from epslots.arrays import IntArray
 
 
 class RowTracker:
-    """Follows requests from step to step. What it tells is what ``Predictor.follow`` takes."""
+    """Follows requests from step to step. What it tells is what ``Predictor.set_previous_rows`` takes."""
 
     def __init__(self) -> None:
         # Of each request of the latest step: its last row there, counted from the step's end.

@@ -77,8 +77,8 @@ def measure_alone(loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool)
     wait = _wait_for(device)
 
     def fetch() -> None:
-        for landing in loader.link.start([here], [next(records)], put, urgent=True):
-            loader.link.land(landing)
+        for transfer in loader.link.start([here], [next(records)], put, urgent=True):
+            loader.link.wait(transfer)
 
     turns = _slots_in_turn(loader.pool, slots)
 

@@ -74,7 +74,7 @@ def join(
     """
     runtime, last = runtime_of(model), group_of(model)
     for loader in runtime.movers:
-        loader.give_up_unconfirmed()
+        loader.vacate_unconfirmed()
     if settings is None:
         settings = {} if last is None else last.settings
     followed = last.placement if placement is None and last is not None else placement

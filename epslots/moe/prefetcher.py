@@ -37,7 +37,7 @@ class UsagePredictor(Protocol):
         """Take note of a step's rows without a prediction; the next step's tokens follow them."""
         ...
 
-    def follow(self, row_T: torch.Tensor | None) -> None:
+    def set_previous_rows(self, row_T: torch.Tensor | None) -> None:
         """Set which row precedes each row of this thread's steps to come, until the next call.
 
         Args:

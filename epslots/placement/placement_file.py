@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from epslots.errors import ConfigError
-from epslots.given_files import read_given
+from epslots.given_files import read_given, write_whole
 from epslots.placement.placement import Placement, pack, unpack
 
 # The largest placement that is allowed takes less.
@@ -30,12 +29,5 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
 def write_placement(placement: Placement, path: str | os.PathLike[str]) -> None:
     """Write a placement; the file appears whole or not at all."""
     placement.check()
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(pack(placement))
-        temporary.replace(target)
-    except OSError as error:
-        raise ConfigError(f"{target} can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_whole(path) as file:
+        file.write(pack(placement))

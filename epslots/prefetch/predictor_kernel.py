@@ -1,11 +1,11 @@
-"""What an estimator tells of a few rows on a CPU, in one compiled call.
+"""An estimator's prediction for a few rows on a CPU, in one compiled call. ``Predictor.usage`` is the caller.
 
-For a token or two, a chain of torch's calls takes several times longer than the arithmetic: beside a model that runs, each of
-them finds its code and its arguments no longer in the processor's caches. The sums are those of ``predictor.Fitted`` and
-``predictor.Naive``, up to the order of additions.
+For a token or two, a chain of torch's calls takes several times longer than the arithmetic: beside a running model, each call
+finds its code and its arguments evicted from the processor's caches. The results are those of ``predictor.FittedEstimator``
+and ``predictor.RouterEstimator``, up to the order of additions.
 
 Legend of shape suffixes: T tokens, H hidden size, P numbers known of the previous token (H, or 0), D = H + P, M hidden units,
-E experts that logits are of, U those of them that are told of.
+E experts with logits, U the first of them, which have weights; N = M + E.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy.typing as npt
 from epslots.arrays import Float32Array
 from epslots.compiled import compiled
 
-# Usage is in so many parts of certainty, and as one byte holds it: ranks tell each other bytes.
-CERTAIN = 256
-MOST = 255
-# Multiplications of so many rows that one core makes in less time than torch's calls take.
-FEW = 1 << 18
-# A naive logit falls by one where a score falls by this part of the scores' deviation over the experts.
-NAIVE_STEP = 0.25
+# Usage is a probability in 256ths, and at most 255: ranks exchange it in bytes.
+USAGE_SCALE = 256
+USAGE_MAX = 255
+# Up to so many multiplications for all rows, one core is faster than torch's calls.
+KERNEL_MULTIPLICATIONS = 1 << 18
+# A router's logit falls by one where its score falls by this part of the scores' standard deviation over the experts.
+ROUTER_LOGIT_STEP = 0.25
 
 
 @compiled(
     "void(float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[::1], float32[:, ::1], int64, int32[::1])",
 )
-def usage_of(
+def predict_usage(
     rows_TH: Float32Array,
     before_TP: Float32Array,
     first_DN: Float32Array,
@@ -39,11 +39,16 @@ def usage_of(
     top_k: int,
     usage_U: npt.NDArray[np.int32],
 ) -> None:
-    """How likely any of the rows' tokens chooses each expert, in 256ths, 255 at most, to ``usage_U``.
+    """Write to ``usage_U`` how probably any of the tokens chooses each expert, 0 to 255.
 
     Args:
-        first_DN: N = M + E columns: those of the hidden units, then those of the linear map.
-        top_k: 0 = these are logits. Else they are scores: as ``predictor.Naive`` has it.
+        rows_TH: hidden states.
+        before_TP: the previous tokens' hidden states; P = 0 without history.
+        first_DN: columns of the hidden units, then those of the linear map.
+        bias_N: of these.
+        second_ME: from the hidden units to the experts.
+        top_k: K where the outputs are a router's scores, whose logits are relative to a token's k-th; 0 where they are logits.
+        usage_U: the result, int32.
     """
     hidden, experts = second_ME.shape
     both_N = np.empty(hidden + experts, np.float32)
@@ -84,8 +89,8 @@ def usage_of(
             square = 0.0
             for expert in range(experts):
                 square += (logit_E[expert] - mean) ** 2
-            unit_of_logit = math.sqrt(square / experts) * NAIVE_STEP + 1e-9
+            unit_of_logit = math.sqrt(square / experts) * ROUTER_LOGIT_STEP + 1e-9
         for expert in range(len(usage_U)):
             unused_U[expert] /= 1 + math.exp(min((logit_E[expert] - least) / unit_of_logit, 700.0))
     for expert in range(len(usage_U)):
-        usage_U[expert] = min(int((1 - unused_U[expert]) * CERTAIN + 0.5), MOST)
+        usage_U[expert] = min(int((1 - unused_U[expert]) * USAGE_SCALE + 0.5), USAGE_MAX)

@@ -1,13 +1,13 @@
-"""Finding each MoE layer's router: what its top k is taken of, as one linear map of what the experts module is given.
+"""Finding each MoE layer's router: the linear map from the experts' input to the scores that the top k is taken of.
 
-transformers keeps routers beside the experts, under names of their own, and no interface leads to them. They are found by
-structure: a module called ``router`` or ``gate`` beside the experts that has exactly one matrix, [experts, hidden size]. A
-router that is more than a linear map (zaya's is an MLP), or is given something else than the experts (muse_spark projects
-between the two), isn't one that can be applied elsewhere: such a layer has None.
+Transformers keeps routers beside the experts, under various names, and no interface leads to them. They are found by their
+structure: a module called ``router`` or ``gate`` beside the experts that has one matrix, [experts, hidden size]. A layer has
+None if its router is more than a linear map (zaya's is an MLP), or has another input than the experts (muse_spark projects
+between the two). ``tests/prefetch/test_predictor.py`` checks every architecture of the zoo: a router that is found reproduces
+the model's own choice.
 
-``tests/test_predictor.py`` holds every architecture of the zoo to it: what is found reproduces the model's own choice.
-
-Legend of shape suffixes: T tokens, E experts (identity experts counted), G groups of experts, H hidden size.
+Legend of shape suffixes: T tokens, E experts (identity experts counted), G groups of experts, S experts of a group, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from epslots.models.experts import num_weighted_experts, parameter_shapes
 
-_NAMES = {"router", "gate"}
+_ROUTER_NAMES = {"router", "gate"}
 _CORRECTION = "e_score_correction_bias"
 
 
@@ -32,11 +32,11 @@ class Router:
     """A linear router, and how its top k is chosen.
 
     Attributes:
-        weight_EH: float, on the model's device; what it is multiplied with is taken in its dtype.
+        weight_EH: float, on the model's device; inputs are converted to its dtype.
         bias_E: of the same dtype, part of the logits (gpt_oss); zeros where there is none.
         correction_E: float32, added to the scores for the choice alone (DeepSeek-V3); None where there is none.
-        scoring: what the correction is added to, and groups compared by.
-        groups: experts are in so many groups of one size, in order; only the best ``top_groups`` can be chosen from.
+        scoring: from logits to the scores that the correction is added to, and by which groups are compared.
+        groups: number of equal groups of experts, in order; the top k is taken from the best ``top_groups``.
     """
 
     weight_EH: torch.Tensor
@@ -51,7 +51,7 @@ class Router:
         return nn.functional.linear(hidden_TH.to(self.weight_EH.dtype), self.weight_EH, self.bias_E).float()
 
     def scores(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """What the top k is taken of, float32 [T, E]: its order is what matters."""
+        """The scores that the top k is taken of, float32 [T, E]; only their order has a meaning."""
         score_TE = self.logits(hidden_TH)
         if self.correction_E is None and self.groups == 1:
             return score_TE
@@ -74,24 +74,24 @@ class Router:
 def find_routers(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32
 ) -> tuple[Router | None, ...]:
-    """The router of each layer; None where there is none that is a linear map of the experts' input.
+    """The router of each layer; None where it is no linear map of the experts' input.
 
     Args:
         modules: the experts modules in order, by their path (``experts.experts_modules``).
-        dtype: of their weights; where the model's own have it, the two share memory.
+        dtype: of the routers' weights; they share memory with the model's if these have it.
     """
     return tuple(_find(model.get_submodule(path.rpartition(".")[0]), module, dtype) for path, module in modules.items())
 
 
 def agreement(router: Router, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> float:
-    """The share of the model's own choices ``index_TK`` that ``router`` makes as well from the experts' input."""
+    """The share of the model's own choices, ``index_TK``, that ``router`` makes from the experts' input."""
     top_TK = router.top(hidden_TH, index_TK.shape[1])
     return float((top_TK[:, :, None] == index_TK[:, None, :]).any(1).float().mean())
 
 
 def _find(block: nn.Module, experts: nn.Module, dtype: torch.dtype) -> Router | None:
     """The router beside ``experts`` in ``block``."""
-    found = [module for name, module in block.named_children() if name in _NAMES]
+    found = [module for name, module in block.named_children() if name in _ROUTER_NAMES]
     if len(found) != 1:
         return None
     module = found[0]
@@ -113,13 +113,13 @@ def _find(block: nn.Module, experts: nn.Module, dtype: torch.dtype) -> Router | 
 
 
 def input_size(experts: nn.Module) -> int:
-    """Size of the rows that the experts module is given."""
+    """Size of the rows of an experts module's input."""
     shape = parameter_shapes(experts)["down_proj"]
     return shape[2 if getattr(experts, "is_transposed", False) else 1]
 
 
 def _correction(module: nn.Module, block: nn.Module) -> torch.Tensor | None:
-    """The bias that takes part in the choice alone, in the router (mostly), below it (ernie) or beside it (minimax_m2)."""
+    """The bias for the choice alone, float32 [E]: of the router (mostly), below it (ernie) or beside it (minimax_m2)."""
     named = [*module.named_parameters(), *module.named_buffers(), *block.named_buffers(recurse=False)]
     found = [tensor.detach().float().flatten() for name, tensor in named if name.rpartition(".")[2] == _CORRECTION]
     return found[0] if found else None
@@ -132,7 +132,10 @@ def _groups(module: nn.Module) -> dict[str, int]:
 
 
 def _through_norms(router: Router, module: nn.Module, block: nn.Module) -> Router | None:
-    """Gemma4 norms the residual twice, for its router and for its experts: the two differ by a factor for each channel."""
+    """The router as a map of the experts' input; None if a norm prevents that.
+
+    Gemma4 normalises the residual once for its router and once for its experts: these differ by a factor per channel.
+    """
     scale, norm = getattr(module, "scale", None), getattr(module, "norm", None)
     if scale is None or norm is None:
         return router if norm is None else None

@@ -1,8 +1,9 @@
-"""The forming of process groups: ranks find each other through a store, connect, and prove to each other that they belong.
+"""Forming process groups: ranks find each other through a store, connect, and prove to each other that they belong.
 
 A store on the network is open to every process that reaches it, and so are the ports that gloo listens on. With a secret that
-all ranks were given on another way, a foreign process can neither find a group's entries nor have its own taken for a rank's,
-and a connection that it makes in a rank's place is found out before anything is exchanged.
+all ranks were given on another way, a foreign process can neither find a group's entries nor put in entries that pass for a
+rank's, and a connection that it opens in a rank's place is detected before anything is exchanged. Called by a rank's worker
+(cluster) and by benchmarks, once per epoch.
 """
 
 from __future__ import annotations
@@ -39,28 +40,25 @@ def form_group(
     secret: bytes = b"",
     stop: Future[str] | None = None,
 ) -> dist.ProcessGroup:
-    """Leave this process's group, whatever its state, and form the next with all who call this with the same epoch.
+    """Form the process group of an epoch, with all ranks that call this with the same one.
+
+    The process leaves the group that it is in, in any state.
 
     Args:
-        store: where ranks find each other; shared by all epochs, each under its own prefix. With NCCL it is used for as
-            long as the group is.
-        epoch: a new one for each attempt, since what an attempt leaves in the store would mislead the next.
+        store: holds the ranks' addresses; shared by all epochs, each under its own prefix. NCCL uses it as long as the group
+            lives.
+        epoch: a new one for each attempt: entries of an earlier attempt in the store would mislead the next.
+        rank, size: this rank, and the number of ranks.
         backend: "gloo", or "nccl" for the current CUDA device.
-        deadline_s: how long to wait for the others.
-        secret: known to the group's ranks alone; empty where everybody who reaches the store is trusted.
-        stop: says, once it is done, why the group is no longer wanted.
+        deadline_s: seconds to wait for the other ranks.
+        secret: known to the group's ranks alone; empty where every process that reaches the store is trusted.
+        stop: ends the attempt when it is done; its result is the reason.
 
     Raises:
-        PeerLost: not all ranks came in time, or what was found in the store or at a connection isn't a rank's. This may be
-            called again, with a later epoch.
+        PeerLost: not all ranks came in time, or an entry of the store or a connection isn't a rank's. A further call with a
+            later epoch is safe.
     """
-    group = dist.group.WORLD
-    if group is not None:
-        cut(group)  # destroying alone would wait for what is still in progress
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # Part of the rendezvous keys: a rank whose last attempt failed would otherwise look for the others under another number.
-    dist.distributed_c10d._world.group_count = 0
+    _leave_group()
     place, device = f"epslots/{epoch}", None
     if secret:
         place += f"/{_seal(secret, 'place', epoch).hex()}"
@@ -82,10 +80,10 @@ def form_group(
             timeout=timedelta(seconds=deadline_s),
             device_id=device,
         )
-    except (RuntimeError, ValueError, MemoryError) as error:  # the last two: what is in the store isn't a rank's
+    except (RuntimeError, ValueError, MemoryError) as error:  # the last two: an entry of the store isn't a rank's
         raise PeerLost(f"epoch {epoch} of {size} ranks didn't form within {deadline_s:g} s: {error}") from error
     finally:
-        sys.excepthook = hook  # each group would wrap it once more
+        sys.excepthook = hook  # torch wraps it once more with each group
     group = dist.group.WORLD
     assert group is not None
     if secret and size > 1:
@@ -94,21 +92,32 @@ def form_group(
     return group
 
 
+def _leave_group() -> None:
+    """Leave this process's group, in any state."""
+    group = dist.group.WORLD
+    if group is not None:
+        cut(group)  # destroying alone would wait for operations in progress
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Part of the rendezvous keys: a rank whose last attempt failed would otherwise look for the others under another number.
+    dist.distributed_c10d._world.group_count = 0
+
+
 def _connect(
     stop: Future[str] | None, whole: Store, store: Store, rank: int, size: int, timeout: timedelta
 ) -> dist.distributed_c10d.ProcessGroupGloo:
     """Gloo's group, made in a thread: gloo itself waits five times its timeout for a rank that doesn't connect.
 
     Args:
-        whole: what ``store`` is a part of, and doesn't keep alive.
+        whole: the store that ``store`` is a part of, and doesn't keep alive.
 
     Raises:
-        RuntimeError: not all connected in time, or the group is no longer wanted. The thread ends by itself, later.
+        RuntimeError: not all connected in time, or ``stop`` is done. The thread ends later by itself.
     """
     made: Future[Any] = Future()
 
     def make() -> None:
-        _ = whole  # for as long as this thread
+        _ = whole  # alive as long as this thread
         try:
             made.set_result(dist.ProcessGroupGloo(store, rank, size, timeout))
         except BaseException as error:
@@ -122,10 +131,10 @@ def _connect(
 
 
 def _prove(transport: TorchTransport, secret: bytes) -> None:
-    """Show every rank that this one knows the secret, over the connection between the two, and have it shown.
+    """Prove to every rank that this one knows the secret, and check its proof.
 
     Raises:
-        PeerLost: a rank doesn't know it. Nothing else has been exchanged with it.
+        PeerLost: a rank doesn't know the secret. Nothing else has been exchanged with it.
     """
     me, ones = transport.rank, [1] * transport.size
     seals = [_seal(secret, "rank", transport.epoch, me, peer) for peer in range(transport.size)]
@@ -133,13 +142,13 @@ def _prove(transport: TorchTransport, secret: bytes) -> None:
     theirs = transport.to_host(transport.all_to_all(to_device(mine, transport.device), ones, ones, agreed=True))
     for peer in range(transport.size):
         if not hmac.compare_digest(theirs[peer].tobytes(), _seal(secret, "rank", transport.epoch, peer, me)):
-            cause = f"who answers as rank {peer} doesn't know the secret of epoch {transport.epoch}"
+            cause = f"the process that answers as rank {peer} doesn't know the secret of epoch {transport.epoch}"
             transport.abort(cause)
             raise PeerLost(cause)
 
 
 class _SealedStore(Store):
-    """A store whose values carry a seal, so that another process's are refused before gloo reads them."""
+    """A store whose values carry a seal: values of other processes are refused before gloo reads them."""
 
     def __init__(self, store: Store, secret: bytes) -> None:
         super().__init__()
@@ -164,5 +173,5 @@ class _SealedStore(Store):
 
 
 def _seal(secret: bytes, *parts: str | int | bytes) -> bytes:
-    """What only those who know the secret can say of something."""
+    """A digest of the parts that takes the secret to compute (HMAC-SHA-256)."""
     return hmac.digest(secret, repr(parts).encode(), "sha256")

@@ -1,14 +1,13 @@
-"""Lock-step: all ranks run the same layers in the same order, whatever their batches; one with nothing to do takes part with
-zero tokens.
+"""Lock-step: all ranks run the same layers in the same order, with zero tokens where they have no work.
 
-Everything that ranks tell each other about a step is a row of int32 of one width, gathered from all: the header before the
-step, and each layer's counts in it. A row says what it is, so that ranks which got out of step find out at once, from rows
-that always match in size, before a byte of anything else moves.
+Before a step all ranks gather each other's header; in each layer, each other's counts of tokens. All of these are rows of
+int32 of one width, and a row names its kind: ranks that are out of step find out from rows that always match in size, before a
+byte of anything else moves. ``sync_ranks`` and the engine call ``begin`` and ``end``; MoE layers call the rest.
 
-    row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy, then the words of
-              the header; or the layer's counts, and behind them bytes that tell what is predicted of the next layer
-    guard     a digest of all that the layer's plan follows from but the counts: ranks that differ in it would plan differently
-    header    epoch, digest of the residency table, has work, wants to stop, newest placement that has come
+    row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy; then the words of
+              the header, or the layer's counts; then, in a layer, bytes of predicted usage of the next layer
+    guard     a digest of all that the layer's plan depends on besides the counts: ranks that differ would plan differently
+    header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from epslots.compiled import compiled
 from epslots.errors import ConfigError, ExchangeError, StaleEpoch
 from epslots.transport.transport import Transport
 
-_HEADER = -1
-_PREFIX = 6
+_HEADER_KIND = -1
+_PREFIX_WORDS = 6
 _HEADER_WORDS = 2 * 5
-# Rows of all models are as long, up to this many experts: one who calls the wrong model is told so.
+# Rows of all models with up to so many experts have one length: ranks that call different models get an error that says so.
 _USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
 _WORD_BYTES = 4
@@ -37,7 +36,13 @@ _WORD_BYTES = 4
 
 @dataclass(frozen=True)
 class Header:
-    """What all ranks said before a step: whether any has work, whether any wants to stop, the placement that all have."""
+    """All ranks' headers as one.
+
+    Attributes:
+        work: whether any rank has work.
+        stop: whether any wants to stop.
+        placement: the newest version that has arrived at all ranks.
+    """
 
     work: bool
     stop: bool
@@ -46,13 +51,13 @@ class Header:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What all ranks said of a layer.
+    """All ranks' counts of a layer.
 
     Attributes:
-        counts_R: int64 [R, E + 1].
-        top_k: K.
-        busy_R: whether each rank's link has something to do, bool [R].
-        predicted_R: uint8 [R, at least as many as were given]; of ranks that gave none it means nothing.
+        counts_R: pairs of each rank's tokens, int64 [R, E + 1].
+        top_k: K, the largest of all ranks.
+        busy_R: whether each rank's link is busy, bool [R].
+        predicted_R: predicted usage of the next layer, uint8 [R, at least as many as given]; undefined of ranks without one.
     """
 
     counts_R: IntArray
@@ -65,22 +70,22 @@ class LockStep:
     """Keeps one rank in step with the others.
 
     Attributes:
-        header: what all ranks said before the latest step.
-        stopping: set it to tell the others, with the next step's header, that this rank wants to stop.
+        header: all ranks' headers of the latest step.
+        stopping: whether this rank wants to stop; set by the caller, sent with the next step's header.
+        placement: version of the newest placement that has arrived at this rank; set by the caller, sent likewise.
         steps: steps that this rank has begun.
-        exchanging: set from the header's exchange to its end, and from a layer's first exchange to its last: the others wait
-            for this rank. It stays set where that fails.
-        computing: set while it computes in between; likewise.
-        completes: whether a step in which this rank fails elsewhere is completed without its tokens: see ``completing``.
-        placement: set it to tell them of the newest placement's version that has come to this rank.
+        exchanging: whether this rank is in the header's exchange, or between a layer's first and last exchange: the others
+            wait for it. Stays set after a failure there.
+        computing: whether it computes between a layer's exchanges. Stays set after a failure there.
+        completes: whether a step in which this rank fails elsewhere is completed without its tokens (``completing``).
 
     Args:
+        model: 31 bits that identify the model.
         most_experts: experts of the largest layer.
-        idle_layers: takes part in each layer with zero tokens, in the order of the layers.
-        model: 31 bits that tell this model from others.
-        digest: 63 bits that tell whether ranks agree about who holds what.
-        explain_divergence: called on all ranks if they don't; what differs, in words.
-        on_header: called with what all ranks said, before a step in which any has work.
+        idle_layers: one function per layer, in order, which takes part in it with zero tokens.
+        digest: makes 63 bits that are equal on ranks that agree about which rank holds which expert.
+        explain_divergence: called on all ranks where they disagree; returns the differences in words.
+        on_header: called with all ranks' headers before a step in which any rank has work.
     """
 
     alone = False
@@ -102,12 +107,12 @@ class LockStep:
         self._explain_divergence = explain_divergence
         self._on_header = on_header
         self._model = model
-        self._words = _PREFIX + 1 + max(most_experts, _USUAL_EXPERTS)
+        self._words = _PREFIX_WORDS + 1 + max(most_experts, _USUAL_EXPERTS)
         width = self._words + -(-max(most_experts, _USUAL_EXPERTS) // _WORD_BYTES)
         self._row = torch.zeros(width, dtype=torch.int32, device=transport.device)
         self._predicted = self._row[self._words :].view(torch.uint8)
-        # What the host writes into the row; on a device in one copy that nobody waits for: the gathering that follows is.
-        head = torch.zeros(_PREFIX + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
+        # The row's words that the host writes. On a device they are copied at once, and the host waits only for the gathering.
+        head = torch.zeros(_PREFIX_WORDS + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
         self._head = self._row[: len(head)] if transport.device.type == "cpu" else head
         self._words_of_head = self._head.numpy()
         self.steps = 0
@@ -119,7 +124,7 @@ class LockStep:
 
     @property
     def agreed(self) -> bool:
-        """Whether sizes that ranks derive from the same plan go unchecked: from the second step of a epoch on."""
+        """Whether sizes derived from the same plan go unchecked: from the second step of an epoch on."""
         return self.steps > 1
 
     def begin(self, *, work: bool = True) -> Header:
@@ -127,53 +132,59 @@ class LockStep:
 
         Raises:
             StaleEpoch: a rank belongs to another epoch.
-            ExchangeError: a rank is elsewhere, or holds another residency table.
+            ExchangeError: a rank is at another place of a step, or holds another residency table.
             PeerLost: a rank is gone.
         """
         self.steps += 1
         self._layer, self.exchanging, self.computing = 0, True, False
-        said = self.transport.epoch, self._digest(), int(work), int(self.stopping), self.placement
-        mine = np.array(said, np.int64)
-        self._words_of_head[_PREFIX:] = mine.view(np.int32)
-        rows = self._gather(_HEADER, 0, 0, len(self._head))
-        words = np.ascontiguousarray(rows[:, _PREFIX : _PREFIX + _HEADER_WORDS]).view(np.int64)
-        epochs, digests = words[:, 0], words[:, 1]
+        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self.placement
+        mine = np.array(words, np.int64)
+        self._words_of_head[_PREFIX_WORDS:] = mine.view(np.int32)
+        rows = self._gather(_HEADER_KIND, 0, 0, len(self._head))
+        headers = np.ascontiguousarray(rows[:, _PREFIX_WORDS : _PREFIX_WORDS + _HEADER_WORDS]).view(np.int64)
+        epochs, digests = headers[:, 0], headers[:, 1]
         if (epochs != epochs[0]).any():
             stale = np.flatnonzero(epochs < epochs.max()).tolist()
             raise StaleEpoch(f"ranks {stale} belong to an older epoch of the group: epochs by rank are {epochs.tolist()}")
         if (digests != digests[0]).any():
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
-        self.header = Header(work=bool(words[:, 2].any()), stop=bool(words[:, 3].any()), placement=int(words[:, 4].min()))
+        self.header = Header(
+            work=bool(headers[:, 2].any()), stop=bool(headers[:, 3].any()), placement=int(headers[:, 4].min())
+        )
         if self.header.work:
             self._on_header(self.header)
         self.exchanging = False
         return self.header
 
     def arrive(self, layer: int) -> None:
-        """Called before each layer: takes part in those that this rank's model left out."""
+        """Take part in the layers before ``layer`` that this rank's model left out; called before each layer.
+
+        Raises:
+            ConfigError: the layer was called outside of a step, or out of order.
+        """
         if self._layer is None or layer < self._layer:
             raise ConfigError(
                 "in a group of ranks the whole model is called, so that all ranks run the same layers: MoE layer "
                 f"{layer} was called {'outside of a step' if self._layer is None else 'twice in a step, or out of order'}"
             )
         while self._layer < layer:
-            self._pass()
+            self._run_idle()
 
     def take_part(self, layer: int) -> None:
-        """Called as a layer begins to deal with all ranks, with tokens or without."""
+        """Note that this rank is in ``layer``; called before the layer's first exchange, with tokens or without."""
         self._layer = layer + 1
 
     def end(self) -> None:
-        """Called after the model's forward pass: takes part in the layers that are left."""
+        """Take part in the layers that are left; called after the model's forward pass."""
         while self._layer is not None and self._layer < len(self._idle_layers):
-            self._pass()
+            self._run_idle()
         self._layer = None
 
     @contextmanager
     def completing(self) -> Iterator[None]:
-        """Inside, a forward pass that fails between exchanges costs the others nothing: the rank goes on without tokens.
+        """Inside, a forward pass that fails between exchanges doesn't break the group: the rank goes on without tokens.
 
-        For a caller that makes one step here whatever happens, and goes on making steps.
+        For a caller that makes exactly one step inside, and makes further steps after a failure.
         """
         before, self.completes = self.steps, True
         try:
@@ -184,7 +195,7 @@ class LockStep:
             self.completes = False
 
     def idle_step(self, *, work: bool = False) -> Header:
-        """A step without tokens; or no step at all, if no rank has work."""
+        """Make a step without tokens; none if no rank has work. Returns all ranks' headers."""
         header = self.begin(work=work)
         if header.work:
             self.end()
@@ -202,46 +213,51 @@ class LockStep:
         *,
         busy: bool = False,
     ) -> Gathered:
-        """Tell all ranks what this one has of a layer, and learn what they have.
+        """All ranks' counts of a layer.
 
         Args:
-            counts: int64 [E + 1], this rank's.
+            counts: this rank's, int64 [E + 1].
             top_k: K, or 0 without tokens.
-            guard: a digest of what the layer's plan follows from, the same on all ranks.
-            predicted: numbers from 0 to 255, no more than the largest layer has experts.
-            busy: whether this rank's link has something to do.
+            guard: a digest of all that the layer's plan depends on besides the counts.
+            predicted: predicted usage of the next layer, 0 to 255, [at most experts of the largest layer].
+            busy: whether this rank's link is busy.
 
         Raises:
-            ExchangeError: ranks are in different places, or would plan differently.
+            ExchangeError: ranks are at different places of a step, or would plan differently.
             PeerLost: a rank is gone.
         """
-        self._row[_PREFIX : _PREFIX + len(counts)] = counts
+        self._row[_PREFIX_WORDS : _PREFIX_WORDS + len(counts)] = counts
         if predicted is not None:
             self._predicted[: len(predicted)] = predicted
-        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX, busy=busy)
+        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, busy=busy)
         if not _alike(rows, 4):
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
-        counts_R = rows[:, _PREFIX : _PREFIX + len(counts)].astype(np.int64)
+        counts_R = rows[:, _PREFIX_WORDS : _PREFIX_WORDS + len(counts)].astype(np.int64)
         return Gathered(counts_R, int(rows[:, 4].max()), rows[:, 5] > 0, rows[:, self._words :].view(np.uint8))
 
     def fail(self, error: BaseException) -> None:
-        """This rank's step ends with an error of its own: nobody must wait for it."""
+        """Abort the group, because this rank's step failed and the others would wait for it."""
         self.transport.abort(f"rank {self.transport.rank} failed in a step: {type(error).__name__}: {error}")
 
-    def _pass(self) -> None:
+    def _run_idle(self) -> None:
+        """Take part in the next layer without tokens."""
         assert self._layer is not None
         layer = self._layer
         self._idle_layers[layer]()
-        assert self._layer == layer + 1, "an idle layer takes part"
+        assert self._layer == layer + 1, "an idle layer calls take_part"
 
     def _gather(self, kind: int, top_k: int, guard: int, words: int, *, busy: bool = False) -> NDArray[np.int32]:
-        """All ranks' rows; the first ``words`` of this rank's come from the host."""
-        self._words_of_head[:_PREFIX] = kind, self.steps % _STEP_LIMIT, self._model, guard, top_k, busy
+        """All ranks' rows, int32 [R, width].
+
+        Args:
+            words: number of the row's first words that the host has written.
+        """
+        self._words_of_head[:_PREFIX_WORDS] = kind, self.steps % _STEP_LIMIT, self._model, guard, top_k, busy
         if self._row.device.type != "cpu":
             self._row[:words].copy_(self._head[:words], non_blocking=True)
         rows: NDArray[np.int32] = self.transport.to_host(self.transport.all_gather(self._row))
         if not _alike(rows, 3):
-            places = [f"rank {r} {_place(*row[:3].tolist())}" for r, row in enumerate(rows)]
+            places = [f"rank {r} {_describe_place(*row[:3].tolist())}" for r, row in enumerate(rows)]
             raise ExchangeError(f"ranks are out of step: {', '.join(places)}")
         return rows
 
@@ -256,6 +272,6 @@ def _alike(rows: NDArray[np.int32], words: int) -> bool:
     return True
 
 
-def _place(kind: int, step: int, model: int) -> str:
-    where = f"begins step {step}" if kind == _HEADER else f"is in MoE layer {kind} of step {step}"
+def _describe_place(kind: int, step: int, model: int) -> str:
+    where = f"begins step {step}" if kind == _HEADER_KIND else f"is in MoE layer {kind} of step {step}"
     return f"{where} of model {model:08x}"

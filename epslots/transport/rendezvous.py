@@ -1,4 +1,7 @@
-"""Which ranks a process computes with: a process group that it is given, torch's default one, or the one of ``torchrun``."""
+"""Finding a process's transport: over a given process group, torch's default one, or one formed under ``torchrun``.
+
+``load`` calls ``find_transport``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,11 @@ def local_number() -> int | None:
 
 
 def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.device) -> Transport | None:
-    """The way to the other ranks; None if there are none.
+    """The transport to the other ranks; None if there are none.
+
+    Args:
+        group: a process group or a transport; None = torch's default group, or ``torchrun``'s ranks, if there are any.
+        device: of the model.
 
     Raises:
         ConfigError: this process isn't in ``group``, or its backend isn't the device's.

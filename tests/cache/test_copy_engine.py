@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from epslots.cache.copy_engine import CudaEngine, EmulatedEngine, SynchronousEngine, copy, make_copy_engine
+from epslots.cache.copy_engine import CudaEngine, EmulatedEngine, SynchronousEngine, make_copy_engine
 from epslots.errors import ConfigError
 from epslots.units import LinkSpeed, parse_link
 from tests.support.rank_helpers import PATIENCE_S
@@ -23,6 +23,10 @@ FAST = LinkSpeed(10**12)
 
 def records(*numbers: int) -> list[torch.Tensor]:
     return [torch.full((4,), number, dtype=torch.uint8) for number in numbers]
+
+
+def copy(slot: torch.Tensor, record: torch.Tensor) -> None:
+    slot.copy_(record)
 
 
 def slots(count: int) -> list[torch.Tensor]:
@@ -59,19 +63,19 @@ def test_the_cpu_copies_at_once():
     assert [int(slot[0]) for slot in there] == [1, 2]
 
 
-def due(clock: Clock, link: EmulatedEngine, landing: Any) -> float:
-    """When a landing has been waited for, seconds from the start."""
-    link.land(landing)
+def due(clock: Clock, link: EmulatedEngine, transfer: Any) -> float:
+    """When a transfer has been waited for, seconds from the start."""
+    link.wait(transfer)
     return round(clock.now - 100, 3)
 
 
 def test_each_record_takes_its_time_on_the_link_and_none_is_lost_between(clock: Clock):
     link, there = second(), slots(3)
-    landings = link.start(there, records(1, 2, 3), copy, urgent=True)
+    transfers = link.start(there, records(1, 2, 3), copy, urgent=True)
     clock.now += 2.0
-    assert [link.landed(landing) for landing in landings] == [True, False, False]
+    assert [link.poll(transfer) for transfer in transfers] == [True, False, False]
     assert link.busy
-    assert [due(clock, link, landing) for landing in landings[1:]] == [3.0, 4.5]
+    assert [due(clock, link, transfer) for transfer in transfers[1:]] == [3.0, 4.5]
     assert [int(slot[0]) for slot in there] == [1, 2, 3]
     assert not link.busy
     clock.now += 10
@@ -88,10 +92,10 @@ def test_urgent_first_then_the_newest_guess(clock: Clock):
     newer = link.start(slots(2), records(3, 4), copy, urgent=False)
     urgent = link.start(slots(2), records(5, 6), copy, urgent=True)
     clock.now += 100
-    link.landed(first[0])
-    order = sorted((*first, *guesses, *newer, *urgent), key=lambda flight: flight.due)
+    link.poll(first[0])
+    order = sorted((*first, *guesses, *newer, *urgent), key=lambda transfer: transfer.due)
     assert order == [*first, *urgent, *newer, *guesses]
-    assert [flight.due - 100 for flight in order] == [1.5 * (number + 1) for number in range(7)]
+    assert [transfer.due - 100 for transfer in order] == [1.5 * (number + 1) for number in range(7)]
 
 
 def test_what_is_hurried_goes_before_what_is_started_later(clock: Clock):
@@ -103,9 +107,9 @@ def test_what_is_hurried_goes_before_what_is_started_later(clock: Clock):
         link.set_urgent(guess)  # twice is once
     (missed,) = link.start(slots(1), records(4), copy, urgent=True)
     expected = {guesses[1]: 3.0, guesses[2]: 4.5, missed: 6.0, guesses[0]: 7.5}
-    assert {landing: due(clock, link, landing) for landing in expected} == expected
+    assert {transfer: due(clock, link, transfer) for transfer in expected} == expected
     link.set_urgent(first)
-    assert link.landed(first)
+    assert link.poll(first)
 
 
 def test_what_is_waited_for_becomes_urgent(clock: Clock):
@@ -124,8 +128,8 @@ def test_what_is_dropped_takes_no_time_unless_it_has_begun(clock: Clock, urgent:
     (begun,) = link.start(slots(1), records(9), copy, urgent=True)
     clock.now += 0.1
     (dropped,) = link.start(slots(1), records(1), copy, urgent=urgent)
-    assert link.drop(begun), "it crosses all the same"
-    assert not link.drop(dropped)
+    assert link.cancel(begun), "it crosses all the same"
+    assert not link.cancel(dropped)
     (last,) = link.start(slots(1), records(2), copy, urgent=False)
     assert due(clock, link, last) == 3.0
 
@@ -143,10 +147,10 @@ def test_a_large_record_is_brought_by_a_thread_and_waited_for():
         assert go.wait(PATIENCE_S)
         slot.copy_(record)
 
-    (landing,) = link.start(there, [large(1)], put, urgent=True)
-    assert not link.landed(landing)
+    (transfer,) = link.start(there, [large(1)], put, urgent=True)
+    assert not link.poll(transfer)
     go.set()
-    link.land(landing)
+    link.wait(transfer)
     assert (there[0] == 1).all()
     assert threading.current_thread() not in who
 
@@ -164,7 +168,7 @@ def test_nothing_of_what_was_dropped_is_written_later():
     (copying,) = link.start(there, [large(1)], put, urgent=True)
     (waiting,) = link.start([large(0)], [large(2)], put, urgent=True)
     assert begun.wait(PATIENCE_S)
-    dropping = threading.Thread(target=lambda: (link.drop(waiting), link.drop(copying), done.set()))
+    dropping = threading.Thread(target=lambda: (link.cancel(waiting), link.cancel(copying), done.set()))
     dropping.start()
     assert not done.is_set()
     go.set()
@@ -177,19 +181,19 @@ def test_what_cannot_be_brought_is_told_to_whoever_waits():
         raise MemoryError("no room")
 
     link = EmulatedEngine(FAST)
-    (landing,) = link.start([torch.zeros(1 << 20)], [torch.zeros(1 << 20)], broken, urgent=True)
+    (transfer,) = link.start([torch.zeros(1 << 20)], [torch.zeros(1 << 20)], broken, urgent=True)
     for _ in range(2):
         with pytest.raises(MemoryError):
-            link.land(landing)
+            link.wait(transfer)
 
 
 def test_its_thread_ends_with_the_link():
     link = EmulatedEngine(FAST)
     threads: list[threading.Thread] = []
     large = torch.zeros(1 << 20)
-    for landing in link.start([large], [large], lambda *_: threads.append(threading.current_thread()), urgent=True):
-        link.land(landing)
-    del link, landing
+    for transfer in link.start([large], [large], lambda *_: threads.append(threading.current_thread()), urgent=True):
+        link.wait(transfer)
+    del link, transfer
     threads[0].join(PATIENCE_S)
     assert not threads[0].is_alive()
 
@@ -302,18 +306,18 @@ def test_copies_on_streams_are_in_order_with_what_computes(seed: int):
         slot = choose.randrange(6)
         if choose.random() < 0.5:
             if slot in in_flight:
-                link.drop(in_flight.pop(slot))
+                link.cancel(in_flight.pop(slot))
             names[slot] = number
             (in_flight[slot],) = link.start([there[slot]], records(number), put, urgent=choose.random() < 0.4)
         else:
             if slot in in_flight:
-                link.land(in_flight.pop(slot))
+                link.wait(in_flight.pop(slot))
             found: list[int] = []
             cuda.here.work.append(lambda slot=slot, found=found: found.append(int(there[slot][0])))
             reads.append((names[slot], found))
         cuda.some()
-    for landing in in_flight.values():
-        link.land(landing)
+    for transfer in in_flight.values():
+        link.wait(transfer)
     cuda.finish()
     assert [found for _, found in reads] == [[name] for name, _ in reads]
     assert [int(slot[0]) for slot in there] == names
@@ -327,13 +331,13 @@ def test_of_what_is_not_urgent_only_some_is_queued_and_the_rest_can_be_dropped()
     def put(slot: torch.Tensor, record: torch.Tensor) -> None:
         cuda.here.work.append(lambda: copied.append(int(record[0])))
 
-    landings = link.start(slots(6), records(1, 2, 3, 4, 5, 6), put, urgent=False)
-    for landing in landings[4:]:
-        link.drop(landing)
+    transfers = link.start(slots(6), records(1, 2, 3, 4, 5, 6), put, urgent=False)
+    for transfer in transfers[4:]:
+        link.cancel(transfer)
     cuda.finish()
     assert copied == [1, 2]
-    link.set_urgent(landings[3])
-    link.set_urgent(landings[0])
+    link.set_urgent(transfers[3])
+    link.set_urgent(transfers[0])
     link.start(slots(1), records(9), put, urgent=True)
     cuda.finish()
     assert sorted(copied) == [1, 2, 3, 4, 9], "the host came by"

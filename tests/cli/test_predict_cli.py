@@ -20,9 +20,10 @@ from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.example_text import library_texts
 from epslots.models.experts import experts_modules
-from epslots.prefetch.fit import recalled, record
+from epslots.prefetch.fit import count_recalled
 from epslots.prefetch.predictor import Predictor
-from epslots.prefetch.predictor_file import FILE_NAME, load_predictor, read_predictor
+from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, load_predictor, read_predictor
+from epslots.prefetch.recording import record
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -125,7 +126,7 @@ def test_the_texts_are_parted():
 def test_recall_of_the_shipped_predictor(example: Any, held_out: torch.Tensor):
     """What the project promises of the example model; ``epslots bench predict`` measures it on more text."""
     seen = record(example, held_out, range(6), lambda done: None)
-    fits, _ = read_predictor(example_model() / FILE_NAME)
+    fits, _ = read_predictor(example_model() / PREDICTOR_FILE_NAME)
     recall = []
     for layer, fitted in enumerate(fits[:-1]):
         assert fitted is not None
@@ -134,10 +135,10 @@ def test_recall_of_the_shipped_predictor(example: Any, held_out: torch.Tensor):
             before = torch.nn.functional.pad(rows.unflatten(0, (-1, 128)), (0, 0, 1, 0))[:, :-1].flatten(0, 1)
             rows = torch.cat([rows, before], 1)
         logits = fitted.to(torch.device("cpu"), torch.float32).logits(rows)
-        recall.append(recalled(logits, seen[layer + 1].index_NK) / seen[layer + 1].index_NK.numel())
+        recall.append(count_recalled(logits, seen[layer + 1].index_NK) / seen[layer + 1].index_NK.numel())
     at_k, at_2k = torch.stack(recall).mean(0).tolist()
     assert at_k >= 0.82 and at_2k >= 0.96
-    assert (example_model() / FILE_NAME).stat().st_size < 1_000_000
+    assert (example_model() / PREDICTOR_FILE_NAME).stat().st_size < 1_000_000
 
 
 def running_recall(model: Any, windows: torch.Tensor, predictor: Predictor, *, forgetful: bool) -> float:
@@ -171,7 +172,7 @@ def running_recall(model: Any, windows: torch.Tensor, predictor: Predictor, *, f
 
 def test_a_running_model_is_told_of_as_well_as_recorded_text(example: Any, held_out: torch.Tensor):
     """The token before each token is found again in the step before: the first layer's estimator lives on it."""
-    predictor = load_predictor(example_model() / FILE_NAME, example)
+    predictor = load_predictor(example_model() / PREDICTOR_FILE_NAME, example)
     recall = running_recall(example, held_out[:6, :48], predictor, forgetful=False)
     assert recall > 0.8
     assert recall > running_recall(example, held_out[:6, :48], predictor, forgetful=True) + 0.01

@@ -19,9 +19,9 @@ PACKAGE = Path(epslots.__file__).parent
 LAYERS = (
     # records and errors
     ("_version", "arrays", "errors", "layout", "streams", "cpu_threads"),
-    ("counting", "private_files", "units"),
-    ("host_limits", "given_files"),
-    ("compiled", "npz", "progress", "device_copy", "example"),
+    ("private_files", "units"),
+    ("host_limits", "given_files", "progress"),
+    ("compiled", "npz", "device_copy", "example"),
     # pure decisions
     ("planner", "example_text", "json_lines", "load_window"),
     ("placement", "telemetry"),

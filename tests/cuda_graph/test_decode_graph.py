@@ -124,14 +124,14 @@ class Replayed:
     def __init__(self, graph: DecodeGraph) -> None:
         self.graph = graph
         for runner, experts in zip(graph._runtime.runners, graph._experts, strict=True):
-            graph._runtime.telemetry.count_device(runner.index, steps=1, misses=0)  # capturing does
+            graph._runtime.telemetry.count(runner.index, steps=1, passes=1)  # capturing does
             experts.calls += 1
 
     def replay(self) -> None:
         calls = [experts.calls for experts in self.graph._experts]
         self.graph._forward()
         for runner, experts, before in zip(self.graph._runtime.runners, self.graph._experts, calls, strict=True):
-            self.graph._runtime.telemetry.count_device(runner.index, steps=before - experts.calls, misses=0)
+            self.graph._runtime.telemetry.count(runner.index, steps=before - experts.calls, passes=before - experts.calls)
             experts.calls = before
 
 

@@ -71,7 +71,7 @@ def make_mover(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
         store_layers=STORE_LAYERS,
         transport=None,
         landed=landed,
-        land_all=lambda: landed.append(True),
+        wait_all=lambda: landed.append(True),
     )
 
 

@@ -18,7 +18,7 @@ from epslots.engine.sampling import GREEDY, Sampling
 from epslots.errors import PeerLost
 from epslots.group.join import join
 from epslots.group.rank_group import group_of
-from epslots.transport.transport import LocalHub, LocalTransport
+from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.engine.test_sampling import drawn
 from tests.equality.test_load_equal import greedy
 from tests.support import zoo

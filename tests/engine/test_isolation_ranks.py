@@ -18,7 +18,7 @@ from epslots.errors import GroupError, PeerLost, StepFailed
 from epslots.group.join import join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
-from epslots.transport.transport import LocalHub, LocalTransport
+from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.engine.test_batchers import generated, requests_of
 from tests.engine.test_isolation import guilty_requests, unused
 from tests.support import zoo

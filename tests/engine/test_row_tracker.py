@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher
 from epslots.engine.requests import Batcher, Request
 from epslots.engine.row_tracker import RowTracker
-from epslots.prefetch.predictor import Few, Predictor
+from epslots.prefetch.predictor import KernelWeights, Predictor
 from epslots.runtime import attach, runtime_of
 from tests.equality.test_load_equal import load
 from tests.support import zoo
@@ -51,7 +51,7 @@ class Watched:
     """An estimator with history that keeps what it is given, rows [T, 2 H] of each step."""
 
     history = True
-    few: Few | None = None
+    kernel_weights: KernelWeights | None = None
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
@@ -143,7 +143,7 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
             tokens[output.id] += output.tokens
     assert batcher_class is SequentialBatcher or mixed > 3, "prompts and single tokens went together"
     predictor = runtime_of(model).predictor
-    assert predictor is not None and predictor._state.follows is None, "outside of the batcher nothing is known"
+    assert predictor is not None and predictor._state.previous_rows is None, "outside of the batcher nothing is known"
     batcher.close()
     for name, sequence in tokens.items():
         hidden_TH = hidden_alone(reference, tuple(sequence))

@@ -110,7 +110,7 @@ def test_triton_decides_as_torch_does(checkpoint: Callable[[str], Path], cache_d
     """On the GPU itself, from the same state and for the same ids: tables, histories, counts and what is missing."""
     runtime = runtime_of(load(checkpoint("qwen3_moe"), cache_dir))
     (loader,) = runtime.movers
-    loader.land_all()
+    loader.wait_all()
     generator = torch.Generator().manual_seed(1)
     pool, states = loader.pool, []
     for kernels in (TorchKernels(loader), kernels_for(loader)):

@@ -29,8 +29,8 @@ from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.prefetch_policy import PrefetchBudget
 from epslots.telemetry import Telemetry
+from epslots.transport.local_transport import LocalTransport
 from epslots.transport.lockstep import Header, LockStep
-from epslots.transport.transport import LocalTransport
 from tests.support.grouped_ranks import ALL_COSTS
 from tests.support.late_link import Echo, Guesses, LateLink
 from tests.support.plan_strategies import random_placement

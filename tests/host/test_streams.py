@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from cluster.driver.start_display import StartDisplay
 from cluster.job.progress import Counts, JobProgress
-from epslots.counting import counting
-from epslots.progress import ProgressDisplay
+from epslots.progress import ProgressDisplay, StartDisplay, counting
 from epslots.streams import SafeStream, is_terminal, read_input, say, usable_streams
 
 Run = Callable[..., tuple[int, str, str]]

@@ -36,7 +36,7 @@ from epslots.models.memory_plan import (
     slot_bytes,
 )
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
-from epslots.prefetch.predictor_file import FILE_NAME, file_bytes
+from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, file_bytes
 from epslots.units import SlotsSetting, format_bytes, parse_slots
 from tests.support.zoo import make_checkpoint, make_fp8, make_mxfp4
 
@@ -482,8 +482,8 @@ def test_the_command_plans_what_a_device_makes_of_a_quantised_checkpoint(name: s
 def test_the_command_counts_the_predictor_that_a_gpu_would_have() -> None:
     """The example's, which lies beside it: float32 on a CPU that fetches nothing ahead, thus none; bfloat16 on a GPU."""
     given = json.loads(run("--memory", "4GiB", "--device", "cuda", "--dtype", "bfloat16", "--json").stdout)
-    expected, _ = file_bytes(example_model() / FILE_NAME, torch.device("cuda"), torch.bfloat16)
-    assert given["predictor_bytes"] == expected > (example_model() / FILE_NAME).stat().st_size // 2
+    expected, _ = file_bytes(example_model() / PREDICTOR_FILE_NAME, torch.device("cuda"), torch.bfloat16)
+    assert given["predictor_bytes"] == expected > (example_model() / PREDICTOR_FILE_NAME).stat().st_size // 2
     assert json.loads(run("--memory", "4GiB", "--device", "cpu", "--json").stdout)["predictor_bytes"] == 0
 
 

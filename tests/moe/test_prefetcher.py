@@ -21,13 +21,13 @@ from epslots.group.join import start_rank
 from epslots.loading import shared_settings
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
 from epslots.moe.prefetcher import Prefetcher
-from epslots.prefetch.fit import Quality, Settings
-from epslots.prefetch.predictor import KEPT_ROWS, Fitted
-from epslots.prefetch.predictor_file import FILE_NAME, About, file_bytes, write_predictor
+from epslots.prefetch.fit import FitQuality, FitSettings
+from epslots.prefetch.predictor import HISTORY_ROWS, FittedEstimator
+from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, PredictorMetadata, file_bytes, write_predictor
 from epslots.prefetch.setup import planned_bytes
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, predictor_of, runtime_of
-from epslots.transport.transport import LocalTransport
+from epslots.transport.local_transport import LocalTransport
 from epslots.units import PrefetchSetting, parse_prefetch
 from tests.equality.test_load_equal import SERVED, assert_equal, greedy, load
 from tests.equality.test_ranks_equal import compare
@@ -230,7 +230,7 @@ class TestSettings:
         self, checkpoint: Checkpoints, cache_dir: Path, caplog: pytest.LogCaptureFixture
     ):
         folder = checkpoint("qwen3_moe")
-        path = folder / FILE_NAME
+        path = folder / PREDICTOR_FILE_NAME
         path.write_bytes(b"nothing")
         try:
             model = load(folder, cache_dir, link=LINK)
@@ -260,18 +260,18 @@ class HurriedLink(LateLink):
         self.waited = self.surprising = 0
 
     def start(self, slots: Any, records: Any, put: Any, *, urgent: bool) -> list[Any]:
-        landings = super().start(slots, records, put, urgent=urgent)
-        self.urgent.update(id(landing) for landing in landings if urgent)
-        return landings
+        transfers = super().start(slots, records, put, urgent=urgent)
+        self.urgent.update(id(transfer) for transfer in transfers if urgent)
+        return transfers
 
-    def set_urgent(self, landing: Any) -> None:
-        self.urgent.add(id(landing))
+    def set_urgent(self, transfer: Any) -> None:
+        self.urgent.add(id(transfer))
 
-    def land(self, landing: Any) -> None:
+    def wait(self, transfer: Any) -> None:
         self.waited += 1
-        self.surprising += id(landing) not in self.urgent
-        self.urgent.discard(id(landing))
-        super().land(landing)
+        self.surprising += id(transfer) not in self.urgent
+        self.urgent.discard(id(transfer))
+        super().wait(transfer)
 
 
 def test_what_was_fetched_ahead_and_is_late_goes_before_the_step_s_misses(checkpoint: Checkpoints, cache_dir: Path):
@@ -323,18 +323,18 @@ class Interrupted(LateLink):
         super().__init__()
         self.at: int | None = None
 
-    def land(self, landing: Any) -> None:
+    def wait(self, transfer: Any) -> None:
         if self.at == 0:
             self.at = None
             raise KeyboardInterrupt
         self.at = None if self.at is None else self.at - 1
-        super().land(landing)
+        super().wait(transfer)
 
-    def drop(self, landing: Any) -> bool:
+    def cancel(self, transfer: Any) -> bool:
         if self.at == 0:
             self.at = None
             raise KeyboardInterrupt
-        return super().drop(landing)
+        return super().cancel(transfer)
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -364,12 +364,12 @@ class TestMemory:
         own = {p.data_ptr() for p in model.parameters()}
         tensors: dict[int, torch.Tensor] = {}
         for estimator in told.estimators:
-            if isinstance(estimator, Fitted):
+            if isinstance(estimator, FittedEstimator):
                 found = [estimator.first, estimator.first_bias, estimator.second, estimator.unlikely_E]
             else:
                 found = [] if estimator is None else [estimator.router.weight_EH, estimator.router.bias_E]
             tensors |= {t.data_ptr(): t for t in found if t.numel() and t.data_ptr() not in own}
-        few = [few for few in told._few if few is not None]
+        few = [few for few in told._kernel_weights if few is not None]
         assert not {a.ctypes.data for f in few for a in (f.first_DN, f.bias_N, f.second_ME) if a.size} - tensors.keys() - own
         return sum(t.nbytes for t in tensors.values())
 
@@ -387,7 +387,7 @@ class TestMemory:
         runtime, random = runtime_of(plain), torch.Generator().manual_seed(0)
         experts = [layer.num_experts for layer in runtime.layers]
         fits = [
-            Fitted(
+            FittedEstimator(
                 torch.randn(5 + count, (2 if layer else 1) * zoo.HIDDEN, generator=random),
                 torch.zeros(5 + count),
                 torch.randn(5, count, generator=random),
@@ -396,19 +396,24 @@ class TestMemory:
             )
             for layer, count in enumerate(experts)
         ]
-        quality = [Quality(None, (0.5, 0.5), fit.history) for fit in fits]
-        about = About(
-            checkpoint=runtime.checkpoint, model="tiny", experts=experts, tokens=1, settings=Settings(), quality=list(quality)
+        quality = [FitQuality(None, (0.5, 0.5), fit.history) for fit in fits]
+        about = PredictorMetadata(
+            checkpoint=runtime.checkpoint,
+            model="tiny",
+            experts=experts,
+            tokens=1,
+            settings=FitSettings(),
+            quality=list(quality),
         )
         write_predictor(tmp_path / "p.safetensors", fits, about)
         model = load(folder, cache_dir, link=LINK, predictor=tmp_path / "p.safetensors")
-        rows = KEPT_ROWS * zoo.HIDDEN * 4 * (len(experts) - 1)
+        rows = HISTORY_ROWS * zoo.HIDDEN * 4 * (len(experts) - 1)
         plan = runtime_of(model).plan
         assert plan.predictor_bytes == self._taken(model) + rows
         told = predictor_of(model)
         assert told is not None
         for layer in range(len(experts)):
-            told.usage(layer, torch.randn(KEPT_ROWS + 9, zoo.HIDDEN), torch.zeros(1, 1, dtype=torch.int64))
+            told.usage(layer, torch.randn(HISTORY_ROWS + 9, zoo.HIDDEN), torch.zeros(1, 1, dtype=torch.int64))
         assert sum(kept.nbytes for kept in told._state.rows if kept is not None) == rows
         assert ("predictor", plan.predictor_bytes) in [item[:2] for item in plan.items]
         greedy(model, zoo.random_ids(1, 9, seed=2), 4)
@@ -422,10 +427,12 @@ class TestMemory:
         folder = checkpoint("mixtral")
         config = read_config(folder)
         skeleton = build_skeleton(resolve_class(config), config, torch.bfloat16)
-        fit = Fitted(torch.zeros(8, zoo.HIDDEN), torch.zeros(8), torch.zeros(0, 8), torch.zeros(8))
-        quality = [Quality(None, (0.5, 0.5), False), None, None]
-        about = About(checkpoint="own", model="m", experts=[8] * 3, tokens=1, settings=Settings(), quality=list(quality))
-        write_predictor(tmp_path / FILE_NAME, [fit, None, None], about)
+        fit = FittedEstimator(torch.zeros(8, zoo.HIDDEN), torch.zeros(8), torch.zeros(0, 8), torch.zeros(8))
+        quality = [FitQuality(None, (0.5, 0.5), False), None, None]
+        about = PredictorMetadata(
+            checkpoint="own", model="m", experts=[8] * 3, tokens=1, settings=FitSettings(), quality=list(quality)
+        )
+        write_predictor(tmp_path / PREDICTOR_FILE_NAME, [fit, None, None], about)
 
         def planned(fetches: bool) -> int:
             settings: dict[str, Any] = {"predictor": None, "execute_predicted": False, "fetches": fetches}

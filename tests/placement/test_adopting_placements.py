@@ -20,7 +20,7 @@ from epslots.placement.placement_file import write_placement
 from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
 from epslots.telemetry import WindowMeter
-from epslots.transport.transport import LocalHub, LocalTransport
+from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.equality.test_ranks_equal import assert_close
 from tests.support import zoo
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped

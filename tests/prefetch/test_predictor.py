@@ -22,18 +22,26 @@ import epslots
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.models.experts import experts_modules
-from epslots.prefetch.fit import HELD_BACK, Quality, Settings, cut_windows, fit, passes, recalled, record
-from epslots.prefetch.predictor import KEPT_ROWS, SATURATED, Fitted, Naive, Predictor, guess_previous
+from epslots.prefetch.fit import FitQuality, FitSettings, count_recalled, fit
+from epslots.prefetch.predictor import (
+    HISTORY_ROWS,
+    SATURATING_CHOICES,
+    FittedEstimator,
+    Predictor,
+    RouterEstimator,
+    guess_previous,
+)
 from epslots.prefetch.predictor_file import (
-    FILE_NAME,
-    About,
+    PREDICTOR_FILE_NAME,
+    PredictorMetadata,
     file_bytes,
     load_predictor,
-    naive_predictor,
     read_predictor,
+    router_predictor,
     write_predictor,
 )
-from epslots.prefetch.predictor_kernel import CERTAIN, MOST
+from epslots.prefetch.predictor_kernel import USAGE_MAX, USAGE_SCALE
+from epslots.prefetch.recording import HELD_OUT_EVERY, cut_windows, plan_recordings, record
 from epslots.prefetch.routers import Router, agreement, find_routers
 from epslots.runtime import runtime_of
 from tests.support import zoo
@@ -116,7 +124,7 @@ def test_routers_share_the_model_s_weights_where_they_have_its_type(checkpoint: 
 # --- estimators at run time
 
 
-def fitted(experts: int = 6, size: int = 5, hidden: int = 3, history: bool = False, seed: int = 0) -> Fitted:
+def fitted(experts: int = 6, size: int = 5, hidden: int = 3, history: bool = False, seed: int = 0) -> FittedEstimator:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -124,18 +132,18 @@ def fitted(experts: int = 6, size: int = 5, hidden: int = 3, history: bool = Fal
 
     inputs = 2 * size if history else size
     share_E = torch.rand(experts, generator=generator)
-    return Fitted(
+    return FittedEstimator(
         normal(hidden + experts, inputs), normal(hidden + experts), normal(hidden, experts), torch.log1p(-share_E), history
     )
 
 
-def predictor(*estimators: Fitted | Naive | None, experts: int = 6) -> Predictor:
+def predictor(*estimators: FittedEstimator | RouterEstimator | None, experts: int = 6) -> Predictor:
     """The last layer has nothing to tell of."""
     layers = [*estimators, None]
     return Predictor(layers, [experts] * len(layers), torch.device("cpu"), torch.float32)
 
 
-def by_hand(estimator: Fitted, rows: torch.Tensor) -> torch.Tensor:
+def by_hand(estimator: FittedEstimator, rows: torch.Tensor) -> torch.Tensor:
     """Logits, token by token."""
     hidden = len(estimator.second)
     found = []
@@ -153,16 +161,16 @@ def test_usage_is_the_chance_that_any_token_chooses(tokens: int, hidden: int):
     usage = predictor(estimator).usage(0, rows, torch.zeros(tokens, 2, dtype=torch.int64))
     assert usage is not None and usage.dtype == torch.int32
     chance = torch.sigmoid(by_hand(estimator, rows).double())
-    expected = (CERTAIN * (1 - (1 - chance).prod(0))).clamp(max=MOST)
+    expected = (USAGE_SCALE * (1 - (1 - chance).prod(0))).clamp(max=USAGE_MAX)
     assert (usage - expected).abs().max() <= 0.501
 
 
 def test_the_certain_and_the_impossible():
-    estimator = Fitted(torch.zeros(3, 5), torch.tensor([60.0, 0.0, -60.0]), torch.zeros(0, 3), torch.zeros(3))
+    estimator = FittedEstimator(torch.zeros(3, 5), torch.tensor([60.0, 0.0, -60.0]), torch.zeros(0, 3), torch.zeros(3))
     usage = predictor(estimator, experts=3).usage(0, torch.randn(1, 5), torch.zeros(1, 1, dtype=torch.int64))
-    assert usage is not None and usage.tolist() == [MOST, CERTAIN // 2, 0]
+    assert usage is not None and usage.tolist() == [USAGE_MAX, USAGE_SCALE // 2, 0]
     usage = predictor(estimator, experts=3).usage(0, torch.randn(3, 5), torch.zeros(3, 1, dtype=torch.int64))
-    assert usage is not None and usage.tolist() == [MOST, CERTAIN * 7 // 8, 0]
+    assert usage is not None and usage.tolist() == [USAGE_MAX, USAGE_SCALE * 7 // 8, 0]
 
 
 def test_no_token_wants_nothing():
@@ -171,9 +179,9 @@ def test_no_token_wants_nothing():
 
 
 def test_many_tokens_are_told_of_by_what_is_usual():
-    estimator, tokens = fitted(), SATURATED * 6 // 2 + 1
+    estimator, tokens = fitted(), SATURATING_CHOICES * 6 // 2 + 1
     usage = predictor(estimator).usage(0, torch.randn(tokens, 5), torch.zeros(tokens, 2, dtype=torch.int64))
-    expected = (CERTAIN * (1 - torch.exp(estimator.unlikely_E.double() * tokens))).clamp(max=MOST)
+    expected = (USAGE_SCALE * (1 - torch.exp(estimator.unlikely_E.double() * tokens))).clamp(max=USAGE_MAX)
     assert usage is not None and (usage - expected).abs().max() <= 0.501
 
 
@@ -193,7 +201,7 @@ def test_layers_of_which_nothing_is_told():
     found = predictor(None)
     assert not found.predicts(0) and not found.predicts(1) and predictor(fitted()).predicts(0)
     assert found.usage(0, torch.randn(2, 5), torch.zeros(2, 2, dtype=torch.int64)) is None
-    with pytest.raises(ConfigError, match="no estimator tells of the layer after MoE layer 0"):
+    with pytest.raises(ConfigError, match="no estimator predicts the layer after MoE layer 0"):
         found.ids(0, torch.randn(2, 5), 2)
 
 
@@ -203,9 +211,9 @@ def told(found: Predictor, rows: torch.Tensor) -> torch.Tensor:
     return usage
 
 
-def expected(estimator: Fitted, rows: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+def expected(estimator: FittedEstimator, rows: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     logits = by_hand(estimator, torch.cat([rows, before], 1))
-    return ((1 - (1 - torch.sigmoid(logits)).prod(0)) * CERTAIN + 0.5).to(torch.int32).clamp(max=MOST)
+    return ((1 - (1 - torch.sigmoid(logits)).prod(0)) * USAGE_SCALE + 0.5).to(torch.int32).clamp(max=USAGE_MAX)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -247,7 +255,7 @@ def test_a_caller_says_what_follows_what():
     estimator = fitted(history=True)
     found, first, second = predictor(estimator), torch.randn(5, 5), torch.randn(4, 5)
     told(found, first)
-    found.follow(torch.tensor([-1, 0, 2, -4]))
+    found.set_previous_rows(torch.tensor([-1, 0, 2, -4]))
     before = torch.stack([first[4], torch.zeros(5), second[1], first[1]])
     assert close(told(found, second), expected(estimator, second, before))
     # Another number of rows than was said: a guess.
@@ -260,14 +268,14 @@ def test_rows_that_were_not_kept_are_nobody_s(tokens: int):
     """Whatever a caller says of a step that the layer wasn't asked about, or of which there is no more."""
     estimator = fitted(history=True)
     found, second = predictor(estimator), torch.randn(2, 5)
-    found.follow(torch.tensor([-tokens, -1]))
+    found.set_previous_rows(torch.tensor([-tokens, -1]))
     assert close(told(found, second), expected(estimator, second, torch.zeros(2, 5)))
     found.forget()
-    found.follow(None)
+    found.set_previous_rows(None)
     first = torch.randn(tokens, 5)
     told(found, first)
-    found.follow(torch.tensor([-tokens, -1]))
-    before = torch.stack([first[0] if tokens <= KEPT_ROWS else torch.zeros(5), first[-1]])
+    found.set_previous_rows(torch.tensor([-tokens, -1]))
+    before = torch.stack([first[0] if tokens <= HISTORY_ROWS else torch.zeros(5), first[-1]])
     assert close(told(found, second), expected(estimator, second, before))
 
 
@@ -312,12 +320,12 @@ def test_guesses(before: int, now: int):
 def test_a_naive_predictor_is_the_next_router():
     router = Router(torch.randn(6, 5), torch.randn(6))
     rows = torch.randn(7, 5)
-    found = predictor(Naive(router, 2))
+    found = predictor(RouterEstimator(router, 2))
     assert found.ids(0, rows, 2).tolist() == router.top(rows, 2).tolist()
     usage = found.usage(0, rows[:1], torch.zeros(1, 2, dtype=torch.int64))
     assert usage is not None
     chosen = router.top(rows[:1], 2)[0]
-    assert int((usage >= CERTAIN // 2).sum()) == 2 and (usage[chosen] >= CERTAIN // 2).all()
+    assert int((usage >= USAGE_SCALE // 2).sum()) == 2 and (usage[chosen] >= USAGE_SCALE // 2).all()
 
 
 # --- a few rows on a CPU
@@ -325,7 +333,7 @@ def test_a_naive_predictor_is_the_next_router():
 
 def chain(found: Predictor) -> Predictor:
     """The same by torch's calls alone."""
-    found._few = [None] * len(found._few)
+    found._kernel_weights = [None] * len(found._kernel_weights)
     return found
 
 
@@ -340,11 +348,13 @@ def chain(found: Predictor) -> Predictor:
 def test_a_few_rows_are_told_of_as_many_are(tokens: int, hidden: int, history: bool, kind: str, scale: float, seed: int):
     generator = torch.Generator().manual_seed(seed)
     experts = 8 if kind == "identity experts" else 6
-    estimator: Fitted | Naive = fitted(experts=experts, hidden=hidden, history=history, seed=seed)
+    estimator: FittedEstimator | RouterEstimator = fitted(experts=experts, hidden=hidden, history=history, seed=seed)
     if kind == "naive":
-        estimator = Naive(Router(torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator)), 1 + seed % 6)
+        estimator = RouterEstimator(
+            Router(torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator)), 1 + seed % 6
+        )
     one, other = predictor(estimator), chain(predictor(estimator))
-    assert one._few[0] is not None and one._few[0].rows >= 9
+    assert one._kernel_weights[0] is not None and one._kernel_weights[0].most_rows >= 9
     for _ in range(3):
         rows = torch.randn(tokens, 5, generator=generator) * scale
         assert close(told(one, rows), told(other, rows))
@@ -365,7 +375,7 @@ def test_what_is_asked_of_many_rows_goes_through_torch():
     """Where arithmetic costs more than calls: one core would take longer than all of them."""
     wide = fitted(experts=6, size=64, hidden=700)
     found = predictor(wide)
-    assert found._few[0] is not None and found._few[0].rows == 5
+    assert found._kernel_weights[0] is not None and found._kernel_weights[0].most_rows == 5
     for tokens in (5, 6):
         rows = torch.randn(tokens, 64)
         assert close(told(found, rows), told(chain(predictor(wide)), rows))
@@ -391,7 +401,7 @@ def test_windows_hold_text_once_and_the_last_of_it_back():
     assert windows.shape == (300, 10) and windows.dtype == torch.int64
     starts = windows[:, 0].tolist()
     assert len(set(starts) - {7}) == len([s for s in starts if s != 7]), "no window comes twice"
-    held = windows[-(len(windows) // HELD_BACK) :]
+    held = windows[-(len(windows) // HELD_OUT_EVERY) :]
     order = [token // 1000 for token in held.flatten().tolist() if token != 7]
     assert len(set(order)) == 1, "what is held back is the end of the joined text"
     taught = {token for token in windows[: -len(held)].flatten().tolist() if token != 7}
@@ -404,7 +414,7 @@ def test_windows_hold_text_once_and_the_last_of_it_back():
 @given(layers=st.integers(1, 40), distance=st.integers(1, 3), fit_in=st.integers(0, 12))
 @settings(max_examples=200)
 def test_every_pair_is_recorded_together_in_some_pass(layers: int, distance: int, fit_in: int):
-    ranges = list(passes(layers, distance, 100, fit_in * 100))
+    ranges = list(plan_recordings(layers, distance, 100, fit_in * 100))
     together = {n for r in ranges for n in r if n + distance in r}
     assert together == set(range(layers - distance))
     assert all(len(r) <= max(fit_in, distance + 1) for r in ranges)
@@ -412,8 +422,10 @@ def test_every_pair_is_recorded_together_in_some_pass(layers: int, distance: int
 
 def test_recall_counts_what_is_among_the_likeliest():
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4]])
-    assert recalled(logits, torch.tensor([[0, 3], [5, 4]], dtype=torch.int16)).tolist() == [1.0, 2.0]
-    assert recalled(torch.tensor([[3.0, 2, 1]]), torch.tensor([[0, 2]])).tolist() == [1.0, 2.0], "2k may exceed the experts"
+    assert count_recalled(logits, torch.tensor([[0, 3], [5, 4]], dtype=torch.int16)).tolist() == [1.0, 2.0]
+    assert count_recalled(torch.tensor([[3.0, 2, 1]]), torch.tensor([[0, 2]])).tolist() == [1.0, 2.0], (
+        "2k may exceed the experts"
+    )
 
 
 def test_records_are_what_layers_saw(checkpoint: Callable[[str], Path], cache_dir: Path):
@@ -444,7 +456,7 @@ def trained(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     """A random model, and estimators of its layers."""
     cache_dir = tmp_path_factory.mktemp("cache")
     model = epslots.load(checkpoint("deepseek_v3"), slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
-    settings = Settings(window=32, hidden=48, epochs=4, batch=256, tokens=12_800)
+    settings = FitSettings(window=32, hidden=48, epochs=4, batch=256, tokens=12_800)
     state = torch.random.get_rng_state()
     fits, quality = fit(model, repetitive(400, 32), settings, silent)
     assert torch.equal(state, torch.random.get_rng_state()), "a fit leaves the user's random numbers alone"
@@ -471,7 +483,7 @@ def test_what_is_told_comes_true_as_often_as_it_says(trained: dict[str, Any]):
         assert usage is not None
         told.append(usage.numpy())
         was.append(np.bincount(seen[1].index_NK[row].numpy(), minlength=16))
-    chance, used = np.concatenate(told) / CERTAIN, np.concatenate(was)
+    chance, used = np.concatenate(told) / USAGE_SCALE, np.concatenate(was)
     for low in np.arange(0, 1, 0.25):
         here = (chance >= low) & (chance < low + 0.25)
         if here.sum() > 500:
@@ -483,7 +495,7 @@ def test_an_estimator_that_learned_nothing_gives_way_to_the_router(checkpoint: C
     """With a rate that wrecks what it trains, what remains is the naive order of the experts, and calibrated."""
     model = epslots.load(checkpoint("olmoe"), slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
     windows = zoo.random_ids(100, 32)
-    settings = Settings(window=32, hidden=4, epochs=1, batch=64, rate=30.0)
+    settings = FitSettings(window=32, hidden=4, epochs=1, batch=64, rate=30.0)
     fits, quality = fit(model, windows, settings, silent)
     first, router = fits[0], find_routers(model, experts_modules(model))[1]
     assert first is not None and router is not None and quality[0] is not None
@@ -496,15 +508,15 @@ def test_an_estimator_that_learned_nothing_gives_way_to_the_router(checkpoint: C
 
 def test_a_layer_without_a_router_is_learned_from_nothing(checkpoint: Callable[[str], Path], cache_dir: Path):
     model = epslots.load(checkpoint("zaya"), slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
-    _, quality = fit(model, zoo.random_ids(100, 32), Settings(window=32, hidden=8, epochs=2, batch=128), silent)
+    _, quality = fit(model, zoo.random_ids(100, 32), FitSettings(window=32, hidden=8, epochs=2, batch=128), silent)
     assert all(q is not None and q.naive is None and q.fitted[0] > 1 / 8 for q in quality[:-1])
-    assert not any(map(naive_predictor(model).predicts, range(3)))
+    assert not any(map(router_predictor(model).predicts, range(3)))
 
 
 def test_layers_that_text_passes_by_are_not_told_of(checkpoint: Callable[[str], Path], cache_dir: Path):
     model = epslots.load(checkpoint("ernie4_5_vl_moe"), slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
     windows = zoo.random_ids(50, 16)
-    fits, _ = fit(model, windows, Settings(window=16, hidden=0, epochs=1, batch=64), silent)
+    fits, _ = fit(model, windows, FitSettings(window=16, hidden=0, epochs=1, batch=64), silent)
     assert [f is None for f in fits] == [True] * 4, "each layer of text experts is followed by one of vision experts"
 
 
@@ -526,7 +538,7 @@ def test_layers_that_see_some_of_the_tokens_are_not_told_of(checkpoint: Callable
 
 @pytest.fixture
 def written(trained: dict[str, Any], tmp_path: Path) -> Path:
-    about = About(
+    about = PredictorMetadata(
         checkpoint=runtime_of(trained["model"]).checkpoint,
         model="tiny",
         experts=[16, 16],
@@ -562,13 +574,13 @@ def test_a_predictor_of_another_checkpoint_is_refused(written: Path, checkpoint:
     [
         ({"format": 2}, "has format 2; allowed: 1"),
         ({"experts": [16]}, "2 qualities for 1 layers"),
-        ({"experts": [16, 12]}, r"tells of layers with \[16, 12\] experts; this model has \[16, 16\]"),
-        ({"experts": [16, 17]}, "layer 0 tells of 16 experts, which no layer has"),
+        ({"experts": [16, 12]}, r"predicts layers with \[16, 12\] experts; this model has \[16, 16\]"),
+        ({"experts": [16, 17]}, "layer 0 predicts 16 experts, which no layer has"),
         (
             {"experts": [16, 16, 16], "quality": [None] * 2 + [{"naive": None, "fitted": [1.0, 1.0], "history": False}]},
             "'2.first'",
         ),
-        ({"settings": {"distance": 2}}, "layer 0 tells of 16 experts, which no layer has"),
+        ({"settings": {"distance": 2}}, "layer 0 predicts 16 experts, which no layer has"),
         ({"checkpoint": 3}, "is not a predictor: Expected `str`"),
         ({"experts": [16, 0]}, r"layers of \[16, 0\] experts, 1 layers ahead; allowed: 1 and more"),
         ({"experts": [16, 2**40]}, "2 layers of up to 1099511627776 experts on 1 ranks: allowed"),
@@ -637,9 +649,11 @@ def test_metadata_nested_without_end_is_refused(written: Path):
 
 def test_a_predictor_is_not_taken_for_weights(written: Path):
     """Loaders of weights take every file of these kinds in a folder."""
-    assert not FILE_NAME.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"))
+    assert not PREDICTOR_FILE_NAME.endswith(
+        (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+    )
     assert [path.name for path in example_model().glob("*.safetensors")] == ["model.safetensors"]
-    assert (example_model() / FILE_NAME).is_file()
+    assert (example_model() / PREDICTOR_FILE_NAME).is_file()
 
 
 def test_files_that_are_no_predictors(trained: dict[str, Any], tmp_path: Path, checkpoint: Callable[[str], Path]):
@@ -656,6 +670,6 @@ def test_files_that_are_no_predictors(trained: dict[str, Any], tmp_path: Path, c
         write_predictor(tmp_path / "no" / "folder", trained["fits"], read_quality(trained))
 
 
-def read_quality(trained: dict[str, Any]) -> About:
-    quality: list[Quality | None] = trained["quality"]
-    return About(checkpoint="x", model="x", experts=[16, 16], tokens=1, settings=Settings(), quality=quality)
+def read_quality(trained: dict[str, Any]) -> PredictorMetadata:
+    quality: list[FitQuality | None] = trained["quality"]
+    return PredictorMetadata(checkpoint="x", model="x", experts=[16, 16], tokens=1, settings=FitSettings(), quality=quality)

@@ -28,7 +28,7 @@ from cluster.messages.rank import Form
 from cluster.rank.meeting import ContactStore
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import PeerLost
-from epslots.transport.transport import LocalHub, LocalTransport
+from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.support.clock_loop import ClockLoop
 from tests.support.rank_helpers import PATIENCE_S
 

@@ -15,7 +15,7 @@ from epslots.group.rank_group import group_of
 from epslots.planner.cost_model import Costs
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, runtime_of
-from epslots.transport.transport import LocalHub, LocalTransport
+from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.support.rank_helpers import PATIENCE_S, run_threads
 
 # Costs by which tokens travel rather than experts, experts rather than tokens, and everything stays where it is.

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from epslots.cache.copy_engine import Put
+from epslots.cache.copy_engine import SlotWriter
 
 
 @dataclass
 class Late:
     slot: torch.Tensor
     record: torch.Tensor
-    put: Put
+    write: SlotWriter
 
 
 class LateLink:
@@ -31,21 +31,23 @@ class LateLink:
         self._looks += 1
         return self._looks % 3 == 0
 
-    def start(self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], put: Put, *, urgent: bool) -> list[Late]:
+    def start(
+        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
+    ) -> list[Late]:
         for slot in slots:
             slot.fill_(0x7E)  # about 1e38 as a float
-        return [Late(slot, record, put) for slot, record in zip(slots, records, strict=True)]
+        return [Late(slot, record, write) for slot, record in zip(slots, records, strict=True)]
 
-    def land(self, landing: Late) -> None:
-        landing.put(landing.slot, landing.record)
+    def wait(self, transfer: Late) -> None:
+        transfer.write(transfer.slot, transfer.record)
 
-    def set_urgent(self, landing: Late) -> None:
+    def set_urgent(self, transfer: Late) -> None:
         pass
 
-    def landed(self, landing: Late) -> bool:
+    def poll(self, transfer: Late) -> bool:
         return False
 
-    def drop(self, landing: Late) -> bool:
+    def cancel(self, transfer: Late) -> bool:
         return False
 
 

@@ -25,8 +25,8 @@ import torch
 from torch.distributed import FileStore, Store
 
 from epslots.transport.forming import form_group
+from epslots.transport.local_transport import LocalHub, LocalTransport
 from epslots.transport.torch_transport import TorchTransport
-from epslots.transport.transport import LocalHub, LocalTransport
 
 # One server process imports what takes long and forks every rank, which is up in 0.1 s instead of 3. It runs no threads.
 FORKED = multiprocessing.get_context("forkserver")

@@ -17,7 +17,7 @@ from epslots.errors import ConfigError, ExchangeError, GroupError, PeerLost, Ran
 from epslots.group.join import announce_failure, join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
-from epslots.transport.transport import LocalHub, LocalTransport
+from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.support import zoo
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads

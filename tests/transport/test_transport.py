@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from epslots.errors import ConfigError, ExchangeError, PeerLost
 from epslots.transport.forming import form_group
-from epslots.transport.torch_transport import TorchTransport, batches
-from epslots.transport.transport import LocalHub, LocalTransport, Transfers, Transport
+from epslots.transport.local_transport import LocalHub, LocalTransport
+from epslots.transport.torch_transport import TorchTransport, exchange_batches
+from epslots.transport.transport import PeerTensors, Transport
 from tests.support.rank_helpers import PATIENCE_S, Rank, RankError, run_ranks, run_threads, until, until_stopped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8)
@@ -173,7 +174,7 @@ def refuses_wrong_sizes(transport: Transport) -> None:
 def refuses_wrong_transfers(transport: Transport) -> None:
     me, size = transport.rank, transport.size
 
-    def call(sends: Transfers, receives: Transfers) -> str:
+    def call(sends: PeerTensors, receives: PeerTensors) -> str:
         return refused(transport, lambda: transport.exchange(sends, receives))
 
     def cells(count: int) -> torch.Tensor:
@@ -603,7 +604,7 @@ def test_no_ring_of_waiting_batches(runs: list[tuple[tuple[int, int], int]]):
         sends = [(target, label) for (source, target), label in zip(plan, labels, strict=True) if source == rank]
         receives = [(source, label) for (source, target), label in zip(plan, labels, strict=True) if target == rank]
         receives.sort(key=lambda transfer: transfer[0])  # the order between pairs of ranks is free
-        cut = batches(rank, 4, sends, receives)
+        cut = exchange_batches(rank, 4, sends, receives)
         assert all(len(batch) <= 8 for batch in cut)
         for side, listed in ((True, sends), (False, receives)):
             kept = [(peer, label) for batch in cut for outgoing, peer, label in batch if outgoing == side]

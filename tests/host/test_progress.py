@@ -1,8 +1,8 @@
-"""One bar for all ranks."""
+"""Progress: sums of many parts, whether a bar or a listener shows them."""
 
 from __future__ import annotations
 
-from cluster.driver.start_display import StartDisplay
+from epslots.progress import ProgressDisplay, StartDisplay
 
 
 def test_one_bar_adds_up_what_all_ranks_load():
@@ -16,10 +16,20 @@ def test_one_bar_adds_up_what_all_ranks_load():
     assert (task.completed, task.total) == (2**20, 8 * 2**20)
     assert task.description == "building the host store (2 ranks)"
     assert task.fields["amount"] == "1 MiB of 8 MiB"
-    for seat in (0, 1):
-        display.progress(seat, "building the host store", 4 * 2**20, 4 * 2**20)
+    for bundle in (0, 1):
+        display.progress(bundle, "building the host store", 4 * 2**20, 4 * 2**20)
     assert task.finished
-    assert task.description == "ranks meet"
+    assert task.description == "ranks form a group"
     display.close()
     display.close()
     display.progress(0, "too late", 1, 2)
+
+
+def test_a_listener_gets_the_sum_instead_of_a_bar():
+    heard: list[tuple[str, int, int]] = []
+    display = ProgressDisplay(shown=True, listener=lambda *progress: heard.append(progress))
+    with display("loading", 5) as advance:
+        advance(2)
+        advance(3)
+    assert not display.shown
+    assert heard == [("loading", 0, 5), ("loading", 2, 5), ("loading", 5, 5)]
