@@ -99,7 +99,7 @@ class ExpertCache:
         tables = slots_E, self._slot_of_E, self._loader.in_flight, self.window.start, position_E, in_flight_E
         needed, absent, late = _look_up(*tables)
         if late:
-            self._loader.retire(self._slot_of_E[(slots_E > 0) & in_flight_E])
+            self._loader.poll(self._slot_of_E[(slots_E > 0) & in_flight_E])
             needed, absent, late = _look_up(*tables)
             # They are computed before those that are fetched now.
             self._loader.set_urgent(self._slot_of_E[(slots_E > 0) & in_flight_E])
@@ -141,7 +141,7 @@ class ExpertCache:
         self._begin(plan, computed=number)
         if self._loader.any_in_flight:
             began = time.perf_counter()
-            self._loader.land(plan.passes[number].positions + self.window.start)
+            self._loader.wait(plan.passes[number].positions + self.window.start)
             self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
 
     def _begin(self, plan: RankPlan, computed: int) -> None:
@@ -197,7 +197,7 @@ class ExpertCache:
     def wait_for_all(self) -> None:
         """Wait for all fetches into the layer's slots."""
         if self._loader.any_in_flight:
-            self._loader.land(np.arange(self.window.start, self.window.stop))
+            self._loader.wait(np.arange(self.window.start, self.window.stop))
 
     def confirm_copies(self) -> None:
         """Copies from peers, in any layer, have arrived: counts that were queued behind them have come to the host."""
