@@ -47,8 +47,9 @@ from epslots.moe.moe_layer import MoELayer
 from epslots.moe.slot_experts import SlotExperts
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
-from epslots.planner.cache_policy import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
+from epslots.planner.cache_policy import DEFAULT_POLICY, Policy, policy_name, resolve_policy
 from epslots.planner.cost_model import Costs
+from epslots.planner.use_history import UseHistory
 from epslots.prefetch.setup import attach_prefetchers, planned_bytes
 from epslots.private_files import default_cache_dir
 from epslots.progress import ProgressDisplay

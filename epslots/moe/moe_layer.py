@@ -34,12 +34,13 @@ from epslots.moe.cpu_experts import CpuRows
 from epslots.moe.prefetcher import Prefetcher, PrefetchTarget
 from epslots.moe.slot_experts import Needs, SlotExperts
 from epslots.moe.token_dispatcher import Dispatch, LocalDispatch, dispatch
-from epslots.planner.cache_policy import Policy, UseHistory, learns, record_use
+from epslots.planner.cache_policy import Policy, learns
 from epslots.planner.cpu_offload import CpuShare, displaces_better
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.expert_passes import ExpertPass
 from epslots.planner.layer_planner import LayerPlanner
 from epslots.planner.reuse_distance import stack_distances
+from epslots.planner.use_history import UseHistory, record_use
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import LockStep
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.planner.cache_policy import Policy, UseHistory, learns, lru, record_use
+from epslots.planner.cache_policy import Policy, learns, lru
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.reuse_distance import count_distances, stack_distances
+from epslots.planner.use_history import UseHistory, record_use
 
 IdArray = NDArray[np.integer]
 Advance = Callable[[int], object]

@@ -21,9 +21,10 @@ from epslots.moe.prefetcher import Prefetcher
 from epslots.moe.slot_experts import SlotExperts
 from epslots.placement.model_planner import ModelPlanner
 from epslots.placement.placement import Placement, default_homes, default_placement
-from epslots.planner.cache_policy import POLICIES, UseHistory
+from epslots.planner.cache_policy import POLICIES
 from epslots.planner.cost_model import Costs
 from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.use_history import UseHistory
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Header, LockStep
 from epslots.transport.transport import LocalTransport

@@ -11,20 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
-from epslots.planner.cache_policy import (
-    COMPARE_EVERY,
-    POLICIES,
-    SHIFTS,
-    STILL_EVERY,
-    USE,
-    Policy,
-    UseHistory,
-    adaptive,
-    learns,
-    record_use,
-    resolve_policy,
-)
+from epslots.planner.cache_policy import POLICIES, Policy, adaptive, learns, resolve_policy
 from epslots.planner.evictions import plan_evictions
+from epslots.planner.use_history import COMPARE_EVERY, SHIFTS, SNAPSHOT_EVERY, USE, UseHistory, record_use
 
 STILL = len(SHIFTS)
 
@@ -97,12 +86,12 @@ def test_weights_go_to_the_decay_rates_that_hit():
 
 
 def test_where_experts_are_used_in_turn_what_stands_still_is_kept():
-    history = after([{step % 8} for step in range(STILL_EVERY - 10)], 8, slots=4)
+    history = after([{step % 8} for step in range(SNAPSHOT_EVERY - 10)], 8, slots=4)
     assert history.weights.argmax() == STILL
     still = history.decayed[STILL].copy()
-    for step in range(STILL_EVERY - 9, STILL_EVERY + 10):
+    for step in range(SNAPSHOT_EVERY - 9, SNAPSHOT_EVERY + 10):
         record_use(history, np.arange(8) == step % 8, step, 4)
-        assert np.array_equal(history.decayed[STILL], still) == (step < STILL_EVERY)
+        assert np.array_equal(history.decayed[STILL], still) == (step < SNAPSHOT_EVERY)
 
 
 def test_what_follows_the_experts_just_used_is_kept():
