@@ -16,6 +16,7 @@ import errno
 import functools
 import hashlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -46,12 +47,21 @@ _lock = threading.Lock()
 
 
 @functools.cache
+def _sources(module: str, path: Path) -> bytes:
+    """The source of a module, and of those of its package from which it imports: all that its compiled code follows from."""
+    source, package = path.read_bytes(), module.rpartition(".")[0]
+    names = re.findall(rf"^from {re.escape(package)}\.(\w+) import", source.decode(), re.MULTILINE) if package else []
+    imported = [(f"{package}.{name}", path.with_name(f"{name}.py")) for name in names]
+    return b"".join([source, *(_sources(*each) for each in imported if each[1].exists())])
+
+
+@functools.cache
 def _folder(module: str, path: str) -> str:
     """Where a module's code is kept: by all that it follows from, so that neither a move nor another machine spoils it."""
     machine = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
     settings = config.USING_SVML, config.BOUNDSCHECK, config.OPT
     about = repr((numba.__version__, llvmlite.__version__, *machine, *map(str, settings), module))
-    key = hashlib.sha256(about.encode() + Path(path).read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(about.encode() + _sources(module, Path(path))).hexdigest()[:16]
     return str(default_cache_dir() / "compiled" / key)
 
 
@@ -118,9 +128,9 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
     return keep
 
 
-def part(function: _Function) -> _Function:
-    """A function that only compiled ones of its module call; compiled with them."""
-    return cast(_Function, register_jitable(function))
+def inlined(function: _Function) -> _Function:
+    """Compile a function into each compiled function that calls it, as if its body stood there."""
+    return cast(_Function, register_jitable(inline="always")(function))
 
 
 def prepare(*, shown: bool | None = None) -> None:

@@ -17,9 +17,9 @@ import triton.language as tl
 
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.host_store import PAGE
-from epslots.cuda_graph.device_slots import SCORE_SHIFT, SLOWEST, STEP_BITS, STILL, DeviceLayer, Missing
+from epslots.cuda_graph.device_slots import SLOWEST, STILL, DeviceLayer, Missing
 from epslots.layout import TENSOR_ALIGNMENT
-from epslots.planner.use_history import ROWS, SHIFTS, SNAPSHOT_EVERY, USE
+from epslots.planner.use_history import ROWS, SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STEP_BITS, USE
 
 # Programs that copy, and 8-byte words that each copies at a time. Enough of them that a link of 64 GB/s with 2 us of latency
 # (128 KB under way) never waits for a request; few enough to leave the grid resident on small GPUs.
