@@ -220,7 +220,7 @@ def place_misses(
 
 
 @inlined
-def with_copies(step: Step, computed_RU: IntArray, remote_ns_RE: IntArray, replica_RE: BoolArray) -> tuple[IntArray, int]:
+def with_copies(step: Step, computed_RU: IntArray, remote_ns_RE: IntArray, spare_RE: BoolArray) -> tuple[IntArray, int]:
     """The candidate in which ranks fetch copies of experts whose tokens they send away; and the remote cost that this ends.
 
     A copy may evict other experts if this step alone pays for it. If only the accumulated remote cost pays for it, it needs an
@@ -240,10 +240,10 @@ def with_copies(step: Step, computed_RU: IntArray, remote_ns_RE: IntArray, repli
         if free <= 0:
             continue
         idle = free  # without evicting anything but replicas
-        for expert in range(replica_RE.shape[1]):
-            idle -= holds_RE[rank, expert] and not replica_RE[rank, expert]
+        for expert in range(spare_RE.shape[1]):
+            idle -= holds_RE[rank, expert] and not spare_RE[rank, expert]
         for column, expert in enumerate(experts_U):
-            idle += computed_RU[rank, column] > 0 and holds_RE[rank, expert] and not replica_RE[rank, expert]
+            idle += computed_RU[rank, column] > 0 and holds_RE[rank, expert] and not spare_RE[rank, expert]
         for number, column in enumerate(_descending_order(worth_RU[rank])):
             pairs = counts_RU[rank, column]
             if worth_RU[rank, column] == 0 or number >= free:

@@ -90,7 +90,7 @@ def divide_work(
     node_R: IntArray,
     prices: tuple[int, int, int, int, int, int],
     remote_ns_RE: IntArray,
-    replica_RE: BoolArray,
+    spare_RE: BoolArray,
     rule: int,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, int]:
     """The cheapest division of a layer's work by a rule: used experts, their pairs, computed pairs, fetches, nanoseconds."""
@@ -117,7 +117,7 @@ def divide_work(
         elif way == HOME:
             rival_RU = all_at_home(step)
         elif way == COPIES:
-            rival_RU, ended = with_copies(step, best_RU, remote_ns_RE, replica_RE)
+            rival_RU, ended = with_copies(step, best_RU, remote_ns_RE, spare_RE)
         elif way == SHED:
             rival_RU = shed(step, best_RU)
         if way >= COPIES and rival_RU is best_RU:

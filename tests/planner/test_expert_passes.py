@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epslots.planner.evictions import plan_evictions
-from epslots.planner.expert_passes import PAIRS_A_READ, plan_passes
+from epslots.planner.expert_passes import PAIRS_PER_READ, plan_passes
 
 
 def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] | None = None):
@@ -152,7 +152,7 @@ def test_over_a_link_what_is_there_runs_first_and_small_passes_are_joined(situat
         assert all(e < 0 or e not in needed or e in before for e in wave.evicted.tolist())
         expert_Q[wave.fetch_positions] = wave.fetch_experts
         assert expert_Q[wave.positions].tolist() == wave.experts.tolist()
-        reads = sum(1 + counts[e] // PAIRS_A_READ for e in wave.experts.tolist())
+        reads = sum(1 + counts[e] // PAIRS_PER_READ for e in wave.experts.tolist())
         computed += reads
         assert not fits or len(passes) == 1 or reads >= worth, "a wave that isn't worth it is joined to another"
         assert fits is False or wave.after == 0
