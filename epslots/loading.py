@@ -28,7 +28,7 @@ from epslots.cache.host_store import HostStore, Manifest, StoreShape
 from epslots.cache.node_store import check_room, open_node_store, resolve_store_kind
 from epslots.cache.pinning import pin_store
 from epslots.cache.slot_pool import SlotPool
-from epslots.compiled import prepare, prepare_beside
+from epslots.compiled import prepare, prepare_in_background
 from epslots.devices import memory_limit, resolve_device
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.group.join import announce_failure, compute_on_host, group_up, place_alone, ranks_here
@@ -311,7 +311,7 @@ def load_alone(
     )
     plan.check()
     check_room(manifest, kind=kind, cache_dir=store_dir)
-    prepare_beside()
+    prepare_in_background()
 
     model = load_dense(opened, device=target, show_progress=display.shown, attn_implementation=attn_implementation)
     store = open_node_store(

@@ -122,7 +122,7 @@ def compute_on_host(model: nn.Module, costs: Costs | None) -> None:
         for index in loader.store_layers:
             if known.computes_on_host:
                 runtime.runners[index].cpu_share = CpuShare(
-                    1, runtime.layers[index].num_experts, known, beside=loader.link.concurrent
+                    1, runtime.layers[index].num_experts, known, concurrent=loader.link.concurrent
                 )
 
 

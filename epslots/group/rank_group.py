@@ -73,7 +73,7 @@ class RankGroup:
                 )
                 shared[index].record_bytes = runtime.layers[index].record.nbytes
                 if runtime.host_compute and pool_costs.computes_on_host:
-                    shared[index].cpu_share = CpuShare(transport.size, experts, pool_costs, beside=loader.link.concurrent)
+                    shared[index].cpu_share = CpuShare(transport.size, experts, pool_costs, concurrent=loader.link.concurrent)
             self._tables.append((loader.pool, table, loader.store_layers))
             loader.transport = transport
         layers = [shared[index] for index in range(len(runtime.layers))]

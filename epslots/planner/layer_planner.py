@@ -17,7 +17,7 @@ from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.planner.assignment import Assign, Assignment, assign, own_only
 from epslots.planner.cost_model import Costs, travelling_pairs
-from epslots.planner.cpu_offload import TOLL_STEPS, CpuShare, displaces_better
+from epslots.planner.cpu_offload import HALVING_STEPS, CpuShare, displaces_better
 from epslots.planner.evictions import plan_evictions, spare_replicas
 from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, Migrations, choose_migrations
 from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
@@ -347,7 +347,7 @@ class LayerPlanner:
     def _charge(self, found: Assignment) -> None:
         """Enter what each rank would have saved in this step with copies of the experts that others computed for it."""
         self._steps += 1
-        if self._steps % TOLL_STEPS == 0:
+        if self._steps % HALVING_STEPS == 0:
             self._remote_ns_RE >>= 1
         holds_RE, costs = np.ascontiguousarray(self.holds_RE), self.costs
         prices = costs.pair_transfer, costs.expert_compute, costs.exchange
