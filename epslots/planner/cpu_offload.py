@@ -3,8 +3,8 @@
 A miss computed on the CPU (``moe/cpu_experts.py``) moves a few rows instead of the weights, and evicts nothing. It is chosen
 while it costs less than the fetch, and either the eviction policy would keep the expert that the fetch would displace, or the
 expert's CPU computations haven't yet cost two fetches: its own, and the later one of the displaced expert (the ski-rental
-rule). Half of that cost is forgotten every ``HALVING_STEPS`` steps. Where CPU and link run concurrently, a step takes as long as the
-busier of the two, and they share its misses. ``CpuShare`` keeps the costs; planners call its ``choose``.
+rule). Half of that cost is forgotten every ``HALVING_STEPS`` steps. Where CPU and link run concurrently, a step takes as long
+as the busier of the two, and they share its misses. ``CpuShare`` keeps the costs; planners call its ``choose``.
 
 Pure; all ranks decide alike. Legend of shape suffixes: R ranks, E experts of the layer, F fetches from the host, of any rank.
 """

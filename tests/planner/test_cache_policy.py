@@ -118,7 +118,7 @@ def test_what_follows_nothing_is_not_believed():
     assert not np.array_equal(adaptive(history), scores)
 
 
-def in_waves(popular: Callable[[int], list[float]], steps: int = 1500) -> UseHistory:
+def in_passes(popular: Callable[[int], list[float]], steps: int = 1500) -> UseHistory:
     """After steps of 4 of 16 experts, by shares that follow from the step's number, with 3 slots."""
     generator = np.random.default_rng(0)
     log_shares = np.log([popular(step) for step in range(steps)])
@@ -126,9 +126,9 @@ def in_waves(popular: Callable[[int], list[float]], steps: int = 1500) -> UseHis
     return after([set(chosen) for chosen in order_TE[:, :4].tolist()], 16, slots=3)
 
 
-def test_in_waves_the_rows_are_weighed_as_well():
-    steady = in_waves(lambda step: [1.5**-expert for expert in range(16)])
-    moving = in_waves(lambda step: [1.5 ** -((expert - step // 10) % 16) for expert in range(16)])
+def test_in_passes_the_rows_are_weighed_as_well():
+    steady = in_passes(lambda step: [1.5**-expert for expert in range(16)])
+    moving = in_passes(lambda step: [1.5 ** -((expert - step // 10) % 16) for expert in range(16)])
     slow, fast = slice(SHIFTS.index(7), None), slice(0, SHIFTS.index(5) + 1)
     assert steady.hits[:-1].all() and moving.hits[:-1].all()
     assert steady.weights[slow].sum() > 200 > 50 > steady.weights[fast].sum()
