@@ -1,12 +1,11 @@
 """Decisions as machine code: loops over a layer's experts, written in plain Python and compiled by numba.
 
-What a step decides about a few hundred experts is a few thousand integer operations: microseconds, where a dozen calls into
-numpy for each rule came to a millisecond. A compiled function takes C-contiguous arrays and integers and nothing else, writes
-into arrays that it is given or returns new ones, and calls compiled functions of its own module only: numba notices no change
-elsewhere to what it has kept.
+A step's decisions about a few hundred experts are a few thousand integer operations: microseconds, where a dozen numpy calls
+for each rule took a millisecond. A compiled function takes C-contiguous arrays and integers, writes into its arguments or
+returns new arrays, and calls compiled functions of its own package only (numba itself sees no changes in other modules).
 
-Compiling takes half a minute, once on a machine: the code is kept in the user's cache, or where that can't be written beside
-the module, or nowhere. ``prepare`` does it, so that no step waits for it.
+Compiling takes half a minute, once on a machine. The code is kept in the user's cache; where that isn't writable, in the
+module's folder; else nowhere. ``load`` calls ``prepare``, so that no step waits for it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import errno
 import functools
 import hashlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -36,28 +36,38 @@ from epslots.progress import counting
 
 logger = logging.getLogger(__name__)
 
-_LONG_S = 1.5
+# Longer than finding kept code takes: from then on, functions are being compiled, and a progress bar is shown.
+_SEARCH_S = 1.5
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# Functions that have yet to be compiled, in the order in which they were defined: a caller stands behind what it calls.
+# Functions that have yet to be compiled, with their signatures, in order of definition: callers after the functions they call.
 _waiting: list[tuple[Any, str]] = []
 _lock = threading.Lock()
 
 
 @functools.cache
+def _sources(module: str, path: Path) -> bytes:
+    """The source of a module, and of those of its package from which it imports: all that its compiled code follows from."""
+    source, package = path.read_bytes(), module.rpartition(".")[0]
+    names = re.findall(rf"^from {re.escape(package)}\.(\w+) import", source.decode(), re.MULTILINE) if package else []
+    imported = [(f"{package}.{name}", path.with_name(f"{name}.py")) for name in names]
+    return b"".join([source, *(_sources(*each) for each in imported if each[1].exists())])
+
+
+@functools.cache
 def _folder(module: str, path: str) -> str:
-    """Where a module's code is kept: by all that it follows from, so that neither a move nor another machine spoils it."""
+    """The cache folder of a module's code, named by the sources, the machine and the versions that the code depends on."""
     machine = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
     settings = config.USING_SVML, config.BOUNDSCHECK, config.OPT
     about = repr((numba.__version__, llvmlite.__version__, *machine, *map(str, settings), module))
-    key = hashlib.sha256(about.encode() + Path(path).read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(about.encode() + _sources(module, Path(path))).hexdigest()[:16]
     return str(default_cache_dir() / "compiled" / key)
 
 
 @functools.cache
 def _is_private(folder: Path) -> bool:
-    """Whether a folder, made here if it is missing, belongs to this user or to root."""
+    """Whether a folder belongs to this user or to root; made if it is missing."""
     try:
         make_private_folder(folder)
     except StoreError as error:
@@ -67,14 +77,14 @@ def _is_private(folder: Path) -> bool:
 
 
 class _BySource(InTreeCacheLocator):
-    """The same code is compiled once for a user, wherever it lies: in a checkout, a wheel, a job's working folder."""
+    """Keeps code by its source, so that a checkout, a wheel and a job's working folder share it."""
 
     def __init__(self, function: Callable[..., Any], path: str) -> None:
         super().__init__(function, path)
         self._cache_path = _folder(function.__module__, path)
 
     def ensure_cache_path(self) -> None:
-        """As numba's; and since the code is pickled, in a folder that nobody else can write to."""
+        """Make the cache folder, in one that no other user can write to: numba pickles the code."""
         folder = Path(self._cache_path)
         for ours in (folder.parent.parent, folder.parent, folder):
             if not _is_private(ours):
@@ -87,7 +97,7 @@ class _Code(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
-    """A cache that may be broken, full or read-only: then code is compiled as if there were none."""
+    """A cache that may be broken, full or read-only: then code is compiled as without a cache."""
 
     _impl_class = _Code
 
@@ -108,7 +118,7 @@ class _Cache(FunctionCache):
 
 
 def compiled(signature: str) -> Callable[[_Function], _Function]:
-    """Compile a function for these types, as numba spells them: ``"int64(int64[::1], b1[:, ::1])"``."""
+    """Compile a function for one signature in numba's notation: ``"int64(int64[::1], b1[:, ::1])"``."""
 
     def keep(function: _Function) -> _Function:
         dispatcher = numba.njit(function)
@@ -118,21 +128,21 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
     return keep
 
 
-def part(function: _Function) -> _Function:
-    """A function that only compiled ones of its module call; compiled with them."""
-    return cast(_Function, register_jitable(function))
+def inlined(function: _Function) -> _Function:
+    """Compile a function into each compiled function that calls it, as if its body stood there."""
+    return cast(_Function, register_jitable(inline="always")(function))
 
 
 def prepare(*, shown: bool | None = None) -> None:
-    """Compile what has been defined by now, for its own types alone: others are a TypeError from then on.
+    """Compile all functions defined so far for their signatures; other types are a TypeError from then on.
 
-    A function that is called before is compiled then, and not kept.
+    A function that is called earlier is compiled at that call, and not kept.
 
     Args:
-        shown: whether a progress bar is drawn where it takes long; None: if standard error is a terminal.
+        shown: whether to draw a progress bar if it takes long; None: if standard error is a terminal.
     """
     with _lock:
-        _find()
+        _load_kept()
         if not _waiting:
             return
         title = "compiling the planner, once on this machine"
@@ -143,19 +153,19 @@ def prepare(*, shown: bool | None = None) -> None:
                 advance(1)
 
 
-def prepare_beside() -> None:
-    """Find what has been kept in a thread, while the caller does something else; ``prepare`` waits, and does the rest."""
+def prepare_in_background() -> None:
+    """Load kept code in a thread; a later ``prepare`` waits for it, and compiles the rest."""
 
-    def find() -> None:
+    def load() -> None:
         with _lock:
-            _find()
+            _load_kept()
 
-    threading.Thread(target=find, name="epslots-compiled").start()
+    threading.Thread(target=load, name="epslots-compiled").start()
 
 
-def _find() -> None:
-    """Compile for as long as finding what has been kept takes."""
-    ends = time.perf_counter() + _LONG_S
+def _load_kept() -> None:
+    """Load kept code; stops after the time that this takes at most, because it compiles where nothing was kept."""
+    ends = time.perf_counter() + _SEARCH_S
     while _waiting and time.perf_counter() < ends:
         _compile_next()
 
@@ -163,7 +173,7 @@ def _find() -> None:
 def _compile_next() -> None:
     dispatcher, signature = _waiting[0]
     if getattr(dispatcher, "_can_compile", False):  # not interrupted here before; and NUMBA_DISABLE_JIT isn't set
-        # Nothing to keep it in is no reason to do without.
+        # Without a place to keep the code, it is compiled all the same.
         with contextlib.suppress(RuntimeError, OSError):
             dispatcher._cache = _Cache(dispatcher.py_func)
         dispatcher.compile(normalize_signature(signature)[0])

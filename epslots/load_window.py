@@ -1,4 +1,6 @@
-"""A window of telemetry: what one rank's layers did in a stretch of steps. What placements are decided from.
+"""A window of load: one rank's counters over a stretch of steps, from which placements are decided.
+
+``telemetry.py`` makes it, ranks send it to the controller, and ``check`` refuses windows that can't be right there.
 
 Pure. Legend of shape suffixes: L MoE layers, E experts of the largest layer.
 """
@@ -13,27 +15,27 @@ import numpy as np
 from epslots.arrays import IntArray
 from epslots.errors import ConfigError
 
-# More of anything in one window is a mistake, and would overflow what is computed from it.
-MOST = 2**44
-_MOST_S = 1e6
+# Larger counts or times in one window are errors, and would overflow sums.
+LARGEST_COUNT = 2**44
+_LONGEST_S = 1e6
 
 
 class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Counters of one rank over a window; arrays are int64, little-endian, row by row.
 
     Attributes:
-        steps: passes in which any rank had tokens, as the busiest layer counts them.
-        seconds: that they took, pauses included.
+        steps: steps in which any rank had tokens, by the layer with most of them.
+        seconds: their duration, pauses included.
         tokens: [L, E], (token, k) pairs of this rank's own tokens.
         uses: [L, E], steps in which any rank used the expert; equal on all ranks.
         reuse: [L, E + 1], a sample of the experts' stack distances over all ranks (``reuse_distance.py``); equal on all ranks.
         hits, misses: uses of experts that this rank computed, by layer.
-        host_bytes, peer_bytes: fetched, by layer.
+        host_bytes, peer_bytes: bytes fetched from the host and from peers, by layer.
         layer_s: seconds in each layer.
-        wait_s: of these, waiting for other ranks' counts.
+        wait_s: seconds of these spent waiting for other ranks' counts.
         placement: version of the placement that is followed at the end.
-        pending_migrations: copies and slots that are still to be moved for it.
-        dropped: windows before this one that never left the rank.
+        pending_migrations: copies and slots that have yet to be moved for it.
+        dropped: windows before this one that the rank could not send.
     """
 
     steps: int
@@ -61,13 +63,13 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return np.frombuffer(self.reuse, "<i8").reshape(layers, experts + 1)
 
     def check(self, num_experts_L: IntArray) -> None:
-        """Raise ConfigError, naming the field, if it can't be a window of a model with so many experts in its layers."""
+        """Raise ConfigError, naming the field, if this can't be a window of a model with these experts in its layers."""
         layers, experts = len(num_experts_L), int(num_experts_L.max())
         sizes = {"tokens": experts, "uses": experts, "reuse": experts + 1}
         for name, width in sizes.items():
-            given, wanted = len(getattr(self, name)), 8 * layers * width
-            if given != wanted:
-                raise ConfigError(f"{name} has {given} bytes; allowed: {wanted}, int64 [{layers}, {width}]")
+            given, allowed = len(getattr(self, name)), 8 * layers * width
+            if given != allowed:
+                raise ConfigError(f"{name} has {given} bytes; allowed: {allowed}, int64 [{layers}, {width}]")
             array = np.frombuffer(getattr(self, name), "<i8").reshape(layers, width)
             self._check_range(name, int(array.min()), int(array.max()))
             if (array[:, :experts] * (np.arange(experts) >= num_experts_L[:, None])).any() and name != "reuse":
@@ -81,17 +83,17 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self._check_range(name, min(values), max(values))
         for name in _SECONDS_BY_LAYER:
             values = getattr(self, name)
-            if len(values) != layers or not all(math.isfinite(s) and 0 <= s <= _MOST_S for s in values):
-                raise ConfigError(f"{name} is {values!r:.80}; allowed: {layers} numbers from 0 to {_MOST_S:g}")
-        if not (math.isfinite(self.seconds) and 0 <= self.seconds <= _MOST_S):
-            raise ConfigError(f"seconds is {self.seconds!r}; allowed: 0 to {_MOST_S:g}")
+            if len(values) != layers or not all(math.isfinite(s) and 0 <= s <= _LONGEST_S for s in values):
+                raise ConfigError(f"{name} is {values!r:.80}; allowed: {layers} numbers from 0 to {_LONGEST_S:g}")
+        if not (math.isfinite(self.seconds) and 0 <= self.seconds <= _LONGEST_S):
+            raise ConfigError(f"seconds is {self.seconds!r}; allowed: 0 to {_LONGEST_S:g}")
         for name in ("steps", "placement", "pending_migrations", "dropped"):
             self._check_range(name, getattr(self, name), getattr(self, name))
 
     @staticmethod
     def _check_range(name: str, least: int, most: int) -> None:
-        if least < 0 or most > MOST:
-            raise ConfigError(f"{name} has {least if least < 0 else most}; allowed: 0 to {MOST}")
+        if least < 0 or most > LARGEST_COUNT:
+            raise ConfigError(f"{name} has {least if least < 0 else most}; allowed: 0 to {LARGEST_COUNT}")
 
 
 _INTEGERS_BY_LAYER, _SECONDS_BY_LAYER = (

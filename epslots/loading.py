@@ -28,7 +28,7 @@ from epslots.cache.host_store import HostStore, Manifest, StoreShape
 from epslots.cache.node_store import check_room, open_node_store, resolve_store_kind
 from epslots.cache.pinning import pin_store
 from epslots.cache.slot_pool import SlotPool
-from epslots.compiled import prepare, prepare_beside
+from epslots.compiled import prepare, prepare_in_background
 from epslots.devices import memory_limit, resolve_device
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.group.join import announce_failure, ranks_here, start_rank
@@ -48,8 +48,9 @@ from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.moe.moe_layer import MoELayer
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
-from epslots.planner.cache_policy import DEFAULT_POLICY, Policy, UseHistory, policy_name, resolve_policy
+from epslots.planner.cache_policy import DEFAULT_POLICY, Policy, policy_name, resolve_policy
 from epslots.planner.cost_model import Costs
+from epslots.planner.use_history import UseHistory
 from epslots.prefetch.setup import attach_prefetchers, planned_bytes
 from epslots.private_files import default_cache_dir
 from epslots.progress import ProgressDisplay
@@ -308,7 +309,7 @@ def load_alone(
     )
     plan.check()
     check_room(manifest, kind=kind, cache_dir=store_dir)
-    prepare_beside()
+    prepare_in_background()
 
     model = load_dense(opened, device=target, show_progress=display.shown, attn_implementation=attn_implementation)
     store = open_node_store(

@@ -46,7 +46,7 @@ from epslots.load_window import LoadWindow
 from epslots.placement.forecast import Forecast
 from epslots.placement.model_planner import movement_budget
 from epslots.placement.placement import Placement, pack, unpack
-from epslots.placement.planner import RankShape, propose
+from epslots.placement.planner import RankHardware, propose
 from epslots.placement.replanner import OVERDUE, SHARE, Propose, Replanner
 from epslots.planner.cost_model import Costs
 
@@ -62,7 +62,7 @@ class _Group:
     """The ranks as they stand."""
 
     number: int
-    fleet: RankShape
+    fleet: RankHardware
     costs: Costs
     num_experts_L: IntArray
     expert_bytes: int
@@ -164,7 +164,7 @@ class Controller:
             self._replanner = self._make_replanner(placement.num_experts_L, members)
         self._group = _Group(
             number=survey.group,
-            fleet=RankShape(node_R=node_R, speed_R=np.full(ranks, _USUAL_SPEED), costs=survey.costs),
+            fleet=RankHardware(node_R=node_R, speed_R=np.full(ranks, _USUAL_SPEED), costs=survey.costs),
             costs=survey.costs,
             num_experts_L=placement.num_experts_L,
             expert_bytes=max(survey.expert_bytes),
@@ -253,8 +253,7 @@ class Controller:
         if self._group is None or self._current is None or self._replanner is None or not self._windows:
             return None
         began = self._clock()
-        weighed = self._replanner.weigh(self._current, self._group.fleet, any_gain=asked)
-        expected, proposal = weighed.expected, weighed.proposal
+        expected, proposal = self._replanner.weigh(self._current, self._group.fleet, any_gain=asked)
         version = self._current.version if proposal.keep else self._newest + 1
         self._latest = Judgement(
             placement=version,
@@ -262,7 +261,7 @@ class Controller:
             asked=asked,
             balance_now=float(proposal.balance_now),
             balance_then=float(proposal.balance_then),
-            gain_s=weighed.gain_ns / 1e9,
+            gain_s=proposal.gain_ns / 1e9,
             move_s=proposal.move_ns / 1e9,
             copies=int(proposal.copies),
             trust=float(expected.trust),

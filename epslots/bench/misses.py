@@ -21,10 +21,11 @@ from epslots.bench.report import BenchReport
 from epslots.example import example_model
 from epslots.placement.placement import default_homes
 from epslots.planner.assignment import Assign, assign, holder_only, own_only
-from epslots.planner.cache_policy import POLICIES, UseHistory, record_use
+from epslots.planner.cache_policy import POLICIES
 from epslots.planner.cost_model import Costs, layer_time
 from epslots.planner.layer_planner import LayerPlanner
 from epslots.planner.layer_state import LayerState
+from epslots.planner.use_history import UseHistory, record_use
 
 RANKS, EXPERTS = 4, 32
 SLOTS = (4, 6, 12, 20)

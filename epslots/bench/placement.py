@@ -20,26 +20,26 @@ from epslots.bench.report import BenchReport
 from epslots.placement.balance import balancedness, holders, rank_loads
 from epslots.placement.forecast import ExpectedLoad
 from epslots.placement.from_scratch import place_afresh
-from epslots.placement.planner import RankShape, propose
+from epslots.placement.planner import RankHardware, propose
 from epslots.progress import ProgressDisplay
 from epslots.simulation.placement_replay import Planner, Scores, expected_of_all, replay, replay_costs, start_placement
-from epslots.simulation.traffic import DriftingTraffic, generate
+from epslots.simulation.traffic import SyntheticTraffic, generate
 
 GOLDEN = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
 ZIPF = ((58, 256, 288, 32), (58, 256, 320, 64), (94, 128, 160, 16), (60, 384, 448, 64))
 LARGE = (60, 384, 2048, 1024)
 
 # Generated traffic: what it is like, ranks, slots.
-GENERATED: dict[str, tuple[DriftingTraffic, int, int]] = {
-    f"{kind}, 64 experts top-6": (DriftingTraffic(kind=kind), 8, 9) for kind in ("still", "switch", "drift", "flash", "all")
+GENERATED: dict[str, tuple[SyntheticTraffic, int, int]] = {
+    f"{kind}, 64 experts top-6": (SyntheticTraffic(kind=kind), 8, 9) for kind in ("still", "switch", "drift", "flash", "all")
 } | {
     "switch, 128 experts top-1": (
-        DriftingTraffic(kind="switch", layers=24, experts=128, top_k=1, skew=1.0, prompts=40),
+        SyntheticTraffic(kind="switch", layers=24, experts=128, top_k=1, skew=1.0, prompts=40),
         8,
         17,
     ),
-    "all, large windows": (DriftingTraffic(kind="all", prompts=400, tokens=100, whim=0.4), 8, 9),
-    "all, 8 prompts a window": (DriftingTraffic(kind="all", prompts=8, tokens=100), 8, 9),
+    "all, large windows": (SyntheticTraffic(kind="all", prompts=400, tokens=100, whim=0.4), 8, 9),
+    "all, 8 prompts a window": (SyntheticTraffic(kind="all", prompts=8, tokens=100), 8, 9),
 }
 
 
@@ -72,7 +72,7 @@ def known_loads(rounds: int) -> list[dict[str, Any]]:
     """Balance and milliseconds, the best of the rounds, where the loads that are planned for are those that come."""
     sure = ExpectedLoad(GOLDEN * 10**6, np.full_like(GOLDEN, 100), 100, 1.0, 8.0)
     start = start_placement(1, 8, 8, 2)
-    fleet = RankShape(np.zeros(8, np.int64), np.full(8, 1000), replay_costs(sure.tokens_LE[None], 8, 0.0))
+    fleet = RankHardware(np.zeros(8, np.int64), np.full(8, 1000), replay_costs(sure.tokens_LE[None], 8, 0.0))
     ours = rank_loads(holders(propose(start, sure, fleet).placement), GOLDEN).max()
     theirs = rank_loads(copies_held(eplb(GOLDEN, 8, 2), 8, 8), GOLDEN).max()
     rows: list[dict[str, Any]] = [_row("golden: largest load", float(ours), float(theirs))]
@@ -113,8 +113,8 @@ def next_window(loads_WLE: IntArray, ranks: int, slots: int) -> dict[str, Any]:
     """
     layers, experts = loads_WLE.shape[1:]
     start = start_placement(layers, experts, ranks, slots)
-    fleet = RankShape(np.zeros(ranks, np.int64), np.full(ranks, 1000), replay_costs(loads_WLE, ranks))
-    free = RankShape(fleet.node_R, fleet.speed_R, replay_costs(loads_WLE, ranks, 0.0))
+    fleet = RankHardware(np.zeros(ranks, np.int64), np.full(ranks, 1000), replay_costs(loads_WLE, ranks))
+    free = RankHardware(fleet.node_R, fleet.speed_R, replay_costs(loads_WLE, ranks, 0.0))
     ours = replay(loads_WLE, start, Planner(start, fleet), time.perf_counter)
     theirs = replay(
         loads_WLE, start, lambda tokens: copies_held(eplb(tokens, ranks, slots), ranks, experts), time.perf_counter

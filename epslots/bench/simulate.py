@@ -13,7 +13,7 @@ from epslots.bench.quotas import record_texts
 from epslots.bench.report import BenchReport, median
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.progress import counting
-from epslots.simulation.simulate import GROUP_SIZE, Outcome, SimulatedCluster, TrafficShape, simulate
+from epslots.simulation.simulate import GROUP_SIZE, Outcome, RecordedTraffic, SimulatedCluster, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, timing_of
 
 EXPERT_BYTES, ROW_BYTES = 9_437_184, 4096  # Qwen3-30B-A3B in bf16: 3 x 2048 x 768, and a hidden state of 2048
@@ -29,7 +29,7 @@ TIMED_STEPS = 50
 def bench_simulate(report: BenchReport, cache_dir: Path, *, rounds: int = 3, passages: int = 12) -> None:
     """Seconds for each 1,000 simulated steps; then the batch-size curve of one node, with a controller and without."""
     trace, _ = record_texts(cache_dir, passages)
-    traffic = TrafficShape(trace.expert_ids, trace.starts, trace.num_experts)
+    traffic = RecordedTraffic(trace.expert_ids, trace.starts, trace.num_experts)
     layers = len(trace.num_experts)
     timing = timing_of(DEVICES[DEFAULT_DEVICE], EXPERT_BYTES, ROW_BYTES, LAYER_NS, TOKEN_NS)
     node = SimulatedCluster(RANKS_OF_A_NODE, 1, np.full(layers, SLOTS), timing, EXPERT_BYTES, POLICIES[DEFAULT_POLICY])

@@ -16,7 +16,7 @@ from epslots.streams import table_console
 
 if TYPE_CHECKING:
     from epslots.arrays import IntArray
-    from epslots.placement.planner import RankShape
+    from epslots.placement.planner import RankHardware
     from epslots.simulation.placement_replay import Scores
     from epslots.trace import Trace
 
@@ -229,15 +229,15 @@ def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
     return np.stack(parts), trace
 
 
-def fleet_of(ranks: int, nodes: int, costs: Any) -> RankShape:
+def fleet_of(ranks: int, nodes: int, costs: Any) -> RankHardware:
     """Ranks of one speed on so many nodes, one after another."""
     import numpy as np
 
-    from epslots.placement.planner import RankShape
+    from epslots.placement.planner import RankHardware
 
     if nodes > ranks:
         raise ConfigError(f"--nodes {nodes}: allowed: 1 to the {ranks} ranks")
-    return RankShape(np.arange(ranks) * nodes // ranks, np.full(ranks, 1000), costs)
+    return RankHardware(np.arange(ranks) * nodes // ranks, np.full(ranks, 1000), costs)
 
 
 def _summary(scores: Scores) -> dict[str, Any]:

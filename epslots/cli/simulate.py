@@ -18,7 +18,7 @@ from epslots.placement.placement import MOST_RANKS
 from epslots.placement.placement_file import read_placement
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.progress import counting
-from epslots.simulation.simulate import GROUP_SIZE, Outcome, SimulatedCluster, TrafficShape, simulate
+from epslots.simulation.simulate import GROUP_SIZE, Outcome, RecordedTraffic, SimulatedCluster, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
 from epslots.streams import table_console
 from epslots.units import format_bytes, parse_bytes
@@ -88,7 +88,7 @@ def simulate_command(
         window_steps=window_steps if controller else 0,
     )
     prepare()
-    traffic = TrafficShape(recorded.expert_ids, recorded.starts, recorded.num_experts)
+    traffic = RecordedTraffic(recorded.expert_ids, recorded.starts, recorded.num_experts)
     with counting("simulate", len(batches) * (steps + warm_up) * len(cluster.groups())) as advance:
         outcomes = [simulate(traffic, cluster, one, steps, warm_up, advance) for one in batches]
     if as_json:

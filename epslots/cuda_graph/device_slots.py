@@ -33,10 +33,9 @@ from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.errors import ConfigError
 from epslots.moe.expert_compute import ExpertCompute
-from epslots.planner.cache_policy import _SCALE_D, _STEP_BITS, _TRIM, ROWS, SHIFTS, STILL_EVERY, USE, UseHistory
+from epslots.planner.use_history import ROWS, SCALE_SHIFTS_D, SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STEP_BITS, USE, UseHistory
 
-# A score is (sum over D of factors * decayed >> TRIM) << STEP_BITS, plus the step of the last use: as in cache_policy.py.
-STEP_BITS, TRIM = _STEP_BITS, _TRIM
+# A score is (sum over D of factors * decayed >> SCORE_SHIFT) << STEP_BITS, plus the step of the last use.
 SLOWEST, STILL = len(SHIFTS) - 1, ROWS - 1
 DEVICE_POLICIES = ("lru", "lfu", "lrfu", "adaptive")
 DEFAULT_DEVICE_POLICY = "adaptive"
@@ -49,11 +48,11 @@ def score_factors(policy: str, weights_D: IntArray) -> IntArray:
     """
     factors_D = np.zeros(ROWS, np.int64)
     if policy == "adaptive":
-        return weights_D << _SCALE_D
+        return weights_D << SCALE_SHIFTS_D
     if policy != "lru":
-        factors_D[SHIFTS.index(7)] = 1 << TRIM
+        factors_D[SHIFTS.index(7)] = 1 << SCORE_SHIFT
     if policy == "lrfu":
-        factors_D[SHIFTS.index(4)] = 2 << TRIM
+        factors_D[SHIFTS.index(4)] = 2 << SCORE_SHIFT
     return factors_D
 
 
@@ -178,11 +177,11 @@ class TorchKernels:
         """``eviction.record_use``, and the scores after it: int64 [E]."""
         step, decayed_DE = layer.step.add_(1), layer.decayed_DE
         decayed_DE.sub_(decayed_DE >> self._shift_D1).add_(self._use_D1 * needed_E)
-        still = (step % STILL_EVERY == 0) | (step & (step - 1) == 0)
+        still = (step % SNAPSHOT_EVERY == 0) | (step & (step - 1) == 0)
         decayed_DE[STILL].copy_(torch.where(still, decayed_DE[SLOWEST], decayed_DE[STILL]))
         layer.last_use_E.copy_(torch.where(needed_E, step, layer.last_use_E))
         uses_E = (decayed_DE * layer.factors_D[:, None]).sum(0)
-        return ((uses_E >> TRIM) << STEP_BITS) + layer.last_use_E
+        return ((uses_E >> SCORE_SHIFT) << STEP_BITS) + layer.last_use_E
 
     def copy(self, layer: DeviceLayer, missing: Missing) -> None:
         count = int(missing.count)

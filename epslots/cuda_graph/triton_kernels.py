@@ -17,9 +17,9 @@ import triton.language as tl
 
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.host_store import PAGE
-from epslots.cuda_graph.device_slots import SLOWEST, STEP_BITS, STILL, TRIM, DeviceLayer, Missing
+from epslots.cuda_graph.device_slots import SLOWEST, STILL, DeviceLayer, Missing
 from epslots.layout import TENSOR_ALIGNMENT
-from epslots.planner.cache_policy import ROWS, SHIFTS, STILL_EVERY, USE
+from epslots.planner.use_history import ROWS, SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STEP_BITS, USE
 
 # Programs that copy, and 8-byte words that each copies at a time. Enough of them that a link of 64 GB/s with 2 us of latency
 # (128 KB under way) never waits for a request; few enough to leave the grid resident on small GPUs.
@@ -37,9 +37,9 @@ _ROWS = tl.constexpr(ROWS)
 _BLOCK_D = tl.constexpr(triton.next_power_of_2(ROWS))
 _SLOWEST = tl.constexpr(SLOWEST)
 _STILL = tl.constexpr(STILL)
-_STILL_EVERY = tl.constexpr(STILL_EVERY)
+_STILL_EVERY = tl.constexpr(SNAPSHOT_EVERY)
 _STEP_BITS = tl.constexpr(STEP_BITS)
-_TRIM = tl.constexpr(TRIM)
+_TRIM = tl.constexpr(SCORE_SHIFT)
 
 
 @triton.jit(do_not_specialize=["pairs", "experts", "slots", "start", "row"])  # type: ignore[untyped-decorator]

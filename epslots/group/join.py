@@ -136,7 +136,7 @@ def stand_alone(model: nn.Module, costs: Costs | None = None) -> None:
         for runner in runners:
             share = None
             if known is not None and known.computes_on_host:
-                share = CpuShare(1, runner.cache.num_experts, known, beside=loader.link.concurrent)
+                share = CpuShare(1, runner.cache.num_experts, known, concurrent=loader.link.concurrent)
             runner.form(peers, plan_alone(runner.cache, budgets, share), complete=runner.cache.holds_all)
 
 

@@ -98,7 +98,7 @@ class RankGroup:
                     expert_bytes=loader.pool.layout.nbytes,
                     record_bytes=runtime.layers[index].record.nbytes,
                     budgets=budgets,
-                    cpu_share=CpuShare(size, experts, costs, beside=loader.link.concurrent) if offloads else None,
+                    cpu_share=CpuShare(size, experts, costs, concurrent=loader.link.concurrent) if offloads else None,
                 )
         pools = [loader.store_layers for loader in runtime.movers]
         return ModelPlanner([layers[index] for index in range(len(layers))], placement, pools, budgets)

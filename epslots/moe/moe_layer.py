@@ -37,13 +37,14 @@ from epslots.moe.peers import Alone, Peers
 from epslots.moe.prefetcher import Prefetcher, PrefetchTarget
 from epslots.moe.token_dispatcher import Dispatch, LocalDispatch, dispatch
 from epslots.planner.assignment import own_only
-from epslots.planner.cache_policy import Policy, UseHistory, learns, record_use
+from epslots.planner.cache_policy import Policy, learns
 from epslots.planner.cost_model import Costs
 from epslots.planner.cpu_offload import CpuShare
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import RankPlan
 from epslots.planner.reuse_distance import stack_distances
+from epslots.planner.use_history import UseHistory, record_use
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Gathered
 

@@ -1,6 +1,6 @@
-"""How level ranks are: the loads that a placement gives them, and balancedness, the figure by which placements are compared.
+"""The ranks' loads under a placement, and balancedness, the figure by which placements are compared.
 
-Pure: arrays in, arrays out. Legend of shape suffixes: L layers, R ranks, E experts.
+Pure. Legend of shape suffixes: L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import numpy as np
 from epslots.arrays import BoolArray, FloatArray, IntArray
 from epslots.placement.placement import Placement
 
+# Rounds of ``live_loads``, at most.
 _LEVEL_ROUNDS = 24
 
 
 def holders(placement: Placement) -> BoolArray:
-    """Who computes an expert, as the placement has it: its wanted copies, or its home where it has none. bool [L, R, E]."""
+    """The ranks that a placement lets compute each expert, bool [L, R, E]: its wanted copies; without any, its home."""
     own_LE = np.arange(placement.home_LE.shape[1]) < placement.num_experts_L[:, None]
     only_home_LE = own_LE & ~placement.wanted_LRE.any(1)
     at_home_LRE = placement.home_LE[:, None] == np.arange(placement.ranks)[:, None]
@@ -26,7 +27,7 @@ def rank_loads(holds_LRE: BoolArray | IntArray, tokens_LE: IntArray | FloatArray
     """Load of each rank where an expert's pairs are split equally over its copies, float64 [L, R].
 
     Args:
-        holds_LRE: who holds what (``holders``); or the number of copies that each rank holds.
+        holds_LRE: bool, the holders of each expert; or int64, the number of copies that each rank holds.
         tokens_LE: pairs of each expert. Those of an expert without a copy are left out.
     """
     share_LE = tokens_LE / np.maximum(holds_LRE.sum(1), 1)
@@ -35,15 +36,16 @@ def rank_loads(holds_LRE: BoolArray | IntArray, tokens_LE: IntArray | FloatArray
 
 
 def live_loads(holds_LRE: BoolArray, tokens_LE: IntArray | FloatArray, speed_R: IntArray | None = None) -> FloatArray:
-    """Load of each rank where pairs are split over copies as well as can be, fractions allowed: float64 [L, R].
+    """Load of each rank where pairs are split over copies in the best way, fractions allowed: float64 [L, R].
 
-    The split of least sum of squares (per speed) also has the least maximum. It is approached expert by expert: one's pairs
-    are poured where they find the lowest level, all others staying; such rounds converge, since the sum is convex. This is
-    what dispatch can do, which splits by the loads of the step itself.
+    Dispatch reaches this, because it splits by the loads of the step itself. The split of least sum of squares (per speed)
+    also has the least maximum. It is approached expert by expert: one expert's pairs go to its least loaded holders, while all
+    others stay; such rounds converge, since the sum is convex.
 
     Args:
-        holds_LRE, tokens_LE: as ``rank_loads``.
-        speed_R: compute speeds, any unit; loads are levelled per speed. Alike, if not given.
+        holds_LRE: the holders of each expert.
+        tokens_LE: pairs of each expert.
+        speed_R: compute speeds, any unit; loads are levelled per speed. All equal, if not given.
     """
     ranks = holds_LRE.shape[1]
     speed = np.ones(ranks) if speed_R is None else speed_R / speed_R.mean()
@@ -70,7 +72,7 @@ def live_loads(holds_LRE: BoolArray, tokens_LE: IntArray | FloatArray, speed_R: 
 
 
 def _pour(rest_LR: FloatArray, holds_LR: BoolArray, pairs_L: FloatArray, speed_R: FloatArray) -> FloatArray:
-    """Water into basins: what each holder gets so that the levels (load per speed) of those that get any are equal."""
+    """The pairs that each holder gets, float64 [L, R], so that receivers end at one level (load per speed): water-filling."""
     level_LR = np.where(holds_LR, rest_LR / speed_R, np.inf)
     order_LR = np.argsort(level_LR, axis=1, kind="stable")
     sorted_LR = np.take_along_axis(level_LR, order_LR, 1)
@@ -88,7 +90,7 @@ def balancedness(load_LR: FloatArray | IntArray, speed_R: IntArray | None = None
     """Mean load of the ranks / largest load, averaged over layers: 1 = level. Layers without load count as level.
 
     Args:
-        speed_R: compute speeds, any unit: then what is compared is time.
+        speed_R: compute speeds, any unit; if given, times are compared.
     """
     time_LR = load_LR if speed_R is None else load_LR * (speed_R.mean() / speed_R)
     most_L = time_LR.max(1)

@@ -1,20 +1,14 @@
-"""What the next window of traffic will be like, from the windows so far; and how far to trust that.
+"""A forecast of the next window of load from the windows so far, and its reliability. ``replanner.py`` calls it.
 
-A short window is mostly noise, so many should be averaged; but traffic drifts and switches topics, and then old windows
-mislead. No single rate of forgetting suits both. So several forecasts run beside each other, each a weighted mean of past
-windows:
+A short window is mostly noise, so many should be averaged; but traffic drifts and switches topics, so that old windows
+mislead. Several forecasts therefore run in parallel, each a weighted mean of past windows; weights fall with a window's age
+at one of several rates, and with its distance from the newest window (analog forecasting, Lorenz 1969). They are mixed with
+the weights, at least 0, that would have had the least squared error on the recent windows (stacking, Breiman 1996; by
+exponentiated gradient, Kivinen and Warmuth 1997). All layers see the same traffic, so that their errors are added up and few
+windows suffice. The result is a weight for each past window, thus a sample of possible loads besides their mean: the planner
+levels ranks over it.
 
-    by age         all alike, or with weights that fall at one of several rates
-    by likeness    windows that resemble the newest one weigh more, however old: a topic that returns is known at once (analog
-                   forecasting, Lorenz 1969)
-
-What weighs how much in the final forecast is found from the windows themselves: the mixture, with weights of at least 0, that
-would have had the least squared error in forecasting each of the recent windows from those before it (stacking, Breiman 1996;
-the weights by exponentiated gradient, Kivinen and Warmuth 1997). All layers see the same traffic, so their errors are added
-up, which makes few windows enough. The result is a weight for each remembered window, and with that not a mean alone but a
-sample of what may come: the planner levels ranks over it.
-
-Pure: arrays in, arrays out. Legend of shape suffixes: L layers, E experts, K windows remembered, M forecasts.
+Pure. Legend of shape suffixes: L layers, E experts, K windows remembered, M forecasts.
 """
 
 from __future__ import annotations
@@ -26,31 +20,31 @@ import numpy as np
 from epslots.arrays import FloatArray, IntArray
 from epslots.errors import ConfigError
 
-# How sharply likeness counts (in units of the usual distance between windows that are alike), and what a window's age leaves
-# of its weight.
+# The forecasts: by how sharply weights fall with distance (in units of the usual distance between similar windows), and by the
+# factor of a weight for each window of age.
 LIKENESS = (0.0, 2.0, 8.0, 32.0)
 AGEING = (1.0, 0.9, 0.7, 0.3)
-# What a step back in time leaves of an error's weight, when forecasts are scored.
+# The factor of an error's weight for each window of age, when forecasts are scored.
 _SCORE_MEMORY = 0.9
 _GRADIENT_STEPS = 500
 MOST_WINDOWS = 64
-# The longest a forecast is believed to hold.
-_LONGEST = 16.0
+# A forecast is believed to hold for at most so many windows.
+_LONGEST_HORIZON = 16.0
 
 
 @dataclass(frozen=True)
 class ExpectedLoad:
-    """What the coming window is expected to be like.
+    """The load that is expected in the coming window.
 
     Attributes:
         tokens_LE: int64, pairs of each expert.
-        uses_LE: int64, steps in which an expert is used at all.
+        uses_LE: int64, steps that use each expert.
         steps: of the window.
-        trust: from 0 to 1: the share of experts' differences that past forecasts foresaw.
-        windows: how many coming windows the expectation is believed to hold: the time in which a move must pay.
-        sample_KLE: float64, each expert's share of its layer's pairs in remembered windows: what may come, not the mean alone.
-            None: nothing is known but the mean.
-        weight_K: float64, how likely each of them is; adds up to 1. None with ``sample_KLE``.
+        trust: from 0 to 1: the share of experts' differences that past forecasts predicted.
+        windows: the coming windows for which the expectation is believed to hold: the time in which a migration must pay.
+        sample_KLE: float64, each expert's share of its layer's pairs in past windows: a sample of possible loads. None: only
+            the mean is known.
+        weight_K: float64, the probability of each of them; adds up to 1. None with ``sample_KLE``.
     """
 
     tokens_LE: IntArray
@@ -63,10 +57,10 @@ class ExpectedLoad:
 
 
 class Forecast:
-    """Takes windows one after another. Not safe to share between threads.
+    """Forecasts the next window from the last ones. Not safe to share between threads.
 
     Args:
-        most_windows: how many are remembered.
+        most_windows: the number of windows that are kept.
     """
 
     def __init__(self, most_windows: int = MOST_WINDOWS) -> None:
@@ -79,19 +73,19 @@ class Forecast:
         self._weights_MK = np.zeros((len(LIKENESS) * len(AGEING), 0))
         self._errors_MM = np.zeros((len(LIKENESS) * len(AGEING),) * 2)
         self._scored = 0.0
-        self._missed, self._varied = 0.0, 0.0
+        self._error, self._variation = 0.0, 0.0
 
     @property
     def windows(self) -> int:
-        """Windows remembered."""
+        """The number of windows kept."""
         return len(self._shares)
 
     def add(self, tokens_LE: IntArray, uses_LE: IntArray, steps: int) -> None:
-        """Take the next window. A layer without any pairs counts as level in it.
+        """Add the next window. A layer without pairs counts as level in it.
 
         Args:
             tokens_LE: pairs of each expert over all ranks.
-            uses_LE: steps in which each expert was used at all.
+            uses_LE: steps that used each expert.
             steps: of the window.
 
         Raises:
@@ -114,7 +108,7 @@ class Forecast:
         self._forecasts_MLE = np.tensordot(self._weights_MK, np.stack(self._shares), 1)
 
     def expected(self) -> ExpectedLoad:
-        """The coming window, from all so far.
+        """The load of the coming window.
 
         Raises:
             ConfigError: no window was added yet.
@@ -130,28 +124,28 @@ class Forecast:
         tokens_LE = np.rint(share_LE * (recent_K @ totals_KL)[:, None]).astype(np.int64)
         uses_LE = np.rint(np.tensordot(weight_K, np.stack([uses for _, uses, _ in self._sizes]), 1)).astype(np.int64)
         steps = round(float(recent_K @ [steps for _, _, steps in self._sizes]))
-        alike = 1 / float((weight_K**2).sum())
-        # What has lasted for so many windows is expected to last as long again.
-        return ExpectedLoad(tokens_LE, uses_LE, steps, self._trust(), min(alike, _LONGEST), sample_KLE, weight_K)
+        effective = 1 / float((weight_K**2).sum())
+        # Traffic that has lasted for so many windows is expected to last as long again.
+        return ExpectedLoad(tokens_LE, uses_LE, steps, self._trust(), min(effective, _LONGEST_HORIZON), sample_KLE, weight_K)
 
     def _score(self, share_LE: FloatArray) -> None:
-        """How wrong the forecasts were about this window."""
+        """Enter the errors of the forecasts about this window."""
         if self._forecasts_MLE is None:
             return
         error_MX = (share_LE - self._forecasts_MLE).reshape(len(self._errors_MM), -1)
         mixture = self._mixture()
         self._errors_MM = _SCORE_MEMORY * self._errors_MM + error_MX @ error_MX.T
         self._scored = _SCORE_MEMORY * self._scored + 1
-        self._missed = _SCORE_MEMORY * self._missed + float(((mixture @ error_MX) ** 2).sum())
-        self._varied = _SCORE_MEMORY * self._varied + float(((share_LE - share_LE.mean(1, keepdims=True)) ** 2).sum())
+        self._error = _SCORE_MEMORY * self._error + float(((mixture @ error_MX) ** 2).sum())
+        self._variation = _SCORE_MEMORY * self._variation + float(((share_LE - share_LE.mean(1, keepdims=True)) ** 2).sum())
 
     def _trust(self) -> float:
-        if self._scored and self._varied:
-            return float(np.clip(1 - self._missed / self._varied, 0.0, 1.0))
-        return 0.5  # one window: nothing was foreseen yet
+        if self._scored and self._variation:
+            return float(np.clip(1 - self._error / self._variation, 0.0, 1.0))
+        return 0.5  # one window: no forecast was tested yet
 
     def _mixture(self) -> FloatArray:
-        """What each forecast weighs, float64 [M]: the mixture that would have had the least squared error."""
+        """The weight of each forecast, float64 [M]: the mixture that would have had the least squared error."""
         mixture = np.full(len(self._errors_MM), 1 / len(self._errors_MM))
         least = float(np.diagonal(self._errors_MM).min())
         if least <= 0:
@@ -165,11 +159,11 @@ class Forecast:
     def _candidate_weights(self) -> FloatArray:
         """The weight that each forecast gives each window, float64 [M, K]; rows add up to 1."""
         count = len(self._shares)
-        roots_KX = np.sqrt(np.stack(self._shares)).reshape(count, -1)  # Hellinger's distance: noise is alike for all loads
+        roots_KX = np.sqrt(np.stack(self._shares)).reshape(count, -1)  # Hellinger distance: noise is equal for all loads
         distance_KK = np.maximum(2 * len(self._shares[0]) - 2 * (roots_KX @ roots_KX.T), 0.0)
         distance_K = np.ones(count)
         if count > 1:
-            # Windows as near as the nearest usually are differ by noise alone; and so would the newest from itself.
+            # Windows at the usual distance of nearest neighbours differ by noise only; so would the newest from itself.
             usual = float(np.median((distance_KK + np.where(np.eye(count, dtype=bool), np.inf, 0.0)).min(1)))
             distance_K = np.maximum(distance_KK[-1] / max(usual, 1e-12), 1.0)
         age_K = np.arange(count)[::-1]

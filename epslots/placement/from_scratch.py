@@ -1,10 +1,11 @@
-"""A placement from nothing: how many copies each expert gets, and where they go. Fast, for one set of loads.
+"""A placement that ignores the current one: the copies of each expert, and their ranks. Fast, for one set of loads.
 
-Copies go one by one to the expert with most load per copy (as in EPLB and in D'Hondt's rule for seats), then, largest first,
-to the rank that would be done first, has a free slot and has no copy of the expert (longest processing time first, Graham
-1969). Where all ranks are alike, they go in rounds instead. At last the most loaded rank swaps copies with little loaded ones.
+``place_afresh`` is the entry. Each further copy goes to the expert with most load per copy (as in EPLB, and D'Hondt's method).
+Copies are then assigned, largest first, to the rank that would finish first, has a free slot and no copy of the expert
+(longest processing time first, Graham 1969); where all ranks are alike, in rounds, which is faster. Finally the most loaded
+rank swaps copies with little loaded ones.
 
-Pure: arrays in, arrays out; all layers at once. Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks.
+Pure; all layers at once. Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from epslots.arrays import BoolArray, FloatArray, IntArray
 
-# Swaps of each layer after dealing, and the ranks looked at for each.
+# Swaps of each layer at the end, and the little loaded ranks that are tried for each.
 LEVEL_SWAPS = 16
 PARTNERS = 3
 
@@ -22,10 +23,10 @@ def copies_by_load(load_LE: FloatArray, own_LE: BoolArray, total_L: IntArray, mo
     """Copies of each expert, int64 [L, E]: one each, and the rest where load per copy is largest.
 
     Args:
-        load_LE: float64.
-        own_LE: experts that there are.
-        total_L: copies of all; at least the layer's experts.
-        most_L: the most of one expert: ranks that have a slot.
+        load_LE: float64, load of each expert.
+        own_LE: bool, the experts that each layer has.
+        total_L: copies of all experts together; at least the layer's experts.
+        most_L: the most copies of one expert: the ranks that have a slot.
     """
     layers = np.arange(len(load_LE))
     copies_LE = own_LE.astype(np.int64)
@@ -42,11 +43,11 @@ def copies_by_load(load_LE: FloatArray, own_LE: BoolArray, total_L: IntArray, mo
 
 
 def pack(load_LE: FloatArray, copies_LE: IntArray, quota_LR: IntArray, speed_R: FloatArray) -> BoolArray:
-    """Who holds what, bool [L, R, E]. A copy for which only ranks are left that hold its expert is left out.
+    """The holders of each expert, bool [L, R, E]; copies for which only ranks with the same expert are left are dropped.
 
     Args:
         load_LE, copies_LE: load of each expert, split equally over its copies.
-        quota_LR: slots; together at least as many as copies.
+        quota_LR: slots of each layer on each rank; together at least as many as copies.
         speed_R: relative compute speeds.
     """
     layers, experts = load_LE.shape
@@ -58,16 +59,16 @@ def pack(load_LE: FloatArray, copies_LE: IntArray, quota_LR: IntArray, speed_R: 
     share_SL = np.take_along_axis(share_LE, expert_SL.T, 1).T.copy()
     again_S = np.zeros(most, bool)
     again_S[1:] = (expert_SL[1:] == expert_SL[:-1]).any(1)
-    part = np.arange(most)[:, None] < total_L  # whether the layer has so many copies
-    everywhere_S = part.all(1)
+    exists_SL = np.arange(most)[:, None] < total_L  # whether the layer has so many copies
+    everywhere_S = exists_SL.all(1)
     unit_R = 1 / speed_R
     alike = bool((speed_R == speed_R[0]).all())
     ranks = quota_LR.shape[1]
     holds_LRE = np.zeros((layers, ranks, experts), bool)
     room = quota_LR.ravel().copy()
-    time_LR = np.where(quota_LR > 0, 0.0, np.inf)  # of ranks with a free slot; infinite for others
+    time_LR = np.where(quota_LR > 0, 0.0, np.inf)  # infinite for ranks without a free slot
     time = time_LR.reshape(-1)
-    mine_LR = np.zeros((layers, ranks), bool)  # ranks that hold the expert at hand
+    mine_LR = np.zeros((layers, ranks), bool)  # the ranks that hold the current expert
     for number in range(most):
         share_L = share_SL[number]
         then_LR = time_LR if alike else time_LR + share_L[:, None] * unit_R
@@ -78,7 +79,7 @@ def pack(load_LE: FloatArray, copies_LE: IntArray, quota_LR: IntArray, speed_R: 
             mine_LR[:] = False
         at = then_LR.argmin(1) + rows * ranks
         if again_S[number] or not everywhere_S[number]:
-            chosen = np.flatnonzero(part[number] & np.isfinite(then_LR.reshape(-1)[at]))
+            chosen = np.flatnonzero(exists_SL[number] & np.isfinite(then_LR.reshape(-1)[at]))
             at, share_L = at[chosen], share_L[chosen]
             holds_LRE[chosen, at % ranks, expert_SL[number, chosen]] = True
         else:
@@ -92,12 +93,9 @@ def pack(load_LE: FloatArray, copies_LE: IntArray, quota_LR: IntArray, speed_R: 
 
 
 def deal(load_LE: FloatArray, copies_LE: IntArray, ranks: int) -> IntArray:
-    """As ``pack`` for ranks that are alike and get as many copies each, but in rounds, which is faster.
+    """The expert of each slot, int64 [L, R, Q], for equal ranks that get as many copies each: ``pack`` in rounds.
 
-    Each round the largest copies that are left go to all ranks, one each, the largest to the least loaded.
-
-    Returns:
-        The expert of each slot, int64 [L, R, Q].
+    In each round the largest remaining copies go to all ranks, one each, the largest to the least loaded.
     """
     layers = len(load_LE)
     rows = np.arange(layers)[:, None]
@@ -110,7 +108,7 @@ def deal(load_LE: FloatArray, copies_LE: IntArray, ranks: int) -> IntArray:
         dealt_LR = expert_LS[:, number * ranks : (number + 1) * ranks]
         order_LR = np.argsort(time_LR, axis=1, kind="stable")
         if number:
-            # Copies of one expert lie side by side: those of the last round's last can go on into this one.
+            # Copies of one expert are neighbours: those of the last round's last expert may continue in this round.
             straddling = np.flatnonzero(dealt_LR[:, 0] == expert_LS[:, number * ranks - 1])
             if len(straddling):
                 order_LR[straddling] = _keep_apart(order_LR[straddling], dealt_LR[straddling], expert_LRQ[straddling])
@@ -120,20 +118,20 @@ def deal(load_LE: FloatArray, copies_LE: IntArray, ranks: int) -> IntArray:
 
 
 def _keep_apart(order_LR: IntArray, dealt_LR: IntArray, expert_LRQ: IntArray) -> IntArray:
-    """Who gets which copy, changed so that no expert meets itself; only the round's first expert can.
+    """The order of ranks, int64 [L, R], changed so that no rank gets an expert twice; only the round's first expert could.
 
-    Ranks that have it and would get it again come after as many of the others as it has copies in the round.
+    Ranks that have it already come after as many other ranks as it has copies in the round.
     """
     first_L1 = dealt_LR[:, :1]
     has_LR = np.take_along_axis((expert_LRQ == first_L1[:, :, None]).any(2), order_LR, 1)
     later_L1 = (dealt_LR == first_L1).sum(1, keepdims=True) + has_LR.sum(1, keepdims=True)
     place_LR = np.broadcast_to(np.arange(order_LR.shape[1]), order_LR.shape)
-    turn_LR = np.argsort(np.where(has_LR, np.maximum(place_LR, later_L1), place_LR), axis=1, kind="stable")
-    return np.take_along_axis(order_LR, turn_LR, 1)
+    changed_LR = np.argsort(np.where(has_LR, np.maximum(place_LR, later_L1), place_LR), axis=1, kind="stable")
+    return np.take_along_axis(order_LR, changed_LR, 1)
 
 
 def _by_share(load_LE: FloatArray, copies_LE: IntArray, most: int) -> IntArray:
-    """Experts in order of their load per copy, the largest first, each repeated by its copies: int64 [L, most]."""
+    """Experts by load per copy, the largest first, each repeated by its copies, int64 [L, most]."""
     layers, experts = load_LE.shape
     share_LE = np.where(copies_LE > 0, load_LE / np.maximum(copies_LE, 1), -1.0)
     order_LE = np.argsort(-share_LE, axis=1, kind="stable")
@@ -147,13 +145,16 @@ def _by_share(load_LE: FloatArray, copies_LE: IntArray, most: int) -> IntArray:
 def level(
     expert_LRQ: IntArray, load_LE: FloatArray, speed_R: FloatArray, most_swaps: int, usable_LRQ: BoolArray | None = None
 ) -> None:
-    """Lower ranks' largest load, in place: the most loaded rank of each layer swaps a copy with a little loaded one.
+    """Lower each layer's largest rank load, in place: its most loaded rank swaps copies with little loaded ranks.
 
-    Of these swaps the one after which the larger of the two loads is least, for as long as that helps.
+    Each swap is the one after which the larger of the two loads is smallest; swaps end when none helps.
 
     Args:
         expert_LRQ: the expert of each slot, -1 = empty.
-        usable_LRQ: slots that there are; all, if not given.
+        load_LE: load of each expert, split equally over its copies.
+        speed_R: relative compute speeds.
+        most_swaps: of each layer.
+        usable_LRQ: bool, the slots that exist; all, if not given.
     """
     layers, _, room = expert_LRQ.shape
     copies_LE = np.zeros((layers, load_LE.shape[1] + 1), np.int64)
@@ -179,25 +180,25 @@ def level(
         larger = larger.reshape(len(active), -1)
         best = larger.argmin(1)
         place, rest = np.divmod(best, least.shape[1] * room)
-        other, seat = np.divmod(rest, room)
-        one, two, rank = mine[rows, place], theirs[rows, other, seat], least[rows, other]
-        # A layer is done when its best swap would put two copies of an expert on one rank: seldom, and well levelled by then.
+        other, position = np.divmod(rest, room)
+        one, two, rank = mine[rows, place], theirs[rows, other, position], least[rows, other]
+        # A layer is finished when its best swap would put an expert on a rank twice: seldom, and it is well levelled by then.
         barred = (theirs[rows, other] == one[:, None]).any(1) & (one >= 0) | (mine == two[:, None]).any(1) & (two >= 0)
         helps = (larger[rows, best] < top * (1 - 1e-9)) & ~barred & (rank != worst)
-        active, place, seat = active[helps], place[helps], seat[helps]
+        active, place, position = active[helps], place[helps], position[helps]
         one, two, rank, worst = one[helps], two[helps], rank[helps], worst[helps]
         if not len(active):
             break
-        expert_LRQ[active, worst, place], expert_LRQ[active, rank, seat] = two, one
+        expert_LRQ[active, worst, place], expert_LRQ[active, rank, position] = two, one
         moved = share_LE[active, one] - share_LE[active, two]
         share_LRQ[active, worst, place] -= moved
-        share_LRQ[active, rank, seat] += moved
+        share_LRQ[active, rank, position] += moved
         time_LR[active, worst] -= moved / speed_R[worst]
         time_LR[active, rank] += moved / speed_R[rank]
 
 
 def slots_of(holds_LRE: BoolArray, room: int) -> IntArray:
-    """What lies in each slot, int64 [L, S], ``room`` slots for each rank in turn, -1 = empty."""
+    """The expert in each slot, int64 [L, S], ``room`` slots for each rank in turn, -1 = empty."""
     layers, ranks, _ = holds_LRE.shape
     expert_LRQ = np.full((layers, ranks, room), -1)
     layer, rank, expert = np.nonzero(holds_LRE)
@@ -207,7 +208,7 @@ def slots_of(holds_LRE: BoolArray, room: int) -> IntArray:
 
 
 def holds_of(expert_LRQ: IntArray, experts: int) -> BoolArray:
-    """Who holds what, bool [L, R, E], from what lies in each slot."""
+    """The holders of each expert, bool [L, R, E], from the expert in each slot, int64 [L, R, Q]."""
     layers, ranks, _ = expert_LRQ.shape
     holds_LRE = np.zeros((layers, ranks, experts + 1), bool)
     holds_LRE[np.arange(layers)[:, None, None], np.arange(ranks)[:, None], expert_LRQ] = True
@@ -215,7 +216,14 @@ def holds_of(expert_LRQ: IntArray, experts: int) -> BoolArray:
 
 
 def place_afresh(load_LE: FloatArray, own_LE: BoolArray, quota_LR: IntArray, speed_R: FloatArray) -> BoolArray:
-    """Who should hold what if nothing were held now, bool [L, R, E]. Slots together are at least as many as experts."""
+    """The holders of each expert, bool [L, R, E], chosen without regard to the current ones.
+
+    Args:
+        load_LE: float64, load of each expert.
+        own_LE: bool, the experts that each layer has.
+        quota_LR: slots of each layer on each rank; together at least as many as experts.
+        speed_R: relative compute speeds.
+    """
     total_L = quota_LR.sum(1)
     copies_LE = copies_by_load(load_LE, own_LE, total_L, (quota_LR > 0).sum(1))
     room, ranks = int(quota_LR.max()), quota_LR.shape[1]

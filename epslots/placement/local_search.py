@@ -1,17 +1,16 @@
-"""Improve where copies of experts lie, move by move: swap two, move one to a free slot, or put another expert in its place.
+"""Improve a placement move by move: swap two copies, or put an expert into a slot. ``planner.propose`` runs ``Search``.
 
-What is minimised is the expected imbalance of the ranks, estimated from the second moments of the experts' loads, plus a price
-for every copy that was not there at the start. Loads are uncertain, so that ranks differ for two reasons: their expected loads
-differ, and their experts' loads rise and fall together. Both are in the sum of squares
+Minimised is the expected imbalance of the ranks plus a price for every new copy. Ranks differ because their expected loads
+differ, and because the loads of their experts vary together. Both are in the sum of squares
 
     F = sum over ranks of E[(load / speed)^2]  =  sum over ranks of a' G a / speed^2,    G = E[x x'] of the experts' loads x,
 
-a rank's row ``a`` being the share of each expert that it computes (1 / copies). A move changes few entries of ``a``, so that
-the change of F is known for all moves at once from G and the products a G. The largest of R numbers with variance v exceeds
-their mean by about k(R) sqrt(v) (order statistics of the normal distribution), which makes F an imbalance.
+where a rank's row ``a`` is the share of each expert that it computes (1 / copies). A move changes few entries of ``a``, so
+that its change of F follows from G and the products a G, for all moves at once. The largest of R normal numbers of variance v
+exceeds their mean by about k(R) sqrt(v) (order statistics), which turns F into an imbalance.
 
-Pure: arrays in, arrays out; all layers at once. Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks,
-P and Q those of the ranks looked at, N nodes.
+Pure; all layers at once. Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks, P and Q slots of the
+ranks that are searched.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ import numpy as np
 
 from epslots.arrays import BoolArray, FloatArray, IntArray
 
-_LEAST = 1e-6  # gains below are roundings
-_NEVER = 1e12  # a price for what must not be
-_PARTNERS = 8  # ranks, the least loaded ones, that swaps are tried with
+_LEAST_GAIN = 1e-6  # smaller gains are rounding errors
+_PROHIBITIVE = 1e12  # the price of a forbidden move
+_PARTNERS = 8  # the least loaded ranks, with which swaps are tried
 EMPTY = -1
 
 
 @dataclass(frozen=True)
-class Field:
-    """What is levelled.
+class Objective:
+    """The loads that are levelled, over which ranks and nodes.
 
     Attributes:
         moments_LEE: second moments of the experts' loads, layer totals scaled to the number of ranks (mean rank load 1).
         speed_R: relative compute speeds, mean 1.
-        node_R: node numbers from 0.
-        node_weight: how much nodes' imbalance counts beside ranks'; 0: nodes don't matter.
+        node_R: the node of each rank, from 0.
+        node_weight: the weight of the nodes' imbalance relative to the ranks'; 0: nodes are ignored.
     """
 
     moments_LEE: FloatArray
@@ -46,7 +45,7 @@ class Field:
 
 
 def spread_factor(ranks: int) -> float:
-    """How many standard deviations the largest of so many normal numbers lies above their mean (Blom's approximation)."""
+    """Standard deviations by which the largest of ``ranks`` normal numbers exceeds their mean (Blom's approximation)."""
     from_below = (ranks - 0.375) / (ranks + 0.25)
     # The normal quantile, by the rational approximation of Abramowitz and Stegun 26.2.23.
     t = float(np.sqrt(-2 * np.log(1 - from_below))) if ranks > 1 else 0.0
@@ -56,16 +55,18 @@ def spread_factor(ranks: int) -> float:
 
 @dataclass(frozen=True)
 class _View:
-    """Some layers, and slots of their ranks.
+    """The layers that are searched in one step, and slots of their ranks.
 
     Attributes:
-        layers, rows: their numbers, and 0, 1, 2...: [L, 1] each.
-        holds, count, share: copies [L, R, E]; of each expert how many, and the share that each computes, [L, E].
-        slope: half of the derivative of F by what each rank computes of each expert.
-        toll, entry: price of a copy where it is; and where it would go, prohibitive where one lies already.
-        slot_P, expert_P, rank_P: slots of the most loaded ranks, what is in them, their ranks, [L, P] each.
+        layers, rows: their indices, and 0, 1, 2...: [L, 1] each.
+        holds: copies, [L, R, E].
+        count, share: the number of copies of each expert, and the share that each computes, [L, E].
+        slope: half of the derivative of F by each rank's share of each expert, [L, R, E].
+        price: price of a copy on each rank, 0 for old ones, [L, R, E].
+        entry: the same, prohibitive where the rank holds the expert already.
+        slot_P, expert_P, rank_P: slots of the most loaded ranks, their experts and ranks, [L, P] each.
         slot_Q, expert_Q, rank_Q: the same of the least loaded ranks, with which they may swap.
-        barred_P, barred_Q: prohibitive for slots that the layer doesn't have.
+        barred_P, barred_Q: prohibitive for slots that the layer doesn't have, else 0.
     """
 
     layers: IntArray
@@ -74,7 +75,7 @@ class _View:
     count: IntArray
     share: FloatArray
     slope: FloatArray
-    toll: FloatArray
+    price: FloatArray
     entry: FloatArray
     slot_P: IntArray
     slot_Q: IntArray
@@ -90,29 +91,30 @@ class Search:
     """Slots of all layers, and the moves that improve them.
 
     Attributes:
-        expert_LS: int64, what each slot holds, rank by rank; -1 = empty.
-        holds_LRE: who holds what, with one more column that stands for "empty".
+        expert_LS: int64, the expert in each slot, rank by rank; -1 = empty.
+        holds_LRE: the holders of each expert; one more column stands for "empty", and is False.
     """
 
     def __init__(
-        self, expert_LS: IntArray, rank_S: IntArray, usable_LS: BoolArray, field: Field, before_LRE: BoolArray
+        self, expert_LS: IntArray, rank_S: IntArray, usable_LS: BoolArray, objective: Objective, before_LRE: BoolArray
     ) -> None:
-        """Begin with some placement.
+        """Start from a placement.
 
         Args:
-            expert_LS: where to begin; no expert twice on a rank, every expert somewhere.
+            expert_LS: the expert in each slot; no expert twice on a rank, every expert in some slot.
             rank_S: the rank of each slot.
-            usable_LS: slots that there are in each layer.
+            usable_LS: the slots that each layer has.
+            objective: the loads that are levelled.
             before_LRE: copies that cost nothing.
         """
         layers, ranks, experts = before_LRE.shape
         self.rank_S, self.usable_LS = rank_S, usable_LS
         self.expert_LS = np.where(usable_LS, expert_LS, EMPTY)
-        speed_R, node_R = field.speed_R, field.node_R
+        speed_R, node_R = objective.speed_R, objective.node_R
         node_speed = np.bincount(node_R, weights=speed_R)[node_R]
-        # Squares per speed: then what is best has all ranks, and all nodes, done at the same time.
-        self._form_RR = np.diag(1 / speed_R) + field.node_weight * (node_R[:, None] == node_R) / node_speed
-        self._least = (1 + field.node_weight) * ranks
+        # Squares per speed: at the optimum all ranks, and all nodes, finish at the same time.
+        self._form_RR = np.diag(1 / speed_R) + objective.node_weight * (node_R[:, None] == node_R) / node_speed
+        self._least = (1 + objective.node_weight) * ranks
         self._scale = spread_factor(ranks) / np.sqrt(ranks)
         self.holds_LRE = np.zeros((layers, ranks, experts + 1), bool)
         self.holds_LRE[np.arange(layers)[:, None], rank_S, self.expert_LS] = True
@@ -120,14 +122,14 @@ class Search:
         self._new_LRE = np.zeros((layers, ranks, experts + 1), np.int64)
         self._new_LRE[:, :, :experts] = ~before_LRE
         self._moments_LEE = np.zeros((layers, experts + 1, experts + 1))
-        self._moments_LEE[:, :experts, :experts] = field.moments_LEE
+        self._moments_LEE[:, :experts, :experts] = objective.moments_LEE
         self._own_LE = np.diagonal(self._moments_LEE, axis1=1, axis2=2)
         share_LRE = self.holds_LRE / np.maximum(self.holds_LRE.sum(1), 1)[:, None]
         self._product_LRE = share_LRE @ self._moments_LEE
         self._total_L = np.einsum("lre,lre->l", self._form_RR @ self._product_LRE, share_LRE)
 
     def imbalance(self) -> FloatArray:
-        """Largest load / mean load - 1, as expected: float64 [L]."""
+        """Expected largest load / mean load - 1, float64 [L]."""
         return self._imbalance(self._total_L)
 
     def _imbalance(self, total: FloatArray) -> FloatArray:
@@ -135,17 +137,17 @@ class Search:
         return result
 
     def copies(self) -> IntArray:
-        """Copies that were not there before, int64 [L]."""
+        """The number of new copies, int64 [L]."""
         added: IntArray = (self._new_LRE * self.holds_LRE).sum((1, 2))
         return added
 
     def improve(self, price_L: FloatArray, most_moves: int, focus: int) -> IntArray:
-        """Make the best move of each layer, over and over, until none pays. Returns the moves made, int64 [L].
+        """Make the best move of each layer again and again, until none pays; returns the moves made, int64 [L].
 
         Args:
             price_L: the imbalance that a new copy must save.
-            most_moves: of a layer.
-            focus: look at moves that take part in the so many most loaded ranks.
+            most_moves: of each layer.
+            focus: moves of the slots of so many most loaded ranks are tried.
         """
         moves_L = np.zeros(len(self.expert_LS), np.int64)
         active = np.arange(len(self.expert_LS))
@@ -157,16 +159,16 @@ class Search:
         return moves_L
 
     def _step(self, active: IntArray, price: FloatArray, focus: int) -> BoolArray:
-        """One move of each of these layers, if any pays; whether it did."""
+        """Make the best move of each of these layers if it pays; returns whether it did, bool [n]."""
         view = self._view(active, price, focus)
         rows = np.arange(len(active))
         total = self._total_L[active][:, None, None]
-        then = [self._imbalance(total + change) + toll for change, toll in (self._swaps(view), self._puts(view))]
+        then = [self._imbalance(total + change) + price for change, price in (self._swaps(view), self._puts(view))]
         flat = [table.reshape(len(active), -1) for table in then]
         best = np.stack([table.argmin(1) for table in flat])
         least = np.stack([table[rows, chosen] for table, chosen in zip(flat, best, strict=True)])
         kind = least.argmin(0)
-        paying: BoolArray = self._imbalance(total[:, 0, 0]) - least.min(0) > _LEAST
+        paying: BoolArray = self._imbalance(total[:, 0, 0]) - least.min(0) > _LEAST_GAIN
         place, other = np.divmod(best[kind, rows], np.where(kind == 0, then[0].shape[2], then[1].shape[2]))
         slot, partner = view.slot_P[rows, place], view.slot_Q[rows, np.where(kind == 0, other, 0)]
         swapped, put = paying & (kind == 0), paying & (kind == 1)
@@ -175,7 +177,7 @@ class Search:
         return paying
 
     def _view(self, active: IntArray, price: FloatArray, focus: int) -> _View:
-        """What the moves of some layers are reckoned from."""
+        """The arrays from which the moves of some layers are evaluated; ``price``: of a copy, [n]."""
         holds = self.holds_LRE[active]
         count = holds.sum(1)
         slope = self._form_RR @ self._product_LRE[active]
@@ -183,8 +185,8 @@ class Search:
         share = np.where(count > 0, 1 / np.maximum(count, 1), 0.0)
         order = np.argsort(-np.einsum("lre,lre->lr", slope, holds * share[:, None]), axis=1, kind="stable")
         slot_P, slot_Q = self._slots(order[:, :focus]), self._slots(order[:, -_PARTNERS:])
-        barred = np.where(self.usable_LS[active], 0.0, _NEVER)
-        toll = self._new_LRE[active] * price[:, None, None]
+        barred = np.where(self.usable_LS[active], 0.0, _PROHIBITIVE)
+        price_of_copy = self._new_LRE[active] * price[:, None, None]
         return _View(
             layers=active[:, None],
             rows=rows,
@@ -192,8 +194,8 @@ class Search:
             count=count,
             share=share,
             slope=slope,
-            toll=toll,
-            entry=toll + np.where(holds, _NEVER, 0.0),
+            price=price_of_copy,
+            entry=price_of_copy + np.where(holds, _PROHIBITIVE, 0.0),
             slot_P=slot_P,
             slot_Q=slot_Q,
             expert_P=self.expert_LS[active[:, None], slot_P],
@@ -211,7 +213,7 @@ class Search:
         return slots
 
     def _swaps(self, view: _View) -> tuple[FloatArray, FloatArray]:
-        """Slot p's expert and slot q's trade places; either may be empty. The change of F, and the toll, [L, P, Q]."""
+        """Swaps of the experts in slots p and q, either may be empty: the change of F, and the price, [L, P, Q] each."""
         rows, rank_P, expert_P, rank_Q, expert_Q = view.rows, view.rank_P, view.expert_P, view.rank_Q, view.expert_Q
         own = self._own_LE[view.layers[:, 0]]
         share_P, share_Q = view.share[rows, expert_P], view.share[rows, expert_Q]
@@ -220,23 +222,23 @@ class Search:
         at_P, at_Q = (rows, rank_P, expert_P), (rows, rank_Q, expert_Q)
         form = np.diagonal(self._form_RR)
         apart = form[rank_P][:, :, None] + form - 2 * self._form_RR[rank_P]  # [L, P, R]
-        # What depends on q's rank and not on its expert is worked out for ranks first.
+        # Terms that depend on q's rank and not on its expert are computed per rank first.
         share_P2, share_Q2 = share_P[:, :, None], share_Q[:, None]
         gone = (2 * share_P2) * (view.slope[back] - view.slope[at_P][:, :, None])
         gone += apart * (share_P**2 * own[rows, expert_P])[:, :, None]
-        leave = view.entry[back] + (view.barred_P - view.toll[at_P])[:, :, None]
-        leave[rows, np.arange(rank_P.shape[1]), rank_P] += _NEVER
+        leave = view.entry[back] + (view.barred_P - view.price[at_P])[:, :, None]
+        leave[rows, np.arange(rank_P.shape[1]), rank_P] += _PROHIBITIVE
         of_rank = np.broadcast_to(rank_Q[:, None], (len(rows), rank_P.shape[1], rank_Q.shape[1]))
-        change, apart, toll = (np.take_along_axis(table, of_rank, 2) for table in (gone, apart, leave))
+        change, apart, price = (np.take_along_axis(table, of_rank, 2) for table in (gone, apart, leave))
         pair = self._moments_LEE[view.layers[:, :, None], expert_P[:, :, None], expert_Q[:, None]]
         change += share_Q2 * (2 * (view.slope[crossed] - view.slope[at_Q][:, None]) - (2 * share_P2) * apart * pair)
         change += apart * (share_Q**2 * own[rows, expert_Q])[:, None]
-        toll += view.entry[crossed]
-        toll += (view.barred_Q - view.toll[at_Q])[:, None]
-        return change, toll
+        price += view.entry[crossed]
+        price += (view.barred_Q - view.price[at_Q])[:, None]
+        return change, price
 
     def _puts(self, view: _View) -> tuple[FloatArray, FloatArray]:
-        """A copy of expert f takes slot p, which is empty or whose expert has other copies. Change of F, and toll, [L, P, E].
+        """Copies of an expert f put into slot p, empty or of a replicated expert: change of F, and price, [L, P, E] each.
 
         With c copies of p's expert e, its other holders' shares rise by 1/c(c-1) and the slot's 1/c goes; with c of f, all
         its holders' shares fall by 1/c(c+1), and the slot's rank gets 1/(c+1).
@@ -250,7 +252,7 @@ class Search:
         among_P = held[rows, :, expert_P] @ spread  # [L, P, E]: the form between the ranks of slot p's expert and another's
         empty_P = expert_P == EMPTY
         count_P = np.where(empty_P, 2, view.count[rows, expert_P])
-        lost_P = np.where(empty_P, 0.0, 1 / np.maximum(count_P - 1, 1))  # as if all shares rose, the slot's as well
+        lost_P = np.where(empty_P, 0.0, 1 / np.maximum(count_P - 1, 1))  # as if all shares rose, the slot's too
         rise_P = lost_P / count_P
         grown = 1 / (view.count + 1)
         fall = grown * view.share
@@ -264,10 +266,10 @@ class Search:
         both = grown[:, None] * (rise_P * spread[at_P] - lost_P * form_P)[:, :, None]
         both += fall[:, None] * (lost_P[:, :, None] * spread_P - rise_P[:, :, None] * among_P)
         change = leave[:, :, None] + enter + 2 * self._moments_LEE[view.layers, expert_P] * both
-        stuck_P = view.barred_P + np.where(count_P < 2, _NEVER, 0.0) - view.toll[at_P]
-        # Experts without a copy are not of this layer.
-        toll = view.entry[rows, rank_P] + stuck_P[:, :, None] + np.where(view.count == 0, _NEVER, 0.0)[:, None]
-        return change, toll
+        stuck_P = view.barred_P + np.where(count_P < 2, _PROHIBITIVE, 0.0) - view.price[at_P]
+        # The layer doesn't have experts without a copy.
+        price = view.entry[rows, rank_P] + stuck_P[:, :, None] + np.where(view.count == 0, _PROHIBITIVE, 0.0)[:, None]
+        return change, price
 
     def _swap(self, layer: IntArray, first: IntArray, second: IntArray) -> None:
         before = self._shares(layer, self.expert_LS[layer, first]), self._shares(layer, self.expert_LS[layer, second])
@@ -280,21 +282,21 @@ class Search:
         self._update(layer, one, two, *before)
 
     def _put(self, layer: IntArray, slot: IntArray, expert: IntArray) -> None:
-        gone = self.expert_LS[layer, slot]
-        before = self._shares(layer, gone), self._shares(layer, expert)
-        self.holds_LRE[layer, self.rank_S[slot], gone] = False
+        replaced = self.expert_LS[layer, slot]
+        before = self._shares(layer, replaced), self._shares(layer, expert)
+        self.holds_LRE[layer, self.rank_S[slot], replaced] = False
         self.holds_LRE[layer, self.rank_S[slot], expert] = True
         self.expert_LS[layer, slot] = expert
-        self._update(layer, gone, expert, *before)
+        self._update(layer, replaced, expert, *before)
 
     def _shares(self, layer: IntArray, expert: IntArray) -> FloatArray:
-        """What each rank computes of one expert of each layer, [n, R]."""
+        """Each rank's share of one expert of each layer, [n, R]."""
         held = self.holds_LRE[layer, :, expert] & (expert != EMPTY)[:, None]
         shares: FloatArray = held / np.maximum(held.sum(1, keepdims=True), 1)
         return shares
 
     def _update(self, layer: IntArray, one: IntArray, two: IntArray, before_one: FloatArray, before_two: FloatArray) -> None:
-        """Bring the products and F up to date after the copies of two experts changed."""
+        """Update the products and F after a change of the copies of two experts."""
         self.holds_LRE[layer, :, EMPTY] = False
         change_one, change_two = self._shares(layer, one) - before_one, self._shares(layer, two) - before_two
         added = (

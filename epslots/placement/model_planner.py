@@ -1,13 +1,13 @@
-"""What every rank knows of the whole model: the placement that is followed, and how far the ranks are on the way to it.
+"""All layers of a model as every rank sees them: the placement that is followed, and the migrations towards it.
 
-Pure, and the same on all ranks. A placement is adopted between two steps, on all ranks before the same one; from then on its
-homes count, and every step brings the slots a little nearer to it, within a budget of bytes for each rank:
+A placement is adopted between two steps, on all ranks before the same step. From then on its homes count, and every step
+brings the slots nearer to it, within a budget of bytes for each rank:
 
-    copies    wanted experts are fetched behind the demand of a layer's step (``migration.py``)
-    slots     layers of one pool are neighbours, so a slot changes hands between these: a boundary between two windows shifts,
-              at most one a step on each rank, and far layers trade through those between them
+    copies    wanted experts are fetched behind the demand of a layer's step (``planner/migration.py``)
+    slots     windows of one pool's layers are neighbours in memory, so that a boundary between two windows shifts by a slot,
+              at most one a step on each rank; distant layers trade slots through those between them
 
-Legend of shape suffixes: L MoE layers, R ranks, E experts of a layer.
+Pure, and the same on all ranks. Legend of shape suffixes: L MoE layers, R ranks, E experts of a layer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from epslots.planner.migration import MigrationBudget
 
 @dataclass(frozen=True)
 class Shift:
-    """One slot of a rank passes from a layer to its neighbour.
+    """A slot of one rank that passes from a layer to its neighbour.
 
     Attributes:
-        giver, taker: layers' numbers in the model.
-        evicted: the giver's expert that gives way; -1 = it has an empty slot.
+        rank: the rank that has the slot.
+        giver, taker: indices of the layers in the model.
+        evicted: the giver's expert that is evicted; -1 = it has an empty slot.
     """
 
     rank: int
@@ -42,11 +43,11 @@ class Shift:
 
 
 class ModelPlanner:
-    """All layers of a model as all ranks see them.
+    """All layers of a model, the placement that they follow, and the budgets of a step.
 
     Args:
         layers: in order.
-        placement: that the layers' homes come from.
+        placement: the one that the layers' homes come from.
         pools: the layers of each pool, in the order of their windows.
 
         budgets: shared with all layers' planners. ``migration`` is set while there is something to migrate.
@@ -70,13 +71,13 @@ class ModelPlanner:
 
     @property
     def pending_migrations(self) -> int:
-        """Copies and slots that have yet to be moved."""
+        """The number of copies and slots that have yet to be moved."""
         slots = int(np.abs(self._quota_LR() - self.placement.quota_LR).sum()) // 2 if self._shifting else 0
         return sum(layer.state.pending_migrations for layer in self.layers) + slots
 
     @property
     def digest(self) -> int:
-        """63 bits that differ between ranks whose layers or whose placements differ."""
+        """63 bits that differ between ranks whose layers or placements differ."""
         layers = np.array([layer.state.digest for layer in self.layers])
         return (xxhash.xxh3_64_intdigest(layers.tobytes()) ^ self._past) >> 1
 
@@ -90,7 +91,7 @@ class ModelPlanner:
         """Follow ``placement`` from now on; between steps, on all ranks alike.
 
         Args:
-            bytes_per_step: what each rank fetches at most in a step to get there. Less than an expert's size makes a move
+            bytes_per_step: bytes that each rank migrates at most in a step. Less than an expert's size allows a migration
                 every few steps.
         """
         self.placement, self.bytes_per_step = placement, bytes_per_step
@@ -105,13 +106,12 @@ class ModelPlanner:
         self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
 
     def begin_step(self, scores: Callable[[int], IntArray]) -> list[Shift]:
-        """Renew the budgets, and shift slots within them; once before every step, on all ranks alike.
+        """Renew the budgets and shift slots; returns the shifts in order, which the caller applies to its rank's pool.
+
+        Called once before every step, on all ranks.
 
         Args:
-            scores: the eviction policy's scores of a layer's experts.
-
-        Returns:
-            What has shifted, in order; the caller does so with its own rank's pool.
+            scores: the eviction policy's scores of a layer's experts, int64 [E], by the layer's index.
         """
         if self.budgets.prefetch is not None:
             self.budgets.prefetch.renew()
@@ -143,18 +143,19 @@ class ModelPlanner:
 
 
 def movement_budget(step_s: float, costs: Costs, expert_bytes: int, share: float) -> int:
-    """Bytes that a rank may fetch in a step for the placement's sake, if that is to take a share of the step's time.
+    """Bytes that a rank may migrate in a step, if migrations may take a share of the step's time.
 
     Args:
-        step_s: what a step takes, in seconds.
-        expert_bytes: of the expert whose fetch ``costs`` tells.
+        step_s: seconds of a step.
+        costs: the nanoseconds of an expert's fetch.
+        expert_bytes: bytes of that expert.
         share: more than 0.
     """
     return max(1, int(share * step_s * 1e9 / costs.host_fetch * expert_bytes))
 
 
 def check_fits(placement: Placement, other: Placement, pools: Sequence[Sequence[int]]) -> None:
-    """Raise ConfigError, naming what differs, if a placement isn't for the ranks and the model of another."""
+    """Raise ConfigError, naming the difference, if two placements aren't for the same model and ranks."""
     if placement.num_experts_L.tolist() != other.num_experts_L.tolist():
         raise ConfigError(
             f"the placement is for another model: its layers have {placement.num_experts_L.tolist()} experts, "
@@ -179,11 +180,15 @@ def check_fits(placement: Placement, other: Placement, pools: Sequence[Sequence[
 def next_shift(
     quota_L: IntArray, target_L: IntArray, num_experts_L: IntArray, pools: Sequence[Sequence[int]]
 ) -> tuple[int, int] | None:
-    """The next slot to pass from a layer to its neighbour on the way to a rank's quotas: (giver, taker), None = arrived.
+    """The next slot to pass from a layer to its neighbour, as (giver, taker); None if the targets are reached.
 
-    A layer with more slots than it should have gives one, in a direction in which one is lacking; so every shift brings a
-    boundary nearer, and a layer that slots pass through loses nothing on the way. One that has a slot for every expert takes
-    none, but passes one on first.
+    A layer above its target gives a slot, in a direction in which one is lacking: so every shift brings a boundary nearer, and
+    a layer that slots pass through loses none. A layer that has a slot for every expert passes one on first.
+
+    Args:
+        quota_L, target_L: the rank's slots of each layer, now and in the end.
+        num_experts_L: experts of each layer.
+        pools: the layers of each pool, in the order of their windows.
     """
     for pool in pools:
         members = list(pool)
@@ -191,11 +196,11 @@ def next_shift(
         # Slots that must pass each boundary: to the right if positive.
         flow = (now - aim).cumsum()
         for position in np.flatnonzero(now > aim).tolist():
-            way = 1 if flow[position] > 0 else -1
-            if way < 0 and not (position and flow[position - 1] < 0):
+            direction = 1 if flow[position] > 0 else -1
+            if direction < 0 and not (position and flow[position - 1] < 0):
                 continue
-            # What comes to a full layer must leave it on the other side, so the last one in the row isn't full.
-            while now[position + way] >= num_experts_L[members[position + way]]:
-                position += way
-            return members[position], members[position + way]
+            # A slot that enters a full layer must leave it on the other side, so the last layer of the row isn't full.
+            while now[position + direction] >= num_experts_L[members[position + direction]]:
+                position += direction
+            return members[position], members[position + direction]
     return None

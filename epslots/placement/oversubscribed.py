@@ -1,10 +1,11 @@
-"""Placement where slots don't suffice for all experts: who pays for the misses, and what stays.
+"""Homes and wanted copies of layers with fewer slots than experts. ``planner.propose`` calls these functions.
 
-Most experts pass through the slots on demand, and a step waits for the rank with most to fetch and compute. So homes are dealt
-so that ranks' expected time is level: compute for the experts that would stay anyhow, compute and fetches for the others. The
-former (used in at least half of the steps) are wanted at home, except that a quarter of a rank's slots is left to its cache.
+Most experts pass through the slots on demand, and a step waits for the rank that takes longest to fetch and compute. So homes
+are chosen so that the ranks' expected times are level: compute of experts that stay resident anyhow, compute and fetches of
+all others. The former (used in at least half of the steps) are wanted at home; a quarter of a rank's slots is left to its
+cache.
 
-Pure: arrays in, arrays out. Legend of shape suffixes: L layers, R ranks, E experts.
+Pure. Legend of shape suffixes: L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from epslots.arrays import BoolArray, FloatArray, IntArray
 from epslots.placement.from_scratch import level
 from epslots.planner.cost_model import Costs
 
-# An expert used in so large a share of the steps would stay whatever the policy.
+# An expert that is used in this share of the steps stays resident under any policy.
 RESIDENT_SHARE = 0.5
 # One slot in so many is left to the cache, and at least one.
 CACHE_SHARE = 4
-# Homes of a layer that change places at a time.
+# Swaps of homes in one proposal, for each layer.
 _MOST_SWAPS = 8
 
 
 def expert_times(tokens_LE: IntArray, uses_LE: IntArray, steps: int, costs: Costs) -> FloatArray:
-    """Nanoseconds that each expert costs its home in a window, float64 [L, E]: compute, and fetches when it wasn't there."""
+    """Nanoseconds that each expert costs its home in a window, float64 [L, E]: compute, and the fetches of its misses.
+
+    Args:
+        tokens_LE, uses_LE: pairs of each expert, and steps that use it.
+        steps: of the window.
+    """
     rate_LE = np.minimum(uses_LE / max(1, steps), 1.0)
     misses_LE = np.where(rate_LE >= RESIDENT_SHARE, 0.0, uses_LE * (1 - rate_LE))
     fetching_LE = misses_LE * float(costs.host_fetch)
@@ -33,14 +39,21 @@ def expert_times(tokens_LE: IntArray, uses_LE: IntArray, steps: int, costs: Cost
 
 
 def level_homes(home_LE: IntArray, own_LE: BoolArray, time_LE: FloatArray, speed_R: FloatArray) -> IntArray:
-    """Homes that level ranks' time, a few of them other than before: int64 [L, E]."""
+    """Homes that level the ranks' times, few of them changed, int64 [L, E].
+
+    Args:
+        home_LE: homes so far.
+        own_LE: bool, the experts that each layer has.
+        time_LE: nanoseconds of each expert.
+        speed_R: relative compute speeds.
+    """
     layers = len(home_LE)
     ranks = len(speed_R)
     at_home_LRE = (home_LE[:, None] == np.arange(ranks)[:, None]) & own_LE[:, None]
-    seats = int(at_home_LRE.sum(2).max()) + _MOST_SWAPS
+    columns = int(at_home_LRE.sum(2).max()) + _MOST_SWAPS
     layer, rank, expert = np.nonzero(at_home_LRE)
     number = at_home_LRE.cumsum(2)[layer, rank, expert] - 1
-    expert_LRQ = np.full((layers, ranks, seats), -1)
+    expert_LRQ = np.full((layers, ranks, columns), -1)
     expert_LRQ[layer, rank, number] = expert
     level(expert_LRQ, np.where(own_LE, time_LE, 0.0), speed_R, _MOST_SWAPS)
     found_LE = home_LE.copy()
@@ -50,7 +63,12 @@ def level_homes(home_LE: IntArray, own_LE: BoolArray, time_LE: FloatArray, speed
 
 
 def wanted_at_home(home_LE: IntArray, own_LE: BoolArray, rate_LE: FloatArray, quota_LR: IntArray) -> BoolArray:
-    """The copies that should stay, bool [L, R, E]: of each rank's own experts those used most, as far as they fit."""
+    """The wanted copies, bool [L, R, E]: each rank's most used experts among those at home, as far as they fit.
+
+    Args:
+        rate_LE: the share of the steps that use each expert.
+        quota_LR: slots of each layer on each rank.
+    """
     ranks = quota_LR.shape[1]
     at_home_LRE = (home_LE[:, None] == np.arange(ranks)[:, None]) & own_LE[:, None]
     hot_LRE = at_home_LRE & (rate_LE >= RESIDENT_SHARE)[:, None]

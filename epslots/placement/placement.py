@@ -1,6 +1,10 @@
-"""Where experts should live: a hint to the caches, never a rule (any rank can compute any expert).
+"""A placement: the home, the wanted copies and the slots of every layer's experts. A hint: any rank can compute any expert.
 
-Pure: integer arrays in, integer arrays out. Legend of shape suffixes: L MoE layers, R ranks, E experts of the largest layer.
+    home      the rank that fetches an expert which no rank holds
+    wanted    a copy that should stay resident on a rank: at home, or a replica
+    quota     slots of a layer on a rank; slots without a wanted copy are the cache's
+
+Pure. Legend of shape suffixes: L MoE layers, R ranks, E experts of the largest layer.
 """
 
 from __future__ import annotations
@@ -15,24 +19,24 @@ import numpy as np
 from epslots.arrays import BoolArray, IntArray
 from epslots.errors import ConfigError
 
-MOST_GENERATIONS = 2**40
+MOST_VERSIONS = 2**40
 MOST_RANKS = 1024
 MOST_LAYERS = 4096
-# Experts of all layers, each layer counted as the largest; and the same times the ranks. Tables have so many entries.
+# Entries of tables: experts of all layers, each layer counted as the largest; and the same times the ranks.
 MOST_EXPERTS = 2**20
 MOST_COPIES = 2**26
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the experts of all layers should live.
+    """Homes, wanted copies and slots of all layers.
 
     Attributes:
-        version: only ever grows; 0 = dealt by slots, knowing nothing of the traffic.
-        num_experts_L: int64, experts of each layer. Entries of the arrays below beyond them mean nothing.
-        home_LE: int64, the rank that fetches an expert which nobody holds.
-        wanted_LRE: bool, the copies that should stay resident. Where any of an expert is wanted, one is at home. The rest of
-            the slots is left to the caches.
+        version: only grows; 0 = dealt by slots, without knowledge of the traffic.
+        num_experts_L: int64, experts of each layer. Entries of the arrays below beyond them are meaningless.
+        home_LE: int64, the rank that fetches an expert which no rank holds.
+        wanted_LRE: bool, the copies that should stay resident. If any copy of an expert is wanted, one is wanted at home. The
+            other slots are left to the caches.
         quota_LR: int64, slots of each layer on each rank, at least 1 and at most the layer's experts.
     """
 
@@ -57,8 +61,8 @@ class Placement:
         for name, array in (("home", self.home_LE), ("slots", self.quota_LR), ("experts", self.num_experts_L)):
             if array.dtype != np.int64:
                 raise ConfigError(f"a placement's {name} are {array.dtype}; allowed: int64")
-        if not 0 <= self.version <= MOST_GENERATIONS:
-            raise ConfigError(f"a placement's version is {self.version}; allowed: 0 to {MOST_GENERATIONS}")
+        if not 0 <= self.version <= MOST_VERSIONS:
+            raise ConfigError(f"a placement's version is {self.version}; allowed: 0 to {MOST_VERSIONS}")
         if self.num_experts_L.shape != (layers,) or int(self.num_experts_L.max()) != experts or self.num_experts_L.min() < 1:
             raise ConfigError(f"a placement of {layers} layers has experts {self.num_experts_L.tolist()}, widest {experts}")
         own_LE = np.arange(experts) < self.num_experts_L[:, None]
@@ -78,10 +82,10 @@ class Placement:
 
 
 def check_size(layers: int, ranks: int, experts: int) -> None:
-    """Refuse numbers whose tables would be too large to be made, sent or kept.
+    """Refuse sizes whose tables would be too large to make, send or keep.
 
     Raises:
-        ConfigError: with what is allowed.
+        ConfigError: the sizes exceed the limits.
     """
     of_layers = layers * experts
     if ranks > MOST_RANKS or layers > MOST_LAYERS or of_layers > MOST_EXPERTS or of_layers * ranks > MOST_COPIES:
@@ -92,10 +96,14 @@ def check_size(layers: int, ranks: int, experts: int) -> None:
 
 
 def default_homes(num_experts: int, quota_R: IntArray, layer: int) -> IntArray:
-    """The home rank of each expert when nothing is known of the traffic, int64 [E].
+    """The home rank of each expert without knowledge of the traffic, int64 [E].
 
-    Ranks get neighbouring experts in proportion to their slots. With more ranks than experts, or numbers that don't divide,
-    some ranks get one less; which ones goes round from layer to layer.
+    Ranks get consecutive experts in proportion to their slots. Where these don't divide evenly, some ranks get one expert
+    less; which ones rotates from layer to layer.
+
+    Args:
+        quota_R: slots of the layer on each rank.
+        layer: the layer's index.
     """
     ranks = len(quota_R)
     turned = (np.arange(ranks) + layer) % ranks
@@ -106,7 +114,12 @@ def default_homes(num_experts: int, quota_R: IntArray, layer: int) -> IntArray:
 
 
 def default_placement(num_experts_L: Sequence[int], quota_LR: IntArray) -> Placement:
-    """What ranks begin with: homes dealt by slots, no copy wanted. Generation 0."""
+    """The placement at the start, version 0: homes dealt by slots, no copy wanted.
+
+    Args:
+        num_experts_L: experts of each layer.
+        quota_LR: slots of each layer on each rank.
+    """
     layers, experts = len(num_experts_L), max(num_experts_L)
     check_size(layers, quota_LR.shape[1], experts)
     home_LE = np.full((layers, experts), -1)
@@ -117,9 +130,9 @@ def default_placement(num_experts_L: Sequence[int], quota_LR: IntArray) -> Place
 
 
 def first_residents(placement: Placement) -> BoolArray:
-    """What ranks fill their slots with before they serve, bool [L, R, E].
+    """The experts that ranks load before they serve, bool [L, R, E].
 
-    What the placement wants; besides, where all ranks together have a slot for every expert of a layer, what is at home.
+    These are the wanted copies; and the experts at home, in layers of which all ranks together have a slot for every expert.
     """
     _, ranks, experts = placement.wanted_LRE.shape
     own_LE = np.arange(experts) < placement.num_experts_L[:, None]
@@ -133,10 +146,9 @@ def first_residents(placement: Placement) -> BoolArray:
 
 
 def carry_over(placement: Placement, rank_of_old: Sequence[int], quota_LR: IntArray) -> Placement:
-    """The placement for a group in which ranks were lost, joined, or have other numbers. The next version.
+    """The placement for a group in which ranks were lost, joined or renumbered; the next version.
 
-    Wanted copies stay where their rank stays. An expert whose home is gone gets one where a copy is wanted, else as if nothing
-    were known.
+    Wanted copies of remaining ranks stay. An expert whose home is lost gets one where a copy is wanted, else the default home.
 
     Args:
         rank_of_old: the new number of each rank of the placement, -1 = lost.
@@ -147,7 +159,7 @@ def carry_over(placement: Placement, rank_of_old: Sequence[int], quota_LR: IntAr
     old = np.array(rank_of_old)
     wanted_LRE = np.zeros((layers, ranks, experts), bool)
     wanted_LRE[:, old[old >= 0]] = placement.wanted_LRE[:, old >= 0]
-    # What no longer fits goes, last experts first: a hint needs no better reason.
+    # Wanted copies that no longer fit are dropped, last experts first: for a hint that is good enough.
     wanted_LRE &= wanted_LRE.cumsum(2) <= quota_LR[:, :, None]
     kept_LE = np.where(placement.home_LE >= 0, old[placement.home_LE], -1)
     fresh_LE = default_placement(placement.num_experts_L.tolist(), quota_LR).home_LE
@@ -159,7 +171,7 @@ def carry_over(placement: Placement, rank_of_old: Sequence[int], quota_LR: IntAr
 
 
 class _Packed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """A placement as a message: arrays as little-endian bytes, booleans packed."""
+    """A placement as a message: arrays as little-endian bytes, booleans as bits."""
 
     version: int
     num_experts: list[int]
@@ -184,7 +196,7 @@ def unpack(message: bytes) -> Placement:
     """A placement from its message.
 
     Raises:
-        ConfigError: it is none, or breaks a rule of ``Placement``.
+        ConfigError: the bytes are not a placement, or it breaks a rule of ``Placement``.
     """
     try:
         packed = msgspec.msgpack.decode(message, type=_Packed)

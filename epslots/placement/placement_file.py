@@ -8,7 +8,7 @@ from epslots.errors import ConfigError
 from epslots.given_files import read_given, write_whole
 from epslots.placement.placement import Placement, pack, unpack
 
-# The largest placement that is allowed takes less.
+# More than the largest allowed placement takes.
 MOST_BYTES = 64 << 20
 
 
@@ -16,7 +16,7 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
     """The placement in a file.
 
     Raises:
-        ConfigError: the file can't be read, or holds no sound placement.
+        ConfigError: the file can't be read, or doesn't hold a valid placement.
     """
     try:
         return unpack(read_given(path, MOST_BYTES))
@@ -27,7 +27,11 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
 
 
 def write_placement(placement: Placement, path: str | os.PathLike[str]) -> None:
-    """Write a placement; the file appears whole or not at all."""
+    """Write a placement to a file, which appears complete or not at all.
+
+    Raises:
+        ConfigError: the placement breaks a rule, or the file can't be written.
+    """
     placement.check()
     with write_whole(path) as file:
         file.write(pack(placement))

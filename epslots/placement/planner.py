@@ -1,13 +1,13 @@
-"""The next placement: replication and packing decided together, few moves, and only those that pay.
+"""The next placement: replication and packing decided together, with few migrations, and only those that pay.
 
-``propose`` starts from the current placement and improves it move by move (``local_search.py``) for as long as what a move
-saves over the time that the forecast is believed to hold exceeds what its copies cost. A plan from nothing
-(``from_scratch.py``), with ranks numbered so that most copies stay and improved under the same prices, competes. Where nothing
-pays, the placement is kept.
+``propose`` improves the current placement move by move (``local_search.py``), as long as the time that a move saves while the
+forecast holds exceeds the cost of its copies. A placement from scratch (``from_scratch.py``), with ranks renumbered so that
+most copies stay, competes under the same prices. If neither pays, the placement is kept.
 
-Layers whose slots hold all experts, on all ranks together, get every slot's copy named; of others see ``oversubscribed.py``.
+Layers whose experts all fit into the ranks' slots get a copy named for every slot; for others see ``oversubscribed.py``.
+``replanner.py`` decides when to call ``propose``.
 
-Pure: arrays in, arrays out. Legend of shape suffixes: L layers, R ranks, E experts of the largest layer, K windows, S slots.
+Pure. Legend of shape suffixes: L layers, R ranks, E experts of the largest layer, K windows, S slots.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from epslots.errors import ConfigError
 from epslots.placement.balance import balancedness, holders, rank_loads
 from epslots.placement.forecast import ExpectedLoad
 from epslots.placement.from_scratch import holds_of, level, place_afresh, slots_of
-from epslots.placement.local_search import Field, Search
+from epslots.placement.local_search import Objective, Search
 from epslots.placement.oversubscribed import expert_times, level_homes, rank_times, wanted_at_home
 from epslots.placement.placement import Placement
 from epslots.planner.cost_model import Costs
 
-__all__ = ["ExpectedLoad", "Proposal", "RankShape", "Reasons", "propose"]
+__all__ = ["ExpectedLoad", "Proposal", "RankHardware", "Reasons", "propose"]
 
 NODE_WEIGHT = 0.5
 # Without windows to learn from, the variance of an expert's load is taken as so many times that of independent choices.
@@ -34,26 +34,26 @@ OVERDISPERSION = 30.0
 # The weight of that guess beside what windows show, in windows; and how far their covariances are shrunk.
 PRIOR_WINDOWS = 2.0
 SHRINKAGE = 0.3
-_MOST_ENTRIES = 2**22  # of the candidate moves looked at together
-# A move outlives the forecast that it was made for: at least so many windows are reckoned with.
+_MOST_ENTRIES = 2**22  # entries of the tables of candidate moves, for the layers that are searched together
+# The fewest windows in which a move must pay: copies outlive the forecast that they were made for.
 LEAST_HORIZON = 4.0
-# Mean imbalance that a placement must save: less is within the noise of any forecast.
+# The least mean imbalance that a placement must save: less is within the noise of any forecast.
 LEAST_GAIN = 0.0005
-_FOCUS_ENTRIES = 2**15  # of the candidate moves worked out at a time: more are slow, and hardly better
-# Larger fleets are levelled for the mean load alone: what the search takes grows with the square of the ranks.
+_FOCUS_ENTRIES = 2**15  # candidate moves evaluated at a time: more are slow, and hardly better
+# More ranks than these are levelled for the mean load only: the search's time grows with the square of the ranks.
 MOST_SEARCHED = 128
-_SWAPS_OF_MANY = 16
-_MOST_MOVES = 48  # of a layer at a time
+_SWAPS_OF_MANY = 16  # of each layer, with more ranks than MOST_SEARCHED
+_MOST_MOVES = 48  # of each layer in one proposal
 
 
 @dataclass(frozen=True)
-class RankShape:
-    """The ranks.
+class RankHardware:
+    """The ranks' nodes, speeds and costs.
 
     Attributes:
-        node_R: int64, each rank's node.
-        speed_R: int64, compute speed, 1000 = usual.
-        costs: nanoseconds of things.
+        node_R: int64, the node of each rank.
+        speed_R: int64, the compute speed of each rank, 1000 = usual.
+        costs: nanoseconds of fetches and compute, the same for all ranks.
     """
 
     node_R: IntArray
@@ -63,13 +63,13 @@ class RankShape:
 
 @dataclass(frozen=True)
 class Reasons:
-    """What a proposal was decided by, in numbers.
+    """The numbers behind a proposal.
 
     Attributes:
         imbalance_now, imbalance_then: expected largest rank load / mean - 1, averaged over layers, uncertainty included.
-        layers_changed: layers with another placement than before, had the proposal been made.
-        horizon_windows: the time in which moves had to pay: the forecast's, times its trust.
-        price_ns: what a copy was reckoned to cost.
+        layers_changed: layers whose placement changes; 0 if the proposal moves nothing.
+        horizon_windows: the windows in which moves have to pay: the forecast's, times its trust.
+        price_ns: the cost of one copy.
     """
 
     imbalance_now: float
@@ -81,16 +81,16 @@ class Reasons:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What to do.
+    """A placement to adopt, or to keep.
 
     Attributes:
         placement: the next version; or the current placement itself.
-        keep: nothing pays.
+        keep: whether the current placement stays.
         gain_ns: expected time saved over the horizon.
-        move_ns: what the copies cost.
-        copies: to fetch.
-        balance_now, balance_then: mean / largest rank load of the expected window, split equally over copies.
-        reasons: more numbers.
+        move_ns: the cost of the copies.
+        copies: the number of copies to fetch.
+        balance_now, balance_then: mean / largest rank load of the expected window, pairs split equally over copies.
+        reasons: the numbers behind it.
     """
 
     placement: Placement
@@ -104,69 +104,63 @@ class Proposal:
 
 
 def propose(
-    current: Placement, expected: ExpectedLoad, fleet: RankShape, quota_LR: IntArray | None = None, *, flat: bool = False
+    current: Placement, expected: ExpectedLoad, hardware: RankHardware, quota_LR: IntArray | None = None, *, flat: bool = False
 ) -> Proposal:
-    """The next placement, or the current one.
+    """The next placement, or the current one if no change pays.
 
     Args:
+        current: the placement that is followed.
+        expected: the load of the coming windows.
+        hardware: of the ranks.
         quota_LR: slots from now on; the current ones, if not given.
-        flat: pay no attention to nodes.
+        flat: whether to ignore nodes.
 
     Raises:
-        ConfigError: shapes that don't fit together.
+        ConfigError: shapes don't agree, or a speed is below 1.
     """
     quota_LR = current.quota_LR if quota_LR is None else quota_LR.astype(np.int64)
-    _check(current, expected, fleet, quota_LR)
-    task = _Task.of(current, expected, fleet, quota_LR, flat)
-    wanted_LRE, home_LE = current.wanted_LRE & task.before_LRE, task.home_LE.copy()
-    now_L, then_L = np.zeros(len(home_LE)), np.zeros(len(home_LE))
-    plenty_L = quota_LR.sum(1) >= current.num_experts_L
-    for layers in _batches(
-        np.flatnonzero(plenty_L & (task.mean_ns_L > 0)), home_LE.shape[1], int(quota_LR.max()) * task.ranks
-    ):
-        wanted_LRE[layers], now_L[layers], then_L[layers] = _improve(task, layers)
-    few = np.flatnonzero(~plenty_L & (task.mean_ns_L > 0))
-    if len(few):
-        home_LE[few], wanted_LRE[few], now_L[few], then_L[few] = _level_few(task, few, wanted_LRE[few])
-    home_LE = _homes(current, home_LE, wanted_LRE, task.before_LRE)
+    _check(current, expected, hardware, quota_LR)
+    task = _Task.of(current, expected, hardware, quota_LR, flat)
+    home_LE, wanted_LRE, now_L, then_L = _plan_layers(task, current)
     copies = int((wanted_LRE & ~task.before_LRE).sum())
     gain_ns = int(((now_L - then_L) * task.mean_ns_L).sum() * task.horizon)
     changed_L = (wanted_LRE != current.wanted_LRE).any((1, 2)) | ((home_LE != current.home_LE) & task.own_LE).any(1)
     resized = bool((quota_LR != current.quota_LR).any())
     placement = Placement(current.version + 1, current.num_experts_L, home_LE, wanted_LRE, quota_LR)
-    balance_now = balancedness(rank_loads(task.before_LRE, expected.tokens_LE), fleet.speed_R)
+    balance_now = balancedness(rank_loads(task.before_LRE, expected.tokens_LE), hardware.speed_R)
     pays = gain_ns > copies * task.price_ns and float((now_L - then_L).mean()) >= LEAST_GAIN
     if not (pays and changed_L.any()):
         reasons = Reasons(float(now_L.mean()), float(now_L.mean()), 0, task.horizon, task.price_ns)
         if not resized:
             return Proposal(current, True, 0, 0, 0, balance_now, balance_now, reasons)
-        # The slots alone change hands; of the wanted copies stay as many as fit.
-        fits_LRE = current.wanted_LRE & (current.wanted_LRE.cumsum(2) <= quota_LR[:, :, None])
+        # Only the slots change: as many wanted copies stay as fit.
+        fits_LRE = _within(current.wanted_LRE, quota_LR)
         homes_LE = _homes(current, task.home_LE.copy(), fits_LRE, task.before_LRE)
         placement = Placement(current.version + 1, current.num_experts_L, homes_LE, fits_LRE, quota_LR)
         placement.check()
         return Proposal(placement, False, 0, 0, 0, balance_now, balance_now, reasons)
     reasons = Reasons(float(now_L.mean()), float(then_L.mean()), int(changed_L.sum()), task.horizon, task.price_ns)
     placement.check()
-    balance_then = balancedness(rank_loads(holders(placement), expected.tokens_LE), fleet.speed_R)
+    balance_then = balancedness(rank_loads(holders(placement), expected.tokens_LE), hardware.speed_R)
     return Proposal(placement, False, gain_ns, copies * task.price_ns, copies, balance_now, balance_then, reasons)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What the layers' plans are made from.
+    """The input of the layers' plans.
 
     Attributes:
+        own_LE: bool, the experts that each layer has.
         home_LE: current homes, 0 beyond a layer's experts.
-        before_LRE: copies that cost nothing: wanted ones, or the home's.
-        mean_ns_L: compute of the mean rank in a window, nanoseconds.
-        price_ns: of a copy.
+        before_LRE: copies that cost nothing: those wanted so far, or the home's.
+        mean_ns_L: nanoseconds of the mean rank's compute in a window.
+        price_ns: nanoseconds of one copy.
         horizon: windows in which a move must pay.
-        settled: there are wanted copies.
+        has_wanted: whether the current placement wants any copy.
     """
 
     expected: ExpectedLoad
-    fleet: RankShape
+    hardware: RankHardware
     ranks: int
     own_LE: BoolArray
     home_LE: IntArray
@@ -177,26 +171,26 @@ class _Task:
     mean_ns_L: FloatArray
     price_ns: int
     horizon: float
-    settled: bool
+    has_wanted: bool
 
     @classmethod
-    def of(cls, current: Placement, expected: ExpectedLoad, fleet: RankShape, quota_LR: IntArray, flat: bool) -> _Task:
+    def of(cls, current: Placement, expected: ExpectedLoad, hardware: RankHardware, quota_LR: IntArray, flat: bool) -> _Task:
         own_LE = np.arange(current.home_LE.shape[1]) < current.num_experts_L[:, None]
         tokens_L = np.where(own_LE, expected.tokens_LE, 0).sum(1)
         return cls(
             expected=expected,
-            fleet=fleet,
+            hardware=hardware,
             ranks=current.ranks,
             own_LE=own_LE,
             home_LE=np.where(own_LE, current.home_LE, 0),
             before_LRE=_within(holders(current), quota_LR),
             quota_LR=quota_LR,
-            speed_R=fleet.speed_R / fleet.speed_R.mean(),
-            node_R=np.zeros_like(fleet.node_R) if flat else np.unique(fleet.node_R, return_inverse=True)[1],
-            mean_ns_L=tokens_L * fleet.costs.pair_compute / current.ranks,
-            price_ns=min(fleet.costs.host_fetch, fleet.costs.peer_fetch),
+            speed_R=hardware.speed_R / hardware.speed_R.mean(),
+            node_R=np.zeros_like(hardware.node_R) if flat else np.unique(hardware.node_R, return_inverse=True)[1],
+            mean_ns_L=tokens_L * hardware.costs.pair_compute / current.ranks,
+            price_ns=min(hardware.costs.host_fetch, hardware.costs.peer_fetch),
             horizon=max(expected.windows * expected.trust, LEAST_HORIZON),
-            settled=bool(current.wanted_LRE.any()),
+            has_wanted=bool(current.wanted_LRE.any()),
         )
 
     def prices(self, layers: IntArray) -> FloatArray:
@@ -205,30 +199,44 @@ class _Task:
         return prices
 
 
-def _check(current: Placement, expected: ExpectedLoad, fleet: RankShape, quota_LR: IntArray) -> None:
+def _plan_layers(task: _Task, current: Placement) -> tuple[IntArray, BoolArray, FloatArray, FloatArray]:
+    """Homes and wanted copies of all layers; and their imbalance before and after, [L]. Layers without load keep theirs."""
+    home_LE, wanted_LRE = task.home_LE.copy(), current.wanted_LRE & task.before_LRE
+    now_L, then_L = np.zeros(len(home_LE)), np.zeros(len(home_LE))
+    fits_L, loaded_L = task.quota_LR.sum(1) >= current.num_experts_L, task.mean_ns_L > 0
+    slots = int(task.quota_LR.max()) * task.ranks
+    for layers in _batches(np.flatnonzero(fits_L & loaded_L), home_LE.shape[1], slots):
+        wanted_LRE[layers], now_L[layers], then_L[layers] = _improve(task, layers)
+    few = np.flatnonzero(~fits_L & loaded_L)
+    if len(few):
+        home_LE[few], wanted_LRE[few], now_L[few], then_L[few] = _plan_oversubscribed(task, few, wanted_LRE[few])
+    return _homes(current, home_LE, wanted_LRE, task.before_LRE), wanted_LRE, now_L, then_L
+
+
+def _check(current: Placement, expected: ExpectedLoad, hardware: RankHardware, quota_LR: IntArray) -> None:
     layers, ranks, experts = current.wanted_LRE.shape
-    given = [list(a.shape) for a in (expected.tokens_LE, expected.uses_LE, fleet.node_R, fleet.speed_R, quota_LR)]
+    given = [list(a.shape) for a in (expected.tokens_LE, expected.uses_LE, hardware.node_R, hardware.speed_R, quota_LR)]
     allowed = [[layers, experts], [layers, experts], [ranks], [ranks], [layers, ranks]]
     if given != allowed:
         raise ConfigError(f"tokens, uses, nodes, speeds and slots of shapes {given}: allowed for this placement: {allowed}")
-    if fleet.speed_R.min() < 1:
-        raise ConfigError(f"speeds {fleet.speed_R.tolist()}: allowed: 1 or more, 1000 = usual")
+    if hardware.speed_R.min() < 1:
+        raise ConfigError(f"speeds {hardware.speed_R.tolist()}: allowed: 1 or more, 1000 = usual")
 
 
 def _within(holds_LRE: BoolArray, quota_LR: IntArray) -> BoolArray:
-    """Without the copies for which there is no slot."""
+    """The copies for which there are slots, first experts first, bool [L, R, E]."""
     result: BoolArray = holds_LRE & (holds_LRE.cumsum(2) <= quota_LR[:, :, None])
     return result
 
 
 def _batches(layers: IntArray, experts: int, slots: int) -> list[IntArray]:
-    """Layers so many at a time that memory stays bounded."""
+    """The layers in batches that bound the memory of a search."""
     size = max(1, _MOST_ENTRIES // max(1, experts * experts, slots * 64))
     return [layers[start : start + size] for start in range(0, len(layers), size)]
 
 
 def moments(expected: ExpectedLoad, layers: IntArray, own_LE: BoolArray, ranks: int) -> FloatArray:
-    """Second moments of the loads of some layers' experts, [L, E, E], layer totals scaled to the number of ranks."""
+    """Second moments of the expert loads of some layers, [L, E, E], layer totals scaled to the number of ranks."""
     tokens_LE = np.where(own_LE, expected.tokens_LE[layers], 0).astype(np.float64)
     total_L1 = tokens_LE.sum(1, keepdims=True)
     mean_LE = tokens_LE / total_L1
@@ -237,23 +245,23 @@ def moments(expected: ExpectedLoad, layers: IntArray, own_LE: BoolArray, ranks: 
     cover_LEE = np.zeros((*tokens_LE.shape, tokens_LE.shape[1]))
     diagonal = np.arange(tokens_LE.shape[1])
     if expected.sample_KLE is not None and expected.weight_K is not None:
-        alike = 1 / float((expected.weight_K**2).sum())
+        effective = 1 / float((expected.weight_K**2).sum())
         apart_LKE = (expected.sample_KLE[:, layers] - mean_LE).swapaxes(0, 1) * own_LE[:, None]
-        cover_LEE = alike * (apart_LKE * expected.weight_K[:, None]).swapaxes(1, 2) @ apart_LKE
+        cover_LEE = effective * (apart_LKE * expected.weight_K[:, None]).swapaxes(1, 2) @ apart_LKE
         noise_LE = noise_LE + SHRINKAGE * cover_LEE[:, diagonal, diagonal]
         cover_LEE *= 1 - SHRINKAGE
-        counted += alike - 1
+        counted += effective - 1
     cover_LEE[:, diagonal, diagonal] += noise_LE
     result: FloatArray = ranks**2 * (cover_LEE / counted + mean_LE[:, :, None] * mean_LE[:, None])
     return result
 
 
 def _improve(task: _Task, layers: IntArray) -> tuple[BoolArray, FloatArray, FloatArray]:
-    """Copies of layers whose slots hold all experts, [L, R, E]; their imbalance before and after."""
+    """Copies of layers whose experts all fit, [L, R, E]; and their imbalance before and after, [L]."""
     own_LE, quota_LR, before_LRE = task.own_LE[layers], task.quota_LR[layers], task.before_LRE[layers]
     load_LE = np.where(own_LE, task.expected.tokens_LE[layers], 0).astype(np.float64)
     several = len(np.unique(task.node_R)) > 1
-    field = Field(
+    objective = Objective(
         moments(task.expected, layers, own_LE, task.ranks), task.speed_R, task.node_R, NODE_WEIGHT if several else 0.0
     )
     price_L = task.prices(layers)
@@ -271,7 +279,7 @@ def _improve(task: _Task, layers: IntArray) -> tuple[BoolArray, FloatArray, Floa
     best_LRE, best_L = before_LRE, np.full(len(layers), np.inf)
     now_L = then_L = best_L
     for number, start_LRE in enumerate(starts):
-        search = Search(slots_of(start_LRE, room), rank_S, usable_LS, field, before_LRE)
+        search = Search(slots_of(start_LRE, room), rank_S, usable_LS, objective, before_LRE)
         now_L = search.imbalance() if number == 0 else now_L
         search.improve(price_L, _MOST_MOVES, focus)
         found_L = search.imbalance() + price_L * search.copies()
@@ -282,19 +290,22 @@ def _improve(task: _Task, layers: IntArray) -> tuple[BoolArray, FloatArray, Floa
     return best_LRE, now_L, then_L
 
 
-def _level_few(task: _Task, layers: IntArray, wanted_LRE: BoolArray) -> tuple[IntArray, BoolArray, FloatArray, FloatArray]:
-    """Homes and wanted copies of layers with fewer slots than experts; the slowest rank's time before and after, in the mean
-    rank's compute.
+def _plan_oversubscribed(
+    task: _Task, layers: IntArray, wanted_LRE: BoolArray
+) -> tuple[IntArray, BoolArray, FloatArray, FloatArray]:
+    """Homes and wanted copies of layers with fewer slots than experts; and the slowest rank's time before and after.
+
+    Times are in units of the mean rank's compute, [L].
     """
     own_LE, home_LE, before_LRE = task.own_LE[layers], task.home_LE[layers], task.before_LRE[layers]
     expected = task.expected
     uses_LE = np.where(own_LE, expected.uses_LE[layers], 0)
-    time_LE = expert_times(np.where(own_LE, expected.tokens_LE[layers], 0), uses_LE, expected.steps, task.fleet.costs)
+    time_LE = expert_times(np.where(own_LE, expected.tokens_LE[layers], 0), uses_LE, expected.steps, task.hardware.costs)
     found_LE = level_homes(home_LE, own_LE, time_LE, task.speed_R)
     found_LRE = wanted_at_home(found_LE, own_LE, uses_LE / max(1, expected.steps), task.quota_LR[layers])
     before_LR, after_LR = (rank_times(home, own_LE, time_LE, task.speed_R) for home in (home_LE, found_LE))
     saved_L = (before_LR.max(1) - after_LR.max(1)) * task.horizon
-    # A home that moves costs a fetch at the next use, wanted or not.
+    # Another home costs a fetch at the expert's next use, whether its copy is wanted or not.
     moved_L = ((found_LE != home_LE) & own_LE).sum(1) + (found_LRE & ~before_LRE).sum((1, 2))
     pays_L = saved_L > moved_L * task.price_ns
     unit_L = task.mean_ns_L[layers]
@@ -308,9 +319,9 @@ def _level_few(task: _Task, layers: IntArray, wanted_LRE: BoolArray) -> tuple[In
 
 
 def _level_many(task: _Task, layers: IntArray, load_LE: FloatArray) -> tuple[BoolArray, FloatArray, FloatArray]:
-    """As ``_improve``, for many ranks: a plan from nothing at the start, later a few swaps of the most loaded rank."""
+    """``_improve`` for many ranks: a placement from scratch at first, later a few swaps of the most loaded rank."""
     own_LE, quota_LR, before_LRE = task.own_LE[layers], task.quota_LR[layers], task.before_LRE[layers]
-    if task.settled:
+    if task.has_wanted:
         start_LRE = _complete(before_LRE, own_LE, quota_LR, load_LE)
         expert_LRQ = slots_of(start_LRE, int(quota_LR.max())).reshape(len(layers), task.ranks, -1)
         usable_LRQ = np.arange(expert_LRQ.shape[2]) < quota_LR[:, :, None]
@@ -325,9 +336,9 @@ def _level_many(task: _Task, layers: IntArray, load_LE: FloatArray) -> tuple[Boo
 
 
 def renumber(fresh_LRE: BoolArray, before_LRE: BoolArray, quota_LR: IntArray, speed_R: FloatArray) -> BoolArray:
-    """The same placement with ranks renumbered, so that much lies where it lay before: greedily, the largest overlap first.
+    """The same placement with ranks renumbered so that many copies stay, bool [L, R, E]: greedily, the largest overlap first.
 
-    Ranks trade places only with ranks of as many slots and the same speed.
+    Ranks trade numbers only with ranks of as many slots and the same speed.
     """
     layers, ranks, _ = fresh_LRE.shape
     rows = np.arange(layers)
@@ -344,16 +355,16 @@ def renumber(fresh_LRE: BoolArray, before_LRE: BoolArray, quota_LR: IntArray, sp
 
 
 def _complete(holds_LRE: BoolArray, own_LE: BoolArray, quota_LR: IntArray, load_LE: FloatArray) -> BoolArray:
-    """With a copy of every expert: those that have none go to free slots, or take those of replicas."""
+    """The same copies and one of every absent expert, in a free slot or in place of the least loaded replica."""
     holds_LRE = holds_LRE.copy()
     for layer, expert in np.argwhere(own_LE & ~holds_LRE.any(1)).tolist():
         holds = holds_LRE[layer]
         free_R = quota_LR[layer] - holds.sum(1)
         if free_R.max() <= 0:
             copies_E = holds.sum(0)
-            spare_RE = np.where(holds & (copies_E > 1), load_LE[layer] / np.maximum(copies_E, 1), np.inf)
-            rank, gone = np.unravel_index(int(spare_RE.argmin()), spare_RE.shape)
-            holds[rank, gone] = False
+            load_RE = np.where(holds & (copies_E > 1), load_LE[layer] / np.maximum(copies_E, 1), np.inf)
+            rank, replica = np.unravel_index(int(load_RE.argmin()), load_RE.shape)
+            holds[rank, replica] = False
             holds[rank, expert] = True
         else:
             holds[int(free_R.argmax()), expert] = True
@@ -361,7 +372,7 @@ def _complete(holds_LRE: BoolArray, own_LE: BoolArray, quota_LR: IntArray, load_
 
 
 def _homes(current: Placement, home_LE: IntArray, wanted_LRE: BoolArray, before_LRE: BoolArray) -> IntArray:
-    """A home for each expert: the one given, if a copy or none is wanted there; else with a copy, an old one first."""
+    """Homes, int64 [L, E]: the given one, unless copies are wanted and none there; then a rank with one, an old one first."""
     own_LE = np.arange(wanted_LRE.shape[2]) < current.num_experts_L[:, None]
     at_home_LE = np.take_along_axis(wanted_LRE, home_LE[:, None], 1)[:, 0]
     moved_LE = wanted_LRE.any(1) & ~at_home_LE

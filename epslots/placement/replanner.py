@@ -1,6 +1,8 @@
-"""When to follow another placement: what is learned of the traffic window by window, and what is decided from it.
+"""What a model's traffic is like, learned window by window; and the placement and the slots that follow from it.
 
-Pure. The cluster's controller and the simulator decide by the same code.
+The cluster's controller and the simulator call ``learn`` for each window of load, and ``weigh`` for the placement to follow.
+
+Pure.
 
 Legend of shape suffixes: L MoE layers, R ranks, E experts of the largest layer, D = E + 1 stack distances.
 """
@@ -8,51 +10,38 @@ Legend of shape suffixes: L MoE layers, R ranks, E experts of the largest layer,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from epslots.arrays import IntArray
 from epslots.placement.forecast import Forecast
 from epslots.placement.placement import Placement
-from epslots.placement.planner import ExpectedLoad, Proposal, RankShape, propose
+from epslots.placement.planner import ExpectedLoad, Proposal, RankHardware, propose
 from epslots.placement.slot_quotas import deal_quotas, improve_quotas
 
-# Of a step's time that fetching for a placement may take.
+# The share of a step's time that migrations may take.
 SHARE = 0.1
-# Windows after which placements are weighed again though the ranks aren't at the last one: or a change of traffic in the
-# middle of a long move would have to wait.
+# Windows after which placements are weighed again though migrations are pending: or a change of traffic in the middle of a
+# long migration would have to wait.
 OVERDUE = 2
 # Stack distances of so many windows ago count a third.
 _REUSE_WINDOWS = 16
-# Who asks for any gain at all takes it as certain, and as lasting for so many windows.
-_LONG = 10_000.0
+# With ``any_gain``, a gain is taken as certain, and as lasting for so many windows.
+_ANY_GAIN_WINDOWS = 10_000.0
 
-Propose = Callable[[Placement, ExpectedLoad, RankShape, IntArray | None], Proposal]
-"""``rebalance.propose``, or another one in tests."""
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A placement held against the present one.
-
-    Attributes:
-        expected: of the traffic.
-        proposal: what is best.
-        gain_ns: what that is expected to gain, as far as the expectation is believed.
-    """
-
-    expected: ExpectedLoad
-    proposal: Proposal
-    gain_ns: float
+Propose = Callable[[Placement, ExpectedLoad, RankHardware, IntArray | None], Proposal]
+"""``planner.propose``, or another one in tests."""
 
 
 class Replanner:
-    """What was learned of a model's traffic; who serves it doesn't matter.
+    """A forecast of a model's traffic, whichever ranks serve it, and the placements that it suggests.
 
     Args:
         num_experts_L: experts of each layer.
-        pools: the layers of each pool: slots change hands within one.
+        pools: the layers of each pool; slots can move between layers of one pool.
+        planner: finds a placement for an expected load.
+        forecast: makes the forecast that learns.
     """
 
     def __init__(
@@ -70,24 +59,35 @@ class Replanner:
         self._reuse_LD = np.zeros((len(num_experts_L), int(num_experts_L.max()) + 1), np.int64)
 
     def learn(self, tokens_LE: IntArray, uses_LE: IntArray, reuse_LD: IntArray, steps: int) -> None:
-        """Take in a window of all ranks; see ``windows.Window`` for what is what."""
+        """Learn from one window of all ranks.
+
+        Args:
+            tokens_LE: pairs of each expert.
+            uses_LE: steps in which each expert was used.
+            reuse_LD: a sample of the uses by stack distance.
+            steps: of the window.
+        """
         self._forecast.add(tokens_LE, uses_LE, steps)
         self._reuse_LD += reuse_LD - self._reuse_LD // _REUSE_WINDOWS
 
-    def weigh(self, current: Placement, fleet: RankShape, *, any_gain: bool = False) -> Weighed:
-        """Find the placement to follow from now on, which is often the present one.
+    def weigh(self, current: Placement, hardware: RankHardware, *, any_gain: bool = False) -> tuple[ExpectedLoad, Proposal]:
+        """The load that is expected, and the placement to follow from now on, which is often the current one.
 
         Args:
-            any_gain: be content with a gain that wouldn't pay for its moves soon enough.
+            any_gain: accept a gain that wouldn't pay for its migrations soon enough. Then the proposal's ``gain_ns`` is that
+            of
+                the windows for which the forecast is believed.
         """
         expected = self._forecast.expected()
-        horizon = replace(expected, trust=1.0, windows=_LONG) if any_gain else expected
-        proposal = self._propose(current, horizon, fleet, self.quotas(current))
-        believed = expected.trust * expected.windows / _LONG if any_gain else 1.0
-        return Weighed(expected, proposal, proposal.gain_ns * believed)
+        horizon = replace(expected, trust=1.0, windows=_ANY_GAIN_WINDOWS) if any_gain else expected
+        proposal = self._propose(current, horizon, hardware, self.quotas(current))
+        if any_gain:
+            believed = expected.trust * expected.windows / _ANY_GAIN_WINDOWS
+            proposal = replace(proposal, gain_ns=int(proposal.gain_ns * believed))
+        return expected, proposal
 
     def quotas(self, current: Placement) -> IntArray | None:
-        """Slots of each layer and rank by measured need, int64 [L, R]; None if they are to stay as they are."""
+        """Slots of each layer on each rank by measured reuse, int64 [L, R]; None if they should stay."""
         if not self._reuse_LD.any():
             return None
         quota_LR = current.quota_LR.copy()

@@ -1,10 +1,11 @@
-"""How many slots each layer gets: more where another slot saves more misses.
+"""Slots of each layer, and of each layer on each rank: more where another slot saves more misses.
 
-A layer's curve of misses over slots (``reuse_distance.py``) needn't be convex: a text that cycles through twenty experts
-hits nothing
-until all twenty fit. So slots are dealt along each curve's *convex minorant*, whose steps never grow, always to the layer that
-gains most (the greedy rule is optimal on convex curves: Fox, Operations Research 1966; the minorant as in Talus, Beckmann and
-Sanchez, HPCA 2015). At most one layer ends amid a stretch that the minorant bridges.
+``learn_quotas`` deals slots from nothing, ``improve_quotas`` changes given ones, ``deal_quotas`` spreads them over ranks;
+``replanner.py`` and ``epslots placement plan`` call them. A layer's curve of misses over slots (``reuse_distance.py``)
+needn't be
+convex: a text that cycles through twenty experts hits nothing until all twenty fit. So slots go along each curve's *convex
+minorant*, whose steps never grow, always to the layer that gains most (greedy is optimal on convex curves: Fox, Operations
+Research 1966; the minorant as in Talus, Beckmann and Sanchez, HPCA 2015). At most one layer ends within a bridged stretch.
 
 Pure. Legend of shape suffixes: L layers, R ranks, S slots, D stack distances (E + 1 of the largest layer).
 """
@@ -17,9 +18,9 @@ from epslots.arrays import BoolArray, FloatArray, IntArray
 from epslots.errors import ConfigError
 from epslots.planner.reuse_distance import misses_by_slots
 
-# A layer's curve is believed less than the mean of all layers' until it has seen so many uses for each of its experts.
+# The weight of the mean layer's curve in each layer's own, in uses for each of its experts.
 PRIOR_USES = 4.0
-# A slot moves only for a gain that so many standard errors of the counts can't explain.
+# A slot moves only for a gain of more than so many standard errors of the counts.
 CONFIDENCE = 2.0
 
 
@@ -30,19 +31,19 @@ def learn_quotas(
     least_L: IntArray | None = None,
     most_L: IntArray | None = None,
 ) -> IntArray:
-    """Deal ``total_slots`` to layers so that they miss least in all, int64 [L]. The sum is exact.
+    """Slots of each layer, int64 [L], of sum ``total_slots``, with the fewest misses together.
 
     Args:
-        histogram_LD: uses by stack distance, by the scores of the policy that the slots are for; row l up to its
+        histogram_LD: uses by stack distance, by the scores of the policy that the slots are for; row l ends at
             ``num_experts_L[l]`` (never used before).
         num_experts_L: experts of each layer.
         total_slots: slots of all layers, over all ranks.
         least_L: the fewest slots of a layer; 1 if not given.
-        most_L: the most; its experts if not given. Slots beyond a layer's experts hold replicas: they save no miss, and are
-            dealt evenly when nothing else is to be gained.
+        most_L: the most; its experts if not given. Slots beyond a layer's experts hold replicas: they save no misses, and
+            are dealt evenly at the end.
 
     Raises:
-        ConfigError: the total can't be dealt within these bounds.
+        ConfigError: the total is outside of these bounds.
     """
     least_L, most_L = _bounds(num_experts_L, least_L, most_L)
     if not least_L.sum() <= total_slots <= most_L.sum():
@@ -50,7 +51,7 @@ def learn_quotas(
             f"{total_slots} slots for {len(num_experts_L)} layers: allowed: {int(least_L.sum())} to {int(most_L.sum())}"
         )
     gains = slot_gains(histogram_LD, num_experts_L)
-    # A layer's slots up to its experts compete by gain; among equals the one that is emptier in proportion comes first.
+    # A layer's slots up to its experts compete by gain; among equals the layer with the smaller share of slots comes first.
     layers, numbers = np.nonzero(np.arange(gains.shape[1]) < np.minimum(most_L, num_experts_L)[:, None])
     optional = numbers >= least_L[layers]
     layers, numbers = layers[optional], numbers[optional]
@@ -67,12 +68,14 @@ def improve_quotas(
     most_L: IntArray | None = None,
     move_misses: float = 1.0,
 ) -> IntArray:
-    """Better quotas of the same sum, int64 [L]; slots stay where they are unless the gain is worth a move and is no chance.
+    """Better slots of each layer of the same sum, int64 [L]; a slot moves only for a significant gain that exceeds its cost.
 
     Args:
         current_L: slots of each layer now.
-        histogram_LD, num_experts_L, least_L, most_L: as in ``learn_quotas``.
-        move_misses: what moving a slot costs, in misses within a span as long as the histogram's. (The expert in it is lost.)
+        histogram_LD: uses by stack distance, by the scores of the policy that the slots are for.
+        num_experts_L: experts of each layer.
+        least_L, most_L: bounds of a layer's slots; 1 and its experts if not given.
+        move_misses: the cost of moving a slot, in misses over the time of the histogram: the expert in it is lost.
     """
     least_L, most_L = _bounds(num_experts_L, least_L, most_L)
     gains = np.pad(slot_gains(histogram_LD, num_experts_L), ((0, 0), (0, 1)))
@@ -91,7 +94,7 @@ def improve_quotas(
 
 
 def expected_misses(histogram_LD: IntArray, num_experts_L: IntArray, quota_L: IntArray) -> float:
-    """Misses per use of these layers with these slots, were the uses to come again."""
+    """Misses per use of these layers with these slots, if the uses of the histogram come again."""
     misses = 0
     for histogram_D, experts, quota in zip(histogram_LD, num_experts_L.tolist(), quota_L.tolist(), strict=True):
         misses += int(misses_by_slots(histogram_D[: experts + 1])[min(quota, experts)])
@@ -99,13 +102,13 @@ def expected_misses(histogram_LD: IntArray, num_experts_L: IntArray, quota_L: In
 
 
 def slot_gains(histogram_LD: IntArray, num_experts_L: IntArray) -> FloatArray:
-    """Misses that each further slot saves, float [L, E]: column s is the slot after s slots. Rows never rise."""
+    """Misses that each further slot saves, float [L, E]: column s is the slot after s slots; rows never rise."""
     layers, experts = len(num_experts_L), int(num_experts_L.max())
     uses_L = histogram_LD.sum(1)
     shared_D = _mean_shape(histogram_LD, num_experts_L, uses_L)
     gains = np.zeros((layers, experts))
     for layer, own in enumerate(num_experts_L.tolist()):
-        # The mean layer's uses by relative distance, as many as the prior is worth, but never more than were seen.
+        # The mean layer's uses by relative distance, scaled to the prior's weight, at most to the uses that were seen.
         prior = _stretch(shared_D, own) * min(PRIOR_USES * own, float(uses_L[layer]))
         curve = np.concatenate([histogram_LD[layer, :own] + prior, histogram_LD[layer, own : own + 1]])[::-1].cumsum()[::-1]
         gains[layer, :own] = -np.diff(convex_minorant(curve))
@@ -116,7 +119,7 @@ _SHAPE_BINS = 64
 
 
 def _mean_shape(histogram_LD: IntArray, num_experts_L: IntArray, uses_L: IntArray) -> FloatArray:
-    """Share of uses by distance relative to the layer's experts, in bins, float [bins]; zeros where nothing was used."""
+    """Share of uses by distance / the layer's experts, in bins, float [bins]; zeros without uses."""
     shape = np.zeros(_SHAPE_BINS)
     for histogram_D, own in zip(histogram_LD, num_experts_L.tolist(), strict=True):
         middle = (np.arange(own) + 0.5) / own * _SHAPE_BINS
@@ -148,13 +151,13 @@ def convex_minorant(curve: FloatArray) -> FloatArray:
 
 
 def fill_evenly(quota_L: IntArray, weight_L: IntArray, total_slots: int, most_L: IntArray) -> IntArray:
-    """Deal what is left of ``total_slots`` so that slots in proportion to ``weight_L`` get level, int64 [L]."""
+    """Slots with the rest of ``total_slots`` dealt so that slots / ``weight_L`` become level, int64 [L]."""
     quota_L = quota_L.copy()
     left = total_slots - int(quota_L.sum())
     if left <= 0:
         return quota_L
     low, high = 0.0, float((most_L / weight_L).max())
-    for _ in range(60):  # the level to which all can be raised
+    for _ in range(60):  # bisect the level to which all can be raised
         level = (low + high) / 2
         raised = np.clip((level * weight_L).astype(np.int64), quota_L, most_L)
         low, high = (level, high) if int(raised.sum()) <= total_slots else (low, level)
@@ -176,19 +179,18 @@ def _bounds(num_experts_L: IntArray, least_L: IntArray | None, most_L: IntArray 
 
 
 def deal_quotas(quota_L: IntArray, total_R: IntArray, num_experts_L: IntArray, current_LR: IntArray | None = None) -> IntArray:
-    """Deal the layers' slots to ranks, int64 [L, R]: on each rank from 1 to the layer's experts, and evenly.
+    """Slots of each layer on each rank, int64 [L, R], from 1 to the layer's experts, dealt evenly.
 
-    Column sums are exact: they are the ranks' memory. Row sums are exact wherever the bounds allow it at all, else as near as
-    they can be.
+    Column sums are exact: they are the ranks' memory. Row sums are exact if the bounds allow it, else as near as possible.
 
     Args:
         quota_L: slots of each layer over all ranks.
         total_R: slots of each rank over all layers.
         num_experts_L: experts of each layer.
-        current_LR: what the ranks have now: changed no more than needed. Dealt in proportion to ``total_R`` if not given.
+        current_LR: slots now, changed as little as possible; if not given, slots are dealt in proportion to ``total_R``.
 
     Raises:
-        ConfigError: sums differ, or a rank's slots can't be dealt to the layers.
+        ConfigError: the sums differ, or a rank has too few or too many slots for the layers.
     """
     layers = len(quota_L)
     if quota_L.sum() != total_R.sum():
@@ -200,28 +202,28 @@ def deal_quotas(quota_L: IntArray, total_R: IntArray, num_experts_L: IntArray, c
     quota_LR = _in_proportion(quota_L, total_R) if current_LR is None else current_LR.copy()
     quota_LR = np.clip(quota_LR, 1, num_experts_L[:, None])
     for layer in range(layers):
-        _mend_row(quota_LR, layer, int(quota_L[layer]), total_R, int(num_experts_L[layer]))
+        _fix_row(quota_LR, layer, int(quota_L[layer]), total_R, int(num_experts_L[layer]))
     most_LR = np.broadcast_to(num_experts_L[:, None], quota_LR.shape)
     while (over_R := quota_LR.sum(0) - total_R).any():
-        if not _hand_on(quota_LR, over_R, most_LR):
-            _give_up_rows(quota_LR, quota_L, over_R, most_LR)
+        if not _shift_surplus(quota_LR, over_R, most_LR):
+            _fix_columns(quota_LR, quota_L, over_R, most_LR)
             break
     return quota_LR
 
 
 def _in_proportion(quota_L: IntArray, total_R: IntArray) -> IntArray:
     """Whole numbers near ``quota_L * total_R / sum``, int64 [L, R], with exact row and column sums."""
-    # One row of seats, in which each rank's are spread evenly; layer after layer sits down.
+    # All slots in one row, each rank's spread evenly over it; layers take consecutive stretches.
     rank_S = np.repeat(np.arange(len(total_R)), total_R)
     number_S = np.arange(len(rank_S)) - np.repeat(total_R.cumsum() - total_R, total_R)
-    seats_S = rank_S[np.argsort((number_S + 0.5) / total_R[rank_S], kind="stable")]
+    order_S = rank_S[np.argsort((number_S + 0.5) / total_R[rank_S], kind="stable")]
     layer_S = np.repeat(np.arange(len(quota_L)), quota_L)
-    dealt = np.bincount(layer_S * len(total_R) + seats_S, minlength=len(quota_L) * len(total_R))
+    dealt = np.bincount(layer_S * len(total_R) + order_S, minlength=len(quota_L) * len(total_R))
     return dealt.reshape(len(quota_L), len(total_R))
 
 
-def _mend_row(quota_LR: IntArray, layer: int, target: int, total_R: IntArray, most: int) -> None:
-    """Give a layer as many slots as it should have, as far as the bounds allow: where ranks have room, or too many."""
+def _fix_row(quota_LR: IntArray, layer: int, target: int, total_R: IntArray, most: int) -> None:
+    """Bring a layer's slots to ``target``, in place, within bounds: on ranks with unused slots, or with too many."""
     row_R = quota_LR[layer]
     while (lack := target - int(row_R.sum())) != 0:
         over_R = quota_LR.sum(0) - total_R
@@ -233,16 +235,16 @@ def _mend_row(quota_LR: IntArray, layer: int, target: int, total_R: IntArray, mo
         row_R[free[order[: abs(lack)]]] += sign
 
 
-def _hand_on(quota_LR: IntArray, over_R: IntArray, most_LR: IntArray) -> bool:
-    """Move one slot's worth from a rank with too many to one with too few, through others if need be. False: no way."""
+def _shift_surplus(quota_LR: IntArray, over_R: IntArray, most_LR: IntArray) -> bool:
+    """Shift one slot, in place, from a rank with too many to one with too few, maybe through others; False if impossible."""
     came_from = np.full(len(over_R), -1)
     seen_R: BoolArray = over_R > 0
     frontier = np.flatnonzero(seen_R).tolist()
     lacking_R = over_R < 0
     while frontier:
         rank = frontier.pop(0)
-        may_give_L = quota_LR[:, rank] > 1
-        reached_R = (may_give_L[:, None] & (quota_LR < most_LR)).any(0) & ~seen_R
+        can_give_L = quota_LR[:, rank] > 1
+        reached_R = (can_give_L[:, None] & (quota_LR < most_LR)).any(0) & ~seen_R
         came_from[reached_R] = rank
         seen_R |= reached_R
         found = np.flatnonzero(reached_R & lacking_R)
@@ -260,8 +262,8 @@ def _hand_on(quota_LR: IntArray, over_R: IntArray, most_LR: IntArray) -> bool:
     return False
 
 
-def _give_up_rows(quota_LR: IntArray, quota_L: IntArray, over_R: IntArray, most_LR: IntArray) -> None:
-    """The layers' sums can't be had: keep the ranks' sums, where the layers' suffer least."""
+def _fix_columns(quota_LR: IntArray, quota_L: IntArray, over_R: IntArray, most_LR: IntArray) -> None:
+    """Bring the ranks' sums to their totals, in place, where the layers' sums suffer least."""
     for rank in np.flatnonzero(over_R).tolist():
         sign = -1 if over_R[rank] > 0 else 1
         for _ in range(abs(int(over_R[rank]))):

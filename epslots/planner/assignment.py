@@ -26,7 +26,7 @@ import numpy as np
 from msgspec.structs import astuple
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.planner import assignment_kernels
+from epslots.planner import assignment_candidates
 from epslots.planner.assignment_kernels import CHEAPEST, HOLDERS, HOME, OWN, divide_work
 from epslots.planner.cost_model import Costs
 from epslots.planner.evictions import spare_replicas
@@ -108,4 +108,4 @@ def place_misses(
         load_R: nanoseconds of compute so far.
         fetch_ns: what a fetch takes: a rank that is further above the mean load fetches only if all others are taken.
     """
-    return assignment_kernels.place_misses(total_M, home_M, free_R, free_slots_R, load_R, fetch_ns)
+    return assignment_candidates.place_misses(total_M, home_M, free_R, free_slots_R, load_R, fetch_ns)

@@ -1,9 +1,10 @@
 """What a layer's step costs, in integer nanoseconds: the arithmetic by which ranks choose how to serve it.
 
-Pure. The figures are measured once at the start and agreed between ranks, or given; decisions compare integers, so that all
-ranks decide alike. They steer time and never results.
+Read ``Costs`` first, then ``layer_time`` and ``layer_cost``, by which ``assignment.py`` compares plans. The figures are
+measured at the start and agreed between ranks (``group/cost_probe.py``), or given by the user. Decisions compare integers, so
+that all ranks decide alike. Costs steer time, never results.
 
-Legend of shape suffixes: R ranks, U experts of the layer with tokens, F fetches.
+Pure. Legend of shape suffixes: R ranks, U experts of the layer with tokens, F fetches.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 from msgspec.structs import astuple
 
 from epslots.arrays import IntArray
-from epslots.planner import assignment_kernels
+from epslots.compiled import compiled
 
 # The costs that are 0 where the host's CPU computes no experts.
 HOST_COMPUTE = ("host_expert", "host_pair")
 
 
 class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Nanoseconds that one rank spends on each thing. All are positive, but for the last two, which may be 0 together.
+    """Nanoseconds that one rank spends on each operation. All are positive; the last two may both be 0.
 
     A *pair* is one (token, k): a row of the hidden size.
 
@@ -29,12 +30,12 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         peer_fetch: one expert from another rank's slot into a slot.
         pair_transfer: one pair from rank to rank, one way.
         pair_compute: one pair through its expert, when there are many.
-        expert_compute: what an expert adds, however few its pairs: reading its weights.
-        exchange: an all-to-all of nothing.
-        gather: an all-gather of nothing, and likewise a reduce-scatter.
-        host_expert: what an expert takes that is computed by the host's CPU, straight from the host store, however few its
-            pairs. 0 = experts aren't computed there.
-        host_pair: one pair computed there; its row's way there and back included.
+        expert_compute: an expert's fixed part, however few its pairs: reading its weights.
+        exchange: an empty all-to-all.
+        gather: an empty all-gather; a reduce-scatter costs the same.
+        host_expert: the fixed part of an expert that the host's CPU computes, straight from the host store. 0 = the CPU
+            computes no experts.
+        host_pair: one pair computed by the CPU, its row's way there and back included.
     """
 
     host_fetch: int
@@ -64,10 +65,14 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def layer_cost(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray) -> int:
-    """What a plan of a layer's step is judged by, in nanoseconds: its time, and what its fetches will cost later.
+    """The nanoseconds by which plans of a layer's step are compared: ``layer_time``, plus the later cost of its fetches.
 
-    Every fetch takes a slot from another expert, which somebody will have to fetch again: so the mean rank's fetches count
-    once more. Arguments as ``layer_time``.
+    Every fetch takes a slot from an expert that will have to be fetched again later: so the mean rank's fetches count twice.
+
+    Args:
+        counts_RU: pairs of each rank's own tokens.
+        computed_RU: pairs that each rank computes.
+        rank_F, source_F: the fetches: target rank, and source rank or -1 for the host.
     """
     return sum(_layer_times(costs, counts_RU, computed_RU, rank_F, source_F))
 
@@ -86,47 +91,42 @@ def layer_time(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F:
 def _layer_times(
     costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray
 ) -> tuple[int, int]:
-    return assignment_kernels.layer_times(
-        _plain(counts_RU), _plain(computed_RU), _plain(rank_F), _plain(source_F), astuple(costs)[:6]
-    )
+    prices = astuple(costs)[:6]
+    return layer_times(_int64(counts_RU), _int64(computed_RU), _int64(rank_F), _int64(source_F), prices)
 
 
 def compute_cost(costs: Costs, computed_RU: IntArray) -> IntArray:
-    """Nanoseconds of compute, int64 [R]."""
+    """Nanoseconds of each rank's compute, int64 [R]."""
     cost_R = np.zeros(len(computed_RU), np.int64)
-    assignment_kernels.add_compute(_plain(computed_RU), costs.pair_compute, costs.expert_compute, cost_R)
+    add_compute(_int64(computed_RU), costs.pair_compute, costs.expert_compute, cost_R)
+    return cost_R
+
+
+def fetch_cost(costs: Costs, ranks: int, rank_F: IntArray, source_F: IntArray) -> IntArray:
+    """Nanoseconds of each rank's fetches, int64 [R]; a copy between ranks keeps both busy."""
+    cost_R = np.zeros(ranks, np.int64)
+    add_fetches(_int64(rank_F), _int64(source_F), costs.host_fetch, costs.peer_fetch, cost_R)
     return cost_R
 
 
 def moved_pairs(counts_RU: IntArray, computed_RU: IntArray) -> IntArray:
-    """Pairs that each rank sends or receives, whichever is more, int64 [R]: own tokens stay as far as they can."""
+    """Pairs that each rank sends or receives, the larger of the two, int64 [R]; as many own pairs as possible stay."""
     _, sent_R, received_R = travelling_pairs(counts_RU, computed_RU)
     return np.maximum(sent_R, received_R)
 
 
 def travelling_pairs(counts_RU: IntArray, computed_RU: IntArray) -> tuple[int, IntArray, IntArray]:
-    """The most pairs that any rank sends or receives; and those that leave each rank, and that come to it, int64 [R]."""
+    """The most pairs that any rank sends or receives; the pairs that each rank sends, and that it receives, int64 [R]."""
     sent_R, received_R = np.empty(len(counts_RU), np.int64), np.empty(len(counts_RU), np.int64)
-    most = assignment_kernels.travelling(_plain(counts_RU), _plain(computed_RU), sent_R, received_R)
+    most = count_travelling(_int64(counts_RU), _int64(computed_RU), sent_R, received_R)
     return most, sent_R, received_R
 
 
-def fetch_cost(costs: Costs, ranks: int, rank_F: IntArray, source_F: IntArray) -> IntArray:
-    """Nanoseconds of fetching, int64 [R]: a copy between ranks keeps both busy."""
-    cost_R = np.zeros(ranks, np.int64)
-    assignment_kernels.add_fetches(_plain(rank_F), _plain(source_F), costs.host_fetch, costs.peer_fetch, cost_R)
-    return cost_R
-
-
-def _plain(array: IntArray) -> IntArray:
-    return np.ascontiguousarray(array, np.int64)
-
-
 def gathers(costs: Costs, most_tokens: int, moved: int, ranks: int, top_k: int) -> bool:
-    """Whether to exchange by all-gather and reduce-scatter rather than by all-to-all.
+    """Whether an all-gather and a reduce-scatter cost less than two all-to-alls.
 
-    An all-to-all moves just the pairs that leave their rank. An all-gather moves every rank's tokens to every rank, and the
-    reduce-scatter a result for every pair; but neither needs sizes per peer, which makes them faster to start.
+    An all-to-all moves only the pairs that leave their rank. An all-gather moves every rank's tokens to every rank, and the
+    reduce-scatter one result for every pair; but neither needs sizes per peer, so that they start faster.
 
     Args:
         most_tokens: tokens of the rank that has most.
@@ -134,3 +134,65 @@ def gathers(costs: Costs, most_tokens: int, moved: int, ranks: int, top_k: int) 
     """
     rows = (ranks - 1) * most_tokens * (1 + top_k)
     return 2 * costs.gather + rows * costs.pair_transfer < 2 * (costs.exchange + moved * costs.pair_transfer)
+
+
+def _int64(array: IntArray) -> IntArray:
+    return np.ascontiguousarray(array, np.int64)
+
+
+@compiled("void(int64[:, ::1], int64, int64, int64[::1])")
+def add_compute(computed_RU: IntArray, pair_compute: int, expert_compute: int, cost_R: IntArray) -> None:
+    """Add the nanoseconds of each rank's compute to ``cost_R``."""
+    for rank in range(len(computed_RU)):
+        pairs = experts = 0
+        for computed in computed_RU[rank]:
+            pairs += computed
+            experts += computed > 0
+        cost_R[rank] += pairs * pair_compute + experts * expert_compute
+
+
+@compiled("void(int64[::1], int64[::1], int64, int64, int64[::1])")
+def add_fetches(rank_F: IntArray, source_F: IntArray, host_fetch: int, peer_fetch: int, cost_R: IntArray) -> None:
+    """Add the nanoseconds of each rank's fetches to ``cost_R``; a copy between ranks keeps both busy."""
+    for fetch in range(len(rank_F)):
+        rank, source = rank_F[fetch], source_F[fetch]
+        if source < 0:
+            cost_R[rank] += host_fetch
+        else:
+            cost_R[rank] += peer_fetch
+            cost_R[source] += peer_fetch
+
+
+@compiled("int64(int64[:, ::1], int64[:, ::1], int64[::1], int64[::1])")
+def count_travelling(counts_RU: IntArray, computed_RU: IntArray, sent_R: IntArray, received_R: IntArray) -> int:
+    """Enter the pairs that each rank sends and receives; returns the most that any rank sends or receives."""
+    ranks, experts = counts_RU.shape
+    most = 0
+    for rank in range(ranks):
+        sent = received = 0
+        for expert in range(experts):
+            surplus = counts_RU[rank, expert] - computed_RU[rank, expert]
+            sent += max(surplus, 0)
+            received += max(-surplus, 0)
+        sent_R[rank], received_R[rank] = sent, received
+        most = max(most, sent, received)
+    return most
+
+
+@compiled("UniTuple(int64, 2)(int64[:, ::1], int64[:, ::1], int64[::1], int64[::1], UniTuple(int64, 6))")
+def layer_times(
+    counts_RU: IntArray,
+    computed_RU: IntArray,
+    rank_F: IntArray,
+    source_F: IntArray,
+    prices: tuple[int, int, int, int, int, int],
+) -> tuple[int, int]:
+    """A step's nanoseconds, and those of the mean rank's fetches; ``prices`` are the first six fields of ``Costs``."""
+    host_fetch, peer_fetch, pair_transfer, pair_compute, expert_compute, exchange = prices
+    ranks = len(counts_RU)
+    busy_R, sent_R, received_R = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
+    add_fetches(rank_F, source_F, host_fetch, peer_fetch, busy_R)
+    fetching = busy_R.sum()
+    add_compute(computed_RU, pair_compute, expert_compute, busy_R)
+    moved = count_travelling(counts_RU, computed_RU, sent_R, received_R)
+    return busy_R.max() + 2 * (moved * pair_transfer + (exchange if moved else 0)), fetching // ranks

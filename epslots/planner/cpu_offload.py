@@ -1,19 +1,12 @@
-"""Which misses are computed by the host's CPU instead of being fetched.
+"""Which misses are computed on the CPU, from the host store, instead of being fetched into a slot.
 
-A miss that nobody else can serve is fetched by the rank that computes it, or computed where its weights are: by the CPU, from
-the host store, for the price of moving a few rows (``cpu_experts.py``). Then nothing enters a slot and nothing gives way. It
-is worth it
+A miss computed on the CPU (``moe/cpu_experts.py``) moves a few rows instead of the weights, and evicts nothing. It is chosen
+while it costs less than the fetch, and either the eviction policy would keep the expert that the fetch would displace, or the
+expert's CPU computations haven't yet cost two fetches: its own, and the later one of the displaced expert (the ski-rental
+rule). Half of that cost is forgotten every ``HALVING_STEPS`` steps. Where CPU and link run concurrently, a step takes as long
+as the busier of the two, and they share its misses. ``CpuShare`` keeps the costs; planners call its ``choose``.
 
-    while it costs less than the fetch, and
-    while the eviction policy would rather keep what the expert would displace; or
-    until the expert has cost as much there as a fetch would (the rule of ski rental): the fetch itself, and later that of
-    what gives way, as ``costs.layer_cost`` has it. Half of this is forgotten every ``TOLL_STEPS`` steps
-
-Where the CPU works beside the link and the device, a step takes as long as the busier of the two, and they share its misses.
-
-Pure: integers that all ranks know in, the same decision on all ranks out.
-
-Legend of shape suffixes: R ranks, E experts of the layer, F fetches from the host, of any rank.
+Pure; all ranks decide alike. Legend of shape suffixes: R ranks, E experts of the layer, F fetches from the host, of any rank.
 """
 
 from __future__ import annotations
@@ -24,87 +17,88 @@ from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.planner.cost_model import Costs
 
-# So many steps halve a toll: what was wanted long ago is no reason to fetch it now.
-TOLL_STEPS = 64
+# Accumulated costs halve after so many steps: old uses are no reason to fetch an expert now.
+HALVING_STEPS = 64
 
-NEVER = 2**63 - 1
+# A score above all scores: of a rank that evicts nothing.
+_NO_EVICTION = 2**63 - 1
 
 
 def computed_on_cpu(
-    costs: Costs, rank_F: IntArray, pairs_F: IntArray, toll_F: IntArray, displaces_F: BoolArray, *, beside: bool
+    costs: Costs, rank_F: IntArray, pairs_F: IntArray, accumulated_ns_F: IntArray, displaces_F: BoolArray, *, concurrent: bool
 ) -> BoolArray:
-    """Which of the ranks' planned fetches from the host are computed there instead, bool [F].
+    """Which of the ranks' planned fetches from the host are computed on the CPU instead, bool [F].
 
     Args:
-        costs: what things cost; nothing is computed on the host unless they say what that costs.
-        rank_F: the rank that each fetch is for.
+        costs: none is computed on the CPU unless these say what that costs.
+        rank_F: the target rank of each fetch.
         pairs_F: pairs that the rank computes of each expert.
-        toll_F: nanoseconds that each expert's being computed on that rank's host has cost lately.
-        displaces_F: whether the eviction policy would rather keep what the expert would displace.
-        beside: whether the CPU computes while the link carries; else one waits for the other.
+        accumulated_ns_F: nanoseconds that each expert has lately cost on that rank's CPU, beyond computing from a slot.
+        displaces_F: whether the eviction policy would keep the expert that the fetch would displace (``displaces_better``).
+        concurrent: whether CPU and link run at the same time; else one waits for the other.
     """
-    hosted_F = np.zeros(len(rank_F), bool)
+    on_cpu_F = np.zeros(len(rank_F), bool)
     if costs.computes_on_host and len(rank_F):
         prices = costs.host_fetch, costs.host_expert, costs.host_pair
-        _serve(rank_F, pairs_F, toll_F, displaces_F, _rent(costs, pairs_F), prices, beside, hosted_F)
-    return hosted_F
+        added_ns_F = _added_cost(costs, pairs_F)
+        _choose(rank_F, pairs_F, accumulated_ns_F, displaces_F, added_ns_F, prices, concurrent, on_cpu_F)
+    return on_cpu_F
 
 
 @compiled(
     "void(int64[::1], int64[::1], int64[::1], b1[::1], int64[::1], UniTuple(int64, 3), b1, b1[::1])",
 )
-def _serve(
+def _choose(
     rank_F: IntArray,
     pairs_F: IntArray,
-    toll_F: IntArray,
+    accumulated_ns_F: IntArray,
     displaces_F: BoolArray,
-    rent_F: IntArray,
+    added_ns_F: IntArray,
     prices: tuple[int, int, int],
-    beside: bool,
-    hosted_F: BoolArray,
+    concurrent: bool,
+    on_cpu_F: BoolArray,
 ) -> None:
-    buy, host_expert, host_pair = prices
+    fetch_ns, host_expert, host_pair = prices
     fetches, ranks = len(rank_F), 0
     for fetch in range(fetches):
         ranks = max(ranks, rank_F[fetch] + 1)
-        fair = displaces_F[fetch] or toll_F[fetch] + rent_F[fetch] < 2 * buy
-        hosted_F[fetch] = not beside and rent_F[fetch] < buy and fair
-    if not beside:
+        allowed = displaces_F[fetch] or accumulated_ns_F[fetch] + added_ns_F[fetch] < 2 * fetch_ns
+        on_cpu_F[fetch] = not concurrent and added_ns_F[fetch] < fetch_ns and allowed
+    if not concurrent:
         return
-    # The cheapest first, as long as the link would still be the busier one: each host's share of its rank's misses.
+    # The cheapest misses go to the CPU, as long as the rank's link would still be the busier one.
     busy_R, left_R = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
     for rank in rank_F:
         left_R[rank] += 1
     for fetch in np.argsort(pairs_F, kind="mergesort"):
         rank = rank_F[fetch]
-        if displaces_F[fetch] or toll_F[fetch] < 2 * buy:
+        if displaces_F[fetch] or accumulated_ns_F[fetch] < 2 * fetch_ns:
             busy_R[rank] += host_expert + pairs_F[fetch] * host_pair
-            hosted_F[fetch] = busy_R[rank] < left_R[rank] * buy
+            on_cpu_F[fetch] = busy_R[rank] < left_R[rank] * fetch_ns
             left_R[rank] -= 1
 
 
 def displaces_better(
     holds_RE: BoolArray, needed_RE: BoolArray, quota_R: IntArray, score_E: IntArray, rank_F: IntArray, expert_F: IntArray
 ) -> BoolArray:
-    """Whether the eviction policy would rather keep what each fetch displaces than what it brings, bool [F].
+    """Whether each fetch displaces an expert with a higher score than its own, bool [F].
 
-    What a step needs is never displaced. A rank with an empty slot displaces nothing; nor is anything weighed where a rank
-    needs more experts than it has slots.
+    Needed experts are never displaced. False for a rank with an empty slot, or with no resident that the step doesn't need.
 
     Args:
-        holds_RE: who holds what before the step.
+        holds_RE: the residents before the step.
         needed_RE: the experts that each rank computes.
         quota_R: slots of the layer on each rank.
-        score_E: the policy's scores.
+        score_E: the eviction policy's scores.
         rank_F, expert_F: the fetches.
     """
     better_F = np.empty(len(rank_F), bool)
-    _displace(holds_RE, needed_RE, quota_R, score_E, rank_F, expert_F, better_F)
+    _displaces_better(holds_RE, needed_RE, quota_R, score_E, rank_F, expert_F, better_F)
     return better_F
 
 
 @compiled("void(b1[:, ::1], b1[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], b1[::1])")
-def _displace(
+def _displaces_better(
     holds_RE: BoolArray,
     needed_RE: BoolArray,
     quota_R: IntArray,
@@ -114,30 +108,31 @@ def _displace(
     better_F: BoolArray,
 ) -> None:
     ranks, experts = holds_RE.shape
-    least_R, known_R = np.zeros(ranks, np.int64), np.zeros(ranks, np.bool_)  # of the residents that the step doesn't need
+    # Of each rank: the lowest score of the residents that the step doesn't need.
+    lowest_R, known_R = np.zeros(ranks, np.int64), np.zeros(ranks, np.bool_)
     for fetch, rank in enumerate(rank_F):
         if not known_R[rank]:
-            held, least = 0, NEVER
+            held, lowest = 0, _NO_EVICTION
             for expert in range(experts):
                 held += holds_RE[rank, expert]
                 if holds_RE[rank, expert] and not needed_RE[rank, expert]:
-                    least = min(least, score_E[expert])
-            least_R[rank], known_R[rank] = least if held >= quota_R[rank] else NEVER, True
-        better_F[fetch] = NEVER > least_R[rank] > score_E[expert_F[fetch]]
+                    lowest = min(lowest, score_E[expert])
+            lowest_R[rank], known_R[rank] = lowest if held >= quota_R[rank] else _NO_EVICTION, True
+        better_F[fetch] = _NO_EVICTION > lowest_R[rank] > score_E[expert_F[fetch]]
 
 
 class CpuShare:
-    """What a layer's ranks compute on their hosts, and what that has cost them; the same on all ranks.
+    """Chooses a layer's misses for the CPUs, and keeps what that has cost; the same on all ranks.
 
     Args:
         ranks, experts: R and E.
         costs: the same on all ranks.
-        beside: as ``computed_on_cpu`` has it; the same on all ranks.
+        concurrent: whether CPU and link run at the same time; the same on all ranks.
     """
 
-    def __init__(self, ranks: int, experts: int, costs: Costs, *, beside: bool) -> None:
+    def __init__(self, ranks: int, experts: int, costs: Costs, *, concurrent: bool) -> None:
         self.costs = costs
-        self.beside = beside
+        self.concurrent = concurrent
         self._remote_ns_RE = np.zeros((ranks, experts), np.int64)
         self._halvings = 0
 
@@ -149,27 +144,30 @@ class CpuShare:
         pairs_F: IntArray,
         displaces_F: BoolArray,
     ) -> BoolArray:
-        """``computed_on_cpu`` for a step's fetches, whose outcome is entered.
+        """Which of a step's fetches are computed on the CPU (``computed_on_cpu``), bool [F]; enters their cost.
 
         Args:
-            step: a number that only grows: of the layer's steps alone, of those with fetches from a host in a group.
+            step: a counter that never falls: the layer's steps on a lone rank, in a group its steps with fetches from a host.
+            rank_F, expert_F, pairs_F: target rank, expert and pairs of each fetch.
+            displaces_F: whether each displaces an expert with a higher score.
         """
-        halvings = step // TOLL_STEPS
+        halvings = step // HALVING_STEPS
         self._remote_ns_RE >>= min(halvings - self._halvings, 62)
         self._halvings = halvings
-        toll_F = self._remote_ns_RE[rank_F, expert_F]
-        hosted_F = computed_on_cpu(self.costs, rank_F, pairs_F, toll_F, displaces_F, beside=self.beside)
-        # A fetch settles the account.
-        self._remote_ns_RE[rank_F, expert_F] = np.where(hosted_F, toll_F + _rent(self.costs, pairs_F), 0)
-        return hosted_F
+        accumulated_ns_F = self._remote_ns_RE[rank_F, expert_F]
+        on_cpu_F = computed_on_cpu(self.costs, rank_F, pairs_F, accumulated_ns_F, displaces_F, concurrent=self.concurrent)
+        # A fetch resets the account.
+        added_ns_F = _added_cost(self.costs, pairs_F)
+        self._remote_ns_RE[rank_F, expert_F] = np.where(on_cpu_F, accumulated_ns_F + added_ns_F, 0)
+        return on_cpu_F
 
     @property
     def remote_ns_RE(self) -> IntArray:
-        """Nanoseconds that each rank's host has cost lately by each expert, int64. A group that forms begins with none."""
+        """Nanoseconds that each expert has lately cost on each rank's CPU, int64 [R, E]; all 0 in a new group."""
         return self._remote_ns_RE
 
 
-def _rent(costs: Costs, pairs_F: IntArray) -> IntArray:
-    """What computing on the host costs more than computing from a slot, in nanoseconds."""
-    more: IntArray = (costs.host_expert - costs.expert_compute) + pairs_F * (costs.host_pair - costs.pair_compute)
-    return np.maximum(more, 0)
+def _added_cost(costs: Costs, pairs_F: IntArray) -> IntArray:
+    """Nanoseconds by which the CPU's computation costs more than one from a slot, int64 [F]."""
+    added: IntArray = (costs.host_expert - costs.expert_compute) + pairs_F * (costs.host_pair - costs.pair_compute)
+    return np.maximum(added, 0)

@@ -1,10 +1,9 @@
-"""What stays in the slots: the rule by which a layer's residents change in a step, for all ranks at once.
+"""Which experts stay in a layer's slots in a step: one rule, applied to all ranks at once.
 
-Pure: integer arrays in, integer arrays out. Every rank applies the rule to every rank's slots, so that all know at any time
-who holds what without ever telling each other. It says which experts are resident after the step; ``expert_passes.py`` gets
-there.
+``LayerPlanner`` calls ``plan_evictions`` for every step, ``prefetch_policy.py`` for prefetches; ``expert_passes.py`` finds the
+order. Every rank applies the rule to every rank's slots, so that all know the residents without messages.
 
-Legend of shape suffixes: R ranks, E experts of the layer, Q slots of its window on one rank.
+Pure. Legend of shape suffixes: R ranks, E experts of the layer.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.compiled import compiled
+from epslots.compiled import compiled, inlined
 
-# At least one in so many slots rotates, so that anchoring can't stretch a layer into a wave per expert.
+# At least one in so many slots rotates, or anchored experts could leave a pass for every single miss.
 ROTATING_SHARE = 4
 
 
@@ -25,9 +24,9 @@ class Evictions:
     """How a layer's residents change in one step.
 
     Attributes:
-        evicted_RE: the residents that give way. With fewer slots than needed experts they may be needed ones: those are
-            computed first.
-        after_RE: the residents when the step is done.
+        evicted_RE: the evicted residents. With fewer slots than needed experts they may be needed ones: those are computed
+            before their eviction.
+        after_RE: the residents after the step.
     """
 
     evicted_RE: BoolArray
@@ -39,29 +38,30 @@ def plan_evictions(
 ) -> Evictions:
     """The residents after a step in which each rank computes the experts it needs.
 
-    With a slot for every needed expert, what isn't needed gives way: empty slots first, then spare copies, then the lowest
-    score, ties by expert id; never by where an expert happens to lie. With fewer, the layer runs in waves, and once an
-    expert is computed its slot may serve the next. Then the residents among the ``quota`` highest scores are *anchored*, or a
-    single long prompt would empty the cache of what decoding lives on; the misses pass through the other, *rotating* slots in
-    order of rising score, and the last of them stay.
+    With a slot for every needed expert, misses take empty slots first, then those of surplus replicas, then those of experts
+    that aren't needed by rising score, ties by expert id; the positions of experts never matter.
+
+    With fewer slots, the layer runs in passes, and a computed expert's slot may serve the next one. The residents among the
+    ``quota`` highest scores are *anchored*, or a single long prompt would empty the cache of decoding's experts. Misses rotate
+    through the other slots in order of rising score, and the last of them stay.
 
     Args:
-        holds_RE: who holds what.
-        needed_RE: what each rank computes in this step.
+        holds_RE: the residents before the step.
+        needed_RE: the experts that each rank computes in this step.
         quota_R: slots of each rank, from 1 to E. No rank holds more.
         score_E: the eviction policy's scores; higher is kept longer.
-        spare_RE: copies that give way before any other, such as replicas.
+        spare_RE: copies that are evicted before any other, such as ``spare_replicas``.
     """
     change = Evictions(np.empty_like(holds_RE), np.empty_like(holds_RE))
     spare_RE, any_spare = (holds_RE, False) if spare_RE is None else (spare_RE, True)
-    _settle(holds_RE, needed_RE, quota_R, score_E, spare_RE, any_spare, change.evicted_RE, change.after_RE)
+    _plan_evictions(holds_RE, needed_RE, quota_R, score_E, spare_RE, any_spare, change.evicted_RE, change.after_RE)
     return change
 
 
 @compiled(
     "void(b1[:, ::1], b1[:, ::1], int64[::1], int64[::1], b1[:, ::1], b1, b1[:, ::1], b1[:, ::1])",
 )
-def _settle(
+def _plan_evictions(
     holds_RE: BoolArray,
     needed_RE: BoolArray,
     quota_R: IntArray,
@@ -75,60 +75,70 @@ def _settle(
     rising_E = np.argsort(score_E, kind="mergesort")  # stable
     for rank in range(ranks):
         holds_E, needed_E, quota = holds_RE[rank], needed_RE[rank], quota_R[rank]
-        filled = needed = misses = 0
+        held = needed = misses = 0
         for expert in range(experts):
-            filled += holds_E[expert]
+            held += holds_E[expert]
             needed += needed_E[expert]
             misses += needed_E[expert] and not holds_E[expert]
-        several = needed > quota
-        taken = misses  # slots that fetches go to
-        if several:
-            anchored = highest = 0
-            for place in range(experts - 1, -1, -1):
-                expert = rising_E[place]
-                if holds_E[expert] or needed_E[expert]:
-                    highest += 1
-                    anchored += holds_E[expert] and highest <= quota
-            taken = min(misses, max(quota - anchored, max(1, quota // ROTATING_SHARE)))
-        going = filled + taken - quota
+        fits = needed <= quota
+        filled = misses if fits else _rotating_slots(holds_E, needed_E, rising_E, quota, misses)  # slots that fetches go to
+        excess = held + filled - quota
         for expert in range(experts):
             evicted_RE[rank, expert] = False
             after_RE[rank, expert] = holds_E[expert]
-        for spares in (True, False) if any_spare else (False, False):
+        for only_spare in (True, False) if any_spare else (False, False):
             for place in range(experts):
                 expert = rising_E[place]
-                if going <= 0:
+                if excess <= 0:
                     break
-                if not after_RE[rank, expert] or (needed_E[expert] and not several):
+                if not after_RE[rank, expert] or (needed_E[expert] and fits):
                     continue
-                if spares and not spare_RE[rank, expert]:
+                if only_spare and not spare_RE[rank, expert]:
                     continue
                 evicted_RE[rank, expert] = True
                 after_RE[rank, expert] = False
-                going -= 1
+                excess -= 1
         for place in range(experts - 1, -1, -1):
             expert = rising_E[place]
-            if taken <= 0:
+            if filled <= 0:
                 break
             if needed_E[expert] and not holds_E[expert]:
                 after_RE[rank, expert] = True
-                taken -= 1
+                filled -= 1
+
+
+@inlined
+def _rotating_slots(holds_E: BoolArray, needed_E: BoolArray, rising_E: IntArray, quota: int, misses: int) -> int:
+    """The slots that misses rotate through where needed experts outnumber slots: all but the anchored, at least a part."""
+    anchored = highest = 0
+    for place in range(len(rising_E) - 1, -1, -1):
+        expert = rising_E[place]
+        if holds_E[expert] or needed_E[expert]:
+            highest += 1
+            anchored += holds_E[expert] and highest <= quota
+    return min(misses, max(quota - anchored, max(1, quota // ROTATING_SHARE)))
 
 
 def spare_replicas(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | None = None) -> BoolArray:
-    """The copies that nobody misses: of each expert all but the one at home, or the first if there is none at home; and but
-    those that the placement wants, if given.
+    """The surplus copies, bool [R, E]: of each expert all copies but one, and but those that the placement asks for.
+
+    The copy at home is the one that counts; of an expert without a copy at home, that of the lowest rank.
+
+    Args:
+        wanted_RE: the copies that the placement asks for; none, if not given.
     """
     holds_RE, spare_RE = np.ascontiguousarray(holds_RE), np.empty(holds_RE.shape, bool)
     any_wanted, wanted_RE = wanted_RE is not None, holds_RE if wanted_RE is None else np.ascontiguousarray(wanted_RE)
-    _spare_copies(holds_RE, home_E, wanted_RE, any_wanted, spare_RE)
+    _spare_replicas(holds_RE, home_E, wanted_RE, any_wanted, spare_RE)
     return spare_RE
 
 
 @compiled("void(b1[:, ::1], int64[::1], b1[:, ::1], b1, b1[:, ::1])")
-def _spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray, any_wanted: bool, spare_RE: BoolArray) -> None:
+def _spare_replicas(
+    holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray, any_wanted: bool, spare_RE: BoolArray
+) -> None:
     ranks, experts = holds_RE.shape
-    keeper_E = np.full(experts, ranks)  # none yet
+    keeper_E = np.full(experts, ranks)  # the rank whose copy counts; ``ranks``: none yet
     for expert in range(experts):
         if holds_RE[home_E[expert], expert]:
             keeper_E[expert] = home_E[expert]

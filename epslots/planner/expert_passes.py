@@ -1,13 +1,14 @@
-"""One rank's way through one layer's step: what is computed when, and what is fetched into which slot.
+"""One rank's way through one layer's step: which experts are computed in which pass, and which are fetched into which slot.
 
-Pure: integer arrays in, integer arrays out. Which experts give way is decided (``evictions.py``); here they get a position and
-a turn. A layer owns a *window* of ``quota`` neighbouring slots; positions count from the window's start.
+``evictions.py`` decides which experts are evicted; ``SlotExperts`` carries the passes out. A layer owns a *window* of
+``quota`` neighbouring slots; positions count from the window's start.
 
-    slots for all       every fetch begins at once. Over a link that carries them meanwhile, what is there is computed first,
-                        and what is fetched as it lands, the experts with most tokens first; as far as there is enough of
-                        each to be worth a pass of its own
-    fewer slots         misses pass through some of the slots in turn. Over such a link they have two halves: one is computed
-                        while the other is filled
+    slots for all       every fetch begins at once. Over a link that runs beside compute, ready experts are computed first, and
+                        fetched ones as they arrive, those with most tokens first; each pass must be worth its own cost
+    fewer slots         misses rotate through some of the slots. Over such a link these have two halves: one is computed while
+                        the other is filled
+
+Pure. Legend of shape suffixes: E experts of the layer, Q positions of the window, S sections.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.compiled import compiled
+from epslots.compiled import compiled, inlined
 
-# A wave of its own for each fetch would cost more than it hides when there are many.
-MOST_LANDINGS = 4
-# So many pairs of an expert take as long again as reading its weights.
-PAIRS_A_READ = 8
+# Fetched experts are computed in at most so many passes where all have slots: more would cost more than they hide.
+MOST_ARRIVAL_PASSES = 4
+# Computing so many pairs takes as long as reading an expert's weights once more.
+PAIRS_PER_READ = 8
 
 
 @dataclass(frozen=True)
 class ExpertPass:
-    """One pass over part of a layer's experts. ``fetch_*`` arrays run in parallel, in the order of fetching.
+    """One grouped product over part of a layer's experts. ``fetch_*`` and ``evicted`` are parallel, in fetching order.
 
     Attributes:
-        experts: int64 [n], the experts computed in this wave, hits first.
-        positions: int64 [n], where in the window each of them is.
-        fetch_experts: int64 [m], the experts to fetch before this wave computes.
-        fetch_positions: int64 [m], where each goes.
+        experts: int64 [n], the experts computed in this pass, hits first.
+        positions: int64 [n], their positions in the window.
+        fetch_experts: int64 [m], the experts to fetch before this pass computes.
+        fetch_positions: int64 [m], the positions that they go to.
         evicted: int64 [m], the expert that each displaces, -1 for an empty slot.
-        after: waves that must have been computed before these fetches may begin: they need what gives way.
+        after: passes that must have been computed before these fetches may begin: they need experts that are evicted here.
     """
 
     experts: IntArray
@@ -46,9 +47,14 @@ class ExpertPass:
     after: int = 0
 
 
-_NOTHING = np.zeros(0, np.int64)
-NO_PASS = ExpertPass(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
-_NONE = np.zeros(0, bool)
+_NO_EXPERTS = np.zeros(0, np.int64)
+NO_PASS = ExpertPass(_NO_EXPERTS, _NO_EXPERTS, _NO_EXPERTS, _NO_EXPERTS, _NO_EXPERTS)
+_NOT_GIVEN = np.zeros(0, bool)
+
+# Rows of the kernel's results. Schedule: of what is computed, in order, expert and position; of what is fetched, in order,
+# expert, position and the expert displaced. Ends: of each pass, in the first two rows and in the last three; and ``after``.
+_EXPERT, _POSITION, _FETCHED, _FETCH_POSITION, _DISPLACED = range(5)
+_COMPUTE_END, _FETCH_END, _AFTER = range(3)
 
 
 def plan_passes(
@@ -63,66 +69,53 @@ def plan_passes(
     first_E: BoolArray | None = None,
     worth: int = 0,
 ) -> tuple[ExpertPass, ...]:
-    """Plan one rank's part of a layer's step.
+    """The passes of one rank's part of a layer's step, in order; none if no expert is needed.
+
+    Every needed expert is computed in exactly one pass and isn't evicted before it. Only positions inside the window are used.
+    ``after`` never falls from pass to pass.
 
     Args:
-        counts_E: int64 [experts], pairs that this rank computes.
-        position_E: int64 [experts], the window position that holds each expert, -1 = absent.
-        expert_Q: int64 [quota], the expert in each position, -1 = empty; the inverse of ``position_E``.
-        score_E: int64 [experts], the eviction policy's scores.
-        evicted_E: what gives way, as ``residency.settle`` decided for these arguments.
-        concurrent: whether fetches take place while something is computed.
-        in_flight_E: residents whose fetch is still under way.
-        first_E: missing experts that are there at once (copies from peers). There must be slots for all then.
-        worth: reads of an expert's weights that take as long as a pass costs besides; less isn't computed apart.
-
-    Returns:
-        Waves in order. Every needed expert is computed in exactly one of them, none is evicted before that, and only
-        positions inside the window are used. ``after`` never falls. No waves when nothing is needed.
+        counts_E: int64, pairs that this rank computes.
+        position_E: int64, the window position that holds each expert, -1 = absent.
+        expert_Q: int64, the expert in each position, -1 = empty; the inverse of ``position_E``.
+        score_E: int64, the eviction policy's scores.
+        evicted_E: the experts evicted in this step, by ``plan_evictions``.
+        concurrent: whether fetches run while experts are computed.
+        in_flight_E: residents whose fetch is still in flight.
+        first_E: missing experts that are there at once (copies from peers); allowed only if all needed experts have slots.
+        worth: the fewest reads of an expert's weights for which a pass of its own pays.
     """
-    order = np.empty((5, len(counts_E)), np.int64)
-    bounds = np.empty((3, len(counts_E)), np.int64)
-    several = _plan(
+    schedule_5E = np.empty((5, len(counts_E)), np.int64)
+    ends_3E = np.empty((3, len(counts_E)), np.int64)
+    count = _plan(
         counts_E,
         position_E,
         expert_Q,
         score_E,
         evicted_E,
-        _NONE if in_flight_E is None else in_flight_E,
-        _NONE if first_E is None else first_E,
+        _NOT_GIVEN if in_flight_E is None else in_flight_E,
+        _NOT_GIVEN if first_E is None else first_E,
         concurrent,
         worth,
-        order,
-        bounds,
+        schedule_5E,
+        ends_3E,
     )
     passes: list[ExpertPass] = []
-    start = begun = 0
-    for end, fetched, after in bounds[:, :several].T.tolist():
-        computed, fetches = slice(start, end), slice(begun, fetched)
+    compute_start = fetch_start = 0
+    for compute_end, fetch_end, after in ends_3E[:, :count].T.tolist():
+        computed, fetched = slice(compute_start, compute_end), slice(fetch_start, fetch_end)
         passes.append(
-            ExpertPass(order[0, computed], order[1, computed], order[2, fetches], order[3, fetches], order[4, fetches], after)
+            ExpertPass(
+                schedule_5E[_EXPERT, computed],
+                schedule_5E[_POSITION, computed],
+                schedule_5E[_FETCHED, fetched],
+                schedule_5E[_FETCH_POSITION, fetched],
+                schedule_5E[_DISPLACED, fetched],
+                after,
+            )
         )
-        start, begun = end, fetched
+        compute_start, fetch_start = compute_end, fetch_end
     return tuple(passes)
-
-
-@compiled("int64(int64[::1], int64[:, ::1], int64[::1], int64, int64, int64[:, ::1])")
-def _divide(counts_E: IntArray, order: IntArray, end_P: IntArray, parts: int, worth: int, bounds: IntArray) -> int:
-    """Join parts that aren't worth a pass of their own; enters where each wave ends, and returns how many there are."""
-    passes = start = reads = 0
-    for part in range(parts):
-        for place in range(start, end_P[part]):
-            reads += 1 + counts_E[order[0, place]] // PAIRS_A_READ
-        start = end_P[part]
-        if reads >= max(worth, 1):
-            bounds[0, passes] = start
-            passes += 1
-            reads = 0
-    if reads > 0:
-        if passes == 0:
-            passes = 1
-        bounds[0, passes - 1] = start
-    return passes
 
 
 @compiled(
@@ -138,95 +131,151 @@ def _plan(
     first_E: BoolArray,
     concurrent: bool,
     worth: int,
-    order: IntArray,
-    bounds: IntArray,
+    schedule_5E: IntArray,
+    ends_3E: IntArray,
 ) -> int:
-    """Enter the experts in the order in which they are computed, and how they are divided; returns the number of waves.
-
-    Args:
-        in_flight_E, first_E: of no length if there are none.
-        order: int64 [5, experts] to write. Of what is computed, in order: expert, position. Of what is fetched: expert,
-            position, the expert that it displaces.
-        bounds: int64 [3, experts] to write, of each wave: where what it computes ends, where what it fetches ends, ``after``.
-    """
+    """Fill the schedule and the passes' ends; returns the number of passes. ``in_flight_E``, ``first_E``: empty = none."""
     experts, quota = len(counts_E), len(expert_Q)
-    needed = misses = 0
+    needed = 0
     for expert in range(experts):
-        if counts_E[expert] > 0:
-            needed += 1
-            misses += position_E[expert] < 0
+        needed += counts_E[expert] > 0
     fits = needed <= quota
     rising_E = np.argsort(score_E, kind="mergesort")  # stable
-    # Of misses those with most tokens go first, where all have slots: they hide most of the others' way.
-    miss_E = np.argsort(-counts_E, kind="mergesort") if fits else rising_E
-
-    end_P = np.zeros(experts + 2, np.int64)  # where each part ends that may be computed apart
-    number = fetches = 0
-    for part in range(4):  # hits, misses that are there at once, what is late, other misses
-        for place in range(experts):
-            expert = miss_E[place] if part % 2 else place
-            if counts_E[expert] <= 0 or (position_E[expert] < 0) != (part % 2 == 1):
-                continue
-            flag_E = first_E if part % 2 else in_flight_E
-            flagged = len(flag_E) > 0 and flag_E[expert]
-            if flagged != (part == 1 or part == 2):
-                continue
-            order[0, number], order[1, number] = expert, position_E[expert]
-            number += 1
-            if part % 2:
-                order[2, fetches] = expert
-                fetches += 1
-        if part == 1:
-            end_P[0] = number
-        if part == 2:
-            end_P[1] = number
-
-    # Misses go through these positions in turn: empty ones first, then by their occupants' rising score; what the first waves
-    # compute goes last.
-    turn_P = np.empty(quota, np.int64)
-    turns = 0
-    for position in range(quota):
-        if expert_Q[position] < 0:
-            turn_P[turns] = position
-            turns += 1
-    free = 0  # positions that nothing needs to be computed in before
-    for wanted in range(2):
-        for place in range(experts):
-            expert = rising_E[place]
-            if evicted_E[expert] and (counts_E[expert] > 0) == (wanted == 1):
-                turn_P[turns] = position_E[expert]
-                turns += 1
-        if wanted == 0:
-            free = turns
-    parts = 2
-    step = max(turns, 1)
+    # Where all have slots, misses with most tokens go first: their compute hides most of the later fetches.
+    miss_order_E = np.argsort(-counts_E, kind="mergesort") if fits else rising_E
+    section_end_S = np.zeros(experts + 2, np.int64)
+    _order(counts_E, position_E, miss_order_E, in_flight_E, first_E, schedule_5E, section_end_S)
+    rotation_Q = np.empty(quota, np.int64)
+    rotating, free = _rotation(counts_E, position_E, expert_Q, evicted_E, rising_E, rotation_Q)
     if not concurrent:
-        end_P[0] = end_P[1] = number if fits else min(number, end_P[1] + free)
+        # One pass over all that can be there at once.
+        section_end_S[0] = section_end_S[1] = needed if fits else min(needed, section_end_S[1] + free)
+        size = max(rotating, 1)
     elif fits:
-        step = max(1, -(-(number - end_P[1]) // MOST_LANDINGS))
+        size = max(1, -(-(needed - section_end_S[1]) // MOST_ARRIVAL_PASSES))
     else:
-        step = max(1, turns // 2)
-    while end_P[parts - 1] < number:
-        end_P[parts] = min(end_P[parts - 1] + step, number)
-        parts += 1
-    passes = _divide(counts_E, order, end_P, parts, worth if fits else 0, bounds)
+        size = max(1, rotating // 2)
+    sections = 2
+    while section_end_S[sections - 1] < needed:
+        section_end_S[sections] = min(section_end_S[sections - 1] + size, needed)
+        sections += 1
+    passes = _divide(counts_E, schedule_5E, section_end_S, sections, worth if fits else 0, ends_3E)
+    _place(position_E, expert_Q, rotation_Q, rotating, passes, schedule_5E, ends_3E)
+    return passes
 
-    # Where what is fetched goes, what it displaces, and how many waves must have been computed before.
+
+@inlined
+def _order(
+    counts_E: IntArray,
+    position_E: IntArray,
+    miss_order_E: IntArray,
+    in_flight_E: BoolArray,
+    first_E: BoolArray,
+    schedule_5E: IntArray,
+    section_end_S: IntArray,
+) -> None:
+    """Enter needed experts in the order of computing: ready hits, misses that are there at once, hits in flight, other misses.
+
+    The first section ends after the first two groups, the second after the third.
+    """
+    computed = fetched = 0
+    for group in range(4):
+        missing = group % 2 == 1
+        flag_E = first_E if missing else in_flight_E
+        for place in range(len(counts_E)):
+            expert = miss_order_E[place] if missing else place
+            if counts_E[expert] <= 0 or (position_E[expert] < 0) != missing:
+                continue
+            flagged = len(flag_E) > 0 and flag_E[expert]
+            if flagged != (group == 1 or group == 2):
+                continue
+            schedule_5E[_EXPERT, computed], schedule_5E[_POSITION, computed] = expert, position_E[expert]
+            computed += 1
+            if missing:
+                schedule_5E[_FETCHED, fetched] = expert
+                fetched += 1
+        if group == 1:
+            section_end_S[0] = computed
+        if group == 2:
+            section_end_S[1] = computed
+
+
+@inlined
+def _rotation(
+    counts_E: IntArray,
+    position_E: IntArray,
+    expert_Q: IntArray,
+    evicted_E: BoolArray,
+    rising_E: IntArray,
+    rotation_Q: IntArray,
+) -> tuple[int, int]:
+    """Enter the positions that misses go to in turn; returns how many, and how many hold nothing that is needed.
+
+    Empty positions come first, then those of evicted experts by rising score; evicted experts that are needed come last.
+    """
+    rotating = free = 0
+    for position in range(len(expert_Q)):
+        if expert_Q[position] < 0:
+            rotation_Q[rotating] = position
+            rotating += 1
+    for needed in range(2):
+        for place in range(len(rising_E)):
+            expert = rising_E[place]
+            if evicted_E[expert] and (counts_E[expert] > 0) == (needed == 1):
+                rotation_Q[rotating] = position_E[expert]
+                rotating += 1
+        if needed == 0:
+            free = rotating
+    return rotating, free
+
+
+@inlined
+def _divide(
+    counts_E: IntArray, schedule_5E: IntArray, section_end_S: IntArray, sections: int, worth: int, ends_3E: IntArray
+) -> int:
+    """Join sections that aren't worth a pass of their own; enters each pass's end, and returns the number of passes."""
+    passes = start = reads = 0
+    for section in range(sections):
+        for place in range(start, section_end_S[section]):
+            reads += 1 + counts_E[schedule_5E[_EXPERT, place]] // PAIRS_PER_READ
+        start = section_end_S[section]
+        if reads >= max(worth, 1):
+            ends_3E[_COMPUTE_END, passes] = start
+            passes += 1
+            reads = 0
+    if reads > 0:
+        if passes == 0:
+            passes = 1
+        ends_3E[_COMPUTE_END, passes - 1] = start
+    return passes
+
+
+@inlined
+def _place(
+    position_E: IntArray,
+    expert_Q: IntArray,
+    rotation_Q: IntArray,
+    rotating: int,
+    passes: int,
+    schedule_5E: IntArray,
+    ends_3E: IntArray,
+) -> None:
+    """Enter the position of each fetch, the expert that it displaces, and the passes that must be computed before."""
     occupant_Q = expert_Q.copy()
-    ready_Q = np.zeros(quota, np.int64)
+    ready_Q = np.zeros(len(expert_Q), np.int64)  # passes after which the position may be overwritten
     start = fetched = after = 0
-    for wave in range(passes):
-        for place in range(start, bounds[0, wave]):
-            expert = order[0, place]
+    for number in range(passes):
+        end = ends_3E[_COMPUTE_END, number]
+        for place in range(start, end):
+            expert = schedule_5E[_EXPERT, place]
             if position_E[expert] < 0:
-                position = turn_P[fetched % turns]
-                order[1, place] = order[3, fetched] = position
-                order[4, fetched] = occupant_Q[position]
+                position = rotation_Q[fetched % rotating]
+                schedule_5E[_POSITION, place] = schedule_5E[_FETCH_POSITION, fetched] = position
+                schedule_5E[_DISPLACED, fetched] = occupant_Q[position]
                 occupant_Q[position] = expert
                 after = max(after, ready_Q[position])
                 fetched += 1
-        for place in range(start, bounds[0, wave]):
-            ready_Q[order[1, place]] = wave + 1
-        bounds[1, wave], bounds[2, wave] = fetched, after
-        start = bounds[0, wave]
-    return passes
+        for place in range(start, end):
+            ready_Q[schedule_5E[_POSITION, place]] = number + 1
+        ends_3E[_FETCH_END, number], ends_3E[_AFTER, number] = fetched, after
+        start = end

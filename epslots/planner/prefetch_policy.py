@@ -1,10 +1,11 @@
-"""Fetching ahead: which experts of the next layer are fetched before its router has spoken, and whether that pays.
+"""Prefetches: which experts of the next layer are fetched before its router has run, and whether that pays.
 
-While a layer runs, a predictor tells how likely each expert of the next one will be used (``predictor.py``). Ranks tell each
-other with the layer's counts, so all choose the same prefetches, and nobody has to be told of them. A prefetch is a fetch from
-the host by the expert's home, of an expert that no rank holds.
+While a layer runs, a predictor (``prefetch/predictor.py``) says how likely each expert of the next layer is used. Ranks
+exchange this with the layer's counts, so that all choose the same prefetches without messages. A prefetch is a fetch from the
+host, by the expert's home, of an expert that no rank holds. ``LayerPlanner`` and ``Prefetcher`` call ``PrefetchPolicy``, which
+calls ``choose_prefetches``.
 
-Pure: integer arrays in, integer arrays out. Usage is in 256ths of certainty: 256 = some token of this rank will choose it.
+Pure. Usage is in 256ths of certainty: 256 = a token of this rank will choose the expert.
 
 Legend of shape suffixes: R ranks, E experts of the layer, F prefetches.
 """
@@ -20,28 +21,30 @@ from epslots.compiled import compiled
 from epslots.planner.evictions import plan_evictions
 
 CERTAIN = 256
-# How likely an expert must be used to be fetched, or kept from giving way to one that is: over a link that is idle as the
-# layer begins, where what isn't used then costs nothing; and over one that has something to do.
+# The usage from which an expert is prefetched, or kept from eviction by a prefetch: over a link that is idle as the layer
+# begins, where an unused prefetch costs nothing; and over a busy link.
 WORTH_A_TRY, LIKELY = 31, 64
-# No more than this part of a layer's slots changes ahead of a step: what was used last is the other guess.
+# Prefetches change at most half of a layer's slots: the residents are a prediction, too.
 CHANGING_SHARE = 2
-# Prefetching stops where less than half of what was promised comes true, and begins anew where two thirds would.
+# Prefetching stops where less than 1/2 of the predicted uses happen, and starts again where more than 2/3 do; as (parts,
+# fewest of them).
 STOP_BELOW = 2, 1
 START_ABOVE = 3, 2
-# Judged on predictions that promised so many uses lately; while nothing is fetched, on those of one step of so many.
+# Predictions are judged after so many predicted uses; older ones count half from so many on. While prefetching is off, one
+# step in PROBE_EVERY is predicted.
 LEAST_JUDGED = 12 * CERTAIN
-MEMORY = 48 * CERTAIN
+HALVE_AT = 48 * CERTAIN
 PROBE_EVERY = 32
 
 
 @dataclass(frozen=True)
 class Prefetches:
-    """What is fetched ahead, and what gives way to it.
+    """The prefetches of a layer, and the residents evicted for them.
 
     Attributes:
-        ranks, experts: int64 [F], the target and what it gets; each rank's in the order of fetching, the likeliest first.
-        evicted_RE: residents that give way.
-        after_RE: residents when all have landed.
+        ranks, experts: int64 [F], target rank and expert; each rank's in the order of fetching, the likeliest first.
+        evicted_RE: the evicted residents.
+        after_RE: the residents when all prefetches have arrived.
     """
 
     ranks: IntArray
@@ -54,7 +57,11 @@ class Prefetches:
 
 
 def used_by_any(usage_RE: IntArray) -> IntArray:
-    """How likely each expert is used by any rank's tokens, int64 [E], if ranks choose independently."""
+    """How likely each expert is used by any rank's tokens, in 256ths, int64 [E]; ranks choose independently.
+
+    Args:
+        usage_RE: how likely each rank's tokens use each expert, in 256ths.
+    """
     used_E = np.empty(usage_RE.shape[1], np.int64)
     _used_by_any(np.ascontiguousarray(usage_RE, np.int64), used_E)
     return used_E
@@ -68,7 +75,7 @@ def _used_by_any(usage_RE: IntArray, used_E: IntArray) -> None:
         for rank in range(ranks):
             unused_R[rank] = CERTAIN - usage_RE[rank, expert]
         left = ranks
-        while left > 1:  # in pairs, and then in pairs of these: fewer roundings than one by one
+        while left > 1:  # in pairs, then in pairs of these: fewer roundings than one by one
             for pair in range(left // 2):
                 unused_R[pair] = unused_R[2 * pair] * unused_R[2 * pair + 1] // CERTAIN
             if left % 2:
@@ -89,13 +96,17 @@ def choose_prefetches(
 ) -> Prefetches | None:
     """The prefetches of a layer before its next step; None if there are none.
 
-    What gives way is chosen as for a miss (``residency.settle``), from among what isn't likely to be used itself.
+    Residents are evicted as for misses (``plan_evictions``), except those that are likely to be used.
 
     Args:
         usage_E: 0 to 256, how likely each expert is used in the layer's next step.
-        holds_RE, quota_R, home_E, score_E, spare_RE: the layer's residents, slots, homes, scores, and copies that go first.
+        holds_RE: the residents.
+        quota_R: slots of each rank.
+        home_E: the home rank of each expert.
+        score_E: the eviction policy's scores.
         most_R: prefetches that each rank may make.
-        least_R: how likely an expert must be used for a rank to fetch or to keep it.
+        least_R: the usage from which a rank fetches or keeps an expert.
+        spare_RE: copies that are evicted before any other.
     """
     ranks, experts = np.empty((2, len(usage_E)), np.int64)
     kept_RE = np.empty_like(holds_RE)
@@ -120,10 +131,10 @@ def _choose(
     rank_F: IntArray,
     expert_F: IntArray,
 ) -> int:
-    """Enter each rank's prefetches, and what it keeps with them; returns how many there are."""
+    """Enter each rank's prefetches, and the experts that it keeps, prefetched ones included; returns how many prefetches."""
     ranks, experts = holds_RE.shape
     held_E = np.zeros(experts, np.bool_)
-    room_R = np.empty(ranks, np.int64)
+    most_found_R = np.empty(ranks, np.int64)
     for rank in range(ranks):
         kept = 0
         for expert in range(experts):
@@ -131,14 +142,14 @@ def _choose(
             keeps = holds_RE[rank, expert] and usage_E[expert] >= least_R[rank]
             kept_RE[rank, expert] = keeps
             kept += keeps
-        room_R[rank] = min(most_R[rank], quota_R[rank] - kept)
-    # Each home takes its likeliest.
+        most_found_R[rank] = min(most_R[rank], quota_R[rank] - kept)
+    # Each home takes its likeliest experts; first_R[rank]: the place of the rank's first prefetch.
     first_R = np.zeros(ranks + 1, np.int64)
     falling_E = np.argsort(-usage_E, kind="mergesort")  # stable
     for place in range(experts):
         expert = falling_E[place]
         home = home_E[expert]
-        if usage_E[expert] >= least_R[home] and not held_E[expert] and first_R[home + 1] < room_R[home]:
+        if usage_E[expert] >= least_R[home] and not held_E[expert] and first_R[home + 1] < most_found_R[home]:
             kept_RE[home, expert] = True
             first_R[home + 1] += 1
     for rank in range(ranks):
@@ -154,7 +165,7 @@ def _choose(
 
 
 class PrefetchBudget:
-    """Bytes that each rank may fetch in a step before nothing more is fetched ahead; demand uses it up first.
+    """Bytes of a step up to which each rank may prefetch; its other fetches count, too.
 
     Args:
         granted: bytes of each rank and step.
@@ -165,46 +176,46 @@ class PrefetchBudget:
         self._left_R = np.full(ranks, granted)
 
     def renew(self) -> None:
-        """A step begins."""
+        """Grant the bytes of the next step."""
         self._left_R[:] = self._granted
 
     def spend(self, ranks: IntArray, expert_bytes: int) -> None:
-        """An expert is fetched for each of these ranks, for whatever reason."""
+        """Subtract fetches of one expert each, of any kind, int64 [fetches] target ranks."""
         self._left_R -= np.bincount(ranks, minlength=len(self._left_R)) * expert_bytes
 
     def experts(self, expert_bytes: int) -> IntArray:
-        """How many experts each rank may still fetch, int64 [R]."""
+        """Experts that each rank may still prefetch, int64 [R]."""
         return np.maximum(self._left_R, 0) // expert_bytes
 
 
 @compiled("int64(int64[::1], b1[:, ::1], int64[::1])")
-def _expect(usage_E: IntArray, holds_RE: BoolArray, expected_E: IntArray) -> int:
-    """Enter what is likely enough to be fetched and held by nobody; returns how many experts these are."""
+def _enter_expected(usage_E: IntArray, holds_RE: BoolArray, expected_E: IntArray) -> int:
+    """Enter the usage of experts that are worth a prefetch and held by no rank, 0 for others; returns how many these are."""
     ranks, experts = holds_RE.shape
     found = 0
     for expert in range(experts):
-        wanted = usage_E[expert] >= WORTH_A_TRY
+        candidate = usage_E[expert] >= WORTH_A_TRY
         for rank in range(ranks):
-            wanted &= not holds_RE[rank, expert]
-        expected_E[expert] = usage_E[expert] if wanted else 0
-        found += wanted
+            candidate &= not holds_RE[rank, expert]
+        expected_E[expert] = usage_E[expert] if candidate else 0
+        found += candidate
     return found
 
 
 @compiled("UniTuple(int64, 2)(int64[::1], b1[::1])")
-def _promised_and_kept(expected_E: IntArray, used_E: BoolArray) -> tuple[int, int]:
-    """What was expected in all, and how much of it those make up that were used, each of them for certain."""
-    promised = kept = 0
+def _predicted_and_used(expected_E: IntArray, used_E: BoolArray) -> tuple[int, int]:
+    """The sum of the predicted usage; and the used ones of the predicted experts, each as CERTAIN."""
+    predicted = used = 0
     for expert in range(len(expected_E)):
-        promised += expected_E[expert]
-        kept += CERTAIN if expected_E[expert] > 0 and used_E[expert] else 0
-    return promised, kept
+        predicted += expected_E[expert]
+        used += CERTAIN if expected_E[expert] > 0 and used_E[expert] else 0
+    return predicted, used
 
 
 class PrefetchPolicy:
-    """One layer's prefetches, and whether they pay, from what has become of the last ones; the same on all ranks.
+    """One layer's prefetches, and whether they pay, judged by earlier predictions; the same on all ranks.
 
-    It is judged by predictions alone: what isn't fetched, because prefetching has stopped or for want of room, counts too.
+    Predictions count whether or not they led to fetches.
 
     Attributes:
         active: whether to prefetch.
@@ -212,11 +223,11 @@ class PrefetchPolicy:
 
     def __init__(self) -> None:
         self.active = True
-        self._promised = self._kept = 0
+        self._predicted = self._used = 0
         self._expected_E: IntArray | None = None
 
     def due(self, step: int) -> bool:
-        """Whether a prediction is wanted for the layer's step of this number."""
+        """Whether to predict the layer's step of this number."""
         return self.active or step % PROBE_EVERY == 0
 
     def plan(
@@ -231,14 +242,18 @@ class PrefetchPolicy:
         expert_bytes: int,
         spare_RE: BoolArray | None = None,
     ) -> Prefetches | None:
-        """The prefetches before the layer's next step. Arguments as ``choose_prefetches``; they are taken off the budget.
+        """The prefetches before the layer's next step, None if there are none; subtracted from the budget.
 
         Args:
-            busy_R: whether each rank's link had something to do as the layer began.
+            usage_RE: 0 to 256, how likely each rank's tokens use each expert.
+            holds_RE, quota_R, home_E, score_E, spare_RE: of the layer, see ``choose_prefetches``.
+            busy_R: whether each rank's link was busy as the layer began.
+            budget: bytes that ranks may prefetch; None = no bound.
+            expert_bytes: bytes of one expert's fetch.
         """
         usage_E = used_by_any(usage_RE)
         self._expected_E = np.empty_like(usage_E)
-        if not _expect(usage_E, holds_RE, self._expected_E) or not self.active:
+        if not _enter_expected(usage_E, holds_RE, self._expected_E) or not self.active:
             return None
         least_R = np.where(busy_R, LIKELY, WORTH_A_TRY)
         most_R = np.maximum(quota_R // CHANGING_SHARE, 1)
@@ -250,16 +265,16 @@ class PrefetchPolicy:
         return found
 
     def judge(self, used_E: BoolArray) -> None:
-        """What that step then used."""
+        """Compare the last prediction with the experts that its step used, bool [E]; may switch prefetching on or off."""
         if self._expected_E is None:
             return
-        promised, kept = _promised_and_kept(self._expected_E, used_E)
-        self._promised += promised
-        self._kept += kept
+        predicted, used = _predicted_and_used(self._expected_E, used_E)
+        self._predicted += predicted
+        self._used += used
         self._expected_E = None
-        if self._promised < LEAST_JUDGED:
+        if self._predicted < LEAST_JUDGED:
             return
         parts, least = STOP_BELOW if self.active else START_ABOVE
-        self.active = self._kept * parts >= self._promised * least
-        if self._promised >= MEMORY:
-            self._promised, self._kept = self._promised // 2, self._kept // 2
+        self.active = self._used * parts >= self._predicted * least
+        if self._predicted >= HALVE_AT:
+            self._predicted, self._used = self._predicted // 2, self._used // 2

@@ -12,13 +12,13 @@ import numpy as np
 from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.planner.cost_model import Costs
-from epslots.planner.cpu_offload import TOLL_STEPS
+from epslots.planner.cpu_offload import HALVING_STEPS
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import Assignment
 
 
 class RemoteCosts:
-    """Accumulated remote costs of one layer, the same on all ranks. Half is forgotten every ``TOLL_STEPS`` steps.
+    """Accumulated remote costs of one layer, the same on all ranks. Half is forgotten every ``HALVING_STEPS`` steps.
 
     Attributes:
         ns_RE: int64, nanoseconds that each rank would have saved lately with a copy of each expert.
@@ -35,7 +35,7 @@ class RemoteCosts:
             state: as it is after the step.
         """
         self._steps += 1
-        if self._steps % TOLL_STEPS == 0:
+        if self._steps % HALVING_STEPS == 0:
             self.ns_RE >>= 1
         holds_RE = np.ascontiguousarray(state.holds_RE)
         prices = costs.pair_transfer, costs.expert_compute, costs.exchange

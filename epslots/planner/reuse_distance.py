@@ -1,16 +1,12 @@
-"""How soon experts are used again, and what that says about slots: stack distances and miss-ratio curves.
+"""Stack distances of expert uses, and the miss-ratio curves over slots that follow from them.
 
-A policy orders a layer's experts by score. An expert's *stack distance* is the number of experts that stand above it when it
-is used. A cache of s slots holds the s highest, so uses of a distance below s hit, and one pass over a trace tells the misses
-for every number of slots at once (Mattson et al., IBM Systems Journal 1970).
+An expert's *stack distance* is the number of experts with a higher score when it is used. A cache of s slots holds the s
+highest, so uses of a distance below s hit, and one pass over a trace gives the misses for every number of slots (Mattson et
+al., IBM Systems Journal 1970). By LRU's scores the curve is exact, as long as no step uses more experts than there are slots;
+by another policy's scores it is close. Scores are exact at any time, so measuring one layer a step samples uses without bias.
+(SHARDS, Waldspurger et al., FAST 2015, samples the cached items instead, to save keeping times of use.)
 
-By the time of last use that is the number of other experts used since, and the curve is exactly what an LRU cache misses, as
-long as no step uses more experts than it has slots. By the scores of another policy it is close to what that one misses: what
-the last step used stands above all else, because it must have had a slot, whatever its score; the rest stands by score. Steps
-count as a whole; experts of the same score stand in the order of their ids, in which they are given up (``cache_policy.py``).
-
-Scores are kept anyway and are exact, so measuring some of the steps only, say one layer a step, samples uses without bias.
-(SHARDS, Waldspurger et al., FAST 2015, samples *what* is cached instead, to save keeping times of use.)
+``telemetry.py`` and the simulator count distances; ``placement/slot_quotas.py`` deals slots by them.
 
 Pure. Legend of shape suffixes: L layers, E experts of the layer, D = E + 1 stack distances (E: never used before).
 """
@@ -26,13 +22,14 @@ from epslots.compiled import compiled
 def stack_distances(last_use_E: IntArray, used_E: BoolArray, score_E: IntArray | None = None) -> IntArray:
     """The stack distance of each use in one step of one layer, int64 [uses], by expert id.
 
+    It is 0 to E - 1: the number of experts above the used one; or E if that was never used before. Experts of the last step
+    stand above all others, because they had slots whatever their scores; the others stand by score, ties by expert id, as
+    policies evict.
+
     Args:
         last_use_E: the step of each expert's last use before this one, 0 = never (``UseHistory.last_use``).
         used_E: the experts that the step uses.
-        score_E: the policy's scores before this step; those of LRU, if not given.
-
-    Returns:
-        For each used expert the number of experts that stand above it: 0 to E - 1; or E if it was never used before.
+        score_E: the policy's scores before this step; LRU's, if not given.
     """
     distances = np.empty(np.count_nonzero(used_E), np.int64)
     _stack_distances(last_use_E, used_E, last_use_E if score_E is None else score_E, distances)
@@ -57,17 +54,18 @@ def _stack_distances(last_use_E: IntArray, used_E: BoolArray, score_E: IntArray,
 
 
 def count_distances(histogram_D: IntArray, distances: IntArray) -> None:
-    """Enter the distances of a step into a layer's histogram, in place.
+    """Count a step's distances in a layer's histogram, in place.
 
     Args:
-        histogram_D: int64 [E + 1] of a layer with E experts, or longer (a row of an array over layers): the rest stays.
+        histogram_D: int64 [E + 1] of a layer with E experts; or longer, where the rest stays untouched.
+        distances: int64 [uses], of ``stack_distances``.
     """
     counts = np.bincount(distances)
     histogram_D[: len(counts)] += counts
 
 
 def misses_by_slots(histogram_D: IntArray) -> IntArray:
-    """The uses that would have missed with 0, 1, .. E slots, int64 [E + 1]. All with none; with E the first uses alone."""
+    """Misses with 0, 1, .. E slots, int64 [E + 1]: all uses with 0 slots, first uses only with E."""
     misses: IntArray = histogram_D[::-1].cumsum()[::-1]
     return misses
 
@@ -80,6 +78,6 @@ def miss_ratio_curve(histogram_D: IntArray) -> FloatArray:
 
 
 def percentile(histogram_D: IntArray, share: float) -> int:
-    """The least distance that ``share`` (0 to 1) of the uses don't exceed; 0 where nothing was used."""
+    """The smallest distance that a share (0 to 1) of the uses doesn't exceed; 0 where nothing was used."""
     running = histogram_D.cumsum()
     return int(running.searchsorted(share * running[-1]))

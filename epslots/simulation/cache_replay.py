@@ -1,7 +1,7 @@
-"""What caches of few slots would have hit, from a routing trace alone: the very rules and policies that the model runs.
+"""Hits of caches with few slots, replayed from a routing trace by the model's own eviction rule and policies.
 
-``belady`` is the optimum that no policy can beat: it gives up the expert whose next use is farthest away (Belady, IBM Systems
-Journal 1966), which takes knowing the future.
+``epslots trace replay`` and the benchmarks call ``replay``, ``belady`` and ``reuse_histogram``. ``belady`` is the optimum,
+which needs the future: it evicts the expert whose next use is farthest away (Belady, IBM Systems Journal 1966).
 
 Pure. Legend of shape suffixes: T steps, L layers, N choices of a step (tokens x k), E experts of the layer, C caches that are
 compared, D = E + 1 stack distances.
@@ -16,20 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.planner.cache_policy import Policy, UseHistory, learns, lru, record_use
+from epslots.planner.cache_policy import Policy, learns, lru
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.reuse_distance import count_distances, stack_distances
+from epslots.planner.use_history import UseHistory, record_use
 
 IdArray = NDArray[np.integer]
 Advance = Callable[[int], object]
-"""Told how many steps of a layer are done."""
-# How often a bar moves on.
+"""Called with the number of steps of a layer that were done."""
+# Steps between two calls of it.
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """Hits and misses of caches, int64 [C, L]. A step uses an expert once, however many of its tokens chose it."""
+    """Hits and misses of caches, int64 [C, L]. A step uses an expert once, however many of its tokens choose it."""
 
     hits_CL: IntArray
     misses_CL: IntArray
@@ -58,15 +59,16 @@ def replay(
     """Run a trace through caches.
 
     Args:
-        ids_TLN: the experts chosen in each step; ids outside of the layer's experts are passed over.
+        ids_TLN: the experts chosen in each step; ids outside of the layer's experts are skipped.
         num_experts_L: experts of each layer.
-        quota_CL: slots of each layer, of each cache; more than it has experts count as that many.
+        quota_CL: slots of each layer, of each cache; at most the layer's experts count.
         policy: an eviction policy.
+        advance: called with the number of steps done, for a progress bar.
     """
     hits_CL, misses_CL = np.zeros(quota_CL.shape, np.int64), np.zeros(quota_CL.shape, np.int64)
     for layer, experts in enumerate(num_experts_L.tolist()):
         quota_C = np.minimum(quota_CL[:, layer], experts)
-        if learns(policy):  # of the slots as well: each cache has a history of its own
+        if learns(policy):  # from the number of slots, too: each cache has its own history
             parts = [(slice(c, c + 1), slots) for c, slots in enumerate(quota_C.tolist())]
         else:
             parts = [(slice(0, len(quota_C)), None)]
@@ -85,10 +87,16 @@ def replay(
 
 
 def belady(ids_TLN: IdArray, num_experts_L: IntArray, quota_CL: IntArray, advance: Advance = lambda steps: None) -> Replayed:
-    """The optimum for the same caches. Arguments as ``replay``.
+    """Hits and misses of optimal caches.
 
-    Where a step uses more experts than there are slots it may keep the best of all that pass through, which is more than any
-    order of waves can: then it is a bound, and else what a cache could reach.
+    In a step that uses more experts than there are slots, it keeps the best of them, which no order of passes can always do:
+    there it is a bound; elsewhere a cache could reach it.
+
+    Args:
+        ids_TLN: the experts chosen in each step; ids outside of the layer's experts are skipped.
+        num_experts_L: experts of each layer.
+        quota_CL: slots of each layer, of each cache; at most the layer's experts count.
+        advance: called with the number of steps done, for a progress bar.
     """
     hits_CL, misses_CL = np.zeros(quota_CL.shape, np.int64), np.zeros(quota_CL.shape, np.int64)
     for layer, experts in enumerate(num_experts_L.tolist()):
@@ -104,7 +112,7 @@ def belady(ids_TLN: IdArray, num_experts_L: IntArray, quota_CL: IntArray, advanc
             if (hits_C < uses).any():
                 order = np.argsort(next_use_E, kind="stable")
                 used, candidates = used_E[order], (used_E | holds_CE)[:, order]
-                # The experts of a step that fits are all there when it ends.
+                # After a step whose experts fit, all of them are resident.
                 first = candidates & used & (uses <= quota_C1)
                 rest = candidates & ~first
                 holds_CE[:, order] = first | (rest & (rest.cumsum(1) <= quota_C1 - first.sum(1, keepdims=True)))
@@ -114,7 +122,12 @@ def belady(ids_TLN: IdArray, num_experts_L: IntArray, quota_CL: IntArray, advanc
 def reuse_histogram(
     ids_TLN: IdArray, num_experts_L: IntArray, policy: Policy = lru, advance: Advance = lambda steps: None
 ) -> IntArray:
-    """How often uses had which stack distance by the policy's scores, int64 [L, D of the largest layer]."""
+    """Uses by stack distance under the policy's scores, int64 [L, D of the largest layer].
+
+    Args:
+        ids_TLN: the experts chosen in each step; ids outside of the layer's experts are skipped.
+        num_experts_L: experts of each layer.
+    """
     histogram_LD = np.zeros((len(num_experts_L), int(num_experts_L.max()) + 1), np.int64)
     for layer, experts in enumerate(num_experts_L.tolist()):
         history = UseHistory.empty(1, experts).layer(0, experts)
@@ -136,7 +149,7 @@ def _used(ids_TN: IdArray, experts: int, advance: Advance) -> Iterator[BoolArray
 
 
 def _next_uses(used_TE: BoolArray) -> IntArray:
-    """The step of each expert's next use after each step, int64 [T, E]; later than all where there is none."""
+    """The step of each expert's next use after each step, int64 [T, E]; T if there is none."""
     steps, experts = used_TE.shape
     following_E = np.full(experts, steps)
     next_use_TE = np.empty((steps, experts), np.int64)

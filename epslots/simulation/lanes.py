@@ -1,6 +1,6 @@
-"""Continuous batches out of a trace: which of its tokens are computed together in a step.
+"""Continuous batches from a routing trace: the tokens that are computed together in each step.
 
-A *lane* is a place in a batch: it takes a sequence, one token a step, and the next sequence when that is done.
+A *lane* is a place in a batch: it computes a sequence, one token a step, and takes the next sequence when that is done.
 
 Pure. Legend of shape suffixes: S steps, B lanes.
 """
@@ -14,12 +14,12 @@ import numpy as np
 
 from epslots.arrays import IntArray
 
-# The fraction of the golden section: multiples of it fill the unit interval evenly, however many there are.
+# The golden ratio - 1: any number of multiples of it fill the unit interval evenly.
 _GOLDEN = 0.6180339887498949
 
 
 def deal_once(starts: IntArray, tokens: int, lanes: int) -> IntArray:
-    """Every token of a trace once, int64 [S, B]: the trace's row in each lane and step, -1 = the lane has run out of work.
+    """Every token of a trace once, int64 [S, B]: the trace's row in each step and lane, -1 = the lane is idle.
 
     Args:
         starts: each sequence's first row.
@@ -27,7 +27,7 @@ def deal_once(starts: IntArray, tokens: int, lanes: int) -> IntArray:
         lanes: at least 1.
     """
     lengths = np.diff(np.append(starts, tokens))
-    free = [(0, lane) for lane in range(lanes)]  # (step at which it is free, lane), a heap as it stands
+    free = [(0, lane) for lane in range(lanes)]  # (step at which it is free, lane): a valid heap
     begins = np.empty((len(starts), 2), np.int64)
     for number, length in enumerate(lengths.tolist()):
         step, lane = heapq.heappop(free)
@@ -40,12 +40,15 @@ def deal_once(starts: IntArray, tokens: int, lanes: int) -> IntArray:
 
 
 def read_on(starts: IntArray, tokens: int, lanes: int) -> Iterator[IntArray]:
-    """Steps without end, int64 [B] each, every lane busy in all: the trace is read round and round.
+    """Endless steps that read the trace again and again, int64 [B] each: the trace's row in each lane, never idle.
 
-    Sequences go in their order to whichever lane is free, so that what changes along the trace changes along the steps. A lane
-    enters its first sequence somewhere amid it, as if all had been going on for a while.
+    Free lanes take the sequences in their order, so that traffic changes over the steps as it does over the trace. Lanes start
+    within their first sequences, as if the batch had been running for a while.
 
-    Arguments as ``deal_once``; the trace has at least one token.
+    Args:
+        starts: each sequence's first row.
+        tokens: rows of the trace, at least 1.
+        lanes: at least 1.
     """
     lengths = np.diff(np.append(starts, tokens))
     number_B = np.arange(lanes) % len(starts)

@@ -1,9 +1,10 @@
-"""Placement window by window over recorded loads: plan on what was seen, then score it on the window that comes next.
+"""Placements planned window by window over recorded loads, each scored on the window that comes next.
 
-Every planner begins with the experts dealt by slots, sees one window after another and may move copies after each. What
-counts is the next window: how level the ranks are in it, and how many copies had to be fetched for that.
+A planner starts with the experts dealt by slots, sees one window after another and may move copies after each. Its scores are
+the balance of the ranks in the next window, and the copies fetched for it. ``epslots placement replay`` and the benchmarks
+call ``replay``, with ``Planner`` (ours) or another function.
 
-Pure but for the clock it is given. Legend of shape suffixes: W windows, L layers, R ranks, E experts.
+Pure; the caller passes the clock. Legend of shape suffixes: W windows, L layers, R ranks, E experts.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from epslots.errors import ConfigError
 from epslots.placement.balance import balancedness, holders, live_loads, rank_loads
 from epslots.placement.forecast import ExpectedLoad, Forecast
 from epslots.placement.placement import Placement, check_size, default_placement
-from epslots.placement.planner import Proposal, RankShape, propose
+from epslots.placement.planner import Proposal, RankHardware, propose
 from epslots.planner.cost_model import Costs
 
 Plan = Callable[[IntArray], IntArray]
-"""Takes the tokens of the newest window, [L, E]; answers with the copies that each rank should hold, [L, R, E]."""
+"""From the tokens of the newest window, [L, E], to the copies that each rank should hold, [L, R, E]."""
 
-# What fetching a copy is reckoned to cost, as a share of a rank's mean load of a window and layer: with a window of a thousand
-# steps of 0.2 ms a layer, and a fetch of 1 ms behind the demand misses.
+# The cost of a copy, as a share of a rank's mean load of a window and layer: as for a window of a thousand steps of 0.2 ms a
+# layer, and a fetch of 1 ms behind the demand misses.
 COPY_SHARE = 0.002
-# Steps of a window, where recorded loads don't tell.
+# Steps of a window, if recorded loads don't say.
 STEPS = 256
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a planner achieved.
+    """A planner's results.
 
     Attributes:
         balance: mean / largest rank load of each window after the first, averaged over layers, for the placement planned
@@ -53,50 +54,51 @@ class Scores:
 
 
 class Planner:
-    """Ours: the forecast and the placement, carried from window to window.
+    """Our planner as a ``Plan``: a forecast and a placement, carried from window to window.
 
     Args:
-        start: the placement to begin with.
-        fleet: the ranks.
-        steps: of a window; matters where slots don't suffice for all experts.
-        flat: pay no attention to nodes.
+        start: the first placement.
+        hardware: of the ranks.
+        steps: of a window; matters if there are fewer slots than experts.
+        flat: whether to ignore nodes.
     """
 
-    def __init__(self, start: Placement, fleet: RankShape, steps: int = STEPS, flat: bool = False) -> None:
+    def __init__(self, start: Placement, hardware: RankHardware, steps: int = STEPS, flat: bool = False) -> None:
         self.placement = start
         self.forecast = Forecast()
         self.proposals: list[Proposal] = []
-        self._fleet, self._steps, self._flat = fleet, steps, flat
+        self._hardware, self._steps, self._flat = hardware, steps, flat
 
     def __call__(self, tokens_LE: IntArray) -> IntArray:
-        """Take a window, and say which copies each rank should hold, int64 [L, R, E]."""
+        """The copies that each rank should hold after a window of these tokens, int64 [L, R, E]."""
         self.forecast.add(tokens_LE, uses_by_chance(tokens_LE, self._steps), self._steps)
-        proposal = propose(self.placement, self.forecast.expected(), self._fleet, flat=self._flat)
+        proposal = propose(self.placement, self.forecast.expected(), self._hardware, flat=self._flat)
         self.proposals.append(proposal)
         self.placement = proposal.placement
         return holders(self.placement).astype(np.int64)
 
 
-_MOST_NS = 2**39
+# Within the bounds of ``Costs``.
+_LARGEST_NS = 2**39
 
 
 def replay_costs(loads_WLE: IntArray, ranks: int, copy_share: float = COPY_SHARE) -> Costs:
-    """Costs by which a copy is as dear as the given share of a rank's mean load of a window and layer."""
+    """Costs under which a copy costs the given share of a rank's mean load of a window and layer."""
     mean = float(loads_WLE.sum((1, 2)).mean()) / loads_WLE.shape[1] / ranks
     pair_ns = 1000
-    while pair_ns > 1 and copy_share * mean * pair_ns > _MOST_NS:
+    while pair_ns > 1 and copy_share * mean * pair_ns > _LARGEST_NS:
         pair_ns //= 10
-    copy_ns = min(max(1, round(copy_share * mean * pair_ns)), _MOST_NS)
+    copy_ns = min(max(1, round(copy_share * mean * pair_ns)), _LARGEST_NS)
     return Costs(copy_ns, copy_ns, 1, pair_ns, 1, 1, 1)
 
 
 def uses_by_chance(tokens_LE: IntArray, steps: int) -> IntArray:
-    """Steps in which an expert is used at all, int64 [L, E], if its pairs fall on steps independently."""
+    """Steps that use each expert, int64 [L, E], if its pairs fall on steps independently."""
     return np.rint(steps * -np.expm1(-tokens_LE / steps)).astype(np.int64)
 
 
 def expected_of_all(loads_WLE: IntArray, steps: int = STEPS) -> ExpectedLoad:
-    """What to expect if any of these windows may come, each as likely: for a placement made once, from a record."""
+    """The expected load if each of these windows is equally likely: for a placement made once, from recorded loads."""
     total_WL = loads_WLE.sum(2)
     share_WLE = np.where(total_WL[:, :, None] > 0, loads_WLE / np.maximum(total_WL, 1)[:, :, None], 1 / loads_WLE.shape[2])
     windows = len(loads_WLE)
@@ -109,7 +111,7 @@ def check_loads(loads_WLE: NDArray[Any]) -> IntArray:
     """Recorded loads, int64 [W, L, E].
 
     Raises:
-        ConfigError: they are none.
+        ConfigError: the array has another shape or type, or numbers that can't be loads.
     """
     if loads_WLE.ndim != 3 or not np.issubdtype(loads_WLE.dtype, np.integer) or not loads_WLE.size:
         raise ConfigError(f"loads is {loads_WLE.dtype}{list(loads_WLE.shape)}; it must be int64 [windows, layers, experts]")
@@ -133,12 +135,14 @@ def replay(
     clock: Callable[[], float],
     advance: Callable[[int], object] = lambda windows: None,
 ) -> Scores:
-    """Run a planner over windows.
+    """The scores of a planner over windows.
 
     Args:
-        plan: see ``Plan``.
-        clock: seconds.
-        advance: told of each window done.
+        loads_WLE: pairs of each expert in each window.
+        start: the first placement.
+        plan: the planner, see ``Plan``.
+        clock: returns seconds.
+        advance: called with 1 after each window.
     """
     scores = Scores([], [], [], [])
     held_LRE = holders(start)

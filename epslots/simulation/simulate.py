@@ -1,8 +1,8 @@
-"""A cluster on paper: a routing trace, a machine's timing and the very rules that ranks follow say what steps would take.
+"""A simulated cluster: step times and cache hits from a routing trace, a machine's timing and the ranks' own rules.
 
-Ranks form expert-parallel groups of a bounded size, each a whole model; requests are spread over all of them. Every rank
-decodes ``batch`` sequences of the trace at a time, a token a step, and takes the next sequence when one is done. With a
-controller, windows of telemetry lead to placements, which the groups reach within a budget of bytes, as ranks do.
+``epslots simulate`` and the benchmarks call ``simulate``. Ranks form expert-parallel groups of bounded size, each a whole
+model. Every rank decodes ``batch`` sequences of the trace at a time, a token a step, and takes the next sequence when one is
+done. With a controller, windows of load lead to placements, which the groups reach within a budget of bytes, as real ranks do.
 
 Pure. Legend of shape suffixes: L layers, R ranks, B lanes (sequences at a time), K experts per token, E experts of the largest
 layer.
@@ -20,7 +20,7 @@ from epslots.arrays import IntArray
 from epslots.errors import ConfigError
 from epslots.placement.model_planner import movement_budget
 from epslots.placement.placement import MOST_RANKS, Placement, default_placement
-from epslots.placement.planner import RankShape
+from epslots.placement.planner import RankHardware
 from epslots.placement.replanner import OVERDUE, SHARE, Replanner
 from epslots.planner.cache_policy import Policy
 from epslots.simulation.cache_replay import IdArray
@@ -33,8 +33,14 @@ _USUAL_SPEED = 1000
 
 
 @dataclass(frozen=True)
-class TrafficShape:
-    """A routing trace; see ``trace.py``."""
+class RecordedTraffic:
+    """A routing trace (``trace.py``).
+
+    Attributes:
+        expert_ids: [tokens, L, K].
+        starts: the first token of each sequence.
+        num_experts_L: experts of each layer.
+    """
 
     expert_ids: IdArray
     starts: IntArray
@@ -43,17 +49,17 @@ class TrafficShape:
 
 @dataclass(frozen=True)
 class SimulatedCluster:
-    """What is simulated.
+    """The ranks that are simulated.
 
     Attributes:
         ranks, nodes: ranks are dealt to nodes in their order.
-        quota_L: slots of each layer on each rank; not looked at with a placement.
+        quota_L: slots of each layer on each rank; ignored with a placement.
         timing: of a rank's machine.
-        expert_bytes: of any expert.
-        policy: eviction policy.
-        group_size: most ranks of an expert-parallel group.
-        placement: of each group, at the start.
-        window_steps: steps of a window of telemetry; 0 = no controller.
+        expert_bytes: bytes of each expert.
+        policy: the eviction policy.
+        group_size: the most ranks of an expert-parallel group.
+        placement: of each group, at the start; None: experts dealt by slots.
+        window_steps: steps of a window of load; 0 = no controller.
     """
 
     ranks: int
@@ -67,7 +73,7 @@ class SimulatedCluster:
     window_steps: int = 0
 
     def check(self, num_experts_L: IntArray) -> None:
-        """Raise ConfigError, saying what is allowed."""
+        """Raise ConfigError if a number is out of range, or the placement is for other groups or layers."""
         limits = {"ranks": (1, MOST_RANKS), "nodes": (1, self.ranks), "group_size": (1, MOST_RANKS)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
@@ -83,12 +89,12 @@ class SimulatedCluster:
                 )
 
     def groups(self) -> list[IntArray]:
-        """The ranks of each group: as few groups as can be, and as even."""
+        """The ranks of each group: as few groups as possible, of sizes as equal as possible."""
         return np.array_split(np.arange(self.ranks), -(-self.ranks // self.group_size))
 
 
 class Quantiles(msgspec.Struct, frozen=True):
-    """Of steps' milliseconds."""
+    """Statistics of step times, in milliseconds."""
 
     mean: float
     p50: float
@@ -97,17 +103,17 @@ class Quantiles(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a simulation found, over all ranks and counted steps.
+    """The results of a simulation, over all ranks and counted steps.
 
     Attributes:
         batch: sequences of each rank.
-        step_ms: of all groups' steps.
+        step_ms: milliseconds of all groups' steps.
         tokens_per_s: of the whole cluster.
-        balance: mean pairs of a group's ranks / most, averaged over layers and steps.
-        hit_rate: uses that found their expert in a slot.
-        bytes_by_source: fetched on demand and for placements; ``from_other_nodes`` is part of the peers'.
-        evictions: experts that gave way.
-        placements: versions that the groups followed after the first.
+        balance: mean / largest pairs of a group's ranks, averaged over layers and steps.
+        hit_rate: hits per use.
+        bytes_by_source: bytes fetched on demand and for placements; ``from_other_nodes`` is part of the peers'.
+        evictions: evicted experts.
+        placements: the number of placements adopted after the first.
         layer_us: mean microseconds of each layer.
     """
 
@@ -127,21 +133,21 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def simulate(
-    traffic: TrafficShape,
+    traffic: RecordedTraffic,
     cluster: SimulatedCluster,
     batch: int,
     steps: int,
     warm_up: int = 0,
     advance: Callable[[int], object] = int,
 ) -> Outcome:
-    """Run ``steps`` steps of all groups, and ``warm_up`` before them that don't count.
+    """The outcome of ``steps`` steps of all groups, after ``warm_up`` steps that don't count.
 
     Args:
         batch: sequences of each rank.
-        advance: told after each step of a group.
+        advance: called with 1 after each step of a group.
 
     Raises:
-        ConfigError: a number out of range, or a placement for others.
+        ConfigError: the trace is empty, a number is out of range, or the placement is for other groups or layers.
     """
     if not len(traffic.expert_ids):
         raise ConfigError("the trace holds no token")
@@ -153,24 +159,27 @@ def simulate(
     lanes = read_on(traffic.starts, len(traffic.expert_ids), cluster.ranks * batch)
     for step, row_B in zip(range(warm_up + steps), lanes, strict=False):
         if step == warm_up:
-            for group in groups:
-                group.simulated.take()
+            _take_tallies(groups)
         for group in groups:
             group.step(row_B)
             advance(1)
-        if cluster.window_steps and (step + 1) % cluster.window_steps == 0:
+        if controllers and (step + 1) % cluster.window_steps == 0:
             for size, controller in controllers.items():
                 controller.close_window([group for group in groups if group.size == size])
-    tallies = [group.simulated.take() for group in groups]
+    tallies = _take_tallies(groups)
     versions = max(group.simulated.model.placement.version for group in groups)
     first = 0 if cluster.placement is None else cluster.placement.version
     return _outcome(cluster, batch, tallies, [group.size for group in groups], versions - first)
 
 
-class _SimulatedRanks:
-    """A group and its part of the lanes: lane b is one of rank b modulo ranks."""
+def _take_tallies(groups: Sequence[_SimulatedRanks]) -> list[StepTally]:
+    return [group.simulated.take() for group in groups]
 
-    def __init__(self, cluster: SimulatedCluster, traffic: TrafficShape, ranks: IntArray, batch: int) -> None:
+
+class _SimulatedRanks:
+    """A group and its lanes: lane b belongs to rank b modulo the cluster's ranks."""
+
+    def __init__(self, cluster: SimulatedCluster, traffic: RecordedTraffic, ranks: IntArray, batch: int) -> None:
         self.size = len(ranks)
         self._traffic = traffic
         self._lanes = (ranks[:, None] + np.arange(batch) * cluster.ranks).ravel()
@@ -193,34 +202,34 @@ class _SimulatedRanks:
         layers, experts = len(experts_L), int(experts_L.max())
         ids_BLK = self._traffic.expert_ids[row_B[self._lanes]].astype(np.int64)
         place_BLK = (self._layers_L1 * self.size + self._rank_of_lane[:, None, None]) * experts + ids_BLK
-        real_BLK = (ids_BLK >= 0) & (ids_BLK < experts_L[:, None])
-        counts = np.bincount(place_BLK[real_BLK], minlength=layers * self.size * experts)
+        valid_BLK = (ids_BLK >= 0) & (ids_BLK < experts_L[:, None])
+        counts = np.bincount(place_BLK[valid_BLK], minlength=layers * self.size * experts)
         self.simulated.step(counts.reshape(layers, self.size, experts), self._tokens_R)
 
 
 class _Controller:
-    """What the cluster's controller does with windows, for groups of one size; all of them follow the same placements."""
+    """The cluster's controller for groups of one size, which all follow the same placements."""
 
     def __init__(self, cluster: SimulatedCluster, group: _SimulatedRanks) -> None:
         self._cluster = cluster
-        self._fleet = RankShape(group.node_R, np.full(group.size, _USUAL_SPEED), cluster.timing.costs)
+        self._hardware = RankHardware(group.node_R, np.full(group.size, _USUAL_SPEED), cluster.timing.costs)
         self._placement = group.simulated.model.placement
         self._since = 0
         layers = len(self._placement.num_experts_L)
         self._replanner = Replanner(self._placement.num_experts_L, [range(layers)])
 
     def close_window(self, groups: Sequence[_SimulatedRanks]) -> None:
-        """Learn from what the groups did since the last call; where another placement pays, have them follow it."""
+        """Learn from the groups' loads since the last call; if another placement pays, let them adopt it."""
         simulated = [group.simulated for group in groups]
         tokens_LE, uses_LE, reuse_LD = (
             sum(parts[1:], parts[0]) for parts in zip(*(s.take_window() for s in simulated), strict=True)
         )
-        # Uses are counted by group, in steps of that group; the placement is for a group.
+        # The placement is for one group, so it needs the mean group's tokens and uses.
         self._replanner.learn(tokens_LE // len(groups), uses_LE // len(groups), reuse_LD, self._cluster.window_steps)
         self._since += 1
         if self._since <= OVERDUE and any(one.model.pending_migrations for one in simulated):
             return
-        proposal = self._replanner.weigh(self._placement, self._fleet).proposal
+        _, proposal = self._replanner.weigh(self._placement, self._hardware)
         if proposal.keep:
             return
         self._placement, self._since = proposal.placement, 0

@@ -20,12 +20,13 @@ from epslots.arrays import BoolArray, FloatArray, IntArray
 from epslots.placement.model_planner import ModelPlanner
 from epslots.placement.placement import Placement, default_placement, first_residents
 from epslots.planner.assignment import assign, own_only
-from epslots.planner.cache_policy import Policy, UseHistory, record_use
+from epslots.planner.cache_policy import Policy
 from epslots.planner.cost_model import compute_cost, fetch_cost, moved_pairs
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import Assignment, LayerPlan
 from epslots.planner.reuse_distance import count_distances, stack_distances
+from epslots.planner.use_history import UseHistory, record_use
 from epslots.simulation.timing import Timing
 
 

@@ -1,8 +1,8 @@
-"""How long things take on machines that aren't here: what the simulator's clock counts.
+"""The simulator's clock: how long a machine's operations take.
 
-Pure. Ranks decide by ``Costs``; a machine has more to it than these: links between nodes, attention, and whatever else a layer
-does. The device classes are data sheets' bandwidths at the share of them that copies and matrix products usually reach. They
-rank choices; to predict a machine, give its measured costs.
+Ranks decide by ``Costs``; ``Timing`` adds links between nodes and the rest of a layer, such as attention. Device classes have
+the bandwidths of data sheets, at the share that copies and matrix products usually reach: good enough to compare choices. To
+predict a machine, give its measured costs. Pure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Device:
         host: from the node's host memory.
         peer: to and from another rank of the node, one way.
         network: to and from another node, one way, for each rank.
-        latency_us: of a collective of nothing within a node; ``network_latency_us`` adds what other nodes add.
+        tflops: see above.
+        latency_us: of an empty collective within a node.
+        network_latency_us: added by other nodes.
     """
 
     memory: float
@@ -45,22 +47,22 @@ DEVICES = {
     "cpu": Device(40, 10, 2, 1, 0.5, 80, 100),
 }
 DEFAULT_DEVICE = "h100"
-# What copies reach of a link's data sheet, and products of few rows of a device's.
+# The share of a link's bandwidth that copies reach, and of a device's compute that products of few rows reach.
 LINK_SHARE, COMPUTE_SHARE = 0.8, 0.5
 # bf16
 _BYTES_PER_WEIGHT = 2
 
 
 class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the simulated clock counts, in nanoseconds.
+    """Durations on the simulated clock, in nanoseconds.
 
     Attributes:
-        costs: what the ranks decide by, and what most of their time follows from.
+        costs: by which the ranks decide, and from which most of their time follows.
         far_pair: a pair's transfer to another node, one way.
         far_fetch: an expert's copy from another node's rank.
-        far_exchange: what a collective takes longer where there are other nodes.
-        layer: what a layer takes besides its experts, such as attention.
-        token: the same for each of the rank's tokens.
+        far_exchange: added to a collective if there are other nodes.
+        layer: the fixed part of a layer without its experts, such as attention.
+        token: added to it for each of the rank's tokens.
     """
 
     costs: Costs
@@ -83,7 +85,7 @@ def timing_of(device: Device, expert_bytes: int, row_bytes: int, layer_ns: int =
     Args:
         expert_bytes: of one expert's weights, in bf16.
         row_bytes: of one token's hidden state.
-        layer_ns, token_ns: of a layer besides its experts: see ``Timing``.
+        layer_ns, token_ns: of a layer without its experts, see ``Timing``.
     """
 
     def carry(size: int, gigabytes: float) -> int:  # bytes / (GB/s) = ns

@@ -1,13 +1,15 @@
-"""DriftingTraffic that changes: synthetic loads of windows, since a static Zipf distribution flatters every planner.
+"""Synthetic loads of windows that change over time; a static Zipf distribution flatters every planner.
 
-Pure: a seed in, integer arrays out. Prompts have topics; each topic likes other experts, each prompt departs from its topic
-(so a window of few prompts is noisier than its tokens alone would make it), and what the prompts are about changes:
+Prompts have topics. Each topic prefers other experts, and each prompt departs from its topic, so that a window of few
+prompts is noisier than its tokens alone would be. The topics change by ``kind``:
 
-    still    the same mix of topics throughout: all change is noise
-    switch   one topic reigns for a while, then another; earlier ones come back
-    drift    topics' own likings wander, and their shares with them
-    flash    now and then much of the traffic is one prompt, for a window or a few
+    still    the same mix of topics in all windows: every change is noise
+    switch   one topic dominates for some windows, then another; earlier ones return
+    drift    the topics' preferences and shares drift
+    flash    sometimes half of the prompts are the same, for one to three windows
     all      drift, switches and flash crowds together
+
+Pure: a seed in, integer arrays out. ``bench/placement.py`` replays planners over it.
 
 Legend of shape suffixes: W windows, L layers, E experts, T topics, P prompts of a window.
 """
@@ -26,19 +28,19 @@ KINDS = ("still", "switch", "drift", "flash", "all")
 
 
 @dataclass(frozen=True)
-class DriftingTraffic:
-    """What the traffic is like.
+class SyntheticTraffic:
+    """The parameters of synthetic traffic.
 
     Attributes:
         kind: one of ``KINDS``.
         layers, experts, top_k: of the model.
-        windows: how many windows.
-        prompts, tokens: of each window, and of each prompt: few prompts make noisy windows.
-        topics: how many there are.
+        windows: the number of windows.
+        prompts, tokens: prompts of each window, and tokens of each prompt: few prompts make noisy windows.
+        topics: the number of topics.
         skew: standard deviation of the logarithm of experts' popularity over all topics.
-        taste: the same of a topic's departure from that.
-        whim: the same of a prompt's departure from its topic.
-        pace: windows between switches; half of a wandering's typical time.
+        taste: standard deviation of a topic's departure from that.
+        whim: standard deviation of a prompt's departure from its topic.
+        pace: windows between switches; half of the time constant of a drift.
     """
 
     kind: str = "all"
@@ -65,7 +67,7 @@ class DriftingTraffic:
             raise ConfigError(f"top_k={self.top_k}: allowed: at most the {self.experts} experts")
 
 
-def generate(traffic: DriftingTraffic, seed: int = 0) -> IntArray:
+def generate(traffic: SyntheticTraffic, seed: int = 0) -> IntArray:
     """Pairs of each window for each expert, int64 [W, L, E]. Every layer of a window has prompts x tokens x top_k of them."""
     random = np.random.default_rng(seed)
     shape = (traffic.layers, traffic.experts)
@@ -74,12 +76,12 @@ def generate(traffic: DriftingTraffic, seed: int = 0) -> IntArray:
     loads_WLE = np.empty((traffic.windows, *shape), np.int64)
     mix_T = random.dirichlet(np.ones(traffic.topics))
     crowd_LE, crowd_windows = popular_LE, 0
-    moves = traffic.kind in ("drift", "all")
+    drifts = traffic.kind in ("drift", "all")
     for window in range(traffic.windows):
-        if moves:
+        if drifts:
             keep = 1 - 1 / (2 * traffic.pace)
-            wander = traffic.taste * np.sqrt(1 - keep**2) * random.standard_normal(taste_TLE.shape)
-            taste_TLE = keep * taste_TLE + wander
+            drift = traffic.taste * np.sqrt(1 - keep**2) * random.standard_normal(taste_TLE.shape)
+            taste_TLE = keep * taste_TLE + drift
             mix_T = keep * mix_T + (1 - keep) * random.dirichlet(np.full(traffic.topics, 0.5))
         if traffic.kind in ("switch", "all") and window % traffic.pace == 0:
             mix_T = np.full(traffic.topics, 0.1 / traffic.topics)
@@ -97,8 +99,8 @@ def generate(traffic: DriftingTraffic, seed: int = 0) -> IntArray:
     return loads_WLE
 
 
-def _choose(logits_PLE: NDArray[np.float64], traffic: DriftingTraffic, random: np.random.Generator) -> IntArray:
-    """Pairs of one window, int64 [L, E]: each prompt's tokens choose, none an expert twice (but for roundings)."""
+def _choose(logits_PLE: NDArray[np.float64], traffic: SyntheticTraffic, random: np.random.Generator) -> IntArray:
+    """Pairs of one window, int64 [L, E]: the choices of each prompt's tokens, none twice an expert (up to rounding)."""
     chance_PLE = np.exp(logits_PLE)
     chance_PLE /= chance_PLE.sum(2, keepdims=True)
     # No token chooses an expert twice, so no expert is chosen by more than every token.

@@ -14,9 +14,10 @@ from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.errors import CorruptExpertError
 from epslots.layout import LayerSpec, RecordLayout
-from epslots.planner.cache_policy import POLICIES, UseHistory, record_use
+from epslots.planner.cache_policy import POLICIES
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.expert_passes import plan_passes
+from epslots.planner.use_history import UseHistory, record_use
 from epslots.telemetry import Telemetry
 
 LAYOUT = RecordLayout.of([("gate_up_proj", (4, 8), "float32"), ("down_proj", (8, 2), "float32"), ("bias", (3,), "bfloat16")])

@@ -14,11 +14,11 @@ from epslots.cli.placement import placement_app, read_loads
 from epslots.errors import ConfigError
 from epslots.placement.balance import balancedness, holders, rank_loads
 from epslots.placement.placement_file import read_placement
-from epslots.placement.planner import RankShape
+from epslots.placement.planner import RankHardware
 from epslots.simulation.placement_replay import Planner, replay, replay_costs, start_placement, uses_by_chance
-from epslots.simulation.traffic import DriftingTraffic, generate
+from epslots.simulation.traffic import SyntheticTraffic, generate
 
-TRAFFIC = DriftingTraffic(kind="still", layers=2, experts=16, top_k=2, windows=10, prompts=30, tokens=60, whim=0.3)
+TRAFFIC = SyntheticTraffic(kind="still", layers=2, experts=16, top_k=2, windows=10, prompts=30, tokens=60, whim=0.3)
 
 
 def invoke(*arguments: object) -> str:
@@ -52,7 +52,7 @@ def test_replay_scores_both_planners_on_the_next_window(loads: Path):
         assert 0.5 < one["balance"] <= one["balance_live"] + 1e-6 and one["balance_live"] <= 1
         assert one["experts_moved"] == sum(one["per_window"]["experts_moved"]) > 0
         assert one["ms_per_window"] > 0
-    # DriftingTraffic that stays as it is: better balance, hardly any moves.
+    # Traffic that stays as it is: better balance, hardly any moves.
     assert 1 - found["ours"]["balance"] < 0.9 * (1 - found["eplb"]["balance"])
     assert found["ours"]["experts_moved"] < 0.3 * found["eplb"]["experts_moved"]
 
@@ -62,7 +62,7 @@ def test_the_scores_are_those_of_the_next_window():
     windows = generate(TRAFFIC, 1)[:4]
     start = start_placement(2, 16, 4, 5)
     ticks = iter(range(100))
-    planner = Planner(start, RankShape(np.zeros(4, np.int64), np.full(4, 1000), replay_costs(windows, 4)))
+    planner = Planner(start, RankHardware(np.zeros(4, np.int64), np.full(4, 1000), replay_costs(windows, 4)))
     scores = replay(windows, start, planner, lambda: float(next(ticks)))
     placements = [start, *(proposal.placement for proposal in planner.proposals)]
     for number in range(3):

@@ -26,7 +26,7 @@ from epslots.group.rank_group import group_of
 from epslots.load_window import LoadWindow
 from epslots.placement.placement import Placement, default_placement, pack
 from epslots.placement.placement_file import write_placement
-from epslots.placement.planner import Proposal, RankShape
+from epslots.placement.planner import Proposal, RankHardware
 from epslots.runtime import runtime_of
 from tests.cluster.test_cluster import PROMPTS, expected, serve_again, tokens_of, until
 from tests.support.clock_loop import clock_loops
@@ -49,7 +49,7 @@ class Restless:
     def __init__(self) -> None:
         self._generator = np.random.default_rng(5)
 
-    def __call__(self, current: Placement, expected: Any, fleet: RankShape, quota_LR: Any) -> Proposal:
+    def __call__(self, current: Placement, expected: Any, fleet: RankHardware, quota_LR: Any) -> Proposal:
         assert expected.tokens_LE.sum() > 0
         found = random_placement(self._generator, current)
         while not found.wanted_LRE.any((1, 2)).all():
@@ -309,7 +309,7 @@ def test_what_a_rank_can_not_follow_ends_nothing(open_cluster: Open, folder: Pat
     class Foolish(Restless):
         """Its slots are more than there are."""
 
-        def __call__(self, current: Placement, expected: Any, fleet: RankShape, quota_LR: Any) -> Proposal:
+        def __call__(self, current: Placement, expected: Any, fleet: RankHardware, quota_LR: Any) -> Proposal:
             more = Placement(1, current.num_experts_L, current.home_LE, current.wanted_LRE, current.quota_LR + 1)
             return Proposal(more, False, 1, 1, 0, 0.5, 0.6, NO_REASONS)
 

@@ -29,8 +29,9 @@ from epslots.cuda_graph.device_slots import (
 )
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.layout import LayerSpec, PackedLayout, RecordLayout
-from epslots.planner.cache_policy import POLICIES, UseHistory, record_use
+from epslots.planner.cache_policy import POLICIES
 from epslots.planner.evictions import plan_evictions
+from epslots.planner.use_history import UseHistory, record_use
 from epslots.progress import ProgressDisplay
 
 # Records of several chunks of the copying kernel, the last one not full; on pages of the store with a gap behind each.

@@ -23,11 +23,12 @@ from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import Prefetcher
 from epslots.placement.model_planner import ModelPlanner
 from epslots.placement.placement import Placement, default_homes, default_placement
-from epslots.planner.cache_policy import POLICIES, UseHistory
+from epslots.planner.cache_policy import POLICIES
 from epslots.planner.cost_model import Costs
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.prefetch_policy import PrefetchBudget
+from epslots.planner.use_history import UseHistory
 from epslots.telemetry import Telemetry
 from epslots.transport.local_transport import LocalTransport
 from epslots.transport.lockstep import Header, LockStep

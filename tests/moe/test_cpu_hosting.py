@@ -28,9 +28,9 @@ ALWAYS = Costs(10**9, 10**9, 1, 1, 1, 1, 10**6, host_expert=2, host_pair=1)
 OFTEN = msgspec.structs.replace(TOKENS_TRAVEL, host_expert=4 * 10**8, host_pair=10**6)
 
 
-def hosting(model: PreTrainedModel, costs: Costs, *, beside: bool) -> PreTrainedModel:
+def hosting(model: PreTrainedModel, costs: Costs, *, concurrent: bool) -> PreTrainedModel:
     for runner in runtime_of(model).runners:
-        share = CpuShare(1, runner.cache.num_experts, costs, beside=beside)
+        share = CpuShare(1, runner.cache.num_experts, costs, concurrent=concurrent)
         runner.form(Alone(), plan_alone(runner.cache, cpu_share=share), complete=runner.cache.holds_all)
     return model
 
@@ -40,11 +40,14 @@ def fetched(model: PreTrainedModel) -> int:
 
 
 @pytest.mark.parametrize("slots", [1, 3, "50%"])
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("concurrent", [False, True])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "longcat_flash", "ernie4_5_vl_moe"])
-def test_one_rank(name: str, beside: bool, slots: int | str, checkpoint: Checkpoints, cache_dir: Path):
+def test_one_rank(name: str, concurrent: bool, slots: int | str, checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint(name)
-    plain, model = load(folder, cache_dir, slots=slots), hosting(load(folder, cache_dir, slots=slots), OFTEN, beside=beside)
+    plain, model = (
+        load(folder, cache_dir, slots=slots),
+        hosting(load(folder, cache_dir, slots=slots), OFTEN, concurrent=concurrent),
+    )
     reference = zoo.reference(folder)
     prompt = zoo.random_ids(1, 9, seed=2)
     for candidate in (plain, model):
@@ -56,7 +59,7 @@ def test_one_rank(name: str, beside: bool, slots: int | str, checkpoint: Checkpo
 
 def test_what_is_always_cheaper_there_leaves_the_slots_as_they_are(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
-    model = hosting(load(folder, cache_dir, slots=3), ALWAYS, beside=False)
+    model = hosting(load(folder, cache_dir, slots=3), ALWAYS, concurrent=False)
     assert_equal(model, zoo.reference(folder))
     stats = epslots.stats(model)
     assert fetched(model) == 0 and stats.misses == sum(layer.hosted for layer in stats.layers) > 0
@@ -85,7 +88,7 @@ def test_packed_records(name: str, make: Callable[..., Path], checkpoint: Checkp
     stats = epslots.stats(model)
     assert layer.record.nbytes * 3 < layer.layout.nbytes
     assert fetched(model) == stats.misses * layer.record.nbytes
-    assert_equal(hosting(model, OFTEN, beside=False), reference)
+    assert_equal(hosting(model, OFTEN, concurrent=False), reference)
     runtime_of(model).check_integrity()
 
 

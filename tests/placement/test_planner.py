@@ -14,10 +14,10 @@ from epslots.errors import ConfigError
 from epslots.placement.balance import balancedness, holders, rank_loads
 from epslots.placement.forecast import ExpectedLoad, Forecast
 from epslots.placement.from_scratch import copies_by_load, place_afresh, slots_of
-from epslots.placement.local_search import Field, Search, spread_factor
+from epslots.placement.local_search import Objective, Search, spread_factor
 from epslots.placement.oversubscribed import expert_times, rank_times
 from epslots.placement.placement import Placement, default_placement
-from epslots.placement.planner import RankShape, propose, renumber
+from epslots.placement.planner import RankHardware, propose, renumber
 from epslots.planner.cost_model import Costs
 
 GOLDEN = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
@@ -33,8 +33,8 @@ def costs(copy_ns: int = 1) -> Costs:
     return Costs(copy_ns, copy_ns, 1, 1000, 1, 1, 1)
 
 
-def fleet(ranks: int, nodes: int = 1, copy_ns: int = 1, speeds: list[int] | None = None) -> RankShape:
-    return RankShape(np.arange(ranks) * nodes // ranks, np.array(speeds or [1000] * ranks), costs(copy_ns))
+def fleet(ranks: int, nodes: int = 1, copy_ns: int = 1, speeds: list[int] | None = None) -> RankHardware:
+    return RankHardware(np.arange(ranks) * nodes // ranks, np.array(speeds or [1000] * ranks), costs(copy_ns))
 
 
 def certain(tokens_LE: np.ndarray, scale: int = 10**6) -> ExpectedLoad:
@@ -70,7 +70,7 @@ def test_zipf_loads_are_as_level_as_with_eplb_or_more(shape: str):
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[Placement, ExpectedLoad, RankShape, bool]:
+def situations(draw: st.DrawFn) -> tuple[Placement, ExpectedLoad, RankHardware, bool]:
     layers, ranks = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     experts = draw(st.lists(st.integers(1, 12), min_size=layers, max_size=layers))
     widest = max(experts)
@@ -90,7 +90,7 @@ def situations(draw: st.DrawFn) -> tuple[Placement, ExpectedLoad, RankShape, boo
 
 @settings(max_examples=150, deadline=None)
 @given(situations())
-def test_placements_are_sound_and_what_is_proposed_pays(situation: tuple[Placement, ExpectedLoad, RankShape, bool]):
+def test_placements_are_sound_and_what_is_proposed_pays(situation: tuple[Placement, ExpectedLoad, RankHardware, bool]):
     current, expected, machines, flat = situation
     for _ in range(2):
         found = propose(current, expected, machines, flat=flat)
@@ -186,7 +186,7 @@ def test_with_few_slots_homes_level_misses_and_hot_experts_stay():
     dear = Costs(10**5, 10**5, 1, 1000, 1, 1, 1)
     expected = ExpectedLoad(loads, uses, 50, 1.0, 8.0)
     current = replace(start([16], 4, 3), home_LE=np.array([[0] * 8 + [1] * 4 + [2] * 2 + [3] * 2]))
-    machines = RankShape(np.zeros(4, np.int64), np.full(4, 1000), dear)
+    machines = RankHardware(np.zeros(4, np.int64), np.full(4, 1000), dear)
     found = current
     for _ in range(4):
         found = propose(found, expected, machines).placement
@@ -243,7 +243,7 @@ def test_every_change_of_the_sum_is_what_it_is_computed_to_be():
     layers, ranks, experts, room = 3, 6, 20, 5
     sample = random.dirichlet(np.ones(experts), (9, layers)) * ranks
     moments = np.einsum("kle,klf->lef", sample, sample) / 9
-    field = Field(moments, np.array([1.5, 1, 1, 1, 1, 0.5]), np.array([0, 0, 0, 1, 1, 1]), 0.7)
+    field = Objective(moments, np.array([1.5, 1, 1, 1, 1, 0.5]), np.array([0, 0, 0, 1, 1, 1]), 0.7)
     held = holders(default_placement([experts] * layers, np.full((layers, ranks), room)))
     search = Search(
         slots_of(held, room), np.repeat(np.arange(ranks), room), np.ones((layers, ranks * room), bool), field, held
@@ -274,7 +274,7 @@ def test_the_best_move_is_found():
         load *= ranks / load.sum()
         moments = np.outer(load, load)[None]
         held = holders(default_placement([experts], np.full((1, ranks), room)))
-        field = Field(moments, np.ones(ranks), np.zeros(ranks, np.int64))
+        field = Objective(moments, np.ones(ranks), np.zeros(ranks, np.int64))
         search = Search(slots_of(held, room), np.repeat(np.arange(ranks), room), np.ones((1, ranks * room), bool), field, held)
         search.improve(np.zeros(1), 1, ranks)
         best = min(squares(table, load) for table in neighbours(held[0], room))

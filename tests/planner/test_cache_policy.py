@@ -11,20 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
-from epslots.planner.cache_policy import (
-    COMPARE_EVERY,
-    POLICIES,
-    SHIFTS,
-    STILL_EVERY,
-    USE,
-    Policy,
-    UseHistory,
-    adaptive,
-    learns,
-    record_use,
-    resolve_policy,
-)
+from epslots.planner.cache_policy import POLICIES, Policy, adaptive, learns, resolve_policy
 from epslots.planner.evictions import plan_evictions
+from epslots.planner.use_history import COMPARE_EVERY, SHIFTS, SNAPSHOT_EVERY, USE, UseHistory, record_use
 
 STILL = len(SHIFTS)
 
@@ -97,12 +86,12 @@ def test_weights_go_to_the_decay_rates_that_hit():
 
 
 def test_where_experts_are_used_in_turn_what_stands_still_is_kept():
-    history = after([{step % 8} for step in range(STILL_EVERY - 10)], 8, slots=4)
+    history = after([{step % 8} for step in range(SNAPSHOT_EVERY - 10)], 8, slots=4)
     assert history.weights.argmax() == STILL
     still = history.decayed[STILL].copy()
-    for step in range(STILL_EVERY - 9, STILL_EVERY + 10):
+    for step in range(SNAPSHOT_EVERY - 9, SNAPSHOT_EVERY + 10):
         record_use(history, np.arange(8) == step % 8, step, 4)
-        assert np.array_equal(history.decayed[STILL], still) == (step < STILL_EVERY)
+        assert np.array_equal(history.decayed[STILL], still) == (step < SNAPSHOT_EVERY)
 
 
 def test_what_follows_the_experts_just_used_is_kept():
@@ -129,7 +118,7 @@ def test_what_follows_nothing_is_not_believed():
     assert not np.array_equal(adaptive(history), scores)
 
 
-def in_waves(popular: Callable[[int], list[float]], steps: int = 1500) -> UseHistory:
+def in_passes(popular: Callable[[int], list[float]], steps: int = 1500) -> UseHistory:
     """After steps of 4 of 16 experts, by shares that follow from the step's number, with 3 slots."""
     generator = np.random.default_rng(0)
     log_shares = np.log([popular(step) for step in range(steps)])
@@ -137,9 +126,9 @@ def in_waves(popular: Callable[[int], list[float]], steps: int = 1500) -> UseHis
     return after([set(chosen) for chosen in order_TE[:, :4].tolist()], 16, slots=3)
 
 
-def test_in_waves_the_rows_are_weighed_as_well():
-    steady = in_waves(lambda step: [1.5**-expert for expert in range(16)])
-    moving = in_waves(lambda step: [1.5 ** -((expert - step // 10) % 16) for expert in range(16)])
+def test_in_passes_the_rows_are_weighed_as_well():
+    steady = in_passes(lambda step: [1.5**-expert for expert in range(16)])
+    moving = in_passes(lambda step: [1.5 ** -((expert - step // 10) % 16) for expert in range(16)])
     slow, fast = slice(SHIFTS.index(7), None), slice(0, SHIFTS.index(5) + 1)
     assert steady.hits[:-1].all() and moving.hits[:-1].all()
     assert steady.weights[slow].sum() > 200 > 50 > steady.weights[fast].sum()

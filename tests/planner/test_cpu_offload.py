@@ -1,4 +1,4 @@
-"""Which misses the host's CPU computes: cheaper than fetching, until that has cost as much; level with the link beside it."""
+"""Which misses the host's CPU computes: cheaper than fetching, until that has cost as much; level with a concurrent link."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epslots.planner.cost_model import Costs
-from epslots.planner.cpu_offload import TOLL_STEPS, CpuShare, computed_on_cpu, displaces_better
+from epslots.planner.cpu_offload import HALVING_STEPS, CpuShare, computed_on_cpu, displaces_better
 
 FETCH = 1000
 
@@ -21,7 +21,7 @@ def costs(host_expert: int = 300, host_pair: int = 10, **others: int) -> Costs:
 
 
 def served(
-    cost: Costs, pairs: list[int], *, ranks: list[int] | None = None, beside: bool = False, **arrays: list
+    cost: Costs, pairs: list[int], *, ranks: list[int] | None = None, concurrent: bool = False, **arrays: list
 ) -> list[bool]:
     count = len(pairs)
     return computed_on_cpu(
@@ -30,7 +30,7 @@ def served(
         np.array(pairs, np.int64),
         np.array(arrays.get("tolls", [0] * count), np.int64),
         np.array(arrays.get("displaces", [False] * count), bool),
-        beside=beside,
+        concurrent=concurrent,
     ).tolist()
 
 
@@ -39,15 +39,15 @@ def test_few_tokens_are_moved_and_many_are_not():
     assert served(costs(), [1, 77, 78, 500]) == [True, True, False, False]
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_nothing_is_hosted_where_nobody_said_what_that_costs(beside: bool):
-    assert served(costs(0, 0), [1, 2], beside=beside) == [False, False]
-    assert served(costs(), [], beside=beside) == []
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_nothing_is_hosted_where_nobody_said_what_that_costs(concurrent: bool):
+    assert served(costs(0, 0), [1, 2], concurrent=concurrent) == [False, False]
+    assert served(costs(), [], concurrent=concurrent) == []
 
 
 def test_a_fetch_comes_when_hosting_has_cost_as_much_as_it_and_the_one_that_follows():
     rent = 300 + 10 - 2
-    share = CpuShare(1, 4, costs(), beside=False)
+    share = CpuShare(1, 4, costs(), concurrent=False)
     one = np.array([1])
     hosted = [bool(share.choose(step, one * 0, one, one, np.array([False]))[0]) for step in range(9)]
     times = (2 * FETCH - 1) // rent
@@ -61,13 +61,13 @@ def test_what_the_policy_would_not_keep_is_never_fetched_for_its_tolls():
 
 
 def test_tolls_are_forgotten():
-    share = CpuShare(2, 3, costs(), beside=False)
+    share = CpuShare(2, 3, costs(), concurrent=False)
     ranks, experts, pairs = np.array([0, 1]), np.array([2, 2]), np.array([1, 9])
     share.choose(1, ranks, experts, pairs, np.zeros(2, bool))
     first = share.remote_ns_RE.copy()
     assert (first[:, 2] == [308, 300 + 90 - 10]).all() and first.sum() == 308 + 380
     nobody = np.zeros(0, np.int64)
-    share.choose(TOLL_STEPS, nobody, nobody, nobody, np.zeros(0, bool))
+    share.choose(HALVING_STEPS, nobody, nobody, nobody, np.zeros(0, bool))
     assert (share.remote_ns_RE == first // 2).all()
     share.choose(10**9, nobody, nobody, nobody, np.zeros(0, bool))
     assert not share.remote_ns_RE.any()
@@ -90,7 +90,7 @@ def test_beside_the_link_a_rank_is_done_as_soon_as_can_be(misses: list[tuple[int
     cost = costs(expert, pair)
     ranks, pairs, ripe = ([m[i] for m in misses] for i in range(3))
     tolls = [10 * FETCH if r else 0 for r in ripe]
-    hosted = served(cost, pairs, ranks=ranks, tolls=tolls, beside=True)
+    hosted = served(cost, pairs, ranks=ranks, tolls=tolls, concurrent=True)
     assert not any(h and r for h, r in zip(hosted, ripe, strict=True))
     for rank in range(3):
         mine = [i for i in range(len(misses)) if ranks[i] == rank]
@@ -100,8 +100,8 @@ def test_beside_the_link_a_rank_is_done_as_soon_as_can_be(misses: list[tuple[int
 
 
 def test_every_rank_decides_for_itself():
-    alone = served(costs(), [1, 60, 200], beside=True)
-    both = served(costs(), [1, 200, 60, 200, 1, 60], ranks=[0, 1, 1, 0, 1, 0], beside=True)
+    alone = served(costs(), [1, 60, 200], concurrent=True)
+    both = served(costs(), [1, 200, 60, 200, 1, 60], ranks=[0, 1, 1, 0, 1, 0], concurrent=True)
     assert [both[i] for i in (0, 5, 3)] == [both[i] for i in (4, 2, 1)] == alone
 
 

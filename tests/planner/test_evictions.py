@@ -40,15 +40,15 @@ def test_every_rank_foresees_what_every_other_rank_does(situation: Situation):
         evicted_E = change.evicted_RE[rank]
         passes = plan_passes(needed_RE[rank].astype(np.int64), position_E, expert_Q, situation.score_E, evicted_E)
         computed: list[int] = []
-        for number, wave in enumerate(passes):
-            assert expert_Q[wave.fetch_positions].tolist() == wave.evicted.tolist()
-            gone = wave.evicted[wave.evicted >= 0]
+        for number, expert_pass in enumerate(passes):
+            assert expert_Q[expert_pass.fetch_positions].tolist() == expert_pass.evicted.tolist()
+            gone = expert_pass.evicted[expert_pass.evicted >= 0]
             assert not set(gone) & set(np.flatnonzero(needed_RE[rank])) - set(computed), "given up before its turn"
             if len(passes) == 1:
                 assert not needed_RE[rank, gone].any()
-            expert_Q[wave.fetch_positions] = wave.fetch_experts
-            assert expert_Q[wave.positions].tolist() == wave.experts.tolist(), number
-            computed += wave.experts.tolist()
+            expert_Q[expert_pass.fetch_positions] = expert_pass.fetch_experts
+            assert expert_Q[expert_pass.positions].tolist() == expert_pass.experts.tolist(), number
+            computed += expert_pass.experts.tolist()
         assert sorted(computed) == np.flatnonzero(needed_RE[rank]).tolist()
         assert sorted(expert_Q[expert_Q >= 0]) == np.flatnonzero(change.after_RE[rank]).tolist()
         assert set(np.flatnonzero(situation.holds_RE[rank] & ~change.after_RE[rank])) <= set(np.flatnonzero(evicted_E))

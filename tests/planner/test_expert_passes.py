@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epslots.planner.evictions import plan_evictions
-from epslots.planner.expert_passes import PAIRS_A_READ, plan_passes
+from epslots.planner.expert_passes import PAIRS_PER_READ, plan_passes
 
 
 def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] | None = None):
@@ -24,41 +24,41 @@ def plan(counts: list[int], residents: list[int], quota: int, scores: list[int] 
     change = plan_evictions((position_E >= 0)[None], needed_E[None], np.array([quota]), score_E)
     passes = plan_passes(np.array(counts), position_E, expert_Q, score_E, change.evicted_RE[0])
     after_Q = expert_Q.copy()
-    for wave in passes:
-        after_Q[wave.fetch_positions] = wave.fetch_experts
-    assert sorted(after_Q[after_Q >= 0]) == np.flatnonzero(change.after_RE[0]).tolist(), "waves lead to what was decided"
+    for expert_pass in passes:
+        after_Q[expert_pass.fetch_positions] = expert_pass.fetch_experts
+    assert sorted(after_Q[after_Q >= 0]) == np.flatnonzero(change.after_RE[0]).tolist(), "passes lead to what was decided"
     return passes, expert_Q
 
 
-def test_nothing_needed_needs_no_wave():
+def test_nothing_needed_needs_no_pass():
     assert plan([0, 0, 0], [0], 2)[0] == ()
 
 
-def test_hits_alone_are_one_wave_without_fetches():
-    (wave,), _ = plan([2, 0, 1, 0], [2, 0, 3], 3)
-    assert wave.experts.tolist() == [0, 2]
-    assert wave.positions.tolist() == [1, 0]
-    assert len(wave.fetch_experts) == 0
+def test_hits_alone_are_one_pass_without_fetches():
+    (expert_pass,), _ = plan([2, 0, 1, 0], [2, 0, 3], 3)
+    assert expert_pass.experts.tolist() == [0, 2]
+    assert expert_pass.positions.tolist() == [1, 0]
+    assert len(expert_pass.fetch_experts) == 0
 
 
 def test_empty_slots_go_first_then_the_lowest_score():
-    (wave,), _ = plan([1, 0, 0, 0, 1, 1], [1, 2, -1, 3], 4, scores=[9, 5, 2, 7, 9, 9])
-    assert wave.fetch_experts.tolist() == [0, 4, 5]
-    assert wave.fetch_positions.tolist() == [2, 1, 0]
-    assert wave.evicted.tolist() == [-1, 2, 1]
+    (expert_pass,), _ = plan([1, 0, 0, 0, 1, 1], [1, 2, -1, 3], 4, scores=[9, 5, 2, 7, 9, 9])
+    assert expert_pass.fetch_experts.tolist() == [0, 4, 5]
+    assert expert_pass.fetch_positions.tolist() == [2, 1, 0]
+    assert expert_pass.evicted.tolist() == [-1, 2, 1]
 
 
-def test_one_slot_runs_an_expert_a_wave():
+def test_one_slot_runs_one_expert_a_pass():
     passes, _ = plan([1, 2, 3], [2], 1)
     assert [w.experts.tolist() for w in passes] == [[2], [0], [1]]
     assert [w.evicted.tolist() for w in passes] == [[], [2], [0]]
 
 
-def test_after_several_waves_the_highest_scores_are_resident():
+def test_after_several_passes_the_highest_scores_are_resident():
     scores = [10, 1, 2, 3, 4, 5, 6, 99]
     passes, expert_Q = plan([1] * 8, [0, 1], 4, scores)
-    for wave in passes:
-        expert_Q[wave.fetch_positions] = wave.fetch_experts
+    for expert_pass in passes:
+        expert_Q[expert_pass.fetch_positions] = expert_pass.fetch_experts
     assert {0, 7} <= set(expert_Q.tolist())
     assert 0 not in np.concatenate([w.evicted for w in passes]).tolist()
 
@@ -80,15 +80,15 @@ def test_every_needed_expert_is_computed_once_and_kept_until_then(situation):
     passes, expert_Q = plan(counts, residents, quota, scores)
     needed = {e for e, count in enumerate(counts) if count}
     waiting = set(needed)
-    for wave in passes:
-        assert wave.evicted.tolist() == expert_Q[wave.fetch_positions].tolist()
-        # What is still to be computed may leave only if this very wave fetched it, which it can't.
-        assert not waiting & (set(wave.evicted.tolist()) - {-1})
-        assert len(set(wave.fetch_positions.tolist())) == len(wave.fetch_positions)
-        expert_Q[wave.fetch_positions] = wave.fetch_experts
-        assert expert_Q[wave.positions].tolist() == wave.experts.tolist()
-        assert set(wave.experts.tolist()) <= waiting
-        waiting -= set(wave.experts.tolist())
+    for expert_pass in passes:
+        assert expert_pass.evicted.tolist() == expert_Q[expert_pass.fetch_positions].tolist()
+        # What is still to be computed may leave only if this very pass fetched it, which it can't.
+        assert not waiting & (set(expert_pass.evicted.tolist()) - {-1})
+        assert len(set(expert_pass.fetch_positions.tolist())) == len(expert_pass.fetch_positions)
+        expert_Q[expert_pass.fetch_positions] = expert_pass.fetch_experts
+        assert expert_Q[expert_pass.positions].tolist() == expert_pass.experts.tolist()
+        assert set(expert_pass.experts.tolist()) <= waiting
+        waiting -= set(expert_pass.experts.tolist())
     assert not waiting
     held = expert_Q[expert_Q >= 0]
     assert len(set(held.tolist())) == len(held)
@@ -102,14 +102,14 @@ def test_every_needed_expert_is_computed_once_and_kept_until_then(situation):
 
 @given(situations(), st.randoms())
 def test_where_an_expert_happens_to_lie_decides_nothing(situation, random):
-    """The same experts resident in other positions: the same are computed, fetched and given up, wave by wave."""
+    """The same experts resident in other positions: the same are computed, fetched and given up, pass by pass."""
     counts, residents, quota, scores = situation
     first, _ = plan(counts, residents, quota, scores)
     again, _ = plan(counts, random.sample(residents, quota), quota, scores)
-    for wave, other in zip(first, again, strict=True):
-        assert sorted(wave.experts) == sorted(other.experts)
-        assert wave.fetch_experts.tolist() == other.fetch_experts.tolist()
-        assert sorted(wave.evicted) == sorted(other.evicted)
+    for expert_pass, other in zip(first, again, strict=True):
+        assert sorted(expert_pass.experts) == sorted(other.experts)
+        assert expert_pass.fetch_experts.tolist() == other.fetch_experts.tolist()
+        assert sorted(expert_pass.evicted) == sorted(other.evicted)
 
 
 @given(situations(), st.data())
@@ -139,23 +139,23 @@ def test_over_a_link_what_is_there_runs_first_and_small_passes_are_joined(situat
         first_E=first_E,
         worth=worth,
     )
-    order = [e for wave in passes for e in wave.experts.tolist()]
+    order = [e for expert_pass in passes for e in expert_pass.experts.tolist()]
     assert sorted(order) == sorted(needed)
     kind = {e: (3 if position_E[e] < 0 and not (fits and flags[e]) else 1 if not flags[e] else 2) for e in needed}
     assert [kind[e] for e in order if kind[e] != 2] == sorted(kind[e] for e in order if kind[e] != 2)
     assert fits or all(len(w.fetch_experts) <= max(1, quota // 2) for w in passes[1:])
     computed = 0
-    for number, wave in enumerate(passes):
-        # What gives way was computed in the waves that the fetch waits for, or isn't needed.
-        assert wave.evicted.tolist() == expert_Q[wave.fetch_positions].tolist()
-        before = {e for w in passes[: wave.after] for e in w.experts.tolist()}
-        assert all(e < 0 or e not in needed or e in before for e in wave.evicted.tolist())
-        expert_Q[wave.fetch_positions] = wave.fetch_experts
-        assert expert_Q[wave.positions].tolist() == wave.experts.tolist()
-        reads = sum(1 + counts[e] // PAIRS_A_READ for e in wave.experts.tolist())
+    for number, expert_pass in enumerate(passes):
+        # What gives way was computed in the passes that the fetch waits for, or isn't needed.
+        assert expert_pass.evicted.tolist() == expert_Q[expert_pass.fetch_positions].tolist()
+        before = {e for w in passes[: expert_pass.after] for e in w.experts.tolist()}
+        assert all(e < 0 or e not in needed or e in before for e in expert_pass.evicted.tolist())
+        expert_Q[expert_pass.fetch_positions] = expert_pass.fetch_experts
+        assert expert_Q[expert_pass.positions].tolist() == expert_pass.experts.tolist()
+        reads = sum(1 + counts[e] // PAIRS_PER_READ for e in expert_pass.experts.tolist())
         computed += reads
-        assert not fits or len(passes) == 1 or reads >= worth, "a wave that isn't worth it is joined to another"
-        assert fits is False or wave.after == 0
+        assert not fits or len(passes) == 1 or reads >= worth, "a pass that isn't worth it is joined to another"
+        assert fits is False or expert_pass.after == 0
         assert number < len(passes)
 
 
@@ -171,7 +171,7 @@ def test_frequent_experts_survive_a_pass_over_all(quota: int):
     scores = list(range(experts))
     hot = list(range(experts - quota, experts))
     passes, expert_Q = plan([1] * experts, hot, quota, scores)
-    for wave in passes:
-        expert_Q[wave.fetch_positions] = wave.fetch_experts
+    for expert_pass in passes:
+        expert_Q[expert_pass.fetch_positions] = expert_pass.fetch_experts
     kept = len(set(hot) & set(expert_Q.tolist()))
     assert kept >= quota - max(1, quota // 4)

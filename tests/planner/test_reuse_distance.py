@@ -41,7 +41,7 @@ def test_the_curve_is_what_an_lru_cache_misses(seed: int):
     weights = generator.dirichlet(np.full(12, 0.4)) + 0.01
     ids = np.stack([generator.choice(12, 3, replace=False, p=weights / weights.sum()) for _ in range(200)]).astype(np.int16)
     misses = misses_by_slots(histogram_of(ids, 12))
-    quota_CL = np.arange(3, 13)[:, None]  # fewer than a step uses run in waves, which LRU knows nothing of
+    quota_CL = np.arange(3, 13)[:, None]  # fewer than a step uses run in passes, which LRU knows nothing of
     replayed = replay(ids[:, None], np.array([12]), quota_CL, POLICIES["lru"])
     assert replayed.misses_CL[:, 0].tolist() == misses[3:].tolist()
 
@@ -56,7 +56,7 @@ def test_the_curve_by_a_policys_scores_is_close_to_what_it_misses(policy: str, s
     misses_C = replay(ids, np.array([24]), quota_CL, POLICIES[policy]).misses_CL[:, 0]
     histogram_D, by_recency_D = (reuse_histogram(ids, np.array([24]), POLICIES[name])[0] for name in (policy, "lru"))
     error_C, error_by_recency_C = (np.abs(misses_by_slots(h)[1:] - misses_C) / ids.size for h in (histogram_D, by_recency_D))
-    assert error_C[3:].max() <= 0.03, "up to what a step uses it runs in waves"
+    assert error_C[3:].max() <= 0.03, "up to what a step uses it runs in passes"
     assert error_C.mean() < 0.5 * error_by_recency_C.mean()
     assert histogram_D[24] == misses_C[-1] == 24, "first uses miss, whatever the slots"
 

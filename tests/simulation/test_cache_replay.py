@@ -51,7 +51,7 @@ SIX = np.array([6])
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_policy_beats_the_optimum(seed: int):
-    quota_CL = np.array([[1], [2], [3], [5]])  # a step uses two: the first runs in waves
+    quota_CL = np.array([[1], [2], [3], [5]])  # a step uses two: the first runs in passes
     ids = random_trace(seed)
     best = belady(ids, SIX, quota_CL)
     for policy in POLICIES.values():

@@ -18,7 +18,7 @@ from epslots.planner.cache_policy import POLICIES
 from epslots.planner.cost_model import Costs, layer_time
 from epslots.simulation.cache_replay import replay, steps_of
 from epslots.simulation.lanes import read_on
-from epslots.simulation.simulate import SimulatedCluster, TrafficShape, simulate
+from epslots.simulation.simulate import RecordedTraffic, SimulatedCluster, simulate
 from epslots.simulation.simulated_group import SimulatedGroup, far_pairs_of_a_rank
 from epslots.simulation.timing import DEVICES, Timing, timing_of
 from epslots.trace import Trace
@@ -32,7 +32,9 @@ def plain(costs: Costs) -> Timing:
     return Timing(costs, 0, 0, 0, 0, 0)
 
 
-def skewed_traffic(seed: int = 0, sequences: int = 24, tokens: int = 50, layers: int = 2, experts: int = 12) -> TrafficShape:
+def skewed_traffic(
+    seed: int = 0, sequences: int = 24, tokens: int = 50, layers: int = 2, experts: int = 12
+) -> RecordedTraffic:
     """Two choices for each token, some experts far hotter than others; the last of several layers has fewer experts."""
     generator = np.random.default_rng(seed)
     logits = 1.5 * generator.standard_normal((layers, experts))
@@ -40,7 +42,7 @@ def skewed_traffic(seed: int = 0, sequences: int = 24, tokens: int = 50, layers:
     logits[np.arange(experts) >= num_experts_L[:, None]] = -np.inf
     noisy = logits + generator.gumbel(size=(sequences * tokens, layers, experts))
     ids = np.argsort(-noisy, axis=2, kind="stable")[:, :, :2].astype(np.int16)
-    return TrafficShape(ids, np.arange(sequences) * tokens, num_experts_L)
+    return RecordedTraffic(ids, np.arange(sequences) * tokens, num_experts_L)
 
 
 def cluster_of(ranks: int, slots: int, timing: Timing | None = None, layers: int = 2, **settings: object) -> SimulatedCluster:
@@ -229,7 +231,7 @@ def test_what_can_not_be_simulated():
     with pytest.raises(ConfigError, match="batch=0"):
         simulate(traffic, cluster_of(2, 4), 0, 1)
     with pytest.raises(ConfigError, match="holds no token"):
-        simulate(TrafficShape(traffic.expert_ids[:0], traffic.starts[:0], traffic.num_experts_L), cluster_of(2, 4), 1, 1)
+        simulate(RecordedTraffic(traffic.expert_ids[:0], traffic.starts[:0], traffic.num_experts_L), cluster_of(2, 4), 1, 1)
     with pytest.raises(ValueError, match="far_pair=-1: allowed"):
         Timing(CHEAP, -1, 0, 0, 0, 0)
 

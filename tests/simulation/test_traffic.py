@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epslots.errors import ConfigError
-from epslots.simulation.traffic import KINDS, DriftingTraffic, generate
+from epslots.simulation.traffic import KINDS, SyntheticTraffic, generate
 
 SMALL = {"layers": 2, "experts": 16, "top_k": 2, "windows": 24, "prompts": 60, "tokens": 50, "pace": 6}
 
@@ -17,7 +17,7 @@ def shares(loads: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_window_has_all_pairs_and_a_seed_gives_the_same(kind: str):
-    traffic = DriftingTraffic(kind=kind, **SMALL)
+    traffic = SyntheticTraffic(kind=kind, **SMALL)
     loads = generate(traffic, 3)
     assert loads.shape == (24, 2, 16) and loads.dtype == np.int64 and loads.min() >= 0
     assert (loads.sum(2) == 60 * 50 * 2).all()
@@ -26,7 +26,7 @@ def test_every_window_has_all_pairs_and_a_seed_gives_the_same(kind: str):
 
 def test_switches_happen_at_their_pace_and_stillness_is_still():
     def steps(kind: str) -> np.ndarray:
-        loads = shares(generate(DriftingTraffic(kind=kind, whim=0.1, topics=8, **SMALL), 1))
+        loads = shares(generate(SyntheticTraffic(kind=kind, whim=0.1, topics=8, **SMALL), 1))
         return np.abs(np.diff(loads, axis=0)).sum((1, 2))
 
     switching = steps("switch")
@@ -36,14 +36,14 @@ def test_switches_happen_at_their_pace_and_stillness_is_still():
 
 
 def test_drift_leads_away_for_good():
-    loads = shares(generate(DriftingTraffic(kind="drift", whim=0.1, **SMALL), 2))
+    loads = shares(generate(SyntheticTraffic(kind="drift", whim=0.1, **SMALL), 2))
     near, far = np.abs(loads[1:] - loads[:-1]).sum((1, 2)).mean(), np.abs(loads[12:] - loads[:-12]).sum((1, 2)).mean()
     assert far > 1.3 * near
 
 
 def test_flash_crowds_come_and_go():
     def apart(kind: str) -> np.ndarray:
-        loads = shares(generate(DriftingTraffic(kind=kind, **SMALL), 0))
+        loads = shares(generate(SyntheticTraffic(kind=kind, **SMALL), 0))
         return np.abs(loads - loads.mean(0)).sum((1, 2))
 
     crowded = apart("flash") > 2 * apart("still").mean()
@@ -55,4 +55,4 @@ def test_flash_crowds_come_and_go():
 @pytest.mark.parametrize(("name", "value"), [("kind", "chaos"), ("prompts", 0), ("top_k", 17)])
 def test_bad_settings_are_named(name: str, value: object):
     with pytest.raises(ConfigError, match=name):
-        DriftingTraffic(**(SMALL | {name: value}))  # type: ignore[arg-type]
+        SyntheticTraffic(**(SMALL | {name: value}))  # type: ignore[arg-type]

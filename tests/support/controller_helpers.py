@@ -13,7 +13,7 @@ from cluster.messages.controller import Attach, Explain, Explanation, LoadReport
 from cluster.messages.placement import Residency
 from epslots.load_window import LoadWindow
 from epslots.placement.placement import Placement, default_placement, pack
-from epslots.placement.planner import Proposal, RankShape, Reasons
+from epslots.placement.planner import Proposal, RankHardware, Reasons
 from epslots.planner.cost_model import Costs
 
 LAYERS, EXPERTS, SLOTS = 3, 6, 4
@@ -93,9 +93,9 @@ class Planner:
 
     def __init__(self, *, moves: bool = False) -> None:
         self.moves = moves
-        self.asked: list[tuple[Placement, Any, RankShape, Any]] = []
+        self.asked: list[tuple[Placement, Any, RankHardware, Any]] = []
 
-    def __call__(self, current: Placement, expected: Any, fleet: RankShape, quota_LR: Any) -> Proposal:
+    def __call__(self, current: Placement, expected: Any, fleet: RankHardware, quota_LR: Any) -> Proposal:
         self.asked.append((current, expected, fleet, quota_LR))
         if not self.moves:
             return Proposal(current, True, 0, 0, 0, 0.75, 0.75, NO_REASONS)
