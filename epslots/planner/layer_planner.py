@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -85,7 +86,7 @@ class LayerPlanner:
         self._steps = 0
         self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
 
-    @property
+    @cached_property
     def no_work(self) -> RankPlan:
         """The plan of a step in which no rank has tokens."""
         none_E, none_RU = self._zero_E, np.zeros((self.state.ranks, 0), np.int64)
@@ -95,6 +96,12 @@ class LayerPlanner:
 
     def plan(self, counts_RE: IntArray, scores: Scores) -> RankPlan:
         """``decide`` for all ranks; returns this rank's part. Arguments as there."""
+        if self.alone and self._budgets.migration is None:
+            counts_E = np.ascontiguousarray(counts_RE[0], np.int64)
+            if not np.count_nonzero((counts_E > 0) > self.state.holds_RE[0]):  # all hits: nothing changes
+                self._steps += 1
+                none_E, layer = self._none_RE[0], self.no_work.layer
+                return RankPlan(layer, counts_E, NO_EXPERTS, counts_E, none_E, 0, None, 0, 0, None, -1, -1, None)
         plan, rank = self.decide(counts_RE, scores), self.rank
         work = plan.assignment
         if self.alone:
