@@ -1,4 +1,4 @@
-"""What belongs to one loaded model on one rank, and how to ask it: ``stats``, ``verify``, ``check_integrity``, tracing."""
+"""All objects behind one loaded model on one rank, and its public questions: ``stats`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ _ATTRIBUTE = "epslots_runtime"
 
 @dataclass(frozen=True)
 class Runtime:
-    """Everything behind one model: the layers in order, each with its runner, and a mover for each pool.
+    """The objects behind one model.
 
-    ``checkpoint`` digests the weight files' content, wherever they are; ``predictor`` is what the layers look ahead by, None
-    where they don't; ``host_compute`` is whether the host's CPU may compute what is missing.
+    Attributes:
+        checkpoint: a digest of the weight files' content.
+        layers: the MoE layers in order.
+        movers: the expert loader of each pool.
+        runners: the ``MoELayer`` of each layer.
+        predictor: predicts the next layer's experts; None where nothing is predicted.
+        host_compute: whether the host's CPU may compute missing experts.
     """
 
     checkpoint: str
@@ -50,12 +55,12 @@ class Runtime:
         raise IndexError(f"layer {index}: there are {len(self.layers)}")
 
     def complete_layers(self) -> dict[int, IntArray]:
-        """All experts of each layer that has a slot for every one: it will never miss."""
+        """All experts of each layer that has a slot for every one, and so never misses; by layer."""
         never_miss = [i for i, runner in enumerate(self.runners) if runner.cache.holds_all]
         return {i: np.arange(self.layers[i].num_experts) for i in never_miss}
 
     def divide(self, quotas: Sequence[int]) -> None:
-        """Give each layer another number of slots, of the same sum in every pool. What is in them is lost, unless all stay."""
+        """Give each layer another number of slots, of the same sum in every pool. A pool that changes is emptied."""
         for loader in self.movers:
             of_pool = [quotas[index] for index in loader.store_layers]
             if list(loader.pool.quotas) != of_pool:
@@ -103,13 +108,13 @@ def runtime_of(model: nn.Module) -> Runtime:
 
 
 def predictor_of(model: nn.Module) -> UsagePredictor | None:
-    """What a model's layers look ahead by; None where they don't, and for models that ``epslots.load`` didn't return."""
+    """The predictor of a model's layers; None without one, and for models that ``epslots.load`` didn't return."""
     runtime = getattr(model, _ATTRIBUTE, None)
     return runtime.predictor if isinstance(runtime, Runtime) else None
 
 
 def stats(model: nn.Module) -> Stats:
-    """Counters of every MoE layer since loading: tokens per expert, hits, misses, waves, bytes, stalls, evictions.
+    """Counters of every MoE layer since loading: tokens per expert, hits, misses, passes, bytes, stalls, evictions.
 
     Raises:
         ConfigError: the model was not loaded by ``epslots.load``.

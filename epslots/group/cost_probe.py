@@ -1,6 +1,6 @@
-"""What things cost on this machine: short measurements at the start, from which the ranks' common ``Costs`` follow.
+"""Short measurements at the start, from which the ranks' common ``Costs`` follow. ``join.py`` calls this.
 
-Every rank measures; the largest figure of all ranks counts, because the slowest is waited for.
+Every rank measures; the largest figure of all ranks counts, because all wait for the slowest.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _wait_for(device: torch.device) -> Callable[[], None]:
 
 
 def measure_cpu(cpu: CpuExperts, rows_NH: torch.Tensor, wait: Callable[[], None]) -> tuple[int, int]:
-    """Nanoseconds that the host's CPU takes for an expert, however few its pairs, and for a pair more; both at least 1.
+    """Nanoseconds of an expert on the CPU, and of one pair more; both at least 1.
 
     Args:
         rows_NH: hidden states on the device.
@@ -147,7 +147,7 @@ def largest(costs: Sequence[Costs]) -> Costs:
 
 
 def _time(action: Callable[[], object], wait: Callable[[], None]) -> int:
-    """Nanoseconds of one call: the median of a few, after two that don't count."""
+    """Nanoseconds of one call: the median of a few, after two to warm up."""
     taken = []
     for _ in range(2 + _REPEATS):
         wait()

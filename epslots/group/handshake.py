@@ -1,4 +1,7 @@
-"""What ranks say to each other when they become one model: who they are, what they run and hold, and what they followed."""
+"""The messages by which ranks become one model, and the checks that they match. ``join.py`` calls this.
+
+A handshake names a rank's versions and settings, the experts in its slots, and the placement that it followed.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,23 @@ from epslots.transport.transport import Transport
 
 Message = TypeVar("Message")
 
-# Raise it when ranks of this version couldn't work with those of the last.
+# To be raised when ranks of this version can't work with those of the last.
 PROTOCOL = 4
 
 
 class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a rank says first; lists are by layer.
+    """A rank's first message; lists are by layer.
 
     Attributes:
-        settings: what must be equal on all ranks, by name.
+        settings: values that must be equal on all ranks, by name.
         slots: slots of each layer.
         residents: the experts in them.
         node: the name of the rank's node.
         steps: steps of all layers that the rank's eviction policy has seen.
-        costs: what the rank's last group agreed on, by pool; empty if it had none.
+        costs: the costs that the rank's last group agreed on, by pool; empty if it had none.
         group, rank: epoch of the rank's last group, and its number there; -1 if it had none.
         placement: version of the placement that the rank follows; 0 = none.
-        bytes_per_step: towards it.
+        bytes_per_step: bytes that a rank fetches in a step to reach it.
         failure: why this rank can't take part; empty if it can.
     """
 
@@ -68,7 +71,7 @@ def decode(message: bytes, kind: type[Message]) -> Message:
 
 
 def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
-    """What must be equal on all ranks for their results and their plans to be."""
+    """The values that must be equal on all ranks, for their results and plans to be."""
     layers = xxhash.xxh3_64_hexdigest(msgspec.msgpack.encode(runtime.layers))
     return {
         "epslots": __version__,
@@ -85,10 +88,12 @@ def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def greet_peers(transport: Transport, hello: Handshake) -> list[Handshake]:
-    """Every rank's words, once they are found to match.
+    """All ranks' handshakes, checked against each other.
 
     Raises:
-        RankMismatchError, StaleEpoch, PeerLost: as ``ranks.join``.
+        RankMismatchError: ranks run different checkpoints, versions or settings.
+        StaleEpoch: a rank belongs to another epoch.
+        PeerLost: a rank is gone, or could not load.
     """
     hellos = exchange_handshakes(transport, hello)
     for rank, other in enumerate(hellos):
@@ -106,7 +111,11 @@ def greet_peers(transport: Transport, hello: Handshake) -> list[Handshake]:
 
 
 def exchange_handshakes(transport: Transport, hello: Handshake) -> list[Handshake]:
-    """Every rank's words, whatever they are."""
+    """All ranks' handshakes, unchecked.
+
+    Raises:
+        RankMismatchError: a rank speaks another protocol.
+    """
     try:
         return [msgspec.msgpack.decode(m, type=Handshake) for m in transport.gather_bytes(encode(hello))]
     except msgspec.DecodeError as error:
@@ -116,20 +125,23 @@ def exchange_handshakes(transport: Transport, hello: Handshake) -> list[Handshak
 def agree_on_placement(
     transport: Transport, hellos: Sequence[Handshake], mine: Placement | None
 ) -> tuple[Placement, int] | None:
-    """What the newest of the ranks' last groups followed, for the ranks that there are now, and its bytes per step; None if
-    there was nothing. All ranks call it together.
+    """The placement of the newest of the ranks' last groups, carried over to these ranks, and its bytes per step.
+
+    All ranks call it together.
 
     Args:
-        mine: what this rank follows.
+        mine: the placement that this rank follows.
+
+    Returns:
+        None if no rank of the newest group followed a placement.
     """
     eldest = max(range(transport.size), key=lambda rank: (hellos[rank].group, hellos[rank].placement, -rank))
     newest = max(hello.placement for hello in hellos)
     if not hellos[eldest].placement:
-        # Nothing is followed; but epochs only grow, whoever followed something before.
         return None
     messages = transport.gather_bytes(pack(mine) if transport.rank == eldest and mine is not None else b"")
     placement, group = unpack(messages[eldest]), hellos[eldest].group
-    if group >= 0:  # else all have just loaded with it
+    if group >= 0:  # else all ranks have just loaded with it
         rank_of_old = [-1] * placement.ranks
         for rank, hello in enumerate(hellos):
             if hello.group == group:

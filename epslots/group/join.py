@@ -1,7 +1,7 @@
-"""Many ranks become one model: they compare what they run, publish their slots, agree on costs, and keep in step from then on.
+"""How ranks become one model: they compare versions, publish their slots, agree on costs, and step together from then on.
 
-``join`` does it for a first group and for every later one: after a loss the survivors form the next epoch's group and
-join again, and the common table of who holds what is rebuilt from what each rank really holds.
+``load`` calls ``start_rank``, which fills a rank's slots and calls ``join``. After a loss the survivors form the next epoch's
+group and ``join`` again: the common table of who holds what is rebuilt from each rank's own slots.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from epslots.runtime import Runtime, runtime_of
 from epslots.transport.lockstep import LockStep
 from epslots.transport.transport import Transport
 
-# What each rank fetches in a step towards a placement that it was started with, until told otherwise.
+# Bytes that each rank fetches in a step towards the placement that it was started with, until it is offered another.
 _START_BYTES = 2**20
 
 
@@ -60,10 +60,9 @@ def join(
 
     Args:
         model: from ``epslots.load``, alone or in an earlier epoch's group.
-        settings: more of what must be equal on all ranks, by name; those of the earlier group if not given.
-        costs: what things cost, on all ranks alike. If not given, they are what an earlier group of any rank had agreed on,
-            else they are measured.
-        placement: to begin with, on all ranks alike; by default that of the earlier group, if there was one.
+        settings: more values that must be equal on all ranks, by name; those of the earlier group if not given.
+        costs: the same on all ranks. By default those that an earlier group of any rank agreed on, else measured.
+        placement: to begin with, the same on all ranks; by default that of the earlier group, if there was one.
         node: the name of this rank's node; by default the host's.
 
     Raises:
@@ -108,7 +107,7 @@ def join(
 
 
 def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Handshake], given: Costs | None) -> list[Costs]:
-    """What things cost, by pool: as given, as a rank's last group had it, or measured."""
+    """The costs of each pool: given ones, those of a rank's last group, or measured ones."""
     if given is not None:
         return [given] * len(runtime.movers)
     known = [hello.costs for hello in hellos if hello.costs]
@@ -121,10 +120,10 @@ def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Han
 
 
 def stand_alone(model: nn.Module, costs: Costs | None = None) -> None:
-    """Let a rank make its steps alone, with what ``load`` has set up: a bound of its prefetches, and misses on the CPU.
+    """Let a rank make its steps alone, with its bound of prefetches and its share of misses on the CPU.
 
     Args:
-        costs: what things cost, if misses may be computed on the CPU; measured, if not given.
+        costs: decide which misses are computed on the CPU, where that is allowed; measured if not given.
     """
     runtime = runtime_of(model)
     bound = runtime.foresight.bytes_per_step
@@ -141,7 +140,7 @@ def stand_alone(model: nn.Module, costs: Costs | None = None) -> None:
 
 
 def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Handshake]) -> None:
-    """Give all ranks the past uses of the one that has seen most: what gives way must not depend on who asks."""
+    """Give all ranks the past uses of the rank that has seen most: all must evict the same experts."""
     eldest = max(range(transport.size), key=lambda rank: (hellos[rank].steps, -rank))
     mine = [(runner.steps, runner.history.pack()) for runner in runtime.runners]
     messages = transport.gather_bytes(encode(mine) if transport.rank == eldest else b"")
@@ -193,15 +192,15 @@ def _divide(runtime: Runtime, placement: Placement, slots_LR: IntArray, rank: in
 
 
 def _shares(runtime: Runtime, placement: Placement, rank: int) -> dict[int, IntArray]:
-    """The experts of each layer with which a rank fills its slots, where these are empty."""
+    """The experts with which a rank fills its empty layers, by layer."""
     first_LE = first_residents(placement)[:, rank]
     empty = [index for index, runner in enumerate(runtime.runners) if not runner.cache.resident_E.any()]
     return {index: np.flatnonzero(first_LE[index]) for index in empty if first_LE[index].any()}
 
 
 def announce_failure(transport: Transport, failure: BaseException) -> None:
-    """Tell ranks that wait in ``start_rank`` why this one won't come."""
-    with suppress(PeerLost):  # then somebody else has failed before
+    """Tell the ranks that wait in ``start_rank`` why this one failed."""
+    with suppress(PeerLost):  # another rank has failed before
         transport.gather_bytes(encode([]))
         exchange_handshakes(transport, Handshake(transport.epoch, {}, [], [], failure=f"{type(failure).__name__}: {failure}"))
 
@@ -213,7 +212,7 @@ def ranks_here(transport: Transport) -> int:
 
 
 def _step_with_every_pass(model: nn.Module) -> None:
-    """Make every forward pass of the model a step of all ranks; what becomes of it if it fails on one, ``_fail`` decides."""
+    """Make every forward pass of the model a step of all ranks. ``_fail`` handles one that fails here."""
     trunk = _trunk(model)
     forward = trunk.forward
 
@@ -226,7 +225,7 @@ def _step_with_every_pass(model: nn.Module) -> None:
             output = forward(*args, **kwargs)
             group.lockstep.end()
         except GroupError:
-            raise  # all ranks know
+            raise  # all ranks know of it
         except BaseException as error:
             _fail(group.lockstep, error)
             raise
@@ -236,10 +235,10 @@ def _step_with_every_pass(model: nn.Module) -> None:
 
 
 def _fail(lockstep: LockStep, error: BaseException) -> None:
-    """This rank's forward pass has failed: complete the step without its tokens if that was asked for, or end it for all.
+    """Complete the step without this rank's tokens, if ``completes`` asks for that, or end it for all ranks.
 
     Raises:
-        StepFailed: it was to be completed, and can't be.
+        StepFailed: it can't be completed, though ``completes`` asks for it.
         PeerLost: a rank is gone, too.
     """
     completes = lockstep.completes and isinstance(error, Exception)
@@ -253,7 +252,7 @@ def _fail(lockstep: LockStep, error: BaseException) -> None:
 
 
 def _trunk(model: nn.Module) -> nn.Module:
-    """The innermost module that runs all MoE layers, once per forward pass, whichever way the model is entered."""
+    """The innermost module that runs all MoE layers, once per forward pass."""
     paths = [name.split(".") for name in experts_modules(model)]
     common = 0
     while len({tuple(path[: common + 1]) for path in paths}) == 1 and common + 1 < min(map(len, paths)):
@@ -265,14 +264,15 @@ def _trunk(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def sync_ranks(model: nn.Module) -> Iterator[None]:
-    """Let ranks make different numbers of forward passes: at the end of the block, this rank takes part in the others' steps
-    without tokens until no rank has work. All ranks enter such a block, like torch's ``Join``.
+    """Let ranks make different numbers of forward passes inside the block, like torch's ``Join``.
+
+    At its end, this rank takes part in the others' steps without tokens until no rank has work. All ranks enter such a block.
 
         with epslots.sync_ranks(model):
             for prompt in my_prompts:  # on some ranks many, on others none
                 model.generate(**prompt)
 
-    Does nothing for a model on a single rank. A block left by an error doesn't wait for anybody.
+    Does nothing for a model on a single rank. A block left by an error waits for no rank.
 
     Raises:
         ConfigError: the model was not loaded by ``epslots.load``.

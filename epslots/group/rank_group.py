@@ -1,4 +1,7 @@
-"""One rank's membership in a group of ranks that are one model: what it shares with them, and how it follows placements."""
+"""One rank's membership in a group of ranks that are one model. ``join.py`` makes it, at every epoch.
+
+It holds the planners, keeps the rank in lock-step, and follows placements.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class RankGroup:
         settings: equal on all ranks.
         costs: agreed by all, by pool.
         nodes: the name of each rank's node.
-        shared: what all ranks know of the model.
+        shared: the planner of the model; the same on all ranks.
         lockstep: keeps this rank in step.
     """
 
@@ -105,18 +108,18 @@ class RankGroup:
 
     @property
     def placement(self) -> Placement:
-        """What this rank follows: the homes, wanted copies and slots that the ranks move towards."""
+        """The placement that this rank follows: homes, wanted copies and slots."""
         return self.shared.placement
 
     @property
     def pending_migrations(self) -> int:
-        """Copies and slots that all ranks together have yet to move to get there."""
+        """Copies and slots that all ranks together have yet to migrate for it."""
         return self.shared.pending_migrations
 
     def offer(self, placement: Placement, bytes_per_step: int) -> None:
-        """Follow a newer placement as soon as it was offered to all ranks; to all in the same order, at whatever time.
+        """Follow a newer placement from the first step before which all ranks were offered it.
 
-        One that isn't newer than those so far is passed over.
+        Ranks may be offered placements at different times, but in the same order. One that isn't newer is ignored.
 
         Args:
             bytes_per_step: what each rank may fetch in a step to get there; equal on all ranks.
@@ -133,7 +136,7 @@ class RankGroup:
             self.lockstep.placement = placement.version
 
     def _begin_step(self, header: Header) -> None:
-        """Adopt the placement that all ranks have by now, and go a step towards it."""
+        """Adopt the newest placement that all ranks have, and pass the slots of this step for it."""
         if header.placement > self.placement.version:
             if header.placement not in self._offered:
                 error = ExchangeError(
@@ -150,7 +153,7 @@ class RankGroup:
                 runners[shift.giver].pass_slot(runners[shift.taker], shift.evicted)
 
     def _digest(self) -> int:
-        """Of the table as it is here, with this rank's row as its slots really are."""
+        """The digest of this rank's tables, after its own rows were brought up to its slots."""
         for loader, table in self._tables:
             mine, actual = table[:, self.transport.rank], loader.pool.slot_of >= 0
             for position in np.flatnonzero((mine != actual).any(1)):

@@ -1,15 +1,11 @@
 """Experts computed by the host's CPU, straight from the host store: the cheapest way where few tokens want a large expert.
 
-Nothing enters a slot and nothing gives way. A few rows of hidden states cross the link instead of an expert's weights, and
-their results come back (as KTransformers and Fiddler do it). The arithmetic is that of the slots' own kernel on the CPU, so
-results are exact; only the order of their sums may differ from a GPU's.
+No expert enters a slot or is evicted. A few rows of hidden states cross the link instead of an expert's weights, and their
+results come back (as in KTransformers and Fiddler). The arithmetic is that of the slots' own kernel on the CPU, so results are
+exact; only the order of their sums may differ from a GPU's. ``ExpertCompute`` calls ``begin`` and ``finish``; work queued on
+the device between the two runs beside the CPU's.
 
-    begin    the rows that want hosted experts are gathered, and set out for the host
-    finish   each hosted expert is applied to its rows; the results go back to the device
-
-What is queued on the device between the two runs beside the CPU's work.
-
-Legend of shape suffixes: M pairs of a step, J rows given, P pairs of hosted experts among them, H hidden size.
+Legend of shape suffixes: M pairs of a step, J rows given, P pairs computed on the CPU among them, H hidden size.
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ class CpuRows:
     """Pairs on their way to the host.
 
     Attributes:
-        experts: the hosted experts, and pairs of each; pairs are in this order.
+        experts: the experts to compute, and pairs of each; pairs are in this order.
         pair_P: int64 on the device, the number of each pair among the step's.
         rows_PH: their rows on the host; complete when ``arrived`` has happened (None: they are).
     """
@@ -51,12 +47,11 @@ class CpuExperts:
     """Computes experts of one layer on the CPU.
 
     Args:
-        module: the layer's experts module, as ``GroupedGemm`` has it; its activation and norm are copied to the CPU if they
-            are elsewhere.
+        module: the layer's experts module; its activation and norm are copied to the CPU if they are elsewhere.
         store: where the records are.
         layer: the layer's number in the store.
         device: where rows come from, and results go to.
-        batch_invariant: as ``GroupedGemm`` has it.
+        batch_invariant: compute each row in the same bits whatever the other rows are.
     """
 
     def __init__(
@@ -72,18 +67,18 @@ class CpuExperts:
         self.dtype, self.hidden_size = self._kernel.dtype, self._kernel.hidden_size
 
     def begin(self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]) -> CpuRows:
-        """Gather the rows of the pairs whose experts are hosted. On CUDA all of it is queued, and nothing is waited for.
+        """Gather the rows for these experts, and send them to the CPU. On CUDA this is queued, without waiting.
 
         Args:
             rows_JH: hidden states; M is a multiple of J, and each row serves M / J neighbouring pairs.
             ids_M: int64, the expert of each pair.
-            experts: the hosted experts, each once.
+            experts: the experts to compute, each once.
             pairs: how many pairs each of them has among ``ids_M``.
         """
         total = sum(pairs)
         turn_E = torch.full((self.num_experts + 1,), len(experts))
         turn_E[list(experts)] = torch.arange(len(experts))
-        # Pairs of the first hosted expert come first, and all others last: how many to take is known without a look.
+        # Pairs of the first of these experts come first, and all others last: how many to take is known without a sync.
         turn_M = to_device(turn_E.numpy(), self._device)[ids_M]
         pair_P = torch.sort(turn_M, stable=True).indices[:total]
         rows_PH = rows_JH[pair_P // (len(ids_M) // len(rows_JH))].to(self.dtype)
@@ -117,7 +112,7 @@ class CpuExperts:
     def compute(
         self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]
     ) -> torch.Tensor:
-        """``begin`` and ``finish`` at once: [M, H], zeros for pairs of experts that aren't hosted."""
+        """``begin`` and ``finish`` in one call: [M, H], zeros for pairs of other experts."""
         result_MH = torch.zeros(len(ids_M), self.hidden_size, dtype=self.dtype, device=self._device)
         self.finish(self.begin(rows_JH, ids_M, experts, pairs), result_MH)
         return result_MH

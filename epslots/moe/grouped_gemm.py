@@ -77,7 +77,7 @@ class GroupedGemm:
 
 
 def _oriented(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """[Q, in, out], whichever way the checkpoint's layout has it."""
+    """The weights as [Q, in, out], from either layout of a checkpoint."""
     return weight if transposed else weight.transpose(-2, -1)
 
 

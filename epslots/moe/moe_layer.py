@@ -128,10 +128,7 @@ class MoELayer:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
         """
         self._peers, self.planner, self.prefetch_target.planner = peers, planner, planner
-        self._resident = None
-        if complete:
-            self.cache.wait_for_all()
-            self._resident = self.experts
+        self._resident = self.experts if complete else None
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
         """Predict for the next layer from now on. Layers look at each other in a circle, so none can be made with it."""
@@ -232,6 +229,8 @@ class MoELayer:
     def execute_resident(self, batch: Batch, experts: ResidentExperts) -> torch.Tensor:
         """A step of a layer whose experts are all in slots: each pair's result, [N, H]."""
         self._telemetry.count_resident(self.index, batch.counts)
+        if not self._peers.alone:  # fetches that began before the group formed may be in flight
+            self.cache.wait_for_all()
         if batch.usage is not None and self.prefetcher is not None:  # the next layer may miss
             busy_R = np.array([self.cache.link_is_busy])
             self.prefetcher.fetch(batch.usage.cpu().numpy()[None], busy_R, self.cache.pool)
@@ -241,7 +240,8 @@ class MoELayer:
         """All ranks' counts and predictions, on the host."""
         peers, began = self._peers, time.perf_counter()
         peers.exchanging = True
-        top_k, guard = batch.weights_TK.shape[1] if len(batch.ids_N) else 0, self.planner.state.digest
+        top_k = batch.weights_TK.shape[1] if len(batch.ids_N) else 0
+        guard = 0 if peers.alone else self.planner.state.digest
         gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy)
         if not peers.alone:
             self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
@@ -251,8 +251,8 @@ class MoELayer:
     def plan(self, gathered: Gathered) -> RankPlan:
         """Decide for all ranks who computes what, and for this one what is fetched when."""
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
-        used_E: BoolArray = counts_RE.sum(0) > 0
-        if not used_E.any():  # no rank has tokens
+        used_E: BoolArray = (counts_RE[0] if planner.alone else counts_RE.sum(0)) > 0
+        if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
         self._record_uses(used_E)
         if planner.alone:

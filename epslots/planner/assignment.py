@@ -1,8 +1,8 @@
 """Who computes what: the plan of one layer's step for all ranks.
 
-Pure: integer arrays in, integer arrays out. Every rank knows every rank's counts and residents, so each works out the whole
-plan and all come to the same one; nobody coordinates. A miss is served by whatever the cost model (``cost_model.py``) finds
-cheapest: tokens go to a rank that holds the expert, or a rank fetches it, from a peer or from its host.
+Pure: integer arrays in, integer arrays out. Every rank knows all ranks' counts and residents, so each works out the whole
+plan, and all come to the same one without a coordinator. A miss is served in the way that is cheapest by the cost model
+(``cost_model.py``): tokens go to a rank that holds the expert, or a rank fetches it, from a peer or from its host.
 
     held by one rank      that rank computes
     held by several       split so that ranks are level, own tokens first
@@ -35,10 +35,10 @@ from epslots.planner.plan import Assignment
 
 @dataclass(frozen=True)
 class Assign:
-    """A rule by which a layer's work is divided.
+    """A rule that divides a layer's work among its ranks.
 
     Args:
-        way: of ``assignment_kernels.py``.
+        way: one of the ways of ``assignment_kernels.py``.
     """
 
     way: int
@@ -63,10 +63,10 @@ class Assign:
             quota_R: slots of the layer on each rank.
             home_E: the home rank of each expert. Any will do; a good one saves fetches.
             costs: what things cost, the same on all ranks.
-            remote_ns_RE: nanoseconds that each rank would have saved lately by copies of what it sent tokens to others for;
-                nothing, if not given. ``assign`` alone looks at them.
-            spare_RE: the copies that may give way to others (``spare_replicas``), where the placement wants some; all that are
-                neither at home nor the last, if not given.
+            remote_ns_RE: nanoseconds that each rank would have saved lately with a copy of each expert (``remote_costs.py``);
+                only ``assign`` uses them. By default no copy is bought for idle slots.
+            spare_RE: the copies that may be evicted for others (``spare_replicas``), where the placement wants some; by
+                default all that are neither at home nor the last.
             node_R: the node of each rank, if there are several.
         """
         counts_RE, holds_RE = np.ascontiguousarray(counts_RE, np.int64), np.ascontiguousarray(holds_RE)
@@ -87,7 +87,7 @@ assign = Assign(CHEAPEST)
 home_only = Assign(HOME)
 """The simplest plan: tokens go home, home fetches."""
 holder_only = Assign(HOLDERS)
-"""Tokens always travel to a rank that holds the expert, and only what nobody holds is fetched."""
+"""Tokens always travel to a rank that holds the expert, and only experts on no rank are fetched."""
 own_only = Assign(OWN)
 """No exchange: every rank computes its own tokens and fetches what they need."""
 
@@ -95,10 +95,10 @@ own_only = Assign(OWN)
 def place_misses(
     total_M: IntArray, home_M: IntArray, free_R: IntArray, free_slots_R: IntArray, load_R: IntArray, fetch_ns: int
 ) -> IntArray:
-    """The rank that fetches each expert which nobody holds, int64 [M].
+    """The rank that fetches each expert that no rank holds, int64 [M].
 
     No rank fetches more than its share, because the slowest is waited for. Empty slots are filled before anything is given up,
-    and slots in use before a rank runs in waves; among these home comes first, then the least loaded.
+    and slots in use before a rank runs in several passes; among these home comes first, then the least loaded.
 
     Args:
         total_M: the experts' pairs; those with most choose first.

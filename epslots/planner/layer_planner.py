@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -85,7 +86,7 @@ class LayerPlanner:
         self._steps = 0
         self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
 
-    @property
+    @cached_property
     def no_work(self) -> RankPlan:
         """The plan of a step in which no rank has tokens."""
         none_E, none_RU = self._zero_E, np.zeros((self.state.ranks, 0), np.int64)
@@ -95,6 +96,12 @@ class LayerPlanner:
 
     def plan(self, counts_RE: IntArray, scores: Scores) -> RankPlan:
         """``decide`` for all ranks; returns this rank's part. Arguments as there."""
+        if self.alone and self._budgets.migration is None:
+            counts_E = np.ascontiguousarray(counts_RE[0], np.int64)
+            if not np.count_nonzero((counts_E > 0) > self.state.holds_RE[0]):  # all hits: nothing changes
+                self._steps += 1
+                none_E, layer = self._none_RE[0], self.no_work.layer
+                return RankPlan(layer, counts_E, NO_EXPERTS, counts_E, none_E, 0, None, 0, 0, None, -1, -1, None)
         plan, rank = self.decide(counts_RE, scores), self.rank
         work = plan.assignment
         if self.alone:
@@ -110,7 +117,9 @@ class LayerPlanner:
             cpu_experts = cpu_experts[plan.cpu_ranks == rank]
             slots_E = computed_E.copy()
             slots_E[cpu_experts] = 0
-        migrated, displaced, migration_copies = self._own_migration(plan.migrations)
+        migrated, displaced, migration_copies = -1, -1, None
+        if len(plan.migrations.ranks):
+            migrated, displaced, migration_copies = self._own_migration(plan.migrations)
         return RankPlan(
             layer=plan,
             computed_E=computed_E,
@@ -121,7 +130,7 @@ class LayerPlanner:
             splits=splits,
             sent=sent,
             received=received,
-            copies=self._copies(work.fetch_ranks, work.fetch_experts, work.fetch_sources),
+            copies=None if self.alone else self._copies(work.fetch_ranks, work.fetch_experts, work.fetch_sources),
             migrated=migrated,
             displaced=displaced,
             migration_copies=migration_copies,
@@ -150,7 +159,8 @@ class LayerPlanner:
                 self._budgets.prefetch.spend(work.fetch_ranks, self._record_bytes)
         if idle_slots:
             self._remote.add(work, state, self.costs)
-        state.record(work.fetch_ranks, work.fetch_experts, work.computed_RU, cpu_ranks, cpu_experts)
+        if not self.alone:
+            state.record(work.fetch_ranks, work.fetch_experts, work.computed_RU, cpu_ranks, cpu_experts)
         migrations = NO_MIGRATIONS
         if self._budgets.migration is not None:
             migrations = self._migrate(work, scores, self._budgets.migration)
@@ -204,10 +214,10 @@ class LayerPlanner:
         """The work of each rank, and the fetches that it takes. Copies are bought for idle slots alone."""
         state = self.state
         if self.alone:  # nothing to weigh
-            used_U = np.flatnonzero(counts_RE[0])
+            (used_U,) = counts_RE[0].nonzero()
             counts_1U = counts_RE[:, used_U].astype(np.int64, copy=False)
             missing_F = used_U[~state.holds_RE[0, used_U]]
-            ranks_F = np.zeros_like(missing_F)
+            ranks_F = np.zeros(len(missing_F), np.int64)
             return Assignment(used_U, counts_1U, counts_1U, ranks_F, missing_F, ranks_F - 1, 0)
         return self._rule(
             counts_RE,
@@ -285,8 +295,6 @@ class LayerPlanner:
 
     def _own_migration(self, migrations: Migrations) -> tuple[int, int, PeerCopies | None]:
         """What this rank fetches for the placement, what it evicts for it, and its part of the copies between ranks."""
-        if not len(migrations):
-            return -1, -1, None
         copies = self._copies(migrations.ranks, migrations.experts, migrations.sources)
         mine = np.flatnonzero(migrations.ranks == self.rank)
         if not len(mine):
@@ -295,7 +303,7 @@ class LayerPlanner:
 
     def _copies(self, ranks: IntArray, experts: IntArray, sources: IntArray) -> PeerCopies | None:
         """This rank's part of fetches of which some come from peers."""
-        if self.alone or not len(sources) or not (sources >= 0).any():
+        if not np.count_nonzero(sources >= 0):
             return None
         mine = (ranks == self.rank) & (sources >= 0)
         sent = sources == self.rank

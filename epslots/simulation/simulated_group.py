@@ -1,9 +1,9 @@
-"""A group of ranks without ranks: the very rules by which they plan, cache and move, and a clock that adds up what that takes.
+"""A simulated group of ranks: the planners of real ranks, and a clock that adds up modelled times.
 
-Pure. What is decided is exact: for the same choices of the router, real ranks that neither fetch ahead nor let their hosts
-compute have the same hits, misses, fetches, moves and evictions. What it takes is a model (``timing.py``): in each layer of a
-step all wait for the slowest rank, which fetches, then computes; copies for a placement run behind that and delay the next
-fetches if they aren't done.
+Pure. The decisions are exact: for the same choices of the router, real ranks that neither prefetch nor compute on their CPUs
+have the same hits, misses, fetches, migrations and evictions. The times are a model (``timing.py``): in each layer of a step
+all wait for the slowest rank, which fetches, then computes; migrations run behind that and delay the next fetches if they
+aren't done.
 
 Legend of shape suffixes: L layers, R ranks, N nodes, E experts of the largest layer, U experts with tokens, F fetches.
 """
@@ -32,15 +32,15 @@ from epslots.simulation.timing import Timing
 
 @dataclass
 class StepTally:
-    """What a group did in a step, or in several. int64 [L, R] unless said otherwise.
+    """Counts of a group's step, or of several. int64 [L, R] unless said otherwise.
 
     Attributes:
         hits, misses: uses of experts by the rank that computes them.
         host_fetches, peer_fetches: experts fetched on demand.
-        host_moves, peer_moves: experts fetched for the placement.
-        evictions: experts that gave way to any of them, or to a slot's change of layer.
+        host_moves, peer_moves: experts migrated, from the host and from peers.
+        evictions: experts evicted for any of them, or for a slot's change of layer.
         computed: pairs that each rank computed.
-        far_fetches: experts, moves included, that came from another node.
+        far_fetches: experts, migrations included, that came from another node.
         time_L: nanoseconds of each layer, int64 [L].
         levels_L: mean pairs of the ranks / most pairs, summed over steps, float [L].
         steps_L: steps in which the layer had tokens, int64 [L].
@@ -86,8 +86,8 @@ class SimulatedGroup:
         holds_LRE: who holds what at the start, if it is otherwise.
 
     Attributes:
-        model: what real ranks know of each other.
-        tally: what has been done since it was last taken.
+        model: the planners that real ranks have.
+        tally: the counts since it was last taken.
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class SimulatedGroup:
         self._reuse_LD = np.zeros((layers, experts + 1), np.int64)
 
     def take(self) -> StepTally:
-        """What was done since the last call."""
+        """The counts since the last call."""
         tally, self.tally = self.tally, StepTally.empty(*self.tally.hits.shape)
         return tally
 
     def take_window(self) -> tuple[IntArray, IntArray, IntArray]:
-        """What real ranks' telemetry counts, since the last call: pairs and steps by expert, and stack distances."""
+        """Pairs and steps by expert, and stack distances, since the last call, as real ranks' telemetry counts them."""
         window = self._tokens_LE.copy(), self._uses_LE.copy(), self._reuse_LD.copy()
         for counted in (self._tokens_LE, self._uses_LE, self._reuse_LD):
             counted[:] = 0
@@ -160,11 +160,11 @@ class SimulatedGroup:
             layer_ns = timing.layer + int(tokens_R.max(initial=0)) * timing.token + header
             moving_R = np.zeros_like(self._behind_R)
             if used_E.any():
-                if self.model.complete:  # nobody says anything of it, and nothing of its uses is known
+                if self.model.complete:  # ranks exchange nothing, so no rank knows of its uses
                     self._tokens_LE[layer, :experts] += counts_RE.sum(0)
                     layer_ns -= header
                 else:
-                    self._note_uses(layer, counts_RE, used_E)
+                    self._record_uses(layer, counts_RE, used_E)
                 plan = self._plan(layer, counts_RE)
                 layer_ns += self._layer_time(plan.assignment, tokens_R, far)
                 if len(plan.migrations):
@@ -178,7 +178,7 @@ class SimulatedGroup:
     def _score(self, layer: int) -> IntArray:
         return self._policy(self._history.layer(layer, self._experts[layer]))
 
-    def _note_uses(self, layer: int, counts_RE: IntArray, used_E: BoolArray) -> None:
+    def _record_uses(self, layer: int, counts_RE: IntArray, used_E: BoolArray) -> None:
         self._steps_L[layer] += 1
         row, experts = self._history.layer(layer, len(used_E)), len(used_E)
         count_distances(self._reuse_LD[layer], stack_distances(row.last_use, used_E, self._score(layer)))
@@ -214,7 +214,7 @@ class SimulatedGroup:
         return plan
 
     def _layer_time(self, work: Assignment, tokens_R: IntArray, far: int) -> int:
-        """As ``costs.layer_time`` has it; with other nodes, and with what is still being moved."""
+        """``cost_model.layer_time``, with other nodes and with migrations that are still in flight."""
         costs, ranks = self._timing.costs, len(work.counts_RU)
         busy_R = compute_cost(costs, work.computed_RU)
         if len(work.fetch_ranks):
@@ -248,7 +248,7 @@ class SimulatedGroup:
 
 
 def far_pairs_of_a_rank(counts_RU: IntArray, computed_RU: IntArray, node_R: IntArray) -> int:
-    """Pairs that a rank of the busiest node sends to other nodes or receives from them, whichever is more.
+    """The larger of the pairs that a rank of the busiest node sends to other nodes and receives from them.
 
     Tokens stay on their node as far as they can (``token_splits.py``); what crosses is spread over the node's ranks.
     """

@@ -64,7 +64,7 @@ class Store:
 
 
 class Scaling:
-    """In the place of an ``ExpertKernel``."""
+    """In the place of a ``GroupedGemm``."""
 
     dtype = torch.float32
     hidden_size = HIDDEN
