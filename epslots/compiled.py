@@ -48,7 +48,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def _sources(module: str, path: Path) -> bytes:
-    """The source of a module, and of those of its package from which it imports: all that its compiled code follows from."""
+    """The sources that a module's compiled code follows from: its own, and those of its package that it imports."""
     source, package = path.read_bytes(), module.rpartition(".")[0]
     names = re.findall(rf"^from {re.escape(package)}\.(\w+) import", source.decode(), re.MULTILINE) if package else []
     imported = [(f"{package}.{name}", path.with_name(f"{name}.py")) for name in names]
@@ -57,7 +57,7 @@ def _sources(module: str, path: Path) -> bytes:
 
 @functools.cache
 def _folder(module: str, path: str) -> str:
-    """The cache folder of a module's code, named by the sources, the machine and the versions that the code depends on."""
+    """The cache folder of a module's code, by its sources, the machine and the compiler's version."""
     machine = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
     settings = config.USING_SVML, config.BOUNDSCHECK, config.OPT
     about = repr((numba.__version__, llvmlite.__version__, *machine, *map(str, settings), module))

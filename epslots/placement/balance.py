@@ -36,7 +36,7 @@ def rank_loads(holds_LRE: BoolArray | IntArray, tokens_LE: IntArray | FloatArray
 
 
 def live_loads(holds_LRE: BoolArray, tokens_LE: IntArray | FloatArray, speed_R: IntArray | None = None) -> FloatArray:
-    """Load of each rank where pairs are split over copies in the best way, fractions allowed: float64 [L, R].
+    """Load of each rank, float64 [L, R], if pairs are split over copies in the best way.
 
     Dispatch reaches this, because it splits by the loads of the step itself. The split of least sum of squares (per speed)
     also has the least maximum. It is approached expert by expert: one expert's pairs go to its least loaded holders, while all
@@ -72,7 +72,7 @@ def live_loads(holds_LRE: BoolArray, tokens_LE: IntArray | FloatArray, speed_R: 
 
 
 def _pour(rest_LR: FloatArray, holds_LR: BoolArray, pairs_L: FloatArray, speed_R: FloatArray) -> FloatArray:
-    """The pairs that each holder gets, float64 [L, R], so that receivers end at one level (load per speed): water-filling."""
+    """Pairs for each holder, float64 [L, R], so that receivers end at one load per speed (water-filling)."""
     level_LR = np.where(holds_LR, rest_LR / speed_R, np.inf)
     order_LR = np.argsort(level_LR, axis=1, kind="stable")
     sorted_LR = np.take_along_axis(level_LR, order_LR, 1)

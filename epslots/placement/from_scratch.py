@@ -93,7 +93,7 @@ def pack(load_LE: FloatArray, copies_LE: IntArray, quota_LR: IntArray, speed_R: 
 
 
 def deal(load_LE: FloatArray, copies_LE: IntArray, ranks: int) -> IntArray:
-    """The expert of each slot, int64 [L, R, Q], for equal ranks that get as many copies each: ``pack`` in rounds.
+    """The expert of each slot, int64 [L, R, Q], for equal ranks: ``pack`` in rounds.
 
     In each round the largest remaining copies go to all ranks, one each, the largest to the least loaded.
     """

@@ -7,9 +7,9 @@ differ, and because the loads of their experts vary together. Both are in the su
 
 where a rank's row ``a`` is the share of each expert that it computes (1 / copies). A move changes few entries of ``a``, so
 that its change of F follows from G and the products a G, for all moves at once. The largest of R normal numbers of variance v
-exceeds their mean by about k(R) sqrt(v) (order statistics), which turns F into an imbalance.
+exceeds their mean by about k(R) sqrt(v) (order statistics), which turns F into an imbalance. Pure; all layers at once.
 
-Pure; all layers at once. Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks, P and Q slots of the
+Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks, P and Q slots of the
 ranks that are searched.
 """
 
@@ -213,7 +213,7 @@ class Search:
         return slots
 
     def _swaps(self, view: _View) -> tuple[FloatArray, FloatArray]:
-        """Swaps of the experts in slots p and q, either may be empty: the change of F, and the price, [L, P, Q] each."""
+        """The change of F and the price, [L, P, Q] each, of swapping slots p and q; one may be empty."""
         rows, rank_P, expert_P, rank_Q, expert_Q = view.rows, view.rank_P, view.expert_P, view.rank_Q, view.expert_Q
         own = self._own_LE[view.layers[:, 0]]
         share_P, share_Q = view.share[rows, expert_P], view.share[rows, expert_Q]
@@ -238,7 +238,9 @@ class Search:
         return change, price
 
     def _puts(self, view: _View) -> tuple[FloatArray, FloatArray]:
-        """Copies of an expert f put into slot p, empty or of a replicated expert: change of F, and price, [L, P, E] each.
+        """The change of F and the price, [L, P, E] each, of putting expert f into slot p.
+
+        The slot is empty, or its expert has other copies.
 
         With c copies of p's expert e, its other holders' shares rise by 1/c(c-1) and the slot's 1/c goes; with c of f, all
         its holders' shares fall by 1/c(c+1), and the slot's rank gets 1/(c+1).

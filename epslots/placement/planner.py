@@ -31,7 +31,7 @@ __all__ = ["ExpectedLoad", "Proposal", "RankHardware", "Reasons", "propose"]
 NODE_WEIGHT = 0.5
 # Without windows to learn from, the variance of an expert's load is taken as so many times that of independent choices.
 OVERDISPERSION = 30.0
-# The weight of that guess beside what windows show, in windows; and how far their covariances are shrunk.
+# The weight of that guess, in windows; and the factor by which the windows' covariances are shrunk.
 PRIOR_WINDOWS = 2.0
 SHRINKAGE = 0.3
 _MOST_ENTRIES = 2**22  # entries of the tables of candidate moves, for the layers that are searched together
@@ -319,7 +319,7 @@ def _plan_oversubscribed(
 
 
 def _level_many(task: _Task, layers: IntArray, load_LE: FloatArray) -> tuple[BoolArray, FloatArray, FloatArray]:
-    """``_improve`` for many ranks: a placement from scratch at first, later a few swaps of the most loaded rank."""
+    """``_improve`` for many ranks: from scratch at first, later by a few swaps."""
     own_LE, quota_LR, before_LRE = task.own_LE[layers], task.quota_LR[layers], task.before_LRE[layers]
     if task.has_wanted:
         start_LRE = _complete(before_LRE, own_LE, quota_LR, load_LE)
@@ -336,7 +336,7 @@ def _level_many(task: _Task, layers: IntArray, load_LE: FloatArray) -> tuple[Boo
 
 
 def renumber(fresh_LRE: BoolArray, before_LRE: BoolArray, quota_LR: IntArray, speed_R: FloatArray) -> BoolArray:
-    """The same placement with ranks renumbered so that many copies stay, bool [L, R, E]: greedily, the largest overlap first.
+    """The same placement with ranks renumbered, greedily, so that many copies stay, bool [L, R, E].
 
     Ranks trade numbers only with ranks of as many slots and the same speed.
     """
@@ -355,7 +355,7 @@ def renumber(fresh_LRE: BoolArray, before_LRE: BoolArray, quota_LR: IntArray, sp
 
 
 def _complete(holds_LRE: BoolArray, own_LE: BoolArray, quota_LR: IntArray, load_LE: FloatArray) -> BoolArray:
-    """The same copies and one of every absent expert, in a free slot or in place of the least loaded replica."""
+    """The copies plus one of each absent expert, in a free slot or in place of the least loaded replica."""
     holds_LRE = holds_LRE.copy()
     for layer, expert in np.argwhere(own_LE & ~holds_LRE.any(1)).tolist():
         holds = holds_LRE[layer]

@@ -35,7 +35,7 @@ Propose = Callable[[Placement, ExpectedLoad, RankHardware, IntArray | None], Pro
 
 
 class Replanner:
-    """A forecast of a model's traffic, whichever ranks serve it, and the placements that it suggests.
+    """A forecast of a model's traffic, independent of its ranks, and the placements that follow from it.
 
     Args:
         num_experts_L: experts of each layer.
@@ -71,7 +71,7 @@ class Replanner:
         self._reuse_LD += reuse_LD - self._reuse_LD // _REUSE_WINDOWS
 
     def weigh(self, current: Placement, hardware: RankHardware, *, any_gain: bool = False) -> tuple[ExpectedLoad, Proposal]:
-        """The load that is expected, and the placement to follow from now on, which is often the current one.
+        """The expected load, and the placement to follow from now on, often the current one.
 
         Args:
             any_gain: accept a gain that wouldn't pay for its migrations soon enough. Then the proposal's ``gain_ns`` is that

@@ -16,7 +16,6 @@ import numpy as np
 
 from epslots.arrays import BoolArray, FloatArray, IntArray
 from epslots.errors import ConfigError
-from epslots.planner.reuse_distance import misses_by_slots
 
 # The weight of the mean layer's curve in each layer's own, in uses for each of its experts.
 PRIOR_USES = 4.0
@@ -91,14 +90,6 @@ def improve_quotas(
         quota_L[taker] += 1
         quota_L[giver] -= 1
     return quota_L
-
-
-def expected_misses(histogram_LD: IntArray, num_experts_L: IntArray, quota_L: IntArray) -> float:
-    """Misses per use of these layers with these slots, if the uses of the histogram come again."""
-    misses = 0
-    for histogram_D, experts, quota in zip(histogram_LD, num_experts_L.tolist(), quota_L.tolist(), strict=True):
-        misses += int(misses_by_slots(histogram_D[: experts + 1])[min(quota, experts)])
-    return misses / max(1, int(histogram_LD.sum()))
 
 
 def slot_gains(histogram_LD: IntArray, num_experts_L: IntArray) -> FloatArray:
@@ -223,7 +214,7 @@ def _in_proportion(quota_L: IntArray, total_R: IntArray) -> IntArray:
 
 
 def _fix_row(quota_LR: IntArray, layer: int, target: int, total_R: IntArray, most: int) -> None:
-    """Bring a layer's slots to ``target``, in place, within bounds: on ranks with unused slots, or with too many."""
+    """Bring a layer's slots to ``target``, in place, as far as the bounds allow."""
     row_R = quota_LR[layer]
     while (lack := target - int(row_R.sum())) != 0:
         over_R = quota_LR.sum(0) - total_R
@@ -236,7 +227,7 @@ def _fix_row(quota_LR: IntArray, layer: int, target: int, total_R: IntArray, mos
 
 
 def _shift_surplus(quota_LR: IntArray, over_R: IntArray, most_LR: IntArray) -> bool:
-    """Shift one slot, in place, from a rank with too many to one with too few, maybe through others; False if impossible."""
+    """Shift one slot, in place, from a rank with too many to one with too few; False if impossible."""
     came_from = np.full(len(over_R), -1)
     seen_R: BoolArray = over_R > 0
     frontier = np.flatnonzero(seen_R).tolist()

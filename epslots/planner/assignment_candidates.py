@@ -148,7 +148,7 @@ def _keep_own_pairs(step: Step, replicated: IntArray, load_R: IntArray, computed
 
 @inlined
 def _hand_out(handed_NU: IntArray, node_R: IntArray, weights_RU: IntArray, computed_RU: IntArray) -> None:
-    """Add each node's handed pairs to ``computed_RU``: in proportion to weights, on the same node if a rank has one there."""
+    """Add each node's handed pairs to ``computed_RU``, in proportion to weights, on its own ranks if possible."""
     ranks, experts = weights_RU.shape
     weight_R = np.zeros(ranks, np.int64)
     for node in range(len(handed_NU)):
@@ -275,7 +275,7 @@ def _worth_of_copies(step: Step, computed_RU: IntArray, remote_ns_RE: IntArray, 
 
 @inlined
 def shed(step: Step, computed_RU: IntArray) -> IntArray:
-    """The candidate in which ranks above the mean load shed tokens of their hottest expert to ranks below it.
+    """The candidate in which overloaded ranks shed tokens of their hottest expert to others.
 
     Donors' pairs lie on one line, takers' capacities on another, both from the largest down. The overlap of a donor's stretch
     with a taker's is the number of pairs that go, so that all transfers of a round are found at once. Returns ``computed_RU``

@@ -28,7 +28,7 @@ NO_PLAN_NS = 1 << 62
 
 @inlined
 def _fetches(step: Step, computed_RU: IntArray) -> IntArray:
-    """The fetches that a division of work needs: rank, column, and the rank whose slot is copied (-1 = the host), [3, F]."""
+    """The fetches of a division of work, [3, F]: rank, column, and the rank to copy from, -1 = the host."""
     holds_RU = step.holds_RU
     ranks, experts = holds_RU.shape
     one_pass_R, misses_R, fetches = np.zeros(ranks, np.bool_), np.zeros(ranks, np.int64), 0
@@ -93,7 +93,7 @@ def divide_work(
     spare_RE: BoolArray,
     rule: int,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, int]:
-    """The cheapest division of a layer's work by a rule: used experts, their pairs, computed pairs, fetches, nanoseconds."""
+    """A layer's division of work by a rule: used experts, their pairs, computed pairs, fetches, nanoseconds."""
     (ranks, experts), total_E = counts_RE.shape, np.zeros(counts_RE.shape[1], np.int64)
     for rank in range(ranks):
         for number in range(experts):

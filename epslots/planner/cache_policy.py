@@ -36,7 +36,7 @@ def lrfu(history: UseHistory) -> IntArray:
 
 
 def adaptive(history: UseHistory) -> IntArray:
-    """Evict the expert with the least expected use first: a learned blend of decay rates and of experts that follow others."""
+    """Evict the expert with the least expected use first (``use_history.expected_use``)."""
     return expected_use(history)
 
 

@@ -1,6 +1,6 @@
 """What a layer's step costs, in integer nanoseconds: the arithmetic by which ranks choose how to serve it.
 
-Read ``Costs`` first, then ``layer_time`` and ``layer_cost``, by which ``assignment.py`` compares plans. The figures are
+Read ``Costs`` first, then ``layer_times``, by which ``assignment_kernels.py`` compares plans. The figures are
 measured at the start and agreed between ranks (``group/cost_probe.py``), or given by the user. Decisions compare integers, so
 that all ranks decide alike. Costs steer time, never results.
 
@@ -64,19 +64,6 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.host_expert > 0
 
 
-def layer_cost(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray) -> int:
-    """The nanoseconds by which plans of a layer's step are compared: ``layer_time``, plus the later cost of its fetches.
-
-    Every fetch takes a slot from an expert that will have to be fetched again later: so the mean rank's fetches count twice.
-
-    Args:
-        counts_RU: pairs of each rank's own tokens.
-        computed_RU: pairs that each rank computes.
-        rank_F, source_F: the fetches: target rank, and source rank or -1 for the host.
-    """
-    return sum(_layer_times(costs, counts_RU, computed_RU, rank_F, source_F))
-
-
 def layer_time(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray) -> int:
     """Modelled nanoseconds of a layer's step: the slowest rank's fetches and compute, and the slowest rank's exchange.
 
@@ -85,14 +72,8 @@ def layer_time(costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F:
         computed_RU: pairs that each rank computes.
         rank_F, source_F: the fetches: target rank, and source rank or -1 for the host.
     """
-    return _layer_times(costs, counts_RU, computed_RU, rank_F, source_F)[0]
-
-
-def _layer_times(
-    costs: Costs, counts_RU: IntArray, computed_RU: IntArray, rank_F: IntArray, source_F: IntArray
-) -> tuple[int, int]:
     prices = astuple(costs)[:6]
-    return layer_times(_int64(counts_RU), _int64(computed_RU), _int64(rank_F), _int64(source_F), prices)
+    return layer_times(_int64(counts_RU), _int64(computed_RU), _int64(rank_F), _int64(source_F), prices)[0]
 
 
 def compute_cost(costs: Costs, computed_RU: IntArray) -> IntArray:
@@ -187,7 +168,13 @@ def layer_times(
     source_F: IntArray,
     prices: tuple[int, int, int, int, int, int],
 ) -> tuple[int, int]:
-    """A step's nanoseconds, and those of the mean rank's fetches; ``prices`` are the first six fields of ``Costs``."""
+    """A step's nanoseconds (``layer_time``), and those of the mean rank's fetches.
+
+    Plans are compared by the sum: every fetch takes a slot from an expert that will have to be fetched again later.
+
+    Args:
+        prices: the first six fields of ``Costs``.
+    """
     host_fetch, peer_fetch, pair_transfer, pair_compute, expert_compute, exchange = prices
     ranks = len(counts_RU)
     busy_R, sent_R, received_R = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)

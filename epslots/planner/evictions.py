@@ -109,7 +109,7 @@ def _plan_evictions(
 
 @inlined
 def _rotating_slots(holds_E: BoolArray, needed_E: BoolArray, rising_E: IntArray, quota: int, misses: int) -> int:
-    """The slots that misses rotate through where needed experts outnumber slots: all but the anchored, at least a part."""
+    """The slots that misses rotate through if needed experts outnumber slots."""
     anchored = highest = 0
     for place in range(len(rising_E) - 1, -1, -1):
         expert = rising_E[place]
@@ -120,7 +120,7 @@ def _rotating_slots(holds_E: BoolArray, needed_E: BoolArray, rising_E: IntArray,
 
 
 def spare_replicas(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | None = None) -> BoolArray:
-    """The surplus copies, bool [R, E]: of each expert all copies but one, and but those that the placement asks for.
+    """Surplus copies, bool [R, E]: all but one of each expert, wanted copies excluded.
 
     The copy at home is the one that counts; of an expert without a copy at home, that of the lowest rank.
 

@@ -3,7 +3,7 @@
 ``evictions.py`` decides which experts are evicted; ``SlotExperts`` carries the passes out. A layer owns a *window* of
 ``quota`` neighbouring slots; positions count from the window's start.
 
-    slots for all       every fetch begins at once. Over a link that runs beside compute, ready experts are computed first, and
+    slots for all       every fetch begins at once. Over a link that runs during compute, ready experts are computed first, and
                         fetched ones as they arrive, those with most tokens first; each pass must be worth its own cost
     fewer slots         misses rotate through some of the slots. Over such a link these have two halves: one is computed while
                         the other is filled
@@ -174,9 +174,10 @@ def _order(
     schedule_5E: IntArray,
     section_end_S: IntArray,
 ) -> None:
-    """Enter needed experts in the order of computing: ready hits, misses that are there at once, hits in flight, other misses.
+    """Enter needed experts in the order of computing.
 
-    The first section ends after the first two groups, the second after the third.
+    Ready hits come first, then misses that are there at once, hits in flight, other misses. The first section ends after the
+    first two groups, the second after the third.
     """
     computed = fetched = 0
     for group in range(4):
@@ -260,7 +261,7 @@ def _place(
     schedule_5E: IntArray,
     ends_3E: IntArray,
 ) -> None:
-    """Enter the position of each fetch, the expert that it displaces, and the passes that must be computed before."""
+    """Enter each fetch's position, the expert it displaces, and the passes to compute before it."""
     occupant_Q = expert_Q.copy()
     ready_Q = np.zeros(len(expert_Q), np.int64)  # passes after which the position may be overwritten
     start = fetched = after = 0

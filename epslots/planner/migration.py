@@ -133,7 +133,7 @@ def choose_migrations(
 
 
 def _sources(holds_RE: BoolArray, ranks: IntArray, experts: IntArray, evicted: IntArray, node_R: IntArray | None) -> IntArray:
-    """For each migration the next rank, in cyclic order from the target, that holds the expert and keeps it; -1 = none."""
+    """The rank to copy from, int64 [M], -1 = none: the next in cyclic order that keeps the expert."""
     keeps_RE = holds_RE.copy()
     evicts = evicted >= 0
     keeps_RE[ranks[evicts], evicted[evicts]] = False

@@ -190,7 +190,7 @@ class PrefetchBudget:
 
 @compiled("int64(int64[::1], b1[:, ::1], int64[::1])")
 def _enter_expected(usage_E: IntArray, holds_RE: BoolArray, expected_E: IntArray) -> int:
-    """Enter the usage of experts that are worth a prefetch and held by no rank, 0 for others; returns how many these are."""
+    """Enter the usage of absent experts that are worth a prefetch, 0 for others; returns their number."""
     ranks, experts = holds_RE.shape
     found = 0
     for expert in range(experts):

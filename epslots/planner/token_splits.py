@@ -71,7 +71,9 @@ def _match(
     pairs_RX: IntArray,
     start_RX: IntArray,
 ) -> None:
-    """Enter the pairs that travel between the rank and every other, and the first of them among the source's pairs.
+    """Enter the pairs that travel between the rank and every other.
+
+    With their number comes the first of them among the source's pairs of the expert.
 
     A rank has four stretches: on the line of surplus pairs and on that of missing pairs (its side: 0, 1), each in part on its
     node's own line and in part on the one between nodes (0 = near, 1 = far).
@@ -114,7 +116,7 @@ def _match(
 
 
 def runs(begin: IntArray, length: IntArray) -> IntArray:
-    """The numbers ``begin[i], ..., begin[i] + length[i] - 1`` of all runs, one after another, int64 [sum of lengths]."""
+    """All runs ``begin[i], ..., begin[i] + length[i] - 1``, one after another, int64 [sum of lengths]."""
     return _runs(np.ascontiguousarray(begin), np.ascontiguousarray(length))
 
 

@@ -263,7 +263,7 @@ def _predict_next(follows_EE: NDArray[np.int16], now_U: IntArray, share_E: IntAr
 
 @compiled("int64(int64[::1], int64[::1])")
 def _brier_score(share_E: IntArray, used_U: IntArray) -> int:
-    """How well shares (of 2^_FOLLOW_BITS) predicted a step: the quadratic score, best for the true shares (Brier 1950)."""
+    """The quadratic score of shares (of 2^_FOLLOW_BITS) as a prediction, best for the true shares (Brier 1950)."""
     right = squares = 0
     for used in used_U:
         right += share_E[used]

@@ -9,8 +9,6 @@ prompts is noisier than its tokens alone would be. The topics change by ``kind``
     flash    sometimes half of the prompts are the same, for one to three windows
     all      drift, switches and flash crowds together
 
-Pure: a seed in, integer arrays out. ``bench/placement.py`` replays planners over it.
-
 Legend of shape suffixes: W windows, L layers, E experts, T topics, P prompts of a window.
 """
 

@@ -57,6 +57,22 @@ def test_what_was_compiled_in_one_folder_is_found_from_another(tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is Linux's")
+def test_code_follows_the_modules_that_it_imports_from(tmp_path: Path):
+    part = "from epslots.compiled import inlined\n\n@inlined\ndef first():\n    return 0\n"
+    caller = MODULE.replace("import numpy as np\n", "import numpy as np\nfrom adding.part import first\n")
+    caller = caller.replace("result = 0", "result = first()")
+    (tmp_path / "adding").mkdir()
+
+    def run_with(part: str) -> list[int]:
+        (tmp_path / "adding" / "part.py").write_text(part)
+        return run(tmp_path, tmp_path / "cache", caller, name="adding.summing")
+
+    assert run_with(part) == [10, 0, 1]
+    assert run_with(part) == [10, 1, 0]
+    assert run_with(part.replace("return 0", "return 1")) == [11, 0, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is Linux's")
 @pytest.mark.parametrize("harm", ["torn", "no folder"])
 def test_a_cache_that_is_broken_or_not_there_costs_time_alone(harm: str, tmp_path: Path):
     cache = tmp_path / "cache"

@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
 from epslots.placement import slot_quotas
-from epslots.placement.slot_quotas import convex_minorant, deal_quotas, expected_misses, improve_quotas, learn_quotas
+from epslots.placement.slot_quotas import convex_minorant, deal_quotas, improve_quotas, learn_quotas
 from epslots.planner.reuse_distance import misses_by_slots
+
+
+def expected_misses(histogram_LD: np.ndarray, num_experts_L: np.ndarray, quota_L: np.ndarray) -> float:
+    """Misses per use of these layers with these slots, if the uses of the histogram come again."""
+    misses = 0
+    for histogram_D, experts, quota in zip(histogram_LD, num_experts_L.tolist(), quota_L.tolist(), strict=True):
+        misses += int(misses_by_slots(histogram_D[: experts + 1])[min(quota, experts)])
+    return misses / max(1, int(histogram_LD.sum()))
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import astuple
 
 from epslots.planner.assignment import assign, home_only, own_only, place_misses
 from epslots.planner.assignment_kernels import WORTHWHILE
-from epslots.planner.cost_model import Costs, gathers, layer_cost, layer_time
+from epslots.planner.cost_model import Costs, gathers, layer_time, layer_times
 from tests.support.plan_strategies import Situation, situations
 
 # A slow host, fast peers, compute worth levelling: roughly a large expert over PCIe and NVLink.
@@ -22,6 +23,11 @@ COSTS = Costs(
     exchange=20_000,
     gather=15_000,
 )
+
+
+def layer_cost(costs: Costs, *arrays: np.ndarray) -> int:
+    """What plans are compared by: the step's time, and the mean rank's fetches."""
+    return sum(layer_times(*(np.ascontiguousarray(array, np.int64) for array in arrays), astuple(costs)[:6]))
 
 
 def holds(ranks: int, experts: int, *places: tuple[int, int]) -> np.ndarray:
