@@ -42,7 +42,7 @@ from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
 from epslots.models.model_shape import shape_of_model
 from epslots.models.opening import load_dense, open_model
 from epslots.moe.cpu_experts import CpuExperts
-from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.slot_experts import SlotExperts
 from epslots.placement.placement import Placement
@@ -386,7 +386,8 @@ def _build_runtime(
     link_setting: str | None,
 ) -> Runtime:
     """Slots for every layer, one pool for each layout, and a runner on every experts module."""
-    telemetry, batch_invariant = Telemetry(layers, plan.quotas, device), is_batch_invariant(model)
+    telemetry = Telemetry(layers, plan.quotas, device)
+    gemm = BatchInvariantGemm if is_batch_invariant(model) else GroupedGemm
     modules: list[nn.Module] = list(experts_modules(model).values())
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
@@ -408,10 +409,10 @@ def _build_runtime(
                     index=index,
                     pool_layer=position,
                     num_experts=experts,
-                    kernel=GroupedGemm(modules[index], pool.weights(position), batch_invariant=batch_invariant),
+                    kernel=gemm(modules[index], pool.weights(position)),
                     loader=loader,
                     telemetry=telemetry,
-                    host=CpuExperts(modules[index], store, index, device, batch_invariant=batch_invariant),
+                    host=CpuExperts(modules[index], store, index, device, gemm=gemm),
                     identity=identity,
                 ),
                 identity=identity,

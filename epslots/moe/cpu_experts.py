@@ -56,11 +56,17 @@ class CpuExperts:
         store: where the records are.
         layer: the layer's number in the store.
         device: where rows come from, and results go to.
-        batch_invariant: as ``GroupedGemm`` has it.
+        gemm: the class that computes: ``GroupedGemm``, or ``BatchInvariantGemm`` for a batch-invariant model.
     """
 
     def __init__(
-        self, module: nn.Module, store: HostStore, layer: int, device: torch.device, *, batch_invariant: bool = False
+        self,
+        module: nn.Module,
+        store: HostStore,
+        layer: int,
+        device: torch.device,
+        *,
+        gemm: type[GroupedGemm] = GroupedGemm,
     ) -> None:
         spec = store.manifest.layers[layer]
         self._store, self._layer, self._device = store, layer, device
@@ -68,7 +74,7 @@ class CpuExperts:
         self.num_experts = spec.num_experts
         shapes = torch.empty(spec.layout.nbytes, dtype=torch.uint8, device="meta")
         twin = module if device.type == "cpu" else on_cpu(module)
-        self._kernel = GroupedGemm(twin, self._one_of(shapes), batch_invariant=batch_invariant)
+        self._kernel = gemm(twin, self._one_of(shapes))
         self.dtype, self.hidden_size = self._kernel.dtype, self._kernel.hidden_size
 
     def begin(self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]) -> CpuRows:
