@@ -38,8 +38,10 @@ from epslots.models.batch_invariance import is_batch_invariant, make_batch_invar
 from epslots.models.checkpoint import Checkpoint, CheckpointSource
 from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.experts import RUNNER, experts_modules
-from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
-from epslots.models.model_shape import shape_of_model
+from epslots.models.measure_shape import shape_of_model
+from epslots.models.memory_plan import MemoryPlan, Workload, plan_memory
+from epslots.models.memory_report import check_fits
+from epslots.models.model_shape import ModelShape
 from epslots.models.opening import load_dense, open_model
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
@@ -304,11 +306,11 @@ def load_alone(
         _measure(skeleton, checkpoint.name, opened.dtype, layers),
         setting,
         memory_bytes=memory_bytes,
-        kv_tokens=kv_tokens,
+        workload=Workload(kv_tokens=kv_tokens),
         predictor_bytes=predictor_bytes,
         memory_note=memory_note,
     )
-    plan.check()
+    check_fits(plan)
     check_room(manifest, kind=kind, cache_dir=store_dir)
     prepare_beside()
 

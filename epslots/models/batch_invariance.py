@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.models.experts import experts_modules
-from epslots.models.model_shape import run_without_experts
+from epslots.models.measure_shape import run_without_experts
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 
 _ATTRIBUTE = "epslots_batch_invariance_unknown"

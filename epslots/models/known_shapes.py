@@ -1,7 +1,7 @@
 """Shapes of well-known models, to plan for one without having it.
 
 The settings below are those of the published configurations, where they decide a size; everything else is left out. They are
-measured as a checkpoint would be (model_shape.py), by building the model's skeleton. grok-1 has no class in transformers: its
+measured as a checkpoint would be (measure_shape.py), by building the model's skeleton. grok-1 has no class in transformers: its
 sizes are added up here.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from epslots.errors import ConfigError
 from epslots.layout import ITEM_BYTES, LayerSpec, RecordLayout
-from epslots.models.memory_plan import KVLayer, ModelShape
+from epslots.models.model_shape import KVLayer, ModelShape
 
 
 class _Published(NamedTuple):
@@ -150,7 +150,7 @@ def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
     # Both take seconds to import, and the names above are wanted without them.
     import transformers
 
-    from epslots.models.model_shape import shape_of_config
+    from epslots.models.measure_shape import shape_of_config
 
     published = _PUBLISHED[name]
     model_class = getattr(transformers, published.architecture)
