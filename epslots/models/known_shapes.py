@@ -1,8 +1,8 @@
-"""Shapes of well-known models, to plan for one without having it.
+"""Shapes of well-known models, for memory plans without a checkpoint.
 
-The settings below are those of the published configurations, where they decide a size; everything else is left out. They are
-measured as a checkpoint would be (measure_shape.py), by building the model's skeleton. grok-1 has no class in transformers: its
-sizes are added up here.
+The settings below are those of the published configurations that decide a size; the others are left out. As for a checkpoint,
+the model's skeleton is built and measured (``measure_shape.py``). grok-1 has no class in transformers: its sizes are added up
+here. A further model needs one entry in ``_PUBLISHED``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from epslots.models.model_shape import KVLayer, ModelShape
 
 
 class _Published(NamedTuple):
-    """A model's class, the settings of its configuration, and where they were published."""
+    """A model's class, the settings of its configuration, and their source."""
 
     architecture: str
     settings: Mapping[str, Any]
@@ -131,7 +131,7 @@ _GROK_1 = "grok-1"
 KNOWN_SHAPES: dict[str, str] = {name: published.source for name, published in _PUBLISHED.items()} | {
     _GROK_1: "xai-org/grok-1, run.py and model.py"
 }
-"""The names that ``known_shape`` takes, and where the numbers are from."""
+"""The names that ``known_shape`` takes, each with the source of its numbers."""
 
 
 @functools.cache
@@ -147,7 +147,7 @@ def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
         raise ConfigError(f"dtype={dtype!r}: allowed: {', '.join(ITEM_BYTES)}")
     if name == _GROK_1:
         return _grok_1(dtype)
-    # Both take seconds to import, and the names above are wanted without them.
+    # Both take seconds to import; the names above are needed without them.
     import transformers
 
     from epslots.models.measure_shape import shape_of_config
