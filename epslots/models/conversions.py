@@ -13,17 +13,12 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from epslots.errors import CheckpointError
 from epslots.models.checkpoint import FLOATS, TensorHeader
 from epslots.models.config_check import refusing
-
-# Ends of the source patterns of scales, without which a packed tensor means nothing, and of those that may be absent.
-_SCALES = ("weight_scale_inv", "_scales")
-_OPTIONAL = "activation_scale"
+from epslots.models.quantised_formats import OPTIONAL, SCALES, dequantises
 
 
 @dataclass(frozen=True)
@@ -102,17 +97,17 @@ def check_packing(
     Raises:
         CheckpointError: naming the tensor.
     """
-    scales = [pattern for pattern in keys if pattern.endswith(_SCALES)]
-    stored = [key for pattern, listed in keys.items() if not pattern.endswith((*_SCALES, _OPTIONAL)) for key in listed]
+    scales = [pattern for pattern in keys if pattern.endswith(SCALES)]
+    stored = [key for pattern, listed in keys.items() if not pattern.endswith((*SCALES, *OPTIONAL)) for key in listed]
     packed = [key for key in stored if headers[key].dtype not in FLOATS]
-    if converter is None or not any(isinstance(op, Fp8Dequantize | Mxfp4Dequantize) for op in converter.operations):
+    if converter is None or not dequantises(converter):
         if packed:
             raise CheckpointError(
                 f"{packed[0]} is stored as {headers[packed[0]].dtype}, and config.json has no quantization_config by which it "
                 f"is unpacked: its codes would be taken for weights"
             )
         return
-    absent = [p for p in converter.source_patterns if p.endswith(_SCALES) and p not in keys]
+    absent = [p for p in converter.source_patterns if p.endswith(SCALES) and p not in keys]
     if packed and absent:
         raise CheckpointError(
             f"{target}: the checkpoint has no tensor like {absent[0]}, and {packed[0]} is stored as {headers[packed[0]].dtype}"

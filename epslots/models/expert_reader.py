@@ -1,9 +1,9 @@
-"""One expert out of a checkpoint of any layout that transformers can convert.
+"""Reads one expert out of a checkpoint of any layout that transformers can convert.
 
-transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused
-one, transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a
-single expert, so that a fused parameter never exists. Where a quantised checkpoint's experts stay packed (``packing.py``),
-they are read as they are stored.
+transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused one,
+transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a single
+expert, so that a fused parameter never exists. Experts of a quantised checkpoint that stay packed (``quantised_formats.py``)
+are read as they are stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from epslots.layout import LayerSpec
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import check_packing, conversions_of, match_keys
 from epslots.models.experts import parameter_shapes
-from epslots.models.packing import Packed, find_packing, packed_layout
+from epslots.models.quantised_formats import OPTIONAL, PackedTensor, TensorSource, find_packing, packed_layout
 
 
 @dataclass
@@ -34,6 +34,9 @@ class _Parameter:
     """One fused parameter of an experts module, and the checkpoint keys that it is made from.
 
     Attributes:
+        target: its name in the model.
+        shape: [E, ...].
+        converter: transformers' conversion; None = the checkpoint's tensor is taken as it is.
         keys: by the converter's source pattern, in expert order; a single key where the checkpoint is fused already.
         part, parts: a converter may deal one list of experts out to several parameters, in equal runs (ernie4_5_vl_moe: first
             the text experts, then the vision experts); this parameter takes run ``part`` of ``parts``.
@@ -53,8 +56,8 @@ class ExpertReader:
     Args:
         checkpoint: the open checkpoint.
         model: the model, whose experts' parameters may be absent; it knows how its checkpoint is converted.
-        layers: the MoE layers, as the model defines them; packed ones as ``pack_layers`` found them.
-        conversions: those by which the model was loaded, or would be; the model's own if not given.
+        layers: the MoE layers, from the model; packed ones as ``pack_layers`` returns them.
+        conversions: the model's conversions; by default those that it was loaded by.
 
     Raises:
         CheckpointError: keys of some expert are missing, by name.
@@ -84,14 +87,15 @@ class ExpertReader:
         for layer, packings in zip(layers, self._packings, strict=True):
             assert layer.packed == packed_layout(layer.layout, packings), f"{layer.name}: packed in another way than planned"
 
-    def packings(self, layer: int) -> dict[str, Packed]:
-        """How tensors of a layer's slots can be packed, by name."""
+    def packings(self, layer: int) -> dict[str, PackedTensor]:
+        """How the tensors of a layer's slots can stay packed, by name."""
         spec, parameters = self._specs[layer], self._layers[layer]
-        found = {
-            tensor.name: find_packing(tensor, parameter.converter, parameter.keys, self._checkpoint.tensors, spec.num_experts)
-            for tensor, parameter in zip(spec.layout.tensors, parameters.values(), strict=True)
-        }
-        return {name: packing for name, packing in found.items() if packing is not None}
+        headers, found = self._checkpoint.tensors, {}
+        for tensor, parameter in zip(spec.layout.tensors, parameters.values(), strict=True):
+            source = TensorSource(tensor, parameter.converter, parameter.keys, headers, spec.num_experts)
+            if (packing := find_packing(source)) is not None:
+                found[tensor.name] = packing
+        return found
 
     def _find_keys(self, parameters: dict[str, _Parameter]) -> None:
         prefix = self._model.base_model_prefix
@@ -106,7 +110,7 @@ class ExpertReader:
         """The tensors of one expert's record by name, without the expert dimension.
 
         Raises:
-            CheckpointError: a tensor's shape is not what the model expects.
+            CheckpointError: a tensor's shape is not the model's.
         """
         parameters, packings = self._layers[layer], self._packings[layer]
         tensors = {name: self._read(parameter, expert) for name, parameter in parameters.items() if name not in packings}
@@ -120,10 +124,10 @@ class ExpertReader:
         return self._tensor(parameter.keys[pattern], expert, merged="*" in pattern)
 
     def _check_packed(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Unpack a layer's first expert, and hold it against what transformers makes of it.
+        """Compare a layer's first expert, unpacked by us, with transformers' own result.
 
         Raises:
-            CheckpointError: they differ, so the checkpoint's form is not the one that it was taken for.
+            CheckpointError: they differ: the checkpoint's format only resembles a known one.
         """
         spec = self._specs[layer]
         record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
@@ -136,7 +140,7 @@ class ExpertReader:
             expected = self._read(self._layers[layer][name], 0).to(unpacked[name].dtype)
             if not torch.equal(unpacked[name].nan_to_num(), expected.nan_to_num()):
                 raise CheckpointError(
-                    f"{spec.name}.{name}: the checkpoint stores it in a form that looks like one that is known, and isn't"
+                    f"{spec.name}.{name}: its stored form resembles a known quantised format, but unpacks to other weights"
                 )
 
     def _read(self, parameter: _Parameter, expert: int) -> torch.Tensor:
@@ -178,13 +182,15 @@ class ExpertReader:
 
 
 def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with their records packed where the checkpoint's quantisation allows it; from headers alone.
+    """The layers with their records packed where the checkpoint's quantisation allows it; read from headers alone.
 
     Args:
+        checkpoint: the open checkpoint.
         skeleton: the model's structure, on the meta device.
+        layers: the MoE layers, from the skeleton.
 
     Raises:
-        CheckpointError: as ``ExpertReader``, of a quantised checkpoint.
+        CheckpointError: keys of some expert of a quantised checkpoint are missing, by name.
     """
     if getattr(skeleton.config, "quantization_config", None) is None:
         return tuple(layers)
@@ -199,17 +205,16 @@ def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seque
 
 
 def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int) -> None:
-    """Every expert has a tensor for every pattern of the parameter, and there are no more experts than the model declares.
+    """Check that every expert has a tensor for every pattern, and that there are no more experts than the model declares.
 
     Raises:
-        CheckpointError: naming what is missing or too much.
+        CheckpointError: naming a missing or superfluous tensor.
     """
     if not parameter.keys:
         raise CheckpointError(f"the checkpoint has no tensor for {parameter.target}")
     check_packing(parameter.target, parameter.converter, parameter.keys, checkpoint.tensors)
     if parameter.converter is not None:
-        optional = ("activation_scale", "weight_scale_inv")
-        absent = [p for p in parameter.converter.source_patterns if p not in parameter.keys and not p.endswith(optional)]
+        absent = [p for p in parameter.converter.source_patterns if p not in parameter.keys and not p.endswith(OPTIONAL)]
         if absent:
             raise CheckpointError(f"{parameter.target}: the checkpoint has no tensor like {absent[0]}")
     experts = parameter.parts * declared

@@ -20,9 +20,8 @@ from epslots.layout import ITEM_BYTES
 from epslots.models.config_check import check_numbers, refusing
 from epslots.models.experts import IMPLEMENTATION, dense_class
 from epslots.models.json_file import read_json_object
+from epslots.models.quantised_formats import FORMATS
 
-# Quantised checkpoints whose experts are dequantised one by one on the way into the host store.
-QUANTISATIONS = ("fp8", "mxfp4")
 # Tensors of a model that are made of one of its checkpoint, at most: where one holds queries, keys and values, three.
 MADE_OF_ONE = 8
 
@@ -33,7 +32,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         CheckpointError: config.json is missing or unreadable, holds settings that no model has, or names other weight files.
         UnsupportedModelError: transformers doesn't know the model without running code from the checkpoint, or the
-            quantisation is not one of ``QUANTISATIONS``.
+            quantisation is not one of ``quantised_formats.FORMATS``.
     """
     path = folder / "config.json"
     with refusing(str(folder)):  # it may be closed to this user
@@ -66,9 +65,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         if not isinstance(quantisation, dict):
             raise CheckpointError(f"{path}: quantization_config is {quantisation!r}, not an object")
         method = quantisation.get("quant_method")
-        if method not in QUANTISATIONS:
+        known = [format.method for format in FORMATS]
+        if method not in known:
             raise UnsupportedModelError(
-                f"{folder} is quantised with {method!r}; epslots reads {', '.join(QUANTISATIONS)} and unquantised checkpoints"
+                f"{folder} is quantised with {method!r}; epslots reads {', '.join(known)} and unquantised checkpoints"
             )
         config.quantization_config = quantisation | {"dequantize": True}
     return config
