@@ -22,10 +22,9 @@ from __future__ import annotations
 import inspect
 import logging
 from types import TracebackType
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cuda_graph.device_slots import (
@@ -37,6 +36,7 @@ from epslots.cuda_graph.device_slots import (
     TorchKernels,
     slots_obstacle,
 )
+from epslots.cuda_graph.static_cache import make_static_cache, tensor_addresses
 from epslots.errors import ConfigError
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import Prefetcher
@@ -93,7 +93,7 @@ class DecodeGraph:
                 raise ConfigError(f"capture={capture}: {self.obstacle}; allowed: capture=False")
             logger.warning("Decoding takes the usual path: %s.", self.obstacle)
         self._capture = device.type == "cuda" if capture is None else capture
-        self._cache = _static_cache(model, max_tokens, captured=self._capture)
+        self._cache = make_static_cache(model, max_tokens, captured=self._capture)
         self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._mask = torch.ones((batch, max_tokens), dtype=torch.int64, device=device)
@@ -263,7 +263,7 @@ class DecodeGraph:
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """The step as a graph. Capturing runs nothing: the cache and the slots are as before."""
-        before = _addresses(self._cache)
+        before = tensor_addresses(self._cache)
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may go on using the GPU.
@@ -274,7 +274,7 @@ class DecodeGraph:
                 f"a decode step of {type(self.model).__name__} can't be captured in a CUDA graph ({error}); allowed for this "
                 f"model: capture=False"
             ) from error
-        if _addresses(self._cache) != before:
+        if tensor_addresses(self._cache) != before:
             raise ConfigError(
                 f"{type(self.model).__name__} keeps its state in new memory after each step, which a CUDA graph can't follow; "
                 f"allowed for this model: capture=False"
@@ -369,42 +369,3 @@ def kernels_for(loader: ExpertLoader) -> Kernels:
     from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and wanted on GPUs alone
 
     return TritonKernels(loader)
-
-
-def _static_cache(model: PreTrainedModel, max_tokens: int, *, captured: bool) -> StaticCache:
-    """A cache whose tensors stay where they are.
-
-    Raises:
-        ConfigError: the model has none, or not for so many tokens in a graph.
-    """
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ConfigError(f"{name} has an encoder: allowed: models that decode alone")
-    try:
-        cache = StaticCache(config=model.config, max_cache_len=max_tokens)
-    except (KeyError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{name} can't decode from a static cache ({error!r}); allowed: plain generate") from error
-    if not cache.is_compileable:
-        kinds = sorted({type(layer).__name__ for layer in cache.layers if not layer.is_compileable})
-        raise ConfigError(f"{name} keeps state that isn't static ({', '.join(kinds)}); allowed: plain generate")
-    # A window that is full moves on, and which tokens are in it is decided by the host.
-    windows = [layer.max_cache_len for layer in cache.layers if getattr(layer, "is_sliding", False)]
-    if captured and min(windows, default=max_tokens) < max_tokens:
-        raise ConfigError(
-            f"max_tokens={max_tokens}: some of {name}'s layers attend to a window of {min(windows)} tokens: allowed in a CUDA "
-            f"graph: up to max_tokens={min(windows)}; or capture=False"
-        )
-    return cache
-
-
-def _addresses(cache: StaticCache) -> list[tuple[int, str, Any]]:
-    """Where each tensor of the cache lies, and what else steers its layers."""
-    found: list[tuple[int, str, Any]] = []
-    for number, layer in enumerate(cache.layers):
-        for name, value in sorted(vars(layer).items()):
-            for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]:
-                if isinstance(part, torch.Tensor):
-                    found.append((number, name, part.data_ptr()))
-                elif isinstance(part, bool | str | torch.dtype | None):
-                    found.append((number, name, part))
-    return found

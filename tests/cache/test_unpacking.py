@@ -266,7 +266,7 @@ def test_a_form_that_only_looks_known_is_refused(checkpoint: Checkpoints, tmp_pa
     reader.read_expert(0, 0)
     original = BlockDequantize._dequantize_one
     monkeypatch.setattr(BlockDequantize, "_dequantize_one", lambda self, q, s, output_dtype: original(self, q, 2 * s))
-    with pytest.raises(epslots.CheckpointError, match=r"looks like one that is known, and isn't"):
+    with pytest.raises(epslots.CheckpointError, match=r"resembles a known quantised format"):
         reader.read_expert(0, 0)
 
 
