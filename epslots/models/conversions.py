@@ -1,6 +1,7 @@
-"""transformers' conversions of a checkpoint: which tensors of it become which of the model's, and whether they are unpacked.
+"""transformers' conversions of a checkpoint: the model's tensor that each of its tensors becomes, and whether it is unpacked.
 
-Its own loading, the reading of single experts, and the check before either follow the same rules, from here.
+transformers' own loading, the reading of single experts (``expert_reader.py``) and the check before either
+(``tensor_check.py``) follow the same rules, from here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from epslots.models.quantised_formats import OPTIONAL, SCALES, dequantises
 
 @dataclass(frozen=True)
 class MatchedKey:
-    """One tensor of a checkpoint, and what becomes of it.
+    """One tensor of a checkpoint, and the model's tensors that it becomes.
 
     Attributes:
         key: its name in the checkpoint.
@@ -39,11 +40,11 @@ class MatchedKey:
 
 
 def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
-    """The conversions by which transformers would load a checkpoint into a model, quantised or not, before it is loaded.
+    """The conversions by which transformers would load a checkpoint into a model that isn't loaded yet.
 
     Args:
-        skeleton: the model's structure; its configuration says how the checkpoint is quantised, and that it is to be
-            dequantised (``pretrained.read_config`` sees to that).
+        skeleton: the model's structure; its configuration states the checkpoint's quantisation, and that it is to be
+            dequantised (``pretrained.read_config`` sets this).
 
     Raises:
         CheckpointError: the configuration's ``quantization_config`` is none.
@@ -59,11 +60,12 @@ def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
 def match_keys(
     keys: Iterable[str], conversions: Sequence[Any], base_model_prefix: str, wanted: dict[str, Any]
 ) -> Iterator[MatchedKey]:
-    """Every key of a checkpoint with the model's tensors that it becomes, as transformers' loading finds them.
+    """Every key of a checkpoint with the model's tensors that it becomes, by the rules of transformers' loading.
 
     Args:
+        keys: the checkpoint's.
         conversions: the model's.
-        base_model_prefix: the model's, which is added or dropped where that leads to a wanted name.
+        base_model_prefix: the model's; it is added or dropped where that leads to a wanted name.
         wanted: the model's tensors, by name.
     """
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -89,7 +91,7 @@ def check_packing(
     """Refuse packed tensors that nothing unpacks or that lack their scales, and scales of tensors that aren't packed.
 
     Args:
-        target: name of the model's tensor that is made.
+        target: the model's tensor that is made.
         converter: makes it.
         keys: the checkpoint's keys that it is made from, by the converter's source pattern.
         headers: of the checkpoint's tensors.

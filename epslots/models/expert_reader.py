@@ -163,7 +163,7 @@ class ExpertReader:
                 )
             tensor = list(tensors.values())[parameter.part]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-        except Exception as error:  # of a crafted checkpoint, any line of transformers' can fail
+        except Exception as error:  # a crafted checkpoint can make any line of transformers fail
             raise CheckpointError(f"{parameter.target}, expert {expert}: can't be converted: {error}") from error
         expected = parameter.shape[1:]
         if tuple(tensor.shape) != (1, *expected):

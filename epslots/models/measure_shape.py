@@ -1,9 +1,9 @@
-"""The sizes of a transformers model, read off its skeleton on the meta device: no weights, no memory.
+"""Measures a transformers model on its skeleton on the meta device: no weights, no memory.
 
-What a layer keeps of a sequence is not in any one place of the configurations: heads and widths differ from layer to layer,
-latent attention keeps something else than keys and values, recurrent layers keep states in fp32, some layers share
-another's cache. So the skeleton is run, twice, on meta tensors that have shapes and no contents, and the cache that the model
-itself fills is measured. The same run shows how many experts a token is sent to.
+No single place of a configuration states the state that a layer keeps of a sequence: heads and widths differ from layer to
+layer, latent attention keeps something else than keys and values, recurrent layers keep states in fp32, some layers share
+another's cache. So the skeleton is run twice on meta tensors, which have shapes and no contents, and the cache that the model
+itself fills is measured. The same run shows the number of experts per token.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from epslots.models.experts import expert_layers
 from epslots.models.model_shape import KVLayer, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class, resolve_dtype
 
-# The dry runs are this many tokens long, less one, and twice this many, less one: enough to see what grows. (Some recurrent
-# layers loop over tokens in Python, so more would take time.)
+# The dry runs are this many tokens long, less one, and twice this many, less one: enough to see growth. (Some recurrent layers
+# loop over tokens in Python, so more would take time.)
 DRY_RUN_TOKENS = 16
 
 
 def shape_of_config(config: PretrainedConfig, name: str, dtype: str | torch.dtype = "auto") -> ModelShape:
-    """The sizes of the model that a configuration describes, from a skeleton made for the purpose.
+    """The shape of the model that a configuration describes, from a skeleton made for the purpose.
 
     Args:
-        config: as ``pretrained.read_config`` gives it; its ``architectures`` name the class.
-        name: what to call the model.
+        config: from ``pretrained.read_config``; its ``architectures`` name the class.
+        name: the model's name in messages.
         dtype: of weights and activations; ``"auto"`` is the configuration's own.
 
     Raises:
@@ -49,18 +49,18 @@ def shape_of_config(config: PretrainedConfig, name: str, dtype: str | torch.dtyp
 def shape_of_model(
     model: PreTrainedModel, name: str, dtype: str, layers: tuple[LayerSpec, ...], *, run: bool = True
 ) -> ModelShape:
-    """Measure a model.
+    """The shape of a model.
 
     Args:
-        model: on the meta device, in ``dtype``. It is run, which may leave traces in its buffers: throw it away after.
-        name: what to call it.
+        model: on the meta device, in ``dtype``. Running it may leave traces in its buffers: don't use it afterwards.
+        name: the model's name in messages.
         dtype: of weights and activations.
-        layers: its MoE layers in order, named by the path of their experts module. The parameters of such a module itself
-            are the experts; those of its children are dense.
-        run: without, the cache is taken for empty and a token for sent to one expert: for a model that can't be followed.
+        layers: its MoE layers in order, named by the path of their experts module. The parameters of such a module itself are
+            the experts; those of its children are dense.
+        run: False takes the cache for empty and a token for sent to one expert: for a model that can't be run this way.
 
     Raises:
-        UnsupportedModelError: its forward pass can't be followed on the meta device.
+        UnsupportedModelError: its forward pass fails on the meta device.
     """
     text = model.config.get_text_config(decoder=True)
     experts = [model.get_submodule(layer.name) for layer in layers]
@@ -85,7 +85,7 @@ def _dense_bytes(model: PreTrainedModel, experts: Sequence[nn.Module]) -> int:
 
 
 def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tuple[KVLayer, ...], int]:
-    """What a sequence keeps, and experts per token, from two forward passes on meta tensors."""
+    """The state of a sequence, and experts per token, from two forward passes on meta tensors."""
     top_ks: list[int] = []
 
     def stand_in(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tupl
     try:
         short = run_without_experts(model, short_tokens, experts, stand_in)
         long = run_without_experts(model, long_tokens, experts, stand_in)
-    except Exception as error:  # whatever an architecture does that needs values, its error is its own
+    except Exception as error:  # an architecture that needs values may raise anything
         raise UnsupportedModelError(
             f"the cache of {type(model).__name__} can't be measured without weights, so its memory can't be planned: "
             f"{type(error).__name__}: {error}"
@@ -122,19 +122,19 @@ def _dry_run_lengths(model: PreTrainedModel) -> tuple[int, int]:
 def run_without_experts(
     model: PreTrainedModel, tokens: int, experts: Sequence[nn.Module], stand_in: Callable[..., torch.Tensor]
 ) -> object:
-    """The cache that the model makes for itself and fills with one sequence, on whichever device it is.
+    """The cache that the model makes for itself and fills with one sequence, on any device.
 
-    The experts are skipped: they change no shape, and which of them run depends on values that aren't there.
+    The experts are skipped: they change no shape, and the choice among them depends on values that aren't there.
     """
     own = [vars(module).get("forward") for module in experts]
     for module in experts:
         module.forward = stand_in
     try:
-        # A mask may select any number of rows; for their shapes, let it be all of them (glm5_next's indexer).
+        # A mask may select any number of rows; for their shapes, all rows are assumed (glm5_next's indexer).
         all_rows = cast(Any, meta_config).patch(meta_nonzero_assume_all_nonzero=True)
         with torch.no_grad(), all_rows, _ValuesAreZero():
             ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-            # The decoder alone: what surrounds it turns images into embeddings, and hidden states into logits.
+            # The decoder alone: its surroundings turn images into embeddings, and hidden states into logits.
             decoder = cast(Any, model).get_decoder()
             return decoder(input_ids=ids, use_cache=True).past_key_values
     finally:
@@ -146,10 +146,10 @@ def run_without_experts(
 
 
 class _ValuesAreZero(TorchDispatchMode):
-    """Answers whoever asks a meta tensor for its value with zero or False.
+    """Answers a meta tensor's request for its value with zero or False.
 
-    Some models ask, and go on with the same shapes whatever the answer: has the sequence outgrown the frequencies that
-    phimoe's rotary embedding was trained with?
+    Some models request one, and continue with the same shapes whatever the answer: has the sequence outgrown the frequencies
+    that phimoe's rotary embedding was trained with?
     """
 
     def __torch_dispatch__(
@@ -161,16 +161,16 @@ class _ValuesAreZero(TorchDispatchMode):
 
 
 def _parts(cache: Any) -> list[object]:
-    """The cache's layers, and the cache itself for those that keep states beside them (minimax)."""
+    """The cache's layers, and the cache itself for models that keep states beside them (minimax)."""
     return [*cache.layers, cache]
 
 
 def _kv_layers(short: object, long: object, short_tokens: int, long_tokens: int) -> Iterator[KVLayer]:
-    """Turn one layer's states after few and after more tokens into a rule for any length."""
+    """A rule for any length from one layer's states after few and after more tokens."""
     window = getattr(short, "sliding_window", None)
     states, later = _states(short), _states(long)
     if window is not None:
-        # Keys and values [1, heads, tokens kept, width]: their own shape says what a token takes.
+        # Keys and values [1, heads, tokens kept, width]: their own shape shows the bytes of a token.
         sliding = [name for name in ("keys", "values") if name in states and states[name].dim() == 4]
         if sliding:
             yield KVLayer(sum(states[name].nbytes // states[name].shape[-2] for name in sliding), window)
@@ -183,7 +183,7 @@ def _kv_layers(short: object, long: object, short_tokens: int, long_tokens: int)
 
 
 def _states(part: object) -> dict[str, torch.Tensor]:
-    """The tensors that an object keeps in its attributes or in lists and dicts there, by name.
+    """The tensors in an object's attributes, or in lists and dicts there, by name.
 
     Scalars are bookkeeping. A tensor under two names counts once (deepseek_v4's keys are its values).
     """

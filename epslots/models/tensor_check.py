@@ -1,11 +1,11 @@
-"""A checkpoint's tensors held against the model, by their headers alone.
+"""Compares a checkpoint's tensors with the model's, by their headers alone.
 
-transformers loads the tensors that it has a use for and reports the others afterwards, as a warning. Here its rules are
-followed before a weight is read, and every tensor without a use is decided upon:
+transformers loads the tensors that it can use and reports the others afterwards, as a warning. Here its rules are followed
+before a weight is read, and each unused tensor is judged:
 
-    of a module that the model has        refused: a scale that is dropped, a bias, a shared expert change its outputs
+    of a module that the model has        refused: a dropped scale, bias or shared expert changes its outputs
     one more layer like the model's own   refused: the configuration leaves out a part of the model
-    of a module that the model lacks      left out with a warning, as transformers does: vision towers, multi-token prediction
+    of a module that the model lacks      left out with a warning, as in transformers: vision towers, multi-token prediction
     named by the class as ignorable, or recomputed from the configuration    left out
 """
 
@@ -28,7 +28,7 @@ from epslots.models.conversions import check_packing, conversions_of, match_keys
 
 logger = logging.getLogger(__name__)
 
-# Buffers that older checkpoints hold, and models now compute from their configuration.
+# Buffers of older checkpoints that models now compute from their configuration.
 _RECOMPUTED = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)position_ids$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -42,9 +42,10 @@ class _Made:
 
 
 def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> frozenset[str]:
-    """Refuse a checkpoint with tensors that would be left out or taken for others.
+    """Refuse a checkpoint with tensors that would be left out or mistaken for others.
 
     Args:
+        checkpoint: the open checkpoint.
         skeleton: the model's structure, on the meta device.
         layers: its MoE layers.
 
@@ -74,12 +75,12 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
             check_packing(target, source.converter, source.keys, checkpoint.tensors)
         if target in dense:
             _check_source(checkpoint, source, target, tuple(dense[target].shape))
-    _decide(checkpoint, skeleton, left, made)
+    _judge_unused(checkpoint, skeleton, left, made)
     return frozenset(elsewhere)
 
 
 def _check_source(checkpoint: Checkpoint, source: _Made, target: str, expected: tuple[int, ...]) -> None:
-    """One tensor is made from one of each pattern, and what is taken as it is has the model's shape."""
+    """Check that one tensor is made from one of each pattern, and that an unconverted one has the model's shape."""
     keys = [key for listed in source.keys.values() for key in listed]
     patterns = 1 if source.converter is None else len(source.keys)
     if len(keys) > patterns and not any("*" in pattern for pattern in source.keys):
@@ -89,10 +90,12 @@ def _check_source(checkpoint: Checkpoint, source: _Made, target: str, expected: 
         raise CheckpointError(f"{checkpoint.folder}: {target} has shape {list(found)}, the model expects {list(expected)}")
 
 
-def _decide(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, str], made: Iterable[str]) -> None:
-    """What becomes of the tensors that nothing in the model is made from.
+def _judge_unused(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, str], made: Iterable[str]) -> None:
+    """Refuse or leave out the tensors that the model has no use for.
 
     Args:
+        checkpoint: the open checkpoint.
+        skeleton: the model's structure.
         left: the model's name for each, by key.
         made: names of the model's tensors that the checkpoint has.
 
@@ -106,7 +109,8 @@ def _decide(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, s
         owner, rest = _owner(target, modules, skeleton.base_model_prefix)
         inside = not isinstance(modules[owner], PreTrainedModel | nn.ModuleList | nn.ModuleDict)
         quantised = checkpoint.tensors[key].dtype not in FLOATS or "scale" in rest
-        # Classes name layers by the numbers of their published checkpoints, which others have as layers of the model.
+        # Classes name ignorable layers by their numbers in published checkpoints; in other checkpoints these are layers of the
+        # model.
         if ignorable.search(target) and not (inside and quantised):
             continue
         if inside:

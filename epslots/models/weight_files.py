@@ -1,9 +1,9 @@
-"""Which files of a folder are a checkpoint's weights.
+"""Finds the weight files of a checkpoint's folder.
 
 transformers' rule: ``model.safetensors`` if there is one, else the files that ``model.safetensors.index.json`` names; with a
-variant, ``model.VARIANT.safetensors`` and ``model.safetensors.index.VARIANT.json``. Other ``*.safetensors`` are no part of
-the checkpoint (``consolidated.safetensors``, other variants, adapters), unless they are named like shards of this one: then
-the folder holds two sets of weights, and is refused.
+variant, ``model.VARIANT.safetensors`` and ``model.safetensors.index.VARIANT.json``. Other ``*.safetensors`` are no part of the
+checkpoint (``consolidated.safetensors``, other variants, adapters), unless they are named like shards of this one: then the
+folder holds two sets of weights, and is refused.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class WeightFiles:
     Attributes:
         names: names in the folder.
         index: name of the index that names them; None for a single file.
-        weight_map: file of each tensor by key, as the index states it.
-        dtype: of the weights, if the index states that.
+        weight_map: file of each tensor by key, from the index.
+        dtype: of the weights, if the index states it.
     """
 
     names: tuple[str, ...]
@@ -80,7 +80,7 @@ def _read_index(folder: Path, name: str) -> WeightFiles:
 
 
 def _single_beside_index(folder: Path, single: str, indexed: WeightFiles) -> WeightFiles:
-    """The single file, if the index beside it names no other one that is there."""
+    """The single file, if the index beside it names no other existing one."""
     others = [name for name in indexed.names if name != single and (folder / name).exists()]
     if others:
         raise CheckpointError(
