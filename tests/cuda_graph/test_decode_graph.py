@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.cache.slot_pool import SlotPool
-from epslots.cuda_graph.decode_graph import DecodeGraph, _addresses
+from epslots.cuda_graph.decode_graph import DecodeGraph
 from epslots.cuda_graph.device_slots import DeviceExperts
+from epslots.cuda_graph.static_cache import tensor_addresses
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.runtime import runtime_of
 from tests.cuda_graph.test_device_slots import NoValues
@@ -173,13 +174,13 @@ def test_a_step_could_be_captured(
     token = graph.prefill(zoo.random_ids(1, 6, seed=1)).argmax(-1)
     with graph:
         graph.step(token)
-        before = _addresses(graph._cache)
+        before = tensor_addresses(graph._cache)
         assert before
         monkeypatch.setattr("epslots.cuda_graph.device_slots.TorchKernels.copy", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with NoValues():
             graph.step(token)
-        assert _addresses(graph._cache) == before
+        assert tensor_addresses(graph._cache) == before
 
 
 def test_the_host_is_not_asked_and_looks_at_no_plan(checkpoint: Callable[[str], Path], cache_dir: Path):
