@@ -1,20 +1,15 @@
-"""Decoding with next to no host: a step of fixed shape, repeated; on CUDA captured once as a graph and replayed.
+"""Captured decoding: a decode step of fixed shape, captured once as a CUDA graph and replayed.
 
-Between two tokens of a plain ``generate`` the host launches some thousand small kernels, and where experts may be missing it
-waits once a layer. Here the keys and values lie in transformers' static cache, the step's inputs and outputs stay where they
-are, and slots are decided about on the device (``device_slots.py``). So a step is one call, and the host's part of it is over
-before the GPU's has begun.
+A plain ``generate`` launches some thousand small kernels between two tokens, and waits for the host once a layer where experts
+may be missing. Here keys and values lie in transformers' static cache (``static_cache.py``), inputs and outputs stay in place,
+and the device decides about slots (``device_slots.py``). So a step is one call, and needs no host synchronisation.
 
-    prefill    the prompt, on the usual path: it needs more experts than there are slots, and is no step of fixed shape
-    first step on the device, as it comes: kernels are compiled, workspaces allocated
-    second     captured, and replayed
-    others     replayed
+    prefill    the prompt, on the usual path: it needs more experts than there are slots, and has no fixed shape
+    1st step   on the device, uncaptured: kernels are compiled, workspaces allocated
+    2nd step   captured, and replayed; all later ones are replayed
 
-Without a GPU all steps are as the first one. Where the device can't decide (``DecodeGraph.obstacle`` says why), they take the
-usual path.
-
-Source of the idea that decision and copies can be part of the graph: FreeToken. Capturing follows PyTorch's notes on CUDA
-graphs.
+Without a GPU no step is captured; where ``DecodeGraph.obstacle`` is set, all steps take the usual path. Decision and copies
+inside of the graph are an idea of FreeToken's; capturing follows PyTorch's notes on CUDA graphs.
 """
 
 from __future__ import annotations
@@ -48,19 +43,20 @@ logger = logging.getLogger(__name__)
 class DecodeGraph:
     """Decodes with one model, a fixed number of sequences at a time.
 
-    While it steps, the model's experts are its own: other use of the model is refused until ``close``, which also brings the
-    host's tables, histories and counters up to date. ``generate`` does so by itself; around ``step`` use ``with``.
+    While it steps, it owns the model's slots: other use of the model is refused until ``close``, which also updates the host's
+    tables, histories and counters. ``generate`` closes by itself; around ``step`` use ``with``.
 
     Args:
         model: loaded by ``epslots.load``, on one rank.
         batch: sequences.
         max_tokens: of each sequence, prompt and output together.
-        policy: whose scores choose what gives way on the device: one of ``DEVICE_POLICIES``. No output depends on it.
+        policy: the eviction policy on the device: one of ``DEVICE_POLICIES``. No output depends on it.
         capture: whether steps are captured in a CUDA graph; by default on a GPU.
 
     Attributes:
-        obstacle: why the usual path is taken, None if it isn't; looked at whenever the slots are taken over.
-        replays: steps so far that were replayed.
+        obstacle: the reason for taking the usual path, None for the device's; updated whenever a step begins without the
+            slots.
+        replays: replayed steps so far.
 
     Raises:
         ConfigError: no such policy, a model that can't decode from a static cache, sequences that are longer than the memory
@@ -119,17 +115,17 @@ class DecodeGraph:
 
     @torch.no_grad()
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Begin with new sequences.
+        """Compute the prompts of new sequences.
 
         Args:
             input_ids: int64 [batch, T], the prompts; shorter ones are padded on the left.
-            attention_mask: int64 [batch, T], 0 where they are padded; none are by default.
+            attention_mask: int64 [batch, T], 0 at padding; by default there is none.
 
         Returns:
             The next token's logits, [batch, vocabulary].
 
         Raises:
-            ConfigError: another shape than agreed.
+            ConfigError: the shapes don't match ``batch`` and ``max_tokens``.
         """
         length = input_ids.shape[1]
         if input_ids.shape[0] != self.batch or not 1 <= length < self.max_tokens:
@@ -147,14 +143,14 @@ class DecodeGraph:
         self._cache.reset()
         self._mask.fill_(1)[:, :length] = mask
         positions = (self._mask[:, :length].cumsum(1) - 1).clamp(min=0)
-        last_alone = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         logits = self.model(
             input_ids=input_ids.to(self._ids.device),
             attention_mask=None if attention_mask is None else self._mask[:, :length],
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            **last_alone,
+            **only_last,
         ).logits[:, -1]
         self._positions.copy_(positions[:, -1:] + 1)
         self._length = length
@@ -188,14 +184,16 @@ class DecodeGraph:
         """Greedy decoding, without a look at the tokens in between.
 
         Args:
-            input_ids, attention_mask: as in ``prefill``.
+            input_ids: int64 [batch, T], the prompts; shorter ones are padded on the left.
             max_new_tokens: tokens to append; no token ends a sequence before.
+            attention_mask: int64 [batch, T], 0 at padding; by default there is none.
 
         Returns:
             int64 [batch, T + max_new_tokens], prompts included.
 
         Raises:
-            ConfigError: as ``prefill`` and ``step``.
+            ConfigError: the shapes or ``max_new_tokens`` don't match ``batch`` and ``max_tokens``, or the step can't be
+                captured.
         """
         prompt = input_ids.shape[1]
         if max_new_tokens < 1 or prompt + max_new_tokens > self.max_tokens:
@@ -214,7 +212,7 @@ class DecodeGraph:
         return tokens
 
     def _advance(self) -> None:
-        """One step: ``_ids`` goes in, and holds the likeliest next tokens afterwards."""
+        """Make one step: ``_ids`` holds the tokens to append, and afterwards the likeliest next tokens."""
         if self._logits is None:
             raise ConfigError("a step before the prompt: allowed: prefill first")
         if self._length >= self.max_tokens:
@@ -226,10 +224,10 @@ class DecodeGraph:
             if by_hand or any(runner.observer is not None for runner in self._runtime.runners):
                 self._forward()  # an observer of routes is called from Python
             elif not self._warm:
-                self._forward_beside()
+                self._forward_on_side_stream()
             else:
                 if self._graph is None:
-                    self._graph = self._captured()
+                    self._graph = self._capture_step()
                 else:
                     self.replays += 1
                 self._graph.replay()
@@ -240,7 +238,7 @@ class DecodeGraph:
         self._length += 1
 
     def _forward(self) -> None:
-        """The step as it is captured: reads and writes tensors that stay where they are."""
+        """The step that is captured: it reads and writes tensors that stay in place."""
         assert self._logits is not None
         output = self.model(
             input_ids=self._ids,
@@ -253,16 +251,16 @@ class DecodeGraph:
         self._ids.copy_(self._logits.argmax(-1, keepdim=True))
         self._positions.add_(1)
 
-    def _forward_beside(self) -> None:
-        """A step on another stream than the default one, as CUDA wants it before a capture."""
+    def _forward_on_side_stream(self) -> None:
+        """Make a step on another stream than the default one, which CUDA requires before a capture."""
         stream, current = torch.cuda.Stream(self.model.device), torch.cuda.current_stream(self.model.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._forward()
         current.wait_stream(stream)
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph. Capturing runs nothing: the cache and the slots are as before."""
+    def _capture_step(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph. Capturing runs nothing: the cache and the slots stay unchanged."""
         before = tensor_addresses(self._cache)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -282,7 +280,7 @@ class DecodeGraph:
         return graph
 
     def _take_over(self) -> None:
-        """Rule the slots from here until ``close``, if the device can."""
+        """Give the slots to the device until ``close``, if it can decide about them."""
         runners, movers = self._runtime.runners, self._runtime.movers
         if any(isinstance(runner.experts, DeviceExperts) for runner in runners):
             raise ConfigError("another DecodeGraph has this model's slots; close it before")
@@ -305,7 +303,7 @@ class DecodeGraph:
             runner.ahead = None  # nothing is fetched into slots that the device rules
 
     def _build(self) -> None:
-        """The device's state and stand-ins for each layer's experts, for the windows that layers have by now."""
+        """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present windows."""
         self._slots, stand_ins = [], {}
         for loader in self._runtime.movers:
             pool = loader.pool
@@ -319,7 +317,7 @@ class DecodeGraph:
         self._experts = [stand_ins[index] for index in range(len(stand_ins))]
 
     def close(self) -> None:
-        """Give the slots back to the usual path; a no-op when they are there. The sequences can go on afterwards."""
+        """Give the slots back to the usual path; a no-op if they are there. The sequences can continue afterwards."""
         if not self._in_charge:
             return
         self._in_charge = False
@@ -335,7 +333,7 @@ class DecodeGraph:
                 self._hand_back(slots, loader, [runners[index] for index in loader.store_layers])
 
     def _hand_back(self, slots: DeviceSlots, loader: ExpertLoader, rows: list[MoELayer]) -> None:
-        """Histories and counters of a pool's layers, as the device has them."""
+        """Copy the histories and counters of a pool's layers from the device."""
         telemetry = self._runtime.telemetry
         steps, tallies = slots.leave([row.history for row in rows])
         for row, step, tally in zip(rows, steps, tallies, strict=True):
@@ -353,7 +351,7 @@ class DecodeGraph:
 
 
 def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
-    """Why the device can't decide about some slots, as a sentence's end; None if it can about all."""
+    """The reason why the device can't decide about some slots, as a sentence's end; None if it can about all."""
     if any(runner.ahead is not None and runner.ahead.approximate for runner in runtime.runners):
         return "predicted experts are executed"
     if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
@@ -363,9 +361,9 @@ def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
 
 
 def kernels_for(loader: ExpertLoader) -> Kernels:
-    """What decides about a pool's slots on its device."""
+    """The kernels that decide about a pool's slots on its device."""
     if loader.pool.device.type == "cpu":
         return TorchKernels(loader)
-    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and wanted on GPUs alone
+    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and used on GPUs alone
 
     return TritonKernels(loader)
