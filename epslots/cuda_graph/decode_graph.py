@@ -252,7 +252,7 @@ class DecodeGraph:
         self._positions.add_(1)
 
     def _forward_on_side_stream(self) -> None:
-        """Make a step on another stream than the default one, which CUDA requires before a capture."""
+        """Make a step on another stream than the default one: CUDA requires it before a capture."""
         stream, current = torch.cuda.Stream(self.model.device), torch.cuda.current_stream(self.model.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

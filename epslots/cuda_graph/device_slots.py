@@ -174,7 +174,7 @@ class TorchKernels:
         missing.slot_M[:most].copy_(slot_M)
 
     def _record(self, layer: DeviceLayer, needed_E: torch.Tensor) -> torch.Tensor:
-        """The same as ``record_use`` on the host, then the scores: int64 [E]."""
+        """Update the history like the host's ``record_use``; returns the scores, int64 [E]."""
         step, decayed_DE = layer.step.add_(1), layer.decayed_DE
         decayed_DE.sub_(decayed_DE >> self._shift_D1).add_(self._use_D1 * needed_E)
         still = (step % STILL_EVERY == 0) | (step & (step - 1) == 0)
@@ -286,7 +286,7 @@ class DeviceSlots:
         self._tallies.zero_()
 
     def prepare(self, layer: int, ids_N: torch.Tensor) -> None:
-        """Bring every expert that these pairs need into a slot of the layer, before all work that is queued next.
+        """Fetch every expert that these pairs need into the layer's slots, before later queued work.
 
         Args:
             layer: its number in the pool.

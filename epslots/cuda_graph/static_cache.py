@@ -42,7 +42,10 @@ def make_static_cache(model: PreTrainedModel, max_tokens: int, *, captured: bool
 
 
 def tensor_addresses(cache: StaticCache) -> list[tuple[int, str, Any]]:
-    """The address of each of the cache's tensors, and the settings beside them, as (layer, attribute, value)."""
+    """The address of each of the cache's tensors: (layer, attribute, address).
+
+    Flags, names and dtypes in the layers' attributes are listed with their values.
+    """
     found: list[tuple[int, str, Any]] = []
     for number, layer in enumerate(cache.layers):
         for name, value in sorted(vars(layer).items()):

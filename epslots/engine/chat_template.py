@@ -89,7 +89,9 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, text: str, *, most
 
 
 class Renderer:
-    """Renders templates in a process, which is started on first use and again after it has ended. For any thread.
+    """Renders templates in a process of its own. For any thread.
+
+    The process is started on first use, and again after it has ended.
 
     Args:
         cpu_s: seconds of CPU time that one request may take.

@@ -65,7 +65,7 @@ def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int
 
 
 class PagedBatcher(BaseBatcher):
-    """Many requests in one forward pass, their keys and values in pages of one cache of fixed size.
+    """Many requests in one forward pass, with keys and values in pages of one cache.
 
     Requests wait while the cache is full. When the running ones outgrow it, transformers frees the newest one's pages, and
     computes them again from its prompt and tokens when there is room. Full pages of finished requests stay until their room is

@@ -35,7 +35,7 @@ FLASH_PAGE_TOKENS = 256
 
 
 def paging_obstacle(model: PreTrainedModel) -> str | None:
-    """The reason why the model's requests can't be kept in pages, as the end of a sentence; None if they can.
+    """Why the model's requests can't be kept in pages, as a sentence's end; None if they can.
 
     Decided without a forward pass of the model: by its configuration, its class, and the angles of its rotary embeddings.
     """
@@ -175,7 +175,7 @@ class _ModelStub:
 
 
 def row_width(model: PreTrainedModel) -> int | None:
-    """Numbers in the widest row of keys or values that a layer keeps of one token.
+    """Numbers in the widest row of keys or values of one token in any layer.
 
     None where all layers keep the heads and the head size of the configuration.
     """
@@ -201,7 +201,7 @@ def rows_config(config: PretrainedConfig, width: int) -> PretrainedConfig:
 
 
 def flatten_rows(cache: PagedAttentionCache) -> None:
-    """Let a cache made for one head of some width take keys and values of any shape that is no wider.
+    """Let a cache of one wide head take keys and values of any shape up to its width.
 
     Only this cache changes. Its results have the shape, per token, of its arguments.
     """
@@ -224,6 +224,6 @@ def _to_rows(states: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[1, 1, S, width] to [1, heads, S, size], with the heads and the size of ``like``."""
+    """[1, 1, S, width] to [1, heads, S, size]; ``like`` has these heads and this size."""
     heads, size = like.shape[1], like.shape[3]
     return rows[0, 0, :, : heads * size].view(1, -1, heads, size).transpose(1, 2)

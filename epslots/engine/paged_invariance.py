@@ -36,7 +36,7 @@ _GATHERED_NUMBERS = 2**22
 
 
 def invariance_obstacle(model: PreTrainedModel) -> str | None:
-    """The reason why a batch-invariant model's requests can't share a batch, as the end of a sentence; None if they can.
+    """Why a batch-invariant model's requests can't share a batch, as a sentence's end; None if they can.
 
     Alone, a request's forward passes have the same shapes each time, and so the same bits.
     """
@@ -194,7 +194,7 @@ class _Part:
         scale: float,
         sink_GR: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What the queries attend to, [I, B, heads, E]."""
+        """The queries' attention, [I, B, heads, E]."""
         groups, shared, _, size = query_GRTD.shape
         items, queries = self.query_IB.shape
         lead, rows = (groups, items, self._blocks), shared * queries

@@ -1,7 +1,8 @@
-"""Switches off the outputs besides logits that a model's configuration asks for: a batch of requests doesn't use them.
+"""Switches off the outputs besides logits that a model's configuration asks for.
 
-Fine-tuned checkpoints often keep such flags (``output_router_logits``, say). transformers can't compute these outputs for a
-packed batch, and hidden states or attentions of all layers would take memory that no plan counts.
+Fine-tuned checkpoints often keep such flags (``output_router_logits``, say). A batch of requests doesn't use these outputs,
+transformers can't compute them for a packed batch, and hidden states or attentions of all layers would take memory that no
+plan counts.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ _PREFIX = "output_"
 
 
 class PlainOutputs:
-    """The flags of one model's configuration that ask for more than logits, as they were when this was made.
+    """The flags of one model's configuration that ask for more than logits.
 
-    Outside of ``off`` the configuration is the checkpoint's own.
+    They are recorded when this is made. Outside of ``off`` the configuration is the checkpoint's own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -31,7 +32,7 @@ class PlainOutputs:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within the context, a forward pass returns an output object with logits, and no optional output."""
+        """Within the context, a forward pass returns an output object with logits alone."""
         for config, name, _ in self._on:
             setattr(config, name, name == "return_dict")
         try:

@@ -1,4 +1,4 @@
-"""A prepared batch of transformers' continuous batching, made so that its forward pass can be repeated.
+"""Makes the forward pass of a prepared batch of transformers' continuous batching repeatable.
 
 transformers assumes that a forward pass that began also ends, and ends well. Here ``WindowBackup`` makes an interrupted pass
 repeatable, ``prepare_part`` lays it out again for some of its requests, ``check_tokens`` reports rows without a token, and
@@ -58,11 +58,11 @@ def _continues_a_prompt(entry: FutureRequestState) -> bool:
 
 
 def prepare_part(processor: Any, part: Sequence[FutureRequestState]) -> None:
-    """Lay out the forward pass again for some requests of a prepared batch, after a failed pass or before a later one.
+    """Prepare the forward pass again for some requests of a prepared batch.
 
     Args:
         processor: transformers' batch processor.
-        part: requests of its batch.
+        part: requests of its batch, whose pass failed or is still to come.
     """
     for entry in part:
         state = entry.state
@@ -81,10 +81,11 @@ def prepare_part(processor: Any, part: Sequence[FutureRequestState]) -> None:
 
 
 def show_cut_prompts(batch: Any) -> int:
-    """Add a row of logits for each request whose prompt goes on after this step, behind the rows of those that get a token.
+    """Add a row of logits for each request whose prompt continues in a later step.
 
-    transformers computes a row for every request, and these would be of some token. The last token of such a chunk attends to
-    all the others, so its logits tell whether any of them came out as NaN.
+    They come behind the rows of the requests that get a token. transformers computes a row for every request, and would take
+    any token for these. The last token of such a chunk attends to all the others, so its logits tell whether any of them came
+    out as NaN.
 
     Args:
         batch: transformers' inputs and outputs of the prepared batch.
@@ -105,7 +106,12 @@ def show_cut_prompts(batch: Any) -> int:
 
 
 def check_tokens(batch: Any, check: Callable[[list[int]], None]) -> None:
-    """Call ``check`` with a step's tokens, one a row, when transformers reads them, before they change anything."""
+    """Call ``check`` with a step's tokens, one a row, before they change anything.
+
+    Args:
+        batch: transformers' inputs and outputs; its reading of the tokens is replaced.
+        check: may raise.
+    """
     read = batch.prepare_batch_update
 
     def checked() -> Any:

@@ -1,6 +1,6 @@
-"""Tells which row of a step continues which row of the step before, for batches whose requests come, go and are cut.
+"""Tells which row of a step continues which row of the step before.
 
-Pure. Legend of shape suffixes: T rows (tokens) of a step.
+In a batch, requests come, go and are cut in pieces. Pure. Legend of shape suffixes: T rows (tokens) of a step.
 """
 
 from __future__ import annotations

@@ -45,13 +45,13 @@ def is_batch_invariant(model: nn.Module) -> bool:
 
 
 def unknown_functions(model: nn.Module) -> tuple[str, ...]:
-    """Functions that the decoder of a batch-invariant model calls and that aren't known to be batch-invariant."""
+    """Functions that a batch-invariant model's decoder calls and that aren't known to be batch-invariant."""
     found: tuple[str, ...] = getattr(model, _ATTRIBUTE)
     return found
 
 
 def _unknown_functions(model: PreTrainedModel) -> list[str]:
-    """Found by running the decoder without its experts and without attention, which have kernels of their own."""
+    """Found by running the decoder without experts and attention, which have kernels of their own."""
     if not model._supports_attention_backend:
         return ["attention outside of transformers' interface"]
 

@@ -98,10 +98,11 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that distinguishes these weight files from others on this machine, without reading them whole.
+        """Hex digest that distinguishes these weight files from others on this machine.
 
-        It covers their folder, content (as sampled), and times. Archives and container layers may set the time of modification
-        to anything, but not the time of the last change, so that a file replaced in place is noticed.
+        It covers their folder, content (as sampled), and times; the files aren't read whole. Archives and container layers may
+        set the time of modification to anything, but not the time of the last change, so that a file replaced in place is
+        noticed.
         """
         digest = xxhash.xxh3_128(os.fsencode(self.folder.resolve()))
         for file in sorted(self.handles):
@@ -130,7 +131,7 @@ class Checkpoint:
 
 
 def _digest_samples(path: Path) -> str:
-    """Hex digest of a weight file's header and of some bytes of each of its tensors, evenly spread."""
+    """Hex digest of a weight file's header and of samples of each of its tensors, evenly spread."""
     with open(path, "rb", buffering=0) as opened:
         length = opened.read(8)
         header = opened.read(int.from_bytes(length, "little"))

@@ -40,7 +40,7 @@ class MatchedKey:
 
 
 def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
-    """The conversions by which transformers would load a checkpoint into a model that isn't loaded yet.
+    """The conversions by which transformers would load a checkpoint into a model.
 
     Args:
         skeleton: the model's structure; its configuration states the checkpoint's quantisation, and that it is to be
@@ -60,7 +60,7 @@ def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
 def match_keys(
     keys: Iterable[str], conversions: Sequence[Any], base_model_prefix: str, wanted: dict[str, Any]
 ) -> Iterator[MatchedKey]:
-    """Every key of a checkpoint with the model's tensors that it becomes, by the rules of transformers' loading.
+    """Every key of a checkpoint with the model's tensors that it becomes in transformers' loading.
 
     Args:
         keys: the checkpoint's.
@@ -88,7 +88,7 @@ def check_packing(
     keys: Mapping[str, Sequence[str]],
     headers: Mapping[str, TensorHeader],
 ) -> None:
-    """Refuse packed tensors that nothing unpacks or that lack their scales, and scales of tensors that aren't packed.
+    """Refuse packed tensors that nothing unpacks, or without scales, and scales of unpacked tensors.
 
     Args:
         target: the model's tensor that is made.

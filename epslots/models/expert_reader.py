@@ -205,7 +205,7 @@ def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seque
 
 
 def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int) -> None:
-    """Check that every expert has a tensor for every pattern, and that there are no more experts than the model declares.
+    """Check that the checkpoint has each of a parameter's experts, and no more.
 
     Raises:
         CheckpointError: naming a missing or superfluous tensor.

@@ -30,7 +30,7 @@ DRY_RUN_TOKENS = 16
 
 
 def shape_of_config(config: PretrainedConfig, name: str, dtype: str | torch.dtype = "auto") -> ModelShape:
-    """The shape of the model that a configuration describes, from a skeleton made for the purpose.
+    """The shape of the model that a configuration describes, from a temporary skeleton.
 
     Args:
         config: from ``pretrained.read_config``; its ``architectures`` name the class.
@@ -85,7 +85,7 @@ def _dense_bytes(model: PreTrainedModel, experts: Sequence[nn.Module]) -> int:
 
 
 def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tuple[KVLayer, ...], int]:
-    """The state of a sequence, and experts per token, from two forward passes on meta tensors."""
+    """A sequence's state, and experts per token, from two forward passes on meta tensors."""
     top_ks: list[int] = []
 
     def stand_in(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -122,9 +122,13 @@ def _dry_run_lengths(model: PreTrainedModel) -> tuple[int, int]:
 def run_without_experts(
     model: PreTrainedModel, tokens: int, experts: Sequence[nn.Module], stand_in: Callable[..., torch.Tensor]
 ) -> object:
-    """The cache that the model makes for itself and fills with one sequence, on any device.
+    """The cache that the model makes and fills with one sequence, on any device.
 
-    The experts are skipped: they change no shape, and the choice among them depends on values that aren't there.
+    Args:
+        model: its decoder is run.
+        tokens: of the sequence.
+        experts: the experts modules; they change no shape, and the choice among them depends on values that aren't there.
+        stand_in: called instead of them: (hidden [.., H], index [.., K], weights [.., K]) to the shape of hidden.
     """
     own = [vars(module).get("forward") for module in experts]
     for module in experts:

@@ -117,7 +117,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     @property
     def host_store_bytes(self) -> int:
-        """Host memory or disk that a node needs for its one copy of the experts, whatever its number of ranks."""
+        """Host memory or disk for a node's one copy of the experts; its ranks share it."""
         return self.shape.expert_bytes
 
     @property
@@ -193,10 +193,10 @@ def default_reserve(memory_bytes: int | None) -> int:
 
 
 def moe_workspace_bytes(shape: ModelShape, batch_tokens: int, ranks: int) -> int:
-    """Activations of one MoE layer for a batch of T tokens of this rank, all alive at once.
+    """Activations of one MoE layer for a batch of this rank, all alive at once.
 
-    There are T x K (token, expert) rows, K experts per token: the sorted copies [T*K, H], gate and up [T*K, 2I], the
-    activation [T*K, I], the output [T*K, H], and twice [T*K, H] in fp32 when the rows are weighted and summed over k. With
+    For T tokens there are T x K (token, expert) rows, K experts per token: the sorted copies [T*K, H], gate and up [T*K, 2I],
+    the activation [T*K, I], the output [T*K, H], and twice [T*K, H] in fp32 when the rows are weighted and summed over k. With
     several ranks, two more [T*K, H]: rows travel out and back. Ranks are assumed to receive as many rows as they send.
     """
     layouts = {layer.layout for layer in shape.layers}

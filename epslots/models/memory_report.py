@@ -33,7 +33,7 @@ def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
 
 
 def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:
-    """The same plan with one slot per layer, then with shares of the experts up to all of them."""
+    """The same plan with one slot per layer, then with growing shares of the experts."""
     settings = [SlotsSetting(per_layer=1), *(SlotsSetting(share=share) for share in ALTERNATIVE_SHARES)]
     return tuple(map(plan.with_slots, settings))
 

@@ -15,7 +15,7 @@ class KVLayer(msgspec.Struct, frozen=True):
     Attributes:
         bytes_per_token: grows with every token, up to ``window``.
         window: tokens kept at most; None = all.
-        fixed_bytes: recurrent and convolution states, whatever the length.
+        fixed_bytes: recurrent and convolution states, of any length.
     """
 
     bytes_per_token: int

@@ -75,7 +75,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class that the checkpoint names, as ``experts.dense_class`` makes it.
+    """The transformers class that the checkpoint names, made to load without expert weights.
 
     Raises:
         CheckpointError: ``architectures`` is no list of names, or names the class of another ``model_type``.
@@ -133,7 +133,7 @@ def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, of_weights
     is never dequantised to float32 or more, which its configuration or its scales may name, but to bfloat16.
 
     Args:
-        dtype: a float dtype by name or as torch has it, or ``"auto"``.
+        dtype: a float dtype of torch or its name, or ``"auto"``.
         config: the checkpoint's configuration.
         of_weights: ``Checkpoint.dtype``; None without weights.
 

@@ -151,7 +151,7 @@ def _pack_fp8(source: TensorSource, operation: Fp8Dequantize, rest: Sequence[Any
 
 
 def _joins_rows(operations: Sequence[Any]) -> bool:
-    """Whether these stack one matrix per expert, and at most join several of them by their rows."""
+    """Whether these operations stack one matrix per expert, and join at most their rows."""
     if not operations or type(operations[0]) is not MergeModulelist or operations[0].dim != 0:
         return False
     joins = operations[1:]
@@ -171,7 +171,7 @@ def _alike(headers: Iterable[TensorHeader], num_experts: int) -> TensorHeader | 
 
 
 def _block_of(shape: tuple[int, ...], grid: tuple[int, ...], operation: Fp8Dequantize) -> tuple[int, int] | None:
-    """Rows and columns of the block that transformers takes for one of a grid of scales: ``fp8.BlockDequantize``."""
+    """Rows and columns of the block that transformers infers from a grid of scales: ``fp8.BlockDequantize``."""
     if len(grid) != 2 or 0 in grid:
         return None
     rows, columns = shape

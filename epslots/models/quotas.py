@@ -1,4 +1,4 @@
-"""Slots of each MoE layer for a ``slots`` setting, and the bytes of such a pool. Pure arithmetic on integers."""
+"""Slots of each MoE layer for a ``slots`` setting. Pure arithmetic on integers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def resolve_quotas(setting: SlotsSetting, layers: Sequence[LayerSpec], auto_byte
 
 
 def _fill(layers: Sequence[LayerSpec], budget: int) -> tuple[int, ...]:
-    """One slot per layer, then slot by slot to the layer that would hold the smallest share of its experts."""
+    """One slot per layer, then slot by slot to the layer with the smallest share of its experts."""
     ones = [1] * len(layers)
     least = pool_bytes(layers, ones)
     if least > budget:

@@ -35,7 +35,12 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass
 class _Made:
-    """A tensor of the model, and the checkpoint's keys that it is made from, by the converter's source pattern."""
+    """A tensor of the model, and the checkpoint's keys that it is made from.
+
+    Attributes:
+        converter: transformers' conversion; None = the checkpoint's tensor is taken as it is.
+        keys: by the converter's source pattern.
+    """
 
     converter: WeightConverter | None
     keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -80,7 +85,7 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
 
 
 def _check_source(checkpoint: Checkpoint, source: _Made, target: str, expected: tuple[int, ...]) -> None:
-    """Check that one tensor is made from one of each pattern, and that an unconverted one has the model's shape."""
+    """Check that a tensor has one source of each pattern, and an unconverted one the model's shape."""
     keys = [key for listed in source.keys.values() for key in listed]
     patterns = 1 if source.converter is None else len(source.keys)
     if len(keys) > patterns and not any("*" in pattern for pattern in source.keys):
@@ -104,7 +109,7 @@ def _judge_unused(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[
     """
     modules = dict(skeleton.named_modules())
     ignorable = re.compile("|".join(f"({p})" for p in (*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_RECOMPUTED)))
-    beside: dict[str, list[str]] = defaultdict(list)
+    without_module: dict[str, list[str]] = defaultdict(list)
     for key, target in left.items():
         owner, rest = _owner(target, modules, skeleton.base_model_prefix)
         inside = not isinstance(modules[owner], PreTrainedModel | nn.ModuleList | nn.ModuleDict)
@@ -118,24 +123,27 @@ def _judge_unused(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[
             raise CheckpointError(
                 f"{checkpoint.folder}: {key} would be left out: in {owner}, {type(skeleton).__name__} has no such tensor{hint}"
             )
-        beside[".".join(filter(None, (owner, rest.partition(".")[0])))].append(f"{owner}.{rest}".lstrip("."))
+        without_module[".".join(filter(None, (owner, rest.partition(".")[0])))].append(f"{owner}.{rest}".lstrip("."))
     kinds = {_NUMBER.sub("*", target) for target in made}
-    for group, targets in beside.items():
+    for group, targets in without_module.items():
         numbered = isinstance(modules[group.rpartition(".")[0]], nn.ModuleList)
         if numbered and all(_NUMBER.sub("*", target) in kinds for target in targets):
             raise CheckpointError(
                 f"{checkpoint.folder}: {group} would be left out, one more layer like those that the model has: does "
                 f"config.json state the number of layers?"
             )
-    if beside:
-        listed = ", ".join(f"{group} ({len(targets)})" for group, targets in sorted(beside.items()))
+    if without_module:
+        listed = ", ".join(f"{group} ({len(targets)})" for group, targets in sorted(without_module.items()))
         logger.warning(
             "%s: left out, as %s has no such modules (tensors): %s", checkpoint.name, type(skeleton).__name__, listed
         )
 
 
 def _owner(target: str, modules: dict[str, nn.Module], prefix: str) -> tuple[str, str]:
-    """The model's innermost module on a tensor's path, with or without the base model's prefix, and the rest of the path."""
+    """The model's innermost module on a tensor's path, and the rest of the path.
+
+    The path may have the base model's prefix, or lack it.
+    """
     found = ("", target)
     for name in (target, f"{prefix}.{target}", target.removeprefix(f"{prefix}.")):
         path = name

@@ -109,5 +109,5 @@ def _no_weights(folder: Path, single: str, index: str) -> CheckpointError:
             f"alone; convert the checkpoint with save_pretrained in an environment you trust"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
-    beside = f"; {', '.join(others[:4])} is not read without them" if others else ""
-    return CheckpointError(f"{folder} holds neither {single} nor {index}{beside}")
+    unread = f"; {', '.join(others[:4])} is not read without them" if others else ""
+    return CheckpointError(f"{folder} holds neither {single} nor {index}{unread}")

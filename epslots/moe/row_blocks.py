@@ -31,7 +31,7 @@ _checked: dict[tuple[object, ...], bool] = {}
 
 
 def product(rows_MK: torch.Tensor, weight_KN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """``rows_MK @ weight_KN + bias_N``, [M, N], each row in the same bits whatever M is."""
+    """``rows_MK @ weight_KN + bias_N``, [M, N]; each row has the same bits for any M."""
     outer = weight_KN.shape[1]
     if outer < ROWS:  # a product with a vector computes several rows at once, each in another order
         filled = F.pad(weight_KN, (0, ROWS - outer))
@@ -77,10 +77,11 @@ def _is_allowed(size: int, weight_KN: torch.Tensor, multiply: Multiply) -> bool:
 
 
 def _check(size: int, weight_KN: torch.Tensor, multiply: Multiply) -> bool:
-    """Compare a block with small ones, or a small one with its rows in other places, on numbers that reveal any other order.
+    """Compare a block with small ones, or a small one with its rows in other places.
 
-    The second half of each sum is the negative of the first: the result consists of rounding errors alone. Otherwise, bf16
-    would hide most differences. The weight is random, because a checkpoint's may be zeros or powers of two.
+    The numbers reveal any other order: the second half of each sum is the negative of the first, so the result consists of
+    rounding errors alone. Otherwise, bf16 would hide most differences. The weight is random, because a checkpoint's may be
+    zeros or powers of two.
     """
     inner = len(weight_KN)
     half = inner // 2
