@@ -1,6 +1,6 @@
 """One rank's steps. The life of a request, in reading order:
 
-1. queue       ``add`` checks the request (requests.py), which then waits for room in the cache (base_batcher.py)
+1. queue       ``add`` checks the request (requests.py), which then waits for room in the cache (batcher.py)
 2. admission   ``prepare`` takes requests into the next batch (paged_batcher.py; others one by one, sequential_batcher.py)
 3. prompt      computed in chunks of at most ``max_batch_tokens`` (paged_cache.py), its attention over all earlier ones
 4. decoding    one token a step (token_choice.py), drawn by the request's seed and position (sampling.py)
@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from epslots.cpu_threads import ThreadGovernor
+from epslots.engine.batcher import Batcher
 from epslots.engine.paged_batcher import DEFAULT_BATCH_TOKENS, batcher_for
-from epslots.engine.requests import Batcher, Output
+from epslots.engine.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores
 from epslots.runtime import runtime_of

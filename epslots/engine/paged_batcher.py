@@ -24,12 +24,11 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.arrays import IntArray
-from epslots.engine.base_batcher import BaseBatcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.engine.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
 from epslots.engine.isolation import Isolation
 from epslots.engine.paged_cache import open_processor, paging_obstacle
 from epslots.engine.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.engine.repeatable_step import WindowBackup, check_tokens, discard, prepare_part, show_cut_prompts
-from epslots.engine.requests import Batcher
 from epslots.engine.row_tracker import RowTracker
 from epslots.engine.sampling import GREEDY, Sampling
 from epslots.engine.sequential_batcher import SequentialBatcher
@@ -64,7 +63,7 @@ def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int
     return SequentialBatcher(model, kv_tokens=kv_tokens)
 
 
-class PagedBatcher(BaseBatcher):
+class PagedBatcher(Batcher):
     """Many requests in one forward pass, with keys and values in pages of one cache.
 
     Requests wait while the cache is full. When the running ones outgrow it, transformers frees the newest one's pages, and

@@ -1,10 +1,10 @@
-"""The records between an engine and its batchers: requests and outputs; and ``Batcher``, the interface of all batchers."""
+"""The records between an engine's user and its batcher: a request, and its outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 from epslots.engine.sampling import GREEDY, Sampling
 from epslots.errors import ConfigError
@@ -60,55 +60,3 @@ class Output:
     """Why it finished."""
     error: str | None = None
     """The failure in words, if ``reason`` is "error"."""
-
-
-class Batcher(Protocol):
-    """Advances requests, one forward pass at a time. Not for use by several threads at once."""
-
-    capacity: int
-    """Tokens that one request may keep: its prompt, and all new tokens but the last."""
-
-    def add(self, request: Request) -> None:
-        """Queue a request; the next ``prepare`` may take it into a step.
-
-        Raises:
-            ConfigError: the prompt is empty, has ids outside of the vocabulary or exceeds the cache together with
-                ``max_new_tokens``; ``max_new_tokens`` is less than one; the id is taken.
-        """
-
-    def cancel(self, id: str) -> None:
-        """End a request; its tokens until now are still returned. A finished or unknown id is no error.
-
-        A prepared step is still run, without effect on the request.
-        """
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a request is unfinished."""
-
-    def prepare(self) -> bool:
-        """Put together the next step's batch; False if there is nothing to do.
-
-        Until ``step`` has returned, further calls change nothing and return True.
-        """
-
-    def step(self) -> None:
-        """Run the model once, over the prepared batch.
-
-        A failure of the model raises nothing: the next steps repeat the batch in parts, and a request that fails alone ends
-        with reason "error". The same applies to logits that are NaN or infinite.
-
-        Raises:
-            PeerLost: nothing of the step counts; another call repeats it.
-            StepFailed: this rank's failure broke the group; nothing of the step counts.
-            Exception: an error that no request causes: of files, settings or the device.
-        """
-
-    def outputs(self) -> list[Output]:
-        """The results since the last call: at most one output for each request, in the order of ``add``."""
-
-    def unfinished(self) -> list[tuple[Request, tuple[int, ...]]]:
-        """Every request whose end was not returned, with its returned tokens: enough for another batcher to continue."""
-
-    def close(self) -> None:
-        """Free the cache, and leave the model as it was. Afterwards only ``unfinished`` may be called."""

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from epslots.engine.base_batcher import BaseBatcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.engine.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
 from epslots.engine.isolation import Isolation
 from epslots.engine.positions import depends_on_length, forget_length
 from epslots.engine.token_choice import NO_TOKEN, next_tokens
@@ -28,7 +28,7 @@ class _KeptState(NamedTuple):
     tokens: int
 
 
-class SequentialBatcher(BaseBatcher):
+class SequentialBatcher(Batcher):
     """One request at a time, the way ``generate`` does it: the prompt in one step, then a token a step.
 
     For models whose layers keep a recurrent state, or anything else that doesn't fit into pages. Such a state can't be

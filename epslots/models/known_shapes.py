@@ -24,47 +24,44 @@ class _Published(NamedTuple):
     source: str
 
 
-_MLA = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-
+_DEEPSEEK_V3 = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_KIMI_K2 = _DEEPSEEK_V3 | {
+    "vocab_size": 163840,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _PUBLISHED = {
     "deepseek-v3": _Published(
         "DeepseekV3ForCausalLM",
-        _MLA
-        | {
-            "vocab_size": 129280,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "num_hidden_layers": 61,
-            "first_k_dense_replace": 3,
-            "num_attention_heads": 128,
-            "num_key_value_heads": 128,
-            "n_routed_experts": 256,
-            "num_experts_per_tok": 8,
-            "n_shared_experts": 1,
-            "n_group": 8,
-            "topk_group": 4,
-        },
+        _DEEPSEEK_V3,
         "deepseek-ai/DeepSeek-V3, config.json; without the multi-token prediction module",
     ),
     "kimi-k2": _Published(
         "DeepseekV3ForCausalLM",
-        _MLA
-        | {
-            "vocab_size": 163840,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "num_hidden_layers": 61,
-            "first_k_dense_replace": 1,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 64,
-            "n_routed_experts": 384,
-            "num_experts_per_tok": 8,
-            "n_shared_experts": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
+        _KIMI_K2,
         "moonshotai/Kimi-K2-Base, config.json (the architecture is DeepSeek-V3's)",
     ),
     "qwen3-235b-a22b": _Published(

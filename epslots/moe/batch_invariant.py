@@ -127,38 +127,28 @@ zeros_like
 _BY_ROW = frozenset(_NAMES.split())
 
 
-def _replaced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """The result of a function's replacement; NotImplemented without one."""
-    replacement, kwargs = _REPLACEMENTS.get(func), kwargs or {}
-    return NotImplemented if replacement is None or kwargs.keys() - _KEYWORDS else replacement(*args, **kwargs)
-
-
 class _Replace(TorchFunctionMode):
-    """Replaces the functions in ``_REPLACEMENTS``."""
+    """Replaces the functions in ``_REPLACEMENTS``.
 
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = _replaced(func, args, kwargs)
-        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+    Args:
+        unknown: filled with the functions that aren't known to be batch-invariant; None = they aren't looked for.
+    """
 
-
-class _ReplaceAndRecord(TorchFunctionMode):
-    """Replaces them, and records the functions that aren't known to be batch-invariant."""
-
-    def __init__(self) -> None:
+    def __init__(self, unknown: set[str] | None = None) -> None:
         super().__init__()
-        self.unknown: set[str] = set()
+        self._unknown = unknown
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = _replaced(func, args, kwargs)
-        if result is NotImplemented:
-            if func in _REPLACEMENTS or not _is_by_row(func):
-                self.unknown.add(_name(func))
-            result = func(*args, **(kwargs or {}))
-        return result
+        replacement, kwargs = _REPLACEMENTS.get(func), kwargs or {}
+        if replacement is not None and not kwargs.keys() - _KEYWORDS:
+            result = replacement(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if self._unknown is not None and (replacement is not None or not _is_by_row(func)):
+            self._unknown.add(_name(func))
+        return func(*args, **kwargs)
 
 
 def _name(func: Any) -> str:
@@ -177,6 +167,7 @@ def batch_invariant_functions() -> TorchFunctionMode:
 
 def obstacles(run: Callable[[], object]) -> list[str]:
     """Functions that ``run`` calls and that aren't known to be batch-invariant."""
-    with _ReplaceAndRecord() as watch:
+    unknown: set[str] = set()
+    with _Replace(unknown):
         run()
-    return sorted(watch.unknown)
+    return sorted(unknown)

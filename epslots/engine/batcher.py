@@ -1,6 +1,7 @@
-"""The part that all batchers share: their requests from ``add`` until the end is returned, and the failures of a step.
+"""``Batcher``: the interface of all batchers, and the part that they share.
 
-``PagedBatcher`` and ``SequentialBatcher`` derive from it; ``isolation.py`` decides how a failed step is repeated.
+It holds the requests from ``add`` until their end is returned, and tells a request's failure from a rank's. ``PagedBatcher``
+and ``SequentialBatcher`` derive from it; ``isolation.py`` decides how a failed step is repeated.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ class TrackedRequest:
             self.end("length")
 
 
-class BaseBatcher(ABC):
-    """Keeps a batcher's requests, checks new ones, and tells a request's failure from a rank's.
+class Batcher(ABC):
+    """Advances requests, one forward pass at a time. Not for use by several threads at once.
 
     Args:
         model: the model that is served.
-        capacity: tokens that one request may keep.
+        capacity: tokens that one request may keep: its prompt, and all new tokens but the last.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
@@ -94,7 +95,37 @@ class BaseBatcher(ABC):
     def _withdraw(self, entry: TrackedRequest) -> None:
         """Withdraw a request that has just been cancelled."""
 
+    @abstractmethod
+    def prepare(self) -> bool:
+        """Put together the next step's batch; False if there is nothing to do.
+
+        Until ``step`` has returned, further calls change nothing and return True.
+        """
+
+    @abstractmethod
+    def step(self) -> None:
+        """Run the model once, over the prepared batch.
+
+        A failure of the model raises nothing: the next steps repeat the batch in parts, and a request that fails alone ends
+        with reason "error". The same applies to logits that are NaN or infinite.
+
+        Raises:
+            PeerLost: nothing of the step counts; another call repeats it.
+            StepFailed: this rank's failure broke the group; nothing of the step counts.
+            Exception: an error that no request causes: of files, settings or the device.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the cache, and leave the model as it was. Afterwards only ``unfinished`` may be called."""
+
     def add(self, request: Request) -> None:
+        """Queue a request; the next ``prepare`` may take it into a step.
+
+        Raises:
+            ConfigError: the prompt is empty, has ids outside of the vocabulary or exceeds the cache together with
+                ``max_new_tokens``; ``max_new_tokens`` is less than one; the id is taken.
+        """
         self._check(request)
         entry = self._entries[request.id] = TrackedRequest(request)
         self._queue(entry)
@@ -117,6 +148,10 @@ class BaseBatcher(ABC):
             )
 
     def cancel(self, id: str) -> None:
+        """End a request; its tokens until now are still returned. A finished or unknown id is no error.
+
+        A prepared step is still run, without effect on the request.
+        """
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
@@ -128,9 +163,11 @@ class BaseBatcher(ABC):
 
     @property
     def has_work(self) -> bool:
+        """Whether a request is unfinished."""
         return any(entry.reason is None for entry in self._entries.values())
 
     def outputs(self) -> list[Output]:
+        """The results since the last call: at most one output for each request, in the order of ``add``."""
         found = []
         for id, entry in list(self._entries.items()):
             tokens = tuple(entry.tokens[entry.delivered :])
@@ -155,6 +192,7 @@ class BaseBatcher(ABC):
             predictor.follow(None)
 
     def unfinished(self) -> list[tuple[Request, tuple[int, ...]]]:
+        """Every request whose end was not returned, with its returned tokens: enough for another batcher to continue."""
         alive = [entry for entry in self._entries.values() if entry.reason not in ("cancelled", "error")]
         return [(entry.request, tuple(entry.tokens[: entry.delivered])) for entry in alive]
 
