@@ -1,4 +1,4 @@
-"""transformers' conversions of a checkpoint: the model's tensor that each of its tensors becomes, and whether it is unpacked.
+"""transformers' conversions of a checkpoint: the model's tensor that each of its tensors becomes.
 
 transformers' own loading, the reading of single experts (``expert_reader.py``) and the check before either
 (``tensor_check.py``) follow the same rules, from here.
@@ -7,8 +7,9 @@ transformers' own loading, the reading of single experts (``expert_reader.py``) 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,10 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from epslots.errors import CheckpointError
-from epslots.models.checkpoint import FLOATS, TensorHeader
 from epslots.models.config_check import refusing
-from epslots.models.quantised_formats import OPTIONAL, SCALES, dequantises
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,25 @@ class MatchedKey:
     pattern: str
     converter: WeightConverter | None
     targets: tuple[str, ...]
+
+
+@dataclass
+class TensorSource:
+    """A tensor of the model, and the checkpoint's keys that it is made from.
+
+    Attributes:
+        target: the tensor's name in the model.
+        converter: transformers' conversion; None = the checkpoint's tensor is taken as it is.
+        keys: by the converter's source pattern, in expert order; a single key where the checkpoint is fused.
+        part, parts: a converter may deal one list of experts out to several tensors, in equal runs (ernie4_5_vl_moe: first the
+            text experts, then the vision experts); this one takes run ``part`` of ``parts``.
+    """
+
+    target: str
+    converter: WeightConverter | None = None
+    keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    part: int = 0
+    parts: int = 1
 
 
 def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
@@ -79,43 +96,4 @@ def match_keys(
         fragments = converter.target_patterns if converter else [target]
         yield MatchedKey(
             key, pattern or key, converter, tuple(target.replace(fragments[0], fragment) for fragment in fragments)
-        )
-
-
-def check_packing(
-    target: str,
-    converter: WeightConverter | None,
-    keys: Mapping[str, Sequence[str]],
-    headers: Mapping[str, TensorHeader],
-) -> None:
-    """Refuse packed tensors that nothing unpacks, or without scales, and scales of unpacked tensors.
-
-    Args:
-        target: the model's tensor that is made.
-        converter: makes it.
-        keys: the checkpoint's keys that it is made from, by the converter's source pattern.
-        headers: of the checkpoint's tensors.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    scales = [pattern for pattern in keys if pattern.endswith(SCALES)]
-    stored = [key for pattern, listed in keys.items() if not pattern.endswith((*SCALES, *OPTIONAL)) for key in listed]
-    packed = [key for key in stored if headers[key].dtype not in FLOATS]
-    if converter is None or not dequantises(converter):
-        if packed:
-            raise CheckpointError(
-                f"{packed[0]} is stored as {headers[packed[0]].dtype}, and config.json has no quantization_config by which it "
-                f"is unpacked: its codes would be taken for weights"
-            )
-        return
-    absent = [p for p in converter.source_patterns if p.endswith(SCALES) and p not in keys]
-    if packed and absent:
-        raise CheckpointError(
-            f"{target}: the checkpoint has no tensor like {absent[0]}, and {packed[0]} is stored as {headers[packed[0]].dtype}"
-        )
-    if scales and len(packed) < len(stored):
-        plain = next(key for key in stored if headers[key].dtype in FLOATS)
-        raise CheckpointError(
-            f"{keys[scales[0]][0]} is a scale, but {plain} is stored as {headers[plain].dtype}, which needs none"
         )

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
+from epslots.errors import CheckpointError
 from epslots.layout import PackedLayout, PackedPart, RecordLayout, TensorSpec
-from epslots.models.checkpoint import TensorHeader
+from epslots.models.checkpoint import FLOATS, TensorHeader
+from epslots.models.conversions import TensorSource
 
 # safetensors' names of the dtypes that stay packed, and torch's.
 _FP8_CODES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -53,25 +55,6 @@ class PackedTensor:
 
 
 @dataclass(frozen=True)
-class TensorSource:
-    """The checkpoint's tensors that one tensor of a layer's slots is made from.
-
-    Attributes:
-        spec: the slots' tensor.
-        converter: transformers' conversion; None = the checkpoint's tensor is taken as it is.
-        keys: the checkpoint's keys by the converter's source pattern, in expert order; a single one where it is fused.
-        headers: of all of the checkpoint's tensors.
-        num_experts: of the layer.
-    """
-
-    spec: TensorSpec
-    converter: WeightConverter | None
-    keys: Mapping[str, Sequence[str]]
-    headers: Mapping[str, TensorHeader]
-    num_experts: int
-
-
-@dataclass(frozen=True)
 class QuantisedFormat:
     """One quantised format.
 
@@ -80,31 +63,69 @@ class QuantisedFormat:
         operation: transformers' operation that dequantises it.
         scales: the end of the source patterns of its scales.
         optional: ends of source patterns that a checkpoint may lack.
-        pack: how a tensor stays packed; None = it can't.
+        pack: called by ``find_packing`` with its arguments where the conversion begins with ``operation``.
     """
 
     method: str
     operation: type
     scales: str
     optional: tuple[str, ...]
-    pack: Callable[[TensorSource, Any, Sequence[Any]], PackedTensor | None]
+    pack: Callable[[TensorSpec, TensorSource, Mapping[str, TensorHeader], int], PackedTensor | None]
 
 
-def find_packing(source: TensorSource) -> PackedTensor | None:
-    """How a tensor of a layer's slots can stay packed; None if it can't, or isn't quantised."""
+def find_packing(
+    spec: TensorSpec, source: TensorSource, headers: Mapping[str, TensorHeader], num_experts: int
+) -> PackedTensor | None:
+    """How a tensor of a layer's slots can stay packed; None if it can't, or isn't quantised.
+
+    Args:
+        spec: the slots' tensor.
+        source: the checkpoint's keys that it is made from.
+        headers: of the checkpoint's tensors.
+        num_experts: of the layer.
+    """
     converter = source.converter
-    if converter is None or source.spec.dtype not in _SLOT_DTYPES or len(source.spec.shape) != 2:
+    if converter is None or spec.dtype not in _SLOT_DTYPES or len(spec.shape) != 2:
         return None
     if len(converter.target_patterns) != 1 or not converter.operations:  # several: experts are dealt out to them
         return None
-    first, rest = converter.operations[0], converter.operations[1:]
-    return next((format.pack(source, first, rest) for format in FORMATS if isinstance(first, format.operation)), None)
+    packs = (format.pack for format in FORMATS if isinstance(converter.operations[0], format.operation))
+    return next((pack(spec, source, headers, num_experts) for pack in packs), None)
 
 
-def dequantises(converter: WeightConverter | None) -> bool:
-    """Whether a conversion unpacks a quantised format."""
+def check_packing(source: TensorSource, headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse packed tensors that nothing unpacks, or without scales, and scales of unpacked tensors.
+
+    Args:
+        source: a tensor of the model, and the checkpoint's keys that it is made from.
+        headers: of the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    converter, keys = source.converter, source.keys
+    scales = [pattern for pattern in keys if pattern.endswith(_SCALES)]
+    stored = [key for pattern, listed in keys.items() if not pattern.endswith((*_SCALES, *OPTIONAL)) for key in listed]
+    packed = [key for key in stored if headers[key].dtype not in FLOATS]
     operations = tuple(format.operation for format in FORMATS)
-    return converter is not None and any(isinstance(operation, operations) for operation in converter.operations)
+    if converter is None or not any(isinstance(operation, operations) for operation in converter.operations):
+        if packed:
+            raise CheckpointError(
+                f"{packed[0]} is stored as {headers[packed[0]].dtype}, and config.json has no quantization_config by which it "
+                f"is unpacked: its codes would be taken for weights"
+            )
+        return
+    absent = [p for p in converter.source_patterns if p.endswith(_SCALES) and p not in keys]
+    if packed and absent:
+        raise CheckpointError(
+            f"{source.target}: the checkpoint has no tensor like {absent[0]}, and {packed[0]} is stored as "
+            f"{headers[packed[0]].dtype}"
+        )
+    if scales and len(packed) < len(stored):
+        plain = next(key for key in stored if headers[key].dtype in FLOATS)
+        raise CheckpointError(
+            f"{keys[scales[0]][0]} is a scale, but {plain} is stored as {headers[plain].dtype}, which needs none"
+        )
 
 
 def packed_layout(layout: RecordLayout, packings: Mapping[str, PackedTensor]) -> PackedLayout | None:
@@ -118,20 +139,20 @@ def packed_layout(layout: RecordLayout, packings: Mapping[str, PackedTensor]) ->
     return PackedLayout(RecordLayout.of(tensors), tuple(part for packing in packings.values() for part in packing.parts))
 
 
-def _pack_fp8(source: TensorSource, operation: Fp8Dequantize, rest: Sequence[Any]) -> PackedTensor | None:
+def _pack_fp8(
+    spec: TensorSpec, source: TensorSource, headers: Mapping[str, TensorHeader], num_experts: int
+) -> PackedTensor | None:
+    assert source.converter is not None
+    operation, *rest = source.converter.operations
     if not _joins_rows(rest):
         return None
-    assert source.converter is not None
-    spec, number = source.spec, source.num_experts
-    headers = {
-        p: [source.headers[key] for key in source.keys[p]] for p in source.converter.source_patterns if p in source.keys
-    }
-    matrices = [p for p in headers if not p.endswith(("weight_scale_inv", "activation_scale"))]
+    found = {p: [headers[key] for key in source.keys[p]] for p in source.converter.source_patterns if p in source.keys}
+    matrices = [p for p in found if not p.endswith(("weight_scale_inv", "activation_scale"))]
     tensors: list[tuple[str, tuple[int, ...], str]] = []
     parts, names, row = [], [], 0
-    for matrix, pattern in enumerate(matrices):
+    for number, pattern in enumerate(matrices):
         scales_pattern = f"{pattern}_scale_inv"
-        codes, scales = _alike(headers[pattern], number), _alike(headers.get(scales_pattern, ()), number)
+        codes, scales = _alike(found[pattern], num_experts), _alike(found.get(scales_pattern, ()), num_experts)
         if "*" not in pattern or codes is None or scales is None:
             return None
         if codes.dtype not in _FP8_CODES or scales.dtype not in _FP8_SCALES or len(codes.shape) != 2:
@@ -139,7 +160,7 @@ def _pack_fp8(source: TensorSource, operation: Fp8Dequantize, rest: Sequence[Any
         block = _block_of(codes.shape, scales.shape, operation)
         if block is None or codes.shape[1] != spec.shape[1]:
             return None
-        of_codes, of_scales = f"{spec.name}.{matrix}.codes", f"{spec.name}.{matrix}.scales"
+        of_codes, of_scales = f"{spec.name}.{number}.codes", f"{spec.name}.{number}.scales"
         tensors.append((of_codes, codes.shape, _FP8_CODES[codes.dtype]))
         tensors.append((of_scales, scales.shape, _FP8_SCALES[scales.dtype]))
         parts.append(PackedPart(spec.name, row, codes.shape[0], of_codes, of_scales, block))
@@ -185,11 +206,16 @@ def _block_of(shape: tuple[int, ...], grid: tuple[int, ...], operation: Fp8Dequa
     return rows // grid[0], columns // grid[1]
 
 
-def _pack_mxfp4(source: TensorSource, operation: Mxfp4Dequantize, rest: Sequence[Any]) -> PackedTensor | None:
-    spec, keys, headers = source.spec, source.keys, source.headers
+def _pack_mxfp4(
+    spec: TensorSpec, source: TensorSource, headers: Mapping[str, TensorHeader], num_experts: int
+) -> PackedTensor | None:
+    assert source.converter is not None
+    keys = source.keys
     of_blocks = [p for p in keys if p.endswith(f"{spec.name}_blocks")]
     of_scales = [p for p in keys if p.endswith(f"{spec.name}_scales")]
-    if rest or len(of_blocks) != 1 or len(of_scales) != 1 or len(keys) != 2 or "*" in of_blocks[0] + of_scales[0]:
+    if len(source.converter.operations) != 1 or len(of_blocks) != 1 or len(of_scales) != 1 or len(keys) != 2:
+        return None
+    if "*" in of_blocks[0] + of_scales[0]:
         return None
     blocks, scales = headers[keys[of_blocks[0]][0]], headers[keys[of_scales[0]][0]]
     rows, columns = spec.shape
@@ -216,5 +242,5 @@ FORMATS = (
     QuantisedFormat("fp8", Fp8Dequantize, "weight_scale_inv", ("activation_scale", "weight_scale_inv"), _pack_fp8),
     QuantisedFormat("mxfp4", Mxfp4Dequantize, "_scales", (), _pack_mxfp4),
 )
-SCALES = tuple(format.scales for format in FORMATS)
+_SCALES = tuple(format.scales for format in FORMATS)
 OPTIONAL = tuple(end for format in FORMATS for end in format.optional)

@@ -15,35 +15,21 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 
 from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec
 from epslots.models.checkpoint import FLOATS, Checkpoint
-from epslots.models.conversions import check_packing, conversions_of, match_keys
+from epslots.models.conversions import TensorSource, conversions_of, match_keys
+from epslots.models.quantised_formats import check_packing
 
 logger = logging.getLogger(__name__)
 
 # Buffers of older checkpoints that models now compute from their configuration.
 _RECOMPUTED = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)position_ids$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-@dataclass
-class _Made:
-    """A tensor of the model, and the checkpoint's keys that it is made from.
-
-    Attributes:
-        converter: transformers' conversion; None = the checkpoint's tensor is taken as it is.
-        keys: by the converter's source pattern.
-    """
-
-    converter: WeightConverter | None
-    keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> frozenset[str]:
@@ -65,34 +51,35 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
     dense = skeleton.state_dict()
     experts = [f"{layer.name}.{tensor.name}" for layer in layers for tensor in layer.layout.tensors]
     wanted = dense | dict.fromkeys(experts, True)
-    made: dict[str, _Made] = {}
+    made: dict[str, TensorSource] = {}
     left: dict[str, str] = {}
     elsewhere: set[str] = set()
     for found in match_keys(checkpoint.tensors, conversions_of(skeleton), skeleton.base_model_prefix, wanted):
         used = [target for target in found.targets if target in wanted]
         for target in used:
-            made.setdefault(target, _Made(found.converter)).keys[found.pattern].append(found.key)
+            made.setdefault(target, TensorSource(target, found.converter)).keys[found.pattern].append(found.key)
         if not used:
             left[found.key] = found.targets[0]
         elsewhere.update(target for target in found.targets if target not in dense)
     for target, source in made.items():
         if target not in dense or dense[target].is_floating_point():
-            check_packing(target, source.converter, source.keys, checkpoint.tensors)
+            check_packing(source, checkpoint.tensors)
         if target in dense:
-            _check_source(checkpoint, source, target, tuple(dense[target].shape))
+            _check_source(checkpoint, source, tuple(dense[target].shape))
     _judge_unused(checkpoint, skeleton, left, made)
     return frozenset(elsewhere)
 
 
-def _check_source(checkpoint: Checkpoint, source: _Made, target: str, expected: tuple[int, ...]) -> None:
+def _check_source(checkpoint: Checkpoint, source: TensorSource, expected: tuple[int, ...]) -> None:
     """Check that a tensor has one source of each pattern, and an unconverted one the model's shape."""
+    folder, target = checkpoint.folder, source.target
     keys = [key for listed in source.keys.values() for key in listed]
     patterns = 1 if source.converter is None else len(source.keys)
     if len(keys) > patterns and not any("*" in pattern for pattern in source.keys):
-        raise CheckpointError(f"{checkpoint.folder}: {' and '.join(keys[:3])} are all {target}: remove what isn't wanted")
+        raise CheckpointError(f"{folder}: {' and '.join(keys[:3])} are all {target}: remove what isn't wanted")
     found = checkpoint.tensors[keys[0]].shape
     if source.converter is None and found != expected:
-        raise CheckpointError(f"{checkpoint.folder}: {target} has shape {list(found)}, the model expects {list(expected)}")
+        raise CheckpointError(f"{folder}: {target} has shape {list(found)}, the model expects {list(expected)}")
 
 
 def _judge_unused(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, str], made: Iterable[str]) -> None:

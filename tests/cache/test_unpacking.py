@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ from epslots.models.memory_plan import UNPACKED_AT_A_TIME, plan_memory
 from epslots.models.memory_report import plan_items
 from epslots.models.model_shape import ModelShape
 from epslots.models.opening import load_dense, open_model
-from epslots.models.quantised_formats import TensorSource, find_packing
+from epslots.models.quantised_formats import find_packing
 from epslots.progress import ProgressDisplay
 from epslots.units import parse_slots
 from tests.support import zoo
@@ -242,18 +242,18 @@ def test_operations_that_are_not_known_keep_a_tensor_from_being_packed(checkpoin
     spec, parameter = opened.plain[0].layout.tensors[1], reader._layers[0]["down_proj"]
     headers, experts = opened.checkpoint.tensors, opened.plain[0].num_experts
     converter = parameter.converter
-    assert find_packing(TensorSource(spec, converter, parameter.keys, headers, experts)) is not None
-    assert find_packing(TensorSource(spec, None, parameter.keys, headers, experts)) is None
+    assert find_packing(spec, parameter, headers, experts) is not None
+    assert find_packing(spec, replace(parameter, converter=None), headers, experts) is None
     converter.operations.append(Transpose(1, 2))
-    assert find_packing(TensorSource(spec, converter, parameter.keys, headers, experts)) is None
+    assert find_packing(spec, parameter, headers, experts) is None
     converter.operations.pop()
     merge = converter.operations[1]
     converter.operations[1] = Transpose(0, 1)
-    assert find_packing(TensorSource(spec, converter, parameter.keys, headers, experts)) is None
+    assert find_packing(spec, parameter, headers, experts) is None
     converter.operations[1] = merge
     other = {key: changed(header, dtype="BF16") for key, header in headers.items()}
-    assert find_packing(TensorSource(spec, converter, parameter.keys, other, experts)) is None
-    assert find_packing(TensorSource(spec, converter, parameter.keys, headers, experts + 1)) is None
+    assert find_packing(spec, parameter, other, experts) is None
+    assert find_packing(spec, parameter, headers, experts + 1) is None
 
 
 def changed(header: Any, **changes: Any) -> Any:
