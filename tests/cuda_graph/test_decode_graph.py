@@ -145,8 +145,8 @@ def test_replayed_steps_on_tables_of_their_own(
     usual = load(folder, tmp_path / "usual", slots=5, policy="lrfu")
     monkeypatch.setattr("epslots.loading.SlotPool", TablesApart)
     model = load(folder, tmp_path / "other", slots=5, policy="lrfu")
-    monkeypatch.setattr(DecodeGraph, "_forward_beside", DecodeGraph._forward)
-    monkeypatch.setattr(DecodeGraph, "_captured", lambda self: Replayed(self))
+    monkeypatch.setattr(DecodeGraph, "_forward_on_side_stream", DecodeGraph._forward)
+    monkeypatch.setattr(DecodeGraph, "_capture_step", lambda self: Replayed(self))
     graph = DecodeGraph(model, 1, 40, policy="lrfu")
     graph._capture = True
     for turn in range(2):
