@@ -272,8 +272,11 @@ class _TokenChoice:
         self._positions += [0] * tokenless
 
     def __call__(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        """Choose tokens from scores [1, rows, V] into output_ids [1, any]; row i belongs to the i-th request that gets a
-        token.
+        """Choose a token for each row; row i belongs to the i-th request that gets a token.
+
+        Args:
+            scores: [1, rows, V].
+            output_ids: int64 [1, any], its first entries are set.
         """
         chosen = next_tokens(scores[0, : len(self._samplings)], self._samplings, self._positions)
         output_ids[0, : len(chosen)].copy_(chosen)

@@ -201,7 +201,7 @@ def rows_config(config: PretrainedConfig, width: int) -> PretrainedConfig:
 
 
 def flatten_rows(cache: PagedAttentionCache) -> None:
-    """Let a cache of one wide head take keys and values of any shape up to its width.
+    """Let a cache of one wide head take keys and values of any narrower shape.
 
     Only this cache changes. Its results have the shape, per token, of its arguments.
     """

@@ -116,7 +116,7 @@ class SequentialBatcher(Batcher):
         return token, model._update_model_kwargs_for_generation(outputs, arguments)
 
     def _empty_cache(self, ids: torch.Tensor) -> dict[str, Any]:
-        """The arguments of a sequence's first forward pass, with an empty cache of the model's class."""
+        """The arguments of a sequence's first forward pass, with an empty cache."""
         model = self._model
         keeps: dict[str, Any] = {"use_cache": True}
         if model._supports_logits_to_keep():

@@ -77,7 +77,7 @@ def _draw(logits_RV: torch.Tensor, settings_4R1: torch.Tensor, filters: _Filters
     places, and the number would pick the other one.
     """
     temperature_R1, number_R1, top_k_R1, top_p_R1 = settings_4R1
-    # The likeliest token weighs 1, whatever the temperature.
+    # The likeliest token weighs 1 at any temperature.
     weights_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)).div_(temperature_R1.float()).exp_()
     if filters.ranks or filters.nucleus:
         floor_R1 = _floor(logits_RV, weights_RV, top_k_R1.long(), top_p_R1, filters)

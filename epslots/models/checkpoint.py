@@ -131,7 +131,7 @@ class Checkpoint:
 
 
 def _digest_samples(path: Path) -> str:
-    """Hex digest of a weight file's header and of samples of each of its tensors, evenly spread."""
+    """Hex digest of a weight file's header and of evenly spread samples of its tensors."""
     with open(path, "rb", buffering=0) as opened:
         length = opened.read(8)
         header = opened.read(int.from_bytes(length, "little"))

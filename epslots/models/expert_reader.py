@@ -32,7 +32,7 @@ class ExpertReader:
     Args:
         checkpoint: the open checkpoint.
         model: the model, whose experts' parameters may be absent; it knows how its checkpoint is converted.
-        layers: the MoE layers, from the model; packed ones as ``pack_layers`` returns them.
+        layers: the MoE layers, from the model; packed ones from ``pack_layers``.
         conversions: the model's conversions; by default those that it was loaded by.
 
     Raises:

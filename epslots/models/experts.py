@@ -42,7 +42,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _adopt(module: nn.Module) -> None:
-    """Route a module through the interface if it has its signature, but its class isn't decorated.
+    """Route a module of the interface's signature through it, if its class isn't decorated.
 
     In transformers 5.23 these are the experts of longcat_flash and step3p7: fused ``gate_up_proj`` and ``down_proj``, and the
     forward signature of the decorated classes. Only this instance changes; other models of the class stay as they are.

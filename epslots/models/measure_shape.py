@@ -152,8 +152,8 @@ def run_without_experts(
 class _ValuesAreZero(TorchDispatchMode):
     """Answers a meta tensor's request for its value with zero or False.
 
-    Some models request one, and continue with the same shapes whatever the answer: has the sequence outgrown the frequencies
-    that phimoe's rotary embedding was trained with?
+    Some models request one, and continue with the same shapes for any answer: has the sequence outgrown the frequencies that
+    phimoe's rotary embedding was trained with?
     """
 
     def __torch_dispatch__(

@@ -105,16 +105,17 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def has_language_head(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
-    """Whether a model, or a class of models, predicts tokens: False for a base model (hidden states) and for classifiers."""
+    """Whether a model, or a class, predicts tokens; base models and classifiers don't."""
     return model.can_generate()
 
 
 def read_language_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a checkpoint whose model predicts tokens: known from config.json, before anything is loaded.
+    """The configuration of a checkpoint whose model predicts tokens; checked before anything is loaded.
 
     Raises:
-        CheckpointError: as ``read_config``.
-        UnsupportedModelError: as ``read_config``; or the model has no language-model head.
+        CheckpointError: config.json is missing or unreadable, has impossible settings, or names other weight files.
+        UnsupportedModelError: transformers doesn't know the model, its quantisation can't be read, or it has no language-model
+            head.
     """
     config = read_config(folder)
     model_class = resolve_class(config)

@@ -43,7 +43,7 @@ def resolve_quotas(setting: SlotsSetting, layers: Sequence[LayerSpec], auto_byte
 
 
 def _fill(layers: Sequence[LayerSpec], budget: int) -> tuple[int, ...]:
-    """One slot per layer, then slot by slot to the layer with the smallest share of its experts."""
+    """One slot per layer, then one by one to the layer with the smallest resident share."""
     ones = [1] * len(layers)
     least = pool_bytes(layers, ones)
     if least > budget:

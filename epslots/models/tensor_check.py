@@ -71,7 +71,7 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
 
 
 def _check_source(checkpoint: Checkpoint, source: TensorSource, expected: tuple[int, ...]) -> None:
-    """Check that a tensor has one source of each pattern, and an unconverted one the model's shape."""
+    """Check that a tensor has one source of each pattern and, unconverted, the model's shape."""
     folder, target = checkpoint.folder, source.target
     keys = [key for listed in source.keys.values() for key in listed]
     patterns = 1 if source.converter is None else len(source.keys)

@@ -90,7 +90,7 @@ class GroupedGemm:
 
 
 class BatchInvariantGemm(GroupedGemm):
-    """Computes each row in the same bits whatever the other rows are.
+    """Computes each row in bits that don't depend on the other rows.
 
     It loops in Python over the slots that have rows; on CUDA that synchronises with the host.
     """

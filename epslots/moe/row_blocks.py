@@ -77,7 +77,7 @@ def _is_allowed(size: int, weight_KN: torch.Tensor, multiply: Multiply) -> bool:
 
 
 def _check(size: int, weight_KN: torch.Tensor, multiply: Multiply) -> bool:
-    """Compare a block with small ones, or a small one with its rows in other places.
+    """Compare a block with small ones, or a small one with rotated rows.
 
     The numbers reveal any other order: the second half of each sum is the negative of the first, so the result consists of
     rounding errors alone. Otherwise, bf16 would hide most differences. The weight is random, because a checkpoint's may be
