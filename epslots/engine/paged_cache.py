@@ -128,9 +128,9 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
             # A step is over when it returns; its MoE layers talk to the host and to other ranks, which no graph can hold.
             use_async_batching=False,
             use_cuda_graph=False,
-            # Would load kernels from the hub.
+            # True would load kernels from the hub.
             auto_switch_to_flash=False,
-            # Would set an environment variable.
+            # True would set an environment variable.
             disable_nccl_graph_mixing=False,
             seed=0,
         ),

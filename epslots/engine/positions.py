@@ -49,8 +49,8 @@ def _depends(module: nn.Module, device: torch.device) -> bool:
     for kind in _kinds(module):
         probe = copy.deepcopy(module)  # a call may change it
         # Both have the same shape, so that both are computed alike to the last bit.
-        alone, beside = ([part[..., :_NEAR, :] for part in _angles(probe, positions, kind)] for positions in (near, far))
-        if not all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True)):
+        alone, with_far = ([part[..., :_NEAR, :] for part in _angles(probe, positions, kind)] for positions in (near, far))
+        if not all(torch.equal(one, other) for one, other in zip(alone, with_far, strict=True)):
             return True
     return False
 

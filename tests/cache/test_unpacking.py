@@ -305,5 +305,5 @@ def test_the_memory_plan_counts_records_as_stored_and_room_to_unpack_them():
     assert ours.total_bytes - theirs.total_bytes == ours.unpacking_bytes == UNPACKED_AT_A_TIME * unpacking_bytes(packed)
     assert theirs.unpacking_bytes == 0 and unpacking_bytes(plain) == 0
     assert [name for name, *_ in plan_items(ours) if name not in {n for n, *_ in plan_items(theirs)}] == ["unpacking"]
-    assert sum(size for _, size, _ in ours.items) == ours.total_bytes
+    assert sum(size for _, size, _ in plan_items(ours)) == ours.total_bytes
     assert ours.slot_bytes == theirs.slot_bytes
