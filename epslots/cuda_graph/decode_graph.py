@@ -351,7 +351,7 @@ class DecodeGraph:
 
 
 def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
-    """The reason why the device can't decide about some slots, as a sentence's end; None if it can about all."""
+    """Why the device can't decide about some slots, as a sentence's end; None if it can about all."""
     if any(runner.ahead is not None and runner.ahead.approximate for runner in runtime.runners):
         return "predicted experts are executed"
     if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
