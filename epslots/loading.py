@@ -38,13 +38,15 @@ from epslots.models.batch_invariance import is_batch_invariant, make_batch_invar
 from epslots.models.checkpoint import Checkpoint, CheckpointSource
 from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.experts import RUNNER, experts_modules
-from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
-from epslots.models.model_shape import shape_of_model
+from epslots.models.measure_shape import shape_of_model
+from epslots.models.memory_plan import MemoryPlan, Workload, plan_memory
+from epslots.models.memory_report import check_fits
+from epslots.models.model_shape import ModelShape
 from epslots.models.opening import load_dense, open_model
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.expert_compute import ExpertCompute
-from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
 from epslots.moe.moe_layer import MoELayer
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
@@ -303,11 +305,11 @@ def load_alone(
         _measure(skeleton, checkpoint.name, opened.dtype, layers),
         setting,
         memory_bytes=memory_bytes,
-        kv_tokens=kv_tokens,
+        workload=Workload(kv_tokens=kv_tokens),
         predictor_bytes=predictor_bytes,
         memory_note=memory_note,
     )
-    plan.check()
+    check_fits(plan)
     check_room(manifest, kind=kind, cache_dir=store_dir)
     prepare_in_background()
 
@@ -385,7 +387,8 @@ def _build_runtime(
     link_setting: str | None,
 ) -> Runtime:
     """Slots for every layer, one pool for each layout, and a runner on every experts module."""
-    telemetry, batch_invariant = Telemetry(layers, plan.quotas, device), is_batch_invariant(model)
+    telemetry = Telemetry(layers, plan.quotas, device)
+    gemm = BatchInvariantGemm if is_batch_invariant(model) else GroupedGemm
     modules: list[nn.Module] = list(experts_modules(model).values())
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
@@ -400,13 +403,13 @@ def _build_runtime(
         movers.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
-            kernel = GroupedGemm(modules[index], pool.weights(position), batch_invariant=batch_invariant)
+            kernel = gemm(modules[index], pool.weights(position))
             compute = ExpertCompute(
                 index,
                 ExpertCache(index, position, experts, loader, telemetry),
                 kernel,
                 telemetry,
-                cpu=CpuExperts(modules[index], store, index, device, batch_invariant=batch_invariant),
+                cpu=CpuExperts(modules[index], store, index, device, gemm=gemm),
                 identity=bool(getattr(modules[index], "zero_expert_num", 0)),
             )
             past = history.layer(position, experts)

@@ -11,7 +11,10 @@ import typer
 from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
-from epslots.models.memory_plan import Alternative, MemoryPlan, ModelShape, describe_quotas, plan_memory
+from epslots.models.memory_plan import MemoryPlan, Workload, plan_memory
+from epslots.models.memory_report import advice, alternatives, largest_fit, plan_items
+from epslots.models.model_shape import ModelShape
+from epslots.models.quotas import describe_quotas
 from epslots.streams import table_console
 from epslots.units import format_bytes, format_count, parse_bytes, parse_slots
 
@@ -69,9 +72,7 @@ def plan(
             setting,
             memory_bytes=memory_bytes,
             ranks=ranks,
-            kv_tokens=kv_tokens,
-            sequences=sequences,
-            batch_tokens=batch_tokens,
+            workload=Workload(kv_tokens, sequences, batch_tokens),
             predictor_bytes=predictor_bytes,
             memory_note=memory_note,
         )
@@ -83,7 +84,7 @@ def plan(
     else:
         _print_tables(result, checkpoint_bytes)
     if result.free_bytes is not None and not result.fits:
-        typer.echo(f"doesn't fit: short of {format_bytes(-result.free_bytes)}. {result.advice}", err=True)
+        typer.echo(f"doesn't fit: short of {format_bytes(-result.free_bytes)}. {advice(result)}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
@@ -112,7 +113,7 @@ def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, 
 
     from epslots.example import example_model
     from epslots.models.expert_reader import pack_layers
-    from epslots.models.model_shape import shape_of_model
+    from epslots.models.measure_shape import shape_of_model
     from epslots.models.opening import open_model
     from epslots.prefetch.setup import planned_bytes
 
@@ -164,6 +165,7 @@ def _device_memory(device: str | None) -> tuple[int, str]:
 
 def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]:
     """Everything in the tables, in bytes and as numbers."""
+    best = largest_fit(result)
     return {
         "model": result.shape.name,
         "dtype": result.shape.dtype,
@@ -174,9 +176,9 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         "slots": str(result.setting),
         "quotas": list(result.quotas),
         "ranks": result.ranks,
-        "kv_tokens": result.kv_tokens,
-        "sequences": result.sequences,
-        "batch_tokens": result.batch_tokens,
+        "kv_tokens": result.workload.kv_tokens,
+        "sequences": result.workload.sequences,
+        "batch_tokens": result.workload.batch_tokens,
         "dense_bytes": result.shape.dense_bytes,
         "slot_bytes": result.slot_bytes,
         "kv_bytes": result.kv_bytes,
@@ -194,12 +196,12 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         "resident_share": result.resident_share,
         "slots_per_expert": result.slots_per_expert,
         "all_resident": result.all_resident,
-        "alternatives": [_alternative_as_json(other) for other in result.alternatives],
-        "largest_fit": None if result.largest_fit is None else _alternative_as_json(result.largest_fit),
+        "alternatives": [_alternative_as_json(other) for other in alternatives(result)],
+        "largest_fit": None if best is None else _alternative_as_json(best),
     }
 
 
-def _alternative_as_json(other: Alternative) -> dict[str, Any]:
+def _alternative_as_json(other: MemoryPlan) -> dict[str, Any]:
     return {
         "slots": str(other.setting),
         "slot_bytes": other.slot_bytes,
@@ -235,7 +237,7 @@ def _plan_table(result: MemoryPlan, checkpoint_bytes: int | None) -> Table:
         share = f"{size / result.memory_bytes:.1%}" if result.memory_bytes else "-"
         table.add_row(name, format_bytes(size), share, note)
 
-    for name, size, note in result.items:
+    for name, size, note in plan_items(result):
         row(name, size, note)
     table.add_section()
     row("needed", result.total_bytes)
@@ -277,8 +279,8 @@ def _alternatives_table(result: MemoryPlan) -> Table:
     for heading in ("slots of a layer", "pool", "needed", "free"):
         table.add_column(heading, justify="right")
     table.add_column("fits")
-    others = {other.setting: other for other in result.alternatives}
-    largest = result.largest_fit
+    others = {other.setting: other for other in alternatives(result)}
+    largest = largest_fit(result)
     if largest is not None and largest.resident_share < 1:
         others[largest.setting] = largest
     for other in sorted(others.values(), key=lambda other: other.slot_bytes):

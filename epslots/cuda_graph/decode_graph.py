@@ -1,20 +1,15 @@
-"""Decoding with next to no host: a step of fixed shape, repeated; on CUDA captured once as a graph and replayed.
+"""Captured decoding: a decode step of fixed shape, captured once as a CUDA graph and replayed.
 
-Between two tokens of a plain ``generate`` the host launches some thousand small kernels, and where experts may be missing it
-waits once a layer. Here the keys and values lie in transformers' static cache, the step's inputs and outputs stay where they
-are, and slots are decided about on the device (``device_slots.py``). So a step is one call, and the host's part of it is over
-before the GPU's has begun.
+A plain ``generate`` launches some thousand small kernels between two tokens, and waits for the host once a layer where experts
+may be missing. Here keys and values lie in transformers' static cache (``static_cache.py``), inputs and outputs stay in place,
+and the device decides about slots (``device_slots.py``). So a step is one call, and needs no host synchronisation.
 
-    prefill    the prompt, on the usual path: it needs more experts than there are slots, and is no step of fixed shape
-    first step on the device, as it comes: kernels are compiled, workspaces allocated
-    second     captured, and replayed
-    others     replayed
+    prefill    the prompt, on the usual path: it needs more experts than there are slots, and has no fixed shape
+    1st step   on the device, uncaptured: kernels are compiled, workspaces allocated
+    2nd step   captured, and replayed; all later ones are replayed
 
-Without a GPU all steps are as the first one. Where the device can't decide (``DecodeGraph.obstacle`` says why), they take the
-usual path.
-
-Source of the idea that decision and copies can be part of the graph: FreeToken. Capturing follows PyTorch's notes on CUDA
-graphs.
+Without a GPU no step is captured; where ``DecodeGraph.obstacle`` is set, all steps take the usual path. Decision and copies
+inside of the graph are an idea of FreeToken's; capturing follows PyTorch's notes on CUDA graphs.
 """
 
 from __future__ import annotations
@@ -22,10 +17,9 @@ from __future__ import annotations
 import inspect
 import logging
 from types import TracebackType
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cuda_graph.device_slots import (
@@ -37,6 +31,7 @@ from epslots.cuda_graph.device_slots import (
     TorchKernels,
     slots_obstacle,
 )
+from epslots.cuda_graph.static_cache import make_static_cache, tensor_addresses
 from epslots.errors import ConfigError
 from epslots.moe.moe_layer import MoELayer
 from epslots.runtime import Runtime, runtime_of
@@ -47,19 +42,20 @@ logger = logging.getLogger(__name__)
 class DecodeGraph:
     """Decodes with one model, a fixed number of sequences at a time.
 
-    While it steps, the model's experts are its own: other use of the model is refused until ``close``, which also brings the
-    host's tables, histories and counters up to date. ``generate`` does so by itself; around ``step`` use ``with``.
+    While it steps, it owns the model's slots: other use of the model is refused until ``close``, which also updates the host's
+    tables, histories and counters. ``generate`` closes by itself; around ``step`` use ``with``.
 
     Args:
         model: loaded by ``epslots.load``, on one rank.
         batch: sequences.
         max_tokens: of each sequence, prompt and output together.
-        policy: whose scores choose what gives way on the device: one of ``DEVICE_POLICIES``. No output depends on it.
+        policy: the eviction policy on the device: one of ``DEVICE_POLICIES``. No output depends on it.
         capture: whether steps are captured in a CUDA graph; by default on a GPU.
 
     Attributes:
-        obstacle: why the usual path is taken, None if it isn't; looked at whenever the slots are taken over.
-        replays: steps so far that were replayed.
+        obstacle: the reason for taking the usual path, None for the device's; updated whenever a step begins without the
+            slots.
+        replays: replayed steps so far.
 
     Raises:
         ConfigError: no such policy, a model that can't decode from a static cache, sequences that are longer than the memory
@@ -92,7 +88,7 @@ class DecodeGraph:
                 raise ConfigError(f"capture={capture}: {self.obstacle}; allowed: capture=False")
             logger.warning("Decoding takes the usual path: %s.", self.obstacle)
         self._capture = device.type == "cuda" if capture is None else capture
-        self._cache = _static_cache(model, max_tokens, captured=self._capture)
+        self._cache = make_static_cache(model, max_tokens, captured=self._capture)
         self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._mask = torch.ones((batch, max_tokens), dtype=torch.int64, device=device)
@@ -108,7 +104,7 @@ class DecodeGraph:
         self._experts: list[DeviceExperts] = []
 
     def _check_room(self, runtime: Runtime) -> None:
-        room = runtime.plan.kv_tokens * runtime.plan.sequences
+        room = runtime.plan.workload.kv_tokens * runtime.plan.workload.sequences
         if self.batch * self.max_tokens > room:
             raise ConfigError(
                 f"batch={self.batch} sequences of max_tokens={self.max_tokens}: the memory plan has a KV cache of {room} "
@@ -117,17 +113,17 @@ class DecodeGraph:
 
     @torch.no_grad()
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Begin with new sequences.
+        """Compute the prompts of new sequences.
 
         Args:
             input_ids: int64 [batch, T], the prompts; shorter ones are padded on the left.
-            attention_mask: int64 [batch, T], 0 where they are padded; none are by default.
+            attention_mask: int64 [batch, T], 0 at padding; by default there is none.
 
         Returns:
             The next token's logits, [batch, vocabulary].
 
         Raises:
-            ConfigError: another shape than agreed.
+            ConfigError: the shapes don't match ``batch`` and ``max_tokens``.
         """
         length = input_ids.shape[1]
         if input_ids.shape[0] != self.batch or not 1 <= length < self.max_tokens:
@@ -145,14 +141,14 @@ class DecodeGraph:
         self._cache.reset()
         self._mask.fill_(1)[:, :length] = mask
         positions = (self._mask[:, :length].cumsum(1) - 1).clamp(min=0)
-        last_alone = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         logits = self.model(
             input_ids=input_ids.to(self._ids.device),
             attention_mask=None if attention_mask is None else self._mask[:, :length],
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            **last_alone,
+            **only_last,
         ).logits[:, -1]
         self._positions.copy_(positions[:, -1:] + 1)
         self._length = length
@@ -186,14 +182,16 @@ class DecodeGraph:
         """Greedy decoding, without a look at the tokens in between.
 
         Args:
-            input_ids, attention_mask: as in ``prefill``.
+            input_ids: int64 [batch, T], the prompts; shorter ones are padded on the left.
             max_new_tokens: tokens to append; no token ends a sequence before.
+            attention_mask: int64 [batch, T], 0 at padding; by default there is none.
 
         Returns:
             int64 [batch, T + max_new_tokens], prompts included.
 
         Raises:
-            ConfigError: as ``prefill`` and ``step``.
+            ConfigError: the shapes or ``max_new_tokens`` don't match ``batch`` and ``max_tokens``, or the step can't be
+                captured.
         """
         prompt = input_ids.shape[1]
         if max_new_tokens < 1 or prompt + max_new_tokens > self.max_tokens:
@@ -212,7 +210,7 @@ class DecodeGraph:
         return tokens
 
     def _advance(self) -> None:
-        """One step: ``_ids`` goes in, and holds the likeliest next tokens afterwards."""
+        """Make one step: ``_ids`` holds the tokens to append, and afterwards the likeliest next tokens."""
         if self._logits is None:
             raise ConfigError("a step before the prompt: allowed: prefill first")
         if self._length >= self.max_tokens:
@@ -224,10 +222,10 @@ class DecodeGraph:
             if by_hand or any(runner.observed for runner in self._runtime.runners):
                 self._forward()  # an observer of routes is called from Python
             elif not self._warm:
-                self._forward_beside()
+                self._forward_on_side_stream()
             else:
                 if self._graph is None:
-                    self._graph = self._captured()
+                    self._graph = self._capture_step()
                 else:
                     self.replays += 1
                 self._graph.replay()
@@ -238,7 +236,7 @@ class DecodeGraph:
         self._length += 1
 
     def _forward(self) -> None:
-        """The step as it is captured: reads and writes tensors that stay where they are."""
+        """The step that is captured: it reads and writes tensors that stay in place."""
         assert self._logits is not None
         output = self.model(
             input_ids=self._ids,
@@ -251,17 +249,17 @@ class DecodeGraph:
         self._ids.copy_(self._logits.argmax(-1, keepdim=True))
         self._positions.add_(1)
 
-    def _forward_beside(self) -> None:
-        """A step on another stream than the default one, as CUDA wants it before a capture."""
+    def _forward_on_side_stream(self) -> None:
+        """Make a step on another stream than the default one: CUDA requires it before a capture."""
         stream, current = torch.cuda.Stream(self.model.device), torch.cuda.current_stream(self.model.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._forward()
         current.wait_stream(stream)
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph. Capturing runs nothing: the cache and the slots are as before."""
-        before = _addresses(self._cache)
+    def _capture_step(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph. Capturing runs nothing: the cache and the slots stay unchanged."""
+        before = tensor_addresses(self._cache)
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may go on using the GPU.
@@ -272,7 +270,7 @@ class DecodeGraph:
                 f"a decode step of {type(self.model).__name__} can't be captured in a CUDA graph ({error}); allowed for this "
                 f"model: capture=False"
             ) from error
-        if _addresses(self._cache) != before:
+        if tensor_addresses(self._cache) != before:
             raise ConfigError(
                 f"{type(self.model).__name__} keeps its state in new memory after each step, which a CUDA graph can't follow; "
                 f"allowed for this model: capture=False"
@@ -280,7 +278,7 @@ class DecodeGraph:
         return graph
 
     def _take_over(self) -> None:
-        """Rule the slots from here until ``close``, if the device can."""
+        """Give the slots to the device until ``close``, if it can decide about them."""
         runners, movers = self._runtime.runners, self._runtime.movers
         if any(runner.slots_are_lent for runner in runners):
             raise ConfigError("another DecodeGraph has this model's slots; close it before")
@@ -301,7 +299,7 @@ class DecodeGraph:
             runner.lend_slots(experts)
 
     def _build(self) -> None:
-        """The device's state and stand-ins for each layer's experts, for the windows that layers have by now."""
+        """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present windows."""
         self._slots, stand_ins = [], {}
         for loader in self._runtime.movers:
             pool = loader.pool
@@ -315,7 +313,7 @@ class DecodeGraph:
         self._experts = [stand_ins[index] for index in range(len(stand_ins))]
 
     def close(self) -> None:
-        """Give the slots back to the usual path; a no-op when they are there. The sequences can go on afterwards."""
+        """Give the slots back to the usual path; a no-op if they are there. The sequences can continue afterwards."""
         if not self._in_charge:
             return
         self._in_charge = False
@@ -331,7 +329,7 @@ class DecodeGraph:
                 self._hand_back(slots, loader, [runners[index] for index in loader.store_layers])
 
     def _hand_back(self, slots: DeviceSlots, loader: ExpertLoader, rows: list[MoELayer]) -> None:
-        """Histories and counters of a pool's layers, as the device has them."""
+        """Copy the histories and counters of a pool's layers from the device."""
         telemetry = self._runtime.telemetry
         steps, tallies = slots.leave([row.history for row in rows])
         for row, step, tally in zip(rows, steps, tallies, strict=True):
@@ -360,48 +358,9 @@ def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
 
 
 def kernels_for(loader: ExpertLoader) -> Kernels:
-    """What decides about a pool's slots on its device."""
+    """The kernels that decide about a pool's slots on its device."""
     if loader.pool.device.type == "cpu":
         return TorchKernels(loader)
-    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and wanted on GPUs alone
+    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and used on GPUs alone
 
     return TritonKernels(loader)
-
-
-def _static_cache(model: PreTrainedModel, max_tokens: int, *, captured: bool) -> StaticCache:
-    """A cache whose tensors stay where they are.
-
-    Raises:
-        ConfigError: the model has none, or not for so many tokens in a graph.
-    """
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ConfigError(f"{name} has an encoder: allowed: models that decode alone")
-    try:
-        cache = StaticCache(config=model.config, max_cache_len=max_tokens)
-    except (KeyError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{name} can't decode from a static cache ({error!r}); allowed: plain generate") from error
-    if not cache.is_compileable:
-        kinds = sorted({type(layer).__name__ for layer in cache.layers if not layer.is_compileable})
-        raise ConfigError(f"{name} keeps state that isn't static ({', '.join(kinds)}); allowed: plain generate")
-    # A window that is full moves on, and which tokens are in it is decided by the host.
-    windows = [layer.max_cache_len for layer in cache.layers if getattr(layer, "is_sliding", False)]
-    if captured and min(windows, default=max_tokens) < max_tokens:
-        raise ConfigError(
-            f"max_tokens={max_tokens}: some of {name}'s layers attend to a window of {min(windows)} tokens: allowed in a CUDA "
-            f"graph: up to max_tokens={min(windows)}; or capture=False"
-        )
-    return cache
-
-
-def _addresses(cache: StaticCache) -> list[tuple[int, str, Any]]:
-    """Where each tensor of the cache lies, and what else steers its layers."""
-    found: list[tuple[int, str, Any]] = []
-    for number, layer in enumerate(cache.layers):
-        for name, value in sorted(vars(layer).items()):
-            for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]:
-                if isinstance(part, torch.Tensor):
-                    found.append((number, name, part.data_ptr()))
-                elif isinstance(part, bool | str | torch.dtype | None):
-                    found.append((number, name, part))
-    return found

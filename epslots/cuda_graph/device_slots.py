@@ -1,21 +1,14 @@
-"""Which slot holds what, decided on the device: operations of fixed shape, and no word to the host.
+"""Slot decisions on the device, by operations of fixed shape and without a host synchronisation.
 
-The host's path reads a step's counts, plans, and queues copies. That wait, once a layer, is most of what decoding costs when
-nothing is missing, and it can't be captured in a CUDA graph. Where a step can't need more experts than its layer has slots
-(``slots_obstacle``), the same decision needs no plan: one kernel a layer marks the experts that the step needs, lists those
-missing, takes as victims the lowest scores among the others, and enters the change in the pool's tables; a second one reads
-that list and copies the records out of pinned host memory. The idea is FreeToken's; here the decision is that of
-``residency.settle`` and ``waves.plan_waves``, to the slot, so that host and device can take turns.
+Where a step can't need more experts than its layer has slots (``slots_obstacle``), a decision needs no plan: one kernel a
+layer marks the needed experts, lists the missing ones, evicts the lowest scores among the others, and updates the pool's
+tables; a second one copies the listed records out of pinned host memory. The idea is FreeToken's; the evictions and slots are
+the same as the host's (``planner/evictions.py``, ``planner/expert_passes.py``), so that host and device can take turns.
+Between ``enter`` and ``leave`` the pool's device tables are valid and the host's are stale (on the CPU they are the same
+memory).
 
-``Kernels`` has two implementations: torch operations (``TorchKernels``: for the CPU, and the rule that others are held to) and
-Triton (``triton_kernels.py``: for CUDA).
-
-While the device decides, the pool's device tables are the truth and the host's are old: ``enter`` hands over, ``leave`` takes
-back. On the CPU they are the same memory. The device keeps up the uses that scores are made of, and leaves alone what the
-host learns besides: a policy's weights stay as they were when the device took over.
-
-Legend of shape suffixes: L layers of the pool, E experts, Q slots of a layer's window, N (token, k) pairs, M misses at most
-(= N), D rows of ``UseHistory.decayed``.
+Legend of shape suffixes: L layers of the pool, E experts, Q slots of a layer's window, N (token, k) pairs, M misses at most (=
+N), D rows of ``UseHistory.decayed``.
 """
 
 from __future__ import annotations
@@ -42,9 +35,10 @@ DEFAULT_DEVICE_POLICY = "adaptive"
 
 
 def score_factors(policy: str, weights_D: IntArray) -> IntArray:
-    """What each row of ``decayed`` counts in a policy's scores: int64 [D].
+    """The weight of each row of ``decayed`` in a policy's scores: int64 [D].
 
-    ``adaptive`` comes without what it knows of experts that follow each other, which would take the device a table of E x E.
+    ``adaptive`` comes without its knowledge of experts that follow each other, a table of E x E on the device. The host's
+    learned ``weights_D`` stay as they are while the device decides.
     """
     factors_D = np.zeros(ROWS, np.int64)
     if policy == "adaptive":
@@ -63,12 +57,12 @@ class DeviceLayer:
     Attributes:
         number: the layer's number in its pool.
         start: its window's first slot.
-        slot_of_E: int64 [E], as the pool has it.
-        expert_of_Q: int64 [Q], as the pool has it.
-        last_use_E: int64 [E], as ``UseHistory`` has it.
-        decayed_DE: int64 [D, E], as ``UseHistory`` has it.
+        slot_of_E: int64 [E], the pool's table on the device.
+        expert_of_Q: int64 [Q], the pool's table on the device.
+        last_use_E: int64 [E], the device's copy of ``UseHistory.last_use``.
+        decayed_DE: int64 [D, E], the device's copy of ``UseHistory.decayed``.
         step: int64 [1], steps that the history counts.
-        factors_D: int64 [D], as ``score_factors`` has them.
+        factors_D: int64 [D], from ``score_factors``.
         tally_3: int64 [3], hits, misses and evictions since ``DeviceSlots.enter``.
     """
 
@@ -85,12 +79,12 @@ class DeviceLayer:
 
 @dataclass(frozen=True)
 class Missing:
-    """What a layer's step has to fetch. One set of buffers serves all layers, each in its turn on the stream.
+    """The experts that a layer's step has to fetch. One set of buffers serves all layers, one after the other on the stream.
 
     Attributes:
         expert_M: int64 [M], the missing experts by rising id.
-        slot_M: int64 [M], the slot of the pool that each goes to.
-        count: int64 [1], how many there are; entries from there on mean nothing.
+        slot_M: int64 [M], the slot of the pool that each is fetched into.
+        count: int64 [1], number of valid entries.
     """
 
     expert_M: torch.Tensor
@@ -99,7 +93,7 @@ class Missing:
 
 
 class DeviceCounts(NamedTuple):
-    """What a layer did while the device decided."""
+    """A layer's counters while the device decided."""
 
     steps: int
     hits: int
@@ -111,20 +105,25 @@ class Kernels(Protocol):
     """The two operations of a layer's step, queued on the current stream."""
 
     def decide(self, layer: DeviceLayer, ids_N: torch.Tensor, missing: Missing) -> None:
-        """Enter a step in the layer's state, and say what it misses.
+        """Enter a step in the layer's state, and list its missing experts.
 
         Args:
+            layer: its state is changed.
             ids_N: int64, the experts needed, in any order and number up to Q; ids from E on need no slot.
+            missing: filled.
         """
         ...
 
     def copy(self, layer: DeviceLayer, missing: Missing) -> None:
-        """Bring the missing experts' records into their slots."""
+        """Copy the missing experts' records into their slots."""
         ...
 
 
 class TorchKernels:
-    """The decision as torch operations. It never asks for a value; ``copy`` does, which costs nothing on the CPU alone."""
+    """The decision as torch operations: for the CPU, and the reference of the Triton kernels.
+
+    ``decide`` never reads a value on the host; ``copy`` does, which costs nothing on the CPU alone.
+    """
 
     def __init__(self, loader: ExpertLoader) -> None:
         self._loader = loader
@@ -145,7 +144,7 @@ class TorchKernels:
         number_E = torch.arange(experts, device=device)
         expert_M = torch.where(missing_E, number_E, experts).sort().values[:most]
 
-        # Whose turn it is to give a slot: empty ones by position, then residents that aren't needed by rising score.
+        # The order in which slots are taken: empty ones by position, then residents that aren't needed by rising score.
         order_E = score_E.sort(stable=True).indices
         rank_E = torch.empty_like(order_E).index_copy_(0, order_E, number_E)
         number_Q = torch.arange(slots, device=device)
@@ -156,7 +155,7 @@ class TorchKernels:
         position_M = turn_Q.sort(stable=True).indices[:most]
         displaced_M = occupant_Q[position_M]
 
-        # Entries that mean nothing go to one place past the end.
+        # Invalid entries go to one place past the end.
         valid_M = number_Q[:most] < count
         gone_M = torch.where(valid_M & (displaced_M >= 0), displaced_M, experts)
         come_M = torch.where(valid_M, expert_M, experts)
@@ -174,7 +173,7 @@ class TorchKernels:
         missing.slot_M[:most].copy_(slot_M)
 
     def _record(self, layer: DeviceLayer, needed_E: torch.Tensor) -> torch.Tensor:
-        """``eviction.record_use``, and the scores after it: int64 [E]."""
+        """Update the history like the host's ``record_use``; returns the scores, int64 [E]."""
         step, decayed_DE = layer.step.add_(1), layer.decayed_DE
         decayed_DE.sub_(decayed_DE >> self._shift_D1).add_(self._use_D1 * needed_E)
         still = (step % SNAPSHOT_EVERY == 0) | (step & (step - 1) == 0)
@@ -192,15 +191,16 @@ class TorchKernels:
             for expert, slot in zip(experts, slots, strict=True):
                 memory[slot].copy_(store.record(self._loader.store_layers[layer.number], expert))
                 done += 1
-        finally:  # a record that can't be trusted is in no slot, and neither are those after it
+        finally:  # a corrupt record is in no slot, and neither are those after it
             layer.slot_of_E[experts[done:]] = -1
             layer.expert_of_Q[[slot - layer.start for slot in slots[done:]]] = -1
 
 
 def slots_obstacle(loader: ExpertLoader, pairs: int) -> str | None:
-    """Why the device can't decide about a pool's slots, as a sentence's end; None if it can.
+    """The reason why the device can't decide about a pool's slots, as a sentence's end; None if it can.
 
     Args:
+        loader: serves the pool.
         pairs: the most (token, k) pairs of a step, each of which may need another expert.
     """
     pool = loader.pool
@@ -224,11 +224,11 @@ class DeviceSlots:
     """A pool whose slots the device decides about, between ``enter`` and ``leave``.
 
     Args:
-        loader: serves the pool; ``slots_obstacle`` has none for it.
-        kernels: what to compute with: torch's on the CPU, Triton's on CUDA.
+        loader: serves the pool, which has no ``slots_obstacle``.
+        kernels: torch's on the CPU, Triton's on CUDA.
         pairs: the most (token, k) pairs of a step.
-        policy: whose scores choose victims, one of ``DEVICE_POLICIES``. It may be another than the host's: either goes on
-            with the history that the other leaves.
+        policy: the eviction policy, one of ``DEVICE_POLICIES``. It may be another than the host's: each continues with the
+            history that the other leaves.
 
     Attributes:
         layers: each layer's state.
@@ -265,11 +265,11 @@ class DeviceSlots:
         )
 
     def enter(self, histories: Sequence[UseHistory], steps: Sequence[int]) -> None:
-        """The device decides from now on.
+        """Let the device decide from now on.
 
         Args:
-            histories: each layer's row, as the host has it.
-            steps: what each of them counts.
+            histories: each layer's row, on the host.
+            steps: the steps that each of them counts.
         """
         self._loader.wait_all()
         last_use, decayed = np.zeros(self._last_use.shape, np.int64), np.zeros(self._decayed.shape, np.int64)
@@ -285,7 +285,7 @@ class DeviceSlots:
         self._tallies.zero_()
 
     def prepare(self, layer: int, ids_N: torch.Tensor) -> None:
-        """Every expert that these pairs need is in a slot of the layer for what is queued next.
+        """Fetch every expert that these pairs need into the layer's slots, before later queued work.
 
         Args:
             layer: its number in the pool.
@@ -297,7 +297,7 @@ class DeviceSlots:
         """
         if ids_N.shape[0] > self._pairs:
             raise ConfigError(
-                f"a step of {ids_N.shape[0]} (token, expert) pairs, and the slots are ruled by the device in steps of "
+                f"a step of {ids_N.shape[0]} (token, expert) pairs, and the device decides about slots in steps of "
                 f"{self._pairs} at most; close the DecodeGraph before the model is used otherwise"
             )
         state = self.layers[layer]
@@ -305,10 +305,10 @@ class DeviceSlots:
         self._kernels.copy(state, self._missing)
 
     def leave(self, histories: Sequence[UseHistory]) -> tuple[list[int], list[DeviceCounts]]:
-        """The host decides again: brings its tables and the histories up to date. Synchronises with the device.
+        """Let the host decide again: update its tables and the histories. Synchronises with the device.
 
         Returns:
-            What each history counts now, and what each layer did since ``enter``.
+            The steps that each history counts now, and each layer's counters since ``enter``.
         """
         last_use, decayed = self._last_use.cpu().numpy(), self._decayed.cpu().numpy()
         steps: list[int] = self._steps[:, 0].tolist()
@@ -327,10 +327,10 @@ class DeviceSlots:
 
 
 def adopt_device_tables(pool: SlotPool) -> None:
-    """Bring the pool's host tables up to the device's; a no-op where they are the same memory, as on the CPU."""
+    """Copy the pool's device tables to the host's; a no-op where they are the same memory, as on the CPU."""
     for host, device in ((pool.slot_of, pool.slot_of_device), (pool.expert_of, pool.expert_of_device)):
         if host.ctypes.data != device.data_ptr():
-            # Waits for the current stream, and so for copies the other way that are still queued there.
+            # Waits for the current stream, and so for copies to the device that are still queued there.
             host[:] = device.cpu().numpy()
 
 

@@ -1,12 +1,12 @@
 """The device's slot decision and its copies as Triton kernels. Optional: needs ``triton``.
 
-Held to ``device_slots.TorchKernels`` on the CPU by Triton's interpreter (``TRITON_INTERPRET=1``), and compiled for GPUs there;
-not run on one by the project's own tests.
+Tests hold them to ``device_slots.TorchKernels`` by Triton's interpreter (``TRITON_INTERPRET=1``), and compile them for GPUs;
+no test of the project runs them on one.
 
-``decide`` is one program: a layer has some hundreds of experts at most, which its registers hold. Nothing is read that it
-wrote itself. ``gather`` is a fixed grid of programs that share out the misses' bytes among them, however many there turn out
-to be, and read them from the host store where it lies: memory that ``cudaHostRegister`` pinned is mapped into the GPU's
-addresses, and a record begins on a page of it.
+``_decide`` is one program that holds a whole layer in its registers: some hundreds of experts at most. It reads nothing that
+it wrote itself. ``_gather`` is a fixed grid of programs that share out the misses' bytes, however many there are, and read
+them from the host store in place: memory that ``cudaHostRegister`` pinned is mapped into the GPU's addresses, and a record
+begins on a page of it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from epslots.cuda_graph.device_slots import SLOWEST, STILL, DeviceLayer, Missing
 from epslots.layout import TENSOR_ALIGNMENT
 from epslots.planner.use_history import ROWS, SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STEP_BITS, USE
 
-# Programs that copy, and 8-byte words that each copies at a time. Enough of them that a link of 64 GB/s with 2 us of latency
-# (128 KB under way) never waits for a request; few enough to leave the grid resident on small GPUs.
+# Programs that copy, and 8-byte words that each copies at a time. They are enough for a link of 64 GB/s with 2 us of latency
+# (128 KB in flight), and few enough to leave the grid resident on small GPUs.
 GATHER_PROGRAMS = 128
 GATHER_WORDS = 1024
 GATHER_WARPS = 8
 WORD_BYTES = 8
-# Up to so many experts, one warp's registers hold a layer.
+# One warp's registers hold a layer of up to this many experts.
 ONE_WARP_EXPERTS = 128
-# Pairs that are held against all experts at once.
+# Pairs that are compared with all experts at once.
 _PAIRS = tl.constexpr(16)
 _FAR = tl.constexpr((1 << 63) - 1)
 _USE = tl.constexpr(USE)
@@ -42,6 +42,31 @@ _STEP_BITS = tl.constexpr(STEP_BITS)
 _TRIM = tl.constexpr(SCORE_SHIFT)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _mark_needed(ids, pairs, number_E, real_E, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether each expert is among the ids: bool [BLOCK_E]."""
+    needed_E = tl.zeros([BLOCK_E], tl.int32)
+    first = 0
+    while first < pairs:
+        pair = first + tl.arange(0, _PAIRS)
+        id_P = tl.load(ids + pair, mask=pair < pairs, other=-1)
+        needed_E = tl.maximum(needed_E, tl.max((number_E[:, None] == id_P[None, :]).to(tl.int32), axis=1))
+        first += _PAIRS
+    return (needed_E > 0) & real_E
+
+
+@triton.jit
+def _count_use(last_E, decayed_DE, shift_D, number_D, needed_E, now):  # type: ignore[no-untyped-def]
+    """last_E and decayed_DE after step number ``now``: the rule of ``record_use`` on the host."""
+    use_DE = tl.where((number_D[:, None] != _STILL) & needed_E[None, :], _USE, 0)
+    decayed_DE = decayed_DE - (decayed_DE >> shift_D[:, None]) + use_DE
+    slowest_E = tl.sum(tl.where(number_D[:, None] == _SLOWEST, decayed_DE, 0), axis=0)
+    still = ((now % _STILL_EVERY) == 0) | ((now & (now - 1)) == 0)
+    decayed_DE = tl.where((number_D[:, None] == _STILL) & still, slowest_E[None, :], decayed_DE)
+    return tl.where(needed_E, now, last_E), decayed_DE
+
+
+# One kernel, because its parts share a layer's tables in registers; each launch would cost as much as the decision.
 @triton.jit(do_not_specialize=["pairs", "experts", "slots", "start", "row"])  # type: ignore[untyped-decorator]
 def _decide(  # type: ignore[no-untyped-def]
     ids,
@@ -64,12 +89,12 @@ def _decide(  # type: ignore[no-untyped-def]
     BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """One layer's step: see ``device_slots.TorchKernels.decide``. Grid: 1.
+    """One layer's step, the same as ``device_slots.TorchKernels.decide``. Grid: 1.
 
     Args:
-        ids: int64 [pairs].
+        ids: int64 [pairs], the experts needed.
         slot_of .. missing_count: the tensors of ``DeviceLayer`` and ``Missing``, all int64.
-        shifts: int64 [D], by how much each row of ``decayed`` loses.
+        shifts: int64 [D], the decay of each row of ``decayed``.
         experts, slots: E and Q.
         start: the first slot of the window.
         row: words from one row of ``decayed`` to the next.
@@ -81,15 +106,7 @@ def _decide(  # type: ignore[no-untyped-def]
     real_E = number_E < experts
     real_Q = number_Q < slots
 
-    needed_E = tl.zeros([BLOCK_E], tl.int32)
-    first = 0
-    while first < pairs:
-        pair = first + tl.arange(0, _PAIRS)
-        id_P = tl.load(ids + pair, mask=pair < pairs, other=-1)
-        needed_E = tl.maximum(needed_E, tl.max((number_E[:, None] == id_P[None, :]).to(tl.int32), axis=1))
-        first += _PAIRS
-    needed_E = (needed_E > 0) & real_E
-
+    needed_E = _mark_needed(ids, pairs, number_E, real_E, BLOCK_E)
     slot_E = tl.load(slot_of + number_E, mask=real_E, other=-1)
     occupant_Q = tl.load(expert_of + number_Q, mask=real_Q, other=0)
     last_E = tl.load(last_use + number_E, mask=real_E, other=0)
@@ -100,23 +117,18 @@ def _decide(  # type: ignore[no-untyped-def]
     factor_D = tl.load(factors + number_D, mask=number_D < _ROWS, other=0)
     now = tl.load(step) + 1
 
-    use_DE = tl.where((number_D[:, None] != _STILL) & needed_E[None, :], _USE, 0)
-    decayed_DE = decayed_DE - (decayed_DE >> shift_D[:, None]) + use_DE
-    slowest_E = tl.sum(tl.where(number_D[:, None] == _SLOWEST, decayed_DE, 0), axis=0)
-    still = ((now % _STILL_EVERY) == 0) | ((now & (now - 1)) == 0)
-    decayed_DE = tl.where((number_D[:, None] == _STILL) & still, slowest_E[None, :], decayed_DE)
-    last_E = tl.where(needed_E, now, last_E)
+    last_E, decayed_DE = _count_use(last_E, decayed_DE, shift_D, number_D, needed_E, now)
     score_E = ((tl.sum(decayed_DE * factor_D[:, None], axis=0) >> _TRIM) << _STEP_BITS) + last_E
 
     resident_E = slot_E >= 0
     missing_E = needed_E & (slot_E < 0)
-    score_E = tl.where(resident_E & (needed_E == 0), score_E, _FAR)  # of those that may give way
+    score_E = tl.where(resident_E & (needed_E == 0), score_E, _FAR)  # of the experts that may be evicted
     needed = tl.sum(needed_E.to(tl.int64), axis=0)
     misses = tl.sum(missing_E.to(tl.int64), axis=0)
     hits_before = tl.load(tally)
     misses_before = tl.load(tally + 1)
     evictions = tl.load(tally + 2)
-    tl.debug_barrier()  # all has been read before anything is written
+    tl.debug_barrier()  # every read comes before every write
 
     done = misses * 0
     while done < misses:
@@ -156,7 +168,7 @@ def _gather(  # type: ignore[no-untyped-def]
         store: the host store as int64 words, in pinned host memory.
         memory: the slots, record_words words each.
         missing_expert, missing_slot, missing_count: the tensors of ``Missing``.
-        page: where the layer's first record begins in the store, in pages.
+        page: the page of the store on which the layer's first record begins.
         page_words: words of a page.
         stride: words from one record of the layer to the next.
         record_words: words of a record.
@@ -181,7 +193,7 @@ class TritonKernels:
 
     def __init__(self, loader: ExpertLoader) -> None:
         pool, shape = loader.pool, loader.store.shape
-        # Copies of 16 bytes are never cut, and every record begins on a page.
+        # Copies of 16 bytes are never split, and every record begins on a page.
         assert pool.layout.nbytes % TENSOR_ALIGNMENT == 0
         strides = {shape.stride(loader.store.manifest.layers[index]) for index in loader.store_layers}
         assert len(strides) == 1 and not strides.pop() % PAGE

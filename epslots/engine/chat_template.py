@@ -1,8 +1,9 @@
 """A prompt in the tokenizer's chat template, within limits of time and memory.
 
-A template is a program that came with the checkpoint. transformers' sandbox keeps it from the machine, but not from endless
-loops or from gigabytes of text, and Python can't end a thread. So templates are rendered in a process of their own, which the
-kernel ends at a limit, also in the middle of one long operation. The first prompt starts it, and it serves all later ones.
+A template is a program that came with the checkpoint. transformers' sandbox shields the machine from it, but doesn't stop
+endless loops or gigabytes of text, and Python can't end a thread. So templates are rendered in a process of their own
+(``template_process.py``), which the kernel ends at a limit, also in the middle of one long operation. The first prompt starts
+it, and it serves all later ones.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 TEMPLATE_CPU_S = 2.0
 """Seconds of CPU time that a template may take for a prompt."""
 TEMPLATE_MEMORY_BYTES = 512 * 1024**2
-"""Memory that it may take."""
-# A process that gets no CPU, or is stopped: its own limit counts CPU time alone.
+"""Memory that a template may take."""
+# Limit for a process that gets no CPU, or is stopped: its own limit counts CPU time alone.
 _WALL_S = 120.0
 _WITHOUT = "allowed without it: chat=False (--no-chat)"
 
@@ -39,7 +40,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template that prompts are wrapped in; None if the tokenizer has none.
 
     Raises:
-        ConfigError: it has several and none is the default; or what it has is no template.
+        ConfigError: there are several and none is the default, or it is no text.
     """
     given = getattr(tokenizer, "chat_template", None)
     found = given.get("default") if isinstance(given, dict) else given
@@ -57,7 +58,10 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, text: str, *, most
     """A chat template's text for one message of a user.
 
     Args:
-        most_chars: the longest text that is of use; None for any.
+        tokenizer: its special tokens are the template's variables.
+        template: the chat template.
+        text: the message.
+        most_chars: the longest useful text; None for any.
 
     Raises:
         ConfigError: the template is broken, refuses the prompt, or exceeds a limit; or it can't be run.
@@ -85,7 +89,9 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, text: str, *, most
 
 
 class Renderer:
-    """Has templates rendered in a process, which is started on first use and after each that ended. For any thread.
+    """Renders templates in a process of its own. For any thread.
+
+    The process is started on first use, and again after it has ended.
 
     Args:
         cpu_s: seconds of CPU time that one request may take.
@@ -114,7 +120,7 @@ class Renderer:
             return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # By its path and without the working folder, in which any module could have the name of one that it imports.
+        # Run by its path and without the working folder, where any module could have the name of one that it imports.
         script = Path(__file__).with_name("template_process.py")
         command = [sys.executable, "-P", str(script), str(self._cpu_s), str(self._memory_bytes)]
         few_threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -125,7 +131,7 @@ class Renderer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | few_threads,
-                start_new_session=True,  # Ctrl-C is for the process that asks
+                start_new_session=True,  # Ctrl-C is for the calling process
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"the process for chat templates can't be started ({error}); {_WITHOUT}") from error
@@ -163,12 +169,12 @@ class Renderer:
 
 @functools.cache
 def _renderer(process_id: int) -> Renderer:
-    """That of this process: one that was forked can't share another's."""
+    """This process's renderer: a forked process can't share another's."""
     return Renderer()
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    """End a process that this one has started. When Python ends, too."""
+    """End a child process; also called when Python ends."""
     if os.getpid() != owner:
         return
     assert process.stdin is not None

@@ -1,7 +1,7 @@
-"""Tokens that end a text, as a checkpoint states them: in its generation configuration, and as its tokenizer's end token.
+"""Tokens that end a text by a checkpoint: those of its generation configuration, and its tokenizer's end token.
 
-Chat models often name the end of a turn in one of the two alone. transformers' ``generate`` asks the first. vLLM ends a text
-at either, and so does epslots.
+Chat models often name the end of a turn in only one of the two. transformers' ``generate`` uses the first. vLLM ends a text at
+either, and so does epslots.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def end_tokens(model: PreTrainedModel, *, ignore_tokenizer_eos: bool = False) -> frozenset[int]:
-    """What ends the model's texts: the end tokens of its generation configuration, and that of its tokenizer.
+    """The tokens that end the model's texts.
 
     Args:
+        model: its generation configuration and its checkpoint's tokenizer are read.
         ignore_tokenizer_eos: leave the tokenizer out, as transformers' ``generate`` does. It isn't loaded then.
     """
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -37,6 +38,7 @@ def tokenizer_end_tokens(tokenizer: PreTrainedTokenizerBase | None, vocabulary: 
     """The tokenizer's end token, as a set; empty if there is none, or the model has no such token.
 
     Args:
+        tokenizer: the checkpoint's, None without one.
         vocabulary: number of the model's token ids.
     """
     token = getattr(tokenizer, "eos_token_id", None)

@@ -1,20 +1,13 @@
-"""One rank's steps: its own requests, or nothing, always together with all other ranks.
+"""One rank's steps. The life of a request, in reading order:
 
-    from epslots.engine.requests import Request
+1. queue       ``add`` checks the request (requests.py), which then waits for room in the cache (batcher.py)
+2. admission   ``prepare`` takes requests into the next batch (paged_batcher.py; sequential_batcher.py one at a time)
+3. prompt      computed in chunks of at most ``max_batch_tokens``; its keys and values stay in pages (paged_cache.py)
+4. decoding    one token a step (token_choice.py), drawn by the request's seed and position (sampling.py)
+5. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of this request alone (isolation.py)
+6. outputs     ``outputs`` returns the new tokens after every step, and the end once
 
-    engine = Engine(model, kv_tokens=4096)
-    engine.batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))  # of token ids; greedy, unless it has a Sampling
-    for output in engine.run():  # all ranks call it; each gets the outputs of its own requests
-        ...
-
-A rank with a batch runs the model over it, and one without takes part with zero tokens; the model's forward pass exchanges the
-step's header by itself (``join.py``). With no work anywhere ``run`` ends, and nobody spins.
-
-A request that the model fails with, or whose logits come out as NaN, ends with an error. The other ranks don't notice, and its
-batch mates only that there are more steps: a forward pass that raises takes part in the rest of its step without tokens.
-
-If a peer is lost, ``step`` raises PeerLost and the batch stands. When the survivors have formed the next generation and joined
-again (``ranks.join``), the next ``step`` does the interrupted one again.
+``text.py``, ``chat_template.py`` and ``end_tokens.py`` turn text into prompts and tokens into text.
 """
 
 from __future__ import annotations
@@ -25,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from epslots.cpu_threads import ThreadGovernor
+from epslots.engine.batcher import Batcher
 from epslots.engine.paged_batcher import DEFAULT_BATCH_TOKENS, batcher_for
-from epslots.engine.requests import Batcher, Output
+from epslots.engine.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores
 from epslots.runtime import runtime_of
@@ -34,15 +28,26 @@ from epslots.transport.lockstep import Header
 
 
 class Engine:
-    """Steps one rank's model.
+    """Steps one rank's model: its own requests, or none, always together with all other ranks.
 
-    Attributes:
-        batcher: takes requests and hands out what came of them.
+        engine = Engine(model, kv_tokens=4096)
+        engine.batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))  # token ids; greedy, unless it has a Sampling
+        for output in engine.run():  # all ranks call it; each gets the outputs of its own requests
+            ...
+
+    The model's forward pass exchanges the step's header by itself (``group/join.py``). A forward pass that raises takes part
+    in the rest of its step without tokens, so other ranks don't notice a failed request.
+
+    After PeerLost the batch stands. When the survivors have formed the next epoch and joined again (``group.join``), the next
+    ``step`` repeats the interrupted one.
 
     Args:
         model: from ``epslots.load``, alone or one of several ranks.
-        kv_tokens: tokens that the KV cache keeps for all requests together.
-        max_batch_tokens: the most tokens of one step.
+        kv_tokens: tokens of KV cache for all requests together.
+        max_batch_tokens: tokens of one step, at most.
+
+    Attributes:
+        batcher: takes requests and returns their outputs.
 
     Raises:
         ConfigError: the model was not loaded by ``epslots.load``.
@@ -55,11 +60,11 @@ class Engine:
         self._threads = ThreadGovernor(usable_cores(), torch.get_num_threads, torch.set_num_threads)
 
     def step(self) -> Header:
-        """Make one step together with all ranks, or none if nobody has work; returns what the ranks said before it.
+        """Make one step together with all ranks; none if no rank has work. Returns the ranks' header of the step.
 
         Raises:
             PeerLost: a rank is gone. Nothing of the step counts.
-            StepFailed: the model failed where other ranks wait for its result. As if a rank was gone.
+            StepFailed: the model failed where other ranks wait for its result. Nothing of the step counts.
             GroupError: ranks don't match, or are out of step.
         """
         self._threads.adjust()
@@ -75,7 +80,7 @@ class Engine:
         return group.lockstep.header
 
     def run(self) -> Iterator[Output]:
-        """Step until no rank has work, or one wants to stop; yields the outputs of this rank's requests as they come."""
+        """Step until no rank has work, or one asks to stop; yields the outputs of this rank's requests as they come."""
         header = Header(work=True, stop=False)
         while header.work and not header.stop:
             header = self.step()

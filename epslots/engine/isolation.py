@@ -1,15 +1,14 @@
-"""Which requests a failed step is made again with, until the requests that fail by themselves are known.
+"""Fault isolation: repeats a failed step in parts of its batch until the requests that fail alone are found. Pure.
 
     isolation = Isolation(batch)
     while not isolation.done:
         ... run isolation.part, then
         isolation.passed()                # its requests have made their step
-        guilty = isolation.failed()       # or: it is split; a request that failed by itself comes out
+        faulty = isolation.failed()       # or: it is split; returns a request that failed alone
 
-Pure. A batcher makes one for every batch: a batch that passes as a whole is the usual case, and costs nothing. A failed part
-is halved, so that one guilty request of N costs about 2 log2(N) further forward passes, and all others make their step on the
-way. Where a failure is dear (a group of ranks breaks), the requests are run one by one instead: then each guilty request
-breaks it once.
+A batcher makes one for every batch; a batch that passes as a whole costs nothing. A failed part is halved: one faulty request
+of N costs about 2 log2(N) further forward passes, and all others make their step on the way. Where a failure is expensive (a
+group of ranks breaks), the requests are run one by one instead: each faulty request then breaks the group once.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 class Isolation(Generic[T]):
-    """The parts of one batch that are yet to make their step.
+    """The parts of one batch that still have to make their step.
 
     Args:
         batch: at least one request.
@@ -34,7 +33,7 @@ class Isolation(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether every request has made its step, or failed by itself."""
+        """Whether every request has made its step, or failed alone."""
         return not self._parts
 
     @property
@@ -44,7 +43,7 @@ class Isolation(Generic[T]):
 
     @property
     def part(self) -> list[T]:
-        """The requests that are run next."""
+        """The requests to run next."""
         return self._parts[-1]
 
     def passed(self) -> None:
@@ -52,9 +51,9 @@ class Isolation(Generic[T]):
         self._parts.pop()
 
     def failed(self, *, singly: bool = False) -> T | None:
-        """The part has failed; returns its request if that is guilty.
+        """The part has failed: split it, or return its request if that is faulty.
 
-        A request is guilty when it fails by itself, in a second attempt: a batch of one is repeated once.
+        A request is faulty when it fails alone, in a second attempt: a batch of one is repeated once.
 
         Args:
             singly: split into single requests, not into halves.

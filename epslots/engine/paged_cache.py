@@ -1,21 +1,20 @@
-"""What transformers' paged KV cache is asked for: which models it can serve, how large it is, and what it needs from us.
+"""transformers' paged KV cache: the models that it can serve, its size, and its opening.
 
-transformers keeps the keys and values of all running requests in *pages* of one tensor, and a scheduler of its own puts
-together batches of whatever tokens are next (its "continuous batching"). It takes three things for granted that don't hold
-everywhere:
+transformers keeps the keys and values of all running requests in *pages* of one tensor, and its scheduler puts the next tokens
+of any requests into one batch ("continuous batching"). Two of its assumptions don't hold everywhere:
 
-- Every layer's keys and values have the shape [heads, head size] that the configuration states. Latent attention (MLA) has
-  keys wider than values; gemma4's layers differ in both numbers. ``flatten_rows`` keeps such layers in rows of one width.
-- A forward pass that began also ends, and ends well. ``WindowBackup`` makes one that didn't repeatable, ``lay_out`` repeats it
-  for some of its requests, ``discard`` takes a request out that can't go on, and ``check_tokens`` tells that there is one.
+- Every layer's keys and values have the shape [heads, head size] of the configuration. Latent attention (MLA) has keys wider
+  than values; gemma4's layers differ in both numbers. ``flatten_rows`` keeps such layers in rows of one width.
 - The process has no other use for torch's random numbers: opening a cache seeds them. ``open_processor`` puts them back.
+
+``repeatable_step.py`` removes the third: that a forward pass that began ends well.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +23,21 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
-from transformers.generation.continuous_batching.requests import FutureRequestState
-from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads, stream_context
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.utils.generic import is_flash_attention_requested
 
 from epslots.engine.positions import depends_on_length
 from epslots.errors import DoesNotFitError
 
-# Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel wants 256.
+# Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel needs 256.
 PAGE_TOKENS = 16
 FLASH_PAGE_TOKENS = 256
 
 
 def paging_obstacle(model: PreTrainedModel) -> str | None:
-    """Why the model's requests can't be kept in pages, as the end of a sentence; None if they can.
+    """Why the model's requests can't be kept in pages, as a sentence's end; None if they can.
 
-    Decided without a forward pass of the model: by its configuration, its class, and what its rotary embeddings answer.
+    Decided without a forward pass of the model: by its configuration, its class, and the angles of its rotary embeddings.
     """
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
@@ -52,7 +50,7 @@ def paging_obstacle(model: PreTrainedModel) -> str | None:
         group_layers_by_attn_type(config)
     except ValueError as error:
         return f"transformers keeps no pages for its layers ({error})"
-    # The names of layer types hide what gemma3n shares between layers.
+    # The names of layer types hide the layers that share a cache in gemma3n.
     kept = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if kept:
         return f"its layers keep more than keys and values ({', '.join(sorted(kind.__name__ for kind in kept))})"
@@ -74,14 +72,14 @@ def _implementation_obstacle(model: PreTrainedModel) -> str | None:
         return None
     if implementation not in ("eager", "paged|eager"):
         return f"its attention implementation is {implementation!r} (allowed: sdpa, eager, flash)"
-    # "paged|eager" knows masks, scales and sinks, and leaves out whatever else a model's own eager attention does.
+    # "paged|eager" computes masks, scales and sinks, and leaves out everything else that a model's own eager attention does.
     if model._supports_sdpa or any(hasattr(module, "sinks") for module in model.modules()):
         return None
     return "its eager attention may do what paged attention doesn't"
 
 
 def _attentions(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The decoder's modules that would fill a cache."""
+    """The decoder's modules that fill a cache."""
     return [module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")]
 
 
@@ -92,19 +90,24 @@ def cache_blocks(kv_tokens: int, page_tokens: int, layers: Mapping[str, Sequence
     beside the tokens there must be room for every kind but one to leave a sector half empty.
 
     Args:
-        kv_tokens: to hold at least.
+        kv_tokens: tokens to hold at least.
         page_tokens: tokens of a page.
-        layers: the layers of each kind of attention, as ``group_layers_by_attn_type`` gives them.
+        layers: the layers of each kind of attention, from ``group_layers_by_attn_type``.
     """
     counts = [len(indices) for indices in layers.values()]
     return -(-kv_tokens // page_tokens) + -(-(len(counts) - 1) * math.lcm(*counts) // sum(counts))
 
 
 def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int) -> tuple[Any, Any]:
-    """A paged cache of ``kv_tokens`` for the model, with transformers' scheduler, and no thread.
+    """Open a paged cache of ``kv_tokens`` for the model, with transformers' scheduler, and no thread.
+
+    Args:
+        model: served from the cache.
+        kv_tokens: tokens to hold at least.
+        max_batch_tokens: tokens of a step, at most.
 
     Returns:
-        transformers' manager, which takes requests and gives tokens, and its batch processor, which advances them.
+        transformers' manager, which takes requests and returns tokens, and its batch processor, which advances them.
 
     Raises:
         DoesNotFitError: cache and batches exceed the device's free memory.
@@ -120,14 +123,14 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
             page_size=page_tokens,
             num_blocks=cache_blocks(kv_tokens, page_tokens, group_layers_by_attn_type(config)),
             max_batch_tokens=max_batch_tokens,
-            # Reads pages in place, by the shape that the configuration states.
+            # 0 = none: reading pages in place needs the shape that the configuration states.
             max_blocks_per_request=None if flash and width is None else 0,
-            # A step is over when it returns; and its MoE layers talk to the host and to other ranks, which no graph holds.
+            # A step is over when it returns; its MoE layers talk to the host and to other ranks, which no graph can hold.
             use_async_batching=False,
             use_cuda_graph=False,
-            # Would load kernels from the hub.
+            # True would load kernels from the hub.
             auto_switch_to_flash=False,
-            # Would set an environment variable.
+            # True would set an environment variable.
             disable_nccl_graph_mixing=False,
             seed=0,
         ),
@@ -145,10 +148,10 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
 
 
 def _processor(manager: Any, rows: PretrainedConfig | None) -> Any:
-    """The manager's batch processor, over a cache of flat rows if their configuration is given."""
+    """The manager's batch processor; over a cache of flat rows if their configuration is given."""
     if rows is None:
         return manager._create_batch_processor()
-    model, manager.model = manager.model, _Stand(manager.model, rows)
+    model, manager.model = manager.model, _ModelStub(manager.model, rows)
     try:
         processor = manager._create_batch_processor()
     finally:
@@ -157,10 +160,11 @@ def _processor(manager: Any, rows: PretrainedConfig | None) -> Any:
     return processor
 
 
-class _Stand:
+class _ModelStub:
     """Stands in for a model while its cache is made: the same but for the configuration.
 
-    The model's own stays as it is: with MLA, rotary embeddings read their head size from it, some in every forward pass.
+    The model's own configuration stays as it is: with MLA, rotary embeddings read their head size from it, some in every
+    forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, config: PretrainedConfig) -> None:
@@ -171,9 +175,9 @@ class _Stand:
 
 
 def row_width(model: PreTrainedModel) -> int | None:
-    """Numbers in the widest row of keys or values that a layer keeps of one token.
+    """Numbers in the widest row of keys or values of one token in any layer.
 
-    None where all layers keep the heads and the head size that the configuration states.
+    None where all layers keep the heads and the head size of the configuration.
     """
     config = model.config.get_text_config()
     widths = set()
@@ -197,9 +201,9 @@ def rows_config(config: PretrainedConfig, width: int) -> PretrainedConfig:
 
 
 def flatten_rows(cache: PagedAttentionCache) -> None:
-    """Let a cache made for one head of some width take keys and values of any shape that is no wider.
+    """Let a cache of one wide head take keys and values of any narrower shape.
 
-    Only this cache changes. What it returns has the shape, per token, of what it was given.
+    Only this cache changes. Its results have the shape, per token, of its arguments.
     """
     paged_update = cache.update
 
@@ -214,119 +218,12 @@ def flatten_rows(cache: PagedAttentionCache) -> None:
 
 
 def _to_rows(states: torch.Tensor, width: int) -> torch.Tensor:
-    """[1, heads, T, size] to [1, 1, T, width], zeros behind."""
+    """[1, heads, T, size] to [1, 1, T, width], padded with zeros."""
     rows = states.transpose(1, 2).flatten(2)
     return F.pad(rows, (0, width - rows.shape[-1])).unsqueeze(1)
 
 
 def _from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[1, 1, S, width] to [1, heads, S, size], with the heads and the size of ``like``."""
+    """[1, 1, S, width] to [1, heads, S, size]; ``like`` has these heads and this size."""
     heads, size = like.shape[1], like.shape[3]
     return rows[0, 0, :, : heads * size].view(1, -1, heads, size).transpose(1, 2)
-
-
-class WindowBackup:
-    """What a prepared batch needs of sliding windows and overwrites on the way.
-
-    Repeating a forward pass writes the same keys and values to the same places. With full attention this is harmless. A
-    sliding window is a ring, though: the later tokens of a chunk take the place of tokens that its first ones attend to,
-    read before they are overwritten. A pass that stopped after that can't be repeated without the old content.
-
-    Only chunks that continue a prompt need it: a prompt's first chunk reads nothing, and a single token takes the place of
-    one that has just left its window.
-    """
-
-    def __init__(self, processor: Any) -> None:
-        self._stream = processor.inputs_and_outputs.compute_stream
-        # By request: for each kind of window the cache, the request's blocks, and their content.
-        self._saved: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
-        for entry in processor.inputs_and_outputs.requests_in_batch:
-            if _continues_a_prompt(entry):
-                self._saved[entry.state.request_id] = [
-                    self._save(allocator, entry.state.request_id)
-                    for allocator in processor.cache.cache_allocators.values()
-                    if hasattr(allocator, "sliding_window")
-                ]
-
-    def _save(self, allocator: Any, request_id: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        content = allocator._copy_view
-        with stream_context(self._stream):
-            blocks = torch.tensor(allocator.block_table[request_id], device=content.device)
-            return content, blocks, content.index_select(0, blocks)
-
-    def restore(self, batch: Sequence[FutureRequestState]) -> None:
-        """Bring these requests' windows back to what they were when the batch was prepared."""
-        with stream_context(self._stream):
-            for entry in batch if self._saved else ():
-                for content, blocks, saved in self._saved.get(entry.state.request_id, ()):
-                    content.index_copy_(0, blocks, saved)
-
-
-def _continues_a_prompt(entry: FutureRequestState) -> bool:
-    # The position is that after the batch: the scheduler counts a chunk as done once it is prepared.
-    return entry.query_length > 1 and entry.state.position_offset > entry.query_length
-
-
-def lay_out(processor: Any, part: Sequence[FutureRequestState]) -> None:
-    """Prepare the forward pass again for some requests of a prepared batch, whose pass failed or hasn't come."""
-    for entry in part:
-        state = entry.state
-        state.position_offset -= entry.query_length
-        known = state.initial_tokens + state.generated_tokens  # those to compute were replaced by a token to come
-        state.tokens_to_process = known[state.position_offset : state.position_offset + entry.query_length]
-    batch = processor.inputs_and_outputs
-    batch.prepare_batch_tensors(
-        requests_in_batch=list(part),
-        logits_processors=processor.logit_processor,
-        use_decode_fast_path=batch.use_block_table,
-        num_q_tokens=sum(entry.query_length for entry in part),
-        max_kv_read=batch.max_kv_read,
-        use_padding=processor.model_runner.pad_inputs,
-    )
-
-
-def show_cut_prompts(batch: Any) -> int:
-    """Give a row of logits to each request whose prompt goes on after this step, behind the rows of those that get a token.
-
-    transformers computes a row for every request, and these would be of some token. The last token of such a chunk attends
-    to all the others, so its logits tell whether any of them came out as NaN.
-
-    Returns:
-        How many rows get no token.
-    """
-    entries = batch.requests_in_batch
-    last, at = [], 0
-    for entry in entries:
-        at += entry.query_length
-        if not entry.has_new_token:
-            last.append(at - 1)
-    if last:
-        rows = batch.logits_indices[len(entries) - len(last) : len(entries)]
-        rows.copy_(torch.tensor(last, dtype=rows.dtype))
-    return len(last)
-
-
-def check_tokens(batch: Any, check: Callable[[list[int]], None]) -> None:
-    """Call ``check`` with a step's rows of tokens when transformers reads them, before they change anything."""
-    read = batch.prepare_batch_update
-
-    def checked() -> Any:
-        found = read()
-        check(found[1])
-        return found
-
-    batch.prepare_batch_update = checked
-
-
-def discard(processor: Any, request_id: str) -> None:
-    """Take a running request out, and leave nothing of it: its pages are zeros, and no other request finds them again."""
-    scheduler, stream = processor.scheduler, processor.inputs_and_outputs.compute_stream
-    for allocator in processor.cache.cache_allocators.values():
-        blocks = allocator.block_table.get(request_id, [])
-        own = [block for block in blocks if block not in allocator.ledger.shared_ref_counts]
-        allocator.free_blocks(request_id, no_cache=True)
-        with stream_context(stream):
-            content = allocator._copy_view
-            content.index_fill_(0, torch.tensor(own, dtype=torch.int64, device=content.device), 0)
-    scheduler.finish_request(request_id)
-    scheduler.block_new_requests = False

@@ -1,16 +1,10 @@
 """Attention of requests in pages whose results don't depend on the batch: the last part of ``batch_invariant=True``.
 
-transformers' paged attention runs one softmax over the keys of all requests, so a request's sums have other zeros between
-them, and other bits, with other batch mates. Here a query's result is a function of the query, and of the keys and values that
-it attends to, at their positions:
-
-- Keys are taken in blocks of ``KEYS`` positions, counted from the sequence's start. All products have one shape: a few queries
-  by the keys of a block.
-- What blocks contribute is added one after the other. A block that is absent or masked adds zeros, which changes no bit: so
-  neither other requests, nor the chunks that a prompt comes in, nor pages shared with another prompt matter.
-  (A fixed size of splits, not a fixed number of them, is what "Defeating Nondeterminism in LLM Inference" by Thinking Machines
-  Lab, and SGLang's deterministic mode, do for FlashDecoding.)
-- It is computed in fp32.
+transformers' paged attention runs one softmax over the keys of all requests: a request's sums have other zeros between them,
+and other bits, with other batch mates. ``PackedAttention`` computes a query's result from the query and the keys and values
+that it attends to alone, by blocks of ``KEYS`` positions counted from the sequence's start, added one after the other in fp32.
+All products have one shape, and an absent or masked block adds zeros, which changes no bit. (Fixed sizes of splits, not a
+fixed number of them: "Defeating Nondeterminism in LLM Inference" by Thinking Machines Lab, SGLang's deterministic mode.)
 
 Suffixes: I blocks of queries, B queries of one, N blocks of keys, L = N * KEYS keys, G heads of keys, R heads of queries that
 share one, M = R * B rows of a product, T and S tokens of all requests, D and E sizes of a head's keys and values.
@@ -37,12 +31,12 @@ IMPLEMENTATION = "epslots_batch_invariant"
 KEYS = 64
 # Rows of a product: queries times the heads that share their keys.
 ROWS = 16
-# Numbers of keys that are gathered at a time; what a single block of queries needs is gathered whatever it is.
-_PART_NUMBERS = 2**22
+# Numbers of keys that are gathered at a time, at most; but a single block of queries always gathers all of its keys.
+_GATHERED_NUMBERS = 2**22
 
 
 def invariance_obstacle(model: PreTrainedModel) -> str | None:
-    """Why a batch-invariant model's requests can't share a batch, as the end of a sentence; None if they can.
+    """Why a batch-invariant model's requests can't share a batch, as a sentence's end; None if they can.
 
     Alone, a request's forward passes have the same shapes each time, and so the same bits.
     """
@@ -72,7 +66,8 @@ class PackedAttention:
     """The attention of one batcher's model, as long as the batcher is open.
 
     Args:
-        processor: transformers' batch processor; builds no masks from now on.
+        model: its attention implementation is replaced.
+        processor: transformers' batch processor; it builds no masks from now on.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -83,7 +78,7 @@ class PackedAttention:
         self._parts: dict[tuple[int | None, int, int], list[_Part]] = {}
 
     def prepare(self, spans: Sequence[Span]) -> None:
-        """Attend to these requests from now on, in the batch's order."""
+        """Set the requests of the next forward passes, in the batch's order."""
         self._spans = spans
         self._parts.clear()
 
@@ -97,11 +92,14 @@ class PackedAttention:
         scale: float,
         sink_H: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What each query attends to, [T, heads, E] in its dtype.
+        """Each query's attention, [T, heads, E] in its dtype.
 
         Args:
+            query_HTD: queries of all requests.
             key_GSD: keys of all requests, one after another: of the past and of this step.
+            value_GSE: their values.
             window: positions that a query sees, itself included; None for all before it.
+            scale: of the scores.
             sink_H: scores of attention sinks, whose values are zero.
         """
         heads, tokens, size = query_HTD.shape
@@ -121,15 +119,15 @@ class PackedAttention:
         """The batch in parts that fit into memory; the same for all layers of a kind."""
         kind = window, queries, numbers
         if kind not in self._parts:
-            most = max(1, _PART_NUMBERS // (numbers * KEYS))
+            max_blocks = max(1, _GATHERED_NUMBERS // (numbers * KEYS))
             blocks = _query_blocks(self._spans, window, queries)
-            self._parts[kind] = [_Part(rows, queries, window, device) for rows in _cut(blocks, most)]
+            self._parts[kind] = [_Part(rows, queries, window, device) for rows in _cut(blocks, max_blocks)]
         return self._parts[kind]
 
 
-# Columns of what is known of a block of queries: the place of the first among the batch's, how many they are, and the first's
-# position; the position of the request's first key, and how far the place of a key is from its position; the first block of
-# keys, and how many.
+# Columns of a block of queries: the place of its first query in the batch, the number of its queries, the first one's
+# position; the position of the request's first key, the distance from a key's position to its place; the first block of keys,
+# and their number.
 _FIRST, _COUNT, _POSITION, _OLDEST, _SHIFT, _BLOCK, _BLOCKS = range(7)
 
 
@@ -150,24 +148,24 @@ def _query_blocks(spans: Sequence[Span], window: int | None, queries: int) -> In
     return np.array(rows, np.int64).reshape(-1, 7)
 
 
-def _cut(rows_I7: IntArray, most: int) -> Iterator[IntArray]:
-    """Parts of the rows, those with few blocks of keys first, that together have at most ``most`` blocks of keys."""
+def _cut(rows_I7: IntArray, max_blocks: int) -> Iterator[IntArray]:
+    """Parts of the rows with at most ``max_blocks`` blocks of keys together; rows with few blocks of keys come first."""
     rows_I7 = rows_I7[np.argsort(rows_I7[:, _BLOCKS], kind="stable")]
     start = 0
     while start < len(rows_I7):
         end = start + 1
-        while end < len(rows_I7) and (end + 1 - start) * rows_I7[end, _BLOCKS] <= most:
+        while end < len(rows_I7) and (end + 1 - start) * rows_I7[end, _BLOCKS] <= max_blocks:
             end += 1
         yield rows_I7[start:end]
         start = end
 
 
 class _Part:
-    """Some blocks of queries, and where their keys are.
+    """Some blocks of queries, with the places of their keys.
 
     Attributes:
         query_IB: places of the queries in the batch; the last is repeated where a block isn't full.
-        valid_IB: which are no repetitions.
+        valid_IB: whether each is no repetition.
     """
 
     def __init__(self, rows_I7: IntArray, queries: int, window: int | None, device: torch.device) -> None:
@@ -196,7 +194,7 @@ class _Part:
         scale: float,
         sink_GR: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What the queries attend to, [I, B, heads, E]."""
+        """The queries' attention, [I, B, heads, E]."""
         groups, shared, _, size = query_GRTD.shape
         items, queries = self.query_IB.shape
         lead, rows = (groups, items, self._blocks), shared * queries
@@ -220,14 +218,14 @@ class _Part:
         return result.permute(1, 3, 0, 2, 4).flatten(2, 3)
 
     def _blocks_of(self, states_GSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Keys or values of each block [G, I, N, KEYS, D]; zeros where there are none, whatever other requests have there."""
+        """Keys or values of each block [G, I, N, KEYS, D]; zeros at absent places, which hold other requests' keys."""
         chosen = states_GSD[:, self._place_IL].to(dtype)
         chosen.masked_fill_(self._absent_IL1, 0)
         return chosen.unflatten(2, (self._blocks, KEYS))
 
 
 def _sum_keys(weight: torch.Tensor) -> torch.Tensor:
-    """The sum over the keys of a block, the last dimension, by halves: torch's own sum has no order that it promises."""
+    """The sum over the keys of a block, the last dimension, by halves: torch's own sum promises no order."""
     while (half := weight.shape[-1] // 2) > 0:
         weight = weight[..., :half] + weight[..., half:]
     return weight[..., 0]
@@ -251,7 +249,7 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' attention interface has it, for packed batches alone."""
+    """transformers' attention function for packed batches; other callers are refused."""
     cache = kwargs.get("cache")
     if cache is None:
         raise ConfigError(

@@ -1,7 +1,8 @@
-"""Switches off what a configuration asks a model to return besides logits: a batch of requests has no use for it.
+"""Switches off the outputs besides logits that a model's configuration asks for.
 
-Fine-tuned checkpoints often keep such flags (``output_router_logits``, say): of a packed batch transformers can't compute what
-they ask for, and hidden states or attentions of all layers would be memory that no plan knows of.
+Fine-tuned checkpoints often keep such flags (``output_router_logits``, say). A batch of requests doesn't use these outputs,
+transformers can't compute them for a packed batch, and hidden states or attentions of all layers would take memory that no
+plan counts.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from contextlib import contextmanager
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-# How transformers names a configuration's flag, and a forward pass's argument, that asks for one more output.
+# The prefix of transformers' flags, and of a forward pass's arguments, that ask for one more output.
 _PREFIX = "output_"
 
 
 class PlainOutputs:
-    """The flags of one model's configuration that ask for more than logits, as they were when this was made.
+    """The flags of one model's configuration that ask for more than logits.
 
-    Outside of ``off`` the configuration is as the checkpoint has it.
+    They are recorded when this is made. Outside of ``off`` the configuration is the checkpoint's own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -31,7 +32,7 @@ class PlainOutputs:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, a forward pass returns an output object with logits, and nothing that has to be asked for."""
+        """Within the context, a forward pass returns an output object with logits alone."""
         for config, name, _ in self._on:
             setattr(config, name, name == "return_dict")
         try:
@@ -43,7 +44,7 @@ class PlainOutputs:
 
 
 def _all_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """A configuration and those inside of it."""
+    """A configuration and all configurations inside of it."""
     found = [config]
     for name in config.sub_configs:
         inner = getattr(config, name, None)
@@ -53,10 +54,10 @@ def _all_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def _flags(model: PreTrainedModel) -> set[str]:
-    """What modules take from the configuration unless a call says otherwise."""
+    """Names of the flags that modules read from the configuration unless a call sets them."""
     found = set()
     for module in model.modules():
         found |= {name for name in inspect.signature(module.forward).parameters if name.startswith(_PREFIX)}
-        # Asked for as output_{key}, with a default from the configuration: transformers' capture_outputs.
+        # transformers' capture_outputs reads them as output_{key}, with a default from the configuration.
         found |= {f"{_PREFIX}{key}" for key in getattr(module, "_can_record_outputs", None) or ()}
     return found

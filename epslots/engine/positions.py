@@ -1,8 +1,8 @@
-"""Whether a model's positions depend on how long a batch's longest sequence is; and how they are made to forget it.
+"""Rotary embeddings whose angles depend on the batch's longest sequence: finding and resetting them.
 
-Some rotary embeddings choose their frequencies, or a scale, by the largest position of the forward pass (transformers'
-``longrope`` and ``dynamic``, and phimoe's own scale). A request would get other tokens beside a longer one, or with its prompt
-cut in chunks. Which do is found out by asking them: positions alone, then beside a far one.
+Some choose their frequencies, or a scale, by the largest position of the forward pass (transformers' ``longrope`` and
+``dynamic``, and phimoe's own scale). A request would get other tokens beside a longer one, or with its prompt in chunks. They
+are found by comparing the angles of the same positions with and without a far one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Farther than any context: every threshold lies between the two.
-_FAR = 2**30
+# Every threshold lies between these two positions: the second is farther than any context.
 _NEAR = 4
+_FAR = 2**30
 
 
 def depends_on_length(model: PreTrainedModel) -> list[nn.Module]:
@@ -26,14 +26,14 @@ def depends_on_length(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def forget_length(rotaries: Sequence[nn.Module], model: PreTrainedModel) -> None:
-    """Bring rotary embeddings back to what they are for a short sequence, whatever they have seen."""
+    """Reset rotary embeddings to their state for a short sequence."""
     for module in rotaries:
         for kind in _kinds(module):
             _angles(module, torch.zeros(1, 1, dtype=torch.int64, device=model.device), kind)
 
 
 def _rotaries(model: PreTrainedModel) -> list[nn.Module]:
-    """Modules that turn positions into angles: they hold frequencies, and are given positions."""
+    """Modules that turn positions into angles: they hold frequencies and take positions."""
     return [
         module
         for module in model.get_decoder().modules()
@@ -47,16 +47,16 @@ def _depends(module: nn.Module, device: torch.device) -> bool:
     far = near.clone()
     far[0, -1] = _FAR
     for kind in _kinds(module):
-        probe = copy.deepcopy(module)  # asking may change it
-        # Of the same shape, so that both are computed alike to the last bit.
-        alone, beside = ([part[..., :_NEAR, :] for part in _angles(probe, positions, kind)] for positions in (near, far))
-        if not all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True)):
+        probe = copy.deepcopy(module)  # a call may change it
+        # Both have the same shape, so that both are computed alike to the last bit.
+        alone, with_far = ([part[..., :_NEAR, :] for part in _angles(probe, positions, kind)] for positions in (near, far))
+        if not all(torch.equal(one, other) for one, other in zip(alone, with_far, strict=True)):
             return True
     return False
 
 
 def _kinds(module: nn.Module) -> list[str | None]:
-    """The layer types for which a rotary embedding has frequencies of their own; None = one for all."""
+    """The layer types for which a rotary embedding has frequencies of its own; None = one for all."""
     kinds = getattr(module, "rope_type", None)
     return list(kinds) if isinstance(kinds, dict) else [None]
 
@@ -64,7 +64,7 @@ def _kinds(module: nn.Module) -> list[str | None]:
 @torch.no_grad()
 def _angles(module: nn.Module, positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, ...]:
     """Cosines and sines [..., T, any] of positions [1, T]."""
-    like = torch.zeros(1, device=positions.device)  # asked for its dtype and device
+    like = torch.zeros(1, device=positions.device)  # only its dtype and device are used
     kinds = {} if kind is None else {"layer_type": kind}
     try:
         found = module(like, position_ids=positions, **kinds)

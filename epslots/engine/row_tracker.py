@@ -1,6 +1,6 @@
-"""Which row of a step goes on from which row of the step before, in batches whose requests come, go and are cut in pieces.
+"""Tells which row of a step continues which row of the step before.
 
-Pure. Legend of shape suffixes: T rows (tokens) of a step.
+In a batch, requests come, go and are cut in pieces. Pure. Legend of shape suffixes: T rows (tokens) of a step.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from epslots.arrays import IntArray
 
 
 class RowTracker:
-    """Follows requests from step to step. What it tells is what ``Predictor.set_previous_rows`` takes."""
+    """Follows requests from step to step, for ``UsagePredictor.set_previous_rows``."""
 
     def __init__(self) -> None:
-        # Of each request of the latest step: its last row there, counted from the step's end.
+        # The last row of each request of the latest step, counted from the step's end.
         self._last: dict[Hashable, int] = {}
 
     def next(self, requests: Sequence[tuple[Hashable, int]]) -> IntArray:
         """The row before each row of the coming step.
 
         Args:
-            requests: who has how many rows of it, at least one each, in the order of the rows.
+            requests: (request, number of its rows, at least one), in the order of the rows.
 
         Returns:
             int64 [T]: 0 = none, the request wasn't in the step before; i > 0 = row i - 1 of the same step; -i = the i-th row
@@ -31,8 +31,8 @@ class RowTracker:
         """
         ends = np.cumsum([rows for _, rows in requests], dtype=np.int64)
         total = int(ends[-1]) if len(ends) else 0
-        follows_T = np.arange(total)
+        previous_T = np.arange(total)
         starts = ends - np.array([rows for _, rows in requests], np.int64)
-        follows_T[starts] = [-self._last.get(name, 0) for name, _ in requests]
+        previous_T[starts] = [-self._last.get(name, 0) for name, _ in requests]
         self._last = {name: total - end + 1 for (name, _), end in zip(requests, ends.tolist(), strict=True)}
-        return follows_T
+        return previous_T

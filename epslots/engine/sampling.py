@@ -1,7 +1,7 @@
-"""How a request's tokens are chosen, and its random numbers: a pure function of its seed and of the token's position.
+"""A request's choice of tokens, and its random numbers: a pure function of its seed and of the token's position.
 
-So a request's tokens don't depend on what else is in its batch, on the rank that serves it, or on how often it was moved or
-a step of it repeated: whoever goes on with it draws the numbers that would have been drawn without the interruption.
+A request's tokens therefore don't depend on its batch mates, on its rank, or on how often it was moved or a step of it
+repeated: after an interruption, the same numbers are drawn.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """0 takes the likeliest token, and leaves the rest unused; above, the higher, the more even the choice."""
+    """0 takes the likeliest token and ignores the other settings; above 0, a higher one makes the choice more even."""
     top_k: int = 0
-    """0: all."""
+    """0: all tokens."""
     top_p: float = 1.0
-    """Of the probability that ``top_k`` leaves."""
+    """A share of the probability that ``top_k`` leaves."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,8 +55,8 @@ def uniform_numbers(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[n
     """For each seed and position a number in [0, 1), a multiple of 2**-53.
 
     Number ``position`` of the SplitMix64 generator (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
-    OOPSLA 2014). It hashes a counter, so that any of its numbers is as near as the first. The counter starts at a hash of
-    the seed: from the seeds themselves, those of people (0, 1, 2) and positions would be a lattice.
+    OOPSLA 2014). It hashes a counter, so that any of its numbers takes equally long. The counter starts at a hash of the seed:
+    small seeds (0, 1, 2) and positions would form a lattice.
     """
     starts = _mix(np.array(seeds, dtype=np.uint64) + _STRIDE)
     hashes = _mix(starts + _STRIDE * np.array(positions, dtype=np.uint64))

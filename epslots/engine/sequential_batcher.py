@@ -1,4 +1,4 @@
-"""One request at a time, with the model's own cache: the batcher that serves every model."""
+"""The batcher for all other models: one request at a time, with the model's own cache."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from epslots.engine.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
 from epslots.engine.isolation import Isolation
 from epslots.engine.positions import depends_on_length, forget_length
-from epslots.engine.request_books import NotFiniteError, RequestBooks, TrackedRequest, check_positive, check_servable
 from epslots.engine.token_choice import NO_TOKEN, next_tokens
 from epslots.errors import StepFailed
 
 logger = logging.getLogger(__name__)
 
 
-class _Kept(NamedTuple):
-    """What the model keeps of a request: arguments of its next forward pass, and the tokens that they hold."""
+class _KeptState(NamedTuple):
+    """The model's state of a request: arguments of its next forward pass, and the number of tokens in them."""
 
     entry: TrackedRequest
     arguments: dict[str, Any]
     tokens: int
 
 
-class SequentialBatcher(RequestBooks):
-    """One request at a time, as ``generate`` would do it: the prompt in one step, then a token a step.
+class SequentialBatcher(Batcher):
+    """One request at a time, the way ``generate`` does it: the prompt in one step, then a token a step.
 
-    For models whose layers keep a recurrent state, or anything else that doesn't fit into pages. Such a state can't be taken
-    back when a forward pass stops halfway. So the cache is dropped then, and the next step computes it again from the prompt
-    and the tokens so far. Where angles depend on a sequence's length, even that would be another result: the tokens so far
-    follow one by one, as they did the first time.
+    For models whose layers keep a recurrent state, or anything else that doesn't fit into pages. Such a state can't be
+    restored when a forward pass stops halfway: the cache is dropped, and the next step computes it again from the prompt and
+    the tokens so far. Where angles depend on a sequence's length, that would be another result: there the tokens so far follow
+    one by one, as they did the first time.
     """
 
     def __init__(self, model: PreTrainedModel, *, kv_tokens: int) -> None:
-        """Take a model.
+        """Serve a model.
 
         Raises:
             ConfigError: ``kv_tokens`` is less than one.
@@ -48,13 +48,13 @@ class SequentialBatcher(RequestBooks):
         check_positive(kv_tokens=kv_tokens)
         super().__init__(model, kv_tokens)
         self._isolation: Isolation[TrackedRequest] | None = None
-        self._kept: _Kept | None = None
+        self._kept: _KeptState | None = None
         self._rotaries = depends_on_length(model)
 
-    def _enter(self, entry: TrackedRequest) -> None:
-        pass  # It waits among the open ones.
+    def _queue(self, entry: TrackedRequest) -> None:
+        pass  # it waits among the unfinished ones
 
-    def _leave(self, entry: TrackedRequest) -> None:
+    def _withdraw(self, entry: TrackedRequest) -> None:
         if self._kept is not None and self._kept.entry is entry and self._isolation is None:
             self._kept = None
 
@@ -68,7 +68,7 @@ class SequentialBatcher(RequestBooks):
         assert isolation is not None, "prepare() comes first"
         (entry,) = isolation.part
         assert kept is None or kept.entry is entry, "a request is advanced until it ends"
-        self._kept = None  # What a forward pass that raises leaves behind is of no use.
+        self._kept = None  # a forward pass that raises leaves a useless state behind
         length = self._length_after(entry, kept)
         try:
             with self._following(np.arange(length) if kept is None else np.array([-1])), self._plain_outputs.off():
@@ -84,26 +84,28 @@ class SequentialBatcher(RequestBooks):
             return
         self._breaks = 0
         if entry.reason is not None or length == entry.length:
-            self._isolation = None  # Else the step that failed is yet to come: a second failure there is the request's own.
+            self._isolation = None  # else the failed step is still to come: a second failure there is the request's own
         if entry.reason is None and length == entry.length:
             entry.append(token)
         if entry.reason is None:
-            self._kept = _Kept(entry, arguments, length)
+            self._kept = _KeptState(entry, arguments, length)
 
-    def _length_after(self, entry: TrackedRequest, kept: _Kept | None) -> int:
-        """Tokens that the model keeps after the next step."""
+    def _length_after(self, entry: TrackedRequest, kept: _KeptState | None) -> int:
+        """Tokens in the model's state after the next step."""
         if kept is not None:
             return kept.tokens + 1
         return len(entry.request.prompt) - entry.request.resumed if self._rotaries else entry.length
 
     @torch.no_grad()
-    def _forward(self, entry: TrackedRequest, kept: _Kept | None, length: int) -> tuple[int, dict[str, Any]]:
-        """The token after the first ``length``, and what the model keeps: over the last alone if it kept something before."""
+    def _forward(self, entry: TrackedRequest, kept: _KeptState | None, length: int) -> tuple[int, dict[str, Any]]:
+        """The token after the first ``length``, and the model's new state; computed from the last token alone if there is a
+        state.
+        """
         model = self._model
         ids = torch.tensor([[*entry.request.prompt, *entry.tokens][:length]], device=model.device)
         if kept is None:
             forget_length(self._rotaries, model)
-        arguments = self._keep_nothing(ids) if kept is None else kept.arguments
+        arguments = self._empty_cache(ids) if kept is None else kept.arguments
         inputs = model.prepare_inputs_for_generation(
             ids, next_sequence_length=None if kept is None else 1, is_first_iteration=kept is None, **arguments
         )
@@ -113,8 +115,8 @@ class SequentialBatcher(RequestBooks):
             raise NotFiniteError
         return token, model._update_model_kwargs_for_generation(outputs, arguments)
 
-    def _keep_nothing(self, ids: torch.Tensor) -> dict[str, Any]:
-        """The arguments of a sequence's first forward pass, with an empty cache of the model's own kind."""
+    def _empty_cache(self, ids: torch.Tensor) -> dict[str, Any]:
+        """The arguments of a sequence's first forward pass, with an empty cache."""
         model = self._model
         keeps: dict[str, Any] = {"use_cache": True}
         if model._supports_logits_to_keep():

@@ -1,6 +1,6 @@
-"""The process that renders chat templates: requests as JSON lines on standard input, answers as JSON lines on standard output.
+"""The process that renders chat templates: requests as JSON lines on standard input, answers on standard output.
 
-It is run as a script by ``chat_template.py``, and imports nothing of epslots: transformers' renderer and the standard library.
+``chat_template.py`` runs it as a script. It imports nothing of epslots: transformers' renderer and the standard library.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def main(cpu_s: float, memory_bytes: int) -> None:
         found = answer(json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(found)
-        if "memory" in found:  # what is left of the heap may be too little for the next request
+        if "memory" in found:  # the rest of the heap may be too little for the next request
             return
 
 
 def _limit_memory(more_bytes: int) -> None:
-    """Let this process have so much more address space than it has now."""
+    """Let this process have this much more address space than it has now."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

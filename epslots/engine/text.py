@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-# SentencePiece's token for a single byte of a character that it has no token for.
+# SentencePiece's token for a single byte of a character that has no token.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# Tokens that text waits for at the most, to be certain. Whole characters come much earlier; bytes that make none, never.
+# Tokens that uncertain text waits for, at most. Whole characters come much earlier; bytes that form none never do.
 _WAIT_TOKENS = 64
 
 MOST_STOP_STRINGS = 64
 MOST_STOP_CHARS = 256
-"""All stop strings are looked for after every token, in the thread that serves everybody."""
-# Text up to this length is tokenized whatever fits, in some hundredths of a second: a message with the number of tokens says
-# more than one with characters, and tokenizers that drop spaces make few tokens of much text.
+"""All stop strings are searched after every token, in the one thread that serves all requests."""
+# Text up to this length is always tokenized, in some hundredths of a second: the error then states the number of tokens, which
+# says more than characters; tokenizers that drop spaces make few tokens of much text.
 _SMALL_TEXT_CHARS = 2**16
-# Ordinary text has four characters a token. Of longer text a part is tokenized first, and most that can't fit is refused then.
+# Ordinary text has four characters a token. Of longer text a part is tokenized first, which refuses most text that can't fit.
 _PART_CHARS_PER_TOKEN = 16
 
 
@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         no_words = tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if no_words:  # what transformers makes of a folder without files
+    if no_words:  # transformers returns such a tokenizer for a folder without files
         raise ConfigError(f"{path} has no tokenizer: there is no vocabulary")
     return tokenizer
 
@@ -56,13 +56,15 @@ def encode_prompt(
     """A prompt's tokens.
 
     Args:
-        chat: whether to wrap the text in the tokenizer's chat template, as what a user says; None: if it has one.
-        most_tokens: how many fit, None for any. Text that certainly has more is refused before that work is done; somewhat
-            more than fit may be returned.
+        tokenizer: the checkpoint's.
+        text: the prompt.
+        chat: whether to wrap the text in the tokenizer's chat template, as a user's message; None: if it has one.
+        most_tokens: tokens that fit, None for any. Text that certainly has more is refused early; somewhat more than fit may
+            be returned.
 
     Raises:
-        ConfigError: the text is none, empty, too long or has no tokens; there is no chat template, or it is broken, or refuses
-            the text.
+        ConfigError: the text is empty, too long, no text or has no tokens; there is no chat template, or it is broken, or
+            refuses the text.
     """
     if not isinstance(text, str) or not text:
         raise ConfigError(f"a prompt of {shown(text)}; allowed: text that isn't empty")
@@ -108,13 +110,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens
 
 @lru_cache(maxsize=4)
 def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Characters of the longest token. No token stands for more, but for what a normalizer drops."""
+    """Characters of the longest token. No token stands for more, except for characters that a normalizer drops."""
     return max(map(len, tokenizer.get_vocab()))
 
 
 @contextlib.contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Turn all that tokenizers raise into ConfigError: those in Rust raise plain Exception, and panic with a BaseException."""
+    """Turn all errors of tokenizers into ConfigError: those in Rust raise plain Exception, and panic with a BaseException."""
     try:
         yield
     except (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -145,17 +147,17 @@ def stop_strings(given: Iterable[str]) -> tuple[str, ...]:
 class TextStream:
     """The text of tokens that come one by one, up to a stop string.
 
-    All pieces together are ``tokenizer.decode`` of all tokens, special ones left out; with a stop string, what of it is before
-    that. A piece is certain: no later token changes it. So characters and stop strings of which only a beginning is there are
-    held back. (What a tokenizer's ``clean_up_tokenization_spaces`` would take back later can't be known, and stays.)
+    All pieces together are ``tokenizer.decode`` of all tokens without special ones, up to the first stop string. A piece is
+    certain: no later token changes it. So incomplete characters and possible beginnings of stop strings are held back. (Text
+    that a tokenizer's ``clean_up_tokenization_spaces`` would remove later can't be known, and stays.)
 
     Only the last few tokens are decoded, twice: alone, and with the new ones. The difference is the new text: spaces and
     characters that span tokens come out right. As in text-generation-inference, ``Model.decode_token``:
     https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/models/model.py
 
     Attributes:
-        stopped_after: how many tokens it took to complete a stop string; None while there is none. Tokens after that have no
-            effect. The stop string is that which ends first, and of those that end together the longest.
+        stopped_after: number of tokens until a stop string was complete; None without one. Later tokens have no effect. The
+            stop string is the one that ends first, and of those that end together the longest.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = ()) -> None:
@@ -166,7 +168,7 @@ class TextStream:
         self._longest_stop = max(map(len, self._stops), default=0)
         self._special = frozenset(tokenizer.all_special_ids)
         self._count = 0
-        # Tokens whose text is out (the context), then those that wait; and the context's text.
+        # Tokens whose text is returned (the context), then those that wait; and the context's text.
         self._window: list[int] = []
         self._read = 0
         self._context = ""
@@ -178,11 +180,11 @@ class TextStream:
         return self.stopped_after is not None
 
     def push(self, tokens: Iterable[int]) -> str:
-        """Take the next tokens; returns the text that has become certain."""
+        """Add the next tokens; returns the text that has become certain."""
         return "".join([self._push(token) for token in tokens])
 
     def finish(self) -> str:
-        """The text that was held back, when no token follows."""
+        """The text that was held back; no token follows."""
         rest = self._held + self._waiting()
         self._held, self._context = "", self._decode(self._window)
         return rest
@@ -193,15 +195,15 @@ class TextStream:
         self._count += 1
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is None or (token in self._special and not self._decode([token])):
-            return ""  # padding of the vocabulary, or left out
+            return ""  # padding of the vocabulary, or a special token
         self._window.append(token)
         waiting = self._waiting()
-        # A stop string may be found in what isn't certain: nothing follows then.
+        # A stop string may lie in uncertain text: nothing follows then.
         text = self._held + waiting.rstrip(_UNFINISHED)
         if (start := self._stop_starts(text)) is not None:
             self.stopped_after, self._held, self._window, self._context = self._count, "", [], ""
             return text[:start]
-        # Bytes become characters all together when the last is there, and else none of them.
+        # Bytes become characters together when the last one is there, and not before.
         certain = waiting and not waiting.endswith(_UNFINISHED) and not _BYTE.fullmatch(name)
         if not certain and len(self._window) - self._read <= _WAIT_TOKENS:
             return ""
@@ -222,12 +224,12 @@ class TextStream:
         return self._decode(self._window)[len(self._context) :]
 
     def _stop_starts(self, text: str) -> int | None:
-        """Where the stop string starts that ends first."""
+        """The start of the stop string that ends first; None without one."""
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         return min(found)[1] if found else None
 
     def _stop_begins(self, text: str) -> int:
-        """Where the end of ``text`` may be the beginning of a stop string; its length if nowhere."""
+        """The place in ``text`` from which a stop string may begin; its length if none may."""
         for start in range(max(0, len(text) - self._longest_stop + 1), len(text)):
             if text[start] in self._first_characters:
                 rest = text[start:]

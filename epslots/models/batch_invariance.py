@@ -1,7 +1,7 @@
-"""A loaded model whose forward passes are batch-invariant: dense layers here, experts by their kernels.
+"""Makes a loaded model's forward passes batch-invariant: its dense layers; experts by ``BatchInvariantGemm``.
 
-Attention isn't part of it: how it sees a batch depends on the caller. ``generation/paged_invariance.py`` computes that of
-requests in pages.
+Attention isn't part of it: its view of a batch depends on the caller. ``engine/paged_invariance.py`` computes that of requests
+in pages.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.models.experts import experts_modules
-from epslots.models.model_shape import run_without_experts
+from epslots.models.measure_shape import run_without_experts
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 
 _ATTRIBUTE = "epslots_batch_invariance_unknown"
-# Tokens of the forward pass that shows what a model calls.
+# Tokens of the forward pass that records the functions that a model calls.
 _TRIAL_TOKENS = 4
 _NO_ATTENTION = "epslots_no_attention"
 
 
 def make_batch_invariant(model: PreTrainedModel) -> None:
-    """From now on, compute every forward pass of this model with batch-invariant functions.
+    """Compute every later forward pass of this model with batch-invariant functions.
 
-    Call it before the model joins other ranks: a forward pass shows what else the decoder calls.
+    Call it before the model joins other ranks: it runs the decoder once, to record the functions that it calls.
     """
     setattr(model, _ATTRIBUTE, tuple(_unknown_functions(model)))
     forward = model.forward
@@ -45,13 +45,13 @@ def is_batch_invariant(model: nn.Module) -> bool:
 
 
 def unknown_functions(model: nn.Module) -> tuple[str, ...]:
-    """What the decoder of a batch-invariant model calls that isn't known to be batch-invariant itself."""
+    """Functions that a batch-invariant model's decoder calls and that aren't known to be batch-invariant."""
     found: tuple[str, ...] = getattr(model, _ATTRIBUTE)
     return found
 
 
 def _unknown_functions(model: PreTrainedModel) -> list[str]:
-    """Found by running the decoder without its experts and without attention, which have kernels of their own."""
+    """Found by running the decoder without experts and attention, which have kernels of their own."""
     if not model._supports_attention_backend:
         return ["attention outside of transformers' interface"]
 

@@ -1,4 +1,4 @@
-"""A checkpoint: which one is asked for, its local folder, and its open files, checked by their headers alone.
+"""A checkpoint: its source, its local folder, and its open files, checked by their headers alone.
 
 Only safetensors are read. A ``.bin`` checkpoint is a pickle, which runs code when it is opened, and is refused.
 """
@@ -21,22 +21,22 @@ from safetensors import SafetensorError, safe_open
 from epslots.errors import CheckpointError, ConfigError
 from epslots.models.weight_files import WeightFiles, find_weight_files
 
-_GIVE = "give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'"
-# What a model needs besides its weights: no pickles, no code.
+_WHAT_TO_GIVE = "give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'"
+# The files of a model besides its weights: no pickles, no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Other formats of the same weights lie in folders of their own.
 HUB_IGNORED = ["*/*", "consolidated*"]
-# What is read of each tensor to tell a checkpoint from others, and of how many files at a time.
+# Samples of each tensor that identify a checkpoint, their size, and the number of files that are read at a time.
 SAMPLES = 2
 SAMPLE_BYTES = 64
 SAMPLE_THREADS = 16
-# What safetensors calls the dtypes that weights are computed with, and their names in torch.
+# safetensors' names of the dtypes that weights are computed with, and torch's.
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Which checkpoint is asked for.
+    """Which checkpoint to load.
 
     Attributes:
         path_or_id: a folder, or a hub id.
@@ -60,7 +60,7 @@ class CheckpointSource:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}: allowed: text")
-        if self.revision == "":  # as the hub's client takes it, it would be the main branch
+        if self.revision == "":  # the hub's client would take it for the main branch
             raise ConfigError("revision='': allowed: a branch, a tag, a commit, or None")
         path = PurePosixPath(self.subfolder or "")
         if path.is_absolute() or ".." in path.parts:
@@ -71,7 +71,7 @@ class CheckpointSource:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors header says of one tensor."""
+    """One tensor's entry in a safetensors header."""
 
     file: str
     shape: tuple[int, ...]
@@ -83,11 +83,11 @@ class Checkpoint:
     """A local checkpoint folder whose files are all present and whose headers are sound.
 
     Attributes:
-        folder: where it is.
-        name: what to call it.
-        files: which of its files are the weights.
+        folder: its path.
+        name: its name in messages.
+        files: its weight files.
         tensors: header of every tensor, by key, file by file.
-        handles: the open files, by name; safetensors maps them and reads nothing until asked.
+        handles: the open files, by name; safetensors maps them and reads nothing until a tensor is read.
     """
 
     folder: Path
@@ -98,10 +98,11 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that tells these weight files from others on this machine, without reading them whole.
+        """Hex digest that distinguishes these weight files from others on this machine.
 
-        It covers their folder, content (as sampled), and times. The time of modification can be set to anything, as archives
-        and container layers do; the time of the last change can't, so that a file replaced in place is noticed.
+        It covers their folder, content (as sampled), and times; the files aren't read whole. Archives and container layers may
+        set the time of modification to anything, but not the time of the last change, so that a file replaced in place is
+        noticed.
         """
         digest = xxhash.xxh3_128(os.fsencode(self.folder.resolve()))
         for file in sorted(self.handles):
@@ -112,7 +113,7 @@ class Checkpoint:
 
     @cached_property
     def content(self) -> str:
-        """Hex digest of all headers and samples of every tensor: the same for copies of a checkpoint, wherever they are."""
+        """Hex digest of all headers and samples of every tensor: equal for copies of a checkpoint in any place."""
         names = sorted(self.handles)
         with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
             digests = pool.map(_digest_samples, [self.folder / name for name in names])
@@ -130,7 +131,7 @@ class Checkpoint:
 
 
 def _digest_samples(path: Path) -> str:
-    """Hex digest of a weight file's header and of some bytes of each of its tensors, evenly spread."""
+    """Hex digest of a weight file's header and of evenly spread samples of its tensors."""
     with open(path, "rb", buffering=0) as opened:
         length = opened.read(8)
         header = opened.read(int.from_bytes(length, "little"))
@@ -145,18 +146,18 @@ def _digest_samples(path: Path) -> str:
 
 
 def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
-    """The local folder of a checkpoint: a folder as it is, a hub id through its cache (downloading what's missing).
+    """The local folder of a checkpoint: a given folder, or a hub id's in the hub's cache (downloading missing files).
 
     Raises:
-        ConfigError: a revision or a token of a local folder.
-        CheckpointError: no such folder, and not a hub id that can be had.
+        ConfigError: a revision or a token was given with a local folder.
+        CheckpointError: no such folder, and no hub id that can be downloaded.
     """
     if not isinstance(source, CheckpointSource):
         source = CheckpointSource(source)
     path, text = Path(source.path_or_id), os.fspath(source.path_or_id)
-    if not text:  # what a shell makes of a variable that isn't set; as a path it is the working folder
-        raise CheckpointError(f"the checkpoint's name is empty; {_GIVE}")
-    with _told(text):
+    if not text:  # a shell's variable that isn't set; as a path it would be the working folder
+        raise CheckpointError(f"the checkpoint's name is empty; {_WHAT_TO_GIVE}")
+    with _reported_as_ours(text):
         is_folder, exists = path.is_dir(), path.exists()
     if is_folder:
         for name in ("revision", "token"):
@@ -165,19 +166,19 @@ def find_checkpoint(source: CheckpointSource | str | os.PathLike[str]) -> Path:
     elif exists:
         raise CheckpointError(f"{text} is a file; give the folder that holds config.json and the *.safetensors")
     elif text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{text} doesn't exist; {_GIVE}")
+        raise CheckpointError(f"{text} doesn't exist; {_WHAT_TO_GIVE}")
     else:
         path = _download(text, source)
     folder = path / source.subfolder if source.subfolder else path
-    with _told(text):
+    with _reported_as_ours(text):
         if not folder.is_dir():
             raise CheckpointError(f"{text} holds no folder {source.subfolder}")
     return folder
 
 
 @contextlib.contextmanager
-def _told(where: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of the operating system as errors of the checkpoint: no permission, too long a name, a disk that fails."""
+def _reported_as_ours(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of the operating system into CheckpointError: no permission, too long a name, a failing disk."""
     try:
         yield
     except OSError as error:
@@ -207,9 +208,9 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     """Check every weight file of a folder by its header, and open it.
 
     Raises:
-        CheckpointError: naming the file at fault and what to do.
+        CheckpointError: naming the file at fault and the remedy.
     """
-    with _told(folder):
+    with _reported_as_ours(folder):
         files = find_weight_files(folder, variant)
         handles = {name: _open_file(folder / name) for name in files.names}
     tensors: dict[str, TensorHeader] = {}
@@ -227,7 +228,7 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
 
 def _open_file(path: Path) -> safe_open:
     try:
-        path.open("rb").close()  # safetensors' own error for this doesn't tell it from damage
+        path.open("rb").close()  # safetensors reports a missing permission as damage
         return safe_open(path, "pt")
     except PermissionError:
         raise

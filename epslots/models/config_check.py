@@ -1,4 +1,4 @@
-"""A checkpoint's configuration, checked before transformers builds anything from it."""
+"""Checks a checkpoint's configuration before transformers builds anything from it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from transformers import PretrainedConfig
 from epslots.errors import CheckpointError, EpslotsError
 from epslots.layout import LayerSpec
 
-# Configuration classes make lists of this length before a weight file is opened, and check those that they are given entry by
-# entry. Published models have up to some hundreds of layers.
-MOST_LAYERS = 10_000
+# Configuration classes make lists of this length before a weight file is opened, and check given ones entry by entry.
+# Published models have up to some hundreds of layers.
+MAX_LAYERS = 10_000
 _LAYERS = re.compile(r"(layers?|depth|first_k_dense_replace)$")
-# Every configuration has a table of so many names. Published classifiers have up to some ten thousand classes.
-MOST_LABELS = 100_000
+# Every configuration has a table of this many names. Published classifiers have up to some ten thousand classes.
+MAX_LABELS = 100_000
 _POSITIVE = re.compile(r"max_position_embeddings$")
 _NOT_NEGATIVE = re.compile(r"(layers?|depth|eps|epsilon)$")
-# How configurations name the experts of a token.
+# Names of the number of experts per token in configurations.
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn errors of transformers and torch into refusals: a crafted setting can make any line of theirs fail.
+    """Turn errors of transformers and torch into refusals: a crafted setting can make any of their lines fail.
 
     Args:
-        what: is at fault, as the message names it.
+        what: the thing at fault, the beginning of the message.
 
     Raises:
-        CheckpointError: the block raised anything but an error of ours.
+        CheckpointError: the block raised an error that isn't an EpslotsError.
     """
     try:
         yield
@@ -50,7 +50,8 @@ def check_numbers(settings: dict[str, Any], path: Path) -> None:
     """Refuse numbers that no model has: NaN, an infinity that is no bound of a range, millions of layers, and the like.
 
     Args:
-        settings: the content of ``path``, a config.json.
+        settings: the content of ``path``.
+        path: a config.json, for messages.
 
     Raises:
         CheckpointError: naming the setting.
@@ -61,8 +62,8 @@ def check_numbers(settings: dict[str, Any], path: Path) -> None:
         if isinstance(value, dict):
             pending += [(f"{name}.{key}", item) for key, item in value.items()]
         elif isinstance(value, list):  # mamba2's time_step_limit ends in infinity
-            if len(value) > MOST_LAYERS and not name.startswith("quantization_config"):  # it may list modules
-                raise CheckpointError(f"{path}: {name} has {len(value):,} entries: allowed: up to {MOST_LAYERS:,}")
+            if len(value) > MAX_LAYERS and not name.startswith("quantization_config"):  # it may list modules
+                raise CheckpointError(f"{path}: {name} has {len(value):,} entries: allowed: up to {MAX_LAYERS:,}")
             pending += [(f"{name}[]", item) for item in value if not (isinstance(item, float) and math.isinf(item))]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             if isinstance(value, float) and not math.isfinite(value):
@@ -70,15 +71,16 @@ def check_numbers(settings: dict[str, Any], path: Path) -> None:
             least = 1 if _POSITIVE.search(name) else 0 if _NOT_NEGATIVE.search(name) else value
             if value < least:
                 raise CheckpointError(f"{path}: {name} is {value}: allowed: {least} and more")
-            most = MOST_LAYERS if _LAYERS.search(name) else MOST_LABELS if name.endswith("num_labels") else value
+            most = MAX_LAYERS if _LAYERS.search(name) else MAX_LABELS if name.endswith("num_labels") else value
             if value > most:
                 raise CheckpointError(f"{path}: {name} is {value}: allowed: up to {most:,}")
 
 
 def check_top_k(config: PretrainedConfig, layers: Sequence[LayerSpec], modules: Sequence[nn.Module]) -> None:
-    """Refuse a number of experts for each token that no layer has.
+    """Refuse a number of experts per token that no layer has.
 
     Args:
+        config: the checkpoint's configuration.
         layers: the MoE layers.
         modules: their experts modules, which may have identity experts beside those with weights.
 

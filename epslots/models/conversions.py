@@ -1,34 +1,28 @@
-"""transformers' conversions of a checkpoint: which tensors of it become which of the model's, and whether they are unpacked.
+"""transformers' conversions of a checkpoint: the model's tensor that each of its tensors becomes.
 
-Its own loading, the reading of single experts, and the check before either follow the same rules, from here.
+transformers' own loading, the reading of single experts (``expert_reader.py``) and the check before either
+(``tensor_check.py``) follow the same rules, from here.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from epslots.errors import CheckpointError
-from epslots.models.checkpoint import FLOATS, TensorHeader
 from epslots.models.config_check import refusing
-
-# Ends of the source patterns of scales, without which a packed tensor means nothing, and of those that may be absent.
-_SCALES = ("weight_scale_inv", "_scales")
-_OPTIONAL = "activation_scale"
 
 
 @dataclass(frozen=True)
 class MatchedKey:
-    """One tensor of a checkpoint, and what becomes of it.
+    """One tensor of a checkpoint, and the model's tensors that it becomes.
 
     Attributes:
         key: its name in the checkpoint.
@@ -43,12 +37,31 @@ class MatchedKey:
     targets: tuple[str, ...]
 
 
+@dataclass
+class TensorSource:
+    """A tensor of the model, and the checkpoint's keys that it is made from.
+
+    Attributes:
+        target: the tensor's name in the model.
+        converter: transformers' conversion; None = the checkpoint's tensor is taken as it is.
+        keys: by the converter's source pattern, in expert order; a single key where the checkpoint is fused.
+        part, parts: a converter may deal one list of experts out to several tensors, in equal runs (ernie4_5_vl_moe: first the
+            text experts, then the vision experts); this one takes run ``part`` of ``parts``.
+    """
+
+    target: str
+    converter: WeightConverter | None = None
+    keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    part: int = 0
+    parts: int = 1
+
+
 def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
-    """The conversions by which transformers would load a checkpoint into a model, quantised or not, before it is loaded.
+    """The conversions by which transformers would load a checkpoint into a model.
 
     Args:
-        skeleton: the model's structure; its configuration says how the checkpoint is quantised, and that it is to be
-            dequantised (``pretrained.read_config`` sees to that).
+        skeleton: the model's structure; its configuration states the checkpoint's quantisation, and that it is to be
+            dequantised (``pretrained.read_config`` sets this).
 
     Raises:
         CheckpointError: the configuration's ``quantization_config`` is none.
@@ -64,11 +77,12 @@ def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
 def match_keys(
     keys: Iterable[str], conversions: Sequence[Any], base_model_prefix: str, wanted: dict[str, Any]
 ) -> Iterator[MatchedKey]:
-    """Every key of a checkpoint with the model's tensors that it becomes, as transformers' loading finds them.
+    """Every key of a checkpoint with the model's tensors that it becomes in transformers' loading.
 
     Args:
+        keys: the checkpoint's.
         conversions: the model's.
-        base_model_prefix: the model's, which is added or dropped where that leads to a wanted name.
+        base_model_prefix: the model's; it is added or dropped where that leads to a wanted name.
         wanted: the model's tensors, by name.
     """
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -82,43 +96,4 @@ def match_keys(
         fragments = converter.target_patterns if converter else [target]
         yield MatchedKey(
             key, pattern or key, converter, tuple(target.replace(fragments[0], fragment) for fragment in fragments)
-        )
-
-
-def check_packing(
-    target: str,
-    converter: WeightConverter | None,
-    keys: Mapping[str, Sequence[str]],
-    headers: Mapping[str, TensorHeader],
-) -> None:
-    """Refuse packed tensors that nothing unpacks or that lack their scales, and scales of tensors that aren't packed.
-
-    Args:
-        target: name of the model's tensor that is made.
-        converter: makes it.
-        keys: the checkpoint's keys that it is made from, by the converter's source pattern.
-        headers: of the checkpoint's tensors.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    scales = [pattern for pattern in keys if pattern.endswith(_SCALES)]
-    stored = [key for pattern, listed in keys.items() if not pattern.endswith((*_SCALES, _OPTIONAL)) for key in listed]
-    packed = [key for key in stored if headers[key].dtype not in FLOATS]
-    if converter is None or not any(isinstance(op, Fp8Dequantize | Mxfp4Dequantize) for op in converter.operations):
-        if packed:
-            raise CheckpointError(
-                f"{packed[0]} is stored as {headers[packed[0]].dtype}, and config.json has no quantization_config by which it "
-                f"is unpacked: its codes would be taken for weights"
-            )
-        return
-    absent = [p for p in converter.source_patterns if p.endswith(_SCALES) and p not in keys]
-    if packed and absent:
-        raise CheckpointError(
-            f"{target}: the checkpoint has no tensor like {absent[0]}, and {packed[0]} is stored as {headers[packed[0]].dtype}"
-        )
-    if scales and len(packed) < len(stored):
-        plain = next(key for key in stored if headers[key].dtype in FLOATS)
-        raise CheckpointError(
-            f"{keys[scales[0]][0]} is a scale, but {plain} is stored as {headers[plain].dtype}, which needs none"
         )

@@ -1,50 +1,29 @@
-"""One expert out of a checkpoint of any layout that transformers can convert.
+"""Reads one expert out of a checkpoint of any layout that transformers can convert.
 
-transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused
-one, transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a
-single expert, so that a fused parameter never exists. Where a quantised checkpoint's experts stay packed (``packing.py``),
-they are read as they are stored.
+transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused one,
+transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a single
+expert, so that a fused parameter never exists. Experts of a quantised checkpoint that stay packed (``quantised_formats.py``)
+are read as they are stored.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import msgspec
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 
 from epslots.cache.unpacking import Unpacker, assert_consistent, record_views
 from epslots.errors import CheckpointError
-from epslots.layout import LayerSpec
+from epslots.layout import LayerSpec, TensorSpec
 from epslots.models.checkpoint import Checkpoint
-from epslots.models.conversions import check_packing, conversions_of, match_keys
+from epslots.models.conversions import TensorSource, conversions_of, match_keys
 from epslots.models.experts import parameter_shapes
-from epslots.models.packing import Packed, find_packing, packed_layout
-
-
-@dataclass
-class _Parameter:
-    """One fused parameter of an experts module, and the checkpoint keys that it is made from.
-
-    Attributes:
-        keys: by the converter's source pattern, in expert order; a single key where the checkpoint is fused already.
-        part, parts: a converter may deal one list of experts out to several parameters, in equal runs (ernie4_5_vl_moe: first
-            the text experts, then the vision experts); this parameter takes run ``part`` of ``parts``.
-    """
-
-    target: str
-    shape: tuple[int, ...]
-    converter: WeightConverter | None = None
-    keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    part: int = 0
-    parts: int = 1
+from epslots.models.quantised_formats import OPTIONAL, PackedTensor, check_packing, find_packing, packed_layout
 
 
 class ExpertReader:
@@ -53,8 +32,8 @@ class ExpertReader:
     Args:
         checkpoint: the open checkpoint.
         model: the model, whose experts' parameters may be absent; it knows how its checkpoint is converted.
-        layers: the MoE layers, as the model defines them; packed ones as ``pack_layers`` found them.
-        conversions: those by which the model was loaded, or would be; the model's own if not given.
+        layers: the MoE layers, from the model; packed ones from ``pack_layers``.
+        conversions: the model's conversions; by default those that it was loaded by.
 
     Raises:
         CheckpointError: keys of some expert are missing, by name.
@@ -72,58 +51,58 @@ class ExpertReader:
         self._specs = tuple(layers)
         self._conversions = model._weight_conversions if conversions is None else conversions
         self._layers = [
-            {t.name: _Parameter(f"{layer.name}.{t.name}", (layer.num_experts, *t.shape)) for t in layer.layout.tensors}
-            for layer in layers
+            {tensor.name: TensorSource(f"{layer.name}.{tensor.name}") for tensor in layer.layout.tensors} for layer in layers
         ]
-        self._find_keys({p.target: p for parameters in self._layers for p in parameters.values()})
-        for layer, parameters in zip(layers, self._layers, strict=True):
-            for parameter in parameters.values():
-                declared = parameter_shapes(model.get_submodule(layer.name))[parameter.target.rpartition(".")[2]][0]
-                _check_complete(parameter, checkpoint, declared)
+        self._find_keys({source.target: source for sources in self._layers for source in sources.values()})
+        for layer, sources in zip(layers, self._layers, strict=True):
+            shapes = parameter_shapes(model.get_submodule(layer.name))
+            for name, source in sources.items():
+                _check_complete(source, checkpoint, shapes[name][0])
         self._packings = [self.packings(i) if layer.packed is not None else {} for i, layer in enumerate(layers)]
         for layer, packings in zip(layers, self._packings, strict=True):
             assert layer.packed == packed_layout(layer.layout, packings), f"{layer.name}: packed in another way than planned"
 
-    def packings(self, layer: int) -> dict[str, Packed]:
-        """How tensors of a layer's slots can be packed, by name."""
-        spec, parameters = self._specs[layer], self._layers[layer]
-        found = {
-            tensor.name: find_packing(tensor, parameter.converter, parameter.keys, self._checkpoint.tensors, spec.num_experts)
-            for tensor, parameter in zip(spec.layout.tensors, parameters.values(), strict=True)
-        }
-        return {name: packing for name, packing in found.items() if packing is not None}
+    def packings(self, layer: int) -> dict[str, PackedTensor]:
+        """How the tensors of a layer's slots can stay packed, by name."""
+        spec, headers, found = self._specs[layer], self._checkpoint.tensors, {}
+        for tensor in spec.layout.tensors:
+            packing = find_packing(tensor, self._layers[layer][tensor.name], headers, spec.num_experts)
+            if packing is not None:
+                found[tensor.name] = packing
+        return found
 
-    def _find_keys(self, parameters: dict[str, _Parameter]) -> None:
+    def _find_keys(self, sources: dict[str, TensorSource]) -> None:
         prefix = self._model.base_model_prefix
-        for found in match_keys(self._checkpoint.tensors, self._conversions, prefix, dict.fromkeys(parameters, True)):
+        for found in match_keys(self._checkpoint.tensors, self._conversions, prefix, dict.fromkeys(sources, True)):
             for part, target in enumerate(found.targets):
-                parameter = parameters.get(target)
-                if parameter is not None:
-                    parameter.keys[found.pattern].append(found.key)
-                    parameter.converter, parameter.part, parameter.parts = found.converter, part, len(found.targets)
+                if (source := sources.get(target)) is not None:
+                    source.keys[found.pattern].append(found.key)
+                    source.converter, source.part, source.parts = found.converter, part, len(found.targets)
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert's record by name, without the expert dimension.
 
         Raises:
-            CheckpointError: a tensor's shape is not what the model expects.
+            CheckpointError: a tensor's shape is not the model's.
         """
-        parameters, packings = self._layers[layer], self._packings[layer]
-        tensors = {name: self._read(parameter, expert) for name, parameter in parameters.items() if name not in packings}
+        sources, packings, tensors = self._layers[layer], self._packings[layer], {}
+        for tensor in self._specs[layer].layout.tensors:
+            if tensor.name not in packings:
+                tensors[tensor.name] = self._read(layer, tensor, expert)
         for name, packing in packings.items():
-            tensors |= packing.read(partial(self._read_pattern, parameters[name], expert))
+            tensors |= packing.read(partial(self._read_pattern, sources[name], expert))
         if packings and expert == 0:
             self._check_packed(layer, tensors)
         return tensors
 
-    def _read_pattern(self, parameter: _Parameter, expert: int, pattern: str) -> torch.Tensor:
-        return self._tensor(parameter.keys[pattern], expert, merged="*" in pattern)
+    def _read_pattern(self, source: TensorSource, expert: int, pattern: str) -> torch.Tensor:
+        return self._tensor(source.keys[pattern], expert, merged="*" in pattern)
 
     def _check_packed(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Unpack a layer's first expert, and hold it against what transformers makes of it.
+        """Compare a layer's first expert, unpacked by us, with transformers' own result.
 
         Raises:
-            CheckpointError: they differ, so the checkpoint's form is not the one that it was taken for.
+            CheckpointError: they differ: the checkpoint's format only resembles a known one.
         """
         spec = self._specs[layer]
         record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
@@ -132,42 +111,45 @@ class ExpertReader:
         slot = torch.empty(spec.layout.nbytes, dtype=torch.uint8)
         Unpacker(spec)(slot, record)
         unpacked = record_views(slot, spec.layout)
-        for name in self._packings[layer]:
-            expected = self._read(self._layers[layer][name], 0).to(unpacked[name].dtype)
-            if not torch.equal(unpacked[name].nan_to_num(), expected.nan_to_num()):
+        for tensor in spec.layout.tensors:
+            if tensor.name not in self._packings[layer]:
+                continue
+            expected, found = self._read(layer, tensor, 0), unpacked[tensor.name]
+            if not torch.equal(found.nan_to_num(), expected.to(found.dtype).nan_to_num()):
                 raise CheckpointError(
-                    f"{spec.name}.{name}: the checkpoint stores it in a form that looks like one that is known, and isn't"
+                    f"{spec.name}.{tensor.name}: its stored form resembles a known quantised format, but unpacks to other "
+                    f"weights"
                 )
 
-    def _read(self, parameter: _Parameter, expert: int) -> torch.Tensor:
-        experts = [part * parameter.shape[0] + expert for part in range(parameter.parts)]
-        tensors: Any = {
-            pattern: [self._tensor(keys, e, merged="*" in pattern) for e in experts]
-            for pattern, keys in parameter.keys.items()
+    def _read(self, layer: int, tensor: TensorSpec, expert: int) -> torch.Tensor:
+        """One expert's tensor, converted by transformers' operations."""
+        source, num_experts = self._layers[layer][tensor.name], self._specs[layer].num_experts
+        experts = [part * num_experts + expert for part in range(source.parts)]
+        values: Any = {
+            pattern: [self._tensor(keys, e, merged="*" in pattern) for e in experts] for pattern, keys in source.keys.items()
         }
-        converter = parameter.converter
+        converter = source.converter
         try:
             for operation in converter.operations if converter else ():
-                tensors = operation.convert(
-                    tensors,
+                values = operation.convert(
+                    values,
                     source_patterns=converter.source_patterns,  # type: ignore[union-attr]
                     target_patterns=converter.target_patterns,  # type: ignore[union-attr]
-                    full_layer_name=parameter.target,
+                    full_layer_name=source.target,
                     model=self._model,
                     config=self._model.config,
                     missing_keys=None,
                 )
-            tensor = list(tensors.values())[parameter.part]
-            tensor = tensor[0] if isinstance(tensor, list) else tensor
-        except Exception as error:  # of a crafted checkpoint, any line of transformers' can fail
-            raise CheckpointError(f"{parameter.target}, expert {expert}: can't be converted: {error}") from error
-        expected = parameter.shape[1:]
-        if tuple(tensor.shape) != (1, *expected):
+            value = list(values.values())[source.part]
+            value = value[0] if isinstance(value, list) else value
+        except Exception as error:  # a crafted checkpoint can make any line of transformers fail
+            raise CheckpointError(f"{source.target}, expert {expert}: can't be converted: {error}") from error
+        if tuple(value.shape) != (1, *tensor.shape):
             raise CheckpointError(
-                f"{parameter.target}, expert {expert}: the checkpoint's tensors give shape {list(tensor.shape[1:])}, the "
-                f"model expects {list(expected)}"
+                f"{source.target}, expert {expert}: the checkpoint's tensors give shape {list(value.shape[1:])}, the model "
+                f"expects {list(tensor.shape)}"
             )
-        return tensor[0]
+        return value[0]
 
     def _tensor(self, keys: list[str], expert: int, *, merged: bool) -> torch.Tensor:
         """One expert's own tensor, or its slice [1, ...] of a fused one."""
@@ -178,13 +160,15 @@ class ExpertReader:
 
 
 def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with their records packed where the checkpoint's quantisation allows it; from headers alone.
+    """The layers with their records packed where the checkpoint's quantisation allows it; read from headers alone.
 
     Args:
+        checkpoint: the open checkpoint.
         skeleton: the model's structure, on the meta device.
+        layers: the MoE layers, from the skeleton.
 
     Raises:
-        CheckpointError: as ``ExpertReader``, of a quantised checkpoint.
+        CheckpointError: keys of some expert of a quantised checkpoint are missing, by name.
     """
     if getattr(skeleton.config, "quantization_config", None) is None:
         return tuple(layers)
@@ -198,22 +182,21 @@ def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seque
     return packed
 
 
-def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int) -> None:
-    """Every expert has a tensor for every pattern of the parameter, and there are no more experts than the model declares.
+def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int) -> None:
+    """Check that the checkpoint has each of a tensor's experts, and no more.
 
     Raises:
-        CheckpointError: naming what is missing or too much.
+        CheckpointError: naming a missing or superfluous tensor.
     """
-    if not parameter.keys:
-        raise CheckpointError(f"the checkpoint has no tensor for {parameter.target}")
-    check_packing(parameter.target, parameter.converter, parameter.keys, checkpoint.tensors)
-    if parameter.converter is not None:
-        optional = ("activation_scale", "weight_scale_inv")
-        absent = [p for p in parameter.converter.source_patterns if p not in parameter.keys and not p.endswith(optional)]
+    if not source.keys:
+        raise CheckpointError(f"the checkpoint has no tensor for {source.target}")
+    check_packing(source, checkpoint.tensors)
+    if source.converter is not None:
+        absent = [p for p in source.converter.source_patterns if p not in source.keys and not p.endswith(OPTIONAL)]
         if absent:
-            raise CheckpointError(f"{parameter.target}: the checkpoint has no tensor like {absent[0]}")
-    experts = parameter.parts * declared
-    for pattern, keys in parameter.keys.items():
+            raise CheckpointError(f"{source.target}: the checkpoint has no tensor like {absent[0]}")
+    experts = source.parts * declared
+    for pattern, keys in source.keys.items():
         if "*" not in pattern:
             held = checkpoint.tensors[keys[0]].shape[:1]
             if held != (declared,):
@@ -225,10 +208,10 @@ def _check_complete(parameter: _Parameter, checkpoint: Checkpoint, declared: int
         missing = sorted(set(range(experts)) - found)
         if missing:
             raise CheckpointError(
-                f"{parameter.target}: the checkpoint lacks expert {', '.join(map(str, missing[:8]))} of {experts} "
+                f"{source.target}: the checkpoint lacks expert {', '.join(map(str, missing[:8]))} of {experts} "
                 f"(keys like {keys[0]})"
             )
         if len(keys) > len(found):
-            raise CheckpointError(f"{parameter.target}: the checkpoint has some experts under two names, as {keys[0]}")
+            raise CheckpointError(f"{source.target}: the checkpoint has some experts under two names, as {keys[0]}")
         if len(found) > experts:
-            raise CheckpointError(f"{parameter.target}: the checkpoint has {len(found)} experts, the model {experts}")
+            raise CheckpointError(f"{source.target}: the checkpoint has {len(found)} experts, the model {experts}")

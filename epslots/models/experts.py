@@ -1,9 +1,8 @@
-"""transformers' experts modules: finding them, emptying them, and taking over their forward pass.
+"""transformers' experts modules: finding them, removing their weights, and replacing their forward pass.
 
 transformers routes the experts of most MoE models through one interface: ``fn(experts_module, hidden_states, top_k_index,
-top_k_weights)``, chosen by name. epslots registers itself there. The experts' weights never become parameters of the
-model: a subclass made on the fly takes them off the modules before anything is loaded, so that transformers loads the
-dense part alone.
+top_k_weights)``, chosen by name. epslots registers itself there. The experts' weights never become parameters of the model: a
+subclass made on the fly removes them before anything is loaded, so that transformers loads the dense part alone.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from epslots.errors import UnsupportedModelError
 from epslots.layout import LayerSpec, RecordLayout
 
 IMPLEMENTATION = "epslots"
-# The attribute of an experts module that holds its layer's runner (moe_layer.py), and the one with its tensors' shapes.
+# Attributes of an experts module: its layer's runner (moe_layer.py), and its tensors' shapes.
 RUNNER = "epslots_runner"
 SPEC = "epslots_spec"
 _FORWARD_PARAMETERS = ["self", "hidden_states", "top_k_index", "top_k_weights"]
@@ -42,8 +41,8 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
 
 
-def _bring_in(module: nn.Module) -> None:
-    """Route a module that has the interface's signature, but whose class isn't decorated for it, through it.
+def _adopt(module: nn.Module) -> None:
+    """Route a module of the interface's signature through it, if its class isn't decorated.
 
     In transformers 5.23 these are the experts of longcat_flash and step3p7: fused ``gate_up_proj`` and ``down_proj``, and the
     forward signature of the decorated classes. Only this instance changes; other models of the class stay as they are.
@@ -64,21 +63,21 @@ def _bring_in(module: nn.Module) -> None:
 
 
 def num_weighted_experts(module: nn.Module) -> int:
-    """Experts that have weights: ids from here on carry none (longcat_flash's identity experts)."""
+    """Experts that have weights: higher ids have none (longcat_flash's identity experts)."""
     return min(shape[0] for shape in parameter_shapes(module).values())
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes [E, ...] of the module's own weights, on it or taken off."""
+    """Shapes [E, ...] of the module's own weights, present or removed."""
     taken: dict[str, tuple[int, ...]] | None = getattr(module, SPEC, None)
     return taken or {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
 
 
-def _take_off_weights(module: nn.Module) -> None:
+def _remove_weights(module: nn.Module) -> None:
     """Replace the module's own parameters by plain meta tensors.
 
-    They are then no part of the state dict, so their checkpoint keys are "unexpected" and never read, while code that asks
-    for their shape or dtype still finds them.
+    They are then no part of the state dict, so their checkpoint keys are "unexpected" and never read, while code that needs
+    their shape or dtype still finds them.
     """
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     setattr(module, SPEC, {name: tuple(p.shape) for name, p in parameters.items()})
@@ -96,9 +95,9 @@ def dense_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         for module in self.modules():
-            _bring_in(module)
+            _adopt(module)
             if is_experts(module):
-                _take_off_weights(module)
+                _remove_weights(module)
 
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedModelError(
@@ -113,14 +112,14 @@ def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The model's experts modules by path, in the order in which they run.
 
     Raises:
-        UnsupportedModelError: there are none, or there are experts that don't go through the interface.
+        UnsupportedModelError: there are none, or some experts don't go through the interface.
     """
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     name = type(model).__name__
-    strangers = {type(module).__name__ for module in model.modules() if _is_stranger(module)}
-    if strangers:
+    outside = {type(module).__name__ for module in model.modules() if _is_outside_interface(module)}
+    if outside:
         raise UnsupportedModelError(
-            f"{name} runs its experts in {', '.join(sorted(strangers))}, which transformers doesn't route through its "
+            f"{name} runs its experts in {', '.join(sorted(outside))}, which transformers doesn't route through its "
             f"experts interface (ALL_EXPERTS_FUNCTIONS), so they can't be run from slots. Use a transformers version in "
             f"which that class is decorated with @use_experts_implementation, or run the model with plain transformers"
         )
@@ -131,18 +130,18 @@ def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
-def _is_stranger(module: nn.Module) -> bool:
-    """Routed experts, going by transformers' names for them, that don't go through the interface."""
+def _is_outside_interface(module: nn.Module) -> bool:
+    """Whether routed experts, by transformers' names for them, don't go through the interface."""
     name = type(module).__name__
     has_weights = any(True for _ in module.parameters())
     return name.endswith("Experts") and "Shared" not in name and has_weights and not is_experts(module)
 
 
 def expert_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
-    """The model's MoE layers in order, from its structure alone (a model on the meta device will do).
+    """The model's MoE layers in order, from its structure alone; the model may be on the meta device.
 
     Raises:
-        UnsupportedModelError: as ``experts_modules``.
+        UnsupportedModelError: there are none, or some experts don't go through transformers' interface.
     """
     return tuple(_layer_spec(name, module) for name, module in experts_modules(model).items())
 

@@ -1,7 +1,7 @@
 """FP8 checkpoints whose weights don't divide into whole blocks.
 
 DeepSeek-V3 keeps one scale for each 128 x 128 block, and its ``kv_a_proj_with_mqa`` has 576 rows: four blocks and a half.
-transformers 5.23 infers the block from the scales' shape, which takes such a weight for one of ragged blocks everywhere: it
+transformers 5.23 infers the block from the scales' shape, and so takes such a weight for one of ragged blocks everywhere: it
 refuses it, or, where the rows happen to divide, scales it wrongly. Here the block is the one that the configuration states.
 """
 
@@ -17,7 +17,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 
 class BlockDequantize(Fp8Dequantize):
-    """transformers' operation, with weights whose last blocks are cut short padded to whole ones for its sake."""
+    """transformers' operation, for weights whose last blocks are cut short: they are padded to whole blocks."""
 
     def _dequantize_one(
         self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None
@@ -37,7 +37,7 @@ class BlockDequantize(Fp8Dequantize):
 
 @contextlib.contextmanager
 def ragged_blocks() -> Iterator[None]:
-    """Let transformers load with ``BlockDequantize`` inside the block; for one thread at a time, as ``quiet`` has it."""
+    """Let transformers load with ``BlockDequantize`` inside the block; for one thread at a time, inside of ``quiet``."""
     original = FineGrainedFP8HfQuantizer.get_load_operations
     FineGrainedFP8HfQuantizer.get_load_operations = lambda self: {"dequantize": BlockDequantize}
     try:

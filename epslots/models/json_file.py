@@ -1,4 +1,4 @@
-"""JSON files that come with a checkpoint: read by one function, which refuses crafted and damaged ones by name."""
+"""Reads the JSON files of a checkpoint; crafted and damaged ones are refused by name."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 
 from epslots.errors import CheckpointError
 
-# safetensors bounds a header by as much. The index of a model of 138,000 tensors takes 13 MB.
-MOST_BYTES = 100_000_000
+# safetensors' bound of a header. The index of a model of 138,000 tensors takes 13 MB.
+MAX_BYTES = 100_000_000
 
 
 def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Args:
-        unique_keys: refuse an object that names a key twice; without, the last one counts, as everywhere in Python.
+        path: the file.
+        unique_keys: refuse an object that names a key twice; False: the last one counts, as everywhere in Python.
 
     Raises:
         CheckpointError: it can't be read, is too large, nested too deeply, or holds something else than an object.
     """
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise CheckpointError(f"{path} has {size:,} bytes; at most {MOST_BYTES:,} are read")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are read")
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique if unique_keys else None)
     except PermissionError as error:
         raise CheckpointError(f"no permission to read {path}") from error

@@ -1,8 +1,8 @@
-"""Shapes of well-known models, to plan for one without having it.
+"""Shapes of well-known models, for memory plans without a checkpoint.
 
-The settings below are those of the published configurations, where they decide a size; everything else is left out. They are
-measured as a checkpoint would be (model_shape.py), by building the model's skeleton. grok-1 has no class in transformers: its
-sizes are added up here.
+The settings below are those of the published configurations that decide a size; the others are left out. As for a checkpoint,
+the model's skeleton is built and measured (``measure_shape.py``). grok-1 has no class in transformers: its sizes are added up
+here. A further model needs one entry in ``_PUBLISHED``.
 """
 
 from __future__ import annotations
@@ -13,58 +13,55 @@ from typing import Any, NamedTuple
 
 from epslots.errors import ConfigError
 from epslots.layout import ITEM_BYTES, LayerSpec, RecordLayout
-from epslots.models.memory_plan import KVLayer, ModelShape
+from epslots.models.model_shape import KVLayer, ModelShape
 
 
 class _Published(NamedTuple):
-    """A model's class, the settings of its configuration, and where they were published."""
+    """A model's class, the settings of its configuration, and their source."""
 
     architecture: str
     settings: Mapping[str, Any]
     source: str
 
 
-_MLA = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-
+_DEEPSEEK_V3 = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_KIMI_K2 = _DEEPSEEK_V3 | {
+    "vocab_size": 163840,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _PUBLISHED = {
     "deepseek-v3": _Published(
         "DeepseekV3ForCausalLM",
-        _MLA
-        | {
-            "vocab_size": 129280,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "num_hidden_layers": 61,
-            "first_k_dense_replace": 3,
-            "num_attention_heads": 128,
-            "num_key_value_heads": 128,
-            "n_routed_experts": 256,
-            "num_experts_per_tok": 8,
-            "n_shared_experts": 1,
-            "n_group": 8,
-            "topk_group": 4,
-        },
+        _DEEPSEEK_V3,
         "deepseek-ai/DeepSeek-V3, config.json; without the multi-token prediction module",
     ),
     "kimi-k2": _Published(
         "DeepseekV3ForCausalLM",
-        _MLA
-        | {
-            "vocab_size": 163840,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "num_hidden_layers": 61,
-            "first_k_dense_replace": 1,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 64,
-            "n_routed_experts": 384,
-            "num_experts_per_tok": 8,
-            "n_shared_experts": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
+        _KIMI_K2,
         "moonshotai/Kimi-K2-Base, config.json (the architecture is DeepSeek-V3's)",
     ),
     "qwen3-235b-a22b": _Published(
@@ -131,7 +128,7 @@ _GROK_1 = "grok-1"
 KNOWN_SHAPES: dict[str, str] = {name: published.source for name, published in _PUBLISHED.items()} | {
     _GROK_1: "xai-org/grok-1, run.py and model.py"
 }
-"""The names that ``known_shape`` takes, and where the numbers are from."""
+"""The names that ``known_shape`` takes, each with the source of its numbers."""
 
 
 @functools.cache
@@ -147,10 +144,10 @@ def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
         raise ConfigError(f"dtype={dtype!r}: allowed: {', '.join(ITEM_BYTES)}")
     if name == _GROK_1:
         return _grok_1(dtype)
-    # Both take seconds to import, and the names above are wanted without them.
+    # Both take seconds to import; the names above are needed without them.
     import transformers
 
-    from epslots.models.model_shape import shape_of_config
+    from epslots.models.measure_shape import shape_of_config
 
     published = _PUBLISHED[name]
     model_class = getattr(transformers, published.architecture)

@@ -1,4 +1,4 @@
-"""A checkpoint and the model that it describes: opened and checked from headers alone, then its dense part loaded."""
+"""Opens a checkpoint and checks it against its model by headers alone; then loads the dense part."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class OpenModel:
 
     Attributes:
         checkpoint: its open files.
-        config: its configuration, as ``read_config`` gives it.
+        config: its configuration, from ``read_config``.
         model_class: the transformers class, made to load without expert weights.
         dtype: to compute in.
         skeleton: the model on the meta device.
         layers: its MoE layers.
-        left_out: names that transformers will report as unexpected; ``check_tensors`` finds them.
+        left_out: names that transformers will report as unexpected; from ``check_tensors``.
     """
 
     checkpoint: Checkpoint
@@ -48,10 +48,11 @@ def open_model(source: CheckpointSource | str | os.PathLike[str], dtype: str | t
     """Find a checkpoint's files and check them against the model that its configuration describes.
 
     Args:
-        dtype: to compute in; ``"auto"`` as in ``resolve_dtype``.
+        source: the checkpoint; a plain path or hub id will do.
+        dtype: to compute in; ``"auto"`` = the checkpoint's own, bfloat16 for a quantised one.
 
     Raises:
-        ConfigError: ``dtype`` is none that experts can be kept in, or ``source`` contradicts itself.
+        ConfigError: experts can't be kept in ``dtype``, or ``source`` contradicts itself.
         CheckpointError: files are missing, damaged, or don't fit together or the model.
         UnsupportedModelError: the model's experts can't be run from slots.
     """
@@ -72,12 +73,16 @@ def open_model(source: CheckpointSource | str | os.PathLike[str], dtype: str | t
 def load_dense(
     opened: OpenModel, *, device: torch.device, show_progress: bool, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Everything but the experts, loaded by transformers onto ``device``, in evaluation mode.
+    """The model without its experts, loaded by transformers onto ``device``, in evaluation mode.
 
-    transformers is handed the checkpoint's tensors and looks for no files: dense weights and experts come from the same ones.
+    transformers is given the checkpoint's tensors and searches for no files: dense weights and experts come from the same
+    ones.
 
     Args:
-        attn_implementation: as in transformers; None = its default.
+        opened: from ``open_model``.
+        device: holds the dense weights.
+        show_progress: whether transformers shows its bar.
+        attn_implementation: transformers' setting; None = its default.
 
     Raises:
         ConfigError: there is no such ``attn_implementation`` here.
@@ -99,10 +104,10 @@ def load_dense(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to be told of them: they are refused below, by name
+                ignore_mismatched_sizes=True,  # the report lists them: they are refused below, by name
                 **attention,
             )
-    except Exception as error:  # of a crafted checkpoint, any line of transformers' can fail
+    except Exception as error:  # a crafted checkpoint can make any line of transformers fail
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
         if attn_implementation is not None and isinstance(error, ValueError | ImportError):
             raise ConfigError(f"attn_implementation={attn_implementation!r}: {reason}") from error
@@ -121,7 +126,7 @@ def load_dense(
 
 
 def _check_report(folder: Path, report: dict[str, Any], opened: OpenModel) -> None:
-    """Refuse whatever transformers would only warn of.
+    """Refuse the differences that transformers would only warn of.
 
     Raises:
         CheckpointError: naming tensors.
@@ -143,10 +148,10 @@ def _first(keys: list[str]) -> str:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """How the checkpoint's author would have it generate: generation_config.json, else what config.json says of it.
+    """The checkpoint's generation settings: generation_config.json, else those in config.json.
 
     Raises:
-        CheckpointError: generation_config.json isn't one. (transformers would go on without it.)
+        CheckpointError: generation_config.json is damaged. (transformers would continue without it.)
     """
     path = folder / "generation_config.json"
     if path.is_file():

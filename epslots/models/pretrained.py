@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration says: class, dtype, quantisation, and the model's structure without weights."""
+"""A checkpoint's configuration: class, dtype, quantisation, and the model's structure without weights."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from epslots.layout import ITEM_BYTES
 from epslots.models.config_check import check_numbers, refusing
 from epslots.models.experts import IMPLEMENTATION, dense_class
 from epslots.models.json_file import read_json_object
+from epslots.models.quantised_formats import FORMATS
 
-# Quantised checkpoints whose experts are dequantised one by one on the way into the host store.
-QUANTISATIONS = ("fp8", "mxfp4")
-# Tensors of a model that are made of one of its checkpoint, at most: where one holds queries, keys and values, three.
-MADE_OF_ONE = 8
+# Tensors of a model made from one of its checkpoint, at most: one that holds queries, keys and values makes three.
+MAX_TENSORS_FROM_ONE = 8
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The checkpoint's configuration, quantised ones set to be dequantised on loading.
+    """The checkpoint's configuration; a quantised one is set to be dequantised on loading.
 
     Raises:
-        CheckpointError: config.json is missing or unreadable, holds settings that no model has, or names other weight files.
+        CheckpointError: config.json is missing or unreadable, has impossible settings, or names other weight files.
         UnsupportedModelError: transformers doesn't know the model without running code from the checkpoint, or the
-            quantisation is not one of ``QUANTISATIONS``.
+            quantisation is not one of ``quantised_formats.FORMATS``.
     """
     path = folder / "config.json"
-    with refusing(str(folder)):  # it may be closed to this user
+    with refusing(str(folder)):  # this user may not be allowed to read it
         has_adapter, has_config = (folder / "adapter_config.json").exists(), path.is_file()
     if has_adapter:
         raise CheckpointError(
@@ -59,16 +58,17 @@ def read_config(folder: Path) -> PretrainedConfig:
                     f"transformers {transformers.__version__} knows"
                 ) from error
             raise
-        # As transformers looks for it. Of a composite configuration, it is the whole model's from here on.
+        # Where transformers looks for it. From here on it applies to the whole model of a composite configuration.
         text = config.get_text_config(decoder=True)
         quantisation = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
     if quantisation is not None:
         if not isinstance(quantisation, dict):
             raise CheckpointError(f"{path}: quantization_config is {quantisation!r}, not an object")
         method = quantisation.get("quant_method")
-        if method not in QUANTISATIONS:
+        known = [format.method for format in FORMATS]
+        if method not in known:
             raise UnsupportedModelError(
-                f"{folder} is quantised with {method!r}; epslots reads {', '.join(QUANTISATIONS)} and unquantised checkpoints"
+                f"{folder} is quantised with {method!r}; epslots reads {', '.join(known)} and unquantised checkpoints"
             )
         config.quantization_config = quantisation | {"dequantize": True}
     return config
@@ -105,16 +105,17 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def has_language_head(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
-    """Whether a model, or a class of models, predicts tokens: False for a base model (hidden states) and for classifiers."""
+    """Whether a model, or a class, predicts tokens; base models and classifiers don't."""
     return model.can_generate()
 
 
 def read_language_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a checkpoint whose model predicts tokens: known from config.json, before anything is loaded.
+    """The configuration of a checkpoint whose model predicts tokens; checked before anything is loaded.
 
     Raises:
-        CheckpointError: as ``read_config``.
-        UnsupportedModelError: as ``read_config``; or the model has no language-model head.
+        CheckpointError: config.json is missing or unreadable, has impossible settings, or names other weight files.
+        UnsupportedModelError: transformers doesn't know the model, its quantisation can't be read, or it has no language-model
+            head.
     """
     config = read_config(folder)
     model_class = resolve_class(config)
@@ -129,11 +130,13 @@ def read_language_config(folder: Path) -> PretrainedConfig:
 def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, of_weights: str | None = None) -> torch.dtype:
     """The dtype to compute in.
 
-    ``"auto"`` is what it is in transformers: the configuration's, else that of the weights. With one exception: a quantised
-    checkpoint is never dequantised to float32 or more, which its configuration or its scales may name, but to bfloat16.
+    ``"auto"`` follows transformers: the configuration's, else that of the weights. With one exception: a quantised checkpoint
+    is never dequantised to float32 or more, which its configuration or its scales may name, but to bfloat16.
 
     Args:
-        of_weights: ``Checkpoint.dtype``; None where there are no weights to ask.
+        dtype: a float dtype of torch or its name, or ``"auto"``.
+        config: the checkpoint's configuration.
+        of_weights: ``Checkpoint.dtype``; None without weights.
 
     Raises:
         ConfigError: not a float dtype that experts can be kept in.
@@ -158,13 +161,16 @@ def build_skeleton(
     """The model's structure on the meta device: no memory, no weights.
 
     Args:
-        tensors: that the checkpoint holds; a configuration that describes a much larger model is refused.
+        model_class: from ``resolve_class``.
+        config: the checkpoint's configuration; it is copied.
+        dtype: of the parameters.
+        tensors: number of the checkpoint's tensors; a configuration that describes a much larger model is refused.
 
     Raises:
         CheckpointError: the class can't be made from the configuration.
     """
     what = f"{config.name_or_path or 'config.json'} describes no {model_class.__name__} that transformers can build"
-    with torch.device("meta"), quiet(), refusing(what), _at_most(None if tensors is None else MADE_OF_ONE * tensors):
+    with torch.device("meta"), quiet(), refusing(what), _at_most(None if tensors is None else MAX_TENSORS_FROM_ONE * tensors):
         skeleton: PreTrainedModel = model_class._from_config(
             copy.deepcopy(config), dtype=dtype, experts_implementation=IMPLEMENTATION
         )
@@ -173,10 +179,10 @@ def build_skeleton(
 
 @contextlib.contextmanager
 def _at_most(parameters: int | None) -> Iterator[None]:
-    """Stop this thread from registering more parameters, before a crafted number of layers takes minutes and gigabytes.
+    """Stop this thread from registering more parameters: a crafted number of layers would take minutes and gigabytes.
 
     Raises:
-        CheckpointError: it did.
+        CheckpointError: the thread registered more.
     """
     thread, made = threading.get_ident(), 0
 
@@ -196,7 +202,7 @@ def _at_most(parameters: int | None) -> Iterator[None]:
         hook.remove()
 
 
-# Verbosity, bars, the default dtype, the initialisation that is skipped, an operation that is replaced: all of the process.
+# Guards settings of the process: verbosity, bars, the default dtype, skipped initialisation, a replaced operation.
 _process_settings = threading.RLock()
 
 

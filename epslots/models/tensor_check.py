@@ -1,11 +1,11 @@
-"""A checkpoint's tensors held against the model, by their headers alone.
+"""Compares a checkpoint's tensors with the model's, by their headers alone.
 
-transformers loads the tensors that it has a use for and reports the others afterwards, as a warning. Here its rules are
-followed before a weight is read, and every tensor without a use is decided upon:
+transformers loads the tensors that it can use and reports the others afterwards, as a warning. Here its rules are followed
+before a weight is read, and each unused tensor is judged:
 
-    of a module that the model has        refused: a scale that is dropped, a bias, a shared expert change its outputs
+    of a module that the model has        refused: a dropped scale, bias or shared expert changes its outputs
     one more layer like the model's own   refused: the configuration leaves out a part of the model
-    of a module that the model lacks      left out with a warning, as transformers does: vision towers, multi-token prediction
+    of a module that the model lacks      left out with a warning, as in transformers: vision towers, multi-token prediction
     named by the class as ignorable, or recomputed from the configuration    left out
 """
 
@@ -15,36 +15,28 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 
 from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec
 from epslots.models.checkpoint import FLOATS, Checkpoint
-from epslots.models.conversions import check_packing, conversions_of, match_keys
+from epslots.models.conversions import TensorSource, conversions_of, match_keys
+from epslots.models.quantised_formats import check_packing
 
 logger = logging.getLogger(__name__)
 
-# Buffers that older checkpoints hold, and models now compute from their configuration.
+# Buffers of older checkpoints that models now compute from their configuration.
 _RECOMPUTED = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)position_ids$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-@dataclass
-class _Made:
-    """A tensor of the model, and the checkpoint's keys that it is made from, by the converter's source pattern."""
-
-    converter: WeightConverter | None
-    keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-
 def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> frozenset[str]:
-    """Refuse a checkpoint with tensors that would be left out or taken for others.
+    """Refuse a checkpoint with tensors that would be left out or mistaken for others.
 
     Args:
+        checkpoint: the open checkpoint.
         skeleton: the model's structure, on the meta device.
         layers: its MoE layers.
 
@@ -59,40 +51,43 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
     dense = skeleton.state_dict()
     experts = [f"{layer.name}.{tensor.name}" for layer in layers for tensor in layer.layout.tensors]
     wanted = dense | dict.fromkeys(experts, True)
-    made: dict[str, _Made] = {}
+    made: dict[str, TensorSource] = {}
     left: dict[str, str] = {}
     elsewhere: set[str] = set()
     for found in match_keys(checkpoint.tensors, conversions_of(skeleton), skeleton.base_model_prefix, wanted):
         used = [target for target in found.targets if target in wanted]
         for target in used:
-            made.setdefault(target, _Made(found.converter)).keys[found.pattern].append(found.key)
+            made.setdefault(target, TensorSource(target, found.converter)).keys[found.pattern].append(found.key)
         if not used:
             left[found.key] = found.targets[0]
         elsewhere.update(target for target in found.targets if target not in dense)
     for target, source in made.items():
         if target not in dense or dense[target].is_floating_point():
-            check_packing(target, source.converter, source.keys, checkpoint.tensors)
+            check_packing(source, checkpoint.tensors)
         if target in dense:
-            _check_source(checkpoint, source, target, tuple(dense[target].shape))
-    _decide(checkpoint, skeleton, left, made)
+            _check_source(checkpoint, source, tuple(dense[target].shape))
+    _judge_unused(checkpoint, skeleton, left, made)
     return frozenset(elsewhere)
 
 
-def _check_source(checkpoint: Checkpoint, source: _Made, target: str, expected: tuple[int, ...]) -> None:
-    """One tensor is made from one of each pattern, and what is taken as it is has the model's shape."""
+def _check_source(checkpoint: Checkpoint, source: TensorSource, expected: tuple[int, ...]) -> None:
+    """Check that a tensor has one source of each pattern and, unconverted, the model's shape."""
+    folder, target = checkpoint.folder, source.target
     keys = [key for listed in source.keys.values() for key in listed]
     patterns = 1 if source.converter is None else len(source.keys)
     if len(keys) > patterns and not any("*" in pattern for pattern in source.keys):
-        raise CheckpointError(f"{checkpoint.folder}: {' and '.join(keys[:3])} are all {target}: remove what isn't wanted")
+        raise CheckpointError(f"{folder}: {' and '.join(keys[:3])} are all {target}: remove what isn't wanted")
     found = checkpoint.tensors[keys[0]].shape
     if source.converter is None and found != expected:
-        raise CheckpointError(f"{checkpoint.folder}: {target} has shape {list(found)}, the model expects {list(expected)}")
+        raise CheckpointError(f"{folder}: {target} has shape {list(found)}, the model expects {list(expected)}")
 
 
-def _decide(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, str], made: Iterable[str]) -> None:
-    """What becomes of the tensors that nothing in the model is made from.
+def _judge_unused(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, str], made: Iterable[str]) -> None:
+    """Refuse or leave out the tensors that the model has no use for.
 
     Args:
+        checkpoint: the open checkpoint.
+        skeleton: the model's structure.
         left: the model's name for each, by key.
         made: names of the model's tensors that the checkpoint has.
 
@@ -101,12 +96,13 @@ def _decide(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, s
     """
     modules = dict(skeleton.named_modules())
     ignorable = re.compile("|".join(f"({p})" for p in (*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_RECOMPUTED)))
-    beside: dict[str, list[str]] = defaultdict(list)
+    without_module: dict[str, list[str]] = defaultdict(list)
     for key, target in left.items():
         owner, rest = _owner(target, modules, skeleton.base_model_prefix)
         inside = not isinstance(modules[owner], PreTrainedModel | nn.ModuleList | nn.ModuleDict)
         quantised = checkpoint.tensors[key].dtype not in FLOATS or "scale" in rest
-        # Classes name layers by the numbers of their published checkpoints, which others have as layers of the model.
+        # Classes name ignorable layers by their numbers in published checkpoints; in other checkpoints these are layers of the
+        # model.
         if ignorable.search(target) and not (inside and quantised):
             continue
         if inside:
@@ -114,24 +110,27 @@ def _decide(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[str, s
             raise CheckpointError(
                 f"{checkpoint.folder}: {key} would be left out: in {owner}, {type(skeleton).__name__} has no such tensor{hint}"
             )
-        beside[".".join(filter(None, (owner, rest.partition(".")[0])))].append(f"{owner}.{rest}".lstrip("."))
+        without_module[".".join(filter(None, (owner, rest.partition(".")[0])))].append(f"{owner}.{rest}".lstrip("."))
     kinds = {_NUMBER.sub("*", target) for target in made}
-    for group, targets in beside.items():
+    for group, targets in without_module.items():
         numbered = isinstance(modules[group.rpartition(".")[0]], nn.ModuleList)
         if numbered and all(_NUMBER.sub("*", target) in kinds for target in targets):
             raise CheckpointError(
                 f"{checkpoint.folder}: {group} would be left out, one more layer like those that the model has: does "
                 f"config.json state the number of layers?"
             )
-    if beside:
-        listed = ", ".join(f"{group} ({len(targets)})" for group, targets in sorted(beside.items()))
+    if without_module:
+        listed = ", ".join(f"{group} ({len(targets)})" for group, targets in sorted(without_module.items()))
         logger.warning(
             "%s: left out, as %s has no such modules (tensors): %s", checkpoint.name, type(skeleton).__name__, listed
         )
 
 
 def _owner(target: str, modules: dict[str, nn.Module], prefix: str) -> tuple[str, str]:
-    """The model's innermost module on a tensor's path, with or without the base model's prefix, and the rest of the path."""
+    """The model's innermost module on a tensor's path, and the rest of the path.
+
+    The path may have the base model's prefix, or lack it.
+    """
     found = ("", target)
     for name in (target, f"{prefix}.{target}", target.removeprefix(f"{prefix}.")):
         path = name

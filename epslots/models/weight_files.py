@@ -1,9 +1,9 @@
-"""Which files of a folder are a checkpoint's weights.
+"""Finds the weight files of a checkpoint's folder.
 
 transformers' rule: ``model.safetensors`` if there is one, else the files that ``model.safetensors.index.json`` names; with a
-variant, ``model.VARIANT.safetensors`` and ``model.safetensors.index.VARIANT.json``. Other ``*.safetensors`` are no part of
-the checkpoint (``consolidated.safetensors``, other variants, adapters), unless they are named like shards of this one: then
-the folder holds two sets of weights, and is refused.
+variant, ``model.VARIANT.safetensors`` and ``model.safetensors.index.VARIANT.json``. Other ``*.safetensors`` are no part of the
+checkpoint (``consolidated.safetensors``, other variants, adapters), unless they are named like shards of this one: then the
+folder holds two sets of weights, and is refused.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class WeightFiles:
     Attributes:
         names: names in the folder.
         index: name of the index that names them; None for a single file.
-        weight_map: file of each tensor by key, as the index states it.
-        dtype: of the weights, if the index states that.
+        weight_map: file of each tensor by key, from the index.
+        dtype: of the weights, if the index states it.
     """
 
     names: tuple[str, ...]
@@ -80,7 +80,7 @@ def _read_index(folder: Path, name: str) -> WeightFiles:
 
 
 def _single_beside_index(folder: Path, single: str, indexed: WeightFiles) -> WeightFiles:
-    """The single file, if the index beside it names no other one that is there."""
+    """The single file, if the index beside it names no other existing one."""
     others = [name for name in indexed.names if name != single and (folder / name).exists()]
     if others:
         raise CheckpointError(
@@ -109,5 +109,5 @@ def _no_weights(folder: Path, single: str, index: str) -> CheckpointError:
             f"alone; convert the checkpoint with save_pretrained in an environment you trust"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
-    beside = f"; {', '.join(others[:4])} is not read without them" if others else ""
-    return CheckpointError(f"{folder} holds neither {single} nor {index}{beside}")
+    unread = f"; {', '.join(others[:4])} is not read without them" if others else ""
+    return CheckpointError(f"{folder} holds neither {single} nor {index}{unread}")

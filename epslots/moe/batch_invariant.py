@@ -1,18 +1,14 @@
-"""Functions of torch whose results don't depend on the batch, in place of those whose results do.
+"""Replacements of torch functions whose results depend on the batch.
 
     with batch_invariant_functions():
         model(...)
 
-Inside, in this thread, a row's bits are a function of that row alone:
-
-- Matrix products with a weight are computed in blocks of rows (``row_blocks.py``).
-- torch's vectorised activations round otherwise than the scalar code for the last few elements of a tensor. In another batch
-  these are others: silu, sigmoid, gelu and softplus in fp32; gelu, rsqrt and powers in bf16. Formulas replace them, over
-  functions that tests found to be free of that: exp, erf, tanh, log1p, sqrt and arithmetic. So do they for complex products.
-
-All else that a model calls computes elements one by one, or reduces rows one by one; ``obstacles`` names what isn't known to.
-``batch_invariant_ops`` (Thinking Machines Lab) and vLLM replace kernels for a whole process, by ``torch.library``; this is a
-``torch.overrides`` mode, so that other models of the process stay as they are.
+Inside, in this thread, a row's bits are a function of that row alone. Matrix products with a weight are computed in blocks of
+rows (``row_blocks.py``). torch's vectorised activations round the last few elements of a tensor by other, scalar code: silu,
+sigmoid, gelu and softplus in fp32; gelu, rsqrt and powers in bf16. Formulas replace them, over functions that tests found to
+be free of that: exp, erf, tanh, log1p, sqrt and arithmetic; complex products likewise. ``obstacles`` names all other functions
+that aren't known to compute elements or rows one by one. ``batch_invariant_ops`` (Thinking Machines Lab) and vLLM replace
+kernels for a whole process, by ``torch.library``; this ``torch.overrides`` mode leaves other models of the process alone.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from epslots.moe.row_blocks import product
 
 Replacement = Callable[..., Any]
-"""Arguments as the function in whose place it is; NotImplemented where it has no batch-invariant result for them."""
+"""Takes the replaced function's arguments; returns NotImplemented if it has no batch-invariant result for them."""
 
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,7 +36,7 @@ def _matmul(rows: torch.Tensor, other: torch.Tensor) -> Any:
     if other.dim() == 2 and rows.dim() >= 2:
         return product(rows.reshape(-1, rows.shape[-1]), other).view(*rows.shape[:-1], other.shape[1])
     if rows.dim() >= 2 and rows.shape[-1] == 1:
-        return torch.matmul(rows, other)  # nothing is added up
+        return torch.matmul(rows, other)  # no sum
     return NotImplemented
 
 
@@ -110,12 +106,12 @@ _REPLACEMENTS: Mapping[Any, Replacement] = {
     **dict.fromkeys((torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__), _mul),
 }
 
-# Arguments by name that the replacements know; with others, as ``out``, torch's own function is called.
+# Keyword arguments that the replacements know; with others, as ``out``, torch's own function is called.
 _KEYWORDS = frozenset({"weight", "bias", "other", "exponent", "inplace", "approximate", "beta", "threshold"})
 
-# The last parts of names, less underscores, of functions that move elements, compute them one by one (exactly, or by code that
-# has no other form for the last ones), or reduce rows one by one. A name doesn't tell over which dimension a sum goes: none of
-# the known models sums over tokens.
+# The last parts of names, less underscores, of functions that move elements, compute them one by one (exactly, or by code
+# without another form for the last ones), or reduce rows one by one. A name doesn't state a sum's dimension: none of the known
+# models sums over tokens.
 _NAMES = """
 abs add and arange argmax bfloat16 bool cat chunk clamp clamp_max clamp_min clone concat contiguous copy cos cumsum data
 detach device dim div double dropout dtype embedding empty empty_like eq erf exp expand expand_as expm1 flatten float
@@ -131,38 +127,28 @@ zeros_like
 _BY_ROW = frozenset(_NAMES.split())
 
 
-def _replaced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """What the replacement of a function returns; NotImplemented without one."""
-    replacement, kwargs = _REPLACEMENTS.get(func), kwargs or {}
-    return NotImplemented if replacement is None or kwargs.keys() - _KEYWORDS else replacement(*args, **kwargs)
+class _Replace(TorchFunctionMode):
+    """Replaces the functions in ``_REPLACEMENTS``.
 
+    Args:
+        unknown: filled with the functions that aren't known to be batch-invariant; None = they aren't looked for.
+    """
 
-class _Mode(TorchFunctionMode):
-    """Replaces what is in ``_REPLACEMENTS``."""
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = _replaced(func, args, kwargs)
-        return func(*args, **(kwargs or {})) if result is NotImplemented else result
-
-
-class _Watch(TorchFunctionMode):
-    """The same, and remembers what isn't known to be batch-invariant."""
-
-    def __init__(self) -> None:
+    def __init__(self, unknown: set[str] | None = None) -> None:
         super().__init__()
-        self.unknown: set[str] = set()
+        self._unknown = unknown
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = _replaced(func, args, kwargs)
-        if result is NotImplemented:
-            if func in _REPLACEMENTS or not _is_by_row(func):
-                self.unknown.add(_name(func))
-            result = func(*args, **(kwargs or {}))
-        return result
+        replacement, kwargs = _REPLACEMENTS.get(func), kwargs or {}
+        if replacement is not None and not kwargs.keys() - _KEYWORDS:
+            result = replacement(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if self._unknown is not None and (replacement is not None or not _is_by_row(func)):
+            self._unknown.add(_name(func))
+        return func(*args, **kwargs)
 
 
 def _name(func: Any) -> str:
@@ -175,12 +161,13 @@ def _is_by_row(func: Any) -> bool:
 
 
 def batch_invariant_functions() -> TorchFunctionMode:
-    """A context in which results of this thread don't depend on the batch. Contexts may lie in each other."""
-    return _Mode()
+    """A context in which results of this thread don't depend on the batch. Contexts may be nested."""
+    return _Replace()
 
 
 def obstacles(run: Callable[[], object]) -> list[str]:
-    """What ``run`` calls that isn't known to be batch-invariant."""
-    with _Watch() as watch:
+    """Functions that ``run`` calls and that aren't known to be batch-invariant."""
+    unknown: set[str] = set()
+    with _Replace(unknown):
         run()
-    return sorted(watch.unknown)
+    return sorted(unknown)

@@ -1,11 +1,15 @@
-"""Experts computed by the host's CPU, straight from the host store: the cheapest way where few tokens want a large expert.
+"""Experts computed on the CPU, straight from the host store: the cheapest way for few tokens of a large expert.
 
-No expert enters a slot or is evicted. A few rows of hidden states cross the link instead of an expert's weights, and their
-results come back (as in KTransformers and Fiddler). The arithmetic is that of the slots' own kernel on the CPU, so results are
-exact; only the order of their sums may differ from a GPU's. ``ExpertCompute`` calls ``begin`` and ``finish``; work queued on
-the device between the two runs beside the CPU's.
+No expert enters or leaves a slot. A few rows of hidden states cross the link instead of an expert's weights, and their results
+come back (as in KTransformers and Fiddler). The arithmetic is that of the slots' own kernel on the CPU, so results are exact;
+only the order of their sums may differ from a GPU's.
 
-Legend of shape suffixes: M pairs of a step, J rows given, P pairs computed on the CPU among them, H hidden size.
+    begin    gather the rows of the experts computed on the CPU, and start their copy to the host
+    finish   apply each expert to its rows; copy the results back to the device
+
+Work that is queued on the device between the two runs beside the CPU's.
+
+Legend of shape suffixes: M pairs of a step, J rows given, P pairs computed on the CPU, H hidden size.
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ class CpuRows:
     """Pairs on their way to the host.
 
     Attributes:
-        experts: the experts to compute, and pairs of each; pairs are in this order.
+        experts: the experts computed on the CPU, and pairs of each; pairs are in this order.
         pair_P: int64 on the device, the number of each pair among the step's.
-        rows_PH: their rows on the host; complete when ``arrived`` has happened (None: they are).
+        rows_PH: their rows on the host; complete after ``arrived`` (None: complete now).
     """
 
     experts: tuple[tuple[int, int], ...]
@@ -48,44 +52,50 @@ class CpuExperts:
 
     Args:
         module: the layer's experts module; its activation and norm are copied to the CPU if they are elsewhere.
-        store: where the records are.
+        store: holds the records.
         layer: the layer's number in the store.
-        device: where rows come from, and results go to.
-        batch_invariant: compute each row in the same bits whatever the other rows are.
+        device: the source of rows and the target of results.
+        gemm: the class that computes: ``GroupedGemm``, or ``BatchInvariantGemm`` for a batch-invariant model.
     """
 
     def __init__(
-        self, module: nn.Module, store: HostStore, layer: int, device: torch.device, *, batch_invariant: bool = False
+        self,
+        module: nn.Module,
+        store: HostStore,
+        layer: int,
+        device: torch.device,
+        *,
+        gemm: type[GroupedGemm] = GroupedGemm,
     ) -> None:
         spec = store.manifest.layers[layer]
         self._store, self._layer, self._device = store, layer, device
         self._layout, self._unpacker = spec.layout, None if spec.packed is None else Unpacker(spec)
         self.num_experts = spec.num_experts
         shapes = torch.empty(spec.layout.nbytes, dtype=torch.uint8, device="meta")
-        twin = module if device.type == "cpu" else on_cpu(module)
-        self._kernel = GroupedGemm(twin, self._one_of(shapes), batch_invariant=batch_invariant)
+        module = module if device.type == "cpu" else on_cpu(module)
+        self._kernel = gemm(module, self._one_of(shapes))
         self.dtype, self.hidden_size = self._kernel.dtype, self._kernel.hidden_size
 
     def begin(self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]) -> CpuRows:
-        """Gather the rows for these experts, and send them to the CPU. On CUDA this is queued, without waiting.
+        """Gather the rows of the pairs of these experts. On CUDA everything is queued, and nothing waits.
 
         Args:
             rows_JH: hidden states; M is a multiple of J, and each row serves M / J neighbouring pairs.
             ids_M: int64, the expert of each pair.
-            experts: the experts to compute, each once.
-            pairs: how many pairs each of them has among ``ids_M``.
+            experts: the experts to compute on the CPU, each once.
+            pairs: the number of pairs of each of them in ``ids_M``.
         """
         total = sum(pairs)
-        turn_E = torch.full((self.num_experts + 1,), len(experts))
-        turn_E[list(experts)] = torch.arange(len(experts))
-        # Pairs of the first of these experts come first, and all others last: how many to take is known without a sync.
-        turn_M = to_device(turn_E.numpy(), self._device)[ids_M]
-        pair_P = torch.sort(turn_M, stable=True).indices[:total]
+        order_E = torch.full((self.num_experts + 1,), len(experts))
+        order_E[list(experts)] = torch.arange(len(experts))
+        # Pairs of the first of these experts come first, all other pairs last: their number is known on the host.
+        order_M = to_device(order_E.numpy(), self._device)[ids_M]
+        pair_P = torch.sort(order_M, stable=True).indices[:total]
         rows_PH = rows_JH[pair_P // (len(ids_M) // len(rows_JH))].to(self.dtype)
         arrived = None
         if rows_PH.is_cuda:
-            landing = torch.empty(rows_PH.shape, dtype=rows_PH.dtype, pin_memory=True)
-            rows_PH = landing.copy_(rows_PH, non_blocking=True)
+            pinned_PH = torch.empty(rows_PH.shape, dtype=rows_PH.dtype, pin_memory=True)
+            rows_PH = pinned_PH.copy_(rows_PH, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self._device))
         return CpuRows(tuple(zip(experts, pairs, strict=True)), pair_P, rows_PH, arrived)
@@ -94,6 +104,7 @@ class CpuExperts:
         """Compute the experts, and enter their results into those of the step, in place.
 
         Args:
+            begun: from ``begin``.
             result_MH: [M, H] in the weights' dtype, on the device.
 
         Raises:
@@ -112,7 +123,7 @@ class CpuExperts:
     def compute(
         self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]
     ) -> torch.Tensor:
-        """``begin`` and ``finish`` in one call: [M, H], zeros for pairs of other experts."""
+        """``begin`` and ``finish`` at once: [M, H], zeros for pairs of other experts."""
         result_MH = torch.zeros(len(ids_M), self.hidden_size, dtype=self.dtype, device=self._device)
         self.finish(self.begin(rows_JH, ids_M, experts, pairs), result_MH)
         return result_MH
@@ -124,7 +135,7 @@ class CpuExperts:
         return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64))
 
     def _weights(self, expert: int) -> dict[str, torch.Tensor]:
-        """An expert's tensors [1, ...] on the host: where its record is, or unpacked from there."""
+        """An expert's tensors [1, ...] on the host: its record in place, or unpacked from there."""
         record = self._store.record(self._layer, expert)
         if self._unpacker is not None:
             unpacked = _scratch(self._layout.nbytes)
@@ -133,12 +144,12 @@ class CpuExperts:
         return self._one_of(record)
 
     def _one_of(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What lies in the memory of a slot, as a pool of one."""
+        """The tensors in the memory of a slot, as a pool of one."""
         return {name: tensor[None] for name, tensor in record_views(slot, self._layout).items()}
 
 
 def _scratch(nbytes: int) -> torch.Tensor:
-    """This thread's memory for one unpacked expert of a size: fresh memory each time would cost as much as unpacking."""
+    """This thread's memory for one unpacked expert of a size: new memory each time would cost as much as unpacking."""
     kept: dict[int, torch.Tensor] = _THREAD.__dict__.setdefault("scratch", {})
     if nbytes not in kept:
         kept[nbytes] = torch.empty(nbytes, dtype=torch.uint8)
@@ -146,7 +157,7 @@ def _scratch(nbytes: int) -> torch.Tensor:
 
 
 def on_cpu(module: nn.Module) -> nn.Module:
-    """A module of the same flags whose activation and norm are on the CPU. The original stays as it is."""
+    """A copy of a module whose activation and norm are on the CPU. The original stays as it is."""
     twin = copy.copy(module)
     twin._modules = {name: None if m is None else copy.deepcopy(m).to("cpu") for name, m in module._modules.items()}
     twin._buffers = {name: None if b is None else b.to("cpu") for name, b in module._buffers.items()}

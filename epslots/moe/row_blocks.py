@@ -1,13 +1,11 @@
-"""Matrix products whose rows don't depend on how many rows there are: ``product``.
+"""Matrix products whose rows don't depend on the number of rows: ``product``.
 
-A library picks its kernel, and with it the order in which it adds up, by the number of rows: on a CPU, MKL's fp32 rows come
-out in other bits for 1 to 3 rows than for 4 and more, and cuBLAS splits sums for few rows. So every product here is made of
-products of ``ROWS`` rows, the last one filled up with zeros. Larger blocks (``ROWS`` times a power of two) replace runs of
-these where a check on this device found the same bits, which makes long prompts nearly free.
-
-The same shape takes the same kernel, in which a row's sum depends neither on the other rows nor on its place, which is checked
-as well. Batch-invariant kernels build on that ("Defeating Nondeterminism in LLM Inference", Thinking Machines Lab 2025, with
-its ``batch_invariant_ops``; vLLM's ``VLLM_BATCH_INVARIANT``). On CPUs tests hold it; on CUDA it has never run.
+A library picks its kernel, and with it the order of its sums, by the number of rows: on a CPU, MKL's fp32 rows have other bits
+for 1 to 3 rows than for 4 and more, and cuBLAS splits sums for few rows. So every product here is made of products of ``ROWS``
+rows, the last one padded with zeros. Larger blocks (``ROWS`` times a power of two) replace runs of these where a check on this
+device found the same bits, which makes long prompts nearly free. The same shape takes the same kernel, in which a row's sum
+depends neither on the other rows nor on its place, which is checked as well. Batch-invariant kernels build on that ("Defeating
+Nondeterminism in LLM Inference", Thinking Machines Lab 2025; vLLM's ``VLLM_BATCH_INVARIANT``). Tested on CPUs, never on CUDA.
 
 Legend of shape suffixes: M rows, K inner size, N outer size.
 """
@@ -21,20 +19,21 @@ import torch.nn.functional as F
 
 # Rows of the smallest block. On a CPU, decoding one sequence costs 1.1 times as much in bf16 with 8, and 1.6 times with 16.
 ROWS = 8
-MOST_ROWS = 512
-# The check needs a second weight of the same shape: with larger ones blocks stay small, and are not checked.
-_MOST_WEIGHT_BYTES = 2**30
+MAX_ROWS = 512
+# The check needs a second weight of the same shape: larger weights use small blocks, unchecked.
+_MAX_CHECKED_BYTES = 2**30
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Whether blocks of so many rows are allowed: by the kind of product, device, threads, dtype, the weight's shape and strides.
+# Whether blocks of a number of rows are allowed, by the kind of product, device, threads, dtype, the weight's shape and
+# strides.
 _checked: dict[tuple[object, ...], bool] = {}
 
 
 def product(rows_MK: torch.Tensor, weight_KN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """``rows_MK @ weight_KN + bias_N``, [M, N], each row in the same bits whatever M is."""
+    """``rows_MK @ weight_KN + bias_N``, [M, N]; each row has the same bits for any M."""
     outer = weight_KN.shape[1]
-    if outer < ROWS:  # a product with a vector works on several rows at once, each in another way
+    if outer < ROWS:  # a product with a vector computes several rows at once, each in another order
         filled = F.pad(weight_KN, (0, ROWS - outer))
         return product(rows_MK, filled, None if bias_N is None else F.pad(bias_N, (0, ROWS - outer)))[:, :outer]
     if bias_N is None:
@@ -54,11 +53,11 @@ def _in_blocks(rows_MK: torch.Tensor, weight_KN: torch.Tensor, multiply: Multipl
 
 
 def _sizes(rows: int, weight_KN: torch.Tensor, multiply: Multiply) -> Iterator[tuple[int, int]]:
-    """Rows of each block, and the size that it is filled up to; the largest first."""
-    if not _is_allowed(ROWS, weight_KN, multiply):  # the place in a block shows in the bits
+    """Rows of each block, and the size that it is padded to; the largest first."""
+    if not _is_allowed(ROWS, weight_KN, multiply):  # the place in a block changes the bits
         yield from [(1, ROWS)] * rows
         return
-    size = MOST_ROWS
+    size = MAX_ROWS
     while rows >= ROWS:
         while size > rows or not _is_allowed(size, weight_KN, multiply):
             size //= 2
@@ -69,19 +68,20 @@ def _sizes(rows: int, weight_KN: torch.Tensor, multiply: Multiply) -> Iterator[t
 
 
 def _is_allowed(size: int, weight_KN: torch.Tensor, multiply: Multiply) -> bool:
-    """Whether rows in a block of ``size`` have the bits that they have in small blocks; checked once for a kind of product."""
+    """Whether rows in a block of ``size`` have the same bits as in small blocks; checked once for a kind of product."""
     kind = (multiply is torch.mm, weight_KN.device, torch.get_num_threads(), weight_KN.dtype)
     key = (*kind, weight_KN.shape, weight_KN.stride(), size)
     if key not in _checked:
-        _checked[key] = size == ROWS if weight_KN.nbytes > _MOST_WEIGHT_BYTES else _check(size, weight_KN, multiply)
+        _checked[key] = size == ROWS if weight_KN.nbytes > _MAX_CHECKED_BYTES else _check(size, weight_KN, multiply)
     return _checked[key]
 
 
 def _check(size: int, weight_KN: torch.Tensor, multiply: Multiply) -> bool:
-    """Compare a block with small ones, or a small one with its rows in other places, on numbers that show any other order.
+    """Compare a block with small ones, or a small one with rotated rows.
 
-    The second half of each sum is the negative of the first, so that the result is nothing but what rounding left. Without
-    that, bf16 would hide most differences. The weight is drawn, because a checkpoint's may be zeros or powers of two.
+    The numbers reveal any other order: the second half of each sum is the negative of the first, so the result consists of
+    rounding errors alone. Otherwise, bf16 would hide most differences. The weight is random, because a checkpoint's may be
+    zeros or powers of two.
     """
     inner = len(weight_KN)
     half = inner // 2

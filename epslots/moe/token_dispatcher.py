@@ -32,7 +32,7 @@ _ID_BYTES = 8
 
 
 class Dispatch(Protocol):
-    """Pairs that have arrived where they are computed.
+    """Pairs at the rank that computes them.
 
     Attributes:
         rows_MH: their hidden states.
@@ -43,9 +43,9 @@ class Dispatch(Protocol):
     ids_M: torch.Tensor
 
     def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
-        """Each pair's result to the rank whose token it is: [N, H] in the order of that rank's pairs.
+        """Return each pair's result to the rank whose token it is: [N, H] in the order of that rank's pairs.
 
-        Pairs of ids without weights come back undefined.
+        Results of pairs of ids without weights are undefined.
         """
         ...
 
@@ -77,7 +77,7 @@ def dispatch(
 
 
 class LocalDispatch:
-    """Nothing travels: every rank computes its own pairs."""
+    """No pair travels: every rank computes its own pairs."""
 
     def __init__(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> None:
         self.rows_MH, self.ids_M = hidden_TH, ids_N
@@ -87,7 +87,7 @@ class LocalDispatch:
 
 
 class AllToAllDispatch:
-    """Each pair to the rank that computes it.
+    """Each pair travels to the rank that computes it.
 
     Args:
         work, splits: the pairs of all ranks, and those that this rank sends and receives.

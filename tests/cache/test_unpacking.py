@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,9 +29,11 @@ from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import conversions_of
 from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.fp8 import BlockDequantize
-from epslots.models.memory_plan import UNPACKED_AT_A_TIME, ModelShape, plan_memory
+from epslots.models.memory_plan import UNPACKED_AT_A_TIME, plan_memory
+from epslots.models.memory_report import plan_items
+from epslots.models.model_shape import ModelShape
 from epslots.models.opening import load_dense, open_model
-from epslots.models.packing import find_packing
+from epslots.models.quantised_formats import find_packing
 from epslots.progress import ProgressDisplay
 from epslots.units import parse_slots
 from tests.support import zoo
@@ -240,18 +242,18 @@ def test_operations_that_are_not_known_keep_a_tensor_from_being_packed(checkpoin
     spec, parameter = opened.plain[0].layout.tensors[1], reader._layers[0]["down_proj"]
     headers, experts = opened.checkpoint.tensors, opened.plain[0].num_experts
     converter = parameter.converter
-    assert find_packing(spec, converter, parameter.keys, headers, experts) is not None
-    assert find_packing(spec, None, parameter.keys, headers, experts) is None
+    assert find_packing(spec, parameter, headers, experts) is not None
+    assert find_packing(spec, replace(parameter, converter=None), headers, experts) is None
     converter.operations.append(Transpose(1, 2))
-    assert find_packing(spec, converter, parameter.keys, headers, experts) is None
+    assert find_packing(spec, parameter, headers, experts) is None
     converter.operations.pop()
     merge = converter.operations[1]
     converter.operations[1] = Transpose(0, 1)
-    assert find_packing(spec, converter, parameter.keys, headers, experts) is None
+    assert find_packing(spec, parameter, headers, experts) is None
     converter.operations[1] = merge
     other = {key: changed(header, dtype="BF16") for key, header in headers.items()}
-    assert find_packing(spec, converter, parameter.keys, other, experts) is None
-    assert find_packing(spec, converter, parameter.keys, headers, experts + 1) is None
+    assert find_packing(spec, parameter, other, experts) is None
+    assert find_packing(spec, parameter, headers, experts + 1) is None
 
 
 def changed(header: Any, **changes: Any) -> Any:
@@ -264,7 +266,7 @@ def test_a_form_that_only_looks_known_is_refused(checkpoint: Checkpoints, tmp_pa
     reader.read_expert(0, 0)
     original = BlockDequantize._dequantize_one
     monkeypatch.setattr(BlockDequantize, "_dequantize_one", lambda self, q, s, output_dtype: original(self, q, 2 * s))
-    with pytest.raises(epslots.CheckpointError, match=r"looks like one that is known, and isn't"):
+    with pytest.raises(epslots.CheckpointError, match=r"resembles a known quantised format"):
         reader.read_expert(0, 0)
 
 
@@ -302,6 +304,6 @@ def test_the_memory_plan_counts_records_as_stored_and_room_to_unpack_them():
     assert unpacking_bytes(packed) == packed.record.nbytes + 8 * (64 + 1024)
     assert ours.total_bytes - theirs.total_bytes == ours.unpacking_bytes == UNPACKED_AT_A_TIME * unpacking_bytes(packed)
     assert theirs.unpacking_bytes == 0 and unpacking_bytes(plain) == 0
-    assert [name for name, *_ in ours.items if name not in {n for n, *_ in theirs.items}] == ["unpacking"]
-    assert sum(size for _, size, _ in ours.items) == ours.total_bytes
+    assert [name for name, *_ in plan_items(ours) if name not in {n for n, *_ in plan_items(theirs)}] == ["unpacking"]
+    assert sum(size for _, size, _ in plan_items(ours)) == ours.total_bytes
     assert ours.slot_bytes == theirs.slot_bytes

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.cache.slot_pool import SlotPool
-from epslots.cuda_graph.decode_graph import DecodeGraph, _addresses
+from epslots.cuda_graph.decode_graph import DecodeGraph
+from epslots.cuda_graph.static_cache import tensor_addresses
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.runtime import runtime_of
 from tests.cuda_graph.test_device_slots import NoValues
@@ -143,8 +144,8 @@ def test_replayed_steps_on_tables_of_their_own(
     usual = load(folder, tmp_path / "usual", slots=5, policy="lrfu")
     monkeypatch.setattr("epslots.loading.SlotPool", TablesApart)
     model = load(folder, tmp_path / "other", slots=5, policy="lrfu")
-    monkeypatch.setattr(DecodeGraph, "_forward_beside", DecodeGraph._forward)
-    monkeypatch.setattr(DecodeGraph, "_captured", lambda self: Replayed(self))
+    monkeypatch.setattr(DecodeGraph, "_forward_on_side_stream", DecodeGraph._forward)
+    monkeypatch.setattr(DecodeGraph, "_capture_step", lambda self: Replayed(self))
     graph = DecodeGraph(model, 1, 40, policy="lrfu")
     graph._capture = True
     for turn in range(2):
@@ -172,13 +173,13 @@ def test_a_step_could_be_captured(
     token = graph.prefill(zoo.random_ids(1, 6, seed=1)).argmax(-1)
     with graph:
         graph.step(token)
-        before = _addresses(graph._cache)
+        before = tensor_addresses(graph._cache)
         assert before
         monkeypatch.setattr("epslots.cuda_graph.device_slots.TorchKernels.copy", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with NoValues():
             graph.step(token)
-        assert _addresses(graph._cache) == before
+        assert tensor_addresses(graph._cache) == before
 
 
 def test_the_host_is_not_asked_and_looks_at_no_plan(checkpoint: Callable[[str], Path], cache_dir: Path):

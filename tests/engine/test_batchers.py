@@ -24,9 +24,10 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
+from epslots.engine.batcher import Batcher
 from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.engine.paged_cache import cache_blocks, paging_obstacle
-from epslots.engine.requests import Batcher, Output, Request
+from epslots.engine.requests import Output, Request
 from epslots.engine.sampling import GREEDY, Sampling
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
 from tests.engine.test_sampling import drawn

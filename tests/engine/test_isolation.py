@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import epslots
+from epslots.engine.batcher import Batcher
 from epslots.engine.engine import Engine
 from epslots.engine.isolation import Isolation
 from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
-from epslots.engine.requests import Batcher, Request
+from epslots.engine.requests import Request
 from epslots.engine.sampling import Sampling
 from epslots.errors import CorruptExpertError, UnsupportedModelError
 from epslots.runtime import runtime_of

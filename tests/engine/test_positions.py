@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from epslots.engine.batcher import Batcher
 from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.engine.paged_cache import paging_obstacle
-from epslots.engine.requests import Batcher, Request
+from epslots.engine.requests import Request
 from epslots.errors import PeerLost, UnsupportedModelError
 from epslots.models.batch_invariance import make_batch_invariant
 from tests.engine.test_batchers import Collected, Faults, finish, generated, prompt_of

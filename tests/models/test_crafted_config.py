@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from epslots import CheckpointError, ConfigError, EpslotsError, UnsupportedModelError
 from epslots.engine.end_tokens import end_tokens
-from epslots.models.json_file import MOST_BYTES, read_json_object
+from epslots.models.json_file import MAX_BYTES, read_json_object
 from epslots.models.opening import load_dense, open_model, read_generation_config
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
 
@@ -140,7 +140,7 @@ def test_files_that_are_no_json_object(content: bytes, message: str, folder: Pat
 def test_a_large_file_is_not_read(tmp_path: Path):
     path = tmp_path / "config.json"
     path.touch()
-    os.truncate(path, MOST_BYTES + 1)
+    os.truncate(path, MAX_BYTES + 1)
     with pytest.raises(CheckpointError, match=r"100,000,001 bytes; at most"):
         read_json_object(path)
 

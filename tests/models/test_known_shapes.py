@@ -6,7 +6,7 @@ import pytest
 
 from epslots.errors import ConfigError
 from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
-from epslots.models.memory_plan import KVLayer
+from epslots.models.model_shape import KVLayer
 
 BILLION = 10**9
 BF16 = 2

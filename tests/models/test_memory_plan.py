@@ -25,17 +25,11 @@ from epslots.models.checkpoint import open_checkpoint
 from epslots.models.expert_reader import pack_layers
 from epslots.models.experts import expert_layers
 from epslots.models.known_shapes import KNOWN_SHAPES
-from epslots.models.memory_plan import (
-    KVLayer,
-    ModelShape,
-    default_reserve,
-    describe_quotas,
-    moe_workspace_bytes,
-    plan_memory,
-    resolve_quotas,
-    slot_bytes,
-)
+from epslots.models.memory_plan import Workload, default_reserve, moe_workspace_bytes, plan_memory
+from epslots.models.memory_report import alternatives, check_fits, largest_fit, plan_items
+from epslots.models.model_shape import KVLayer, ModelShape
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
+from epslots.models.quotas import describe_quotas, pool_bytes, resolve_quotas
 from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, file_bytes
 from epslots.units import SlotsSetting, format_bytes, parse_slots
 from tests.support.zoo import make_checkpoint, make_fp8, make_mxfp4
@@ -137,9 +131,9 @@ sizes = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([256, 512, 1024, 
 @settings(max_examples=300)
 def test_a_pool_is_filled_and_never_overfilled(sizes: list[tuple[int, int]], extra: int) -> None:
     layers = moe_layers(*sizes)
-    budget = slot_bytes(layers, [1] * len(layers)) + extra
+    budget = pool_bytes(layers, [1] * len(layers)) + extra
     quotas = resolve_quotas(SlotsSetting(total_bytes=budget), layers, None)
-    used = slot_bytes(layers, quotas)
+    used = pool_bytes(layers, quotas)
     assert used <= budget
     assert all(1 <= quota <= layer.num_experts for quota, layer in zip(quotas, layers, strict=True))
     # No slot that is missing anywhere would still fit.
@@ -190,9 +184,7 @@ def test_every_term_is_what_its_definition_says() -> None:
         tiny_shape(),
         SlotsSetting(per_layer=3),
         memory_bytes=100 * MIB,
-        kv_tokens=40,
-        sequences=5,
-        batch_tokens=10,
+        workload=Workload(kv_tokens=40, sequences=5, batch_tokens=10),
         reserve_bytes=1234,
     )
     assert result.quotas == (3, 3)
@@ -205,7 +197,7 @@ def test_every_term_is_what_its_definition_says() -> None:
     assert result.reserve_bytes == 1234
     assert result.total_bytes == 1_000_000 + result.slot_bytes + result.kv_bytes + result.workspace_bytes + 1234
     assert result.free_bytes == 100 * MIB - result.total_bytes
-    assert sum(size for _, size, _ in result.items) == result.total_bytes
+    assert sum(size for _, size, _ in plan_items(result)) == result.total_bytes
     assert result.host_store_bytes == 16 * 36_864
 
 
@@ -265,17 +257,19 @@ def test_a_plan_fits_to_the_byte() -> None:
     need = plan_memory(shape, setting, memory_bytes=None, reserve_bytes=1000).total_bytes
     exact = plan_memory(shape, setting, memory_bytes=need, reserve_bytes=1000)
     assert (exact.fits, exact.free_bytes) == (True, 0)
-    exact.check()
+    check_fits(exact)
     over = plan_memory(shape, setting, memory_bytes=need - 1, reserve_bytes=1000)
     assert (over.fits, over.free_bytes) == (False, -1)
     with pytest.raises(DoesNotFitError):
-        over.check()
+        check_fits(over)
 
 
 @given(memory=st.integers(0, 6 * MIB), batch=st.integers(1, 64), ranks=st.integers(1, 4))
 def test_auto_takes_all_that_is_left_and_no_more(memory: int, batch: int, ranks: int) -> None:
     shape = tiny_shape()
-    result = plan_memory(shape, AUTO, memory_bytes=memory, batch_tokens=batch, ranks=ranks, reserve_bytes=10_000, kv_tokens=64)
+    result = plan_memory(
+        shape, AUTO, memory_bytes=memory, workload=Workload(64, batch_tokens=batch), ranks=ranks, reserve_bytes=10_000
+    )
     least = result.fixed_bytes + 2 * 36_864
     assert result.fits == (memory >= least)
     if not result.fits:
@@ -290,22 +284,22 @@ def test_unknown_memory_fits_everything() -> None:
     assert result.quotas == (8, 8)
     assert result.fits
     assert result.free_bytes is None
-    result.check()
-    assert all(other.fits for other in result.alternatives)
-    assert result.largest_fit is not None
-    assert result.largest_fit.resident_share == 1
+    check_fits(result)
+    assert all(other.fits for other in alternatives(result))
+    assert largest_fit(result) is not None
+    assert largest_fit(result).resident_share == 1
 
 
 def test_alternatives_are_the_plans_of_those_settings() -> None:
-    arguments: dict[str, Any] = {"memory_bytes": None, "kv_tokens": 100, "ranks": 2, "reserve_bytes": 1000}
+    arguments: dict[str, Any] = {"memory_bytes": None, "workload": Workload(kv_tokens=100), "ranks": 2, "reserve_bytes": 1000}
     arguments["memory_bytes"] = plan_memory(tiny_shape(), AUTO, **arguments).fixed_bytes + 9 * 36_864
     result = plan_memory(tiny_shape(), SlotsSetting(per_layer=5), **arguments)
-    assert [str(other.setting) for other in result.alternatives] == ["1 per layer", "12.5%", "25%", "50%", "75%", "100%"]
-    for other in result.alternatives:
+    assert [str(other.setting) for other in alternatives(result)] == ["1 per layer", "12.5%", "25%", "50%", "75%", "100%"]
+    for other in alternatives(result):
         alone = plan_memory(tiny_shape(), other.setting, **arguments)
         assert (other.quotas, other.total_bytes, other.fits) == (alone.quotas, alone.total_bytes, alone.fits)
         assert other.resident_share == alone.resident_share
-    assert [other.fits for other in result.alternatives] == [True, True, True, True, False, False]
+    assert [other.fits for other in alternatives(result)] == [True, True, True, True, False, False]
 
 
 @given(memory=st.integers(0, 3 * MIB))
@@ -316,20 +310,20 @@ def test_the_largest_fit_is_the_last_that_fits(memory: int) -> None:
 
     plan = plan_memory(tiny_shape(), SlotsSetting(per_layer=8), memory_bytes=memory, reserve_bytes=1000)
     most = max((n for n in range(1, 9) if fits(n)), default=None)
-    assert (plan.largest_fit.setting.per_layer if plan.largest_fit else None) == most
+    assert (largest_fit(plan).setting.per_layer if largest_fit(plan) else None) == most
 
 
 def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
     shape = tiny_shape(name="mixtral-mini", dense_bytes=600 * MIB)
-    arguments: dict[str, Any] = {"kv_tokens": 4096, "sequences": 3, "batch_tokens": 7, "reserve_bytes": 2 * MIB}
+    arguments: dict[str, Any] = {"workload": Workload(4096, sequences=3, batch_tokens=7), "reserve_bytes": 2 * MIB}
     base = plan_memory(shape, SlotsSetting(per_layer=1), memory_bytes=None, **arguments).fixed_bytes
     over = plan_memory(shape, parse_slots("75%"), memory_bytes=base + 4 * 2 * 36_864 + 5, **arguments)
     with pytest.raises(DoesNotFitError) as refused:
-        over.check()
+        check_fits(over)
     message = str(refused.value)
     lines = [" ".join(line.split()) for line in message.splitlines()]
     assert lines[0].startswith("mixtral-mini in bfloat16 with slots=75%")
-    for name, size, note in over.items:
+    for name, size, note in plan_items(over):
         assert f"{name} {format_bytes(size)} {note}" in lines
     assert f"needed {format_bytes(over.total_bytes)}" in lines
     assert f"available {format_bytes(over.memory_bytes or 0)} memory of one rank" in lines
@@ -341,16 +335,20 @@ def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
 
 def test_a_refusal_says_when_nothing_fits() -> None:
     hopeless = plan_memory(tiny_shape(), SlotsSetting(per_layer=4), memory_bytes=100_000, reserve_bytes=0)
-    assert hopeless.largest_fit is None
+    assert largest_fit(hopeless) is None
     least = plan_memory(tiny_shape(), SlotsSetting(per_layer=1), memory_bytes=None, reserve_bytes=0).total_bytes
     with pytest.raises(DoesNotFitError, match=f"Not even one slot per layer fits, which needs {format_bytes(least)}"):
-        hopeless.check()
+        check_fits(hopeless)
 
 
 @pytest.mark.parametrize(
     ("setting", "value"), [("ranks", 0), ("sequences", 0), ("batch_tokens", -1), ("kv_tokens", -1), ("reserve_bytes", -1)]
 )
 def test_numbers_out_of_range_are_refused_by_name(setting: str, value: int) -> None:
+    if setting in ("sequences", "batch_tokens", "kv_tokens"):
+        with pytest.raises(ConfigError, match=f"{setting}={value}"):
+            Workload(**{setting: value})
+        return
     arguments: dict[str, Any] = {"memory_bytes": MIB, setting: value}
     with pytest.raises(ConfigError, match=f"{setting}={value}"):
         plan_memory(tiny_shape(), AUTO, **arguments)
@@ -451,10 +449,12 @@ def test_slots_leave_room_for_the_predictor() -> None:
     assert (sum(plain.quotas), sum(less.quotas)) == (14, 11)
     assert less.total_bytes == less.slot_bytes + rest + 2 * record + 1 <= memory
     for plan in (plain, less):
-        assert sum(size for _, size, _ in plan.items) == plan.total_bytes
-    assert "predictor" in [name for name, *_ in less.items] and "predictor" not in [name for name, *_ in plain.items]
-    with pytest.raises(DoesNotFitError, match=r"predictor +72 KiB  what tells of the next layer's experts"):
-        plan_memory(shape, SlotsSetting(per_layer=7), memory_bytes=memory, reserve_bytes=0, predictor_bytes=73_729).check()
+        assert sum(size for _, size, _ in plan_items(plan)) == plan.total_bytes
+    assert "predictor" in [name for name, *_ in plan_items(less)] and "predictor" not in [
+        name for name, *_ in plan_items(plain)
+    ]
+    with pytest.raises(DoesNotFitError, match=r"predictor +72 KiB  predicts the next layer's experts"):
+        check_fits(plan_memory(shape, SlotsSetting(per_layer=7), memory_bytes=memory, reserve_bytes=0, predictor_bytes=73_729))
 
 
 @pytest.mark.parametrize(("name", "quantise"), [("gpt_oss", make_mxfp4), ("qwen3_moe", make_fp8)])

@@ -22,7 +22,7 @@ from epslots.errors import ConfigError, GroupError
 from epslots.moe import row_blocks
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 from epslots.moe.moe_layer import combine
-from epslots.moe.row_blocks import MOST_ROWS, ROWS, product
+from epslots.moe.row_blocks import MAX_ROWS, ROWS, product
 from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.engine.test_batchers import prompt_of
 from tests.support import zoo
@@ -256,7 +256,7 @@ def test_large_blocks_with_other_bits_are_not_used(dtype: torch.dtype, monkeypat
         return torch.mm(rows.flip(1), weight.flip(0)) if len(rows) > 4 * ROWS else torch.mm(rows, weight)
 
     monkeypatch.setattr(row_blocks, "_checked", {})
-    rows, weight = torch.randn(MOST_ROWS, 64).to(dtype), torch.randn(64, 32).to(dtype)
+    rows, weight = torch.randn(MAX_ROWS, 64).to(dtype), torch.randn(64, 32).to(dtype)
     row_blocks._in_blocks(rows, weight, fickle)  # checks
     asked.clear()
     whole = row_blocks._in_blocks(rows, weight, fickle)

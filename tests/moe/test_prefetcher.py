@@ -19,6 +19,7 @@ import epslots
 from epslots.errors import ConfigError, RankMismatchError
 from epslots.group.join import start_rank
 from epslots.loading import shared_settings
+from epslots.models.memory_report import plan_items
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
 from epslots.moe.prefetcher import Prefetcher
 from epslots.prefetch.fit import FitQuality, FitSettings
@@ -415,7 +416,7 @@ class TestMemory:
         for layer in range(len(experts)):
             told.usage(layer, torch.randn(HISTORY_ROWS + 9, zoo.HIDDEN), torch.zeros(1, 1, dtype=torch.int64))
         assert sum(kept.nbytes for kept in told._state.rows if kept is not None) == rows
-        assert ("predictor", plan.predictor_bytes) in [item[:2] for item in plan.items]
+        assert ("predictor", plan.predictor_bytes) in [item[:2] for item in plan_items(plan)]
         greedy(model, zoo.random_ids(1, 9, seed=2), 4)
         # On a GPU half of it, in the model's type; and one of another checkpoint gives way to the routers, which are there.
         nbytes, _ = file_bytes(tmp_path / "p.safetensors", torch.device("cuda"), torch.bfloat16)

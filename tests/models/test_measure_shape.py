@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.models.experts import expert_layers
-from epslots.models.memory_plan import KVLayer, ModelShape
-from epslots.models.model_shape import shape_of_config, shape_of_model
+from epslots.models.measure_shape import shape_of_config, shape_of_model
+from epslots.models.model_shape import KVLayer, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class
 from tests.support.zoo import HIDDEN, VOCAB, ZOO, Tiny, random_ids
 

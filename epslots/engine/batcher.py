@@ -1,4 +1,8 @@
-"""The books of a batcher: its requests from ``add`` until their end was handed out; and which failures are a request's own."""
+"""``Batcher``: the interface of all batchers, and the part that they share.
+
+It holds the requests from ``add`` until their end is returned, and tells a request's failure from a rank's. ``PagedBatcher``
+and ``SequentialBatcher`` derive from it; ``isolation.py`` decides how a failed step is repeated.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,15 @@ from epslots.runtime import predictor_of
 
 logger = logging.getLogger(__name__)
 
-# Steps in a row that a rank may break its group with before the rank itself is taken to be the reason.
-MOST_BREAKS = 3
+# Steps in a row with which a rank may break its group; after more, the fault is the rank's and not a request's.
+MAX_BREAKS_IN_A_ROW = 3
 _ERROR_CHARACTERS = 500  # of an exception's text, in a request's error
 
 T = TypeVar("T")
 
 
 class NotFiniteError(ArithmeticError):
-    """Logits from which a token would be chosen are NaN, or the largest is infinite."""
+    """Logits of a next token are NaN, or the largest is infinite."""
 
     def __init__(self) -> None:
         super().__init__("logits are NaN or infinite")
@@ -38,25 +42,25 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass(eq=False)
 class TrackedRequest:
-    """A request and what came of it."""
+    """A request and its results."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
     delivered: int = 0
-    """How many of the tokens ``outputs`` handed out."""
+    """Tokens that ``outputs`` has returned."""
     reason: Reason | None = None
     error: str | None = None
 
     @property
     def length(self) -> int:
-        """Of the whole sequence: the position of its next token."""
+        """Tokens of the whole sequence: the position of its next token."""
         return len(self.request.prompt) + len(self.tokens)
 
     def end(self, reason: Reason, error: str | None = None) -> None:
         self.reason, self.error = reason, error
 
     def append(self, token: int) -> None:
-        """Count a new token, and end the request if it is its last."""
+        """Add a new token, and end the request if it is its last."""
         self.tokens.append(token)
         if token in self.request.stop_tokens:
             self.end("stop")
@@ -64,11 +68,12 @@ class TrackedRequest:
             self.end("length")
 
 
-class RequestBooks(ABC):
-    """What all batchers share.
+class Batcher(ABC):
+    """Advances requests, one forward pass at a time. Not for use by several threads at once.
 
-    Raises:
-        UnsupportedModelError: the model has no language-model head.
+    Args:
+        model: the model that is served.
+        capacity: tokens that one request may keep: its prompt, and all new tokens but the last.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
@@ -79,33 +84,63 @@ class RequestBooks(ABC):
         self._plain_outputs = PlainOutputs(model)
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
-        self._said = ""
+        self._logged = ""
         """The failure that was logged last."""
 
     @abstractmethod
-    def _enter(self, entry: TrackedRequest) -> None:
-        """Take up a new request."""
+    def _queue(self, entry: TrackedRequest) -> None:
+        """Queue a new request."""
 
     @abstractmethod
-    def _leave(self, entry: TrackedRequest) -> None:
-        """Give up a request that has just been cancelled."""
+    def _withdraw(self, entry: TrackedRequest) -> None:
+        """Withdraw a request that has just been cancelled."""
+
+    @abstractmethod
+    def prepare(self) -> bool:
+        """Put together the next step's batch; False if there is nothing to do.
+
+        Until ``step`` has returned, further calls change nothing and return True.
+        """
+
+    @abstractmethod
+    def step(self) -> None:
+        """Run the model once, over the prepared batch.
+
+        A failure of the model raises nothing: the next steps repeat the batch in parts, and a request that fails alone ends
+        with reason "error". The same applies to logits that are NaN or infinite.
+
+        Raises:
+            PeerLost: nothing of the step counts; another call repeats it.
+            StepFailed: this rank's failure broke the group; nothing of the step counts.
+            Exception: an error that no request causes: of files, settings or the device.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the cache, and leave the model as it was. Afterwards only ``unfinished`` may be called."""
 
     def add(self, request: Request) -> None:
+        """Queue a request; the next ``prepare`` may take it into a step.
+
+        Raises:
+            ConfigError: the prompt is empty, has ids outside of the vocabulary or exceeds the cache together with
+                ``max_new_tokens``; ``max_new_tokens`` is less than one; the id is taken.
+        """
         self._check(request)
         entry = self._entries[request.id] = TrackedRequest(request)
-        self._enter(entry)
+        self._queue(entry)
 
     def _check(self, request: Request) -> None:
         name, prompt = f"request {request.id!r}", request.prompt
         if request.id in self._entries:
-            raise ConfigError(f"{name}: this id is taken by a request whose end has not been handed out")
+            raise ConfigError(f"{name}: this id is taken by a request whose end has not been returned")
         if not prompt:
             raise ConfigError(f"{name} has an empty prompt; at least one token is needed")
         if (wrong := next((t for t in prompt if not 0 <= t < self._vocabulary), None)) is not None:
             raise ConfigError(f"{name} has token {wrong} in its prompt; allowed: 0 to {self._vocabulary - 1}")
         if request.max_new_tokens < 1:
             raise ConfigError(f"{name} asks for max_new_tokens={request.max_new_tokens}; at least 1 is needed")
-        # The last token is handed out and never computed with.
+        # The last token is returned and never computed with.
         if (needed := len(prompt) + request.max_new_tokens - 1) > self.capacity:
             raise ConfigError(
                 f"{name} needs {needed} tokens of KV cache ({len(prompt)} of prompt, {request.max_new_tokens} new ones less "
@@ -113,20 +148,26 @@ class RequestBooks(ABC):
             )
 
     def cancel(self, id: str) -> None:
+        """End a request; its tokens until now are still returned. A finished or unknown id is no error.
+
+        A prepared step is still run, without effect on the request.
+        """
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
-            self._leave(entry)
+            self._withdraw(entry)
 
     def _open(self) -> list[TrackedRequest]:
-        """Requests that go on, oldest first."""
+        """Unfinished requests, oldest first."""
         return [entry for entry in self._entries.values() if entry.reason is None]
 
     @property
     def has_work(self) -> bool:
+        """Whether a request is unfinished."""
         return any(entry.reason is None for entry in self._entries.values())
 
     def outputs(self) -> list[Output]:
+        """The results since the last call: at most one output for each request, in the order of ``add``."""
         found = []
         for id, entry in list(self._entries.items()):
             tokens = tuple(entry.tokens[entry.delivered :])
@@ -139,7 +180,7 @@ class RequestBooks(ABC):
 
     @contextmanager
     def _following(self, row_T: IntArray | None) -> Iterator[None]:
-        """Inside, what the model looks ahead by knows which row precedes each one: ``Predictor.set_previous_rows``."""
+        """Within the context, the predictor knows the row before each one: ``UsagePredictor.set_previous_rows``."""
         predictor = predictor_of(self._model)
         if predictor is None or row_T is None:
             yield
@@ -151,37 +192,42 @@ class RequestBooks(ABC):
             predictor.set_previous_rows(None)
 
     def unfinished(self) -> list[tuple[Request, tuple[int, ...]]]:
+        """Every request whose end was not returned, with its returned tokens: enough for another batcher to continue."""
         alive = [entry for entry in self._entries.values() if entry.reason not in ("cancelled", "error")]
         return [(entry.request, tuple(entry.tokens[: entry.delivered])) for entry in alive]
 
     def _split_or_raise(self, isolation: Isolation[T], failure: Exception) -> tuple[T, str] | None:
-        """A part of a batch has failed: split it; returns the request that is guilty, if any, and its error in words.
+        """Split a failed part of a batch; returns the faulty request, if one is found, with its error in words.
+
+        Args:
+            isolation: of the batch under way.
+            failure: of its part.
 
         Raises:
-            Exception: the failure, or its cause, if it is none that requests are isolated for.
+            Exception: the failure, or its cause, where no request can be the reason.
         """
-        cause, breaks, ours = failure, False, False
+        cause, breaks_group, rank_is_at_fault = failure, False, False
         if isinstance(failure, StepFailed):
             assert isinstance(failure.__cause__, Exception)
-            cause, breaks = failure.__cause__, True
+            cause, breaks_group = failure.__cause__, True
             self._breaks += 1
-            # Memory that ran out says nothing of the rank, wherever that was.
+            # Memory may run out at any point: that doesn't put the rank at fault.
             explained = failure.computing or isinstance(cause, torch.OutOfMemoryError | MemoryError)
-            ours = not explained or self._breaks > MOST_BREAKS
-        # An error of ours is about ranks, files or settings; after one of a device nothing runs on it any more.
-        if ours or isinstance(cause, EpslotsError | torch.AcceleratorError):
+            rank_is_at_fault = not explained or self._breaks > MAX_BREAKS_IN_A_ROW
+        # Errors of epslots are about ranks, files or settings; after an error of a device nothing runs on it any more.
+        if rank_is_at_fault or isinstance(cause, EpslotsError | torch.AcceleratorError):
             raise cause
         if not isolation.split:
             self._log(cause, len(isolation.part))
-        guilty = isolation.failed(singly=breaks)
-        return None if guilty is None else (guilty, _in_words(cause, self._model.dtype))
+        faulty = isolation.failed(singly=breaks_group)
+        return None if faulty is None else (faulty, _in_words(cause, self._model.dtype))
 
     def _log(self, cause: Exception, requests: int) -> None:
-        """Once in a row: a model that fails with every large batch does so in every step."""
-        if (said := f"{type(cause).__name__}: {cause}") != self._said:
-            self._said = said
+        """Log a failure once in a row: a model that fails with every large batch does so in every step."""
+        if (text := f"{type(cause).__name__}: {cause}") != self._logged:
+            self._logged = text
             trace = None if isinstance(cause, NotFiniteError) else cause
-            logger.warning("a step of %d requests failed and is repeated in parts: %s", requests, said, exc_info=trace)
+            logger.warning("a step of %d requests failed and is repeated in parts: %s", requests, text, exc_info=trace)
 
 
 def _in_words(cause: Exception, dtype: torch.dtype) -> str:
@@ -193,7 +239,7 @@ def _in_words(cause: Exception, dtype: torch.dtype) -> str:
 
 
 def check_servable(model: PreTrainedModel) -> None:
-    """Refuse a model that gives no logits.
+    """Refuse a model without logits.
 
     Raises:
         UnsupportedModelError: it has no language-model head.
@@ -206,7 +252,7 @@ def check_servable(model: PreTrainedModel) -> None:
 
 
 def check_positive(**numbers: int) -> None:
-    """Raises ConfigError for numbers less than one."""
+    """Raise ConfigError for a number less than one."""
     for name, number in numbers.items():
         if number < 1:
             raise ConfigError(f"{name}={number}: at least 1 is needed")
