@@ -1,4 +1,4 @@
-"""What a user sees while a cluster starts: one bar for all ranks, on standard error."""
+"""The progress bar of a cluster's start: one bar for all ranks, on standard error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from epslots.units import format_bytes
 
 
 class StartDisplay:
-    """One bar, whose title is the stage, and whose length the bytes that all ranks have loaded of what they have announced.
+    """One bar: its title is the stage, its length the bytes that all ranks have loaded, of those that they have announced.
 
     Args:
-        shown: whether it is drawn; None draws it when standard error is a terminal.
+        shown: draw it; None = if standard error is a terminal.
     """
 
     def __init__(self, shown: bool | None = None) -> None:
@@ -26,29 +26,29 @@ class StartDisplay:
         self._task: TaskID | None = None
 
     def stage(self, title: str) -> None:
-        """What goes on now."""
+        """Show a stage of the start."""
         if self._task is None:
             self._bar.start()
             self._task = self._bar.add_task(title, total=None, amount="")
         self._bar.update(self._task, description=title)
 
-    def progress(self, seat: int, title: str, done_bytes: int, total_bytes: int) -> None:
-        """How far a rank is with a piece of work."""
+    def progress(self, bundle: int, title: str, done_bytes: int, total_bytes: int) -> None:
+        """Show a rank's progress with one stage of loading."""
         if self._task is None:
             return
-        self._work[seat, title] = done_bytes, total_bytes
+        self._work[bundle, title] = done_bytes, total_bytes
         busy = sum(done < total for done, total in self._work.values())
         done, total = (sum(numbers) for numbers in zip(*self._work.values(), strict=True))
         self._bar.update(
             self._task,
             amount=f"{format_bytes(done)} of {format_bytes(total)}",
-            description=f"{title} ({busy} ranks)" if busy else "ranks meet",
+            description=f"{title} ({busy} ranks)" if busy else "ranks form a group",
             completed=done,
             total=total,
         )
 
     def close(self) -> None:
-        """Take the bar away. Twice is once."""
+        """Remove the bar. A second call does nothing."""
         if self._task is not None:
             self._bar.stop()
             self._task = None

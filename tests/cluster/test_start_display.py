@@ -16,10 +16,10 @@ def test_one_bar_adds_up_what_all_ranks_load():
     assert (task.completed, task.total) == (2**20, 8 * 2**20)
     assert task.description == "building the host store (2 ranks)"
     assert task.fields["amount"] == "1 MiB of 8 MiB"
-    for seat in (0, 1):
-        display.progress(seat, "building the host store", 4 * 2**20, 4 * 2**20)
+    for bundle in (0, 1):
+        display.progress(bundle, "building the host store", 4 * 2**20, 4 * 2**20)
     assert task.finished
-    assert task.description == "ranks meet"
+    assert task.description == "ranks form a group"
     display.close()
     display.close()
     display.progress(0, "too late", 1, 2)
