@@ -1,4 +1,4 @@
-"""What the processes of both Ray actors do alike: they say where they run, and end with their parent."""
+"""For the processes of both Ray actors: where they run (``ActorProcess``), and their end with their parent."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class WorkerHandle(Protocol):
         """Node and process, for people: "node 10.0.0.2, pid 4711"."""
 
     async def command(self, message: bytes) -> bytes:
-        """Send a command; returns the answer, which comes at once whatever the worker is doing.
+        """Send a command; returns the answer, which comes at once, even from a busy worker.
 
         Raises:
             WorkerDied: there is no answer.

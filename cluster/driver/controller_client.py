@@ -207,7 +207,7 @@ class ControllerClient:
         return _explanation(await self._ask(Rebalance()))
 
     async def freeze(self, frozen: bool) -> None:
-        """Have nothing published unasked from the return on, or allow it again; later controllers are told, too."""
+        """Have this and later controllers publish nothing unasked from the return on, or allow it again."""
         self.frozen = frozen
         if self._controller is not None:
             with suppress(ClusterError):

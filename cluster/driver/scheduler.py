@@ -75,7 +75,7 @@ class RankCapacity:
 
 
 @dataclass(eq=False)
-class _Load:
+class _RankLoad:
     """The requests of a rank, in numbers."""
 
     capacity: RankCapacity
@@ -143,7 +143,7 @@ class Scheduler:
         """
         if not self._queue or not capacities:
             return []
-        loads = {worker: _Load(capacity) for worker, capacity in capacities.items()}
+        loads = {worker: _RankLoad(capacity) for worker, capacity in capacities.items()}
         for entry in self._entries.values():
             if entry.worker in loads:
                 loads[entry.worker].add(entry)

@@ -89,13 +89,9 @@ class WorkerGroup:
 
     # Reports of the supervisor and the pool.
 
-    def require(self, ranks: int) -> None:
-        """Form no group of fewer ranks than these, until the next call."""
-        self._required = ranks
-
-    def require_at_most(self, ranks: int) -> None:
-        """Lower the required number of ranks to this one."""
-        self._required = min(self._required, ranks)
+    def require(self, ranks: int, *, at_most: bool = False) -> None:
+        """Form no group of fewer ranks; ``at_most``: but don't raise the present number."""
+        self._required = min(self._required, ranks) if at_most else ranks
 
     def forget_breaks(self) -> None:
         """Count breaks from 0 again, because the ranks get on."""
@@ -239,7 +235,7 @@ class WorkerGroup:
         if not in_time:
             for worker in members:
                 if worker.formed != epoch:
-                    self._workers.lose(worker, WorkerDied("it neither joined the group nor said why"))
+                    self._workers.lose(worker, WorkerDied("it neither joined the group nor reported an error"))
 
     def _drop_newcomers(self, members: Sequence[WorkerRecord], cause: str) -> None:
         """Lose the new members of a group that didn't form though no rank is lost: they are the likely reason."""

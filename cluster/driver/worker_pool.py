@@ -114,7 +114,7 @@ class WorkerPool:
     def shrink(self, ranks: int) -> None:
         """End the workers and places from number ``ranks`` on."""
         self.size = ranks
-        self._group.require_at_most(ranks)
+        self._group.require(ranks, at_most=True)
         self._given_up = {bundle: error for bundle, error in self._given_up.items() if bundle < ranks}
         for bundle in [bundle for bundle in self._places if bundle >= ranks]:
             task = self._places.pop(bundle).task

@@ -21,7 +21,7 @@ from cluster.messages.placement import GroupState, LoadReport, SetPlacement
 
 
 class ControllerState(StrEnum):
-    """What the controller is doing.
+    """The controller's activity.
 
     Attributes:
         WAITING: no group is attached.

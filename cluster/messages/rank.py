@@ -8,7 +8,7 @@
                        GetReport        RankReport
                        Stop             RankStopped
 
-A command's call returns at once, whatever the worker is doing (``Ping`` returns a ``Pong``); events follow in batches. Unasked
+A command's call returns at once, even from a busy worker (``Ping`` returns a ``Pong``); events follow in batches. Unasked
 events: ``Broken`` (the group lost a rank), ``Failed`` (the worker's last). Messages about placements are in ``placement.py``.
 """
 
@@ -112,7 +112,7 @@ class GetReport(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ping(msgspec.Struct, tag=True, frozen=True):
-    """Answer with a ``Pong`` at once, whatever the worker is doing."""
+    """Answer with a ``Pong`` at once, even while busy."""
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):

@@ -346,7 +346,7 @@ class RankLoop:
     # The other threads.
 
     def command(self, message: bytes) -> bytes:
-        """Take a command; returns its answer at once, whatever the rank is doing."""
+        """Take a command; returns its answer at once, also during a step."""
         match decode_command(message):
             case Ping():
                 return encode(Pong(self._thread.is_alive() and not self._ended))

@@ -26,8 +26,8 @@ logger = logging.getLogger("epslots.cluster")
 _PROBE_S = 5.0
 _HEAD_EVERY_S = 5.0
 
-START = "start one with `ray start --head`, or have a local one: give no address (a job: --address local)"
-TOKENS = (
+START_HINT = "start one with `ray start --head`, or have a local one: give no address (a job: --address local)"
+TOKEN_HINT = (
     "give this process the cluster's token, in ~/.ray/auth_token (or where RAY_AUTH_TOKEN_PATH says, or in RAY_AUTH_TOKEN), "
     "and set RAY_AUTH_MODE=token, without which Ray sends no token to an address that was spelled out"
 )
@@ -55,8 +55,8 @@ def find_running(address: str) -> str:
             version = NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_PROBE_S).ray_version
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                raise ClusterError(f"the Ray at {found} refuses this process's token, or asks for one: {TOKENS}") from error
-            raise ClusterError(f"no Ray answers at {found} ({error.code().name.lower()}): {START}") from error
+                raise ClusterError(f"the Ray at {found} refuses this process's token, or needs one: {TOKEN_HINT}") from error
+            raise ClusterError(f"no Ray answers at {found} ({error.code().name.lower()}): {START_HINT}") from error
     if version != ray.__version__:
         raise ClusterError(
             f"the Ray at {found} is version {version}, and this process has {ray.__version__}: install the same on all nodes"
@@ -85,11 +85,11 @@ def _resolve(address: str) -> str:
         if address == "auto":
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     except (ConnectionError, ValueError, OSError) as error:
-        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}") from error
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START_HINT}") from error
     finally:
         rays.setLevel(level)
     if found is None:
-        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}")
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START_HINT}")
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from cluster.errors import ClusterError
 
 ANSWER_S = 15.0
-CALL = "epslots-ray-call"
+CALL_THREAD = "epslots-ray-call"
 """Name of the threads that make these calls."""
 
 _MOST_LATE = 16
@@ -67,5 +67,5 @@ def begin(function: Callable[..., Value], *arguments: object) -> Future[Value]:
         except ClusterError as error:
             answer.set_exception(error)
 
-    threading.Thread(target=call, name=CALL, daemon=True).start()
+    threading.Thread(target=call, name=CALL_THREAD, daemon=True).start()
     return answer

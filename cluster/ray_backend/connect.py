@@ -20,7 +20,7 @@ import ray._private.worker as ray_worker
 from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
 from cluster.errors import ClusterError
-from cluster.ray_backend.address import START, HeadWatch, find_running
+from cluster.ray_backend.address import START_HINT, HeadWatch, find_running
 from cluster.ray_backend.processes import end, own_folder, protect_token, started_since, users_of, watch_joined, watch_own
 
 FindEnded = Callable[[], str]
@@ -106,12 +106,12 @@ def join_ray(address: str) -> Iterator[FindEnded]:
         ray.shutdown()
         raise ClusterError(
             f"the Ray at {found} can't be joined: {error}. The driver must run on a node of the cluster "
-            f"(`ray start --address={found}`), for example through `ray job submit`; or {START}"
+            f"(`ray start --address={found}`), for example through `ray job submit`; or {START_HINT}"
         ) from error
     with _silence():
         try:
             if RANK_RESOURCE in ray.cluster_resources():
-                raise ClusterError(f"the Ray at {found} is another process's own, and will end with it; {START}")
+                raise ClusterError(f"the Ray at {found} is another process's own, and will end with it; {START_HINT}")
             watch, head = watch_joined(), HeadWatch(found)
 
             def ended() -> str:

@@ -22,7 +22,7 @@ from cluster.errors import ClusterError
 
 _CORE = ("gcs_server", "raylet")  # Ray's other processes are restarted, end the raylet with them, or aren't needed
 _END_S = 3.0
-PREFIX = "epslots-ray-"
+FOLDER_PREFIX = "epslots-ray-"
 _LONGEST_ROOT = 16  # with what Ray appends, the paths of its sockets stay below the system's limit of 107
 _TOKEN_SETTINGS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -130,7 +130,7 @@ def own_folder() -> Iterator[Path]:
         root = Path("/tmp")
     _remove_old(root)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
     except OSError as error:
         raise ClusterError(f"no folder for Ray's sockets and logs can be made in {root}: {error.strerror}") from error
     try:
@@ -148,7 +148,7 @@ def _remove_old(root: Path) -> None:
     """
     with suppress(OSError), os.scandir(root) as entries:
         for entry in entries:
-            if entry.name.startswith(PREFIX):
+            if entry.name.startswith(FOLDER_PREFIX):
                 with (
                     suppress(OSError),
                     _opened(entry.path, os.O_DIRECTORY, stat.S_ISDIR) as folder,

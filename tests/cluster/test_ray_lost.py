@@ -12,7 +12,7 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
-from cluster.ray_backend.processes import PREFIX, watch_joined
+from cluster.ray_backend.processes import FOLDER_PREFIX, watch_joined
 from tests.cluster.test_cluster import PROMPTS, expected, serve_again
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.ray_helpers import drive, pids_below, start_nodes
@@ -41,7 +41,7 @@ def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path
 
 def own(part: str) -> psutil.Process:
     """A process of our own Ray; the nodes of other tests may still be there."""
-    (found,) = [process for process in pids_below() if part in process.name() and PREFIX in " ".join(process.cmdline())]
+    (found,) = [process for process in pids_below() if part in process.name() and FOLDER_PREFIX in " ".join(process.cmdline())]
     return found
 
 

@@ -35,7 +35,7 @@ from cluster.driver.loop_thread import LoopThread
 from cluster.messages.rank import Contact, Contacts, Form, decode_events, encode
 from cluster.ray_backend import address, bundles
 from cluster.ray_backend.backend import RayBackend
-from cluster.ray_backend.calls import CALL
+from cluster.ray_backend.calls import CALL_THREAD
 from cluster.ray_backend.handles import RayWorkerHandle
 from tests.support.clock_loop import ClockLoop
 from tests.support.rank_helpers import PATIENCE_S
@@ -185,7 +185,7 @@ class Driver:
         over = threading.Event()
         loop = self._thread._loop
         assert isinstance(loop, ClockLoop)
-        loop.skip_until(over.is_set, settled=lambda: not any(thread.name == CALL for thread in threading.enumerate()))
+        loop.skip_until(over.is_set, settled=lambda: not any(thread.name == CALL_THREAD for thread in threading.enumerate()))
         try:
             yield
         finally:
