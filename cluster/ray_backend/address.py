@@ -55,7 +55,8 @@ def find_running(address: str) -> str:
             version = NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_PROBE_S).ray_version
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                raise ClusterError(f"the Ray at {found} refuses this process's token, or needs one: {TOKEN_HINT}") from error
+                message = f"the Ray at {found} refuses this process's token, or asks for one: {TOKEN_HINT}"
+                raise ClusterError(message) from error
             raise ClusterError(f"no Ray answers at {found} ({error.code().name.lower()}): {START_HINT}") from error
     if version != ray.__version__:
         raise ClusterError(
