@@ -25,10 +25,12 @@ from cluster.driver.request_router import RequestRouter
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.workers import Deadlines
 from cluster.errors import ClusterError, Overloaded, raised_anew
-from cluster.generation import Arrivals, Checker, Generation, GenerationSettings, Prompt, Result, read_settings
+from cluster.generation import Generation, GenerationSettings, Prompt, Result, read_settings
 from cluster.messages.controller import Explanation
 from cluster.messages.rank import Load
 from cluster.reports import ClusterStats, PlacementReport, rank_stats
+from cluster.request_checker import RequestChecker
+from cluster.token_stream import TokenStream
 from epslots.engine.paged_batcher import DEFAULT_BATCH_TOKENS
 from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
@@ -78,7 +80,7 @@ class Cluster:
             slots.
         window_steps: steps after which ranks tell the controller what they measured; 0 = there is no controller, and the
             placement stays.
-        fleet: what to run ranks on, in place of Ray.
+        backend: what to run ranks on, in place of Ray.
 
     Raises:
         ConfigError: a setting is not one of those allowed.
@@ -120,7 +122,7 @@ class Cluster:
         host_compute: str = "auto",
         batch_invariant: bool = False,
         window_steps: int = DEFAULT_WINDOW,
-        fleet: Backend | None = None,
+        backend: Backend | None = None,
     ) -> None:
         parse_slots(slots)
         resolve_policy(policy)
@@ -150,17 +152,17 @@ class Cluster:
         read_language_config(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
-        if fleet is None:
+        if backend is None:
             from cluster.ray_backend.backend import RayBackend
 
-            fleet = RayBackend(address=address, strategy=strategy, device=device, path=path)
+            backend = RayBackend(address=address, strategy=strategy, device=device, path=path)
         self._room = threading.Semaphore(max_queue)
         self._max_queue = max_queue
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._thread = LoopThread("epslots-supervisor")
         self._supervisor = Supervisor(
             self._thread,
-            fleet,
+            backend,
             Load(
                 path=path,
                 slots=slots,
@@ -184,7 +186,7 @@ class Cluster:
             costs=costs,
             deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s, give_up_s=give_up_after_s),
             display=StartDisplay(progress),
-            make_dispatcher=lambda send: RequestRouter(send, lambda: self.tokenizer),
+            make_router=lambda send: RequestRouter(send, lambda: self.tokenizer),
             placement=first,
         )
         self.timeline = self._supervisor.timeline
@@ -193,7 +195,7 @@ class Cluster:
         try:
             starting = self._thread.begin(self._supervisor.start(ranks))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
-            self._checker = Checker(self._thread.wait(starting), self.tokenizer, problem)
+            self._checker = RequestChecker(self._thread.wait(starting), self.tokenizer, problem)
         except BaseException:
             self.close()
             raise
@@ -253,7 +255,7 @@ class Cluster:
         self._thread.check_process()
         read = read_settings(settings)
         if not self._room.acquire(blocking=False):
-            self._thread.settle()  # those that were cancelled before this call leave room
+            self._thread.flush()  # requests that were cancelled before this call leave room
             if not self._room.acquire(blocking=False):
                 raise Overloaded(
                     f"{self._max_queue} requests wait or run already, which is all that max_queue allows; wait for results, "
@@ -274,17 +276,17 @@ class Cluster:
         except BaseException:
             self._room.release()
             raise
-        arrivals = Arrivals(done)
+        stream = TokenStream(done)
         generation = Generation(
             index,
             prompt,
             stop=settings.stops,
             tokenizer=self.tokenizer,
-            arrivals=arrivals,
-            cancel=partial(self._thread.hint, self._supervisor.dispatcher.cancel, request.id),
+            stream=stream,
+            cancel=partial(self._thread.hint, self._supervisor.router.cancel, request.id),
             check_process=self._thread.check_process,
         )
-        self._thread.tell(self._supervisor.submit, request, arrivals, settings.stops)
+        self._thread.tell(self._supervisor.submit, request, stream, settings.stops)
         return generation
 
     @property
@@ -298,13 +300,13 @@ class Cluster:
         self._check_open()
 
         async def ask() -> ClusterStats:
-            dispatcher, reports = self._supervisor.dispatcher, await self._supervisor.reports()
-            ranks = tuple(rank_stats(worker, report, dispatcher.count_served(worker)) for worker, report in reports)
+            router, reports = self._supervisor.router, await self._supervisor.reports()
+            ranks = tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports)
             total = sum_over_ranks([rank.stats for rank in ranks])
             controller_client = self._supervisor.controller_client
             controller = None if controller_client is None else controller_client.stats()
-            missing = self._supervisor.staffing.missing()
-            return ClusterStats(self._supervisor.group.epoch, dispatcher.queued, ranks, total, controller, missing)
+            missing = self._supervisor.pool.missing()
+            return ClusterStats(self._supervisor.group.epoch, router.queued, ranks, total, controller, missing)
 
         return self._thread.call(ask())
 
@@ -329,7 +331,7 @@ class Cluster:
             ConfigError: there is to be no controller.
             ClusterError: none can be had.
         """
-        return self._thread.call(self._steering().explain())
+        return self._thread.call(self._need_controller().explain())
 
     def rebalance(self) -> Explanation:
         """Plan a placement now, and follow it if anything at all is gained, frozen or not. Requests go on meanwhile.
@@ -340,7 +342,7 @@ class Cluster:
         Raises:
             ConfigError, ClusterError: as ``explain``.
         """
-        return self._thread.call(self._steering().rebalance())
+        return self._thread.call(self._need_controller().rebalance())
 
     def freeze(self) -> None:
         """Keep the placement, whatever the traffic, until ``unfreeze``. What is being moved for it goes on being moved.
@@ -348,7 +350,7 @@ class Cluster:
         Raises:
             ConfigError: there is to be no controller.
         """
-        self._thread.call(self._steering().freeze(True))
+        self._thread.call(self._need_controller().freeze(True))
 
     def unfreeze(self) -> None:
         """Let the placement follow the traffic again.
@@ -356,9 +358,9 @@ class Cluster:
         Raises:
             ConfigError: there is to be no controller.
         """
-        self._thread.call(self._steering().freeze(False))
+        self._thread.call(self._need_controller().freeze(False))
 
-    def _steering(self) -> ControllerClient:
+    def _need_controller(self) -> ControllerClient:
         self._check_open()
         if self._supervisor.controller_client is None:
             raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")

@@ -1,11 +1,11 @@
-"""What can go wrong with a cluster, beyond epslots' own errors.
+"""The errors of a cluster, beyond epslots' own.
 
     epslots.EpslotsError
     └── ClusterError       the cluster can't start, or can't go on
         ├── Overloaded     too many requests wait already
         └── RankFailed     a rank failed with an error of its own, on a node that the message names
 
-A request that is refused for what it asks is an ``epslots.ConfigError``.
+A request with a wrong prompt or setting is refused with ``epslots.ConfigError``.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ class ClusterError(EpslotsError):
 
 
 def raised_anew(error: ClusterError) -> ClusterError:
-    """A copy to raise: each caller gets one of its own, with its own traceback."""
+    """A copy to raise: each caller gets its own, with its own traceback."""
     copy = type(error)(*error.args)
     copy.__cause__ = error
     return copy
 
 
 class Overloaded(ClusterError):
-    """The queue is full: try again when results have come, or give the cluster a longer one."""
+    """The queue is full: try again when results have come, or give the cluster a larger ``max_queue``."""
 
 
 class RankFailed(ClusterError):
-    """A rank failed by itself; the message names the rank, its node and its error.
+    """A rank failed with an error of its own; the message names the rank, its node and the error.
 
     Attributes:
-        kind: the error's type; empty if the rank couldn't say.
+        kind: name of the error's class; empty if the rank didn't report it.
     """
 
     def __init__(self, message: str, kind: str = "") -> None:

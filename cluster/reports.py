@@ -1,24 +1,26 @@
-"""What a cluster tells about itself."""
+"""Reports for users: ``ClusterStats`` with a ``RankStats`` for each rank, and ``PlacementReport``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from cluster.driver.controller_client import ControllerStats
-from cluster.driver.workers import LiveWorker
-from cluster.messages.rank import LayerPlace, RankReport
+from cluster.driver.workers import WorkerRecord
+from cluster.messages.rank import LayerPlacement, RankReport
 from epslots.telemetry import Stats
 
 
 @dataclass(frozen=True)
 class RankStats:
-    """One rank's counters since it was loaded.
+    """One rank's counters since it loaded the model.
 
     Attributes:
+        rank: its number in the current epoch.
         where: node and process.
-        steps: of the current epoch.
-        requests: that it has now.
-        memory_bytes, descriptors, threads: of its process.
+        stats: counters of its layers.
+        steps: made in the current epoch.
+        requests: number of requests that it serves now.
+        memory_bytes, descriptors, threads: resident memory, open file descriptors and threads of its process.
     """
 
     rank: int
@@ -36,11 +38,12 @@ class ClusterStats:
     """All ranks' counters, and their sums.
 
     Attributes:
-        epoch: number of the group; it grows with every loss and every join.
-        queued: requests that wait for a rank with room.
+        epoch: number of the group; it grows with every rank that is lost or joins.
+        queued: number of requests that wait for a rank with room.
+        ranks: each rank's counters.
         total: sums over ranks (``slots`` too; ``steps`` and ``passes`` are the largest).
-        controller: None if there is to be none (``window_steps=0``).
-        missing: what keeps wanted ranks from serving, and what is done about it, for people; empty if all serve.
+        controller: None without a controller (``window_steps=0``).
+        missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
     """
 
     epoch: int
@@ -53,23 +56,24 @@ class ClusterStats:
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """Which rank holds which expert and which should, and where ranks are.
+    """Which ranks hold which expert, and which ranks the placement names for it.
 
     Attributes:
         epoch: number of the group.
-        ranks: node and process of each.
-        placement_version: of the placement that the ranks follow; 0 = as dealt at the start.
-        pending_migrations: copies and slots that all ranks together have yet to move to get there.
+        ranks: node and process of each rank.
+        layers: holders and placement of each MoE layer's experts.
+        placement_version: version of the placement that the ranks follow; 0 = the default one.
+        pending_migrations: copies and slots that have yet to be moved for it, over all ranks.
     """
 
     epoch: int
     ranks: tuple[str, ...]
-    layers: tuple[LayerPlace, ...]
+    layers: tuple[LayerPlacement, ...]
     placement_version: int
     pending_migrations: int
 
 
-def rank_stats(worker: LiveWorker, report: RankReport, requests: int) -> RankStats:
+def rank_stats(worker: WorkerRecord, report: RankReport, requests: int) -> RankStats:
     """One rank's counters, from its report."""
     return RankStats(
         rank=worker.rank,

@@ -20,7 +20,7 @@ from epslots.bench.report import BenchReport, spread
 _REQUESTS = 16
 _NEW_TOKENS = 200
 _PIECES_BEFORE = 20
-"""Pieces of text of every request that are there when the rank is killed."""
+"""TextPieces of text of every request that are there when the rank is killed."""
 
 
 def bench_recovery(report: BenchReport, cache_dir: Path, *, rounds: int = 10) -> None:

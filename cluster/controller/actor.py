@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import msgspec
 import ray
 
+from cluster.actor_process import ActorProcess, die_with_parent
 from cluster.controller.controller import Controller
 from cluster.messages.controller import decode_order, encode
-from cluster.orphans import die_with_parent
 
 
 class ControllerActor:
@@ -20,10 +19,10 @@ class ControllerActor:
         die_with_parent()
         self._controller = Controller(time.perf_counter)
 
-    def hello(self) -> bytes:
-        """Node and process; the first call, which waits until the process is up."""
-        return msgspec.msgpack.encode((ray.util.get_node_ip_address(), os.getpid()))
+    def process(self) -> bytes:
+        """The ``ActorProcess``, as msgpack; the first call."""
+        return msgspec.msgpack.encode(ActorProcess.of_this(ray.util.get_node_ip_address()))
 
     def call(self, message: bytes) -> bytes:
-        """Do as told, and answer."""
+        """Carry out an order; returns the ``Reply``."""
         return encode(self._controller.answer(decode_order(message)))

@@ -1,8 +1,8 @@
-"""The seam to whatever runs the ranks' processes: Ray (``backend.py``), or threads in tests.
+"""``Backend``: the interface to the system that runs the processes: Ray (``ray_backend``), or threads in tests.
 
-seat         a place for one rank: a GPU, or a CPU slot; numbered from 0
-worker       the process on a seat; when it has died, another may be hired for the same seat
-controller   a process on no seat, which decides where experts should live; when it has died, another may be hired
+bundle       a place for one rank: a GPU, or a CPU slot; numbered from 0
+worker       the process on a bundle; after its death, another can be started on the same bundle
+controller   a process without a bundle, which plans placements; after its death, another can be started
 """
 
 from __future__ import annotations
@@ -11,105 +11,105 @@ from typing import Protocol
 
 
 class WorkerDied(Exception):
-    """A worker's or the controller's process is gone, as far as can be told; the message says why, if that is known."""
+    """A worker's or the controller's process has ended, or is taken for dead; the message says why, if that is known."""
 
 
 class WorkerHandle(Protocol):
-    """One worker's process. It handles messages of ``rank.py``."""
+    """One worker's process. Its messages are those of ``messages/rank.py``."""
 
-    seat: int
+    bundle: int
 
     @property
     def where(self) -> str:
         """Node and process, for people: "node 10.0.0.2, pid 4711"."""
 
     async def command(self, message: bytes) -> bytes:
-        """Send a command, which the worker answers at once whatever it is doing.
+        """Send a command; returns the answer, which comes at once, even from a busy worker.
 
         Raises:
-            WorkerDied: it never will.
+            WorkerDied: there is no answer.
         """
 
     async def events(self) -> bytes:
-        """Wait for what happens next; for ever, if nothing does.
+        """Wait for the next batch of events, without a deadline.
 
         Raises:
-            WorkerDied: nothing will.
+            WorkerDied: there will be none.
         """
 
     def kill(self) -> None:
-        """End the process even if it was stopped; soon, without waiting for it. Twice is once."""
+        """End the process soon, even if it was stopped, without waiting. A second call does nothing."""
 
 
 class ControllerHandle(Protocol):
-    """The controller's process. It takes the orders of ``controller.py``, one after the other."""
+    """The controller's process. Its messages are those of ``messages/controller.py``."""
 
     @property
     def where(self) -> str:
         """Node and process, for people."""
 
     async def call(self, message: bytes) -> bytes:
-        """Give an order; returns what is answered, which may take as long as planning does.
+        """Send an order; returns the reply, which may take as long as planning does.
 
         Raises:
-            WorkerDied: there will be no answer.
+            WorkerDied: there is no reply.
         """
 
     def kill(self) -> None:
-        """End the process even if it was stopped; soon, without waiting for it. Twice is once."""
+        """End the process soon, even if it was stopped, without waiting. A second call does nothing."""
 
 
 class Backend(Protocol):
-    """Seats on the nodes of a cluster, and the processes on them."""
+    """Bundles on the nodes of a cluster, and the processes on them."""
 
     async def open(self, ranks: int | None) -> int:
-        """Reserve the seats 0 to ``ranks`` - 1; returns how many.
+        """Reserve the bundles 0 to ``ranks`` - 1; returns their number.
 
         Args:
-            ranks: None for one on every GPU, or a single one if there is none.
+            ranks: None for one on every GPU, or a single one if there is no GPU.
 
         Raises:
-            ClusterError: nodes lack devices, or the model, or don't answer; with what to do about it.
+            ClusterError: nodes lack devices, or the model, or don't answer; the message says what to do.
         """
 
     async def resize(self, ranks: int) -> None:
-        """Reserve further seats, or give the last ones back, whose workers are gone.
+        """Reserve further bundles, or release the last ones, whose workers have ended.
 
         Raises:
-            ClusterError: as ``open``; the seats are as before.
+            ClusterError: as ``open``; the bundles are unchanged.
         """
 
-    async def hire(self, seat: int) -> WorkerHandle:
-        """Start a worker on a free seat; returns when it answers.
-
-        Raises:
-            WorkerDied: it didn't come up.
-            ClusterError: the seat's node is gone, and no other has room.
-        """
-
-    async def hire_controller(self) -> ControllerHandle:
-        """Start a controller, which knows nothing; returns when it answers. It takes no seat.
+    async def start_worker(self, bundle: int) -> WorkerHandle:
+        """Start a worker on a free bundle; returns when it answers.
 
         Raises:
             WorkerDied: it didn't come up.
-            ClusterError: there is no place for it.
+            ClusterError: the bundle's node is gone, and no other has room.
         """
 
-    async def neighbours(self, seat: int) -> int:
-        """How many seats the node of this one has, itself included: they share the node's RAM."""
+    async def start_controller(self) -> ControllerHandle:
+        """Start a controller, without a group; returns when it answers.
+
+        Raises:
+            WorkerDied: it didn't come up.
+            ClusterError: no node has room for it.
+        """
+
+    async def neighbours(self, bundle: int) -> int:
+        """The number of bundles on this one's node, itself included: they share the node's RAM."""
 
     async def lost(self) -> str:
-        """Wait until all workers, the controller and the seats are gone at once, by no act of ours; returns why, for people.
+        """Wait until all bundles and processes are lost at once, through no call of ours; returns the reason, for people.
 
-        For ever, if that doesn't happen. From the moment when it returns nothing works but ``reopen`` and ``close``.
+        From then on only ``reopen`` and ``close`` work.
         """
 
     async def reopen(self, ranks: int) -> None:
-        """After ``lost``: wait until seats can be had again, and reserve as many, from 0 on.
+        """After ``lost``: wait until bundles can be reserved again, and reserve those from 0 to ``ranks`` - 1.
 
         Raises:
-            ClusterError: that failed; it may be called again.
+            ClusterError: that failed; it can be called again.
         """
 
     async def close(self) -> None:
-        """End all processes and give all seats back. Never raises."""
+        """End all processes and release all bundles. Never raises."""

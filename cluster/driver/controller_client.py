@@ -1,12 +1,12 @@
-"""The driver's side of the controller: keeps one alive, tells it what the ranks measure, and takes its decisions to them.
+"""``ControllerClient``: the driver's side of the controller. Keeps one alive, and carries messages between it and the ranks.
 
-Everything here runs in the supervisor's thread, beside it: nothing that requests wait for waits for this. Whatever happens to
-a controller, the ranks keep the placement that they have, and another is hired:
+It runs in the supervisor's thread, and no request waits for it. While there is no controller, the ranks keep their placement:
 
-    hire -> the group's survey, by a rank (``Attach``) -> windows, one order at a time -> lost -> hire again, later and later
+    start a controller -> the group's state, from a rank -> ``Attach`` -> load reports, one order at a time -> lost -> start
+    another, with growing pauses
 
-What ranks measure is never queued without bound: while the controller is busy, windows of two numbers wait at most, and later
-ones are dropped, on all ranks alike.
+Load reports are never queued without bound: while the controller is busy, those of at most two windows wait, and later windows
+are dropped, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from typing import NoReturn, Protocol
 import msgspec
 
 from cluster.driver.backend import Backend, ControllerHandle, WorkerDied
-from cluster.driver.loop_thread import Pulse
-from cluster.driver.workers import LiveWorker
+from cluster.driver.loop_thread import Notifier
+from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
 from cluster.messages.controller import (
     Attach,
     Explain,
     Explanation,
     Freeze,
-    LoadReport,
-    LoadReports,
+    Learn,
     Order,
     Rebalance,
     Reply,
     decode_reply,
     encode,
 )
-from cluster.messages.placement import GetResidency, Residency, SetPlacement, WindowReport
+from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from cluster.messages.rank import Command
 
 logger = logging.getLogger("epslots.cluster")
 
 ABSENT = "absent"
 ANSWER_S = 60.0
-"""In which a controller answers. Planning for a thousand ranks takes about one."""
+"""Deadline of a reply. Planning for a thousand ranks takes about one second."""
 _BACKOFF_S = 1.0  # before the second attempt; doubled each time
 _MOST_BACKOFF_S = 30.0
-_MOST_FAILURES = 3  # in a row, until whoever asks something is told that there is no controller
-_MOST_WAITING = 2  # windows, by number
+_MOST_FAILURES = 3  # in a row, until callers get an error instead of a wait
+_MOST_WAITING = 2  # windows
 
 
-class RankCalls(Protocol):
-    """The group, as far as it is needed here."""
+class Ranks(Protocol):
+    """The group, as far as the controller client uses it."""
 
     epoch: int
     formed: bool
-    placement: bytes | None
-    """What they begin with if all of them are replaced."""
 
     @property
-    def members(self) -> list[LiveWorker]:
+    def members(self) -> list[WorkerRecord]:
         """Its ranks, in order."""
+
+    def keep_placement(self, placement: bytes) -> None:
+        """Begin with this placement if all ranks are replaced at once."""
 
 
 @dataclass(frozen=True)
@@ -70,135 +70,144 @@ class ControllerStats:
     """The controller, as the driver knows it.
 
     Attributes:
-        state: what it was about when it last answered: "waiting" for a group, "watching" windows, "moving" to a placement,
-            "frozen"; "absent" while there is none.
-        where: node and process; empty while there is none.
+        state: in its last reply: "waiting" for a group, "watching" the load, "moving" to a placement, or "frozen"; "absent"
+            while there is no controller.
+        where: node and process; empty while there is no controller.
         placement: version of the newest placement.
-        hired: how many there have been.
-        windows_dropped: messages with windows that were given up by the driver, because the controller was busy or absent.
-        refused: placements that a rank could not follow.
+        started: number of controllers that were started so far.
+        windows_dropped: load reports that the driver dropped, because the controller was busy or absent.
+        refused: placements that a rank rejected.
     """
 
     state: str
     where: str
     placement: int
-    hired: int
+    started: int
     windows_dropped: int
     refused: int
 
 
 @dataclass(eq=False)
 class _Question:
-    """An order that somebody waits for."""
+    """An order whose reply a caller waits for."""
 
     order: Order
     answer: asyncio.Future[Reply]
 
 
 class ControllerClient:
-    """Has a controller steer the ranks.
+    """Keeps a controller that plans the ranks' placement.
 
     Args:
         ranks: the group.
         send: sends a command to a rank, in the background and in order.
 
     Attributes:
-        frozen: whether the controller is to publish nothing by itself.
+        frozen: the controller is to publish nothing unasked.
     """
 
-    def __init__(self, fleet: Backend, ranks: RankCalls, send: Callable[[Hashable, Command], None]) -> None:
-        self._fleet, self._ranks, self._send = fleet, ranks, send
-        self._pulse = Pulse()
+    def __init__(self, backend: Backend, ranks: Ranks, send: Callable[[Hashable, Command], None]) -> None:
+        self._backend, self._ranks, self._send = backend, ranks, send
+        self._changes = Notifier()
         self._controller: ControllerHandle | None = None
         self._state = ABSENT
         self._newest = -1
-        """Highest version of a placement that was seen. It outlives controllers, as the ranks' own do."""
+        """Highest version of a placement that was seen. It outlives controllers, as the ranks' placement does."""
         self._offered: SetPlacement | None = None
-        """The last that the group's ranks were told."""
-        self._hired = self._failures = 0
-        self._told = -1
-        """The group that the controller was told of."""
+        """The last placement that was sent to the group's ranks."""
+        self._started = self._failures = 0
+        self._attached = -1
+        """Epoch of the group that the controller serves."""
         self._questions: deque[_Question] = deque()
         self._waiting: dict[int, list[LoadReport]] = {}
+        """Load reports for the controller, by the window's number."""
         self._dropped = self._dropped_before = self._refused = 0
-        self._surveys = 0
-        self._surveyed: Residency | None = None
+        self._states_asked = 0
+        self._group_state: GroupState | None = None
+        """The answer to the last ``GetGroupState``, once it is there."""
         self.frozen = False
 
-    # What the supervisor tells, and asks. None of it waits.
+    # Calls of the supervisor. None of them waits.
 
     def begin(self) -> None:
-        """The group stands, maybe with other ranks."""
+        """The group has formed, maybe with other ranks."""
         self._waiting.clear()
         self._offered = None
-        self._pulse.beat()
+        self._changes.notify()
 
-    def hear(self, worker: LiveWorker, windowed: WindowReport) -> None:
-        """A rank has told of a window."""
-        ranks = self._ranks
-        if windowed.group != ranks.epoch or not ranks.formed:
+    def take(self, worker: WorkerRecord, event: LoadReport | GroupState | PlacementRejected) -> None:
+        """Take a rank's event."""
+        match event:
+            case LoadReport():
+                self.take_report(event)
+            case GroupState():
+                self.take_group_state(event)
+            case PlacementRejected(cause):
+                self.take_rejection(worker, cause)
+
+    def take_report(self, report: LoadReport) -> None:
+        """Queue a rank's load report for the controller, or drop it."""
+        if report.epoch != self._ranks.epoch or not self._ranks.formed:
             return
-        if self._controller is None or (windowed.number not in self._waiting and len(self._waiting) == _MOST_WAITING):
+        if self._controller is None or (report.number not in self._waiting and len(self._waiting) == _MOST_WAITING):
             self._dropped += 1
             return
-        heard = self._waiting.setdefault(windowed.number, [])
-        if len(heard) < len(ranks.members):
-            heard.append(LoadReport(worker.rank, windowed.number, windowed.window))
-        self._pulse.beat()
+        reports = self._waiting.setdefault(report.number, [])
+        if len(reports) < len(self._ranks.members):
+            reports.append(report)
+        self._changes.notify()
 
-    def stand(self, surveyed: Residency) -> None:
-        """A rank has told how things stand."""
-        if surveyed.number == self._surveys:
-            self._surveyed = surveyed
-            self._pulse.beat()
+    def take_group_state(self, state: GroupState) -> None:
+        """Take a rank's answer to the last ``GetGroupState``."""
+        if state.number == self._states_asked:
+            self._group_state = state
+            self._changes.notify()
 
-    def refuse(self, worker: LiveWorker, cause: str) -> None:
-        """A rank can't follow a placement."""
+    def take_rejection(self, worker: WorkerRecord, cause: str) -> None:
+        """A rank can't follow a placement: attach the group anew, because the controller believes that it is followed."""
         self._refused += 1
         logger.warning("%s does not follow a placement: %s", worker.name, cause)
-        # The controller believes that it is followed: it is told anew how things stand.
-        self._offered, self._told = None, -1
-        self._pulse.beat()
+        self._offered, self._attached = None, -1
+        self._changes.notify()
 
     def fail(self, error: ClusterError) -> None:
-        """Whoever has asked something is told that there will be no answer."""
+        """Raise an error in all calls that wait for a reply."""
         questions, self._questions = self._questions, deque()
         for question in questions:
             if not question.answer.done():
                 question.answer.set_exception(error)
 
     def stats(self) -> ControllerStats:
-        """What is known of the controller now."""
-        there = self._controller
+        """The present state and counters."""
         return ControllerStats(
             state=self._state,
-            where="" if there is None else there.where,
+            where="" if self._controller is None else self._controller.where,
             placement=self._newest,
-            hired=self._hired,
+            started=self._started,
             windows_dropped=self._dropped,
             refused=self._refused,
         )
 
-    # What users ask.
+    # Calls of users.
 
     async def explain(self) -> Explanation:
-        """Why the placement is what it is.
+        """The controller's explanation of the present placement.
 
         Raises:
-            ClusterError: there is no controller, and none could be had.
+            ClusterError: there is no controller, and none could be started.
         """
         return _explanation(await self._ask(Explain()))
 
     async def rebalance(self) -> Explanation:
-        """Plan now; returns what came of it, when the ranks were told.
+        """Plan now; returns the explanation when the ranks were sent the placement, if there is a better one.
 
         Raises:
-            ClusterError: there is no controller, and none could be had.
+            ClusterError: there is no controller, and none could be started.
         """
         return _explanation(await self._ask(Rebalance()))
 
     async def freeze(self, frozen: bool) -> None:
-        """From the return on nothing is published unasked; or it is again. A controller that is hired later knows."""
+        """Have this and later controllers publish nothing unasked from the return on, or allow it again."""
         self.frozen = frozen
         if self._controller is not None:
             with suppress(ClusterError):
@@ -207,7 +216,7 @@ class ControllerClient:
     async def _ask(self, order: Order) -> Reply:
         question = _Question(order, asyncio.get_running_loop().create_future())
         self._questions.append(question)
-        self._pulse.beat()
+        self._changes.notify()
         try:
             return await question.answer
         finally:
@@ -216,17 +225,17 @@ class ControllerClient:
 
     # The controller.
 
-    async def keep_steered(self) -> None:
-        """Have a controller, for ever."""
+    async def keep_controller(self) -> None:
+        """Start a controller, and another one whenever it is lost; never returns."""
         while True:
-            await self._pulse.until(lambda: self._ranks.formed)
-            cause = await self._hire_and_serve()
+            await self._changes.wait_for(lambda: self._ranks.formed)
+            cause = await self._start_and_serve()
             self._failures += 1
-            self._controller, self._state, self._told = None, ABSENT, -1
+            self._controller, self._state, self._attached = None, ABSENT, -1
             self._waiting.clear()
             if self._failures.bit_count() == 1:  # it may go on for days
                 logger.warning(
-                    "the controller: %s. The ranks keep their placement; another is hired (failures in a row: %d)",
+                    "the controller: %s. The ranks keep their placement; another is started (failures in a row: %d)",
                     cause,
                     self._failures,
                 )
@@ -236,18 +245,18 @@ class ControllerClient:
                 doublings = min(self._failures - 2, 10)
                 await asyncio.sleep(min(_MOST_BACKOFF_S, _BACKOFF_S * 2**doublings))
 
-    async def _hire_and_serve(self) -> str:
-        """One controller, from its beginning to its end; returns why it ended. No error in here ends anything else."""
+    async def _start_and_serve(self) -> str:
+        """Run one controller from its start to its end; returns the reason of its end. No error leaves this."""
         handle = None
         try:
-            handle = await self._fleet.hire_controller()
-            self._hired += 1
+            handle = await self._backend.start_controller()
+            self._started += 1
             self._controller = handle
             await self._serve(handle)
         except (WorkerDied, ClusterError) as error:
             return str(error) if handle is None else f"{handle.where} is lost: {error}"
         except msgspec.MsgspecError as error:
-            return f"what it answers can't be read: {error}"
+            return f"its reply can't be read: {error}"
         except Exception as error:
             logger.exception("a bug in the controller client")
             return f"a bug: {error!r}"
@@ -256,73 +265,80 @@ class ControllerClient:
                 handle.kill()
 
     async def _serve(self, handle: ControllerHandle) -> NoReturn:
-        """Give a controller one order after the other."""
+        """Send a controller one order after the other: first ``Attach``, then users' orders, then load reports."""
         while True:
-            await self._pulse.until(lambda: self._ranks.formed and bool(self._must_meet() or self._questions or self._waiting))
-            if self._must_meet():
-                await self._meet(handle)
+            await self._changes.wait_for(
+                lambda: self._ranks.formed and bool(self._must_attach() or self._questions or self._waiting)
+            )
+            if self._must_attach():
+                await self._attach(handle)
             elif self._questions:
-                question = self._questions[0]
-                reply = await self._call(handle, question.order)
-                if question in self._questions:  # else nobody waits for it any more
-                    self._questions.remove(question)
-                    if not question.answer.done():  # given up, and about to say so
-                        question.answer.set_result(reply)
+                await self._answer(handle, self._questions[0])
             else:
-                waiting, self._waiting = self._waiting, {}
-                dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped
-                windows = tuple(heard for windows in waiting.values() for heard in windows)
-                reply = await self._call(handle, LoadReports(self._told, windows, dropped))
-                if reply.windows:  # a complete one: it has planned, and lives
-                    self._failures = 0
+                await self._send_reports(handle)
 
-    def _must_meet(self) -> bool:
-        return self._told != self._ranks.epoch
+    def _must_attach(self) -> bool:
+        return self._attached != self._ranks.epoch
 
-    async def _meet(self, handle: ControllerHandle) -> None:
-        """Introduce the group: a rank is asked how things stand, because a placement may be carried over, or on its way."""
+    async def _attach(self, handle: ControllerHandle) -> None:
+        """Attach the group, with its state from one of its ranks: a placement may be carried over, or on its way."""
         epoch = self._ranks.epoch
-        self._surveys += 1
-        self._surveyed = None
-        self._send(self._ranks.members[0], GetResidency(self._surveys))
-        await self._pulse.until(lambda: self._surveyed is not None or self._ranks.epoch != epoch or not self._ranks.formed)
-        surveyed = self._surveyed
-        if surveyed is None or surveyed.group != self._ranks.epoch:
-            return
-        self._ranks.placement = surveyed.placement
-        offered = None if self._offered is None else self._offered.placement
-        await self._call(
-            handle, Attach(survey=surveyed, offered=offered, published=self._newest, frozen=self.frozen), meets=epoch
+        self._states_asked += 1
+        self._group_state = None
+        self._send(self._ranks.members[0], GetGroupState(self._states_asked))
+        await self._changes.wait_for(
+            lambda: self._group_state is not None or self._ranks.epoch != epoch or not self._ranks.formed
         )
+        state = self._group_state
+        if state is None or state.epoch != self._ranks.epoch:
+            return
+        self._ranks.keep_placement(state.placement)
+        offered = None if self._offered is None else self._offered.placement
+        order = Attach(group=state, offered=offered, published=self._newest, frozen=self.frozen)
+        await self._call(handle, order, attaches=epoch)
 
-    async def _call(self, handle: ControllerHandle, order: Order, *, meets: int | None = None) -> Reply:
-        """An order's answer; what it decides is taken to the ranks."""
+    async def _answer(self, handle: ControllerHandle, question: _Question) -> None:
+        reply = await self._call(handle, question.order)
+        if question in self._questions:  # else its caller gave up
+            self._questions.remove(question)
+            if not question.answer.done():  # its caller is giving up just now
+                question.answer.set_result(reply)
+
+    async def _send_reports(self, handle: ControllerHandle) -> None:
+        waiting, self._waiting = self._waiting, {}
+        dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped
+        reply = await self._call(handle, Learn(tuple(report for reports in waiting.values() for report in reports), dropped))
+        if reply.windows:  # the controller has learned from a complete window, and lives
+            self._failures = 0
+
+    async def _call(self, handle: ControllerHandle, order: Order, *, attaches: int | None = None) -> Reply:
+        """The reply to an order; its placement is sent to the ranks. ``attaches``: the epoch that ``Attach`` is about."""
         try:
             async with asyncio.timeout(ANSWER_S):
                 reply = decode_reply(await handle.call(encode(order)))
         except TimeoutError:
             raise WorkerDied(f"it did not answer within {ANSWER_S:g} s") from None
-        self._told = self._told if meets is None else meets
+        self._attached = self._attached if attaches is None else attaches
         self._state = str(reply.state)
-        if reply.place is not None:
-            self._relay(reply.place)
-        self._newest = max(self._newest, reply.placement)
+        if reply.set_placement is not None:
+            self._publish(reply.set_placement)
+        self._newest = max(self._newest, reply.version)
         return reply
 
-    def _relay(self, place: SetPlacement) -> None:
-        """Tell all ranks. One that has been lost meanwhile, or a group that breaks, is told of by the next survey."""
+    def _publish(self, place: SetPlacement) -> None:
+        """Send a placement to all ranks. If one is lost meanwhile, or the group breaks, the next ``Attach`` has its state."""
         if place.version <= self._newest:
             raise ClusterError(f"it published placement {place.version} after {self._newest}")
-        if place.group != self._ranks.epoch or not self._ranks.formed:
+        if place.epoch != self._ranks.epoch or not self._ranks.formed:
             return
         logger.info("placement %d is published", place.version)
         self._offered = place
-        self._ranks.placement = place.placement
+        self._ranks.keep_placement(place.placement)
         for worker in self._ranks.members:
             self._send(worker, place)
 
 
 def _explanation(reply: Reply) -> Explanation:
     if reply.explanation is None:
-        raise ClusterError("the controller did not explain itself")
+        raise ClusterError("the controller's reply has no explanation")
     return reply.explanation

@@ -1,4 +1,4 @@
-"""An asyncio loop in a thread of its own, and the ways in from other threads and between its coroutines."""
+"""An asyncio loop in a thread of its own; how other threads call into it, and how its coroutines wait for each other."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ logger = logging.getLogger("epslots.cluster")
 CLOSED = "the cluster was closed"
 FORKED = "this cluster was made before a fork: only the process that made it can use it"
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 class LoopThread:
-    """Runs coroutines; its thread starts at once and ends with ``end``.
+    """Runs coroutines. The thread starts at once, and ends with ``end``.
 
     Attributes:
-        on_bug: called in the thread with what a callback or a spawned coroutine raised, which nobody else would hear of.
+        on_bug: called in the thread with an exception that a callback or a spawned coroutine raised, and no caller gets.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,7 +37,7 @@ class LoopThread:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         self._entry = threading.Lock()
-        """Nothing comes in after the end."""
+        """Held to call into the loop, so that no call comes after the end."""
         self._ended = False
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
@@ -49,26 +49,26 @@ class LoopThread:
 
     @property
     def forked(self) -> bool:
-        """Whether this is a child of the process that has the thread: a fork copies no threads, and locks as they are held."""
+        """Whether this process is a forked child, which has no such thread, and locks in any state."""
         return os.getpid() != self._pid
 
     def check_process(self) -> None:
-        """Refuse to go on in a forked child, where every wait would be for ever.
+        """Refuse to go on in a forked child, where every wait would last for ever.
 
         Raises:
-            ClusterError: this is one.
+            ClusterError: this is a forked child.
         """
         if self.forked:
             raise ClusterError(FORKED)
 
-    def begin(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """From another thread: have a coroutine run.
+    def begin(self, work: Coroutine[Any, Any, Value]) -> Future[Value]:
+        """From another thread: start a coroutine.
 
         Raises:
             ClusterError: the thread has ended, or this is a forked child.
         """
 
-        async def tracked() -> Result:
+        async def tracked() -> Value:
             task = asyncio.current_task()
             assert task is not None
             self._calls.add(task)
@@ -86,8 +86,8 @@ class LoopThread:
         work.close()
         raise ClusterError(CLOSED)
 
-    def wait(self, work: Future[Result]) -> Result:
-        """From another thread: wait for the result of what was begun. If the waiting is interrupted, it is cancelled.
+    def wait(self, work: Future[Value]) -> Value:
+        """From another thread: the result of a coroutine that ``begin`` started. An interrupted wait cancels it.
 
         Raises:
             ClusterError: the thread ends before that.
@@ -100,12 +100,12 @@ class LoopThread:
             work.cancel()
             raise
 
-    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """From another thread: run a coroutine, and wait for its result."""
+    def call(self, work: Coroutine[Any, Any, Value]) -> Value:
+        """From another thread: run a coroutine, and return its result."""
         return self.wait(self.begin(work))
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
-        """From another thread: have a function called, soon.
+        """From another thread: call a function soon, in order.
 
         Raises:
             ClusterError: the thread has ended, or this is a forked child.
@@ -117,7 +117,7 @@ class LoopThread:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def hint(self, function: Callable[..., object], *arguments: object) -> None:
-        """From anywhere, finalizers included: have a function called soon. Nothing happens after the end or in a forked child.
+        """From anywhere, finalizers included: call a function soon. Does nothing after the end or in a forked child.
 
         It takes no lock, because garbage is collected while any lock may be held.
         """
@@ -125,8 +125,8 @@ class LoopThread:
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(function, *arguments)
 
-    def settle(self) -> None:
-        """From another thread: wait until all that came in before has been called.
+    def flush(self) -> None:
+        """From another thread: wait until all earlier calls of ``tell`` and ``hint`` were carried out.
 
         Raises:
             ClusterError: the thread has ended, or this is a forked child.
@@ -134,7 +134,7 @@ class LoopThread:
         self.call(asyncio.sleep(0))
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
-        """From the loop's thread: run a coroutine beside. What it raises is a bug, and told."""
+        """From the loop's thread: run a coroutine in the background. An exception of it is a bug, and goes to ``on_bug``."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
 
@@ -148,14 +148,14 @@ class LoopThread:
         return task
 
     async def cancel_all(self) -> None:
-        """Cancel what was spawned, and wait until it has ended."""
+        """Cancel all spawned coroutines, and wait until they have ended."""
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def end(self) -> None:
-        """From another thread: end the thread, when all that came in before has been called. Twice is once."""
+        """From another thread: end the thread after all earlier calls. A second call does nothing."""
         with self._entry:
             if self._ended:
                 return
@@ -165,7 +165,7 @@ class LoopThread:
         self._loop.close()
 
     async def _finish(self) -> None:
-        """Tell those who still wait, and stop."""
+        """Cancel the calls that still wait, and stop the loop."""
         waiting = list(self._calls)
         for task in waiting:
             task.cancel()
@@ -173,27 +173,27 @@ class LoopThread:
         self._loop.stop()
 
     def _handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What asyncio would only write to a log."""
+        """Pass exceptions of callbacks to ``on_bug``; asyncio would only log them."""
         loop.default_exception_handler(context)
         if "handle" in context and context.get("exception") is not None:  # of a callback
             self.on_bug(context["exception"])
 
 
-class Pulse:
-    """Wakes all coroutines that wait for a condition to become true, whoever changes it. Of one loop's thread."""
+class Notifier:
+    """Wakes coroutines that wait for conditions, as ``threading.Condition`` wakes threads. For one loop's thread."""
 
     def __init__(self) -> None:
         self._waiting: list[asyncio.Future[None]] = []
 
-    def beat(self) -> None:
-        """Something has changed."""
+    def notify(self) -> None:
+        """Have all waiting coroutines look at their conditions again."""
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():
                 future.set_result(None)
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait for a condition; whether it became true in time."""
+    async def wait_for(self, condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait until a condition holds; returns False if it doesn't in time."""
         loop = asyncio.get_running_loop()
         ends = None if timeout_s is None else loop.time() + timeout_s
         while not condition():

@@ -1,51 +1,53 @@
-"""Requests on their way between those who call and the ranks: who serves what (``scheduler.py``), and what comes back.
+"""``RequestRouter``: carries requests from callers to ranks, and ranks' outputs back to callers.
 
-Runs in the supervisor's thread. It sends commands and takes outputs, and knows nothing of processes and groups.
+It runs in the supervisor's thread, sends commands and takes outputs, and knows nothing of processes and groups.
+``scheduler.py`` decides which rank gets which request.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.driver.scheduler import IdleTracker, RankLoad, Scheduler
+from cluster.driver.scheduler import IdleTracker, RankCapacity, ScheduledRequest, Scheduler
 from cluster.errors import ClusterError
 from cluster.messages.rank import Cancel, Command, Submit, Wake
 from epslots.engine.requests import Output, Reason, Request
 from epslots.engine.text import TextStream
 
-# How long a request waits for others: ranks that get many in one message need fewer steps than if each began one more.
+# A request waits this long for others: ranks that get many in one message need fewer steps than if each began one more.
 _TOGETHER_S = 0.005
 
 
 class Caller(Protocol):
-    """Whoever waits for a request. Called from the supervisor's thread, and returns at once."""
+    """The receiver of a request's tokens. Called from the supervisor's thread, and returns at once."""
 
     def arrive(self, tokens: Sequence[int], reason: Reason | None, error: str | None) -> None:
-        """More tokens; and why there will be no others, if so."""
+        """Take new tokens, and at the end the reason for it."""
 
     def fail(self, error: ClusterError) -> None:
-        """The cluster can't go on."""
+        """Take the cluster's failure as the end."""
 
 
 @dataclass(eq=False)
 class _Call:
+    """A request's receiver, and the stream that finds stop strings, if the request has some."""
+
     caller: Caller
-    watch: TextStream | None
-    """Looks for stop strings, if there are any."""
+    stop_stream: TextStream | None
 
 
 class RequestRouter:
-    """Hands requests to ranks.
+    """Sends requests to ranks, and outputs to callers.
 
     Args:
         send: sends a command to a rank, in the background and in order.
-        tokenizer: gives what to find stop strings with; asked when a request has some.
+        tokenizer: returns the tokenizer; called for requests with stop strings.
     """
 
     def __init__(
@@ -53,128 +55,147 @@ class RequestRouter:
     ) -> None:
         self._send = send
         self._tokenizer = tokenizer
-        self._ledger = Scheduler()
-        self._alarm = IdleTracker()
+        self._scheduler = Scheduler()
+        self._idle = IdleTracker()
         self._calls: dict[str, _Call] = {}
-        self._rooms: dict[Hashable, RankLoad] = {}
+        self._capacities: dict[Hashable, RankCapacity] = {}
         self._paused = True
-        self._planned = False
+        self._assignment_due = False
 
     @property
     def queued(self) -> int:
         """Requests that wait for a rank."""
-        return self._ledger.queued
+        return self._scheduler.queued
 
     @property
     def unfinished(self) -> int:
         """Requests that wait or run."""
-        return len(self._ledger)
+        return len(self._scheduler)
 
     def count_served(self, worker: Hashable) -> int:
-        """Requests that a rank has."""
-        return len(self._ledger.served_by(worker))
+        """The number of a rank's requests."""
+        return len(self._scheduler.served_by(worker))
+
+    # Requests.
 
     def submit(self, request: Request, caller: Caller, stop: Sequence[str]) -> None:
-        """Take a request, which has been checked."""
-        watch = None
+        """Take a checked request, with the strings that end its text."""
+        stop_stream = None
         if stop:
             tokenizer = self._tokenizer()
             assert tokenizer is not None, "the request was checked"
-            watch = TextStream(tokenizer, stop)
-        self._calls[request.id] = _Call(caller, watch)
-        self._ledger.add(request)
-        self._plan()
+            stop_stream = TextStream(tokenizer, stop)
+        self._calls[request.id] = _Call(caller, stop_stream)
+        self._scheduler.add(request)
+        self._assign_soon()
 
     def cancel(self, id: str) -> None:
-        """The caller wants no more of a request; one that is done is no error."""
+        """End a request for its caller; does nothing if it is done."""
         call = self._calls.pop(id, None)
         if call is not None:
-            self._stop(id)
+            self._cancel_on_rank(id)
             call.caller.arrive((), "cancelled", None)
 
-    def _stop(self, id: str) -> None:
-        worker = self._ledger.end(id)
+    def _cancel_on_rank(self, id: str) -> None:
+        worker = self._scheduler.end(id)
         if worker is not None:
             self._send(worker, Cancel((id,)))
 
-    def begin(self, epoch: int) -> None:
-        """A epoch is about to form. Its ranks may fall asleep before all of them have said that they stand."""
-        self._alarm.begin(epoch)
-
-    def serve(self, rooms: dict[Hashable, RankLoad]) -> None:
-        """The group stands: these are its ranks, in order."""
-        self._rooms = dict(rooms)
-        self._paused = False
-        self._plan()
-
-    def pause(self) -> None:
-        """The group is broken: give nothing away until ``serve``."""
-        self._paused = True
-
-    def take(self, worker: Hashable, outputs: Sequence[Output]) -> None:
-        """What a rank says of its requests."""
-        for output in outputs:
-            entry = self._ledger.count(worker, output)
-            call = self._calls.get(output.id)
-            if entry is None or call is None:
-                continue
-            tokens, reason = output.tokens, output.reason
-            if call.watch is not None:
-                call.watch.push(tokens)
-                if call.watch.stopped_after is not None:
-                    before = len(entry.tokens) - len(tokens)
-                    tokens, reason = tuple(entry.tokens[before : call.watch.stopped_after]), "stop"
-                    if not output.finished:
-                        self._stop(output.id)
-            if reason is not None:
-                del self._calls[output.id]
-            elif not tokens:
-                continue
-            call.caller.arrive(tokens, reason, output.error)
-        if any(output.finished for output in outputs):
-            self._plan()
-
-    def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
-        """A rank says that nobody had work."""
-        self._alarm.fell_asleep(worker, epoch, step)
-        self._wake()
-
-    def lose(self, worker: Hashable, *, blame: bool, cause: str) -> int:
-        """A rank is gone; returns how many requests are moved."""
-        self._rooms.pop(worker, None)
-        moved, given_up = self._ledger.release(worker, blame=blame)
-        for entry in given_up:
-            call = self._calls.pop(entry.request.id)
-            message = f"{entry.losses} ranks were lost while they served this request, none got on; the last one: {cause}"
-            call.caller.arrive((), "error", message)
-        self._plan()
-        return len(moved)
-
     def fail(self, error: ClusterError) -> None:
-        """Nothing can be served any more."""
-        self._ledger.clear()
+        """End all requests with an error."""
+        self._scheduler.clear()
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.caller.fail(error)
 
-    def _plan(self) -> None:
-        """Give requests away soon, once for all that come in together."""
-        if not self._planned and not self._paused:
-            self._planned = True
-            asyncio.get_running_loop().call_later(_TOGETHER_S, self._give)
+    # The group.
 
-    def _give(self) -> None:
-        self._planned = False
+    def begin(self, epoch: int) -> None:
+        """A new epoch is about to form. Its ranks may fall asleep before all of them have reported ``Formed``."""
+        self._idle.begin(epoch)
+
+    def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
+        """The group has formed: assign requests to these ranks, given in the order of their numbers."""
+        self._capacities = dict(capacities)
+        self._paused = False
+        self._assign_soon()
+
+    def pause(self) -> None:
+        """The group is broken: assign no request until ``serve``."""
+        self._paused = True
+
+    def lose(self, worker: Hashable, *, blame: bool, cause: str) -> int:
+        """A rank is lost; returns the number of its requests that move to others.
+
+        Args:
+            blame: its requests may be the reason.
+            cause: why it is lost, for people.
+        """
+        self._capacities.pop(worker, None)
+        moved, given_up = self._scheduler.release(worker, blame=blame)
+        for entry in given_up:
+            call = self._calls.pop(entry.request.id)
+            message = (
+                f"given up after {entry.losses} ranks in a row were lost while they served this request, without a token in "
+                f"between; it may be the reason. The last loss: {cause}"
+            )
+            call.caller.arrive((), "error", message)
+        self._assign_soon()
+        return len(moved)
+
+    # Events of ranks.
+
+    def take(self, worker: Hashable, outputs: Sequence[Output]) -> None:
+        """Take a rank's outputs."""
+        for output in outputs:
+            entry = self._scheduler.count(worker, output)
+            call = self._calls.get(output.id)
+            if entry is not None and call is not None:
+                self._deliver(entry, call, output)
+        if any(output.finished for output in outputs):
+            self._assign_soon()
+
+    def _deliver(self, entry: ScheduledRequest, call: _Call, output: Output) -> None:
+        """Pass an output on to the caller, up to a stop string."""
+        tokens, reason = output.tokens, output.reason
+        if call.stop_stream is not None:
+            call.stop_stream.push(tokens)
+            if call.stop_stream.stopped_after is not None:
+                before = len(entry.tokens) - len(tokens)
+                tokens, reason = tuple(entry.tokens[before : call.stop_stream.stopped_after]), "stop"
+                if not output.finished:
+                    self._cancel_on_rank(output.id)
+        if reason is not None:
+            del self._calls[output.id]
+        elif not tokens:
+            return
+        call.caller.arrive(tokens, reason, output.error)
+
+    def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
+        """A rank reports that no rank had work in this step."""
+        self._idle.fell_asleep(worker, epoch, step)
+        self._wake()
+
+    # Assignment.
+
+    def _assign_soon(self) -> None:
+        """Assign waiting requests soon, once for all that come in together."""
+        if not self._assignment_due and not self._paused:
+            self._assignment_due = True
+            asyncio.get_running_loop().call_later(_TOGETHER_S, self._assign)
+
+    def _assign(self) -> None:
+        self._assignment_due = False
         if self._paused:
             return
-        given = defaultdict(list)
-        for worker, request in self._ledger.assign(self._rooms):
-            given[worker].append(request)
-        for worker, requests in given.items():
+        assigned = defaultdict(list)
+        for worker, request in self._scheduler.assign(self._capacities):
+            assigned[worker].append(request)
+        for worker, requests in assigned.items():
             self._send(worker, Submit(tuple(requests)))
         self._wake()
 
     def _wake(self) -> None:
-        step, sleepers = self._alarm.ring(self._ledger.outstanding)
+        step, sleepers = self._idle.wake(self._scheduler.outstanding)
         for worker in sleepers:
-            self._send(worker, Wake(self._alarm.epoch, step))
+            self._send(worker, Wake(self._idle.epoch, step))

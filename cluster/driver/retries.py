@@ -1,4 +1,4 @@
-"""When something that failed is tried again, and when that is worth a line in the log. Pure: times are given."""
+"""When a failed attempt is repeated, and when its failure is logged. Pure: times are arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Pace:
     Attributes:
         first_s: before the second attempt; doubled with each further failure.
         most_s: the longest wait between two attempts.
-        tell_every_s: between two messages about the same trouble.
+        tell_every_s: between two log messages about one row of failures.
     """
 
     first_s: float = 1.0
@@ -22,12 +22,12 @@ class Pace:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a failure.
+    """The consequences of a failure.
 
     Attributes:
         wait_s: before the next attempt.
-        tell: whether the failure is to be logged.
-        give_up: there is no further attempt.
+        tell: log the failure.
+        give_up: make no further attempt.
     """
 
     wait_s: float
@@ -36,11 +36,10 @@ class Verdict:
 
 
 class Retries:
-    """Attempts at one thing. Without ``give_up_after_s`` they never end.
+    """Counts failures in a row, and decides about the next attempt.
 
     Args:
-        pace: how attempts and messages follow each other.
-        give_up_after_s: seconds from the first failure of a row until the last attempt; None for no end.
+        give_up_after_s: seconds from the first failure of a row to the last attempt; None = no end.
 
     Attributes:
         failures: in a row.
@@ -52,7 +51,7 @@ class Retries:
         self.failures = 0
 
     def failed(self, now_s: float) -> Verdict:
-        """An attempt has failed."""
+        """Note a failed attempt."""
         if not self.failures:
             self._since_s = now_s
         tell = not self.failures or now_s - self._told_s >= self._pace.tell_every_s
@@ -67,5 +66,5 @@ class Retries:
         return Verdict(max(0.0, min(wait_s, left_s)), tell, give_up=left_s <= 0)
 
     def reset(self) -> None:
-        """An attempt has succeeded, or somebody asks for another one now."""
+        """Note a successful attempt, or a call for another attempt now."""
         self.failures = 0

@@ -1,49 +1,54 @@
-"""The books of a cluster's requests: pure decisions about who serves what, and what is moved when a rank is lost.
+"""``Scheduler``: which rank serves which request, and what moves when a rank is lost. Pure decisions.
 
     queued     waits for a rank with room, in the order of arrival
-    assigned   a rank has it; what came of it until now is known here
-    ending     the user has all of it, but the rank doesn't know yet; the rank's last word on it is awaited
+    assigned   a rank has it; its tokens until now are recorded here
+    ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
 
-A request goes to the least loaded rank as soon as one has room for it, and not before: those that wait can go to ranks that
-come later. A rank that is lost gives its requests back. They go to the front of the queue and are started again from their
-prompt and the tokens that had arrived, so nothing that a user has seen changes. A request that was lost with several ranks,
-and got on with none of them, may be what ends them: it is tried alone, and in the end given up.
+A request goes to the least loaded rank as soon as one has room, and not before: a queued request can still go to a rank that
+comes later. The requests of a lost rank return to the front of the queue, and start again from their prompt and the tokens
+that had arrived. A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to
+itself, and in the end is given up.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from epslots.engine.requests import Output, Request
 
-# Ranks in a row that a request may be lost with, without a token in between, before it has one to itself, so that the others
-# aren't blamed if it is the reason; and before it is given up, so that it doesn't go on for ever ending ranks.
 MOST_SHARED_LOSSES = 2
+"""Losses in a row, without a token, after which a request gets a rank to itself: others aren't blamed if it is the reason."""
 MOST_LOSSES = 5
+"""Losses in a row, without a token, after which a request is given up: it doesn't go on ending ranks."""
 
 
 @dataclass(eq=False)
-class Entry:
-    """A request of the cluster, and what came of it."""
+class ScheduledRequest:
+    """A request of the cluster, with its progress.
+
+    Attributes:
+        tokens: generated so far.
+        worker: the rank that serves it; None while it is queued.
+        losses: ranks in a row that were lost while they had it, without a token in between.
+        ending: its user needs no more of it.
+    """
 
     request: Request
     tokens: list[int] = field(default_factory=list)
     worker: Hashable | None = None
-    """Who serves it; None while it is queued."""
     losses: int = 0
-    """Ranks in a row that were lost while they had it, before a token came."""
     ending: bool = False
 
     @property
     def held_tokens(self) -> int:
-        """Tokens that its rank keeps in its cache now."""
+        """Tokens that its rank's cache holds now."""
         return len(self.request.prompt) + len(self.tokens)
 
     @property
     def needed_tokens(self) -> int:
-        """Tokens that its rank may have to keep, and to compute."""
+        """Tokens that its rank may have to hold, and to compute."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
     @property
@@ -52,28 +57,56 @@ class Entry:
         return self.losses >= MOST_SHARED_LOSSES
 
     def rest(self) -> Request:
-        """What is left to do."""
+        """The request for the tokens that are missing."""
         return self.request.after(self.tokens)
 
 
 @dataclass(frozen=True)
-class RankLoad:
-    """What a rank can take.
+class RankCapacity:
+    """The capacity of a rank.
 
     Attributes:
-        kv_tokens: of its cache.
-        batches: whether its requests run together; else one runs, and one waits.
+        kv_tokens: tokens that its cache holds.
+        batches: its requests run together; else one runs, and one waits.
     """
 
     kv_tokens: int
     batches: bool
 
 
+@dataclass(eq=False)
+class _RankLoad:
+    """The requests of a rank, in numbers."""
+
+    capacity: RankCapacity
+    requests: int = 0
+    held_tokens: int = 0
+    needed_tokens: int = 0
+    reserved: bool = False
+    """One of them gets the rank to itself."""
+
+    def add(self, entry: ScheduledRequest) -> None:
+        self.requests += 1
+        self.held_tokens += entry.held_tokens
+        self.needed_tokens += entry.needed_tokens
+        self.reserved |= entry.alone
+
+    def fits(self, entry: ScheduledRequest) -> bool:
+        """Whether the rank has room for one more request; an idle rank has room for any."""
+        if not self.requests:
+            return True
+        if self.reserved or entry.alone:
+            return False
+        if self.capacity.batches:
+            return self.held_tokens + entry.held_tokens <= self.capacity.kv_tokens
+        return self.requests < 2
+
+
 class Scheduler:
-    """All requests that aren't done. ``worker`` is anything that names a rank's process."""
+    """All requests that aren't done. A ``worker`` is any key that stands for a rank's process."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, ScheduledRequest] = {}
         self._queue: deque[str] = deque()
 
     def __len__(self) -> int:
@@ -89,69 +122,47 @@ class Scheduler:
 
     @property
     def outstanding(self) -> bool:
-        """Whether any rank has something to do."""
+        """Whether any rank has a request."""
         return len(self._entries) > len(self._queue)
 
-    def served_by(self, worker: Hashable) -> list[Entry]:
-        """What a rank has, oldest first."""
+    def served_by(self, worker: Hashable) -> list[ScheduledRequest]:
+        """A rank's requests, oldest first."""
         return [entry for entry in self._entries.values() if entry.worker == worker]
 
     def add(self, request: Request) -> None:
-        """Queue a request; its id is new."""
+        """Queue a request, whose id must be new."""
         assert request.id not in self._entries
-        self._entries[request.id] = Entry(request)
+        self._entries[request.id] = ScheduledRequest(request)
         self._queue.append(request.id)
 
-    def assign(self, rooms: dict[Hashable, RankLoad]) -> list[tuple[Hashable, Request]]:
-        """Give queued requests to ranks that have room, in order; returns who gets what.
+    def assign(self, capacities: Mapping[Hashable, RankCapacity]) -> list[tuple[Hashable, Request]]:
+        """Assign queued requests, in order, to ranks with room; returns pairs of rank and request.
 
         Args:
-            rooms: of all ranks that serve, in the order of their numbers.
+            capacities: of all ranks that serve, in the order of their numbers.
         """
-        if not self._queue or not rooms:
+        if not self._queue or not capacities:
             return []
-        count = dict.fromkeys(rooms, 0)
-        held, needed = dict(count), dict(count)
-        taken: set[Hashable] = set()
-
-        def book(entry: Entry) -> None:
-            worker = entry.worker
-            assert worker is not None
-            if worker in count:
-                count[worker] += 1
-                held[worker] += entry.held_tokens
-                needed[worker] += entry.needed_tokens
-                if entry.alone:
-                    taken.add(worker)
-
+        loads = {worker: _RankLoad(capacity) for worker, capacity in capacities.items()}
         for entry in self._entries.values():
-            if entry.worker is not None:
-                book(entry)
-        given = []
+            if entry.worker in loads:
+                loads[entry.worker].add(entry)
+        assigned = []
         while self._queue:
             entry = self._entries[self._queue[0]]
-            fitting = [
-                worker
-                for worker, room in rooms.items()
-                if not count[worker]
-                or (
-                    worker not in taken
-                    and not entry.alone
-                    and (held[worker] + entry.held_tokens <= room.kv_tokens if room.batches else count[worker] < 2)
-                )
-            ]
+            fitting = [worker for worker, load in loads.items() if load.fits(entry)]
             if not fitting:
                 break
-            entry.worker = min(fitting, key=lambda worker: needed[worker])
-            book(entry)
+            entry.worker = min(fitting, key=lambda worker: loads[worker].needed_tokens)
+            loads[entry.worker].add(entry)
             self._queue.popleft()
-            given.append((entry.worker, entry.rest()))
-        return given
+            assigned.append((entry.worker, entry.rest()))
+        return assigned
 
-    def count(self, worker: Hashable, output: Output) -> Entry | None:
-        """Count what a rank says of a request; None if that is of no interest any more, else the request.
+    def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
+        """Record a rank's output; returns its request, or None if no caller needs the output.
 
-        A rank that has lost a request, because it was given up as lost itself, isn't listened to.
+        Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
         """
         entry = self._entries.get(output.id)
         if entry is None or entry.worker != worker:
@@ -162,11 +173,11 @@ class Scheduler:
             return None
         entry.tokens += output.tokens
         if output.tokens:
-            entry.losses = 0  # it isn't what ends them: what does so once does it again at the same token
+            entry.losses = 0  # it isn't the reason: that would end every rank at the same token
         return entry
 
     def end(self, id: str) -> Hashable | None:
-        """The user wants no more of a request: returns the rank that must be told, None if none has it."""
+        """End a request for its user; returns the rank that has to cancel it, or None."""
         entry = self._entries.get(id)
         if entry is None or entry.ending:
             return None
@@ -177,14 +188,14 @@ class Scheduler:
         entry.ending = True
         return entry.worker
 
-    def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[Entry], list[Entry]]:
-        """A rank is gone: its requests go to the front of the queue.
+    def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
+        """A rank is lost: move its requests to the front of the queue.
 
         Args:
             blame: they may be the reason.
 
         Returns:
-            Those that were moved; and those that are given up, because that happened too often.
+            The requests that moved; and those that are given up, after too many losses.
         """
         moved, given_up = [], []
         for entry in self.served_by(worker):
@@ -201,8 +212,8 @@ class Scheduler:
         self._queue.extendleft(entry.request.id for entry in reversed(moved))
         return moved, given_up
 
-    def clear(self) -> list[Entry]:
-        """Forget everything; returns what users still wait for."""
+    def clear(self) -> list[ScheduledRequest]:
+        """Drop all requests; returns those that users still wait for."""
         entries = [entry for entry in self._entries.values() if not entry.ending]
         self._entries.clear()
         self._queue.clear()
@@ -216,34 +227,36 @@ class Scheduler:
 
 
 class IdleTracker:
-    """Decides who must be woken. Ranks sleep when a step's header said that nobody has work, each by itself; a rank that gets
-    a request then makes the next step alone, and waits for the others in it.
+    """Decides which ranks to wake.
 
-    All ranks of a epoch fall asleep at the same step. So it is enough to remember up to which step they have been woken:
-    whoever sleeps before that, or will say so later, is woken as well.
+    A rank falls asleep by itself when a step's header says that no rank has work. A rank that gets a request then begins the
+    next step, and waits in it for the others.
+
+    All ranks of an epoch fall asleep at the same step. So it is enough to remember the step up to which they were woken: a
+    rank that sleeps before that step, or reports so later, is woken as well.
     """
 
     def __init__(self) -> None:
         self.epoch = -1
         self._asleep: dict[Hashable, int] = {}
-        self._through = 0
+        self._woken_to = 0
 
     def begin(self, epoch: int) -> None:
-        """A new epoch: all of it is awake."""
+        """A new epoch: all its ranks are awake."""
         self.epoch = epoch
         self._asleep.clear()
-        self._through = 0
+        self._woken_to = 0
 
     def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
-        """A rank says that nobody had work in ``step``."""
+        """A rank reports that no rank had work in ``step``."""
         if epoch == self.epoch:
             self._asleep[worker] = step
 
-    def ring(self, outstanding: bool) -> tuple[int, Sequence[Hashable]]:
-        """Through which step to wake whom, now that requests are outstanding or not."""
+    def wake(self, outstanding: bool) -> tuple[int, Sequence[Hashable]]:
+        """The step to make ranks run to, and the ranks to wake for it; ``outstanding``: some rank has requests."""
         if outstanding and self._asleep:
-            self._through = max(self._through, max(self._asleep.values()) + 1)
-        late = [worker for worker, step in self._asleep.items() if step < self._through]
+            self._woken_to = max(self._woken_to, max(self._asleep.values()) + 1)
+        late = [worker for worker, step in self._asleep.items() if step < self._woken_to]
         for worker in late:
             del self._asleep[worker]
-        return self._through, late
+        return self._woken_to, late

@@ -1,8 +1,12 @@
-"""Who is in the cluster: starts a worker on every seat, listens to it, notices when it is lost, and replaces it.
+"""``Supervisor``: the driver's center. Starts and ends the cluster, takes the workers' events, and reacts when one is lost.
 
-Everything here runs in one thread, on one asyncio loop. What a seat goes through:
+    Supervisor -> WorkerPool          a worker on every place, replaced when it is lost
+               -> WorkerGroup         the process group of the workers that have loaded the model
+               -> ControllerClient    the controller, its windows and its placements
+               -> RequestRouter       requests and their outputs
+    all of them -> Workers            records of the workers; send and lose
 
-    hire -> load -> ready -> member of the group (``worker_group.py``) -> lost -> hire again (``worker_pool.py``)
+Everything runs in one thread, on one asyncio loop. A worker's life: started -> loads -> ready -> member -> lost -> replaced.
 """
 
 from __future__ import annotations
@@ -17,15 +21,14 @@ import msgspec
 
 from cluster.driver.backend import Backend, WorkerDied
 from cluster.driver.controller_client import ControllerClient
-from cluster.driver.loop_thread import CLOSED, LoopThread, Pulse
+from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.request_router import Caller, RequestRouter
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.worker_pool import WorkerPool
-from cluster.driver.workers import Deadlines, LiveWorker, WorkerState
+from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed
-from cluster.messages.placement import PlacementRejected, Residency, WindowReport
+from cluster.messages.placement import GroupState, LoadReport, PlacementRejected
 from cluster.messages.rank import (
-    Ask,
     Asleep,
     Broken,
     Command,
@@ -33,10 +36,11 @@ from cluster.messages.rank import (
     Event,
     Failed,
     Formed,
+    GetReport,
     Load,
     Loaded,
+    LoadProgress,
     Outputs,
-    Progress,
     RankReport,
     RankStopped,
     Stop,
@@ -49,291 +53,297 @@ from epslots.progress import StartDisplay
 
 logger = logging.getLogger("epslots.cluster")
 
-MakeDispatcher = Callable[[Callable[[Hashable, Command], None]], RequestRouter]
+_GAP_S = 5.0  # without a rank that serves, until the first warning
+_GAP_AGAIN_S = 60.0  # until the next
+
+MakeRouter = Callable[[Callable[[Hashable, Command], None]], RequestRouter]
 
 
 class Supervisor:
     """Keeps the cluster going. All methods are for its thread.
 
     Args:
-        fleet: where workers come from.
-        load: what each is told to load; ``neighbours`` is filled in.
-        make_dispatcher: given the way to send commands.
-        placement: what the first group begins with (``placement.pack``).
+        backend: runs the processes.
+        load: the workers' first command; ``neighbours`` is filled in for each.
+        costs: the costs to plan with; None = measured ones.
+        make_router: called with the function that sends commands.
+        placement: of the first group (``placement.pack``); None = the default one.
 
     Attributes:
+        pool: the places for workers.
         group: the ranks that serve.
-        staffing: the seats.
-        started: the ranks have served; what fails before that ends the start.
-        controller_client: what has a controller steer them; None if no windows are cut.
-        failure: why nothing can be served any more, if so.
+        router: the requests.
+        controller_client: None if there is no controller, because no windows are reported.
+        failure: why the cluster can't go on, if so.
         timeline: seconds from the beginning to the end of each stage of the start, by name.
     """
 
     def __init__(
         self,
         thread: LoopThread,
-        fleet: Backend,
+        backend: Backend,
         load: Load,
         *,
         costs: Costs | None,
         deadlines: Deadlines,
         display: StartDisplay,
-        make_dispatcher: MakeDispatcher,
+        make_router: MakeRouter,
         placement: bytes | None = None,
     ) -> None:
-        self._thread, self._fleet, self._load = thread, fleet, load
+        self._thread, self._backend, self._load = thread, backend, load
         self._deadlines, self._display = deadlines, display
-        self.dispatcher = make_dispatcher(self.send)
         self.failure: ClusterError | None = None
         self.timeline: dict[str, float] = {}
         self._began_s = time.monotonic()
-        self._workers: dict[int, LiveWorker] = {}
         self._reports: dict[int, RankReport | None] = {}
-        self._asked = 0
-        self.started = False
+        self._reports_asked = 0
         self._closing: asyncio.Task[None] | None = None
         self._scaling = asyncio.Lock()
-        self._pulse = Pulse()
+        self.workers = Workers(thread.spawn, self._take_loss)
+        self._changes = self.workers.changes
+        self.router = make_router(self.workers.send)
         self.group = WorkerGroup(
-            self,
-            self._workers,
-            fleet,
-            self.dispatcher,
+            self.workers,
+            self.router,
             kv_tokens=load.kv_tokens,
             costs=costs,
             deadlines=deadlines,
-            pulse=self._pulse,
             placement=placement,
+            on_formed=self._take_formed_group,
         )
-        self.staffing = WorkerPool(self, fleet, self._workers, self._pulse, self._spawn, deadlines.give_up_s)
-        self.controller_client = ControllerClient(fleet, self.group, self.send) if load.window_steps else None
-        thread.on_bug = lambda error: self.give_up(ClusterError(f"a bug: {error!r}"))
+        self.pool = WorkerPool(
+            backend, self.workers, self.group, listen=self._listen, spawn=self._spawn, give_up_s=deadlines.give_up_s
+        )
+        self.controller_client = ControllerClient(backend, self.group, self.workers.send) if load.window_steps else None
+        thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
 
-    # What is asked of it.
+    # Calls of the cluster.
 
     async def start(self, ranks: int | None) -> Loaded:
-        """Bring up the ranks (None: one on every GPU); returns when they serve, with what the first says of the model.
+        """Start the ranks; returns when they serve, with the first one's report of the model.
+
+        Args:
+            ranks: None for one on every GPU.
 
         Raises:
-            ClusterError: they don't come up. The first failure is told, and nothing goes on.
+            ClusterError: the first failure of the start, which ends it.
         """
         self._display.stage("reserving places")
-        ranks = await self._fleet.open(ranks)
-        self.mark("places reserved")
-        self.group.least = ranks
-        self._spawn(self.group.keep_formed())
-        self._spawn(self._watch())
-        self._spawn(self.staffing.keep_fleet())
-        self._spawn(self.staffing.tell_of_gaps())
+        ranks = await self._backend.open(ranks)
+        self._mark("places reserved")
+        self.group.require(ranks)
+        self._spawn(self.group.keep_formed)
+        self._spawn(self._watch_health)
+        self._spawn(self.pool.keep_backend)
+        self._spawn(self._log_gaps)
         if self.controller_client is not None:
-            self._spawn(self.controller_client.keep_steered())
+            self._spawn(self.controller_client.keep_controller)
         self._display.stage("starting workers")
-        await self.staffing.staff_up(ranks)
-        self.started = True
-        self.group.least = 1
+        await self.pool.start(ranks)
+        self.group.require(1)
         self._display.close()
         loaded = self.group.members[0].loaded
         assert loaded is not None
         return loaded
 
     def submit(self, request: Request, caller: Caller, stop: Sequence[str]) -> None:
-        """Take a request that has been checked."""
+        """Take a checked request, with the strings that end its text."""
         if self.failure is not None or self._closing is not None:
             caller.fail(self.failure or ClusterError(CLOSED))
             return
-        self.dispatcher.submit(request, caller, stop)
-        self._pulse.beat()
+        self.router.submit(request, caller, stop)
+        self._changes.notify()
 
     async def scale(self, ranks: int) -> None:
-        """Change the number of ranks; returns when those serve.
+        """Change the number of ranks; returns when that many serve.
 
         Raises:
-            ClusterError: there is no place for them, or they don't come up; the others go on.
+            ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         async with self._scaling:
-            if ranks >= self.staffing.wanted:
-                await self.staffing.resize(ranks)
-                await self.staffing.staff_up(ranks)
+            if ranks >= self.pool.size:
+                await self.pool.reserve(ranks)
+                await self.pool.grow(ranks)
                 return
-            self.staffing.staff_down(ranks)
-            await self.staffing.serving(range(ranks))
-            await self.staffing.resize(ranks)
+            self.pool.shrink(ranks)
+            await self.pool.wait_until_serving(range(ranks))
+            await self.pool.reserve(ranks)
 
-    async def reports(self) -> list[tuple[LiveWorker, RankReport]]:
-        """What every rank has counted; of those that are lost meanwhile, nothing."""
+    async def reports(self) -> list[tuple[WorkerRecord, RankReport]]:
+        """The reports of all ranks, but for ranks that are lost meanwhile."""
         asked = []
         for worker in self.group.members:
-            self._asked += 1
-            self._reports[self._asked] = None
-            self.send(worker, Ask(self._asked))
-            asked.append((worker, self._asked))
-        self._pulse.beat()
+            self._reports_asked += 1
+            self._reports[self._reports_asked] = None
+            self.workers.send(worker, GetReport(self._reports_asked))
+            asked.append((worker, self._reports_asked))
+        self._changes.notify()
         try:
-            await self._pulse.until(
+            await self._changes.wait_for(
                 lambda: all(self._reports[number] is not None or worker.state is WorkerState.LOST for worker, number in asked)
             )
-        finally:  # or, if the caller gave up, an idle cluster would be watched for ever
+        finally:  # also if the caller gave up: else the health of an idle cluster would be watched for ever
             found = [(worker, self._reports.pop(number)) for worker, number in asked]
         return [(worker, report) for worker, report in found if report is not None]
 
     async def close(self) -> None:
-        """End everything. Requests that aren't done fail. Twice is once; who is interrupted may wait for the rest again."""
+        """End everything; unfinished requests fail. After an interrupt, call it again to wait for the rest."""
         if self._closing is None:
+            self.pool.stop()
             self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        self.dispatcher.pause()
-        self.dispatcher.fail(self.failure or ClusterError(CLOSED))
-        workers = list(self._workers.values())
+        self.router.pause()
+        self.router.fail(self.failure or ClusterError(CLOSED))
+        workers = list(self.workers)
         loaded = [worker for worker in workers if worker.state in (WorkerState.READY, WorkerState.MEMBER)]
         for worker in loaded:
-            self.send(worker, Stop())
-        await self._pulse.until(
+            self.workers.send(worker, Stop())
+        await self._changes.wait_for(
             lambda: all(worker.stopped or worker.state is WorkerState.LOST for worker in loaded), self._deadlines.stop_s
         )
         await self._thread.cancel_all()
         for worker in workers:
             worker.handle.kill()
-        await self._fleet.close()
+        await self._backend.close()
         self._display.close()
 
-    # Workers.
+    # Events of the workers.
 
-    @property
-    def closing(self) -> bool:
-        """All is being ended."""
-        return self._closing is not None
-
-    def count_unfinished(self) -> int:
-        """Requests that wait or run."""
-        return self.dispatcher.unfinished
-
-    def listen(self, worker: LiveWorker) -> asyncio.Task[None]:
-        """Begin to take a new worker's events; it is done when the worker is lost, with its ``cause`` set."""
-        self.mark("workers started")
-        worker.listening = self._spawn(self._listen(worker))
-        return worker.listening
-
-    async def _listen(self, worker: LiveWorker) -> None:
-        """Tell a new worker to load, and take its events until it is lost."""
+    async def _listen(self, worker: WorkerRecord) -> None:
+        """Have a new worker load the model, and take its events until it is lost."""
+        self._mark("workers started")
         try:
-            neighbours = await self._fleet.neighbours(worker.seat)
+            neighbours = await self._backend.neighbours(worker.bundle)
             await worker.handle.command(encode(msgspec.structs.replace(self._load, neighbours=neighbours)))
             while True:
                 for event in decode_events(await worker.handle.events()):
                     self._take(worker, event)
         except (WorkerDied, ClusterError) as error:
-            self.lose(worker, error)
+            self.workers.lose(worker, error)
 
-    def _take(self, worker: LiveWorker, event: Event) -> None:
+    def _take(self, worker: WorkerRecord, event: Event) -> None:
+        """Hand an event to the part that it concerns: frequent ones first, which wake no coroutine."""
         match event:
             case Outputs(outputs):
                 worker.served = True
-                self.group.breaks = 0
-                self.dispatcher.take(worker, outputs)
-                return  # nobody waits for that here
+                self.group.forget_breaks()
+                self.router.take(worker, outputs)
             case Asleep(epoch, step):
-                self.dispatcher.fell_asleep(worker, epoch, step)
-                return
+                self.router.fell_asleep(worker, epoch, step)
             case Contact():
                 self.group.pass_on(event)
-                return
-            case WindowReport():
+            case LoadReport() | GroupState() | PlacementRejected():
                 if self.controller_client is not None:
-                    self.controller_client.hear(worker, event)
-                return
-            case Residency():
-                if self.controller_client is not None:
-                    self.controller_client.stand(event)
-                return
-            case PlacementRejected(cause):
-                if self.controller_client is not None:
-                    self.controller_client.refuse(worker, cause)
-            case Progress(title, done, total):
-                self._display.progress(worker.seat, title, done, total)
+                    self.controller_client.take(worker, event)
+            case _:
+                self._take_change(worker, event)
+                self._changes.notify()
+
+    def _take_change(self, worker: WorkerRecord, event: Event) -> None:
+        """Note a change of a worker's state.
+
+        Raises:
+            RankFailed: the worker's own failure.
+        """
+        match event:
+            case LoadProgress(title, done, total):
+                self._display.progress(worker.bundle, title, done, total)
             case Loaded():
                 worker.loaded, worker.state = event, WorkerState.READY
-                self.mark("model loaded")
+                self._mark("model loaded")
             case Formed(epoch):
                 worker.formed = epoch
-            case Broken(epoch, cause, stood):
-                if epoch == self.group.epoch:
-                    self.group.break_up(f"{worker.name} says: {cause}", stood=stood)
+            case Broken(epoch, cause, stood) if epoch == self.group.epoch:
+                self.group.break_up(f"{worker.name} reports: {cause}", in_step=stood)
             case Failed():
-                error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}", event.kind)
-                if not event.deliberate:
-                    error.add_note(event.traceback)
-                raise error
-            case RankReport(number=number):
-                if number in self._reports:  # else nobody waits for it any more
-                    self._reports[number] = event
+                raise _failure_of(worker, event)
+            case RankReport(number=number) if number in self._reports:  # else its caller gave up
+                self._reports[number] = event
             case RankStopped():
                 worker.stopped = True
-        self._pulse.beat()
 
-    def lose(self, worker: LiveWorker, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
-        """A worker is gone, or must go. Nothing that it says from now on is heard."""
-        if worker.state is WorkerState.LOST:
-            return
-        was_member = worker.state is WorkerState.MEMBER
-        worker.state, worker.cause = WorkerState.LOST, cause
-        del self._workers[worker.seat]
-        worker.handle.kill()
-        if worker.listening is not None and worker.listening is not asyncio.current_task():
-            worker.listening.cancel()
+    # Changes of the group, and the end.
+
+    def _take_loss(self, worker: WorkerRecord, was_member: bool, retire: bool) -> None:
+        """A worker was lost: break its group up, and move its requests."""
+        cause = worker.cause
         if was_member:
-            self.group.breaks = 0  # this one explains itself
-            self.group.break_up(f"{worker.name} is lost: {cause}")
-        moved = self.dispatcher.lose(worker, blame=not retire, cause=str(cause))
-        if self.started and not retire and self._closing is None:
-            what = cause if isinstance(cause, RankFailed) else f"{worker.name} is lost: {cause}"
+            self.group.lose_member(f"{worker.name} is lost: {cause}")
+        moved = self.router.lose(worker, blame=not retire, cause=str(cause))
+        if self.pool.started and not retire and self._closing is None:
+            message = cause if isinstance(cause, RankFailed) else f"{worker.name} is lost: {cause}"
             notes = "".join(f"\n{note}" for note in getattr(cause, "__notes__", ()))
-            logger.warning("%s%s%s", what, f"; its {moved} requests move" if moved else "", notes)
-        self._pulse.beat()
+            logger.warning("%s%s%s", message, f"; its {moved} requests move" if moved else "", notes)
 
-    def give_up(self, error: ClusterError) -> None:
-        """Nothing can be served any more."""
-        self.failure = self.failure or error
-        self.dispatcher.pause()
-        self.dispatcher.fail(self.failure)
-        if self.controller_client is not None:
-            self.controller_client.fail(self.failure)
-        self._pulse.beat()
-
-    def stands(self) -> None:
+    def _take_formed_group(self) -> None:
         """The group has formed."""
-        self.mark("group formed")
-        self.staffing.served(self.group.members)
-        if self.started:
-            self.group.least = 1
+        self._mark("group formed")
+        self.pool.mark_grouped(self.group.members)
+        if self.pool.started:
+            self.group.require(1)
         if self.controller_client is not None:
             self.controller_client.begin()
 
-    # Odds and ends.
+    def _give_up(self, error: ClusterError) -> None:
+        """End all requests and calls with an error: the cluster can't go on."""
+        self.failure = self.failure or error
+        self.router.pause()
+        self.router.fail(self.failure)
+        self.group.stop()
+        self.pool.fail(self.failure)
+        if self.controller_client is not None:
+            self.controller_client.fail(self.failure)
+        self._changes.notify()
 
-    async def _watch(self) -> None:
-        """While anything is awaited, see that everybody answers. An idle cluster is left alone."""
+    # In the background.
+
+    def _spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """Run a coroutine in the background. A ClusterError of it ends the cluster; another exception is a bug."""
+
+        async def guarded() -> None:
+            try:
+                await function()
+            except ClusterError as error:
+                self._give_up(error)
+
+        return self._thread.spawn(guarded())
+
+    async def _watch_health(self) -> None:
+        """Check the workers' health while a request, a report or a group is waited for, but not in an idle cluster."""
         while True:
-            await self._pulse.until(lambda: bool(self.dispatcher.unfinished or self._reports) or not self.group.formed)
-            await asyncio.sleep(self._deadlines.silence_s / 2)  # who asks more often learns no more
-            await self.group.roll_call(list(self._workers.values()), self._deadlines.silence_s)
+            await self._changes.wait_for(lambda: bool(self.router.unfinished or self._reports) or not self.group.formed)
+            await asyncio.sleep(self._deadlines.silence_s / 2)  # more often would tell no more
+            await self.group.check_health(list(self.workers), self._deadlines.silence_s)
 
-    def send(self, worker: Hashable, command: Command) -> None:
-        """Send a command in the background; commands arrive in the order of these calls."""
-        assert isinstance(worker, LiveWorker)
-        self._spawn(self._deliver(worker, encode(command)))
+    async def _log_gaps(self) -> None:
+        """Warn when no rank has served for some seconds: callers only see that no token comes."""
+        group = self.group
+        while True:
+            await self._changes.wait_for(lambda: self.pool.started and not group.formed)
+            began_s = time.monotonic()
+            warned = False
+            while not await self._changes.wait_for(lambda: group.formed, _GAP_AGAIN_S if warned else _GAP_S):
+                warned = True
+                logger.warning(
+                    "no rank has served for %.0f s, and %d requests wait: %s",
+                    time.monotonic() - began_s,
+                    self.router.unfinished,
+                    "; ".join(self.pool.missing()),
+                )
+            if warned:
+                logger.warning("%d ranks serve again after %.0f s", group.serving, time.monotonic() - began_s)
 
-    async def _deliver(self, worker: LiveWorker, message: bytes) -> None:
-        try:
-            await worker.handle.command(message)
-        except WorkerDied as error:
-            self.lose(worker, error)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return self._thread.spawn(work)
-
-    def mark(self, stage: str) -> None:
-        if not self.started:
+    def _mark(self, stage: str) -> None:
+        """Note the end of a stage of the start."""
+        if not self.pool.started:
             self.timeline[stage] = time.monotonic() - self._began_s
+
+
+def _failure_of(worker: WorkerRecord, event: Failed) -> RankFailed:
+    """The error of a worker that failed by itself; for a bug, with its traceback."""
+    error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}", event.kind)
+    if not event.deliberate:
+        error.add_note(event.traceback)
+    return error

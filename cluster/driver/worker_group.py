@@ -1,11 +1,10 @@
-"""The ranks that are one model now: a process group of their own, which is formed anew whenever somebody is lost or comes.
+"""``WorkerGroup``: the ranks that are one model now. A new epoch of it forms whenever a rank is lost or ready.
 
-    whenever a member is lost or says that the group is broken, or somebody is ready:
-    roll call -> next epoch, of all who answered -> Form to each -> each publishes a Contact, which all get -> all say
-    Formed -> requests flow again
+    health check -> next epoch, of all workers that answered -> Form to each -> each publishes a Contact, which all get ->
+    all report Formed -> requests flow again
 
-There is one way to change the group, whatever the reason. Ranks that are told to form the next epoch leave the last one
-at once; the step that breaks is made again afterwards, and their requests stay where they are.
+The group changes in this way alone, whatever the reason. Ranks that get the next ``Form`` leave the last epoch at once; they
+repeat the interrupted step afterwards, and keep their requests.
 """
 
 from __future__ import annotations
@@ -14,17 +13,15 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
-from cluster.driver.backend import Backend, WorkerDied
-from cluster.driver.loop_thread import Pulse
+from cluster.driver.backend import WorkerDied
 from cluster.driver.request_router import RequestRouter
 from cluster.driver.retries import Pace, Retries
-from cluster.driver.scheduler import RankLoad
-from cluster.driver.workers import Deadlines, LiveWorker, WorkerState
+from cluster.driver.scheduler import RankCapacity
+from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError
-from cluster.messages.rank import Command, Contact, Contacts, Form, Ping, decode_answer, encode
+from cluster.messages.rank import Contact, Contacts, Form, Ping, decode_pong, encode
 from epslots.loading import LOAD_DEADLINE_S
 from epslots.placement.placement import unpack
 from epslots.planner.cost_model import Costs
@@ -35,195 +32,220 @@ MOST_FAILURES = 5  # in a row
 _SECOND_LOOK_S = 0.1
 _PACE = Pace(first_s=0.2, most_s=5.0)
 _SECRET_BYTES = 16
-_TOGETHER_S = 0.01  # how long a rank's contact waits for others': R messages are sent in place of R x R
-
-
-class GroupCallbacks(Protocol):
-    """Whoever has the workers."""
-
-    failure: ClusterError | None
-
-    def send(self, worker: Hashable, command: Command) -> None:
-        """Send a command in the background, in order."""
-
-    def lose(self, worker: LiveWorker, cause: WorkerDied | ClusterError) -> None:
-        """Give a worker up."""
-
-    def give_up(self, error: ClusterError) -> None:
-        """Nothing can be served any more."""
-
-    def stands(self) -> None:
-        """The group has formed."""
+_TOGETHER_S = 0.01  # a rank's contact waits this long for the others': R messages are sent in place of R x R
 
 
 class WorkerGroup:
-    """Keeps the group formed. Of the supervisor's thread.
+    """Keeps the group formed. For the supervisor's thread.
 
     Args:
-        workers: all that there are, by seat; changed by the crew.
-        placement: what the first group begins with.
+        workers: all workers of the cluster.
+        router: paused while the group is broken.
+        kv_tokens: capacity of each rank's cache.
+        costs: the costs to plan with; None = measured ones.
+        placement: of the first group (``placement.pack``); None = the default one.
+        on_formed: called when a group has formed.
 
     Attributes:
-        placement: what ranks begin with that have all just started; ranks that have served carry theirs over themselves.
         epoch: number of the group; -1 before the first.
-        formed: whether it stands.
-        serving: how many ranks do; for any thread.
-        stood: whether a group has ever formed.
-        least: how many ranks must be there before a group is formed.
-        breaks: groups in a row that broke without a token, and without a rank lost; set to 0 when either comes.
+        formed: the group is formed now.
+        stood: some group has been formed before.
+        serving: number of ranks that serve; any thread may read it.
+        placement: the placement of a group whose ranks have all just started; other ranks carry theirs over.
     """
 
     def __init__(
         self,
-        crew: GroupCallbacks,
-        workers: Mapping[int, LiveWorker],
-        fleet: Backend,
-        dispatcher: RequestRouter,
+        workers: Workers,
+        router: RequestRouter,
         *,
         kv_tokens: int,
         costs: Costs | None,
         deadlines: Deadlines,
-        pulse: Pulse,
         placement: bytes | None,
+        on_formed: Callable[[], None],
     ) -> None:
-        self._crew, self._workers, self._fleet, self._dispatcher = crew, workers, fleet, dispatcher
-        self._kv_tokens, self._costs, self._deadlines, self._pulse = kv_tokens, costs, deadlines, pulse
+        self._workers, self._router, self._on_formed = workers, router, on_formed
+        self._kv_tokens, self._costs, self._deadlines = kv_tokens, costs, deadlines
         self.placement = placement
         self.epoch = -1
         self.formed = False
         self.stood = False
         self.serving = 0
-        self.least = 1
-        self.breaks = 0
+        self._required = 1
+        self._stopped = False
+        self._breaks = 0
+        """Breaks in a row without a token, and without a lost rank as the reason."""
         self._broken_by: str | None = None
-        """What broke the group, since it last began to form; and whether it had formed."""
+        """Why the group broke, since it last began to form; and whether that was in a step."""
         self._broken_in_step = False
         self._contacts: dict[str, bytes] = {}
         """Published in this epoch, and not yet passed on."""
 
     @property
-    def members(self) -> list[LiveWorker]:
+    def members(self) -> list[WorkerRecord]:
         """The ranks of the current epoch, in order."""
-        members = [worker for worker in self._workers.values() if worker.state is WorkerState.MEMBER]
-        return sorted(members, key=lambda worker: worker.rank)
+        return self._workers.members
 
-    def break_up(self, cause: str, *, stood: bool = False) -> None:
-        """The group is broken, or can't form. ``stood``: in a step."""
+    # Reports of the supervisor and the pool.
+
+    def require(self, ranks: int, *, at_most: bool = False) -> None:
+        """Form no group of fewer ranks; ``at_most``: but don't raise the present number."""
+        self._required = min(self._required, ranks) if at_most else ranks
+
+    def forget_breaks(self) -> None:
+        """Count breaks from 0 again, because the ranks get on."""
+        self._breaks = 0
+
+    def break_up(self, cause: str, *, in_step: bool = False) -> None:
+        """The group is broken, or can't form."""
         self.serving = len(self.members)
         self.formed = False
         if self._broken_by is None:
             self._broken_by = cause
-            self._broken_in_step = stood
-            self.breaks += stood
-        self._dispatcher.pause()
-        self._pulse.beat()
+            self._broken_in_step = in_step
+            self._breaks += in_step
+        self._router.pause()
+        self._workers.changes.notify()
 
-    def _candidates(self) -> list[LiveWorker]:
-        """Who could be in the next epoch: those of this one first."""
-        return self.members + [worker for worker in self._workers.values() if worker.state is WorkerState.READY]
+    def lose_member(self, cause: str) -> None:
+        """A member is lost: the group is broken, for a known reason."""
+        self._breaks = 0
+        self.break_up(cause)
 
-    def _should_form(self) -> bool:
-        candidates = self._candidates()
-        if self.formed and len(candidates) == len(self.members):
-            return False
-        return len(candidates) >= self.least
+    def keep_placement(self, placement: bytes) -> None:
+        """Begin with this placement if all ranks are replaced at once."""
+        self.placement = placement
+
+    def stop(self) -> None:
+        """Form no further group."""
+        self._stopped = True
+
+    # Forming.
 
     async def keep_formed(self) -> None:
-        """Form a group whenever the last is broken or somebody is ready.
+        """Form a group whenever the last is broken or a worker is ready.
 
-        At the start, ranks that can't form one end it. Later the reason may pass, as a full disk does or a network's trouble.
+        Raises:
+            ClusterError: the group breaks again and again without a token, or the ranks can't form one: at the start after
+                some attempts, later after ``give_up_s``, because a full disk or a network's trouble may pass.
         """
         retries = Retries(_PACE, self._deadlines.give_up_s)
-        while self._crew.failure is None:
-            await self._pulse.until(self._should_form)
-            if self.breaks > 1:
-                logger.warning("the group broke %d times without a token; the last time: %s", self.breaks, self._broken_by)
-            if self.breaks >= MOST_FAILURES:
-                self._crew.give_up(ClusterError(f"the group broke {self.breaks} times without a token: {self._broken_by}"))
-                return
-            await self.roll_call(self._candidates(), self._deadlines.roll_call_s)
+        while not self._stopped:
+            await self._workers.changes.wait_for(self._should_form)
+            if self._breaks > 1:
+                logger.warning("the group broke %d times without a token; the last time: %s", self._breaks, self._broken_by)
+            if self._breaks >= MOST_FAILURES:
+                raise ClusterError(f"the group broke {self._breaks} times without a token: {self._broken_by}")
+            await self.check_health(self._workers.candidates, self._deadlines.health_check_s)
             if not self._should_form():
                 continue
             cause = await self._form()
             if cause is None:
                 retries.reset()
-                continue
-            verdict = retries.failed(time.monotonic())
-            if verdict.give_up or (retries.failures == MOST_FAILURES and not self.stood):
-                places = ", ".join(sorted(worker.handle.where for worker in self._candidates()))
-                self._crew.give_up(
-                    ClusterError(
-                        f"the ranks could not form a group, {retries.failures} times in a row; the last time: {cause}. They "
-                        f"must reach each other over TCP, on any port: see firewalls and addresses of {places or 'all nodes'}"
-                    )
-                )
-            elif self.stood:
-                if verdict.tell and retries.failures > 1:
-                    logger.warning("the ranks can't form a group (failures in a row: %d): %s", retries.failures, cause)
-                await asyncio.sleep(verdict.wait_s)
+            else:
+                await self._wait_to_retry(retries, cause)
+
+    def _should_form(self) -> bool:
+        candidates = self._workers.candidates
+        if self.formed and len(candidates) == len(self.members):
+            return False
+        return len(candidates) >= self._required
+
+    async def _wait_to_retry(self, retries: Retries, cause: str) -> None:
+        """Wait before the next attempt to form a group.
+
+        Raises:
+            ClusterError: there is to be none.
+        """
+        verdict = retries.failed(time.monotonic())
+        if verdict.give_up or (retries.failures == MOST_FAILURES and not self.stood):
+            places = ", ".join(sorted(worker.handle.where for worker in self._workers.candidates))
+            raise ClusterError(
+                f"the ranks could not form a group, {retries.failures} times in a row; the last time: {cause}. They must "
+                f"reach each other over TCP, on any port: check firewalls and addresses of {places or 'all nodes'}"
+            )
+        if self.stood:
+            if verdict.tell and retries.failures > 1:
+                logger.warning("the ranks can't form a group (failures in a row: %d): %s", retries.failures, cause)
+            await asyncio.sleep(verdict.wait_s)
 
     async def _form(self) -> str | None:
-        """Form the next epoch, of all candidates; returns what went wrong, if anything did."""
+        """Form the next epoch, of all candidates; returns the reason if it failed."""
         logger.debug("forming epoch %d after: %s", self.epoch + 1, self._broken_by)
-        members = self._candidates()
+        members = self._workers.candidates
         self.epoch += 1
         self.formed, self._broken_by, self._broken_in_step = False, None, False
-        self._dispatcher.begin(self.epoch)
         self._contacts = {}
-        epoch, deadlines, secret = self.epoch, self._deadlines, secrets.token_bytes(_SECRET_BYTES)
+        self._router.begin(self.epoch)
         fresh = all(worker.state is WorkerState.READY for worker in members)
-        placement = self._first_placement(len(members)) if fresh or not self.stood else None
-        for rank, worker in enumerate(members):
-            worker.rank, worker.state = rank, WorkerState.MEMBER
-            form = Form(
-                epoch=epoch,
-                rank=rank,
-                size=len(members),
-                secret=secret,
-                form_s=deadlines.form_s,
-                deadline_s=deadlines.operation_s,
-                fresh=fresh,
-                costs=self._costs,
-                placement=placement,
-            )
-            self._crew.send(worker, form)
-        in_time = await self._pulse.until(
-            lambda: self._broken_by is not None or all(worker.formed == epoch for worker in members),
-            LOAD_DEADLINE_S if fresh else 3 * deadlines.form_s + deadlines.operation_s,
-        )
-        if not in_time:
-            for worker in members:
-                if worker.formed != epoch:
-                    self._crew.lose(worker, WorkerDied("it neither joined the group nor said why"))
+        self._send_forms(members, fresh)
+        await self._wait_until_formed(members, fresh)
         if self._broken_by is not None:
             if self._broken_in_step:
                 return None  # it had formed, and broke for another reason
             self._drop_newcomers(members, self._broken_by)
             if self.stood:
-                self.placement = None  # it may be the reason; it is only a hint
+                self.placement = None  # it may be the reason, and is only a hint
             return self._broken_by
         self.formed = self.stood = True
         self.serving = len(members)
-        logger.info("epoch %d: %d ranks serve", epoch, len(members))
-        rooms: dict[Hashable, RankLoad] = {
-            w: RankLoad(self._kv_tokens, w.loaded.batches) for w in members if w.loaded is not None
-        }
-        self._dispatcher.serve(rooms)
-        self._crew.stands()
-        self._pulse.beat()
+        logger.info("epoch %d: %d ranks serve", self.epoch, len(members))
+        self._router.serve(
+            {worker: RankCapacity(self._kv_tokens, worker.loaded.batches) for worker in members if worker.loaded is not None}
+        )
+        self._on_formed()
+        self._workers.changes.notify()
         return None
 
-    def _first_placement(self, ranks: int) -> bytes | None:
-        """What these ranks begin with; None for experts as they are dealt.
+    def _send_forms(self, members: Sequence[WorkerRecord], fresh: bool) -> None:
+        placement = self._first_placement(len(members)) if fresh or not self.stood else None
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        for rank, worker in enumerate(members):
+            worker.rank, worker.state = rank, WorkerState.MEMBER
+            form = Form(
+                epoch=self.epoch,
+                rank=rank,
+                size=len(members),
+                secret=secret,
+                form_s=self._deadlines.form_s,
+                deadline_s=self._deadlines.operation_s,
+                fresh=fresh,
+                costs=self._costs,
+                placement=placement,
+            )
+            self._workers.send(worker, form)
 
-        If all ranks are replaced at once, that is the placement that the last group followed, where it is for as many.
+    def _first_placement(self, ranks: int) -> bytes | None:
+        """The placement of ranks that have all just started; None = the default one.
+
+        If all ranks were replaced at once, it is the one that the last group followed, if that was for as many ranks.
         """
         if self.placement is None or (self.stood and unpack(self.placement).ranks != ranks):
             return None
         return self.placement
 
+    async def _wait_until_formed(self, members: Sequence[WorkerRecord], fresh: bool) -> None:
+        """Wait until all members report ``Formed``, or the group breaks; lose the members that are too late."""
+        epoch = self.epoch
+        in_time = await self._workers.changes.wait_for(
+            lambda: self._broken_by is not None or all(worker.formed == epoch for worker in members),
+            LOAD_DEADLINE_S if fresh else 3 * self._deadlines.form_s + self._deadlines.operation_s,
+        )
+        if not in_time:
+            for worker in members:
+                if worker.formed != epoch:
+                    self._workers.lose(worker, WorkerDied("it neither joined the group nor reported an error"))
+
+    def _drop_newcomers(self, members: Sequence[WorkerRecord], cause: str) -> None:
+        """Lose the new members of a group that didn't form though no rank is lost: they are the likely reason."""
+        newcomers = [worker for worker in members if worker.formed < 0]
+        if len(newcomers) < len(members) and all(worker.state is WorkerState.MEMBER for worker in members):
+            for worker in newcomers:
+                self._workers.lose(worker, WorkerDied(f"the group could not form with it: {cause}"))
+
     def pass_on(self, contact: Contact) -> None:
-        """A rank has published where it listens: all ranks of its epoch get to know it."""
+        """Send a rank's contact to all ranks of its epoch, together with the others'."""
         if contact.epoch != self.epoch:
             return
         if not self._contacts:
@@ -233,32 +255,26 @@ class WorkerGroup:
     def _send_contacts(self) -> None:
         contacts, self._contacts = self._contacts, {}
         for worker in self.members if contacts else ():
-            self._crew.send(worker, Contacts(self.epoch, contacts))
+            self._workers.send(worker, Contacts(self.epoch, contacts))
 
-    def _drop_newcomers(self, members: Sequence[LiveWorker], cause: str) -> None:
-        """A group didn't form though nobody is lost: if some of it stood together before, the others are the likely reason."""
-        newcomers = [worker for worker in members if worker.formed < 0]
-        if len(newcomers) < len(members) and all(worker.state is WorkerState.MEMBER for worker in members):
-            for worker in newcomers:
-                self._crew.lose(worker, WorkerDied(f"the group could not form with it: {cause}"))
+    # Health.
 
-    async def roll_call(self, workers: Sequence[LiveWorker], deadline_s: float) -> None:
-        """Ask for a sign of life, and lose those that don't give it."""
+    async def check_health(self, workers: Sequence[WorkerRecord], deadline_s: float) -> None:
+        """Ping workers, and lose those that don't answer in time."""
+        await asyncio.gather(*(self._ping(worker, deadline_s) for worker in workers))
 
-        async def ask(worker: LiveWorker) -> None:
-            asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
-            try:
-                await asyncio.wait({asking}, timeout=deadline_s)
-                if not asking.done():  # maybe this process stood still, and the answer waits here
-                    await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
-                if not asking.done():
-                    raise WorkerDied(f"it did not answer within {deadline_s:g} s")
-                if not decode_answer(asking.result()).going:  # why, it is about to say
-                    await self._pulse.until(lambda: worker.state is WorkerState.LOST, deadline_s)
-                    raise WorkerDied("it has ended its work")
-            except WorkerDied as error:
-                self._crew.lose(worker, error)
-            finally:
-                asking.cancel()
-
-        await asyncio.gather(*map(ask, workers))
+    async def _ping(self, worker: WorkerRecord, deadline_s: float) -> None:
+        asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
+        try:
+            await asyncio.wait({asking}, timeout=deadline_s)
+            if not asking.done():  # this process may have stood still, and the answer be waiting here
+                await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
+            if not asking.done():
+                raise WorkerDied(f"it did not answer within {deadline_s:g} s")
+            if not decode_pong(asking.result()).running:  # its last event, which says why, is on the way
+                await self._workers.changes.wait_for(lambda: worker.state is WorkerState.LOST, deadline_s)
+                raise WorkerDied("it has ended its work")
+        except WorkerDied as error:
+            self._workers.lose(worker, error)
+        finally:
+            asking.cancel()

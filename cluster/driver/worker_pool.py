@@ -1,8 +1,7 @@
-"""Keeps a worker on every wanted seat, and says what is missing while a seat has none.
+"""``WorkerPool``: keeps a worker on every place, one place for each rank that there is to be.
 
-Everything here runs in the supervisor's thread. A seat that fails after the start is tried again without an end, later and
-later; so is a fleet that is lost as a whole. A seat ends by ``give_up_s``, by an error that time doesn't cure, or by failing
-again and again before it has ever served (``scale`` tells of it).
+A place whose worker fails after the start is tried again without an end, with growing pauses; so is a lost backend. A place is
+given up after ``give_up_s``, for an error that time doesn't cure, or when it fails again and again before its first group.
 """
 
 from __future__ import annotations
@@ -11,314 +10,306 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from cluster.driver.backend import Backend, WorkerDied
-from cluster.driver.loop_thread import Pulse
 from cluster.driver.retries import Pace, Retries
 from cluster.driver.worker_group import MOST_FAILURES, WorkerGroup
-from cluster.driver.workers import LiveWorker, WorkerState
+from cluster.driver.workers import WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed
 
 logger = logging.getLogger("epslots.cluster")
 
 _PACE = Pace(first_s=1.0, most_s=30.0, tell_every_s=60.0)
-_GAP_S = 5.0  # without a rank that serves, before that is said
-_GAP_AGAIN_S = 60.0
 _INCURABLE = ("ConfigError", "RankMismatchError", "UnsupportedModelError")
-"""Errors of a rank that come again however long one waits."""
-
-
-class PoolCallbacks(Protocol):
-    """The supervisor.
-
-    Attributes:
-        started: the ranks have served once; before, the first failure ends all.
-        closing: all is being ended.
-    """
-
-    group: WorkerGroup
-
-    @property
-    def started(self) -> bool: ...
-
-    @property
-    def closing(self) -> bool: ...
-
-    @property
-    def failure(self) -> ClusterError | None: ...
-
-    def listen(self, worker: LiveWorker) -> asyncio.Task[None]:
-        """Begin to take a new worker's events; it is done when the worker is lost, with its ``cause`` set."""
-
-    def lose(self, worker: LiveWorker, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
-        """Give a worker up. ``retire``: without a word, and without blaming its requests."""
-
-    def give_up(self, error: ClusterError) -> None:
-        """Nothing can be served any more."""
-
-    def count_unfinished(self) -> int:
-        """Requests that wait or run."""
+"""Errors of a rank that every further attempt would raise again."""
 
 
 @dataclass(eq=False)
 class _Place:
-    """A wanted seat.
+    """A bundle that is to have a worker.
 
     Attributes:
-        staffing: keeps a worker on it; None while the fleet is lost.
-        served: a worker of it has been in a group.
-        error: what the last attempt came to, if it failed.
-        next_s: when the next attempt begins, while it is waited for.
+        task: keeps a worker on it; None while the backend is lost.
+        grouped: a worker of it has been in a group.
+        error: the last attempt's, if it failed.
+        next_s: time of the next attempt, while that is waited for.
     """
 
     retries: Retries
-    staffing: asyncio.Task[None] | None = None
-    served: bool = False
+    task: asyncio.Task[None] | None = None
+    grouped: bool = False
     error: ClusterError | None = None
     next_s: float | None = None
 
 
-@dataclass(eq=False)
 class WorkerPool:
-    """The seats.
+    """The places of a cluster. For the supervisor's thread.
+
+    Its background coroutines raise ClusterError when the cluster can't go on; ``spawn`` sees to that.
 
     Args:
-        workers: by seat; filled here, and emptied by ``PoolCallbacks.lose``.
-        clock: in seconds, from anywhere.
+        group: the group that the workers form.
+        listen: takes the events of a new worker until that is lost, with its ``cause`` set.
+        spawn: runs a coroutine in the background.
+        give_up_s: seconds after which a failing place, or a lost backend, is given up; None = never.
+        clock: seconds, from any origin.
 
     Attributes:
-        wanted: how many seats are to serve.
+        size: number of ranks that there are to be.
+        started: the first ranks have served; before that, the first failure ends the cluster.
     """
 
-    employer: PoolCallbacks
-    fleet: Backend
-    workers: dict[int, LiveWorker]
-    pulse: Pulse
-    spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    give_up_s: float | None
-    clock: Callable[[], float] = time.monotonic
-    wanted: int = 0
-    _seats: dict[int, _Place] = field(default_factory=dict)
-    _given_up: dict[int, ClusterError] = field(default_factory=dict)
-    _lost: str = ""
-    """Why the fleet is lost, while it is."""
-    _losses: int = 0
+    def __init__(
+        self,
+        backend: Backend,
+        workers: Workers,
+        group: WorkerGroup,
+        *,
+        listen: Callable[[WorkerRecord], Coroutine[Any, Any, None]],
+        spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], asyncio.Task[None]],
+        give_up_s: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._backend, self._workers, self._group = backend, workers, group
+        self._listen, self._spawn, self._give_up_s, self._clock = listen, spawn, give_up_s, clock
+        self.size = 0
+        self.started = False
+        self._places: dict[int, _Place] = {}
+        self._given_up: dict[int, ClusterError] = {}
+        self._lost = ""
+        """Why the backend is lost, while it is."""
+        self._losses = 0
+        self._stopped = False
+        self._failure: ClusterError | None = None
 
-    async def staff_up(self, ranks: int) -> None:
-        """Staff the seats up to ``ranks``; returns when all of them serve.
+    async def start(self, ranks: int) -> None:
+        """Start the first workers; returns when all of them serve.
 
         Raises:
-            ClusterError: what keeps one from it.
+            ClusterError: the first failure of one.
         """
-        self.wanted = ranks
-        for seat in range(ranks):
-            self._given_up.pop(seat, None)
-            if seat in self._seats:
-                self._seats[seat].retries.reset()  # one that waits for its next attempt makes it now
+        await self.grow(ranks)
+        self.started = True
+
+    async def grow(self, ranks: int) -> None:
+        """Have a place for each of ``ranks`` ranks; returns when all of them serve.
+
+        Raises:
+            ClusterError: some don't come up.
+        """
+        self.size = ranks
+        for bundle in range(ranks):
+            self._given_up.pop(bundle, None)
+            if bundle in self._places:
+                self._places[bundle].retries.reset()  # a place that waits for its next attempt makes it now
             else:
-                self._seats[seat] = _Place(Retries(_PACE, self.give_up_s))
+                self._places[bundle] = _Place(Retries(_PACE, self._give_up_s))
                 if not self._lost:
-                    self._staff(seat)
-        self.pulse.beat()
-        await self.serving(range(ranks))
+                    self._keep(bundle)
+        self._workers.changes.notify()
+        await self.wait_until_serving(range(ranks))
 
-    def staff_down(self, ranks: int) -> None:
-        """End the seats from ``ranks`` on."""
-        self.wanted = ranks
-        self.employer.group.least = min(self.employer.group.least, ranks)
-        self._given_up = {seat: error for seat, error in self._given_up.items() if seat < ranks}
-        for seat in [seat for seat in self._seats if seat >= ranks]:
-            staffing = self._seats.pop(seat).staffing
-            if staffing is not None:
-                staffing.cancel()
-            if seat in self.workers:
-                self.employer.lose(self.workers[seat], ClusterError("it is no longer needed"), retire=True)
+    def shrink(self, ranks: int) -> None:
+        """End the workers and places from number ``ranks`` on."""
+        self.size = ranks
+        self._group.require(ranks, at_most=True)
+        self._given_up = {bundle: error for bundle, error in self._given_up.items() if bundle < ranks}
+        for bundle in [bundle for bundle in self._places if bundle >= ranks]:
+            task = self._places.pop(bundle).task
+            if task is not None:
+                task.cancel()
+            if (worker := self._workers.on(bundle)) is not None:
+                self._workers.lose(worker, ClusterError("it is no longer needed"), retire=True)
 
-    async def resize(self, ranks: int) -> None:
-        """Have the fleet reserve as many seats, even if it is lost meanwhile.
+    async def reserve(self, ranks: int) -> None:
+        """Resize the backend, even if it is lost meanwhile.
 
         Raises:
             ClusterError: there is no room.
         """
         while True:
-            await self.pulse.until(lambda: not self._lost or self.employer.failure is not None)
+            await self._workers.changes.wait_for(lambda: not self._lost or self._failure is not None)
             losses = self._losses
             try:
-                await self.fleet.resize(ranks)
+                await self._backend.resize(ranks)
                 return
             except ClusterError:
-                if losses == self._losses or self.employer.failure is not None:
+                if losses == self._losses or self._failure is not None:
                     raise
 
-    async def serving(self, seats: Sequence[int]) -> None:
-        """Wait until these seats serve, and none beyond the wanted ones.
+    async def wait_until_serving(self, bundles: Sequence[int]) -> None:
+        """Wait until the workers on these bundles serve, and none on bundles beyond the pool's size.
 
         Raises:
-            ClusterError: what keeps one from it.
+            ClusterError: some fail again and again, or the cluster can't go on.
         """
 
         def failing() -> list[int]:
-            often = {seat for seat in seats if seat in self._seats and self._seats[seat].retries.failures >= MOST_FAILURES}
-            return sorted(often | (set(seats) & self._given_up.keys()))
+            often = {n for n in bundles if n in self._places and self._places[n].retries.failures >= MOST_FAILURES}
+            return sorted(often | (set(bundles) & self._given_up.keys()))
 
         def settled() -> bool:
-            group = self.employer.group
-            serving = {worker.seat for worker in group.members}
+            serving = {worker.bundle for worker in self._group.members}
             return (
-                self.employer.failure is not None
+                self._failure is not None
                 or bool(failing())
-                or (group.formed and serving >= set(seats) and max(serving, default=0) < self.wanted)
+                or (self._group.formed and serving >= set(bundles) and max(serving, default=0) < self.size)
             )
 
-        await self.pulse.until(settled)
-        if self.employer.failure is not None:
-            raise self.employer.failure
+        await self._workers.changes.wait_for(settled)
+        if self._failure is not None:
+            raise self._failure
         if ranks := failing():
             raise ClusterError(f"ranks {ranks} did not come up; the log says why. The others go on")
 
-    def served(self, members: Iterable[LiveWorker]) -> None:
-        """These stand in a group."""
+    # Reports of the supervisor.
+
+    def mark_grouped(self, members: Iterable[WorkerRecord]) -> None:
+        """These workers have formed a group."""
         for worker in members:
-            if worker.seat in self._seats:  # else it is no longer wanted
-                self._seats[worker.seat].served = True
+            if worker.bundle in self._places:  # else it is no longer needed
+                self._places[worker.bundle].grouped = True
 
-    def _staff(self, seat: int) -> None:
-        self._seats[seat].staffing = self.spawn(self._keep_staffed(seat, self._seats[seat]))
+    def fail(self, error: ClusterError) -> None:
+        """The cluster can't go on: waiting calls raise this."""
+        self._failure = error
 
-    async def _keep_staffed(self, number: int, seat: _Place) -> None:
-        """Keep a worker on a seat, until it is given up."""
+    def stop(self) -> None:
+        """Replace no further worker."""
+        self._stopped = True
+
+    # One place.
+
+    def _keep(self, bundle: int) -> None:
+        place = self._places[bundle]
+        place.task = self._spawn(lambda: self._keep_worker(bundle, place))
+
+    async def _keep_worker(self, bundle: int, place: _Place) -> None:
+        """Keep a worker on a place, until that is given up.
+
+        Raises:
+            ClusterError: it failed before the first ranks served, or was the last place.
+        """
         while True:
-            worker = None
-            try:
-                worker = LiveWorker(number, await self.fleet.hire(number))
-                self.workers[number] = worker
-                await asyncio.wait({self.employer.listen(worker)})
-                assert worker.cause is not None, "listening ends with the worker"
-                error = worker.cause
-            except (WorkerDied, ClusterError) as failure:
-                error = failure
-            if not isinstance(error, ClusterError):
-                name = f"rank {number}" if worker is None else worker.name
-                error = RankFailed(f"{name} could not be started: {error}")
-            if self.employer.closing:
+            worker, error = await self._run_worker(bundle)
+            if self._stopped:
                 return
-            if not self.employer.started:
-                self.employer.give_up(error)
-                return
-            self.employer.group.least = 1  # after the whole fleet was lost: the others needn't wait for this one
-            seat.error = error
+            if not self.started:
+                raise error
+            self._group.require(1)  # after a lost backend, too: the other ranks needn't wait for this one
+            place.error = error
             if worker is not None and worker.proven:
-                seat.retries.reset()
-            elif not await self._wait(number, seat, error, said=worker is not None):
+                place.retries.reset()
+            elif not await self._wait_to_retry(bundle, place, error, logged=worker is not None):
                 return
 
-    async def _wait(self, number: int, seat: _Place, error: ClusterError, *, said: bool) -> bool:
-        """Wait for the next attempt after a failure; whether there is to be one. ``said``: the log has it already."""
-        verdict = seat.retries.failed(self.clock())
-        failures = seat.retries.failures
-        hopeless = failures >= MOST_FAILURES and (not seat.served or getattr(error, "kind", "") in _INCURABLE)
+    async def _run_worker(self, bundle: int) -> tuple[WorkerRecord | None, ClusterError]:
+        """Start a worker, and wait for its end; returns it, or None if it didn't start, and the reason."""
+        worker = None
+        try:
+            worker = WorkerRecord(bundle, await self._backend.start_worker(bundle))
+            self._workers.add(worker)
+            worker.listening = self._spawn(lambda: self._listen(worker))
+            await asyncio.wait({worker.listening})
+            assert worker.cause is not None, "listening ends with the worker"
+            error = worker.cause
+        except (WorkerDied, ClusterError) as failure:
+            error = failure
+        if not isinstance(error, ClusterError):
+            name = f"rank {bundle}" if worker is None else worker.name
+            error = RankFailed(f"{name} could not be started: {error}")
+        return worker, error
+
+    async def _wait_to_retry(self, bundle: int, place: _Place, error: ClusterError, *, logged: bool) -> bool:
+        """Wait for the next attempt; returns False if there is to be none. ``logged``: the error is in the log already."""
+        verdict = place.retries.failed(self._clock())
+        failures = place.retries.failures
+        hopeless = failures >= MOST_FAILURES and (not place.grouped or getattr(error, "kind", "") in _INCURABLE)
         if verdict.give_up or hopeless:
-            logger.error("%s. That was the %dth failure in a row; its seat is given up", error, failures)
-            del self._seats[number]
-            self._given_up[number] = error
-            if not self._seats:
-                self.employer.give_up(error)
-            self.pulse.beat()
+            logger.error("%s. That was failure %d in a row; this rank is given up", error, failures)
+            del self._places[bundle]
+            self._given_up[bundle] = error
+            self._workers.changes.notify()
+            if not self._places:
+                raise error
             return False
-        if verdict.tell and (failures > 1 or not said):
-            logger.warning("%s. It is tried again, in %.3g s (failures in a row: %d)", error, verdict.wait_s, failures)
-        seat.next_s = self.clock() + verdict.wait_s
-        self.pulse.beat()
-        await self.pulse.until(lambda: not seat.retries.failures, verdict.wait_s)
-        seat.next_s = None
+        if verdict.tell and (failures > 1 or not logged):
+            logger.warning("%s. It is tried again in %.3g s (failures in a row: %d)", error, verdict.wait_s, failures)
+        place.next_s = self._clock() + verdict.wait_s
+        self._workers.changes.notify()
+        await self._workers.changes.wait_for(lambda: not place.retries.failures, verdict.wait_s)
+        place.next_s = None
         return True
 
-    # The fleet as a whole.
+    # The backend as a whole.
 
-    async def keep_fleet(self) -> None:
-        """Whenever the fleet is lost as a whole, wait for it, and staff all seats anew."""
+    async def keep_backend(self) -> None:
+        """Whenever the backend is lost, wait for it to come back, and start all workers anew.
+
+        Raises:
+            ClusterError: it was lost before the first ranks served, or it didn't come back in time.
+        """
         while True:
-            reason = await self.fleet.lost()
-            if not self.employer.started:
-                self.employer.give_up(ClusterError(reason))
-                return
-            began_s = self.clock()
+            reason = await self._backend.lost()
+            if not self.started:
+                raise ClusterError(reason)
+            began_s = self._clock()
             self._lost = reason
             self._losses += 1
-            logger.warning(
-                "%s. All ranks end with it, and are started again when Ray is there; requests wait meanwhile", reason
-            )
-            for seat in self._seats.values():
-                if seat.staffing is not None:
-                    seat.staffing.cancel()
-                    seat.staffing = seat.next_s = None
-            for worker in list(self.workers.values()):
-                self.employer.lose(worker, WorkerDied(reason), retire=True)
-            if not await self._reopen():
-                return
+            logger.warning("%s. All ranks end with it, and are started again when Ray is back; requests wait", reason)
+            for place in self._places.values():
+                if place.task is not None:
+                    place.task.cancel()
+                    place.task = place.next_s = None
+            for worker in self._workers:
+                self._workers.lose(worker, WorkerDied(reason), retire=True)
+            await self._reopen()
             self._lost = ""
-            self.employer.group.least = max(1, len(self._seats))  # together they can go on with their placement
-            for number, seat in self._seats.items():
-                seat.retries.reset()
-                self._staff(number)
-            self.pulse.beat()
-            logger.warning("after %.1f s Ray is there again, and ranks are being started", self.clock() - began_s)
+            self._group.require(max(1, len(self._places)))  # together they can go on with their placement
+            for bundle, place in self._places.items():
+                place.retries.reset()
+                self._keep(bundle)
+            self._workers.changes.notify()
+            logger.warning("Ray is back after %.1f s, and ranks are being started", self._clock() - began_s)
 
-    async def _reopen(self) -> bool:
-        """Wait for the fleet; whether it is there again."""
+    async def _reopen(self) -> None:
+        """Reopen the backend, in as many attempts as it takes.
+
+        Raises:
+            ClusterError: it isn't back after ``give_up_s``.
+        """
         retries = Retries(_PACE)
         try:
-            async with asyncio.timeout(self.give_up_s):
+            async with asyncio.timeout(self._give_up_s):
                 while True:
                     try:
-                        await self.fleet.reopen(self.wanted)
-                        return True
+                        await self._backend.reopen(self.size)
+                        return
                     except ClusterError as error:
-                        verdict = retries.failed(self.clock())
+                        verdict = retries.failed(self._clock())
                         if verdict.tell:
-                            logger.warning("there are no places for the ranks yet: %s. It is tried again", error)
+                            logger.warning("no places for the ranks could be reserved yet: %s. It is tried again", error)
                         await asyncio.sleep(verdict.wait_s)
         except TimeoutError:
-            self.employer.give_up(ClusterError(f"{self._lost}; it wasn't back within {self.give_up_s:g} s (give_up_after_s)"))
-            return False
-
-    # What is said of it.
+            raise ClusterError(f"{self._lost}; it wasn't back within {self._give_up_s:g} s (give_up_after_s)") from None
 
     def missing(self) -> tuple[str, ...]:
-        """What keeps wanted ranks from serving, and what is done about it, for people; empty if all serve."""
+        """A line for each rank that doesn't serve, with the reason and the next step, for people; empty if all serve."""
         if self._lost:
-            return (f"{self._lost}; it is waited for",)
-        lines = [f"rank {seat} was given up: {error}" for seat, error in sorted(self._given_up.items())]
-        for number, seat in sorted(self._seats.items()):
-            worker = self.workers.get(number)
-            if worker is None and seat.next_s is not None:
-                lines.append(f"{seat.error}; it is tried again in {max(0.0, seat.next_s - self.clock()):.0f} s")
+            return (f"{self._lost}; waiting for it to come back",)
+        lines = [f"rank {bundle} was given up: {error}" for bundle, error in sorted(self._given_up.items())]
+        for bundle, place in sorted(self._places.items()):
+            worker = self._workers.on(bundle)
+            if worker is None and place.next_s is not None:
+                lines.append(f"{place.error}; it is tried again in {max(0.0, place.next_s - self._clock()):.0f} s")
             elif worker is None:
-                lines.append(f"rank {number}: its process is being started")
+                lines.append(f"rank {bundle}: its process is being started")
             elif worker.state is WorkerState.LOADING:
                 lines.append(f"{worker.name} loads the model")
             elif worker.state is WorkerState.READY:
-                lines.append(f"{worker.name} waits for the others")
-        if not lines and not self.employer.group.formed:
-            lines.append("the ranks are meeting")
+                lines.append(f"{worker.name} waits for the other ranks")
+        if not lines and not self._group.formed:
+            lines.append("the ranks are forming a group")
         return tuple(lines)
-
-    async def tell_of_gaps(self) -> None:
-        """Say so when no rank serves for some seconds: callers only see that nothing comes."""
-        group = self.employer.group
-        while True:
-            await self.pulse.until(lambda: self.employer.started and not group.formed)
-            began_s = self.clock()
-            told = False
-            while not await self.pulse.until(lambda: group.formed, _GAP_AGAIN_S if told else _GAP_S):
-                told = True
-                logger.warning(
-                    "no rank has served for %.0f s, and %d requests wait: %s",
-                    self.clock() - began_s,
-                    self.employer.count_unfinished(),
-                    "; ".join(self.missing()),
-                )
-            if told:
-                logger.warning("%d ranks serve again after %.0f s", group.serving, self.clock() - began_s)

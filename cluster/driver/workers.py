@@ -1,15 +1,18 @@
-"""Workers as the supervisor knows them."""
+"""The workers of a cluster as the driver knows them: their records, and how they are reached and lost."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from cluster.driver.backend import WorkerDied, WorkerHandle
+from cluster.driver.loop_thread import Notifier
 from cluster.errors import ClusterError
-from cluster.messages.rank import Loaded
+from cluster.messages.rank import Command, Loaded, encode
 
 _PROVEN_S = 60.0
 
@@ -19,15 +22,15 @@ class Deadlines:
     """Seconds.
 
     Attributes:
-        roll_call_s: in which ranks answer before a group is formed; who doesn't is given up.
-        silence_s: in which a rank answers while there is work, or while it loads.
-        form_s: in which ranks meet.
-        operation_s: that one operation between ranks may take.
-        stop_s: in which ranks give everything back before they are killed.
-        give_up_s: after which a seat that keeps failing, or a Ray that doesn't come back, is given up; None for never.
+        health_check_s: a rank's answer before a group is formed; a rank that is later is lost.
+        silence_s: a rank's answer while there is work, or while it loads.
+        form_s: the ranks' rendezvous.
+        operation_s: one operation between ranks.
+        stop_s: a rank's release of everything, before it is killed.
+        give_up_s: attempts to replace a rank, or to get a lost Ray back; None = without an end.
     """
 
-    roll_call_s: float = 3.0
+    health_check_s: float = 3.0
     silence_s: float = 10.0
     form_s: float = 10.0
     operation_s: float = 60.0
@@ -36,7 +39,7 @@ class Deadlines:
 
 
 class WorkerState(Enum):
-    """Loading -> ready -> member; lost from anywhere, and for ever."""
+    """Loading -> ready -> member of the group; lost from any of these, for good."""
 
     LOADING = "loading"
     READY = "ready"
@@ -45,18 +48,18 @@ class WorkerState(Enum):
 
 
 @dataclass(eq=False)
-class LiveWorker:
-    """A worker's process and what is known of it.
+class WorkerRecord:
+    """A worker's process, and the driver's knowledge of it.
 
     Attributes:
-        rank: in the current epoch, or the last that it was in; -1 before.
-        formed: the last epoch that it said it stood in.
-        served: it has brought something.
+        rank: in the current epoch, or in the worker's last; -1 before its first.
+        formed: the last epoch that the worker reported as formed.
+        served: it has sent outputs.
         cause: why it is lost.
-        listening: takes its events.
+        listening: the task that takes its events.
     """
 
-    seat: int
+    bundle: int
     handle: WorkerHandle
     state: WorkerState = WorkerState.LOADING
     rank: int = -1
@@ -71,9 +74,79 @@ class LiveWorker:
     @property
     def name(self) -> str:
         """For people."""
-        return f"rank {self.seat if self.rank < 0 else self.rank} ({self.handle.where})"
+        return f"rank {self.bundle if self.rank < 0 else self.rank} ({self.handle.where})"
 
     @property
     def proven(self) -> bool:
-        """Whether its end says nothing against its seat."""
+        """It has worked, or lived, long enough that its end isn't taken for a failed start."""
         return self.served or time.monotonic() - self.since_s > _PROVEN_S
+
+
+class Workers:
+    """The workers that aren't lost, one a bundle at most. For one loop's thread.
+
+    Args:
+        spawn: runs a coroutine in the background.
+        on_lost: called with a worker that has just been lost, with whether it was a member of the group, and with ``retire``.
+
+    Attributes:
+        changes: to be notified of every change of a worker, the group or the pool.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        on_lost: Callable[[WorkerRecord, bool, bool], None],
+    ) -> None:
+        self._spawn, self._on_lost = spawn, on_lost
+        self._by_bundle: dict[int, WorkerRecord] = {}
+        self.changes = Notifier()
+
+    def __iter__(self) -> Iterator[WorkerRecord]:
+        return iter(list(self._by_bundle.values()))
+
+    def on(self, bundle: int) -> WorkerRecord | None:
+        """The worker on a bundle."""
+        return self._by_bundle.get(bundle)
+
+    @property
+    def members(self) -> list[WorkerRecord]:
+        """The ranks of the current epoch, in order."""
+        return sorted((worker for worker in self if worker.state is WorkerState.MEMBER), key=lambda worker: worker.rank)
+
+    @property
+    def candidates(self) -> list[WorkerRecord]:
+        """The possible members of the next epoch: first those of the current one, then the ready ones."""
+        return self.members + [worker for worker in self if worker.state is WorkerState.READY]
+
+    def add(self, worker: WorkerRecord) -> None:
+        """Add a new worker, whose bundle is free."""
+        self._by_bundle[worker.bundle] = worker
+
+    def send(self, worker: Hashable, command: Command) -> None:
+        """Send a command in the background; commands arrive in the order of these calls."""
+        assert isinstance(worker, WorkerRecord)
+        self._spawn(self._deliver(worker, encode(command)))
+
+    async def _deliver(self, worker: WorkerRecord, message: bytes) -> None:
+        try:
+            await worker.handle.command(message)
+        except WorkerDied as error:
+            self.lose(worker, error)
+
+    def lose(self, worker: WorkerRecord, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
+        """Kill a worker, if it still lives, and take no more events of it.
+
+        Args:
+            retire: it is no fault of the worker or its requests, and isn't logged.
+        """
+        if worker.state is WorkerState.LOST:
+            return
+        was_member = worker.state is WorkerState.MEMBER
+        worker.state, worker.cause = WorkerState.LOST, cause
+        del self._by_bundle[worker.bundle]
+        worker.handle.kill()
+        if worker.listening is not None and worker.listening is not asyncio.current_task():
+            worker.listening.cancel()
+        self._on_lost(worker, was_member, retire)
+        self.changes.notify()

@@ -1,1 +1,1 @@
-"""What crosses between driver, ranks and controller: msgspec structs, encoded and decoded here."""
+"""Messages between driver, ranks and controller: msgspec structs, encoded and decoded here."""

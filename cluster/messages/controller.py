@@ -1,7 +1,14 @@
-"""All that crosses between the driver and the controller, as msgpack: an order, and what it is answered.
+"""Messages between the driver and the controller, as msgpack.
 
-The controller is asked one thing after another, and has nothing to say unasked. It can't reach the ranks: what they measure
-comes through the driver, and what is decided for them goes through it.
+    driver -> controller   order       answer: a Reply (controller -> driver)
+                           Attach      the state; from now on the group is this one
+                           Learn       a SetPlacement for all ranks, if a better placement was found
+                           Rebalance   the same, and an Explanation
+                           Freeze      the state
+                           Explain     an Explanation
+
+The controller gets one order at a time, and sends nothing unasked. It can't reach the ranks: the driver passes their load
+reports on, and sends them its placements.
 """
 
 from __future__ import annotations
@@ -10,17 +17,17 @@ from enum import StrEnum
 
 import msgspec
 
-from cluster.messages.placement import Residency, SetPlacement
+from cluster.messages.placement import GroupState, LoadReport, SetPlacement
 
 
-class GroupState(StrEnum):
-    """What the controller is about.
+class ControllerState(StrEnum):
+    """The controller's activity.
 
     Attributes:
-        WAITING: it knows of no group.
-        WATCHING: the ranks have what was published; windows are weighed.
-        MOVING: a placement was published, and the ranks are on their way to it.
-        FROZEN: it watches, and publishes nothing by itself.
+        WAITING: no group is attached.
+        WATCHING: the ranks have reached the newest placement; every window is compared with it.
+        MOVING: a placement was published, and the ranks haven't reached it yet.
+        FROZEN: windows are learned from, and nothing is published unasked.
     """
 
     WAITING = "waiting"
@@ -30,73 +37,64 @@ class GroupState(StrEnum):
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A group has formed, or the controller is new: this is the group, as its ranks see it.
+    """Serve this group: it has formed, or the controller has just started.
 
     Attributes:
-        survey: what a rank says of the group.
-        offered: a newer placement than that one, which ranks were told of and may not follow yet.
+        group: the group's state, from one of its ranks.
+        offered: a newer placement, which was sent to the ranks and may not be followed yet.
         published: the highest version of a placement that the driver has seen.
-        frozen: whether to publish nothing unasked.
+        frozen: publish nothing unasked.
     """
 
-    survey: Residency
+    group: GroupState
     offered: bytes | None
     published: int
     frozen: bool
 
 
-class LoadReport(msgspec.Struct, frozen=True):
-    """A rank's window: the ``epslots.telemetry.Window`` of this number, as it came."""
-
-    rank: int
-    number: int
-    window: bytes
-
-
-class LoadReports(msgspec.Struct, tag=True, frozen=True):
-    """LoadReports of the ranks of a group, in the order in which they came.
+class Learn(msgspec.Struct, tag=True, frozen=True):
+    """Learn from load reports of the group's ranks, in the order of their arrival.
 
     Attributes:
-        dropped: how many were given up before these, because the controller was busy.
+        dropped: load reports that the driver dropped since the last ``Learn``, because the controller was busy.
     """
 
-    group: int
-    windows: tuple[LoadReport, ...]
+    reports: tuple[LoadReport, ...]
     dropped: int
 
 
 class Rebalance(msgspec.Struct, tag=True, frozen=True):
-    """Plan now, and publish if anything at all is gained."""
+    """Plan a placement now, and publish it if it gains anything."""
 
 
 class Freeze(msgspec.Struct, tag=True, frozen=True):
-    """Publish nothing unasked from now on; or do so again."""
+    """Publish nothing unasked from now on (``frozen``), or publish again."""
 
     frozen: bool
 
 
 class Explain(msgspec.Struct, tag=True, frozen=True):
-    """Say why the placement is what it is."""
+    """Explain the present placement."""
 
 
-Order = Attach | LoadReports | Rebalance | Freeze | Explain
+Order = Attach | Learn | Rebalance | Freeze | Explain
 
 
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
-    """A placement that was weighed against the one there is.
+    """A planned placement, compared with the present one.
 
     Attributes:
-        placement: its version; that of the placement there is, if it is kept.
-        kept: nothing better was found that pays.
-        asked: by ``rebalance``, rather than because a window had come.
-        balance_now, balance_then: mean load of the ranks / largest load, averaged over layers: as it is, and with it.
-        gain_s: seconds that it is expected to save, over as many windows as the forecast is believed to hold.
-        move_s: seconds that moving costs.
-        copies: that have to be fetched.
+        placement: version of the planned placement; of the present one, if that is kept.
+        kept: the present placement is kept, because nothing better pays.
+        asked: planned for ``rebalance``, not after a window.
+        balance_now, balance_then: mean load of the ranks / largest load, averaged over layers: at present, and as planned.
+        gain_s: seconds that it is expected to save over the next windows.
+        move_s: seconds that its migrations cost.
+        copies: number of its migrations.
         trust: in the forecast, 0 to 1.
-        windows: that it is believed to hold.
-        reasons: further numbers of the planner's.
-        plan_s: what planning took.
+        windows: number of windows that the forecast is expected to hold.
+        reasons: further numbers of the planner, by name.
+        plan_s: seconds that planning took.
     """
 
     placement: int
@@ -128,25 +126,26 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the placement is what it is, in numbers. As text, it is for people.
+    """Why experts are placed as they are, in numbers; ``str`` gives them as text.
 
     Attributes:
-        group: epoch of the group; -1 = the controller knows of none.
+        state: of the controller: "waiting", "watching", "moving" or "frozen".
+        group: epoch of the group; -1 = no group is attached.
         placement: the newest version of a placement.
-        adopted: that all ranks make for, as of the last window.
-        pending_migrations: copies that are not there yet, as of the last window.
-        windows: that all ranks told of, and that were weighed.
-        incomplete: windows that some rank didn't tell of, so that they were left out.
-        dropped: messages with windows that were given up on their way, by ranks and driver.
-        refused: messages that can't be true.
-        refusals: the last of these, and why.
-        step_s: seconds of a step, in the last window.
-        bytes_per_step: what each rank may fetch in a step to reach a placement.
-        published: why the controller published its latest placement; None if it hasn't (a new one doesn't know).
-        latest: what it weighed last.
+        adopted: the version that all ranks follow, as of the last window.
+        pending_migrations: copies that have yet to be fetched for it, as of the last window.
+        windows: windows that all ranks reported, and that were learned from.
+        incomplete: windows that some rank didn't report, and that were left out.
+        dropped: load reports that ranks and driver dropped, because the controller was busy.
+        refused: load reports with impossible contents.
+        refusals: the last of these, with the reason.
+        step_s: seconds of one step, in the last window.
+        bytes_per_step: bytes that each rank may fetch for a placement in one step.
+        published: the reason for the newest placement; None if this controller has published none.
+        latest: the newest comparison, whether or not it led to a placement.
     """
 
-    state: GroupState
+    state: ControllerState
     group: int
     placement: int
     adopted: int
@@ -165,7 +164,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         lines = [
             f"{self.state}: placement {self.placement}, followed by all ranks: {self.adopted}, "
             f"copies to move: {self.pending_migrations}",
-            f"group {self.group}, {self.windows} windows weighed, {self.incomplete} incomplete, {self.dropped} messages "
+            f"group {self.group}, {self.windows} windows learned from, {self.incomplete} incomplete, {self.dropped} messages "
             f"dropped, {self.refused} refused",
             "no step was measured yet"
             if not self.step_s
@@ -179,19 +178,19 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What the controller answers.
+    """The answer to an order.
 
     Attributes:
-        placement: the newest version of a placement that it knows of.
-        windows: complete ones that it has learned from.
-        place: for all ranks, if it has decided something.
-        explanation: to ``Explain`` and ``Rebalance``.
+        version: the newest version of a placement that the controller knows.
+        windows: number of complete windows that it has learned from.
+        set_placement: to be sent to all ranks; None if nothing was published.
+        explanation: the answer to ``Explain`` and ``Rebalance``.
     """
 
-    state: GroupState
-    placement: int
+    state: ControllerState
+    version: int
     windows: int
-    place: SetPlacement | None = None
+    set_placement: SetPlacement | None = None
     explanation: Explanation | None = None
 
 

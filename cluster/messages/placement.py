@@ -1,9 +1,10 @@
-"""Commands and events of ``rank.py`` that are about placements: what the controller learns from the ranks, and tells them.
+"""Messages about placements: between ranks and driver, and in part passed on between driver and controller.
 
-Apart from the others because the controller's process needs nothing of a rank's.
+    driver -> rank    SetPlacement    answered by PlacementRejected only if the rank can't follow it
+    driver -> rank    GetGroupState   answered by GroupState
+    rank -> driver    LoadReport      after every window of steps; the driver passes it on to the controller
 
-    commands   GetResidency, SetPlacement
-    events     WindowReport, Residency, PlacementRejected
+They stand apart from ``rank.py`` because the controller's process imports them, and nothing of the engine.
 """
 
 from __future__ import annotations
@@ -13,57 +14,60 @@ import msgspec
 from epslots.planner.cost_model import Costs
 
 
-class GetResidency(msgspec.Struct, tag=True, frozen=True):
-    """Say how things stand, for the controller, with a ``Residency`` of this number, when the step under way is done."""
+class GetGroupState(msgspec.Struct, tag=True, frozen=True):
+    """Ask a rank for a ``GroupState`` with this number, when its current step is done."""
 
     number: int
 
 
 class SetPlacement(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Make for a placement, step by step. All ranks of a group are told; one of another group ignores it.
+    """Follow a placement, step by step. All ranks of the group get it; a rank of another epoch ignores it.
 
     Attributes:
-        group: epoch of the group that it is for.
-        version: the placement's.
-        placement: as ``placement.pack`` has it.
-        bytes_per_step: what each rank may fetch for it in a step.
+        epoch: of the group that the placement is for.
+        version: of the placement.
+        placement: encoded by ``placement.pack``.
+        bytes_per_step: bytes that each rank may fetch for it in one step.
     """
 
-    group: int
+    epoch: int
     version: int
     placement: bytes
     bytes_per_step: int
 
 
-class WindowReport(msgspec.Struct, tag=True, frozen=True):
-    """A window of telemetry. At most one of a rank waits to be handed over; what comes meanwhile is dropped.
+class LoadReport(msgspec.Struct, tag=True, frozen=True):
+    """The load that one rank measured in one window of steps. A rank holds at most one that the driver hasn't taken.
 
     Attributes:
-        group: epoch of the group.
-        number: of the window; ranks of a group cut alike.
-        window: an ``epslots.telemetry.Window``, as msgpack.
+        epoch: of the rank's group.
+        rank: the rank's number in that epoch.
+        number: of the window; all ranks of a group end their windows after the same steps.
+        window: a ``LoadWindow`` as msgpack.
     """
 
-    group: int
+    epoch: int
+    rank: int
     number: int
     window: bytes
 
 
-class Residency(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """How things stand in the group, as all its ranks know it.
+class GroupState(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The state of a group; every rank of it would send the same.
 
     Attributes:
-        group: its epoch.
-        nodes: the name of each rank's node.
-        placement: the one they make for (``placement.pack``).
-        pending_migrations: copies that it wants and that are not there yet, on all ranks.
-        costs: what the ranks reckon with; the largest, if layers differ.
-        expert_bytes: of an expert, by layer.
-        pools: by layer; layers of a pool share its memory.
+        number: of the ``GetGroupState`` that this answers.
+        epoch: of the group.
+        nodes: name of each rank's node.
+        placement: the placement that the ranks follow, encoded by ``placement.pack``.
+        pending_migrations: copies of it that have yet to be fetched, over all ranks.
+        costs: the costs that the ranks plan with; the largest where layers differ.
+        expert_bytes: bytes of one expert, by layer.
+        pools: number of the slot pool, by layer; layers with the same number share its memory.
     """
 
     number: int
-    group: int
+    epoch: int
     nodes: tuple[str, ...]
     placement: bytes
     pending_migrations: int
@@ -73,6 +77,6 @@ class Residency(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class PlacementRejected(msgspec.Struct, tag=True, frozen=True):
-    """A placement that was to be made for is refused; the last one stays."""
+    """The rank can't follow the placement that it was sent, and keeps the last one."""
 
     cause: str

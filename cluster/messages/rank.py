@@ -1,12 +1,15 @@
-"""All that crosses between the driver and a worker, as msgpack. Each field's owner is the side that sends it.
+"""Messages between the driver and a worker, as msgpack.
 
-    commands   driver -> worker, each answered at once: with an empty message, or with an ``Answer``
-    events     worker -> driver, in the order in which they happened; handed over in batches
+    driver -> worker   command          answer, as an event (worker -> driver)
+                       Load             LoadProgress, then Loaded
+                       Form             Contact; then, after Contacts, Formed
+                       Submit, Cancel   Outputs
+                       Wake             Asleep, when no rank has work any more
+                       GetReport        RankReport
+                       Stop             RankStopped
 
-A worker's life: Load -> Loaded; Form -> Contact, Contacts -> Formed; then Submit, Cancel, Wake -> Outputs, Asleep; when the
-group breaks, Broken; with the next Form it goes on where it was. ``Failed`` is its last word. Beside it, for the controller:
-WindowReport events, and GetResidency -> Residency; SetPlacement (``placement.py``; what the controller itself is told is in
-``controller.py``).
+A command's call returns at once, even from a busy worker (``Ping`` returns a ``Pong``); events follow in batches. Unasked
+events: ``Broken`` (the group lost a rank), ``Failed`` (the worker's last). Messages about placements are in ``placement.py``.
 """
 
 from __future__ import annotations
@@ -15,17 +18,17 @@ from typing import Literal
 
 import msgspec
 
-from cluster.messages.placement import GetResidency, PlacementRejected, Residency, SetPlacement, WindowReport
+from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.engine.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
 
 
 class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Load the model, alone.
+    """Load the model, without a group.
 
     Attributes:
-        neighbours: ranks that share the node's RAM, this one included.
+        neighbours: ranks on this node, which share its RAM; this one included.
         kv_tokens, max_batch_tokens: of the engine.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
@@ -53,15 +56,16 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Leave the group there is, at once, and form the next.
+    """Leave the present group at once, and form the next one.
 
     Attributes:
-        secret: known to the ranks of this epoch alone, by which they know each other.
-        form_s: seconds to wait for the others.
-        deadline_s: seconds that one operation may take from then on.
-        fresh: all ranks have just loaded, so that they may fill their slots together.
-        costs: as ``epslots.load`` has them.
-        placement: what the group begins with (``placement.pack``); None = what its ranks followed last, or as dealt.
+        secret: known to the ranks of this epoch alone; they recognise each other by it.
+        form_s: seconds to wait for the other ranks.
+        deadline_s: seconds that one operation between ranks may take afterwards.
+        fresh: all ranks have just loaded the model, so they fill their slots together.
+        costs: the costs to plan with; None = measured ones.
+        placement: the first placement of the group (``placement.pack``); None = the one that its ranks followed last, or the
+            default one.
     """
 
     epoch: int
@@ -76,7 +80,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Contacts(msgspec.Struct, tag=True, frozen=True):
-    """What ranks of this epoch have published, by key."""
+    """Entries that ranks of this epoch have published, by key."""
 
     epoch: int
     entries: dict[str, bytes]
@@ -89,47 +93,47 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
-    """Give requests up; their outputs end with the reason "cancelled"."""
+    """Cancel requests; their outputs end with the reason "cancelled"."""
 
     ids: tuple[str, ...]
 
 
 class Wake(msgspec.Struct, tag=True, frozen=True):
-    """Somebody has work: make the steps of this epoch up to ``step``, with or without work of one's own."""
+    """Make the steps of this epoch up to ``step``, with or without work: another rank has some."""
 
     epoch: int
     step: int
 
 
-class Ask(msgspec.Struct, tag=True, frozen=True):
-    """Send a ``RankReport`` when the step under way is done; ``number`` comes back with it."""
+class GetReport(msgspec.Struct, tag=True, frozen=True):
+    """Ask for a ``RankReport`` with this number, when the current step is done."""
 
     number: int
 
 
 class Ping(msgspec.Struct, tag=True, frozen=True):
-    """Answer, whatever the worker is busy with."""
+    """Answer with a ``Pong`` at once, even while busy."""
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
-    """Give everything back; a ``RankStopped`` follows."""
+    """Release everything, and answer ``RankStopped``."""
 
 
-Command = Load | Form | Contacts | Submit | Cancel | Wake | Ask | GetResidency | SetPlacement | Ping | Stop
+Command = Load | Form | Contacts | Submit | Cancel | Wake | GetReport | GetGroupState | SetPlacement | Ping | Stop
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What a worker answers a ``Ping``.
+class Pong(msgspec.Struct, frozen=True):
+    """The answer to a ``Ping``.
 
     Attributes:
-        going: whether it can go on; False after ``Failed`` and ``RankStopped``.
+        running: the worker can go on; False after ``Failed`` and ``RankStopped``.
     """
 
-    going: bool
+    running: bool
 
 
-class Progress(msgspec.Struct, tag=True, frozen=True):
-    """How far a piece of the loading is."""
+class LoadProgress(msgspec.Struct, tag=True, frozen=True):
+    """How many bytes of one stage of loading are done."""
 
     title: str
     done_bytes: int
@@ -137,15 +141,15 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
 
 
 class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The model is there.
+    """The model is loaded.
 
     Attributes:
-        capacity: tokens that one request may keep.
-        batches: whether requests run together; else one at a time.
+        capacity: tokens that the cache can hold of one request.
+        batches: requests run together; else one at a time.
         vocabulary: number of token ids.
-        context: tokens of the model's context; None if it states none.
-        end_tokens: those of the generation configuration.
-        seconds: what took how long, by name.
+        context: tokens of the model's context; None if the model states none.
+        end_tokens: end tokens of the generation configuration.
+        seconds: duration of each stage of loading, by name.
     """
 
     capacity: int
@@ -157,7 +161,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Contact(msgspec.Struct, tag=True, frozen=True):
-    """An entry that the other ranks of this epoch need in order to connect; as torch has written it."""
+    """An entry of torch's rendezvous store, which the other ranks of this epoch need in order to connect."""
 
     epoch: int
     key: str
@@ -165,30 +169,30 @@ class Contact(msgspec.Struct, tag=True, frozen=True):
 
 
 class Formed(msgspec.Struct, tag=True, frozen=True):
-    """The group of this epoch stands, and this rank makes steps in it."""
+    """The group of this epoch has formed, and this rank makes steps in it."""
 
     epoch: int
     seconds: float
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
-    """What came of this rank's requests."""
+    """New tokens and ends of this rank's requests."""
 
     outputs: tuple[Output, ...]
 
 
 class Asleep(msgspec.Struct, tag=True, frozen=True):
-    """Nobody had work in ``step`` of this epoch: the rank sleeps until it is woken."""
+    """No rank had work in ``step`` of this epoch; this rank sleeps until it gets a request or a ``Wake``."""
 
     epoch: int
     step: int
 
 
 class Broken(msgspec.Struct, tag=True, frozen=True):
-    """The group of this epoch has lost a rank, or didn't form; this rank stands by for the next.
+    """The group of this epoch lost a rank, or didn't form; this rank waits for the next ``Form``.
 
     Attributes:
-        stood: it had formed.
+        stood: the group had formed.
     """
 
     epoch: int
@@ -197,7 +201,7 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The worker can't go on: what it raised.
+    """The worker raised an error, and can't go on.
 
     Attributes:
         kind: name of the error's class.
@@ -213,14 +217,14 @@ class Failed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     traceback: str
 
 
-class LayerPlace(msgspec.Struct, frozen=True):
-    """Who holds which expert of a layer, and who should.
+class LayerPlacement(msgspec.Struct, frozen=True):
+    """Where the experts of one layer are, and where the placement wants them.
 
     Attributes:
-        slots: of each rank.
-        home: the rank that fetches an expert which nobody holds, by expert.
-        holders: the ranks that hold it, by expert.
-        wanted: the ranks where the placement wants it to stay, by expert.
+        slots: number of slots, by rank.
+        home: the rank that fetches an expert which no rank holds, by expert.
+        holders: the ranks that hold the expert, by expert.
+        wanted: the ranks that the placement names for the expert, by expert.
     """
 
     layer: str
@@ -231,19 +235,22 @@ class LayerPlace(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A rank's counters, and what it knows of everybody's slots (all ranks know the same).
+    """A rank's counters, and the slots of all ranks (every rank of a group knows the same).
 
     Attributes:
+        number: of the ``GetReport`` that this answers.
         epoch: of the group.
-        placement: version of the placement that the ranks make for.
-        pending_migrations: copies that it wants and that are not there yet, on all ranks.
+        steps: made in this epoch.
+        placement: version of the placement that the ranks follow.
+        pending_migrations: copies of it that have yet to be fetched, over all ranks.
+        memory_bytes, descriptors, threads: of the process.
     """
 
     number: int
     epoch: int
     steps: int
     stats: Stats
-    layers: tuple[LayerPlace, ...]
+    layers: tuple[LayerPlacement, ...]
     placement: int
     pending_migrations: int
     memory_bytes: int
@@ -252,11 +259,11 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class RankStopped(msgspec.Struct, tag=True, frozen=True):
-    """Everything is given back; the process may end."""
+    """The worker has released everything; its process may end."""
 
 
 Event = (
-    Progress
+    LoadProgress
     | Loaded
     | Contact
     | Formed
@@ -265,8 +272,8 @@ Event = (
     | Broken
     | Failed
     | RankReport
-    | WindowReport
-    | Residency
+    | LoadReport
+    | GroupState
     | PlacementRejected
     | RankStopped
 )
@@ -274,10 +281,10 @@ Event = (
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)
 _events = msgspec.msgpack.Decoder(list[Event])
-_answers = msgspec.msgpack.Decoder(Answer)
+_pongs = msgspec.msgpack.Decoder(Pong)
 
 
-def encode(message: Command | Answer | list[Event]) -> bytes:
+def encode(message: Command | Pong | list[Event]) -> bytes:
     """A message as bytes."""
     return _encoder.encode(message)
 
@@ -290,5 +297,5 @@ def decode_events(message: bytes) -> list[Event]:
     return _events.decode(message)
 
 
-def decode_answer(message: bytes) -> Answer:
-    return _answers.decode(message)
+def decode_pong(message: bytes) -> Pong:
+    return _pongs.decode(message)

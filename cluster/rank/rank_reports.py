@@ -1,4 +1,4 @@
-"""What a rank says of itself: its counters, window by window or all at once, and what it knows of its group."""
+"""A rank's reports: its load window by window, all its counters, and the state of its group."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 import psutil
 from torch import nn
 
-from cluster.messages.placement import Residency, WindowReport
-from cluster.messages.rank import LayerPlace, RankReport
+from cluster.messages.placement import GroupState, LoadReport
+from cluster.messages.rank import LayerPlacement, RankReport
 from epslots.arrays import BoolArray
 from epslots.group.cost_probe import largest
 from epslots.group.rank_group import group_of
@@ -18,10 +18,10 @@ from epslots.telemetry import WindowMeter
 
 
 class WindowCutter:
-    """Cuts a rank's telemetry into windows, after the same steps as all other ranks of its group.
+    """Cuts a rank's telemetry into windows, after the same steps as the other ranks of its group.
 
     Args:
-        every: steps of a window; 0 = none is ever cut.
+        every: steps of a window; 0 = there are no windows.
     """
 
     def __init__(self, model: nn.Module, every: int) -> None:
@@ -31,18 +31,18 @@ class WindowCutter:
         self._dropped = 0
 
     def begin(self) -> None:
-        """A group stands: its ranks' windows begin together. What was counted since the last one is forgotten."""
+        """Begin the first window of a group that has just formed; drops the counts since the last window."""
         self._seconds = 0.0
         if self._every:
             self._meter.cut(0.0)
 
-    def step(self, number: int, seconds: float, *, waits: bool) -> WindowReport | None:
-        """A step has been made; the window that ends with it, if one does.
+    def step(self, number: int, seconds: float, *, waits: bool) -> LoadReport | None:
+        """Note a step; returns a load report if a window ends with it.
 
         Args:
-            number: of the step, in this epoch of the group.
-            seconds: that it took.
-            waits: the last window has not been handed over yet: this one is dropped, and counted.
+            number: of the step in this epoch, from 1.
+            seconds: the step's duration.
+            waits: the last report has not been taken yet: this one is dropped, and counted.
         """
         self._seconds += seconds
         if not self._every or number % self._every:
@@ -57,18 +57,19 @@ class WindowCutter:
             window, placement=group.placement.version, pending_migrations=group.pending_migrations, dropped=self._dropped
         )
         self._dropped = 0
-        return WindowReport(group.transport.epoch, number // self._every, msgspec.msgpack.encode(window))
+        transport = group.transport
+        return LoadReport(transport.epoch, transport.rank, number // self._every, msgspec.msgpack.encode(window))
 
 
-def survey(model: nn.Module, number: int) -> Residency | None:
-    """How things stand in the rank's group; None if it has none yet."""
+def group_state(model: nn.Module, number: int) -> GroupState | None:
+    """The answer to a ``GetGroupState`` of this number; None if the rank has no group yet."""
     group, runtime = group_of(model), runtime_of(model)
     if group is None:
         return None
     pool_of = {layer: pool for pool, loader in enumerate(runtime.movers) for layer in loader.store_layers}
-    return Residency(
+    return GroupState(
         number=number,
-        group=group.transport.epoch,
+        epoch=group.transport.epoch,
         nodes=group.nodes,
         placement=pack(group.placement),
         pending_migrations=group.pending_migrations,
@@ -78,12 +79,12 @@ def survey(model: nn.Module, number: int) -> Residency | None:
     )
 
 
-def report(model: nn.Module, number: int, epoch: int, steps: int) -> RankReport:
-    """The rank's counters, and who holds what.
+def rank_report(model: nn.Module, number: int, epoch: int, steps: int) -> RankReport:
+    """The answer to a ``GetReport`` of this number: the rank's counters, and the slots of all ranks.
 
     Args:
-        epoch: of the group that the rank is in, or forms.
-        steps: made in it.
+        epoch: of the group that the rank is in, or forms; -1 before the first.
+        steps: made in that epoch.
     """
     group, runtime = group_of(model), runtime_of(model)
     process = psutil.Process()
@@ -94,7 +95,7 @@ def report(model: nn.Module, number: int, epoch: int, steps: int) -> RankReport:
         steps=steps,
         stats=stats(model),
         layers=tuple(
-            LayerPlace(
+            LayerPlacement(
                 layer=spec.name,
                 slots=tuple(shared.state.quota_R.tolist()),
                 home=tuple(shared.state.home_E.tolist()),
@@ -112,5 +113,5 @@ def report(model: nn.Module, number: int, epoch: int, steps: int) -> RankReport:
 
 
 def _ranks_of(holds_RE: BoolArray) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each expert, by expert."""
+    """The ranks that hold each expert, by expert."""
     return tuple(tuple(np.flatnonzero(holds_R).tolist()) for holds_R in holds_RE.T)

@@ -1,4 +1,4 @@
-"""Finds a running Ray, and asks it whether it lets us in: Ray's own way to find out takes minutes, and fills the terminal."""
+"""Finds a running Ray, and asks it for access. Ray's own attempt takes minutes, and fills the terminal."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ logger = logging.getLogger("epslots.cluster")
 _PROBE_S = 5.0
 _HEAD_EVERY_S = 5.0
 
-START = "start one with `ray start --head`, or have a local one: give no address (a job: --address local)"
-TOKENS = (
+START_HINT = "start one with `ray start --head`, or have a local one: give no address (a job: --address local)"
+TOKEN_HINT = (
     "give this process the cluster's token, in ~/.ray/auth_token (or where RAY_AUTH_TOKEN_PATH says, or in RAY_AUTH_TOKEN), "
     "and set RAY_AUTH_MODE=token, without which Ray sends no token to an address that was spelled out"
 )
 
 
 def check_address(address: str | None) -> None:
-    """Refuse what can't be an address."""
+    """Refuse an address of a wrong form (ConfigError)."""
     if address is None or address == "auto" or ("://" not in address and address.rpartition(":")[2].isdigit()):
         return
     raise ConfigError(
@@ -44,10 +44,10 @@ def check_address(address: str | None) -> None:
 
 
 def find_running(address: str) -> str:
-    """The "host:port" of a Ray that runs and lets us in.
+    """The "host:port" of a running Ray that this process may join.
 
     Raises:
-        ClusterError: with what to do.
+        ClusterError: there is none; the message says what to do.
     """
     found = _resolve(address)
     with init_grpc_channel(found) as channel:
@@ -55,8 +55,9 @@ def find_running(address: str) -> str:
             version = NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_PROBE_S).ray_version
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                raise ClusterError(f"the Ray at {found} refuses this process's token, or asks for one: {TOKENS}") from error
-            raise ClusterError(f"no Ray answers at {found} ({error.code().name.lower()}): {START}") from error
+                message = f"the Ray at {found} refuses this process's token, or asks for one: {TOKEN_HINT}"
+                raise ClusterError(message) from error
+            raise ClusterError(f"no Ray answers at {found} ({error.code().name.lower()}): {START_HINT}") from error
     if version != ray.__version__:
         raise ClusterError(
             f"the Ray at {found} is version {version}, and this process has {ray.__version__}: install the same on all nodes"
@@ -65,7 +66,7 @@ def find_running(address: str) -> str:
 
 
 def _check_file(file: Path) -> None:
-    """See that Ray's note of the running cluster is a file: it lies where anybody may write, and Ray's open would wait."""
+    """Refuse Ray's note of the running cluster if it is no file: in a folder for all users, a FIFO would make Ray wait."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(file.stat().st_mode):
             raise ClusterError(f'address="auto": {file} is no file; remove it, or give the "host:port" of the Ray to join')
@@ -74,10 +75,10 @@ def _check_file(file: Path) -> None:
 def _resolve(address: str) -> str:
     rays = logging.getLogger("ray")
     level = rays.level
-    rays.setLevel(logging.ERROR)  # it would tell about tokens, and about other clusters, what nobody asked
+    rays.setLevel(logging.ERROR)  # it would log hints about tokens and other clusters
     asked_auto = address == "auto"
     if asked_auto:
-        address = os.environ.get("RAY_ADDRESS", address)  # Ray tells a job by it which cluster it is in, of several here
+        address = os.environ.get("RAY_ADDRESS", address)  # Ray sets it for a job: several clusters may run here
     try:
         if address == "auto":
             _check_file(Path(get_ray_address_file(None)))
@@ -85,16 +86,16 @@ def _resolve(address: str) -> str:
         if address == "auto":
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     except (ConnectionError, ValueError, OSError) as error:
-        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}") from error
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START_HINT}") from error
     finally:
         rays.setLevel(level)
     if found is None:
-        raise ClusterError(f"address={address!r}: no running Ray was found here; {START}")
+        raise ClusterError(f"address={address!r}: no running Ray was found here; {START_HINT}")
     return found
 
 
 class HeadWatch:
-    """Whether the head of a Ray that isn't ours can be reached; says so in the log when that changes."""
+    """Watches whether the head of a joined Ray can be reached, and logs every change."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -102,7 +103,7 @@ class HeadWatch:
         self._reached = True
 
     def look(self, now_s: float) -> None:
-        """Look, if it is time to."""
+        """Try to reach the head, if the last try was long enough ago."""
         if now_s < self._next_s:
             return
         self._next_s = now_s + _HEAD_EVERY_S

@@ -1,4 +1,4 @@
-"""The fleet on Ray: seats are bundles of placement groups, and workers are actors on them. The controller needs no seat."""
+"""``RayBackend``: ranks' workers are Ray actors on bundles of placement groups; the controller is an actor without one."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError
-from cluster.rank.worker import RANK_LOOP
+from cluster.rank.actor import RANK_LOOP
 from cluster.ray_backend.bundles import Bundles
 from cluster.ray_backend.calls import ask, refusals
-from cluster.ray_backend.controller import RayController
+from cluster.ray_backend.connect import RANK_RESOURCE
+from cluster.ray_backend.handles import CONCURRENCY_GROUPS, RayActorHandle, RayControllerHandle, RayWorkerHandle
 from cluster.ray_backend.imports import actor
-from cluster.ray_backend.nodes import need_of_seat, read_nodes
-from cluster.ray_backend.session import SEAT, Connection, Life, RayUse
-from cluster.ray_backend.worker import CONCURRENCY_GROUPS, RayWorker
+from cluster.ray_backend.nodes import need_of_bundle, read_nodes
+from cluster.ray_backend.session import Connection, Life, RayUse
 from epslots.host_limits import usable_cores
 
 logger = logging.getLogger("epslots.cluster")
 
 LOOPBACK = "127.0.0.1"
 
-_HIRE_S = 300.0  # it imports torch and transformers, maybe from a slow disk on a busy machine
-_LOOK_EVERY_S = 1.0  # whether the node of one that is being hired is still there
-_START_S = 30.0  # for a Ray that is still being started when the fleet is closed
-_END_S = 20.0  # without a head, Ray takes some seconds
+_START_WORKER_S = 300.0  # it imports torch and transformers, maybe from a slow disk on a busy machine
+_LOOK_EVERY_S = 1.0  # at the node of a worker that is being started
+_START_RAY_S = 30.0  # longest wait for a Ray that is still being started when the backend is closed
+_END_RAY_S = 20.0  # without a head, Ray takes some seconds
 
 _worker_class = ray.remote(
     concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0, max_task_retries=0, enable_task_events=False
-)(actor("cluster.rank.worker", "RankWorker"))
+)(actor("cluster.rank.actor", "WorkerActor"))
 _controller_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, enable_task_events=False)(
     actor("cluster.controller.actor", "ControllerActor")
 )
@@ -43,11 +43,11 @@ class RayBackend:
 
     Args:
         address: None for a Ray of this process alone; "auto" or "host:port" for a running one.
-        strategy: how ranks are spread over nodes; Ray's words.
+        strategy: Ray's placement strategy: "PACK", "SPREAD", "STRICT_PACK" or "STRICT_SPREAD".
         device: "cuda", "cpu", or None for GPUs if the cluster has any.
-        path: of the model's folder, which all nodes must have; a hub id is left to them.
-        loop: what runs a rank, as "module:name".
-        place_s: how long a seat whose node is lost waits for another.
+        path: the model's folder, which all nodes must have; a hub id is each node's to find.
+        loop: class that runs a rank, as "module:name".
+        place_s: seconds that Ray has to find another node for a bundle whose node is lost.
     """
 
     def __init__(
@@ -66,9 +66,8 @@ class RayBackend:
         self._connection: Connection | None = None
         self._life: Life | None = None
         self._need: dict[str, float] = {}
-        self._seats = Bundles({}, strategy, None, place_s)
-        self._workers: WeakSet[RayWorker] = WeakSet()
-        self._controllers: WeakSet[RayController] = WeakSet()
+        self._bundles = Bundles({}, strategy, None, place_s)
+        self._actors: WeakSet[RayActorHandle] = WeakSet()
 
     async def open(self, ranks: int | None) -> int:
         self._use = RayUse(self._address, ranks or 1)
@@ -77,27 +76,24 @@ class RayBackend:
         return await self._reserve(ranks)
 
     async def _reserve(self, ranks: int | None) -> int:
-        """Reserve all seats, on the nodes that there are; returns how many."""
+        """Reserve all bundles, on the present nodes; returns their number."""
         assert self._connection is not None
         nodes = await ask(read_nodes)
-        self._need = need_of_seat(nodes, self._device)
+        self._need = need_of_bundle(nodes, self._device)
         if ranks is None:
             ranks = int(sum(node.total.get("GPU", 0) for node in nodes)) if "GPU" in self._need else 1
         elsewhere = not self._connection.own and Path(self._path).is_dir()  # a hub id is the nodes' own to find
         folder = str(Path(self._path).absolute()) if elsewhere else None
-        self._seats = Bundles(self._need, self._strategy, folder, self._place_s)
-        await self._seats.add(ranks)
+        self._bundles = Bundles(self._need, self._strategy, folder, self._place_s)
+        await self._bundles.add(ranks)
         return ranks
 
     async def lost(self) -> str:
         assert self._life is not None, "it is open"
         reason = await asyncio.wrap_future(self._life.lost)
-        for worker in self._workers:
-            worker.forget()
-        for controller in self._controllers:
-            controller.forget()
-        self._workers.clear()
-        self._controllers.clear()
+        for handle in self._actors:
+            handle.forget()
+        self._actors.clear()
         return reason
 
     async def reopen(self, ranks: int) -> None:
@@ -107,95 +103,92 @@ class RayBackend:
         await self._reserve(ranks)
 
     async def resize(self, ranks: int) -> None:
-        if ranks > len(self._seats):
-            await self._seats.add(ranks - len(self._seats))
+        if ranks > len(self._bundles):
+            await self._bundles.add(ranks - len(self._bundles))
         else:
-            self._seats.keep(ranks)
+            self._bundles.keep(ranks)
 
-    async def neighbours(self, seat: int) -> int:
-        nodes = await self._seats.nodes()
-        return nodes.count(nodes[seat]) if nodes[seat] else 1
+    async def neighbours(self, bundle: int) -> int:
+        nodes = await self._bundles.nodes()
+        return nodes.count(nodes[bundle]) if nodes[bundle] else 1
 
-    async def hire(self, seat: int) -> RayWorker:
-        await self._seats.placed(seat)
-        threads = await self._threads(seat)
+    async def start_worker(self, bundle: int) -> RayWorkerHandle:
+        await self._bundles.placed(bundle)
+        threads = await self._threads(bundle)
         self._check()
         with refusals():
             actor = _worker_class.options(
                 num_cpus=self._need.get("CPU", 0),
                 num_gpus=self._need.get("GPU", 0),
-                resources={SEAT: 1} if SEAT in self._need else None,
-                scheduling_strategy=self._seats.strategy(seat),
+                resources={RANK_RESOURCE: 1} if RANK_RESOURCE in self._need else None,
+                scheduling_strategy=self._bundles.strategy(bundle),
             ).remote(self._host, threads, self._loop)
-        worker = RayWorker(seat, actor)
-        self._workers.add(worker)
-        greeting = asyncio.ensure_future(worker.greet(_HIRE_S))
-        # Whether or not anybody waits for it by then; or asyncio would complain.
-        greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        worker = RayWorkerHandle(bundle, actor)
+        self._actors.add(worker)
+        starting = asyncio.ensure_future(worker.wait_until_up(_START_WORKER_S))
+        # Read its error even if this call ends before; or asyncio would complain.
+        starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            while not (await asyncio.wait({greeting}, timeout=_LOOK_EVERY_S))[0]:
-                await self._seats.placed(seat)  # Ray may learn only now that the node is gone
-            await greeting
+            while not (await asyncio.wait({starting}, timeout=_LOOK_EVERY_S))[0]:
+                await self._bundles.placed(bundle)  # Ray may learn only now that the node is gone
+            await starting
         except BaseException:
             worker.kill()
-            greeting.cancel()
-            await asyncio.wait({greeting})
+            starting.cancel()
+            await asyncio.wait({starting})
             raise
         return worker
 
-    async def hire_controller(self) -> RayController:
+    async def start_controller(self) -> RayControllerHandle:
         self._check()
         with refusals():
             actor = _controller_class.options(scheduling_strategy=self._here()).remote()
-        controller = RayController(actor)
-        self._controllers.add(controller)
+        controller = RayControllerHandle(actor)
+        self._actors.add(controller)
         try:
-            await controller.greet(_HIRE_S)
+            await controller.wait_until_up(_START_WORKER_S)
         except BaseException:
             controller.kill()
             raise
         return controller
 
     async def close(self) -> None:
-        """End all, and leave Ray, even one that is still being started. If this is interrupted, a second call goes on."""
-        for worker in self._workers:
-            worker.kill()
-        for controller in self._controllers:
-            controller.kill()
-        self._workers.clear()
-        self._controllers.clear()
-        self._seats.keep(0)
+        """End all actors, and leave Ray, even one that is still being started. After an interrupt, call it again."""
+        for handle in self._actors:
+            handle.kill()
+        self._actors.clear()
+        self._bundles.keep(0)
         if self._use is None:
             return
         left = self._use.leave()
         starting = self._life is None or self._life.lost.done()
-        wait_s = _START_S + _END_S if starting else _END_S
+        wait_s = _START_RAY_S + _END_RAY_S if starting else _END_RAY_S
         try:
             async with asyncio.timeout(wait_s):
                 await asyncio.wrap_future(left)
         except TimeoutError:
-            logger.warning("Ray did not end within %g s; it is no longer waited for", wait_s)
+            logger.warning("Ray did not end within %g s; no longer waiting for it", wait_s)
         except Exception:
-            logger.exception("Ray did not end in peace")
+            logger.exception("Ray ended with an error")
         self._use = self._connection = self._life = None
 
     @property
     def _host(self) -> str | None:
-        """Where ranks connect; None: at the address by which Ray knows their node."""
+        """Address of the ranks' connections; None = the one by which Ray knows their node."""
         return LOOPBACK if self._connection is not None and self._connection.own else None
 
-    async def _threads(self, seat: int) -> int:
-        """For torch on the CPU. On a Ray of our own all cores are the ranks'; another gives each what it was promised."""
+    async def _threads(self, bundle: int) -> int:
+        """CPU threads of a worker's torch: on a Ray of our own an equal share of all cores; else 0, Ray's choice."""
         if "GPU" in self._need or self._host is None:
             return 0
-        # A second rank may come, and two on all cores are very slow.
-        return max(1, usable_cores() // max(2, await self.neighbours(seat)))
+        # At least for two ranks: one may be added, and two that use all cores are very slow.
+        return max(1, usable_cores() // max(2, await self.neighbours(bundle)))
 
     def _here(self) -> NodeAffinitySchedulingStrategy:
-        """On the driver's node: what lives there is lost with the driver alone."""
+        """The driver's node: an actor there is lost only with the driver."""
         return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
     def _check(self) -> None:
-        """Ray must not be asked between two lives: it would start one by itself."""
+        """Refuse to call Ray between two lives: it would start a Ray by itself."""
         if self._life is not None and self._life.lost.done():
             raise ClusterError(self._life.lost.result())

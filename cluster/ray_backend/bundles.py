@@ -1,4 +1,4 @@
-"""The fleet's seats: bundles of Ray's placement groups, each on a node that has the model."""
+"""``Bundles``: places for ranks, in Ray's placement groups, each on a node that has the model."""
 
 from __future__ import annotations
 
@@ -18,96 +18,99 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from cluster.errors import ClusterError
 from cluster.ray_backend.calls import ANSWER_S, ask, begin
+from cluster.ray_backend.handles import RAY_ERRORS, reason_of
 from cluster.ray_backend.imports import function
 from cluster.ray_backend.nodes import NODE_LABEL, Node, NoRoom, choose_nodes, read_nodes
-from cluster.ray_backend.worker import RAY_ERRORS, reason_of
 
 _NAME = "epslots, "  # of placement groups
-_FREE_S = 3.0  # in which the places of what has just ended become free
+_FREE_S = 3.0  # wait for the places of processes that have just ended
 _RESERVE_S = 20.0
 _REMOVE_S = 5.0
 _LOOK_S = 60.0  # the first task on a node may have to wait for a process, and that for a slow disk
-_POLL_S = 0.2  # between looks at Ray's tables: it tells nobody when a place becomes free, or a node is found
+_POLL_S = 0.2  # between looks at Ray's tables: Ray sends no message when a place becomes free or a node joins
 
 _look = ray.remote(num_cpus=0, max_retries=0)(function("cluster.ray_backend.nodes", "lacks_model"))
 
 
 @dataclass(frozen=True)
 class _Bundle:
+    """A bundle, by its index in its placement group."""
+
     group: PlacementGroup
-    bundle: int
+    index: int
 
 
 class Bundles:
-    """Places that are reserved, numbered from 0. Groups have a fixed size: each time that more are wanted, there is one more.
+    """Reserved bundles, numbered from 0. Placement groups have a fixed size, so each growth makes another group.
 
     Args:
-        need: what each takes.
-        strategy: how they are spread over nodes; Ray's words.
-        folder: what every node must have; None for nothing.
-        place_s: how long a seat whose node is lost waits for another.
+        need: resources of one bundle.
+        strategy: Ray's placement strategy.
+        folder: the model's folder, which every node must have; None = don't look.
+        place_s: seconds that Ray has to find another node for a bundle whose node is lost.
     """
 
     def __init__(self, need: dict[str, float], strategy: str, folder: str | None, place_s: float) -> None:
         self._need, self._strategy, self._place_s = need, strategy, place_s
         self._folder = folder
-        self._seats: list[_Bundle] = []
-        self._spare: list[_Bundle] = []
-        """Of groups that have others in use."""
+        self._bundles: list[_Bundle] = []
+        self._unused: list[_Bundle] = []
+        """Bundles of placement groups with others in use."""
         self._checked: set[str] = set()
+        """Nodes that have the model's folder."""
         self._name = f"{_NAME}process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
 
     def __len__(self) -> int:
-        return len(self._seats)
+        return len(self._bundles)
 
-    def strategy(self, seat: int) -> PlacementGroupSchedulingStrategy:
-        """What puts an actor there."""
-        return PlacementGroupSchedulingStrategy(self._seats[seat].group, self._seats[seat].bundle)
+    def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
+        """Ray's scheduling strategy for an actor on a bundle."""
+        return PlacementGroupSchedulingStrategy(self._bundles[bundle].group, self._bundles[bundle].index)
 
     async def add(self, count: int) -> None:
-        """Reserve more.
+        """Reserve further bundles.
 
         Raises:
-            ClusterError: there is no room, or a node lacks the model; everything is as before.
+            ClusterError: there is no room, or a node lacks the model; the bundles are unchanged.
         """
-        seats = self._spare[:count]
-        if len(seats) < count:
-            seats += await self._make(count - len(seats))
-        self._spare = self._spare[count:]
-        self._seats += seats
+        bundles = self._unused[:count]
+        if len(bundles) < count:
+            bundles += await self._make(count - len(bundles))
+        self._unused = self._unused[count:]
+        self._bundles += bundles
 
     def keep(self, count: int) -> None:
-        """Give those beyond ``count`` back. What shares a group with one that is kept is spare until it is wanted again."""
-        self._spare += self._seats[count:]
-        del self._seats[count:]
-        kept = {seat.group.id for seat in self._seats}
-        for group in {seat.group.id: seat.group for seat in self._spare if seat.group.id not in kept}.values():
+        """Release the bundles from number ``count`` on. One that shares a placement group with a kept one is reused later."""
+        self._unused += self._bundles[count:]
+        del self._bundles[count:]
+        kept = {bundle.group.id for bundle in self._bundles}
+        for group in {bundle.group.id: bundle.group for bundle in self._unused if bundle.group.id not in kept}.values():
             _remove(group)
-        self._spare = [seat for seat in self._spare if seat.group.id in kept]
+        self._unused = [bundle for bundle in self._unused if bundle.group.id in kept]
 
     async def nodes(self) -> list[str]:
-        """The node of each seat, by Ray's id; "" if Ray is looking for another."""
-        groups = {seat.group.id: seat.group for seat in self._seats}
+        """Ray's id of each bundle's node; "" while Ray looks for another node."""
+        groups = {bundle.group.id: bundle.group for bundle in self._bundles}
         tables = await asyncio.gather(*(ask(placement_group_table, group) for group in groups.values()))
-        bundles = {id: table.get("bundles_to_node_id", {}) for id, table in zip(groups, tables, strict=True)}
-        return [bundles[seat.group.id].get(seat.bundle, "") for seat in self._seats]
+        nodes_of = {id: table.get("bundles_to_node_id", {}) for id, table in zip(groups, tables, strict=True)}
+        return [nodes_of[bundle.group.id].get(bundle.index, "") for bundle in self._bundles]
 
-    async def placed(self, seat: int) -> str:
-        """The node of a seat, once that is alive: when one is lost, Ray finds others for its seats.
+    async def placed(self, bundle: int) -> str:
+        """Wait until the node of a bundle is alive, and return it: Ray finds another for the bundles of a lost one.
 
         Raises:
-            ClusterError: it finds none, or one that lacks the model.
+            ClusterError: Ray finds none, or one that lacks the model.
         """
         ends = asyncio.get_running_loop().time() + self._place_s
         while True:
-            node = (await self.nodes())[seat]
+            node = (await self.nodes())[bundle]
             if node in {node.id for node in await ask(read_nodes)}:
                 await self._check([node])
                 return node
             if asyncio.get_running_loop().time() > ends:
                 raise ClusterError(
-                    f"the node of rank {seat} is gone, and Ray found no place on another within {self._place_s:g} s; start a "
-                    f"node (`ray start --address=...`), or go on with fewer ranks (scale)"
+                    f"the node of rank {bundle} is gone, and Ray found no place on another within {self._place_s:g} s; start "
+                    f"a node (`ray start --address=...`), or go on with fewer ranks (scale)"
                 )
             await asyncio.sleep(_POLL_S)
 
@@ -124,7 +127,7 @@ class Bundles:
         try:
             if not await ask(group.wait, _RESERVE_S, deadline_s=_RESERVE_S + ANSWER_S):
                 _remove(group)
-                await self._find_room(count)  # Ray may have learned meanwhile that a node is gone
+                await self._find_room(count)  # raises if a node was lost meanwhile
                 raise ClusterError(
                     f"Ray did not reserve places for {count} ranks within {_RESERVE_S:g} s, though there was room; others may "
                     f"have taken it (`ray status -v` shows what waits). Try again"
@@ -134,10 +137,10 @@ class Bundles:
         except BaseException:
             _remove(group)
             raise
-        return [_Bundle(group, bundle) for bundle in range(count)]
+        return [_Bundle(group, index) for index in range(count)]
 
     async def _find_room(self, count: int) -> str | None:
-        """Which nodes new seats may go to. What has just ended may still hold places for a moment."""
+        """Ray's selector of nodes for new bundles. Processes that have just ended may hold places for a moment."""
         ends = asyncio.get_running_loop().time() + _FREE_S
         while True:
             nodes, taken = await ask(read_nodes), await self.nodes()
@@ -151,7 +154,7 @@ class Bundles:
             await asyncio.sleep(_POLL_S)
 
     async def _holders(self) -> str:
-        """Other clusters of ours that hold places, for messages."""
+        """The other epslots clusters that hold places, for messages."""
         tables = await ask(placement_group_table)
         others = [
             f"\n  {table['name'].removeprefix(_NAME).rpartition(', ')[0]}: {len(table['bundles'])} ranks"
@@ -161,7 +164,7 @@ class Bundles:
         return "\nOther clusters of epslots hold:" + "".join(others) if others else ""
 
     async def _check(self, ids: Iterable[str]) -> None:
-        """See that the model's folder is there."""
+        """Refuse nodes that lack the model's folder."""
         if self._folder is None or not set(ids) - self._checked:
             return
         nodes = {node.id: node for node in await ask(read_nodes)}
@@ -176,7 +179,7 @@ class Bundles:
         self._checked.update(new)
 
     async def _look(self, node: Node, folder: str) -> str:
-        """Why a node can't be used; empty if it can."""
+        """Why a node can't be used; "" if it can."""
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
         try:
             async with asyncio.timeout(_LOOK_S):

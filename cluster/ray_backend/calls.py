@@ -1,4 +1,4 @@
-"""Ray's calls that ask the cluster's head. Without one they never return: each has a thread of its own, and a deadline."""
+"""Calls of Ray that ask the cluster's head: each has a thread and a deadline, because without a head none returns."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, TypeVar
 from cluster.errors import ClusterError
 
 ANSWER_S = 15.0
-CALL = "epslots-ray-call"
-"""Name of the threads that wait for Ray."""
+CALL_THREAD = "epslots-ray-call"
+"""Name of the threads that make these calls."""
 
 _MOST_LATE = 16
 _late: set[Future[Any]] = set()
-"""Calls that nobody waits for any more; changed by ``add`` and ``discard`` alone, which are atomic."""
+"""Calls whose deadline has passed; changed by ``add`` and ``discard`` alone, which are atomic."""
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Whatever Ray raises as an error of ours: which kinds there are when it is about to end, it doesn't say."""
+    """Turn every error of Ray into a ClusterError: Ray documents no list of those that it raises while it ends."""
     try:
         yield
     except ClusterError:
@@ -33,11 +33,11 @@ def refusals() -> Iterator[None]:
         raise ClusterError(f"Ray refuses: {type(error).__name__}: {error}") from error
 
 
-async def ask(function: Callable[..., Result], *arguments: object, deadline_s: float = ANSWER_S) -> Result:
+async def ask(function: Callable[..., Value], *arguments: object, deadline_s: float = ANSWER_S) -> Value:
     """The result of a call.
 
     Raises:
-        ClusterError: Ray doesn't answer in time, or refuses; or an error of ours that the call raises.
+        ClusterError: Ray doesn't answer in time, or raises an error; or the call itself raises a ClusterError.
     """
     answer = begin(function, *arguments)
     try:
@@ -49,15 +49,15 @@ async def ask(function: Callable[..., Result], *arguments: object, deadline_s: f
         raise ClusterError(f"Ray did not answer within {deadline_s:g} s; its head may be gone") from None
 
 
-def begin(function: Callable[..., Result], *arguments: object) -> Future[Result]:
-    """Begin a call in a thread of its own, which doesn't keep the process from ending.
+def begin(function: Callable[..., Value], *arguments: object) -> Future[Value]:
+    """Start a call in a thread of its own, which doesn't keep the process from ending.
 
     Raises:
-        ClusterError: so many calls are stuck that another would be too.
+        ClusterError: many calls are stuck already.
     """
     if len(_late) >= _MOST_LATE:
         raise ClusterError(f"Ray does not answer: {len(_late)} calls wait for its head, which may be gone")
-    answer: Future[Result] = Future()
+    answer: Future[Value] = Future()
     answer.set_running_or_notify_cancel()  # a caller that gives up doesn't cancel it
 
     def call() -> None:
@@ -67,5 +67,5 @@ def begin(function: Callable[..., Result], *arguments: object) -> Future[Result]
         except ClusterError as error:
             answer.set_exception(error)
 
-    threading.Thread(target=call, name=CALL, daemon=True).start()
+    threading.Thread(target=call, name=CALL_THREAD, daemon=True).start()
     return answer

@@ -1,8 +1,8 @@
-"""What Ray's processes import of ours, whatever the driver's folder holds.
+"""Functions and classes for ``ray.remote`` that import our packages, and never a file of the same name in the user's folder.
 
-Ray puts the driver's working and script folders first on the module path of its processes, so that a script there that is
-called ``cluster.py`` or ``torch.py`` would be imported in place of the package. The functions and classes that are made here
-reach a process by value, and put its path in order before they import anything.
+Ray puts the driver's working and script folders first on the module path of its processes: a script there called
+``cluster.py`` or ``torch.py`` would be imported in place of the package. The objects made here reach a process by value, and
+put its module path in order before they import anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HOME = str(Path(cluster.__file__).parent.parent)
 
 def _made_importer(home: str) -> Callable[[str, str], Any]:
     def load(module: str, name: str) -> Any:
-        """A module's attribute, from the place where the driver has it."""
+        """A module's attribute, from the folder in which the driver found the package."""
         import importlib
         import sys
         from pathlib import Path
@@ -47,9 +47,9 @@ def function(module: str, name: str) -> Callable[..., Any]:
 
 
 def actor(module: str, name: str) -> type:
-    """A class for ``ray.remote`` that imports another and hands everything to an object of it.
+    """A class for ``ray.remote`` that imports another class, and passes calls on to an object of it.
 
-    Its methods are those that our actors have; which of them may be called is the other class's matter.
+    It has the methods of both of our actors; each of them has only some.
     """
     load = _made_importer(_HOME)
 
@@ -57,8 +57,8 @@ def actor(module: str, name: str) -> type:
         def __init__(self, *arguments: Any) -> None:
             self._there = load(module, name)(*arguments)
 
-        def hello(self) -> bytes:
-            return self._there.hello()
+        def process(self) -> bytes:
+            return self._there.process()
 
         def command(self, message: bytes) -> bytes:
             return self._there.command(message)

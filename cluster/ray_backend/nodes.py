@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster: what each has and lacks, and where seats can go."""
+"""The nodes of a Ray cluster: their resources, and the choice of nodes for bundles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import ray
 import ray._private.state as ray_state
 
 from cluster.errors import ClusterError
-from cluster.ray_backend.session import SEAT
+from cluster.ray_backend.connect import RANK_RESOURCE
 
 NODE_LABEL = "ray.io/node-id"  # Ray gives each node this label
 
@@ -19,7 +19,7 @@ Resources = Mapping[str, float]
 
 
 class NoRoom(ClusterError):
-    """Seats don't fit; ``later``: they would, if all that isn't free became free."""
+    """Bundles don't fit; ``later``: they would if all resources were free."""
 
     def __init__(self, message: str, later: bool) -> None:
         super().__init__(message)
@@ -32,9 +32,9 @@ class Node:
 
     Attributes:
         id: Ray's, in hexadecimal.
-        host: its address, by which Ray knows it.
+        host: the address by which Ray knows it.
         name: of the machine.
-        total, free: its resources by name. Ray learns what is free some tenths of a second late.
+        total, free: its resources, by name. Ray updates ``free`` some tenths of a second late.
     """
 
     id: str
@@ -59,7 +59,7 @@ def read_nodes() -> list[Node]:
 
 
 def lacks_model(path: str) -> bytes:
-    """Why a checkpoint folder can't be used on the node that this runs on; empty if it can."""
+    """Why a checkpoint folder can't be used on this node, as msgpack; empty if it can."""
     try:
         if (Path(path) / "config.json").is_file():
             return b""
@@ -69,8 +69,8 @@ def lacks_model(path: str) -> bytes:
     return msgspec.msgpack.encode(reason)
 
 
-def need_of_seat(nodes: Sequence[Node], device: str | None) -> dict[str, float]:
-    """What one seat takes: a GPU if there are any, unless the CPU is asked for.
+def need_of_bundle(nodes: Sequence[Node], device: str | None) -> dict[str, float]:
+    """Resources of one bundle: a GPU if there are any, unless the CPU is asked for.
 
     Raises:
         ClusterError: GPUs are asked for, and there are none.
@@ -82,30 +82,30 @@ def need_of_seat(nodes: Sequence[Node], device: str | None) -> dict[str, float]:
             f'there, and that Ray was started with --num-gpus or without it. To compute on CPUs: device="cpu"'
         )
     gpu = {"GPU": 1.0} if gpus and (device is None or device.startswith("cuda")) else {}
-    share = SEAT if any(SEAT in node.total for node in nodes) else "CPU"
+    share = RANK_RESOURCE if any(RANK_RESOURCE in node.total for node in nodes) else "CPU"
     return {**gpu, share: 1.0}
 
 
-def count_seats(resources: Resources, need: Resources) -> int:
-    """How many seats there are in these resources."""
+def count_bundles(resources: Resources, need: Resources) -> int:
+    """The number of bundles that fit into these resources."""
     return int(min(resources.get(name, 0) // amount for name, amount in need.items()))
 
 
 def choose_nodes(nodes: Sequence[Node], need: Resources, ranks: int, strategy: str, taken: Sequence[str]) -> str | None:
-    """Which nodes further seats may go to, as Ray's selector of labels; None for any.
+    """Ray's label selector for the nodes of further bundles; None = any node.
 
-    Ray keeps to the strategy among the seats of one reservation. This does so among all.
+    Ray applies the strategy to the bundles of one reservation; the selector applies it to all.
 
     Args:
-        need: of one seat.
-        ranks: how many seats to reserve.
-        taken: the node of each seat that there is.
+        need: resources of one bundle.
+        ranks: number of bundles to reserve.
+        taken: the node of each present bundle.
 
     Raises:
-        NoRoom: they don't fit; with the numbers of every node, and what to do.
+        NoRoom: they don't fit; the message has the numbers of every node, and says what to do.
     """
-    free = {node.id: count_seats(node.free, need) for node in nodes}
-    total = {node.id: count_seats(node.total, need) for node in nodes}
+    free = {node.id: count_bundles(node.free, need) for node in nodes}
+    total = {node.id: count_bundles(node.total, need) for node in nodes}
     allowed = set(free)
     if taken and strategy == "STRICT_PACK":
         allowed &= set(taken)
@@ -142,12 +142,12 @@ def _refusal(
 ) -> str:
     what = "GPU" if "GPU" in need else "CPU"
     amount = f"{ranks} {'more ' if taken else ''}rank{'s' if ranks > 1 else ''}"
-    each = " and ".join(f"{number:g} {name}" for name, number in need.items() if name != SEAT)
+    each = " and ".join(f"{number:g} {name}" for name, number in need.items() if name != RANK_RESOURCE)
     lines = [f"no room for {amount}{', ' * bool(rule)}{rule}: each takes {each}, and the cluster has"]
     for node in nodes:
-        ours = f", {taken.count(node.id)} of its seats taken by this cluster" if node.id in taken else ""
+        ours = f", {taken.count(node.id)} taken by ranks of this cluster" if node.id in taken else ""
         amounts = " and ".join(
-            f"{node.free.get(name, 0):g} of {node.total.get(name, 0):g} {name}s free" for name in need if name != SEAT
+            f"{node.free.get(name, 0):g} of {node.total.get(name, 0):g} {name}s free" for name in need if name != RANK_RESOURCE
         )
         lines.append(f"  {node}: {amounts}{ours}")
     advice = ["ask for fewer ranks", "start more nodes (`ray start --address=...`)"]

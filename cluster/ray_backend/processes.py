@@ -1,4 +1,4 @@
-"""Ray's processes and files on this machine: which of them have ended, what is left of them, and who may read them."""
+"""Ray's processes and files on this machine: which have ended, which are left, and who may read them."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ import ray._private.worker as ray_worker
 
 from cluster.errors import ClusterError
 
-_CORE = ("gcs_server", "raylet")  # each of Ray's other processes is restarted by Ray, takes the raylet along, or isn't needed
+_CORE = ("gcs_server", "raylet")  # Ray's other processes are restarted, end the raylet with them, or aren't needed
 _END_S = 3.0
-PREFIX = "epslots-ray-"
+FOLDER_PREFIX = "epslots-ray-"
 _LONGEST_ROOT = 16  # with what Ray appends, the paths of its sockets stay below the system's limit of 107
 _TOKEN_SETTINGS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 class Watch:
-    """Processes without which a Ray can't go on.
+    """Watches the processes without which a Ray can't go on.
 
     Args:
-        processes: with a name for each, for people.
+        processes: each with its name, for people.
     """
 
     def __init__(self, processes: Mapping[psutil.Process, str]) -> None:
         self._processes = processes
 
     def ended(self) -> str:
-        """The first that has ended, for people; empty if none has."""
+        """The first process that has ended, for people; "" if none has."""
         gone = (process for process in self._processes if not _lives(process))
         return next((f"its {self._processes[process]} (pid {process.pid}) has ended" for process in gone), "")
 
 
 def watch_own() -> Watch:
-    """The head and the node of a Ray that this process has started."""
+    """Watch the head and the raylet of a Ray that this process has started."""
     return Watch({child: name for child in psutil.Process().children() if (name := _name(child)) in _CORE})
 
 
 def watch_joined() -> Watch:
-    """The node of the Ray that this process has joined, as far as it can be seen from here."""
+    """Watch the raylet of the Ray that this process has joined, if it is visible from here."""
     node = ray_worker._global_node
     path = None if node is None else node.raylet_socket_name
     if path is None or not hasattr(socket, "SO_PEERCRED"):
@@ -80,13 +80,13 @@ def _name(process: psutil.Process) -> str:
 
 
 def started_since(before: list[psutil.Process]) -> list[psutil.Process]:
-    """What Ray has started in this process since then, and what that has started."""
+    """The processes that Ray has started in this process since then, with their descendants."""
     started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
     return started + [process for child in started for process in _descendants(child)]
 
 
 def users_of(folder: Path) -> list[psutil.Process]:
-    """All of this user's other processes that have a file of a folder open: also those whose parent has ended."""
+    """This user's other processes with an open file in a folder, also if their parents have ended."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -98,7 +98,7 @@ def users_of(folder: Path) -> list[psutil.Process]:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """See that processes have ended. One that was stopped doesn't by itself."""
+    """Wait for processes to end, and kill the others: a stopped one doesn't end by itself."""
     _, alive = psutil.wait_procs(processes, _END_S)
     for process in alive:
         with suppress(psutil.Error):
@@ -120,17 +120,17 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """A folder for Ray's sockets and logs. What a process that was killed has left is removed by the next one.
+    """A folder for Ray's sockets and logs, removed at the end. Folders of killed processes are removed here, too.
 
     Raises:
-        ClusterError: none can be made.
+        ClusterError: no folder can be made.
     """
     root = Path(tempfile.gettempdir())
     if len(str(root)) > _LONGEST_ROOT:
         root = Path("/tmp")
     _remove_old(root)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
     except OSError as error:
         raise ClusterError(f"no folder for Ray's sockets and logs can be made in {root}: {error.strerror}") from error
     try:
@@ -144,11 +144,11 @@ def own_folder() -> Iterator[Path]:
 def _remove_old(root: Path) -> None:
     """Remove this user's folders whose process has ended.
 
-    The folder around is everybody's: anything may lie there under such a name. Nothing is followed, and no open waits.
+    ``root`` is for all users, and may hold anything under such a name: no link is followed, and no open waits.
     """
     with suppress(OSError), os.scandir(root) as entries:
         for entry in entries:
-            if entry.name.startswith(PREFIX):
+            if entry.name.startswith(FOLDER_PREFIX):
                 with (
                     suppress(OSError),
                     _opened(entry.path, os.O_DIRECTORY, stat.S_ISDIR) as folder,
@@ -160,30 +160,33 @@ def _remove_old(root: Path) -> None:
 
 @contextmanager
 def _opened(path: str, flags: int, is_kind: Callable[[int], bool], *, within: int | None = None) -> Iterator[int]:
-    """A descriptor of something of our own that is of the right kind.
+    """An open descriptor of this user's file or folder.
+
+    Args:
+        is_kind: tests the file's mode.
 
     Raises:
-        OSError: it isn't, or is gone.
+        OSError: it is gone, another user's, or of another kind.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=within)
     try:
         found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() or not is_kind(found.st_mode):
-            raise PermissionError(f"{path} isn't this user's, or not what it should be")
+            raise PermissionError(f"{path} is another user's, or of another kind")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def protect_token() -> None:
-    """See that this user alone can read the token which lets processes into a Ray of our own.
+    """Let this user alone read the token of a Ray of our own.
 
-    Ray makes its file with the rights that the umask leaves, so it is made here. A token or a file that the user has named is
-    the user's to protect.
+    Ray would create its file with the rights that the umask leaves, so it is made here. A token or file that the user has
+    named is the user's to protect.
     """
     if any(os.environ.get(name) for name in _TOKEN_SETTINGS) or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
-    with suppress(OSError, RuntimeError):  # no home, or one that can't be written: Ray says so
+    with suppress(OSError, RuntimeError):  # no home, or a read-only one: Ray's own error says so
         path = Path.home() / ".ray" / "auth_token"  # the only place where Ray looks
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.path.lexists(path):
@@ -194,7 +197,7 @@ def protect_token() -> None:
 
 
 def _make_token(path: Path) -> None:
-    """Another process may do so at the same time: there is one token, and it is never there in part."""
+    """Create the token's file in one operation, unless another process has just done so."""
     descriptor, made = tempfile.mkstemp(dir=path.parent)
     try:
         with open(descriptor, "w") as file:

@@ -28,7 +28,7 @@ from epslots.cli.generate import read_prompts
 from epslots.engine.end_tokens import end_tokens
 from epslots.example import example_model
 from tests.support import ROOT, zoo
-from tests.support.fake_backend import FakeFleet, one_load_at_a_time
+from tests.support.fake_backend import FakeBackend, one_load_at_a_time
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 
 __all__ = ["one_load_at_a_time"]
@@ -132,7 +132,9 @@ def launcher(monkeypatch: pytest.MonkeyPatch, one_load_at_a_time: None) -> list[
         def load(self) -> Any:
             def start(path: str, **settings: Any) -> Cluster:
                 started.append({"path": path, **settings})
-                return Cluster(path, **{**settings, "address": None}, fleet=FakeFleet(), costs=TOKENS_TRAVEL, progress=False)
+                return Cluster(
+                    path, **{**settings, "address": None}, backend=FakeBackend(), costs=TOKENS_TRAVEL, progress=False
+                )
 
             return start
 
@@ -268,7 +270,7 @@ def test_a_model_that_predicts_no_tokens_is_refused_before_it_is_loaded(
         assert (got.code, got.out) == (2, "")
         assert "holds a Qwen3MoeModel, which has no language-model head" in got.err
     with pytest.raises(UnsupportedModelError, match="Qwen3MoeModel"):
-        Cluster(folder, ranks=1, fleet=FakeFleet())
+        Cluster(folder, ranks=1, backend=FakeBackend())
 
 
 def test_a_text_ends_at_the_tokenizers_end_token_too(

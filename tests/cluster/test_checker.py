@@ -14,8 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from cluster.api import _tokenizer_of
-from cluster.generation import MOST_STOP_TOKENS, Checker, GenerationSettings, read_settings
+from cluster.generation import MOST_STOP_TOKENS, GenerationSettings, read_settings
 from cluster.messages.rank import Loaded
+from cluster.request_checker import RequestChecker
 from epslots.engine.text import MOST_STOP_CHARS, MOST_STOP_STRINGS, encode_prompt, load_tokenizer
 from epslots.errors import ConfigError
 from epslots.example import example_model
@@ -25,9 +26,9 @@ TOKENIZER = load_tokenizer(example_model())
 SETTINGS = GenerationSettings(max_new_tokens=10)
 
 
-def checker(tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, **loaded: Any) -> Checker:
+def checker(tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, **loaded: Any) -> RequestChecker:
     values = {name: getattr(LOADED, name) for name in Loaded.__struct_fields__}
-    return Checker(Loaded(**(values | loaded)), tokenizer)
+    return RequestChecker(Loaded(**(values | loaded)), tokenizer)
 
 
 class Untouched(Sequence[int]):
@@ -162,7 +163,7 @@ def test_prompts_of_other_kinds_are_refused_in_a_few_words(prompt: Any):
 # --- what ends a text --------------------------------------------------------------------------------------------------------
 
 
-def ends_of(one: Checker, **settings: Any) -> set[int]:
+def ends_of(one: RequestChecker, **settings: Any) -> set[int]:
     return set(one.request([5], GenerationSettings(**settings))[0].stop_tokens)
 
 
@@ -229,7 +230,7 @@ def test_a_bad_tokenizer_costs_text_alone(name: str, tmp_path: Path):
     assert "\n" not in str(caught.value)
     tokenizer, problem = _tokenizer_of(folder)
     assert tokenizer is None
-    one = Checker(LOADED, tokenizer, problem)
+    one = RequestChecker(LOADED, tokenizer, problem)
     assert one.request([5, 6], SETTINGS)[0].prompt == (5, 6)
     with pytest.raises(ConfigError, match="the checkpoint has no tokenizer; give prompts as token ids") as caught:
         one.request("text", SETTINGS)

@@ -22,7 +22,7 @@ from epslots.errors import CheckpointError, ConfigError, RankMismatchError
 from tests.equality.test_load_equal import greedy_rows
 from tests.support import zoo
 from tests.support.clock_loop import clock_loops
-from tests.support.fake_backend import LOADING, FakeFleet, Fault, one_load_at_a_time
+from tests.support.fake_backend import LOADING, FakeBackend, Fault, one_load_at_a_time
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.guilty_requests import WAYS, Guilt, error_of
 from tests.support.rank_helpers import PATIENCE_S
@@ -40,15 +40,15 @@ def folder(checkpoint: Checkpoints) -> Path:
 
 
 @pytest.fixture
-def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeFleet]]]:
+def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeBackend]]]:
     opened = []
 
-    def make(ranks: int = 2, fleet: FakeFleet | None = None, **settings: Any) -> tuple[Cluster, FakeFleet]:
-        fleet = fleet or FakeFleet()
+    def make(ranks: int = 2, backend: FakeBackend | None = None, **settings: Any) -> tuple[Cluster, FakeBackend]:
+        backend = backend or FakeBackend()
         settings = {"slots": 3, "kv_tokens": 512, "costs": TOKENS_TRAVEL, "silence_s": PATIENCE_S} | settings
-        cluster = Cluster(folder, ranks=ranks, fleet=fleet, cache_dir=cache_dir, progress=False, **settings)
+        cluster = Cluster(folder, ranks=ranks, backend=backend, cache_dir=cache_dir, progress=False, **settings)
         opened.append(cluster)
-        return cluster, fleet
+        return cluster, backend
 
     yield make
     for cluster in opened:
@@ -79,7 +79,7 @@ AT_ONCE = Pace(first_s=0.001, most_s=0.001)
 
 def until(cluster: Cluster, condition: Callable[[], bool]) -> None:
     """Wait for what the supervisor does."""
-    cluster._thread.call(cluster._supervisor._pulse.until(condition))
+    cluster._thread.call(cluster._supervisor._changes.wait_for(condition))
 
 
 def serve_again(cluster: Cluster, ranks: int) -> None:
@@ -111,10 +111,10 @@ def test_every_token_is_the_models_own(open_cluster: Any, folder: Path, ranks: i
 @pytest.mark.parametrize("way", ["nan", "RuntimeError"])
 def test_a_request_that_the_model_fails_with_ends_no_rank(open_cluster: Any, folder: Path, way: str):
     """It costs itself an error, and not even an epoch."""
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     right = expected(folder, PROMPTS, 12)
     token = next(t for t in range(16, zoo.VOCAB) if not any(t in (*p, *r) for p, r in zip(PROMPTS, right, strict=True)))
-    for worker in fleet.workers.values():
+    for worker in backend.workers.values():
         assert worker.loop._engine is not None
         Guilt(worker.loop._engine.model, token, 1, WAYS[way]())
     guilty = [[*PROMPTS[0], token], [token, *PROMPTS[1]], [token]]
@@ -127,7 +127,7 @@ def test_a_request_that_the_model_fails_with_ends_no_rank(open_cluster: Any, fol
         else:
             assert found[index].tokens == right[PROMPTS.index(prompt)]
     assert cluster.stats().epoch == 0
-    assert fleet.hired == 2
+    assert backend.started == 2
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == right
 
 
@@ -139,20 +139,20 @@ FAULTS: tuple[Fault, ...] = ("crash", "vanish", "freeze", "raise")
 def test_a_rank_is_lost_in_the_middle_of_a_step(
     open_cluster: Any, folder: Path, fault: Fault, operation: int, caplog: pytest.LogCaptureFixture
 ):
-    cluster, fleet = open_cluster(3)
-    lost = fleet.workers[1]
-    fleet.at(1, operation, fault)
+    cluster, backend = open_cluster(3)
+    lost = backend.workers[1]
+    backend.at(1, operation, fault)
     with caplog.at_level(logging.WARNING, logger="epslots.cluster"):
         assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=25, stop_tokens=())) == expected(folder, PROMPTS, 25)
-    assert fleet.faults_done == [(1, fault)]
-    assert fleet.workers[0].number == 1  # the others stayed
-    assert fleet.workers[2].number == 3
+    assert backend.faults_done == [(1, fault)]
+    assert backend.workers[0].number == 1  # the others stayed
+    assert backend.workers[2].number == 3
     (record,) = caplog.records
     said = "failed while serving: ValueError: a bug" if fault == "raise" else "is lost: "
     assert f"rank 1 (node fake, worker 2) {said}" in record.message
     cluster.scale(3)  # waits for the replacement
     assert cluster.ranks == 3
-    assert fleet.workers[1] is not lost
+    assert backend.workers[1] is not lost
     before = cluster.stats().epoch
     lost.thaw()  # continued after it was given up: nothing of it counts
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=7, stop_tokens=())) == expected(folder, PROMPTS, 7)
@@ -160,19 +160,19 @@ def test_a_rank_is_lost_in_the_middle_of_a_step(
 
 
 def test_all_ranks_are_lost_at_once(open_cluster: Any, folder: Path):
-    cluster, fleet = open_cluster(2)
-    fleet.at(0, 9, "crash")
-    fleet.at(1, 9, "crash")
+    cluster, backend = open_cluster(2)
+    backend.at(0, 9, "crash")
+    backend.at(1, 9, "crash")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=20, stop_tokens=())) == expected(folder, PROMPTS, 20)
 
 
 def test_losses_follow_each_other(open_cluster: Any, folder: Path):
     """Each replacement is lost as well, also while the next group forms."""
-    cluster, fleet = open_cluster(3)
+    cluster, backend = open_cluster(3)
     results = cluster.generate(PROMPTS, max_new_tokens=60, stop_tokens=())
-    for seat, operation in ((1, 5), (2, 9), (0, 7), (1, 1), (2, 2)):
+    for bundle, operation in ((1, 5), (2, 9), (0, 7), (1, 1), (2, 2)):
         cluster.scale(3)
-        fleet.at(seat, operation, "crash")
+        backend.at(bundle, operation, "crash")
     assert tokens_of(results) == expected(folder, PROMPTS, 60)
 
 
@@ -193,7 +193,7 @@ def test_a_request_that_ends_ranks_does_not_end_them_all(open_cluster: Any, fold
     results = sorted(cluster.generate([*PROMPTS, poison], max_new_tokens=9, stop_tokens=()), key=lambda r: r.index)
     assert [r.tokens for r in results[:-1]] == expected(folder, PROMPTS, 9)
     assert results[-1].reason == "error"
-    assert "5 ranks were lost while they served this request, none got on" in str(results[-1].error)
+    assert "given up after 5 ranks in a row were lost while they served this request" in str(results[-1].error)
     assert "failed while serving: MemoryError: a poisoned prompt" in str(results[-1].error)
 
 
@@ -207,7 +207,7 @@ def test_ranks_come_and_go(open_cluster: Any, folder: Path):
         assert len(cluster.stats().ranks) == ranks
     found = sorted([first, *results], key=lambda result: result.index)
     assert [result.tokens for result in found] == expected(folder, PROMPTS, 80)
-    with pytest.raises(ClusterError, match="9 ranks need 9 seats, and there are 8"):
+    with pytest.raises(ClusterError, match="9 ranks need 9 bundles, and there are 8"):
         cluster.scale(9)
     assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=3, stop_tokens=())) == expected(folder, PROMPTS[:2], 3)
 
@@ -218,8 +218,8 @@ def test_sampled_tokens_depend_on_seed_and_position_alone(open_cluster: Any):
     tokens = tokens_of(alone.generate(prompts, max_new_tokens=20, stop_tokens=()))
     one_by_one = [alone.submit(prompt, max_new_tokens=20, stop_tokens=()).result(60).tokens for prompt in prompts]
     assert one_by_one == tokens
-    cluster, fleet = open_cluster(3)
-    fleet.at(2, 14, "crash")
+    cluster, backend = open_cluster(3)
+    backend.at(2, 14, "crash")
     assert tokens_of(cluster.generate(prompts, max_new_tokens=20, stop_tokens=())) == tokens
     assert tokens_of(cluster.generate(prompts, max_new_tokens=20, seed=5, stop_tokens=())) == tokens
     other = [{**prompt, "seed": 77} for prompt in prompts]
@@ -331,7 +331,7 @@ def test_bad_settings_are_errors_at_once(open_cluster: Any, settings: dict[str, 
         ({"strategy": "PILE"}, ConfigError, "allowed: PACK, SPREAD, STRICT_PACK, STRICT_SPREAD"),
         ({"deadline_s": 0}, ConfigError, "deadline_s=0"),
         ({"kv_tokens": -3}, ConfigError, "kv_tokens=-3"),
-        ({"ranks": 9}, ClusterError, "9 ranks need 9 seats"),
+        ({"ranks": 9}, ClusterError, "9 ranks need 9 bundles"),
         ({"dtype": "float8"}, ClusterError, "failed while loading: ConfigError: dtype='float8'"),
         (
             {"host_store": "tape"},
@@ -342,44 +342,44 @@ def test_bad_settings_are_errors_at_once(open_cluster: Any, settings: dict[str, 
     ],
 )
 def test_starts_that_fail(open_cluster: Any, settings: dict[str, Any], error: type[Exception], said: str):
-    fleet = FakeFleet()
+    backend = FakeBackend()
     with pytest.raises(error, match=said):
-        open_cluster(**({"ranks": 1, "fleet": fleet} | settings))
-    assert all(worker.dead for worker in fleet.workers.values())
+        open_cluster(**({"ranks": 1, "backend": backend} | settings))
+    assert all(worker.dead for worker in backend.workers.values())
 
 
 def test_ranks_that_can_not_reach_each_other(open_cluster: Any):
-    fleet = FakeFleet()
-    fleet.unreachable |= {0, 1}
+    backend = FakeBackend()
+    backend.unreachable |= {0, 1}
     with pytest.raises(ClusterError, match=r"could not form a group, 5 times in a row.*nobody is there.*firewalls"):
-        open_cluster(2, fleet)
+        open_cluster(2, backend)
 
 
 def test_a_model_that_is_not_there(cache_dir: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="nothing"):
-        Cluster(tmp_path / "nothing", ranks=1, fleet=FakeFleet(), cache_dir=cache_dir)
+        Cluster(tmp_path / "nothing", ranks=1, backend=FakeBackend(), cache_dir=cache_dir)
 
 
 def test_a_worker_that_does_not_come_up(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    fleet = FakeFleet()
-    fleet.refuse[1] = ["the node is on fire"]
+    backend = FakeBackend()
+    backend.refuse[1] = ["the node is on fire"]
     with pytest.raises(ClusterError, match="rank 1 could not be started: the node is on fire"):
-        open_cluster(2, fleet)
-    assert fleet.closed
+        open_cluster(2, backend)
+    assert backend.closed
     # Later it is tried again, however often that fails.
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
-    cluster, fleet = open_cluster(2)
-    fleet.refuse[1] = ["still"] * 40
-    fleet.at(1, 3, "crash")
+    cluster, backend = open_cluster(2)
+    backend.refuse[1] = ["still"] * 40
+    backend.at(1, 3, "crash")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
     serve_again(cluster, 2)
-    assert not fleet.refuse[1]
+    assert not backend.refuse[1]
 
 
 def test_scaling_tells_of_a_seat_that_has_never_served(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
-    cluster, fleet = open_cluster(1)
-    fleet.refuse[1] = ["still"] * 5
+    cluster, backend = open_cluster(1)
+    backend.refuse[1] = ["still"] * 5
     with pytest.raises(ClusterError, match=r"ranks \[1\] did not come up"):
         cluster.scale(2)
     assert cluster.stats().missing == ("rank 1 was given up: rank 1 could not be started: still",)
@@ -391,15 +391,15 @@ def test_scaling_tells_of_a_seat_that_has_never_served(open_cluster: Any, monkey
 @pytest.mark.parametrize("kind", [ConfigError, RankMismatchError])
 def test_what_time_does_not_cure_ends_a_seat(open_cluster: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise kind("never, says the test")
 
     monkeypatch.setattr("cluster.rank.rank_loop.load_alone", refuse)
-    fleet.at(1, 3, "crash")
+    backend.at(1, 3, "crash")
     cluster.submit(PROMPTS[0], max_new_tokens=12, stop_tokens=()).result(60)
-    until(cluster, lambda: 1 in cluster._supervisor.staffing._given_up)
+    until(cluster, lambda: 1 in cluster._supervisor.pool._given_up)
     (line,) = cluster.stats().missing
     assert "rank 1 was given up" in line
     assert "never, says the test" in line
@@ -409,12 +409,12 @@ def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
-    fleet.refuse[1] = ["the disk is full"]
-    fleet.at(1, 3, "crash")
+    backend.refuse[1] = ["the disk is full"]
+    backend.at(1, 3, "crash")
     cluster.submit(PROMPTS[0], max_new_tokens=12, stop_tokens=()).result(60)
-    until(cluster, lambda: cluster._supervisor.staffing._seats[1].next_s is not None)
+    until(cluster, lambda: cluster._supervisor.pool._places[1].next_s is not None)
     (line,) = cluster.stats().missing
     assert line.startswith("rank 1 could not be started: the disk is full; it is tried again in 3")
     cluster.scale(2)
@@ -423,36 +423,36 @@ def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
 
 def test_a_seat_that_waits_when_the_fleet_is_lost_waits_no_more(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
-    cluster, fleet = open_cluster(2)
-    seats = cluster._supervisor.staffing._seats
-    fleet.at(1, 1, "crash")  # before it has brought anything
+    cluster, backend = open_cluster(2)
+    places = cluster._supervisor.pool._places
+    backend.at(1, 1, "crash")  # before it has brought anything
     cluster.submit(PROMPTS[0], max_new_tokens=12, stop_tokens=()).result(60)
-    until(cluster, lambda: seats[1].next_s is not None)
-    fleet.lose("the Ray has ended, says the test")
-    until(cluster, lambda: len(fleet.reopened) == 1)
-    assert seats[1].next_s is None  # or it would be said when it is tried again
+    until(cluster, lambda: places[1].next_s is not None)
+    backend.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(backend.reopened) == 1)
+    assert places[1].next_s is None  # or it would be said when it is tried again
     serve_again(cluster, 2)
 
 
 def test_a_fleet_that_is_lost_is_reopened_and_no_caller_notices(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """Under requests, while it is reopened already, when idle; and a fleet that fails to come back is asked again."""
+    """Under requests, while it is reopened already, when idle; and a backend that fails to come back is asked again."""
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     for number in range(2):
         going = [cluster.submit(prompt, max_new_tokens=40, stop_tokens=()) for prompt in PROMPTS]
         for generation in going:
-            next(generation._arrivals())
-        fleet.refuse_reopening = ["not yet"] * 3
-        fleet.lose("the Ray has ended, says the test")
+            next(generation._portions())
+        backend.refuse_reopening = ["not yet"] * 3
+        backend.lose("the Ray has ended, says the test")
         assert [generation.result(60).tokens for generation in going] == expected(folder, PROMPTS, 40)
-        until(cluster, lambda number=number: len(fleet.reopened) > number)
+        until(cluster, lambda number=number: len(backend.reopened) > number)
         serve_again(cluster, 2)
-    fleet.lose("the Ray has ended, says the test")
-    until(cluster, lambda: len(fleet.reopened) == 3)
+    backend.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(backend.reopened) == 3)
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
-    assert fleet.reopened == [2, 2, 2]
+    assert backend.reopened == [2, 2, 2]
     told = [record.message for record in caplog.records if "All ranks end with it" in record.message]
     assert [message.partition(". ")[0] for message in told] == ["the Ray has ended, says the test"] * 3
     assert not [record for record in caplog.records if "bug" in record.message]
@@ -460,7 +460,7 @@ def test_a_fleet_that_is_lost_is_reopened_and_no_caller_notices(
 
 def test_a_fleet_is_lost_while_ranks_load_and_while_scaling(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
     load = rank_loop.load_alone
-    cluster, fleet = open_cluster(1)
+    cluster, backend = open_cluster(1)
     loading, go_on = threading.Event(), threading.Event()
 
     def held(*arguments: Any, **settings: Any) -> Any:
@@ -472,10 +472,10 @@ def test_a_fleet_is_lost_while_ranks_load_and_while_scaling(open_cluster: Any, f
     scaling = threading.Thread(target=cluster.scale, args=(3,))
     scaling.start()
     assert loading.wait(60)
-    fleet.lose("the Ray has ended, says the test")
-    until(cluster, lambda: len(fleet.reopened) == 1)
-    fleet.lose("again")
-    until(cluster, lambda: len(fleet.reopened) == 2)
+    backend.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(backend.reopened) == 1)
+    backend.lose("again")
+    until(cluster, lambda: len(backend.reopened) == 2)
     go_on.set()
     scaling.join(60)
     assert not scaling.is_alive()
@@ -484,33 +484,33 @@ def test_a_fleet_is_lost_while_ranks_load_and_while_scaling(open_cluster: Any, f
 
 
 def test_a_seat_is_reserved_again_if_the_fleet_is_lost_meanwhile(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    cluster, fleet = open_cluster(1)
-    resize = fleet.resize
+    cluster, backend = open_cluster(1)
+    resize = backend.resize
     asked: list[int] = []
 
     async def lost_meanwhile(ranks: int) -> None:
         asked.append(ranks)
         if asked == [2]:
-            monkeypatch.setattr(fleet, "resize", resize)
-            fleet.lose("the Ray has ended, says the test")
-            await cluster._supervisor._pulse.until(lambda: len(fleet.reopened) == 1)
+            monkeypatch.setattr(backend, "resize", resize)
+            backend.lose("the Ray has ended, says the test")
+            await cluster._supervisor._changes.wait_for(lambda: len(backend.reopened) == 1)
             raise ClusterError("Ray did not answer")
         await resize(ranks)
 
-    monkeypatch.setattr(fleet, "resize", lost_meanwhile)
+    monkeypatch.setattr(backend, "resize", lost_meanwhile)
     cluster.scale(2)
-    assert fleet.reopened == [1]
-    assert cluster.ranks == fleet.seats == 2
+    assert backend.reopened == [1]
+    assert cluster.ranks == backend.bundles == 2
 
 
 def test_closing_while_a_fleet_is_lost(open_cluster: Any):
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
-    next(going._arrivals())
-    fleet.refuse_reopening = ["never"] * 1000
-    fleet.lose("the Ray has ended, says the test")
-    until(cluster, lambda: len(fleet.refuse_reopening) < 1000)
-    assert cluster.stats().missing == ("the Ray has ended, says the test; it is waited for",)
+    next(going._portions())
+    backend.refuse_reopening = ["never"] * 1000
+    backend.lose("the Ray has ended, says the test")
+    until(cluster, lambda: len(backend.refuse_reopening) < 1000)
+    assert cluster.stats().missing == ("the Ray has ended, says the test; waiting for it to come back",)
     cluster.close()
     with pytest.raises(ClusterError, match="the cluster was closed"):
         going.result(10)
@@ -518,50 +518,50 @@ def test_closing_while_a_fleet_is_lost(open_cluster: Any):
 
 def test_a_fleet_that_does_not_come_back_ends_the_cluster_if_asked_to(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
-    cluster, fleet = open_cluster(1, give_up_after_s=0.01)
+    cluster, backend = open_cluster(1, give_up_after_s=0.01)
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
-    fleet.refuse_reopening = ["never"] * 100_000
-    fleet.lose("the Ray has ended, says the test")
+    backend.refuse_reopening = ["never"] * 100_000
+    backend.lose("the Ray has ended, says the test")
     with pytest.raises(ClusterError, match=r"the Ray has ended, says the test; it wasn't back within 0.01 s"):
         going.result(60)
 
 
 def test_a_fleet_that_is_lost_during_the_start_ends_it(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    fleet = FakeFleet()
-    hire = fleet.hire
+    backend = FakeBackend()
+    start_worker = backend.start_worker
 
-    async def lost(seat: int) -> Any:
-        fleet.lose("the Ray has ended, says the test")
-        return await hire(seat)
+    async def lost(bundle: int) -> Any:
+        backend.lose("the Ray has ended, says the test")
+        return await start_worker(bundle)
 
-    monkeypatch.setattr(fleet, "hire", lost)
+    monkeypatch.setattr(backend, "start_worker", lost)
     with pytest.raises(ClusterError, match="the Ray has ended, says the test"):
-        open_cluster(1, fleet)
+        open_cluster(1, backend)
 
 
 def test_ranks_that_can_not_meet_for_a_while_meet_later(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """More often than ends a start: a network may be down for a moment."""
     monkeypatch.setattr("cluster.driver.worker_group._PACE", AT_ONCE)
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
-    cluster, fleet = open_cluster(2)
-    fleet.refuse_forming = ["the network is down"] * (2 * MOST_FAILURES)
-    fleet.at(1, 3, "crash")
+    cluster, backend = open_cluster(2)
+    backend.refuse_forming = ["the network is down"] * (2 * MOST_FAILURES)
+    backend.at(1, 3, "crash")
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12, stop_tokens=())) == expected(folder, PROMPTS, 12)
-    assert not fleet.refuse_forming
+    assert not backend.refuse_forming
 
 
 def test_callers_are_told_when_no_rank_serves(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("cluster.driver.worker_pool._GAP_S", 0.001)
-    monkeypatch.setattr("cluster.driver.worker_pool._GAP_AGAIN_S", 0.05)
+    monkeypatch.setattr("cluster.driver.supervisor._GAP_S", 0.001)
+    monkeypatch.setattr("cluster.driver.supervisor._GAP_AGAIN_S", 0.05)
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
-    cluster, fleet = open_cluster(1)
-    fleet.refuse[0] = ["the disk is full"]
+    cluster, backend = open_cluster(1)
+    backend.refuse[0] = ["the disk is full"]
     going = cluster.submit(PROMPTS[0], max_new_tokens=200, stop_tokens=())
-    next(going._arrivals())
-    fleet.at(0, 1, "crash")
-    until(cluster, lambda: cluster._supervisor.staffing._seats[0].next_s is not None)
+    next(going._portions())
+    backend.at(0, 1, "crash")
+    until(cluster, lambda: cluster._supervisor.pool._places[0].next_s is not None)
 
     def told() -> list[str]:
         return [record.message for record in caplog.records if "no rank has served" in record.message]
@@ -577,11 +577,11 @@ def test_callers_are_told_when_no_rank_serves(
 
 
 def test_when_nobody_is_left(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    """With ``give_up_after_s``, the last seat's end is the cluster's."""
+    """With ``give_up_after_s``, the last bundle's end is the cluster's."""
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
-    cluster, fleet = open_cluster(1, give_up_after_s=0.001)
-    fleet.refuse[0] = ["no more"] * 1000
-    fleet.at(0, 7, "crash")
+    cluster, backend = open_cluster(1, give_up_after_s=0.001)
+    backend.refuse[0] = ["no more"] * 1000
+    backend.at(0, 7, "crash")
     with pytest.raises(ClusterError, match="no more"):
         list(cluster.generate(PROMPTS, max_new_tokens=50))
     with pytest.raises(ClusterError, match="no more"):
@@ -592,30 +592,30 @@ def test_when_nobody_is_left(open_cluster: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_close_ends_everything(open_cluster: Any):
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
     cluster.close()
     cluster.close()
     with pytest.raises(ClusterError, match="the cluster was closed"):
         going.result(60)
-    assert fleet.closed
-    assert all(worker.dead for worker in fleet.workers.values())
+    assert backend.closed
+    assert all(worker.dead for worker in backend.workers.values())
 
 
 def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
     """Once all have said that they sleep, no exchange is made until a request comes; to whichever rank, and however often."""
-    cluster, fleet = open_cluster(3)
+    cluster, backend = open_cluster(3)
     for _ in range(5):
         assert tokens_of(cluster.generate(PROMPTS[:1], max_new_tokens=3, stop_tokens=())) == expected(folder, PROMPTS[:1], 3)
         cluster.stats()  # answered by sleepers too
-        loops = [worker.loop for worker in fleet.workers.values()]
+        loops = [worker.loop for worker in backend.workers.values()]
         for loop in loops:
             with loop._news:
                 loop._news.wait_for(lambda loop=loop: loop._asleep, PATIENCE_S)
         assert all(loop._asleep for loop in loops)
-        before = [worker._exchanges for worker in fleet.workers.values()]
+        before = [worker._exchanges for worker in backend.workers.values()]
         cluster.stats()
-        assert [worker._exchanges for worker in fleet.workers.values()] == before
+        assert [worker._exchanges for worker in backend.workers.values()] == before
 
 
 def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_cluster: Any):
@@ -637,15 +637,15 @@ def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_c
 
 
 def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any):
-    cluster, fleet = open_cluster(2)
-    fleet.workers[0]._running.clear()
+    cluster, backend = open_cluster(2)
+    backend.workers[0]._running.clear()
 
     def asked() -> int:
         return sum("FakeWorker.command" in repr(task.get_coro()) for task in asyncio.all_tasks())
 
     async def break_off() -> int:
         supervisor = cluster._supervisor
-        calling = asyncio.create_task(supervisor.group.roll_call(list(supervisor._workers.values()), PATIENCE_S))
+        calling = asyncio.create_task(supervisor.group.check_health(list(supervisor.workers), PATIENCE_S))
         while not asked():
             await asyncio.sleep(0)
         calling.cancel()
@@ -654,7 +654,7 @@ def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any)
         return asked()
 
     assert cluster._thread.call(break_off()) == 0
-    fleet.workers[0].thaw()
+    backend.workers[0].thaw()
 
 
 def test_a_newcomer_that_can_not_join_does_not_end_the_others(
@@ -662,14 +662,14 @@ def test_a_newcomer_that_can_not_join_does_not_end_the_others(
 ):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     monkeypatch.setattr("cluster.driver.workers.Deadlines.form_s", 0.5)
-    cluster, fleet = open_cluster(2)
-    fleet.unreachable.add(2)
+    cluster, backend = open_cluster(2)
+    backend.unreachable.add(2)
     results = cluster.generate(PROMPTS, max_new_tokens=30, stop_tokens=())
     with pytest.raises(ClusterError, match=r"ranks \[2\] did not come up"):
         cluster.scale(3)
     assert tokens_of(results) == expected(folder, PROMPTS, 30)
     assert cluster.ranks == 2
-    fleet.unreachable.clear()
+    backend.unreachable.clear()
     cluster.scale(3)
     assert cluster.ranks == 3
 
@@ -721,8 +721,8 @@ def test_prompts_are_a_list(open_cluster: Any, prompts: Any):
 
 
 def test_whoever_waits_when_it_closes_is_told(open_cluster: Any):
-    cluster, fleet = open_cluster(1)
-    fleet.refuse[1] = ["never"] * 3
+    cluster, backend = open_cluster(1)
+    backend.refuse[1] = ["never"] * 3
     iterator = cluster.generate(PROMPTS, max_new_tokens=400, stop_tokens=())
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
     found: list[Any] = []
@@ -735,8 +735,8 @@ def test_whoever_waits_when_it_closes_is_told(open_cluster: Any):
 
     thread = threading.Thread(target=scale)
     thread.start()
-    while not fleet.refuse[1] or len(fleet.refuse[1]) == 3:
-        next(going._arrivals())  # until the scaling is under way
+    while not backend.refuse[1] or len(backend.refuse[1]) == 3:
+        next(going._portions())  # until the scaling is under way
     cluster.close()
     thread.join(60)
     assert found == ["the cluster was closed"]
@@ -751,20 +751,20 @@ def test_whoever_waits_when_it_closes_is_told(open_cluster: Any):
 
 
 def test_a_rank_that_dies_while_the_cluster_closes(open_cluster: Any, caplog: pytest.LogCaptureFixture):
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
-    next(going._arrivals())
-    fleet.at(1, 2, "crash")
+    next(going._portions())
+    backend.at(1, 2, "crash")
     cluster.close()
     assert not [record for record in caplog.records if "bug" in record.message]
 
 
 def test_ranks_scaled_by_several_at_once(open_cluster: Any, folder: Path):
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     threads = [threading.Thread(target=cluster.scale, args=(ranks,)) for ranks in (4, 1, 3, 2)]
     for thread in threads:
         thread.start()
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=20, stop_tokens=())) == expected(folder, PROMPTS, 20)
     for thread in threads:
         thread.join(60)
-    assert cluster.ranks == fleet.seats
+    assert cluster.ranks == backend.bundles

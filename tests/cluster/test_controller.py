@@ -10,11 +10,11 @@ import pytest
 
 from cluster.controller.controller import OVERDUE, SHARE
 from cluster.messages.controller import (
+    ControllerState,
     Explain,
     Freeze,
-    GroupState,
+    Learn,
     LoadReport,
-    LoadReports,
     Rebalance,
     decode_order,
     decode_reply,
@@ -42,40 +42,42 @@ SKEWED = (400, 100, 40, 20, 10, 10)
 
 def test_it_waits_for_a_group():
     there = controller(Planner(moves=True))
-    assert there.state is GroupState.WAITING
-    assert there.answer(told(1, 2)).place is None
-    assert there.answer(Rebalance()).place is None
+    assert there.state is ControllerState.WAITING
+    assert there.answer(told(1, 2)).set_placement is None
+    assert there.answer(Rebalance()).set_placement is None
     assert explained(there).group == -1
-    assert there.answer(meeting(placement_of(2))).state is GroupState.WATCHING
+    assert there.answer(meeting(placement_of(2))).state is ControllerState.WATCHING
 
 
 def test_what_pays_is_published_and_then_moved_to():
     planner = Planner()
     there = controller(planner)
-    there.answer(meeting(placement_of(2, version=4), group=7))
-    assert there.answer(told(1, 2, window(placement=4), group=7)).place is None
+    there.answer(meeting(placement_of(2, version=4), epoch=7))
+    assert there.answer(told(1, 2, window(placement=4), epoch=7)).set_placement is None
     assert len(planner.asked) == 1
     planner.moves = True
-    reply = there.answer(told(2, 2, window(placement=4), group=7))
-    place = reply.place
+    reply = there.answer(told(2, 2, window(placement=4), epoch=7))
+    place = reply.set_placement
     assert place is not None
-    assert (place.group, place.version, reply.placement) == (7, 5, 5)
+    assert (place.epoch, place.version, reply.version) == (7, 5, 5)
     published = unpack(place.placement)
     assert published.version == 5
     assert (published.home_LE == (placement_of(2).home_LE + 1) % 2).all()
-    assert reply.state is GroupState.MOVING
-    assert there.answer(told(3, 2, window(placement=4), group=7)).state is GroupState.MOVING  # not adopted
-    assert there.answer(told(4, 2, window(placement=5, pending_migrations=2), group=7)).state is GroupState.MOVING  # not there
+    assert reply.state is ControllerState.MOVING
+    assert there.answer(told(3, 2, window(placement=4), epoch=7)).state is ControllerState.MOVING  # not adopted
+    assert (
+        there.answer(told(4, 2, window(placement=5, pending_migrations=2), epoch=7)).state is ControllerState.MOVING
+    )  # not there
     planner.moves = False
-    assert there.answer(told(5, 2, window(placement=5), group=7)).state is GroupState.WATCHING
+    assert there.answer(told(5, 2, window(placement=5), epoch=7)).state is ControllerState.WATCHING
 
 
 def test_one_rank_that_has_not_adopted_is_waited_for():
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2)))
-    assert there.answer(told(1, 2)).place is not None
-    mixed = LoadReports(0, (LoadReport(0, 2, window(placement=1)), LoadReport(1, 2, window(placement=0))), 0)
-    assert there.answer(mixed).state is GroupState.MOVING
+    assert there.answer(told(1, 2)).set_placement is not None
+    mixed = Learn((LoadReport(0, 0, 2, window(placement=1)), LoadReport(0, 1, 2, window(placement=0))), 0)
+    assert there.answer(mixed).state is ControllerState.MOVING
     assert explained(there).adopted == 0
 
 
@@ -83,8 +85,8 @@ def test_on_the_way_nothing_is_published_until_it_is_overdue():
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2)))
     replies = steady(there, 2, 0, range(1, OVERDUE + 4))
-    assert [reply.place is not None for reply in replies] == [True, *[False] * OVERDUE, True, False]
-    assert [reply.place.version for reply in replies if reply.place] == [1, 2]
+    assert [reply.set_placement is not None for reply in replies] == [True, *[False] * OVERDUE, True, False]
+    assert [reply.set_placement.version for reply in replies if reply.set_placement] == [1, 2]
 
 
 def test_windows_count_when_all_ranks_have_told_and_only_once():
@@ -92,9 +94,9 @@ def test_windows_count_when_all_ranks_have_told_and_only_once():
     there = controller(planner)
     there.answer(meeting(placement_of(3)))
     for rank in (2, 0):
-        assert there.answer(LoadReports(0, (LoadReport(rank, 1, window()),), 0)).place is None
+        assert there.answer(Learn((LoadReport(0, rank, 1, window()),), 0)).set_placement is None
     assert not planner.asked
-    there.answer(LoadReports(0, (LoadReport(1, 1, window()),), 0))
+    there.answer(Learn((LoadReport(0, 1, 1, window()),), 0))
     assert len(planner.asked) == 1
     assert (planner.asked[0][1].tokens_LE == 3 * 8).all()  # of all ranks
     there.answer(told(1, 3))  # again, as a whole
@@ -106,11 +108,11 @@ def test_windows_that_a_rank_left_out_are_given_up():
     planner = Planner()
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
-    there.answer(LoadReports(0, (LoadReport(0, 1, window()), LoadReport(0, 2, window()), LoadReport(1, 2, window())), 3))
+    there.answer(Learn((LoadReport(0, 0, 1, window()), LoadReport(0, 0, 2, window()), LoadReport(0, 1, 2, window())), 3))
     assert len(planner.asked) == 1
     found = explained(there)
     assert (found.windows, found.incomplete, found.dropped) == (1, 1, 3)
-    there.answer(LoadReports(0, (LoadReport(1, 1, window()),), 0))  # late
+    there.answer(Learn((LoadReport(0, 1, 1, window()),), 0))  # late
     found = explained(there)
     assert (found.windows, found.incomplete) == (1, 1)
 
@@ -119,7 +121,7 @@ def test_what_is_gathered_is_bounded_whatever_the_numbers():
     there = controller(Planner())
     there.answer(meeting(placement_of(2)))
     for number in range(10**9, 10**9 + 50):
-        there.answer(LoadReports(0, (LoadReport(1, number, window()),), 0))
+        there.answer(Learn((LoadReport(0, 1, number, window()),), 0))
     assert len(there._gathered) <= 3
     assert explained(there).incomplete >= 47
     there.answer(told(1, 2))  # and the others' go on
@@ -129,8 +131,8 @@ def test_what_is_gathered_is_bounded_whatever_the_numbers():
 def test_windows_of_another_group_are_left_out():
     planner = Planner(moves=True)
     there = controller(planner)
-    there.answer(meeting(placement_of(2), group=3))
-    assert there.answer(told(1, 2, group=2)).place is None
+    there.answer(meeting(placement_of(2), epoch=3))
+    assert there.answer(told(1, 2, epoch=2)).set_placement is None
     assert not planner.asked
 
 
@@ -138,7 +140,7 @@ def test_a_window_in_which_nothing_happened_teaches_nothing():
     planner = Planner(moves=True)
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
-    assert there.answer(told(1, 2, window((0,) * EXPERTS, steps=0))).place is None
+    assert there.answer(told(1, 2, window((0,) * EXPERTS, steps=0))).set_placement is None
     assert not planner.asked
 
 
@@ -148,26 +150,26 @@ def test_what_can_not_be_true_is_refused_and_the_placement_stays(bad: bytes):
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
     before = explained(there)
-    reply = there.answer(LoadReports(0, (LoadReport(0, 1, bad), LoadReport(1, 1, window())), 0))
-    assert reply.place is None
+    reply = there.answer(Learn((LoadReport(0, 0, 1, bad), LoadReport(0, 1, 1, window())), 0))
+    assert reply.set_placement is None
     assert not planner.asked
     found = explained(there)
     assert found.refused == 1
     assert found.refusals[0].startswith("window 1 of rank 0: ")
     assert (found.placement, found.adopted, found.state) == (before.placement, before.adopted, before.state)
-    assert there.answer(told(2, 2)).place is not None  # good ones are believed as before
+    assert there.answer(told(2, 2)).set_placement is not None  # good ones are believed as before
 
 
 def test_a_rank_that_is_not_there_and_one_that_tells_twice():
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2)))
     for rank in (-1, 2, 10**9):
-        there.answer(LoadReports(0, (LoadReport(rank, 1, window()),), 0))
-    there.answer(LoadReports(0, (LoadReport(0, 1, window()), LoadReport(0, 1, window())), 0))
+        there.answer(Learn((LoadReport(0, rank, 1, window()),), 0))
+    there.answer(Learn((LoadReport(0, 0, 1, window()), LoadReport(0, 0, 1, window())), 0))
     found = explained(there)
     assert found.refused == 4
     assert "allowed: ranks 0 to 1" in found.refusals[0]
-    assert "it was told twice" in found.refusals[3]
+    assert "it was reported twice" in found.refusals[3]
 
 
 def test_refusals_are_counted_and_the_last_ones_kept():
@@ -185,33 +187,33 @@ def test_frozen_it_learns_and_publishes_nothing_unasked():
     planner = Planner(moves=True)
     there = controller(planner)
     there.answer(meeting(placement_of(2), frozen=True))
-    assert there.state is GroupState.FROZEN
-    assert not any(reply.place for reply in steady(there, 2, 0, range(1, 9)))
+    assert there.state is ControllerState.FROZEN
+    assert not any(reply.set_placement for reply in steady(there, 2, 0, range(1, 9)))
     assert explained(there).windows == 8
     asked = there.answer(Rebalance())
-    assert asked.place is not None
+    assert asked.set_placement is not None
     assert asked.explanation is not None
     assert asked.explanation.published is not None
     assert asked.explanation.published.asked
-    assert there.state is GroupState.FROZEN
+    assert there.state is ControllerState.FROZEN
     there.answer(Freeze(False))
-    assert there.state is GroupState.MOVING
+    assert there.state is ControllerState.MOVING
     there.answer(Freeze(True))
-    assert there.state is GroupState.FROZEN
+    assert there.state is ControllerState.FROZEN
 
 
 def test_asked_it_counts_any_gain():
     """The same numbers that are not worth a move by themselves: what they are worth for long is."""
     there = controller()
-    there.answer(meeting(placement_of(2, slots=EXPERTS), group=0))
+    there.answer(meeting(placement_of(2, slots=EXPERTS), epoch=0))
     first = there.answer(told(1, 2, window((3, 0, 0, 0, 0, 1), steps=3)))
-    assert first.place is None
+    assert first.set_placement is None
     found = explained(there)
     assert found.latest is not None
     assert found.latest.kept
     assert not found.latest.asked
     asked = there.answer(Rebalance())
-    assert asked.place is not None
+    assert asked.set_placement is not None
     assert asked.explanation is not None
     published = asked.explanation.published
     assert published is not None
@@ -224,7 +226,7 @@ def test_nothing_to_plan_from():
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
     reply = there.answer(Rebalance())
-    assert reply.place is None
+    assert reply.set_placement is None
     assert reply.explanation is not None
     assert reply.explanation.latest is None
     assert not planner.asked
@@ -234,18 +236,18 @@ def test_a_new_one_goes_on_where_the_last_one_was():
     there = controller(Planner(moves=True))
     # Ranks follow 3; they were told of 5, which the last one had published as its last.
     there.answer(meeting(placement_of(2, version=3), published=5, offered=pack(placement_of(2, version=5))))
-    assert there.state is GroupState.MOVING
+    assert there.state is ControllerState.MOVING
     assert explained(there).adopted == 3
     replies = steady(there, 2, 5, [1])
-    assert replies[0].place is not None
-    assert replies[0].place.version == 6
+    assert replies[0].set_placement is not None
+    assert replies[0].set_placement.version == 6
 
 
 def test_numbers_that_were_published_to_nobody_are_not_used_again():
     """Placements 4 and 5 were on their way when the group broke, and its ranks carried 3 over as 4."""
     there = controller(Planner(moves=True))
-    there.answer(meeting(placement_of(2, version=4), group=1, published=5))
-    place = there.answer(told(1, 2, window(placement=4), group=1)).place
+    there.answer(meeting(placement_of(2, version=4), epoch=1, published=5))
+    place = there.answer(told(1, 2, window(placement=4), epoch=1)).set_placement
     assert place is not None
     assert place.version == 6
 
@@ -254,12 +256,12 @@ def test_a_group_that_has_carried_its_placement_over():
     planner = Planner(moves=True)
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
-    assert there.answer(told(1, 2)).place is not None  # 1, which reaches nobody: the group breaks
+    assert there.answer(told(1, 2)).set_placement is not None  # 1, which reaches nobody: the group breaks
     carried = carry_over(placement_of(2), [0, -1, 1][:2], placement_of(3).quota_LR)
-    reply = there.answer(meeting(carried, group=1))
+    reply = there.answer(meeting(carried, epoch=1))
     assert carried.version == 1
-    assert reply.state is GroupState.WATCHING
-    place = there.answer(told(1, 3, window(placement=1), group=1)).place
+    assert reply.state is ControllerState.WATCHING
+    place = there.answer(told(1, 3, window(placement=1), epoch=1)).set_placement
     assert place is not None
     assert place.version == 2
     assert unpack(place.placement).ranks == 3
@@ -277,7 +279,7 @@ def test_a_group_that_has_carried_its_placement_over():
 )
 def test_a_survey_that_can_not_be(changes: dict[str, Any], said: str):
     meet = meeting(placement_of(2))
-    bad = msgspec.structs.replace(meet, survey=msgspec.structs.replace(meet.survey, **changes))
+    bad = msgspec.structs.replace(meet, group=msgspec.structs.replace(meet.group, **changes))
     with pytest.raises(ConfigError, match=said):
         controller().answer(bad)
 
@@ -286,7 +288,7 @@ def test_a_survey_that_can_not_be(changes: dict[str, Any], said: str):
 def test_fetching_takes_its_share_of_a_step(seconds: float):
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2)))
-    place = there.answer(told(1, 2, window(seconds=seconds, steps=10))).place
+    place = there.answer(told(1, 2, window(seconds=seconds, steps=10))).set_placement
     assert place is not None
     fetching_s = place.bytes_per_step / 1000 * COSTS.host_fetch / 1e9
     byte_s = COSTS.host_fetch / 1000 / 1e9
@@ -300,7 +302,7 @@ def test_uneven_traffic_is_levelled_once_and_then_kept():
     there.answer(meeting(placement_of(2)))
     version, published = 0, []
     for number in range(1, 21):
-        place = there.answer(told(number, 2, window(SKEWED, steps=10, seconds=5.0, placement=version))).place
+        place = there.answer(told(number, 2, window(SKEWED, steps=10, seconds=5.0, placement=version))).set_placement
         if place is not None:
             version = place.version
             published.append(number)
@@ -313,7 +315,7 @@ def test_uneven_traffic_is_levelled_once_and_then_kept():
     assert found.latest is not None
     assert found.latest.kept
     assert found.latest.placement == version
-    assert found.state is GroupState.WATCHING
+    assert found.state is ControllerState.WATCHING
 
 
 def test_slots_follow_measured_need_within_a_pool_and_a_rank():
@@ -321,12 +323,12 @@ def test_slots_follow_measured_need_within_a_pool_and_a_rank():
     planner = Planner(moves=True)
     there = controller(planner)
     meet = meeting(placement_of(2, slots=2))
-    there.answer(msgspec.structs.replace(meet, survey=msgspec.structs.replace(meet.survey, pools=(0, 0, 1))))
+    there.answer(msgspec.structs.replace(meet, group=msgspec.structs.replace(meet.group, pools=(0, 0, 1))))
     reuse = np.zeros((LAYERS, EXPERTS + 1), "<i8")
     reuse[0, 0] = 100_000
     reuse[1, EXPERTS - 1] = 100_000
     reuse[2, EXPERTS - 1] = 100_000
-    place = there.answer(told(1, 2, window(reuse=reuse.tobytes()))).place
+    place = there.answer(told(1, 2, window(reuse=reuse.tobytes()))).set_placement
     assert place is not None
     quota_LR = unpack(place.placement).quota_LR
     assert (quota_LR[:2].sum(0) == 4).all()

@@ -14,15 +14,15 @@ from cluster.controller.controller import Controller
 from cluster.driver import controller_client as steering_module
 from cluster.driver.backend import Backend, WorkerHandle
 from cluster.driver.controller_client import ControllerClient
-from cluster.driver.workers import LiveWorker
+from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
-from cluster.messages.controller import Attach, GroupState, LoadReports, Order, Rebalance, Reply
-from cluster.messages.placement import GetResidency, SetPlacement, WindowReport
+from cluster.messages.controller import Attach, ControllerState, Learn, Order, Rebalance, Reply
+from cluster.messages.placement import GetGroupState, LoadReport, SetPlacement
 from cluster.messages.rank import Command
 from epslots.placement.placement import Placement, pack
 from tests.support.clock_loop import ClockLoop
-from tests.support.controller_helpers import Planner, controller, placement_of, survey_of, window
-from tests.support.fake_backend import ControllerFault, FakeController, FakeFleet
+from tests.support.controller_helpers import Planner, controller, group_state_of, placement_of, window
+from tests.support.fake_backend import ControllerFault, FakeBackend, FakeController
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -33,7 +33,7 @@ class FakeRankCalls:
     def __init__(self, count: int = 2) -> None:
         self.epoch = -1
         self.formed = False
-        self.members: list[LiveWorker] = []
+        self.members: list[WorkerRecord] = []
         self.followed: Placement = placement_of(count)
         self.answers = True
         """Whether they answer surveys."""
@@ -42,23 +42,28 @@ class FakeRankCalls:
 
     def form(self, count: int = 2) -> None:
         self.epoch, self.formed = self.epoch + 1, True
-        self.members = [LiveWorker(rank, cast(WorkerHandle, None), rank=rank) for rank in range(count)]
+        self.members = [WorkerRecord(rank, cast(WorkerHandle, None), rank=rank) for rank in range(count)]
         if count != self.followed.ranks:
             self.followed = placement_of(count, self.followed.version + 1)
         self.controller_client.begin()
 
-    def send(self, worker: Hashable, command: Command) -> None:
-        assert isinstance(worker, LiveWorker)
-        self.sent.append((worker.rank, command))
-        if isinstance(command, GetResidency) and self.answers:
-            surveyed = survey_of(self.followed, group=self.epoch, number=command.number)
-            asyncio.get_running_loop().call_soon(self.controller_client.stand, surveyed)
+    def keep_placement(self, placement: bytes) -> None:
+        pass
 
-    def tell(self, number: int, *, group: int | None = None) -> None:
+    def send(self, worker: Hashable, command: Command) -> None:
+        assert isinstance(worker, WorkerRecord)
+        self.sent.append((worker.rank, command))
+        if isinstance(command, GetGroupState) and self.answers:
+            surveyed = group_state_of(self.followed, epoch=self.epoch, number=command.number)
+            asyncio.get_running_loop().call_soon(self.controller_client.take_group_state, surveyed)
+
+    def tell(self, number: int, *, epoch: int | None = None) -> None:
         """A window of all ranks."""
         message = window(placement=self.followed.version)
         for worker in self.members:
-            self.controller_client.hear(worker, WindowReport(self.epoch if group is None else group, number, message))
+            self.controller_client.take_report(
+                LoadReport(self.epoch if epoch is None else epoch, worker.rank, number, message)
+            )
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -80,25 +85,25 @@ async def pass_turns(count: int) -> None:
 
 @asynccontextmanager
 async def steered(
-    fleet: FakeFleet | None = None, *, formed: bool = True
-) -> AsyncIterator[tuple[ControllerClient, FakeRankCalls, FakeFleet]]:
+    backend: FakeBackend | None = None, *, formed: bool = True
+) -> AsyncIterator[tuple[ControllerClient, FakeRankCalls, FakeBackend]]:
     """A group with controller_client; nothing of it is left afterwards."""
     before = asyncio.all_tasks()
-    fleet = fleet or FakeFleet(make_controller=lambda: controller(Planner(moves=True)))
+    backend = backend or FakeBackend(make_controller=lambda: controller(Planner(moves=True)))
     ranks = FakeRankCalls()
-    ranks.controller_client = controller_client = ControllerClient(cast(Backend, fleet), ranks, ranks.send)
-    task = asyncio.create_task(controller_client.keep_steered())
+    ranks.controller_client = controller_client = ControllerClient(cast(Backend, backend), ranks, ranks.send)
+    task = asyncio.create_task(controller_client.keep_controller())
     try:
         if formed:
             ranks.form()
-            await until(lambda: any(isinstance(order, Attach) for order in fleet.orders))
-        yield controller_client, ranks, fleet
+            await until(lambda: any(isinstance(order, Attach) for order in backend.orders))
+        yield controller_client, ranks, backend
         assert not task.done(), task.exception()
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.gather(*(asyncio.all_tasks() - before - {asyncio.current_task()}), return_exceptions=True)
-    assert all(each.dead for each in fleet.controllers)
+    assert all(each.dead for each in backend.controllers)
 
 
 @pytest.fixture
@@ -115,14 +120,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_a_controller_is_hired_when_a_group_stands(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, fleet):
+        async with steered(formed=False) as (controller_client, ranks, backend):
             await asyncio.sleep(0)
-            assert not fleet.controllers
+            assert not backend.controllers
             assert controller_client.stats().state == "absent"
             ranks.form()
-            await until(lambda: controller_client.stats().state == GroupState.WATCHING)
+            await until(lambda: controller_client.stats().state == ControllerState.WATCHING)
             assert controller_client.stats().where == "node fake, controller 1"
-            assert isinstance(fleet.orders[0], Attach)
+            assert isinstance(backend.orders[0], Attach)
 
     run(scenario())
 
@@ -134,7 +139,7 @@ def test_what_is_decided_is_taken_to_all_ranks(run: Run):
             await until(lambda: ranks.places)
             assert ranks.places == [(0, 1), (1, 1)]
             assert controller_client.stats().placement == 1
-            assert controller_client.stats().state == GroupState.MOVING
+            assert controller_client.stats().state == ControllerState.MOVING
 
     run(scenario())
 
@@ -145,44 +150,44 @@ def test_one_that_fails_is_replaced_and_generations_grow(
     run: Run, fault: ControllerFault, order: int, caplog: pytest.LogCaptureFixture
 ):
     async def scenario() -> None:
-        async with steered() as (controller_client, ranks, fleet):
+        async with steered() as (controller_client, ranks, backend):
             ranks.tell(1)
             await until(lambda: ranks.places)
-            fleet.controller_at(order, fault)
+            backend.controller_at(order, fault)
             number = 1
-            while len(fleet.controllers) == 1:  # the fault comes with one of the next windows
+            while len(backend.controllers) == 1:  # the fault comes with one of the next windows
                 number += 1
                 ranks.tell(number)
                 await asyncio.sleep(1e-4)
-            await until(lambda: controller_client.stats().state == GroupState.MOVING)
-            met = [order for order in fleet.orders if isinstance(order, Attach)][-1]
+            await until(lambda: controller_client.stats().state == ControllerState.MOVING)
+            met = [order for order in backend.orders if isinstance(order, Attach)][-1]
             assert met.published == 1
             assert met.offered is not None  # the ranks hadn't followed it
             controller_client.begin()  # as if another group had formed
             ranks.form(3)
-            await until(lambda: fleet.orders[-1] != met and isinstance(fleet.orders[-1], Attach))
+            await until(lambda: backend.orders[-1] != met and isinstance(backend.orders[-1], Attach))
             ranks.tell(1)
             await until(lambda: len(ranks.places) == 5)
             assert ranks.places[2:] == [(0, 2), (1, 2), (2, 2)]
-            assert controller_client.stats().hired == 2
+            assert controller_client.stats().started == 2
 
     with caplog.at_level(logging.WARNING, logger="epslots.cluster"):
         run(scenario())
     (record,) = [record for record in caplog.records if record.name == "epslots.cluster"]
     assert record.message.startswith("the controller: ")
-    assert "another is hired" in record.message
+    assert "another is started" in record.message
 
 
 def test_hiring_is_tried_again_and_again(run: Run):
     async def scenario() -> None:
-        fleet = FakeFleet(make_controller=lambda: controller(Planner()))
-        fleet.refuse_controllers = ["no room"] * 3
-        async with steered(fleet, formed=False) as (controller_client, ranks, _):
+        backend = FakeBackend(make_controller=lambda: controller(Planner()))
+        backend.refuse_controllers = ["no room"] * 3
+        async with steered(backend, formed=False) as (controller_client, ranks, _):
             ranks.form()
             with pytest.raises(ClusterError, match="there is no controller, 3 times in a row; the last time: no room"):
                 await controller_client.explain()
-            assert (await controller_client.explain()).state is GroupState.WATCHING
-            assert controller_client.stats().hired == 1
+            assert (await controller_client.explain()).state is ControllerState.WATCHING
+            assert controller_client.stats().started == 1
 
     run(scenario())
 
@@ -196,11 +201,11 @@ def test_a_planner_that_always_fails_is_tried_later_and_later(run: Run, monkeypa
         await sleep(0)
 
     async def scenario() -> None:
-        async with steered() as (_, ranks, fleet):
+        async with steered() as (_, ranks, backend):
             monkeypatch.setattr(steering_module.asyncio, "sleep", count)
             number = 0
-            while len(fleet.controllers) < 9:
-                fleet.controller_at(1, "bug")
+            while len(backend.controllers) < 9:
+                backend.controller_at(1, "bug")
                 number += 1
                 ranks.tell(number)
                 await sleep(0.001)
@@ -221,14 +226,14 @@ class Gated(FakeController):
         return await super().call(message)
 
 
-class GatedFleet(FakeFleet):
+class GatedBackend(FakeBackend):
     def __init__(self, make: Callable[[], Controller]) -> None:
         super().__init__(make_controller=make)
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def hire_controller(self) -> FakeController:
-        self.controllers_hired += 1
+    async def start_controller(self) -> FakeController:
+        self.controllers_started += 1
         there = Gated(self)
         there.gate = self.gate
         self.controllers.append(there)
@@ -237,9 +242,9 @@ class GatedFleet(FakeFleet):
 
 def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
     async def scenario() -> None:
-        fleet = GatedFleet(lambda: controller(Planner()))
-        async with steered(fleet) as (controller_client, ranks, _):
-            fleet.gate.clear()
+        backend = GatedBackend(lambda: controller(Planner()))
+        async with steered(backend) as (controller_client, ranks, _):
+            backend.gate.clear()
             ranks.tell(1)
             await until(lambda: not controller_client._waiting)  # the controller is at it
             for number in range(2, 50):
@@ -249,11 +254,11 @@ def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
             assert controller_client.stats().windows_dropped == 2 * 46
             ranks.tell(2)  # whoever repeats itself takes no more room
             assert all(len(heard) == 2 for heard in controller_client._waiting.values())
-            fleet.gate.set()
-            await until(lambda: len(fleet.orders) == 3)
-            last = fleet.orders[-1]
-            assert isinstance(last, LoadReports)
-            assert [(heard.rank, heard.number) for heard in last.windows] == [(0, 2), (1, 2), (0, 3), (1, 3)]
+            backend.gate.set()
+            await until(lambda: len(backend.orders) == 3)
+            last = backend.orders[-1]
+            assert isinstance(last, Learn)
+            assert [(heard.rank, heard.number) for heard in last.reports] == [(0, 2), (1, 2), (0, 3), (1, 3)]
             assert last.dropped == 92
             found = await controller_client.explain()
             assert (found.windows, found.incomplete, found.dropped) == (3, 0, 92)
@@ -264,13 +269,13 @@ def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
 @pytest.mark.parametrize("turns", range(6))
 def test_an_answer_that_comes_just_when_all_is_ended_ends_it_all_the_same(run: Run, turns: int):
     async def scenario() -> None:
-        fleet = GatedFleet(lambda: controller(Planner()))
-        async with steered(fleet) as (controller_client, ranks, _):
-            fleet.gate.clear()
+        backend = GatedBackend(lambda: controller(Planner()))
+        async with steered(backend) as (controller_client, ranks, _):
+            backend.gate.clear()
             ranks.tell(1)
             await until(lambda: not controller_client._waiting)
-            (steering_task,) = [each for each in asyncio.all_tasks() if "keep_steered" in repr(each.get_coro())]
-            fleet.gate.set()
+            (steering_task,) = [each for each in asyncio.all_tasks() if "keep_controller" in repr(each.get_coro())]
+            backend.gate.set()
             await pass_turns(turns)
             steering_task.cancel()
             await pass_turns(50)
@@ -287,10 +292,10 @@ def test_an_answer_that_comes_just_when_all_is_ended_ends_it_all_the_same(run: R
 
 def test_without_a_controller_windows_are_dropped(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, fleet):
-            fleet.refuse_controllers = ["no"] * 100_000
+        async with steered(formed=False) as (controller_client, ranks, backend):
+            backend.refuse_controllers = ["no"] * 100_000
             ranks.form()
-            await until(lambda: fleet.controllers_hired > 2000)
+            await until(lambda: backend.controllers_started > 2000)
             for number in range(1, 20):
                 ranks.tell(number)
             assert not controller_client._waiting
@@ -301,19 +306,19 @@ def test_without_a_controller_windows_are_dropped(run: Run):
 
 def test_what_comes_too_late_for_a_group_does_not_reach_the_next(run: Run):
     async def scenario() -> None:
-        fleet = GatedFleet(lambda: controller(Planner(moves=True)))
-        async with steered(fleet) as (controller_client, ranks, _):
-            fleet.gate.clear()
+        backend = GatedBackend(lambda: controller(Planner(moves=True)))
+        async with steered(backend) as (controller_client, ranks, _):
+            backend.gate.clear()
             ranks.tell(1)
             await until(lambda: not controller_client._waiting)
             ranks.formed = False
             ranks.form(3)
-            ranks.tell(5, group=0)  # from a rank that is late
+            ranks.tell(5, epoch=0)  # from a rank that is late
             assert not controller_client._waiting
-            fleet.gate.set()
-            await until(lambda: sum(isinstance(order, Attach) for order in fleet.orders) == 2)
+            backend.gate.set()
+            await until(lambda: sum(isinstance(order, Attach) for order in backend.orders) == 2)
             assert not ranks.places
-            met = fleet.orders[-1]
+            met = backend.orders[-1]
             assert isinstance(met, Attach)
             assert met.published == 1  # nobody follows it, and its number is never used again
             ranks.tell(1)
@@ -325,78 +330,80 @@ def test_what_comes_too_late_for_a_group_does_not_reach_the_next(run: Run):
 
 def test_a_group_that_breaks_before_it_has_said_how_things_stand(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, fleet):
+        async with steered(formed=False) as (controller_client, ranks, backend):
             ranks.answers = False
             ranks.form()
             await until(lambda: ranks.sent)
             ranks.formed = False
             ranks.form(3)
             await until(lambda: len(ranks.sent) == 2)
-            controller_client.stand(survey_of(placement_of(2), group=1, number=1))  # late: an answer to the first
+            controller_client.take_group_state(
+                group_state_of(placement_of(2), epoch=1, number=1)
+            )  # late: an answer to the first
             await pass_turns(10)
-            assert not fleet.orders
+            assert not backend.orders
             ranks.answers = True
-            controller_client.stand(survey_of(ranks.followed, group=1, number=2))
-            await until(lambda: fleet.orders)
-            met = fleet.orders[0]
+            controller_client.take_group_state(group_state_of(ranks.followed, epoch=1, number=2))
+            await until(lambda: backend.orders)
+            met = backend.orders[0]
             assert isinstance(met, Attach)
-            assert met.survey.group == 1
-            assert len(met.survey.nodes) == 3
+            assert met.group.epoch == 1
+            assert len(met.group.nodes) == 3
             assert (await controller_client.explain()).group == 1
-            assert len(fleet.controllers) == 1
+            assert len(backend.controllers) == 1
 
     run(scenario())
 
 
 def test_frozen_is_kept_across_controllers(run: Run):
     async def scenario() -> None:
-        async with steered() as (controller_client, ranks, fleet):
+        async with steered() as (controller_client, ranks, backend):
             await controller_client.freeze(True)
             for number in range(1, 4):
                 ranks.tell(number)
                 await until(lambda: not controller_client._waiting)
-            fleet.controllers[0].kill()
+            backend.controllers[0].kill()
             ranks.tell(4)
-            await until(lambda: len(fleet.controllers) == 2 and controller_client.stats().state == GroupState.FROZEN)
-            heard = len(fleet.orders)
+            await until(lambda: len(backend.controllers) == 2 and controller_client.stats().state == ControllerState.FROZEN)
+            heard = len(backend.orders)
             ranks.tell(5)
-            await until(lambda: len(fleet.orders) > heard)
+            await until(lambda: len(backend.orders) > heard)
             found = await controller_client.rebalance()
             assert found.placement == 1
             assert ranks.places == [(0, 1), (1, 1)]
             await controller_client.freeze(False)
-            assert controller_client.stats().state == GroupState.MOVING
+            assert controller_client.stats().state == ControllerState.MOVING
 
     run(scenario())
 
 
 def test_frozen_without_a_controller_is_no_waiting(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, fleet):
+        async with steered(formed=False) as (controller_client, ranks, backend):
             await controller_client.freeze(True)
             ranks.form()
-            await until(lambda: controller_client.stats().state == GroupState.FROZEN)
-            assert len(fleet.orders) == 1
+            await until(lambda: controller_client.stats().state == ControllerState.FROZEN)
+            assert len(backend.orders) == 1
 
     run(scenario())
 
 
 def test_what_was_asked_is_answered_by_the_next_controller(run: Run):
     async def scenario() -> None:
-        async with steered() as (controller_client, _, fleet):
-            fleet.controller_at(1, "crash")
+        async with steered() as (controller_client, _, backend):
+            backend.controller_at(1, "crash")
             assert (await controller_client.explain()).group == 0
-            assert len(fleet.controllers) == 2
+            assert len(backend.controllers) == 2
 
     run(scenario())
 
 
 def test_an_order_is_given_once(run: Run):
     async def scenario() -> None:
-        async with steered() as (controller_client, _, fleet):
+        async with steered() as (controller_client, _, backend):
             await controller_client.rebalance()
             await controller_client.explain()
-            assert sum(isinstance(order, Rebalance) for order in fleet.orders) == 1
+            assert sum(isinstance(order, Rebalance) for order in backend.orders) == 1
 
     run(scenario())
 
@@ -404,33 +411,33 @@ def test_an_order_is_given_once(run: Run):
 @pytest.mark.parametrize("turns", range(8))
 def test_who_gives_up_just_when_the_answer_comes_costs_no_controller(run: Run, turns: int):
     async def scenario() -> None:
-        fleet = GatedFleet(lambda: controller(Planner()))
-        async with steered(fleet) as (controller_client, _, _2):
-            fleet.gate.clear()
+        backend = GatedBackend(lambda: controller(Planner()))
+        async with steered(backend) as (controller_client, _, _2):
+            backend.gate.clear()
             asking = asyncio.create_task(controller_client.explain())
             await pass_turns(5)
-            fleet.gate.set()
+            backend.gate.set()
             await pass_turns(turns)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             assert (await controller_client.explain()).group == 0
-            assert len(fleet.controllers) == 1
+            assert len(backend.controllers) == 1
 
     run(scenario())
 
 
 def test_an_order_that_nobody_waits_for_any_more_is_forgotten(run: Run):
     async def scenario() -> None:
-        fleet = GatedFleet(lambda: controller(Planner()))
-        async with steered(fleet) as (controller_client, _, _2):
-            fleet.gate.clear()
+        backend = GatedBackend(lambda: controller(Planner()))
+        async with steered(backend) as (controller_client, _, _2):
+            backend.gate.clear()
             asking = asyncio.create_task(controller_client.rebalance())
             await asyncio.sleep(0)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            fleet.gate.set()
+            backend.gate.set()
             assert (await controller_client.explain()).group == 0
-            assert sum(isinstance(order, Rebalance) for order in fleet.orders) <= 1
+            assert sum(isinstance(order, Rebalance) for order in backend.orders) <= 1
 
     run(scenario())
 
@@ -440,18 +447,18 @@ class Backwards(Controller):
 
     def answer(self, order: Order) -> Reply:
         reply = super().answer(order)
-        if isinstance(order, LoadReports):
-            place = SetPlacement(group=0, version=0, placement=pack(placement_of(2)), bytes_per_step=1)
-            return Reply(reply.state, reply.placement, reply.windows, place)
+        if isinstance(order, Learn):
+            place = SetPlacement(epoch=0, version=0, placement=pack(placement_of(2)), bytes_per_step=1)
+            return Reply(reply.state, reply.version, reply.windows, place)
         return reply
 
 
 def test_a_generation_that_goes_back_is_not_taken_to_the_ranks(run: Run):
     async def scenario() -> None:
-        fleet = FakeFleet(make_controller=lambda: Backwards(lambda: 0.0))
-        async with steered(fleet) as (_, ranks, _2):
+        backend = FakeBackend(make_controller=lambda: Backwards(lambda: 0.0))
+        async with steered(backend) as (_, ranks, _2):
             ranks.tell(1)
-            await until(lambda: len(fleet.controllers) == 2)
+            await until(lambda: len(backend.controllers) == 2)
             assert not ranks.places
 
     run(scenario())
@@ -473,8 +480,8 @@ def test_what_a_rank_can_not_follow_is_told(run: Run, caplog: pytest.LogCaptureF
     async def scenario() -> None:
         async with steered() as (controller_client, ranks, _):
             worker = ranks.members[1]
-            worker.handle = cast(WorkerHandle, FakeController(FakeFleet()))
-            controller_client.refuse(worker, "it is for 3 ranks")
+            worker.handle = cast(WorkerHandle, FakeController(FakeBackend()))
+            controller_client.take_rejection(worker, "it is for 3 ranks")
             assert controller_client.stats().refused == 1
 
     run(scenario())

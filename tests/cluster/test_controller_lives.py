@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.messages.controller import Freeze, GroupState, LoadReport, LoadReports, Rebalance, Reply
+from cluster.messages.controller import ControllerState, Freeze, Learn, LoadReport, Rebalance, Reply
 from epslots.placement.placement import carry_over, unpack
 from tests.support.controller_helpers import BAD, Planner, controller, explained, meeting, placement_of, told, window
 
@@ -24,13 +24,13 @@ class Lives(RuleBasedStateMachine):
         self.frozen = False
         self.number = 0
         self.published: list[int] = []
-        self.hire()
+        self.start_worker()
 
     @property
     def ranks(self) -> int:
         return self.followed.ranks
 
-    def hire(self) -> None:
+    def start_worker(self) -> None:
         self.planner = Planner()
         self.there = controller(self.planner)
         self.met = False
@@ -38,9 +38,9 @@ class Lives(RuleBasedStateMachine):
     def take(self, reply: Reply, *, lost: bool) -> None:
         """As the driver does; or the reply is lost with the controller."""
         if lost:
-            self.hire()
+            self.start_worker()
             return
-        place = reply.place
+        place = reply.set_placement
         if place is not None:
             assert place.version > self.seen
             assert place.version > max(self.published, default=-1)
@@ -48,19 +48,19 @@ class Lives(RuleBasedStateMachine):
             placement = unpack(place.placement)
             assert placement.version == place.version
             self.published.append(place.version)
-            if place.group == self.group:
+            if place.epoch == self.group:
                 assert placement.ranks == self.ranks
                 assert place.version > self.followed.version
                 self.offered = place.placement
-        self.seen = max(self.seen, reply.placement)
+        self.seen = max(self.seen, reply.version)
 
     @rule()
     def the_controller_is_lost(self) -> None:
-        self.hire()
+        self.start_worker()
 
     @rule()
     def introduce(self) -> None:
-        meet = meeting(self.followed, group=self.group, published=self.seen, offered=self.offered, frozen=self.frozen)
+        meet = meeting(self.followed, epoch=self.group, published=self.seen, offered=self.offered, frozen=self.frozen)
         self.take(self.there.answer(meet), lost=False)
         self.met = True
 
@@ -93,9 +93,9 @@ class Lives(RuleBasedStateMachine):
         self.number += 1
         self.planner.moves = moves
         message = window(placement=self.followed.version, pending_migrations=pending_migrations)
-        reply = self.there.answer(told(self.number, self.ranks, message, group=self.group))
+        reply = self.there.answer(told(self.number, self.ranks, message, epoch=self.group))
         if self.frozen or not moves or not self.met:
-            assert reply.place is None
+            assert reply.set_placement is None
         self.take(reply, lost=lost)
 
     @rule(data=st.data(), moves=st.booleans())
@@ -106,8 +106,8 @@ class Lives(RuleBasedStateMachine):
         message = window(placement=self.followed.version)
         number = self.number
         self.number += 10
-        windows = tuple(LoadReport(rank, number + ahead, message) for rank, ahead in heard)
-        self.take(self.there.answer(LoadReports(self.group, windows, 0)), lost=False)
+        windows = tuple(LoadReport(self.group, rank, number + ahead, message) for rank, ahead in heard)
+        self.take(self.there.answer(Learn(windows, 0)), lost=False)
 
     @rule(bad=st.sampled_from(sorted(BAD)), data=st.data())
     def nonsense(self, bad: str, data: st.DataObject) -> None:
@@ -117,10 +117,12 @@ class Lives(RuleBasedStateMachine):
         self.planner.moves = True
         liar = data.draw(st.integers(0, self.ranks - 1))
         good = window(placement=self.followed.version)
-        heard = tuple(LoadReport(rank, self.number, BAD[bad] if rank == liar else good) for rank in range(self.ranks))
+        heard = tuple(
+            LoadReport(self.group, rank, self.number, BAD[bad] if rank == liar else good) for rank in range(self.ranks)
+        )
         before = explained(self.there)
-        reply = self.there.answer(LoadReports(self.group, heard, 0))
-        assert reply.place is None
+        reply = self.there.answer(Learn(heard, 0))
+        assert reply.set_placement is None
         after = explained(self.there)
         assert (after.placement, after.adopted, after.windows) == (before.placement, before.adopted, before.windows)
         assert after.refused == before.refused + self.met
@@ -137,10 +139,10 @@ class Lives(RuleBasedStateMachine):
             return
         found = explained(self.there)
         if found.group == -1:
-            assert found.state is GroupState.WAITING
+            assert found.state is ControllerState.WAITING
         elif self.frozen:
-            assert found.state is GroupState.FROZEN
-        elif found.state is GroupState.WATCHING:
+            assert found.state is ControllerState.FROZEN
+        elif found.state is ControllerState.WATCHING:
             assert found.pending_migrations == 0
 
 

@@ -43,7 +43,7 @@ def in_a_child(work: Callable[[], Any]) -> Any:
 
 
 def test_a_childs_calls_are_refused_by_name(open_cluster: Any):
-    cluster, fleet = open_cluster(1, max_queue=3)
+    cluster, backend = open_cluster(1, max_queue=3)
     cluster.tokenizer = TOKENIZERS["bytes"]
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
     done = cluster.submit([5], max_new_tokens=1)
@@ -81,7 +81,7 @@ def test_a_childs_calls_are_refused_by_name(open_cluster: Any):
         return allowed
 
     assert in_a_child(call_all) == []
-    assert not fleet.closed
+    assert not backend.closed
     assert not going.done, "readers that a child drops cancel nothing of the parent's"
     assert len(list(results)) == 7
     going.cancel()
@@ -92,7 +92,7 @@ def test_a_child_runs_the_exit_handlers(open_cluster: Any, monkeypatch: pytest.M
     """They are inherited; and so is the block that a child may exit from."""
     handlers: list[Callable[[], Any]] = []
     monkeypatch.setattr("cluster.api.atexit.register", handlers.append)
-    cluster, fleet = open_cluster(1)
+    cluster, backend = open_cluster(1)
 
     def exit_from_a_block() -> list[str]:
         found = []
@@ -107,8 +107,8 @@ def test_a_child_runs_the_exit_handlers(open_cluster: Any, monkeypatch: pytest.M
         return found
 
     assert in_a_child(exit_from_a_block) == ["exit 7", "handled"]
-    assert not fleet.closed
+    assert not backend.closed
     assert cluster.submit([5], max_new_tokens=1).result(60).tokens
     for handler in handlers:
         handler()
-    assert fleet.closed
+    assert backend.closed

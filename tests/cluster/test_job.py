@@ -28,7 +28,7 @@ from cluster.job.run import JobSettings, run_job
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from tests.support import ROOT
-from tests.support.fake_backend import FakeFleet, one_load_at_a_time
+from tests.support.fake_backend import FakeBackend, one_load_at_a_time
 from tests.support.fake_cluster import FakeCluster, opened
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 
@@ -494,7 +494,7 @@ def test_a_job_on_real_ranks_broken_off_and_resumed(tmp_path: Path, cache_dir: P
 
     def ranks(count: int, kind: type[Cluster] = Cluster) -> Cluster:
         settings: dict[str, Any] = {"slots": 8, "kv_tokens": 256, "dtype": "float32", "costs": TOKENS_TRAVEL}
-        return kind(example_model(), ranks=count, fleet=FakeFleet(), cache_dir=cache_dir, progress=False, **settings)
+        return kind(example_model(), ranks=count, backend=FakeBackend(), cache_dir=cache_dir, progress=False, **settings)
 
     (tmp_path / "one").mkdir()
     for folder in (tmp_path, tmp_path / "one"):

@@ -17,7 +17,7 @@ from cluster.generation import Generation
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
 from tests.support.clock_loop import ClockLoop, clock_loops
 from tests.support.grouped_ranks import TOKENS_TRAVEL
-from tests.support.process_backend import ProcessFleet
+from tests.support.process_backend import ProcessBackend
 from tests.support.rank_helpers import PATIENCE_S
 
 __all__ = ["clock_loops"]
@@ -30,15 +30,15 @@ def folder(checkpoint: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, ProcessFleet]]]:
+def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, ProcessBackend]]]:
     opened = []
 
-    def make(ranks: int) -> tuple[Cluster, ProcessFleet]:
-        fleet = ProcessFleet()
+    def make(ranks: int) -> tuple[Cluster, ProcessBackend]:
+        backend = ProcessBackend()
         cluster = Cluster(
             folder,
             ranks=ranks,
-            fleet=fleet,
+            backend=backend,
             cache_dir=cache_dir,
             progress=False,
             slots=3,
@@ -48,7 +48,7 @@ def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[
             window_steps=0,
         )
         opened.append(cluster)
-        return cluster, fleet
+        return cluster, backend
 
     yield make
     for cluster in opened:
@@ -59,34 +59,34 @@ def running(cluster: Cluster, new: int) -> list[Generation]:
     """All prompts, each with some of its tokens there and more to come."""
     found = [cluster.submit(prompt, max_new_tokens=new, stop_tokens=()) for prompt in PROMPTS]
     for generation in found:
-        next(generation._arrivals())
+        next(generation._portions())
     return found
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_killed_in_the_middle_of_a_step(open_cluster: Any, folder: Path, ranks: int):
-    cluster, fleet = open_cluster(ranks)
-    first = fleet.workers[0]
+    cluster, backend = open_cluster(ranks)
+    first = backend.workers[0]
     generations = running(cluster, 80)
-    os.kill(fleet.workers[1].pid, signal.SIGKILL)
+    os.kill(backend.workers[1].pid, signal.SIGKILL)
     assert not any(generation.done for generation in generations)
     assert [generation.result(PATIENCE_S).tokens for generation in generations] == expected(folder, PROMPTS, 80)
     cluster.scale(ranks)  # the replacement has joined
     assert cluster.ranks == ranks
-    assert fleet.workers[0] is first
+    assert backend.workers[0] is first
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
 
 
 def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Nobody may kill the stopped process here, so that it really goes on; whatever it says then isn't heard."""
-    cluster, fleet = open_cluster(2)
-    stopped, given_up = fleet.workers[1], threading.Event()
+    cluster, backend = open_cluster(2)
+    stopped, given_up = backend.workers[1], threading.Event()
     monkeypatch.setattr(stopped, "kill", given_up.set)
     generations = running(cluster, 80)
     os.kill(stopped.pid, signal.SIGSTOP)
     loop = cluster._thread._loop
     assert isinstance(loop, ClockLoop)
-    loop.skip_until(given_up.is_set, settled=lambda: not any(w.owes for w in fleet.workers.values() if w is not stopped))
+    loop.skip_until(given_up.is_set, settled=lambda: not any(w.owes for w in backend.workers.values() if w is not stopped))
     right = expected(folder, PROMPTS, 80)
     assert [generation.result(PATIENCE_S).tokens for generation in generations] == right
     cluster.scale(2)
@@ -102,7 +102,7 @@ def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Pa
 
 
 def test_nothing_is_left(open_cluster: Any):
-    cluster, fleet = open_cluster(2)
+    cluster, backend = open_cluster(2)
     running(cluster, 200)
     cluster.close()
-    assert not any(psutil.pid_exists(worker.pid) for worker in fleet.hired)
+    assert not any(psutil.pid_exists(worker.pid) for worker in backend.started)

@@ -1,4 +1,4 @@
-"""The fleet on a Ray of its own: workers come up, talk, meet, die and are replaced; and nothing of it stays."""
+"""The backend on a Ray of its own: workers come up, talk, meet, die and are replaced; and nothing of it stays."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ import pytest
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.messages.controller import Explain, decode_reply, encode
-from cluster.ray_backend import backend
+from cluster.ray_backend import backend as ray_backend
 from cluster.ray_backend.backend import RayBackend
 from cluster.ray_backend.bundles import Bundles
-from cluster.ray_backend.controller import RayController
-from cluster.ray_backend.worker import RayWorker
+from cluster.ray_backend.handles import RayControllerHandle, RayWorkerHandle
 from epslots.host_limits import usable_cores
 from tests.support.echo_loop import FACTS, FAIL, TELL
 from tests.support.rank_helpers import PATIENCE_S
@@ -30,7 +29,7 @@ from tests.support.ray_helpers import Driver, drive, pids_below
 
 @pytest.fixture(scope="module")
 def local(ray_tokens: None) -> Iterator[Driver]:
-    """Two seats on a Ray of this process alone."""
+    """Two bundles on a Ray of this process alone."""
     before = pids_below()
     with drive(ranks=2) as driver:
         yield driver
@@ -38,12 +37,12 @@ def local(ray_tokens: None) -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def workers(local: Driver) -> list[RayWorker]:
-    """One on each seat. Whoever ends one puts another in its place."""
-    return [local.hire(seat) for seat in range(2)]
+def workers(local: Driver) -> list[RayWorkerHandle]:
+    """One on each bundle. Whoever ends one puts another in its place."""
+    return [local.start_worker(bundle) for bundle in range(2)]
 
 
-def test_it_answers_and_tells(local: Driver, workers: list[RayWorker]):
+def test_it_answers_and_tells(local: Driver, workers: list[RayWorkerHandle]):
     assert local.command(workers[0], b"hello") == b"hello"
     hear = local.begin_events(workers[0])
     local.command(workers[0], TELL + b"news")
@@ -53,28 +52,28 @@ def test_it_answers_and_tells(local: Driver, workers: list[RayWorker]):
     assert local.events(workers[0]) == big
 
 
-def test_where_a_worker_is(workers: list[RayWorker]):
+def test_where_a_worker_is(workers: list[RayWorkerHandle]):
     for worker in workers:
-        assert worker.hello is not None
-        assert worker.where == f"node {worker.hello.host}, pid {worker.hello.pid}"
-        assert psutil.Process(worker.hello.pid).is_running()
+        assert worker.process is not None
+        assert worker.where == f"node {worker.process.host}, pid {worker.process.pid}"
+        assert psutil.Process(worker.process.pid).is_running()
 
 
-def test_seats_share_the_node_and_its_cores(local: Driver, workers: list[RayWorker]):
-    assert [local.call(local.fleet.neighbours(seat)) for seat in range(2)] == [2, 2]
+def test_seats_share_the_node_and_its_cores(local: Driver, workers: list[RayWorkerHandle]):
+    assert [local.call(local.backend.neighbours(bundle)) for bundle in range(2)] == [2, 2]
     for worker in workers:
         facts = msgspec.msgpack.decode(local.command(worker, FACTS))
         assert facts["threads"] == max(1, usable_cores() // 2)
         assert facts["interface"] == "lo"
 
 
-def test_an_error_of_the_loop_is_the_workers_end(local: Driver, workers: list[RayWorker]):
+def test_an_error_of_the_loop_is_the_workers_end(local: Driver, workers: list[RayWorkerHandle]):
     with pytest.raises(WorkerDied, match="ValueError: told to fail"):
         local.command(workers[0], FAIL)
     assert local.command(workers[0], b"here") == b"here"
 
 
-def test_ranks_meet_and_listen_on_the_loopback_alone(local: Driver, workers: list[RayWorker]):
+def test_ranks_meet_and_listen_on_the_loopback_alone(local: Driver, workers: list[RayWorkerHandle]):
     before = [listening(worker) for worker in workers]
     for generation in range(2):
         assert local.meet(workers, generation) == [bytes([0, 1])] * 2
@@ -82,28 +81,28 @@ def test_ranks_meet_and_listen_on_the_loopback_alone(local: Driver, workers: lis
         assert {address.ip for address in listening(worker) - known} == {"127.0.0.1"}
 
 
-def listening(worker: RayWorker) -> set[Any]:
-    assert worker.hello is not None
-    connections = psutil.Process(worker.hello.pid).net_connections("tcp")
+def listening(worker: RayWorkerHandle) -> set[Any]:
+    assert worker.process is not None
+    connections = psutil.Process(worker.process.pid).net_connections("tcp")
     return {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 @pytest.mark.parametrize("waiting", ["events", "command"])
-def test_a_killed_worker_is_noticed_and_replaced(local: Driver, workers: list[RayWorker], waiting: str):
+def test_a_killed_worker_is_noticed_and_replaced(local: Driver, workers: list[RayWorkerHandle], waiting: str):
     worker = workers[1]
-    assert worker.hello is not None
+    assert worker.process is not None
     hear = local.begin_events(worker)
-    os.kill(worker.hello.pid, signal.SIGKILL)
+    os.kill(worker.process.pid, signal.SIGKILL)
     with pytest.raises(WorkerDied, match="its process has ended"):
         hear() if waiting == "events" else local.command(worker, b"")
-    workers[1] = local.hire(1)
+    workers[1] = local.start_worker(1)
     assert local.command(workers[1], b"new") == b"new"
 
 
-def test_a_stopped_worker_is_killed_all_the_same(local: Driver, workers: list[RayWorker]):
+def test_a_stopped_worker_is_killed_all_the_same(local: Driver, workers: list[RayWorkerHandle]):
     worker = workers[1]
-    assert worker.hello is not None
-    process = psutil.Process(worker.hello.pid)
+    assert worker.process is not None
+    process = psutil.Process(worker.process.pid)
     hear = local.begin_events(worker)
     process.suspend()
     worker.kill()
@@ -111,16 +110,16 @@ def test_a_stopped_worker_is_killed_all_the_same(local: Driver, workers: list[Ra
     with pytest.raises(WorkerDied):
         hear()
     process.wait(PATIENCE_S)
-    workers[1] = local.hire(1)
+    workers[1] = local.start_worker(1)
 
 
 def test_seats_come_and_go(local: Driver):
-    local.call(local.fleet.resize(4))
-    third = local.hire(3)
-    assert local.call(local.fleet.neighbours(0)) == 4
-    local.call(local.fleet.resize(3))
-    assert local.call(local.fleet.neighbours(0)) == 3
-    local.call(local.fleet.resize(2))
+    local.call(local.backend.resize(4))
+    third = local.start_worker(3)
+    assert local.call(local.backend.neighbours(0)) == 4
+    local.call(local.backend.resize(3))
+    assert local.call(local.backend.neighbours(0)) == 3
+    local.call(local.backend.resize(2))
     with pytest.raises(WorkerDied, match="its placement group was removed"):
         local.events(third)
 
@@ -130,11 +129,11 @@ def test_a_worker_that_can_not_be_made_says_why(ray_tokens: None, local: Driver)
         drive(ranks=1, loop="tests.support.echo_loop:BrokenLoop") as broken,
         pytest.raises(WorkerDied, match=r"^ValueError: this node has no such thing$"),
     ):
-        broken.hire(0)
+        broken.start_worker(0)
 
 
-def test_a_controller_takes_no_seat_and_another_can_be_had(local: Driver, workers: list[RayWorker]):
-    controller = local.call(local.fleet.hire_controller())
+def test_a_controller_takes_no_seat_and_another_can_be_had(local: Driver, workers: list[RayWorkerHandle]):
+    controller = local.call(local.backend.start_controller())
     process = psutil.Process(int(controller.where.rpartition("pid ")[2]))
     assert "ControllerActor" in process.name()
     assert decode_reply(local.call(controller.call(encode(Explain())))).state == "waiting"
@@ -146,7 +145,7 @@ def test_a_controller_takes_no_seat_and_another_can_be_had(local: Driver, worker
     with pytest.raises(WorkerDied):
         local.call(controller.call(encode(Explain())))
     process.wait(PATIENCE_S)
-    another = local.call(local.fleet.hire_controller())
+    another = local.call(local.backend.start_controller())
     assert decode_reply(local.call(another.call(encode(Explain())))).state == "waiting"
     process = psutil.Process(int(another.where.rpartition("pid ")[2]))
     process.kill()
@@ -157,44 +156,44 @@ def test_a_controller_takes_no_seat_and_another_can_be_had(local: Driver, worker
 
 
 def test_a_controller_that_is_no_longer_wanted_leaves_no_process(local: Driver, monkeypatch: pytest.MonkeyPatch):
-    greeted, greet = asyncio.Queue[RayController](), RayController.greet
+    greeted, greet = asyncio.Queue[RayControllerHandle](), RayControllerHandle.wait_until_up
 
-    async def told(controller: RayController, deadline_s: float) -> None:
+    async def told(controller: RayControllerHandle, deadline_s: float) -> None:
         greeted.put_nowait(controller)
         await greet(controller, deadline_s)
 
-    async def cancel() -> RayController:
-        hiring = asyncio.ensure_future(local.fleet.hire_controller())
+    async def cancel() -> RayControllerHandle:
+        hiring = asyncio.ensure_future(local.backend.start_controller())
         controller = await greeted.get()
         hiring.cancel()
         with pytest.raises(asyncio.CancelledError):
             await hiring
         return controller
 
-    monkeypatch.setattr(RayController, "greet", told)
+    monkeypatch.setattr(RayControllerHandle, "wait_until_up", told)
     controller = local.call(cancel())
     with pytest.raises(WorkerDied):
         local.call(controller.call(encode(Explain())))
 
 
-def test_fleets_of_one_process_share_its_ray(local: Driver, workers: list[RayWorker]):
+def test_fleets_of_one_process_share_its_ray(local: Driver, workers: list[RayWorkerHandle]):
     with drive(ranks=3) as other:
-        assert other.command(other.hire(2), b"here") == b"here"
+        assert other.command(other.start_worker(2), b"here") == b"here"
     assert local.command(workers[0], b"still here") == b"still here"
 
 
 def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(
-    local: Driver, workers: list[RayWorker], monkeypatch: pytest.MonkeyPatch
+    local: Driver, workers: list[RayWorkerHandle], monkeypatch: pytest.MonkeyPatch
 ):
-    greeted, greet = asyncio.Queue[RayWorker](), RayWorker.greet
+    greeted, greet = asyncio.Queue[RayWorkerHandle](), RayWorkerHandle.wait_until_up
 
-    async def told(worker: RayWorker, deadline_s: float) -> None:
+    async def told(worker: RayWorkerHandle, deadline_s: float) -> None:
         greeted.put_nowait(worker)
         await greet(worker, deadline_s)
 
-    async def cancel() -> RayWorker:
+    async def cancel() -> RayWorkerHandle:
         before = asyncio.all_tasks()
-        hiring = asyncio.ensure_future(local.fleet.hire(1))
+        hiring = asyncio.ensure_future(local.backend.start_worker(1))
         worker = await greeted.get()
         hiring.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -204,18 +203,18 @@ def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(
 
     workers[1].kill()
     with monkeypatch.context() as patch:
-        patch.setattr(RayWorker, "greet", told)
+        patch.setattr(RayWorkerHandle, "wait_until_up", told)
         worker = local.call(cancel())
     with pytest.raises(WorkerDied):
         local.command(worker, b"")
-    workers[1] = local.hire(1)
+    workers[1] = local.start_worker(1)
 
 
 def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """There is no place for the worker any more, and its greeting fails just when it is cancelled for that."""
-    killed: list[RayWorker] = []
+    killed: list[RayWorkerHandle] = []
 
-    async def greet(worker: RayWorker, _deadline_s: float) -> None:
+    async def wait_until_up(worker: RayWorkerHandle, _deadline_s: float) -> None:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -223,25 +222,25 @@ def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, c
 
     looks = iter([False, True])
 
-    async def placed(_seats: Bundles, _seat: int) -> str:
+    async def placed(_bundles: Bundles, _bundle: int) -> str:
         if next(looks):
             await asyncio.sleep(0)  # it is looked up beside others, and fails after them
             raise ClusterError("no place")
         return "node"
 
-    async def hire() -> None:
-        fleet = RayBackend(address=None, strategy="PACK", device="cuda", path="no/folder")
-        fleet._need = {"GPU": 1}
+    async def start_worker() -> None:
+        backend = RayBackend(address=None, strategy="PACK", device="cuda", path="no/folder")
+        backend._need = {"GPU": 1}
         with pytest.raises(ClusterError, match="no place"):
-            await fleet.hire(0)
+            await backend.start_worker(0)
 
-    monkeypatch.setattr(backend, "_worker_class", MagicMock())
-    monkeypatch.setattr(backend, "_LOOK_EVERY_S", 0)
-    monkeypatch.setattr(RayWorker, "greet", greet)
-    monkeypatch.setattr(RayWorker, "kill", lambda worker: killed.append(worker))
+    monkeypatch.setattr(ray_backend, "_worker_class", MagicMock())
+    monkeypatch.setattr(ray_backend, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(RayWorkerHandle, "wait_until_up", wait_until_up)
+    monkeypatch.setattr(RayWorkerHandle, "kill", lambda worker: killed.append(worker))
     monkeypatch.setattr(Bundles, "placed", placed)
-    monkeypatch.setattr(Bundles, "strategy", lambda _seats, _seat: None)
-    asyncio.run(hire())
+    monkeypatch.setattr(Bundles, "strategy", lambda _bundles, _bundle: None)
+    asyncio.run(start_worker())
     gc.collect()
     assert len(killed) == 1
     assert not caplog.records

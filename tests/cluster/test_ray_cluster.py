@@ -19,7 +19,7 @@ from cluster.api import Cluster
 from cluster.driver.backend import WorkerHandle
 from cluster.errors import ClusterError
 from cluster.generation import Generation
-from cluster.ray_backend.worker import RayWorker
+from cluster.ray_backend.handles import RayWorkerHandle
 from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
 from tests.support.clock_loop import ClockLoop, use_clock_loops
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL
@@ -29,16 +29,16 @@ from tests.support.ray_helpers import RayNodes
 NEW = 80
 
 
-OWING: Counter[RayWorker] = Counter()
+OWING: Counter[RayWorkerHandle] = Counter()
 """Answers that are awaited, by worker."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def patient() -> Iterator[None]:
     """No deadline passes but those that are skipped."""
-    real = RayWorker.command
+    real = RayWorkerHandle.command
 
-    async def command(worker: RayWorker, message: bytes) -> bytes:
+    async def command(worker: RayWorkerHandle, message: bytes) -> bytes:
         OWING[worker] += 1
         try:
             return await real(worker, message)
@@ -47,7 +47,7 @@ def patient() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         use_clock_loops(patch)
-        patch.setattr(RayWorker, "command", command)
+        patch.setattr(RayWorkerHandle, "command", command)
         yield
 
 
@@ -83,7 +83,7 @@ def running(cluster: Cluster) -> list[Generation]:
     """All prompts, each with some of its tokens there and more to come."""
     found = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
     for generation in found:
-        next(generation._arrivals())
+        next(generation._portions())
     return found
 
 
@@ -93,14 +93,14 @@ def tokens(generations: list[Generation]) -> list[tuple[int, ...]]:
 
 def skip_silence(cluster: Cluster, stopped: int) -> None:
     """Skip the time until a rank that is stopped is given up. The others have all the time that they need to answer."""
-    loop, workers = cluster._thread._loop, cluster._supervisor._workers
+    loop, workers = cluster._thread._loop, cluster._supervisor.workers
     assert isinstance(loop, ClockLoop)
 
     def is_stopped(worker: WorkerHandle) -> bool:
         return worker.where.endswith(f"pid {stopped}")
 
     loop.skip_until(
-        lambda: not any(is_stopped(worker.handle) for worker in workers.values()),
+        lambda: not any(is_stopped(worker.handle) for worker in workers),
         settled=lambda: all(is_stopped(worker) for worker in OWING.elements()),
     )
 
@@ -213,7 +213,7 @@ def test_the_controller_is_asked_killed_and_stopped_while_requests_go_on(open_cl
         assert cluster.ranks == 2
     stats = cluster.stats().controller
     assert stats is not None
-    assert stats.hired == 2
+    assert stats.started == 2
     cluster.close()
     psutil.wait_procs([psutil.Process(lost)] if psutil.pid_exists(lost) else [], timeout=PATIENCE_S)
     assert not psutil.pid_exists(lost)

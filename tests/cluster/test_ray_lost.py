@@ -12,7 +12,7 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
-from cluster.ray_backend.processes import PREFIX, watch_joined
+from cluster.ray_backend.processes import FOLDER_PREFIX, watch_joined
 from tests.cluster.test_cluster import PROMPTS, expected, serve_again
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.ray_helpers import drive, pids_below, start_nodes
@@ -41,7 +41,7 @@ def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path
 
 def own(part: str) -> psutil.Process:
     """A process of our own Ray; the nodes of other tests may still be there."""
-    (found,) = [process for process in pids_below() if part in process.name() and PREFIX in " ".join(process.cmdline())]
+    (found,) = [process for process in pids_below() if part in process.name() and FOLDER_PREFIX in " ".join(process.cmdline())]
     return found
 
 
@@ -55,7 +55,7 @@ def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callabl
         assert helpers
         going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
         for generation in going:
-            next(generation._arrivals())
+            next(generation._portions())
         own(part).kill()
         assert not all(generation.done for generation in going)
         assert [generation.result(240).tokens for generation in going] == right
@@ -67,15 +67,15 @@ def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callabl
 def test_a_ray_of_others_is_joined_again(ray_tokens: None):
     """The node that the driver is on ends, and another comes up in its place."""
     with start_nodes() as nodes, drive(ranks=1, address=nodes.address) as driver:
-        worker = driver.hire(0)
+        worker = driver.start_worker(0)
         (mine,) = [process.pid for process in watch_joined()._processes]
         os.kill(mine, signal.SIGKILL)
-        reason = driver.call(driver.fleet.lost())
+        reason = driver.call(driver.backend.lost())
         assert "the node of this process has left the Ray at" in reason
         assert f"its raylet (pid {mine}) has ended" in reason
         with pytest.raises(ClusterError, match="the node of this process has left"):
-            driver.hire(0)
+            driver.start_worker(0)
         worker.kill()  # nothing happens
         nodes.add()
-        driver.call(driver.fleet.reopen(1))
-        assert driver.command(driver.hire(0), b"here") == b"here"
+        driver.call(driver.backend.reopen(1))
+        assert driver.command(driver.start_worker(0), b"here") == b"here"

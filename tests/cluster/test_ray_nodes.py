@@ -1,4 +1,4 @@
-"""Several nodes: where seats go, what is refused and what is advised, and nodes that are lost and join."""
+"""Several nodes: where bundles go, what is refused and what is advised, and nodes that are lost and join."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import ray
 
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
-from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_seats, need_of_seat
-from cluster.ray_backend.session import SEAT
+from cluster.ray_backend.connect import RANK_RESOURCE
+from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_bundles, need_of_bundle
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_helpers import Driver, RayNodes, drive, node_hosts
 
@@ -29,19 +29,19 @@ TWO = [node("1", {"CPU": 4}), node("2", {"CPU": 4}, CPU=1)]
 
 def test_a_seat_takes_a_gpu_if_there_are_any():
     gpus = [node("1", {"CPU": 4}), node("2", {"CPU": 4, "GPU": 2})]
-    assert need_of_seat(gpus, None) == need_of_seat(gpus, "cuda") == GPU
-    assert need_of_seat(gpus, "cpu") == need_of_seat(TWO, None) == CPU
-    own = [node("1", {"CPU": 3, SEAT: 1000, "GPU": 2})]
-    assert need_of_seat(own, None) == {"GPU": 1, SEAT: 1}
-    assert need_of_seat(own, "cpu") == {SEAT: 1}
+    assert need_of_bundle(gpus, None) == need_of_bundle(gpus, "cuda") == GPU
+    assert need_of_bundle(gpus, "cpu") == need_of_bundle(TWO, None) == CPU
+    own = [node("1", {"CPU": 3, RANK_RESOURCE: 1000, "GPU": 2})]
+    assert need_of_bundle(own, None) == {"GPU": 1, RANK_RESOURCE: 1}
+    assert need_of_bundle(own, "cpu") == {RANK_RESOURCE: 1}
     with pytest.raises(ClusterError, match=r'Ray knows of no GPU on node 10.0.0.1 \(box1\), .*device="cpu"'):
-        need_of_seat(TWO, "cuda")
+        need_of_bundle(TWO, "cuda")
 
 
 def test_seats_are_what_the_scarcest_resource_allows():
-    assert count_seats({"CPU": 8, "GPU": 3}, GPU) == 3
-    assert count_seats({"CPU": 2.5, "GPU": 3}, GPU) == 2
-    assert count_seats({"CPU": 8}, GPU) == 0
+    assert count_bundles({"CPU": 8, "GPU": 3}, GPU) == 3
+    assert count_bundles({"CPU": 2.5, "GPU": 3}, GPU) == 2
+    assert count_bundles({"CPU": 8}, GPU) == 0
 
 
 @pytest.mark.parametrize(
@@ -92,29 +92,29 @@ def test_a_refusal_has_the_numbers_and_advice():
     with pytest.raises(NoRoom) as caught:
         choose_nodes(TWO, CPU, 8, "PACK", ["1"])
     assert "no room for 8 more ranks: each takes 1 CPU" in str(caught.value)
-    assert "node 10.0.0.1 (box1): 4 of 4 CPUs free, 1 of its seats taken by this cluster" in str(caught.value)
+    assert "node 10.0.0.1 (box1): 4 of 4 CPUs free, 1 taken by ranks of this cluster" in str(caught.value)
     assert "--num-cpus" in str(caught.value)
 
 
 def hosts_of(driver: Driver, ranks: int) -> list[str]:
     hosts = node_hosts()
-    return [hosts[driver.call(driver.fleet._seats.placed(seat))] for seat in range(ranks)]
+    return [hosts[driver.call(driver.backend._bundles.placed(bundle))] for bundle in range(ranks)]
 
 
 def test_ranks_on_two_nodes_meet(ray_nodes: RayNodes):
     with ray_nodes.further(), drive(ranks=2, address=ray_nodes.address, strategy="STRICT_SPREAD") as driver:
-        workers = [driver.hire(seat) for seat in range(2)]
-        assert [driver.call(driver.fleet.neighbours(seat)) for seat in range(2)] == [1, 1]
+        workers = [driver.start_worker(bundle) for bundle in range(2)]
+        assert [driver.call(driver.backend.neighbours(bundle)) for bundle in range(2)] == [1, 1]
         assert [worker.where.partition(",")[0] for worker in workers] == [f"node {host}" for host in hosts_of(driver, 2)]
         assert len(set(hosts_of(driver, 2))) == 2
         assert driver.meet(workers, 0) == [bytes([0, 1])] * 2
         with pytest.raises(ClusterError, match="no room for 1 more rank, each on a node of its own"):
-            driver.call(driver.fleet.resize(3))
+            driver.call(driver.backend.resize(3))
         # A node that joins is used.
         with ray_nodes.further() as third:
-            driver.call(driver.fleet.resize(3))
+            driver.call(driver.backend.resize(3))
             assert hosts_of(driver, 3)[2] == third.node_ip_address
-            assert driver.command(driver.hire(2), b"here") == b"here"
+            assert driver.command(driver.start_worker(2), b"here") == b"here"
 
 
 def test_a_lost_node_is_noticed_and_its_seat_moves_to_one_that_joins(ray_nodes: RayNodes):
@@ -122,18 +122,18 @@ def test_a_lost_node_is_noticed_and_its_seat_moves_to_one_that_joins(ray_nodes: 
         ray_nodes.further(num_cpus=1) as lost,
         drive(ranks=2, address=ray_nodes.address, strategy="STRICT_SPREAD", place_s=PATIENCE_S) as driver,
     ):
-        seat = hosts_of(driver, 2).index(lost.node_ip_address)
-        workers = [driver.hire(0), driver.hire(1)]
-        hear = driver.begin_events(workers[seat])
+        bundle = hosts_of(driver, 2).index(lost.node_ip_address)
+        workers = [driver.start_worker(0), driver.start_worker(1)]
+        hear = driver.begin_events(workers[bundle])
         ray_nodes.kill(lost)
         with pytest.raises(WorkerDied, match="its node is gone"):
             hear()
-        assert driver.command(workers[1 - seat], b"here") == b"here"
-        gone = f"the node of rank {seat} is gone, and Ray found no place on another"
+        assert driver.command(workers[1 - bundle], b"here") == b"here"
+        gone = f"the node of rank {bundle} is gone, and Ray found no place on another"
         with driver.skipping(), pytest.raises(ClusterError, match=gone):
-            driver.hire(seat)
+            driver.start_worker(bundle)
         with ray_nodes.further() as joined:
-            assert f"node {joined.node_ip_address}," in driver.hire(seat).where
+            assert f"node {joined.node_ip_address}," in driver.start_worker(bundle).where
 
 
 def test_pack_and_spread(ray_nodes: RayNodes):
@@ -142,7 +142,7 @@ def test_pack_and_spread(ray_nodes: RayNodes):
             with drive(ranks=2, address=ray_nodes.address, strategy=strategy) as driver:
                 assert list(Counter(hosts_of(driver, 2)).values()) == counts
         with drive(ranks=1, address=ray_nodes.address, strategy="SPREAD") as driver:
-            driver.call(driver.fleet.resize(2))
+            driver.call(driver.backend.resize(2))
             assert len(set(hosts_of(driver, 2))) == 2
 
 

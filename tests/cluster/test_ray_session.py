@@ -20,7 +20,8 @@ import pytest
 import ray
 
 from cluster.errors import ClusterError
-from cluster.ray_backend import backend, processes, session
+from cluster.ray_backend import backend as ray_backend
+from cluster.ray_backend import fork, processes, session
 from cluster.ray_backend.address import find_running
 from cluster.ray_backend.backend import RayBackend
 from cluster.ray_backend.processes import own_folder, protect_token
@@ -31,15 +32,15 @@ from tests.support import ROOT
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_helpers import RayNodes, drive, pids_below
 
-# A process with a fleet and a worker, which ends as Ctrl-C has it.
+# A process with a backend and a worker, which ends as Ctrl-C has it.
 DRIVER = """
 import threading
 import ray
 from tests.support.ray_helpers import drive
 with drive(ranks=1) as driver:
-    worker = driver.hire(0)
+    worker = driver.start_worker(0)
     try:
-        print("ready", worker.hello.pid, ray.get_runtime_context().gcs_address, flush=True)
+        print("ready", worker.process.pid, ray.get_runtime_context().gcs_address, flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
@@ -56,8 +57,8 @@ from tests.support.ray_helpers import Driver
 driver = Driver()
 atexit.register(driver.close)
 driver.open(1)
-worker = driver.hire(0)
-driver.call(driver.fleet.hire_controller())
+worker = driver.start_worker(0)
+driver.call(driver.backend.start_controller())
 child = os.fork()
 if not child:
     atexit.unregister(driver.close)
@@ -188,18 +189,18 @@ class FakeRay:
 @pytest.fixture
 def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
     fake = FakeRay()
-    monkeypatch.setattr(session, "_start", fake.start)
+    monkeypatch.setattr(session, "start_ray", fake.start)
     yield fake
     fake.may_start.set()
     fake.may_end.set()
 
 
-def make_fleet() -> RayBackend:
+def make_backend() -> RayBackend:
     return RayBackend(address=None, strategy="PACK", device="cpu", path="no/folder")
 
 
-async def begin_and_cancel(fleet: RayBackend, fake: FakeRay) -> None:
-    opening = asyncio.ensure_future(fleet.open(1))
+async def begin_and_cancel(backend: RayBackend, fake: FakeRay) -> None:
+    opening = asyncio.ensure_future(backend.open(1))
     await asyncio.to_thread(fake.called.wait)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -208,7 +209,7 @@ async def begin_and_cancel(fleet: RayBackend, fake: FakeRay) -> None:
 
 def test_a_ray_that_starts_when_nobody_waits_any_more_is_ended(fake_ray: FakeRay):
     fake_ray.may_end.set()
-    asyncio.run(begin_and_cancel(make_fleet(), fake_ray))  # and no loop is left
+    asyncio.run(begin_and_cancel(make_backend(), fake_ray))  # and no loop is left
     fake_ray.may_start.set()
     assert fake_ray.ended.wait(PATIENCE_S)
 
@@ -220,31 +221,31 @@ def test_a_child_knows_of_a_ray_that_has_ended_and_comes_back(fake_ray: FakeRay)
     fake_ray.may_start.set()
     asyncio.run(use.joined())
     assert not ray.is_initialized()
-    assert in_a_child(lambda: session._forked)
+    assert in_a_child(lambda: fork.is_forked())
     left = use.leave()
     fake_ray.may_end.set()
     left.result(PATIENCE_S)
-    assert not in_a_child(lambda: session._forked)
+    assert not in_a_child(lambda: fork.is_forked())
 
 
 def test_closing_that_is_interrupted_goes_on_with_the_next_call(fake_ray: FakeRay):
     async def interrupt() -> None:
-        await begin_and_cancel(fleet, fake_ray)
-        closing = asyncio.ensure_future(fleet.close())
+        await begin_and_cancel(backend, fake_ray)
+        closing = asyncio.ensure_future(backend.close())
         await asyncio.sleep(0)  # it begins to wait
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing
-        closing = asyncio.ensure_future(fleet.close())
+        closing = asyncio.ensure_future(backend.close())
         await asyncio.sleep(0)  # it begins to wait
         assert not closing.done()
         fake_ray.may_start.set()
         fake_ray.may_end.set()
         await closing
         assert fake_ray.ended.is_set()
-        await fleet.close()
+        await backend.close()
 
-    fleet = make_fleet()
+    backend = make_backend()
     asyncio.run(interrupt())
 
 
@@ -252,16 +253,16 @@ def test_a_ray_that_does_not_end_is_not_waited_for_for_ever(
     fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     async def close() -> None:
-        await begin_and_cancel(fleet, fake_ray)
+        await begin_and_cancel(backend, fake_ray)
         fake_ray.may_start.set()
-        await fleet.close()
+        await backend.close()
         with pytest.raises(ClusterError, match="the last Ray of this process has not ended within 0 s"):
-            await fleet.open(1)
-        await fleet.close()
+            await backend.open(1)
+        await backend.close()
 
-    fleet = make_fleet()
-    monkeypatch.setattr(backend, "_START_S", 0.2)
-    monkeypatch.setattr(backend, "_END_S", 0.2)
+    backend = make_backend()
+    monkeypatch.setattr(ray_backend, "_START_RAY_S", 0.2)
+    monkeypatch.setattr(ray_backend, "_END_RAY_S", 0.2)
     monkeypatch.setattr(session, "_LAST_END_S", 0)
     asyncio.run(close())
     assert "Ray did not end within" in caplog.text

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracker, RankLoad, Scheduler
+from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracker, RankCapacity, Scheduler
 from epslots.engine.requests import Output, Request
 
 
@@ -16,99 +16,99 @@ def request(id: str, prompt: int = 3, new: int = 5) -> Request:
     return Request(id, tuple(range(prompt)), new)
 
 
-def assigned(ledger: Scheduler, **rooms: RankLoad) -> list[tuple[object, str]]:
-    return [(worker, request.id) for worker, request in ledger.assign(dict(rooms))]
+def assigned(scheduler: Scheduler, **capacities: RankCapacity) -> list[tuple[object, str]]:
+    return [(worker, request.id) for worker, request in scheduler.assign(dict(capacities))]
 
 
-WIDE = RankLoad(1000, batches=True)
+WIDE = RankCapacity(1000, batches=True)
 
 
 def test_the_least_loaded_rank_is_next():
-    ledger = Scheduler()
+    scheduler = Scheduler()
     for id, prompt, new in (("a", 10, 50), ("b", 10, 10), ("c", 10, 10), ("d", 10, 10), ("e", 1, 1)):
-        ledger.add(request(id, prompt, new))
-    found = assigned(ledger, x=WIDE, y=WIDE)
+        scheduler.add(request(id, prompt, new))
+    found = assigned(scheduler, x=WIDE, y=WIDE)
     assert found == [("x", "a"), ("y", "b"), ("y", "c"), ("y", "d"), ("x", "e")]
 
 
 def test_a_request_waits_until_there_is_room():
-    ledger = Scheduler()
+    scheduler = Scheduler()
     for id in "abc":
-        ledger.add(request(id, 40, 5))
-    room = RankLoad(100, batches=True)
-    assert assigned(ledger, x=room) == [("x", "a"), ("x", "b")]
-    assert ledger.queued == 1
-    assert assigned(ledger, x=room, y=room) == [("y", "c")]  # a rank that came later
-    ledger.add(request("d", 99, 5))
-    assert assigned(ledger, x=room, y=room) == []
-    assert ledger.count("y", Output("c", (1,), True, "stop")) is not None
-    assert assigned(ledger, x=room, y=room) == [("y", "d")]
+        scheduler.add(request(id, 40, 5))
+    capacity = RankCapacity(100, batches=True)
+    assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
+    assert scheduler.queued == 1
+    assert assigned(scheduler, x=capacity, y=capacity) == [("y", "c")]  # a rank that came later
+    scheduler.add(request("d", 99, 5))
+    assert assigned(scheduler, x=capacity, y=capacity) == []
+    assert scheduler.count("y", Output("c", (1,), True, "stop")) is not None
+    assert assigned(scheduler, x=capacity, y=capacity) == [("y", "d")]
 
 
 def test_without_batches_one_runs_and_one_waits():
-    ledger = Scheduler()
+    scheduler = Scheduler()
     for id in "abc":
-        ledger.add(request(id))
-    room = RankLoad(1000, batches=False)
-    assert assigned(ledger, x=room) == [("x", "a"), ("x", "b")]
+        scheduler.add(request(id))
+    capacity = RankCapacity(1000, batches=False)
+    assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
 
 
 def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
-    ledger = Scheduler()
+    scheduler = Scheduler()
     for id in "abcd":
-        ledger.add(request(id))
-    assert assigned(ledger, x=RankLoad(6, batches=True)) == [("x", "a"), ("x", "b")]
-    ledger.count("x", Output("a", (7, 8)))
-    moved, given_up = ledger.release("x")
+        scheduler.add(request(id))
+    assert assigned(scheduler, x=RankCapacity(6, batches=True)) == [("x", "a"), ("x", "b")]
+    scheduler.count("x", Output("a", (7, 8)))
+    moved, given_up = scheduler.release("x")
     assert [entry.request.id for entry in moved] == ["a", "b"]
     assert not given_up
-    assert ledger.count("x", Output("a", (9,))) is None  # it isn't listened to any more
-    again = ledger.assign({"y": WIDE})
+    assert scheduler.count("x", Output("a", (9,))) is None  # it isn't listened to any more
+    again = scheduler.assign({"y": WIDE})
     assert [r.id for _, r in again] == list("abcd")
     assert again[0][1] == Request("a", (0, 1, 2, 7, 8), 3, resumed=2)
 
 
 def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
-    ledger = Scheduler()
-    ledger.add(request("bad"))
-    ledger.add(request("good"))
+    scheduler = Scheduler()
+    scheduler.add(request("bad"))
+    scheduler.add(request("good"))
     for _ in range(MOST_SHARED_LOSSES):
-        assert assigned(ledger, x=WIDE) == [("x", "bad"), ("x", "good")]
-        assert ledger.release("x")[1] == []
-    ledger.add(request("new"))
+        assert assigned(scheduler, x=WIDE) == [("x", "bad"), ("x", "good")]
+        assert scheduler.release("x")[1] == []
+    scheduler.add(request("new"))
     for _ in range(MOST_LOSSES - MOST_SHARED_LOSSES - 1):
-        assert assigned(ledger, x=WIDE) == [("x", "bad")]
-        assert ledger.release("x")[1] == []
-    assert assigned(ledger, x=WIDE) == [("x", "bad")]
-    assert [entry.request.id for entry in ledger.release("x")[1]] == ["bad"]
-    assert assigned(ledger, x=WIDE) == [("x", "good")]
-    ledger.count("x", Output("good", (1,), True, "stop"))
-    assert assigned(ledger, x=WIDE) == [("x", "new")]
+        assert assigned(scheduler, x=WIDE) == [("x", "bad")]
+        assert scheduler.release("x")[1] == []
+    assert assigned(scheduler, x=WIDE) == [("x", "bad")]
+    assert [entry.request.id for entry in scheduler.release("x")[1]] == ["bad"]
+    assert assigned(scheduler, x=WIDE) == [("x", "good")]
+    scheduler.count("x", Output("good", (1,), True, "stop"))
+    assert assigned(scheduler, x=WIDE) == [("x", "new")]
 
 
 def test_a_request_that_gets_on_is_no_suspect():
-    ledger = Scheduler()
-    ledger.add(request("a", 3, 100))
+    scheduler = Scheduler()
+    scheduler.add(request("a", 3, 100))
     for token in range(3 * MOST_LOSSES):
-        assert assigned(ledger, x=WIDE) == [("x", "a")]
-        assert ledger.count("x", Output("a", (token,))) is not None
-        assert ledger.release("x")[1] == []
+        assert assigned(scheduler, x=WIDE) == [("x", "a")]
+        assert scheduler.count("x", Output("a", (token,))) is not None
+        assert scheduler.release("x")[1] == []
 
 
 def test_an_ended_request_is_awaited_but_not_told_of():
-    ledger = Scheduler()
-    ledger.add(request("a"))
-    assert ledger.end("a") is None  # queued: simply gone
-    assert "a" not in ledger
-    ledger.add(request("b"))
-    ledger.assign({"x": WIDE})
-    assert ledger.end("b") == "x"
-    assert ledger.end("b") is None
-    assert ledger.outstanding
-    assert ledger.count("x", Output("b", (1, 2))) is None
-    assert ledger.count("x", Output("b", (), True, "cancelled")) is None
-    assert not ledger.outstanding
-    assert len(ledger) == 0
+    scheduler = Scheduler()
+    scheduler.add(request("a"))
+    assert scheduler.end("a") is None  # queued: simply gone
+    assert "a" not in scheduler
+    scheduler.add(request("b"))
+    scheduler.assign({"x": WIDE})
+    assert scheduler.end("b") == "x"
+    assert scheduler.end("b") is None
+    assert scheduler.outstanding
+    assert scheduler.count("x", Output("b", (1, 2))) is None
+    assert scheduler.count("x", Output("b", (), True, "cancelled")) is None
+    assert not scheduler.outstanding
+    assert len(scheduler) == 0
 
 
 class Books(RuleBasedStateMachine):
@@ -116,9 +116,9 @@ class Books(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.ledger = Scheduler()
+        self.scheduler = Scheduler()
         self.numbers = 0
-        self.workers = {f"w{number}": RankLoad(40, number % 2 == 0) for number in range(3)}
+        self.workers = {f"w{number}": RankCapacity(40, number % 2 == 0) for number in range(3)}
         self.has: dict[str, dict[str, Request]] = {worker: {} for worker in self.workers}
         self.waiting: dict[str, list[int]] = {}
         """What the user has, of requests that aren't done for him."""
@@ -127,18 +127,18 @@ class Books(RuleBasedStateMachine):
     def add(self, prompt: int, new: int) -> None:
         self.numbers += 1
         id = str(self.numbers)
-        self.ledger.add(request(id, prompt, new))
+        self.scheduler.add(request(id, prompt, new))
         self.waiting[id] = []
 
     @rule()
     def assign(self) -> None:
-        for worker, given in self.ledger.assign(dict(self.workers)):
+        for worker, given in self.scheduler.assign(dict(self.workers)):
             assert isinstance(worker, str)
             assert given.id in self.waiting
             assert not any(given.id in has for has in self.has.values())
             assert given.prompt[len(given.prompt) - len(self.waiting[given.id]) :] == tuple(self.waiting[given.id])
             self.has[worker][given.id] = given
-        assert not self.ledger.queued or all(self.has[worker] for worker in self.workers), "an idle rank takes the next"
+        assert not self.scheduler.queued or all(self.has[worker] for worker in self.workers), "an idle rank takes the next"
 
     @precondition(lambda self: any(self.has.values()))
     @rule(data=st.data(), many=st.integers(1, 3))
@@ -148,7 +148,7 @@ class Books(RuleBasedStateMachine):
         given = self.has[worker][id]
         tokens = tuple(range(100, 100 + min(many, given.max_new_tokens)))
         finished = len(tokens) == given.max_new_tokens
-        entry = self.ledger.count(worker, Output(id, tokens, finished, "length" if finished else None))
+        entry = self.scheduler.count(worker, Output(id, tokens, finished, "length" if finished else None))
         assert (entry is not None) == (id in self.waiting)
         if id in self.waiting:
             self.waiting[id] += tokens
@@ -163,49 +163,49 @@ class Books(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         id = data.draw(st.sampled_from(sorted(self.waiting)))
         del self.waiting[id]
-        worker = self.ledger.end(id)
+        worker = self.scheduler.end(id)
         assert worker == next((w for w, has in self.has.items() if id in has), None)
         if worker is not None:
             del self.has[worker][id]
-            assert self.ledger.count(worker, Output(id, (), True, "cancelled")) is None
+            assert self.scheduler.count(worker, Output(id, (), True, "cancelled")) is None
 
     @precondition(lambda self: len(self.workers) > 1)
     @rule(data=st.data(), blame=st.booleans())
     def lose(self, data: st.DataObject, blame: bool) -> None:
         worker = data.draw(st.sampled_from(sorted(self.workers)))
-        moved, given_up = self.ledger.release(worker, blame=blame)
+        moved, given_up = self.scheduler.release(worker, blame=blame)
         assert {e.request.id for e in [*moved, *given_up]} == {id for id in self.has[worker] if id in self.waiting}
         for entry in given_up:
             assert entry.losses == MOST_LOSSES
             del self.waiting[entry.request.id]
-        room = self.workers.pop(worker)
+        capacity = self.workers.pop(worker)
         self.has.pop(worker)
         self.numbers += 1
-        self.workers[f"w{self.numbers}"] = room
+        self.workers[f"w{self.numbers}"] = capacity
         self.has[f"w{self.numbers}"] = {}
 
     @invariant()
     def books_agree(self) -> None:
-        if not hasattr(self, "ledger"):
+        if not hasattr(self, "scheduler"):
             return
-        self.ledger.check()
+        self.scheduler.check()
         served = {id for has in self.has.values() for id in has}
-        assert len(self.ledger) == len(set(self.waiting) | served)
-        assert self.ledger.outstanding == bool(served)
+        assert len(self.scheduler) == len(set(self.waiting) | served)
+        assert self.scheduler.outstanding == bool(served)
 
     def teardown(self) -> None:
         """Everything ends."""
-        if not hasattr(self, "ledger"):
+        if not hasattr(self, "scheduler"):
             return
         for _ in range(3 * len(self.waiting) + 3):
-            for worker, given in self.ledger.assign(dict(self.workers)):
+            for worker, given in self.scheduler.assign(dict(self.workers)):
                 assert isinstance(worker, str)
                 self.has[worker][given.id] = given
             for worker, has in self.has.items():
                 for id in list(has):
-                    self.ledger.count(worker, Output(id, (), True, "stop"))
+                    self.scheduler.count(worker, Output(id, (), True, "stop"))
                     del has[id]
-        assert len(self.ledger) == 0
+        assert len(self.scheduler) == 0
 
 
 class Sleepers(RuleBasedStateMachine):
@@ -225,7 +225,7 @@ class Sleepers(RuleBasedStateMachine):
         self.outstanding = 0
 
     def ring(self) -> None:
-        step, sleepers = self.alarm.ring(self.outstanding > 0)
+        step, sleepers = self.alarm.wake(self.outstanding > 0)
         for rank in sleepers:
             assert isinstance(rank, int)
             self.to_rank[rank].append(("wake", step))

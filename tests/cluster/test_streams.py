@@ -12,10 +12,11 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.errors import Overloaded
-from cluster.generation import Arrivals, Generation
+from cluster.generation import Generation
+from cluster.token_stream import TokenStream
 from tests.cluster.test_cluster import PROMPTS, expected, folder, open_cluster, tokens_of
 from tests.engine.test_text import TOKENIZERS
-from tests.support.fake_backend import FakeFleet, one_load_at_a_time
+from tests.support.fake_backend import FakeBackend, one_load_at_a_time
 
 __all__ = ["folder", "one_load_at_a_time", "open_cluster"]
 
@@ -27,13 +28,13 @@ class Submitted:
 
     def __init__(self) -> None:
         self.cancelled = 0
-        self.arrivals = Arrivals(lambda: None)
+        self.arrivals = TokenStream(lambda: None)
         self.generation: Generation | None = Generation(
             0,
             "prompt",
             stop=(),
             tokenizer=TOKENIZERS["bytes"],
-            arrivals=self.arrivals,
+            stream=self.arrivals,
             cancel=self._cancel,
             check_process=lambda: None,
         )
@@ -187,10 +188,10 @@ def test_a_block_ends_its_generation():
     assert generation.result().reason == "cancelled"
 
 
-def with_text(open_cluster: Any, **settings: Any) -> tuple[Cluster, FakeFleet]:
-    cluster, fleet = open_cluster(1, **settings)
+def with_text(open_cluster: Any, **settings: Any) -> tuple[Cluster, FakeBackend]:
+    cluster, backend = open_cluster(1, **settings)
     cluster.tokenizer = TOKENIZERS["bytes"]
-    return cluster, fleet
+    return cluster, backend
 
 
 def test_a_place_is_free_as_soon_as_its_reader_has_left(open_cluster: Any, folder: Path):
@@ -226,16 +227,16 @@ def test_a_batch_whose_reader_has_left_takes_no_steps(open_cluster: Any):
         held = [cluster.submit([5], max_new_tokens=400, stop_tokens=()) for _ in range(8)]
         del held
     cluster.stats()
-    assert cluster._supervisor.dispatcher._calls == {}
+    assert cluster._supervisor.router._calls == {}
 
 
 def test_no_step_is_made_after_the_last_reader_has_left(open_cluster: Any):
     """Counters that are asked for right after that are the last ones."""
-    cluster, fleet = with_text(open_cluster)
+    cluster, backend = with_text(open_cluster)
     for _ in range(5):
         leave_the_loop(iter(cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())))
         before = cluster.stats().ranks[0].steps
-        loop = fleet.workers[0].loop
+        loop = backend.workers[0].loop
         with loop._news:
             assert loop._news.wait_for(lambda loop=loop: loop._asleep and not loop._commands, 60)
         assert cluster.stats().ranks[0].steps == before

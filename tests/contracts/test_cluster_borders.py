@@ -14,16 +14,17 @@ PACKAGE = Path(cluster.__file__).parent
 
 # From the bottom up, as in epslots: a room imports from layers below its own.
 LAYERS = (
-    ("errors", "messages", "orphans"),
+    ("errors", "messages", "actor_process"),
+    ("token_stream",),
     ("generation",),
-    ("rank", "controller"),
+    ("rank", "controller", "request_checker"),
     ("driver",),
     ("ray_backend", "reports"),
     ("api",),
     ("job",),
     ("bench",),
 )
-KNOW_RAY = {"rank.worker", "controller.actor"}
+KNOW_RAY = {"rank.actor", "controller.actor"}
 PURE = (
     "driver.scheduler",
     "driver.retries",

@@ -17,8 +17,8 @@ from ray.core.generated.gcs_service_pb2 import CheckAliveReply
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import ActorDiedError
 
+from cluster.ray_backend.handles import reason_of
 from cluster.ray_backend.nodes import NODE_LABEL
-from cluster.ray_backend.worker import reason_of
 
 
 def test_version():

@@ -69,7 +69,7 @@ class _SkippingSelector(selectors.DefaultSelector):
 
 def use_clock_loops(patch: pytest.MonkeyPatch) -> None:
     """Have supervisors run on a ``ClockLoop``. Deadlines are far off: a test that needs one skips the time until then."""
-    patient = partial(Deadlines, roll_call_s=PATIENCE_S, form_s=PATIENCE_S, stop_s=PATIENCE_S)
+    patient = partial(Deadlines, health_check_s=PATIENCE_S, form_s=PATIENCE_S, stop_s=PATIENCE_S)
     patch.setattr("cluster.api.Deadlines", patient)
     patch.setattr("cluster.driver.loop_thread.new_event_loop", ClockLoop)
 

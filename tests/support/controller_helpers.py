@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 
 from cluster.controller.controller import Controller
-from cluster.messages.controller import Attach, Explain, Explanation, LoadReport, LoadReports, Reply
-from cluster.messages.placement import Residency
+from cluster.messages.controller import Attach, Explain, Explanation, Learn, LoadReport, Reply
+from cluster.messages.placement import GroupState
 from epslots.load_window import LoadWindow
 from epslots.placement.placement import Placement, default_placement, pack
 from epslots.placement.planner import Proposal, RankHardware, Reasons
@@ -35,11 +35,11 @@ def placement_of(ranks: int, version: int = 0, slots: int = SLOTS) -> Placement:
     return Placement(version, dealt.num_experts_L, dealt.home_LE, dealt.wanted_LRE, dealt.quota_LR)
 
 
-def survey_of(placement: Placement, *, group: int = 0, number: int = 1, **changes: Any) -> Residency:
+def group_state_of(placement: Placement, *, epoch: int = 0, number: int = 1, **changes: Any) -> GroupState:
     """What a rank says of a group that follows a placement."""
     usual: dict[str, Any] = {
         "number": number,
-        "group": group,
+        "epoch": epoch,
         "nodes": tuple(f"node {rank // 2}" for rank in range(placement.ranks)),
         "placement": pack(placement),
         "pending_migrations": 0,
@@ -47,13 +47,13 @@ def survey_of(placement: Placement, *, group: int = 0, number: int = 1, **change
         "expert_bytes": (1000,) * LAYERS,
         "pools": (0,) * LAYERS,
     }
-    return Residency(**(usual | changes))
+    return GroupState(**(usual | changes))
 
 
-def meeting(placement: Placement, *, group: int = 0, published: int = -1, **changes: Any) -> Attach:
+def meeting(placement: Placement, *, epoch: int = 0, published: int = -1, **changes: Any) -> Attach:
     """The order that introduces a group."""
     return Attach(
-        survey=survey_of(placement, group=group),
+        group=group_state_of(placement, epoch=epoch),
         **({"offered": None, "published": published, "frozen": False} | changes),
     )
 
@@ -77,10 +77,10 @@ def window(tokens_E: Sequence[int] = (8,) * EXPERTS, *, steps: int = 10, **chang
     return msgspec.msgpack.encode(msgspec.structs.replace(LoadWindow(**usual), **changes))
 
 
-def told(number: int, ranks: int, message: bytes | None = None, *, group: int = 0, dropped: int = 0) -> LoadReports:
+def told(number: int, ranks: int, message: bytes | None = None, *, epoch: int = 0, dropped: int = 0) -> Learn:
     """The same window of all ranks."""
     message = window() if message is None else message
-    return LoadReports(group, tuple(LoadReport(rank, number, message) for rank in range(ranks)), dropped)
+    return Learn(tuple(LoadReport(epoch, rank, number, message) for rank in range(ranks)), dropped)
 
 
 class Planner:

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from cluster.messages.rank import Contact, Contacts, Form, decode_command, encode
-from cluster.rank.meeting import ContactStore
+from cluster.rank.contact_store import ContactStore
 from cluster.rank.rank_loop import FormTransport
 
 TELL, FACTS, FAIL = b"tell:", b"facts", b"fail"

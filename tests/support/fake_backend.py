@@ -1,9 +1,9 @@
-"""A fleet of threads: real ranks with real models in this process, joined by the fake transport, that die on command.
+"""A backend of threads: real ranks with real models in this process, joined by the fake transport, that die on command.
 
-fleet = FakeFleet()
-with Cluster(folder, ranks=2, fleet=fleet, ...) as cluster:
-    fleet.at(seat=1, operation=40, do="crash")   # at its 40th exchange from now
-    fleet.controller_at(order=3, do="hang")      # at its third order from now
+backend = FakeBackend()
+with Cluster(folder, ranks=2, backend=backend, ...) as cluster:
+    backend.at(bundle=1, operation=40, do="crash")   # at its 40th exchange from now
+    backend.controller_at(order=3, do="hang")      # at its third order from now
 
 Faults that nothing but a deadline reveals ("freeze", "hang") need the fixture ``clock_loops``: its time is skipped.
 """
@@ -25,7 +25,7 @@ from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.messages.controller import Order, decode_order, encode
 from cluster.messages.rank import Form
-from cluster.rank.meeting import ContactStore
+from cluster.rank.contact_store import ContactStore
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import PeerLost
 from epslots.transport.local_transport import LocalHub, LocalTransport
@@ -82,12 +82,12 @@ class _Transport(LocalTransport):
 class FakeWorker:
     """A thread as a process."""
 
-    def __init__(self, fleet: FakeFleet, seat: int) -> None:
-        self.seat = seat
-        self.number = fleet.hired
+    def __init__(self, backend: FakeBackend, bundle: int) -> None:
+        self.bundle = bundle
+        self.number = backend.started
         self.dead = False
         self.loop = RankLoop(self._form)
-        self._fleet = fleet
+        self._backend = backend
         self._asyncio = asyncio.get_running_loop()
         self._batches: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._running = threading.Event()
@@ -134,7 +134,7 @@ class FakeWorker:
         self._exchanges += 1
         if self._fault is not None and self._exchanges >= self._fault[0]:
             do, self._fault = self._fault[1], None
-            self._fleet.faults_done.append((self.seat, do))
+            self._backend.faults_done.append((self.bundle, do))
             match do:
                 case "crash" | "vanish":
                     self._die(known=do == "crash")
@@ -163,17 +163,17 @@ class FakeWorker:
         assert device.type == "cpu"
         if self.dead:
             raise _Killed
-        if self._fleet.refuse_forming:
-            raise PeerLost(self._fleet.refuse_forming.pop())
-        if self.seat in self._fleet.unreachable:
+        if self._backend.refuse_forming:
+            raise PeerLost(self._backend.refuse_forming.pop())
+        if self.bundle in self._backend.unreachable:
             raise PeerLost("nobody is there, says the test")
-        return _Transport(self._fleet.hub(form), form.rank, self)
+        return _Transport(self._backend.hub(form), form.rank, self)
 
     def _pump(self) -> None:
         """Hand events over to asyncio, in batches that come late, one rank's later than another's; a dead one's are lost."""
         while True:
             with self.loop._news:
-                self.loop._news.wait_for(lambda: self.dead, 0.04 if self.seat % 2 else 0.01)
+                self.loop._news.wait_for(lambda: self.dead, 0.04 if self.bundle % 2 else 0.01)
             batch = self.loop.events()
             if self.dead or self._asyncio.is_closed():
                 return
@@ -183,11 +183,11 @@ class FakeWorker:
 class FakeController:
     """A controller without a process. It answers when asyncio is at it, and never in the middle of a caller's step."""
 
-    def __init__(self, fleet: FakeFleet) -> None:
+    def __init__(self, backend: FakeBackend) -> None:
         self.dead = False
-        self.controller = fleet.make_controller()
-        self.number = fleet.controllers_hired
-        self._fleet = fleet
+        self.controller = backend.make_controller()
+        self.number = backend.controllers_started
+        self._backend = backend
         self._ended = asyncio.Event()
 
     @property
@@ -196,7 +196,7 @@ class FakeController:
 
     async def call(self, message: bytes) -> bytes:
         await asyncio.sleep(0)  # as a message would: the caller goes on first
-        fault = self._fleet.controller_fault()
+        fault = self._backend.controller_fault()
         if fault == "crash":
             self.kill()
         elif fault in ("hang", "stall"):
@@ -210,7 +210,7 @@ class FakeController:
         if self.dead:
             raise WorkerDied("it was killed")
         order = decode_order(message)
-        self._fleet.orders.append(order)
+        self._backend.orders.append(order)
         return encode(self.controller.answer(order))
 
     def kill(self) -> None:
@@ -225,35 +225,35 @@ class _Bomb:
         raise _Killed
 
 
-class FakeFleet:
-    """Threads as processes. ``room`` is the number of seats that there could be; controllers are made as told."""
+class FakeBackend:
+    """Threads as processes. ``room`` is the number of bundles that there could be; controllers are made as told."""
 
     def __init__(self, room: int = 8, make_controller: Callable[[], Controller] = lambda: Controller(lambda: 0.0)) -> None:
         self.room = room
         self.make_controller = make_controller
         self.controllers: list[FakeController] = []
-        self.controllers_hired = 0
+        self.controllers_started = 0
         self.refuse_controllers: list[str] = []
         """Why the next hires of a controller fail."""
         self.orders: list[Order] = []
         """That controllers have answered."""
         self._controller_faults: list[ControllerFault | None] = []
-        self.hired = 0
+        self.started = 0
         self.unreachable: set[int] = set()
         """Seats whose workers meet nobody."""
         self.refuse: dict[int, list[str]] = defaultdict(list)
-        """For a seat, why the next hires fail."""
+        """For a bundle, why the next hires fail."""
         self.refuse_forming: list[str] = []
         """Why the next workers that form a group can't."""
         self.refuse_reopening: list[str] = []
         """Why the next attempts to reopen it fail."""
         self.reopened: list[int] = []
-        """With how many seats."""
+        """With how many bundles."""
         self._losses: asyncio.Queue[str] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.workers: dict[int, FakeWorker] = {}
         self.faults_done: list[tuple[int, Fault]] = []
-        self.seats = 0
+        self.bundles = 0
         self.closed = False
         self._all: list[FakeWorker] = []
         self._hubs: dict[int, LocalHub] = {}
@@ -265,9 +265,9 @@ class FakeFleet:
                 self._hubs[form.epoch] = LocalHub(form.size, epoch=form.epoch, deadline_s=PATIENCE_S)
             return self._hubs[form.epoch]
 
-    def at(self, seat: int, operation: int, do: Fault) -> None:
-        """Have the worker that is on a seat now fail at an exchange, counted from here."""
-        self.workers[seat].at(operation, do)
+    def at(self, bundle: int, operation: int, do: Fault) -> None:
+        """Have the worker that is on a bundle now fail at an exchange, counted from here."""
+        self.workers[bundle].at(operation, do)
 
     def controller_at(self, order: int, do: ControllerFault) -> None:
         """Have the controller fail at an order, counted from here, whichever controller gets it."""
@@ -276,8 +276,8 @@ class FakeFleet:
     def controller_fault(self) -> ControllerFault | None:
         return self._controller_faults.pop(0) if self._controller_faults else None
 
-    async def hire_controller(self) -> FakeController:
-        self.controllers_hired += 1
+    async def start_controller(self) -> FakeController:
+        self.controllers_started += 1
         if self.refuse_controllers:
             raise WorkerDied(self.refuse_controllers.pop(0))
         self.controllers.append(FakeController(self))
@@ -286,33 +286,33 @@ class FakeFleet:
     async def open(self, ranks: int | None) -> int:
         self._loop = asyncio.get_running_loop()
         await self.resize(ranks or 1)
-        return self.seats
+        return self.bundles
 
     async def resize(self, ranks: int) -> None:
         if ranks > self.room:
-            raise ClusterError(f"{ranks} ranks need {ranks} seats, and there are {self.room}")
-        self.seats = ranks
+            raise ClusterError(f"{ranks} ranks need {ranks} bundles, and there are {self.room}")
+        self.bundles = ranks
 
-    async def hire(self, seat: int) -> FakeWorker:
-        assert seat < self.seats
-        self.hired += 1
-        if self.refuse[seat]:
-            raise WorkerDied(self.refuse[seat].pop(0))
-        self.workers[seat] = FakeWorker(self, seat)
-        self._all.append(self.workers[seat])
-        return self.workers[seat]
+    async def start_worker(self, bundle: int) -> FakeWorker:
+        assert bundle < self.bundles
+        self.started += 1
+        if self.refuse[bundle]:
+            raise WorkerDied(self.refuse[bundle].pop(0))
+        self.workers[bundle] = FakeWorker(self, bundle)
+        self._all.append(self.workers[bundle])
+        return self.workers[bundle]
 
-    async def neighbours(self, seat: int) -> int:
-        return self.seats
+    async def neighbours(self, bundle: int) -> int:
+        return self.bundles
 
     def lose(self, reason: str) -> None:
-        """End all workers, controllers and seats at once."""
+        """End all workers, controllers and bundles at once."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._losses.put_nowait, reason)
 
     async def lost(self) -> str:
         reason = await self._losses.get()
-        self.seats = 0
+        self.bundles = 0
         for worker in self.workers.values():
             worker._die(known=False)
         for controller in self.controllers:
@@ -320,7 +320,7 @@ class FakeFleet:
         return reason
 
     async def reopen(self, ranks: int) -> None:
-        assert self.seats == 0
+        assert self.bundles == 0
         if self.refuse_reopening:
             raise ClusterError(self.refuse_reopening.pop(0))
         self.reopened.append(ranks)

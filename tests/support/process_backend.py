@@ -1,4 +1,4 @@
-"""A fleet of processes without Ray: forked in a tenth of a second, joined by gloo, killed and stopped by real signals."""
+"""A backend of processes without Ray: forked in a tenth of a second, joined by gloo, killed and stopped by real signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from cluster.driver.backend import ControllerHandle, WorkerDied
-from cluster.rank.meeting import meet
+from cluster.rank.contact_store import form_transport
 from cluster.rank.rank_loop import RankLoop
 from tests.support.rank_helpers import FORKED
 
@@ -21,7 +21,7 @@ def _worker(commands: Connection, events: Connection) -> None:
     """What a process does: commands in the main thread, events in another, steps in a third."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    loop = RankLoop(meet)
+    loop = RankLoop(form_transport)
     loop.start()
 
     def pump() -> None:
@@ -37,10 +37,10 @@ def _worker(commands: Connection, events: Connection) -> None:
 
 
 class ProcessWorker:
-    """A process on a seat."""
+    """A process on a bundle."""
 
-    def __init__(self, seat: int) -> None:
-        self.seat = seat
+    def __init__(self, bundle: int) -> None:
+        self.bundle = bundle
         self._asyncio = asyncio.get_running_loop()
         self._commands, theirs_c = FORKED.Pipe()
         self._events, theirs_e = FORKED.Pipe()
@@ -116,12 +116,12 @@ class ProcessWorker:
                 future.set_exception(WorkerDied("its process has ended"))
 
 
-class ProcessFleet:
+class ProcessBackend:
     """Processes on this machine."""
 
     def __init__(self) -> None:
         self.workers: dict[int, ProcessWorker] = {}
-        self.hired: list[ProcessWorker] = []
+        self.started: list[ProcessWorker] = []
 
     async def open(self, ranks: int | None) -> int:
         return ranks or 1
@@ -129,15 +129,15 @@ class ProcessFleet:
     async def resize(self, ranks: int) -> None:
         pass
 
-    async def hire(self, seat: int) -> ProcessWorker:
-        worker = self.workers[seat] = ProcessWorker(seat)
-        self.hired.append(worker)
+    async def start_worker(self, bundle: int) -> ProcessWorker:
+        worker = self.workers[bundle] = ProcessWorker(bundle)
+        self.started.append(worker)
         return worker
 
-    async def hire_controller(self) -> ControllerHandle:
+    async def start_controller(self) -> ControllerHandle:
         raise WorkerDied("there are none here")
 
-    async def neighbours(self, seat: int) -> int:
+    async def neighbours(self, bundle: int) -> int:
         return len(self.workers)
 
     async def lost(self) -> str:
@@ -148,6 +148,6 @@ class ProcessFleet:
         raise AssertionError("it never is lost")
 
     async def close(self) -> None:
-        for worker in self.hired:
+        for worker in self.started:
             worker.kill()
             worker.process.join()

@@ -1,4 +1,4 @@
-"""Ray for tests: several nodes on this machine, and a fleet on them that tests can use without a loop of their own."""
+"""Ray for tests: several nodes on this machine, and a backend on them that tests can use without a loop of their own."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from cluster.driver.loop_thread import LoopThread
 from cluster.messages.rank import Contact, Contacts, Form, decode_events, encode
 from cluster.ray_backend import address, bundles
 from cluster.ray_backend.backend import RayBackend
-from cluster.ray_backend.calls import CALL
-from cluster.ray_backend.worker import RayWorker
+from cluster.ray_backend.calls import CALL_THREAD
+from cluster.ray_backend.handles import RayWorkerHandle
 from tests.support.clock_loop import ClockLoop
 from tests.support.rank_helpers import PATIENCE_S
 
@@ -167,14 +167,14 @@ def ray_tokens() -> Iterator[None]:
 
 
 class Driver:
-    """A fleet, and the loop that drives it, as a supervisor would."""
+    """A backend, and the loop that drives it, as a supervisor would."""
 
     def __init__(self, **settings: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop_thread, "new_event_loop", ClockLoop)
             self._thread = LoopThread("test-supervisor")
         settings = {"address": None, "strategy": "PACK", "device": "cpu", "path": "no/folder", "loop": ECHO} | settings
-        self.fleet = RayBackend(**settings)
+        self.backend = RayBackend(**settings)
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self._thread.call(work)
@@ -185,30 +185,30 @@ class Driver:
         over = threading.Event()
         loop = self._thread._loop
         assert isinstance(loop, ClockLoop)
-        loop.skip_until(over.is_set, settled=lambda: not any(thread.name == CALL for thread in threading.enumerate()))
+        loop.skip_until(over.is_set, settled=lambda: not any(thread.name == CALL_THREAD for thread in threading.enumerate()))
         try:
             yield
         finally:
             over.set()
 
     def open(self, ranks: int | None) -> int:
-        return self.call(self.fleet.open(ranks))
+        return self.call(self.backend.open(ranks))
 
-    def hire(self, seat: int) -> RayWorker:
-        return self.call(self.fleet.hire(seat))
+    def start_worker(self, bundle: int) -> RayWorkerHandle:
+        return self.call(self.backend.start_worker(bundle))
 
-    def command(self, worker: RayWorker, message: bytes) -> bytes:
+    def command(self, worker: RayWorkerHandle, message: bytes) -> bytes:
         return self.call(worker.command(message))
 
-    def events(self, worker: RayWorker) -> bytes:
+    def events(self, worker: RayWorkerHandle) -> bytes:
         return self.call(worker.events())
 
-    def begin_events(self, worker: RayWorker) -> Callable[[], bytes]:
+    def begin_events(self, worker: RayWorkerHandle) -> Callable[[], bytes]:
         """Begin to wait for events; call what is returned for the rest."""
         waiting = self._thread.begin(worker.events())
         return lambda: waiting.result(PATIENCE_S)
 
-    def meet(self, workers: Sequence[RayWorker], epoch: int) -> list[bytes]:
+    def meet(self, workers: Sequence[RayWorkerHandle], epoch: int) -> list[bytes]:
         """Have them form a group; what each received of all."""
         for rank, worker in enumerate(workers):
             form = Form(
@@ -232,13 +232,13 @@ class Driver:
         return [self.events(worker) for worker in workers]
 
     def close(self) -> None:
-        self.call(self.fleet.close())
+        self.call(self.backend.close())
         self._thread.end()
 
 
 @contextmanager
 def drive(ranks: int | None = None, **settings: Any) -> Iterator[Driver]:
-    """A fleet; opened, if ``ranks`` says with how many."""
+    """A backend; opened, if ``ranks`` says with how many."""
     driver = Driver(**settings)
     try:
         if ranks is not None:

@@ -1,4 +1,4 @@
-"""How ranks meet: each publishes where it listens, through the driver; over gloo on the CPU and NCCL on CUDA."""
+"""How ranks find and connect to each other: ``ContactStore`` goes through the driver, ``form_transport`` uses gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from epslots.transport.torch_transport import TorchTransport
 
 
 class ContactStore(Store):
-    """What torch takes for the store of one epoch: a rank's own entries go to the driver, the others' come from there.
+    """torch's rendezvous store for one epoch: a rank's own entries go to the driver, the other ranks' come from there.
 
-    No socket listens for it, so that only this cluster's ranks write to it, as many bytes as torch has them write.
+    It opens no socket, so only ranks of this cluster write to it, in the sizes that torch writes.
 
     Args:
         publish: sends an entry to the other ranks.
-        wait_s: how long an entry is waited for.
+        wait_s: seconds to wait for an entry.
 
     Attributes:
-        stop: done when the epoch is no longer wanted, with the reason.
+        stop: done, with the reason, when the epoch is no longer needed.
     """
 
     def __init__(self, epoch: int, publish: Callable[[Contact], None], wait_s: float) -> None:
@@ -39,28 +39,28 @@ class ContactStore(Store):
         self._news = threading.Condition()
 
     def take(self, entries: Mapping[str, bytes]) -> None:
-        """Entries of other ranks; from any thread."""
+        """Add entries of other ranks; from any thread."""
         with self._news:
             self._entries.update(entries)
             self._news.notify_all()
 
     def end(self, reason: str) -> None:
-        """Wait no longer; from any thread. Twice is once."""
+        """End all waits with this reason; from any thread. A second call does nothing."""
         with self._news:
             if not self.stop.done():
                 self.stop.set_result(reason)
             self._news.notify_all()
 
-    # What torch calls.
+    # torch's interface.
 
     def set(self, key: str, value: Any) -> None:
-        """Write an entry of this rank's."""
+        """Publish an entry of this rank."""
         value = value.encode() if isinstance(value, str) else bytes(value)
         self.take({key: value})
         self._publish(Contact(self.epoch, key, value))
 
     def get(self, key: str) -> bytes:
-        """An entry, once it is there."""
+        """Wait for an entry, and return it."""
         self.wait([key])
         return self._entries[key]
 
@@ -68,7 +68,7 @@ class ContactStore(Store):
         """Wait until all entries are there.
 
         Raises:
-            RuntimeError: they didn't come in time, or nothing is waited for any more.
+            RuntimeError: they didn't come in time, or the epoch is no longer needed.
         """
         wait_s = self._wait_s if timeout is None else timeout.total_seconds()
         with self._news:
@@ -76,24 +76,24 @@ class ContactStore(Store):
         if self.stop.done():
             raise RuntimeError(self.stop.result())
         if not self.check(keys):
-            raise RuntimeError(f"other ranks didn't say within {wait_s:g} s where they listen")
+            raise RuntimeError(f"other ranks didn't publish their addresses within {wait_s:g} s")
 
     def check(self, keys: list[str]) -> bool:
         """Whether all entries are there."""
         return all(key in self._entries for key in keys)
 
 
-def meet(form: Form, device: torch.device, contacts: ContactStore) -> TorchTransport:
-    """Form the group of a epoch with all ranks that are told to.
+def form_transport(form: Form, device: torch.device, contacts: ContactStore) -> TorchTransport:
+    """Connect this rank with all other ranks that got the same ``Form``.
 
     Args:
-        contacts: of this epoch; kept by the caller for as long as the transport.
+        contacts: of this epoch; the caller keeps it for as long as the transport.
 
     Raises:
-        PeerLost: they didn't all come in time, or one of them isn't a rank of this epoch.
+        PeerLost: some ranks didn't come in time, or one of them isn't a rank of this epoch.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # it is the thread's, and this thread's is another than that of the imports
+        torch.cuda.set_device(device)  # a thread's setting, and this thread has none yet
     group = form_group(
         contacts,
         epoch=form.epoch,

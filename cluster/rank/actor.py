@@ -1,0 +1,62 @@
+"""A rank's process: the Ray actor around a ``RankLoop``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Iterator
+
+import msgspec
+import psutil
+import ray
+import torch
+
+from cluster.actor_process import ActorProcess, die_with_parent
+from cluster.rank.contact_store import form_transport
+
+RANK_LOOP = "cluster.rank.rank_loop:RankLoop"
+
+_EVENTS_EVERY_S = 0.05
+"""Pause between batches of events: a message costs some milliseconds of processor time in Ray, at both ends."""
+
+
+class WorkerActor:
+    """The actor. Ray calls ``events`` in one thread and the other methods in a second; the rank's loop has a third.
+
+    Args:
+        host: this node's address for the ranks' connections; None for the one by which Ray knows it.
+        threads: CPU threads for torch; 0 leaves Ray's choice.
+        loop: class that runs the rank, as "module:name"; called with the function that forms its transport.
+    """
+
+    def __init__(self, host: str | None, threads: int, loop: str) -> None:
+        die_with_parent()
+        if threads:
+            torch.set_num_threads(threads)
+        self._node = ray.util.get_node_ip_address()
+        module, _, name = loop.partition(":")
+        _use_interface(host or self._node)
+        self._loop = getattr(importlib.import_module(module), name)(form_transport)
+        self._loop.start()
+
+    def process(self) -> bytes:
+        """The ``ActorProcess``, as msgpack; the first call."""
+        return msgspec.msgpack.encode(ActorProcess.of_this(self._node))
+
+    def command(self, message: bytes) -> bytes:
+        """Take a command; returns its answer at once."""
+        return self._loop.command(message)
+
+    def events(self) -> Iterator[bytes]:
+        """All events until the process ends, in batches."""
+        while True:
+            yield self._loop.events()
+            time.sleep(_EVENTS_EVERY_S)
+
+
+def _use_interface(host: str) -> None:
+    """Have gloo bind to an address. By default it takes the address of the host's name, on many systems a loopback."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == host for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo reads it from the environment alone

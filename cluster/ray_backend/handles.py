@@ -1,0 +1,130 @@
+"""The driver's handles of Ray actors: a rank's worker, and the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.actor_process import ActorProcess
+from cluster.driver.backend import WorkerDied
+
+_CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray: a thread each
+CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: 1}
+RAY_ERRORS = (RayError, RuntimeError, AttributeError, ConnectionError)
+"""Errors of a call: RayError, or any of the others while another thread disconnects Ray."""
+_COLORS = re.compile(r"\x1b\[\d+m")
+
+
+class RayActorHandle:
+    """One actor, used from one asyncio loop.
+
+    Args:
+        options: of Ray, for every call but ``events``.
+
+    Attributes:
+        process: the actor's process, once it is up.
+    """
+
+    def __init__(self, actor: ActorHandle, **options: object) -> None:
+        self.process: ActorProcess | None = None
+        self._actor: ActorHandle | None = actor
+        self._options = options
+
+    async def wait_until_up(self, deadline_s: float) -> None:
+        """Wait for the process to start.
+
+        Raises:
+            WorkerDied: it didn't in time, or ended.
+        """
+        try:
+            async with asyncio.timeout(deadline_s):
+                message = await self._ask("process")
+        except TimeoutError:
+            raise WorkerDied(f"its process didn't come up within {deadline_s:g} s") from None
+        self.process = msgspec.msgpack.decode(message, type=ActorProcess)
+
+    @property
+    def where(self) -> str:
+        return "a process that is being started" if self.process is None else str(self.process)
+
+    async def _ask(self, method: str, *arguments: bytes) -> bytes:
+        """The answer of one of the actor's methods.
+
+        Raises:
+            WorkerDied: there is none.
+        """
+        actor = self._actor_there()
+        try:
+            return await getattr(actor, method).options(**self._options).remote(*arguments)
+        except RAY_ERRORS as error:
+            raise WorkerDied(reason_of(error)) from error
+
+    def _actor_there(self) -> ActorHandle:
+        if self._actor is None:
+            raise WorkerDied("its Ray has ended")
+        return self._actor
+
+    def kill(self) -> None:
+        """End the process soon. Ray gives one that doesn't react five seconds, and then sends SIGKILL."""
+        if self._actor is not None:
+            with suppress(Exception):  # the actor, or all of Ray, may be gone
+                if ray.is_initialized():  # or Ray would be started for it
+                    ray.kill(self._actor)
+
+    def forget(self) -> None:
+        """Drop the actor, because its Ray is gone: Ray must not be asked about it any more."""
+        self._actor = None
+
+
+class RayWorkerHandle(RayActorHandle):
+    """A rank's worker (``WorkerActor``)."""
+
+    def __init__(self, bundle: int, actor: ActorHandle) -> None:
+        super().__init__(actor, concurrency_group=_CONTROL)
+        self.bundle = bundle
+        self._events: Any = None
+
+    async def command(self, message: bytes) -> bytes:
+        return await self._ask("command", message)
+
+    async def events(self) -> bytes:
+        actor = self._actor_there()
+        try:
+            if self._events is None:
+                # One streaming call for a worker's whole life: a third cheaper than a call for each batch.
+                self._events = actor.events.options(num_returns="streaming", concurrency_group=_EVENTS).remote()
+            return await (await anext(self._events))
+        except StopAsyncIteration:
+            raise WorkerDied("its events have ended") from None
+        except RAY_ERRORS as error:
+            raise WorkerDied(reason_of(error)) from error
+
+
+class RayControllerHandle(RayActorHandle):
+    """The controller (``ControllerActor``)."""
+
+    async def call(self, message: bytes) -> bytes:
+        return await self._ask("call", message)
+
+
+def reason_of(error: Exception) -> str:
+    """The reason for the end of an actor: the part of Ray's text that says it."""
+    text = _COLORS.sub("", str(error))
+    if getattr(error, "_actor_init_failed", False) or isinstance(error, RayTaskError):
+        lines = text.rstrip().splitlines()
+        code = [number for number, line in enumerate(lines) if line.startswith(" ")]  # of the traceback
+        return "\n".join(lines[code[-1] + 1 if code else 0 :])
+    _, because, cause = text.partition("is dead because ")
+    cause = cause if because else text
+    if "its node has died" in cause:
+        return "its node is gone"
+    if "connection error code 2" in cause:
+        return "its process has ended: it was killed, maybe for lack of memory, or crashed"
+    return cause.rpartition("Worker exit detail: ")[2].strip().partition("\n")[0].partition(". ")[0]
