@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from transformers import PreTrainedTokenizerBase
 
+from cluster.config import ClusterConfig, ClusterSettings, cluster_config
 from cluster.driver.backend import Backend
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
@@ -30,25 +31,17 @@ from cluster.generation import Arrivals, Checker, Generation, GenerationSettings
 from cluster.messages.controller import Explanation
 from cluster.messages.rank import Load
 from cluster.reports import ClusterStats, PlacementReport, rank_stats
-from epslots.engine.paged_batcher import DEFAULT_BATCH_TOKENS
+from epslots.config import LoadConfig, check_count, with_keywords
 from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
-from epslots.loading import DEFAULT_KV_TOKENS, HOST_COMPUTE_SETTINGS
 from epslots.models.checkpoint import find_checkpoint
 from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
-from epslots.planner.cache_policy import DEFAULT_POLICY, resolve_policy
-from epslots.planner.cost_model import Costs
 from epslots.telemetry import sum_over_ranks
-from epslots.units import parse_link, parse_prefetch, parse_slots
-
-STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
-DEFAULT_QUEUE = 1024
-DEFAULT_WINDOW = 64
-_MOST_S = 7 * 24 * 3600
 
 
+@with_keywords(ClusterSettings, ClusterConfig, LoadConfig)
 class Cluster:
     """Ranks that are one model, and requests to it from any number of threads.
 
@@ -57,28 +50,8 @@ class Cluster:
 
     Args:
         path_or_id: a checkpoint folder with safetensors, at the same path on all nodes; or a hub id.
-        ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
-        slots: of each rank, as in ``epslots.load``.
-        address: the Ray cluster to run in: "auto" for the running one, "host:port", or None to start Ray on this machine.
-        strategy: how ranks are placed: "PACK" (on few nodes), "SPREAD" (over many), or the same strictly: "STRICT_PACK" (one
-            node), "STRICT_SPREAD" (a node each).
-        device: "cuda" or "cpu"; None = GPUs if the cluster has any.
-        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted, host_compute, batch_invariant: as
-            in ``epslots.load``, on every node.
-        kv_tokens: tokens that each rank's KV cache keeps.
-        max_batch_tokens: the most tokens of one step of a rank.
-        max_queue: requests that may wait or run at once.
-        costs: as in ``epslots.load``.
-        deadline_s: seconds that one operation between ranks may take before they give each other up.
-        silence_s: seconds in which a rank must answer while there is work; it is replaced otherwise.
-        give_up_after_s: seconds after which a rank that can't be replaced, or a Ray that doesn't come back, is given up; with
-            the last rank the cluster ends. None = it is tried without an end, twice a minute.
-        progress: show how the start goes; None = if standard error is a terminal.
-        placement: a file (of ``epslots placement plan``) that says where experts are to live at first, for as many ranks and
-            slots.
-        window_steps: steps after which ranks tell the controller what they measured; 0 = there is no controller, and the
-            placement stays.
-        fleet: what to run ranks on, in place of Ray.
+        settings: of ``cluster.config.ClusterConfig``, and of each rank's model: ``epslots.config.LoadConfig``.
+        fleet: backend that the ranks run on, in place of Ray.
 
     Raises:
         ConfigError: a setting is not one of those allowed.
@@ -92,70 +65,17 @@ class Cluster:
     """
 
     def __init__(
-        self,
-        path_or_id: str | os.PathLike[str],
-        *,
-        ranks: int | None = None,
-        slots: int | str = "auto",
-        address: str | None = None,
-        strategy: str = "PACK",
-        device: str | None = None,
-        dtype: str = "auto",
-        policy: str = DEFAULT_POLICY,
-        host_store: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        kv_tokens: int = DEFAULT_KV_TOKENS,
-        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        max_queue: int = DEFAULT_QUEUE,
-        costs: Costs | None = None,
-        deadline_s: float = 60.0,
-        silence_s: float = 10.0,
-        give_up_after_s: float | None = None,
-        progress: bool | None = None,
-        placement: str | os.PathLike[str] | None = None,
-        link: str | None = None,
-        prefetch: str = "auto",
-        predictor: str | os.PathLike[str] | None = None,
-        execute_predicted: bool = False,
-        host_compute: str = "auto",
-        batch_invariant: bool = False,
-        window_steps: int = DEFAULT_WINDOW,
-        fleet: Backend | None = None,
+        self, path_or_id: str | os.PathLike[str], *, fleet: Backend | None = None, **settings: Unpack[ClusterSettings]
     ) -> None:
-        parse_slots(slots)
-        resolve_policy(policy)
-        parse_prefetch(prefetch)
-        if host_compute not in HOST_COMPUTE_SETTINGS:
-            raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
-        if host_compute == "on" and costs is not None and not costs.computes_on_host:
-            raise ConfigError(
-                "host_compute='on', but costs don't say what it costs: give host_expert and host_pair, or no costs"
-            )
-        if link is not None:
-            parse_link(link)
-        if strategy not in STRATEGIES:
-            raise ConfigError(f"strategy={strategy!r}; allowed: {', '.join(STRATEGIES)}")
-        for name, number in (("kv_tokens", kv_tokens), ("max_batch_tokens", max_batch_tokens), ("max_queue", max_queue)):
-            _check_count(name, number)
-        for name, seconds in (("deadline_s", deadline_s), ("silence_s", silence_s)):
-            _check_seconds(name, seconds)
-        if give_up_after_s is not None:
-            _check_seconds("give_up_after_s", give_up_after_s)
-        if ranks is not None:
-            _check_count("ranks", ranks)
-        if window_steps != 0:
-            _check_count("window_steps", window_steps)
-        first = None if placement is None else _first_placement(placement, ranks)
+        config = cluster_config(**settings)
+        placement = None if config.placement is None else _first_placement(config.placement, config.ranks)
         folder = find_checkpoint(path_or_id)
         read_language_config(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
-        if fleet is None:
-            from cluster.ray_backend.backend import RayBackend
-
-            fleet = RayBackend(address=address, strategy=strategy, device=device, path=path)
-        self._room = threading.Semaphore(max_queue)
-        self._max_queue = max_queue
+        fleet = _ray_backend(config, path) if fleet is None else fleet
+        self._config = config
+        self._room = threading.Semaphore(config.max_queue)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._thread = LoopThread("epslots-supervisor")
         self._supervisor = Supervisor(
@@ -163,35 +83,23 @@ class Cluster:
             fleet,
             Load(
                 path=path,
-                slots=slots,
-                device=device,
-                dtype=dtype,
-                policy=policy,
-                host_store=host_store,
-                cache_dir=None if cache_dir is None else str(Path(cache_dir).absolute()),
-                kv_tokens=kv_tokens,
-                max_batch_tokens=max_batch_tokens,
+                config=config.model,
+                max_batch_tokens=config.max_batch_tokens,
                 neighbours=1,
                 threads=0,
-                window_steps=window_steps,
-                link=link,
-                prefetch=prefetch,
-                predictor=None if predictor is None else str(Path(predictor).absolute()),
-                execute_predicted=execute_predicted,
-                host_compute=host_compute,
-                batch_invariant=batch_invariant,
+                window_steps=config.window_steps,
             ),
-            costs=costs,
-            deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s, give_up_s=give_up_after_s),
-            display=StartDisplay(progress),
+            costs=config.costs,
+            deadlines=Deadlines(operation_s=config.deadline_s, silence_s=config.silence_s, give_up_s=config.give_up_after_s),
+            display=StartDisplay(config.progress),
             make_dispatcher=lambda send: RequestRouter(send, lambda: self.tokenizer),
-            placement=first,
+            placement=placement,
         )
         self.timeline = self._supervisor.timeline
         self._closed = False
         atexit.register(self._close_at_exit)
         try:
-            starting = self._thread.begin(self._supervisor.start(ranks))
+            starting = self._thread.begin(self._supervisor.start(config.ranks))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
             self._checker = Checker(self._thread.wait(starting), self.tokenizer, problem)
         except BaseException:
@@ -256,8 +164,8 @@ class Cluster:
             self._thread.settle()  # those that were cancelled before this call leave room
             if not self._room.acquire(blocking=False):
                 raise Overloaded(
-                    f"{self._max_queue} requests wait or run already, which is all that max_queue allows; wait for results, "
-                    f"or use generate(), which does"
+                    f"{self._config.max_queue} requests wait or run already, which is all that max_queue allows; wait for "
+                    f"results, or use generate(), which does"
                 )
         return self._send(0, prompt, read, lambda _: None)
 
@@ -371,7 +279,7 @@ class Cluster:
             ConfigError: ``ranks`` is less than 1.
             ClusterError: there are no devices for them, or they don't come up; the others go on.
         """
-        _check_count("ranks", ranks)
+        check_count("ranks", ranks)
         self._check_open()
         self._thread.call(self._supervisor.scale(ranks))
 
@@ -408,17 +316,13 @@ class Cluster:
             self.close()
 
 
-def _check_count(name: str, given: object) -> None:
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise ConfigError(f"{name}={given!r}; allowed: an int, at least 1")
+def _ray_backend(config: ClusterConfig, path: str) -> Backend:
+    from cluster.ray_backend.backend import RayBackend
+
+    return RayBackend(address=config.address, strategy=config.strategy, device=config.model.device, path=path)
 
 
-def _check_seconds(name: str, given: object) -> None:
-    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given <= _MOST_S:
-        raise ConfigError(f"{name}={given!r}; allowed: seconds, more than 0, at most {_MOST_S}")
-
-
-def _first_placement(file: str | os.PathLike[str], ranks: int | None) -> bytes:
+def _first_placement(file: str, ranks: int | None) -> bytes:
     """A placement's file, as it is sent to the ranks.
 
     Raises:
@@ -426,7 +330,7 @@ def _first_placement(file: str | os.PathLike[str], ranks: int | None) -> bytes:
     """
     placement = read_placement(file)
     if ranks is not None and placement.ranks != ranks:
-        raise ConfigError(f"placement={os.fspath(file)!r} is for {placement.ranks} ranks, and ranks={ranks}")
+        raise ConfigError(f"placement={file!r} is for {placement.ranks} ranks, and ranks={ranks}")
     return pack(placement)
 
 

@@ -28,7 +28,8 @@ class Runtime:
     """Everything behind one model: the layers in order, each with its runner, and a mover for each pool.
 
     ``checkpoint`` digests the weight files' content, wherever they are; ``predictor`` is what the layers look ahead by, None
-    where they don't; ``host_compute`` is whether the host's CPU may compute what is missing.
+    where they don't; ``computes_on_host`` is whether the host's CPU may compute what is missing; ``rank_settings`` are the
+    settings that all ranks of a group must have alike (``LoadConfig.compared``).
     """
 
     checkpoint: str
@@ -40,7 +41,8 @@ class Runtime:
     telemetry: Telemetry
     foresight: PrefetchConfig = field(default_factory=PrefetchConfig)
     predictor: UsagePredictor | None = None
-    host_compute: bool = False
+    computes_on_host: bool = False
+    rank_settings: Mapping[str, str] = field(default_factory=dict)
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
         """The pool of a layer, and the layer's number within it."""

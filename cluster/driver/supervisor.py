@@ -100,7 +100,7 @@ class Supervisor:
             self._workers,
             fleet,
             self.dispatcher,
-            kv_tokens=load.kv_tokens,
+            kv_tokens=load.config.kv_tokens,
             costs=costs,
             deadlines=deadlines,
             pulse=self._pulse,

@@ -10,7 +10,7 @@ import enum
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -23,6 +23,7 @@ from cluster.job.progress import Counts, JobProgress
 from cluster.job.prompts import decode_line, index_lines, open_prompts, read_names
 from cluster.job.results import ResultFile, ResultLine, join_digest
 from cluster.job.signals import JobStopped, StopSignals
+from epslots.config import LoadConfig
 from epslots.errors import ConfigError, EpslotsError
 from epslots.json_lines import Line, read_lines
 from epslots.streams import say
@@ -51,29 +52,25 @@ OpenCluster = Callable[[], AbstractContextManager[JobCluster]]
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What a job is to do.
+    """What a job serves, and with which settings.
 
     Attributes:
         prompts, output: files of JSON lines.
-        model: as given; results of another model aren't mixed with this one's.
-        generation: for prompts that don't say otherwise.
-        dtype: what the model computes in, as given.
-        execute_predicted, batch_invariant: as ``epslots.load`` has them.
+        model: a checkpoint folder or a hub id, as given; results of another model aren't mixed with this one's.
+        generation: settings of prompts that have none of their own.
+        config: settings of the model.
     """
 
     prompts: Path
     output: Path
     model: str
     generation: GenerationSettings
-    dtype: str = "auto"
-    execute_predicted: bool = False
-    batch_invariant: bool = False
+    config: LoadConfig = field(default_factory=LoadConfig)
 
     @property
     def digest(self) -> int:
-        """Of all that shapes a text besides its prompt, 32 bits."""
-        computing = (self.model, self.dtype, self.execute_predicted, self.batch_invariant)
-        shaping = msgspec.json.encode((*computing, self.generation), order="sorted")
+        """32 bits of everything that changes a text besides its prompt."""
+        shaping = msgspec.json.encode((self.model, self.config.output_settings, self.generation), order="sorted")
         return xxhash.xxh3_64_intdigest(shaping) >> 32
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from cluster.messages.placement import GetResidency, PlacementRejected, Residency, SetPlacement, WindowReport
+from epslots.config import LoadConfig
 from epslots.engine.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
@@ -25,31 +26,20 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Load the model, alone.
 
     Attributes:
+        path: the checkpoint's folder on every node, or a hub id.
+        config: the model's settings.
+        max_batch_tokens: the most tokens of one step of the engine.
         neighbours: ranks that share the node's RAM, this one included.
-        kv_tokens, max_batch_tokens: of the engine.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
-        others: as ``epslots.load`` has them.
     """
 
     path: str
-    slots: int | str
-    device: str | None
-    dtype: str
-    policy: str
-    host_store: str | None
-    cache_dir: str | None
-    kv_tokens: int
+    config: LoadConfig
     max_batch_tokens: int
     neighbours: int
     threads: int
     window_steps: int
-    link: str | None = None
-    prefetch: str = "auto"
-    predictor: str | None = None
-    execute_predicted: bool = False
-    host_compute: str = "auto"
-    batch_invariant: bool = False
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -18,10 +18,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from cluster.messages.placement import GetResidency, PlacementRejected, SetPlacement, WindowReport
 from cluster.messages.rank import (
@@ -57,7 +55,8 @@ from epslots.engine.requests import Output
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.group.join import group_up, join
 from epslots.group.rank_group import group_of
-from epslots.loading import LOAD_DEADLINE_S, load_alone, shared_settings
+from epslots.loading import LOAD_DEADLINE_S, load_alone
+from epslots.models.checkpoint import CheckpointSource
 from epslots.placement.placement import Placement, unpack
 from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
@@ -103,7 +102,6 @@ class RankLoop:
         self._contacts: ContactStore | None = None
         """Of the newest epoch; the commands' thread's."""
         # The rest is the stepping thread's, but that the commands' thread reads the transport, and aborts it.
-        self._settings: Load | None = None
         self._engine: Engine | None = None
         self._transport: Transport | None = None
         self._met_through: ContactStore | None = None
@@ -243,27 +241,14 @@ class RankLoop:
         began = time.monotonic()
         if load.threads:
             torch.set_num_threads(load.threads)
-        model: PreTrainedModel = load_alone(
-            load.path,
-            slots=load.slots,
-            device=load.device,
-            dtype=load.dtype,
-            policy=load.policy,
-            host_store=load.host_store,
-            cache_dir=None if load.cache_dir is None else Path(load.cache_dir),
-            kv_tokens=load.kv_tokens,
+        model = load_alone(
+            CheckpointSource(load.path),
+            load.config,
             neighbours=load.neighbours,
-            link=load.link,
-            prefetch=load.prefetch,
-            predictor=load.predictor,
-            execute_predicted=load.execute_predicted,
-            host_compute=load.host_compute,
-            batch_invariant=load.batch_invariant,
             display=ProgressDisplay(tell=self._tell_progress),
         )
         loaded = time.monotonic()
-        self._settings = load
-        self._engine = Engine(model, kv_tokens=load.kv_tokens, max_batch_tokens=load.max_batch_tokens)
+        self._engine = Engine(model, kv_tokens=load.config.kv_tokens, max_batch_tokens=load.max_batch_tokens)
         self._windows = WindowCutter(model, load.window_steps)
         config = model.config.get_text_config()
         self._tell(
@@ -287,8 +272,7 @@ class RankLoop:
         """Meet the others and become one model with them. Before, and if that fails, this rank makes no step."""
         began = time.monotonic()
         self._serving = False
-        engine, settings = self._engine_there(), self._settings
-        assert settings is not None
+        engine = self._engine_there()
         newcomer = group_of(engine.model) is None
         placement = None if form.placement is None else unpack(form.placement)
         if self._transport is not None:
@@ -297,7 +281,7 @@ class RankLoop:
         try:
             self._transport = transport = self._form_transport(form, engine.model.device, contacts)
             self._leave_old(transport)
-            shared = shared_settings(engine.model, settings.policy)
+            shared = runtime_of(engine.model).rank_settings
             if form.fresh:
                 transport.deadline_s = LOAD_DEADLINE_S  # they fill their slots, some from a slow disk
                 display = ProgressDisplay(tell=self._tell_progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -11,53 +12,34 @@ import msgspec
 import typer
 
 from epslots.cli.options import (
-    BatchInvariantOption,
-    CacheDirOption,
-    ChatOption,
-    DeviceOption,
-    DtypeOption,
-    ExecutePredictedOption,
-    HostComputeOption,
-    HostStoreOption,
-    IgnoreTokenizerEosOption,
-    LinkOption,
-    MaxNewTokensOption,
+    LoadOptions,
     ModelOption,
     PlacementOption,
-    PolicyOption,
-    PredictorOption,
-    PrefetchOption,
-    SeedOption,
-    SlotsOption,
-    StopOption,
     StrategyOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
+    TextOptions,
     ray_address,
+    with_option_groups,
 )
+from epslots.config import DEFAULT_KV_TOKENS, LoadConfig
 from epslots.errors import ConfigError
 from epslots.json_lines import MOST_LINE_BYTES, Line, decode_line, decode_text, read_lines
-from epslots.planner.cache_policy import DEFAULT_POLICY
 from epslots.streams import is_terminal, read_input, say
 from epslots.units import format_bytes
 
 if TYPE_CHECKING:
-    from epslots.cli.launchers import Launched
+    from transformers import PreTrainedTokenizerBase
 
-DEFAULT_KV_TOKENS = 4096
+    from epslots.cli.launchers import Launched, Launcher
 
 
-def generate(
-    prompts: Annotated[
-        Optional[list[str]], typer.Argument(help="Prompts. Without any, --file or standard input is read.")
-    ] = None,
-    model: ModelOption = None,
-    slots: SlotsOption = "auto",
+@dataclass(frozen=True)
+class RankOptions:
+    """How many ranks run the model, and where."""
+
     ranks: Annotated[
         int,
         typer.Option("--ranks", min=1, help="Ranks; their slots are one cache of the experts. Several run under Ray."),
-    ] = 1,
+    ] = 1
     address: Annotated[
         Optional[str],
         typer.Option(
@@ -65,21 +47,30 @@ def generate(
             help='Ray cluster to run in: "auto" (the running one), "host:port", or "local" (start Ray on this '
             "machine, as several ranks do by default).",
         ),
+    ] = None
+    strategy: StrategyOption = "PACK"
+    placement: PlacementOption = None
+
+    @property
+    def many(self) -> bool:
+        """Whether a launcher starts the ranks; else the one rank is this process."""
+        return self.ranks > 1 or self.address is not None
+
+
+@with_option_groups
+def generate(
+    prompts: Annotated[
+        Optional[list[str]], typer.Argument(help="Prompts. Without any, --file or standard input is read.")
     ] = None,
-    strategy: StrategyOption = "PACK",
-    placement: PlacementOption = None,
+    model: ModelOption = None,
+    *,
+    load: LoadOptions,
+    where: RankOptions,
     file: Annotated[
         Optional[Path],
         typer.Option("--file", "-f", help='One prompt (a text file), or many (.jsonl: an object with "prompt" a line).'),
     ] = None,
-    max_new_tokens: MaxNewTokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    stop: StopOption = None,
-    ignore_tokenizer_eos: IgnoreTokenizerEosOption = False,
-    chat: ChatOption = None,
+    text: TextOptions,
     echo: Annotated[bool, typer.Option("--echo", help="Print each prompt before its continuation.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print hits, misses, bytes and stalls of each layer.")] = False,
     kv_tokens: Annotated[
@@ -91,17 +82,6 @@ def generate(
             f"{DEFAULT_KV_TOKENS:,} unless one needs more.",
         ),
     ] = None,
-    policy: PolicyOption = DEFAULT_POLICY,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    host_store: HostStoreOption = None,
-    cache_dir: CacheDirOption = None,
-    link: LinkOption = None,
-    prefetch: PrefetchOption = "auto",
-    predictor: PredictorOption = None,
-    execute_predicted: ExecutePredictedOption = False,
-    host_compute: HostComputeOption = "auto",
-    batch_invariant: BatchInvariantOption = False,
 ) -> None:
     """Continue prompts with a model larger than the device.
 
@@ -112,64 +92,76 @@ def generate(
         epslots generate --model ./Qwen3-30B-A3B --ranks 4 --slots 12GiB --file prompts.jsonl --stats
         echo "import os" | epslots generate --temperature 0.7
     """
-    texts = read_prompts(prompts or [], file)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    ends: dict[str, Any] = {"stop": tuple(stop or ()), "ignore_tokenizer_eos": ignore_tokenizer_eos}
-    settings = {"max_new_tokens": max_new_tokens, **ends, **sampling}
-    many = ranks > 1 or address is not None
+    texts, config = read_prompts(prompts or [], file), load.config()
 
     from epslots.cli.launchers import find_launcher
 
-    launch = find_launcher() if many else None  # before anything is read
+    launcher = find_launcher() if where.many else None  # before the model's files are read
 
-    from epslots.cli.one_rank import OneRank
     from epslots.engine.sampling import Sampling
-    from epslots.engine.text import encode_prompt, load_tokenizer, stop_strings
+    from epslots.engine.text import load_tokenizer, stop_strings
     from epslots.example import example_model
     from epslots.models.checkpoint import find_checkpoint
 
-    Sampling(**sampling)
-    stop_strings(ends["stop"])
+    Sampling(temperature=text.temperature, top_k=text.top_k, top_p=text.top_p, seed=text.seed)  # refuses bad values
+    stop_strings(tuple(text.stop or ()))
     source = str(example_model()) if model is None else model
     folder = find_checkpoint(source)
-    context = context_of(folder)
     tokenizer = load_tokenizer(folder)
-    limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
-    most_tokens = min(limits) - max_new_tokens if limits else None
-    encoded = [encode_prompt(tokenizer, text, chat=chat, most_tokens=most_tokens) for text in texts]
-    room = room_for(encoded, max_new_tokens, context=context, kv_tokens=kv_tokens)
-    common: dict[str, Any] = {
-        "slots": slots,
-        "device": device,
-        "dtype": dtype,
-        "policy": policy,
-        "host_store": host_store,
-        "cache_dir": cache_dir,
-        "kv_tokens": room,
-        "placement": placement,
-        "link": link,
-        "prefetch": prefetch,
-        "predictor": predictor,
-        "execute_predicted": execute_predicted,
-        "host_compute": host_compute,
-        "batch_invariant": batch_invariant,
-    }
-    launched: Launched
-    if launch is None:
-        launched = OneRank(source, tokenizer, **common)
-    else:
-        # The other ranks' processes have another working folder.
-        path = str(folder.resolve()) if Path(source).is_dir() else source
-        launched = launch(path, ranks=ranks, address=ray_address(address), strategy=strategy, max_queue=len(texts), **common)
-    with launched:
+    encoded, kv_tokens = _encode(texts, tokenizer, text, context=context_of(folder), kv_tokens=kv_tokens)
+    config = msgspec.structs.replace(config, kv_tokens=kv_tokens)
+    with _launch(launcher, source, folder, tokenizer, where, config, max_queue=len(texts)) as launched:
         try:
-            print_texts(launched, texts, encoded, settings, echo=echo)
+            print_texts(launched, texts, encoded, text, echo=echo)
         except KeyboardInterrupt:
             if stats:
-                show_stats(launched, link)
+                show_stats(launched, config.link)
             raise
         if stats:
-            show_stats(launched, link)
+            show_stats(launched, config.link)
+
+
+def _encode(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextOptions,
+    *,
+    context: int | None,
+    kv_tokens: int | None,
+) -> tuple[list[list[int]], int]:
+    """The token ids of each prompt, and the tokens of KV cache that they are served with."""
+    from epslots.engine.text import encode_prompt
+
+    limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
+    most_tokens = min(limits) - text.max_new_tokens if limits else None
+    encoded = [encode_prompt(tokenizer, prompt, chat=text.chat, most_tokens=most_tokens) for prompt in texts]
+    return encoded, room_for(encoded, text.max_new_tokens, context=context, kv_tokens=kv_tokens)
+
+
+def _launch(
+    launcher: Launcher | None,
+    source: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    where: RankOptions,
+    config: LoadConfig,
+    *,
+    max_queue: int,
+) -> Launched:
+    """Load the model in this process, or on the launcher's ranks."""
+    if launcher is None:
+        from epslots.cli.one_rank import OneRank
+
+        return OneRank(source, tokenizer, config, placement=where.placement)
+    return launcher(
+        str(folder.resolve()) if Path(source).is_dir() else source,  # the ranks have another working folder
+        ranks=where.ranks,
+        address=ray_address(where.address),
+        strategy=where.strategy,
+        placement=where.placement,
+        max_queue=max_queue,
+        **config.keywords(),
+    )
 
 
 def context_of(folder: Path) -> int | None:
@@ -265,16 +257,16 @@ def _prompt_of(line: Line, name: str) -> str:
     return prompt
 
 
-def print_texts(
-    launched: Launched, texts: list[str], encoded: list[list[int]], settings: dict[str, Any], *, echo: bool
-) -> None:
+def print_texts(launched: Launched, texts: list[str], encoded: list[list[int]], text: TextOptions, *, echo: bool) -> None:
     """Continue all prompts at once; print their texts one after the other, the first as it comes."""
+    settings = text.settings()
+    del settings["chat"]  # the prompts are encoded
     running: list[Iterable[str]] = [launched.submit(tokens, **settings) for tokens in encoded]
-    for number, (text, pieces) in enumerate(zip(texts, running, strict=True)):
+    for number, (prompt, pieces) in enumerate(zip(texts, running, strict=True)):
         if len(texts) > 1:
             say(f"--- {number + 1} of {len(texts)}")
         if echo:
-            print(text, end="", flush=True)
+            print(prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)

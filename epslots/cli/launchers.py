@@ -1,4 +1,4 @@
-"""Launchers: what runs a model on several ranks. Another package brings it, by the entry point that is named here.
+"""Launchers start a model on several ranks. Another package provides one, by an entry point:
 
 [project.entry-points."epslots.launchers"]
 ray = "cluster.api:Cluster"
@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Protocol, Self, Unpack, cast
 
 from epslots.cli.tables import RanksStats
+from epslots.config import LoadSettings
 from epslots.errors import ConfigError
 from epslots.telemetry import Stats
 
@@ -52,42 +53,31 @@ class Launched(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts a model on ranks. Returns when it serves."""
+    """Starts a model on several ranks, and returns when it serves."""
 
     def __call__(
         self,
         path_or_id: str,
         *,
         ranks: int,
-        slots: int | str,
         address: str | None,
         strategy: str,
-        device: str | None,
-        dtype: str,
-        policy: str,
-        host_store: str | None,
-        cache_dir: Path | None,
-        kv_tokens: int,
         placement: Path | None,
-        link: str | None,
-        prefetch: str,
-        predictor: Path | None,
-        execute_predicted: bool,
-        host_compute: str,
-        batch_invariant: bool,
         max_queue: int,
+        **settings: Unpack[LoadSettings],
     ) -> Launched:
-        """Start.
+        """Start the ranks.
 
         Args:
+            path_or_id: a checkpoint folder, or a hub id.
             address: of a running system; None starts one on this machine.
-            strategy: how ranks are placed on nodes.
-            kv_tokens: of each rank.
+            strategy: how ranks are placed on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
+            placement: file of the experts' first placement.
             max_queue: prompts that may be submitted at once.
-            others: as ``epslots.load`` has them.
+            settings: of each rank's model.
 
         Raises:
-            EpslotsError: it can't be started; with what to do.
+            EpslotsError: they can't be started; the message says what to do.
         """
 
 

@@ -33,6 +33,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.arrays import IntArray
+from epslots.config import DEFAULT_BATCH_TOKENS
 from epslots.engine.isolation import Isolation
 from epslots.engine.paged_cache import (
     WindowBackup,
@@ -54,8 +55,6 @@ from epslots.errors import StepFailed, UnsupportedModelError
 from epslots.models.batch_invariance import is_batch_invariant
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_BATCH_TOKENS = 512
 
 
 def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> Batcher:

@@ -104,7 +104,7 @@ def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Han
         return [largest(pool) for pool in zip(*known, strict=True)]
     kernels = [runtime.runners[loader.store_layers[0]].experts for loader in runtime.movers]
     return [
-        measure_costs(transport, loader, experts.kernel, experts.slots, experts.host if runtime.host_compute else None)
+        measure_costs(transport, loader, experts.kernel, experts.slots, experts.host if runtime.computes_on_host else None)
         for loader, experts in zip(runtime.movers, kernels, strict=True)
     ]
 

@@ -72,7 +72,7 @@ class RankGroup:
                     node_R=node_R if node_R.any() else None,
                 )
                 shared[index].record_bytes = runtime.layers[index].record.nbytes
-                if runtime.host_compute and pool_costs.computes_on_host:
+                if runtime.computes_on_host and pool_costs.computes_on_host:
                     shared[index].cpu_share = CpuShare(transport.size, experts, pool_costs, beside=loader.link.concurrent)
             self._tables.append((loader.pool, table, loader.store_layers))
             loader.transport = transport

@@ -24,7 +24,7 @@ LAYERS = (
     ("compiled", "npz", "progress", "device_copy", "example"),
     # pure decisions
     ("planner", "example_text", "json_lines", "load_window"),
-    ("placement", "telemetry"),
+    ("placement", "telemetry", "config"),
     ("simulation",),
     # effects
     ("transport",),

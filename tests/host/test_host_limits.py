@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from epslots.config import load_config
 from epslots.devices import memory_limit
 from epslots.errors import DoesNotFitError, StoreError
 from epslots.host_limits import MemoryLimit, tightest_memory_limit, total_memory, usable_cores
 from epslots.loading import _default_store_kind, load_alone
+from epslots.models.checkpoint import CheckpointSource
 from epslots.progress import ProgressDisplay
 from tests.support.store_helpers import NamedExperts, open_store
 
@@ -238,14 +240,8 @@ def test_a_refusal_names_the_limit_and_the_ranks_that_share_it(
 ):
     with pytest.raises(DoesNotFitError, match=r"available.*3 GiB free of the cgroup's 4 GiB \(/job\), shared by 64 ranks"):
         load_alone(
-            checkpoint("qwen3_moe"),
-            slots=1,
-            device="cpu",
-            dtype="auto",
-            policy="lru",
-            host_store="file",
-            cache_dir=cache_dir,
-            kv_tokens=16,
+            CheckpointSource(checkpoint("qwen3_moe")),
+            load_config(slots=1, device="cpu", policy="lru", host_store="file", cache_dir=cache_dir, kv_tokens=16),
             neighbours=64,
             display=ProgressDisplay(shown=False),
         )
