@@ -1,49 +1,43 @@
 """``epslots.load``: a checkpoint in, a transformers model out whose experts run from slots.
 
-``load_alone``, in order: open the checkpoint and check it by its headers; plan the memory, and refuse a plan that doesn't fit;
-load the dense weights; open the node's host store, or build it; allocate the slots and attach a runner to each experts module;
-attach predictors; fill the layers that have a slot for every expert. ``load`` then makes the ranks one model.
+``load_alone``, in order: open the checkpoint and plan the load (``load_plan.py``); load the dense weights; open the node's
+host store, or build it; allocate the slots and attach a runner to each experts module; attach predictors; fill the layers that
+have a slot for every expert. ``load`` then makes the ranks one model.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack, cast
 
-import msgspec
 import torch
 import torch.distributed as dist
-import transformers
-import xxhash
 from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.cache.copy_engine import make_copy_engine
 from epslots.cache.expert_loader import ExpertLoader
-from epslots.cache.host_store import HostStore, Manifest, StoreShape
-from epslots.cache.node_store import check_room, open_node_store, resolve_store_kind
+from epslots.cache.host_store import HostStore
+from epslots.cache.node_store import open_node_store
 from epslots.cache.pinning import pin_store
 from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_beside
 from epslots.config import LoadConfig, LoadSettings, load_config, refuse_unknown, with_keywords
-from epslots.devices import memory_limit, resolve_device
-from epslots.errors import ConfigError, UnsupportedModelError
+from epslots.devices import resolve_device
+from epslots.errors import ConfigError
 from epslots.group.join import announce_failure, compute_on_host, group_up, place_alone, ranks_here
-from epslots.host_limits import total_memory
 from epslots.layout import LayerSpec, RecordLayout
+from epslots.load_plan import plan_load
 from epslots.models.batch_invariance import is_batch_invariant, make_batch_invariant
 from epslots.models.checkpoint import CheckpointSource
-from epslots.models.expert_reader import ExpertReader, pack_layers
+from epslots.models.expert_reader import ExpertReader
 from epslots.models.experts import RUNNER, experts_modules
-from epslots.models.memory_plan import MemoryPlan, ModelShape, plan_memory
-from epslots.models.model_shape import shape_of_model
-from epslots.models.opening import OpenModel, load_dense, open_model
+from epslots.models.memory_plan import MemoryPlan
+from epslots.models.opening import load_dense
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.moe.moe_layer import MoELayer
@@ -52,19 +46,14 @@ from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
 from epslots.planner.cache_policy import Policy, UseHistory, policy_name, resolve_policy
 from epslots.planner.cost_model import Costs
-from epslots.prefetch.setup import attach_prefetchers, planned_bytes
-from epslots.private_files import default_cache_dir
+from epslots.prefetch.setup import attach_prefetchers
 from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, attach, runtime_of
 from epslots.telemetry import Telemetry
 from epslots.transport.rendezvous import find_transport
 from epslots.transport.transport import Transport
-from epslots.units import format_bytes, parse_prefetch, parse_slots
+from epslots.units import parse_prefetch
 
-logger = logging.getLogger(__name__)
-
-# Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
-RECORDS_VERSION = 2
 # Seconds that ranks wait for each other while they load: one may build the store that another has.
 LOAD_DEADLINE_S = 3600.0
 
@@ -120,7 +109,7 @@ def load(
         StoreError: the host store can't be built or trusted.
         GroupError: ranks don't match, or one is lost.
     """
-    _refuse_unknown(settings)
+    settings = _known(settings)
     if not isinstance(attn_implementation, str | None):
         raise ConfigError(f"attn_implementation={attn_implementation!r}: allowed: a name, such as 'sdpa'")
     if deadline_s is not None and not deadline_s > 0:
@@ -148,11 +137,17 @@ def load(
     return model
 
 
-def _refuse_unknown(settings: LoadSettings) -> None:
-    given = dict(settings)
+def _known(settings: LoadSettings) -> LoadSettings:
+    """Settings without an unknown one.
+
+    Raises:
+        ConfigError: there are some, or code from the checkpoint is to be trusted.
+    """
+    given: dict[str, Any] = dict(settings)
     if given.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
     refuse_unknown(given, tuple(inspect.signature(load).parameters))
+    return cast(LoadSettings, given)
 
 
 def _load_together(
@@ -206,27 +201,16 @@ def load_alone(
     """
     device = resolve_device(config.device)
     computes_on_host = config.computes_on_host(device.type)
-    opened = open_model(source, config.dtype)
-    checkpoint = opened.checkpoint
-    if config.packs_records(device.type):  # fewer bytes cross the link; without one, a CPU would unpack for nothing
-        opened = replace(opened, layers=pack_layers(checkpoint, opened.skeleton, opened.layers))
-    layers = opened.layers
-
-    manifest = Manifest(_store_key(opened), checkpoint.name, layers)
-    kind = resolve_store_kind(config.host_store or _default_store_kind(device, StoreShape(manifest).nbytes))
-    store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
-    shared_bytes = StoreShape(manifest).nbytes if kind == "memory" else 0
-    plan = _plan_memory(opened, config, device, *_free_memory(device, shared_bytes, neighbours))
-    plan.check()
-    check_room(manifest, kind=kind, cache_dir=store_dir)
+    plan = plan_load(source, config, device, neighbours)
+    opened, checkpoint = plan.opened, plan.opened.checkpoint
 
     prepare_beside()
     model = load_dense(opened, device=device, show_progress=display.shown, attn_implementation=attn_implementation)
     store = open_node_store(
-        manifest,
-        lambda: ExpertReader(checkpoint, model, layers),
-        kind=kind,
-        cache_dir=store_dir,
+        plan.manifest,
+        lambda: ExpertReader(checkpoint, model, opened.layers),
+        kind=plan.store_kind,
+        cache_dir=plan.store_dir,
         start_progress=display,
     )
     if device.type == "cuda":
@@ -235,9 +219,8 @@ def load_alone(
 
     if config.batch_invariant:
         make_batch_invariant(model)
-    runtime = _build_runtime(
-        model, checkpoint.content, layers, plan, store, resolve_policy(config.policy), device, config.link
-    )
+    policy = resolve_policy(config.policy)
+    runtime = _build_runtime(model, checkpoint.content, opened.layers, plan.memory, store, policy, device, config.link)
     foresight, predictor = attach_prefetchers(
         model,
         runtime.runners,
@@ -264,77 +247,6 @@ def load_alone(
     attach(model, runtime)
     runtime.fill(runtime.complete_layers(), display)
     return model
-
-
-def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tuple[int, str]:
-    """The bytes that a rank may plan with, and a note for people that says where the number is from.
-
-    Args:
-        shared_bytes: of a host store in memory, which shares a CPU's RAM with the slots of all the node's ranks.
-    """
-    limit = memory_limit(device)
-    if device.type != "cpu":
-        return limit.free_bytes, str(limit)
-    note = str(limit)
-    note += f", less the host store's {format_bytes(shared_bytes)}" if shared_bytes else ""
-    note += f", shared by {neighbours} ranks" if neighbours > 1 else ""
-    return (limit.free_bytes - shared_bytes) // neighbours, note
-
-
-def _plan_memory(
-    opened: OpenModel, config: LoadConfig, device: torch.device, memory_bytes: int, memory_note: str
-) -> MemoryPlan:
-    """The plan of this rank's device memory, before a weight is read."""
-    checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
-    predictor_bytes = planned_bytes(
-        opened.skeleton,
-        checkpoint.content,
-        checkpoint.folder,
-        device=device,
-        dtype=opened.dtype,
-        fetches=prefetch.on and config.packs_records(device.type),
-        predictor=config.predictor,
-        execute_predicted=config.execute_predicted,
-    )
-    return plan_memory(
-        _measure(opened),
-        parse_slots(config.slots),
-        memory_bytes=memory_bytes,
-        kv_tokens=config.kv_tokens,
-        predictor_bytes=predictor_bytes,
-        memory_note=memory_note,
-    )
-
-
-def _measure(opened: OpenModel) -> ModelShape:
-    """The model's sizes. A model whose cache can't be measured without weights is served all the same, with a warning."""
-    name, dtype = opened.checkpoint.name, str(opened.dtype).removeprefix("torch.")
-    try:
-        return shape_of_model(opened.skeleton, name, dtype, opened.layers)
-    except UnsupportedModelError as error:
-        logger.warning("The memory plan leaves no room for the KV cache: %s", error)
-        return shape_of_model(opened.skeleton, name, dtype, opened.layers, run=False)
-
-
-def _default_store_kind(device: torch.device, store_bytes: int) -> str:
-    """Memory on a GPU, because it can be pinned, if half of the RAM that this process may use holds it; else a file.
-
-    The limit decides and not its free part: all processes of a node must come to the same answer.
-    """
-    in_memory = device.type == "cuda" and hasattr(os, "memfd_create")
-    return "memory" if in_memory and store_bytes <= total_memory() // 2 else "file"
-
-
-def _store_key(opened: OpenModel) -> str:
-    """Hex digest of everything that the records depend on."""
-    parts = (
-        RECORDS_VERSION,
-        transformers.__version__,
-        opened.checkpoint.fingerprint,
-        opened.layers,
-        str(getattr(opened.config, "quantization_config", None)),
-    )
-    return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(parts))[:16]
 
 
 def _build_runtime(

@@ -107,8 +107,9 @@ def generate(
     stop_strings(tuple(text.stop or ()))
     source = str(example_model()) if model is None else model
     folder = find_checkpoint(source)
+    context = context_of(folder)
     tokenizer = load_tokenizer(folder)
-    encoded, kv_tokens = _encode(texts, tokenizer, text, context=context_of(folder), kv_tokens=kv_tokens)
+    encoded, kv_tokens = _encode(texts, tokenizer, text, context=context, kv_tokens=kv_tokens)
     config = msgspec.structs.replace(config, kv_tokens=kv_tokens)
     with _launch(launcher, source, folder, tokenizer, where, config, max_queue=len(texts)) as launched:
         try:

@@ -35,6 +35,7 @@ LAYERS = (
     ("runtime",),
     ("group", "prefetch"),
     # the public surface
+    ("load_plan",),
     ("trace", "loading"),
     ("verify_store", "engine"),
     ("cuda_graph",),

@@ -16,7 +16,8 @@ from epslots.config import load_config
 from epslots.devices import memory_limit
 from epslots.errors import DoesNotFitError, StoreError
 from epslots.host_limits import MemoryLimit, tightest_memory_limit, total_memory, usable_cores
-from epslots.loading import _default_store_kind, load_alone
+from epslots.load_plan import default_store_kind
+from epslots.loading import load_alone
 from epslots.models.checkpoint import CheckpointSource
 from epslots.progress import ProgressDisplay
 from tests.support.store_helpers import NamedExperts, open_store
@@ -221,7 +222,7 @@ def test_memory_of_the_cpu_is_what_the_group_leaves(small_group: None):
 
 def test_half_of_the_group_holds_a_store_in_memory(small_group: None):
     cuda = torch.device("cuda")
-    assert [_default_store_kind(cuda, size * GIB) for size in (2, 3)] == ["memory", "file"]
+    assert [default_store_kind(cuda, size * GIB) for size in (2, 3)] == ["memory", "file"]
 
 
 def test_the_plan_shows_which_limit_holds(small_group: None, run: Callable[..., tuple[int, str, str]]):
