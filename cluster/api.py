@@ -43,10 +43,10 @@ from epslots.telemetry import sum_over_ranks
 
 @with_keywords(ClusterSettings, ClusterConfig, LoadConfig)
 class Cluster:
-    """Ranks that are one model, and requests to it from any number of threads.
+    """A model on many ranks; any number of threads send it requests.
 
-    Returns when the ranks serve. A rank that is lost later is replaced while the others go on, and its requests with them; no
-    caller notices but by the time it takes.
+    The constructor returns when the ranks serve. A rank that is lost later is replaced while the others go on and take over
+    its requests; callers notice the delay alone.
 
     Args:
         path_or_id: a checkpoint folder with safetensors, at the same path on all nodes; or a hub id.
@@ -60,7 +60,7 @@ class Cluster:
         ClusterError: the ranks don't come up: too few devices, a node without the model, a model that doesn't fit, ...
 
     Attributes:
-        tokenizer: the checkpoint's; None if it has none that can be loaded: prompts are token ids then.
+        tokenizer: the checkpoint's; None if none can be loaded from it: prompts are token ids then.
         timeline: seconds from the call to the end of each stage of the start, by name.
     """
 
@@ -109,15 +109,15 @@ class Cluster:
     def generate(self, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Result]:
         """Continue prompts, many at once; yields results as they finish.
 
-        Prompts are taken as there is room for them, in the caller's thread, so there may be any number. A prompt that can't be
-        served is a result with the reason "error". Closing or dropping the iterator cancels all that isn't done.
+        Prompts are read in the caller's thread, as the queue has room for them; so there may be any number. A prompt that
+        can't be served is a result with the reason "error". Closing or dropping the iterator cancels the unfinished ones.
 
         Args:
-            prompts: text, token ids, or mappings with "prompt" and settings that differ from the others'.
-            settings: of ``GenerationSettings``.
+            prompts: text, token ids, or mappings with "prompt" and settings of its own.
+            settings: of ``GenerationSettings``, for prompts that have none of their own.
 
         Raises:
-            ConfigError: a setting is unknown or not allowed. (Now, not on first use.)
+            ConfigError: a setting is unknown or not allowed. It is raised by this call, not on first use.
             ClusterError: the cluster can't go on.
         """
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
@@ -133,7 +133,7 @@ class Cluster:
         try:
             while following is not None or running:
                 self._thread.check_process()  # the iterator may have been made before a fork
-                # With nothing of its own to wait for, a caller waits until others leave room.
+                # A caller without running prompts waits until other callers' requests leave room.
                 while following is not None and done.empty() and self._room.acquire(blocking=not running):
                     index, prompt = following
                     try:
@@ -149,9 +149,9 @@ class Cluster:
                 generation.give_up()
 
     def submit(self, prompt: Prompt, **settings: Any) -> Generation:
-        """Start to continue one prompt. Iterate what is returned for its text as it comes, or ask it for its ``result``.
+        """Start to continue one prompt; returns a generation: iterate it for text as it comes, or ask it for its ``result``.
 
-        It is cancelled when it is closed or dropped, and when a loop over it is left and no one else reads it.
+        It is cancelled when it is closed or dropped, and when a loop over it is left and no other reader remains.
 
         Raises:
             ConfigError: the prompt or a setting is not allowed.
@@ -161,16 +161,16 @@ class Cluster:
         self._thread.check_process()
         read = read_settings(settings)
         if not self._room.acquire(blocking=False):
-            self._thread.settle()  # those that were cancelled before this call leave room
+            self._thread.settle()  # requests that were cancelled before this call leave room
             if not self._room.acquire(blocking=False):
                 raise Overloaded(
-                    f"{self._config.max_queue} requests wait or run already, which is all that max_queue allows; wait for "
-                    f"results, or use generate(), which does"
+                    f"{self._config.max_queue} requests wait or run already, and max_queue allows no more; wait for results, "
+                    f"or use generate(), which waits"
                 )
         return self._send(0, prompt, read, lambda _: None)
 
     def _send(self, index: int, prompt: Prompt, settings: GenerationSettings, on_done: Callable[[int], None]) -> Generation:
-        """Send a request whose room is taken; gives it back if that fails, and when the request is done."""
+        """Send a request whose room in the queue is taken; the room is free again when it is done, or if it is refused."""
 
         def done() -> None:
             self._room.release()
@@ -202,7 +202,7 @@ class Cluster:
         return self._supervisor.group.serving
 
     def stats(self) -> ClusterStats:
-        """Counters of all ranks since each was loaded, when the step under way is done."""
+        """Counters of all ranks since each was loaded, at the end of the current step."""
         self._check_open()
 
         async def ask() -> ClusterStats:
@@ -217,7 +217,7 @@ class Cluster:
         return self._thread.call(ask())
 
     def placement(self) -> PlacementReport:
-        """Which rank holds which expert, and which should, when the step under way is done."""
+        """The ranks that hold each expert, and those that should, at the end of the current step."""
         self._check_open()
         reports = self._thread.call(self._supervisor.reports())
         newest = max((report for _, report in reports), key=lambda report: report.epoch, default=None)
@@ -231,42 +231,43 @@ class Cluster:
         )
 
     def explain(self) -> Explanation:
-        """Why the placement is what it is, in numbers; as text, for people. From the controller, when it has answered.
+        """The controller's reasons for the placement, in numbers; ``str`` of it is text for people.
 
         Raises:
-            ConfigError: there is to be no controller.
-            ClusterError: none can be had.
+            ConfigError: the cluster has no controller (``window_steps=0``).
+            ClusterError: no controller answers.
         """
-        return self._thread.call(self._steering().explain())
+        return self._thread.call(self._controller().explain())
 
     def rebalance(self) -> Explanation:
-        """Plan a placement now, and follow it if anything at all is gained, frozen or not. Requests go on meanwhile.
+        """Plan a placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
 
         Returns:
-            What came of it (``latest``), when the ranks have been told: they get there step by step.
+            The controller's reasons; ``latest`` is this decision. Ranks know the placement then, and migrate step by step.
 
         Raises:
-            ConfigError, ClusterError: as ``explain``.
+            ConfigError: the cluster has no controller (``window_steps=0``).
+            ClusterError: no controller answers.
         """
-        return self._thread.call(self._steering().rebalance())
+        return self._thread.call(self._controller().rebalance())
 
     def freeze(self) -> None:
-        """Keep the placement, whatever the traffic, until ``unfreeze``. What is being moved for it goes on being moved.
+        """Keep the placement under any traffic until ``unfreeze``. Pending migrations towards it go on.
 
         Raises:
-            ConfigError: there is to be no controller.
+            ConfigError: the cluster has no controller (``window_steps=0``).
         """
-        self._thread.call(self._steering().freeze(True))
+        self._thread.call(self._controller().freeze(True))
 
     def unfreeze(self) -> None:
         """Let the placement follow the traffic again.
 
         Raises:
-            ConfigError: there is to be no controller.
+            ConfigError: the cluster has no controller (``window_steps=0``).
         """
-        self._thread.call(self._steering().freeze(False))
+        self._thread.call(self._controller().freeze(False))
 
-    def _steering(self) -> ControllerClient:
+    def _controller(self) -> ControllerClient:
         self._check_open()
         if self._supervisor.controller_client is None:
             raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")
@@ -277,17 +278,17 @@ class Cluster:
 
         Raises:
             ConfigError: ``ranks`` is less than 1.
-            ClusterError: there are no devices for them, or they don't come up; the others go on.
+            ClusterError: the new ranks find no devices, or don't come up; the others go on.
         """
         check_count("ranks", ranks)
         self._check_open()
         self._thread.call(self._supervisor.scale(ranks))
 
     def close(self) -> None:
-        """End all ranks, and Ray if it was started here. Requests that aren't done fail. Twice is once.
+        """End all ranks, and Ray if it was started here. Unfinished requests fail. A second call does nothing.
 
         Raises:
-            ClusterError: this is a forked child of the process that made the cluster; there, nothing can be called.
+            ClusterError: this process is a forked child of the cluster's, which may call no method of it.
         """
         self._thread.check_process()
         self._closed = True
@@ -312,7 +313,7 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or not self._thread.forked:  # a child that exits within the block does just that
+        if kind is None or not self._thread.forked:  # a forked child that exits within the block leaves the cluster alone
             self.close()
 
 
@@ -323,10 +324,10 @@ def _ray_backend(config: ClusterConfig, path: str) -> Backend:
 
 
 def _first_placement(file: str, ranks: int | None) -> bytes:
-    """A placement's file, as it is sent to the ranks.
+    """The placement in a file, packed for the ranks.
 
     Raises:
-        ConfigError: it is none, or for another number of ranks.
+        ConfigError: the file holds no placement, or one for another number of ranks.
     """
     placement = read_placement(file)
     if ranks is not None and placement.ranks != ranks:
@@ -335,7 +336,7 @@ def _first_placement(file: str, ranks: int | None) -> bytes:
 
 
 def _tokenizer_of(folder: os.PathLike[str]) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """A checkpoint's tokenizer, or why there is none: token ids can be served without."""
+    """A checkpoint's tokenizer, or the reason why there is none: token ids are served without."""
     try:
         return load_tokenizer(os.fspath(folder)), ""
     except ConfigError as error:

@@ -1,10 +1,10 @@
-"""``python -m cluster.job``: a file of prompts through a cluster, as ``ray job submit`` runs it.
+"""``python -m cluster.job``: a cluster continues the prompts of a file; ``ray job submit`` runs it. Here are its options.
 
-command.py            the command
-run.py        what a job does, in order, and its exit codes
-prompts.py   the prompts: JSON lines in
-results.py   the output: JSON lines out, and going on where a job has stopped
-progress.py   what is said meanwhile
+run.py        the job's steps, in order, and its exit codes
+prompts.py    the prompts: JSON lines in
+results.py    the output: JSON lines out, from which a stopped job goes on
+progress.py   a bar or log lines
+signals.py    Ctrl-C and SIGTERM
 """
 
 from __future__ import annotations
@@ -89,15 +89,16 @@ def job(
     {"prompt": [5, 6, 7], "id": "b", "max_new_tokens": 20, "temperature": 0.7, "seed": 1}
 
     --output gets a JSON object a line for each prompt, in the order in which they finish. "line" is the prompt's line number,
-    and "tokens" the number of new tokens; "token_ids" are there if the prompt was given as such. What is wrong with a prompt
-    that can't be served is said in its line, with its "id" and "custom_id" if the line is an object, and the others go on.
+    and "tokens" the number of new tokens; "token_ids" are there if the prompt was given as token ids. The line of a prompt
+    that can't be served has an "error", and the "id" and "custom_id" of the prompt's line if that is an object; the others
+    go on.
 
     \b
     {"line":1,"text":" Paris.","tokens":3,"reason":"stop","digest":"..."}
     {"line":2,"id":"b","error":"...","digest":"..."}
 
-    A job that was stopped, however that came, goes on when it is started again with the same arguments: no prompt is done
-    twice, and none is left out. (What doesn't shape the texts may differ: --ranks, --slots, and so on.) To have prompts with
+    A job that was stopped for any reason goes on when it is started again with the same arguments: no prompt is done twice,
+    and none is left out. Options that don't change the texts may differ: --ranks, --slots, and so on. To have prompts with
     errors done again, delete their lines from the output. A prompts file that was changed meanwhile is refused; lines may be
     added at its end.
 

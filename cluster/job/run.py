@@ -1,7 +1,7 @@
-"""A job: prompts from a file through a cluster into another file, and what its end tells.
+"""A job: a cluster continues the prompts of one file, and their results go to another.
 
-In order: read the prompts once, to know how much there is; read the output, to know what is done; start the cluster,
-if anything is left; serve what is left, writing each result as it comes.
+In order: index the prompts; read the output, whose prompts are done; start the cluster, if any prompt is left; serve the
+prompts that are left, and write each result as it comes. ``command.py`` calls ``run_job``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from epslots.streams import say
 
 
 class Exit(enum.IntEnum):
-    """Exit codes; a job that is stopped by a signal has 128 + its number instead: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Exit codes of a job. One that is stopped by a signal has 128 + its number: 130 for Ctrl-C, 143 for SIGTERM."""
 
     DONE = 0
     SOME_ERRORS = 1
@@ -39,10 +39,10 @@ class Exit(enum.IntEnum):
 
 
 class JobCluster(Protocol):
-    """What a job needs of a cluster."""
+    """The part of a cluster that a job uses."""
 
     def generate(self, prompts: Iterable[Mapping[str, Any]], **settings: Any) -> Iterator[Result]:
-        """Results as they finish. Prompts are taken one by one as there is room for them, in the caller's thread."""
+        """Results as they finish. Prompts are read in the caller's thread, as the queue has room for them."""
 
 
 _GO_ON = "start the job again with the same arguments to go on"
@@ -52,7 +52,7 @@ OpenCluster = Callable[[], AbstractContextManager[JobCluster]]
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What a job serves, and with which settings.
+    """The prompts of a job, and the settings that they are served with.
 
     Attributes:
         prompts, output: files of JSON lines.
@@ -75,11 +75,11 @@ class JobSettings:
 
 
 def run_job(job: JobSettings, open_cluster: OpenCluster) -> int:
-    """Do what is left of a job; returns the exit code. What there is to say goes to standard error.
+    """Serve the prompts of a job that are left; returns the exit code. Messages go to standard error.
 
     Args:
         job: the same at every start, until it is done.
-        open_cluster: called if there is anything to do.
+        open_cluster: called if a prompt is left.
     """
     try:
         with StopSignals() as signals:
@@ -97,7 +97,7 @@ class _Job:
         self._job, self._open_cluster, self._signals = job, open_cluster, signals
         self._digest = job.digest
         self._asked: dict[int, tuple[Line, str | int | None, bool]] = {}
-        """Prompts that the cluster has, by their number there: line, id, and whether it was given as token ids."""
+        """Prompts in the cluster, by their number there: line, id, and whether it was given as token ids."""
 
     def run(self) -> int:
         job = self._job
@@ -127,7 +127,7 @@ class _Job:
             )
 
     def _serve(self) -> int | None:
-        """Serve what is left; returns the exit code if that breaks off."""
+        """Serve the prompts that are left; returns the exit code if that breaks off."""
         opened = False
         try:
             with self._open_cluster() as cluster:
@@ -137,10 +137,10 @@ class _Job:
                 try:
                     self._generate(cluster)
                 except JobStopped as stopped:
-                    self._progress.finish(f"stopping for {stopped}")  # at once: Ray kills a job that takes some seconds
+                    self._progress.finish(f"stopping for {stopped}")  # before closing: Ray kills a job after some seconds
                     raise
                 finally:
-                    self._signals.ignore()  # closing is not to be interrupted
+                    self._signals.ignore()  # nothing may interrupt closing
         except Exception as error:
             deliberate = isinstance(error, EpslotsError)
             if deliberate and not opened:
@@ -160,7 +160,7 @@ class _Job:
             for result in cluster.generate(self._take(file), **settings):
                 line, id, as_ids = self._asked.pop(result.index)
                 if result.reason == "cancelled":
-                    continue  # not by us: it is done at the next start
+                    continue  # we cancelled nothing: the next start serves it
                 if result.reason == "error":
                     self._refuse(line, result.error or "unknown")
                     continue
@@ -173,11 +173,11 @@ class _Job:
             raise ClusterError(f"{missing:,} prompts got no answer; is their file shorter now?")
 
     def _take(self, file: BinaryIO) -> Iterator[Mapping[str, Any]]:
-        """The prompts that are left; lines that are none are done with here."""
+        """The prompts that are left; lines that hold no prompt get an error in the output here."""
         number = 0
         for line in read_lines(file):
             if line.number > self._index.last:
-                return  # it was added after the start, and is left for the next
+                return  # the line was added after the start: the next start serves it
             if line.digest != self._index.digest(line.number):
                 raise ConfigError(f"--prompts {self._job.prompts}: line {line.number} was changed while the job ran")
             if self._index.is_done(line.number):
@@ -196,8 +196,8 @@ class _Job:
         self._progress.warn(f"{self._job.prompts}, line {line.number}: {problem}")
         self._write(line, **read_names(line), error=problem)
 
-    def _write(self, line: Line, **what: Any) -> None:
-        self._results.append(ResultLine(line=line.number, digest=join_digest(self._digest, line.digest), **what))
+    def _write(self, line: Line, **result: Any) -> None:
+        self._results.append(ResultLine(line=line.number, digest=join_digest(self._digest, line.digest), **result))
         self._index.finish(line.number)
         self._counts.served += 1
         self._progress.advance()
