@@ -4,7 +4,7 @@
 frozen ``LoadConfig`` of them, and hand that down; a cluster sends it to its ranks.
 
 To add a setting, touch three files: this one (a field of ``LoadConfig``, and its type as a keyword in ``LoadSettings``), the
-module that uses it, and ``cli/options.py`` (a field of ``LoadOptions``).
+module that uses it, and ``cli/options.py`` (a field of ``LoadConfigOptions``).
 """
 
 from __future__ import annotations

@@ -9,23 +9,22 @@ signals.py    Ctrl-C and SIGTERM
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, ClassVar, Optional
 
 import typer
 
 from cluster.config import ClusterConfig
 from epslots.cli import VersionOption
+from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
-    LoadOptions,
+    LoadConfigOptions,
     ModelOption,
     PlacementOption,
     StrategyOption,
     TextOptions,
     ray_address,
-    values,
-    with_option_groups,
 )
 from epslots.config import LoadConfig
 
@@ -38,8 +37,10 @@ _DEFAULTS = ClusterConfig()
 
 
 @dataclass(frozen=True)
-class ClusterOptions:
+class RayOptions:
     """The settings of ``ClusterConfig`` that a job takes."""
+
+    PANEL: ClassVar[str] = "The ranks"
 
     ranks: Annotated[Optional[int], typer.Option(min=1, help="Ranks. Default: one for each GPU, or 1.")] = _DEFAULTS.ranks
     address: Annotated[
@@ -62,14 +63,14 @@ class ClusterOptions:
 
 
 @app.command()
-@with_option_groups
+@takes_groups
 def job(
     prompts: Annotated[Path, typer.Option("--prompts", help="File of JSON lines to read; see above.")],
     output: Annotated[Path, typer.Option("--output", help="File of JSON lines to write, or to go on with.")],
     model: ModelOption = None,
     *,
-    load: LoadOptions,
-    where: ClusterOptions,
+    load: LoadConfigOptions,
+    where: RayOptions,
     text: TextOptions,
     kv_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each rank's KV cache keeps.")] = LoadConfig().kv_tokens,
     version: VersionOption = False,
@@ -122,7 +123,7 @@ def job(
     def open_cluster() -> Cluster:
         from cluster.api import Cluster
 
-        given = {**values(where), "address": ray_address(where.address)}
+        given = {**asdict(where), "address": ray_address(where.address)}
         return Cluster(source, **given, **config.keywords())
 
     raise typer.Exit(run_job(settings, open_cluster))

@@ -6,19 +6,19 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import msgspec
 import typer
 
+from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
-    LoadOptions,
+    LoadConfigOptions,
     ModelOption,
     PlacementOption,
     StrategyOption,
     TextOptions,
     ray_address,
-    with_option_groups,
 )
 from epslots.config import DEFAULT_KV_TOKENS, LoadConfig
 from epslots.errors import ConfigError
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RankOptions:
     """How many ranks run the model, and where."""
+
+    PANEL: ClassVar[str] = "The ranks"
 
     ranks: Annotated[
         int,
@@ -57,14 +59,14 @@ class RankOptions:
         return self.ranks > 1 or self.address is not None
 
 
-@with_option_groups
+@takes_groups
 def generate(
     prompts: Annotated[
         Optional[list[str]], typer.Argument(help="Prompts. Without any, --file or standard input is read.")
     ] = None,
     model: ModelOption = None,
     *,
-    load: LoadOptions,
+    load: LoadConfigOptions,
     where: RankOptions,
     file: Annotated[
         Optional[Path],

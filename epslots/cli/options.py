@@ -1,17 +1,13 @@
-"""Options that several commands share, declared once, and groups of them that a command takes as one argument.
+"""Options that several commands share, declared once; and groups of them, for commands with ``option_groups.takes_groups``.
 
-``LoadOptions`` are the settings of ``LoadConfig``, ``TextOptions`` say how prompts are continued. A command decorated with
-``with_option_groups`` declares a parameter of such a class, and users see its fields as options of the command.
+``LoadConfigOptions`` are the settings of ``LoadConfig``; ``TextOptions`` say how prompts are continued.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_type_hints
+from typing import Annotated, Any, ClassVar, Optional
 
 import typer
 
@@ -66,8 +62,10 @@ StrategyOption = Annotated[
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class LoadConfigOptions:
     """The settings of ``LoadConfig``, but for ``kv_tokens``: its default is each command's own."""
+
+    PANEL: ClassVar[str] = "The model"
 
     slots: SlotsOption = str(_DEFAULTS.slots)
     policy: Annotated[str, typer.Option("--policy", help=f"Eviction policy: {', '.join(POLICIES)}.")] = _DEFAULTS.policy
@@ -136,12 +134,14 @@ class LoadOptions:
         Raises:
             ConfigError: an option's value is not one of those allowed.
         """
-        return load_config(**values(self), kv_tokens=kv_tokens)
+        return load_config(**asdict(self), kv_tokens=kv_tokens)
 
 
 @dataclass(frozen=True)
 class TextOptions:
     """How prompts are continued: length, sampling, and ends."""
+
+    PANEL: ClassVar[str] = "The text"
 
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")] = 128
     temperature: Annotated[
@@ -172,44 +172,7 @@ class TextOptions:
 
     def settings(self) -> dict[str, Any]:
         """The options as keywords of a cluster's ``generate``."""
-        return {**values(self), "stop": tuple(self.stop or ())}
-
-
-def values(group: Any) -> dict[str, Any]:
-    """The options of a group, by field."""
-    return {field.name: getattr(group, field.name) for field in fields(group)}
-
-
-def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of those parameters that are groups: dataclasses whose fields are options.
-
-    typer sees a signature in which each group is replaced by its fields; the command gets the groups, filled.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
-    parameters = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name in groups:
-            parameters += _parameters_of(groups[parameter.name])
-        else:
-            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        filled = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        command(**given, **filled)
-
-    setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010 - typer reads this, and the annotations
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
-
-
-def _parameters_of(group: type) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
-        for field in fields(group)
-    ]
+        return {**asdict(self), "stop": tuple(self.stop or ())}
 
 
 def ray_address(given: str | None) -> str | None:

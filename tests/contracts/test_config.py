@@ -16,11 +16,11 @@ from typer.main import get_command
 import cluster
 import epslots
 from cluster.config import ClusterConfig, ClusterSettings, cluster_config
-from cluster.job.command import ClusterOptions
+from cluster.job.command import RayOptions
 from cluster.job.command import app as job_app
 from cluster.messages.rank import Load, decode_command, encode
 from epslots.cli import app
-from epslots.cli.options import LoadOptions
+from epslots.cli.options import LoadConfigOptions
 from epslots.config import LoadConfig, LoadSettings, load_config
 from epslots.errors import ConfigError
 from epslots.planner.cost_model import Costs
@@ -97,7 +97,7 @@ def test_every_field_is_a_keyword_and_is_explained(config: type[msgspec.Struct],
 
 
 def test_every_field_is_an_option_of_generate_and_job():
-    assert {field.name for field in fields(LoadOptions)} | {"kv_tokens"} == set(LOAD_FIELDS)
+    assert {field.name for field in fields(LoadConfigOptions)} | {"kv_tokens"} == set(LOAD_FIELDS)
     for command in (get_command(app).commands["generate"], get_command(job_app)):  # type: ignore[attr-defined]
         options = {option for parameter in command.params for option in parameter.opts}
         assert options >= {f"--{name.replace('_', '-')}" for name in LOAD_FIELDS}
@@ -106,11 +106,11 @@ def test_every_field_is_an_option_of_generate_and_job():
 def test_defaults_agree():
     """Of the configuration, load, Cluster, and the options."""
     config = LoadConfig()
-    assert load_config() == LoadOptions().config() == cluster_config().model == config
+    assert load_config() == LoadConfigOptions().config() == cluster_config().model == config
     for shown in (inspect.signature(epslots.load).parameters, inspect.signature(cluster.Cluster).parameters):
         assert {name: shown[name].default for name in LOAD_FIELDS} == config.keywords()
     defaults = ClusterConfig()
-    given = {field.name: getattr(ClusterOptions(), field.name) for field in fields(ClusterOptions)}
+    given = {field.name: getattr(RayOptions(), field.name) for field in fields(RayOptions)}
     assert given == {name: getattr(defaults, name) for name in given} | {"address": "auto"}
 
 
