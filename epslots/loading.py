@@ -138,10 +138,10 @@ def load(
 
 
 def _known(settings: LoadSettings) -> LoadSettings:
-    """Settings without an unknown one.
+    """The settings, if all are known; ``trust_remote_code=False`` is dropped.
 
     Raises:
-        ConfigError: there are some, or code from the checkpoint is to be trusted.
+        ConfigError: a keyword is unknown, or ``trust_remote_code`` is true.
     """
     given: dict[str, Any] = dict(settings)
     if given.pop("trust_remote_code", False):
@@ -158,11 +158,11 @@ def _load_together(
     display: ProgressDisplay,
     deadline_s: float | None,
 ) -> PreTrainedModel:
-    """Load this rank's model and make it one with those of the other ranks, which do the same.
+    """This rank's model, made one with those of the other ranks. All ranks call it together.
 
     Args:
-        load_here: loads it; given the number of ranks on this node.
-        deadline_s: seconds that one operation may take from then on; None = the transport's.
+        load_here: loads this rank's model, given the number of ranks on this node.
+        deadline_s: seconds that one operation may take after loading; None = the transport's.
     """
     deadline_s = transport.deadline_s if deadline_s is None else deadline_s
     transport.deadline_s = max(LOAD_DEADLINE_S, deadline_s)
@@ -190,14 +190,18 @@ def load_alone(
     display: ProgressDisplay,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """One rank's model, before it belongs to a group: ``load`` and the ranks of a cluster begin with it.
+    """One rank's model, before it belongs to a group; ``load`` and the ranks of a cluster call it.
 
     Args:
         neighbours: ranks that share the node's RAM, this one included.
         attn_implementation: of transformers; None = its default.
 
     Raises:
-        ConfigError, CheckpointError, UnsupportedModelError, DoesNotFitError, StoreError: as ``load`` raises them.
+        ConfigError: a setting is not one of those allowed.
+        CheckpointError: files are missing, damaged, or of a refused kind.
+        UnsupportedModelError: the model's experts can't be run from slots.
+        DoesNotFitError: the memory plan exceeds the device; no weight was read.
+        StoreError: the host store can't be built or trusted.
     """
     device = resolve_device(config.device)
     computes_on_host = config.computes_on_host(device.type)

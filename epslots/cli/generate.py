@@ -151,7 +151,7 @@ def _launch(
     *,
     max_queue: int,
 ) -> Launched:
-    """Load the model in this process, or on the launcher's ranks."""
+    """Load the model: in this process if there is no launcher, else on the launcher's ranks."""
     if launcher is None:
         from epslots.cli.one_rank import OneRank
 
@@ -168,7 +168,7 @@ def _launch(
 
 
 def context_of(folder: Path) -> int | None:
-    """Tokens of the model's context, if it states that.
+    """Tokens of the model's context; None if it states none.
 
     Raises:
         UnsupportedModelError: the model predicts no tokens.
@@ -179,10 +179,15 @@ def context_of(folder: Path) -> int | None:
 
 
 def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | None, kv_tokens: int | None) -> int:
-    """Tokens of KV cache for some prompts.
+    """Tokens of KV cache that these prompts are served with.
+
+    Args:
+        encoded: the token ids of each prompt.
+        context: tokens of the model's context; None if it states none.
+        kv_tokens: the value of --kv-tokens.
 
     Raises:
-        ConfigError: a prompt and its new tokens exceed the model's context, or the cache that was asked for.
+        ConfigError: a prompt and its new tokens exceed the model's context, or --kv-tokens.
     """
     longest = max(map(len, encoded))
     if context is not None and longest + max_new_tokens > context:
@@ -190,7 +195,7 @@ def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | No
             f"the prompt has {longest} tokens and --max-new-tokens is {max_new_tokens}, but the model's context "
             f"holds {context}"
         )
-    needed = longest + max_new_tokens - 1  # the last one is handed out and never computed with
+    needed = longest + max_new_tokens - 1  # the last new token is never computed with, so it has no keys and values
     if kv_tokens is None:
         return max(needed, min(DEFAULT_KV_TOKENS, sum(map(len, encoded)) + len(encoded) * max_new_tokens))
     if kv_tokens < needed:
@@ -202,7 +207,7 @@ def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | No
 
 
 class _PromptLine(msgspec.Struct):
-    """A line of a .jsonl file; other fields are left alone."""
+    """A line of a .jsonl file; its other fields are ignored."""
 
     prompt: Any
 
@@ -215,7 +220,7 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
     """Prompts from the arguments, else a file, else standard input.
 
     Raises:
-        ConfigError: none at all, an empty one, or a file that can't be read as UTF-8 text or JSON lines.
+        ConfigError: there is no prompt, an empty one, or a file that can't be read as UTF-8 text or JSON lines.
     """
     if arguments and file is not None:
         raise ConfigError("give prompts as arguments or as --file, not both")
@@ -261,7 +266,7 @@ def _prompt_of(line: Line, name: str) -> str:
 
 
 def print_texts(launched: Launched, texts: list[str], encoded: list[list[int]], text: TextOptions, *, echo: bool) -> None:
-    """Continue all prompts at once; print their texts one after the other, the first as it comes."""
+    """Continue all prompts at once, and print their texts one after the other, the first as it comes."""
     settings = text.settings()
     del settings["chat"]  # the prompts are encoded
     running: list[Iterable[str]] = [launched.submit(tokens, **settings) for tokens in encoded]
@@ -276,7 +281,7 @@ def print_texts(launched: Launched, texts: list[str], encoded: list[list[int]], 
 
 
 def show_stats(launched: Launched, link: str | None) -> None:
-    """Print the counters."""
+    """Print the counters of each layer and rank."""
     from epslots.cli.tables import print_stats
 
     print_stats(launched.stats(), link=link)

@@ -22,7 +22,7 @@ NAME = "ray"
 
 
 class Launched(Protocol):
-    """A model that serves. Leaving the context ends all of its processes."""
+    """A model that serves prompts. Leaving its context ends all of its processes."""
 
     def __enter__(self) -> Self: ...
 
@@ -45,7 +45,7 @@ class Launched(Protocol):
         """Start to continue a prompt of token ids; returns its text, in pieces as they come, up to a ``stop`` string.
 
         Raises:
-            EpslotsError: the prompt or a setting is refused. Iterating raises it if the prompt can't be served.
+            EpslotsError: the prompt or a setting is refused. The iterator raises it if the prompt can't be served.
         """
 
     def stats(self) -> Stats | RanksStats:
@@ -82,10 +82,10 @@ class Launcher(Protocol):
 
 
 def find_launcher() -> Launcher:
-    """The launcher that is installed.
+    """The installed launcher.
 
     Raises:
-        ConfigError: there is none, or it can't be imported; with how to install it.
+        ConfigError: there is none, or it can't be imported; the message says how to install it.
     """
     advice = "install epslots again, with Ray (pip install epslots), or leave --ranks and --address off"
     found = entry_points(group=GROUP, name=NAME)
@@ -94,4 +94,6 @@ def find_launcher() -> Launcher:
     try:
         return cast(Launcher, next(iter(found)).load())
     except ImportError as error:
-        raise ConfigError(f"--ranks, --address: what starts several ranks can't be imported ({error}); {advice}") from error
+        raise ConfigError(
+            f"--ranks, --address: the launcher of several ranks can't be imported ({error}); {advice}"
+        ) from error

@@ -33,7 +33,7 @@ class _Text:
 
 
 class OneRank:
-    """A model in this process. Submitted prompts run together: reading any of their texts advances them all.
+    """A model in this process. Prompts run together: reading the text of one makes steps for all.
 
     Args:
         tokenizer: turns tokens into text.
@@ -89,7 +89,7 @@ class OneRank:
     def _take(self, output: Output) -> None:
         text = self._texts[output.id]
         if text.finished:
-            return  # cancelled at a stop string
+            return  # it ended at a stop string before
         pieces = [text.stream.push(output.tokens)]
         if text.stream.stopped and not output.finished:
             self._engine.batcher.cancel(output.id)
