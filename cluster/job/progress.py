@@ -1,4 +1,4 @@
-"""The progress of a job on standard error: a bar in a terminal, or a line from time to time in a log."""
+"""How far a job is, on standard error: a bar in a terminal, and a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from epslots.streams import is_terminal, say
 
-MAX_WARNINGS = 10
+MOST_WARNINGS = 10
 LOG_EVERY_S = 10.0
 _LOG_PARTS = 10
 
 
 @dataclass
 class Counts:
-    """Prompts, errors and tokens of a job, in this run and in earlier ones."""
+    """What a job has done: in this run, and before it."""
 
     total: int
     before: int
@@ -39,11 +39,11 @@ class Counts:
 
 
 class JobProgress:
-    """Shows the progress of a job.
+    """Says how a job goes.
 
     Args:
-        counts: kept up to date by the job.
-        stream: receives the output, standard error by default; a bar is drawn if it is a terminal.
+        counts: kept by the job.
+        stream: where to; a bar is drawn if it is a terminal.
         clock: seconds.
     """
 
@@ -60,7 +60,7 @@ class JobProgress:
         self._task = self._bar.add_task("", total=counts.total, completed=counts.done)
 
     def start(self) -> None:
-        """Start the clock of the token rate: the cluster serves."""
+        """The cluster serves: time counts from here."""
         self._began_s = self._told_s = self._clock()
         self._told_part = self._part()
         self._bar.start()
@@ -68,15 +68,15 @@ class JobProgress:
             self.say(self._state())
 
     def warn(self, text: str) -> None:
-        """Print a warning about a prompt, for the first few of them."""
+        """Say what is wrong with a prompt; the first few of them."""
         self._warnings += 1
-        if self._warnings <= MAX_WARNINGS:
+        if self._warnings <= MOST_WARNINGS:
             self.say(f"warning: {text}")
-        elif self._warnings == MAX_WARNINGS + 1:
+        elif self._warnings == MOST_WARNINGS + 1:
             self.say("warning: there are more prompts with errors; the output has them all")
 
     def advance(self) -> None:
-        """Show that another prompt is done."""
+        """Another prompt is done."""
         now = self._clock()
         self._bar.update(self._task, completed=self._counts.done, description=self._rate())
         if self._bar.disable and (now - self._told_s >= LOG_EVERY_S or self._part() > self._told_part):
@@ -84,7 +84,7 @@ class JobProgress:
             self.say(self._state())
 
     def finish(self, how: str) -> None:
-        """Print the last line, with all counts."""
+        """The last word."""
         self._bar.stop()
         counts = self._counts
         parts = [f"{counts.done:,} of {counts.total:,} prompts done"]
