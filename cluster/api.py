@@ -217,7 +217,7 @@ class Cluster:
         return self._thread.call(ask())
 
     def placement(self) -> PlacementReport:
-        """The ranks that hold each expert, and those that should, at the end of the current step."""
+        """Ranks that hold each expert, and those that should, at the end of the current step."""
         self._check_open()
         reports = self._thread.call(self._supervisor.reports())
         newest = max((report for _, report in reports), key=lambda report: report.epoch, default=None)

@@ -49,7 +49,7 @@ class ChangesOutputs:
 
 
 class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How a checkpoint is loaded and run on each rank, whatever started it.
+    """Settings by which a checkpoint is loaded and run on each rank.
 
     Attributes:
         slots: expert slots: an int (per MoE layer), ``"25%"`` (of each layer's experts), ``"12GiB"`` (bytes of the whole pool)
@@ -72,7 +72,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             the first. **The outputs are no longer the model's own.**
         host_compute: let the host's CPU compute a missing expert, from the host store, where that costs less than fetching it:
             ``"auto"`` (with a GPU), ``"on"`` or ``"off"``. ``costs``, if given, must include its cost.
-        batch_invariant: compute each token in the same bits, whatever the batch, the slots, and the number of ranks. Slower.
+        batch_invariant: compute each token in the same bits for any batch, slots, and number of ranks. Slower.
             Experts and dense layers hold it in every forward pass; attention holds it in an ``Engine``.
     """
 
@@ -119,24 +119,27 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "host_compute='on', but costs don't say what it costs: give host_expert and host_pair, or no costs"
             )
 
-    def computes_on_host(self, device: str) -> bool:
-        """Whether the host's CPU may compute missing experts of a model on this kind of device (``"cpu"``, ``"cuda"``).
+    def check_device(self, device: str) -> None:
+        """Refuse settings that contradict each other on a kind of device: ``"cpu"`` or ``"cuda"``.
 
         Raises:
-            ConfigError: it may, and ``batch_invariant`` forbids it there.
+            ConfigError: naming them.
         """
-        if self.host_compute == "auto":
-            return device == "cuda" and not self.batch_invariant
         if self.host_compute == "on" and self.batch_invariant and device == "cuda":
             raise ConfigError("batch_invariant with host_compute='on': the host's sums differ from the GPU's; leave one out")
+
+    def computes_on_host(self, device: str) -> bool:
+        """Whether the host's CPU may compute missing experts of a model on this kind of device."""
+        if self.host_compute == "auto":
+            return device == "cuda" and not self.batch_invariant
         return self.host_compute == "on"
 
     def packs_records(self, device: str) -> bool:
-        """Whether experts stay packed in the host store: where a link carries them, and fewer bytes cross it."""
+        """Whether the host store keeps experts packed: where a link carries them, and fewer bytes cross it."""
         return device == "cuda" or self.link is not None
 
     def compared(self, effects: Mapping[str, str]) -> dict[str, str]:
-        """The settings that all ranks must have alike, by the names under which they compare them.
+        """The settings that all ranks must have alike, by the names of their ``ComparedAs``.
 
         Args:
             effects: values of settings that the machine decides on (``"auto"``); the others are compared as given.
@@ -229,7 +232,7 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 
 def with_keywords(settings: type, *configs: type[msgspec.Struct]) -> Callable[[Target], Target]:
-    """Show configurations' fields as keywords of a function or class that takes ``**settings``, to ``help`` and notebooks.
+    """Show configurations' fields as keywords of a callable that takes ``**settings``: to ``help`` and notebooks.
 
     Its signature gets their names, types and defaults, before its own keywords; its docstring gets their meanings, in place
     of its entry ``settings``.

@@ -97,16 +97,16 @@ def _store_key(opened: OpenModel) -> str:
 
 
 def default_store_kind(device: torch.device, store_bytes: int) -> str:
-    """Memory on a GPU, because it can be pinned, if half of the RAM that this process may use holds it; else a file.
+    """Memory for a GPU, because it can be pinned, if half of the RAM limit holds it; else a file.
 
-    The limit decides and not its free part: all processes of a node must come to the same answer.
+    The process's limit decides and not its free part: all processes of a node must come to the same answer.
     """
     in_memory = device.type == "cuda" and hasattr(os, "memfd_create")
     return "memory" if in_memory and store_bytes <= total_memory() // 2 else "file"
 
 
 def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tuple[int, str]:
-    """The bytes that a rank may plan with, and a note for people that says where the number is from.
+    """The bytes that a rank may plan with, and a note on their limit.
 
     Args:
         shared_bytes: of a host store in memory, which shares a CPU's RAM with the slots of all the node's ranks.

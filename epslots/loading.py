@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
@@ -204,7 +205,7 @@ def load_alone(
         StoreError: the host store can't be built or trusted.
     """
     device = resolve_device(config.device)
-    computes_on_host = config.computes_on_host(device.type)
+    config.check_device(device.type)
     plan = plan_load(source, config, device, neighbours)
     opened, checkpoint = plan.opened, plan.opened.checkpoint
 
@@ -225,32 +226,38 @@ def load_alone(
         make_batch_invariant(model)
     policy = resolve_policy(config.policy)
     runtime = _build_runtime(model, checkpoint.content, opened.layers, plan.memory, store, policy, device, config.link)
+    runtime = _apply_config(model, runtime, config, checkpoint.folder)
+    attach(model, runtime)
+    runtime.fill(runtime.complete_layers(), display)
+    return model
+
+
+def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, folder: Path) -> Runtime:
+    """The runtime with prefetchers and CPU experts as the configuration wants them on this device."""
     foresight, predictor = attach_prefetchers(
         model,
         runtime.runners,
-        checkpoint.folder,
+        folder,
         prefetch=parse_prefetch(config.prefetch),
         predictor=config.predictor,
         execute_predicted=config.execute_predicted,
     )
+    computes_on_host = config.computes_on_host(model.device.type)
     effects = {
         "policy": policy_name(config.policy),
-        "device": device.type,
-        "dtype": str(opened.dtype),
+        "device": model.device.type,
+        "dtype": str(model.dtype),
         "predictions": foresight.settings,
         "host_compute": str(computes_on_host),
         "fetches": "meanwhile" if any(loader.link.concurrent for loader in runtime.movers) else "at once",
     }
-    runtime = replace(
+    return replace(
         runtime,
         foresight=foresight,
         predictor=predictor,
         computes_on_host=computes_on_host,
         rank_settings=config.compared(effects),
     )
-    attach(model, runtime)
-    runtime.fill(runtime.complete_layers(), display)
-    return model
 
 
 def _build_runtime(

@@ -148,7 +148,7 @@ def read_names(line: Line) -> dict[str, Raw]:
 
 
 def _lenient_fields(data: bytes) -> dict[str, bytes]:
-    """The fields of an object in Python's dialect of JSON, which has NaN and halves of surrogate pairs."""
+    """The fields of an object in Python's JSON, which has NaN and halves of surrogate pairs."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):

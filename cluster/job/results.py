@@ -53,13 +53,13 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 
 def join_digest(settings: int, line: int) -> str:
-    """The digest of a result line, from those of the settings (32 bits) and of the prompt's line (64 bits)."""
+    """A result's digest: of the settings (32 bits) and of the prompt's line (64 bits)."""
     return f"{settings:08x}-{line:016x}"
 
 
 @dataclass(frozen=True)
 class EarlierResults:
-    """Result lines of earlier runs, those of them with errors, and the bytes of a torn line that were dropped."""
+    """Result lines of earlier runs, those with errors, and dropped bytes of a torn line."""
 
     done: int = 0
     errors: int = 0
@@ -96,7 +96,7 @@ class ResultFile:
             raise ConfigError(message) from error
 
     def resume(self, index: LineIndex, settings_digest: int) -> EarlierResults:
-        """Mark the lines of the index that have results as done, and drop a torn last line.
+        """Mark lines of the index that have results as done; drop a torn last line.
 
         Raises:
             ConfigError: the file is not this job's: other lines, other prompts, or other settings. It is left unchanged.

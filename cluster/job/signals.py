@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception, so that cluster and files are closed on the way out, without interruption."""
+"""Ctrl-C and SIGTERM as one exception, so that cluster and files are closed on the way out."""
 
 from __future__ import annotations
 

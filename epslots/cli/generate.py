@@ -132,7 +132,7 @@ def _encode(
     context: int | None,
     kv_tokens: int | None,
 ) -> tuple[list[list[int]], int]:
-    """The token ids of each prompt, and the tokens of KV cache that they are served with."""
+    """The token ids of each prompt, and the tokens of KV cache for all."""
     from epslots.engine.text import encode_prompt
 
     limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
@@ -266,7 +266,7 @@ def _prompt_of(line: Line, name: str) -> str:
 
 
 def print_texts(launched: Launched, texts: list[str], encoded: list[list[int]], text: TextOptions, *, echo: bool) -> None:
-    """Continue all prompts at once, and print their texts one after the other, the first as it comes."""
+    """Continue all prompts at once, and print their texts in order, each as it comes."""
     settings = text.settings()
     del settings["chat"]  # the prompts are encoded
     running: list[Iterable[str]] = [launched.submit(tokens, **settings) for tokens in encoded]

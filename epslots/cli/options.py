@@ -42,7 +42,7 @@ CacheDirOption = Annotated[
 SeedOption = Annotated[
     int,
     typer.Option(
-        "--seed", min=0, help="Seed of the sampling. The same seed gives the same text, whatever the ranks and other prompts."
+        "--seed", min=0, help="Seed of the sampling. The same seed gives the same text on any ranks, beside any other prompts."
     ),
 ]
 PlacementOption = Annotated[
@@ -124,7 +124,7 @@ class LoadConfigOptions:
         bool,
         typer.Option(
             "--batch-invariant",
-            help="Compute each text in the same bits whatever runs beside it, and whatever --slots and --ranks are. Slower.",
+            help="Compute each text in the same bits beside any other prompts, and with any --slots and --ranks. Slower.",
         ),
     ] = _DEFAULTS.batch_invariant
 

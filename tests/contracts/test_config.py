@@ -209,6 +209,14 @@ def test_the_host_computes_where_it_may(settings: dict[str, Any], device: str, c
     assert LoadConfig(**settings).computes_on_host(device) == computes
 
 
+def test_the_host_of_a_gpu_computes_nothing_batch_invariant():
+    """Its sums differ from the GPU's."""
+    config = LoadConfig(host_compute="on", batch_invariant=True)
+    config.check_device("cpu")
+    with pytest.raises(ConfigError, match="batch_invariant with host_compute='on'"):
+        config.check_device("cuda")
+
+
 def test_ranks_compare_every_setting_that_shapes_a_step():
     effects = {"policy": "a name", "fetches": "meanwhile", "predictions": "none"}
     assert LoadConfig(batch_invariant=True).compared(effects) == {
