@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from epslots.cli.options import LoadConfigOptions
 from epslots.config import LoadConfig, LoadSettings, load_config
 from epslots.errors import ConfigError
 from epslots.planner.cost_model import Costs
+from epslots.transport.transport import Transport
 from epslots.units import PrefetchSetting, SlotsSetting
 from tests.support import ROOT
+from tests.support.rank_helpers import run_threads
 
 LOAD_FIELDS = LoadConfig.__struct_fields__
 MOST_PARAMETERS = 8
@@ -207,6 +209,20 @@ def test_costs_say_what_host_compute_needs():
 )
 def test_the_host_computes_where_it_may(settings: dict[str, Any], device: str, computes: bool):
     assert LoadConfig(**settings).computes_on_host(device) == computes
+
+
+def test_a_refused_setting_of_one_rank_is_told_to_all(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """A rank that would leave without a word kept the others waiting for as long as loading may take."""
+
+    def refused(transport: Transport) -> str:
+        slots = "banana" if transport.rank else 2
+        with pytest.raises(epslots.EpslotsError) as caught:
+            epslots.load(checkpoint("qwen3_moe"), slots=slots, device="cpu", cache_dir=cache_dir, group=transport)
+        return str(caught.value)
+
+    waiting, failing = run_threads(refused, 2)
+    assert "slots='banana': allowed" in failing
+    assert "rank 1 could not load" in waiting and "slots='banana'" in waiting
 
 
 def test_the_host_of_a_gpu_computes_nothing_batch_invariant():
