@@ -50,7 +50,7 @@ class Cluster:
 
     Args:
         path_or_id: a checkpoint folder with safetensors, at the same path on all nodes; or a hub id.
-        settings: of ``cluster.config.ClusterConfig``, and of each rank's model: ``epslots.config.LoadConfig``.
+        settings: fields of ``cluster.config.ClusterConfig`` and, for each rank's model, ``epslots.config.LoadConfig``.
         fleet: backend that the ranks run on, in place of Ray.
 
     Raises:

@@ -45,7 +45,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         give_up_after_s: seconds after which a rank that can't be replaced, or a Ray that doesn't come back, is given up; with
             the last rank the cluster ends. None = it is tried without an end, twice a minute.
         progress: show how the start goes; None = if standard error is a terminal.
-        model: the settings of each rank's model.
+        model: settings of each rank's model.
     """
 
     ranks: int | None = None

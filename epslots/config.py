@@ -234,51 +234,27 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 def with_keywords(settings: type, *configs: type[msgspec.Struct]) -> Callable[[Target], Target]:
     """Show configurations' fields as keywords of a callable that takes ``**settings``: to ``help`` and notebooks.
 
-    Its signature gets their names, types and defaults, before its own keywords; its docstring gets their meanings, in place
-    of its entry ``settings``.
+    Its signature gets their names, types and defaults, before its own keywords; its docstring gets their meanings.
 
     Args:
         settings: the TypedDict of the keywords that users may write.
-        configs: have the defaults, and docstrings with ``Attributes:``.
+        configs: have the defaults, and docstrings with ``Attributes:`` at the end.
     """
-    types: dict[str, Any] = settings.__annotations__
+    kind, types = inspect.Parameter.KEYWORD_ONLY, settings.__annotations__
     keywords = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_text_of(types[field.name])
-        )
+        inspect.Parameter(field.name, kind, default=field.default, annotation=types[field.name].__forward_arg__)
         for config in configs
         for field in msgspec.structs.fields(config)
         if field.name in types
     ]
-    attributes = [line for config in configs for line in _attributes_of(config, set(types))]
+    meanings = "\n".join((inspect.getdoc(config) or "").partition("Attributes:\n")[2] for config in configs)
 
     def decorate(target: Target) -> Target:
         signature = inspect.signature(target)
-        positional = [parameter for parameter in signature.parameters.values() if parameter.kind < parameter.KEYWORD_ONLY]
-        own = [parameter for parameter in signature.parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
-        setattr(target, "__signature__", signature.replace(parameters=[*positional, *keywords, *own]))  # noqa: B010
-        if target.__doc__ is not None:  # python -OO leaves none
-            target.__doc__ = _insert(inspect.cleandoc(target.__doc__), attributes)
+        own = signature.parameters.values()
+        parameters = [*(p for p in own if p.kind < kind), *keywords, *(p for p in own if p.kind == kind)]
+        setattr(target, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+        target.__doc__ = f"{inspect.getdoc(target)}\n\nSettings:\n{meanings}"
         return target
 
     return decorate
-
-
-def _text_of(annotation: Any) -> str:
-    return getattr(annotation, "__forward_arg__", annotation)
-
-
-def _attributes_of(config: type[msgspec.Struct], names: set[str]) -> Iterator[str]:
-    """The lines of a docstring's ``Attributes:`` that explain these fields."""
-    wanted = False
-    for line in (inspect.getdoc(config) or "").partition("Attributes:\n")[2].rstrip().splitlines():
-        if not line.startswith("     "):  # an entry begins; its further lines are indented deeper
-            wanted = line.strip().partition(":")[0] in names
-        if wanted:
-            yield line
-
-
-def _insert(doc: str, attributes: list[str]) -> str:
-    lines = doc.splitlines()
-    number = next(number for number, line in enumerate(lines) if line.startswith("    settings: "))
-    return "\n".join([*lines[:number], *attributes, *lines[number + 1 :]])

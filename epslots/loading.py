@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ def load(
 
     Args:
         path_or_id: a checkpoint folder with safetensors, or a hub id.
-        settings: of ``epslots.config.LoadConfig``. Unknown keywords are refused, never ignored.
+        settings: fields of ``epslots.config.LoadConfig``. Unknown keywords are refused, never ignored.
         progress: show progress bars; by default when standard error is a terminal.
         group: the ranks to compute with. Default: torch.distributed's default group, which is formed here if ``torchrun``
             started the process; without it, this rank is alone. Ranks may have different numbers of slots.
@@ -110,7 +110,10 @@ def load(
         StoreError: the host store can't be built or trusted.
         GroupError: ranks don't match, or one is lost.
     """
-    settings = _known(settings)
+    given: dict[str, Any] = dict(settings)
+    if given.pop("trust_remote_code", False):
+        raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
+    refuse_unknown(given, tuple(inspect.signature(load).parameters))
     if not isinstance(attn_implementation, str | None):
         raise ConfigError(f"attn_implementation={attn_implementation!r}: allowed: a name, such as 'sdpa'")
     if deadline_s is not None and not deadline_s > 0:
@@ -119,12 +122,12 @@ def load(
     first = read_placement(placement) if isinstance(placement, str | os.PathLike) else placement
     if first is not None:
         first.check()
-    transport = find_transport(group, resolve_device(settings.get("device")))
+    transport = find_transport(group, resolve_device(given.get("device")))
     # Of several ranks the first shows progress.
     display = ProgressDisplay(False if progress is None and transport is not None and transport.rank else progress)
 
     def load_here(neighbours: int) -> PreTrainedModel:
-        config = load_config(**settings)  # here, so that the other ranks are told if a setting is refused
+        config = load_config(**given)  # here, so that the other ranks are told if a setting is refused
         config.check_costs(costs)
         return load_alone(source, config, neighbours=neighbours, display=display, attn_implementation=attn_implementation)
 
@@ -136,19 +139,6 @@ def load(
     if first is not None:
         place_alone(model, first, display)
     return model
-
-
-def _known(settings: LoadSettings) -> LoadSettings:
-    """The settings, if all are known; ``trust_remote_code=False`` is dropped.
-
-    Raises:
-        ConfigError: a keyword is unknown, or ``trust_remote_code`` is true.
-    """
-    given: dict[str, Any] = dict(settings)
-    if given.pop("trust_remote_code", False):
-        raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
-    refuse_unknown(given, tuple(inspect.signature(load).parameters))
-    return cast(LoadSettings, given)
 
 
 def _load_together(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
@@ -100,6 +100,7 @@ def generate(
 
     launcher = find_launcher() if where.many else None  # before the model's files are read
 
+    from epslots.cli.one_rank import OneRank
     from epslots.engine.sampling import Sampling
     from epslots.engine.text import load_tokenizer, stop_strings
     from epslots.example import example_model
@@ -113,7 +114,12 @@ def generate(
     tokenizer = load_tokenizer(folder)
     encoded, kv_tokens = _encode(texts, tokenizer, text, context=context, kv_tokens=kv_tokens)
     config = msgspec.structs.replace(config, kv_tokens=kv_tokens)
-    with _launch(launcher, source, folder, tokenizer, where, config, max_queue=len(texts)) as launched:
+    launched: Launched
+    if launcher is None:
+        launched = OneRank(source, tokenizer, config, where.placement)
+    else:
+        launched = _launch(launcher, source, where, config, max_queue=len(texts))
+    with launched:
         try:
             print_texts(launched, texts, encoded, text, echo=echo)
         except KeyboardInterrupt:
@@ -141,30 +147,11 @@ def _encode(
     return encoded, room_for(encoded, text.max_new_tokens, context=context, kv_tokens=kv_tokens)
 
 
-def _launch(
-    launcher: Launcher | None,
-    source: str,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    where: RankOptions,
-    config: LoadConfig,
-    *,
-    max_queue: int,
-) -> Launched:
-    """Load the model: in this process if there is no launcher, else on the launcher's ranks."""
-    if launcher is None:
-        from epslots.cli.one_rank import OneRank
-
-        return OneRank(source, tokenizer, config, placement=where.placement)
-    return launcher(
-        str(folder.resolve()) if Path(source).is_dir() else source,  # the ranks have another working folder
-        ranks=where.ranks,
-        address=ray_address(where.address),
-        strategy=where.strategy,
-        placement=where.placement,
-        max_queue=max_queue,
-        **config.keywords(),
-    )
+def _launch(launcher: Launcher, source: str, where: RankOptions, config: LoadConfig, max_queue: int) -> Launched:
+    """Load the model on the launcher's ranks, which have another working folder."""
+    path = str(Path(source).resolve()) if Path(source).is_dir() else source
+    ranks = {**asdict(where), "address": ray_address(where.address)}
+    return launcher(path, **ranks, max_queue=max_queue, **config.keywords())
 
 
 def context_of(folder: Path) -> int | None:
