@@ -237,7 +237,7 @@ class Cluster:
             ConfigError: the cluster has no controller (``window_steps=0``).
             ClusterError: no controller answers.
         """
-        return self._thread.call(self._controller().explain())
+        return self._thread.call(self._need_controller().explain())
 
     def rebalance(self) -> Explanation:
         """Plan a placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
@@ -249,7 +249,7 @@ class Cluster:
             ConfigError: the cluster has no controller (``window_steps=0``).
             ClusterError: no controller answers.
         """
-        return self._thread.call(self._controller().rebalance())
+        return self._thread.call(self._need_controller().rebalance())
 
     def freeze(self) -> None:
         """Keep the placement under any traffic until ``unfreeze``. Pending migrations towards it go on.
@@ -257,7 +257,7 @@ class Cluster:
         Raises:
             ConfigError: the cluster has no controller (``window_steps=0``).
         """
-        self._thread.call(self._controller().freeze(True))
+        self._thread.call(self._need_controller().freeze(True))
 
     def unfreeze(self) -> None:
         """Let the placement follow the traffic again.
@@ -265,9 +265,9 @@ class Cluster:
         Raises:
             ConfigError: the cluster has no controller (``window_steps=0``).
         """
-        self._thread.call(self._controller().freeze(False))
+        self._thread.call(self._need_controller().freeze(False))
 
-    def _controller(self) -> ControllerClient:
+    def _need_controller(self) -> ControllerClient:
         self._check_open()
         if self._supervisor.controller_client is None:
             raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")
