@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from transformers import PreTrainedTokenizerBase
 
+from cluster.config import ClusterConfig, ClusterSettings, cluster_config
 from cluster.driver.backend import Backend
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
@@ -31,56 +32,28 @@ from cluster.messages.rank import Load
 from cluster.reports import ClusterStats, PlacementReport, rank_stats
 from cluster.request_checker import RequestChecker
 from cluster.token_stream import TokenStream
-from epslots.engine.paged_batcher import DEFAULT_BATCH_TOKENS
+from epslots.config import LoadConfig, check_count, with_keywords
 from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
-from epslots.loading import DEFAULT_KV_TOKENS, HOST_COMPUTE_SETTINGS
 from epslots.models.checkpoint import find_checkpoint
 from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
-from epslots.planner.cache_policy import DEFAULT_POLICY, resolve_policy
-from epslots.planner.cost_model import Costs
 from epslots.progress import StartDisplay
 from epslots.telemetry import sum_over_ranks
-from epslots.units import parse_link, parse_prefetch, parse_slots
-
-STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
-DEFAULT_QUEUE = 1024
-DEFAULT_WINDOW = 64
-_MOST_S = 7 * 24 * 3600
 
 
+@with_keywords(ClusterSettings, ClusterConfig, LoadConfig)
 class Cluster:
-    """Ranks that are one model, and requests to it from any number of threads.
+    """A model on many ranks; any number of threads send it requests.
 
-    Returns when the ranks serve. A rank that is lost later is replaced while the others go on, and its requests with them; no
-    caller notices but by the time it takes.
+    The constructor returns when the ranks serve. A rank that is lost later is replaced while the others go on and take over
+    its requests; callers notice the delay alone.
 
     Args:
         path_or_id: a checkpoint folder with safetensors, at the same path on all nodes; or a hub id.
-        ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
-        slots: of each rank, as in ``epslots.load``.
-        address: the Ray cluster to run in: "auto" for the running one, "host:port", or None to start Ray on this machine.
-        strategy: how ranks are placed: "PACK" (on few nodes), "SPREAD" (over many), or the same strictly: "STRICT_PACK" (one
-            node), "STRICT_SPREAD" (a node each).
-        device: "cuda" or "cpu"; None = GPUs if the cluster has any.
-        dtype, policy, host_store, cache_dir, link, prefetch, predictor, execute_predicted, host_compute, batch_invariant: as
-            in ``epslots.load``, on every node.
-        kv_tokens: tokens that each rank's KV cache keeps.
-        max_batch_tokens: the most tokens of one step of a rank.
-        max_queue: requests that may wait or run at once.
-        costs: as in ``epslots.load``.
-        deadline_s: seconds that one operation between ranks may take before they give each other up.
-        silence_s: seconds in which a rank must answer while there is work; it is replaced otherwise.
-        give_up_after_s: seconds after which a rank that can't be replaced, or a Ray that doesn't come back, is given up; with
-            the last rank the cluster ends. None = it is tried without an end, twice a minute.
-        progress: show how the start goes; None = if standard error is a terminal.
-        placement: a file (of ``epslots placement plan``) that says where experts are to live at first, for as many ranks and
-            slots.
-        window_steps: steps after which ranks tell the controller what they measured; 0 = there is no controller, and the
-            placement stays.
-        backend: what to run ranks on, in place of Ray.
+        settings: fields of ``cluster.config.ClusterConfig`` and, for each rank's model, ``epslots.config.LoadConfig``.
+        backend: runs the ranks, in place of Ray.
 
     Raises:
         ConfigError: a setting is not one of those allowed.
@@ -89,75 +62,22 @@ class Cluster:
         ClusterError: the ranks don't come up: too few devices, a node without the model, a model that doesn't fit, ...
 
     Attributes:
-        tokenizer: the checkpoint's; None if it has none that can be loaded: prompts are token ids then.
+        tokenizer: the checkpoint's; None if none can be loaded from it: prompts are token ids then.
         timeline: seconds from the call to the end of each stage of the start, by name.
     """
 
     def __init__(
-        self,
-        path_or_id: str | os.PathLike[str],
-        *,
-        ranks: int | None = None,
-        slots: int | str = "auto",
-        address: str | None = None,
-        strategy: str = "PACK",
-        device: str | None = None,
-        dtype: str = "auto",
-        policy: str = DEFAULT_POLICY,
-        host_store: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        kv_tokens: int = DEFAULT_KV_TOKENS,
-        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        max_queue: int = DEFAULT_QUEUE,
-        costs: Costs | None = None,
-        deadline_s: float = 60.0,
-        silence_s: float = 10.0,
-        give_up_after_s: float | None = None,
-        progress: bool | None = None,
-        placement: str | os.PathLike[str] | None = None,
-        link: str | None = None,
-        prefetch: str = "auto",
-        predictor: str | os.PathLike[str] | None = None,
-        execute_predicted: bool = False,
-        host_compute: str = "auto",
-        batch_invariant: bool = False,
-        window_steps: int = DEFAULT_WINDOW,
-        backend: Backend | None = None,
+        self, path_or_id: str | os.PathLike[str], *, backend: Backend | None = None, **settings: Unpack[ClusterSettings]
     ) -> None:
-        parse_slots(slots)
-        resolve_policy(policy)
-        parse_prefetch(prefetch)
-        if host_compute not in HOST_COMPUTE_SETTINGS:
-            raise ConfigError(f"host_compute={host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
-        if host_compute == "on" and costs is not None and not costs.computes_on_host:
-            raise ConfigError(
-                "host_compute='on', but costs don't say what it costs: give host_expert and host_pair, or no costs"
-            )
-        if link is not None:
-            parse_link(link)
-        if strategy not in STRATEGIES:
-            raise ConfigError(f"strategy={strategy!r}; allowed: {', '.join(STRATEGIES)}")
-        for name, number in (("kv_tokens", kv_tokens), ("max_batch_tokens", max_batch_tokens), ("max_queue", max_queue)):
-            _check_count(name, number)
-        for name, seconds in (("deadline_s", deadline_s), ("silence_s", silence_s)):
-            _check_seconds(name, seconds)
-        if give_up_after_s is not None:
-            _check_seconds("give_up_after_s", give_up_after_s)
-        if ranks is not None:
-            _check_count("ranks", ranks)
-        if window_steps != 0:
-            _check_count("window_steps", window_steps)
-        first = None if placement is None else _first_placement(placement, ranks)
+        config = cluster_config(**settings)
+        placement = None if config.placement is None else _first_placement(config.placement, config.ranks)
         folder = find_checkpoint(path_or_id)
         read_language_config(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
-        if backend is None:
-            from cluster.ray_backend.backend import RayBackend
-
-            backend = RayBackend(address=address, strategy=strategy, device=device, path=path)
-        self._room = threading.Semaphore(max_queue)
-        self._max_queue = max_queue
+        backend = _ray_backend(config, path) if backend is None else backend
+        self._config = config
+        self._room = threading.Semaphore(config.max_queue)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._thread = LoopThread("epslots-supervisor")
         self._supervisor = Supervisor(
@@ -165,35 +85,23 @@ class Cluster:
             backend,
             Load(
                 path=path,
-                slots=slots,
-                device=device,
-                dtype=dtype,
-                policy=policy,
-                host_store=host_store,
-                cache_dir=None if cache_dir is None else str(Path(cache_dir).absolute()),
-                kv_tokens=kv_tokens,
-                max_batch_tokens=max_batch_tokens,
+                config=config.model,
+                max_batch_tokens=config.max_batch_tokens,
                 neighbours=1,
                 threads=0,
-                window_steps=window_steps,
-                link=link,
-                prefetch=prefetch,
-                predictor=None if predictor is None else str(Path(predictor).absolute()),
-                execute_predicted=execute_predicted,
-                host_compute=host_compute,
-                batch_invariant=batch_invariant,
+                window_steps=config.window_steps,
             ),
-            costs=costs,
-            deadlines=Deadlines(operation_s=deadline_s, silence_s=silence_s, give_up_s=give_up_after_s),
-            display=StartDisplay(progress),
+            costs=config.costs,
+            deadlines=Deadlines(operation_s=config.deadline_s, silence_s=config.silence_s, give_up_s=config.give_up_after_s),
+            display=StartDisplay(config.progress),
             make_router=lambda send: RequestRouter(send, lambda: self.tokenizer),
-            placement=first,
+            placement=placement,
         )
         self.timeline = self._supervisor.timeline
         self._closed = False
         atexit.register(self._close_at_exit)
         try:
-            starting = self._thread.begin(self._supervisor.start(ranks))
+            starting = self._thread.begin(self._supervisor.start(config.ranks))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
             self._checker = RequestChecker(self._thread.wait(starting), self.tokenizer, problem)
         except BaseException:
@@ -203,15 +111,15 @@ class Cluster:
     def generate(self, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Result]:
         """Continue prompts, many at once; yields results as they finish.
 
-        Prompts are taken as there is room for them, in the caller's thread, so there may be any number. A prompt that can't be
-        served is a result with the reason "error". Closing or dropping the iterator cancels all that isn't done.
+        Prompts are read in the caller's thread, as the queue has room for them; so there may be any number. A prompt that
+        can't be served is a result with the reason "error". Closing or dropping the iterator cancels the unfinished ones.
 
         Args:
-            prompts: text, token ids, or mappings with "prompt" and settings that differ from the others'.
-            settings: of ``GenerationSettings``.
+            prompts: text, token ids, or mappings with "prompt" and settings of its own.
+            settings: of ``GenerationSettings``, for prompts that have none of their own.
 
         Raises:
-            ConfigError: a setting is unknown or not allowed. (Now, not on first use.)
+            ConfigError: a setting is unknown or not allowed. It is raised by this call, not on first use.
             ClusterError: the cluster can't go on.
         """
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
@@ -227,7 +135,7 @@ class Cluster:
         try:
             while following is not None or running:
                 self._thread.check_process()  # the iterator may have been made before a fork
-                # With nothing of its own to wait for, a caller waits until others leave room.
+                # A caller without running prompts waits until other callers' requests leave room.
                 while following is not None and done.empty() and self._room.acquire(blocking=not running):
                     index, prompt = following
                     try:
@@ -243,9 +151,9 @@ class Cluster:
                 generation.give_up()
 
     def submit(self, prompt: Prompt, **settings: Any) -> Generation:
-        """Start to continue one prompt. Iterate what is returned for its text as it comes, or ask it for its ``result``.
+        """Start to continue one prompt; returns a generation: iterate it for text as it comes, or ask it for its ``result``.
 
-        It is cancelled when it is closed or dropped, and when a loop over it is left and no one else reads it.
+        It is cancelled when it is closed or dropped, and when a loop over it is left and no other reader remains.
 
         Raises:
             ConfigError: the prompt or a setting is not allowed.
@@ -258,13 +166,13 @@ class Cluster:
             self._thread.flush()  # requests that were cancelled before this call leave room
             if not self._room.acquire(blocking=False):
                 raise Overloaded(
-                    f"{self._max_queue} requests wait or run already, which is all that max_queue allows; wait for results, "
-                    f"or use generate(), which does"
+                    f"{self._config.max_queue} requests wait or run already, and max_queue allows no more; wait for results, "
+                    f"or use generate(), which waits"
                 )
         return self._send(0, prompt, read, lambda _: None)
 
     def _send(self, index: int, prompt: Prompt, settings: GenerationSettings, on_done: Callable[[int], None]) -> Generation:
-        """Send a request whose room is taken; gives it back if that fails, and when the request is done."""
+        """Send a request whose room in the queue is taken; the room is free again when it is done, or if it is refused."""
 
         def done() -> None:
             self._room.release()
@@ -296,7 +204,7 @@ class Cluster:
         return self._supervisor.group.serving
 
     def stats(self) -> ClusterStats:
-        """Counters of all ranks since each was loaded, when the step under way is done."""
+        """Counters of all ranks since each was loaded, at the end of the current step."""
         self._check_open()
 
         async def ask() -> ClusterStats:
@@ -311,7 +219,7 @@ class Cluster:
         return self._thread.call(ask())
 
     def placement(self) -> PlacementReport:
-        """Which rank holds which expert, and which should, when the step under way is done."""
+        """Ranks that hold each expert, and those that should, at the end of the current step."""
         self._check_open()
         reports = self._thread.call(self._supervisor.reports())
         newest = max((report for _, report in reports), key=lambda report: report.epoch, default=None)
@@ -325,30 +233,31 @@ class Cluster:
         )
 
     def explain(self) -> Explanation:
-        """Why the placement is what it is, in numbers; as text, for people. From the controller, when it has answered.
+        """The controller's reasons for the placement, in numbers; ``str`` of it is text for people.
 
         Raises:
-            ConfigError: there is to be no controller.
-            ClusterError: none can be had.
+            ConfigError: the cluster has no controller (``window_steps=0``).
+            ClusterError: no controller answers.
         """
         return self._thread.call(self._need_controller().explain())
 
     def rebalance(self) -> Explanation:
-        """Plan a placement now, and follow it if anything at all is gained, frozen or not. Requests go on meanwhile.
+        """Plan a placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
 
         Returns:
-            What came of it (``latest``), when the ranks have been told: they get there step by step.
+            The controller's reasons; ``latest`` is this decision. Ranks know the placement then, and migrate step by step.
 
         Raises:
-            ConfigError, ClusterError: as ``explain``.
+            ConfigError: the cluster has no controller (``window_steps=0``).
+            ClusterError: no controller answers.
         """
         return self._thread.call(self._need_controller().rebalance())
 
     def freeze(self) -> None:
-        """Keep the placement, whatever the traffic, until ``unfreeze``. What is being moved for it goes on being moved.
+        """Keep the placement under any traffic until ``unfreeze``. Pending migrations towards it go on.
 
         Raises:
-            ConfigError: there is to be no controller.
+            ConfigError: the cluster has no controller (``window_steps=0``).
         """
         self._thread.call(self._need_controller().freeze(True))
 
@@ -356,7 +265,7 @@ class Cluster:
         """Let the placement follow the traffic again.
 
         Raises:
-            ConfigError: there is to be no controller.
+            ConfigError: the cluster has no controller (``window_steps=0``).
         """
         self._thread.call(self._need_controller().freeze(False))
 
@@ -371,17 +280,17 @@ class Cluster:
 
         Raises:
             ConfigError: ``ranks`` is less than 1.
-            ClusterError: there are no devices for them, or they don't come up; the others go on.
+            ClusterError: the new ranks find no devices, or don't come up; the others go on.
         """
-        _check_count("ranks", ranks)
+        check_count("ranks", ranks)
         self._check_open()
         self._thread.call(self._supervisor.scale(ranks))
 
     def close(self) -> None:
-        """End all ranks, and Ray if it was started here. Requests that aren't done fail. Twice is once.
+        """End all ranks, and Ray if it was started here. Unfinished requests fail. A second call does nothing.
 
         Raises:
-            ClusterError: this is a forked child of the process that made the cluster; there, nothing can be called.
+            ClusterError: this process is a forked child of the cluster's, which may call no method of it.
         """
         self._thread.check_process()
         self._closed = True
@@ -406,34 +315,30 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or not self._thread.forked:  # a child that exits within the block does just that
+        if kind is None or not self._thread.forked:  # a forked child that exits within the block leaves the cluster alone
             self.close()
 
 
-def _check_count(name: str, given: object) -> None:
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise ConfigError(f"{name}={given!r}; allowed: an int, at least 1")
+def _ray_backend(config: ClusterConfig, path: str) -> Backend:
+    from cluster.ray_backend.backend import RayBackend
+
+    return RayBackend(address=config.address, strategy=config.strategy, device=config.model.device, path=path)
 
 
-def _check_seconds(name: str, given: object) -> None:
-    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given <= _MOST_S:
-        raise ConfigError(f"{name}={given!r}; allowed: seconds, more than 0, at most {_MOST_S}")
-
-
-def _first_placement(file: str | os.PathLike[str], ranks: int | None) -> bytes:
-    """A placement's file, as it is sent to the ranks.
+def _first_placement(file: str, ranks: int | None) -> bytes:
+    """The placement in a file, packed for the ranks.
 
     Raises:
-        ConfigError: it is none, or for another number of ranks.
+        ConfigError: the file holds no placement, or one for another number of ranks.
     """
     placement = read_placement(file)
     if ranks is not None and placement.ranks != ranks:
-        raise ConfigError(f"placement={os.fspath(file)!r} is for {placement.ranks} ranks, and ranks={ranks}")
+        raise ConfigError(f"placement={file!r} is for {placement.ranks} ranks, and ranks={ranks}")
     return pack(placement)
 
 
 def _tokenizer_of(folder: os.PathLike[str]) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """A checkpoint's tokenizer, or why there is none: token ids can be served without."""
+    """A checkpoint's tokenizer, or the reason why there is none: token ids are served without."""
     try:
         return load_tokenizer(os.fspath(folder)), ""
     except ConfigError as error:

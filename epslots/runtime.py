@@ -33,7 +33,8 @@ class Runtime:
         movers: the expert loader of each pool.
         runners: the ``MoELayer`` of each layer.
         predictor: predicts the next layer's experts; None where nothing is predicted.
-        host_compute: whether the host's CPU may compute missing experts.
+        computes_on_host: whether the host's CPU may compute missing experts.
+        rank_settings: settings that all ranks of a group must have alike (``LoadConfig.compared``).
     """
 
     checkpoint: str
@@ -45,7 +46,8 @@ class Runtime:
     telemetry: Telemetry
     foresight: PrefetchConfig = field(default_factory=PrefetchConfig)
     predictor: UsagePredictor | None = None
-    host_compute: bool = False
+    computes_on_host: bool = False
+    rank_settings: Mapping[str, str] = field(default_factory=dict)
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
         """The pool of a layer, and the layer's number within it."""

@@ -105,7 +105,7 @@ class Supervisor:
         self.group = WorkerGroup(
             self.workers,
             self.router,
-            kv_tokens=load.kv_tokens,
+            kv_tokens=load.config.kv_tokens,
             costs=costs,
             deadlines=deadlines,
             placement=placement,

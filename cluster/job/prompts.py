@@ -1,9 +1,9 @@
-"""The prompts of a job: a file of JSON lines (``epslots.json_lines``), and which of them are done.
+"""The prompts of a job: a file of JSON lines (``epslots.json_lines``), and an index of the lines that are done.
 
     {"prompt": "text"}
     {"prompt": [5, 6, 7], "id": "a-1", "max_new_tokens": 64, "temperature": 0.7, "seed": 1}
 
-The digest of a line tells whether the file has changed since the line was served.
+A line's digest shows whether the file was changed since the line was served.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from epslots.json_lines import Line, read_lines
 
 
 class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt: ``id`` comes back with its result, the others are ``GenerationSettings``, over those of the job."""
+    """One prompt. Its ``id`` comes back with its result; its other fields go before the job's ``GenerationSettings``."""
 
     prompt: str | tuple[int, ...]
     id: str | int | None = None
@@ -39,14 +39,14 @@ class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     chat: bool | UnsetType | None = UNSET
 
     def request(self) -> dict[str, Any]:
-        """What a cluster is asked for."""
+        """The prompt and its settings as a mapping for a cluster's ``generate``."""
         given = msgspec.structs.asdict(self)
         return {name: value for name, value in given.items() if value is not UNSET and name != "id"}
 
 
 @dataclass
 class LineIndex:
-    """Every line of a prompts file in nine bytes: its digest, and whether it is to be done."""
+    """Every line of a prompts file in nine bytes: its digest, and its state (blank, to do, done)."""
 
     _digests: array[int] = field(default_factory=lambda: array("Q"))
     _states: bytearray = field(default_factory=bytearray)
@@ -55,7 +55,7 @@ class LineIndex:
     done: int = 0
 
     def add(self, line: Line) -> None:
-        """Append a line, and blank ones before it."""
+        """Append a line, and the blank lines before it."""
         gap = line.number - 1 - len(self._states)
         self._digests.extend([0] * gap)
         self._states.extend([_BLANK] * gap)
@@ -69,7 +69,7 @@ class LineIndex:
         return len(self._states)
 
     def has(self, number: int) -> bool:
-        """Whether there is such a line, and it isn't blank."""
+        """Whether a line of this number exists and isn't blank."""
         return 1 <= number <= len(self._states) and self._states[number - 1] != _BLANK
 
     def digest(self, number: int) -> int:
@@ -92,7 +92,7 @@ def open_prompts(path: Path) -> BinaryIO:
     """Open a prompts file.
 
     Raises:
-        ConfigError: it can't be read, or is none that can be read again.
+        ConfigError: the file can't be read, or not a second time, as a pipe can't.
     """
     try:
         if stat.S_ISREG(path.stat().st_mode):
@@ -103,10 +103,10 @@ def open_prompts(path: Path) -> BinaryIO:
 
 
 def index_lines(path: Path) -> LineIndex:
-    """Read a prompts file once, to know how much there is to do.
+    """An index of a prompts file, which is read through once.
 
     Raises:
-        ConfigError: it can't be read.
+        ConfigError: the file can't be read.
     """
     index = LineIndex()
     with open_prompts(path) as file:
@@ -125,7 +125,7 @@ def decode_line(line: Line) -> PromptLine:
     """The prompt of a line.
 
     Raises:
-        ConfigError: what is wrong with it, and what is allowed.
+        ConfigError: the line holds no prompt; with what is allowed.
     """
     needed = {"prompt": "text or a list of token ids"}
     return json_lines.decode_line(line, _decoder, example='{"prompt": "text"}', needed=needed)
@@ -136,7 +136,7 @@ _fields_decoder = msgspec.json.Decoder(dict[str, Raw])
 
 
 def read_names(line: Line) -> dict[str, Raw]:
-    """The ``id`` and ``custom_id`` of a line that is an object, whatever else is wrong with it; as they were written.
+    """The ``id`` and ``custom_id`` of a refused line, as they were written; none of a line that is no object.
 
     They may be text, numbers or truth values. Lists, objects and null name nothing.
     """
@@ -148,7 +148,7 @@ def read_names(line: Line) -> dict[str, Raw]:
 
 
 def _lenient_fields(data: bytes) -> dict[str, bytes]:
-    """The fields of an object that Python's own JSON takes: it has NaN, and halves of surrogate pairs, as writers in it do."""
+    """The fields of an object in Python's JSON, which has NaN and halves of surrogate pairs."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,10 +1,10 @@
-"""The output of a job: a JSON line for each prompt, written when it finishes, and read again when the job goes on.
+"""The output of a job: a JSON line for each prompt, written when it finishes, and read when the job goes on.
 
     {"line":3,"id":"a-1","text":" world","tokens":2,"reason":"stop","digest":"5c0ffee1-0123456789abcdef"}
     {"line":4,"error":"no such field: \"promt\"; allowed: ...","digest":"5c0ffee1-89abcdef01234567"}
 
-A line is written with one call, so a job that is killed leaves whole lines, and at most one torn one at the end, which the
-next start drops.
+A line is written with one call, so a killed job leaves whole lines, and at most one torn line at the end, which the next start
+drops.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from cluster.job.prompts import LineIndex
 from epslots.errors import ConfigError, EpslotsError
 
 _BEGIN = b'{"line":'
-# A text of a million tokens, with room to spare: what is longer wasn't written by a job.
-_MOST_LINE_BYTES = 256 * 1024**2
+# More than a text of a million tokens takes: a job writes no longer line.
+_MAX_LINE_BYTES = 256 * 1024**2
 
 
 class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What came of one prompt.
+    """The result of one prompt.
 
     Attributes:
         line: the prompt's line number, from 1.
-        id: the prompt's own, if it has one; of a line with an error as it was written.
-        custom_id: that of a line with an error, as it was written.
+        id: the prompt's own, if it has one; of a line with an error, as it was written.
+        custom_id: of a line with an error, as it was written.
         text: the new text; absent if the checkpoint has no tokenizer.
-        tokens: how many there are.
-        token_ids: which, if the prompt was given as token ids or there is no tokenizer.
+        tokens: number of new tokens.
+        token_ids: the new tokens, if the prompt was given as token ids or there is no tokenizer.
         reason: "stop" (end token or stop string) or "length" (``max_new_tokens``).
-        error: what was wrong, instead of all these.
-        digest: of the settings that shape the text, and of the prompt's line.
+        error: the reason why the prompt wasn't served, in place of text, tokens and reason.
+        digest: of the settings that change the text, and of the prompt's line.
     """
 
     line: int
@@ -53,13 +53,13 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 
 def join_digest(settings: int, line: int) -> str:
-    """The digest that a result carries, of 32 and 64 bits."""
+    """A result's digest: of the settings (32 bits) and of the prompt's line (64 bits)."""
     return f"{settings:08x}-{line:016x}"
 
 
 @dataclass(frozen=True)
-class Before:
-    """What earlier runs left: lines, those of them with errors, and bytes of a torn line that were dropped."""
+class EarlierResults:
+    """Result lines of earlier runs, those with errors, and dropped bytes of a torn line."""
 
     done: int = 0
     errors: int = 0
@@ -67,14 +67,14 @@ class Before:
 
 
 class OutputLost(EpslotsError):
-    """The output can't be written any more."""
+    """The output can no longer be written."""
 
 
 class ResultFile:
     """The output, locked against other jobs while it is open.
 
     Raises:
-        ConfigError: it can't be opened, or another job writes to it.
+        ConfigError: the file can't be opened, or another job writes to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,15 +95,15 @@ class ResultFile:
                 message = f"--output {path} can't be locked against other jobs ({error.strerror}); give a file elsewhere"
             raise ConfigError(message) from error
 
-    def resume(self, index: LineIndex, settings_digest: int) -> Before:
-        """Finish those lines of the index whose results are there, and drop a torn last line.
+    def resume(self, index: LineIndex, settings_digest: int) -> EarlierResults:
+        """Mark lines of the index that have results as done; drop a torn last line.
 
         Raises:
-            ConfigError: the file is not this job's: other lines, other prompts, or other settings. It is as it was.
+            ConfigError: the file is not this job's: other lines, other prompts, or other settings. It is left unchanged.
         """
         done = errors = whole_bytes = torn_bytes = 0
         with open(self._path, "rb") as file:
-            while data := file.readline(_MOST_LINE_BYTES):
+            while data := file.readline(_MAX_LINE_BYTES):
                 if not data.endswith(b"\n"):
                     self._check_torn(data, done)
                     torn_bytes = len(data)
@@ -113,10 +113,10 @@ class ResultFile:
                 done += 1
         if torn_bytes:
             os.ftruncate(self._file.fileno(), whole_bytes)
-        return Before(done, errors, torn_bytes)
+        return EarlierResults(done, errors, torn_bytes)
 
     def _count(self, data: bytes, row: int, index: LineIndex, settings_digest: int) -> bool:
-        """Finish the line of one result; returns whether that is an error."""
+        """Mark the line of one result as done; returns whether the result is an error."""
         try:
             result = _decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -134,9 +134,9 @@ class ResultFile:
         return result.error is not None
 
     def _check_torn(self, data: bytes, row: int) -> None:
-        """Whether the end of the file may be dropped: a user's own file must not lose its last line."""
-        written = data.rstrip(b"\0")  # what a file system leaves when the machine lost its power
-        if len(data) == _MOST_LINE_BYTES or not (written.startswith(_BEGIN) or _BEGIN.startswith(written)):
+        """Refuse to drop the end of a file that no job wrote: a user's own file must not lose its last line."""
+        written = data.rstrip(b"\0")  # a file system may leave zeros when the machine loses its power
+        if len(data) == _MAX_LINE_BYTES or not (written.startswith(_BEGIN) or _BEGIN.startswith(written)):
             raise self._foreign(f"line {row + 1} of it is no result of a job")
 
     def _foreign(self, problem: str) -> ConfigError:
@@ -149,7 +149,7 @@ class ResultFile:
         """Write one result.
 
         Raises:
-            OutputLost: the file can't take it; a torn line may be left, which the next start drops.
+            OutputLost: the write failed; it may leave a torn line, which the next start drops.
         """
         rest = memoryview(_encoder.encode(result) + b"\n")
         try:
@@ -159,8 +159,8 @@ class ResultFile:
             raise OutputLost(f"--output {self._path} can't be written any more: {error.strerror}") from error
 
     def close(self) -> None:
-        """See that all is on the disk, and let others in."""
-        with contextlib.suppress(OSError):  # not every file can be synced
+        """Flush the file to the disk, and release its lock."""
+        with contextlib.suppress(OSError):  # some files can't be synced
             os.fsync(self._file.fileno())
         self._file.close()
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception, so that whatever is open is closed on the way out, and closed undisturbed."""
+"""Ctrl-C and SIGTERM as one exception, so that cluster and files are closed on the way out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class JobStopped(BaseException):
-    """The process was told to stop. Not an Exception: nobody but the last caller handles it."""
+    """A signal told the process to stop. No Exception, so that only the outermost caller handles it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -19,14 +19,14 @@ class JobStopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What shells make of a process that a signal ended."""
+        """The exit code that shells give to a process ended by the signal."""
         return 128 + self.number
 
 
 class StopSignals:
     """While entered, the first of the signals raises ``JobStopped`` in the main thread, and further ones do nothing.
 
-    In another thread than the main one nothing is changed: signals are handled elsewhere then.
+    Entered in another thread than the main one, it changes nothing: Python lets the main thread alone handle signals.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StopSignals:
         self._ignoring = False
 
     def ignore(self) -> None:
-        """From now on they do nothing: what is being closed is not to be interrupted."""
+        """Let further signals do nothing, so that they don't interrupt closing."""
         self._ignoring = True
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -43,7 +43,7 @@ class StopSignals:
             raise JobStopped(number)
 
     def take_back(self) -> None:
-        """Handle the signals again, after something else has begun to: Ray's handler calls ours, and prints a stack trace."""
+        """Replace handlers that were set since: Ray's calls ours, but prints a stack trace first."""
         for number in self._before:
             signal.signal(number, self._handle)
 

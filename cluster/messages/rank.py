@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
+from epslots.config import LoadConfig
 from epslots.engine.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
@@ -28,31 +29,20 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Load the model, without a group.
 
     Attributes:
-        neighbours: ranks on this node, which share its RAM; this one included.
-        kv_tokens, max_batch_tokens: of the engine.
+        path: the checkpoint's folder on every node, or a hub id.
+        config: the model's settings.
+        max_batch_tokens: the most tokens of one step of the engine.
+        neighbours: ranks that share the node's RAM, this one included.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
-        others: as ``epslots.load`` has them.
     """
 
     path: str
-    slots: int | str
-    device: str | None
-    dtype: str
-    policy: str
-    host_store: str | None
-    cache_dir: str | None
-    kv_tokens: int
+    config: LoadConfig
     max_batch_tokens: int
     neighbours: int
     threads: int
     window_steps: int
-    link: str | None = None
-    prefetch: str = "auto"
-    predictor: str | None = None
-    execute_predicted: bool = False
-    host_compute: str = "auto"
-    batch_invariant: bool = False
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -18,10 +18,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from cluster.messages.placement import GetGroupState, LoadReport, PlacementRejected, SetPlacement
 from cluster.messages.rank import (
@@ -57,7 +55,8 @@ from epslots.engine.requests import Output, Request
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
-from epslots.loading import LOAD_DEADLINE_S, load_alone, shared_settings
+from epslots.loading import LOAD_DEADLINE_S, load_alone
+from epslots.models.checkpoint import CheckpointSource
 from epslots.placement.placement import Placement, unpack
 from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
@@ -108,7 +107,6 @@ class RankLoop:
         self._newest = -1
         """The newest epoch that is to form; written by the commands' thread."""
         # The stepping thread alone uses the rest, but for the transport, which the commands' thread reads and aborts.
-        self._settings: Load | None = None
         self._engine: Engine | None = None
         self._windows: WindowCutter | None = None
         self._transport: Transport | None = None
@@ -194,27 +192,14 @@ class RankLoop:
         began = time.monotonic()
         if load.threads:
             torch.set_num_threads(load.threads)
-        model: PreTrainedModel = load_alone(
-            load.path,
-            slots=load.slots,
-            device=load.device,
-            dtype=load.dtype,
-            policy=load.policy,
-            host_store=load.host_store,
-            cache_dir=None if load.cache_dir is None else Path(load.cache_dir),
-            kv_tokens=load.kv_tokens,
+        model = load_alone(
+            CheckpointSource(load.path),
+            load.config,
             neighbours=load.neighbours,
-            link=load.link,
-            prefetch=load.prefetch,
-            predictor=load.predictor,
-            execute_predicted=load.execute_predicted,
-            host_compute=load.host_compute,
-            batch_invariant=load.batch_invariant,
             display=ProgressDisplay(listener=self._tell_progress),
         )
         loaded = time.monotonic()
-        self._settings = load
-        self._engine = Engine(model, kv_tokens=load.kv_tokens, max_batch_tokens=load.max_batch_tokens)
+        self._engine = Engine(model, kv_tokens=load.config.kv_tokens, max_batch_tokens=load.max_batch_tokens)
         self._windows = WindowCutter(model, load.window_steps)
         config = model.config.get_text_config()
         self._send(
@@ -259,10 +244,9 @@ class RankLoop:
 
     def _join(self, form: Form, transport: Transport) -> None:
         """Make this rank's model a part of the group's."""
-        assert self._settings is not None
         model = self._loaded_engine.model
         placement = None if form.placement is None else unpack(form.placement)
-        shared = shared_settings(model, self._settings.policy)
+        shared = runtime_of(model).rank_settings
         if form.fresh:
             transport.deadline_s = LOAD_DEADLINE_S  # the ranks fill their slots, some from a slow disk
             display = ProgressDisplay(listener=self._tell_progress)

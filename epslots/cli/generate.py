@@ -4,60 +4,44 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import msgspec
 import typer
 
+from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
-    BatchInvariantOption,
-    CacheDirOption,
-    ChatOption,
-    DeviceOption,
-    DtypeOption,
-    ExecutePredictedOption,
-    HostComputeOption,
-    HostStoreOption,
-    IgnoreTokenizerEosOption,
-    LinkOption,
-    MaxNewTokensOption,
+    LoadConfigOptions,
     ModelOption,
     PlacementOption,
-    PolicyOption,
-    PredictorOption,
-    PrefetchOption,
-    SeedOption,
-    SlotsOption,
-    StopOption,
     StrategyOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
+    TextOptions,
     ray_address,
 )
+from epslots.config import DEFAULT_KV_TOKENS, LoadConfig
 from epslots.errors import ConfigError
 from epslots.json_lines import MOST_LINE_BYTES, Line, decode_line, decode_text, read_lines
-from epslots.planner.cache_policy import DEFAULT_POLICY
 from epslots.streams import is_terminal, read_input, say
 from epslots.units import format_bytes
 
 if TYPE_CHECKING:
-    from epslots.cli.launchers import Launched
+    from transformers import PreTrainedTokenizerBase
 
-DEFAULT_KV_TOKENS = 4096
+    from epslots.cli.launchers import Launched, Launcher
 
 
-def generate(
-    prompts: Annotated[
-        Optional[list[str]], typer.Argument(help="Prompts. Without any, --file or standard input is read.")
-    ] = None,
-    model: ModelOption = None,
-    slots: SlotsOption = "auto",
+@dataclass(frozen=True)
+class RankOptions:
+    """How many ranks run the model, and where."""
+
+    PANEL: ClassVar[str] = "The ranks"
+
     ranks: Annotated[
         int,
         typer.Option("--ranks", min=1, help="Ranks; their slots are one cache of the experts. Several run under Ray."),
-    ] = 1,
+    ] = 1
     address: Annotated[
         Optional[str],
         typer.Option(
@@ -65,21 +49,30 @@ def generate(
             help='Ray cluster to run in: "auto" (the running one), "host:port", or "local" (start Ray on this '
             "machine, as several ranks do by default).",
         ),
+    ] = None
+    strategy: StrategyOption = "PACK"
+    placement: PlacementOption = None
+
+    @property
+    def many(self) -> bool:
+        """Whether a launcher starts the ranks; else the one rank is this process."""
+        return self.ranks > 1 or self.address is not None
+
+
+@takes_groups
+def generate(
+    prompts: Annotated[
+        Optional[list[str]], typer.Argument(help="Prompts. Without any, --file or standard input is read.")
     ] = None,
-    strategy: StrategyOption = "PACK",
-    placement: PlacementOption = None,
+    model: ModelOption = None,
+    *,
+    load: LoadConfigOptions,
+    where: RankOptions,
     file: Annotated[
         Optional[Path],
         typer.Option("--file", "-f", help='One prompt (a text file), or many (.jsonl: an object with "prompt" a line).'),
     ] = None,
-    max_new_tokens: MaxNewTokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    stop: StopOption = None,
-    ignore_tokenizer_eos: IgnoreTokenizerEosOption = False,
-    chat: ChatOption = None,
+    text: TextOptions,
     echo: Annotated[bool, typer.Option("--echo", help="Print each prompt before its continuation.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print hits, misses, bytes and stalls of each layer.")] = False,
     kv_tokens: Annotated[
@@ -91,17 +84,6 @@ def generate(
             f"{DEFAULT_KV_TOKENS:,} unless one needs more.",
         ),
     ] = None,
-    policy: PolicyOption = DEFAULT_POLICY,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    host_store: HostStoreOption = None,
-    cache_dir: CacheDirOption = None,
-    link: LinkOption = None,
-    prefetch: PrefetchOption = "auto",
-    predictor: PredictorOption = None,
-    execute_predicted: ExecutePredictedOption = False,
-    host_compute: HostComputeOption = "auto",
-    batch_invariant: BatchInvariantOption = False,
 ) -> None:
     """Continue prompts with a model larger than the device.
 
@@ -112,68 +94,68 @@ def generate(
         epslots generate --model ./Qwen3-30B-A3B --ranks 4 --slots 12GiB --file prompts.jsonl --stats
         echo "import os" | epslots generate --temperature 0.7
     """
-    texts = read_prompts(prompts or [], file)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    ends: dict[str, Any] = {"stop": tuple(stop or ()), "ignore_tokenizer_eos": ignore_tokenizer_eos}
-    settings = {"max_new_tokens": max_new_tokens, **ends, **sampling}
-    many = ranks > 1 or address is not None
+    texts, config = read_prompts(prompts or [], file), load.config()
 
     from epslots.cli.launchers import find_launcher
 
-    launch = find_launcher() if many else None  # before anything is read
+    launcher = find_launcher() if where.many else None  # before the model's files are read
 
     from epslots.cli.one_rank import OneRank
     from epslots.engine.sampling import Sampling
-    from epslots.engine.text import encode_prompt, load_tokenizer, stop_strings
+    from epslots.engine.text import load_tokenizer, stop_strings
     from epslots.example import example_model
     from epslots.models.checkpoint import find_checkpoint
 
-    Sampling(**sampling)
-    stop_strings(ends["stop"])
+    Sampling(temperature=text.temperature, top_k=text.top_k, top_p=text.top_p, seed=text.seed)  # refuses bad values
+    stop_strings(tuple(text.stop or ()))
     source = str(example_model()) if model is None else model
     folder = find_checkpoint(source)
     context = context_of(folder)
     tokenizer = load_tokenizer(folder)
-    limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
-    most_tokens = min(limits) - max_new_tokens if limits else None
-    encoded = [encode_prompt(tokenizer, text, chat=chat, most_tokens=most_tokens) for text in texts]
-    room = room_for(encoded, max_new_tokens, context=context, kv_tokens=kv_tokens)
-    common: dict[str, Any] = {
-        "slots": slots,
-        "device": device,
-        "dtype": dtype,
-        "policy": policy,
-        "host_store": host_store,
-        "cache_dir": cache_dir,
-        "kv_tokens": room,
-        "placement": placement,
-        "link": link,
-        "prefetch": prefetch,
-        "predictor": predictor,
-        "execute_predicted": execute_predicted,
-        "host_compute": host_compute,
-        "batch_invariant": batch_invariant,
-    }
+    encoded, kv_tokens = _encode(texts, tokenizer, text, context=context, kv_tokens=kv_tokens)
+    config = msgspec.structs.replace(config, kv_tokens=kv_tokens)
     launched: Launched
-    if launch is None:
-        launched = OneRank(source, tokenizer, **common)
+    if launcher is None:
+        launched = OneRank(source, tokenizer, config, where.placement)
     else:
-        # The other ranks' processes have another working folder.
-        path = str(folder.resolve()) if Path(source).is_dir() else source
-        launched = launch(path, ranks=ranks, address=ray_address(address), strategy=strategy, max_queue=len(texts), **common)
+        launched = _launch(launcher, source, where, config, max_queue=len(texts))
     with launched:
         try:
-            print_texts(launched, texts, encoded, settings, echo=echo)
+            print_texts(launched, texts, encoded, text, echo=echo)
         except KeyboardInterrupt:
             if stats:
-                show_stats(launched, link)
+                show_stats(launched, config.link)
             raise
         if stats:
-            show_stats(launched, link)
+            show_stats(launched, config.link)
+
+
+def _encode(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextOptions,
+    *,
+    context: int | None,
+    kv_tokens: int | None,
+) -> tuple[list[list[int]], int]:
+    """The token ids of each prompt, and the tokens of KV cache for all."""
+    from epslots.engine.text import encode_prompt
+
+    limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
+    most_tokens = min(limits) - text.max_new_tokens if limits else None
+    encoded = [encode_prompt(tokenizer, prompt, chat=text.chat, most_tokens=most_tokens) for prompt in texts]
+    return encoded, room_for(encoded, text.max_new_tokens, context=context, kv_tokens=kv_tokens)
+
+
+def _launch(launcher: Launcher, source: str, where: RankOptions, config: LoadConfig, max_queue: int) -> Launched:
+    """Load the model on the launcher's ranks, which have another working folder."""
+    path = str(Path(source).resolve()) if Path(source).is_dir() else source
+    ranks = {**asdict(where), "address": ray_address(where.address)}
+    return launcher(path, **ranks, max_queue=max_queue, **config.keywords())
 
 
 def context_of(folder: Path) -> int | None:
-    """Tokens of the model's context, if it states that.
+    """Tokens of the model's context; None if it states none.
 
     Raises:
         UnsupportedModelError: the model predicts no tokens.
@@ -184,10 +166,15 @@ def context_of(folder: Path) -> int | None:
 
 
 def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | None, kv_tokens: int | None) -> int:
-    """Tokens of KV cache for some prompts.
+    """Tokens of KV cache that these prompts are served with.
+
+    Args:
+        encoded: the token ids of each prompt.
+        context: tokens of the model's context; None if it states none.
+        kv_tokens: the value of --kv-tokens.
 
     Raises:
-        ConfigError: a prompt and its new tokens exceed the model's context, or the cache that was asked for.
+        ConfigError: a prompt and its new tokens exceed the model's context, or --kv-tokens.
     """
     longest = max(map(len, encoded))
     if context is not None and longest + max_new_tokens > context:
@@ -195,7 +182,7 @@ def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | No
             f"the prompt has {longest} tokens and --max-new-tokens is {max_new_tokens}, but the model's context "
             f"holds {context}"
         )
-    needed = longest + max_new_tokens - 1  # the last one is handed out and never computed with
+    needed = longest + max_new_tokens - 1  # the last new token is never computed with, so it has no keys and values
     if kv_tokens is None:
         return max(needed, min(DEFAULT_KV_TOKENS, sum(map(len, encoded)) + len(encoded) * max_new_tokens))
     if kv_tokens < needed:
@@ -207,7 +194,7 @@ def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | No
 
 
 class _PromptLine(msgspec.Struct):
-    """A line of a .jsonl file; other fields are left alone."""
+    """A line of a .jsonl file; its other fields are ignored."""
 
     prompt: Any
 
@@ -220,7 +207,7 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
     """Prompts from the arguments, else a file, else standard input.
 
     Raises:
-        ConfigError: none at all, an empty one, or a file that can't be read as UTF-8 text or JSON lines.
+        ConfigError: there is no prompt, an empty one, or a file that can't be read as UTF-8 text or JSON lines.
     """
     if arguments and file is not None:
         raise ConfigError("give prompts as arguments or as --file, not both")
@@ -265,23 +252,23 @@ def _prompt_of(line: Line, name: str) -> str:
     return prompt
 
 
-def print_texts(
-    launched: Launched, texts: list[str], encoded: list[list[int]], settings: dict[str, Any], *, echo: bool
-) -> None:
-    """Continue all prompts at once; print their texts one after the other, the first as it comes."""
+def print_texts(launched: Launched, texts: list[str], encoded: list[list[int]], text: TextOptions, *, echo: bool) -> None:
+    """Continue all prompts at once, and print their texts in order, each as it comes."""
+    settings = text.settings()
+    del settings["chat"]  # the prompts are encoded
     running: list[Iterable[str]] = [launched.submit(tokens, **settings) for tokens in encoded]
-    for number, (text, pieces) in enumerate(zip(texts, running, strict=True)):
+    for number, (prompt, pieces) in enumerate(zip(texts, running, strict=True)):
         if len(texts) > 1:
             say(f"--- {number + 1} of {len(texts)}")
         if echo:
-            print(text, end="", flush=True)
+            print(prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
 
 
 def show_stats(launched: Launched, link: str | None) -> None:
-    """Print the counters."""
+    """Print the counters of each layer and rank."""
     from epslots.cli.tables import print_stats
 
     print_stats(launched.stats(), link=link)

@@ -1,4 +1,4 @@
-"""Launchers: what runs a model on several ranks. Another package brings it, by the entry point that is named here.
+"""Launchers start a model on several ranks. Another package provides one, by an entry point:
 
 [project.entry-points."epslots.launchers"]
 ray = "cluster.api:Cluster"
@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Protocol, Self, Unpack, cast
 
 from epslots.cli.tables import RanksStats
+from epslots.config import LoadSettings
 from epslots.errors import ConfigError
 from epslots.telemetry import Stats
 
@@ -21,7 +22,7 @@ NAME = "ray"
 
 
 class Launched(Protocol):
-    """A model that serves. Leaving the context ends all of its processes."""
+    """A model that serves prompts. Leaving its context ends all of its processes."""
 
     def __enter__(self) -> Self: ...
 
@@ -44,7 +45,7 @@ class Launched(Protocol):
         """Start to continue a prompt of token ids; returns its text, in pieces as they come, up to a ``stop`` string.
 
         Raises:
-            EpslotsError: the prompt or a setting is refused. Iterating raises it if the prompt can't be served.
+            EpslotsError: the prompt or a setting is refused. The iterator raises it if the prompt can't be served.
         """
 
     def stats(self) -> Stats | RanksStats:
@@ -52,50 +53,39 @@ class Launched(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts a model on ranks. Returns when it serves."""
+    """Starts a model on several ranks, and returns when it serves."""
 
     def __call__(
         self,
         path_or_id: str,
         *,
         ranks: int,
-        slots: int | str,
         address: str | None,
         strategy: str,
-        device: str | None,
-        dtype: str,
-        policy: str,
-        host_store: str | None,
-        cache_dir: Path | None,
-        kv_tokens: int,
         placement: Path | None,
-        link: str | None,
-        prefetch: str,
-        predictor: Path | None,
-        execute_predicted: bool,
-        host_compute: str,
-        batch_invariant: bool,
         max_queue: int,
+        **settings: Unpack[LoadSettings],
     ) -> Launched:
-        """Start.
+        """Start the ranks.
 
         Args:
+            path_or_id: a checkpoint folder, or a hub id.
             address: of a running system; None starts one on this machine.
-            strategy: how ranks are placed on nodes.
-            kv_tokens: of each rank.
+            strategy: how ranks are placed on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
+            placement: file of the experts' first placement.
             max_queue: prompts that may be submitted at once.
-            others: as ``epslots.load`` has them.
+            settings: of each rank's model.
 
         Raises:
-            EpslotsError: it can't be started; with what to do.
+            EpslotsError: they can't be started; the message says what to do.
         """
 
 
 def find_launcher() -> Launcher:
-    """The launcher that is installed.
+    """The installed launcher.
 
     Raises:
-        ConfigError: there is none, or it can't be imported; with how to install it.
+        ConfigError: there is none, or it can't be imported; the message says how to install it.
     """
     advice = "install epslots again, with Ray (pip install epslots), or leave --ranks and --address off"
     found = entry_points(group=GROUP, name=NAME)
@@ -104,4 +94,6 @@ def find_launcher() -> Launcher:
     try:
         return cast(Launcher, next(iter(found)).load())
     except ImportError as error:
-        raise ConfigError(f"--ranks, --address: what starts several ranks can't be imported ({error}); {advice}") from error
+        raise ConfigError(
+            f"--ranks, --address: the launcher of several ranks can't be imported ({error}); {advice}"
+        ) from error

@@ -1,4 +1,4 @@
-"""A model on one rank, in this process: to ``epslots generate`` the same as one on many."""
+"""A model on one rank, in this process: a ``Launched`` model (``launchers.py``) as those on many ranks are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import epslots
+from epslots.config import LoadConfig
 from epslots.engine.end_tokens import end_tokens, tokenizer_end_tokens
 from epslots.engine.engine import Engine
 from epslots.engine.requests import Output, Request
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Text:
-    """What came of a prompt, and wasn't taken yet."""
+    """A prompt's text so far, and the pieces of it that weren't read yet."""
 
     stream: TextStream
     pieces: deque[str] = field(default_factory=deque)
@@ -32,52 +33,19 @@ class _Text:
 
 
 class OneRank:
-    """Prompts that are submitted run together; whoever waits for a text advances them all.
+    """A model in this process. Prompts run together: reading the text of one makes steps for all.
 
     Args:
-        tokenizer: makes text of tokens.
-        others: as ``epslots.load`` has them.
+        tokenizer: turns tokens into text.
+        placement: file of the experts' first placement.
     """
 
     def __init__(
-        self,
-        path_or_id: str,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        slots: int | str,
-        device: str | None,
-        dtype: str,
-        policy: str,
-        host_store: str | None,
-        cache_dir: Path | None,
-        kv_tokens: int,
-        placement: Path | None,
-        link: str | None,
-        prefetch: str,
-        predictor: Path | None,
-        execute_predicted: bool,
-        host_compute: str,
-        batch_invariant: bool,
+        self, path_or_id: str, tokenizer: PreTrainedTokenizerBase, config: LoadConfig, placement: Path | None = None
     ) -> None:
-        self._model = epslots.load(
-            path_or_id,
-            slots=slots,
-            device=device,
-            dtype=dtype,
-            policy=policy,
-            host_store=host_store,
-            cache_dir=cache_dir,
-            kv_tokens=kv_tokens,
-            placement=placement,
-            link=link,
-            prefetch=prefetch,
-            predictor=predictor,
-            execute_predicted=execute_predicted,
-            host_compute=host_compute,
-            batch_invariant=batch_invariant,
-        )
+        self._model = epslots.load(path_or_id, placement=placement, **config.keywords())
         self._tokenizer = tokenizer
-        self._engine = Engine(self._model, kv_tokens=kv_tokens)
+        self._engine = Engine(self._model, kv_tokens=config.kv_tokens)
         self._ends = end_tokens(self._model, ignore_tokenizer_eos=True)
         self._tokenizer_ends = tokenizer_end_tokens(tokenizer, self._model.config.get_text_config().vocab_size)
         self._texts: dict[str, _Text] = {}
@@ -121,7 +89,7 @@ class OneRank:
     def _take(self, output: Output) -> None:
         text = self._texts[output.id]
         if text.finished:
-            return  # cancelled at a stop string
+            return  # it ended at a stop string before
         pieces = [text.stream.push(output.tokens)]
         if text.stream.stopped and not output.finished:
             self._engine.batcher.cancel(output.id)

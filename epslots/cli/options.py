@@ -1,13 +1,20 @@
-"""Options that several commands share, described once."""
+"""Options that several commands share, declared once; and groups of them, for commands with ``option_groups.takes_groups``.
+
+``LoadConfigOptions`` are the settings of ``LoadConfig``; ``TextOptions`` say how prompts are continued.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, ClassVar, Optional
 
 import typer
 
+from epslots.config import LoadConfig, load_config
 from epslots.planner.cache_policy import POLICIES
+
+_DEFAULTS = LoadConfig()
 
 ModelOption = Annotated[
     Optional[str],
@@ -29,97 +36,19 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64.")
 ]
-PolicyOption = Annotated[str, typer.Option("--policy", help=f"Eviction policy: {', '.join(POLICIES)}.")]
-HostStoreOption = Annotated[
-    Optional[str],
-    typer.Option(
-        "--host-store",
-        help="Where the node keeps all experts: file (mapped, kept for the next start) or memory (shared memory, gone with "
-        "its last user).",
-    ),
-]
 CacheDirOption = Annotated[
     Optional[Path], typer.Option("--cache-dir", help="Folder of the host store. Default: the user's cache folder.")
 ]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")]
-TemperatureOption = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; above, samples.")
-]
-TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much probability mass.")]
-TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample from this many tokens; 0 = all.")]
 SeedOption = Annotated[
     int,
     typer.Option(
-        "--seed", min=0, help="Seed of the sampling. The same seed gives the same text, whatever the ranks and other prompts."
+        "--seed", min=0, help="Seed of the sampling. The same seed gives the same text on any ranks, beside any other prompts."
     ),
-]
-StopOption = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        "--stop", help="End a text before this string, as the model's end tokens do. May be given several times (up to 64)."
-    ),
-]
-IgnoreTokenizerEosOption = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-tokenizer-eos",
-        help="End texts at the end tokens of the generation configuration alone, as transformers' generate does, and not also "
-        "at the tokenizer's.",
-    ),
-]
-ChatOption = Annotated[
-    Optional[bool],
-    typer.Option("--chat/--no-chat", help="Wrap prompts in the chat template. Default: if the tokenizer has one."),
 ]
 PlacementOption = Annotated[
     Optional[Path],
     typer.Option(
         "--placement", help="File of `epslots placement plan`: where experts live at first. For as many ranks and slots."
-    ),
-]
-LinkOption = Annotated[
-    Optional[str],
-    typer.Option(
-        "--link",
-        help="Emulate a link between host and device on a CPU: bytes a second and the latency of each fetch, such as "
-        "8GB/s,20us. Fetches then take their time in the background, as on a GPU.",
-    ),
-]
-PrefetchOption = Annotated[
-    str,
-    typer.Option(
-        "--prefetch",
-        help='Fetch what the next layer is expected to need: "auto" (where a link carries it meanwhile), "off", or the bytes '
-        "a rank may fetch in a step before nothing more is fetched ahead: 64MiB.",
-    ),
-]
-PredictorOption = Annotated[
-    Optional[Path],
-    typer.Option(
-        "--predictor",
-        help="File of `epslots predict fit`. Default: the one beside the checkpoint; without one, the next layer's router.",
-    ),
-]
-HostComputeOption = Annotated[
-    str,
-    typer.Option(
-        "--host-compute",
-        help="Let the host's CPU compute a missing expert where that costs less than fetching it: auto (on a GPU), on, off.",
-    ),
-]
-ExecutePredictedOption = Annotated[
-    bool,
-    typer.Option(
-        "--execute-predicted",
-        help="APPROXIMATE: execute the experts that are predicted instead of those that the model chooses. The text is no "
-        "longer the model's own.",
-    ),
-]
-BatchInvariantOption = Annotated[
-    bool,
-    typer.Option(
-        "--batch-invariant",
-        help="Compute each text in the same bits whatever runs beside it, and whatever --slots and --ranks are. Slower.",
     ),
 ]
 StrategyOption = Annotated[
@@ -132,6 +61,120 @@ StrategyOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class LoadConfigOptions:
+    """The settings of ``LoadConfig``, but for ``kv_tokens``: its default is each command's own."""
+
+    PANEL: ClassVar[str] = "The model"
+
+    slots: SlotsOption = str(_DEFAULTS.slots)
+    policy: Annotated[str, typer.Option("--policy", help=f"Eviction policy: {', '.join(POLICIES)}.")] = _DEFAULTS.policy
+    device: DeviceOption = _DEFAULTS.device
+    dtype: DtypeOption = _DEFAULTS.dtype
+    host_store: Annotated[
+        Optional[str],
+        typer.Option(
+            "--host-store",
+            help="Where the node keeps all experts: file (mapped, kept for the next start) or memory (shared memory, freed "
+            "with its last user).",
+        ),
+    ] = _DEFAULTS.host_store
+    cache_dir: CacheDirOption = None
+    link: Annotated[
+        Optional[str],
+        typer.Option(
+            "--link",
+            help="Emulate a link between host and device on a CPU: bytes a second and the latency of each fetch, such as "
+            "8GB/s,20us. Fetches then take their time in the background, as on a GPU.",
+        ),
+    ] = _DEFAULTS.link
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            "--prefetch",
+            help='Fetch the experts that the next layer is expected to need: "auto" (where a link carries them meanwhile), '
+            '"off", or the bytes that a rank may fetch in a step before prefetching pauses: 64MiB.',
+        ),
+    ] = str(_DEFAULTS.prefetch)
+    predictor: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--predictor",
+            help="File of `epslots predict fit`. Default: the one beside the checkpoint; without one, the next layer's "
+            "router.",
+        ),
+    ] = None
+    execute_predicted: Annotated[
+        bool,
+        typer.Option(
+            "--execute-predicted",
+            help="APPROXIMATE: execute the predicted experts instead of those that the model chooses. The text is no longer "
+            "the model's own.",
+        ),
+    ] = _DEFAULTS.execute_predicted
+    host_compute: Annotated[
+        str,
+        typer.Option(
+            "--host-compute",
+            help="Let the host's CPU compute a missing expert where that costs less than fetching it: auto (with a GPU), on, "
+            "off.",
+        ),
+    ] = _DEFAULTS.host_compute
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="Compute each text in the same bits beside any other prompts, and with any --slots and --ranks. Slower.",
+        ),
+    ] = _DEFAULTS.batch_invariant
+
+    def config(self, kv_tokens: int = _DEFAULTS.kv_tokens) -> LoadConfig:
+        """The options as the configuration that is handed down.
+
+        Raises:
+            ConfigError: an option's value is not one of those allowed.
+        """
+        return load_config(**asdict(self), kv_tokens=kv_tokens)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How prompts are continued: length, sampling, and ends."""
+
+    PANEL: ClassVar[str] = "The text"
+
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")] = 128
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; above, samples.")
+    ] = 0.0
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much probability mass.")] = 1.0
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from this many tokens; 0 = all.")] = 0
+    seed: SeedOption = 0
+    stop: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--stop",
+            help="End a text before this string, as the model's end tokens do. May be given several times (up to 64).",
+        ),
+    ] = None
+    ignore_tokenizer_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-tokenizer-eos",
+            help="End texts at the end tokens of the generation configuration alone, as transformers' generate does, and not "
+            "also at the tokenizer's.",
+        ),
+    ] = False
+    chat: Annotated[
+        Optional[bool],
+        typer.Option("--chat/--no-chat", help="Wrap prompts in the chat template. Default: if the tokenizer has one."),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The options as keywords of a cluster's ``generate``."""
+        return {**asdict(self), "stop": tuple(self.stop or ())}
+
+
 def ray_address(given: str | None) -> str | None:
-    """The address of a Ray cluster as an option has it; None for one to be started on this machine."""
+    """The address of a Ray cluster; None for ``"local"``, a Ray that is started on this machine."""
     return None if given == "local" else given

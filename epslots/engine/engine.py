@@ -17,9 +17,10 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from epslots.config import DEFAULT_BATCH_TOKENS
 from epslots.cpu_threads import ThreadGovernor
 from epslots.engine.batcher import Batcher
-from epslots.engine.paged_batcher import DEFAULT_BATCH_TOKENS, batcher_for
+from epslots.engine.paged_batcher import batcher_for
 from epslots.engine.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores

@@ -24,6 +24,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.arrays import IntArray
+from epslots.config import DEFAULT_BATCH_TOKENS
 from epslots.engine.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
 from epslots.engine.isolation import Isolation
 from epslots.engine.paged_cache import open_processor, paging_obstacle
@@ -37,8 +38,6 @@ from epslots.errors import StepFailed, UnsupportedModelError
 from epslots.models.batch_invariance import is_batch_invariant
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_BATCH_TOKENS = 512
 
 
 def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> Batcher:

@@ -114,7 +114,7 @@ def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Han
     if known:
         return [largest(pool) for pool in zip(*known, strict=True)]
     return [
-        measure_costs(transport, loader, runtime.runners[loader.store_layers[0]].experts, on_cpu=runtime.host_compute)
+        measure_costs(transport, loader, runtime.runners[loader.store_layers[0]].experts, on_cpu=runtime.computes_on_host)
         for loader in runtime.movers
     ]
 
@@ -131,7 +131,7 @@ def stand_alone(model: nn.Module, costs: Costs | None = None) -> None:
     peers = Alone(lambda: None if budgets.prefetch is None else budgets.prefetch.renew())
     for loader in runtime.movers:
         runners = [runtime.runners[index] for index in loader.store_layers]
-        known = (costs or measure_alone(loader, runners[0].experts, on_cpu=True)) if runtime.host_compute else None
+        known = (costs or measure_alone(loader, runners[0].experts, on_cpu=True)) if runtime.computes_on_host else None
         for runner in runners:
             share = None
             if known is not None and known.computes_on_host:

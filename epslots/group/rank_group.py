@@ -88,7 +88,7 @@ class RankGroup:
         for (loader, table), costs in zip(self._tables, self.costs, strict=True):
             for position, index in enumerate(loader.store_layers):
                 experts = runtime.layers[index].num_experts
-                offloads = runtime.host_compute and costs.computes_on_host
+                offloads = runtime.computes_on_host and costs.computes_on_host
                 layers[index] = LayerPlanner(
                     self.transport.rank,
                     LayerState(

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cluster.errors import ClusterError
 from cluster.generation import GenerationSettings
 from cluster.job.progress import Counts, JobProgress
 from cluster.job.run import JobSettings, run_job
+from epslots.config import LoadConfig
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from tests.support import ROOT
@@ -235,7 +237,7 @@ def test_what_is_not_this_jobs_output_is_refused_and_left_alone(job: JobSettings
     refused(make_job(job.prompts.parent, temperature=0.5), "another model or other settings")
     refused(JobSettings(job.prompts, job.output, "another/model", job.generation), "another model or other settings")
     for other in ({"dtype": "float16"}, {"execute_predicted": True}, {"batch_invariant": True}):
-        refused(JobSettings(job.prompts, job.output, job.model, job.generation, **other), "another model or other settings")
+        refused(replace(job, config=LoadConfig(**other)), "another model or other settings")
     refused(job, "a second time", written + written.splitlines(keepends=True)[0])
     refused(job, "line 1 of it is no result of a job", b"my diary\n")
     refused(job, "line 1 of it is no result of a job", b"my diary, last words")

@@ -24,7 +24,7 @@ LAYERS = (
     ("compiled", "npz", "device_copy", "example"),
     # pure decisions
     ("planner", "example_text", "json_lines", "load_window"),
-    ("placement", "telemetry"),
+    ("placement", "telemetry", "config"),
     ("simulation",),
     # effects
     ("transport",),
@@ -35,6 +35,7 @@ LAYERS = (
     ("runtime",),
     ("group", "prefetch"),
     # the public surface
+    ("load_plan",),
     ("trace", "loading"),
     ("verify_store", "engine"),
     ("cuda_graph",),

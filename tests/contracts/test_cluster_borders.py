@@ -14,7 +14,7 @@ PACKAGE = Path(cluster.__file__).parent
 
 # From the bottom up, as in epslots: a room imports from layers below its own.
 LAYERS = (
-    ("errors", "messages", "actor_process"),
+    ("config", "errors", "messages", "actor_process"),
     ("token_stream",),
     ("generation",),
     ("rank", "controller", "request_checker"),

@@ -12,10 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from epslots.config import load_config
 from epslots.devices import memory_limit
 from epslots.errors import DoesNotFitError, StoreError
 from epslots.host_limits import MemoryLimit, tightest_memory_limit, total_memory, usable_cores
-from epslots.loading import _default_store_kind, load_alone
+from epslots.load_plan import default_store_kind
+from epslots.loading import load_alone
+from epslots.models.checkpoint import CheckpointSource
 from epslots.progress import ProgressDisplay
 from tests.support.store_helpers import NamedExperts, open_store
 
@@ -219,7 +222,7 @@ def test_memory_of_the_cpu_is_what_the_group_leaves(small_group: None):
 
 def test_half_of_the_group_holds_a_store_in_memory(small_group: None):
     cuda = torch.device("cuda")
-    assert [_default_store_kind(cuda, size * GIB) for size in (2, 3)] == ["memory", "file"]
+    assert [default_store_kind(cuda, size * GIB) for size in (2, 3)] == ["memory", "file"]
 
 
 def test_the_plan_shows_which_limit_holds(small_group: None, run: Callable[..., tuple[int, str, str]]):
@@ -238,14 +241,8 @@ def test_a_refusal_names_the_limit_and_the_ranks_that_share_it(
 ):
     with pytest.raises(DoesNotFitError, match=r"available.*3 GiB free of the cgroup's 4 GiB \(/job\), shared by 64 ranks"):
         load_alone(
-            checkpoint("qwen3_moe"),
-            slots=1,
-            device="cpu",
-            dtype="auto",
-            policy="lru",
-            host_store="file",
-            cache_dir=cache_dir,
-            kv_tokens=16,
+            CheckpointSource(checkpoint("qwen3_moe")),
+            load_config(slots=1, device="cpu", policy="lru", host_store="file", cache_dir=cache_dir, kv_tokens=16),
             neighbours=64,
             display=ProgressDisplay(shown=False),
         )

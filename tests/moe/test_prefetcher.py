@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.errors import ConfigError, RankMismatchError
 from epslots.group.join import start_rank
-from epslots.loading import shared_settings
 from epslots.models.memory_report import plan_items
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
 from epslots.moe.prefetcher import Prefetcher
@@ -109,7 +108,7 @@ def test_ranks_must_predict_alike(checkpoint: Checkpoints, cache_dir: Path):
     def form(transport: LocalTransport) -> None:
         model = models[transport.rank]
         start_rank(
-            model, transport, settings=shared_settings(model, "lrfu"), costs=TOKENS_TRAVEL, display=ProgressDisplay(False)
+            model, transport, settings=runtime_of(model).rank_settings, costs=TOKENS_TRAVEL, display=ProgressDisplay(False)
         )
 
     with pytest.raises(RankMismatchError, match="predictions"):

@@ -1,0 +1,117 @@
+"""The settings of a cluster: declared, explained and checked here, once. Those of each rank's model are ``LoadConfig``'s.
+
+``Cluster`` and ``python -m cluster.job`` take them as keywords or options and make one frozen ``ClusterConfig`` of them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Unpack
+
+import msgspec
+
+from epslots.config import (
+    DEFAULT_BATCH_TOKENS,
+    LoadConfig,
+    LoadSettings,
+    check_count,
+    load_config,
+    refuse_unknown,
+)
+from epslots.errors import ConfigError
+from epslots.planner.cost_model import Costs
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+_MAX_SECONDS = 7 * 24 * 3600
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How ranks are started and kept, and how requests get to them.
+
+    Attributes:
+        ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
+        address: the Ray cluster to run in: ``"auto"`` for the running one, ``"host:port"``, or None to start Ray on this
+            machine.
+        strategy: how ranks are placed: ``"PACK"`` (on few nodes), ``"SPREAD"`` (over many), or the same strictly:
+            ``"STRICT_PACK"`` (one node), ``"STRICT_SPREAD"`` (a node each).
+        placement: file of ``epslots placement plan``: the experts' first placement, for as many ranks and slots.
+        max_batch_tokens: the most tokens of one step of a rank.
+        max_queue: requests that may wait or run at once.
+        costs: time that each operation costs, by which ranks divide their work; measured by default.
+        window_steps: steps after which ranks report their load to the controller; 0 = there is no controller, and the
+            placement stays.
+        deadline_s: seconds that one operation between ranks may take before they give each other up.
+        silence_s: seconds in which a rank must answer while there is work; it is replaced otherwise.
+        give_up_after_s: seconds after which a rank that can't be replaced, or a Ray that doesn't come back, is given up; with
+            the last rank the cluster ends. None = it is tried without an end, twice a minute.
+        progress: show how the start goes; None = if standard error is a terminal.
+        model: settings of each rank's model.
+    """
+
+    ranks: int | None = None
+    address: str | None = None
+    strategy: str = "PACK"
+    placement: str | None = None
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS
+    max_queue: int = 1024
+    costs: Costs | None = None
+    window_steps: int = 64
+    deadline_s: float = 60.0
+    silence_s: float = 10.0
+    give_up_after_s: float | None = None
+    progress: bool | None = None
+    model: LoadConfig = LoadConfig()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model.policy, str):
+            raise ConfigError(f"policy={self.model.policy!r}: allowed in a cluster: a policy's name")
+        self.model.check_costs(self.costs)
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"strategy={self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
+        check_count("kv_tokens", self.model.kv_tokens)
+        for name in ("max_batch_tokens", "max_queue"):
+            check_count(name, getattr(self, name))
+        for name in ("deadline_s", "silence_s"):
+            _check_seconds(name, getattr(self, name))
+        if self.give_up_after_s is not None:
+            _check_seconds("give_up_after_s", self.give_up_after_s)
+        if self.ranks is not None:
+            check_count("ranks", self.ranks)
+        if self.window_steps != 0:
+            check_count("window_steps", self.window_steps)
+
+
+class ClusterSettings(LoadSettings, total=False):
+    """The fields of ``ClusterConfig`` and of its model, as users may write them."""
+
+    ranks: int | None
+    address: str | None
+    strategy: str
+    placement: str | os.PathLike[str] | None
+    max_batch_tokens: int
+    max_queue: int
+    costs: Costs | None
+    window_steps: int
+    deadline_s: float
+    silence_s: float
+    give_up_after_s: float | None
+    progress: bool | None
+
+
+def cluster_config(**settings: Unpack[ClusterSettings]) -> ClusterConfig:
+    """A ``ClusterConfig`` from the keywords of ``Cluster``.
+
+    Raises:
+        ConfigError: a setting is unknown, or its value is not one of those allowed.
+    """
+    refuse_unknown(settings, tuple(ClusterSettings.__annotations__))
+    given: dict[str, Any] = dict(settings)
+    model = load_config(**{name: given.pop(name) for name in LoadConfig.__struct_fields__ if name in given})
+    if given.get("placement") is not None:
+        given["placement"] = os.fspath(given["placement"])
+    return ClusterConfig(**given, model=model)
+
+
+def _check_seconds(name: str, given: object) -> None:
+    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given <= _MAX_SECONDS:
+        raise ConfigError(f"{name}={given!r}; allowed: seconds, more than 0, at most {_MAX_SECONDS}")

@@ -1,0 +1,260 @@
+"""The settings of a model: declared, explained and checked here, once.
+
+``epslots.load``, ``Cluster``, ``epslots generate`` and ``python -m cluster.job`` take them as keywords or options, make one
+frozen ``LoadConfig`` of them, and hand that down; a cluster sends it to its ranks.
+
+To add a setting, touch three files: this one (a field of ``LoadConfig``, and its type as a keyword in ``LoadSettings``), the
+module that uses it, and ``cli/options.py`` (a field of ``LoadConfigOptions``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar, Unpack, get_type_hints
+
+import msgspec
+
+from epslots.errors import ConfigError
+from epslots.planner.cache_policy import DEFAULT_POLICY, resolve_policy
+from epslots.planner.cost_model import Costs
+from epslots.units import PrefetchSetting, SlotsSetting, parse_link, parse_prefetch, parse_slots
+
+if TYPE_CHECKING:
+    import torch
+
+    from epslots.planner.cache_policy import Policy
+
+HOST_COMPUTE_SETTINGS = ("auto", "on", "off")
+DEFAULT_KV_TOKENS = 4096
+DEFAULT_BATCH_TOKENS = 512
+"""Tokens of one step of an engine."""
+
+
+@dataclass(frozen=True)
+class ComparedAs:
+    """Marks a setting whose effect is the same on all ranks: they compare it under this name when they form a group."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ChangesOutputs:
+    """Marks a setting that changes the model's outputs; with ``only_with``, while that switch is on."""
+
+    only_with: str | None = None
+
+
+class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings by which a checkpoint is loaded and run on each rank.
+
+    Attributes:
+        slots: expert slots: an int (per MoE layer), ``"25%"`` (of each layer's experts), ``"12GiB"`` (bytes of the whole pool)
+            or ``"auto"`` (the memory that dense weights, KV cache, workspace, predictor and reserve leave).
+        device: device of the model: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default the current GPU, or the CPU without one.
+        dtype: dtype of the computation; ``"auto"`` is the checkpoint's own, as in transformers (bfloat16 if it is quantised).
+        policy: eviction policy: a name (``cache_policy.POLICIES``), or a function of a ``UseHistory`` in this process.
+        host_store: ``"file"`` (a mapped file in ``cache_dir``, kept for the next start) or ``"memory"`` (shared memory of the
+            node, freed with its last user). Default: memory on a GPU where it fits, because it can be pinned; else file.
+        cache_dir: folder of the host store; by default the user's cache folder.
+        kv_tokens: tokens of the KV cache: the memory plan reserves their bytes.
+        link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
+            compute. Default: the device's own link; on a CPU, fetches take no time of their own.
+        prefetch: fetch the experts that the next layer is expected to need while this one computes: ``"auto"`` (where a link
+            carries them meanwhile), ``"off"``, or the bytes that a rank may fetch in a step before prefetching pauses
+            (``"64MiB"``).
+        predictor: file of ``epslots predict fit``, which predicts the next layer's experts. Default: the file beside the
+            checkpoint; without one, the next layer's router.
+        execute_predicted: execute the predicted experts instead of those that the model's router chooses, in all layers but
+            the first. **The outputs are no longer the model's own.**
+        host_compute: let the host's CPU compute a missing expert, from the host store, where that costs less than fetching it:
+            ``"auto"`` (with a GPU), ``"on"`` or ``"off"``. ``costs``, if given, must include its cost.
+        batch_invariant: compute each token in the same bits for any batch, slots, and number of ranks. Slower.
+            Experts and dense layers hold it in every forward pass; attention holds it in an ``Engine``.
+    """
+
+    slots: int | str | SlotsSetting = "auto"
+    device: Annotated[str | None, ComparedAs("device")] = None
+    dtype: Annotated[str, ComparedAs("dtype"), ChangesOutputs()] = "auto"
+    policy: Annotated[Any, ComparedAs("policy")] = DEFAULT_POLICY
+    """str | Policy: a union that msgspec can't decode. A message carries names alone."""
+    host_store: str | None = None
+    cache_dir: str | None = None
+    kv_tokens: int = DEFAULT_KV_TOKENS
+    link: Annotated[str | None, ComparedAs("fetches")] = None
+    prefetch: Annotated[str | bool | PrefetchSetting, ComparedAs("predictions")] = "auto"
+    predictor: Annotated[str | None, ComparedAs("predictions"), ChangesOutputs(only_with="execute_predicted")] = None
+    execute_predicted: Annotated[bool, ComparedAs("predictions"), ChangesOutputs()] = False
+    host_compute: Annotated[str, ComparedAs("host_compute")] = "auto"
+    batch_invariant: Annotated[bool, ComparedAs("batch_invariant"), ChangesOutputs()] = False
+
+    def __post_init__(self) -> None:
+        parse_slots(self.slots)
+        resolve_policy(self.policy)
+        parse_prefetch(self.prefetch)
+        if self.link is not None:
+            parse_link(self.link)
+        check_count("kv_tokens", self.kv_tokens, least=0)
+        for name in ("execute_predicted", "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
+        if self.host_compute not in HOST_COMPUTE_SETTINGS:
+            raise ConfigError(f"host_compute={self.host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
+        if self.batch_invariant and self.execute_predicted:
+            raise ConfigError(
+                "batch_invariant with execute_predicted: the predicted experts may depend on the batch; leave one out"
+            )
+
+    def check_costs(self, costs: Costs | None) -> None:
+        """Refuse costs that don't say what this configuration needs.
+
+        Raises:
+            ConfigError: experts are to be computed on the host, and the costs of that are missing.
+        """
+        if self.host_compute == "on" and costs is not None and not costs.computes_on_host:
+            raise ConfigError(
+                "host_compute='on', but costs don't say what it costs: give host_expert and host_pair, or no costs"
+            )
+
+    def check_device(self, device: str) -> None:
+        """Refuse settings that contradict each other on a kind of device: ``"cpu"`` or ``"cuda"``.
+
+        Raises:
+            ConfigError: naming them.
+        """
+        if self.host_compute == "on" and self.batch_invariant and device == "cuda":
+            raise ConfigError("batch_invariant with host_compute='on': the host's sums differ from the GPU's; leave one out")
+
+    def computes_on_host(self, device: str) -> bool:
+        """Whether the host's CPU may compute missing experts of a model on this kind of device."""
+        if self.host_compute == "auto":
+            return device == "cuda" and not self.batch_invariant
+        return self.host_compute == "on"
+
+    def packs_records(self, device: str) -> bool:
+        """Whether the host store keeps experts packed: where a link carries them, and fewer bytes cross it."""
+        return device == "cuda" or self.link is not None
+
+    def compared(self, effects: Mapping[str, str]) -> dict[str, str]:
+        """The settings that all ranks must have alike, by the names of their ``ComparedAs``.
+
+        Args:
+            effects: values of settings that the machine decides on (``"auto"``); the others are compared as given.
+        """
+        return {mark.name: effects.get(mark.name, str(getattr(self, field))) for field, mark in _marked(ComparedAs)}
+
+    @property
+    def output_settings(self) -> dict[str, Any]:
+        """The settings that change the model's outputs, by field: those of a job's digest."""
+        return {
+            field: getattr(self, field)
+            for field, mark in _marked(ChangesOutputs)
+            if mark.only_with is None or getattr(self, mark.only_with)
+        }
+
+    def keywords(self) -> dict[str, Any]:
+        """The fields as keywords of ``load`` and ``Cluster``."""
+        return msgspec.structs.asdict(self)
+
+
+Mark = TypeVar("Mark", ComparedAs, ChangesOutputs)
+
+
+def _marked(kind: type[Mark]) -> Iterator[tuple[str, Mark]]:
+    """The fields of ``LoadConfig`` that carry a mark, with it."""
+    for name, hint in get_type_hints(LoadConfig, include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, kind):
+                yield name, mark
+
+
+class LoadSettings(TypedDict, total=False):
+    """The fields of ``LoadConfig`` as users may write them: also as paths and as torch's own types."""
+
+    slots: int | str | SlotsSetting
+    device: str | torch.device | None
+    dtype: str | torch.dtype
+    policy: str | Policy
+    host_store: str | None
+    cache_dir: str | os.PathLike[str] | None
+    kv_tokens: int
+    link: str | None
+    prefetch: str | bool | PrefetchSetting
+    predictor: str | os.PathLike[str] | None
+    execute_predicted: bool
+    host_compute: str
+    batch_invariant: bool
+
+
+def load_config(**settings: Unpack[LoadSettings]) -> LoadConfig:
+    """A ``LoadConfig`` of plain values: paths are absolute, because ranks have working folders of their own.
+
+    Raises:
+        ConfigError: a setting is unknown, or its value is not one of those allowed.
+    """
+    refuse_unknown(settings, LoadConfig.__struct_fields__)
+    plain: dict[str, Any] = dict(settings)
+    for name in ("device", "dtype"):
+        if plain.get(name) is not None:
+            plain[name] = str(plain[name]).removeprefix("torch.")
+    for name in ("cache_dir", "predictor"):
+        if plain.get(name) is not None:
+            plain[name] = str(Path(plain[name]).absolute())
+    return LoadConfig(**plain)
+
+
+def refuse_unknown(given: Mapping[str, object], allowed: tuple[str, ...]) -> None:
+    """Refuse keywords that nothing would read.
+
+    Raises:
+        ConfigError: naming them, and those that are allowed.
+    """
+    if unknown := sorted(set(given) - set(allowed)):
+        raise ConfigError(
+            f"{', '.join(unknown)}: epslots sets this itself, or has no such setting; allowed: {', '.join(allowed)}"
+        )
+
+
+def check_count(name: str, given: object, least: int = 1) -> None:
+    """Refuse a number that counts nothing.
+
+    Raises:
+        ConfigError: it isn't an int, or less than ``least``.
+    """
+    if not isinstance(given, int) or isinstance(given, bool) or given < least:
+        raise ConfigError(f"{name}={given!r}; allowed: an int, at least {least}")
+
+
+Target = TypeVar("Target", bound=Callable[..., Any])
+
+
+def with_keywords(settings: type, *configs: type[msgspec.Struct]) -> Callable[[Target], Target]:
+    """Show configurations' fields as keywords of a callable that takes ``**settings``: to ``help`` and notebooks.
+
+    Its signature gets their names, types and defaults, before its own keywords; its docstring gets their meanings.
+
+    Args:
+        settings: the TypedDict of the keywords that users may write.
+        configs: have the defaults, and docstrings with ``Attributes:`` at the end.
+    """
+    kind, types = inspect.Parameter.KEYWORD_ONLY, settings.__annotations__
+    keywords = [
+        inspect.Parameter(field.name, kind, default=field.default, annotation=types[field.name].__forward_arg__)
+        for config in configs
+        for field in msgspec.structs.fields(config)
+        if field.name in types
+    ]
+    meanings = "\n".join((inspect.getdoc(config) or "").partition("Attributes:\n")[2] for config in configs)
+
+    def decorate(target: Target) -> Target:
+        signature = inspect.signature(target)
+        own = signature.parameters.values()
+        parameters = [*(p for p in own if p.kind < kind), *keywords, *(p for p in own if p.kind == kind)]
+        setattr(target, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+        target.__doc__ = f"{inspect.getdoc(target)}\n\nSettings:\n{meanings}"
+        return target
+
+    return decorate

@@ -1,0 +1,157 @@
+"""A load before it begins: the opened checkpoint, its host store, and the memory plan. No weight is read here.
+
+``plan_load`` opens the checkpoint and checks it by its headers, decides, and refuses a load that can't succeed; ``loading.py``
+carries the plan out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import torch
+import transformers
+import xxhash
+
+from epslots.cache.host_store import Manifest, StoreShape
+from epslots.cache.node_store import check_room, resolve_store_kind
+from epslots.config import LoadConfig
+from epslots.devices import memory_limit
+from epslots.errors import UnsupportedModelError
+from epslots.host_limits import total_memory
+from epslots.models.checkpoint import CheckpointSource
+from epslots.models.expert_reader import pack_layers
+from epslots.models.measure_shape import shape_of_model
+from epslots.models.memory_plan import MemoryPlan, Workload, plan_memory
+from epslots.models.memory_report import check_fits
+from epslots.models.model_shape import ModelShape
+from epslots.models.opening import OpenModel, open_model
+from epslots.prefetch.setup import planned_bytes
+from epslots.private_files import default_cache_dir
+from epslots.units import format_bytes, parse_prefetch, parse_slots
+
+logger = logging.getLogger(__name__)
+
+# Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
+RECORDS_VERSION = 2
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Everything that is decided before a weight is read.
+
+    Attributes:
+        opened: the checkpoint and its model; the layers' records are packed where the host store keeps them so.
+        manifest: contents of the host store.
+        store_kind: "file" or "memory".
+        store_dir: folder of the store's files.
+        memory: the device's memory.
+    """
+
+    opened: OpenModel
+    manifest: Manifest
+    store_kind: str
+    store_dir: Path
+    memory: MemoryPlan
+
+
+def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device, neighbours: int) -> LoadPlan:
+    """Open a checkpoint, and plan how one rank loads it.
+
+    Args:
+        device: device of the model, resolved.
+        neighbours: ranks that share the node's RAM, this one included.
+
+    Raises:
+        ConfigError: a setting is not one of those allowed.
+        CheckpointError: files are missing, damaged, or of a refused kind.
+        UnsupportedModelError: the model's experts can't be run from slots.
+        DoesNotFitError: the memory plan exceeds the device.
+        StoreError: there is no room or no permission for the host store.
+    """
+    opened = open_model(source, config.dtype)
+    if config.packs_records(device.type):  # fewer bytes cross the link; without one, a CPU would unpack for nothing
+        opened = replace(opened, layers=pack_layers(opened.checkpoint, opened.skeleton, opened.layers))
+    manifest = Manifest(_store_key(opened), opened.checkpoint.name, opened.layers)
+    store_bytes = StoreShape(manifest).nbytes
+    store_kind = resolve_store_kind(config.host_store or default_store_kind(device, store_bytes))
+    store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
+    memory_bytes, memory_note = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
+    memory = _plan_memory(opened, config, device, memory_bytes, memory_note)
+    check_fits(memory)
+    check_room(manifest, kind=store_kind, cache_dir=store_dir)
+    return LoadPlan(opened, manifest, store_kind, store_dir, memory)
+
+
+def _store_key(opened: OpenModel) -> str:
+    """Hex digest of everything that the records depend on."""
+    parts = (
+        RECORDS_VERSION,
+        transformers.__version__,
+        opened.checkpoint.fingerprint,
+        opened.layers,
+        str(getattr(opened.config, "quantization_config", None)),
+    )
+    return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(parts))[:16]
+
+
+def default_store_kind(device: torch.device, store_bytes: int) -> str:
+    """Memory for a GPU, because it can be pinned, if half of the RAM limit holds it; else a file.
+
+    The process's limit decides and not its free part: all processes of a node must come to the same answer.
+    """
+    in_memory = device.type == "cuda" and hasattr(os, "memfd_create")
+    return "memory" if in_memory and store_bytes <= total_memory() // 2 else "file"
+
+
+def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tuple[int, str]:
+    """The bytes that a rank may plan with, and a note on their limit.
+
+    Args:
+        shared_bytes: of a host store in memory, which shares a CPU's RAM with the slots of all the node's ranks.
+    """
+    limit = memory_limit(device)
+    if device.type != "cpu":
+        return limit.free_bytes, str(limit)
+    note = str(limit)
+    note += f", less the host store's {format_bytes(shared_bytes)}" if shared_bytes else ""
+    note += f", shared by {neighbours} ranks" if neighbours > 1 else ""
+    return (limit.free_bytes - shared_bytes) // neighbours, note
+
+
+def _plan_memory(
+    opened: OpenModel, config: LoadConfig, device: torch.device, memory_bytes: int, memory_note: str
+) -> MemoryPlan:
+    """The plan of this rank's device memory, before a weight is read."""
+    checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
+    predictor_bytes = planned_bytes(
+        opened.skeleton,
+        checkpoint.content,
+        checkpoint.folder,
+        device=device,
+        dtype=opened.dtype,
+        fetches=prefetch.on and config.packs_records(device.type),
+        predictor=config.predictor,
+        execute_predicted=config.execute_predicted,
+    )
+    return plan_memory(
+        _measure(opened),
+        parse_slots(config.slots),
+        memory_bytes=memory_bytes,
+        workload=Workload(kv_tokens=config.kv_tokens),
+        predictor_bytes=predictor_bytes,
+        memory_note=memory_note,
+    )
+
+
+def _measure(opened: OpenModel) -> ModelShape:
+    """The model's sizes. A model whose cache can't be measured without weights is served all the same, with a warning."""
+    name, dtype = opened.checkpoint.name, str(opened.dtype).removeprefix("torch.")
+    try:
+        return shape_of_model(opened.skeleton, name, dtype, opened.layers)
+    except UnsupportedModelError as error:
+        logger.warning("The memory plan leaves no room for the KV cache: %s", error)
+        return shape_of_model(opened.skeleton, name, dtype, opened.layers, run=False)
