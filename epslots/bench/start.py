@@ -1,4 +1,4 @@
-"""What a start takes in time and memory: first load, second load, plain ``from_pretrained``, each in a fresh process."""
+"""Time and memory of a start: first load, second load, plain ``from_pretrained``, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOTS = "25%"
 
 
 def bench_start(report: BenchReport, cache_dir: Path, *, rounds: int = 5) -> None:
-    """A checkpoint of 1 GiB, in the page cache for everyone alike; imports are not counted."""
+    """Loads of a checkpoint of 1 GiB that is in the page cache; imports are not counted."""
     config = random_config(layers=7, hidden=1024, experts=32, top_k=4, width=768)
     with random_checkpoint(config, torch.bfloat16) as folder:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -75,7 +75,7 @@ def _in_fresh_process(load: Callable[[Path, Path], int], folder: Path, cache_dir
 
 
 def _measure(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path, pipe: Connection) -> None:
-    # Imports are the same for all, and not what is measured; transformers imports a model when it is first named.
+    # Imports are the same for all, and are not measured; transformers imports a model when it is first named.
     for module in ("epslots.loading", "transformers.models.qwen3_moe.modeling_qwen3_moe"):
         importlib.import_module(module)
     before = _anonymous_bytes()

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import epslots
+from epslots.cli.bench import HELP as BENCH_HELP
 from epslots.cli.bench import bench
 from epslots.cli.generate import generate
 from epslots.cli.placement import placement_app
@@ -51,7 +52,7 @@ def options(version: VersionOption = False) -> None: ...
 app.command()(generate)
 app.command()(plan)
 app.command()(verify)
-app.command()(bench)
+app.command(help=BENCH_HELP)(bench)
 app.command(name="simulate")(simulate_command)
 app.add_typer(trace_app, name="trace")
 app.add_typer(predict_app, name="predict")
