@@ -21,6 +21,10 @@ from epslots.json_lines import decode_text
 from epslots.streams import table_console
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from epslots.prefetch.fit import Settings
     from epslots.prefetch.predictor_file import About
 
 predict_app = typer.Typer(help="Estimators of the experts that the next layer will use.", no_args_is_help=True)
@@ -42,6 +46,24 @@ class FitOptions:
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the recorded states.")] = 6
     memory: Annotated[str, typer.Option(help="Memory for recorded hidden states; less takes more passes.")] = "4GiB"
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fit.")] = 0
+
+    def settings(self) -> Settings:
+        """The same, checked.
+
+        Raises:
+            ConfigError: the memory is no number of bytes.
+        """
+        from epslots.prefetch.fit import Settings
+        from epslots.units import parse_bytes
+
+        return Settings(
+            tokens=self.tokens,
+            window=self.window,
+            hidden=self.hidden,
+            epochs=self.epochs,
+            memory=parse_bytes(self.memory),
+            seed=self.seed,
+        )
 
 
 @predict_app.command()
@@ -68,36 +90,18 @@ def fit(
         raise ConfigError("no text: give files or folders of text of the kind that the model will be used for")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ConfigError(f"{output}: give a file in a folder that exists")
-    from epslots.units import parse_bytes
-
-    memory_bytes = parse_bytes(options.memory)
+    settings = options.settings()
     given = None if texts is None else read_texts(texts, options.pattern, options.tokens * _BYTES_PER_TOKEN)
 
     from epslots.example_text import library_texts
     from epslots.models.checkpoint import find_checkpoint
-    from epslots.prefetch.fit import Settings, cut_windows
     from epslots.prefetch.fit import fit as fit_model
     from epslots.prefetch.predictor_file import FILE_NAME, About, write_predictor
     from epslots.runtime import runtime_of
 
-    settings = Settings(
-        tokens=options.tokens,
-        window=options.window,
-        hidden=options.hidden,
-        epochs=options.epochs,
-        memory=memory_bytes,
-        seed=options.seed,
-    )
     tokenizer = load_tokenizer(find_checkpoint(load.source))  # fails sooner than the model
     model = load.load()
-    found = library_texts(held_out=False) if given is None else given
-    ids: list[list[int]] = []
-    with counting("reading", len(found)) as advance:
-        for text in found:
-            # The tokenizer's warning of a text over the model's context is off: texts are cut into windows.
-            ids.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            advance(1)
-    windows_SW = cut_windows(ids, options.window, options.tokens, tokenizer.eos_token_id, options.seed)
+    windows_SW = _windows(tokenizer, library_texts(held_out=False) if given is None else given, settings)
     fits, quality = fit_model(model, windows_SW, settings, counting)
     if not any(fits):
         raise ConfigError(f"{model.name_or_path}: no layer's choice can be told from another's; there must be two MoE layers")
@@ -132,6 +136,19 @@ def show(
         typer.echo(json.dumps(msgspec.to_builtins(about), indent=1))
     else:
         _print(about)
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: Settings) -> torch.Tensor:
+    """The texts' tokens in windows, int64 [windows, tokens]."""
+    from epslots.prefetch.fit import cut_windows
+
+    ids: list[list[int]] = []
+    with counting("reading", len(texts)) as advance:
+        for text in texts:
+            # Without a warning of texts over the model's context: they are cut into windows.
+            ids.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            advance(1)
+    return cut_windows(ids, settings.window, settings.tokens, tokenizer.eos_token_id, settings.seed)
 
 
 def read_texts(paths: Sequence[Path], pattern: str, most_bytes: int) -> list[str]:
