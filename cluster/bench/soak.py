@@ -161,16 +161,16 @@ def _use(
 
 def _disturb(cluster: Cluster, chance: random.Random, tally: _SoakTally) -> None:
     """Kill or stop a rank, or change their number."""
-    what = chance.choice(["kill", "kill", "stop", "scale"])
+    event = chance.choice(["kill", "kill", "stop", "scale"])
     try:
-        if what == "scale":
+        if event == "scale":
             cluster.scale(chance.randint(1, _RANKS_MAX))
         elif found := pids(cluster):
-            os.kill(chance.choice(found), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+            os.kill(chance.choice(found), signal.SIGKILL if event == "kill" else signal.SIGSTOP)
     except (ProcessLookupError, ClusterError) as error:
-        what = f"{what} failed"
-        print(f"{what}: {error}", flush=True)
-    tally.events[what] += 1
+        event = f"{event} failed"
+        print(f"{event}: {error}", flush=True)
+    tally.events[event] += 1
 
 
 def _levels(cluster: Cluster) -> dict[str, float]:

@@ -55,7 +55,7 @@ def _idle(ranks: list[int]) -> list[dict[str, float | str]]:
 
     before = {name: seconds(process) for name, process in processes.items()}
     others_before = {process: seconds(process) for process in others}
-    time.sleep(_IDLE_S)  # an idle cluster is what is measured
+    time.sleep(_IDLE_S)  # no request runs while the time is measured
     rows: list[dict[str, float | str]] = [
         {"process": name, "seconds": seconds(process) - before[name]} for name, process in processes.items()
     ]

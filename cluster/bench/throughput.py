@@ -64,7 +64,7 @@ def bench_throughput(report: BenchReport, cache_dir: Path, *, rounds: int = 7) -
 
 @contextmanager
 def _ended(store: TCPStore, rounds: int) -> Iterator[None]:
-    """At the end of the block, tell bare ranks that still wait for a round that none will come."""
+    """At the end of the block, release bare ranks that still wait for a round."""
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ class Bench:
     """One bench.
 
     Attributes:
-        name: what the command line calls it, and the name of its recorded files.
+        name: on the command line, and of its recorded files.
         measures: one sentence for the help.
         module: of ``epslots.bench``; it has the function ``bench_<name>``.
         takes_device: whether ``--device`` counts; other benches measure the CPU.

@@ -69,10 +69,12 @@ def bench_decode(
             _release()
         del store
         plain = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device}).eval()
+        skew_routers(plain)
         rows += _plain_rows(RESIDENT, plain, device, rounds, new_tokens)
         del plain
         _release()
         offloaded = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        skew_routers(offloaded)  # before the weights are offloaded
         cpu_offload(offloaded, execution_device=device)
         rows += _plain_rows("accelerate, CPU offload", offloaded, device, 1, max(2, new_tokens // 12))
     resident = {row["batch"]: row["tokens/s"] for row in rows if row["what"] == RESIDENT}
@@ -139,7 +141,6 @@ def _own_rows(share: str, model: PreTrainedModel, tokens: torch.Tensor, rounds: 
 
 
 def _plain_rows(what: str, model: PreTrainedModel, device: torch.device, rounds: int, new_tokens: int) -> list[dict[str, Any]]:
-    skew_routers(model)
     rows = []
     for batch in BATCHES:
         tokens = random_tokens(model.config, batch, PROMPT + new_tokens, device)

@@ -35,7 +35,7 @@ def bench_fetch(report: BenchReport, cache_dir: Path, device: torch.device, *, r
     with random_checkpoint(config, torch.bfloat16) as folder:
         model = epslots.load(folder, slots=SLOTS, device=device, cache_dir=cache_dir)
         runtime = runtime_of(model)
-        runtime.store.verify()  # a first fetch also takes the record's digest; every later one is what is measured
+        runtime.store.verify()  # a record's first fetch also checks its digest; later ones are timed
         report.table("one expert, host to slot", [_fetches(runtime, device, rounds)])
         report.table("one expert, by the form that it is stored in", _forms(device, rounds))
         report.table("a miss, fetched and computed or computed on the host", _misses(model, runtime, device, rounds))

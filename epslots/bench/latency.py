@@ -221,7 +221,7 @@ def _measure(folder: Path, cache_dir: Path, ids: Sequence[int], rounds: int, ste
 
 
 def check_texts(texts: Iterable[Mapping[str, tuple[int, ...]]]) -> None:
-    """Check that requests with the same id have the same tokens, whatever the slots. Raises AssertionError otherwise."""
+    """Check that requests with the same id have the same tokens, at all shares of slots. Raises AssertionError otherwise."""
     first, *others = texts
     for other in others:
         for id in first.keys() & other.keys():

@@ -132,16 +132,16 @@ def calibration(predictor: Predictor, seen: dict[int, Seen]) -> list[dict[str, A
     """Actual usage of experts by predicted usage, step by step as at run time, for batches of several sizes."""
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
-        told, was = (np.concatenate(parts) for parts in zip(*steps(predictor, seen, batch), strict=True))
-        bin_of = np.minimum(told * BINS // CERTAIN, BINS - 1)
+        predicted, used = (np.concatenate(parts) for parts in zip(*steps(predictor, seen, batch), strict=True))
+        bin_of = np.minimum(predicted * BINS // CERTAIN, BINS - 1)
         for number in range(BINS):
             here = bin_of == number
             rows.append(
                 {
                     "tokens a step": batch,
                     "told between": f"{number / BINS:.1%} and {(number + 1) / BINS:.1%}",
-                    "told, mean": float(told[here].mean() / CERTAIN) if here.any() else 0.0,
-                    "was used": float(was[here].mean()) if here.any() else 0.0,
+                    "told, mean": float(predicted[here].mean() / CERTAIN) if here.any() else 0.0,
+                    "was used": float(used[here].mean()) if here.any() else 0.0,
                     "share of all": float(here.mean()),
                 }
             )

@@ -45,13 +45,13 @@ def bench_quotas(report: BenchReport, cache_dir: Path, *, passages: int = 24) ->
         for batch in BATCHES:
             lessons, questions = _steps(taught, batch), _steps(held, batch)
 
-            def tell(steps: int, batch: int = batch) -> None:
+            def count(steps: int, batch: int = batch) -> None:
                 advance(steps * batch)
 
-            histograms = {n: reuse_histogram(lessons, trace.num_experts, policy, tell) for n, policy in POLICIES.items()}
+            histograms = {n: reuse_histogram(lessons, trace.num_experts, policy, count) for n, policy in POLICIES.items()}
             curves += [{"batch": batch} | row for row in _curves(histograms[DEFAULT_POLICY], trace.num_experts)]
             for share in SHARES:
-                judged = _judge(questions, histograms, trace.num_experts, share, tell)
+                judged = _judge(questions, histograms, trace.num_experts, share, count)
                 rows += [{"batch": batch, "slots": f"{share:.1%}"} | row for row in judged]
     report.table("misses per use by the default policy's scores, from the half that taught", curves)
     report.table("hit rates on the other half, as shares of Belady's with equal slots", rows)
@@ -75,16 +75,16 @@ def _curves(histogram_LD: IntArray, experts_L: IntArray) -> list[dict[str, Any]]
 
 
 def _judge(
-    ids_TLN: IdArray, histograms: dict[str, IntArray], experts_L: IntArray, share: float, tell: Callable[[int], None]
+    ids_TLN: IdArray, histograms: dict[str, IntArray], experts_L: IntArray, share: float, count: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """A row for each policy: hits as shares of Belady's with equal slots."""
     equal_L = (experts_L * share).astype(np.int64)
     learn = partial(learn_quotas, num_experts_L=experts_L, total_slots=int(equal_L.sum()))
-    best = belady(ids_TLN, experts_L, equal_L[None], tell).hit_rates[0]
+    best = belady(ids_TLN, experts_L, equal_L[None], count).hit_rates[0]
     rows = []
     for name, policy in POLICIES.items():
         quotas = {"equal": equal_L, "by recency": learn(histograms["lru"]), "learned": learn(histograms[name])}
-        rates = replay(ids_TLN, experts_L, np.stack(list(quotas.values())), policy, tell).hit_rates
+        rates = replay(ids_TLN, experts_L, np.stack(list(quotas.values())), policy, count).hit_rates
         shares = {heading: rate / best for heading, rate in zip(quotas, rates, strict=True)}
         learned = " ".join(map(str, quotas["learned"].tolist()))
         rows.append({"policy": name, "Belady": best, **shares, "slots learned": learned})

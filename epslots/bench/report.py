@@ -1,4 +1,4 @@
-"""What all benches share: timing candidates in turn, rows of ratios, and a report as tables, JSON and plots.
+"""Shared by all benches: timing candidates in turn, rows of ratios, and a report as tables, JSON and plots.
 
 A bench is a function ``bench_<name>(report, cache_dir, ...)``. It names its candidates (what is compared) and its cases (the
 rows), lets ``compare`` time them, and hands each table to the report. ``catalogue.py`` lists all benches.

@@ -37,17 +37,17 @@ Passages = Mapping[str, Sequence[Sequence[int]]]
 # --- text
 
 
-def passages_of_kinds(most: int) -> Passages:
-    """Up to ``most`` passages of each kind of text; kinds without one are left out."""
+def passages_of_kinds(count: int) -> Passages:
+    """Up to ``count`` passages of each kind of text; kinds without one are left out."""
     tokenizer = AutoTokenizer.from_pretrained(example_model())
     found = {}
-    for kind, texts in _texts_of_kinds(most).items():
+    for kind, texts in _texts_of_kinds(count).items():
         ids = [tokenizer(text).input_ids[:PASSAGE_TOKENS] for text in texts]
         found[kind] = [row for row in ids if len(row) == PASSAGE_TOKENS]
     return {kind: passages for kind, passages in found.items() if passages}
 
 
-def _texts_of_kinds(most: int) -> dict[str, list[str]]:
+def _texts_of_kinds(count: int) -> dict[str, list[str]]:
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     python = [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts]
     modules = [path for path in python if not _BUILT_FROM_DATA & set(path.parts)]
@@ -64,17 +64,17 @@ def _texts_of_kinds(most: int) -> dict[str, list[str]]:
         "headers": map(_read, packaged("h")),
         "web": map(_read, packaged("html", "js", "css")),
     }
-    return {kind: _some(several, most) for kind, several in texts.items()}
+    return {kind: _some(several, count) for kind, several in texts.items()}
 
 
-def _some(texts: Iterable[str], most: int) -> list[str]:
-    """``most`` passages, evenly from all texts; of each text its first few."""
+def _some(texts: Iterable[str], count: int) -> list[str]:
+    """Up to ``count`` passages, evenly from all texts; of each text only its first few."""
     found = [
         text[start : start + _LETTERS]
         for text in texts
         for start in range(0, min(len(text) - _LETTERS, _PASSAGES_OF_A_FILE * _LETTERS), _LETTERS)
     ]
-    return [found[number * len(found) // most] for number in range(min(most, len(found)))]
+    return [found[number * len(found) // count] for number in range(min(count, len(found)))]
 
 
 def _read(path: Path) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command one parameter for each field of its dataclass parameters, which is what typer reads.
+    """Give the command one parameter for each field of its dataclass parameters, for typer to read.
 
     A group's ``PANEL`` is the heading of its options in the help.
 

@@ -178,14 +178,14 @@ def read_texts(paths: Sequence[Path], pattern: str, most_bytes: int) -> list[str
 
 
 def _print(about: About) -> None:
-    told = [(layer, quality) for layer, quality in enumerate(about.quality) if quality is not None]
+    fitted = [(layer, quality) for layer, quality in enumerate(about.quality) if quality is not None]
     rows = []
-    for layer, quality in told:
+    for layer, quality in fitted:
         rates: list[float | None] = [*(quality.naive or (None, None)), *quality.fitted]
         following = (layer + about.settings.distance) % len(about.quality)
         name = str(following) if following > layer else f"{following}, next token"
         rows.append([name, *map(_percent, rates), "token before" if quality.history else ""])
-    mean = [sum(quality.fitted[i] for _, quality in told) / max(1, len(told)) for i in (0, 1)]
+    mean = [sum(quality.fitted[i] for _, quality in fitted) / max(1, len(fitted)) for i in (0, 1)]
     rows.append(["mean", "", "", *map(_percent, mean), ""])
     headings = ("layer", "naive at k", "at 2k", "fitted at k", "at 2k", "sees")
     columns: Columns[list[str]] = [(heading, itemgetter(number)) for number, heading in enumerate(headings)]
