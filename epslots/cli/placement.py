@@ -46,11 +46,7 @@ class RanksOptions:
     flat: Annotated[bool, typer.Option("--flat", help="Pay no attention to nodes.")] = False
 
     def shape(self, costs: Costs) -> RankShape:
-        """Ranks of one speed, spread evenly over the nodes.
-
-        Raises:
-            ConfigError: more nodes than ranks.
-        """
+        """Ranks of one speed, spread evenly over the nodes. ConfigError: there are more nodes than ranks."""
         import numpy as np
 
         from epslots.placement.planner import RankShape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Optional
@@ -48,22 +48,13 @@ class FitOptions:
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fit.")] = 0
 
     def settings(self) -> Settings:
-        """The same, checked.
-
-        Raises:
-            ConfigError: the memory is no number of bytes.
-        """
+        """The same for the fit. ConfigError: the memory is no number of bytes."""
         from epslots.prefetch.fit import Settings
         from epslots.units import parse_bytes
 
-        return Settings(
-            tokens=self.tokens,
-            window=self.window,
-            hidden=self.hidden,
-            epochs=self.epochs,
-            memory=parse_bytes(self.memory),
-            seed=self.seed,
-        )
+        given = asdict(self) | {"memory": parse_bytes(self.memory)}
+        del given["pattern"]
+        return Settings(**given)
 
 
 @predict_app.command()

@@ -44,22 +44,12 @@ class ClusterOptions:
     slots: Annotated[str, typer.Option("--slots", "-s", help="Slots of each layer on each rank: 16, or 25%.")] = "25%"
     policy: Annotated[str, typer.Option(help=f"Eviction policy: {', '.join(POLICIES)}.")] = DEFAULT_POLICY
     group_size: Annotated[int, typer.Option(min=1, help="Most ranks of an expert-parallel group.")] = GROUP_SIZE
-    placement: Annotated[
-        Optional[Path],
-        typer.Option(help="A .placement to begin with, for the ranks of a group."),
-    ] = None
-    controller: Annotated[
-        bool,
-        typer.Option("--controller/--static", help="Decide on placements as traffic goes on."),
-    ] = False
+    placement: Annotated[Optional[Path], typer.Option(help="A .placement to begin with, for the ranks of a group.")] = None
+    controller: Annotated[bool, typer.Option("--controller/--static", help="Decide on placements as traffic goes on.")] = False
     window_steps: Annotated[int, typer.Option(min=1, help="With --controller: steps of a window of telemetry.")] = 50
 
     def simulated(self, quota_L: IntArray, timing: Timing, expert_bytes: int) -> SimulatedCluster:
-        """The cluster with ``quota_L`` slots on a rank.
-
-        Raises:
-            ConfigError: the placement file is for other slots.
-        """
+        """The cluster with ``quota_L`` slots on a rank. ConfigError: the placement file is for other slots."""
         return SimulatedCluster(
             ranks=self.ranks,
             nodes=self.nodes,
@@ -91,19 +81,12 @@ class TrafficOptions:
 
     PANEL: ClassVar[str] = "The traffic"
 
-    batch: Annotated[
-        str,
-        typer.Option(help="Sequences of each rank at a time; several (1,8,64) give a curve."),
-    ] = "8"
+    batch: Annotated[str, typer.Option(help="Sequences of each rank at a time; several (1,8,64) give a curve.")] = "8"
     steps: Annotated[int, typer.Option(min=1, help="Steps that count.")] = 200
     warm_up: Annotated[int, typer.Option(min=0, help="Steps before these.")] = 50
 
     def batches(self, ranks: int) -> list[int]:
-        """The sequences of a rank, for each simulation.
-
-        Raises:
-            ConfigError: they are no numbers, or too many.
-        """
+        """The sequences of a rank, for each simulation. ConfigError: they are no numbers, or too many."""
         found = [_positive("--batch", given) for given in self.batch.split(",")]
         if max(found) * ranks > _LANES_MAX:
             raise ConfigError(f"--batch {max(found)} on {ranks} ranks: allowed: {_LANES_MAX} sequences in all")
@@ -118,8 +101,7 @@ class TimeOptions:
 
     machine: Annotated[str, typer.Option(help=f"Bandwidths: {', '.join(DEVICES)}.")] = DEFAULT_DEVICE
     timing: Annotated[
-        Optional[Path],
-        typer.Option(help="Measured times instead, as JSON (epslots.simulation.timing.Timing, nanoseconds)."),
+        Optional[Path], typer.Option(help="Measured times instead, as JSON (epslots.simulation.timing.Timing, nanoseconds).")
     ] = None
     expert_bytes: Annotated[str, typer.Option(help="An expert's size; default: 3 x 2048 x 768 weights in bf16.")] = "9MiB"
     row_bytes: Annotated[str, typer.Option(help="A hidden state's size; default: 2048 in bf16.")] = "4KiB"
@@ -127,11 +109,7 @@ class TimeOptions:
     token_us: Annotated[float, typer.Option(min=0, max=1e6, help="The same for each token of a rank.")] = 0.05
 
     def model(self) -> Timing:
-        """The measured times of the file, or those of the machine's data sheet.
-
-        Raises:
-            ConfigError: a size, or the file, can't be read.
-        """
+        """The measured times of the file, or those of the machine's data sheet. ConfigError: the file can't be read."""
         device, layer_ns, token_ns = DEVICES[self.machine], round(self.layer_us * 1e3), round(self.token_us * 1e3)
         times = timing_of(device, parse_bytes(self.expert_bytes), parse_bytes(self.row_bytes), layer_ns, token_ns)
         return times if self.timing is None else _read_timing(self.timing)
