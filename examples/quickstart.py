@@ -1,4 +1,4 @@
-"""A model from a bounded slot pool, in five lines, and what its cache did.
+"""A model with a bounded slot pool, in five lines, and its cache's hit rates.
 
 python examples/quickstart.py                       # the small model shipped here
 python examples/quickstart.py ./Qwen3-30B-A3B 25%   # your own

@@ -1,4 +1,4 @@
-"""What the cluster's benchmarks share: the example model on two ranks, prompts of Python, and looking at processes."""
+"""Shared by the cluster's benches: the example model on two ranks, prompts of Python, and the ranks' processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from epslots.example import example_model
 
 RANKS = 2
 SLOTS = 8  # a quarter of the example model's 32 experts a layer
-# In fp32, where batches don't change tokens: the example is stored in bf16, and there they do, with and without us.
+# In fp32, where batches don't change tokens. In bf16, the example's own dtype, they do, also in plain transformers.
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "slots": SLOTS,
@@ -30,7 +30,7 @@ _BEGINNINGS = (
     "import os\n\n{} = ",
     "    for name, {} in self.items():\n        if ",
 )
-_NAMES = (
+_NOUNS = [
     "config",
     "lines",
     "table",
@@ -45,30 +45,30 @@ _NAMES = (
     "file",
     "row",
     "key",
-)
+]
 
 
 def prompts(count: int) -> list[str]:
     """Beginnings of Python files."""
     return [
-        _BEGINNINGS[n % len(_BEGINNINGS)].format(_NAMES[n // len(_BEGINNINGS) % len(_NAMES)] + "s" * (n // 56))
+        _BEGINNINGS[n % len(_BEGINNINGS)].format(_NOUNS[n // len(_BEGINNINGS) % len(_NOUNS)] + "s" * (n // 56))
         for n in range(count)
     ]
 
 
 def open_cluster(cache_dir: Path, ranks: int = RANKS, **settings: Any) -> Cluster:
-    """The example model on a Ray of this machine's own. It plans with the costs of large experts, so that tokens travel."""
+    """A cluster of the example model with a local Ray. It plans with the costs of large experts, so that tokens travel."""
     return Cluster(example_model(), ranks=ranks, cache_dir=cache_dir, **(SETTINGS | settings))
 
 
 def pids(cluster: Cluster) -> list[int]:
-    """The ranks' processes, by rank."""
+    """Process ids, by rank."""
     found = [re.search(r"pid (\d+)", place) for place in cluster.placement().ranks]
     return [int(match[1]) for match in found if match is not None]
 
 
 def compare(results: Sequence[Result], undisturbed: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    """How many requests were lost, and in how many tokens the others differ from the undisturbed run's."""
+    """Requests lost, and tokens of the others that differ from the undisturbed run's."""
     lost = sum(result.reason not in ("length", "stop") for result in results)
     differing = 0
     for result in results:

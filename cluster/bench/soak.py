@@ -1,4 +1,4 @@
-"""A soak: requests, kills, stops, joins and leaves at random; nothing may be lost, different, or left behind."""
+"""A soak: requests, kills, stops, joins and leaves at random. No request may be lost or different, nothing may leak."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,85 +21,108 @@ from cluster.errors import ClusterError
 from cluster.generation import Result
 from epslots.bench.report import BenchReport
 
-_MOST_RANKS = 3
+_RANKS_MAX = 3
 _TEXTS = 24
-_IN_FLIGHT = 16
-_CHAOS_EVERY_S = (2.0, 12.0)
+_USERS = 16
+_DISTURB_EVERY_S = (2.0, 12.0)
 _LOOK_EVERY_S = 5.0
-_LAST_S = 120.0  # for requests that are under way at the end
-_MOST_GROWTH = 1.1
-# What may come and go by chance, beside a tenth: by level.
+_DRAIN_S = 120.0  # for requests in progress at the end
+_GROWTH_MAX = 1.1
+# Chance variation that is allowed beside that tenth, by level.
 _SLACK = {"MiB": 30.0, "descriptors": 10.0, "threads": 10.0}
-_MEMORY = Path("/dev/shm")
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
-class _Tally:
-    """What happened."""
+class _SoakTally:
+    """Events and requests so far.
+
+    Attributes:
+        events: disturbances by name.
+        requests: ended requests by reason.
+        different: requests whose tokens differ from the undisturbed run's.
+        levels: memory, descriptors and threads at each look.
+    """
 
     events: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
     different: int = 0
     levels: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def lost(self) -> int:
+        return sum(count for reason, count in self.requests.items() if reason not in ("length", "stop", "cancelled"))
+
 
 def bench_soak(report: BenchReport, cache_dir: Path, *, minutes: float = 10.0, seed: int = 0) -> None:
-    """Everything at once for ``minutes``. Every text is compared with that of an undisturbed run."""
-    chance = random.Random(seed)
+    """Users and disturbances at once for ``minutes``; every text is compared with that of an undisturbed run.
+
+    Raises:
+        AssertionError: a request was lost, hangs, or has other tokens; a level grew; or something was left behind.
+    """
     memory_before = _shared_memory()
     children_before = set(psutil.Process().children(recursive=True))
-    tally = _Tally()
-    cluster = open_cluster(cache_dir, ranks=_MOST_RANKS, silence_s=3.0)
+    tally = _SoakTally()
     seen: set[psutil.Process] = set()
+    cluster = open_cluster(cache_dir, ranks=_RANKS_MAX, silence_s=3.0)
     try:
         asked = [_ask(n) for n in range(_TEXTS)]
         undisturbed = {result.index: result.tokens for result in cluster.generate(asked)}
-        ends = time.monotonic() + 60 * minutes
         over = threading.Event()
         users = [
             threading.Thread(target=_use, args=(cluster, asked, undisturbed, random.Random(n), tally, over), daemon=True)
-            for n in range(_IN_FLIGHT)
+            for n in range(_USERS)
         ]
         for user in users:
             user.start()
-        next_chaos = next_look = time.monotonic()
-        while time.monotonic() < ends:
-            over.wait(max(0.0, min(next_chaos, next_look, ends) - time.monotonic()))
-            if time.monotonic() >= next_look:
-                next_look += _LOOK_EVERY_S
-                seen |= set(psutil.Process().children(recursive=True)) - children_before
-                tally.levels.append(_levels(cluster))
-            if time.monotonic() >= next_chaos:
-                next_chaos = time.monotonic() + chance.uniform(*_CHAOS_EVERY_S)
-                _disturb(cluster, chance, tally)
+        for _ in _disturbed_looks(cluster, 60 * minutes, random.Random(seed), tally):
+            seen |= set(psutil.Process().children(recursive=True)) - children_before
         over.set()
         for user in users:
-            user.join(_LAST_S)
+            user.join(_DRAIN_S)
         hanging = sum(user.is_alive() for user in users)
     finally:
         cluster.close()
     _, alive = psutil.wait_procs(seen, timeout=10)
-    levels = _compare(tally.levels)
-    grown = [row["level"] for row in levels if row["last"] > row["first"] * _MOST_GROWTH + row["slack"]]
     left = {
         "processes": len(alive),
         "shared memory": len(_shared_memory() - memory_before),
         "threads of the driver": sum(thread.name.startswith("epslots") for thread in threading.enumerate()),
     }
-    report.table(f"{minutes:g} minutes, up to {_MOST_RANKS} ranks, {_IN_FLIGHT} users", [dict(sorted(tally.events.items()))])
-    lost = sum(count for reason, count in tally.requests.items() if reason not in ("length", "stop", "cancelled"))
-    report.table("requests", [{**tally.requests, "lost": lost, "different": tally.different}])
+    _judge(report, f"{minutes:g} minutes, up to {_RANKS_MAX} ranks, {_USERS} users", tally, hanging, left)
+
+
+def _judge(report: BenchReport, title: str, tally: _SoakTally, hanging: int, left: dict[str, int]) -> None:
+    levels = _compare(tally.levels)
+    grown = [row["level"] for row in levels if row["last"] > row["first"] * _GROWTH_MAX + row["slack"]]
+    report.table(title, [dict(sorted(tally.events.items()))])
+    report.table("requests", [{**tally.requests, "lost": tally.lost, "different": tally.different}])
     report.table("levels: medians of the first and of the last quarter, and what more is allowed beside a tenth", levels)
     report.table("left behind", [left])
-    if lost or hanging or tally.different or grown or any(left.values()):
+    if tally.lost or hanging or tally.different or grown or any(left.values()):
         raise AssertionError(
-            f"the soak failed: {lost} requests lost, {hanging} hang, {tally.different} different; levels that grew: {grown}; "
-            f"left behind: {left}"
+            f"the soak failed: {tally.lost} requests lost, {hanging} hang, {tally.different} different; levels that grew: "
+            f"{grown}; left behind: {left}"
         )
 
 
+def _disturbed_looks(cluster: Cluster, seconds: float, chance: random.Random, tally: _SoakTally) -> Iterator[None]:
+    """Disturb the cluster at random for so long; note the levels regularly, and yield after each look."""
+    next_disturbance = next_look = time.monotonic()
+    ends = next_look + seconds
+    while time.monotonic() < ends:
+        time.sleep(max(0.0, min(next_disturbance, next_look, ends) - time.monotonic()))
+        if time.monotonic() >= next_look:
+            next_look += _LOOK_EVERY_S
+            tally.levels.append(_levels(cluster))
+            yield
+        if time.monotonic() >= next_disturbance:
+            next_disturbance = time.monotonic() + chance.uniform(*_DISTURB_EVERY_S)
+            _disturb(cluster, chance, tally)
+
+
 def _ask(number: int) -> dict[str, Any]:
-    """Every second one samples; lengths differ."""
+    """A request; every second one samples, and lengths differ."""
     return {
         "prompt": prompts(_TEXTS)[number],
         "max_new_tokens": 20 + 17 * number % 150,
@@ -113,16 +137,16 @@ def _use(
     asked: list[dict[str, Any]],
     undisturbed: dict[int, tuple[int, ...]],
     chance: random.Random,
-    tally: _Tally,
+    tally: _SoakTally,
     over: threading.Event,
 ) -> None:
-    """A user: one request after the other, some given up halfway."""
+    """A user: one request after the other, some cancelled halfway."""
     while not over.is_set():
         number = chance.randrange(_TEXTS)
         try:
             generation = cluster.submit(asked[number])
             if chance.random() < 0.1:
-                next(iter(generation), None)  # which cancels it: its only reader leaves
+                next(iter(generation), None)  # the only reader leaves, which cancels it
             result: Result = generation.result()
         except ClusterError as error:
             tally.requests["error"] += 1
@@ -135,22 +159,22 @@ def _use(
             print(f"different: prompt {number}, after {result.reason}", flush=True)
 
 
-def _disturb(cluster: Cluster, chance: random.Random, tally: _Tally) -> None:
-    """Something happens."""
-    what = chance.choice(["kill", "kill", "stop", "scale"])
+def _disturb(cluster: Cluster, chance: random.Random, tally: _SoakTally) -> None:
+    """Kill or stop a rank, or change their number."""
+    event = chance.choice(["kill", "kill", "stop", "scale"])
     try:
-        if what == "scale":
-            cluster.scale(chance.randint(1, _MOST_RANKS))
+        if event == "scale":
+            cluster.scale(chance.randint(1, _RANKS_MAX))
         elif found := pids(cluster):
-            os.kill(chance.choice(found), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+            os.kill(chance.choice(found), signal.SIGKILL if event == "kill" else signal.SIGSTOP)
     except (ProcessLookupError, ClusterError) as error:
-        what = f"{what} failed"
-        print(f"{what}: {error}", flush=True)
-    tally.events[what] += 1
+        event = f"{event} failed"
+        print(f"{event}: {error}", flush=True)
+    tally.events[event] += 1
 
 
 def _levels(cluster: Cluster) -> dict[str, float]:
-    """Of the driver, and of its ranks: of each the most. Shared memory includes the host store, if it is there."""
+    """Levels of the driver, and the largest of its ranks. Shared memory includes a host store in memory."""
     driver, ranks = psutil.Process(), cluster.stats().ranks
     return {
         "driver MiB": driver.memory_info().rss / 2**20,
@@ -164,6 +188,7 @@ def _levels(cluster: Cluster) -> dict[str, float]:
 
 
 def _compare(levels: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Medians of each level over the first and the last quarter of the looks."""
     quarter = max(1, len(levels) // 4)
 
     def middle(rows: list[dict[str, float]], name: str) -> float:
@@ -181,5 +206,5 @@ def _compare(levels: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def _shared_memory() -> set[Path]:
-    """Segments: folders there are temporary ones of other programs."""
-    return {path for path in _MEMORY.iterdir() if path.is_file()} if _MEMORY.is_dir() else set()
+    """Shared memory segments. Folders there are temporary folders of other programs."""
+    return {path for path in _SHARED_MEMORY.iterdir() if path.is_file()} if _SHARED_MEMORY.is_dir() else set()

@@ -1,4 +1,4 @@
-"""The start of a cluster, where its seconds go, and what it costs to stand idle."""
+"""The start of a cluster by stage, and the processor time of an idle one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IDLE_S = 10.0
 
 
 def bench_start(report: BenchReport, cache_dir: Path, *, rounds: int = 5) -> None:
-    """The first start builds the host store and isn't counted; then ``rounds`` starts, each with one token and a close."""
+    """``rounds`` starts, each with one token and a close, after a first one that builds the host store and isn't counted."""
     stages: dict[str, list[float]] = {}
     idle: list[dict[str, float | str]] = []
     for number in range(rounds + 1):
@@ -42,7 +42,7 @@ def bench_start(report: BenchReport, cache_dir: Path, *, rounds: int = 5) -> Non
 
 
 def _idle(ranks: list[int]) -> list[dict[str, float | str]]:
-    """What each process burns while nobody asks for anything."""
+    """Processor seconds of each process while no request runs."""
     processes = {f"rank {n}": psutil.Process(pid) for n, pid in enumerate(ranks)} | {"driver": psutil.Process()}
     others = {child for child in psutil.Process().children(recursive=True) if child.pid not in ranks}
 
@@ -55,7 +55,7 @@ def _idle(ranks: list[int]) -> list[dict[str, float | str]]:
 
     before = {name: seconds(process) for name, process in processes.items()}
     others_before = {process: seconds(process) for process in others}
-    time.sleep(_IDLE_S)  # what is measured is this: nothing happens
+    time.sleep(_IDLE_S)  # no request runs while the time is measured
     rows: list[dict[str, float | str]] = [
         {"process": name, "seconds": seconds(process) - before[name]} for name, process in processes.items()
     ]

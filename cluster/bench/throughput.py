@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-import epslots
 from cluster.bench.common import RANKS, SETTINGS, open_cluster, prompts
+from epslots.bench.models import load_fp32
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import BenchReport, ratio_of_rounds, spread
 from epslots.engine.engine import Engine
@@ -25,12 +25,16 @@ from epslots.transport.torch_transport import TorchTransport
 _PROMPTS = 64
 _NEW_TOKENS = 64
 _WARM_UP = 1
-_FOR_EVER = timedelta(hours=2)
+_STORE_TIMEOUT = timedelta(hours=2)
 
 
 def bench_throughput(report: BenchReport, cache_dir: Path, *, rounds: int = 7) -> None:
-    """64 prompts on two ranks, in turn on a cluster and in a bare loop. The tokens must be the same."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_FOR_EVER)
+    """Throughput with 64 prompts on two ranks, in turn on a cluster and in a bare loop.
+
+    Raises:
+        AssertionError: the tokens differ.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
     bare = threading.Thread(target=run_ranks, args=(_bare, RANKS, store.port, rounds + _WARM_UP, str(cache_dir)), daemon=True)
     bare.start()
     seconds: dict[str, list[float]] = {"Cluster.generate": [], "bare loop": []}
@@ -60,7 +64,7 @@ def bench_throughput(report: BenchReport, cache_dir: Path, *, rounds: int = 7) -
 
 @contextmanager
 def _ended(store: TCPStore, rounds: int) -> Iterator[None]:
-    """Whatever happens, the bare ranks don't wait for rounds that won't come."""
+    """At the end of the block, release bare ranks that still wait for a round."""
     try:
         yield
     finally:
@@ -69,18 +73,9 @@ def _ended(store: TCPStore, rounds: int) -> Iterator[None]:
 
 
 def _bare(transport: TorchTransport, port: int, rounds: int, cache_dir: str) -> None:
-    """One rank: its half of the prompts, whenever it is told to."""
-    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=_FOR_EVER)
-    model = epslots.load(
-        example_model(),
-        slots=SETTINGS["slots"],
-        dtype=SETTINGS["dtype"],
-        device="cpu",
-        cache_dir=cache_dir,
-        progress=False,
-        group=transport,
-        costs=SETTINGS["costs"],
-    )
+    """One rank of the bare loop: in each round that the store announces, its half of the prompts."""
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+    model = load_fp32(example_model(), cache_dir, slots=SETTINGS["slots"], costs=SETTINGS["costs"], group=transport)
     tokenizer = load_tokenizer(example_model())
     engine = Engine(model, kv_tokens=SETTINGS["kv_tokens"])
     for number in range(rounds):

@@ -1,15 +1,13 @@
-"""Eviction policies alone, without prefetch: hits as a share of Belady's optimum, over models, texts and made-up traffic.
+"""Eviction policies without prefetch: hits as a share of Belady's optimum, over models, texts and made-up traffic.
 
-Caches are replayed (``cache_replay.py``) by the very policies that the model runs. The example model has learned its
-routing from
-text; other families and sizes have random weights, and route by the token at hand. Made-up traffic is what single reasons for
-reuse look like when nothing else is mixed in.
+The simulator replays caches by the policies that the model runs (``cache_replay.py``). The example model has learned its
+routing from text; models of other families and sizes have random weights, and route by the token alone.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,14 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 import epslots
 from epslots.arrays import IntArray
-from epslots.bench.drift import kinds_of_text
-from epslots.bench.made_up import DRAWN, PATTERNS
-from epslots.bench.models import random_checkpoint, random_config
+from epslots.bench.models import load_fp32, random_checkpoint, random_config
 from epslots.bench.report import BenchReport
+from epslots.bench.workloads import DRAWN, PASSAGE_TOKENS, PATTERNS, passages_of_kinds, record_routing
 from epslots.example import example_model
 from epslots.planner.cache_policy import POLICIES
 from epslots.progress import counting
@@ -35,12 +31,13 @@ from epslots.trace import Trace
 
 SHARES = (0.125, 0.25, 0.5)
 BATCHES = (1, 4, 16)
-TOKENS = 192  # of each passage
-PROMPT = 64  # of these, where a passage is a prompt that one step computes, and then an answer
+PROMPT = 64  # tokens of a passage that one step computes, where a passage is a prompt and an answer
+TEXT, RANDOM_TEXT, MADE_UP = "text of the example model", "text of random models", "made up"
+ALL_KINDS = "all kinds in turn"
 # Random models by experts, top k and layers.
 RANDOM = {"random 64, top 6": (64, 6, 3), "random 128, top 8": (128, 8, 2), "random 128, top 1": (128, 1, 3)}
-# Experts and choices of made-up traffic: as DeepSeek-V2-Lite, Llama-4 Maverick and the example model have them; and of few
-# experts one, where each mistake counts most.
+# Experts and choices of made-up traffic, by the shapes of DeepSeek-V2-Lite, Llama-4 Maverick and the example model; and one
+# of few experts, where each mistake counts most.
 SHAPES = ((64, 6), (128, 1), (32, 4), (64, 1))
 
 
@@ -49,8 +46,11 @@ class Question:
     """Steps that policies are judged on.
 
     Attributes:
-        kind: "text of the example model", "text of random models" or "made up".
-        ids_TLN: as ``replay`` takes them.
+        kind: ``TEXT``, ``RANDOM_TEXT`` or ``MADE_UP``.
+        name: of the text or the pattern.
+        batch: tokens of a step.
+        ids_TLN: choices of each step and layer, -1 for none.
+        num_experts_L: experts of each layer.
     """
 
     kind: str
@@ -81,7 +81,7 @@ def bench_eviction(report: BenchReport, cache_dir: Path, *, steps: int = 2000, p
 def judge(question: Question, advance: Callable[[int], object]) -> list[dict[str, Any]]:
     """A row for each share of slots.
 
-    There is no choice where every policy and the optimum hit alike, such as where a step fills all slots.
+    There is "no choice" where every policy hits as often as the optimum, such as where a step fills all slots.
     """
     experts_L = question.num_experts_L
     quota_CL = np.stack([np.maximum(1, (experts_L * share).astype(np.int64)) for share in SHARES])
@@ -100,87 +100,77 @@ def judge(question: Question, advance: Callable[[int], object]) -> list[dict[str
                 "slots": f"{share:.1%}",
                 "Belady": 100 * best.hit_rates[cache],
                 **shares,
-                "adaptive - better of LRU and LFU": shares["adaptive"] - max(shares["lru"], shares["lfu"]),
+                "adaptive - better of LRU and LFU": shares["adaptive"] - _better(shares),
                 "no choice": bool((np.array([hits_C[cache] for hits_C in found.values()]) == best_C[cache]).all()),
             }
         )
     return rows
 
 
+def _better(shares: Mapping[str, Any]) -> float:
+    return max(shares["lru"], shares["lfu"])
+
+
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each policy's share less that of the better of LRU and LFU: mean and worst, by kind of traffic and over all."""
     found: list[dict[str, Any]] = []
-    for kind in (*dict.fromkeys(row["kind"] for row in rows), "all"):
-        for policy in POLICIES:
-            gains = [row[policy] - max(row["lru"], row["lfu"]) for row in rows if kind in (row["kind"], "all")]
-            found.append(
-                {
-                    "kind": kind,
-                    "policy": policy,
-                    "settings": len(gains),
-                    "mean": float(np.mean(gains)),
-                    "median": float(np.median(gains)),
-                    "worst": min(gains),
-                    "below by over 0.1": sum(gain < -0.1 for gain in gains),
-                }
-            )
+    for kind, policy in product((*dict.fromkeys(row["kind"] for row in rows), "all"), POLICIES):
+        gains = [row[policy] - _better(row) for row in rows if kind in (row["kind"], "all")]
+        found.append(
+            {
+                "kind": kind,
+                "policy": policy,
+                "settings": len(gains),
+                "mean": float(np.mean(gains)),
+                "median": float(np.median(gains)),
+                "worst": min(gains),
+                "below by over 0.1": sum(gain < -0.1 for gain in gains),
+            }
+        )
     return found
 
 
 def _text_questions(cache_dir: Path, passages: int, steps: int) -> Iterator[Question]:
     """The example model on each kind of text, and on all kinds in turn; random models on all kinds."""
-    tokenizer = AutoTokenizer.from_pretrained(example_model())
-    ids_of = {
-        kind: [ids for text in texts if len(ids := tokenizer(text).input_ids[:TOKENS]) == TOKENS]
-        for kind, texts in kinds_of_text(passages).items()
-    }
-    kinds = {kind: ids for kind, ids in ids_of.items() if len(ids) >= max(BATCHES)}
+    kinds = {kind: ids for kind, ids in passages_of_kinds(passages).items() if len(ids) >= max(BATCHES)}
     mixed = [ids for turn in zip(*kinds.values(), strict=False) for ids in turn]
-    example, turns = "text of the example model", "all kinds in turn"
-    model = epslots.load(example_model(), slots="100%", device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
-    for name, texts in (kinds | {turns: mixed}).items():
-        trace = _record(model, texts)
-        yield from _questions(example, name, trace, steps)
-    yield _with_prompts(example, turns, trace, steps)
-    for number, (experts, top_k, layers) in enumerate(RANDOM.values()):
-        config = random_config(layers=layers, hidden=64, experts=experts, top_k=top_k, width=16, vocab=len(tokenizer), heads=4)
-        torch.manual_seed(number)
+    model = load_fp32(example_model(), cache_dir)
+    for name, texts in (kinds | {ALL_KINDS: mixed}).items():
+        yield from _questions(TEXT, name, record_routing(model, texts), steps, prompts=name == ALL_KINDS)
+    vocabulary = int(model.config.vocab_size)
+    for name, (experts, top_k, layers) in RANDOM.items():
+        config = random_config(layers=layers, hidden=64, experts=experts, top_k=top_k, width=16, vocab=vocabulary, heads=4)
         with random_checkpoint(config, torch.float32) as folder:
             model = epslots.load(folder, slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
-            trace = _record(model, mixed)
-        yield from _questions("text of random models", list(RANDOM)[number], trace, steps)
-        yield _with_prompts("text of random models", list(RANDOM)[number], trace, steps)
+            trace = record_routing(model, mixed)
+        yield from _questions(RANDOM_TEXT, name, trace, steps, prompts=True)
 
 
-def _record(model: Any, texts: Sequence[Sequence[int]]) -> Trace:
-    with epslots.record_trace(model) as recorder, torch.no_grad():
-        for ids in texts:
-            model(input_ids=torch.tensor([ids]), use_cache=False)
-    return recorder.trace()
-
-
-def _questions(kind: str, name: str, trace: Trace, steps: int) -> Iterator[Question]:
+def _questions(kind: str, name: str, trace: Trace, steps: int, *, prompts: bool) -> Iterator[Question]:
+    """A trace in batches; and, with ``prompts``, as a prompt and an answer of each passage."""
     for batch in BATCHES:
         rows_SB = deal_once(trace.starts, len(trace.expert_ids), batch)[:steps]
         yield Question(kind, name, batch, steps_of(trace.expert_ids, rows_SB), trace.num_experts)
+    if prompts:
+        ids_TLN = steps_of(trace.expert_ids, _prompts_and_answers(trace)[:steps])
+        yield Question(kind, f"{name}, with prompts", 1, ids_TLN, trace.num_experts)
 
 
-def _with_prompts(kind: str, name: str, trace: Trace, steps: int) -> Question:
-    """Passages one after the other: a step for the prompt, and one for each later token."""
-    rows_SB = np.full((len(trace.expert_ids), PROMPT), -1)
-    step = 0
-    for start in trace.starts.tolist():
+def _prompts_and_answers(trace: Trace) -> IntArray:
+    """Rows of a trace in each step, -1 for none: a step for a passage's prompt, and one for each later token."""
+    answer = PASSAGE_TOKENS - PROMPT
+    rows_SB = np.full((len(trace.starts) * (1 + answer), PROMPT), -1)
+    for number, start in enumerate(trace.starts.tolist()):
+        step = number * (1 + answer)
         rows_SB[step] = np.arange(start, start + PROMPT)
-        rows_SB[step + 1 : step + 1 + TOKENS - PROMPT, 0] = np.arange(start + PROMPT, start + TOKENS)
-        step += 1 + TOKENS - PROMPT
-    ids_TLN = steps_of(trace.expert_ids, rows_SB[: min(step, steps)])
-    return Question(kind, f"{name}, with prompts", 1, ids_TLN, trace.num_experts)
+        rows_SB[step + 1 : step + 1 + answer, 0] = np.arange(start + PROMPT, start + PASSAGE_TOKENS)
+    return rows_SB
 
 
 def _made_up(steps: int) -> Iterator[Question]:
-    """Made-up traffic of every pattern and shape, of one token a step; where steps are drawn at random, also of four."""
+    """Every pattern and shape with one token a step; where steps are drawn at random, also with four."""
     for (experts, top_k), (name, pattern), batch in product(SHAPES, PATTERNS.items(), (1, 4)):
         if batch == 1 or name in DRAWN:
             random = np.random.default_rng(zlib.crc32(f"{name} {experts} {batch}".encode()))
             ids_TLN = pattern(random, experts, top_k * batch, steps)[:, None]
-            yield Question("made up", f"{name}, {experts} top {top_k}", batch, ids_TLN, np.array([experts]))
+            yield Question(MADE_UP, f"{name}, {experts} top {top_k}", batch, ids_TLN, np.array([experts]))

@@ -1,4 +1,4 @@
-"""How fast one expert gets from the host store into a slot, in each form of records; or is computed by the host instead."""
+"""Speed of one expert's way from the host store into a slot, by form of record; and computing it on the host instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import BenchReport, alternate, median, ratio_of_rounds
+from epslots.bench.report import US, BenchReport, alternate, compare, median
 from epslots.cache.unpacking import Unpacker
 from epslots.layout import LayerSpec, PackedLayout, PackedPart, RecordLayout
 from epslots.models.experts import experts_modules
@@ -20,15 +20,14 @@ from epslots.runtime import Runtime, runtime_of
 
 LAYERS, EXPERTS, SLOTS, TOP_K = 4, 64, 8, 4
 HIDDEN, WIDTH = 1024, 768
-# Of DeepSeek's FP8, and of MXFP4.
-FP8_BLOCK, MX_BLOCK = 128, 32
+FP8_BLOCK, MX_BLOCK = 128, 32  # of DeepSeek's FP8, and of MXFP4
 TOKENS = (1, 4, 16, 64, 256)
 # More than a cache holds of any form: records are read from memory, as misses are.
 COLD_RECORDS = 16
 
 
 def bench_fetch(report: BenchReport, cache_dir: Path, device: torch.device, *, rounds: int = 300) -> None:
-    """Fetches of 4.5 MiB experts, each into a slot that another gives up, and copies between equal buffers in turn.
+    """Fetches of 4.5 MiB experts, each in place of another, and copies between equal buffers in turn.
 
     On CUDA the plain copy is from pinned memory, which is the ceiling of the link.
     """
@@ -36,7 +35,7 @@ def bench_fetch(report: BenchReport, cache_dir: Path, device: torch.device, *, r
     with random_checkpoint(config, torch.bfloat16) as folder:
         model = epslots.load(folder, slots=SLOTS, device=device, cache_dir=cache_dir)
         runtime = runtime_of(model)
-        runtime.store.verify()  # a first fetch also takes the record's digest; every later one is what is measured
+        runtime.store.verify()  # a record's first fetch also checks its digest; later ones are timed
         report.table("one expert, host to slot", [_fetches(runtime, device, rounds)])
         report.table("one expert, by the form that it is stored in", _forms(device, rounds))
         report.table("a miss, fetched and computed or computed on the host", _misses(model, runtime, device, rounds))
@@ -62,22 +61,13 @@ def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, A
         record = source[number % LAYERS * EXPERTS + number // LAYERS % EXPERTS]
         target[number % (LAYERS * SLOTS)].copy_(record, non_blocking=True)
 
-    seconds = alternate({"fetch": fetch, "copy": copy}, rounds, device=device)
-    ratio = ratio_of_rounds(seconds["copy"], seconds["fetch"])
-    return {
-        "expert MiB": size / 2**20,
-        "fetch us": median(seconds["fetch"]) * 1e6,
-        "copy us": median(seconds["copy"]) * 1e6,
-        "fetch GB/s": size / median(seconds["fetch"]) / 1e9,
-        "copy GB/s": size / median(seconds["copy"]) / 1e9,
-        "of copy": ratio["median"],
-        "p25": ratio["p25"],
-        "p75": ratio["p75"],
-    }
+    found = compare({"fetch us": fetch, "copy us": copy}, "copy us", "fetch us", rounds, US, "of copy", device=device)
+    speeds = {f"{name} GB/s": size / found[f"{name} us"] / 1e3 for name in ("fetch", "copy")}
+    return {"expert MiB": size / 2**20, **found, **speeds}
 
 
 def forms() -> dict[str, LayerSpec]:
-    """One expert of the bench's shape in bf16 slots, and its record as it is, in FP8 and in MXFP4."""
+    """One expert of the bench's shape in bf16 slots, with records in bf16, FP8 and MXFP4."""
     matrices = (("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH))
     layout = RecordLayout.of((name, (rows, columns), "bfloat16") for name, rows, columns in matrices)
     fp8, mx = [], []
@@ -114,46 +104,38 @@ def _forms(device: torch.device, rounds: int) -> list[dict[str, Any]]:
             "form": name,
             "record MiB": layer.record.nbytes / 2**20,
             "of bf16": layer.record.nbytes / layer.layout.nbytes,
-            "to slot us": median(seconds[name]) * 1e6,
+            "to slot us": median(seconds[name]) * US,
             "weights/ns": weights / median(seconds[name]) / 1e9,
         }
         for name, layer in layers.items()
     ]
 
 
+@torch.no_grad()
 def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A fetch and a pass through the slot, against the host's CPU on the record itself; by the tokens that want the expert."""
+    """A fetch and a pass through the slot, against the host's CPU on the record itself; by the expert's tokens."""
     loader, runner = runtime.movers[0], runtime.runners[0]
     pool, kernel = loader.pool, runner.experts.kernel
     host = CpuExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
     put, window = Unpacker(runtime.layers[0]), pool.window(0)
-    rows_out = []
-    for tokens in TOKENS:
+
+    def row(tokens: int) -> dict[str, Any]:
         hidden = torch.randn(tokens, HIDDEN, device=device).to(kernel.dtype)
         ends = torch.full((SLOTS,), tokens, dtype=torch.int32, device=device)
         first = torch.zeros(tokens, dtype=torch.int64, device=device)
         ids = torch.arange(EXPERTS, device=device)[:, None].expand(EXPERTS, tokens).contiguous()
         turn, host_turn = itertools.cycle(range(EXPERTS)), itertools.cycle(range(EXPERTS))
 
-        def fetched(turn: Any = turn, hidden: Any = hidden, ends: Any = ends, first: Any = first) -> None:
+        def fetched() -> None:
             put(pool.memory[window.start], runtime.store.record(0, next(turn)))
             kernel(hidden, ends, first)
 
-        def hosted(turn: Any = host_turn, hidden: Any = hidden, ids: Any = ids, tokens: int = tokens) -> None:
-            expert = next(turn)
+        def on_the_host() -> None:
+            expert = next(host_turn)
             host.compute(hidden, ids[expert], [expert], [tokens])
 
-        with torch.no_grad():
-            seconds = alternate({"fetched": fetched, "hosted": hosted}, rounds, device=device)
-        ratio = ratio_of_rounds(seconds["hosted"], seconds["fetched"])
-        rows_out.append(
-            {
-                "tokens": tokens,
-                "fetched us": median(seconds["fetched"]) * 1e6,
-                "hosted us": median(seconds["hosted"]) * 1e6,
-                "of fetched": ratio["median"],
-                "p25": ratio["p25"],
-                "p75": ratio["p75"],
-            }
-        )
-    return rows_out
+        candidates = {"fetched us": fetched, "hosted us": on_the_host}
+        times = compare(candidates, "hosted us", "fetched us", rounds, US, "of fetched", device=device)
+        return {"tokens": tokens, **times}
+
+    return [row(tokens) for tokens in TOKENS]

@@ -1,4 +1,4 @@
-"""What batch invariance costs: an engine's steps with ``batch_invariant``, over the same steps without it."""
+"""The price of batch invariance: an engine's steps with ``batch_invariant`` over the same steps without it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import BenchReport, alternate, median, ratio_of_rounds
+from epslots.bench.report import MS, BenchReport, compare
 from epslots.engine.engine import Engine
 from epslots.engine.requests import Request
 from epslots.example import example_model
 
 PROMPT_TOKENS = 256
-# Tokens of the prompts that decoding follows.
-PAST_TOKENS = 100
+PAST_TOKENS = 100  # of the prompts that decoding follows
 BATCHES = (1, 8, 32)
+
+EngineStep = tuple[Engine, Callable[[], object]]
 
 
 def bench_invariant(report: BenchReport, cache_dir: Path, *, rounds: int = 20) -> None:
-    """Steps that decode 1, 8 and 32 requests, and that compute a prompt of 256 tokens; two models in two dtypes."""
+    """Steps that decode 1, 8 and 32 requests, and steps that compute a prompt of 256 tokens; two models in two dtypes."""
     large = random_config(layers=4, hidden=1024, experts=32, top_k=4, width=768)
     with torch.no_grad(), random_checkpoint(large, torch.bfloat16) as folder:
         for dtype in ("bfloat16", "float32"):
@@ -35,23 +36,19 @@ def bench_invariant(report: BenchReport, cache_dir: Path, *, rounds: int = 20) -
 def _rows(source: Path, cache_dir: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
     settings: dict[str, Any] = {"slots": "100%", "device": "cpu", "dtype": dtype, "cache_dir": cache_dir}
     models = {name: epslots.load(source, batch_invariant=name == "with", **settings) for name in ("with", "without")}
-    rows = []
-    for batch in BATCHES:
-        rows.append(_row(f"decode, batch {batch}", {n: _decoding(m, batch, rounds) for n, m in models.items()}, rounds))
-    prompts = {name: _prompts(model) for name, model in models.items()}
-    return [*rows, _row(f"prompt of {PROMPT_TOKENS} tokens", prompts, rounds)]
+
+    def row(step: str, prepare: Callable[[PreTrainedModel], EngineStep]) -> dict[str, Any]:
+        engines = {name: prepare(model) for name, model in models.items()}
+        times = compare({name: run for name, (_, run) in engines.items()}, "with", "without", rounds, MS)
+        for engine, _ in engines.values():
+            engine.batcher.close()
+        return {"step": step, **times}
+
+    decoding = [row(f"decode, batch {n}", lambda model, n=n: _decoding(model, n, rounds)) for n in BATCHES]  # type: ignore[misc]
+    return [*decoding, row(f"prompt of {PROMPT_TOKENS} tokens", _prompts)]
 
 
-def _row(scenario: str, engines: dict[str, tuple[Engine, Callable[[], object]]], rounds: int) -> dict[str, Any]:
-    seconds = alternate({name: step for name, (_, step) in engines.items()}, rounds)
-    for engine, _ in engines.values():
-        engine.batcher.close()
-    ratio = ratio_of_rounds(seconds["with"], seconds["without"])
-    milliseconds = {name: median(values) * 1e3 for name, values in seconds.items()}
-    return {"step": scenario, **milliseconds, "ratio": ratio["median"], "p25": ratio["p25"], "p75": ratio["p75"]}
-
-
-def _decoding(model: PreTrainedModel, batch: int, rounds: int) -> tuple[Engine, Callable[[], object]]:
+def _decoding(model: PreTrainedModel, batch: int, rounds: int) -> EngineStep:
     """Steps in which each of ``batch`` requests gets a token; their prompts are done."""
     steps = rounds + 16
     engine = Engine(model, kv_tokens=batch * (PAST_TOKENS + steps + 16))
@@ -64,8 +61,8 @@ def _decoding(model: PreTrainedModel, batch: int, rounds: int) -> tuple[Engine, 
     return engine, engine.step
 
 
-def _prompts(model: PreTrainedModel) -> tuple[Engine, Callable[[], object]]:
-    """Steps that compute a prompt each, always another: pages of one that is known would be shared."""
+def _prompts(model: PreTrainedModel) -> EngineStep:
+    """Steps that compute a prompt each, always a new one: pages of a known prompt would be shared."""
     engine, numbers = Engine(model, kv_tokens=2 * PROMPT_TOKENS), itertools.count(1000)
 
     def step() -> object:

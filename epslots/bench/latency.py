@@ -1,15 +1,17 @@
-"""How long a user waits for each token: P50, P95 and P99 over the number of requests in progress, for several shares of slots.
+"""Latency of each token over the number of requests in progress, for several shares of slots: P50, P95 and P99.
 
-A closed loop through the engine: so many requests are always in progress, and whenever one ends the next begins, its prompt
-computed in the same steps as the others' tokens. So the high percentiles contain what a newcomer costs those who are there.
+A closed loop through the engine keeps a number of requests in progress: when one ends the next begins, its prompt computed
+in the same steps as the others' tokens. So the high percentiles contain the cost of newcomers to running requests.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +19,33 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-import epslots
-from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import BenchReport
+from epslots.bench.models import load_fp32, random_checkpoint, random_config, use_sums
+from epslots.bench.report import MS, BenchReport, axes_of_plot
 from epslots.engine.engine import Engine
 from epslots.engine.requests import Request
 from epslots.example import example_model
 from epslots.example_text import library_texts
-from epslots.progress import ProgressDisplay
+from epslots.progress import counting
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = ("25%", "50%", "100%")
-PROMPT_TOKENS, NEW_TOKENS = (16, 64), (24, 56)  # of a request: from, and up to before; so few begin in the same step
-# Experts of 1.5 MiB are most of the work and of what moves, as those of large models are.
+# Ranges of a request's tokens (the end excluded), so that few requests begin in the same step.
+PROMPT_TOKENS, NEW_TOKENS = (16, 64), (24, 56)
+# Experts of 1.5 MiB are most of the work and of the bytes that move, as in large models.
 RANDOM = {"layers": 4, "hidden": 512, "experts": 64, "top_k": 4, "width": 256}
-GAIN = 1.25  # what doubling the batch must be worth in tokens/s for the curve not to have turned
+GAIN = 1.25  # the curve has turned where doubling the batch brings less than this factor in tokens/s
 
 
 @dataclass
 class Measured:
-    """What one closed loop showed.
+    """Results of closed loops.
 
     Attributes:
         gaps_s: seconds between a token and the next of its request.
         firsts_s: seconds from a request's beginning to its first token.
-        tokens: that were handed out.
-        seconds: that it took.
-        texts: the tokens of each request that ended, by its number.
+        tokens: delivered.
+        seconds: taken.
+        texts: the tokens of each request that ended, by its id.
     """
 
     gaps_s: list[float] = field(default_factory=list)
@@ -60,28 +62,39 @@ class Measured:
         self.seconds += other.seconds
 
 
+@dataclass
+class _Running:
+    """A request in progress.
+
+    Attributes:
+        last_s: when its newest token came; None before the first.
+    """
+
+    begun_s: float
+    last_s: float | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
 def closed_loop(
     engine: Engine, requests: Iterator[Request], batch: int, steps: int, now: Callable[[], float] = time.perf_counter
 ) -> Measured:
-    """Keep ``batch`` requests in progress for ``steps`` steps, after those that it takes until each has its first token.
+    """Keep ``batch`` requests in progress for ``steps`` steps, which count from when each has its first token.
 
-    The first requests are no newcomers: their first tokens aren't counted. At the end all that is in progress is given up.
+    The first requests are no newcomers: their first tokens aren't counted. At the end all that is in progress is cancelled.
 
     Args:
         requests: enough of them.
         now: seconds.
     """
     found = Measured()
-    begun_s: dict[str, float] = {}
-    last_s: dict[str, float] = {}
-    texts: dict[str, list[int]] = {}
-    counting = False
+    running: dict[str, _Running] = {}
+    counts = False
     began_s = 0.0
 
     def begin(at_s: float) -> None:
         request = next(requests)
         engine.batcher.add(request)
-        begun_s[request.id], texts[request.id] = at_s, []
+        running[request.id] = _Running(at_s)
 
     for _ in range(batch):
         begin(now())
@@ -91,32 +104,36 @@ def closed_loop(
         for output in engine.batcher.outputs():
             if output.error is not None:
                 raise AssertionError(f"request {output.id} failed: {output.error}")
-            texts[output.id] += output.tokens
-            if counting:
-                found.tokens += len(output.tokens)
-                if output.id in last_s:
-                    found.gaps_s.append(at_s - last_s[output.id])
-                elif output.tokens:
-                    found.firsts_s.append(at_s - begun_s[output.id])
+            request = running[output.id]
+            request.tokens += output.tokens
+            if counts:
+                _count(found, request, len(output.tokens), at_s)
             if output.tokens:
-                last_s[output.id] = at_s
+                request.last_s = at_s
             if output.finished:
-                found.texts[output.id] = tuple(texts.pop(output.id))
-                del begun_s[output.id]
+                found.texts[output.id] = tuple(running.pop(output.id).tokens)
                 begin(at_s)
-        steps -= counting
-        if not counting and begun_s.keys() <= last_s.keys():
-            counting, began_s = True, now()
+        steps -= counts
+        if not counts and all(request.last_s is not None for request in running.values()):
+            counts, began_s = True, now()
     found.seconds = now() - began_s
-    for id in begun_s:
+    for id in running:
         engine.batcher.cancel(id)
     engine.batcher.outputs()
     return found
 
 
+def _count(found: Measured, request: _Running, tokens: int, at_s: float) -> None:
+    found.tokens += tokens
+    if request.last_s is not None:
+        found.gaps_s.append(at_s - request.last_s)
+    elif tokens:
+        found.firsts_s.append(at_s - request.begun_s)
+
+
 def row(share: str, batch: int, found: Measured, hit_rate: float) -> dict[str, Any]:
     """A row of the table."""
-    p50, p95, p99 = (1000 * np.percentile(found.gaps_s, [50, 95, 99])).tolist()
+    p50, p95, p99 = (MS * np.percentile(found.gaps_s, [50, 95, 99])).tolist()
     return {
         "slots": share,
         "requests in progress": batch,
@@ -131,14 +148,14 @@ def row(share: str, batch: int, found: Measured, hit_rate: float) -> dict[str, A
 
 
 def turn(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """Where the curve turns: the number of requests from which on no further ones are worth their wait.
+    """The number of requests at which the curve turns.
 
     Args:
         rows: of one share of slots, by growing batch.
 
     Returns:
-        The smallest batch from which on each further one brings less than ``GAIN`` for each doubling; None if even the last
-        one brought that.
+        The smallest batch from which on each larger one brings less than ``GAIN`` per doubling; None if the last one still
+        brought that.
     """
     turned = None
     for before, after in itertools.pairwise(rows):
@@ -170,9 +187,7 @@ def bench_latency(report: BenchReport, cache_dir: Path, *, rounds: int = 3, step
             turned = turn([each for each in rows if each["slots"] == share])
             turns.append({"model": title, "slots": share, "turns at": "beyond" if turned is None else turned})
     report.table(f"requests beyond which doubling them brings less than {GAIN:g} times the tokens/s", turns)
-    path = report.plot_path()
-    if path is not None:
-        plot(curves, path)
+    report.plot(partial(plot, curves))
 
 
 def requests_of(ids: Sequence[int], seed: int) -> Iterator[Request]:
@@ -185,33 +200,28 @@ def requests_of(ids: Sequence[int], seed: int) -> Iterator[Request]:
 
 
 def _measure(folder: Path, cache_dir: Path, ids: Sequence[int], rounds: int, steps: int) -> list[dict[str, Any]]:
-    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cache_dir": cache_dir}
-    engines = {}
-    for share in SHARES:
-        model = epslots.load(folder, slots=share, **settings)
-        engines[share] = Engine(model, kv_tokens=max(BATCHES) * (PROMPT_TOKENS[1] + NEW_TOKENS[1]))
+    kv_tokens = max(BATCHES) * (PROMPT_TOKENS[1] + NEW_TOKENS[1])
+    engines = {share: Engine(load_fp32(folder, cache_dir, slots=share), kv_tokens=kv_tokens) for share in SHARES}
     found = {(share, batch): Measured() for share in SHARES for batch in BATCHES}
-    used = dict.fromkeys(found, (0, 0))
-    with ProgressDisplay()("requests served", rounds * len(SHARES) * sum(BATCHES)) as advance:
+    used: dict[tuple[str, int], Counter[str]] = {key: Counter() for key in found}
+    with counting("requests served", rounds * len(SHARES) * sum(BATCHES)) as advance:
         for number, batch in itertools.product(range(rounds), BATCHES):
             texts: list[dict[str, tuple[int, ...]]] = []
-            for share in SHARES:
-                before = epslots.stats(engines[share].model)
-                once = closed_loop(engines[share], requests_of(ids, number), batch, steps)
-                after = epslots.stats(engines[share].model)
-                hits, uses = used[share, batch]
-                hits += after.hits - before.hits
-                used[share, batch] = hits, uses + after.hits - before.hits + after.misses - before.misses
+            for share, engine in engines.items():
+                before = use_sums(engine.model)
+                once = closed_loop(engine, requests_of(ids, number), batch, steps)
+                used[share, batch].update(use_sums(engine.model, since=before))
                 found[share, batch].add(once)
                 texts.append(once.texts)
                 advance(batch)
             if folder == example_model():
                 check_texts(texts)
-    return [row(share, batch, each, used[share, batch][0] / used[share, batch][1]) for (share, batch), each in found.items()]
+    hit_rates = {key: counts["hits"] / counts["uses"] for key, counts in used.items()}
+    return [row(share, batch, each, hit_rates[share, batch]) for (share, batch), each in found.items()]
 
 
 def check_texts(texts: Iterable[Mapping[str, tuple[int, ...]]]) -> None:
-    """The same requests came to the same end, whatever the slots. Raises AssertionError otherwise."""
+    """Check that requests with the same id have the same tokens, at all shares of slots. Raises AssertionError otherwise."""
     first, *others = texts
     for other in others:
         for id in first.keys() & other.keys():
@@ -220,32 +230,21 @@ def check_texts(texts: Iterable[Mapping[str, tuple[int, ...]]]) -> None:
 
 
 def plot(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """A row for each model: percentiles over the batch, and what is waited for against what is served."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(curves), 2, figsize=(10, 3.6 * len(curves)), layout="constrained", squeeze=False)
-    for (title, rows), (left, right) in zip(curves, axes, strict=True):
-        for number, share in enumerate(dict.fromkeys(each["slots"] for each in rows)):
-            mine = [each for each in rows if each["slots"] == share]
-            batches = [each["requests in progress"] for each in mine]
-            for style, name in (("-", "P50"), ("--", "P95"), (":", "P99")):
-                label = f"{share}, {name}" if number == 0 or name == "P50" else None
-                left.plot(
-                    batches, [each[f"{name} ms/token"] for each in mine], style, color=f"C{number}", marker=".", label=label
-                )
-            speeds, waits = [each["tokens/s"] for each in mine], [each["P50 ms/token"] for each in mine]
-            right.plot(speeds, waits, marker="o", color=f"C{number}", label=f"{share} slots")
-            for batch, x, y in zip(batches, speeds, waits, strict=True):
-                right.annotate(str(batch), (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7)
-        left.set(title=title, xlabel="requests in progress", ylabel="ms per token")
-        left.set_xscale("log", base=2)
-        left.set_yscale("log")
-        right.set(xlabel="tokens/s", ylabel="P50 ms per token", xlim=(0, None), ylim=(0, None))
-        for axis in (left, right):
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    """A row for each model: percentiles over the batch; and latency over throughput."""
+    with axes_of_plot(path, len(curves), 2, (10, 3.6 * len(curves))) as axes:
+        for (title, rows), (left, right) in zip(curves, axes, strict=True):
+            for number, share in enumerate(dict.fromkeys(each["slots"] for each in rows)):
+                mine = [each for each in rows if each["slots"] == share]
+                batches = [each["requests in progress"] for each in mine]
+                for style, name in (("-", "P50"), ("--", "P95"), (":", "P99")):
+                    label = f"{share}, {name}" if number == 0 or name == "P50" else None
+                    times = [each[f"{name} ms/token"] for each in mine]
+                    left.plot(batches, times, style, color=f"C{number}", marker=".", label=label)
+                speeds, waits = [each["tokens/s"] for each in mine], [each["P50 ms/token"] for each in mine]
+                right.plot(speeds, waits, marker="o", color=f"C{number}", label=f"{share} slots")
+                for batch, x, y in zip(batches, speeds, waits, strict=True):
+                    right.annotate(str(batch), (x, y), textcoords="offset points", xytext=(4, -9), fontsize=7)
+            left.set(title=title, xlabel="requests in progress", ylabel="ms per token")
+            left.set_xscale("log", base=2)
+            left.set_yscale("log")
+            right.set(xlabel="tokens/s", ylabel="P50 ms per token", xlim=(0, None), ylim=(0, None))

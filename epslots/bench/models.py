@@ -1,19 +1,26 @@
-"""Random checkpoints of a given shape, for benchmarks that need size and not sense."""
+"""Models of the benches: the shipped example, random checkpoints of a given shape, and their counters."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import epslots
 from epslots.planner.cost_model import Costs
+from epslots.progress import ProgressDisplay
 
-# What ranks pay that serve large experts: 9.4 MB each and rows of 4 KB (Qwen3-30B-A3B in bf16), over 8 GB/s to the host and
-# 200 GB/s between ranks, in nanoseconds.
+# An expert and a hidden state of Qwen3-30B-A3B in bf16: 3 x 2048 x 768 weights, and 2048 values.
+LARGE_EXPERT_BYTES, LARGE_ROW_BYTES = 9_437_184, 4096
+# Costs of ranks with such experts, over 8 GB/s to the host and 200 GB/s between ranks, in nanoseconds.
 LARGE_EXPERTS = Costs(
     host_fetch=1_180_000,
     peer_fetch=47_000,
@@ -23,6 +30,27 @@ LARGE_EXPERTS = Costs(
     exchange=30_000,
     gather=20_000,
 )
+PROMPTS = (
+    "def read_json(path):\n",
+    "import os\nimport sys\n\nclass Parser:\n    def __init__(self, ",
+    '"""Utilities for dates and times."""\n\nfrom datetime import ',
+    "    for name, value in self.items():\n        if value is None:\n",
+)
+
+
+def load_fp32(folder: Path, cache_dir: str | Path, *, slots: int | str = "100%", **settings: Any) -> PreTrainedModel:
+    """A model in fp32 on the CPU, where batches don't change its tokens, with further keywords of ``epslots.load``."""
+    fixed: dict[str, Any] = {"device": "cpu", "dtype": "float32", "progress": False, "cache_dir": cache_dir}
+    return epslots.load(folder, slots=slots, **fixed, **settings)
+
+
+def use_sums(model: PreTrainedModel, since: Mapping[str, float] | None = None) -> dict[str, float]:
+    """A model's counters, summed over layers, less those of ``since``; "uses" are hits and misses together."""
+    layers = epslots.stats(model).layers
+    names = ("hits", "misses", "late", "prefetches", "stall_s", "host_bytes", "bytes_fetched")
+    found = {name: float(sum(getattr(layer, name) for layer in layers)) for name in names}
+    found["uses"] = found["hits"] + found["misses"]
+    return found if since is None else {name: value - since[name] for name, value in found.items()}
 
 
 def random_config(
@@ -48,11 +76,11 @@ def random_config(
 
 @contextlib.contextmanager
 def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype, *, embedding: float | None = None) -> Iterator[Path]:
-    """A folder with a random model of ``config``, one tensor per expert as such checkpoints have; gone after the block.
+    """A folder with a random model of ``config``, stored as one tensor for each expert's matrix; deleted after the block.
 
     Args:
-        embedding: the deviation of embeddings. With transformers' own, 0.02, all tokens are routed alike soon: what attention
-            adds, which hardly differs from token to token, drowns them.
+        embedding: standard deviation of the embeddings. With transformers' own, 0.02, attention's output, which hardly
+            differs from token to token, drowns them, and soon all tokens are routed alike.
     """
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
         torch.manual_seed(0)
@@ -62,3 +90,55 @@ def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype, *, embedding: 
         model.save_pretrained(folder)
         del model
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def quick_checkpoint(config: Qwen3MoeConfig, device: torch.device) -> Iterator[Path]:
+    """The same in bf16, made on the device tensor by tensor: a CPU takes minutes to draw the weights of a large model."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in _unfused(Qwen3MoeForCausalLM._from_config(config)).items()}
+    with tempfile.TemporaryDirectory(prefix="epslots-bench-") as name:
+        folder = Path(name)
+        shards: dict[str, list[str]] = {}
+        for tensor in shapes:
+            shards.setdefault(".".join(tensor.split(".")[:3]), []).append(tensor)
+        generator = torch.Generator(device).manual_seed(0)
+        index: dict[str, str] = {}
+        size = 2 * sum(math.prod(shape) for shape in shapes.values())
+        with ProgressDisplay()("making a random checkpoint", size) as advance:
+            for number, tensors in enumerate(shards.values()):
+                file = f"model-{number:05d}.safetensors"
+                content = {t: _draw(t, shapes[t], generator, device) for t in tensors}
+                save_file(content, folder / file, metadata={"format": "pt"})
+                index |= dict.fromkeys(tensors, file)
+                advance(sum(t.nbytes for t in content.values()))
+        config.dtype = torch.bfloat16
+        config.save_pretrained(folder)
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": size}, "weight_map": index}), encoding="utf-8"
+        )
+        yield folder
+
+
+def _unfused(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict in the layout of published checkpoints: one tensor for each matrix of each expert."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        path, _, last = name.rpartition(".")
+        if not path.endswith("experts"):
+            found[name] = tensor
+            continue
+        for expert in range(tensor.shape[0]):
+            if last == "gate_up_proj":
+                gate, up = tensor[expert].chunk(2)
+                found |= {f"{path}.{expert}.gate_proj.weight": gate, f"{path}.{expert}.up_proj.weight": up}
+            else:
+                found[f"{path}.{expert}.{last}.weight"] = tensor[expert]
+    return found
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    drawn = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
+    return drawn.cpu()

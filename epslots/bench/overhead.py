@@ -1,4 +1,4 @@
-"""What the layer costs when nothing is missing: all experts resident, against plain transformers on the same weights."""
+"""The layer's cost when nothing is missing: all experts resident, against plain transformers on the same weights."""
 
 from __future__ import annotations
 
@@ -12,41 +12,34 @@ from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 import epslots
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
-from epslots.bench.report import BenchReport, alternate, contenders, median, ratio_of_rounds, spread
+from epslots.bench.report import MS, US, BenchReport, alternate, contenders, median, medians, ratio_columns
 from epslots.transport.torch_transport import TorchTransport
 
-OURS = "epslots"
-# Every implementation of experts that transformers has for the CPU; the fastest of each scenario is what we are held to.
+OURS, PRODUCTS = "epslots", "raw"
+# Every implementation of experts that transformers has for the CPU; ours is held against the fastest in each scenario.
 THEIRS = ("eager", "grouped_mm", "batched_mm")
 # batched_mm copies the weights of every (token, k) pair: 19 GB for 512 tokens. It takes part in decoding alone.
 COPIED_PAIRS_MAX = 64
-
-
-# Behind a link experts are predicted and fetched ahead, where any are missing.
+# Prediction is on, and finds nothing to fetch.
 SETTINGS: dict[str, Any] = {"slots": "100%", "device": "cpu", "link": "1000GB/s", "prefetch": "auto"}
+# Batch and tokens of each sequence; a single token follows a prompt of 32.
+STEPS = {"decode, batch 1": (1, 1), "decode, batch 8": (8, 1), "prefill, 512 tokens": (1, 512)}
 
 
 def bench_overhead(report: BenchReport, cache_dir: Path, *, rounds: int = 40, layers: int = 8) -> None:
-    """Whole steps (decode of batch 1 and 8, prefill of 512 tokens), then one MoE layer alone, in microseconds; two ranks."""
+    """Whole steps (decode of batch 1 and 8, prefill of 512 tokens); one MoE layer alone; whole steps on two ranks."""
     config = random_config(layers=layers, hidden=1024, experts=32, top_k=4, width=768)
-    steps = {"decode, batch 1": (1, 1), "decode, batch 8": (8, 1), "prefill, 512 tokens": (1, 512)}
     with random_checkpoint(config, torch.float32) as folder, torch.no_grad():
-        plain = _plain(folder)
-        ours = epslots.load(folder, cache_dir=cache_dir, **SETTINGS)
+        plain, ours = _plain(folder), epslots.load(folder, cache_dir=cache_dir, **SETTINGS)
         report.result["settings"] = SETTINGS
-        report.table(
-            "whole model, ms a step",
-            [_row(name, _time_steps(plain, ours, *shape, rounds), 1e3) for name, shape in steps.items()],
-        )
-        report.table(
-            "one MoE layer, us",
-            [_layer_row(name, plain, ours, batch * length, rounds) for name, (batch, length) in steps.items()],
-        )
+        whole = [_step_row(name, plain, ours, shape, rounds) for name, shape in STEPS.items()]
+        report.table("whole model, ms a step", whole)
+        layer = [_layer_row(name, plain, ours, batch * length, rounds) for name, (batch, length) in STEPS.items()]
+        report.table("one MoE layer, us", layer)
         assert epslots.stats(ours).misses == 0
         del plain, ours  # two of each have to fit
-        fastest = {row["scenario"]: row["fastest"] for row in report.result["whole model, ms a step"]}
-        shapes = [(name, *shape, fastest[name]) for name, shape in steps.items()]
-        results = run_ranks(_two_ranks, 2, str(folder), str(cache_dir), shapes, rounds)
+        fastest = {row["scenario"]: row["fastest"] for row in whole}
+        results = run_ranks(_two_ranks, 2, str(folder), str(cache_dir), fastest, rounds)
     report.table("whole model on each of 2 gloo ranks at once, ms a step", results[0])
 
 
@@ -56,31 +49,34 @@ def _plain(folder: str | Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def _two_ranks(
-    transport: TorchTransport, folder: str, cache_dir: str, shapes: list[tuple[str, int, int, str]], rounds: int
+    transport: TorchTransport, folder: str, cache_dir: str, fastest: dict[str, str], rounds: int
 ) -> list[dict[str, Any]]:
-    """All experts on both ranks, each of which has its own batch; against plain transformers on both at once."""
+    """All experts on both ranks, each with a batch of its own; against plain transformers on both at once."""
     plain, ours = _plain(folder), epslots.load(folder, cache_dir=cache_dir, group=transport, costs=LARGE_EXPERTS, **SETTINGS)
     rows = []
-    for name, batch, length, fastest in shapes:
-        candidates = {OURS: _step(ours, None, batch, length), fastest: _step(plain, fastest, batch, length)}
-        most = rounds if length == 1 else max(5, rounds // 5)
-        rows.append(_row(name, alternate(candidates, most, meet=lambda: transport.gather_bytes(b"")), 1e3))
+    for name, shape in STEPS.items():
+        candidates = {OURS: _step(ours, None, shape), fastest[name]: _step(plain, fastest[name], shape)}
+        seconds = alternate(candidates, _rounds_of(shape, rounds), meet=lambda: transport.gather_bytes(b""))
+        rows.append(_row(name, seconds, MS))
     return rows
 
 
-def _time_steps(plain: PreTrainedModel, ours: PreTrainedModel, batch: int, length: int, rounds: int) -> dict[str, list[float]]:
-    """Forward passes of [batch, length] tokens; a single token follows a prompt of 32 held in a KV cache."""
-    candidates = {OURS: _step(ours, None, batch, length)} | {
-        name: _step(plain, name, batch, length) for name in _theirs(batch * length * plain.config.num_experts_per_tok)
-    }
-    return alternate(contenders(candidates, OURS), rounds if length == 1 else max(5, rounds // 5))
+def _rounds_of(shape: tuple[int, int], rounds: int) -> int:
+    return rounds if shape[1] == 1 else max(5, rounds // 5)
 
 
-def _step(model: PreTrainedModel, implementation: str | None, batch: int, length: int) -> Callable[[], object]:
+def _step_row(name: str, plain: PreTrainedModel, ours: PreTrainedModel, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Forward passes of [batch, length] tokens; a single token follows a prompt of 32 in a KV cache."""
+    theirs = _theirs(shape[0] * shape[1] * plain.config.num_experts_per_tok)
+    candidates = {OURS: _step(ours, None, shape)} | {each: _step(plain, each, shape) for each in theirs}
+    return _row(name, alternate(contenders(candidates, OURS), _rounds_of(shape, rounds)), MS)
+
+
+def _step(model: PreTrainedModel, implementation: str | None, shape: tuple[int, int]) -> Callable[[], object]:
     torch.manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, (batch, length))
-    prompt = torch.randint(0, model.config.vocab_size, (batch, 32))
-    cache = model(prompt, use_cache=True).past_key_values if length == 1 else None
+    ids = torch.randint(0, model.config.vocab_size, shape)
+    prompt = torch.randint(0, model.config.vocab_size, (shape[0], 32))
+    cache = model(prompt, use_cache=True).past_key_values if shape[1] == 1 else None
 
     def run() -> object:
         if implementation is not None:
@@ -101,18 +97,8 @@ def _theirs(pairs: int) -> tuple[str, ...]:
 def _row(scenario: str, seconds: dict[str, list[float]], unit: float) -> dict[str, Any]:
     """Medians, and our time over the fastest of theirs, round by round."""
     fastest = min(seconds.keys() & THEIRS, key=lambda name: median(seconds[name]))
-    ratio = ratio_of_rounds(seconds[OURS], seconds[fastest])
-    medians = {name: median(seconds[name]) * unit if name in seconds else None for name in (OURS, *THEIRS, "raw")}
-    if "raw" not in seconds:
-        del medians["raw"]
-    return {
-        "scenario": scenario,
-        **medians,
-        "fastest": fastest,
-        "ratio": ratio["median"],
-        "p25": ratio["p25"],
-        "p75": ratio["p75"],
-    }
+    columns = dict.fromkeys((OURS, *THEIRS)) | medians(seconds, unit)
+    return {"scenario": scenario, **columns, "fastest": fastest, **ratio_columns(seconds[OURS], seconds[fastest])}
 
 
 def _layer_row(scenario: str, plain: PreTrainedModel, ours: PreTrainedModel, tokens: int, rounds: int) -> dict[str, Any]:
@@ -127,7 +113,7 @@ def _layer_row(scenario: str, plain: PreTrainedModel, ours: PreTrainedModel, tok
     def run(module: torch.nn.Module, implementation: str | None) -> Callable[[], object]:
         def call() -> object:
             if implementation is not None:
-                plain.config._experts_implementation_internal = implementation
+                config._experts_implementation_internal = implementation
             return module(hidden, index, weights)
 
         return call
@@ -138,10 +124,11 @@ def _layer_row(scenario: str, plain: PreTrainedModel, ours: PreTrainedModel, tok
     ]
     width = config.moe_intermediate_size
 
-    def raw() -> None:
+    def products() -> None:
         for rows, up, down in groups:
             torch.mm(torch.mm(rows, up)[:, :width], down)
 
     candidates = {OURS: run(mine, None)} | {name: run(theirs, name) for name in _theirs(index.numel())}
-    seconds = alternate(contenders(candidates, OURS) | {"raw": raw}, rounds * 2 if tokens < 100 else max(5, rounds // 2))
-    return _row(scenario, seconds, 1e6) | {"over raw": spread(seconds[OURS])["median"] * 1e6 - median(seconds["raw"]) * 1e6}
+    racing = {**contenders(candidates, OURS), PRODUCTS: products}
+    row = _row(scenario, alternate(racing, rounds * 2 if tokens < 100 else max(5, rounds // 2)), US)
+    return row | {"over raw": row[OURS] - row[PRODUCTS]}

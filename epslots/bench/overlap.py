@@ -1,37 +1,34 @@
-"""What overlap and prefetching hide of the fetches: time per token over an emulated link, against waiting for every miss.
+"""Fetches hidden by overlap and prefetching: time per token over an emulated link, against waiting for every miss.
 
-The link is as fast as makes on-demand misses cost what the model computes (a quarter of the experts in slots, LRU). Every
-variant is given the same tokens, one at a time.
+The link's speed is set so that on-demand misses take as long as the model's computing (a quarter of the experts in slots,
+LRU). Every variant gets the same tokens, one at a time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
-import epslots
-from epslots.bench.models import random_checkpoint, random_config
-from epslots.bench.report import BenchReport, median, ratio_of_rounds
+from epslots.bench.models import load_fp32, random_checkpoint, random_config, use_sums
+from epslots.bench.report import MS, BenchReport, median, ratio_of_rounds
 from epslots.cache.copy_engine import CopyEngine, SlotWriter, SynchronousEngine
 from epslots.example import example_model
 from epslots.models.experts import RUNNER, experts_modules
 from epslots.planner.cache_policy import DEFAULT_POLICY
 from epslots.runtime import runtime_of
-from epslots.telemetry import Stats
 from epslots.units import parse_link
 
 SLOTS = "25%"
 LATENCY_S = 20e-6
 PROMPT = 256
-# Fetches take next to no time over this, which only counts them.
-FAST = "1000GB/s"
+FAST = "1000GB/s"  # a link over which fetches are counted, and take next to no time
 RESIDENT, ON_DEMAND, WAITING, OVERLAP, PREFETCH = (
     "resident",
     "on demand, LRU",
@@ -42,7 +39,7 @@ RESIDENT, ON_DEMAND, WAITING, OVERLAP, PREFETCH = (
 
 
 class Waiting(SynchronousEngine):
-    """A link whose every fetch is waited for."""
+    """A link that waits for every fetch."""
 
     def __init__(self, link: CopyEngine) -> None:
         self._link = link
@@ -57,20 +54,20 @@ class Waiting(SynchronousEngine):
 
 @dataclass
 class Variant:
-    """One way to run the model, and where it is in the text."""
+    """One way to run the model, and its place in the text."""
 
     model: PreTrainedModel
-    cache: DynamicCache
+    cache: DynamicCache = field(default_factory=DynamicCache)
     at: int = 0
 
     def read(self, ids: torch.Tensor, tokens: int) -> float:
-        """Feed it so many tokens at once; seconds."""
+        """Compute a prompt of so many tokens; seconds."""
         began = time.perf_counter()
         self.model(ids[:, :tokens], use_cache=False)
         return time.perf_counter() - began
 
     def decode(self, ids: torch.Tensor, tokens: int) -> float:
-        """Feed it the next tokens, one by one; seconds."""
+        """Compute the next tokens, one by one; seconds."""
         began = time.perf_counter()
         for _ in range(tokens):
             if self.at == ids.shape[1]:
@@ -78,6 +75,46 @@ class Variant:
             self.model(ids[:, self.at : self.at + 1], past_key_values=self.cache, use_cache=True)
             self.at += 1
         return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model's variants over one link, and the text that all get."""
+
+    variants: dict[str, Variant]
+    link: str
+    ids: torch.Tensor
+
+    def rows(self, run: Callable[[Variant, torch.Tensor, int], float], rounds: int, tokens: int) -> list[dict[str, Any]]:
+        """Time the variants in turn; times are per token."""
+        for variant in self.variants.values():
+            run(variant, self.ids, tokens)
+        before = {name: use_sums(variant.model) for name, variant in self.variants.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in self.variants}
+        for _ in range(rounds):
+            for name, variant in self.variants.items():
+                seconds[name].append(run(variant, self.ids, tokens) / tokens)
+        used = {name: use_sums(variant.model, since=before[name]) for name, variant in self.variants.items()}
+        return [self._row(name, seconds, used[name], rounds * tokens) for name in self.variants]
+
+    def _row(self, name: str, seconds: dict[str, list[float]], used: dict[str, float], tokens: int) -> dict[str, Any]:
+        speed = parse_link(self.link)
+        fetches = used["misses"] + used["prefetches"]
+        crossing_s = (fetches * speed.latency_s + used["host_bytes"] / speed.bytes_per_s) / tokens
+        bound = [max(compute_s, crossing_s) for compute_s in seconds[RESIDENT]]
+        reference = next(one for one in (ON_DEMAND, OVERLAP) if one in seconds)
+        uses = max(1, used["uses"])
+        return {
+            "variant": name,
+            "ms a token": median(seconds[name]) * MS,
+            "link, ms a token": crossing_s * MS,
+            "over max(compute, link)": ratio_of_rounds(seconds[name], bound)["median"],
+            f"over {reference}": ratio_of_rounds(seconds[name], seconds[reference])["median"],
+            "demand fetches of uses": used["misses"] / uses,
+            "late of uses": used["late"] / uses,
+            "prefetches a token": used["prefetches"] / tokens,
+            "waited, ms a token": used["stall_s"] / tokens * MS,
+        }
 
 
 @torch.no_grad()
@@ -97,100 +134,51 @@ def bench_overlap(report: BenchReport, cache_dir: Path, *, rounds: int = 12, tok
 
 
 def _bench(report: BenchReport, name: str, folder: Path, ids: torch.Tensor, cache_dir: Path, rounds: int, tokens: int) -> None:
-    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cache_dir": cache_dir, "progress": False}
-    resident = Variant(epslots.load(folder, slots="100%", **settings), DynamicCache())
-    counted = Variant(epslots.load(folder, slots=SLOTS, policy="lru", link=FAST, prefetch="off", **settings), DynamicCache())
-    resident.decode(ids, 2 * tokens)
-    compute_s = median([resident.decode(ids, tokens) for _ in range(5)]) / tokens
-    counted.decode(ids, tokens)
-    before = epslots.stats(counted.model)
-    counted.decode(ids, 4 * tokens)
-    after = epslots.stats(counted.model)
-    fetches = (after.misses - before.misses) / (4 * tokens)
-    size = (after.bytes_fetched - before.bytes_fetched) / (4 * tokens)
-    link = f"{int(size / max(compute_s - fetches * LATENCY_S, compute_s / 10) / 1e3)}KB/s,{LATENCY_S * 1e6:g}us"
+    resident = Variant(load_fp32(folder, cache_dir))
+    link = _balanced_link(resident, folder, cache_dir, ids, tokens)
 
-    def load(policy: str, *, waiting: bool, prefetch: str) -> Variant:
-        model = epslots.load(folder, slots=SLOTS, link=link, prefetch=prefetch, policy=policy, **settings)
+    def load(policy: str, *, waiting: bool = False, prefetch: str = "off") -> Variant:
+        model = load_fp32(folder, cache_dir, slots=SLOTS, link=link, prefetch=prefetch, policy=policy)
         if waiting:
             for loader in runtime_of(model).movers:
                 loader.link = Waiting(loader.link)
-        return Variant(model, DynamicCache())
+        return Variant(model)
 
     variants = {
         RESIDENT: resident,
-        ON_DEMAND: load("lru", waiting=True, prefetch="off"),
-        WAITING: load(DEFAULT_POLICY, waiting=True, prefetch="off"),
-        OVERLAP: load(DEFAULT_POLICY, waiting=False, prefetch="off"),
-        PREFETCH: load(DEFAULT_POLICY, waiting=False, prefetch="auto"),
+        ON_DEMAND: load("lru", waiting=True),
+        WAITING: load(DEFAULT_POLICY, waiting=True),
+        OVERLAP: load(DEFAULT_POLICY),
+        PREFETCH: load(DEFAULT_POLICY, prefetch="auto"),
     }
     heading = f"{name}, emulated link {link}"
     for variant in variants.values():
         variant.decode(ids, 2 * tokens)
-    report.table(f"{heading}: decoding", _rows(variants, Variant.decode, ids, rounds, tokens, link))
+    setup = Setup(variants, link, ids)
+    report.table(f"{heading}: decoding", setup.rows(Variant.decode, rounds, tokens))
     with _random_routing(variants.values()):
-        some = {n: variants[n] for n in (RESIDENT, OVERLAP, PREFETCH)}
-        rows = _rows(some, Variant.decode, ids, rounds, tokens, link)
+        some = Setup({n: variants[n] for n in (RESIDENT, OVERLAP, PREFETCH)}, link, ids)
+        rows = some.rows(Variant.decode, rounds, tokens)
     report.table(f"{heading}: decoding with random routing, nothing to predict", rows)
-    rows = _rows(variants, Variant.read, ids, max(2, rounds // 4), PROMPT, link)
-    report.table(f"{heading}: a prompt of {PROMPT} tokens", rows)
+    report.table(f"{heading}: a prompt of {PROMPT} tokens", setup.rows(Variant.read, max(2, rounds // 4), PROMPT))
 
 
-def _rows(
-    variants: dict[str, Variant],
-    run: Callable[[Variant, torch.Tensor, int], float],
-    ids: torch.Tensor,
-    rounds: int,
-    tokens: int,
-    link: str,
-) -> list[dict[str, Any]]:
-    """Time the variants in turn. Times are of a token."""
-    for variant in variants.values():
-        run(variant, ids, tokens)
-    before = {name: epslots.stats(variant.model) for name, variant in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, variant in variants.items():
-            seconds[name].append(run(variant, ids, tokens) / tokens)
-    speed = parse_link(link)
-    rows = []
-    reference = next(name for name in (ON_DEMAND, OVERLAP) if name in variants)
-    for name, variant in variants.items():
-        used = _difference(before[name], epslots.stats(variant.model))
-        done = rounds * tokens
-        crossing_s = (used["fetches"] * speed.latency_s + used["bytes"] / speed.bytes_per_s) / done
-        bound = [max(compute_s, crossing_s) for compute_s in seconds[RESIDENT]]
-        rows.append(
-            {
-                "variant": name,
-                "ms a token": median(seconds[name]) * 1e3,
-                "link, ms a token": crossing_s * 1e3,
-                "over max(compute, link)": ratio_of_rounds(seconds[name], bound)["median"],
-                f"over {reference}": ratio_of_rounds(seconds[name], seconds[reference])["median"],
-                "demand fetches of uses": used["misses"] / max(1, used["uses"]),
-                "late of uses": used["late"] / max(1, used["uses"]),
-                "prefetches a token": used["prefetches"] / done,
-                "waited, ms a token": used["stall_s"] / done * 1e3,
-            }
-        )
-    return rows
-
-
-def _difference(before: Stats, after: Stats) -> dict[str, float]:
-    def total(stats: Stats, name: str) -> float:
-        return sum(getattr(layer, name) for layer in stats.layers)
-
-    names = ("hits", "misses", "late", "prefetches", "stall_s", "host_bytes")
-    found = {name: total(after, name) - total(before, name) for name in names}
-    found["uses"] = found["hits"] + found["misses"]
-    found["bytes"] = found["host_bytes"]
-    found["fetches"] = found["misses"] + found["prefetches"]
-    return found
+def _balanced_link(resident: Variant, folder: Path, cache_dir: Path, ids: torch.Tensor, tokens: int) -> str:
+    """The link over which the misses of LRU take as long as the resident model computes."""
+    resident.decode(ids, 2 * tokens)
+    compute_s = median([resident.decode(ids, tokens) for _ in range(5)]) / tokens
+    counted = Variant(load_fp32(folder, cache_dir, slots=SLOTS, policy="lru", link=FAST, prefetch="off"))
+    counted.decode(ids, tokens)
+    before = use_sums(counted.model)
+    counted.decode(ids, 4 * tokens)
+    used = {key: value / (4 * tokens) for key, value in use_sums(counted.model, since=before).items()}
+    seconds = max(compute_s - used["misses"] * LATENCY_S, compute_s / 10)
+    return f"{int(used['bytes_fetched'] / seconds / 1e3)}KB/s,{LATENCY_S * 1e6:g}us"
 
 
 @contextmanager
-def _random_routing(variants: Sequence[Variant] | Any) -> Iterator[None]:
-    """Every router's choice is replaced by a random one, the same for all variants."""
+def _random_routing(variants: Iterable[Variant]) -> Iterator[None]:
+    """Replace every router's choice by a random one, the same for all variants."""
     undo = []
     for variant in variants:
         for number, module in enumerate(experts_modules(variant.model).values()):

@@ -1,4 +1,4 @@
-"""The planner's figures: loads known in advance, and what counts, the window that comes next. EPLB's rules beside ours.
+"""The planner against EPLB's rules: on loads known in advance, and on the window after the one that was planned on.
 
 Legend of shape suffixes: W windows, L layers, R ranks, E experts.
 """
@@ -14,22 +14,24 @@ from typing import Any
 import numpy as np
 
 from epslots.arrays import IntArray
-from epslots.bench.drift import mixed_windows, record_kinds, switching_windows
 from epslots.bench.eplb import copies_held, eplb
+from epslots.bench.models import load_fp32
 from epslots.bench.report import BenchReport
+from epslots.bench.workloads import mixed_windows, pairs_of_passages, passages_of_kinds, record_routing, switching_windows
+from epslots.example import example_model
 from epslots.placement.balance import balancedness, holders, rank_loads
 from epslots.placement.forecast import ExpectedLoad
 from epslots.placement.from_scratch import place_afresh
 from epslots.placement.planner import RankHardware, propose
-from epslots.progress import ProgressDisplay
-from epslots.simulation.placement_replay import Planner, Scores, expected_of_all, replay, replay_costs, start_placement
+from epslots.progress import counting
+from epslots.simulation.placement_replay import Planner, expected_of_all, replay, replay_costs, start_placement
 from epslots.simulation.traffic import SyntheticTraffic, generate
 
 GOLDEN = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
 ZIPF = ((58, 256, 288, 32), (58, 256, 320, 64), (94, 128, 160, 16), (60, 384, 448, 64))
 LARGE = (60, 384, 2048, 1024)
 
-# Generated traffic: what it is like, ranks, slots.
+# Generated traffic, ranks and slots.
 GENERATED: dict[str, tuple[SyntheticTraffic, int, int]] = {
     f"{kind}, 64 experts top-6": (SyntheticTraffic(kind=kind), 8, 9) for kind in ("still", "switch", "drift", "flash", "all")
 } | {
@@ -43,22 +45,29 @@ GENERATED: dict[str, tuple[SyntheticTraffic, int, int]] = {
 }
 
 
+PASSAGES_AT_ONCE = 16
+
+
 def bench_placement(
     report: BenchReport, cache_dir: Path, *, rounds: int = 15, sequences: int = 240, windows: int = 48
 ) -> None:
-    """Golden and Zipf loads, a large fleet, then next-window tables of real and generated traffic."""
+    """Golden and Zipf loads, with up to 1,024 ranks; then the next window of real and of generated traffic."""
     report.table("loads known in advance", known_loads(rounds))
-    texts = record_kinds(cache_dir, sequences)
-    real = {
-        "texts of one kind at a time, 20 a window": (switching_windows(texts, windows, 20, 8), 4, 9),
-        "texts of one kind at a time, 60 a window": (switching_windows(texts, windows, 60, 8), 4, 9),
-        "kinds switch every 4 windows": (switching_windows(texts, windows, 20, 4), 4, 9),
-        "all kinds mixed, 20 a window": (mixed_windows(texts, windows, 20), 4, 9),
+    model = load_fp32(example_model(), cache_dir)
+    kinds = {
+        kind: pairs_of_passages(record_routing(model, passages, PASSAGES_AT_ONCE))
+        for kind, passages in passages_of_kinds(sequences).items()
     }
-    rows = []
-    with ProgressDisplay()("next windows", len(real) + len(GENERATED)) as advance:
-        for name, (loads_WLE, ranks, slots) in real.items():
-            rows.append({"traffic": f"real: {name}"} | next_window(loads_WLE, ranks, slots))
+    real = {
+        "texts of one kind at a time, 20 a window": switching_windows(kinds, windows, 20, 8),
+        "texts of one kind at a time, 60 a window": switching_windows(kinds, windows, 60, 8),
+        "kinds switch every 4 windows": switching_windows(kinds, windows, 20, 4),
+        "all kinds mixed, 20 a window": mixed_windows(kinds, windows, 20),
+    }
+    with counting("next windows", len(real) + len(GENERATED)) as advance:
+        rows = []
+        for name, loads_WLE in real.items():
+            rows.append({"traffic": f"real: {name}"} | next_window(loads_WLE, 4, 9))
             advance(1)
         report.table("next window, real routing of the example model", rows)
         rows = []
@@ -69,7 +78,7 @@ def bench_placement(
 
 
 def known_loads(rounds: int) -> list[dict[str, Any]]:
-    """Balance and milliseconds, the best of the rounds, where the loads that are planned for are those that come."""
+    """Balance, and milliseconds of the best round, on the very loads that were planned for."""
     sure = ExpectedLoad(GOLDEN * 10**6, np.full_like(GOLDEN, 100), 100, 1.0, 8.0)
     start = start_placement(1, 8, 8, 2)
     fleet = RankHardware(np.zeros(8, np.int64), np.full(8, 1000), replay_costs(sure.tokens_LE[None], 8, 0.0))
@@ -107,32 +116,36 @@ def _best_of(run: Callable[[], Any], rounds: int) -> tuple[Any, float]:
 
 
 def next_window(loads_WLE: IntArray, ranks: int, slots: int) -> dict[str, Any]:
-    """Both planners over the windows; and two that know more than they may, which bound what can be had.
+    """Scores of both planners over the windows; and of one plan that knows the future, as a bound.
 
-    "one plan of all" is ours, made once from all windows, those that it is scored on included, and never changed.
+    "one plan of all" is ours, made once from all windows, the scored ones included, and never changed.
+
+    Args:
+        loads_WLE: tokens of each window.
+        slots: of each rank and layer.
     """
     layers, experts = loads_WLE.shape[1:]
     start = start_placement(layers, experts, ranks, slots)
     fleet = RankHardware(np.zeros(ranks, np.int64), np.full(ranks, 1000), replay_costs(loads_WLE, ranks))
     free = RankHardware(fleet.node_R, fleet.speed_R, replay_costs(loads_WLE, ranks, 0.0))
-    ours = replay(loads_WLE, start, Planner(start, fleet), time.perf_counter)
-    theirs = replay(
-        loads_WLE, start, lambda tokens: copies_held(eplb(tokens, ranks, slots), ranks, experts), time.perf_counter
-    )
+    planners: dict[str, Any] = {
+        "ours": Planner(start, fleet),
+        "EPLB": lambda tokens_LE: copies_held(eplb(tokens_LE, ranks, slots), ranks, experts),
+    }
+    ours, theirs = (replay(loads_WLE, start, planner, time.perf_counter) for planner in planners.values())
     fixed = holders(propose(start, expected_of_all(loads_WLE), free).placement)
     one_plan = [balancedness(rank_loads(fixed, window_LE)) for window_LE in loads_WLE[1:]]
-    imbalances = {name: 1 - float(np.mean(scores.balance)) for name, scores in (("ours", ours), ("EPLB", theirs))}
     return {
-        "imbalance, ours": imbalances["ours"],
-        "EPLB": imbalances["EPLB"],
-        "ours / EPLB": imbalances["ours"] / imbalances["EPLB"],
-        "one plan of all": 1 - float(np.mean(one_plan)),
-        "split live, ours": 1 - float(np.mean(ours.balance_live)),
-        "split live, EPLB": 1 - float(np.mean(theirs.balance_live)),
+        "imbalance, ours": _imbalance(ours.balance),
+        "EPLB": _imbalance(theirs.balance),
+        "ours / EPLB": _imbalance(ours.balance) / _imbalance(theirs.balance),
+        "one plan of all": _imbalance(one_plan),
+        "split live, ours": _imbalance(ours.balance_live),
+        "split live, EPLB": _imbalance(theirs.balance_live),
         "moved, ours / EPLB": sum(ours.copies) / sum(theirs.copies),
-        "ms a window, ours": _milliseconds(ours),
+        "ms a window, ours": 1000 * float(np.median(ours.seconds)),
     }
 
 
-def _milliseconds(scores: Scores) -> float:
-    return 1000 * float(np.median(scores.seconds))
+def _imbalance(balance: list[float]) -> float:
+    return 1 - float(np.mean(balance))

@@ -1,7 +1,7 @@
-"""How well the next layers' experts are told: recall by layer and distance, calibration, cost, loss of the approximate mode.
+"""Quality of the predictor of the next layers' experts: recall by layer and distance, calibration, cost, approximate mode.
 
-On the example model and text that neither it nor its predictor has seen: the files of the standard library that its training
-held out.
+On the example model, and on text that neither the model nor its predictor has seen: the files of the standard library that
+training held out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-import epslots
-from epslots.bench.report import BenchReport
+from epslots.bench.models import load_fp32
+from epslots.bench.report import US, BenchReport
 from epslots.engine.text import load_tokenizer
 from epslots.example import example_model
 from epslots.example_text import library_texts
@@ -37,27 +37,26 @@ from epslots.runtime import predictor_of, runtime_of
 
 DISTANCES = (1, 2, 3)
 WINDOW = 256
-# Usage that is told is held against what happened in so many bins, for steps of so many tokens.
+# Predicted usage is held against actual usage in so many bins, for steps of so many tokens.
 BINS = 8
 BATCHES = (1, 4, 16)
 JUDGED_WINDOWS = 64
-# Tokens of the steps whose cost is measured, and calls that one figure is the mean of.
-COST_TOKENS = (1, 4, 16, 64)
-CALLS = 100
-_ROWS = 8192
+COST_TOKENS = (1, 4, 16, 64)  # of the steps whose cost is measured
+CALLS = 100  # of which one time is the mean
+ROWS_AT_ONCE = 8192  # of hidden states that recall is computed on
 
 
 def bench_predict(
     report: BenchReport, cache_dir: Path, *, held_tokens: int = 60_000, tokens: int = 100_000, rounds: int = 15
 ) -> None:
-    """The predictor that lies beside the model, and one for each distance that is fitted here.
+    """Judge the predictor beside the model, and fit one more for each distance.
 
     Args:
         held_tokens: text that recall is measured on.
         tokens: text that the fits of this run learn from.
-        rounds: of timing; the best counts.
+        rounds: of timing; the best one counts.
     """
-    model = load(example_model(), cache_dir)
+    model = load_fp32(example_model(), cache_dir)
     held_SW = windows_of(model, library_texts(held_out=True), held_tokens)
     with counting("recording held-out text", len(held_SW)) as advance:
         seen = record(model, held_SW, range(len(runtime_of(model).layers)), advance)
@@ -78,11 +77,6 @@ def bench_predict(
     report.table("predicted experts executed instead of chosen ones (execute_predicted=True)", rows)
 
 
-def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:
-    """All experts resident, in float32."""
-    return epslots.load(folder, slots="100%", device="cpu", dtype="float32", cache_dir=cache_dir, progress=False, **settings)
-
-
 def windows_of(model: PreTrainedModel, texts: Sequence[str], tokens: int) -> torch.Tensor:
     """Windows of text, int64 [S, W]."""
     tokenizer = load_tokenizer(model.name_or_path)
@@ -93,7 +87,7 @@ def windows_of(model: PreTrainedModel, texts: Sequence[str], tokens: int) -> tor
 def recalls(
     seen: dict[int, LayerRecording], routers: Sequence[Router], fits: Sequence[Estimator | None], distance: int
 ) -> list[dict[str, Any]]:
-    """A row for each layer, and their mean: of its own router on an earlier layer's hidden states, and of the estimator."""
+    """A row for each layer, and their mean: recall of its own router on earlier hidden states, and of the estimator."""
     rows: list[dict[str, Any]] = []
     for layer in range(len(routers) - distance):
         estimator, target_NK = fits[layer], seen[layer + distance].index_NK
@@ -107,7 +101,7 @@ def recalls(
 
 
 def to_next_token(seen: dict[int, LayerRecording], predictor: Predictor) -> list[dict[str, Any]]:
-    """What the last layer tells of the first."""
+    """Recall of the first layer's experts from the last layer's hidden states of the token before."""
     last, estimator = max(seen), predictor.estimators[max(seen)]
     assert estimator is not None, "it is fitted"
     hidden_SWH, index_SWK = (t.unflatten(0, (-1, WINDOW)) for t in (seen[last].hidden_NH, seen[0].index_NK))
@@ -126,29 +120,29 @@ def recall(
 ) -> list[float]:
     """The share of the chosen experts that are among the likeliest k, and 2k."""
     found = torch.zeros(2)
-    for start in range(0, len(target_NK), _ROWS):
-        rows_NH = seen.hidden_NH[start : start + _ROWS].float()
+    for start in range(0, len(target_NK), ROWS_AT_ONCE):
+        rows_NH = seen.hidden_NH[start : start + ROWS_AT_ONCE].float()
         if history:  # whole windows: a window's first token has none before it
             before_SWH = functional.pad(rows_NH.unflatten(0, (-1, WINDOW)), (0, 0, 1, 0))[:, :-1]
             rows_NH = torch.cat([rows_NH, before_SWH.flatten(0, 1)], 1)
-        found += count_recalled(logits(rows_NH), target_NK[start : start + _ROWS])
+        found += count_recalled(logits(rows_NH), target_NK[start : start + ROWS_AT_ONCE])
     return [float(share) for share in found / target_NK.numel()]
 
 
 def calibration(predictor: Predictor, seen: dict[int, LayerRecording]) -> list[dict[str, Any]]:
-    """How often experts were used of which the same was told, step by step as at run time, for batches of several sizes."""
+    """Actual usage of experts by predicted usage, step by step as at run time, for batches of several sizes."""
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
-        told, was = (np.concatenate(parts) for parts in zip(*steps(predictor, seen, batch), strict=True))
-        bin_of = np.minimum(told * BINS // USAGE_SCALE, BINS - 1)
+        predicted, used = (np.concatenate(parts) for parts in zip(*steps(predictor, seen, batch), strict=True))
+        bin_of = np.minimum(predicted * BINS // USAGE_SCALE, BINS - 1)
         for number in range(BINS):
             here = bin_of == number
             rows.append(
                 {
                     "tokens a step": batch,
                     "told between": f"{number / BINS:.1%} and {(number + 1) / BINS:.1%}",
-                    "told, mean": float(told[here].mean() / USAGE_SCALE) if here.any() else 0.0,
-                    "was used": float(was[here].mean()) if here.any() else 0.0,
+                    "told, mean": float(predicted[here].mean() / USAGE_SCALE) if here.any() else 0.0,
+                    "was used": float(used[here].mean()) if here.any() else 0.0,
                     "share of all": float(here.mean()),
                 }
             )
@@ -156,7 +150,7 @@ def calibration(predictor: Predictor, seen: dict[int, LayerRecording]) -> list[d
 
 
 def steps(predictor: Predictor, seen: dict[int, LayerRecording], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Usage told, and whether it was: of the experts of each layer and step. Windows run ``batch`` at a time."""
+    """Predicted usage, and whether it came true, of the experts of each layer and step; ``batch`` windows run at a time."""
     first_S = torch.arange(JUDGED_WINDOWS) * WINDOW
     with torch.inference_mode():
         for first_B in first_S.split(batch):
@@ -189,24 +183,24 @@ def costs(model: PreTrainedModel, predictor: Predictor, rounds: int) -> list[dic
 
 
 def thread_us(run: Callable[[], object], rounds: int) -> float:
-    """The best mean of several calls."""
+    """Microseconds of a call: the best mean of several."""
     best = float("inf")
     for _ in range(rounds):
         began = time.thread_time()
         for _ in range(CALLS):
             run()
         best = min(best, (time.thread_time() - began) / CALLS)
-    return best * 1e6
+    return best * US
 
 
 def losses(model: PreTrainedModel, windows_SW: torch.Tensor, cache_dir: Path) -> list[dict[str, Any]]:
-    """Next-token loss of the model as it is, and when each layer but the first executes what was predicted for it."""
+    """Next-token loss of the model, and of the model where each layer but the first executes the predicted experts."""
     rows: list[dict[str, Any]] = []
     exact: torch.Tensor | None = None
     with without_predictor(example_model()) as bare:
         candidates = {"chosen by the router": None, "predicted, fitted": example_model(), "predicted, naive": bare}
         for name, folder in candidates.items():
-            judged = model if folder is None else load(folder, cache_dir, execute_predicted=True)
+            judged = model if folder is None else load_fp32(folder, cache_dir, execute_predicted=True)
             with counting(f"loss, {name}", len(windows_SW)) as advance:
                 loss, best_N = next_token_loss(judged, windows_SW, advance)
             exact = best_N if exact is None else exact

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def run_ranks(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """``work(transport, *args)`` on each of ``size`` ranks; what each returned, through JSON.
+    """Results of ``work(transport, *args)`` on each of ``size`` ranks, passed through JSON.
 
     Args:
         work: a function of a module, which a fresh process can import.

@@ -1,111 +1,103 @@
-"""What learned slots of layers are worth: hit rates on text that they weren't learned from, as a share of Belady's optimum.
+"""The worth of learned slots per layer: hit rates on text that they weren't learned from, as a share of Belady's optimum.
 
 The example model's routing over kinds of text that differ. Half of the passages of each kind teach, the other half judge.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoTokenizer
 
-import epslots
 from epslots.arrays import IntArray
-from epslots.bench.drift import kinds_of_text
+from epslots.bench.models import load_fp32
 from epslots.bench.report import BenchReport
+from epslots.bench.workloads import passages_of_kinds, record_routing
 from epslots.example import example_model
 from epslots.placement.slot_quotas import learn_quotas
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.planner.reuse_distance import miss_ratio_curve
 from epslots.progress import counting
-from epslots.simulation.cache_replay import belady, replay, reuse_histogram, steps_of
+from epslots.simulation.cache_replay import IdArray, belady, replay, reuse_histogram, steps_of
 from epslots.simulation.lanes import deal_once
 from epslots.trace import Trace
 
 SHARES = (0.125, 0.25, 0.5)
 BATCHES = (1, 4)  # sequences at a time
-TOKENS = 192
 
 
 def bench_quotas(report: BenchReport, cache_dir: Path, *, passages: int = 24) -> None:
-    """A token of each sequence a step; slots are dealt equally, or as half of the text taught: by how recent uses were, and by
-    the policy's own scores.
+    """Hit rates with a token of each sequence a step, and three ways to deal slots to layers.
+
+    Equal slots; slots learned from the first half of the text by recency of uses; and learned by the policy's own scores.
     """
     trace, kinds = record_texts(cache_dir, passages)
     number = np.arange(len(trace.starts))
     taught, held = _part(trace, number[number % 2 == 0]), _part(trace, number[number % 2 == 1])
     report.result["text"] = {"kinds": kinds, "tokens taught": len(taught.expert_ids), "tokens held": len(held.expert_ids)}
-    experts_L, layers = trace.num_experts, len(trace.num_experts)
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     passes = len(BATCHES) * (len(POLICIES) + len(SHARES) * (1 + len(POLICIES)))
-    with counting("caches", passes * layers * len(held.expert_ids)) as advance:
+    with counting("caches", passes * len(trace.num_experts) * len(held.expert_ids)) as advance:
         for batch in BATCHES:
-            lessons, questions = (_steps(part, batch) for part in (taught, held))
+            lessons, questions = _steps(taught, batch), _steps(held, batch)
 
-            def tell(steps: int, batch: int = batch) -> None:
+            def count(steps: int, batch: int = batch) -> None:
                 advance(steps * batch)
 
-            histograms = {name: reuse_histogram(lessons, experts_L, policy, tell) for name, policy in POLICIES.items()}
-            for layer in range(layers):
-                curve = miss_ratio_curve(histograms[DEFAULT_POLICY][layer])
-                shares = {f"{share:.1%} slots": float(curve[int(share * experts_L[layer])]) for share in SHARES}
-                curves.append({"batch": batch, "layer": layer, **shares})
+            histograms = {n: reuse_histogram(lessons, trace.num_experts, policy, count) for n, policy in POLICIES.items()}
+            curves += [{"batch": batch} | row for row in _curves(histograms[DEFAULT_POLICY], trace.num_experts)]
             for share in SHARES:
-                equal_L = (experts_L * share).astype(np.int64)
-                total = int(equal_L.sum())
-                best = belady(questions, experts_L, equal_L[None], tell).hit_rates[0]
-                by_recency_L = learn_quotas(histograms["lru"], experts_L, total)
-                for name, policy in POLICIES.items():
-                    learned_L = learn_quotas(histograms[name], experts_L, total)
-                    quota_CL = np.stack([equal_L, by_recency_L, learned_L])
-                    equal, by_recency, learned = (
-                        r / best for r in replay(questions, experts_L, quota_CL, policy, tell).hit_rates
-                    )
-                    rows.append(
-                        {
-                            "batch": batch,
-                            "slots": f"{share:.1%}",
-                            "policy": name,
-                            "Belady": best,
-                            "equal": equal,
-                            "by recency": by_recency,
-                            "learned": learned,
-                            "slots learned": " ".join(map(str, learned_L.tolist())),
-                        }
-                    )
+                judged = _judge(questions, histograms, trace.num_experts, share, count)
+                rows += [{"batch": batch, "slots": f"{share:.1%}"} | row for row in judged]
     report.table("misses per use by the default policy's scores, from the half that taught", curves)
     report.table("hit rates on the other half, as shares of Belady's with equal slots", rows)
 
 
 def record_texts(cache_dir: Path, passages: int) -> tuple[Trace, dict[str, int]]:
-    """Routing of the passages of all kinds of text, kind after kind, and how many passages each kind has."""
-    texts = kinds_of_text(passages)
-    model = epslots.load(example_model(), slots="100%", device="cpu", dtype="float32", cache_dir=cache_dir, progress=False)
-    tokenizer = AutoTokenizer.from_pretrained(example_model())
-    kinds: dict[str, int] = {}
-    bar = counting("routing of texts", sum(map(len, texts.values())))
-    with epslots.record_trace(model) as recorder, torch.no_grad(), bar as advance:
-        for kind, several in texts.items():
-            for text in several:
-                ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
-                advance(1)
-                if ids.shape[1] == TOKENS:
-                    model(input_ids=ids, use_cache=False)
-                    kinds[kind] = kinds.get(kind, 0) + 1
-    return recorder.trace(), kinds
+    """Routing of the passages of all kinds of text, kind after kind, and the number of passages of each kind."""
+    kinds = passages_of_kinds(passages)
+    trace = record_routing(load_fp32(example_model(), cache_dir), [ids for several in kinds.values() for ids in several])
+    return trace, {kind: len(several) for kind, several in kinds.items()}
+
+
+def _curves(histogram_LD: IntArray, experts_L: IntArray) -> list[dict[str, Any]]:
+    """Misses per use of each layer, at each share of slots."""
+    rows = []
+    for layer, histogram_D in enumerate(histogram_LD):
+        curve = miss_ratio_curve(histogram_D)
+        shares = {f"{share:.1%} slots": float(curve[int(share * experts_L[layer])]) for share in SHARES}
+        rows.append({"layer": layer, **shares})
+    return rows
+
+
+def _judge(
+    ids_TLN: IdArray, histograms: dict[str, IntArray], experts_L: IntArray, share: float, count: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """A row for each policy: hits as shares of Belady's with equal slots."""
+    equal_L = (experts_L * share).astype(np.int64)
+    learn = partial(learn_quotas, num_experts_L=experts_L, total_slots=int(equal_L.sum()))
+    best = belady(ids_TLN, experts_L, equal_L[None], count).hit_rates[0]
+    rows = []
+    for name, policy in POLICIES.items():
+        quotas = {"equal": equal_L, "by recency": learn(histograms["lru"]), "learned": learn(histograms[name])}
+        rates = replay(ids_TLN, experts_L, np.stack(list(quotas.values())), policy, count).hit_rates
+        shares = {heading: rate / best for heading, rate in zip(quotas, rates, strict=True)}
+        learned = " ".join(map(str, quotas["learned"].tolist()))
+        rows.append({"policy": name, "Belady": best, **shares, "slots learned": learned})
+    return rows
 
 
 def _part(trace: Trace, sequences: IntArray) -> Trace:
     """Some sequences of a trace."""
-    ends = np.append(trace.starts[1:], len(trace.expert_ids))
-    lengths = (ends - trace.starts)[sequences]
-    rows = np.concatenate([np.arange(start, start + n) for start, n in zip(trace.starts[sequences], lengths, strict=True)])
-    return Trace(trace.expert_ids[rows], lengths.cumsum() - lengths, trace.num_experts)
+    parts = np.split(trace.expert_ids, trace.starts[1:])
+    chosen = [parts[number] for number in sequences.tolist()]
+    lengths = np.array([len(part) for part in chosen])
+    return Trace(np.concatenate(chosen), lengths.cumsum() - lengths, trace.num_experts)
 
 
-def _steps(trace: Trace, batch: int) -> Any:
+def _steps(trace: Trace, batch: int) -> IdArray:
     return steps_of(trace.expert_ids, deal_once(trace.starts, len(trace.expert_ids), batch))

@@ -1,4 +1,4 @@
-"""What a new placement costs the steps during which it is reached: step times with and without movement, on gloo ranks."""
+"""The price of reaching a new placement: step times with and without movement, on gloo ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import epslots
-from epslots.bench.models import random_checkpoint, random_config
+from epslots.bench.models import load_fp32, random_checkpoint, random_config
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import BenchReport
 from epslots.example import example_model
@@ -23,16 +23,16 @@ from epslots.transport.torch_transport import TorchTransport
 
 RANKS = 4
 SLOTS = 12
-SHARE = 0.1  # of a step's time, for movement: the controller's own
-CONTEXT = 256  # tokens after which a sequence begins anew
+SHARE = 0.1  # of a step's time, for migrations: the controller's own value
+CONTEXT = 256  # tokens after which a sequence starts again
 BATCH = 4  # sequences of each rank
 
 
 def bench_rebalance(report: BenchReport, cache_dir: Path, *, rounds: int = 16) -> None:
-    """Decoding on four ranks; every round a placement is offered that has half of the wanted experts move.
+    """Decoding on four ranks; each round offers a placement by which half of the wanted experts move.
 
-    Steps in which there is something left to move are held against those in which there isn't, of the same rounds. Beside it
-    the same without a budget, each layer moving as much as it can at once.
+    Steps with migrations under way are held against the other steps of the same rounds. Beside it the same without a budget:
+    each layer moves as much as it can at once.
     """
     config = random_config(layers=6, hidden=512, experts=32, top_k=4, width=256, heads=8)
     with random_checkpoint(config, torch.float32) as larger:
@@ -61,15 +61,13 @@ def _compare(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _serve(transport: TorchTransport, folder: str, cache_dir: str, slots: int, share: float, rounds: int) -> dict[str, Any]:
-    model = epslots.load(
-        folder, slots=slots, device="cpu", dtype="float32", cache_dir=cache_dir, progress=False, group=transport
-    )
+    model = load_fp32(Path(folder), cache_dir, slots=slots, group=transport)
     group = group_of(model)
     assert group is not None
     decode = _Decoding(model, transport.rank)
     for _ in range(CONTEXT // 4):
         decode.step()
-    # All ranks must be given the same budget; the first one's clock decides.
+    # All ranks must have the same budget; the first one's clock decides.
     own_s = np.median([decode.step() for _ in range(50)])
     step_s = float(transport.to_host(transport.all_gather(torch.tensor([own_s])))[0, 0])
     size = group.shared.layers[0].expert_bytes
@@ -92,7 +90,7 @@ def _serve(transport: TorchTransport, folder: str, cache_dir: str, slots: int, s
 
 
 class _Decoding:
-    """A batch of sequences that grow by a token a step, and begin anew when they are long."""
+    """A batch of sequences that grow by a token a step, and start again when they are long."""
 
     def __init__(self, model: PreTrainedModel, rank: int) -> None:
         self._model = model
@@ -120,7 +118,7 @@ class _Decoding:
 
 
 def _other(last: Placement, generator: np.random.Generator) -> Placement:
-    """Each rank wants as many experts as it has slots, of which about half are new to it."""
+    """The next placement: each rank wants as many experts as it has slots, about half of them new to it."""
     layers, ranks, experts = last.wanted_LRE.shape
     wanted_LRE = np.zeros_like(last.wanted_LRE)
     home_LE = last.home_LE.copy()

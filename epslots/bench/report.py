@@ -1,4 +1,8 @@
-"""What every benchmark shares: alternating timings, a result that says where it was measured, and its table."""
+"""Shared by all benches: timing candidates in turn, rows of ratios, and a report as tables, JSON and plots.
+
+A bench is a function ``bench_<name>(report, cache_dir, ...)``. It names its candidates (what is compared) and its cases (the
+rows), lets ``compare`` time them, and hands each table to the report. ``catalogue.py`` lists all benches.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +28,18 @@ from epslots._version import __version__
 from epslots.host_limits import total_memory, usable_cores
 from epslots.streams import table_console
 
+Candidates = Mapping[str, Callable[[], object]]
+MS, US = 1e3, 1e6
+
 
 def alternate(
-    candidates: Mapping[str, Callable[[], object]],
+    candidates: Candidates,
     rounds: int,
     warm_up: int = 2,
     device: torch.device | None = None,
     meet: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, one after the other in turn, so that a machine's moods hit all alike.
+    """Seconds of each candidate in each round. Candidates take turns, so that other load on the machine hits all alike.
 
     Args:
         meet: called before each run, which begins when it returns: ranks wait for each other in it.
@@ -39,22 +47,20 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(-warm_up, rounds):
         for name, run in candidates.items():
-            _synchronise(device)
+            synchronise(device)
             meet()
             began = time.perf_counter()
             run()
-            _synchronise(device)
+            synchronise(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
-def contenders(
-    candidates: Mapping[str, Callable[[], object]], always: str, within: float = 2.5
-) -> dict[str, Callable[[], object]]:
-    """``always``, and of the others those that a first look (the second run of each) doesn't find hopelessly slow.
+def contenders(candidates: Candidates, always: str, within: float = 2.5) -> Candidates:
+    """``always``, and the other candidates that are at most ``within`` times slower than the fastest of them.
 
-    So the rounds measure the race, and not a loser that takes ten times as long.
+    The second run of each decides. Otherwise most of a bench's time would go to one slow candidate.
     """
     others = {name: run for name, run in candidates.items() if name != always}
     look = {name: seconds[0] for name, seconds in alternate(others, 1, 1).items()}
@@ -62,7 +68,8 @@ def contenders(
     return {always: candidates[always]} | {name: others[name] for name in others if look[name] <= within * fastest}
 
 
-def _synchronise(device: torch.device | None) -> None:
+def synchronise(device: torch.device | None) -> None:
+    """Wait for a GPU to finish; nothing on a CPU."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -80,6 +87,31 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratio_of_rounds(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Our time over theirs, round by round: median and quartiles of the ratios."""
     return spread(np.asarray(ours) / np.asarray(theirs))
+
+
+def medians(seconds: Mapping[str, Sequence[float]], unit: float) -> dict[str, float]:
+    """Each candidate's median time in ``1 / unit`` seconds."""
+    return {name: median(values) * unit for name, values in seconds.items()}
+
+
+def ratio_columns(ours: Sequence[float], theirs: Sequence[float], heading: str = "ratio") -> dict[str, float]:
+    """Our time over theirs as three columns of a row: the median under ``heading``, then the quartiles."""
+    ratio = ratio_of_rounds(ours, theirs)
+    return {heading: ratio["median"], "p25": ratio["p25"], "p75": ratio["p75"]}
+
+
+def compare(
+    candidates: Candidates, ours: str, theirs: str, rounds: int, unit: float, heading: str = "ratio", **timing: Any
+) -> dict[str, float]:
+    """A row: the median of each candidate, and ``ours`` over ``theirs`` round by round, with quartiles.
+
+    Args:
+        unit: ``MS`` or ``US``.
+        heading: of the ratio's column.
+        timing: further arguments of ``alternate``.
+    """
+    seconds = alternate(candidates, rounds, **timing)
+    return medians(seconds, unit) | ratio_columns(seconds[ours], seconds[theirs], heading)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -110,11 +142,11 @@ def _cpu_name() -> str:
 
 
 class BenchReport:
-    """One benchmark's result: printed as a table, and saved as JSON (beside it a plot, where there is one).
+    """The result of one bench: printed as tables, saved as JSON, with a plot beside it where the bench draws one.
 
     Args:
-        name: the benchmark's name, and the file's.
-        device: what was measured.
+        name: the bench's name, and the file's.
+        device: the device that is measured.
         output: a folder to save into; nothing is saved without one.
     """
 
@@ -145,6 +177,12 @@ class BenchReport:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
         table_console(160).print(table)
 
+    def plot(self, draw: Callable[[Path], None]) -> None:
+        """Let ``draw`` write ``<output>/<name>.png``, if there is an output folder."""
+        if self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            draw(self.output / f"{self.name}.png")
+
     def save(self) -> None:
         """Write ``<output>/<name>.json``, if there is an output folder."""
         if self.output is not None:
@@ -153,9 +191,19 @@ class BenchReport:
             path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
             print(f"saved {path}")
 
-    def plot_path(self) -> Path | None:
-        """Where this benchmark's plot goes, if anywhere."""
-        if self.output is None:
-            return None
-        self.output.mkdir(parents=True, exist_ok=True)
-        return self.output / f"{self.name}.png"
+
+@contextmanager
+def axes_of_plot(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes [rows, columns] of a figure of ``size`` inches, with a grid and legends; saved at the end of the block."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield axes
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

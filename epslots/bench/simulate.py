@@ -1,69 +1,70 @@
-"""How long simulating takes, and what it says of a cluster of 1,024 ranks. The example model's routing over kinds of text."""
+"""Speed of the simulator up to 1,024 ranks, and a curve over batch sizes. Routing of the example model over kinds of text."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from epslots.bench.models import LARGE_EXPERT_BYTES, LARGE_ROW_BYTES
 from epslots.bench.quotas import record_texts
-from epslots.bench.report import BenchReport, median
+from epslots.bench.report import BenchReport, alternate, median
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.progress import counting
 from epslots.simulation.simulate import GROUP_SIZE, Outcome, RecordedTraffic, SimulatedCluster, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, timing_of
 
-EXPERT_BYTES, ROW_BYTES = 9_437_184, 4096  # Qwen3-30B-A3B in bf16: 3 x 2048 x 768, and a hidden state of 2048
 LAYER_NS, TOKEN_NS = 40_000, 50
 RANKS_OF_A_NODE = 8
 SIZES = (1, 8, 64, 1024)
 CURVE = (1, 4, 16, 64, 256)
+# Steps of a window of the controller; 0 = none.
+PLACEMENTS = {"dealt by slots": 0, "decided as traffic goes on": 50}
 SLOTS = 8  # a quarter of the experts
-# So many simulated steps are timed; the figure is for a thousand.
-TIMED_STEPS = 50
+TIMED_STEPS = 50  # simulated steps that are timed; the figure is for a thousand
+CURVE_STEPS, CURVE_WARM_UP = 200, 100
 
 
 def bench_simulate(report: BenchReport, cache_dir: Path, *, rounds: int = 3, passages: int = 12) -> None:
-    """Seconds for each 1,000 simulated steps; then the batch-size curve of one node, with a controller and without."""
+    """Seconds for each 1,000 simulated steps; then the curve over batch sizes of one node, with a controller and without."""
     trace, _ = record_texts(cache_dir, passages)
     traffic = RecordedTraffic(trace.expert_ids, trace.starts, trace.num_experts)
     layers = len(trace.num_experts)
-    timing = timing_of(DEVICES[DEFAULT_DEVICE], EXPERT_BYTES, ROW_BYTES, LAYER_NS, TOKEN_NS)
-    node = SimulatedCluster(RANKS_OF_A_NODE, 1, np.full(layers, SLOTS), timing, EXPERT_BYTES, POLICIES[DEFAULT_POLICY])
+    timing = timing_of(DEVICES[DEFAULT_DEVICE], LARGE_EXPERT_BYTES, LARGE_ROW_BYTES, LAYER_NS, TOKEN_NS)
+    quota_L = np.full(layers, SLOTS)
+    node = SimulatedCluster(RANKS_OF_A_NODE, 1, quota_L, timing, LARGE_EXPERT_BYTES, POLICIES[DEFAULT_POLICY])
     report.result["settings"] = {
         "machine": DEFAULT_DEVICE,
-        "expert_bytes": EXPERT_BYTES,
+        "expert_bytes": LARGE_EXPERT_BYTES,
         "layers": layers,
         "slots of a layer on a rank": SLOTS,
         "group_size": GROUP_SIZE,
     }
-    speeds, curve = [], []
-    with counting("simulated steps", rounds * len(SIZES) * TIMED_STEPS + 2 * len(CURVE) * 300) as advance:
+    curve_steps = 2 * len(CURVE) * (CURVE_STEPS + CURVE_WARM_UP)
+    with counting("simulated steps", rounds * len(SIZES) * TIMED_STEPS + curve_steps) as advance:
+        speeds = []
         for ranks in SIZES:
             cluster = replace(node, ranks=ranks, nodes=-(-ranks // RANKS_OF_A_NODE))
-            seconds = []
-            for _ in range(rounds):
-                began = time.perf_counter()
-                simulate(traffic, cluster, 8, TIMED_STEPS)
-                seconds.append((time.perf_counter() - began) * 1000 / TIMED_STEPS)
-                advance(TIMED_STEPS)
-            groups = len(cluster.groups())
-            per_layer = median(seconds) / (groups * layers)
-            speeds.append(
-                {"ranks": ranks, "groups": groups, "s per 1,000 steps": median(seconds), "ms per group and layer": per_layer}
-            )
-        for batch in CURVE:
-            for window_steps in (0, 50):
-                outcome = simulate(traffic, replace(node, window_steps=window_steps), batch, 200, 100)
-                curve.append(
-                    {"placement": "decided as traffic goes on" if window_steps else "dealt by slots", **_row(outcome)}
-                )
-                advance(300)
+            speeds.append(_speed(traffic, cluster, rounds))
+            advance(rounds * TIMED_STEPS)
+        curve = []
+        for batch, (what, window_steps) in product(CURVE, PLACEMENTS.items()):
+            outcome = simulate(traffic, replace(node, window_steps=window_steps), batch, CURVE_STEPS, CURVE_WARM_UP)
+            curve.append({"placement": what, **_row(outcome)})
+            advance(CURVE_STEPS + CURVE_WARM_UP)
     report.table("seconds of simulation, 8 sequences a rank", speeds)
     report.table("8 ranks of one node: what a batch's size does", curve)
+
+
+def _speed(traffic: RecordedTraffic, cluster: SimulatedCluster, rounds: int) -> dict[str, Any]:
+    seconds = alternate({"simulate": lambda: simulate(traffic, cluster, 8, TIMED_STEPS)}, rounds, warm_up=0)["simulate"]
+    per_thousand = median(seconds) * 1000 / TIMED_STEPS
+    groups = len(cluster.groups())
+    ms = per_thousand / (groups * len(cluster.quota_L))
+    return {"ranks": cluster.ranks, "groups": groups, "s per 1,000 steps": per_thousand, "ms per group and layer": ms}
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:

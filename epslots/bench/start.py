@@ -1,4 +1,4 @@
-"""What a start takes in time and memory: first load, second load, plain ``from_pretrained``, each in a fresh process."""
+"""Time and memory of a start: first load, second load, plain ``from_pretrained``, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ SLOTS = "25%"
 
 
 def bench_start(report: BenchReport, cache_dir: Path, *, rounds: int = 5) -> None:
-    """A checkpoint of 1 GiB, in the page cache for everyone alike; imports are not counted."""
+    """Loads of a checkpoint of 1 GiB that is in the page cache; imports are not counted."""
     config = random_config(layers=7, hidden=1024, experts=32, top_k=4, width=768)
     with random_checkpoint(config, torch.bfloat16) as folder:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -62,20 +62,13 @@ def _ours(folder: Path, cache_dir: Path) -> int:
 
 
 def _in_fresh_process(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measure, args=(load, folder, cache_dir, theirs))
-    process.start()
-    theirs.close()
-    try:
-        result: dict[str, float] = ours.recv()
-        return result
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure, load, folder, cache_dir).result()
 
 
-def _measure(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path, pipe: Connection) -> None:
-    # Imports are the same for all, and not what is measured; transformers imports a model when it is first named.
+def _measure(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path) -> dict[str, float]:
+    """Seconds of a load, the peak of anonymous memory during it, and the bytes that it holds afterwards."""
+    # Imports are the same for all, and are not measured; transformers imports a model when it is first named.
     for module in ("epslots.loading", "transformers.models.qwen3_moe.modeling_qwen3_moe"):
         importlib.import_module(module)
     before = _anonymous_bytes()
@@ -92,7 +85,7 @@ def _measure(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path, p
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    pipe.send({"seconds": seconds, "peak_anonymous_bytes": peak[0] - before, "dense_and_slots_bytes": loaded_bytes})
+    return {"seconds": seconds, "peak_anonymous_bytes": peak[0] - before, "dense_and_slots_bytes": loaded_bytes}
 
 
 def _anonymous_bytes() -> int:

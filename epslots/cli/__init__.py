@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import epslots
+from epslots.cli.bench import HELP as BENCH_HELP
 from epslots.cli.bench import bench
 from epslots.cli.generate import generate
 from epslots.cli.placement import placement_app
@@ -33,7 +34,7 @@ app = typer.Typer(
 
 
 def print_version(wanted: bool) -> None:
-    """What ``--version`` does, here and in other commands."""
+    """Print the version and exit; the callback of ``--version``, here and in other commands."""
     if wanted:
         typer.echo(f"epslots {epslots.__version__}")
         raise typer.Exit
@@ -51,7 +52,7 @@ def options(version: VersionOption = False) -> None: ...
 app.command()(generate)
 app.command()(plan)
 app.command()(verify)
-app.command()(bench)
+app.command(help=BENCH_HELP)(bench)
 app.command(name="simulate")(simulate_command)
 app.add_typer(trace_app, name="trace")
 app.add_typer(predict_app, name="predict")
@@ -67,9 +68,9 @@ def main() -> NoReturn:
 
 
 def run(command: typer.Typer) -> NoReturn:
-    """Run a command as the work of a process: one-line errors for what a user can mend, tracebacks for bugs alone.
+    """Run a command as the work of a process: errors that a user can mend are one line, tracebacks are for bugs alone.
 
-    Ctrl-C ends with code 130. A reader that closes the pipe has seen enough, and isn't told of it.
+    Ctrl-C ends with code 130. A closed pipe at standard output ends with code 1, without a message.
     """
     code: str | int | None = 0
     with usable_streams() as output:
@@ -81,7 +82,7 @@ def run(command: typer.Typer) -> NoReturn:
             say(f"error: {error}")
             code = EXIT_USER_ERROR
         except OSError:
-            if output.failure is None:  # it wasn't about printing
+            if output.failure is None:  # it isn't about printing
                 raise
         with contextlib.suppress(OSError):
             output.flush()

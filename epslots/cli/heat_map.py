@@ -1,4 +1,4 @@
-"""A placement to look at: which ranks hold which experts, and the ranks' loads before and after; as text, and as a PNG.
+"""Pictures of a placement, as text and as a PNG: which ranks hold which experts, and the ranks' loads before and after.
 
 Legend of shape suffixes: R ranks, E experts of a layer.
 """
@@ -18,14 +18,14 @@ _BAR = 28  # letters of the longest bar
 
 
 def shares(holds_RE: BoolArray, tokens_E: IntArray | FloatArray) -> FloatArray:
-    """What each rank computes of each expert in units of the mean rank load, float64 [R, E]; the colour of the map."""
+    """Each rank's load from each expert in units of the mean rank load, float64 [R, E]: the colours of the map."""
     mean = max(float(np.sum(tokens_E)) / len(holds_RE), 1e-12)
     result: FloatArray = holds_RE * (tokens_E / np.maximum(holds_RE.sum(0), 1)) / mean
     return result
 
 
 def layer_of(placement: Placement, layer: int) -> tuple[BoolArray, BoolArray]:
-    """Who holds what in a layer, bool [R, E]: as dealt by slots, knowing nothing; and as placed."""
+    """Holders of a layer's experts, bool [R, E]: dealt by slots without knowledge of loads; and as placed."""
     experts = int(placement.num_experts_L[layer])
     dealt = default_placement(placement.num_experts_L.tolist(), placement.quota_LR)
     return holders(dealt)[layer, :, :experts], holders(placement)[layer, :, :experts]
@@ -34,7 +34,7 @@ def layer_of(placement: Placement, layer: int) -> tuple[BoolArray, BoolArray]:
 def text_map(placement: Placement, layer: int, tokens_E: IntArray | FloatArray, width: int = 100) -> list[str]:
     """Lines for a terminal: experts x ranks, hottest expert first, and each rank's load before and after.
 
-    With more experts than columns, neighbours share one, shaded for the most of them.
+    With more experts than columns, neighbours share a column, which has the shade of the heaviest.
 
     Args:
         tokens_E: load of the layer's experts.
@@ -63,7 +63,7 @@ def text_map(placement: Placement, layer: int, tokens_E: IntArray | FloatArray, 
 
 
 def plot_map(placement: Placement, layer: int, tokens_E: IntArray | FloatArray, path: Path) -> None:
-    """The same as a PNG: the map as dealt by slots and as placed, and the ranks' loads."""
+    """Draw a PNG: the map as dealt by slots and as placed, and the ranks' loads."""
     import matplotlib
 
     matplotlib.use("Agg")

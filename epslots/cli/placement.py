@@ -1,15 +1,17 @@
-"""``epslots placement``: judge the planner on recorded loads, make a placement from a record, look at one."""
+"""``epslots placement replay | plan | show``: judge the planner on recorded loads, make a placement, look at one."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import typer
 
+from epslots.cli.option_groups import takes_groups
+from epslots.cli.record_table import Columns, record_table
 from epslots.errors import ConfigError
 from epslots.placement.placement import MOST_RANKS
 from epslots.streams import table_console
@@ -17,6 +19,7 @@ from epslots.streams import table_console
 if TYPE_CHECKING:
     from epslots.arrays import IntArray
     from epslots.placement.planner import RankHardware
+    from epslots.planner.cost_model import Costs
     from epslots.simulation.placement_replay import Scores
     from epslots.trace import Trace
 
@@ -24,82 +27,112 @@ placement_app = typer.Typer(help="Placements: where experts should live.", no_ar
 
 # A proposal makes a bounded number of moves; offline there is time for more.
 OFFLINE_ROUNDS = 8
+_PLAIN_WIDTH = 120
+_ONE_WINDOW = 2**40  # tokens: all of a trace
 
 LoadsArgument = Annotated[
     Path, typer.Argument(help="An .npz: loads, int64 of (windows, layers, experts), or a routing trace.")
 ]
-RanksOption = Annotated[int, typer.Option("--ranks", min=1, max=MOST_RANKS, help="Ranks.")]
-SlotsOption = Annotated[int, typer.Option("--slots", min=1, help="Slots of each rank and layer.")]
-NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Nodes that the ranks are spread over, one after another.")]
-FlatOption = Annotated[bool, typer.Option("--flat", help="Pay no attention to nodes.")]
-StepsOption = Annotated[
-    int, typer.Option("--steps", min=1, help="Steps of a window; matters where slots don't suffice for all experts.")
-]
-WindowOption = Annotated[int, typer.Option("--window", min=1, help="Tokens of a window, where a routing trace is given.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+@dataclass(frozen=True)
+class RanksOptions:
+    """The ranks that are planned for."""
+
+    PANEL: ClassVar[str] = "The ranks"
+
+    ranks: Annotated[int, typer.Option("--ranks", min=1, max=MOST_RANKS, help="Ranks.")]
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes that the ranks are spread over, one after another.")] = 1
+    flat: Annotated[bool, typer.Option("--flat", help="Pay no attention to nodes.")] = False
+
+    def shape(self, costs: Costs) -> RankHardware:
+        """Ranks of one speed, spread evenly over the nodes. ConfigError: there are more nodes than ranks."""
+        import numpy as np
+
+        from epslots.placement.planner import RankHardware
+
+        if self.nodes > self.ranks:
+            raise ConfigError(f"--nodes {self.nodes}: allowed: 1 to the {self.ranks} ranks")
+        return RankHardware(np.arange(self.ranks) * self.nodes // self.ranks, np.full(self.ranks, 1000), costs)
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """The windows of the record."""
+
+    PANEL: ClassVar[str] = "The windows"
+
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Steps of a window; matters where slots don't suffice for all experts.")
+    ] = 256
+    window: Annotated[int, typer.Option("--window", min=1, help="Tokens of a window, where a routing trace is given.")] = 4096
 
 
 @placement_app.command()
+@takes_groups
 def replay(
     loads: LoadsArgument,
-    ranks: RanksOption,
-    slots: SlotsOption,
-    nodes: NodesOption = 1,
-    flat: FlatOption = False,
+    ranks: RanksOptions,
+    windows: WindowOptions,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Slots of each rank and layer.")],
     copy_share: Annotated[
         Optional[float],
-        typer.Option(min=0.0, help="What fetching a copy costs, as a share of a rank's mean load of a window; default 0.002."),
+        typer.Option(min=0.0, help="Cost of fetching a copy, as a share of a rank's mean load of a window; default 0.002."),
     ] = None,
-    steps: StepsOption = 256,
-    window: WindowOption = 4096,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Plan after each window and score on the next: our planner beside EPLB, replanned on each window.
 
     epslots placement replay LOADS.npz --ranks 8 --slots 17 --json
     """
     from epslots.bench.eplb import copies_held, eplb
-    from epslots.progress import ProgressDisplay
+    from epslots.progress import counting
     from epslots.simulation.placement_replay import COPY_SHARE, Planner, replay_costs, start_placement
     from epslots.simulation.placement_replay import replay as run
 
-    loads_WLE = read_loads(loads, window)
-    windows, layers, experts = loads_WLE.shape
-    if windows < 2:
+    loads_WLE = read_loads(loads, windows.window)
+    count, layers, experts = loads_WLE.shape
+    if count < 2:
         raise ConfigError(
-            f"{loads} has {windows} window; 2 or more are needed to score a plan on the next. A trace is cut into windows of "
-            f"--window {window} tokens: give fewer, or record more"
+            f"{loads} has {count} window; 2 or more are needed to score a plan on the next. A trace is cut into windows of "
+            f"--window {windows.window} tokens: give fewer, or record more"
         )
-    start = start_placement(layers, experts, ranks, slots)
+    start = start_placement(layers, experts, ranks.ranks, slots)
     share = COPY_SHARE if copy_share is None else copy_share
-    planner = Planner(start, fleet_of(ranks, nodes, replay_costs(loads_WLE, ranks, share)), steps, flat)
+    planner = Planner(start, ranks.shape(replay_costs(loads_WLE, ranks.ranks, share)), windows.steps, ranks.flat)
     plans: dict[str, Any] = {"ours": planner}
-    if ranks * slots >= experts:
-        plans["eplb"] = lambda tokens_LE: copies_held(eplb(tokens_LE, ranks, slots), ranks, experts)
+    if ranks.ranks * slots >= experts:
+        plans["eplb"] = lambda tokens_LE: copies_held(eplb(tokens_LE, ranks.ranks, slots), ranks.ranks, experts)
     scores = {}
     for name, plan_window in plans.items():
-        with ProgressDisplay()(f"windows, {name}", windows - 1) as advance:
+        with counting(f"windows, {name}", count - 1) as advance:
             scores[name] = run(loads_WLE, start, plan_window, time.perf_counter, advance)
-    shape = {"windows": windows, "layers": layers, "experts": experts, "ranks": ranks, "slots": slots, "nodes": nodes}
+    if not as_json:
+        title = f"{count} windows: planned after each, scored on the next"
+        table_console(_PLAIN_WIDTH).print(record_table(title, _SCORES, scores.items()))
+        return
+    shape = {
+        "windows": count,
+        "layers": layers,
+        "experts": experts,
+        "ranks": ranks.ranks,
+        "slots": slots,
+        "nodes": ranks.nodes,
+    }
     result = shape | {name: _summary(one) for name, one in scores.items()}
     result["ours"]["kept"] = sum(proposal.keep for proposal in planner.proposals)
     result.setdefault("eplb", None)  # it can't leave an expert out
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        _print_scores(scores, windows)
+    typer.echo(json.dumps(result))
 
 
 @placement_app.command()
+@takes_groups
 def plan(
     record: LoadsArgument,
-    ranks: RanksOption,
+    ranks: RanksOptions,
+    windows: WindowOptions,
     slots: Annotated[str, typer.Option("--slots", help='Slots of each rank and layer: a number, or a share such as "25%".')],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .placement to write.")],
-    nodes: NodesOption = 1,
-    flat: FlatOption = False,
-    steps: StepsOption = 256,
-    window: WindowOption = 4096,
     learn_slots: Annotated[
         bool,
         typer.Option(
@@ -115,42 +148,51 @@ def plan(
     import numpy as np
 
     from epslots.cli.trace import slots_of_layers
-    from epslots.compiled import prepare
     from epslots.placement.balance import balancedness, holders, rank_loads
     from epslots.placement.placement import default_placement
     from epslots.placement.placement_file import write_placement
     from epslots.placement.planner import propose
-    from epslots.placement.slot_quotas import deal_quotas, improve_quotas
-    from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
-    from epslots.simulation.cache_replay import reuse_histogram
     from epslots.simulation.placement_replay import expected_of_all, replay_costs
 
-    loads_WLE, trace = _read_record(record, window)
+    loads_WLE, trace = _read_record(record, windows.window)
     _, layers, experts = loads_WLE.shape
     experts_L = np.full(layers, experts) if trace is None else trace.num_experts
-    quota_LR = np.repeat(slots_of_layers(slots, experts_L)[:, None], ranks, 1)
+    quota_LR = np.repeat(slots_of_layers(slots, experts_L)[:, None], ranks.ranks, 1)
     start = default_placement(experts_L.tolist(), quota_LR)
     if trace is not None and learn_slots:
-        prepare()
-        histogram_LD = reuse_histogram(trace.expert_ids, experts_L, POLICIES[DEFAULT_POLICY])
-        better_L = improve_quotas(quota_LR.sum(1), histogram_LD, experts_L, np.full(layers, ranks), experts_L * ranks)
-        quota_LR = deal_quotas(better_L, quota_LR.sum(0), experts_L, quota_LR)
-    # Nothing is moved: the copies are where they are from the start.
-    fleet = fleet_of(ranks, nodes, replay_costs(loads_WLE, ranks, 0.0))
-    found, expected = start, expected_of_all(loads_WLE, steps)
+        quota_LR = _learned_quotas(trace, quota_LR)
+    # Copies cost nothing: no rank has to fetch one later.
+    shape = ranks.shape(replay_costs(loads_WLE, ranks.ranks, 0.0))
+    found, expected = start, expected_of_all(loads_WLE, windows.steps)
     for _ in range(OFFLINE_ROUNDS):
-        proposal = propose(found, expected, fleet, quota_LR, flat=flat)
+        proposal = propose(found, expected, shape, quota_LR, flat=ranks.flat)
         found = proposal.placement
         if proposal.keep:
             break
     found = replace(found, version=1)
     write_placement(found, output)
-    windows = [[balancedness(rank_loads(holders(one), window_LE)) for window_LE in loads_WLE] for one in (start, found)]
-    before, after = (sum(one) / len(one) for one in windows)
+    balances = [[balancedness(rank_loads(holders(one), window_LE)) for window_LE in loads_WLE] for one in (start, found)]
+    before, after = (sum(one) / len(one) for one in balances)
     typer.echo(
         f"{output}: {int(found.wanted_LRE.sum())} copies are to stay resident, and every expert has a home; balance over the "
         f"record's windows {before:.3f} -> {after:.3f}"
     )
+
+
+def _learned_quotas(trace: Trace, quota_LR: IntArray) -> IntArray:
+    """As many slots of each rank, dealt to the layers whose uses in the trace gain most from one, int64 [L, R]."""
+    import numpy as np
+
+    from epslots.compiled import prepare
+    from epslots.placement.slot_quotas import deal_quotas, improve_quotas
+    from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
+    from epslots.simulation.cache_replay import reuse_histogram
+
+    prepare()
+    experts_L, (layers, ranks) = trace.num_experts, quota_LR.shape
+    histogram_LD = reuse_histogram(trace.expert_ids, experts_L, POLICIES[DEFAULT_POLICY])
+    better_L = improve_quotas(quota_LR.sum(1), histogram_LD, experts_L, np.full(layers, ranks), experts_L * ranks)
+    return deal_quotas(better_L, quota_LR.sum(0), experts_L, quota_LR)
 
 
 @placement_app.command()
@@ -162,7 +204,7 @@ def show(
     layer: Annotated[int, typer.Option("--layer", "-l", min=0, help="The layer to show.")] = 0,
     plot: Annotated[Optional[Path], typer.Option("--plot", help="A .png to draw into as well.")] = None,
 ) -> None:
-    """Which ranks hold which experts, and ranks' loads against those of experts dealt by slots.
+    """Show which ranks hold which experts of a layer, and the ranks' loads before and after.
 
     epslots placement show all.placement --loads LOADS.npz --layer 3 --plot layer3.png
     """
@@ -177,7 +219,7 @@ def show(
     experts = int(found.num_experts_L[layer])
     tokens_E = np.ones(experts, np.int64)
     if loads is not None:
-        loads_WLE = read_loads(loads, 2**40)
+        loads_WLE = read_loads(loads, _ONE_WINDOW)
         if loads_WLE.shape[1:] != found.home_LE.shape:
             raise ConfigError(
                 f"{loads} has {loads_WLE.shape[1]} layers of {loads_WLE.shape[2]} experts, {placement} has "
@@ -195,7 +237,10 @@ def show(
 
 
 def read_loads(path: Path, window: int) -> IntArray:
-    """Loads of windows from a file of loads, or from a routing trace cut into windows of so many tokens: int64 [W, L, E].
+    """Loads of windows, int64 [W, L, E], from a file of loads, or from a routing trace cut into windows.
+
+    Args:
+        window: tokens of a trace's window.
 
     Raises:
         ConfigError: the file holds neither.
@@ -229,24 +274,12 @@ def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
     return np.stack(parts), trace
 
 
-def fleet_of(ranks: int, nodes: int, costs: Any) -> RankHardware:
-    """Ranks of one speed on so many nodes, one after another."""
-    import numpy as np
-
-    from epslots.placement.planner import RankHardware
-
-    if nodes > ranks:
-        raise ConfigError(f"--nodes {nodes}: allowed: 1 to the {ranks} ranks")
-    return RankHardware(np.arange(ranks) * nodes // ranks, np.full(ranks, 1000), costs)
-
-
 def _summary(scores: Scores) -> dict[str, Any]:
-    windows = len(scores.balance)
     return {
-        "balance": sum(scores.balance) / windows,
-        "balance_live": sum(scores.balance_live) / windows,
+        "balance": _mean(scores.balance),
+        "balance_live": _mean(scores.balance_live),
         "experts_moved": sum(scores.copies),
-        "ms_per_window": 1000 * sum(scores.seconds) / windows,
+        "ms_per_window": 1000 * _mean(scores.seconds),
         "per_window": {
             "balance": scores.balance,
             "balance_live": scores.balance_live,
@@ -256,21 +289,15 @@ def _summary(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _print_scores(scores: dict[str, Scores], windows: int) -> None:
-    from rich.table import Table
+_SCORES: Columns[tuple[str, Scores]] = (
+    ("planner", lambda row: row[0]),
+    ("balance", lambda row: f"{_mean(row[1].balance):.4f}"),
+    ("split live", lambda row: f"{_mean(row[1].balance_live):.4f}"),
+    ("imbalance", lambda row: f"{1 - _mean(row[1].balance):.4f}"),
+    ("experts moved", lambda row: str(sum(row[1].copies))),
+    ("ms per window", lambda row: f"{1000 * _mean(row[1].seconds):.1f}"),
+)
 
-    table = Table(title=f"{windows} windows: planned after each, scored on the next", title_justify="left")
-    table.add_column("planner")
-    for heading in ("balance", "split live", "imbalance", "experts moved", "ms per window"):
-        table.add_column(heading, justify="right")
-    for name, one in scores.items():
-        row = _summary(one)
-        table.add_row(
-            name,
-            f"{row['balance']:.4f}",
-            f"{row['balance_live']:.4f}",
-            f"{1 - row['balance']:.4f}",
-            str(row["experts_moved"]),
-            f"{row['ms_per_window']:.1f}",
-        )
-    table_console(120).print(table)
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

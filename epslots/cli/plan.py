@@ -1,14 +1,17 @@
-"""``epslots plan``: what a model takes of a rank's memory, and what other settings would, without loading anything."""
+"""``epslots plan``: the memory plan of one rank, and of other numbers of slots, without loading a model."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import typer
 
+from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
+from epslots.cli.record_table import Columns, record_table
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
 from epslots.models.memory_plan import MemoryPlan, Workload, plan_memory
@@ -22,11 +25,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXIT_DOES_NOT_FIT = 1
-# Where output goes to a file or a pipe, which have no width of their own.
-PLAIN_WIDTH = 140
+_PLAIN_WIDTH = 140
 
 
+@dataclass(frozen=True)
+class WorkOptions:
+    """The work of a rank."""
+
+    PANEL: ClassVar[str] = "The work"
+
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts among them.")] = 1
+    kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens of KV cache for each sequence.")] = 4096
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that a rank runs at a time.")] = 1
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a rank puts through a layer at a time.")] = 512
+
+
+@takes_groups
 def plan(
+    work: WorkOptions,
     model: Annotated[
         Optional[str],
         typer.Option(
@@ -42,22 +58,19 @@ def plan(
         typer.Option("--memory", help="Memory of one rank, such as 80GiB. Default: what this machine's device has free."),
     ] = None,
     device: DeviceOption = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts among them.")] = 1,
-    kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens of KV cache for each sequence.")] = 4096,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that a rank runs at a time.")] = 1,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a rank puts through a layer at a time.")] = 512,
     dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Plan one rank's memory, without loading a model: of a checkpoint, only configuration and headers are read.
 
-    Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
-
         epslots plan --model deepseek-v3 --ranks 8 --slots 8 --memory 80GiB
         epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --sequences 16 --device cuda
 
-    With --memory, --device may be one that this machine lacks. It decides more than the memory: for a GPU, the host store
-    keeps FP8 and MXFP4 experts as the checkpoint has them, and the next layer's experts are predicted.
+    Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
+
+    With --memory, --device may be one that this machine lacks. It decides more than the memory:
+    for a GPU, the host store keeps FP8 and MXFP4 experts as the checkpoint has them,
+    and the next layer's experts are predicted.
     """
     setting = parse_slots(slots)
     if memory is None:
@@ -71,8 +84,8 @@ def plan(
             shape,
             setting,
             memory_bytes=memory_bytes,
-            ranks=ranks,
-            workload=Workload(kv_tokens, sequences, batch_tokens),
+            ranks=work.ranks,
+            workload=Workload(work.kv_tokens, work.sequences, work.batch_tokens),
             predictor_bytes=predictor_bytes,
             memory_note=memory_note,
         )
@@ -89,12 +102,12 @@ def plan(
 
 
 def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, int | None, int]:
-    """The shape of a known model, or of a checkpoint with the bytes of its weight files; and those of its predictor.
+    """The shape of a model, the bytes of its weight files (None for a known model), and the bytes of its predictor.
 
-    A folder goes before a name.
+    If ``model`` is both, the folder is taken and not the known model.
 
     Args:
-        device: ``"cuda"`` or ``"cpu"``, what the model is to run on.
+        device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
 
     Raises:
         ConfigError: neither a folder nor a known name, or no such dtype.
@@ -107,7 +120,7 @@ def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, 
                 f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
                 f"of the hub is planned once it is downloaded"
             )
-        # Without a fitted predictor, routers tell of the next layer: on a GPU they are the model's own.
+        # Without a fitted predictor, the next layer's router predicts; on a GPU it is the model's own, so it takes no memory.
         return known_shape(model) if dtype == "auto" else known_shape(model, dtype), None, 0
     import torch
 
@@ -163,56 +176,40 @@ def _device_memory(device: str | None) -> tuple[int, str]:
     return limit.free_bytes, str(limit)
 
 
+_SHAPE_FIELDS = {"model": "name", "dtype": "dtype", "parameters": "parameters", "experts": "num_experts", "top_k": "top_k"}
+_PLAN_FIELDS = (
+    "ranks",
+    *("slot_bytes", "kv_bytes", "workspace_bytes", "unpacking_bytes", "predictor_bytes", "reserve_bytes", "total_bytes"),
+    *("memory_bytes", "memory_note", "free_bytes", "fits", "host_store_bytes"),
+    *("resident_share", "slots_per_expert", "all_resident"),
+)
+_WORKLOAD_FIELDS = ("kv_tokens", "sequences", "batch_tokens")
+_ALTERNATIVE_FIELDS = ("slot_bytes", "total_bytes", "resident_share", "fits")
+
+
 def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]:
     """Everything in the tables, in bytes and as numbers."""
-    best = largest_fit(result)
+    largest = largest_fit(result)
     return {
-        "model": result.shape.name,
-        "dtype": result.shape.dtype,
-        "parameters": result.shape.parameters,
+        **{name: getattr(result.shape, field) for name, field in _SHAPE_FIELDS.items()},
         "moe_layers": len(result.shape.layers),
-        "experts": result.shape.num_experts,
-        "top_k": result.shape.top_k,
         "slots": str(result.setting),
         "quotas": list(result.quotas),
-        "ranks": result.ranks,
-        "kv_tokens": result.workload.kv_tokens,
-        "sequences": result.workload.sequences,
-        "batch_tokens": result.workload.batch_tokens,
         "dense_bytes": result.shape.dense_bytes,
-        "slot_bytes": result.slot_bytes,
-        "kv_bytes": result.kv_bytes,
-        "workspace_bytes": result.workspace_bytes,
-        "unpacking_bytes": result.unpacking_bytes,
-        "predictor_bytes": result.predictor_bytes,
-        "reserve_bytes": result.reserve_bytes,
-        "total_bytes": result.total_bytes,
-        "memory_bytes": result.memory_bytes,
-        "memory_note": result.memory_note,
-        "free_bytes": result.free_bytes,
-        "fits": result.fits,
-        "host_store_bytes": result.host_store_bytes,
+        **{name: getattr(result, name) for name in _PLAN_FIELDS},
+        **{name: getattr(result.workload, name) for name in _WORKLOAD_FIELDS},
         "checkpoint_bytes": checkpoint_bytes,
-        "resident_share": result.resident_share,
-        "slots_per_expert": result.slots_per_expert,
-        "all_resident": result.all_resident,
         "alternatives": [_alternative_as_json(other) for other in alternatives(result)],
-        "largest_fit": None if best is None else _alternative_as_json(best),
+        "largest_fit": None if largest is None else _alternative_as_json(largest),
     }
 
 
 def _alternative_as_json(other: MemoryPlan) -> dict[str, Any]:
-    return {
-        "slots": str(other.setting),
-        "slot_bytes": other.slot_bytes,
-        "total_bytes": other.total_bytes,
-        "resident_share": other.resident_share,
-        "fits": other.fits,
-    }
+    return {"slots": str(other.setting), **{name: getattr(other, name) for name in _ALTERNATIVE_FIELDS}}
 
 
 def _print_tables(result: MemoryPlan, checkpoint_bytes: int | None) -> None:
-    console = table_console(PLAIN_WIDTH)
+    console = table_console(_PLAIN_WIDTH)
     console.print(_plan_table(result, checkpoint_bytes))
     console.print()
     console.print(_alternatives_table(result))
@@ -263,7 +260,7 @@ def _describe_model(shape: ModelShape) -> str:
 
 
 def _describe_residency(result: MemoryPlan) -> str:
-    """What share of the experts finds a slot, on a rank and on all of them."""
+    """The share of the experts that finds a slot, on a rank and on all ranks together."""
     text = f"A rank's slots hold {result.resident_share:.1%} of the experts"
     if result.ranks == 1:
         return f"{text}."
@@ -272,27 +269,26 @@ def _describe_residency(result: MemoryPlan) -> str:
 
 
 def _alternatives_table(result: MemoryPlan) -> Table:
-    from rich.table import Table
-
-    table = Table(title="other numbers of slots, all else as above", title_justify="left")
-    table.add_column("slots")
-    for heading in ("slots of a layer", "pool", "needed", "free"):
-        table.add_column(heading, justify="right")
-    table.add_column("fits")
     others = {other.setting: other for other in alternatives(result)}
     largest = largest_fit(result)
     if largest is not None and largest.resident_share < 1:
         others[largest.setting] = largest
-    for other in sorted(others.values(), key=lambda other: other.slot_bytes):
-        free = "-" if result.memory_bytes is None else format_bytes(result.memory_bytes - other.total_bytes)
+
+    def name(other: MemoryPlan) -> str:
         notes = ["all resident"] if other.resident_share == 1 else []
         notes += ["the most that fits"] if other is largest else []
-        table.add_row(
-            f"{other.setting}" + (f" ({', '.join(notes)})" if notes else ""),
-            describe_quotas(other.quotas).removesuffix(" per layer"),
-            format_bytes(other.slot_bytes),
-            format_bytes(other.total_bytes),
-            free,
-            "yes" if other.fits else "no",
-        )
-    return table
+        return f"{other.setting}" + (f" ({', '.join(notes)})" if notes else "")
+
+    def free(other: MemoryPlan) -> str:
+        return "-" if result.memory_bytes is None else format_bytes(result.memory_bytes - other.total_bytes)
+
+    columns: Columns[MemoryPlan] = (
+        ("slots", name),
+        ("slots of a layer", lambda other: describe_quotas(other.quotas).removesuffix(" per layer")),
+        ("pool", lambda other: format_bytes(other.slot_bytes)),
+        ("needed", lambda other: format_bytes(other.total_bytes)),
+        ("free", free),
+        ("fits", lambda other: "yes" if other.fits else "no"),
+    )
+    by_size = sorted(others.values(), key=lambda other: other.slot_bytes)
+    return record_table("other numbers of slots, all else as above", columns, by_size)

@@ -1,6 +1,4 @@
-"""``epslots trace record | replay``: which experts each token of some prompts chooses, as a file; and what caches of few slots
-would have hit.
-"""
+"""``epslots trace record | replay``: the experts that each token of some prompts chooses, and hit rates of caches on them."""
 
 from __future__ import annotations
 
@@ -13,7 +11,8 @@ import typer
 
 from epslots.arrays import IntArray
 from epslots.cli.generate import context_of, read_prompts
-from epslots.cli.options import CacheDirOption, DeviceOption, DtypeOption, ModelOption, SlotsOption
+from epslots.cli.option_groups import LoadOptions, takes_groups
+from epslots.cli.record_table import Columns, record_table
 from epslots.compiled import prepare
 from epslots.engine.text import encode_prompt, load_tokenizer
 from epslots.errors import ConfigError
@@ -25,28 +24,27 @@ from epslots.simulation.lanes import deal_once
 from epslots.streams import table_console
 from epslots.units import parse_slots
 
-trace_app = typer.Typer(help="Routing traces: what policies and placements are judged on.", no_args_is_help=True)
+trace_app = typer.Typer(help="Routing traces, on which policies and placements are judged.", no_args_is_help=True)
 
 
 @trace_app.command()
+@takes_groups
 def record(
     output: Annotated[Path, typer.Argument(help="The .npz to write.")],
+    load: LoadOptions,
     prompts: Annotated[Optional[list[str]], typer.Argument(help="Prompts; else --file or standard input.")] = None,
     file: Annotated[
         Optional[Path], typer.Option("--file", "-f", help='A text file, or .jsonl with "prompt" in each line.')
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 128,
     probs: Annotated[bool, typer.Option("--probs", help="Record the routers' probabilities as well.")] = False,
-    model: ModelOption = None,
-    slots: SlotsOption = "auto",
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    cache_dir: CacheDirOption = None,
 ) -> None:
     """Record the experts that each token of the prompts, and of their continuations, chooses.
 
-    The .npz holds expert_ids (int16, a row a token: layers x k), starts (each sequence's first row) and num_experts; and with
-    --probs also probs (float16, a row a token: layers x experts).
+        epslots trace record trace.npz "def f(" "import os"
+
+    The .npz holds expert_ids (int16, a row a token: layers x k), starts (each sequence's first row)
+    and num_experts; and with --probs also probs (float16, a row a token: layers x experts).
     """
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f"{output}: give a file in a folder that exists")
@@ -55,19 +53,17 @@ def record(
     import torch
 
     import epslots
-    from epslots.example import example_model
     from epslots.models.checkpoint import find_checkpoint
 
-    source = example_model() if model is None else model
-    folder = find_checkpoint(source)
+    folder = find_checkpoint(load.source)
     context_of(folder)  # refuses models that predict no tokens
     tokenizer = load_tokenizer(folder)
     encoded = [encode_prompt(tokenizer, text, chat=False) for text in texts]
-    loaded = epslots.load(source, slots=slots, device=device, dtype=dtype, cache_dir=cache_dir)
-    with epslots.record_trace(loaded, probs=probs) as recorder:
+    model = load.load()
+    with epslots.record_trace(model, probs=probs) as recorder:
         for tokens in encoded:
-            ids = torch.tensor([tokens], device=loaded.device)
-            loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+            ids = torch.tensor([tokens], device=model.device)
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     trace = recorder.trace()
     trace.save(output)
     typer.echo(f"{output}: {len(trace.starts)} sequences, {len(trace.expert_ids)} tokens, {len(trace.num_experts)} layers")
@@ -75,7 +71,7 @@ def record(
 
 @trace_app.command(name="replay")
 def replay_command(
-    file: Annotated[Path, typer.Argument(help="A routing trace (.npz), as `trace record` writes it.")],
+    file: Annotated[Path, typer.Argument(help="A routing trace (.npz), from `epslots trace record`.")],
     slots: Annotated[
         str, typer.Option("--slots", "-s", help="Slots of each layer, or shares of its experts: 8,16,25%.")
     ] = "25%",
@@ -83,7 +79,9 @@ def replay_command(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time; each takes a token a step.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """What eviction policies would have hit on a trace, beside Belady's optimum; and how soon experts are used again.
+    """Replay a trace through caches: each policy's hit rates beside Belady's optimum, and how soon experts are used again.
+
+        epslots trace replay trace.npz --slots 8,25%
 
     A hit is an expert that a step uses and finds in a slot, however many of the step's tokens chose it.
     """
@@ -147,7 +145,7 @@ def _hit_rates(results: dict[str, Replayed], settings: list[str]) -> dict[str, A
 
 
 def _reuse(histogram_D: IntArray, experts: int) -> dict[str, Any]:
-    """Of one layer: stack distances of the uses that were not the first."""
+    """Stack distances of one layer's uses, but for the first use of each expert."""
     again_D = histogram_D[:experts]
     return {
         "experts": experts,
@@ -160,23 +158,23 @@ def _reuse(histogram_D: IntArray, experts: int) -> dict[str, Any]:
     }
 
 
-def _print_replayed(found: dict[str, Any]) -> None:
-    from rich.table import Table
+_REUSE_HEADINGS = {
+    "experts": "experts", "uses": "uses", "first_uses": "first uses", "median": "median", "p90": "90 %", "p99": "99 %"
+}  # fmt: skip
 
-    console = table_console(120)
+
+def _print_replayed(found: dict[str, Any]) -> None:
+    rates: dict[str, dict[str, float]] = found["hit_rates"]
     head = f"{found['sequences']} sequences, {found['tokens']:,} tokens, {found['batch']} at a time"
-    rates = Table(title=f"hit rates: {head}", title_justify="left", caption_justify="left")
-    rates.add_column("slots of a layer")
-    for name in found["hit_rates"]:
-        rates.add_column(name, justify="right")
-    for setting in found["hit_rates"]["belady"]:
-        rates.add_row(setting, *(f"{rate[setting]:.1%}" for rate in found["hit_rates"].values()))
-    rates.caption = "belady: what no policy can beat, for it knows the future"
-    console.print(rates)
-    reuse = Table(title="how many other experts are used before one is used again", title_justify="left")
-    reuse.add_column("layer")
-    for heading in ("experts", "uses", "first uses", "median", "90 %", "99 %"):
-        reuse.add_column(heading, justify="right")
-    for layer, row in enumerate(found["reuse"]):
-        reuse.add_row(str(layer), *(f"{row[name]:,}" for name in ("experts", "uses", "first_uses", "median", "p90", "p99")))
-    console.print(reuse)
+    policies: Columns[str] = [(name, lambda slots, of=of: f"{of[slots]:.1%}") for name, of in rates.items()]  # type: ignore[misc]
+    columns: Columns[str] = [("slots of a layer", str), *policies]
+    console = table_console(120)
+    caption = "belady: the optimum, which knows the future"
+    console.print(record_table(f"hit rates: {head}", columns, rates["belady"], caption))
+    counts: Columns[dict[str, Any]] = [
+        (heading, lambda row, name=name: f"{row[name]:,}")  # type: ignore[misc]
+        for name, heading in _REUSE_HEADINGS.items()
+    ]
+    layers = [{"layer": str(layer), **row} for layer, row in enumerate(found["reuse"])]
+    title = "number of other experts used before one is used again"
+    console.print(record_table(title, [("layer", lambda row: row["layer"]), *counts], layers))

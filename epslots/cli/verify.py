@@ -1,4 +1,4 @@
-"""``epslots verify``: hold every expert of a model's host store against its digest."""
+"""``epslots verify``: compare every expert of a model's host store with its digest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def verify(
 ) -> None:
     """Check that no expert in the host store has changed since the store was built.
 
-    With --checkpoint, also that the checkpoint still gives the same experts: a bit that flipped in a weight file is found,
-    and the expert named. The store is built if there is none yet. Exit code 2 if anything differs.
+        epslots verify --model ./Qwen3-30B-A3B --checkpoint
+
+    With --checkpoint, also that the checkpoint still yields the same experts:
+    a flipped bit in a weight file is found, and the expert named.
+    The store is built if there is none yet. Exit code 2 if anything differs.
     """
     from epslots.example import example_model
     from epslots.verify_store import check_store

@@ -2,8 +2,8 @@
 
 The model is a Qwen3-MoE (6 layers, 32 experts, top-4, 3.5 M parameters) with a byte-level BPE
 tokenizer of its own, both learned from the one text that every Python installation carries: the
-source of the standard library. It writes recognisable Python, and its router is skewed the way the
-routers of large models are, which is what an expert cache lives on.
+source of the standard library. It writes recognisable Python. Its router is skewed as those of large
+models are; an expert cache depends on that skew.
 
     python examples/python_moe/train.py                # about an hour on two CPU cores
     python examples/python_moe/train.py --steps 200    # a quick look

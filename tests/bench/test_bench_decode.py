@@ -8,8 +8,8 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 import epslots
-from epslots.bench.decode import SkewedRouter, quick_checkpoint, random_tokens, skew_routers
-from epslots.bench.models import random_config
+from epslots.bench.decode import SkewedRouter, random_tokens, skew_routers
+from epslots.bench.models import quick_checkpoint, random_config
 from epslots.cuda_graph.decode_graph import DecodeGraph
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import epslots
 from epslots.bench.eviction import Question, judge, summary
-from epslots.bench.made_up import PATTERNS
+from epslots.bench.workloads import PATTERNS
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.simulation.cache_replay import belady, replay, reuse_histogram, steps_of
 from epslots.simulation.lanes import deal_once, read_on
