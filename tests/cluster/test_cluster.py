@@ -516,7 +516,7 @@ def test_closing_while_a_fleet_is_lost(open_cluster: Any):
         going.result(10)
 
 
-def test_a_fleet_that_does_not_come_back_ends_the_cluster_if_asked_to(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+def test_ranks_that_stay_away_end_the_cluster_if_asked_to(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, fleet = open_cluster(1, give_up_after_s=0.01)
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
@@ -618,7 +618,7 @@ def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
         assert [worker._exchanges for worker in fleet.workers.values()] == before
 
 
-def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_cluster: Any):
+def test_an_idle_cluster_without_requests_is_left_alone(open_cluster: Any):
     cluster, _ = open_cluster(2)
     supervisor = cluster._supervisor
 

@@ -325,7 +325,7 @@ def test_what_a_rank_can_not_follow_ends_nothing(open_cluster: Open, folder: Pat
     assert cluster.ranks == 2
 
 
-def test_a_window_is_dropped_and_counted_while_the_last_one_waits(open_cluster: Open):
+def test_a_window_is_dropped_and_counted_while_another_waits(open_cluster: Open):
     cluster, fleet = open_cluster(2, window_steps=0)
     engine = fleet.workers[0].loop._engine
     assert engine is not None

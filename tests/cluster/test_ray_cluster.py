@@ -186,7 +186,7 @@ def controller_pid(cluster: Cluster) -> int:
     return int(re.findall(r"pid (\d+)", stats.where)[0])
 
 
-def test_the_controller_is_asked_killed_and_stopped_while_requests_go_on(open_cluster: Any, folder: Path):
+def test_requests_outlive_a_killed_and_a_stopped_controller(open_cluster: Any, folder: Path):
     right = expected(folder, PROMPTS, NEW)
     cluster = open_cluster(2, slots=10, costs=COPIES_TRAVEL, window_steps=2)
     assert cluster.explain().state == "watching"

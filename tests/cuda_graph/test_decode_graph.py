@@ -95,7 +95,7 @@ def test_the_device_leaves_behind_what_the_host_would(name: str, checkpoint: Cal
                 assert np.array_equal(getattr(a.history, field), getattr(b.history, field)), field
 
 
-def test_nothing_is_fetched_ahead_into_slots_that_the_device_rules(checkpoint: Callable[[str], Path], tmp_path: Path):
+def test_no_prefetch_goes_to_slots_that_the_device_rules(checkpoint: Callable[[str], Path], tmp_path: Path):
     folder, prompt = checkpoint("qwen3_moe"), zoo.random_ids(1, 9, seed=5)
     model = load(folder, tmp_path, slots="50%", link="20MB/s,200us")
     graph, expected = DecodeGraph(model, 1, 60), greedy(zoo.reference(folder), prompt, 40)

@@ -726,7 +726,7 @@ def parameters(function: Callable[..., object]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_contract_a_manager_makes_a_processor_that_is_stepped_by_hand(built: Callable[[str], PreTrainedModel]):
+def test_contract_a_manager_makes_a_processor_stepped_by_hand(built: Callable[[str], PreTrainedModel]):
     assert parameters(ContinuousBatchingManager._create_batch_processor) == ["self"]
     assert parameters(ContinuousBatchProcessor._generation_step) == ["self", "model"]
     batcher = PagedBatcher(built("mixtral"), kv_tokens=64)
@@ -755,7 +755,7 @@ def test_contract_a_manager_makes_a_processor_that_is_stepped_by_hand(built: Cal
     assert pages_are_free(batcher)
 
 
-def test_contract_a_preempted_request_keeps_its_tokens_and_blocks_new_ones(built: Callable[[str], PreTrainedModel]):
+def test_contract_a_preempted_request_keeps_tokens_blocks_others(built: Callable[[str], PreTrainedModel]):
     batcher = PagedBatcher(built("mixtral"), kv_tokens=32)
     scheduler = batcher._processor.scheduler
     for id in ("a", "b"):
@@ -776,7 +776,7 @@ def test_contract_the_message_when_nothing_fits():
     assert "no requests can be offloaded" in inspect.getsource(ContinuousBatchProcessor.prepare_next_batch)
 
 
-def test_contract_tokens_are_chosen_by_a_method_that_can_be_replaced(built: Callable[[str], PreTrainedModel]):
+def test_contract_tokens_are_chosen_by_a_replaceable_method(built: Callable[[str], PreTrainedModel]):
     """Row i of the scores is that of the i-th request of the batch that gets a token: where sampling by request plugs in."""
     assert parameters(ModelRunner._sample) == ["self", "scores", "output_ids"]
     batcher = PagedBatcher(built("mixtral"), kv_tokens=256, max_batch_tokens=32)

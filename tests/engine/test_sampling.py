@@ -193,7 +193,7 @@ def test_unlikely_tokens_of_a_large_vocabulary_get_their_share():
 
 
 @pytest.mark.parametrize("jitter", [1e-9, -1e-9])
-def test_sums_that_were_rounded_apart_choose_nothing_that_was_dropped(jitter: float, monkeypatch: pytest.MonkeyPatch):
+def test_sums_rounded_apart_choose_no_dropped_token(jitter: float, monkeypatch: pytest.MonkeyPatch):
     """As a scan in parallel may round: the sums at tokens without weight differ from the sum before."""
     exact = torch.Tensor.cumsum
 

@@ -117,7 +117,7 @@ def test_text_comes_at_once():
         assert stream.push([token]) == decode(BYTE_LEVEL, [token]) != ""
 
 
-def test_special_tokens_and_those_beyond_the_vocabulary_have_no_text():
+def test_special_and_unknown_tokens_have_no_text():
     tokenizer = TOKENIZERS["sentencepiece"]
     bos, the, end, line = tokenizer.convert_tokens_to_ids(["<s>", "\u2581the", "\u2581end", "<0x0A>"])
     stream = TextStream(tokenizer)

@@ -108,7 +108,7 @@ def test_ranks_that_hold_everything_exchange_headers_alone(
     assert gathered
 
 
-def test_ranks_that_hold_everything_wait_for_what_is_still_under_way(checkpoint: Checkpoints, cache_dir: Path):
+def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Checkpoints, cache_dir: Path):
     """They look at no counts; but a slot may be in flight when they become a group, and holds nonsense until it has landed."""
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=["100%", "100%"])

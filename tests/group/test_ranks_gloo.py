@@ -183,7 +183,7 @@ def fail_once(rank: Rank, folder: Path, cache_dir: Path) -> str:
     return str(caught.value)
 
 
-def test_an_error_on_one_rank_ends_the_step_of_all_before_the_deadline(checkpoint: Checkpoints, cache_dir: Path):
+def test_an_error_on_one_rank_ends_the_step_of_all_at_once(checkpoint: Checkpoints, cache_dir: Path):
     first, _ = run_ranks(fail_once, 2, checkpoint("qwen3_moe"), cache_dir)
     assert "ZeroDivisionError" in first
 

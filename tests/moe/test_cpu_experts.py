@@ -144,7 +144,7 @@ def test_a_corrupt_record_is_not_computed_with(checkpoint: Checkpoints, cache_di
         layer.compute(rows, torch.full_like(ids, 5), [5])
 
 
-def test_a_twin_on_the_cpu_shares_nothing_that_could_be_elsewhere():
+def test_a_twin_on_the_cpu_shares_no_device_memory():
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -51,7 +51,7 @@ def test_one_rank(name: str, beside: bool, slots: int | str, checkpoint: Checkpo
     assert fetched(model) < fetched(plain)
 
 
-def test_what_is_always_cheaper_there_leaves_the_slots_as_they_are(checkpoint: Checkpoints, cache_dir: Path):
+def test_experts_always_cheaper_on_the_cpu_leave_slots_alone(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     model = hosting(load(folder, cache_dir, slots=3), ALWAYS, beside=False)
     assert_equal(model, zoo.reference(folder))

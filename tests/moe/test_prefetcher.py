@@ -76,7 +76,7 @@ def test_many_ranks(name: str, checkpoint: Checkpoints, cache_dir: Path):
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral"])
-def test_the_next_layer_s_router_is_what_tells_by_default(name: str, checkpoint: Checkpoints, cache_dir: Path):
+def test_the_next_layers_router_predicts_by_default(name: str, checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint(name)
     model = load(folder, cache_dir, slots="50%", link=LINK)
     prompt = zoo.random_ids(1, 9, seed=2)
@@ -273,7 +273,7 @@ class HurriedLink(LateLink):
         super().land(landing)
 
 
-def test_what_was_fetched_ahead_and_is_late_goes_before_the_step_s_misses(checkpoint: Checkpoints, cache_dir: Path):
+def test_late_prefetches_go_before_the_steps_misses(checkpoint: Checkpoints, cache_dir: Path):
     model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%", link=LINK)
     runtime = runtime_of(model)
     mislead(runtime)

@@ -23,7 +23,7 @@ def test_tolls_add_up_until_a_copy_is_bought():
     assert layers[0].plan(counts, score).moved == 0, "from now on the token stays"
 
 
-def test_a_spare_copy_gives_way_before_the_only_one_of_another_expert():
+def test_a_spare_copy_is_evicted_before_an_only_one():
     """Rank 0 holds expert 0, alone and never used, and a copy of expert 1, often used, whose home is rank 1."""
     score = np.array([0, 9, 5])
     layer = LayerPlanner(0, holds(2, 3, (0, 0), (0, 1), (1, 1)), np.array([2, 1]), np.array([0, 1, 0]), COSTS)
@@ -50,7 +50,7 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
     assert first.digest != second.digest
 
 
-def test_a_wanted_copy_that_demand_brings_is_not_waited_for_though_there_is_no_room():
+def test_a_wanted_copy_that_demand_brings_needs_no_budget():
     layer = LayerPlanner(0, holds(1, 2), np.array([2]), np.array([0, 0]), COSTS, expert_bytes=10)
     layer.adopt(np.array([0, 0]), np.array([[True, False]]))
     assert layer.pending_migrations == 1
