@@ -5,93 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cluster.api import Cluster
 from cluster.driver.retries import Pace
 from cluster.driver.worker_group import MOST_FAILURES
 from cluster.errors import ClusterError, Overloaded
-from cluster.generation import Result
 from cluster.rank import rank_loop
 from epslots.errors import CheckpointError, ConfigError, RankMismatchError
-from tests.equality.test_load_equal import greedy_rows
 from tests.support import zoo
-from tests.support.clock_loop import clock_loops
-from tests.support.fake_backend import LOADING, FakeFleet, Fault, one_load_at_a_time
-from tests.support.grouped_ranks import TOKENS_TRAVEL
+from tests.support.fake_backend import FakeFleet, Fault
 from tests.support.guilty_requests import WAYS, Guilt, error_of
 from tests.support.rank_helpers import PATIENCE_S
+from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
 
-__all__ = ["clock_loops", "one_load_at_a_time"]
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "clock_loops")
-
-Checkpoints = Callable[[str], Path]
-PROMPTS = [zoo.random_ids(1, length, seed=length)[0].tolist() for length in (3, 40, 17, 9, 25, 5, 12, 30)]
-
-
-@pytest.fixture
-def folder(checkpoint: Checkpoints) -> Path:
-    return checkpoint("qwen3_moe")
-
-
-@pytest.fixture
-def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeFleet]]]:
-    opened = []
-
-    def make(ranks: int = 2, fleet: FakeFleet | None = None, **settings: Any) -> tuple[Cluster, FakeFleet]:
-        fleet = fleet or FakeFleet()
-        settings = {"slots": 3, "kv_tokens": 512, "costs": TOKENS_TRAVEL, "silence_s": PATIENCE_S} | settings
-        cluster = Cluster(folder, ranks=ranks, fleet=fleet, cache_dir=cache_dir, progress=False, **settings)
-        opened.append(cluster)
-        return cluster, fleet
-
-    yield make
-    for cluster in opened:
-        cluster.close()
-
-
-# Plain transformers' greedy tokens by checkpoint and prompt, as many as any test has asked for: they are the same for all.
-_EXPECTED: dict[tuple[Path, tuple[int, ...]], tuple[int, ...]] = {}
-_AT_ONCE = 80  # what most tests need at most
-
-
-def expected(folder: Path, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
-    known = [_EXPECTED.get((folder, tuple(prompt)), ()) for prompt in prompts]
-    if any(len(tokens) < new for tokens in known):
-        with LOADING:
-            reference = zoo.reference(folder)
-        lengths = {len(prompt) for prompt in prompts}
-        for alike in [[prompt for prompt in prompts if len(prompt) == length] for length in sorted(lengths)]:
-            found = greedy_rows(reference, torch.tensor(alike), max(new, _AT_ONCE))
-            for prompt, ids in zip(alike, found, strict=True):
-                _EXPECTED[folder, tuple(prompt)] = tuple(ids[len(prompt) :])
-        known = [_EXPECTED[folder, tuple(prompt)] for prompt in prompts]
-    return [tokens[:new] for tokens in known]
 
 
 AT_ONCE = Pace(first_s=0.001, most_s=0.001)
-
-
-def until(cluster: Cluster, condition: Callable[[], bool]) -> None:
-    """Wait for what the supervisor does."""
-    cluster._thread.call(cluster._supervisor._pulse.until(condition))
-
-
-def serve_again(cluster: Cluster, ranks: int) -> None:
-    """Wait until so many ranks serve, without asking for them."""
-    group = cluster._supervisor.group
-    until(cluster, lambda: group.formed and len(group.members) == ranks)
-
-
-def tokens_of(results: Iterator[Result]) -> list[tuple[int, ...]]:
-    found = sorted(results, key=lambda result: result.index)
-    assert [result.reason for result in found] == ["length"] * len(found), found
-    return [result.tokens for result in found]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -28,11 +28,9 @@ from cluster.job.run import JobSettings, run_job
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from tests.support import ROOT
-from tests.support.fake_backend import FakeFleet, one_load_at_a_time
+from tests.support.fake_backend import FakeFleet
 from tests.support.fake_cluster import FakeCluster, opened
 from tests.support.grouped_ranks import TOKENS_TRAVEL
-
-__all__ = ["one_load_at_a_time"]
 
 GOOD = b"\n".join(b'{"prompt": "%s", "id": %d}' % (b"abcdefghij"[: 1 + n % 7], n) for n in range(20)) + b"\n"
 MIXED = b"""{"prompt": "one", "id": "first"}

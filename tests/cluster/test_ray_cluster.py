@@ -20,11 +20,11 @@ from cluster.driver.backend import WorkerHandle
 from cluster.errors import ClusterError
 from cluster.generation import Generation
 from cluster.ray_backend.worker import RayWorker
-from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
 from tests.support.clock_loop import ClockLoop, use_clock_loops
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_helpers import RayNodes
+from tests.support.thread_cluster import PROMPTS, expected, tokens_of
 
 NEW = 80
 

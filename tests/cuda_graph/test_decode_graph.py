@@ -17,8 +17,8 @@ from epslots.cuda_graph.decode_graph import DecodeGraph, _addresses
 from epslots.cuda_graph.device_slots import DeviceExperts
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.runtime import runtime_of
-from tests.cuda_graph.test_device_slots import NoValues
 from tests.support import zoo
+from tests.support.device_slot_helpers import NoValues
 
 TOLERANCE = 2e-5
 SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]

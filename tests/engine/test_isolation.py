@@ -22,10 +22,9 @@ from epslots.engine.requests import Batcher, Request
 from epslots.engine.sampling import Sampling
 from epslots.errors import CorruptExpertError, UnsupportedModelError
 from epslots.runtime import runtime_of
-from tests.engine.test_batchers import generated, pages_are_free, prompt_of, requests_of
-from tests.engine.test_sampling import drawn
 from tests.support import zoo
-from tests.support.guilty_requests import WAYS, Guilt, error_of
+from tests.support.batches import drawn, generated, pages_are_free, prompt_of, requests_of
+from tests.support.guilty_requests import WAYS, Guilt, error_of, guilty_requests, unused
 
 
 def served(batcher: Batcher, requests: list[Request]) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -42,21 +41,6 @@ def served(batcher: Batcher, requests: list[Request]) -> tuple[dict[str, list[in
                 errors[output.id] = output.error or ""
     assert not batcher.has_work
     return tokens, errors
-
-
-def unused(requests: list[Request], tokens: dict[str, list[int]]) -> int:
-    """A token that none of these requests has in its prompt or gets."""
-    return next(t for t in range(16, zoo.VOCAB) if not any(t in (*r.prompt, *tokens[r.id]) for r in requests))
-
-
-def guilty_requests(token: int, lengths: tuple[int, ...], seed: int = 4) -> list[Request]:
-    """Requests with the token somewhere in their prompts."""
-    found = []
-    for number, length in enumerate(lengths):
-        prompt = list(prompt_of(length, seed))
-        prompt[random.Random(seed + number).randrange(length)] = token
-        found.append(Request(f"guilty{number}", tuple(prompt), 9))
-    return found
 
 
 def without(token: int, requests: list[Request]) -> list[Request]:

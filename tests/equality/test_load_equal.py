@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import epslots
@@ -20,31 +19,7 @@ from epslots.models.fp8 import ragged_blocks
 from epslots.models.pretrained import quiet
 from epslots.runtime import runtime_of
 from tests.support import zoo
-
-# Logits against the reference's scale, fp32 (DESIGN: at most 1e-4).
-TOLERANCE = 2e-5
-SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
-
-
-def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:
-    settings = {"slots": 3, "device": "cpu", "dtype": "float32", "progress": False} | settings
-    return epslots.load(folder, cache_dir=cache_dir, **settings)
-
-
-def greedy_rows(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[list[int]]:
-    settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(ids, **settings).tolist()
-
-
-def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[int]:
-    return greedy_rows(model, ids, new_tokens)[0]
-
-
-@torch.no_grad()
-def assert_equal(model: PreTrainedModel, reference: PreTrainedModel, **inputs: torch.Tensor) -> None:
-    inputs = inputs or {"input_ids": zoo.random_ids(2, 40, seed=1)}
-    expected, actual = reference(**inputs).logits, model(**inputs).logits
-    assert (expected - actual).abs().max() <= TOLERANCE * expected.abs().max()
+from tests.support.equality import SERVED, TOLERANCE, assert_equal, greedy, load
 
 
 @pytest.mark.parametrize("slots", [1, "25%", "100%"])

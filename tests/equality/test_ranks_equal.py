@@ -11,38 +11,13 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.transport.lockstep import LockStep
-from tests.equality.test_load_equal import SERVED, greedy
 from tests.support import zoo
+from tests.support.equality import SERVED, assert_close, batch_of, compare
 from tests.support.grouped_ranks import ALL_COSTS, COPIES_TRAVEL, GATHER, TOKENS_TRAVEL, Grouped
 from tests.support.late_link import LateLink
 
 TOLERANCE = 2e-5
 Checkpoints = Callable[[str], Path]
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
-
-
-def batch_of(rank: int) -> torch.Tensor:
-    """Another batch for each rank; the last of four has none."""
-    return zoo.random_ids(1 + rank % 2, (40, 3, 17, 0)[rank], seed=1 + rank)
-
-
-def compare(grouped: Grouped, reference: PreTrainedModel) -> None:
-    """Logits of a prompt, and greedy tokens of another, of different lengths on each rank."""
-
-    def work(rank: int, model: PreTrainedModel) -> tuple[torch.Tensor | None, list[int]]:
-        ids = batch_of(rank)
-        logits = model(input_ids=ids).logits if ids.numel() else None
-        return logits, greedy(model, zoo.random_ids(1, 9, seed=2 + rank % 2), 4 + 3 * rank)
-
-    for rank, (logits, tokens) in enumerate(grouped.run(work)):
-        if logits is not None:
-            with torch.no_grad():
-                assert_close(logits, reference(input_ids=batch_of(rank)).logits)
-        assert tokens == greedy(reference, zoo.random_ids(1, 9, seed=2 + rank % 2), 4 + 3 * rank), rank
-    grouped.check()
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -21,8 +21,8 @@ from epslots.errors import PeerLost
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
 from epslots.transport.torch_transport import TorchTransport
-from tests.equality.test_load_equal import SERVED, greedy
 from tests.support import ROOT, zoo
+from tests.support.equality import SERVED, greedy
 from tests.support.rank_helpers import PATIENCE_S, Rank, run_ranks, until_stopped
 
 Checkpoints = Callable[[str], Path]

@@ -15,10 +15,9 @@ from epslots.group.rank_group import group_of
 from epslots.planner.cost_model import Costs
 from epslots.planner.cpu_offload import CpuShare
 from epslots.runtime import runtime_of
-from tests.equality.test_load_equal import assert_equal, greedy, load
-from tests.equality.test_ranks_equal import Grouped, compare
 from tests.support import zoo
-from tests.support.grouped_ranks import ALL_COSTS, TOKENS_TRAVEL
+from tests.support.equality import assert_equal, compare, greedy, load
+from tests.support.grouped_ranks import ALL_COSTS, TOKENS_TRAVEL, Grouped
 
 Checkpoints = Callable[[str], Path]
 # A fetch costs as much as many pairs on the host; and as two experts there.

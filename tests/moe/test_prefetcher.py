@@ -29,9 +29,8 @@ from epslots.progress import ProgressDisplay
 from epslots.runtime import Runtime, predictor_of, runtime_of
 from epslots.transport.transport import LocalTransport
 from epslots.units import PrefetchSetting, parse_prefetch
-from tests.equality.test_load_equal import SERVED, assert_equal, greedy, load
-from tests.equality.test_ranks_equal import compare
 from tests.support import zoo
+from tests.support.equality import SERVED, assert_equal, compare, greedy, load
 from tests.support.grouped_ranks import TOKENS_TRAVEL, Grouped
 from tests.support.late_link import Guesses, LateLink
 from tests.support.rank_helpers import run_threads

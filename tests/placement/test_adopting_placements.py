@@ -21,8 +21,8 @@ from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
 from epslots.telemetry import WindowMeter
 from epslots.transport.transport import LocalHub, LocalTransport
-from tests.equality.test_ranks_equal import assert_close
 from tests.support import zoo
+from tests.support.equality import assert_close
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.support.plan_strategies import random_placement
 from tests.support.rank_helpers import run_threads

@@ -10,25 +10,7 @@ from hypothesis import strategies as st
 from epslots.planner.assignment import assign, home_only, own_only, place_misses
 from epslots.planner.assignment_kernels import WORTHWHILE
 from epslots.planner.cost_model import Costs, gathers, layer_cost, layer_time
-from tests.support.plan_strategies import Situation, situations
-
-# A slow host, fast peers, compute worth levelling: roughly a large expert over PCIe and NVLink.
-COSTS = Costs(
-    host_fetch=2_000_000,
-    peer_fetch=200_000,
-    pair_transfer=100,
-    pair_compute=500,
-    expert_compute=10_000,
-    exchange=20_000,
-    gather=15_000,
-)
-
-
-def holds(ranks: int, experts: int, *places: tuple[int, int]) -> np.ndarray:
-    table = np.zeros((ranks, experts), bool)
-    for rank, expert in places:
-        table[rank, expert] = True
-    return table
+from tests.support.plan_strategies import COSTS, Situation, holds, situations
 
 
 @settings(max_examples=400)

@@ -6,7 +6,7 @@ import numpy as np
 
 from epslots.planner.layer_planner import LayerPlanner
 from epslots.planner.migration import MigrationBudget
-from tests.planner.test_assignment import COSTS, holds
+from tests.support.plan_strategies import COSTS, holds
 
 
 def test_tolls_add_up_until_a_copy_is_bought():
