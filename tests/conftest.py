@@ -68,6 +68,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
+@pytest.fixture(scope="session")
+def shared_stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for host stores that tests share: each is built once, by the first that opens it."""
+    return tmp_path_factory.mktemp("stores")
+
+
 @pytest.fixture
 def cache_dir(tmp_path: Path) -> Path:
     """A folder for host stores, fresh for each test."""
