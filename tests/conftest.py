@@ -6,19 +6,22 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach out
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from transformers import PreTrainedModel
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 import epslots.loading  # noqa: F401 - and with it all that is compiled
 from epslots.compiled import prepare
+from epslots.models import model_shape
 from tests.support.zoo import KNOWN_WARNINGS, make_checkpoint
 
 if (
@@ -41,6 +44,29 @@ def quick_collections() -> None:
     """transformers collects garbage whenever a cache goes: up to a second each, over all that was ever imported."""
     gc.collect()
     gc.freeze()
+
+
+_DRY_RUNS: dict[tuple[str, ...], Any] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A model's sizes are measured once a session, by its configuration: half of a tiny model's loading time.
+
+    A module that sets ``MEASURES_EVERY_MODEL`` is left alone.
+    """
+    measure = model_shape._dry_run
+
+    def measure_once(model: PreTrainedModel, experts: Any) -> Any:
+        key = (str(type(model)), model.config.to_json_string(), str(model.dtype), str(model.config._attn_implementation))
+        if key not in _DRY_RUNS:
+            _DRY_RUNS[key] = measure(model, experts)
+        return _DRY_RUNS[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "MEASURES_EVERY_MODEL", False):
+            patch.setattr(model_shape, "_dry_run", measure_once)
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

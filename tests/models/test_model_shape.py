@@ -18,6 +18,7 @@ from epslots.models.model_shape import shape_of_config, shape_of_model
 from epslots.models.pretrained import build_skeleton, resolve_class
 from tests.support.zoo import HIDDEN, VOCAB, ZOO, Tiny, random_ids
 
+MEASURES_EVERY_MODEL = True
 TOKENS = 40  # longer than every sliding window of the zoo, 16
 FP32 = 4
 
