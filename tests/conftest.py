@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no hub, and a folder of tiny checkpoints made once a session."""
+"""What every test shares: one thread, no hub, compiled planners, and a folder of tiny checkpoints made once a session."""
 
 from __future__ import annotations
 
@@ -8,35 +8,66 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach out
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from transformers import PreTrainedModel
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-import epslots.loading  # noqa: F401 - and with it all that is compiled
-from epslots.compiled import prepare
-from epslots.models import model_shape
-from tests.support.zoo import KNOWN_WARNINGS, make_checkpoint
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell starts what runs beside it; tests' processes would inherit it
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach out
+# A shell starts what runs beside it with Ctrl-C ignored, and tests' processes would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-prepare()  # what is given other types than it was made for is an error from now on
 settings.register_profile("epslots", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("epslots")  # a busy machine fails no example
-torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+
+FAST = (
+    "cluster/test_checker.py",
+    "cluster/test_controller.py",
+    "cluster/test_controller_lives.py",
+    "cluster/test_job_prompts.py",
+    "cluster/test_retries.py",
+    "cluster/test_scheduler.py",
+    "cluster/test_start_display.py",
+    "contracts/",
+    "engine/test_sampling.py",
+    "host/test_json_lines.py",
+    "host/test_npz.py",
+    "host/test_telemetry.py",
+    "host/test_units.py",
+    "placement/test_balance.py",
+    "placement/test_forecast.py",
+    "placement/test_model_planner.py",
+    "placement/test_placement.py",
+    "placement/test_planner.py",
+    "placement/test_slot_quotas.py",
+    "planner/",
+    "simulation/test_traffic.py",
+)
+"""Modules, or folders of them, whose tests are marked ``fast``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for line in KNOWN_WARNINGS:
-        config.addinivalue_line("filterwarnings", line)
+    """Import and compile what tests need; not where pytest-xdist only hands out tests, which would wait for it."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import torch
+
+        import epslots.loading  # noqa: F401 - and with it all that is compiled
+        from epslots.compiled import prepare
+
+        prepare()  # other types than it was made for are an error from now on
+        torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(folder).as_posix().startswith(FAST):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +86,8 @@ def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
 
     A module that sets ``MEASURES_EVERY_MODEL`` is left alone.
     """
+    from epslots.models import model_shape
+
     measure = model_shape._dry_run
 
     def measure_once(model: PreTrainedModel, experts: Any) -> Any:
@@ -83,6 +116,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Tiny checkpoints by name, each made on first use."""
+    from tests.support.zoo import make_checkpoint
+
     root = tmp_path_factory.mktemp("zoo")
     made: dict[str, Path] = {}
 

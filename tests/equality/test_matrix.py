@@ -18,20 +18,9 @@ import epslots
 from epslots.runtime import runtime_of
 from tests.support import zoo
 from tests.support.cpu_hosting import OFTEN, fetched_bytes, hosting
-from tests.support.equality import SERVED, assert_equal, compare, greedy, load
+from tests.support.equality import LAYOUTS, SERVED, assert_equal, compare, greedy, load
 from tests.support.grouped_ranks import Grouped
 from tests.support.late_link import mislead
-
-LAYOUTS = [
-    "qwen3_moe",
-    "gpt_oss",
-    "olmoe_unaligned",
-    "nemotron_h",
-    "muse_spark",
-    "longcat_flash",
-    "step3p7",
-    "ernie4_5_vl_moe",
-]
 
 
 class Cell:

@@ -15,6 +15,9 @@ from tests.support.grouped_ranks import Grouped
 # Logits against the reference's scale, fp32 (DESIGN: at most 1e-4).
 TOLERANCE = 2e-5
 
+LAYOUTS = ["qwen3_moe", "gpt_oss", "olmoe_unaligned", "nemotron_h"]
+LAYOUTS += ["muse_spark", "longcat_flash", "step3p7", "ernie4_5_vl_moe"]
+"""One architecture for each way to store and call experts; tests/equality holds that none is missing."""
 
 SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
 

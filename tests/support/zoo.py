@@ -33,9 +33,6 @@ HIDDEN = 64
 # Ids below this one are left to the special tokens (pad, bos, images), which random prompts must not contain.
 FIRST_PLAIN_ID = 16
 
-# In the syntax of pytest's ``filterwarnings``: what transformers and torch emit on these models without our doing.
-KNOWN_WARNINGS: list[str] = []
-
 
 @dataclass(frozen=True)
 class Tiny:
