@@ -82,8 +82,13 @@ def test_guilty_requests_come_out_and_others_pass_once(size: int, guilty: set[in
 # --- batchers ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *(("mixtral", way) for way in WAYS),
+        *((n, w) for n in ("gpt_oss", "deepseek_v3", "gemma4") for w in ("nan", "RuntimeError")),
+    ],
+)
 def test_mates_get_the_tokens_they_would_get_without_it(name: str, way: str):
     """Prompts in one chunk and in several, guilty ones among them; and whoever gets the guilty one's pages."""
     model = zoo.ZOO[name].build()
