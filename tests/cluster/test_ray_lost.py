@@ -22,11 +22,11 @@ NEW = 60
 
 @pytest.fixture
 def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path) -> Iterator[Cluster]:
-    """A rank on a Ray of its own. Nothing of it may be left."""
+    """Two ranks on a Ray of their own. Nothing of it may be left."""
     before = pids_below()
     with Cluster(
         checkpoint("qwen3_moe"),
-        ranks=1,
+        ranks=2,
         device="cpu",
         slots=3,
         kv_tokens=2048,
@@ -59,7 +59,7 @@ def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callabl
         own(part).kill()
         assert not all(generation.done for generation in going)
         assert [generation.result(240).tokens for generation in going] == right
-        serve_again(cluster, 1)
+        serve_again(cluster, 2)
         assert not [process for process in helpers if process.is_running()]
     own("raylet").kill()  # and what is closed just then, closes
 
