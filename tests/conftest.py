@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no hub, and a folder of tiny checkpoints made once a session."""
+"""What every test shares: one thread, no hub, compiled planners, and a folder of tiny checkpoints made once a session."""
 
 from __future__ import annotations
 
@@ -6,34 +6,68 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach out
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-import epslots.loading  # noqa: F401 - and with it all that is compiled
-from epslots.compiled import prepare
-from tests.support.zoo import KNOWN_WARNINGS, make_checkpoint
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell starts what runs beside it; tests' processes would inherit it
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach out
+# A shell starts what runs beside it with Ctrl-C ignored, and tests' processes would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-prepare()  # what is given other types than it was made for is an error from now on
 settings.register_profile("epslots", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("epslots")  # a busy machine fails no example
-torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+
+FAST = (
+    "cluster/test_checker.py",
+    "cluster/test_controller.py",
+    "cluster/test_controller_lives.py",
+    "cluster/test_job_prompts.py",
+    "cluster/test_retries.py",
+    "cluster/test_scheduler.py",
+    "cluster/test_start_display.py",
+    "contracts/",
+    "engine/test_sampling.py",
+    "host/test_json_lines.py",
+    "host/test_npz.py",
+    "host/test_telemetry.py",
+    "host/test_units.py",
+    "placement/test_balance.py",
+    "placement/test_forecast.py",
+    "placement/test_model_planner.py",
+    "placement/test_placement.py",
+    "placement/test_planner.py",
+    "placement/test_slot_quotas.py",
+    "planner/",
+    "simulation/test_traffic.py",
+)
+"""Modules, or folders of them, whose tests are marked ``fast``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for line in KNOWN_WARNINGS:
-        config.addinivalue_line("filterwarnings", line)
+    """Import and compile what tests need; not where pytest-xdist only hands out tests, which would wait for it."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import torch
+
+        import epslots.loading  # noqa: F401 - and with it all that is compiled
+        from epslots.compiled import prepare
+
+        prepare()  # other types than it was made for are an error from now on
+        torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(folder).as_posix().startswith(FAST):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,6 +75,31 @@ def quick_collections() -> None:
     """transformers collects garbage whenever a cache goes: up to a second each, over all that was ever imported."""
     gc.collect()
     gc.freeze()
+
+
+_DRY_RUNS: dict[tuple[str, ...], Any] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A model's sizes are measured once a session, by its configuration: half of a tiny model's loading time.
+
+    A module that sets ``MEASURES_EVERY_MODEL`` is left alone.
+    """
+    from epslots.models import measure_shape
+
+    measure = measure_shape._dry_run
+
+    def measure_once(model: PreTrainedModel, experts: Any) -> Any:
+        key = (str(type(model)), model.config.to_json_string(), str(model.dtype), str(model.config._attn_implementation))
+        if key not in _DRY_RUNS:
+            _DRY_RUNS[key] = measure(model, experts)
+        return _DRY_RUNS[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "MEASURES_EVERY_MODEL", False):
+            patch.setattr(measure_shape, "_dry_run", measure_once)
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -57,6 +116,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Tiny checkpoints by name, each made on first use."""
+    from tests.support.zoo import make_checkpoint
+
     root = tmp_path_factory.mktemp("zoo")
     made: dict[str, Path] = {}
 
@@ -66,6 +127,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def shared_stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for host stores that tests share: each is built once, by the first that opens it."""
+    return tmp_path_factory.mktemp("stores")
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def requests(*new_tokens: int) -> Iterator[Request]:
     return (Request(f"{number}", (1, 2), new) for number, new in enumerate(new_tokens))
 
 
-def test_the_loop_keeps_so_many_requests_going_and_times_their_tokens():
+def test_the_loop_keeps_requests_in_flight_and_times_tokens():
     clock = Clock()
     engine: Any = FakeEngine(clock)
     found = closed_loop(engine, requests(100, 3, 100, 100), 2, 6, clock)

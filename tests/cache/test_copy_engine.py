@@ -69,7 +69,7 @@ def due(clock: Clock, link: EmulatedEngine, transfer: Any) -> float:
     return round(clock.now - 100, 3)
 
 
-def test_each_record_takes_its_time_on_the_link_and_none_is_lost_between(clock: Clock):
+def test_each_record_takes_its_time_on_the_link(clock: Clock):
     link, there = second(), slots(3)
     transfers = link.start(there, records(1, 2, 3), copy, urgent=True)
     clock.now += 2.0
@@ -323,7 +323,7 @@ def test_copies_on_streams_are_in_order_with_what_computes(seed: int):
     assert [int(slot[0]) for slot in there] == names
 
 
-def test_of_what_is_not_urgent_only_some_is_queued_and_the_rest_can_be_dropped():
+def test_fetches_that_can_wait_queue_a_few_and_drop_the_rest():
     cuda = FakeCuda(0)
     link = CudaEngine(CPU, cuda=cuda)
     copied: list[int] = []

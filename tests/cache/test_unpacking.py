@@ -236,7 +236,7 @@ def test_wider_slots_are_filled_as_ever(checkpoint: Checkpoints, tmp_path: Path)
     assert opened.packed == opened.plain
 
 
-def test_operations_that_are_not_known_keep_a_tensor_from_being_packed(checkpoint: Checkpoints, tmp_path: Path):
+def test_an_unknown_operation_keeps_a_tensor_unpacked(checkpoint: Checkpoints, tmp_path: Path):
     opened = open_quantised(zoo.make_fp8(checkpoint("deepseek_v3"), tmp_path / "fp8"))
     reader = ExpertReader(opened.checkpoint, opened.model, opened.plain)
     spec, parameter = opened.plain[0].layout.tensors[1], reader._layers[0]["down_proj"]
@@ -294,7 +294,7 @@ def test_the_store_holds_records_as_they_are_stored(checkpoint: Checkpoints, tmp
     in_memory.close()
 
 
-def test_the_memory_plan_counts_records_as_stored_and_room_to_unpack_them():
+def test_the_plan_counts_stored_records_and_room_to_unpack():
     packed = one_matrix(64, 32, "bfloat16", ((32, 32), "uint8"), ((2, 32), "uint8"), (32, 1))
     plain = LayerSpec("l", 1, packed.layout)
     shapes = [ModelShape("m", "bfloat16", (layer,), 1, 1000, (), 32, 100) for layer in (packed, plain)]

@@ -80,9 +80,7 @@ def test_more_slots_than_experts(folder: Path, tmp_path: Path):
     refused(folder, tmp_path, ConfigError, "16", slots=17)
 
 
-def test_what_cannot_fit_is_refused_with_the_arithmetic_before_any_weight_is_read(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_misfit_is_refused_with_its_sum_before_any_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("epslots.load_plan.memory_limit", lambda device: MemoryLimit("this test", "", 1 << 20, 1 << 20))
     monkeypatch.setattr("epslots.loading.load_dense", lambda *args, **kwargs: pytest.fail("weights were read"))
     refused(folder, tmp_path, DoesNotFitError, r"(?s)dense.*slots.*KV cache.*workspace", slots="100%")

@@ -112,7 +112,7 @@ def test_sampling_repeats_with_its_seed(run: Callable[..., Run], cache_dir: Path
     assert sample(1) != sample(2)
 
 
-def test_several_prompts_give_what_each_gives_alone_up_to_a_stop_string(run: Callable[..., Run], cache_dir: Path):
+def test_several_prompts_answer_as_each_alone_up_to_a_stop(run: Callable[..., Run], cache_dir: Path):
     prompts = ("import os\n", "class A:\n    def", "def read(self):\n")
     common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 20, "--slots", 8)
     alone = [run(*common, prompt).out for prompt in prompts]
@@ -142,7 +142,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, one_load_at_a_time: None) -> list[
     return started
 
 
-def test_the_same_seed_gives_the_same_text_on_any_number_of_ranks(
+def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
     run: Callable[..., Run], cache_dir: Path, launcher: list[dict[str, Any]]
 ):
     prompts = ("import os\n", "class A:", "def read(self):\n")
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_text_on_any_number_of_ranks(
         assert word in two.err
 
 
-def test_without_a_launcher_ranks_are_refused_with_what_to_install(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
+def test_ranks_without_a_launcher_are_told_what_to_install(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launchers, "entry_points", lambda **_: [])
     got = run("generate", "--ranks", 2, "x")
     assert (got.code, got.out) == (2, "")
@@ -258,7 +258,7 @@ def test_the_version_needs_no_model(run: Callable[..., Run]):
     assert caught.value.code == 0
 
 
-def test_a_model_that_predicts_no_tokens_is_refused_before_it_is_loaded(
+def test_a_model_that_predicts_no_tokens_is_refused_unloaded(
     run: Callable[..., Run], checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "base"))

@@ -5,93 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cluster.api import Cluster
 from cluster.driver.retries import Pace
 from cluster.driver.worker_group import MOST_FAILURES
 from cluster.errors import ClusterError, Overloaded
-from cluster.generation import Result
 from cluster.rank import rank_loop
 from epslots.errors import CheckpointError, ConfigError, RankMismatchError
-from tests.equality.test_load_equal import greedy_rows
 from tests.support import zoo
-from tests.support.clock_loop import clock_loops
-from tests.support.fake_backend import LOADING, FakeBackend, Fault, one_load_at_a_time
-from tests.support.grouped_ranks import TOKENS_TRAVEL
+from tests.support.fake_backend import FakeBackend, Fault
 from tests.support.guilty_requests import WAYS, Guilt, error_of
 from tests.support.rank_helpers import PATIENCE_S
+from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
 
-__all__ = ["clock_loops", "one_load_at_a_time"]
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "clock_loops")
-
-Checkpoints = Callable[[str], Path]
-PROMPTS = [zoo.random_ids(1, length, seed=length)[0].tolist() for length in (3, 40, 17, 9, 25, 5, 12, 30)]
-
-
-@pytest.fixture
-def folder(checkpoint: Checkpoints) -> Path:
-    return checkpoint("qwen3_moe")
-
-
-@pytest.fixture
-def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeBackend]]]:
-    opened = []
-
-    def make(ranks: int = 2, backend: FakeBackend | None = None, **settings: Any) -> tuple[Cluster, FakeBackend]:
-        backend = backend or FakeBackend()
-        settings = {"slots": 3, "kv_tokens": 512, "costs": TOKENS_TRAVEL, "silence_s": PATIENCE_S} | settings
-        cluster = Cluster(folder, ranks=ranks, backend=backend, cache_dir=cache_dir, progress=False, **settings)
-        opened.append(cluster)
-        return cluster, backend
-
-    yield make
-    for cluster in opened:
-        cluster.close()
-
-
-# Plain transformers' greedy tokens by checkpoint and prompt, as many as any test has asked for: they are the same for all.
-_EXPECTED: dict[tuple[Path, tuple[int, ...]], tuple[int, ...]] = {}
-_AT_ONCE = 80  # what most tests need at most
-
-
-def expected(folder: Path, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
-    known = [_EXPECTED.get((folder, tuple(prompt)), ()) for prompt in prompts]
-    if any(len(tokens) < new for tokens in known):
-        with LOADING:
-            reference = zoo.reference(folder)
-        lengths = {len(prompt) for prompt in prompts}
-        for alike in [[prompt for prompt in prompts if len(prompt) == length] for length in sorted(lengths)]:
-            found = greedy_rows(reference, torch.tensor(alike), max(new, _AT_ONCE))
-            for prompt, ids in zip(alike, found, strict=True):
-                _EXPECTED[folder, tuple(prompt)] = tuple(ids[len(prompt) :])
-        known = [_EXPECTED[folder, tuple(prompt)] for prompt in prompts]
-    return [tokens[:new] for tokens in known]
 
 
 AT_ONCE = Pace(first_s=0.001, most_s=0.001)
-
-
-def until(cluster: Cluster, condition: Callable[[], bool]) -> None:
-    """Wait for what the supervisor does."""
-    cluster._thread.call(cluster._supervisor._changes.wait_for(condition))
-
-
-def serve_again(cluster: Cluster, ranks: int) -> None:
-    """Wait until so many ranks serve, without asking for them."""
-    group = cluster._supervisor.group
-    until(cluster, lambda: group.formed and len(group.members) == ranks)
-
-
-def tokens_of(results: Iterator[Result]) -> list[tuple[int, ...]]:
-    found = sorted(results, key=lambda result: result.index)
-    assert [result.reason for result in found] == ["length"] * len(found), found
-    return [result.tokens for result in found]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -516,7 +450,7 @@ def test_closing_while_a_fleet_is_lost(open_cluster: Any):
         going.result(10)
 
 
-def test_a_fleet_that_does_not_come_back_ends_the_cluster_if_asked_to(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+def test_ranks_that_stay_away_end_the_cluster_if_asked_to(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, backend = open_cluster(1, give_up_after_s=0.01)
     going = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
@@ -618,7 +552,7 @@ def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
         assert [worker._exchanges for worker in backend.workers.values()] == before
 
 
-def test_an_idle_cluster_of_which_nothing_is_asked_any_more_is_left_alone(open_cluster: Any):
+def test_an_idle_cluster_without_requests_is_left_alone(open_cluster: Any):
     cluster, _ = open_cluster(2)
     supervisor = cluster._supervisor
 

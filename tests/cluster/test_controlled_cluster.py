@@ -28,15 +28,13 @@ from epslots.placement.placement import Placement, default_placement, pack
 from epslots.placement.placement_file import write_placement
 from epslots.placement.planner import Proposal, RankHardware
 from epslots.runtime import runtime_of
-from tests.cluster.test_cluster import PROMPTS, expected, serve_again, tokens_of, until
-from tests.support.clock_loop import clock_loops
 from tests.support.controller_helpers import NO_REASONS
-from tests.support.fake_backend import ControllerFault, FakeBackend, one_load_at_a_time
+from tests.support.fake_backend import ControllerFault, FakeBackend
 from tests.support.grouped_ranks import COPIES_TRAVEL
 from tests.support.plan_strategies import random_placement
 from tests.support.rank_helpers import PATIENCE_S
+from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
 
-__all__ = ["clock_loops", "one_load_at_a_time"]
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "clock_loops")
 
 Open = Callable[..., tuple[Cluster, FakeBackend]]
@@ -325,7 +323,7 @@ def test_what_a_rank_can_not_follow_ends_nothing(open_cluster: Open, folder: Pat
     assert cluster.ranks == 2
 
 
-def test_a_window_is_dropped_and_counted_while_the_last_one_waits(open_cluster: Open):
+def test_a_window_is_dropped_and_counted_while_another_waits(open_cluster: Open):
     cluster, backend = open_cluster(2, window_steps=0)
     engine = backend.workers[0].loop._engine
     assert engine is not None

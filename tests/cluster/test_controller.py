@@ -243,7 +243,7 @@ def test_a_new_one_goes_on_where_the_last_one_was():
     assert replies[0].set_placement.version == 6
 
 
-def test_numbers_that_were_published_to_nobody_are_not_used_again():
+def test_versions_that_were_published_to_no_rank_are_not_reused():
     """Placements 4 and 5 were on their way when the group broke, and its ranks carried 3 over as 4."""
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2, version=4), epoch=1, published=5))

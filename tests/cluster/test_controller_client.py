@@ -267,7 +267,7 @@ def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
 
 
 @pytest.mark.parametrize("turns", range(6))
-def test_an_answer_that_comes_just_when_all_is_ended_ends_it_all_the_same(run: Run, turns: int):
+def test_an_answer_that_meets_the_end_does_not_prevent_it(run: Run, turns: int):
     async def scenario() -> None:
         backend = GatedBackend(lambda: controller(Planner()))
         async with steered(backend) as (controller_client, ranks, _):
@@ -409,7 +409,7 @@ def test_an_order_is_given_once(run: Run):
 
 
 @pytest.mark.parametrize("turns", range(8))
-def test_who_gives_up_just_when_the_answer_comes_costs_no_controller(run: Run, turns: int):
+def test_giving_up_as_the_answer_comes_costs_no_controller(run: Run, turns: int):
     async def scenario() -> None:
         backend = GatedBackend(lambda: controller(Planner()))
         async with steered(backend) as (controller_client, _, _2):

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from cluster.errors import ClusterError
-from tests.cluster.test_cluster import PROMPTS, folder, open_cluster
-from tests.engine.test_text import TOKENIZERS
-from tests.support.fake_backend import one_load_at_a_time
+from tests.support.forks import in_a_child
+from tests.support.thread_cluster import PROMPTS
+from tests.support.tokenizers import TOKENIZERS
 
-__all__ = ["folder", "one_load_at_a_time", "open_cluster"]
 pytestmark = [
     pytest.mark.usefixtures("one_load_at_a_time"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
 ]
-
-
-def in_a_child(work: Callable[[], Any]) -> Any:
-    """What a function returns in a forked child; fails if the child hangs or dies."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        with suppress(BaseException):
-            os.write(writing, json.dumps(work()).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as answer:
-        if not select.select([answer], [], [], 60)[0]:
-            os.kill(pid, signal.SIGKILL)
-        said = answer.read()
-    os.waitpid(pid, 0)
-    assert said, "the child hung or died"
-    return json.loads(said)
 
 
 def test_a_childs_calls_are_refused_by_name(open_cluster: Any):

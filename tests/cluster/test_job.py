@@ -30,11 +30,9 @@ from epslots.config import LoadConfig
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from tests.support import ROOT
-from tests.support.fake_backend import FakeBackend, one_load_at_a_time
+from tests.support.fake_backend import FakeBackend
 from tests.support.fake_cluster import FakeCluster, opened
 from tests.support.grouped_ranks import TOKENS_TRAVEL
-
-__all__ = ["one_load_at_a_time"]
 
 GOOD = b"\n".join(b'{"prompt": "%s", "id": %d}' % (b"abcdefghij"[: 1 + n % 7], n) for n in range(20)) + b"\n"
 MIXED = b"""{"prompt": "one", "id": "first"}
@@ -259,7 +257,7 @@ def test_prompts_may_be_added_at_the_end(job: JobSettings):
     assert [asked["prompt"] for asked in later.asked] == ["another"]
 
 
-def test_prompts_with_errors_are_done_again_when_their_lines_are_deleted(job: JobSettings):
+def test_failed_prompts_run_again_when_their_lines_are_deleted(job: JobSettings):
     job.prompts.write_bytes(MIXED)
     assert run(job, FakeCluster()) == 1
     kept = [line for line in job.output.read_bytes().splitlines(keepends=True) if b'"error"' not in line]
@@ -411,7 +409,7 @@ sys.exit(run_job(JobSettings(folder / "in.jsonl", folder / "out.jsonl", "a/model
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_job_that_is_told_to_stop_closes_its_cluster_and_can_go_on(job: JobSettings, number: int, code: int):
+def test_a_stopped_job_closes_its_cluster_and_can_go_on(job: JobSettings, number: int, code: int):
     command = [sys.executable, "-c", STOPPED_JOB, str(job.prompts.parent)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:

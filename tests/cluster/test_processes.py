@@ -14,13 +14,12 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.generation import Generation
-from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
-from tests.support.clock_loop import ClockLoop, clock_loops
+from tests.support.clock_loop import ClockLoop
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.process_backend import ProcessBackend
 from tests.support.rank_helpers import PATIENCE_S
+from tests.support.thread_cluster import PROMPTS, expected, tokens_of
 
-__all__ = ["clock_loops"]
 pytestmark = pytest.mark.usefixtures("clock_loops")
 
 

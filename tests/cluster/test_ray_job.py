@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests.cluster.test_cluster import expected
 from tests.support import ROOT, zoo
 from tests.support.held_job import HELD
 from tests.support.ray_helpers import start_nodes
+from tests.support.thread_cluster import expected
 
 pytestmark = [
     pytest.mark.timeout(600),  # two nodes, and Ray's agents on them, which take their time on a busy machine

@@ -13,9 +13,9 @@ import pytest
 from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.ray_backend.processes import FOLDER_PREFIX, watch_joined
-from tests.cluster.test_cluster import PROMPTS, expected, serve_again
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.ray_helpers import drive, pids_below, start_nodes
+from tests.support.thread_cluster import PROMPTS, expected, serve_again
 
 NEW = 60
 

@@ -117,7 +117,7 @@ def test_ranks_on_two_nodes_meet(ray_nodes: RayNodes):
             assert driver.command(driver.start_worker(2), b"here") == b"here"
 
 
-def test_a_lost_node_is_noticed_and_its_seat_moves_to_one_that_joins(ray_nodes: RayNodes):
+def test_a_lost_nodes_rank_moves_to_a_node_that_joins(ray_nodes: RayNodes):
     with (
         ray_nodes.further(num_cpus=1) as lost,
         drive(ranks=2, address=ray_nodes.address, strategy="STRICT_SPREAD", place_s=PATIENCE_S) as driver,

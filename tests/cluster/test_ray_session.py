@@ -27,8 +27,8 @@ from cluster.ray_backend.backend import RayBackend
 from cluster.ray_backend.processes import own_folder, protect_token
 from cluster.ray_backend.session import RayUse
 from epslots.errors import ConfigError
-from tests.cluster.test_fork import in_a_child
 from tests.support import ROOT
+from tests.support.forks import in_a_child
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_helpers import RayNodes, drive, pids_below
 

@@ -14,11 +14,9 @@ from cluster.api import Cluster
 from cluster.errors import Overloaded
 from cluster.generation import Generation
 from cluster.token_stream import TokenStream
-from tests.cluster.test_cluster import PROMPTS, expected, folder, open_cluster, tokens_of
-from tests.engine.test_text import TOKENIZERS
-from tests.support.fake_backend import FakeBackend, one_load_at_a_time
-
-__all__ = ["folder", "one_load_at_a_time", "open_cluster"]
+from tests.support.fake_backend import FakeBackend
+from tests.support.thread_cluster import PROMPTS, expected, tokens_of
+from tests.support.tokenizers import TOKENIZERS
 
 TOKENS = TOKENIZERS["bytes"].encode("one two three four", add_special_tokens=False)
 

@@ -26,7 +26,7 @@ def parameters(function: Callable[..., object]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_experts_functions_are_registered_by_name_and_chosen_by_it(checkpoint: Callable[[str], Path]):
+def test_experts_functions_are_registered_and_chosen_by_name(checkpoint: Callable[[str], Path]):
     seen = []
 
     def mine(module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_a_subclass_with_the_same_name_finds_the_conversions(checkpoint: Callabl
     assert model._weight_conversions
 
 
-def test_fp8_dequantises_weight_by_weight_through_a_replaceable_operation():
+def test_fp8_dequantises_each_weight_by_a_replaceable_operation():
     assert parameters(Fp8Dequantize._dequantize_one) == ["self", "quantized", "scales", "output_dtype"]
     quantizer = FineGrainedFP8HfQuantizer(transformers.FineGrainedFP8Config(dequantize=True))
     assert quantizer.get_load_operations() == {"dequantize": Fp8Dequantize}
@@ -124,7 +124,7 @@ def test_tokenizers_and_configs_say_when_they_would_run_code(tmp_path: Path):
         transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
 
 
-def test_chat_templates_are_rendered_by_a_function_that_needs_no_torch():
+def test_chat_templates_are_rendered_without_torch():
     """So the process that renders them starts within a second."""
     code = (
         "import sys; from transformers.utils.chat_template_utils import render_jinja_template as render;"

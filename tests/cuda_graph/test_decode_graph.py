@@ -17,8 +17,8 @@ from epslots.cuda_graph.decode_graph import DecodeGraph
 from epslots.cuda_graph.static_cache import tensor_addresses
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.runtime import runtime_of
-from tests.cuda_graph.test_device_slots import NoValues
 from tests.support import zoo
+from tests.support.device_slot_helpers import NoValues
 
 TOLERANCE = 2e-5
 SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
@@ -95,7 +95,7 @@ def test_the_device_leaves_behind_what_the_host_would(name: str, checkpoint: Cal
                 assert np.array_equal(getattr(a.history, field), getattr(b.history, field)), field
 
 
-def test_nothing_is_fetched_ahead_into_slots_that_the_device_rules(checkpoint: Callable[[str], Path], tmp_path: Path):
+def test_no_prefetch_goes_to_slots_that_the_device_rules(checkpoint: Callable[[str], Path], tmp_path: Path):
     folder, prompt = checkpoint("qwen3_moe"), zoo.random_ids(1, 9, seed=5)
     model = load(folder, tmp_path, slots="50%", link="20MB/s,200us")
     graph, expected = DecodeGraph(model, 1, 60), greedy(zoo.reference(folder), prompt, 40)

@@ -19,7 +19,8 @@ import torch
 from hypothesis import given, settings
 
 from epslots.cuda_graph.device_slots import DeviceSlots, Kernels, Missing, TorchKernels
-from tests.cuda_graph.test_device_slots import (
+from tests.support import ROOT
+from tests.support.device_slot_helpers import (
     LAYOUT,
     STORE_LAYERS,
     assert_as_the_host_decides,
@@ -29,7 +30,6 @@ from tests.cuda_graph.test_device_slots import (
     states,
     store,
 )
-from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 # Triton warns of its default's change.

@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import random
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,106 +23,19 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
-from epslots.engine.batcher import Batcher
 from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
 from epslots.engine.paged_cache import cache_blocks, paging_obstacle
 from epslots.engine.requests import Output, Request
 from epslots.engine.sampling import GREEDY, Sampling
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
-from tests.engine.test_sampling import drawn
 from tests.support import zoo
+from tests.support.batches import Collected, Faults, drawn, finish, generated, pages_are_free, prompt_of, requests_of
 
 # Those that keep a recurrent state, those that attend in chunks, and those that repeat keys before they would be paged.
 SEQUENTIAL = {"qwen3_next", "nemotron_h", "jamba", "zaya", "llama4", "jetmoe"}
 BATCHERS = [PagedBatcher, SequentialBatcher]
 # One longer than any step, one of a single token; requests of one new token and of several.
 LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
-
-
-def prompt_of(length: int, seed: int = 2) -> tuple[int, ...]:
-    return tuple(zoo.random_ids(1, length, seed=seed + length)[0].tolist())
-
-
-def requests_of(sizes: tuple[tuple[int, int], ...], seed: int = 2) -> list[Request]:
-    return [Request(f"r{i}", prompt_of(length, seed), new) for i, (length, new) in enumerate(sizes)]
-
-
-def generated(model: PreTrainedModel, request: Request) -> list[int]:
-    """What plain transformers makes of the request alone."""
-    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(request.stop_tokens) or None}
-    ids = torch.tensor([request.prompt])
-    return model.generate(ids, max_new_tokens=request.max_new_tokens, **settings)[0, len(request.prompt) :].tolist()
-
-
-class Collected:
-    """Runs a batcher and gathers what comes out of it."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self.batcher = batcher
-        self.tokens: dict[str, list[int]] = {}
-        self.reasons: dict[str, str | None] = {}
-        self.steps = 0
-        self._threads = threading.enumerate()
-
-    def take(self) -> list[Output]:
-        assert threading.enumerate() == self._threads
-        outputs = self.batcher.outputs()
-        for output in outputs:
-            assert output.id not in self.reasons, "nothing follows an end"
-            assert output.finished == (output.reason is not None)
-            assert output.finished or output.tokens
-            assert output.error is None
-            self.tokens.setdefault(output.id, []).extend(output.tokens)
-            if output.finished:
-                self.reasons[output.id] = output.reason
-        return outputs
-
-    def run(self, steps: int = 10_000, step: Callable[[], None] | None = None) -> Collected:
-        for _ in range(steps):
-            if not self.batcher.prepare():
-                break
-            (step or self.batcher.step)()
-            self.steps += 1
-            self.take()
-        return self
-
-
-def finish(batcher: Batcher, requests: list[Request]) -> Collected:
-    for request in requests:
-        batcher.add(request)
-    return Collected(batcher).run()
-
-
-def pages_are_free(batcher: PagedBatcher) -> bool:
-    cache = batcher._processor.cache
-    cache.evict_cached_blocks()
-    cache.pool.try_to_free_sectors()
-    return bool(cache.pool.num_free_sectors == cache.num_sectors)
-
-
-class Faults:
-    """Makes each step's forward pass fail twice: before the last layer, and after it, when every layer has kept something."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        last = next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))[-1]
-        self.raised = self.calls = 0
-        self._handles = [last.register_forward_pre_hook(self._before), last.register_forward_hook(self._after)]
-
-    def _fail_at(self, call: int) -> None:
-        if self.calls % 3 == call:
-            self.raised += 1
-            raise PeerLost("a peer was lost")
-
-    def _before(self, *_: Any) -> None:
-        self.calls += 1
-        self._fail_at(1)
-
-    def _after(self, *_: Any) -> None:
-        self._fail_at(2)
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 @pytest.fixture(autouse=True)
@@ -727,7 +639,7 @@ def parameters(function: Callable[..., object]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_contract_a_manager_makes_a_processor_that_is_stepped_by_hand(built: Callable[[str], PreTrainedModel]):
+def test_contract_a_manager_makes_a_processor_stepped_by_hand(built: Callable[[str], PreTrainedModel]):
     assert parameters(ContinuousBatchingManager._create_batch_processor) == ["self"]
     assert parameters(ContinuousBatchProcessor._generation_step) == ["self", "model"]
     batcher = PagedBatcher(built("mixtral"), kv_tokens=64)
@@ -756,7 +668,7 @@ def test_contract_a_manager_makes_a_processor_that_is_stepped_by_hand(built: Cal
     assert pages_are_free(batcher)
 
 
-def test_contract_a_preempted_request_keeps_its_tokens_and_blocks_new_ones(built: Callable[[str], PreTrainedModel]):
+def test_contract_a_preempted_request_keeps_tokens_blocks_others(built: Callable[[str], PreTrainedModel]):
     batcher = PagedBatcher(built("mixtral"), kv_tokens=32)
     scheduler = batcher._processor.scheduler
     for id in ("a", "b"):
@@ -777,7 +689,7 @@ def test_contract_the_message_when_nothing_fits():
     assert "no requests can be offloaded" in inspect.getsource(ContinuousBatchProcessor.prepare_next_batch)
 
 
-def test_contract_tokens_are_chosen_by_a_method_that_can_be_replaced(built: Callable[[str], PreTrainedModel]):
+def test_contract_tokens_are_chosen_by_a_replaceable_method(built: Callable[[str], PreTrainedModel]):
     """Row i of the scores is that of the i-th request of the batch that gets a token: where sampling by request plugs in."""
     assert parameters(ModelRunner._sample) == ["self", "scores", "output_ids"]
     batcher = PagedBatcher(built("mixtral"), kv_tokens=256, max_batch_tokens=32)

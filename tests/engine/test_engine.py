@@ -19,9 +19,9 @@ from epslots.errors import PeerLost
 from epslots.group.join import join
 from epslots.group.rank_group import group_of
 from epslots.transport.local_transport import LocalHub, LocalTransport
-from tests.engine.test_sampling import drawn
-from tests.equality.test_load_equal import greedy
 from tests.support import zoo
+from tests.support.batches import drawn
+from tests.support.equality import greedy
 from tests.support.grouped_ranks import TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads
 

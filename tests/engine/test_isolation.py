@@ -23,10 +23,9 @@ from epslots.engine.requests import Request
 from epslots.engine.sampling import Sampling
 from epslots.errors import CorruptExpertError, UnsupportedModelError
 from epslots.runtime import runtime_of
-from tests.engine.test_batchers import generated, pages_are_free, prompt_of, requests_of
-from tests.engine.test_sampling import drawn
 from tests.support import zoo
-from tests.support.guilty_requests import WAYS, Guilt, error_of
+from tests.support.batches import drawn, generated, pages_are_free, prompt_of, requests_of
+from tests.support.guilty_requests import WAYS, Guilt, error_of, guilty_requests, unused
 
 
 def served(batcher: Batcher, requests: list[Request]) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -43,21 +42,6 @@ def served(batcher: Batcher, requests: list[Request]) -> tuple[dict[str, list[in
                 errors[output.id] = output.error or ""
     assert not batcher.has_work
     return tokens, errors
-
-
-def unused(requests: list[Request], tokens: dict[str, list[int]]) -> int:
-    """A token that none of these requests has in its prompt or gets."""
-    return next(t for t in range(16, zoo.VOCAB) if not any(t in (*r.prompt, *tokens[r.id]) for r in requests))
-
-
-def guilty_requests(token: int, lengths: tuple[int, ...], seed: int = 4) -> list[Request]:
-    """Requests with the token somewhere in their prompts."""
-    found = []
-    for number, length in enumerate(lengths):
-        prompt = list(prompt_of(length, seed))
-        prompt[random.Random(seed + number).randrange(length)] = token
-        found.append(Request(f"guilty{number}", tuple(prompt), 9))
-    return found
 
 
 def without(token: int, requests: list[Request]) -> list[Request]:
@@ -99,8 +83,13 @@ def test_guilty_requests_come_out_and_others_pass_once(size: int, guilty: set[in
 # --- batchers ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *(("mixtral", way) for way in WAYS),
+        *((n, w) for n in ("gpt_oss", "deepseek_v3", "gemma4") for w in ("nan", "RuntimeError")),
+    ],
+)
 def test_mates_get_the_tokens_they_would_get_without_it(name: str, way: str):
     """Prompts in one chunk and in several, guilty ones among them; and whoever gets the guilty one's pages."""
     model = zoo.ZOO[name].build()

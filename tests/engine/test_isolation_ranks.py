@@ -19,11 +19,10 @@ from epslots.group.join import join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
 from epslots.transport.local_transport import LocalHub, LocalTransport
-from tests.engine.test_batchers import generated, requests_of
-from tests.engine.test_isolation import guilty_requests, unused
 from tests.support import zoo
+from tests.support.batches import generated, requests_of
 from tests.support.grouped_ranks import ALL_COSTS, TOKENS_TRAVEL, Grouped
-from tests.support.guilty_requests import WAYS, Guilt, error_of
+from tests.support.guilty_requests import WAYS, Guilt, error_of, guilty_requests, unused
 from tests.support.rank_helpers import Rank, run_ranks, run_threads
 
 Checkpoints = Callable[[str], Path]

@@ -16,8 +16,8 @@ from epslots.engine.paged_cache import paging_obstacle
 from epslots.engine.requests import Request
 from epslots.errors import PeerLost, UnsupportedModelError
 from epslots.models.batch_invariance import make_batch_invariant
-from tests.engine.test_batchers import Collected, Faults, finish, generated, prompt_of
 from tests.support import zoo
+from tests.support.batches import Collected, Faults, finish, generated, prompt_of
 from tests.support.guilty_requests import WAYS, Guilt
 
 BORDER = 64

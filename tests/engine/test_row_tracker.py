@@ -20,8 +20,8 @@ from epslots.engine.requests import Request
 from epslots.engine.row_tracker import RowTracker
 from epslots.prefetch.predictor import KernelWeights, Predictor
 from epslots.runtime import attach, runtime_of
-from tests.equality.test_load_equal import load
 from tests.support import zoo
+from tests.support.equality import load
 
 
 @given(st.lists(st.dictionaries(st.integers(0, 5), st.integers(1, 4), max_size=5), max_size=8))

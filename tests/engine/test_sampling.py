@@ -13,10 +13,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from epslots.engine import token_choice
-from epslots.engine.requests import Request
 from epslots.engine.sampling import GREEDY, SEEDS, Sampling, uniform_numbers
 from epslots.engine.token_choice import NO_TOKEN, next_tokens
 from epslots.errors import ConfigError
@@ -53,16 +51,6 @@ def kept(logits: Sequence[float], sampling: Sampling) -> tuple[dict[int, float],
         margin = min(abs(likelier[token] / total - sampling.top_p) for token in tokens)
         tokens = [token for token in tokens if likelier[token] < sampling.top_p * total]
     return {token: weights[token] for token in tokens}, margin
-
-
-def drawn(model: PreTrainedModel, request: Request) -> list[int]:
-    """What a request's tokens have to be: drawn one by one, from the model run anew over all before."""
-    tokens = list(request.prompt)
-    with torch.no_grad():
-        for _ in range(request.max_new_tokens):
-            logits = model(torch.tensor([tokens]), use_cache=False).logits[:, -1]
-            tokens += next_tokens(logits.float(), [request.sampling], [len(tokens)]).tolist()
-    return tokens[len(request.prompt) :]
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------------
@@ -193,7 +181,7 @@ def test_unlikely_tokens_of_a_large_vocabulary_get_their_share():
 
 
 @pytest.mark.parametrize("jitter", [1e-9, -1e-9])
-def test_sums_that_were_rounded_apart_choose_nothing_that_was_dropped(jitter: float, monkeypatch: pytest.MonkeyPatch):
+def test_sums_rounded_apart_choose_no_dropped_token(jitter: float, monkeypatch: pytest.MonkeyPatch):
     """As a scan in parallel may round: the sums at tokens without weight differ from the sum before."""
     exact = torch.Tensor.cumsum
 

@@ -10,38 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from epslots.engine.text import TextStream, encode_prompt, load_tokenizer, stop_strings
 from epslots.errors import ConfigError
 from epslots.example import example_model
+from tests.support.tokenizers import TOKENIZERS
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one picture of five code points
 
 
-def sentencepiece() -> PreTrainedTokenizerBase:
-    """As Llama's and Mixtral's: spaces begin words, and characters without a token are bytes."""
-    words = ["<unk>", "<s>", "</s>", *BYTES, "\u2581", "\u2581the", "\u2581end", "a", "b", ".", "\u2581a", "e"]
-    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def wordpiece() -> PreTrainedTokenizerBase:
-    """As Bert's: a space before each token that continues no word."""
-    words = ["[UNK]", "[PAD]", "the", "end", "##ing", "##s", "a", "##b", "\u00e9t\u00e9", "##\u6587"]
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece("##", cleanup=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
-
-
-TOKENIZERS = {"bytes": load_tokenizer(example_model()), "sentencepiece": sentencepiece(), "wordpiece": wordpiece()}
 BYTE_LEVEL = TOKENIZERS["bytes"]
 EVERY = pytest.mark.parametrize("name", TOKENIZERS)
 
@@ -117,7 +96,7 @@ def test_text_comes_at_once():
         assert stream.push([token]) == decode(BYTE_LEVEL, [token]) != ""
 
 
-def test_special_tokens_and_those_beyond_the_vocabulary_have_no_text():
+def test_special_and_unknown_tokens_have_no_text():
     tokenizer = TOKENIZERS["sentencepiece"]
     bos, the, end, line = tokenizer.convert_tokens_to_ids(["<s>", "\u2581the", "\u2581end", "<0x0A>"])
     stream = TextStream(tokenizer)

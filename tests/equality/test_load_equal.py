@@ -1,4 +1,4 @@
-"""Invariant 1: whatever the slots and the policy, a loaded model answers as plain transformers does."""
+"""Invariant 1 on one rank, beside the matrix: policies, layouts on disk, precisions, threads, odd inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import epslots
@@ -20,50 +19,7 @@ from epslots.models.fp8 import ragged_blocks
 from epslots.models.pretrained import quiet
 from epslots.runtime import runtime_of
 from tests.support import zoo
-
-# Logits against the reference's scale, fp32 (DESIGN: at most 1e-4).
-TOLERANCE = 2e-5
-SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
-
-
-def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:
-    settings = {"slots": 3, "device": "cpu", "dtype": "float32", "progress": False} | settings
-    return epslots.load(folder, cache_dir=cache_dir, **settings)
-
-
-def greedy_rows(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[list[int]]:
-    settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(ids, **settings).tolist()
-
-
-def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[int]:
-    return greedy_rows(model, ids, new_tokens)[0]
-
-
-@torch.no_grad()
-def assert_equal(model: PreTrainedModel, reference: PreTrainedModel, **inputs: torch.Tensor) -> None:
-    inputs = inputs or {"input_ids": zoo.random_ids(2, 40, seed=1)}
-    expected, actual = reference(**inputs).logits, model(**inputs).logits
-    assert (expected - actual).abs().max() <= TOLERANCE * expected.abs().max()
-
-
-@pytest.mark.parametrize("slots", [1, "25%", "100%"])
-@pytest.mark.parametrize("name", SERVED)
-def test_logits_and_greedy_tokens_equal(name: str, slots: int | str, checkpoint: Callable[[str], Path], cache_dir: Path):
-    folder = checkpoint(name)
-    reference, model = zoo.reference(folder), load(folder, cache_dir, slots=slots)
-    assert_equal(model, reference)
-    prompt = zoo.random_ids(1, 9, seed=2)
-    assert greedy(model, prompt) == greedy(reference, prompt)
-    runtime = runtime_of(model)
-    runtime.check_integrity()
-    experts = zoo.ZOO[name].num_experts
-    assert all(layer.num_experts == experts for layer in runtime.layers)
-    quota = {1: 1, "25%": max(1, experts // 4), "100%": experts}[slots]
-    assert all(m.pool.memory.nbytes == quota * len(m.pool.layers) * m.pool.layout.nbytes for m in runtime.movers)
-    used = [layer for layer in epslots.stats(model).layers if layer.steps]
-    assert len(used) == zoo.ZOO[name].moe_layers - zoo.ZOO[name].idle_layers
-    assert all((layer.misses == 0) == (slots == "100%") for layer in used), "the pool was really bounded"
+from tests.support.equality import TOLERANCE, assert_equal, greedy, load
 
 
 def test_two_experts_modules_a_layer_and_both_reached(checkpoint: Callable[[str], Path], cache_dir: Path):

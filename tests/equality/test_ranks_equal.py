@@ -1,4 +1,4 @@
-"""Invariant 1 for many ranks: each answers as plain transformers does, whoever computes, whatever moves."""
+"""Invariant 1 on many ranks, beside the matrix: any costs, copies from slot to slot, more ranks than experts, precisions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.transport.lockstep import LockStep
-from tests.equality.test_load_equal import SERVED, greedy
 from tests.support import zoo
+from tests.support.equality import assert_close, batch_of, compare
 from tests.support.grouped_ranks import ALL_COSTS, COPIES_TRAVEL, GATHER, TOKENS_TRAVEL, Grouped
 from tests.support.late_link import LateLink
 
@@ -20,45 +20,19 @@ TOLERANCE = 2e-5
 Checkpoints = Callable[[str], Path]
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+EVEN, UNEVEN = ["50%", "50%"], [2, 7, 3, 1]
 
 
-def batch_of(rank: int) -> torch.Tensor:
-    """Another batch for each rank; the last of four has none."""
-    return zoo.random_ids(1 + rank % 2, (40, 3, 17, 0)[rank], seed=1 + rank)
-
-
-def compare(grouped: Grouped, reference: PreTrainedModel) -> None:
-    """Logits of a prompt, and greedy tokens of another, of different lengths on each rank."""
-
-    def work(rank: int, model: PreTrainedModel) -> tuple[torch.Tensor | None, list[int]]:
-        ids = batch_of(rank)
-        logits = model(input_ids=ids).logits if ids.numel() else None
-        return logits, greedy(model, zoo.random_ids(1, 9, seed=2 + rank % 2), 4 + 3 * rank)
-
-    for rank, (logits, tokens) in enumerate(grouped.run(work)):
-        if logits is not None:
-            with torch.no_grad():
-                assert_close(logits, reference(input_ids=batch_of(rank)).logits)
-        assert tokens == greedy(reference, zoo.random_ids(1, 9, seed=2 + rank % 2), 4 + 3 * rank), rank
-    grouped.check()
-
-
-@pytest.mark.parametrize("name", SERVED)
-def test_every_architecture_on_unequal_ranks(name: str, checkpoint: Checkpoints, cache_dir: Path):
-    folder = checkpoint(name)
-    compare(Grouped(folder, cache_dir, slots=[1, "25%", "100%"]), zoo.reference(folder))
-
-
-@pytest.mark.parametrize("costs", ALL_COSTS.values(), ids=ALL_COSTS.keys())
-@pytest.mark.parametrize("slots", [[1, 1], [3, 5], ["50%", "50%"], [2, 7, 3, 1]])
-def test_whatever_is_cheap(costs: epslots.Costs, slots: list[int | str], checkpoint: Checkpoints, cache_dir: Path):
+@pytest.mark.parametrize(
+    ("costs", "slots"),
+    [*((costs, UNEVEN) for costs in ALL_COSTS), ("tokens travel", [1, 1]), ("work spreads", [3, 5]), ("copies travel", EVEN)],
+)
+def test_any_costs(costs: str, slots: list[int | str], checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
-    grouped = Grouped(folder, cache_dir, slots=slots, costs=costs)
+    grouped = Grouped(folder, cache_dir, slots=slots, costs=ALL_COSTS[costs])
     compare(grouped, zoo.reference(folder))
     sent = sum(layer.pairs_sent for model in grouped.models for layer in epslots.stats(model).layers)
-    assert bool(sent) == (costs not in (ALL_COSTS["nothing travels"], COPIES_TRAVEL))
+    assert bool(sent) == (costs not in ("nothing travels", "copies travel"))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "ernie4_5_vl_moe"])
@@ -108,7 +82,7 @@ def test_ranks_that_hold_everything_exchange_headers_alone(
     assert gathered
 
 
-def test_ranks_that_hold_everything_wait_for_what_is_still_under_way(checkpoint: Checkpoints, cache_dir: Path):
+def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Checkpoints, cache_dir: Path):
     """They look at no counts; but a slot may be in flight when they become a group, and holds nonsense until it has landed."""
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=["100%", "100%"])

@@ -158,7 +158,7 @@ def test_plain_generation_works(name: str, checkpoint: Callable[[str], Path]) ->
     assert torch.equal(tokens[:, :8], prompt)
 
 
-def test_unaligned_strides_stop_the_default_experts_implementation(checkpoint: Callable[[str], Path]) -> None:
+def test_unaligned_strides_stop_the_default_implementation(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
         logits(reference(checkpoint("olmoe_unaligned"), experts_implementation="grouped_mm"))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.api import Cluster
-from tests.cluster.test_cluster import PROMPTS, expected, tokens_of
+from tests.support.thread_cluster import PROMPTS, expected, tokens_of
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

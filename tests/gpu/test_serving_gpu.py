@@ -11,7 +11,7 @@ import torch
 from epslots.bench.fetch import forms
 from epslots.cache.unpacking import Unpacker, record_views
 from epslots.moe.cpu_experts import CpuExperts
-from tests.moe.test_cpu_experts import Layer
+from tests.support.experts_layer import Layer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -120,9 +120,12 @@ def test_compiled_code_is_for_one_user(tmp_path: Path):
     (tmp_path / "epslots/compiled").mkdir(parents=True)
     for folder in ("epslots", "epslots/compiled"):
         (tmp_path / folder).chmod(0o777)
-    code = "from epslots.compiled import compiled, prepare\nimport epslots.planner.reuse_distance\nprepare()"
+    code = "from epslots.compiled import compiled, prepare\n@compiled('int64(int64)')\ndef same(number):\n    return number\n"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "compiling.py").write_text(code)
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    command = [sys.executable, "-c", "import compiling; compiling.prepare()"]
+    subprocess.run(command, cwd=tmp_path / "code", env=environment, check=True)
     folders = [tmp_path / "epslots", *(path for path in (tmp_path / "epslots").rglob("*") if path.is_dir())]
     assert len(folders) >= 3
     assert {mode(folder) for folder in folders} == {0o700}

@@ -74,7 +74,7 @@ def test_the_table_shows_every_layer(checkpoint: Callable[[str], Path], cache_di
     assert "emulated: 8GB/s" in str(stats_table(epslots.stats(model), link="8GB/s").caption)
 
 
-def test_a_prefetch_that_is_given_up_in_the_next_window_leaves_no_negative_bytes():
+def test_a_prefetch_cancelled_a_window_later_leaves_no_debt():
     telemetry = Telemetry([LayerSpec("layer", 4, RecordLayout.of([("scale", (2,), "float32")]))], [2], torch.device("cpu"))
     meter = WindowMeter(telemetry)
     telemetry.count(0, host_bytes=8)

@@ -18,6 +18,7 @@ from epslots.models.model_shape import KVLayer, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class
 from tests.support.zoo import HIDDEN, VOCAB, ZOO, Tiny, random_ids
 
+MEASURES_EVERY_MODEL = True
 TOKENS = 40  # longer than every sliding window of the zoo, 16
 FP32 = 4
 
@@ -172,7 +173,7 @@ def allocated_bytes(tensors: Iterator[torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_the_cache_of_a_real_run_takes_the_bytes_that_the_shape_says(name: str) -> None:
+def test_a_real_runs_cache_takes_the_bytes_of_the_shape(name: str) -> None:
     shape = shape_of(MODELS[name])
     model = MODELS[name].build()
     for tokens in (9, TOKENS):
@@ -221,7 +222,7 @@ def test_layers_experts_and_dense_bytes_are_the_real_models(name: str) -> None:
     assert shape.dense_bytes == allocated_bytes(iter([*dense, *model.buffers()]))
 
 
-def test_a_skeleton_that_still_has_its_experts_has_the_same_shape() -> None:
+def test_a_skeleton_with_its_experts_has_the_same_shape() -> None:
     """Experts are told from dense weights by their layer, not by their absence."""
     config = config_of(ZOO["deepseek_v3"])
     with torch.device("meta"):
@@ -258,7 +259,7 @@ def test_a_measured_skeleton_has_its_own_forward_again(name: str) -> None:
     assert [vars(model.get_submodule(layer.name)).get("forward") for layer in layers] == before
 
 
-def test_a_model_that_cannot_be_followed_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_traced_is_refused_with_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def needs_values(self: torch.nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.from_numpy(hidden_states.numpy())
 

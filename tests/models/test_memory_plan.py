@@ -67,7 +67,7 @@ def tiny_shape(**changes: Any) -> ModelShape:
 # --- quotas ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_int_is_capped_by_each_layer_and_bounded_by_the_largest() -> None:
+def test_an_int_is_capped_by_each_layer_and_by_the_largest() -> None:
     layers = moe_layers((8, 256), (64, 256), (16, 512))
     assert resolve_quotas(SlotsSetting(per_layer=1), layers, None) == (1, 1, 1)
     assert resolve_quotas(SlotsSetting(per_layer=12), layers, None) == (8, 12, 12)
@@ -109,14 +109,14 @@ def test_what_no_longer_holds_a_large_record_holds_small_ones() -> None:
     assert resolve_quotas(SlotsSetting(total_bytes=2_800), layers, None) == (2, 4)
 
 
-def test_auto_takes_the_pool_it_is_given_and_all_if_there_is_no_bound() -> None:
+def test_auto_takes_the_given_pool_or_all_without_a_bound() -> None:
     layers = moe_layers((8, 1000), (8, 1000))
     assert resolve_quotas(AUTO, layers, 7_000) == (4, 3)
     assert resolve_quotas(AUTO, layers, None) == (8, 8)
     assert resolve_quotas(SlotsSetting(total_bytes=4_000), layers, 999_999) == (2, 2)
 
 
-def test_bytes_that_hold_less_than_a_slot_per_layer_are_refused_with_the_sum() -> None:
+def test_bytes_below_a_slot_per_layer_are_refused_with_the_sum() -> None:
     layers = moe_layers((8, 2 * MIB), (8, 2 * MIB), (8, 3 * MIB))
     assert resolve_quotas(SlotsSetting(total_bytes=7 * MIB), layers, None) == (1, 1, 1)
     with pytest.raises(DoesNotFitError) as refused:
@@ -201,7 +201,7 @@ def test_every_term_is_what_its_definition_says() -> None:
     assert result.host_store_bytes == 16 * 36_864
 
 
-def test_workspace_is_the_same_for_transposed_matrices_and_ignores_biases() -> None:
+def test_workspace_ignores_transposition_and_biases() -> None:
     plain = moe_workspace_bytes(tiny_shape(), 10, 1)
     layout = RecordLayout.of(
         [
@@ -421,7 +421,7 @@ def test_the_command_gives_json() -> None:
     assert given["largest_fit"]["slots"] == "2 per layer"
 
 
-def test_the_command_plans_a_checkpoint_from_its_configuration_and_headers(tmp_path: Path) -> None:
+def test_the_command_plans_from_configuration_and_headers(tmp_path: Path) -> None:
     folder = make_checkpoint("mixtral", tmp_path / "mixtral")
     result = run("--model", str(folder), "--slots", "25%", "--memory", "4GiB", "--json")
     assert result.exit_code == 0, result.output
@@ -458,7 +458,7 @@ def test_slots_leave_room_for_the_predictor() -> None:
 
 
 @pytest.mark.parametrize(("name", "quantise"), [("gpt_oss", make_mxfp4), ("qwen3_moe", make_fp8)])
-def test_the_command_plans_what_a_device_makes_of_a_quantised_checkpoint(name: str, quantise: Any, tmp_path: Path) -> None:
+def test_the_command_plans_quantised_checkpoints_per_device(name: str, quantise: Any, tmp_path: Path) -> None:
     """A GPU's host store has the experts as the checkpoint has them; a CPU's, as they are computed with."""
     folder = quantise(make_checkpoint(name, tmp_path / "whole"), tmp_path / "quantised")
     arguments = ("--model", str(folder), "--memory", "4GiB", "--dtype", "bfloat16")

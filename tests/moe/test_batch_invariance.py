@@ -24,8 +24,8 @@ from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 from epslots.moe.moe_layer import combine
 from epslots.moe.row_blocks import MAX_ROWS, ROWS, product
 from epslots.transport.local_transport import LocalHub, LocalTransport
-from tests.engine.test_batchers import prompt_of
 from tests.support import zoo
+from tests.support.batches import prompt_of
 from tests.support.grouped_ranks import ALL_COSTS, GATHER, Grouped
 from tests.support.rank_helpers import run_threads
 

@@ -7,76 +7,55 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError
 from epslots.group.rank_group import group_of
-from epslots.moe.moe_layer import plan_alone
-from epslots.moe.peers import Alone
-from epslots.planner.cost_model import Costs
-from epslots.planner.cpu_offload import CpuShare
 from epslots.runtime import runtime_of
-from tests.equality.test_load_equal import assert_equal, greedy, load
-from tests.equality.test_ranks_equal import Grouped, compare
 from tests.support import zoo
-from tests.support.grouped_ranks import ALL_COSTS, TOKENS_TRAVEL
+from tests.support.cpu_hosting import ALWAYS, OFTEN, fetched_bytes, hosting
+from tests.support.equality import assert_equal, compare, greedy, load
+from tests.support.grouped_ranks import ALL_COSTS, TOKENS_TRAVEL, Grouped
 
 Checkpoints = Callable[[str], Path]
-# A fetch costs as much as many pairs on the host; and as two experts there.
-ALWAYS = Costs(10**9, 10**9, 1, 1, 1, 1, 10**6, host_expert=2, host_pair=1)
-OFTEN = msgspec.structs.replace(TOKENS_TRAVEL, host_expert=4 * 10**8, host_pair=10**6)
 
 
-def hosting(model: PreTrainedModel, costs: Costs, *, concurrent: bool) -> PreTrainedModel:
-    for runner in runtime_of(model).runners:
-        share = CpuShare(1, runner.cache.num_experts, costs, concurrent=concurrent)
-        runner.form(Alone(), plan_alone(runner.cache, cpu_share=share), complete=runner.cache.holds_all)
-    return model
-
-
-def fetched(model: PreTrainedModel) -> int:
-    return sum(layer.host_bytes for layer in epslots.stats(model).layers)
-
-
-@pytest.mark.parametrize("slots", [1, 3, "50%"])
-@pytest.mark.parametrize("concurrent", [False, True])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "longcat_flash", "ernie4_5_vl_moe"])
-def test_one_rank(name: str, concurrent: bool, slots: int | str, checkpoint: Checkpoints, cache_dir: Path):
-    folder = checkpoint(name)
-    plain, model = (
-        load(folder, cache_dir, slots=slots),
-        hosting(load(folder, cache_dir, slots=slots), OFTEN, concurrent=concurrent),
-    )
+@pytest.mark.parametrize("slots", [1, "50%"])
+def test_experts_on_the_cpu_save_fetches(slots: int | str, checkpoint: Checkpoints, cache_dir: Path):
+    """With three slots: tests/equality, with each layout."""
+    folder = checkpoint("qwen3_moe")
+    plain, model = load(folder, cache_dir, slots=slots), hosting(load(folder, cache_dir, slots=slots), OFTEN, concurrent=False)
     reference = zoo.reference(folder)
     prompt = zoo.random_ids(1, 9, seed=2)
     for candidate in (plain, model):
         assert_equal(candidate, reference)
         assert greedy(candidate, prompt, 24) == greedy(reference, prompt, 24)
         runtime_of(candidate).check_integrity()
-    assert fetched(model) < fetched(plain)
+    assert fetched_bytes(model) < fetched_bytes(plain)
 
 
-def test_what_is_always_cheaper_there_leaves_the_slots_as_they_are(checkpoint: Checkpoints, cache_dir: Path):
+def test_experts_always_cheaper_on_the_cpu_leave_slots_alone(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     model = hosting(load(folder, cache_dir, slots=3), ALWAYS, concurrent=False)
     assert_equal(model, zoo.reference(folder))
     stats = epslots.stats(model)
-    assert fetched(model) == 0 and stats.misses == sum(layer.hosted for layer in stats.layers) > 0
+    assert fetched_bytes(model) == 0 and stats.misses == sum(layer.hosted for layer in stats.layers) > 0
     assert all(layer.hosted_s > 0 for layer in stats.layers)
     assert all((runner.cache.resident_E == False).all() for runner in runtime_of(model).runners)  # noqa: E712
 
 
-@pytest.mark.parametrize("slots", [[1, 1], [3, 5], [2, 7, 3, 1]])
-@pytest.mark.parametrize("base", ALL_COSTS.values(), ids=ALL_COSTS.keys())
-def test_many_ranks(base: Costs, slots: list[int], checkpoint: Checkpoints, cache_dir: Path):
+@pytest.mark.parametrize(
+    ("base", "slots"), [*((costs, [3, 5]) for costs in ALL_COSTS), ("tokens travel", [1, 1]), ("copies travel", [2, 7, 3, 1])]
+)
+def test_many_ranks(base: str, slots: list[int], checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
-    costs = msgspec.structs.replace(base, host_expert=max(1, base.host_fetch // 3), host_pair=1)
+    costs = msgspec.structs.replace(ALL_COSTS[base], host_expert=max(1, ALL_COSTS[base].host_fetch // 3), host_pair=1)
     hosted = Grouped(folder, cache_dir, slots=slots, costs=costs, host_compute="on")
     plain = Grouped(folder, cache_dir, slots=slots, costs=costs, host_compute="off")
-    compare(hosted, zoo.reference(folder))
-    compare(plain, zoo.reference(folder))
-    assert sum(map(fetched, hosted.models)) < sum(map(fetched, plain.models))
+    reference = zoo.reference(folder)
+    compare(hosted, reference)
+    compare(plain, reference)
+    assert sum(map(fetched_bytes, hosted.models)) < sum(map(fetched_bytes, plain.models))
 
 
 @pytest.mark.parametrize(("name", "make"), [("deepseek_v3", zoo.make_fp8), ("gpt_oss", zoo.make_mxfp4)])
@@ -87,7 +66,7 @@ def test_packed_records(name: str, make: Callable[..., Path], checkpoint: Checkp
     layer = runtime_of(model).layers[0]
     stats = epslots.stats(model)
     assert layer.record.nbytes * 3 < layer.layout.nbytes
-    assert fetched(model) == stats.misses * layer.record.nbytes
+    assert fetched_bytes(model) == stats.misses * layer.record.nbytes
     assert_equal(hosting(model, OFTEN, concurrent=False), reference)
     runtime_of(model).check_integrity()
 
@@ -106,7 +85,7 @@ def test_given_costs_decide(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     model = load(folder, cache_dir, host_compute="on", costs=ALWAYS)
     assert_equal(model, zoo.reference(folder))
-    assert fetched(model) == 0
+    assert fetched_bytes(model) == 0
     with pytest.raises(ConfigError, match="costs don't say what it costs"):
         load(folder, cache_dir, host_compute="on", costs=TOKENS_TRAVEL)
 

@@ -21,8 +21,8 @@ from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
 from epslots.telemetry import WindowMeter
 from epslots.transport.local_transport import LocalHub, LocalTransport
-from tests.equality.test_ranks_equal import assert_close
 from tests.support import zoo
+from tests.support.equality import assert_close
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.support.plan_strategies import random_placement
 from tests.support.rank_helpers import run_threads
@@ -98,7 +98,7 @@ def test_outputs_stay_and_every_placement_is_reached(name: str, costs: Any, chec
         assert sum(layer.moves for model in grouped.models for layer in epslots.stats(model).layers)
 
 
-def test_what_does_not_fit_is_refused_and_what_is_old_passed_over(checkpoint: Checkpoints, cache_dir: Path):
+def test_a_misfit_is_refused_and_an_old_version_ignored(checkpoint: Checkpoints, cache_dir: Path):
     grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, slots=[3, 4])
     group, other = groups_of(grouped)
     first = group.placement
@@ -159,7 +159,7 @@ def test_survivors_of_a_half_made_move_go_on_from_what_they_hold(lost: int, chec
     assert groups[0].pending_migrations == 0
 
 
-def test_a_move_that_fails_ends_the_step_for_all_and_leaves_an_empty_slot(checkpoint: Checkpoints, cache_dir: Path):
+def test_a_failed_migration_ends_the_step_and_empties_its_slot(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     grouped, reference = Grouped(folder, cache_dir, slots=[4, 4]), zoo.reference(folder)
     compare(grouped, reference, seed=1)

@@ -160,7 +160,7 @@ def test_moves_stand_behind_the_demand_of_the_step():
     assert len(layer.decide(np.array([[0, 3, 0, 0]]), lambda: score).migrations) == 1 and state.pending_migrations == 0
 
 
-def test_what_is_fetched_ahead_leaves_less_room_for_moves_and_moves_leave_less_to_fetch_ahead():
+def test_prefetches_and_migrations_share_one_budget():
     nobody = np.zeros(4, np.int64)
     for ahead in (False, True):
         state, migration = LayerState(np.zeros((1, 4), bool), np.array([4]), nobody), MigrationBudget(1, BYTES, BYTES)

@@ -124,7 +124,7 @@ def test_faster_ranks_do_more():
     assert share[:, 0] == pytest.approx([2 * 2400 / 5] * 2, rel=0.06)
 
 
-def test_copies_of_an_expert_lie_on_different_nodes_and_nodes_are_level():
+def test_copies_lie_on_different_nodes_and_nodes_are_level():
     random = np.random.default_rng(0)
     loads = random.integers(10, 1000, (8, 24))
 

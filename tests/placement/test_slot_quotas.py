@@ -174,7 +174,7 @@ def test_a_slot_leaves_where_there_are_most():
     assert dealt_LR.tolist() == [[7, 8], [9, 8]]
 
 
-def test_ranks_keep_their_memory_where_layers_can_not_have_their_slots():
+def test_ranks_keep_their_memory_where_layers_lack_their_slots():
     # Layer 0 wants two slots on each rank, so layer 1 has too few for rank 0.
     dealt_LR = deal_quotas(np.array([4, 2]), np.array([4, 2]), np.array([2, 10]))
     assert dealt_LR.sum(0).tolist() == [4, 2]

@@ -44,7 +44,7 @@ def test_lfu_forgets():
     assert after([{0}] + [set()] * 3000).frequent[0] < USE // 100
 
 
-def test_lrfu_lets_a_burst_overtake_an_old_frequency_before_lfu_does():
+def test_lrfu_lets_a_burst_overtake_old_use_before_lfu_does():
     steps = [{0}] * 30 + [set()] * 40 + [{1}] * 10
     assert order("lfu", steps)[-1] == 0
     assert order("lrfu", steps)[-1] == 1
@@ -64,7 +64,7 @@ def test_histories_are_integers_that_stay_bounded(steps: list[set[int]], slots: 
         assert (scores >= 0).all() and (scores < 1 << 62).all()
 
 
-def test_scores_stay_within_their_bits_when_everything_is_used_always():
+def test_scores_stay_within_bits_when_all_is_always_used():
     history = after([{0, 1, 2, 3}] * 4000 + [{0}] * 40, slots=1)
     assert (adaptive(history) >= 0).all() and (adaptive(history) < 1 << 62).all()
     assert adaptive(history).argmax() == 0
@@ -85,7 +85,7 @@ def test_weights_go_to_the_decay_rates_that_hit():
     assert after(walk, 16, slots=3).weights[: SHIFTS.index(7)].sum() > 240
 
 
-def test_where_experts_are_used_in_turn_what_stands_still_is_kept():
+def test_experts_used_in_turn_keep_the_resident_ones():
     history = after([{step % 8} for step in range(SNAPSHOT_EVERY - 10)], 8, slots=4)
     assert history.weights.argmax() == STILL
     still = history.decayed[STILL].copy()
@@ -203,7 +203,7 @@ def test_a_policy_is_a_name_or_a_function():
         resolve_policy("fifo")
 
 
-def test_scores_stay_within_64_bits_where_prompts_and_single_tokens_alternate():
+def test_scores_stay_within_bits_over_prompts_and_single_tokens():
     """A step of many experts, whose followers are few, once promised these more than a use each."""
     generator = np.random.default_rng(1)
     history = UseHistory.empty(1, 256).layer(0, 256)

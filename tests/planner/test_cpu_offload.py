@@ -45,7 +45,7 @@ def test_nothing_is_hosted_where_nobody_said_what_that_costs(concurrent: bool):
     assert served(costs(), [], concurrent=concurrent) == []
 
 
-def test_a_fetch_comes_when_hosting_has_cost_as_much_as_it_and_the_one_that_follows():
+def test_a_fetch_comes_when_cpu_work_cost_as_much_as_two():
     rent = 300 + 10 - 2
     share = CpuShare(1, 4, costs(), concurrent=False)
     one = np.array([1])
@@ -55,7 +55,7 @@ def test_a_fetch_comes_when_hosting_has_cost_as_much_as_it_and_the_one_that_foll
     assert share.remote_ns_RE.tolist() == [[0, (8 - times) * rent, 0, 0]]
 
 
-def test_what_the_policy_would_not_keep_is_never_fetched_for_its_tolls():
+def test_experts_the_policy_would_not_keep_are_not_fetched():
     assert served(costs(), [1, 1], tolls=[10 * FETCH] * 2, displaces=[True, False]) == [True, False]
     assert served(costs(), [500], displaces=[True]) == [False], "unless it is the cheaper way"
 
@@ -105,7 +105,7 @@ def test_every_rank_decides_for_itself():
     assert [both[i] for i in (0, 5, 3)] == [both[i] for i in (4, 2, 1)] == alone
 
 
-def test_what_would_give_way_is_the_least_that_the_step_does_not_need():
+def test_the_candidate_for_eviction_is_the_least_unneeded():
     holds = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 0, 0]], bool)
     needed = np.array([[1, 0, 0, 1, 1], [0, 0, 0, 1, 0], [1, 1, 0, 1, 0]], bool)
     quota, score = np.array([3, 3, 2]), np.array([1, 20, 30, 10, 25])

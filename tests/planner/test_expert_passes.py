@@ -75,7 +75,7 @@ def situations(draw: st.DrawFn):
 
 
 @given(situations())
-def test_every_needed_expert_is_computed_once_and_kept_until_then(situation):
+def test_each_needed_expert_is_computed_once_and_kept_so_long(situation):
     counts, residents, quota, scores = situation
     passes, expert_Q = plan(counts, residents, quota, scores)
     needed = {e for e, count in enumerate(counts) if count}
@@ -113,7 +113,7 @@ def test_where_an_expert_happens_to_lie_decides_nothing(situation, random):
 
 
 @given(situations(), st.data())
-def test_over_a_link_what_is_there_runs_first_and_small_passes_are_joined(situation, data):
+def test_over_a_link_residents_run_first_and_small_passes_join(situation, data):
     counts, residents, quota, scores = situation
     counts_E, score_E = np.array(counts), np.array(scores, np.int64)
     position_E, expert_Q = np.full(len(counts), -1), np.full(quota, -1)

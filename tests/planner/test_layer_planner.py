@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
+from epslots.planner.layer_planner import LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import MigrationBudget
-from tests.planner.test_assignment import COSTS, holds
+from tests.support.plan_strategies import COSTS, holds
 
 
 def test_tolls_add_up_until_a_copy_is_bought():
@@ -27,7 +27,7 @@ def test_tolls_add_up_until_a_copy_is_bought():
     assert layers[0].plan(counts, lambda: score).moved == 0, "from now on the token stays"
 
 
-def test_a_spare_copy_gives_way_before_the_only_one_of_another_expert():
+def test_a_spare_copy_is_evicted_before_an_only_one():
     """Rank 0 holds expert 0, alone and never used, and a copy of expert 1, often used, whose home is rank 1."""
     score = np.array([0, 9, 5])
     layer = LayerPlanner(0, LayerState(holds(2, 3, (0, 0), (0, 1), (1, 1)), np.array([2, 1]), np.array([0, 1, 0])), COSTS)
@@ -54,10 +54,10 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
     assert first.state.digest != second.state.digest
 
 
-def test_a_wanted_copy_that_demand_brings_is_not_waited_for_though_there_is_no_room():
-    state, budget = LayerState(holds(1, 2), np.array([2]), np.array([0, 0])), MigrationBudget(1, granted=1, largest=10)
-    layer = LayerPlanner(0, state, COSTS, expert_bytes=10, budgets=FetchBudgets(migration=budget))
-    state.adopt(np.array([0, 0]), np.array([[True, False]]))
-    assert state.pending_migrations == 1
-    layer.plan(np.array([[3, 0]]), lambda: np.zeros(2, np.int64))
-    assert not (budget.left_R >= 10).any() and state.pending_migrations == 0
+def test_a_wanted_copy_that_demand_brings_needs_no_budget():
+    layer = LayerPlanner(0, holds(1, 2), np.array([2]), np.array([0, 0]), COSTS, expert_bytes=10)
+    layer.adopt(np.array([0, 0]), np.array([[True, False]]))
+    assert layer.pending_migrations == 1
+    layer.room = room = MigrationBudget(1, granted=1, largest=10)
+    layer.plan(np.array([[3, 0]]), np.zeros(2, np.int64))
+    assert not (room.left_R >= 10).any() and layer.pending_migrations == 0

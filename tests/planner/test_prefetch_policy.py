@@ -98,7 +98,7 @@ def test_half_of_the_slots_at_most(busy: bool):
         assert found is not None and found.experts.tolist() == expected
 
 
-def test_a_busy_link_carries_what_is_likely_and_an_idle_one_what_is_worth_a_try():
+def test_a_busy_link_carries_likely_experts_an_idle_one_more():
     assert plan(PrefetchPolicy(), [1, 2], told=LIKELY - 1, busy=True) is None
     assert plan(PrefetchPolicy(), [1, 2], told=LIKELY, busy=True) is not None
     assert plan(PrefetchPolicy(), [1, 2], told=WORTH_A_TRY) is not None
@@ -116,7 +116,7 @@ def test_within_the_budget_which_demand_uses_up_first():
     assert plan(PrefetchPolicy(), [1, 2], budget) is not None
 
 
-def test_useless_predictions_end_prefetching_and_useful_ones_bring_it_back():
+def test_useless_predictions_end_prefetching_useful_ones_resume():
     prefetch_policy = PrefetchPolicy()
     steps = 0
     while prefetch_policy.active:

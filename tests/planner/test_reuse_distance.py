@@ -48,7 +48,7 @@ def test_the_curve_is_what_an_lru_cache_misses(seed: int):
 
 @pytest.mark.parametrize("policy", ["lfu", "lrfu"])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_curve_by_a_policys_scores_is_close_to_what_it_misses(policy: str, seed: int):
+def test_the_curve_by_scores_is_close_to_the_policys_misses(policy: str, seed: int):
     generator = np.random.default_rng(seed)
     weights = generator.dirichlet(np.full(24, 0.4)) + 0.01
     ids = np.stack([generator.choice(24, 3, replace=False, p=weights / weights.sum()) for _ in range(1500)])[:, None]

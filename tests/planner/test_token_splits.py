@@ -14,7 +14,7 @@ from tests.support.plan_strategies import Situation, situations
 
 @settings(max_examples=300, deadline=None)
 @given(situations(), st.data())
-def test_what_one_sends_the_other_expects_and_every_pair_goes_once(situation: Situation, data: st.DataObject):
+def test_sent_pairs_are_expected_and_every_pair_goes_once(situation: Situation, data: st.DataObject):
     ranks = len(situation.counts_RE)
     nodes = data.draw(st.one_of(st.none(), st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks)))
     node_R = None if nodes is None else np.unique(nodes, return_inverse=True)[1]
@@ -52,7 +52,7 @@ def stay_on_their_nodes(counts_RU: np.ndarray, computed_RU: np.ndarray, routes: 
         assert (stayed >= np.maximum(own, could)).all() and (stayed == could).all()
 
 
-def test_a_replicated_experts_tokens_stay_on_their_node_where_it_has_a_copy():
+def test_tokens_stay_on_a_node_that_has_a_copy():
     """Both nodes hold the expert; all tokens are on ranks that don't."""
     holds_RE = np.array([[True], [False], [True], [False]])
     counts_RE = np.array([[0], [90], [0], [110]])

@@ -108,7 +108,7 @@ def test_what_looks_like_a_router_and_is_none(checkpoint: Callable[[str], Path])
     assert [router is None for router in find_routers(model, modules)] == [True, True, False]
 
 
-def test_routers_share_the_model_s_weights_where_they_have_its_type(checkpoint: Callable[[str], Path]):
+def test_routers_of_the_models_type_share_its_weights(checkpoint: Callable[[str], Path]):
     model = zoo.reference(checkpoint("mixtral")).bfloat16()
     modules = zoo.experts_modules(model)
     gate: Any = model.get_submodule("model.layers.0.mlp.gate")
@@ -360,7 +360,7 @@ def test_a_few_rows_are_told_of_as_many_are(tokens: int, hidden: int, history: b
         assert close(told(one, rows), told(other, rows))
 
 
-def test_rows_that_torch_has_the_gradient_of_and_in_a_shorter_type():
+def test_rows_with_a_gradient_and_in_a_shorter_type():
     found = predictor(fitted(history=True))
     first, second = torch.randn(1, 5), torch.randn(1, 5)
     expected = [told(found, first), told(found, second)]
@@ -491,7 +491,7 @@ def test_what_is_told_comes_true_as_often_as_it_says(trained: dict[str, Any]):
     assert abs(chance.mean() - used.mean()) < 0.01
 
 
-def test_an_estimator_that_learned_nothing_gives_way_to_the_router(checkpoint: Callable[[str], Path], cache_dir: Path):
+def test_an_estimator_that_learned_nothing_yields_to_the_router(checkpoint: Callable[[str], Path], cache_dir: Path):
     """With a rate that wrecks what it trains, what remains is the naive order of the experts, and calibrated."""
     model = epslots.load(checkpoint("olmoe"), slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
     windows = zoo.random_ids(100, 32)

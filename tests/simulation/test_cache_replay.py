@@ -101,7 +101,7 @@ def test_caches_that_are_compared_learn_apart(policy: str):
 
 @pytest.mark.parametrize("pattern", sorted(PATTERNS))
 @pytest.mark.parametrize(("experts", "top_k"), [(32, 4), (64, 1)])
-def test_the_default_policy_is_not_below_the_better_of_lru_and_lfu(pattern: str, experts: int, top_k: int):
+def test_the_default_policy_is_no_worse_than_lru_and_lfu(pattern: str, experts: int, top_k: int):
     """As a share of the optimum's hits. It learns as it goes, and blends: that costs a little where one row is right."""
     ids = PATTERNS[pattern](np.random.default_rng(7), experts, top_k, 1500)[:, None]
     quota_CL, experts_L = np.array([[experts // 4], [experts // 2]]), np.array([experts])

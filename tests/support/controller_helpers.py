@@ -95,8 +95,8 @@ class Planner:
         self.moves = moves
         self.asked: list[tuple[Placement, Any, RankHardware, Any]] = []
 
-    def __call__(self, current: Placement, expected: Any, fleet: RankHardware, quota_LR: Any) -> Proposal:
-        self.asked.append((current, expected, fleet, quota_LR))
+    def __call__(self, current: Placement, expected: Any, hardware: RankHardware, quota_LR: Any) -> Proposal:
+        self.asked.append((current, expected, hardware, quota_LR))
         if not self.moves:
             return Proposal(current, True, 0, 0, 0, 0.75, 0.75, NO_REASONS)
         home_LE = (current.home_LE + 1) % current.ranks

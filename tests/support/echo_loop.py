@@ -6,13 +6,16 @@ import os
 import queue
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from cluster.messages.rank import Contact, Contacts, Form, decode_command, encode
 from cluster.rank.contact_store import ContactStore
-from cluster.rank.rank_loop import FormTransport
+
+if TYPE_CHECKING:  # its module imports the engine, which would take each worker's start three seconds
+    from cluster.rank.rank_loop import FormTransport
 
 TELL, FACTS, FAIL = b"tell:", b"facts", b"fail"
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from epslots.engine.requests import Request
+from tests.support import zoo
+from tests.support.batches import prompt_of
 
 
 class Guilt:
@@ -60,3 +65,18 @@ WAYS: dict[str, Callable[[], float | Exception]] = {
 def error_of(way: str) -> str:
     """What the guilty request's error says."""
     return "NaN or infinite" if way in ("nan", "inf") else way
+
+
+def unused(requests: list[Request], tokens: dict[str, list[int]]) -> int:
+    """A token that none of these requests has in its prompt or gets."""
+    return next(t for t in range(16, zoo.VOCAB) if not any(t in (*r.prompt, *tokens[r.id]) for r in requests))
+
+
+def guilty_requests(token: int, lengths: tuple[int, ...], seed: int = 4) -> list[Request]:
+    """Requests with the token somewhere in their prompts."""
+    found = []
+    for number, length in enumerate(lengths):
+        prompt = list(prompt_of(length, seed))
+        prompt[random.Random(seed + number).randrange(length)] = token
+        found.append(Request(f"guilty{number}", tuple(prompt), 9))
+    return found

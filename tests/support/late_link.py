@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from epslots.cache.copy_engine import SlotWriter
+from epslots.moe.prefetcher import Prefetcher
+from epslots.runtime import Runtime
 
 
 @dataclass
@@ -85,3 +87,13 @@ class Echo(Guesses):
     def usage(self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
         used = torch.zeros(self._experts, dtype=torch.int32)
         return used.index_fill_(0, index_TK.reshape(-1).clamp(max=self._experts - 1), 255)
+
+
+def mislead(runtime: Runtime, seed: int = 0) -> None:
+    """Predictions at random, over a link that brings nothing before it must."""
+    link = LateLink()
+    for loader in runtime.movers:
+        loader.link = link
+    for runner, following in zip(runtime.runners, runtime.runners[1:], strict=False):
+        guesses = Guesses(following.cache.num_experts, seed)
+        runner.prefetch_by(Prefetcher(runner.index, following.prefetch_target, guesses))

@@ -84,3 +84,22 @@ def random_placement(generator: np.random.Generator, last: Placement) -> Placeme
     placement = Placement(last.version + 1, last.num_experts_L, home_LE, wanted_LRE, quota_LR)
     placement.check()
     return placement
+
+
+# A slow host, fast peers, compute worth levelling: roughly a large expert over PCIe and NVLink.
+COSTS = Costs(
+    host_fetch=2_000_000,
+    peer_fetch=200_000,
+    pair_transfer=100,
+    pair_compute=500,
+    expert_compute=10_000,
+    exchange=20_000,
+    gather=15_000,
+)
+
+
+def holds(ranks: int, experts: int, *places: tuple[int, int]) -> np.ndarray:
+    table = np.zeros((ranks, experts), bool)
+    for rank, expert in places:
+        table[rank, expert] = True
+    return table

@@ -153,7 +153,7 @@ def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
 
 @pytest.fixture(scope="session")
 def ray_tokens() -> Iterator[None]:
-    """A token for all Rays of the tests; the user's own is left alone. And no messages, and no haste."""
+    """A token for all Rays of the tests, the user's own is left alone; no messages, no haste, and no worker is slowed down."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundles, "_FREE_S", PATIENCE_S)
@@ -161,6 +161,7 @@ def ray_tokens() -> Iterator[None]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 leaves workers nothing of a machine that other tests use, too
         _enable_token_auth()
         AuthenticationTokenLoader.instance().reset_cache()
         yield

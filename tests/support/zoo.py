@@ -16,8 +16,8 @@ import inspect
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,9 +32,6 @@ HIDDEN = 64
 
 # Ids below this one are left to the special tokens (pad, bos, images), which random prompts must not contain.
 FIRST_PLAIN_ID = 16
-
-# In the syntax of pytest's ``filterwarnings``: what transformers and torch emit on these models without our doing.
-KNOWN_WARNINGS: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -107,505 +104,150 @@ def _spread_weights(model: PreTrainedModel, tied: bool) -> None:
                 tensor.normal_(std=0.5 if "router_mlp" in name else 0.1)
 
 
-def _common(**settings: Any) -> dict[str, Any]:
-    """Settings that nearly every configuration shares. Nothing ends a sequence, so that generation runs its length."""
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "tie_word_embeddings": False,
-    } | settings
+# Settings that nearly every configuration shares. Nothing ends a sequence, so that generation runs its length.
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+# The names under which a configuration class has the number of experts and the experts per token.
+_LOCAL = ("num_local_experts", "num_experts_per_tok")
+_NUM = ("num_experts", "num_experts_per_tok")
+_ROUTED = ("n_routed_experts", "num_experts_per_tok")
 
-
+_WIDTHS = {"intermediate_size": 96, "moe_intermediate_size": 32}
+_NARROW = {"intermediate_size": 32}
 _MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
-_DEEPSEEK_V3 = _common(
-    **_MLA,
-    q_lora_rank=32,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    n_routed_experts=16,
-    num_experts_per_tok=4,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-)
-_OLMOE = _common(intermediate_size=32, num_experts=16, num_experts_per_tok=4)
-_GEMMA4_TEXT = _common(
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    enable_moe_block=True,
-    num_experts=16,
-    top_k_experts=4,
-    head_dim=16,
-    global_head_dim=32,
-    hidden_size_per_layer_input=0,
-    vocab_size_per_layer_input=VOCAB,
-    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-    sliding_window=16,
-    tie_word_embeddings=True,
-)
+_DEEPSEEK = {**_MLA, **_WIDTHS, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_DEEPSEEK_V3 = {**_DEEPSEEK, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+_KIMI = {"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
+_YARN |= {"truncate": False, "original_max_position_embeddings": 128}
+_GEMMA4 = {
+    **_WIDTHS,
+    "enable_moe_block": True,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCAB,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 16,
+}
+_GEMMA4_KEYS = ("num_experts", "top_k_experts")
+_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+_WIDE_VISION = {**_VISION, "intermediate_size": 32}
+_GEMMA4_VISION = {**_WIDE_VISION, "num_key_value_heads": 2}
+_GEMMA4_TOKENS = {"boi_token_id": 2, "eoi_token_id": 3, "image_token_id": 4, "video_token_id": 5, "boa_token_id": 6}
+_AUDIO = {"patch_sizes": [2, 2], "hidden_sizes": [16, 16], "depths": [1, 1], "num_hidden_layers": 2, "out_hidden_size": HIDDEN}
+_ERNIE_VISION = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 4}
+_ERNIE_VL_TOKENS = {f"{kind}_token_id": id for id, kind in enumerate(("image_start", "image_end", "image"), 2)}
+_ERNIE_VL_TOKENS |= {f"{kind}_token_id": id for id, kind in enumerate(("video_start", "video_end", "video"), 5)}
+_DBRX_ATTENTION = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+_FLAGS = {field.name for field in fields(Tiny)}
 
+
+def _tiny(
+    name: str,
+    architecture: str,
+    keys: Sequence[str],
+    num_experts: int,
+    top_k: int,
+    moe_layers: int = 3,
+    *,
+    beside_text: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
+    **given: Any,
+) -> Tiny:
+    """A row of the table.
+
+    Args:
+        keys: the configuration's names for ``num_experts`` and ``top_k``.
+        beside_text: the text model's settings are its ``text_config``, and these stand beside that.
+        without: common settings that the configuration class doesn't have.
+        given: flags of ``Tiny``, and settings of the configuration class.
+    """
+    flags = {flag: given.pop(flag) for flag in _FLAGS & given.keys()}
+    settings = {key: value for key, value in _COMMON.items() if key not in without}
+    settings |= {"tie_word_embeddings": flags.get("tied", False)} | dict(zip(keys, (num_experts, top_k), strict=True)) | given
+    if beside_text is not None:
+        settings = {"text_config": settings, **beside_text}
+    return Tiny(name, architecture, settings, num_experts, top_k, moe_layers, **flags)
+
+
+# fmt: off
 _ALL = [
-    Tiny(
-        "mixtral",
-        "MixtralForCausalLM",
-        _common(intermediate_size=96, num_local_experts=8, num_experts_per_tok=2),
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-    ),
-    Tiny(
-        "qwen2_moe",
-        "Qwen2MoeForCausalLM",
-        _common(
-            intermediate_size=96,
-            moe_intermediate_size=32,
-            shared_expert_intermediate_size=48,
-            num_experts=16,
-            num_experts_per_tok=4,
-            decoder_sparse_step=1,
-        ),
-        num_experts=16,
-        top_k=4,
-        moe_layers=3,
-    ),
-    Tiny(
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        _common(
-            intermediate_size=96,
-            moe_intermediate_size=32,
-            num_experts=16,
-            num_experts_per_tok=4,
-            head_dim=16,
-            decoder_sparse_step=1,
-            norm_topk_prob=True,
-        ),
-        num_experts=16,
-        top_k=4,
-        moe_layers=3,
-    ),
-    Tiny(
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        _common(
-            intermediate_size=96,
-            moe_intermediate_size=32,
-            shared_expert_intermediate_size=32,
-            num_experts=16,
-            num_experts_per_tok=4,
-            head_dim=16,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=16,
-            linear_value_head_dim=16,
-            layer_types=["linear_attention", "full_attention", "linear_attention"],
-        ),
-        num_experts=16,
-        top_k=4,
-        moe_layers=3,
-        hybrid=True,
-    ),
-    Tiny(
-        "deepseek_v2",
-        "DeepseekV2ForCausalLM",
-        _common(
-            **_MLA,
-            q_lora_rank=None,
-            intermediate_size=96,
-            moe_intermediate_size=32,
-            n_routed_experts=16,
-            num_experts_per_tok=4,
-            n_shared_experts=2,
-            first_k_dense_replace=1,
-            topk_method="greedy",
-        ),
-        num_experts=16,
-        top_k=4,
-        moe_layers=2,
-    ),
-    Tiny("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK_V3, num_experts=16, top_k=4, moe_layers=2),
-    Tiny(
-        "kimi",
-        "DeepseekV3ForCausalLM",
-        _DEEPSEEK_V3
-        | {
-            "n_routed_experts": 96,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 16,
-            "n_group": 1,
-            "topk_group": 1,
-            "routed_scaling_factor": 2.827,
-        },
-        num_experts=96,
-        top_k=8,
-        moe_layers=2,
-    ),
-    Tiny(
-        "gpt_oss",
-        "GptOssForCausalLM",
-        _common(
-            intermediate_size=32,
-            num_local_experts=8,
-            num_experts_per_tok=2,
-            head_dim=16,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 150000.0,
-                "factor": 4.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 128,
-            },
-        ),
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-    ),
-    Tiny("gemma4", "Gemma4ForCausalLM", _GEMMA4_TEXT, num_experts=16, top_k=4, moe_layers=3, tied=True),
-    Tiny(
-        "gemma4_multimodal",
-        "Gemma4ForConditionalGeneration",
-        {
-            "text_config": _GEMMA4_TEXT,
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-                "patch_size": 4,
-                "position_embedding_size": 16,
-            },
-            "boi_token_id": 2,
-            "eoi_token_id": 3,
-            "image_token_id": 4,
-            "video_token_id": 5,
-            "boa_token_id": 6,
-            "eoa_token_index": 7,
-            "audio_token_id": 8,
-        },
-        num_experts=16,
-        top_k=4,
-        moe_layers=3,
-        tied=True,
-    ),
-    Tiny("olmoe", "OlmoeForCausalLM", _OLMOE, num_experts=16, top_k=4, moe_layers=3),
-    Tiny(
-        "olmoe_tied",
-        "OlmoeForCausalLM",
-        _OLMOE | {"tie_word_embeddings": True},
-        num_experts=16,
-        top_k=4,
-        moe_layers=3,
-        tied=True,
-    ),
-    Tiny(
-        "olmoe_unaligned",
-        "OlmoeForCausalLM",
-        _OLMOE | {"intermediate_size": 30},
-        num_experts=16,
-        top_k=4,
-        moe_layers=3,
-        aligned=False,
-    ),
-    Tiny(
-        "glm4_moe",
-        "Glm4MoeForCausalLM",
-        _common(
-            intermediate_size=96,
-            moe_intermediate_size=32,
-            n_routed_experts=16,
-            num_experts_per_tok=4,
-            n_shared_experts=1,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            head_dim=16,
-        ),
-        num_experts=16,
-        top_k=4,
-        moe_layers=2,
-    ),
-    Tiny(
-        "phimoe",
-        "PhimoeForCausalLM",
-        _common(intermediate_size=32, num_local_experts=8, num_experts_per_tok=2),
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-    ),
-    Tiny(
-        "granitemoe",
-        "GraniteMoeForCausalLM",
-        _common(intermediate_size=32, num_local_experts=8, num_experts_per_tok=2),
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-    ),
-    Tiny(
-        "ernie4_5_moe",
-        "Ernie4_5_MoeForCausalLM",
-        _common(intermediate_size=96, moe_intermediate_size=32, moe_num_experts=8, moe_k=2, moe_num_shared_experts=1),
-        num_experts=8,
-        top_k=2,
-        moe_layers=2,
-    ),
-    Tiny(
-        "minimax_m2",
-        "MiniMaxM2ForCausalLM",
-        _common(intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, head_dim=16),
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-    ),
-    Tiny(
-        "nemotron_h",
-        "NemotronHForCausalLM",
-        _common(
-            intermediate_size=64,
-            moe_intermediate_size=32,
-            n_routed_experts=8,
-            num_experts_per_tok=2,
-            n_shared_experts=1,
-            moe_shared_expert_intermediate_size=32,
-            head_dim=16,
-            mamba_num_heads=4,
-            mamba_head_dim=32,
-            ssm_state_size=16,
-            n_groups=1,
-            chunk_size=16,
-            num_hidden_layers=4,
-            layers_block_type=["moe", "full_attention", "linear_attention", "moe"],
-        ),
-        num_experts=8,
-        top_k=2,
-        moe_layers=2,
-        hybrid=True,
-    ),
-    Tiny(
-        "hunyuan_v1_moe",
-        "HunYuanMoEV1ForCausalLM",
-        _common(intermediate_size=32, num_experts=8, moe_topk=2, head_dim=16),
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-    ),
-    Tiny(
-        "jamba",
-        "JambaForCausalLM",
-        _common(
-            intermediate_size=32,
-            num_hidden_layers=4,
-            num_experts=8,
-            num_experts_per_tok=2,
-            expert_layer_period=2,
-            expert_layer_offset=1,
-            attn_layer_period=4,
-            attn_layer_offset=2,
-            mamba_d_state=8,
-        ),
-        num_experts=8,
-        top_k=2,
-        moe_layers=2,
-        hybrid=True,
-    ),
-    Tiny(
-        "zaya",
-        "ZayaForCausalLM",
-        _common(
-            moe_intermediate_size=32,
-            num_experts=8,
-            num_experts_per_tok=1,
-            head_dim=16,
-            router_hidden_size=16,
-        ),
-        num_experts=8,
-        top_k=1,
-        moe_layers=3,
-        hybrid=True,
-    ),
-    Tiny(
-        "muse_spark",
-        "MuseSparkForConditionalGeneration",
-        {
-            "text_config": _common(
-                intermediate_size=96,
-                moe_intermediate_size=32,
-                moe_hidden_size=48,
-                num_local_experts=16,
-                num_experts_per_tok=4,
-                head_dim=16,
-                sliding_window=16,
-                output_multiplier=1.0,
-                mlp_layer_types=["dense", "sparse", "sparse"],
-            ),
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "patch_size": 4,
-                "pos_emb_height": 4,
-                "pos_emb_width": 4,
-            },
-            "audio_config": {
-                "patch_sizes": [2, 2],
-                "hidden_sizes": [16, 16],
-                "depths": [1, 1],
-                "num_hidden_layers": 2,
-                "out_hidden_size": HIDDEN,
-            },
-            "out_hidden_size": 128,
-            "projector_hidden_size": 32,
-            "image_token_id": 4,
-            "video_token_id": 5,
-            "audio_token_id": 8,
-        },
-        num_experts=16,
-        top_k=4,
-        moe_layers=2,
-    ),
-    Tiny(
-        "longcat_flash",
-        "LongcatFlashForCausalLM",
-        {k: v for k, v in _common().items() if k != "num_hidden_layers"}
-        | _MLA
-        | {
-            "num_layers": 2,
-            "q_lora_rank": 32,
-            "head_dim": 8,
-            "ffn_hidden_size": 96,
-            "expert_ffn_hidden_size": 32,
-            "n_routed_experts": 8,
-            "zero_expert_num": 2,
-            "moe_topk": 3,
-        },
-        num_experts=8,
-        top_k=3,
-        moe_layers=2,
-        interface=False,
-        decorate=True,
-        zero_experts=2,
-    ),
-    Tiny(
-        "step3p7",
-        "Step3p7ForConditionalGeneration",
-        {
-            "text_config": _common(
-                intermediate_size=96,
-                moe_intermediate_size=32,
-                share_expert_dim=32,
-                n_routed_experts=16,
-                num_experts_per_tok=4,
-                head_dim=16,
-                sliding_window=16,
-                layer_types=["full_attention", "sliding_attention", "full_attention"],
-                mlp_layer_types=["dense", "sparse", "sparse"],
-                swiglu_limits=[0.0, 0.5, 0.0],
-            ),
-            "vision_config": {
-                "hidden_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "mlp_ratio": 1.0,
-                "image_size": 16,
-                "patch_size": 4,
-                "max_position_embeddings": 16,
-            },
-            "image_token_id": 4,
-        },
-        num_experts=16,
-        top_k=4,
-        moe_layers=2,
-        interface=False,
-        decorate=True,
-    ),
-    Tiny(
-        "ernie4_5_vl_moe",
-        "Ernie4_5_VLMoeForConditionalGeneration",
-        {
-            "text_config": _common(
-                intermediate_size=96,
-                moe_intermediate_size=[32, 16],
-                moe_num_experts=8,
-                moe_k=2,
-                moe_num_shared_experts=1,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
-            ),
-            "vision_config": {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 4},
-            "image_start_token_id": 2,
-            "image_end_token_id": 3,
-            "image_token_id": 4,
-            "video_start_token_id": 5,
-            "video_end_token_id": 6,
-            "video_token_id": 7,
-            "tie_word_embeddings": False,
-        },
-        num_experts=8,
-        top_k=2,
-        moe_layers=4,
-        idle_layers=2,
-    ),
-    Tiny("llama", "LlamaForCausalLM", _common(intermediate_size=96), interface=False),
-    Tiny(
-        "llama4",
-        "Llama4ForCausalLM",
-        _common(
-            intermediate_size=32,
-            intermediate_size_mlp=96,
-            num_local_experts=8,
-            num_experts_per_tok=1,
-            head_dim=16,
-            attention_chunk_size=64,
-        ),
-        num_experts=8,
-        top_k=1,
-        moe_layers=3,
-        interface=False,
-    ),
-    Tiny(
-        "dbrx",
-        "DbrxForCausalLM",
-        {
-            "d_model": HIDDEN,
-            "n_heads": 4,
-            "n_layers": 3,
-            "max_seq_len": 512,
-            "vocab_size": VOCAB,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": HIDDEN},
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-        },
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-        interface=False,
-    ),
-    Tiny(
-        "jetmoe",
-        "JetMoeForCausalLM",
-        {k: v for k, v in _common().items() if k != "num_attention_heads"}
-        | {"kv_channels": 16, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2},
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-        interface=False,
-    ),
+    _tiny("mixtral", "MixtralForCausalLM", _LOCAL, 8, 2, intermediate_size=96),
+    _tiny("qwen2_moe", "Qwen2MoeForCausalLM", _NUM, 16, 4, **_WIDTHS, decoder_sparse_step=1,
+          shared_expert_intermediate_size=48),
+    _tiny("qwen3_moe", "Qwen3MoeForCausalLM", _NUM, 16, 4, **_WIDTHS, head_dim=16, decoder_sparse_step=1, norm_topk_prob=True),
+    _tiny("qwen3_next", "Qwen3NextForCausalLM", _NUM, 16, 4, hybrid=True,
+          **_WIDTHS, **_LINEAR, shared_expert_intermediate_size=32, head_dim=16,
+          layer_types=["linear_attention", "full_attention", "linear_attention"]),
+    _tiny("deepseek_v2", "DeepseekV2ForCausalLM", _ROUTED, 16, 4, 2,
+          **_DEEPSEEK | {"n_shared_experts": 2}, q_lora_rank=None, topk_method="greedy"),
+    _tiny("deepseek_v3", "DeepseekV3ForCausalLM", _ROUTED, 16, 4, 2, **_DEEPSEEK_V3),
+    _tiny("kimi", "DeepseekV3ForCausalLM", _ROUTED, 96, 8, 2, **_DEEPSEEK_V3 | _KIMI),
+    _tiny("gpt_oss", "GptOssForCausalLM", _LOCAL, 8, 2, **_NARROW, head_dim=16, sliding_window=16, rope_parameters=_YARN,
+          layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    _tiny("gemma4", "Gemma4ForCausalLM", _GEMMA4_KEYS, 16, 4, tied=True, **_GEMMA4),
+    _tiny("gemma4_multimodal", "Gemma4ForConditionalGeneration", _GEMMA4_KEYS, 16, 4, tied=True, **_GEMMA4,
+          beside_text={"vision_config": {**_GEMMA4_VISION, "head_dim": 16, "position_embedding_size": 16},
+                       **_GEMMA4_TOKENS, "eoa_token_index": 7, "audio_token_id": 8}),
+    _tiny("olmoe", "OlmoeForCausalLM", _NUM, 16, 4, **_NARROW),
+    _tiny("olmoe_tied", "OlmoeForCausalLM", _NUM, 16, 4, tied=True, **_NARROW),
+    _tiny("olmoe_unaligned", "OlmoeForCausalLM", _NUM, 16, 4, aligned=False, intermediate_size=30),
+    _tiny("glm4_moe", "Glm4MoeForCausalLM", _ROUTED, 16, 4, 2, **_WIDTHS,
+          n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, head_dim=16),
+    _tiny("phimoe", "PhimoeForCausalLM", _LOCAL, 8, 2, **_NARROW),
+    _tiny("granitemoe", "GraniteMoeForCausalLM", _LOCAL, 8, 2, **_NARROW),
+    _tiny("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", ("moe_num_experts", "moe_k"), 8, 2, 2, **_WIDTHS,
+          moe_num_shared_experts=1),
+    _tiny("minimax_m2", "MiniMaxM2ForCausalLM", _LOCAL, 8, 2, **_NARROW, head_dim=16),
+    _tiny("nemotron_h", "NemotronHForCausalLM", _ROUTED, 8, 2, 2, hybrid=True, **_WIDTHS | {"intermediate_size": 64},
+          **_MAMBA, n_shared_experts=1, moe_shared_expert_intermediate_size=32, head_dim=16, num_hidden_layers=4,
+          layers_block_type=["moe", "full_attention", "linear_attention", "moe"]),
+    _tiny("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", ("num_experts", "moe_topk"), 8, 2, **_NARROW, head_dim=16),
+    _tiny("jamba", "JambaForCausalLM", _NUM, 8, 2, 2, hybrid=True, **_NARROW, num_hidden_layers=4, expert_layer_period=2,
+          expert_layer_offset=1, attn_layer_period=4, attn_layer_offset=2, mamba_d_state=8),
+    _tiny("zaya", "ZayaForCausalLM", _NUM, 8, 1, hybrid=True, moe_intermediate_size=32, head_dim=16, router_hidden_size=16),
+    _tiny("muse_spark", "MuseSparkForConditionalGeneration", _LOCAL, 16, 4, 2, **_WIDTHS, moe_hidden_size=48, head_dim=16,
+          sliding_window=16, output_multiplier=1.0, mlp_layer_types=["dense", "sparse", "sparse"],
+          beside_text={"vision_config": {**_WIDE_VISION, "pos_emb_height": 4, "pos_emb_width": 4}, "audio_config": _AUDIO,
+                       "out_hidden_size": 128, "projector_hidden_size": 32,
+                       "image_token_id": 4, "video_token_id": 5, "audio_token_id": 8}),
+    _tiny("longcat_flash", "LongcatFlashForCausalLM", ("n_routed_experts", "moe_topk"), 8, 3, 2, interface=False,
+          decorate=True, zero_experts=2, **_MLA, without={"num_hidden_layers"}, num_layers=2, q_lora_rank=32, head_dim=8,
+          ffn_hidden_size=96, expert_ffn_hidden_size=32, zero_expert_num=2),
+    _tiny("step3p7", "Step3p7ForConditionalGeneration", _ROUTED, 16, 4, 2, interface=False, decorate=True,
+          **_WIDTHS, share_expert_dim=32, head_dim=16, sliding_window=16, swiglu_limits=[0.0, 0.5, 0.0],
+          layer_types=["full_attention", "sliding_attention", "full_attention"], mlp_layer_types=["dense", "sparse", "sparse"],
+          beside_text={"vision_config": {**_VISION, "mlp_ratio": 1.0, "image_size": 16, "max_position_embeddings": 16},
+                       "image_token_id": 4}),
+    _tiny("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration", ("moe_num_experts", "moe_k"), 8, 2, 4, idle_layers=2,
+          intermediate_size=96, moe_intermediate_size=[32, 16], moe_num_shared_experts=1,
+          rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+          beside_text={"vision_config": _ERNIE_VISION, **_ERNIE_VL_TOKENS, "tie_word_embeddings": False}),
+    Tiny("llama", "LlamaForCausalLM", _COMMON | {"intermediate_size": 96}, interface=False),
+    _tiny("llama4", "Llama4ForCausalLM", _LOCAL, 8, 1, interface=False, **_NARROW, intermediate_size_mlp=96, head_dim=16,
+          attention_chunk_size=64),
+    Tiny("dbrx", "DbrxForCausalLM", num_experts=8, top_k=2, moe_layers=3, interface=False, settings={
+        "d_model": HIDDEN, "n_heads": 4, "n_layers": 3, "max_seq_len": 512, "vocab_size": VOCAB,
+        "attn_config": _DBRX_ATTENTION,
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": HIDDEN},
+        "pad_token_id": 0, "bos_token_id": 1}),
+    _tiny("jetmoe", "JetMoeForCausalLM", _LOCAL, 8, 2, interface=False, without={"num_attention_heads"}, **_NARROW,
+          kv_channels=16),
 ]
+# fmt: on
 
 ZOO: dict[str, Tiny] = {tiny.name: tiny for tiny in _ALL}
 

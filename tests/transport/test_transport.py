@@ -360,7 +360,7 @@ def stopped(rank: Rank) -> tuple[str, int]:
     return cause, steps
 
 
-def test_a_stopped_rank_is_given_up_at_the_deadline_and_disturbs_nobody():
+def test_a_stopped_rank_is_given_up_at_the_deadline():
     first, second, late = run_ranks(stopped, 3)
     assert "deadline 1 s" in first[0] or "closed" in first[0]
     assert first[1] == second[1] > 0

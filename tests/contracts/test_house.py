@@ -1,0 +1,90 @@
+"""The house rules that a script can see: names that stand for one thing, short files, a map that is true."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.imports import imports
+
+PACKAGES = ("epslots", "cluster")
+LONGEST_FILE = 460
+LONGEST_TEST_NAME = 60
+
+
+def files(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def test_no_class_name_is_used_twice():
+    """A reader who has met a class knows it wherever its name comes up again."""
+    places = defaultdict(list)
+    for path in files(*PACKAGES):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_product_files_are_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files(*PACKAGES)}
+    assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_test_names_are_short():
+    """A name is read in a list of failures: it states the rule, and the docstring says why."""
+    for path in files("tests"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.lower().startswith("test"):
+                assert len(node.name) <= LONGEST_TEST_NAME, f"{path.relative_to(ROOT)}: {node.name}"
+
+
+def test_test_modules_import_no_test_module():
+    """What tests share is in tests/support."""
+    for path in files("tests"):
+        strangers = [name for name in imports(path) if re.match(r"tests\.(?!support)", name)]
+        assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
+
+
+def documented_packages() -> dict[str, str]:
+    """The first line of the docstring of every package below epslots/ and cluster/, by its path."""
+    return {
+        str(path.parent.relative_to(ROOT)): (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+        for path in files(*PACKAGES)
+        if path.name == "__init__.py" and path.parent.name not in PACKAGES
+    }
+
+
+def map_of_the_readme() -> dict[str, str]:
+    """The table of README's section "Map": what stands beside each path. A pipe within a cell is written ``\\|``."""
+    section = re.search(r"^## Map\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert section, 'README.md has no section "## Map"'
+    rows = re.findall(r"^\| *`([^`]+)` *\| *((?:\\\||[^|])*?) *\|$", section[1], re.M)
+    assert len({path for path, _ in rows}) == len(rows), "a path has two rows"
+    return {path.strip("/"): text.replace(r"\|", "|") for path, text in rows}
+
+
+def first_line(path: str) -> str:
+    """Of the docstring of a package or module."""
+    file = ROOT / path / "__init__.py" if (ROOT / path).is_dir() else ROOT / path
+    return (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
+
+
+def test_the_readme_maps_every_package():
+    written, packages = map_of_the_readme(), documented_packages()
+    assert packages.keys() <= written.keys(), "packages that the map lacks"
+    assert written == {path: first_line(path) for path in written}
+
+
+@pytest.mark.parametrize("path", sorted(documented_packages()))
+def test_a_package_has_tests(path: str):
+    """Tests mirror the packages: epslots/moe is tested in tests/moe, cluster/ in tests/cluster."""
+    package, _, room = path.partition("/")
+    assert list((ROOT / "tests" / (room if package == "epslots" else package)).glob("test_*.py"))

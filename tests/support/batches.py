@@ -1,0 +1,113 @@
+"""Requests for batchers, the tokens that they must get, and what drives a batcher to its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from epslots.engine.batcher import Batcher
+from epslots.engine.paged_batcher import PagedBatcher
+from epslots.engine.requests import Output, Request
+from epslots.engine.token_choice import next_tokens
+from epslots.errors import PeerLost
+from tests.support import zoo
+
+
+def drawn(model: PreTrainedModel, request: Request) -> list[int]:
+    """What a request's tokens have to be: drawn one by one, from the model run anew over all before."""
+    tokens = list(request.prompt)
+    with torch.no_grad():
+        for _ in range(request.max_new_tokens):
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[:, -1]
+            tokens += next_tokens(logits.float(), [request.sampling], [len(tokens)]).tolist()
+    return tokens[len(request.prompt) :]
+
+
+def prompt_of(length: int, seed: int = 2) -> tuple[int, ...]:
+    return tuple(zoo.random_ids(1, length, seed=seed + length)[0].tolist())
+
+
+def requests_of(sizes: tuple[tuple[int, int], ...], seed: int = 2) -> list[Request]:
+    return [Request(f"r{i}", prompt_of(length, seed), new) for i, (length, new) in enumerate(sizes)]
+
+
+def generated(model: PreTrainedModel, request: Request) -> list[int]:
+    """What plain transformers makes of the request alone."""
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(request.stop_tokens) or None}
+    ids = torch.tensor([request.prompt])
+    return model.generate(ids, max_new_tokens=request.max_new_tokens, **settings)[0, len(request.prompt) :].tolist()
+
+
+class Collected:
+    """Runs a batcher and gathers what comes out of it."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
+        self.tokens: dict[str, list[int]] = {}
+        self.reasons: dict[str, str | None] = {}
+        self.steps = 0
+        self._threads = threading.enumerate()
+
+    def take(self) -> list[Output]:
+        assert threading.enumerate() == self._threads
+        outputs = self.batcher.outputs()
+        for output in outputs:
+            assert output.id not in self.reasons, "nothing follows an end"
+            assert output.finished == (output.reason is not None)
+            assert output.finished or output.tokens
+            assert output.error is None
+            self.tokens.setdefault(output.id, []).extend(output.tokens)
+            if output.finished:
+                self.reasons[output.id] = output.reason
+        return outputs
+
+    def run(self, steps: int = 10_000, step: Callable[[], None] | None = None) -> Collected:
+        for _ in range(steps):
+            if not self.batcher.prepare():
+                break
+            (step or self.batcher.step)()
+            self.steps += 1
+            self.take()
+        return self
+
+
+def finish(batcher: Batcher, requests: list[Request]) -> Collected:
+    for request in requests:
+        batcher.add(request)
+    return Collected(batcher).run()
+
+
+def pages_are_free(batcher: PagedBatcher) -> bool:
+    cache = batcher._processor.cache
+    cache.evict_cached_blocks()
+    cache.pool.try_to_free_sectors()
+    return bool(cache.pool.num_free_sectors == cache.num_sectors)
+
+
+class Faults:
+    """Makes each step's forward pass fail twice: before the last layer, and after it, when every layer has kept something."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        last = next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))[-1]
+        self.raised = self.calls = 0
+        self._handles = [last.register_forward_pre_hook(self._before), last.register_forward_hook(self._after)]
+
+    def _fail_at(self, call: int) -> None:
+        if self.calls % 3 == call:
+            self.raised += 1
+            raise PeerLost("a peer was lost")
+
+    def _before(self, *_: Any) -> None:
+        self.calls += 1
+        self._fail_at(1)
+
+    def _after(self, *_: Any) -> None:
+        self._fail_at(2)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,82 @@
+"""A cluster without Ray: its ranks are threads. And the tokens that its requests must get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.api import Cluster
+from cluster.generation import Result
+from tests.support import zoo
+from tests.support.equality import greedy_rows
+from tests.support.fake_backend import LOADING, FakeBackend
+from tests.support.grouped_ranks import TOKENS_TRAVEL
+from tests.support.rank_helpers import PATIENCE_S
+
+Checkpoints = Callable[[str], Path]
+
+
+PROMPTS = [zoo.random_ids(1, length, seed=length)[0].tolist() for length in (3, 40, 17, 9, 25, 5, 12, 30)]
+
+
+@pytest.fixture
+def folder(checkpoint: Checkpoints) -> Path:
+    return checkpoint("qwen3_moe")
+
+
+@pytest.fixture
+def open_cluster(folder: Path, cache_dir: Path) -> Iterator[Callable[..., tuple[Cluster, FakeBackend]]]:
+    opened = []
+
+    def make(ranks: int = 2, backend: FakeBackend | None = None, **settings: Any) -> tuple[Cluster, FakeBackend]:
+        backend = backend or FakeBackend()
+        settings = {"slots": 3, "kv_tokens": 512, "costs": TOKENS_TRAVEL, "silence_s": PATIENCE_S} | settings
+        cluster = Cluster(folder, ranks=ranks, backend=backend, cache_dir=cache_dir, progress=False, **settings)
+        opened.append(cluster)
+        return cluster, backend
+
+    yield make
+    for cluster in opened:
+        cluster.close()
+
+
+# Plain transformers' greedy tokens by checkpoint and prompt, as many as any test has asked for: they are the same for all.
+_EXPECTED: dict[tuple[Path, tuple[int, ...]], tuple[int, ...]] = {}
+
+
+_AT_ONCE = 80  # what most tests need at most
+
+
+def expected(folder: Path, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
+    known = [_EXPECTED.get((folder, tuple(prompt)), ()) for prompt in prompts]
+    if any(len(tokens) < new for tokens in known):
+        with LOADING:
+            reference = zoo.reference(folder)
+        lengths = {len(prompt) for prompt in prompts}
+        for alike in [[prompt for prompt in prompts if len(prompt) == length] for length in sorted(lengths)]:
+            found = greedy_rows(reference, torch.tensor(alike), max(new, _AT_ONCE))
+            for prompt, ids in zip(alike, found, strict=True):
+                _EXPECTED[folder, tuple(prompt)] = tuple(ids[len(prompt) :])
+        known = [_EXPECTED[folder, tuple(prompt)] for prompt in prompts]
+    return [tokens[:new] for tokens in known]
+
+
+def until(cluster: Cluster, condition: Callable[[], bool]) -> None:
+    """Wait for what the supervisor does."""
+    cluster._thread.call(cluster._supervisor._changes.wait_for(condition))
+
+
+def serve_again(cluster: Cluster, ranks: int) -> None:
+    """Wait until so many ranks serve, without asking for them."""
+    group = cluster._supervisor.group
+    until(cluster, lambda: group.formed and len(group.members) == ranks)
+
+
+def tokens_of(results: Iterator[Result]) -> list[tuple[int, ...]]:
+    found = sorted(results, key=lambda result: result.index)
+    assert [result.reason for result in found] == ["length"] * len(found), found
+    return [result.tokens for result in found]
