@@ -87,7 +87,7 @@ def fit(
     from epslots.example_text import library_texts
     from epslots.models.checkpoint import find_checkpoint
     from epslots.prefetch.fit import fit as fit_model
-    from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, write_predictor
+    from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, PredictorMetadata, write_predictor
     from epslots.runtime import runtime_of
 
     tokenizer = load_tokenizer(find_checkpoint(load.source))  # fails sooner than the model

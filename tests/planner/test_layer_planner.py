@@ -55,9 +55,9 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
 
 
 def test_a_wanted_copy_that_demand_brings_needs_no_budget():
-    layer = LayerPlanner(0, holds(1, 2), np.array([2]), np.array([0, 0]), COSTS, expert_bytes=10)
-    layer.adopt(np.array([0, 0]), np.array([[True, False]]))
-    assert layer.pending_migrations == 1
-    layer.room = room = MigrationBudget(1, granted=1, largest=10)
-    layer.plan(np.array([[3, 0]]), np.zeros(2, np.int64))
-    assert not (room.left_R >= 10).any() and layer.pending_migrations == 0
+    state, budget = LayerState(holds(1, 2), np.array([2]), np.array([0, 0])), MigrationBudget(1, granted=1, largest=10)
+    layer = LayerPlanner(0, state, COSTS, expert_bytes=10, budgets=FetchBudgets(migration=budget))
+    state.adopt(np.array([0, 0]), np.array([[True, False]]))
+    assert state.pending_migrations == 1
+    layer.plan(np.array([[3, 0]]), lambda: np.zeros(2, np.int64))
+    assert not (budget.left_R >= 10).any() and state.pending_migrations == 0

@@ -81,7 +81,7 @@ def test_the_clock_is_the_planners(costs: str, monkeypatch: pytest.MonkeyPatch):
         if not found:
             assert not counts_RE.any()
             continue
-        plan = found[0]
+        plan = found[0].assignment
         expected = layer_time(ALL_COSTS[costs], plan.counts_RU, plan.computed_RU, plan.fetch_ranks, plan.fetch_sources)
         gathers = 2 * ALL_COSTS[costs].gather  # the header's and the counts'
         assert step_ns <= expected + gathers

@@ -60,14 +60,14 @@ def make_mover(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
     pool = SlotPool([LAYERS[index] for index in STORE_LAYERS], quotas, CPU)
     if apart:
         pool.slot_of_device, pool.expert_of_device = pool.slot_of_device.clone(), pool.expert_of_device.clone()
-    landed: list[bool] = []
+    waited: list[bool] = []
     return SimpleNamespace(
         pool=pool,
         store=store(),
         store_layers=STORE_LAYERS,
         transport=None,
-        landed=landed,
-        land_all=lambda: landed.append(True),
+        waited=waited,
+        wait_all=lambda: waited.append(True),
     )
 
 
@@ -158,7 +158,7 @@ def assert_as_the_host_decides(problem: dict[str, Any], loader: Any, kernels: An
                     assert np.array_equal(getattr(rows[layer], name), getattr(host.rows[layer], name)), name
             loader.pool.check_integrity()
             slots.enter(rows, steps)
-    assert len(loader.landed) == 1 + len(problem["turns"] & set(range(1, number))) + 1
+    assert len(loader.waited) == 1 + len(problem["turns"] & set(range(1, number))) + 1
 
 
 @st.composite
