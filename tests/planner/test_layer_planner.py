@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from epslots.planner.layer_planner import LayerPlanner
+from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import MigrationBudget
 from tests.support.plan_strategies import COSTS, holds
