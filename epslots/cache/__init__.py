@@ -1,1 +1,1 @@
-"""Where expert bytes are: the host store, the slot pool, and the copies between them."""
+"""Expert bytes: the host store, the slot pool, and the copies between them."""

@@ -1,4 +1,4 @@
-"""The command line: ``epslots generate | plan | verify | trace | predict | placement | simulate | bench``.
+"""The command line: epslots generate, plan, verify, trace, predict, placement, simulate, bench.
 
 Each command is a module; torch and transformers are imported when a command runs, so that ``--help`` answers at once.
 """

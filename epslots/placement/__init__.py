@@ -1,1 +1,1 @@
-"""Where experts live and how many slots a layer has: decided from windows of telemetry."""
+"""Placements: homes, replicas and slots of experts, planned from load windows."""

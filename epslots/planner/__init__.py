@@ -1,1 +1,1 @@
-"""What a layer's step decides, for all ranks: integer arrays in, integer arrays out."""
+"""The decisions of a layer's step, for all ranks: integer arrays in, integer arrays out."""

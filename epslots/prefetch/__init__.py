@@ -1,1 +1,1 @@
-"""Which experts the next layer will use: predictors, their fit, and their files."""
+"""Prediction of the next layer's experts: predictors, their fit, and their files."""

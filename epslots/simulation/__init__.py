@@ -1,1 +1,1 @@
-"""Clusters that aren't here: the same decisions on recorded or generated traffic, and their step times."""
+"""Simulated clusters: the same decisions on recorded or synthetic traffic, and their step times."""
