@@ -1,7 +1,7 @@
 """Decoding by CUDA graphs: run where there is a GPU (``python -m pytest tests/gpu``), skipped where there is none.
 
-In bf16, as grouped matrix multiplication asks for values of the host in other types. Nothing in here has been run yet; see the
-README.
+In bf16, as grouped matrix multiplication asks for values of the host in other types. Nothing in here has been run yet; see
+RESULTS.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_replayed_steps_equal_plain_transformers(
     ids = zoo.random_ids(1, 50, seed=1).cuda()
     with torch.no_grad():
         expected = reference(ids).logits
-        for begin in (10, 40):  # the longer prompt takes more waves than any step before it
+        for begin in (10, 40):  # the longer prompt takes more passes than any step before it
             found = [graph.prefill(ids[:, :begin]).clone()]
             with graph:
                 found += [graph.step(ids[:, position]).clone() for position in range(begin, 50)]

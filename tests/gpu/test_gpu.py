@@ -1,6 +1,6 @@
 """The same promises on a GPU: run where there is one (``python -m pytest tests/gpu``), skipped where there is none.
 
-fp32 matrix products are compared with TF32 off. Nothing in here has been run yet; see the README.
+fp32 matrix products are compared with TF32 off. Nothing in here has been run yet; see RESULTS.md.
 """
 
 from __future__ import annotations

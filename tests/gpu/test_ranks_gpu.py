@@ -1,6 +1,6 @@
 """The path of many ranks on NCCL: one rank through every collective, and two ranks on one GPU where NCCL allows that.
 
-Nothing in here has been run yet; see the README.
+Nothing in here has been run yet; see RESULTS.md.
 """
 
 from __future__ import annotations
