@@ -4,8 +4,9 @@ A step's decisions about a few hundred experts are a few thousand integer operat
 for each rule took a millisecond. A compiled function takes C-contiguous arrays and integers, writes into its arguments or
 returns new arrays, and calls compiled functions of its own package only (numba itself sees no changes in other modules).
 
-Compiling takes half a minute, once on a machine. The code is kept in the user's cache; where that isn't writable, in the
-module's folder; else nowhere. ``load`` calls ``prepare``, so that no step waits for it.
+Compiling takes half a minute, once on a machine. The code is kept in ``compiled/`` of the user's cache, a folder for each
+state of a module; where that isn't writable, in the module's folder; else nowhere. NUMBA_CACHE_DIR isn't read. numba pickles
+the code: trust it as far as the ``.pyc`` files beside it. ``load`` calls ``prepare``, so that no step waits for it.
 """
 
 from __future__ import annotations

@@ -53,13 +53,17 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         slots: expert slots: an int (per MoE layer), ``"25%"`` (of each layer's experts), ``"12GiB"`` (bytes of the whole pool)
-            or ``"auto"`` (the memory that dense weights, KV cache, workspace, predictor and reserve leave).
+            or ``"auto"`` (the memory that dense weights, KV cache, workspace, predictor and reserve leave). ``epslots plan``
+            says what fits, ``epslots trace replay`` the hit rate of so many slots on recorded traffic.
         device: device of the model: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; by default the current GPU, or the CPU without one.
         dtype: dtype of the computation; ``"auto"`` is the checkpoint's own, as in transformers (bfloat16 if it is quantised).
         policy: eviction policy: a name (``cache_policy.POLICIES``), or a function of a ``UseHistory`` in this process.
         host_store: ``"file"`` (a mapped file in ``cache_dir``, kept for the next start) or ``"memory"`` (shared memory of the
             node, freed with its last user). Default: memory on a GPU where it fits, because it can be pinned; else file.
-        cache_dir: folder of the host store; by default the user's cache folder.
+            FP8 and MXFP4 experts stay packed in it on a GPU or with ``link``.
+        cache_dir: folder of the host store; by default the user's cache folder. A store is as large as the experts, one for
+            each checkpoint and dtype, and built anew when a weight file or its mode changes. None is ever pruned: delete
+            files there when no process uses them.
         kv_tokens: tokens of the KV cache: the memory plan reserves their bytes.
         link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
             compute. Default: the device's own link; on a CPU, fetches take no time of their own.
@@ -73,7 +77,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         host_compute: let the host's CPU compute a missing expert, from the host store, where that costs less than fetching it:
             ``"auto"`` (with a GPU), ``"on"`` or ``"off"``. ``costs``, if given, must include its cost.
         batch_invariant: compute each token in the same bits for any batch, slots, and number of ranks. Slower.
-            Experts and dense layers hold it in every forward pass; attention holds it in an ``Engine``.
+            Experts and dense layers hold it in every forward pass; attention holds it in an ``Engine``. The bits are those of
+            one machine type, torch build and number of threads.
     """
 
     slots: int | str | SlotsSetting = "auto"

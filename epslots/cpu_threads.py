@@ -5,7 +5,7 @@ on a core that the last thread may need: two threads on two busy cores made a st
 So two rules:
 
 - Threads spin briefly and then sleep (``SPIN_COUNT``). Libgomp reads that from the environment when torch loads it, so
-  ``import epslots`` sets it; settings of the user are left alone.
+  ``import epslots`` sets it (in vain if torch was imported before); settings of the user are left alone.
 - A step of the engine uses at most as many threads as there are cores that other processes leave free (``ThreadGovernor``).
 """
 

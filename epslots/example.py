@@ -13,6 +13,8 @@ PLACES = (_PACKAGE / "example_model", _PACKAGE.parent / "examples" / "python_moe
 def example_model() -> Path:
     """The folder of the example checkpoint (a Qwen3-MoE that writes Python; see ``examples/python_moe/train.py``).
 
+    It has 3.5 million weights, and rambles. Its experts are so small that fetching one costs less than sending a token.
+
     Raises:
         CheckpointError: this installation came without it.
     """

@@ -83,6 +83,10 @@ def load(
     are on every rank, batches are each rank's own, and every forward pass is a step that all ranks make together
     (``sync_ranks`` and ``generate(synced_gpus=True)`` see to that).
 
+    In fp32 the outputs equal transformers' (logits within 1e-4 of their scale). In bf16 results are summed over k in fp32, so
+    last bits may differ. Threads may share a model on one rank, and take turns layer by layer; in a group, one thread per rank
+    may call it.
+
     Args:
         path_or_id: a checkpoint folder with safetensors, or a hub id.
         settings: fields of ``epslots.config.LoadConfig``. Unknown keywords are refused, never ignored.

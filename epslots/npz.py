@@ -2,7 +2,8 @@
 
 A small file can claim any amount of memory: in an array's header, in the archive's directory, or by data that are compressed
 a thousandfold. So the directory and the headers are read first, and their claims are compared with each other, the file's
-size and the free memory before an array is allocated.
+size and the free memory before an array is allocated. Arrays may have ``MOST_RATIO`` (128) times the file's size, and always
+64 MiB.
 """
 
 from __future__ import annotations

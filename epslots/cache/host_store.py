@@ -8,7 +8,8 @@ One file, on disk or in anonymous shared memory:
     records     one per expert, page-aligned, layer after layer
 
 A record's bytes are compared with its digest before their first use in a process: a bit that flipped on the disk is an error
-that names the expert, not a wrong answer. ``node_store.py`` finds or builds a store; ``ExpertLoader`` copies its records.
+that names the expert, not a wrong answer. Pages that come back from the disk later aren't compared again. ``node_store.py``
+finds or builds a store; ``ExpertLoader`` copies its records.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     file     ``<cache>/<model>-<key>.experts``, mapped. It outlives its processes, so the second start is quick. Where RAM is
              smaller than the model, the operating system keeps the hot part in memory, and the disk is the tier below.
+             On a CPU, slots are a second copy of what its page cache holds.
     memory   shared memory, which the kernel frees with its last process (``memory_store.py``). Pinning wants this kind.
 
 A lock file serialises building: of several processes that start together one builds, and the others wait. A store file

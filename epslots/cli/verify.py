@@ -23,7 +23,8 @@ def verify(
         epslots verify --model ./Qwen3-30B-A3B --checkpoint
 
     With --checkpoint, also that the checkpoint still yields the same experts:
-    a flipped bit in a weight file is found, and the expert named.
+    a bit of a weight file that flipped since is found, and the expert named.
+    One that flipped before can't be told: safetensors has no digests.
     The store is built if there is none yet. Exit code 2 if anything differs.
     """
     from epslots.example import example_model

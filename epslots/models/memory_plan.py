@@ -2,11 +2,11 @@
 
     dense weights    everything that isn't an expert; every rank holds all of it
     slots            the pool: quota of each MoE layer x bytes of one of its slots
-    KV cache         keys, values and recurrent states of all sequences
+    KV cache         keys, values and recurrent states of all sequences, as transformers' ``generate`` keeps them
     workspace        the activations of one MoE layer for one batch, and the logits
     unpacking        packed records (FP8, MXFP4) on their way into slots
     predictor        its weights, and the rows that it remembers
-    reserve          the rest of the forward pass, allocator fragmentation, the device's context
+    reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
 
 ``memory_report.py`` puts a plan into words, and refuses one that doesn't fit.
 """

@@ -75,8 +75,7 @@ class Replanner:
 
         Args:
             any_gain: accept a gain that wouldn't pay for its migrations soon enough. Then the proposal's ``gain_ns`` is that
-            of
-                the windows for which the forecast is believed.
+                of the windows for which the forecast is believed.
         """
         expected = self._forecast.expected()
         horizon = replace(expected, trust=1.0, windows=_ANY_GAIN_WINDOWS) if any_gain else expected

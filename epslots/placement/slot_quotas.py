@@ -2,10 +2,10 @@
 
 ``learn_quotas`` deals slots from nothing, ``improve_quotas`` changes given ones, ``deal_quotas`` spreads them over ranks;
 ``replanner.py`` and ``epslots placement plan`` call them. A layer's curve of misses over slots (``reuse_distance.py``)
-needn't be
-convex: a text that cycles through twenty experts hits nothing until all twenty fit. So slots go along each curve's *convex
-minorant*, whose steps never grow, always to the layer that gains most (greedy is optimal on convex curves: Fox, Operations
-Research 1966; the minorant as in Talus, Beckmann and Sanchez, HPCA 2015). At most one layer ends within a bridged stretch.
+needn't be convex: a text that cycles through twenty experts hits nothing until all twenty fit. So slots go along each curve's
+*convex minorant*, whose steps never grow, always to the layer that gains most (greedy is optimal on convex curves: Fox,
+Operations Research 1966; the minorant as in Talus, Beckmann and Sanchez, HPCA 2015). At most one layer ends within a bridged
+stretch.
 
 Pure. Legend of shape suffixes: L layers, R ranks, S slots, D stack distances (E + 1 of the largest layer).
 """

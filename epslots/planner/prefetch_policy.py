@@ -215,7 +215,8 @@ def _predicted_and_used(expected_E: IntArray, used_E: BoolArray) -> tuple[int, i
 class PrefetchPolicy:
     """One layer's prefetches, and whether they pay, judged by earlier predictions; the same on all ranks.
 
-    Predictions count whether or not they led to fetches.
+    Predictions count whether or not they led to fetches. A layer of which less than half comes true isn't prefetched, and is
+    predicted again in one step of ``PROBE_EVERY``, to see whether that changed.
 
     Attributes:
         active: whether to prefetch.

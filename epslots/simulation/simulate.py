@@ -1,8 +1,9 @@
 """A simulated cluster: step times and cache hits from a routing trace, a machine's timing and the ranks' own rules.
 
 ``epslots simulate`` and the benchmarks call ``simulate``. Ranks form expert-parallel groups of bounded size, each a whole
-model. Every rank decodes ``batch`` sequences of the trace at a time, a token a step, and takes the next sequence when one is
-done. With a controller, windows of load lead to placements, which the groups reach within a budget of bytes, as real ranks do.
+model. Every rank decodes ``batch`` sequences of the trace at a time, a token a step, prompts too, and takes the next sequence
+when one is done. Ranks neither prefetch nor compute experts on their CPUs. With a controller, windows of load lead to
+placements, which the groups reach within a budget of bytes, as real ranks do.
 
 Pure. Legend of shape suffixes: L layers, R ranks, B lanes (sequences at a time), K experts per token, E experts of the largest
 layer.

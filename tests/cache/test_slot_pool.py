@@ -60,7 +60,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
-        """Load, hit, evict, run in waves: protected experts are never displaced before their wave."""
+        """Load, hit, evict, run in passes: protected experts are never displaced before their pass."""
         layer = data.draw(st.integers(0, len(self.pool.quotas) - 1))
         counts = np.array(data.draw(st.lists(st.integers(0, 2), min_size=self.experts, max_size=self.experts)))
         history = self.history.layer(layer, self.experts)
