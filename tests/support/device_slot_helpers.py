@@ -72,7 +72,7 @@ def make_mover(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
 
 
 class HostRule:
-    """The same by the host's rule: ``record_use``, ``plan_evictions``, and slots in the order of ``expert_passes.plan_passes``."""
+    """The same by the host's rule: ``record_use``, ``plan_evictions``, and slots in the order of ``plan_passes``."""
 
     def __init__(self, quotas: tuple[int, ...], policy: str) -> None:
         self.quotas, self.policy = quotas, POLICIES[policy]
