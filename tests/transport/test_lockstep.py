@@ -18,6 +18,7 @@ from epslots.group.join import announce_failure, join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
 from epslots.transport.local_transport import LocalHub, LocalTransport
+from epslots.transport.lockstep import Header, LockStep
 from tests.support import zoo
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads
@@ -138,6 +139,28 @@ def test_a_table_that_differs_in_belief_names_the_slot(pair: Grouped):
     shared.holds_changed()
     for error in errors_of(2, lambda t: forward(pair.models[t.rank]), pair.hub):
         assert isinstance(error, ExchangeError) and f"it is in slot {slot} there; ranks [1] of 2" in str(error)
+
+
+@pytest.mark.parametrize("work", [True, False])
+def test_digests_that_differ_are_refused_at_the_header(work: bool):
+    """Also in a step that computes nothing: no layer's guard would notice."""
+    begun: list[Header] = []
+
+    def begin(transport: LocalTransport) -> None:
+        lockstep = LockStep(
+            transport,
+            model=1,
+            most_experts=2,
+            idle_layers=[],
+            digest=lambda: 2**40 + transport.rank,
+            explain_divergence=lambda: "expert 3 on rank 0",
+            on_header=begun.append,
+        )
+        lockstep.begin(work=work)
+
+    for error in errors_of(2, begin):
+        assert isinstance(error, ExchangeError) and str(error) == "ranks no longer agree: expert 3 on rank 0"
+    assert not begun
 
 
 def test_a_rank_that_fails_in_a_step_ends_it_for_all(pair: Grouped):
