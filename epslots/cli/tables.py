@@ -36,7 +36,7 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
     """One row for each MoE layer, and their sums. Arguments as ``print_stats``."""
     table = Table(title="expert slots", title_justify="left", caption_justify="left")
     table.add_column("layer")
-    for heading in ("slots", "steps", "hit rate", "misses", "waves/step", "evictions", "fetched", "stall", "hottest"):
+    for heading in ("slots", "steps", "hit rate", "misses", "passes/step", "evictions", "fetched", "stall", "hottest"):
         table.add_column(heading, justify="right")
     for layer in stats.layers:
         table.add_row(

@@ -1,9 +1,8 @@
 """Tokens to the ranks that compute them, and results back: dispatch and its return, two ways.
 
 ``AllToAllDispatch`` sends each pair's hidden state to its rank and nothing else; ``AllGatherDispatch`` gives every rank all
-tokens, and adds
-up results of which each comes from exactly one rank, the others giving zero, so that the sum is that result. The second needs
-no sizes per peer: good for a few tokens.
+tokens, and adds up results of which each comes from exactly one rank, the others giving zero, so that the sum is that result.
+The second needs no sizes per peer: good for a few tokens.
 
 Nothing is sent about sizes or experts: every rank works out both from the plan.
 

@@ -49,7 +49,6 @@ class ModelPlanner:
         layers: in order.
         placement: the one that the layers' homes come from.
         pools: the layers of each pool, in the order of their windows.
-
         budgets: shared with all layers' planners. ``migration`` is set while there is something to migrate.
 
     Attributes:

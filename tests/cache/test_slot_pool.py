@@ -1,4 +1,4 @@
-"""The slot pool and its mover as a state machine: whatever is routed, tables, slots and store agree."""
+"""The slot pool and its loader as a state machine: for any routing, tables, slots and store agree."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
-        """Load, hit, evict, run in waves: protected experts are never displaced before their wave."""
+        """Load, hit, evict, run in passes: protected experts are never displaced before their pass."""
         layer = data.draw(st.integers(0, len(self.pool.quotas) - 1))
         counts = np.array(data.draw(st.lists(st.integers(0, 2), min_size=self.experts, max_size=self.experts)))
         history = self.history.layer(layer, self.experts)
@@ -73,10 +73,10 @@ class PoolMachine(RuleBasedStateMachine):
         change = plan_evictions((row >= 0)[None], (counts > 0)[None], np.array([self.pool.quotas[layer]]), score_E)
         passes = plan_passes(counts, position_E, self.pool.expert_of[window], score_E, change.evicted_RE[0])
         computed: set[int] = set()
-        for wave in passes:
-            if len(wave.fetch_experts):
-                self.loader.fetch(layer, wave.fetch_experts, wave.fetch_positions + window.start, wave.evicted)
-            for expert, position in zip(wave.experts.tolist(), wave.positions.tolist(), strict=True):
+        for one in passes:
+            if len(one.fetch_experts):
+                self.loader.fetch(layer, one.fetch_experts, one.fetch_positions + window.start, one.evicted)
+            for expert, position in zip(one.experts.tolist(), one.positions.tolist(), strict=True):
                 slot = window.start + position
                 assert torch.equal(self.pool.memory[slot], self.store.record(layer, expert)), "the wrong expert computes"
                 assert int(self.pool.slot_of_device[layer, expert]) == slot

@@ -1,4 +1,4 @@
-"""What all ranks know of a layer, over several steps: tolls add up, spare copies go first, the past is in the digest."""
+"""A layer over several steps: remote costs add up, spare copies are evicted first, the past is in the digest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from epslots.planner.migration import MigrationBudget
 from tests.support.plan_strategies import COSTS, holds
 
 
-def test_tolls_add_up_until_a_copy_is_bought():
+def test_remote_costs_add_up_until_a_copy_is_bought():
     """Rank 0 has an empty slot and sends a pair a step to rank 1, which holds the expert."""
     counts, score = np.array([[1, 0], [0, 0]]), np.zeros(2, np.int64)
     layers = [
