@@ -7,7 +7,7 @@ Three threads meet here, and none waits for another's work:
     events     calls ``events``: waits for the next batch
 
 A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
-request whose computation raises ends with an error (``engine/request_books.py``), and the rank sends ``Broken`` if that broke
+request whose computation raises ends with an error (``engine/batcher.py``), and the rank sends ``Broken`` if that broke
 the group. Any other error ends the rank (``Failed``), because its state is unknown then.
 """
 

@@ -1,6 +1,6 @@
 """The arithmetic of experts: rows sorted by slot in, rows through their experts out.
 
-``slot_experts.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``BatchInvariantGemm`` is the
+``expert_compute.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``BatchInvariantGemm`` is the
 class for models that are loaded with ``batch_invariant=True``.
 """
 

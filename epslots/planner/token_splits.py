@@ -4,7 +4,7 @@ An assignment says how many pairs of each expert every rank computes, not whose.
 pairs lie on one line in the order of the source ranks, missing pairs on another in the order of the computing ranks; the
 overlap of two stretches is the number of pairs that travel. With several nodes each node has two such lines of its own, and
 only the rest is matched between nodes. Both ends compute the same splits from the same integers, without messages.
-``LayerPlanner`` calls ``token_splits``; ``TokenDispatcher`` sends by it.
+``LayerPlanner`` calls ``token_splits``; ``token_dispatcher.py`` sends by it.
 
 Pure. Legend of shape suffixes: R ranks, D destinations and S sources (ranks too), U experts of the layer with tokens, O those
 of this rank's own tokens, C those that it computes.

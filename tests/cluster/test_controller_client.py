@@ -146,7 +146,7 @@ def test_what_is_decided_is_taken_to_all_ranks(run: Run):
 
 @pytest.mark.parametrize("fault", ["crash", "hang", "garbage", "bug"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_one_that_fails_is_replaced_and_epochs_grow(
+def test_one_that_fails_is_replaced_and_versions_grow(
     run: Run, fault: ControllerFault, order: int, caplog: pytest.LogCaptureFixture
 ):
     async def scenario() -> None:
