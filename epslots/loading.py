@@ -227,7 +227,7 @@ def load_alone(
 
 def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, folder: Path) -> Runtime:
     """The runtime with prefetchers and CPU experts as the configuration wants them on this device."""
-    foresight, predictor = attach_prefetchers(
+    prefetch_config, predictor = attach_prefetchers(
         model,
         runtime.runners,
         folder,
@@ -240,13 +240,13 @@ def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, 
         "policy": policy_name(config.policy),
         "device": model.device.type,
         "dtype": str(model.dtype),
-        "predictions": foresight.settings,
+        "predictions": prefetch_config.settings,
         "host_compute": str(computes_on_host),
-        "fetches": "meanwhile" if any(loader.link.concurrent for loader in runtime.movers) else "at once",
+        "fetches": "meanwhile" if any(loader.link.concurrent for loader in runtime.loaders) else "at once",
     }
     return replace(
         runtime,
-        foresight=foresight,
+        prefetch_config=prefetch_config,
         predictor=predictor,
         computes_on_host=computes_on_host,
         rank_settings=config.compared(effects),
@@ -272,12 +272,12 @@ def _build_runtime(
         members[layer.layout].append(index)
     largest = 0 if store.pinned else max(layer.record.nbytes for layer in layers)
     link = make_copy_engine(link_setting, device, staging_bytes=largest)
-    movers, runners = [], {}
+    loaders, runners = [], {}
     for indices in members.values():
         pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device)
         loader = ExpertLoader(pool, store, link, tuple(indices), telemetry)
         history = UseHistory.empty(len(indices), max(layers[i].num_experts for i in indices))
-        movers.append(loader)
+        loaders.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
             kernel = gemm(modules[index], pool.weights(position))
@@ -292,6 +292,6 @@ def _build_runtime(
             past = history.layer(position, experts)
             runners[index] = MoELayer(index, compute, policy=policy, history=past, telemetry=telemetry)
             setattr(modules[index], RUNNER, runners[index])
-    runtime = Runtime(content, layers, plan, store, tuple(movers), tuple(runners[i] for i in range(len(layers))), telemetry)
+    runtime = Runtime(content, layers, plan, store, tuple(loaders), tuple(runners[i] for i in range(len(layers))), telemetry)
     attach(model, runtime)
     return runtime

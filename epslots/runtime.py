@@ -30,7 +30,7 @@ class Runtime:
     Attributes:
         checkpoint: a digest of the weight files' content.
         layers: the MoE layers in order.
-        movers: the expert loader of each pool.
+        loaders: the expert loader of each pool.
         runners: the ``MoELayer`` of each layer.
         predictor: predicts the next layer's experts; None where nothing is predicted.
         computes_on_host: whether the host's CPU may compute missing experts.
@@ -41,17 +41,17 @@ class Runtime:
     layers: tuple[LayerSpec, ...]
     plan: MemoryPlan
     store: HostStore
-    movers: tuple[ExpertLoader, ...]
+    loaders: tuple[ExpertLoader, ...]
     runners: tuple[MoELayer, ...]
     telemetry: Telemetry
-    foresight: PrefetchConfig = field(default_factory=PrefetchConfig)
+    prefetch_config: PrefetchConfig = field(default_factory=PrefetchConfig)
     predictor: UsagePredictor | None = None
     computes_on_host: bool = False
     rank_settings: Mapping[str, str] = field(default_factory=dict)
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
         """The pool of a layer, and the layer's number within it."""
-        for loader in self.movers:
+        for loader in self.loaders:
             if index in loader.store_layers:
                 return loader.pool, loader.store_layers.index(index)
         raise IndexError(f"layer {index}: there are {len(self.layers)}")
@@ -63,7 +63,7 @@ class Runtime:
 
     def divide(self, quotas: Sequence[int]) -> None:
         """Give each layer another number of slots, of the same sum in every pool. A pool that changes is emptied."""
-        for loader in self.movers:
+        for loader in self.loaders:
             of_pool = [quotas[index] for index in loader.store_layers]
             if list(loader.pool.quotas) != of_pool:
                 loader.wait_all()
@@ -75,7 +75,7 @@ class Runtime:
         """Load these experts of each layer into its first slots, which are empty."""
         size = {i: self.layers[i].layout.nbytes for i in experts}
         with display("loading experts into slots", sum(len(e) * size[i] for i, e in experts.items())) as advance:
-            for loader in self.movers:
+            for loader in self.loaders:
                 for position, index in enumerate(loader.store_layers):
                     if index in experts:
                         loader.fill(position, experts[index])
@@ -87,7 +87,7 @@ class Runtime:
         Raises:
             AssertionError: naming what disagrees. It is a bug of ours.
         """
-        for loader in self.movers:
+        for loader in self.loaders:
             loader.pool.check_integrity()
             loader.check_content()
 

@@ -252,7 +252,7 @@ class WindowMeter:
 
 
 def _encode(count: np.ndarray) -> Any:
-    """A count as a ``LoadWindow`` has it: a number, a tuple [L], or the bytes of an array [L, any number]."""
+    """A count as a field of ``LoadWindow``: a number, a tuple [L], or the bytes of an array [L, any number]."""
     if count.ndim == 2:
         return count.astype("<i8").tobytes()
     return tuple(count.tolist()) if count.ndim else count.item()

@@ -191,7 +191,7 @@ def _seconds(step: Callable[[torch.Tensor], object], tokens: torch.Tensor) -> fl
 
 def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -> list[dict[str, Any]]:
     """Records into slots by the device's kernel and by plain copies, against one large copy of pinned memory: GB/s."""
-    loader = runtime_of(model).movers[0]
+    loader = runtime_of(model).loaders[0]
     pool = loader.pool
     count = min(TIMED_RECORDS, pool.quotas[0])
     loader.wait_all()

@@ -42,7 +42,7 @@ def bench_fetch(report: BenchReport, cache_dir: Path, device: torch.device, *, r
 
 
 def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, Any]:
-    loader = runtime.movers[0]
+    loader = runtime.loaders[0]
     pool = loader.pool
     size = pool.layout.nbytes
     source = torch.empty(LAYERS * EXPERTS, size, dtype=torch.uint8, pin_memory=device.type == "cuda").random_()
@@ -114,7 +114,7 @@ def _forms(device: torch.device, rounds: int) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """A fetch and a pass through the slot, against the host's CPU on the record itself; by the expert's tokens."""
-    loader, runner = runtime.movers[0], runtime.runners[0]
+    loader, runner = runtime.loaders[0], runtime.runners[0]
     pool, kernel = loader.pool, runner.experts.kernel
     host = CpuExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
     put, window = Unpacker(runtime.layers[0]), pool.window(0)

@@ -140,7 +140,7 @@ def _bench(report: BenchReport, name: str, folder: Path, ids: torch.Tensor, cach
     def load(policy: str, *, waiting: bool = False, prefetch: str = "off") -> Variant:
         model = load_fp32(folder, cache_dir, slots=SLOTS, link=link, prefetch=prefetch, policy=policy)
         if waiting:
-            for loader in runtime_of(model).movers:
+            for loader in runtime_of(model).loaders:
                 loader.link = Waiting(loader.link)
         return Variant(model)
 

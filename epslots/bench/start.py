@@ -58,7 +58,7 @@ def _ours(folder: Path, cache_dir: Path) -> int:
     from epslots.runtime import runtime_of
 
     model = epslots.load(folder, slots=SLOTS, device="cpu", cache_dir=cache_dir, progress=False)
-    return sum(p.nbytes for p in model.parameters()) + sum(loader.pool.nbytes for loader in runtime_of(model).movers)
+    return sum(p.nbytes for p in model.parameters()) + sum(loader.pool.nbytes for loader in runtime_of(model).loaders)
 
 
 def _in_fresh_process(load: Callable[[Path, Path], int], folder: Path, cache_dir: Path) -> dict[str, float]:

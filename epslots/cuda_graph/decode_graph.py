@@ -282,18 +282,18 @@ class DecodeGraph:
 
     def _take_over(self) -> None:
         """Give the slots to the device until ``close``, if it can decide about them."""
-        runners, movers = self._runtime.runners, self._runtime.movers
+        runners, loaders = self._runtime.runners, self._runtime.loaders
         if any(runner.slots_are_lent for runner in runners):
             raise ConfigError("another DecodeGraph has this model's slots; close it before")
         self.obstacle = _device_obstacle(self._runtime, self.batch)  # layers may have passed slots, or a group been joined
         if self.obstacle is not None:
             return
-        windows = [loader.pool.starts for loader in movers]
+        windows = [loader.pool.starts for loader in loaders]
         if windows != self._windows:
             self._windows = windows
             self._graph, self._warm = None, False
             self._build()
-        for slots, loader in zip(self._slots, movers, strict=True):
+        for slots, loader in zip(self._slots, loaders, strict=True):
             if slots is not None:
                 rows = [runners[index] for index in loader.store_layers]
                 slots.enter([row.history for row in rows], [row.steps for row in rows])
@@ -304,7 +304,7 @@ class DecodeGraph:
     def _build(self) -> None:
         """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present windows."""
         self._slots, stand_ins = [], {}
-        for loader in self._runtime.movers:
+        for loader in self._runtime.loaders:
             pool = loader.pool
             misses = [layer for layer in range(len(pool.layers)) if not pool.holds_all_of(layer)]
             pairs = self.batch * self._runtime.plan.shape.top_k
@@ -327,7 +327,7 @@ class DecodeGraph:
         for runner, experts in zip(runners, self._experts, strict=True):
             if experts.calls:
                 self._runtime.telemetry.count(runner.index, steps=replays, passes=replays)
-        for slots, loader in zip(self._slots, self._runtime.movers, strict=True):
+        for slots, loader in zip(self._slots, self._runtime.loaders, strict=True):
             if slots is not None:
                 self._hand_back(slots, loader, [runners[index] for index in loader.store_layers])
 
@@ -357,7 +357,7 @@ def _device_obstacle(runtime: Runtime, batch: int) -> str | None:
     if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
         return "batch-invariant products are laid out on the host"
     pairs = batch * runtime.plan.shape.top_k
-    return next((why for loader in runtime.movers if (why := slots_obstacle(loader, pairs)) is not None), None)
+    return next((why for loader in runtime.loaders if (why := slots_obstacle(loader, pairs)) is not None), None)
 
 
 def kernels_for(loader: ExpertLoader) -> Kernels:

@@ -87,7 +87,7 @@ def settings_of(runtime: Runtime, given: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def greet_peers(transport: Transport, hello: Handshake) -> list[Handshake]:
+def greet_peers(transport: Transport, handshake: Handshake) -> list[Handshake]:
     """All ranks' handshakes, checked against each other.
 
     Raises:
@@ -95,35 +95,35 @@ def greet_peers(transport: Transport, hello: Handshake) -> list[Handshake]:
         StaleEpoch: a rank belongs to another epoch.
         PeerLost: a rank is gone, or could not load.
     """
-    hellos = exchange_handshakes(transport, hello)
-    for rank, other in enumerate(hellos):
+    handshakes = exchange_handshakes(transport, handshake)
+    for rank, other in enumerate(handshakes):
         if other.failure:
             raise PeerLost(f"rank {rank} could not load the model: {other.failure}")
-    epochs = [other.epoch for other in hellos]
+    epochs = [other.epoch for other in handshakes]
     if len(set(epochs)) > 1:
         raise StaleEpoch(f"ranks belong to different epochs of the group: {epochs}, by rank")
-    for rank, other in enumerate(hellos):
-        for name in sorted(hellos[0].settings.keys() | other.settings.keys()):
-            first, second = hellos[0].settings.get(name), other.settings.get(name)
+    for rank, other in enumerate(handshakes):
+        for name in sorted(handshakes[0].settings.keys() | other.settings.keys()):
+            first, second = handshakes[0].settings.get(name), other.settings.get(name)
             if first != second:
                 raise RankMismatchError(f"ranks differ: {name} is {first!r} on rank 0 and {second!r} on rank {rank}")
-    return hellos
+    return handshakes
 
 
-def exchange_handshakes(transport: Transport, hello: Handshake) -> list[Handshake]:
+def exchange_handshakes(transport: Transport, handshake: Handshake) -> list[Handshake]:
     """All ranks' handshakes, unchecked.
 
     Raises:
         RankMismatchError: a rank speaks another protocol.
     """
     try:
-        return [msgspec.msgpack.decode(m, type=Handshake) for m in transport.gather_bytes(encode(hello))]
+        return [msgspec.msgpack.decode(m, type=Handshake) for m in transport.gather_bytes(encode(handshake))]
     except msgspec.DecodeError as error:
         raise RankMismatchError(f"a rank speaks another protocol than this one's ({PROTOCOL}): {error}") from error
 
 
 def agree_on_placement(
-    transport: Transport, hellos: Sequence[Handshake], mine: Placement | None
+    transport: Transport, handshakes: Sequence[Handshake], mine: Placement | None
 ) -> tuple[Placement, int] | None:
     """The placement of the newest of the ranks' last groups, carried over to these ranks, and its bytes per step.
 
@@ -135,18 +135,18 @@ def agree_on_placement(
     Returns:
         None if no rank of the newest group followed a placement.
     """
-    eldest = max(range(transport.size), key=lambda rank: (hellos[rank].group, hellos[rank].placement, -rank))
-    newest = max(hello.placement for hello in hellos)
-    if not hellos[eldest].placement:
+    eldest = max(range(transport.size), key=lambda rank: (handshakes[rank].group, handshakes[rank].placement, -rank))
+    newest = max(handshake.placement for handshake in handshakes)
+    if not handshakes[eldest].placement:
         return None
     messages = transport.gather_bytes(pack(mine) if transport.rank == eldest and mine is not None else b"")
-    placement, group = unpack(messages[eldest]), hellos[eldest].group
+    placement, group = unpack(messages[eldest]), handshakes[eldest].group
     if group >= 0:  # else all ranks have just loaded with it
         rank_of_old = [-1] * placement.ranks
-        for rank, hello in enumerate(hellos):
-            if hello.group == group:
-                rank_of_old[hello.rank] = rank
-        quota_LR = np.array([hello.slots for hello in hellos]).T
+        for rank, handshake in enumerate(handshakes):
+            if handshake.group == group:
+                rank_of_old[handshake.rank] = rank
+        quota_LR = np.array([handshake.slots for handshake in handshakes]).T
         placement = replace(carry_over(placement, rank_of_old, quota_LR), version=newest + 1)
         placement.check()
-    return placement, hellos[eldest].bytes_per_step
+    return placement, handshakes[eldest].bytes_per_step

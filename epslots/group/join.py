@@ -72,14 +72,14 @@ def join(
         PeerLost: a rank is gone, or could not load.
     """
     runtime, last = runtime_of(model), group_of(model)
-    for loader in runtime.movers:
+    for loader in runtime.loaders:
         loader.vacate_unconfirmed()
     if settings is None:
         settings = {} if last is None else last.settings
     followed = last.placement if placement is None and last is not None else placement
     if placement is not None:
         settings = {**settings, "placement": f"{placement.version} ({xxhash.xxh3_64_hexdigest(pack(placement))})"}
-    hello = Handshake(
+    handshake = Handshake(
         epoch=transport.epoch,
         settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
         slots=[runner.cache.slots for runner in runtime.runners],
@@ -92,30 +92,32 @@ def join(
         placement=0 if followed is None else followed.version,
         bytes_per_step=(0 if last is None else last.shared.bytes_per_step) or _START_BYTES,
     )
-    hellos = greet_peers(transport, hello)
-    _share_history(transport, runtime, hellos)
+    handshakes = greet_peers(transport, handshake)
+    _share_history(transport, runtime, handshakes)
     if placement is not None:
-        slots_LR = np.array([other.slots for other in hellos]).T
-        pools = [loader.store_layers for loader in runtime.movers]
+        slots_LR = np.array([other.slots for other in handshakes]).T
+        pools = [loader.store_layers for loader in runtime.loaders]
         check_fits(placement, default_placement([layer.num_experts for layer in runtime.layers], slots_LR), pools)
-    agreed = _agree_on_costs(transport, runtime, hellos, costs)
-    group = RankGroup(runtime, transport, settings, hellos, agreed, agree_on_placement(transport, hellos, followed))
+    agreed = _agree_on_costs(transport, runtime, handshakes, costs)
+    group = RankGroup(runtime, transport, settings, handshakes, agreed, agree_on_placement(transport, handshakes, followed))
     if group_of(model) is None:
         _step_with_every_pass(model)
     enter(model, group)
     return group
 
 
-def _agree_on_costs(transport: Transport, runtime: Runtime, hellos: Sequence[Handshake], given: Costs | None) -> list[Costs]:
+def _agree_on_costs(
+    transport: Transport, runtime: Runtime, handshakes: Sequence[Handshake], given: Costs | None
+) -> list[Costs]:
     """The costs of each pool: given ones, those of a rank's last group, or measured ones."""
     if given is not None:
-        return [given] * len(runtime.movers)
-    known = [hello.costs for hello in hellos if hello.costs]
+        return [given] * len(runtime.loaders)
+    known = [handshake.costs for handshake in handshakes if handshake.costs]
     if known:
         return [largest(pool) for pool in zip(*known, strict=True)]
     return [
         measure_costs(transport, loader, runtime.runners[loader.store_layers[0]].experts, on_cpu=runtime.computes_on_host)
-        for loader in runtime.movers
+        for loader in runtime.loaders
     ]
 
 
@@ -126,10 +128,10 @@ def stand_alone(model: nn.Module, costs: Costs | None = None) -> None:
         costs: decide which misses are computed on the CPU, where that is allowed; measured if not given.
     """
     runtime = runtime_of(model)
-    bound = runtime.foresight.bytes_per_step
+    bound = runtime.prefetch_config.bytes_per_step
     budgets = FetchBudgets(None if bound is None else PrefetchBudget(1, bound))
     peers = Alone(lambda: None if budgets.prefetch is None else budgets.prefetch.renew())
-    for loader in runtime.movers:
+    for loader in runtime.loaders:
         runners = [runtime.runners[index] for index in loader.store_layers]
         known = (costs or measure_alone(loader, runners[0].experts, on_cpu=True)) if runtime.computes_on_host else None
         for runner in runners:
@@ -139,9 +141,9 @@ def stand_alone(model: nn.Module, costs: Costs | None = None) -> None:
             runner.form(peers, plan_alone(runner.cache, budgets, share), complete=runner.cache.holds_all)
 
 
-def _share_history(transport: Transport, runtime: Runtime, hellos: Sequence[Handshake]) -> None:
+def _share_history(transport: Transport, runtime: Runtime, handshakes: Sequence[Handshake]) -> None:
     """Give all ranks the past uses of the rank that has seen most: all must evict the same experts."""
-    eldest = max(range(transport.size), key=lambda rank: (hellos[rank].steps, -rank))
+    eldest = max(range(transport.size), key=lambda rank: (handshakes[rank].steps, -rank))
     mine = [(runner.steps, runner.history.pack()) for runner in runtime.runners]
     messages = transport.gather_bytes(encode(mine) if transport.rank == eldest else b"")
     theirs = msgspec.msgpack.decode(messages[eldest], type=list[tuple[int, bytes]])
@@ -187,7 +189,7 @@ def start_rank(
 
 def _divide(runtime: Runtime, placement: Placement, slots_LR: IntArray, rank: int) -> None:
     there = default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
-    check_fits(placement, there, [loader.store_layers for loader in runtime.movers])
+    check_fits(placement, there, [loader.store_layers for loader in runtime.loaders])
     runtime.divide(placement.quota_LR[:, rank].tolist())
 
 

@@ -47,23 +47,23 @@ class RankGroup:
         runtime: Runtime,
         transport: Transport,
         settings: Mapping[str, str],
-        hellos: Sequence[Handshake],
+        handshakes: Sequence[Handshake],
         costs: Sequence[Costs],
         followed: tuple[Placement, int] | None,
     ) -> None:
         self.transport = transport
         self.settings = dict(settings)
         self.costs = tuple(costs)
-        self.nodes = tuple(hello.node for hello in hellos)
+        self.nodes = tuple(handshake.node for handshake in handshakes)
         self._runtime = runtime
         self._offered: dict[int, tuple[Placement, int]] = {}
-        self._tables = [(loader, _table(loader, hellos)) for loader in runtime.movers]
-        self.shared = self._planners(hellos)
+        self._tables = [(loader, _table(loader, handshakes)) for loader in runtime.loaders]
+        self.shared = self._planners(handshakes)
         if followed is not None:
             self.shared.adopt(*followed)
         self.lockstep = LockStep(
             transport,
-            model=xxhash.xxh3_64_intdigest(hellos[0].settings["checkpoint"].encode()) & 0x7FFFFFFF,
+            model=xxhash.xxh3_64_intdigest(handshakes[0].settings["checkpoint"].encode()) & 0x7FFFFFFF,
             most_experts=max(layer.num_experts for layer in runtime.layers),
             idle_layers=[runner.idle for runner in runtime.runners],
             digest=self._digest,
@@ -71,18 +71,18 @@ class RankGroup:
             on_header=self._begin_step,
         )
         self.lockstep.placement = self.shared.placement.version
-        for loader in runtime.movers:
+        for loader in runtime.loaders:
             loader.transport = transport
         for runner, planner in zip(runtime.runners, self.shared.layers, strict=True):
             runner.form(self.lockstep, planner, complete=self.shared.complete)
 
-    def _planners(self, hellos: Sequence[Handshake]) -> ModelPlanner:
+    def _planners(self, handshakes: Sequence[Handshake]) -> ModelPlanner:
         """A planner for each layer, from what all ranks hold."""
         runtime, size = self._runtime, self.transport.size
-        quota_LR = np.array([hello.slots for hello in hellos]).T
+        quota_LR = np.array([handshake.slots for handshake in handshakes]).T
         placement = default_placement([layer.num_experts for layer in runtime.layers], quota_LR)
         _, node_R = np.unique(self.nodes, return_inverse=True)
-        bound = runtime.foresight.bytes_per_step
+        bound = runtime.prefetch_config.bytes_per_step
         budgets = FetchBudgets(None if bound is None else PrefetchBudget(size, bound))
         layers: dict[int, LayerPlanner] = {}
         for (loader, table), costs in zip(self._tables, self.costs, strict=True):
@@ -103,7 +103,7 @@ class RankGroup:
                     budgets=budgets,
                     cpu_share=CpuShare(size, experts, costs, concurrent=loader.link.concurrent) if offloads else None,
                 )
-        pools = [loader.store_layers for loader in runtime.movers]
+        pools = [loader.store_layers for loader in runtime.loaders]
         return ModelPlanner([layers[index] for index in range(len(layers))], placement, pools, budgets)
 
     @property
@@ -131,7 +131,7 @@ class RankGroup:
             most = format_bytes(MOST_STEP_BYTES)
             raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0 and less than {most}")
         if placement.version > self.lockstep.placement:
-            check_fits(placement, self.placement, [loader.store_layers for loader in self._runtime.movers])
+            check_fits(placement, self.placement, [loader.store_layers for loader in self._runtime.loaders])
             self._offered[placement.version] = placement, bytes_per_step
             self.lockstep.placement = placement.version
 
@@ -190,12 +190,12 @@ class RankGroup:
         return self.transport.gather_bytes(encode(value))
 
 
-def _table(loader: ExpertLoader, hellos: Sequence[Handshake]) -> BoolArray:
+def _table(loader: ExpertLoader, handshakes: Sequence[Handshake]) -> BoolArray:
     """Which rank holds which expert of a pool's layers, bool [layers, R, E]."""
-    table = np.zeros((len(loader.store_layers), len(hellos), loader.pool.slot_of.shape[1]), bool)
+    table = np.zeros((len(loader.store_layers), len(handshakes), loader.pool.slot_of.shape[1]), bool)
     for position, index in enumerate(loader.store_layers):
-        for rank, hello in enumerate(hellos):
-            table[position, rank, hello.residents[index]] = True
+        for rank, handshake in enumerate(handshakes):
+            table[position, rank, handshake.residents[index]] = True
     return table
 
 

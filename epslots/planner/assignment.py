@@ -82,8 +82,8 @@ class Assign:
 
 
 assign = Assign(CHEAPEST)
-"""The plan: what costs least."""
-# What it is compared with.
+"""The cheapest plan."""
+# Others, to compare it with.
 home_only = Assign(HOME)
 """The simplest plan: tokens go home, home fetches."""
 holder_only = Assign(HOLDERS)

@@ -147,7 +147,7 @@ class CpuShare:
         """Which of a step's fetches are computed on the CPU (``computed_on_cpu``), bool [F]; enters their cost.
 
         Args:
-            step: a counter that never falls: the layer's steps on a lone rank, in a group its steps with fetches from a host.
+            step: a counter that never falls: the layer's steps on a lone rank, in a group its steps with fetches.
             rank_F, expert_F, pairs_F: target rank, expert and pairs of each fetch.
             displaces_F: whether each displaces an expert with a higher score.
         """

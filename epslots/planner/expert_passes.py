@@ -1,6 +1,6 @@
 """One rank's way through one layer's step: which experts are computed in which pass, and which are fetched into which slot.
 
-``evictions.py`` decides which experts are evicted; ``ExpertCompute`` carries the passes out. A layer owns a *window* of
+``evictions.py`` decides which experts are evicted; ``ExpertCache`` carries the passes out. A layer owns a *window* of
 ``quota`` neighbouring slots; positions count from the window's start.
 
     slots for all       every fetch begins at once. Over a link that runs during compute, ready experts are computed first, and

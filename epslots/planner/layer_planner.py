@@ -83,7 +83,7 @@ class LayerPlanner:
         self._budgets = FetchBudgets() if budgets is None else budgets
         self._remote = RemoteCosts(*state.holds_RE.shape)
         self._prefetch_policy = PrefetchPolicy()
-        self._steps = 0
+        self._steps = self._steps_with_fetches = 0
         self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
 
     @cached_property
@@ -232,13 +232,15 @@ class LayerPlanner:
 
     def _offload(self, work: Assignment, score_E: IntArray, share: CpuShare) -> tuple[Assignment, IntArray, IntArray]:
         """The work with the fetches that are left, and the ranks and experts that CPUs compute instead."""
+        self._steps_with_fetches += 1
+        step = self._steps if self.alone else self._steps_with_fetches
         host_F = np.flatnonzero(work.fetch_sources < 0)
         ranks, experts = work.fetch_ranks[host_F], work.fetch_experts[host_F]
         pairs = work.computed_RU[ranks, np.searchsorted(work.experts_U, experts)]
         holds_RE, needed_RE = np.ascontiguousarray(self.state.holds_RE), self._needed(work)
         displaces = displaces_better(holds_RE, needed_RE, self.state.quota_R, score_E, ranks, experts)
         on_cpu_F = np.zeros(len(work.fetch_ranks), bool)
-        on_cpu_F[host_F] = share.choose(self._steps, ranks, experts, pairs, displaces)
+        on_cpu_F[host_F] = share.choose(step, ranks, experts, pairs, displaces)
         fetched_F = ~on_cpu_F
         left = msgspec.structs.replace(
             work,

@@ -1,4 +1,4 @@
-"""The slot pool and its mover as a state machine: whatever is routed, tables, slots and store agree."""
+"""The slot pool and its loader as a state machine: for any routing, tables, slots and store agree."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ class PoolMachine(RuleBasedStateMachine):
         change = plan_evictions((row >= 0)[None], (counts > 0)[None], np.array([self.pool.quotas[layer]]), score_E)
         passes = plan_passes(counts, position_E, self.pool.expert_of[window], score_E, change.evicted_RE[0])
         computed: set[int] = set()
-        for wave in passes:
-            if len(wave.fetch_experts):
-                self.loader.fetch(layer, wave.fetch_experts, wave.fetch_positions + window.start, wave.evicted)
-            for expert, position in zip(wave.experts.tolist(), wave.positions.tolist(), strict=True):
+        for one in passes:
+            if len(one.fetch_experts):
+                self.loader.fetch(layer, one.fetch_experts, one.fetch_positions + window.start, one.evicted)
+            for expert, position in zip(one.experts.tolist(), one.positions.tolist(), strict=True):
                 slot = window.start + position
                 assert torch.equal(self.pool.memory[slot], self.store.record(layer, expert)), "the wrong expert computes"
                 assert int(self.pool.slot_of_device[layer, expert]) == slot

@@ -160,7 +160,7 @@ def test_a_bit_flipped_in_the_host_store_is_never_served(folder: Path, tmp_path:
     bounded = load(folder, tmp_path, slots=2)  # nothing is fetched yet
     with pytest.raises(StoreError, match="expert 7"):
         bounded(zoo.random_ids(32, 64))
-    epslots.runtime.runtime_of(bounded).movers[0].pool.check_integrity()
+    epslots.runtime.runtime_of(bounded).loaders[0].pool.check_integrity()
     assert len(epslots.verify(bounded, progress=False)) == 1
 
 

@@ -108,7 +108,7 @@ async def steered(
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a coroutine on a ``ClockLoop``, where another controller is hired at once."""
+    """Runs a coroutine on a ``ClockLoop``, where another controller starts at once."""
     monkeypatch.setattr(steering_module, "_BACKOFF_S", 0.0)
 
     def run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -146,7 +146,7 @@ def test_what_is_decided_is_taken_to_all_ranks(run: Run):
 
 @pytest.mark.parametrize("fault", ["crash", "hang", "garbage", "bug"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_one_that_fails_is_replaced_and_generations_grow(
+def test_one_that_fails_is_replaced_and_versions_grow(
     run: Run, fault: ControllerFault, order: int, caplog: pytest.LogCaptureFixture
 ):
     async def scenario() -> None:
@@ -453,7 +453,7 @@ class Backwards(Controller):
         return reply
 
 
-def test_a_generation_that_goes_back_is_not_taken_to_the_ranks(run: Run):
+def test_a_version_that_goes_back_is_not_taken_to_the_ranks(run: Run):
     async def scenario() -> None:
         backend = FakeBackend(make_controller=lambda: Backwards(lambda: 0.0))
         async with steered(backend) as (_, ranks, _2):

@@ -53,6 +53,17 @@ def test_test_modules_import_no_test_module():
         assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
 
 
+def test_named_modules_exist():
+    """In docstrings and comments, where a reader follows them; and in the list of fast tests."""
+    known = {path.name for path in files(*PACKAGES, "tests", "examples")}
+    for path in files(*PACKAGES):
+        named = {name.rpartition("/")[2] for name in re.findall(r"``([a-z_/]+\.py)``", path.read_text())}
+        strangers = named - known - {"cluster.py", "torch.py"}  # files that a user's folder may have
+        assert not strangers, f"{path.relative_to(ROOT)} names {strangers}"
+    listed = re.search(r"^FAST = (\(.*?^\))", (ROOT / "tests/conftest.py").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed and [name for name in ast.literal_eval(listed[1]) if not (ROOT / "tests" / name).exists()] == []
+
+
 def documented_packages() -> dict[str, str]:
     """The first line of the docstring of every package below epslots/ and cluster/, by its path."""
     return {

@@ -86,7 +86,7 @@ def test_the_device_leaves_behind_what_the_host_would(name: str, checkpoint: Cal
             for field in ("steps", "hits", "misses", "passes", "evictions", "host_bytes", "tokens_per_expert"):
                 assert getattr(mine, field) == getattr(yours, field), field
             assert mine.misses > 0 or not mine.steps
-        for one, two in zip(runtime_of(other).movers, runtime_of(usual).movers, strict=True):
+        for one, two in zip(runtime_of(other).loaders, runtime_of(usual).loaders, strict=True):
             assert np.array_equal(one.pool.slot_of, two.pool.slot_of)
             assert np.array_equal(one.pool.expert_of, two.pool.expert_of)
         for a, b in zip(runtime_of(other).runners, runtime_of(usual).runners, strict=True):
@@ -155,7 +155,7 @@ def test_replayed_steps_on_tables_of_their_own(
             for field in ("steps", "hits", "misses", "passes", "evictions", "host_bytes", "tokens_per_expert"):
                 assert getattr(mine, field) == getattr(yours, field), field
         runtime_of(model).check_integrity()
-        assert np.array_equal(runtime_of(model).movers[0].pool.slot_of, runtime_of(usual).movers[0].pool.slot_of)
+        assert np.array_equal(runtime_of(model).loaders[0].pool.slot_of, runtime_of(usual).loaders[0].pool.slot_of)
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -27,7 +27,7 @@ from tests.support.device_slot_helpers import (
     NoValues,
     assert_as_the_host_decides,
     assert_slots_hold_what_tables_say,
-    make_mover,
+    make_loader,
     problems,
     put_in_state,
     states,
@@ -38,7 +38,7 @@ from tests.support.device_slot_helpers import (
 @settings(deadline=None, max_examples=80)
 @given(problem=problems(), apart=st.booleans())
 def test_the_device_decides_as_the_host_does(problem: dict[str, Any], apart: bool):
-    loader = make_mover(problem["quotas"], apart=apart)
+    loader = make_loader(problem["quotas"], apart=apart)
     assert_as_the_host_decides(problem, loader, TorchKernels(loader))
 
 
@@ -61,7 +61,7 @@ def test_the_device_decides_as_the_host_does_in_any_state(state: dict[str, Any])
 
 
 def test_the_decision_asks_for_no_value():
-    loader = make_mover((4, 3, 6))
+    loader = make_loader((4, 3, 6))
     slots = DeviceSlots(loader, TorchKernels(loader), 3)
     missing = Missing(*(torch.zeros(n, dtype=torch.int64) for n in (3, 3, 1)))
     with NoValues():
@@ -72,7 +72,7 @@ def test_the_decision_asks_for_no_value():
 
 
 def test_a_corrupt_record_enters_no_slot(monkeypatch: pytest.MonkeyPatch):
-    loader = make_mover((4, 3, 6))
+    loader = make_loader((4, 3, 6))
     slots = DeviceSlots(loader, TorchKernels(loader), 3)
     right = store().record
 
@@ -91,14 +91,14 @@ def test_a_corrupt_record_enters_no_slot(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_more_pairs_than_agreed_are_refused():
-    loader = make_mover((4, 3, 6))
+    loader = make_loader((4, 3, 6))
     slots = DeviceSlots(loader, TorchKernels(loader), 3)
     with pytest.raises(ConfigError, match=r"a step of 4 .* of 3 at most"):
         slots.prepare(0, torch.tensor([1, 1, 1, 1]))
 
 
 def test_tables_of_the_device_are_adopted():
-    loader = make_mover((4, 3, 6), apart=True)
+    loader = make_loader((4, 3, 6), apart=True)
     loader.pool.slot_of_device[2, 15] = 8
     loader.pool.expert_of_device[8] = 15
     adopt_device_tables(loader.pool)
@@ -107,10 +107,10 @@ def test_tables_of_the_device_are_adopted():
 
 
 def test_obstacles():
-    loader = make_mover((4, 9, 6))
+    loader = make_loader((4, 9, 6))
     assert slots_obstacle(loader, 4) is None
     assert slots_obstacle(loader, 5) == "layers.0.experts has 4 slots, and a step may need 5 experts"
-    assert slots_obstacle(make_mover((12, 9, 16)), 100) is None, "what never misses takes any step"
+    assert slots_obstacle(make_loader((12, 9, 16)), 100) is None, "what never misses takes any step"
     loader.pool.device = torch.device("cuda")
     assert "isn't pinned" in str(slots_obstacle(loader, 4))
     loader.transport = object()
@@ -118,7 +118,7 @@ def test_obstacles():
 
 
 def test_packed_records_are_an_obstacle(monkeypatch: pytest.MonkeyPatch):
-    loader = make_mover((4, 9, 6))
+    loader = make_loader((4, 9, 6))
     packed = PackedLayout(RecordLayout.of([("codes", (9,), "uint8")]), ())
     monkeypatch.setattr(loader.store, "manifest", Manifest("", "", tuple(structs.replace(s, packed=packed) for s in LAYERS)))
     assert "another form" in str(slots_obstacle(loader, 4))

@@ -24,7 +24,7 @@ from tests.support.device_slot_helpers import (
     LAYOUT,
     STORE_LAYERS,
     assert_as_the_host_decides,
-    make_mover,
+    make_loader,
     problems,
     put_in_state,
     states,
@@ -65,7 +65,7 @@ def kernels(loader: Any) -> Kernels:
 @given(problem=problems())
 def test_triton_decides_as_the_host_does(problem: dict[str, Any]):
     """Steps in a row: the decision, the tables, the histories and every byte of every slot."""
-    loader = make_mover(problem["quotas"])
+    loader = make_loader(problem["quotas"])
     assert_as_the_host_decides(problem, loader, kernels(loader))
 
 
@@ -93,7 +93,7 @@ def test_what_is_copied_and_what_is_not(count: int, monkeypatch: pytest.MonkeyPa
     import epslots.cuda_graph.triton_kernels as module
 
     for programs in (1, 5, 64):
-        loader = make_mover((2, 6, 2))
+        loader = make_loader((2, 6, 2))
         made = kernels(loader)
         monkeypatch.setattr(module, "GATHER_PROGRAMS", programs)
         loader.pool.memory.fill_(77)

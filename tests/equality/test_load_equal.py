@@ -27,7 +27,7 @@ def test_two_experts_modules_a_layer_and_both_reached(checkpoint: Callable[[str]
     folder = checkpoint("ernie4_5_vl_moe")
     reference, model = zoo.reference(folder), load(folder, cache_dir, slots=2)
     assert_equal(model, reference, **zoo.mixed_inputs(2, 40))
-    assert len(runtime_of(model).movers) == 2
+    assert len(runtime_of(model).loaders) == 2
     assert all(layer.steps for layer in epslots.stats(model).layers)
 
 

@@ -49,7 +49,7 @@ def alone(slots: int | str) -> Callable[[Cell], None]:
         runtime, tiny = runtime_of(model), zoo.ZOO[cell.name]
         assert all(layer.num_experts == tiny.num_experts for layer in runtime.layers)
         quota = {1: 1, "25%": max(1, tiny.num_experts // 4), "100%": tiny.num_experts}[slots]
-        assert all(m.pool.memory.nbytes == quota * len(m.pool.layers) * m.pool.layout.nbytes for m in runtime.movers)
+        assert all(m.pool.memory.nbytes == quota * len(m.pool.layers) * m.pool.layout.nbytes for m in runtime.loaders)
         used = [layer for layer in epslots.stats(model).layers if layer.steps]
         assert len(used) == tiny.moe_layers - tiny.idle_layers
         assert all((layer.misses == 0) == (slots == "100%") for layer in used)

@@ -87,7 +87,7 @@ def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Check
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=["100%", "100%"])
     for rank in range(2):
-        for loader in grouped.runtime(rank).movers:
+        for loader in grouped.runtime(rank).loaders:
             loader.link = LateLink()
             first = loader.pool.expert_of[loader.pool.window(0)][:2].copy()
             slots = loader.pool.slot_of[0, first].copy()

@@ -109,7 +109,7 @@ def test_the_pool_and_the_graph_take_their_memory_once(checkpoint: Callable[[str
 def test_triton_decides_as_torch_does(checkpoint: Callable[[str], Path], cache_dir: Path):
     """On the GPU itself, from the same state and for the same ids: tables, histories, counts and what is missing."""
     runtime = runtime_of(load(checkpoint("qwen3_moe"), cache_dir))
-    (loader,) = runtime.movers
+    (loader,) = runtime.loaders
     loader.wait_all()
     generator = torch.Generator().manual_seed(1)
     pool, states = loader.pool, []

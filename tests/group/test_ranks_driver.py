@@ -1,6 +1,6 @@
 """Thousands of random steps of several ranks in one process, with every table and every byte checked after each.
 
-The layers, pools, movers and plans are the real ones; the model around them is left out. An expert multiplies each element of
+The layers, pools, loaders and plans are the real ones; the model around them is left out. An expert multiplies each element of
 a row by its own numbers, so that a result tells which expert made it.
 """
 

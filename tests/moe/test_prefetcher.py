@@ -216,7 +216,7 @@ class TestSettings:
         finally:
             path.unlink()
         assert "is not used" in caplog.text
-        assert runtime_of(model).foresight.settings.startswith("fetched ahead by routers")
+        assert runtime_of(model).prefetch_config.settings.startswith("fetched ahead by routers")
 
 
 def test_prefetches_count_where_their_bytes_do(checkpoint: Checkpoints, cache_dir: Path):
@@ -257,8 +257,8 @@ def test_late_prefetches_go_before_the_steps_misses(checkpoint: Checkpoints, cac
     model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%", link=LINK)
     runtime = runtime_of(model)
     mislead(runtime)
-    links = [HurriedLink() for _ in runtime.movers]
-    for loader, link in zip(runtime.movers, links, strict=True):
+    links = [HurriedLink() for _ in runtime.loaders]
+    for loader, link in zip(runtime.loaders, links, strict=True):
         loader.link = link
     greedy(model, zoo.random_ids(2, 9, seed=2), 40)
     assert sums(model, "late")[0] > 10
@@ -322,7 +322,7 @@ def test_an_interrupted_wait_leaves_the_model_as_it_was(at: int, checkpoint: Che
     reference, model = zoo.reference(folder), load(folder, cache_dir, slots="50%")
     mislead(runtime_of(model))
     link = Interrupted()
-    for loader in runtime_of(model).movers:
+    for loader in runtime_of(model).loaders:
         loader.link = link
     ids = zoo.random_ids(1, 4, seed=5)
     greedy(model, ids, 2)

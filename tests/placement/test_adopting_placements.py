@@ -68,7 +68,7 @@ def test_outputs_stay_and_every_placement_is_reached(name: str, costs: Any, chec
     grouped, reference = Grouped(folder, cache_dir, slots=["50%", "25%", "75%"], costs=costs), zoo.reference(folder)
     generator = np.random.default_rng(1)
     groups = groups_of(grouped)
-    pools = [loader.store_layers for loader in grouped.runtime(0).movers]
+    pools = [loader.store_layers for loader in grouped.runtime(0).loaders]
     for number in range(1, 4):
         target = random_placement(generator, groups[0].placement)
         if len(pools) > 1:  # slots pass between the layers of one pool alone

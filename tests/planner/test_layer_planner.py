@@ -1,16 +1,19 @@
-"""What all ranks know of a layer, over several steps: tolls add up, spare copies go first, the past is in the digest."""
+"""A layer over several steps: remote costs add up, spare copies are evicted first, the past is in the digest."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from epslots.planner.cost_model import Costs
+from epslots.planner.cpu_offload import HALVING_STEPS, CpuShare
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import MigrationBudget
 from tests.support.plan_strategies import COSTS, holds
 
 
-def test_tolls_add_up_until_a_copy_is_bought():
+def test_remote_costs_add_up_until_a_copy_is_bought():
     """Rank 0 has an empty slot and sends a pair a step to rank 1, which holds the expert."""
     counts, score = np.array([[1, 0], [0, 0]]), np.zeros(2, np.int64)
     layers = [
@@ -61,3 +64,23 @@ def test_a_wanted_copy_that_demand_brings_needs_no_budget():
     assert state.pending_migrations == 1
     layer.plan(np.array([[3, 0]]), lambda: np.zeros(2, np.int64))
     assert not (budget.left_R >= 10).any() and state.pending_migrations == 0
+
+
+@pytest.mark.parametrize(("ranks", "halved"), [(1, True), (2, False)])
+def test_steps_of_hits_halve_cpu_costs_of_a_lone_rank_alone(ranks: int, halved: bool):
+    """A group counts its steps with fetches: the account of an expert is worth as much after any number of hits."""
+    costs = Costs(10**6, 10**6, 1, 1, 1, 1, 1, host_expert=10**5, host_pair=1)
+    share = CpuShare(ranks, 2, costs, concurrent=False)
+    state = LayerState(holds(ranks, 2, *((rank, 1) for rank in range(ranks))), np.ones(ranks, np.int64), np.zeros(2, np.int64))
+    layer, score = LayerPlanner(0, state, costs, cpu_share=share), np.array([0, 9])
+
+    def step(expert: int) -> int:
+        counts = np.zeros((ranks, 2), np.int64)
+        counts[0, expert] = 1
+        layer.plan(counts, lambda: score)
+        return int(share.remote_ns_RE[0, 0])
+
+    once = step(0)
+    for _ in range(HALVING_STEPS):
+        step(1)
+    assert once > 0 and step(0) == once + (once // 2 if halved else once)

@@ -90,7 +90,7 @@ def test_the_clock_is_the_planners(costs: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def placement_that_wants(experts: list[int], ranks: int, quota: int, wanted: list[tuple[int, int, int]]) -> Placement:
-    """Generation 1: wanted (layer, rank, expert), homes where they are wanted."""
+    """Version 1: wanted (layer, rank, expert), homes where they are wanted."""
     dealt = default_placement(experts, np.full((len(experts), ranks), quota))
     wanted_LRE, home_LE = dealt.wanted_LRE.copy(), dealt.home_LE.copy()
     for layer, rank, expert in wanted:

@@ -55,8 +55,8 @@ def store() -> HostStore:
         )
 
 
-def make_mover(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
-    """What ``DeviceSlots`` needs of a mover. ``apart``: the device's tables are memory of their own, as on a GPU."""
+def make_loader(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
+    """What ``DeviceSlots`` needs of a loader. ``apart``: the device's tables are memory of their own, as on a GPU."""
     pool = SlotPool([LAYERS[index] for index in STORE_LAYERS], quotas, CPU)
     if apart:
         pool.slot_of_device, pool.expert_of_device = pool.slot_of_device.clone(), pool.expert_of_device.clone()
@@ -184,9 +184,9 @@ def states(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def put_in_state(state: dict[str, Any], make: Any) -> tuple[Any, DeviceSlots, HostRule]:
-    """A pool in the state, with ``make(mover)`` as kernels, and the host's rule in the same one."""
+    """A pool in the state, with ``make(loader)`` as kernels, and the host's rule in the same one."""
     layer, quota = state["layer"], state["quota"]
-    loader = make_mover(tuple(quota if number == layer else 1 for number in range(len(STORE_LAYERS))))
+    loader = make_loader(tuple(quota if number == layer else 1 for number in range(len(STORE_LAYERS))))
     host = HostRule(loader.pool.quotas, state["policy"])
     start = loader.pool.window(layer).start
     for position, expert in enumerate(state["expert_of_Q"]):

@@ -234,15 +234,15 @@ class FakeBackend:
         self.controllers: list[FakeController] = []
         self.controllers_started = 0
         self.refuse_controllers: list[str] = []
-        """Why the next hires of a controller fail."""
+        """Why the next starts of a controller fail."""
         self.orders: list[Order] = []
         """That controllers have answered."""
         self._controller_faults: list[ControllerFault | None] = []
         self.started = 0
         self.unreachable: set[int] = set()
-        """Seats whose workers meet nobody."""
+        """Bundles whose workers meet no other rank."""
         self.refuse: dict[int, list[str]] = defaultdict(list)
-        """For a bundle, why the next hires fail."""
+        """For a bundle, why the next starts fail."""
         self.refuse_forming: list[str] = []
         """Why the next workers that form a group can't."""
         self.refuse_reopening: list[str] = []
@@ -270,7 +270,7 @@ class FakeBackend:
         self.workers[bundle].at(operation, do)
 
     def controller_at(self, order: int, do: ControllerFault) -> None:
-        """Have the controller fail at an order, counted from here, whichever controller gets it."""
+        """Have the controller fail at an order, counted from here, of any controller."""
         self._controller_faults += [None] * (order - 1 - len(self._controller_faults)) + [do]
 
     def controller_fault(self) -> ControllerFault | None:

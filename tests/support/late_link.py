@@ -92,7 +92,7 @@ class Echo(Guesses):
 def mislead(runtime: Runtime, seed: int = 0) -> None:
     """Predictions at random, over a link that brings nothing before it must."""
     link = LateLink()
-    for loader in runtime.movers:
+    for loader in runtime.loaders:
         loader.link = link
     for runner, following in zip(runtime.runners, runtime.runners[1:], strict=False):
         guesses = Guesses(following.cache.num_experts, seed)

@@ -18,6 +18,7 @@ from epslots.group.join import announce_failure, join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
 from epslots.transport.local_transport import LocalHub, LocalTransport
+from epslots.transport.lockstep import Header, LockStep
 from tests.support import zoo
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads
@@ -81,7 +82,7 @@ def test_other_checkpoints_and_versions_are_refused(pair: Grouped, checkpoint: C
         assert isinstance(error, RankMismatchError) and "transformers is '4.0' on rank 0" in str(error)
 
 
-def test_an_old_generation_is_refused_when_it_greets(pair: Grouped):
+def test_an_old_epoch_is_refused_when_it_greets(pair: Grouped):
     def work(transport: LocalTransport) -> None:
         transport.epoch = 7 - transport.rank
         join(pair.models[transport.rank], transport, settings={}, costs=TOKENS_TRAVEL)
@@ -90,7 +91,7 @@ def test_an_old_generation_is_refused_when_it_greets(pair: Grouped):
         assert isinstance(error, StaleEpoch) and "[7, 6]" in str(error)
 
 
-def test_an_old_generation_is_refused_at_a_steps_header(pair: Grouped):
+def test_an_old_epoch_is_refused_at_a_steps_header(pair: Grouped):
     def work(transport: LocalTransport) -> None:
         group = group_of(pair.models[transport.rank])
         group.transport.epoch = 3 - transport.rank
@@ -119,7 +120,7 @@ def test_a_diverged_table_names_layer_and_slot(pair: Grouped):
     """Rank 1 loses an expert behind everybody's back."""
     pair.run(lambda rank, model: forward(model))
     runtime = runtime_of(pair.models[1])
-    loader, layer = runtime.movers[0], 1
+    loader, layer = runtime.loaders[0], 1
     expert = int(np.flatnonzero(loader.pool.slot_of[layer] >= 0)[0])
     slot = int(loader.pool.slot_of[layer, expert])
     loader.pool.vacate(layer, np.array([expert]))
@@ -133,11 +134,33 @@ def test_a_table_that_differs_in_belief_names_the_slot(pair: Grouped):
     pair.run(lambda rank, model: forward(model))
     shared = group_of(pair.models[0]).shared.layers[2].state
     expert = int(np.flatnonzero(shared.holds_RE[1])[0])
-    slot = int(runtime_of(pair.models[1]).movers[0].pool.slot_of[2, expert])
+    slot = int(runtime_of(pair.models[1]).loaders[0].pool.slot_of[2, expert])
     shared.holds_RE[1, expert] = False
     shared.holds_changed()
     for error in errors_of(2, lambda t: forward(pair.models[t.rank]), pair.hub):
         assert isinstance(error, ExchangeError) and f"it is in slot {slot} there; ranks [1] of 2" in str(error)
+
+
+@pytest.mark.parametrize("work", [True, False])
+def test_digests_that_differ_are_refused_at_the_header(work: bool):
+    """Also in a step that computes nothing: no layer's guard would notice."""
+    begun: list[Header] = []
+
+    def begin(transport: LocalTransport) -> None:
+        lockstep = LockStep(
+            transport,
+            model=1,
+            most_experts=2,
+            idle_layers=[],
+            digest=lambda: 2**40 + transport.rank,
+            explain_divergence=lambda: "expert 3 on rank 0",
+            on_header=begun.append,
+        )
+        lockstep.begin(work=work)
+
+    for error in errors_of(2, begin):
+        assert isinstance(error, ExchangeError) and str(error) == "ranks no longer agree: expert 3 on rank 0"
+    assert not begun
 
 
 def test_a_rank_that_fails_in_a_step_ends_it_for_all(pair: Grouped):
@@ -193,7 +216,7 @@ def test_parts_of_the_model_alone_are_refused(pair: Grouped):
         pair.models[0].model.layers[0].mlp(torch.zeros(1, 2, zoo.HIDDEN))
 
 
-def test_a_lost_rank_is_an_error_and_the_next_generation_goes_on(checkpoint: Checkpoints, cache_dir: Path):
+def test_a_lost_rank_is_an_error_and_the_next_epoch_goes_on(checkpoint: Checkpoints, cache_dir: Path):
     """Rank 2 dies in the middle of a step. The others form the next epoch, retry, and answer as before."""
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=[3, 4, 5])
@@ -228,7 +251,7 @@ def test_uneven_work_ends_when_nobody_has_any(pair: Grouped):
     assert sum(idle.tokens_per_expert) == 0 and idle.pairs_received
 
 
-def test_keep_in_step_on_one_rank_does_nothing(checkpoint: Checkpoints, cache_dir: Path):
+def test_sync_ranks_on_one_rank_does_nothing(checkpoint: Checkpoints, cache_dir: Path):
     model = epslots.load(checkpoint("mixtral"), slots=2, device="cpu", cache_dir=cache_dir, progress=False)
     with epslots.sync_ranks(model):
         forward(model)
@@ -303,7 +326,7 @@ def test_copies_of_a_checkpoint_are_the_same_checkpoint(checkpoint: Checkpoints,
     assert group_of(models[0]) is not None
 
 
-def test_sizes_are_compared_in_the_first_step_of_a_generation(pair: Grouped, monkeypatch: pytest.MonkeyPatch):
+def test_sizes_are_compared_in_the_first_step_of_an_epoch(pair: Grouped, monkeypatch: pytest.MonkeyPatch):
     seen: list[bool] = []
     all_to_all = LocalTransport.all_to_all
 

@@ -502,7 +502,7 @@ def test_a_slow_rank_is_waited_for():
 
 
 def forms_many(rank: Rank) -> list[int]:
-    """Generation after epoch, left in peace, aborted, or given up half-way."""
+    """Epoch after epoch, left in peace, aborted, or given up half-way."""
     transport = rank.transport()
     sums = []
     for epoch in range(1, 7):
@@ -522,7 +522,7 @@ def forms_many(rank: Rank) -> list[int]:
     return sums
 
 
-def test_one_generation_after_another():
+def test_one_epoch_after_another():
     assert run_ranks(forms_many, 2) == [[2, 4, 6, 8, 10, 12]] * 2
 
 
