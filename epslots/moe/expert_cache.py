@@ -113,7 +113,7 @@ class ExpertCache:
                 slots_E,
                 position_E,
                 self._expert_of_Q,
-                plan.layer.score_E,
+                plan.score_E,
                 plan.evicted_E,
                 concurrent=self._loader.link.concurrent,
                 in_flight_E=in_flight_E if late else None,

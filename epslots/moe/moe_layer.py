@@ -312,7 +312,9 @@ class MoELayer:
             self._telemetry.count_reuse(self.index, stack_distances(self.history.last_use, used_E, self.scores()))
         self._telemetry.count_uses(self.index, used_E)
         self.planner.judge_predictions(used_E)
-        slots = int(self.planner.state.quota_R.sum()) if self._learns else None
+        slots = None
+        if self._learns:
+            slots = self.cache.slots if self.planner.alone else int(self.planner.state.quota_R.sum())
         record_use(self.history, used_E, self.steps, slots)
 
 

@@ -68,8 +68,8 @@ def dispatch(
     """
     top_k = gathered.top_k
     most_tokens = int(gathered.counts_R.sum(1).max()) // top_k  # of a rank, identity experts' included
-    work, splits = plan.layer.assignment, plan.splits
-    assert splits is not None
+    work, splits = plan.assignment, plan.splits
+    assert work is not None and splits is not None
     if gathers(costs, most_tokens, plan.moved, len(gathered.counts_R), top_k):
         return AllGatherDispatch(transport, hidden_TH, ids_N, work, splits, most_tokens, top_k)
     return AllToAllDispatch(transport, hidden_TH, ids_N, work, splits, top_k, agreed=agreed)

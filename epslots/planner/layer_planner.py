@@ -89,19 +89,12 @@ class LayerPlanner:
     @cached_property
     def no_work(self) -> RankPlan:
         """The plan of a step in which no rank has tokens."""
-        none_E, none_RU = self._zero_E, np.zeros((self.state.ranks, 0), np.int64)
-        work = Assignment(NO_EXPERTS, none_RU, none_RU, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, 0)
-        layer = LayerPlan(work, NO_EXPERTS, NO_EXPERTS, self._none_RE, NO_MIGRATIONS, none_E)
-        return RankPlan(layer, none_E, NO_EXPERTS, none_E, self._none_RE[0], 0, None, 0, 0, None, -1, -1, None)
+        return self._of_own_pairs(self._zero_E, self._zero_E, self._none_RE[0])
 
     def plan(self, counts_RE: IntArray, scores: Scores) -> RankPlan:
         """``decide`` for all ranks; returns this rank's part. Arguments as there."""
-        if self.alone and self._budgets.migration is None:
-            counts_E = np.ascontiguousarray(counts_RE[0], np.int64)
-            if not np.count_nonzero((counts_E > 0) > self.state.holds_RE[0]):  # all hits: nothing changes
-                self._steps += 1
-                none_E, layer = self._none_RE[0], self.no_work.layer
-                return RankPlan(layer, counts_E, NO_EXPERTS, counts_E, none_E, 0, None, 0, 0, None, -1, -1, None)
+        if self.alone and self.cpu_share is None and self._budgets.migration is None:
+            return self._plan_own_fetches(np.ascontiguousarray(counts_RE, np.int64), scores)
         plan, rank = self.decide(counts_RE, scores), self.rank
         work = plan.assignment
         if self.alone:
@@ -121,7 +114,8 @@ class LayerPlanner:
         if len(plan.migrations.ranks):
             migrated, displaced, migration_copies = self._own_migration(plan.migrations)
         return RankPlan(
-            layer=plan,
+            assignment=work if moved else None,
+            score_E=plan.score_E,
             computed_E=computed_E,
             cpu_experts=cpu_experts,
             slots_E=slots_E,
@@ -135,6 +129,25 @@ class LayerPlanner:
             displaced=displaced,
             migration_copies=migration_copies,
         )
+
+    def _plan_own_fetches(self, counts_1E: IntArray, scores: Scores) -> RankPlan:
+        """``plan`` of a rank alone that fetches all its misses: there is no work to assign."""
+        self._steps += 1
+        state, needed_1E = self.state, counts_1E > 0
+        misses = np.count_nonzero(needed_1E > state.holds_RE)
+        if not misses:
+            return self._of_own_pairs(counts_1E[0], self._zero_E, self._none_RE[0])
+        score_E = scores()
+        change = plan_evictions(np.ascontiguousarray(state.holds_RE), needed_1E, state.quota_R, score_E)
+        state.replace(change.after_RE)
+        if self._budgets.prefetch is not None:
+            self._budgets.prefetch.spend(np.zeros(misses, np.int64), self._record_bytes)
+        return self._of_own_pairs(counts_1E[0], score_E, change.evicted_RE[0])
+
+    @staticmethod
+    def _of_own_pairs(counts_E: IntArray, score_E: IntArray, evicted_E: BoolArray) -> RankPlan:
+        """The plan of a rank that computes its own pairs from slots, without an exchange."""
+        return RankPlan(None, score_E, counts_E, NO_EXPERTS, counts_E, evicted_E, 0, None, 0, 0, None, -1, -1, None)
 
     def decide(self, counts_RE: IntArray, scores: Scores) -> LayerPlan:
         """Plan a step for all ranks, enter which rank holds what after it, and spend the budgets.

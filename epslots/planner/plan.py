@@ -83,7 +83,8 @@ class RankPlan:
     """One rank's part of the plan of one layer's step.
 
     ``LayerPlanner.plan`` fills:
-        layer: the plan of all ranks.
+        assignment: the work of all ranks; None if no pair travels anywhere.
+        score_E: the eviction policy's scores; zeros where nothing is missing.
         computed_E: int64, pairs of each expert that this rank computes.
         cpu_experts: int64, those of these experts that its CPU computes.
         slots_E: int64, pairs of each expert that it computes from slots.
@@ -102,7 +103,8 @@ class RankPlan:
         begun: passes whose fetches have begun.
     """
 
-    layer: LayerPlan
+    assignment: Assignment | None
+    score_E: IntArray
     computed_E: IntArray
     cpu_experts: IntArray
     slots_E: IntArray
