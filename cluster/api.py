@@ -33,8 +33,8 @@ from cluster.reports import ClusterStats, PlacementReport, rank_stats
 from cluster.request_checker import RequestChecker
 from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, check_count, with_keywords
-from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
+from epslots.generation.text import load_tokenizer
 from epslots.models.checkpoint import find_checkpoint
 from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack

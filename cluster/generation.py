@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import ClusterError, raised_anew
 from cluster.token_stream import TextPieces, TokenStream
-from epslots.engine.requests import Reason
-from epslots.engine.sampling import Sampling
-from epslots.engine.text import TextStream, stop_strings
 from epslots.errors import ConfigError, shown
+from epslots.generation.requests import Reason
+from epslots.generation.sampling import Sampling
+from epslots.generation.text import TextStream, stop_strings
 
 _ALL_TOKENS = 2**31  # more than any vocabulary has, and still a number that messages carry
 _MOST_NEW_TOKENS = 2**63 - 1

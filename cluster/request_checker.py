@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.generation import GenerationSettings, Prompt, read_settings
 from cluster.messages.rank import Loaded
-from epslots.engine.end_tokens import tokenizer_end_tokens
-from epslots.engine.requests import Request
-from epslots.engine.text import encode_prompt
 from epslots.errors import ConfigError, shown
+from epslots.generation.end_tokens import tokenizer_end_tokens
+from epslots.generation.requests import Request
+from epslots.generation.text import encode_prompt
 
 
 class RequestChecker:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 from cluster.errors import ClusterError
-from epslots.engine.requests import Reason
+from epslots.generation.requests import Reason
 
 
 class TokenStream:

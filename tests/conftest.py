@@ -33,7 +33,7 @@ FAST = (
     "cluster/test_retries.py",
     "cluster/test_scheduler.py",
     "contracts/",
-    "engine/test_sampling.py",
+    "generation/test_sampling.py",
     "host/test_json_lines.py",
     "host/test_npz.py",
     "host/test_progress.py",

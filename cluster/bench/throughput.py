@@ -16,10 +16,10 @@ from cluster.bench.common import RANKS, SETTINGS, open_cluster, prompts
 from epslots.bench.models import load_fp32
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import BenchReport, ratio_of_rounds, spread
-from epslots.engine.engine import Engine
-from epslots.engine.requests import Request
-from epslots.engine.text import load_tokenizer
 from epslots.example import example_model
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
+from epslots.generation.text import load_tokenizer
 from epslots.transport.torch_transport import TorchTransport
 
 _PROMPTS = 64

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from cluster.driver.scheduler import IdleTracker, RankCapacity, ScheduledRequest, Scheduler
 from cluster.errors import ClusterError
 from cluster.messages.rank import Cancel, Command, Submit, Wake
-from epslots.engine.requests import Output, Reason, Request
-from epslots.engine.text import TextStream
+from epslots.generation.requests import Output, Reason, Request
+from epslots.generation.text import TextStream
 
 # A request waits this long for others: ranks that get many in one message need fewer steps than if each began one more.
 _TOGETHER_S = 0.005

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from epslots.engine.requests import Output, Request
+from epslots.generation.requests import Output, Request
 
 MOST_SHARED_LOSSES = 2
 """Losses in a row, without a token, after which a request gets a rank to itself: others aren't blamed if it is the reason."""

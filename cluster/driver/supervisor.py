@@ -47,7 +47,7 @@ from cluster.messages.rank import (
     decode_events,
     encode,
 )
-from epslots.engine.requests import Request
+from epslots.generation.requests import Request
 from epslots.planner.cost_model import Costs
 from epslots.progress import StartDisplay
 

@@ -20,7 +20,7 @@ import msgspec
 
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
-from epslots.engine.requests import Output, Request
+from epslots.generation.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
 

@@ -7,7 +7,7 @@ Three threads meet here, and none waits for another's work:
     events     calls ``events``: waits for the next batch
 
 A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
-request whose computation raises ends with an error (``engine/batcher.py``), and the rank sends ``Broken`` if that broke
+request whose computation raises ends with an error (``generation/batcher.py``), and the rank sends ``Broken`` if that broke
 the group. Any other error ends the rank (``Failed``), because its state is unknown then.
 """
 
@@ -48,11 +48,11 @@ from cluster.messages.rank import (
 )
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
-from epslots.engine.end_tokens import end_tokens
-from epslots.engine.engine import Engine
-from epslots.engine.paged_batcher import PagedBatcher
-from epslots.engine.requests import Output, Request
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
+from epslots.generation.end_tokens import end_tokens
+from epslots.generation.engine import Engine
+from epslots.generation.paged_batcher import PagedBatcher
+from epslots.generation.requests import Output, Request
 from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
 from epslots.loading import LOAD_DEADLINE_S, load_alone

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import MS, BenchReport, compare
-from epslots.engine.engine import Engine
-from epslots.engine.requests import Request
 from epslots.example import example_model
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
 
 PROMPT_TOKENS = 256
 PAST_TOKENS = 100  # of the prompts that decoding follows

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 
 from epslots.bench.models import load_fp32, random_checkpoint, random_config, use_sums
 from epslots.bench.report import MS, BenchReport, axes_of_plot
-from epslots.engine.engine import Engine
-from epslots.engine.requests import Request
 from epslots.example import example_model
 from epslots.example_text import library_texts
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
 from epslots.progress import counting
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

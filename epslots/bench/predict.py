@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from epslots.bench.models import load_fp32
 from epslots.bench.report import US, BenchReport
-from epslots.engine.text import load_tokenizer
 from epslots.example import example_model
 from epslots.example_text import library_texts
+from epslots.generation.text import load_tokenizer
 from epslots.models.experts import experts_modules
 from epslots.prefetch.fit import FitSettings, count_recalled, fit
 from epslots.prefetch.predictor import Estimator, Predictor

@@ -21,9 +21,9 @@ from epslots.arrays import IntArray
 from epslots.bench.models import LARGE_EXPERT_BYTES, LARGE_EXPERTS, LARGE_ROW_BYTES, PROMPTS, load_fp32
 from epslots.bench.processes import run_ranks
 from epslots.bench.report import BenchReport
-from epslots.engine.engine import Engine
-from epslots.engine.requests import Request
 from epslots.example import example_model
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
 from epslots.placement.placement import default_homes
 from epslots.planner.assignment import Assign, assign, holder_only, own_only
 from epslots.planner.cache_policy import POLICIES

@@ -101,9 +101,9 @@ def generate(
     launcher = find_launcher() if where.many else None  # before the model's files are read
 
     from epslots.cli.one_rank import OneRank
-    from epslots.engine.sampling import Sampling
-    from epslots.engine.text import load_tokenizer, stop_strings
     from epslots.example import example_model
+    from epslots.generation.sampling import Sampling
+    from epslots.generation.text import load_tokenizer, stop_strings
     from epslots.models.checkpoint import find_checkpoint
 
     Sampling(temperature=text.temperature, top_k=text.top_k, top_p=text.top_p, seed=text.seed)  # refuses bad values
@@ -139,7 +139,7 @@ def _encode(
     kv_tokens: int | None,
 ) -> tuple[list[list[int]], int]:
     """The token ids of each prompt, and the tokens of KV cache for all."""
-    from epslots.engine.text import encode_prompt
+    from epslots.generation.text import encode_prompt
 
     limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
     most_tokens = min(limits) - text.max_new_tokens if limits else None

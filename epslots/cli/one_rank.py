@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Self
 
 import epslots
 from epslots.config import LoadConfig
-from epslots.engine.end_tokens import end_tokens, tokenizer_end_tokens
-from epslots.engine.engine import Engine
-from epslots.engine.requests import Output, Request
-from epslots.engine.sampling import Sampling
-from epslots.engine.text import TextStream
 from epslots.errors import EpslotsError
+from epslots.generation.end_tokens import end_tokens, tokenizer_end_tokens
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Output, Request
+from epslots.generation.sampling import Sampling
+from epslots.generation.text import TextStream
 from epslots.telemetry import Stats
 
 if TYPE_CHECKING:

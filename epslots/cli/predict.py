@@ -14,8 +14,8 @@ import typer
 
 from epslots.cli.option_groups import LoadOptions, takes_groups
 from epslots.cli.record_table import Columns, record_table
-from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
+from epslots.generation.text import load_tokenizer
 from epslots.json_lines import decode_text
 from epslots.progress import counting
 from epslots.streams import table_console

@@ -14,8 +14,8 @@ from epslots.cli.generate import context_of, read_prompts
 from epslots.cli.option_groups import LoadOptions, takes_groups
 from epslots.cli.record_table import Columns, record_table
 from epslots.compiled import prepare
-from epslots.engine.text import encode_prompt, load_tokenizer
 from epslots.errors import ConfigError
+from epslots.generation.text import encode_prompt, load_tokenizer
 from epslots.planner.cache_policy import POLICIES
 from epslots.planner.reuse_distance import percentile
 from epslots.progress import counting

@@ -1,7 +1,7 @@
 """Makes a loaded model's forward passes batch-invariant: its dense layers; experts by ``BatchInvariantGemm``.
 
-Attention isn't part of it: its view of a batch depends on the caller. ``engine/paged_invariance.py`` computes that of requests
-in pages. The bits are those of one machine type, torch build and number of threads.
+Attention isn't part of it: its view of a batch depends on the caller. ``generation/paged_invariance.py`` computes that of
+requests in pages. The bits are those of one machine type, torch build and number of threads.
 
 Models with recurrent states, or with ``unknown_functions``, run one request at a time; such a request may differ after it has
 moved from a lost rank. On CUDA all rests on equal shapes taking equal kernels, and has never run.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from epslots.bench.latency import Measured, check_texts, closed_loop, plot, requests_of, row, turn
-from epslots.engine.requests import Output, Request
+from epslots.generation.requests import Output, Request
 
 
 class Clock:

@@ -25,8 +25,8 @@ from cluster.job.command import app as job_app
 from epslots import UnsupportedModelError, cli
 from epslots.cli import launchers, main
 from epslots.cli.generate import read_prompts
-from epslots.engine.end_tokens import end_tokens
 from epslots.example import example_model
+from epslots.generation.end_tokens import end_tokens
 from tests.support import ROOT, zoo
 from tests.support.fake_backend import FakeBackend, one_load_at_a_time
 from tests.support.grouped_ranks import TOKENS_TRAVEL

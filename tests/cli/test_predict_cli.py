@@ -15,10 +15,10 @@ from torch import nn
 
 import epslots
 from epslots.cli.predict import read_texts
-from epslots.engine.text import load_tokenizer
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.example_text import library_texts
+from epslots.generation.text import load_tokenizer
 from epslots.models.experts import experts_modules
 from epslots.prefetch.fit import count_recalled
 from epslots.prefetch.predictor import Predictor

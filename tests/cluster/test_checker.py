@@ -17,9 +17,9 @@ from cluster.api import _tokenizer_of
 from cluster.generation import MOST_STOP_TOKENS, GenerationSettings, read_settings
 from cluster.messages.rank import Loaded
 from cluster.request_checker import RequestChecker
-from epslots.engine.text import MOST_STOP_CHARS, MOST_STOP_STRINGS, encode_prompt, load_tokenizer
 from epslots.errors import ConfigError
 from epslots.example import example_model
+from epslots.generation.text import MOST_STOP_CHARS, MOST_STOP_STRINGS, encode_prompt, load_tokenizer
 
 LOADED = Loaded(capacity=500, batches=True, vocabulary=2048, context=400, end_tokens=(7,), seconds={})
 TOKENIZER = load_tokenizer(example_model())

@@ -114,7 +114,7 @@ def test_a_request_that_ends_ranks_does_not_end_them_all(open_cluster: Any, fold
     cluster, _ = open_cluster(2)
     poison = [7] * 50
 
-    from epslots.engine.paged_batcher import PagedBatcher
+    from epslots.generation.paged_batcher import PagedBatcher
 
     add = PagedBatcher.add
 
@@ -609,8 +609,8 @@ def test_a_newcomer_that_can_not_join_does_not_end_the_others(
 
 
 def test_a_group_that_always_breaks_says_so(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
-    from epslots.engine.engine import Engine
     from epslots.errors import ExchangeError
+    from epslots.generation.engine import Engine
 
     cluster, _ = open_cluster(2)
 

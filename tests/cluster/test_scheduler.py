@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracker, RankCapacity, Scheduler
-from epslots.engine.requests import Output, Request
+from epslots.generation.requests import Output, Request
 
 
 def request(id: str, prompt: int = 3, new: int = 5) -> Request:

@@ -37,7 +37,7 @@ LAYERS = (
     # the public surface
     ("load_plan",),
     ("trace", "loading"),
-    ("verify_store", "engine"),
+    ("verify_store", "generation"),
     ("cuda_graph",),
     ("bench",),
     ("cli",),
@@ -55,10 +55,10 @@ PURE = (
     "models.memory_report",
     "models.model_shape",
     "models.quotas",
-    "engine.row_tracker",
+    "generation.row_tracker",
     "prefetch.predictor_kernel",
-    "engine.sampling",
-    "engine.isolation",
+    "generation.sampling",
+    "generation.isolation",
 )
 
 

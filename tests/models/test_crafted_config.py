@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from epslots import CheckpointError, ConfigError, EpslotsError, UnsupportedModelError
-from epslots.engine.end_tokens import end_tokens
+from epslots.generation.end_tokens import end_tokens
 from epslots.models.json_file import MAX_BYTES, read_json_object
 from epslots.models.opening import load_dense, open_model, read_generation_config
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.engine import paged_batcher
-from epslots.engine.engine import Engine
-from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher
-from epslots.engine.requests import Request
-from epslots.engine.sampling import Sampling
 from epslots.errors import ConfigError, GroupError
+from epslots.generation import paged_batcher
+from epslots.generation.engine import Engine
+from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher
+from epslots.generation.requests import Request
+from epslots.generation.sampling import Sampling
 from epslots.moe import row_blocks
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 from epslots.moe.moe_layer import combine

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from epslots.engine.batcher import Batcher
-from epslots.engine.paged_batcher import PagedBatcher
-from epslots.engine.requests import Output, Request
-from epslots.engine.token_choice import next_tokens
 from epslots.errors import PeerLost
+from epslots.generation.batcher import Batcher
+from epslots.generation.paged_batcher import PagedBatcher
+from epslots.generation.requests import Output, Request
+from epslots.generation.token_choice import next_tokens
 from tests.support import zoo
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from epslots.engine.requests import Request
+from epslots.generation.requests import Request
 from tests.support import zoo
 from tests.support.batches import prompt_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from epslots.engine.text import load_tokenizer
 from epslots.example import example_model
+from epslots.generation.text import load_tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

@@ -11,11 +11,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from epslots.engine.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
-from epslots.engine.isolation import Isolation
-from epslots.engine.positions import depends_on_length, forget_length
-from epslots.engine.token_choice import NO_TOKEN, next_tokens
 from epslots.errors import StepFailed
+from epslots.generation.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.generation.isolation import Isolation
+from epslots.generation.positions import depends_on_length, forget_length
+from epslots.generation.token_choice import NO_TOKEN, next_tokens
 
 logger = logging.getLogger(__name__)
 

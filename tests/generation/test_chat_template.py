@@ -13,11 +13,11 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from epslots.engine import chat_template
-from epslots.engine.chat_template import Renderer, find_template, render
-from epslots.engine.text import encode_prompt, load_tokenizer
 from epslots.errors import ConfigError
 from epslots.example import example_model
+from epslots.generation import chat_template
+from epslots.generation.chat_template import Renderer, find_template, render
+from epslots.generation.text import encode_prompt, load_tokenizer
 
 GOOD = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<A>' * add_generation_prompt }}"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -105,7 +105,7 @@ def test_a_process_that_is_killed_is_replaced(renderer: Renderer, tokenizer: Pre
 def test_the_process_ends_with_its_owner():
     """Also when that is killed."""
     code = (
-        "import json, os, signal; from epslots.engine.chat_template import Renderer; one = Renderer();"
+        "import json, os, signal; from epslots.generation.chat_template import Renderer; one = Renderer();"
         "one.ask({'template': 'x', 'messages': [], 'variables': {}, 'most_chars': None});"
         "print(one._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

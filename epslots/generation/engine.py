@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from epslots.config import DEFAULT_BATCH_TOKENS
 from epslots.cpu_threads import ThreadGovernor
-from epslots.engine.batcher import Batcher
-from epslots.engine.paged_batcher import batcher_for
-from epslots.engine.requests import Output
+from epslots.generation.batcher import Batcher
+from epslots.generation.paged_batcher import batcher_for
+from epslots.generation.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores
 from epslots.runtime import runtime_of

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from epslots.engine.sampling import GREEDY, Sampling
 from epslots.errors import ConfigError
+from epslots.generation.sampling import GREEDY, Sampling
 
 Reason = Literal["length", "stop", "cancelled", "error"]
 

@@ -23,11 +23,11 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
-from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
-from epslots.engine.paged_cache import cache_blocks, paging_obstacle
-from epslots.engine.requests import Output, Request
-from epslots.engine.sampling import GREEDY, Sampling
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
+from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.generation.paged_cache import cache_blocks, paging_obstacle
+from epslots.generation.requests import Output, Request
+from epslots.generation.sampling import GREEDY, Sampling
 from tests.support import zoo
 from tests.support.batches import Collected, Faults, drawn, finish, generated, pages_are_free, prompt_of, requests_of
 
@@ -551,10 +551,10 @@ def test_bad_sizes(built: Callable[[str], PreTrainedModel]):
 
 
 def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture, built: Callable[[str], PreTrainedModel]):
-    with caplog.at_level(logging.INFO, "epslots.engine.paged_batcher"):
+    with caplog.at_level(logging.INFO, "epslots.generation.paged_batcher"):
         batcher_for(built("mixtral"), kv_tokens=64)
         batcher_for(built("qwen3_next"), kv_tokens=64)
-    first, second = [r.getMessage() for r in caplog.records if r.name == "epslots.engine.paged_batcher"]
+    first, second = [r.getMessage() for r in caplog.records if r.name == "epslots.generation.paged_batcher"]
     assert "MixtralForCausalLM: requests are batched" in first
     assert "Qwen3NextForCausalLM: requests run one at a time, because some of its layers keep a recurrent state" in second
 

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.engine.engine import Engine
-from epslots.engine.requests import Request
-from epslots.engine.sampling import GREEDY, Sampling
 from epslots.errors import PeerLost
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
+from epslots.generation.sampling import GREEDY, Sampling
 from epslots.group.join import join
 from epslots.group.rank_group import group_of
 from epslots.transport.local_transport import LocalHub, LocalTransport
@@ -166,7 +166,7 @@ def test_each_step_looks_at_the_load(checkpoint: Checkpoints, cache_dir: Path, m
         def adjust(self) -> None:
             looks.append(1)
 
-    monkeypatch.setattr("epslots.engine.engine.ThreadGovernor", Governor)
+    monkeypatch.setattr("epslots.generation.engine.ThreadGovernor", Governor)
     model = epslots.load(checkpoint("qwen3_moe"), slots=4, dtype="float32", cache_dir=cache_dir)
     serve(model, requests_of(1))
     assert len(looks) >= requests_of(1)[0].max_new_tokens

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from epslots.engine.chat_template import find_template, render
 from epslots.errors import ConfigError, shown
+from epslots.generation.chat_template import find_template, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

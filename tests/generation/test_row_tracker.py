@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
-from epslots.engine.batcher import Batcher
-from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher
-from epslots.engine.requests import Request
-from epslots.engine.row_tracker import RowTracker
+from epslots.generation.batcher import Batcher
+from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher
+from epslots.generation.requests import Request
+from epslots.generation.row_tracker import RowTracker
 from epslots.prefetch.predictor import KernelWeights, Predictor
 from epslots.runtime import attach, runtime_of
 from tests.support import zoo

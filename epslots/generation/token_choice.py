@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from epslots.device_copy import to_device
-from epslots.engine.sampling import Sampling, uniform_numbers
+from epslots.generation.sampling import Sampling, uniform_numbers
 
 # Drawing takes up to 50 bytes for each logit, so 200 MB for this many at a time; a single row may take more.
 PART_LOGITS = 2**22

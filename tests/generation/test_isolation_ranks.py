@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.engine.engine import Engine
-from epslots.engine.requests import Request
 from epslots.errors import GroupError, PeerLost, StepFailed
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
 from epslots.group.join import join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of

@@ -25,16 +25,16 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from epslots.arrays import IntArray
 from epslots.config import DEFAULT_BATCH_TOKENS
-from epslots.engine.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
-from epslots.engine.isolation import Isolation
-from epslots.engine.paged_cache import open_processor, paging_obstacle
-from epslots.engine.paged_invariance import PackedAttention, Span, invariance_obstacle
-from epslots.engine.repeatable_step import WindowBackup, check_tokens, discard, prepare_part, show_cut_prompts
-from epslots.engine.row_tracker import RowTracker
-from epslots.engine.sampling import GREEDY, Sampling
-from epslots.engine.sequential_batcher import SequentialBatcher
-from epslots.engine.token_choice import NO_TOKEN, next_tokens
 from epslots.errors import StepFailed, UnsupportedModelError
+from epslots.generation.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.generation.isolation import Isolation
+from epslots.generation.paged_cache import open_processor, paging_obstacle
+from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
+from epslots.generation.repeatable_step import WindowBackup, check_tokens, discard, prepare_part, show_cut_prompts
+from epslots.generation.row_tracker import RowTracker
+from epslots.generation.sampling import GREEDY, Sampling
+from epslots.generation.sequential_batcher import SequentialBatcher
+from epslots.generation.token_choice import NO_TOKEN, next_tokens
 from epslots.models.batch_invariance import is_batch_invariant
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.utils.generic import is_flash_attention_requested
 
-from epslots.engine.positions import depends_on_length
 from epslots.errors import DoesNotFitError
+from epslots.generation.positions import depends_on_length
 
 # Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel needs 256.
 PAGE_TOKENS = 16

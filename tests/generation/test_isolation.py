@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.engine.batcher import Batcher
-from epslots.engine.engine import Engine
-from epslots.engine.isolation import Isolation
-from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
-from epslots.engine.requests import Request
-from epslots.engine.sampling import Sampling
 from epslots.errors import CorruptExpertError, UnsupportedModelError
+from epslots.generation.batcher import Batcher
+from epslots.generation.engine import Engine
+from epslots.generation.isolation import Isolation
+from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.generation.requests import Request
+from epslots.generation.sampling import Sampling
 from epslots.runtime import runtime_of
 from tests.support import zoo
 from tests.support.batches import drawn, generated, pages_are_free, prompt_of, requests_of

@@ -14,10 +14,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from epslots.engine import token_choice
-from epslots.engine.sampling import GREEDY, SEEDS, Sampling, uniform_numbers
-from epslots.engine.token_choice import NO_TOKEN, next_tokens
 from epslots.errors import ConfigError
+from epslots.generation import token_choice
+from epslots.generation.sampling import GREEDY, SEEDS, Sampling, uniform_numbers
+from epslots.generation.token_choice import NO_TOKEN, next_tokens
 
 V = 40
 PLAIN = Sampling(1.0)

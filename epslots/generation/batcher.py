@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
-from epslots.engine.isolation import Isolation
-from epslots.engine.plain_outputs import PlainOutputs
-from epslots.engine.requests import Output, Reason, Request
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
+from epslots.generation.isolation import Isolation
+from epslots.generation.plain_outputs import PlainOutputs
+from epslots.generation.requests import Output, Reason, Request
 from epslots.runtime import predictor_of
 
 logger = logging.getLogger(__name__)

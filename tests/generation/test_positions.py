@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from epslots.engine.batcher import Batcher
-from epslots.engine.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
-from epslots.engine.paged_cache import paging_obstacle
-from epslots.engine.requests import Request
 from epslots.errors import PeerLost, UnsupportedModelError
+from epslots.generation.batcher import Batcher
+from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.generation.paged_cache import paging_obstacle
+from epslots.generation.requests import Request
 from epslots.models.batch_invariance import make_batch_invariant
 from tests.support import zoo
 from tests.support.batches import Collected, Faults, finish, generated, prompt_of
@@ -82,7 +82,7 @@ def expected(kind: str) -> dict[str, list[int]]:
 
 def test_they_are_not_paged(kind: str, caplog: pytest.LogCaptureFixture):
     model = build(kind)
-    with caplog.at_level(logging.INFO, "epslots.engine.paged_batcher"):
+    with caplog.at_level(logging.INFO, "epslots.generation.paged_batcher"):
         assert isinstance(batcher_for(model, kv_tokens=256), SequentialBatcher)
     assert "because its rotary embedding depends on the longest sequence of a batch" in caplog.text
     with pytest.raises(UnsupportedModelError, match="rotary embedding"):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from epslots.engine.text import TextStream, encode_prompt, load_tokenizer, stop_strings
 from epslots.errors import ConfigError
 from epslots.example import example_model
+from epslots.generation.text import TextStream, encode_prompt, load_tokenizer, stop_strings
 from tests.support.tokenizers import TOKENIZERS
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
