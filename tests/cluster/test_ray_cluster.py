@@ -178,7 +178,7 @@ class TestThreeNodes:
         right = expected(folder, PROMPTS, NEW)
         assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW, stop_tokens=())) == right
         found = cluster.explain()
-        assert found.state == "watching"
+        assert found.state in ("watching", "moving")
         assert found.windows > 0
         assert found.refused == 0, found.refusals
         assert (asked := cluster.rebalance().latest) is not None
