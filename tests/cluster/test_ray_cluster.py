@@ -7,7 +7,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,14 @@ def second(ray_nodes: RayNodes) -> Iterator[Node]:
 
 
 @pytest.fixture(scope="class")
-def cluster(ray_nodes: RayNodes, second: Node, folder: Path, tmp_path_factory: Any) -> Iterator[Cluster]:
+def joining() -> Iterator[ExitStack]:
+    """Nodes that join stay until the cluster is closed: it may keep its ranks there when it shrinks."""
+    with ExitStack() as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="class")
+def cluster(ray_nodes: RayNodes, second: Node, joining: ExitStack, folder: Path, tmp_path_factory: Any) -> Iterator[Cluster]:
     with ray_nodes.further(1), clusters(ray_nodes, folder, tmp_path_factory.mktemp("cache")) as make:
         cluster = make(3, strategy="STRICT_SPREAD", slots=10, costs=COPIES_TRAVEL, window_steps=2)
         yield cluster
@@ -157,7 +164,9 @@ class TestThreeNodes:
         psutil.wait_procs([psutil.Process(lost)] if psutil.pid_exists(lost) else [], timeout=PATIENCE_S)
         assert not psutil.pid_exists(lost)
 
-    def test_a_node_dies_and_others_join(self, ray_nodes: RayNodes, second: Node, cluster: Cluster, folder: Path):
+    def test_a_node_dies_and_others_join(
+        self, ray_nodes: RayNodes, second: Node, joining: ExitStack, cluster: Cluster, folder: Path
+    ):
         right = expected(folder, PROMPTS, NEW)
         lost = second.node_ip_address
         assert lost in hosts(cluster)
@@ -167,12 +176,12 @@ class TestThreeNodes:
         assert not any(generation.done for generation in going)
         assert tokens(going) == right
         assert lost not in hosts(cluster)
-        with ray_nodes.further(1) as joined:
-            cluster.scale(3)
-            assert joined.node_ip_address in hosts(cluster)
-            assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, stop_tokens=())) == [own[:9] for own in right]
-            cluster.scale(2)
-            assert cluster.ranks == 2
+        joined = joining.enter_context(ray_nodes.further(1))
+        cluster.scale(3)
+        assert joined.node_ip_address in hosts(cluster)
+        assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, stop_tokens=())) == [own[:9] for own in right]
+        cluster.scale(2)
+        assert cluster.ranks == 2
 
     def test_requests_outlive_a_killed_and_a_stopped_controller(self, cluster: Cluster, folder: Path):
         right = expected(folder, PROMPTS, NEW)
