@@ -132,6 +132,20 @@ def test_every_architecture_equals_generate(name: str, checkpoint: Callable[[str
     assert generated(model, requests[0]) == expected["r0"], "the model is as it was"
 
 
+def count_preemptions(batcher: PagedBatcher) -> list[bool]:
+    """One entry for each time that a request from now on loses its pages to others."""
+    preemptions: list[bool] = []
+    preempt = batcher._processor.offloading_manager.offload_requests
+
+    def count() -> bool:
+        done: bool = preempt()
+        preemptions.extend([True] * done)
+        return done
+
+    batcher._processor.offloading_manager.offload_requests = count
+    return preemptions
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
 def test_an_oversubscribed_cache_loses_nothing(name: str):
     model = zoo.ZOO[name].build()
@@ -139,16 +153,7 @@ def test_an_oversubscribed_cache_loses_nothing(name: str):
     requests = requests_of(sizes, seed=3)
     expected = {request.id: generated(model, request) for request in requests}
     batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
-    preempted = 0
-    preempt = batcher._processor.offloading_manager.offload_requests
-
-    def count() -> bool:
-        nonlocal preempted
-        done: bool = preempt()
-        preempted += done
-        return done
-
-    batcher._processor.offloading_manager.offload_requests = count
+    preempted = count_preemptions(batcher)
     memory = batcher._processor.cache.cache_tensor.data_ptr()
     assert finish(batcher, requests).tokens == expected
     assert preempted, "the cache was really too small"
@@ -450,16 +455,7 @@ def test_drawn_tokens_survive_lost_pages(name: str):
     requests = sampled(requests_of(sizes, seed=3))
     expected = {request.id: drawn(model, request) for request in requests}
     batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
-    preempted = 0
-    preempt = batcher._processor.offloading_manager.offload_requests
-
-    def count() -> bool:
-        nonlocal preempted
-        done: bool = preempt()
-        preempted += done
-        return done
-
-    batcher._processor.offloading_manager.offload_requests = count
+    preempted = count_preemptions(batcher)
     for request in requests:
         batcher.add(request)
     collected = Collected(batcher)
