@@ -10,6 +10,7 @@ from epslots.planner.cpu_offload import HALVING_STEPS, CpuShare
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import MigrationBudget
+from epslots.planner.prefetch_policy import PrefetchBudget
 from tests.support.plan_strategies import COSTS, holds
 
 
@@ -84,3 +85,28 @@ def test_steps_of_hits_halve_cpu_costs_of_a_lone_rank_alone(ranks: int, halved: 
     for _ in range(HALVING_STEPS):
         step(1)
     assert once > 0 and step(0) == once + (once // 2 if halved else once)
+
+
+def test_a_lone_rank_plans_as_decide_does():
+    """It takes a shorter way, to the same residents, evictions, scores and bytes left for prefetches."""
+    generator = np.random.default_rng(3)
+    for _ in range(200):
+        quota = int(generator.integers(1, 7))
+        held_1E = np.zeros((1, 8), bool)
+        held_1E[0, generator.permutation(8)[: generator.integers(0, quota + 1)]] = True
+        budgets = [FetchBudgets(PrefetchBudget(1, 100)) for _ in range(2)]
+        short, long = (
+            LayerPlanner(
+                0, LayerState(held_1E.copy(), np.array([quota]), np.zeros(8, np.int64)), COSTS, expert_bytes=9, budgets=b
+            )
+            for b in budgets
+        )
+        for _ in range(4):
+            counts_1E, score_E = generator.integers(0, 3, (1, 8)), generator.permutation(8)
+            plan, wanted = short.plan(counts_1E, lambda: score_E), long.decide(counts_1E, lambda: score_E)  # noqa: B023
+            assert plan.slots_E.tolist() == plan.computed_E.tolist() == counts_1E[0].tolist()
+            assert plan.evicted_E.tolist() == wanted.evicted_RE[0].tolist()
+            assert plan.score_E.tolist() == wanted.score_E.tolist()
+            assert short.state.holds_RE.tolist() == long.state.holds_RE.tolist()
+            left, left_then = (b.prefetch.experts(1).tolist() for b in budgets if b.prefetch is not None)
+            assert left == left_then
