@@ -86,7 +86,6 @@ class Cluster:
             Load(
                 path=path,
                 config=config.model,
-                max_batch_tokens=config.max_batch_tokens,
                 neighbours=1,
                 threads=0,
                 window_steps=config.window_steps,

@@ -29,29 +29,54 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a prompt is continued.
+    """How a prompt is continued. ``epslots.generation.sampling.Sampling`` says exactly what the sampling's numbers do.
 
     Attributes:
         max_new_tokens: stop after this many new tokens.
+        n: continue the prompt this many times; the seeds of all but the first are derived from ``seed``.
         temperature: 0 takes the likeliest token; a higher value samples more evenly.
         top_k: sample from this many likeliest tokens; 0 = all.
         top_p: sample from the likeliest tokens with this probability mass together.
+        min_p: sample from the tokens at least this share as likely as the likeliest.
+        presence_penalty, frequency_penalty: lower the logits of tokens that the new text has, once or for each time.
+        repetition_penalty: lowers the logits of tokens in prompt and new text; 1 = doesn't.
+        logit_bias: number that is added to a token's logit, by token.
         seed: of the random numbers. They depend on the seed and the token's position alone.
+        min_tokens: the text doesn't end, by end tokens or stop strings, before this many new tokens.
         stop: strings that end the text, and aren't part of it.
         stop_tokens: token ids that end the text; None = the end tokens of the checkpoint's generation configuration, and the
             tokenizer's end token.
+        ignore_eos: go on after end tokens, up to ``max_new_tokens``.
         ignore_tokenizer_eos: don't end at the tokenizer's end token, as transformers' ``generate`` does.
+        logprobs: return the log-probability of each new token, and of this many likeliest ones (up to 20).
+        prompt_logprobs: the same for the prompt's tokens.
+        json_schema: the text is JSON by this schema, an object or its text; ``True`` = any JSON object.
+        regex: the text matches this regular expression as a whole.
+        grammar: the text belongs to this grammar, in the notation of Lark.
         chat: wrap text in the checkpoint's chat template; None = if it has one.
     """
 
     max_new_tokens: int = 128
+    n: int = 1
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
     seed: int = 0
+    min_tokens: int = 0
     stop: str | tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] | None = None
+    ignore_eos: bool = False
     ignore_tokenizer_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    json_schema: str | bool | dict[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
     chat: bool | None = False
 
     @property
@@ -61,7 +86,18 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, min(self.top_k, _ALL_TOKENS), self.top_p, self.seed)
+        return Sampling(
+            temperature=self.temperature,
+            top_k=min(self.top_k, _ALL_TOKENS),
+            top_p=self.top_p,
+            seed=self.seed,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple(sorted((self.logit_bias or {}).items())),
+            min_tokens=self.min_tokens,
+        )
 
 
 def read_settings(given: Mapping[str, Any], defaults: GenerationSettings | None = None) -> GenerationSettings:

@@ -31,7 +31,6 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     Attributes:
         path: the checkpoint's folder on every node, or a hub id.
         config: the model's settings.
-        max_batch_tokens: the most tokens of one step of the engine.
         neighbours: ranks that share the node's RAM, this one included.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
@@ -39,7 +38,6 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
     path: str
     config: LoadConfig
-    max_batch_tokens: int
     neighbours: int
     threads: int
     window_steps: int

@@ -199,7 +199,7 @@ class RankLoop:
             display=ProgressDisplay(listener=self._tell_progress),
         )
         loaded = time.monotonic()
-        self._engine = Engine(model, kv_tokens=load.config.kv_tokens, max_batch_tokens=load.max_batch_tokens)
+        self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
         config = model.config.get_text_config()
         self._send(

@@ -13,11 +13,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from epslots.config import DEFAULT_BATCH_TOKENS
 from epslots.cpu_threads import ThreadGovernor
 from epslots.generation.batcher import Batcher
 from epslots.generation.paged_batcher import batcher_for
@@ -44,20 +45,19 @@ class Engine:
 
     Args:
         model: from ``epslots.load``, alone or one of several ranks.
-        kv_tokens: tokens of KV cache for all requests together.
-        max_batch_tokens: tokens of one step, at most.
+        settings: fields of ``EngineConfig``; by default those that the model was loaded with, and its memory planned for.
 
     Attributes:
         batcher: takes requests and returns their outputs.
 
     Raises:
-        ConfigError: the model was not loaded by ``epslots.load``.
+        ConfigError: the model was not loaded by ``epslots.load``; or a setting is not one of those allowed.
     """
 
-    def __init__(self, model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
-        runtime_of(model)  # refuses other models
+    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        config = msgspec.structs.asdict(runtime_of(model).engine) | settings
         self.model = model
-        self.batcher: Batcher = batcher_for(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+        self.batcher: Batcher = batcher_for(model, **config)
         self._threads = ThreadGovernor(usable_cores(), torch.get_num_threads, torch.set_num_threads)
 
     def step(self) -> Header:

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.arrays import IntArray
-from epslots.config import DEFAULT_BATCH_TOKENS
+from epslots.config import EngineConfig
 from epslots.errors import StepFailed, UnsupportedModelError
 from epslots.generation.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
 from epslots.generation.isolation import Isolation
@@ -40,26 +40,26 @@ from epslots.models.batch_invariance import is_batch_invariant
 logger = logging.getLogger(__name__)
 
 
-def batcher_for(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> Batcher:
+def batcher_for(model: PreTrainedModel, **settings: Any) -> Batcher:
     """The best batcher for a model, decided by its configuration and class.
 
     Args:
         model: with a language-model head; only its text input is used.
-        kv_tokens: tokens of KV cache, rounded up to whole pages.
-        max_batch_tokens: tokens of one step; longer prompts take several. A ``SequentialBatcher`` takes a prompt in one.
+        settings: fields of ``EngineConfig``. A ``SequentialBatcher`` takes a prompt in one step.
 
     Raises:
         ConfigError: a number is less than one.
         DoesNotFitError: the KV cache exceeds the device's free memory.
         UnsupportedModelError: the model has no language-model head.
     """
+    config = EngineConfig(**settings)
     check_servable(model)
     obstacle = paging_obstacle(model) or invariance_obstacle(model)
     if obstacle is None:
-        logger.info("%s: requests are batched, with %d tokens of paged KV cache", type(model).__name__, kv_tokens)
-        return PagedBatcher(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+        logger.info("%s: requests are batched, with %d tokens of paged KV cache", type(model).__name__, config.kv_tokens)
+        return PagedBatcher(model, **settings)
     logger.info("%s: requests run one at a time, because %s", type(model).__name__, obstacle)
-    return SequentialBatcher(model, kv_tokens=kv_tokens)
+    return SequentialBatcher(model, kv_tokens=config.kv_tokens)
 
 
 class PagedBatcher(Batcher):
@@ -72,8 +72,8 @@ class PagedBatcher(Batcher):
     While it is open, a model with eager attention can't be used otherwise.
     """
 
-    def __init__(self, model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
-        """Allocate the cache.
+    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        """Allocate the cache, by fields of ``EngineConfig``.
 
         Raises:
             ConfigError: a number is less than one.
@@ -81,13 +81,16 @@ class PagedBatcher(Batcher):
             UnsupportedModelError: the model can't keep its requests in pages, or has no language-model head.
         """
         check_servable(model)
-        check_positive(kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+        config = EngineConfig(**settings)
+        check_positive(kv_tokens=config.kv_tokens)
         if obstacle := paging_obstacle(model) or invariance_obstacle(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} can't be served from pages: {obstacle}; use SequentialBatcher"
             )
         self._implementation = model.config._attn_implementation
-        self._manager, self._processor = open_processor(model, kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
+        self._manager, self._processor = open_processor(
+            model, kv_tokens=config.kv_tokens, max_batch_tokens=config.max_batch_tokens
+        )
         self._attention = PackedAttention(model, self._processor) if is_batch_invariant(model) else None
         self._choice = self._processor.model_runner._sample = _TokenChoice()
         check_tokens(self._processor.inputs_and_outputs, self._choice.check)

@@ -129,7 +129,7 @@ def test_the_help_of_load_and_cluster_explains_each_setting():
 def test_every_field_reaches_a_rank(name: str):
     config = LoadConfig(**{name: OTHER[name]})
     assert config != LoadConfig()
-    load = Load(path="a/model", config=config, max_batch_tokens=1, neighbours=1, threads=0, window_steps=0)
+    load = Load(path="a/model", config=config, neighbours=1, threads=0, window_steps=0)
     assert decode_command(encode(load)) == load
 
 
