@@ -2,9 +2,80 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import msgspec
 
 from epslots.layout import ITEM_BYTES, LayerSpec
+
+# Dtypes of what caches keep beside activations: positions, flags.
+CACHE_ITEM_BYTES = ITEM_BYTES | {"int64": 8, "int32": 4, "bool": 1}
+# Dimensions of the tensors of transformers' cache classes, by attribute: of the batch, and of the sequence (None = a state).
+CACHE_DIMENSIONS: dict[str, tuple[int, int | None]] = {
+    "keys": (0, 2),
+    "values": (0, 2),
+    "indexer_keys": (0, 1),
+    "indexer_position_ids": (1, 2),
+    "idx_keys": (0, 2),
+    "compressed_kv": (0, 1),
+    "buffer_kv": (0, None),
+    "buffer_gate": (0, None),
+    "overlap_kv": (0, None),
+    "overlap_gate": (0, None),
+    "conv_states": (0, None),
+    "recurrent_states": (0, None),
+    "linear_cache": (0, None),
+}
+# ``CacheTensor.layer`` of a tensor that the cache object itself keeps, beside its layers.
+OF_THE_CACHE = -1
+
+
+class CacheTensor(msgspec.Struct, frozen=True):
+    """One tensor that a model's cache keeps of each sequence: measured by ``measure_shape.py``, allocated from by the engine.
+
+    Attributes:
+        layer: index among the cache's layers; ``OF_THE_CACHE`` = an attribute of the cache object (minimax's linear_cache).
+        path: the attribute, and the key or index in it where it is a dict or a list: ("keys",), ("conv_states", 0).
+        kind: "token" = grows with every token; "window" = of the last ``window`` tokens; "row" = a state, of any length.
+        shape: of one token's part, or of one sequence's state: without the dimensions of batch and sequence.
+        dtype: a key of ``CACHE_ITEM_BYTES``.
+        window: tokens that are kept, for kind "window".
+        stride: tokens that share one entry, for kind "token" (deepseek_v4 compresses runs of tokens into one).
+    """
+
+    layer: int
+    path: tuple[str | int, ...]
+    kind: Literal["token", "window", "row"]
+    shape: tuple[int, ...]
+    dtype: str
+    window: int | None = None
+    stride: int = 1
+
+    @property
+    def dimensions(self) -> tuple[int, int | None]:
+        """The dimension of the batch, and of the sequence (None = a state), in the layer's own tensor."""
+        return CACHE_DIMENSIONS[str(self.path[0])]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of ``shape``."""
+        return math.prod(self.shape) * CACHE_ITEM_BYTES[self.dtype]
+
+    def entries(self, kv_tokens: int, max_requests: int) -> int:
+        """Entries of ``shape`` that hold ``kv_tokens`` tokens of at most ``max_requests`` sequences together."""
+        match self.kind:
+            case "token":
+                return kv_tokens // self.stride
+            case "window":
+                assert self.window is not None
+                return min(kv_tokens, max_requests * self.window)
+            case "row":
+                return max_requests
+
+    def nbytes(self, kv_tokens: int, max_requests: int) -> int:
+        """Bytes of so many entries."""
+        return self.entries(kv_tokens, max_requests) * self.entry_bytes
 
 
 class KVLayer(msgspec.Struct, frozen=True):
