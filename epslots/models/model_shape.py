@@ -36,7 +36,7 @@ class CacheTensor(msgspec.Struct, frozen=True):
 
     Attributes:
         layer: index among the cache's layers; ``OF_THE_CACHE`` = an attribute of the cache object (minimax's linear_cache).
-        path: the attribute, and the key or index in it where it is a dict or a list: ("keys",), ("conv_states", 0).
+        path: the attribute, and the key or index in it where it is a dict or a list: ("keys",), ("conv_states", "0").
         kind: "token" = grows with every token; "window" = of the last ``window`` tokens; "row" = a state, of any length.
         shape: of one token's part, or of one sequence's state: without the dimensions of batch and sequence.
         dtype: a key of ``CACHE_ITEM_BYTES``.
@@ -45,7 +45,7 @@ class CacheTensor(msgspec.Struct, frozen=True):
     """
 
     layer: int
-    path: tuple[str | int, ...]
+    path: tuple[str, ...]
     kind: Literal["token", "window", "row"]
     shape: tuple[int, ...]
     dtype: str
@@ -55,7 +55,7 @@ class CacheTensor(msgspec.Struct, frozen=True):
     @property
     def dimensions(self) -> tuple[int, int | None]:
         """The dimension of the batch, and of the sequence (None = a state), in the layer's own tensor."""
-        return CACHE_DIMENSIONS[str(self.path[0])]
+        return CACHE_DIMENSIONS[self.path[0]]
 
     @property
     def entry_bytes(self) -> int:
@@ -63,13 +63,16 @@ class CacheTensor(msgspec.Struct, frozen=True):
         return math.prod(self.shape) * CACHE_ITEM_BYTES[self.dtype]
 
     def entries(self, kv_tokens: int, max_requests: int) -> int:
-        """Entries of ``shape`` that hold ``kv_tokens`` tokens of at most ``max_requests`` sequences together."""
+        """Entries of ``shape`` that hold ``kv_tokens`` tokens of at most ``max_requests`` sequences together.
+
+        Where tokens have entries, one more stays zero: it stands for the positions before a row's first token.
+        """
         match self.kind:
             case "token":
-                return kv_tokens // self.stride
+                return kv_tokens // self.stride + 1
             case "window":
                 assert self.window is not None
-                return min(kv_tokens, max_requests * self.window)
+                return min(kv_tokens, max_requests * self.window) + 1
             case "row":
                 return max_requests
 
