@@ -62,23 +62,23 @@ class CacheTensor(msgspec.Struct, frozen=True):
         """Bytes of ``shape``."""
         return math.prod(self.shape) * CACHE_ITEM_BYTES[self.dtype]
 
-    def entries(self, kv_tokens: int, max_requests: int) -> int:
+    def entries(self, kv_tokens: int, max_requests: int, in_flight: int) -> int:
         """Entries of ``shape`` that hold ``kv_tokens`` tokens of at most ``max_requests`` sequences together.
 
-        Where tokens have entries, one more stays zero: it stands for the positions before a row's first token.
+        A step's new tokens, at most ``in_flight``, have entries before those that leave a window are free. Where tokens have entries, one more stays zero: it stands for the positions before a row's first token.
         """
         match self.kind:
             case "token":
                 return kv_tokens // self.stride + 1
             case "window":
                 assert self.window is not None
-                return min(kv_tokens, max_requests * self.window) + 1
+                return min(kv_tokens, max_requests * (self.window - 1) + in_flight) + 1
             case "row":
                 return max_requests
 
-    def nbytes(self, kv_tokens: int, max_requests: int) -> int:
+    def nbytes(self, kv_tokens: int, max_requests: int, in_flight: int) -> int:
         """Bytes of so many entries."""
-        return self.entries(kv_tokens, max_requests) * self.entry_bytes
+        return self.entries(kv_tokens, max_requests, in_flight) * self.entry_bytes
 
 
 class KVLayer(msgspec.Struct, frozen=True):
