@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import FutureRequestState
@@ -26,15 +24,15 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from epslots.arrays import IntArray
 from epslots.config import EngineConfig
 from epslots.errors import StepFailed, UnsupportedModelError
-from epslots.generation.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.generation.batcher import Batcher, check_positive, check_servable
 from epslots.generation.isolation import Isolation
 from epslots.generation.paged_cache import open_processor, paging_obstacle
+from epslots.generation.paged_choice import PagedChoice
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
-from epslots.generation.repeatable_step import WindowBackup, check_tokens, discard, prepare_part, show_cut_prompts
+from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
 from epslots.generation.row_tracker import RowTracker
-from epslots.generation.sampling import GREEDY, Sampling
 from epslots.generation.sequential_batcher import SequentialBatcher
-from epslots.generation.token_choice import NO_TOKEN, next_tokens
+from epslots.generation.tracked_request import TrackedRequest
 from epslots.models.batch_invariance import is_batch_invariant
 
 logger = logging.getLogger(__name__)
@@ -92,8 +90,7 @@ class PagedBatcher(Batcher):
             model, kv_tokens=config.kv_tokens, max_batch_tokens=config.max_batch_tokens
         )
         self._attention = PackedAttention(model, self._processor) if is_batch_invariant(model) else None
-        self._choice = self._processor.model_runner._sample = _TokenChoice()
-        check_tokens(self._processor.inputs_and_outputs, self._choice.check)
+        self._choice = PagedChoice(self._processor)
         super().__init__(model, infer_max_single_request_tokens(self._processor.cache))
         # By transformers' id of a request, a number, so that our ids can be used again: the request, and its tokens when it
         # was queued there.
@@ -134,6 +131,10 @@ class PagedBatcher(Batcher):
             return
         (number,) = [number for number, (running, _) in self._running.items() if running is entry]
         del self._running[number]
+        self._cancel(number)
+
+    def _cancel(self, number: str) -> None:
+        """End a request in transformers; the next ``prepare`` frees its pages."""
         self._manager.cancel_request(number)
         # After freeing a request's pages, the scheduler admits none until one has finished; its own cancelling forgets that.
         self._processor.scheduler.block_new_requests = False
@@ -158,9 +159,8 @@ class PagedBatcher(Batcher):
     def _set_part(self, part: list[FutureRequestState]) -> None:
         """Make these prepared requests the next forward pass's."""
         self._part = part
-        runs = [self._running.get(future.state.request_id) for future in part if future.has_new_token]
-        tokenless = show_cut_prompts(self._processor.inputs_and_outputs)
-        self._choice.prepare([None if run is None else run[0] for run in runs], tokenless)
+        runs = [self._running.get(future.state.request_id) for future in part]
+        self._choice.prepare(part, [None if run is None else run[0] for run in runs])
         self._previous_T = self._order.next([(future.state.request_id, future.query_length) for future in part])
         if self._attention is not None:  # the position is the one after the batch
             self._attention.prepare([Span(future.query_length, future.state.position_offset) for future in part])
@@ -207,6 +207,7 @@ class PagedBatcher(Batcher):
         isolation.passed()
         self._breaks = 0
         self._finish_part(isolation)
+        self._choice.commit()
         results = self._manager.output_router.output_queue
         while not results.empty():
             self._count(results.get())
@@ -236,54 +237,19 @@ class PagedBatcher(Batcher):
         if result.request_id not in self._running:
             return  # cancelled since the step was prepared
         entry, before = self._running[result.request_id]
-        for token in result.generated_tokens[len(entry.tokens) - before :]:
-            entry.append(token)
+        if len(result.generated_tokens) > len(entry.tokens) - before:
+            entry.append(self._choice.choices[result.request_id])
         if result.error is not None:
             entry.end("error", result.error)
-        assert result.is_finished() == (entry.reason is not None), "transformers and we agree on a request's end"
+        assert entry.reason or not result.is_finished(), "we know of each end that transformers knows of"
         if entry.reason:
             del self._running[result.request_id]
+            if not result.is_finished():  # its grammar has ended it
+                self._cancel(result.request_id)
 
     def close(self) -> None:
         self._manager.destroy()
+        del self._choice  # it holds the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
-
-
-class _TokenChoice:
-    """Replaces transformers' choice of tokens by that of each request in the prepared batch.
-
-    It is fixed when the batch is prepared: a repeated step chooses the same again, and so does one with a cancelled request.
-    """
-
-    def __init__(self) -> None:
-        self._samplings: list[Sampling] = []
-        self._positions: list[int] = []
-
-    def prepare(self, entries: Sequence[TrackedRequest | None], tokenless: int) -> None:
-        """Set the batch's requests that get a token, in the batch's order; None = a cancelled one.
-
-        Args:
-            entries: these requests.
-            tokenless: rows behind theirs that get no token, but must be finite.
-        """
-        self._samplings = [GREEDY if entry is None else entry.request.sampling for entry in entries]
-        self._positions = [0 if entry is None else entry.length for entry in entries]
-        self._samplings += [GREEDY] * tokenless
-        self._positions += [0] * tokenless
-
-    def __call__(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        """Choose a token for each row; row i belongs to the i-th request that gets a token.
-
-        Args:
-            scores: [1, rows, V].
-            output_ids: int64 [1, any], its first entries are set.
-        """
-        chosen = next_tokens(scores[0, : len(self._samplings)], self._samplings, self._positions)
-        output_ids[0, : len(chosen)].copy_(chosen)
-
-    def check(self, tokens: list[int]) -> None:
-        """Raise NotFiniteError if one of these rows has no token."""
-        if NO_TOKEN in tokens[: len(self._samplings)]:
-            raise NotFiniteError

@@ -11,11 +11,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from epslots.errors import StepFailed
-from epslots.generation.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.errors import ConfigError, StepFailed
+from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, check_servable
 from epslots.generation.isolation import Isolation
 from epslots.generation.positions import depends_on_length, forget_length
-from epslots.generation.token_choice import NO_TOKEN, next_tokens
+from epslots.generation.requests import Request
+from epslots.generation.token_choice import choose
+from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,11 @@ class SequentialBatcher(Batcher):
         self._kept: _KeptState | None = None
         self._rotaries = depends_on_length(model)
 
+    def _check(self, request: Request) -> None:
+        super()._check(request)
+        if request.prompt_logprobs is not None:
+            raise ConfigError(f"request {request.id!r}: this model's prompts have no prompt_logprobs; leave them out")
+
     def _queue(self, entry: TrackedRequest) -> None:
         pass  # it waits among the unfinished ones
 
@@ -72,7 +79,7 @@ class SequentialBatcher(Batcher):
         length = self._length_after(entry, kept)
         try:
             with self._following(np.arange(length) if kept is None else np.array([-1])), self._plain_outputs.off():
-                token, arguments = self._forward(entry, kept, length)
+                choice, arguments = self._forward(entry, kept, length)
         except Exception as failure:
             found = self._split_or_raise(isolation, failure)
             if found is not None and entry.reason is None:
@@ -86,7 +93,7 @@ class SequentialBatcher(Batcher):
         if entry.reason is not None or length == entry.length:
             self._isolation = None  # else the failed step is still to come: a second failure there is the request's own
         if entry.reason is None and length == entry.length:
-            entry.append(token)
+            entry.append(choice)
         if entry.reason is None:
             self._kept = _KeptState(entry, arguments, length)
 
@@ -97,7 +104,7 @@ class SequentialBatcher(Batcher):
         return len(entry.request.prompt) - entry.request.resumed if self._rotaries else entry.length
 
     @torch.no_grad()
-    def _forward(self, entry: TrackedRequest, kept: _KeptState | None, length: int) -> tuple[int, dict[str, Any]]:
+    def _forward(self, entry: TrackedRequest, kept: _KeptState | None, length: int) -> tuple[Choice, dict[str, Any]]:
         """The token after the first ``length``, and the model's new state; computed from the last token alone if there is a
         state.
         """
@@ -110,10 +117,11 @@ class SequentialBatcher(Batcher):
             ids, next_sequence_length=None if kept is None else 1, is_first_iteration=kept is None, **arguments
         )
         outputs = model(**inputs, return_dict=True)
-        (token,) = next_tokens(outputs.logits[:, -1].float(), [entry.request.sampling], [length]).tolist()
-        if token == NO_TOKEN:
+        # Before ``length`` is the request's own, the token is not taken: it is known.
+        (choice,) = choose(outputs.logits[:, -1].float(), [entry if length == entry.length else None]).read()
+        if choice.token == NO_TOKEN:
             raise NotFiniteError
-        return token, model._update_model_kwargs_for_generation(outputs, arguments)
+        return choice, model._update_model_kwargs_for_generation(outputs, arguments)
 
     def _empty_cache(self, ids: torch.Tensor) -> dict[str, Any]:
         """The arguments of a sequence's first forward pass, with an empty cache."""

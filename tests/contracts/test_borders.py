@@ -58,6 +58,7 @@ PURE = (
     "generation.row_tracker",
     "prefetch.predictor_kernel",
     "generation.sampling",
+    "generation.token_counts",
     "generation.isolation",
 )
 
