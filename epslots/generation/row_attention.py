@@ -1,6 +1,7 @@
 """Attention that has to be computed row by row, and rotary embeddings that have to: everything else stays batched.
 
-- ``LayerOfRows``: a layer of the cache with an object for each row. Attention over it runs for one row after the other.
+- Attention over a layer of the cache that has an object for each row runs for one row after the other. ``LayerOfRows`` is such
+  a layer whose rows can't be pooled; pooled ones have ``rows`` beside what they are for the whole batch.
 - A rotary embedding whose angles depend on the longest sequence of a batch sees one row at a time.
 
 ``RowByRow`` replaces the ``forward`` of such modules for the length of a forward pass.
@@ -117,13 +118,14 @@ def _each_row(forward: Callable[..., Any], index: int) -> Callable[..., Any]:
     def each_row(*args: Any, **kwargs: Any) -> Any:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         layer = None if cache is None else cache.layers[index]
-        if not isinstance(layer, LayerOfRows):
+        rows = getattr(layer, "rows", None)
+        if not rows:
             return forward(*args, **kwargs)
         outputs = []
-        for r, row in enumerate(layer.rows):
+        for r, row in enumerate(rows):
             own = copy.copy(cache)
             own.layers = [row if i == index else other for i, other in enumerate(cache.layers)]  # type: ignore[union-attr]
-            part = _RowOf(r, len(layer.rows), row, cache, own)
+            part = _RowOf(r, len(rows), row, cache, own)
             outputs.append(forward(*map(part, args), **{name: part(value, name) for name, value in kwargs.items()}))
         return torch.cat([output[0] for output in outputs]), *[None] * (len(outputs[0]) - 1)  # no attention weights
 

@@ -220,10 +220,10 @@ class RowCache:
         for index, template in enumerate(self._templates):
             if index not in self._pooled:
                 layers.append(LayerOfRows([_twin(row.own.get(index, template)) for row in rows]))
-            elif index in self._by_row:
-                layers.append(LayerOfRows([_begun(copy.copy(template), one) for one in single]))
-            else:
-                layers.append(_begun(template, step))
+                continue
+            if index in self._by_row:
+                template.rows = [_begun(copy.copy(template), one) for one in single]
+            layers.append(_begun(template, step))
         self._steps, self._cache.layers = [step, *single], layers
         if self._linear:
             known = {i: pool.index_select(0, step.row_B) if past else None for i, pool in self._linear.items()}
@@ -238,12 +238,12 @@ class RowCache:
 
     def _commit(self, rows: Sequence[Row], row_B: IntArray, width: int) -> None:
         for index, layer in enumerate(self._cache.layers):
-            parts = layer.rows if isinstance(layer, LayerOfRows) else [layer]
-            for row, part in zip(rows, parts, strict=False):
-                if isinstance(part, PooledLayer):
-                    part.end()
-                else:
-                    row.own[index] = part
+            if isinstance(layer, LayerOfRows):
+                for row, own in zip(rows, layer.rows, strict=True):
+                    row.own[index] = own
+                continue
+            for part in (layer, *layer.rows):
+                part.end()
         whole = self._steps[0]
         whole.new_states += [(pool, getattr(self._cache, "linear_cache")[i]) for i, pool in self._linear.items()]  # noqa: B009
         for step in self._steps:

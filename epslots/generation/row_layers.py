@@ -12,7 +12,7 @@ Suffixes: B rows of the step, W its tokens in each row, S positions read. C cell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -142,10 +142,12 @@ class PooledLayer:
     Attributes:
         pools: of tensors that grow with tokens, by attribute; of states, [R, ...] by attribute and number.
         step: the forward pass under way.
+        rows: a layer for each row, where attention runs row by row.
     """
 
     pools: Pools
     step: RowStep
+    rows: Sequence[PooledLayer] = ()
 
     def begin(self, step: RowStep) -> None:
         """A forward pass begins."""
