@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
+from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
 from epslots.generation.requests import Output, Reason, Request
@@ -74,10 +75,12 @@ class Batcher(ABC):
     Args:
         model: the model that is served.
         capacity: tokens that one request may keep: its prompt, and all new tokens but the last.
+        max_requests: requests that run at a time; further ones wait.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
+        self.capacity, self.max_requests = capacity, max_requests
+        self._counters = EngineCounters()
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._entries: dict[str, TrackedRequest] = {}
@@ -114,6 +117,10 @@ class Batcher(ABC):
             StepFailed: this rank's failure broke the group; nothing of the step counts.
             Exception: an error that no request causes: of files, settings or the device.
         """
+
+    @abstractmethod
+    def _usage(self) -> Usage:
+        """What the cache holds now."""
 
     @abstractmethod
     def close(self) -> None:
@@ -171,12 +178,18 @@ class Batcher(ABC):
         found = []
         for id, entry in list(self._entries.items()):
             tokens = tuple(entry.tokens[entry.delivered :])
+            self._counters.new_tokens += len(tokens)
             if tokens or entry.reason:
                 found.append(Output(id, tokens, entry.reason is not None, entry.reason, entry.error))
             entry.delivered = len(entry.tokens)
             if entry.reason:
                 del self._entries[id]
         return found
+
+    def stats(self) -> EngineStats:
+        """Counters since the batcher was made, and its requests now."""
+        usage = self._usage()
+        return EngineStats(**asdict(self._counters), **usage._asdict(), waiting=len(self._open()) - usage.running)
 
     @contextmanager
     def _following(self, row_T: IntArray | None) -> Iterator[None]:

@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from epslots.errors import StepFailed
 from epslots.generation.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.positions import depends_on_length, forget_length
 from epslots.generation.token_choice import NO_TOKEN, next_tokens
@@ -46,7 +47,7 @@ class SequentialBatcher(Batcher):
         """
         check_servable(model)
         check_positive(kv_tokens=kv_tokens)
-        super().__init__(model, kv_tokens)
+        super().__init__(model, kv_tokens, max_requests=1)
         self._isolation: Isolation[TrackedRequest] | None = None
         self._kept: _KeptState | None = None
         self._rotaries = depends_on_length(model)
@@ -83,6 +84,8 @@ class SequentialBatcher(Batcher):
                 raise
             return
         self._breaks = 0
+        self._counters.steps += 1
+        self._counters.prompt_tokens += length if kept is None else 0
         if entry.reason is not None or length == entry.length:
             self._isolation = None  # else the failed step is still to come: a second failure there is the request's own
         if entry.reason is None and length == entry.length:
@@ -125,6 +128,10 @@ class SequentialBatcher(Batcher):
             keeps["position_ids"] = model._prepare_position_ids_for_generation(ids, {})
         model._prepare_cache_for_generation(GenerationConfig(), keeps, GenerationMode.GREEDY_SEARCH, 1, self.capacity)
         return keeps
+
+    def _usage(self) -> Usage:
+        kept = 0 if self._kept is None else self._kept.tokens
+        return Usage(running=min(kept, 1), kv_used=kept, kv_tokens=self.capacity)
 
     def close(self) -> None:
         self._isolation = self._kept = None

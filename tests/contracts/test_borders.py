@@ -59,6 +59,8 @@ PURE = (
     "prefetch.predictor_kernel",
     "generation.sampling",
     "generation.isolation",
+    "generation.chunk_size",
+    "generation.engine_stats",
 )
 
 
