@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
+from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
 from epslots.generation.requests import Output, Request
@@ -46,6 +48,7 @@ class Batcher(ABC):
     Args:
         model: the model that is served.
         capacity: tokens that one request may keep: its prompt, and all new tokens but the last.
+        max_requests: requests that run at a time; further ones wait.
 
     Attributes:
         compile_grammar: makes the state of a request's grammar before its text; may raise ConfigError. None = requests with
@@ -54,8 +57,9 @@ class Batcher(ABC):
 
     compile_grammar: Callable[[Request], GrammarState] | None = None
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
+        self.capacity, self.max_requests = capacity, max_requests
+        self._counters = EngineCounters()
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._entries: dict[str, TrackedRequest] = {}
@@ -92,6 +96,10 @@ class Batcher(ABC):
             StepFailed: this rank's failure broke the group; nothing of the step counts.
             Exception: an error that no request causes: of files, settings or the device.
         """
+
+    @abstractmethod
+    def _usage(self) -> Usage:
+        """What the cache holds now."""
 
     @abstractmethod
     def close(self) -> None:
@@ -169,6 +177,7 @@ class Batcher(ABC):
         for id, entry in list(self._entries.items()):
             tokens, logprobs = tuple(entry.tokens[entry.delivered :]), tuple(entry.logprobs[entry.delivered :])
             prompt_logprobs = entry.take_prompt_logprobs()
+            self._counters.new_tokens += len(tokens)
             if tokens or prompt_logprobs or entry.reason:
                 ended = entry.reason is not None
                 found.append(Output(id, tokens, ended, entry.reason, entry.error, logprobs, prompt_logprobs))
@@ -176,6 +185,11 @@ class Batcher(ABC):
             if entry.reason:
                 del self._entries[id]
         return found
+
+    def stats(self) -> EngineStats:
+        """Counters since the batcher was made, and its requests now."""
+        usage = self._usage()
+        return EngineStats(**asdict(self._counters), **usage._asdict(), waiting=len(self._open()) - usage.running)
 
     @contextmanager
     def _following(self, row_T: IntArray | None) -> Iterator[None]:
@@ -222,7 +236,7 @@ class Batcher(ABC):
         if not isolation.split:
             self._log(cause, len(isolation.part))
         faulty = isolation.failed(singly=breaks_group)
-        return None if faulty is None else (faulty, _in_words(cause, self._model.dtype))
+        return None if faulty is None else (faulty, describe_failure(cause, self._model.dtype))
 
     def _log(self, cause: Exception, requests: int) -> None:
         """Log a failure once in a row: a model that fails with every large batch does so in every step."""
@@ -232,7 +246,8 @@ class Batcher(ABC):
             logger.warning("a step of %d requests failed and is repeated in parts: %s", requests, text, exc_info=trace)
 
 
-def _in_words(cause: Exception, dtype: torch.dtype) -> str:
+def describe_failure(cause: Exception, dtype: torch.dtype) -> str:
+    """A failure of one request in words, for its user."""
     if isinstance(cause, NotFiniteError):
         return f"its {cause}: a damaged weight, numbers beyond the range of {dtype}, or a grammar that allows no token"
     text = str(cause)

@@ -1,10 +1,12 @@
 """dev stand-in"""
+
 from __future__ import annotations
-import math
+
 import torch
+
 from epslots.models.experts import expert_layers
-from epslots.models.measure_shape import run_without_experts, _dry_run_lengths
-from epslots.models.model_shape import CacheTensor, OF_THE_CACHE, CACHE_DIMENSIONS
+from epslots.models.measure_shape import _dry_run_lengths, run_without_experts
+from epslots.models.model_shape import CACHE_DIMENSIONS, OF_THE_CACHE, CacheTensor
 from epslots.models.pretrained import build_skeleton
 
 
@@ -21,7 +23,9 @@ def tensors_of(model):
         for name, value in vars(layer).items():
             if name not in CACHE_DIMENSIONS:
                 continue
-            items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [(None, value)]
+            items = (
+                value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [(None, value)]
+            )
             for key, t in items:
                 if not isinstance(t, torch.Tensor):
                     continue

@@ -26,8 +26,12 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.utils.generic import is_flash_attention_requested
 
+from epslots.config import EngineConfig
 from epslots.errors import DoesNotFitError
+from epslots.generation.page_scheduler import SCHEDULER
+from epslots.generation.paged_invariance import IMPLEMENTATION
 from epslots.generation.positions import depends_on_length
+from epslots.models.batch_invariance import is_batch_invariant
 
 # Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel needs 256.
 PAGE_TOKENS = 16
@@ -98,13 +102,14 @@ def cache_blocks(kv_tokens: int, page_tokens: int, layers: Mapping[str, Sequence
     return -(-kv_tokens // page_tokens) + -(-(len(counts) - 1) * math.lcm(*counts) // sum(counts))
 
 
-def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int) -> tuple[Any, Any]:
-    """Open a paged cache of ``kv_tokens`` for the model, with transformers' scheduler, and no thread.
+def open_processor(model: PreTrainedModel, engine: EngineConfig) -> tuple[Any, Any]:
+    """Open a paged cache for the model, with a ``PageScheduler``, and no thread.
+
+    A batch-invariant model's attention is replaced by ``paged_invariance.py``'s, which takes no masks.
 
     Args:
         model: served from the cache.
-        kv_tokens: tokens to hold at least.
-        max_batch_tokens: tokens of a step, at most.
+        engine: the size of the cache and of a step.
 
     Returns:
         transformers' manager, which takes requests and returns tokens, and its batch processor, which advances them.
@@ -112,7 +117,7 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
     Raises:
         DoesNotFitError: cache and batches exceed the device's free memory.
     """
-    config = model.config.get_text_config()
+    config, kv_tokens = model.config.get_text_config(), engine.kv_tokens
     flash = is_flash_attention_requested(config)
     page_tokens = FLASH_PAGE_TOKENS if flash else PAGE_TOKENS
     width = row_width(model)
@@ -122,7 +127,10 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=page_tokens,
             num_blocks=cache_blocks(kv_tokens, page_tokens, group_layers_by_attn_type(config)),
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_requests_per_batch=engine.max_requests,
+            allow_block_sharing=engine.prefix_cache,
+            scheduler_type=SCHEDULER,
             # 0 = none: reading pages in place needs the shape that the configuration states.
             max_blocks_per_request=None if flash and width is None else 0,
             # A step is over when it returns; its MoE layers talk to the host and to other ranks, which no graph can hold.
@@ -138,11 +146,14 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
     try:
         cuda = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
+            if is_batch_invariant(model):
+                model.set_attn_implementation(IMPLEMENTATION)
             processor = _processor(manager, None if width is None else rows_config(config, width))
     except MemoryError as error:
         model.set_attn_implementation(implementation)
         raise DoesNotFitError(
-            f"a KV cache of {kv_tokens} tokens and batches of {max_batch_tokens} don't fit on {model.device}: {error} (bytes)"
+            f"a KV cache of {kv_tokens} tokens and batches of {engine.max_batch_tokens} don't fit on {model.device}: {error} "
+            f"(bytes)"
         ) from error
     return manager, processor
 

@@ -62,21 +62,14 @@ class RowByRow:
     """Has some modules of a model computed row by row, within a context.
 
     Args:
-        layers: indices of the cache's layers whose attention runs so.
+        modules: of attention, from ``attentions_by_row``.
         rotaries: rotary embeddings that depend on the longest sequence (``positions.py``).
-
-    Raises:
-        UnsupportedModelError: no module of such a layer takes a cache.
+        device: of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: frozenset[int], rotaries: Sequence[nn.Module] = ()) -> None:
-        attentions = {int(module.layer_idx): module for module in _attentions(model, layers)}  # type: ignore[arg-type]
-        if missing := layers - set(attentions):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: no module of layer {min(missing)} takes a cache, so its rows can't be kept apart"
-            )
-        self._forwards = [(module, _each_row(module.forward, index)) for index, module in attentions.items()]
-        self._forwards += [(module, _each_sequence(module, module.forward, model.device)) for module in rotaries]
+    def __init__(self, modules: Sequence[nn.Module], rotaries: Sequence[nn.Module], device: torch.device) -> None:
+        self._forwards = [(module, _each_row(module.forward, layer_of(module))) for module in modules]
+        self._forwards += [(module, _each_sequence(module, module.forward, device)) for module in rotaries]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -94,24 +87,34 @@ class RowByRow:
                     module.forward = forward
 
 
-def bound_layers(model: PreTrainedModel) -> frozenset[int]:
-    """Layers whose attention can't be padded, by the classes of their modules."""
+def layer_of(module: nn.Module) -> int:
+    """The layer of the cache that a module of attention uses."""
+    return int(module.layer_idx)  # type: ignore[arg-type]
+
+
+def attentions_by_row(model: PreTrainedModel, unknown: frozenset[int]) -> tuple[nn.Module, ...]:
+    """The modules of attention that have to run row by row.
+
+    Args:
+        unknown: layers whose objects can't be pooled.
+
+    Raises:
+        UnsupportedModelError: no module of such a layer takes a cache.
+    """
     names = LENGTH_BOUND | BLOCK_BOUND
-    found = (module for module in model.modules() if type(module).__name__ in names)
-    return frozenset(int(module.layer_idx) for module in found)  # type: ignore[arg-type]
-
-
-def _attentions(model: PreTrainedModel, layers: frozenset[int]) -> list[nn.Module]:
-    """The outermost modules of these layers that take a cache, but for whole decoder layers."""
-    found: list[nn.Module] = []
+    found = [module for module in model.modules() if type(module).__name__ in names]
     inside: set[nn.Module] = set()
-    for module in model.modules():
-        if getattr(module, "layer_idx", None) not in layers or isinstance(module, GradientCheckpointingLayer):
+    for module in model.modules():  # parents first
+        if getattr(module, "layer_idx", None) not in unknown or isinstance(module, GradientCheckpointingLayer):
             continue
         if module not in inside and "past_key_values" in inspect.signature(module.forward).parameters:
             found.append(module)
             inside |= set(module.modules())
-    return found
+    if missing := unknown - set(map(layer_of, found)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: no module of layer {min(missing)} takes a cache, so its rows can't be kept apart"
+        )
+    return tuple(found)
 
 
 def _each_row(forward: Callable[..., Any], index: int) -> Callable[..., Any]:

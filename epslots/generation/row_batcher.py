@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,18 +29,20 @@ from transformers import PreTrainedModel
 
 from epslots.config import EngineConfig
 from epslots.device_copy import to_device
-from epslots.errors import StepFailed
+from epslots.errors import DoesNotFitError, StepFailed
 from epslots.generation.absorbed_attention import AbsorbedAttention
-from epslots.generation.batcher import Batcher, TrackedRequest, check_positive, check_servable
+from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, check_servable, describe_failure
 from epslots.generation.cache_tensors import tensors_of
+from epslots.generation.chunk_size import ChunkSize
+from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
-from epslots.generation.positions import depends_on_length
 from epslots.generation.row_attention import RowByRow
-from epslots.generation.row_cache import Row, RowCache
+from epslots.generation.row_cache import Row, RowCache, StepOfRows
 from epslots.generation.row_plan import RowPass, RowState, decodes, next_pass
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.token_choice import choose, prompt_logprobs
+from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +76,13 @@ class RowBatcher(Batcher):
     given up, and computed again from its tokens when there is room.
     """
 
-    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+    def __init__(self, model: PreTrainedModel, *, clock: Callable[[], float] = time.perf_counter, **settings: Any) -> None:
         """Allocate the cache, by fields of ``EngineConfig``.
+
+        Args:
+            model: with a language-model head.
+            clock: seconds, by which passes are timed for ``step_target_ms``.
+            settings: fields of ``EngineConfig``.
 
         Raises:
             ConfigError: a number is less than one.
@@ -82,21 +90,16 @@ class RowBatcher(Batcher):
             UnsupportedModelError: the model has no language-model head, or its layers can't be kept apart by rows.
         """
         check_servable(model)
-        config = EngineConfig(**settings)
+        config = self._config = EngineConfig(**settings)
         check_positive(kv_tokens=config.kv_tokens)
-        super().__init__(model, config)
+        super().__init__(model, config.kv_tokens, config.max_requests)
+        self._clock = clock
         self._support: RowSupport = row_support(model)
         self._latents = AbsorbedAttention(model)
-        self._by_row = RowByRow(model, self._support.by_row, self._support.rotaries)
-        in_flight = max(config.max_batch_tokens, config.max_requests)
-        self._cache = RowCache(
-            model,
-            tensors_of(model),
-            kv_tokens=config.kv_tokens,
-            max_requests=config.max_requests,
-            in_flight=config.kv_tokens if self._support.whole_prompts else in_flight,
-            by_row=self._support.by_row,
-        )
+        self._by_row = RowByRow(self._support.modules, self._support.rotaries, model.device)
+        self._cache = self._open_cache()
+        target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
+        self._chunk = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
         self._waiting: deque[TrackedRequest] = deque()
         self._running: list[_Running] = []
@@ -106,6 +109,24 @@ class RowBatcher(Batcher):
         self._pass: RowPass | None = None
         self._prompt_was_last = False
         self._order = RowTracker()
+
+    def _open_cache(self) -> RowCache:
+        config, support = self._config, self._support
+        in_flight = max(config.max_batch_tokens, config.max_requests)
+        try:
+            return RowCache(
+                self._model,
+                tensors_of(self._model),
+                kv_tokens=config.kv_tokens,
+                max_requests=config.max_requests,
+                in_flight=config.kv_tokens if support.whole_prompts else in_flight,
+                by_row=support.by_row,
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise DoesNotFitError(
+                f"a cache of {config.kv_tokens} tokens and {config.max_requests} requests doesn't fit on "
+                f"{self._model.device}: {error}"
+            ) from error
 
     def _queue(self, entry: TrackedRequest) -> None:
         self._waiting.append(entry)
@@ -148,7 +169,7 @@ class RowBatcher(Batcher):
                 self._waiting.appendleft(entry)
                 break
             row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
-            self._count_reused(shared)
+            self._counters.reused_tokens += shared
             self._running.append(_Running(entry, row))
         self._waiting.extendleft(reversed(held))
 
@@ -176,15 +197,11 @@ class RowBatcher(Batcher):
         while self._running:
             states = [self._state(running) for running in self._running]
             room = self._chunk.prompt_tokens(sum(map(decodes, states)))
-            planned = next_pass(
-                states, room, prompt_was_last=self._prompt_was_last, together=self._support.together
-            )
+            planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every running row has a token left to compute"
             if len(planned.rows) * planned.width <= self._cache.free_tokens:
                 return planned
-            if not planned.decodes and len(planned.rows) > 1:
-                return RowPass(planned.rows[:1], planned.width, decodes=False) if planned.width <= self._cache.free_tokens else None
-            self._preempt(self._running[-1])
+            self._preempt(self._running[-1])  # the oldest alone always fits
         return None
 
     def _state(self, running: _Running) -> RowState:
@@ -201,7 +218,7 @@ class RowBatcher(Batcher):
         """Give up a row; its request waits again, before all others."""
         self._leave(running.entry)
         self._waiting.appendleft(running.entry)
-        self._count_preempted()
+        self._counters.preempted += 1
 
     # The forward pass.
 
@@ -229,10 +246,18 @@ class RowBatcher(Batcher):
             return
         isolation.passed()
         self._breaks = 0
-        self._count_computed(planned, part, self._clock() - began)
+        self._count(planned, len(part), None if isolation.split else self._clock() - began)
         for deliver in chosen:
             deliver()
         self._finish_part(isolation)
+
+    def _count(self, planned: RowPass, rows: int, seconds: float | None) -> None:
+        """Count a pass that succeeded."""
+        prompt_tokens, decoding = (0, rows) if planned.decodes else (rows * planned.width, 0)
+        self._counters.steps += 1
+        self._counters.prompt_tokens += prompt_tokens
+        if seconds is not None:
+            self._chunk.observe(prompt_tokens, decoding, seconds)
 
     def _finish_part(self, isolation: Isolation[_Running]) -> None:
         if isolation.done:
@@ -243,7 +268,7 @@ class RowBatcher(Batcher):
                 self._leave(running.entry)
 
     @torch.no_grad()
-    def _forward(self, part: Sequence[_Running], width: int, step: Any) -> torch.Tensor:
+    def _forward(self, part: Sequence[_Running], width: int, step: StepOfRows) -> torch.Tensor:
         """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
         device = self._model.device
         ids = [running.known[running.row.length :][:width] for running in part]
@@ -263,9 +288,9 @@ class RowBatcher(Batcher):
         logits: torch.Tensor = found.logits[:, -keep:]
         return logits
 
-    def _choose(self, part: Sequence[_Running], width: int, logits_BLV: torch.Tensor) -> list[Any]:
+    def _choose(self, part: Sequence[_Running], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
         """Choose tokens, and compute log-probabilities; returns calls that enter them, for after the commit."""
-        deliver: list[Any] = []
+        deliver: list[Callable[[], None]] = []
         if rows := self._prompt_rows(part[0], width):
             entry, start = part[0].entry, part[0].row.length
             following = entry.request.prompt[rows.start + 1 : rows.stop + 1]
@@ -293,6 +318,9 @@ class RowBatcher(Batcher):
             entry.end("error", describe_failure(NotFiniteError(), self._model.dtype))
         else:
             entry.append(choice)
+
+    def _usage(self) -> Usage:
+        return Usage(len(self._running), self._config.kv_tokens - self._cache.free_tokens, self._config.kv_tokens)
 
     def close(self) -> None:
         self._waiting.clear()

@@ -23,7 +23,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.generation.cell_table import CellTable
 from epslots.generation.row_attention import LayerOfRows
-from epslots.generation.row_layers import PooledLayer, Pools, RowStep, TokenPool, can_be_pooled, pool_layer
+from epslots.generation.row_layers import Pools, RowStep, TokenPool, can_be_pooled, pool_layer
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor
 
 

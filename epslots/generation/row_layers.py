@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -261,7 +261,7 @@ _PARTS: Mapping[type, tuple[type, ...]] = {
 _PARTS_BY_NAME: Mapping[str, tuple[type, ...]] = {"MiniMaxM3VLSparseCacheLayer": (_PooledIndexKeys,)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pooled_class(kind: type) -> type | None:
     parts = _PARTS.get(kind) or _PARTS_BY_NAME.get(kind.__name__)
     # transformers registers each subclass with a layer type as the class of all such layers.

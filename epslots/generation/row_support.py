@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.generation.positions import depends_on_length
-from epslots.generation.row_attention import bound_layers
+from epslots.generation.row_attention import attentions_by_row, layer_of
 from epslots.generation.row_cache import empty_cache
 from epslots.generation.row_layers import can_be_pooled
 from epslots.models.batch_invariance import is_batch_invariant
@@ -26,7 +26,7 @@ class RowSupport:
     """How a model's rows are computed.
 
     Attributes:
-        by_row: layers whose attention runs row by row.
+        modules: of attention that run row by row.
         rotaries: rotary embeddings that are computed row by row, because their angles depend on a row's length.
         whole_prompts: a prompt is computed in one pass, whatever its length.
         replays: text that is computed again comes token by token, as it did the first time: in one pass it would get other
@@ -34,11 +34,16 @@ class RowSupport:
         together: several rows share a pass.
     """
 
-    by_row: frozenset[int]
+    modules: tuple[nn.Module, ...]
     rotaries: tuple[nn.Module, ...]
     whole_prompts: bool
     replays: bool
     together: bool
+
+    @property
+    def by_row(self) -> frozenset[int]:
+        """Layers of the cache whose attention runs row by row."""
+        return frozenset(map(layer_of, self.modules))
 
     @property
     def shares_prefixes(self) -> bool:
@@ -47,12 +52,16 @@ class RowSupport:
 
 
 def row_support(model: PreTrainedModel) -> RowSupport:
-    """How a model's rows are computed."""
+    """How a model's rows are computed.
+
+    Raises:
+        UnsupportedModelError: its layers keep something that can't be kept apart by rows.
+    """
     unknown = frozenset(i for i, layer in enumerate(empty_cache(model).layers) if not can_be_pooled(layer))
     rotaries = tuple(depends_on_length(model))
     invariant = is_batch_invariant(model)
     return RowSupport(
-        by_row=unknown | bound_layers(model),
+        modules=attentions_by_row(model, unknown),
         rotaries=rotaries,
         whole_prompts=bool(rotaries) or any(type(module).__name__ in WHOLE_PROMPT_MIXERS for module in model.modules()),
         replays=bool(rotaries) or invariant,

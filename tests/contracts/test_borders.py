@@ -60,6 +60,8 @@ PURE = (
     "generation.sampling",
     "generation.token_counts",
     "generation.isolation",
+    "generation.chunk_size",
+    "generation.engine_stats",
 )
 
 
