@@ -149,7 +149,7 @@ def test_the_commands_and_their_options():
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
-    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}
+    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--device"}
     assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {
