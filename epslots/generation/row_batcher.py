@@ -7,7 +7,7 @@
         for output in batcher.outputs():
             ...
 
-``row_plan.py`` decides which rows make a forward pass, ``row_cache.py`` keeps them, ``isolation.py`` repeats a pass that failed in
+``row_plan.py`` decides which rows make a forward pass, ``row_cache.py`` keeps them, ``isolation.py`` repeats a failed pass in
 parts. A pass stands until it is made: after a lost peer the next ``step`` repeats it.
 """
 
@@ -58,11 +58,6 @@ class _Running:
     row: Row
     stop: int = 0
     """A length at which another request is to continue from this row."""
-
-    @property
-    def known(self) -> list[int]:
-        """Its tokens, prompt and text."""
-        return [*self.entry.request.prompt, *self.entry.tokens]
 
     @property
     def left(self) -> int:
@@ -181,10 +176,12 @@ class RowBatcher(Batcher):
         """The running request whose row a new one can begin with, and the tokens that they share; (None, 0) without one."""
         if not self._config.prefix_cache or not self._support.shares_prefixes:
             return None, 0
-        own = [*entry.request.prompt, *entry.tokens][:-1]  # its last token gives the logits
+        if entry.prompt_rows(0, entry.prompt_length):
+            return None, 0  # the logits of all of its prompt are needed
+        own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
         best: tuple[_Running | None, int] = (None, 0)
         for running in self._running:
-            shared = _common(own, running.known)
+            shared = _common(own, running.entry.ids(0, len(own)))
             # A state is of one length: the row's present one, or one that it hasn't reached.
             if self._cache.keeps_states and shared < running.row.length:
                 continue
@@ -271,7 +268,7 @@ class RowBatcher(Batcher):
     def _forward(self, part: Sequence[_Running], width: int, step: StepOfRows) -> torch.Tensor:
         """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
         device = self._model.device
-        ids = [running.known[running.row.length :][:width] for running in part]
+        ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
         keep = width if self._prompt_rows(part[0], width) else 1
         inputs = {
             "input_ids": to_device(np.array(ids, np.int64), device),

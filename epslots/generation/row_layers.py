@@ -131,11 +131,6 @@ class LazyStates(dict[int, Any]):
         return [(self._pools[number], state) for number, state in super().items() if state is not None]
 
 
-def _outline(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape in the memory of one number: models ask layers for shapes."""
-    return tensor.new_zeros(1).expand(tensor.shape)
-
-
 class PooledLayer:
     """A layer of a model's cache that keeps nothing itself.
 
@@ -169,7 +164,7 @@ class _PooledTokens(PooledLayer):
         keys = self.step.append(self.pools["keys",], key_states)
         values = self.step.append(self.pools["values",], value_states)
         self._length = self.step.past + self.step.width
-        self.keys, self.values, self.is_initialized = _outline(keys), _outline(values), True
+        self.is_initialized = True
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -195,6 +190,11 @@ class _PooledIndexer(_PooledTokens):
         super().begin(step)
         self._positions: torch.Tensor | None = None
         self.is_indexer_initialized = step.past > 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states)
+        self.keys = keys.new_zeros(1).expand(keys.shape)  # glm5_next asks for the shape
+        return keys, values
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         self.is_indexer_initialized = True

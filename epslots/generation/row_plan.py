@@ -1,8 +1,8 @@
 """Which rows make the next forward pass, and how many tokens of each: pure decisions of ``RowBatcher``.
 
-A row *decodes* when one token of its sequence is left to compute; else it has a *prompt* to compute, in chunks. One forward pass
-does either: all rows of a pass get equally many new tokens, so that none is padded. (A padded token would be routed to experts,
-and would change recurrent states.) Passes take turns while there are both, so that decoding waits for one chunk at most.
+A row *decodes* when one token of its sequence is left to compute; else it has a *prompt* to compute, in chunks. A forward pass
+does either. All rows of a pass get equally many new tokens, so that none is padded: a padded token would be routed to experts,
+and would change recurrent states. The two kinds take turns, so that decoding waits for one chunk at most.
 """
 
 from __future__ import annotations

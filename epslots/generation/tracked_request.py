@@ -81,6 +81,13 @@ class TrackedRequest:
         """Tokens of the whole sequence: the position of its next token."""
         return len(self.request.prompt) + len(self.tokens)
 
+    def ids(self, start: int, end: int) -> list[int]:
+        """The tokens of the sequence from a position up to another one."""
+        count = len(self.request.prompt)
+        if start >= count:
+            return self.tokens[start - count : end - count]
+        return [*self.request.prompt[start:end], *self.tokens[: max(0, end - count)]]
+
     @property
     def prompt_length(self) -> int:
         """Tokens of the prompt, without the text that the request generated before it was moved."""

@@ -65,7 +65,8 @@ class CacheTensor(msgspec.Struct, frozen=True):
     def entries(self, kv_tokens: int, max_requests: int, in_flight: int) -> int:
         """Entries of ``shape`` that hold ``kv_tokens`` tokens of at most ``max_requests`` sequences together.
 
-        A step's new tokens, at most ``in_flight``, have entries before those that leave a window are free. Where tokens have entries, one more stays zero: it stands for the positions before a row's first token.
+        A step's new tokens, at most ``in_flight``, have entries before those that leave a window are free. Where tokens have
+        entries, one more stays zero: it stands for the positions before a row's first token.
         """
         match self.kind:
             case "token":

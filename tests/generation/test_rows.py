@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from epslots.errors import PeerLost
 from epslots.generation.batcher import Batcher
-from epslots.generation.paged_batcher import batcher_for
+from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from tests.support import zoo
@@ -187,6 +187,7 @@ class Life:
                 self.batcher.add(Request(id, prompt_of(first), second))
             case "cancel":
                 self.batcher.cancel(f"r{first}")
+                self.collected.take()
             case "steps":
                 self.collected.run(first)
             case "interrupted":
