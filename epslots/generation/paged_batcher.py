@@ -29,6 +29,7 @@ from epslots.generation.isolation import Isolation
 from epslots.generation.paged_cache import open_processor, paging_obstacle
 from epslots.generation.paged_choice import PagedChoice
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
+from epslots.generation.prompt_rows import PromptRows
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.sequential_batcher import SequentialBatcher
@@ -90,7 +91,7 @@ class PagedBatcher(Batcher):
             model, kv_tokens=config.kv_tokens, max_batch_tokens=config.max_batch_tokens
         )
         self._attention = PackedAttention(model, self._processor) if is_batch_invariant(model) else None
-        self._choice = PagedChoice(self._processor)
+        self._choice, self._prompt_rows = PagedChoice(self._processor), PromptRows(self._processor)
         super().__init__(model, infer_max_single_request_tokens(self._processor.cache))
         # By transformers' id of a request, a number, so that our ids can be used again: the request, and its tokens when it
         # was queued there.
@@ -117,6 +118,7 @@ class PagedBatcher(Batcher):
         rest = entry.request.after(entry.tokens)
         number = str(next(self._numbers))
         self._running[number] = (entry, len(entry.tokens))
+        self._prompt_rows.add(number, entry)
         self._manager.add_request(
             list(rest.prompt),
             request_id=number,
@@ -187,6 +189,7 @@ class PagedBatcher(Batcher):
         assert not self._held, "a lone request always fits"
         self._processor.reset()
         self._running.clear()
+        self._prompt_rows.clear()
         first, *self._held = self._open()
         self._submit(first)
 
@@ -249,7 +252,7 @@ class PagedBatcher(Batcher):
 
     def close(self) -> None:
         self._manager.destroy()
-        del self._choice  # it holds the cache
+        del self._choice, self._prompt_rows  # they hold the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
