@@ -52,10 +52,9 @@ class Batcher(ABC):
             a grammar are refused.
     """
 
-    compile_grammar: Callable[[Request], GrammarState] | None = None
-
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self.capacity = capacity
+        self.compile_grammar: Callable[[Request], GrammarState] | None = None
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._entries: dict[str, TrackedRequest] = {}
