@@ -101,24 +101,24 @@ def test_each_is_delivered_once_in_order(data: st.DataObject, length: int, resum
     """Prompts are computed again from the start at any time, steps are repeated, and requests move with what is delivered."""
     request = Request("a", tuple(range(length + resumed)), 9, resumed=resumed, prompt_logprobs=2)
     delivered: list[TokenLogprobs] = []
-    entry, at = TrackedRequest(request), 0
+    entry, at, setbacks = TrackedRequest(request), 0, data.draw(st.integers(0, 5))
     while at < len(request.prompt):
         end = data.draw(st.integers(at + 1, len(request.prompt)))
         rows = entry.prompt_rows(at, end)
         assert rows == entry.prompt_rows(at, end), "asking changes nothing"
         assert set(rows) <= set(range(at, end))
         at = end
-        what = data.draw(st.sampled_from(["counts", "is lost", "counts", "counts twice"]))
+        what = data.draw(st.sampled_from(["counts", "counts twice", "is lost"][: 2 + (setbacks > 0)]))
         if what != "is lost":
             for _ in range(1 + (what == "counts twice")):
                 entry.add_prompt_logprobs(rows, [of(position + 1) for position in rows])
         if data.draw(st.booleans()):
             delivered += entry.take_prompt_logprobs()
-        then = data.draw(st.sampled_from(["go on", "preempted", "moved"]))
+        then = data.draw(st.sampled_from(["go on", "preempted", "moved"][: 1 + 2 * (setbacks > 0)]))
         if then == "moved":
             entry = TrackedRequest(entry.as_delivered)
         if what == "is lost" or then != "go on":
-            at = 0
+            at, setbacks = 0, setbacks - 1
     delivered += entry.take_prompt_logprobs()
     assert [found.token for found in delivered] == list(range(1, length)), "but for the first, and for what it generated"
     assert not entry.prompt_rows(0, len(request.prompt))
