@@ -32,6 +32,7 @@ class ScheduledRequest:
 
     Attributes:
         tokens: generated so far.
+        prompt_logprobs: log-probabilities of the prompt that have arrived.
         worker: the rank that serves it; None while it is queued.
         losses: ranks in a row that were lost while they had it, without a token in between.
         ending: its user needs no more of it.
@@ -39,6 +40,7 @@ class ScheduledRequest:
 
     request: Request
     tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: int = 0
     worker: Hashable | None = None
     losses: int = 0
     ending: bool = False
@@ -60,7 +62,7 @@ class ScheduledRequest:
 
     def rest(self) -> Request:
         """The request for the tokens that are missing."""
-        return self.request.after(self.tokens)
+        return self.request.after(self.tokens, self.prompt_logprobs)
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class Scheduler:
         if entry.ending:
             return None
         entry.tokens += output.tokens
+        entry.prompt_logprobs += len(output.prompt_logprobs)
         if output.tokens:
             entry.losses = 0  # it isn't the reason: that would end every rank at the same token
         return entry

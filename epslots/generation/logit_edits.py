@@ -25,9 +25,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 def edits_logits(entry: TrackedRequest) -> bool:
     """Whether the logits of the request's next token are changed before it is chosen."""
     sampling = entry.request.sampling
-    return entry.grammar_state is not None or (
-        sampling.changes_logits and (_holds_stops(entry) or bool(sampling.logit_bias) or _penalizes(sampling))
-    )
+    return entry.grammar_state is not None or bool(sampling.logit_bias) or _penalizes(sampling) or _holds_stops(entry)
 
 
 def _holds_stops(entry: TrackedRequest) -> bool:
@@ -53,7 +51,8 @@ def edit_logits(logits_RV: torch.Tensor, entries: Sequence[TrackedRequest]) -> N
     masks = [entry.allowed for entry in entries]
     if any(mask is not None for mask in masks):
         _mask(logits_RV, masks)
-    stops, biases, penalties = pairs = ([], [], [])  # type: tuple[list[FloatArray], list[FloatArray], list[FloatArray]]
+    pairs: tuple[list[FloatArray], ...] = ([], [], [])
+    stops, biases, penalties = pairs
     for row, entry in enumerate(entries):
         sampling, start = entry.request.sampling, row * vocabulary
         if _holds_stops(entry):

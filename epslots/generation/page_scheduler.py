@@ -90,8 +90,9 @@ class PageScheduler(Scheduler):
     Attributes:
         chunk_size: decides how many prompt tokens a step has.
         counters: reused tokens and preemptions are counted there.
-        wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages; and
-            such prompts together have at most ``max_requests`` tokens in a step: so many rows of logits are planned for.
+        wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
+            such prompts have as many tokens in a step as leave a row of logits for each other request: ``max_requests`` rows
+            are planned for.
     """
 
     def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
@@ -123,7 +124,8 @@ class PageScheduler(Scheduler):
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 
     def _add_prompts(self, batch: _StepBatch, token_budget: int) -> None:
-        left, rows = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries))), self.max_requests_per_batch
+        left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries)))
+        rows = max(1, self.max_requests_per_batch - len(self.active_requests) + 1)
         for state in self._prompts(batch):
             tokens = min(left, len(state.remaining_prefill_tokens))
             if self.wants_prompt_logits(state.request_id):

@@ -121,7 +121,8 @@ class PagedBatcher(Batcher):
             self._processor.scheduler.block_new_requests = False
 
     def _wants_prompt_logits(self, number: str) -> bool:
-        return number in self._running and self._running[number][0].request.prompt_logprobs is not None
+        entry = self._running[number][0] if number in self._running else None
+        return entry is not None and bool(entry.prompt_rows(0, entry.prompt_length))
 
     def prepare(self) -> bool:
         if self._isolation is None:

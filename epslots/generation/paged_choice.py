@@ -76,7 +76,8 @@ class PagedChoice:
             entries: the same; None = a cancelled one.
         """
         self._numbers, self._entries, self._prompts = [], [], []
-        places, behind = [], list[int]()
+        places: list[int] = []
+        behind: list[int] = []
         count = sum(future.has_new_token for future in part)
         end = 0
         for future, entry in zip(part, entries, strict=True):

@@ -146,6 +146,8 @@ class TrackedRequest:
             rows: from ``prompt_rows``.
             found: of the token behind each of them (``token_choice.prompt_logprobs``).
         """
+        if not rows:
+            return
         known = self._prompt_logprobs_known - rows.start
         assert known >= 0, "a prompt is computed in order, and one with missing log-probabilities shares no prefix"
         new = found[known:]

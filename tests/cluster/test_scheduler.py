@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracker, RankCapacity, Scheduler
-from epslots.generation.requests import Output, Request
+from epslots.generation.requests import Output, Request, TokenLogprobs
 
 
 def request(id: str, prompt: int = 3, new: int = 5) -> Request:
@@ -98,6 +99,23 @@ def test_a_request_that_gets_on_is_no_suspect():
         assert assigned(scheduler, x=WIDE) == [("x", "a")]
         assert scheduler.count("x", Output("a", (token,))) is not None
         assert scheduler.release("x")[1] == []
+
+
+def test_a_moved_request_goes_on_in_its_prompt():
+    """Log-probabilities of the prompt that arrived aren't sent again."""
+    scheduler = Scheduler()
+    scheduler.add(replace(request("a", 9), prompt_logprobs=0))
+    found = tuple(TokenLogprobs(token, -1.0) for token in range(5))
+    for arrived in ((), found[:2], found[2:]):
+        ((_, moved),) = scheduler.assign({"x": WIDE})
+        assert scheduler.count("x", Output("a", (), prompt_logprobs=arrived)) is not None
+        scheduler.release("x", blame=False)
+    ((_, moved),) = scheduler.assign({"x": WIDE})
+    assert (moved.prompt_logprobs, moved.prompt_logprobs_delivered) == (0, 5)
+    scheduler.count("x", Output("a", (7,), prompt_logprobs=found))
+    scheduler.release("x")
+    ((_, moved),) = scheduler.assign({"x": WIDE})
+    assert (moved.prompt_logprobs, moved.resumed) == (None, 1)
 
 
 def test_an_ended_request_is_awaited_but_not_told_of():
