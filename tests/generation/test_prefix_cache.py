@@ -15,7 +15,7 @@ from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
 from epslots.generation.sampling import Sampling
 from tests.support import zoo
-from tests.support.batches import Collected, drawn, finish, generated, pages_are_free, prompt_of, requests_of
+from tests.support.batches import Collected, drawn, finish, generated, pages_are_free, prompt_of
 from tests.support.guilty_requests import Guilt, unused
 
 PAGE = 16
