@@ -20,7 +20,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousBatchProcessor
 from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
-from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
@@ -132,20 +131,6 @@ def test_every_architecture_equals_generate(name: str, checkpoint: Callable[[str
     assert generated(model, requests[0]) == expected["r0"], "the model is as it was"
 
 
-def count_preemptions(batcher: PagedBatcher) -> list[bool]:
-    """One entry for each time that a request from now on loses its pages to others."""
-    preemptions: list[bool] = []
-    preempt = batcher._processor.offloading_manager.offload_requests
-
-    def count() -> bool:
-        done: bool = preempt()
-        preemptions.extend([True] * done)
-        return done
-
-    batcher._processor.offloading_manager.offload_requests = count
-    return preemptions
-
-
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
 def test_an_oversubscribed_cache_loses_nothing(name: str):
     model = zoo.ZOO[name].build()
@@ -153,10 +138,9 @@ def test_an_oversubscribed_cache_loses_nothing(name: str):
     requests = requests_of(sizes, seed=3)
     expected = {request.id: generated(model, request) for request in requests}
     batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
-    preempted = count_preemptions(batcher)
     memory = batcher._processor.cache.cache_tensor.data_ptr()
     assert finish(batcher, requests).tokens == expected
-    assert preempted, "the cache was really too small"
+    assert batcher.stats().preempted > 0, "the cache was really too small"
     assert pages_are_free(batcher)
     assert batcher._processor.cache.cache_tensor.data_ptr() == memory, "allocated once"
     batcher.close()
@@ -182,7 +166,6 @@ def test_scattered_pages_are_put_in_order():
         begin_again()
         batcher.add(requests["e"])
         batcher.cancel("c")
-        assert [entry.request.id for entry in batcher._held] == ["d", "e"], "they wait until the oldest is done"
 
     batcher._start_over = seen  # type: ignore[method-assign]
     batcher.add(requests["a"])
@@ -455,15 +438,14 @@ def test_drawn_tokens_survive_lost_pages(name: str):
     requests = sampled(requests_of(sizes, seed=3))
     expected = {request.id: drawn(model, request) for request in requests}
     batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
-    preempted = count_preemptions(batcher)
     for request in requests:
         batcher.add(request)
     collected = Collected(batcher)
-    while not preempted:
+    while not batcher.stats().preempted:
         assert batcher.has_work
         collected.run(1)
     batcher._start_over()
-    assert batcher._held
+    assert collected.run(1).batcher.stats().running == 1, "the oldest alone"
     assert collected.run().tokens == expected
     batcher.close()
 
@@ -642,24 +624,23 @@ def test_contract_a_manager_makes_a_processor_stepped_by_hand(built: Callable[[s
     manager, processor = batcher._manager, batcher._processor
     assert manager.model is built("mixtral")
     assert isinstance(processor, ContinuousBatchProcessor)
-    assert isinstance(processor.scheduler, FIFOScheduler)
     assert processor.inputs_and_outputs.compute_stream is None, "on the CPU"
     assert processor.cb_config.use_async_batching is False
     assert processor.cb_config.use_cuda_graph == (False, False)
     assert processor.cb_config.auto_switch_to_flash is False
     assert processor.cb_config.disable_nccl_graph_mixing is False
     assert processor.prepare_next_batch() is False
-    manager.add_request([20, 21], request_id="x", max_new_tokens=2, eos_token_id=[], streaming=True)
+    manager.add_request([20, 21], request_id="7", max_new_tokens=2, eos_token_id=[], streaming=True)
     assert processor.prepare_next_batch() is True
     (entry,) = processor.inputs_and_outputs.requests_in_batch
-    assert (entry.state.request_id, entry.query_length, entry.state.position_offset) == ("x", 2, 2)
+    assert (entry.state.request_id, entry.query_length, entry.state.position_offset) == ("7", 2, 2)
     processor._generation_step(manager.model)
     assert manager.output_router.output_queue.empty()
     processor.update_batch()
     result = manager.output_router.output_queue.get()
-    assert (result.request_id, len(result.generated_tokens), result.error) == ("x", 1, None)
+    assert (result.request_id, len(result.generated_tokens), result.error) == ("7", 1, None)
     assert not result.is_finished()
-    manager.cancel_request("x")
+    manager.cancel_request("7")
     processor.prepare_next_batch()
     assert pages_are_free(batcher)
 

@@ -16,6 +16,7 @@ import epslots
 from epslots.errors import ConfigError, GroupError
 from epslots.generation import paged_choice
 from epslots.generation.engine import Engine
+from epslots.generation.engine_stats import EngineStats
 from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher
 from epslots.generation.requests import Request
 from epslots.generation.sampling import Sampling
@@ -90,8 +91,8 @@ def requests_of(count: int, seed: int) -> list[Request]:
 
 def serve(
     model: PreTrainedModel, requests: Sequence[Request], into: Texts, *, seed: int = 0, kv_tokens: int = 512, chunk: int = 512
-) -> None:
-    """Run requests in an engine, in any order, each added before any step."""
+) -> EngineStats:
+    """Run requests in an engine, in any order, each added before any step; returns its counters."""
     numbers = random.Random(seed)
     engine = Engine(model, kv_tokens=kv_tokens, max_batch_tokens=chunk)
     waiting = numbers.sample(list(requests), len(requests))
@@ -102,7 +103,9 @@ def serve(
         for output in engine.batcher.outputs():
             assert output.error is None
             into.tokens.setdefault(output.id, []).extend(output.tokens)
+    stats = engine.batcher.stats()
     engine.batcher.close()
+    return stats
 
 
 def load(folder: Path, cache_dir: Path, slots: int | str = "100%", **settings: Any) -> PreTrainedModel:
@@ -153,8 +156,10 @@ def test_pages_given_up_and_shared(name: str, checkpoint: Callable[[str], Path],
     ]
     expected = alone(model, requests, texts)
     together = texts()
-    serve(model, requests, together, kv_tokens=160, chunk=100)
+    stats = serve(model, requests, together, kv_tokens=160, chunk=100)
     assert together.differing(expected) == 0
+    assert stats.preempted > 0
+    assert (stats.reused_tokens > 0) == (name == "qwen3_moe"), "windows aren't shared"
 
 
 @pytest.mark.parametrize(

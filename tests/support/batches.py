@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.errors import PeerLost
 from epslots.generation.batcher import Batcher
@@ -88,6 +89,18 @@ def pages_are_free(batcher: PagedBatcher) -> bool:
     cache.evict_cached_blocks()
     cache.pool.try_to_free_sectors()
     return bool(cache.pool.num_free_sectors == cache.num_sectors)
+
+
+class ModelFree:
+    """Lets a batcher make its steps without its model: each request gets token 0. Only what is scheduled matters then.
+
+    Args:
+        step: called for each step.
+    """
+
+    def __init__(self, batcher: PagedBatcher, step: Callable[[list[FutureRequestState]], None] = lambda _: None) -> None:
+        processor = batcher._processor
+        processor._generation_step = lambda model: step(processor.inputs_and_outputs.requests_in_batch)
 
 
 class Faults:
