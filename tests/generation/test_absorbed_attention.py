@@ -22,11 +22,12 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from epslots.generation import absorbed_attention
 from epslots.generation.absorbed_attention import IMPLEMENTATION, AbsorbedAttention, Sizes, keeps_latents
 from tests.support.more_models import LATENTS
-from tests.support.zoo import ZOO, random_ids
+from tests.support.zoo import STRESSED, ZOO, random_ids
 
 TOLERANCE = 1e-4
-OF_THE_ZOO = ("deepseek_v2", "deepseek_v3", "kimi", "longcat_flash")
-MODELS = LATENTS | {name: ZOO[name] for name in OF_THE_ZOO}
+OF_THE_ZOO = {"deepseek_v2", "deepseek_v3", "kimi", "longcat_flash", "kimi_linear", "bailing_hybrid", "glm_moe_dsa"}
+OF_THE_ZOO |= {"deepseek_v32", "hy_v4", "dots3_note", "axk2"}
+MODELS = LATENTS | {name: tiny for name, tiny in (ZOO | STRESSED).items() if name in OF_THE_ZOO}
 # Longer and shorter than windows of 16 tokens, and than the 8 or 16 tokens that indexers select.
 LENGTHS = (23, 3, 37)
 STEPS = 4
@@ -225,7 +226,7 @@ def test_deepseeks_steps_absorb_and_its_prompts_expand():
 
 
 def test_a_step_computes_with_latents_as_they_are():
-    """At 1,500 tokens of context, a step of plain transformers multiplies some hundred times as much."""
+    """At 1,500 tokens of context, a step of plain transformers takes about a hundred times as many multiplications."""
     sizes, keys = DEEPSEEK_V3, 1500
     query, latent, rotary, weight = tensors(sizes, 8, 1, keys)
     module = nn.Module()

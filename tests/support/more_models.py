@@ -1,6 +1,6 @@
 """Tiny random architectures beside the zoo's, for tests of caches, attention and sizes: no checkpoint is made of them.
 
-``LATENTS`` keep latents, with index_topk and windows below the prompts of tests. ``UNUSUAL`` keep what is hard to measure.
+``LATENTS`` keep latents. ``UNUSUAL`` keep what is hard to measure.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ _COMMON: dict[str, Any] = {
 # All sizes of a head differ, so that none can stand for another.
 _MLA = {"kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
 _MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-# With many heads of the indexer no two tokens have the same score: which of equal ones is chosen depends on padding.
-_DSA = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
-_LAYERS = ["linear_attention", "linear_attention", "full_attention"]
 _VISION = {"hidden_size": 32, "intermediate_size": 32}
 
 
@@ -43,26 +40,15 @@ def _latent(name: str, architecture: str, *, moe_layers: int = 2, text: bool = F
     )
 
 
-_ROUTED, _LOCAL = {"n_routed_experts": 8}, {"num_local_experts": 8}
-_SLIDING = {f"swa_{key}": value for key, value in (_MLA | {"kv_lora_rank": 20, "head_dim": 24}).items()}
-_SLIDING |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4}
+_ROUTED = {"n_routed_experts": 8}
 
 _ALL = [
     _latent("glm4_moe_lite", "Glm4MoeLiteForCausalLM", **_ROUTED),
-    _latent("kimi_linear", "KimiLinearForCausalLM", **_LOCAL, q_lora_rank=None, layer_types=_LAYERS, linear_head_dim=16,
-            linear_num_heads=4),
-    _latent("bailing_hybrid", "BailingHybridForCausalLM", **_LOCAL, layer_group_size=3, head_dim=16, num_mtp_layers=0,
-            first_k_dense_replace=1),
-    _latent("glm_moe_dsa", "GlmMoeDsaForCausalLM", **_ROUTED, **_DSA, index_topk_freq=2, first_k_dense_replace=1),
-    _latent("deepseek_v32", "DeepseekV32ForCausalLM", **_ROUTED, **_DSA, first_k_dense_replace=1),
-    _latent("hy_v4", "HYV4ForCausalLM", **_ROUTED, **_DSA),
     _latent("axk1", "AXK1ForCausalLM", **_ROUTED),
-    _latent("axk2", "AXK2ForCausalLM", **_ROUTED, **_DSA),
-    _latent("dots3_note", "Dots3NoteForCausalLM", **_ROUTED, **_DSA, **_SLIDING, sliding_window=16,
-            shared_experts_intermediate_size=32),
     _latent("mistral4", "Mistral4ForCausalLM", **_ROUTED, moe_layers=3),
-    _latent("mistral_large4", "MistralLarge4ForConditionalGeneration", **_ROUTED, **_DSA, text=True, q_lora_rank=None,
-            no_rope_layers=[1, 1, 1], kv_source_layers=[0, 0, 2],
+    # A layer attends to the latents of another one, with an index of its own.
+    _latent("mistral_large4", "MistralLarge4ForConditionalGeneration", **_ROUTED, text=True, q_lora_rank=None,
+            index_topk=8, index_head_dim=16, index_n_heads=16, no_rope_layers=[1, 1, 1], kv_source_layers=[0, 0, 2],
             vision_config={"model_type": "pixtral", **_VISION, "num_hidden_layers": 1, "num_attention_heads": 2,
                            "image_size": 16, "patch_size": 4}),
     _latent("minicpm3", "MiniCPM3ForCausalLM", moe_layers=0),
@@ -126,12 +112,6 @@ _LONGROPE: Mapping[str, Any] = {
 }
 
 UNUSUAL: dict[str, Tiny] = {
-    # States in the cache itself, beside its layers.
-    "minimax": replace(
-        _changed("mixtral", layer_types=["linear_attention", "full_attention", "linear_attention"], block_size=8),
-        name="minimax",
-        architecture="MiniMaxForCausalLM",
-    ),
     # Rows picked by a mask, on the way to a cache of three kinds of keys.
     "glm5_next": _GLM5_NEXT,
     # Frequencies that depend on the length.
@@ -148,30 +128,3 @@ UNUSUAL: dict[str, Tiny] = {
     # Keys that are values too, fewer global heads, of another width.
     "gemma4_k_eq_v": _changed("gemma4", attention_k_eq_v=True, num_global_key_value_heads=1),
 }
-
-# A window beside a compressed history, and buffers of tokens that wait to be compressed.
-DEEPSEEK_V4 = Tiny(
-    "deepseek_v4",
-    "DeepseekV4ForCausalLM",
-    {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "q_lora_rank": 16,
-        "o_groups": 2,
-        "o_lora_rank": 16,
-        "index_n_heads": 2,
-        "index_head_dim": 16,
-        "index_topk": 4,
-        "moe_intermediate_size": 32,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": 16,
-        "partial_rotary_factor": 0.5,
-        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
-        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 32},
-        "mlp_layer_types": ["moe", "moe"],
-    },
-)
