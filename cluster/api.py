@@ -34,6 +34,7 @@ from cluster.request_checker import RequestChecker
 from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, check_count, with_keywords
 from epslots.errors import ConfigError
+from epslots.generation.engine_stats import sum_engines
 from epslots.generation.text import load_tokenizer
 from epslots.models.checkpoint import find_checkpoint
 from epslots.models.pretrained import read_language_config
@@ -209,11 +210,11 @@ class Cluster:
         async def ask() -> ClusterStats:
             router, reports = self._supervisor.router, await self._supervisor.reports()
             ranks = tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports)
-            total = sum_over_ranks([rank.stats for rank in ranks])
+            total, engine = sum_over_ranks([rank.stats for rank in ranks]), sum_engines([rank.engine for rank in ranks])
             controller_client = self._supervisor.controller_client
             controller = None if controller_client is None else controller_client.stats()
             missing = self._supervisor.pool.missing()
-            return ClusterStats(self._supervisor.group.epoch, router.queued, ranks, total, controller, missing)
+            return ClusterStats(self._supervisor.group.epoch, router.queued, ranks, total, engine, controller, missing)
 
         return self._thread.call(ask())
 

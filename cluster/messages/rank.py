@@ -20,6 +20,7 @@ import msgspec
 
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
+from epslots.generation.engine_stats import EngineStats
 from epslots.generation.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
@@ -133,7 +134,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
     Attributes:
         capacity: tokens that the cache can hold of one request.
-        batches: requests run together; else one at a time.
+        max_requests: requests that run at a time.
         vocabulary: number of token ids.
         context: tokens of the model's context; None if the model states none.
         end_tokens: end tokens of the generation configuration.
@@ -141,7 +142,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """
 
     capacity: int
-    batches: bool
+    max_requests: int
     vocabulary: int
     context: int | None
     end_tokens: tuple[int, ...]
@@ -229,6 +230,8 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         number: of the ``GetReport`` that this answers.
         epoch: of the group.
         steps: made in this epoch.
+        stats: counters of its layers.
+        engine: counters of its requests.
         placement: version of the placement that the ranks follow.
         pending_migrations: copies of it that have yet to be fetched, over all ranks.
         memory_bytes, descriptors, threads: of the process.
@@ -238,6 +241,7 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     epoch: int
     steps: int
     stats: Stats
+    engine: EngineStats
     layers: tuple[LayerPlacement, ...]
     placement: int
     pending_migrations: int

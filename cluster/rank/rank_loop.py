@@ -51,7 +51,6 @@ from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.generation.end_tokens import end_tokens
 from epslots.generation.engine import Engine
-from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
 from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
@@ -205,7 +204,7 @@ class RankLoop:
         self._send(
             Loaded(
                 capacity=self._engine.batcher.capacity,
-                batches=isinstance(self._engine.batcher, PagedBatcher),
+                max_requests=self._engine.batcher.max_requests,
                 vocabulary=int(config.vocab_size),
                 context=getattr(config, "max_position_embeddings", None),
                 end_tokens=tuple(sorted(end_tokens(model, ignore_tokenizer_eos=True))),
@@ -305,7 +304,7 @@ class RankLoop:
         due, self._reports_due = self._reports_due, []
         for number in due:
             epoch = -1 if self._transport is None else self._transport.epoch
-            self._send(rank_report(self._loaded_engine.model, number, epoch, self._steps))
+            self._send(rank_report(self._loaded_engine, number, epoch, self._steps))
 
     def _release(self) -> None:
         if self._transport is not None:

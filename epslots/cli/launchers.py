@@ -15,7 +15,6 @@ from typing import Protocol, Self, Unpack, cast
 from epslots.cli.tables import RanksStats
 from epslots.config import LoadSettings
 from epslots.errors import ConfigError
-from epslots.telemetry import Stats
 
 GROUP = "epslots.launchers"
 NAME = "ray"
@@ -48,7 +47,7 @@ class Launched(Protocol):
             EpslotsError: the prompt or a setting is refused. The iterator raises it if the prompt can't be served.
         """
 
-    def stats(self) -> Stats | RanksStats:
+    def stats(self) -> RanksStats:
         """Counters since the start."""
 
 

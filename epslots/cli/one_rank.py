@@ -13,6 +13,7 @@ from epslots.config import LoadConfig
 from epslots.errors import EpslotsError
 from epslots.generation.end_tokens import end_tokens, tokenizer_end_tokens
 from epslots.generation.engine import Engine
+from epslots.generation.engine_stats import EngineStats
 from epslots.generation.requests import Output, Request
 from epslots.generation.sampling import Sampling
 from epslots.generation.text import TextStream
@@ -30,6 +31,24 @@ class _Text:
     pieces: deque[str] = field(default_factory=deque)
     finished: bool = False
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class LoneRankStats:
+    """Counters of the one rank; its own sums."""
+
+    stats: Stats
+    engine: EngineStats
+    rank: int = 0
+    where: str = "here"
+
+    @property
+    def ranks(self) -> tuple[LoneRankStats]:
+        return (self,)
+
+    @property
+    def total(self) -> Stats:
+        return self.stats
 
 
 class OneRank:
@@ -98,9 +117,9 @@ class OneRank:
             pieces.append(text.stream.finish())
         text.pieces.extend(filter(None, pieces))
 
-    def stats(self) -> Stats:
-        """Counters of each layer."""
-        return epslots.stats(self._model)
+    def stats(self) -> LoneRankStats:
+        """Counters of each layer, and of the prompts."""
+        return LoneRankStats(epslots.stats(self._model), self._engine.batcher.stats())
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,8 @@
 """One rank's steps. The life of a request, in reading order:
 
 1. queue       ``add`` checks the request (requests.py), which then waits for room in the cache (batcher.py)
-2. admission   ``prepare`` takes requests into the next batch (paged_batcher.py; sequential_batcher.py one at a time)
-3. prompt      computed in chunks of at most ``max_batch_tokens``; its keys and values stay in pages (paged_cache.py)
+2. admission   ``prepare`` takes requests into the next batch (page_scheduler.py; sequential_batcher.py one at a time)
+3. prompt      computed in chunks (chunk_size.py); its keys and values stay in pages (paged_batcher.py, paged_cache.py)
 4. decoding    one token a step (token_choice.py), drawn by the request's seed and position (sampling.py)
 5. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of this request alone (isolation.py)
 6. outputs     ``outputs`` returns the new tokens after every step, and the end once
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from epslots.cpu_threads import ThreadGovernor
 from epslots.generation.batcher import Batcher
-from epslots.generation.paged_batcher import batcher_for
+from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores

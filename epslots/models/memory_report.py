@@ -32,9 +32,9 @@ def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
 
 def describe_cache(plan: MemoryPlan) -> str:
     """The cache that the engine uses, and the room in it."""
-    engine, kind = plan.engine, "rows" if plan.shape.pages is None else "pages"
+    engine = plan.engine
     requests = f"{engine.max_requests:,} request{'s' if engine.max_requests > 1 else ''}"
-    return f"{kind}: {engine.kv_tokens:,} tokens of {requests}, {plan.shape.token_bytes:,} bytes a token"
+    return f"{plan.shape.cache_kind}: {engine.kv_tokens:,} tokens of {requests}, {plan.shape.token_bytes:,} bytes a token"
 
 
 def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:

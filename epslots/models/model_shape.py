@@ -119,6 +119,11 @@ class ModelShape(msgspec.Struct, frozen=True):
         return experts + self.dense_bytes // ITEM_BYTES[self.dtype]
 
     @property
+    def cache_kind(self) -> str:
+        """How the engine keeps requests: "pages" or "rows"."""
+        return "rows" if self.pages is None else "pages"
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of cache for each token that all layers keep; windows, which forget, are left out."""
         if self.pages is not None:

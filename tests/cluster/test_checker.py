@@ -21,7 +21,7 @@ from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.generation.text import MOST_STOP_CHARS, MOST_STOP_STRINGS, encode_prompt, load_tokenizer
 
-LOADED = Loaded(capacity=500, batches=True, vocabulary=2048, context=400, end_tokens=(7,), seconds={})
+LOADED = Loaded(capacity=500, max_requests=16, vocabulary=2048, context=400, end_tokens=(7,), seconds={})
 TOKENIZER = load_tokenizer(example_model())
 SETTINGS = GenerationSettings(max_new_tokens=10)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -20,7 +21,7 @@ def assigned(scheduler: Scheduler, **capacities: RankCapacity) -> list[tuple[obj
     return [(worker, request.id) for worker, request in scheduler.assign(dict(capacities))]
 
 
-WIDE = RankCapacity(1000, batches=True)
+WIDE = RankCapacity(1000, max_requests=16)
 
 
 def test_the_least_loaded_rank_is_next():
@@ -35,7 +36,7 @@ def test_a_request_waits_until_there_is_room():
     scheduler = Scheduler()
     for id in "abc":
         scheduler.add(request(id, 40, 5))
-    capacity = RankCapacity(100, batches=True)
+    capacity = RankCapacity(100, max_requests=16)
     assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
     assert scheduler.queued == 1
     assert assigned(scheduler, x=capacity, y=capacity) == [("y", "c")]  # a rank that came later
@@ -45,19 +46,23 @@ def test_a_request_waits_until_there_is_room():
     assert assigned(scheduler, x=capacity, y=capacity) == [("y", "d")]
 
 
-def test_without_batches_one_runs_and_one_waits():
+@pytest.mark.parametrize(("max_requests", "given"), [(1, 2), (3, 4), (8, 10)])
+def test_a_rank_gets_a_few_more_requests_than_it_runs(max_requests: int, given: int):
     scheduler = Scheduler()
-    for id in "abc":
-        scheduler.add(request(id))
-    capacity = RankCapacity(1000, batches=False)
-    assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
+    for number in range(12):
+        scheduler.add(request(str(number)))
+    capacity = RankCapacity(1000, max_requests)
+    assert assigned(scheduler, x=capacity) == [("x", str(number)) for number in range(given)]
+    assert assigned(scheduler, x=capacity) == []
+    scheduler.count("x", Output("1", (7,), True, "stop"))
+    assert assigned(scheduler, x=capacity, y=capacity)[0] == ("y", str(given)), "the rank with fewer tokens to compute"
 
 
 def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
     scheduler = Scheduler()
     for id in "abcd":
         scheduler.add(request(id))
-    assert assigned(scheduler, x=RankCapacity(6, batches=True)) == [("x", "a"), ("x", "b")]
+    assert assigned(scheduler, x=RankCapacity(6, max_requests=16)) == [("x", "a"), ("x", "b")]
     scheduler.count("x", Output("a", (7, 8)))
     moved, given_up = scheduler.release("x")
     assert [entry.request.id for entry in moved] == ["a", "b"]
@@ -118,7 +123,7 @@ class Books(RuleBasedStateMachine):
     def begin(self) -> None:
         self.scheduler = Scheduler()
         self.numbers = 0
-        self.workers = {f"w{number}": RankCapacity(40, number % 2 == 0) for number in range(3)}
+        self.workers = {f"w{number}": RankCapacity(40, 1 + 3 * (number % 2)) for number in range(3)}
         self.has: dict[str, dict[str, Request]] = {worker: {} for worker in self.workers}
         self.waiting: dict[str, list[int]] = {}
         """What the user has, of requests that aren't done for him."""

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError, GroupError
-from epslots.generation import paged_batcher
+from epslots.generation import paged_choice
 from epslots.generation.engine import Engine
 from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher
 from epslots.generation.requests import Request
 from epslots.generation.sampling import Sampling
+from epslots.generation.token_choice import Chosen
+from epslots.generation.tracked_request import TrackedRequest
 from epslots.moe import row_blocks
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 from epslots.moe.moe_layer import combine
@@ -58,14 +60,15 @@ class Texts:
 @pytest.fixture
 def texts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Texts]:
     """Makes ``Texts`` that gather the logits of all engines from now on."""
-    choose, current = paged_batcher.next_tokens, [Texts()]
+    choose, current = paged_choice.choose, [Texts()]
 
-    def watched(logits: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
-        for row, sampling, position in zip(logits, samplings, positions, strict=True):
-            current[0].logits[sampling.seed, position] = row.clone()
-        return choose(logits, samplings, positions)
+    def watched(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None]) -> Chosen:
+        for logits_V, entry in zip(logits_NV, rows, strict=True):
+            if entry is not None:
+                current[0].logits[entry.request.sampling.seed, entry.length] = logits_V.clone()
+        return choose(logits_NV, rows)
 
-    monkeypatch.setattr(paged_batcher, "next_tokens", watched)
+    monkeypatch.setattr(paged_choice, "choose", watched)
 
     def start() -> Texts:
         current[0] = Texts()

@@ -13,18 +13,20 @@ from epslots.errors import PeerLost
 from epslots.generation.batcher import Batcher
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
-from epslots.generation.token_choice import next_tokens
+from epslots.generation.token_choice import choose
+from epslots.generation.tracked_request import TrackedRequest
 from tests.support import zoo
 
 
 def drawn(model: PreTrainedModel, request: Request) -> list[int]:
     """What a request's tokens have to be: drawn one by one, from the model run anew over all before."""
-    tokens = list(request.prompt)
+    entry = TrackedRequest(request)
     with torch.no_grad():
-        for _ in range(request.max_new_tokens):
-            logits = model(torch.tensor([tokens]), use_cache=False).logits[:, -1]
-            tokens += next_tokens(logits.float(), [request.sampling], [len(tokens)]).tolist()
-    return tokens[len(request.prompt) :]
+        while entry.reason is None:
+            logits = model(torch.tensor([[*request.prompt, *entry.tokens]]), use_cache=False).logits[:, -1]
+            (choice,) = choose(logits.float(), [entry]).read()
+            entry.append(choice)
+    return entry.tokens
 
 
 def prompt_of(length: int, seed: int = 2) -> tuple[int, ...]:
@@ -58,7 +60,7 @@ class Collected:
         for output in outputs:
             assert output.id not in self.reasons, "nothing follows an end"
             assert output.finished == (output.reason is not None)
-            assert output.finished or output.tokens
+            assert output.finished or output.tokens or output.prompt_logprobs
             assert output.error is None
             self.tokens.setdefault(output.id, []).extend(output.tokens)
             if output.finished:
