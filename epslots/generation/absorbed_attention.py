@@ -1,12 +1,12 @@
 """Attention on latents, for models whose caches keep latents: multi-head latent attention (MLA).
 
-Such a layer caches C numbers for each token, the *latent*, from which ``kv_b_proj`` makes the keys and values of all heads, and
-R numbers that carry the position. transformers expands all latents in every step: for DeepSeek-V3, 33 million multiplications a
-token of context and layer. *Absorption* folds the projection into queries and results instead, which then meet latents as they
-are (DeepSeek-V2, section 2.1.2 of arXiv:2405.04434; ``attn_impl="absorb"`` of DeepSeek-V3's own inference code).
+Such a layer caches C numbers for each token, the *latent*, from which ``kv_b_proj`` makes keys and values of all heads, and R
+numbers that carry the position. transformers expands all latents in every step: with DeepSeek-V3, 17 million multiplications
+for each token of the context and layer. *Absorption* folds the projection into queries and results instead, which then meet
+latents as they are (DeepSeek-V2, arXiv:2405.04434, section 2.1.2; ``attn_impl="absorb"`` in DeepSeek-V3's inference code).
 
-Suffixes: B rows, H heads, T queries of a row, L tokens of its past and of this step, K tokens that an indexer selected; C numbers
-of a latent; N and R those of a key without and with position, D = N + R; V those of a value, P = N + V.
+Suffixes: B rows, H heads, T queries of a row, L tokens of its past and of this step, K tokens that an indexer selected; C
+numbers of a latent; N and R those of a key without and with position, D = N + R; V those of a value, P = N + V.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _attend(
         attention_mask: [B, 1, T, L], True where a query attends, or added to the scores; None = to its own and earlier tokens.
         scaling: of the scores.
         indices: [B, T, K], the tokens that the layer's indexer selected for each query (DeepSeek's sparse attention); None =
-            all. With "sdpa" and "eager", by these names, a layer puts its selection into the mask; with others it passes it on.
+            all. A layer puts them into the mask itself for "sdpa" and "eager" by these names, and passes them to others.
         kwargs: of other implementations; the mask says the same.
     """
     latent_BLC, rotary_BLR, mask_B1TL = key[:, 0], value[:, 0], attention_mask

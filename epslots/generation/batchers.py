@@ -8,12 +8,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from epslots.config import EngineConfig
+from epslots.errors import UnsupportedModelError
 from epslots.generation.absorbed_attention import keeps_latents
 from epslots.generation.batcher import Batcher, check_servable
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.paged_invariance import invariance_obstacle
 from epslots.generation.row_batcher import RowBatcher
+from epslots.models.batch_invariance import is_batch_invariant
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +34,31 @@ def batcher_for(model: PreTrainedModel, **settings: Any) -> Batcher:
     """
     config = EngineConfig(**settings)
     check_servable(model)
-    kind, reason = (config.cache, "it was asked for") if config.cache != "auto" else choose_cache(model)
+    kind, reason = choose_cache(model, config.cache)
     logger.info("%s: requests are kept in %s, because %s", type(model).__name__, kind, reason)
     return PagedBatcher(model, **settings) if kind == "pages" else RowBatcher(model, **settings)
 
 
-def choose_cache(model: PreTrainedModel) -> tuple[str, str]:
-    """The cache that serves a model best, "pages" or "rows"; and why, as the end of a sentence."""
-    if obstacle := paging_obstacle(model) or invariance_obstacle(model):
+def choose_cache(model: PreTrainedModel, cache: str = "auto") -> tuple[str, str]:
+    """The cache that serves a model, "pages" or "rows"; and why, as the end of a sentence.
+
+    Args:
+        model: may be on the meta device.
+        cache: the setting of ``EngineConfig``; "auto" = the cache that serves the model best.
+
+    Raises:
+        UnsupportedModelError: it can't be served from the pages that are asked for.
+    """
+    obstacle = None if cache == "rows" else paging_obstacle(model) or invariance_obstacle(model)
+    if cache == "pages" and obstacle is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be served from pages: {obstacle}; allowed: cache='rows' or 'auto'"
+        )
+    if cache != "auto":
+        return cache, "it was asked for"
+    if obstacle is not None:
         return "rows", obstacle
-    if keeps_latents(model):
+    # Pages can be batch-invariant, rows can't: such a model would serve one request at a time.
+    if keeps_latents(model) and not is_batch_invariant(model):
         return "rows", "they keep latents as they are, and pages would expand them"
     return "pages", "its layers keep plain keys and values"

@@ -42,7 +42,9 @@ def _rotaries(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
-def _depends(module: nn.Module, device: torch.device) -> bool:
+def _depends(module: Any, device: torch.device) -> bool:
+    if device.type == "meta":  # without frequencies, which follow from the configuration
+        module, device = type(module)(module.config), torch.device("cpu")
     near = torch.arange(_NEAR + 1, device=device)[None]
     far = near.clone()
     far[0, -1] = _FAR

@@ -156,9 +156,10 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pools."""
+        """Bytes of the pools, and of the tables of their cells."""
         token_pools = (pool for pools in self._pools.values() for pool in pools.values() if isinstance(pool, TokenPool))
-        return sum(pool.cells.nbytes for pool in token_pools) + sum(state.nbytes for state in self._states)
+        pools = sum(pool.cells.nbytes for pool in token_pools) + sum(state.nbytes for state in self._states)
+        return pools + sum(table.nbytes for table in self._tables.values())
 
     @property
     def keeps_states(self) -> bool:

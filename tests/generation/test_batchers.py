@@ -24,9 +24,10 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 import epslots
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
 from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
-from epslots.generation.paged_cache import cache_blocks, paging_obstacle
+from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.requests import Output, Request
 from epslots.generation.sampling import GREEDY, Sampling
+from epslots.models.page_sizes import cache_blocks
 from tests.support import zoo
 from tests.support.batches import Collected, Faults, drawn, finish, generated, pages_are_free, prompt_of, requests_of
 
@@ -595,11 +596,11 @@ def test_a_model_with_eager_attention_is_paged(built: Callable[[str], PreTrained
 
 
 def test_blocks_of_a_cache():
-    full, mixed = {"full": [0, 1, 2]}, {"sliding": [0, 1, 2, 3, 4], "full": [5]}
+    full, mixed = (3,), (5, 1)
     assert cache_blocks(64, 16, full) == 4
     assert cache_blocks(65, 16, full) == 5
     assert cache_blocks(64, 16, mixed) == 5, "six layers' pages and a sector of five more"
-    assert cache_blocks(1, 16, {"full": [0, 1, 2], "sliding": [3, 4]}) == 1 + 2
+    assert cache_blocks(1, 16, (3, 2)) == 1 + 2
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gemma4", "step3p7", "deepseek_v3"])
