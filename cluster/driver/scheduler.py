@@ -5,18 +5,19 @@
     ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
 
 A request goes to the least loaded rank as soon as one has room, and not before: a queued request can still go to a rank that
-comes later. The requests of a lost rank return to the front of the queue, and start again from their prompt and the tokens
-that had arrived. A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to
-itself, and in the end is given up.
+comes later. The choices of one prompt go to one rank, as long as that has room, because it computes their prompt once. The
+requests of a lost rank return to the front of the queue, and start again from their prompt and the tokens that had arrived.
+A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in
+the end is given up.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from epslots.generation.requests import Output, Request
+from epslots.generation.requests import Output, Request, TokenLogprobs
 
 MOST_SHARED_LOSSES = 2
 """Losses in a row, without a token, after which a request gets a rank to itself: others aren't blamed if it is the reason."""
@@ -29,14 +30,18 @@ class ScheduledRequest:
     """A request of the cluster, with its progress.
 
     Attributes:
+        siblings: id of the first choice of its prompt, which all choices of that prompt have in common.
         tokens: generated so far.
+        prompt_logprobs: those of the prompt that have come; None when all have, and were passed on.
         worker: the rank that serves it; None while it is queued.
         losses: ranks in a row that were lost while they had it, without a token in between.
         ending: its user needs no more of it.
     """
 
     request: Request
+    siblings: str
     tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = field(default_factory=list)
     worker: Hashable | None = None
     losses: int = 0
     ending: bool = False
@@ -57,8 +62,30 @@ class ScheduledRequest:
         return self.losses >= MOST_SHARED_LOSSES
 
     def rest(self) -> Request:
-        """The request for the tokens that are missing."""
-        return self.request.after(self.tokens)
+        """The request for the tokens that are missing, and for the prompt's log-probabilities unless all have come."""
+        rest = self.request.after(self.tokens)
+        return replace(rest, prompt_logprobs=None) if self.tokens or self.prompt_logprobs is None else rest
+
+    def record(self, output: Output) -> Output:
+        """Record an output; returns it with the prompt's log-probabilities all at once, when the last of them have come.
+
+        A rank that takes over half-way computes them from the beginning, so those that had come until then don't count.
+        """
+        self.tokens += output.tokens
+        if output.tokens:
+            self.losses = 0  # it isn't the reason: that would end every rank at the same token
+        if output.prompt_logprobs:
+            assert self.prompt_logprobs is not None, "a rank is asked for them once"
+            found = [*self.prompt_logprobs, *output.prompt_logprobs]
+            whole = len(found) == len(self.request.prompt) - 1
+            self.prompt_logprobs = None if whole else found
+            output = replace(output, prompt_logprobs=tuple(found) if whole else ())
+        return output
+
+    def leave_rank(self) -> None:
+        """Return to the queue."""
+        self.worker = None
+        self.prompt_logprobs = None if self.prompt_logprobs is None else []
 
 
 @dataclass(frozen=True)
@@ -82,11 +109,14 @@ class _RankLoad:
     requests: int = 0
     held_tokens: int = 0
     needed_tokens: int = 0
+    siblings: set[str] = field(default_factory=set)
+    """Of its requests."""
     reserved: bool = False
     """One of them gets the rank to itself."""
 
     def add(self, entry: ScheduledRequest) -> None:
         self.requests += 1
+        self.siblings.add(entry.siblings)
         self.held_tokens += entry.held_tokens
         self.needed_tokens += entry.needed_tokens
         self.reserved |= entry.alone
@@ -129,11 +159,12 @@ class Scheduler:
         """A rank's requests, oldest first."""
         return [entry for entry in self._entries.values() if entry.worker == worker]
 
-    def add(self, request: Request) -> None:
-        """Queue a request, whose id must be new."""
-        assert request.id not in self._entries
-        self._entries[request.id] = ScheduledRequest(request)
-        self._queue.append(request.id)
+    def add(self, choices: Sequence[Request]) -> None:
+        """Queue the choices of one prompt, whose ids must be new."""
+        for request in choices:
+            assert request.id not in self._entries
+            self._entries[request.id] = ScheduledRequest(request, siblings=choices[0].id)
+            self._queue.append(request.id)
 
     def assign(self, capacities: Mapping[Hashable, RankCapacity]) -> list[tuple[Hashable, Request]]:
         """Assign queued requests, in order, to ranks with room; returns pairs of rank and request.
@@ -153,14 +184,15 @@ class Scheduler:
             fitting = [worker for worker, load in loads.items() if load.fits(entry)]
             if not fitting:
                 break
-            entry.worker = min(fitting, key=lambda worker: loads[worker].needed_tokens)
+            beside_siblings = [worker for worker in fitting if entry.siblings in loads[worker].siblings]
+            entry.worker = min(beside_siblings or fitting, key=lambda worker: loads[worker].needed_tokens)
             loads[entry.worker].add(entry)
             self._queue.popleft()
             assigned.append((entry.worker, entry.rest()))
         return assigned
 
-    def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
-        """Record a rank's output; returns its request, or None if no caller needs the output.
+    def count(self, worker: Hashable, output: Output) -> Output | None:
+        """Record a rank's output; returns what its caller gets of it (``ScheduledRequest.record``), or None if none needs it.
 
         Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
         """
@@ -171,10 +203,7 @@ class Scheduler:
             del self._entries[output.id]
         if entry.ending:
             return None
-        entry.tokens += output.tokens
-        if output.tokens:
-            entry.losses = 0  # it isn't the reason: that would end every rank at the same token
-        return entry
+        return entry.record(output)
 
     def end(self, id: str) -> Hashable | None:
         """End a request for its user; returns the rank that has to cancel it, or None."""
@@ -207,7 +236,7 @@ class Scheduler:
                 del self._entries[entry.request.id]
                 given_up.append(entry)
             else:
-                entry.worker = None
+                entry.leave_rank()
                 moved.append(entry)
         self._queue.extendleft(entry.request.id for entry in reversed(moved))
         return moved, given_up
