@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracker, RankCapacity, Scheduler
-from epslots.generation.requests import Output, Request
+from epslots.generation.requests import Output, Request, TokenLogprobs
 
 
 def request(id: str, prompt: int = 3, new: int = 5) -> Request:
@@ -26,7 +27,7 @@ WIDE = RankCapacity(1000, batches=True)
 def test_the_least_loaded_rank_is_next():
     scheduler = Scheduler()
     for id, prompt, new in (("a", 10, 50), ("b", 10, 10), ("c", 10, 10), ("d", 10, 10), ("e", 1, 1)):
-        scheduler.add(request(id, prompt, new))
+        scheduler.add([request(id, prompt, new)])
     found = assigned(scheduler, x=WIDE, y=WIDE)
     assert found == [("x", "a"), ("y", "b"), ("y", "c"), ("y", "d"), ("x", "e")]
 
@@ -34,21 +35,58 @@ def test_the_least_loaded_rank_is_next():
 def test_a_request_waits_until_there_is_room():
     scheduler = Scheduler()
     for id in "abc":
-        scheduler.add(request(id, 40, 5))
+        scheduler.add([request(id, 40, 5)])
     capacity = RankCapacity(100, batches=True)
     assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
     assert scheduler.queued == 1
     assert assigned(scheduler, x=capacity, y=capacity) == [("y", "c")]  # a rank that came later
-    scheduler.add(request("d", 99, 5))
+    scheduler.add([request("d", 99, 5)])
     assert assigned(scheduler, x=capacity, y=capacity) == []
     assert scheduler.count("y", Output("c", (1,), True, "stop")) is not None
     assert assigned(scheduler, x=capacity, y=capacity) == [("y", "d")]
 
 
+def test_choices_of_a_prompt_go_to_one_rank_while_it_has_room():
+    """It computes their prompt once; the rest go together to the next."""
+    scheduler = Scheduler()
+    scheduler.add([request("c", 10, 10)])
+    scheduler.add([request(f"a{choice}", 10, 50) for choice in range(5)])
+    scheduler.add([request(f"b{choice}", 10, 5) for choice in range(2)])
+    found = assigned(scheduler, x=RankCapacity(60, batches=True), y=RankCapacity(30, batches=True))
+    assert found == [
+        ("x", "c"), ("y", "a0"), ("y", "a1"), ("y", "a2"), ("x", "a3"), ("x", "a4"), ("x", "b0"), ("x", "b1")
+    ]  # fmt: skip
+    scheduler.add([request("b2", 10, 5)])  # of another prompt: it goes where there is room
+    assert scheduler.count("y", Output("a0", (), True, "stop")) is not None
+    assert assigned(scheduler, x=RankCapacity(60, batches=True), y=RankCapacity(30, batches=True)) == [("y", "b2")]
+
+
+LOGPROBS = tuple(TokenLogprobs(token, -float(token)) for token in range(1, 30))
+"""Of the tokens of ``request``'s prompts, from the second on."""
+
+
+def test_a_prompts_logprobs_come_whole_and_once():
+    """Those that a lost rank had sent in part are dropped; those that had come whole are asked for no more."""
+    scheduler = Scheduler()
+    scheduler.add([replace(request("a", 5), prompt_logprobs=2)])
+    ((_, first),) = scheduler.assign({"x": WIDE})
+    assert first.prompt_logprobs == 2
+    assert scheduler.count("x", Output("a", (), prompt_logprobs=LOGPROBS[:3])) == Output("a", ())
+    scheduler.release("x")
+    ((_, again),) = scheduler.assign({"y": WIDE})
+    assert again == first
+    assert scheduler.count("y", Output("a", (), prompt_logprobs=LOGPROBS[:2])) == Output("a", ())
+    last = Output("a", (7,), prompt_logprobs=LOGPROBS[2:4])
+    assert scheduler.count("y", last) == replace(last, prompt_logprobs=LOGPROBS[:4])
+    scheduler.release("y")
+    ((_, rest),) = scheduler.assign({"x": WIDE})
+    assert rest == Request("a", (0, 1, 2, 3, 4, 7), 4, resumed=1)
+
+
 def test_without_batches_one_runs_and_one_waits():
     scheduler = Scheduler()
     for id in "abc":
-        scheduler.add(request(id))
+        scheduler.add([request(id)])
     capacity = RankCapacity(1000, batches=False)
     assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
 
@@ -56,7 +94,7 @@ def test_without_batches_one_runs_and_one_waits():
 def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
     scheduler = Scheduler()
     for id in "abcd":
-        scheduler.add(request(id))
+        scheduler.add([request(id)])
     assert assigned(scheduler, x=RankCapacity(6, batches=True)) == [("x", "a"), ("x", "b")]
     scheduler.count("x", Output("a", (7, 8)))
     moved, given_up = scheduler.release("x")
@@ -70,12 +108,12 @@ def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
 
 def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
     scheduler = Scheduler()
-    scheduler.add(request("bad"))
-    scheduler.add(request("good"))
+    scheduler.add([request("bad")])
+    scheduler.add([request("good")])
     for _ in range(MOST_SHARED_LOSSES):
         assert assigned(scheduler, x=WIDE) == [("x", "bad"), ("x", "good")]
         assert scheduler.release("x")[1] == []
-    scheduler.add(request("new"))
+    scheduler.add([request("new")])
     for _ in range(MOST_LOSSES - MOST_SHARED_LOSSES - 1):
         assert assigned(scheduler, x=WIDE) == [("x", "bad")]
         assert scheduler.release("x")[1] == []
@@ -88,7 +126,7 @@ def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
 
 def test_a_request_that_gets_on_is_no_suspect():
     scheduler = Scheduler()
-    scheduler.add(request("a", 3, 100))
+    scheduler.add([request("a", 3, 100)])
     for token in range(3 * MOST_LOSSES):
         assert assigned(scheduler, x=WIDE) == [("x", "a")]
         assert scheduler.count("x", Output("a", (token,))) is not None
@@ -97,10 +135,10 @@ def test_a_request_that_gets_on_is_no_suspect():
 
 def test_an_ended_request_is_awaited_but_not_told_of():
     scheduler = Scheduler()
-    scheduler.add(request("a"))
+    scheduler.add([request("a")])
     assert scheduler.end("a") is None  # queued: simply gone
     assert "a" not in scheduler
-    scheduler.add(request("b"))
+    scheduler.add([request("b")])
     scheduler.assign({"x": WIDE})
     assert scheduler.end("b") == "x"
     assert scheduler.end("b") is None
@@ -122,13 +160,22 @@ class Books(RuleBasedStateMachine):
         self.has: dict[str, dict[str, Request]] = {worker: {} for worker in self.workers}
         self.waiting: dict[str, list[int]] = {}
         """What the user has, of requests that aren't done for him."""
+        self.asked: dict[str, Request] = {}
+        """As they were added."""
+        self.told: set[str] = set()
+        """Requests whose user has the prompt's log-probabilities."""
+        self.sent: dict[str, int] = {}
+        """Log-probabilities of its prompt that a request's rank has sent."""
 
-    @rule(prompt=st.integers(1, 30), new=st.integers(1, 8))
-    def add(self, prompt: int, new: int) -> None:
+    @rule(prompt=st.integers(1, 30), new=st.integers(1, 8), choices=st.integers(1, 3), logprobs=st.booleans())
+    def add(self, prompt: int, new: int, choices: int, logprobs: bool) -> None:
         self.numbers += 1
-        id = str(self.numbers)
-        self.scheduler.add(request(id, prompt, new))
-        self.waiting[id] = []
+        added = [request(f"{self.numbers}.{choice}", prompt, new) for choice in range(choices)]
+        if logprobs:
+            added[0] = replace(added[0], prompt_logprobs=0)
+        self.scheduler.add(added)
+        self.asked |= {each.id: each for each in added}
+        self.waiting |= {each.id: [] for each in added}
 
     @rule()
     def assign(self) -> None:
@@ -136,8 +183,11 @@ class Books(RuleBasedStateMachine):
             assert isinstance(worker, str)
             assert given.id in self.waiting
             assert not any(given.id in has for has in self.has.values())
-            assert given.prompt[len(given.prompt) - len(self.waiting[given.id]) :] == tuple(self.waiting[given.id])
-            self.has[worker][given.id] = given
+            asked, tokens = self.asked[given.id], self.waiting[given.id]
+            assert given.prompt == (*asked.prompt, *tokens)
+            wanted = asked.prompt_logprobs if given.id not in self.told and not tokens else None
+            assert given.prompt_logprobs == wanted
+            self.has[worker][given.id], self.sent[given.id] = given, 0
         assert not self.scheduler.queued or all(self.has[worker] for worker in self.workers), "an idle rank takes the next"
 
     @precondition(lambda self: any(self.has.values()))
@@ -147,16 +197,26 @@ class Books(RuleBasedStateMachine):
         id = data.draw(st.sampled_from(sorted(self.has[worker])))
         given = self.has[worker][id]
         tokens = tuple(range(100, 100 + min(many, given.max_new_tokens)))
+        portion: tuple[TokenLogprobs, ...] = ()
+        if given.prompt_logprobs is not None:  # the prompt comes first, in portions
+            portion = LOGPROBS[self.sent[id] : len(given.prompt) - 1][:many]
+            self.sent[id] += len(portion)
+            tokens = tokens if self.sent[id] == len(given.prompt) - 1 and data.draw(st.booleans()) else ()
         finished = len(tokens) == given.max_new_tokens
-        entry = self.scheduler.count(worker, Output(id, tokens, finished, "length" if finished else None))
-        assert (entry is not None) == (id in self.waiting)
+        output = Output(id, tokens, finished, "length" if finished else None, prompt_logprobs=portion)
+        told = self.scheduler.count(worker, output)
+        assert (told is not None) == (id in self.waiting)
+        if told is not None:
+            whole = portion and self.sent[id] == len(given.prompt) - 1
+            assert told == replace(output, prompt_logprobs=LOGPROBS[: self.sent[id]] if whole else ())
+            self.told |= {id} if whole else set()
         if id in self.waiting:
             self.waiting[id] += tokens
         if finished:
             del self.has[worker][id]
             self.waiting.pop(id, None)
-        else:
-            self.has[worker][id] = given.after(tokens)
+        elif tokens:
+            self.has[worker][id] = replace(given.after(tokens), prompt_logprobs=None)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
