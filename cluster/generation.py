@@ -36,7 +36,7 @@ class Result:
         choices: the number of results that the prompt has: its setting ``n``; 1 for a prompt that was refused.
         logprobs: of each of ``tokens``; None if not asked for.
         prompt_logprobs: of the prompt's tokens from the second on; None if not asked for, and for all choices but the first.
-            Empty if the request ended before they were there.
+            They end early if the request was cancelled or failed before all were there.
         prompt_tokens: the prompt's token ids; empty for a prompt that was refused.
     """
 

@@ -22,7 +22,7 @@ class TokenStream:
     Attributes:
         news: guards the rest, and is notified of changes.
         logprobs: of each of ``tokens``, if the request asked for them.
-        prompt_logprobs: of the prompt's tokens from the second on, if the request asked for them; all or none.
+        prompt_logprobs: of the prompt's tokens from the second on, if the request asked for them.
         users: the iterators and waiting calls that want the rest. No lock guards it, because iterators also end in finalizers.
     """
 

@@ -150,9 +150,9 @@ class RequestRouter:
     def take(self, worker: Hashable, outputs: Sequence[Output]) -> None:
         """Take a rank's outputs."""
         for output in outputs:
-            told, call = self._scheduler.count(worker, output), self._calls.get(output.id)
-            if told is not None and call is not None:
-                self._deliver(call, told)
+            entry, call = self._scheduler.count(worker, output), self._calls.get(output.id)
+            if entry is not None and call is not None:
+                self._deliver(call, output)
         if any(output.finished for output in outputs):
             self._assign_soon()
 

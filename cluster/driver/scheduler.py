@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from epslots.generation.requests import Output, Request, TokenLogprobs
+from epslots.generation.requests import Output, Request
 
 MOST_SHARED_LOSSES = 2
 """Losses in a row, without a token, after which a request gets a rank to itself: others aren't blamed if it is the reason."""
@@ -32,7 +32,7 @@ class ScheduledRequest:
     Attributes:
         siblings: id of the first choice of its prompt, which all choices of that prompt have in common.
         tokens: generated so far.
-        prompt_logprobs: those of the prompt that have come; None when all have, and were passed on.
+        prompt_logprobs: log-probabilities of the prompt that have arrived.
         worker: the rank that serves it; None while it is queued.
         losses: ranks in a row that were lost while they had it, without a token in between.
         ending: its user needs no more of it.
@@ -41,7 +41,7 @@ class ScheduledRequest:
     request: Request
     siblings: str
     tokens: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] | None = field(default_factory=list)
+    prompt_logprobs: int = 0
     worker: Hashable | None = None
     losses: int = 0
     ending: bool = False
@@ -62,30 +62,8 @@ class ScheduledRequest:
         return self.losses >= MOST_SHARED_LOSSES
 
     def rest(self) -> Request:
-        """The request for the tokens that are missing, and for the prompt's log-probabilities unless all have come."""
-        rest = self.request.after(self.tokens)
-        return replace(rest, prompt_logprobs=None) if self.tokens or self.prompt_logprobs is None else rest
-
-    def record(self, output: Output) -> Output:
-        """Record an output; returns it with the prompt's log-probabilities all at once, when the last of them have come.
-
-        A rank that takes over half-way computes them from the beginning, so those that had come until then don't count.
-        """
-        self.tokens += output.tokens
-        if output.tokens:
-            self.losses = 0  # it isn't the reason: that would end every rank at the same token
-        if output.prompt_logprobs:
-            assert self.prompt_logprobs is not None, "a rank is asked for them once"
-            found = [*self.prompt_logprobs, *output.prompt_logprobs]
-            whole = len(found) == len(self.request.prompt) - 1
-            self.prompt_logprobs = None if whole else found
-            output = replace(output, prompt_logprobs=tuple(found) if whole else ())
-        return output
-
-    def leave_rank(self) -> None:
-        """Return to the queue."""
-        self.worker = None
-        self.prompt_logprobs = None if self.prompt_logprobs is None else []
+        """The request for the tokens that are missing."""
+        return self.request.after(self.tokens, self.prompt_logprobs)
 
 
 @dataclass(frozen=True)
@@ -191,8 +169,8 @@ class Scheduler:
             assigned.append((entry.worker, entry.rest()))
         return assigned
 
-    def count(self, worker: Hashable, output: Output) -> Output | None:
-        """Record a rank's output; returns what its caller gets of it (``ScheduledRequest.record``), or None if none needs it.
+    def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
+        """Record a rank's output; returns its request, or None if no caller needs the output.
 
         Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
         """
@@ -203,7 +181,11 @@ class Scheduler:
             del self._entries[output.id]
         if entry.ending:
             return None
-        return entry.record(output)
+        entry.tokens += output.tokens
+        entry.prompt_logprobs += len(output.prompt_logprobs)
+        if output.tokens:
+            entry.losses = 0  # it isn't the reason: that would end every rank at the same token
+        return entry
 
     def end(self, id: str) -> Hashable | None:
         """End a request for its user; returns the rank that has to cancel it, or None."""
@@ -236,7 +218,7 @@ class Scheduler:
                 del self._entries[entry.request.id]
                 given_up.append(entry)
             else:
-                entry.leave_rank()
+                entry.worker = None
                 moved.append(entry)
         self._queue.extendleft(entry.request.id for entry in reversed(moved))
         return moved, given_up

@@ -74,7 +74,7 @@ class TextOptions:
         Raises:
             ConfigError: an option's value is not one of those allowed, or its file can't be read.
         """
-        given = {name: value for name, value in vars(self).items() if value is not None or name == "chat"}
+        given = {name: value for name, value in vars(self).items() if (value is not None and value != []) or name == "chat"}
         if "logit_bias" in given:
             given["logit_bias"] = dict(_biases(given["logit_bias"]))
         for name in ("json_schema", "grammar"):

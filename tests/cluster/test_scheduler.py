@@ -65,22 +65,20 @@ LOGPROBS = tuple(TokenLogprobs(token, -float(token)) for token in range(1, 30))
 """Of the tokens of ``request``'s prompts, from the second on."""
 
 
-def test_a_prompts_logprobs_come_whole_and_once():
-    """Those that a lost rank had sent in part are dropped; those that had come whole are asked for no more."""
+def test_a_moved_request_goes_on_in_its_prompt():
+    """Log-probabilities of the prompt that arrived aren't sent again."""
     scheduler = Scheduler()
-    scheduler.add([replace(request("a", 5), prompt_logprobs=2)])
-    ((_, first),) = scheduler.assign({"x": WIDE})
-    assert first.prompt_logprobs == 2
-    assert scheduler.count("x", Output("a", (), prompt_logprobs=LOGPROBS[:3])) == Output("a", ())
+    scheduler.add([replace(request("a", 9), prompt_logprobs=0)])
+    for arrived in ((), LOGPROBS[:2], LOGPROBS[2:5]):
+        scheduler.assign({"x": WIDE})
+        assert scheduler.count("x", Output("a", (), prompt_logprobs=arrived)) is not None
+        scheduler.release("x", blame=False)
+    ((_, moved),) = scheduler.assign({"x": WIDE})
+    assert (moved.prompt_logprobs, moved.prompt_logprobs_delivered) == (0, 5)
+    scheduler.count("x", Output("a", (7,), prompt_logprobs=LOGPROBS[5:8]))
     scheduler.release("x")
-    ((_, again),) = scheduler.assign({"y": WIDE})
-    assert again == first
-    assert scheduler.count("y", Output("a", (), prompt_logprobs=LOGPROBS[:2])) == Output("a", ())
-    last = Output("a", (7,), prompt_logprobs=LOGPROBS[2:4])
-    assert scheduler.count("y", last) == replace(last, prompt_logprobs=LOGPROBS[:4])
-    scheduler.release("y")
-    ((_, rest),) = scheduler.assign({"x": WIDE})
-    assert rest == Request("a", (0, 1, 2, 3, 4, 7), 4, resumed=1)
+    ((_, moved),) = scheduler.assign({"x": WIDE})
+    assert (moved.prompt_logprobs, moved.resumed) == (None, 1)
 
 
 def test_without_batches_one_runs_and_one_waits():
@@ -162,10 +160,8 @@ class Books(RuleBasedStateMachine):
         """What the user has, of requests that aren't done for him."""
         self.asked: dict[str, Request] = {}
         """As they were added."""
-        self.told: set[str] = set()
-        """Requests whose user has the prompt's log-probabilities."""
-        self.sent: dict[str, int] = {}
-        """Log-probabilities of its prompt that a request's rank has sent."""
+        self.logprobs: dict[str, int] = {}
+        """Log-probabilities of its prompt that the user has."""
 
     @rule(prompt=st.integers(1, 30), new=st.integers(1, 8), choices=st.integers(1, 3), logprobs=st.booleans())
     def add(self, prompt: int, new: int, choices: int, logprobs: bool) -> None:
@@ -176,6 +172,7 @@ class Books(RuleBasedStateMachine):
         self.scheduler.add(added)
         self.asked |= {each.id: each for each in added}
         self.waiting |= {each.id: [] for each in added}
+        self.logprobs |= {each.id: 0 for each in added}
 
     @rule()
     def assign(self) -> None:
@@ -185,9 +182,9 @@ class Books(RuleBasedStateMachine):
             assert not any(given.id in has for has in self.has.values())
             asked, tokens = self.asked[given.id], self.waiting[given.id]
             assert given.prompt == (*asked.prompt, *tokens)
-            wanted = asked.prompt_logprobs if given.id not in self.told and not tokens else None
-            assert given.prompt_logprobs == wanted
-            self.has[worker][given.id], self.sent[given.id] = given, 0
+            assert given.prompt_logprobs == (None if tokens else asked.prompt_logprobs)
+            assert given.prompt_logprobs_delivered == (0 if tokens else self.logprobs[given.id])
+            self.has[worker][given.id] = given
         assert not self.scheduler.queued or all(self.has[worker] for worker in self.workers), "an idle rank takes the next"
 
     @precondition(lambda self: any(self.has.values()))
@@ -199,24 +196,21 @@ class Books(RuleBasedStateMachine):
         tokens = tuple(range(100, 100 + min(many, given.max_new_tokens)))
         portion: tuple[TokenLogprobs, ...] = ()
         if given.prompt_logprobs is not None:  # the prompt comes first, in portions
-            portion = LOGPROBS[self.sent[id] : len(given.prompt) - 1][:many]
-            self.sent[id] += len(portion)
-            tokens = tokens if self.sent[id] == len(given.prompt) - 1 and data.draw(st.booleans()) else ()
+            portion = LOGPROBS[given.prompt_logprobs_delivered : len(given.prompt) - 1][:many]
+            whole = given.prompt_logprobs_delivered + len(portion) == len(given.prompt) - 1
+            tokens = tokens if whole and data.draw(st.booleans()) else ()
         finished = len(tokens) == given.max_new_tokens
         output = Output(id, tokens, finished, "length" if finished else None, prompt_logprobs=portion)
-        told = self.scheduler.count(worker, output)
-        assert (told is not None) == (id in self.waiting)
-        if told is not None:
-            whole = portion and self.sent[id] == len(given.prompt) - 1
-            assert told == replace(output, prompt_logprobs=LOGPROBS[: self.sent[id]] if whole else ())
-            self.told |= {id} if whole else set()
+        entry = self.scheduler.count(worker, output)
+        assert (entry is not None) == (id in self.waiting)
+        self.logprobs[id] += len(portion) if id in self.waiting else 0
         if id in self.waiting:
             self.waiting[id] += tokens
         if finished:
             del self.has[worker][id]
             self.waiting.pop(id, None)
-        elif tokens:
-            self.has[worker][id] = replace(given.after(tokens), prompt_logprobs=None)
+        else:
+            self.has[worker][id] = given.after(tokens, len(portion))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
