@@ -1,7 +1,7 @@
 """``Batcher``: the interface of all batchers, and the part that they share.
 
 It holds the requests from ``add`` until their end is returned, and tells a request's failure from a rank's. ``PagedBatcher``
-and ``SequentialBatcher`` derive from it; ``isolation.py`` decides how a failed step is repeated.
+and ``RowBatcher`` derive from it; ``isolation.py`` decides how a failed step is repeated.
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 import epslots
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
-from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.generation.batchers import batcher_for
+from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.requests import Output, Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import GREEDY, Sampling
 from epslots.models.page_sizes import cache_blocks
 from tests.support import zoo
@@ -33,7 +35,7 @@ from tests.support.batches import Collected, Faults, drawn, finish, generated, p
 
 # Those that keep a recurrent state, those that attend in chunks, and those that repeat keys before they would be paged.
 SEQUENTIAL = {"qwen3_next", "nemotron_h", "jamba", "zaya", "llama4", "jetmoe"}
-BATCHERS = [PagedBatcher, SequentialBatcher]
+BATCHERS = [PagedBatcher, RowBatcher]
 # One longer than any step, one of a single token; requests of one new token and of several.
 LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
 
@@ -88,7 +90,7 @@ def test_every_architecture_equals_generate(name: str, checkpoint: Callable[[str
     random_state = torch.get_rng_state()
     batcher = batcher_for(model, kv_tokens=512, max_batch_tokens=64)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert isinstance(batcher, SequentialBatcher if name in SEQUENTIAL else PagedBatcher)
+    assert isinstance(batcher, RowBatcher if name in SEQUENTIAL else PagedBatcher)
 
     calls: Counter[str] = Counter()
     experts = zoo.experts_modules(model)
@@ -403,7 +405,7 @@ def sampled(requests: list[Request]) -> list[Request]:
 
 @pytest.mark.parametrize(
     ("name", "batcher_class"),
-    [("mixtral", PagedBatcher), ("gpt_oss", PagedBatcher), ("mixtral", SequentialBatcher), ("qwen3_next", SequentialBatcher)],
+    [("mixtral", PagedBatcher), ("gpt_oss", PagedBatcher), ("mixtral", RowBatcher), ("qwen3_next", RowBatcher)],
 )
 def test_drawn_tokens_are_the_same_alone_and_together(name: str, batcher_class: type):
     """And with prompts that begin alike or take several steps, and when every step is repeated twice."""
@@ -520,12 +522,12 @@ def test_bad_sizes(built: Callable[[str], PreTrainedModel]):
         with pytest.raises(ConfigError, match="=0: at least 1"):
             batcher_for(built(name), **sizes)
     with pytest.raises(ConfigError, match="kv_tokens=0"):
-        SequentialBatcher(built("qwen3_next"), kv_tokens=0)
+        RowBatcher(built("qwen3_next"), kv_tokens=0)
     model = zoo.ZOO["gpt_oss"].build()
     with pytest.raises(DoesNotFitError, match="KV cache of 1000000000000 tokens"):
         batcher_for(model, kv_tokens=10**12)
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(UnsupportedModelError, match=r"Qwen3Next.*recurrent state; use SequentialBatcher"):
+    with pytest.raises(UnsupportedModelError, match=r"Qwen3Next.*recurrent state; use RowBatcher"):
         PagedBatcher(built("qwen3_next"), kv_tokens=64)
 
 

@@ -6,11 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from epslots.generation.prompt_rows import share_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
-from epslots.generation.prompt_rows import share_rows
 from epslots.generation.requests import Request, TokenLogprobs
 from epslots.generation.sampling import Sampling
 from epslots.generation.token_counts import TokenCounts

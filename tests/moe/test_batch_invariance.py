@@ -17,8 +17,9 @@ from epslots.errors import ConfigError, GroupError
 from epslots.generation import paged_choice
 from epslots.generation.engine import Engine
 from epslots.generation.engine_stats import EngineStats
-from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher
+from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
 from epslots.generation.token_choice import Chosen
 from epslots.generation.tracked_request import TrackedRequest
@@ -209,7 +210,7 @@ def test_models_that_call_the_unknown_run_alone(
     forward = type(norm).forward
     monkeypatch.setattr(type(norm), "forward", lambda self, x: forward(self, F.elu(x)))
     model = load(checkpoint("qwen3_moe"), cache_dir)
-    assert isinstance(Engine(model, kv_tokens=64).batcher, SequentialBatcher)
+    assert isinstance(Engine(model, kv_tokens=64).batcher, RowBatcher)
     with pytest.raises(epslots.UnsupportedModelError, match=r"it calls torch.nn.functional.elu"):
         PagedBatcher(model, kv_tokens=64)
 
