@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
+from epslots.generation.grammar import GrammarState
+from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
 from epslots.generation.requests import Output, Reason, Request
@@ -50,6 +52,12 @@ class TrackedRequest:
     """Tokens that ``outputs`` has returned."""
     reason: Reason | None = None
     error: str | None = None
+    grammar_state: GrammarState | None = None
+    """Of the text so far, if the request has a grammar; None until it is ready."""
+
+    @property
+    def waits_for_grammar(self) -> bool:
+        return self.request.grammar is not None and self.grammar_state is None
 
     @property
     def length(self) -> int:
@@ -74,10 +82,14 @@ class Batcher(ABC):
     Args:
         model: the model that is served.
         capacity: tokens that one request may keep: its prompt, and all new tokens but the last.
+
+    Attributes:
+        grammars: requests whose grammars are being compiled: they are queued when these are ready.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         self.capacity = capacity
+        self.grammars: GrammarQueue[TrackedRequest] = GrammarQueue(lambda: compiler_for(model))
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._entries: dict[str, TrackedRequest] = {}
@@ -128,7 +140,26 @@ class Batcher(ABC):
         """
         self._check(request)
         entry = self._entries[request.id] = TrackedRequest(request)
-        self._queue(entry)
+        if request.grammar is None:
+            self._queue(entry)
+        else:
+            self.grammars.put(entry, request)
+
+    def _queue_prepared(self) -> None:
+        """Queue the requests whose grammars are ready; the first thing that ``prepare`` does."""
+        for entry, state in self.grammars.take():
+            if entry.reason is not None:  # cancelled meanwhile
+                continue
+            if isinstance(state, ConfigError):
+                entry.end("error", str(state))
+                continue
+            entry.grammar_state = state
+            if state.error is not None:
+                entry.end("error", state.error)
+            elif state.finished:
+                entry.end("stop")
+            else:
+                self._queue(entry)
 
     def _check(self, request: Request) -> None:
         name, prompt = f"request {request.id!r}", request.prompt
@@ -155,11 +186,12 @@ class Batcher(ABC):
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
-            self._withdraw(entry)
+            if not entry.waits_for_grammar:
+                self._withdraw(entry)
 
     def _open(self) -> list[TrackedRequest]:
-        """Unfinished requests, oldest first."""
-        return [entry for entry in self._entries.values() if entry.reason is None]
+        """Unfinished requests that were queued, oldest first."""
+        return [entry for entry in self._entries.values() if entry.reason is None and not entry.waits_for_grammar]
 
     @property
     def has_work(self) -> bool:

@@ -139,6 +139,7 @@ class PagedBatcher(Batcher):
         self._processor.scheduler.block_new_requests = False
 
     def prepare(self) -> bool:
+        self._queue_prepared()
         if self._isolation is None:
             if self._held and not self._running:
                 held, self._held = self._held, []
@@ -172,7 +173,7 @@ class PagedBatcher(Batcher):
             if "no requests can be offloaded" not in str(error):
                 raise
             scheduled = False
-        if not scheduled and self.has_work:
+        if not scheduled and self._open():
             self._start_over()
             scheduled = self._processor.prepare_next_batch()
             assert scheduled, "a lone request always fits"
@@ -245,6 +246,7 @@ class PagedBatcher(Batcher):
             del self._running[result.request_id]
 
     def close(self) -> None:
+        self.grammars.close()
         self._manager.destroy()
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
