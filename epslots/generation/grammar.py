@@ -34,6 +34,8 @@ MOST_GRAMMAR_BYTES = 2**16
 _MOST_COMPILED = 64
 """Compiled grammars that a model keeps, the latest used."""
 _ERROR_CHARACTERS = 300
+_SETTINGS = {"json_schema": "json_schema", "json_object": "json_schema", "regex": "regex", "lark": "grammar"}
+"""The user's name for each kind of grammar."""
 _LIMITS = LLParserLimits(verbose_errors=False)
 
 # As in llama.cpp's JSON grammars: unbounded, a model could go on with blanks for ever.
@@ -54,15 +56,16 @@ def check_grammar(kind: GrammarKind, text: str) -> None:
 
 
 def _check(kind: GrammarKind, error: str) -> None:
+    """Raise ConfigError for an error of llguidance's."""
     if error:
         reason = " ".join(error.split())
-        raise ConfigError(f"{kind}: {reason[:_ERROR_CHARACTERS]}")
+        raise ConfigError(f"{_SETTINGS[kind]}: {reason[:_ERROR_CHARACTERS]}")
 
 
 def _translated(kind: GrammarKind, text: str) -> str:
     """The grammar in llguidance's notation: a JSON list of grammars, the first of which is the start."""
     if not isinstance(text, str) or len(text) > MOST_GRAMMAR_BYTES or len(text.encode(errors="replace")) > MOST_GRAMMAR_BYTES:
-        raise ConfigError(f"{kind}={shown(text)}; allowed: text of at most {MOST_GRAMMAR_BYTES:,} bytes")
+        raise ConfigError(f"{_SETTINGS[kind]}={shown(text)}; allowed: text of at most {MOST_GRAMMAR_BYTES:,} bytes")
     match kind:
         case "json_schema" | "json_object":
             schema = {"type": "object"} if kind == "json_object" else _schema(text)
@@ -72,7 +75,7 @@ def _translated(kind: GrammarKind, text: str) -> str:
             start, others = _regex_rule(text), []
         case "lark":
             if "%llguidance" in text:
-                raise ConfigError("lark: %llguidance sets options of the library; leave it out")
+                raise ConfigError("grammar: %llguidance sets options of the library; leave it out")
             start, others = text, []
     return json.dumps({"grammars": [{"name": "start", "lark_grammar": _EXACT + start}, *others]})
 

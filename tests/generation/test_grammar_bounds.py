@@ -54,12 +54,12 @@ REFUSED: list[tuple[GrammarKind, str, str]] = [
     ("regex", r"(a)\1", "regex: .*backreferences"),
     ("regex", "a" + 2000 * "(" + "b" + 2000 * ")", "regex: .*nest"),
     ("regex", "[a-z&&[0-9]]", "regex: "),
-    ("lark", "start: missing", "lark: .*missing"),
-    ("lark", "a: b", "lark: .*start"),
-    ("lark", "start: <|im_end|>", "lark: .*im_end"),
-    ("lark", '%llguidance {"no_forcing": false}\nstart: "a"', "lark: %llguidance sets options"),
-    ("lark", "start: " + 10_000 * "(" + '"a"' + 10_000 * ")", "lark: .*nested"),
-    ("lark", '{"grammars": [{"json_schema": {}}]}', "lark: "),
+    ("lark", "start: missing", "grammar: .*missing"),
+    ("lark", "a: b", "grammar: .*start"),
+    ("lark", "start: <|im_end|>", "grammar: .*im_end"),
+    ("lark", '%llguidance {"no_forcing": false}\nstart: "a"', "grammar: %llguidance sets options"),
+    ("lark", "start: " + 10_000 * "(" + '"a"' + 10_000 * ")", "grammar: .*nested"),
+    ("lark", '{"grammars": [{"json_schema": {}}]}', "grammar: "),
 ]
 
 
