@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TypeVar
@@ -20,10 +20,11 @@ from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
+from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
 from epslots.generation.requests import Output, Request
-from epslots.generation.tracked_request import GrammarState, TrackedRequest
+from epslots.generation.tracked_request import TrackedRequest
 from epslots.runtime import predictor_of
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,12 @@ class Batcher(ABC):
         max_requests: requests that run at a time; further ones wait.
 
     Attributes:
-        compile_grammar: makes the state of a request's grammar before its text; may raise ConfigError. None = requests with
-            a grammar are refused.
+        grammars: requests whose grammars are being compiled: they are queued when these are ready.
     """
-
-    compile_grammar: Callable[[Request], GrammarState] | None = None
 
     def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
         self.capacity, self.max_requests = capacity, max_requests
+        self.grammars: GrammarQueue[TrackedRequest] = GrammarQueue(lambda: compiler_for(model))
         self._counters = EngineCounters()
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
@@ -114,19 +113,27 @@ class Batcher(ABC):
                 of the vocabulary; the grammar is faulty, or none can be compiled; the id is taken.
         """
         self._check(request)
-        entry = TrackedRequest(request, grammar_state=self._grammar_state(request))
-        self._entries[request.id] = entry
-        self._queue(entry)
-
-    def _grammar_state(self, request: Request) -> GrammarState | None:
-        """The state of the request's grammar after the text that it generated before it was moved."""
+        entry = self._entries[request.id] = TrackedRequest(request)
         if request.grammar is None:
-            return None
-        assert self.compile_grammar is not None, "_check refuses it"
-        state = self.compile_grammar(request)
-        for token in request.prompt[len(request.prompt) - request.resumed :]:
-            state.accept(token)
-        return state
+            self._queue(entry)
+        else:
+            self.grammars.put(entry, request)
+
+    def _queue_prepared(self) -> None:
+        """Queue the requests whose grammars are ready; the first thing that ``prepare`` does."""
+        for entry, state in self.grammars.take():
+            if entry.reason is not None:  # cancelled meanwhile
+                continue
+            if isinstance(state, ConfigError):
+                entry.end("error", str(state))
+                continue
+            entry.grammar_state = state
+            if state.error is not None:
+                entry.end("error", state.error)
+            elif state.finished:
+                entry.end("stop")
+            else:
+                self._queue(entry)
 
     def _check(self, request: Request) -> None:
         name, prompt = f"request {request.id!r}", request.prompt
@@ -143,8 +150,6 @@ class Batcher(ABC):
             raise ConfigError(f"{name} asks for min_tokens={sampling.min_tokens}; allowed: up to max_new_tokens={most}")
         if (wrong := next((t for t, _ in sampling.logit_bias if t >= self._vocabulary), None)) is not None:
             raise ConfigError(f"{name} has token {wrong} in its logit_bias; allowed: 0 to {self._vocabulary - 1}")
-        if request.grammar is not None and self.compile_grammar is None:
-            raise ConfigError(f"{name} has a grammar, but this engine compiles none; leave it out")
         # The last token is returned and never computed with.
         if (needed := len(prompt) + request.max_new_tokens - 1) > self.capacity:
             raise ConfigError(
@@ -160,11 +165,12 @@ class Batcher(ABC):
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
-            self._withdraw(entry)
+            if not entry.waits_for_grammar:
+                self._withdraw(entry)
 
     def _open(self) -> list[TrackedRequest]:
-        """Unfinished requests, oldest first."""
-        return [entry for entry in self._entries.values() if entry.reason is None]
+        """Unfinished requests that were queued, oldest first."""
+        return [entry for entry in self._entries.values() if entry.reason is None and not entry.waits_for_grammar]
 
     @property
     def has_work(self) -> bool:

@@ -125,6 +125,7 @@ class PagedBatcher(Batcher):
         return entry is not None and bool(entry.prompt_rows(0, entry.prompt_length))
 
     def prepare(self) -> bool:
+        self._queue_prepared()
         if self._isolation is None:
             self._began_s = self._clock()
             # Also without work: cancelled requests free their pages here.
@@ -154,7 +155,7 @@ class PagedBatcher(Batcher):
             if "no requests can be offloaded" not in str(error):
                 raise
             scheduled = False
-        if not scheduled and self.has_work:
+        if not scheduled and self._open():
             self._start_over()
             scheduled = self._processor.prepare_next_batch()
             assert scheduled, "a lone request always fits"
@@ -253,6 +254,7 @@ class PagedBatcher(Batcher):
         return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens)
 
     def close(self) -> None:
+        self.grammars.close()
         self._manager.destroy()
         del self._choice  # it holds the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None

@@ -141,6 +141,7 @@ class RowBatcher(Batcher):
     # Admission.
 
     def prepare(self) -> bool:
+        self._queue_prepared()
         if self._isolation is None:
             self._admit()
             planned = self._plan()
@@ -320,6 +321,7 @@ class RowBatcher(Batcher):
         return Usage(len(self._running), self._config.kv_tokens - self._cache.free_tokens, self._config.kv_tokens)
 
     def close(self) -> None:
+        self.grammars.close()
         self._waiting.clear()
         self._running.clear()
         self._isolation = self._pass = None

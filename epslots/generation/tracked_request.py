@@ -34,23 +34,25 @@ class Choice:
     logprobs: TokenLogprobs | None = None
 
 
-class GrammarState(Protocol):
-    """The place in its grammar that a text has reached."""
+class GrammarProgress(Protocol):
+    """How far a text has come in its grammar; ``grammar.GrammarState`` is one."""
 
     @property
     def finished(self) -> bool:
         """Whether the text is complete, and no token may follow."""
 
-    def allowed(self) -> NDArray[np.int32] | Any:
-        """The tokens that may come next, the stop tokens among them where the text may end.
+    @property
+    def error(self) -> str | None:
+        """Why the text can't be continued, although it isn't complete."""
 
-        Returns:
-            int32 [ceil(V / 32)], in the host's memory: bit ``t % 32`` of word ``t // 32`` stands for token t. An array, or a
-            tensor.
+    def allowed(self) -> NDArray[np.int32]:
+        """The tokens that may come next, the stop tokens among them where the text may end: int32 [ceil(V / 32)].
+
+        Bit ``t % 32`` of word ``t // 32`` stands for token t. At least one is set.
         """
 
-    def accept(self, token: int) -> None:
-        """Add a token to the text; never one that ended its request as a stop token."""
+    def accept(self, token: int) -> bool:
+        """Add a token to the text; False if no token can follow it, so that this one is no part of it."""
 
 
 @dataclass(eq=False)
@@ -67,14 +69,18 @@ class TrackedRequest:
     """Tokens that ``outputs`` has returned."""
     reason: Reason | None = None
     error: str | None = None
-    grammar_state: GrammarState | None = None
-    """Of the text so far, if the request has a grammar."""
+    grammar_state: GrammarProgress | None = None
+    """Of the text so far, if the request has a grammar; None until it is compiled."""
 
     def __post_init__(self) -> None:
         self._prompt_logprobs_known = self.request.prompt_logprobs_delivered
         self._counts: TokenCounts | None = None
         self._counted = 0
         """The first of ``tokens`` that ``_counts`` lacks."""
+
+    @property
+    def waits_for_grammar(self) -> bool:
+        return self.request.grammar is not None and self.grammar_state is None
 
     @property
     def length(self) -> int:
@@ -102,7 +108,7 @@ class TrackedRequest:
 
     @property
     def allowed(self) -> Any:
-        """The tokens that the grammar allows next, as ``GrammarState.allowed`` returns them; None without a grammar."""
+        """The tokens that the grammar allows next, as ``GrammarProgress.allowed`` returns them; None without a grammar."""
         return None if self.grammar_state is None else self.grammar_state.allowed()
 
     @property
@@ -159,20 +165,18 @@ class TrackedRequest:
 
         A stop token before ``min_tokens`` ends it, too: it is chosen where no other token is left.
         """
-        request, token = self.request, choice.token
+        request, token, grammar = self.request, choice.token, self.grammar_state
         assert token != NO_TOKEN, "a step without a token isn't committed"
-        self.tokens.append(token)
-        if choice.logprobs is not None:
-            self.logprobs.append(choice.logprobs)
-        if token in request.stop_tokens:
+        belongs = grammar is None or grammar.accept(token)
+        if belongs:
+            self.tokens.append(token)
+            if choice.logprobs is not None:
+                self.logprobs.append(choice.logprobs)
+        if grammar is not None and grammar.error is not None:
+            self.end("error", grammar.error)
+        elif not belongs or token in request.stop_tokens or (grammar is not None and grammar.finished):
             self.end("stop")
-            return
-        if self.grammar_state is not None:
-            self.grammar_state.accept(token)
-            if self.grammar_state.finished:
-                self.end("stop")
-                return
-        if len(self.tokens) == request.max_new_tokens:
+        elif len(self.tokens) == request.max_new_tokens:
             self.end("length")
 
     def end(self, reason: Reason, error: str | None = None) -> None:

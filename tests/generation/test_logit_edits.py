@@ -38,7 +38,7 @@ Logits = NDArray[np.float64]
 class Allowing:
     """A grammar's state that allows these tokens."""
 
-    finished = False
+    finished, error = False, None
 
     def __init__(self, tokens: Collection[int], vocabulary: int = V) -> None:
         self.tokens, self.vocabulary = set(tokens), vocabulary

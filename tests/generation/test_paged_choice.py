@@ -22,7 +22,7 @@ from epslots.generation.requests import Grammar, Output, Request, TokenLogprobs
 from epslots.generation.sampling import Sampling
 from tests.support import zoo
 from tests.support.batches import Faults, drawn, generated, pages_are_free, prompt_of, requests_of
-from tests.support.choices import FakeGrammar
+from tests.support.choices import FakeGrammar, ReadyGrammars
 from tests.support.guilty_requests import Guilt, unused
 
 GRAMMAR = Grammar("regex", "of the fake")
@@ -52,7 +52,7 @@ def opened(model: PreTrainedModel, *, kv_tokens: int = 512, chunk: int = 32, row
     """A batcher whose steps have this many rows of logits."""
     batcher = PagedBatcher(model, kv_tokens=kv_tokens, max_batch_tokens=chunk)
     batcher._processor.scheduler.max_requests_per_batch = rows
-    batcher.compile_grammar = grammar_of
+    batcher.grammars = ReadyGrammars(grammar_of)  # type: ignore[assignment]
     return batcher
 
 
@@ -328,26 +328,12 @@ def test_min_tokens_keep_transformers_from_ending(plain: Plain):
     [
         ({"sampling": Sampling(logit_bias=((319, 1.0), (320, 1.0)))}, r"token 320 in its logit_bias; allowed: 0 to 319"),
         ({"sampling": Sampling(min_tokens=4)}, r"min_tokens=4; allowed: up to max_new_tokens=3"),
-        ({"grammar": GRAMMAR}, r"has a grammar, but this engine compiles none"),
     ],
 )
 def test_requests_that_cannot_be_met(given_: dict[str, Any], message: str, plain: Plain):
     batcher = PagedBatcher(plain.model, kv_tokens=64)
     with pytest.raises(ConfigError, match=f"'a'.*{message}"):
         batcher.add(Request("a", (20,), 3, **given_))
-    assert not batcher.has_work
-    batcher.close()
-
-
-def test_a_refused_grammar_leaves_no_request(plain: Plain):
-    batcher = opened(plain.model)
-
-    def refuse(_request: Request) -> FakeGrammar:
-        raise ConfigError("a bracket is missing")
-
-    batcher.compile_grammar = refuse
-    with pytest.raises(ConfigError, match="a bracket is missing"):
-        batcher.add(Request("a", (20,), 3, grammar=GRAMMAR))
     assert not batcher.has_work
     batcher.close()
 

@@ -15,11 +15,11 @@ from epslots.generation.batcher import Batcher
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
 from epslots.generation.token_choice import choose
-from epslots.generation.tracked_request import GrammarState, TrackedRequest
+from epslots.generation.tracked_request import GrammarProgress, TrackedRequest
 from tests.support import zoo
 
 
-def drawn(model: PreTrainedModel, request: Request, grammar: GrammarState | None = None) -> list[int]:
+def drawn(model: PreTrainedModel, request: Request, grammar: GrammarProgress | None = None) -> list[int]:
     """What a request's tokens have to be: drawn one by one, from the model run anew over all before."""
     entry = TrackedRequest(request, grammar_state=grammar if request.grammar else None)
     with torch.no_grad():

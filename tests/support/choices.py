@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def next_tokens(logits: torch.Tensor, samplings: Sequence[Sampling], positions: 
 
 
 def bits_of(tokens: Sequence[int] | set[int], vocabulary: int) -> NDArray[np.int32]:
-    """A mask of tokens as ``GrammarState.allowed`` returns it."""
+    """A mask of tokens as ``GrammarProgress.allowed`` returns it."""
     words = np.zeros(-(-vocabulary // 32), np.uint32)
     for token in tokens:
         words[token // 32] |= np.uint32(1) << np.uint32(token % 32)
@@ -46,6 +47,8 @@ class FakeGrammar:
     Args:
         stops: allowed behind the text; without any, it ends by itself.
     """
+
+    error: str | None = None
 
     def __init__(self, vocabulary: int, *, modulus: int = 3, length: int = 5, stops: Sequence[int] = ()) -> None:
         self.vocabulary, self.modulus, self.length, self.stops = vocabulary, modulus, length, stops
@@ -63,6 +66,36 @@ class FakeGrammar:
     def allowed(self) -> NDArray[np.int32]:
         return bits_of(self.next_tokens(), self.vocabulary)
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> bool:
         assert token in self.next_tokens(), f"{token} leaves the grammar after {self.text}"
-        self.text.append(token)
+        if token not in self.stops:
+            self.text.append(token)
+        return True
+
+
+class ReadyGrammars:
+    """A ``GrammarQueue`` whose states need no compiling.
+
+    Args:
+        make: the state of a request's grammar at the beginning of its text.
+    """
+
+    def __init__(self, make: Callable[[Request], FakeGrammar]) -> None:
+        self._make = make
+        self._ready: list[tuple[Any, FakeGrammar]] = []
+
+    def put(self, item: Any, request: Request) -> None:
+        state = self._make(request)
+        for token in request.prompt[len(request.prompt) - request.resumed :]:
+            state.accept(token)
+        self._ready.append((item, state))
+
+    def take(self) -> list[tuple[Any, FakeGrammar]]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def close(self) -> None:
+        self._ready.clear()
