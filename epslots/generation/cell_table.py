@@ -1,8 +1,8 @@
 """``CellTable``: which cells of a row cache are free, and which cell holds which position of which row.
 
 A *cell* is the room of one token in a pool (``row_cache.py``). Tensors that keep equally many tokens share a table: there is
-one for those that keep every token, and one for each window. Bookkeeping alone; the numbers of the cells also stand in a tensor
-on the device, so that a step's indices are made there.
+one for those that keep every token, and one for each window. Bookkeeping alone; the cells' numbers also stand in a tensor on
+the device, so that a step's indices are made there.
 
 Suffixes: B rows of a step, W its tokens in each row, S positions that a layer reads, R rows of the cache, P positions.
 """

@@ -119,7 +119,7 @@ class RowBatcher(Batcher):
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise DoesNotFitError(
-                f"a cache of {config.kv_tokens} tokens and {config.max_requests} requests doesn't fit on "
+                f"a cache of {config.kv_tokens:,} tokens and {config.max_requests} requests doesn't fit on "
                 f"{self._model.device}: {error}"
             ) from error
 

@@ -84,7 +84,7 @@ def expected(kind: str) -> dict[str, list[int]]:
 
 def test_they_are_not_paged(kind: str, caplog: pytest.LogCaptureFixture):
     model = build(kind)
-    with caplog.at_level(logging.INFO, "epslots.generation.paged_batcher"):
+    with caplog.at_level(logging.INFO, "epslots.generation.batchers"):
         assert isinstance(batcher_for(model, kv_tokens=256), RowBatcher)
     assert "because its rotary embedding depends on the longest sequence of a batch" in caplog.text
     with pytest.raises(UnsupportedModelError, match="rotary embedding"):
