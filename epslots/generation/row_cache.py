@@ -208,6 +208,8 @@ class RowCache:
             yield StepOfRows(self, rows, width)
         finally:
             self._steps, self._cache.layers = [], []
+            if self._linear:
+                setattr(self._cache, "linear_cache", [])  # noqa: B010
             for index in self._pooled:
                 self._templates[index].let_go()
 
