@@ -76,7 +76,10 @@ class JobSettings:
     @cached_property
     def digest(self) -> int:
         """32 bits of everything that changes a text besides its prompt."""
-        shaping = msgspec.json.encode((self.model, self.config.output_settings, self.generation), order="sorted")
+        generation = msgspec.to_builtins(
+            self.generation, str_keys=True
+        )  # without the defaults, of which there may be more later
+        shaping = msgspec.json.encode((self.model, self.config.output_settings, generation), order="sorted")
         return xxhash.xxh3_64_intdigest(shaping) >> 32
 
 
