@@ -32,7 +32,8 @@ from tests.support import zoo
 from tests.support.batches import Collected, Faults, drawn, finish, generated, pages_are_free, prompt_of, requests_of
 
 # Those that keep a recurrent state, those that attend in chunks, and those that repeat keys before they would be paged.
-SEQUENTIAL = {"qwen3_next", "nemotron_h", "jamba", "zaya", "llama4", "jetmoe"}
+SEQUENTIAL = {"qwen3_next", "nemotron_h", "jamba", "zaya", "llama4", "jetmoe", "mimo_v2_flash"}
+SEQUENTIAL |= {name for name, tiny in zoo.ZOO.items() if tiny.hybrid}
 BATCHERS = [PagedBatcher, SequentialBatcher]
 # One longer than any step, one of a single token; requests of one new token and of several.
 LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
