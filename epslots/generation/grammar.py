@@ -222,7 +222,7 @@ class GrammarState:
     It advances by ``accept`` alone: a step that failed, or is repeated, leaves it as it was, and finds the same mask again.
 
     Attributes:
-        finished: no text may follow, so the request is at its end, with or without an end token.
+        finished: the text is complete, and nothing may follow but an end token.
         error: why the text can't be continued, although it isn't complete: the grammar took too much work at some token, or no
             token of the vocabulary has the bytes that must follow. None without an error.
     """
@@ -249,8 +249,8 @@ class GrammarState:
     def allowed(self) -> IntMask:
         """The tokens that may come next, as bits: int32 [ceil(V / 32)]; see ``bits_of``. Valid until the next ``accept``.
 
-        At least one bit is set, so that a token can be chosen: where ``finished`` or ``error`` is found out here, ``accept``
-        doesn't take that token.
+        At least one bit is set, so that a token can be chosen: where ``finished`` or ``error`` is found out here, that token
+        is no part of the output.
         """
         if not self._computed:
             self._compute()
@@ -274,21 +274,15 @@ class GrammarState:
         elif self.finished or self.error:
             allowed_W[:] = vocabulary.words_W
 
-    def accept(self, token: int) -> bool:
-        """Advance by the chosen token; False if it is no part of the output, because no token can follow the text so far."""
-        if self.finished or self.error:
-            return False
+    def accept(self, token: int) -> None:
+        """Advance by a token of the text: one that ``allowed`` has, but none that ended the request."""
         self._computed = False
-        if token in self._ends:
-            self.finished = True
-            return True
         if self._beginning:
             self._beginning = False
             token = self._vocabulary.first.get(token, token)
             if token < 0:  # it adds nothing here
-                return True
-        if not self._matcher.consume_token(token):
-            self.error = self._matcher.get_error()
-        else:
+                return
+        if self._matcher.consume_token(token):
             self.finished = self._matcher.is_stopped()
-        return True
+        else:
+            self.error = self._matcher.get_error()

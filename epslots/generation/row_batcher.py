@@ -155,6 +155,9 @@ class RowBatcher(Batcher):
         held: deque[TrackedRequest] = deque()
         while self._waiting and self._cache.free_rows:
             entry = self._waiting.popleft()
+            if self._running and self._uncomputed() + len(self._running) + 2 > self._cache.free_tokens:
+                self._waiting.appendleft(entry)  # not even if it shares all but its last token
+                break
             source, shared = self._shared_beginning(entry)
             if source is not None and source.row.length < shared:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
@@ -179,9 +182,12 @@ class RowBatcher(Batcher):
             return None, 0
         if entry.prompt_rows(0, entry.prompt_length):
             return None, 0  # the logits of all of its prompt are needed
+        beginning = entry.ids(0, LEAST_SHARED_TOKENS)
         own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
         best: tuple[_Running | None, int] = (None, 0)
         for running in self._running:
+            if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
+                continue
             shared = _common(own, running.entry.ids(0, len(own)))
             # A state is of one length: the row's present one, or one that it hasn't reached.
             if self._cache.keeps_states and shared < running.row.length:
@@ -194,8 +200,10 @@ class RowBatcher(Batcher):
         """The next pass, with room for its tokens: where the cache is full, the newest rows are given up."""
         while self._running:
             states = [self._state(running) for running in self._running]
-            room = self._chunk.prompt_tokens(sum(map(decodes, states)))
-            planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
+            # Rows that run alone for the sake of their bits have the same chunks whatever else runs.
+            together, most = self._support.together, self._config.max_batch_tokens
+            room = self._chunk.prompt_tokens(sum(map(decodes, states))) if together else most
+            planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=together)
             assert planned is not None, "every running row has a token left to compute"
             if len(planned.rows) * planned.width <= self._cache.free_tokens:
                 return planned
@@ -294,7 +302,8 @@ class RowBatcher(Batcher):
             following = entry.request.prompt[rows.start + 1 : rows.stop + 1]
             logits = logits_BLV[0, rows.start - start : rows.stop - start].float()
             found = prompt_logprobs(logits, following, entry.request.prompt_logprobs or 0)
-            deliver.append(partial(entry.add_prompt_logprobs, rows, found))
+            if entry.reason is None:
+                deliver.append(partial(entry.add_prompt_logprobs, rows, found))
         chosen = [i for i, running in enumerate(part) if running.left == width]
         if chosen:
             entries = [part[i].entry for i in chosen]

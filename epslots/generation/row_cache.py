@@ -204,7 +204,14 @@ class RowCache:
             rows: all empty, or none. There must be free cells for the new tokens.
         """
         assert len({row.length == 0 for row in rows}) == 1
-        yield StepOfRows(self, rows, width)
+        try:
+            yield StepOfRows(self, rows, width)
+        finally:
+            self._steps, self._cache.layers = [], []
+            if self._linear:
+                setattr(self._cache, "linear_cache", [])  # noqa: B010
+            for index in self._pooled:
+                self._templates[index].let_go()
 
     def _fill_cache(self, rows: Sequence[Row], row_B: IntArray, width: int) -> Cache:
         """The model's cache as the pass over these rows is to find it."""

@@ -151,6 +151,10 @@ class PooledLayer:
     def end(self) -> None:
         """The forward pass has ended well: the step takes new states."""
 
+    def let_go(self) -> None:
+        """Drop the step's tensors."""
+        self.rows = ()
+
 
 class _PooledTokens(PooledLayer):
     """Keys and values of all tokens."""
@@ -244,6 +248,10 @@ class _PooledStates(PooledLayer):
     def end(self) -> None:
         super().end()
         self.step.new_states += self.conv_states.found() + self.recurrent_states.found()
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.conv_states = self.recurrent_states = LazyStates({}, 0, None)
 
 
 _STATES = ("conv_states", "recurrent_states")

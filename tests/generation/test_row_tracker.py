@@ -97,10 +97,13 @@ def hidden_alone(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
 def positions(batcher: Batcher) -> list[tuple[str, int]]:
     """Whose the rows of the prepared batch are: (request, place in its sequence)."""
     if isinstance(batcher, RowBatcher):
-        assert batcher._isolation is not None
-        (entry,) = batcher._isolation.part
-        first = 0 if batcher._kept is None else entry.length - 1
-        return [(entry.request.id, place) for place in range(first, entry.length)]
+        assert batcher._isolation is not None and batcher._pass is not None
+        width = batcher._pass.width
+        return [
+            (running.entry.request.id, running.row.length + place)
+            for running in batcher._isolation.part
+            for place in range(width)
+        ]
     assert isinstance(batcher, PagedBatcher)
     return [
         (batcher._running[future.state.request_id][0].request.id, future.state.position_offset - future.query_length + row)
@@ -117,9 +120,7 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
     folder = checkpoint("mixtral")
     reference, model = zoo.reference(folder), load(folder, cache_dir)
     watched = asked_in_each_step(model)
-    batcher: Batcher = batcher_class(model, kv_tokens=512)
-    if batcher_class is PagedBatcher:
-        batcher = PagedBatcher(model, kv_tokens=512, max_batch_tokens=24)
+    batcher: Batcher = batcher_class(model, kv_tokens=512, max_batch_tokens=24)
     sizes = {"a": (3, 14), "b": (50, 9), "c": (7, 8), "d": (1, 12), "e": (30, 6)}
     requests = {
         name: Request(name, tuple(zoo.random_ids(1, length, seed=length)[0].tolist()), new)
