@@ -42,11 +42,11 @@ _WHITESPACE = r"\x20|\x0A{1,2}[\x20\x09]{0,40}"
 # Masks allow every way of cutting a text into tokens, not the tokenizer's own alone: that is exact, and never calls Python.
 _EXACT = '\n%llguidance {"no_forcing": true}\n'
 
-# The work for one token: some 40 ms at the very most, with 130,000 tokens. Expressions such as (?:[a-z]{1,50} ?){1,200} need
+# The work for one token: some 50 ms at the very most, with 130,000 tokens. Expressions such as (?:[a-z]{1,50} ?){1,200} need
 # more than llguidance's default of 200,000.
 _TOKEN_FUEL = 1_000_000
-# The states of one request's expressions, of about a kilobyte each.
-_MOST_STATES = 50_000
+# The states of one request's expressions: tens of MB at the most.
+_MOST_STATES = 250_000
 # Ambiguous rules take a time that grows with the square of the items. A JSON schema has up to four for an optional property.
 _LARK_ITEMS, _JSON_ITEMS = 400, 2000
 # llguidance recurses along rules, up to 3 KiB for eight bytes of a grammar: this is twice what the largest one can need.
