@@ -20,6 +20,8 @@ import msgspec
 
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
+from epslots.generation.engine_stats import EngineStats
+from epslots.generation.request_checker import ModelLimits
 from epslots.generation.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
@@ -132,19 +134,13 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The model is loaded.
 
     Attributes:
-        capacity: tokens that the cache can hold of one request.
-        batches: requests run together; else one at a time.
-        vocabulary: number of token ids.
-        context: tokens of the model's context; None if the model states none.
-        end_tokens: end tokens of the generation configuration.
+        limits: the requests that can be served.
+        max_requests: requests that run at a time.
         seconds: duration of each stage of loading, by name.
     """
 
-    capacity: int
-    batches: bool
-    vocabulary: int
-    context: int | None
-    end_tokens: tuple[int, ...]
+    limits: ModelLimits
+    max_requests: int
     seconds: dict[str, float]
 
 
@@ -229,6 +225,8 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         number: of the ``GetReport`` that this answers.
         epoch: of the group.
         steps: made in this epoch.
+        stats: counters of its layers.
+        engine: counters of its requests.
         placement: version of the placement that the ranks follow.
         pending_migrations: copies of it that have yet to be fetched, over all ranks.
         memory_bytes, descriptors, threads: of the process.
@@ -238,6 +236,7 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     epoch: int
     steps: int
     stats: Stats
+    engine: EngineStats
     layers: tuple[LayerPlacement, ...]
     placement: int
     pending_migrations: int

@@ -2,8 +2,8 @@
 
 1. queue       ``add`` checks the request (requests.py), which then waits for room in the cache (batcher.py)
 2. grammar     compiled beside the steps, if there is one (grammar.py, grammar_queue.py); meanwhile others go on
-3. admission   ``prepare`` takes requests into the next batch (paged_batcher.py; sequential_batcher.py one at a time)
-4. prompt      computed in chunks of at most ``max_batch_tokens``; its keys and values stay in pages (paged_cache.py)
+3. admission   ``prepare`` takes requests into the next batch (page_scheduler.py; row_batcher.py for rows)
+4. prompt      computed in chunks (chunk_size.py); what layers keep of it stays in pages or rows (paged_cache.py, row_cache.py)
 5. decoding    one token a step (token_choice.py), drawn by the request's seed and position (sampling.py)
 6. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of this request alone (isolation.py)
 7. outputs     ``outputs`` returns the new tokens after every step, and the end once
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from epslots.cpu_threads import ThreadGovernor
 from epslots.generation.batcher import Batcher
-from epslots.generation.paged_batcher import batcher_for
+from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores

@@ -25,7 +25,7 @@ class Sampling:
     The order and the formulas are vLLM's: penalties and biases change the logits of greedy choice, too.
 
     Attributes:
-        min_tokens: stop tokens aren't chosen before this many new tokens.
+        min_tokens: stop tokens aren't chosen before this many new tokens, unless the grammar allows no other.
         logit_bias: (token, number added to its logit), each token once.
         repetition_penalty: logits of tokens in the prompt or the text so far are divided by it, negative ones multiplied
             (Keskar et al., "CTRL", 2019).
@@ -61,17 +61,6 @@ class Sampling:
             if not isinstance(given, int) or isinstance(given, bool) or given < 0 or (limit is not None and given >= limit):
                 raise ConfigError(f"{name}={shown(given)}; allowed: an int, {_INTEGERS[name]}")
         _check_bias(self.logit_bias)
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether a setting changes the logits before a token is chosen."""
-        return bool(
-            self.min_tokens
-            or self.logit_bias
-            or self.repetition_penalty != 1
-            or self.frequency_penalty
-            or self.presence_penalty
-        )
 
 
 MOST_BIASES = 1024
@@ -140,3 +129,15 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of several choices of a prompt: ``seed`` itself for choice 0.
+
+    For choice i it is half of number -i of the seed's generator (``uniform_numbers``), whose numbers from 0 on are drawn for
+    tokens. So the choices of one prompt, and of prompts with other seeds, are drawn independently of each other.
+    """
+    if choice == 0:
+        return seed
+    start = _mix(np.array([seed], dtype=np.uint64) + _STRIDE)
+    return int(_mix(start - _STRIDE * np.array([choice], dtype=np.uint64))[0]) >> 1

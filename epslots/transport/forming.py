@@ -11,7 +11,6 @@ from __future__ import annotations
 import hmac
 import os
 import sys
-import threading
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
 from functools import partial
@@ -24,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.device_copy import to_device
 from epslots.errors import PeerLost
+from epslots.transport import background
 from epslots.transport.torch_transport import GLOO, TorchTransport, cut
 
 _SEAL_BYTES = 32
@@ -123,7 +123,7 @@ def _connect(
         except BaseException as error:
             made.set_exception(error)
 
-    threading.Thread(target=make, name="epslots-connect", daemon=True).start()
+    background.start(make, name="epslots-connect")
     wait([made] if stop is None else [made, stop], timeout.total_seconds(), return_when=FIRST_COMPLETED)
     if made.done():
         return made.result()

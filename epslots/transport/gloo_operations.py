@@ -12,10 +12,13 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
 import torch.distributed as dist
+
+from epslots.transport import background
 
 _LEAST_TIMEOUT_S = 1e-3  # gloo takes a timeout of 0 for its default
 
@@ -54,7 +57,7 @@ class CollectiveOperation:
     def leave(self) -> None:
         if not self._work.is_completed():
             # The thread that drops the last reference to a group waits for all its works: let it be one of no other use.
-            threading.Thread(target=_outlive, args=(self._work, self._group), name="epslots-left", daemon=True).start()
+            background.start(_outlive, self._work, self._group, name="epslots-left")
 
 
 def _outlive(work: dist.Work, group: dist.ProcessGroup) -> None:
@@ -102,8 +105,9 @@ class WaitingThread:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._operations: SimpleQueue[PointToPointOperation | None] = SimpleQueue()
-        threading.Thread(target=_wait_for_each, args=(self._operations, group), name="epslots-transfers", daemon=True).start()
-        self.end = weakref.finalize(self, self._operations.put, None)
+        stop = partial(self._operations.put, None)
+        background.start(_wait_for_each, self._operations, group, name="epslots-transfers", stop=stop)
+        self.end = weakref.finalize(self, stop)
 
     def start(self, works: Sequence[dist.Work], deadline: float) -> PointToPointOperation:
         """Wait for these works in the thread, until ``deadline`` on the monotonic clock."""
