@@ -110,15 +110,22 @@ def measure_cache(model: PreTrainedModel) -> tuple[CacheTensor, ...]:
     """What a model's own cache keeps of a sequence.
 
     Args:
-        model: on any device, with or without experts. It is left as it is: a skeleton of its class is run.
+        model: on any device, with or without experts. A skeleton of its class is run; or the model itself, if that can't be
+            run without values.
 
     Raises:
-        UnsupportedModelError: the skeleton's forward pass fails on the meta device, or the cache keeps unknown tensors.
+        UnsupportedModelError: a forward pass fails, or the cache keeps unknown tensors.
     """
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # the model's may be a batcher's own
     skeleton = build_skeleton(dense_class(type(model)), config, model.dtype)
-    return _dry_run(skeleton, [module for module in skeleton.modules() if is_experts(module)])[0]
+    for run in (skeleton, model):
+        try:
+            return _dry_run(run, [module for module in run.modules() if is_experts(module)])[0]
+        except UnsupportedModelError:
+            if run is model or model.device.type == "meta":
+                raise
+    raise AssertionError("one of the two returns or raises")
 
 
 def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tuple[CacheTensor, ...], int]:

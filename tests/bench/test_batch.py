@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for module in (batch_speed, batch_arrivals):
         monkeypatch.setattr(module, "CONTENDERS", contenders)
-    for name, value in {"PROMPT": 8, "NEW": 6, "MANY": 4, "ALONE": 2, "CONTEXTS": (16,), "BATCHES": (4, 1)}.items():
+    for name, value in {"PROMPT": 8, "NEW": 16, "MANY": 4, "ALONE": 2, "CONTEXTS": (16,), "BATCHES": (4, 1)}.items():
         monkeypatch.setattr(batch_speed, name, value)
     monkeypatch.setattr(batch_speed, "IMPLEMENTATIONS", ("eager", "grouped_mm"))
     monkeypatch.setattr(batch_speed, "random_config", lambda **_: attention)

@@ -46,7 +46,7 @@ PAGED = {
     "olmoe_unaligned",
 }
 PAGED |= {"glm4_moe", "phimoe", "granitemoe", "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe", "muse_spark", "step3p7"}
-PAGED |= {"ernie4_5_vl_moe", "llama", "dbrx", "mimo_v2_flash"}
+PAGED |= {"ernie4_5_vl_moe", "llama", "dbrx"}
 BATCHERS = [PagedBatcher, RowBatcher]
 # One longer than any step, one of a single token; requests of one new token and of several.
 LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
