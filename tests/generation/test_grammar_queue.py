@@ -139,17 +139,3 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path: Path):
     model: Any = SimpleNamespace(name_or_path=str(tmp_path), config=SimpleNamespace(get_text_config=lambda: text))
     with pytest.raises(ConfigError, match=r"a request with a grammar can't be served: .* has no tokenizer"):
         compiler_for(model)
-
-
-def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("epslots.generation.grammar._MOST_COMPILED", 2)
-    compiler = GrammarCompiler(byte_level(), 260)
-    a, b, c = (Grammar("regex", text) for text in "abc")
-    first = compiler.compile(a)
-    compiler.compile(b)
-    assert compiler.compile(a) is first, "the latest used"
-    compiler.compile(c)
-    assert compiler.compile(a) is first
-    second = compiler.compile(b)
-    assert compiler.compile(b) is second and compiler.compile(a) is first
-    assert compiler.compile(c) is not compiler.compile(a)
