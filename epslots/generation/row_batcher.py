@@ -117,7 +117,9 @@ class RowBatcher(Batcher):
                 in_flight=config.kv_tokens if support.whole_prompts else in_flight,
                 by_row=support.by_row,
             )
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error):  # torch raises a plain RuntimeError on the CPU
+                raise
             raise DoesNotFitError(
                 f"a cache of {config.kv_tokens:,} tokens and {config.max_requests} requests doesn't fit on "
                 f"{self._model.device}: {error}"

@@ -182,7 +182,7 @@ def run_without_experts(
             ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
             # The decoder alone: its surroundings turn images into embeddings, and hidden states into logits.
             decoder = cast(Any, model).get_decoder()
-            return decoder(input_ids=ids, use_cache=True).past_key_values
+            return decoder(input_ids=ids, use_cache=True, return_dict=True).past_key_values
     finally:
         for module, forward in zip(experts, own, strict=True):
             if forward is None:
