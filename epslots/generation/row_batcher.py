@@ -51,7 +51,7 @@ LEAST_SHARED_TOKENS = 16
 
 
 @dataclass(eq=False)
-class _Running:
+class _RunningRow:
     """A request that has a row."""
 
     entry: TrackedRequest
@@ -97,9 +97,9 @@ class RowBatcher(Batcher):
         self._chunk = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
         self._waiting: deque[TrackedRequest] = deque()
-        self._running: list[_Running] = []
+        self._running: list[_RunningRow] = []
         """Oldest first."""
-        self._isolation: Isolation[_Running] | None = None
+        self._isolation: Isolation[_RunningRow] | None = None
         """Of the pass under way; None between passes."""
         self._pass: RowPass | None = None
         self._prompt_was_last = False
@@ -171,14 +171,14 @@ class RowBatcher(Batcher):
                 break
             row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
             self._counters.reused_tokens += shared
-            self._running.append(_Running(entry, row))
+            self._running.append(_RunningRow(entry, row))
         self._waiting.extendleft(reversed(held))
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""
         return sum(running.left for running in self._running)
 
-    def _shared_beginning(self, entry: TrackedRequest) -> tuple[_Running | None, int]:
+    def _shared_beginning(self, entry: TrackedRequest) -> tuple[_RunningRow | None, int]:
         """The running request whose row a new one can begin with, and the tokens that they share; (None, 0) without one."""
         if not self._config.prefix_cache or not self._support.shares_prefixes:
             return None, 0
@@ -186,7 +186,7 @@ class RowBatcher(Batcher):
             return None, 0  # the logits of all of its prompt are needed
         beginning = entry.ids(0, LEAST_SHARED_TOKENS)
         own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
-        best: tuple[_Running | None, int] = (None, 0)
+        best: tuple[_RunningRow | None, int] = (None, 0)
         for running in self._running:
             if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
                 continue
@@ -212,7 +212,7 @@ class RowBatcher(Batcher):
             self._preempt(self._running[-1])  # the oldest alone always fits
         return None
 
-    def _state(self, running: _Running) -> RowState:
+    def _state(self, running: _RunningRow) -> RowState:
         entry, support = running.entry, self._support
         first = 0
         if support.replays:  # a moved request's own tokens come one by one, as they did the first time
@@ -222,7 +222,7 @@ class RowBatcher(Batcher):
         most = self._config.max_requests if entry.prompt_rows(running.row.length, entry.prompt_length) else 0
         return RowState(known=entry.length, computed=running.row.length, first=first, most=most, stop=running.stop)
 
-    def _preempt(self, running: _Running) -> None:
+    def _preempt(self, running: _RunningRow) -> None:
         """Give up a row; its request waits again, before all others."""
         self._leave(running.entry)
         self._waiting.appendleft(running.entry)
@@ -267,7 +267,7 @@ class RowBatcher(Batcher):
         if seconds is not None:
             self._chunk.observe(prompt_tokens, decoding, seconds)
 
-    def _finish_part(self, isolation: Isolation[_Running]) -> None:
+    def _finish_part(self, isolation: Isolation[_RunningRow]) -> None:
         if isolation.done:
             assert self._pass is not None
             self._prompt_was_last = not self._pass.decodes
@@ -276,7 +276,7 @@ class RowBatcher(Batcher):
                 self._leave(running.entry)
 
     @torch.no_grad()
-    def _forward(self, part: Sequence[_Running], width: int, step: StepOfRows) -> torch.Tensor:
+    def _forward(self, part: Sequence[_RunningRow], width: int, step: StepOfRows) -> torch.Tensor:
         """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
         device = self._model.device
         ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
@@ -296,7 +296,7 @@ class RowBatcher(Batcher):
         logits: torch.Tensor = found.logits[:, -keep:]
         return logits
 
-    def _choose(self, part: Sequence[_Running], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
+    def _choose(self, part: Sequence[_RunningRow], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
         """Choose tokens, and compute log-probabilities; returns calls that enter them, for after the commit."""
         deliver: list[Callable[[], None]] = []
         if rows := self._prompt_rows(part[0], width):
@@ -315,7 +315,7 @@ class RowBatcher(Batcher):
         return deliver
 
     @staticmethod
-    def _prompt_rows(running: _Running, width: int) -> range:
+    def _prompt_rows(running: _RunningRow, width: int) -> range:
         """Positions of a pass whose log-probabilities are asked for; it has one row then."""
         return running.entry.prompt_rows(running.row.length, running.row.length + width)
 

@@ -535,7 +535,7 @@ def test_bad_requests(batcher_class: type, request_: Request, message: str, buil
 
 def test_bad_sizes(built: Callable[[str], PreTrainedModel]):
     for sizes in ({"kv_tokens": 0}, {"kv_tokens": 9, "max_batch_tokens": 0}, {"max_requests": 0}):
-        with pytest.raises(ConfigError, match="=0[:;] .*at least 1"):
+        with pytest.raises(ConfigError, match=r"=0[:;] .*at least 1"):
             batcher_for(built("mixtral"), **sizes)
     with pytest.raises(ConfigError, match="kv_tokens=0"):
         RowBatcher(built("qwen3_next"), kv_tokens=0)

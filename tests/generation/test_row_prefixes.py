@@ -1,0 +1,87 @@
+"""Prompts that begin alike share what rows keep of their beginning, and get the tokens that they would get alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
+from tests.support import zoo
+from tests.support.batches import Collected, generated, prompt_of
+
+MODELS = {**zoo.ZOO, **zoo.STRESSED}
+KINDS = {
+    "deepseek_v3": "latents: any beginning",
+    "glm_moe_dsa": "latents and indexers: any beginning",
+    "qwen3_next": "recurrent states: the beginning that a chunk ends at",
+    "mimo_v2_flash": "windows",
+    "deepseek_v4": "compressed blocks of each row's own",
+    "inkling": "states and windows, attention row by row",
+}
+COMMON = prompt_of(41)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shared_beginnings_change_no_token(name: str):
+    model = MODELS[name].build()
+    prompts = [(*COMMON, *prompt_of(tail, seed=tail)) for tail in (9, 14, 9, 1, 30)]
+    requests = [Request(f"r{i}", prompt, 6) for i, prompt in enumerate([*prompts, prompts[0], prompt_of(20)])]
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=8, max_batch_tokens=16)
+    computed = [0]
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, ids: computed.append(ids[0].numel() if ids[0].shape[1] > 1 else 0)
+    )
+    for request in requests:
+        batcher.add(request)
+    found = Collected(batcher).run()
+    hook.remove()
+    assert found.tokens == {request.id: generated(model, request) for request in requests}
+    stats, prompt_tokens = batcher.stats(), sum(len(request.prompt) for request in requests)
+    assert stats.reused_tokens >= 5 * len(COMMON), "all but the first share, with states, too"
+    assert stats.prompt_tokens <= prompt_tokens - stats.reused_tokens
+    assert sum(computed) <= prompt_tokens - stats.reused_tokens
+    batcher._cache.check()
+    assert batcher._cache.free_tokens == 512
+    batcher.close()
+
+
+def test_choices_of_one_prompt_compute_it_once():
+    model = MODELS["qwen3_next"].build()
+    prompt = prompt_of(50)
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=8, max_batch_tokens=64)
+    for number in range(4):
+        batcher.add(Request(f"r{number}", prompt, 5))
+    found = Collected(batcher).run()
+    assert batcher.stats().reused_tokens == 3 * 49, "but for its last token, whose logits each needs"
+    assert set(map(tuple, found.tokens.values())) == {tuple(generated(model, Request("a", prompt, 5)))}
+    batcher.close()
+
+
+def test_prefix_cache_switches_it_off():
+    model = MODELS["qwen3_next"].build()
+    batcher = RowBatcher(model, kv_tokens=512, max_batch_tokens=64, prefix_cache=False)
+    for number in range(3):
+        batcher.add(Request(f"r{number}", COMMON, 5))
+    Collected(batcher).run()
+    assert batcher.stats().reused_tokens == 0
+    batcher.close()
+
+
+def test_a_request_that_asks_for_its_prompts_logprobs_computes_it():
+    model = MODELS["deepseek_v3"].build()
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=4, max_batch_tokens=64)
+    batcher.add(Request("first", COMMON, 30))
+    batcher.add(Request("second", COMMON, 3, prompt_logprobs=2))
+    outputs = []
+    while batcher.prepare():
+        batcher.step()
+        outputs += batcher.outputs()
+    found = [row for output in outputs for row in output.prompt_logprobs]
+    with torch.no_grad():
+        expected = model(torch.tensor([COMMON])).logits[0].float().log_softmax(-1)
+    assert [row.token for row in found] == list(COMMON[1:])
+    for position, row in enumerate(found):
+        assert row.logprob == pytest.approx(float(expected[position, row.token]), abs=1e-4)
+    assert batcher.stats().reused_tokens == 0
+    batcher.close()
