@@ -68,7 +68,7 @@ def test_prefix_cache_switches_it_off():
     batcher.close()
 
 
-def test_a_request_that_asks_for_its_prompts_logprobs_computes_it():
+def test_a_prompt_with_logprobs_is_computed_whole():
     model = MODELS["deepseek_v3"].build()
     batcher = RowBatcher(model, kv_tokens=512, max_requests=4, max_batch_tokens=64)
     batcher.add(Request("first", COMMON, 30))

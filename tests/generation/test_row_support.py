@@ -24,7 +24,7 @@ BY_ROW = {
     "inkling": "queries are scaled by the cache's length",
 }
 WHOLE_PROMPTS = {"jamba": "a scan begins anew with every chunk"}
-"""And models with rotary embeddings that depend on the longest position, which no model of the zoo has: ``test_positions.py``."""
+"""And models with rotary embeddings that depend on the longest position; the zoo has none, ``test_positions.py`` some."""
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
