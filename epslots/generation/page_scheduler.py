@@ -101,6 +101,8 @@ class PageScheduler(Scheduler):
         self.chunk_size = ChunkSize(cache.max_batch_tokens, None)
         self.counters = EngineCounters()
         self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
+        self._entries: dict[str, FutureRequestState] = {}
+        """The latest step's."""
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         """The requests of the next step.
@@ -121,7 +123,7 @@ class PageScheduler(Scheduler):
             self._add_prompts(batch, token_budget - len(batch.entries))
         if not batch.entries and self.has_pending_requests():
             return None, False, 0, 0
-        entries = list(batch.entries.values())
+        self._entries, entries = batch.entries, list(batch.entries.values())
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 
     def _add_prompts(self, batch: _StepBatch, token_budget: int) -> None:
@@ -270,8 +272,13 @@ class PageScheduler(Scheduler):
         self.counters.preempted += 1
 
     def finish_request(self, request_id: str) -> None:
-        """Free a request's pages, its last ones first."""
-        for allocator in self.cache.cache_allocators.values():
+        """Free a request's pages, its last ones first. Those that its last step has filled can be shared, too."""
+        state = self.active_requests.get(request_id)
+        for name, allocator in self.cache.cache_allocators.items():
+            if state is not None and state.status == RequestStatus.FINISHED and request_id in allocator.block_table:
+                # transformers leaves this out, and with it the prompts of all requests for one token.
+                complete = self._entries[request_id].complete_blocks.get(name, 0)
+                allocator.mark_complete_blocks(request_id, state.initial_tokens + state.generated_tokens, complete)
             allocator.block_table.get(request_id, []).reverse()
         super().finish_request(request_id)
 
