@@ -62,6 +62,27 @@ def test_a_stop_token_is_no_part_of_the_grammar_s_text():
     assert (grammar.text, entry.tokens, entry.reason) == ([3, 4], [3, 4, 9], "stop")
 
 
+@pytest.mark.parametrize(("stop", "tokens"), [(9, [3, 9]), (4, [3])])
+def test_an_end_that_a_mask_shows_leaves_out_its_token(stop: int, tokens: list[int]):
+    """But for a stop token, which ends every text."""
+    grammar = FakeGrammar(10, length=2)
+    entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9}), logprobs=0), grammar_state=grammar)
+    entry.append(Choice(3, TokenLogprobs(3, -1.0)))
+    grammar.length = 1
+    entry.append(Choice(stop, TokenLogprobs(stop, -1.0)))
+    assert (entry.tokens, entry.reason, grammar.text) == (tokens, "stop", [3])
+    assert [found.token for found in entry.logprobs] == tokens
+
+
+@pytest.mark.parametrize("token", [3, 9])
+def test_a_grammar_that_fails_ends_its_request_with_its_words(token: int):
+    grammar = FakeGrammar(10)
+    entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9})), grammar_state=grammar)
+    grammar.error = "too much work"
+    entry.append(Choice(token))
+    assert (entry.tokens, entry.reason, entry.error) == ([], "error", "too much work")
+
+
 @settings(deadline=None)
 @given(prompt=st.lists(token, min_size=1), text=st.lists(token), resumed=st.integers(0, 30), reads=st.sets(st.integers(0, 30)))
 def test_counts_are_those_of_prompt_and_text(prompt: list[int], text: list[int], resumed: int, reads: set[int]):
