@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -189,6 +189,15 @@ def test_a_stop_token_with_text_is_allowed_as_text_alone():
     """Behind a whole text, its own text would be too much."""
     vocabulary = VOCABULARIES["bytes"]
     assert tokens_of(state_of("ab?", [ord("b"), ord("c")], [ord("a")]).allowed(), vocabulary) == {ord("b")}
+
+
+def test_an_end_token_with_text_is_no_part_of_one():
+    """Some chat models' ends of turns aren't special tokens by their tokenizers."""
+    tokenizer = byte_level(plain=["<turn>"])
+    (turn,) = tokenizer.convert_tokens_to_ids(["<turn>"])
+    for ends, allowed in (([], {ord("<"), turn}), ([turn], {ord("<")})):
+        state = GrammarCompiler(tokenizer, 258, ends).start(Grammar("regex", "<turn>"), frozenset([turn]))
+        assert tokens_of(state.allowed(), replace(VOCABULARIES["bytes"], size=258)) == allowed
 
 
 def test_a_complete_text_is_finished_with_and_without_ends():
