@@ -281,8 +281,8 @@ class GrammarState:
     def allowed(self) -> IntMask:
         """The tokens that may come next, as bits: int32 [ceil(V / 32)]; see ``bits_of``. Valid until the next ``accept``.
 
-        At least one bit is set, so that a token can be chosen: where ``finished`` or ``error`` is found out here, that token
-        is no part of the output.
+        At least one bit is set, so that a token can be chosen: where ``finished`` or ``error`` is found out here, ``accept``
+        doesn't take that token.
         """
         if not self._computed:
             self._compute()
@@ -306,18 +306,24 @@ class GrammarState:
         elif self.finished or self.error:
             allowed_W[:] = vocabulary.words_W
 
-    def accept(self, token: int) -> None:
-        """Advance by a token of the text: one that ``allowed`` has, but none that ended the request."""
+    def accept(self, token: int) -> bool:
+        """Advance by the chosen token; False if it is no part of the output, because none can follow the text so far."""
+        if self.finished or self.error:
+            return False
         self._computed = False
+        if token in self._ends:
+            self.finished = True
+            return True
         if self._beginning:
             self._beginning = False
             token = self._vocabulary.first.get(token, token)
             if token < 0:  # it adds nothing here
-                return
+                return True
         if self._matcher.consume_token(token):
             self.finished = self._matcher.is_stopped()
         else:
             self.error = self._in_words()
+        return True
 
     def _in_words(self) -> str:
         """llguidance's error."""

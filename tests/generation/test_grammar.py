@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -191,13 +191,29 @@ def test_a_stop_token_with_text_is_allowed_as_text_alone():
     assert tokens_of(state_of("ab?", [ord("b"), ord("c")], [ord("a")]).allowed(), vocabulary) == {ord("b")}
 
 
+def test_an_end_token_with_text_is_no_part_of_one():
+    """Some chat models' ends of turns aren't special tokens by their tokenizers."""
+    tokenizer = byte_level(plain=["<turn>"])
+    (turn,) = tokenizer.convert_tokens_to_ids(["<turn>"])
+    for ends, allowed in (([], {ord("<"), turn}), ([turn], {ord("<")})):
+        state = GrammarCompiler(tokenizer, 258, ends).start(Grammar("regex", "<turn>"), frozenset([turn]))
+        assert tokens_of(state.allowed(), replace(VOCABULARIES["bytes"], size=258)) == allowed
+
+
 def test_a_complete_text_is_finished_with_and_without_ends():
     for stops in ([], VOCABULARIES["bytes"].ends):
         state = state_of("ab", stops)
-        state.accept(ord("a"))
-        assert not state.finished
-        state.accept(ord("b"))
+        assert state.accept(ord("a")) and not state.finished
+        assert state.accept(ord("b")) and state.finished and state.error is None
+        assert not state.accept(ord("b")), "no part of the text"
         assert state.finished and state.error is None
+
+
+def test_an_end_token_finishes_a_text_that_could_go_on():
+    end = VOCABULARIES["bytes"].ends[1]
+    state = state_of("a*", [end], [ord("a")])
+    assert not state.finished
+    assert state.accept(end) and state.finished
 
 
 def test_a_text_that_could_go_on_is_not_finished():
@@ -249,7 +265,7 @@ def test_a_text_that_no_token_continues_is_an_error():
     assert not state.error
     state = compiler.start(Grammar("regex", "ad?|bde"), frozenset(), b"b")
     assert state.error == "no token of the vocabulary continues the text as its grammar wants it" and not state.finished
-    assert state.allowed().any()
+    assert state.allowed().any() and not state.accept(ord("b"))
 
 
 @pytest.mark.parametrize("token", [ord("c"), 258, VOCABULARIES["bytes"].ends[0], VOCABULARIES["bytes"].size - 1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,31 +12,8 @@ from epslots.errors import ConfigError
 from epslots.generation.grammar import GrammarCompiler, GrammarState
 from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.requests import Grammar, Request
+from tests.support.hand_executor import HandExecutor
 from tests.support.tokenizers import byte_level
-
-
-class HandExecutor(Executor):
-    """Runs what a test asks for."""
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self.jobs.append((future, lambda: fn(*args, **kwargs)))
-        return future
-
-    def run(self, job: int) -> None:
-        future, work = self.jobs[job]
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        for future, _ in self.jobs:
-            future.cancel()
-
 
 COMPILER = GrammarCompiler(byte_level(), 260)
 
