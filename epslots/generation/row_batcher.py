@@ -68,7 +68,8 @@ class RowBatcher(Batcher):
     """Many requests in one forward pass, each a row of the model's own cache.
 
     Requests wait, in their order, while rows or tokens are short. When the running ones outgrow the cache, the newest row is
-    given up, and computed again from its tokens when there is room.
+    given up, and computed again from its tokens when there is room. Rows of finished requests stay until their room is needed,
+    for prompts that begin alike.
     """
 
     def __init__(self, model: PreTrainedModel, *, clock: Callable[[], float] = time.perf_counter, **settings: Any) -> None:
@@ -102,6 +103,8 @@ class RowBatcher(Batcher):
         self._isolation: Isolation[_RunningRow] | None = None
         """Of the pass under way; None between passes."""
         self._pass: RowPass | None = None
+        self._kept: deque[_RunningRow] = deque()
+        """Rows of requests that have ended, for prompts that begin alike; the longest unused first."""
         self._prompt_was_last = False
         self._order = RowTracker()
 
@@ -118,7 +121,7 @@ class RowBatcher(Batcher):
                 by_row=support.by_row,
             )
         except (MemoryError, RuntimeError) as error:
-            if "memory" not in str(error):  # torch raises a plain RuntimeError on the CPU
+            if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch's on the CPU is a RuntimeError
                 raise
             raise DoesNotFitError(
                 f"a cache of {config.kv_tokens:,} tokens and {config.max_requests} requests doesn't fit on "
@@ -135,10 +138,19 @@ class RowBatcher(Batcher):
             self._leave(entry)  # else when the prepared pass is made
 
     def _leave(self, entry: TrackedRequest) -> None:
-        """Free the row of a request that has ended."""
+        """Free the row of a request that has ended. If others may begin with it, it is kept until its room is needed."""
         (running,) = [running for running in self._running if running.entry is entry]
         self._running.remove(running)
-        self._cache.close(running.row)
+        if self._config.prefix_cache and self._support.shares_prefixes and entry.reason != "error" and running.row.length:
+            self._kept.append(running)
+        else:
+            self._cache.close(running.row)
+
+    def _make_room(self, tokens: int, rows: int) -> bool:
+        """Give up kept rows until so many rows, and cells for so many tokens, are free; whether they are."""
+        while self._kept and (self._cache.free_rows < rows or self._cache.free_tokens < tokens):
+            self._cache.close(self._kept.popleft().row)
+        return self._cache.free_rows >= rows and self._cache.free_tokens >= tokens
 
     # Admission.
 
@@ -155,20 +167,24 @@ class RowBatcher(Batcher):
     def _admit(self) -> None:
         """Give rows to waiting requests, in order, as far as rows and tokens suffice."""
         held: deque[TrackedRequest] = deque()
-        while self._waiting and self._cache.free_rows:
+        while self._waiting and len(self._running) < self._config.max_requests:
             entry = self._waiting.popleft()
-            if self._running and self._uncomputed() + len(self._running) + 2 > self._cache.free_tokens:
-                self._waiting.appendleft(entry)  # not even if it shares all but its last token
-                break
             source, shared = self._shared_beginning(entry)
             if source is not None and source.row.length < shared:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
                 held.append(entry)  # it goes on from there, soon
                 continue
+            if source in self._kept:
+                self._kept.remove(source)
+                self._kept.append(source)  # the last to be given up
             # Every running row needs room for a token, or none of them could go on.
-            if self._running and self._uncomputed() + entry.length - shared + len(self._running) + 1 > self._cache.free_tokens:
+            needed = self._uncomputed() + entry.length - shared + len(self._running) + 1
+            if not self._make_room(needed, rows=1) and self._running:
                 self._waiting.appendleft(entry)
                 break
+            if source is not None and source not in self._kept and source not in self._running:
+                self._waiting.appendleft(entry)  # the source had to be given up
+                continue
             row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
             self._counters.reused_tokens += shared
             self._running.append(_RunningRow(entry, row))
@@ -187,10 +203,12 @@ class RowBatcher(Batcher):
         beginning = entry.ids(0, LEAST_SHARED_TOKENS)
         own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
         best: tuple[_RunningRow | None, int] = (None, 0)
-        for running in self._running:
+        for running in (*self._running, *self._kept):
             if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
                 continue
             shared = _common(own, running.entry.ids(0, len(own)))
+            if running.entry.reason:
+                shared = min(shared, running.row.length)  # it doesn't go on
             # A state is of one length: the row's present one, or one that it hasn't reached.
             if self._cache.keeps_states and shared < running.row.length:
                 continue
@@ -207,7 +225,7 @@ class RowBatcher(Batcher):
             room = self._chunk.prompt_tokens(sum(map(decodes, states))) if together else most
             planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=together)
             assert planned is not None, "every running row has a token left to compute"
-            if len(planned.rows) * planned.width <= self._cache.free_tokens:
+            if self._make_room(len(planned.rows) * planned.width, rows=0):
                 return planned
             self._preempt(self._running[-1])  # the oldest alone always fits
         return None
@@ -329,12 +347,14 @@ class RowBatcher(Batcher):
             entry.append(choice)
 
     def _usage(self) -> Usage:
-        return Usage(len(self._running), self._config.kv_tokens - self._cache.free_tokens, self._config.kv_tokens)
+        used = sum(running.row.length for running in self._running)  # cells that several share count for each
+        return Usage(len(self._running), min(used, self._config.kv_tokens), self._config.kv_tokens)
 
     def close(self) -> None:
         self.grammars.close()
         self._waiting.clear()
         self._running.clear()
+        self._kept.clear()
         self._isolation = self._pass = None
         del self._cache
 

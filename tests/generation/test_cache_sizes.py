@@ -161,10 +161,10 @@ def test_a_skeletons_cache_is_chosen_as_the_models(name: str):
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "kimi_linear"])
 def test_a_loaded_models_engine_allocates_its_plan(name: str, checkpoint: Callable[[str], Path], cache_dir: Path):
     settings: dict[str, Any] = {"slots": 4, "device": "cpu", "dtype": "float32", "progress": False}
-    model = epslots.load(checkpoint(name), cache_dir=cache_dir, **settings, **SIZES)
+    pages = name == "mixtral"
+    model = epslots.load(checkpoint(name), cache_dir=cache_dir, cache="pages" if pages else "auto", **settings, **SIZES)
     plan = runtime_of(model).plan
     batcher: Any = Engine(model).batcher
-    pages = name == "mixtral"
     assert plan.shape.cache_kind == ("pages" if pages else "rows")
     parts = (batcher._processor.cache, batcher._processor.inputs_and_outputs) if pages else (batcher._cache,)
     assert allocated(*parts) == plan.kv_bytes

@@ -41,8 +41,8 @@ def test_shared_beginnings_change_no_token(name: str):
     assert stats.reused_tokens >= 5 * len(COMMON), "all but the first share, with states, too"
     assert stats.prompt_tokens <= prompt_tokens - stats.reused_tokens
     assert sum(computed) <= prompt_tokens - stats.reused_tokens
+    assert batcher._make_room(512, 8), "nothing but rows of finished requests is left"
     batcher._cache.check()
-    assert batcher._cache.free_tokens == 512
     batcher.close()
 
 
@@ -84,4 +84,34 @@ def test_a_prompt_with_logprobs_is_computed_whole():
     for position, row in enumerate(found):
         assert row.logprob == pytest.approx(float(expected[position, row.token]), abs=1e-4)
     assert batcher.stats().reused_tokens == 0
+    batcher.close()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_a_conversation_goes_on_from_its_own_row(name: str):
+    """Each turn's prompt is the whole conversation before it, and more."""
+    model = MODELS[name].build()
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=2, max_batch_tokens=32)
+    conversation, before, reused = COMMON, (), 0
+    for turn in range(4):
+        request = Request(f"turn {turn}", conversation, 6)
+        batcher.add(request)
+        tokens = Collected(batcher).run().tokens[request.id]
+        assert tokens == generated(model, request)
+        # The last token of a text was never computed with.
+        assert batcher.stats().reused_tokens - reused == max(0, len(before) - 1)
+        reused = batcher.stats().reused_tokens
+        before = (*conversation, *tokens)
+        conversation = (*before, *prompt_of(7, seed=turn))
+    batcher.close()
+
+
+def test_kept_rows_give_way_to_requests():
+    model = MODELS["deepseek_v3"].build()
+    requests = [Request(f"r{i}", prompt_of(length, seed=i), 9) for i, length in enumerate((40, 30, 50, 20, 55, 48, 3))]
+    batcher = RowBatcher(model, kv_tokens=64, max_requests=2, max_batch_tokens=32)
+    for request in requests:
+        batcher.add(request)
+    assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
+    assert batcher._kept, "the last ones are still there"
     batcher.close()
