@@ -663,12 +663,12 @@ def test_contract_a_preempted_request_keeps_tokens_blocks_others(built: Callable
     batcher = PagedBatcher(built("mixtral"), kv_tokens=64)
     scheduler = batcher._processor.scheduler
     for id in ("a", "b"):
-        batcher.add(Request(id, prompt_of(3), 46))
+        batcher.add(Request(id, prompt_of(3, seed=ord(id)), 46))
     while not scheduler.block_new_requests:
         assert batcher.prepare()
         batcher.step()
     (waiting,) = scheduler.waiting_requests.values()
-    assert waiting.initial_tokens[:3] == list(prompt_of(3))
+    assert waiting.initial_tokens[:3] == list(prompt_of(3, seed=ord("b")))
     assert len(waiting.initial_tokens) == 3 + (46 - waiting.max_new_tokens)
     batcher._processor.reset()
     assert not scheduler.has_pending_requests()
