@@ -16,6 +16,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -236,6 +237,30 @@ def test_a_step_computes_with_latents_as_they_are():
         absorbed_attention._attend(module, query, latent[:, None], rotary[:, None], None, 1.0)
     expanding = 2 * keys * weight.numel()
     assert counter.get_total_flops() < expanding / 70
+
+
+class Largest(TorchDispatchMode):
+    """Records the most numbers that a result has, of operations that make new tensors."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("rows", "queries", "keys"), [(64, 1, 32_768), (1, 64, 65_536), (1, 512, 65_536), (1, 4096, 4096)])
+def test_scores_and_expanded_keys_are_bounded(rows: int, queries: int, keys: int):
+    """Steps of many rows, chunks after long prompts, and whole prompts: a part of DeepSeek-V3's heads at a time."""
+    sizes = DEEPSEEK_V3
+    query, latent, rotary, _ = tensors(sizes, 128, queries, keys, rows)
+    module = nn.Module()
+    module.kv_b_proj, module.qk_nope_head_dim = nn.Linear(512, 128 * 256, bias=False, device="meta"), sizes.nope
+    with Largest() as largest, torch.no_grad():
+        absorbed_attention._attend(module, query, latent[:, None], rotary[:, None], None, 1.0)
+    assert largest.numbers <= max(absorbed_attention.PART_NUMBERS, query.numel())
 
 
 def test_a_step_meets_the_selected_tokens_alone():
