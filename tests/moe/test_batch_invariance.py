@@ -91,11 +91,18 @@ def requests_of(count: int, seed: int) -> list[Request]:
 
 
 def serve(
-    model: PreTrainedModel, requests: Sequence[Request], into: Texts, *, seed: int = 0, kv_tokens: int = 512, chunk: int = 512
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    into: Texts,
+    *,
+    seed: int = 0,
+    kv_tokens: int = 512,
+    chunk: int = 512,
+    cache: str = "auto",
 ) -> EngineStats:
     """Run requests in an engine, in any order, each added before any step; returns its counters."""
     numbers = random.Random(seed)
-    engine = Engine(model, kv_tokens=kv_tokens, max_batch_tokens=chunk)
+    engine = Engine(model, kv_tokens=kv_tokens, max_batch_tokens=chunk, cache=cache)
     waiting = numbers.sample(list(requests), len(requests))
     while waiting or engine.batcher.has_work:
         while waiting and (not engine.batcher.has_work or numbers.random() < 0.4):
@@ -144,7 +151,7 @@ def test_without_it_the_batch_shows(
     requests = requests_of(7, seed=1)
     expected = alone(model, requests, texts)
     together = texts()
-    serve(model, requests, together)
+    serve(model, requests, together, cache="pages")
     assert together.differing(expected) > 0
 
 
@@ -153,7 +160,7 @@ def test_pages_given_up_and_shared(name: str, checkpoint: Callable[[str], Path],
     """A small cache: prompts are computed again with the tokens so far, or not at all, where pages of another hold them."""
     model = load(checkpoint(name), cache_dir, dtype="bfloat16")
     requests = [
-        Request(str(n), prompt_of(70, seed=5)[: 70 - n % 3], 20, sampling=Sampling(temperature=1, seed=n)) for n in range(4)
+        Request(str(n), prompt_of(70, seed=5)[: 70 - n % 3], 40, sampling=Sampling(temperature=1, seed=n)) for n in range(4)
     ]
     expected = alone(model, requests, texts)
     together = texts()
