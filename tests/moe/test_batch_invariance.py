@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError, GroupError
-from epslots.generation import paged_choice
+from epslots.generation import paged_choice, row_batcher
 from epslots.generation.engine import Engine
 from epslots.generation.engine_stats import EngineStats
 from epslots.generation.paged_batcher import PagedBatcher
@@ -56,6 +56,7 @@ class Texts:
 
     def differing(self, alone: Texts) -> int:
         """Tokens whose logits have other bits than when their request runs alone, or that aren't there."""
+        assert alone.logits, "something was watched"
         return sum(key not in self.logits or not equal_bits(self.logits[key], row) for key, row in alone.logits.items())
 
 
@@ -71,6 +72,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Texts]:
         return choose(logits_NV, rows)
 
     monkeypatch.setattr(paged_choice, "choose", watched)
+    monkeypatch.setattr(row_batcher, "choose", watched)
 
     def start() -> Texts:
         current[0] = Texts()
@@ -160,13 +162,13 @@ def test_pages_given_up_and_shared(name: str, checkpoint: Callable[[str], Path],
     """A small cache: prompts are computed again with the tokens so far, or not at all, where pages of another hold them."""
     model = load(checkpoint(name), cache_dir, dtype="bfloat16")
     requests = [
-        Request(str(n), prompt_of(70, seed=5)[: 70 - n % 3], 40, sampling=Sampling(temperature=1, seed=n)) for n in range(4)
+        Request(str(n), prompt_of(70, seed=5)[: 70 - n % 3], 60, sampling=Sampling(temperature=1, seed=n)) for n in range(4)
     ]
     expected = alone(model, requests, texts)
     together = texts()
     stats = serve(model, requests, together, kv_tokens=160, chunk=100)
     assert together.differing(expected) == 0
-    assert stats.preempted > 0
+    assert (stats.preempted > 0) == (name == "gpt_oss"), "requests that share pages wait for their turn to read them"
     assert (stats.reused_tokens > 0) == (name == "qwen3_moe"), "windows aren't shared"
 
 
