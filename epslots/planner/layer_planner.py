@@ -9,7 +9,6 @@ Pure. Legend of shape suffixes: R ranks, E experts of the layer, U those with to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +18,7 @@ import numpy as np
 from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.planner.assignment import Assign, assign
+from epslots.planner.cache_policy import Scores
 from epslots.planner.cost_model import Costs, travelling_pairs
 from epslots.planner.cpu_offload import CpuShare, displaces_better
 from epslots.planner.evictions import plan_evictions
@@ -28,9 +28,6 @@ from epslots.planner.plan import NO_EXPERTS, Assignment, LayerPlan, PeerCopies, 
 from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
 from epslots.planner.remote_costs import RemoteCosts
 from epslots.planner.token_splits import token_splits
-
-Scores = Callable[[], IntArray]
-"""The eviction policy's scores of the layer's experts, int64 [E]; computed when something is missing."""
 
 
 @dataclass
@@ -210,7 +207,7 @@ class LayerPlanner:
             np.ascontiguousarray(state.holds_RE),
             state.quota_R,
             state.home_E,
-            scores(),
+            scores,
             busy_R,
             budgets.prefetch,
             self._record_bytes,
