@@ -13,8 +13,7 @@ Pure. Legend of shape suffixes: E experts of the layer, Q positions of the windo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from epslots.arrays import BoolArray, IntArray
@@ -26,8 +25,7 @@ MOST_ARRIVAL_PASSES = 4
 PAIRS_PER_READ = 8
 
 
-@dataclass(frozen=True)
-class ExpertPass:
+class ExpertPass(msgspec.Struct, frozen=True):
     """One grouped product over part of a layer's experts. ``fetch_*`` and ``evicted`` are parallel, in fetching order.
 
     Attributes:
@@ -140,13 +138,12 @@ def _plan(
     for expert in range(experts):
         needed += counts_E[expert] > 0
     fits = needed <= quota
-    rising_E = np.argsort(score_E, kind="mergesort")  # stable
     # Where all have slots, misses with most tokens go first: their compute hides most of the later fetches.
-    miss_order_E = np.argsort(-counts_E, kind="mergesort") if fits else rising_E
+    missing_F = _rising((counts_E > 0) & (position_E < 0), -counts_E if fits else score_E)
     section_end_S = np.zeros(experts + 2, np.int64)
-    _order(counts_E, position_E, miss_order_E, in_flight_E, first_E, schedule_5E, section_end_S)
+    _order(counts_E, position_E, missing_F, in_flight_E, first_E, schedule_5E, section_end_S)
     rotation_Q = np.empty(quota, np.int64)
-    rotating, free = _rotation(counts_E, position_E, expert_Q, evicted_E, rising_E, rotation_Q)
+    rotating, free = _rotation(counts_E, position_E, expert_Q, _rising(evicted_E, score_E), rotation_Q)
     if not concurrent:
         # One pass over all that can be there at once.
         section_end_S[0] = section_end_S[1] = needed if fits else min(needed, section_end_S[1] + free)
@@ -165,10 +162,17 @@ def _plan(
 
 
 @inlined
+def _rising(chosen_E: BoolArray, key_E: IntArray) -> IntArray:
+    """The chosen experts by rising key, ties by id."""
+    chosen = np.nonzero(chosen_E)[0]
+    return chosen[np.argsort(key_E[chosen], kind="mergesort")]  # stable
+
+
+@inlined
 def _order(
     counts_E: IntArray,
     position_E: IntArray,
-    miss_order_E: IntArray,
+    missing_F: IntArray,
     in_flight_E: BoolArray,
     first_E: BoolArray,
     schedule_5E: IntArray,
@@ -183,8 +187,8 @@ def _order(
     for group in range(4):
         missing = group % 2 == 1
         flag_E = first_E if missing else in_flight_E
-        for place in range(len(counts_E)):
-            expert = miss_order_E[place] if missing else place
+        for place in range(len(missing_F) if missing else len(counts_E)):
+            expert = missing_F[place] if missing else place
             if counts_E[expert] <= 0 or (position_E[expert] < 0) != missing:
                 continue
             flagged = len(flag_E) > 0 and flag_E[expert]
@@ -206,13 +210,12 @@ def _rotation(
     counts_E: IntArray,
     position_E: IntArray,
     expert_Q: IntArray,
-    evicted_E: BoolArray,
-    rising_E: IntArray,
+    evicted: IntArray,
     rotation_Q: IntArray,
 ) -> tuple[int, int]:
     """Enter the positions that misses go to in turn; returns how many, and how many hold nothing that is needed.
 
-    Empty positions come first, then those of evicted experts by rising score; evicted experts that are needed come last.
+    Empty positions come first, then those of ``evicted``, int64 [any number] by rising score; of these, needed ones come last.
     """
     rotating = free = 0
     for position in range(len(expert_Q)):
@@ -220,9 +223,8 @@ def _rotation(
             rotation_Q[rotating] = position
             rotating += 1
     for needed in range(2):
-        for place in range(len(rising_E)):
-            expert = rising_E[place]
-            if evicted_E[expert] and (counts_E[expert] > 0) == (needed == 1):
+        for expert in evicted:
+            if (counts_E[expert] > 0) == (needed == 1):
                 rotation_Q[rotating] = position_E[expert]
                 rotating += 1
         if needed == 0:
