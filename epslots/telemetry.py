@@ -158,8 +158,11 @@ class Telemetry:
         self._tokens_LX = np.zeros((count, experts + 1), np.int64)
         self._device_tokens_LX = torch.zeros((count, experts + 1), dtype=torch.int64, device=device)
         self._device_hits_L = torch.zeros(count, dtype=torch.int64, device=device)
-        # Views made once: indexing a tensor costs as much as adding to it.
-        tokens_X = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens_LX, layers, strict=True)]
+        # Views made once: indexing costs as much as adding.
+        lengths = [layer.num_experts for layer in layers]
+        self._use_views = [row[:length] for row, length in zip(self._uses_LE, lengths, strict=True)]
+        self._token_views = [row[: length + 1] for row, length in zip(self._tokens_LX, lengths, strict=True)]
+        tokens_X = [row[: length + 1] for row, length in zip(self._device_tokens_LX, lengths, strict=True)]
         self._device_views = list(zip(tokens_X, self._device_hits_L, strict=True))
 
     def count(self, layer: int, **amounts: float) -> None:
@@ -178,12 +181,14 @@ class Telemetry:
 
     def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, passes: int) -> None:
         """Count a step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
-        self._tokens_LX[layer, : len(counts)] += counts
+        tokens_X = self._token_views[layer]
+        tokens_X += counts
         self.count(layer, steps=1, hits=hits, misses=misses, passes=passes)
 
     def count_uses(self, layer: int, used_E: BoolArray) -> None:
         """Count the experts that a step uses on any rank. Layers that miss nothing on any rank need not call it."""
-        self._uses_LE[layer, : len(used_E)] += used_E
+        uses_E = self._use_views[layer]
+        uses_E += used_E
 
     def count_reuse(self, layer: int, distances: IntArray) -> None:
         """Count stack distances of a step's uses, int64 [uses] (``reuse_distance.py``)."""
