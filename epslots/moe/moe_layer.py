@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 
@@ -63,7 +64,7 @@ class ResidentExperts(Protocol):
         ...
 
 
-class Batch(NamedTuple):
+class Batch(msgspec.Struct, frozen=True):
     """A rank's tokens in one layer. ``MoELayer.prepare`` fills every field.
 
     Attributes:
@@ -110,6 +111,7 @@ class MoELayer:
         self._policy, self._learns = policy, learns(policy)
         self._telemetry = telemetry
         self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
+        self._no_counts = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=self._device)
         self._one = torch.ones(1, dtype=torch.int64, device=self._device)
         self._no_tokens = experts.no_tokens()
         self._peers: Peers = Alone()
@@ -221,8 +223,7 @@ class MoELayer:
         ids_N = index_TK.reshape(-1)
         if self.experts.identity:
             ids_N = ids_N.clamp(max=self._num_experts)
-        counts = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=self._device)
-        counts.scatter_add_(0, ids_N, self._one.expand(ids_N.shape[0]))
+        counts = self._no_counts.scatter_add(0, ids_N, self._one.expand(ids_N.shape))
         usage = None if self.prefetcher is None else self.prefetcher.predict(hidden_TH, index_TK)
         return Batch(hidden_TH, ids_N, weights_TK, counts, usage)
 
@@ -240,7 +241,7 @@ class MoELayer:
         """All ranks' counts and predictions, on the host."""
         peers, began = self._peers, time.perf_counter()
         peers.exchanging = True
-        top_k = batch.weights_TK.shape[1] if len(batch.ids_N) else 0
+        top_k = batch.weights_TK.shape[1] if batch.ids_N.numel() else 0
         guard = 0 if peers.alone else self.planner.state.digest
         gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy)
         if not peers.alone:
@@ -265,8 +266,7 @@ class MoELayer:
         """Begin this step's fetches, and behind them those for the next layer."""
         self.cache.fetch(plan, agreed=self._peers.agreed)
         if batch.usage is not None and self.prefetcher is not None:
-            usage_RE = gathered.predicted_R[:, : len(batch.usage)].astype(np.int64)
-            self.prefetcher.fetch(usage_RE, gathered.busy_R, self.cache.pool)
+            self.prefetcher.fetch(gathered.predicted_R, gathered.busy_R, self.cache.pool)
 
     def dispatch(self, batch: Batch, plan: RankPlan, gathered: Gathered) -> Dispatch:
         """Send own pairs to the ranks that compute them, and take in those that this rank computes."""
@@ -337,4 +337,4 @@ def combine(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dty
     tokens, top_k = weights_TK.shape
     exact = torch.promote_types(results_NH.dtype, torch.float32)
     results_TKH = results_NH.view(tokens, top_k, results_NH.shape[-1]).to(exact)
-    return (results_TKH * weights_TK.to(exact)[..., None]).sum(dim=1).to(dtype)
+    return (results_TKH * weights_TK.to(exact).unsqueeze(-1)).sum(dim=1).to(dtype)
