@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from epslots.arrays import BoolArray, IntArray
+from epslots.compiled import compiled
 from epslots.layout import LayerSpec
 from epslots.load_window import LoadWindow
 from epslots.planner.reuse_distance import count_distances
@@ -158,11 +159,8 @@ class Telemetry:
         self._tokens_LX = np.zeros((count, experts + 1), np.int64)
         self._device_tokens_LX = torch.zeros((count, experts + 1), dtype=torch.int64, device=device)
         self._device_hits_L = torch.zeros(count, dtype=torch.int64, device=device)
-        # Views made once: indexing costs as much as adding.
-        lengths = [layer.num_experts for layer in layers]
-        self._use_views = [row[:length] for row, length in zip(self._uses_LE, lengths, strict=True)]
-        self._token_views = [row[: length + 1] for row, length in zip(self._tokens_LX, lengths, strict=True)]
-        tokens_X = [row[: length + 1] for row, length in zip(self._device_tokens_LX, lengths, strict=True)]
+        # Views made once: indexing a tensor costs as much as adding to it.
+        tokens_X = [row[: layer.num_experts + 1] for row, layer in zip(self._device_tokens_LX, layers, strict=True)]
         self._device_views = list(zip(tokens_X, self._device_hits_L, strict=True))
 
     def count(self, layer: int, **amounts: float) -> None:
@@ -179,16 +177,14 @@ class Telemetry:
         self._counts["steps"][layer] += 1
         self._counts["passes"][layer] += 1
 
-    def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, passes: int) -> None:
-        """Count a step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
-        tokens_X = self._token_views[layer]
-        tokens_X += counts
-        self.count(layer, steps=1, hits=hits, misses=misses, passes=passes)
+    def count_uses(self, layer: int, counts: IntArray, used_E: BoolArray) -> None:
+        """Count the experts that a step of a layer that may miss uses.
 
-    def count_uses(self, layer: int, used_E: BoolArray) -> None:
-        """Count the experts that a step uses on any rank. Layers that miss nothing on any rank need not call it."""
-        uses_E = self._use_views[layer]
-        uses_E += used_E
+        Args:
+            counts: int64 [experts + 1] on the host, pairs of this rank's tokens.
+            used_E: the experts that it uses on any rank.
+        """
+        _add(self._tokens_LX[layer], counts, self._uses_LE[layer], used_E)
 
     def count_reuse(self, layer: int, distances: IntArray) -> None:
         """Count stack distances of a step's uses, int64 [uses] (``reuse_distance.py``)."""
@@ -233,6 +229,15 @@ class Telemetry:
         """Tokens of each layer and expert, host's and device's, int64 [L, E + 1]."""
         tokens_LX: IntArray = self._tokens_LX + self._device_tokens_LX.cpu().numpy()
         return tokens_LX
+
+
+@compiled("void(int64[::1], int64[::1], int64[::1], b1[::1])")
+def _add(tokens_X: IntArray, counts: IntArray, uses_E: IntArray, used_E: BoolArray) -> None:
+    """Add to the totals of a layer, whose rows may be longer."""
+    for number in range(len(counts)):
+        tokens_X[number] += counts[number]
+    for expert in range(len(used_E)):
+        uses_E[expert] += used_E[expert]
 
 
 _WINDOW_COUNTERS = [name for name in LoadWindow.__struct_fields__ if name in COUNTERS]

@@ -1,8 +1,8 @@
 """The arithmetic of one layer's experts on one rank: rows and expert ids in, results out.
 
 Rows are sorted by the slot of their expert, so one grouped product goes through all experts of a pass. ``MoELayer`` calls
-``execute`` where every expert is in a slot, else ``compute``. A row's *key* is its expert's slot; in a step of several passes
-(pass * Q + position).
+``execute`` where every expert is in a slot, else ``compute``. A row's *key* is its expert's slot, in a step of several passes
+plus (pass * Q).
 
 Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer's window, H hidden size.
 """
@@ -124,12 +124,12 @@ class ExpertCompute:
 
     def _execute_passes(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, plan: RankPlan) -> torch.Tensor:
         """Pass after pass: sorted by key, the pairs of each pass lie together. Returns [N, H], pair by pair."""
-        slots, passes = self.cache.slots, plan.passes
-        keys = len(passes) * slots
-        key_host = np.full(self.cache.num_experts + 1, keys, np.int64)
+        slots, passes, first_slot = self.cache.slots, plan.passes, self.cache.window.start
+        keys_end = first_slot + len(passes) * slots
+        key_host = np.full(self.cache.num_experts + 1, keys_end, np.int64)
         for number, one in enumerate(passes):
-            key_host[one.experts] = number * slots + one.positions
-        key_E, all_keys = to_device(key_host, ids_N.device), torch.arange(keys, device=ids_N.device)
+            key_host[one.experts] = number * slots + one.slots
+        key_E, all_keys = to_device(key_host, ids_N.device), torch.arange(first_slot, keys_end, device=ids_N.device)
         order_N, key_N, ends, rows_NH = self._sort(hidden_TH, ids_N, key_E, all_keys)
         result_NH = torch.empty_like(rows_NH)
         start = 0
@@ -137,7 +137,8 @@ class ExpertCompute:
             self.cache.begin_pass(plan, number)
             rows = slice(start, start + int(plan.slots_E[one.experts].sum()))
             first = number * slots
-            result_NH[rows] = self.kernel(rows_NH[rows], ends[first : first + slots] - start, key_N[rows], first)
+            ends_Q = ends[first : first + slots] - start
+            result_NH[rows] = self.kernel(rows_NH[rows], ends_Q, key_N[rows], first_slot + first)
             start = rows.stop
         return _unsort(result_NH, order_N)
 

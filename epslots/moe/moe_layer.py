@@ -45,7 +45,7 @@ from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import RankPlan
 from epslots.planner.reuse_distance import stack_distances
-from epslots.planner.use_history import UseHistory, record_use
+from epslots.planner.use_history import UseHistory, record_use, used_experts
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Gathered
 
@@ -252,14 +252,14 @@ class MoELayer:
     def plan(self, gathered: Gathered) -> RankPlan:
         """Decide for all ranks who computes what, and for this one what is fetched when."""
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
-        used_E: BoolArray = (counts_RE[0] if planner.alone else counts_RE.sum(0)) > 0
+        used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
-        self._record_uses(used_E)
+        self._record_uses(used_E, gathered.counts_R[planner.rank])
         if planner.alone:
-            planner.refresh(self.cache.resident_E)
+            planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)
-        self.cache.schedule(plan, gathered.counts_R[planner.rank])
+        self.cache.schedule(plan)
         return plan
 
     def fetch(self, plan: RankPlan, batch: Batch, gathered: Gathered) -> None:
@@ -305,12 +305,16 @@ class MoELayer:
                 f"device={str(hidden_TH.device)!r} instead of moving it"
             )
 
-    def _record_uses(self, used_E: BoolArray) -> None:
-        """Enter the experts that a step uses on any rank into the history."""
+    def _record_uses(self, used_E: BoolArray, counts: IntArray) -> None:
+        """Enter the experts that a step uses on any rank into the history, and count them.
+
+        Args:
+            counts: int64 [E + 1], pairs of this rank's tokens; the last entry counts ids beyond the last expert.
+        """
         self.steps += 1
         if (self.steps + self.index) % REUSE_EVERY == 0:
             self._telemetry.count_reuse(self.index, stack_distances(self.history.last_use, used_E, self.scores()))
-        self._telemetry.count_uses(self.index, used_E)
+        self._telemetry.count_uses(self.index, counts, used_E)
         self.planner.judge_predictions(used_E)
         slots = None
         if self._learns:

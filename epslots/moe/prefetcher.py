@@ -97,7 +97,7 @@ class PrefetchTarget:
         """
         planner = self.planner
         if planner.alone:
-            planner.refresh(self.cache.resident_E)
+            planner.refresh(self.cache.slot_of_E)
         found = planner.prefetch(usage_RE, self._scores, busy_R)
         if found is None:
             return
@@ -112,8 +112,11 @@ class PrefetchTarget:
 
     def take_predicted(self, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that this thread is to execute, [T, K]: predicted ones with the router's weights, largest first."""
-        ids_TK, self.predicted.ids_TK = self.predicted.ids_TK, None
-        if ids_TK is None or ids_TK.shape != index_TK.shape:
+        ids_TK = self.predicted.ids_TK
+        if ids_TK is None:
+            return index_TK, weights_TK
+        self.predicted.ids_TK = None
+        if ids_TK.shape != index_TK.shape:
             return index_TK, weights_TK
         return ids_TK, weights_TK.sort(dim=-1, descending=True).values
 
