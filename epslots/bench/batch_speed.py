@@ -114,7 +114,7 @@ def _whole(engines: dict[int, Engine], rounds: int) -> dict[str, Any]:
     return rates | ratio_columns(together, alone)
 
 
-class _PassTimes(StoppingCriteria):  # type: ignore[misc]
+class _PassTimes(StoppingCriteria):
     """When ``generate`` had each token; stops nothing."""
 
     def __init__(self) -> None:

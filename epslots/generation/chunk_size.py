@@ -122,7 +122,7 @@ class ChunkSize:
 
     def _fit(self) -> FloatArray:
         """The costs by the steps in memory: float64 [3], none negative. The latest odd ones wait: they may be chance."""
-        steps, ages = [], []
+        steps, ages = list[_Step](), list[int]()
         for kind in (self._decodes, self._prompts):
             kept_steps = [step for step in kind if not (step.is_odd and step in self._latest)]
             steps += kept_steps

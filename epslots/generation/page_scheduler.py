@@ -285,7 +285,8 @@ class PageScheduler(Scheduler):
     def add_waiting_request(self, state: RequestState) -> None:
         """Queue a request, at its place by age."""
         super().add_waiting_request(state)
-        self.waiting_requests_order = deque(sorted(self.waiting_requests_order, key=int))
+        order: deque[str] = vars(self)["waiting_requests_order"]
+        self.waiting_requests_order = deque(sorted(order, key=int))
 
 
 def _age(state: RequestState) -> int:

@@ -80,11 +80,11 @@ class RowByRow:
                 module.forward = forward
             yield
         finally:
-            for (module, _), forward in zip(self._forwards, own, strict=True):
-                if forward is None:
+            for (module, _), before in zip(self._forwards, own, strict=True):
+                if before is None:
                     del module.forward
                 else:
-                    module.forward = forward
+                    module.forward = before
 
 
 def layer_of(module: nn.Module) -> int:

@@ -174,7 +174,7 @@ class RowBatcher(Batcher):
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
                 held.append(entry)  # it goes on from there, soon
                 continue
-            if source in self._kept:
+            if source is not None and source in self._kept:
                 self._kept.remove(source)
                 self._kept.append(source)  # the last to be given up
             # Every running row needs room for a token, or none of them could go on.
@@ -327,8 +327,8 @@ class RowBatcher(Batcher):
         chosen = [i for i, running in enumerate(part) if running.left == width]
         if chosen:
             entries = [part[i].entry for i in chosen]
-            rows = logits_BLV[:, -1] if len(chosen) == len(part) else logits_BLV[chosen, -1]
-            for entry, choice in zip(entries, choose(rows.float(), entries).read(), strict=True):
+            last_NV = logits_BLV[:, -1] if len(chosen) == len(part) else logits_BLV[chosen, -1]
+            for entry, choice in zip(entries, choose(last_NV.float(), entries).read(), strict=True):
                 deliver.append(partial(self._take, entry, choice))
         return deliver
 

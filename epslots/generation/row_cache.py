@@ -149,6 +149,7 @@ class RowCache:
         self._pools = pools
         self._tables.setdefault(None, CellTable(kv_tokens, max_requests, kv_tokens, None, self.device))
         self._templates: list[Any] = list(self._cache.layers)
+        self._steps: list[RowStep] = []
         for index in self._pooled:
             self._templates[index] = pool_layer(self._templates[index], pools[index])
         self._linear = {int(path[1]): pool for path, pool in pools[OF_THE_CACHE].items()}

@@ -270,21 +270,25 @@ _PARTS_BY_NAME: Mapping[str, tuple[type, ...]] = {"MiniMaxM3VLSparseCacheLayer":
 
 
 @cache
-def _pooled_class(kind: type) -> type | None:
+def _pooled_class(kind: Any) -> Any:
     parts = _PARTS.get(kind) or _PARTS_BY_NAME.get(kind.__name__)
     # transformers registers each subclass with a layer type as the class of all such layers.
     return None if parts is None else type(f"Pooled{kind.__name__}", (*parts, kind), {"_layer_type": None})
 
 
+def _kind_of(layer: object) -> Any:
+    return type(layer)
+
+
 def can_be_pooled(layer: object) -> bool:
     """Whether ``pool_layer`` knows the layer's class, exactly: a subclass may keep more."""
-    return _pooled_class(type(layer)) is not None
+    return _pooled_class(_kind_of(layer)) is not None
 
 
 def pool_layer(layer: object, pools: Pools) -> PooledLayer:
     """A layer that takes the place of an empty one of a model's cache, and keeps its tensors in pools."""
-    kind = _pooled_class(type(layer))
-    assert kind is not None
+    kind = _pooled_class(_kind_of(layer))
+    assert kind is not None, "can_be_pooled"
     pooled = kind.__new__(kind)
     vars(pooled).update(vars(layer), pools=pools)
     assert isinstance(pooled, PooledLayer)

@@ -52,7 +52,7 @@ class GrammarProgress(Protocol):
         or can't be continued: the next token is no part of it then.
         """
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> object:
         """Add a token to the text: no stop token."""
 
 
