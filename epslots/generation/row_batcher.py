@@ -272,18 +272,19 @@ class RowBatcher(Batcher):
             return
         isolation.passed()
         self._breaks = 0
-        self._count(planned, len(part), None if isolation.split else self._clock() - began)
+        self._count(planned, part, None if isolation.split else self._clock() - began)
         for deliver in chosen:
             deliver()
         self._finish_part(isolation)
 
-    def _count(self, planned: RowPass, rows: int, seconds: float | None) -> None:
-        """Count a pass that succeeded."""
-        prompt_tokens, decoding = (0, rows) if planned.decodes else (rows * planned.width, 0)
+    def _count(self, planned: RowPass, part: Sequence[_RunningRow], seconds: float | None) -> None:
+        """Count a pass that was committed."""
+        starts = [(running.row.length - planned.width, running.entry.request) for running in part]
         self._counters.steps += 1
-        self._counters.prompt_tokens += prompt_tokens
+        self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
-            self._chunk.observe(prompt_tokens, decoding, seconds)
+            computed = len(part) * planned.width
+            self._chunk.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
 
     def _finish_part(self, isolation: Isolation[_RunningRow]) -> None:
         if isolation.done:

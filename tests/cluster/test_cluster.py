@@ -119,16 +119,16 @@ def test_a_request_that_ends_ranks_does_not_end_them_all(open_cluster: Any, fold
     cluster, _ = open_cluster(2)
     poison = [7] * 50
 
-    from epslots.generation.paged_batcher import PagedBatcher
+    from epslots.generation.batcher import Batcher
 
-    add = PagedBatcher.add
+    add = Batcher.add
 
     def deadly(self: Any, request: Any) -> None:
         if request.prompt[:50] == tuple(poison):
             raise MemoryError("a poisoned prompt")
         add(self, request)
 
-    monkeypatch.setattr(PagedBatcher, "add", deadly)
+    monkeypatch.setattr(Batcher, "add", deadly)
     results = sorted(cluster.generate([*PROMPTS, poison], max_new_tokens=9, stop_tokens=()), key=lambda r: r.index)
     assert [r.tokens for r in results[:-1]] == expected(folder, PROMPTS, 9)
     assert results[-1].reason == "error"
