@@ -236,7 +236,9 @@ def test_portions_together_are_the_whole():
     assert (result.tokens, result.text, result.reason) == (whole.tokens, whole.text, whole.reason)
     assert (result.logprobs, result.prompt_logprobs) == (whole.logprobs, whole.prompt_logprobs)
     assert (result.prompt_tokens, result.choice, result.choices) == ((5, 6), 0, 1)
-    assert "".join(there.generation) == text
+    pieces = list(there.generation)
+    assert "".join(pieces) == text
+    assert all(pieces), "tokens without text make no piece"
     assert not there.cancelled
 
 
