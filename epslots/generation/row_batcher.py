@@ -157,12 +157,21 @@ class RowBatcher(Batcher):
     def prepare(self) -> bool:
         self._queue_prepared()
         if self._isolation is None:
+            self._restart_outgrown()
             self._admit()
             planned = self._plan()
             if planned is not None:
                 self._pass = planned
                 self._isolation = Isolation([self._running[i] for i in planned.rows])
         return self._isolation is not None
+
+    def _restart_outgrown(self) -> None:
+        """Empty the rows of sequences that have to be computed anew, because the angles of their tokens have changed."""
+        limit = self._support.restart
+        for running in self._running if limit is not None else ():
+            if 0 < running.row.length <= limit < running.entry.length:
+                self._cache.close(running.row)
+                running.row = self._cache.open()
 
     def _admit(self) -> None:
         """Give rows to waiting requests, in order, as far as rows and tokens suffice."""
@@ -234,7 +243,9 @@ class RowBatcher(Batcher):
         entry, support = running.entry, self._support
         first = 0
         if support.replays:  # a moved request's own tokens come one by one, as they did the first time
-            first = len(entry.request.prompt) - entry.request.resumed
+            first, limit = entry.prompt_length, support.restart
+            if limit is not None and first <= limit < entry.length:
+                first = limit + 1  # as many as were there when it was computed anew
         elif support.whole_prompts:
             first = entry.length
         most = self._config.max_requests if entry.prompt_rows(running.row.length, entry.prompt_length) else 0

@@ -19,6 +19,9 @@ from epslots.models.batch_invariance import is_batch_invariant
 
 # Mixers whose scan begins anew with every chunk of more than one token.
 WHOLE_PROMPT_MIXERS = frozenset({"JambaMambaMixer"})
+# Models whose ``generate`` computes a sequence anew when it outgrows the length that they were first trained with, because the
+# angles of all its tokens change (``prepare_inputs_for_generation``).
+RESTARTING = frozenset({"PhimoeForCausalLM"})
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class RowSupport:
         replays: text that is computed again comes token by token, as it did the first time: in one pass it would get other
             angles, or other bits.
         together: several rows share a pass.
+        restart: tokens of a sequence after which it is computed anew, once; None = never.
     """
 
     modules: tuple[nn.Module, ...]
@@ -39,6 +43,7 @@ class RowSupport:
     whole_prompts: bool
     replays: bool
     together: bool
+    restart: int | None
 
     @property
     def by_row(self) -> frozenset[int]:
@@ -60,10 +65,12 @@ def row_support(model: PreTrainedModel) -> RowSupport:
     unknown = frozenset(i for i, layer in enumerate(empty_cache(model).layers) if not can_be_pooled(layer))
     rotaries = tuple(depends_on_length(model))
     invariant = is_batch_invariant(model)
+    restarts = rotaries and type(model).__name__ in RESTARTING
     return RowSupport(
         modules=attentions_by_row(model, unknown),
         rotaries=rotaries,
         whole_prompts=bool(rotaries) or any(type(module).__name__ in WHOLE_PROMPT_MIXERS for module in model.modules()),
         replays=bool(rotaries) or invariant,
         together=not invariant,
+        restart=getattr(model.config, "original_max_position_embeddings", None) if restarts else None,
     )

@@ -35,6 +35,13 @@ DYNAMIC = {**USUAL, "rope_type": "dynamic", "factor": 4.0}
 # By architecture: settings by which angles depend on the longest sequence.
 DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
     "longrope, two scales": ("phimoe", {"rope_parameters": {**LONG, "short_mscale": 1.1, "long_mscale": 1.3}}),
+    "longrope, computed anew": (
+        "phimoe",
+        {
+            "rope_parameters": {**LONG, "short_mscale": 1.1, "long_mscale": 1.3},
+            "original_max_position_embeddings": BORDER,
+        },
+    ),
     "longrope": ("qwen3_moe", {"rope_parameters": {**LONG, "factor": 8.0}}),
     "dynamic": ("mixtral", {"rope_parameters": DYNAMIC, "max_position_embeddings": BORDER, "head_dim": 16}),
     "dynamic in some layers": (
