@@ -168,7 +168,9 @@ class RowBatcher(Batcher):
     def _restart_outgrown(self) -> None:
         """Empty the rows of sequences that have to be computed anew, because the angles of their tokens have changed."""
         limit = self._support.restart
-        for running in self._running if limit is not None else ():
+        if limit is None:
+            return
+        for running in self._running:
             if 0 < running.row.length <= limit < running.entry.length:
                 self._cache.close(running.row)
                 running.row = self._cache.open()
