@@ -224,6 +224,7 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         **{name: getattr(result.engine, name) for name in _ENGINE_FIELDS},
         "cache": result.shape.cache_kind,
         "token_bytes": result.shape.token_bytes,
+        "request_bytes": result.shape.request_bytes,
         "checkpoint_bytes": checkpoint_bytes,
         "alternatives": [_alternative_as_json(other) for other in alternatives(result)],
         "largest_fit": None if largest is None else _alternative_as_json(largest),

@@ -32,9 +32,10 @@ def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
 
 def describe_cache(plan: MemoryPlan) -> str:
     """The cache that the engine uses, and the room in it."""
-    engine = plan.engine
+    engine, shape = plan.engine, plan.shape
     requests = f"{engine.max_requests:,} request{'s' if engine.max_requests > 1 else ''}"
-    return f"{plan.shape.cache_kind}: {engine.kv_tokens:,} tokens of {requests}, {plan.shape.token_bytes:,} bytes a token"
+    text = f"{shape.cache_kind}: {engine.kv_tokens:,} tokens of up to {requests}, {shape.token_bytes:,} bytes a token"
+    return f"{text}, {shape.request_bytes:,} a request" if shape.request_bytes else text
 
 
 def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:

@@ -125,10 +125,16 @@ class ModelShape(msgspec.Struct, frozen=True):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of cache for each token that all layers keep; windows, which forget, are left out."""
+        """Bytes of cache for each token, in the layers that keep all tokens."""
         if self.pages is not None:
             return self.pages.token_bytes
         return sum(tensor.entry_bytes // tensor.stride for tensor in self.cache if tensor.kind == "token")
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of cache for each request, in the layers that don't: states, and windows when they are full."""
+        kept = [(tensor.window or 1, tensor.entry_bytes) for tensor in self.cache if tensor.kind != "token"]
+        return 0 if self.pages is not None else sum(count * size for count, size in kept)
 
     def step_tokens(self, engine: EngineConfig) -> int:
         """Tokens of one step, at most."""

@@ -390,7 +390,7 @@ def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
     assert f"needed {format_bytes(over.total_bytes)}" in lines
     assert f"available {format_bytes(over.memory_bytes or 0)} memory of one rank" in lines
     assert f"short of {format_bytes(-(over.free_bytes or 0))}" in lines
-    assert "rows: 4,096 tokens of 3 requests, 256 bytes a token" in message
+    assert "rows: 4,096 tokens of up to 3 requests, 256 bytes a token, 9,096 a request" in message
     assert f"12 x {format_bytes(36_864)}: 6 per layer" in message
     assert "slots=4 (50% of the experts" in lines[-1]
 
@@ -442,7 +442,7 @@ def test_the_command_prints_the_plan_and_the_alternatives() -> None:
         "grok-1 in bfloat16, slots=2 per layer",
         "dense weights",
         "128 x 1.12 GiB: 2 per layer",
-        "pages: 4,096 tokens of 3 requests, 262,144 bytes a token",
+        "pages: 4,096 tokens of up to 3 requests, 262,144 bytes a token",
         "315.7 billion weights; 64 MoE layers of 8 experts, 2 for each token",
         "hold 25.0% of the experts; 4 ranks have 1 slots for each expert: every expert can be in a slot somewhere",
         "100% (all resident)",
