@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from epslots.bench.batch_speed import ATTENTION, CONTENDERS, HYBRID, batch_checkpoint
-from epslots.bench.engines import cancel, open_engine, random_prompt, random_requests, start_decoding, step
+from epslots.bench.engines import cancel, close, open_engine, random_prompt, random_requests, start_decoding, step
 from epslots.bench.models import load_fp32
 from epslots.bench.report import MS, Tables, alternate, median
 from epslots.generation.engine import Engine
@@ -48,6 +48,7 @@ def measure_arrivals(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
                 kind: open_engine(model, **_settings(cache, target))
                 for model, (kind, target) in zip(models, targets.items(), strict=True)
             }
+            models.clear()
             times = {kind: _Times() for kind in engines}
             for number in range(rounds):
                 for kind, engine in engines.items():
@@ -57,8 +58,7 @@ def measure_arrivals(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
                 row = {"model": name, "cache": cache, "step_target_ms": targets[kind], "decoding alone": MS * alone_s}
                 rows.append(row | each.row() | {"P99 over without": p99[kind] / p99["without"], "tokens": len(each.gaps_s)})
                 advance(1)
-            for engine in engines.values():
-                engine.batcher.close()
+            close(engines)
     return {f"{DECODING} requests that decode while prompts of {PROMPT} tokens arrive, one after the other": rows}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3NextConfig, StoppingCriteria
 
-from epslots.bench.engines import Served, cancel, open_engine, random_requests, start_decoding
+from epslots.bench.engines import Served, cancel, close, open_engine, random_requests, start_decoding
 from epslots.bench.models import load_fp32, random_checkpoint, random_config
 from epslots.bench.report import MS, Tables, alternate, compare, median, ratio_columns
 from epslots.generation.engine import Engine
@@ -79,8 +79,7 @@ def measure_throughput(cache_dir: Path, rounds: int, advance: Advance) -> Tables
             for what, measure, aim in zip(("decoding", "whole requests"), (_decoding, _whole), aims, strict=True):
                 rows.append({"model": name, "cache": cache, "what": what, **measure(engines, rounds), "aim": aim})
                 advance(1)
-            for engine in engines.values():
-                engine.batcher.close()
+            close(engines)
     return {f"tokens/s of {MANY} requests over one at a time; prompts of {PROMPT}, {NEW} new tokens": rows}
 
 
@@ -143,10 +142,12 @@ def measure_generate(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
         with batch_checkpoint(config) as folder:
             plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             for batch in GENERATED:
-                engine = _engine(folder, cache_dir, cache, batch, NEW)
-                rows.append({"model": name, "cache": cache, "batch": batch, **_over_generate(plain, engine, batch, rounds)})
-                engine.batcher.close()
+                engines = {"epslots": _engine(folder, cache_dir, cache, batch, NEW)}
+                times = _over_generate(plain, engines["epslots"], batch, rounds)
+                rows.append({"model": name, "cache": cache, "batch": batch, **times})
+                close(engines)
                 advance(1)
+            del plain
     return {f"ms of a decoding step over generate's on the same rows; prompts of {PROMPT}, {NEW} new tokens": rows}
 
 
@@ -189,6 +190,5 @@ def measure_caches(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
                 times = compare(runs, "rows", "pages", steps, MS, "rows / pages")
                 found.append({"context": context, "batch": batch, **times})
                 advance(1)
-            for engine in engines.values():
-                engine.batcher.close()
+            close(engines)
     return {"ms of a decoding step with rows over pages; qwen3_moe, 4 layers, hidden 512": found}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from epslots.bench.models import release
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Output, Request
 
@@ -56,6 +57,13 @@ def cancel(engine: Engine, requests: Iterable[Request]) -> None:
     for request in requests:
         engine.batcher.cancel(request.id)
     engine.batcher.outputs()
+
+
+def close(engines: MutableMapping[Any, Engine]) -> None:
+    """Close engines, and free their models' memory, if nothing else holds them."""
+    while engines:
+        engines.popitem()[1].batcher.close()
+    release()
 
 
 class Served:
