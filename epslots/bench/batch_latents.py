@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config
 
 from epslots.bench.batch_speed import HEADROOM, batch_checkpoint
-from epslots.bench.engines import open_engine, random_requests, start_decoding
+from epslots.bench.engines import Decoding, open_engine, random_requests
 from epslots.bench.models import load_fp32
 from epslots.bench.report import MS, Tables, compare
 from epslots.generation.row_cache import RowCache
@@ -60,7 +60,7 @@ def measure_latents(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
         room = {"kv_tokens": ROWS * (CONTEXT + steps + HEADROOM), "max_requests": ROWS}
         engine = open_engine(load_fp32(folder, cache_dir), cache="rows", **room)
         requests = random_requests(engine.model, ROWS, CONTEXT, steps + HEADROOM)
-        decode = start_decoding(engine, requests)
+        decode = Decoding(engine, requests).step
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         cache = plain(torch.tensor([request.prompt for request in requests]), use_cache=True, logits_to_keep=1).past_key_values
         ids = torch.tensor([request.prompt[:1] for request in requests])
