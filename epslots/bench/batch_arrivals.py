@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from epslots.bench.batch_speed import ATTENTION, CONTENDERS, HYBRID, batch_checkpoint
-from epslots.bench.engines import cancel, open_engine, random_prompt, random_requests, start_decoding, step
+from epslots.bench.engines import Decoding, close, open_engine, random_prompt, random_requests, step
 from epslots.bench.models import load_fp32
 from epslots.bench.report import MS, Tables, alternate, median
 from epslots.generation.engine import Engine
@@ -48,6 +48,7 @@ def measure_arrivals(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
                 kind: open_engine(model, **_settings(cache, target))
                 for model, (kind, target) in zip(models, targets.items(), strict=True)
             }
+            models.clear()
             times = {kind: _Times() for kind in engines}
             for number in range(rounds):
                 for kind, engine in engines.items():
@@ -57,8 +58,7 @@ def measure_arrivals(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
                 row = {"model": name, "cache": cache, "step_target_ms": targets[kind], "decoding alone": MS * alone_s}
                 rows.append(row | each.row() | {"P99 over without": p99[kind] / p99["without"], "tokens": len(each.gaps_s)})
                 advance(1)
-            for engine in engines.values():
-                engine.batcher.close()
+            close(engines)
     return {f"{DECODING} requests that decode while prompts of {PROMPT} tokens arrive, one after the other": rows}
 
 
@@ -69,18 +69,17 @@ def _settings(cache: str, target_ms: float | None) -> dict[str, Any]:
 
 def _decoding_alone(engine: Engine) -> float:
     """Median seconds of a step that decodes 8 requests; closes the engine."""
-    run = start_decoding(engine, random_requests(engine.model, DECODING, PAST, 64))
-    seconds = median(alternate({"decoding": run}, 16)["decoding"])
+    decoding = Decoding(engine, random_requests(engine.model, DECODING, PAST, 64))
+    seconds = median(alternate({"decoding": decoding.step}, 16)["decoding"])
     engine.batcher.close()
     return seconds
 
 
 def _arrive(engine: Engine, number: int, times: _Times) -> None:
     """Count the gaps between tokens of 8 running requests while prompts are computed, each after the one before."""
-    running = random_requests(engine.model, DECODING, PAST, PROMPTS * PROMPT, seed=number)
-    start_decoding(engine, running)
+    running = Decoding(engine, random_requests(engine.model, DECODING, PAST, PROMPTS * PROMPT, seed=number))
     left = [Request(f"new{i}", random_prompt(engine.model, PROMPT, 77_000 + 100 * number + i), 1) for i in range(PROMPTS)]
-    last = dict.fromkeys((request.id for request in running), time.perf_counter())
+    last = dict.fromkeys(running.tokens, time.perf_counter())
     begun_s = 0.0
     while left or "new" in last:
         if "new" not in last:
@@ -95,4 +94,4 @@ def _arrive(engine: Engine, number: int, times: _Times) -> None:
             else:
                 times.firsts_s.append(now - begun_s)
                 del last["new"]
-    cancel(engine, running)
+    running.stop()

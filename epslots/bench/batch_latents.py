@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config
 
-from epslots.bench.batch_speed import batch_checkpoint
-from epslots.bench.engines import open_engine, random_requests, start_decoding
+from epslots.bench.batch_speed import HEADROOM, batch_checkpoint
+from epslots.bench.engines import Decoding, open_engine, random_requests
 from epslots.bench.models import load_fp32
 from epslots.bench.report import MS, Tables, compare
 from epslots.generation.row_cache import RowCache
@@ -57,9 +57,10 @@ def measure_latents(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
     """Decoding steps of 4 rows with 1,500 tokens each, over transformers' on the same tokens."""
     steps = 4 * rounds
     with batch_checkpoint(latent_config()) as folder:
-        engine = open_engine(load_fp32(folder, cache_dir), cache="rows", kv_tokens=ROWS * (CONTEXT + 200), max_requests=ROWS)
-        requests = random_requests(engine.model, ROWS, CONTEXT, 190)
-        decode = start_decoding(engine, requests)
+        room = {"kv_tokens": ROWS * (CONTEXT + steps + HEADROOM), "max_requests": ROWS}
+        engine = open_engine(load_fp32(folder, cache_dir), cache="rows", **room)
+        requests = random_requests(engine.model, ROWS, CONTEXT, steps + HEADROOM)
+        decode = Decoding(engine, requests).step
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         cache = plain(torch.tensor([request.prompt for request in requests]), use_cache=True, logits_to_keep=1).past_key_values
         ids = torch.tensor([request.prompt[:1] for request in requests])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3NextConfig, StoppingCriteria
 
-from epslots.bench.engines import Served, cancel, open_engine, random_requests, start_decoding
+from epslots.bench.engines import Decoding, Served, close, open_engine, random_requests
 from epslots.bench.models import load_fp32, random_checkpoint, random_config
 from epslots.bench.report import MS, Tables, alternate, compare, median, ratio_columns
 from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
 from epslots.progress import Advance
 
 PROMPT, NEW = 64, 64
@@ -79,8 +81,7 @@ def measure_throughput(cache_dir: Path, rounds: int, advance: Advance) -> Tables
             for what, measure, aim in zip(("decoding", "whole requests"), (_decoding, _whole), aims, strict=True):
                 rows.append({"model": name, "cache": cache, "what": what, **measure(engines, rounds), "aim": aim})
                 advance(1)
-            for engine in engines.values():
-                engine.batcher.close()
+            close(engines)
     return {f"tokens/s of {MANY} requests over one at a time; prompts of {PROMPT}, {NEW} new tokens": rows}
 
 
@@ -92,11 +93,13 @@ def _engine(folder: Path, cache_dir: Path, cache: str, requests: int, steps: int
 
 def _decoding(engines: dict[int, Engine], rounds: int) -> dict[str, Any]:
     steps = 8 * rounds
-    requests = {count: random_requests(engine.model, count, PROMPT, steps + HEADROOM) for count, engine in engines.items()}
-    runs = {str(count): start_decoding(engine, requests[count]) for count, engine in engines.items()}
-    seconds = alternate(runs, steps)
-    for count, engine in engines.items():
-        cancel(engine, requests[count])
+    runs = {
+        str(count): Decoding(engine, random_requests(engine.model, count, PROMPT, steps + HEADROOM))
+        for count, engine in engines.items()
+    }
+    seconds = alternate({count: run.step for count, run in runs.items()}, steps)
+    for run in runs.values():
+        run.stop()
     alone, together = seconds["1"], seconds[str(MANY)]
     rates = {"1 at a time": 1 / median(alone), f"{MANY} at a time": MANY / median(together), "different": None}
     return rates | ratio_columns([MANY * each for each in alone], together)
@@ -114,25 +117,39 @@ def _whole(engines: dict[int, Engine], rounds: int) -> dict[str, Any]:
     return rates | ratio_columns(together, alone)
 
 
+<<<<<<< HEAD
 class _PassTimes(StoppingCriteria):
     """When ``generate`` had each token; stops nothing."""
+=======
+class _BetweenSteps(StoppingCriteria):  # type: ignore[misc]
+    """Runs something else after each step of ``generate``; stops nothing.
+>>>>>>> bench
 
-    def __init__(self) -> None:
-        self.at_s: list[float] = []
+    Attributes:
+        seconds: of the steps of ``generate`` that decode, and of what ran after each.
+    """
+
+    def __init__(self, other: Callable[[], object]) -> None:
+        self.seconds: dict[str, list[float]] = {"generate": [], "other": []}
+        self._other = other
+        self._began_s: float | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.at_s.append(time.perf_counter())
+        now_s = time.perf_counter()
+        if self._began_s is not None:
+            self.seconds["generate"].append(now_s - self._began_s)
+            self._other()
+            self.seconds["other"].append(time.perf_counter() - now_s)
+        self._began_s = time.perf_counter()
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def _generate(model: PreTrainedModel, ids: torch.Tensor, new: int) -> tuple[list[list[int]], float]:
-    """The new tokens of each row, and the mean seconds of a decoding step."""
-    times = _PassTimes()
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
-        stopping_criteria=[times],
-    )  # fmt: skip
-    return found[:, ids.shape[1] :].tolist(), (times.at_s[-1] - times.at_s[0]) / (new - 1)
+def _generate(model: PreTrainedModel, ids: torch.Tensor, new: int, between: _BetweenSteps) -> list[list[int]]:
+    """The new tokens of each row."""
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "stopping_criteria": [between]}
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
+    tokens: list[list[int]] = found[:, ids.shape[1] :].tolist()
+    return tokens
 
 
 def measure_generate(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
@@ -143,33 +160,47 @@ def measure_generate(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
         with batch_checkpoint(config) as folder:
             plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             for batch in GENERATED:
-                engine = _engine(folder, cache_dir, cache, batch, NEW)
-                rows.append({"model": name, "cache": cache, "batch": batch, **_over_generate(plain, engine, batch, rounds)})
-                engine.batcher.close()
+                engines = {"epslots": _engine(folder, cache_dir, cache, batch, NEW)}
+                times = _over_generate(plain, engines["epslots"], batch, rounds)
+                rows.append({"model": name, "cache": cache, "batch": batch, **times})
+                close(engines)
                 advance(1)
+            del plain
     return {f"ms of a decoding step over generate's on the same rows; prompts of {PROMPT}, {NEW} new tokens": rows}
 
 
 def _over_generate(plain: PreTrainedModel, engine: Engine, batch: int, rounds: int) -> dict[str, Any]:
-    def ids_of(number: int) -> torch.Tensor:
-        return torch.tensor([request.prompt for request in random_requests(plain, batch, PROMPT, NEW, seed=number)])
+    """Steps of ``generate`` and of the engine in turn."""
 
+    def requests_of(number: int) -> list[Request]:
+        return random_requests(plain, batch, PROMPT, NEW + HEADROOM, seed=number)
+
+    fastest = _fastest_experts(plain, torch.tensor([request.prompt for request in requests_of(0)]))
+    ours, theirs, different = [], [], 0
+    for number in range(max(1, rounds // 2)):
+        requests = requests_of(number)
+        decoding = Decoding(engine, requests)
+        between = _BetweenSteps(decoding.step)
+        tokens = _generate(plain, torch.tensor([request.prompt for request in requests]), NEW, between)
+        different += sum(mine[:NEW] != yours for mine, yours in zip(decoding.tokens.values(), tokens, strict=True))
+        decoding.stop()
+        ours += between.seconds["other"]
+        theirs += between.seconds["generate"]
+    times = {"epslots": MS * median(ours), "generate": MS * median(theirs), "experts": fastest, "different": different}
+    return times | ratio_columns(ours, theirs) | {"aim": 1.05}
+
+
+def _fastest_experts(plain: PreTrainedModel, ids: torch.Tensor) -> str:
+    """Set, and return, the implementation of experts with which the model decodes these rows fastest."""
     speeds: dict[str, float] = {}
     for implementation in IMPLEMENTATIONS:
         plain.set_experts_implementation(implementation)
-        _generate(plain, ids_of(0), 4)
-        speeds[implementation] = _generate(plain, ids_of(0), 12)[1]
+        between = _BetweenSteps(lambda: None)
+        _generate(plain, ids, 12, between)
+        speeds[implementation] = median(between.seconds["generate"])
     fastest = min(speeds, key=lambda implementation: speeds[implementation])
     plain.set_experts_implementation(fastest)
-    ours, theirs, different = [], [], 0
-    for number in range(2 * rounds):
-        served = Served(engine, random_requests(plain, batch, PROMPT, NEW, seed=number))
-        tokens, seconds = _generate(plain, ids_of(number), NEW)
-        ours.append(sum(served.decoding_s) / len(served.decoding_s))
-        theirs.append(seconds)
-        different += sum(mine != yours for mine, yours in zip(served.tokens.values(), tokens, strict=True))
-    times = {"epslots": MS * median(ours), "generate": MS * median(theirs), "fastest": fastest, "different": different}
-    return times | ratio_columns(ours, theirs) | {"aim": 1.05}
+    return fastest
 
 
 def measure_caches(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
@@ -182,13 +213,13 @@ def measure_caches(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
             new = len(BATCHES) * (steps + 2) + prefill_steps + HEADROOM
             engines = {kind: _engine(folder, cache_dir, kind, max(BATCHES), new, context) for kind in ("rows", "pages")}
             requests = random_requests(engines["rows"].model, max(BATCHES), context, new)
-            runs = {kind: start_decoding(engine, requests) for kind, engine in engines.items()}
+            runs = {kind: Decoding(engine, requests) for kind, engine in engines.items()}
             for batch in BATCHES:
-                for engine in engines.values():
-                    cancel(engine, requests[batch:])
-                times = compare(runs, "rows", "pages", steps, MS, "rows / pages")
+                for run in runs.values():
+                    run.stop(keep=batch)
+                candidates = {kind: run.step for kind, run in runs.items()}
+                times = compare(candidates, "rows", "pages", steps, MS, "rows / pages")
                 found.append({"context": context, "batch": batch, **times})
                 advance(1)
-            for engine in engines.values():
-                engine.batcher.close()
+            close(engines)
     return {"ms of a decoding step with rows over pages; qwen3_moe, 4 layers, hidden 512": found}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from epslots.bench.models import release
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Output, Request
 
@@ -40,22 +41,40 @@ def step(engine: Engine) -> list[Output]:
     return outputs
 
 
-def start_decoding(engine: Engine, requests: Iterable[Request]) -> Callable[[], object]:
-    """Compute the requests' prompts; returns a step in which each of them gets a token."""
-    waiting = set()
-    for request in requests:
-        engine.batcher.add(request)
-        waiting.add(request.id)
-    while waiting:
-        waiting -= {output.id for output in step(engine) if output.tokens}
-    return lambda: step(engine)
+class Decoding:
+    """Requests that decode: their prompts are computed.
+
+    Attributes:
+        tokens: new tokens of each request, by its id.
+    """
+
+    def __init__(self, engine: Engine, requests: Iterable[Request]) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self._engine = engine
+        for request in requests:
+            engine.batcher.add(request)
+            self.tokens[request.id] = []
+        while not all(self.tokens.values()):
+            self.step()
+
+    def step(self) -> None:
+        """A step, in which each request gets a token."""
+        for output in step(self._engine):
+            self.tokens[output.id] += output.tokens
+
+    def stop(self, keep: int = 0) -> None:
+        """End all requests but the first ``keep``."""
+        for id in list(self.tokens)[keep:]:
+            self._engine.batcher.cancel(id)
+            del self.tokens[id]
+        self._engine.batcher.outputs()
 
 
-def cancel(engine: Engine, requests: Iterable[Request]) -> None:
-    """End requests in progress."""
-    for request in requests:
-        engine.batcher.cancel(request.id)
-    engine.batcher.outputs()
+def close(engines: MutableMapping[Any, Engine]) -> None:
+    """Close engines, and free their models' memory, if nothing else holds them."""
+    while engines:
+        engines.popitem()[1].batcher.close()
+    release()
 
 
 class Served:

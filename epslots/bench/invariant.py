@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.bench.engines import random_prompt, random_requests, start_decoding, step
+from epslots.bench.engines import Decoding, random_prompt, random_requests, step
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import MS, BenchReport, compare
 from epslots.example import example_model
@@ -53,7 +53,7 @@ def _decoding(model: PreTrainedModel, batch: int, rounds: int) -> EngineStep:
     """Steps in which each of ``batch`` requests gets a token; their prompts are done."""
     steps = rounds + 16
     engine = Engine(model, kv_tokens=batch * (PAST_TOKENS + steps + 16), max_requests=batch)
-    return engine, start_decoding(engine, random_requests(model, batch, PAST_TOKENS, steps))
+    return engine, Decoding(engine, random_requests(model, batch, PAST_TOKENS, steps)).step
 
 
 def _prompts(model: PreTrainedModel) -> EngineStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import tempfile
@@ -42,6 +43,13 @@ def load_fp32(folder: Path, cache_dir: str | Path, *, slots: int | str = "100%",
     """A model in fp32 on the CPU, where batches don't change its tokens, with further keywords of ``epslots.load``."""
     fixed: dict[str, Any] = {"device": "cpu", "dtype": "float32", "progress": False, "cache_dir": cache_dir}
     return epslots.load(folder, slots=slots, **fixed, **settings)
+
+
+def release() -> None:
+    """Free what models that nothing holds any more have left: modules and their hooks refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def use_sums(model: PreTrainedModel, since: Mapping[str, float] | None = None) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 
 from epslots.bench import batch_arrivals, batch_grammars, batch_latents, batch_speed
 from epslots.bench.batch import PARTS, bench_batch
-from epslots.bench.engines import Served, start_decoding
+from epslots.bench.engines import Decoding, Served
 from epslots.bench.models import random_config
 from epslots.bench.report import BenchReport
 from epslots.errors import ConfigError
@@ -92,6 +92,9 @@ class FakeEngine:
                 if end:
                     del self.left[id]
 
+    def cancel(self, id: str) -> None:
+        del self.left[id]
+
     def outputs(self) -> list[Output]:
         ready, self.ready = self.ready, []
         return ready
@@ -108,8 +111,12 @@ def test_only_steps_in_which_all_decode_are_decoding():
 
 def test_decoding_begins_when_all_prompts_are_done():
     engine: Any = FakeEngine()
-    step: Any = start_decoding(engine, [Request("a", (1,), 9), Request("b", (1,), 9)])
-    assert [output.id for output in step()] == ["a", "b"]
+    decoding = Decoding(engine, [Request("a", (1,), 9), Request("b", (1,), 9)])
+    assert decoding.tokens == {"a": [7, 7, 7], "b": [7]}
+    decoding.step()
+    assert decoding.tokens == {"a": [7] * 4, "b": [7] * 2}
+    decoding.stop(keep=1)
+    assert engine.left.keys() == decoding.tokens.keys() == {"a"}
 
 
 def test_a_failed_request_is_not_timed():
