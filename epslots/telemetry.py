@@ -178,7 +178,7 @@ class Telemetry:
         self._counts["passes"][layer] += 1
 
     def count_uses(self, layer: int, counts: IntArray, used_E: BoolArray) -> None:
-        """Count the experts that a step of a layer that may miss uses.
+        """Count pairs and used experts of a step, in a layer that may miss.
 
         Args:
             counts: int64 [experts + 1] on the host, pairs of this rank's tokens.
