@@ -117,13 +117,8 @@ def _whole(engines: dict[int, Engine], rounds: int) -> dict[str, Any]:
     return rates | ratio_columns(together, alone)
 
 
-<<<<<<< HEAD
-class _PassTimes(StoppingCriteria):
-    """When ``generate`` had each token; stops nothing."""
-=======
-class _BetweenSteps(StoppingCriteria):  # type: ignore[misc]
+class _BetweenSteps(StoppingCriteria):
     """Runs something else after each step of ``generate``; stops nothing.
->>>>>>> bench
 
     Attributes:
         seconds: of the steps of ``generate`` that decode, and of what ran after each.
