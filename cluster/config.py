@@ -11,7 +11,6 @@ from typing import Any, Unpack
 import msgspec
 
 from epslots.config import (
-    DEFAULT_BATCH_TOKENS,
     LoadConfig,
     LoadSettings,
     check_count,
@@ -35,7 +34,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         strategy: how ranks are placed: ``"PACK"`` (on few nodes), ``"SPREAD"`` (over many), or the same strictly:
             ``"STRICT_PACK"`` (one node), ``"STRICT_SPREAD"`` (a node each).
         placement: file of ``epslots placement plan``: the experts' first placement, for as many ranks and slots.
-        max_batch_tokens: the most tokens of one step of a rank.
         max_queue: requests that may wait or run at once.
         costs: time that each operation costs, by which ranks divide their work; measured by default.
         window_steps: steps after which ranks report their load to the controller; 0 = there is no controller, and the
@@ -52,7 +50,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     address: str | None = None
     strategy: str = "PACK"
     placement: str | None = None
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS
     max_queue: int = 1024
     costs: Costs | None = None
     window_steps: int = 64
@@ -69,8 +66,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy={self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
         check_count("kv_tokens", self.model.kv_tokens)
-        for name in ("max_batch_tokens", "max_queue"):
-            check_count(name, getattr(self, name))
+        check_count("max_queue", self.max_queue)
         for name in ("deadline_s", "silence_s"):
             _check_seconds(name, getattr(self, name))
         if self.give_up_after_s is not None:
@@ -88,7 +84,6 @@ class ClusterSettings(LoadSettings, total=False):
     address: str | None
     strategy: str
     placement: str | os.PathLike[str] | None
-    max_batch_tokens: int
     max_queue: int
     costs: Costs | None
     window_steps: int

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from epslots.planner.cache_policy import Policy
 
 HOST_COMPUTE_SETTINGS = ("auto", "on", "off")
+CACHE_SETTINGS = ("auto", "pages", "rows")
 DEFAULT_KV_TOKENS = 4096
 DEFAULT_BATCH_TOKENS = 512
 """Tokens of one step of an engine."""
+DEFAULT_REQUESTS = 16
+"""Requests of one step of an engine."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,29 @@ class ChangesOutputs:
     """Marks a setting that changes the model's outputs; with ``only_with``, while that switch is on."""
 
     only_with: str | None = None
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine keeps and batches its requests. The fields are those of ``LoadConfig``."""
+
+    kv_tokens: int = DEFAULT_KV_TOKENS
+    max_requests: int = DEFAULT_REQUESTS
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS
+    cache: str = "auto"
+    prefix_cache: bool = True
+    step_target_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        check_count("kv_tokens", self.kv_tokens, least=0)
+        for name in ("max_requests", "max_batch_tokens"):
+            check_count(name, getattr(self, name))
+        if self.cache not in CACHE_SETTINGS:
+            raise ConfigError(f"cache={self.cache!r}: allowed: {', '.join(CACHE_SETTINGS)}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache={self.prefix_cache!r}: allowed: True, False")
+        target = self.step_target_ms
+        if target is not None and (not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1e6):
+            raise ConfigError(f"step_target_ms={target!r}: allowed: None, or milliseconds, more than 0")
 
 
 class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +90,16 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         cache_dir: folder of the host store; by default the user's cache folder. A store is as large as the experts, one for
             each checkpoint and dtype, and built anew when a weight file or its mode changes. None is ever pruned: delete
             files there when no process uses them.
-        kv_tokens: tokens of the KV cache: the memory plan reserves their bytes.
+        kv_tokens: tokens that the cache of an ``Engine`` keeps of all requests together: the memory plan reserves their bytes.
+        max_requests: requests that an ``Engine`` runs at a time. The memory plan reserves the logits of each, and the states
+            that recurrent layers keep of it.
+        max_batch_tokens: tokens of one step of an ``Engine``, at most; longer prompts take several steps. The memory plan
+            reserves their activations.
+        cache: how an ``Engine`` keeps requests: ``"pages"`` (keys and values of plain attention), ``"rows"`` (whatever the
+            model's layers keep: latents, windows, recurrent states) or ``"auto"``, the faster one that the model allows.
+        prefix_cache: prompts that begin alike share what was computed for their common beginning.
+        step_target_ms: choose the prompt tokens of a step so that it takes about this long, because decoding waits for it;
+            None = ``max_batch_tokens`` alone limits them.
         link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
             compute. Default: the device's own link; on a CPU, fetches take no time of their own.
         prefetch: fetch the experts that the next layer is expected to need while this one computes: ``"auto"`` (where a link
@@ -89,6 +124,11 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_store: str | None = None
     cache_dir: str | None = None
     kv_tokens: int = DEFAULT_KV_TOKENS
+    max_requests: int = DEFAULT_REQUESTS
+    max_batch_tokens: int = DEFAULT_BATCH_TOKENS
+    cache: Annotated[str, ComparedAs("cache")] = "auto"
+    prefix_cache: bool = True
+    step_target_ms: float | None = None
     link: Annotated[str | None, ComparedAs("fetches")] = None
     prefetch: Annotated[str | bool | PrefetchSetting, ComparedAs("predictions")] = "auto"
     predictor: Annotated[str | None, ComparedAs("predictions"), ChangesOutputs(only_with="execute_predicted")] = None
@@ -102,7 +142,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         parse_prefetch(self.prefetch)
         if self.link is not None:
             parse_link(self.link)
-        check_count("kv_tokens", self.kv_tokens, least=0)
+        _ = self.engine  # checks its own values
         for name in ("execute_predicted", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
@@ -112,6 +152,11 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 "batch_invariant with execute_predicted: the predicted experts may depend on the batch; leave one out"
             )
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The settings of an engine that serves the model."""
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
 
     def check_costs(self, costs: Costs | None) -> None:
         """Refuse costs that don't say what this configuration needs.
@@ -186,6 +231,11 @@ class LoadSettings(TypedDict, total=False):
     host_store: str | None
     cache_dir: str | os.PathLike[str] | None
     kv_tokens: int
+    max_requests: int
+    max_batch_tokens: int
+    cache: str
+    prefix_cache: bool
+    step_target_ms: float | None
     link: str | None
     prefetch: str | bool | PrefetchSetting
     predictor: str | os.PathLike[str] | None

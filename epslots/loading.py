@@ -249,6 +249,7 @@ def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, 
         prefetch_config=prefetch_config,
         predictor=predictor,
         computes_on_host=computes_on_host,
+        engine=config.engine,
         rank_settings=config.compared(effects),
     )
 

@@ -12,6 +12,7 @@ from epslots.arrays import IntArray
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.host_store import HostStore
 from epslots.cache.slot_pool import SlotPool
+from epslots.config import EngineConfig
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.layout import LayerSpec
 from epslots.models.memory_plan import MemoryPlan
@@ -34,6 +35,7 @@ class Runtime:
         runners: the ``MoELayer`` of each layer.
         predictor: predicts the next layer's experts; None where nothing is predicted.
         computes_on_host: whether the host's CPU may compute missing experts.
+        engine: settings of an engine that serves the model.
         rank_settings: settings that all ranks of a group must have alike (``LoadConfig.compared``).
     """
 
@@ -47,6 +49,7 @@ class Runtime:
     prefetch_config: PrefetchConfig = field(default_factory=PrefetchConfig)
     predictor: UsagePredictor | None = None
     computes_on_host: bool = False
+    engine: EngineConfig = field(default_factory=EngineConfig)
     rank_settings: Mapping[str, str] = field(default_factory=dict)
 
     def place_of(self, index: int) -> tuple[SlotPool, int]:
@@ -107,6 +110,12 @@ def runtime_of(model: nn.Module) -> Runtime:
     if not isinstance(runtime, Runtime):
         raise ConfigError(f"this {type(model).__name__} was not loaded by epslots.load")
     return runtime
+
+
+def plan_of(model: nn.Module) -> MemoryPlan | None:
+    """The memory plan of a model; None for models that ``epslots.load`` didn't return."""
+    runtime = getattr(model, _ATTRIBUTE, None)
+    return runtime.plan if isinstance(runtime, Runtime) else None
 
 
 def predictor_of(model: nn.Module) -> UsagePredictor | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from epslots.arrays import BoolArray, IntArray
+from epslots.compiled import compiled
 from epslots.layout import LayerSpec
 from epslots.load_window import LoadWindow
 from epslots.planner.reuse_distance import count_distances
@@ -176,14 +177,14 @@ class Telemetry:
         self._counts["steps"][layer] += 1
         self._counts["passes"][layer] += 1
 
-    def count_step(self, layer: int, counts: np.ndarray, hits: int, misses: int, passes: int) -> None:
-        """Count a step of a layer that may miss: ``counts`` int64 [experts + 1] on the host."""
-        self._tokens_LX[layer, : len(counts)] += counts
-        self.count(layer, steps=1, hits=hits, misses=misses, passes=passes)
+    def count_uses(self, layer: int, counts: IntArray, used_E: BoolArray) -> None:
+        """Count pairs and used experts of a step, in a layer that may miss.
 
-    def count_uses(self, layer: int, used_E: BoolArray) -> None:
-        """Count the experts that a step uses on any rank. Layers that miss nothing on any rank need not call it."""
-        self._uses_LE[layer, : len(used_E)] += used_E
+        Args:
+            counts: int64 [experts + 1] on the host, pairs of this rank's tokens.
+            used_E: the experts that it uses on any rank.
+        """
+        _add(self._tokens_LX[layer], counts, self._uses_LE[layer], used_E)
 
     def count_reuse(self, layer: int, distances: IntArray) -> None:
         """Count stack distances of a step's uses, int64 [uses] (``reuse_distance.py``)."""
@@ -228,6 +229,15 @@ class Telemetry:
         """Tokens of each layer and expert, host's and device's, int64 [L, E + 1]."""
         tokens_LX: IntArray = self._tokens_LX + self._device_tokens_LX.cpu().numpy()
         return tokens_LX
+
+
+@compiled("void(int64[::1], int64[::1], int64[::1], b1[::1])")
+def _add(tokens_X: IntArray, counts: IntArray, uses_E: IntArray, used_E: BoolArray) -> None:
+    """Add to the totals of a layer, whose rows may be longer."""
+    for number in range(len(counts)):
+        tokens_X[number] += counts[number]
+    for expert in range(len(used_E)):
+        uses_E[expert] += used_E[expert]
 
 
 _WINDOW_COUNTERS = [name for name in LoadWindow.__struct_fields__ if name in COUNTERS]

@@ -20,6 +20,8 @@ import msgspec
 
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
+from epslots.generation.engine_stats import EngineStats
+from epslots.generation.request_checker import ModelLimits
 from epslots.generation.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
@@ -31,7 +33,6 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     Attributes:
         path: the checkpoint's folder on every node, or a hub id.
         config: the model's settings.
-        max_batch_tokens: the most tokens of one step of the engine.
         neighbours: ranks that share the node's RAM, this one included.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
@@ -39,7 +40,6 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
     path: str
     config: LoadConfig
-    max_batch_tokens: int
     neighbours: int
     threads: int
     window_steps: int
@@ -134,19 +134,13 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The model is loaded.
 
     Attributes:
-        capacity: tokens that the cache can hold of one request.
-        batches: requests run together; else one at a time.
-        vocabulary: number of token ids.
-        context: tokens of the model's context; None if the model states none.
-        end_tokens: end tokens of the generation configuration.
+        limits: the requests that can be served.
+        max_requests: requests that run at a time.
         seconds: duration of each stage of loading, by name.
     """
 
-    capacity: int
-    batches: bool
-    vocabulary: int
-    context: int | None
-    end_tokens: tuple[int, ...]
+    limits: ModelLimits
+    max_requests: int
     seconds: dict[str, float]
 
 
@@ -231,6 +225,8 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         number: of the ``GetReport`` that this answers.
         epoch: of the group.
         steps: made in this epoch.
+        stats: counters of its layers.
+        engine: counters of its requests.
         placement: version of the placement that the ranks follow.
         pending_migrations: copies of it that have yet to be fetched, over all ranks.
         memory_bytes, descriptors, threads: of the process.
@@ -240,6 +236,7 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     epoch: int
     steps: int
     stats: Stats
+    engine: EngineStats
     layers: tuple[LayerPlacement, ...]
     placement: int
     pending_migrations: int

@@ -49,9 +49,8 @@ from cluster.messages.rank import (
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
-from epslots.generation.end_tokens import end_tokens
 from epslots.generation.engine import Engine
-from epslots.generation.paged_batcher import PagedBatcher
+from epslots.generation.request_checker import model_limits
 from epslots.generation.requests import Output, Request
 from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
@@ -199,16 +198,12 @@ class RankLoop:
             display=ProgressDisplay(listener=self._tell_progress),
         )
         loaded = time.monotonic()
-        self._engine = Engine(model, kv_tokens=load.config.kv_tokens, max_batch_tokens=load.max_batch_tokens)
+        self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
-        config = model.config.get_text_config()
         self._send(
             Loaded(
-                capacity=self._engine.batcher.capacity,
-                batches=isinstance(self._engine.batcher, PagedBatcher),
-                vocabulary=int(config.vocab_size),
-                context=getattr(config, "max_position_embeddings", None),
-                end_tokens=tuple(sorted(end_tokens(model, ignore_tokenizer_eos=True))),
+                limits=model_limits(model, self._engine.batcher.capacity),
+                max_requests=self._engine.batcher.max_requests,
                 seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
             )
         )
@@ -305,7 +300,7 @@ class RankLoop:
         due, self._reports_due = self._reports_due, []
         for number in due:
             epoch = -1 if self._transport is None else self._transport.epoch
-            self._send(rank_report(self._loaded_engine.model, number, epoch, self._steps))
+            self._send(rank_report(self._loaded_engine, number, epoch, self._steps))
 
     def _release(self) -> None:
         if self._transport is not None:

@@ -7,7 +7,6 @@ and with it its routing.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import epslots
-from epslots.bench.models import quick_checkpoint, random_config, use_sums
+from epslots.bench.models import quick_checkpoint, random_config, release, use_sums
 from epslots.bench.report import BenchReport, Candidates, alternate, median, synchronise
 from epslots.cache.host_store import HostStore
 from epslots.cuda_graph.decode_graph import DecodeGraph, kernels_for
@@ -66,13 +65,13 @@ def bench_decode(
             if share == SHARES[0]:
                 links = _link_rows(model, device)
             del model
-            _release()
+            release()
         del store
         plain = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device}).eval()
         skew_routers(plain)
         rows += _plain_rows(RESIDENT, plain, device, rounds, new_tokens)
         del plain
-        _release()
+        release()
         offloaded = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         skew_routers(offloaded)  # before the weights are offloaded
         cpu_offload(offloaded, execution_device=device)
@@ -221,9 +220,3 @@ def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -
         {"what": what, "records": count, "GB/s": speed, "of ceiling": speed / speeds[one_copy]}
         for what, speed in speeds.items()
     ]
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

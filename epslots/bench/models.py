@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import epslots
 from epslots.planner.cost_model import Costs
@@ -42,6 +43,13 @@ def load_fp32(folder: Path, cache_dir: str | Path, *, slots: int | str = "100%",
     """A model in fp32 on the CPU, where batches don't change its tokens, with further keywords of ``epslots.load``."""
     fixed: dict[str, Any] = {"device": "cpu", "dtype": "float32", "progress": False, "cache_dir": cache_dir}
     return epslots.load(folder, slots=slots, **fixed, **settings)
+
+
+def release() -> None:
+    """Free what models that nothing holds any more have left: modules and their hooks refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def use_sums(model: PreTrainedModel, since: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -75,8 +83,8 @@ def random_config(
 
 
 @contextlib.contextmanager
-def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype, *, embedding: float | None = None) -> Iterator[Path]:
-    """A folder with a random model of ``config``, stored as one tensor for each expert's matrix; deleted after the block.
+def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, *, embedding: float | None = None) -> Iterator[Path]:
+    """A folder with a random model of ``config``, stored as its architecture's checkpoints are; deleted after the block.
 
     Args:
         embedding: standard deviation of the embeddings. With transformers' own, 0.02, attention's output, which hardly
@@ -84,9 +92,9 @@ def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype, *, embedding: 
     """
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
         torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if embedding is not None:
-            model.model.embed_tokens.weight.data.normal_(0, embedding)
+            model.get_input_embeddings().weight.data.normal_(0, embedding)
         model.save_pretrained(folder)
         del model
         yield Path(folder)

@@ -19,7 +19,6 @@ from epslots.cache.copy_engine import CopyEngine
 from epslots.cache.host_store import HostStore
 from epslots.cache.slot_pool import SlotPool
 from epslots.cache.unpacking import Unpacker
-from epslots.compiled import compiled
 from epslots.planner.plan import PeerCopies
 from epslots.telemetry import Telemetry
 from epslots.transport.transport import Transport
@@ -85,7 +84,7 @@ class ExpertLoader:
             CorruptExpertError: a record differs from its digest. It entered no slot; those before it did.
             PeerLost: a copy between ranks broke off. Its slot is empty, and so are those that would have come after it.
         """
-        self.pool.vacate(layer, evicted)
+        evictions = self.pool.vacate(layer, evicted)
         self._cancel(layer, slots_F)
         from_peers = 0
         started: list[int] = []  # slots that are filled or in flight
@@ -96,29 +95,31 @@ class ExpertLoader:
                 started.extend(slots_F[:from_peers].tolist())
                 self._unconfirmed.append((layer, experts_F[:from_peers]))
             if from_peers < len(experts_F):
-                self._start(layer, experts_F[from_peers:].tolist(), slots_F[from_peers:].tolist(), started, urgent=urgent)
+                self._start(layer, experts_F[from_peers:], slots_F[from_peers:], started, urgent=urgent)
         finally:
             self.pool.occupy(layer, experts_F[: len(started)], slots_F[: len(started)])
             self.telemetry.count(
                 self.store_layers[layer],
                 host_bytes=max(0, len(started) - from_peers) * self.pool.layers[layer].record.nbytes,
                 peer_bytes=min(len(started), from_peers) * self.pool.layout.nbytes,
-                evictions=_count_experts(evicted),
+                evictions=evictions,
             )
 
-    def _start(self, layer: int, experts: list[int], slots: list[int], started: list[int], *, urgent: bool) -> None:
+    def _start(self, layer: int, experts_F: IntArray, slots_F: IntArray, started: list[int], *, urgent: bool) -> None:
         """Start fetches from the host, and append to ``started`` the slots of those that did."""
         records: list[torch.Tensor] = []
+        store_layer, record = self.store_layers[layer], self.store.record
         try:
-            for expert in experts:
-                records.append(self.store.record(self.store_layers[layer], expert))
+            for expert in experts_F.tolist():
+                records.append(record(store_layer, expert))
         finally:
-            sound = slots[: len(records)]
-            transfers = self.link.start([self._rows[slot] for slot in sound], records, self._unpackers[layer], urgent=urgent)
+            slots_F = slots_F[: len(records)]  # of sound records
+            slots = slots_F.tolist()
+            transfers = self.link.start([self._rows[slot] for slot in slots], records, self._unpackers[layer], urgent=urgent)
             if transfers:
-                self._transfers.update(zip(sound, transfers, strict=True))
-                self.in_flight[sound] = True
-            started.extend(sound)
+                self._transfers.update(zip(slots, transfers, strict=True))
+                self.in_flight[slots_F] = True
+            started.extend(slots)
 
     @property
     def any_in_flight(self) -> bool:
@@ -242,12 +243,3 @@ def _peers_first(experts_F: IntArray, slots_F: IntArray, copies: PeerCopies) -> 
     from_peer_F = np.array([expert in copies.sources for expert in experts_F.tolist()], bool)
     order = np.argsort(~from_peer_F, kind="stable")
     return experts_F[order], slots_F[order], int(np.count_nonzero(from_peer_F))
-
-
-@compiled("int64(int64[::1])")
-def _count_experts(experts: IntArray) -> int:
-    """How many entries name an expert; -1 names none."""
-    named = 0
-    for expert in experts:
-        named += expert >= 0
-    return named

@@ -86,13 +86,13 @@ class SlotPool:
             views[spec.name] = typed.view(typed.shape[0], *spec.shape)
         return views
 
-    def vacate(self, layer: int, experts: IntArray) -> None:
-        """Empty the slots of these resident experts, int64 [any number]; -1 is skipped.
+    def vacate(self, layer: int, experts: IntArray) -> int:
+        """Empty the slots of these resident experts, int64 [any number]; -1 is skipped. Returns how many these are.
 
         The device's tables change with the next ``occupy`` or ``publish``.
         """
         self._wait_until_published()
-        _vacate(self.slot_of[layer], self.expert_of, experts)
+        return _vacate(self.slot_of[layer], self.expert_of, experts)
 
     def pass_slot(self, giver: int, taker: int) -> None:
         """Shift the boundary between two neighbouring layers by one slot, ``boundary_slot``, which must be empty."""
@@ -165,12 +165,15 @@ class SlotPool:
         assert self.memory.nbytes == self.nbytes == math.prod(self.memory.shape)
 
 
-@compiled("void(int64[::1], int64[::1], int64[::1])")
-def _vacate(slot_of_E: IntArray, expert_of_S: IntArray, experts: IntArray) -> None:
+@compiled("int64(int64[::1], int64[::1], int64[::1])")
+def _vacate(slot_of_E: IntArray, expert_of_S: IntArray, experts: IntArray) -> int:
+    vacated = 0
     for expert in experts:
         if expert >= 0:
             expert_of_S[slot_of_E[expert]] = -1
             slot_of_E[expert] = -1
+            vacated += 1
+    return vacated
 
 
 @compiled("int64(int64[::1], int64[::1], int64[::1], int64[::1])")

@@ -33,6 +33,7 @@ from epslots.cuda_graph.device_slots import (
 )
 from epslots.cuda_graph.static_cache import make_static_cache, tensor_addresses
 from epslots.errors import ConfigError
+from epslots.generation.absorbed_attention import AbsorbedAttention
 from epslots.moe.moe_layer import MoELayer
 from epslots.runtime import Runtime, runtime_of
 
@@ -92,6 +93,7 @@ class DecodeGraph:
             logger.warning("Decoding takes the usual path: %s.", self.obstacle)
         self._capture = device.type == "cuda" if capture is None else capture
         self._cache = make_static_cache(model, max_tokens, captured=self._capture)
+        self._latents = AbsorbedAttention(model)
         self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._mask = torch.ones((batch, max_tokens), dtype=torch.int64, device=device)
@@ -107,7 +109,7 @@ class DecodeGraph:
         self._experts: list[DeviceExperts] = []
 
     def _check_room(self, runtime: Runtime) -> None:
-        room = runtime.plan.workload.kv_tokens * runtime.plan.workload.sequences
+        room = runtime.plan.engine.kv_tokens
         if self.batch * self.max_tokens > room:
             raise ConfigError(
                 f"batch={self.batch} sequences of max_tokens={self.max_tokens}: the memory plan has a KV cache of {room} "
@@ -241,13 +243,14 @@ class DecodeGraph:
     def _forward(self) -> None:
         """The step that is captured: it reads and writes tensors that stay in place."""
         assert self._logits is not None
-        output = self.model(
-            input_ids=self._ids,
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with self._latents.active():
+            output = self.model(
+                input_ids=self._ids,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
         self._logits.copy_(output.logits[:, -1])
         self._ids.copy_(self._logits.argmax(-1, keepdim=True))
         self._positions.add_(1)

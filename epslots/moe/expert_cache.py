@@ -1,8 +1,7 @@
 """The slots of one layer on one rank: which experts a step finds there, which it lacks, and which are in flight.
 
 ``MoELayer`` calls ``schedule``, ``fetch`` and ``migrate``, ``ExpertCompute`` calls ``begin_pass``, and the layer before calls
-``prefetch``. All fetches go through the pool's ``ExpertLoader``. A *position* is a slot's number in the layer's window (slot -
-window start).
+``prefetch``. All fetches go through the pool's ``ExpertLoader``.
 
 Legend of shape suffixes: E experts, Q slots of the layer's window, S slots of the pool, F fetches.
 """
@@ -36,6 +35,7 @@ class ExpertCache:
     Attributes:
         window: the layer's slots in the pool.
         slots: Q.
+        slot_of_E: int64, the slot of each expert, or the one that it is on its way to; -1 = absent.
         holds_all: whether the layer has a slot for every expert, so that none is ever missing.
     """
 
@@ -46,16 +46,16 @@ class ExpertCache:
         self._index = index
         self._loader = loader
         self._telemetry = telemetry
-        self._slot_of_E = pool.slot_of[pool_layer][:num_experts]
+        self.slot_of_E = pool.slot_of[pool_layer][:num_experts]
         self._reads_a_pass = -(-_PASS_BYTES[pool.device.type] // pool.layout.nbytes)
-        self._position_E = np.empty(num_experts, np.int64)
-        self._in_flight_E = np.zeros(num_experts, bool)
+        self._late_E = np.empty(num_experts, bool)
         self._read_window()
 
     def _read_window(self) -> None:
         self.window = self.pool.window(self.pool_layer)
         self.slots = self.window.stop - self.window.start
         self._expert_of_Q = self.pool.expert_of[self.window]
+        self._awaited_Q = np.empty(self.slots, np.int64)
         self.holds_all = self.pool.holds_all_of(self.pool_layer)
 
     def use_window(self) -> None:
@@ -66,7 +66,7 @@ class ExpertCache:
     @property
     def resident_E(self) -> BoolArray:
         """Whether each expert is in a slot, or on its way there."""
-        resident: BoolArray = self._slot_of_E >= 0
+        resident: BoolArray = self.slot_of_E >= 0
         return resident
 
     @property
@@ -89,41 +89,34 @@ class ExpertCache:
         """Whether fetches of any layer are in flight."""
         return self._loader.link.busy
 
-    def schedule(self, plan: RankPlan, counts: IntArray) -> None:
-        """Plan the passes over the plan's experts, and count the step.
-
-        Args:
-            counts: int64 [E + 1], pairs of this rank's tokens; the last entry counts ids beyond the last expert.
-        """
-        slots_E, position_E, in_flight_E, copies = plan.slots_E, self._position_E, self._in_flight_E, plan.copies
-        tables = slots_E, self._slot_of_E, self._loader.in_flight, self.window.start, position_E, in_flight_E
-        needed, absent, late = _look_up(*tables)
-        if late:
-            self._loader.poll(self._slot_of_E[(slots_E > 0) & in_flight_E])
-            needed, absent, late = _look_up(*tables)
-            # They are computed before those that are fetched now.
-            self._loader.set_urgent(self._slot_of_E[(slots_E > 0) & in_flight_E])
-            self._telemetry.count(self._index, late=late)
-        if late or absent:
-            first_E = None
-            if copies is not None and copies.sources:
-                first_E = np.zeros(self.num_experts, bool)
-                first_E[list(copies.sources)] = True
+    def schedule(self, plan: RankPlan) -> None:
+        """Plan the passes over the plan's experts, and count hits and misses."""
+        late_E, awaited_Q = self._late_E, self._awaited_Q
+        tables = plan.slots_E, self.slot_of_E, self._loader.in_flight, late_E, awaited_Q
+        needed, absent, awaited = _look_up(*tables)
+        if awaited:
+            self._loader.poll(awaited_Q[:awaited])
+            needed, absent, awaited = _look_up(*tables)
+            self._loader.set_urgent(awaited_Q[:awaited])  # they are computed before those that are fetched now
+            self._telemetry.count(self._index, late=awaited)
+        if awaited or absent:
+            if plan.copies is not None and plan.copies.sources:
+                late_E[list(plan.copies.sources)] = False
             plan.passes = plan_passes(
-                slots_E,
-                position_E,
+                plan.slots_E,
+                self.slot_of_E,
                 self._expert_of_Q,
                 plan.score_E,
                 plan.evicted_E,
+                late_E,
+                start=self.window.start,
                 concurrent=self._loader.link.concurrent,
-                in_flight_E=in_flight_E if late else None,
-                first_E=first_E,
                 worth=self._reads_a_pass,
             )
         uses = needed + len(plan.cpu_experts)
         passes = max(1, len(plan.passes)) if uses > self.slots else 1
         misses = absent + len(plan.cpu_experts)
-        self._telemetry.count_step(self._index, counts, hits=uses - misses, misses=misses, passes=passes)
+        self._telemetry.count(self._index, steps=1, hits=uses - misses, misses=misses, passes=passes)
 
     def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
         """Begin the fetches that need not wait for anything computed, and send peers their copies.
@@ -141,7 +134,7 @@ class ExpertCache:
         self._begin(plan, computed=number)
         if self._loader.any_in_flight:
             began = time.perf_counter()
-            self._loader.wait(plan.passes[number].positions + self.window.start)
+            self._loader.wait(plan.passes[number].slots)
             self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
 
     def _begin(self, plan: RankPlan, computed: int) -> None:
@@ -152,9 +145,8 @@ class ExpertCache:
             plan.begun += 1
 
     def _fetch(self, expert_pass: ExpertPass, copies: PeerCopies | None = None, *, agreed: bool = True) -> None:
-        began = time.perf_counter()
-        slots = expert_pass.fetch_positions + self.window.start
-        self._loader.fetch(self.pool_layer, expert_pass.fetch_experts, slots, expert_pass.evicted, copies, agreed=agreed)
+        began, one = time.perf_counter(), expert_pass
+        self._loader.fetch(self.pool_layer, one.fetch_experts, one.fetch_slots, one.evicted, copies, agreed=agreed)
         self._telemetry.count(self._index, stall_s=time.perf_counter() - began)
 
     def prefetch(self, experts: IntArray, evicted_E: BoolArray) -> None:
@@ -164,7 +156,7 @@ class ExpertCache:
             CorruptExpertError: a record differs from its digest. It entered no slot.
         """
         slots, displaced = np.empty((2, len(experts)), np.int64)
-        found = _place(self._slot_of_E, evicted_E, self._expert_of_Q, self.window.start, slots, displaced)
+        found = _place(self.slot_of_E, evicted_E, self._expert_of_Q, self.window.start, slots, displaced)
         assert found == len(experts), "more prefetches than slots for them"
         self._loader.fetch(self.pool_layer, experts, slots, displaced, urgent=False)
         self._telemetry.count(self._index, prefetches=len(experts))
@@ -181,7 +173,7 @@ class ExpertCache:
         if plan.migrated >= 0:
             experts, evicted = np.array([plan.migrated]), np.array([plan.displaced])
             empty = self.window.start + np.flatnonzero(self._expert_of_Q < 0)[:1]
-            slots = self._slot_of_E[evicted] if plan.displaced >= 0 else empty
+            slots = self.slot_of_E[evicted] if plan.displaced >= 0 else empty
         began = time.perf_counter()
         self._loader.fetch(self.pool_layer, experts, slots, evicted, plan.migration_copies, agreed=agreed, urgent=False)
         self._telemetry.count(self._index, moves=len(experts), move_s=time.perf_counter() - began)
@@ -204,25 +196,26 @@ class ExpertCache:
         self._loader.confirm()
 
 
-@compiled("UniTuple(int64, 3)(int64[::1], int64[::1], b1[::1], int64, int64[::1], b1[::1])")
+@compiled("UniTuple(int64, 3)(int64[::1], int64[::1], b1[::1], b1[::1], int64[::1])")
 def _look_up(
-    counts_E: IntArray, slot_of_E: IntArray, in_flight_S: BoolArray, start: int, position_E: IntArray, in_flight_E: BoolArray
+    counts_E: IntArray, slot_of_E: IntArray, in_flight_S: BoolArray, late_E: BoolArray, awaited_Q: IntArray
 ) -> tuple[int, int, int]:
-    """Enter where experts are in the window that begins with slot ``start``, and which are in flight.
+    """Enter which experts are absent or in flight, and the slots of those in flight that have pairs.
 
     Returns:
         How many experts have pairs; how many of these are absent; and how many are in flight.
     """
-    needed = absent = late = 0
+    needed = absent = awaited = 0
     for expert in range(len(counts_E)):
         slot = slot_of_E[expert]
-        position_E[expert] = -1 if slot < 0 else slot - start
-        in_flight_E[expert] = slot >= 0 and in_flight_S[slot]
+        late_E[expert] = slot < 0 or in_flight_S[slot]
         if counts_E[expert] > 0:
             needed += 1
             absent += slot < 0
-            late += in_flight_E[expert]
-    return needed, absent, late
+            if slot >= 0 and late_E[expert]:
+                awaited_Q[awaited] = slot
+                awaited += 1
+    return needed, absent, awaited
 
 
 @compiled("int64(int64[::1], b1[::1], int64[::1], int64, int64[::1], int64[::1])")

@@ -1,8 +1,8 @@
 """The arithmetic of one layer's experts on one rank: rows and expert ids in, results out.
 
 Rows are sorted by the slot of their expert, so one grouped product goes through all experts of a pass. ``MoELayer`` calls
-``execute`` where every expert is in a slot, else ``compute``. In a step of several passes a row's *key* is (pass * Q +
-position).
+``execute`` where every expert is in a slot, else ``compute``. A row's *key* is its expert's slot, in a step of several passes
+plus (pass * Q).
 
 Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer's window, H hidden size.
 """
@@ -53,13 +53,13 @@ class ExpertCompute:
         self._telemetry = telemetry
         self._slot_of_device_E = cache.pool.slot_of_device[cache.pool_layer][: cache.num_experts]
         # Read by captured steps, which are made anew when the window changes: so it stays where it is until then.
-        self._keys = torch.arange(cache.slots, device=cache.pool.device)
+        self._keys = torch.arange(cache.window.start, cache.window.stop, device=cache.pool.device)
 
     def use_window(self) -> None:
         """Follow a change of the layer's slots."""
         self.cache.use_window()
         self.kernel.use(self.cache.pool.weights(self.cache.pool_layer))
-        self._keys = torch.arange(self.cache.slots, device=self.cache.pool.device)
+        self._keys = torch.arange(self.cache.window.start, self.cache.window.stop, device=self.cache.pool.device)
 
     def no_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The arguments of a layer's call for no token: hidden states [0, H], ids and weights [0, 1]."""
@@ -108,29 +108,28 @@ class ExpertCompute:
         Returns:
             [N, H] in the weights' dtype, pair by pair.
         """
-        slots = self.cache.slots
-        if not len(ids_N):
+        if not ids_N.numel():
             return torch.zeros(0, self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
-        key_E = self._slot_of_device_E - self.cache.window.start
+        key_E, window = self._slot_of_device_E, self.cache.window
         if self.identity:
-            key_E = torch.nn.functional.pad(key_E, (0, 1), value=slots)
+            key_E = torch.nn.functional.pad(key_E, (0, 1), value=window.stop)
         if in_slots is not None:
-            key_E = torch.where(key_E < 0, slots, key_E)  # absent experts go last
+            key_E = torch.where(key_E < 0, window.stop, key_E)  # absent experts go last
         order_N, key_N, ends_Q, rows_NH = self._sort(hidden_TH, ids_N, key_E, self._keys)
         if in_slots is not None:
             result_NH = torch.empty(len(ids_N), self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
-            computed_NH = self.kernel(rows_NH[:in_slots], ends_Q, key_N[:in_slots])
+            computed_NH = self.kernel(rows_NH[:in_slots], ends_Q, key_N[:in_slots], window.start)
             return result_NH.index_copy_(0, order_N[:in_slots], computed_NH)
-        return _unsort(self.kernel(rows_NH, ends_Q, key_N), order_N)
+        return _unsort(self.kernel(rows_NH, ends_Q, key_N, window.start), order_N)
 
     def _execute_passes(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, plan: RankPlan) -> torch.Tensor:
         """Pass after pass: sorted by key, the pairs of each pass lie together. Returns [N, H], pair by pair."""
-        slots, passes = self.cache.slots, plan.passes
-        keys = len(passes) * slots
-        key_host = np.full(self.cache.num_experts + 1, keys, np.int64)
+        slots, passes, first_slot = self.cache.slots, plan.passes, self.cache.window.start
+        keys_end = first_slot + len(passes) * slots
+        key_host = np.full(self.cache.num_experts + 1, keys_end, np.int64)
         for number, one in enumerate(passes):
-            key_host[one.experts] = number * slots + one.positions
-        key_E, all_keys = to_device(key_host, ids_N.device), torch.arange(keys, device=ids_N.device)
+            key_host[one.experts] = number * slots + one.slots
+        key_E, all_keys = to_device(key_host, ids_N.device), torch.arange(first_slot, keys_end, device=ids_N.device)
         order_N, key_N, ends, rows_NH = self._sort(hidden_TH, ids_N, key_E, all_keys)
         result_NH = torch.empty_like(rows_NH)
         start = 0
@@ -138,7 +137,8 @@ class ExpertCompute:
             self.cache.begin_pass(plan, number)
             rows = slice(start, start + int(plan.slots_E[one.experts].sum()))
             first = number * slots
-            result_NH[rows] = self.kernel(rows_NH[rows], ends[first : first + slots] - start, key_N[rows] - first)
+            ends_Q = ends[first : first + slots] - start
+            result_NH[rows] = self.kernel(rows_NH[rows], ends_Q, key_N[rows], first_slot + first)
             start = rows.stop
         return _unsort(result_NH, order_N)
 
@@ -155,9 +155,9 @@ class ExpertCompute:
             hidden states [N, H].
         """
         top_k = ids_N.shape[0] // hidden_TH.shape[0]
-        key_N, order_N = torch.sort(key_E[ids_N], stable=True)
+        key_N, order_N = torch.sort(key_E.index_select(0, ids_N), stable=True)
         ends = torch.searchsorted(key_N, keys, right=True, out_int32=True)
-        return order_N, key_N, ends, hidden_TH[order_N // top_k]
+        return order_N, key_N, ends, hidden_TH.index_select(0, order_N // top_k)
 
 
 def _unsort(result_NH: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:

@@ -59,23 +59,23 @@ class GroupedGemm:
         self._first_bias = weights[f"{self._first_name}_bias"] if self._has_bias else None
         self._down_bias = weights["down_proj_bias"] if self._has_bias else None
 
-    def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
 
         Args:
             rows_NH: float [N, H], sorted by slot. Results of rows past ``ends_Q[-1]`` are undefined.
             ends_Q: int32 [Q], where the rows of each slot end.
-            slot_N: int64 [N], the slot of each row, counted from the window's start.
+            key_N: int64 [N], ``first_key`` + the slot of each row, counted from the window's start.
 
         Returns:
             [N, H] in the weights' dtype.
         """
         result = self._matmul(rows_NH.to(self.dtype), self._first, ends_Q)
         if self._first_bias is not None:
-            result += self._first_bias[slot_N]
+            result += self._first_bias[key_N - first_key]
         result = self._matmul(self._activate(result), self._down, ends_Q)
         if self._down_bias is not None:
-            result += self._down_bias[slot_N]
+            result += self._down_bias[key_N - first_key]
         return result if self._post_norm is None else self._post_norm(result)
 
     def _choose_matmul(self) -> Matmul:
@@ -97,9 +97,9 @@ class BatchInvariantGemm(GroupedGemm):
 
     batch_invariant: ClassVar[bool] = True
 
-    def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         with batch_invariant_functions():
-            return super().__call__(rows_NH, ends_Q, slot_N)
+            return super().__call__(rows_NH, ends_Q, key_N, first_key)
 
     def _choose_matmul(self) -> Matmul:
         return _matmul_by_row

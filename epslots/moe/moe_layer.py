@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 
@@ -44,7 +45,7 @@ from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import RankPlan
 from epslots.planner.reuse_distance import stack_distances
-from epslots.planner.use_history import UseHistory, record_use
+from epslots.planner.use_history import UseHistory, record_use, used_experts
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Gathered
 
@@ -63,7 +64,7 @@ class ResidentExperts(Protocol):
         ...
 
 
-class Batch(NamedTuple):
+class Batch(msgspec.Struct, frozen=True):
     """A rank's tokens in one layer. ``MoELayer.prepare`` fills every field.
 
     Attributes:
@@ -110,6 +111,7 @@ class MoELayer:
         self._policy, self._learns = policy, learns(policy)
         self._telemetry = telemetry
         self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
+        self._no_counts = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=self._device)
         self._one = torch.ones(1, dtype=torch.int64, device=self._device)
         self._no_tokens = experts.no_tokens()
         self._peers: Peers = Alone()
@@ -221,8 +223,7 @@ class MoELayer:
         ids_N = index_TK.reshape(-1)
         if self.experts.identity:
             ids_N = ids_N.clamp(max=self._num_experts)
-        counts = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=self._device)
-        counts.scatter_add_(0, ids_N, self._one.expand(ids_N.shape[0]))
+        counts = self._no_counts.scatter_add(0, ids_N, self._one.expand(ids_N.shape))
         usage = None if self.prefetcher is None else self.prefetcher.predict(hidden_TH, index_TK)
         return Batch(hidden_TH, ids_N, weights_TK, counts, usage)
 
@@ -240,7 +241,7 @@ class MoELayer:
         """All ranks' counts and predictions, on the host."""
         peers, began = self._peers, time.perf_counter()
         peers.exchanging = True
-        top_k = batch.weights_TK.shape[1] if len(batch.ids_N) else 0
+        top_k = batch.weights_TK.shape[1] if batch.ids_N.numel() else 0
         guard = 0 if peers.alone else self.planner.state.digest
         gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy)
         if not peers.alone:
@@ -251,22 +252,21 @@ class MoELayer:
     def plan(self, gathered: Gathered) -> RankPlan:
         """Decide for all ranks who computes what, and for this one what is fetched when."""
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
-        used_E: BoolArray = (counts_RE[0] if planner.alone else counts_RE.sum(0)) > 0
+        used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
-        self._record_uses(used_E)
+        self._record_uses(used_E, gathered.counts_R[planner.rank])
         if planner.alone:
-            planner.refresh(self.cache.resident_E)
+            planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)
-        self.cache.schedule(plan, gathered.counts_R[planner.rank])
+        self.cache.schedule(plan)
         return plan
 
     def fetch(self, plan: RankPlan, batch: Batch, gathered: Gathered) -> None:
         """Begin this step's fetches, and behind them those for the next layer."""
         self.cache.fetch(plan, agreed=self._peers.agreed)
         if batch.usage is not None and self.prefetcher is not None:
-            usage_RE = gathered.predicted_R[:, : len(batch.usage)].astype(np.int64)
-            self.prefetcher.fetch(usage_RE, gathered.busy_R, self.cache.pool)
+            self.prefetcher.fetch(gathered.predicted_R, gathered.busy_R, self.cache.pool)
 
     def dispatch(self, batch: Batch, plan: RankPlan, gathered: Gathered) -> Dispatch:
         """Send own pairs to the ranks that compute them, and take in those that this rank computes."""
@@ -305,12 +305,16 @@ class MoELayer:
                 f"device={str(hidden_TH.device)!r} instead of moving it"
             )
 
-    def _record_uses(self, used_E: BoolArray) -> None:
-        """Enter the experts that a step uses on any rank into the history."""
+    def _record_uses(self, used_E: BoolArray, counts: IntArray) -> None:
+        """Enter the experts that a step uses on any rank into the history, and count them.
+
+        Args:
+            counts: int64 [E + 1], pairs of this rank's tokens; the last entry counts ids beyond the last expert.
+        """
         self.steps += 1
         if (self.steps + self.index) % REUSE_EVERY == 0:
             self._telemetry.count_reuse(self.index, stack_distances(self.history.last_use, used_E, self.scores()))
-        self._telemetry.count_uses(self.index, used_E)
+        self._telemetry.count_uses(self.index, counts, used_E)
         self.planner.judge_predictions(used_E)
         slots = None
         if self._learns:
@@ -337,4 +341,4 @@ def combine(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dty
     tokens, top_k = weights_TK.shape
     exact = torch.promote_types(results_NH.dtype, torch.float32)
     results_TKH = results_NH.view(tokens, top_k, results_NH.shape[-1]).to(exact)
-    return (results_TKH * weights_TK.to(exact)[..., None]).sum(dim=1).to(dtype)
+    return (results_TKH * weights_TK.to(exact).unsqueeze(-1)).sum(dim=1).to(dtype)

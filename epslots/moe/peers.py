@@ -107,7 +107,8 @@ class Alone:
         else:
             both = torch.cat([counts, predicted.to(counts.dtype)]).cpu().numpy()  # by one copy
             counts_host, predicted_R = both[: len(counts)], both[None, len(counts) :]
-        return Gathered(counts_host[None], top_k, np.array([busy]), predicted_R)
+        return Gathered(counts_host[None], top_k, _BUSY[busy], predicted_R)
 
 
 _NO_PREDICTION = np.zeros((1, 0), np.uint8)
+_BUSY = np.array([False]), np.array([True])  # of a link that is idle, and of one that is busy

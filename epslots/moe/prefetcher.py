@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,19 +97,26 @@ class PrefetchTarget:
         """
         planner = self.planner
         if planner.alone:
-            planner.refresh(self.cache.resident_E)
+            planner.refresh(self.cache.slot_of_E)
         found = planner.prefetch(usage_RE, self._scores, busy_R)
-        if found is not None:
-            mine = found.experts[found.ranks == planner.rank]
-            if len(mine):
-                # Alone, a corrupt record is an error when its expert is needed. In a group all others count on the fetch.
-                with suppress(CorruptExpertError) if planner.alone else nullcontext():
-                    self.cache.prefetch(mine, found.evicted_RE[planner.rank])
+        if found is None:
+            return
+        mine = found.experts if planner.alone else found.experts[found.ranks == planner.rank]
+        if len(mine):
+            try:
+                self.cache.prefetch(mine, found.evicted_RE[planner.rank])
+            except CorruptExpertError:
+                # Alone, it is an error when the expert is needed. In a group all others count on the fetch.
+                if not planner.alone:
+                    raise
 
     def take_predicted(self, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that this thread is to execute, [T, K]: predicted ones with the router's weights, largest first."""
-        ids_TK, self.predicted.ids_TK = self.predicted.ids_TK, None
-        if ids_TK is None or ids_TK.shape != index_TK.shape:
+        ids_TK = self.predicted.ids_TK
+        if ids_TK is None:
+            return index_TK, weights_TK
+        self.predicted.ids_TK = None
+        if ids_TK.shape != index_TK.shape:
             return index_TK, weights_TK
         return ids_TK, weights_TK.sort(dim=-1, descending=True).values
 
@@ -141,10 +147,9 @@ class Prefetcher:
         cache = target.cache
         self._unused_E = torch.zeros(cache.num_experts, dtype=torch.int32, device=cache.pool.device)
 
-    @torch.no_grad()
     def predict(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
         """How likely the next layer will use each expert, int32 [E] from 0 to 255; None if that is of no use."""
-        tokens = len(hidden_TH)
+        tokens, hidden_TH = hidden_TH.shape[0], hidden_TH.detach()  # ``no_grad`` would take longer
         if self.approximate and tokens:
             self._target.predicted.ids_TK = self._predictor.ids(self._index, hidden_TH, index_TK.shape[1])
         if not self._fetches:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 
@@ -75,11 +76,11 @@ def dispatch(
     return AllToAllDispatch(transport, hidden_TH, ids_N, work, splits, top_k, agreed=agreed)
 
 
-class LocalDispatch:
+class LocalDispatch(msgspec.Struct):
     """No pair travels: every rank computes its own pairs."""
 
-    def __init__(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> None:
-        self.rows_MH, self.ids_M = hidden_TH, ids_N
+    rows_MH: torch.Tensor
+    ids_M: torch.Tensor
 
     def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
         return result_MH

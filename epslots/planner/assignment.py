@@ -26,7 +26,6 @@ import numpy as np
 from msgspec.structs import astuple
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.planner import assignment_candidates
 from epslots.planner.assignment_kernels import CHEAPEST, HOLDERS, HOME, OWN, divide_work
 from epslots.planner.cost_model import Costs
 from epslots.planner.evictions import spare_replicas
@@ -90,22 +89,3 @@ holder_only = Assign(HOLDERS)
 """Tokens always travel to a rank that holds the expert, and only experts on no rank are fetched."""
 own_only = Assign(OWN)
 """No exchange: every rank computes its own tokens and fetches what they need."""
-
-
-def place_misses(
-    total_M: IntArray, home_M: IntArray, free_R: IntArray, free_slots_R: IntArray, load_R: IntArray, fetch_ns: int
-) -> IntArray:
-    """The rank that fetches each expert that no rank holds, int64 [M].
-
-    No rank fetches more than its share, because the slowest is waited for. Empty slots are filled before anything is given up,
-    and slots in use before a rank runs in several passes; among these home comes first, then the least loaded.
-
-    Args:
-        total_M: the experts' pairs; those with most choose first.
-        home_M: their homes.
-        free_R: empty slots.
-        free_slots_R: slots that the step leaves unused.
-        load_R: nanoseconds of compute so far.
-        fetch_ns: what a fetch takes: a rank that is further above the mean load fetches only if all others are taken.
-    """
-    return assignment_candidates.place_misses(total_M, home_M, free_R, free_slots_R, load_R, fetch_ns)

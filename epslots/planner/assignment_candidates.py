@@ -183,10 +183,19 @@ def _hand_out(handed_NU: IntArray, node_R: IntArray, weights_RU: IntArray, compu
 def place_misses(
     total_M: IntArray, home_M: IntArray, empty_R: IntArray, free_slots_R: IntArray, load_R: IntArray, fetch_ns: int
 ) -> IntArray:
-    """The rank that fetches each absent expert (``assignment.place_misses``).
+    """The rank that fetches each expert that no rank holds, int64 [M].
 
-    Three rounds raise the fetches that a rank may take: to its empty slots, to the slots that the step leaves free, to its
-    share of all misses. In each round homes take theirs first, then the least loaded ranks, one at a time.
+    No rank fetches more than its share, because the slowest is waited for. Three rounds raise the fetches that a rank may
+    take: to its empty slots, to the slots that the step leaves free, to its share of all misses. In each round homes take
+    theirs first, then the least loaded ranks, one at a time.
+
+    Args:
+        total_M: the experts' pairs; those with most choose first.
+        home_M: their homes.
+        empty_R: empty slots.
+        free_slots_R: slots that the step leaves unused.
+        load_R: nanoseconds of compute so far.
+        fetch_ns: of a fetch: a rank that is further above the mean load fetches only if all others are taken.
     """
     ranks, misses = len(empty_R), len(total_M)
     share, idle_enough = -(-misses // ranks), load_R.sum() // ranks + fetch_ns

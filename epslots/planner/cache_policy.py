@@ -41,6 +41,8 @@ def adaptive(history: UseHistory) -> IntArray:
 
 
 Policy = Callable[[UseHistory], IntArray]
+Scores = Callable[[], IntArray]
+"""A policy's scores of a layer's experts as they are now, int64 [E]; called only where something is evicted."""
 POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "lrfu": lrfu, "adaptive": adaptive}
 DEFAULT_POLICY = "adaptive"
 

@@ -8,8 +8,7 @@ Pure. Legend of shape suffixes: R ranks, E experts of the layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from epslots.arrays import BoolArray, IntArray
@@ -19,8 +18,7 @@ from epslots.compiled import compiled, inlined
 ROTATING_SHARE = 4
 
 
-@dataclass(frozen=True)
-class Evictions:
+class Evictions(msgspec.Struct, frozen=True):
     """How a layer's residents change in one step.
 
     Attributes:

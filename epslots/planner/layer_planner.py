@@ -9,7 +9,6 @@ Pure. Legend of shape suffixes: R ranks, E experts of the layer, U those with to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +18,7 @@ import numpy as np
 from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.planner.assignment import Assign, assign
+from epslots.planner.cache_policy import Scores
 from epslots.planner.cost_model import Costs, travelling_pairs
 from epslots.planner.cpu_offload import CpuShare, displaces_better
 from epslots.planner.evictions import plan_evictions
@@ -28,9 +28,6 @@ from epslots.planner.plan import NO_EXPERTS, Assignment, LayerPlan, PeerCopies, 
 from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
 from epslots.planner.remote_costs import RemoteCosts
 from epslots.planner.token_splits import token_splits
-
-Scores = Callable[[], IntArray]
-"""The eviction policy's scores of the layer's experts, int64 [E]; computed when something is missing."""
 
 
 @dataclass
@@ -133,12 +130,12 @@ class LayerPlanner:
     def _plan_own_fetches(self, counts_1E: IntArray, scores: Scores) -> RankPlan:
         """``plan`` of a rank alone that fetches all its misses: there is no work to assign."""
         self._steps += 1
-        state, needed_1E = self.state, counts_1E > 0
-        misses = np.count_nonzero(needed_1E > state.holds_RE)
+        state, needed_1E = self.state, np.empty(counts_1E.shape, bool)
+        misses = _enter_needed(counts_1E, state.holds_RE, needed_1E)
         if not misses:
             return self._of_own_pairs(counts_1E[0], self._zero_E, self._none_RE[0])
         score_E = scores()
-        change = plan_evictions(np.ascontiguousarray(state.holds_RE), needed_1E, state.quota_R, score_E)
+        change = plan_evictions(state.holds_RE, needed_1E, state.quota_R, score_E)
         state.replace(change.after_RE)
         if self._budgets.prefetch is not None:
             self._budgets.prefetch.spend(np.zeros(misses, np.int64), self._record_bytes)
@@ -179,13 +176,16 @@ class LayerPlanner:
             migrations = self._migrate(work, scores, self._budgets.migration)
         return LayerPlan(work, cpu_ranks, cpu_experts, evicted_RE, migrations, score_E)
 
-    def refresh(self, resident_E: BoolArray) -> None:
+    def refresh(self, slot_of_E: IntArray) -> None:
         """Take what is in this rank's slots for what it holds: faults and captured steps change slots without a plan.
 
         Only for a rank alone. Ranks of a group compare their tables in the step header instead.
+
+        Args:
+            slot_of_E: the slot of each expert, -1 = absent.
         """
-        if self.state.holds_RE.tobytes() != resident_E.tobytes():
-            self.state.replace(resident_E)
+        if _enter_residents(slot_of_E, self.state.holds_RE):
+            self.state.holds_changed()
 
     def judge_predictions(self, used_E: BoolArray) -> None:
         """Compare the predictions of a step with the experts that it uses on any rank."""
@@ -210,7 +210,7 @@ class LayerPlanner:
             np.ascontiguousarray(state.holds_RE),
             state.quota_R,
             state.home_E,
-            scores(),
+            scores,
             busy_R,
             budgets.prefetch,
             self._record_bytes,
@@ -333,3 +333,24 @@ def _mark_computed(experts_U: IntArray, computed_RU: IntArray, needed_RE: BoolAr
     for rank in range(len(needed_RE)):
         for column, expert in enumerate(experts_U):
             needed_RE[rank, expert] = computed_RU[rank, column] > 0
+
+
+@compiled("b1(int64[::1], b1[:, ::1])")
+def _enter_residents(slot_of_E: IntArray, holds_1E: BoolArray) -> bool:
+    """Enter which experts have slots; returns whether that changes anything."""
+    changed = False
+    for expert in range(len(slot_of_E)):
+        resident = slot_of_E[expert] >= 0
+        changed |= resident != holds_1E[0, expert]
+        holds_1E[0, expert] = resident
+    return changed
+
+
+@compiled("int64(int64[:, ::1], b1[:, ::1], b1[:, ::1])")
+def _enter_needed(counts_1E: IntArray, holds_1E: BoolArray, needed_1E: BoolArray) -> int:
+    """Enter which experts have pairs; returns how many of them are missing."""
+    misses = 0
+    for expert in range(counts_1E.shape[1]):
+        needed_1E[0, expert] = counts_1E[0, expert] > 0
+        misses += needed_1E[0, expert] and not holds_1E[0, expert]
+    return misses

@@ -75,7 +75,8 @@ class LayerState:
     def holds_all(self) -> bool:
         """Whether every expert is in a slot of some rank."""
         if self._holds_all is None:
-            self._holds_all = bool(self.holds_RE.any(0).all())
+            held = np.count_nonzero(self.holds_RE)
+            self._holds_all = bool(held >= len(self.home_E) and self.holds_RE.any(0).all())
         return self._holds_all
 
     def adopt(self, home_E: IntArray, wanted_RE: BoolArray) -> None:

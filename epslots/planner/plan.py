@@ -13,7 +13,6 @@ Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -78,8 +77,7 @@ class PeerCopies(msgspec.Struct, frozen=True):
     sends: Sequence[tuple[int, int]]
 
 
-@dataclass(slots=True)
-class RankPlan:
+class RankPlan(msgspec.Struct):
     """One rank's part of the plan of one layer's step.
 
     ``LayerPlanner.plan`` fills:

@@ -12,12 +12,12 @@ Legend of shape suffixes: R ranks, E experts of the layer, F prefetches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
+from epslots.planner.cache_policy import Scores
 from epslots.planner.evictions import plan_evictions
 
 CERTAIN = 256
@@ -37,8 +37,7 @@ HALVE_AT = 48 * CERTAIN
 PROBE_EVERY = 32
 
 
-@dataclass(frozen=True)
-class Prefetches:
+class Prefetches(msgspec.Struct, frozen=True):
     """The prefetches of a layer, and the residents evicted for them.
 
     Attributes:
@@ -89,9 +88,9 @@ def choose_prefetches(
     holds_RE: BoolArray,
     quota_R: IntArray,
     home_E: IntArray,
-    score_E: IntArray,
-    most_R: IntArray,
-    least_R: IntArray,
+    scores: Scores,
+    busy_R: BoolArray,
+    left_R: IntArray | None = None,
     spare_RE: BoolArray | None = None,
 ) -> Prefetches | None:
     """The prefetches of a layer before its next step; None if there are none.
@@ -103,30 +102,30 @@ def choose_prefetches(
         holds_RE: the residents.
         quota_R: slots of each rank.
         home_E: the home rank of each expert.
-        score_E: the eviction policy's scores.
-        most_R: prefetches that each rank may make.
-        least_R: the usage from which a rank fetches or keeps an expert.
+        scores: of the layer's experts.
+        busy_R: whether each rank's link is busy.
+        left_R: prefetches that each rank's budget allows; None = no bound.
         spare_RE: copies that are evicted before any other.
     """
     ranks, experts = np.empty((2, len(usage_E)), np.int64)
     kept_RE = np.empty_like(holds_RE)
-    found = _choose(usage_E, holds_RE, quota_R, home_E, most_R, least_R, kept_RE, ranks, experts)
+    found = _choose(usage_E, holds_RE, quota_R, home_E, busy_R, quota_R if left_R is None else left_R, kept_RE, ranks, experts)
     if not found:
         return None
-    change = plan_evictions(holds_RE, kept_RE, quota_R, score_E, spare_RE)
+    change = plan_evictions(holds_RE, kept_RE, quota_R, scores(), spare_RE)
     return Prefetches(ranks[:found], experts[:found], change.evicted_RE, change.after_RE)
 
 
 @compiled(
-    "int64(int64[::1], b1[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1], b1[:, ::1], int64[::1], int64[::1])",
+    "int64(int64[::1], b1[:, ::1], int64[::1], int64[::1], b1[::1], int64[::1], b1[:, ::1], int64[::1], int64[::1])",
 )
 def _choose(
     usage_E: IntArray,
     holds_RE: BoolArray,
     quota_R: IntArray,
     home_E: IntArray,
-    most_R: IntArray,
-    least_R: IntArray,
+    busy_R: BoolArray,
+    left_R: IntArray,
     kept_RE: BoolArray,
     rank_F: IntArray,
     expert_F: IntArray,
@@ -134,15 +133,16 @@ def _choose(
     """Enter each rank's prefetches, and the experts that it keeps, prefetched ones included; returns how many prefetches."""
     ranks, experts = holds_RE.shape
     held_E = np.zeros(experts, np.bool_)
-    most_found_R = np.empty(ranks, np.int64)
+    most_found_R, least_R = np.empty(ranks, np.int64), np.empty(ranks, np.int64)
     for rank in range(ranks):
         kept = 0
+        least_R[rank] = LIKELY if busy_R[rank] else WORTH_A_TRY
         for expert in range(experts):
             held_E[expert] |= holds_RE[rank, expert]
             keeps = holds_RE[rank, expert] and usage_E[expert] >= least_R[rank]
             kept_RE[rank, expert] = keeps
             kept += keeps
-        most_found_R[rank] = min(most_R[rank], quota_R[rank] - kept)
+        most_found_R[rank] = min(max(quota_R[rank] // CHANGING_SHARE, 1), left_R[rank], quota_R[rank] - kept)
     # Each home takes its likeliest experts; first_R[rank]: the place of the rank's first prefetch.
     first_R = np.zeros(ranks + 1, np.int64)
     falling_E = np.argsort(-usage_E, kind="mergesort")  # stable
@@ -237,7 +237,7 @@ class PrefetchPolicy:
         holds_RE: BoolArray,
         quota_R: IntArray,
         home_E: IntArray,
-        score_E: IntArray,
+        scores: Scores,
         busy_R: BoolArray,
         budget: PrefetchBudget | None,
         expert_bytes: int,
@@ -247,7 +247,7 @@ class PrefetchPolicy:
 
         Args:
             usage_RE: 0 to 256, how likely each rank's tokens use each expert.
-            holds_RE, quota_R, home_E, score_E, spare_RE: of the layer, see ``choose_prefetches``.
+            holds_RE, quota_R, home_E, scores, spare_RE: of the layer, see ``choose_prefetches``.
             busy_R: whether each rank's link was busy as the layer began.
             budget: bytes that ranks may prefetch; None = no bound.
             expert_bytes: bytes of one expert's fetch.
@@ -256,11 +256,8 @@ class PrefetchPolicy:
         self._expected_E = np.empty_like(usage_E)
         if not _enter_expected(usage_E, holds_RE, self._expected_E) or not self.active:
             return None
-        least_R = np.where(busy_R, LIKELY, WORTH_A_TRY)
-        most_R = np.maximum(quota_R // CHANGING_SHARE, 1)
-        if budget is not None:
-            most_R = np.minimum(most_R, budget.experts(expert_bytes))
-        found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, score_E, most_R, least_R, spare_RE)
+        left_R = None if budget is None else budget.experts(expert_bytes)
+        found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, scores, busy_R, left_R, spare_RE)
         if found is not None and budget is not None:
             budget.spend(found.ranks, expert_bytes)
         return found

@@ -6,7 +6,7 @@
 All arithmetic is shifts, adds and products of integers: numpy on the host, the kernels of captured decoding and the simulator
 agree to the bit. The constants below are part of that agreement.
 
-Legend of shape suffixes: E experts of the layer, D decay rows, U experts that a step uses.
+Legend of shape suffixes: R ranks, E experts of the layer, D decay rows, U experts that a step uses.
 """
 
 from __future__ import annotations
@@ -143,6 +143,17 @@ class UseHistory:
 
     def _packed(self) -> tuple[NDArray[Any], ...]:
         return self.last_use, self.decayed, self.holds, self.hits, self.weights
+
+
+@compiled("b1[::1](int64[:, :])")
+def used_experts(counts_RE: IntArray) -> BoolArray:
+    """The experts that a step uses on any rank, bool [E], from the pairs of each rank's tokens."""
+    ranks, experts = counts_RE.shape
+    used_E = np.zeros(experts, np.bool_)
+    for rank in range(ranks):
+        for expert in range(experts):
+            used_E[expert] |= counts_RE[rank, expert] > 0
+    return used_E
 
 
 def record_use(history: UseHistory, used_E: BoolArray, step: int, slots: int | None = None) -> None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -50,20 +51,20 @@ class Header:
     placement: int = 0
 
 
-class Gathered(NamedTuple):
+class Gathered(msgspec.Struct, frozen=True):
     """All ranks' counts of a layer.
 
     Attributes:
         counts_R: pairs of each rank's tokens, int64 [R, E + 1].
         top_k: K, the largest of all ranks.
         busy_R: whether each rank's link is busy, bool [R].
-        predicted_R: predicted usage of the next layer, uint8 [R, at least as many as given]; undefined of ranks without one.
+        predicted_R: predicted usage of the next layer, 0 to 255, [R, as many as given]; undefined of ranks without one.
     """
 
     counts_R: IntArray
     top_k: int
     busy_R: NDArray[np.bool_]
-    predicted_R: NDArray[np.uint8]
+    predicted_R: NDArray[Any]
 
 
 class LockStep:
@@ -233,7 +234,8 @@ class LockStep:
         if not _alike(rows, 4):
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         counts_R = rows[:, _PREFIX_WORDS : _PREFIX_WORDS + len(counts)].astype(np.int64)
-        return Gathered(counts_R, int(rows[:, 4].max()), rows[:, 5] > 0, rows[:, self._words :].view(np.uint8))
+        predicted_R = rows[:, self._words :].view(np.uint8)[:, : 0 if predicted is None else len(predicted)]
+        return Gathered(counts_R, int(rows[:, 4].max()), rows[:, 5] > 0, predicted_R)
 
     def fail(self, error: BaseException) -> None:
         """Abort the group, because this rank's step failed and the others would wait for it."""

@@ -68,16 +68,15 @@ class PoolMachine(RuleBasedStateMachine):
         record_use(history, counts > 0, self.steps)
         window = self.pool.window(layer)
         row = self.pool.slot_of[layer, : self.experts]
-        position_E = np.where(row < 0, -1, row - window.start)
         score_E = self.policy(history)
         change = plan_evictions((row >= 0)[None], (counts > 0)[None], np.array([self.pool.quotas[layer]]), score_E)
-        passes = plan_passes(counts, position_E, self.pool.expert_of[window], score_E, change.evicted_RE[0])
+        expert_Q, evicted_E = self.pool.expert_of[window], change.evicted_RE[0]
+        passes = plan_passes(counts, row, expert_Q, score_E, evicted_E, row < 0, start=window.start)
         computed: set[int] = set()
         for one in passes:
             if len(one.fetch_experts):
-                self.loader.fetch(layer, one.fetch_experts, one.fetch_positions + window.start, one.evicted)
-            for expert, position in zip(one.experts.tolist(), one.positions.tolist(), strict=True):
-                slot = window.start + position
+                self.loader.fetch(layer, one.fetch_experts, one.fetch_slots, one.evicted)
+            for expert, slot in zip(one.experts.tolist(), one.slots.tolist(), strict=True):
                 assert torch.equal(self.pool.memory[slot], self.store.record(layer, expert)), "the wrong expert computes"
                 assert int(self.pool.slot_of_device[layer, expert]) == slot
                 computed.add(expert)

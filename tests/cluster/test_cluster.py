@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cluster.api import Cluster
@@ -37,6 +38,10 @@ def test_every_token_is_the_models_own(open_cluster: Any, folder: Path, ranks: i
     assert len(stats.ranks) == ranks
     assert stats.total.hits == sum(rank.stats.hits for rank in stats.ranks) > 0
     assert sum(sum(layer.tokens_per_expert) for layer in stats.total.layers) > 0
+    assert stats.engine.new_tokens == sum(rank.engine.new_tokens for rank in stats.ranks) == 12 * len(PROMPTS) + 5
+    assert stats.engine.prompt_tokens + stats.engine.reused_tokens == sum(map(len, PROMPTS)) + len(PROMPTS[0])
+    assert (stats.engine.running, stats.engine.waiting, stats.engine.kv_used) == (0, 0, 0)
+    assert msgspec.json.decode(msgspec.json.encode(stats))["engine"]["preempted"] == 0
     placement = cluster.placement()
     assert len(placement.ranks) == ranks
     assert all(set(layer.home) <= set(range(ranks)) for layer in placement.layers)
@@ -114,16 +119,16 @@ def test_a_request_that_ends_ranks_does_not_end_them_all(open_cluster: Any, fold
     cluster, _ = open_cluster(2)
     poison = [7] * 50
 
-    from epslots.generation.paged_batcher import PagedBatcher
+    from epslots.generation.batcher import Batcher
 
-    add = PagedBatcher.add
+    add = Batcher.add
 
     def deadly(self: Any, request: Any) -> None:
         if request.prompt[:50] == tuple(poison):
             raise MemoryError("a poisoned prompt")
         add(self, request)
 
-    monkeypatch.setattr(PagedBatcher, "add", deadly)
+    monkeypatch.setattr(Batcher, "add", deadly)
     results = sorted(cluster.generate([*PROMPTS, poison], max_new_tokens=9, stop_tokens=()), key=lambda r: r.index)
     assert [r.tokens for r in results[:-1]] == expected(folder, PROMPTS, 9)
     assert results[-1].reason == "error"
@@ -219,7 +224,7 @@ def test_the_queue_is_bounded(open_cluster: Any, folder: Path):
         (bytearray(b"ab"), {}, "allowed: text, or a list of token ids"),
         (3.5, {}, "allowed: text, or a list of token ids"),
         ({"text": "x"}, {}, 'needs "prompt"'),
-        ({"prompt": [5], "temprature": 1}, {}, "'temprature': no such setting; allowed: max_new_tokens, temperature"),
+        ({"prompt": [5], "temprature": 1}, {}, "'temprature': no such setting; allowed: max_new_tokens, min_tokens"),
         ({"prompt": [5], "temperature": -1}, {}, "temperature=-1.0; allowed"),
         ([5], {"stop": ["x"]}, "stop: the checkpoint has no tokenizer; use stop_tokens"),
     ],
@@ -243,7 +248,7 @@ def test_bad_prompts_are_results_and_the_others_go_on(
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0; allowed: at least 1"),
         ({"max_new_tokens": "many"}, "Expected `int`, got `str`"),
-        ({"frequency_penalty": 1}, "'frequency_penalty': no such setting"),
+        ({"frequency": 1}, "'frequency': no such setting"),
         ({"top_p": 2}, "top_p=2.0; allowed"),
         ({"stop": ["a", ""]}, "at least one character"),
     ],
@@ -628,7 +633,7 @@ def test_numbers_that_no_message_carries_are_refused(open_cluster: Any, folder: 
     assert cluster.submit(PROMPTS[0], max_new_tokens=3, stop_tokens=(), top_k=2**64).result(60) == good.result(60)
     with pytest.raises(ConfigError, match="seed=18446744073709551616; allowed"):
         cluster.submit(PROMPTS[0], seed=2**64)
-    with pytest.raises(ConfigError, match="stop_tokens has 18446744073709551616; allowed: 0 to 319"):
+    with pytest.raises(ConfigError, match="stop_tokens has token 18446744073709551616; allowed: 0 to 319"):
         cluster.submit(PROMPTS[0], stop_tokens=[2**64])
     assert good.result(60).tokens == expected(folder, PROMPTS[:1], 3)[0]
 

@@ -34,10 +34,11 @@ LAYERS = (
     ("models",),
     ("runtime",),
     ("group", "prefetch"),
+    ("generation",),
     # the public surface
     ("load_plan",),
     ("trace", "loading"),
-    ("verify_store", "generation"),
+    ("verify_store",),
     ("cuda_graph",),
     ("bench",),
     ("cli",),
@@ -54,11 +55,16 @@ PURE = (
     "models.memory_plan",
     "models.memory_report",
     "models.model_shape",
+    "models.page_sizes",
     "models.quotas",
     "generation.row_tracker",
     "prefetch.predictor_kernel",
     "generation.sampling",
+    "generation.token_counts",
+    "generation.settings",
     "generation.isolation",
+    "generation.chunk_size",
+    "generation.engine_stats",
 )
 
 
@@ -139,14 +145,16 @@ def test_the_commands_and_their_options():
     common = {"--model", "-m", "--dtype", "--cache-dir"}
     assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate"}
     assert found["generate"] == common | {
-        "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
-        "--ignore-tokenizer-eos",
-        "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
+        "prompts", "--slots", "-s", "--file", "-f", "--echo", "--stats", "--policy", "--device", "--host-store", "--kv-tokens",
+        "--max-new-tokens", "--min-tokens", "--n", "--stop", "--stop-tokens", "--ignore-eos", "--ignore-tokenizer-eos",
+        "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
+        "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
         "--ranks", "--address", "--strategy", "--placement",
+        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
-    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}
+    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--device"}
     assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {

@@ -59,6 +59,11 @@ OTHER: dict[str, Any] = {
     "host_store": "memory",
     "cache_dir": "/somewhere",
     "kv_tokens": 17,
+    "max_requests": 3,
+    "max_batch_tokens": 33,
+    "cache": "rows",
+    "prefix_cache": False,
+    "step_target_ms": 25.0,
     "link": "8GB/s,20us",
     "prefetch": "64MiB",
     "predictor": "/somewhere/else",
@@ -129,7 +134,7 @@ def test_the_help_of_load_and_cluster_explains_each_setting():
 def test_every_field_reaches_a_rank(name: str):
     config = LoadConfig(**{name: OTHER[name]})
     assert config != LoadConfig()
-    load = Load(path="a/model", config=config, max_batch_tokens=1, neighbours=1, threads=0, window_steps=0)
+    load = Load(path="a/model", config=config, neighbours=1, threads=0, window_steps=0)
     assert decode_command(encode(load)) == load
 
 
@@ -239,6 +244,7 @@ def test_ranks_compare_every_setting_that_shapes_a_step():
         "device": "None",
         "dtype": "auto",
         "policy": "a name",
+        "cache": "auto",
         "fetches": "meanwhile",
         "predictions": "none",
         "host_compute": "auto",

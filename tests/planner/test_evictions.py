@@ -15,13 +15,13 @@ from tests.support.plan_strategies import Situation, situations
 
 
 def window(holds_E: np.ndarray, quota: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The experts at random positions of a window: (position_E, expert_Q)."""
+    """The experts in random slots of a window: (slot_of_E, expert_Q)."""
     expert_Q = np.full(quota, -1)
     residents = np.flatnonzero(holds_E)
     expert_Q[random.permutation(quota)[: len(residents)]] = residents
-    position_E = np.full(len(holds_E), -1)
-    position_E[expert_Q[expert_Q >= 0]] = np.flatnonzero(expert_Q >= 0)
-    return position_E, expert_Q
+    slot_of_E = np.full(len(holds_E), -1)
+    slot_of_E[expert_Q[expert_Q >= 0]] = np.flatnonzero(expert_Q >= 0)
+    return slot_of_E, expert_Q
 
 
 @settings(max_examples=300)
@@ -36,18 +36,18 @@ def test_every_rank_foresees_what_every_other_rank_does(situation: Situation):
     assert (change.after_RE.sum(1) <= situation.quota_R).all()
     random = np.random.default_rng(0)
     for rank, quota in enumerate(situation.quota_R.tolist()):
-        position_E, expert_Q = window(situation.holds_RE[rank], quota, random)
-        evicted_E = change.evicted_RE[rank]
-        passes = plan_passes(needed_RE[rank].astype(np.int64), position_E, expert_Q, situation.score_E, evicted_E)
+        slot_of_E, expert_Q = window(situation.holds_RE[rank], quota, random)
+        counts_E, evicted_E = needed_RE[rank].astype(np.int64), change.evicted_RE[rank]
+        passes = plan_passes(counts_E, slot_of_E, expert_Q, situation.score_E, evicted_E, slot_of_E < 0)
         computed: list[int] = []
         for number, expert_pass in enumerate(passes):
-            assert expert_Q[expert_pass.fetch_positions].tolist() == expert_pass.evicted.tolist()
+            assert expert_Q[expert_pass.fetch_slots].tolist() == expert_pass.evicted.tolist()
             gone = expert_pass.evicted[expert_pass.evicted >= 0]
             assert not set(gone) & set(np.flatnonzero(needed_RE[rank])) - set(computed), "given up before its turn"
             if len(passes) == 1:
                 assert not needed_RE[rank, gone].any()
-            expert_Q[expert_pass.fetch_positions] = expert_pass.fetch_experts
-            assert expert_Q[expert_pass.positions].tolist() == expert_pass.experts.tolist(), number
+            expert_Q[expert_pass.fetch_slots] = expert_pass.fetch_experts
+            assert expert_Q[expert_pass.slots].tolist() == expert_pass.experts.tolist(), number
             computed += expert_pass.experts.tolist()
         assert sorted(computed) == np.flatnonzero(needed_RE[rank]).tolist()
         assert sorted(expert_Q[expert_Q >= 0]) == np.flatnonzero(change.after_RE[rank]).tolist()

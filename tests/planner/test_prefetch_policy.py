@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from epslots.planner.prefetch_policy import (
     CERTAIN,
+    CHANGING_SHARE,
     LIKELY,
     PROBE_EVERY,
     WORTH_A_TRY,
@@ -34,16 +35,16 @@ def predicted(draw: st.DrawFn) -> tuple[Situation, np.ndarray, np.ndarray, np.nd
     situation = draw(situations())
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     usage_E = (random.random(len(situation.home_E)) ** draw(st.sampled_from([1, 4])) * CERTAIN).astype(np.int64)
-    most_R = random.integers(0, 6, len(situation.quota_R))
-    least_R = random.choice([WORTH_A_TRY, LIKELY], len(situation.quota_R))
-    return situation, usage_E, most_R, least_R
+    busy_R, left_R = random.random(len(situation.quota_R)) < 0.5, random.integers(0, 6, len(situation.quota_R))
+    return situation, usage_E, busy_R, left_R
 
 
 @given(predicted())
 def test_the_likely_come_and_the_likely_stay(predicted: tuple[Situation, np.ndarray, np.ndarray, np.ndarray]):
-    situation, usage_E, most_R, least_R = predicted
+    situation, usage_E, busy_R, left_R = predicted
     holds_RE, quota_R, home_E = situation.holds_RE, situation.quota_R, situation.home_E
-    found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, situation.score_E, most_R, least_R)
+    found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, lambda: situation.score_E, busy_R, left_R)
+    least_R, most_R = np.where(busy_R, LIKELY, WORTH_A_TRY), np.minimum(np.maximum(quota_R // CHANGING_SHARE, 1), left_R)
     likely_RE = usage_E >= least_R[:, None]
     absent_E = (usage_E >= least_R[home_E]) & ~holds_RE.any(0)
     room_R = np.minimum(most_R, quota_R - (holds_RE & likely_RE).sum(1))
@@ -84,7 +85,7 @@ def plan(
     usage_RE = np.zeros((1, 16), np.int64)
     usage_RE[0, wanted] = told
     holds_RE, home_E = np.zeros((1, 16), bool), np.zeros(16, np.int64)
-    return prefetch_policy.plan(usage_RE, holds_RE, np.array([quota]), home_E, home_E, np.array([busy]), budget, 10)
+    return prefetch_policy.plan(usage_RE, holds_RE, np.array([quota]), home_E, lambda: home_E, np.array([busy]), budget, 10)
 
 
 def used(*experts: int) -> np.ndarray:
@@ -147,6 +148,7 @@ def test_what_is_held_is_no_prediction_that_could_fail():
     holds_RE, home_E = np.ones((1, 16), bool), np.zeros(16, np.int64)
     idle = np.zeros(1, bool)
     for _ in range(64):
-        assert prefetch_policy.plan(np.full((1, 16), 255), holds_RE, np.array([16]), home_E, home_E, idle, None, 10) is None
+        found = prefetch_policy.plan(np.full((1, 16), 255), holds_RE, np.array([16]), home_E, lambda: home_E, idle, None, 10)
+        assert found is None
         prefetch_policy.judge(used())
     assert prefetch_policy.active
