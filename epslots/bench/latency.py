@@ -201,7 +201,10 @@ def requests_of(ids: Sequence[int], seed: int) -> Iterator[Request]:
 
 def _measure(folder: Path, cache_dir: Path, ids: Sequence[int], rounds: int, steps: int) -> list[dict[str, Any]]:
     kv_tokens = max(BATCHES) * (PROMPT_TOKENS[1] + NEW_TOKENS[1])
-    engines = {share: Engine(load_fp32(folder, cache_dir, slots=share), kv_tokens=kv_tokens) for share in SHARES}
+    engines = {
+        share: Engine(load_fp32(folder, cache_dir, slots=share), kv_tokens=kv_tokens, max_requests=max(BATCHES))
+        for share in SHARES
+    }
     found = {(share, batch): Measured() for share in SHARES for batch in BATCHES}
     used: dict[tuple[str, int], Counter[str]] = {key: Counter() for key in found}
     with counting("requests served", rounds * len(SHARES) * sum(BATCHES)) as advance:
