@@ -96,6 +96,8 @@ def _on_deep_stack(work: Callable[[], T]) -> T:
             before = threading.stack_size(_STACK_BYTES)
             try:
                 future = thread.submit(work)
+            except RuntimeError as error:  # of memory or processes, there is none left
+                raise ConfigError(f"no thread can be started to compile a grammar: {error}") from error
             finally:
                 threading.stack_size(before)
         return future.result()

@@ -51,7 +51,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> TokenByt
     if backend is None or not hasattr(backend, "decode_batch"):
         raise ConfigError(f"{type(tokenizer).__name__} doesn't say which bytes its tokens stand for; {_ALLOWED}")
     special = {id for id, added in backend.get_added_tokens_decoder().items() if added.special}
-    special |= set(tokenizer.all_special_ids)
     names = [None if id in special else backend.id_to_token(id) for id in range(vocabulary)]
     bytes_of = _decoder_rule(backend)
     words = tuple(b"" if name is None else bytes_of(name) for name in names)

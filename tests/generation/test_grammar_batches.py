@@ -238,11 +238,24 @@ def test_a_moved_request_goes_on_in_its_text(kind: type[Batcher], model: PreTrai
         assert list(found["words"]) == drawn(model, WORDS, COMPILER.start(WORDS.grammar, WORDS.stop_tokens))
 
 
-def test_a_text_that_was_complete_ends_where_it_is_moved_to(model: PreTrainedModel):
-    batcher = opened(RowBatcher, model)
-    batcher.add(replace(WORDS, prompt=(7, *b"abcd!"), resumed=5))
-    found = outputs_of(batcher)
-    assert (found["words"].tokens, found["words"].reason) == ((), "stop")
+@pytest.mark.parametrize("kind", BATCHERS)
+def test_requests_that_end_before_their_first_token_make_no_step(kind: type[Batcher], model: PreTrainedModel):
+    """Cancelled while their grammar is compiled, complete when they were moved, or without any text to write."""
+    executor = HandExecutor()
+    batcher = opened(kind, model, executor)
+    batcher.add(replace(WORDS, id="complete", prompt=(7, *b"abcd!"), resumed=5))
+    batcher.add(replace(WORDS, id="none", grammar=Grammar("regex", "[a-z&&[0-9]]")))
+    batcher.add(replace(WORDS, id="cancelled"))
+    batcher.cancel("cancelled")
+    assert [output.id for output in batcher.outputs()] == ["cancelled"]
+    for job in range(3):
+        executor.run(job)
+    assert not batcher.prepare()
+    assert [(output.id, output.tokens, output.reason) for output in batcher.outputs()] == [
+        ("complete", (), "stop"),
+        ("none", (), "error"),
+    ]
+    assert not batcher.has_work
     batcher.close()
 
 
@@ -270,6 +283,33 @@ def test_ranks_go_on_beside_one_that_waits_for_a_grammar(name: str, checkpoint: 
     assert constrained["json"] == by_hand(reference, JSON)
     assert mates == {mate.id: generated(reference, mate) for mate in MATES}
     grouped.check()
+
+
+def test_no_rank_ends_while_one_waits_for_a_grammar(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Rank 0's is ready when it has waited three times; rank 1 has nothing to do at all."""
+    grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, [2, 3])
+
+    class SlowQueue(GrammarQueue[Any]):
+        waits = 0
+
+        def wait(self, timeout_s: float) -> None:
+            self.waits += 1
+            if self.waits == 3:
+                assert isinstance(self._executor, HandExecutor)
+                self._executor.run(0)
+
+    def work(transport: LocalTransport) -> str:
+        engine = Engine(grouped.models[transport.rank], kv_tokens=512)
+        engine.batcher.grammars = queue = SlowQueue(lambda: COMPILER, HandExecutor())
+        if transport.rank == 0:
+            engine.batcher.add(WORDS)
+        text = text_of(tuple(token for output in engine.run() for token in output.tokens))
+        engine.batcher.close()
+        assert queue.waits == (3 if transport.rank == 0 else 0)
+        return text
+
+    text, nothing = run_threads(work, 2, hub=grouped.hub)
+    assert re.fullmatch("(?:ab|cd){2,5}!", text) and nothing == ""
 
 
 def test_ends_come_by_the_end_token_where_the_text_may_go_on(model: PreTrainedModel):

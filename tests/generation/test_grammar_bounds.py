@@ -178,3 +178,14 @@ def test_no_grammar_of_the_allowed_size_exceeds_the_stack():
 
 def test_a_language_without_texts_is_an_error():
     assert prepare("regex", "[a-z&&[0-9]]").error
+
+
+def test_a_grammar_without_a_thread_to_compile_it_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """The rank goes on: it may be at its limit of processes."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", fail)
+    with pytest.raises(ConfigError, match="no thread can be started to compile a grammar: can't start new thread"):
+        check_grammar("regex", "a")
