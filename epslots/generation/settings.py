@@ -47,12 +47,12 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         top_k: sample from this many likeliest tokens; 0 = all.
         top_p: sample from the likeliest tokens with this probability mass together.
         min_p: sample from the tokens at least this share as likely as the likeliest.
-        seed: of the random numbers. They depend on the seed and the token's position alone.
+        seed: the seed of the random numbers. They depend on the seed and the token's position alone.
         presence_penalty: lowers the logits of tokens that the new text has.
         frequency_penalty: lowers the logits of tokens for each time that the new text has them.
         repetition_penalty: lowers the logits of tokens in prompt and new text; 1 = doesn't.
         logit_bias: number that is added to a token's logit, by token; up to 1,024 tokens.
-        json_schema: the text is JSON by this schema, an object or its text; True = any JSON object.
+        json_schema: the text is JSON by this schema, an object or its text; True, or the text "true", = any JSON object.
         regex: the text matches this regular expression as a whole.
         grammar: the text belongs to this grammar, in the notation of Lark.
         logprobs: return the log-probability of each new token, and of this many likeliest ones (up to 20).

@@ -30,7 +30,9 @@ def test_every_setting_is_an_option_that_is_explained():
             option = found[f"--{name.replace('_', '-')}"]
             assert not option.help[0].islower() and len(option.help) > 20, name
             assert "``" not in option.help
+            assert "  " not in option.help
             assert option.rich_help_panel
+        assert found["--temperature"].help.startswith("0 takes the likeliest token; ")
 
 
 def test_without_options_the_defaults_are_pythons():
