@@ -73,6 +73,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if target is not None and (not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1e6):
             raise ConfigError(f"step_target_ms={target!r}: allowed: None, or milliseconds, more than 0")
 
+    def step_tokens(self, whole_prompts: bool) -> int:
+        """Tokens of one step, at most; ``whole_prompts``: a prompt is computed in one step, whatever its length."""
+        return self.kv_tokens if whole_prompts else max(self.max_batch_tokens, self.max_requests)
+
 
 class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings by which a checkpoint is loaded and run on each rank.

@@ -110,14 +110,13 @@ class RowBatcher(Batcher):
 
     def _open_cache(self) -> RowCache:
         config, support = self._config, self._support
-        in_flight = max(config.max_batch_tokens, config.max_requests)
         try:
             return RowCache(
                 self._model,
                 tensors_of(self._model),
                 kv_tokens=config.kv_tokens,
                 max_requests=config.max_requests,
-                in_flight=config.kv_tokens if support.whole_prompts else in_flight,
+                in_flight=config.step_tokens(support.whole_prompts),
                 by_row=support.by_row,
             )
         except (MemoryError, RuntimeError) as error:
@@ -218,7 +217,7 @@ class RowBatcher(Batcher):
             if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
                 continue
             shared = _common(own, running.entry.ids(0, len(own)))
-            if running.entry.reason:
+            if running in self._kept:
                 shared = min(shared, running.row.length)  # it doesn't go on
             # A state is of one length: the row's present one, or one that it hasn't reached.
             if self._cache.keeps_states and shared < running.row.length:
@@ -231,10 +230,8 @@ class RowBatcher(Batcher):
         """The next pass, with room for its tokens: where the cache is full, the newest rows are given up."""
         while self._running:
             states = [self._state(running) for running in self._running]
-            # Rows that run alone for the sake of their bits have the same chunks whatever else runs.
-            together, most = self._support.together, self._config.max_batch_tokens
-            room = self._chunk.prompt_tokens(sum(map(decodes, states))) if together else most
-            planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=together)
+            room = self._chunk.prompt_tokens(sum(map(decodes, states)))
+            planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every running row has a token left to compute"
             if self._make_room(len(planned.rows) * planned.width, rows=0):
                 return planned
@@ -255,7 +252,8 @@ class RowBatcher(Batcher):
 
     def _preempt(self, running: _RunningRow) -> None:
         """Give up a row; its request waits again, before all others."""
-        self._leave(running.entry)
+        self._running.remove(running)
+        self._cache.close(running.row)
         self._waiting.appendleft(running.entry)
         self._counters.preempted += 1
 

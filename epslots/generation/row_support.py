@@ -33,7 +33,7 @@ class RowSupport:
         rotaries: rotary embeddings that are computed row by row, because their angles depend on a row's length.
         whole_prompts: a prompt is computed in one pass, whatever its length.
         replays: text that is computed again comes token by token, as it did the first time: in one pass it would get other
-            angles, or other bits.
+            angles, or other bits. Prompts of such models are whole, too.
         together: several rows share a pass.
         restart: tokens of a sequence after which it is computed anew, once; None = never.
     """
@@ -53,7 +53,7 @@ class RowSupport:
     @property
     def shares_prefixes(self) -> bool:
         """Whether a row may begin with another one's tokens."""
-        return not self.whole_prompts and not self.replays
+        return not self.whole_prompts
 
 
 def row_support(model: PreTrainedModel) -> RowSupport:
@@ -65,12 +65,13 @@ def row_support(model: PreTrainedModel) -> RowSupport:
     unknown = frozenset(i for i, layer in enumerate(empty_cache(model).layers) if not can_be_pooled(layer))
     rotaries = tuple(depends_on_length(model))
     invariant = is_batch_invariant(model)
+    replays = bool(rotaries) or invariant
     restarts = rotaries and type(model).__name__ in RESTARTING
     return RowSupport(
         modules=attentions_by_row(model, unknown),
         rotaries=rotaries,
-        whole_prompts=bool(rotaries) or any(type(module).__name__ in WHOLE_PROMPT_MIXERS for module in model.modules()),
-        replays=bool(rotaries) or invariant,
+        whole_prompts=replays or any(type(module).__name__ in WHOLE_PROMPT_MIXERS for module in model.modules()),
+        replays=replays,
         together=not invariant,
         restart=getattr(model.config, "original_max_position_embeddings", None) if restarts else None,
     )

@@ -138,7 +138,7 @@ class ModelShape(msgspec.Struct, frozen=True):
 
     def step_tokens(self, engine: EngineConfig) -> int:
         """Tokens of one step, at most."""
-        return engine.kv_tokens if self.whole_prompts else max(engine.max_batch_tokens, engine.max_requests)
+        return engine.step_tokens(self.whole_prompts)
 
     def kv_bytes(self, engine: EngineConfig) -> int:
         """Bytes of the cache that an engine allocates."""

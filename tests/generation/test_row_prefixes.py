@@ -115,3 +115,19 @@ def test_kept_rows_give_way_to_requests():
     assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
     assert batcher._kept, "the last ones are still there"
     batcher.close()
+
+
+def test_a_prompt_given_up_halfway_is_computed_again():
+    """Its own row is no beginning to wait for: nothing goes on there."""
+    model = MODELS["deepseek_v3"].build()
+    requests = [Request("old", prompt_of(20, seed=1), 8), Request("new", prompt_of(39, seed=2), 8)]
+    batcher = RowBatcher(model, kv_tokens=64, max_requests=2, max_batch_tokens=8)
+    collected = Collected(batcher)
+    batcher.add(requests[0])
+    while not collected.tokens:
+        collected.run(1)
+    batcher.add(requests[1])
+    collected.run()
+    assert batcher.stats().preempted > 0, "the cache was really too small"
+    assert collected.tokens == {request.id: generated(model, request) for request in requests}
+    batcher.close()

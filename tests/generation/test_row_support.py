@@ -8,12 +8,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from epslots.errors import UnsupportedModelError
+from epslots.generation.requests import Request
 from epslots.generation.row_attention import LayerOfRows, RowByRow
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.row_cache import RowCache
 from epslots.generation.row_layers import can_be_pooled
 from epslots.generation.row_support import row_support
+from epslots.models.batch_invariance import make_batch_invariant
 from epslots.models.measure_shape import measure_cache
 from tests.support import zoo
+from tests.support.batches import finish, generated, prompt_of
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 BY_ROW = {
@@ -103,3 +107,13 @@ def test_masks_are_made_for_the_longest_of_apart_rows():
     one, other = DynamicLayer(), DynamicLayer()
     one.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
     assert LayerOfRows([other, one]).get_mask_sizes(2) == (5, 0)
+
+
+def test_a_batch_invariant_prompt_has_room_in_windows():
+    """It is computed in one pass, however long; windows have cells for all of it."""
+    model = MODELS["mimo_v2_flash"].build()
+    make_batch_invariant(model)
+    batcher = RowBatcher(model, kv_tokens=200, max_requests=2, max_batch_tokens=16)
+    requests = [Request("long", prompt_of(120), 4), Request("short", prompt_of(9), 4)]
+    assert finish(batcher, requests).tokens == {request.id: generated(model, request) for request in requests}
+    batcher.close()
