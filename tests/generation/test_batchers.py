@@ -71,19 +71,6 @@ def nothing_is_left_behind() -> Iterator[None]:
     assert not warnings
 
 
-@pytest.fixture(scope="module")
-def built() -> Callable[[str], PreTrainedModel]:
-    """Plain models by name, each built once; only for tests that leave them as they are."""
-    models: dict[str, PreTrainedModel] = {}
-
-    def get(name: str) -> PreTrainedModel:
-        if name not in models:
-            models[name] = zoo.ZOO[name].build()
-        return models[name]
-
-    return get
-
-
 # --- the same tokens ---------------------------------------------------------------------------------------------------------
 
 

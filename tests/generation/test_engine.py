@@ -20,7 +20,7 @@ from epslots.group.join import join
 from epslots.group.rank_group import group_of
 from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.support import zoo
-from tests.support.batches import drawn
+from tests.support.batches import drawn, serve_all
 from tests.support.equality import greedy
 from tests.support.grouped_ranks import TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads
@@ -43,14 +43,7 @@ def requests_of(rank: int, sampling: Sampling = GREEDY) -> list[Request]:
 
 def serve(model: PreTrainedModel, requests: list[Request], batch_tokens: int = 24) -> dict[str, list[int]]:
     engine = Engine(model, kv_tokens=512, max_batch_tokens=batch_tokens)
-    found: dict[str, list[int]] = {request.id: [] for request in requests}
-    for request in requests:
-        engine.batcher.add(request)
-    for output in engine.run():
-        assert output.error is None
-        found[output.id] += output.tokens
-    engine.batcher.close()
-    return found
+    return serve_all(engine, requests)
 
 
 def expected(reference: PreTrainedModel, requests: list[Request]) -> dict[str, list[int]]:

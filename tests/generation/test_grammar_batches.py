@@ -25,7 +25,7 @@ from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
 from epslots.transport.local_transport import LocalTransport
 from tests.support import zoo
-from tests.support.batches import Faults, drawn, generated, prompt_of, requests_of
+from tests.support.batches import Faults, drawn, generated, prompt_of, requests_of, serve_all
 from tests.support.grouped_ranks import Grouped
 from tests.support.hand_executor import HandExecutor
 from tests.support.rank_helpers import run_threads
@@ -270,14 +270,7 @@ def test_ranks_go_on_beside_one_that_waits_for_a_grammar(name: str, checkpoint: 
         engine = Engine(grouped.models[transport.rank], kv_tokens=512, max_batch_tokens=32)
         engine.batcher.grammars = GrammarQueue(lambda: COMPILER)
         requests = MATES if transport.rank else CONSTRAINED
-        found: dict[str, list[int]] = {request.id: [] for request in requests}
-        for request in requests:
-            engine.batcher.add(request)
-        for output in engine.run():
-            assert output.error is None
-            found[output.id] += output.tokens
-        engine.batcher.close()
-        return found
+        return serve_all(engine, requests)
 
     constrained, mates = run_threads(work, 2, hub=grouped.hub)
     assert constrained["json"] == by_hand(reference, JSON)

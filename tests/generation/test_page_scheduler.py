@@ -27,19 +27,6 @@ from tests.support.batches import Collected, ModelFree, finish, generated, pages
 PAGE = 16
 
 
-@pytest.fixture(scope="module")
-def built() -> Callable[[str], PreTrainedModel]:
-    """Plain models by name, each built once."""
-    models: dict[str, PreTrainedModel] = {}
-
-    def get(name: str) -> PreTrainedModel:
-        if name not in models:
-            models[name] = zoo.ZOO[name].build()
-        return models[name]
-
-    return get
-
-
 class Watched:
     """A batcher without its model, whose every step is held to the rules."""
 

@@ -23,19 +23,6 @@ COMMON = prompt_of(50)
 """Three full pages, and two tokens of a fourth."""
 
 
-@pytest.fixture(scope="module")
-def built() -> Callable[[str], PreTrainedModel]:
-    """Plain models by name, each built once."""
-    models: dict[str, PreTrainedModel] = {}
-
-    def get(name: str) -> PreTrainedModel:
-        if name not in models:
-            models[name] = zoo.ZOO[name].build()
-        return models[name]
-
-    return get
-
-
 def twins(count: int, **changes: Any) -> list[Request]:
     """Requests that differ after the common beginning."""
     return [Request(f"t{n}", COMMON + prompt_of(3, seed=n), 6, **changes) for n in range(count)]

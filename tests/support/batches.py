@@ -12,6 +12,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from epslots.errors import PeerLost
 from epslots.generation.batcher import Batcher
+from epslots.generation.engine import Engine
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
 from epslots.generation.token_choice import choose
@@ -132,3 +133,15 @@ class Faults:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def serve_all(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    """The tokens of requests that an engine serves together, by id; it is closed then."""
+    found: dict[str, list[int]] = {request.id: [] for request in requests}
+    for request in requests:
+        engine.batcher.add(request)
+    for output in engine.run():
+        assert output.error is None
+        found[output.id] += output.tokens
+    engine.batcher.close()
+    return found
