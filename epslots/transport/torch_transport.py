@@ -12,6 +12,7 @@ On NCCL an operation is queued on the device, and a lost peer stops the device i
 
 from __future__ import annotations
 
+import atexit
 import re
 import threading
 import time
@@ -21,6 +22,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -48,6 +50,9 @@ _EVENT_POLL_S = 20e-6  # between polls of a CUDA event: a wait that blocks in th
 _BROKEN_POLL_S = 0.1  # between looks whether another thread broke the transport
 _FIRST_PROBE_S, _MOST_PROBE_GAP_S = 0.5, 2.0  # probes of gloo's connections: each wait twice as long as before, up to the gap
 _CUT_TAG, _PROBE_TAG = 1, 2  # tags that no message has
+
+
+_open: WeakSet[TorchTransport] = WeakSet()
 
 
 class TorchTransport:
@@ -78,6 +83,7 @@ class TorchTransport:
         self._break_lock = threading.Lock()
         self._probe_tensor = torch.empty(1, dtype=torch.uint8)
         self._waiting_thread: WaitingThread | None = None
+        _open.add(self)
 
     @property
     def deadline_s(self) -> float:
@@ -258,6 +264,18 @@ class TorchTransport:
     def _end_waiting_thread(self) -> None:
         if self._waiting_thread is not None:
             self._waiting_thread.end()
+
+
+@atexit.register
+def _end_groups() -> None:
+    """End the groups' own threads before the interpreter goes: a group ends with the last reference to it.
+
+    Such a thread drops an operation's tensors a little after the operation has ended, and needs the interpreter for that.
+    Without it, the process ends with SIGABRT ("terminate called without an active exception").
+    """
+    for transport in list(_open):
+        transport.close()
+        del transport._group
 
 
 def exchange_batches(
