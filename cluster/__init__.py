@@ -17,9 +17,11 @@ import epslots  # noqa: F401 - a rank imports it before torch, whose threads rea
 if TYPE_CHECKING:
     from cluster.api import Cluster
     from cluster.errors import ClusterError, Overloaded, RankFailed
-    from cluster.generation import Generation, GenerationSettings, Result
+    from cluster.generation import Generation, Result
     from cluster.messages.controller import Explanation
     from cluster.reports import ClusterStats, PlacementReport
+    from epslots.generation.portions import Portion
+    from epslots.generation.settings import GenerationSettings
 
 __all__ = [
     "Cluster",
@@ -30,18 +32,20 @@ __all__ = [
     "GenerationSettings",
     "Overloaded",
     "PlacementReport",
+    "Portion",
     "RankFailed",
     "Result",
 ]
 
 _HOME = {
-    "Cluster": "api",
-    "ClusterStats": "reports",
-    "Explanation": "messages.controller",
-    "Generation": "generation",
-    "GenerationSettings": "generation",
-    "PlacementReport": "reports",
-    "Result": "generation",
+    "Cluster": "cluster.api",
+    "ClusterStats": "cluster.reports",
+    "Explanation": "cluster.messages.controller",
+    "Generation": "cluster.generation",
+    "GenerationSettings": "epslots.generation.settings",
+    "PlacementReport": "cluster.reports",
+    "Portion": "epslots.generation.portions",
+    "Result": "cluster.generation",
 }
 
 
@@ -49,4 +53,4 @@ def __getattr__(name: str) -> Any:
     """Import on first use: a rank's process needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module 'cluster' has no attribute {name!r}")
-    return getattr(import_module(f"cluster.{_HOME.get(name, 'errors')}"), name)
+    return getattr(import_module(_HOME.get(name, "cluster.errors")), name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,14 +25,16 @@ from cluster.driver.request_router import RequestRouter
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.workers import Deadlines
 from cluster.errors import ClusterError, Overloaded, raised_anew
-from cluster.generation import Generation, GenerationSettings, Prompt, Result, read_settings
+from cluster.generation import Generation, PromptChoice, Result
 from cluster.messages.controller import Explanation
 from cluster.messages.rank import Load
+from cluster.queue_room import QueueRoom
 from cluster.reports import ClusterStats, PlacementReport, rank_stats
-from cluster.request_checker import RequestChecker
 from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, check_count, with_keywords
 from epslots.errors import ConfigError
+from epslots.generation.request_checker import RequestChecker
+from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
 from epslots.models.checkpoint import find_checkpoint
 from epslots.models.pretrained import read_language_config
@@ -77,7 +78,7 @@ class Cluster:
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         backend = _ray_backend(config, path) if backend is None else backend
         self._config = config
-        self._room = threading.Semaphore(config.max_queue)
+        self._room = QueueRoom(config.max_queue)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._thread = LoopThread("epslots-supervisor")
         self._supervisor = Supervisor(
@@ -102,16 +103,16 @@ class Cluster:
         try:
             starting = self._thread.begin(self._supervisor.start(config.ranks))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
-            self._checker = RequestChecker(self._thread.wait(starting), self.tokenizer, problem)
+            self._checker = RequestChecker(self._thread.wait(starting).limits, self.tokenizer, problem)
         except BaseException:
             self.close()
             raise
 
     def generate(self, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Result]:
-        """Continue prompts, many at once; yields results as they finish.
+        """Continue prompts, many at once; yields results as they finish, ``n`` for each prompt.
 
         Prompts are read in the caller's thread, as the queue has room for them; so there may be any number. A prompt that
-        can't be served is a result with the reason "error". Closing or dropping the iterator cancels the unfinished ones.
+        can't be served is one result with the reason "error". Closing or dropping the iterator cancels the unfinished ones.
 
         Args:
             prompts: text, token ids, or mappings with "prompt" and settings of its own.
@@ -127,18 +128,21 @@ class Cluster:
         return self._generate(iter(prompts), read_settings(settings))
 
     def _generate(self, prompts: Iterator[Prompt], settings: GenerationSettings) -> Iterator[Result]:
-        done: queue.SimpleQueue[int] = queue.SimpleQueue()
-        running: dict[int, Generation] = {}
+        done: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        running: dict[tuple[int, int], Generation] = {}
         coming = enumerate(prompts)
         following = next(coming, None)
         try:
             while following is not None or running:
                 self._thread.check_process()  # the iterator may have been made before a fork
-                # A caller without running prompts waits until other callers' requests leave room.
-                while following is not None and done.empty() and self._room.acquire(blocking=not running):
+                while following is not None and done.empty():
                     index, prompt = following
                     try:
-                        running[index] = self._send(index, prompt, settings, done.put)
+                        # A caller without running prompts waits until other callers' requests leave room.
+                        sent = self._send(index, prompt, settings, on_done=done.put, wait=not running)
+                        if not sent:
+                            break
+                        running |= {(index, generation.choice): generation for generation in sent}
                     except ConfigError as error:
                         yield Result(index, prompt, (), None, "error", str(error))
                         self._thread.check_process()
@@ -155,46 +159,87 @@ class Cluster:
         It is cancelled when it is closed or dropped, and when a loop over it is left and no other reader remains.
 
         Raises:
-            ConfigError: the prompt or a setting is not allowed.
+            ConfigError: the prompt or a setting is not allowed; ``n`` is more than 1.
             Overloaded: ``max_queue`` requests wait or run already.
             ClusterError: the cluster can't go on.
         """
         self._thread.check_process()
         read = read_settings(settings)
-        if not self._room.acquire(blocking=False):
+        if (n := with_own_settings(prompt, read)[1].n) > 1:
+            raise ConfigError(f"n={n}; allowed here: 1; submit_choices(prompt, **settings) returns a list of n generations")
+        (generation,) = self._submit(prompt, read)
+        return generation
+
+    def submit_choices(self, prompt: Prompt, **settings: Any) -> list[Generation]:
+        """Start to continue one prompt ``n`` times; returns the generations, in the order of their choices.
+
+        All are started, or none. Each is cancelled by itself, as that of ``submit``.
+
+        Raises:
+            ConfigError: the prompt or a setting is not allowed.
+            Overloaded: with these, more than ``max_queue`` requests would wait or run.
+            ClusterError: the cluster can't go on.
+        """
+        self._thread.check_process()
+        return self._submit(prompt, read_settings(settings))
+
+    def _submit(self, prompt: Prompt, settings: GenerationSettings) -> list[Generation]:
+        sent = self._send(0, prompt, settings)
+        if not sent:
             self._thread.flush()  # requests that were cancelled before this call leave room
-            if not self._room.acquire(blocking=False):
-                raise Overloaded(
-                    f"{self._config.max_queue} requests wait or run already, and max_queue allows no more; wait for results, "
-                    f"or use generate(), which waits"
-                )
-        return self._send(0, prompt, read, lambda _: None)
+            sent = self._send(0, prompt, settings)
+        if not sent:
+            raise Overloaded(
+                f"{self._config.max_queue} requests wait or run already, or would with this prompt's, and max_queue allows no "
+                f"more; wait for results, or use generate(), which waits"
+            )
+        return sent
 
-    def _send(self, index: int, prompt: Prompt, settings: GenerationSettings, on_done: Callable[[int], None]) -> Generation:
-        """Send a request whose room in the queue is taken; the room is free again when it is done, or if it is refused."""
+    def _send(
+        self,
+        index: int,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        *,
+        on_done: Callable[[tuple[int, int]], None] = lambda _: None,
+        wait: bool = False,
+    ) -> list[Generation]:
+        """Send a prompt's choices; none if the queue has no room for all. The room of each is free again when it is done.
 
-        def done() -> None:
-            self._room.release()
-            on_done(index)
-
+        Args:
+            settings: for what the prompt says nothing about.
+            on_done: gets the index and the number of each choice that is done.
+            wait: until the queue has room.
+        """
+        bare, settings = with_own_settings(prompt, settings)
+        if settings.n > self._room.places:
+            raise ConfigError(f"n={settings.n}; allowed: up to max_queue, which is {self._room.places}")
+        if not self._room.take(settings.n, wait=wait):
+            return []
         try:
             self._check_open()
-            request, settings = self._checker.request(prompt, settings)
+            requests = self._checker.requests(bare, settings)
         except BaseException:
-            self._room.release()
+            self._room.give(settings.n)
             raise
-        stream = TokenStream(done)
-        generation = Generation(
-            index,
-            prompt,
-            stop=settings.stops,
+        choices = [PromptChoice(index, prompt, settings, number, request) for number, request in enumerate(requests)]
+        streams = [TokenStream(partial(self._done, on_done, (index, choice.number))) for choice in choices]
+        generations = [self._generation(choice, stream) for choice, stream in zip(choices, streams, strict=True)]
+        self._thread.tell(self._supervisor.submit, list(zip(requests, streams, strict=True)), settings.stops)
+        return generations
+
+    def _done(self, on_done: Callable[[tuple[int, int]], None], which: tuple[int, int]) -> None:
+        self._room.give()
+        on_done(which)
+
+    def _generation(self, choice: PromptChoice, stream: TokenStream) -> Generation:
+        return Generation(
+            choice,
             tokenizer=self.tokenizer,
             stream=stream,
-            cancel=partial(self._thread.hint, self._supervisor.router.cancel, request.id),
+            cancel=partial(self._thread.hint, self._supervisor.router.cancel, choice.request.id),
             check_process=self._thread.check_process,
         )
-        self._thread.tell(self._supervisor.submit, request, stream, settings.stops)
-        return generation
 
     @property
     def ranks(self) -> int:

@@ -26,13 +26,15 @@ settings.register_profile("epslots", deadline=None, suppress_health_check=[Healt
 settings.load_profile("epslots")  # a busy machine fails no example
 
 FAST = (
-    "cluster/test_checker.py",
+    "cli/test_text_options.py",
     "cluster/test_controller.py",
     "cluster/test_controller_lives.py",
     "cluster/test_job_prompts.py",
+    "cluster/test_queue_room.py",
     "cluster/test_retries.py",
     "cluster/test_scheduler.py",
     "contracts/",
+    "generation/test_request_checker.py",
     "generation/test_sampling.py",
     "host/test_json_lines.py",
     "host/test_npz.py",

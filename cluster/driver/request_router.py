@@ -14,10 +14,11 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.driver.scheduler import IdleTracker, RankCapacity, ScheduledRequest, Scheduler
+from cluster.driver.scheduler import IdleTracker, RankCapacity, Scheduler
 from cluster.errors import ClusterError
 from cluster.messages.rank import Cancel, Command, Submit, Wake
-from epslots.generation.requests import Output, Reason, Request
+from epslots.generation.portions import push_until_stop
+from epslots.generation.requests import Output, Request
 from epslots.generation.text import TextStream
 
 # A request waits this long for others: ranks that get many in one message need fewer steps than if each began one more.
@@ -25,10 +26,10 @@ _TOGETHER_S = 0.005
 
 
 class Caller(Protocol):
-    """The receiver of a request's tokens. Called from the supervisor's thread, and returns at once."""
+    """The receiver of a request's outputs. Called from the supervisor's thread, and returns at once."""
 
-    def arrive(self, tokens: Sequence[int], reason: Reason | None, error: str | None) -> None:
-        """Take new tokens, and at the end the reason for it."""
+    def arrive(self, output: Output) -> None:
+        """Take the next output; the last one has a reason."""
 
     def fail(self, error: ClusterError) -> None:
         """Take the cluster's failure as the end."""
@@ -78,15 +79,16 @@ class RequestRouter:
 
     # Requests.
 
-    def submit(self, request: Request, caller: Caller, stop: Sequence[str]) -> None:
-        """Take a checked request, with the strings that end its text."""
-        stop_stream = None
-        if stop:
-            tokenizer = self._tokenizer()
-            assert tokenizer is not None, "the request was checked"
-            stop_stream = TextStream(tokenizer, stop)
-        self._calls[request.id] = _Call(caller, stop_stream)
-        self._scheduler.add(request)
+    def submit(self, choices: Sequence[tuple[Request, Caller]], stop: Sequence[str]) -> None:
+        """Take the choices of one checked prompt, with the strings that end their texts."""
+        for request, caller in choices:
+            stop_stream = None
+            if stop:
+                tokenizer = self._tokenizer()
+                assert tokenizer is not None, "the request was checked"
+                stop_stream = TextStream(tokenizer, stop, request.sampling.min_tokens)
+            self._calls[request.id] = _Call(caller, stop_stream)
+        self._scheduler.add([request for request, _ in choices])
         self._assign_soon()
 
     def cancel(self, id: str) -> None:
@@ -94,7 +96,7 @@ class RequestRouter:
         call = self._calls.pop(id, None)
         if call is not None:
             self._cancel_on_rank(id)
-            call.caller.arrive((), "cancelled", None)
+            call.caller.arrive(Output(id, (), True, "cancelled"))
 
     def _cancel_on_rank(self, id: str) -> None:
         worker = self._scheduler.end(id)
@@ -139,7 +141,7 @@ class RequestRouter:
                 f"given up after {entry.losses} ranks in a row were lost while they served this request, without a token in "
                 f"between; it may be the reason. The last loss: {cause}"
             )
-            call.caller.arrive((), "error", message)
+            call.caller.arrive(Output(entry.request.id, (), True, "error", message))
         self._assign_soon()
         return len(moved)
 
@@ -148,28 +150,24 @@ class RequestRouter:
     def take(self, worker: Hashable, outputs: Sequence[Output]) -> None:
         """Take a rank's outputs."""
         for output in outputs:
-            entry = self._scheduler.count(worker, output)
-            call = self._calls.get(output.id)
+            entry, call = self._scheduler.count(worker, output), self._calls.get(output.id)
             if entry is not None and call is not None:
-                self._deliver(entry, call, output)
+                self._deliver(call, output)
         if any(output.finished for output in outputs):
             self._assign_soon()
 
-    def _deliver(self, entry: ScheduledRequest, call: _Call, output: Output) -> None:
+    def _deliver(self, call: _Call, output: Output) -> None:
         """Pass an output on to the caller, up to a stop string."""
-        tokens, reason = output.tokens, output.reason
+        told = output
         if call.stop_stream is not None:
-            call.stop_stream.push(tokens)
-            if call.stop_stream.stopped_after is not None:
-                before = len(entry.tokens) - len(tokens)
-                tokens, reason = tuple(entry.tokens[before : call.stop_stream.stopped_after]), "stop"
-                if not output.finished:
-                    self._cancel_on_rank(output.id)
-        if reason is not None:
+            _, told = push_until_stop(call.stop_stream, output)
+            if told.finished and not output.finished:
+                self._cancel_on_rank(output.id)
+        if told.finished:
             del self._calls[output.id]
-        elif not tokens:
+        elif not told.tokens and not told.prompt_logprobs:
             return
-        call.caller.arrive(tokens, reason, output.error)
+        call.caller.arrive(told)
 
     def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
         """A rank reports that no rank had work in this step."""

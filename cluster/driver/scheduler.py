@@ -5,9 +5,10 @@
     ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
 
 A request goes to the least loaded rank as soon as one has room, and not before: a queued request can still go to a rank that
-comes later. The requests of a lost rank return to the front of the queue, and start again from their prompt and the tokens
-that had arrived. A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to
-itself, and in the end is given up.
+comes later. The choices of one prompt go to one rank, as long as that has room, because it computes their prompt once. The
+requests of a lost rank return to the front of the queue, and start again from their prompt and the tokens that had arrived.
+A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in
+the end is given up.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ class ScheduledRequest:
     """A request of the cluster, with its progress.
 
     Attributes:
+        siblings: id of the first choice of its prompt, which all choices of that prompt have in common.
         tokens: generated so far.
+        prompt_logprobs: log-probabilities of the prompt that have arrived.
         worker: the rank that serves it; None while it is queued.
         losses: ranks in a row that were lost while they had it, without a token in between.
         ending: its user needs no more of it.
     """
 
     request: Request
+    siblings: str
     tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: int = 0
     worker: Hashable | None = None
     losses: int = 0
     ending: bool = False
@@ -58,7 +63,7 @@ class ScheduledRequest:
 
     def rest(self) -> Request:
         """The request for the tokens that are missing."""
-        return self.request.after(self.tokens)
+        return self.request.after(self.tokens, self.prompt_logprobs)
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,14 @@ class _RankLoad:
     requests: int = 0
     held_tokens: int = 0
     needed_tokens: int = 0
+    siblings: set[str] = field(default_factory=set)
+    """Of its requests."""
     reserved: bool = False
     """One of them gets the rank to itself."""
 
     def add(self, entry: ScheduledRequest) -> None:
         self.requests += 1
+        self.siblings.add(entry.siblings)
         self.held_tokens += entry.held_tokens
         self.needed_tokens += entry.needed_tokens
         self.reserved |= entry.alone
@@ -129,11 +137,12 @@ class Scheduler:
         """A rank's requests, oldest first."""
         return [entry for entry in self._entries.values() if entry.worker == worker]
 
-    def add(self, request: Request) -> None:
-        """Queue a request, whose id must be new."""
-        assert request.id not in self._entries
-        self._entries[request.id] = ScheduledRequest(request)
-        self._queue.append(request.id)
+    def add(self, choices: Sequence[Request]) -> None:
+        """Queue the choices of one prompt, whose ids must be new."""
+        for request in choices:
+            assert request.id not in self._entries
+            self._entries[request.id] = ScheduledRequest(request, siblings=choices[0].id)
+            self._queue.append(request.id)
 
     def assign(self, capacities: Mapping[Hashable, RankCapacity]) -> list[tuple[Hashable, Request]]:
         """Assign queued requests, in order, to ranks with room; returns pairs of rank and request.
@@ -153,7 +162,8 @@ class Scheduler:
             fitting = [worker for worker, load in loads.items() if load.fits(entry)]
             if not fitting:
                 break
-            entry.worker = min(fitting, key=lambda worker: loads[worker].needed_tokens)
+            beside_siblings = [worker for worker in fitting if entry.siblings in loads[worker].siblings]
+            entry.worker = min(beside_siblings or fitting, key=lambda worker: loads[worker].needed_tokens)
             loads[entry.worker].add(entry)
             self._queue.popleft()
             assigned.append((entry.worker, entry.rest()))
@@ -172,6 +182,7 @@ class Scheduler:
         if entry.ending:
             return None
         entry.tokens += output.tokens
+        entry.prompt_logprobs += len(output.prompt_logprobs)
         if output.tokens:
             entry.losses = 0  # it isn't the reason: that would end every rank at the same token
         return entry

@@ -146,12 +146,13 @@ class Supervisor:
         assert loaded is not None
         return loaded
 
-    def submit(self, request: Request, caller: Caller, stop: Sequence[str]) -> None:
-        """Take a checked request, with the strings that end its text."""
+    def submit(self, choices: Sequence[tuple[Request, Caller]], stop: Sequence[str]) -> None:
+        """Take the choices of one checked prompt, with the strings that end their texts."""
         if self.failure is not None or self._closing is not None:
-            caller.fail(self.failure or ClusterError(CLOSED))
+            for _, caller in choices:
+                caller.fail(self.failure or ClusterError(CLOSED))
             return
-        self.router.submit(request, caller, stop)
+        self.router.submit(choices, stop)
         self._changes.notify()
 
     async def scale(self, ranks: int) -> None:

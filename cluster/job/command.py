@@ -23,9 +23,9 @@ from epslots.cli.options import (
     ModelOption,
     PlacementOption,
     StrategyOption,
-    TextOptions,
     ray_address,
 )
+from epslots.cli.text_options import TextOptions
 from epslots.config import LoadConfig
 
 if TYPE_CHECKING:
@@ -82,20 +82,23 @@ def job(
         --ranks 16 --slots 25% --prompts /data/prompts.jsonl --output /data/results.jsonl
 
     --prompts is read as a JSON object a line, blank lines skipped. Beside "prompt" (text, or a list of token ids) it may have
-    an "id", which comes back, and settings of its own: max_new_tokens, temperature, top_k, top_p, seed, stop, stop_tokens,
-    ignore_tokenizer_eos, chat.
+    an "id", which comes back, and settings of its own, which go before the options: "max_new_tokens", "stop" (a list), "n",
+    "temperature", "logit_bias", "json_schema", "logprobs", and so on, for each option from --max-new-tokens on.
 
     \b
     {"prompt": "The capital of France is"}
-    {"prompt": [5, 6, 7], "id": "b", "max_new_tokens": 20, "temperature": 0.7, "seed": 1}
+    {"prompt": [5, 6, 7], "id": "b", "max_new_tokens": 20, "temperature": 0.7, "seed": 1, "logit_bias": {"198": -100}}
+    {"prompt": "A person: ", "n": 2, "json_schema": {"type": "object", "required": ["name"]}}
 
     --output gets a JSON object a line for each prompt, in the order in which they finish. "line" is the prompt's line number,
-    and "tokens" the number of new tokens; "token_ids" are there if the prompt was given as token ids. The line of a prompt
-    that can't be served has an "error", and the "id" and "custom_id" of the prompt's line if that is an object; the others
-    go on.
+    and "tokens" the number of new tokens; "token_ids" are there if the prompt was given as token ids. With "n" over 1, these
+    are in the list "choices". Each of "logprobs" and "prompt_logprobs" is a token, its log-probability, and the likeliest
+    tokens with theirs. The line of a prompt that can't be served has an "error", and the "id" and "custom_id" of the prompt's
+    line if that is an object; the others go on.
 
     \b
     {"line":1,"text":" Paris.","tokens":3,"reason":"stop","digest":"..."}
+    {"line":3,"choices":[{"text":...,"tokens":9,"reason":"stop"},{...}],"digest":"..."}
     {"line":2,"id":"b","error":"...","digest":"..."}
 
     A job that was stopped for any reason goes on when it is started again with the same arguments: no prompt is done twice,
@@ -112,13 +115,12 @@ def job(
       130  stopped by Ctrl-C; it can go on
       143  stopped by SIGTERM, which "ray job stop" sends; it can go on
     """
-    from cluster.generation import read_settings
     from cluster.job.run import JobSettings, run_job
     from epslots.example import example_model
 
     source = str(example_model()) if model is None else model
     config = load.config(kv_tokens)
-    settings = JobSettings(prompts, output, source, read_settings(text.settings()), config)
+    settings = JobSettings(prompts, output, source, text.settings(), config)
 
     def open_cluster() -> Cluster:
         from cluster.api import Cluster

@@ -1,7 +1,4 @@
-"""The prompts of a job: a file of JSON lines (``epslots.json_lines``), and an index of the lines that are done.
-
-    {"prompt": "text"}
-    {"prompt": [5, 6, 7], "id": "a-1", "max_new_tokens": 64, "temperature": 0.7, "seed": 1}
+"""The prompts of a job: a file of JSON lines (``epslots/generation/prompt_line.py``), and an index of the lines that are done.
 
 A line's digest shows whether the file was changed since the line was served.
 """
@@ -16,32 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import Raw
 
-from epslots import json_lines
 from epslots.errors import ConfigError
 from epslots.json_lines import Line, read_lines
-
-
-class PromptLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt. Its ``id`` comes back with its result; its other fields go before the job's ``GenerationSettings``."""
-
-    prompt: str | tuple[int, ...]
-    id: str | int | None = None
-    max_new_tokens: int | UnsetType = UNSET
-    temperature: float | UnsetType = UNSET
-    top_k: int | UnsetType = UNSET
-    top_p: float | UnsetType = UNSET
-    seed: int | UnsetType = UNSET
-    stop: str | tuple[str, ...] | UnsetType = UNSET
-    stop_tokens: tuple[int, ...] | UnsetType | None = UNSET
-    ignore_tokenizer_eos: bool | UnsetType = UNSET
-    chat: bool | UnsetType | None = UNSET
-
-    def request(self) -> dict[str, Any]:
-        """The prompt and its settings as a mapping for a cluster's ``generate``."""
-        given = msgspec.structs.asdict(self)
-        return {name: value for name, value in given.items() if value is not UNSET and name != "id"}
 
 
 @dataclass
@@ -116,19 +91,6 @@ def index_lines(path: Path) -> LineIndex:
         except OSError as error:
             raise ConfigError(f"--prompts {path}: {error.strerror}") from error
     return index
-
-
-_decoder = msgspec.json.Decoder(PromptLine)
-
-
-def decode_line(line: Line) -> PromptLine:
-    """The prompt of a line.
-
-    Raises:
-        ConfigError: the line holds no prompt; with what is allowed.
-    """
-    needed = {"prompt": "text or a list of token ids"}
-    return json_lines.decode_line(line, _decoder, example='{"prompt": "text"}', needed=needed)
 
 
 _NAMES = ("id", "custom_id")

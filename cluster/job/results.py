@@ -1,10 +1,11 @@
 """The output of a job: a JSON line for each prompt, written when it finishes, and read when the job goes on.
 
     {"line":3,"id":"a-1","text":" world","tokens":2,"reason":"stop","digest":"5c0ffee1-0123456789abcdef"}
+    {"line":5,"choices":[{"text":" a","tokens":1,"reason":"length"},{...}],"digest":"5c0ffee1-13579bdf02468ace"}
     {"line":4,"error":"no such field: \"promt\"; allowed: ...","digest":"5c0ffee1-89abcdef01234567"}
 
-A line is written with one call, so a killed job leaves whole lines, and at most one torn line at the end, which the next start
-drops.
+A line is written with one call, when all choices of its prompt are done, so a killed job leaves whole lines, and at most one
+torn line at the end, which the next start drops.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +22,31 @@ import msgspec
 
 from cluster.job.prompts import LineIndex
 from epslots.errors import ConfigError, EpslotsError
+from epslots.generation.requests import TokenLogprobs
 
 _BEGIN = b'{"line":'
 # More than a text of a million tokens takes: a job writes no longer line.
 _MAX_LINE_BYTES = 256 * 1024**2
+
+
+class ChoiceResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The result of one choice of a prompt.
+
+    Attributes:
+        text: the new text; absent if the checkpoint has no tokenizer.
+        tokens: number of new tokens.
+        token_ids: the new tokens, if the prompt was given as token ids or there is no tokenizer.
+        reason: "stop" (end token, stop string or the grammar's end) or "length" (``max_new_tokens``).
+        logprobs: of each new token, if asked for: see ``compact_logprobs``.
+        error: the reason why the choice wasn't served, in place of all others.
+    """
+
+    text: str | None = None
+    tokens: int | None = None
+    token_ids: tuple[int, ...] | None = None
+    reason: str | None = None
+    logprobs: Any = None
+    error: str | None = None
 
 
 class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -33,11 +56,10 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         line: the prompt's line number, from 1.
         id: the prompt's own, if it has one; of a line with an error, as it was written.
         custom_id: of a line with an error, as it was written.
-        text: the new text; absent if the checkpoint has no tokenizer.
-        tokens: number of new tokens.
-        token_ids: the new tokens, if the prompt was given as token ids or there is no tokenizer.
-        reason: "stop" (end token or stop string) or "length" (``max_new_tokens``).
-        error: the reason why the prompt wasn't served, in place of text, tokens and reason.
+        text, tokens, token_ids, reason, logprobs: of the only choice: see ``ChoiceResult``.
+        choices: each choice's result, in place of these, if there are several.
+        prompt_logprobs: of the prompt's tokens from the second on, if asked for: see ``compact_logprobs``.
+        error: the reason why the prompt wasn't served, in place of a result.
         digest: of the settings that change the text, and of the prompt's line.
     """
 
@@ -48,8 +70,27 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     tokens: int | None = None
     token_ids: tuple[int, ...] | None = None
     reason: str | None = None
+    logprobs: Any = None
+    choices: tuple[ChoiceResult, ...] | None = None
+    prompt_logprobs: Any = None
     error: str | None = None
     digest: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether the prompt, or one of its choices, wasn't served."""
+        return self.error is not None or any(choice.error is not None for choice in self.choices or ())
+
+
+def compact_logprobs(logprobs: Sequence[TokenLogprobs]) -> list[Any]:
+    """Log-probabilities as lists: [token, its log-probability, [[likely token, its log-probability], ...]].
+
+    The last part is there if the request asked for likely tokens. Numbers are rounded to six decimals; null is minus infinity.
+    """
+    return [
+        [each.token, round(each.logprob, 6), *([[[token, round(other, 6)] for token, other in each.top]] if each.top else [])]
+        for each in logprobs
+    ]
 
 
 def join_digest(settings: int, line: int) -> str:
@@ -131,7 +172,7 @@ class ResultFile:
         if index.is_done(result.line):
             raise self._foreign(f"line {row} of it answers line {result.line} of the prompts a second time")
         index.finish(result.line)
-        return result.error is not None
+        return result.failed
 
     def _check_torn(self, data: bytes, row: int) -> None:
         """Refuse to drop the end of a file that no job wrote: a user's own file must not lose its last line."""

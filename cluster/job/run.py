@@ -19,13 +19,15 @@ import msgspec
 import xxhash
 
 from cluster.errors import ClusterError
-from cluster.generation import GenerationSettings, Result
+from cluster.generation import Result
 from cluster.job.progress import Counts, JobProgress
-from cluster.job.prompts import LineIndex, decode_line, index_lines, open_prompts, read_names
-from cluster.job.results import ResultFile, ResultLine, join_digest
+from cluster.job.prompts import LineIndex, index_lines, open_prompts, read_names
+from cluster.job.results import ChoiceResult, ResultFile, ResultLine, compact_logprobs, join_digest
 from cluster.job.signals import JobStopped, StopSignals
 from epslots.config import LoadConfig
 from epslots.errors import ConfigError, EpslotsError
+from epslots.generation.prompt_line import decode_prompt
+from epslots.generation.settings import GenerationSettings
 from epslots.json_lines import Line, read_lines
 from epslots.streams import say
 
@@ -43,7 +45,10 @@ class JobCluster(Protocol):
     """The part of a cluster that a job uses."""
 
     def generate(self, prompts: Iterable[Mapping[str, Any]], **settings: Any) -> Iterator[Result]:
-        """Results as they finish. Prompts are read in the caller's thread, as the queue has room for them."""
+        """Results as they finish, for each prompt as many as their ``choices`` say.
+
+        Prompts are read in the caller's thread, as the queue has room for them.
+        """
 
 
 _GO_ON = "start the job again with the same arguments to go on"
@@ -152,12 +157,40 @@ def _serve(run: _JobRun, open_cluster: OpenCluster, signals: StopSignals) -> boo
 
 
 @dataclass
+class _AskedLine:
+    """A prompt in the cluster.
+
+    Attributes:
+        id: the prompt's own.
+        as_ids: it was given as token ids.
+        results: of its choices that are done.
+    """
+
+    line: Line
+    id: str | int | None
+    as_ids: bool
+    results: list[Result] = field(default_factory=list)
+
+    def choice(self, result: Result) -> ChoiceResult:
+        """One of the results, as it is written."""
+        if result.reason == "error":
+            return ChoiceResult(error=result.error or "unknown")
+        return ChoiceResult(
+            text=result.text,
+            tokens=len(result.tokens),
+            token_ids=result.tokens if self.as_ids or result.text is None else None,
+            reason=result.reason,
+            logprobs=None if result.logprobs is None else compact_logprobs(result.logprobs),
+        )
+
+
+@dataclass
 class _JobRun:
     """Prompts on their way into a cluster, and results on their way out.
 
     Attributes:
         index: lines of the prompts file; finished one by one.
-        asked: prompts in the cluster, by their number there: line, id, and whether it was given as token ids.
+        asked: prompts in the cluster, by their number there.
     """
 
     job: JobSettings
@@ -165,7 +198,7 @@ class _JobRun:
     results: ResultFile
     counts: Counts
     progress: JobProgress
-    asked: dict[int, tuple[Line, str | int | None, bool]] = field(default_factory=dict)
+    asked: dict[int, _AskedLine] = field(default_factory=dict)
 
     def serve(self, cluster: JobCluster) -> None:
         """Send the prompts that are left, and write the results as they finish.
@@ -175,22 +208,33 @@ class _JobRun:
             ConfigError: the prompts were changed meanwhile.
             OutputLost: a result can't be written.
         """
-        settings = msgspec.structs.asdict(self.job.generation)
         with open_prompts(self.job.prompts) as file:
-            for result in cluster.generate(self._take(file), **settings):
-                line, id, as_ids = self.asked.pop(result.index)
-                if result.reason == "cancelled":
-                    continue  # we cancelled nothing: the next start serves it
-                if result.reason == "error":
-                    self._refuse(line, result.error or "unknown")
-                    continue
-                self.counts.tokens += len(result.tokens)
-                token_ids = result.tokens if as_ids or result.text is None else None
-                self._write(
-                    line, id=id, text=result.text, tokens=len(result.tokens), token_ids=token_ids, reason=result.reason
-                )
+            for result in cluster.generate(self._take(file), **self.job.generation.keywords()):
+                asked = self.asked[result.index]
+                asked.results.append(result)
+                if len(asked.results) == result.choices:
+                    self._answer(self.asked.pop(result.index))
         if missing := self.index.total - self.index.done:
             raise ClusterError(f"{missing:,} prompts got no answer; is their file shorter now?")
+
+    def _answer(self, asked: _AskedLine) -> None:
+        """Write the result of a prompt whose choices are all done."""
+        results = sorted(asked.results, key=lambda result: result.choice)
+        if any(result.reason == "cancelled" for result in results):
+            return  # we cancelled nothing: the next start serves it
+        choices = [asked.choice(result) for result in results]
+        if len(choices) == 1 and choices[0].error is not None:
+            self._refuse(asked.line, choices[0].error)
+            return
+        for number, choice in enumerate(choices):
+            if choice.error is not None:
+                self._warn(asked.line, f"choice {number}: {choice.error}")
+        self.counts.errors += any(choice.error is not None for choice in choices)
+        self.counts.tokens += sum(choice.tokens or 0 for choice in choices)
+        found: dict[str, Any] = {"choices": tuple(choices)} if len(choices) > 1 else msgspec.structs.asdict(choices[0])
+        if (of_prompt := results[0].prompt_logprobs) is not None:
+            found["prompt_logprobs"] = compact_logprobs(of_prompt)
+        self._write(asked.line, id=asked.id, **found)
 
     def _take(self, file: BinaryIO) -> Iterator[Mapping[str, Any]]:
         """The prompts that are left; lines that hold no prompt get an error in the output here."""
@@ -203,18 +247,21 @@ class _JobRun:
             if self.index.is_done(line.number):
                 continue
             try:
-                prompt = decode_line(line)
+                prompt = decode_prompt(line)
             except ConfigError as error:
                 self._refuse(line, str(error))
                 continue
-            self.asked[number] = (line, prompt.id, not isinstance(prompt.prompt, str))
+            self.asked[number] = _AskedLine(line, prompt.id, as_ids=not isinstance(prompt.prompt, str))
             number += 1
             yield prompt.request()
 
     def _refuse(self, line: Line, problem: str) -> None:
         self.counts.errors += 1
-        self.progress.warn(f"{self.job.prompts}, line {line.number}: {problem}")
+        self._warn(line, problem)
         self._write(line, **read_names(line), error=problem)
+
+    def _warn(self, line: Line, problem: str) -> None:
+        self.progress.warn(f"{self.job.prompts}, line {line.number}: {problem}")
 
     def _write(self, line: Line, **result: Any) -> None:
         digest = join_digest(self.job.digest, line.digest)

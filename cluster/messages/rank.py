@@ -20,6 +20,7 @@ import msgspec
 
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
+from epslots.generation.request_checker import ModelLimits
 from epslots.generation.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
@@ -132,19 +133,13 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The model is loaded.
 
     Attributes:
-        capacity: tokens that the cache can hold of one request.
+        limits: the requests that can be served.
         batches: requests run together; else one at a time.
-        vocabulary: number of token ids.
-        context: tokens of the model's context; None if the model states none.
-        end_tokens: end tokens of the generation configuration.
         seconds: duration of each stage of loading, by name.
     """
 
-    capacity: int
+    limits: ModelLimits
     batches: bool
-    vocabulary: int
-    context: int | None
-    end_tokens: tuple[int, ...]
     seconds: dict[str, float]
 
 

@@ -49,9 +49,9 @@ from cluster.messages.rank import (
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
-from epslots.generation.end_tokens import end_tokens
 from epslots.generation.engine import Engine
 from epslots.generation.paged_batcher import PagedBatcher
+from epslots.generation.request_checker import model_limits
 from epslots.generation.requests import Output, Request
 from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
@@ -201,14 +201,10 @@ class RankLoop:
         loaded = time.monotonic()
         self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
-        config = model.config.get_text_config()
         self._send(
             Loaded(
-                capacity=self._engine.batcher.capacity,
+                limits=model_limits(model, self._engine.batcher.capacity),
                 batches=isinstance(self._engine.batcher, PagedBatcher),
-                vocabulary=int(config.vocab_size),
-                context=getattr(config, "max_position_embeddings", None),
-                end_tokens=tuple(sorted(end_tokens(model, ignore_tokenizer_eos=True))),
                 seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
             )
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Annotated, ClassVar, Optional
 
 import msgspec
 import typer
@@ -17,19 +17,21 @@ from epslots.cli.options import (
     ModelOption,
     PlacementOption,
     StrategyOption,
-    TextOptions,
     ray_address,
 )
+from epslots.cli.text_options import TextOptions
 from epslots.config import DEFAULT_KV_TOKENS, LoadConfig
 from epslots.errors import ConfigError
-from epslots.json_lines import MOST_LINE_BYTES, Line, decode_line, decode_text, read_lines
+from epslots.generation.prompt_line import PromptLine, decode_prompt
+from epslots.generation.settings import GenerationSettings, with_own_settings
+from epslots.json_lines import MOST_LINE_BYTES, decode_text, read_lines
 from epslots.streams import is_terminal, read_input, say
 from epslots.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from epslots.cli.launchers import Launched, Launcher
+    from epslots.cli.launchers import Continuation, Launched, Launcher
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def generate(
     where: RankOptions,
     file: Annotated[
         Optional[Path],
-        typer.Option("--file", "-f", help='One prompt (a text file), or many (.jsonl: an object with "prompt" a line).'),
+        typer.Option(
+            "--file",
+            "-f",
+            help='One prompt (a text file), or many (.jsonl: a line is an object with "prompt", and settings of its own).',
+        ),
     ] = None,
     text: TextOptions,
     echo: Annotated[bool, typer.Option("--echo", help="Print each prompt before its continuation.")] = False,
@@ -87,14 +93,15 @@ def generate(
 ) -> None:
     """Continue prompts with a model larger than the device.
 
-    Text goes to standard output as it is made; progress, statistics and errors go to standard error. Several prompts run
-    together, and their texts are printed one after the other.
+    Text goes to standard output as it is made; progress, statistics, log-probabilities and errors go to standard error.
+    Several prompts, and choices of one (--n), run together, and their texts are printed one after the other.
 
         epslots generate --model ./Qwen3-30B-A3B --slots 25% "The capital of France is"
         epslots generate --model ./Qwen3-30B-A3B --ranks 4 --slots 12GiB --file prompts.jsonl --stats
-        echo "import os" | epslots generate --temperature 0.7
+        echo "import os" | epslots generate --temperature 0.7 --n 3
+        epslots generate --json-schema @person.json "Describe a person, as JSON:"
     """
-    texts, config = read_prompts(prompts or [], file), load.config()
+    lines, config, settings = read_prompts(prompts or [], file), load.config(), text.settings()
 
     from epslots.cli.launchers import find_launcher
 
@@ -102,26 +109,24 @@ def generate(
 
     from epslots.cli.one_rank import OneRank
     from epslots.example import example_model
-    from epslots.generation.sampling import Sampling
-    from epslots.generation.text import load_tokenizer, stop_strings
+    from epslots.generation.text import load_tokenizer
     from epslots.models.checkpoint import find_checkpoint
 
-    Sampling(temperature=text.temperature, top_k=text.top_k, top_p=text.top_p, seed=text.seed)  # refuses bad values
-    stop_strings(tuple(text.stop or ()))
     source = str(example_model()) if model is None else model
     folder = find_checkpoint(source)
     context = context_of(folder)
     tokenizer = load_tokenizer(folder)
-    encoded, kv_tokens = _encode(texts, tokenizer, text, context=context, kv_tokens=kv_tokens)
-    config = msgspec.structs.replace(config, kv_tokens=kv_tokens)
+    most_tokens = min((limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None), default=None)
+    encoded = [_EncodedPrompt.of(line, settings, tokenizer, most_tokens) for line in lines]
+    config = msgspec.structs.replace(config, kv_tokens=room_for(encoded, context=context, kv_tokens=kv_tokens))
     launched: Launched
     if launcher is None:
         launched = OneRank(source, tokenizer, config, where.placement)
     else:
-        launched = _launch(launcher, source, where, config, max_queue=len(texts))
+        launched = _launch(launcher, source, where, config, max_queue=sum(prompt.settings.n for prompt in encoded))
     with launched:
         try:
-            print_texts(launched, texts, encoded, text, echo=echo)
+            print_texts(launched, encoded, tokenizer, echo=echo)
         except KeyboardInterrupt:
             if stats:
                 show_stats(launched, config.link)
@@ -130,21 +135,39 @@ def generate(
             show_stats(launched, config.link)
 
 
-def _encode(
-    texts: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    text: TextOptions,
-    *,
-    context: int | None,
-    kv_tokens: int | None,
-) -> tuple[list[list[int]], int]:
-    """The token ids of each prompt, and the tokens of KV cache for all."""
-    from epslots.generation.text import encode_prompt
+@dataclass(frozen=True)
+class _EncodedPrompt:
+    """A prompt's tokens, and its settings.
 
-    limits = [limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None]
-    most_tokens = min(limits) - text.max_new_tokens if limits else None
-    encoded = [encode_prompt(tokenizer, prompt, chat=text.chat, most_tokens=most_tokens) for prompt in texts]
-    return encoded, room_for(encoded, text.max_new_tokens, context=context, kv_tokens=kv_tokens)
+    Attributes:
+        text: None if the prompt was given as token ids.
+    """
+
+    text: str | None
+    tokens: Sequence[int]
+    settings: GenerationSettings
+
+    @classmethod
+    def of(
+        cls, line: PromptLine, settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None
+    ) -> _EncodedPrompt:
+        """Tokenize a prompt.
+
+        Args:
+            settings: for what the line says nothing about.
+            most_tokens: tokens that fit, new ones included; None for any.
+
+        Raises:
+            ConfigError: the prompt or a setting is not allowed.
+        """
+        from epslots.generation.text import encode_prompt
+
+        prompt, settings = with_own_settings(line.request(), settings)
+        if not isinstance(prompt, str):
+            return cls(None, prompt, settings)
+        most = None if most_tokens is None else most_tokens - settings.max_new_tokens
+        tokens = encode_prompt(tokenizer, prompt, chat=settings.chat, most_tokens=most)
+        return cls(prompt, tokens, msgspec.structs.replace(settings, chat=False))
 
 
 def _launch(launcher: Launcher, source: str, where: RankOptions, config: LoadConfig, max_queue: int) -> Launched:
@@ -165,45 +188,35 @@ def context_of(folder: Path) -> int | None:
     return getattr(read_language_config(folder).get_text_config(), "max_position_embeddings", None)
 
 
-def room_for(encoded: list[list[int]], max_new_tokens: int, *, context: int | None, kv_tokens: int | None) -> int:
+def room_for(prompts: Sequence[_EncodedPrompt], *, context: int | None, kv_tokens: int | None) -> int:
     """Tokens of KV cache that these prompts are served with.
 
     Args:
-        encoded: the token ids of each prompt.
+        prompts: all that are served.
         context: tokens of the model's context; None if it states none.
         kv_tokens: the value of --kv-tokens.
 
     Raises:
         ConfigError: a prompt and its new tokens exceed the model's context, or --kv-tokens.
     """
-    longest = max(map(len, encoded))
-    if context is not None and longest + max_new_tokens > context:
-        raise ConfigError(
-            f"the prompt has {longest} tokens and --max-new-tokens is {max_new_tokens}, but the model's context "
-            f"holds {context}"
-        )
-    needed = longest + max_new_tokens - 1  # the last new token is never computed with, so it has no keys and values
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens) + prompt.settings.max_new_tokens)
+    new = longest.settings.max_new_tokens
+    size = f"the prompt has {len(longest.tokens)} tokens and --max-new-tokens is {new}"
+    if context is not None and len(longest.tokens) + new > context:
+        raise ConfigError(f"{size}, but the model's context holds {context}")
+    needed = len(longest.tokens) + new - 1  # the last new token is never computed with, so it has no keys and values
     if kv_tokens is None:
-        return max(needed, min(DEFAULT_KV_TOKENS, sum(map(len, encoded)) + len(encoded) * max_new_tokens))
+        together = sum((len(prompt.tokens) + prompt.settings.max_new_tokens) * prompt.settings.n for prompt in prompts)
+        return max(needed, min(DEFAULT_KV_TOKENS, together))
     if kv_tokens < needed:
-        raise ConfigError(
-            f"the prompt has {longest} tokens and --max-new-tokens is {max_new_tokens}, which need {needed} tokens of KV "
-            f"cache, but --kv-tokens is {kv_tokens}"
-        )
+        raise ConfigError(f"{size}, which need {needed} tokens of KV cache, but --kv-tokens is {kv_tokens}")
     return kv_tokens
 
 
-class _PromptLine(msgspec.Struct):
-    """A line of a .jsonl file; its other fields are ignored."""
-
-    prompt: Any
-
-
-_decoder = msgspec.json.Decoder(_PromptLine)
 _GIVE = "give text as an argument, with --file, or on standard input"
 
 
-def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
+def read_prompts(arguments: list[str], file: Path | None) -> list[PromptLine]:
     """Prompts from the arguments, else a file, else standard input.
 
     Raises:
@@ -216,19 +229,29 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[str]:
     name = str(file or "standard input")
     try:
         if arguments:
-            found = arguments
+            found = [PromptLine(prompt=text) for text in arguments]
         elif file is not None and file.suffix.lower() == ".jsonl":
-            with file.open("rb") as lines:
-                found = [_prompt_of(line, f"{name}, line {line.number}") for line in read_lines(lines)]
+            found = _read_lines(file)
         elif file is not None:
             with file.open("rb") as whole:
-                found = [_text_of(whole.read(MOST_LINE_BYTES + 1), name)]
+                found = [PromptLine(prompt=_text_of(whole.read(MOST_LINE_BYTES + 1), name))]
         else:
-            found = [_text_of(read_input(MOST_LINE_BYTES), name)]
+            found = [PromptLine(prompt=_text_of(read_input(MOST_LINE_BYTES), name))]
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror or error}") from error
-    if not found or not all(text.strip("\r\n") for text in found):
+    if not found or not all(line.prompt.strip("\r\n") if isinstance(line.prompt, str) else line.prompt for line in found):
         raise ConfigError(f"an empty prompt: {_GIVE}")
+    return found
+
+
+def _read_lines(file: Path) -> list[PromptLine]:
+    found = []
+    with file.open("rb") as lines:
+        for line in read_lines(lines):
+            try:
+                found.append(decode_prompt(line))
+            except ConfigError as error:
+                raise ConfigError(f"{file}, line {line.number}: {error}") from error
     return found
 
 
@@ -241,30 +264,34 @@ def _text_of(data: bytes, name: str) -> str:
         raise ConfigError(f"{name} is {error}") from error
 
 
-def _prompt_of(line: Line, name: str) -> str:
-    example = '{"prompt": "text"}'
-    try:
-        prompt = decode_line(line, _decoder, example=example, needed={}).prompt
-    except ConfigError as error:
-        raise ConfigError(f'{name}: not an object with "prompt": {error}') from error
-    if not isinstance(prompt, str):
-        raise ConfigError(f'{name}: "prompt" must be text, as in {example}')
-    return prompt
-
-
-def print_texts(launched: Launched, texts: list[str], encoded: list[list[int]], text: TextOptions, *, echo: bool) -> None:
+def print_texts(
+    launched: Launched, prompts: Sequence[_EncodedPrompt], tokenizer: PreTrainedTokenizerBase, *, echo: bool
+) -> None:
     """Continue all prompts at once, and print their texts in order, each as it comes."""
-    settings = text.settings()
-    del settings["chat"]  # the prompts are encoded
-    running: list[Iterable[str]] = [launched.submit(tokens, **settings) for tokens in encoded]
-    for number, (prompt, pieces) in enumerate(zip(texts, running, strict=True)):
-        if len(texts) > 1:
-            say(f"--- {number + 1} of {len(texts)}")
-        if echo:
-            print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
+    running = [launched.submit_choices(prompt.tokens, **prompt.settings.keywords()) for prompt in prompts]
+    for number, (prompt, choices) in enumerate(zip(prompts, running, strict=True), start=1):
+        for choice, continuation in enumerate(choices, start=1):
+            if len(prompts) > 1 or len(choices) > 1:
+                of_choices = f", choice {choice} of {len(choices)}" if len(choices) > 1 else ""
+                say(f"--- {number} of {len(prompts)}{of_choices}")
+            if echo:
+                print(prompt.text or tokenizer.decode(list(prompt.tokens)), end="", flush=True)
+            _print_text(continuation, tokenizer)
+
+
+def _print_text(continuation: Continuation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print a text as it comes; after it, log-probabilities to standard error if they were asked for."""
+    from epslots.cli.tables import print_logprobs
+
+    of_prompt, of_text = [], []
+    for portion in continuation.portions():
+        print(portion.text, end="", flush=True)
+        of_prompt += portion.prompt_logprobs
+        of_text += portion.logprobs
+    print(flush=True)
+    for title, logprobs in (("prompt", of_prompt), ("text", of_text)):
+        if logprobs:
+            print_logprobs(f"log-probabilities of the {title}", logprobs, lambda token: tokenizer.decode([token]))
 
 
 def show_stats(launched: Launched, link: str | None) -> None:

@@ -6,19 +6,31 @@ ray = "cluster.api:Cluster"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, Unpack, cast
+from typing import Any, Protocol, Self, Unpack, cast
 
 from epslots.cli.tables import RanksStats
 from epslots.config import LoadSettings
 from epslots.errors import ConfigError
+from epslots.generation.portions import Portion
 from epslots.telemetry import Stats
 
 GROUP = "epslots.launchers"
 NAME = "ray"
+
+
+class Continuation(Protocol):
+    """One choice of a prompt's continuation."""
+
+    def portions(self) -> Iterator[Portion]:
+        """It as it comes.
+
+        Raises (the iterator):
+            EpslotsError: the prompt can't be served.
+        """
 
 
 class Launched(Protocol):
@@ -30,22 +42,14 @@ class Launched(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> object: ...
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        stop: tuple[str, ...],
-        ignore_tokenizer_eos: bool,
-    ) -> Iterable[str]:
-        """Start to continue a prompt of token ids; returns its text, in pieces as they come, up to a ``stop`` string.
+    def submit_choices(self, prompt: Sequence[int], **settings: Any) -> Sequence[Continuation]:
+        """Start to continue a prompt of token ids.
+
+        Args:
+            settings: of ``GenerationSettings``.
 
         Raises:
-            EpslotsError: the prompt or a setting is refused. The iterator raises it if the prompt can't be served.
+            EpslotsError: the prompt or a setting is refused.
         """
 
     def stats(self) -> Stats | RanksStats:

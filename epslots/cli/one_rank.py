@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import epslots
 from epslots.config import LoadConfig
 from epslots.errors import EpslotsError
-from epslots.generation.end_tokens import end_tokens, tokenizer_end_tokens
 from epslots.generation.engine import Engine
-from epslots.generation.requests import Output, Request
-from epslots.generation.sampling import Sampling
-from epslots.generation.text import TextStream
+from epslots.generation.portions import Portion, PortionMaker
+from epslots.generation.request_checker import RequestChecker, model_limits
+from epslots.generation.requests import Output
+from epslots.generation.settings import read_settings
 from epslots.telemetry import Stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass
-class _Text:
-    """A prompt's text so far, and the pieces of it that weren't read yet."""
-
-    stream: TextStream
-    pieces: deque[str] = field(default_factory=deque)
-    finished: bool = False
-    error: str | None = None
-
-
 class OneRank:
-    """A model in this process. Prompts run together: reading the text of one makes steps for all.
+    """A model in this process. Requests run together: reading one makes steps for all.
 
     Args:
         tokenizer: turns tokens into text.
@@ -45,58 +34,36 @@ class OneRank:
     ) -> None:
         self._model = epslots.load(path_or_id, placement=placement, **config.keywords())
         self._tokenizer = tokenizer
-        self._engine = Engine(self._model, kv_tokens=config.kv_tokens)
-        self._ends = end_tokens(self._model, ignore_tokenizer_eos=True)
-        self._tokenizer_ends = tokenizer_end_tokens(tokenizer, self._model.config.get_text_config().vocab_size)
-        self._texts: dict[str, _Text] = {}
+        self._engine = Engine(self._model)
+        self._checker = RequestChecker(model_limits(self._model, self._engine.batcher.capacity), tokenizer)
+        self._running: dict[str, _Running] = {}
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        stop: tuple[str, ...],
-        ignore_tokenizer_eos: bool,
-    ) -> Iterator[str]:
-        """Start to continue a prompt of token ids; returns its text, in pieces as they come.
+    def submit_choices(self, prompt: Sequence[int], **settings: Any) -> list[_Running]:
+        """Start to continue a prompt of token ids; returns its choices.
 
         Raises:
             ConfigError: the prompt or a setting is not allowed.
         """
-        id = str(len(self._texts))
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        ends = self._ends if ignore_tokenizer_eos else self._ends | self._tokenizer_ends
-        self._engine.batcher.add(Request(id, tuple(prompt), max_new_tokens, stop_tokens=ends, sampling=sampling))
-        self._texts[id] = _Text(TextStream(self._tokenizer, stop))
-        return self._pieces(self._texts[id])
+        read = read_settings(settings)
+        choices = {}
+        for request in self._checker.requests(prompt, read):
+            self._engine.batcher.add(request)
+            choices[request.id] = _Running(self, PortionMaker(self._tokenizer, read.stops, read.min_tokens))
+        self._running |= choices
+        return list(choices.values())
 
-    def _pieces(self, text: _Text) -> Iterator[str]:
-        while True:
-            while text.pieces:
-                yield text.pieces.popleft()
-            if text.error is not None:
-                raise EpslotsError(text.error)
-            if text.finished:
-                return
-            self._engine.step()
-            for output in self._engine.batcher.outputs():
-                self._take(output)
-
-    def _take(self, output: Output) -> None:
-        text = self._texts[output.id]
-        if text.finished:
-            return  # it ended at a stop string before
-        pieces = [text.stream.push(output.tokens)]
-        if text.stream.stopped and not output.finished:
-            self._engine.batcher.cancel(output.id)
-        if output.finished or text.stream.stopped:
-            text.finished, text.error = True, output.error
-            pieces.append(text.stream.finish())
-        text.pieces.extend(filter(None, pieces))
+    def step(self) -> None:
+        """Make a step, and hand its outputs to their readers."""
+        self._engine.step()
+        for output in self._engine.batcher.outputs():
+            running = self._running.get(output.id)
+            if running is None:
+                continue  # it ended at a stop string before
+            running.take(output)
+            if running.ended:
+                del self._running[output.id]
+                if not output.finished:
+                    self._engine.batcher.cancel(output.id)
 
     def stats(self) -> Stats:
         """Counters of each layer."""
@@ -107,3 +74,39 @@ class OneRank:
 
     def __exit__(self, *_: object) -> None:
         self._engine.batcher.close()
+
+
+class _Running:
+    """One choice of a prompt: the portions that weren't read yet.
+
+    Args:
+        rank: makes steps while they are awaited.
+        maker: turns the request's outputs into portions.
+    """
+
+    def __init__(self, rank: OneRank, maker: PortionMaker) -> None:
+        self._rank, self._maker = rank, maker
+        self._unread: deque[Portion] = deque()
+        self._error: str | None = None
+        self.ended = False
+
+    def take(self, output: Output) -> None:
+        """Take the request's next output."""
+        portion = self._maker.take(output)
+        self._unread.append(portion)
+        self.ended = portion.reason is not None
+        self._error = output.error if portion.reason == "error" else None
+
+    def portions(self) -> Iterator[Portion]:
+        """The continuation as it comes. It is read once.
+
+        Raises (the iterator):
+            EpslotsError: the request ended with an error.
+        """
+        while self._unread or not self.ended:
+            if self._unread:
+                yield self._unread.popleft()
+            else:
+                self._rank.step()
+        if self._error is not None:
+            raise EpslotsError(self._error)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command one parameter for each field of its dataclass parameters, for typer to read.
 
-    A group's ``PANEL`` is the heading of its options in the help.
+    A group's ``PANEL`` is the heading of its options in the help; an option's own heading goes before it.
 
     Example:
         @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 def _under(kind: Any, panel: str) -> Any:
     """An option's annotation, with its place in the help. The option itself may stand in other commands as well."""
     plain, option = kind.__origin__, copy(kind.__metadata__[0])
-    option.rich_help_panel = panel
+    option.rich_help_panel = option.rich_help_panel or panel
     return Annotated[plain, option]
 
 

@@ -1,13 +1,13 @@
 """Options that several commands share, declared once; and groups of them, for commands with ``option_groups.takes_groups``.
 
-``LoadConfigOptions`` are the settings of ``LoadConfig``; ``TextOptions`` say how prompts are continued.
+``LoadConfigOptions`` are the settings of ``LoadConfig``. Those of ``GenerationSettings`` are in ``text_options.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Optional
+from typing import Annotated, ClassVar, Optional
 
 import typer
 
@@ -38,12 +38,6 @@ DtypeOption = Annotated[
 ]
 CacheDirOption = Annotated[
     Optional[Path], typer.Option("--cache-dir", help="Folder of the host store. Default: the user's cache folder.")
-]
-SeedOption = Annotated[
-    int,
-    typer.Option(
-        "--seed", min=0, help="Seed of the sampling. The same seed gives the same text on any ranks, beside any other prompts."
-    ),
 ]
 PlacementOption = Annotated[
     Optional[Path],
@@ -135,44 +129,6 @@ class LoadConfigOptions:
             ConfigError: an option's value is not one of those allowed.
         """
         return load_config(**asdict(self), kv_tokens=kv_tokens)
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How prompts are continued: length, sampling, and ends."""
-
-    PANEL: ClassVar[str] = "The text"
-
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many tokens.")] = 128
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; above, samples.")
-    ] = 0.0
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much probability mass.")] = 1.0
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from this many tokens; 0 = all.")] = 0
-    seed: SeedOption = 0
-    stop: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--stop",
-            help="End a text before this string, as the model's end tokens do. May be given several times (up to 64).",
-        ),
-    ] = None
-    ignore_tokenizer_eos: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-tokenizer-eos",
-            help="End texts at the end tokens of the generation configuration alone, as transformers' generate does, and not "
-            "also at the tokenizer's.",
-        ),
-    ] = False
-    chat: Annotated[
-        Optional[bool],
-        typer.Option("--chat/--no-chat", help="Wrap prompts in the chat template. Default: if the tokenizer has one."),
-    ] = None
-
-    def settings(self) -> dict[str, Any]:
-        """The options as keywords of a cluster's ``generate``."""
-        return {**asdict(self), "stop": tuple(self.stop or ())}
 
 
 def ray_address(given: str | None) -> str | None:

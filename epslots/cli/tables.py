@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from rich.markup import escape
 from rich.table import Table
 
+from epslots.generation.requests import TokenLogprobs
 from epslots.streams import table_console
 from epslots.telemetry import LayerStats, Stats
 from epslots.units import format_bytes
@@ -116,3 +118,20 @@ def print_stats(stats: Stats | RanksStats, *, link: str | None = None) -> None:
         console.print(ranks_table(stats.ranks))
         stats = stats.total
     console.print(stats_table(stats, link=link))
+
+
+def print_logprobs(title: str, logprobs: Sequence[TokenLogprobs], text_of: Callable[[int], str]) -> None:
+    """Print log-probabilities to standard error: a row for each token, with the likeliest tokens at its place.
+
+    Args:
+        text_of: a token's text.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("token", justify="right")
+    table.add_column("text")
+    table.add_column("log-probability", justify="right")
+    table.add_column("likeliest")
+    for row in logprobs:
+        likeliest = ", ".join(f"{text_of(token)!r} {logprob:.3f}" for token, logprob in row.top)
+        table.add_row(str(row.token), escape(repr(text_of(row.token))), f"{row.logprob:.3f}", escape(likeliest))
+    table_console(140, stderr=True).print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import numpy as np
 import typer
@@ -15,6 +15,7 @@ from epslots.cli.option_groups import LoadOptions, takes_groups
 from epslots.cli.record_table import Columns, record_table
 from epslots.compiled import prepare
 from epslots.errors import ConfigError
+from epslots.generation.prompt_line import PromptLine
 from epslots.generation.text import encode_prompt, load_tokenizer
 from epslots.planner.cache_policy import POLICIES
 from epslots.planner.reuse_distance import percentile
@@ -23,6 +24,9 @@ from epslots.simulation.cache_replay import Replayed, belady, replay, reuse_hist
 from epslots.simulation.lanes import deal_once
 from epslots.streams import table_console
 from epslots.units import parse_slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 trace_app = typer.Typer(help="Routing traces, on which policies and placements are judged.", no_args_is_help=True)
 
@@ -48,7 +52,7 @@ def record(
     """
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ConfigError(f"{output}: give a file in a folder that exists")
-    texts = read_prompts(prompts or [], file)
+    lines = read_prompts(prompts or [], file)
 
     import torch
 
@@ -58,7 +62,7 @@ def record(
     folder = find_checkpoint(load.source)
     context_of(folder)  # refuses models that predict no tokens
     tokenizer = load_tokenizer(folder)
-    encoded = [encode_prompt(tokenizer, text, chat=False) for text in texts]
+    encoded = [_encode(tokenizer, line) for line in lines]
     model = load.load()
     with epslots.record_trace(model, probs=probs) as recorder:
         for tokens in encoded:
@@ -67,6 +71,20 @@ def record(
     trace = recorder.trace()
     trace.save(output)
     typer.echo(f"{output}: {len(trace.starts)} sequences, {len(trace.expert_ids)} tokens, {len(trace.num_experts)} layers")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, line: PromptLine) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        ConfigError: the prompt is no text, or has settings, which would have no effect.
+    """
+    if settings := set(line.request()) - {"prompt"}:
+        names = ", ".join(sorted(settings))
+        raise ConfigError(f'{names}: a trace follows no settings of its prompts; allowed: "prompt" and "id"')
+    if not isinstance(line.prompt, str):
+        raise ConfigError("a prompt of token ids; allowed in a trace: text")
+    return encode_prompt(tokenizer, line.prompt, chat=False)
 
 
 @trace_app.command(name="replay")

@@ -65,6 +65,8 @@ class Request:
     """Return the log-probability of each new token, and of this many likeliest ones; None = don't."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, but for the first."""
+    prompt_logprobs_delivered: int = 0
+    """Those of the prompt that were delivered before it was moved: the first of the following ones come next."""
 
     def __post_init__(self) -> None:
         for name, kind in (("prompt", tuple), ("stop_tokens", frozenset)):
@@ -77,19 +79,31 @@ class Request:
             raise ConfigError(f"request {self.id!r}: sampling={self.sampling!r}; allowed: a Sampling")
         if self.resumed and not 0 <= self.resumed < len(self.prompt):
             raise ConfigError(f"request {self.id!r}: resumed={self.resumed}; allowed: 0 to all of the prompt but a token")
+        if not 0 <= (given := self.prompt_logprobs_delivered) <= len(self.prompt):
+            raise ConfigError(f"request {self.id!r}: prompt_logprobs_delivered={given}; allowed: 0 to the prompt's length")
         for name in ("logprobs", "prompt_logprobs"):
             given = getattr(self, name)
             if given is not None and (type(given) is not int or not 0 <= given <= MOST_LOGPROBS):
                 raise ConfigError(f"request {self.id!r}: {name}={given!r}; allowed: None, or 0 to {MOST_LOGPROBS}")
 
-    def after(self, tokens: Iterable[int]) -> Request:
-        """The request that continues this one after its new tokens ``tokens``.
+    def after(self, tokens: Iterable[int], prompt_logprobs: int = 0) -> Request:
+        """The request that continues this one after what it delivered.
 
-        They count as prompt, so the coming tokens keep their positions, and with them their random numbers.
+        Its new tokens count as prompt, so the coming ones keep their positions, and with them their random numbers.
+
+        Args:
+            tokens: the new tokens that were delivered.
+            prompt_logprobs: number of log-probabilities of the prompt that were; all, if a token was.
         """
         new = tuple(tokens)
-        left = self.max_new_tokens - len(new)
-        return replace(self, prompt=self.prompt + new, max_new_tokens=left, resumed=self.resumed + len(new))
+        return replace(
+            self,
+            prompt=self.prompt + new,
+            max_new_tokens=self.max_new_tokens - len(new),
+            resumed=self.resumed + len(new),
+            prompt_logprobs=None if new else self.prompt_logprobs,
+            prompt_logprobs_delivered=0 if new else self.prompt_logprobs_delivered + prompt_logprobs,
+        )
 
 
 @dataclass(frozen=True)

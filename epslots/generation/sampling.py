@@ -140,3 +140,15 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of several choices of a prompt: ``seed`` itself for choice 0.
+
+    For choice i it is half of number -i of the seed's generator (``uniform_numbers``), whose numbers from 0 on are drawn for
+    tokens. So the choices of one prompt, and of prompts with other seeds, are drawn independently of each other.
+    """
+    if choice == 0:
+        return seed
+    start = _mix(np.array([seed], dtype=np.uint64) + _STRIDE)
+    return int(_mix(start - _STRIDE * np.array([choice], dtype=np.uint64))[0]) >> 1

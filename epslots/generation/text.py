@@ -155,25 +155,33 @@ class TextStream:
     characters that span tokens come out right. As in text-generation-inference, ``Model.decode_token``:
     https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/models/model.py
 
+    Args:
+        stop: the stop strings.
+        min_tokens: a stop string that is complete within this many tokens is text like any other, as in vLLM.
+
     Attributes:
+        tokens: number of tokens so far, without those after a stop string.
         stopped_after: number of tokens until a stop string was complete; None without one. Later tokens have no effect. The
             stop string is the one that ends first, and of those that end together the longest.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = (), min_tokens: int = 0) -> None:
+        self.tokens = 0
         self.stopped_after: int | None = None
+        self._min_tokens = min_tokens
         self._tokenizer = tokenizer
         self._stops = sorted(stop_strings(stop))
         self._first_characters = {stop[0] for stop in self._stops}
         self._longest_stop = max(map(len, self._stops), default=0)
         self._special = frozenset(tokenizer.all_special_ids)
-        self._count = 0
         # Tokens whose text is returned (the context), then those that wait; and the context's text.
         self._window: list[int] = []
         self._read = 0
         self._context = ""
         # Certain text that may be the beginning of a stop string.
         self._held = ""
+        # Characters of the text that isn't returned yet in which no stop string counts: those of the first ``min_tokens``.
+        self._exempt = 0
 
     @property
     def stopped(self) -> bool:
@@ -192,7 +200,7 @@ class TextStream:
     def _push(self, token: int) -> str:
         if self.stopped:
             return ""
-        self._count += 1
+        self.tokens += 1
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is None or (token in self._special and not self._decode([token])):
             return ""  # padding of the vocabulary, or a special token
@@ -200,8 +208,10 @@ class TextStream:
         waiting = self._waiting()
         # A stop string may lie in uncertain text: nothing follows then.
         text = self._held + waiting.rstrip(_UNFINISHED)
-        if (start := self._stop_starts(text)) is not None:
-            self.stopped_after, self._held, self._window, self._context = self._count, "", [], ""
+        if self.tokens <= self._min_tokens:
+            self._exempt = len(text)
+        elif (start := self._stop_starts(text)) is not None:
+            self.stopped_after, self._held, self._window, self._context = self.tokens, "", [], ""
             return text[:start]
         # Bytes become characters together when the last one is there, and not before.
         certain = waiting and not waiting.endswith(_UNFINISHED) and not _BYTE.fullmatch(name)
@@ -211,7 +221,7 @@ class TextStream:
         self._read, self._context = len(self._window), self._decode(self._window)
         text = self._held + waiting
         begins = self._stop_begins(text)
-        self._held = text[begins:]
+        self._held, self._exempt = text[begins:], max(0, self._exempt - begins)
         return text[:begins]
 
     def _decode(self, tokens: list[int]) -> str:
@@ -224,8 +234,11 @@ class TextStream:
         return self._decode(self._window)[len(self._context) :]
 
     def _stop_starts(self, text: str) -> int | None:
-        """The start of the stop string that ends first; None without one."""
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        """The start of the stop string that ends first, behind the exempt characters; None without one."""
+        found = []
+        for stop in self._stops:
+            if (start := text.find(stop, max(0, self._exempt - len(stop) + 1))) >= 0:
+                found.append((start + len(stop), start))
         return min(found)[1] if found else None
 
     def _stop_begins(self, text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import epslots
@@ -123,6 +125,46 @@ def test_several_prompts_answer_as_each_alone_up_to_a_stop(run: Callable[..., Ru
     assert run(*common, "--stop", stop, "--stop", "no such text", *prompts[:2]).out == first + second
 
 
+def test_prompts_of_a_file_have_settings_of_their_own(run: Callable[..., Run], tmp_path: Path, cache_dir: Path):
+    """They are those of a job's lines, and go before the options."""
+    common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--slots", 8, "--temperature", 1.5)
+    alone = run(*common, "--max-new-tokens", 12, "--seed", 5, "import os\n").out
+    tokens = AutoTokenizer.from_pretrained(example_model())("import os\n")["input_ids"]
+    lines = [
+        {"prompt": "import os\n", "seed": 5},
+        {"prompt": tokens, "seed": 5},
+        {"prompt": "class A:", "n": 2, "temperature": 0},
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    got = run(*common, "--max-new-tokens", 12, "--file", tmp_path / "lines.jsonl")
+    assert got.code == 0, got.err
+    assert got.out.startswith(alone * 2)
+    greedy = got.out.removeprefix(alone * 2)
+    assert greedy == greedy[: len(greedy) // 2] * 2
+    assert [line for line in got.err.splitlines() if line.startswith("---")] == [
+        "--- 1 of 3", "--- 2 of 3", "--- 3 of 3, choice 1 of 2", "--- 3 of 3, choice 2 of 2"
+    ]  # fmt: skip
+
+
+def test_log_probabilities_are_a_table(run: Callable[..., Run], cache_dir: Path):
+    """On standard error, where they don't mix with the text."""
+    common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--slots", 8, "--max-new-tokens", 5)
+    got = run(*common, "--logprobs", 2, "--prompt-logprobs", 0, "import os\n")
+    assert (got.code, got.out) == (0, run(*common, "import os\n").out), got.err
+    tokenizer, plain = AutoTokenizer.from_pretrained(example_model()), zoo.reference(example_model())
+    prompt = tokenizer("import os\n", return_tensors="pt")["input_ids"]
+    ids = plain.generate(prompt, max_new_tokens=5, do_sample=False)
+    with torch.no_grad():
+        logprobs = plain(ids).logits[0].float().log_softmax(-1)
+    rows = [line for line in got.err.splitlines() if re.match(r"\W*\d+ ", line)]
+    assert len(rows) == ids.shape[1] - 1
+    for row, token, at in zip(rows, ids[0, 1:].tolist(), logprobs, strict=False):
+        for word in (str(token), repr(tokenizer.decode([token])), f"{at[token]:.3f}"):
+            assert word in row
+    best, second = logprobs[-2].topk(2).indices.tolist()
+    assert f"{tokenizer.decode([best])!r} {logprobs[-2][best]:.3f}, {tokenizer.decode([second])!r}" in rows[-1]
+
+
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch, one_load_at_a_time: None) -> list[dict[str, Any]]:
     """Makes ``--ranks`` start threads; the settings of each start."""
@@ -147,7 +189,7 @@ def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
 ):
     prompts = ("import os\n", "class A:", "def read(self):\n")
     common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 16, "--slots", 8)
-    for sampling in ((), ("--temperature", 1.2, "--top-p", 0.9, "--top-k", 40, "--seed", 7)):
+    for sampling in ((), ("--temperature", 1.2, "--top-p", 0.9, "--top-k", 40, "--seed", 7, "--n", 2)):
         one = run(*common, *sampling, *prompts)
         two = run(*common, *sampling, "--ranks", 2, "--stats", *prompts)
         assert (two.code, two.out) == (0, one.out), two.err
@@ -156,9 +198,9 @@ def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
     assert two_ranks["ranks"] == 2
     assert two_ranks["path"] == str(example_model().resolve())
     assert two_ranks["address"] is None
-    assert two_ranks["max_queue"] == 3
+    assert two_ranks["max_queue"] == 6
     assert (elsewhere["ranks"], elsewhere["address"], elsewhere["strategy"]) == (1, "auto", "SPREAD")
-    for word in ("--- 3 of 3", "node fake, worker 2", "hit rate", "16/32"):
+    for word in ("--- 3 of 3, choice 2 of 2", "node fake, worker 2", "hit rate", "16/32"):
         assert word in two.err
 
 
@@ -198,6 +240,13 @@ def test_the_project_brings_a_launcher():
         (["generate", "--stop", "x" * 1000, "x"], "at least one character each and at most 256"),
         (["generate", *["--stop", "x"] * 65, "x"], "in a list or a tuple of at most 64"),
         (["generate", "x" * 10**6], "a prompt of 1,000,000 characters; at most"),
+        (["generate", "--max-new-tokens", "0", "x"], "max_new_tokens=0; allowed: at least 1"),
+        (["generate", "--n", "200", "x"], "n=200; allowed: at least 1, up to 128"),
+        (["generate", "--logit-bias", "5", "x"], "--logit-bias '5'; allowed: TOKEN=NUMBER, such as 198=-100"),
+        (["generate", "--logit-bias", "9999=1", "x"], "logit_bias has token 9999; allowed: 0 to 2047"),
+        (["generate", "--json-schema", "@/nowhere.json", "x"], "--json-schema @/nowhere.json: No such file"),
+        (["generate", "--json-schema", "{", "x"], "json_schema='{'; allowed: a JSON schema, as an object or its text"),
+        (["generate", "--regex", "a", "--json-schema", "true", "x"], "json_schema and regex: a text has one grammar at most"),
         (["bench", "everything"], "benchmark 'everything': allowed: overhead"),
     ],
 )
@@ -216,9 +265,15 @@ def test_a_users_mistake_is_one_line_and_code_2(arguments: list[str], message: s
     ("name", "data", "message"),
     [
         ("bytes.txt", b"\xff\xfe", "is not UTF-8 text"),
-        ("lines.jsonl", b'{"prompt": "x"}\n{"text": "y"}\n', 'line 2: not an object with "prompt"'),
+        (
+            "lines.jsonl",
+            b'{"prompt": "x"}\n{"text": "y"}\n',
+            'line 2: no such field: "text"; allowed: prompt, id, max_new_tokens',
+        ),
         ("lines.jsonl", b'{"prompt": "x"}\n{oops\n', "line 2"),
-        ("lines.jsonl", b'{"prompt": 3}\n', 'line 1: "prompt" must be text'),
+        ("lines.jsonl", b'{"prompt": 3}\n', 'line 1: "prompt": text or a list of token ids is needed, and not an integer'),
+        ("lines.jsonl", b'{"prompt": [5]}\n{"prompt": []}\n', "an empty prompt"),
+        ("lines.jsonl", b'{"prompt": "x", "top_p": 7}\n', "top_p=7.0; allowed: a number over 0, up to 1"),
         ("both.txt", b"x", "not both"),
     ],
 )
@@ -240,10 +295,10 @@ def test_bad_prompt_files(name: str, data: bytes, message: str, run: Callable[..
 def test_prompt_files_as_other_tools_write_them(data: bytes, tmp_path: Path):
     (tmp_path / "lines.JSONL").write_bytes(data)
     decoded = [json.loads(row) for row in data.decode().replace("\ufeff", "").split("\n") if row.strip()]
-    assert read_prompts([], tmp_path / "lines.JSONL") == [row["prompt"] for row in decoded]
+    assert [line.prompt for line in read_prompts([], tmp_path / "lines.JSONL")] == [row["prompt"] for row in decoded]
     text = '{"prompt": "a\u2028"}\r\n'
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert read_prompts([], tmp_path / "text.txt") == [text]
+    assert [line.prompt for line in read_prompts([], tmp_path / "text.txt")] == [text]
 
 
 def test_the_version_needs_no_model(run: Callable[..., Run]):
@@ -335,7 +390,7 @@ def test_plan_of_the_example(run: Callable[..., Run]):
 def test_help_teaches(run: Callable[..., Run]):
     got = run("generate", "--help")
     assert got.code == 0
-    for word in ("12GiB", "--stats", "standard output", "epslots generate --model"):
+    for word in ("12GiB", "--stats", "standard output", "epslots generate --model", "The sampling", "198=-100", "@FILE"):
         assert word in got.out
 
 

@@ -219,7 +219,7 @@ def test_the_queue_is_bounded(open_cluster: Any, folder: Path):
         (bytearray(b"ab"), {}, "allowed: text, or a list of token ids"),
         (3.5, {}, "allowed: text, or a list of token ids"),
         ({"text": "x"}, {}, 'needs "prompt"'),
-        ({"prompt": [5], "temprature": 1}, {}, "'temprature': no such setting; allowed: max_new_tokens, temperature"),
+        ({"prompt": [5], "temprature": 1}, {}, "'temprature': no such setting; allowed: max_new_tokens, min_tokens"),
         ({"prompt": [5], "temperature": -1}, {}, "temperature=-1.0; allowed"),
         ([5], {"stop": ["x"]}, "stop: the checkpoint has no tokenizer; use stop_tokens"),
     ],
@@ -243,7 +243,7 @@ def test_bad_prompts_are_results_and_the_others_go_on(
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0; allowed: at least 1"),
         ({"max_new_tokens": "many"}, "Expected `int`, got `str`"),
-        ({"frequency_penalty": 1}, "'frequency_penalty': no such setting"),
+        ({"frequency": 1}, "'frequency': no such setting"),
         ({"top_p": 2}, "top_p=2.0; allowed"),
         ({"stop": ["a", ""]}, "at least one character"),
     ],
@@ -628,7 +628,7 @@ def test_numbers_that_no_message_carries_are_refused(open_cluster: Any, folder: 
     assert cluster.submit(PROMPTS[0], max_new_tokens=3, stop_tokens=(), top_k=2**64).result(60) == good.result(60)
     with pytest.raises(ConfigError, match="seed=18446744073709551616; allowed"):
         cluster.submit(PROMPTS[0], seed=2**64)
-    with pytest.raises(ConfigError, match="stop_tokens has 18446744073709551616; allowed: 0 to 319"):
+    with pytest.raises(ConfigError, match="stop_tokens has token 18446744073709551616; allowed: 0 to 319"):
         cluster.submit(PROMPTS[0], stop_tokens=[2**64])
     assert good.result(60).tokens == expected(folder, PROMPTS[:1], 3)[0]
 

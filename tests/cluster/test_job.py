@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
-from cluster.generation import GenerationSettings
 from cluster.job.progress import Counts, JobProgress
 from cluster.job.run import JobSettings, run_job
 from epslots.config import LoadConfig
 from epslots.errors import ConfigError
 from epslots.example import example_model
+from epslots.generation.settings import GenerationSettings
+from epslots.generation.text import load_tokenizer
 from tests.support import ROOT
 from tests.support.fake_backend import FakeBackend
 from tests.support.fake_cluster import FakeCluster, opened
@@ -47,6 +48,14 @@ MIXED = b"""{"prompt": "one", "id": "first"}
 {"prompt": "seven", "temperature": 0.5}
 oops
 {"prompt": "one"}"""
+
+
+CHOICES = b"\n".join(b'{"prompt": "%s", "n": %d}' % (b"abcdefg"[:n], n) for n in (1, 2, 3, 4))
+CHOICES += b"""
+{"prompt": "five", "n": 3, "seed": 13}
+{"prompt": "six", "n": 2, "max_new_tokens": 1000}
+{"prompt": "seven", "n": 200}
+"""
 
 
 @pytest.fixture
@@ -113,6 +122,44 @@ def test_lines_that_are_wrong_are_said_and_the_others_go_on(job: JobSettings, ca
     assert "6 with errors" in err
 
     assert run(job, FakeCluster(fail_after=0)) == 1, "nothing is left, so no cluster is needed; the errors stay"
+
+
+def test_choices_are_one_line_and_in_order(job: JobSettings, capsys: pytest.CaptureFixture[str]):
+    job.prompts.write_bytes(CHOICES)
+    assert run(job, FakeCluster()) == 1
+    found = results(job)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6, 7]
+    assert found[1] == {"line": 1, "text": "a:0", "tokens": 2, "reason": "length", "digest": found[1]["digest"]}
+    assert found[3] == {
+        "line": 3,
+        "choices": [{"text": f"abc:0.{choice}", "tokens": 4, "reason": "length"} for choice in range(3)],
+        "digest": found[3]["digest"],
+    }
+    good = ["text", "tokens", "reason"]
+    assert [list(choice) for choice in found[5]["choices"]] == [good, ["error"], good]
+    assert "a rank's cache holds" in found[6]["error"]
+    assert "n=200; allowed" in found[7]["error"]
+    err = capsys.readouterr().err
+    assert f"warning: {job.prompts}, line 5: choice 1: NaN, says the fake" in err
+    assert "7 of 7 prompts done, 3 with errors, 50 new tokens" in err
+    assert run(job, FakeCluster(fail_after=0)) == 1, "nothing is left; the errors of choices are known again"
+
+
+def test_logprobs_are_compact_lists(job: JobSettings):
+    job.prompts.write_bytes(b"""{"prompt": "a", "logprobs": 2, "prompt_logprobs": 0}
+{"prompt": "a", "logprobs": 0}
+{"prompt": "a", "logprobs": 0, "prompt_logprobs": 1, "n": 2}
+""")
+    assert run(job, FakeCluster()) == 0
+    found = results(job)
+    third = [1, -0.333333]
+    assert found[1]["logprobs"] == [[0, 0.0, [[0, 0.0]] * 2], [*third, [third] * 2]]
+    assert found[1]["prompt_logprobs"] == [[0, 0.0, [[0, 0.0]] * 2], [*third, [third] * 2]]
+    assert found[2]["logprobs"] == [[0, 0.0], third]
+    assert "prompt_logprobs" not in found[2]
+    assert [choice["logprobs"] for choice in found[3]["choices"]] == [[[0, 0.0], third]] * 2
+    assert found[3]["prompt_logprobs"] == [[0, 0.0], third]
+    assert run(job, FakeCluster(fail_after=0)) == 0
 
 
 def test_a_refused_line_keeps_its_names(job: JobSettings):
@@ -198,7 +245,7 @@ def test_a_bug_is_shown_and_not_taken_for_an_end(job: JobSettings, capsys: pytes
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
-    prompts=st.sampled_from([GOOD, MIXED]),
+    prompts=st.sampled_from([GOOD, MIXED, CHOICES]),
     stops=st.lists(st.integers(0, 12) | st.none(), max_size=6),
 )
 def test_stopped_anywhere_and_started_again_all_comes_out_once(data: st.DataObject, prompts: bytes, stops: list[int | None]):
@@ -232,10 +279,11 @@ def test_what_is_not_this_jobs_output_is_refused_and_left_alone(job: JobSettings
         assert message in capsys.readouterr().err
         assert other.output.read_bytes() == output
 
-    refused(make_job(job.prompts.parent, temperature=0.5), "another model or other settings")
+    for other in ({"temperature": 0.5}, {"n": 2}, {"json_schema": True}, {"logit_bias": {5: 1.0}}):
+        refused(make_job(job.prompts.parent, **other), "another model or other settings")
     refused(JobSettings(job.prompts, job.output, "another/model", job.generation), "another model or other settings")
-    for other in ({"dtype": "float16"}, {"execute_predicted": True}, {"batch_invariant": True}):
-        refused(replace(job, config=LoadConfig(**other)), "another model or other settings")
+    for config in ({"dtype": "float16"}, {"execute_predicted": True}, {"batch_invariant": True}):
+        refused(replace(job, config=LoadConfig(**config)), "another model or other settings")
     refused(job, "a second time", written + written.splitlines(keepends=True)[0])
     refused(job, "line 1 of it is no result of a job", b"my diary\n")
     refused(job, "line 1 of it is no result of a job", b"my diary, last words")
@@ -384,8 +432,8 @@ def test_a_terminal_has_a_bar():
 STOPPED_JOB = """
 import sys, threading
 from pathlib import Path
-from cluster.generation import GenerationSettings
 from cluster.job.run import JobSettings, run_job
+from epslots.generation.settings import GenerationSettings
 from tests.support.fake_cluster import FakeCluster
 
 class Waits(FakeCluster):
@@ -468,7 +516,7 @@ def test_a_wrong_setting_of_the_cluster_is_one_line(job: JobSettings, capsys: py
 REAL = b"""{"prompt": "import os\\n", "id": "a"}
 {"prompt": "def f(", "temperature": 1.0, "seed": 3}
 {"prompt": [5, 6, 7]}
-{"prompt": "class A:", "stop": ["\\n"], "max_new_tokens": 30}
+{"prompt": "class A:", "stop": ["\\n"], "max_new_tokens": 30, "logprobs": 1}
 {"prompt": [99999]}
 {"prompt": ""}
 {"prompt": []}
@@ -478,6 +526,8 @@ REAL = b"""{"prompt": "import os\\n", "id": "a"}
 {"prompt": "x", "top_p": 7}
 {"prompt": "x", "seed": -1}
 {"prompt": "x", "chat": true}
+{"prompt": "import os\\n", "temperature": 1.0, "n": 2, "prompt_logprobs": 0}
+{"prompt": "class A:", "stop": ["\\n"], "max_new_tokens": 30, "min_tokens": 14, "logit_bias": {"5": 1.5}}
 """
 
 
@@ -506,7 +556,12 @@ def test_a_job_on_real_ranks_broken_off_and_resumed(tmp_path: Path, cache_dir: P
     assert run_job(job, lambda: ranks(2)) == 1
     found = results(job)
     assert found == results(one)
-    assert sorted(found) == list(range(1, 14))
+    assert sorted(found) == list(range(1, 16))
     assert {line for line, result in found.items() if "error" in result} == set(range(5, 14))
     assert len(found[3]["token_ids"]) == found[3]["tokens"] == 8
     assert (found[4]["reason"], "\n" in found[4]["text"]) == ("stop", False)
+    assert len(found[4]["logprobs"]) == found[4]["tokens"] < 14 < found[15]["tokens"]
+    first, second = found[14]["choices"]
+    assert first["tokens"] == second["tokens"] == 8
+    assert first["text"] != second["text"]
+    assert len(found[14]["prompt_logprobs"]) == len(load_tokenizer(example_model())("import os\n")["input_ids"]) - 1

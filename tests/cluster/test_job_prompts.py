@@ -11,9 +11,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.generation import GenerationSettings
-from cluster.job.prompts import LineIndex, PromptLine, decode_line, index_lines
+from cluster.job.prompts import LineIndex, index_lines
 from epslots.errors import ConfigError
+from epslots.generation.prompt_line import PromptLine, decode_prompt
+from epslots.generation.settings import GenerationSettings
 from epslots.json_lines import Line, read_lines
 
 
@@ -23,17 +24,20 @@ def line_of(data: bytes) -> Line:
 
 def test_a_line_may_have_an_id_and_all_settings():
     line = b'{"prompt": "x", "id": "a", "max_new_tokens": 3, "temperature": 1, "seed": 4, "stop": ["b"], "stop_tokens": [1]}'
-    prompt = decode_line(line_of(line))
+    prompt = decode_prompt(line_of(line))
     assert prompt.id == "a"
     assert prompt.request() == {
         "prompt": "x", "max_new_tokens": 3, "temperature": 1.0, "seed": 4, "stop": ("b",), "stop_tokens": (1,),
     }  # fmt: skip
-    assert decode_line(line_of(b'{"prompt": [5, 6]}')).request() == {"prompt": (5, 6)}
-    assert decode_line(line_of(b'{"prompt": "x", "chat": null, "id": 7}')).request() == {"prompt": "x", "chat": None}
+    assert decode_prompt(line_of(b'{"prompt": [5, 6]}')).request() == {"prompt": (5, 6)}
+    assert decode_prompt(line_of(b'{"prompt": "x", "chat": null, "id": 7}')).request() == {"prompt": "x", "chat": None}
+    assert decode_prompt(line_of(b'{"prompt": "x", "logit_bias": {"5": -100}, "json_schema": {"a": [1]}}')).request() == {
+        "prompt": "x", "logit_bias": {5: -100.0}, "json_schema": {"a": [1]},
+    }  # fmt: skip
 
 
 def test_lines_know_the_settings_of_a_cluster():
-    assert set(PromptLine.__struct_fields__) == {"prompt", "id", *GenerationSettings.__struct_fields__}
+    assert PromptLine.__struct_fields__ == ("prompt", "id", *GenerationSettings.__struct_fields__)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,7 @@ def test_lines_know_the_settings_of_a_cluster():
         (b'{"prompt": "x", "temperature": NaN}', "not JSON: invalid character"),
         (b'["x"]', 'a list; a line is an object such as {"prompt": "text"}'),
         (b'"x"', "text; a line is an object"),
-        (b'{"text": "x"}', 'no such field: "text"; allowed: prompt, id, max_new_tokens, temperature, top_k'),
+        (b'{"text": "x"}', 'no such field: "text"; allowed: prompt, id, max_new_tokens, min_tokens, n, stop'),
         (b'{"id": 1}', 'no "prompt" in the object'),
         (b'{"prompt": 3}', '"prompt": text or a list of token ids is needed, and not an integer'),
         (b'{"prompt": null}', "and not null"),
@@ -56,13 +60,15 @@ def test_lines_know_the_settings_of_a_cluster():
         (b'{"prompt": "x", "id": true}', '"id": an integer or text or null is needed, and not true or false'),
         (b'{"prompt": "x", "max_new_tokens": "7"}', '"max_new_tokens": an integer is needed, and not text'),
         (b'{"prompt": "x", "stop": [1]}', '"stop[0]": text is needed, and not an integer'),
+        (b'{"prompt": "x", "logit_bias": {"a": 1}}', "an integer is needed"),
+        (b'{"prompt": "x", "json_schema": 3}', '"json_schema": text or true or false or an object or null is needed'),
         (b'{"prompt": "x", "temperature": 1e999}', "out of range"),
         (b'{"prompt":' + b"[" * 100_000, "is needed, and not a list"),
     ],
 )
 def test_what_is_wrong_is_said_in_plain_words(data: bytes, message: str):
     with pytest.raises(ConfigError) as caught:
-        decode_line(line_of(data))
+        decode_prompt(line_of(data))
     assert message in str(caught.value)
     assert "`" not in str(caught.value)
     assert "$" not in str(caught.value)
@@ -71,7 +77,7 @@ def test_what_is_wrong_is_said_in_plain_words(data: bytes, message: str):
 @given(st.binary(max_size=40) | st.binary(max_size=20).map(lambda inside: b'{"prompt": "' + inside + b'"}'))
 def test_no_bytes_raise_anything_else(data: bytes):
     with contextlib.suppress(ConfigError):
-        assert isinstance(decode_line(line_of(data)), PromptLine)
+        assert isinstance(decode_prompt(line_of(data)), PromptLine)
 
 
 @given(st.lists(st.sampled_from([b"", b"  ", b"x", b"yy" * 9]), max_size=12), st.booleans())

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from cluster.api import Cluster
-from cluster.errors import Overloaded
-from cluster.generation import Generation
+from cluster.errors import ClusterError, Overloaded
+from cluster.generation import Generation, PromptChoice
 from cluster.token_stream import TokenStream
+from epslots.errors import ConfigError
+from epslots.generation.portions import Portion
+from epslots.generation.requests import Output, Request, TokenLogprobs
+from epslots.generation.settings import read_settings
 from tests.support.fake_backend import FakeBackend
 from tests.support.thread_cluster import PROMPTS, expected, tokens_of
 from tests.support.tokenizers import TOKENIZERS
@@ -21,27 +25,32 @@ from tests.support.tokenizers import TOKENIZERS
 TOKENS = TOKENIZERS["bytes"].encode("one two three four", add_special_tokens=False)
 
 
+def output(tokens: list[int], reason: Any = None, **more: Any) -> Output:
+    return Output("0", tuple(tokens), reason is not None, reason, **more)
+
+
 class Submitted:
     """A request without a cluster: it is done when it is cancelled, or when the test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 4, tokenizer: Any = TOKENIZERS["bytes"], **settings: Any) -> None:
         self.cancelled = 0
         self.arrivals = TokenStream(lambda: None)
+        read = read_settings(settings)
+        request = Request("0", (5, 6), 10, logprobs=read.logprobs, prompt_logprobs=read.prompt_logprobs)
         self.generation: Generation | None = Generation(
-            0,
-            "prompt",
-            stop=(),
-            tokenizer=TOKENIZERS["bytes"],
+            PromptChoice(0, "prompt", read, 0, request),
+            tokenizer=tokenizer,
             stream=self.arrivals,
             cancel=self._cancel,
             check_process=lambda: None,
         )
-        self.arrivals.arrive(TOKENS[:4], None, None)
+        if first:
+            self.arrivals.arrive(output(TOKENS[:first]))
 
     def _cancel(self) -> None:
         self.cancelled += 1
         if not self.arrivals.done:
-            self.arrivals.arrive((), "cancelled", None)
+            self.arrivals.arrive(output([], "cancelled"))
 
     def take(self) -> Generation:
         """The only reference to the generation."""
@@ -83,11 +92,12 @@ def take_only_some(stream: Iterator[str]) -> None:
 LEAVE = (leave_the_loop, raise_in_the_loop, close_it, close_it_before_the_first_piece, take_only_some)
 
 
+@pytest.mark.parametrize("read", [iter, Generation.portions])
 @pytest.mark.parametrize("leave", LEAVE)
-def test_the_last_reader_that_leaves_cancels(leave: Callable[[Any], None]):
+def test_the_last_reader_that_leaves_cancels(leave: Callable[[Any], None], read: Callable[[Generation], Iterator[Any]]):
     there = Submitted()
     assert there.generation is not None
-    leave(iter(there.generation))
+    leave(read(there.generation))
     assert there.cancelled == 1
     result = there.generation.result()
     assert (result.reason, result.tokens) == ("cancelled", tuple(TOKENS[:4]))
@@ -117,7 +127,7 @@ def test_the_request_goes_on_while_another_reads(leave: Callable[[Any], None]):
     first = next(other)
     leave(iter(there.generation))
     assert not there.cancelled
-    there.arrivals.arrive(TOKENS[4:], "length", None)
+    there.arrivals.arrive(output(TOKENS[4:], "length"))
     assert first + "".join(other) == TOKENIZERS["bytes"].decode(TOKENS)
     assert not there.cancelled
 
@@ -132,7 +142,7 @@ def test_the_request_goes_on_while_its_result_is_awaited():
         assert waiting.is_alive()
     leave_the_loop(iter(generation))
     assert not there.cancelled
-    there.arrivals.arrive(TOKENS[4:], "stop", None)
+    there.arrivals.arrive(output(TOKENS[4:], "stop"))
     waiting.join()
     assert results[0].reason == "stop"
 
@@ -166,7 +176,7 @@ def test_another_thread_closes_what_is_being_read():
 def test_leaving_after_the_end_changes_nothing():
     there = Submitted()
     generation = there.take()
-    there.arrivals.arrive(TOKENS[4:], "length", None)
+    there.arrivals.arrive(output(TOKENS[4:], "length"))
     stream: Any = iter(generation)
     assert "".join(stream) == TOKENIZERS["bytes"].decode(TOKENS)
     stream.close()
@@ -184,6 +194,81 @@ def test_a_block_ends_its_generation():
     with there.take() as generation:
         assert next(iter(generation))
     assert generation.result().reason == "cancelled"
+
+
+# --- portions ----------------------------------------------------------------------------------------------------------------
+
+OF_PROMPT = (TokenLogprobs(6, -0.5, ((6, -0.5),)),)
+OF_TEXT = tuple(TokenLogprobs(token, -1.0) for token in TOKENS)
+
+
+def joined(portions: list[Portion]) -> Portion:
+    """All portions as one; only the last one may have a reason."""
+    assert [portion.reason for portion in portions[:-1]] == [None] * (len(portions) - 1)
+    return Portion(
+        tokens=sum((portion.tokens for portion in portions), ()),
+        text="".join(str(portion.text) for portion in portions),
+        logprobs=sum((portion.logprobs for portion in portions), ()),
+        prompt_logprobs=sum((portion.prompt_logprobs for portion in portions), ()),
+        reason=portions[-1].reason,
+    )
+
+
+def test_portions_together_are_the_whole():
+    """Whether they are read as they come or later; the text alone is a part of them."""
+    there = Submitted(first=0, logprobs=0, prompt_logprobs=1)
+    assert there.generation is not None
+    early, found = there.generation.portions(), []
+    arriving = [
+        output([], prompt_logprobs=OF_PROMPT),
+        *(output([t], logprobs=(o,)) for t, o in zip(TOKENS, OF_TEXT, strict=True)),
+    ]
+    for each in arriving:
+        there.arrivals.arrive(each)
+        found.append(next(early))
+        assert (found[-1].tokens, found[-1].logprobs) == (each.tokens, each.logprobs)
+    there.arrivals.arrive(output([], "length"))
+    found += early
+    text = TOKENIZERS["bytes"].decode(TOKENS)
+    whole = Portion(tuple(TOKENS), text, OF_TEXT, OF_PROMPT, "length")
+    assert joined(found) == joined(list(there.generation.portions())) == whole
+    result = there.generation.result()
+    assert (result.tokens, result.text, result.reason) == (whole.tokens, whole.text, whole.reason)
+    assert (result.logprobs, result.prompt_logprobs) == (whole.logprobs, whole.prompt_logprobs)
+    assert (result.prompt_tokens, result.choice, result.choices) == ((5, 6), 0, 1)
+    assert "".join(there.generation) == text
+    assert not there.cancelled
+
+
+def test_logprobs_that_nobody_asked_for_are_none():
+    there = Submitted()
+    assert there.generation is not None
+    there.arrivals.arrive(output(TOKENS[4:], "stop"))
+    result = there.generation.result()
+    assert (result.logprobs, result.prompt_logprobs) == (None, None)
+
+
+def test_without_a_tokenizer_portions_have_no_text():
+    there = Submitted(tokenizer=None)
+    assert there.generation is not None
+    there.arrivals.arrive(output(TOKENS[4:], "stop"))
+    assert list(there.generation.portions()) == [Portion(tuple(TOKENS), None, reason="stop")]
+    with pytest.raises(ConfigError, match=r"no tokenizer, so there is no text; use portions\(\) or result\(\).tokens"):
+        list(there.generation)
+
+
+def test_an_error_follows_the_tokens_before_it():
+    there = Submitted()
+    assert there.generation is not None
+    there.arrivals.arrive(output([], "error", error="NaN, says the test"))
+    reader = there.generation.portions()
+    assert next(reader).tokens == tuple(TOKENS[:4])
+    with pytest.raises(ClusterError, match="NaN, says the test"):
+        next(reader)
+    assert there.generation.result().reason == "error"
+
+
+# --- in a cluster ------------------------------------------------------------------------------------------------------------
 
 
 def with_text(open_cluster: Any, **settings: Any) -> tuple[Cluster, FakeBackend]:

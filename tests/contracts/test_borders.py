@@ -58,6 +58,7 @@ PURE = (
     "generation.row_tracker",
     "prefetch.predictor_kernel",
     "generation.sampling",
+    "generation.settings",
     "generation.isolation",
 )
 
@@ -139,9 +140,10 @@ def test_the_commands_and_their_options():
     common = {"--model", "-m", "--dtype", "--cache-dir"}
     assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate"}
     assert found["generate"] == common | {
-        "prompts", "--slots", "-s", "--file", "-f", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
-        "--ignore-tokenizer-eos",
-        "--chat", "--echo", "--stats", "--policy", "--device", "--host-store", "--stop", "--kv-tokens",
+        "prompts", "--slots", "-s", "--file", "-f", "--echo", "--stats", "--policy", "--device", "--host-store", "--kv-tokens",
+        "--max-new-tokens", "--min-tokens", "--n", "--stop", "--stop-tokens", "--ignore-eos", "--ignore-tokenizer-eos",
+        "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
+        "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
         "--ranks", "--address", "--strategy", "--placement",
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
     }  # fmt: skip

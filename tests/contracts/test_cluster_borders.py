@@ -14,10 +14,10 @@ PACKAGE = Path(cluster.__file__).parent
 
 # From the bottom up, as in epslots: a room imports from layers below its own.
 LAYERS = (
-    ("config", "errors", "messages", "actor_process"),
+    ("config", "errors", "messages", "actor_process", "queue_room"),
     ("token_stream",),
     ("generation",),
-    ("rank", "controller", "request_checker"),
+    ("rank", "controller"),
     ("driver",),
     ("ray_backend", "reports"),
     ("api",),
@@ -93,6 +93,7 @@ def test_the_public_names():
         "GenerationSettings",
         "Overloaded",
         "PlacementReport",
+        "Portion",
         "RankFailed",
         "Result",
     ]

@@ -127,11 +127,14 @@ def test_the_window_stays_small(monkeypatch: pytest.MonkeyPatch):
 # --- stop strings ------------------------------------------------------------------------------------------------------------
 
 
-def expected_stop(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, int | None]:
+def expected_stop(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Sequence[str], least: int
+) -> tuple[str, int | None]:
     """Token by token over the whole text: the text, and how many tokens it took."""
-    for count in range(1, len(tokens) + 1):
+    exempt = len(decode(tokenizer, tokens[:least]).rstrip(UNFINISHED)) if least else 0
+    for count in range(least + 1, len(tokens) + 1):
         text = decode(tokenizer, tokens[:count]).rstrip(UNFINISHED)
-        for end in range(1, len(text) + 1):
+        for end in range(exempt + 1, len(text) + 1):
             starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
             if starts:
                 return text[: min(starts)], count
@@ -143,18 +146,20 @@ def expected_stop(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], sto
 @given(
     data=st.data(),
     at=cuts,
+    least=st.just(0) | st.integers(0, 8),
     stops=st.lists(
         st.text(st.sampled_from("ab \n.e\u00e9\u6587\U0001f642thnd"), min_size=1, max_size=5), min_size=1, max_size=3
     ),
 )
-def test_the_text_ends_before_a_stop_string(name: str, data: st.DataObject, at: list[int], stops: list[str]):
+def test_the_text_ends_before_a_stop_string(name: str, data: st.DataObject, at: list[int], least: int, stops: list[str]):
+    """One that isn't complete within the first ``min_tokens``."""
     tokenizer = TOKENIZERS[name]
     tokens = tokens_of(data, tokenizer)
     if (whole := decode(tokenizer, tokens).replace(UNFINISHED, "")) and data.draw(st.booleans()):
         start = data.draw(st.integers(0, len(whole) - 1))
         stops.append(whole[start : start + data.draw(st.integers(1, 5))])
-    stream = TextStream(tokenizer, stops)
-    text, count = expected_stop(tokenizer, tokens, stops)
+    stream = TextStream(tokenizer, stops, least)
+    text, count = expected_stop(tokenizer, tokens, stops, least)
     assert "".join(pieces_of(stream, split(tokens, at))) == text
     assert stream.stopped_after == count
     assert stream.stopped == (count is not None)
@@ -202,6 +207,23 @@ def characters(text: str) -> list[list[int]]:
 )
 def test_stop_strings_over_several_tokens(text: str, stops: list[str], pieces: list[str], after: int | None):
     stream = TextStream(BYTE_LEVEL, stops)
+    assert pieces_of(stream, characters(text)) == pieces
+    assert stream.stopped_after == after
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "pieces", "after"),
+    [
+        ("abab", 1, ["", "", "", "", ""], 2),
+        ("abab", 2, ["", "", "ab", "", ""], 4),
+        ("abab", 3, ["", "", "ab", "", ""], 4),
+        ("abab", 4, ["", "", "ab", "", "ab"], None),
+        ("abcabcd", 3, ["", "", "", "", "abc", "", "", ""], 5),
+    ],
+)
+def test_the_first_tokens_complete_no_stop_string(text: str, least: int, pieces: list[str], after: int | None):
+    """Also where they are held back, because a longer one may begin there."""
+    stream = TextStream(BYTE_LEVEL, ["ab", "abcabcx", "abcd"], least)
     assert pieces_of(stream, characters(text)) == pieces
     assert stream.stopped_after == after
 

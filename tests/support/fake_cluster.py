@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from cluster.errors import ClusterError
-from cluster.generation import Result, read_settings
+from cluster.generation import Result
 from epslots.errors import ConfigError
+from epslots.generation.requests import TokenLogprobs
+from epslots.generation.settings import read_settings
 
 CAPACITY = 100
 
@@ -36,7 +39,7 @@ class FakeCluster:
         while True:
             while len(waiting) < self._width and (taken := next(numbered, None)):
                 self.asked.append(taken[1])
-                waiting.append(answer(*taken, settings))
+                waiting += answers(*taken, settings)
                 self.most_waiting = max(self.most_waiting, len(waiting))
             if not waiting:
                 return
@@ -46,8 +49,8 @@ class FakeCluster:
             given += 1
 
 
-def answer(index: int, asked: Mapping[str, Any], settings: Mapping[str, Any]) -> Result:
-    """What a model would say."""
+def answers(index: int, asked: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Result]:
+    """What a model would say, once for each choice. With the seed 13, choice 1 fails."""
     own = dict(asked)
     prompt = own.pop("prompt")
     try:
@@ -57,9 +60,26 @@ def answer(index: int, asked: Mapping[str, Any], settings: Mapping[str, Any]) ->
         if len(prompt) + how.max_new_tokens > CAPACITY:
             raise ConfigError(f"the prompt has {len(prompt)} tokens, but a rank's cache holds {CAPACITY}")
     except ConfigError as error:
-        return Result(index, asked, (), None, "error", str(error))
+        return [Result(index, asked, (), None, "error", str(error))]
     tokens = tuple(range(len(prompt) % 5 + 1))
-    return Result(index, asked, tokens, f"{prompt}:{how.temperature:g}", "length")
+    logprobs = tuple(TokenLogprobs(t, -t / 3, ((t, -t / 3),) * (how.logprobs or 0)) for t in tokens)
+    results = [
+        Result(
+            index=index,
+            prompt=asked,
+            tokens=tokens,
+            text=f"{prompt}:{how.temperature:g}" + (f".{choice}" if how.n > 1 else ""),
+            reason="length",
+            choice=choice,
+            choices=how.n,
+            logprobs=None if how.logprobs is None else logprobs,
+            prompt_logprobs=None if how.prompt_logprobs is None or choice else logprobs[:2],
+        )
+        for choice in range(how.n)
+    ]
+    if how.seed == 13 and how.n > 1:
+        results[1] = replace(results[1], tokens=(), text="", reason="error", error="NaN, says the fake")
+    return results
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a cluster refuses before any work is done, in a time that doesn't grow with what is refused."""
+"""Prompts and settings are refused before any work is done, in a time that grows with their size alone; or become requests."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from cluster.api import _tokenizer_of
-from cluster.generation import MOST_STOP_TOKENS, GenerationSettings, read_settings
-from cluster.messages.rank import Loaded
-from cluster.request_checker import RequestChecker
 from epslots.errors import ConfigError
 from epslots.example import example_model
+from epslots.generation.request_checker import ModelLimits, RequestChecker
+from epslots.generation.requests import Grammar, Request
+from epslots.generation.sampling import Sampling, choice_seed
+from epslots.generation.settings import MOST_STOP_TOKENS, GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import MOST_STOP_CHARS, MOST_STOP_STRINGS, encode_prompt, load_tokenizer
 
-LOADED = Loaded(capacity=500, batches=True, vocabulary=2048, context=400, end_tokens=(7,), seconds={})
+LIMITS = ModelLimits(capacity=500, vocabulary=2048, context=400, end_tokens=(7,))
 TOKENIZER = load_tokenizer(example_model())
 SETTINGS = GenerationSettings(max_new_tokens=10)
 
 
-def checker(tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, **loaded: Any) -> RequestChecker:
-    values = {name: getattr(LOADED, name) for name in Loaded.__struct_fields__}
-    return RequestChecker(Loaded(**(values | loaded)), tokenizer)
+def checker(tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, **limits: Any) -> RequestChecker:
+    return RequestChecker(msgspec.structs.replace(LIMITS, **limits), tokenizer)
+
+
+def request(one: RequestChecker, prompt: Prompt, settings: GenerationSettings = SETTINGS) -> Request:
+    """The request of a prompt with one choice."""
+    (found,) = one.requests(*with_own_settings(prompt, settings))
+    return found
 
 
 class Untouched(Sequence[int]):
@@ -46,9 +54,9 @@ def test_token_ids_are_counted_before_they_are_read(prompt: Any):
     with pytest.raises(
         ConfigError, match=r"the prompt has \d+ tokens and max_new_tokens is 10, but the model's context holds 400"
     ):
-        checker().request(prompt, SETTINGS)
+        request(checker(), prompt)
     with pytest.raises(ConfigError, match="but a rank's cache holds 100"):
-        checker(context=None, capacity=100).request(prompt, SETTINGS)
+        request(checker(context=None, capacity=100), prompt)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ def test_long_text_is_refused_before_it_is_tokenized(text: str, message: str, mo
 
     monkeypatch.setattr(type(TOKENIZER), "_encode_plus", watched)
     with pytest.raises(ConfigError, match=message) as caught:
-        checker().request(text, SETTINGS)
+        request(checker(), text)
     assert longest <= 2**16
     assert len(str(caught.value)) < 300
 
@@ -98,10 +106,10 @@ def test_text_prompts_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(type(TOKENIZER), "_encode_plus", waiting)
     one, found = checker(), []
-    thread = threading.Thread(target=lambda: found.append(one.request("slow", SETTINGS)))
+    thread = threading.Thread(target=lambda: found.append(request(one, "slow")))
     thread.start()
     assert slow.wait(60)
-    assert one.request("quick", SETTINGS)[0].prompt == tuple(TOKENIZER("quick")["input_ids"])
+    assert request(one, "quick").prompt == tuple(TOKENIZER("quick")["input_ids"])
     assert not found
     go_on.set()
     thread.join(60)
@@ -115,7 +123,7 @@ def test_a_users_tokenizer_is_not_the_one_that_many_threads_use():
     one = checker(tokenizer)
     inner: Any = one._tokenizer
     assert inner.backend_tokenizer is not tokenizer.backend_tokenizer
-    assert one.request("def f(", SETTINGS)[0].prompt == tuple(TOKENIZER("def f(")["input_ids"])
+    assert request(one, "def f(").prompt == tuple(TOKENIZER("def f(")["input_ids"])
 
 
 @pytest.mark.parametrize(
@@ -137,6 +145,30 @@ def test_a_users_tokenizer_is_not_the_one_that_many_threads_use():
         ({"temperature": float("inf")}, "temperature=inf; allowed: a finite number"),
         ({"temperature": 10**400}, "Number out of range - at"),
         ({"top_p": float("nan")}, "top_p=nan"),
+        ({"min_p": 1.5}, "min_p=1.5; allowed: a number from 0 to 1"),
+        ({"presence_penalty": 3}, "presence_penalty=3.0; allowed: a number from -2 to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty=-3.0; allowed: a number from -2 to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0.0; allowed: a number over 0"),
+        ({"n": 0}, "n=0; allowed: at least 1, up to 128"),
+        ({"n": 129}, "n=129; allowed: at least 1, up to 128"),
+        ({"n": 10**5000}, "n=<int>; allowed: at least 1"),
+        ({"n": True}, "Expected `int`, got `bool`"),
+        ({"min_tokens": -1}, "min_tokens=-1; allowed: an int, at least 0"),
+        ({"min_tokens": 129}, "min_tokens=129; allowed: up to max_new_tokens, which is 128"),
+        ({"logprobs": 21}, "logprobs=21; allowed: at least 0, up to 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs=-1; allowed: at least 0"),
+        ({"logit_bias": dict.fromkeys(range(10**5), 1)}, "logit_bias=.*; allowed: pairs .* at most 1024"),
+        ({"logit_bias": {5: float("nan")}}, r"logit_bias=\(\(5, nan\),\); allowed"),
+        ({"logit_bias": {"five": 1}}, "Expected `int`"),
+        ({"logit_bias": [5]}, "Expected `object"),
+        ({"json_schema": True, "regex": "a"}, "json_schema and regex: a text has one grammar at most"),
+        ({"regex": "a", "grammar": "start: /a/"}, "regex and grammar: a text has one grammar at most"),
+        ({"regex": ""}, "regex=''; allowed: at least one character"),
+        ({"grammar": "\ud800"}, "grammar='.*': character 0 is half of a pair"),
+        ({"json_schema": False}, "json_schema=False; allowed: a JSON schema"),
+        ({"json_schema": "[1]"}, r"json_schema='\[1\]'; allowed: a JSON schema"),
+        ({"json_schema": "{" * 10**6}, "json_schema='{+.*; allowed: a JSON schema"),
+        ({"json_schema": {"type": {5}}}, "json_schema=.*; allowed: a JSON schema, as an object or its text"),
         ({f"setting{n}": n for n in range(100_000)}, "no such setting; allowed: max_new_tokens"),
         ({"x" * 10**6: 1}, "no such setting; allowed: max_new_tokens"),
         ({"chat": "x" * 10**6}, "Expected `bool"),
@@ -156,7 +188,7 @@ def test_stop_strings_that_never_end_are_refused():
 @pytest.mark.parametrize("prompt", [None, 3, {5}, [1.5], [True], ["x" * 10**6], object(), {"prompt": {"prompt": [5]}}, {}])
 def test_prompts_of_other_kinds_are_refused_in_a_few_words(prompt: Any):
     with pytest.raises(ConfigError) as caught:
-        checker().request(prompt, SETTINGS)
+        request(checker(), prompt)
     assert len(str(caught.value)) < 300
 
 
@@ -164,7 +196,7 @@ def test_prompts_of_other_kinds_are_refused_in_a_few_words(prompt: Any):
 
 
 def ends_of(one: RequestChecker, **settings: Any) -> set[int]:
-    return set(one.request([5], GenerationSettings(**settings))[0].stop_tokens)
+    return set(request(one, [5], GenerationSettings(**settings)).stop_tokens)
 
 
 def test_the_tokenizers_end_token_ends_a_text_as_well():
@@ -174,6 +206,8 @@ def test_the_tokenizers_end_token_ends_a_text_as_well():
     assert ends_of(one, ignore_tokenizer_eos=True) == {7}
     assert ends_of(one, stop_tokens=()) == set()
     assert ends_of(one, stop_tokens=(9,)) == {9}
+    assert ends_of(one, ignore_eos=True) == set()
+    assert ends_of(one, ignore_eos=True, stop_tokens=(9,)) == {9}, "end tokens are ignored, not tokens that the user named"
     assert ends_of(checker(None)) == {7}
 
 
@@ -183,6 +217,131 @@ def test_end_tokens_that_the_model_has_not_end_nothing():
     tokenizer = load_tokenizer(example_model())
     tokenizer.eos_token = "<a token that there isn't>"
     assert ends_of(checker(tokenizer)) == {7}
+
+
+# --- all settings reach the engine's requests --------------------------------------------------------------------------------
+
+
+def test_each_setting_is_in_the_request():
+    """Those of the tokenizer and the driver (chat, stop, n, ends) aside, which have tests of their own."""
+    given = {
+        "max_new_tokens": 20, "min_tokens": 3, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 4,
+        "presence_penalty": 0.25, "frequency_penalty": 0.75, "repetition_penalty": 1.5, "logit_bias": {"9": 2, "5": -1.5},
+        "logprobs": 2, "prompt_logprobs": 0, "stop_tokens": [8],
+    }  # fmt: skip
+    sampling = Sampling(
+        temperature=0.5, top_k=7, top_p=0.9, seed=4, min_p=0.1, presence_penalty=0.25, frequency_penalty=0.75,
+        repetition_penalty=1.5, logit_bias=((5, -1.5), (9, 2.0)), min_tokens=3,
+    )  # fmt: skip
+    assert request(checker(), {"prompt": [5, 6], **given}) == Request(
+        "0", (5, 6), 20, frozenset({8}), sampling, logprobs=2, prompt_logprobs=0
+    )
+    for number in (1, 2**62):
+        assert read_settings({"logit_bias": {number: 1}}) == read_settings({"logit_bias": {str(number): 1.0}})
+
+
+OTHER: dict[str, Any] = {
+    "max_new_tokens": 9,
+    "min_tokens": 2,
+    "n": 2,
+    "stop": "x",
+    "stop_tokens": (9,),
+    "ignore_eos": True,
+    "ignore_tokenizer_eos": True,
+    "chat": True,
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.5,
+    "min_p": 0.5,
+    "seed": 1,
+    "presence_penalty": 1,
+    "frequency_penalty": 1,
+    "repetition_penalty": 2,
+    "logit_bias": {5: 1},
+    "json_schema": True,
+    "regex": "a+",
+    "grammar": "start: /a/",
+    "logprobs": 0,
+    "prompt_logprobs": 0,
+}
+"""A value for each setting that is none of the defaults."""
+
+
+@pytest.mark.parametrize("name", GenerationSettings.__struct_fields__)
+def test_no_setting_is_accepted_and_ignored(name: str):
+    def outcome(**given: Any) -> object:
+        settings = read_settings(given)
+        try:
+            return [replace(each, id="") for each in checker().requests("text", settings)], settings.stops
+        except ConfigError as error:  # this tokenizer has no chat template
+            return str(error)
+
+    assert outcome(**{name: OTHER[name]}) != outcome()
+
+
+@pytest.mark.parametrize(
+    ("given", "grammar"),
+    [
+        ({"json_schema": {"type": "object"}}, Grammar("json_schema", '{"type":"object"}')),
+        ({"json_schema": ' {"type": "object"}'}, Grammar("json_schema", ' {"type": "object"}')),
+        ({"json_schema": True}, Grammar("json_object", "")),
+        ({"json_schema": "true"}, Grammar("json_object", "")),
+        ({"regex": "[a-z]+"}, Grammar("regex", "[a-z]+")),
+        ({"grammar": 'start: "a" | "b"'}, Grammar("lark", 'start: "a" | "b"')),
+        ({}, None),
+    ],
+)
+def test_a_grammar_is_in_the_request(given: dict[str, Any], grammar: Grammar | None):
+    settings = read_settings(given)
+    assert settings.text_grammar == grammar
+    assert request(checker(), [5], settings).grammar == grammar
+    if grammar is not None:
+        with pytest.raises(ConfigError, match="json_schema, regex and grammar need the tokens' text"):
+            request(checker(None), [5], settings)
+
+
+@pytest.mark.parametrize("given", [{"regex": "("}, {"grammar": "start: nothing"}, {"json_schema": {"type": "no such type"}}])
+def test_a_grammar_that_cannot_be_followed_is_refused(given: dict[str, Any]):
+    """When the settings are read, so before any prompt is."""
+    with pytest.raises(ConfigError) as caught:
+        read_settings(given)
+    assert len(str(caught.value)) < 800
+
+
+def test_choices_differ_in_their_seeds_alone():
+    one = checker()
+    settings = read_settings({"n": 4, "seed": 11, "temperature": 1, "prompt_logprobs": 3, "logprobs": 1})
+    requests = one.requests("def f(", settings)
+    assert [each.sampling.seed for each in requests] == [choice_seed(11, choice) for choice in range(4)]
+    assert requests[0].sampling.seed == 11
+    assert [each.prompt_logprobs for each in requests] == [3, None, None, None], "the prompt is computed once"
+    alike = [replace(each, id="", sampling=Sampling(), prompt_logprobs=None) for each in requests]
+    assert alike == alike[:1] * 4
+    assert len({each.id for each in [*requests, *one.requests("x", settings)]}) == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"prompt": [5], "logit_bias": {2048: 1}}, "logit_bias has token 2048; allowed: 0 to 2047"),
+        ({"prompt": [5], "logit_bias": {-1: 1}}, "logit_bias=.*; allowed"),
+        ({"prompt": [5], "stop_tokens": [2048]}, "stop_tokens has token 2048; allowed: 0 to 2047"),
+        ({"prompt": [5], "chat": True}, "chat=True with a prompt of token ids; allowed"),
+        ({"prompt": "x", "chat": True}, "this tokenizer has no chat template"),
+        ({"prompt": [5], "nn": 2}, "'nn': no such setting; allowed: max_new_tokens, min_tokens, n, stop"),
+    ],
+)
+def test_settings_that_a_model_cannot_follow_are_refused(prompt: Prompt, message: str):
+    with pytest.raises(ConfigError, match=message):
+        request(checker(), prompt)
+
+
+def test_a_prompts_own_settings_go_first():
+    settings = read_settings({"max_new_tokens": 9, "stop": "a", "n": 2})
+    assert with_own_settings("x", settings) == ("x", settings)
+    assert with_own_settings({"prompt": "x"}, settings) == ("x", settings)
+    own = with_own_settings({"prompt": [5], "n": 1, "stop": ["b"]}, settings)[1]
+    assert (own.n, own.stops, own.max_new_tokens) == (1, ("b",), 9)
 
 
 # --- tokenizers that can't be loaded -----------------------------------------------------------------------------------------
@@ -230,13 +389,13 @@ def test_a_bad_tokenizer_costs_text_alone(name: str, tmp_path: Path):
     assert "\n" not in str(caught.value)
     tokenizer, problem = _tokenizer_of(folder)
     assert tokenizer is None
-    one = RequestChecker(LOADED, tokenizer, problem)
-    assert one.request([5, 6], SETTINGS)[0].prompt == (5, 6)
+    one = RequestChecker(LIMITS, tokenizer, problem)
+    assert request(one, [5, 6]).prompt == (5, 6)
     with pytest.raises(ConfigError, match="the checkpoint has no tokenizer; give prompts as token ids") as caught:
-        one.request("text", SETTINGS)
+        request(one, "text")
     assert problem in str(caught.value)
     with pytest.raises(ConfigError, match="stop: the checkpoint has no tokenizer; use stop_tokens"):
-        one.request([5], GenerationSettings(stop="x"))
+        request(one, [5], GenerationSettings(stop="x"))
 
 
 def test_what_a_tokenizer_raises_is_the_prompts_error(monkeypatch: pytest.MonkeyPatch):
@@ -250,4 +409,4 @@ def test_what_a_tokenizer_raises_is_the_prompts_error(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(type(TOKENIZER), "_encode_plus", fail)
     with pytest.raises(ConfigError, match=r"the tokenizer fails on the prompt \(Panic: no such index in a line\)"):
-        checker().request("text", SETTINGS)
+        request(checker(), "text")

@@ -1,0 +1,54 @@
+"""``QueueRoom``: how many requests may wait or run at once."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+
+class QueueRoom:
+    """Places for requests. A prompt's choices get their places together or none; waiting callers in the order of asking.
+
+    For any thread, but not for finalizers: it takes a lock.
+
+    Args:
+        places: requests that may wait or run at once.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self._free = places
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    def take(self, count: int, *, wait: bool) -> bool:
+        """Take places; returns whether there were as many. Nobody gets ahead of callers that wait.
+
+        Args:
+            count: at most ``places``.
+            wait: until there are.
+        """
+        assert 0 < count <= self.places
+        with self._changed:
+            if not wait:
+                return not self._waiting and self._take(count)
+            this_call = object()
+            self._waiting.append(this_call)
+            try:
+                return self._changed.wait_for(lambda: self._waiting[0] is this_call and self._take(count))
+            finally:
+                self._waiting.remove(this_call)
+                self._changed.notify_all()
+
+    def _take(self, count: int) -> bool:
+        if count > self._free:
+            return False
+        self._free -= count
+        return True
+
+    def give(self, count: int = 1) -> None:
+        """Give places back."""
+        with self._changed:
+            self._free += count
+            assert self._free <= self.places
+            self._changed.notify_all()
