@@ -40,10 +40,20 @@ class PortionMaker:
         tokenizer: the checkpoint's, if it has one.
         stop: the request's stop strings.
         min_tokens: the request's.
+        special_tokens: the text has special tokens, too.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stop: Iterable[str], min_tokens: int) -> None:
-        self._stream = None if tokenizer is None else TextStream(tokenizer, stop, min_tokens)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stop: Iterable[str],
+        min_tokens: int,
+        *,
+        special_tokens: bool = False,
+    ) -> None:
+        self._stream = None
+        if tokenizer is not None:
+            self._stream = TextStream(tokenizer, stop, min_tokens, special_tokens=special_tokens)
 
     def take(self, output: Output) -> Portion:
         """The portion for the next output; the last one if that is finished, or completes a stop string."""

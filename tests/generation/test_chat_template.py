@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.generation import chat_template
-from epslots.generation.chat_template import Renderer, find_template, render
+from epslots.generation.chat_template import Chat, Renderer, find_template, render
 from epslots.generation.text import encode_prompt, load_tokenizer
 
 GOOD = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<A>' * add_generation_prompt }}"
@@ -89,17 +89,17 @@ def test_no_template_is_needed_unless_it_is_asked_for(given: Any, tokenizer: Pre
 )
 def test_hostile_templates_end_at_a_limit(template: str, message: str, tokenizer: PreTrainedTokenizerBase):
     with pytest.raises(ConfigError, match=message):
-        render(tokenizer, template, "hi", most_chars=70_000)
-    assert render(tokenizer, "{{ messages[0].content }}", "hi", most_chars=10) == "hi", "the next one is served"
+        render(tokenizer, template, Chat.of_user("hi"), most_chars=70_000)
+    assert render(tokenizer, "{{ messages[0].content }}", Chat.of_user("hi"), most_chars=10) == "hi", "the next one is served"
 
 
 def test_a_process_that_is_killed_is_replaced(renderer: Renderer, tokenizer: PreTrainedTokenizerBase):
-    assert render(tokenizer, "a", "hi", most_chars=None) == "a"
+    assert render(tokenizer, "a", Chat.of_user("hi"), most_chars=None) == "a"
     assert renderer._process is not None
     renderer._process.kill()
     with pytest.raises(ConfigError, match=rf"the process for chat templates ended \(exit code {-signal.SIGKILL}\)"):
-        render(tokenizer, "b", "hi", most_chars=None)
-    assert render(tokenizer, "b", "hi", most_chars=None) == "b"
+        render(tokenizer, "b", Chat.of_user("hi"), most_chars=None)
+    assert render(tokenizer, "b", Chat.of_user("hi"), most_chars=None) == "b"
 
 
 def test_the_process_ends_with_its_owner():
