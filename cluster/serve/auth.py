@@ -38,7 +38,8 @@ class ApiKeys:
         for key in keys:
             if len(key) < _LEAST_CHARS or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
-                    f"an API key of {len(key)} characters; allowed: at least {_LEAST_CHARS} printable ASCII characters, no space"
+                    f"an API key of {len(key)} characters; allowed: at least {_LEAST_CHARS} printable ASCII characters "
+                    f"without spaces"
                 )
             found.append(_digest(key.encode()))
         self._digests = tuple(dict.fromkeys(found))

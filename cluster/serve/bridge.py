@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from cluster.serve.errors import ApiError, unavailable
+from epslots.errors import EpslotsError
 from epslots.generation.portions import Portion
 
 
@@ -113,16 +114,19 @@ class ChoiceReader:
             self.close()
 
     def _take(self, choice: int) -> list[Portion]:
-        portion = next(self._polls[choice])
-        if portion is None:
-            return []
-        if portion.reason is not None:
-            if portion.reason not in ("stop", "length"):
-                # An error is raised by the next poll; else somebody cancelled the request, and not through this reader.
-                next(self._polls[choice], None)
-                raise unavailable("the request was cancelled")
-            self._polls.pop(choice).close()
-        return [portion]
+        """A choice's new portions; an error that follows them ends the reading after them."""
+        poll, found = self._polls[choice], []
+        try:
+            while (portion := next(poll)) is not None:
+                found.append(portion)
+                if portion.reason in ("stop", "length"):
+                    self._polls.pop(choice).close()
+                    break
+        except StopIteration:  # somebody cancelled the request, and not through this reader
+            self.fail(unavailable("the request was cancelled"))
+        except EpslotsError as error:
+            self.fail(error)
+        return found
 
     async def _wait(self, keepalive_s: float | None) -> None:
         """Wait for news, the end, or until ``keepalive_s`` have passed."""
