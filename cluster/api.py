@@ -34,6 +34,7 @@ from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, check_count, with_keywords
 from epslots.errors import ConfigError
 from epslots.generation.chat_template import Chat
+from epslots.generation.engine_stats import sum_engines
 from epslots.generation.request_checker import ModelLimits, RequestChecker
 from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
@@ -283,11 +284,11 @@ class Cluster:
         async def ask() -> ClusterStats:
             router, reports = self._supervisor.router, await self._supervisor.reports()
             ranks = tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports)
-            total = sum_over_ranks([rank.stats for rank in ranks])
+            total, engine = sum_over_ranks([rank.stats for rank in ranks]), sum_engines([rank.engine for rank in ranks])
             controller_client = self._supervisor.controller_client
             controller = None if controller_client is None else controller_client.stats()
             missing = self._supervisor.pool.missing()
-            return ClusterStats(self._supervisor.group.epoch, router.queued, ranks, total, controller, missing)
+            return ClusterStats(self._supervisor.group.epoch, router.queued, ranks, total, engine, controller, missing)
 
         return self._thread.call(ask())
 

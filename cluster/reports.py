@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cluster.driver.controller_client import ControllerStats
 from cluster.driver.workers import WorkerRecord
 from cluster.messages.rank import LayerPlacement, RankReport
+from epslots.generation.engine_stats import EngineStats
 from epslots.telemetry import Stats
 
 
@@ -18,6 +19,7 @@ class RankStats:
         rank: its number in the current epoch.
         where: node and process.
         stats: counters of its layers.
+        engine: counters of its requests.
         steps: made in the current epoch.
         requests: number of requests that it serves now.
         memory_bytes, descriptors, threads: resident memory, open file descriptors and threads of its process.
@@ -26,6 +28,7 @@ class RankStats:
     rank: int
     where: str
     stats: Stats
+    engine: EngineStats
     steps: int
     requests: int
     memory_bytes: int
@@ -42,6 +45,7 @@ class ClusterStats:
         queued: number of requests that wait for a rank with room.
         ranks: each rank's counters.
         total: sums over ranks (``slots`` too; ``steps`` and ``passes`` are the largest).
+        engine: sums of the ranks' ``engine``; ``steps`` is the largest.
         controller: None without a controller (``window_steps=0``).
         missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
     """
@@ -50,6 +54,7 @@ class ClusterStats:
     queued: int
     ranks: tuple[RankStats, ...]
     total: Stats
+    engine: EngineStats
     controller: ControllerStats | None
     missing: tuple[str, ...] = ()
 
@@ -100,6 +105,7 @@ def rank_stats(worker: WorkerRecord, report: RankReport, requests: int) -> RankS
         rank=worker.rank,
         where=worker.handle.where,
         stats=report.stats,
+        engine=report.engine,
         steps=report.steps,
         requests=requests,
         memory_bytes=report.memory_bytes,

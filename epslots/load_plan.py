@@ -21,11 +21,13 @@ from epslots.cache.node_store import check_room, resolve_store_kind
 from epslots.config import LoadConfig
 from epslots.devices import memory_limit
 from epslots.errors import UnsupportedModelError
+from epslots.generation.planned_cache import with_cache
 from epslots.host_limits import total_memory
+from epslots.models.batch_invariance import record_unknown_functions
 from epslots.models.checkpoint import CheckpointSource
 from epslots.models.expert_reader import pack_layers
 from epslots.models.measure_shape import shape_of_model
-from epslots.models.memory_plan import MemoryPlan, Workload, plan_memory
+from epslots.models.memory_plan import MemoryPlan, plan_memory
 from epslots.models.memory_report import check_fits
 from epslots.models.model_shape import ModelShape
 from epslots.models.opening import OpenModel, open_model
@@ -138,20 +140,31 @@ def _plan_memory(
         execute_predicted=config.execute_predicted,
     )
     return plan_memory(
-        _measure(opened),
+        measure(opened, cache=config.cache, batch_invariant=config.batch_invariant),
         parse_slots(config.slots),
         memory_bytes=memory_bytes,
-        workload=Workload(kv_tokens=config.kv_tokens),
+        engine=config.engine,
         predictor_bytes=predictor_bytes,
         memory_note=memory_note,
     )
 
 
-def _measure(opened: OpenModel) -> ModelShape:
-    """The model's sizes. A model whose cache can't be measured without weights is served all the same, with a warning."""
-    name, dtype = opened.checkpoint.name, str(opened.dtype).removeprefix("torch.")
+def measure(opened: OpenModel, *, cache: str, batch_invariant: bool) -> ModelShape:
+    """The model's sizes. A model whose cache can't be measured without weights is loaded all the same, with a warning.
+
+    Args:
+        opened: its skeleton is of no further use.
+        cache, batch_invariant: settings of ``LoadConfig``, which decide about the engine's cache.
+
+    Raises:
+        UnsupportedModelError: the model can't be served from that cache.
+    """
+    name, dtype, skeleton = opened.checkpoint.name, str(opened.dtype).removeprefix("torch."), opened.skeleton
     try:
-        return shape_of_model(opened.skeleton, name, dtype, opened.layers)
+        shape = shape_of_model(skeleton, name, dtype, opened.layers)
     except UnsupportedModelError as error:
         logger.warning("The memory plan leaves no room for the KV cache: %s", error)
-        return shape_of_model(opened.skeleton, name, dtype, opened.layers, run=False)
+        shape = shape_of_model(skeleton, name, dtype, opened.layers, run=False)
+    if batch_invariant:
+        record_unknown_functions(skeleton)
+    return with_cache(shape, skeleton, cache)

@@ -112,6 +112,12 @@ def runtime_of(model: nn.Module) -> Runtime:
     return runtime
 
 
+def plan_of(model: nn.Module) -> MemoryPlan | None:
+    """The memory plan of a model; None for models that ``epslots.load`` didn't return."""
+    runtime = getattr(model, _ATTRIBUTE, None)
+    return runtime.plan if isinstance(runtime, Runtime) else None
+
+
 def predictor_of(model: nn.Module) -> UsagePredictor | None:
     """The predictor of a model's layers; None without one, and for models that ``epslots.load`` didn't return."""
     runtime = getattr(model, _ATTRIBUTE, None)

@@ -23,6 +23,8 @@ MOST_SHARED_LOSSES = 2
 """Losses in a row, without a token, after which a request gets a rank to itself: others aren't blamed if it is the reason."""
 MOST_LOSSES = 5
 """Losses in a row, without a token, after which a request is given up: it doesn't go on ending ranks."""
+BACKLOG_PART = 4
+"""A rank is given a fourth more requests than it runs, and at least one more: one of them starts when another ends."""
 
 
 @dataclass(eq=False)
@@ -72,11 +74,16 @@ class RankCapacity:
 
     Attributes:
         kv_tokens: tokens that its cache holds.
-        batches: its requests run together; else one runs, and one waits.
+        max_requests: requests that it runs at a time.
     """
 
     kv_tokens: int
-    batches: bool
+    max_requests: int
+
+    @property
+    def most_requests(self) -> int:
+        """Requests that it is given, those that wait there included."""
+        return self.max_requests + max(1, self.max_requests // BACKLOG_PART)
 
 
 @dataclass(eq=False)
@@ -105,9 +112,9 @@ class _RankLoad:
             return True
         if self.reserved or entry.alone:
             return False
-        if self.capacity.batches:
-            return self.held_tokens + entry.held_tokens <= self.capacity.kv_tokens
-        return self.requests < 2
+        if self.requests >= self.capacity.most_requests:
+            return False
+        return self.held_tokens + entry.held_tokens <= self.capacity.kv_tokens
 
 
 class Scheduler:

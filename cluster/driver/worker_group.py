@@ -192,7 +192,11 @@ class WorkerGroup:
         self.serving = len(members)
         logger.info("epoch %d: %d ranks serve", self.epoch, len(members))
         self._router.serve(
-            {worker: RankCapacity(self._kv_tokens, worker.loaded.batches) for worker in members if worker.loaded is not None}
+            {
+                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests)
+                for worker in members
+                if worker.loaded is not None
+            }
         )
         self._on_formed()
         self._workers.changes.notify()

@@ -20,6 +20,7 @@ import msgspec
 
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
+from epslots.generation.engine_stats import EngineStats
 from epslots.generation.request_checker import ModelLimits
 from epslots.generation.requests import Output, Request
 from epslots.planner.cost_model import Costs
@@ -134,12 +135,12 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
     Attributes:
         limits: the requests that can be served.
-        batches: requests run together; else one at a time.
+        max_requests: requests that run at a time.
         seconds: duration of each stage of loading, by name.
     """
 
     limits: ModelLimits
-    batches: bool
+    max_requests: int
     seconds: dict[str, float]
 
 
@@ -224,6 +225,8 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         number: of the ``GetReport`` that this answers.
         epoch: of the group.
         steps: made in this epoch.
+        stats: counters of its layers.
+        engine: counters of its requests.
         placement: version of the placement that the ranks follow.
         pending_migrations: copies of it that have yet to be fetched, over all ranks.
         memory_bytes, descriptors, threads: of the process.
@@ -233,6 +236,7 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     epoch: int
     steps: int
     stats: Stats
+    engine: EngineStats
     layers: tuple[LayerPlacement, ...]
     placement: int
     pending_migrations: int

@@ -51,7 +51,6 @@ from cluster.rank.event_pace import EventPace
 from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.generation.engine import Engine
-from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.request_checker import model_limits
 from epslots.generation.requests import Output, Request
 from epslots.group.join import join, start_rank
@@ -207,7 +206,7 @@ class RankLoop:
         self._send(
             Loaded(
                 limits=model_limits(model, self._engine.batcher.capacity),
-                batches=isinstance(self._engine.batcher, PagedBatcher),
+                max_requests=self._engine.batcher.max_requests,
                 seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
             )
         )
@@ -307,7 +306,7 @@ class RankLoop:
         due, self._reports_due = self._reports_due, []
         for number in due:
             epoch = -1 if self._transport is None else self._transport.epoch
-            self._send(rank_report(self._loaded_engine.model, number, epoch, self._steps))
+            self._send(rank_report(self._loaded_engine, number, epoch, self._steps))
 
     def _release(self) -> None:
         if self._transport is not None:

@@ -10,6 +10,7 @@ from torch import nn
 from cluster.messages.placement import GroupState, LoadReport
 from cluster.messages.rank import LayerPlacement, RankReport
 from epslots.arrays import BoolArray
+from epslots.generation.engine import Engine
 from epslots.group.cost_probe import largest
 from epslots.group.rank_group import group_of
 from epslots.placement.placement import pack
@@ -79,13 +80,16 @@ def group_state(model: nn.Module, number: int) -> GroupState | None:
     )
 
 
-def rank_report(model: nn.Module, number: int, epoch: int, steps: int) -> RankReport:
+def rank_report(engine: Engine, number: int, epoch: int, steps: int) -> RankReport:
     """The answer to a ``GetReport`` of this number: the rank's counters, and the slots of all ranks.
 
     Args:
+        engine: of the rank.
+        number: of the answered message.
         epoch: of the group that the rank is in, or forms; -1 before the first.
         steps: made in that epoch.
     """
+    model = engine.model
     group, runtime = group_of(model), runtime_of(model)
     process = psutil.Process()
     layers = () if group is None else zip(runtime.layers, group.shared.layers, group.placement.wanted_LRE, strict=True)
@@ -94,6 +98,7 @@ def rank_report(model: nn.Module, number: int, epoch: int, steps: int) -> RankRe
         epoch=epoch,
         steps=steps,
         stats=stats(model),
+        engine=engine.batcher.stats(),
         layers=tuple(
             LayerPlacement(
                 layer=spec.name,

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from epslots.errors import ConfigError
 from epslots.generation.requests import TokenLogprobs
+from epslots.generation.token_bytes import token_bytes
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _LEAST = -9999.0
 """In place of minus infinity, which JSON has no number for."""
 
 
-def _byte_of_character() -> dict[str, int]:
-    """The byte that each character stands for in the tokens of byte-level BPE (GPT-2, ``bytes_to_unicode``)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-_BYTE_OF = _byte_of_character()
-
-
 class TokenTexts:
-    """The bytes and texts of a tokenizer's tokens, each found once. For one thread."""
+    """The bytes and texts of a model's tokens. Made once, which takes a moment with a large vocabulary.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        tokenizer: the checkpoint's.
+        vocabulary: number of the model's token ids.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
         self._tokenizer = tokenizer
-        self._bytes: dict[int, bytes] = {}
+        try:
+            self._words: tuple[bytes, ...] = token_bytes(tokenizer, vocabulary).words
+        except ConfigError:  # a tokenizer of another kind: tokens are decoded one by one
+            self._words = (b"",) * vocabulary
 
     def bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; those of tokens without a text are none."""
-        if token not in self._bytes:
-            self._bytes[token] = self._find(token)
-        return self._bytes[token]
+        """The bytes that a token stands for; those of its name, if it is a special one."""
+        if word := self._words[token]:
+            return word
+        # As it stands behind another token: at the beginning, tokenizers drop a space.
+        alone, twice = (self._tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2))
+        return str(twice[len(alone) :]).encode()
 
     def text(self, token: int) -> str:
         """A token's text; where its bytes are a part of a character, these as OpenAI writes them: ``bytes:\\xe2\\x98``."""
@@ -45,19 +45,6 @@ class TokenTexts:
             return found.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
-
-    def _find(self, token: int) -> bytes:
-        name = self._tokenizer.convert_ids_to_tokens(token)
-        if name is None:
-            return b""  # padding of the vocabulary
-        if (byte := _BYTE.fullmatch(name)) is not None:
-            return bytes([int(byte[1], 16)])
-        # As it stands behind another token: at the beginning, tokenizers drop a space.
-        alone = self._tokenizer.decode([token], skip_special_tokens=False)
-        twice = self._tokenizer.decode([token, token], skip_special_tokens=False)
-        if "\N{REPLACEMENT CHARACTER}" in twice and all(character in _BYTE_OF for character in name):
-            return bytes(_BYTE_OF[character] for character in name)
-        return twice[len(alone) :].encode()
 
 
 def chat_logprobs(texts: TokenTexts, found: Iterable[TokenLogprobs]) -> dict[str, Any]:

@@ -49,6 +49,9 @@ _BENCHES = (
         "decode",
         True,
     ),
+    Bench(
+        "batch", "Requests together over one at a time, generate's steps, pages; latents, arrivals. Takes --parts.", "batch"
+    ),
     Bench("invariant", "Step times with batch_invariant, over those without.", "invariant"),
 )
 BENCHES = {bench.name: bench for bench in _BENCHES}

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
+from epslots.bench.engines import random_prompt, random_requests, start_decoding, step
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import MS, BenchReport, compare
 from epslots.example import example_model
@@ -37,12 +38,12 @@ def _rows(source: Path, cache_dir: Path, dtype: str, rounds: int) -> list[dict[s
     settings: dict[str, Any] = {"slots": "100%", "device": "cpu", "dtype": dtype, "cache_dir": cache_dir}
     models = {name: epslots.load(source, batch_invariant=name == "with", **settings) for name in ("with", "without")}
 
-    def row(step: str, prepare: Callable[[PreTrainedModel], EngineStep]) -> dict[str, Any]:
+    def row(what: str, prepare: Callable[[PreTrainedModel], EngineStep]) -> dict[str, Any]:
         engines = {name: prepare(model) for name, model in models.items()}
         times = compare({name: run for name, (_, run) in engines.items()}, "with", "without", rounds, MS)
         for engine, _ in engines.values():
             engine.batcher.close()
-        return {"step": step, **times}
+        return {"step": what, **times}
 
     decoding = [row(f"decode, batch {n}", lambda model, n=n: _decoding(model, n, rounds)) for n in BATCHES]  # type: ignore[misc]
     return [*decoding, row(f"prompt of {PROMPT_TOKENS} tokens", _prompts)]
@@ -51,31 +52,19 @@ def _rows(source: Path, cache_dir: Path, dtype: str, rounds: int) -> list[dict[s
 def _decoding(model: PreTrainedModel, batch: int, rounds: int) -> EngineStep:
     """Steps in which each of ``batch`` requests gets a token; their prompts are done."""
     steps = rounds + 16
-    engine = Engine(model, kv_tokens=batch * (PAST_TOKENS + steps + 16))
-    for number in range(batch):
-        engine.batcher.add(Request(str(number), _tokens(model, PAST_TOKENS, number), steps))
-    started: set[str] = set()
-    while len(started) < batch:
-        engine.step()
-        started |= {output.id for output in engine.batcher.outputs()}
-    return engine, engine.step
+    engine = Engine(model, kv_tokens=batch * (PAST_TOKENS + steps + 16), max_requests=batch)
+    return engine, start_decoding(engine, random_requests(model, batch, PAST_TOKENS, steps))
 
 
 def _prompts(model: PreTrainedModel) -> EngineStep:
     """Steps that compute a prompt each, always a new one: pages of a known prompt would be shared."""
     engine, numbers = Engine(model, kv_tokens=2 * PROMPT_TOKENS), itertools.count(1000)
 
-    def step() -> object:
+    def compute_prompt() -> object:
         number = next(numbers)
-        engine.batcher.add(Request(str(number), _tokens(model, PROMPT_TOKENS, number), 1))
-        engine.step()
-        (output,) = engine.batcher.outputs()
+        engine.batcher.add(Request(str(number), random_prompt(model, PROMPT_TOKENS, number), 1))
+        (output,) = step(engine)
         assert output.finished
         return output
 
-    return engine, step
-
-
-def _tokens(model: PreTrainedModel, count: int, seed: int) -> tuple[int, ...]:
-    numbers = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(0, model.config.vocab_size, (count,), generator=numbers).tolist())
+    return engine, compute_prompt

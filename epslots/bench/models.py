@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import epslots
 from epslots.planner.cost_model import Costs
@@ -75,8 +75,8 @@ def random_config(
 
 
 @contextlib.contextmanager
-def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype, *, embedding: float | None = None) -> Iterator[Path]:
-    """A folder with a random model of ``config``, stored as one tensor for each expert's matrix; deleted after the block.
+def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, *, embedding: float | None = None) -> Iterator[Path]:
+    """A folder with a random model of ``config``, stored as its architecture's checkpoints are; deleted after the block.
 
     Args:
         embedding: standard deviation of the embeddings. With transformers' own, 0.02, attention's output, which hardly
@@ -84,9 +84,9 @@ def random_checkpoint(config: Qwen3MoeConfig, dtype: torch.dtype, *, embedding: 
     """
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
         torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if embedding is not None:
-            model.model.embed_tokens.weight.data.normal_(0, embedding)
+            model.get_input_embeddings().weight.data.normal_(0, embedding)
         model.save_pretrained(folder)
         del model
         yield Path(folder)

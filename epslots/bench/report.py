@@ -29,6 +29,8 @@ from epslots.host_limits import total_memory, usable_cores
 from epslots.streams import table_console
 
 Candidates = Mapping[str, Callable[[], object]]
+Tables = dict[str, list[dict[str, Any]]]
+"""Rows of tables by their titles."""
 MS, US = 1e3, 1e6
 
 

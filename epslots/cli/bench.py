@@ -46,6 +46,9 @@ def bench(
     rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed rounds; default: the benchmark's own.")] = None,
     minutes: Annotated[Optional[float], typer.Option(min=0.0, help="soak: how long; default: 10.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    parts: Annotated[
+        Optional[str], typer.Option(help="batch: names of its parts, with commas between them; default: all.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Run the bench ``name``; ``HELP`` is the command's help."""
@@ -65,7 +68,7 @@ def bench(
     target = resolve_device(device if takes_device else "cpu")
     report = BenchReport(name, target, output)
     run = FURTHER_BENCHES[name].load() if one is None else resolve_name(f"epslots.bench.{one.module}:bench_{name}")
-    given = {"rounds": rounds, "minutes": minutes}
+    given = {"rounds": rounds, "minutes": minutes, "parts": parts}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if unknown := [key for key in settings if key not in signature(run).parameters]:
         raise ConfigError(f"--{unknown[0]}: benchmark {name} takes none")

@@ -80,7 +80,12 @@ def generate(
     ] = None,
     text: TextOptions,
     echo: Annotated[bool, typer.Option("--echo", help="Print each prompt before its continuation.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print hits, misses, bytes and stalls of each layer.")] = False,
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats", help="Print the counters of each rank's requests, and hits, misses, bytes and stalls of each layer."
+        ),
+    ] = False,
     kv_tokens: Annotated[
         Optional[int],
         typer.Option(
@@ -295,7 +300,7 @@ def _print_text(continuation: Continuation, tokenizer: PreTrainedTokenizerBase) 
 
 
 def show_stats(launched: Launched, link: str | None) -> None:
-    """Print the counters of each layer and rank."""
+    """Print the counters of each rank and layer."""
     from epslots.cli.tables import print_stats
 
     print_stats(launched.stats(), link=link)

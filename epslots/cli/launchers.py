@@ -16,7 +16,6 @@ from epslots.cli.tables import RanksStats
 from epslots.config import LoadSettings
 from epslots.errors import ConfigError
 from epslots.generation.portions import Portion
-from epslots.telemetry import Stats
 
 GROUP = "epslots.launchers"
 NAME = "ray"
@@ -52,7 +51,7 @@ class Launched(Protocol):
             EpslotsError: the prompt or a setting is refused.
         """
 
-    def stats(self) -> Stats | RanksStats:
+    def stats(self) -> RanksStats:
         """Counters since the start."""
 
 

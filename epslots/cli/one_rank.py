@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +12,7 @@ import epslots
 from epslots.config import LoadConfig
 from epslots.errors import EpslotsError
 from epslots.generation.engine import Engine
+from epslots.generation.engine_stats import EngineStats
 from epslots.generation.portions import Portion, PortionMaker
 from epslots.generation.request_checker import RequestChecker, model_limits
 from epslots.generation.requests import Output
@@ -19,6 +21,24 @@ from epslots.telemetry import Stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoneRankStats:
+    """Counters of the one rank; its own sums."""
+
+    stats: Stats
+    engine: EngineStats
+    rank: int = 0
+    where: str = "here"
+
+    @property
+    def ranks(self) -> tuple[LoneRankStats]:
+        return (self,)
+
+    @property
+    def total(self) -> Stats:
+        return self.stats
 
 
 class OneRank:
@@ -65,9 +85,9 @@ class OneRank:
                 if not output.finished:
                     self._engine.batcher.cancel(output.id)
 
-    def stats(self) -> Stats:
-        """Counters of each layer."""
-        return epslots.stats(self._model)
+    def stats(self) -> LoneRankStats:
+        """Counters of each layer, and of the prompts."""
+        return LoneRankStats(epslots.stats(self._model), self._engine.batcher.stats())
 
     def __enter__(self) -> Self:
         return self

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
+import msgspec
 import typer
 
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
 from epslots.cli.record_table import Columns, record_table
+from epslots.config import CACHE_SETTINGS, DEFAULT_BATCH_TOKENS, DEFAULT_KV_TOKENS, DEFAULT_REQUESTS, EngineConfig
 from epslots.errors import ConfigError, DoesNotFitError
-from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
-from epslots.models.memory_plan import MemoryPlan, Workload, plan_memory
+from epslots.models.known_shapes import KNOWN_SHAPES, known_model
+from epslots.models.memory_plan import MemoryPlan, plan_memory
 from epslots.models.memory_report import advice, alternatives, largest_fit, plan_items
 from epslots.models.model_shape import ModelShape
 from epslots.models.quotas import describe_quotas
@@ -35,9 +37,24 @@ class WorkOptions:
     PANEL: ClassVar[str] = "The work"
 
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts among them.")] = 1
-    kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens of KV cache for each sequence.")] = 4096
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that a rank runs at a time.")] = 1
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a rank puts through a layer at a time.")] = 512
+    kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens that a rank's KV cache keeps, of all requests together.")] = (
+        DEFAULT_KV_TOKENS
+    )
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests that a rank runs at a time.")] = DEFAULT_REQUESTS
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step of a rank.")] = DEFAULT_BATCH_TOKENS
+    cache: Annotated[
+        str, typer.Option(help=f"How requests are kept: {', '.join(CACHE_SETTINGS)} (the cache that serves the model best).")
+    ] = "auto"
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The settings of the rank's engine."""
+        return EngineConfig(
+            kv_tokens=self.kv_tokens,
+            max_requests=self.max_requests,
+            max_batch_tokens=self.max_batch_tokens,
+            cache=self.cache,
+        )
 
 
 @takes_groups
@@ -64,7 +81,7 @@ def plan(
     """Plan one rank's memory, without loading a model: of a checkpoint, only configuration and headers are read.
 
         epslots plan --model deepseek-v3 --ranks 8 --slots 8 --memory 80GiB
-        epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --sequences 16 --device cuda
+        epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --max-requests 64 --device cuda
 
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
@@ -72,20 +89,20 @@ def plan(
     for a GPU, the host store keeps FP8 and MXFP4 experts as the checkpoint has them,
     and the next layer's experts are predicted.
     """
-    setting = parse_slots(slots)
+    setting, engine = parse_slots(slots), work.engine
     if memory is None:
         memory_bytes, memory_note = _device_memory(device)
     else:
         memory_bytes, memory_note = parse_bytes(memory, "memory"), "--memory"
     kind = _device_kind(device, here=memory is None)
-    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind)
+    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind, engine.cache)
     try:
         result = plan_memory(
             shape,
             setting,
             memory_bytes=memory_bytes,
             ranks=work.ranks,
-            workload=Workload(work.kv_tokens, work.sequences, work.batch_tokens),
+            engine=engine,
             predictor_bytes=predictor_bytes,
             memory_note=memory_note,
         )
@@ -101,18 +118,19 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, int | None, int]:
+def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") -> tuple[ModelShape, int | None, int]:
     """The shape of a model, the bytes of its weight files (None for a known model), and the bytes of its predictor.
 
     If ``model`` is both, the folder is taken and not the known model.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
+        cache: the setting of its engine.
 
     Raises:
         ConfigError: neither a folder nor a known name, or no such dtype.
         CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
-        UnsupportedModelError: the model's experts can't be run from slots.
+        UnsupportedModelError: the model's experts can't be run from slots, or its requests can't be kept so.
     """
     if model is not None and not Path(model).is_dir():
         if model not in KNOWN_SHAPES:
@@ -120,23 +138,30 @@ def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, 
                 f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
                 f"of the hub is planned once it is downloaded"
             )
+        shape, known = known_model(model) if dtype == "auto" else known_model(model, dtype)
+        if known is not None:
+            from epslots.generation.planned_cache import with_cache
+
+            shape = with_cache(shape, known, cache)
+        elif cache == "rows":
+            shape = msgspec.structs.replace(shape, pages=None)
         # Without a fitted predictor, the next layer's router predicts; on a GPU it is the model's own, so it takes no memory.
-        return known_shape(model) if dtype == "auto" else known_shape(model, dtype), None, 0
+        return shape, None, 0
     import torch
 
     from epslots.example import example_model
+    from epslots.load_plan import measure
     from epslots.models.expert_reader import pack_layers
-    from epslots.models.measure_shape import shape_of_model
     from epslots.models.opening import open_model
     from epslots.prefetch.setup import planned_bytes
 
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
     opened = open_model(example_model() if model is None else model, dtype)
-    checkpoint, skeleton, layers = opened.checkpoint, opened.skeleton, opened.layers
+    checkpoint, skeleton = opened.checkpoint, opened.skeleton
     weight_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files.names)
     linked = device == "cuda"
     if linked:
-        layers = pack_layers(checkpoint, skeleton, layers)
+        opened = replace(opened, layers=pack_layers(checkpoint, skeleton, opened.layers))
     predictor_bytes = planned_bytes(
         skeleton,
         checkpoint.content,
@@ -147,8 +172,7 @@ def find_shape(model: str | None, dtype: str, device: str) -> tuple[ModelShape, 
         predictor=None,
         execute_predicted=False,
     )
-    shape = shape_of_model(skeleton, checkpoint.name, str(opened.dtype).removeprefix("torch."), layers)
-    return shape, weight_bytes, predictor_bytes
+    return measure(opened, cache=cache, batch_invariant=False), weight_bytes, predictor_bytes
 
 
 def _device_kind(device: str | None, *, here: bool) -> str:
@@ -183,7 +207,7 @@ _PLAN_FIELDS = (
     *("memory_bytes", "memory_note", "free_bytes", "fits", "host_store_bytes"),
     *("resident_share", "slots_per_expert", "all_resident"),
 )
-_WORKLOAD_FIELDS = ("kv_tokens", "sequences", "batch_tokens")
+_ENGINE_FIELDS = ("kv_tokens", "max_requests", "max_batch_tokens")
 _ALTERNATIVE_FIELDS = ("slot_bytes", "total_bytes", "resident_share", "fits")
 
 
@@ -197,7 +221,9 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         "quotas": list(result.quotas),
         "dense_bytes": result.shape.dense_bytes,
         **{name: getattr(result, name) for name in _PLAN_FIELDS},
-        **{name: getattr(result.workload, name) for name in _WORKLOAD_FIELDS},
+        **{name: getattr(result.engine, name) for name in _ENGINE_FIELDS},
+        "cache": result.shape.cache_kind,
+        "token_bytes": result.shape.token_bytes,
         "checkpoint_bytes": checkpoint_bytes,
         "alternatives": [_alternative_as_json(other) for other in alternatives(result)],
         "largest_fit": None if largest is None else _alternative_as_json(largest),

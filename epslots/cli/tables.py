@@ -8,6 +8,7 @@ from typing import Protocol
 from rich.markup import escape
 from rich.table import Table
 
+from epslots.generation.engine_stats import EngineStats
 from epslots.generation.requests import TokenLogprobs
 from epslots.streams import table_console
 from epslots.telemetry import LayerStats, Stats
@@ -23,6 +24,8 @@ class OneRankStats(Protocol):
     def where(self) -> str: ...
     @property
     def stats(self) -> Stats: ...
+    @property
+    def engine(self) -> EngineStats: ...
 
 
 class RanksStats(Protocol):
@@ -107,17 +110,39 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
     return table
 
 
-def print_stats(stats: Stats | RanksStats, *, link: str | None = None) -> None:
-    """Print the counters to standard error: of each layer, summed over ranks; and of each rank, if there are several.
+def requests_table(ranks: Sequence[OneRankStats]) -> Table:
+    """One row for each rank: what its engine did for requests."""
+    table = Table(title="requests", title_justify="left", caption_justify="left")
+    for heading in ("rank", "steps", "prompt tokens", "reused", "new tokens", "preempted", "running", "waiting", "cache used"):
+        table.add_column(heading, justify="right")
+    for one in ranks:
+        engine = one.engine
+        table.add_row(
+            str(one.rank),
+            f"{engine.steps:,}",
+            f"{engine.prompt_tokens:,}",
+            f"{engine.reused_tokens:,}",
+            f"{engine.new_tokens:,}",
+            f"{engine.preempted:,}",
+            f"{engine.running:,}",
+            f"{engine.waiting:,}",
+            f"{engine.kv_usage:.1%} of {engine.kv_tokens:,}",
+        )
+    table.caption = "reused: tokens of prompts that the cache held; preempted: requests that lost their place in it for a time"
+    return table
+
+
+def print_stats(stats: RanksStats, *, link: str | None = None) -> None:
+    """Print the counters to standard error: of each rank, and of each layer, summed over ranks.
 
     Args:
         link: the emulated link, if there was one.
     """
     console = table_console(140, stderr=True)
-    if not isinstance(stats, Stats):
+    if len(stats.ranks) > 1:
         console.print(ranks_table(stats.ranks))
-        stats = stats.total
-    console.print(stats_table(stats, link=link))
+    console.print(requests_table(stats.ranks))
+    console.print(stats_table(stats.total, link=link))
 
 
 def print_logprobs(title: str, logprobs: Sequence[TokenLogprobs], text_of: Callable[[int], str]) -> None:

@@ -107,7 +107,7 @@ class DecodeGraph:
         self._experts: list[DeviceExperts] = []
 
     def _check_room(self, runtime: Runtime) -> None:
-        room = runtime.plan.workload.kv_tokens * runtime.plan.workload.sequences
+        room = runtime.plan.engine.kv_tokens
         if self.batch * self.max_tokens > room:
             raise ConfigError(
                 f"batch={self.batch} sequences of max_tokens={self.max_tokens}: the memory plan has a KV cache of {room} "

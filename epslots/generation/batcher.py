@@ -1,7 +1,7 @@
 """``Batcher``: the interface of all batchers, and the part that they share.
 
 It holds the requests from ``add`` until their end is returned, and tells a request's failure from a rank's. ``PagedBatcher``
-and ``SequentialBatcher`` derive from it; ``isolation.py`` decides how a failed step is repeated.
+and ``RowBatcher`` derive from it; ``isolation.py`` decides how a failed step is repeated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from typing import TypeVar
 
 import torch
@@ -19,9 +19,12 @@ from transformers import PreTrainedModel
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
+from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
+from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
-from epslots.generation.requests import Output, Reason, Request
+from epslots.generation.requests import Output, Request
+from epslots.generation.tracked_request import TrackedRequest
 from epslots.runtime import predictor_of
 
 logger = logging.getLogger(__name__)
@@ -40,44 +43,22 @@ class NotFiniteError(ArithmeticError):
         super().__init__("logits are NaN or infinite")
 
 
-@dataclass(eq=False)
-class TrackedRequest:
-    """A request and its results."""
-
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    delivered: int = 0
-    """Tokens that ``outputs`` has returned."""
-    reason: Reason | None = None
-    error: str | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens of the whole sequence: the position of its next token."""
-        return len(self.request.prompt) + len(self.tokens)
-
-    def end(self, reason: Reason, error: str | None = None) -> None:
-        self.reason, self.error = reason, error
-
-    def append(self, token: int) -> None:
-        """Add a new token, and end the request if it is its last."""
-        self.tokens.append(token)
-        if token in self.request.stop_tokens:
-            self.end("stop")
-        elif len(self.tokens) == self.request.max_new_tokens:
-            self.end("length")
-
-
 class Batcher(ABC):
     """Advances requests, one forward pass at a time. Not for use by several threads at once.
 
     Args:
         model: the model that is served.
         capacity: tokens that one request may keep: its prompt, and all new tokens but the last.
+        max_requests: requests that run at a time; further ones wait.
+
+    Attributes:
+        grammars: requests whose grammars are being compiled: they are queued when these are ready.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
+        self.capacity, self.max_requests = capacity, max_requests
+        self.grammars: GrammarQueue[TrackedRequest] = GrammarQueue(lambda: compiler_for(model))
+        self._counters = EngineCounters()
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._entries: dict[str, TrackedRequest] = {}
@@ -116,6 +97,10 @@ class Batcher(ABC):
         """
 
     @abstractmethod
+    def _usage(self) -> Usage:
+        """What the cache holds now."""
+
+    @abstractmethod
     def close(self) -> None:
         """Free the cache, and leave the model as it was. Afterwards only ``unfinished`` may be called."""
 
@@ -124,11 +109,31 @@ class Batcher(ABC):
 
         Raises:
             ConfigError: the prompt is empty, has ids outside of the vocabulary or exceeds the cache together with
-                ``max_new_tokens``; ``max_new_tokens`` is less than one; the id is taken.
+                ``max_new_tokens``; ``max_new_tokens`` is less than one, or than ``min_tokens``; ``logit_bias`` has ids outside
+                of the vocabulary; the grammar is faulty, or none can be compiled; the id is taken.
         """
         self._check(request)
         entry = self._entries[request.id] = TrackedRequest(request)
-        self._queue(entry)
+        if request.grammar is None:
+            self._queue(entry)
+        else:
+            self.grammars.put(entry, request)
+
+    def _queue_prepared(self) -> None:
+        """Queue the requests whose grammars are ready; the first thing that ``prepare`` does."""
+        for entry, state in self.grammars.take():
+            if entry.reason is not None:  # cancelled meanwhile
+                continue
+            if isinstance(state, ConfigError):
+                entry.end("error", str(state))
+                continue
+            entry.grammar_state = state
+            if state.error is not None:
+                entry.end("error", state.error)
+            elif state.finished:
+                entry.end("stop")
+            else:
+                self._queue(entry)
 
     def _check(self, request: Request) -> None:
         name, prompt = f"request {request.id!r}", request.prompt
@@ -140,6 +145,11 @@ class Batcher(ABC):
             raise ConfigError(f"{name} has token {wrong} in its prompt; allowed: 0 to {self._vocabulary - 1}")
         if request.max_new_tokens < 1:
             raise ConfigError(f"{name} asks for max_new_tokens={request.max_new_tokens}; at least 1 is needed")
+        sampling = request.sampling
+        if sampling.min_tokens > (most := request.max_new_tokens + request.resumed):
+            raise ConfigError(f"{name} asks for min_tokens={sampling.min_tokens}; allowed: up to max_new_tokens={most}")
+        if (wrong := next((t for t, _ in sampling.logit_bias if t >= self._vocabulary), None)) is not None:
+            raise ConfigError(f"{name} has token {wrong} in its logit_bias; allowed: 0 to {self._vocabulary - 1}")
         # The last token is returned and never computed with.
         if (needed := len(prompt) + request.max_new_tokens - 1) > self.capacity:
             raise ConfigError(
@@ -155,11 +165,12 @@ class Batcher(ABC):
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
-            self._withdraw(entry)
+            if not entry.waits_for_grammar:
+                self._withdraw(entry)
 
     def _open(self) -> list[TrackedRequest]:
-        """Unfinished requests, oldest first."""
-        return [entry for entry in self._entries.values() if entry.reason is None]
+        """Unfinished requests that were queued, oldest first."""
+        return [entry for entry in self._entries.values() if entry.reason is None and not entry.waits_for_grammar]
 
     @property
     def has_work(self) -> bool:
@@ -170,13 +181,21 @@ class Batcher(ABC):
         """The results since the last call: at most one output for each request, in the order of ``add``."""
         found = []
         for id, entry in list(self._entries.items()):
-            tokens = tuple(entry.tokens[entry.delivered :])
-            if tokens or entry.reason:
-                found.append(Output(id, tokens, entry.reason is not None, entry.reason, entry.error))
+            tokens, logprobs = tuple(entry.tokens[entry.delivered :]), tuple(entry.logprobs[entry.delivered :])
+            prompt_logprobs = entry.take_prompt_logprobs()
+            self._counters.new_tokens += len(tokens)
+            if tokens or prompt_logprobs or entry.reason:
+                ended = entry.reason is not None
+                found.append(Output(id, tokens, ended, entry.reason, entry.error, logprobs, prompt_logprobs))
             entry.delivered = len(entry.tokens)
             if entry.reason:
                 del self._entries[id]
         return found
+
+    def stats(self) -> EngineStats:
+        """Counters since the batcher was made, and its requests now."""
+        usage = self._usage()
+        return EngineStats(**asdict(self._counters), **usage._asdict(), waiting=len(self._open()) - usage.running)
 
     @contextmanager
     def _following(self, row_T: IntArray | None) -> Iterator[None]:
@@ -192,9 +211,12 @@ class Batcher(ABC):
             predictor.set_previous_rows(None)
 
     def unfinished(self) -> list[tuple[Request, tuple[int, ...]]]:
-        """Every request whose end was not returned, with its returned tokens: enough for another batcher to continue."""
+        """Every request whose end was not returned, with its returned tokens: enough for another batcher to continue.
+
+        A request continues after the log-probabilities of its prompt that were returned.
+        """
         alive = [entry for entry in self._entries.values() if entry.reason not in ("cancelled", "error")]
-        return [(entry.request, tuple(entry.tokens[: entry.delivered])) for entry in alive]
+        return [(entry.as_delivered, tuple(entry.tokens[: entry.delivered])) for entry in alive]
 
     def _split_or_raise(self, isolation: Isolation[T], failure: Exception) -> tuple[T, str] | None:
         """Split a failed part of a batch; returns the faulty request, if one is found, with its error in words.
@@ -220,7 +242,7 @@ class Batcher(ABC):
         if not isolation.split:
             self._log(cause, len(isolation.part))
         faulty = isolation.failed(singly=breaks_group)
-        return None if faulty is None else (faulty, _in_words(cause, self._model.dtype))
+        return None if faulty is None else (faulty, describe_failure(cause, self._model.dtype))
 
     def _log(self, cause: Exception, requests: int) -> None:
         """Log a failure once in a row: a model that fails with every large batch does so in every step."""
@@ -230,9 +252,10 @@ class Batcher(ABC):
             logger.warning("a step of %d requests failed and is repeated in parts: %s", requests, text, exc_info=trace)
 
 
-def _in_words(cause: Exception, dtype: torch.dtype) -> str:
+def describe_failure(cause: Exception, dtype: torch.dtype) -> str:
+    """A failure of one request in words, for its user."""
     if isinstance(cause, NotFiniteError):
-        return f"its {cause}: a damaged weight, or numbers beyond the range of {dtype}"
+        return f"its {cause}: a damaged weight, numbers beyond the range of {dtype}, or a grammar that allows no token"
     text = str(cause)
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]} [...]"
     return f"the model's forward pass fails with this request alone: {type(cause).__name__}: {text}"

@@ -1,11 +1,12 @@
 """One rank's steps. The life of a request, in reading order:
 
 1. queue       ``add`` checks the request (requests.py), which then waits for room in the cache (batcher.py)
-2. admission   ``prepare`` takes requests into the next batch (paged_batcher.py; sequential_batcher.py one at a time)
-3. prompt      computed in chunks of at most ``max_batch_tokens``; its keys and values stay in pages (paged_cache.py)
-4. decoding    one token a step (token_choice.py), drawn by the request's seed and position (sampling.py)
-5. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of this request alone (isolation.py)
-6. outputs     ``outputs`` returns the new tokens after every step, and the end once
+2. grammar     compiled beside the steps, if there is one (grammar.py, grammar_queue.py); meanwhile others go on
+3. admission   ``prepare`` takes requests into the next batch (page_scheduler.py; row_batcher.py for rows)
+4. prompt      computed in chunks (chunk_size.py); what layers keep of it stays in pages or rows (paged_cache.py, row_cache.py)
+5. decoding    one token a step (token_choice.py), drawn by the request's seed and position (sampling.py)
+6. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of this request alone (isolation.py)
+7. outputs     ``outputs`` returns the new tokens after every step, and the end once
 
 ``text.py``, ``chat_template.py`` and ``end_tokens.py`` turn text into prompts and tokens into text.
 """
@@ -21,12 +22,15 @@ from transformers import PreTrainedModel
 
 from epslots.cpu_threads import ThreadGovernor
 from epslots.generation.batcher import Batcher
-from epslots.generation.paged_batcher import batcher_for
+from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores
 from epslots.runtime import runtime_of
 from epslots.transport.lockstep import Header
+
+# A rank that has nothing to do but wait for a grammar begins a step this often: other ranks may have work.
+_GRAMMAR_WAIT_S = 0.002
 
 
 class Engine:
@@ -70,12 +74,16 @@ class Engine:
         """
         self._threads.adjust()
         group, work = group_of(self.model), self.batcher.prepare()
+        if not work and len(self.batcher.grammars):
+            self.batcher.grammars.wait(_GRAMMAR_WAIT_S)
+            work = self.batcher.prepare()
+        unfinished = work or bool(len(self.batcher.grammars))
         if group is None:
             if work:
                 self.batcher.step()
-            return Header(work=work, stop=False)
+            return Header(work=unfinished, stop=False)
         if not work:
-            return group.lockstep.idle_step()
+            return group.lockstep.idle_step(work=unfinished)
         with group.lockstep.completing():
             self.batcher.step()
         return group.lockstep.header

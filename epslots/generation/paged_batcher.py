@@ -1,6 +1,6 @@
 """The batcher for models whose requests can be kept in pages: many requests in one forward pass, without a thread.
 
-    batcher = batcher_for(model, kv_tokens=4096)
+    batcher = PagedBatcher(model, kv_tokens=4096)
     batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))
     while batcher.prepare():
         batcher.step()
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import FutureRequestState
@@ -26,54 +26,37 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from epslots.arrays import IntArray
 from epslots.config import EngineConfig
 from epslots.errors import StepFailed, UnsupportedModelError
-from epslots.generation.batcher import Batcher, NotFiniteError, TrackedRequest, check_positive, check_servable
+from epslots.generation.batcher import Batcher, check_positive, check_servable
+from epslots.generation.chunk_size import ChunkSize
+from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.paged_cache import open_processor, paging_obstacle
+from epslots.generation.paged_choice import PagedChoice
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
-from epslots.generation.repeatable_step import WindowBackup, check_tokens, discard, prepare_part, show_cut_prompts
+from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
 from epslots.generation.row_tracker import RowTracker
-from epslots.generation.sampling import GREEDY, Sampling
-from epslots.generation.sequential_batcher import SequentialBatcher
-from epslots.generation.token_choice import NO_TOKEN, next_tokens
+from epslots.generation.tracked_request import TrackedRequest
 from epslots.models.batch_invariance import is_batch_invariant
 
 logger = logging.getLogger(__name__)
 
 
-def batcher_for(model: PreTrainedModel, **settings: Any) -> Batcher:
-    """The best batcher for a model, decided by its configuration and class.
-
-    Args:
-        model: with a language-model head; only its text input is used.
-        settings: fields of ``EngineConfig``. A ``SequentialBatcher`` takes a prompt in one step.
-
-    Raises:
-        ConfigError: a number is less than one.
-        DoesNotFitError: the KV cache exceeds the device's free memory.
-        UnsupportedModelError: the model has no language-model head.
-    """
-    config = EngineConfig(**settings)
-    check_servable(model)
-    obstacle = paging_obstacle(model) or invariance_obstacle(model)
-    if obstacle is None:
-        logger.info("%s: requests are batched, with %d tokens of paged KV cache", type(model).__name__, config.kv_tokens)
-        return PagedBatcher(model, **settings)
-    logger.info("%s: requests run one at a time, because %s", type(model).__name__, obstacle)
-    return SequentialBatcher(model, kv_tokens=config.kv_tokens)
-
-
 class PagedBatcher(Batcher):
     """Many requests in one forward pass, with keys and values in pages of one cache.
 
-    Requests wait while the cache is full. When the running ones outgrow it, transformers frees the newest one's pages, and
-    computes them again from its prompt and tokens when there is room. Full pages of finished requests stay until their room is
-    needed, for prompts that begin alike.
+    ``PageScheduler`` decides which requests compute how many tokens in a step, and which wait. Where all layers attend to all
+    tokens, prompts that begin alike share full pages, also with requests that are gone (``prefix_cache``).
 
     While it is open, a model with eager attention can't be used otherwise.
     """
 
-    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+    def __init__(self, model: PreTrainedModel, *, clock: Callable[[], float] = time.perf_counter, **settings: Any) -> None:
         """Allocate the cache, by fields of ``EngineConfig``.
+
+        Args:
+            model: with a language-model head.
+            clock: seconds, by which steps are timed for ``step_target_ms``.
+            settings: fields of ``EngineConfig``.
 
         Raises:
             ConfigError: a number is less than one.
@@ -85,22 +68,25 @@ class PagedBatcher(Batcher):
         check_positive(kv_tokens=config.kv_tokens)
         if obstacle := paging_obstacle(model) or invariance_obstacle(model):
             raise UnsupportedModelError(
-                f"{type(model).__name__} can't be served from pages: {obstacle}; use SequentialBatcher"
+                f"{type(model).__name__} can't be served from pages: {obstacle}; allowed: cache='rows' or 'auto'"
             )
         self._implementation = model.config._attn_implementation
-        self._manager, self._processor = open_processor(
-            model, kv_tokens=config.kv_tokens, max_batch_tokens=config.max_batch_tokens
-        )
-        self._attention = PackedAttention(model, self._processor) if is_batch_invariant(model) else None
-        self._choice = self._processor.model_runner._sample = _TokenChoice()
-        check_tokens(self._processor.inputs_and_outputs, self._choice.check)
-        super().__init__(model, infer_max_single_request_tokens(self._processor.cache))
+        self._manager, self._processor = open_processor(model, config)
+        self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
+        self._choice = PagedChoice(self._processor)
+        cache, scheduler = self._processor.cache, self._processor.scheduler
+        super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
+        target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
+        self._chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
+        scheduler.counters = self._counters
+        scheduler.wants_prompt_logits = self._wants_prompt_logits
+        self._clock = clock
+        # Of the step under way; None when it has failed: its time tells nothing.
+        self._began_s: float | None = None
         # By transformers' id of a request, a number, so that our ids can be used again: the request, and its tokens when it
         # was queued there.
         self._numbers = itertools.count()
         self._running: dict[str, tuple[TrackedRequest, int]] = {}
-        # Requests that wait until all running ones are done; see ``_start_over``.
-        self._held: list[TrackedRequest] = []
         # Of the batch under way; None between batches.
         self._isolation: Isolation[FutureRequestState] | None = None
         self._windows: WindowBackup | None = None
@@ -110,12 +96,6 @@ class PagedBatcher(Batcher):
         self._previous_T: IntArray | None = None
 
     def _queue(self, entry: TrackedRequest) -> None:
-        if self._held:
-            self._held.append(entry)
-        else:
-            self._submit(entry)
-
-    def _submit(self, entry: TrackedRequest) -> None:
         """Queue a request in transformers, to continue after its tokens so far."""
         rest = entry.request.after(entry.tokens)
         number = str(next(self._numbers))
@@ -129,21 +109,25 @@ class PagedBatcher(Batcher):
         )
 
     def _withdraw(self, entry: TrackedRequest) -> None:
-        if entry in self._held:
-            self._held.remove(entry)
-            return
         (number,) = [number for number, (running, _) in self._running.items() if running is entry]
         del self._running[number]
+        self._cancel(number)
+
+    def _cancel(self, number: str) -> None:
+        """End a request in transformers; the next ``prepare`` frees its pages."""
         self._manager.cancel_request(number)
-        # After freeing a request's pages, the scheduler admits none until one has finished; its own cancelling forgets that.
-        self._processor.scheduler.block_new_requests = False
+        # After freeing a request's pages, the scheduler admits none until one has ended; its own cancelling forgets that.
+        if number in self._processor.scheduler.active_requests:
+            self._processor.scheduler.block_new_requests = False
+
+    def _wants_prompt_logits(self, number: str) -> bool:
+        entry = self._running[number][0] if number in self._running else None
+        return entry is not None and bool(entry.prompt_rows(0, entry.prompt_length))
 
     def prepare(self) -> bool:
+        self._queue_prepared()
         if self._isolation is None:
-            if self._held and not self._running:
-                held, self._held = self._held, []
-                for entry in held:
-                    self._submit(entry)
+            self._began_s = self._clock()
             # Also without work: cancelled requests free their pages here.
             if self._schedule():
                 batch = self._processor.inputs_and_outputs.requests_in_batch
@@ -158,9 +142,8 @@ class PagedBatcher(Batcher):
     def _set_part(self, part: list[FutureRequestState]) -> None:
         """Make these prepared requests the next forward pass's."""
         self._part = part
-        runs = [self._running.get(future.state.request_id) for future in part if future.has_new_token]
-        tokenless = show_cut_prompts(self._processor.inputs_and_outputs)
-        self._choice.prepare([None if run is None else run[0] for run in runs], tokenless)
+        runs = [self._running.get(future.state.request_id) for future in part]
+        self._choice.prepare(part, [None if run is None else run[0] for run in runs])
         self._previous_T = self._order.next([(future.state.request_id, future.query_length) for future in part])
         if self._attention is not None:  # the position is the one after the batch
             self._attention.prepare([Span(future.query_length, future.state.position_offset) for future in part])
@@ -172,7 +155,7 @@ class PagedBatcher(Batcher):
             if "no requests can be offloaded" not in str(error):
                 raise
             scheduled = False
-        if not scheduled and self.has_work:
+        if not scheduled and self._open():
             self._start_over()
             scheduled = self._processor.prepare_next_batch()
             assert scheduled, "a lone request always fits"
@@ -184,11 +167,12 @@ class PagedBatcher(Batcher):
         Where layers of several kinds share the cache, freed pages may be scattered so that none is left of the size that one
         kind needs, even for a last running request that fits an empty cache.
         """
-        assert not self._held, "a lone request always fits"
+        self._counters.preempted += len(self._processor.scheduler.active_requests)
         self._processor.reset()
         self._running.clear()
-        first, *self._held = self._open()
-        self._submit(first)
+        for entry in self._open():
+            self._queue(entry)
+        self._processor.scheduler.block_new_requests = True
 
     def step(self) -> None:
         part, isolation, windows = self._part, self._isolation, self._windows
@@ -199,6 +183,7 @@ class PagedBatcher(Batcher):
                 self._processor._generation_step(self._model)
             self._processor.update_batch()
         except Exception as failure:
+            self._began_s = None
             self._isolate(isolation, failure)
             self._finish_part(isolation)
             if isinstance(failure, StepFailed):
@@ -206,10 +191,22 @@ class PagedBatcher(Batcher):
             return
         isolation.passed()
         self._breaks = 0
+        self._count_step(part)
         self._finish_part(isolation)
+        self._choice.commit()
         results = self._manager.output_router.output_queue
         while not results.empty():
             self._count(results.get())
+
+    def _count_step(self, part: list[FutureRequestState]) -> None:
+        """Count a forward pass that succeeded."""
+        # A request's position is the one after the batch: past its prompt, it decodes.
+        prompts = [future for future in part if future.state.position_offset <= len(future.state.initial_tokens)]
+        prompt_tokens = sum(future.query_length for future in prompts)
+        self._counters.steps += 1
+        self._counters.prompt_tokens += prompt_tokens
+        if self._began_s is not None:
+            self._chunk_size.observe(prompt_tokens, len(part) - len(prompts), self._clock() - self._began_s)
 
     def _finish_part(self, isolation: Isolation[FutureRequestState]) -> None:
         """Finish the part under way: the next one is prepared, or the next batch scheduled."""
@@ -236,54 +233,30 @@ class PagedBatcher(Batcher):
         if result.request_id not in self._running:
             return  # cancelled since the step was prepared
         entry, before = self._running[result.request_id]
-        for token in result.generated_tokens[len(entry.tokens) - before :]:
-            entry.append(token)
+        if len(result.generated_tokens) > len(entry.tokens) - before:
+            entry.append(self._choice.choices[result.request_id])
         if result.error is not None:
             entry.end("error", result.error)
-        assert result.is_finished() == (entry.reason is not None), "transformers and we agree on a request's end"
+        assert entry.reason or not result.is_finished(), "we know of each end that transformers knows of"
         if entry.reason:
             del self._running[result.request_id]
+            if not result.is_finished():  # its grammar has ended it
+                self._cancel(result.request_id)
+
+    def _usage(self) -> Usage:
+        cache, active = self._processor.cache, self._processor.scheduler.active_requests
+        allocators = cache.cache_allocators.values()
+        left_for_others = sum(len(allocator.ledger.cached_blocks) * allocator.bytes_per_block for allocator in allocators)
+        all_bytes = cache.num_sectors * cache.bytes_per_sector
+        used_bytes = all_bytes - int(cache.compute_free_capacity(relative=False)) - left_for_others
+        kv_tokens = cache.num_blocks * self._processor.cb_config.page_size
+        running = sum(number in self._running for number in active)  # else it has just been cancelled
+        return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens)
 
     def close(self) -> None:
+        self.grammars.close()
         self._manager.destroy()
+        del self._choice  # it holds the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
-
-
-class _TokenChoice:
-    """Replaces transformers' choice of tokens by that of each request in the prepared batch.
-
-    It is fixed when the batch is prepared: a repeated step chooses the same again, and so does one with a cancelled request.
-    """
-
-    def __init__(self) -> None:
-        self._samplings: list[Sampling] = []
-        self._positions: list[int] = []
-
-    def prepare(self, entries: Sequence[TrackedRequest | None], tokenless: int) -> None:
-        """Set the batch's requests that get a token, in the batch's order; None = a cancelled one.
-
-        Args:
-            entries: these requests.
-            tokenless: rows behind theirs that get no token, but must be finite.
-        """
-        self._samplings = [GREEDY if entry is None else entry.request.sampling for entry in entries]
-        self._positions = [0 if entry is None else entry.length for entry in entries]
-        self._samplings += [GREEDY] * tokenless
-        self._positions += [0] * tokenless
-
-    def __call__(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        """Choose a token for each row; row i belongs to the i-th request that gets a token.
-
-        Args:
-            scores: [1, rows, V].
-            output_ids: int64 [1, any], its first entries are set.
-        """
-        chosen = next_tokens(scores[0, : len(self._samplings)], self._samplings, self._positions)
-        output_ids[0, : len(chosen)].copy_(chosen)
-
-    def check(self, tokens: list[int]) -> None:
-        """Raise NotFiniteError if one of these rows has no token."""
-        if NO_TOKEN in tokens[: len(self._samplings)]:
-            raise NotFiniteError

@@ -13,8 +13,6 @@ of any requests into one batch ("continuous batching"). Two of its assumptions d
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +21,23 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.utils.generic import is_flash_attention_requested
 
+from epslots.config import EngineConfig
 from epslots.errors import DoesNotFitError
+from epslots.generation.page_scheduler import SCHEDULER
+from epslots.generation.paged_invariance import IMPLEMENTATION
 from epslots.generation.positions import depends_on_length
+from epslots.models.batch_invariance import is_batch_invariant
+from epslots.models.page_sizes import PageSizes, cache_blocks
 
 # Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel needs 256.
 PAGE_TOKENS = 16
 FLASH_PAGE_TOKENS = 256
+# Pages of a request that flash attention's kernel reads in place, at most: transformers' default.
+FLASH_REQUEST_PAGES = 32
 
 
 def paging_obstacle(model: PreTrainedModel) -> str | None:
@@ -83,28 +89,29 @@ def _attentions(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")]
 
 
-def cache_blocks(kv_tokens: int, page_tokens: int, layers: Mapping[str, Sequence[int]]) -> int:
-    """Blocks (pages of all layers) of a cache in which one request of ``kv_tokens`` fits.
+def page_sizes(model: PreTrainedModel) -> PageSizes:
+    """The sizes of the paged cache that ``open_processor`` opens for a model, which may be on the meta device."""
+    config, width = model.config.get_text_config(), row_width(model)
+    flash, groups = is_flash_attention_requested(config), group_layers_by_attn_type(config)
+    numbers = find_num_key_value_heads(config) * find_head_dim(config) if width is None else width
+    item = model.dtype.itemsize
+    return PageSizes(
+        layers=tuple(map(len, groups.values())),
+        layer_bytes=2 * numbers * item,
+        page_tokens=FLASH_PAGE_TOKENS if flash else PAGE_TOKENS,
+        mask_bytes=0 if flash or is_batch_invariant(model) else item,
+        request_pages=FLASH_REQUEST_PAGES if flash and width is None and groups.keys() == {FULL_ATTENTION} else 0,
+    )
 
-    Each kind of attention takes whole *sectors*, the smallest unit that any of them can divide into pages of its layers. So
-    beside the tokens there must be room for every kind but one to leave a sector half empty.
 
-    Args:
-        kv_tokens: tokens to hold at least.
-        page_tokens: tokens of a page.
-        layers: the layers of each kind of attention, from ``group_layers_by_attn_type``.
-    """
-    counts = [len(indices) for indices in layers.values()]
-    return -(-kv_tokens // page_tokens) + -(-(len(counts) - 1) * math.lcm(*counts) // sum(counts))
+def open_processor(model: PreTrainedModel, engine: EngineConfig) -> tuple[Any, Any]:
+    """Open a paged cache for the model, with a ``PageScheduler``, and no thread.
 
-
-def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: int) -> tuple[Any, Any]:
-    """Open a paged cache of ``kv_tokens`` for the model, with transformers' scheduler, and no thread.
+    A batch-invariant model's attention is replaced by ``paged_invariance.py``'s, which takes no masks.
 
     Args:
         model: served from the cache.
-        kv_tokens: tokens to hold at least.
-        max_batch_tokens: tokens of a step, at most.
+        engine: the size of the cache and of a step.
 
     Returns:
         transformers' manager, which takes requests and returns tokens, and its batch processor, which advances them.
@@ -112,17 +119,18 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
     Raises:
         DoesNotFitError: cache and batches exceed the device's free memory.
     """
-    config = model.config.get_text_config()
-    flash = is_flash_attention_requested(config)
-    page_tokens = FLASH_PAGE_TOKENS if flash else PAGE_TOKENS
-    width = row_width(model)
+    config, kv_tokens = model.config.get_text_config(), engine.kv_tokens
+    sizes, flash, width = page_sizes(model), is_flash_attention_requested(config), row_width(model)
     implementation = model.config._attn_implementation
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=page_tokens,
-            num_blocks=cache_blocks(kv_tokens, page_tokens, group_layers_by_attn_type(config)),
-            max_batch_tokens=max_batch_tokens,
+            page_size=sizes.page_tokens,
+            num_blocks=cache_blocks(kv_tokens, sizes.page_tokens, sizes.layers),
+            max_batch_tokens=engine.max_batch_tokens,
+            max_requests_per_batch=engine.max_requests,
+            allow_block_sharing=engine.prefix_cache,
+            scheduler_type=SCHEDULER,
             # 0 = none: reading pages in place needs the shape that the configuration states.
             max_blocks_per_request=None if flash and width is None else 0,
             # A step is over when it returns; its MoE layers talk to the host and to other ranks, which no graph can hold.
@@ -138,11 +146,14 @@ def open_processor(model: PreTrainedModel, *, kv_tokens: int, max_batch_tokens: 
     try:
         cuda = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
+            if is_batch_invariant(model):
+                model.set_attn_implementation(IMPLEMENTATION)
             processor = _processor(manager, None if width is None else rows_config(config, width))
     except MemoryError as error:
         model.set_attn_implementation(implementation)
         raise DoesNotFitError(
-            f"a KV cache of {kv_tokens} tokens and batches of {max_batch_tokens} don't fit on {model.device}: {error} (bytes)"
+            f"a KV cache of {kv_tokens} tokens and batches of {engine.max_batch_tokens} don't fit on {model.device}: {error} "
+            f"(bytes)"
         ) from error
     return manager, processor
 

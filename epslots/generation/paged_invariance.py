@@ -66,13 +66,11 @@ class PackedAttention:
     """The attention of one batcher's model, as long as the batcher is open.
 
     Args:
-        model: its attention implementation is replaced.
-        processor: transformers' batch processor; it builds no masks from now on.
+        processor: transformers' batch processor, opened for a model with this attention (``open_processor``).
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        model.set_attn_implementation(IMPLEMENTATION)
-        processor.inputs_and_outputs.attention_mask = None
+    def __init__(self, processor: Any) -> None:
+        assert processor.inputs_and_outputs.attention_mask is None
         processor.cache.epslots_attention = self
         self._spans: Sequence[Span] = ()
         self._parts: dict[tuple[int | None, int, int], list[_Part]] = {}

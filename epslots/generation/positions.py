@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +26,10 @@ def depends_on_length(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in _rotaries(model) if _depends(module, model.device)]
 
 
-def forget_length(rotaries: Sequence[nn.Module], model: PreTrainedModel) -> None:
-    """Reset rotary embeddings to their state for a short sequence."""
-    for module in rotaries:
-        for kind in _kinds(module):
-            _angles(module, torch.zeros(1, 1, dtype=torch.int64, device=model.device), kind)
+def forget_length(module: nn.Module, forward: Callable[..., Any], device: torch.device) -> None:
+    """Reset a rotary embedding, by its ``forward``, to its state for a short sequence."""
+    for kind in _kinds(module):
+        _angles(forward, torch.zeros(1, 1, dtype=torch.int64, device=device), kind)
 
 
 def _rotaries(model: PreTrainedModel) -> list[nn.Module]:
@@ -42,7 +42,9 @@ def _rotaries(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
-def _depends(module: nn.Module, device: torch.device) -> bool:
+def _depends(module: Any, device: torch.device) -> bool:
+    if device.type == "meta":  # without frequencies, which follow from the configuration
+        module, device = type(module)(module.config), torch.device("cpu")
     near = torch.arange(_NEAR + 1, device=device)[None]
     far = near.clone()
     far[0, -1] = _FAR
@@ -62,7 +64,7 @@ def _kinds(module: nn.Module) -> list[str | None]:
 
 
 @torch.no_grad()
-def _angles(module: nn.Module, positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, ...]:
+def _angles(module: Callable[..., Any], positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, ...]:
     """Cosines and sines [..., T, any] of positions [1, T]."""
     like = torch.zeros(1, device=positions.device)  # only its dtype and device are used
     kinds = {} if kind is None else {"layer_type": kind}

@@ -1,13 +1,13 @@
 """Makes the forward pass of a prepared batch of transformers' continuous batching repeatable.
 
 transformers assumes that a forward pass that began also ends, and ends well. Here ``WindowBackup`` makes an interrupted pass
-repeatable, ``prepare_part`` lays it out again for some of its requests, ``check_tokens`` reports rows without a token, and
-``discard`` removes a request that fails. ``PagedBatcher`` calls them.
+repeatable, ``prepare_part`` lays it out again for some of its requests, and ``discard`` removes a request that fails.
+``PagedBatcher`` calls them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,48 +78,6 @@ def prepare_part(processor: Any, part: Sequence[FutureRequestState]) -> None:
         max_kv_read=batch.max_kv_read,
         use_padding=processor.model_runner.pad_inputs,
     )
-
-
-def show_cut_prompts(batch: Any) -> int:
-    """Add a row of logits for each request whose prompt continues in a later step.
-
-    They come behind the rows of the requests that get a token. transformers computes a row for every request, and would take
-    any token for these. The last token of such a chunk attends to all the others, so its logits tell whether any of them came
-    out as NaN.
-
-    Args:
-        batch: transformers' inputs and outputs of the prepared batch.
-
-    Returns:
-        Number of rows that get no token.
-    """
-    entries = batch.requests_in_batch
-    last, at = [], 0
-    for entry in entries:
-        at += entry.query_length
-        if not entry.has_new_token:
-            last.append(at - 1)
-    if last:
-        rows = batch.logits_indices[len(entries) - len(last) : len(entries)]
-        rows.copy_(torch.tensor(last, dtype=rows.dtype))
-    return len(last)
-
-
-def check_tokens(batch: Any, check: Callable[[list[int]], None]) -> None:
-    """Call ``check`` with a step's tokens, one a row, before they change anything.
-
-    Args:
-        batch: transformers' inputs and outputs; its reading of the tokens is replaced.
-        check: may raise.
-    """
-    read = batch.prepare_batch_update
-
-    def checked() -> Any:
-        found = read()
-        check(found[1])
-        return found
-
-    batch.prepare_batch_update = checked
 
 
 def discard(processor: Any, request_id: str) -> None:

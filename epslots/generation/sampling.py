@@ -25,7 +25,7 @@ class Sampling:
     The order and the formulas are vLLM's: penalties and biases change the logits of greedy choice, too.
 
     Attributes:
-        min_tokens: stop tokens aren't chosen before this many new tokens.
+        min_tokens: stop tokens aren't chosen before this many new tokens, unless the grammar allows no other.
         logit_bias: (token, number added to its logit), each token once.
         repetition_penalty: logits of tokens in the prompt or the text so far are divided by it, negative ones multiplied
             (Keskar et al., "CTRL", 2019).
@@ -61,17 +61,6 @@ class Sampling:
             if not isinstance(given, int) or isinstance(given, bool) or given < 0 or (limit is not None and given >= limit):
                 raise ConfigError(f"{name}={shown(given)}; allowed: an int, {_INTEGERS[name]}")
         _check_bias(self.logit_bias)
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether a setting changes the logits before a token is chosen."""
-        return bool(
-            self.min_tokens
-            or self.logit_bias
-            or self.repetition_penalty != 1
-            or self.frequency_penalty
-            or self.presence_penalty
-        )
 
 
 MOST_BIASES = 1024

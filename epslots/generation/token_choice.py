@@ -1,84 +1,196 @@
 """The token that follows each sequence of a batch: the likeliest, or drawn by its request's ``Sampling``.
 
-Suffixes: N sequences; R of them that draw; V tokens of the vocabulary; K of them, the likeliest first.
+    choose            edits logits (logit_edits.py), takes the likeliest token or draws one, and finds log-probabilities
+    prompt_logprobs   of the tokens that are given (logprobs.py)
+
+Suffixes: N sequences; R of them in a part; V tokens of the vocabulary; K of them, the likeliest first; P tokens of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from epslots.arrays import FloatArray
 from epslots.device_copy import to_device
+from epslots.generation.logit_edits import edit_logits, edits_logits
+from epslots.generation.logprobs import read_scores, score
+from epslots.generation.requests import TokenLogprobs
 from epslots.generation.sampling import Sampling, uniform_numbers
+from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
 
-# Drawing takes up to 50 bytes for each logit, so 200 MB for this many at a time; a single row may take more.
+# Choosing takes up to 50 bytes for each logit, so 200 MB for this many at a time; a single row may take more.
 PART_LOGITS = 2**22
 
-NO_TOKEN = -1
+T = TypeVar("T")
 
 _TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-def next_tokens(logits_NV: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
-    """The token that follows each row of logits, int64 [N]; -1 = none. The one place where tokens are chosen.
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The next tokens of a batch, on the device.
 
-    A row's token doesn't depend on the other rows. A row has none if one of its logits is NaN, or the largest is infinite.
+    Attributes:
+        tokens_N: int64 [N]; -1 = none.
+        tops: for each row whose request asked for log-probabilities, the number of likeliest tokens.
+        scores: of these rows, in parts, as ``logprobs.score`` returns them.
+    """
+
+    tokens_N: torch.Tensor
+    tops: dict[int, int]
+    scores: list[torch.Tensor]
+
+    def read(self) -> list[Choice]:
+        """Copy the choices to the host, all at once."""
+        if not self.tops:
+            return [Choice(token) for token in self.tokens_N.tolist()]
+        # float64 holds tokens exactly.
+        numbers = torch.cat([self.tokens_N.double(), *(part.flatten() for part in self.scores)]).cpu().numpy()
+        count = len(self.tokens_N)
+        choices = [Choice(int(token)) for token in numbers[:count]]
+        rows = numbers[count:].reshape(len(self.tops), -1).tolist()
+        for (row, top), scores in zip(self.tops.items(), rows, strict=True):
+            token = choices[row].token
+            choices[row] = Choice(token, read_scores(token, scores, top))
+        return choices
+
+
+@torch.no_grad()
+def choose(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None]) -> Chosen:
+    """The token that follows each row of logits: the one place where tokens are chosen.
+
+    A row's token depends on its logits, its request and the request's tokens alone, not on the other rows. A row has none if
+    one of its logits is NaN, or the largest is infinite, or its grammar allows no token.
 
     Args:
-        logits_NV: fp32 [N, V], of the last token of N sequences.
-        samplings: how each row's token is chosen.
-        positions: index of each new token in its whole sequence, the prompt included.
+        logits_NV: fp32 [N, V], of the last token of N sequences. They stay as they are.
+        rows: their requests; None = no request any more: the likeliest token, and nothing else.
     """
-    max_N, chosen_N = logits_NV.max(dim=-1)  # NaN if any logit is
-    finite_N = max_N.isfinite()
-    drawing = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if not drawing:
-        return chosen_N.masked_fill_(~finite_N, NO_TOKEN)
     vocabulary = logits_NV.shape[1]
-    drawn = [samplings[row] for row in drawing]
-    numbers = uniform_numbers([sampling.seed for sampling in drawn], [positions[row] for row in drawing])
-    top_k = [min(sampling.top_k or vocabulary, vocabulary) for sampling in drawn]
-    top_p = [sampling.top_p for sampling in drawn]
-    temperature = [min(max(sampling.temperature, _TINIEST), _LARGEST) for sampling in drawn]
-    # float64 holds all settings exactly, and one copy carries them.
-    settings_5R = to_device(np.array([drawing, temperature, numbers, top_k, top_p]), logits_NV.device)
-    filters = _Filters.of(top_k, top_p, vocabulary)
-    for part_5R in settings_5R.split(max(1, PART_LOGITS // vocabulary), dim=1):
-        rows_R = part_5R[0].long()
-        chosen_N.index_copy_(0, rows_R, _draw(logits_NV[rows_R], part_5R[1:, :, None], filters))
-    return chosen_N.masked_fill_(~finite_N, NO_TOKEN)
+    most_N, tokens_N = logits_NV.max(dim=-1)  # NaN if any logit is
+    entries = [(row, entry) for row, entry in enumerate(rows) if entry is not None]
+    drawing = [(row, entry) for row, entry in entries if entry.request.sampling.temperature > 0]
+    greedy = [(row, entry) for row, entry in entries if entry.request.sampling.temperature == 0 and edits_logits(entry)]
+    for part in _parts(greedy, vocabulary):
+        rows_R = to_device(np.array([row for row, _ in part]), logits_NV.device)
+        logits_RV = logits_NV[rows_R]
+        edit_logits(logits_RV, [entry for _, entry in part])
+        tokens_N.index_copy_(0, rows_R, _likeliest(logits_RV))
+    for part in _parts(drawing, vocabulary):
+        settings_6R = to_device(_draw_settings(part, vocabulary), logits_NV.device)
+        rows_R = settings_6R[0].long()
+        logits_RV = logits_NV[rows_R]
+        edit_logits(logits_RV, [entry for _, entry in part])
+        filters = _Filters.of([entry.request.sampling for _, entry in part], vocabulary)
+        tokens_N.index_copy_(0, rows_R, _draw(logits_RV, settings_6R[1:, :, None], filters))
+    tokens_N.masked_fill_(~most_N.isfinite(), NO_TOKEN)
+    tops = {row: min(top, vocabulary) for row, entry in entries if (top := entry.request.logprobs) is not None}
+    return Chosen(tokens_N, tops, _scores(logits_NV, tokens_N, tops))
+
+
+def _scores(logits_NV: torch.Tensor, tokens_N: torch.Tensor, tops: Mapping[int, int]) -> list[torch.Tensor]:
+    """The log-probabilities of some rows' tokens, in parts; ``tops`` has the number of likeliest ones for each row."""
+    found = []
+    for part in _parts(list(tops), logits_NV.shape[1]):
+        rows_R = to_device(np.array(part), logits_NV.device)
+        found.append(score(logits_NV[rows_R], tokens_N[rows_R].clamp_(min=0), max(tops.values())))
+    return found
+
+
+@torch.no_grad()
+def prompt_logprobs(logits_PV: torch.Tensor, tokens: Sequence[int], top: int) -> tuple[TokenLogprobs, ...]:
+    """Log-probabilities of tokens that are given, and of the likeliest ones at their places. Waits for the device.
+
+    Args:
+        logits_PV: fp32 [P, V], of the token before each of them.
+        tokens: P tokens of a prompt.
+        top: likeliest tokens to return for each.
+    """
+    found: list[TokenLogprobs] = []
+    vocabulary = logits_PV.shape[1]
+    top = min(top, vocabulary)
+    for part in _parts(tokens, vocabulary):
+        tokens_R = to_device(np.array(part, np.int64), logits_PV.device)
+        scores = score(logits_PV[len(found) : len(found) + len(part)], tokens_R, top).tolist()
+        found += [read_scores(token, numbers, top) for token, numbers in zip(part, scores, strict=True)]
+    return tuple(found)
+
+
+def _parts(items: Sequence[T], vocabulary: int) -> Iterator[Sequence[T]]:
+    """Items of one row each, in parts of at most ``PART_LOGITS`` logits, or of one row."""
+    size = max(1, PART_LOGITS // vocabulary)
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _likeliest(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row, int64 [R]; -1 if none is allowed."""
+    most_R, tokens_R = logits_RV.max(dim=-1)
+    return tokens_R.masked_fill_(most_R == -torch.inf, NO_TOKEN)
+
+
+def _draw_settings(part: Sequence[tuple[int, TrackedRequest]], vocabulary: int) -> FloatArray:
+    """For each row that draws, its number, temperature, random number, top_k, top_p and min_p: float64 [6, R].
+
+    float64 holds all of them exactly, so that one copy carries them.
+    """
+    samplings = [entry.request.sampling for _, entry in part]
+    return np.array(
+        [
+            [row for row, _ in part],
+            [min(max(sampling.temperature, _TINIEST), _LARGEST) for sampling in samplings],
+            uniform_numbers([sampling.seed for sampling in samplings], [entry.length for _, entry in part]),
+            [_kept(sampling, vocabulary) for sampling in samplings],
+            [sampling.top_p for sampling in samplings],
+            [sampling.min_p for sampling in samplings],
+        ]
+    )
+
+
+def _kept(sampling: Sampling, vocabulary: int) -> int:
+    """The likeliest tokens that ``top_k`` keeps; the vocabulary where there is none."""
+    return min(sampling.top_k or vocabulary, vocabulary)
 
 
 @dataclass(frozen=True)
 class _Filters:
-    """The size of the filters of all rows, known to the host."""
+    """The size of the filters of some rows, known to the host."""
 
     ranks: int
     """The largest ``top_k``; 0 without any."""
     nucleus: bool
     """Whether a row has only a ``top_p``: the number of tokens that it keeps depends on the logits."""
+    min_p: bool
+    """Whether a row has one."""
 
     @classmethod
-    def of(cls, top_k: Sequence[int], top_p: Sequence[float], vocabulary: int) -> _Filters:
-        """The filters of these rows; ``top_k`` is the vocabulary where there is none."""
-        nucleus = any(k == vocabulary and p < 1 for k, p in zip(top_k, top_p, strict=True))
-        return cls(max((k for k in top_k if k < vocabulary), default=0), nucleus)
+    def of(cls, samplings: Sequence[Sampling], vocabulary: int) -> _Filters:
+        kept = [_kept(sampling, vocabulary) for sampling in samplings]
+        return cls(
+            ranks=max((k for k in kept if k < vocabulary), default=0),
+            nucleus=any(k == vocabulary and sampling.top_p < 1 for k, sampling in zip(kept, samplings, strict=True)),
+            min_p=any(sampling.min_p for sampling in samplings),
+        )
 
 
-def _draw(logits_RV: torch.Tensor, settings_4R1: torch.Tensor, filters: _Filters) -> torch.Tensor:
-    """A token of each row, int64 [R], by inverse transform sampling.
+def _draw(logits_RV: torch.Tensor, settings_5R1: torch.Tensor, filters: _Filters) -> torch.Tensor:
+    """A token of each row, int64 [R], by inverse transform sampling; -1 if none is allowed.
 
     The tokens share an interval in the order of their ids, each in proportion to its probability; the random number picks one.
     The logits of a sequence differ in their last bits with the shape of its batch. In this order that moves the borders by as
     little, and hardly ever a border past the number. In the order of probabilities, two tokens about as likely would change
     places, and the number would pick the other one.
     """
-    temperature_R1, number_R1, top_k_R1, top_p_R1 = settings_4R1
+    temperature_R1, number_R1, top_k_R1, top_p_R1, min_p_R1 = settings_5R1
+    most_R1 = logits_RV.amax(dim=-1, keepdim=True)
     # The likeliest token weighs 1 at any temperature.
-    weights_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)).div_(temperature_R1.float()).exp_()
+    weights_RV = (logits_RV - most_R1).div_(temperature_R1.float()).exp_()
+    if filters.min_p:
+        weights_RV.masked_fill_(weights_RV < min_p_R1, 0)
     if filters.ranks or filters.nucleus:
         floor_R1 = _floor(logits_RV, weights_RV, top_k_R1.long(), top_p_R1, filters)
         weights_RV.masked_fill_(logits_RV < floor_R1, 0)
@@ -88,13 +200,16 @@ def _draw(logits_RV: torch.Tensor, settings_4R1: torch.Tensor, filters: _Filters
     ends_RV.masked_fill_(weights_RV == 0, -1)
     # Below the last end: a float64 times at most 1 - 2**-53 is never rounded up to itself.
     point_R1 = number_R1 * ends_RV.amax(dim=-1, keepdim=True)
-    return (ends_RV > point_R1).byte().argmax(dim=-1)  # the first; if logits are NaN, any
+    drawn_R = (ends_RV > point_R1).byte().argmax(dim=-1)  # the first; if logits are NaN, any
+    return drawn_R.masked_fill_(most_R1[:, 0] == -torch.inf, NO_TOKEN)
 
 
 def _floor(
     logits_RV: torch.Tensor, weights_RV: torch.Tensor, top_k_R1: torch.Tensor, top_p_R1: torch.Tensor, filters: _Filters
 ) -> torch.Tensor:
     """The logit that a token needs to be kept, [R, 1].
+
+    Tokens that ``min_p`` dropped weigh nothing.
 
     ``top_k`` keeps the tokens at least as likely as the k-th. Of these ``top_p`` keeps each token before which the likelier
     ones hold less than ``top_p``, so always the likeliest. Equally likely tokens are kept or dropped together, independent of

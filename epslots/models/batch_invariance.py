@@ -31,7 +31,7 @@ def make_batch_invariant(model: PreTrainedModel) -> None:
 
     Call it before the model joins other ranks: it runs the decoder once, to record the functions that it calls.
     """
-    setattr(model, _ATTRIBUTE, tuple(_unknown_functions(model)))
+    record_unknown_functions(model)
     forward = model.forward
 
     @functools.wraps(forward)
@@ -42,8 +42,13 @@ def make_batch_invariant(model: PreTrainedModel) -> None:
     setattr(model, "forward", invariant_forward)  # noqa: B010 - a method to mypy
 
 
+def record_unknown_functions(model: PreTrainedModel) -> None:
+    """Let ``is_batch_invariant`` and ``unknown_functions`` know the model: as loaded, or as a skeleton on the meta device."""
+    setattr(model, _ATTRIBUTE, tuple(_unknown_functions(model)))
+
+
 def is_batch_invariant(model: nn.Module) -> bool:
-    """Whether a model was loaded with ``batch_invariant=True``."""
+    """Whether a model was, or is to be, loaded with ``batch_invariant=True``."""
     return hasattr(model, _ATTRIBUTE)
 
 

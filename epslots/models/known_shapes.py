@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from epslots.errors import ConfigError
 from epslots.layout import ITEM_BYTES, LayerSpec, RecordLayout
-from epslots.models.model_shape import KVLayer, ModelShape
+from epslots.models.model_shape import CacheTensor, ModelShape
+from epslots.models.page_sizes import PageSizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Published(NamedTuple):
@@ -131,9 +135,18 @@ KNOWN_SHAPES: dict[str, str] = {name: published.source for name, published in _P
 """The names that ``known_shape`` takes, each with the source of its numbers."""
 
 
-@functools.cache
 def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
     """The shape of a well-known model, with all weights in ``dtype``.
+
+    Raises:
+        ConfigError: no model of that name is known, or no such dtype.
+    """
+    return known_model(name, dtype)[0]
+
+
+@functools.cache
+def known_model(name: str, dtype: str = "bfloat16") -> tuple[ModelShape, PreTrainedModel | None]:
+    """The shape of a well-known model, and its skeleton; None for grok-1, which has no class in transformers.
 
     Raises:
         ConfigError: no model of that name is known, or no such dtype.
@@ -143,16 +156,19 @@ def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
     if dtype not in ITEM_BYTES:
         raise ConfigError(f"dtype={dtype!r}: allowed: {', '.join(ITEM_BYTES)}")
     if name == _GROK_1:
-        return _grok_1(dtype)
+        return _grok_1(dtype), None
     # Both take seconds to import; the names above are needed without them.
     import transformers
 
-    from epslots.models.measure_shape import shape_of_config
+    from epslots.models.experts import expert_layers
+    from epslots.models.measure_shape import shape_of_model
+    from epslots.models.pretrained import build_skeleton, resolve_class, resolve_dtype
 
     published = _PUBLISHED[name]
     model_class = getattr(transformers, published.architecture)
     config = model_class.config_class(**published.settings, architectures=[published.architecture])
-    return shape_of_config(config, name, dtype)
+    skeleton = build_skeleton(resolve_class(config), config, resolve_dtype(dtype, config))
+    return shape_of_model(skeleton, name, dtype, expert_layers(skeleton)), skeleton
 
 
 def _grok_1(dtype: str) -> ModelShape:
@@ -178,7 +194,12 @@ def _grok_1(dtype: str) -> ModelShape:
         layers=tuple(LayerSpec(f"decoder_layer_{i}.moe", num_experts, layout) for i in range(num_layers)),
         top_k=top_k,
         dense_bytes=dense * item,
-        kv=(KVLayer(2 * kv_heads * head_dim * item),) * num_layers,
+        cache=tuple(
+            CacheTensor(layer, (name,), "token", (kv_heads, head_dim), dtype, (0, 2))
+            for layer in range(num_layers)
+            for name in ("keys", "values")
+        ),
         hidden_size=hidden,
         vocab_size=vocab,
+        pages=PageSizes((num_layers,), 2 * kv_heads * head_dim * item, page_tokens=16, mask_bytes=item),
     )

@@ -8,6 +8,7 @@ itself fills is measured. The same run shows the number of experts per token.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -20,13 +21,32 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from epslots.errors import UnsupportedModelError
 from epslots.layout import LayerSpec
-from epslots.models.experts import expert_layers
-from epslots.models.model_shape import KVLayer, ModelShape
+from epslots.models.experts import dense_class, expert_layers, is_experts
+from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class, resolve_dtype
 
 # The dry runs are this many tokens long, less one, and twice this many, less one: enough to see growth. (Some recurrent layers
 # loop over tokens in Python, so more would take time.)
 DRY_RUN_TOKENS = 16
+# The tensors of transformers' cache classes, by attribute: the dimensions of batch and sequence (None = a state).
+_DIMENSIONS: dict[str, tuple[int, int | None]] = {
+    "keys": (0, 2),
+    "values": (0, 2),
+    "indexer_keys": (0, 1),  # DeepSeek's sparse attention
+    "indexer_position_ids": (1, 2),  # qwen4_exp
+    "idx_keys": (0, 2),  # minimax_m3
+    "conv_states": (0, None),
+    "recurrent_states": (0, None),
+    "linear_cache": (0, None),  # minimax
+}
+# Those of deepseek_v4's layers, which each row has for itself. Buffers hold the tokens that wait to be compressed.
+_OWN_DIMENSIONS: dict[str, tuple[int, int | None]] = {
+    "compressed_kv": (0, 1),
+    "buffer_kv": (0, None),
+    "buffer_gate": (0, None),
+    "overlap_kv": (0, None),
+    "overlap_gate": (0, None),
+}
 
 
 def shape_of_config(config: PretrainedConfig, name: str, dtype: str | torch.dtype = "auto") -> ModelShape:
@@ -64,14 +84,16 @@ def shape_of_model(
     """
     text = model.config.get_text_config(decoder=True)
     experts = [model.get_submodule(layer.name) for layer in layers]
-    kv, top_k = _dry_run(model, experts) if run else ((), 1)
+    cache, top_k = _dry_run(model, experts) if run else ((), 1)
+    if not top_k:
+        raise UnsupportedModelError(f"a forward pass of {type(model).__name__} reaches none of its experts")
     return ModelShape(
         name=name,
         dtype=dtype,
         layers=layers,
         top_k=top_k,
         dense_bytes=_dense_bytes(model, experts),
-        kv=kv,
+        cache=cache,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
     )
@@ -84,9 +106,24 @@ def _dense_bytes(model: PreTrainedModel, experts: Sequence[nn.Module]) -> int:
     return sum(tensor.nbytes for tensor in dense.values())
 
 
-def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tuple[KVLayer, ...], int]:
-    """A sequence's state, and experts per token, from two forward passes on meta tensors."""
-    top_ks: list[int] = []
+def measure_cache(model: PreTrainedModel) -> tuple[CacheTensor, ...]:
+    """What a model's own cache keeps of a sequence.
+
+    Args:
+        model: on any device, with or without experts. It is left as it is: a skeleton of its class is run.
+
+    Raises:
+        UnsupportedModelError: the skeleton's forward pass fails on the meta device, or the cache keeps unknown tensors.
+    """
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"  # the model's may be a batcher's own
+    skeleton = build_skeleton(dense_class(type(model)), config, model.dtype)
+    return _dry_run(skeleton, [module for module in skeleton.modules() if is_experts(module)])[0]
+
+
+def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tuple[CacheTensor, ...], int]:
+    """A sequence's cache, and experts per token (0 without experts), from two forward passes on meta tensors."""
+    top_ks: list[int] = [0]
 
     def stand_in(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         top_ks.append(top_k_index.shape[-1])
@@ -96,16 +133,14 @@ def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tupl
     try:
         short = run_without_experts(model, short_tokens, experts, stand_in)
         long = run_without_experts(model, long_tokens, experts, stand_in)
+        pairs = zip(_parts(short), _parts(long), strict=True)
+        cache = tuple(tensor for pair in pairs for tensor in _cache_tensors(*pair, long_tokens - short_tokens))
     except Exception as error:  # an architecture that needs values may raise anything
         raise UnsupportedModelError(
             f"the cache of {type(model).__name__} can't be measured without weights, so its memory can't be planned: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not top_ks:
-        raise UnsupportedModelError(f"a forward pass of {type(model).__name__} reaches none of its experts")
-    pairs = zip(_parts(short), _parts(long), strict=True)
-    kv = tuple(entry for pair in pairs for entry in _kv_layers(*pair, short_tokens, long_tokens))
-    return kv, max(top_ks)
+    return cache, max(top_ks)
 
 
 def _dry_run_lengths(model: PreTrainedModel) -> tuple[int, int]:
@@ -164,37 +199,51 @@ class _ValuesAreZero(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _parts(cache: Any) -> list[object]:
-    """The cache's layers, and the cache itself for models that keep states beside them (minimax)."""
-    return [*cache.layers, cache]
+def _parts(cache: Any) -> list[tuple[int, object]]:
+    """The cache's layers by index, and the cache itself for models that keep states beside them (minimax)."""
+    return [*enumerate(cache.layers), (OF_THE_CACHE, cache)]
 
 
-def _kv_layers(short: object, long: object, short_tokens: int, long_tokens: int) -> Iterator[KVLayer]:
-    """A rule for any length from one layer's states after few and after more tokens."""
-    window = getattr(short, "sliding_window", None)
-    states, later = _states(short), _states(long)
-    if window is not None:
-        # Keys and values [1, heads, tokens kept, width]: their own shape shows the bytes of a token.
-        sliding = [name for name in ("keys", "values") if name in states and states[name].dim() == 4]
-        if sliding:
-            yield KVLayer(sum(states[name].nbytes // states[name].shape[-2] for name in sliding), window)
-        for name in sliding:
-            del states[name], later[name]
-    before, after = sum(t.nbytes for t in states.values()), sum(t.nbytes for t in later.values())
-    per_token = -(-(after - before) // (long_tokens - short_tokens))
-    if after:
-        yield KVLayer(per_token, None, max(0, before - short_tokens * per_token))
+def _cache_tensors(short: tuple[int, object], long: tuple[int, object], more_tokens: int) -> Iterator[CacheTensor]:
+    """One layer's tensors, from those after few tokens and after ``more_tokens`` more."""
+    (index, layer), (_, later) = short, long
+    before, after = _states(layer), _states(later)
+    window, pooled = getattr(layer, "sliding_window", None), not any(path[0] in _OWN_DIMENSIONS for path in after)
+    for path, tensor in after.items():
+        dimensions = _dimensions(path[0], layer)
+        sequence = dimensions[1]
+        shape = tuple(size for dimension, size in enumerate(tensor.shape) if dimension not in dimensions)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if sequence is None:
+            assert path in before and before[path].shape == tensor.shape, f"{path} grows with the sequence"
+            yield CacheTensor(index, path, "row", shape, dtype, dimensions, pooled=pooled)
+        elif window is not None and path[0] in ("keys", "values"):
+            yield CacheTensor(index, path, "window", shape, dtype, dimensions, window, pooled=pooled)
+        else:
+            entries = tensor.shape[sequence] - (before[path].shape[sequence] if path in before else 0)
+            assert entries and more_tokens % entries == 0, f"{path} grows by {entries} entries in {more_tokens} tokens"
+            yield CacheTensor(index, path, "token", shape, dtype, dimensions, stride=more_tokens // entries, pooled=pooled)
 
 
-def _states(part: object) -> dict[str, torch.Tensor]:
-    """The tensors in an object's attributes, or in lists and dicts there, by name.
+def _dimensions(attribute: str, layer: object) -> tuple[int, int | None]:
+    """The dimensions of batch and sequence."""
+    known = _DIMENSIONS | _OWN_DIMENSIONS
+    if attribute not in known:
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} keeps {attribute}, of which only transformers knows the dimensions"
+        )
+    return known[attribute]
+
+
+def _states(part: object) -> dict[tuple[str, ...], torch.Tensor]:
+    """The tensors in an object's attributes, or in lists and dicts there, by attribute and key.
 
     Scalars are bookkeeping. A tensor under two names counts once (deepseek_v4's keys are its values).
     """
-    found: dict[int, tuple[str, torch.Tensor]] = {}
+    found: dict[int, tuple[tuple[str, ...], torch.Tensor]] = {}
     for attribute, value in vars(part).items():
         inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for name, tensor in [(attribute, value), *((f"{attribute}.{key}", item) for key, item in inside)]:
+        for path, tensor in [((attribute,), value), *(((attribute, str(key)), item) for key, item in inside)]:
             if isinstance(tensor, torch.Tensor) and tensor.dim():
-                found.setdefault(id(tensor), (name, tensor))
+                found.setdefault(id(tensor), (path, tensor))
     return dict(found.values())

@@ -2,8 +2,8 @@
 
     dense weights    everything that isn't an expert; every rank holds all of it
     slots            the pool: quota of each MoE layer x bytes of one of its slots
-    KV cache         keys, values and recurrent states of all sequences, as transformers' ``generate`` keeps them
-    workspace        the activations of one MoE layer for one batch, and the logits
+    KV cache         keys, values, latents and states of all requests, as the engine allocates them (``model_shape.py``)
+    workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
     unpacking        packed records (FP8, MXFP4) on their way into slots
     predictor        its weights, and the rows that it remembers
     reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import msgspec
 
+from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.layout import ITEM_BYTES, RecordLayout, unpacking_bytes
 from epslots.models.model_shape import ModelShape
@@ -25,28 +26,10 @@ MIN_RESERVE_BYTES = 512 * 1024**2
 RESERVE_PERCENT = 5
 # Records that are unpacked at a time: one on each stream of copies (copy_engine.py).
 UNPACKED_AT_A_TIME = 2
+# Choosing tokens takes up to so many bytes for each logit, for so many logits at a time, or one row (token_choice.py).
+CHOICE_LOGIT_BYTES = 50
+CHOICE_LOGITS = 2**22
 _FP32_BYTES = ITEM_BYTES["float32"]
-
-
-class Workload(msgspec.Struct, frozen=True):
-    """Tokens that a rank has room for.
-
-    Attributes:
-        kv_tokens: tokens kept of each sequence, prompt and output together.
-        sequences: sequences that a rank runs at a time.
-        batch_tokens: tokens that a rank puts through a layer at a time.
-
-    Raises:
-        ConfigError: a number is out of range.
-    """
-
-    kv_tokens: int = 4096
-    sequences: int = 1
-    batch_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        _check_at_least(0, kv_tokens=self.kv_tokens)
-        _check_at_least(1, sequences=self.sequences, batch_tokens=self.batch_tokens)
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
@@ -58,7 +41,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         quotas: slots of each MoE layer by that setting.
         memory_bytes: memory of the rank; None = unknown, and everything fits.
         ranks: ranks that share the experts among them.
-        workload: tokens that there is room for.
+        engine: requests and tokens that there is room for.
         reserve_bytes: kept free.
         predictor_bytes: of the prefetchers' predictor (``prefetch.setup.planned_bytes``).
         memory_note: the origin of ``memory_bytes``, for messages.
@@ -69,7 +52,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     quotas: tuple[int, ...]
     memory_bytes: int | None
     ranks: int
-    workload: Workload
+    engine: EngineConfig
     reserve_bytes: int
     predictor_bytes: int = 0
     memory_note: str = "memory of one rank"
@@ -80,16 +63,24 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     @property
     def kv_bytes(self) -> int:
-        return self.workload.sequences * self.shape.kv_bytes(self.workload.kv_tokens)
+        return self.shape.kv_bytes(self.engine)
 
     @property
     def workspace_bytes(self) -> int:
-        return moe_workspace_bytes(self.shape, self.workload.batch_tokens, self.ranks) + self.logits_bytes
+        experts = moe_workspace_bytes(self.shape, self.shape.step_tokens(self.engine), self.ranks)
+        return experts + self.logits_bytes + self.choice_bytes
 
     @property
     def logits_bytes(self) -> int:
-        """The next token's logits of every sequence, [sequences, V] in fp32."""
-        return self.workload.sequences * self.shape.vocab_size * _FP32_BYTES
+        """The next token's logits of every request, [requests, V], in the model's dtype and in fp32."""
+        logits = self.engine.max_requests * self.shape.vocab_size
+        return logits * (ITEM_BYTES[self.shape.dtype] + _FP32_BYTES)
+
+    @property
+    def choice_bytes(self) -> int:
+        """The choice of tokens from logits, in parts."""
+        vocabulary = self.shape.vocab_size
+        return CHOICE_LOGIT_BYTES * min(self.engine.max_requests * vocabulary, max(vocabulary, CHOICE_LOGITS))
 
     @property
     def unpacking_bytes(self) -> int:
@@ -146,7 +137,7 @@ def plan_memory(
     *,
     memory_bytes: int | None,
     ranks: int = 1,
-    workload: Workload | None = None,
+    engine: EngineConfig | None = None,
     reserve_bytes: int | None = None,
     predictor_bytes: int = 0,
     memory_note: str = "memory of one rank",
@@ -158,7 +149,7 @@ def plan_memory(
         setting: the slots asked for; auto takes the memory that is left, up to all experts, and at least one per layer.
         memory_bytes: memory of a rank; None = unknown.
         ranks: ranks that share the experts; each has the memory above and holds the same number of slots.
-        workload: tokens to have room for; by default one sequence of 4,096 tokens, in batches of 512.
+        engine: requests and tokens to have room for; by default those of ``EngineConfig``.
         reserve_bytes: memory to keep free; None = ``default_reserve``.
         predictor_bytes: of the prefetchers' predictor.
         memory_note: the origin of ``memory_bytes``, for messages.
@@ -176,7 +167,7 @@ def plan_memory(
         quotas=(1,) * len(shape.layers),
         memory_bytes=memory_bytes,
         ranks=ranks,
-        workload=workload or Workload(),
+        engine=engine or EngineConfig(),
         reserve_bytes=default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes,
         predictor_bytes=predictor_bytes,
         memory_note=memory_note,

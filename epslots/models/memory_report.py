@@ -16,20 +16,25 @@ ALTERNATIVE_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
     """The items that add up to ``total_bytes``: (name, bytes, origin)."""
-    workload = plan.workload
-    plural = "sequence" if workload.sequences == 1 else "sequences"
     pool = f"{describe_pool(plan.shape.layers, plan.quotas)}: {describe_quotas(plan.quotas)}"
-    batch = f"{workload.batch_tokens:,} tokens x {plan.shape.top_k} experts in one MoE layer, and the logits"
+    step = f"{plan.shape.step_tokens(plan.engine):,} tokens x {plan.shape.top_k} experts in one MoE layer, and choosing tokens"
     unpacking = ("unpacking", plan.unpacking_bytes, "packed records on their way into slots")
     predictor = ("predictor", plan.predictor_bytes, "predicts the next layer's experts")
     return (
         ("dense weights", plan.shape.dense_bytes, "every rank holds all of them"),
         ("expert slots", plan.slot_bytes, pool),
-        ("KV cache", plan.kv_bytes, f"{workload.sequences:,} {plural} of {workload.kv_tokens:,} tokens"),
-        ("workspace", plan.workspace_bytes, batch),
+        ("KV cache", plan.kv_bytes, describe_cache(plan)),
+        ("workspace", plan.workspace_bytes, step),
         *(item for item in (unpacking, predictor) if item[1]),
         ("reserve", plan.reserve_bytes, "rest of the forward pass, fragmentation, device context"),
     )
+
+
+def describe_cache(plan: MemoryPlan) -> str:
+    """The cache that the engine uses, and the room in it."""
+    engine = plan.engine
+    requests = f"{engine.max_requests:,} request{'s' if engine.max_requests > 1 else ''}"
+    return f"{plan.shape.cache_kind}: {engine.kv_tokens:,} tokens of {requests}, {plan.shape.token_bytes:,} bytes a token"
 
 
 def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:
@@ -79,6 +84,6 @@ def advice(plan: MemoryPlan) -> str:
         )
     least = plan.with_slots(SlotsSetting(per_layer=1)).total_bytes
     return (
-        f"Not even one slot per layer fits, which needs {format_bytes(least)} in all: it takes more memory, or fewer or "
-        f"shorter sequences, a smaller batch, or a smaller dtype."
+        f"Not even one slot per layer fits, which needs {format_bytes(least)} in all: it takes more memory, a smaller "
+        f"kv_tokens, max_requests or max_batch_tokens, or a smaller dtype."
     )

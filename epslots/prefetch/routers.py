@@ -2,9 +2,9 @@
 
 Transformers keeps routers beside the experts, under various names, and no interface leads to them. They are found by their
 structure: a module called ``router`` or ``gate`` beside the experts that has one matrix, [experts, hidden size]. A layer has
-None if its router is more than a linear map (zaya's is an MLP), or has another input than the experts (muse_spark projects
-between the two). ``tests/prefetch/test_predictor.py`` checks every architecture of the zoo: a router that is found reproduces
-the model's own choice.
+None if its router is more than a linear map (zaya's is an MLP, DeepSeek-V4's first ones look experts up by the token), or has
+another input than the experts (muse_spark projects between the two). ``tests/prefetch/test_predictor.py`` checks every
+architecture of the zoo: a router that is found reproduces the model's own choice.
 
 Legend of shape suffixes: T tokens, E experts (identity experts counted), G groups of experts, S experts of a group, H hidden
 size.
@@ -20,11 +20,13 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import SqrtSoftplusActivation
 
 from epslots.models.experts import num_weighted_experts, parameter_shapes
 
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 _ROUTER_NAMES = {"router", "gate"}
-_CORRECTION = "e_score_correction_bias"
+_CORRECTIONS = {"e_score_correction_bias", "expert_bias"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Router:
     weight_EH: torch.Tensor
     bias_E: torch.Tensor
     correction_E: torch.Tensor | None = None
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scoring: Scoring = "softmax"
     groups: int = 1
     top_groups: int = 1
 
@@ -55,7 +57,13 @@ class Router:
         score_TE = self.logits(hidden_TH)
         if self.correction_E is None and self.groups == 1:
             return score_TE
-        score_TE = score_TE.sigmoid() if self.scoring == "sigmoid" else score_TE.softmax(-1)
+        match self.scoring:
+            case "softmax":
+                score_TE = score_TE.softmax(-1)
+            case "sigmoid":
+                score_TE = score_TE.sigmoid()
+            case "sqrtsoftplus":
+                score_TE = nn.functional.softplus(score_TE).sqrt()
         if self.correction_E is not None:
             score_TE = score_TE + self.correction_E
         if self.groups == 1:
@@ -96,17 +104,19 @@ def _find(block: nn.Module, experts: nn.Module, dtype: torch.dtype) -> Router | 
         return None
     module = found[0]
     named = dict(module.named_parameters())
-    matrices = [p for name, p in named.items() if p.dim() == 2 and name.rpartition(".")[2] != _CORRECTION]
+    matrices = [p for name, p in named.items() if p.dim() == 2 and name.rpartition(".")[2] not in _CORRECTIONS]
     choices = num_weighted_experts(experts) + int(getattr(experts, "zero_expert_num", None) or 0)
     if len(matrices) != 1 or matrices[0].shape != (choices, input_size(experts)):
         return None
+    if not all(buffer.is_floating_point() for buffer in module.buffers()):
+        return None  # a table of each token's experts
     weight_EH = matrices[0].detach().to(dtype)
     bias_E = next((p.detach().to(dtype) for name, p in named.items() if name.rpartition(".")[2] == "bias"), None)
     router = Router(
         weight_EH,
         torch.zeros(choices, dtype=dtype, device=weight_EH.device) if bias_E is None else bias_E,
         _correction(module, block),
-        "sigmoid" if "sigmoid" in inspect.getsource(type(module)) else "softmax",
+        _scoring(module),
         **_groups(module),
     )
     return _through_norms(router, module, block)
@@ -118,10 +128,19 @@ def input_size(experts: nn.Module) -> int:
     return shape[2 if getattr(experts, "is_transposed", False) else 1]
 
 
+def _scoring(module: nn.Module) -> Scoring:
+    match getattr(module, "score_fn", None):
+        case nn.Sigmoid():
+            return "sigmoid"
+        case SqrtSoftplusActivation():
+            return "sqrtsoftplus"
+    return "sigmoid" if "sigmoid" in inspect.getsource(type(module)) else "softmax"
+
+
 def _correction(module: nn.Module, block: nn.Module) -> torch.Tensor | None:
-    """The bias for the choice alone, float32 [E]: of the router (mostly), below it (ernie) or beside it (minimax_m2)."""
+    """The bias for the choice alone, float32 [E]: of the router (mostly), below it (ernie) or beside it (lfm2_moe)."""
     named = [*module.named_parameters(), *module.named_buffers(), *block.named_buffers(recurse=False)]
-    found = [tensor.detach().float().flatten() for name, tensor in named if name.rpartition(".")[2] == _CORRECTION]
+    found = [tensor.detach().float().flatten() for name, tensor in named if name.rpartition(".")[2] in _CORRECTIONS]
     return found[0] if found else None
 
 

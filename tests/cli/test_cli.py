@@ -76,6 +76,9 @@ def test_generate_prints_the_models_own_text(run: Callable[..., Run], cache_dir:
     assert got.out.strip("\n") == tokenizer.decode(expected, skip_special_tokens=True).strip("\n")
     assert "hit rate" in got.err
     assert "model.layers.0.mlp.experts" in got.err
+    (line,) = [line for line in got.err.splitlines() if line.strip("│ ").startswith("0 ")]
+    prompt_tokens = inputs["input_ids"].shape[1]
+    assert line.replace("│", " ").split()[:7] == ["0", "24", str(prompt_tokens), "0", "24", "0", "0"]
     assert "4/32" in got.err
 
 
@@ -200,7 +203,7 @@ def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
     assert two_ranks["address"] is None
     assert two_ranks["max_queue"] == 6
     assert (elsewhere["ranks"], elsewhere["address"], elsewhere["strategy"]) == (1, "auto", "SPREAD")
-    for word in ("--- 3 of 3, choice 2 of 2", "node fake, worker 2", "hit rate", "16/32"):
+    for word in ("--- 3 of 3, choice 2 of 2", "node fake, worker 2", "hit rate", "16/32", "prompt tokens"):
         assert word in two.err
 
 

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cluster.api import Cluster
@@ -37,6 +38,10 @@ def test_every_token_is_the_models_own(open_cluster: Any, folder: Path, ranks: i
     assert len(stats.ranks) == ranks
     assert stats.total.hits == sum(rank.stats.hits for rank in stats.ranks) > 0
     assert sum(sum(layer.tokens_per_expert) for layer in stats.total.layers) > 0
+    assert stats.engine.new_tokens == sum(rank.engine.new_tokens for rank in stats.ranks) == 12 * len(PROMPTS) + 5
+    assert stats.engine.prompt_tokens + stats.engine.reused_tokens == sum(map(len, PROMPTS)) + len(PROMPTS[0])
+    assert (stats.engine.running, stats.engine.waiting, stats.engine.kv_used) == (0, 0, 0)
+    assert msgspec.json.decode(msgspec.json.encode(stats))["engine"]["preempted"] == 0
     placement = cluster.placement()
     assert len(placement.ranks) == ranks
     assert all(set(layer.home) <= set(range(ranks)) for layer in placement.layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,7 +22,7 @@ def assigned(scheduler: Scheduler, **capacities: RankCapacity) -> list[tuple[obj
     return [(worker, request.id) for worker, request in scheduler.assign(dict(capacities))]
 
 
-WIDE = RankCapacity(1000, batches=True)
+WIDE = RankCapacity(1000, max_requests=16)
 
 
 def test_the_least_loaded_rank_is_next():
@@ -36,7 +37,7 @@ def test_a_request_waits_until_there_is_room():
     scheduler = Scheduler()
     for id in "abc":
         scheduler.add([request(id, 40, 5)])
-    capacity = RankCapacity(100, batches=True)
+    capacity = RankCapacity(100, max_requests=16)
     assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
     assert scheduler.queued == 1
     assert assigned(scheduler, x=capacity, y=capacity) == [("y", "c")]  # a rank that came later
@@ -46,19 +47,31 @@ def test_a_request_waits_until_there_is_room():
     assert assigned(scheduler, x=capacity, y=capacity) == [("y", "d")]
 
 
+@pytest.mark.parametrize(("max_requests", "given"), [(1, 2), (3, 4), (8, 10)])
+def test_a_rank_gets_a_few_more_requests_than_it_runs(max_requests: int, given: int):
+    scheduler = Scheduler()
+    for number in range(12):
+        scheduler.add([request(str(number))])
+    capacity = RankCapacity(1000, max_requests)
+    assert assigned(scheduler, x=capacity) == [("x", str(number)) for number in range(given)]
+    assert assigned(scheduler, x=capacity) == []
+    scheduler.count("x", Output("1", (7,), True, "stop"))
+    assert assigned(scheduler, x=capacity, y=capacity)[0] == ("y", str(given)), "the rank with fewer tokens to compute"
+
+
 def test_choices_of_a_prompt_go_to_one_rank_while_it_has_room():
     """It computes their prompt once; the rest go together to the next."""
     scheduler = Scheduler()
     scheduler.add([request("c", 10, 10)])
     scheduler.add([request(f"a{choice}", 10, 50) for choice in range(5)])
     scheduler.add([request(f"b{choice}", 10, 5) for choice in range(2)])
-    found = assigned(scheduler, x=RankCapacity(60, batches=True), y=RankCapacity(30, batches=True))
+    found = assigned(scheduler, x=RankCapacity(60, max_requests=16), y=RankCapacity(30, max_requests=16))
     assert found == [
         ("x", "c"), ("y", "a0"), ("y", "a1"), ("y", "a2"), ("x", "a3"), ("x", "a4"), ("x", "b0"), ("x", "b1")
     ]  # fmt: skip
     scheduler.add([request("b2", 10, 5)])  # of another prompt: it goes where there is room
     assert scheduler.count("y", Output("a0", (), True, "stop")) is not None
-    assert assigned(scheduler, x=RankCapacity(60, batches=True), y=RankCapacity(30, batches=True)) == [("y", "b2")]
+    assert assigned(scheduler, x=RankCapacity(60, max_requests=16), y=RankCapacity(30, max_requests=16)) == [("y", "b2")]
 
 
 LOGPROBS = tuple(TokenLogprobs(token, -float(token)) for token in range(1, 30))
@@ -81,19 +94,11 @@ def test_a_moved_request_goes_on_in_its_prompt():
     assert (moved.prompt_logprobs, moved.resumed) == (None, 1)
 
 
-def test_without_batches_one_runs_and_one_waits():
-    scheduler = Scheduler()
-    for id in "abc":
-        scheduler.add([request(id)])
-    capacity = RankCapacity(1000, batches=False)
-    assert assigned(scheduler, x=capacity) == [("x", "a"), ("x", "b")]
-
-
 def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
     scheduler = Scheduler()
     for id in "abcd":
         scheduler.add([request(id)])
-    assert assigned(scheduler, x=RankCapacity(6, batches=True)) == [("x", "a"), ("x", "b")]
+    assert assigned(scheduler, x=RankCapacity(6, max_requests=16)) == [("x", "a"), ("x", "b")]
     scheduler.count("x", Output("a", (7, 8)))
     moved, given_up = scheduler.release("x")
     assert [entry.request.id for entry in moved] == ["a", "b"]
@@ -154,7 +159,7 @@ class Books(RuleBasedStateMachine):
     def begin(self) -> None:
         self.scheduler = Scheduler()
         self.numbers = 0
-        self.workers = {f"w{number}": RankCapacity(40, number % 2 == 0) for number in range(3)}
+        self.workers = {f"w{number}": RankCapacity(40, 1 + 3 * (number % 2)) for number in range(3)}
         self.has: dict[str, dict[str, Request]] = {worker: {} for worker in self.workers}
         self.waiting: dict[str, list[int]] = {}
         """What the user has, of requests that aren't done for him."""

@@ -34,10 +34,11 @@ LAYERS = (
     ("models",),
     ("runtime",),
     ("group", "prefetch"),
+    ("generation",),
     # the public surface
     ("load_plan",),
     ("trace", "loading"),
-    ("verify_store", "generation"),
+    ("verify_store",),
     ("cuda_graph",),
     ("bench",),
     ("cli",),
@@ -54,12 +55,16 @@ PURE = (
     "models.memory_plan",
     "models.memory_report",
     "models.model_shape",
+    "models.page_sizes",
     "models.quotas",
     "generation.row_tracker",
     "prefetch.predictor_kernel",
     "generation.sampling",
+    "generation.token_counts",
     "generation.settings",
     "generation.isolation",
+    "generation.chunk_size",
+    "generation.engine_stats",
 )
 
 
@@ -148,7 +153,7 @@ def test_the_commands_and_their_options():
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
-    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--device"}
+    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--device"}
     assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {

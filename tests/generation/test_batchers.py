@@ -14,28 +14,51 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousBatchProcessor
 from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
-from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import epslots
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
-from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
-from epslots.generation.paged_cache import cache_blocks, paging_obstacle
+from epslots.generation.batcher import Batcher
+from epslots.generation.batchers import batcher_for
+from epslots.generation.paged_batcher import PagedBatcher
+from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.requests import Output, Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import GREEDY, Sampling
+from epslots.models.page_sizes import cache_blocks
 from tests.support import zoo
 from tests.support.batches import Collected, Faults, drawn, finish, generated, pages_are_free, prompt_of, requests_of
 
-# Those that keep a recurrent state, those that attend in chunks, and those that repeat keys before they would be paged.
-SEQUENTIAL = {"qwen3_next", "nemotron_h", "jamba", "zaya", "llama4", "jetmoe"}
-BATCHERS = [PagedBatcher, SequentialBatcher]
+# Plain keys and values; the others keep recurrent states, latents, indexers or compressed blocks, or attend in chunks.
+PAGED = {
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "gemma4",
+    "gemma4_multimodal",
+    "olmoe",
+    "olmoe_tied",
+    "olmoe_unaligned",
+}
+PAGED |= {"glm4_moe", "phimoe", "granitemoe", "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe", "muse_spark", "step3p7"}
+PAGED |= {"ernie4_5_vl_moe", "llama", "dbrx", "mimo_v2_flash"}
+BATCHERS = [PagedBatcher, RowBatcher]
 # One longer than any step, one of a single token; requests of one new token and of several.
 LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
+
+
+def is_empty(batcher: Batcher) -> bool:
+    """Whether no request has a place in the cache."""
+    if isinstance(batcher, PagedBatcher):
+        return pages_are_free(batcher)
+    assert isinstance(batcher, RowBatcher)
+    batcher._cache.check()
+    return batcher._cache.free_rows == batcher.max_requests and batcher._cache.free_tokens == batcher.capacity
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +111,7 @@ def test_every_architecture_equals_generate(name: str, checkpoint: Callable[[str
     random_state = torch.get_rng_state()
     batcher = batcher_for(model, kv_tokens=512, max_batch_tokens=64)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert isinstance(batcher, SequentialBatcher if name in SEQUENTIAL else PagedBatcher)
+    assert isinstance(batcher, PagedBatcher if name in PAGED else RowBatcher)
 
     calls: Counter[str] = Counter()
     experts = zoo.experts_modules(model)
@@ -132,20 +155,6 @@ def test_every_architecture_equals_generate(name: str, checkpoint: Callable[[str
     assert generated(model, requests[0]) == expected["r0"], "the model is as it was"
 
 
-def count_preemptions(batcher: PagedBatcher) -> list[bool]:
-    """One entry for each time that a request from now on loses its pages to others."""
-    preemptions: list[bool] = []
-    preempt = batcher._processor.offloading_manager.offload_requests
-
-    def count() -> bool:
-        done: bool = preempt()
-        preemptions.extend([True] * done)
-        return done
-
-    batcher._processor.offloading_manager.offload_requests = count
-    return preemptions
-
-
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])
 def test_an_oversubscribed_cache_loses_nothing(name: str):
     model = zoo.ZOO[name].build()
@@ -153,10 +162,9 @@ def test_an_oversubscribed_cache_loses_nothing(name: str):
     requests = requests_of(sizes, seed=3)
     expected = {request.id: generated(model, request) for request in requests}
     batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
-    preempted = count_preemptions(batcher)
     memory = batcher._processor.cache.cache_tensor.data_ptr()
     assert finish(batcher, requests).tokens == expected
-    assert preempted, "the cache was really too small"
+    assert batcher.stats().preempted > 0, "the cache was really too small"
     assert pages_are_free(batcher)
     assert batcher._processor.cache.cache_tensor.data_ptr() == memory, "allocated once"
     batcher.close()
@@ -182,7 +190,6 @@ def test_scattered_pages_are_put_in_order():
         begin_again()
         batcher.add(requests["e"])
         batcher.cancel("c")
-        assert [entry.request.id for entry in batcher._held] == ["d", "e"], "they wait until the oldest is done"
 
     batcher._start_over = seen  # type: ignore[method-assign]
     batcher.add(requests["a"])
@@ -213,10 +220,7 @@ def test_many_requests_through_a_small_cache(batcher_class: type, built: Callabl
     ]
     expected = {request.id: generated(model, request) for request in requests}
     assert finish(batcher, requests).tokens == expected
-    if isinstance(batcher, PagedBatcher):
-        assert pages_are_free(batcher)
-    else:
-        assert batcher._kept is None
+    assert is_empty(batcher)
     assert not batcher.has_work
     assert not batcher._entries
 
@@ -268,7 +272,7 @@ def test_cancelling(batcher_class: type, built: Callable[[str], PreTrainedModel]
     batcher.cancel("first")
     (output,) = batcher.outputs()
     assert (output.id, len(output.tokens), output.reason) == ("first", 2, "cancelled")
-    assert isinstance(batcher, PagedBatcher) or batcher._kept is None
+    assert isinstance(batcher, PagedBatcher) or is_empty(batcher)
     for request in requests[:3]:
         batcher.add(request)
     collected = Collected(batcher).run(3)
@@ -295,8 +299,7 @@ def test_cancelling(batcher_class: type, built: Callable[[str], PreTrainedModel]
     assert collected.tokens.get("r1", []) + again.tokens["r1"] == expected["r1"]
     assert again.tokens["r3"] == expected["r3"]
     assert not batcher.prepare()
-    if isinstance(batcher, PagedBatcher):
-        assert pages_are_free(batcher)
+    assert is_empty(batcher)
 
 
 @pytest.mark.parametrize("batcher_class", BATCHERS)
@@ -316,8 +319,7 @@ def test_cancelling_all_of_a_prepared_step(batcher_class: type, built: Callable[
     assert (len(output.tokens), output.reason) == (2, "cancelled")
     assert not batcher.prepare()
     assert not batcher.unfinished()
-    if isinstance(batcher, PagedBatcher):
-        assert pages_are_free(batcher)
+    assert is_empty(batcher)
 
 
 def test_cancelling_after_a_preemption_lets_the_next_ones_in(built: Callable[[str], PreTrainedModel]):
@@ -419,7 +421,7 @@ def sampled(requests: list[Request]) -> list[Request]:
 
 @pytest.mark.parametrize(
     ("name", "batcher_class"),
-    [("mixtral", PagedBatcher), ("gpt_oss", PagedBatcher), ("mixtral", SequentialBatcher), ("qwen3_next", SequentialBatcher)],
+    [("mixtral", PagedBatcher), ("gpt_oss", PagedBatcher), ("mixtral", RowBatcher), ("qwen3_next", RowBatcher)],
 )
 def test_drawn_tokens_are_the_same_alone_and_together(name: str, batcher_class: type):
     """And with prompts that begin alike or take several steps, and when every step is repeated twice."""
@@ -429,7 +431,7 @@ def test_drawn_tokens_are_the_same_alone_and_together(name: str, batcher_class: 
     requests = sampled([*requests_of(((3, 12), (100, 4), (17, 5), (64, 1), (33, 3), (1, 10))), *twins])
     expected = {request.id: drawn(model, request) for request in requests}
     assert sum(expected[request.id] != generated(model, request) for request in requests) == 7, "but for the greedy ones"
-    batcher = batcher_class(model, kv_tokens=512, **({"max_batch_tokens": 64} if batcher_class is PagedBatcher else {}))
+    batcher = batcher_class(model, kv_tokens=512, max_batch_tokens=64)
     assert finish(batcher, requests).tokens == expected
     assert finish(batcher, requests[::-1]).tokens == expected
     assert finish(batcher, [requests[2]]).tokens == {"r2": expected["r2"]}
@@ -455,15 +457,14 @@ def test_drawn_tokens_survive_lost_pages(name: str):
     requests = sampled(requests_of(sizes, seed=3))
     expected = {request.id: drawn(model, request) for request in requests}
     batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
-    preempted = count_preemptions(batcher)
     for request in requests:
         batcher.add(request)
     collected = Collected(batcher)
-    while not preempted:
+    while not batcher.stats().preempted:
         assert batcher.has_work
         collected.run(1)
     batcher._start_over()
-    assert batcher._held
+    assert collected.run(1).batcher.stats().running == 1, "the oldest alone"
     assert collected.run().tokens == expected
     batcher.close()
 
@@ -537,22 +538,24 @@ def test_bad_sizes(built: Callable[[str], PreTrainedModel]):
         with pytest.raises(ConfigError, match="=0: at least 1"):
             batcher_for(built(name), **sizes)
     with pytest.raises(ConfigError, match="kv_tokens=0"):
-        SequentialBatcher(built("qwen3_next"), kv_tokens=0)
+        RowBatcher(built("qwen3_next"), kv_tokens=0)
+    with pytest.raises(DoesNotFitError, match=r"a cache of 100,000,000,000,000 tokens and 16 requests"):
+        RowBatcher(built("qwen3_next"), kv_tokens=10**14)
     model = zoo.ZOO["gpt_oss"].build()
     with pytest.raises(DoesNotFitError, match="KV cache of 1000000000000 tokens"):
         batcher_for(model, kv_tokens=10**12)
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(UnsupportedModelError, match=r"Qwen3Next.*recurrent state; use SequentialBatcher"):
+    with pytest.raises(UnsupportedModelError, match=r"Qwen3Next.*recurrent state; allowed: cache='rows' or 'auto'"):
         PagedBatcher(built("qwen3_next"), kv_tokens=64)
 
 
 def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture, built: Callable[[str], PreTrainedModel]):
-    with caplog.at_level(logging.INFO, "epslots.generation.paged_batcher"):
+    with caplog.at_level(logging.INFO, "epslots.generation.batchers"):
         batcher_for(built("mixtral"), kv_tokens=64)
         batcher_for(built("qwen3_next"), kv_tokens=64)
-    first, second = [r.getMessage() for r in caplog.records if r.name == "epslots.generation.paged_batcher"]
-    assert "MixtralForCausalLM: requests are batched" in first
-    assert "Qwen3NextForCausalLM: requests run one at a time, because some of its layers keep a recurrent state" in second
+    first, second = [r.getMessage() for r in caplog.records if r.name == "epslots.generation.batchers"]
+    assert first == "MixtralForCausalLM: requests are kept in pages, because its layers keep plain keys and values"
+    assert second == "Qwen3NextForCausalLM: requests are kept in rows, because some of its layers keep a recurrent state"
 
 
 @pytest.mark.parametrize(
@@ -568,15 +571,16 @@ def test_obstacles_of_models(name: str, obstacle: str, built: Callable[[str], Pr
         PagedBatcher(built(name), kv_tokens=64)
 
 
-def test_layers_that_share_keys_run_one_at_a_time():
+def test_layers_that_share_keys_are_kept_in_rows():
     tiny = zoo.ZOO["gemma4"]
     layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 1}
     # transformers' gemma4 shares keys only where layers have inputs of their own.
     model = replace(tiny, settings={**tiny.settings, **layers, "hidden_size_per_layer_input": 8}).build()
     assert "DummyLayer" in (paging_obstacle(model) or "")
-    batcher = batcher_for(model, kv_tokens=64)
-    request = Request("a", prompt_of(20), 4)
-    assert finish(batcher, [request]).tokens["a"] == generated(model, request)
+    batcher = batcher_for(model, kv_tokens=96)
+    assert isinstance(batcher, RowBatcher)
+    requests = requests_of(((20, 4), (33, 6), (3, 9)))
+    assert finish(batcher, requests).tokens == {request.id: generated(model, request) for request in requests}
 
 
 def test_obstacles_of_settings():
@@ -613,11 +617,11 @@ def test_a_model_with_eager_attention_is_paged(built: Callable[[str], PreTrained
 
 
 def test_blocks_of_a_cache():
-    full, mixed = {"full": [0, 1, 2]}, {"sliding": [0, 1, 2, 3, 4], "full": [5]}
+    full, mixed = (3,), (5, 1)
     assert cache_blocks(64, 16, full) == 4
     assert cache_blocks(65, 16, full) == 5
     assert cache_blocks(64, 16, mixed) == 5, "six layers' pages and a sector of five more"
-    assert cache_blocks(1, 16, {"full": [0, 1, 2], "sliding": [3, 4]}) == 1 + 2
+    assert cache_blocks(1, 16, (3, 2)) == 1 + 2
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gemma4", "step3p7", "deepseek_v3"])
@@ -642,24 +646,23 @@ def test_contract_a_manager_makes_a_processor_stepped_by_hand(built: Callable[[s
     manager, processor = batcher._manager, batcher._processor
     assert manager.model is built("mixtral")
     assert isinstance(processor, ContinuousBatchProcessor)
-    assert isinstance(processor.scheduler, FIFOScheduler)
     assert processor.inputs_and_outputs.compute_stream is None, "on the CPU"
     assert processor.cb_config.use_async_batching is False
     assert processor.cb_config.use_cuda_graph == (False, False)
     assert processor.cb_config.auto_switch_to_flash is False
     assert processor.cb_config.disable_nccl_graph_mixing is False
     assert processor.prepare_next_batch() is False
-    manager.add_request([20, 21], request_id="x", max_new_tokens=2, eos_token_id=[], streaming=True)
+    manager.add_request([20, 21], request_id="7", max_new_tokens=2, eos_token_id=[], streaming=True)
     assert processor.prepare_next_batch() is True
     (entry,) = processor.inputs_and_outputs.requests_in_batch
-    assert (entry.state.request_id, entry.query_length, entry.state.position_offset) == ("x", 2, 2)
+    assert (entry.state.request_id, entry.query_length, entry.state.position_offset) == ("7", 2, 2)
     processor._generation_step(manager.model)
     assert manager.output_router.output_queue.empty()
     processor.update_batch()
     result = manager.output_router.output_queue.get()
-    assert (result.request_id, len(result.generated_tokens), result.error) == ("x", 1, None)
+    assert (result.request_id, len(result.generated_tokens), result.error) == ("7", 1, None)
     assert not result.is_finished()
-    manager.cancel_request("x")
+    manager.cancel_request("7")
     processor.prepare_next_batch()
     assert pages_are_free(batcher)
 
@@ -757,24 +760,3 @@ def test_contract_what_a_model_says_of_its_layers(built: Callable[[str], PreTrai
     with pytest.raises(ValueError, match="chunked_attention"):
         group_layers_by_attn_type(built("llama4").config)
     assert infer_max_single_request_tokens(PagedBatcher(built("mixtral"), kv_tokens=64)._processor.cache) == 64
-
-
-def test_contract_generate_is_made_of_steps(built: Callable[[str], PreTrainedModel]):
-    model = built("qwen3_next")
-    assert [mode.name for mode in GenerationMode][:3].count("GREEDY_SEARCH") == 1
-    keeps: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-    assert model._supports_logits_to_keep()
-    model._prepare_cache_for_generation(GenerationConfig(), keeps, GenerationMode.GREEDY_SEARCH, 1, 64)
-    assert isinstance(keeps["past_key_values"], DynamicCache)
-    ids = torch.tensor([[20, 21, 22]])
-    keeps["position_ids"] = model._prepare_position_ids_for_generation(ids, {})
-    assert keeps["position_ids"].tolist() == [[0, 1, 2]]
-    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=None, is_first_iteration=True, **keeps)
-    assert inputs["input_ids"].tolist() == ids.tolist()
-    with torch.no_grad():
-        keeps = model._update_model_kwargs_for_generation(model(**inputs, return_dict=True), keeps)
-    assert keeps["position_ids"].tolist() == [[0, 1, 2, 3]]
-    ids = torch.tensor([[20, 21, 22, 23]])
-    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, is_first_iteration=False, **keeps)
-    assert inputs["input_ids"].tolist() == [[23]]
-    assert inputs["position_ids"].tolist() == [[3]]

@@ -26,7 +26,9 @@ from tests.support.grouped_ranks import TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads
 
 Checkpoints = Callable[[str], Path]
-ATTENTION = {"gpt_oss": "eager"}
+ATTENTION = {"gpt_oss": "eager", "deepseek_v4": "eager"}
+SERVED = ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4", "qwen3_next", "nemotron_h", "longcat_flash"]
+SERVED += ["kimi_linear", "deepseek_v4"]
 DRAWN = Sampling(0.9, top_k=200, top_p=0.95, seed=12)
 
 
@@ -59,9 +61,7 @@ def grouped_for(name: str, folder: Path, cache_dir: Path, slots: list[int | str]
     return Grouped(folder, cache_dir, slots, attn_implementation=ATTENTION.get(name, "sdpa"))
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4", "qwen3_next", "nemotron_h", "longcat_flash"]
-)
+@pytest.mark.parametrize("name", SERVED)
 def test_ranks_with_many_few_and_no_requests(name: str, checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint(name)
     grouped = grouped_for(name, folder, cache_dir, [2, "50%", 1])
@@ -111,7 +111,7 @@ def test_a_request_draws_the_same_tokens_on_any_rank(name: str, checkpoint: Chec
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next", "glm_moe_dsa", "deepseek_v4"])
 def test_a_step_that_a_lost_rank_broke_is_made_again(name: str, sampling: Sampling, checkpoint: Checkpoints, cache_dir: Path):
     """Rank 2 dies in the middle of the fourth step. The two others re-form and finish: every token as if nothing was."""
     folder = checkpoint(name)

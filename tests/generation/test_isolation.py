@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.errors import CorruptExpertError, UnsupportedModelError
 from epslots.generation.batcher import Batcher
+from epslots.generation.batchers import batcher_for
 from epslots.generation.engine import Engine
 from epslots.generation.isolation import Isolation
-from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
 from epslots.runtime import runtime_of
 from tests.support import zoo
@@ -143,7 +145,7 @@ def test_one_at_a_time_the_next_request_goes_on(name: str, way: str):
     token = unused(mates, expected)
     guilty = guilty_requests(token, (12,))
     guilt = Guilt(model, token, 1, WAYS[way]())
-    batcher = SequentialBatcher(model, kv_tokens=128)
+    batcher = RowBatcher(model, kv_tokens=128)
     tokens, errors = served(batcher, [mates[0], *guilty, mates[1]])
     guilt.remove()
     assert list(errors) == ["guilty0"] and error_of(way) in errors["guilty0"]
@@ -151,7 +153,7 @@ def test_one_at_a_time_the_next_request_goes_on(name: str, way: str):
     assert served(batcher, without(token, guilty))[1] == {}
 
 
-@pytest.mark.parametrize("batcher_class", [PagedBatcher, SequentialBatcher])
+@pytest.mark.parametrize("batcher_class", [PagedBatcher, RowBatcher])
 def test_a_failure_that_passes_costs_nobody_anything(batcher_class: type):
     model = zoo.ZOO["mixtral"].build()
     requests = requests_of(((3, 6), (20, 4), (9, 5)))
@@ -314,7 +316,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-@pytest.mark.parametrize(("name", "batcher_class"), [("mixtral", PagedBatcher), ("qwen3_next", SequentialBatcher)])
+@pytest.mark.parametrize(("name", "batcher_class"), [("mixtral", PagedBatcher), ("qwen3_next", RowBatcher)])
 def test_flags_that_ask_for_more_outputs_are_off(name: str, batcher_class: type, flag: str):
     """And as they were for callers of the model itself."""
     model = zoo.ZOO[name].build()
@@ -336,7 +338,7 @@ def test_flags_of_a_text_configuration_are_off():
     assert served(batcher_for(model, kv_tokens=64), requests) == (expected, {})
 
 
-@pytest.mark.parametrize("make", [batcher_for, PagedBatcher, SequentialBatcher])
+@pytest.mark.parametrize("make", [batcher_for, PagedBatcher, RowBatcher])
 def test_a_model_without_a_head_is_refused(make: Callable[..., Batcher]):
     with pytest.raises(UnsupportedModelError, match=r"MixtralModel has no language-model head.*ForCausalLM"):
         make(zoo.ZOO["mixtral"].build().model, kv_tokens=64)

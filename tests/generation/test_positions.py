@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from epslots.errors import PeerLost, UnsupportedModelError
 from epslots.generation.batcher import Batcher
-from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher, batcher_for
+from epslots.generation.batchers import batcher_for
+from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.models.batch_invariance import make_batch_invariant
 from tests.support import zoo
 from tests.support.batches import Collected, Faults, finish, generated, prompt_of
@@ -82,8 +84,8 @@ def expected(kind: str) -> dict[str, list[int]]:
 
 def test_they_are_not_paged(kind: str, caplog: pytest.LogCaptureFixture):
     model = build(kind)
-    with caplog.at_level(logging.INFO, "epslots.generation.paged_batcher"):
-        assert isinstance(batcher_for(model, kv_tokens=256), SequentialBatcher)
+    with caplog.at_level(logging.INFO, "epslots.generation.batchers"):
+        assert isinstance(batcher_for(model, kv_tokens=256), RowBatcher)
     assert "because its rotary embedding depends on the longest sequence of a batch" in caplog.text
     with pytest.raises(UnsupportedModelError, match="rotary embedding"):
         PagedBatcher(model, kv_tokens=256)
@@ -135,7 +137,7 @@ def test_a_request_that_fails_at_a_later_token_ends(kind: str, way: str, expecte
     model, guilty = build(kind), next(request for request in REQUESTS if request.id == "crossing")
     tokens = expected[guilty.id]
     at = next(i for i in range(3, len(tokens)) if tokens[i] not in (*guilty.prompt, *tokens[:i]))
-    batcher = SequentialBatcher(model, kv_tokens=256)
+    batcher = RowBatcher(model, kv_tokens=256)
     guilt = Guilt(model, tokens[at], 0, WAYS[way]())
     batcher.add(guilty)
     steps, outputs = 0, []

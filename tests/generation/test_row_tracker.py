@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.generation.batcher import Batcher
-from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher
+from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.row_tracker import RowTracker
 from epslots.prefetch.predictor import KernelWeights, Predictor
 from epslots.runtime import attach, runtime_of
@@ -95,11 +96,14 @@ def hidden_alone(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
 
 def positions(batcher: Batcher) -> list[tuple[str, int]]:
     """Whose the rows of the prepared batch are: (request, place in its sequence)."""
-    if isinstance(batcher, SequentialBatcher):
-        assert batcher._isolation is not None
-        (entry,) = batcher._isolation.part
-        first = 0 if batcher._kept is None else entry.length - 1
-        return [(entry.request.id, place) for place in range(first, entry.length)]
+    if isinstance(batcher, RowBatcher):
+        assert batcher._isolation is not None and batcher._pass is not None
+        width = batcher._pass.width
+        return [
+            (running.entry.request.id, running.row.length + place)
+            for running in batcher._isolation.part
+            for place in range(width)
+        ]
     assert isinstance(batcher, PagedBatcher)
     return [
         (batcher._running[future.state.request_id][0].request.id, future.state.position_offset - future.query_length + row)
@@ -108,7 +112,7 @@ def positions(batcher: Batcher) -> list[tuple[str, int]]:
     ]
 
 
-@pytest.mark.parametrize("batcher_class", [PagedBatcher, SequentialBatcher])
+@pytest.mark.parametrize("batcher_class", [PagedBatcher, RowBatcher])
 def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoint: Callable[[str], Path], cache_dir: Path):
     """Prompts longer than a step, some that come while others decode, one that leaves early: what the predictor is given of
     each token is what it would be given of its sequence alone.
@@ -116,9 +120,7 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
     folder = checkpoint("mixtral")
     reference, model = zoo.reference(folder), load(folder, cache_dir)
     watched = asked_in_each_step(model)
-    batcher: Batcher = batcher_class(model, kv_tokens=512)
-    if batcher_class is PagedBatcher:
-        batcher = PagedBatcher(model, kv_tokens=512, max_batch_tokens=24)
+    batcher: Batcher = batcher_class(model, kv_tokens=512, max_batch_tokens=24)
     sizes = {"a": (3, 14), "b": (50, 9), "c": (7, 8), "d": (1, 12), "e": (30, 6)}
     requests = {
         name: Request(name, tuple(zoo.random_ids(1, length, seed=length)[0].tolist()), new)
@@ -142,7 +144,7 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
         rows |= dict(zip(places, watched.steps[-1], strict=True))
         for output in batcher.outputs():
             tokens[output.id] += output.tokens
-    assert batcher_class is SequentialBatcher or mixed > 3, "prompts and single tokens went together"
+    assert batcher_class is RowBatcher or mixed > 3, "prompts and single tokens went together"
     predictor = runtime_of(model).predictor
     assert predictor is not None and predictor._state.previous_rows is None, "outside of the batcher nothing is known"
     batcher.close()
@@ -150,7 +152,7 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
         hidden_TH = hidden_alone(reference, tuple(sequence))
         computed = sorted(place for of, place in rows if of == name)
         assert computed == list(range(len(computed)))
-        assert computed or batcher_class is SequentialBatcher
+        assert computed or batcher_class is RowBatcher
         for place in computed:
             now_H, before_H = rows[name, place].chunk(2)
             expected_H = hidden_TH[place - 1] if place else torch.zeros_like(now_H)

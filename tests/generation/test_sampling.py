@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from epslots.errors import ConfigError
 from epslots.generation import token_choice
 from epslots.generation.sampling import GREEDY, SEEDS, Sampling, uniform_numbers
-from epslots.generation.token_choice import NO_TOKEN, next_tokens
+from epslots.generation.tracked_request import NO_TOKEN
+from tests.support.choices import next_tokens
 
 V = 40
 PLAIN = Sampling(1.0)
 
 
-def choose(logits: Sequence[float] | torch.Tensor, sampling: Sampling, positions: Sequence[int]) -> list[int]:
+def tokens_at(logits: Sequence[float] | torch.Tensor, sampling: Sampling, positions: Sequence[int]) -> list[int]:
     """Tokens of the same logits at many positions."""
     rows = torch.as_tensor(logits, dtype=torch.float32).repeat(len(positions), 1)
     return next_tokens(rows, [sampling] * len(positions), positions).tolist()
@@ -42,13 +43,16 @@ def kept(logits: Sequence[float], sampling: Sampling) -> tuple[dict[int, float],
     weights = [math.exp((logit - most) / sampling.temperature) for logit in logits]
     tokens = list(range(len(logits)))
     margin = 1.0
+    if sampling.min_p:
+        margin = min((abs(weights[token] - sampling.min_p) for token in tokens if logits[token] < most), default=1.0)
+        tokens = [token for token in tokens if weights[token] >= sampling.min_p]
     if 0 < sampling.top_k < len(logits):
         least = sorted(logits, reverse=True)[sampling.top_k - 1]
         tokens = [token for token in tokens if logits[token] >= least]
     if sampling.top_p < 1:
         total = math.fsum(weights[token] for token in tokens)
         likelier = {t: math.fsum(weights[other] for other in tokens if logits[other] > logits[t]) for t in tokens}
-        margin = min(abs(likelier[token] / total - sampling.top_p) for token in tokens)
+        margin = min(margin, *(abs(likelier[token] / total - sampling.top_p) for token in tokens))
         tokens = [token for token in tokens if likelier[token] < sampling.top_p * total]
     return {token: weights[token] for token in tokens}, margin
 
@@ -111,8 +115,8 @@ def test_temperature_0_is_argmax():
 
 
 def test_greedy_rows_cost_argmax_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(token_choice, "to_device", None)
-    monkeypatch.setattr(token_choice, "_draw", None)
+    for name in ("to_device", "_draw", "edit_logits", "score"):
+        monkeypatch.setattr(token_choice, name, None)
     assert next_tokens(logits_of(1, 3), [Sampling()] * 3, [0, 1, 2]).dtype == torch.int64
 
 
@@ -127,12 +131,13 @@ def test_greedy_rows_cost_argmax_alone(monkeypatch: pytest.MonkeyPatch):
             Sampling(1e300, top_k=1),
             Sampling(0.7, top_p=5e-324),
             Sampling(0.7, top_k=5, top_p=1e-9),
+            Sampling(0.7, min_p=1.0),
         ]
     ),
 )
 def test_what_amounts_to_the_likeliest(seed: int, sampling: Sampling):
     logits = logits_of(seed)[0]
-    assert choose(logits, replace(sampling, seed=seed), [0, 1, 2]) == [int(logits.argmax())] * 3
+    assert tokens_at(logits, replace(sampling, seed=seed), [0, 1, 2]) == [int(logits.argmax())] * 3
 
 
 # --- drawing -----------------------------------------------------------------------------------------------------------------
@@ -147,13 +152,15 @@ def test_what_amounts_to_the_likeliest(seed: int, sampling: Sampling):
         Sampling(1.3, top_k=5, seed=3),
         Sampling(0.9, top_p=0.8, seed=4),
         Sampling(1.0, top_k=12, top_p=0.9, seed=5),
+        Sampling(1.2, min_p=0.05, seed=8),
+        Sampling(1.0, top_k=12, top_p=0.9, min_p=0.1, seed=9),
         Sampling(1.0, top_k=V + 3, seed=6),
     ],
 )
 def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling):
     logits = logits_of(7)[0]
     count = 20_000
-    drawn = np.bincount(choose(logits, sampling, range(count)), minlength=V)
+    drawn = np.bincount(tokens_at(logits, sampling, range(count)), minlength=V)
     expected = torch.softmax(logits.double() / sampling.temperature, dim=-1).numpy()
     tokens, _ = kept(logits.tolist(), sampling)
     allowed = np.isin(np.arange(V), list(tokens))
@@ -207,6 +214,7 @@ filters = st.builds(
     temperature=st.sampled_from([0.3, 0.7, 1.0, 1.5, 20.0]),
     top_k=st.sampled_from([0, 1, 2, 3, 5, 9, 100]),
     top_p=st.sampled_from([0.05, 0.3, 0.5, 0.77, 0.95, 0.9999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0, 1e-6, 0.05, 0.4, 1.0]),
 )
 
 
@@ -236,16 +244,33 @@ def test_equally_likely_tokens_are_kept_or_dropped_together():
         (Sampling(1.0, top_p=0.1), {1, 3}),
         (Sampling(1.0, top_p=0.7), {1, 2, 3, 4, 5}),
     ):
-        assert set(choose(logits, sampling, range(300))) == tokens
+        assert set(tokens_at(logits, sampling, range(300))) == tokens
+
+
+def test_top_p_is_of_what_min_p_leaves():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04]).log()
+    assert set(tokens_at(logits, Sampling(1.0, min_p=0.49), range(300))) == {0, 1, 2}
+    assert set(tokens_at(logits, Sampling(1.0, min_p=0.51), range(300))) == {0, 1}
+    assert set(tokens_at(logits, Sampling(1.0, min_p=0.51, top_p=0.56), range(300))) == {0}, "4/7 of the two"
+    assert set(tokens_at(logits, Sampling(1.0, min_p=0.51, top_p=0.58), range(300))) == {0, 1}
+    assert set(tokens_at(logits, Sampling(1.0, min_p=0.51, top_k=1), range(300))) == {0}
+
+
+def test_min_p_follows_the_temperature():
+    """A share of the probabilities that are drawn by, as in vLLM: a high temperature keeps more."""
+    logits = torch.tensor([0.6, 0.3, 0.1]).log()
+    assert set(tokens_at(logits, Sampling(0.5, min_p=0.3), range(300))) == {0}, "0.25 and 0.03 of the likeliest"
+    assert set(tokens_at(logits, Sampling(1.0, min_p=0.3), range(300))) == {0, 1}, "0.5 and 0.17"
+    assert set(tokens_at(logits, Sampling(2.0, min_p=0.3), range(300))) == {0, 1, 2}, "0.71 and 0.41"
 
 
 def test_top_p_is_of_what_top_k_leaves():
     uneven = torch.tensor([0.46, *[0.06] * 9]).log()
-    assert set(choose(uneven, Sampling(1.0, top_p=0.5), range(300))) == set(range(10))
+    assert set(tokens_at(uneven, Sampling(1.0, top_p=0.5), range(300))) == set(range(10))
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert set(choose(logits, Sampling(1.0, top_p=0.6), range(300))) == {0, 1}
-    assert set(choose(logits, Sampling(1.0, top_k=2, top_p=0.56), range(300))) == {0}, "4/7 of the two"
-    assert set(choose(logits, Sampling(1.0, top_k=2, top_p=0.58), range(300))) == {0, 1}
+    assert set(tokens_at(logits, Sampling(1.0, top_p=0.6), range(300))) == {0, 1}
+    assert set(tokens_at(logits, Sampling(1.0, top_k=2, top_p=0.56), range(300))) == {0}, "4/7 of the two"
+    assert set(tokens_at(logits, Sampling(1.0, top_k=2, top_p=0.58), range(300))) == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -321,6 +346,27 @@ def test_the_last_bits_of_logits_hardly_ever_matter():
         ({"seed": 2**63}, r"seed=9223372036854775808"),
         ({"seed": 0.0}, r"seed=0.0"),
         ({"seed": True}, r"seed=True"),
+        ({"min_p": -0.1}, r"min_p=-0.1; allowed: a number from 0 to 1"),
+        ({"min_p": 1.01}, r"min_p=1.01"),
+        ({"min_p": math.nan}, r"min_p=nan"),
+        ({"presence_penalty": 2.1}, r"presence_penalty=2.1; allowed: a number from -2 to 2"),
+        ({"frequency_penalty": -2.1}, r"frequency_penalty=-2.1; allowed: a number from -2 to 2"),
+        ({"frequency_penalty": True}, r"frequency_penalty=True"),
+        ({"repetition_penalty": 0}, r"repetition_penalty=0; allowed: a number over 0, up to 1000"),
+        ({"repetition_penalty": 1000.1}, r"repetition_penalty=1000.1"),
+        ({"repetition_penalty": math.nan}, r"repetition_penalty=nan"),
+        ({"min_tokens": -1}, r"min_tokens=-1; allowed: an int, at least 0"),
+        ({"min_tokens": 1.0}, r"min_tokens=1.0"),
+        ({"min_tokens": True}, r"min_tokens=True"),
+        ({"logit_bias": {3: 1.0}}, r"logit_bias=\{3: 1.0\}; allowed: pairs of a token and a number from -1e\+06 to 1e\+06"),
+        ({"logit_bias": ((3, 1e6), (3, 1.0))}, r"logit_bias=.*each token once"),
+        ({"logit_bias": ((-1, 1.0),)}, r"logit_bias=\(\(-1, 1.0\),\)"),
+        ({"logit_bias": ((True, 1.0),)}, r"logit_bias="),
+        ({"logit_bias": ((3, 1.1e6),)}, r"logit_bias="),
+        ({"logit_bias": ((3, math.nan),)}, r"logit_bias="),
+        ({"logit_bias": ((3, "1"),)}, r"logit_bias="),
+        ({"logit_bias": (3,)}, r"logit_bias="),
+        ({"logit_bias": tuple((token, 1.0) for token in range(1025))}, r"at most 1024"),
     ],
 )
 def test_bad_settings(given_: dict[str, Any], message: str):
@@ -332,4 +378,4 @@ def test_settings_at_their_limits():
     assert Sampling(1, 10**30, 1, 2**63 - 1) == Sampling(1.0, 10**30, 1.0, 2**63 - 1)
     assert isinstance(Sampling(1).temperature, float)
     extreme = Sampling(1.7e308, 10**30, 1, 2**63 - 1)
-    assert len(set(choose([0.0, 5.0, -math.inf], extreme, range(100)))) == 2, "even, but for what is impossible"
+    assert len(set(tokens_at([0.0, 5.0, -math.inf], extreme, range(100)))) == 2, "even, but for what is impossible"

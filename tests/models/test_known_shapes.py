@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from epslots.config import EngineConfig
 from epslots.errors import ConfigError
-from epslots.models.known_shapes import KNOWN_SHAPES, known_shape
-from epslots.models.model_shape import KVLayer
+from epslots.generation.planned_cache import with_cache
+from epslots.models.known_shapes import KNOWN_SHAPES, known_model, known_shape
+from epslots.models.model_shape import ModelShape
 
 BILLION = 10**9
 BF16 = 2
 
-# name: (published weights, tolerance, MoE layers, experts, top-k, hidden size, width of an expert, bytes a token of one
-# sequence adds to the cache while no window is full)
+# name: (published weights, tolerance, MoE layers, experts, top-k, hidden size, width of an expert, bytes that a token takes in
+# rows while no window is full)
 EXPECTED = {
     "deepseek-v3": (671 * BILLION, 0.01, 58, 256, 8, 7168, 2048, 61 * (512 + 64) * BF16),
     # Published as 1.04 T; the published configuration adds up to 1.026 T, which is checked by hand below.
@@ -38,6 +40,11 @@ def test_the_known_names_are_these_and_each_says_its_source() -> None:
     assert all("/" in source for source in KNOWN_SHAPES.values())
 
 
+def row_bytes(shape: ModelShape, kv_tokens: int) -> int:
+    """Bytes of a cache of rows, for one request."""
+    return sum(tensor.nbytes(kv_tokens, 1, 1) for tensor in shape.cache)
+
+
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_sizes_are_the_published_ones(name: str) -> None:
     total, tolerance, layers, experts, top_k, hidden, width, kv_per_token = EXPECTED[name]
@@ -47,14 +54,27 @@ def test_sizes_are_the_published_ones(name: str) -> None:
     assert {layer.num_experts for layer in shape.layers} == {experts}
     assert {layer.layout.nbytes for layer in shape.layers} == {3 * hidden * width * BF16}
     assert (shape.hidden_size, shape.vocab_size) == (hidden, VOCABULARY[name])
-    assert shape.kv_bytes(100) == 100 * kv_per_token
+    assert row_bytes(shape, 100) == 101 * kv_per_token
 
 
 def test_gemmas_windows_stop_growing() -> None:
     shape = known_shape("gemma-4-26b-a4b")
-    assert shape.kv.count(KVLayer(2 * 8 * 256 * BF16, 1024)) == 25
-    assert shape.kv.count(KVLayer(2 * 2 * 512 * BF16)) == 5
-    assert shape.kv_bytes(5000) - shape.kv_bytes(4000) == 1000 * 5 * 2 * 2 * 512 * BF16
+    windows = [tensor for tensor in shape.cache if tensor.kind == "window"]
+    assert {(tensor.window, tensor.entry_bytes) for tensor in windows} == {(1024, 8 * 256 * BF16)}
+    assert len(windows) == 2 * 25
+    assert shape.token_bytes == 5 * 2 * 2 * 512 * BF16
+    assert row_bytes(shape, 5000) - row_bytes(shape, 4000) == 1000 * shape.token_bytes
+
+
+def test_deepseeks_engine_keeps_70_kilobytes_a_token() -> None:
+    """Latents as they are: expanded, in pages, they would take 85 times as much."""
+    shape, skeleton = known_model("deepseek-v3")
+    assert skeleton is not None
+    rows, pages = with_cache(shape, skeleton, "auto"), with_cache(shape, skeleton, "pages")
+    assert (rows.cache_kind, rows.token_bytes) == ("rows", 70_272)
+    assert (pages.cache_kind, pages.token_bytes) == ("pages", 5_996_544)
+    less, more = (rows.kv_bytes(EngineConfig(kv_tokens=tokens, max_requests=1)) for tokens in (1000, 2000))
+    assert more - less <= 1000 * 72_000
 
 
 def test_kimis_weights_add_up_by_hand() -> None:
@@ -79,7 +99,7 @@ def test_groks_weights_add_up_by_hand() -> None:
 def test_the_dtype_scales_everything() -> None:
     half, full = known_shape("mixtral-8x7b"), known_shape("mixtral-8x7b", "float32")
     assert full.expert_bytes == 2 * half.expert_bytes
-    assert full.kv_bytes(10) == 2 * half.kv_bytes(10)
+    assert row_bytes(full, 10) == 2 * row_bytes(half, 10)
     assert full.dense_bytes == pytest.approx(2 * half.dense_bytes, rel=1e-6)
     assert known_shape("grok-1", "float32").dense_bytes == 2 * known_shape("grok-1").dense_bytes
 

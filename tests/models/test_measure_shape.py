@@ -3,133 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.models.experts import expert_layers
-from epslots.models.measure_shape import shape_of_config, shape_of_model
-from epslots.models.model_shape import KVLayer, ModelShape
+from epslots.models.measure_shape import measure_cache, shape_of_config, shape_of_model
+from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class
+from tests.support.more_models import UNUSUAL
 from tests.support.zoo import HIDDEN, VOCAB, ZOO, Tiny, random_ids
 
 MEASURES_EVERY_MODEL = True
 TOKENS = 40  # longer than every sliding window of the zoo, 16
 FP32 = 4
 
-SETTINGS = dict(ZOO["mixtral"].settings)
-UNUSUAL = {
-    # States in the cache itself, beside its layers.
-    "minimax": Tiny(
-        "minimax",
-        "MiniMaxForCausalLM",
-        SETTINGS | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 8},
-        num_experts=8,
-        top_k=2,
-        moe_layers=3,
-    ),
-    # Rows picked by a mask, on the way to a cache of three kinds of keys.
-    "glm5_next": Tiny(
-        "glm5_next",
-        "Glm5NextForConditionalGeneration",
-        {
-            "text_config": {
-                "vocab_size": VOCAB,
-                "hidden_size": HIDDEN,
-                "intermediate_size": 96,
-                "moe_intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
-                "n_routed_experts": 8,
-                "num_experts_per_tok": 2,
-                "kv_lora_rank": 16,
-                "q_lora_rank": 16,
-                "v_head_dim": 16,
-                "qk_nope_head_dim": 16,
-                "mlp_layer_types": ["sparse", "sparse"],
-                "layer_types": ["linear_attention", "indexed_attention"],
-                "index_topk": 16,
-                "index_head_dim": 16,
-                "index_n_heads": 2,
-                "index_kpool": 4,
-                "linear_head_dim": 16,
-                "linear_num_heads": 4,
-                "pad_token_id": 0,
-            },
-            "vision_config": {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64},
-            "image_token_id": 4,
-            "video_token_id": 5,
-        },
-        num_experts=8,
-        top_k=2,
-        moe_layers=2,
-    ),
-    # Frequencies that depend on the length.
-    "phimoe_longrope": replace(
-        ZOO["phimoe"],
-        settings=dict(ZOO["phimoe"].settings)
-        | {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8,
-                "short_mscale": 1.0,
-                "long_mscale": 1.0,
-                "original_max_position_embeddings": 20,
-            }
-        },
-    ),
-    # Layers that are served by another one's cache.
-    "gemma4_shared_kv": replace(
-        ZOO["gemma4"],
-        settings=dict(ZOO["gemma4"].settings)
-        | {
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-            "num_kv_shared_layers": 2,
-            "hidden_size_per_layer_input": 8,
-        },
-        moe_layers=4,
-    ),
-    # Keys that are values too, fewer global heads, of another width.
-    "gemma4_k_eq_v": replace(
-        ZOO["gemma4"],
-        settings=dict(ZOO["gemma4"].settings) | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
-    ),
-}
 MODELS = {name: tiny for name, tiny in ZOO.items() if tiny.interface or tiny.decorate} | UNUSUAL
-DEEPSEEK_V4 = Tiny(
-    "deepseek_v4",
-    "DeepseekV4ForCausalLM",
-    {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "q_lora_rank": 16,
-        "o_groups": 2,
-        "o_lora_rank": 16,
-        "index_n_heads": 2,
-        "index_head_dim": 16,
-        "index_topk": 4,
-        "moe_intermediate_size": 32,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": 16,
-        "partial_rotary_factor": 0.5,
-        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
-        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 32},
-        "mlp_layer_types": ["moe", "moe"],
-    },
-)
 
 
 def config_of(tiny: Tiny) -> transformers.PretrainedConfig:
@@ -142,13 +36,23 @@ def shape_of(tiny: Tiny, dtype: str = "float32") -> ModelShape:
     return shape_of_config(config_of(tiny), tiny.name, dtype)
 
 
-def cache_of(model: PreTrainedModel, tokens: int) -> Any:
-    """The model's cache after a prompt, and a last token alone: a step that lets go of what the prompt left behind."""
+def cache_of(model: PreTrainedModel, tokens: int, rows: int = 1) -> Any:
+    """The model's cache after prompts, and a last token alone: a step that lets go of what the prompts left behind."""
     model.set_experts_implementation("eager")
-    ids = random_ids(length=tokens)
+    ids = random_ids(rows, tokens)
     with torch.no_grad():
         prompt = model(input_ids=ids[:, :-1], use_cache=True)
         return model(input_ids=ids[:, -1:], past_key_values=prompt.past_key_values, use_cache=True).past_key_values
+
+
+def kept(cache: Any, record: CacheTensor) -> torch.Tensor:
+    """The tensor in a model's cache that a record describes."""
+    holder = cache if record.layer == OF_THE_CACHE else cache.layers[record.layer]
+    value = getattr(holder, record.path[0])
+    for key in record.path[1:]:
+        value = value[int(key) if key.isdigit() else key]
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def tensors_in(holder: Any) -> Iterator[torch.Tensor]:
@@ -173,37 +77,81 @@ def allocated_bytes(tensors: Iterator[torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_real_runs_cache_takes_the_bytes_of_the_shape(name: str) -> None:
-    shape = shape_of(MODELS[name])
+def test_records_are_the_tensors_of_a_real_runs_cache(name: str) -> None:
+    """All of them, with their shapes, for sequences within a window and beyond; but layers of rows' own, see below."""
+    records = [record for record in shape_of(MODELS[name]).cache if record.pooled]
     model = MODELS[name].build()
     for tokens in (9, TOKENS):
-        assert allocated_bytes(tensors_in(cache_of(model, tokens))) == shape.kv_bytes(tokens)
+        cache = cache_of(model, tokens, rows=2)
+        for record in records:
+            tensor, (batch, sequence) = kept(cache, record), record.dimensions
+            sizes = dict(enumerate(tensor.shape))
+            assert sizes.pop(batch) == 2
+            if sequence is not None:
+                assert sizes.pop(sequence) == (tokens if record.window is None else min(tokens, record.window - 1))
+            assert (tuple(sizes.values()), str(tensor.dtype)) == (record.shape, f"torch.{record.dtype}")
+        own = {record.layer for record in shape_of(MODELS[name]).cache if not record.pooled}
+        cache.layers = [layer for index, layer in enumerate(cache.layers) if index not in own]
+        assert {id(tensor) for tensor in tensors_in(cache)} == {id(kept(cache, record)) for record in records if not own}
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_next", "nemotron_h", "deepseek_v3"])
 def test_caches_keep_their_own_dtypes(name: str) -> None:
     """Keys and values are in the model's dtype, recurrent states stay in fp32."""
     shape = shape_of(MODELS[name], "bfloat16")
-    model = MODELS[name].build().to(torch.bfloat16)
-    assert allocated_bytes(tensors_in(cache_of(model, TOKENS))) == shape.kv_bytes(TOKENS)
-    assert shape.kv_bytes(TOKENS) < shape_of(MODELS[name]).kv_bytes(TOKENS)
+    cache = cache_of(MODELS[name].build().to(torch.bfloat16), TOKENS)
+    assert [str(kept(cache, record).dtype) for record in shape.cache] == [f"torch.{record.dtype}" for record in shape.cache]
+    assert {record.dtype for record in shape.cache} <= {"bfloat16", "float32"}
+    assert "bfloat16" in {record.dtype for record in shape.cache}
 
 
 def test_compressed_caches_are_measured_in_whole_entries() -> None:
-    """deepseek_v4: a window, a history compressed 32 to 1 (or 4 to 1, with keys for an index), and buffers."""
-    shape = shape_of(DEEPSEEK_V4)
-    entry = 16 * FP32
-    assert {layer for layer in shape.kv if layer.window} == {KVLayer(entry, 16)}
-    heavy, sparse = (layer for layer in shape.kv if layer.window is None)
-    assert heavy.bytes_per_token == entry // 32
-    assert sparse.bytes_per_token == (entry + entry) // 4
-    model = DEEPSEEK_V4.build()
-    for tokens in (63, 64, 100, 127):
-        # Views keep larger storages alive until the next step; what counts is what they show.
-        shown = {(t.data_ptr(), t.shape): t.nbytes for t in tensors_in(cache_of(model, tokens)) if t.numel()}
-        # The plan takes the buffers of tokens that wait to be compressed as full, and the window as holding the next token.
-        waiting = 31 * 2 * entry + 3 * 2 * 2 * (entry + entry)
-        assert 0 <= shape.kv_bytes(tokens) - sum(shown.values()) <= waiting + 3 * entry
+    """deepseek_v4: a window, a history compressed 4 or 8 to 1, and buffers; each row has them for itself."""
+    records = [record for record in shape_of(ZOO["deepseek_v4"]).cache if record.layer > 0]
+    assert not any(record.pooled for record in records)
+    assert {record.window for record in records if record.kind == "window"} == {16}
+    strides = {(record.layer, record.stride) for record in records if record.kind == "token"}
+    assert strides == {(1, 4), (2, 8), (3, 4)}
+    model = ZOO["deepseek_v4"].build()
+    for tokens in (30, 31, 40, 63):
+        cache = cache_of(model, tokens)
+        for record in records:
+            tensor = kept(cache, record)
+            assert (
+                0 <= record.nbytes(tokens, 1, 1) // 2 - tensor.nbytes <= (record.entry_bytes if record.kind != "token" else 0)
+            )
+        shown = {(tensor.data_ptr(), tensor.shape) for tensor in tensors_in(cache.layers[1:]) if tensor.numel()}
+        counted = {
+            (tensor.data_ptr(), tensor.shape) for tensor in (kept(cache, record) for record in records) if tensor.numel()
+        }
+        assert shown == counted
+
+
+@pytest.mark.parametrize("name", ["mixtral", "minimax", "longcat_flash", "llama", "dbrx"])
+def test_a_models_cache_is_measured_whatever_its_experts(name: str) -> None:
+    """Of a loaded model, which is left as it is: with experts outside of transformers' interface, or none."""
+    model = (ZOO | UNUSUAL)[name].build()
+    model.config._attn_implementation = "eager"
+    before = {id(module): dict(vars(module)) for module in model.modules()}
+    records = measure_cache(model)
+    assert {id(module): dict(vars(module)) for module in model.modules()} == before
+    with torch.no_grad():
+        cache = model(input_ids=random_ids(length=9), use_cache=True).past_key_values
+    assert all(kept(cache, record).numel() for record in records)
+    assert {id(tensor) for tensor in tensors_in(cache)} == {id(kept(cache, record)) for record in records}
+
+
+def test_tensors_of_unknown_dimensions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of a later version may keep what no row could be made of."""
+    update = DynamicLayer.update
+
+    def keeps_more(self: DynamicLayer, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.norms = key_states.norm(dim=-1)  # type: ignore[attr-defined]
+        return update(self, key_states, value_states, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicLayer, "update", keeps_more)
+    with pytest.raises(UnsupportedModelError, match="DynamicLayer keeps norms, of which only transformers knows"):
+        shape_of(ZOO["mixtral"])
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -18,16 +18,19 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from epslots.cli.plan import plan as plan_command
+from epslots.config import EngineConfig
 from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
 from epslots.example import example_model
+from epslots.generation.token_choice import PART_LOGITS
 from epslots.layout import LayerSpec, RecordLayout, TensorSpec
 from epslots.models.checkpoint import open_checkpoint
 from epslots.models.expert_reader import pack_layers
 from epslots.models.experts import expert_layers
 from epslots.models.known_shapes import KNOWN_SHAPES
-from epslots.models.memory_plan import Workload, default_reserve, moe_workspace_bytes, plan_memory
+from epslots.models.memory_plan import CHOICE_LOGITS, MemoryPlan, default_reserve, moe_workspace_bytes, plan_memory
 from epslots.models.memory_report import alternatives, check_fits, largest_fit, plan_items
-from epslots.models.model_shape import KVLayer, ModelShape
+from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
+from epslots.models.page_sizes import PageSizes
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
 from epslots.models.quotas import describe_quotas, pool_bytes, resolve_quotas
 from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, file_bytes
@@ -57,7 +60,11 @@ def tiny_shape(**changes: Any) -> ModelShape:
         "layers": (LayerSpec("layers.0", 8, layout), LayerSpec("layers.1", 8, layout)),
         "top_k": 2,
         "dense_bytes": 1_000_000,
-        "kv": (KVLayer(256), KVLayer(256, window=16), KVLayer(0, fixed_bytes=5000)),
+        "cache": (
+            CacheTensor(0, ("keys",), "token", (2, 64), "bfloat16", (0, 2)),
+            CacheTensor(1, ("keys",), "window", (2, 64), "bfloat16", (0, 2), window=16),
+            CacheTensor(2, ("recurrent_states", "0"), "row", (1250,), "float32", (0, None)),
+        ),
         "hidden_size": 64,
         "vocab_size": 320,
     }
@@ -170,35 +177,83 @@ def test_quotas_of_the_largest_models_take_no_time() -> None:
 # --- terms -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_layers_cache_grows_to_its_window_and_keeps_its_state() -> None:
-    assert KVLayer(100).nbytes(0) == 0
-    assert KVLayer(100).nbytes(50) == 5000
-    assert KVLayer(100, window=16).nbytes(15) == 1500
-    assert KVLayer(100, window=16).nbytes(50) == 1600
-    assert KVLayer(0, fixed_bytes=7).nbytes(50) == 7
-    assert KVLayer(100, 16, 7).nbytes(50) == 1607
+def tensor(kind: Any, **more: Any) -> CacheTensor:
+    """Of 100 bytes a token or row."""
+    return CacheTensor(0, ("keys",), kind, (25,), "float32", (0, 2), **more)
+
+
+def test_pools_have_room_for_the_tokens_of_all_requests() -> None:
+    """One entry more than tokens stays zero, for the positions before a row's first token."""
+    assert tensor("token").nbytes(kv_tokens=50, max_requests=3, in_flight=9) == 51 * 100
+    assert tensor("token", stride=4).nbytes(50, 3, 9) == 13 * 100
+    assert tensor("row").nbytes(50, 3, 9) == 3 * 100
+
+
+def test_windows_have_room_for_all_requests_and_a_step() -> None:
+    """New tokens have entries before the oldest ones of the windows give theirs back; all of a short cache fit anyway."""
+    window = tensor("window", window=16)
+    assert window.entries(kv_tokens=100, max_requests=3, in_flight=9) == 3 * 15 + 9 + 1
+    assert window.entries(50, 3, 9) == 50 + 1
+
+
+def test_rows_of_their_own_are_counted_with_their_next_state() -> None:
+    """Such layers make new tensors in a step, before the old ones are let go."""
+    for kind in ("token", "window", "row"):
+        pooled, own = (tensor(kind, window=16, pooled=pooled) for pooled in (True, False))
+        spare = kind != "row"
+        assert own.nbytes(1000, 3, 9) == 2 * (pooled.nbytes(1000, 3, 9) - 100 * spare)
 
 
 def test_every_term_is_what_its_definition_says() -> None:
-    result = plan_memory(
-        tiny_shape(),
-        SlotsSetting(per_layer=3),
-        memory_bytes=100 * MIB,
-        workload=Workload(kv_tokens=40, sequences=5, batch_tokens=10),
-        reserve_bytes=1234,
-    )
+    engine = EngineConfig(kv_tokens=100, max_requests=5, max_batch_tokens=10)
+    result = plan_memory(tiny_shape(), SlotsSetting(per_layer=3), memory_bytes=100 * MIB, engine=engine, reserve_bytes=1234)
     assert result.quotas == (3, 3)
     assert result.slot_bytes == 6 * 36_864
-    assert result.kv_bytes == 5 * (40 * 256 + 16 * 256 + 5000)
+    tables = 2 * 5 * 100 * 4  # the cell of each position of each row: of all tokens, and of the window
+    assert result.kv_bytes == 101 * 256 + (5 * 15 + 10 + 1) * 256 + 5 * 5000 + tables
     rows = 10 * 2
     activations = rows * 64 + rows * 192 + rows * 96 + rows * 64  # sorted copies, gate and up, activation, output
     weighted = 2 * rows * 64  # widened to fp32, and multiplied
-    assert result.workspace_bytes == 2 * activations + 4 * weighted + 4 * 5 * 320
+    logits, choice = (2 + 4) * 5 * 320, 50 * 5 * 320
+    assert result.workspace_bytes == 2 * activations + 4 * weighted + logits + choice
     assert result.reserve_bytes == 1234
     assert result.total_bytes == 1_000_000 + result.slot_bytes + result.kv_bytes + result.workspace_bytes + 1234
     assert result.free_bytes == 100 * MIB - result.total_bytes
     assert sum(size for _, size, _ in plan_items(result)) == result.total_bytes
     assert result.host_store_bytes == 16 * 36_864
+
+
+def test_a_step_has_a_token_of_every_request() -> None:
+    """However few tokens a chunk may have; and a prompt that can't be cut is as long as the cache."""
+    engine = EngineConfig(kv_tokens=1000, max_requests=32, max_batch_tokens=8)
+    assert tiny_shape().step_tokens(engine) == 32
+    whole = tiny_shape(whole_prompts=True)
+    assert whole.step_tokens(engine) == 1000
+    plan = plan_memory(whole, AUTO, memory_bytes=None, engine=engine)
+    assert plan.workspace_bytes == moe_workspace_bytes(whole, 1000, 1) + plan.logits_bytes + plan.choice_bytes
+
+
+def test_tokens_are_chosen_in_parts() -> None:
+    """The planned room is of as many logits as are in work at a time, and of one row of the largest vocabulary."""
+    assert CHOICE_LOGITS == PART_LOGITS
+    plan = plan_memory(tiny_shape(vocab_size=150_000), AUTO, memory_bytes=None, engine=EngineConfig(max_requests=100))
+    assert plan.choice_bytes == 50 * PART_LOGITS
+    plan = plan_memory(tiny_shape(vocab_size=2 * PART_LOGITS), AUTO, memory_bytes=None)
+    assert plan.choice_bytes == 50 * 2 * PART_LOGITS
+
+
+def test_pages_take_the_place_of_rows() -> None:
+    pages = PageSizes(layers=(2,), layer_bytes=256, page_tokens=16, mask_bytes=2)
+    shape, engine = tiny_shape(pages=pages), EngineConfig(kv_tokens=100, max_requests=5, max_batch_tokens=10)
+    assert (shape.cache_kind, shape.token_bytes) == ("pages", 512)
+    assert shape.kv_bytes(engine) == pages.nbytes(100, 5, 10) > 7 * 16 * 512
+    assert (tiny_shape().cache_kind, tiny_shape().token_bytes) == ("rows", 256)
+
+
+def test_states_beside_the_layers_count() -> None:
+    engine = EngineConfig(kv_tokens=0, max_requests=3)
+    beside = CacheTensor(OF_THE_CACHE, ("linear_cache", "0"), "row", (7,), "float32", (0, None))
+    assert tiny_shape(cache=(beside,)).kv_bytes(engine) == 3 * 7 * 4
 
 
 def test_workspace_ignores_transposition_and_biases() -> None:
@@ -267,9 +322,8 @@ def test_a_plan_fits_to_the_byte() -> None:
 @given(memory=st.integers(0, 6 * MIB), batch=st.integers(1, 64), ranks=st.integers(1, 4))
 def test_auto_takes_all_that_is_left_and_no_more(memory: int, batch: int, ranks: int) -> None:
     shape = tiny_shape()
-    result = plan_memory(
-        shape, AUTO, memory_bytes=memory, workload=Workload(64, batch_tokens=batch), ranks=ranks, reserve_bytes=10_000
-    )
+    engine = EngineConfig(kv_tokens=64, max_requests=2, max_batch_tokens=batch)
+    result = plan_memory(shape, AUTO, memory_bytes=memory, engine=engine, ranks=ranks, reserve_bytes=10_000)
     least = result.fixed_bytes + 2 * 36_864
     assert result.fits == (memory >= least)
     if not result.fits:
@@ -291,7 +345,12 @@ def test_unknown_memory_fits_everything() -> None:
 
 
 def test_alternatives_are_the_plans_of_those_settings() -> None:
-    arguments: dict[str, Any] = {"memory_bytes": None, "workload": Workload(kv_tokens=100), "ranks": 2, "reserve_bytes": 1000}
+    arguments: dict[str, Any] = {
+        "memory_bytes": None,
+        "engine": EngineConfig(kv_tokens=100),
+        "ranks": 2,
+        "reserve_bytes": 1000,
+    }
     arguments["memory_bytes"] = plan_memory(tiny_shape(), AUTO, **arguments).fixed_bytes + 9 * 36_864
     result = plan_memory(tiny_shape(), SlotsSetting(per_layer=5), **arguments)
     assert [str(other.setting) for other in alternatives(result)] == ["1 per layer", "12.5%", "25%", "50%", "75%", "100%"]
@@ -302,20 +361,23 @@ def test_alternatives_are_the_plans_of_those_settings() -> None:
     assert [other.fits for other in alternatives(result)] == [True, True, True, True, False, False]
 
 
-@given(memory=st.integers(0, 3 * MIB))
+@given(memory=st.integers(MIB, 2 * MIB))
 def test_the_largest_fit_is_the_last_that_fits(memory: int) -> None:
-    def fits(per_layer: int) -> bool:
-        plan = plan_memory(tiny_shape(), SlotsSetting(per_layer=per_layer), memory_bytes=memory, reserve_bytes=1000)
-        return plan.fits
+    engine = EngineConfig(kv_tokens=100, max_requests=2, max_batch_tokens=2)
 
-    plan = plan_memory(tiny_shape(), SlotsSetting(per_layer=8), memory_bytes=memory, reserve_bytes=1000)
-    most = max((n for n in range(1, 9) if fits(n)), default=None)
+    def planned(per_layer: int) -> MemoryPlan:
+        setting = SlotsSetting(per_layer=per_layer)
+        return plan_memory(tiny_shape(), setting, memory_bytes=memory, engine=engine, reserve_bytes=1000)
+
+    plan = planned(8)
+    most = max((n for n in range(1, 9) if planned(n).fits), default=None)
     assert (largest_fit(plan).setting.per_layer if largest_fit(plan) else None) == most
 
 
 def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
     shape = tiny_shape(name="mixtral-mini", dense_bytes=600 * MIB)
-    arguments: dict[str, Any] = {"workload": Workload(4096, sequences=3, batch_tokens=7), "reserve_bytes": 2 * MIB}
+    engine = EngineConfig(max_requests=3, max_batch_tokens=7)
+    arguments: dict[str, Any] = {"engine": engine, "reserve_bytes": 2 * MIB}
     base = plan_memory(shape, SlotsSetting(per_layer=1), memory_bytes=None, **arguments).fixed_bytes
     over = plan_memory(shape, parse_slots("75%"), memory_bytes=base + 4 * 2 * 36_864 + 5, **arguments)
     with pytest.raises(DoesNotFitError) as refused:
@@ -328,7 +390,7 @@ def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
     assert f"needed {format_bytes(over.total_bytes)}" in lines
     assert f"available {format_bytes(over.memory_bytes or 0)} memory of one rank" in lines
     assert f"short of {format_bytes(-(over.free_bytes or 0))}" in lines
-    assert "3 sequences of 4,096 tokens" in message
+    assert "rows: 4,096 tokens of 3 requests, 256 bytes a token" in message
     assert f"12 x {format_bytes(36_864)}: 6 per layer" in message
     assert "slots=4 (50% of the experts" in lines[-1]
 
@@ -341,14 +403,9 @@ def test_a_refusal_says_when_nothing_fits() -> None:
         check_fits(hopeless)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("ranks", 0), ("sequences", 0), ("batch_tokens", -1), ("kv_tokens", -1), ("reserve_bytes", -1)]
-)
+@pytest.mark.parametrize(("setting", "value"), [("ranks", 0), ("reserve_bytes", -1)])
 def test_numbers_out_of_range_are_refused_by_name(setting: str, value: int) -> None:
-    if setting in ("sequences", "batch_tokens", "kv_tokens"):
-        with pytest.raises(ConfigError, match=f"{setting}={value}"):
-            Workload(**{setting: value})
-        return
+    """Those of the engine are refused by ``EngineConfig``."""
     arguments: dict[str, Any] = {"memory_bytes": MIB, setting: value}
     with pytest.raises(ConfigError, match=f"{setting}={value}"):
         plan_memory(tiny_shape(), AUTO, **arguments)
@@ -362,7 +419,7 @@ def test_quotas_are_described_by_their_range() -> None:
 def test_planning_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, epslots.models.memory_plan; from epslots.models.known_shapes import known_shape; known_shape('grok-1');"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -378,14 +435,14 @@ def run(*arguments: str) -> Result:
 
 
 def test_the_command_prints_the_plan_and_the_alternatives() -> None:
-    result = run("--model", "grok-1", "--slots", "2", "--memory", "200GiB", "--ranks", "4", "--sequences", "3")
+    result = run("--model", "grok-1", "--slots", "2", "--memory", "200GiB", "--ranks", "4", "--max-requests", "3")
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
     for wanted in (
         "grok-1 in bfloat16, slots=2 per layer",
         "dense weights",
         "128 x 1.12 GiB: 2 per layer",
-        "3 sequences of 4,096 tokens",
+        "pages: 4,096 tokens of 3 requests, 262,144 bytes a token",
         "315.7 billion weights; 64 MoE layers of 8 experts, 2 for each token",
         "hold 25.0% of the experts; 4 ranks have 1 slots for each expert: every expert can be in a slot somewhere",
         "100% (all resident)",
@@ -413,7 +470,11 @@ def test_the_command_gives_json() -> None:
     parts = ("dense_bytes", "slot_bytes", "kv_bytes", "workspace_bytes", "reserve_bytes")
     assert sum(given[part] for part in parts) == given["total_bytes"]
     assert given["free_bytes"] == 200 * 1024**3 - given["total_bytes"]
-    assert given["kv_bytes"] == 64 * 10 * 4096
+    # One page of 16 tokens, and two that stay empty; a step's inputs, and two lists of places and a mask over what it reads.
+    inputs, reads = 4 * (7 * 544 + 513), 16 + 512
+    assert given["kv_bytes"] == 3 * 16 * 64 * 4096 + inputs + 8 * (512 + reads) + 2 * 512 * reads
+    assert (given["cache"], given["token_bytes"]) == ("pages", 64 * 4096)
+    assert (given["kv_tokens"], given["max_requests"], given["max_batch_tokens"]) == (10, 16, 512)
     assert given["fits"] is True
     assert given["checkpoint_bytes"] is None
     assert sum(given["quotas"]) == math.floor((given["free_bytes"] + given["slot_bytes"]) / (3 * 6144 * 32768 * 2))
@@ -504,6 +565,7 @@ def test_the_command_refuses_a_checkpoint_that_is_cut_short(tmp_path: Path) -> N
         (["--model", "grok-1", "--slots", "most"], "slots="),
         (["--model", "grok-1", "--memory", "80"], "memory='80'"),
         (["--model", "grok-1", "--dtype", "int4"], "dtype='int4'"),
+        (["--model", "grok-1", "--cache", "books"], "cache='books'"),
         (["--model", "grok-1", "--memory", "80GiB", "--device", "tpu"], "device='tpu'"),
         (["--model", "grok-1", "--device", "cuda:99"], "device='cuda:99'"),
     ],
@@ -515,7 +577,7 @@ def test_the_command_refuses_wrong_settings(arguments: list[str], message: str) 
 
 
 def test_the_command_checks_ranges_and_lists_the_known_models() -> None:
-    for option in ("--ranks", "--sequences", "--batch-tokens"):
+    for option in ("--ranks", "--max-requests", "--max-batch-tokens"):
         assert run("--model", "grok-1", option, "0").exit_code == 2
     helped = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
     assert all(name in helped.output for name in KNOWN_SHAPES)

@@ -14,11 +14,15 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError, GroupError
-from epslots.generation import paged_batcher
+from epslots.generation import paged_choice
 from epslots.generation.engine import Engine
-from epslots.generation.paged_batcher import PagedBatcher, SequentialBatcher
+from epslots.generation.engine_stats import EngineStats
+from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
+from epslots.generation.token_choice import Chosen
+from epslots.generation.tracked_request import TrackedRequest
 from epslots.moe import row_blocks
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
 from epslots.moe.moe_layer import combine
@@ -58,14 +62,15 @@ class Texts:
 @pytest.fixture
 def texts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Texts]:
     """Makes ``Texts`` that gather the logits of all engines from now on."""
-    choose, current = paged_batcher.next_tokens, [Texts()]
+    choose, current = paged_choice.choose, [Texts()]
 
-    def watched(logits: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
-        for row, sampling, position in zip(logits, samplings, positions, strict=True):
-            current[0].logits[sampling.seed, position] = row.clone()
-        return choose(logits, samplings, positions)
+    def watched(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None]) -> Chosen:
+        for logits_V, entry in zip(logits_NV, rows, strict=True):
+            if entry is not None:
+                current[0].logits[entry.request.sampling.seed, entry.length] = logits_V.clone()
+        return choose(logits_NV, rows)
 
-    monkeypatch.setattr(paged_batcher, "next_tokens", watched)
+    monkeypatch.setattr(paged_choice, "choose", watched)
 
     def start() -> Texts:
         current[0] = Texts()
@@ -87,8 +92,8 @@ def requests_of(count: int, seed: int) -> list[Request]:
 
 def serve(
     model: PreTrainedModel, requests: Sequence[Request], into: Texts, *, seed: int = 0, kv_tokens: int = 512, chunk: int = 512
-) -> None:
-    """Run requests in an engine, in any order, each added before any step."""
+) -> EngineStats:
+    """Run requests in an engine, in any order, each added before any step; returns its counters."""
     numbers = random.Random(seed)
     engine = Engine(model, kv_tokens=kv_tokens, max_batch_tokens=chunk)
     waiting = numbers.sample(list(requests), len(requests))
@@ -99,7 +104,9 @@ def serve(
         for output in engine.batcher.outputs():
             assert output.error is None
             into.tokens.setdefault(output.id, []).extend(output.tokens)
+    stats = engine.batcher.stats()
     engine.batcher.close()
+    return stats
 
 
 def load(folder: Path, cache_dir: Path, slots: int | str = "100%", **settings: Any) -> PreTrainedModel:
@@ -150,8 +157,10 @@ def test_pages_given_up_and_shared(name: str, checkpoint: Callable[[str], Path],
     ]
     expected = alone(model, requests, texts)
     together = texts()
-    serve(model, requests, together, kv_tokens=160, chunk=100)
+    stats = serve(model, requests, together, kv_tokens=160, chunk=100)
     assert together.differing(expected) == 0
+    assert stats.preempted > 0
+    assert (stats.reused_tokens > 0) == (name == "qwen3_moe"), "windows aren't shared"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +210,7 @@ def test_models_that_call_the_unknown_run_alone(
     forward = type(norm).forward
     monkeypatch.setattr(type(norm), "forward", lambda self, x: forward(self, F.elu(x)))
     model = load(checkpoint("qwen3_moe"), cache_dir)
-    assert isinstance(Engine(model, kv_tokens=64).batcher, SequentialBatcher)
+    assert isinstance(Engine(model, kv_tokens=64).batcher, RowBatcher)
     with pytest.raises(epslots.UnsupportedModelError, match=r"it calls torch.nn.functional.elu"):
         PagedBatcher(model, kv_tokens=64)
 

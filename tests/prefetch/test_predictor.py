@@ -46,8 +46,8 @@ from epslots.prefetch.routers import Router, agreement, find_routers
 from epslots.runtime import runtime_of
 from tests.support import zoo
 
-# Their routers are no linear maps of what the experts are given.
-WITHOUT = {"zaya", "muse_spark"}
+# Layers whose routers are no linear maps of what the experts are given.
+WITHOUT = {"zaya": 3, "muse_spark": 2, "deepseek_v4": 1}
 NAMES = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
 
 
@@ -79,14 +79,14 @@ def test_routers_reproduce_the_models_choice(name: str, checkpoint: Callable[[st
     seen, modules = watched(model, inputs), zoo.experts_modules(model)
     routers = find_routers(model, modules)
     assert len(routers) == len(seen) == tiny.moe_layers
-    for router, module in zip(routers, modules, strict=True):
-        if name in WITHOUT:
+    for number, (router, module) in enumerate(zip(routers, modules, strict=True)):
+        if number < WITHOUT.get(name, 0):
             assert router is None
         else:
             assert router is not None and agreement(router, *seen[module]) >= 0.999
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "minimax_m2", "longcat_flash"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "minimax_m2", "longcat_flash", "lfm2_moe", "inkling2"])
 def test_each_part_of_a_router_takes_part(name: str, checkpoint: Callable[[str], Path]):
     """Without its bias, correction or groups, a router of these makes other choices: so the test above has seen them."""
     model = zoo.reference(checkpoint(name))

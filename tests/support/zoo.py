@@ -58,7 +58,7 @@ class Tiny:
     zero_experts: int = 0
     """Identity experts, without weights, that the router can choose by the ids from ``num_experts`` on."""
     hybrid: bool = False
-    """Some layers keep a recurrent state instead of keys and values: no continuous batching."""
+    """Some layers keep other things than keys and values: recurrent states, an indexer's keys, compressed blocks."""
     tied: bool = False
     """The output layer shares the embedding's weights and is not in the checkpoint."""
     aligned: bool = True
@@ -87,6 +87,9 @@ def _spread_weights(model: PreTrainedModel, tied: bool) -> None:
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *buffers]:
+            if name.endswith("tid2eid"):
+                # DeepSeek-V4's first layers choose experts by the token: a row of different ones for each.
+                tensor.copy_(torch.rand(len(tensor), model.config.n_routed_experts).argsort(-1)[:, : tensor.shape[1]])
             if not tensor.is_floating_point():
                 continue
             if tensor is embedding:
@@ -97,7 +100,9 @@ def _spread_weights(model: PreTrainedModel, tied: bool) -> None:
             elif name.endswith("balancing_biases"):
                 # The last is zaya's bias against its skip expert; transformers sets it to -1, whatever it loaded.
                 tensor[:-1].normal_(std=0.02)
-            elif tensor.dim() < 2:
+            elif name.endswith(("slope_rate", "_decay")):
+                pass  # minimax's buffers, which follow from its configuration
+            elif tensor.dim() < 2 or name.endswith("l2_clip.scale"):
                 tensor.add_(torch.randn_like(tensor), alpha=0.02)
             else:
                 # Zaya's router is a small MLP, whose output shrinks with every layer.
@@ -130,6 +135,13 @@ _DEEPSEEK_V3 = {**_DEEPSEEK, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "
 _KIMI = {"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827}
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 _MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16}
+_DSA = {**_MLA, **_WIDTHS, "q_lora_rank": 32, "n_shared_experts": 1}
+_DSA |= {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
+_INKLING = {"layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "sliding_window_size": 16, "rel_extent": 24}
+_INKLING |= {"moe_intermediate_size": 32, "unpadded_vocab_size": VOCAB, "head_dim": 16, "swa_head_dim": 16}
+_INKLING |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "log_scaling_n_floor": 32}
+_DOTS3_WINDOWS = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24, "head_dim": 32}
+_DOTS3_WINDOWS |= {"qk_nope_head_dim": 24, "v_head_dim": 16}
 _YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
 _YARN |= {"truncate": False, "original_max_position_embeddings": 128}
 _GEMMA4 = {
@@ -246,10 +258,68 @@ _ALL = [
         "pad_token_id": 0, "bos_token_id": 1}),
     _tiny("jetmoe", "JetMoeForCausalLM", _LOCAL, 8, 2, interface=False, without={"num_attention_heads"}, **_NARROW,
           kv_channels=16),
+    # The layers of those below keep various things of a sequence, and prompts of some tens of tokens show which: windows hold
+    # 16 tokens, an index chooses 8, blocks have 4 to 16. Their experts are stored and called as qwen3_moe's are.
+    _tiny("qwen3_5_moe", "Qwen3_5MoeForCausalLM", _NUM, 16, 4, hybrid=True, **_LINEAR, moe_intermediate_size=32,
+          shared_expert_intermediate_size=32, head_dim=16,
+          layer_types=["linear_attention", "linear_attention", "full_attention"]),
+    # It needs a token that ends n-grams; tests that generate name no end token.
+    _tiny("qwen4_exp", "Qwen4ExpForCausalLM", _NUM, 16, 4, hybrid=True, **_LINEAR, moe_intermediate_size=32,
+          shared_expert_intermediate_size=32, head_dim=16, eos_token_id=2,
+          layer_types=["linear_attention", "linear_attention", "indexed_attention"], hc_lowrank=16,
+          indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=16, indexer_compress_ratio=4,
+          ple_layer_ids=[1], ple_embed_dim=32, heads_per_ngram=2, ngram_vocab_size_base=500, split_ngram_parts=1),
+    _tiny("kimi_linear", "KimiLinearForCausalLM", _LOCAL, 16, 4, 2, hybrid=True, **_MLA, **_WIDTHS, q_lora_rank=None,
+          linear_head_dim=16, linear_num_heads=4,
+          layer_types=["linear_attention", "linear_attention", "full_attention"]),
+    _tiny("bailing_hybrid", "BailingHybridForCausalLM", _LOCAL, 16, 4, 2, hybrid=True, **_MLA, **_WIDTHS,
+          layer_group_size=3, head_dim=8, first_k_dense_replace=1, n_group=4, topk_group=2),
+    _tiny("glm_moe_dsa", "GlmMoeDsaForCausalLM", _ROUTED, 16, 4, 2, hybrid=True, **_DSA, first_k_dense_replace=1,
+          indexer_types=["full", "full", "shared"]),
+    _tiny("deepseek_v32", "DeepseekV32ForCausalLM", _ROUTED, 16, 4, 2, hybrid=True, **_DSA, first_k_dense_replace=1,
+          n_group=4, topk_group=2),
+    _tiny("deepseek_v4", "DeepseekV4ForCausalLM", _ROUTED, 16, 4, 4, hybrid=True, num_hidden_layers=4,
+          num_key_value_heads=1, head_dim=16, partial_rotary_factor=0.5, q_lora_rank=32,
+          moe_intermediate_size=32, o_groups=2, o_lora_rank=16, sliding_window=16,
+          layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+                       "compressed_sparse_attention"],
+          compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+          index_topk=3, index_n_heads=16, index_head_dim=16, mlp_layer_types=["hash_moe", "moe", "moe", "moe"]),
+    _tiny("mimo_v2_flash", "MiMoV2FlashForCausalLM", _ROUTED, 16, 4, 2, **_WIDTHS, head_dim=24, v_head_dim=16,
+          sliding_window=16),
+    _tiny("lfm2_moe", "Lfm2MoeForCausalLM", _NUM, 16, 4, 2, hybrid=True, **_WIDTHS, num_dense_layers=1,
+          layer_types=["conv", "full_attention", "conv"]),
+    _tiny("granitemoehybrid", "GraniteMoeHybridForCausalLM", _LOCAL, 8, 2, hybrid=True, **_NARROW,
+          shared_intermediate_size=32, layer_types=["linear_attention", "linear_attention", "full_attention"],
+          mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=16),
+    _tiny("hy_v4", "HYV4ForCausalLM", _ROUTED, 16, 4, 2, hybrid=True, **_DSA, indexer_types=["full", "shared", "full"]),
+    _tiny("inkling2", "Inkling2ForCausalLM", _ROUTED, 16, 4, hybrid=True, **_INKLING, n_layers_per_attn_res_block=2),
+    _tiny("dots3_note", "Dots3NoteForCausalLM", _ROUTED, 16, 4, 2, hybrid=True, **_DSA, head_dim=16, sliding_window=16,
+          shared_experts_intermediate_size=32, layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
+          **{f"swa_{name}": value for name, value in _DOTS3_WINDOWS.items()}),
+    _tiny("minimax", "MiniMaxForCausalLM", _LOCAL, 8, 2, hybrid=True, **_NARROW, head_dim=16, block_size=16,
+          layer_types=["linear_attention", "full_attention", "linear_attention"]),
+]
+
+_STRESSED = [
+    _tiny("zaya_sliding", "ZayaForCausalLM", _NUM, 8, 1, hybrid=True, moe_intermediate_size=32, head_dim=16,
+          router_hidden_size=16, layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=16),
+    _tiny("llama4_nope", "Llama4ForCausalLM", _LOCAL, 8, 1, interface=False, **_NARROW, intermediate_size_mlp=96, head_dim=16,
+          attention_chunk_size=16, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+          no_rope_layers=[1, 0, 1], floor_scale=8, attn_scale=0.5),
+    _tiny("minimax_m3", "MiniMaxM3VLForCausalLM", _LOCAL, 8, 2, 3, **_NARROW, head_dim=16, rotary_dim=8,
+          dense_intermediate_size=64, shared_intermediate_size=32,
+          layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+          index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=3),
+    _tiny("inkling", "InklingForCausalLM", _ROUTED, 16, 4, hybrid=True, **_INKLING, intermediate_size=96, n_shared_experts=1),
+    _tiny("axk2", "AXK2ForCausalLM", _ROUTED, 16, 4, 2, hybrid=True, **_DSA),
 ]
 # fmt: on
 
 ZOO: dict[str, Tiny] = {tiny.name: tiny for tiny in _ALL}
+
+STRESSED: dict[str, Tiny] = {tiny.name: tiny for tiny in _STRESSED}
+"""For tests of caches alone: further kinds of layers, and settings under which prompts of some tens of tokens show them."""
 
 
 def make_checkpoint(name: str, folder: Path, max_shard_size: str = "200KB") -> Path:

@@ -1,0 +1,75 @@
+"""The counters of one engine's requests, and their sums over ranks. Pure.
+
+A batcher counts in its ``EngineCounters``; ``Batcher.stats`` adds the state of its requests. To add a counter, add a field to
+``EngineCounters`` and to ``EngineStats``: messages, sums and JSON follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+
+@dataclass
+class EngineCounters:
+    """Counts since an engine was made, which its batcher increases. The fields are those of ``EngineStats``."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    reused_tokens: int = 0
+    preempted: int = 0
+
+
+class Usage(NamedTuple):
+    """What an engine's cache holds now. The fields are those of ``EngineStats``."""
+
+    running: int
+    kv_used: int
+    kv_tokens: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine has done since it was made, and its requests now.
+
+    The counters beside which a name stands mean what vLLM's metric of this name means.
+
+    Attributes:
+        steps: forward passes over requests; several parts of a step that failed as a whole count one by one.
+        prompt_tokens: tokens of prompts that were computed, those computed again after a preemption included.
+        new_tokens: tokens that were returned (``generation_tokens``).
+        reused_tokens: tokens of prompts that weren't computed, because the cache held them (``prefix_cache_hits``).
+        preempted: times that a request gave up its place in the cache and was computed again (``num_preemptions``).
+        running: requests with a place in the cache (``num_requests_running``).
+        waiting: requests without one (``num_requests_waiting``).
+        kv_used: tokens that the cache's memory in use has room for; what finished requests left for others is free.
+        kv_tokens: tokens that all of the cache has room for.
+    """
+
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+    reused_tokens: int
+    preempted: int
+    running: int
+    waiting: int
+    kv_used: int
+    kv_tokens: int
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the cache in use (``kv_cache_usage_perc``)."""
+        return self.kv_used / self.kv_tokens if self.kv_tokens else 0.0
+
+
+# Ranks make their steps together.
+_LARGEST_OF_RANKS = {"steps"}
+
+
+def sum_engines(ranks: Sequence[EngineStats]) -> EngineStats:
+    """The sums of all ranks' numbers; of ``steps`` the largest. All are zero without a rank."""
+    values = {name: [getattr(rank, name) for rank in ranks] for name in EngineStats.__struct_fields__}
+    return EngineStats(**{n: max(v, default=0) if n in _LARGEST_OF_RANKS else sum(v) for n, v in values.items()})

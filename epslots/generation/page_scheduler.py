@@ -1,0 +1,283 @@
+"""The requests of a step over pages: which compute, which are admitted, which give way. Bookkeeping; no tensor is touched.
+
+transformers' own schedulers may let a request wait for ever while others come: where its prompt finds no room, smaller ones
+pass it; a request that gives up its pages goes behind all that wait; and the one that needs a page gives up its own, the
+oldest too. In ``PageScheduler`` the oldest request always advances, and every request becomes the oldest. The rules are vLLM's
+(``v1/core/sched/scheduler.py``), but for the third, which is SGLang's:
+
+1. Decoding requests come first, a token each. Then prompts, oldest first, up to the tokens that ``ChunkSize`` allows.
+2. Requests are admitted in the order of their arrival, up to ``max_requests``, when there is room for all admitted prompts and
+   for a further page of each request. None passes another.
+3. A request whose prompt begins like one that is being computed is admitted when that is done: it finds the pages then.
+4. A request without room for its next tokens gets the pages of the newest one, which waits again, at its place by age, to be
+   computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
+5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused give way one by one, and of one
+   request the last pages first, because they are of no use without those before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
+
+from epslots.generation.chunk_size import ChunkSize
+from epslots.generation.engine_stats import EngineCounters
+
+SCHEDULER = "epslots"
+"""Name of ``PageScheduler`` in transformers' configurations."""
+
+
+@dataclass
+class _StepBatch:
+    """The requests of one step.
+
+    Attributes:
+        cache: whose pages they read.
+        read_budget: tokens that they may read together; pages that several share count for each.
+        entries: by id, in the order of their tokens.
+        reads: tokens that they read.
+        indexed: how many of them no kernel can read in place.
+    """
+
+    cache: PagedAttentionCache
+    read_budget: int
+    entries: dict[str, FutureRequestState] = field(default_factory=dict)
+    reads: int = 0
+    indexed: int = 0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether flash attention's kernel reads the pages in place. Without it, they are read by indices."""
+        return self.cache.max_blocks_per_request > 0 and not self.indexed
+
+    def takes(self, state: RequestState, tokens: int) -> bool:
+        """Whether the request's pages can be read beside the others'."""
+        in_place = self.in_place and not self._is_indexed(state, tokens)
+        return in_place or self.reads + reads_of(self.cache, state.current_len()) <= self.read_budget
+
+    def add(self, state: RequestState, tokens: int) -> None:
+        has_new_token = not state.remaining_prefill_tokens
+        complete = self.cache.count_new_complete_blocks(state, tokens)
+        self.entries[state.request_id] = FutureRequestState(state, has_new_token, complete, tokens)
+        self._count(state, tokens, 1)
+
+    def remove(self, request_id: str) -> None:
+        if (entry := self.entries.pop(request_id, None)) is not None:
+            self._count(entry.state, entry.query_length, -1)
+
+    def _count(self, state: RequestState, tokens: int, sign: int) -> None:
+        self.reads += sign * reads_of(self.cache, state.current_len())
+        self.indexed += sign * self._is_indexed(state, tokens)
+
+    def _is_indexed(self, state: RequestState, tokens: int) -> bool:
+        return bool(tokens > 1 or state.current_len() >= self.cache.max_decode_fast_path_length)
+
+
+def reads_of(cache: PagedAttentionCache, length: int) -> int:
+    """Tokens that a request of this length reads from the cache in a step."""
+    return length if cache.read_cache_limit is None else min(length, int(cache.read_cache_limit))
+
+
+class PageScheduler(Scheduler):
+    """Schedules requests whose ids are numbers in the order of their arrival.
+
+    Attributes:
+        chunk_size: decides how many prompt tokens a step has.
+        counters: reused tokens and preemptions are counted there.
+        wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
+            such prompts have as many tokens in a step as leave a row of logits for each other request: ``max_requests`` rows
+            are planned for.
+    """
+
+    def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
+        super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
+        self.chunk_size = ChunkSize(cache.max_batch_tokens, None)
+        self.counters = EngineCounters()
+        self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        """The requests of the next step.
+
+        Args:
+            token_budget: tokens that they may compute together.
+            cache_budget: tokens that they may read from the cache together.
+
+        Returns:
+            The requests, or None if there are some, but no room for a token of any; whether a kernel can read their pages in
+            place; the number of tokens to compute; and the number of tokens to read.
+        """
+        self.cache.pool.try_to_free_sectors()
+        batch = _StepBatch(self.cache, cache_budget)
+        for state in self._running(RequestStatus.DECODING):
+            self._add(state, 1, batch)
+        if self.waiting_requests or len(batch.entries) < len(self.active_requests):
+            self._add_prompts(batch, token_budget - len(batch.entries))
+        if not batch.entries and self.has_pending_requests():
+            return None, False, 0, 0
+        entries = list(batch.entries.values())
+        return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
+
+    def _add_prompts(self, batch: _StepBatch, token_budget: int) -> None:
+        left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries)))
+        rows = max(1, self.max_requests_per_batch - len(self.active_requests) + 1)
+        for state in self._prompts(batch):
+            tokens = min(left, len(state.remaining_prefill_tokens))
+            if self.wants_prompt_logits(state.request_id):
+                tokens = min(tokens, rows)
+                rows -= tokens
+            if tokens and self._add(state, tokens, batch):
+                left -= tokens
+            if not left:
+                return
+
+    def _running(self, status: RequestStatus) -> Iterator[RequestState]:
+        """Admitted requests of this status, oldest first; without those that lose their pages meanwhile."""
+        for state in sorted(self.active_requests.values(), key=_age):
+            if state.status == status and state.request_id in self.active_requests:
+                yield state
+
+    def _prompts(self, batch: _StepBatch) -> Iterator[RequestState]:
+        """Admitted requests whose prompt isn't computed, oldest first; then waiting ones, as they can be admitted."""
+        yield from self._running(RequestStatus.PREFILLING)
+        while self.waiting_requests_order and len(batch.entries) == len(self.active_requests):  # all of them go on
+            state = self.waiting_requests[self.waiting_requests_order[0]]
+            if not self._admit(state, batch):
+                return
+            yield state
+
+    def _add(self, state: RequestState, tokens: int, batch: _StepBatch) -> bool:
+        """Make a request's next tokens a part of the batch, if there is room for them."""
+        if not batch.takes(state, tokens) or not self._allocate(state, tokens, batch):
+            return False
+        if state.status == RequestStatus.PREFILLING:
+            rest = state.remaining_prefill_tokens
+            state.tokens_to_process, state.remaining_prefill_tokens = rest[:tokens], rest[tokens:]
+            if not state.remaining_prefill_tokens:
+                state.status = RequestStatus.DECODING
+        batch.add(state, tokens)
+        return True
+
+    # Admission.
+
+    def _admit(self, state: RequestState, batch: _StepBatch) -> bool:
+        """Admit a waiting request, with the pages that hold its prompt's beginning, if it may run now."""
+        prompt, shares = state.initial_tokens, not self.wants_prompt_logits(state.request_id)
+        if self.active_requests and (
+            self.block_new_requests
+            or len(self.active_requests) == self.max_requests_per_batch
+            or (shares and self._is_being_computed(prompt, batch))
+            or not self._can_be_read(prompt, batch)
+        ):
+            return False
+        reused = self.cache.search_prefix_match(state.request_id, prompt) if shares else 0
+        state.position_offset, state.remaining_prefill_tokens = reused, prompt[reused:]
+        if not self._has_room(state):
+            self.finish_request(state.request_id)
+            state.position_offset, state.remaining_prefill_tokens = 0, prompt[:]
+            return False
+        state.status = RequestStatus.PREFILLING
+        self.waiting_requests_order.remove(state.request_id)
+        self.active_requests[state.request_id] = self.waiting_requests.pop(state.request_id)
+        self.counters.reused_tokens += reused
+        return True
+
+    def _is_being_computed(self, prompt: list[int], batch: _StepBatch) -> bool:
+        """Whether a prompt of the batch is about to complete the next page of this prompt's beginning."""
+        if not self.cache.use_prefix_sharing:
+            return False
+        page = self._page_tokens
+        for entry in batch.entries.values():
+            other = entry.state
+            end = (other.current_len() // page + 1) * page
+            # A prompt's last token is always computed: its logits are needed.
+            if end < len(prompt) and end <= len(other.initial_tokens) and prompt[:end] == other.initial_tokens[:end]:
+                (allocator,) = self.cache.cache_allocators.values()
+                return end > page * len(allocator.match_prefix_blocks(prompt))
+        return False
+
+    def _can_be_read(self, prompt: list[int], batch: _StepBatch) -> bool:
+        """Whether this prompt can be read beside all others when they are computed."""
+        lengths = [state.current_len() + len(state.remaining_prefill_tokens) for state in self.active_requests.values()]
+        return sum(reads_of(self.cache, length) for length in (*lengths, len(prompt))) <= batch.read_budget
+
+    def _has_room(self, candidate: RequestState) -> bool:
+        """Whether all admitted prompts fit together with this one, and a further page of each request."""
+        needed = []
+        for state in (*self.active_requests.values(), candidate):
+            # A request's last new token is never computed with.
+            left = len(state.initial_tokens) + int(state.max_new_tokens or 0) - 1 - state.current_len()
+            needed.append(self._blocks(state, min(left, len(state.remaining_prefill_tokens) + self._page_tokens)))
+        return self.cache.count_storable_requests(needed) == len(needed) or self._evict(needed)
+
+    # Room.
+
+    @property
+    def _page_tokens(self) -> int:
+        return max(int(allocator.tokens_per_page) for allocator in self.cache.cache_allocators.values())
+
+    def _blocks(self, state: RequestState, tokens: int) -> dict[str, int]:
+        """Blocks that a request's next tokens need, by the kind of attention."""
+        allocators = self.cache.cache_allocators
+        return {n: a.needs_new_blocks(state.request_id, state.current_len(), tokens) for n, a in allocators.items()}
+
+    def _allocate(self, state: RequestState, tokens: int, batch: _StepBatch) -> bool:
+        """Allocate pages for a request's next tokens, if need be those of newer requests; False if it is the newest."""
+        while not self.cache.can_store_request_tokens(state, tokens):
+            if self._evict([self._blocks(state, tokens)]):
+                continue
+            newest = max(self.active_requests.values(), key=_age)
+            if newest is state:
+                return False
+            self._preempt(newest)
+            batch.remove(newest.request_id)
+        return True
+
+    def _evict(self, needed: list[dict[str, int]]) -> bool:
+        """Make these blocks free at the cost of requests that are gone, if those left enough: the longest unused first."""
+        if not self.cache.use_prefix_sharing:
+            return False
+        ((name, allocator),) = self.cache.cache_allocators.items()  # pages are shared where all layers attend to all tokens
+        pool, ledger = self.cache.pool, allocator.ledger
+        free = pool.count_free_blocks(allocator.index) + pool.num_free_sectors * allocator.blocks_per_sector
+        missing = sum(blocks[name] for blocks in needed) - free
+        if not 0 < missing <= len(ledger.cached_blocks):
+            return False
+        evicted = list(islice(ledger.cached_blocks, missing))
+        for block in evicted:
+            del ledger.cached_blocks[block]
+            del ledger.hash_to_block[ledger.block_to_hash.pop(block)]
+        pool.free_blocks(allocator.index, evicted)
+        return True
+
+    def _preempt(self, state: RequestState) -> None:
+        """Take a request's pages away, and let it wait."""
+        again = state.create_equivalent_initial_request()
+        self.finish_request(state.request_id)
+        self.cache.pool.try_to_free_sectors()
+        self.add_waiting_request(again)
+        self.block_new_requests = True
+        self.counters.preempted += 1
+
+    def finish_request(self, request_id: str) -> None:
+        """Free a request's pages, its last ones first."""
+        for allocator in self.cache.cache_allocators.values():
+            allocator.block_table.get(request_id, []).reverse()
+        super().finish_request(request_id)
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Queue a request, at its place by age."""
+        super().add_waiting_request(state)
+        self.waiting_requests_order = deque(sorted(self.waiting_requests_order, key=int))
+
+
+def _age(state: RequestState) -> int:
+    return int(state.request_id)
+
+
+SCHEDULER_MAPPING[SCHEDULER] = PageScheduler

@@ -1,0 +1,279 @@
+"""``RowCache``: what a model's layers keep of many requests, each of which is a *row*.
+
+    cache = RowCache(model, tensors, kv_tokens=4096, max_requests=16, in_flight=512)
+    row = cache.open()
+    ...
+    with cache.step([row, other], width=1) as step:
+        logits = model(past_key_values=step.cache, attention_mask=step.attention_mask, position_ids=step.position_ids, ...)
+        step.commit()
+
+All memory is allocated at the start, from the memory plan's own records: a pool of cells for each tensor that grows with
+tokens, and of rows for each state. A row is a list of cells (``cell_table.py``). A step's layers (``row_layers.py``) read from
+pools what the model's own layers would keep, and write new tokens into free cells. Nothing is moved when a row comes or goes,
+and rows may share cells.
+
+Layers of which transformers' class isn't known keep objects of their own for each row (deepseek_v4's compressors); attention
+computes them row by row (``row_attention.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
+from transformers.generation.configuration_utils import GenerationMode
+
+from epslots.arrays import IntArray
+from epslots.device_copy import to_device
+from epslots.generation.cell_table import CellTable
+from epslots.generation.row_attention import LayerOfRows
+from epslots.generation.row_layers import Pools, RowStep, TokenPool, can_be_pooled, pool_layer
+from epslots.models.model_shape import OF_THE_CACHE, CacheTensor
+
+
+@dataclass(eq=False)
+class Row:
+    """A request's place in the cache.
+
+    Attributes:
+        number: of the row in pools of states.
+        length: tokens that the cache holds of it.
+        own: its layers that aren't pooled, by index.
+    """
+
+    number: int
+    length: int = 0
+    own: dict[int, Any] = field(default_factory=dict)
+
+
+def empty_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache of the model's own kind."""
+    found: dict[str, Any] = {}
+    model._prepare_cache_for_generation(GenerationConfig(), found, GenerationMode.GREEDY_SEARCH, 1, 1)
+    cache = found.get("past_key_values")
+    if cache is None:  # minimax makes its own, in which layers of linear attention would pass for empty ones of full attention
+        cache = _minimax_cache(model)
+    return cache
+
+
+def _minimax_cache(model: PreTrainedModel) -> Cache:
+    kinds = model.config.get_text_config().layer_types
+    module: Any = inspect.getmodule(type(model))
+    cache: Cache = module.MiniMaxCache()
+    cache.layers = [DummyLayer() if kind == "linear_attention" else DynamicLayer() for kind in kinds]
+    return cache
+
+
+class StepOfRows:
+    """One forward pass over some rows: what the model is called with.
+
+    Attributes:
+        cache: ``past_key_values``.
+        attention_mask: int64 [B, tokens of the longest row], zeros before a row's first token; None if all are equally long.
+        position_ids: int64 [B, W].
+    """
+
+    def __init__(self, owner: RowCache, rows: Sequence[Row], width: int) -> None:
+        self._owner, self._rows, self._width = owner, rows, width
+        lengths = [row.length for row in rows]
+        past, device = max(lengths), owner.device
+        length_B1 = to_device(np.array(lengths, np.int64), device)[:, None]
+        self.position_ids = length_B1 + torch.arange(width, device=device)
+        self.attention_mask: torch.Tensor | None = None
+        if min(lengths) < past:
+            columns = torch.arange(past + width, device=device)
+            self.attention_mask = (columns >= past - length_B1).long()
+        self._row_B: IntArray = np.array([row.number for row in rows], np.int64)
+        self.cache = owner._fill_cache(rows, self._row_B, width)
+
+    def commit(self) -> None:
+        """The pass has ended well: its tokens and states are the rows' own."""
+        self._owner._commit(self._rows, self._row_B, self._width)
+
+
+class RowCache:
+    """The rows of one model.
+
+    Args:
+        model: served from the cache.
+        tensors: what its cache keeps of a sequence.
+        kv_tokens: tokens of all rows together.
+        max_requests: rows.
+        in_flight: new tokens of one step, at most.
+        by_row: layers whose attention is computed row by row, though they are pooled.
+
+    Attributes:
+        free_rows: rows that are free.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tensors: Sequence[CacheTensor],
+        *,
+        kv_tokens: int,
+        max_requests: int,
+        in_flight: int,
+        by_row: frozenset[int] = frozenset(),
+    ) -> None:
+        self.device: torch.device = model.device
+        self._by_row = by_row
+        self._cache = empty_cache(model)
+        self._pooled = {i for i, layer in enumerate(self._cache.layers) if can_be_pooled(layer)}
+        self._numbers = list(range(max_requests))[::-1]
+        self._tables: dict[int | None, CellTable] = {}
+        self._states: list[torch.Tensor] = []
+        pools: dict[int, Pools] = {index: {} for index in (OF_THE_CACHE, *self._pooled)}
+        for tensor in tensors:
+            if tensor.layer not in pools:
+                continue  # a row's own
+            entries = tensor.entries(kv_tokens, max_requests, in_flight)
+            memory = torch.zeros(entries, *tensor.shape, dtype=getattr(torch, tensor.dtype), device=self.device)
+            if tensor.kind == "row":
+                pools[tensor.layer][tensor.path] = memory
+                self._states.append(memory)
+                continue
+            if tensor.window not in self._tables:
+                self._tables[tensor.window] = CellTable(entries - 1, max_requests, kv_tokens, tensor.window, self.device)
+            batch, sequence = tensor.dimensions
+            assert sequence is not None
+            pools[tensor.layer][tensor.path] = TokenPool(memory, tensor.window, (batch, sequence))
+        self._pools = pools
+        self._tables.setdefault(None, CellTable(kv_tokens, max_requests, kv_tokens, None, self.device))
+        self._templates: list[Any] = list(self._cache.layers)
+        for index in self._pooled:
+            self._templates[index] = pool_layer(self._templates[index], pools[index])
+        self._linear = {int(path[1]): pool for path, pool in pools[OF_THE_CACHE].items()}
+        """Pools of minimax's linear attention, whose states its cache keeps itself."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pools, and of the tables of their cells."""
+        token_pools = (pool for pools in self._pools.values() for pool in pools.values() if isinstance(pool, TokenPool))
+        pools = sum(pool.cells.nbytes for pool in token_pools) + sum(state.nbytes for state in self._states)
+        return pools + sum(table.nbytes for table in self._tables.values())
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a row keeps more than its tokens: another row can continue it at its present length alone."""
+        return bool(self._states) or len(self._tables) > 1 or len(self._pooled) < len(self._templates)
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens for which there are free cells."""
+        return self._tables[None].free
+
+    @property
+    def free_rows(self) -> int:
+        return len(self._numbers)
+
+    def open(self) -> Row:
+        """An empty row; there must be a free one."""
+        return Row(self._numbers.pop())
+
+    def copy(self, source: Row, length: int) -> Row:
+        """A new row with the first ``length`` tokens of another one, whose cells it shares; there must be a free one."""
+        row = self.open()
+        for table in self._tables.values():
+            table.copy(source.number, row.number, length)
+        for state in self._states:
+            state[row.number].copy_(state[source.number])
+        row.length, row.own = length, {index: _twin(layer) for index, layer in source.own.items()}
+        return row
+
+    def close(self, row: Row) -> None:
+        """Free a row and its cells."""
+        for table in self._tables.values():
+            table.release(row.number)
+        self._numbers.append(row.number)
+        row.own.clear()
+
+    @contextmanager
+    def step(self, rows: Sequence[Row], width: int) -> Iterator[StepOfRows]:
+        """One forward pass: ``width`` new tokens of each row. Without ``commit`` it leaves no trace.
+
+        Args:
+            rows: all empty, or none. There must be free cells for the new tokens.
+        """
+        assert len({row.length == 0 for row in rows}) == 1
+        try:
+            yield StepOfRows(self, rows, width)
+        finally:
+            self._steps, self._cache.layers = [], []
+            if self._linear:
+                setattr(self._cache, "linear_cache", [])  # noqa: B010
+            for index in self._pooled:
+                self._templates[index].let_go()
+
+    def _fill_cache(self, rows: Sequence[Row], row_B: IntArray, width: int) -> Cache:
+        """The model's cache as the pass over these rows is to find it."""
+        new_cells = {window: table.lay_out(row_B, width) for window, table in self._tables.items()}
+        past = max(row.length for row in rows)
+        step = self._row_step(row_B, past, width, new_cells)
+        single = [
+            self._row_step(row_B[r : r + 1], row.length, width, {w: c[r * width :][:width] for w, c in new_cells.items()})
+            for r, row in enumerate(rows)
+            if self._by_row
+        ]
+        layers: list[Any] = []
+        for index, template in enumerate(self._templates):
+            if index not in self._pooled:
+                layers.append(LayerOfRows([_twin(row.own.get(index, template)) for row in rows]))
+                continue
+            if index in self._by_row:
+                template.rows = [_begun(copy.copy(template), one) for one in single]
+            layers.append(_begun(template, step))
+        self._steps, self._cache.layers = [step, *single], layers
+        if self._linear:
+            known = {i: pool.index_select(0, step.row_B) if past else None for i, pool in self._linear.items()}
+            setattr(self._cache, "linear_cache", [known.get(i, []) for i in range(len(layers))])  # noqa: B010
+        return self._cache
+
+    def _row_step(self, row_B: IntArray, past: int, width: int, new_cells: dict[int | None, torch.Tensor]) -> RowStep:
+        def read_cells(window: int | None) -> torch.Tensor:
+            return self._tables[window].read(row_B, width)
+
+        return RowStep(to_device(row_B, self.device), past, width, new_cells, read_cells)
+
+    def _commit(self, rows: Sequence[Row], row_B: IntArray, width: int) -> None:
+        for index, layer in enumerate(self._cache.layers):
+            if isinstance(layer, LayerOfRows):
+                for row, own in zip(rows, layer.rows, strict=True):
+                    row.own[index] = own
+                continue
+            for part in (layer, *layer.rows):
+                part.end()
+        whole = self._steps[0]
+        whole.new_states += [(pool, getattr(self._cache, "linear_cache")[i]) for i, pool in self._linear.items()]  # noqa: B009
+        for step in self._steps:
+            for pool, state in step.new_states:
+                pool.index_copy_(0, step.row_B, state.to(pool.dtype))
+        for table in self._tables.values():
+            table.take(row_B, width)
+        for row in rows:
+            row.length += width
+
+    def check(self) -> None:
+        """Assert that the tables agree, for tests."""
+        for table in self._tables.values():
+            table.check()
+
+
+def _begun(layer: Any, step: RowStep) -> Any:
+    layer.begin(step)
+    return layer
+
+
+def _twin(layer: Any) -> Any:
+    """A copy that shares tensors, which such layers replace and don't change, but neither attributes nor dicts and lists."""
+    twin = copy.copy(layer)
+    vars(twin).update({name: copy.copy(value) for name, value in vars(layer).items() if isinstance(value, dict | list)})
+    return twin

@@ -1,0 +1,291 @@
+"""The model's own cache layers, with their tensors in pools: a step's keys, values and states of several rows.
+
+A model talks to its cache through layer objects of transformers. ``pooled`` gives such an object a subclass of its own class:
+what the layer would keep in attributes is written into cells of a pool, and read back from the cells of the step's rows, which
+are aligned at their last tokens. So the layer's own bookkeeping (masks, offsets, flags) stays transformers'.
+
+New tokens go into free cells, and new states stay apart until the step is committed: a step that breaks leaves no trace.
+``cell_table.py`` says which cells; ``row_cache.py`` makes the pools.
+
+Suffixes: B rows of the step, W its tokens in each row, S positions read. C cells and R rows of a pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+Pools = dict[tuple[str | int, ...], Any]
+"""A ``TokenPool``, or a tensor of states, by its path in a layer."""
+
+
+@dataclass(frozen=True)
+class TokenPool:
+    """The cells of one tensor that grows with every token.
+
+    Attributes:
+        cells: [C, *rest]: the rest of the tensor's shape.
+        window: tokens that it keeps; None = all.
+        dimensions: of batch and sequence in the tensor.
+    """
+
+    cells: torch.Tensor
+    window: int | None
+    dimensions: tuple[int, int]
+
+    def write(self, cell_BW: torch.Tensor, new: torch.Tensor) -> None:
+        """Put a step's new tokens, in the layer's own shape, into cells."""
+        flat = new.movedim(self.dimensions, (0, 1)).flatten(0, 1)
+        self.cells.index_copy_(0, cell_BW, flat.to(self.cells.dtype))
+
+    def read(self, cell_BS: torch.Tensor, rows: int) -> torch.Tensor:
+        """The tokens in cells, in the layer's own shape."""
+        return self.cells.index_select(0, cell_BS).unflatten(0, (rows, -1)).movedim((0, 1), self.dimensions)
+
+
+class RowStep:
+    """The rows of one forward pass, as pooled layers see them.
+
+    Args:
+        row_B: numbers of the rows, int64 on the device.
+        past: tokens that the longest of them has in the cache.
+        width: new tokens of each row.
+        new_cells: cells of the new tokens, int64 [B * W], by window.
+        read_cells: makes the cells that a layer reads, [B * S], for a window.
+    """
+
+    def __init__(
+        self,
+        row_B: torch.Tensor,
+        past: int,
+        width: int,
+        new_cells: Mapping[int | None, torch.Tensor],
+        read_cells: Callable[[int | None], torch.Tensor],
+    ) -> None:
+        self.row_B, self.past, self.width = row_B, past, width
+        self._new_cells = new_cells
+        self._make_cells = read_cells
+        self._cells: dict[int | None, torch.Tensor] = {}
+        self.new_states: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Pools of states, with the states that the step leaves of its rows; filled when it ends."""
+
+    def append(self, pool: TokenPool, new: torch.Tensor) -> torch.Tensor:
+        """Put new tokens into their cells; returns all that the layer reads, these included."""
+        self.write(pool, new)
+        return pool.read(self._read_cells(pool.window), len(self.row_B))
+
+    def write(self, pool: TokenPool, new: torch.Tensor) -> None:
+        """Put new tokens into their cells."""
+        pool.write(self._new_cells[pool.window], new)
+
+    def past_of(self, pool: TokenPool) -> torch.Tensor:
+        """What the layer kept before this step."""
+        cells_BS = self._read_cells(pool.window).view(len(self.row_B), -1)[:, : -self.width]
+        return pool.read(cells_BS.flatten(), len(self.row_B))
+
+    def _read_cells(self, window: int | None) -> torch.Tensor:
+        if window not in self._cells:
+            self._cells[window] = self._make_cells(window)
+        return self._cells[window]
+
+
+class LazyStates(dict[int, Any]):
+    """A layer's states of a step's rows, by number. Each is read when the layer first asks for it.
+
+    Args:
+        pools: [R, ...] of each state.
+        count: numbers that the layer has.
+        row_B: the rows; None = they have no states yet.
+    """
+
+    def __init__(self, pools: Mapping[int, torch.Tensor], count: int, row_B: torch.Tensor | None) -> None:
+        super().__init__(dict.fromkeys(range(count)))
+        self._pools, self._row_B = pools, row_B
+        self._unread = set() if row_B is None else set(pools)
+
+    def __getitem__(self, number: int) -> Any:
+        if number in self._unread:
+            assert self._row_B is not None
+            self[number] = self._pools[number].index_select(0, self._row_B)
+        return super().__getitem__(number)
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        self._unread.discard(number)
+        super().__setitem__(number, value)
+
+    def found(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each pool of which the step has read or set the states, with these as they are now."""
+        return [(self._pools[number], state) for number, state in super().items() if state is not None]
+
+
+class PooledLayer:
+    """A layer of a model's cache that keeps nothing itself.
+
+    Attributes:
+        pools: of tensors that grow with tokens, by attribute; of states, [R, ...] by attribute and number.
+        step: the forward pass under way.
+        rows: a layer for each row, where attention runs row by row.
+    """
+
+    pools: Pools
+    step: RowStep
+    rows: Sequence[PooledLayer] = ()
+
+    def begin(self, step: RowStep) -> None:
+        """A forward pass begins."""
+        self.step = step
+
+    def end(self) -> None:
+        """The forward pass has ended well: the step takes new states."""
+
+    def let_go(self) -> None:
+        """Drop the step's tensors."""
+        self.rows = ()
+
+
+class _PooledTokens(PooledLayer):
+    """Keys and values of all tokens."""
+
+    def begin(self, step: RowStep) -> None:
+        super().begin(step)
+        self._length = step.past
+        self.is_initialized = step.past > 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys = self.step.append(self.pools["keys",], key_states)
+        values = self.step.append(self.pools["values",], value_states)
+        self._length = self.step.past + self.step.width
+        self.is_initialized = True
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+
+class _PooledWindow(_PooledTokens):
+    """Keys and values of a sliding window."""
+
+    def begin(self, step: RowStep) -> None:
+        super().begin(step)
+        self.cumulative_length = step.past
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.cumulative_length += self.step.width
+        return super().update(key_states, value_states)
+
+
+class _PooledIndexer(_PooledTokens):
+    """Keys and values of all tokens, and the keys of an indexer that chooses among them (DeepSeek's sparse attention)."""
+
+    def begin(self, step: RowStep) -> None:
+        super().begin(step)
+        self._positions: torch.Tensor | None = None
+        self.is_indexer_initialized = step.past > 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states)
+        self.keys = keys.new_zeros(1).expand(keys.shape)  # glm5_next asks for the shape
+        return keys, values
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        self.is_indexer_initialized = True
+        return self.step.append(self.pools["indexer_keys",], indexer_key_states)
+
+    # qwen4_exp keeps the positions [3, B, tokens] of all tokens on one of its layers, and appends new ones by itself.
+
+    @property
+    def indexer_position_ids(self) -> torch.Tensor | None:
+        pool = self.pools.get(("indexer_position_ids",))
+        if self._positions is None and pool is not None and self.step.past:
+            self._positions = self.step.past_of(pool)
+        return self._positions
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: torch.Tensor) -> None:
+        self._positions = positions
+        self.step.write(self.pools["indexer_position_ids",], positions[..., -self.step.width :])
+
+
+class _PooledIndexKeys(_PooledTokens):
+    """Keys and values of all tokens, and the keys of minimax_m3's indexer."""
+
+    def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
+        return self.step.append(self.pools["idx_keys",], idx_k)
+
+
+class _PooledStates(PooledLayer):
+    """States of convolutions and recurrences, which each step replaces."""
+
+    number_of_states: int
+
+    def begin(self, step: RowStep) -> None:
+        super().begin(step)
+        count, row_B = self.number_of_states, step.row_B if step.past else None
+        conv_pools, recurrent_pools = (
+            {int(path[1]): pool for path, pool in self.pools.items() if path[0] == kind} for kind in _STATES
+        )
+        self.conv_states = LazyStates(conv_pools, count, row_B)
+        self.recurrent_states = LazyStates(recurrent_pools, count, row_B)
+        known = step.past > 0
+        self.is_conv_states_initialized = {n: known and n in conv_pools for n in range(count)}
+        self.is_recurrent_states_initialized = {n: known and n in recurrent_pools for n in range(count)}
+        self.has_previous_state = dict(self.is_conv_states_initialized)  # set where convolutions are updated
+        self.conv_kernel_size = {n: conv_pools[n].shape[-1] if n in conv_pools else None for n in range(count)}
+
+    def end(self) -> None:
+        super().end()
+        self.step.new_states += self.conv_states.found() + self.recurrent_states.found()
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.conv_states = self.recurrent_states = LazyStates({}, 0, None)
+
+
+_STATES = ("conv_states", "recurrent_states")
+
+_PARTS: Mapping[type, tuple[type, ...]] = {
+    DynamicLayer: (_PooledTokens,),
+    DynamicSlidingWindowLayer: (_PooledWindow,),
+    DynamicIndexedLayer: (_PooledIndexer,),
+    LinearAttentionLayer: (_PooledStates,),
+    LinearAttentionAndFullAttentionLayer: (_PooledStates, _PooledTokens),
+    LinearAttentionAndSlidingWindowAttentionLayer: (_PooledStates, _PooledWindow),
+    DummyLayer: (PooledLayer,),
+}
+# Classes in the files of models, which aren't imported for their sake.
+_PARTS_BY_NAME: Mapping[str, tuple[type, ...]] = {"MiniMaxM3VLSparseCacheLayer": (_PooledIndexKeys,)}
+
+
+@cache
+def _pooled_class(kind: type) -> type | None:
+    parts = _PARTS.get(kind) or _PARTS_BY_NAME.get(kind.__name__)
+    # transformers registers each subclass with a layer type as the class of all such layers.
+    return None if parts is None else type(f"Pooled{kind.__name__}", (*parts, kind), {"_layer_type": None})
+
+
+def can_be_pooled(layer: object) -> bool:
+    """Whether ``pool_layer`` knows the layer's class, exactly: a subclass may keep more."""
+    return _pooled_class(type(layer)) is not None
+
+
+def pool_layer(layer: object, pools: Pools) -> PooledLayer:
+    """A layer that takes the place of an empty one of a model's cache, and keeps its tensors in pools."""
+    kind = _pooled_class(type(layer))
+    assert kind is not None
+    pooled = kind.__new__(kind)
+    vars(pooled).update(vars(layer), pools=pools)
+    assert isinstance(pooled, PooledLayer)
+    return pooled

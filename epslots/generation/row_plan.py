@@ -1,0 +1,88 @@
+"""Which rows make the next forward pass, and how many tokens of each: pure decisions of ``RowBatcher``.
+
+A row *decodes* when one token of its sequence is left to compute; else it has a *prompt* to compute, in chunks. A forward pass
+does either. All rows of a pass get equally many new tokens, so that none is padded: a padded token would be routed to experts,
+and would change recurrent states. The two kinds take turns, so that decoding waits for one chunk at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A running row, as the planner sees it.
+
+    Attributes:
+        known: tokens of its sequence: the prompt, and the new tokens so far.
+        computed: those that the cache holds.
+        first: tokens that have to be computed in its first pass together; 0 = any.
+        most: new tokens of a pass, at most; 0 = as many as the pass takes. Such a row is computed alone.
+        stop: a length at which a pass has to end, because another request continues from there; 0 = none.
+    """
+
+    known: int
+    computed: int
+    first: int = 0
+    most: int = 0
+    stop: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.known - self.computed
+
+    def prompt_tokens(self, room: int) -> int:
+        """The tokens of its next pass, where that has room for so many."""
+        if not self.computed and self.first:
+            return self.first
+        tokens = min(self.left, room, self.most or room)
+        return min(tokens, self.stop - self.computed) if self.computed < self.stop else tokens
+
+
+@dataclass(frozen=True)
+class RowPass:
+    """One forward pass.
+
+    Attributes:
+        rows: indices into the running rows, in their order.
+        width: new tokens of each.
+        decodes: they are single tokens that continue texts.
+    """
+
+    rows: tuple[int, ...]
+    width: int
+    decodes: bool
+
+
+def decodes(row: RowState) -> bool:
+    """Whether one token of the row is computed in its next pass, beside other rows' single tokens."""
+    return row.computed > 0 and (row.left == 1 or row.first > 0)
+
+
+def next_pass(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, together: bool = True) -> RowPass | None:
+    """The next forward pass; None without rows.
+
+    Args:
+        rows: oldest first; each has a token left to compute.
+        room: new tokens of a pass over prompts, at most. The oldest prompt is computed even if ``first`` exceeds it.
+        prompt_was_last: the pass before was one over prompts.
+        together: several rows may share a pass.
+    """
+    decoding = tuple(i for i, row in enumerate(rows) if decodes(row))
+    prompts = [i for i, row in enumerate(rows) if not decodes(row)]
+    if decoding and (prompt_was_last or not prompts):
+        return RowPass(decoding if together else decoding[:1], 1, decodes=True)
+    if not prompts:
+        return None
+    oldest = rows[prompts[0]]
+    width = oldest.prompt_tokens(room)
+    chosen = prompts[:1]
+    for i in prompts[1:] if together and not oldest.most else ():
+        row = rows[i]
+        # Rows without a past take another way through recurrent layers than rows with one.
+        alike = (row.computed > 0) == (oldest.computed > 0) and not row.most and row.prompt_tokens(width) == width
+        if alike and (len(chosen) + 1) * width <= room:
+            chosen.append(i)
+    return RowPass(tuple(chosen), width, decodes=False)

@@ -1,0 +1,69 @@
+"""What rows of a model's cache can do, decided by its classes: the tables that ``RowBatcher`` follows.
+
+Suits every model of transformers 5.23 whose experts can be run from slots; ``tests/generation/test_row_support.py`` names the
+models that need one of the tables, with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from epslots.generation.positions import depends_on_length
+from epslots.generation.row_attention import attentions_by_row, layer_of
+from epslots.generation.row_cache import empty_cache
+from epslots.generation.row_layers import can_be_pooled
+from epslots.models.batch_invariance import is_batch_invariant
+
+# Mixers whose scan begins anew with every chunk of more than one token.
+WHOLE_PROMPT_MIXERS = frozenset({"JambaMambaMixer"})
+
+
+@dataclass(frozen=True)
+class RowSupport:
+    """How a model's rows are computed.
+
+    Attributes:
+        modules: of attention that run row by row.
+        rotaries: rotary embeddings that are computed row by row, because their angles depend on a row's length.
+        whole_prompts: a prompt is computed in one pass, whatever its length.
+        replays: text that is computed again comes token by token, as it did the first time: in one pass it would get other
+            angles, or other bits.
+        together: several rows share a pass.
+    """
+
+    modules: tuple[nn.Module, ...]
+    rotaries: tuple[nn.Module, ...]
+    whole_prompts: bool
+    replays: bool
+    together: bool
+
+    @property
+    def by_row(self) -> frozenset[int]:
+        """Layers of the cache whose attention runs row by row."""
+        return frozenset(map(layer_of, self.modules))
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a row may begin with another one's tokens."""
+        return not self.whole_prompts and not self.replays
+
+
+def row_support(model: PreTrainedModel) -> RowSupport:
+    """How a model's rows are computed.
+
+    Raises:
+        UnsupportedModelError: its layers keep something that can't be kept apart by rows.
+    """
+    unknown = frozenset(i for i, layer in enumerate(empty_cache(model).layers) if not can_be_pooled(layer))
+    rotaries = tuple(depends_on_length(model))
+    invariant = is_batch_invariant(model)
+    return RowSupport(
+        modules=attentions_by_row(model, unknown),
+        rotaries=rotaries,
+        whole_prompts=bool(rotaries) or any(type(module).__name__ in WHOLE_PROMPT_MIXERS for module in model.modules()),
+        replays=bool(rotaries) or invariant,
+        together=not invariant,
+    )

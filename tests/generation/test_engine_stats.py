@@ -1,0 +1,33 @@
+"""An engine's counters, as a message and as sums over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import msgspec
+import pytest
+
+from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage, sum_engines
+
+
+def stats(**numbers: int) -> EngineStats:
+    return EngineStats(**{name: numbers.get(name, 0) for name in EngineStats.__struct_fields__})
+
+
+def test_each_counter_is_in_the_record():
+    names = [*(field.name for field in fields(EngineCounters)), *Usage._fields, "waiting"]
+    assert sorted(names) == sorted(EngineStats.__struct_fields__)
+
+
+def test_sums_over_ranks():
+    ranks = [stats(steps=7, new_tokens=3, kv_used=10, kv_tokens=100), stats(steps=5, new_tokens=4, kv_used=50, kv_tokens=100)]
+    total = sum_engines(ranks)
+    assert total == stats(steps=7, new_tokens=7, kv_used=60, kv_tokens=200)
+    assert total.kv_usage == pytest.approx(0.3)
+    assert sum_engines([]) == stats()
+    assert sum_engines([]).kv_usage == 0
+
+
+def test_numbers_survive_json():
+    given = stats(steps=7, preempted=2, waiting=1)
+    assert msgspec.json.decode(msgspec.json.encode(given), type=EngineStats) == given

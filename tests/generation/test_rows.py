@@ -1,0 +1,220 @@
+"""Requests that are kept in rows get what plain generate gives each of them alone, whatever the model's layers keep."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from epslots.errors import PeerLost
+from epslots.generation.batcher import Batcher
+from epslots.generation.batchers import batcher_for
+from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
+from tests.support import zoo
+from tests.support.batches import Collected, generated, prompt_of, requests_of
+
+MODELS = {**zoo.ZOO, **zoo.STRESSED}
+# Of a single token to several chunks. They join beside others' prompts, beside others' decoding, and after all have left.
+SIZES = ((3, 10), (70, 8), (1, 12), (23, 10), (40, 8), (9, 6))
+JOINS = (0, 0, 5, 8, 21, 30)
+# States, states and latents, windows, an indexer; and one whose layers are computed row by row.
+KINDS = ("qwen3_next", "kimi_linear", "mimo_v2_flash", "glm_moe_dsa", "deepseek_v4")
+LENGTHS, MOST_NEW = (1, 2, 5, 9, 16, 17, 31, 40), 8
+
+
+@cache
+def model_of(name: str) -> PreTrainedModel:
+    """One of ``KINDS``, shared by tests that leave it as it is."""
+    return build(name)
+
+
+def build(name: str) -> PreTrainedModel:
+    model = MODELS[name].build()
+    if MODELS[name].interface:
+        model.set_experts_implementation("eager")  # takes any strides
+    return model
+
+
+@cache
+def tokens_of(name: str, length: int) -> list[int]:
+    """What ``generate`` makes of ``prompt_of(length)``: a request of fewer new tokens gets their beginning."""
+    return generated(model_of(name), Request("alone", prompt_of(length), MOST_NEW))
+
+
+def open_rows(model: PreTrainedModel, **given: Any) -> Batcher:
+    sizes = {"kv_tokens": 256, "max_requests": 4, "max_batch_tokens": 16} | given
+    batcher = batcher_for(model, cache="rows", **sizes)
+    assert isinstance(batcher, RowBatcher)
+    return batcher
+
+
+class Interruptions:
+    """Breaks forward passes off, each at a submodule chosen at random: before it, or after it has kept something."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self.raised = 0
+        self._random = random.Random(seed)
+        self._modules = list(model.get_decoder().modules())
+
+    def step(self, batcher: Batcher) -> None:
+        """A prepared step, made twice if the pass came to the chosen submodule."""
+        module = self._random.choice(self._modules)
+        hook = self._random.choice([module.register_forward_pre_hook, module.register_forward_hook])(self._lose)
+        before = self.raised
+        try:
+            batcher.step()
+        except PeerLost:
+            assert not batcher.outputs()
+            assert batcher.prepare()
+        finally:
+            hook.remove()
+        if self.raised > before:
+            batcher.step()
+
+    def _lose(self, *_: Any) -> None:
+        self.raised += 1
+        raise PeerLost("a peer was lost")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_equal_generate(name: str):
+    """Every third pass is broken off somewhere and made again."""
+    model, requests = build(name), requests_of(SIZES)
+    expected = {request.id: generated(model, request) for request in requests}
+    batcher = open_rows(model)
+    interruptions = Interruptions(model, zlib.crc32(name.encode()))
+    collected = Collected(batcher)
+    waiting = list(zip(JOINS, requests, strict=True))
+    for step in range(200):
+        while waiting and waiting[0][0] == step:
+            batcher.add(waiting.pop(0)[1])
+        if batcher.prepare():
+            if step % 3 == 2:
+                interruptions.step(batcher)
+            else:
+                batcher.step()
+            collected.take()
+        elif not waiting:
+            break
+    assert collected.tokens == expected
+    assert set(collected.reasons.values()) == {"length"}
+    assert interruptions.raised > 2
+    batcher.close()
+    assert generated(model, requests[0]) == expected["r0"], "the model is as it was"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_decoding_is_one_pass_over_all_rows(name: str):
+    model = model_of(name)
+    batcher = open_rows(model)
+    requests = requests_of(((3, 12), (20, 9), (1, 10), (7, 11), (5, 4)))
+    for request in requests:
+        batcher.add(request)
+    collected = Collected(batcher)
+    while len(collected.tokens) < 4:
+        collected.run(1)
+    shapes: list[tuple[int, ...]] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: shapes.append(tuple(ids[0].shape)))
+    before = {id: len(tokens) for id, tokens in collected.tokens.items()}
+    collected.run(3)
+    hook.remove()
+    assert shapes == [(4, 1)] * 3
+    assert {id: len(tokens) for id, tokens in collected.tokens.items()} == {id: n + 3 for id, n in before.items()}
+    assert "r4" not in before, "there are four rows"
+    assert collected.run().tokens == {request.id: generated(model, request) for request in requests}
+    batcher.close()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_requests_that_outgrow_the_cache_lose_nothing(name: str):
+    model = model_of(name)
+    requests = requests_of(((20, 12), (3, 30), (30, 8), (17, 20), (9, 25), (40, 6)), seed=3)
+    expected = {request.id: generated(model, request) for request in requests}
+    batcher = open_rows(model, kv_tokens=64)
+    for request in requests:
+        batcher.add(request)
+    assert Collected(batcher).run().tokens == expected
+    assert batcher.stats().preempted > 0, "the cache was really too small"
+    batcher.close()
+
+
+def test_cancelled_requests_leave_a_prepared_step():
+    model = model_of("qwen3_next")
+    batcher = open_rows(model)
+    requests = requests_of(((5, 9), (20, 9), (9, 9)))
+    for request in requests:
+        batcher.add(request)
+    collected = Collected(batcher).run(3)
+    assert batcher.prepare()
+    batcher.cancel("r0")
+    batcher.step()
+    collected.take()
+    assert collected.reasons == {"r0": "cancelled"}
+    collected.run()
+    for request in requests:
+        tokens = collected.tokens.get(request.id, [])
+        assert tokens == generated(model, request)[: len(tokens) if request.id == "r0" else None]
+    batcher.close()
+
+
+ADD = st.tuples(st.just("add"), st.sampled_from(LENGTHS), st.integers(1, MOST_NEW))
+CANCEL = st.tuples(st.just("cancel"), st.integers(0, 9), st.just(0))
+STEPS = st.tuples(st.just("steps"), st.integers(1, 5), st.just(0))
+INTERRUPTED = st.tuples(st.just("interrupted"), st.integers(0, 2**16), st.just(0))
+
+
+class Life:
+    """Drives a batcher whose cache is smaller than what its requests need, and holds each against ``generate``."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.model = name, model_of(name)
+        self.batcher = open_rows(self.model, kv_tokens=64)
+        self.collected = Collected(self.batcher)
+        self.lengths: dict[str, tuple[int, int]] = {}
+
+    def apply(self, event: str, first: int, second: int) -> None:
+        match event:
+            case "add":
+                id = f"r{len(self.lengths)}"
+                self.lengths[id] = first, second
+                self.batcher.add(Request(id, prompt_of(first), second))
+            case "cancel":
+                self.batcher.cancel(f"r{first}")
+                self.collected.take()
+            case "steps":
+                self.collected.run(first)
+            case "interrupted":
+                interruptions = Interruptions(self.model, first)
+                self.collected.run(1, lambda: interruptions.step(self.batcher))
+
+    def finish(self) -> None:
+        """Run to the end; then one request has the whole cache to itself, if nothing of the others was left in it."""
+        self.collected.run(400)
+        assert not self.batcher.has_work
+        assert self.collected.reasons.keys() == self.lengths.keys()
+        for id, (length, new) in self.lengths.items():
+            cancelled = self.collected.reasons[id] == "cancelled"
+            tokens = self.collected.tokens.get(id, [])
+            assert tokens == tokens_of(self.name, length)[: len(tokens) if cancelled else new]
+            assert len(tokens) <= new
+        whole = self.batcher.capacity - MOST_NEW + 1
+        self.batcher.add(Request("whole", prompt_of(whole), MOST_NEW))
+        assert self.collected.run(400).tokens["whole"] == tokens_of(self.name, whole)
+
+
+@pytest.mark.parametrize("name", KINDS[::2])
+@settings(max_examples=10)
+@given(events=st.lists(st.one_of(ADD, ADD, CANCEL, STEPS, STEPS, INTERRUPTED), max_size=16))
+def test_requests_come_and_go_at_random(name: str, events: list[tuple[str, int, int]]):
+    life = Life(name)
+    for event in events:
+        life.apply(*event)
+    life.finish()
+    life.batcher.close()

@@ -1,0 +1,165 @@
+"""A request's results: entered once each, in order, however often a step is repeated or the request moved."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from epslots.generation.prompt_rows import share_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epslots.errors import ConfigError
+from epslots.generation.requests import Request, TokenLogprobs
+from epslots.generation.sampling import Sampling
+from epslots.generation.token_counts import TokenCounts
+from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
+from tests.support.choices import FakeGrammar
+
+token = st.integers(0, 9)
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_token_or_the_length_ends_a_request():
+    entry = TrackedRequest(Request("a", (1, 2), 3, frozenset({7})))
+    entry.append(Choice(5))
+    assert (entry.tokens, entry.reason, entry.length, entry.text_length) == ([5], None, 3, 1)
+    entry.append(Choice(7))
+    assert (entry.tokens, entry.reason) == ([5, 7], "stop")
+    entry = TrackedRequest(Request("a", (1, 2), 2, frozenset({7})))
+    for _ in range(2):
+        entry.append(Choice(5))
+    assert entry.reason == "length"
+    entry = TrackedRequest(Request("a", (1, 2), 1, frozenset({7})))
+    entry.append(Choice(7))
+    assert entry.reason == "stop", "at the last token, too"
+
+
+def test_no_token_is_never_entered():
+    entry = TrackedRequest(Request("a", (1, 2), 3))
+    with pytest.raises(AssertionError, match="committed"):
+        entry.append(Choice(NO_TOKEN))
+    assert not entry.tokens
+
+
+def test_a_grammar_follows_the_tokens_and_ends_the_text():
+    grammar = FakeGrammar(10, length=2)
+    entry = TrackedRequest(Request("a", (1, 2), 9), grammar_state=grammar)
+    entry.append(Choice(3))
+    assert (grammar.text, entry.reason) == ([3], None)
+    entry.append(Choice(4))
+    assert (grammar.text, entry.reason) == ([3, 4], "stop")
+
+
+def test_a_stop_token_is_no_part_of_the_grammar_s_text():
+    grammar = FakeGrammar(10, length=2, stops=[9])
+    entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9})), grammar_state=grammar)
+    for number in (3, 4, 9):
+        assert entry.reason is None
+        entry.append(Choice(number))
+    assert (grammar.text, entry.tokens, entry.reason) == ([3, 4], [3, 4, 9], "stop")
+
+
+@settings(deadline=None)
+@given(prompt=st.lists(token, min_size=1), text=st.lists(token), resumed=st.integers(0, 30), reads=st.sets(st.integers(0, 30)))
+def test_counts_are_those_of_prompt_and_text(prompt: list[int], text: list[int], resumed: int, reads: set[int]):
+    """Whenever they are read, and wherever the request was moved."""
+    sampling = Sampling(repetition_penalty=2.0)
+    entry = TrackedRequest(Request("a", tuple(prompt), 99, sampling=sampling).after(text[:resumed]))
+    for number, new in enumerate(text[resumed:]):
+        entry.append(Choice(new))
+        if number in reads:
+            _ = entry.counts
+    found = dict(zip(entry.counts.tokens_U.tolist(), entry.counts.counts_U.tolist(), strict=True))
+    assert len(found) == len(entry.counts.tokens_U), "each token once"
+    assert found == {number: Counter(text)[number] for number in {*prompt, *text}}
+    without = TrackedRequest(Request("a", tuple(prompt), 99).after(text[:resumed]), text[resumed:])
+    assert set(without.counts.tokens_U.tolist()) == set(text), "no other penalty sees the prompt"
+
+
+def test_counts_of_nothing():
+    counts = TokenCounts((), ())
+    assert counts.tokens_U.shape == counts.counts_U.shape == (0,)
+    counts.add(4)
+    assert (counts.tokens_U.tolist(), counts.counts_U.tolist()) == ([4], [1])
+    assert counts.counts_U.dtype == np.int64
+
+
+# --- log-probabilities of the prompt -----------------------------------------------------------------------------------------
+
+
+def of(position: int) -> TokenLogprobs:
+    return TokenLogprobs(position, -float(position))
+
+
+@settings(deadline=None)
+@given(data=st.data(), length=st.integers(1, 20), resumed=st.integers(0, 5))
+def test_each_is_delivered_once_in_order(data: st.DataObject, length: int, resumed: int):
+    """Prompts are computed again from the start at any time, steps are repeated, and requests move with what is delivered."""
+    request = Request("a", tuple(range(length + resumed)), 9, resumed=resumed, prompt_logprobs=2)
+    delivered: list[TokenLogprobs] = []
+    entry, at, setbacks = TrackedRequest(request), 0, data.draw(st.integers(0, 5))
+    while at < len(request.prompt):
+        end = data.draw(st.integers(at + 1, len(request.prompt)))
+        rows = entry.prompt_rows(at, end)
+        assert rows == entry.prompt_rows(at, end), "asking changes nothing"
+        assert set(rows) <= set(range(at, end))
+        at = end
+        what = data.draw(st.sampled_from(["counts", "counts twice", "is lost"][: 2 + (setbacks > 0)]))
+        if what != "is lost":
+            for _ in range(1 + (what == "counts twice")):
+                entry.add_prompt_logprobs(rows, [of(position + 1) for position in rows])
+        if data.draw(st.booleans()):
+            delivered += entry.take_prompt_logprobs()
+        then = data.draw(st.sampled_from(["go on", "preempted", "moved"][: 1 + 2 * (setbacks > 0)]))
+        if then == "moved":
+            entry = TrackedRequest(entry.as_delivered)
+        if what == "is lost" or then != "go on":
+            at, setbacks = 0, setbacks - 1
+    delivered += entry.take_prompt_logprobs()
+    assert [found.token for found in delivered] == list(range(1, length)), "but for the first, and for what it generated"
+    assert not entry.prompt_rows(0, len(request.prompt))
+
+
+def test_a_request_with_a_delivered_token_has_had_them():
+    request = Request("a", (1, 2, 3), 9, prompt_logprobs=2)
+    assert request.after((), 1).prompt_logprobs_delivered == 1
+    assert request.after((), 1).after((), 1).prompt_logprobs_delivered == 2
+    moved = request.after((), 1).after((7,), 2)
+    assert (moved.prompt_logprobs, moved.prompt_logprobs_delivered, moved.resumed) == (None, 0, 1)
+    assert not TrackedRequest(moved).prompt_rows(0, 4)
+    assert not TrackedRequest(Request("a", (1, 2, 3), 9)).prompt_rows(0, 3), "who doesn't ask gets none"
+
+
+@pytest.mark.parametrize("given_", [-1, 4])
+def test_more_cannot_be_delivered_than_there_are(given_: int):
+    with pytest.raises(ConfigError, match=f"prompt_logprobs_delivered={given_}; allowed: 0 to the prompt's length"):
+        Request("a", (1, 2, 3), 9, prompt_logprobs=1, prompt_logprobs_delivered=given_)
+
+
+# --- rows of logits ----------------------------------------------------------------------------------------------------------
+
+
+@given(wanted=st.lists(st.integers(1, 40), max_size=30), most=st.integers(1, 30))
+def test_rows_are_shared_and_never_exceeded(wanted: list[int], most: int):
+    given_ = share_rows(wanted, most)
+    assert sum(given_) <= most
+    assert all(0 <= rows <= wished for rows, wished in zip(given_, wanted, strict=True))
+    assert not wanted or given_[0] >= 1, "the first one gets on"
+    if 0 in given_:
+        assert sum(given_) == most, "none waits while there is room"
+
+
+def test_requests_of_one_row_are_served_in_order():
+    assert share_rows([1] * 5, 3) == [1, 1, 1, 0, 0]
+    assert share_rows([], 3) == []
+
+
+def test_a_long_prompt_leaves_rows_to_those_behind():
+    assert share_rows([100], 16) == [16]
+    assert share_rows([1, 1, 100, 1, 1], 16) == [1, 1, 12, 1, 1]
+    assert share_rows([1, 1, 100, *[1] * 50], 16) == [1, 1, 7, *[1] * 7, *[0] * 43]
+    assert share_rows([100, 100, 100], 16) == [14, 1, 1]
