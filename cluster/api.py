@@ -274,6 +274,7 @@ class Cluster:
             queued=queued,
             running=max(0, unfinished - queued),
             free=room.free,
+            places=room.places,
             failure=CLOSED if self._closed else None if supervisor.failure is None else str(supervisor.failure),
         )
 

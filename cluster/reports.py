@@ -69,6 +69,7 @@ class ClusterState:
         queued: number of requests that wait for a rank with room.
         running: number of requests that a rank has.
         free: requests that the queue has room for.
+        places: requests that it has room for when it is empty.
         failure: why the cluster can't go on; None if it can.
     """
 
@@ -77,6 +78,7 @@ class ClusterState:
     queued: int
     running: int
     free: int
+    places: int
     failure: str | None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from cluster.serve.errors import ApiError
 from cluster.serve.sse import encode_json
@@ -28,3 +28,12 @@ async def send_error(error: ApiError, send: Send) -> None:
     response = error_response(error)
     await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": False})
+
+
+class NoAnswer(Response):
+    """Sends nothing: the client has left."""
+
+    def __init__(self) -> None:
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...

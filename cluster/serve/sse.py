@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 encode_json = msgspec.json.Encoder().encode
@@ -28,8 +29,8 @@ def event(value: object) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-class EventStream:
-    """Sends parts of a stream as they come; an ASGI application for one request.
+class EventStream(Response):
+    """Sends parts of a stream as they come.
 
     Args:
         parts: the bytes. It is closed at the end, however that comes.
@@ -39,6 +40,7 @@ class EventStream:
 
     def __init__(self, parts: AsyncIterator[bytes], on_left: Callable[[], None], stalled_s: float) -> None:
         self._parts, self._on_left, self._stalled_s = parts, on_left, stalled_s
+        self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.create_task(until_left(receive, self._on_left))
