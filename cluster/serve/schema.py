@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from epslots.generation.requests import MOST_LOGPROBS
 from epslots.generation.sampling import MOST_BIASES
@@ -21,7 +21,7 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 StopString = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARS)]
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[Token], Field(min_length=1), FailFast()]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Top = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
@@ -36,7 +36,7 @@ _OnePrompt = Annotated[Annotated[Text, Tag("text")] | Annotated[Tokens, Tag("tok
 Prompts = Annotated[
     Annotated[Text, Tag("text")]
     | Annotated[Tokens, Tag("tokens")]
-    | Annotated[list[_OnePrompt], Field(min_length=1), FailFast(), Tag("list")],
+    | Annotated[list[_OnePrompt], Field(min_length=1, fail_fast=True), Tag("list")],
     Discriminator(_kind),
 ]
 

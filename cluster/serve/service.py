@@ -164,6 +164,11 @@ class Service:
         assert self._model is not None
         return self._model
 
+    @property
+    def running(self) -> int:
+        """API requests that run now."""
+        return len(self._readers)
+
     async def drain(self, seconds: float | None = None) -> int:
         """Take no new requests, and let the running ones end; returns the number of those that were cut off.
 
