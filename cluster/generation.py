@@ -213,7 +213,7 @@ class Generation:
 
         Args:
             on_news: called from another thread when there is news. It returns at once.
-            special_tokens: the text has special tokens, too.
+            special_tokens: the text has special tokens, too, but for the one that ends it.
 
         Raises (the iterator):
             RequestFailed: the request ended with an error.
@@ -231,7 +231,13 @@ class Generation:
 
     def _portions(self, *, wait: bool = True, special_tokens: bool = False) -> Iterator[Portion | None]:
         stream, settings = self._stream, self._choice.settings
-        maker = PortionMaker(self._tokenizer, settings.stops, settings.min_tokens, special_tokens=special_tokens)
+        maker = PortionMaker(
+            self._tokenizer,
+            settings.stops,
+            settings.min_tokens,
+            special_tokens=special_tokens,
+            unsaid=self._choice.request.stop_tokens if special_tokens else frozenset(),
+        )
         tokens = prompt_logprobs = 0
         finished = False
         while not finished:

@@ -64,7 +64,12 @@ class Answering:
         """The answer, as a stream or whole."""
         if self.body.stream:
             self.record.stream = True
-            return EventStream(self._parts(), self.reader.leave, self.service.config.stalled_s)
+            return EventStream(
+                self._parts(),
+                on_left=self.reader.leave,
+                on_end=lambda: self.service.forget(self.reader),
+                stalled_s=self.service.config.stalled_s,
+            )
         watching = asyncio.create_task(until_left(request.receive, self.reader.leave))
         try:
             return json_response(await self._whole())
@@ -105,8 +110,6 @@ class Answering:
             self.record.problem = "left"
         except Exception as error:
             yield event(self._failed(error).body) + DONE
-        finally:
-            self.service.forget(self.reader)
 
     def _event(self, chunk: Chunk) -> bytes:
         made = {**self.chunk_head, "choices": [chunk]}

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from cluster.serve import chat, completions
 from cluster.serve.answering import Answering
-from cluster.serve.bridge import ChoiceReader
 from cluster.serve.errors import refused
 from cluster.serve.message_reader import MessageReader, NamedToolReader, PlainReader, TemplateReader, ToolListReader
 from cluster.serve.record import RequestRecord, record_of
@@ -61,13 +60,14 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
         asked = [(each, settings | _limits(model, body, len(each), wanted)) for each in tokens]
         for _, own in asked:
             check_min_tokens(own, own["max_new_tokens"], "max_tokens")
+        echoes = None
+        if body.echo:
+            echoes = [
+                prompt if isinstance(prompt, str) and body.truncate_prompt_tokens is None else model.tokenizer.decode(ids)
+                for prompt, ids in zip(prompts, tokens, strict=True)
+            ]
+        answer = completions.CompletionAnswer(body, tokens, echoes, model.texts)
         reader = await service.start(asked)
-    echoes = None
-    if body.echo:
-        echoes = [
-            prompt if isinstance(prompt, str) and body.truncate_prompt_tokens is None else model.tokenizer.decode(ids)
-            for prompt, ids in zip(prompts, tokens, strict=True)
-        ]
     head = _head(record, completions.ID_PREFIX, completions.OBJECT)
     answering = Answering(
         service=service,
@@ -76,7 +76,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
         body=body,
         head=head,
         chunk_head=head,
-        answer=completions.CompletionAnswer(body, tokens, echoes, model.texts),
+        answer=answer,
         join=completions.joined_completion,
         prompt_tokens=record.prompt_tokens,
     )
@@ -125,23 +125,11 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         check_min_tokens(settings, settings["max_new_tokens"], name)
         if body.logprobs:
             settings["logprobs"] = body.top_logprobs or 0
-        reads_template = _reads_template(model, body)
-        reader = await service.start([(tokens, settings)], special_tokens=reads_template)
-    return await _answering_chat(service, model, body, record, reader, (made, tokens)).respond(request)
-
-
-def _answering_chat(
-    service: Service,
-    model: ServedModel,
-    body: ChatRequest,
-    record: RequestRecord,
-    reader: ChoiceReader,
-    prompt: tuple[Chat, Sequence[int]],
-) -> Answering:
-    made, tokens = prompt
-    text = str(model.tokenizer.decode(tokens)) if _reads_template(model, body) else ""
-    readers = [_message_reader(model, body, made, text) for _ in range(body.choices)]
-    return Answering(
+        reads = _reads_template(model, body)
+        prompt = str(model.tokenizer.decode(tokens)) if reads else ""
+        readers = [_message_reader(model, body, made, prompt) for _ in range(body.choices)]
+        reader = await service.start([(tokens, settings)], special_tokens=reads)
+    answering = Answering(
         service=service,
         record=record,
         reader=reader,
@@ -152,6 +140,7 @@ def _answering_chat(
         join=chat.joined_chat,
         prompt_tokens=record.prompt_tokens,
     )
+    return await answering.respond(request)
 
 
 def _check_chat(model: ServedModel, body: ChatRequest) -> None:

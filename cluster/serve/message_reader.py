@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers.utils.chat_parsing import ResponseParser
+from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 Delta = dict[str, Any]
 logger = logging.getLogger("epslots.serve")
@@ -125,7 +126,7 @@ class TemplateReader:
 
     def __init__(
         self,
-        template: Mapping[str, Any],
+        template: ResponseTemplate,
         prompt: str,
         tools: Sequence[Mapping[str, Any]],
         *,
@@ -134,7 +135,7 @@ class TemplateReader:
         new_id: Callable[[], str] = new_call_id,
     ) -> None:
         self._parallel, self._reasoning, self._new_id = parallel, reasoning, new_id
-        self._parser: ResponseParser | None = ResponseParser(dict(template), prefix=prompt, tools=list(tools))
+        self._parser: ResponseParser | None = ResponseParser(template, prefix=prompt, tools=list(tools))
         self._calls = 0
         self._unpassed = ""
         """Text whose meaning isn't known yet."""
@@ -177,7 +178,8 @@ class TemplateReader:
                 self._unpassed = self._unpassed.partition(event["text"])[2]
                 found += self._text_delta(event["field"], event["text"])
             elif event["type"] == "region_close":
-                self._unpassed = ""
+                if event["field"] not in _TEXT_FIELDS:  # it had been kept as a whole
+                    self._unpassed = ""
                 found += self._closed(event["field"], event["value"])
         return found
 

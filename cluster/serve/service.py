@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
+from weakref import WeakSet
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 from cluster.reports import ClusterState, ClusterStats
 from cluster.serve.access_log import AccessLog
@@ -73,14 +75,14 @@ class ServedModel:
     room: Room
     texts: TokenTexts
     chat: bool
-    response_template: Mapping[str, Any] | None
+    response_template: ResponseTemplate | None
 
     @classmethod
     def of(cls, cluster: ServedCluster, config: ServeConfig, model_type: str) -> ServedModel:
         """Make it; takes a moment.
 
         Raises:
-            ConfigError: the checkpoint has no tokenizer.
+            ConfigError: the checkpoint has no tokenizer, or the given response template is none.
         """
         tokenizer = cluster.tokenizer
         if tokenizer is None:
@@ -91,7 +93,7 @@ class ServedModel:
             room=Room.of(cluster.limits),
             texts=TokenTexts(tokenizer, cluster.limits.vocabulary),
             chat=config.chat_template is not None or find_template(tokenizer) is not None,
-            response_template=config.response_template or response_template_of(tokenizer, model_type),
+            response_template=response_template_of(tokenizer, model_type, config.response_template),
         )
 
 
@@ -110,7 +112,7 @@ class Service:
         self._phase: Phase = "starting"
         self._first_epoch = 0
         self._preparing = 0
-        self._readers: set[ChoiceReader] = set()
+        self._readers: WeakSet[ChoiceReader] = WeakSet()
         self._idle = asyncio.Event()
         self._threads = ThreadPoolExecutor(_PROMPT_THREADS, "epslots-prompts")
         self._sampler: Sampler | None = None
@@ -178,7 +180,7 @@ class Service:
         self._phase = "draining"
         await self._until_idle(self.config.drain_s if seconds is None else seconds)
         cut = len(self._readers)
-        for reader in self._readers:
+        for reader in list(self._readers):
             reader.fail(unavailable("the service is shutting down; try again"))
         await self._until_idle(_GOODBYE_S)  # each tells its client
         return cut

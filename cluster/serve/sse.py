@@ -33,13 +33,21 @@ class EventStream(Response):
     """Sends parts of a stream as they come.
 
     Args:
-        parts: the bytes. It is closed at the end, however that comes.
+        parts: the bytes.
         on_left: called when the client has left, or takes nothing for too long. ``parts`` ends soon after it.
+        on_end: called at the end, however that comes.
         stalled_s: seconds in which the client may take nothing.
     """
 
-    def __init__(self, parts: AsyncIterator[bytes], on_left: Callable[[], None], stalled_s: float) -> None:
-        self._parts, self._on_left, self._stalled_s = parts, on_left, stalled_s
+    def __init__(
+        self,
+        parts: AsyncIterator[bytes],
+        *,
+        on_left: Callable[[], None],
+        on_end: Callable[[], None],
+        stalled_s: float,
+    ) -> None:
+        self._parts, self._on_left, self._on_end, self._stalled_s = parts, on_left, on_end, stalled_s
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,9 +64,7 @@ class EventStream(Response):
             scope.get("extensions", {}).get(ABORT, lambda: None)()  # closing would wait for the client to take the rest
         finally:
             watching.cancel()
-            aclose = getattr(self._parts, "aclose", None)
-            if aclose is not None:
-                await aclose()
+            self._on_end()
 
 
 async def until_left(receive: Receive, on_left: Callable[[], None]) -> None:
