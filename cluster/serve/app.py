@@ -89,14 +89,13 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
         lifespan=lifespan,
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
-        max_body_size=config.max_body_bytes,
     )
     app.router.route_class = _Route
-    _add_errors(app)
+    _add_errors(app, config.max_body_bytes)
     _add_endpoints(app, service)
     _add_plain_routes(app, service)
     _describe(app, has_keys=bool(keys))
-    wrapped: Any = JsonBodies(app)
+    wrapped: Any = JsonBodies(app, config.max_body_bytes)
     if config.cors_origins:
         wrapped = CORSMiddleware(
             wrapped,
@@ -108,7 +107,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
     return Records(Authentication(wrapped, keys, local), service.done)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, most_bytes: int) -> None:
     """Answer every error in OpenAI's form."""
 
     def answer(request: Request, error: ApiError) -> Response:
@@ -129,7 +128,7 @@ def _add_errors(app: FastAPI) -> None:
         messages = {
             404: f"{request.method} {request.url.path[:200]}: there is no such path; see /openapi.json",
             405: f"{request.method} {request.url.path[:200]}: allowed: {(error.headers or {}).get('Allow', 'another method')}",
-            413: "the body is too large",
+            413: f"the body is too large; allowed: up to {most_bytes:,} bytes",
         }
         return answer(request, ApiError(status, messages.get(status, str(error.detail)), headers=error.headers))
 

@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -118,8 +119,9 @@ class ChoiceReader:
         poll, found = self._polls[choice], []
         try:
             while (portion := next(poll)) is not None:
-                found.append(portion)
-                if portion.reason in ("stop", "length"):
+                ended = portion.reason in ("stop", "length")
+                found.append(portion if ended else replace(portion, reason=None))  # other ends are errors
+                if ended:
                     self._polls.pop(choice).close()
                     break
         except StopIteration:  # somebody cancelled the request, and not through this reader

@@ -14,7 +14,7 @@ from cluster.serve.answering import Answering
 from cluster.serve.errors import refused
 from cluster.serve.message_reader import MessageReader, NamedToolReader, PlainReader, TemplateReader, ToolListReader
 from cluster.serve.record import RequestRecord, record_of
-from cluster.serve.request_settings import check_min_tokens, common_settings
+from cluster.serve.request_settings import api_names, check_min_tokens, common_settings
 from cluster.serve.schema import ChatRequest, CommonRequest, CompletionRequest, NamedTool
 from cluster.serve.service import ServedModel, Service
 from epslots.generation.chat_template import Chat
@@ -67,7 +67,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
                 for prompt, ids in zip(prompts, tokens, strict=True)
             ]
         answer = completions.CompletionAnswer(body, tokens, echoes, model.texts)
-        reader = await service.start(asked)
+        reader = await service.start(asked, api_names(body))
     head = _head(record, completions.ID_PREFIX, completions.OBJECT)
     answering = Answering(
         service=service,
@@ -128,7 +128,7 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         reads = _reads_template(model, body)
         prompt = str(model.tokenizer.decode(tokens)) if reads else ""
         readers = [_message_reader(model, body, made, prompt) for _ in range(body.choices)]
-        reader = await service.start([(tokens, settings)], special_tokens=reads)
+        reader = await service.start([(tokens, settings)], api_names(body), special_tokens=reads)
     answering = Answering(
         service=service,
         record=record,

@@ -141,34 +141,35 @@ def of_problems(problems: Sequence[Problem], fields: frozenset[str]) -> ApiError
     first = problems[0]
     if first["type"] == "json_invalid":
         return refused(f"the body is no JSON: {first.get('ctx', {}).get('error', 'it ends early')}"[:300])
-    path = _path(first["loc"], fields)
-    if not path and first["type"] == "value_error":  # of the whole body; it begins with the field
-        name = _wish(first).partition(":")[0]
-        return refused(_wish(first), name if name in fields else None)
-    if not path:
-        return refused("the body must be a JSON object")
     if first["type"] == "extra_forbidden":
-        name = first["loc"][-1]
-        return refused(f"{shown(str(name))}: unknown parameter; see /openapi.json for those that are known", str(name)[:100])
-    if first["type"] == "missing":
-        return refused(f"{path}: this field is required", path)
-    same = [problem for problem in problems if _path(problem["loc"], fields) == path]
+        name = str(first["loc"][-1])[:100]
+        return refused(f"{shown(name)}: unknown parameter; see /openapi.json for those that are known", name)
+    root = _path(first["loc"], fields)[:1]
+    if not root:
+        return _of_body(first, fields)
+    # Of a union, each branch has problems; the one that a value was meant for is understood deepest.
+    paths = [(_path(problem["loc"], fields), problem) for problem in problems]
+    deepest = max((path for path, _ in paths if path[:1] == root), key=len)
+    same = [problem for path, problem in paths if path == deepest]
+    param = ".".join(deepest)
+    if same[0]["type"] == "missing":
+        return refused(f"{param}: this field is required", param)
     wishes = list(dict.fromkeys(_wish(problem) for problem in same))[:4]
-    return refused(f"{path}: {'; or: '.join(wishes)}{_given(first.get('input'))}", path)
+    return refused(f"{param}: {'; or: '.join(wishes)}{_given(same[0].get('input'))}", param)
 
 
-def _path(location: Iterable[str | int], fields: frozenset[str]) -> str:
-    """The place of a problem, up to where pydantic names the branch of a union."""
-    found: list[str] = []
-    for step in location:
-        if step == "body" and not found:
-            continue
-        if not isinstance(step, int) and step not in fields:
-            if not found:  # an unknown field at the top
-                found.append(str(step)[:100])
-            break
-        found.append(str(step))
-    return ".".join(found)
+def _of_body(problem: Problem, fields: frozenset[str]) -> ApiError:
+    """The refusal of a body as a whole."""
+    if problem["type"] != "value_error":
+        return refused("the body must be a JSON object")
+    wish = _wish(problem)  # it begins with the field
+    name = wish.partition(":")[0]
+    return refused(wish, name if name in fields else None)
+
+
+def _path(location: Iterable[str | int], fields: frozenset[str]) -> list[str]:
+    """The place of a problem. What isn't a field or a place in a list is pydantic's name for the branch of a union."""
+    return [str(step) for step in location if isinstance(step, int) or step in fields]
 
 
 def _wish(problem: Problem) -> str:

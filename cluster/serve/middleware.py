@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.serve.errors import ApiError
@@ -77,25 +78,43 @@ def _request_id(scope: Scope) -> str:
 
 
 class JsonBodies:
-    """Refuses bodies that aren't JSON, before they are read.
+    """Refuses bodies that aren't JSON, or are too large, before they are read.
 
     Args:
         app: the application behind it.
+        most_bytes: of a body.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+        self._app, self._most_bytes = app, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            headers = dict(scope["headers"])
-            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-            if kind != b"application/json":
-                given = kind.decode("latin-1")[:100] or "nothing"
-                await send_error(ApiError(415, f"Content-Type: {given}; allowed: application/json", code="content_type"), send)
-                return
-            if encoding != b"identity":
-                await send_error(ApiError(415, "Content-Encoding: only identity is allowed", code="content_encoding"), send)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if (error := self._refusal(dict(scope["headers"]))) is not None:
+            await send_error(error, send)
+            return
+        left = self._most_bytes
+
+        async def receive_some() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413)  # which FastAPI passes on as it is
+            return message
+
+        await self._app(scope, receive_some, send)
+
+    def _refusal(self, headers: dict[bytes, bytes]) -> ApiError | None:
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            given = kind.decode("latin-1")[:100] or "nothing"
+            return ApiError(415, f"Content-Type: {given}; allowed: application/json", code="content_type")
+        if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            return ApiError(415, "Content-Encoding: only identity is allowed", code="content_encoding")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._most_bytes:
+            return ApiError(413, f"a body of {int(length):,} bytes; allowed: up to {self._most_bytes:,}", code="too_large")
+        return None

@@ -17,9 +17,6 @@ API_NAMES = {
     "logit_bias": "logit_bias",
     "stop": "stop",
     "stop_tokens": "stop_token_ids",
-    "json_schema": "response_format",
-    "regex": "structured_outputs",
-    "grammar": "structured_outputs",
     "min_tokens": "min_tokens",
     "n": "n",
 }
@@ -124,12 +121,30 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
         raise refused(f"logit_bias: its names must be token ids (given: {shown(sorted(given)[:3])})", "logit_bias") from None
 
 
+def api_names(body: CommonRequest) -> dict[str, str]:
+    """``API_NAMES``, and those of a request's grammar: the field that has it."""
+    fields = list(_grammars(body)) or ["tools"]
+    return API_NAMES | dict.fromkeys(("json_schema", "regex", "grammar"), fields[0])
+
+
 def grammar_of(body: CommonRequest) -> dict[str, Any]:
     """The grammar that a request names, as a setting; empty without one.
 
     Raises:
         ApiError: it names several, or one that is too long.
     """
+    wanted = _grammars(body)
+    if len(wanted) > 1:
+        raise refused(f"{' and '.join(wanted)}: a text has one grammar at most", next(iter(wanted)))
+    for name, setting in wanted.items():
+        if any(len(_text(value)) > MOST_GRAMMAR_CHARS for value in setting.values()):
+            raise refused(f"{name}: allowed: up to {MOST_GRAMMAR_CHARS:,} characters", name)
+        return setting
+    return {}
+
+
+def _grammars(body: CommonRequest) -> dict[str, dict[str, Any]]:
+    """The settings of the grammars that a request names, by its fields."""
     wanted: dict[str, dict[str, Any]] = {}
     for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         if (value := getattr(body, name)) is not None:
@@ -140,14 +155,7 @@ def grammar_of(body: CommonRequest) -> dict[str, Any]:
     if (form := getattr(body, "response_format", None)) is not None and form.type != "text":
         schema = True if form.json_schema is None or form.json_schema.schema_ is None else form.json_schema.schema_
         wanted["response_format"] = {"json_schema": schema}
-    wanted = {name: setting for name, setting in wanted.items() if setting}
-    if len(wanted) > 1:
-        raise refused(f"{' and '.join(wanted)}: a text has one grammar at most", next(iter(wanted)))
-    for name, setting in wanted.items():
-        if any(len(_text(value)) > MOST_GRAMMAR_CHARS for value in setting.values()):
-            raise refused(f"{name}: allowed: up to {MOST_GRAMMAR_CHARS:,} characters", name)
-        return setting
-    return {}
+    return {name: setting for name, setting in wanted.items() if setting}
 
 
 def _grammar(kind: str, value: Any) -> dict[str, Any]:

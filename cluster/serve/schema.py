@@ -28,15 +28,19 @@ Top = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 def _kind(prompt: object) -> str:
     """The branch of a union that a prompt is checked by: errors are of that branch alone."""
     if not isinstance(prompt, list):
-        return "text"
-    return "tokens" if prompt and isinstance(prompt[0], int) else "list"
+        return "as text"
+    return "as tokens" if prompt and isinstance(prompt[0], int) else "as list"
 
 
-_OnePrompt = Annotated[Annotated[Text, Tag("text")] | Annotated[Tokens, Tag("tokens")], Discriminator(_kind)]
+def _kind_of_one(prompt: object) -> str:
+    return "as tokens" if isinstance(prompt, list) else "as text"
+
+
+_OnePrompt = Annotated[Annotated[Text, Tag("as text")] | Annotated[Tokens, Tag("as tokens")], Discriminator(_kind_of_one)]
 Prompts = Annotated[
-    Annotated[Text, Tag("text")]
-    | Annotated[Tokens, Tag("tokens")]
-    | Annotated[list[_OnePrompt], Field(min_length=1, fail_fast=True), Tag("list")],
+    Annotated[Text, Tag("as text")]
+    | Annotated[Tokens, Tag("as tokens")]
+    | Annotated[list[_OnePrompt], Field(min_length=1, fail_fast=True), Tag("as list")],
     Discriminator(_kind),
 ]
 

@@ -238,8 +238,11 @@ class Service:
             self._preparing -= choices
             self._idle.set()
 
-    async def in_thread(self, function: Callable[[], Value]) -> Value:
+    async def in_thread(self, function: Callable[[], Value], names: Mapping[str, str] = API_NAMES) -> Value:
         """Run a function that takes processor time, in a thread.
+
+        Args:
+            names: the API's names of settings, for errors.
 
         Raises:
             ApiError: for the errors of epslots that it raises.
@@ -247,7 +250,7 @@ class Service:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, function)
         except EpslotsError as error:
-            raise of_cluster(error, API_NAMES) from error
+            raise of_cluster(error, names) from error
 
     async def encode(self, prompt: str | Chat, field: str, *, special_tokens: bool = True, fits: bool = True) -> list[int]:
         """A prompt's tokens.
@@ -274,12 +277,17 @@ class Service:
         return await self.in_thread(encode)
 
     async def start(
-        self, prompts: Sequence[tuple[Sequence[int], Mapping[str, Any]]], *, special_tokens: bool = False
+        self,
+        prompts: Sequence[tuple[Sequence[int], Mapping[str, Any]]],
+        names: Mapping[str, str],
+        *,
+        special_tokens: bool = False,
     ) -> ChoiceReader:
         """Start to continue prompts, all or none.
 
         Args:
             prompts: their tokens, and the settings of each.
+            names: the API's names of settings, for errors.
             special_tokens: texts have special tokens, too.
 
         Raises:
@@ -293,7 +301,7 @@ class Service:
                 found += model.cluster.submit_choices(tokens, **settings)
             return found
 
-        generations = await self.in_thread(submit)
+        generations = await self.in_thread(submit, names)
         if self._relay is None:
             self._relay = NewsRelay(asyncio.get_running_loop())
         reader = ChoiceReader(self._relay, generations, special_tokens=special_tokens, timeout_s=self.config.request_timeout_s)

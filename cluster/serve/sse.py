@@ -62,6 +62,7 @@ class EventStream(Response):
         except TimeoutError:
             self._on_left()
             scope.get("extensions", {}).get(ABORT, lambda: None)()  # closing would wait for the client to take the rest
+            await asyncio.sleep(0)  # until the server knows
         finally:
             watching.cancel()
             self._on_end()

@@ -101,6 +101,13 @@ class Client:
             yield connection
 
 
+def raw_request(path: str, body: Any) -> bytes:
+    """A request's bytes."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    return f"{head}{len(data)}\r\n\r\n".encode() + data
+
+
 @contextmanager
 def serving(
     cluster: ServedCluster | None, *, keys: tuple[str, ...] = (), log: Any = None, **settings: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from cluster.driver.loop_thread import LoopThread
@@ -33,6 +33,12 @@ def scored(token: int, top: int) -> TokenLogprobs:
     """A log-probability that says which token it is of."""
     logprob = -1 - token / 1000
     return TokenLogprobs(token, logprob, tuple((token + number, logprob - number) for number in range(top)))
+
+
+@lru_cache
+def tokens_of(text: str) -> tuple[int, ...]:
+    """A text's tokens."""
+    return tuple(TOKENIZERS["bytes"].encode(text, add_special_tokens=False))
 
 
 class ScriptedCluster:
@@ -97,7 +103,7 @@ class ScriptedCluster:
         if self.fails is not None:
             return [Output(request.id, (), True, "error", self.fails)]
         text = self.says if isinstance(self.says, str) else self.says(request)
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)[: request.max_new_tokens]
+        tokens = list(tokens_of(text))[: request.max_new_tokens]
         ended = len(tokens) < request.max_new_tokens
         if ended and 0 in request.stop_tokens:
             tokens.append(0)
