@@ -29,7 +29,7 @@ class ErrorAnswer(_Answer):
     error: ErrorDetail
 
 
-class Usage(_Answer):
+class TokenUsage(_Answer):
     """Tokens of a request; each prompt counts once, whatever n is."""
 
     prompt_tokens: int
@@ -61,7 +61,7 @@ class Completion(_Answer):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
 
 class CalledFunction(_Answer):
@@ -129,7 +129,7 @@ class ChatCompletion(_Answer):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: TokenUsage
 
 
 class ChatChunkChoice(_Answer):
@@ -147,7 +147,7 @@ class ChatChunk(_Answer):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
 
 class ModelCard(_Answer):
