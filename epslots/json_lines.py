@@ -90,7 +90,9 @@ def decode_line(line: Line, decoder: msgspec.json.Decoder[T], *, example: str, n
         raise ConfigError(_explain(line.data, error, f"an object such as {example}", needed, allowed)) from error
 
 
-_WRONG_TYPE = re.compile(r"Expected `(?P<expected>[^`]+)`, got `(?P<got>[^`]+)`(?: - at `\$\.?(?P<place>[^`]*)`)?")
+_WRONG_TYPE = re.compile(
+    r"Expected `(?P<expected>[^`]+)`, got `(?P<got>[^`]+)`(?: - at (?P<key>`key` in )?`\$\.?(?P<place>[^`]*)`)?"
+)
 _WORDS = {
     "str": "text",
     "int": "an integer",
@@ -119,6 +121,8 @@ def _explain(data: bytes, error: Exception, wanted: str, needed: Mapping[str, st
         place = wrong_type["place"]
         if not place:
             return f"{got}; a line is {wanted}"
+        if wrong_type["key"]:
+            return f'"{place}": keys that stand for {expected} are needed'
         return f'"{place}": {needed.get(place, expected)} is needed, and not {got}'
     if missing := re.match(r"Object missing required field `(.+)`", message):
         return f'no "{missing[1]}" in the object; a line is {wanted}'

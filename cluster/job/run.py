@@ -76,7 +76,9 @@ class JobSettings:
     @cached_property
     def digest(self) -> int:
         """32 bits of everything that changes a text besides its prompt."""
-        shaping = msgspec.json.encode((self.model, self.config.output_settings, self.generation), order="sorted")
+        # Settings that are defaults aren't in it, so that a later version may have more.
+        generation = msgspec.to_builtins(self.generation, str_keys=True)
+        shaping = msgspec.json.encode((self.model, self.config.output_settings, generation), order="sorted")
         return xxhash.xxh3_64_intdigest(shaping) >> 32
 
 

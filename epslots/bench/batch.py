@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from epslots.bench.batch_arrivals import ARRIVAL_ROWS, measure_arrivals
+from epslots.bench.batch_grammars import GRAMMAR_ROWS, measure_grammars
 from epslots.bench.batch_latents import LATENT_ROWS, measure_latents
 from epslots.bench.batch_speed import (
     CACHE_ROWS,
@@ -46,6 +47,7 @@ PARTS = {
     "caches": Part(measure_caches, CACHE_ROWS),
     "latents": Part(measure_latents, LATENT_ROWS),
     "arrivals": Part(measure_arrivals, ARRIVAL_ROWS),
+    "grammars": Part(measure_grammars, GRAMMAR_ROWS),
 }
 
 

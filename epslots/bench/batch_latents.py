@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config
 
 from epslots.bench.batch_speed import batch_checkpoint
 from epslots.bench.engines import open_engine, random_requests, start_decoding
 from epslots.bench.models import load_fp32
 from epslots.bench.report import MS, Tables, compare
+from epslots.generation.row_cache import RowCache
+from epslots.models.measure_shape import shape_of_config
 from epslots.progress import Advance
 
 ROWS, CONTEXT = 4, 1500
-LATENT_ROWS = 1
+# The models' own sizes, and the bytes that are aimed at.
+LARGE_MODELS: dict[str, tuple[Any, int | None]] = {
+    "DeepSeek-V3": (DeepseekV3Config(), 72 * 1024),
+    "DeepSeek-V3.2": (DeepseekV32Config(), None),
+}
+LATENT_ROWS = 1 + len(LARGE_MODELS)
 ABSORBED, EXPANDED = "epslots, on latents", "transformers, expanding them"
 
 
@@ -63,4 +71,31 @@ def measure_latents(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
         times = compare({ABSORBED: decode, EXPANDED: expand}, ABSORBED, EXPANDED, steps, MS)
         engine.batcher.close()
     advance(1)
-    return {f"ms of a decoding step of {ROWS} rows at {CONTEXT} tokens; deepseek_v3, 4 layers": [times]}
+    sizes = []
+    for name, (config, aim) in LARGE_MODELS.items():
+        sizes.append({"model, bf16": name, **cache_bytes(config), "aim": aim})
+        advance(1)
+    return {
+        f"ms of a decoding step of {ROWS} rows at {CONTEXT} tokens; deepseek_v3, 4 layers": [times],
+        "bytes of cache a token": sizes,
+    }
+
+
+def cache_bytes(config: Any, tokens: int = 2**16) -> dict[str, float]:
+    """Bytes for each token: what an engine allocates, on the meta device; what its plan says; and those of keys and values.
+
+    Args:
+        config: of a model whose layers all keep latents.
+        tokens: by which the cache is made larger.
+    """
+    shape = shape_of_config(config, "bench", torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+    def allocated(kv_tokens: int) -> int:
+        return RowCache(model, shape.cache, kv_tokens=kv_tokens, max_requests=1, in_flight=1).nbytes
+
+    numbers = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    expanded = 2 * config.num_hidden_layers * config.num_attention_heads * numbers
+    kept = (allocated(2 * tokens) - allocated(tokens)) / tokens
+    return {"engine": kept, "plan": shape.token_bytes, "expanded": expanded, "expanded / engine": expanded / kept}

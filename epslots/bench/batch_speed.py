@@ -114,7 +114,7 @@ def _whole(engines: dict[int, Engine], rounds: int) -> dict[str, Any]:
     return rates | ratio_columns(together, alone)
 
 
-class _Times(StoppingCriteria):  # type: ignore[misc]
+class _PassTimes(StoppingCriteria):  # type: ignore[misc]
     """When ``generate`` had each token; stops nothing."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class _Times(StoppingCriteria):  # type: ignore[misc]
 
 def _generate(model: PreTrainedModel, ids: torch.Tensor, new: int) -> tuple[list[list[int]], float]:
     """The new tokens of each row, and the mean seconds of a decoding step."""
-    times = _Times()
+    times = _PassTimes()
     found = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
         stopping_criteria=[times],

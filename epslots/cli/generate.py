@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from epslots.cli.launchers import Continuation, Launched, Launcher
+    from epslots.generation.requests import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,8 @@ def _print_text(continuation: Continuation, tokenizer: PreTrainedTokenizerBase) 
     """Print a text as it comes; after it, log-probabilities to standard error if they were asked for."""
     from epslots.cli.tables import print_logprobs
 
-    of_prompt, of_text = [], []
+    of_prompt: list[TokenLogprobs] = []
+    of_text: list[TokenLogprobs] = []
     for portion in continuation.portions():
         print(portion.text, end="", flush=True)
         of_prompt += portion.prompt_logprobs

@@ -56,9 +56,9 @@ class OneRank:
         self._tokenizer = tokenizer
         self._engine = Engine(self._model)
         self._checker = RequestChecker(model_limits(self._model, self._engine.batcher.capacity), tokenizer)
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _RunningText] = {}
 
-    def submit_choices(self, prompt: Sequence[int], **settings: Any) -> list[_Running]:
+    def submit_choices(self, prompt: Sequence[int], **settings: Any) -> list[_RunningText]:
         """Start to continue a prompt of token ids; returns its choices.
 
         Raises:
@@ -68,7 +68,7 @@ class OneRank:
         choices = {}
         for request in self._checker.requests(prompt, read):
             self._engine.batcher.add(request)
-            choices[request.id] = _Running(self, PortionMaker(self._tokenizer, read.stops, read.min_tokens))
+            choices[request.id] = _RunningText(self, PortionMaker(self._tokenizer, read.stops, read.min_tokens))
         self._running |= choices
         return list(choices.values())
 
@@ -96,7 +96,7 @@ class OneRank:
         self._engine.batcher.close()
 
 
-class _Running:
+class _RunningText:
     """One choice of a prompt: the portions that weren't read yet.
 
     Args:

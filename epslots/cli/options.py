@@ -122,6 +122,37 @@ class LoadConfigOptions:
         ),
     ] = _DEFAULTS.batch_invariant
 
+    max_requests: Annotated[
+        int,
+        typer.Option("--max-requests", min=1, help="Requests that a rank runs at a time; the others wait."),
+    ] = _DEFAULTS.max_requests
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option("--max-batch-tokens", min=1, help="Tokens of one step of a rank; longer prompts take several steps."),
+    ] = _DEFAULTS.max_batch_tokens
+    cache: Annotated[
+        str,
+        typer.Option(
+            "--cache",
+            help="How a rank keeps its requests: pages (keys and values of plain attention), rows (whatever the model's "
+            "layers keep), or auto, the faster one that the model allows.",
+        ),
+    ] = _DEFAULTS.cache
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache", help="Prompts that begin alike share what was computed for their beginning."
+        ),
+    ] = _DEFAULTS.prefix_cache
+    step_target_ms: Annotated[
+        Optional[float],
+        typer.Option(
+            "--step-target-ms",
+            help="Milliseconds that a step may take, about: long prompts are cut so that texts under way don't wait longer. "
+            "Default: --max-batch-tokens alone cuts them.",
+        ),
+    ] = _DEFAULTS.step_target_ms
+
     def config(self, kv_tokens: int = _DEFAULTS.kv_tokens) -> LoadConfig:
         """The options as the configuration that is handed down.
 

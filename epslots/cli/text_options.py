@@ -57,7 +57,7 @@ def _with_options(group: type[Options]) -> type[Options]:
 
 def _explained(config: type[msgspec.Struct]) -> dict[str, str]:
     """The explanations of a configuration's fields, from the ``Attributes:`` of its docstring."""
-    attributes = (inspect.getdoc(config) or "").partition("Attributes:\n")[2]
+    attributes = (inspect.getdoc(config) or "").partition("Attributes:\n")[2].replace("``", "")
     found = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE)
     return {name: f"{text[:1].upper()}{' '.join(text[1:].split())}" for name, text in found}
 

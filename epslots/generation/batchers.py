@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from epslots.config import EngineConfig
 from epslots.errors import UnsupportedModelError
@@ -42,6 +43,9 @@ def batcher_for(model: PreTrainedModel, **settings: Any) -> Batcher:
 def choose_cache(model: PreTrainedModel, cache: str = "auto") -> tuple[str, str]:
     """The cache that serves a model, "pages" or "rows"; and why, as the end of a sentence.
 
+    Flash attention reads pages in place. Without it, transformers masks one product over the queries and keys of all requests,
+    which takes up to six times as long as rows (``epslots bench batch --parts caches``).
+
     Args:
         model: may be on the meta device.
         cache: the setting of ``EngineConfig``; "auto" = the cache that serves the model best.
@@ -58,7 +62,10 @@ def choose_cache(model: PreTrainedModel, cache: str = "auto") -> tuple[str, str]
         return cache, "it was asked for"
     if obstacle is not None:
         return "rows", obstacle
-    # Pages can be batch-invariant, rows can't: such a model would serve one request at a time.
-    if keeps_latents(model) and not is_batch_invariant(model):
+    if is_batch_invariant(model):
+        return "pages", "they can be batch-invariant; rows would be computed one at a time"
+    if keeps_latents(model):
         return "rows", "they keep latents as they are, and pages would expand them"
-    return "pages", "its layers keep plain keys and values"
+    if is_flash_attention_requested(requested_attention_implementation=model.config._attn_implementation):
+        return "pages", "flash attention reads them in place"
+    return "rows", "without flash attention they are faster than pages"

@@ -6,17 +6,19 @@
 
 Decoding requests wait for the prompts that are computed in their steps. A step is taken to last
 
-    pace x (fixed + per_token x prompt tokens + per_request x decoding requests)
+    fixed + per_token x prompt tokens + per_request x decoding requests
 
 The three costs are fitted to the last steps, with prompts and without, by least squares of relative errors: a step that was
-held up has an error of 1 at most. ``pace`` corrects the fit by the latest steps: by the median of three, which sees a slower
-machine after two steps, or by that of nine, whichever is larger. So prompts shrink quickly and grow slowly. A step has at most
-twice the prompt tokens of the largest step in memory.
+held up has an error of 1 at most. When most of the latest steps are much slower than that, or faster, the machine itself is:
+all older steps are then taken to have been as much slower or faster. A step has at most 1.5 times the prompt tokens of the
+largest recent one.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 
 import numpy as np
@@ -25,14 +27,34 @@ from epslots.arrays import FloatArray
 
 FIRST_TOKENS = 16
 """Prompt tokens of the first step, before anything is known."""
-GROWTH = 2
-"""Prompt tokens of a step, at most, as a multiple of the largest number in memory."""
+GROWTH = 1.5
+"""Prompt tokens of a step, at most, as a multiple of the largest recent number."""
 LEAST_SHARE = 0.1
 """Share of the target that prompts get where decoding alone takes all of it, or more: else they would never be done."""
-_MEMORY_STEPS = 32  # of each kind
-_PACE_STEPS = (3, 9)
-_LEAST_S = 1e-9
-_RIDGE = 1e-9  # where all steps were alike, the costs are told apart by nothing: prompt tokens then bear the most
+_MEMORY_STEPS, _RECENT_STEPS = 32, 8  # of each kind
+_FADING = 0.95  # a step's weight over the next one's
+_CHANGED = 1.5  # times that a step takes longer, or less long, if the machine's speed has changed
+_SLOWER_OF, _FASTER_OF = 3, 5  # latest steps, most of which have to say so: prompts shrink quickly and grow slowly
+_RIDGE = 1e-9  # where all steps were alike, and nothing tells the costs apart, each has an equal part of their time
+_LEAST_S = 1e-9  # a clock may have stood still
+
+
+@dataclass(eq=False)
+class _Step:
+    """A step in memory; ``ratio`` is its time over the expected one, if any was expected."""
+
+    prompt_tokens: int
+    decoding: int
+    seconds: float
+    ratio: float = 1.0
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.prompt_tokens > 0
+
+    @property
+    def is_odd(self) -> bool:
+        return not 1 / _CHANGED <= self.ratio <= _CHANGED
 
 
 class ChunkSize:
@@ -45,10 +67,13 @@ class ChunkSize:
 
     def __init__(self, most: int, target_s: float | None) -> None:
         self._most, self._target_s = most, target_s
-        # (prompt tokens, decoding requests, seconds) of steps.
-        self._prompts: deque[tuple[int, int, float]] = deque(maxlen=_MEMORY_STEPS)
-        self._decodes: deque[tuple[int, int, float]] = deque(maxlen=_MEMORY_STEPS)
-        self._latest: deque[tuple[int, int, float]] = deque(maxlen=max(_PACE_STEPS))
+        self._prompts: deque[_Step] = deque(maxlen=_MEMORY_STEPS)
+        self._decodes: deque[_Step] = deque(maxlen=_MEMORY_STEPS)
+        self._latest: deque[_Step] = deque(maxlen=_FASTER_OF)
+        self._costs_3: FloatArray = np.zeros(3)
+        """Seconds of a step, of a prompt token, and of a decoding request, by the latest fit."""
+        self._fitted: set[bool] = set()
+        """Whether steps with a prompt, and without, were fitted."""
 
     def prompt_tokens(self, decoding: int) -> int:
         """Prompt tokens that the next step may compute beside this many decoding requests; at least 1."""
@@ -57,38 +82,62 @@ class ChunkSize:
             return most
         if not self._prompts:
             return min(FIRST_TOKENS, most)
-        fixed, per_token, per_request = costs_3 = self._fit()
-        target_s = self._target_s / self._pace(costs_3)
-        left_s = max(target_s - fixed - per_request * decoding, LEAST_SHARE * target_s)
-        most = min(most, GROWTH * max(tokens for tokens, _, _ in self._prompts))
-        return most if left_s >= most * per_token else max(1, int(left_s / per_token))
+        self._costs_3 = self._fit()
+        fixed, per_token, per_request = map(float, self._costs_3)
+        without_s = fixed + per_request * decoding
+        largest = max(step.prompt_tokens for step in islice(reversed(self._prompts), _RECENT_STEPS))
+        # However wrong the fit is, prompts that took too long get shorter.
+        per_token = max(per_token, LEAST_SHARE * (without_s / largest + per_token), _LEAST_S)
+        left_s = max(self._target_s - without_s, LEAST_SHARE * self._target_s)
+        return max(1, min(most, max(FIRST_TOKENS, int(GROWTH * largest) + 1), round(left_s / per_token)))
 
     def observe(self, prompt_tokens: int, decoding: int, seconds: float) -> None:
         """Note a step that has passed as a whole, and its duration."""
-        if self._target_s is None or seconds <= 0:
+        if self._target_s is None:
             return
-        step = prompt_tokens, decoding, seconds
-        (self._prompts if prompt_tokens else self._decodes).append(step)
+        step = _Step(prompt_tokens, decoding, max(seconds, _LEAST_S))
+        if step.has_prompt in self._fitted:
+            step.ratio = step.seconds / self._expected(step)
+        (self._prompts if step.has_prompt else self._decodes).append(step)
         self._latest.append(step)
+        self._adapt()
+
+    def _expected(self, step: _Step) -> float:
+        """Seconds of a step by the latest fit."""
+        return max(float(self._costs_3 @ (1, step.prompt_tokens, step.decoding)), _LEAST_S)
+
+    def _adapt(self) -> None:
+        """Take older steps to have been as slow, or as fast, as the latest ones, if the machine's speed has changed."""
+        latest = list(self._latest)
+        slower = [step for step in latest[-_SLOWER_OF:] if step.is_odd and step.ratio > 1]
+        faster = [step for step in latest if step.is_odd and step.ratio < 1]
+        changed = slower if len(slower) > _SLOWER_OF / 2 else faster if len(faster) > _FASTER_OF / 2 else []
+        if not changed:
+            return
+        change = median(step.ratio for step in changed)
+        self._costs_3 = self._costs_3 * change
+        for step in (*self._decodes, *self._prompts):
+            step.seconds *= 1 if step in changed else change
+        self._latest.clear()
 
     def _fit(self) -> FloatArray:
-        """Seconds of a step, of a prompt token, and of a decoding request: float64 [3], none negative."""
-        steps_S3 = np.array([*self._decodes, *self._prompts])
-        rows_S3 = np.column_stack([np.ones(len(steps_S3)), steps_S3[:, 0], steps_S3[:, 1]]) / steps_S3[:, 2:]
-        costs_3, kept = np.zeros(3), [0, 1, 2]
+        """The costs by the steps in memory: float64 [3], none negative. The latest odd ones wait: they may be chance."""
+        steps, ages = [], []
+        for kind in (self._decodes, self._prompts):
+            kept_steps = [step for step in kind if not (step.is_odd and step in self._latest)]
+            steps += kept_steps
+            ages += range(len(kept_steps), 0, -1)
+        self._fitted = {step.has_prompt for step in steps}
+        relative_S3 = np.array([(1, step.prompt_tokens, step.decoding) for step in steps])
+        relative_S3 = relative_S3 / np.array([step.seconds for step in steps])[:, None]
+        weights_S = _FADING ** np.array(ages)
+        costs_3, kept = np.zeros(3), np.flatnonzero(relative_S3.any(axis=0)).tolist()
         while True:
-            part = rows_S3[:, kept]
-            products = part.T @ part
-            products += np.eye(len(kept)) * (_RIDGE * products.trace())
-            found = np.linalg.solve(products, part.sum(axis=0))
-            if (found >= 0).all():
-                costs_3[kept] = found
+            part_SK = relative_S3[:, kept]
+            products_KK = part_SK.T @ (weights_S[:, None] * part_SK)
+            products_KK += np.diag(_RIDGE * products_KK.diagonal())
+            found_K = np.linalg.solve(products_KK, part_SK.T @ weights_S)
+            if (found_K >= 0).all():
+                costs_3[kept] = found_K
                 return costs_3
-            del kept[int(found.argmin())]
-
-    def _pace(self, costs_3: FloatArray) -> float:
-        """The latest steps' seconds over the fit's."""
-        fixed, per_token, per_request = costs_3
-        fitted = [max(fixed + per_token * tokens + per_request * decoding, _LEAST_S) for tokens, decoding, _ in self._latest]
-        ratios = [seconds / fit for (*_, seconds), fit in zip(self._latest, fitted, strict=True)]
-        return max(median(ratios[-steps:]) for steps in _PACE_STEPS)
+            del kept[int(found_K.argmin())]

@@ -14,10 +14,11 @@ bytes, however else these could be cut into tokens.
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -31,19 +32,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_GRAMMAR_BYTES = 2**16
-_MOST_COMPILED = 64
-"""Compiled grammars that a model keeps, the latest used."""
 _ERROR_CHARACTERS = 300
 _SETTINGS = {"json_schema": "json_schema", "json_object": "json_schema", "regex": "regex", "lark": "grammar"}
 """The user's name for each kind of grammar."""
-_LIMITS = LLParserLimits(verbose_errors=False)
+_DEAD_END = "no token of the vocabulary continues the text as its grammar wants it"
 
 # As in llama.cpp's JSON grammars: unbounded, a model could go on with blanks for ever.
 _WHITESPACE = r"\x20|\x0A{1,2}[\x20\x09]{0,40}"
 # Masks allow every way of cutting a text into tokens, not the tokenizer's own alone: that is exact, and never calls Python.
-_EXACT = '%llguidance {"no_forcing": true}\n'
+_EXACT = '\n%llguidance {"no_forcing": true}\n'
+
+# The work for one token: some 50 ms at the very most, with 130,000 tokens. Expressions such as (?:[a-z]{1,50} ?){1,200} need
+# more than llguidance's default of 200,000.
+_TOKEN_FUEL = 1_000_000
+# The states of one request's expressions: tens of MB at the most.
+_MOST_STATES = 250_000
+# Ambiguous rules take a time that grows with the square of the items. A JSON schema has up to four for an optional property.
+_LARK_ITEMS, _JSON_ITEMS = 400, 2000
+# llguidance recurses along rules, up to 3 KiB for eight bytes of a grammar: this is twice what the largest one can need.
+_STACK_BYTES = 2**27
 
 IntMask = NDArray[np.int32]
+T = TypeVar("T")
 
 
 def check_grammar(kind: GrammarKind, text: str) -> None:
@@ -52,20 +62,54 @@ def check_grammar(kind: GrammarKind, text: str) -> None:
     Raises:
         ConfigError: says why.
     """
-    _check(kind, LLMatcher.validate_grammar(_translated(kind, text), limits=_LIMITS))
+    translated = _translated(kind, text)
+    _refuse(kind, _on_deep_stack(lambda: LLMatcher.validate_grammar(translated, limits=_limits(kind))))
 
 
-def _check(kind: GrammarKind, error: str) -> None:
+def _refuse(kind: GrammarKind, error: str) -> None:
     """Raise ConfigError for an error of llguidance's."""
     if error:
-        reason = " ".join(error.split())
-        raise ConfigError(f"{_SETTINGS[kind]}: {reason[:_ERROR_CHARACTERS]}")
+        raise ConfigError(f"{_SETTINGS[kind]}: {_reason(error)}")
+
+
+def _reason(error: str) -> str:
+    """An error of llguidance's in one line, without the parser's state and the text around the place."""
+    error = re.split(r"<backtrace>|<non-verbose/>|\n +\d+ \| ", error, maxsplit=1)[0]
+    by_regex = re.search(r"^error: (.*)", error, re.MULTILINE)
+    return " ".join((by_regex[1] if by_regex else error).split())[:_ERROR_CHARACTERS]
+
+
+def _limits(kind: GrammarKind) -> LLParserLimits:
+    items = _LARK_ITEMS if kind == "lark" else _JSON_ITEMS
+    return LLParserLimits(
+        verbose_errors=False, step_lexer_fuel=_TOKEN_FUEL, max_lexer_states=_MOST_STATES, max_items_in_row=items
+    )
+
+
+_starting = threading.Lock()
+
+
+def _on_deep_stack(work: Callable[[], T]) -> T:
+    """The result of ``work``, from a thread whose stack no grammar exceeds: that would end the process."""
+    with ThreadPoolExecutor(1) as thread:
+        with _starting:  # the size is that of all threads that are started meanwhile
+            before = threading.stack_size(_STACK_BYTES)
+            try:
+                future = thread.submit(work)
+            finally:
+                threading.stack_size(before)
+        return future.result()
 
 
 def _translated(kind: GrammarKind, text: str) -> str:
     """The grammar in llguidance's notation: a JSON list of grammars, the first of which is the start."""
-    if not isinstance(text, str) or len(text) > MOST_GRAMMAR_BYTES or len(text.encode(errors="replace")) > MOST_GRAMMAR_BYTES:
-        raise ConfigError(f"{_SETTINGS[kind]}={shown(text)}; allowed: text of at most {MOST_GRAMMAR_BYTES:,} bytes")
+    name = _SETTINGS[kind]
+    try:
+        fits = isinstance(text, str) and len(text) <= MOST_GRAMMAR_BYTES and len(text.encode()) <= MOST_GRAMMAR_BYTES
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name}={shown(text)}: character {error.start} is half of a pair, which no text has") from error
+    if not fits:
+        raise ConfigError(f"{name}={shown(text)}; allowed: text of at most {MOST_GRAMMAR_BYTES:,} bytes")
     match kind:
         case "json_schema" | "json_object":
             schema = {"type": "object"} if kind == "json_object" else _schema(text)
@@ -77,7 +121,7 @@ def _translated(kind: GrammarKind, text: str) -> str:
             if "%llguidance" in text:
                 raise ConfigError("grammar: %llguidance sets options of the library; leave it out")
             start, others = text, []
-    return json.dumps({"grammars": [{"name": "start", "lark_grammar": _EXACT + start}, *others]})
+    return json.dumps({"grammars": [{"name": "start", "lark_grammar": start + _EXACT}, *others]})
 
 
 def _schema(text: str) -> dict[str, Any]:
@@ -128,7 +172,8 @@ class _Vocabulary:
         self.first = dict.fromkeys(first, -1)
         extra = [id for id, word in first.items() if word]
         self.first.update((id, self.size + 1 + n) for n, id in enumerate(extra))
-        tokens = [*words, b"", *(first[id] for id in extra)]
+        # Without any special token, llguidance panics where a grammar names one.
+        tokens = [*words, b"", *(first[id] for id in extra), b"\xff<none>"]
         self.buffer_words = -(-len(tokens) // 32)
         self.words_W = bits_of((id for id, word in enumerate(words) if word), self.size)
         self.tokenizer = LLTokenizer(_TokenList(tokens, end=self.size))  # type: ignore[arg-type]
@@ -181,29 +226,12 @@ class GrammarCompiler:
         no_words = {id for id, word in enumerate(found.words) if id in ends or word[:1] == b"\xff"}
         words = [b"" if id in no_words else word for id, word in enumerate(found.words)]
         self._vocabulary = _Vocabulary(words, {id: word for id, word in found.first.items() if id not in no_words})
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def compile(self, grammar: Grammar) -> LLMatcher:
-        """A matcher at the beginning of a text, to be copied.
-
-        Raises:
-            ConfigError: the grammar is wrong, too large or can't be matched by the vocabulary.
-        """
-        with self._lock:
-            if grammar in self._compiled:
-                self._compiled.move_to_end(grammar)
-                return self._compiled[grammar]
-        matcher = LLMatcher(self._vocabulary.tokenizer, _translated(grammar.kind, grammar.text), log_level=0, limits=_LIMITS)
-        _check(grammar.kind, matcher.get_error())
-        with self._lock:
-            self._compiled[grammar] = matcher
-            while len(self._compiled) > _MOST_COMPILED:
-                self._compiled.popitem(last=False)
-        return matcher
 
     def start(self, grammar: Grammar, stop_tokens: frozenset[int], tokens: Iterable[int] = ()) -> GrammarState:
-        """A request's state after ``tokens``, with its first mask computed.
+        """Compile a request's grammar: its state after ``tokens``, with its first mask computed.
+
+        Every request has a grammar of its own, although it takes milliseconds to compile one. Copies of one share the states
+        of its expressions, and the limits on these: a request could fail because of what others had written.
 
         Args:
             grammar: the request's.
@@ -211,9 +239,13 @@ class GrammarCompiler:
             tokens: new tokens of the request so far.
 
         Raises:
-            ConfigError: the grammar is wrong, too large or can't be matched by the vocabulary.
+            ConfigError: the grammar is wrong or too large.
         """
-        return GrammarState(self.compile(grammar).deep_copy(), self._vocabulary, stop_tokens, tokens)
+        kind, translated = grammar.kind, _translated(grammar.kind, grammar.text)
+        tokenizer = self._vocabulary.tokenizer
+        matcher = _on_deep_stack(lambda: LLMatcher(tokenizer, translated, log_level=0, limits=_limits(kind)))
+        _refuse(kind, matcher.get_error())
+        return GrammarState(matcher, self._vocabulary, stop_tokens, tokens)
 
 
 class GrammarState:
@@ -222,7 +254,7 @@ class GrammarState:
     It advances by ``accept`` alone: a step that failed, or is repeated, leaves it as it was, and finds the same mask again.
 
     Attributes:
-        finished: no text may follow, so the request is at its end, with or without an end token.
+        finished: the text is complete, and nothing may follow but an end token.
         error: why the text can't be continued, although it isn't complete: the grammar took too much work at some token, or no
             token of the vocabulary has the bytes that must follow. None without an error.
     """
@@ -260,22 +292,22 @@ class GrammarState:
     def _compute(self) -> None:
         vocabulary, allowed_W = self._vocabulary, self._allowed_W
         self._matcher.unsafe_compute_mask_ptr(self._address, self._buffer.nbytes)
-        if self.error is None:
-            self.error = self._matcher.get_error() or None
+        if self._matcher.is_error():
+            self.error = self.error or self._in_words()
         may_end = bool(self._buffer[vocabulary.size // 32] >> vocabulary.size % 32 & 1)
         if self._beginning:
             vocabulary.allow_first(self._buffer, may_go_on=not self._matcher.is_stopped())
         np.bitwise_and(allowed_W, vocabulary.words_W, out=allowed_W)
         if not allowed_W.any() and self.error is None:
             self.finished = may_end
-            self.error = None if may_end else "no token of the vocabulary continues it"
+            self.error = None if may_end else _DEAD_END
         if may_end and self._ends:
             np.bitwise_or(allowed_W, self._ends_W, out=allowed_W)
         elif self.finished or self.error:
             allowed_W[:] = vocabulary.words_W
 
     def accept(self, token: int) -> bool:
-        """Advance by the chosen token; False if it is no part of the output, because no token can follow the text so far."""
+        """Advance by the chosen token; False if it is no part of the output, because none can follow the text so far."""
         if self.finished or self.error:
             return False
         self._computed = False
@@ -287,8 +319,13 @@ class GrammarState:
             token = self._vocabulary.first.get(token, token)
             if token < 0:  # it adds nothing here
                 return True
-        if not self._matcher.consume_token(token):
-            self.error = self._matcher.get_error()
-        else:
+        if self._matcher.consume_token(token):
             self.finished = self._matcher.is_stopped()
+        else:
+            self.error = self._in_words()
         return True
+
+    def _in_words(self) -> str:
+        """llguidance's error."""
+        reason = _reason(self._matcher.get_error())
+        return _DEAD_END if reason == "NoExtensionBias" else reason

@@ -43,6 +43,7 @@ class _StepBatch:
         entries: by id, in the order of their tokens.
         reads: tokens that they read.
         indexed: how many of them no kernel can read in place.
+        prompt_rows: rows of logits beside one for each request.
     """
 
     cache: PagedAttentionCache
@@ -50,6 +51,7 @@ class _StepBatch:
     entries: dict[str, FutureRequestState] = field(default_factory=dict)
     reads: int = 0
     indexed: int = 0
+    prompt_rows: int = 0
 
     @property
     def in_place(self) -> bool:
@@ -91,8 +93,7 @@ class PageScheduler(Scheduler):
         chunk_size: decides how many prompt tokens a step has.
         counters: reused tokens and preemptions are counted there.
         wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
-            such prompts have as many tokens in a step as leave a row of logits for each other request: ``max_requests`` rows
-            are planned for.
+            its chunks are small: a step has ``max_requests`` rows of logits, one of them for each other request.
     """
 
     def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
@@ -100,6 +101,8 @@ class PageScheduler(Scheduler):
         self.chunk_size = ChunkSize(cache.max_batch_tokens, None)
         self.counters = EngineCounters()
         self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
+        self._entries: dict[str, FutureRequestState] = {}
+        """The latest step's."""
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         """The requests of the next step.
@@ -120,21 +123,25 @@ class PageScheduler(Scheduler):
             self._add_prompts(batch, token_budget - len(batch.entries))
         if not batch.entries and self.has_pending_requests():
             return None, False, 0, 0
-        entries = list(batch.entries.values())
+        self._entries, entries = batch.entries, list(batch.entries.values())
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 
     def _add_prompts(self, batch: _StepBatch, token_budget: int) -> None:
         left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries)))
-        rows = max(1, self.max_requests_per_batch - len(self.active_requests) + 1)
         for state in self._prompts(batch):
             tokens = min(left, len(state.remaining_prefill_tokens))
-            if self.wants_prompt_logits(state.request_id):
-                tokens = min(tokens, rows)
-                rows -= tokens
-            if tokens and self._add(state, tokens, batch):
+            if wants_rows := self.wants_prompt_logits(state.request_id):
+                tokens = min(tokens, self._rows_for_a_prompt(batch))
+            if self._add(state, tokens, batch):
                 left -= tokens
+                batch.prompt_rows += (tokens - 1) * wants_rows
             if not left:
                 return
+
+    def _rows_for_a_prompt(self, batch: _StepBatch) -> int:
+        """Rows of logits that one request may take: those that no other running one needs, at least half if others wait."""
+        free = self.max_requests_per_batch - (len(self.active_requests) - 1) - batch.prompt_rows
+        return max(-(-free // 2), free - len(self.waiting_requests))
 
     def _running(self, status: RequestStatus) -> Iterator[RequestState]:
         """Admitted requests of this status, oldest first; without those that lose their pages meanwhile."""
@@ -170,7 +177,7 @@ class PageScheduler(Scheduler):
         prompt, shares = state.initial_tokens, not self.wants_prompt_logits(state.request_id)
         if self.active_requests and (
             self.block_new_requests
-            or len(self.active_requests) == self.max_requests_per_batch
+            or len(self.active_requests) + batch.prompt_rows >= self.max_requests_per_batch
             or (shares and self._is_being_computed(prompt, batch))
             or not self._can_be_read(prompt, batch)
         ):
@@ -265,8 +272,13 @@ class PageScheduler(Scheduler):
         self.counters.preempted += 1
 
     def finish_request(self, request_id: str) -> None:
-        """Free a request's pages, its last ones first."""
-        for allocator in self.cache.cache_allocators.values():
+        """Free a request's pages, its last ones first. Those that its last step has filled can be shared, too."""
+        state = self.active_requests.get(request_id)
+        for name, allocator in self.cache.cache_allocators.items():
+            if state is not None and state.status == RequestStatus.FINISHED and request_id in allocator.block_table:
+                # transformers leaves this out, and with it the prompts of all requests for one token.
+                complete = self._entries[request_id].complete_blocks.get(name, 0)
+                allocator.mark_complete_blocks(request_id, state.initial_tokens + state.generated_tokens, complete)
             allocator.block_table.get(request_id, []).reverse()
         super().finish_request(request_id)
 

@@ -51,7 +51,7 @@ LEAST_SHARED_TOKENS = 16
 
 
 @dataclass(eq=False)
-class _Running:
+class _RunningRow:
     """A request that has a row."""
 
     entry: TrackedRequest
@@ -68,7 +68,8 @@ class RowBatcher(Batcher):
     """Many requests in one forward pass, each a row of the model's own cache.
 
     Requests wait, in their order, while rows or tokens are short. When the running ones outgrow the cache, the newest row is
-    given up, and computed again from its tokens when there is room.
+    given up, and computed again from its tokens when there is room. Rows of finished requests stay until their room is needed,
+    for prompts that begin alike.
     """
 
     def __init__(self, model: PreTrainedModel, *, clock: Callable[[], float] = time.perf_counter, **settings: Any) -> None:
@@ -97,11 +98,13 @@ class RowBatcher(Batcher):
         self._chunk = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
         self._waiting: deque[TrackedRequest] = deque()
-        self._running: list[_Running] = []
+        self._running: list[_RunningRow] = []
         """Oldest first."""
-        self._isolation: Isolation[_Running] | None = None
+        self._isolation: Isolation[_RunningRow] | None = None
         """Of the pass under way; None between passes."""
         self._pass: RowPass | None = None
+        self._kept: deque[_RunningRow] = deque()
+        """Rows of requests that have ended, for prompts that begin alike; the longest unused first."""
         self._prompt_was_last = False
         self._order = RowTracker()
 
@@ -117,7 +120,9 @@ class RowBatcher(Batcher):
                 in_flight=config.kv_tokens if support.whole_prompts else in_flight,
                 by_row=support.by_row,
             )
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch's on the CPU is a RuntimeError
+                raise
             raise DoesNotFitError(
                 f"a cache of {config.kv_tokens:,} tokens and {config.max_requests} requests doesn't fit on "
                 f"{self._model.device}: {error}"
@@ -133,10 +138,19 @@ class RowBatcher(Batcher):
             self._leave(entry)  # else when the prepared pass is made
 
     def _leave(self, entry: TrackedRequest) -> None:
-        """Free the row of a request that has ended."""
+        """Free the row of a request that has ended. If others may begin with it, it is kept until its room is needed."""
         (running,) = [running for running in self._running if running.entry is entry]
         self._running.remove(running)
-        self._cache.close(running.row)
+        if self._config.prefix_cache and self._support.shares_prefixes and entry.reason != "error" and running.row.length:
+            self._kept.append(running)
+        else:
+            self._cache.close(running.row)
+
+    def _make_room(self, tokens: int, rows: int) -> bool:
+        """Give up kept rows until so many rows, and cells for so many tokens, are free; whether they are."""
+        while self._kept and (self._cache.free_rows < rows or self._cache.free_tokens < tokens):
+            self._cache.close(self._kept.popleft().row)
+        return self._cache.free_rows >= rows and self._cache.free_tokens >= tokens
 
     # Admission.
 
@@ -153,30 +167,34 @@ class RowBatcher(Batcher):
     def _admit(self) -> None:
         """Give rows to waiting requests, in order, as far as rows and tokens suffice."""
         held: deque[TrackedRequest] = deque()
-        while self._waiting and self._cache.free_rows:
+        while self._waiting and len(self._running) < self._config.max_requests:
             entry = self._waiting.popleft()
-            if self._running and self._uncomputed() + len(self._running) + 2 > self._cache.free_tokens:
-                self._waiting.appendleft(entry)  # not even if it shares all but its last token
-                break
             source, shared = self._shared_beginning(entry)
             if source is not None and source.row.length < shared:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
                 held.append(entry)  # it goes on from there, soon
                 continue
+            if source in self._kept:
+                self._kept.remove(source)
+                self._kept.append(source)  # the last to be given up
             # Every running row needs room for a token, or none of them could go on.
-            if self._running and self._uncomputed() + entry.length - shared + len(self._running) + 1 > self._cache.free_tokens:
+            needed = self._uncomputed() + entry.length - shared + len(self._running) + 1
+            if not self._make_room(needed, rows=1) and self._running:
                 self._waiting.appendleft(entry)
                 break
+            if source is not None and source not in self._kept and source not in self._running:
+                self._waiting.appendleft(entry)  # the source had to be given up
+                continue
             row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
             self._counters.reused_tokens += shared
-            self._running.append(_Running(entry, row))
+            self._running.append(_RunningRow(entry, row))
         self._waiting.extendleft(reversed(held))
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""
         return sum(running.left for running in self._running)
 
-    def _shared_beginning(self, entry: TrackedRequest) -> tuple[_Running | None, int]:
+    def _shared_beginning(self, entry: TrackedRequest) -> tuple[_RunningRow | None, int]:
         """The running request whose row a new one can begin with, and the tokens that they share; (None, 0) without one."""
         if not self._config.prefix_cache or not self._support.shares_prefixes:
             return None, 0
@@ -184,11 +202,13 @@ class RowBatcher(Batcher):
             return None, 0  # the logits of all of its prompt are needed
         beginning = entry.ids(0, LEAST_SHARED_TOKENS)
         own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
-        best: tuple[_Running | None, int] = (None, 0)
-        for running in self._running:
+        best: tuple[_RunningRow | None, int] = (None, 0)
+        for running in (*self._running, *self._kept):
             if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
                 continue
             shared = _common(own, running.entry.ids(0, len(own)))
+            if running.entry.reason:
+                shared = min(shared, running.row.length)  # it doesn't go on
             # A state is of one length: the row's present one, or one that it hasn't reached.
             if self._cache.keeps_states and shared < running.row.length:
                 continue
@@ -205,12 +225,12 @@ class RowBatcher(Batcher):
             room = self._chunk.prompt_tokens(sum(map(decodes, states))) if together else most
             planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=together)
             assert planned is not None, "every running row has a token left to compute"
-            if len(planned.rows) * planned.width <= self._cache.free_tokens:
+            if self._make_room(len(planned.rows) * planned.width, rows=0):
                 return planned
             self._preempt(self._running[-1])  # the oldest alone always fits
         return None
 
-    def _state(self, running: _Running) -> RowState:
+    def _state(self, running: _RunningRow) -> RowState:
         entry, support = running.entry, self._support
         first = 0
         if support.replays:  # a moved request's own tokens come one by one, as they did the first time
@@ -220,7 +240,7 @@ class RowBatcher(Batcher):
         most = self._config.max_requests if entry.prompt_rows(running.row.length, entry.prompt_length) else 0
         return RowState(known=entry.length, computed=running.row.length, first=first, most=most, stop=running.stop)
 
-    def _preempt(self, running: _Running) -> None:
+    def _preempt(self, running: _RunningRow) -> None:
         """Give up a row; its request waits again, before all others."""
         self._leave(running.entry)
         self._waiting.appendleft(running.entry)
@@ -265,7 +285,7 @@ class RowBatcher(Batcher):
         if seconds is not None:
             self._chunk.observe(prompt_tokens, decoding, seconds)
 
-    def _finish_part(self, isolation: Isolation[_Running]) -> None:
+    def _finish_part(self, isolation: Isolation[_RunningRow]) -> None:
         if isolation.done:
             assert self._pass is not None
             self._prompt_was_last = not self._pass.decodes
@@ -274,7 +294,7 @@ class RowBatcher(Batcher):
                 self._leave(running.entry)
 
     @torch.no_grad()
-    def _forward(self, part: Sequence[_Running], width: int, step: StepOfRows) -> torch.Tensor:
+    def _forward(self, part: Sequence[_RunningRow], width: int, step: StepOfRows) -> torch.Tensor:
         """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
         device = self._model.device
         ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
@@ -294,7 +314,7 @@ class RowBatcher(Batcher):
         logits: torch.Tensor = found.logits[:, -keep:]
         return logits
 
-    def _choose(self, part: Sequence[_Running], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
+    def _choose(self, part: Sequence[_RunningRow], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
         """Choose tokens, and compute log-probabilities; returns calls that enter them, for after the commit."""
         deliver: list[Callable[[], None]] = []
         if rows := self._prompt_rows(part[0], width):
@@ -313,7 +333,7 @@ class RowBatcher(Batcher):
         return deliver
 
     @staticmethod
-    def _prompt_rows(running: _Running, width: int) -> range:
+    def _prompt_rows(running: _RunningRow, width: int) -> range:
         """Positions of a pass whose log-probabilities are asked for; it has one row then."""
         return running.entry.prompt_rows(running.row.length, running.row.length + width)
 
@@ -327,12 +347,14 @@ class RowBatcher(Batcher):
             entry.append(choice)
 
     def _usage(self) -> Usage:
-        return Usage(len(self._running), self._config.kv_tokens - self._cache.free_tokens, self._config.kv_tokens)
+        used = sum(running.row.length for running in self._running)  # cells that several share count for each
+        return Usage(len(self._running), min(used, self._config.kv_tokens), self._config.kv_tokens)
 
     def close(self) -> None:
         self.grammars.close()
         self._waiting.clear()
         self._running.clear()
+        self._kept.clear()
         self._isolation = self._pass = None
         del self._cache
 

@@ -39,7 +39,7 @@ class GrammarProgress(Protocol):
 
     @property
     def finished(self) -> bool:
-        """Whether the text is complete, and no token may follow."""
+        """Whether the text is complete, and no token may follow but a stop token."""
 
     @property
     def error(self) -> str | None:
@@ -48,11 +48,12 @@ class GrammarProgress(Protocol):
     def allowed(self) -> NDArray[np.int32]:
         """The tokens that may come next, the stop tokens among them where the text may end: int32 [ceil(V / 32)].
 
-        Bit ``t % 32`` of word ``t // 32`` stands for token t. At least one is set.
+        Bit ``t % 32`` of word ``t // 32`` stands for token t. At least one is set. A call may find that the text is finished,
+        or can't be continued: the next token is no part of it then.
         """
 
-    def accept(self, token: int) -> bool:
-        """Add a token to the text; False if no token can follow it, so that this one is no part of it."""
+    def accept(self, token: int) -> None:
+        """Add a token to the text: no stop token."""
 
 
 @dataclass(eq=False)
@@ -167,17 +168,27 @@ class TrackedRequest:
         """
         request, token, grammar = self.request, choice.token, self.grammar_state
         assert token != NO_TOKEN, "a step without a token isn't committed"
-        belongs = grammar is None or grammar.accept(token)
-        if belongs:
-            self.tokens.append(token)
-            if choice.logprobs is not None:
-                self.logprobs.append(choice.logprobs)
-        if grammar is not None and grammar.error is not None:
-            self.end("error", grammar.error)
-        elif not belongs or token in request.stop_tokens or (grammar is not None and grammar.finished):
+        stops = token in request.stop_tokens
+        if grammar is not None and (grammar.error is not None or not stops):
+            if self._ended_by(grammar):
+                return
+            grammar.accept(token)
+        self.tokens.append(token)
+        if choice.logprobs is not None:
+            self.logprobs.append(choice.logprobs)
+        if stops:
             self.end("stop")
+        elif grammar is not None and self._ended_by(grammar):
+            pass
         elif len(self.tokens) == request.max_new_tokens:
             self.end("length")
+
+    def _ended_by(self, grammar: GrammarProgress) -> bool:
+        if grammar.error is not None:
+            self.end("error", grammar.error)
+        elif grammar.finished:
+            self.end("stop")
+        return self.reason is not None
 
     def end(self, reason: Reason, error: str | None = None) -> None:
         self.reason, self.error = reason, error

@@ -110,15 +110,22 @@ def measure_cache(model: PreTrainedModel) -> tuple[CacheTensor, ...]:
     """What a model's own cache keeps of a sequence.
 
     Args:
-        model: on any device, with or without experts. It is left as it is: a skeleton of its class is run.
+        model: on any device, with or without experts. A skeleton of its class is run; or the model itself, if that can't be
+            run without values.
 
     Raises:
-        UnsupportedModelError: the skeleton's forward pass fails on the meta device, or the cache keeps unknown tensors.
+        UnsupportedModelError: a forward pass fails, or the cache keeps unknown tensors.
     """
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # the model's may be a batcher's own
     skeleton = build_skeleton(dense_class(type(model)), config, model.dtype)
-    return _dry_run(skeleton, [module for module in skeleton.modules() if is_experts(module)])[0]
+    for run in (skeleton, model):
+        try:
+            return _dry_run(run, [module for module in run.modules() if is_experts(module)])[0]
+        except UnsupportedModelError:
+            if run is model or model.device.type == "meta":
+                raise
+    raise AssertionError("one of the two returns or raises")
 
 
 def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tuple[CacheTensor, ...], int]:
@@ -175,7 +182,7 @@ def run_without_experts(
             ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
             # The decoder alone: its surroundings turn images into embeddings, and hidden states into logits.
             decoder = cast(Any, model).get_decoder()
-            return decoder(input_ids=ids, use_cache=True).past_key_values
+            return decoder(input_ids=ids, use_cache=True, return_dict=True).past_key_values
     finally:
         for module, forward in zip(experts, own, strict=True):
             if forward is None:

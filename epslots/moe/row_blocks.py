@@ -69,6 +69,8 @@ def _sizes(rows: int, weight_KN: torch.Tensor, multiply: Multiply) -> Iterator[t
 
 def _is_allowed(size: int, weight_KN: torch.Tensor, multiply: Multiply) -> bool:
     """Whether rows in a block of ``size`` have the same bits as in small blocks; checked once for a kind of product."""
+    if weight_KN.is_meta:  # no bits
+        return size == ROWS
     kind = (multiply is torch.mm, weight_KN.device, torch.get_num_threads(), weight_KN.dtype)
     key = (*kind, weight_KN.shape, weight_KN.stride(), size)
     if key not in _checked:

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from epslots.bench import batch_arrivals, batch_latents, batch_speed
+from epslots.bench import batch_arrivals, batch_grammars, batch_latents, batch_speed
 from epslots.bench.batch import PARTS, bench_batch
 from epslots.bench.engines import Served, start_decoding
 from epslots.bench.models import random_config
 from epslots.bench.report import BenchReport
 from epslots.errors import ConfigError
+from epslots.example import example_model
 from epslots.generation.requests import Output, Request
+from epslots.generation.text import load_tokenizer
 
 
 def report() -> BenchReport:
@@ -32,9 +34,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for module in (batch_speed, batch_arrivals):
         monkeypatch.setattr(module, "CONTENDERS", contenders)
-    for name, value in {"PROMPT": 8, "NEW": 6, "MANY": 4, "ALONE": 2, "CONTEXTS": (16,), "BATCHES": (4, 1)}.items():
+    settings = {"PROMPT": 8, "NEW": 16, "MANY": 4, "ALONE": 2, "CONTEXTS": (16,), "BATCHES": (4, 1)}
+    for name, value in (settings | {"GENERATED": (2,), "IMPLEMENTATIONS": ("eager", "grouped_mm")}).items():
         monkeypatch.setattr(batch_speed, name, value)
-    monkeypatch.setattr(batch_speed, "IMPLEMENTATIONS", ("eager", "grouped_mm"))
     monkeypatch.setattr(batch_speed, "random_config", lambda **_: attention)
     for name, value in {"PROMPT": 60, "DECODING": 2, "PAST": 5, "PROMPTS": 2}.items():
         monkeypatch.setattr(batch_arrivals, name, value)
@@ -42,6 +44,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     config.hidden_size, config.vocab_size = 64, 300
     monkeypatch.setattr(batch_latents, "latent_config", lambda: config)
     monkeypatch.setattr(batch_latents, "CONTEXT", 40)
+    monkeypatch.setattr(batch_latents, "LARGE_MODELS", {"small": (config, None)})
+    monkeypatch.setattr(batch_grammars, "train_tokenizer", lambda: load_tokenizer(example_model()))
 
 
 @pytest.mark.parametrize("part", PARTS)

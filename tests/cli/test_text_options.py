@@ -28,7 +28,7 @@ def test_every_setting_is_an_option_that_is_explained():
         found = {option: parameter for parameter in command.params for option in parameter.opts}
         for name in SETTINGS:
             option = found[f"--{name.replace('_', '-')}"]
-            assert option.help[0].isupper() and len(option.help) > 20, name
+            assert not option.help[0].islower() and len(option.help) > 20, name
             assert "``" not in option.help
             assert option.rich_help_panel
 

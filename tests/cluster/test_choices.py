@@ -75,7 +75,7 @@ def test_room_is_for_all_choices_or_none(open_cluster: Any, folder: Path):
     long = {"max_new_tokens": 300, "stop_tokens": ()}
     with pytest.raises(ConfigError, match="n=5; allowed: up to max_queue, which is 4"):
         cluster.submit_choices(PROMPTS[0], n=5)
-    for _ in range(3):
+    for _ in range(2):
         held = cluster.submit_choices(PROMPTS[0], n=3, **long)
         with pytest.raises(Overloaded, match="4 requests wait or run already, or would with this prompt's"):
             cluster.submit_choices(PROMPTS[1], n=2, **long)
@@ -88,14 +88,15 @@ def test_room_is_for_all_choices_or_none(open_cluster: Any, folder: Path):
         assert len(cluster.submit_choices(PROMPTS[1], n=2, **long)) == 2, "each choice leaves room by itself"
         del held
         gc.collect()
-    mixed = [{"prompt": prompt, "n": n} for prompt, n in zip(PROMPTS, (4, 1, 3, 2, 4, 5, 1, 4), strict=True)]
+    counts = (4, 1, 3, 2, 4, 5, 1, 4)
+    mixed = [{"prompt": prompt, "n": n} for prompt, n in zip(PROMPTS, counts, strict=True)]
     results = list(cluster.generate(mixed, max_new_tokens=3, stop_tokens=()))
     right = expected(folder, PROMPTS, 3)
     refused = [result for result in results if result.reason == "error"]
     assert [(result.index, result.choice, result.choices) for result in refused] == [(5, 0, 1)]
     assert "n=5; allowed: up to max_queue" in str(refused[0].error)
     found = choices_of(iter([result for result in results if result.reason != "error"]))
-    assert found == {i: [right[i]] * n for i, n in enumerate((4, 1, 3, 2, 4, 5, 1, 4)) if i != 5}
+    assert found == {i: [right[i]] * n for i, n in enumerate(counts) if i != 5}
 
 
 def test_one_generation_is_one_choice(open_cluster: Any):
@@ -108,14 +109,14 @@ def test_one_generation_is_one_choice(open_cluster: Any):
 
 def test_readers_that_leave_end_their_choice_alone(open_cluster: Any, folder: Path):
     cluster, _ = open_cluster(2, max_queue=3)
-    first, second, third = cluster.submit_choices(PROMPTS[0], n=3, max_new_tokens=80, stop_tokens=())
+    first, second, third = cluster.submit_choices(PROMPTS[0], n=3, max_new_tokens=40, stop_tokens=())
     for _ in first.portions():
         break
     assert first.result(60).reason == "cancelled"
     del second
     gc.collect()
-    assert third.result(60).tokens == expected(folder, PROMPTS[:1], 80)[0]
-    results = cluster.generate(PROMPTS, n=3, max_new_tokens=80, stop_tokens=())
+    assert third.result(60).tokens == expected(folder, PROMPTS[:1], 40)[0]
+    results = cluster.generate(PROMPTS, n=3, max_new_tokens=10, stop_tokens=())
     next(results)
     results.close()
     assert choices_of(cluster.generate(PROMPTS[:2], n=3, max_new_tokens=2, stop_tokens=())) == {

@@ -48,6 +48,7 @@ def test_callers_that_wait_get_their_places_in_order():
     room.give(1)
     few.join(60)
     assert order == ["many", "few"]
+    room.give(2)
     assert room.take(2, wait=False)
     assert not room.take(1, wait=False)
 

@@ -128,7 +128,8 @@ def test_flags_are_true(name: str, checkpoint: Callable[[str], Path]) -> None:
     modules: dict[str, Any] = dict(experts_modules(model))
     text = model.config.get_text_config()
     assert tiny.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-    assert tiny.tied == (not any("lm_head" in key for key in read_tensors(checkpoint(name))))
+    heads = ("lm_head.weight", "unembed.weight")
+    assert tiny.tied == (not any(key.endswith(heads) or key == "head.weight" for key in read_tensors(checkpoint(name))))
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     assert tiny.hybrid == (not set(getattr(text, "layer_types", None) or []) <= attention)
 

@@ -59,6 +59,7 @@ class Watched:
         deciding = [s.request_id for s in self.scheduler.active_requests.values() if s.status == RequestStatus.DECODING]
         preempted = self.batcher.stats().preempted
         if not self.batcher.prepare():
+            self._take()
             return False
         batch = self.batcher._processor.inputs_and_outputs.requests_in_batch
         numbers = [entry.state.request_id for entry in batch]
@@ -66,8 +67,11 @@ class Watched:
             stays = set(deciding) & set(self.scheduler.active_requests)
             assert stays <= set(numbers) or self._is_full(), "decoding waits for nothing but room"
         self.batcher.step()
-        self.order += [output.id for output in self.batcher.outputs() if output.finished]
+        self._take()
         return True
+
+    def _take(self) -> None:
+        self.order += [output.id for output in self.batcher.outputs() if output.finished]
 
     def run(self, steps: int = 100_000) -> Watched:
         for _ in range(steps):

@@ -49,7 +49,7 @@ def test_a_stop_string_cuts_all_alike(name: str, data: st.DataObject):
     assert found[-1].reason == ("length" if once.stopped_after is None else "stop")
 
 
-def test_an_output_ends_with_the_token_that_completes_a_stop_string():
+def test_an_output_ends_where_a_stop_string_is_complete():
     tokenizer = TOKENIZERS["bytes"]
     tokens = tuple(tokenizer.encode(TEXT, add_special_tokens=False))
     logprobs = tuple(TokenLogprobs(token, -1.0) for token in tokens)

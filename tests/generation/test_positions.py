@@ -147,7 +147,8 @@ def test_a_request_that_fails_at_a_later_token_ends(kind: str, way: str, expecte
         outputs += batcher.outputs()
     guilt.remove()
     assert [token for output in outputs for token in output.tokens] == tokens[: at + 1]
-    assert outputs[-1].reason == "error" and guilt.fell == 2
+    # A row that isn't finite has touched no other, and ends at once; another failure is tried twice.
+    assert outputs[-1].reason == "error" and guilt.fell == (1 if way == "nan" else 2)
     batcher.add(REQUESTS[0])
     assert finish(batcher, []).tokens == {REQUESTS[0].id: expected[REQUESTS[0].id]}
 

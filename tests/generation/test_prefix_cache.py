@@ -49,6 +49,8 @@ class LogitsError:
         self._handle = model.get_output_embeddings().register_forward_hook(self._take)
 
     def _take(self, _module: object, _inputs: object, logits: torch.Tensor) -> None:
+        if self._batcher._part is None:
+            return  # a call of the model itself
         batch = self._batcher._processor.inputs_and_outputs.requests_in_batch
         gets_token = [entry for entry in batch if entry.has_new_token]
         for row, entry in zip(logits[0], gets_token, strict=False):
@@ -80,7 +82,6 @@ def test_shared_or_not_logits_and_tokens_are_the_same(name: str, shares: bool, b
     assert finish(batcher, requests[:1]).tokens == {"t0": expected["t0"]}
     assert batcher.stats().reused_tokens == 0
     assert finish(batcher, requests).tokens == expected
-    assert error.measure(expected) <= 2e-5
     stats = batcher.stats()
     windows = name in ("gemma4", "gpt_oss")
     assert stats.reused_tokens == (0 if windows or not shares else 4 * 3 * PAGE)
@@ -89,6 +90,7 @@ def test_shared_or_not_logits_and_tokens_are_the_same(name: str, shares: bool, b
     assert (stats.running, stats.waiting, stats.kv_used) == (0, 0, 0)
     assert pages_are_free(batcher)
     batcher.close()
+    assert error.measure(expected) <= 2e-5
 
 
 @pytest.mark.parametrize("chunk", [512, 24])
@@ -210,11 +212,11 @@ def test_pages_of_a_preempted_request_are_used_again(built: Callable[[str], PreT
     model = built("mixtral")
     requests = [Request(str(n), prompt_of(30, seed=n), 30, sampling=Sampling(1.0, seed=n)) for n in range(3)]
     expected = {request.id: drawn(model, request) for request in requests}
-    batcher = PagedBatcher(model, kv_tokens=128)
+    batcher = PagedBatcher(model, kv_tokens=160)
     assert finish(batcher, requests).tokens == expected
     stats = batcher.stats()
-    assert stats.preempted > 0
-    assert stats.reused_tokens > 0
+    assert (stats.preempted, stats.reused_tokens) == (1, 32)
+    assert stats.prompt_tokens == 3 * 30 + (30 + 19 - 32), "its prompt and 19 tokens, but for two pages"
     assert pages_are_free(batcher)
     batcher.close()
 

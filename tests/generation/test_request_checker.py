@@ -20,7 +20,7 @@ from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.generation.request_checker import ModelLimits, RequestChecker
 from epslots.generation.requests import Grammar, Request
-from epslots.generation.sampling import Sampling, choice_seed
+from epslots.generation.sampling import Sampling, choice_seed, uniform_numbers
 from epslots.generation.settings import MOST_STOP_TOKENS, GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import MOST_STOP_CHARS, MOST_STOP_STRINGS, encode_prompt, load_tokenizer
 
@@ -138,8 +138,8 @@ def test_a_users_tokenizer_is_not_the_one_that_many_threads_use():
         ({"max_new_tokens": 10**30}, "max_new_tokens=10{30}; allowed: at least 1"),
         ({"max_new_tokens": 10**5000}, "max_new_tokens=<int>; allowed: at least 1"),
         ({"max_new_tokens": -(10**5000)}, "max_new_tokens=<int>; allowed: at least 1"),
-        ({"seed": 10**5000}, "seed=<int>; allowed: an int from 0"),
-        ({"seed": -1}, "seed=-1; allowed: an int from 0"),
+        ({"seed": 10**5000}, "seed=<int>; allowed: an int, from 0"),
+        ({"seed": -1}, "seed=-1; allowed: an int, from 0"),
         ({"top_k": -(10**5000)}, "top_k=<int>; allowed: an int, at least 0"),
         ({"temperature": float("nan")}, "temperature=nan; allowed: a finite number"),
         ({"temperature": float("inf")}, "temperature=inf; allowed: a finite number"),
@@ -168,7 +168,7 @@ def test_a_users_tokenizer_is_not_the_one_that_many_threads_use():
         ({"json_schema": False}, "json_schema=False; allowed: a JSON schema"),
         ({"json_schema": "[1]"}, r"json_schema='\[1\]'; allowed: a JSON schema"),
         ({"json_schema": "{" * 10**6}, "json_schema='{+.*; allowed: a JSON schema"),
-        ({"json_schema": {"type": {5}}}, "json_schema=.*; allowed: a JSON schema, as an object or its text"),
+        ({"json_schema": {"type": object()}}, "json_schema=.*; allowed: a JSON schema, as an object or its text"),
         ({f"setting{n}": n for n in range(100_000)}, "no such setting; allowed: max_new_tokens"),
         ({"x" * 10**6: 1}, "no such setting; allowed: max_new_tokens"),
         ({"chat": "x" * 10**6}, "Expected `bool"),
@@ -306,6 +306,26 @@ def test_a_grammar_that_cannot_be_followed_is_refused(given: dict[str, Any]):
     with pytest.raises(ConfigError) as caught:
         read_settings(given)
     assert len(str(caught.value)) < 800
+
+
+def mixed(z: int) -> int:
+    """SplitMix64's finalizer."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_seeds_of_choices_are_numbers_before_the_drawn_ones():
+    stride = 0x9E3779B97F4A7C15
+    seeds = [0, 1, 2, 11, 2**32, 2**63 - 1]
+    found = {(seed, choice): choice_seed(seed, choice) for seed in seeds for choice in range(128)}
+    for (seed, choice), derived in found.items():
+        start = mixed((seed + stride) % 2**64)
+        assert derived == (mixed((start - choice * stride) % 2**64) >> 1 if choice else seed)
+        assert 0 <= derived < 2**63
+    assert len(set(found.values())) == len(found)
+    # The same generator draws tokens, from position 0 on.
+    assert uniform_numbers([11], [3]).tolist() == [(mixed((mixed(11 + stride) + 3 * stride) % 2**64) >> 11) / 2**53]
 
 
 def test_choices_differ_in_their_seeds_alone():

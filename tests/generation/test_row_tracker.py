@@ -129,7 +129,7 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
     comes = {0: "ab", 3: "c", 6: "de"}
     rows: dict[tuple[str, int], torch.Tensor] = {}
     tokens = {name: list(request.prompt) for name, request in requests.items()}
-    mixed = 0
+    mixed, step_of = 0, dict[tuple[str, int], int]()
     for step in range(200):
         for name in comes.get(step, ""):
             batcher.add(requests[name])
@@ -142,6 +142,7 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
         batcher.step()
         assert len(watched.steps) == step + 1 and len(watched.steps[-1]) == len(places)
         rows |= dict(zip(places, watched.steps[-1], strict=True))
+        step_of |= dict.fromkeys(places, step)
         for output in batcher.outputs():
             tokens[output.id] += output.tokens
     assert batcher_class is RowBatcher or mixed > 3, "prompts and single tokens went together"
@@ -155,6 +156,9 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
         assert computed or batcher_class is RowBatcher
         for place in computed:
             now_H, before_H = rows[name, place].chunk(2)
-            expected_H = hidden_TH[place - 1] if place else torch.zeros_like(now_H)
+            # In rows, a prompt's pass may lie between two tokens of a text; the predictor knows one step.
+            known = place > 0 and step_of[name, place] - step_of[name, place - 1] <= 1
+            assert known or place == 0 or batcher_class is RowBatcher
+            expected_H = hidden_TH[place - 1] if known else torch.zeros_like(now_H)
             assert torch.allclose(now_H, hidden_TH[place], atol=1e-4, rtol=1e-4)
             assert torch.allclose(before_H, expected_H, atol=1e-4, rtol=1e-4), (name, place)

@@ -218,7 +218,7 @@ filters = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     logits=st.lists(st.one_of(logit, st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 3.0])), min_size=1, max_size=12),
     sampling=filters,
@@ -342,7 +342,7 @@ def test_the_last_bits_of_logits_hardly_ever_matter():
         ({"top_k": -1}, r"top_k=-1; allowed: an int, at least 0"),
         ({"top_k": 2.0}, r"top_k=2.0"),
         ({"top_k": False}, r"top_k=False"),
-        ({"seed": -1}, r"seed=-1; allowed: an int from 0 to 2\*\*63 - 1"),
+        ({"seed": -1}, r"seed=-1; allowed: an int, from 0 to 2\*\*63 - 1"),
         ({"seed": 2**63}, r"seed=9223372036854775808"),
         ({"seed": 0.0}, r"seed=0.0"),
         ({"seed": True}, r"seed=True"),

@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from epslots.generation.prompt_rows import share_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,6 +60,27 @@ def test_a_stop_token_is_no_part_of_the_grammar_s_text():
         assert entry.reason is None
         entry.append(Choice(number))
     assert (grammar.text, entry.tokens, entry.reason) == ([3, 4], [3, 4, 9], "stop")
+
+
+@pytest.mark.parametrize(("stop", "tokens"), [(9, [3, 9]), (4, [3])])
+def test_an_end_that_a_mask_shows_leaves_out_its_token(stop: int, tokens: list[int]):
+    """But for a stop token, which ends every text."""
+    grammar = FakeGrammar(10, length=2)
+    entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9}), logprobs=0), grammar_state=grammar)
+    entry.append(Choice(3, TokenLogprobs(3, -1.0)))
+    grammar.length = 1
+    entry.append(Choice(stop, TokenLogprobs(stop, -1.0)))
+    assert (entry.tokens, entry.reason, grammar.text) == (tokens, "stop", [3])
+    assert [found.token for found in entry.logprobs] == tokens
+
+
+@pytest.mark.parametrize("token", [3, 9])
+def test_a_grammar_that_fails_ends_its_request_with_its_words(token: int):
+    grammar = FakeGrammar(10)
+    entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9})), grammar_state=grammar)
+    grammar.error = "too much work"
+    entry.append(Choice(token))
+    assert (entry.tokens, entry.reason, entry.error) == ([], "error", "too much work")
 
 
 @settings(deadline=None)
@@ -138,28 +158,3 @@ def test_a_request_with_a_delivered_token_has_had_them():
 def test_more_cannot_be_delivered_than_there_are(given_: int):
     with pytest.raises(ConfigError, match=f"prompt_logprobs_delivered={given_}; allowed: 0 to the prompt's length"):
         Request("a", (1, 2, 3), 9, prompt_logprobs=1, prompt_logprobs_delivered=given_)
-
-
-# --- rows of logits ----------------------------------------------------------------------------------------------------------
-
-
-@given(wanted=st.lists(st.integers(1, 40), max_size=30), most=st.integers(1, 30))
-def test_rows_are_shared_and_never_exceeded(wanted: list[int], most: int):
-    given_ = share_rows(wanted, most)
-    assert sum(given_) <= most
-    assert all(0 <= rows <= wished for rows, wished in zip(given_, wanted, strict=True))
-    assert not wanted or given_[0] >= 1, "the first one gets on"
-    if 0 in given_:
-        assert sum(given_) == most, "none waits while there is room"
-
-
-def test_requests_of_one_row_are_served_in_order():
-    assert share_rows([1] * 5, 3) == [1, 1, 1, 0, 0]
-    assert share_rows([], 3) == []
-
-
-def test_a_long_prompt_leaves_rows_to_those_behind():
-    assert share_rows([100], 16) == [16]
-    assert share_rows([1, 1, 100, 1, 1], 16) == [1, 1, 12, 1, 1]
-    assert share_rows([1, 1, 100, *[1] * 50], 16) == [1, 1, 7, *[1] * 7, *[0] * 43]
-    assert share_rows([100, 100, 100], 16) == [14, 1, 1]

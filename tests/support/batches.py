@@ -92,15 +92,21 @@ def pages_are_free(batcher: PagedBatcher) -> bool:
 
 
 class ModelFree:
-    """Lets a batcher make its steps without its model: each request gets token 0. Only what is scheduled matters then.
+    """Lets a batcher make its steps without its model: all logits are 0. Only what is scheduled matters then.
 
     Args:
         step: called for each step.
     """
 
     def __init__(self, batcher: PagedBatcher, step: Callable[[list[FutureRequestState]], None] = lambda _: None) -> None:
-        processor = batcher._processor
-        processor._generation_step = lambda model: step(processor.inputs_and_outputs.requests_in_batch)
+        self._processor, self._step = batcher._processor, step
+        self._processor._generation_step = self._generate
+
+    def _generate(self, _model: PreTrainedModel) -> None:
+        batch = self._processor.inputs_and_outputs
+        self._step(batch.requests_in_batch)
+        rows = len(batch.get_model_kwargs()["logits_indices"])
+        self._processor.model_runner._sample(torch.zeros(1, rows, zoo.VOCAB), batch.output_ids)
 
 
 class Faults:

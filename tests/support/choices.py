@@ -66,11 +66,10 @@ class FakeGrammar:
     def allowed(self) -> NDArray[np.int32]:
         return bits_of(self.next_tokens(), self.vocabulary)
 
-    def accept(self, token: int) -> bool:
+    def accept(self, token: int) -> None:
         assert token in self.next_tokens(), f"{token} leaves the grammar after {self.text}"
-        if token not in self.stops:
-            self.text.append(token)
-        return True
+        assert token not in self.stops, f"{token} is no part of the text"
+        self.text.append(token)
 
 
 class ReadyGrammars:

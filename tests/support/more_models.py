@@ -77,7 +77,7 @@ _GLM5_NEXT = Tiny(
             "layer_types": ["linear_attention", "indexed_attention"],
             "index_topk": 16,
             "index_head_dim": 16,
-            "index_n_heads": 2,
+            "index_n_heads": 16,  # with few heads, tokens tie, and which is chosen depends on padding
             "index_kpool": 4,
             "linear_head_dim": 16,
             "linear_num_heads": 4,

@@ -1,0 +1,117 @@
+"""Prompts that begin alike share what rows keep of their beginning, and get the tokens that they would get alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
+from tests.support import zoo
+from tests.support.batches import Collected, generated, prompt_of
+
+MODELS = {**zoo.ZOO, **zoo.STRESSED}
+KINDS = {
+    "deepseek_v3": "latents: any beginning",
+    "glm_moe_dsa": "latents and indexers: any beginning",
+    "qwen3_next": "recurrent states: the beginning that a chunk ends at",
+    "mimo_v2_flash": "windows",
+    "deepseek_v4": "compressed blocks of each row's own",
+    "inkling": "states and windows, attention row by row",
+}
+COMMON = prompt_of(41)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shared_beginnings_change_no_token(name: str):
+    model = MODELS[name].build()
+    prompts = [(*COMMON, *prompt_of(tail, seed=tail)) for tail in (9, 14, 9, 1, 30)]
+    requests = [Request(f"r{i}", prompt, 6) for i, prompt in enumerate([*prompts, prompts[0], prompt_of(20)])]
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=8, max_batch_tokens=16)
+    computed = [0]
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, ids: computed.append(ids[0].numel() if ids[0].shape[1] > 1 else 0)
+    )
+    for request in requests:
+        batcher.add(request)
+    found = Collected(batcher).run()
+    hook.remove()
+    assert found.tokens == {request.id: generated(model, request) for request in requests}
+    stats, prompt_tokens = batcher.stats(), sum(len(request.prompt) for request in requests)
+    assert stats.reused_tokens >= 5 * len(COMMON), "all but the first share, with states, too"
+    assert stats.prompt_tokens <= prompt_tokens - stats.reused_tokens
+    assert sum(computed) <= prompt_tokens - stats.reused_tokens
+    assert batcher._make_room(512, 8), "nothing but rows of finished requests is left"
+    batcher._cache.check()
+    batcher.close()
+
+
+def test_choices_of_one_prompt_compute_it_once():
+    model = MODELS["qwen3_next"].build()
+    prompt = prompt_of(50)
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=8, max_batch_tokens=64)
+    for number in range(4):
+        batcher.add(Request(f"r{number}", prompt, 5))
+    found = Collected(batcher).run()
+    assert batcher.stats().reused_tokens == 3 * 49, "but for its last token, whose logits each needs"
+    assert set(map(tuple, found.tokens.values())) == {tuple(generated(model, Request("a", prompt, 5)))}
+    batcher.close()
+
+
+def test_prefix_cache_switches_it_off():
+    model = MODELS["qwen3_next"].build()
+    batcher = RowBatcher(model, kv_tokens=512, max_batch_tokens=64, prefix_cache=False)
+    for number in range(3):
+        batcher.add(Request(f"r{number}", COMMON, 5))
+    Collected(batcher).run()
+    assert batcher.stats().reused_tokens == 0
+    batcher.close()
+
+
+def test_a_prompt_with_logprobs_is_computed_whole():
+    model = MODELS["deepseek_v3"].build()
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=4, max_batch_tokens=64)
+    batcher.add(Request("first", COMMON, 30))
+    batcher.add(Request("second", COMMON, 3, prompt_logprobs=2))
+    outputs = []
+    while batcher.prepare():
+        batcher.step()
+        outputs += batcher.outputs()
+    found = [row for output in outputs for row in output.prompt_logprobs]
+    with torch.no_grad():
+        expected = model(torch.tensor([COMMON])).logits[0].float().log_softmax(-1)
+    assert [row.token for row in found] == list(COMMON[1:])
+    for position, row in enumerate(found):
+        assert row.logprob == pytest.approx(float(expected[position, row.token]), abs=1e-4)
+    assert batcher.stats().reused_tokens == 0
+    batcher.close()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_a_conversation_goes_on_from_its_own_row(name: str):
+    """Each turn's prompt is the whole conversation before it, and more."""
+    model = MODELS[name].build()
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=2, max_batch_tokens=32)
+    conversation, before, reused = COMMON, (), 0
+    for turn in range(4):
+        request = Request(f"turn {turn}", conversation, 6)
+        batcher.add(request)
+        tokens = Collected(batcher).run().tokens[request.id]
+        assert tokens == generated(model, request)
+        # The last token of a text was never computed with.
+        assert batcher.stats().reused_tokens - reused == max(0, len(before) - 1)
+        reused = batcher.stats().reused_tokens
+        before = (*conversation, *tokens)
+        conversation = (*before, *prompt_of(7, seed=turn))
+    batcher.close()
+
+
+def test_kept_rows_give_way_to_requests():
+    model = MODELS["deepseek_v3"].build()
+    requests = [Request(f"r{i}", prompt_of(length, seed=i), 9) for i, length in enumerate((40, 30, 50, 20, 55, 48, 3))]
+    batcher = RowBatcher(model, kv_tokens=64, max_requests=2, max_batch_tokens=32)
+    for request in requests:
+        batcher.add(request)
+    assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
+    assert batcher._kept, "the last ones are still there"
+    batcher.close()
