@@ -14,7 +14,7 @@ from cluster.queue_room import QueueRoom
 def waiting(room: QueueRoom, count: int, then: Callable[[], object]) -> threading.Thread:
     """A thread that waits for so many places."""
     before = len(room._waiting)
-    thread = threading.Thread(target=lambda: room.take(count, wait=True) and then())
+    thread = threading.Thread(target=lambda: room.take(count, wait=True) and then(), daemon=True)
     thread.start()
     while len(room._waiting) == before:
         assert thread.is_alive()
