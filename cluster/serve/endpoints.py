@@ -48,7 +48,7 @@ def _truncated(tokens: Sequence[int], body: CommonRequest, most: int) -> Sequenc
 async def complete(service: Service, body: CompletionRequest, request: Request) -> Response:
     """Continue the prompts of a request."""
     given = body.prompt
-    prompts: list[str | list[int]] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)  # type: ignore[list-item]
+    prompts: list[str | list[int]] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
     if len(prompts) > service.config.max_prompts:
         raise refused(f"prompt: {len(prompts)} prompts; allowed: up to {service.config.max_prompts}", "prompt")
     record = _note(service, body, request, given, len(prompts) * body.choices)

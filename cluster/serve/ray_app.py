@@ -75,7 +75,7 @@ class EpslotsService:
         key_file: file with API keys on this node.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, model: str, service: Mapping[str, Any], settings: Mapping[str, Any], key_file: str | None
     ) -> None:
         from cluster.api import Cluster
