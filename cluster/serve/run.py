@@ -79,7 +79,7 @@ def _wait_for_failure(cluster: ServedCluster) -> str:
 def _drain(service: Service, server: HttpServer, reason: str) -> None:
     """Let running requests end. A second signal cuts them off."""
     running = service.running
-    again = f"; up to {service.config.drain_s:g} s for {running} requests; once more to cut them off" if running else ""
+    again = f"; up to {service.config.drain_s:g} s for {_requests(running)}; once more to cut them off" if running else ""
     say(f"stopped by {reason}{again}")
     try:
         with StopSignals():
@@ -87,7 +87,11 @@ def _drain(service: Service, server: HttpServer, reason: str) -> None:
     except JobStopped:
         cut = server.call(service.drain(0))
     if cut:
-        say(f"{cut} requests were cut off, with an error that says to try again")
+        say(f"{_requests(cut)} cut off, with an error that says to try again")
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
 
 
 def _ready_line(service: Service, url: str, seconds: float, *, has_keys: bool) -> str:

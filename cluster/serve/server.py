@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import threading
 from collections.abc import Coroutine
@@ -35,8 +36,10 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
+        known = error.errno is not None and error.errno > 0  # else it is about the host's name
+        reason = os.strerror(error.errno) if known else error.strerror  # type: ignore[arg-type]
         raise ConfigError(
-            f"host={host!r}, port={port}: {error.strerror or error}; give another --port, or the --host of this machine"
+            f"host={host!r}, port={port}: {reason}; give another --port, or the --host of this machine"
         ) from error
 
 
