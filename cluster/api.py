@@ -29,12 +29,13 @@ from cluster.generation import Generation, PromptChoice, Result
 from cluster.messages.controller import Explanation
 from cluster.messages.rank import Load
 from cluster.queue_room import QueueRoom
-from cluster.reports import ClusterStats, PlacementReport, rank_stats
+from cluster.reports import ClusterState, ClusterStats, PlacementReport, rank_stats
 from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, check_count, with_keywords
 from epslots.errors import ConfigError
+from epslots.generation.chat_template import Chat
 from epslots.generation.engine_stats import sum_engines
-from epslots.generation.request_checker import RequestChecker
+from epslots.generation.request_checker import ModelLimits, RequestChecker
 from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
 from epslots.models.checkpoint import find_checkpoint
@@ -247,6 +248,35 @@ class Cluster:
         """Ranks that serve now."""
         self._thread.check_process()
         return self._supervisor.group.serving
+
+    @property
+    def limits(self) -> ModelLimits:
+        """The requests that the model and a rank's cache can serve."""
+        return self._checker.limits
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text by default."""
+        return self._checker.end_tokens
+
+    def encode(self, prompt: str | Chat, *, special_tokens: bool = True, most_tokens: int | None = None) -> list[int]:
+        """A prompt's tokens, for any thread. Arguments and errors as ``RequestChecker.encode``."""
+        return self._checker.encode(prompt, special_tokens=special_tokens, most_tokens=most_tokens)
+
+    def state(self) -> ClusterState:
+        """What the driver knows without asking a rank: ranks, requests and room now. Never waits."""
+        self._thread.check_process()
+        supervisor, room = self._supervisor, self._room
+        queued, unfinished = supervisor.router.queued, supervisor.router.unfinished
+        return ClusterState(
+            ranks=supervisor.group.serving,
+            epoch=supervisor.group.epoch,
+            queued=queued,
+            running=max(0, unfinished - queued),
+            free=room.free,
+            places=room.places,
+            failure=CLOSED if self._closed else None if supervisor.failure is None else str(supervisor.failure),
+        )
 
     def stats(self) -> ClusterStats:
         """Counters of all ranks since each was loaded, at the end of the current step."""

@@ -3,6 +3,7 @@
     epslots.EpslotsError
     └── ClusterError       the cluster can't start, or can't go on
         ├── Overloaded     too many requests wait already
+        ├── RequestFailed  one request ended with an error; the cluster goes on
         └── RankFailed     a rank failed with an error of its own, on a node that the message names
 
 A request with a wrong prompt or setting is refused with ``epslots.ConfigError``.
@@ -26,6 +27,10 @@ def raised_anew(error: ClusterError) -> ClusterError:
 
 class Overloaded(ClusterError):
     """The queue is full: try again when results have come, or give the cluster a larger ``max_queue``."""
+
+
+class RequestFailed(ClusterError):
+    """A request ended with an error: its computation failed, or it was lost too often. The cluster goes on."""
 
 
 class RankFailed(ClusterError):

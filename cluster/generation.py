@@ -12,7 +12,7 @@ from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.errors import ClusterError, raised_anew
+from cluster.errors import RequestFailed, raised_anew
 from cluster.token_stream import StreamReader, TokenStream
 from epslots.errors import ConfigError
 from epslots.generation.portions import Portion, PortionMaker
@@ -206,23 +206,46 @@ class Generation:
         Raises (the iterator, when asked for a portion):
             ClusterError: the cluster can't go on; the request ended with an error; or this is a forked child.
         """
-        return StreamReader(self, self._portions(), self._stream, self._cancel)
+        return StreamReader(self, _only(self._portions()), self._stream, self._cancel)
+
+    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False) -> StreamReader[Portion | None]:
+        """The continuation without waiting, for one thread that reads many: an iterator over portions, None = no news.
+
+        Args:
+            on_news: called from another thread when there is news. It returns at once.
+            special_tokens: the text has special tokens, too, but for the one that ends it.
+
+        Raises (the iterator):
+            RequestFailed: the request ended with an error.
+            ClusterError: the cluster can't go on; or this is a forked child.
+        """
+        self._stream.watch(on_news)
+        return StreamReader(self, self._portions(wait=False, special_tokens=special_tokens), self._stream, self._cancel)
 
     def _pieces(self) -> Iterator[str]:
         if self._tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer, so there is no text; use portions() or result().tokens")
         for portion in self._portions():
-            if portion.text:
+            if portion is not None and portion.text:
                 yield portion.text
 
-    def _portions(self) -> Iterator[Portion]:
+    def _portions(self, *, wait: bool = True, special_tokens: bool = False) -> Iterator[Portion | None]:
         stream, settings = self._stream, self._choice.settings
-        maker = PortionMaker(self._tokenizer, settings.stops, settings.min_tokens)
+        maker = PortionMaker(
+            self._tokenizer,
+            settings.stops,
+            settings.min_tokens,
+            special_tokens=special_tokens,
+            unsaid=self._choice.request.stop_tokens if special_tokens else frozenset(),
+        )
         tokens = prompt_logprobs = 0
         finished = False
         while not finished:
             self._check_process()
-            output = stream.wait_after(tokens, prompt_logprobs)
+            output = stream.after(tokens, prompt_logprobs, wait=wait)
+            if output is None:
+                yield None
+                continue
             tokens += len(output.tokens)
             prompt_logprobs += len(output.prompt_logprobs)
             yield maker.take(output)
@@ -230,4 +253,8 @@ class Generation:
         if stream.failure is not None:
             raise raised_anew(stream.failure)
         if stream.reason == "error":
-            raise ClusterError(stream.error)
+            raise RequestFailed(stream.error)
+
+
+def _only(portions: Iterator[Portion | None]) -> Iterator[Portion]:
+    return (portion for portion in portions if portion is not None)

@@ -21,6 +21,11 @@ class QueueRoom:
         self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
 
+    @property
+    def free(self) -> int:
+        """Places that are free now."""
+        return self._free
+
     def take(self, count: int, *, wait: bool) -> bool:
         """Take places; returns whether there were as many. Nobody gets ahead of callers that wait.
 

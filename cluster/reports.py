@@ -1,4 +1,4 @@
-"""Reports for users: ``ClusterStats`` with a ``RankStats`` for each rank, and ``PlacementReport``."""
+"""Reports for users: ``ClusterStats`` with a ``RankStats`` for each rank, ``ClusterState`` and ``PlacementReport``."""
 
 from __future__ import annotations
 
@@ -57,6 +57,29 @@ class ClusterStats:
     engine: EngineStats
     controller: ControllerStats | None
     missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClusterState:
+    """What the driver knows without asking a rank.
+
+    Attributes:
+        ranks: number of ranks that serve now.
+        epoch: number of the group.
+        queued: number of requests that wait for a rank with room.
+        running: number of requests that a rank has.
+        free: requests that the queue has room for.
+        places: requests that it has room for when it is empty.
+        failure: why the cluster can't go on; None if it can.
+    """
+
+    ranks: int
+    epoch: int
+    queued: int
+    running: int
+    free: int
+    places: int
+    failure: str | None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class TokenStream:
         self.error: str | None = None
         self.failure: ClusterError | None = None
         self.users: set[object] = set()
+        self._watchers: tuple[Callable[[], None], ...] = ()
 
     @property
     def done(self) -> bool:
@@ -52,6 +53,7 @@ class TokenStream:
             self.news.notify_all()
         if output.reason is not None:
             self._on_done()
+        self._tell_watchers()
 
     def fail(self, error: ClusterError) -> None:
         """End with the cluster's failure."""
@@ -59,15 +61,30 @@ class TokenStream:
             self.failure = error
             self.news.notify_all()
         self._on_done()
+        self._tell_watchers()
 
-    def wait_after(self, tokens: int, prompt_logprobs: int) -> Output:
-        """Wait for more than so many tokens or log-probabilities of the prompt, or the end.
-
-        Returns:
-            All that came after them, as an output without an id.
-        """
+    def watch(self, on_news: Callable[[], None]) -> None:
+        """Have a function called after each change from now on, in the supervisor's thread. It returns at once."""
         with self.news:
-            self.news.wait_for(lambda: len(self.tokens) > tokens or len(self.prompt_logprobs) > prompt_logprobs or self.done)
+            self._watchers += (on_news,)
+
+    def _tell_watchers(self) -> None:
+        for on_news in self._watchers:
+            on_news()
+
+    def after(self, tokens: int, prompt_logprobs: int, *, wait: bool = True) -> Output | None:
+        """All that came after so many tokens and log-probabilities of the prompt, as an output without an id.
+
+        Args:
+            wait: for more than these, or the end; else None is returned where there is nothing more.
+        """
+
+        def more() -> bool:
+            return len(self.tokens) > tokens or len(self.prompt_logprobs) > prompt_logprobs or self.done
+
+        with self.news:
+            if not (self.news.wait_for(more) if wait else more()):
+                return None
             return Output(
                 id="",
                 tokens=tuple(self.tokens[tokens:]),

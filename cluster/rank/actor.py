@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import time
 from collections.abc import Iterator
 
 import msgspec
@@ -16,9 +15,6 @@ from cluster.actor_process import ActorProcess, die_with_parent
 from cluster.rank.contact_store import form_transport
 
 RANK_LOOP = "cluster.rank.rank_loop:RankLoop"
-
-_EVENTS_EVERY_S = 0.05
-"""Pause between batches of events: a message costs some milliseconds of processor time in Ray, at both ends."""
 
 
 class WorkerActor:
@@ -52,7 +48,6 @@ class WorkerActor:
         """All events until the process ends, in batches."""
         while True:
             yield self._loop.events()
-            time.sleep(_EVENTS_EVERY_S)
 
 
 def _use_interface(host: str) -> None:

@@ -4,7 +4,7 @@ Three threads meet here, and none waits for another's work:
 
     stepping   ``_main``: loads, forms groups, steps the engine; sleeps when no rank has work
     commands   calls ``command``: queues it for the stepping thread, or aborts a group whose operation is stuck
-    events     calls ``events``: waits for the next batch
+    events     calls ``events``: waits for the next batch (``event_pace.py``)
 
 A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
 request whose computation raises ends with an error (``generation/batcher.py``), and the rank sends ``Broken`` if that broke
@@ -47,6 +47,7 @@ from cluster.messages.rank import (
     encode,
 )
 from cluster.rank.contact_store import ContactStore
+from cluster.rank.event_pace import EventPace
 from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.generation.engine import Engine
@@ -92,15 +93,17 @@ class RankLoop:
 
     Args:
         form: connects the ranks of an epoch.
+        clock: seconds, for the pace of events.
     """
 
-    def __init__(self, form: FormTransport) -> None:
-        self._form_transport = form
+    def __init__(self, form: FormTransport, clock: Callable[[], float] = time.monotonic) -> None:
+        self._form_transport, self._clock = form, clock
         self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
         self._news = threading.Condition()
-        """Guards the two lists below, and is notified of their entries."""
+        """Guards the lists below and the pace, and is notified of their entries."""
         self._commands: list[_Queued] = []
         self._events: list[Event] = []
+        self._pace = EventPace()
         self._contacts: ContactStore | None = None
         """Of the newest epoch; only the commands' thread uses it."""
         self._newest = -1
@@ -251,6 +254,9 @@ class RankLoop:
         transport.deadline_s = form.deadline_s
 
     def _add(self, request: Request) -> None:
+        if not request.resumed:  # else its reader has tokens already
+            with self._news:
+                self._pace.expect(request.id)
         try:
             self._loaded_engine.batcher.add(request)
         except ConfigError as error:
@@ -369,11 +375,15 @@ class RankLoop:
         """Add an event to the next batch; from any thread."""
         with self._news:
             self._events.append(event)
+            self._pace.note(event)
             self._news.notify_all()
 
     def events(self) -> bytes:
-        """Wait for events, and take all of them."""
+        """Wait for events, and take all of them when it is time."""
         with self._news:
             self._news.wait_for(lambda: self._events)
+            while (wait_s := self._pace.wait_s(self._clock())) > 0:
+                self._news.wait(wait_s)
+            self._pace.sent(self._clock())
             events, self._events = self._events, []
         return encode(events)

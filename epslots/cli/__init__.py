@@ -1,6 +1,7 @@
-"""The command line: epslots generate, plan, verify, trace, predict, placement, simulate, bench.
+"""The command line: epslots generate, serve, plan, verify, trace, predict, placement, simulate, bench.
 
-Each command is a module; torch and transformers are imported when a command runs, so that ``--help`` answers at once.
+Each command is a module; torch and transformers are imported when a command runs, so that ``--help`` answers at once. serve
+is another package's command, found by its entry point (``extensions.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import typer
 import epslots
 from epslots.cli.bench import HELP as BENCH_HELP
 from epslots.cli.bench import bench
+from epslots.cli.extensions import add_commands
 from epslots.cli.generate import generate
 from epslots.cli.placement import placement_app
 from epslots.cli.plan import plan
@@ -64,6 +66,7 @@ EXIT_NO_READER = 1
 
 def main() -> NoReturn:
     """Entry point."""
+    add_commands(app)
     run(app)
 
 

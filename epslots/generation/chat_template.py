@@ -1,4 +1,4 @@
-"""A prompt in the tokenizer's chat template, within limits of time and memory.
+"""A chat in the tokenizer's chat template, within limits of time and memory.
 
 A template is a program that came with the checkpoint. transformers' sandbox shields the machine from it, but doesn't stop
 endless loops or gigabytes of text, and Python can't end a thread. So templates are rendered in a process of their own
@@ -17,7 +17,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,32 @@ TEMPLATE_MEMORY_BYTES = 512 * 1024**2
 # Limit for a process that gets no CPU, or is stopped: its own limit counts CPU time alone.
 _WALL_S = 120.0
 _WITHOUT = "allowed without it: chat=False (--no-chat)"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, and how a template writes it.
+
+    Attributes:
+        messages: mappings with "role", "content" and whatever else the template reads.
+        tools: JSON schemas of functions, in OpenAI's form; None = none.
+        template: in place of the tokenizer's.
+        add_generation_prompt: end with the beginning of the assistant's next message.
+        continue_final_message: end within the last message, which the text goes on with.
+        variables: further variables of the template.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_user(cls, text: str) -> Chat:
+        """A user's first message."""
+        return cls(messages=({"role": "user", "content": text},))
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -54,13 +81,13 @@ def find_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return found
 
 
-def render(tokenizer: PreTrainedTokenizerBase, template: str, text: str, *, most_chars: int | None) -> str:
-    """A chat template's text for one message of a user.
+def render(tokenizer: PreTrainedTokenizerBase, template: str, chat: Chat, *, most_chars: int | None) -> str:
+    """A chat template's text for a chat.
 
     Args:
         tokenizer: its special tokens are the template's variables.
         template: the chat template.
-        text: the message.
+        chat: what it writes.
         most_chars: the longest useful text; None for any.
 
     Raises:
@@ -68,8 +95,11 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, text: str, *, most
     """
     request = {
         "template": template,
-        "messages": [{"role": "user", "content": text}],
-        "variables": tokenizer.special_tokens_map,
+        "messages": list(chat.messages),
+        "tools": None if chat.tools is None else list(chat.tools),
+        "add_generation_prompt": chat.add_generation_prompt,
+        "continue_final_message": chat.continue_final_message,
+        "variables": {**tokenizer.special_tokens_map, **chat.variables},
         "most_chars": most_chars,
     }
     answer = _renderer(os.getpid()).ask(request)

@@ -40,16 +40,33 @@ class PortionMaker:
         tokenizer: the checkpoint's, if it has one.
         stop: the request's stop strings.
         min_tokens: the request's.
+        special_tokens: the text has special tokens, too.
+        unsaid: tokens that the text leaves out in any case: those that end it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stop: Iterable[str], min_tokens: int) -> None:
-        self._stream = None if tokenizer is None else TextStream(tokenizer, stop, min_tokens)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stop: Iterable[str],
+        min_tokens: int,
+        *,
+        special_tokens: bool = False,
+        unsaid: frozenset[int] = frozenset(),
+    ) -> None:
+        self._unsaid = unsaid
+        self._stream = None
+        if tokenizer is not None:
+            self._stream = TextStream(tokenizer, stop, min_tokens, special_tokens=special_tokens)
 
     def take(self, output: Output) -> Portion:
         """The portion for the next output; the last one if that is finished, or completes a stop string."""
         text = None
         if self._stream is not None:
-            text, output = push_until_stop(self._stream, output)
+            said = output
+            if not self._unsaid.isdisjoint(output.tokens):
+                said = replace(output, tokens=tuple(token for token in output.tokens if token not in self._unsaid))
+            text, told = push_until_stop(self._stream, said)
+            output = output if told is said else told
             text += self._stream.finish() if output.finished else ""
         return Portion(output.tokens, text, output.logprobs, output.prompt_logprobs, output.reason)
 

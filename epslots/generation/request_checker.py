@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from epslots.errors import ConfigError, shown
+from epslots.generation.chat_template import Chat
 from epslots.generation.end_tokens import end_tokens, tokenizer_end_tokens
 from epslots.generation.requests import Request
 from epslots.generation.sampling import choice_seed
 from epslots.generation.settings import GenerationSettings
-from epslots.generation.text import encode_prompt
+from epslots.generation.text import encode_chat, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ class RequestChecker:
     """
 
     def __init__(self, limits: ModelLimits, tokenizer: PreTrainedTokenizerBase | None, problem: str = "") -> None:
-        self._limits, self._problem = limits, f" ({problem})" if problem else ""
+        self.limits, self._problem = limits, f" ({problem})" if problem else ""
         self._numbers = itertools.count()
         # Tokenizers in Rust serve several threads at once, unless one sets padding or truncation meanwhile: the copy belongs
         # to this object alone. Tokenizers in Python keep a state while they work.
@@ -112,8 +113,8 @@ class RequestChecker:
                 )
         for name in ("stop_tokens", "logit_bias"):
             for token in getattr(settings, name) or ():
-                if not 0 <= token < self._limits.vocabulary:
-                    raise ConfigError(f"{name} has token {shown(token)}; allowed: 0 to {self._limits.vocabulary - 1}")
+                if not 0 <= token < self.limits.vocabulary:
+                    raise ConfigError(f"{name} has token {shown(token)}; allowed: 0 to {self.limits.vocabulary - 1}")
 
     def _tokens(self, prompt: str | Sequence[int], settings: GenerationSettings) -> Sequence[int]:
         if isinstance(prompt, str):
@@ -124,15 +125,15 @@ class RequestChecker:
             if settings.chat:
                 raise ConfigError("chat=True with a prompt of token ids; allowed: False or None, or a prompt of text")
         self._check_length(tokens, settings.max_new_tokens)
-        wrong = next((token for token in tokens if not 0 <= token < self._limits.vocabulary), None)
+        wrong = next((token for token in tokens if not 0 <= token < self.limits.vocabulary), None)
         if wrong is not None:
-            raise ConfigError(f"the prompt has token {shown(wrong)}; allowed: 0 to {self._limits.vocabulary - 1}")
+            raise ConfigError(f"the prompt has token {shown(wrong)}; allowed: 0 to {self.limits.vocabulary - 1}")
         return tokens
 
     def _check_length(self, prompt: object, new: int) -> None:
         length = len(prompt) if isinstance(prompt, Sequence) else 0
         size = f"the prompt has {length} tokens and max_new_tokens is {new}"
-        limits = self._limits
+        limits = self.limits
         if limits.context is not None and length + new > limits.context:
             raise ConfigError(f"{size}, but the model's context holds {limits.context}")
         if length + new - 1 > limits.capacity:
@@ -144,18 +145,45 @@ class RequestChecker:
     def _encode(self, text: str, settings: GenerationSettings) -> Sequence[int]:
         if self._tokenizer is None:
             raise ConfigError(f"the checkpoint has no tokenizer; give prompts as token ids{self._problem}")
-        limits = self._limits
+        limits = self.limits
         limit = limits.capacity + 1 if limits.context is None else min(limits.context, limits.capacity + 1)
         with self._tokenizing:
             return encode_prompt(self._tokenizer, text, chat=settings.chat, most_tokens=limit - settings.max_new_tokens)
+
+    def encode(self, prompt: str | Chat, *, special_tokens: bool = True, most_tokens: int | None = None) -> list[int]:
+        """A prompt's tokens.
+
+        Args:
+            prompt: text, or a chat for the chat template.
+            special_tokens: add the tokenizer's special tokens to text; in a chat, they are the template's.
+            most_tokens: tokens that fit, None for any. Text that certainly has more is refused early; somewhat more than fit
+                may be returned.
+
+        Raises:
+            ConfigError: the prompt isn't allowed, or there is no tokenizer.
+        """
+        if self._tokenizer is None:
+            raise ConfigError(f"the checkpoint has no tokenizer; give prompts as token ids{self._problem}")
+        with self._tokenizing:
+            if isinstance(prompt, Chat):
+                return encode_chat(self._tokenizer, prompt, most_tokens=most_tokens)
+            return encode_prompt(self._tokenizer, prompt, chat=False, most_tokens=most_tokens, special_tokens=special_tokens)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text by default."""
+        return self._stated_ends | self._tokenizer_ends
+
+    @property
+    def _stated_ends(self) -> frozenset[int]:
+        return frozenset(token for token in self.limits.end_tokens if token < self.limits.vocabulary)
 
     def _ends(self, settings: GenerationSettings) -> frozenset[int]:
         if settings.stop_tokens is not None:
             return frozenset(settings.stop_tokens)
         if settings.ignore_eos:
             return frozenset()
-        stated = frozenset(token for token in self._limits.end_tokens if token < self._limits.vocabulary)
-        return stated if settings.ignore_tokenizer_eos else stated | self._tokenizer_ends
+        return self._stated_ends if settings.ignore_tokenizer_eos else self.end_tokens
 
 
 def _token_ids(prompt: object) -> list[int]:

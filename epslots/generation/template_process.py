@@ -24,7 +24,12 @@ def main(cpu_s: float, memory_bytes: int) -> None:
         most_chars, variables = request["most_chars"], request["variables"]
         try:
             (text,), _ = render_jinja_template(
-                [request["messages"]], chat_template=request["template"], add_generation_prompt=True, **variables
+                [request["messages"]],
+                tools=request.get("tools"),
+                chat_template=request["template"],
+                add_generation_prompt=request.get("add_generation_prompt", True),
+                continue_final_message=request.get("continue_final_message", False),
+                **variables,
             )
         except TemplateSyntaxError as error:
             return {"broken": f"line {error.lineno}: {error.message}"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from epslots.errors import ConfigError, shown
-from epslots.generation.chat_template import find_template, render
+from epslots.generation.chat_template import Chat, find_template, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool | None = None, most_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    chat: bool | None = None,
+    most_tokens: int | None = None,
+    special_tokens: bool = True,
 ) -> list[int]:
     """A prompt's tokens.
 
@@ -61,6 +66,7 @@ def encode_prompt(
         chat: whether to wrap the text in the tokenizer's chat template, as a user's message; None: if it has one.
         most_tokens: tokens that fit, None for any. Text that certainly has more is refused early; somewhat more than fit may
             be returned.
+        special_tokens: add the tokenizer's special tokens, as the beginning of the text, unless a chat template does.
 
     Raises:
         ConfigError: the text is empty, too long, no text or has no tokens; there is no chat template, or it is broken, or
@@ -86,10 +92,35 @@ def encode_prompt(
             "chat=True: this tokenizer has no chat template; allowed: False or None (on the command line --no-chat)"
         )
     with _refusing("the tokenizer fails on the prompt"):
-        wrapped = text if template is None else render(tokenizer, template, text, most_chars=most_chars)
-        tokens = _encode(tokenizer, wrapped, add_special_tokens=template is None, most_tokens=most_tokens)
+        wrapped = text if template is None else render(tokenizer, template, Chat.of_user(text), most_chars=most_chars)
+        tokens = _encode(tokenizer, wrapped, add_special_tokens=special_tokens and template is None, most_tokens=most_tokens)
     if not tokens:
         raise ConfigError(f"a prompt of {shown(text)} has no tokens; at least one is needed")
+    return tokens
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, most_tokens: int | None = None) -> list[int]:
+    """A chat's tokens.
+
+    Args:
+        tokenizer: the checkpoint's.
+        chat: the conversation.
+        most_tokens: tokens that fit, None for any. Text that certainly has more is refused early; somewhat more than fit may
+            be returned.
+
+    Raises:
+        ConfigError: there is no chat template, or it is broken, or refuses the chat; the chat is too long, or has no tokens.
+    """
+    template = chat.template or find_template(tokenizer)
+    if template is None:
+        raise ConfigError("this tokenizer has no chat template; allowed: prompts that are no chats, or a template of your own")
+    most_tokens = None if most_tokens is None else max(0, most_tokens)
+    most_chars = None if most_tokens is None else max(_SMALL_TEXT_CHARS, most_tokens * _longest_token(tokenizer))
+    with _refusing("the tokenizer fails on the chat"):
+        text = render(tokenizer, template, chat, most_chars=most_chars)
+        tokens = _encode(tokenizer, text, add_special_tokens=False, most_tokens=most_tokens)
+    if not tokens:
+        raise ConfigError("the chat template makes no tokens of these messages; at least one is needed")
     return tokens
 
 
@@ -158,6 +189,7 @@ class TextStream:
     Args:
         stop: the stop strings.
         min_tokens: a stop string that is complete within this many tokens is text like any other, as in vLLM.
+        special_tokens: special tokens are a part of the text.
 
     Attributes:
         tokens: number of tokens so far, without those after a stop string.
@@ -165,7 +197,14 @@ class TextStream:
             stop string is the one that ends first, and of those that end together the longest.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Iterable[str] = (),
+        min_tokens: int = 0,
+        *,
+        special_tokens: bool = False,
+    ) -> None:
         self.tokens = 0
         self.stopped_after: int | None = None
         self._min_tokens = min_tokens
@@ -173,6 +212,7 @@ class TextStream:
         self._stops = sorted(stop_strings(stop))
         self._first_characters = {stop[0] for stop in self._stops}
         self._longest_stop = max(map(len, self._stops), default=0)
+        self._skips_special = not special_tokens
         self._special = frozenset(tokenizer.all_special_ids)
         # Tokens whose text is returned (the context), then those that wait; and the context's text.
         self._window: list[int] = []
@@ -225,7 +265,7 @@ class TextStream:
         return text[:begins]
 
     def _decode(self, tokens: list[int]) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=self._skips_special)
         assert isinstance(text, str)
         return text
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from cluster.api import Cluster
-from cluster.errors import ClusterError, Overloaded
+from cluster.errors import ClusterError, Overloaded, RequestFailed
 from cluster.generation import Generation, PromptChoice
+from cluster.reports import ClusterState
 from cluster.token_stream import TokenStream
 from epslots.errors import ConfigError
 from epslots.generation.portions import Portion
@@ -327,3 +328,87 @@ def test_no_step_is_made_after_the_last_reader_has_left(open_cluster: Any):
         with loop._news:
             assert loop._news.wait_for(lambda loop=loop: loop._asleep and not loop._commands, 60)
         assert cluster.stats().ranks[0].steps == before
+
+
+# --- polling -----------------------------------------------------------------------------------------------------------------
+
+
+def polled(poll: Iterator[Portion | None]) -> list[Portion]:
+    """What has come."""
+    found = []
+    for portion in poll:
+        if portion is None:
+            break
+        found.append(portion)
+    return found
+
+
+def test_polling_never_waits():
+    """It tells when there is news, and returns what has come since the last time."""
+    there, news = Submitted(first=2), []
+    assert there.generation is not None
+    poll = there.generation.poll(lambda: news.append(len(there.arrivals.tokens)))
+    assert joined(polled(poll)).tokens == tuple(TOKENS[:2])
+    assert polled(poll) == []
+    assert news == []
+    there.arrivals.arrive(output(TOKENS[2:5]))
+    there.arrivals.arrive(output(TOKENS[5:]))
+    assert news == [5, len(TOKENS)]
+    assert joined(polled(poll)).tokens == tuple(TOKENS[2:])
+    there.arrivals.arrive(output([], "length"))
+    assert polled(poll)[-1].reason == "length"
+    assert next(poll, "over") == "over"
+    assert not there.cancelled
+
+
+def test_a_poll_that_is_closed_cancels():
+    there = Submitted()
+    assert there.generation is not None
+    poll = there.generation.poll(lambda: None)
+    assert polled(poll)
+    poll.close()
+    assert there.cancelled == 1
+    assert polled(poll) == []
+
+
+def test_a_poll_raises_what_ended_it():
+    for reason, kind in (("error", RequestFailed), (None, ClusterError)):
+        there, news = Submitted(first=0), []
+        assert there.generation is not None
+        poll = there.generation.poll(lambda news=news: news.append(1))
+        if reason:
+            there.arrivals.arrive(output([], reason, error="NaN, says the test"))
+        else:
+            there.arrivals.fail(ClusterError("all ranks are lost"))
+        assert news
+        with pytest.raises(kind, match="NaN, says the test" if reason else "all ranks are lost"):
+            polled(poll)
+
+
+def test_text_with_special_tokens_lacks_the_one_that_ends_it():
+    tokenizer = TOKENIZERS["bytes"]
+    special = tokenizer.eos_token_id
+    there = Submitted(first=0, stop_tokens=(special,))
+    assert there.generation is not None
+    there.generation._choice.request.__dict__["stop_tokens"] = frozenset((special,))
+    there.arrivals.arrive(output([*TOKENS, special], "stop"))
+    shown = joined(polled(there.generation.poll(lambda: None, special_tokens=True)))
+    assert (shown.text, shown.tokens) == (tokenizer.decode(TOKENS), (*TOKENS, special))
+    there = Submitted(first=0)
+    assert there.generation is not None
+    there.arrivals.arrive(output([*TOKENS[:2], special, *TOKENS[2:]], "length"))
+    shown = joined(polled(there.generation.poll(lambda: None, special_tokens=True)))
+    assert shown.text == tokenizer.decode(TOKENS[:2]) + tokenizer.eos_token + tokenizer.decode(TOKENS[2:])
+
+
+def test_the_state_is_known_without_asking_a_rank(open_cluster: Any):
+    cluster, _ = with_text(open_cluster, max_queue=4)
+    assert cluster.state() == ClusterState(
+        ranks=1, epoch=cluster.state().epoch, queued=0, running=0, free=4, places=4, failure=None
+    )
+    assert cluster.limits.capacity >= 512
+    held = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
+    assert cluster.state().free == 3
+    held.close()
+    cluster.close()
+    assert cluster.state().failure == "the cluster was closed"

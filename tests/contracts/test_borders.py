@@ -139,11 +139,13 @@ def test_the_public_names():
 
 def test_the_commands_and_their_options():
     from epslots.cli import app
+    from epslots.cli.extensions import add_commands
 
+    add_commands(app)
     group = get_command(app)
     found = {name: {o for p in c.params for o in p.opts} for name, c in group.commands.items()}  # type: ignore[attr-defined]
     common = {"--model", "-m", "--dtype", "--cache-dir"}
-    assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate"}
+    assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate", "serve"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--echo", "--stats", "--policy", "--device", "--host-store", "--kv-tokens",
         "--max-new-tokens", "--min-tokens", "--n", "--stop", "--stop-tokens", "--ignore-eos", "--ignore-tokenizer-eos",
@@ -152,6 +154,14 @@ def test_the_commands_and_their_options():
         "--ranks", "--address", "--strategy", "--placement",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
+    }  # fmt: skip
+    assert found["serve"] == common | {
+        "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
+        "--execute-predicted", "--host-compute", "--batch-invariant",
+        "--ranks", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
+        "--host", "--port", "--served-model-name", "--api-key", "--api-key-file", "--no-auth", "--cors-origin",
+        "--chat-template", "--response-template", "--max-queue", "--request-timeout-s", "--drain-s", "--max-body-bytes",
+        "--log-requests", "--log-prompts",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
     assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--device"}

@@ -22,9 +22,10 @@ LAYERS = (
     ("ray_backend", "reports"),
     ("api",),
     ("job",),
+    ("serve",),
     ("bench",),
 )
-KNOW_RAY = {"rank.actor", "controller.actor"}
+KNOW_RAY = {"rank.actor", "controller.actor", "serve.ray_app"}
 PURE = (
     "driver.scheduler",
     "driver.retries",
@@ -32,6 +33,12 @@ PURE = (
     "messages.placement",
     "messages.controller",
     "controller.controller",
+    "rank.event_pace",
+    "serve.schema",
+    "serve.answer_schema",
+    "serve.request_settings",
+    "serve.completions",
+    "serve.chat",
 )
 
 

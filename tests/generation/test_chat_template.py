@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -16,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.generation import chat_template
-from epslots.generation.chat_template import Renderer, find_template, render
-from epslots.generation.text import encode_prompt, load_tokenizer
+from epslots.generation.chat_template import Chat, Renderer, find_template, render
+from epslots.generation.text import encode_chat, encode_prompt, load_tokenizer
 
 GOOD = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<A>' * add_generation_prompt }}"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -89,17 +90,17 @@ def test_no_template_is_needed_unless_it_is_asked_for(given: Any, tokenizer: Pre
 )
 def test_hostile_templates_end_at_a_limit(template: str, message: str, tokenizer: PreTrainedTokenizerBase):
     with pytest.raises(ConfigError, match=message):
-        render(tokenizer, template, "hi", most_chars=70_000)
-    assert render(tokenizer, "{{ messages[0].content }}", "hi", most_chars=10) == "hi", "the next one is served"
+        render(tokenizer, template, Chat.of_user("hi"), most_chars=70_000)
+    assert render(tokenizer, "{{ messages[0].content }}", Chat.of_user("hi"), most_chars=10) == "hi", "the next one is served"
 
 
 def test_a_process_that_is_killed_is_replaced(renderer: Renderer, tokenizer: PreTrainedTokenizerBase):
-    assert render(tokenizer, "a", "hi", most_chars=None) == "a"
+    assert render(tokenizer, "a", Chat.of_user("hi"), most_chars=None) == "a"
     assert renderer._process is not None
     renderer._process.kill()
     with pytest.raises(ConfigError, match=rf"the process for chat templates ended \(exit code {-signal.SIGKILL}\)"):
-        render(tokenizer, "b", "hi", most_chars=None)
-    assert render(tokenizer, "b", "hi", most_chars=None) == "b"
+        render(tokenizer, "b", Chat.of_user("hi"), most_chars=None)
+    assert render(tokenizer, "b", Chat.of_user("hi"), most_chars=None) == "b"
 
 
 def test_the_process_ends_with_its_owner():
@@ -130,3 +131,28 @@ def test_without_a_process_the_text_alone_can_be_served(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(ConfigError, match=r"can't be started \(.*No such file.*\); allowed without it: chat=False"):
         Renderer().ask({})
+
+
+def test_a_whole_chat_is_encoded(tokenizer: PreTrainedTokenizerBase):
+    """Messages, tools and variables reach the template; a message can be gone on with."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    template = GOOD + "{{ mood }}{% for t in tools or () %}[{{ t.function.name }}]{% endfor %}"
+    for chat, text in (
+        (Chat(messages, tools=tools, template=template, variables={"mood": "!"}), "<user>a<assistant>b<A>![look]"),
+        (Chat(messages, template=GOOD, add_generation_prompt=False), "<user>a<assistant>b"),
+        (Chat(messages, template=GOOD, add_generation_prompt=False, continue_final_message=True), "<user>a<assistant>b"),
+    ):
+        assert tokenizer.decode(encode_chat(tokenizer, chat)).removeprefix(str(tokenizer.bos_token)) == text
+
+
+def test_chats_that_cant_be_encoded(tokenizer: PreTrainedTokenizerBase):
+    chat = Chat.of_user("hi")
+    with pytest.raises(ConfigError, match="has no chat template"):
+        encode_chat(tokenizer, chat)
+    with pytest.raises(ConfigError, match="no tokens of these messages"):
+        encode_chat(tokenizer, replace(chat, template="{{ '' }}"))
+    with pytest.raises(ConfigError, match="refuses the prompt: no"):
+        encode_chat(tokenizer, replace(chat, template="{{ raise_exception('no') }}"))
+    with pytest.raises(ConfigError, match="at most"):
+        encode_chat(tokenizer, replace(chat, template="{{ 'ab ' * 100000 }}"), most_tokens=10)

@@ -1,0 +1,160 @@
+"""From the cluster's threads to asyncio: one reader for all choices of an API request, without a thread of its own.
+
+A reader keeps no queue. What has come waits in the generation, which holds a request's tokens anyway, and as many as the
+request may have; a reader that is late finds them as one larger portion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+from cluster.serve.errors import ApiError, unavailable
+from epslots.errors import EpslotsError
+from epslots.generation.portions import Portion
+
+
+class Poll(Protocol):
+    """One choice's continuation, without waiting: ``StreamReader`` of ``Generation.poll``."""
+
+    def __next__(self) -> Portion | None: ...
+    @property
+    def close(self) -> Callable[[], object]: ...
+
+
+class PolledGeneration(Protocol):
+    """One choice of a prompt that is being continued."""
+
+    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False) -> Poll: ...
+
+
+class ClientLeft(Exception):
+    """The client isn't there any more."""
+
+
+class NewsRelay:
+    """Calls functions in an asyncio loop's thread for other threads; once for all news that come together.
+
+    Args:
+        loop: the loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._due: dict[Callable[[], None], None] = {}
+
+    def tell(self, wake: Callable[[], None]) -> None:
+        """From any thread: have a function called soon, once."""
+        with self._lock:
+            first = not self._due
+            self._due[wake] = None
+        if first:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            due, self._due = self._due, {}
+        for wake in due:
+            wake()
+
+
+class ChoiceReader:
+    """Reads the choices of one API request, in the order of their news.
+
+    Args:
+        relay: of this loop.
+        generations: the choices.
+        special_tokens: texts have special tokens, too.
+        timeout_s: seconds from now in which all must be done; None = any.
+    """
+
+    def __init__(
+        self,
+        relay: NewsRelay,
+        generations: Sequence[PolledGeneration],
+        *,
+        special_tokens: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ends_s = None if timeout_s is None else self._loop.time() + timeout_s
+        self._timeout_s = timeout_s
+        self._news = asyncio.Event()
+        self._news.set()  # what came before this reader
+        self._end: Exception | None = None
+        on_news = partial(relay.tell, self._news.set)
+        self._polls: dict[int, Poll] = {
+            number: generation.poll(on_news, special_tokens=special_tokens) for number, generation in enumerate(generations)
+        }
+
+    async def portions(self, keepalive_s: float | None = None) -> AsyncIterator[list[tuple[int, Portion]]]:
+        """What has come, until all choices are done: pairs of a choice and its next portion.
+
+        Args:
+            keepalive_s: seconds without news after which an empty list is returned.
+
+        Raises (the iterator):
+            ClientLeft: after ``leave``.
+            ApiError: after ``fail``; or the request took too long, or was cancelled elsewhere.
+            ClusterError: the cluster can't go on, or the request failed.
+        """
+        try:
+            while self._polls:
+                await self._wait(keepalive_s)
+                if self._end is not None:
+                    raise self._end
+                yield [(choice, portion) for choice in list(self._polls) for portion in self._take(choice)]
+        finally:
+            self.close()
+
+    def _take(self, choice: int) -> list[Portion]:
+        """A choice's new portions; an error that follows them ends the reading after them."""
+        poll, found = self._polls[choice], []
+        try:
+            while (portion := next(poll)) is not None:
+                ended = portion.reason in ("stop", "length")
+                found.append(portion if ended else replace(portion, reason=None))  # other ends are errors
+                if ended:
+                    self._polls.pop(choice).close()
+                    break
+        except StopIteration:  # somebody cancelled the request, and not through this reader
+            self.fail(unavailable("the request was cancelled"))
+        except EpslotsError as error:
+            self.fail(error)
+        return found
+
+    async def _wait(self, keepalive_s: float | None) -> None:
+        """Wait for news, the end, or until ``keepalive_s`` have passed."""
+        if not self._news.is_set():
+            now_s = self._loop.time()
+            limits = [] if keepalive_s is None else [keepalive_s]
+            if self._ends_s is not None:
+                limits.append(self._ends_s - now_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(limits) if limits else None):
+                    await self._news.wait()
+        self._news.clear()
+        if self._ends_s is not None and self._loop.time() >= self._ends_s and self._end is None:
+            self._end = ApiError(504, f"the request took more than {self._timeout_s:g} s", code="timeout")
+
+    def leave(self) -> None:
+        """The client has left."""
+        self.fail(ClientLeft())
+
+    def fail(self, error: Exception) -> None:
+        """End the reading with an error; the first one counts."""
+        self._end = self._end or error
+        self._news.set()
+
+    def close(self) -> None:
+        """Cancel the choices that aren't done."""
+        for poll in self._polls.values():
+            poll.close()
+        self._polls.clear()

@@ -1,0 +1,154 @@
+"""Prometheus metrics of the ranks: queue, cache, expert slots, groups. Read from the latest sample when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from cluster.reports import ClusterState, ClusterStats
+from epslots.telemetry import LayerStats
+
+
+@dataclass(frozen=True)
+class ServiceSample:
+    """Numbers of one moment.
+
+    Attributes:
+        state: the driver's; None until the cluster has started.
+        stats: the ranks' latest; None until they have answered once.
+        recoveries: times that the group has formed anew.
+        log_lines_lost: lines of the access log that found no room.
+    """
+
+    state: ClusterState | None = None
+    stats: ClusterStats | None = None
+    recoveries: int = 0
+    log_lines_lost: int = 0
+
+
+_LAYER_COUNTERS = {
+    "expert_hits": ("hits", "Uses of an expert that found it in a slot."),
+    "expert_misses": ("misses", "Uses of an expert that had to fetch it first."),
+    "expert_evictions": ("evictions", "Experts that lost their slot to a fetch."),
+    "expert_passes": ("passes", "Passes over part of a layer's experts."),
+    "experts_hosted": ("hosted", "Misses that the host's CPU computed."),
+    "expert_prefetches": ("prefetches", "Experts fetched before the layer's router had asked for them."),
+    "expert_prefetches_late": ("late", "Hits on prefetched experts whose fetch was still in flight."),
+    "expert_migrations": ("moves", "Experts fetched by migrations."),
+    "expert_stall_seconds": ("stall_s", "Seconds that hosts spent on demand fetches."),
+    "expert_wait_seconds": ("wait_s", "Seconds that ranks waited for other ranks' counts."),
+    "expert_pairs_sent": ("pairs_sent", "Pairs of token and expert that another rank computed."),
+}
+"""Our names, the counters of ``LayerStats``, and their meanings."""
+
+
+class ClusterCollector(Collector):
+    """Makes metrics of the latest sample.
+
+    Args:
+        prefix: of all names.
+        model: the label ``model_name``.
+        sample: returns the latest sample.
+    """
+
+    def __init__(self, prefix: str, model: str, sample: Callable[[], ServiceSample]) -> None:
+        self._prefix, self._model, self._sample = prefix, model, sample
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering asks for no sample."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of the cluster as a whole."""
+        sample = self._sample()
+        yield self._counter("group_recoveries", sample.recoveries, "Times that the group of ranks has formed anew.")
+        yield self._counter("log_lines_lost", sample.log_lines_lost, "Lines of the access log that found no room.")
+        if sample.state is not None:
+            yield from self._of_state(sample.state)
+        if sample.stats is not None:
+            yield from self._of_requests(sample.stats)
+            yield from self._of_experts(sample.stats)
+
+    def _of_state(self, state: ClusterState) -> Iterator[Metric]:
+        yield self._gauge("num_requests_running", state.running, "Requests that a rank has.")
+        yield self._gauge("num_requests_waiting", state.queued, "Requests that wait for a rank with room.")
+        yield self._gauge("num_requests_free", state.free, "Requests that the queue has room for.")
+        yield self._gauge("ranks", state.ranks, "Ranks that serve.")
+        yield self._gauge("epoch", state.epoch, "Number of the group of ranks.")
+
+    def _of_requests(self, stats: ClusterStats) -> Iterator[Metric]:
+        engine = stats.engine
+        yield self._gauge("kv_cache_usage_perc", engine.kv_usage, "Share of the caches in use; 1 = all.")
+        yield self._counter("num_preemptions", engine.preempted, "Times that a request gave up its place in the cache.")
+        yield self._counter("prefix_cache_hits", engine.reused_tokens, "Prompt tokens that the cache held already.")
+        queries = engine.prompt_tokens + engine.reused_tokens
+        yield self._counter("prefix_cache_queries", queries, "Prompt tokens that were looked up in the cache.")
+        yield self._counter("engine_steps", engine.steps, "Forward passes over requests.")
+        memory = GaugeMetricFamily(f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank"])
+        for rank in stats.ranks:
+            memory.add_metric([self._model, str(rank.rank)], rank.memory_bytes)
+        yield memory
+
+    def _of_experts(self, stats: ClusterStats) -> Iterator[Metric]:
+        total = stats.total
+        for name, (counter, text) in _LAYER_COUNTERS.items():
+            yield self._counter(name, total.total(counter), text)
+        moved = CounterMetricFamily(
+            f"{self._prefix}expert_bytes", "Bytes of experts that came into slots.", labels=["model_name", "source"]
+        )
+        moved.add_metric([self._model, "host"], total.total("host_bytes"))
+        moved.add_metric([self._model, "peer"], total.total("peer_bytes"))
+        yield moved
+        yield self._gauge("expert_slots", total.total("slots"), "Expert slots of all ranks and layers.")
+        yield self._gauge("expert_balance", _balance(stats), "Mean load of the ranks over the largest one's; 1 = level.")
+        if stats.controller is not None:
+            yield self._gauge("placement_version", stats.controller.placement, "Version of the newest placement.")
+            yield self._counter("controllers_started", stats.controller.started, "Controllers that were started.")
+            yield self._counter("placements_refused", stats.controller.refused, "Placements that a rank rejected.")
+
+    def layers_page(self) -> bytes:
+        """The metrics of each MoE layer, in Prometheus' text format."""
+        registry = CollectorRegistry()
+        registry.register(_LayerCollector(self._prefix, self._model, self._sample()))
+        found: bytes = generate_latest(registry)
+        return found
+
+    def _counter(self, name: str, value: float, text: str) -> CounterMetricFamily:
+        family = CounterMetricFamily(self._prefix + name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+    def _gauge(self, name: str, value: float, text: str) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(self._prefix + name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+
+class _LayerCollector(Collector):
+    """Makes metrics of each layer, under names of their own: sums over layers stay right."""
+
+    def __init__(self, prefix: str, model: str, sample: ServiceSample) -> None:
+        self._prefix, self._model, self._stats = prefix, model, sample.stats
+
+    def collect(self) -> Iterator[Metric]:
+        layers: tuple[LayerStats, ...] = () if self._stats is None else self._stats.total.layers
+        for name, (counter, text) in _LAYER_COUNTERS.items():
+            family = CounterMetricFamily(f"{self._prefix}layer_{name}", text, labels=["model_name", "layer"])
+            for layer in layers:
+                family.add_metric([self._model, layer.layer], getattr(layer, counter))
+            yield family
+
+
+def _balance(stats: ClusterStats) -> float:
+    """Mean of the ranks' computed pairs over the largest, averaged over layers; 1.0 without any."""
+    found = []
+    for rows in zip(*(rank.stats.layers for rank in stats.ranks), strict=False):
+        loads = [sum(row.tokens_per_expert) - row.pairs_sent + row.pairs_received for row in rows]
+        if max(loads, default=0) > 0:
+            found.append(sum(loads) / len(loads) / max(loads))
+    return sum(found) / len(found) if found else 1.0

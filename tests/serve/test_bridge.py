@@ -1,0 +1,167 @@
+"""From the cluster's threads to asyncio: no news is lost, none waits, and a reader that ends cancels its choices."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster.errors import RequestFailed
+from cluster.serve.bridge import ChoiceReader, ClientLeft, NewsRelay
+from cluster.serve.errors import ApiError
+from epslots.generation.portions import Portion
+
+
+class FakePoll:
+    """A choice whose portions a test puts in; None between them."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
+        self.closed = 0
+        self.on_news: Callable[[], None] = lambda: None
+
+    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False) -> FakePoll:
+        self.on_news = on_news
+        return self
+
+    def put(self, *items: Any) -> None:
+        self.waiting += items
+        self.on_news()
+
+    def __next__(self) -> Portion | None:
+        item = self.waiting.pop(0) if self.waiting else None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def portion(text: str, reason: Any = None) -> Portion:
+    return Portion((5,), text, reason=reason)
+
+
+async def read(reader: ChoiceReader, keepalive_s: float | None = None) -> list[tuple[int, str | None]]:
+    return [(choice, each.text) async for news in reader.portions(keepalive_s) for choice, each in news]
+
+
+def test_news_from_other_threads_arrive():
+    """Of three choices, each told by a thread of its own."""
+
+    async def main() -> None:
+        choices = [FakePoll() for _ in range(3)]
+        reader = ChoiceReader(NewsRelay(asyncio.get_running_loop()), choices)
+
+        def tell(number: int) -> None:
+            for step in range(200):
+                choices[number].put(portion(str(step), "stop" if step == 199 else None))
+
+        threads = [threading.Thread(target=tell, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        found = await read(reader)
+        for number in range(3):
+            assert [text for choice, text in found if choice == number] == [str(step) for step in range(200)]
+        assert [choice.closed for choice in choices] == [1, 1, 1]
+        for thread in threads:
+            thread.join()
+
+    asyncio.run(main())
+
+
+def test_a_relay_wakes_once_for_all_news():
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        relay, calls = NewsRelay(loop), []
+        wake = lambda: calls.append(1)  # noqa: E731
+        for _ in range(100):
+            relay.tell(wake)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert calls == [1]
+        relay.tell(wake)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert calls == [1, 1]
+
+    asyncio.run(main())
+
+
+def test_news_for_a_closed_loop_are_dropped():
+    loop = asyncio.new_event_loop()
+    relay = NewsRelay(loop)
+    loop.close()
+    relay.tell(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        (lambda reader, choice: reader.leave(), ClientLeft),
+        (lambda reader, choice: reader.fail(ApiError(503, "no")), ApiError),
+        (lambda reader, choice: choice.put(RequestFailed("NaN")), RequestFailed),
+        (lambda reader, choice: choice.put(portion("", "cancelled"), StopIteration()), ApiError),
+    ],
+)
+def test_an_end_cancels_the_other_choices(end: Any, kind: type[Exception]):
+    async def main() -> None:
+        choices = [FakePoll(), FakePoll()]
+        reader = ChoiceReader(NewsRelay(asyncio.get_running_loop()), choices)
+        choices[1].put(portion("a"))
+        found: list[Any] = []
+
+        async def read_all() -> None:
+            async for news in reader.portions():
+                found.extend(news)
+                end(reader, choices[0])
+
+        with pytest.raises(kind):
+            await read_all()
+        assert [each.text for _, each in found][:1] == ["a"]
+        assert all(each.reason is None for _, each in found)
+        assert all(choice.closed for choice in choices)
+
+    asyncio.run(main())
+
+
+def test_an_error_follows_the_portions_before_it():
+    async def main() -> None:
+        choice = FakePoll()
+        reader = ChoiceReader(NewsRelay(asyncio.get_running_loop()), [choice])
+        choice.put(portion("a"), RequestFailed("NaN"))
+        portions = reader.portions()
+        assert [each.text for _, each in await anext(portions)] == ["a"]
+        with pytest.raises(RequestFailed):
+            await anext(portions)
+
+    asyncio.run(main())
+
+
+def test_quiet_times_are_told():
+    async def main() -> None:
+        choice = FakePoll()
+        reader = ChoiceReader(NewsRelay(asyncio.get_running_loop()), [choice])
+        quiet = 0
+        async for news in reader.portions(0.001):
+            quiet += not news
+            if quiet == 3:
+                choice.put(portion("a", "stop"))
+        assert quiet >= 3
+
+    asyncio.run(main())
+
+
+def test_a_reader_has_its_time():
+    async def main() -> None:
+        choice = FakePoll()
+        reader = ChoiceReader(NewsRelay(asyncio.get_running_loop()), [choice], timeout_s=0.001)
+        with pytest.raises(ApiError, match=r"more than 0\.001 s") as raised:
+            await read(reader)
+        assert raised.value.status == 504
+        assert choice.closed
+
+    asyncio.run(main())
