@@ -1,7 +1,7 @@
 """Response templates, by which transformers finds tool calls and reasoning in a model's text.
 
 A tokenizer's own comes first. For families whose tokenizers have none yet, those of ``response_templates.json``, which are
-transformers' own (its ``cli/serving/utils.py``, Apache License 2.0).
+transformers' own (its module ``cli.serving.utils``, Apache License 2.0).
 """
 
 from __future__ import annotations

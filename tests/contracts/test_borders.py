@@ -158,6 +158,7 @@ def test_the_commands_and_their_options():
     assert found["serve"] == common | {
         "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
         "--execute-predicted", "--host-compute", "--batch-invariant",
+        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
         "--ranks", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
         "--host", "--port", "--served-model-name", "--api-key", "--api-key-file", "--no-auth", "--cors-origin",
         "--chat-template", "--response-template", "--max-queue", "--request-timeout-s", "--drain-s", "--max-body-bytes",

@@ -14,6 +14,7 @@ from cluster.serve.access_log import AccessLog, line_of
 from cluster.serve.cluster_metrics import _balance
 from cluster.serve.record import RequestRecord
 from epslots.telemetry import COUNTERS, LayerStats, Stats
+from tests.support import ROOT
 from tests.support.http_service import CHAT, COMPLETIONS, Client, serving
 from tests.support.scripted_cluster import ScriptedCluster
 
@@ -174,3 +175,17 @@ def test_names_are_legal():
     with ScriptedCluster() as cluster, serving(cluster) as client:
         for name in samples(client):
             assert re.fullmatch(r"epslots:[a-z0-9_]+( .*)?", name), name
+
+
+def test_the_dashboard_shows_what_there_is():
+    """Every metric that its queries name is on the page."""
+    panels = json.loads((ROOT / "examples/serve/grafana.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    named = {name.removesuffix("_bucket") for query in queries for name in re.findall(r"epslots:\w+", query)}
+    with ScriptedCluster() as cluster, serving(cluster) as client:
+        client.post(COMPLETIONS, {"prompt": "a"})
+        client.post(COMPLETIONS, {})
+        page = client.get("/metrics").body.decode()
+    of_a_controller = {"epslots:placement_version"}
+    assert {name for name in named - of_a_controller if f"{name}{{" not in page and f"{name}_bucket{{" not in page} == set()
+    assert len(named) > 20

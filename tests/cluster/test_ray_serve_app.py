@@ -1,0 +1,82 @@
+"""The service as an application of Ray Serve: the same answers through its proxy, and settings that are checked first."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.serve.ray_app import build
+from epslots.errors import ConfigError
+from epslots.example import example_model
+
+CODE = """
+import json, socket, sys, urllib.error, urllib.request
+import ray
+from ray import serve
+from cluster.serve.ray_app import build
+
+with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2])
+serve.start(http_options={"host": "127.0.0.1", "port": port})
+serve.run(build(json.loads(sys.argv[1])), route_prefix="/")
+
+def ask(path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+prompt = {"prompt": "import os", "max_tokens": 8, "temperature": 0}
+texts = "/v1/completions"
+found = [ask("/ready"), ask(texts, prompt), ask(texts, prompt | {"stream": True}), ask(texts, {})]
+serve.shutdown()
+ray.shutdown()
+print("FOUND" + json.dumps(found))
+"""
+
+
+def test_a_replica_answers_as_the_command_does(tmp_path: Path):
+    settings = {"model": str(example_model()), "ranks": 1, "slots": 4, "cache_dir": str(tmp_path), "service": {"names": ["m"]}}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(settings), f"/tmp/epslots-serve-{os.getpid()}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    marked = re.search(r"^FOUND(.*)$", done.stdout, re.MULTILINE)
+    assert marked, done.stderr[-3000:]
+    ready, whole, stream, refused = json.loads(marked[1])
+    assert ready == [200, '{"status":"ready","ranks":1}']
+    body: Any = json.loads(whole[1])
+    assert (whole[0], body["model"], body["usage"]["completion_tokens"]) == (200, "m", 8)
+    parts = [part for part in stream[1].split("\n\n")[:-2] if not part.startswith(":")]  # comments keep connections alive
+    events = [json.loads(part.removeprefix("data: ")) for part in parts]
+    assert "".join(event["choices"][0]["text"] for event in events) == body["choices"][0]["text"]
+    assert stream[1].endswith("data: [DONE]\n\n")
+    assert (refused[0], json.loads(refused[1])["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({}, "model=None; allowed: a checkpoint's folder"),
+        ({"model": "m", "prompts": 1}, "prompts: no such setting"),
+        ({"model": "m", "service": {"prot": 1}}, "prot: no such setting; allowed: names"),
+        ({"model": "m", "service": {"drain_s": "x"}}, "drain_s"),
+    ],
+)
+def test_an_applications_settings_are_checked_first(args: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(args)
