@@ -22,7 +22,7 @@ class CallSite(NamedTuple):
 
 @cache
 def _owner(filename: str) -> str:
-    """"" for torch, the simulation and what stands between a line and them."""
+    """Whose file it is; empty for torch, the simulation, and what stands between a line and them."""
     if filename.startswith((_HERE, _TORCH, "<")) or filename.endswith(("/contextlib.py", "/functools.py")):
         return ""
     if filename.startswith(_EPSLOTS):

@@ -1,7 +1,7 @@
 """Captured graphs: operations are recorded instead of run, and run again by ``replay`` at the same addresses.
 
-While a thread captures, operations compute their values all the same, since Python needs shapes; what they overwrite is put back
-at the end. A replay computes them anew, in order, on one stream.
+While a thread captures, operations compute their values all the same, since Python needs shapes; what they overwrite is put
+back at the end. A replay computes them anew, in order, on one stream.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from epslots.simulated_gpu.call_site import call_site
 from epslots.simulated_gpu.machine import current_machine
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream
 from epslots.simulated_gpu.tensors import tensors_in
@@ -30,6 +31,7 @@ class _Node:
     writes: tuple[torch.Tensor, ...]
     compute: Callable[[], Any]
     results: tuple[torch.Tensor, ...]
+    owner: str
 
 
 class StepCapture:
@@ -70,7 +72,9 @@ class StepCapture:
         if compute is None:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {name}")
         self._made.update(t.untyped_storage()._cdata for t in results)
-        self.nodes.append(_Node(name, engine, seconds, tuple(reads), tuple(writes), compute, tuple(results)))
+        self.nodes.append(
+            _Node(name, engine, seconds, tuple(reads), tuple(writes), compute, tuple(results), call_site().owner)
+        )
         self._last[stream] = len(self.nodes)
 
     def protect(self, written: Sequence[torch.Tensor]) -> None:
@@ -78,8 +82,9 @@ class StepCapture:
         for tensor in written:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._before and storage._cdata not in self._made:
-                whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-                self._before[storage._cdata] = whole, whole.clone()
+                with current_machine().computing_kernel():
+                    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+                    self._before[storage._cdata] = whole, whole.clone()
 
     def join(self, stream: int, event: SimulatedEvent) -> None:
         """A stream waits for an event: so it comes into the capture, or back.
@@ -101,8 +106,9 @@ class StepCapture:
         Raises:
             RuntimeError: a stream that was forked has not been joined.
         """
-        for whole, before in self._before.values():
-            whole.copy_(before)
+        with current_machine().computing_kernel():
+            for whole, before in self._before.values():
+                whole.copy_(before)
         unjoined = [s for s, last in self._last.items() if s != self._origin and self._joined.get(s, 0) < last]
         if unjoined:
             raise RuntimeError(f"CUDA error: capturing stream has unjoined work (streams {unjoined})")
@@ -127,11 +133,9 @@ class SimulatedGraph:
                         target.copy_(value)
         for node in self.nodes:
             seconds = node.seconds + machine.spec.node_s
-            operation = machine.operate(
-                node.name, stream, node.engine, seconds, 0, node.reads, node.writes, launch_s=0.0
-            )
+            operation = machine.operate(node.name, stream, node.engine, seconds, 0, node.reads, node.writes, launch_s=0.0)
             if node.engine.startswith("SM"):
-                machine.kernels["graph", operation.name] += 1
+                machine.kernels[node.owner, operation.name] += 1
 
     def reset(self) -> None:
         """Forget the operations."""
@@ -142,7 +146,11 @@ class CapturingStep:
     """``torch.cuda.graph``: within the context, this thread's operations become those of a graph."""
 
     def __init__(
-        self, graph: SimulatedGraph, pool: Any = None, stream: SimulatedStream | None = None, capture_error_mode: str = "global"
+        self,
+        graph: SimulatedGraph,
+        pool: Any = None,
+        stream: SimulatedStream | None = None,
+        capture_error_mode: str = "global",
     ) -> None:
         assert capture_error_mode in ("global", "thread_local", "relaxed"), capture_error_mode
         self._graph, self._stream = graph, stream or SimulatedStream()

@@ -1,4 +1,4 @@
-"""``simulated_gpus``: within it, ``torch.cuda`` and ``torch.accelerator`` show simulated GPUs, and this thread computes on them.
+"""``simulated_gpus``: within it ``torch.cuda`` and ``torch.accelerator`` show simulated GPUs, which this thread computes on.
 
 torch's modes belong to a thread: others enter ``on_this_thread`` first.
 """
@@ -18,7 +18,7 @@ from epslots.simulated_gpu import machine as machine_module
 from epslots.simulated_gpu.capture import CapturingStep, SimulatedGraph
 from epslots.simulated_gpu.gpu_spec import GPUS, GpuSpec
 from epslots.simulated_gpu.machine import SimulatedMachine, current_machine
-from epslots.simulated_gpu.operators import execute
+from epslots.simulated_gpu.operators import attention, execute
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream, device_number
 from epslots.simulated_gpu.tensors import GpuTensor
 
@@ -67,11 +67,16 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.to or func is torch.Tensor.cuda:
-            args, kwargs = _with_index(args), kwargs | ({} if "device" not in kwargs else {"device": _indexed(kwargs["device"])})
+            args, kwargs = (
+                _with_index(args),
+                kwargs | ({} if "device" not in kwargs else {"device": _indexed(kwargs["device"])}),
+            )
             if func is torch.Tensor.cuda:
                 return args[0].to(torch.device("cuda", device_number(args[1] if len(args) > 1 else None)), **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], GpuTensor):
+            return attention(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
-            device = torch.device(kwargs["device"])
+            device = torch.device(_indexed(kwargs["device"]))
             if device.type == "cuda" and not isinstance(args[0], GpuTensor):
                 rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
                 return func(*args, **rest).to(device)
@@ -223,10 +228,12 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
     }
-    found = [(cuda, name, value) for name, value in plain.items()]
+    found: list[tuple[Any, str, Any]] = [(cuda, name, value) for name, value in plain.items()]
     found += [
         (accelerator, "is_available", lambda: True),
         (accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
+        # ``Module.to`` puts new parameters in the place of a device's, whose Python objects can't become plain.
+        (torch.__future__, "_overwrite_module_params_on_conversion", True),
         (torch, "get_device_module", lambda device=None: torch.cuda),
         (torch.Tensor, "pin_memory", _pin_memory),
         (torch.Tensor, "is_pinned", lambda tensor, *_: machine.is_pinned(tensor)),

@@ -19,16 +19,18 @@ from epslots.cache import pinning
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cuda_graph import decode_graph
 from epslots.cuda_graph.device_slots import DeviceLayer, Missing, TorchKernels
+from epslots.models import opening
 from epslots.simulated_gpu.cuda_api import replaced
 from epslots.simulated_gpu.operators import launch_kernel
 
-_load_dense = loading.load_dense
+_load_dense = opening.load_dense
 
 
 def load_simulated(path: Any, **settings: Any) -> PreTrainedModel:
     """``epslots.load`` onto a simulated GPU: arguments and errors are the same. For use within ``simulated_gpus``."""
     with replaced(loading, "load_dense", _load_dense_simulated), replaced(pinning, "_unpin", _unpin):
-        return loading.load(path, **{"device": "cuda", "progress": False} | settings)
+        given: dict[str, Any] = {"device": "cuda", "progress": False} | settings
+        return loading.load(path, **given)
 
 
 def _unpin(runtime: Any, memory: torch.Tensor, *_: Any) -> None:
@@ -50,7 +52,7 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
                 found = moved.setdefault(id(parameter), parameter.detach())
                 if found.device.type == "cpu":
                     found = moved[id(parameter)] = nn.Parameter(found.to(device), requires_grad=False)
-                module._parameters[name] = found  # type: ignore[assignment]
+                module._parameters[name] = found
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "cpu":
                 module._buffers[name] = buffer.to(device)

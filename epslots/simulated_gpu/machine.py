@@ -236,20 +236,12 @@ class SimulatedMachine:
         with self.lock:
             site = call_site()
             self.spend(self.spec.launch_s if launch_s is None else launch_s)
-            operation = Operation(
-                name, stream, engine, self.now_s, duration_s, nbytes, site.line, site.owner, tuple(after)
-            )
+            operation = Operation(name, stream, engine, self.now_s, duration_s, nbytes, site.line, site.owner, tuple(after))
             self.timeline.queue(operation)
             self.access(stream, f"{name} on stream {stream} at {site.line}", reads, writes)
             return operation
 
-    def count_kernel(self, operation: Operation) -> None:
-        """Count an operation as a kernel."""
-        self.kernels[operation.owner, operation.name] += 1
-
-    def access(
-        self, stream: int, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
-    ) -> None:
+    def access(self, stream: int, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """The next operation on a stream, or of the host, reads and writes this memory."""
         step = self.ordering.begin(stream)
         for tensors, writing in ((reads, False), (writes, True)):
@@ -257,9 +249,9 @@ class SimulatedMachine:
                 block = self.block(tensor) if tensor.numel() else None
                 if block is None:
                     continue
-                start = tensor.storage_offset() * tensor.element_size()
+                start = int(tensor.storage_offset()) * tensor.element_size()
                 steps = zip(tensor.shape, tensor.stride(), strict=True)
-                stop = start + (1 + sum((n - 1) * stride for n, stride in steps)) * tensor.element_size()
+                stop = start + int(1 + sum((n - 1) * stride for n, stride in steps)) * tensor.element_size()
                 for race in self.ordering.enter(block.accesses, Access(start, stop, writing, stream, step, what)):
                     self._report(race)
 
@@ -331,4 +323,3 @@ def current_machine() -> SimulatedMachine:
     """The machine that is simulated now."""
     assert _machines, "no GPU is simulated"
     return _machines[-1]
-

@@ -25,6 +25,7 @@ _WAITING = {
 }  # fmt: skip
 # Operations on a device's tensor that may have others of the host beside it: numbers, and indices, which are copied.
 _TAKES_HOST_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_", "lift_fresh"}
+_MOST_ROWS = 64  # that a gathering is taken apart into
 _MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 
 
@@ -157,10 +158,11 @@ def _transfer(
     stream = current_stream(number)
     nbytes = max(sum(t.nbytes for t in reads), sum(t.nbytes for t in writes))
     seconds = machine.spec.copy_s + nbytes / machine.spec.link_rate
-    operation = machine.operate(kind, stream.stream_id, f"{kind}:{number}", seconds, nbytes, reads, writes)
-    machine.copies[kind, operation.site] += 1
     if machine.capture is not None:
         machine.capture.record(kind, stream.stream_id, f"{kind}:{number}", seconds, reads, writes, compute)
+        return
+    operation = machine.operate(kind, stream.stream_id, f"{kind}:{number}", seconds, nbytes, reads, writes)
+    machine.copies[kind, operation.site] += 1
     if hidden:
         machine.wait_for_stream(f"{kind}, blocking or pageable", stream.stream_id)
 
@@ -204,8 +206,10 @@ def _on_device(
     creates = name.startswith(("empty", "new_empty"))
     if not creates and (made or writes or not outputs):  # else views, which cost nothing on the device
         reads = [t.memory for t in gpus if not any(t.memory is w for w in writes)]
-        if name == "_grouped_mm":
+        if name in ("_grouped_mm", "grouped_mm_fallback"):
             reads = _grouped_reads(inner_args, inner)
+        elif name in ("index", "index_select") and inner_args[0].dim():
+            reads = _rows_read(name, inner_args, reads)
         compute = partial(func, *inner_args, **inner)
         _launch(machine, name, number, reads, [*made, *writes], compute, made, _flops(name, inner_args, inner, made))
     if hidden:
@@ -241,6 +245,7 @@ def launch_kernel(
     reads: Sequence[torch.Tensor] = (),
     writes: Sequence[torch.Tensor] = (),
     link_bytes: int = 0,
+    flops: float = 0.0,
 ) -> T:
     """Simulate one kernel of our own, which would be Triton's, by a function that computes its values.
 
@@ -248,6 +253,7 @@ def launch_kernel(
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
         link_bytes: bytes that it reads from pinned memory.
+        flops: multiplications and additions.
 
     Returns:
         Its result, with tensors of the device.
@@ -260,11 +266,12 @@ def launch_kernel(
     compute = partial(function, *memory_of(arguments))
     with machine.computing_kernel():
         result = compute()
-    made = tensors_in(result)
+    given = {t.memory.untyped_storage()._cdata for t in gpus}
+    made = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in given]
     for memory in made:
         machine.allocate(memory, number, current_stream(number).stream_id)
     seconds = link_bytes / machine.spec.link_rate
-    _launch(machine, name, number, memory_of(list(reads)), [*made, *written], compute, made, least_s=seconds)
+    _launch(machine, name, number, memory_of(list(reads)), [*made, *written], compute, made, flops, seconds)
     return replace_tensors(result, lambda tensor: GpuTensor(tensor, number))
 
 
@@ -287,10 +294,11 @@ def _launch(
     spec, stream = machine.spec, current_stream(number).stream_id
     nbytes = sum(t.nbytes for t in (*reads, *writes))
     seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops, least_s)
-    operation = machine.operate(name, stream, f"SM:{number}", seconds, nbytes, reads, writes)
-    machine.count_kernel(operation)
     if machine.capture is not None:
         machine.capture.record(name, stream, f"SM:{number}", seconds, reads, writes, compute, results)
+        return
+    operation = machine.operate(name, stream, f"SM:{number}", seconds, nbytes, reads, writes)
+    machine.kernels[operation.owner, name] += 1
 
 
 def _protect(machine: SimulatedMachine, written: Sequence[torch.Tensor]) -> None:
@@ -342,6 +350,16 @@ def _grouped_reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.
     return [args[0], ends, *(args[1][group] for group in rows.nonzero().flatten().tolist())]
 
 
+def _rows_read(name: str, args: tuple[Any, ...], reads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What a gathering of rows reads: the rows, where they are few and not the whole tensor's."""
+    indices = args[1] if name == "index" else [args[2]] if args[1] == 0 else []
+    index = indices[0] if len(indices) == 1 else None
+    if index is None or index.dtype == torch.bool:
+        return reads
+    rows = index.flatten().unique().tolist()
+    return reads if len(rows) > _MOST_ROWS else [index, *(args[0][row] for row in rows)]
+
+
 def _flops(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], made: Sequence[torch.Tensor]) -> float:
     """Multiplications and additions of a matrix product, or of attention; 0 for all else."""
     if name in _MATMULS and made:
@@ -349,7 +367,14 @@ def _flops(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], made: Seque
         return 2.0 * made[0].numel() * left.shape[-1]
     if name == "_grouped_mm" and made:
         return 2.0 * made[0].numel() * args[0].shape[-1]
-    if "scaled_dot_product" in name:
-        query, key = args[0], args[1]
-        return 4.0 * math.prod(query.shape) * key.shape[-2]
     return 0.0
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``F.scaled_dot_product_attention`` as one kernel, which CUDA has for every shape and mask that transformers gives."""
+    tensors = tensors_in((query, key, value, args, kwargs))
+    gpus = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
+    _refuse_mixed("scaled_dot_product_attention", "aten.scaled_dot_product_attention", gpus, tensors)
+    compute = partial(torch.nn.functional.scaled_dot_product_attention, **memory_of(kwargs))
+    flops = 4.0 * math.prod(query.shape) * key.shape[-2]
+    return launch_kernel("scaled_dot_product_attention", compute, query, key, value, *args, reads=gpus, flops=flops)

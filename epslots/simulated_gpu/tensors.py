@@ -32,16 +32,16 @@ class GpuTensor(torch.Tensor):
             strides=memory.stride(),
             storage_offset=memory.storage_offset(),
             dtype=memory.dtype,
-            device="cpu",
+            device=torch.device("cpu"),
         )
 
     def __init__(self, memory: torch.Tensor, number: int) -> None:
         self.memory, self.number = memory, number
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         from epslots.simulated_gpu.operators import execute
 
         return execute(func, args, kwargs or {})
@@ -72,7 +72,7 @@ class GpuTensor(torch.Tensor):
     def cuda(self, *_: Any, **__: Any) -> GpuTensor:
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         device, dtype, copies = kwargs.get("device"), kwargs.get("dtype"), kwargs.get("copy", False)
         for value in args:
             if isinstance(value, torch.dtype):
@@ -111,9 +111,10 @@ class GpuTensor(torch.Tensor):
         """Its memory isn't reused before what the stream has is done; here it never is."""
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return self.clone()
+        twin = self.clone()
+        return torch.nn.Parameter(twin, self.requires_grad) if isinstance(self, torch.nn.Parameter) else twin
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return f"GpuTensor({self.memory}, device='{self.device}')"
 
 
