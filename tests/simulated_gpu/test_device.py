@@ -271,7 +271,7 @@ def test_a_capture_changes_nothing_and_a_replay_repeats(gpu: SimulatedMachine):
 )
 def test_no_capture_allows_a_wait(gpu: SimulatedMachine, illegal: Any):
     x = torch.zeros(4, device="cuda")
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing.*test_device.py"):
+    with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing.*test_device\.py"):
         captured(lambda: illegal(x))
     x.add_(1)
     assert x.tolist() == [1] * 4, "the stream is free again"
