@@ -82,6 +82,10 @@ class CopyEngine(Protocol):
         """
         ...
 
+    def settle(self, slots: Tensors | None = None) -> None:
+        """Let cancelled transfers end before this thread's other writers of these slots, by default of all slots."""
+        ...
+
 
 class SynchronousEngine:
     """Copies before it returns."""
@@ -103,6 +107,9 @@ class SynchronousEngine:
         raise AssertionError("a synchronous engine has no transfer in flight")
 
     cancel = poll
+
+    def settle(self, slots: Tensors | None = None) -> None:
+        pass
 
 
 class _CudaTransfer:
@@ -137,6 +144,8 @@ class CudaEngine:
         self._last_copy: Any = None
         self._background: deque[_CudaTransfer] = deque()
         self._on_background_stream: deque[_CudaTransfer] = deque()
+        # By a slot's address: the end of a cancelled transfer that crosses all the same.
+        self._stale: dict[int, Any] = {}
         self._lock = threading.Lock()  # a model of two layouts has two pools, which two threads may be in
 
     @property
@@ -174,9 +183,15 @@ class CudaEngine:
                 if transfer in self._background:
                     self._background.remove(transfer)
                 return False
-        # Later transfers wait for the current stream, so this puts them behind this one on either stream.
-        self._cuda.current_stream(self._device).wait_event(transfer.event)
+            # The next transfer into the slot waits for it, and nothing that computes does.
+            self._stale[transfer.slot.data_ptr()] = transfer.event
         return True
+
+    def settle(self, slots: Tensors | None = None) -> None:
+        with self._lock:
+            addresses = list(self._stale) if slots is None else [slot.data_ptr() for slot in slots]
+            for event in [self._stale.pop(address) for address in addresses if address in self._stale]:
+                self._cuda.current_stream(self._device).wait_event(event)
 
     def _advance(self) -> None:
         """Queue further background copies if there is room on their stream."""
@@ -191,6 +206,8 @@ class CudaEngine:
         stream.wait_stream(self._cuda.current_stream(self._device))  # kernels may still read the slots' old content
         with self._cuda.stream(stream):
             for transfer in transfers:
+                if (stale := self._stale.pop(transfer.slot.data_ptr(), None)) is not None:
+                    stream.wait_event(stale)
                 transfer.write(transfer.slot, self._stage(transfer.record))
                 transfer.event = self._cuda.Event()
                 transfer.event.record(stream)
@@ -298,6 +315,9 @@ class EmulatedEngine:
         if transfer.copy is not None and not transfer.copy.cancel():
             wait([transfer.copy])  # the slot's next writer may be another thread than the copier
         return crosses
+
+    def settle(self, slots: Tensors | None = None) -> None:
+        pass
 
     def _advance(self) -> float:
         """Begin the transfers whose turn has come by now; returns the clock."""

@@ -91,6 +91,7 @@ class ExpertLoader:
         try:
             if copies is not None:
                 experts_F, slots_F, from_peers = _peers_first(experts_F, slots_F, copies)
+                self.link.settle([self._rows[slot] for slot in slots_F[:from_peers].tolist()])
                 self._exchange(layer, experts_F[:from_peers], slots_F[:from_peers], copies, agreed)
                 started.extend(slots_F[:from_peers].tolist())
                 self._unconfirmed.append((layer, experts_F[:from_peers]))
@@ -134,8 +135,9 @@ class ExpertLoader:
             self._finish(slot, self._transfers[slot])
 
     def wait_all(self) -> None:
-        """Make every slot complete for what is computed next."""
+        """Make every slot complete for what is computed next, and free for what may be written next."""
         self.wait(np.flatnonzero(self.in_flight))
+        self.link.settle()
 
     def poll(self, slots: IntArray) -> None:
         """Find out which of these slots have received their records: int64 [any number], without duplicates."""
@@ -174,7 +176,6 @@ class ExpertLoader:
         """Empty the slots whose copies from peers may not have arrived. For use after a loss."""
         for layer, experts in self._unconfirmed:
             self.pool.vacate(layer, experts[self.pool.slot_of[layer, experts] >= 0])
-            self.pool.publish(layer)
         self._unconfirmed.clear()
 
     def _exchange(self, layer: int, experts_F: IntArray, slots_F: IntArray, copies: PeerCopies, agreed: bool) -> None:
@@ -212,8 +213,6 @@ class ExpertLoader:
             pool.memory[empty].copy_(pool.memory[slot], non_blocking=True)
             pool.occupy(giver, np.array([expert]), np.array([empty]))
         pool.pass_slot(giver, taker)
-        pool.publish(giver)
-        pool.publish(taker)
         self.telemetry.count(self.store_layers[giver], evictions=int(evicted >= 0))
 
     def fill(self, layer: int, experts_F: IntArray) -> None:

@@ -89,7 +89,7 @@ class CpuExperts:
         order_E = torch.full((self.num_experts + 1,), len(experts))
         order_E[list(experts)] = torch.arange(len(experts))
         # Pairs of the first of these experts come first, all other pairs last: their number is known on the host.
-        order_M = to_device(order_E.numpy(), self._device)[ids_M]
+        order_M = to_device(order_E, self._device)[ids_M]
         pair_P = torch.sort(order_M, stable=True).indices[:total]
         rows_PH = rows_JH[pair_P // (len(ids_M) // len(rows_JH))].to(self.dtype)
         arrived = None
@@ -112,13 +112,13 @@ class CpuExperts:
         """
         if begun.arrived is not None:
             begun.arrived.synchronize()
-        computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype, pin_memory=begun.arrived is not None)
+        computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype)
         start = 0
         for expert, pairs in begun.experts:
             rows = slice(start, start + pairs)
             computed_PH[rows] = self._compute(expert, begun.rows_PH[rows])
             start = rows.stop
-        result_MH.index_copy_(0, begun.pair_P, computed_PH.to(self._device, result_MH.dtype, non_blocking=True))
+        result_MH.index_copy_(0, begun.pair_P, to_device(computed_PH, self._device).to(result_MH.dtype))
 
     def compute(
         self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]

@@ -14,11 +14,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from epslots import device_copy
 from epslots.simulated_gpu import machine as machine_module
 from epslots.simulated_gpu.capture import CapturingStep, SimulatedGraph
 from epslots.simulated_gpu.gpu_spec import GPUS, GpuSpec
 from epslots.simulated_gpu.machine import SimulatedMachine, current_machine
-from epslots.simulated_gpu.operators import attention, execute
+from epslots.simulated_gpu.operators import attention, execute, mapped
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream, device_number
 from epslots.simulated_gpu.tensors import GpuTensor
 
@@ -75,6 +76,8 @@ class _Functions(TorchFunctionMode):
                 return args[0].to(torch.device("cuda", device_number(args[1] if len(args) > 1 else None)), **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], GpuTensor):
             return attention(*args, **kwargs)
+        if func is torch.as_tensor and hasattr(args[0], "__cuda_array_interface__") and not isinstance(args[0], torch.Tensor):
+            return mapped(args[0].__cuda_array_interface__, device_number(kwargs["device"]))
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
             device = torch.device(_indexed(kwargs["device"]))
             if device.type == "cuda" and not isinstance(args[0], GpuTensor):
@@ -230,6 +233,7 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
     }
     found: list[tuple[Any, str, Any]] = [(cuda, name, value) for name, value in plain.items()]
     found += [
+        (device_copy, "_by_device", {}),
         (accelerator, "is_available", lambda: True),
         (accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
         # ``Module.to`` puts new parameters in the place of a device's, whose Python objects can't become plain.

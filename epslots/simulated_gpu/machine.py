@@ -65,6 +65,7 @@ class SimulatedMachine:
         self.allocated, self.peak = [0] * count, [0] * count
         self.contexts: set[int] = set()
         self._blocks: dict[int, MemoryBlock] = {}
+        self._pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         self._registered: dict[int, tuple[int, MemoryBlock]] = {}  # by address: the end, and the block
         self._device_of: dict[int, int] = {}  # by stream
         self.default_streams: dict[int, Any] = {}
@@ -163,7 +164,17 @@ class SimulatedMachine:
         """Make new host memory pinned memory. A context comes to be on the current device."""
         self.contexts.add(self.device)
         self._enter_block(memory, MemoryBlock(None, HOST, memory.untyped_storage().nbytes()))
+        self._pinned[memory.data_ptr()] = memory
         return memory
+
+    def pinned_at(self, address: int) -> torch.Tensor | None:
+        """The pinned memory that begins at an address; None if there is none."""
+        return self._pinned.get(address)
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks of pinned memory that are in use."""
+        return sum(block.device is None for block in self._blocks.values())
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin memory that exists (cudaHostRegister)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from epslots.simulated_gpu.machine import SimulatedMachine, current_machine
@@ -378,3 +379,20 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args
     compute = partial(torch.nn.functional.scaled_dot_product_attention, **memory_of(kwargs))
     flops = 4.0 * math.prod(query.shape) * key.shape[-2]
     return launch_kernel("scaled_dot_product_attention", compute, query, key, value, *args, reads=gpus, flops=flops)
+
+
+def mapped(interface: dict[str, Any], number: int) -> torch.Tensor:
+    """Pinned memory as a tensor of a device, whose kernels read it over the link.
+
+    Args:
+        interface: ``__cuda_array_interface__`` of contiguous memory.
+
+    Raises:
+        RuntimeError: it isn't pinned, so a device can't address it.
+    """
+    memory = current_machine().pinned_at(interface["data"][0])
+    if memory is None:
+        raise RuntimeError("The specified pointer resides on host memory and is not registered with any CUDA device.")
+    dtype = torch.from_numpy(np.empty(0, interface["typestr"])).dtype
+    with current_machine().computing_kernel():
+        return GpuTensor(memory.view(dtype).view(interface["shape"]), number)

@@ -1,6 +1,6 @@
 """Whole models on a simulated GPU: plain transformers' tokens, no mixed devices, and no race.
 
-A few architectures, one for each way to store and call experts and each kind of cache; with ``EPSLOTS_WHOLE_ZOO=1`` all of them.
+One architecture for each way to store and call experts, and some for their caches; with ``EPSLOTS_WHOLE_ZOO=1`` all of them.
 """
 
 from __future__ import annotations
