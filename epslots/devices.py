@@ -44,8 +44,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def make_current(device: torch.device) -> None:
     """Make a GPU this thread's current one; a no-op for the CPU.
 
-    Triton launches on the current GPU, whatever device its arguments are on; pinned memory and transformers' continuous batching
-    take it, too, and each GPU that is touched loses some hundred MB to a context.
+    Triton launches on the current GPU, whatever device its arguments are on; pinned memory and transformers' continuous
+    batching take it, too, and each GPU that is touched loses some hundred MB to a context.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

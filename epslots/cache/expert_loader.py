@@ -37,7 +37,7 @@ class ExpertLoader:
         telemetry: counts bytes and evictions under the model's layer indices.
 
     Attributes:
-        transport: to peers; None without a group. Set each time a group is formed.
+        transport: to peers; None without a group. Set by ``join``.
         in_flight: bool [S], whether each slot's record is in flight, as far as ``poll`` and ``wait`` have found out.
     """
 
@@ -55,6 +55,11 @@ class ExpertLoader:
         self._unconfirmed: list[tuple[int, IntArray]] = []
         self._unpackers = [Unpacker(spec) for spec in pool.layers]
         self._rows = pool.memory.unbind(0)  # taking a row out of a tensor takes microseconds
+
+    def join(self, transport: Transport) -> None:
+        """Serve a group's fetches from now on, and wait on the host as its transport does."""
+        self.transport = transport
+        self.link.host_wait = transport.wait_until
 
     def fetch(
         self,

@@ -27,6 +27,7 @@ from epslots.cache.host_store import HostStore
 from epslots.cache.unpacking import Unpacker, record_views
 from epslots.device_copy import to_device
 from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.transport.host_wait import HostWait, wait_until
 
 _THREAD = threading.local()
 
@@ -56,7 +57,12 @@ class CpuExperts:
         layer: the layer's number in the store.
         device: the source of rows and the target of results.
         gemm: the class that computes: ``GroupedGemm``, or ``BatchInvariantGemm`` for a batch-invariant model.
+
+    Attributes:
+        host_wait: how the host waits for rows. A group sets its transport's.
     """
+
+    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(
         self,
@@ -111,7 +117,7 @@ class CpuExperts:
             CorruptExpertError: a record differs from its digest.
         """
         if begun.arrived is not None:
-            begun.arrived.synchronize()
+            self.host_wait(begun.arrived.query)
         computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype)
         start = 0
         for expert, pairs in begun.experts:

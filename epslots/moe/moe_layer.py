@@ -130,6 +130,8 @@ class MoELayer:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
         """
         self._peers, self.planner, self.prefetch_target.planner = peers, planner, planner
+        if self.experts.cpu is not None and peers.transport is not None:
+            self.experts.cpu.host_wait = peers.transport.wait_until
         self._resident = self.experts if complete else None
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:

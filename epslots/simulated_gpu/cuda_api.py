@@ -1,10 +1,11 @@
 """``simulated_gpus``: within it ``torch.cuda`` and ``torch.accelerator`` show simulated GPUs, which this thread computes on.
 
-torch's modes belong to a thread: others enter ``on_this_thread`` first.
+torch's modes belong to a thread: those that are started within it enter them by themselves, others by ``on_this_thread``.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace, TracebackType
@@ -23,6 +24,7 @@ from epslots.simulated_gpu.operators import attention, execute, mapped
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream, device_number
 from epslots.simulated_gpu.tensors import GpuTensor
 
+_thread_run = threading.Thread.run
 _PINNED_READS = ("numpy", "tolist", "item", "__getitem__")
 
 
@@ -51,14 +53,23 @@ def simulated_gpus(gpu: str | GpuSpec = "h100", count: int = 1, memory_bytes: in
 @contextmanager
 def on_this_thread() -> Iterator[None]:
     """Let this thread's operations of torch go to the simulated GPUs."""
+    current_machine().begin_thread()
     with _Operations(), _Functions():
         yield
+
+
+def _run_thread(thread: threading.Thread) -> None:
+    """``Thread.run``: a thread's clock begins at that of the thread that is furthest."""
+    with on_this_thread():
+        _thread_run(thread)
 
 
 class _Operations(TorchDispatchMode):
     """Brings all operations to ``execute``, also those without a tensor of a device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not machine_module._machines:  # a thread that outlives the simulation
+            return func(*args, **kwargs or {})
         return execute(func, args, kwargs or {})
 
 
@@ -67,6 +78,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not machine_module._machines:
+            return func(*args, **kwargs)
         if func is torch.Tensor.to or func is torch.Tensor.cuda:
             args, kwargs = (
                 _with_index(args),
@@ -233,6 +246,7 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
     }
     found: list[tuple[Any, str, Any]] = [(cuda, name, value) for name, value in plain.items()]
     found += [
+        (threading.Thread, "run", _run_thread),
         (device_copy, "_by_device", {}),
         (accelerator, "is_available", lambda: True),
         (accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),

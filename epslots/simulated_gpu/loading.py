@@ -33,9 +33,10 @@ def load_simulated(path: Any, **settings: Any) -> PreTrainedModel:
         return loading.load(path, **given)
 
 
-def _unpin(runtime: Any, memory: torch.Tensor, *_: Any) -> None:
+def _unpin(runtime: Any, _memory: torch.Tensor, pinned: list[int], *_: Any) -> None:
     """Without the device, which may be gone when the store is."""
-    runtime.cudaHostUnregister(memory.data_ptr())
+    for address in pinned:
+        runtime.cudaHostUnregister(address)
 
 
 def _load_dense_simulated(*arguments: Any, device: torch.device, **settings: Any) -> PreTrainedModel:

@@ -70,6 +70,7 @@ class SimulatedMachine:
         self._device_of: dict[int, int] = {}  # by stream
         self.default_streams: dict[int, Any] = {}
         self._here = threading.local()
+        self._latest_s = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -91,6 +92,11 @@ class SimulatedMachine:
     def spend(self, seconds: float) -> None:
         """Let this thread's clock go on."""
         self._here.now_s = self.now_s + seconds
+        self._latest_s = max(self._latest_s, self._here.now_s)
+
+    def begin_thread(self) -> None:
+        """Set a new thread's clock to that of the thread that is furthest."""
+        self._here.now_s = max(self.now_s, self._latest_s)
 
     @property
     def device(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from epslots.cache.copy_engine import CudaEngine
+from epslots.cache.cuda_engine import CudaEngine
 from epslots.device_copy import copy_to_device, to_device
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
