@@ -1,4 +1,4 @@
-"""Small uploads: numbers from the host to the device, which neither the host nor a copy of an expert holds up.
+"""Copies of small things between host and device: neither the host nor the copy of an expert holds them up.
 
 A GPU's copy engine serves the copies of all streams in the order in which they become ready, and priorities don't count: a few
 bytes queued behind an expert's record wait for the whole of it. So a kernel reads them, straight out of pinned memory, which
@@ -49,6 +49,19 @@ def copy_to_device(numbers: NDArray[Any], target: torch.Tensor) -> None:
         target.view(-1).copy_(tensor.view(-1))
     else:
         _uploads(target.device).send(tensor, target)
+
+
+def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A tensor's values on the host, and the event after which they are there; on the CPU itself, and None.
+
+    The copy is queued on the current stream, and nothing waits.
+    """
+    if tensor.device.type == "cpu":
+        return tensor, None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensor.device))
+    return host, arrived
 
 
 class _PinnedBuffer:

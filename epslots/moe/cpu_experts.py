@@ -25,7 +25,7 @@ from torch import nn
 
 from epslots.cache.host_store import HostStore
 from epslots.cache.unpacking import Unpacker, record_views
-from epslots.device_copy import to_device
+from epslots.device_copy import to_device, to_host
 from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.transport.host_wait import HostWait, wait_until
 
@@ -98,12 +98,7 @@ class CpuExperts:
         order_M = to_device(order_E, self._device)[ids_M]
         pair_P = torch.sort(order_M, stable=True).indices[:total]
         rows_PH = rows_JH[pair_P // (len(ids_M) // len(rows_JH))].to(self.dtype)
-        arrived = None
-        if rows_PH.is_cuda:
-            pinned_PH = torch.empty(rows_PH.shape, dtype=rows_PH.dtype, pin_memory=True)
-            rows_PH = pinned_PH.copy_(rows_PH, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(self._device))
+        rows_PH, arrived = to_host(rows_PH)
         return CpuRows(tuple(zip(experts, pairs, strict=True)), pair_P, rows_PH, arrived)
 
     def finish(self, begun: CpuRows, result_MH: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from epslots.device_copy import to_device
+from epslots.device_copy import to_device, to_host
 from epslots.errors import ConfigError, PeerLost
 from epslots.transport.gloo_operations import CollectiveOperation, GlooOperation, WaitingThread
 from epslots.transport.host_wait import wait_until
@@ -154,11 +154,8 @@ class TorchTransport:
         self._check()
         if self.device.type == "cpu":
             return tensor.numpy()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
-        self.wait_until(done.query)
+        host, arrived = to_host(tensor)
+        self.wait_until(arrived.query)
         return host.numpy()
 
     def wait_until(self, done: Callable[[], bool]) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import epslots
 from epslots.cache.cuda_engine import CudaEngine
 from epslots.device_copy import copy_to_device, to_device
+from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.machine import SimulatedMachine
@@ -62,6 +64,19 @@ def test_misses_wait_for_the_counts_alone(checkpoint: Callable[[str], Path], sha
         assert {line.rpartition(":")[0] for line in uploads_of(gpu)} == {"epslots/cache/unpacking.py"}
         assert gpu.kernels["epslots", "bitwise_or"] <= STEPS * LAYERS, "one upload"
         assert gpu.races == []
+
+
+def test_a_complete_layer_never_waits(checkpoint: Callable[[str], Path], shared_stores: Path):
+    """Also where the next one may miss: its guesses come to the host while the layer's kernels are queued."""
+    with simulated_gpus("h100") as gpu:
+        model = qwen(checkpoint("qwen3_moe"), shared_stores, f"{47 * 64 * 32 * 3 * 2}B")
+        complete = [runner.cache.holds_all for runner in runtime_of(model).runners]
+        assert 0 < sum(complete) < LAYERS
+        before = epslots.stats(model).total("prefetches")
+        decode(gpu, model, STEPS)
+        assert waits_of(gpu) == {"peers.py": STEPS * complete.count(False)}
+        if complete[0] or complete[1]:
+            assert epslots.stats(model).total("prefetches") > before
 
 
 def test_a_small_upload_passes_bulk_copies(gpu: SimulatedMachine):

@@ -10,8 +10,7 @@ import pytest
 import epslots
 from epslots.transport.host_wait import wait_until
 
-# Where a wait may block in the driver: before any group, after the last copy, in a thread that no step waits for, in benchmarks,
-# and before a loader's thread is used again.
+# Where a wait may block in the driver: after the last copy, in a thread of its own, before the first step, in benchmarks.
 MAY_BLOCK = {"cache/pinning.py", "cache/staging.py", "group/cost_probe.py", "bench/report.py"}
 
 
