@@ -13,8 +13,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device to compute on, with its index.
 
     Args:
-        device: None: a GPU if there is one, else the CPU. A GPU without an index: under ``torchrun`` the one with the
-            process's number on the node, else the current one.
+        device: None: a GPU if there is one, else the CPU. A GPU without an index: the only one, if there is one; else under
+            ``torchrun`` the one with the process's number on the node, and without it the current one.
 
     Raises:
         ConfigError: no such device here.
@@ -30,12 +30,25 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             raise ConfigError(f"device={str(device)!r}, but torch sees no GPU here; use device='cpu'")
         if resolved.index is None:
             number = local_number()
-            resolved = torch.device("cuda", torch.cuda.current_device() if number is None else number)
+            # Some launchers show each process its own GPU alone, and number the processes all the same.
+            if number is None or torch.cuda.device_count() == 1:
+                number = torch.cuda.current_device()
+            resolved = torch.device("cuda", number)
         if resolved.index >= torch.cuda.device_count():
             raise ConfigError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} GPUs here, from cuda:0")
     elif resolved.type != "cpu":
         raise ConfigError(f"device={str(device)!r}: allowed: cpu, cuda, cuda:N")
     return resolved
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU this thread's current one; a no-op for the CPU.
+
+    Triton launches on the current GPU, whatever device its arguments are on; pinned memory and transformers' continuous
+    batching take it, too, and each GPU that is touched loses some hundred MB to a context.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def memory_limit(device: torch.device) -> MemoryLimit:

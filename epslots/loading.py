@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from epslots.cache.copy_engine import make_copy_engine
+from epslots.cache.cuda_engine import make_copy_engine
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.host_store import HostStore
 from epslots.cache.node_store import open_node_store
@@ -28,7 +28,7 @@ from epslots.cache.pinning import pin_store
 from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_in_background
 from epslots.config import LoadConfig, LoadSettings, load_config, refuse_unknown, with_keywords
-from epslots.devices import resolve_device
+from epslots.devices import make_current, resolve_device
 from epslots.errors import ConfigError
 from epslots.group.join import announce_failure, ranks_here, start_rank
 from epslots.layout import LayerSpec, RecordLayout
@@ -84,8 +84,8 @@ def load(
     (``sync_ranks`` and ``generate(synced_gpus=True)`` see to that).
 
     In fp32 the outputs equal transformers' (logits within 1e-4 of their scale). In bf16 results are summed over k in fp32, so
-    last bits may differ. Threads may share a model on one rank, and take turns layer by layer; in a group, one thread per rank
-    may call it.
+    last bits may differ. A GPU becomes the thread's current one. Threads may share a model on one rank, and take turns layer
+    by layer; in a group, one thread per rank may call it.
 
     Args:
         path_or_id: a checkpoint folder with safetensors, or a hub id.
@@ -199,6 +199,7 @@ def load_alone(
     """
     device = resolve_device(config.device)
     config.check_device(device.type)
+    make_current(device)
     plan = plan_load(source, config, device, neighbours)
     opened, checkpoint = plan.opened, plan.opened.checkpoint
 
@@ -271,7 +272,7 @@ def _build_runtime(
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
-    largest = 0 if store.pinned else max(layer.record.nbytes for layer in layers)
+    largest = 0 if store.pinned or device.type != "cuda" else max(layer.record.nbytes for layer in layers)
     link = make_copy_engine(link_setting, device, staging_bytes=largest)
     loaders, runners = [], {}
     for indices in members.values():

@@ -195,7 +195,6 @@ def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -
     count = min(TIMED_RECORDS, pool.quotas[0])
     loader.wait_all()
     pool.vacate(0, pool.expert_of[pool.window(0)].copy())
-    pool.publish(0)
     kernels = kernels_for(loader)
     layer = DeviceSlots(loader, kernels, count).layers[0]
     number = torch.arange(count, device=device)

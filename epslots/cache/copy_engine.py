@@ -5,7 +5,7 @@ overwritten, its transfer is cancelled (``cancel``). Urgent transfers, which a s
 goes first: a guess that has waited for long is probably out of date.
 
     SynchronousEngine   the CPU copies; the slot is complete on return
-    CudaEngine          CUDA copies beside the kernels; events order the two
+    CudaEngine          CUDA copies beside the kernels; events order the two (cuda_engine.py)
     EmulatedEngine      as slow as a link of a given speed: measures without a GPU what would overlap on one
 
 ``ExpertLoader`` is the caller.
@@ -22,11 +22,9 @@ from typing import Any, Protocol
 
 import torch
 
-from epslots.errors import ConfigError
-from epslots.units import LinkSpeed, parse_link
+from epslots.transport.host_wait import HostWait, wait_until
+from epslots.units import LinkSpeed
 
-# Background copies that are queued on a GPU at once: enough to keep its link busy until the engine is called again.
-_QUEUED_BACKGROUND_COPIES = 2
 # Copying a record of up to this size takes less time than waking a thread.
 _INLINE_COPY_BYTES = 256 << 10
 # The end of a wait is spent awake: a sleep takes some 60 us longer than asked for.
@@ -43,9 +41,11 @@ class CopyEngine(Protocol):
     Attributes:
         concurrent: whether transfers proceed while the caller computes.
         busy: whether any are in flight now.
+        host_wait: how the host waits for copies in memory. A group sets its transport's.
     """
 
     concurrent: bool
+    host_wait: HostWait
 
     @property
     def busy(self) -> bool: ...
@@ -82,12 +82,17 @@ class CopyEngine(Protocol):
         """
         ...
 
+    def settle(self, slots: Tensors | None = None) -> None:
+        """Let cancelled transfers end before this thread's other writers of these slots, by default of all slots."""
+        ...
+
 
 class SynchronousEngine:
     """Copies before it returns."""
 
     concurrent = False
     busy = False
+    host_wait: HostWait = staticmethod(wait_until)
 
     def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
@@ -104,105 +109,8 @@ class SynchronousEngine:
 
     cancel = poll
 
-
-class _CudaTransfer:
-    """One record in flight to a GPU: in the background queue while ``event`` is None, then on a stream."""
-
-    __slots__ = ("event", "record", "slot", "write")
-
-    def __init__(self, slot: torch.Tensor, record: torch.Tensor, write: SlotWriter) -> None:
-        self.slot, self.record, self.write = slot, record, write
-        self.event: Any = None
-
-
-class CudaEngine:
-    """Copies on two streams of a GPU, one of them urgent; the device serves both in turn.
-
-    A copy can't be taken back from a stream. So only a few background copies are on theirs at a time; each call of the engine
-    queues the next.
-
-    Args:
-        staging_bytes: size of the largest record if the store isn't pinned: records then pass through a pinned buffer, and the
-            host waits for the copy before.
-        cuda: ``torch.cuda``, or a fake of it.
-    """
-
-    concurrent = True
-
-    def __init__(self, device: torch.device, staging_bytes: int = 0, cuda: Any = torch.cuda) -> None:
-        self._device, self._cuda = device, cuda
-        self._urgent_stream = cuda.Stream(device, priority=-1)  # torch's number for a stream that goes first
-        self._background_stream = cuda.Stream(device)
-        self._staging = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True) if staging_bytes else None
-        self._last_copy: Any = None
-        self._background: deque[_CudaTransfer] = deque()
-        self._on_background_stream: deque[_CudaTransfer] = deque()
-        self._lock = threading.Lock()  # a model of two layouts has two pools, which two threads may be in
-
-    @property
-    def busy(self) -> bool:
-        with self._lock:
-            self._advance()
-        return bool(self._on_background_stream) or (self._last_copy is not None and not self._last_copy.query())
-
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
-        transfers = [_CudaTransfer(slot, record, write) for slot, record in zip(slots, records, strict=True)]
-        with self._lock:
-            if urgent:
-                self._queue(transfers, self._urgent_stream)
-            else:
-                self._background.extendleft(reversed(transfers))
-            self._advance()
-        return transfers
-
-    def set_urgent(self, transfer: _CudaTransfer) -> None:
-        with self._lock:
-            if transfer.event is None:
-                self._background.remove(transfer)
-                self._queue([transfer], self._urgent_stream)
-
-    def wait(self, transfer: _CudaTransfer) -> None:
-        self.set_urgent(transfer)
-        self._cuda.current_stream(self._device).wait_event(transfer.event)
-
-    def poll(self, transfer: _CudaTransfer) -> bool:
-        return transfer.event is not None and transfer.event.query()
-
-    def cancel(self, transfer: _CudaTransfer) -> bool:
-        with self._lock:
-            if transfer.event is None:
-                if transfer in self._background:
-                    self._background.remove(transfer)
-                return False
-        # Later transfers wait for the current stream, so this puts them behind this one on either stream.
-        self._cuda.current_stream(self._device).wait_event(transfer.event)
-        return True
-
-    def _advance(self) -> None:
-        """Queue further background copies if there is room on their stream."""
-        while self._on_background_stream and self._on_background_stream[0].event.query():
-            self._on_background_stream.popleft()
-        while self._background and len(self._on_background_stream) < _QUEUED_BACKGROUND_COPIES:
-            transfer = self._background.popleft()
-            self._queue([transfer], self._background_stream)
-            self._on_background_stream.append(transfer)
-
-    def _queue(self, transfers: Sequence[_CudaTransfer], stream: Any) -> None:
-        stream.wait_stream(self._cuda.current_stream(self._device))  # kernels may still read the slots' old content
-        with self._cuda.stream(stream):
-            for transfer in transfers:
-                transfer.write(transfer.slot, self._stage(transfer.record))
-                transfer.event = self._cuda.Event()
-                transfer.event.record(stream)
-                self._last_copy = transfer.event
-
-    def _stage(self, record: torch.Tensor) -> torch.Tensor:
-        """The record in pinned memory."""
-        if self._staging is None:
-            return record
-        if self._last_copy is not None:
-            self._last_copy.synchronize()
-        return self._staging[: record.nbytes].copy_(record)
+    def settle(self, slots: Tensors | None = None) -> None:
+        pass
 
 
 class _EmulatedTransfer:
@@ -231,6 +139,7 @@ class EmulatedEngine:
     """
 
     concurrent = True
+    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(self, speed: LinkSpeed) -> None:
         self.speed = speed
@@ -299,6 +208,9 @@ class EmulatedEngine:
             wait([transfer.copy])  # the slot's next writer may be another thread than the copier
         return crosses
 
+    def settle(self, slots: Tensors | None = None) -> None:
+        pass
+
     def _advance(self) -> float:
         """Begin the transfers whose turn has come by now; returns the clock."""
         now = perf_counter()
@@ -316,21 +228,3 @@ class EmulatedEngine:
 def _sleep_until(due: float) -> None:
     while (left := due - perf_counter()) > 0:
         sleep(left - _SPIN_S if left > 2 * _SPIN_S else 0)
-
-
-def make_copy_engine(setting: str | None, device: torch.device, staging_bytes: int = 0) -> CopyEngine:
-    """The copy engine of a device.
-
-    Args:
-        setting: None for the device's own link; or the speed of an emulated one, such as ``"8GB/s,20us"``.
-        staging_bytes: size of the largest record if the store isn't pinned, else 0; for a GPU alone.
-
-    Raises:
-        ConfigError: not a speed, or the device has a link of its own.
-    """
-    if setting is None:
-        return CudaEngine(device, staging_bytes) if device.type == "cuda" else SynchronousEngine()
-    speed = parse_link(setting)
-    if device.type != "cpu":
-        raise ConfigError(f"link={setting!r}: {device} has a link of its own; one is emulated on device='cpu' alone")
-    return EmulatedEngine(speed)

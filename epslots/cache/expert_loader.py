@@ -37,7 +37,7 @@ class ExpertLoader:
         telemetry: counts bytes and evictions under the model's layer indices.
 
     Attributes:
-        transport: to peers; None without a group. Set each time a group is formed.
+        transport: to peers; None without a group. Set by ``join``.
         in_flight: bool [S], whether each slot's record is in flight, as far as ``poll`` and ``wait`` have found out.
     """
 
@@ -55,6 +55,11 @@ class ExpertLoader:
         self._unconfirmed: list[tuple[int, IntArray]] = []
         self._unpackers = [Unpacker(spec) for spec in pool.layers]
         self._rows = pool.memory.unbind(0)  # taking a row out of a tensor takes microseconds
+
+    def join(self, transport: Transport) -> None:
+        """Serve a group's fetches from now on, and wait on the host as its transport does."""
+        self.transport = transport
+        self.link.host_wait = transport.wait_until
 
     def fetch(
         self,
@@ -91,6 +96,7 @@ class ExpertLoader:
         try:
             if copies is not None:
                 experts_F, slots_F, from_peers = _peers_first(experts_F, slots_F, copies)
+                self.link.settle([self._rows[slot] for slot in slots_F[:from_peers].tolist()])
                 self._exchange(layer, experts_F[:from_peers], slots_F[:from_peers], copies, agreed)
                 started.extend(slots_F[:from_peers].tolist())
                 self._unconfirmed.append((layer, experts_F[:from_peers]))
@@ -134,8 +140,9 @@ class ExpertLoader:
             self._finish(slot, self._transfers[slot])
 
     def wait_all(self) -> None:
-        """Make every slot complete for what is computed next."""
+        """Make every slot complete for what is computed next, and free for what may be written next."""
         self.wait(np.flatnonzero(self.in_flight))
+        self.link.settle()
 
     def poll(self, slots: IntArray) -> None:
         """Find out which of these slots have received their records: int64 [any number], without duplicates."""
@@ -174,7 +181,6 @@ class ExpertLoader:
         """Empty the slots whose copies from peers may not have arrived. For use after a loss."""
         for layer, experts in self._unconfirmed:
             self.pool.vacate(layer, experts[self.pool.slot_of[layer, experts] >= 0])
-            self.pool.publish(layer)
         self._unconfirmed.clear()
 
     def _exchange(self, layer: int, experts_F: IntArray, slots_F: IntArray, copies: PeerCopies, agreed: bool) -> None:
@@ -212,8 +218,6 @@ class ExpertLoader:
             pool.memory[empty].copy_(pool.memory[slot], non_blocking=True)
             pool.occupy(giver, np.array([expert]), np.array([empty]))
         pool.pass_slot(giver, taker)
-        pool.publish(giver)
-        pool.publish(taker)
         self.telemetry.count(self.store_layers[giver], evictions=int(evicted >= 0))
 
     def fill(self, layer: int, experts_F: IntArray) -> None:

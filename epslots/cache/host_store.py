@@ -116,7 +116,7 @@ class HostStore:
 
     Attributes:
         close: closes the file; later calls do nothing. Tensors from ``record`` stay valid.
-        pinned: whether the mapping is page-locked for CUDA; set by ``pinning.pin_store``.
+        pinned_bytes: the mapping's bytes, from the start, that are page-locked for CUDA; set by ``pinning.pin_store``.
 
     Raises:
         StoreError: the file is not a whole store.
@@ -136,7 +136,7 @@ class HostStore:
         self.shape = StoreShape(read_manifest(fd, where))
         self.manifest = self.shape.manifest
         self.shared = shared
-        self.pinned = False
+        self.pinned_bytes = 0
         size = os.fstat(fd).st_size
         if size < self.shape.nbytes:
             raise StoreError(f"{where} holds {size:,} of {self.shape.nbytes:,} bytes; delete it and load again to rebuild it")
@@ -163,6 +163,11 @@ class HostStore:
     @property
     def nbytes(self) -> int:
         return self.shape.nbytes
+
+    @property
+    def pinned(self) -> bool:
+        """Whether all records are page-locked for CUDA."""
+        return self.pinned_bytes >= self.nbytes
 
     @property
     def memory(self) -> torch.Tensor:

@@ -9,15 +9,19 @@ import contextlib
 import logging
 import os
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from epslots.cache.host_store import HostStore
+from epslots.cache.host_store import HostStore, StoreShape
 from epslots.progress import ProgressDisplay
 from epslots.units import format_bytes
 
 logger = logging.getLogger(__name__)
+
+# A single call for a large store would pin all of it or nothing.
+PIECE_BYTES = 1 << 30
 
 
 def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, cudart: Any = None) -> bool:
@@ -30,7 +34,7 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
         cudart: the CUDA runtime, ``torch.cuda.cudart()`` by default; tests give a fake.
 
     Returns:
-        Whether the store is pinned.
+        Whether all of the store is pinned. A failure leaves the pieces before it pinned.
 
     Raises:
         CorruptExpertError: a record differs from its digest.
@@ -47,31 +51,57 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
         for error in store.verify(advance):
             raise error
     runtime = cudart or torch.cuda.cudart()
-    memory = store.memory
+    memory, pinned = store.memory, list[int]()
+    weakref.finalize(store, _unpin, runtime, memory, pinned, device, os.getpid())
+    code = 0
     with torch.cuda.device(device if device.type == "cuda" else -1):  # the current GPU may be another one
-        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        for start, stop in pieces(store.shape, PIECE_BYTES):
+            code = int(runtime.cudaHostRegister(memory.data_ptr() + start, stop - start, 0))
+            if code != 0:
+                break
+            pinned.append(memory.data_ptr() + start)
+            store.pinned_bytes = stop
     if code != 0:
         _forget_last_error(device)
         logger.warning(
-            "Pinning the host store (%s) failed with CUDA error %d: every fetch takes an extra copy through a pinned buffer, "
-            "at the speed of one core's memory copy instead of the GPU link's. Raise the locked-memory limit (ulimit -l), or "
-            "free RAM.",
-            format_bytes(store.nbytes),
+            "Pinning the host store failed with CUDA error %d after %s of %s: each fetch from the rest takes an extra copy "
+            "through a pinned buffer, at the speed of one core's memory copy instead of the GPU link's. Raise the "
+            "locked-memory limit (ulimit -l), or free RAM.",
             code,
+            format_bytes(store.pinned_bytes),
+            format_bytes(store.nbytes),
         )
-        return False
-    store.pinned = True
-    weakref.finalize(store, _unpin, runtime, memory, device, os.getpid())
-    return True
+    return store.pinned
 
 
-def _unpin(runtime: Any, memory: torch.Tensor, device: torch.device, pid: int) -> None:
-    """Release the pages after the last copy from them."""
-    if os.getpid() != pid:  # a forked child runs the same exit handlers, and has no CUDA
+def pieces(shape: StoreShape, most_bytes: int) -> Iterator[tuple[int, int]]:
+    """A store's bytes in pieces that end where records end, so that each record is in one.
+
+    Args:
+        most_bytes: of a piece, which has at least one record.
+
+    Yields:
+        (start, stop) of each.
+    """
+    start = end = 0
+    for layer, spec in enumerate(shape.manifest.layers):
+        for expert in range(spec.num_experts):
+            after = shape.offset(layer, expert) + shape.stride(spec)
+            if after - start > most_bytes and end > start:
+                yield start, end
+                start = end
+            end = after
+    yield start, shape.nbytes
+
+
+def _unpin(runtime: Any, memory: torch.Tensor, pinned: list[int], device: torch.device, pid: int) -> None:
+    """Release the pages after the last copy from them; ``memory`` is theirs until then."""
+    if os.getpid() != pid or not pinned:  # a forked child runs the same exit handlers, and has no CUDA
         return
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    runtime.cudaHostUnregister(memory.data_ptr())
+    for address in pinned:
+        runtime.cudaHostUnregister(address)
 
 
 def _forget_last_error(device: torch.device) -> None:

@@ -7,7 +7,7 @@ A layer owns a window of neighbouring slots, so that its experts are one strided
 reads in place. The tables exist on the host, for plans, and on the device, where tokens are sorted by them; on the CPU these
 are the same memory. Only ``ExpertLoader`` fills slots. A fetch first empties its slot in both tables, and enters the expert
 once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone knows which slots are in
-flight; readers of a slot call its ``wait`` first.
+flight; readers of a slot call its ``wait`` first. A layer's row reaches the device with ``publish``, once before it is read.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from epslots.arrays import IntArray
 from epslots.compiled import compiled
+from epslots.device_copy import copy_to_device
 from epslots.layout import LayerSpec
 
 
@@ -48,13 +49,11 @@ class SlotPool:
         self.device = device
         self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
         experts = max(layer.num_experts for layer in layers)
-        # On CUDA the host's tables are pinned, so that publishing them is an asynchronous copy.
-        shapes = (len(layers), experts), (self.num_slots,)
-        tables = self._host_tables = [torch.full(shape, -1, pin_memory=device.type == "cuda") for shape in shapes]
+        tables = torch.full((len(layers), experts), -1), torch.full((self.num_slots,), -1)
         self.slot_of: IntArray = tables[0].numpy()
         self.expert_of: IntArray = tables[1].numpy()
         self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
-        self._publishing: torch.cuda.Event | None = None
+        self._unpublished = [False] * len(layers)
         self.lock = threading.Lock()
 
     def _lay_out(self, quotas: Sequence[int]) -> None:
@@ -89,9 +88,9 @@ class SlotPool:
     def vacate(self, layer: int, experts: IntArray) -> int:
         """Empty the slots of these resident experts, int64 [any number]; -1 is skipped. Returns how many these are.
 
-        The device's tables change with the next ``occupy`` or ``publish``.
+        The device's table changes with the next ``publish``.
         """
-        self._wait_until_published()
+        self._unpublished[layer] = True
         return _vacate(self.slot_of[layer], self.expert_of, experts)
 
     def pass_slot(self, giver: int, taker: int) -> None:
@@ -111,40 +110,40 @@ class SlotPool:
         """Give each layer another number of slots, with the same sum. All slots are empty afterwards."""
         assert sum(quotas) == self.num_slots
         assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, self.layers, strict=True))
-        self._wait_until_published()
         self.slot_of[:] = -1
         self.expert_of[:] = -1
         self._lay_out(quotas)
-        for layer in range(len(self.layers)):
-            self.publish(layer)
+        self._unpublished = [True] * len(self.layers)
 
     def occupy(self, layer: int, experts: IntArray, slots: IntArray) -> None:
-        """Enter experts in empty slots of the layer, int64 [F] both. Their records are there, or in flight."""
-        self._wait_until_published()
+        """Enter experts in empty slots of the layer, int64 [F] both. Their records are there, or in flight.
+
+        The device's table changes with the next ``publish``.
+        """
+        self._unpublished[layer] = True
         done = _occupy(self.slot_of[layer], self.expert_of, experts, slots)
-        self.publish(layer)
         assert done == len(experts), f"slot {slots[done]} isn't empty, or expert {experts[done]} is elsewhere"
 
     def publish(self, layer: int) -> None:
-        """Copy the host's tables to the device; a no-op on the CPU, where they are the same memory.
+        """Copy the layer's row of ``slot_of`` to the device if it has changed; on the CPU they are the same memory.
 
-        The copies are queued on the current stream. The host changes its tables again only after the copies have ended:
-        they must bring to the kernels queued behind them what the tables held when they were queued.
+        The upload is queued on the current stream, and the host may change its table at once. ``ExpertCompute`` calls this
+        before it sorts by the row.
         """
-        if self.device.type != "cpu":
-            window = self.window(layer)
-            self.slot_of_device[layer].copy_(self._host_tables[0][layer], non_blocking=True)
-            self.expert_of_device[window].copy_(self._host_tables[1][window], non_blocking=True)
-            self._publishing = self._publishing or torch.cuda.Event()
-            self._publishing.record(torch.cuda.current_stream(self.device))
+        if self._unpublished[layer] and self.device.type != "cpu":
+            copy_to_device(self.slot_of[layer], self.slot_of_device[layer])
+        self._unpublished[layer] = False
 
-    def _wait_until_published(self) -> None:
-        """Wait for the last copies. Mostly they have ended: the host has read counts of a later layer since."""
-        if self._publishing is not None:
-            self._publishing.synchronize()
+    def publish_all(self) -> None:
+        """Copy both tables to the device, which needs ``expert_of`` while it decides about slots (``device_slots.py``)."""
+        for layer in range(len(self.layers)):
+            self.publish(layer)
+        if self.device.type != "cpu":
+            copy_to_device(self.expert_of, self.expert_of_device)
 
     def check_integrity(self) -> None:
-        """Assert that tables and quotas agree: free + used = capacity, each table the other's inverse, both copies equal.
+        """Assert that tables and quotas agree: free + used = capacity, each table the other's inverse, and the
+        device's rows equal where they are published.
 
         Raises:
             AssertionError: naming the layer and slot that break the rule. It is a bug of ours.
@@ -160,8 +159,8 @@ class SlotPool:
             assert not len(wrong), f"layer {layer}: slot {row[wrong[:1]]} doesn't hold expert {wrong[:1]}"
             used = int((inside >= 0).sum())
             assert used == len(resident), f"layer {layer}: {used} slots in use for {len(resident)} experts"
-        assert torch.equal(self.slot_of_device.cpu(), torch.from_numpy(self.slot_of)), "slot_of differs on the device"
-        assert torch.equal(self.expert_of_device.cpu(), torch.from_numpy(self.expert_of)), "expert_of differs there"
+        rows = [layer for layer, unpublished in enumerate(self._unpublished) if not unpublished]
+        assert np.array_equal(self.slot_of_device.cpu().numpy()[rows], self.slot_of[rows]), "slot_of differs on the device"
         assert self.memory.nbytes == self.nbytes == math.prod(self.memory.shape)
 
 

@@ -24,6 +24,7 @@ import torch
 from epslots.arrays import IntArray
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
+from epslots.device_copy import copy_to_device
 from epslots.errors import ConfigError
 from epslots.moe.expert_compute import ExpertCompute
 from epslots.planner.use_history import ROWS, SCALE_SHIFTS_D, SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STEP_BITS, USE, UseHistory
@@ -272,16 +273,16 @@ class DeviceSlots:
             steps: the steps that each of them counts.
         """
         self._loader.wait_all()
+        self._pool.publish_all()
         last_use, decayed = np.zeros(self._last_use.shape, np.int64), np.zeros(self._decayed.shape, np.int64)
         for layer, history in enumerate(histories):
             experts = len(history.last_use)
             last_use[layer, :experts], decayed[layer, :, :experts] = history.last_use, history.decayed
         factors = np.stack([score_factors(self._policy, history.weights) for history in histories])
         self._entered[:] = steps
-        self._last_use.copy_(torch.from_numpy(last_use))
-        self._decayed.copy_(torch.from_numpy(decayed))
-        self._factors.copy_(torch.from_numpy(factors))
-        self._steps.copy_(torch.from_numpy(self._entered)[:, None])
+        state = (last_use, self._last_use), (decayed, self._decayed), (factors, self._factors), (self._entered, self._steps)
+        for host, device in state:
+            copy_to_device(host, device)
         self._tallies.zero_()
 
     def prepare(self, layer: int, ids_N: torch.Tensor) -> None:

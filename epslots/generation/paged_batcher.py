@@ -16,9 +16,11 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import FutureRequestState
@@ -179,7 +181,7 @@ class PagedBatcher(Batcher):
         assert part is not None and isolation is not None and windows is not None, "prepare() comes first"
         windows.restore(part)
         try:
-            with self._following(self._previous_T), self._plain_outputs.off():
+            with self._following(self._previous_T), self._plain_outputs.off(), _between(self._processor, self._model.device):
                 self._processor._generation_step(self._model)
             self._processor.update_batch()
         except Exception as failure:
@@ -260,3 +262,21 @@ class PagedBatcher(Batcher):
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
+
+
+@contextmanager
+def _between(processor: Any, device: torch.device) -> Iterator[None]:
+    """Within the context, transformers' own stream comes after what is queued on the current one, and before what follows.
+
+    It computes there, and nothing else would order its reads of the batch's indices, our uploads, and fetches into slots.
+    """
+    stream = processor.inputs_and_outputs.compute_stream
+    if stream is None:
+        yield
+        return
+    here = torch.cuda.current_stream(device)
+    stream.wait_stream(here)
+    try:
+        yield
+    finally:
+        here.wait_stream(stream)

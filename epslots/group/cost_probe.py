@@ -9,6 +9,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import msgspec
 import torch
@@ -113,7 +114,7 @@ def _slots_in_turn(pool: SlotPool, slots: int) -> Iterator[int]:
 
 
 def _wait_for(device: torch.device) -> Callable[[], None]:
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def measure_cpu(cpu: CpuExperts, rows_NH: torch.Tensor, wait: Callable[[], None]) -> tuple[int, int]:

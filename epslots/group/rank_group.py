@@ -72,7 +72,7 @@ class RankGroup:
         )
         self.lockstep.placement = self.shared.placement.version
         for loader in runtime.loaders:
-            loader.transport = transport
+            loader.join(transport)
         for runner, planner in zip(runtime.runners, self.shared.layers, strict=True):
             runner.form(self.lockstep, planner, complete=self.shared.complete)
 

@@ -25,8 +25,9 @@ from torch import nn
 
 from epslots.cache.host_store import HostStore
 from epslots.cache.unpacking import Unpacker, record_views
-from epslots.device_copy import to_device
+from epslots.device_copy import to_device, to_host
 from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.transport.host_wait import HostWait, wait_until
 
 _THREAD = threading.local()
 
@@ -56,7 +57,12 @@ class CpuExperts:
         layer: the layer's number in the store.
         device: the source of rows and the target of results.
         gemm: the class that computes: ``GroupedGemm``, or ``BatchInvariantGemm`` for a batch-invariant model.
+
+    Attributes:
+        host_wait: how the host waits for rows. A group sets its transport's.
     """
+
+    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(
         self,
@@ -89,15 +95,10 @@ class CpuExperts:
         order_E = torch.full((self.num_experts + 1,), len(experts))
         order_E[list(experts)] = torch.arange(len(experts))
         # Pairs of the first of these experts come first, all other pairs last: their number is known on the host.
-        order_M = to_device(order_E.numpy(), self._device)[ids_M]
+        order_M = to_device(order_E, self._device)[ids_M]
         pair_P = torch.sort(order_M, stable=True).indices[:total]
         rows_PH = rows_JH[pair_P // (len(ids_M) // len(rows_JH))].to(self.dtype)
-        arrived = None
-        if rows_PH.is_cuda:
-            pinned_PH = torch.empty(rows_PH.shape, dtype=rows_PH.dtype, pin_memory=True)
-            rows_PH = pinned_PH.copy_(rows_PH, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(self._device))
+        rows_PH, arrived = to_host(rows_PH)
         return CpuRows(tuple(zip(experts, pairs, strict=True)), pair_P, rows_PH, arrived)
 
     def finish(self, begun: CpuRows, result_MH: torch.Tensor) -> None:
@@ -111,14 +112,14 @@ class CpuExperts:
             CorruptExpertError: a record differs from its digest.
         """
         if begun.arrived is not None:
-            begun.arrived.synchronize()
-        computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype, pin_memory=begun.arrived is not None)
+            self.host_wait(begun.arrived.query)
+        computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype)
         start = 0
         for expert, pairs in begun.experts:
             rows = slice(start, start + pairs)
             computed_PH[rows] = self._compute(expert, begun.rows_PH[rows])
             start = rows.stop
-        result_MH.index_copy_(0, begun.pair_P, computed_PH.to(self._device, result_MH.dtype, non_blocking=True))
+        result_MH.index_copy_(0, begun.pair_P, to_device(computed_PH, self._device).to(result_MH.dtype))
 
     def compute(
         self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]

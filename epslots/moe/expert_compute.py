@@ -110,6 +110,7 @@ class ExpertCompute:
         """
         if not ids_N.numel():
             return torch.zeros(0, self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
+        self.cache.pool.publish(self.cache.pool_layer)
         key_E, window = self._slot_of_device_E, self.cache.window
         if self.identity:
             key_E = torch.nn.functional.pad(key_E, (0, 1), value=window.stop)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from epslots.arrays import BoolArray, IntArray
+from epslots.device_copy import to_host
 from epslots.errors import ConfigError
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.expert_compute import ExpertCompute
@@ -130,6 +131,8 @@ class MoELayer:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
         """
         self._peers, self.planner, self.prefetch_target.planner = peers, planner, planner
+        if self.experts.cpu is not None and peers.transport is not None:
+            self.experts.cpu.host_wait = peers.transport.wait_until
         self._resident = self.experts if complete else None
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
@@ -232,10 +235,19 @@ class MoELayer:
         self._telemetry.count_resident(self.index, batch.counts)
         if not self._peers.alone:  # fetches that began before the group formed may be in flight
             self.cache.wait_for_all()
-        if batch.usage is not None and self.prefetcher is not None:  # the next layer may miss
-            busy_R = np.array([self.cache.link_is_busy])
-            self.prefetcher.fetch(batch.usage.cpu().numpy()[None], busy_R, self.cache.pool)
-        return experts.execute(batch.hidden_TH, batch.ids_N)
+        if batch.usage is None or self.prefetcher is None:
+            return experts.execute(batch.hidden_TH, batch.ids_N)
+        usage, arrived = to_host(batch.usage)  # the next layer may miss
+        if arrived is None:
+            self._prefetch_alone(self.prefetcher, usage)
+        results_NH = experts.execute(batch.hidden_TH, batch.ids_N)
+        # Mostly they have arrived while the layer's kernels were queued. A guess isn't worth a wait.
+        if arrived is not None and arrived.query():
+            self._prefetch_alone(self.prefetcher, usage)
+        return results_NH
+
+    def _prefetch_alone(self, prefetcher: Prefetcher, usage: torch.Tensor) -> None:
+        prefetcher.fetch(usage.numpy()[None], np.array([self.cache.link_is_busy]), self.cache.pool)
 
     def gather(self, batch: Batch) -> Gathered:
         """All ranks' counts and predictions, on the host."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from epslots.arrays import IntArray
 from epslots.errors import ExchangeError, PeerLost
+from epslots.transport.host_wait import wait_until
 from epslots.transport.transport import (
     PeerTensors,
     all_to_all_header,
@@ -199,6 +200,10 @@ class LocalTransport:
         """The values of a tensor of any shape, on the host."""
         self.hub.check()
         return tensor.numpy()
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait until ``done()``; the hub may be broken off meanwhile."""
+        wait_until(done, lambda _: self.hub.check())
 
     def abort(self, reason: str) -> None:
         self.hub.break_off(f"rank {self.rank} aborted: {reason}")

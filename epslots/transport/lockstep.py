@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from epslots.arrays import IntArray
 from epslots.compiled import compiled
+from epslots.device_copy import copy_to_device
 from epslots.errors import ConfigError, ExchangeError, StaleEpoch
 from epslots.transport.transport import Transport
 
@@ -113,7 +114,7 @@ class LockStep:
         self._row = torch.zeros(width, dtype=torch.int32, device=transport.device)
         self._predicted = self._row[self._words :].view(torch.uint8)
         # The row's words that the host writes. On a device they are copied at once, and the host waits only for the gathering.
-        head = torch.zeros(_PREFIX_WORDS + _HEADER_WORDS, dtype=torch.int32, pin_memory=transport.device.type == "cuda")
+        head = torch.zeros(_PREFIX_WORDS + _HEADER_WORDS, dtype=torch.int32)
         self._head = self._row[: len(head)] if transport.device.type == "cpu" else head
         self._words_of_head = self._head.numpy()
         self.steps = 0
@@ -256,7 +257,7 @@ class LockStep:
         """
         self._words_of_head[:_PREFIX_WORDS] = kind, self.steps % _STEP_LIMIT, self._model, guard, top_k, busy
         if self._row.device.type != "cpu":
-            self._row[:words].copy_(self._head[:words], non_blocking=True)
+            copy_to_device(self._words_of_head[:words], self._row[:words])
         rows: NDArray[np.int32] = self.transport.to_host(self.transport.all_gather(self._row))
         if not _alike(rows, 3):
             places = [f"rank {r} {_describe_place(*row[:3].tolist())}" for r, row in enumerate(rows)]

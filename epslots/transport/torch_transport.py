@@ -7,7 +7,8 @@ closed as it sent, waits for its deadline. So a waiting rank probes its connecti
 behind (``gloo_operations.py``).
 
 On NCCL an operation is queued on the device, and a lost peer stops the device instead of the host. The host waits in
-``to_host`` alone, which obeys the deadline and ``abort``: a loss is raised there, not by the call that queued the operation.
+``wait_until`` alone, which obeys the deadline and ``abort``: a loss is raised there, not by the call that queued the
+operation.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from epslots.device_copy import to_device
+from epslots.device_copy import to_device, to_host
 from epslots.errors import ConfigError, PeerLost
 from epslots.transport.gloo_operations import CollectiveOperation, GlooOperation, WaitingThread
+from epslots.transport.host_wait import wait_until
 from epslots.transport.transport import (
     PeerTensors,
     all_to_all_header,
@@ -46,7 +48,6 @@ GLOO = "epslots_gloo"  # torch's name for a gloo group that ``forming.py`` has m
 # Sends and receives of one rank in progress at once: unbounded batches have hung NCCL, whose kernels take eight together.
 _EXCHANGE_BATCH = 8
 
-_EVENT_POLL_S = 20e-6  # between polls of a CUDA event: a wait that blocks in the driver could not be aborted
 _BROKEN_POLL_S = 0.1  # between looks whether another thread broke the transport
 _FIRST_PROBE_S, _MOST_PROBE_GAP_S = 0.5, 2.0  # probes of gloo's connections: each wait twice as long as before, up to the gap
 _CUT_TAG, _PROBE_TAG = 1, 2  # tags that no message has
@@ -61,7 +62,7 @@ class TorchTransport:
     Args:
         group: of gloo for a CPU device, of NCCL for a CUDA device.
         epoch: the group's number.
-        deadline_s: seconds that one operation (of an exchange: one batch), or one wait in ``to_host``, may take.
+        deadline_s: seconds that one operation (of an exchange: one batch), or one wait in ``wait_until``, may take.
 
     Raises:
         ConfigError: the group's backend isn't the device's.
@@ -153,18 +154,20 @@ class TorchTransport:
         self._check()
         if self.device.type == "cpu":
             return tensor.numpy()
-        began = time.monotonic()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
-        while not done.query():
-            self._check()
-            if time.monotonic() - began > self.deadline_s:
-                raise self._break(f"the device didn't finish what was queued within {self.deadline_s:g} s")
-            time.sleep(_EVENT_POLL_S)
-        self._check()  # aborted kernels end too, with undefined results
+        host, arrived = to_host(tensor)
+        self.wait_until(arrived.query)
         return host.numpy()
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait on the host until ``done()``: the one place where it waits for a CUDA device."""
+
+        def check(waited_s: float) -> None:
+            self._check()
+            if waited_s > self.deadline_s:
+                raise self._break(f"the device didn't finish what was queued within {self.deadline_s:g} s")
+
+        wait_until(done, check)
+        self._check()  # aborted kernels end too, with undefined results
 
     def abort(self, reason: str) -> None:
         self._break(f"aborted: {reason}")

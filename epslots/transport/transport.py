@@ -13,7 +13,7 @@ Legend of shape suffixes: R ranks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,6 +91,14 @@ class Transport(Protocol):
 
     def to_host(self, tensor: torch.Tensor) -> NDArray[Any]:
         """The tensor's values on the host, once they are computed: on the CPU a view, elsewhere a copy."""
+        ...
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait on the host for something that the device does, such as ``event.query``. Obeys the deadline and ``abort``.
+
+        Raises:
+            PeerLost: it isn't done by the deadline, or the transport is broken.
+        """
         ...
 
     def abort(self, reason: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from epslots.cache.copy_engine import CudaEngine, EmulatedEngine, SynchronousEngine, make_copy_engine
+from epslots.cache.copy_engine import EmulatedEngine, SynchronousEngine
+from epslots.cache.cuda_engine import CudaEngine, make_copy_engine
 from epslots.errors import ConfigError
 from epslots.units import LinkSpeed, parse_link
 from tests.support.rank_helpers import PATIENCE_S

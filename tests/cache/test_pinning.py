@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from epslots import CorruptExpertError
-from epslots.cache.pinning import pin_store
+from epslots.cache import pinning
+from epslots.cache.pinning import pieces, pin_store
 from epslots.progress import ProgressDisplay
 from tests.support.store_helpers import NamedExperts, open_store
 
@@ -19,14 +21,18 @@ CPU = torch.device("cpu")
 
 
 class FakeRuntime:
-    def __init__(self, code: int = 0) -> None:
-        self.code = code
+    """Refuses with a code, after some calls."""
+
+    def __init__(self, code: int = 0, after: int = 0) -> None:
+        self.code, self.after = code, after
         self.registered: list[tuple[int, int]] = []
         self.released: list[int] = []
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if len(self.registered) >= self.after and self.code:
+            return self.code
         self.registered.append((address, size))
-        return self.code
+        return 0
 
     def cudaHostUnregister(self, address: int) -> None:
         self.released.append(address)
@@ -48,7 +54,27 @@ def test_a_refusal_is_told_with_its_cost(cache_dir: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         assert not pin_store(store, QUIET, CPU, FakeRuntime(code=2))
     assert not store.pinned
-    assert "failed with CUDA error 2: every fetch takes an extra copy" in caplog.text
+    assert "failed with CUDA error 2 after 0 B of" in caplog.text
+
+
+def test_pieces_end_where_records_end(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each record is in one piece; a failure leaves the pieces before it pinned, and releases them in the end."""
+    store, runtime = open_store(cache_dir, NamedExperts(), "memory"), FakeRuntime(code=2, after=2)
+    bounds = list(pieces(store.shape, 3 * 4096))
+    assert bounds[0][0] == 0 and bounds[-1][1] == store.nbytes
+    assert all(before[1] == after[0] for before, after in pairwise(bounds))
+    assert len(bounds) > 3
+    for layer, spec in enumerate(store.manifest.layers):
+        for expert in range(spec.num_experts):
+            first = store.shape.offset(layer, expert)
+            assert any(start <= first and first + spec.record.nbytes <= stop for start, stop in bounds)
+    monkeypatch.setattr(pinning, "PIECE_BYTES", 3 * 4096)
+    assert not pin_store(store, QUIET, CPU, runtime)
+    assert store.pinned_bytes == bounds[1][1]
+    addresses = [address for address, _ in runtime.registered]
+    del store
+    gc.collect()
+    assert runtime.released == addresses and len(addresses) == 2
 
 
 def test_a_mapped_file_is_not_pinned_and_that_is_told(cache_dir: Path, caplog: pytest.LogCaptureFixture):

@@ -116,9 +116,13 @@ class TablesApart(SlotPool):
         self.slot_of_device, self.expert_of_device = self.slot_of_device.clone(), self.expert_of_device.clone()
 
     def publish(self, layer: int) -> None:
-        window = self.window(layer)
-        self.slot_of_device[layer].copy_(torch.from_numpy(self.slot_of[layer]))
-        self.expert_of_device[window].copy_(torch.from_numpy(self.expert_of[window]))
+        if self._unpublished[layer]:
+            self.slot_of_device[layer].copy_(torch.from_numpy(self.slot_of[layer]))
+        super().publish(layer)
+
+    def publish_all(self) -> None:
+        super().publish_all()
+        self.expert_of_device.copy_(torch.from_numpy(self.expert_of))
 
 
 class Replayed:

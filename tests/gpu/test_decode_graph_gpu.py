@@ -114,11 +114,11 @@ def test_triton_decides_as_torch_does(checkpoint: Callable[[str], Path], cache_d
     generator = torch.Generator().manual_seed(1)
     pool, states = loader.pool, []
     for kernels in (TorchKernels(loader), kernels_for(loader)):
-        pool.slot_of_device.fill_(-1)
-        pool.expert_of_device.fill_(-1)
         generator.manual_seed(1)
         slots = DeviceSlots(loader, kernels, 4)
         slots.enter([runner.history for runner in runtime.runners], [0] * len(runtime.runners))
+        pool.slot_of_device.fill_(-1)
+        pool.expert_of_device.fill_(-1)
         missing = Missing(*(torch.zeros(n, dtype=torch.int64, device="cuda") for n in (4, 4, 1)))
         state = []
         for _ in range(60):

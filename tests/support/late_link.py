@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +49,9 @@ class LateLink:
 
     def poll(self, transfer: Late) -> bool:
         return False
+
+    def settle(self, slots: Any = None) -> None:
+        pass
 
     def cancel(self, transfer: Late) -> bool:
         return False

@@ -1,0 +1,97 @@
+"""Whole models on a simulated GPU: plain transformers' tokens, no mixed devices, and no race.
+
+One architecture for each way to store and call experts, and some for their caches; with ``EPSLOTS_WHOLE_ZOO=1`` all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import epslots
+from epslots.generation.requests import Request
+from epslots.generation.sampling import Sampling
+from epslots.planner.cost_model import Costs
+from epslots.runtime import runtime_of
+from epslots.simulated_gpu.cuda_api import simulated_gpus
+from tests.support import zoo
+from tests.support.equality import LAYOUTS, SERVED, TOLERANCE
+from tests.support.simulated import greedy_on, load_gpu, serve
+
+MODELS = SERVED if os.environ.get("EPSLOTS_WHOLE_ZOO") else [*LAYOUTS, "deepseek_v3", "gemma4"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_equal_plain_transformers(name: str, checkpoint: Callable[[str], Path], shared_stores: Path):
+    """A prompt in passes with a quarter of the slots, then some tokens."""
+    folder, ids = checkpoint(name), zoo.random_ids(2, 12, seed=1)
+    expected = greedy_on(zoo.reference(folder), ids, 5)
+    with simulated_gpus() as gpu:
+        model = load_gpu(folder, shared_stores)
+        gpu.reset()
+        assert greedy_on(model, ids, 5) == expected
+        assert gpu.races == []
+        runtime_of(model).check_integrity()
+
+
+@pytest.mark.parametrize("gpu_name", ["a100", "4090", "b200", "5090"])
+def test_every_kind_of_gpu_computes_the_same(gpu_name: str, checkpoint: Callable[[str], Path], shared_stores: Path):
+    folder, ids = checkpoint("qwen3_moe"), zoo.random_ids(1, 9, seed=1)
+    settings: dict[str, Any] = {"slots": "50%", "dtype": "bfloat16"}
+    on_cpu = epslots.load(folder, cache_dir=shared_stores, device="cpu", progress=False, **settings)
+    with simulated_gpus(gpu_name) as gpu:
+        model = load_gpu(folder, shared_stores, **settings)
+        gpu.reset()
+        assert greedy_on(model, ids, 4) == greedy_on(on_cpu, ids, 4)
+        assert gpu.races == []
+
+
+REQUESTS = [
+    Request(
+        str(number),
+        tuple(zoo.random_ids(1, 9 + number, seed=number)[0].tolist()),
+        max_new_tokens=8,
+        sampling=Sampling(temperature=0.8, top_p=0.9, seed=number) if number % 2 else Sampling(),
+    )
+    for number in range(4)
+]
+
+
+@pytest.mark.parametrize(("name", "cache"), [("qwen3_moe", "pages"), ("qwen3_moe", "rows"), ("deepseek_v3", "pages")])
+def test_an_engine_serves_without_a_race(name: str, cache: str, checkpoint: Callable[[str], Path], shared_stores: Path):
+    """transformers' continuous batching computes on a stream of its own: nothing else would order it with ours."""
+    settings: dict[str, Any] = {"slots": "50%", "dtype": "float32", "cache_dir": shared_stores}
+    expected = serve(epslots.load(checkpoint(name), device="cpu", progress=False, **settings), REQUESTS, cache=cache)
+    with simulated_gpus() as gpu:
+        model = load_gpu(checkpoint(name), shared_stores, **settings)
+        gpu.reset()
+        assert serve(model, REQUESTS, cache=cache) == expected
+        assert gpu.races == []
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "on the host"])
+def test_packed_records_and_experts_on_the_host(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path):
+    """Records cross packed and are unpacked on the copy's stream; or rows cross instead of records."""
+    base = checkpoint({"fp8": "deepseek_v3", "mxfp4": "gpt_oss"}.get(kind, "qwen3_moe"))
+    folder = {"fp8": zoo.make_fp8, "mxfp4": zoo.make_mxfp4}.get(kind, lambda source, _: source)(base, tmp_path / "packed")
+    ids = zoo.random_ids(1, 12, seed=1)
+    reference = zoo.reference(folder) if kind == "on the host" else zoo.reference_dequantised(folder)
+    with torch.no_grad():
+        expected = reference(input_ids=ids).logits
+    settings: dict[str, Any] = {"host_compute": "on" if kind == "on the host" else "off", "slots": "50%"}
+    if kind == "on the host":
+        settings["costs"] = Costs(10**6, 1, 1, 1, 10, 1, 1, host_expert=10, host_pair=1)
+    with simulated_gpus() as gpu:
+        model = load_gpu(folder, tmp_path / "store", **settings)
+        gpu.reset()
+        with torch.no_grad():
+            actual = model(input_ids=ids.to("cuda")).logits.cpu()
+        assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+        assert gpu.races == []
+        assert (sum(layer.hosted for layer in epslots.stats(model).layers) > 0) is (kind == "on the host")
+        runtime_of(model).check_integrity()
