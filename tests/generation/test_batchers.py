@@ -314,7 +314,7 @@ def test_cancelling_after_a_preemption_lets_the_next_ones_in(built: Callable[[st
     batcher.cancel("long")
     batcher.add(Request("last", prompt_of(5), 3))
     collected.run(1)
-    assert len(batcher._running) == 2, "and not as if the cache were in disorder"
+    assert len(batcher._processor.scheduler.active_requests) == 2, "both at once"
     collected.run()
     assert collected.reasons == {"long": "cancelled", "late": "length", "last": "length"}
     assert collected.tokens["late"] == generated(model, Request("late", prompt_of(4), 45))
