@@ -27,7 +27,7 @@ from epslots.generation.sampling import Sampling
 from epslots.models.batch_invariance import make_batch_invariant
 from epslots.runtime import runtime_of
 from tests.support import zoo
-from tests.support.batches import drawn, generated, pages_are_free, prompt_of, requests_of
+from tests.support.batches import drawn, generated, is_empty, pages_are_free, prompt_of, requests_of
 from tests.support.guilty_requests import WAYS, Guilt, error_of, guilty_requests, unused
 
 
@@ -152,6 +152,7 @@ def test_one_at_a_time_the_next_request_goes_on(name: str, way: str):
     assert list(errors) == ["guilty0"] and error_of(way) in errors["guilty0"]
     assert tokens == {**expected, "guilty0": []}
     assert served(batcher, without(token, guilty))[1] == {}
+    assert is_empty(batcher)
 
 
 @pytest.mark.parametrize("batcher_class", [PagedBatcher, RowBatcher])
