@@ -11,7 +11,7 @@ A request with a wrong prompt or setting is refused with ``epslots.ConfigError``
 
 from __future__ import annotations
 
-from epslots.errors import EpslotsError
+from epslots.errors import EpslotsError, RequestError
 
 
 class ClusterError(EpslotsError):
@@ -29,7 +29,7 @@ class Overloaded(ClusterError):
     """The queue is full: try again when results have come, or give the cluster a larger ``max_queue``."""
 
 
-class RequestFailed(ClusterError):
+class RequestFailed(ClusterError, RequestError):
     """A request ended with an error: its computation failed, or it was lost too often. The cluster goes on."""
 
 

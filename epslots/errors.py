@@ -7,6 +7,7 @@
     ├── CheckpointError          files are missing, truncated, mis-shaped or of a refused kind
     ├── StoreError               the host store can't be built, opened or trusted
     │   └── CorruptExpertError   one expert's record differs from its digest
+    ├── RequestError             one request ended with an error; others go on
     └── GroupError               ranks can't work together
         ├── RankMismatchError    they were started with different checkpoints, versions or settings
         ├── PeerLost             one of them is gone, or didn't answer within the deadline
@@ -45,6 +46,10 @@ class CheckpointError(EpslotsError):
 
 class StoreError(EpslotsError):
     """The host store can't be built, opened or trusted."""
+
+
+class RequestError(EpslotsError):
+    """A request ended with an error of its own. Others go on."""
 
 
 class CorruptExpertError(StoreError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Optional
@@ -21,7 +22,7 @@ from epslots.cli.options import (
 )
 from epslots.cli.text_options import TextOptions
 from epslots.config import DEFAULT_KV_TOKENS, LoadConfig
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, RequestError
 from epslots.generation.prompt_line import PromptLine, decode_prompt
 from epslots.generation.settings import GenerationSettings, with_own_settings
 from epslots.json_lines import MOST_LINE_BYTES, decode_text, read_lines
@@ -100,7 +101,8 @@ def generate(
     """Continue prompts with a model larger than the device.
 
     Text goes to standard output as it is made; progress, statistics, log-probabilities and errors go to standard error.
-    Several prompts, and choices of one (--n), run together, and their texts are printed one after the other.
+    Several prompts, and choices of one (--n), run together, and their texts are printed one after the other. A text that fails
+    ends no other; the exit status is 2 then.
 
         epslots generate --model ./Qwen3-30B-A3B --slots 25% "The capital of France is"
         epslots generate --model ./Qwen3-30B-A3B --ranks 4 --slots 12GiB --file prompts.jsonl --stats
@@ -123,7 +125,10 @@ def generate(
     context = context_of(folder)
     tokenizer = load_tokenizer(folder)
     most_tokens = min((limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None), default=None)
-    encoded = [_EncodedPrompt.of(line, settings, tokenizer, most_tokens) for line in lines]
+    encoded = []
+    for number, line in enumerate(lines, start=1):
+        with _naming(number, len(lines)):
+            encoded.append(_EncodedPrompt.of(line, settings, tokenizer, most_tokens))
     config = msgspec.structs.replace(config, kv_tokens=room_for(encoded, context=context, kv_tokens=kv_tokens))
     launched: Launched
     if launcher is None:
@@ -133,12 +138,23 @@ def generate(
     with launched:
         try:
             print_texts(launched, encoded, tokenizer, echo=echo)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RequestError):
             if stats:
                 show_stats(launched, config.link)
             raise
         if stats:
             show_stats(launched, config.link)
+
+
+@contextmanager
+def _naming(number: int, count: int) -> Iterator[None]:
+    """Let a ConfigError within say which of several prompts it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        if count == 1:
+            raise
+        raise ConfigError(f"prompt {number} of {count}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -245,8 +261,12 @@ def read_prompts(arguments: list[str], file: Path | None) -> list[PromptLine]:
             found = [PromptLine(prompt=_text_of(read_input(MOST_LINE_BYTES), name))]
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror or error}") from error
-    if not found or not all(line.prompt.strip("\r\n") if isinstance(line.prompt, str) else line.prompt for line in found):
-        raise ConfigError(f"an empty prompt: {_GIVE}")
+    if not found:
+        raise ConfigError(f"no prompt: {_GIVE}")
+    for number, line in enumerate(found, start=1):
+        with _naming(number, len(found)):
+            if not (line.prompt.strip("\r\n") if isinstance(line.prompt, str) else line.prompt):
+                raise ConfigError(f"an empty prompt: {_GIVE}")
     return found
 
 
@@ -273,16 +293,34 @@ def _text_of(data: bytes, name: str) -> str:
 def print_texts(
     launched: Launched, prompts: Sequence[_EncodedPrompt], tokenizer: PreTrainedTokenizerBase, *, echo: bool
 ) -> None:
-    """Continue all prompts at once, and print their texts in order, each as it comes."""
-    running = [launched.submit_choices(prompt.tokens, **prompt.settings.keywords()) for prompt in prompts]
+    """Continue all prompts at once, and print their texts in order, each as it comes.
+
+    Raises:
+        ConfigError: a prompt or a setting is refused; nothing is printed.
+        RequestError: texts ended with errors; of several, each error is printed behind its text.
+    """
+    running = []
+    for number, prompt in enumerate(prompts, start=1):
+        with _naming(number, len(prompts)):
+            running.append(launched.submit_choices(prompt.tokens, **prompt.settings.keywords()))
+    texts, failed = sum(map(len, running)), 0
     for number, (prompt, choices) in enumerate(zip(prompts, running, strict=True), start=1):
         for choice, continuation in enumerate(choices, start=1):
-            if len(prompts) > 1 or len(choices) > 1:
+            if texts > 1:
                 of_choices = f", choice {choice} of {len(choices)}" if len(choices) > 1 else ""
                 say(f"--- {number} of {len(prompts)}{of_choices}")
             if echo:
                 print(prompt.text or tokenizer.decode(list(prompt.tokens)), end="", flush=True)
-            _print_text(continuation, tokenizer)
+            try:
+                _print_text(continuation, tokenizer)
+            except RequestError as error:
+                if texts == 1:
+                    raise
+                failed += 1
+                print(flush=True)
+                say(f"error: {error}")
+    if failed:
+        raise RequestError(f"{failed} of {texts} texts ended with an error")
 
 
 def _print_text(continuation: Continuation, tokenizer: PreTrainedTokenizerBase) -> None:

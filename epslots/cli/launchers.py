@@ -28,7 +28,8 @@ class Continuation(Protocol):
         """It as it comes.
 
         Raises (the iterator):
-            EpslotsError: the prompt can't be served.
+            RequestError: this one ended with an error. Others go on.
+            EpslotsError: none can be served any more.
         """
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import epslots
 from epslots.config import LoadConfig
-from epslots.errors import EpslotsError
+from epslots.errors import RequestError
 from epslots.generation.engine import Engine
 from epslots.generation.engine_stats import EngineStats
 from epslots.generation.portions import Portion, PortionMaker
@@ -121,7 +121,7 @@ class _RunningText:
         """The continuation as it comes. It is read once.
 
         Raises (the iterator):
-            EpslotsError: the request ended with an error.
+            RequestError: the request ended with an error.
         """
         while self._unread or not self.ended:
             if self._unread:
@@ -129,4 +129,4 @@ class _RunningText:
             else:
                 self._rank.step()
         if self._error is not None:
-            raise EpslotsError(self._error)
+            raise RequestError(self._error)

@@ -51,12 +51,11 @@ class CellTable:
     def lay_out(self, row_B: IntArray, width: int) -> torch.Tensor:
         """Put free cells behind each row, int64 [B * W]. They stay free until ``take``: a repeated step may get others."""
         cells_BW = self._next_cells(len(row_B), width)
-        places = row_B[:, None], self._length_R[row_B][:, None] + np.arange(width)
+        place_BW = (row_B * self._table_RP.shape[1] + self._length_R[row_B])[:, None] + np.arange(width)
         device = self._table_RP.device
-        place_2BW = to_device(np.stack(np.broadcast_arrays(*places)), device)
-        new_BW = to_device(cells_BW, device)
-        self._table_RP[place_2BW[0], place_2BW[1]] = new_BW
-        return new_BW.flatten().long()
+        new_BW = to_device(cells_BW.flatten(), device)
+        self._table_RP.view(-1).index_copy_(0, to_device(place_BW.flatten(), device), new_BW)
+        return new_BW.long()
 
     def _next_cells(self, rows: int, width: int) -> NDArray[np.int32]:
         count = rows * width

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -231,12 +231,15 @@ class _PooledStates(PooledLayer):
 
     number_of_states: int
 
+    @cached_property
+    def _state_pools(self) -> tuple[dict[int, torch.Tensor], ...]:
+        """Pools of convolutions' states, and of recurrences', by number."""
+        return tuple({int(path[1]): pool for path, pool in self.pools.items() if path[0] == kind} for kind in _STATES)
+
     def begin(self, step: RowStep) -> None:
         super().begin(step)
         count, row_B = self.number_of_states, step.row_B if step.past else None
-        conv_pools, recurrent_pools = (
-            {int(path[1]): pool for path, pool in self.pools.items() if path[0] == kind} for kind in _STATES
-        )
+        conv_pools, recurrent_pools = self._state_pools
         self.conv_states = LazyStates(conv_pools, count, row_B)
         self.recurrent_states = LazyStates(recurrent_pools, count, row_B)
         known = step.past > 0

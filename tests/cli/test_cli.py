@@ -207,6 +207,24 @@ def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
         assert word in two.err
 
 
+def test_a_text_that_fails_ends_no_other(run: Callable[..., Run], cache_dir: Path, tmp_path: Path):
+    """Its error stands behind it; ``prompt 2`` has a grammar without any text."""
+    lines = [{"prompt": "import "}, {"prompt": "x", "regex": "[a-z&&[0-9]]"}, {"prompt": "import ", "temperature": 0}]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 3, "--slots", 8)
+    alone = run(*common, "import ")
+    got = run(*common, "--stats", "--file", tmp_path / "lines.jsonl")
+    assert (alone.code, got.code) == (0, 2)
+    assert got.out == f"{alone.out}\n{alone.out}"
+    errors = [line for line in got.err.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        "error: no token of the vocabulary continues the text as its grammar wants it",
+        "error: 1 of 3 texts ended with an error",
+    ]
+    assert "hit rate" in got.err, "statistics come all the same"
+    assert "error: no token" in run(*common, "--regex", "[a-z&&[0-9]]", "x").err
+
+
 def test_ranks_without_a_launcher_are_told_what_to_install(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launchers, "entry_points", lambda **_: [])
     got = run("generate", "--ranks", 2, "x")
@@ -275,7 +293,12 @@ def test_a_users_mistake_is_one_line_and_code_2(arguments: list[str], message: s
         ),
         ("lines.jsonl", b'{"prompt": "x"}\n{oops\n', "line 2"),
         ("lines.jsonl", b'{"prompt": 3}\n', 'line 1: "prompt": text or a list of token ids is needed, and not an integer'),
-        ("lines.jsonl", b'{"prompt": [5]}\n{"prompt": []}\n', "an empty prompt"),
+        ("lines.jsonl", b'{"prompt": [5]}\n{"prompt": []}\n', "prompt 2 of 2: an empty prompt"),
+        (
+            "lines.jsonl",
+            b'{"prompt": [5]}\n{"prompt": "x", "n": 129}\n',
+            "prompt 2 of 2: n=129; allowed: at least 1",
+        ),
         ("lines.jsonl", b'{"prompt": "x", "top_p": 7}\n', "top_p=7.0; allowed: a number over 0, up to 1"),
         ("both.txt", b"x", "not both"),
     ],

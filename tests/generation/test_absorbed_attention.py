@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.generation import absorbed_attention
 from epslots.generation.absorbed_attention import IMPLEMENTATION, AbsorbedAttention, Sizes, keeps_latents
@@ -196,6 +197,31 @@ def test_the_models_with_latents_are_known():
     assert {re.sub("^kimi$", "deepseek_v3", name) for name in MODELS} == found
     assert all(keeps_latents(built(name)) for name in MODELS)
     assert not any(keeps_latents(tiny.build()) for name, tiny in ZOO.items() if name not in OF_THE_ZOO)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_contract_latents_are_expanded_right_before_attention(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A layer hands what ``expand_kv`` returns to attention as it is: nothing else would see latents in place of keys."""
+    handed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    attended: list[bool] = []
+
+    def not_expanded(latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert latent.dim() == rotary.dim() == 4 and latent.shape[1] == rotary.shape[1] == 1
+        handed.append((latent, rotary))
+        return latent, rotary
+
+    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if module.config._attn_implementation == IMPLEMENTATION and hasattr(module, "expand_kv"):
+            attended.append(len(handed) == len(attended) + 1 and handed[-1][0] is key and handed[-1][1] is value)
+        return absorbed_attention._attend(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(absorbed_attention, "_not_expanded", not_expanded)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, IMPLEMENTATION, attend)
+    model, past = built(name), DynamicCache(config=built(name).config)
+    with AbsorbedAttention(model).active():
+        for length in (5, 6):
+            forward(model, random_ids(length=5 if length == 5 else 1), torch.tensor([length]), past)
+    assert attended == [True] * 2 * sum(hasattr(module, "expand_kv") for module in model.get_decoder().modules())
 
 
 def tensors(sizes: Sizes, heads: int, queries: int, keys: int, rows: int = 1) -> Iterator[torch.Tensor]:

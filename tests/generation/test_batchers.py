@@ -22,7 +22,6 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 import epslots
 from epslots.errors import ConfigError, DoesNotFitError, PeerLost, UnsupportedModelError
-from epslots.generation.batcher import Batcher
 from epslots.generation.batchers import batcher_for
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_cache import paging_obstacle
@@ -31,7 +30,7 @@ from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import GREEDY, Sampling
 from epslots.models.page_sizes import cache_blocks
 from tests.support import zoo
-from tests.support.batches import Collected, Faults, drawn, finish, generated, pages_are_free, prompt_of, requests_of
+from tests.support.batches import Collected, Faults, drawn, finish, generated, is_empty, pages_are_free, prompt_of, requests_of
 
 # Plain keys and values; the others keep recurrent states, latents, indexers or compressed blocks, or attend in chunks.
 PAGED = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "gemma4", "gemma4_multimodal", "olmoe", "olmoe_tied"}
@@ -40,16 +39,6 @@ PAGED |= {"step3p7", "ernie4_5_vl_moe", "llama", "dbrx", "deepseek_v2", "deepsee
 BATCHERS = [PagedBatcher, RowBatcher]
 # One longer than any step, one of a single token; requests of one new token and of several.
 LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
-
-
-def is_empty(batcher: Batcher) -> bool:
-    """Whether no request has a place in the cache."""
-    if isinstance(batcher, PagedBatcher):
-        return pages_are_free(batcher)
-    assert isinstance(batcher, RowBatcher)
-    batcher._make_room(batcher.capacity, batcher.max_requests)  # rows are kept for prompts that begin alike
-    batcher._cache.check()
-    return batcher._cache.free_rows == batcher.max_requests and batcher._cache.free_tokens == batcher.capacity
 
 
 @pytest.fixture(autouse=True)
@@ -314,7 +303,7 @@ def test_cancelling_after_a_preemption_lets_the_next_ones_in(built: Callable[[st
     batcher.cancel("long")
     batcher.add(Request("last", prompt_of(5), 3))
     collected.run(1)
-    assert len(batcher._running) == 2, "and not as if the cache were in disorder"
+    assert len(batcher._processor.scheduler.active_requests) == 2, "both at once"
     collected.run()
     assert collected.reasons == {"long": "cancelled", "late": "length", "last": "length"}
     assert collected.tokens["late"] == generated(model, Request("late", prompt_of(4), 45))

@@ -24,9 +24,10 @@ from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
+from epslots.models.batch_invariance import make_batch_invariant
 from epslots.runtime import runtime_of
 from tests.support import zoo
-from tests.support.batches import drawn, generated, pages_are_free, prompt_of, requests_of
+from tests.support.batches import drawn, generated, is_empty, pages_are_free, prompt_of, requests_of
 from tests.support.guilty_requests import WAYS, Guilt, error_of, guilty_requests, unused
 
 
@@ -151,6 +152,7 @@ def test_one_at_a_time_the_next_request_goes_on(name: str, way: str):
     assert list(errors) == ["guilty0"] and error_of(way) in errors["guilty0"]
     assert tokens == {**expected, "guilty0": []}
     assert served(batcher, without(token, guilty))[1] == {}
+    assert is_empty(batcher)
 
 
 @pytest.mark.parametrize("batcher_class", [PagedBatcher, RowBatcher])
@@ -171,9 +173,16 @@ def test_a_failure_that_passes_costs_nobody_anything(batcher_class: type):
     handle.remove()
 
 
-def test_a_moment_of_nan_in_a_cut_prompt_is_made_up_for():
-    """No token is chosen after a prompt's first chunk, and what it left in the cache would spoil all that follow."""
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_moment_of_nan_in_a_cut_prompt_is_made_up_for(invariant: bool):
+    """No token is chosen after a prompt's first chunk, and what it left in the cache would spoil all that follow.
+
+    Usual attention multiplies values of all the batch by zeros, so every row shows a NaN; batch-invariant attention leaves
+    them out, and only the prompt's own rows show it.
+    """
     model = zoo.ZOO["mixtral"].build()
+    if invariant:
+        make_batch_invariant(model)
     requests = requests_of(((100, 6), (3, 6)))
     expected = {request.id: generated(model, request) for request in requests}
     batcher, chunks = PagedBatcher(model, kv_tokens=256, max_batch_tokens=32), 0

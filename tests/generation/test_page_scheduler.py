@@ -310,6 +310,21 @@ def test_prompts_whose_logits_are_wanted_come_in_few_rows(built: Callable[[str],
     watched.batcher.close()
 
 
+def test_a_prompt_takes_half_of_the_rows_that_others_wait_for(built: Callable[[str], PreTrainedModel]):
+    """All rows of logits where none waits; those that are left where fewer wait than half; half where more do."""
+    first_steps = []
+    for others in (0, 2, 12):
+        watched = Watched(built("mixtral"), kv_tokens=512, max_requests=8)
+        watched.add(Request("scored", prompt_of(64), 1, prompt_logprobs=0))
+        for number in range(others):
+            watched.add(Request(str(number), prompt_of(3, seed=number), 1))
+        watched.run()
+        first_steps.append([tokens for _, tokens in watched.steps[0]])
+        assert others or len(watched.steps) == 8
+        watched.batcher.close()
+    assert first_steps == [[8], [6, 3, 3], [4, 3, 3, 3, 3]]
+
+
 def test_a_random_order_of_ends_frees_all(built: Callable[[str], PreTrainedModel]):
     """Counters add up over many requests through a small cache."""
     watched, numbers = Watched(built("mixtral"), kv_tokens=160, max_requests=6, max_batch_tokens=64), random.Random(1)

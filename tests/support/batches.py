@@ -15,6 +15,7 @@ from epslots.generation.batcher import Batcher
 from epslots.generation.engine import Engine
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.token_choice import choose
 from epslots.generation.tracked_request import GrammarProgress, TrackedRequest
 from tests.support import zoo
@@ -90,6 +91,16 @@ def pages_are_free(batcher: PagedBatcher) -> bool:
     cache.evict_cached_blocks()
     cache.pool.try_to_free_sectors()
     return bool(cache.pool.num_free_sectors == cache.num_sectors)
+
+
+def is_empty(batcher: Batcher) -> bool:
+    """Whether no request has a place in the cache."""
+    if isinstance(batcher, PagedBatcher):
+        return pages_are_free(batcher)
+    assert isinstance(batcher, RowBatcher)
+    batcher._make_room(batcher.capacity, batcher.max_requests)  # rows are kept for prompts that begin alike
+    batcher._cache.check()
+    return batcher._cache.free_rows == batcher.max_requests and batcher._cache.free_tokens == batcher.capacity
 
 
 class ModelFree:
