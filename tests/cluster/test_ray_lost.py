@@ -14,6 +14,7 @@ from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.ray_backend.processes import FOLDER_PREFIX, watch_joined
 from tests.support.grouped_ranks import TOKENS_TRAVEL
+from tests.support.rank_helpers import until
 from tests.support.ray_driver import pids_below
 from tests.support.ray_helpers import drive, start_nodes
 from tests.support.thread_cluster import PROMPTS, expected, serve_again
@@ -46,14 +47,18 @@ def own(part: str) -> psutil.Process:
     return found
 
 
+def agents() -> list[psutil.Process]:
+    return [process for process in own("raylet").children() if "Agent" in process.name()]
+
+
 def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callable[[str], Path]):
     """Its node ends under requests, then its head, then its node again while the cluster closes."""
     folder = checkpoint("qwen3_moe")
     right = expected(folder, PROMPTS, NEW)
     for part in ("raylet", "gcs_server"):
         assert cluster.explain().state
-        helpers = [process for process in own("raylet").children() if "Agent" in process.name()]
-        assert helpers
+        until(agents)  # that are up
+        helpers = agents()
         going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
         for generation in going:
             next(generation._portions())
