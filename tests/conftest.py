@@ -104,13 +104,28 @@ def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+FORKING = (
+    "tests/cache/test_host_store.py",
+    "tests/cluster/test_processes.py",
+    "tests/generation/test_isolation_ranks.py",
+    "tests/group/test_ranks_gloo.py",
+    "tests/transport/",
+)
+"""Modules that run ranks as processes, forked from a server that has to import everything first (support/rank_helpers.py)."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> LoadScopeScheduling:
-    """All that start Ray go to one process: two at once would be slow, and could find each other's."""
+    """All that start Ray go to one process: two at once would be slow, and could find each other's.
+
+    So do all that fork ranks, which share a server then. Ray's take longest and begin first; they mostly wait.
+    """
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith("tests/cluster/test_ray_") else nodeid
+            if nodeid.startswith("tests/cluster/test_ray_"):
+                return "ray"
+            return "forking" if nodeid.startswith(FORKING) else nodeid
 
     return Scheduling(config, log)
 

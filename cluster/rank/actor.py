@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
 import ray
-import torch
 
 from cluster.actor_process import ActorProcess, die_with_parent
-from cluster.rank.contact_store import form_transport
+
+if TYPE_CHECKING:  # torch is the loop's to import: it reads the settings below when it is
+    import torch
+
+    from cluster.messages.rank import Form
+    from cluster.rank.contact_store import ContactStore
+    from epslots.transport.torch_transport import TorchTransport
 
 RANK_LOOP = "cluster.rank.rank_loop:RankLoop"
 
@@ -29,11 +35,11 @@ class WorkerActor:
     def __init__(self, host: str | None, threads: int, loop: str) -> None:
         die_with_parent()
         if threads:
-            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
         self._node = ray.util.get_node_ip_address()
         module, _, name = loop.partition(":")
         _use_interface(host or self._node)
-        self._loop = getattr(importlib.import_module(module), name)(form_transport)
+        self._loop = getattr(importlib.import_module(module), name)(_form_transport)
         self._loop.start()
 
     def process(self) -> bytes:
@@ -48,6 +54,12 @@ class WorkerActor:
         """All events until the process ends, in batches."""
         while True:
             yield self._loop.events()
+
+
+def _form_transport(form: Form, device: torch.device, contacts: ContactStore) -> TorchTransport:
+    from cluster.rank.contact_store import form_transport
+
+    return form_transport(form, device, contacts)
 
 
 def _use_interface(host: str) -> None:

@@ -19,6 +19,7 @@ _CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray: a thread e
 CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: 1}
 RAY_ERRORS = (RayError, RuntimeError, AttributeError, ConnectionError)
 """Errors of a call: RayError, or any of the others while another thread disconnects Ray."""
+_RAY_ENDED = "its Ray has ended"
 _COLORS = re.compile(r"\x1b\[\d+m")
 
 
@@ -36,6 +37,8 @@ class RayActorHandle:
         self.process: ActorProcess | None = None
         self._actor: ActorHandle | None = actor
         self._options = options
+        self._asked: set[asyncio.Future[bytes]] = set()
+        """Answers that are awaited."""
 
     async def wait_until_up(self, deadline_s: float) -> None:
         """Wait for the process to start.
@@ -62,13 +65,23 @@ class RayActorHandle:
         """
         actor = self._actor_there()
         try:
-            return await getattr(actor, method).options(**self._options).remote(*arguments)
+            asked = asyncio.ensure_future(getattr(actor, method).options(**self._options).remote(*arguments))
+            self._asked.add(asked)
+            try:
+                return await asked
+            finally:
+                self._asked.discard(asked)
         except RAY_ERRORS as error:
             raise WorkerDied(reason_of(error)) from error
+        except asyncio.CancelledError:
+            asker = asyncio.current_task()
+            if self._actor is not None or asker is None or asker.cancelling():
+                raise
+            raise WorkerDied(_RAY_ENDED) from None  # by ``forget``
 
     def _actor_there(self) -> ActorHandle:
         if self._actor is None:
-            raise WorkerDied("its Ray has ended")
+            raise WorkerDied(_RAY_ENDED)
         return self._actor
 
     def kill(self) -> None:
@@ -79,8 +92,10 @@ class RayActorHandle:
                     ray.kill(self._actor)
 
     def forget(self) -> None:
-        """Drop the actor, because its Ray is gone: Ray must not be asked about it any more."""
+        """Drop the actor, because its Ray is gone: Ray must not be asked about it any more, and never answers what was."""
         self._actor = None
+        for asked in self._asked:
+            asked.cancel()
 
 
 class RayWorkerHandle(RayActorHandle):

@@ -55,7 +55,7 @@ def test_a_request_that_the_model_fails_with_ends_no_rank(open_cluster: Any, fol
     token = next(t for t in range(16, zoo.VOCAB) if not any(t in (*p, *r) for p, r in zip(PROMPTS, right, strict=True)))
     for worker in backend.workers.values():
         assert worker.loop._engine is not None
-        Guilt(worker.loop._engine.model, token, 1, WAYS[way]())
+        Guilt(worker.loop._engine.model, token, 0, WAYS[way]())
     guilty = [[*PROMPTS[0], token], [token, *PROMPTS[1]], [token]]
     mixed = [prompt for pair in zip(guilty, PROMPTS, strict=False) for prompt in pair] + PROMPTS[len(guilty) :]
     found = {result.index: result for result in cluster.generate(mixed, max_new_tokens=12, stop_tokens=())}

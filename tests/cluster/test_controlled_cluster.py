@@ -61,7 +61,7 @@ def restless() -> Controller:
 
 @pytest.fixture
 def folder(checkpoint: Callable[[str], Path]) -> Path:
-    return checkpoint("qwen3_moe")
+    return checkpoint("qwen3_moe_short")
 
 
 @pytest.fixture

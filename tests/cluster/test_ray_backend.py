@@ -24,11 +24,12 @@ from cluster.ray_backend.handles import RayControllerHandle, RayWorkerHandle
 from epslots.host_limits import usable_cores
 from tests.support.echo_loop import FACTS, FAIL, TELL
 from tests.support.rank_helpers import PATIENCE_S
-from tests.support.ray_helpers import Driver, drive, pids_below
+from tests.support.ray_driver import pids_below
+from tests.support.ray_helpers import PatientDriver, drive
 
 
 @pytest.fixture(scope="module")
-def local(ray_tokens: None) -> Iterator[Driver]:
+def local(ray_tokens: None) -> Iterator[PatientDriver]:
     """Two bundles on a Ray of this process alone."""
     before = pids_below()
     with drive(ranks=2) as driver:
@@ -37,12 +38,12 @@ def local(ray_tokens: None) -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def workers(local: Driver) -> list[RayWorkerHandle]:
+def workers(local: PatientDriver) -> list[RayWorkerHandle]:
     """One on each bundle. Whoever ends one puts another in its place."""
     return [local.start_worker(bundle) for bundle in range(2)]
 
 
-def test_it_answers_and_tells(local: Driver, workers: list[RayWorkerHandle]):
+def test_it_answers_and_tells(local: PatientDriver, workers: list[RayWorkerHandle]):
     assert local.command(workers[0], b"hello") == b"hello"
     hear = local.begin_events(workers[0])
     local.command(workers[0], TELL + b"news")
@@ -59,7 +60,7 @@ def test_where_a_worker_is(workers: list[RayWorkerHandle]):
         assert psutil.Process(worker.process.pid).is_running()
 
 
-def test_seats_share_the_node_and_its_cores(local: Driver, workers: list[RayWorkerHandle]):
+def test_seats_share_the_node_and_its_cores(local: PatientDriver, workers: list[RayWorkerHandle]):
     assert [local.call(local.backend.neighbours(bundle)) for bundle in range(2)] == [2, 2]
     for worker in workers:
         facts = msgspec.msgpack.decode(local.command(worker, FACTS))
@@ -67,13 +68,13 @@ def test_seats_share_the_node_and_its_cores(local: Driver, workers: list[RayWork
         assert facts["interface"] == "lo"
 
 
-def test_an_error_of_the_loop_is_the_workers_end(local: Driver, workers: list[RayWorkerHandle]):
+def test_an_error_of_the_loop_is_the_workers_end(local: PatientDriver, workers: list[RayWorkerHandle]):
     with pytest.raises(WorkerDied, match="ValueError: told to fail"):
         local.command(workers[0], FAIL)
     assert local.command(workers[0], b"here") == b"here"
 
 
-def test_ranks_meet_and_listen_on_the_loopback_alone(local: Driver, workers: list[RayWorkerHandle]):
+def test_ranks_meet_and_listen_on_the_loopback_alone(local: PatientDriver, workers: list[RayWorkerHandle]):
     before = [listening(worker) for worker in workers]
     for generation in range(2):
         assert local.meet(workers, generation) == [bytes([0, 1])] * 2
@@ -88,7 +89,7 @@ def listening(worker: RayWorkerHandle) -> set[Any]:
 
 
 @pytest.mark.parametrize("waiting", ["events", "command"])
-def test_a_killed_worker_is_noticed_and_replaced(local: Driver, workers: list[RayWorkerHandle], waiting: str):
+def test_a_killed_worker_is_noticed_and_replaced(local: PatientDriver, workers: list[RayWorkerHandle], waiting: str):
     worker = workers[1]
     assert worker.process is not None
     hear = local.begin_events(worker)
@@ -99,7 +100,7 @@ def test_a_killed_worker_is_noticed_and_replaced(local: Driver, workers: list[Ra
     assert local.command(workers[1], b"new") == b"new"
 
 
-def test_a_stopped_worker_is_killed_all_the_same(local: Driver, workers: list[RayWorkerHandle]):
+def test_a_stopped_worker_is_killed_all_the_same(local: PatientDriver, workers: list[RayWorkerHandle]):
     worker = workers[1]
     assert worker.process is not None
     process = psutil.Process(worker.process.pid)
@@ -113,7 +114,7 @@ def test_a_stopped_worker_is_killed_all_the_same(local: Driver, workers: list[Ra
     workers[1] = local.start_worker(1)
 
 
-def test_seats_come_and_go(local: Driver):
+def test_seats_come_and_go(local: PatientDriver):
     local.call(local.backend.resize(4))
     third = local.start_worker(3)
     assert local.call(local.backend.neighbours(0)) == 4
@@ -124,7 +125,7 @@ def test_seats_come_and_go(local: Driver):
         local.events(third)
 
 
-def test_a_worker_that_can_not_be_made_says_why(ray_tokens: None, local: Driver):
+def test_a_worker_that_can_not_be_made_says_why(ray_tokens: None, local: PatientDriver):
     with (
         drive(ranks=1, loop="tests.support.echo_loop:BrokenLoop") as broken,
         pytest.raises(WorkerDied, match=r"^ValueError: this node has no such thing$"),
@@ -132,7 +133,7 @@ def test_a_worker_that_can_not_be_made_says_why(ray_tokens: None, local: Driver)
         broken.start_worker(0)
 
 
-def test_a_controller_takes_no_seat_and_another_can_be_had(local: Driver, workers: list[RayWorkerHandle]):
+def test_a_controller_takes_no_seat_and_another_can_be_had(local: PatientDriver, workers: list[RayWorkerHandle]):
     controller = local.call(local.backend.start_controller())
     process = psutil.Process(int(controller.where.rpartition("pid ")[2]))
     assert "ControllerActor" in process.name()
@@ -155,7 +156,7 @@ def test_a_controller_takes_no_seat_and_another_can_be_had(local: Driver, worker
     assert local.command(workers[0], b"still here") == b"still here"
 
 
-def test_a_controller_that_is_no_longer_wanted_leaves_no_process(local: Driver, monkeypatch: pytest.MonkeyPatch):
+def test_a_controller_that_is_no_longer_wanted_leaves_no_process(local: PatientDriver, monkeypatch: pytest.MonkeyPatch):
     greeted, greet = asyncio.Queue[RayControllerHandle](), RayControllerHandle.wait_until_up
 
     async def told(controller: RayControllerHandle, deadline_s: float) -> None:
@@ -176,14 +177,14 @@ def test_a_controller_that_is_no_longer_wanted_leaves_no_process(local: Driver, 
         local.call(controller.call(encode(Explain())))
 
 
-def test_fleets_of_one_process_share_its_ray(local: Driver, workers: list[RayWorkerHandle]):
+def test_fleets_of_one_process_share_its_ray(local: PatientDriver, workers: list[RayWorkerHandle]):
     with drive(ranks=3) as other:
         assert other.command(other.start_worker(2), b"here") == b"here"
     assert local.command(workers[0], b"still here") == b"still here"
 
 
 def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(
-    local: Driver, workers: list[RayWorkerHandle], monkeypatch: pytest.MonkeyPatch
+    local: PatientDriver, workers: list[RayWorkerHandle], monkeypatch: pytest.MonkeyPatch
 ):
     greeted, greet = asyncio.Queue[RayWorkerHandle](), RayWorkerHandle.wait_until_up
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.ray_backend import calls
 from cluster.ray_backend.address import HeadWatch
 from cluster.ray_backend.calls import ask
+from cluster.ray_backend.handles import RayControllerHandle
 from cluster.ray_backend.processes import Watch, users_of
 
 
@@ -47,6 +49,37 @@ def test_calls_that_are_stuck_are_bounded(head: threading.Event):
     for thread in [thread for thread in threading.enumerate() if thread.name == "epslots-ray-call"]:
         thread.join()
     assert asyncio.run(ask(int, "7")) == 7
+
+
+class Silent:
+    """An actor that never answers."""
+
+    @property
+    def call(self) -> Silent:
+        return self
+
+    def options(self) -> Silent:
+        return self
+
+    def remote(self, *_: object) -> asyncio.Future[bytes]:
+        return asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_call_to_a_ray_that_has_ended_is_over(cancelled: bool):
+    """Or the next controller would be a minute late. Whoever cancels the call as well sees that it is cancelled."""
+
+    async def ask_and_forget() -> None:
+        controller = RayControllerHandle(Silent())
+        asking = asyncio.ensure_future(controller.call(b"order"))
+        await asyncio.sleep(0)  # it is asked
+        controller.forget()
+        if cancelled:
+            asking.cancel()
+        await asking
+
+    with pytest.raises(asyncio.CancelledError if cancelled else WorkerDied):
+        asyncio.run(ask_and_forget())
 
 
 def test_what_ray_raises_is_an_error_of_ours():

@@ -1,4 +1,7 @@
-"""A job through Ray's job API, on two nodes with token authentication: stopped in the middle, and submitted again."""
+"""A job through Ray's job API, on two nodes with token authentication: stopped in the middle, and submitted again.
+
+The second time with one rank: that is no part of what has been done.
+"""
 
 from __future__ import annotations
 
@@ -48,24 +51,24 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
     lines = [json.dumps({"prompt": prompt, "id": n, "stop_tokens": []}) for n, prompt in enumerate(PROMPTS)]
     prompts.write_text("\n".join([*lines, '{"prompt": [1, 2', ""]))
     arguments = [
-        *("--model", folder, "--ranks", 2, "--strategy", "STRICT_SPREAD", "--slots", 3),
+        *("--model", folder, "--strategy", "STRICT_SPREAD", "--slots", 3),
         *("--prompts", prompts, "--output", output, "--max-new-tokens", NEW, "--kv-tokens", 512, "--device", "cpu"),
         *("--cache-dir", tmp_path / "cache"),
     ]
     with start_nodes(dashboard=True) as nodes, nodes.further():
         client = JobSubmissionClient(f"http://{nodes.head.webui_url}")
 
-        def submit(module: str, attempts: int = 5) -> str:
-            command = [sys.executable, "-m", module, *arguments]
+        def submit(module: str, ranks: int, attempts: int = 5) -> str:
+            command = [sys.executable, "-m", module, *arguments, "--ranks", ranks]
             try:
                 return client.submit_job(entrypoint=shlex.join(map(str, command)), runtime_env={"working_dir": str(ROOT)})
             except RuntimeError as error:  # after ten seconds, when Ray's agent isn't up yet
                 if not attempts or "No available agent" not in str(error):
                     raise
-                return submit(module, attempts - 1)
+                return submit(module, ranks, attempts - 1)
 
-        def run(module: str, stop_at: str | None = None, attempts: int = 4) -> tuple[str, str]:
-            job = submit(module)
+        def run(module: str, ranks: int, stop_at: str | None = None, attempts: int = 4) -> tuple[str, str]:
+            job = submit(module, ranks)
             log = follow(client, job, stop_at)
             # On a busy machine a node may be late to join, or to be free again. Then nothing was begun, and that is said.
             begun = f"/{LINES} prompts" in log
@@ -73,13 +76,13 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
             if begun or not attempts:
                 return job, log
             nodes.replace_lost()
-            return run(module, stop_at, attempts - 1)
+            return run(module, ranks, stop_at, attempts - 1)
 
-        first, log = run("tests.support.held_job", stop_at=HELD)
+        first, log = run("tests.support.held_job", 2, stop_at=HELD)
         assert client.get_job_status(first) == JobStatus.STOPPED, log
         done = output.read_text().count("\n")
         assert 0 < done < LINES, log
-        second, rest = run("cluster.job")
+        second, rest = run("cluster.job", 1)
         assert client.get_job_status(second) == JobStatus.FAILED, rest  # as one line is no prompt
     assert f"going on: {done} of {LINES} prompts were done before" in rest, rest
     assert f"line {LINES}" in log + rest, log + rest

@@ -14,7 +14,9 @@ from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.ray_backend.processes import FOLDER_PREFIX, watch_joined
 from tests.support.grouped_ranks import TOKENS_TRAVEL
-from tests.support.ray_helpers import drive, pids_below, start_nodes
+from tests.support.rank_helpers import until
+from tests.support.ray_driver import pids_below
+from tests.support.ray_helpers import drive, start_nodes
 from tests.support.thread_cluster import PROMPTS, expected, serve_again
 
 NEW = 60
@@ -22,11 +24,11 @@ NEW = 60
 
 @pytest.fixture
 def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path) -> Iterator[Cluster]:
-    """Two ranks on a Ray of their own. Nothing of it may be left."""
+    """A rank on a Ray of its own. Nothing of it may be left."""
     before = pids_below()
     with Cluster(
         checkpoint("qwen3_moe"),
-        ranks=2,
+        ranks=1,
         device="cpu",
         slots=3,
         kv_tokens=2048,
@@ -45,28 +47,32 @@ def own(part: str) -> psutil.Process:
     return found
 
 
+def agents() -> list[psutil.Process]:
+    return [process for process in own("raylet").children() if "Agent" in process.name()]
+
+
 def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callable[[str], Path]):
     """Its node ends under requests, then its head, then its node again while the cluster closes."""
     folder = checkpoint("qwen3_moe")
     right = expected(folder, PROMPTS, NEW)
     for part in ("raylet", "gcs_server"):
         assert cluster.explain().state
-        helpers = [process for process in own("raylet").children() if "Agent" in process.name()]
-        assert helpers
+        until(agents)  # that are up
+        helpers = agents()
         going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
         for generation in going:
             next(generation._portions())
         own(part).kill()
         assert not all(generation.done for generation in going)
         assert [generation.result(240).tokens for generation in going] == right
-        serve_again(cluster, 2)
+        serve_again(cluster, 1)
         assert not [process for process in helpers if process.is_running()]
     own("raylet").kill()  # and what is closed just then, closes
 
 
 def test_a_ray_of_others_is_joined_again(ray_tokens: None):
     """The node that the driver is on ends, and another comes up in its place."""
-    with start_nodes() as nodes, drive(ranks=1, address=nodes.address) as driver:
+    with start_nodes() as nodes, drive(ranks=2, address=nodes.address) as driver:
         worker = driver.start_worker(0)
         (mine,) = [process.pid for process in watch_joined()._processes]
         os.kill(mine, signal.SIGKILL)
@@ -77,5 +83,6 @@ def test_a_ray_of_others_is_joined_again(ray_tokens: None):
             driver.start_worker(0)
         worker.kill()  # nothing happens
         nodes.add()
-        driver.call(driver.backend.reopen(1))
-        assert driver.command(driver.start_worker(0), b"here") == b"here"
+        driver.call(driver.backend.reopen(2))
+        for bundle in range(2):
+            assert driver.command(driver.start_worker(bundle), b"here") == b"here"

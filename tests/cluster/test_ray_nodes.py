@@ -14,7 +14,7 @@ from cluster.errors import ClusterError
 from cluster.ray_backend.connect import RANK_RESOURCE
 from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_bundles, need_of_bundle
 from tests.support.rank_helpers import PATIENCE_S
-from tests.support.ray_helpers import Driver, RayNodes, drive, node_hosts
+from tests.support.ray_helpers import PatientDriver, RayNodes, drive, node_hosts
 
 CPU = {"CPU": 1.0}
 GPU = {"GPU": 1.0, "CPU": 1.0}
@@ -96,7 +96,7 @@ def test_a_refusal_has_the_numbers_and_advice():
     assert "--num-cpus" in str(caught.value)
 
 
-def hosts_of(driver: Driver, ranks: int) -> list[str]:
+def hosts_of(driver: PatientDriver, ranks: int) -> list[str]:
     hosts = node_hosts()
     return [hosts[driver.call(driver.backend._bundles.placed(bundle))] for bundle in range(ranks)]
 

@@ -30,14 +30,15 @@ from epslots.errors import ConfigError
 from tests.support import ROOT
 from tests.support.forks import in_a_child
 from tests.support.rank_helpers import PATIENCE_S
-from tests.support.ray_helpers import RayNodes, drive, pids_below
+from tests.support.ray_driver import pids_below
+from tests.support.ray_helpers import RayNodes, drive
 
 # A process with a backend and a worker, which ends as Ctrl-C has it.
 DRIVER = """
 import threading
 import ray
-from tests.support.ray_helpers import drive
-with drive(ranks=1) as driver:
+from tests.support.ray_driver import Driver, driving
+with driving(Driver, 1) as driver:
     worker = driver.start_worker(0)
     try:
         print("ready", worker.process.pid, ray.get_runtime_context().gcs_address, flush=True)
@@ -53,7 +54,7 @@ LEFT_OPEN = """
 import atexit, os, sys
 from cluster.errors import ClusterError
 from cluster.ray_backend.session import RayUse
-from tests.support.ray_helpers import Driver
+from tests.support.ray_driver import Driver
 driver = Driver()
 atexit.register(driver.close)
 driver.open(1)
@@ -73,14 +74,14 @@ assert driver.command(worker, b"hello") == b"hello"
 # A process that says when Ray begins to start, and goes on after Ctrl-C.
 STARTING = """
 import ray
-from tests.support.ray_helpers import drive, pids_below
+from tests.support.ray_driver import Driver, driving, pids_below
 real = ray.init
 def init(**settings):
     print("ready", 0, "-", flush=True)
     return real(**settings)
 ray.init = init
 try:
-    with drive(ranks=1):
+    with driving(Driver, 1):
         pass
 except KeyboardInterrupt:
     print("closed", ray.is_initialized(), pids_below(), flush=True)
@@ -443,7 +444,9 @@ def test_a_note_of_the_running_ray_that_is_no_file_is_refused(tmp_path: Path, mo
 
 
 def test_another_token_is_refused_with_advice(ray_nodes: RayNodes):
-    code = f"from tests.support.ray_helpers import drive\nwith drive(ranks=1, address={ray_nodes.address!r}): pass"
+    code = (
+        f"from tests.support.ray_driver import Driver, driving\nwith driving(Driver, 1, address={ray_nodes.address!r}): pass"
+    )
     environment = {**os.environ, "RAY_AUTH_TOKEN": "0" * 32}
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "refuses this process's token, or asks for one: give this process the cluster's token" in found.stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from epslots.runtime import runtime_of
 from epslots.transport.torch_transport import TorchTransport
 from tests.support import ROOT, zoo
 from tests.support.equality import LAYOUTS, greedy
-from tests.support.rank_helpers import PATIENCE_S, Rank, run_ranks, until_stopped
+from tests.support.rank_helpers import PATIENCE_S, Rank, free_port, run_ranks, until_stopped
 
 Checkpoints = Callable[[str], Path]
 TOLERANCE = 2e-5
@@ -200,11 +202,20 @@ def test_a_rank_that_cannot_load_says_why_on_all(checkpoint: Checkpoints, cache_
     assert "rank 1 could not load" in waiting and "nothing here" in waiting
 
 
-def test_the_example_under_torchrun():
-    """The entry that users have: torchrun's environment alone makes two processes one model."""
-    folder = ROOT
-    command = ["torch.distributed.run", "--nproc-per-node", "2", "examples/many_ranks.py", "--new-tokens", "3"]
-    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--- rank 0: " in done.stdout and "--- rank 1: " in done.stdout
-    assert "pairs computed by other ranks" in done.stdout
+def run_example(rank: Rank, port: int) -> str:
+    """examples/many_ranks.py as a main module, in the environment that torchrun gives it; what it printed."""
+    os.environ |= {"RANK": str(rank.rank), "WORLD_SIZE": str(rank.size), "LOCAL_RANK": str(rank.rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["many_ranks.py", "--new-tokens", "3"]
+    with redirect_stdout(StringIO()) as printed:
+        runpy.run_path(str(ROOT / "examples" / "many_ranks.py"), run_name="__main__")
+    return printed.getvalue()
+
+
+def test_the_example_in_torchruns_environment():
+    """The entry that users have: the environment alone makes two processes one model."""
+    printed = run_ranks(run_example, 2, free_port())
+    for rank in range(2):
+        assert f"--- rank {rank}\n" in printed[rank] and f"--- rank {rank}: " in printed[rank]
+        assert "pairs computed by other ranks" in printed[rank]
+        assert " 0 (token, k) pairs" not in printed[rank]

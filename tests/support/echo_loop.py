@@ -1,4 +1,7 @@
-"""What runs in a worker's process in place of a ``RankLoop``: it says back what it is told."""
+"""What runs in a worker's process in place of a ``RankLoop``: it says back what it is told.
+
+torch is imported when it is needed: it would take each worker's start two seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
-from cluster.messages.rank import Contact, Contacts, Form, decode_command, encode
-from cluster.rank.contact_store import ContactStore
-
-if TYPE_CHECKING:  # its module imports the engine, which would take each worker's start three seconds
+if TYPE_CHECKING:
+    from cluster.messages.rank import Contact, Form
+    from cluster.rank.contact_store import ContactStore
     from cluster.rank.rank_loop import FormTransport
 
 TELL, FACTS, FAIL = b"tell:", b"facts", b"fail"
@@ -36,6 +37,8 @@ class EchoLoop:
             self._told.put(message.removeprefix(TELL))
             return b""
         if message == FACTS:
+            import torch
+
             return msgspec.msgpack.encode(
                 {
                     "threads": torch.get_num_threads(),
@@ -46,6 +49,9 @@ class EchoLoop:
         if message == FAIL:
             raise ValueError("told to fail")
         if len(message) > 10:
+            from cluster.messages.rank import Contacts, Form, decode_command
+            from cluster.rank.contact_store import ContactStore
+
             match decode_command(message):
                 case Form() as form:
                     self._contacts = ContactStore(form.epoch, self._publish, form.form_s)
@@ -58,9 +64,13 @@ class EchoLoop:
         return self._told.get()
 
     def _publish(self, contact: Contact) -> None:
+        from cluster.messages.rank import encode
+
         self._told.put(encode([contact]))
 
     def _meet(self, form: Form, contacts: ContactStore) -> None:
+        import torch
+
         try:
             transport = self._form(form, torch.device("cpu"), contacts)
             self._told.put(bytes(transport.all_gather(torch.tensor([form.rank])).flatten().tolist()))

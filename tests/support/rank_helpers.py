@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import pickle
+import socket
 import threading
 import time
 import traceback
@@ -157,6 +158,13 @@ def run_threads(
         hub.break_off("the time is over")
         raise TimeoutError(f"ranks {running} didn't return within {timeout:g} s")
     return results
+
+
+def free_port() -> int:
+    with socket.socket() as probing:
+        probing.bind(("", 0))
+        port: int = probing.getsockname()[1]
+    return port
 
 
 def until(condition: Callable[[], object]) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import shutil
-import socket
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import pytest
@@ -30,33 +28,20 @@ from ray.core.generated.common_pb2 import NodeDeathInfo
 from ray.core.generated.gcs_service_pb2 import UnregisterNodeRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-from cluster.driver import loop_thread
-from cluster.driver.loop_thread import LoopThread
 from cluster.messages.rank import Contact, Contacts, Form, decode_events, encode
 from cluster.ray_backend import address, bundles
-from cluster.ray_backend.backend import RayBackend
 from cluster.ray_backend.calls import CALL_THREAD
 from cluster.ray_backend.handles import RayWorkerHandle
 from tests.support.clock_loop import ClockLoop
-from tests.support.rank_helpers import PATIENCE_S
+from tests.support.rank_helpers import PATIENCE_S, free_port
+from tests.support.ray_driver import Driver, driving
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-
-ECHO = "tests.support.echo_loop:EchoLoop"
 
 # No node that is only slow is taken for dead. Of one that is killed, Ray is told (``RayNodes.kill``).
 _CHECKS = {"health_check_timeout_ms": 1000 * int(PATIENCE_S)}
 
 _NUMBERS = count(2)  # of all nodes: each has an address of its own, where Ray's agents listen on fixed ports
-
-
-def free_port() -> int:
-    with socket.socket() as probing:
-        probing.bind(("", 0))
-        port: int = probing.getsockname()[1]
-    return port
 
 
 class RayNodes:
@@ -81,6 +66,8 @@ class RayNodes:
             temp_dir=self._folder,
             object_store_memory=80 * 2**20,
             include_dashboard=first and self._dashboard,
+            include_log_monitor=False,  # nobody reads what it sends to drivers, nor asks for other nodes
+            no_monitor=True,
             dashboard_port=0,  # a free one
             dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes, whatever their addresses
             **({"_system_config": _CHECKS} if first else {}),
@@ -167,47 +154,23 @@ def ray_tokens() -> Iterator[None]:
         yield
 
 
-class Driver:
-    """A backend, and the loop that drives it, as a supervisor would."""
+class PatientDriver(Driver):
+    """A driver whose time can be skipped, and whose workers can meet."""
 
-    def __init__(self, **settings: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop_thread, "new_event_loop", ClockLoop)
-            self._thread = LoopThread("test-supervisor")
-        settings = {"address": None, "strategy": "PACK", "device": "cpu", "path": "no/folder", "loop": ECHO} | settings
-        self.backend = RayBackend(**settings)
-
-    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return self._thread.call(work)
+    def new_loop(self) -> ClockLoop:
+        return ClockLoop()
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
         """Deadlines pass at once: only for what would wait for one in vain. Ray has all the time that it needs to answer."""
         over = threading.Event()
-        loop = self._thread._loop
+        loop = self.thread._loop
         assert isinstance(loop, ClockLoop)
         loop.skip_until(over.is_set, settled=lambda: not any(thread.name == CALL_THREAD for thread in threading.enumerate()))
         try:
             yield
         finally:
             over.set()
-
-    def open(self, ranks: int | None) -> int:
-        return self.call(self.backend.open(ranks))
-
-    def start_worker(self, bundle: int) -> RayWorkerHandle:
-        return self.call(self.backend.start_worker(bundle))
-
-    def command(self, worker: RayWorkerHandle, message: bytes) -> bytes:
-        return self.call(worker.command(message))
-
-    def events(self, worker: RayWorkerHandle) -> bytes:
-        return self.call(worker.events())
-
-    def begin_events(self, worker: RayWorkerHandle) -> Callable[[], bytes]:
-        """Begin to wait for events; call what is returned for the rest."""
-        waiting = self._thread.begin(worker.events())
-        return lambda: waiting.result(PATIENCE_S)
 
     def meet(self, workers: Sequence[RayWorkerHandle], epoch: int) -> list[bytes]:
         """Have them form a group; what each received of all."""
@@ -232,28 +195,14 @@ class Driver:
             self.command(worker, encode(Contacts(epoch, contacts)))
         return [self.events(worker) for worker in workers]
 
-    def close(self) -> None:
-        self.call(self.backend.close())
-        self._thread.end()
-
 
 @contextmanager
-def drive(ranks: int | None = None, **settings: Any) -> Iterator[Driver]:
+def drive(ranks: int | None = None, **settings: Any) -> Iterator[PatientDriver]:
     """A backend; opened, if ``ranks`` says with how many."""
-    driver = Driver(**settings)
-    try:
-        if ranks is not None:
-            driver.open(ranks)
+    with driving(PatientDriver, ranks, **settings) as driver:
         yield driver
-    finally:
-        driver.close()
 
 
 def node_hosts() -> dict[str, str]:
     """The address of each node that is alive, by its id."""
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-
-
-def pids_below(pid: int = 0) -> set[psutil.Process]:
-    """All processes that a process has started, itself or through others."""
-    return set(psutil.Process(pid or os.getpid()).children(recursive=True))

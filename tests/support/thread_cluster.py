@@ -25,7 +25,7 @@ PROMPTS = [zoo.random_ids(1, length, seed=length)[0].tolist() for length in (3, 
 
 @pytest.fixture
 def folder(checkpoint: Checkpoints) -> Path:
-    return checkpoint("qwen3_moe")
+    return checkpoint("qwen3_moe_short")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -321,10 +321,15 @@ ZOO: dict[str, Tiny] = {tiny.name: tiny for tiny in _ALL}
 STRESSED: dict[str, Tiny] = {tiny.name: tiny for tiny in _STRESSED}
 """For tests of caches alone: further kinds of layers, and settings under which prompts of some tens of tokens show them."""
 
+SHORT = {
+    "qwen3_moe_short": replace(ZOO["qwen3_moe"], moe_layers=2, settings={**ZOO["qwen3_moe"].settings, "num_hidden_layers": 2})
+}
+"""For tests of clusters, which make tens of thousands of steps: every layer more would take them half as long again."""
+
 
 def make_checkpoint(name: str, folder: Path, max_shard_size: str = "200KB") -> Path:
     """Save the model called ``name`` in ``folder``, as its author would: safetensors shards, an index and configs."""
-    ZOO[name].build().save_pretrained(folder, max_shard_size=max_shard_size)
+    (ZOO | SHORT)[name].build().save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
