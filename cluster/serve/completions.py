@@ -40,7 +40,7 @@ class CompletionAnswer:
         if top is not None:
             self._writers = [CompletionLogprobsWriter(texts, top) for _ in range(len(prompts) * self._choices)]
         scored = echoes is not None and top is not None
-        # Log-probabilities of each prompt: those that its echo waits for, and those that have come; and the portions that wait.
+        # Log-probabilities of each prompt: those that its echo waits for, those that have come, and the portions until then.
         self._missing = [len(prompt) - 1 if scored else 0 for prompt in prompts]
         self._of_prompt: list[list[TokenLogprobs]] = [[] for _ in prompts]
         self._held: list[list[tuple[int, Portion]]] = [[] for _ in prompts]
