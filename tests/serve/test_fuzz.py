@@ -110,7 +110,9 @@ def check(path: str, body: bytes, reply: Reply, statuses: frozenset[int]) -> Non
         error = reply.error
         assert error["type"] == TYPES[reply.status]
         assert 0 < len(error["message"]) <= MOST_MESSAGE_CHARS + 3
-        assert not re.search(r"Traceback|File \"|/(?:usr|tmp|root|home|work|etc)/|site-packages|0x[0-9a-f]{6}", error["message"])
+        assert not re.search(
+            r"Traceback|File \"|/(?:usr|tmp|root|home|work|etc)/|site-packages|0x[0-9a-f]{6}", error["message"]
+        )
         if error["param"]:
             assert error["param"].partition(".")[0] in error["message"], (body, error)
     elif reply.headers["content-type"] == "application/json":

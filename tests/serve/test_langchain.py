@@ -61,7 +61,12 @@ def test_chats_streams_and_batches(chat: Any, cluster: ScriptedCluster):
 
 def test_completions(there: tuple[Client, ScriptedCluster], cluster: ScriptedCluster):
     one = langchain.OpenAI(
-        model="scripted", base_url=f"{there[0].url}/v1", api_key=SecretStr(KEY), max_retries=0, max_tokens=40, timeout=PATIENCE_S
+        model="scripted",
+        base_url=f"{there[0].url}/v1",
+        api_key=SecretStr(KEY),
+        max_retries=0,
+        max_tokens=40,
+        timeout=PATIENCE_S,
     )
     assert one.invoke("def f(") == SAYS
     assert "".join(one.stream("def f(")) == SAYS
