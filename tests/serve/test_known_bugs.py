@@ -24,13 +24,10 @@ def client() -> Iterator[Client]:
 
 
 def test_the_table_names_tests_that_exist():
-    assert __doc__ is not None
-    rows = [line.split(" | ") for line in __doc__.splitlines() if line.startswith("| ")][2:]
-    there = {
-        name
-        for path in Path(__file__).parent.glob("test_*.py")
-        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
-    }
+    folder = Path(__file__).parent
+    lines = (folder / "known_bugs.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
+    there = {name for path in folder.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
     assert len(rows) >= 25
     for _, reported, tests in rows:
         assert re.search(r"\w \d+", reported)

@@ -233,9 +233,8 @@ def test_nothing_is_fetched_from_urls():
             assert "'text'" in reply.error["message"]
         for place in (url, "file:///secrets"):
             schema = {"name": "x", "schema": {"$ref": place}}
-            body = {
-                "messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema", "json_schema": schema}
-            }  # fmt: skip
+            form = {"type": "json_schema", "json_schema": schema}
+            body = {"messages": [{"role": "user", "content": "a"}], "response_format": form}
             assert client.post(CHAT, body).error["param"] == "response_format"
             assert client.post(COMPLETIONS, {"prompt": "a", "guided_json": {"$ref": place}}).error["param"] == "guided_json"
         bait.setblocking(False)

@@ -24,7 +24,8 @@ async def ask_app(app: Any, method: str, path: str, body: bytes = b"", headers: 
     given = {"host": "localhost", "content-type": "application/json"} | (headers or {})
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
-        "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+        "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
         "headers": [(name.encode(), value.encode()) for name, value in given.items()],
     }  # fmt: skip
     await app(scope, receive, send)
