@@ -46,11 +46,22 @@ class CompletionLogprobs(_Answer):
     text_offset: list[int]
 
 
+class PromptToken(_Answer):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]
+"""Of a prompt's tokens, the first of which has none: its own, and those of the likeliest ones, by token id (vLLM's)."""
+
+
 class CompletionChoice(_Answer):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(_Answer):
@@ -130,6 +141,7 @@ class ChatCompletion(_Answer):
     model: str
     choices: list[ChatChoice]
     usage: TokenUsage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatChunkChoice(_Answer):

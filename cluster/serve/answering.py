@@ -17,7 +17,7 @@ from cluster.serve.bridge import ChoiceReader, ClientLeft
 from cluster.serve.completions import Chunk
 from cluster.serve.errors import INTERNAL, ApiError, of_cluster
 from cluster.serve.record import RequestRecord
-from cluster.serve.request_settings import API_NAMES
+from cluster.serve.request_settings import api_names
 from cluster.serve.responses import NoAnswer, error_response, json_response
 from cluster.serve.schema import CommonRequest
 from cluster.serve.service import Service
@@ -35,6 +35,7 @@ class Answer(Protocol):
 
     def opening(self) -> list[Chunk]: ...
     def take(self, choice: int, portion: Portion) -> list[Chunk]: ...
+    def complete(self, whole: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Answering:
                 for chunk in self._take(choice, portion):
                     chunks[chunk["index"]].append(chunk)
         choices = [self.join(chunks[index]) for index in sorted(chunks)]
-        return {**self.head, "choices": choices, "usage": self._usage()}
+        whole = {**self.head, "choices": choices, "usage": self._usage()}
+        self.answer.complete(whole)
+        return whole
 
     async def _parts(self) -> AsyncIterator[bytes]:
         """The stream's events, together as they come together."""
@@ -139,7 +142,7 @@ class Answering:
         found = error if isinstance(error, ApiError) else INTERNAL
         if isinstance(error, EpslotsError):
             logger.warning("request %s failed: %s", self.record.id, error)
-            found = of_cluster(error, API_NAMES)
+            found = of_cluster(error, api_names(self.body))
         elif found is INTERNAL:
             logger.error("request %s met a bug", self.record.id, exc_info=error)
         self.record.problem = found.code or str(found.status)

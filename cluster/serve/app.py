@@ -1,6 +1,6 @@
 """The application: FastAPI's routes for a ``Service``, and the middlewares around them.
 
-A request passes, from outside: records -> keys -> origins (CORS) -> bodies' forms and sizes -> route -> endpoint.
+A request passes, from outside: records -> origins (CORS) -> keys -> bodies' forms and sizes -> route -> endpoint.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
         description="A Mixture-of-Experts model from bounded expert slots, with OpenAI's API.",
         version=epslots.__version__,
         lifespan=lifespan,
+        redirect_slashes=False,
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
     )
@@ -95,7 +96,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
     _add_endpoints(app, service)
     _add_plain_routes(app, service)
     _describe(app, has_keys=bool(keys))
-    wrapped: Any = JsonBodies(app, config.max_body_bytes)
+    wrapped: Any = Authentication(JsonBodies(app, config.max_body_bytes), keys, local)
     if config.cors_origins:
         wrapped = CORSMiddleware(
             wrapped,
@@ -104,7 +105,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id"],
         )
-    return Records(Authentication(wrapped, keys, local), service.done)
+    return Records(wrapped, service.done)
 
 
 def _add_errors(app: FastAPI, most_bytes: int) -> None:
@@ -175,7 +176,7 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
             tokens = await service.encode(chat_of(body, service.config.chat_template), "messages", fits=False)
         found: dict[str, Any] = {"count": len(tokens), "max_model_len": model.room.most, "tokens": tokens}
         if body.return_token_strs:
-            found["token_strs"] = model.tokenizer.convert_ids_to_tokens(tokens)
+            found["token_strs"] = await service.in_thread(lambda: model.tokenizer.convert_ids_to_tokens(tokens))
         return json_response(found)
 
     @app.post("/detokenize", responses=_ERRORS, response_model=answers.Detokenized)

@@ -13,10 +13,11 @@ from cluster.serve.completions import Chunk
 from cluster.serve.errors import refused
 from cluster.serve.message_reader import MessageReader
 from cluster.serve.schema import ChatRequest, Message, NamedTool, TokenizeRequest, Tool
-from cluster.serve.token_text import TokenTexts, chat_logprobs
+from cluster.serve.token_text import TokenTexts, chat_logprobs, prompt_logprobs
 from epslots.errors import shown
 from epslots.generation.chat_template import Chat
 from epslots.generation.portions import Portion
+from epslots.generation.requests import TokenLogprobs
 
 OBJECT, CHUNK_OBJECT = "chat.completion", "chat.completion.chunk"
 ID_PREFIX = "chatcmpl-"
@@ -110,11 +111,14 @@ def tool_grammar(body: ChatRequest) -> dict[str, Any]:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool.function.name}, "parameters": _parameters(tool)},
+            "properties": {
+                "name": {"const": tool.function.name},
+                "parameters": _moved(_parameters(tool), f"#/items/anyOf/{number}/properties/parameters"),
+            },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for tool in body.tools or ()
+        for number, tool in enumerate(body.tools or ())
     ]
     most = {} if body.parallel_tool_calls is not False else {"maxItems": 1}
     return {"json_schema": {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}}}
@@ -122,6 +126,19 @@ def tool_grammar(body: ChatRequest) -> dict[str, Any]:
 
 def _parameters(tool: Tool) -> dict[str, Any]:
     return tool.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema with its references to itself as they are at another place of a larger one."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(value, place) for name, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved
 
 
 class ChatAnswer:
@@ -135,7 +152,8 @@ class ChatAnswer:
 
     def __init__(self, request: ChatRequest, readers: Sequence[MessageReader], texts: TokenTexts) -> None:
         self._readers, self._texts = readers, texts
-        self._with_logprobs = bool(request.logprobs)
+        self._with_logprobs, self._prompt_top = bool(request.logprobs), request.prompt_logprobs
+        self._of_prompt: list[TokenLogprobs] = []
         self.new_tokens = 0
         """Of all choices so far."""
 
@@ -146,6 +164,7 @@ class ChatAnswer:
     def take(self, choice: int, portion: Portion) -> list[Chunk]:
         """The chunks for a choice's next portion."""
         self.new_tokens += len(portion.tokens)
+        self._of_prompt += portion.prompt_logprobs
         reader = self._readers[choice]
         deltas = reader.push(portion.text or "")
         if portion.reason:
@@ -158,6 +177,11 @@ class ChatAnswer:
             called = reader.called and portion.reason == "stop"
             chunks.append(_chunk(choice, {}) | {"finish_reason": "tool_calls" if called else portion.reason})
         return chunks
+
+    def complete(self, whole: dict[str, Any]) -> None:
+        """Add the prompt's log-probabilities to a whole answer, if they were asked for."""
+        if self._prompt_top is not None:
+            whole["prompt_logprobs"] = prompt_logprobs(self._texts, self._of_prompt, self._prompt_top)
 
 
 def _chunk(choice: int, delta: dict[str, Any]) -> Chunk:

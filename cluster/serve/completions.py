@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.serve.schema import CompletionRequest
-from cluster.serve.token_text import CompletionLogprobsWriter, TokenTexts
+from cluster.serve.token_text import CompletionLogprobsWriter, TokenTexts, prompt_logprobs
 from epslots.generation.portions import Portion
 from epslots.generation.requests import TokenLogprobs
 
@@ -34,13 +34,13 @@ class CompletionAnswer:
         self, request: CompletionRequest, prompts: Sequence[Sequence[int]], echoes: Sequence[str] | None, texts: TokenTexts
     ) -> None:
         self._request, self._prompts, self._echoes = request, prompts, echoes
-        self._choices = request.choices
+        self._choices, self._texts = request.choices, texts
         top = request.logprobs
         self._writers = None
         if top is not None:
             self._writers = [CompletionLogprobsWriter(texts, top) for _ in range(len(prompts) * self._choices)]
         scored = echoes is not None and top is not None
-        # Log-probabilities of each prompt that its echo waits for, those that have come, and the portions that came with them.
+        # Log-probabilities of each prompt: those that its echo waits for, those that have come, and the portions until then.
         self._missing = [len(prompt) - 1 if scored else 0 for prompt in prompts]
         self._of_prompt: list[list[TokenLogprobs]] = [[] for _ in prompts]
         self._held: list[list[tuple[int, Portion]]] = [[] for _ in prompts]
@@ -56,16 +56,24 @@ class CompletionAnswer:
     def take(self, choice: int, portion: Portion) -> list[Chunk]:
         """The chunks for a choice's next portion."""
         prompt, number = divmod(choice, self._choices)
-        if not self._missing[prompt]:
-            return self._continue(choice, portion)
         if number == 0:  # which brings the prompt's log-probabilities for all
             self._of_prompt[prompt] += portion.prompt_logprobs
+        if not self._missing[prompt]:
+            return self._continue(choice, portion)
+        if number == 0:
             self._missing[prompt] -= len(portion.prompt_logprobs)
         self._held[prompt].append((choice, portion))
         if self._missing[prompt]:
             return []
         held, self._held[prompt] = self._held[prompt], []
         return self._echo(prompt) + [chunk for each in held for chunk in self._continue(*each)]
+
+    def complete(self, whole: dict[str, Any]) -> None:
+        """Add the prompts' log-probabilities to a whole answer, if they were asked for."""
+        if (top := self._request.prompt_logprobs) is not None:
+            for choice in whole["choices"]:
+                of_prompt = self._of_prompt[choice["index"] // self._choices]
+                choice["prompt_logprobs"] = prompt_logprobs(self._texts, of_prompt, top)
 
     def _echo(self, prompt: int) -> list[Chunk]:
         assert self._echoes is not None

@@ -30,7 +30,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             tokenizer's.
         request_timeout_s: seconds that a request may take; None = any.
         drain_s: seconds in which running requests may end after the service was told to stop.
-        stalled_s: seconds in which the reader of a stream may take nothing; it is dropped then.
+        stalled_s: seconds in which the reader of an answer may take nothing; it is dropped then.
         keepalive_s: seconds without news after which a stream gets a comment, so that proxies keep it open.
         header_s: seconds in which a connection must send a request's headers, and then its body.
         max_body_bytes: bytes of a request's body.

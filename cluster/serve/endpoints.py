@@ -18,7 +18,6 @@ from cluster.serve.request_settings import api_names, check_min_tokens, common_s
 from cluster.serve.schema import ChatRequest, CommonRequest, CompletionRequest, NamedTool
 from cluster.serve.service import ServedModel, Service
 from epslots.generation.chat_template import Chat
-from epslots.generation.requests import MOST_LOGPROBS
 
 
 def _note(service: Service, body: CommonRequest, request: Request, prompt: Any, choices: int) -> RequestRecord:
@@ -103,7 +102,7 @@ def _limits(model: ServedModel, body: CompletionRequest, length: int, wanted: in
     if body.logprobs is not None:
         found["logprobs"] = body.logprobs
         if body.echo:
-            found["prompt_logprobs"] = min(body.logprobs, MOST_LOGPROBS)
+            found["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     return found
 
 

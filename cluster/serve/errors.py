@@ -106,6 +106,8 @@ def of_cluster(error: Exception, names: Mapping[str, str]) -> ApiError:
             return overloaded("the queue is full; try again when requests have ended")
         case ConfigError():
             return _of_setting(str(error), names)
+        case RequestFailed() if _GRAMMAR.match(str(error)):  # which no text belongs to, or which takes too much work
+            return _of_setting(str(error), names)
         case RequestFailed():
             return ApiError(500, "the request failed while it was computed; the service's log has more", code="request_failed")
         case ClusterError():
@@ -113,6 +115,7 @@ def of_cluster(error: Exception, names: Mapping[str, str]) -> ApiError:
     return INTERNAL
 
 
+_GRAMMAR = re.compile(r"(json_schema|regex|grammar): ")
 _FIRST_WORD = re.compile(r"^(\w+)")
 _PATH = re.compile(r"(?<![\w/])/(?:[\w.@+-]+/)+[\w.@+-]*")
 
@@ -123,8 +126,12 @@ def _of_setting(message: str, names: Mapping[str, str]) -> ApiError:
     name = names.get(first[1]) if first else None
     if first and name is not None:
         message = name + message[first.end() :]
-    message = _PATH.sub("(a file)", message)
-    return refused(message, name)
+    return refused(without_paths(message), name)
+
+
+def without_paths(message: str) -> str:
+    """A message without the paths of this machine."""
+    return _PATH.sub("(a file)", message)
 
 
 Problem = Mapping[str, Any]
@@ -144,6 +151,9 @@ def of_problems(problems: Sequence[Problem], fields: frozenset[str]) -> ApiError
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])[:100]
         return refused(f"{shown(name)}: unknown parameter; see /openapi.json for those that are known", name)
+    if first["loc"][:1] == ("query",):
+        name = str(first["loc"][-1])[:100]
+        return refused(f"{name}: {_wish(first)}{_given(first.get('input'))}", name)
     root = _path(first["loc"], fields)[:1]
     if not root:
         return _of_body(first, fields)

@@ -1,6 +1,8 @@
 """uvicorn's HTTP protocol with limits for strangers: the size of headers, the time until a request is whole, connections.
 
-Without them, a peer without a key could fill the memory with a header that never ends, or hold connections for ever.
+Without them, a peer without a key could fill the memory with a header that never ends, or hold connections for ever. A reader
+that takes nothing of a whole answer is dropped, too, and requests that don't wait for the last one's answer (pipelining) are
+left unread: uvicorn would stop looking whether their client has left.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from cluster.serve.sse import ABORT
+from cluster.serve.errors import refused
+from cluster.serve.sse import ABORT, encode_json
 
 
-def limited_protocol(*, header_bytes: int, request_s: float, connections: int) -> type[HttpToolsProtocol]:
+def limited_protocol(*, header_bytes: int, request_s: float, stalled_s: float, connections: int) -> type[HttpToolsProtocol]:
     """The protocol's class, with its limits.
 
     Args:
         header_bytes: of a request's line and headers.
         request_s: seconds from a connection's first byte of a request to its last one.
+        stalled_s: seconds in which the client may take nothing of an answer that is done.
         connections: at a time; further ones are closed at once.
     """
 
@@ -27,7 +31,9 @@ def limited_protocol(*, header_bytes: int, request_s: float, connections: int) -
 
         _head_bytes = 0
         _in_head = True
+        _pipelined = False
         _timer: asyncio.TimerHandle | None = None
+        _reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -38,9 +44,13 @@ def limited_protocol(*, header_bytes: int, request_s: float, connections: int) -
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            if self._reading is not None:
+                self._reading.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._pipelined:
+                return
             if self._in_head:
                 self._head_bytes += len(data)
             super().data_received(data)
@@ -48,6 +58,10 @@ def limited_protocol(*, header_bytes: int, request_s: float, connections: int) -
                 self._refuse_head()
 
         def on_message_begin(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._pipelined = True
+                self.cycle.keep_alive = False
+                raise BlockingIOError("a request before the last one's answer")  # ends the reading of this data
             super().on_message_begin()
             if self._timer is None:
                 self._await_request()
@@ -66,6 +80,26 @@ def limited_protocol(*, header_bytes: int, request_s: float, connections: int) -
             self._stop_timer()
             self._in_head, self._head_bytes = True, 0
             super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch_reader()
+
+        def send_400_response(self, msg: str) -> None:
+            if self._pipelined:
+                return
+            body = encode_json(refused("the connection's bytes are no HTTP request").body)
+            head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
+            self.transport.write(head + b"%d\r\n\r\n" % len(body) + body)
+            self.transport.close()
+
+        def _watch_reader(self, before: int | None = None) -> None:
+            """Drop the client if it takes nothing of what it has asked for."""
+            waiting = self.transport.get_write_buffer_size()
+            if waiting and waiting == before:
+                self.transport.abort()
+            elif waiting:
+                self._reading = self.loop.call_later(stalled_s, self._watch_reader, waiting)
 
         def _await_request(self) -> None:
             self._timer = self.loop.call_later(request_s, self.transport.abort)

@@ -96,6 +96,8 @@ def common_settings(body: CommonRequest, end_tokens: frozenset[int], drawn_seed:
         "min_tokens": body.min_tokens or 0,
         "ignore_eos": bool(body.ignore_eos),
     }
+    if body.prompt_logprobs is not None:
+        settings["prompt_logprobs"] = body.prompt_logprobs
     if body.logit_bias:
         settings["logit_bias"] = _biases(body.logit_bias)
     if body.stop_token_ids:

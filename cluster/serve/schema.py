@@ -105,6 +105,8 @@ class CommonRequest(_Body):
     """Sample from this many likeliest tokens; 0 and -1 = all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=1000)] | None = 1.0
+    prompt_logprobs: Top | None = None
+    """Return log-probabilities of the prompt's tokens, and of this many likeliest ones; not in streams."""
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = 0
     ignore_eos: bool | None = False
     stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_TOKENS)] | None = None
@@ -120,9 +122,11 @@ class CommonRequest(_Body):
     guided_grammar: Text | None = None
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> CommonRequest:
+    def _fits_a_stream(self) -> CommonRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: allowed with stream=true alone")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: allowed without stream alone")
         return self
 
     @property

@@ -63,7 +63,10 @@ class HttpServer:
     def __init__(self, app: Any, bound: socket.socket, config: ServeConfig) -> None:
         self.url = url_of(bound)
         protocol = limited_protocol(
-            header_bytes=config.max_header_bytes, request_s=config.header_s, connections=config.max_connections
+            header_bytes=config.max_header_bytes,
+            request_s=config.header_s,
+            stalled_s=config.stalled_s,
+            connections=config.max_connections,
         )
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -74,7 +77,7 @@ class HttpServer:
                 lifespan="on",
                 access_log=False,
                 log_config=None,
-                log_level=logging.WARNING,
+                log_level=logging.ERROR,  # strangers' garbage is worth no line
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=2,  # requests were drained before

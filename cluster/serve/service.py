@@ -24,7 +24,7 @@ from cluster.serve.access_log import AccessLog
 from cluster.serve.bridge import ChoiceReader, NewsRelay, PolledGeneration
 from cluster.serve.cluster_metrics import ServiceSample
 from cluster.serve.config import ServeConfig
-from cluster.serve.errors import ApiError, of_cluster, overloaded, refused, unavailable
+from cluster.serve.errors import ApiError, of_cluster, overloaded, refused, unavailable, without_paths
 from cluster.serve.metrics import Metrics
 from cluster.serve.record import RequestRecord
 from cluster.serve.request_settings import API_NAMES, Room
@@ -40,6 +40,9 @@ Phase = Literal["starting", "ready", "draining", "failed"]
 _GOODBYE_S = 2.0  # for errors to requests that are cut off
 _PROMPT_THREADS = 2
 """They tokenize prompts and render templates: processor time, most of it without Python's lock."""
+
+_MOST_CHARS = 2**20
+"""Characters of a prompt that needn't fit, or more where contexts are long: half a second."""
 
 Value = TypeVar("Value")
 
@@ -259,20 +262,24 @@ class Service:
             prompt: text or a chat.
             field: of the request, for errors.
             special_tokens: as ``Cluster.encode``.
-            fits: refuse one that certainly doesn't fit.
+            fits: refuse one that certainly doesn't fit. Else it may be longer than a model's context, within limits.
 
         Raises:
             ApiError: it isn't allowed.
         """
         model = self.model
         most = model.room.most if fits else None
+        chars, most_chars = _chars_of(prompt), max(_MOST_CHARS, 16 * model.room.most)
+        if not fits and chars > most_chars:  # reading it would hold up others' prompts for seconds
+            raise refused(f"{field}: {chars:,} characters; allowed: up to {most_chars:,}", field)
 
         def encode() -> list[int]:
             try:
                 return model.cluster.encode(prompt, special_tokens=special_tokens, most_tokens=most)
             except ConfigError as error:
                 code = "context_length_exceeded" if "fit" in str(error) else None
-                raise refused(f"{field}: {str(error).partition('; allowed without it')[0]}", field, code) from error
+                why = without_paths(str(error)).partition("; allowed without it")[0]
+                raise refused(f"{field}: {why}", field, code) from error
 
         return await self.in_thread(encode)
 
@@ -340,3 +347,9 @@ class Service:
             recoveries=0 if state is None else max(0, state.epoch - self._first_epoch),
             log_lines_lost=0 if self._log is None else self._log.lost,
         )
+
+
+def _chars_of(prompt: str | Chat) -> int:
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(str(message.get("content", ""))) for message in prompt.messages)

@@ -60,6 +60,27 @@ def _likely(texts: TokenTexts, token: int, logprob: float) -> dict[str, Any]:
     return {"token": texts.text(token), "logprob": max(logprob, _LEAST), "bytes": list(texts.bytes(token))}
 
 
+def prompt_logprobs(texts: TokenTexts, found: Iterable[TokenLogprobs], top: int) -> list[dict[str, Any] | None]:
+    """Log-probabilities of a prompt's tokens as vLLM writes them; the first token has none.
+
+    Args:
+        found: of the tokens from the second on.
+        top: likeliest tokens that were asked for; the token itself is always among the returned ones, with a rank of null if
+            it isn't one of them.
+    """
+    written: list[dict[str, Any] | None] = [None]
+    for one in found:
+        own = {one.token: (one.logprob, None)}
+        likely = {token: (logprob, rank) for rank, (token, logprob) in enumerate(one.top[:top], 1)}
+        written.append(
+            {
+                str(token): {"logprob": max(logprob, _LEAST), "rank": rank, "decoded_token": texts.text(token)}
+                for token, (logprob, rank) in (own | likely).items()
+            }
+        )
+    return written
+
+
 class CompletionLogprobsWriter:
     """Writes log-probabilities as completions have them, portion by portion: offsets go on.
 

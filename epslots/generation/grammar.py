@@ -247,7 +247,7 @@ class GrammarCompiler:
         tokenizer = self._vocabulary.tokenizer
         matcher = _on_deep_stack(lambda: LLMatcher(tokenizer, translated, log_level=0, limits=_limits(kind)))
         _refuse(kind, matcher.get_error())
-        return GrammarState(matcher, self._vocabulary, stop_tokens, tokens)
+        return GrammarState(matcher, self._vocabulary, stop_tokens, tokens, setting=_SETTINGS[kind])
 
 
 class GrammarState:
@@ -258,12 +258,19 @@ class GrammarState:
     Attributes:
         finished: the text is complete, and nothing may follow but an end token.
         error: why the text can't be continued, although it isn't complete: the grammar took too much work at some token, or no
-            token of the vocabulary has the bytes that must follow. None without an error.
+            token of the vocabulary has the bytes that must follow. It begins with the setting. None without an error.
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: _Vocabulary, stop_tokens: frozenset[int], tokens: Iterable[int]
+        self,
+        matcher: LLMatcher,
+        vocabulary: _Vocabulary,
+        stop_tokens: frozenset[int],
+        tokens: Iterable[int],
+        *,
+        setting: str,
     ) -> None:
+        self._setting = setting
         self.finished = False
         self.error: str | None = None
         self._matcher, self._vocabulary = matcher, vocabulary
@@ -302,7 +309,7 @@ class GrammarState:
         np.bitwise_and(allowed_W, vocabulary.words_W, out=allowed_W)
         if not allowed_W.any() and self.error is None:
             self.finished = may_end
-            self.error = None if may_end else _DEAD_END
+            self.error = None if may_end else f"{self._setting}: {_DEAD_END}"
         if may_end and self._ends:
             np.bitwise_or(allowed_W, self._ends_W, out=allowed_W)
         elif self.finished or self.error:
@@ -330,4 +337,4 @@ class GrammarState:
     def _in_words(self) -> str:
         """llguidance's error."""
         reason = _reason(self._matcher.get_error())
-        return _DEAD_END if reason == "NoExtensionBias" else reason
+        return f"{self._setting}: {_DEAD_END if reason == 'NoExtensionBias' else reason}"

@@ -264,7 +264,7 @@ def test_a_text_that_no_token_continues_is_an_error():
     state.accept(ord("a"))
     assert not state.error
     state = compiler.start(Grammar("regex", "ad?|bde"), frozenset(), b"b")
-    assert state.error == "no token of the vocabulary continues the text as its grammar wants it" and not state.finished
+    assert state.error == "regex: no token of the vocabulary continues the text as its grammar wants it" and not state.finished
     assert state.allowed().any() and not state.accept(ord("b"))
 
 

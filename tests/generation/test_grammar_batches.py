@@ -194,7 +194,7 @@ def test_a_faulty_grammar_ends_its_request_alone(kind: type[Batcher], model: Pre
     assert list(found[MATES[0].id].tokens) == generated(model, MATES[0])
     assert (found["wrong"].reason, found["wrong"].error) == ("error", "regex: unclosed group")
     assert (found["none"].reason, found["none"].tokens) == ("error", ())
-    assert found["heavy"].error == "lexer error: too many expressions constructed"
+    assert found["heavy"].error == "regex: lexer error: too many expressions constructed"
     assert re.fullmatch("[ab]+", text_of(found["heavy"].tokens)), "its text so far is delivered"
     batcher.close()
 

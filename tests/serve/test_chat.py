@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from epslots.generation import chat_template
+from epslots.generation.chat_template import Renderer
 from epslots.generation.requests import Request
 from tests.support.http_service import CHAT, Client, serving
 from tests.support.scripted_cluster import SAYS, ScriptedCluster, scored
@@ -260,3 +262,41 @@ def test_without_templates_what_needs_them_is_refused():
         error = client.post(CHAT, {"messages": HELLO, "tools": TOOLS})
         assert (error.status, error.error["param"]) == (400, "tools")
         assert client.post(CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}).status == 200
+
+
+def test_references_within_a_forced_tools_schema(client: Client, cluster: ScriptedCluster):
+    """They lead to the same place where its schema is a part of a larger one."""
+    point = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Point"}, "$ref": {"type": "string"}}}
+    schema = {"$defs": {"Point": point}, "type": "object", "properties": {"p": {"$ref": "#/$defs/Point"}}}
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "draw", "parameters": schema}}]
+    assert client.post(CHAT, {"messages": HELLO, "tools": tools, "tool_choice": "required"}).status == 200
+    grammar = cluster.requests[0].grammar
+    assert grammar is not None
+    whole = json.loads(grammar.text)
+    moved = whole["items"]["anyOf"][1]["properties"]["parameters"]
+    place = moved["properties"]["p"]["$ref"].removeprefix("#/").split("/")
+    found: Any = whole
+    for step in place:
+        found = found[int(step)] if isinstance(found, list) else found[step]
+    assert found is moved["$defs"]["Point"]
+    assert found["properties"]["$ref"] == {"type": "string"}, "a property of that name is none"
+
+
+def test_a_chats_prompt_has_log_probabilities(client: Client, cluster: ScriptedCluster):
+    found = client.post(CHAT, {"messages": HELLO, "prompt_logprobs": 0}).json["prompt_logprobs"]
+    prompt = cluster.requests[0].prompt
+    assert found[0] is None
+    assert [list(each) for each in found[1:]] == [[str(token)] for token in prompt[1:]]
+
+
+def test_a_template_has_its_time(monkeypatch: pytest.MonkeyPatch):
+    """A checkpoint's template that never ends is ended, and other requests are served."""
+    renderer = Renderer(cpu_s=0.1)
+    monkeypatch.setattr(chat_template, "_renderer", lambda _: renderer)
+    loop = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
+    endless = "{% if messages[0].content == 'x' %}" + loop + "{% endif %}a"
+    with ScriptedCluster() as cluster, serving(cluster, chat_template=endless) as client:
+        reply = client.post(CHAT, {"messages": [{"role": "user", "content": "x"}]})
+        assert (reply.status, reply.error["param"]) == (400, "messages")
+        assert "of CPU time" in reply.error["message"]
+        assert client.post(CHAT, {"messages": HELLO}).status == 200

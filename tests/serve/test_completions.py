@@ -226,3 +226,16 @@ def test_grammars_of_vllms_names(client: Client, cluster: ScriptedCluster, given
     grammar = cluster.requests[0].grammar
     assert grammar is not None
     assert (grammar.kind, grammar.text) == setting
+
+
+def test_a_prompts_log_probabilities(client: Client):
+    """vLLM's: of each prompt, by token id; they come beside an echo's."""
+    body = {"prompt": [[5, 6, 7], [8]], "n": 2, "temperature": 1, "max_tokens": 1, "prompt_logprobs": 2}
+    first = [None, *({str(token): {"logprob": scored(token, 2).logprob, "rank": 1, "decoded_token": TOKENIZER.decode([token])},
+                      str(token + 1): {"logprob": scored(token, 2).logprob - 1, "rank": 2,
+                                       "decoded_token": TOKENIZER.decode([token + 1])}} for token in (6, 7))]  # fmt: skip
+    for more in ({}, {"echo": True}, {"echo": True, "logprobs": 1}):
+        choices = client.post(COMPLETIONS, body | more).json["choices"]
+        assert [choice["prompt_logprobs"] for choice in choices] == [first, first, [None], [None]]
+    own = client.post(COMPLETIONS, body | {"prompt_logprobs": 0, "n": 1}).json["choices"][0]["prompt_logprobs"]
+    assert own[1] == {"6": {"logprob": scored(6, 0).logprob, "rank": None, "decoded_token": TOKENIZER.decode([6])}}

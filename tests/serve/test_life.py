@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -222,3 +224,45 @@ def test_many_at_once():
             for number, texts in zip(range(100, 200), pool.map(ask, range(100, 200)), strict=True):
                 assert texts == [f"my prompt was {number}"] * 10
         assert threading.active_count() < 100
+
+
+def test_a_reader_that_takes_nothing_of_a_whole_answer():
+    """It is dropped, too: the answer's bytes would wait for it for ever."""
+    with ScriptedCluster(WORDS) as cluster, serving(cluster, stalled_s=0.2) as client, socket.socket() as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        small.settimeout(PATIENCE_S)
+        small.connect(client.address)
+        small.sendall(raw_request(CHAT, MUCH | {"stream": False}))
+        cluster.wait_for(lambda: len(cluster.requests) == 12)
+        until(lambda: client.service.running == 0)
+        until(lambda: not client.server._server.server_state.connections)
+        found = b""
+        with suppress(ConnectionResetError):
+            while part := small.recv(65536):
+                found += part
+        length = re.search(rb"content-length: (\d+)", found)
+        assert length and len(found) < int(length[1])
+
+
+def test_a_request_before_the_last_ones_answer():
+    """It is left unread, and its connection is closed after the answer: so a client that leaves is noticed here, too."""
+    with ScriptedCluster(WORDS, held=True) as cluster, serving(cluster) as client:
+        for together in (True, False):
+            with socket.create_connection(client.address, timeout=PATIENCE_S) as one:
+                first, second = raw_request(COMPLETIONS, LONG), raw_request(COMPLETIONS, {"prompt": "b"})
+                one.sendall(first + second if together else first)
+                cluster.wait_for(lambda: len(cluster.requests) == 1)
+                if not together:
+                    one.sendall(second * 1000)
+            cluster.wait_for(lambda: len(cluster.cancelled) == 1)
+            until(lambda: client.service.running == 0)
+            cluster.requests.clear()
+            cluster.cancelled.clear()
+        cluster.held = False
+        with socket.create_connection(client.address, timeout=PATIENCE_S) as one:
+            one.sendall(first + second)
+            found = b""
+            while part := one.recv(65536):
+                found += part
+        assert found.count(b"HTTP/1.1 200 OK") == 1
+        assert len(cluster.requests) == 1

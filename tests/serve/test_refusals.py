@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from cluster.serve.errors import MOST_MESSAGE_CHARS
 from cluster.serve.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from epslots.generation import chat_template
+from epslots.generation.chat_template import Renderer
 from tests.support.http_service import CHAT, COMPLETIONS, Client, serving
 from tests.support.scripted_cluster import ScriptedCluster
 
@@ -82,6 +84,9 @@ COMPLETION_CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "priority": 3}, "priority", "Input should be 0"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
     ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "x", "unknown parameter"),
+    ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "without stream"),
+    ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
+    ({"prompt": "a" * 1_100_000, "truncate_prompt_tokens": 5}, "prompt", "1,100,000 characters; allowed: up to 1,048,576"),
     ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
     ({"prompt": "a", "logits_processors": []}, "logits_processors", "'logits_processors': unknown parameter"),
     ({"prompt": "a", "guided_json": {"type": "nonsense"}}, "guided_json", ""),
@@ -245,3 +250,37 @@ def test_no_body_is_answered_with_a_server_error(client: Client, path: str, extr
     assert reply.status in (200, 400, 404, 429), reply.body
     if reply.status != 200:
         assert set(reply.error) == {"message", "type", "param", "code"}
+
+
+def test_a_prompt_to_tokenize_has_a_limit(client: Client):
+    """It needn't fit into the context, and still must not hold up others' prompts."""
+    assert client.post("/tokenize", {"prompt": "a " * 3000}).json["count"] > 512
+    long = "a" * 1_100_000
+    assert_refused(client, "/tokenize", {"prompt": long}, "prompt", "allowed: up to 1,048,576")
+    assert_refused(client, "/tokenize", {"messages": [{"role": "user", "content": long}]}, "messages", "1,100,000 characters")
+
+
+def test_a_grammar_that_fails_is_the_clients_error():
+    """No text belongs to it, or it takes too much work: that is found out when it is computed."""
+    with ScriptedCluster() as cluster, serving(cluster) as client:
+        cluster.fails = "grammar: no token of the vocabulary continues the text as its grammar wants it"
+        assert_refused(client, COMPLETIONS, {"prompt": "a", "guided_grammar": "start: start"}, "guided_grammar", "no token")
+        *_, last = client.post(COMPLETIONS, {"prompt": "a", "guided_grammar": "start: start", "stream": True}).events
+        assert last["error"]["param"] == "guided_grammar"
+
+
+def test_a_parameter_of_a_path_is_refused_by_name(client: Client):
+    reply = client.get("/metrics?layers=maybe")
+    assert (reply.status, reply.error["param"]) == (400, "layers")
+    assert "(given: 'maybe')" in reply.error["message"]
+
+
+def test_an_error_has_no_paths(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError(2, "No such file or directory", "/opt/secret/place/python")
+
+    monkeypatch.setattr(chat_template.subprocess, "Popen", broken)
+    monkeypatch.setattr(chat_template, "_renderer", lambda _: Renderer())
+    with ScriptedCluster() as cluster, serving(cluster) as client:
+        error = assert_refused(client, CHAT, {"messages": HELLO}, "messages", "can't be started")
+        assert "secret" not in error["message"]

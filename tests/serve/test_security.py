@@ -10,7 +10,7 @@ import pytest
 from cluster.serve.auth import ApiKeys, read_keys
 from cluster.serve.config import ServeConfig
 from epslots.errors import ConfigError
-from tests.support.http_service import COMPLETIONS, PATIENCE_S, read_until, serving
+from tests.support.http_service import CHAT, COMPLETIONS, PATIENCE_S, read_until, serving
 from tests.support.scripted_cluster import ScriptedCluster
 
 KEYS = ("first-key-1", "second-key-2")
@@ -215,3 +215,43 @@ def test_answers_say_what_they_are():
         assert "server" not in reply.headers
         for given in ("with space", "x" * 129, ""):
             assert client.get("/health", **{"X-Request-Id": given}).headers["x-request-id"] != given
+
+
+def test_nothing_is_fetched_from_urls():
+    """Of images, files, schemas: what would be read from elsewhere is refused by its name, and nobody is asked."""
+    with ScriptedCluster() as cluster, serving(cluster) as client, socket.create_server(("127.0.0.1", 0)) as bait:
+        url = f"http://127.0.0.1:{bait.getsockname()[1]}/x"
+        parts = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "video_url", "video_url": {"url": url}},
+            {"type": "input_audio", "input_audio": {"data": url, "format": "wav"}},
+            {"type": "file", "file": {"file_data": url}},
+        ]
+        for part in parts:
+            reply = client.post(CHAT, {"messages": [{"role": "user", "content": [part]}]})
+            assert (reply.status, reply.error["param"]) == (400, "messages.0.content.0.type")
+            assert "'text'" in reply.error["message"]
+        for place in (url, "file:///secrets"):
+            schema = {"name": "x", "schema": {"$ref": place}}
+            form = {"type": "json_schema", "json_schema": schema}
+            body = {"messages": [{"role": "user", "content": "a"}], "response_format": form}
+            assert client.post(CHAT, body).error["param"] == "response_format"
+            assert client.post(COMPLETIONS, {"prompt": "a", "guided_json": {"$ref": place}}).error["param"] == "guided_json"
+        bait.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            bait.accept()
+
+
+def test_a_page_that_is_named_can_read_refusals():
+    """Without its origin in an answer, a browser hides a wrong key behind an error of its own."""
+    origin = {"Origin": "https://chat.example"}
+    with ScriptedCluster() as cluster, serving(cluster, cors_origins=("https://chat.example",), keys=KEYS) as client:
+        reply = client.post(COMPLETIONS, {"prompt": "a"}, origin | bearer("not-a-key"))
+        assert (reply.status, reply.headers["access-control-allow-origin"]) == (401, "https://chat.example")
+
+
+def test_no_answer_leads_elsewhere():
+    """A redirect would repeat the host that a stranger has named."""
+    with ScriptedCluster() as cluster, serving(cluster) as client:
+        assert client.get("/health/").status == 404
+        assert client.get("//health").status == 404

@@ -119,3 +119,24 @@ def test_the_ranks_numbers_are_metrics(there: tuple[Client, Cluster]):
     line = next(line for line in page.splitlines() if line.startswith("epslots:expert_hits_total{"))
     assert 0 < float(line.split()[-1]) <= stats.total.hits
     assert 'epslots:ranks{model_name="scripted"} 2.0' in page
+
+
+def test_extreme_settings_are_served(there: tuple[Client, Cluster]):
+    """The least and the largest numbers that are allowed: no overflow ends a request."""
+    client, _ = there
+    some = [{str(token): sign * 100 for token in range(1024)} for sign in (-1, 1)]
+    for more in (
+        {"temperature": 5e-324}, {"temperature": 1e6}, {"temperature": 5e-324, "repetition_penalty": 5e-324},
+        {"top_p": 5e-324}, {"min_p": 1}, {"repetition_penalty": 1000, "temperature": 1e6}, {"presence_penalty": -2, "frequency_penalty": 2},
+        {"top_k": 2**63 - 1, "logit_bias": some[0]}, {"temperature": 5e-324, "logit_bias": some[1]}, {"logprobs": 20},
+    ):  # fmt: skip
+        reply = client.post(COMPLETIONS, {"prompt": "def f(", "max_tokens": 3, **more})
+        assert reply.status == 200, (more, reply.body)
+
+
+def test_a_grammar_without_a_text_is_refused(there: tuple[Client, Cluster]):
+    client, _ = there
+    for name, given in (("guided_grammar", "start: start"), ("guided_json", {"$ref": "#"})):
+        reply = client.post(COMPLETIONS, {"prompt": "a", name: given})
+        assert (reply.status, reply.error["param"]) == (400, name)
+        assert "no token of the vocabulary continues the text" in reply.error["message"]
