@@ -7,6 +7,7 @@
     ├── CheckpointError          files are missing, truncated, mis-shaped or of a refused kind
     ├── StoreError               the host store can't be built, opened or trusted
     │   └── CorruptExpertError   one expert's record differs from its digest
+    ├── RankUnusable             this process can't join another group of ranks: it must be replaced
     └── GroupError               ranks can't work together
         ├── RankMismatchError    they were started with different checkpoints, versions or settings
         ├── PeerLost             one of them is gone, or didn't answer within the deadline
@@ -63,6 +64,10 @@ class CorruptExpertError(StoreError):
         )
         self.layer = layer
         self.expert = expert
+
+
+class RankUnusable(EpslotsError):
+    """This process can't join another group of ranks: a library is left in the middle of a call. It must be replaced."""
 
 
 class GroupError(EpslotsError):
