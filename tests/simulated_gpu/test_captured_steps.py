@@ -31,7 +31,9 @@ def test_replays_give_the_usual_tokens(name: str, slots: Any, checkpoint: Callab
         assert graph.obstacle is None
         gpu.reset()
         assert graph.generate(ids.to("cuda"), NEW_TOKENS).tolist() == greedy_on(usual, ids, NEW_TOKENS)
-        assert graph.replays == NEW_TOKENS - 3  # the first token is the prompt's, the first step warms up, the next is captured
+        assert (
+            graph.replays == NEW_TOKENS - 3
+        )  # the first token is the prompt's, the first step warms up, the next is captured
         assert gpu.races == []
         runtime_of(model).check_integrity()
 
