@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from epslots.errors import ConfigError
-from epslots.host_limits import MemoryLimit, tightest_memory_limit
+from epslots.host_limits import MemoryLimit, tightest_memory_limit, usable_cores
 from epslots.transport.rendezvous import local_number
+
+# Less than this is in use on a GPU that this process alone has a context on.
+_CONTEXT_BYTES = 1 << 30
+_GROWTH_BYTES = 16 << 20
+_STEADY_S, _MOST_FREEING_S, _FREEING_POLL_S = 1.0, 10.0, 0.1
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -49,6 +57,34 @@ def make_current(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def wait_for_freed_memory(
+    device: torch.device, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], object] = time.sleep
+) -> None:
+    """Wait until a GPU's free memory grows no more: the driver frees that of a killed process a while after its end.
+
+    A rank that replaces another on its GPU would plan with too little. Returns at once where the GPU is nearly empty, or for
+    the CPU; else after ``_STEADY_S`` without growth, and ``_MOST_FREEING_S`` at most.
+    """
+    if device.type != "cuda":
+        return
+    began = steady_since = clock()
+    free, total = torch.cuda.mem_get_info(device)
+    while total - free > _CONTEXT_BYTES and clock() - steady_since < _STEADY_S and clock() - began < _MOST_FREEING_S:
+        sleep(_FREEING_POLL_S)
+        now_free, _ = torch.cuda.mem_get_info(device)
+        if now_free > free + _GROWTH_BYTES:
+            steady_since = clock()
+        free = now_free
+
+
+def cpu_share(device: torch.device, ranks: int) -> int:
+    """CPU threads of one of so many ranks of a node that compute on GPUs; 0 = torch's choice, for the CPU.
+
+    They pack records, copy them in memory, and compute experts. Ray gives an actor that asks for no CPU a single thread.
+    """
+    return max(1, usable_cores() // ranks) if device.type == "cuda" else 0
 
 
 def memory_limit(device: torch.device) -> MemoryLimit:

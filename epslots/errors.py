@@ -8,6 +8,7 @@
     ├── StoreError               the host store can't be built, opened or trusted
     │   └── CorruptExpertError   one expert's record differs from its digest
     ├── RequestError             one request ended with an error; others go on
+    ├── RankUnusable             this process can't join another group of ranks: it must be replaced
     └── GroupError               ranks can't work together
         ├── RankMismatchError    they were started with different checkpoints, versions or settings
         ├── PeerLost             one of them is gone, or didn't answer within the deadline
@@ -68,6 +69,10 @@ class CorruptExpertError(StoreError):
         )
         self.layer = layer
         self.expert = expert
+
+
+class RankUnusable(EpslotsError):
+    """This process can't join another group of ranks: a library is left in the middle of a call. It must be replaced."""
 
 
 class GroupError(EpslotsError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -63,7 +64,13 @@ def _form_transport(form: Form, device: torch.device, contacts: ContactStore) ->
 
 
 def _use_interface(host: str) -> None:
-    """Have gloo bind to an address. By default it takes the address of the host's name, on many systems a loopback."""
+    """Have gloo and NCCL bind to an address, as far as the user has not chosen.
+
+    By default gloo takes the address of the host's name, on many systems a loopback, and NCCL an interface of its own choice,
+    of several perhaps one that leads nowhere.
+    """
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == host for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo reads it from the environment alone
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # both read it from the environment alone
+            if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this one, and not all that begin so

@@ -49,6 +49,7 @@ from cluster.messages.rank import (
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.event_pace import EventPace
 from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
+from epslots.devices import cpu_share, make_current, resolve_device, wait_for_freed_memory
 from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
 from epslots.generation.engine import Engine
 from epslots.generation.request_checker import model_limits
@@ -192,8 +193,11 @@ class RankLoop:
 
     def _load(self, load: Load) -> None:
         began = time.monotonic()
-        if load.threads:
-            torch.set_num_threads(load.threads)
+        device = resolve_device(load.config.device)
+        if threads := load.threads or cpu_share(device, load.neighbours):
+            torch.set_num_threads(threads)
+        make_current(device)
+        wait_for_freed_memory(device)  # of a lost rank that this one replaces
         model = load_alone(
             CheckpointSource(load.path),
             load.config,

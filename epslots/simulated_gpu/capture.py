@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from epslots.simulated_gpu.call_site import call_site
-from epslots.simulated_gpu.machine import current_machine
+from epslots.simulated_gpu.machine import DeviceWork, current_machine
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream
 from epslots.simulated_gpu.tensors import tensors_in
 
@@ -24,11 +24,7 @@ from epslots.simulated_gpu.tensors import tensors_in
 class _Node:
     """One operation of a graph; ``compute`` returns ``results`` in new memory."""
 
-    name: str
-    engine: str
-    seconds: float
-    reads: tuple[torch.Tensor, ...]
-    writes: tuple[torch.Tensor, ...]
+    work: DeviceWork
     compute: Callable[[], Any]
     results: tuple[torch.Tensor, ...]
     owner: str
@@ -52,29 +48,21 @@ class StepCapture:
         self._made: set[int] = set()
 
     def record(
-        self,
-        name: str,
-        stream: int,
-        engine: str,
-        seconds: float,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
-        compute: Callable[[], Any] | None,
-        results: Sequence[torch.Tensor] = (),
+        self, work: DeviceWork, stream: int, compute: Callable[[], Any] | None, results: Sequence[torch.Tensor] = ()
     ) -> None:
         """Record an operation.
+
+        Args:
+            compute: does it once more; None if no capture may have it. Returns ``results``, in new memory.
 
         Raises:
             RuntimeError: it can't be in a capture, or is on a stream outside of it.
         """
-        if stream not in self.streams:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {name} on another stream")
-        if compute is None:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {name}")
+        if compute is None or stream not in self.streams:
+            why = "" if compute is None else " on another stream"
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {work.name}{why}")
         self._made.update(t.untyped_storage()._cdata for t in results)
-        self.nodes.append(
-            _Node(name, engine, seconds, tuple(reads), tuple(writes), compute, tuple(results), call_site().owner)
-        )
+        self.nodes.append(_Node(work, compute, tuple(results), call_site().owner))
         self._last[stream] = len(self.nodes)
 
     def protect(self, written: Sequence[torch.Tensor]) -> None:
@@ -132,10 +120,10 @@ class SimulatedGraph:
                     for target, value in zip(node.results, tensors_in(computed), strict=True):
                         target.copy_(value)
         for node in self.nodes:
-            seconds = node.seconds + machine.spec.node_s
-            operation = machine.operate(node.name, stream, node.engine, seconds, 0, node.reads, node.writes, launch_s=0.0)
-            if node.engine.startswith("SM"):
-                machine.kernels[node.owner, operation.name] += 1
+            work = replace(node.work, seconds=node.work.seconds + machine.spec.node_s)
+            machine.operate(work, stream, launch_s=0.0)
+            if work.engine.startswith("SM"):
+                machine.kernels[node.owner, work.name] += 1
 
     def reset(self) -> None:
         """Forget the operations."""

@@ -19,8 +19,9 @@ from epslots import device_copy
 from epslots.simulated_gpu import machine as machine_module
 from epslots.simulated_gpu.capture import CapturingStep, SimulatedGraph
 from epslots.simulated_gpu.gpu_spec import GPUS, GpuSpec
+from epslots.simulated_gpu.launching import attention, mapped
 from epslots.simulated_gpu.machine import SimulatedMachine, current_machine
-from epslots.simulated_gpu.operators import attention, execute, mapped
+from epslots.simulated_gpu.operators import execute
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream, device_number
 from epslots.simulated_gpu.tensors import GpuTensor
 

@@ -21,7 +21,7 @@ from epslots.cuda_graph import decode_graph
 from epslots.cuda_graph.device_slots import DeviceLayer, Missing, TorchKernels
 from epslots.models import opening
 from epslots.simulated_gpu.cuda_api import replaced
-from epslots.simulated_gpu.operators import launch_kernel
+from epslots.simulated_gpu.launching import launch_kernel
 
 _load_dense = opening.load_dense
 

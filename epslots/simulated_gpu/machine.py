@@ -45,6 +45,26 @@ class MemoryBlock:
     accesses: list[Access] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceWork:
+    """What one kernel or copy does.
+
+    Attributes:
+        name: of the kernel, or "H2D", "D2H", "P2P".
+        engine: as in ``Operation``.
+        seconds: on its engine.
+        reads, writes: device and pinned memory that it accesses.
+        nbytes: bytes that it moves.
+    """
+
+    name: str
+    engine: str = ""
+    seconds: float = 0.0
+    reads: Sequence[torch.Tensor] = ()
+    writes: Sequence[torch.Tensor] = ()
+    nbytes: int = 0
+
+
 class SimulatedMachine:
     """Simulated GPUs, all of one kind.
 
@@ -230,32 +250,22 @@ class SimulatedMachine:
     # ------------------------------------------------------------------ operations
 
     def operate(
-        self,
-        name: str,
-        stream: int,
-        engine: str,
-        duration_s: float,
-        nbytes: int = 0,
-        reads: Sequence[torch.Tensor] = (),
-        writes: Sequence[torch.Tensor] = (),
-        after: Sequence[Operation] = (),
-        *,
-        launch_s: float | None = None,
+        self, work: DeviceWork, stream: int, after: Sequence[Operation] = (), *, launch_s: float | None = None
     ) -> Operation:
         """Queue one operation on a stream.
 
         Args:
-            engine: as in ``Operation``.
-            reads, writes: device and pinned memory that it accesses.
             after: operations of other streams that it waits for.
             launch_s: the host's time for it; by default that of a launch.
         """
         with self.lock:
             site = call_site()
             self.spend(self.spec.launch_s if launch_s is None else launch_s)
-            operation = Operation(name, stream, engine, self.now_s, duration_s, nbytes, site.line, site.owner, tuple(after))
+            operation = Operation(
+                work.name, stream, work.engine, self.now_s, work.seconds, work.nbytes, site.line, site.owner, tuple(after)
+            )
             self.timeline.queue(operation)
-            self.access(stream, f"{name} on stream {stream} at {site.line}", reads, writes)
+            self.access(stream, f"{work.name} on stream {stream} at {site.line}", work.reads, work.writes)
             return operation
 
     def access(self, stream: int, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:

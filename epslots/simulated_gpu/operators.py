@@ -5,27 +5,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
+from epslots.simulated_gpu.launching import TAKES_HOST_INDICES, kernel_work, launch, protect, refuse_mixed, transfer
 from epslots.simulated_gpu.machine import SimulatedMachine, current_machine
 from epslots.simulated_gpu.streams import current_stream, device_number
 from epslots.simulated_gpu.tensors import GpuTensor, memory_of, replace_tensors, tensors_in
-
-T = TypeVar("T")
 
 # Operations that ask the device for a value or for the size of their result.
 _WAITING = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "histc",
 }  # fmt: skip
-# Operations on a device's tensor that may have others of the host beside it: numbers, and indices, which are copied.
-_TAKES_HOST_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_", "lift_fresh"}
 _MOST_ROWS = 64  # that a gathering is taken apart into
 _MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 
@@ -51,7 +46,7 @@ def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "copy_":
         blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         return _copy(machine, args[0], args[1], non_blocking=not blocking)
-    _refuse_mixed(name, func, gpus, tensors)
+    refuse_mixed(name, gpus, tensors)
     number = gpus[0].number if gpus else device_number(target)
     if target is not None and target.type != "cuda":
         return func(*memory_of(args), **memory_of(kwargs))  # as "meta" for shapes
@@ -98,12 +93,12 @@ def _convert(machine: SimulatedMachine, source: torch.Tensor, target: torch.devi
     if isinstance(source, GpuTensor):
         compute = partial(torch.ops.aten._to_copy, memory, **changes)
         if source.number == number:
-            _launch(machine, "_to_copy", number, [memory], [converted], compute, [converted])
+            launch(machine, kernel_work(machine, "_to_copy", number, [memory], [converted]), number, compute, [converted])
         else:
-            _transfer(machine, "P2P", number, [memory], [converted], None)
+            transfer(machine, "P2P", number, [memory], [converted], None)
     else:
         hidden = not (kwargs.get("non_blocking") and machine.is_pinned(source))
-        _transfer(machine, "H2D", number, [memory], [converted], partial(converted.copy_, memory), hidden=hidden)
+        transfer(machine, "H2D", number, [memory], [converted], partial(converted.copy_, memory), hidden=hidden)
     return result
 
 
@@ -111,20 +106,21 @@ def _copy(machine: SimulatedMachine, into: torch.Tensor, source: torch.Tensor, *
     """``copy_`` with a device at one end, or both."""
     target, memory = (t.memory if isinstance(t, GpuTensor) else t for t in (into, source))
     if isinstance(into, GpuTensor):
-        _protect(machine, [target])
+        protect(machine, [target])
         target.copy_(memory)
         if not isinstance(source, GpuTensor):
             hidden = not (non_blocking and machine.is_pinned(source)) and source.dim() > 0
-            _transfer(machine, "H2D", into.number, [memory], [target], partial(target.copy_, memory), hidden=hidden)
+            transfer(machine, "H2D", into.number, [memory], [target], partial(target.copy_, memory), hidden=hidden)
         elif source.number == into.number:
-            _launch(machine, "copy_", into.number, [memory], [target], partial(target.copy_, memory), [])
+            work = kernel_work(machine, "copy_", into.number, [memory], [target])
+            launch(machine, work, into.number, partial(target.copy_, memory), [])
         else:
-            _transfer(machine, "P2P", into.number, [memory], [target], None)
+            transfer(machine, "P2P", into.number, [memory], [target], None)
         return into
     assert isinstance(source, GpuTensor)
     target.copy_(memory)
     hidden = not (non_blocking and machine.is_pinned(into))
-    _transfer(machine, "D2H", source.number, [memory], [target], partial(target.copy_, memory), hidden=hidden)
+    transfer(machine, "D2H", source.number, [memory], [target], partial(target.copy_, memory), hidden=hidden)
     return into
 
 
@@ -133,50 +129,8 @@ def to_host(tensor: GpuTensor) -> torch.Tensor:
     machine = current_machine()
     if machine.in_kernel:
         return tensor.memory
-    _transfer(machine, "D2H", tensor.number, [tensor.memory], [], None, hidden=True)
+    transfer(machine, "D2H", tensor.number, [tensor.memory], [], None, hidden=True)
     return tensor.memory.clone()
-
-
-def _transfer(
-    machine: SimulatedMachine,
-    kind: str,
-    number: int,
-    reads: Sequence[torch.Tensor],
-    writes: Sequence[torch.Tensor],
-    compute: Callable[[], Any] | None,
-    *,
-    hidden: bool = False,
-) -> None:
-    """A copy by a copy engine on the device's current stream.
-
-    Args:
-        kind: "H2D", "D2H" or "P2P".
-        compute: repeats it, for captures; None if no capture may have it.
-        hidden: whether the host waits for it, as it does for pageable memory.
-    """
-    if hidden:
-        machine.refuse_in_capture(f"{kind} of pageable memory, or blocking")
-    stream = current_stream(number)
-    nbytes = max(sum(t.nbytes for t in reads), sum(t.nbytes for t in writes))
-    seconds = machine.spec.copy_s + nbytes / machine.spec.link_rate
-    if machine.capture is not None:
-        machine.capture.record(kind, stream.stream_id, f"{kind}:{number}", seconds, reads, writes, compute)
-        return
-    operation = machine.operate(kind, stream.stream_id, f"{kind}:{number}", seconds, nbytes, reads, writes)
-    machine.copies[kind, operation.site] += 1
-    if hidden:
-        machine.wait_for_stream(f"{kind}, blocking or pageable", stream.stream_id)
-
-
-def _refuse_mixed(name: str, func: Any, gpus: Sequence[GpuTensor], tensors: Sequence[torch.Tensor]) -> None:
-    numbers = {tensor.number for tensor in gpus}
-    strangers = [t for t in tensors if not isinstance(t, GpuTensor) and t.dim() > 0]
-    takes_host = name in _TAKES_HOST_INDICES and not all(t.is_floating_point() for t in strangers)
-    if len(numbers) > 1 or (gpus and strangers and not takes_host):
-        found = sorted({f"{tensor.device} {list(tensor.shape)}" for tensor in tensors})
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {' and '.join(found)}! ({func})"
-        )
 
 
 def _on_device(
@@ -195,7 +149,7 @@ def _on_device(
     if hidden:
         machine.refuse_in_capture(hidden)
     writes = [t.memory for t in _written(func, args, kwargs) if isinstance(t, GpuTensor)]
-    _protect(machine, writes)
+    protect(machine, writes)
     result = func(*inner_args, **inner)
     by_memory = {id(tensor.memory): tensor for tensor in gpus}
     outputs = [t for t in tensors_in(result) if id(t) not in by_memory]
@@ -212,7 +166,8 @@ def _on_device(
         elif name in ("index", "index_select") and inner_args[0].dim():
             reads = _rows_read(name, inner_args, reads)
         compute = partial(func, *inner_args, **inner)
-        _launch(machine, name, number, reads, [*made, *writes], compute, made, _flops(name, inner_args, inner, made))
+        work = kernel_work(machine, name, number, reads, [*made, *writes], _flops(name, inner_args, inner, made))
+        launch(machine, work, number, compute, made)
     if hidden:
         machine.wait_for_stream(hidden, stream.stream_id)
     return replace_tensors(result, lambda t: by_memory[id(t)] if id(t) in by_memory else GpuTensor(t, number))
@@ -226,7 +181,7 @@ def _hidden_wait(
         return name
     if name == "repeat_interleave" and kwargs.get("output_size") is None:
         return "repeat_interleave without output_size"
-    if name in _TAKES_HOST_INDICES and len(args) > 1:
+    if name in TAKES_HOST_INDICES and len(args) > 1:
         indices = [index for index in args[1] or () if index is not None]
         if any(not isinstance(index, GpuTensor) for index in indices):
             return f"{name} by indices on the host"
@@ -237,74 +192,6 @@ def _hidden_wait(
             return ""
         return f"{name} without a fast kernel (offs.cpu())"
     return ""
-
-
-def launch_kernel(
-    name: str,
-    function: Callable[..., T],
-    *arguments: Any,
-    reads: Sequence[torch.Tensor] = (),
-    writes: Sequence[torch.Tensor] = (),
-    link_bytes: int = 0,
-    flops: float = 0.0,
-) -> T:
-    """Simulate one kernel of our own, which would be Triton's, by a function that computes its values.
-
-    Args:
-        function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
-        reads, writes: tensors of the device that it accesses, and pinned ones.
-        link_bytes: bytes that it reads from pinned memory.
-        flops: multiplications and additions.
-
-    Returns:
-        Its result, with tensors of the device.
-    """
-    machine = current_machine()
-    gpus = [t for t in [*tensors_in(arguments), *reads, *writes] if isinstance(t, GpuTensor)]
-    number = gpus[0].number
-    written = memory_of(list(writes))
-    _protect(machine, written)
-    compute = partial(function, *memory_of(arguments))
-    with machine.computing_kernel():
-        result = compute()
-    given = {t.memory.untyped_storage()._cdata for t in gpus}
-    made = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in given]
-    for memory in made:
-        machine.allocate(memory, number, current_stream(number).stream_id)
-    seconds = link_bytes / machine.spec.link_rate
-    _launch(machine, name, number, memory_of(list(reads)), [*made, *written], compute, made, flops, seconds)
-    return replace_tensors(result, lambda tensor: GpuTensor(tensor, number))
-
-
-def _launch(
-    machine: SimulatedMachine,
-    name: str,
-    number: int,
-    reads: Sequence[torch.Tensor],
-    writes: Sequence[torch.Tensor],
-    compute: Callable[[], Any],
-    results: Sequence[torch.Tensor],
-    flops: float = 0.0,
-    least_s: float = 0.0,
-) -> None:
-    """A kernel on the device's current stream.
-
-    Args:
-        compute: repeats it, for captures; returns ``results``, in new memory.
-    """
-    spec, stream = machine.spec, current_stream(number).stream_id
-    nbytes = sum(t.nbytes for t in (*reads, *writes))
-    seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops, least_s)
-    if machine.capture is not None:
-        machine.capture.record(name, stream, f"SM:{number}", seconds, reads, writes, compute, results)
-        return
-    operation = machine.operate(name, stream, f"SM:{number}", seconds, nbytes, reads, writes)
-    machine.kernels[operation.owner, name] += 1
-
-
-def _protect(machine: SimulatedMachine, written: Sequence[torch.Tensor]) -> None:
-    if machine.capture is not None:
-        machine.capture.protect(written)
 
 
 def _new(machine: SimulatedMachine, memory: torch.Tensor, number: int) -> GpuTensor:
@@ -371,28 +258,4 @@ def _flops(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], made: Seque
     return 0.0
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """``F.scaled_dot_product_attention`` as one kernel, which CUDA has for every shape and mask that transformers gives."""
-    tensors = tensors_in((query, key, value, args, kwargs))
-    gpus = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
-    _refuse_mixed("scaled_dot_product_attention", "aten.scaled_dot_product_attention", gpus, tensors)
-    compute = partial(torch.nn.functional.scaled_dot_product_attention, **memory_of(kwargs))
-    flops = 4.0 * math.prod(query.shape) * key.shape[-2]
-    return launch_kernel("scaled_dot_product_attention", compute, query, key, value, *args, reads=gpus, flops=flops)
-
-
-def mapped(interface: dict[str, Any], number: int) -> torch.Tensor:
-    """Pinned memory as a tensor of a device, whose kernels read it over the link.
-
-    Args:
-        interface: ``__cuda_array_interface__`` of contiguous memory.
-
-    Raises:
-        RuntimeError: it isn't pinned, so a device can't address it.
-    """
-    memory = current_machine().pinned_at(interface["data"][0])
-    if memory is None:
-        raise RuntimeError("The specified pointer resides on host memory and is not registered with any CUDA device.")
-    dtype = torch.from_numpy(np.empty(0, interface["typestr"])).dtype
-    with current_machine().computing_kernel():
-        return GpuTensor(memory.view(dtype).view(interface["shape"]), number)
+GpuTensor.execute, GpuTensor.copy_to_host = staticmethod(execute), staticmethod(to_host)

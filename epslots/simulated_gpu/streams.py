@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from epslots.simulated_gpu.machine import current_machine
+from epslots.simulated_gpu.machine import DeviceWork, current_machine
 from epslots.simulated_gpu.ordering import HOST
 from epslots.simulated_gpu.timeline import Operation
 
@@ -50,7 +50,7 @@ class SimulatedStream:
             capture.join(self.stream_id, event)
         with self.machine.lock:
             if event.operation is not None and event.operation.stream != self.stream_id:
-                self.machine.operate("wait", self.stream_id, "", 0.0, after=[event.operation], launch_s=0.0)
+                self.machine.operate(DeviceWork("wait"), self.stream_id, [event.operation], launch_s=0.0)
             self.machine.ordering.wait(self.stream_id, event.clock)
 
     def wait_stream(self, other: SimulatedStream) -> None:

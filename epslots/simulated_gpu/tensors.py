@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,10 +19,13 @@ class GpuTensor(torch.Tensor):
     Attributes:
         memory: its values, a plain tensor.
         number: of its device.
+        execute, copy_to_host: set by ``operators.py``.
     """
 
     memory: torch.Tensor
     number: int
+    execute: ClassVar[Callable[..., Any]]
+    copy_to_host: ClassVar[Callable[..., torch.Tensor]]
 
     @staticmethod
     def __new__(cls, memory: torch.Tensor, number: int) -> GpuTensor:
@@ -42,9 +45,7 @@ class GpuTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        from epslots.simulated_gpu.operators import execute
-
-        return execute(func, args, kwargs or {})
+        return cls.execute(func, args, kwargs or {})
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -65,9 +66,7 @@ class GpuTensor(torch.Tensor):
         return False
 
     def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
-        from epslots.simulated_gpu.operators import to_host
-
-        return to_host(self)
+        return self.copy_to_host(self)
 
     def cuda(self, *_: Any, **__: Any) -> GpuTensor:
         return self

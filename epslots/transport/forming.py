@@ -9,7 +9,6 @@ rank's, and a connection that it opens in a rank's place is detected before anyt
 from __future__ import annotations
 
 import hmac
-import os
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
@@ -23,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.device_copy import to_device
 from epslots.errors import PeerLost
-from epslots.transport import background
+from epslots.transport import background, nccl
 from epslots.transport.torch_transport import GLOO, TorchTransport, cut
 
 _SEAL_BYTES = 32
@@ -55,6 +54,7 @@ def form_group(
         stop: ends the attempt when it is done; its result is the reason.
 
     Raises:
+        RankUnusable: NCCL doesn't return from connecting. The process must end.
         PeerLost: not all ranks came in time, or an entry of the store or a connection isn't a rank's. A further call with a
             later epoch is safe.
     """
@@ -63,23 +63,28 @@ def form_group(
     if secret:
         place += f"/{_seal(secret, 'place', epoch).hex()}"
     if backend == "nccl":
-        # Torch's watchdog would end the process when a peer is lost. This is read from the environment alone.
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        nccl.set_environment()
         # One communicator, made now by all ranks: the first exchange may be one of some ranks only.
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         store = _SealedStore(store, secret) if secret else store
         dist.Backend.register_backend(GLOO, partial(_connect, stop, store), devices=["cpu"])
-    hook = sys.excepthook
+    hook, deadline = sys.excepthook, timedelta(seconds=deadline_s)
+    init = partial(
+        dist.init_process_group,
+        GLOO if device is None else backend,
+        store=PrefixStore(place, store),
+        rank=rank,
+        world_size=size,
+        timeout=deadline if device is None else nccl.GROUP_TIMEOUT,
+        device_id=device,
+    )
     try:
-        dist.init_process_group(
-            GLOO if device is None else backend,
-            store=PrefixStore(place, store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=deadline_s),
-            device_id=device,
-        )
+        if device is None:
+            init()
+        else:
+            meeting = PrefixStore(f"{place}/meeting", store)
+            nccl.form_within(init, meeting, rank=rank, size=size, device=device, deadline_s=deadline_s, stop=stop)
     except (RuntimeError, ValueError, MemoryError) as error:  # the last two: an entry of the store isn't a rank's
         raise PeerLost(f"epoch {epoch} of {size} ranks didn't form within {deadline_s:g} s: {error}") from error
     finally:

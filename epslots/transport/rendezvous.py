@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from epslots.errors import ConfigError, PeerLost
+from epslots.transport import nccl
 from epslots.transport.torch_transport import TorchTransport
 from epslots.transport.transport import Transport
 
@@ -31,7 +32,8 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
     """The transport to the other ranks; None if there are none.
 
     Args:
-        group: a process group or a transport; None = torch's default group, or ``torchrun``'s ranks, if there are any.
+        group: a process group or a transport; None = torch's default group, or ``torchrun``'s ranks, if there are any. For a
+            GPU its ranks form a further NCCL group.
         device: of the model.
 
     Raises:
@@ -45,10 +47,14 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
             if not started_by_torchrun():
                 return None
             _form_default_group(device)
+            assert dist.group.WORLD is not None
+            return TorchTransport(dist.group.WORLD, device=device)
         group = dist.group.WORLD
         assert group is not None
     if isinstance(group, dist.ProcessGroup):
-        return TorchTransport(group, device=device) if group.size() > 1 else None
+        if group.size() == 1:
+            return None
+        return TorchTransport(nccl.own_group(group, device) if device.type == "cuda" else group, device=device)
     if not hasattr(group, "all_to_all"):  # torch gives processes outside of a group a number in its place
         raise ConfigError(f"group={group!r}: allowed: None, or a torch.distributed process group that this process is in")
     return group if group.size > 1 else None
@@ -57,8 +63,7 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
 def _form_default_group(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Torch's watchdog would end the process when a peer is lost. This is read from the environment alone.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        nccl.set_environment()
     try:
         dist.init_process_group(BACKENDS[device.type], device_id=device if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:

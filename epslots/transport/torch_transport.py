@@ -31,7 +31,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from epslots.device_copy import to_device, to_host
-from epslots.errors import ConfigError, PeerLost
+from epslots.errors import ConfigError, PeerLost, RankUnusable
 from epslots.transport.gloo_operations import CollectiveOperation, GlooOperation, WaitingThread
 from epslots.transport.host_wait import wait_until
 from epslots.transport.transport import (
@@ -94,7 +94,8 @@ class TorchTransport:
     @deadline_s.setter
     def deadline_s(self, seconds: float) -> None:
         self._deadline_s = seconds
-        self._group.set_timeout(timedelta(seconds=seconds))  # gloo's own, which may be shorter
+        if self.device.type == "cpu":
+            self._group.set_timeout(timedelta(seconds=seconds))  # gloo's own, which may be shorter
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         """[R, *S] of all ranks' ``mine`` [*S]."""
@@ -183,12 +184,18 @@ class TorchTransport:
                 dist.destroy_process_group(self._group)
 
     def _start(self, batch: Sequence[tuple[bool, int, torch.Tensor]]) -> list[dist.Work]:
-        return dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend if outgoing else dist.irecv, tensor.view(-1), group=self._group, group_peer=peer)
-                for outgoing, peer, tensor in batch
-            ]
-        )
+        operations = [
+            dist.P2POp(dist.isend if outgoing else dist.irecv, tensor.view(-1), group=self._group, group_peer=peer)
+            for outgoing, peer, tensor in batch
+        ]
+        try:
+            return dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            if self.device.type == "cpu":
+                raise
+            # NCCL's group call stays open on this thread: later groups would never begin what is queued in it.
+            why = str(error).partition("\n")[0]
+            raise RankUnusable(f"NCCL was left in the middle of an exchange, so this process must end: {why}") from error
 
     def _run(self, name: str, start: Callable[[], Sequence[dist.Work]], *, point_to_point: bool = False) -> None:
         """Start works and wait for them: on gloo until they are done, on NCCL as the current stream does.
@@ -307,7 +314,7 @@ def exchange_batches(
 def cut(group: dist.ProcessGroup) -> None:
     """End this rank's operations and connections: its waiting threads raise, and so do the peers that wait for it."""
     if group.name() == "nccl":
-        with suppress(ValueError):  # it has been destroyed
+        with suppress(ValueError, RuntimeError):  # it has been destroyed, or NCCL tells of the loss once more
             dist.distributed_c10d._abort_process_group(group)
         return
     # Gloo's own abort leaves waiting threads waiting. But when a receive times out, gloo closes all connections of the rank.

@@ -40,6 +40,7 @@ LAYERS = (
     ("trace", "loading"),
     ("verify_store",),
     ("cuda_graph",),
+    ("simulated_gpu",),
     ("bench",),
     ("cli",),
     ("__main__",),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
-from epslots.simulated_gpu.machine import DeviceHangsError, SimulatedMachine
-from epslots.simulated_gpu.operators import launch_kernel
+from epslots.simulated_gpu.launching import launch_kernel
+from epslots.simulated_gpu.machine import DeviceHangsError, DeviceWork, SimulatedMachine
 
 # Round numbers: a byte a nanosecond over the link, kernels of a millisecond, and a host that takes no time.
 ROUND = GpuSpec("round", (9, 0), 1 << 30, 1e15, 1e15, 1e9, kernel_s=1e-3, copy_s=0.0, launch_s=0.0, wake_s=0.0, query_s=1e-9)
@@ -221,7 +221,7 @@ def test_an_event_is_reached_by_the_clock(gpu: SimulatedMachine):
 
 def test_what_never_ends_is_an_error_where_the_host_waits(gpu: SimulatedMachine):
     x, stream = torch.zeros(1, device="cuda"), torch.cuda.current_stream()
-    gpu.operate("lost", stream.stream_id, "", float("inf"))
+    gpu.operate(DeviceWork("lost", seconds=float("inf")), stream.stream_id)
     assert not stream.query()
     with pytest.raises(DeviceHangsError, match="for ever"):
         x.cpu()

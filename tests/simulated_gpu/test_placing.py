@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from epslots.cache import pinning
-from epslots.devices import resolve_device
+from epslots.devices import cpu_share, resolve_device, wait_for_freed_memory
 from epslots.errors import ConfigError
+from epslots.host_limits import usable_cores
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from tests.support import zoo
@@ -43,6 +44,38 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with simulated_gpus(count=2), pytest.raises(ConfigError, match="2 GPUs here"):
         resolve_device("cuda")
+
+
+class Freeing:
+    """A clock by which a killed process's memory comes back bit by bit until a moment; sleeping is what makes it pass."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, until_s: float) -> None:
+        self.now, total = 0.0, 80 << 30
+        free = lambda device: (int(total * min(0.5, 0.1 + 0.4 * self.now / until_s)), total)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+        wait_for_freed_memory(torch.device("cuda:0"), clock=lambda: self.now, sleep=self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_replacement_plans_with_all_that_is_freed(monkeypatch: pytest.MonkeyPatch):
+    """The driver takes its time; half of the memory stays another's."""
+    assert 4.0 < Freeing(monkeypatch, until_s=3.5).now < 4.9
+    assert Freeing(monkeypatch, until_s=1e9).now < 1.5, "nothing worth a wait"
+
+
+def test_an_empty_gpu_is_not_waited_for():
+    with simulated_gpus():
+        wait_for_freed_memory(torch.device("cuda:0"), sleep=lambda _: pytest.fail("it sleeps"))
+        wait_for_freed_memory(torch.device("cpu"), sleep=lambda _: pytest.fail("it sleeps"))
+
+
+def test_gpu_ranks_share_the_nodes_cores():
+    """Ray would leave each one thread."""
+    assert cpu_share(torch.device("cuda:0"), 1) == usable_cores()
+    assert cpu_share(torch.device("cuda:0"), 10**6) == 1
+    assert cpu_share(torch.device("cpu"), 1) == 0
 
 
 def pin_some(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
