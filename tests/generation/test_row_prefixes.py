@@ -8,7 +8,7 @@ import torch
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from tests.support import zoo
-from tests.support.batches import Collected, generated, prompt_of
+from tests.support.batches import Collected, finish, generated, prompt_of
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 KINDS = {
@@ -130,4 +130,21 @@ def test_a_prompt_given_up_halfway_is_computed_again():
     collected.run()
     assert batcher.stats().preempted > 0, "the cache was really too small"
     assert collected.tokens == {request.id: generated(model, request) for request in requests}
+    batcher.close()
+
+
+def test_a_row_that_failed_is_no_beginning_of_others():
+    """Whatever made its numbers NaN for a moment is gone; what it left in the row isn't."""
+    model = MODELS["deepseek_v3"].build()
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=2, max_batch_tokens=64)
+    handle = model.model.layers[0].register_forward_hook(lambda _module, _inputs, output: output.fill_(torch.nan))
+    batcher.add(Request("failed", COMMON, 6))
+    assert batcher.prepare()
+    batcher.step()
+    handle.remove()
+    (output,) = batcher.outputs()
+    assert (output.reason, output.tokens) == ("error", ())
+    request = Request("next", (*COMMON, *prompt_of(9)), 6)
+    assert finish(batcher, [request]).tokens == {"next": generated(model, request)}
+    assert batcher.stats().reused_tokens == 0
     batcher.close()
