@@ -132,6 +132,17 @@ def test_decoding_is_one_pass_over_all_rows(name: str):
     batcher.close()
 
 
+def test_decoding_waits_for_one_chunk_at_most():
+    batcher = open_rows(model_of("qwen3_next"))
+    batcher.add(Request("decodes", prompt_of(3), 20))
+    collected = Collected(batcher).run(2)
+    batcher.add(Request("comes", prompt_of(100), 3))
+    had = [len(collected.run(1).tokens["decodes"]) for _ in range(14)]
+    assert "comes" in collected.tokens, "seven chunks"
+    assert all(after > before for before, after in zip(had, had[2:], strict=False))
+    batcher.close()
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_requests_that_outgrow_the_cache_lose_nothing(name: str):
     model = model_of(name)
