@@ -46,6 +46,21 @@ def test_shared_beginnings_change_no_token(name: str):
     batcher.close()
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_row_that_went_on_lends_what_it_still_has(name: str):
+    """Of tokens any beginning; states, windows and compressed blocks are those of its present length."""
+    model = MODELS[name].build()
+    first, late = Request("first", (*COMMON, 30), 12), Request("late", (*COMMON, 31, 32), 6)
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=4, max_batch_tokens=64)
+    batcher.add(first)
+    collected = Collected(batcher).run(4)
+    batcher.add(late)
+    assert collected.run().tokens == {request.id: generated(model, request) for request in (first, late)}
+    assert batcher.stats().reused_tokens == (0 if batcher._cache.keeps_states else len(COMMON))
+    assert batcher._cache.keeps_states == ("latents" not in KINDS[name])
+    batcher.close()
+
+
 def test_choices_of_one_prompt_compute_it_once():
     model = MODELS["qwen3_next"].build()
     prompt = prompt_of(50)
@@ -114,6 +129,16 @@ def test_kept_rows_give_way_to_requests():
         batcher.add(request)
     assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
     assert batcher._kept, "the last ones are still there"
+    batcher.close()
+
+
+def test_the_longest_unused_row_gives_way_first():
+    batcher = RowBatcher(MODELS["deepseek_v3"].build(), kv_tokens=256, max_requests=4, max_batch_tokens=64)
+    prompts = {"a": COMMON, "b": prompt_of(20, seed=1), "like a": (*COMMON, 30), "d": prompt_of(5), "e": prompt_of(6)}
+    for id, prompt in prompts.items():
+        finish(batcher, [Request(id, prompt, 2)])
+    assert batcher.stats().reused_tokens == len(COMMON)
+    assert [running.entry.request.id for running in batcher._kept] == ["a", "like a", "d", "e"], "there are four rows"
     batcher.close()
 
 

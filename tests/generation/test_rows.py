@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -172,6 +173,26 @@ def test_cancelled_requests_leave_a_prepared_step():
     collected.run()
     for request in requests:
         assert collected.tokens[request.id] == generated(model, request)[: before if request.id == "r0" else None]
+    batcher.close()
+
+
+def test_a_prompts_logprobs_take_the_rows_of_logits_that_are_planned():
+    """One for each request; and after it was cancelled, none is added."""
+    model, rows = model_of("qwen3_next"), list[int]()
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
+    batcher = open_rows(model, max_batch_tokens=64)
+    for request in requests_of(((23, 6), (3, 9), (40, 3))):
+        batcher.add(replace(request, prompt_logprobs=1))
+    found = dict[str, int]()
+    while batcher.prepare():
+        if found.get("r2") == 8:
+            batcher.cancel("r2")
+        batcher.step()
+        for output in batcher.outputs():
+            found[output.id] = found.get(output.id, 0) + len(output.prompt_logprobs)
+    hook.remove()
+    assert max(rows) == batcher.max_requests
+    assert found == {"r0": 22, "r1": 2, "r2": 8}
     batcher.close()
 
 
