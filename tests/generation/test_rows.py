@@ -176,7 +176,7 @@ def test_cancelled_requests_leave_a_prepared_step():
     batcher.close()
 
 
-def test_a_prompts_logprobs_take_the_rows_of_logits_that_are_planned():
+def test_a_prompts_logprobs_take_the_planned_rows_of_logits():
     """One for each request; and after it was cancelled, none is added."""
     model, rows = model_of("qwen3_next"), list[int]()
     hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
