@@ -177,13 +177,13 @@ def test_a_failure_that_passes_costs_nobody_anything(batcher_class: type):
 def test_a_moment_of_nan_in_a_cut_prompt_is_made_up_for(invariant: bool):
     """No token is chosen after a prompt's first chunk, and what it left in the cache would spoil all that follow.
 
-    Usual attention multiplies values of all the batch by zeros, so every row shows a NaN; batch-invariant attention leaves
-    them out, and only the prompt's own rows show it.
+    In usual attention all rows of the batch show it: values of others are multiplied by zeros. In batch-invariant attention
+    only rows of the same prompt do.
     """
     model = zoo.ZOO["mixtral"].build()
     if invariant:
         make_batch_invariant(model)
-    requests = requests_of(((100, 6), (3, 6)))
+    requests = requests_of(((3, 6), (100, 6)))
     expected = {request.id: generated(model, request) for request in requests}
     batcher, chunks = PagedBatcher(model, kv_tokens=256, max_batch_tokens=32), 0
 

@@ -310,7 +310,7 @@ def test_prompts_whose_logits_are_wanted_come_in_few_rows(built: Callable[[str],
     watched.batcher.close()
 
 
-def test_a_prompt_takes_half_of_the_rows_that_others_wait_for(built: Callable[[str], PreTrainedModel]):
+def test_a_prompt_takes_half_of_the_rows_others_wait_for(built: Callable[[str], PreTrainedModel]):
     """All rows of logits where none waits; those that are left where fewer wait than half; half where more do."""
     first_steps = []
     for others in (0, 2, 12):

@@ -104,6 +104,23 @@ def test_no_request_notices_what_was_served_before(kind: str, order: int, expect
     assert finish(batcher, REQUESTS[::order]).tokens == expected
 
 
+def test_a_sequence_is_computed_anew_where_generate_does_so():
+    """At the border, once. Tokens hardly tell: a tiny model's don't change with the angles of its earliest ones."""
+    model, crossing, passes = build("longrope, computed anew"), REQUESTS[2], list[int]()
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape[1]))
+    tokens = generated(model, crossing)
+    by_generate = passes.copy()
+    passes.clear()
+    assert finish(batcher_for(model, kv_tokens=256), [crossing]).tokens == {crossing.id: tokens}
+    assert passes == by_generate and passes.count(BORDER + 1) == 1
+    moved = [(done, crossing.after(tokens[:done])) for done in (3, 12)]
+    for done, request in moved:  # before the border, and behind it: what was computed one by one is so again
+        passes.clear()
+        assert finish(batcher_for(model, kv_tokens=256), [request]).tokens == {crossing.id: tokens[done:]}
+        assert passes == (by_generate if done == 3 else [BORDER + 1, *by_generate[by_generate.index(BORDER + 1) + 1 :]])
+    hook.remove()
+
+
 def test_a_batch_invariant_model_computes_its_angles_too(kind: str, expected: dict[str, list[int]]):
     model = build(kind)
     make_batch_invariant(model)

@@ -8,7 +8,7 @@ import torch
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from tests.support import zoo
-from tests.support.batches import Collected, generated, prompt_of
+from tests.support.batches import Collected, finish, generated, prompt_of
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 KINDS = {
@@ -43,6 +43,21 @@ def test_shared_beginnings_change_no_token(name: str):
     assert sum(computed) <= prompt_tokens - stats.reused_tokens
     assert batcher._make_room(512, 8), "nothing but rows of finished requests is left"
     batcher._cache.check()
+    batcher.close()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_row_that_went_on_lends_what_it_still_has(name: str):
+    """Of tokens any beginning; states, windows and compressed blocks are those of its present length."""
+    model = MODELS[name].build()
+    first, late = Request("first", (*COMMON, 30), 12), Request("late", (*COMMON, 31, 32), 6)
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=4, max_batch_tokens=64)
+    batcher.add(first)
+    collected = Collected(batcher).run(4)
+    batcher.add(late)
+    assert collected.run().tokens == {request.id: generated(model, request) for request in (first, late)}
+    assert batcher.stats().reused_tokens == (0 if batcher._cache.keeps_states else len(COMMON))
+    assert batcher._cache.keeps_states == ("latents" not in KINDS[name])
     batcher.close()
 
 
@@ -117,6 +132,16 @@ def test_kept_rows_give_way_to_requests():
     batcher.close()
 
 
+def test_the_longest_unused_row_gives_way_first():
+    batcher = RowBatcher(MODELS["deepseek_v3"].build(), kv_tokens=256, max_requests=4, max_batch_tokens=64)
+    prompts = {"a": COMMON, "b": prompt_of(20, seed=1), "like a": (*COMMON, 30), "d": prompt_of(5), "e": prompt_of(6)}
+    for id, prompt in prompts.items():
+        finish(batcher, [Request(id, prompt, 2)])
+    assert batcher.stats().reused_tokens == len(COMMON)
+    assert [running.entry.request.id for running in batcher._kept] == ["a", "like a", "d", "e"], "there are four rows"
+    batcher.close()
+
+
 def test_a_prompt_given_up_halfway_is_computed_again():
     """Its own row is no beginning to wait for: nothing goes on there."""
     model = MODELS["deepseek_v3"].build()
@@ -130,4 +155,21 @@ def test_a_prompt_given_up_halfway_is_computed_again():
     collected.run()
     assert batcher.stats().preempted > 0, "the cache was really too small"
     assert collected.tokens == {request.id: generated(model, request) for request in requests}
+    batcher.close()
+
+
+def test_a_row_that_failed_is_no_beginning_of_others():
+    """Whatever made its numbers NaN for a moment is gone; what it left in the row isn't."""
+    model = MODELS["deepseek_v3"].build()
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=2, max_batch_tokens=64)
+    handle = model.model.layers[0].register_forward_hook(lambda _module, _inputs, output: output.fill_(torch.nan))
+    batcher.add(Request("failed", COMMON, 6))
+    assert batcher.prepare()
+    batcher.step()
+    handle.remove()
+    (output,) = batcher.outputs()
+    assert (output.reason, output.tokens) == ("error", ())
+    request = Request("next", (*COMMON, *prompt_of(9)), 6)
+    assert finish(batcher, [request]).tokens == {"next": generated(model, request)}
+    assert batcher.stats().reused_tokens == 0
     batcher.close()

@@ -162,3 +162,25 @@ def test_each_row_is_told_of_with_the_one_before_it(batcher_class: Any, checkpoi
             expected_H = hidden_TH[place - 1] if known else torch.zeros_like(now_H)
             assert torch.allclose(now_H, hidden_TH[place], atol=1e-4, rtol=1e-4)
             assert torch.allclose(before_H, expected_H, atol=1e-4, rtol=1e-4), (name, place)
+
+
+@pytest.mark.parametrize("batcher_class", [PagedBatcher, RowBatcher])
+def test_a_failed_step_is_no_step_before(batcher_class: Any, checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Only some layers have seen its rows: what the repeated step is given of the row before is nothing."""
+    model = load(checkpoint("mixtral"), cache_dir)
+    watched = asked_in_each_step(model)
+    batcher: Batcher = batcher_class(model, kv_tokens=64)
+    batcher.add(Request("a", (20, 21, 22), 9))
+
+    def step() -> bool:
+        """Whether the predictor knows the row before."""
+        assert batcher.prepare()
+        batcher.step()
+        return bool(watched.steps[-1][-1].chunk(2)[1].any())
+
+    assert [step() for _ in range(3)] == [True] * 3
+    handle = model.model.layers[-1].register_forward_hook(lambda *_: 1 / 0)
+    step()
+    handle.remove()
+    assert [step() for _ in range(3)] == [False, True, True]
+    batcher.close()

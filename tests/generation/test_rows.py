@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -132,6 +133,17 @@ def test_decoding_is_one_pass_over_all_rows(name: str):
     batcher.close()
 
 
+def test_decoding_waits_for_one_chunk_at_most():
+    batcher = open_rows(model_of("qwen3_next"))
+    batcher.add(Request("decodes", prompt_of(3), 20))
+    collected = Collected(batcher).run(2)
+    batcher.add(Request("comes", prompt_of(100), 3))
+    had = [len(collected.run(1).tokens["decodes"]) for _ in range(14)]
+    assert "comes" in collected.tokens, "seven chunks"
+    assert all(after > before for before, after in zip(had, had[2:], strict=False))
+    batcher.close()
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_requests_that_outgrow_the_cache_lose_nothing(name: str):
     model = model_of(name)
@@ -161,6 +173,26 @@ def test_cancelled_requests_leave_a_prepared_step():
     collected.run()
     for request in requests:
         assert collected.tokens[request.id] == generated(model, request)[: before if request.id == "r0" else None]
+    batcher.close()
+
+
+def test_a_prompts_logprobs_take_the_planned_rows_of_logits():
+    """One for each request; and after it was cancelled, none is added."""
+    model, rows = model_of("qwen3_next"), list[int]()
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
+    batcher = open_rows(model, max_batch_tokens=64)
+    for request in requests_of(((23, 6), (3, 9), (40, 3))):
+        batcher.add(replace(request, prompt_logprobs=1))
+    found = dict[str, int]()
+    while batcher.prepare():
+        if found.get("r2") == 8:
+            batcher.cancel("r2")
+        batcher.step()
+        for output in batcher.outputs():
+            found[output.id] = found.get(output.id, 0) + len(output.prompt_logprobs)
+    hook.remove()
+    assert max(rows) == batcher.max_requests
+    assert found == {"r0": 22, "r1": 2, "r2": 8}
     batcher.close()
 
 
