@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("epslots", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("epslots")  # a busy machine fails no example
+
+SHARED = "EPSLOTS_TESTS_SHARED"
+"""Environment variable: a folder of the session, which all of its processes share (support/remembered.py)."""
 
 FAST = (
     "cli/test_text_options.py",
@@ -55,6 +61,9 @@ FAST = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import and compile what tests need; not where pytest-xdist only hands out tests, which would wait for it."""
+    if SHARED not in os.environ:  # processes of pytest-xdist inherit it
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="epslots-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED)))
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         import torch
 
@@ -79,9 +88,6 @@ def quick_collections() -> None:
     gc.freeze()
 
 
-_DRY_RUNS: dict[tuple[str, ...], Any] = {}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     """A model's sizes are measured once a session, by its configuration: half of a tiny model's loading time.
@@ -89,14 +95,13 @@ def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     A module that sets ``MEASURES_EVERY_MODEL`` is left alone.
     """
     from epslots.models import measure_shape
+    from tests.support.remembered import remembered
 
     measure = measure_shape._dry_run
 
     def measure_once(model: PreTrainedModel, experts: Any) -> Any:
         key = (str(type(model)), model.config.to_json_string(), str(model.dtype), str(model.config._attn_implementation))
-        if key not in _DRY_RUNS:
-            _DRY_RUNS[key] = measure(model, experts)
-        return _DRY_RUNS[key]
+        return remembered(key, lambda: measure(model, experts))
 
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "MEASURES_EVERY_MODEL", False):
@@ -135,13 +140,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """Tiny checkpoints by name, each made on first use."""
     from tests.support.zoo import make_checkpoint
 
-    root = tmp_path_factory.mktemp("zoo")
-    made: dict[str, Path] = {}
+    root = Path(os.environ[SHARED]) / "zoo"
+    root.mkdir(exist_ok=True)
 
     def get(name: str) -> Path:
-        if name not in made:
-            made[name] = make_checkpoint(name, root / name)
-        return made[name]
+        folder = root / name
+        if not folder.exists():
+            with suppress(OSError):  # another process was faster
+                make_checkpoint(name, tmp_path_factory.mktemp("zoo") / name).rename(folder)
+        return folder
 
     return get
 

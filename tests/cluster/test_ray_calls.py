@@ -21,6 +21,7 @@ from cluster.ray_backend.address import HeadWatch
 from cluster.ray_backend.calls import ask
 from cluster.ray_backend.handles import RayControllerHandle
 from cluster.ray_backend.processes import Watch, users_of
+from tests.support.rank_helpers import PATIENCE_S
 
 
 @pytest.fixture
@@ -76,7 +77,8 @@ def test_a_call_to_a_ray_that_has_ended_is_over(cancelled: bool):
         controller.forget()
         if cancelled:
             asking.cancel()
-        await asking
+        async with asyncio.timeout(PATIENCE_S):
+            await asking
 
     with pytest.raises(asyncio.CancelledError if cancelled else WorkerDied):
         asyncio.run(ask_and_forget())

@@ -14,12 +14,12 @@ from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.ray_backend.processes import FOLDER_PREFIX, watch_joined
 from tests.support.grouped_ranks import TOKENS_TRAVEL
-from tests.support.rank_helpers import until
+from tests.support.rank_helpers import PATIENCE_S, until
 from tests.support.ray_driver import pids_below
 from tests.support.ray_helpers import drive, start_nodes
 from tests.support.thread_cluster import PROMPTS, expected, serve_again
 
-NEW = 60
+NEW = 120
 
 
 @pytest.fixture
@@ -64,9 +64,10 @@ def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callabl
             next(generation._portions())
         own(part).kill()
         assert not all(generation.done for generation in going)
-        assert [generation.result(240).tokens for generation in going] == right
+        assert [generation.result(PATIENCE_S).tokens for generation in going] == right
+        _, alive = psutil.wait_procs(helpers, timeout=PATIENCE_S)
+        assert not alive
         serve_again(cluster, 1)
-        assert not [process for process in helpers if process.is_running()]
     own("raylet").kill()  # and what is closed just then, closes
 
 

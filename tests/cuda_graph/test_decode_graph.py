@@ -19,6 +19,7 @@ from epslots.errors import ConfigError, CorruptExpertError
 from epslots.runtime import runtime_of
 from tests.support import zoo
 from tests.support.device_slot_helpers import NoValues
+from tests.support.remembered import Reference
 
 TOLERANCE = 2e-5
 SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
@@ -100,7 +101,7 @@ def test_the_device_leaves_behind_what_the_host_would(name: str, checkpoint: Cal
 def test_no_prefetch_goes_to_slots_that_the_device_rules(checkpoint: Callable[[str], Path], tmp_path: Path):
     folder, prompt = checkpoint("qwen3_moe"), zoo.random_ids(1, 9, seed=5)
     model = load(folder, tmp_path, slots="50%", link="20MB/s,200us")
-    graph, expected = DecodeGraph(model, 1, 60), greedy(zoo.reference(folder), prompt, 40)
+    graph, expected = DecodeGraph(model, 1, 60), greedy(Reference(folder), prompt, 40)
     assert graph.generate(prompt, 40).tolist() == expected
     runtime_of(model).check_integrity()
     before = sum(layer.prefetches for layer in epslots.stats(model).layers)
@@ -206,7 +207,7 @@ def test_the_host_is_not_asked_and_looks_at_no_plan(checkpoint: Callable[[str], 
 def test_any_policy_gives_the_same_tokens(policy: str, checkpoint: Callable[[str], Path], cache_dir: Path):
     folder, prompt = checkpoint("mixtral"), zoo.random_ids(1, 9, seed=7)
     model = load(folder, cache_dir, slots=3, policy="lfu")
-    expected = greedy(zoo.reference(folder), prompt, 20)
+    expected = greedy(Reference(folder), prompt, 20)
     assert DecodeGraph(model, 1, 40, policy=policy).generate(prompt, 20).tolist() == expected
     assert greedy(model, prompt, 20) == expected
 
@@ -217,7 +218,7 @@ def test_too_few_slots_take_the_usual_path(checkpoint: Callable[[str], Path], ca
     model = load(folder, cache_dir, slots=2 * top_k - 1)
     graph = DecodeGraph(model, 2, 20)
     assert graph.obstacle is not None and f"{2 * top_k - 1} slots, and a step may need {2 * top_k}" in graph.obstacle
-    assert graph.generate(prompt, 8).tolist() == greedy(zoo.reference(folder), prompt, 8)
+    assert graph.generate(prompt, 8).tolist() == greedy(Reference(folder), prompt, 8)
     assert DecodeGraph(model, 1, 20).obstacle is None
 
 
@@ -226,7 +227,7 @@ def test_slots_that_move_between_layers_are_followed(checkpoint: Callable[[str],
     model = load(folder, cache_dir, slots=8)
     runtime = runtime_of(model)
     graph = DecodeGraph(model, 1, 30)
-    expected = greedy(zoo.reference(folder), prompt, 15)
+    expected = greedy(Reference(folder), prompt, 15)
     assert graph.generate(prompt, 15).tolist() == expected
     quotas = [8] * len(runtime.layers)
     quotas[0], quotas[1] = 6, 10
@@ -257,7 +258,7 @@ def test_other_use_in_between_is_refused(checkpoint: Callable[[str], Path], cach
     one.close()
     two.step(token)
     two.close()
-    assert greedy(model, prompt, 5) == greedy(zoo.reference(folder), prompt, 5)
+    assert greedy(model, prompt, 5) == greedy(Reference(folder), prompt, 5)
 
 
 def test_a_corrupt_record_ends_the_step_and_nothing_else(
@@ -266,7 +267,7 @@ def test_a_corrupt_record_ends_the_step_and_nothing_else(
     folder, prompt = checkpoint("qwen3_moe"), zoo.random_ids(1, 9, seed=8)
     model = load(folder, cache_dir, slots=5)
     graph = DecodeGraph(model, 1, 40)
-    expected = greedy(zoo.reference(folder), prompt, 25)
+    expected = greedy(Reference(folder), prompt, 25)
     graph.prefill(prompt)
 
     def corrupt(layer: int, expert: int) -> torch.Tensor:

@@ -21,12 +21,13 @@ from tests.support.cpu_hosting import OFTEN, fetched_bytes, hosting
 from tests.support.equality import LAYOUTS, SERVED, assert_equal, compare, greedy, load
 from tests.support.grouped_ranks import Grouped
 from tests.support.late_link import mislead
+from tests.support.remembered import Reference
 
 
 class Cell:
     """One architecture, in plain transformers and to be loaded in some mode."""
 
-    def __init__(self, name: str, folder: Path, cache_dir: Path, reference: PreTrainedModel) -> None:
+    def __init__(self, name: str, folder: Path, cache_dir: Path, reference: Reference) -> None:
         self.name, self.folder, self.cache_dir, self.reference = name, folder, cache_dir, reference
 
     def load(self, slots: int | str) -> PreTrainedModel:
@@ -111,7 +112,7 @@ FURTHER = [("deepseek_v4", "three ranks"), ("qwen4_exp", "three ranks")]
 )
 def test_equal(name: str, mode: str, checkpoint: Callable[[str], Path], shared_stores: Path):
     folder = checkpoint(name)
-    MODES[mode](Cell(name, folder, shared_stores, zoo.reference(folder)))
+    MODES[mode](Cell(name, folder, shared_stores, Reference(folder)))
 
 
 def layout_of(name: str) -> object:

@@ -15,6 +15,7 @@ from tests.support import zoo
 from tests.support.equality import assert_close, batch_of, compare
 from tests.support.grouped_ranks import ALL_COSTS, COPIES_TRAVEL, GATHER, TOKENS_TRAVEL, Grouped
 from tests.support.late_link import LateLink
+from tests.support.remembered import Reference
 
 TOLERANCE = 2e-5
 Checkpoints = Callable[[str], Path]
@@ -30,7 +31,7 @@ EVEN, UNEVEN = ["50%", "50%"], [2, 7, 3, 1]
 def test_any_costs(costs: str, slots: list[int | str], checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=slots, costs=ALL_COSTS[costs])
-    compare(grouped, zoo.reference(folder))
+    compare(grouped, Reference(folder))
     sent = sum(layer.pairs_sent for model in grouped.models for layer in epslots.stats(model).layers)
     assert bool(sent) == (costs not in ("nothing travels", "copies travel"))
 
@@ -40,7 +41,7 @@ def test_copies_from_slot_to_slot(name: str, checkpoint: Checkpoints, cache_dir:
     """Every record has bytes of its own, and ``check`` holds each slot against the record that the tables name."""
     folder = checkpoint(name)
     grouped = Grouped(folder, cache_dir, slots=["75%", "75%"], costs=COPIES_TRAVEL)
-    compare(grouped, zoo.reference(folder))
+    compare(grouped, Reference(folder))
     stats = [layer for model in grouped.models for layer in epslots.stats(model).layers]
     size = grouped.runtime(0).layers[0].layout.nbytes
     assert sum(layer.peer_bytes for layer in stats) >= size
@@ -75,10 +76,10 @@ def test_ranks_that_hold_everything_exchange_headers_alone(
     )
     folder = checkpoint("qwen3_moe")
     whole = Grouped(folder, cache_dir, slots=["100%", "100%"], link=link)
-    compare(whole, zoo.reference(folder))
+    compare(whole, Reference(folder))
     assert not gathered
     assert all(layer.misses == 0 and layer.steps > 0 for model in whole.models for layer in epslots.stats(model).layers)
-    compare(Grouped(folder, cache_dir, slots=["100%", 3]), zoo.reference(folder))
+    compare(Grouped(folder, cache_dir, slots=["100%", 3]), Reference(folder))
     assert gathered
 
 
@@ -93,18 +94,18 @@ def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Check
             slots = loader.pool.slot_of[0, first].copy()
             loader.fetch(0, first, slots, first, urgent=False)
             assert loader.in_flight[slots].all()
-    compare(grouped, zoo.reference(folder))
+    compare(grouped, Reference(folder))
 
 
 def test_one_rank_through_all_that_ranks_do(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
-    compare(Grouped(folder, cache_dir, slots=[3]), zoo.reference(folder))
+    compare(Grouped(folder, cache_dir, slots=[3]), Reference(folder))
 
 
 @pytest.mark.parametrize("slots", [[3], [3, 4]])
 def test_measured_costs(slots: list[int], checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("gpt_oss")
-    compare(Grouped(folder, cache_dir, slots=slots, costs=None), zoo.reference(folder))
+    compare(Grouped(folder, cache_dir, slots=slots, costs=None), Reference(folder))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

@@ -31,6 +31,7 @@ from epslots.generation.sampling import GREEDY, Sampling
 from epslots.models.page_sizes import cache_blocks
 from tests.support import zoo
 from tests.support.batches import Collected, Faults, drawn, finish, generated, is_empty, pages_are_free, prompt_of, requests_of
+from tests.support.remembered import Reference
 
 # Plain keys and values; the others keep recurrent states, latents, indexers or compressed blocks, or attend in chunks.
 PAGED = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "gemma4", "gemma4_multimodal", "olmoe", "olmoe_tied"}
@@ -66,13 +67,13 @@ def nothing_is_left_behind() -> Iterator[None]:
 @pytest.mark.parametrize(("name", "cache"), [(name, "auto") for name in zoo.ZOO] + [(name, "pages") for name in sorted(PAGED)])
 def test_every_architecture_equals_generate(name: str, cache: str, checkpoint: Callable[[str], Path], cache_dir: Path):
     tiny, folder = zoo.ZOO[name], checkpoint(name)
-    reference = zoo.reference(folder)
     served = tiny.interface or tiny.decorate
     if served and tiny.num_experts:
         model = epslots.load(folder, slots="50%", device="cpu", dtype="float32", progress=False, cache_dir=cache_dir)
     else:
         model = zoo.reference(folder)
     requests = requests_of(LENGTHS_AND_NEW)
+    reference = Reference(folder)
     expected = {request.id: generated(reference, request) for request in requests}
 
     random_state = torch.get_rng_state()

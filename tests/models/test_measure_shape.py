@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -34,6 +35,11 @@ def config_of(tiny: Tiny) -> transformers.PretrainedConfig:
 
 def shape_of(tiny: Tiny, dtype: str = "float32") -> ModelShape:
     return shape_of_config(config_of(tiny), tiny.name, dtype)
+
+
+@cache
+def measured(name: str) -> ModelShape:
+    return shape_of(MODELS[name])
 
 
 def cache_of(model: PreTrainedModel, tokens: int, rows: int = 1) -> Any:
@@ -79,7 +85,7 @@ def allocated_bytes(tensors: Iterator[torch.Tensor]) -> int:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_records_are_the_tensors_of_a_real_runs_cache(name: str) -> None:
     """All of them, with their shapes, for sequences within a window and beyond; but layers of rows' own, see below."""
-    records = [record for record in shape_of(MODELS[name]).cache if record.pooled]
+    records = [record for record in measured(name).cache if record.pooled]
     model = MODELS[name].build()
     for tokens in (9, TOKENS):
         cache, found = cache_of(model, tokens, rows=2), set()
@@ -91,7 +97,7 @@ def test_records_are_the_tensors_of_a_real_runs_cache(name: str) -> None:
             if sequence is not None:
                 assert sizes.pop(sequence) == (tokens if record.window is None else min(tokens, record.window - 1))
             assert (tuple(sizes.values()), str(tensor.dtype)) == (record.shape, f"torch.{record.dtype}")
-        own = {record.layer for record in shape_of(MODELS[name]).cache if not record.pooled}
+        own = {record.layer for record in measured(name).cache if not record.pooled}
         cache.layers = [layer for index, layer in enumerate(cache.layers) if index not in own]
         assert {id(tensor) for tensor in tensors_in(cache)} == found
 
@@ -157,8 +163,7 @@ def test_tensors_of_unknown_dimensions_are_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_layers_experts_and_dense_bytes_are_the_real_models(name: str) -> None:
-    tiny = MODELS[name]
-    shape = shape_of(tiny)
+    tiny, shape = MODELS[name], measured(name)
     assert len(shape.layers) == tiny.moe_layers
     assert {layer.num_experts for layer in shape.layers} == {tiny.num_experts}
     assert shape.top_k == tiny.top_k

@@ -16,6 +16,7 @@ from tests.support import zoo
 from tests.support.cpu_hosting import ALWAYS, OFTEN, fetched_bytes, hosting
 from tests.support.equality import assert_equal, compare, greedy, load
 from tests.support.grouped_ranks import ALL_COSTS, TOKENS_TRAVEL, Grouped
+from tests.support.remembered import Reference
 
 Checkpoints = Callable[[str], Path]
 
@@ -37,7 +38,7 @@ def test_experts_on_the_cpu_save_fetches(slots: int | str, checkpoint: Checkpoin
 def test_experts_always_cheaper_on_the_cpu_leave_slots_alone(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     model = hosting(load(folder, cache_dir, slots=3), ALWAYS, concurrent=False)
-    assert_equal(model, zoo.reference(folder))
+    assert_equal(model, Reference(folder))
     stats = epslots.stats(model)
     assert fetched_bytes(model) == 0 and stats.misses == sum(layer.hosted for layer in stats.layers) > 0
     assert all(layer.hosted_s > 0 for layer in stats.layers)
@@ -76,7 +77,7 @@ def test_measured_costs_decide(checkpoint: Checkpoints, cache_dir: Path):
     model = load(folder, cache_dir, host_compute="on")
     shares = [runner.planner.cpu_share for runner in runtime_of(model).runners]
     assert all(share is not None and share.costs.computes_on_host for share in shares)
-    assert_equal(model, zoo.reference(folder))
+    assert_equal(model, Reference(folder))
     plain = load(folder, cache_dir)
     assert not any(runner.planner.cpu_share for runner in runtime_of(plain).runners), "a CPU computes from slots by default"
 
@@ -84,7 +85,7 @@ def test_measured_costs_decide(checkpoint: Checkpoints, cache_dir: Path):
 def test_given_costs_decide(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     model = load(folder, cache_dir, host_compute="on", costs=ALWAYS)
-    assert_equal(model, zoo.reference(folder))
+    assert_equal(model, Reference(folder))
     assert fetched_bytes(model) == 0
     with pytest.raises(ConfigError, match="costs don't say what it costs"):
         load(folder, cache_dir, host_compute="on", costs=TOKENS_TRAVEL)
@@ -94,7 +95,7 @@ def test_measured_by_many_ranks(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=[3, 3], costs=None, host_compute="on")
     assert all(group_of(model).costs[0].computes_on_host for model in grouped.models)
-    compare(grouped, zoo.reference(folder))
+    compare(grouped, Reference(folder))
     other = Grouped(folder, cache_dir, slots=[3, 3], costs=None)
     assert not any(group_of(model).costs[0].computes_on_host for model in other.models)
 

@@ -34,6 +34,7 @@ from tests.support.equality import assert_equal, compare, greedy, load
 from tests.support.grouped_ranks import TOKENS_TRAVEL, Grouped
 from tests.support.late_link import Guesses, LateLink, mislead
 from tests.support.rank_helpers import run_threads
+from tests.support.remembered import Reference
 
 Checkpoints = Callable[[str], Path]
 LINK = "1000GB/s"
@@ -71,7 +72,7 @@ def test_the_next_layers_router_predicts_by_default(name: str, checkpoint: Check
 def test_several_ranks_by_default(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=[3, 2], link=LINK)
-    compare(grouped, zoo.reference(folder))
+    compare(grouped, Reference(folder))
     assert sum(sums(model, "prefetches")[0] for model in grouped.models)
 
 

@@ -19,6 +19,7 @@ from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.token_choice import choose
 from epslots.generation.tracked_request import GrammarProgress, TrackedRequest
 from tests.support import zoo
+from tests.support.remembered import Reference
 
 
 def drawn(model: PreTrainedModel, request: Request, grammar: GrammarProgress | None = None) -> list[int]:
@@ -40,7 +41,7 @@ def requests_of(sizes: tuple[tuple[int, int], ...], seed: int = 2) -> list[Reque
     return [Request(f"r{i}", prompt_of(length, seed), new) for i, (length, new) in enumerate(sizes)]
 
 
-def generated(model: PreTrainedModel, request: Request) -> list[int]:
+def generated(model: PreTrainedModel | Reference, request: Request) -> list[int]:
     """What plain transformers makes of the request alone."""
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(request.stop_tokens) or None}
     ids = torch.tensor([request.prompt])

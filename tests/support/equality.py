@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import epslots
 from tests.support import zoo
 from tests.support.grouped_ranks import Grouped
+from tests.support.remembered import Reference
 
 # Logits against the reference's scale, fp32 (DESIGN: at most 1e-4).
 TOLERANCE = 2e-5
@@ -27,17 +28,17 @@ def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:
     return epslots.load(folder, cache_dir=cache_dir, **settings)
 
 
-def greedy_rows(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[list[int]]:
+def greedy_rows(model: PreTrainedModel | Reference, ids: torch.Tensor, new_tokens: int = 12) -> list[list[int]]:
     settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     return model.generate(ids, **settings).tolist()
 
 
-def greedy(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 12) -> list[int]:
+def greedy(model: PreTrainedModel | Reference, ids: torch.Tensor, new_tokens: int = 12) -> list[int]:
     return greedy_rows(model, ids, new_tokens)[0]
 
 
 @torch.no_grad()
-def assert_equal(model: PreTrainedModel, reference: PreTrainedModel, **inputs: torch.Tensor) -> None:
+def assert_equal(model: PreTrainedModel, reference: PreTrainedModel | Reference, **inputs: torch.Tensor) -> None:
     inputs = inputs or {"input_ids": zoo.random_ids(2, 40, seed=1)}
     expected, actual = reference(**inputs).logits, model(**inputs).logits
     assert (expected - actual).abs().max() <= TOLERANCE * expected.abs().max()
@@ -52,7 +53,7 @@ def batch_of(rank: int) -> torch.Tensor:
     return zoo.random_ids(1 + rank % 2, (40, 3, 17, 0)[rank], seed=1 + rank)
 
 
-def compare(grouped: Grouped, reference: PreTrainedModel) -> None:
+def compare(grouped: Grouped, reference: PreTrainedModel | Reference) -> None:
     """Logits of a prompt, and greedy tokens of another, of different lengths on each rank."""
 
     def work(rank: int, model: PreTrainedModel) -> tuple[torch.Tensor | None, list[int]]:
