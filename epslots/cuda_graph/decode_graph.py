@@ -321,8 +321,8 @@ class DecodeGraph:
                 inner = self._runtime.runners[index].experts
                 stand_ins[index] = DeviceExperts(inner, slots if layer in misses else None, layer)
         self._experts = [stand_ins[index] for index in range(len(stand_ins))]
-        misses = [slots.misses_L for slots in self._slots if slots is not None]
-        self._missed_steps = MissedSteps(misses) if misses else None
+        counters = [slots.misses_L for slots in self._slots if slots is not None]
+        self._missed_steps = MissedSteps(counters) if counters else None
 
     def close(self) -> None:
         """Give the slots back to the usual path; a no-op if they are there. The sequences can continue afterwards."""

@@ -47,7 +47,7 @@ def test_counters_agree_with_the_routing(checkpoint: Callable[[str], Path], cach
 
 
 def test_zero_miss_steps_have_no_miss_in_any_layer(checkpoint: Callable[[str], Path], cache_dir: Path):
-    """Against the layers' own counters, step by step: every token comes twice; a prompt is one step, in however many passes."""
+    """Against the layers' own counters, step by step. Every token comes twice; a prompt is one step in several passes."""
     model = epslots.load(checkpoint("qwen3_moe"), slots=6, device="cpu", cache_dir=cache_dir, progress=False)
     ids, last, without = zoo.random_ids(1, 60)[0], epslots.stats(model), 0
     assert last.zero_miss_share == 1.0

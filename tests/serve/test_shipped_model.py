@@ -119,3 +119,5 @@ def test_the_ranks_numbers_are_metrics(there: tuple[Client, Cluster]):
     line = next(line for line in page.splitlines() if line.startswith("epslots:expert_hits_total{"))
     assert 0 < float(line.split()[-1]) <= stats.total.hits
     assert 'epslots:ranks{model_name="scripted"} 2.0' in page
+    shown = {line.split("{")[0]: float(line.split()[-1]) for line in page.splitlines() if line.startswith("epslots:")}
+    assert 0 < shown["epslots:zero_miss_steps_total"] <= shown["epslots:rank_steps_total"] <= stats.total.steps
