@@ -96,7 +96,7 @@ class HttpLoad:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def wave_of(bodies: Sequence[dict[str, Any]], tell_at: int = 0) -> Wave:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from cluster.api import Cluster
 from cluster.bench.common import open_cluster, prompts
@@ -50,7 +49,7 @@ def soak_over_http(
     Returns:
         What an idle service still holds, by name: nothing, if all is well.
     """
-    users.asked = [_ask(cluster, number) for number in range(_TEXTS)]
+    users.asked = _asked(cluster)
     load.tell(users)
     for _ in disturbed_looks(cluster, users.seconds, random.Random(users.seed), tally):
         left.look()
@@ -63,20 +62,15 @@ def soak_over_http(
     return _held_when_idle(cluster, service)
 
 
-def _ask(cluster: Cluster, number: int) -> AskedText:
-    """A request with its right text; every second one samples, and lengths differ."""
-    count = 20 + 17 * number % 150
-    body: dict[str, Any] = {
-        "prompt": prompts(_TEXTS)[number],
-        "max_tokens": count,
-        "temperature": 0.8 * (number % 2),
-        "seed": number,
-        "ignore_eos": True,
-    }
-    result = cluster.submit(
-        body["prompt"], max_new_tokens=count, temperature=body["temperature"], seed=number, ignore_eos=True
-    ).result()
-    return AskedText(body, result.text or "")
+def _asked(cluster: Cluster) -> list[AskedText]:
+    """Requests with their right texts; every second one samples, and lengths differ."""
+    found = []
+    for number, prompt in enumerate(prompts(_TEXTS)):
+        settings = {"temperature": 0.8 * (number % 2), "seed": number, "ignore_eos": True}
+        found.append({"prompt": prompt, "max_new_tokens": 20 + 17 * number % 150, **settings})
+    texts = {result.index: result.text or "" for result in cluster.generate(found)}
+    bodies = [{"max_tokens": each.pop("max_new_tokens"), **each} for each in found]
+    return [AskedText(body, texts[number]) for number, body in enumerate(bodies)]
 
 
 def _held_when_idle(cluster: Cluster, service: Service) -> dict[str, int]:
