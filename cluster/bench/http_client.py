@@ -68,6 +68,11 @@ class HttpConnection:
     async def __aexit__(self, *_: object) -> None:
         self.abort()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the service has closed it, as it does when nothing is asked for a while."""
+        return self._reader.at_eof()
+
     def abort(self) -> None:
         """Leave at once."""
         self._writer.transport.abort()

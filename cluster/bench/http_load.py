@@ -112,6 +112,7 @@ class _Clients:
         self._connections: list[HttpConnection] = []
 
     async def ask(self, wave: Wave) -> WaveAnswers:
+        self._connections = [each for each in self._connections if not each.closed]
         while len(self._connections) < len(wave.bodies):
             self._connections.append(await HttpConnection(self._address).__aenter__())
         parts = [0] * len(wave.bodies)
