@@ -14,6 +14,7 @@ from cluster.api import Cluster
 from cluster.bench.common import RANKS, open_cluster, pids, prompts
 from cluster.bench.http_load import HttpLoad, Reached, WaveAnswers, wave_of
 from cluster.bench.serve_alone import measure_driver_kills, measure_idle
+from cluster.bench.serve_gcs import measure_gcs_restarts
 from cluster.bench.serve_here import bodies_of, serving_here
 from epslots.bench.report import MS, US, BenchReport, ratio_of_rounds, spread
 from epslots.errors import ConfigError
@@ -29,14 +30,15 @@ _NO_STOP: dict[str, Any] = {"stop_tokens": ()}
 
 
 def bench_serve(
-    report: BenchReport, cache_dir: Path, *, rounds: int = 7, parts: str = "throughput,first,ranks,driver,idle"
+    report: BenchReport, cache_dir: Path, *, rounds: int = 7, parts: str = "throughput,first,ranks,driver,idle,gcs"
 ) -> None:
     """The figures of the service on two ranks, in parts.
 
     Args:
         rounds: of the throughput.
         parts: "throughput" (tokens/s over HTTP, and in Python), "first" (time to the first token), "ranks" (SIGKILLs of ranks
-            under load), "driver" (SIGKILLs of the driver), "idle" (processor time without requests).
+            under load), "driver" (SIGKILLs of the driver), "idle" (processor time without requests), "gcs" (restarts of Ray's
+            GCS under load, with its fault tolerance).
 
     Raises:
         AssertionError: a request was lost, or has another text than in Python.
@@ -47,7 +49,7 @@ def bench_serve(
         "first": _first_token,
         "ranks": _kill_ranks,
     }
-    alone = {"driver": measure_driver_kills, "idle": measure_idle}
+    alone = {"driver": measure_driver_kills, "idle": measure_idle, "gcs": measure_gcs_restarts}
     chosen = parts.split(",")
     if unknown := sorted(set(chosen) - {*here, *alone}):
         raise ConfigError(f"parts={','.join(unknown)}; allowed: {', '.join([*here, *alone])}")
