@@ -288,8 +288,16 @@ class Cluster:
             total, engine = sum_over_ranks([rank.stats for rank in ranks]), sum_engines([rank.engine for rank in ranks])
             controller_client = self._supervisor.controller_client
             controller = None if controller_client is None else controller_client.stats()
-            missing = self._supervisor.pool.missing()
-            return ClusterStats(self._supervisor.group.epoch, router.queued, ranks, total, engine, controller, missing)
+            return ClusterStats(
+                epoch=self._supervisor.group.epoch,
+                queued=router.queued,
+                ranks=ranks,
+                total=total,
+                engine=engine,
+                controller=controller,
+                missing=self._supervisor.pool.missing(),
+                longest_wait_s=router.longest_wait_s,
+            )
 
         return self._thread.call(ask())
 

@@ -208,18 +208,21 @@ class Generation:
         """
         return StreamReader(self, _only(self._portions()), self._stream, self._cancel)
 
-    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False) -> StreamReader[Portion | None]:
+    def poll(
+        self, on_news: Callable[[], None], *, special_tokens: bool = False, whole: bool = False
+    ) -> StreamReader[Portion | None]:
         """The continuation without waiting, for one thread that reads many: an iterator over portions, None = no news.
 
         Args:
             on_news: called from another thread when there is news. It returns at once.
             special_tokens: the text has special tokens, too, but for the one that ends it.
+            whole: ``on_news`` is called for the first news and for the end alone.
 
         Raises (the iterator):
             RequestFailed: the request ended with an error.
             ClusterError: the cluster can't go on; or this is a forked child.
         """
-        self._stream.watch(on_news)
+        self._stream.watch(_first_and_last(on_news, self._stream) if whole else on_news)
         return StreamReader(self, self._portions(wait=False, special_tokens=special_tokens), self._stream, self._cancel)
 
     def _pieces(self) -> Iterator[str]:
@@ -254,6 +257,19 @@ class Generation:
             raise raised_anew(stream.failure)
         if stream.reason == "error":
             raise RequestFailed(stream.error)
+
+
+def _first_and_last(on_news: Callable[[], None], stream: TokenStream) -> Callable[[], None]:
+    """A function that passes on the first call, and those when the stream is done."""
+    first = True
+
+    def tell() -> None:
+        nonlocal first
+        if first or stream.done:
+            first = False
+            on_news()
+
+    return tell
 
 
 def _only(portions: Iterator[Portion | None]) -> Iterator[Portion]:

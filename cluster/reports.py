@@ -48,6 +48,7 @@ class ClusterStats:
         engine: sums of the ranks' ``engine``; ``steps`` is the largest.
         controller: None without a controller (``window_steps=0``).
         missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
+        longest_wait_s: the longest time that a request is without its first token: it grows where lower priorities starve.
     """
 
     epoch: int
@@ -57,6 +58,7 @@ class ClusterStats:
     engine: EngineStats
     controller: ControllerStats | None
     missing: tuple[str, ...] = ()
+    longest_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Benchmarks of a cluster: start, throughput, recovery, soak."""
+"""Benchmarks of a cluster: start, throughput, recovery, soak, the service."""

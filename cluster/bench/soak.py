@@ -21,7 +21,7 @@ from cluster.errors import ClusterError
 from cluster.generation import Result
 from epslots.bench.report import BenchReport
 
-_RANKS_MAX = 3
+RANKS_MAX = 3
 _TEXTS = 24
 _USERS = 16
 _DISTURB_EVERY_S = (2.0, 12.0)
@@ -30,28 +30,54 @@ _DRAIN_S = 120.0  # for requests in progress at the end
 _GROWTH_MAX = 1.1
 # Chance variation that is allowed beside that tenth, by level.
 _SLACK = {"MiB": 30.0, "descriptors": 10.0, "threads": 10.0}
+# Reasons that requests end for by themselves, or by their user's will; those that are told to come again weren't taken.
+_ENDS = {"length", "stop", "cancelled", "whole", "left", "busy"}
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
-class _SoakTally:
+class SoakTally:
     """Events and requests so far.
 
     Attributes:
         events: disturbances by name.
         requests: ended requests by reason.
         different: requests whose tokens differ from the undisturbed run's.
+        hanging: users whose last request didn't end.
         levels: memory, descriptors and threads at each look.
     """
 
     events: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
     different: int = 0
+    hanging: int = 0
     levels: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def lost(self) -> int:
-        return sum(count for reason, count in self.requests.items() if reason not in ("length", "stop", "cancelled"))
+        return sum(count for reason, count in self.requests.items() if reason not in _ENDS)
+
+
+class SoakLeft:
+    """What a soak leaves behind. Made before anything is started."""
+
+    def __init__(self) -> None:
+        self._memory = _shared_memory()
+        self._children = set(psutil.Process().children(recursive=True))
+        self._seen: set[psutil.Process] = set()
+
+    def look(self) -> None:
+        """Note the processes that live now."""
+        self._seen |= set(psutil.Process().children(recursive=True)) - self._children
+
+    def found(self) -> dict[str, int]:
+        """What is left at the end, by name."""
+        _, alive = psutil.wait_procs(self._seen, timeout=10)
+        return {
+            "processes": len(alive),
+            "shared memory": len(_shared_memory() - self._memory),
+            "threads of the driver": sum(thread.name.startswith("epslots") for thread in threading.enumerate()),
+        }
 
 
 def bench_soak(report: BenchReport, cache_dir: Path, *, minutes: float = 10.0, seed: int = 0) -> None:
@@ -60,11 +86,8 @@ def bench_soak(report: BenchReport, cache_dir: Path, *, minutes: float = 10.0, s
     Raises:
         AssertionError: a request was lost, hangs, or has other tokens; a level grew; or something was left behind.
     """
-    memory_before = _shared_memory()
-    children_before = set(psutil.Process().children(recursive=True))
-    tally = _SoakTally()
-    seen: set[psutil.Process] = set()
-    cluster = open_cluster(cache_dir, ranks=_RANKS_MAX, silence_s=3.0)
+    left, tally = SoakLeft(), SoakTally()
+    cluster = open_cluster(cache_dir, ranks=RANKS_MAX, silence_s=3.0)
     try:
         asked = [_ask(n) for n in range(_TEXTS)]
         undisturbed = {result.index: result.tokens for result in cluster.generate(asked)}
@@ -75,38 +98,37 @@ def bench_soak(report: BenchReport, cache_dir: Path, *, minutes: float = 10.0, s
         ]
         for user in users:
             user.start()
-        for _ in _disturbed_looks(cluster, 60 * minutes, random.Random(seed), tally):
-            seen |= set(psutil.Process().children(recursive=True)) - children_before
+        for _ in disturbed_looks(cluster, 60 * minutes, random.Random(seed), tally):
+            left.look()
         over.set()
         for user in users:
             user.join(_DRAIN_S)
-        hanging = sum(user.is_alive() for user in users)
+        tally.hanging = sum(user.is_alive() for user in users)
     finally:
         cluster.close()
-    _, alive = psutil.wait_procs(seen, timeout=10)
-    left = {
-        "processes": len(alive),
-        "shared memory": len(_shared_memory() - memory_before),
-        "threads of the driver": sum(thread.name.startswith("epslots") for thread in threading.enumerate()),
-    }
-    _judge(report, f"{minutes:g} minutes, up to {_RANKS_MAX} ranks, {_USERS} users", tally, hanging, left)
+    judge_soak(report, f"{minutes:g} minutes, up to {RANKS_MAX} ranks, {_USERS} users", tally, left.found())
 
 
-def _judge(report: BenchReport, title: str, tally: _SoakTally, hanging: int, left: dict[str, int]) -> None:
+def judge_soak(report: BenchReport, title: str, tally: SoakTally, left: dict[str, int]) -> None:
+    """Report a soak.
+
+    Raises:
+        AssertionError: a request was lost, hangs, or has other tokens; a level grew; or something was left behind.
+    """
     levels = _compare(tally.levels)
     grown = [row["level"] for row in levels if row["last"] > row["first"] * _GROWTH_MAX + row["slack"]]
     report.table(title, [dict(sorted(tally.events.items()))])
     report.table("requests", [{**tally.requests, "lost": tally.lost, "different": tally.different}])
     report.table("levels: medians of the first and of the last quarter, and what more is allowed beside a tenth", levels)
     report.table("left behind", [left])
-    if tally.lost or hanging or tally.different or grown or any(left.values()):
+    if tally.lost or tally.hanging or tally.different or grown or any(left.values()):
         raise AssertionError(
-            f"the soak failed: {tally.lost} requests lost, {hanging} hang, {tally.different} different; levels that grew: "
-            f"{grown}; left behind: {left}"
+            f"the soak failed: {tally.lost} requests lost, {tally.hanging} hang, {tally.different} different; "
+            f"levels that grew: {grown}; left behind: {left}"
         )
 
 
-def _disturbed_looks(cluster: Cluster, seconds: float, chance: random.Random, tally: _SoakTally) -> Iterator[None]:
+def disturbed_looks(cluster: Cluster, seconds: float, chance: random.Random, tally: SoakTally) -> Iterator[None]:
     """Disturb the cluster at random for so long; note the levels regularly, and yield after each look."""
     next_disturbance = next_look = time.monotonic()
     ends = next_look + seconds
@@ -137,7 +159,7 @@ def _use(
     asked: list[dict[str, Any]],
     undisturbed: dict[int, tuple[int, ...]],
     chance: random.Random,
-    tally: _SoakTally,
+    tally: SoakTally,
     over: threading.Event,
 ) -> None:
     """A user: one request after the other, some cancelled halfway."""
@@ -159,12 +181,12 @@ def _use(
             print(f"different: prompt {number}, after {result.reason}", flush=True)
 
 
-def _disturb(cluster: Cluster, chance: random.Random, tally: _SoakTally) -> None:
+def _disturb(cluster: Cluster, chance: random.Random, tally: SoakTally) -> None:
     """Kill or stop a rank, or change their number."""
     event = chance.choice(["kill", "kill", "stop", "scale"])
     try:
         if event == "scale":
-            cluster.scale(chance.randint(1, _RANKS_MAX))
+            cluster.scale(chance.randint(1, RANKS_MAX))
         elif found := pids(cluster):
             os.kill(chance.choice(found), signal.SIGKILL if event == "kill" else signal.SIGSTOP)
     except (ProcessLookupError, ClusterError) as error:

@@ -73,6 +73,11 @@ class RequestRouter:
         """Requests that wait or run."""
         return len(self._scheduler)
 
+    @property
+    def longest_wait_s(self) -> float:
+        """The longest time that a request is without its first token. In the loop's thread."""
+        return self._scheduler.longest_wait_s(asyncio.get_running_loop().time())
+
     def count_served(self, worker: Hashable) -> int:
         """The number of a rank's requests."""
         return len(self._scheduler.served_by(worker))
@@ -88,7 +93,7 @@ class RequestRouter:
                 assert tokenizer is not None, "the request was checked"
                 stop_stream = TextStream(tokenizer, stop, request.sampling.min_tokens)
             self._calls[request.id] = _Call(caller, stop_stream)
-        self._scheduler.add([request for request, _ in choices])
+        self._scheduler.add([request for request, _ in choices], asyncio.get_running_loop().time())
         self._assign_soon()
 
     def cancel(self, id: str) -> None:

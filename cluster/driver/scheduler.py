@@ -1,19 +1,20 @@
 """``Scheduler``: which rank serves which request, and what moves when a rank is lost. Pure decisions.
 
-    queued     waits for a rank with room, in the order of arrival
+    queued     waits for a rank with room, in the order of priority and arrival
     assigned   a rank has it; its tokens until now are recorded here
     ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
 
 A request goes to the least loaded rank as soon as one has room, and not before: a queued request can still go to a rank that
 comes later. The choices of one prompt go to one rank, as long as that has room, because it computes their prompt once. The
-requests of a lost rank return to the front of the queue, and start again from their prompt and the tokens that had arrived.
+requests of a lost rank return to their place in the queue, and start again from their prompt and the tokens that had arrived.
 A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in
 the end is given up.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from bisect import insort
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,8 @@ class ScheduledRequest:
 
     Attributes:
         siblings: id of the first choice of its prompt, which all choices of that prompt have in common.
+        number: in the order of arrival.
+        arrived_s: when it arrived.
         tokens: generated so far.
         prompt_logprobs: log-probabilities of the prompt that have arrived.
         worker: the rank that serves it; None while it is queued.
@@ -42,11 +45,18 @@ class ScheduledRequest:
 
     request: Request
     siblings: str
+    number: int
+    arrived_s: float
     tokens: list[int] = field(default_factory=list)
     prompt_logprobs: int = 0
     worker: Hashable | None = None
     losses: int = 0
     ending: bool = False
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Its place in the queue: the lowest is assigned first."""
+        return self.request.priority, self.number
 
     @property
     def held_tokens(self) -> int:
@@ -122,7 +132,9 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._entries: dict[str, ScheduledRequest] = {}
-        self._queue: deque[str] = deque()
+        self._queue: list[ScheduledRequest] = []
+        """In the order of turns."""
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -144,12 +156,21 @@ class Scheduler:
         """A rank's requests, oldest first."""
         return [entry for entry in self._entries.values() if entry.worker == worker]
 
-    def add(self, choices: Sequence[Request]) -> None:
+    def longest_wait_s(self, now_s: float) -> float:
+        """The longest time that a request is without its first token, wherever it waits; 0 if all have one."""
+        without = [entry.arrived_s for entry in self._entries.values() if not entry.tokens and not entry.ending]
+        return now_s - min(without, default=now_s)
+
+    def add(self, choices: Sequence[Request], now_s: float = 0.0) -> None:
         """Queue the choices of one prompt, whose ids must be new."""
         for request in choices:
             assert request.id not in self._entries
-            self._entries[request.id] = ScheduledRequest(request, siblings=choices[0].id)
-            self._queue.append(request.id)
+            entry = ScheduledRequest(request, siblings=choices[0].id, number=next(self._numbers), arrived_s=now_s)
+            self._entries[request.id] = entry
+            self._enqueue(entry)
+
+    def _enqueue(self, entry: ScheduledRequest) -> None:
+        insort(self._queue, entry, key=lambda queued: queued.turn)
 
     def assign(self, capacities: Mapping[Hashable, RankCapacity]) -> list[tuple[Hashable, Request]]:
         """Assign queued requests, in order, to ranks with room; returns pairs of rank and request.
@@ -165,14 +186,14 @@ class Scheduler:
                 loads[entry.worker].add(entry)
         assigned = []
         while self._queue:
-            entry = self._entries[self._queue[0]]
+            entry = self._queue[0]
             fitting = [worker for worker, load in loads.items() if load.fits(entry)]
             if not fitting:
                 break
             beside_siblings = [worker for worker in fitting if entry.siblings in loads[worker].siblings]
             entry.worker = min(beside_siblings or fitting, key=lambda worker: loads[worker].needed_tokens)
             loads[entry.worker].add(entry)
-            self._queue.popleft()
+            del self._queue[0]
             assigned.append((entry.worker, entry.rest()))
         return assigned
 
@@ -200,14 +221,14 @@ class Scheduler:
         if entry is None or entry.ending:
             return None
         if entry.worker is None:
-            self._queue.remove(id)
+            self._queue.remove(entry)
             del self._entries[id]
             return None
         entry.ending = True
         return entry.worker
 
     def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
-        """A rank is lost: move its requests to the front of the queue.
+        """A rank is lost: move its requests to the queue.
 
         Args:
             blame: they may be the reason.
@@ -227,7 +248,7 @@ class Scheduler:
             else:
                 entry.worker = None
                 moved.append(entry)
-        self._queue.extendleft(entry.request.id for entry in reversed(moved))
+                self._enqueue(entry)
         return moved, given_up
 
     def clear(self) -> list[ScheduledRequest]:
@@ -239,9 +260,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that the queue and the entries agree."""
-        waiting = [id for id, entry in self._entries.items() if entry.worker is None]
-        assert sorted(waiting) == sorted(self._queue)
-        assert not any(self._entries[id].ending for id in waiting)
+        waiting = [entry for entry in self._entries.values() if entry.worker is None]
+        assert self._queue == sorted(waiting, key=lambda entry: entry.turn)
+        assert not any(entry.ending for entry in waiting)
 
 
 class IdleTracker:

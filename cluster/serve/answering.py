@@ -99,7 +99,8 @@ class Answering:
     async def _parts(self) -> AsyncIterator[bytes]:
         """The stream's events, together as they come together."""
         try:
-            yield b"".join(self._event(chunk) for chunk in self.answer.opening())
+            if opening := self.answer.opening():
+                yield b"".join(map(self._event, opening))
             async for news in self.reader.portions(self.service.config.keepalive_s):
                 if not news:
                     yield KEEP_ALIVE

@@ -30,7 +30,7 @@ class Poll(Protocol):
 class PolledGeneration(Protocol):
     """One choice of a prompt that is being continued."""
 
-    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False) -> Poll: ...
+    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False, whole: bool = False) -> Poll: ...
 
 
 class ClientLeft(Exception):
@@ -65,6 +65,46 @@ class NewsRelay:
             wake()
 
 
+class _Alarms:
+    """Two timers of a reader that cost nothing while news come: the one for silence looks at the clock when it rings.
+
+    Args:
+        keepalive_s: seconds of silence after which ``on_silence`` is called; None = never.
+        ends_s: on the loop's clock, when ``on_end`` is called; None = never.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        keepalive_s: float | None,
+        on_silence: Callable[[], None],
+        ends_s: float | None,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._loop, self._keepalive_s, self._on_silence = loop, keepalive_s, on_silence
+        self._heard_s = loop.time()
+        self._end = None if ends_s is None else loop.call_at(ends_s, on_end)
+        self._silence = None if keepalive_s is None else loop.call_later(keepalive_s, self._look)
+
+    def heard(self, now_s: float) -> None:
+        """There was news."""
+        self._heard_s = now_s
+
+    def _look(self) -> None:
+        assert self._keepalive_s is not None
+        now_s = self._loop.time()
+        if now_s - self._heard_s >= self._keepalive_s:
+            self._heard_s = now_s
+            self._on_silence()
+        self._silence = self._loop.call_at(self._heard_s + self._keepalive_s, self._look)
+
+    def stop(self) -> None:
+        """Ring no more."""
+        for timer in (self._end, self._silence):
+            if timer is not None:
+                timer.cancel()
+
+
 class ChoiceReader:
     """Reads the choices of one API request, in the order of their news.
 
@@ -72,6 +112,7 @@ class ChoiceReader:
         relay: of this loop.
         generations: the choices.
         special_tokens: texts have special tokens, too.
+        whole: nobody reads portions before the end: choices bring their first one, and then the rest as one.
         timeout_s: seconds from now in which all must be done; None = any.
     """
 
@@ -81,6 +122,7 @@ class ChoiceReader:
         generations: Sequence[PolledGeneration],
         *,
         special_tokens: bool = False,
+        whole: bool = False,
         timeout_s: float | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -88,10 +130,13 @@ class ChoiceReader:
         self._timeout_s = timeout_s
         self._news = asyncio.Event()
         self._news.set()  # what came before this reader
+        self._quiet = False
+        """Whether a keep-alive is due."""
         self._end: Exception | None = None
         on_news = partial(relay.tell, self._news.set)
         self._polls: dict[int, Poll] = {
-            number: generation.poll(on_news, special_tokens=special_tokens) for number, generation in enumerate(generations)
+            number: generation.poll(on_news, special_tokens=special_tokens, whole=whole)
+            for number, generation in enumerate(generations)
         }
 
     async def portions(self, keepalive_s: float | None = None) -> AsyncIterator[list[tuple[int, Portion]]]:
@@ -105,13 +150,20 @@ class ChoiceReader:
             ApiError: after ``fail``; or the request took too long, or was cancelled elsewhere.
             ClusterError: the cluster can't go on, or the request failed.
         """
+        alarms = _Alarms(self._loop, keepalive_s, self._keep_alive, self._ends_s, self._time_out)
         try:
             while self._polls:
-                await self._wait(keepalive_s)
+                await self._news.wait()
+                self._news.clear()
                 if self._end is not None:
                     raise self._end
-                yield [(choice, portion) for choice in list(self._polls) for portion in self._take(choice)]
+                found = [(choice, portion) for choice in list(self._polls) for portion in self._take(choice)]
+                if found or self._quiet:
+                    self._quiet = False
+                    alarms.heard(self._loop.time())
+                    yield found
         finally:
+            alarms.stop()
             self.close()
 
     def _take(self, choice: int) -> list[Portion]:
@@ -130,19 +182,12 @@ class ChoiceReader:
             self.fail(error)
         return found
 
-    async def _wait(self, keepalive_s: float | None) -> None:
-        """Wait for news, the end, or until ``keepalive_s`` have passed."""
-        if not self._news.is_set():
-            now_s = self._loop.time()
-            limits = [] if keepalive_s is None else [keepalive_s]
-            if self._ends_s is not None:
-                limits.append(self._ends_s - now_s)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(limits) if limits else None):
-                    await self._news.wait()
-        self._news.clear()
-        if self._ends_s is not None and self._loop.time() >= self._ends_s and self._end is None:
-            self._end = ApiError(504, f"the request took more than {self._timeout_s:g} s", code="timeout")
+    def _keep_alive(self) -> None:
+        self._quiet = True
+        self._news.set()
+
+    def _time_out(self) -> None:
+        self.fail(ApiError(504, f"the request took more than {self._timeout_s:g} s", code="timeout"))
 
     def leave(self) -> None:
         """The client has left."""

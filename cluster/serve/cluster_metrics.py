@@ -89,6 +89,9 @@ class ClusterCollector(Collector):
         queries = engine.prompt_tokens + engine.reused_tokens
         yield self._counter("prefix_cache_queries", queries, "Prompt tokens that were looked up in the cache.")
         yield self._counter("engine_steps", engine.steps, "Forward passes over requests.")
+        longest = "Longest time that a request is without its first token; it grows where lower priorities starve."
+        yield self._gauge("longest_wait_seconds", stats.longest_wait_s, longest)
+        yield self._gauge("ranks_missing", len(stats.missing), "Ranks that should serve, and don't now.")
         memory = GaugeMetricFamily(f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank"])
         for rank in stats.ranks:
             memory.add_metric([self._model, str(rank.rank)], rank.memory_bytes)
@@ -104,6 +107,8 @@ class ClusterCollector(Collector):
         moved.add_metric([self._model, "host"], total.total("host_bytes"))
         moved.add_metric([self._model, "peer"], total.total("peer_bytes"))
         yield moved
+        yield self._counter("rank_steps", total.steps, "Forward passes, each counted once for every rank.")
+        yield self._counter("zero_miss_steps", total.zero_miss_steps, "Those of rank_steps without a miss in any layer.")
         yield self._gauge("expert_slots", total.total("slots"), "Expert slots of all ranks and layers.")
         yield self._gauge("expert_balance", _balance(stats), "Mean load of the ranks over the largest one's; 1 = level.")
         if stats.controller is not None:

@@ -66,7 +66,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
                 for prompt, ids in zip(prompts, tokens, strict=True)
             ]
         answer = completions.CompletionAnswer(body, tokens, echoes, model.texts)
-        reader = await service.start(asked, api_names(body))
+        reader = await service.start(asked, api_names(body), whole=not body.stream)
     head = _head(record, completions.ID_PREFIX, completions.OBJECT)
     answering = Answering(
         service=service,
@@ -127,7 +127,7 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         reads = _reads_template(model, body)
         prompt = str(model.tokenizer.decode(tokens)) if reads else ""
         readers = [_message_reader(model, body, made, prompt) for _ in range(body.choices)]
-        reader = await service.start([(tokens, settings)], api_names(body), special_tokens=reads)
+        reader = await service.start([(tokens, settings)], api_names(body), special_tokens=reads, whole=not body.stream)
     answering = Answering(
         service=service,
         record=record,

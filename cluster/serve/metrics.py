@@ -1,7 +1,8 @@
 """Prometheus metrics of the requests, and the page that has all of the service's.
 
 Names are vLLM's behind our prefix where the meaning is the same, with vLLM's buckets: dashboards need the prefix changed
-alone. What the ranks report is in ``cluster_metrics.py``.
+alone. Three times have OpenTelemetry's names, too, as its "gen_ai" conventions and their exporters to Prometheus spell them.
+What the ranks report is in ``cluster_metrics.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TTFT_S = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)  # fmt: skip
 _PER_TOKEN_S = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)  # fmt: skip
 _REQUEST_S = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # fmt: skip
+_GEN_AI_S = {
+    "request_duration": (.01, .02, .04, .08, .16, .32, .64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+    "time_to_first_token": (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10),
+    "time_per_output_token": (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5),
+}  # fmt: skip
+_OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
 
@@ -53,6 +60,16 @@ class Metrics:
         self._request = histogram("e2e_request_latency_seconds", "From a request to its end.", _REQUEST_S)
         self._prompts = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._texts = histogram("request_generation_tokens", "New tokens of a request.", _TOKENS)
+        self._gen_ai = {
+            name: Histogram(
+                f"gen_ai_server_{name}_seconds",
+                f"OpenTelemetry's gen_ai.server.{name.replace('request_', 'request.')}.",
+                ["gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model"],
+                buckets=buckets,
+                registry=registry,
+            )
+            for name, buckets in _GEN_AI_S.items()
+        }
         self._cluster = ClusterCollector(PREFIX, model, sample)
         registry.register(self._cluster)
 
@@ -69,11 +86,17 @@ class Metrics:
         self._generated.inc(record.new_tokens)
         self._prompts.observe(record.prompt_tokens)
         self._texts.observe(record.new_tokens)
-        self._request.observe(record.ended_s - record.began_s)
-        if record.ttft_s is not None:
-            self._ttft.observe(record.ttft_s)
-        if record.per_token_s is not None:
-            self._per_token.observe(record.per_token_s)
+        self._observe("request_duration", self._request, record, record.ended_s - record.began_s)
+        self._observe("time_to_first_token", self._ttft, record, record.ttft_s)
+        self._observe("time_per_output_token", self._per_token, record, record.per_token_s)
+
+    def _observe(self, name: str, histogram: Histogram, record: RequestRecord, seconds: float | None) -> None:
+        """Enter a time under vLLM's name, and under OpenTelemetry's."""
+        if seconds is None:
+            return
+        histogram.observe(seconds)
+        operation = _OPERATIONS.get(record.route, "other")
+        self._gen_ai[name].labels(operation, "epslots", record.model or self._model).observe(seconds)
 
     def page(self, *, layers: bool = False) -> bytes:
         """All metrics in Prometheus' text format.

@@ -95,6 +95,7 @@ def common_settings(body: CommonRequest, end_tokens: frozenset[int], drawn_seed:
         "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
         "min_tokens": body.min_tokens or 0,
         "ignore_eos": bool(body.ignore_eos),
+        "priority": body.priority or 0,
     }
     if body.prompt_logprobs is not None:
         settings["prompt_logprobs"] = body.prompt_logprobs

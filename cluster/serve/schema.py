@@ -113,8 +113,8 @@ class CommonRequest(_Body):
     """Tokens that end the text beside the model's end tokens."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
     """Keep this many tokens from the end of the prompt; -1 = as many as fit."""
-    priority: Literal[0] | None = 0
-    """Requests are served in the order of arrival: 0 alone is allowed."""
+    priority: Annotated[int, Field(gt=-_INT64, lt=_INT64)] | None = 0
+    """Of the requests that wait, those with the lowest number are served first; equal ones in the order of arrival."""
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Text | None = None

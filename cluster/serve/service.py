@@ -289,6 +289,7 @@ class Service:
         names: Mapping[str, str],
         *,
         special_tokens: bool = False,
+        whole: bool = False,
     ) -> ChoiceReader:
         """Start to continue prompts, all or none.
 
@@ -296,6 +297,7 @@ class Service:
             prompts: their tokens, and the settings of each.
             names: the API's names of settings, for errors.
             special_tokens: texts have special tokens, too.
+            whole: the answer isn't a stream.
 
         Raises:
             ApiError: the cluster refuses one.
@@ -311,7 +313,13 @@ class Service:
         generations = await self.in_thread(submit, names)
         if self._relay is None:
             self._relay = NewsRelay(asyncio.get_running_loop())
-        reader = ChoiceReader(self._relay, generations, special_tokens=special_tokens, timeout_s=self.config.request_timeout_s)
+        reader = ChoiceReader(
+            self._relay,
+            generations,
+            special_tokens=special_tokens,
+            whole=whole,
+            timeout_s=self.config.request_timeout_s,
+        )
         self._readers.add(reader)
         return reader
 

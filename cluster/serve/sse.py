@@ -54,10 +54,13 @@ class EventStream(Response):
         watching = asyncio.create_task(until_left(receive, self._on_left))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            async for part in self._parts:
-                # Waits while the client's socket is full: nothing more is made for it meanwhile.
-                async with asyncio.timeout(self._stalled_s):
+            clock = asyncio.get_running_loop().time
+            async with asyncio.timeout(None) as patience:  # one for all parts: it costs as much as making one
+                async for part in self._parts:
+                    # Waits while the client's socket is full: nothing more is made for it meanwhile.
+                    patience.reschedule(clock() + self._stalled_s)
                     await send({"type": "http.response.body", "body": part, "more_body": True})
+                    patience.reschedule(None)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             self._on_left()

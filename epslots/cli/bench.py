@@ -34,6 +34,11 @@ recovery: Seconds from the SIGKILL of a busy rank to the next token; requests lo
 
 soak: Requests, kills, stops, joins and leaves at random, for minutes; requests lost or different, and leaks.
 
+serve: The service: tokens/s over HTTP against Cluster.generate, time to the first token, SIGKILLs of ranks and of the driver,
+processor time when idle. Takes --parts.
+
+serve-soak: Users over HTTP who ask, leave and read slowly, while ranks are killed, for minutes; requests lost, and leaks.
+
 The recorded figures, and what bounds them: examples/benchmarks/RESULTS.md
 """
 
@@ -44,10 +49,10 @@ def bench(
         Optional[Path], typer.Option("--output", "-o", help="Folder to save the result (JSON) and its plot (PNG) in.")
     ] = None,
     rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed rounds; default: the benchmark's own.")] = None,
-    minutes: Annotated[Optional[float], typer.Option(min=0.0, help="soak: how long; default: 10.")] = None,
+    minutes: Annotated[Optional[float], typer.Option(min=0.0, help="soak, serve-soak: how long; default: 10.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     parts: Annotated[
-        Optional[str], typer.Option(help="batch: names of its parts, with commas between them; default: all.")
+        Optional[str], typer.Option(help="batch, serve: names of their parts, with commas between them; default: all.")
     ] = None,
     device: DeviceOption = None,
 ) -> None:

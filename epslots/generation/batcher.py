@@ -6,6 +6,7 @@ and ``RowBatcher`` derive from it; ``isolation.py`` decides how a failed step is
 
 from __future__ import annotations
 
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ class Batcher(ABC):
         self._model = model
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._entries: dict[str, TrackedRequest] = {}
+        self._numbers = itertools.count()
         self._plain_outputs = PlainOutputs(model)
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
@@ -114,7 +116,7 @@ class Batcher(ABC):
                 of the vocabulary; the grammar is faulty, or none can be compiled; the id is taken.
         """
         self._check(request)
-        entry = self._entries[request.id] = TrackedRequest(request)
+        entry = self._entries[request.id] = TrackedRequest(request, next(self._numbers))
         if request.grammar is None:
             self._queue(entry)
         else:

@@ -2,14 +2,15 @@
 
 transformers' own schedulers may let a request wait for ever while others come: where its prompt finds no room, smaller ones
 pass it; a request that gives up its pages goes behind all that wait; and the one that needs a page gives up its own, the
-oldest too. In ``PageScheduler`` the oldest request always advances, and every request becomes the oldest. The rules are vLLM's
-(``v1/core/sched/scheduler.py``), but for the third, which is SGLang's:
+oldest too. In ``PageScheduler`` requests have turns, by priority and then by arrival. The first one always advances, and every
+request becomes the first one, unless better priorities keep coming. The rules are vLLM's (``v1/core/sched/scheduler.py``), but
+for the third, which is SGLang's:
 
-1. Decoding requests come first, a token each. Then prompts, oldest first, up to the tokens that ``ChunkSize`` allows.
-2. Requests are admitted in the order of their arrival, up to ``max_requests``, when there is room for all admitted prompts and
-   for a further page of each request. None passes another.
+1. Decoding requests come first, a token each. Then admitted prompts, in turn, up to the tokens that ``ChunkSize`` allows.
+2. Requests are admitted in turn, up to ``max_requests``, when there is room for all admitted prompts and for a further page of
+   each request. None passes another.
 3. A request whose prompt begins like one that is being computed is admitted when that is done: it finds the pages then.
-4. A request without room for its next tokens gets the pages of the newest one, which waits again, at its place by age, to be
+4. A request without room for its next tokens gets the pages of the last one in turn, which waits again, at its place, to be
    computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
 5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused give way one by one, and of one
    request the last pages first, because they are of no use without those before.
@@ -94,6 +95,7 @@ class PageScheduler(Scheduler):
         counters: reused tokens and preemptions are counted there.
         wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
             its chunks are small: a step has ``max_requests`` rows of logits, one of them for each other request.
+        priority_of: the priority of the request of an id.
     """
 
     def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
@@ -101,6 +103,7 @@ class PageScheduler(Scheduler):
         self.chunk_size = ChunkSize(cache.max_batch_tokens, None)
         self.counters = EngineCounters()
         self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
+        self.priority_of: Callable[[str], int] = lambda _: 0
         self._entries: dict[str, FutureRequestState] = {}
         """The latest step's."""
 
@@ -144,13 +147,13 @@ class PageScheduler(Scheduler):
         return max(-(-free // 2), free - len(self.waiting_requests))
 
     def _running(self, status: RequestStatus) -> Iterator[RequestState]:
-        """Admitted requests of this status, oldest first; without those that lose their pages meanwhile."""
-        for state in sorted(self.active_requests.values(), key=_age):
+        """Admitted requests of this status, in turn; without those that lose their pages meanwhile."""
+        for state in sorted(self.active_requests.values(), key=self._turn):
             if state.status == status and state.request_id in self.active_requests:
                 yield state
 
     def _prompts(self, batch: _StepBatch) -> Iterator[RequestState]:
-        """Admitted requests whose prompt isn't computed, oldest first; then waiting ones, as they can be admitted."""
+        """Admitted requests whose prompt isn't computed, in turn; then waiting ones, as they can be admitted."""
         yield from self._running(RequestStatus.PREFILLING)
         while self.waiting_requests_order and len(batch.entries) == len(self.active_requests):  # all of them go on
             state = self.waiting_requests[self.waiting_requests_order[0]]
@@ -234,15 +237,15 @@ class PageScheduler(Scheduler):
         return {n: a.needs_new_blocks(state.request_id, state.current_len(), tokens) for n, a in allocators.items()}
 
     def _allocate(self, state: RequestState, tokens: int, batch: _StepBatch) -> bool:
-        """Allocate pages for a request's next tokens, if need be those of newer requests; False if it is the newest."""
+        """Allocate pages for a request's next tokens, if need be those of later ones in turn; False if it is the last one."""
         while not self.cache.can_store_request_tokens(state, tokens):
             if self._evict([self._blocks(state, tokens)]):
                 continue
-            newest = max(self.active_requests.values(), key=_age)
-            if newest is state:
+            last = max(self.active_requests.values(), key=self._turn)
+            if last is state:
                 return False
-            self._preempt(newest)
-            batch.remove(newest.request_id)
+            self._preempt(last)
+            batch.remove(last.request_id)
         return True
 
     def _evict(self, needed: list[dict[str, int]]) -> bool:
@@ -283,14 +286,16 @@ class PageScheduler(Scheduler):
         super().finish_request(request_id)
 
     def add_waiting_request(self, state: RequestState) -> None:
-        """Queue a request, at its place by age."""
+        """Queue a request, at its place in turn."""
         super().add_waiting_request(state)
         order: deque[str] = vars(self)["waiting_requests_order"]
-        self.waiting_requests_order = deque(sorted(order, key=int))
+        self.waiting_requests_order = deque(sorted(order, key=self._turn_of))
 
+    def _turn_of(self, request_id: str) -> tuple[int, int]:
+        return self.priority_of(request_id), int(request_id)
 
-def _age(state: RequestState) -> int:
-    return int(state.request_id)
+    def _turn(self, state: RequestState) -> tuple[int, int]:
+        return self._turn_of(state.request_id)
 
 
 SCHEDULER_MAPPING[SCHEDULER] = PageScheduler

@@ -82,12 +82,13 @@ class PagedBatcher(Batcher):
         self._chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         scheduler.counters = self._counters
         scheduler.wants_prompt_logits = self._wants_prompt_logits
+        scheduler.priority_of = self._priority_of
         self._clock = clock
         # Of the step under way; None when it has failed: its time tells nothing.
         self._began_s: float | None = None
         # By transformers' id of a request, a number, so that our ids can be used again: the request, and its tokens when it
         # was queued there.
-        self._numbers = itertools.count()
+        self._ids = itertools.count()
         self._running: dict[str, tuple[TrackedRequest, int]] = {}
         # Of the batch under way; None between batches.
         self._isolation: Isolation[FutureRequestState] | None = None
@@ -100,7 +101,7 @@ class PagedBatcher(Batcher):
     def _queue(self, entry: TrackedRequest) -> None:
         """Queue a request in transformers, to continue after its tokens so far."""
         rest = entry.request.after(entry.tokens)
-        number = str(next(self._numbers))
+        number = str(next(self._ids))
         self._running[number] = (entry, len(entry.tokens))
         self._manager.add_request(
             list(rest.prompt),
@@ -125,6 +126,9 @@ class PagedBatcher(Batcher):
     def _wants_prompt_logits(self, number: str) -> bool:
         entry = self._running[number][0] if number in self._running else None
         return entry is not None and bool(entry.prompt_rows(0, entry.prompt_length))
+
+    def _priority_of(self, number: str) -> int:
+        return self._running[number][0].request.priority if number in self._running else 0  # it has been cancelled
 
     def prepare(self) -> bool:
         self._queue_prepared()

@@ -94,6 +94,7 @@ class RequestChecker:
             grammar=settings.text_grammar,
             logprobs=settings.logprobs,
             prompt_logprobs=settings.prompt_logprobs,
+            priority=settings.priority,
         )
         return [first, *(self._choice(first, choice) for choice in range(1, settings.n))]
 

@@ -67,6 +67,8 @@ class Request:
     """The same for the tokens of the prompt, but for the first."""
     prompt_logprobs_delivered: int = 0
     """Those of the prompt that were delivered before it was moved: the first of the following ones come next."""
+    priority: int = 0
+    """Of the requests that wait, those with the lowest number are served first; equal ones in the order of arrival."""
 
     def __post_init__(self) -> None:
         for name, kind in (("prompt", tuple), ("stop_tokens", frozenset)):
@@ -81,6 +83,8 @@ class Request:
             raise ConfigError(f"request {self.id!r}: resumed={self.resumed}; allowed: 0 to all of the prompt but a token")
         if not 0 <= (given := self.prompt_logprobs_delivered) <= len(self.prompt):
             raise ConfigError(f"request {self.id!r}: prompt_logprobs_delivered={given}; allowed: 0 to the prompt's length")
+        if type(self.priority) is not int:
+            raise ConfigError(f"request {self.id!r}: priority={self.priority!r}; allowed: an int")
         for name in ("logprobs", "prompt_logprobs"):
             given = getattr(self, name)
             if given is not None and (type(given) is not int or not 0 <= given <= MOST_LOGPROBS):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -60,6 +61,10 @@ class _RunningRow:
     """A length at which another request is to continue from this row."""
 
     @property
+    def turn(self) -> tuple[int, int]:
+        return self.entry.turn
+
+    @property
     def left(self) -> int:
         return self.entry.length - self.row.length
 
@@ -67,9 +72,9 @@ class _RunningRow:
 class RowBatcher(Batcher):
     """Many requests in one forward pass, each a row of the model's own cache.
 
-    Requests wait, in their order, while rows or tokens are short. When the running ones outgrow the cache, the newest row is
-    given up, and computed again from its tokens when there is room. Rows of finished requests stay until their room is needed,
-    for prompts that begin alike.
+    Requests wait, in the order of priority and arrival, while rows or tokens are short. When the running ones outgrow the
+    cache, the last of them in that order is given up, and computed again from its tokens when there is room. Rows of finished
+    requests stay until their room is needed, for prompts that begin alike.
     """
 
     def __init__(self, model: PreTrainedModel, *, clock: Callable[[], float] = time.perf_counter, **settings: Any) -> None:
@@ -97,9 +102,9 @@ class RowBatcher(Batcher):
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
         self._chunk = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
-        self._waiting: deque[TrackedRequest] = deque()
+        self._waiting: list[TrackedRequest] = []
         self._running: list[_RunningRow] = []
-        """Oldest first."""
+        """Both are in the order of turns."""
         self._isolation: Isolation[_RunningRow] | None = None
         """Of the pass under way; None between passes."""
         self._pass: RowPass | None = None
@@ -128,7 +133,7 @@ class RowBatcher(Batcher):
             ) from error
 
     def _queue(self, entry: TrackedRequest) -> None:
-        self._waiting.append(entry)
+        insort(self._waiting, entry, key=_turn)
 
     def _withdraw(self, entry: TrackedRequest) -> None:
         if entry in self._waiting:
@@ -176,9 +181,9 @@ class RowBatcher(Batcher):
 
     def _admit(self) -> None:
         """Give rows to waiting requests, in order, as far as rows and tokens suffice."""
-        held: deque[TrackedRequest] = deque()
+        held: list[TrackedRequest] = []
         while self._waiting and len(self._running) < self._config.max_requests:
-            entry = self._waiting.popleft()
+            entry = self._waiting.pop(0)
             source, shared = self._shared_beginning(entry)
             if source is not None and source.row.length < shared:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
@@ -190,15 +195,16 @@ class RowBatcher(Batcher):
             # Every running row needs room for a token, or none of them could go on.
             needed = self._uncomputed() + entry.length - shared + len(self._running) + 1
             if not self._make_room(needed, rows=1) and self._running:
-                self._waiting.appendleft(entry)
+                held.append(entry)
                 break
             if source is not None and source not in self._kept and source not in self._running:
-                self._waiting.appendleft(entry)  # the source had to be given up
+                self._queue(entry)  # the source had to be given up
                 continue
             row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
             self._counters.reused_tokens += shared
-            self._running.append(_RunningRow(entry, row))
-        self._waiting.extendleft(reversed(held))
+            insort(self._running, _RunningRow(entry, row), key=_turn)
+        for entry in held:
+            self._queue(entry)
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""
@@ -227,7 +233,7 @@ class RowBatcher(Batcher):
         return best
 
     def _plan(self) -> RowPass | None:
-        """The next pass, with room for its tokens: where the cache is full, the newest rows are given up."""
+        """The next pass, with room for its tokens: where the cache is full, the last rows are given up."""
         while self._running:
             states = [self._state(running) for running in self._running]
             room = self._chunk.prompt_tokens(sum(map(decodes, states)))
@@ -235,7 +241,7 @@ class RowBatcher(Batcher):
             assert planned is not None, "every running row has a token left to compute"
             if self._make_room(len(planned.rows) * planned.width, rows=0):
                 return planned
-            self._preempt(self._running[-1])  # the oldest alone always fits
+            self._preempt(self._running[-1])  # the first alone always fits
         return None
 
     def _state(self, running: _RunningRow) -> RowState:
@@ -251,10 +257,10 @@ class RowBatcher(Batcher):
         return RowState(known=entry.length, computed=running.row.length, first=first, most=most, stop=running.stop)
 
     def _preempt(self, running: _RunningRow) -> None:
-        """Give up a row; its request waits again, before all others."""
+        """Give up a row; its request waits again."""
         self._running.remove(running)
         self._cache.close(running.row)
-        self._waiting.appendleft(running.entry)
+        self._queue(running.entry)
         self._counters.preempted += 1
 
     # The forward pass.
@@ -369,6 +375,10 @@ class RowBatcher(Batcher):
         self._kept.clear()
         self._isolation = self._pass = None
         del self._cache
+
+
+def _turn(waiting: TrackedRequest | _RunningRow) -> tuple[int, int]:
+    return waiting.turn
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -65,8 +65,8 @@ def next_pass(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, tog
     """The next forward pass; None without rows.
 
     Args:
-        rows: oldest first; each has a token left to compute.
-        room: new tokens of a pass over prompts, at most. The oldest prompt is computed even if ``first`` exceeds it.
+        rows: those first that are served first; each has a token left to compute.
+        room: new tokens of a pass over prompts, at most. The first prompt is computed even if ``first`` exceeds it.
         prompt_was_last: the pass before was one over prompts.
         together: several rows may share a pass.
     """

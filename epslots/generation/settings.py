@@ -22,7 +22,7 @@ from epslots.generation.text import stop_strings
 MOST_CHOICES = 128
 MOST_STOP_TOKENS = 1024
 _ALL_TOKENS = 2**31  # more than any vocabulary has, and still a number that messages carry
-_MOST_NEW_TOKENS = 2**63 - 1
+_MOST_INT = 2**63 - 1  # that messages carry
 _GRAMMARS: dict[str, GrammarKind] = {"json_schema": "json_schema", "regex": "regex", "grammar": "lark"}
 """Settings that hold the text to a grammar, with its notation."""
 
@@ -42,6 +42,9 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             configuration, and the tokenizer's.
         ignore_eos: end tokens don't end the text; ``stop``, ``stop_tokens`` and ``max_new_tokens`` still do.
         ignore_tokenizer_eos: the tokenizer's end token doesn't end the text, as in transformers' ``generate``.
+        priority: of the requests that wait, those with the lowest number are served first, equal ones in the order of arrival.
+            A running request isn't stopped for another one; but where the cache is full, the highest number gives up its place
+            first. A request waits for as long as there are lower numbers.
         chat: wrap text in the checkpoint's chat template; None, the command line's default, = if it has one.
         temperature: 0 takes the likeliest token; a higher value samples more evenly.
         top_k: sample from this many likeliest tokens; 0 = all.
@@ -66,6 +69,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     stop_tokens: tuple[int, ...] | None = None
     ignore_eos: bool = False
     ignore_tokenizer_eos: bool = False
+    priority: int = 0
     chat: bool | None = False
     temperature: float = 0.0
     top_k: int = 0
@@ -165,7 +169,9 @@ def with_own_settings(prompt: Prompt, settings: GenerationSettings) -> tuple[str
 
 
 def _check(settings: GenerationSettings) -> None:
-    _check_int("max_new_tokens", settings.max_new_tokens, 1, _MOST_NEW_TOKENS, "2**63 - 1")
+    _check_int("max_new_tokens", settings.max_new_tokens, 1, _MOST_INT, "2**63 - 1")
+    if not -_MOST_INT <= settings.priority <= _MOST_INT:
+        raise ConfigError(f"priority={shown(settings.priority)}; allowed: -(2**63 - 1) to 2**63 - 1")
     _check_int("n", settings.n, 1, MOST_CHOICES)
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(settings, name) is not None:

@@ -229,7 +229,10 @@ class TextStream:
 
     def push(self, tokens: Iterable[int]) -> str:
         """Add the next tokens; returns the text that has become certain."""
-        return "".join([self._push(token) for token in tokens])
+        new = list(tokens)
+        if not self._stops and len(new) > 1 and (text := self._push_together(new)) is not None:
+            return text
+        return "".join([self._push(token) for token in new])
 
     def finish(self) -> str:
         """The text that was held back; no token follows."""
@@ -237,13 +240,32 @@ class TextStream:
         self._held, self._context = "", self._decode(self._window)
         return rest
 
+    def _push_together(self, tokens: list[int]) -> str | None:
+        """Add tokens at the price of one, where no stop string is looked for; None if some of their text isn't certain."""
+        names = self._tokenizer.convert_ids_to_tokens(tokens)
+        said = [(token, name) for token, name in zip(tokens, names, strict=True) if self._is_said(token, name)]
+        if not said or _BYTE.fullmatch(said[-1][1]):
+            return None
+        window = self._window + [token for token, _ in said]
+        text = self._decode(window)[len(self._context) :]
+        if not text or text.endswith(_UNFINISHED):
+            return None
+        self.tokens += len(tokens)
+        self._window = window[self._read :]
+        self._read, self._context = len(self._window), self._decode(self._window)
+        return text
+
+    def _is_said(self, token: int, name: str | None) -> bool:
+        """Whether a token has text: it is neither padding of the vocabulary nor a special token."""
+        return name is not None and not (token in self._special and not self._decode([token]))
+
     def _push(self, token: int) -> str:
         if self.stopped:
             return ""
         self.tokens += 1
         name = self._tokenizer.convert_ids_to_tokens(token)
-        if name is None or (token in self._special and not self._decode([token])):
-            return ""  # padding of the vocabulary, or a special token
+        if not self._is_said(token, name):
+            return ""
         self._window.append(token)
         waiting = self._waiting()
         # A stop string may lie in uncertain text: nothing follows then.

@@ -61,6 +61,8 @@ class TrackedRequest:
     """A request and its results."""
 
     request: Request
+    number: int = 0
+    """In the order of arrival."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of each of ``tokens``, if the request asked for them."""
@@ -78,6 +80,11 @@ class TrackedRequest:
         self._counts: TokenCounts | None = None
         self._counted = 0
         """The first of ``tokens`` that ``_counts`` lacks."""
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Its place among all requests: the lowest is served first, and the highest gives up its place in the cache first."""
+        return self.request.priority, self.number
 
     @property
     def waits_for_grammar(self) -> bool:

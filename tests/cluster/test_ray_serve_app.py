@@ -17,8 +17,8 @@ from epslots.errors import ConfigError
 from epslots.example import example_model
 
 CODE = """
-import json, socket, sys, urllib.error, urllib.request
-import ray
+import json, os, signal, socket, sys, threading, urllib.error, urllib.request
+import psutil, ray
 from ray import serve
 from cluster.serve.ray_app import build
 
@@ -40,6 +40,21 @@ def ask(path, body=None):
 prompt = {"prompt": "import os", "max_tokens": 8, "temperature": 0}
 texts = "/v1/completions"
 found = [ask("/ready"), ask(texts, prompt), ask(texts, prompt | {"stream": True}), ask(texts, {})]
+
+def pids(name):
+    return sorted(p.pid for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline()))
+
+def ask_again():
+    while True:
+        try:
+            return ask(texts, prompt)
+        except OSError:  # nobody listens, or not for long
+            threading.Event().wait(0.05)
+
+replica, ranks = pids("EpslotsService"), pids("WorkerActor")
+(proxy,) = pids("ProxyActor")
+os.kill(proxy, signal.SIGKILL)
+found += [ask_again(), [pids("EpslotsService") == replica, pids("WorkerActor") == ranks, len(replica), len(ranks)]]
 serve.shutdown()
 ray.shutdown()
 print("FOUND" + json.dumps(found))
@@ -57,7 +72,7 @@ def test_a_replica_answers_as_the_command_does(tmp_path: Path):
     )
     marked = re.search(r"^FOUND(.*)$", done.stdout, re.MULTILINE)
     assert marked, done.stderr[-3000:]
-    ready, whole, stream, refused = json.loads(marked[1])
+    ready, whole, stream, refused, after_the_proxy, same = json.loads(marked[1])
     assert ready == [200, '{"status":"ready","ranks":1}']
     body: Any = json.loads(whole[1])
     assert (whole[0], body["model"], body["usage"]["completion_tokens"]) == (200, "m", 8)
@@ -65,6 +80,9 @@ def test_a_replica_answers_as_the_command_does(tmp_path: Path):
     events = [json.loads(part.removeprefix("data: ")) for part in parts]
     assert "".join(event["choices"][0]["text"] for event in events) == body["choices"][0]["text"]
     assert stream[1].endswith("data: [DONE]\n\n")
+    assert after_the_proxy[0] == 200, "Serve has started another proxy"
+    assert json.loads(after_the_proxy[1])["choices"] == body["choices"]
+    assert same == [True, True, 1, 1], "replica and ranks are the same processes"
     assert (refused[0], json.loads(refused[1])["error"]["param"]) == (400, "prompt")
 
 

@@ -14,8 +14,8 @@ from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracke
 from epslots.generation.requests import Output, Request, TokenLogprobs
 
 
-def request(id: str, prompt: int = 3, new: int = 5) -> Request:
-    return Request(id, tuple(range(prompt)), new)
+def request(id: str, prompt: int = 3, new: int = 5, priority: int = 0) -> Request:
+    return Request(id, tuple(range(prompt)), new, priority=priority)
 
 
 def assigned(scheduler: Scheduler, **capacities: RankCapacity) -> list[tuple[object, str]]:
@@ -72,6 +72,32 @@ def test_choices_of_a_prompt_go_to_one_rank_while_it_has_room():
     scheduler.add([request("b2", 10, 5)])  # of another prompt: it goes where there is room
     assert scheduler.count("y", Output("a0", (), True, "stop")) is not None
     assert assigned(scheduler, x=RankCapacity(60, max_requests=16), y=RankCapacity(30, max_requests=16)) == [("y", "b2")]
+
+
+def test_the_lowest_priority_is_served_first():
+    """Equal ones in the order of arrival; a running one isn't stopped, and one of a lost rank has its place by both."""
+    scheduler, one = Scheduler(), RankCapacity(1000, max_requests=1)
+    for id, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 0)):
+        scheduler.add([request(id, priority=priority)])
+    assert assigned(scheduler, x=one) == [("x", "c"), ("x", "a")]
+    scheduler.add([request("e", priority=-2)])
+    assert assigned(scheduler, x=one) == []
+    scheduler.release("x", blame=False)
+    assert assigned(scheduler, y=WIDE) == [("y", id) for id in "ecadb"]
+
+
+def test_a_long_wait_is_seen():
+    """Until the first token, on a rank or in the queue: that lower priorities starve is no secret."""
+    scheduler = Scheduler()
+    assert scheduler.longest_wait_s(5.0) == 0
+    for now_s, id in enumerate("abc", start=10):
+        scheduler.add([request(id)], now_s)
+    scheduler.assign({"x": RankCapacity(1000, max_requests=1)})
+    assert scheduler.longest_wait_s(20.0) == 10
+    scheduler.count("x", Output("a", (1,)))
+    assert scheduler.longest_wait_s(20.0) == 9
+    scheduler.end("b")
+    assert scheduler.longest_wait_s(20.0) == 8
 
 
 LOGPROBS = tuple(TokenLogprobs(token, -float(token)) for token in range(1, 30))
@@ -168,10 +194,16 @@ class Books(RuleBasedStateMachine):
         self.logprobs: dict[str, int] = {}
         """Log-probabilities of its prompt that the user has."""
 
-    @rule(prompt=st.integers(1, 30), new=st.integers(1, 8), choices=st.integers(1, 3), logprobs=st.booleans())
-    def add(self, prompt: int, new: int, choices: int, logprobs: bool) -> None:
+    @rule(
+        prompt=st.integers(1, 30),
+        new=st.integers(1, 8),
+        choices=st.integers(1, 3),
+        logprobs=st.booleans(),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, prompt: int, new: int, choices: int, logprobs: bool, priority: int) -> None:
         self.numbers += 1
-        added = [request(f"{self.numbers}.{choice}", prompt, new) for choice in range(choices)]
+        added = [request(f"{self.numbers}.{choice}", prompt, new, priority) for choice in range(choices)]
         if logprobs:
             added[0] = replace(added[0], prompt_logprobs=0)
         self.scheduler.add(added)
@@ -181,6 +213,7 @@ class Books(RuleBasedStateMachine):
 
     @rule()
     def assign(self) -> None:
+        last: Request | None = None
         for worker, given in self.scheduler.assign(dict(self.workers)):
             assert isinstance(worker, str)
             assert given.id in self.waiting
@@ -190,6 +223,7 @@ class Books(RuleBasedStateMachine):
             assert given.prompt_logprobs == (None if tokens else asked.prompt_logprobs)
             assert given.prompt_logprobs_delivered == (0 if tokens else self.logprobs[given.id])
             self.has[worker][given.id] = given
+            last = given if last is None or given.priority >= last.priority else pytest.fail("a worse priority came first")
         assert not self.scheduler.queued or all(self.has[worker] for worker in self.workers), "an idle rank takes the next"
 
     @precondition(lambda self: any(self.has.values()))

@@ -153,7 +153,7 @@ def test_the_commands_and_their_options():
         "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
         "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
         "--ranks", "--address", "--strategy", "--placement",
-        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
+        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms", "--priority",
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
     }  # fmt: skip
     assert found["serve"] == common | {

@@ -78,15 +78,22 @@ class Watched:
         assert sum(entry.query_length for entry in batch) <= self.batcher._processor.cache.max_batch_tokens
         assert len(active) <= self.batcher.max_requests
         assert set(numbers) <= set(active)
-        assert min(numbers) == min(active + waiting), "the oldest advances"
-        assert not waiting or max(active) < min(waiting), "none has passed another"
-        assert waiting == sorted(waiting) == sorted(map(int, scheduler.waiting_requests))
+        alike = len({self._turn(number)[0] for number in active + waiting}) == 1
+        assert min(numbers, key=self._turn) == min(active, key=self._turn), "the first one advances"
+        assert not alike or not waiting or max(active) < min(waiting), "none has passed another"
+        assert waiting == sorted(waiting, key=self._turn)
+        assert sorted(waiting) == sorted(map(int, scheduler.waiting_requests))
         prompts = [int(e.state.request_id) for e in batch if e.state.position_offset <= len(e.state.initial_tokens)]
-        assert numbers == sorted(set(numbers) - set(prompts)) + sorted(prompts), "decoding first, then the oldest"
+        decoding = sorted(set(numbers) - set(prompts), key=self._turn)
+        assert numbers[: len(decoding)] == decoding, "decoding first"
+        assert not alike or numbers[len(decoding) :] == sorted(prompts), "then the oldest"
         self._check_pages()
         self.steps.append(
             [(running[str(n)][0].request.id, e.query_length) for n, e in zip(numbers, batch, strict=True) if str(n) in running]
         )
+
+    def _turn(self, number: int) -> tuple[int, int]:
+        return self.scheduler.priority_of(str(number)), number
 
     def _check_pages(self) -> None:
         """Each page is free, unused, or of running requests, as often as it is referred to."""
@@ -121,9 +128,9 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, Request, i
         new = draw(st.integers(1, sizes["kv_tokens"] - len(prompt) + 1))
         at = draw(st.integers(0, 60))
         ends = draw(st.none() | st.integers(at, at + 60))
-        found.append(
-            (at, Request(str(number), prompt, new, prompt_logprobs=draw(st.sampled_from([None, None, None, 0]))), ends)
-        )
+        scored = draw(st.sampled_from([None, None, None, 0]))
+        priority = draw(st.sampled_from([0, 0, 0, -1, 2]))
+        found.append((at, Request(str(number), prompt, new, prompt_logprobs=scored, priority=priority), ends))
     return sizes, sorted(found, key=lambda each: each[0])
 
 

@@ -13,6 +13,7 @@ from cluster.errors import RequestFailed
 from cluster.serve.bridge import ChoiceReader, ClientLeft, NewsRelay
 from cluster.serve.errors import ApiError
 from epslots.generation.portions import Portion
+from tests.support.scripted_cluster import ScriptedCluster
 
 
 class FakePoll:
@@ -23,7 +24,7 @@ class FakePoll:
         self.closed = 0
         self.on_news: Callable[[], None] = lambda: None
 
-    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False) -> FakePoll:
+    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False, whole: bool = False) -> FakePoll:
         self.on_news = on_news
         return self
 
@@ -153,6 +154,34 @@ def test_quiet_times_are_told():
         assert quiet >= 3
 
     asyncio.run(main())
+
+
+def test_news_without_a_portion_is_no_quiet_time():
+    """It would become a comment in the stream, and a write to the socket, for nothing."""
+
+    async def main() -> None:
+        choice = FakePoll()
+        reader = ChoiceReader(NewsRelay(asyncio.get_running_loop()), [choice])
+        asyncio.get_running_loop().call_later(0.001, choice.on_news)
+        asyncio.get_running_loop().call_later(0.002, choice.put, portion("a", "stop"))
+        assert [len(news) async for news in reader.portions(3600)] == [1]
+
+    asyncio.run(main())
+
+
+def test_a_reader_of_the_whole_is_woken_twice():
+    """For the first token, whose time is noted, and for the end."""
+    with ScriptedCluster(held=True) as cluster:
+        (generation,) = cluster.submit_choices([5], max_new_tokens=8)
+        woken: list[int] = []
+        poll = generation.poll(lambda: woken.append(1), whole=True)
+        cluster.wait_for(lambda: len(cluster.requests) == 1)
+        for _ in range(4):
+            cluster.go_on(1)
+        assert len(woken) == 1
+        cluster.go_on()
+        assert len(woken) == 2
+        assert [each.reason for each in poll if each is not None][-1] == "length"
 
 
 def test_a_reader_has_its_time():

@@ -160,6 +160,12 @@ def test_ignore_eos_leaves_the_other_ends(client: Client, cluster: ScriptedClust
     assert [request.stop_tokens for request in cluster.requests] == [frozenset(), {9}]
 
 
+def test_a_priority_is_passed_on(client: Client, cluster: ScriptedCluster):
+    client.post(COMPLETIONS, {"prompt": "a", "priority": -7, "n": 2})
+    client.post(COMPLETIONS, {"prompt": "a"})
+    assert [request.priority for request in cluster.requests] == [-7, -7, 0]
+
+
 def test_log_probabilities_of_new_tokens(client: Client):
     whole, events = both_ways(client, {"prompt": "a", "max_tokens": 3, "logprobs": 2})
     found = whole["choices"][0]["logprobs"]

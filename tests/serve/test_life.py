@@ -158,7 +158,9 @@ def test_tokens_stream_as_they_come():
     ):
         cluster.wait_for(lambda: len(cluster.requests) == 1)
         cluster.go_on(2)
-        assert b'"text":"one' in read_until(stream, b'"text":"one')
+        beginning = read_until(stream, b'"text":"one')
+        assert b'"text":"one' in beginning
+        assert b"keep-alive" not in beginning
         cluster.go_on()
         read_until(stream, b"data: [DONE]\n\n")
 

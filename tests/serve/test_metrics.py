@@ -47,6 +47,11 @@ def test_requests_are_counted():
     assert found["epslots:time_to_first_token_seconds_count"] == 3
     assert found["epslots:request_time_per_output_token_seconds_count"] == 3
     assert found["epslots:e2e_request_latency_seconds_count"] == 3
+    of = " gen_ai_operation_name=text_completion gen_ai_provider_name=epslots gen_ai_request_model=scripted"
+    for name in ("request_duration", "time_to_first_token", "time_per_output_token"):
+        assert found[f"gen_ai_server_{name}_seconds_count{of}"] == 3
+    vllms, otels = "epslots:e2e_request_latency_seconds_sum", f"gen_ai_server_request_duration_seconds_sum{of}"
+    assert found[vllms] == found[otels] > 0
     assert found["epslots:http_requests_total path=/v1/completions status=200"] == 3
     assert found["epslots:http_requests_total path=/v1/completions status=400"] == 1
     assert found["epslots:http_requests_total path=other status=404"] == 1
@@ -62,6 +67,8 @@ def test_the_clusters_numbers_are_there():
     assert (found["epslots:kv_cache_usage_perc"], found["epslots:num_preemptions_total"]) == (0.25, 1)
     assert (found["epslots:prefix_cache_hits_total"], found["epslots:prefix_cache_queries_total"]) == (10, 40)
     assert found["epslots:expert_bytes_total source=host"] == 0
+    assert (found["epslots:rank_steps_total"], found["epslots:zero_miss_steps_total"]) == (8, 6)
+    assert (found["epslots:longest_wait_seconds"], found["epslots:ranks_missing"]) == (2.5, 1)
 
 
 def test_ranks_are_asked_once_a_second_at_most():
@@ -174,7 +181,7 @@ def test_a_path_of_any_length_makes_a_short_line():
 def test_names_are_legal():
     with ScriptedCluster() as cluster, serving(cluster) as client:
         for name in samples(client):
-            assert re.fullmatch(r"epslots:[a-z0-9_]+( .*)?", name), name
+            assert re.fullmatch(r"(epslots:|gen_ai_server_)[a-z0-9_]+( .*)?", name), name
 
 
 def test_the_dashboard_shows_what_there_is():

@@ -23,13 +23,19 @@ PROMPTS = ["def read(path):\n", "import os\n", "class Point:\n    def __init__(s
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Cluster]]:
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory, backend: FakeBackend) -> Iterator[tuple[Client, Cluster]]:
     stores: Path = tmp_path_factory.mktemp("stores")
     with (
         Cluster(
             example_model(),
             ranks=2,
-            backend=FakeBackend(),
+            backend=backend,
+            window_steps=4,
             cache_dir=stores,
             progress=False,
             slots=4,
@@ -58,6 +64,20 @@ def test_texts_are_those_of_python(there: tuple[Client, Cluster]):
     with ThreadPoolExecutor(8) as pool:
         for number, text in enumerate(pool.map(ask, range(8))):
             assert text == right[number % 4]
+
+
+def test_requests_go_on_when_controllers_are_lost(there: tuple[Client, Cluster], backend: FakeBackend):
+    """Several, one after the other, while texts are streamed."""
+    client, cluster = there
+    before = cluster.stats().controller
+    assert before is not None
+    for order in (1, 3):
+        backend.controller_at(order, "crash")
+    test_texts_are_those_of_python(there)
+    assert client.get("/ready").status == 200
+    after = cluster.stats().controller
+    assert after is not None
+    assert after.started > before.started
 
 
 def test_a_seed_makes_the_same_texts_again(there: tuple[Client, Cluster]):
@@ -119,6 +139,9 @@ def test_the_ranks_numbers_are_metrics(there: tuple[Client, Cluster]):
     line = next(line for line in page.splitlines() if line.startswith("epslots:expert_hits_total{"))
     assert 0 < float(line.split()[-1]) <= stats.total.hits
     assert 'epslots:ranks{model_name="scripted"} 2.0' in page
+    shown = {line.split("{")[0]: float(line.split()[-1]) for line in page.splitlines() if line.startswith("epslots:")}
+    assert 0 < shown["epslots:rank_steps_total"] <= stats.total.steps
+    assert 0 <= shown["epslots:zero_miss_steps_total"] <= stats.total.zero_miss_steps
 
 
 def test_extreme_settings_are_served(there: tuple[Client, Cluster]):

@@ -191,7 +191,16 @@ class ScriptedCluster:
             kv_used=25,
             kv_tokens=100,
         )
-        return ClusterStats(epoch=3, queued=0, ranks=(), total=Stats(()), engine=engine, controller=None)
+        return ClusterStats(
+            epoch=3,
+            queued=0,
+            ranks=(),
+            total=Stats((), steps=8, zero_miss_steps=6),
+            engine=engine,
+            controller=None,
+            missing=("rank 2 is being replaced",),
+            longest_wait_s=2.5,
+        )
 
     def break_down(self, reason: str) -> None:
         """The cluster can't go on."""

@@ -1,0 +1,148 @@
+"""Restarts of Ray's GCS under HTTP load, with Ray's own fault tolerance: the store of its head on this machine's disk.
+
+Ray calls this store (RocksDB in the head's process) alpha; Redis, which it supports fully, needs a server of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import psutil
+
+from cluster.bench.common import RANKS, open_cluster, pids, prompts
+from cluster.bench.http_load import HttpLoad, Reached, WaveAnswers, wave_of
+from cluster.bench.serve_here import bodies_of, serving_here
+from epslots.bench.report import BenchReport
+
+_REQUESTS, _NEW_TOKENS = 16, 200
+_PARTS_BEFORE = 5
+_DOWN_S = (0.5, 8.0)
+_ENDS_WITHIN_S = 10.0
+
+
+def measure_gcs_restarts(report: BenchReport, cache_dir: Path) -> None:
+    """The GCS is killed amid streams, stays away for a moment or for seconds, and comes back; then a rank is killed.
+
+    In a process of its own, because a process has one Ray token for its life.
+
+    Raises:
+        AssertionError: a request was lost, or has another text.
+    """
+    folder = tempfile.mkdtemp(prefix="gcs-")  # short: the paths of sockets are limited
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_gcs_storage": "rocksdb",
+        "RAY_gcs_storage_path": f"{folder}/gcs",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "120",  # so long may it be away
+    }
+    try:
+        command = [sys.executable, "-m", "cluster.bench.serve_gcs", folder, str(cache_dir)]
+        done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    rows = msgspec.json.decode(done.stdout.splitlines()[-1])
+    report.table(f"the GCS restarts amid {_REQUESTS} streams of {_NEW_TOKENS} tokens", rows)
+    assert not any(row["lost"] or row["different"] for row in rows), f"requests were lost or different: {rows}"
+
+
+def _measure(folder: str, cache_dir: Path) -> list[dict[str, Any]]:
+    """The rows of the table."""
+    with (
+        _Head(folder) as head,
+        open_cluster(cache_dir, address=head.address) as cluster,
+        serving_here(cluster) as (url, _),
+        HttpLoad(url) as load,
+    ):
+        bodies = bodies_of(prompts(_REQUESTS), _NEW_TOKENS, stream=True)
+        right = [answer.text for answer in load.ask(bodies).answers]
+        rows = []
+        for down_s in (*_DOWN_S, None):
+            load.tell(wave_of(bodies, tell_at=_PARTS_BEFORE))
+            assert isinstance(load.hear(), Reached)
+            if down_s is None:
+                os.kill(pids(cluster)[0], signal.SIGKILL)
+            else:
+                head.restart_gcs(down_s)
+            rows.append(_row("a rank is killed afterwards" if down_s is None else f"GCS away for {down_s:g} s", load, right))
+        began_s = time.monotonic()
+        cluster.scale(RANKS)
+        rows[-1]["until a new rank has joined, s"] = time.monotonic() - began_s
+    return rows
+
+
+def _row(name: str, load: HttpLoad, right: list[str]) -> dict[str, Any]:
+    found = load.hear()
+    assert isinstance(found, WaveAnswers)
+    return {
+        "": name,
+        "lost": sum(not answer.whole for answer in found.answers),
+        "different": sum(answer.text != text for answer, text in zip(found.answers, right, strict=True)),
+        "longest gap in any stream, s": max(answer.longest_gap_s for answer in found.answers),
+        "until a new rank has joined, s": "",
+    }
+
+
+class _Head:
+    """A Ray of one node whose GCS keeps its state on disk. As a context manager, it ends with the block.
+
+    Args:
+        folder: of this Ray alone: its processes are found by it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._gcs: subprocess.Popen[bytes] | None = None
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        Path(self._folder, "gcs").mkdir()
+        options = {"port": self._port, "num-cpus": 2 * RANKS, "include-dashboard": "false", "temp-dir": f"{self._folder}/ray"}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return self
+
+    def restart_gcs(self, down_s: float) -> None:
+        """SIGKILL the GCS, and start it again as it was."""
+        (gcs,) = [process for process in self._processes() if process.name() == "gcs_server"]
+        command, environment, folder = gcs.cmdline(), gcs.environ(), gcs.cwd()
+        gcs.kill()
+        time.sleep(down_s)  # it is away for so long
+        self._gcs = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if f"{self._folder}/" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        for process in (ending := self._processes()):
+            process.kill()
+        psutil.wait_procs(ending, timeout=_ENDS_WITHIN_S)
+        if self._gcs is not None:
+            self._gcs.wait()
+
+
+if __name__ == "__main__":
+    found = _measure(sys.argv[1], Path(sys.argv[2]))
+    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(found) + b"\n")
