@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import ray
@@ -43,6 +44,17 @@ _SETTINGS = {
 _SHUTDOWN_S = 20.0
 
 
+def node_settings(ranks: int) -> dict[str, Any]:
+    """Ray's settings of a node of our own, which starts processes for so many ranks beforehand."""
+    return {
+        "num_cpus": ranks + 1,  # one is for the controller
+        "resources": {RANK_RESOURCE: _PLENTY_OF_RANKS},
+        "object_store_memory": _STORE_BYTES,
+        "include_dashboard": False,
+        "_system_config": _SETTINGS,
+    }
+
+
 @contextmanager
 def start_ray(ranks: int) -> Iterator[FindEnded]:
     """Start a Ray of this process alone, and end it on exit.
@@ -63,14 +75,10 @@ def start_ray(ranks: int) -> Iterator[FindEnded]:
         try:
             ray.init(
                 address="local",
-                num_cpus=ranks + 1,  # processes that are started beforehand; one is for the controller
-                resources={RANK_RESOURCE: _PLENTY_OF_RANKS},
-                object_store_memory=_STORE_BYTES,
-                include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
-                _system_config=_SETTINGS,
+                **node_settings(ranks),
             )
         except BaseException as error:
             ray.shutdown()
@@ -92,8 +100,11 @@ def start_ray(ranks: int) -> Iterator[FindEnded]:
 
 
 @contextmanager
-def join_ray(address: str) -> Iterator[FindEnded]:
+def join_ray(address: str, *, own: bool = False) -> Iterator[FindEnded]:
     """Join a running Ray, and leave it on exit.
+
+    Args:
+        own: it is one of ours that outlives its driver.
 
     Raises:
         ClusterError: no Ray answers there, or it refuses this process; the message says what to do.
@@ -110,7 +121,7 @@ def join_ray(address: str) -> Iterator[FindEnded]:
         ) from error
     with _silence():
         try:
-            if RANK_RESOURCE in ray.cluster_resources():
+            if not own and RANK_RESOURCE in ray.cluster_resources():
                 raise ClusterError(f"the Ray at {found} is another process's own, and will end with it; {START_HINT}")
             watch, head = watch_joined(), HeadWatch(found)
 

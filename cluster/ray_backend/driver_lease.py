@@ -1,0 +1,166 @@
+"""``DriverLease``: this process's claim to the ranks of a named cluster. The decisions are in ``cluster/lasting/lease.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn, Protocol
+
+from cluster.errors import ClusterError, Superseded
+from cluster.lasting import ray_registry
+from cluster.lasting.lease import BEAT_S, HELD_S, RELEASED, Claim, Holder, LeaseWatch, Sight
+from cluster.ray_backend.calls import ask
+
+logger = logging.getLogger("epslots.cluster")
+
+_LOOK_EVERY_S = 0.3
+
+
+class Registry(Protocol):
+    """The part of ``ray_registry.py`` that a driver's lease uses."""
+
+    def look(self, name: str, *, at_holder: bool = True) -> Sight: ...
+    def put_claim(self, name: str, claim: Claim) -> bool: ...
+    def put_beat(self, name: str, term: int, beat: bytes) -> None: ...
+
+
+class DriverLease:
+    """One driver's lease. For the supervisor's thread.
+
+    Args:
+        name: of the cluster.
+        where: this process, for people.
+        worker: Ray's id of it.
+        after: the claim's term is greater than this.
+        clock: seconds, from any origin.
+
+    Attributes:
+        term: of the claim; 0 before it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        where: str,
+        worker: str,
+        after: int = 0,
+        registry: Registry = ray_registry,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._where, self._worker = name, where, worker
+        self._registry, self._clock = registry, clock
+        self.term = 0
+        self._after = after
+        self._beats = 0
+        self._beaten_s = 0.0
+        self._lost = ""
+        """Why the lease is another's, if so."""
+        self._news = asyncio.Event()
+        self._waiting: list[Callable[[], None]] = []
+
+    async def wait_until_free(self) -> Sight:
+        """Wait until no other driver holds the lease; returns the newest claim.
+
+        Raises:
+            ClusterError: another driver lives.
+        """
+        watch = LeaseWatch()
+        while True:
+            sight = await ask(lambda: self._registry.look(self._name))
+            match watch.see(self._clock(), sight):
+                case Holder.GONE:
+                    return sight
+                case Holder.LIVES:
+                    assert sight.claim is not None
+                    raise ClusterError(self._refusal(sight.claim))
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _refusal(self, claim: Claim) -> str:
+        if claim.ends:
+            return f"the ranks of the cluster {self._name!r} are ending; try again in a few seconds"
+        return (
+            f"the cluster {self._name!r} has a driver, which lives ({claim.where}): end that one first, or give another name; "
+            f"to use its ranks, send requests to it"
+        )
+
+    async def claim(self, after: int) -> bool:
+        """Claim the term after this one; returns False if another process was first."""
+        term = max(after, self._after) + 1
+        if not await ask(self._registry.put_claim, self._name, Claim(term, self._where, self._worker)):
+            return False
+        self.term, self._lost = term, ""
+        await self._beat()
+        return True
+
+    async def keep(self) -> NoReturn:
+        """Beat once a second.
+
+        Raises:
+            Superseded: another driver has taken over.
+        """
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._news.wait()
+            if not self._lost:
+                with suppress(ClusterError):  # the head may be away for a while
+                    await self._beat()
+            if self._lost:
+                raise Superseded(self._lost)
+
+    async def _beat(self) -> None:
+        began_s = self._clock()
+        self._beats += 1
+        sight = await ask(lambda: self._registry.look(self._name, at_holder=False))
+        if sight.claim is None or (sight.term, sight.claim.worker) != (self.term, self._worker):
+            by = "another process" if sight.claim is None else sight.claim.where
+            self.lose(f"the ranks of the cluster {self._name!r} are another driver's now ({by}); this one has left them to it")
+            return
+        await ask(self._registry.put_beat, self._name, self.term, self._beats.to_bytes(8, "big"))
+        self._beaten_s = began_s
+        waiting, self._waiting = self._waiting, []
+        for effect in waiting:
+            effect()
+
+    def lose(self, reason: str = "") -> None:
+        """The lease is another driver's: a rank or the registry says so."""
+        self._lost = self._lost or reason or f"another driver has adopted the ranks of the cluster {self._name!r}"
+        self._waiting.clear()
+        self._news.set()
+
+    @property
+    def held(self) -> bool:
+        """Whether no other driver can be there."""
+        return bool(self.term) and not self._lost and self._clock() - self._beaten_s < HELD_S
+
+    @property
+    def lost(self) -> bool:
+        """Whether another driver is there."""
+        return bool(self._lost)
+
+    def guard(self, effect: Callable[[], None]) -> None:
+        """Have an effect on ranks, once it is certain that they are this driver's; never if they aren't.
+
+        A process that stood still for long may not end ranks for the deadlines that have passed meanwhile.
+        """
+        if self.held:
+            effect()
+        elif not self._lost:
+            self._waiting.append(effect)
+
+    async def confirm(self) -> bool:
+        """Make sure, as far as possible, that the lease is this driver's; returns whether it is."""
+        if self.term and not self.lost:
+            with suppress(ClusterError):
+                await self._beat()
+        return self.held
+
+    async def release(self) -> None:
+        """Leave the ranks to the next driver, which needn't wait; nothing is to be done with them after that."""
+        with suppress(ClusterError):
+            await ask(self._registry.put_beat, self._name, self.term, RELEASED)
+        self.lose("the ranks were left to the next driver")
