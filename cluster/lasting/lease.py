@@ -31,7 +31,7 @@ class Claim(msgspec.Struct, frozen=True):
     Attributes:
         where: the process, for people.
         worker: Ray's id of the process, in hexadecimal.
-        ends: nobody may adopt the ranks any more: they are ending.
+        ends: the ranks are ending, and may not be adopted any more.
     """
 
     term: int
@@ -88,7 +88,7 @@ class LeaseWatch:
         before, self._seen = self._seen, (sight.term, sight.beat)
         changed = before != self._seen
         self.silent_s = 0.0 if changed else self.silent_s + passed_s
-        if sight.claim is None or sight.dead or sight.beat == RELEASED or self.silent_s >= self._lease_s:
+        if sight.claim is None or sight.claim.ends or sight.dead or sight.beat == RELEASED or self.silent_s >= self._lease_s:
             return Holder.GONE
         return Holder.LIVES if changed and before is not None else Holder.UNKNOWN
 

@@ -92,16 +92,22 @@ def actors_of(name: str) -> list[tuple[RankName, ActorHandle[Any]]]:
     return sorted(found, key=lambda each: each[0])
 
 
-def remove_groups(name: str, before_term: int) -> None:
-    """Remove a cluster's placement groups of earlier terms, and end the ranks on them: this process last, if it is one."""
+def remove_groups(name: str, before_term: int, *, pending: bool = False) -> None:
+    """Remove a cluster's placement groups of earlier terms, and end the ranks on them: this process last, if it is one.
+
+    Args:
+        pending: only those that Ray hasn't made yet.
+    """
     own = ray.util.get_current_placement_group()
     for table in placement_group_table().values():
         group = GroupName.of(table["name"])
-        if group is not None and group.cluster == name and group.term < before_term and table["state"] != "REMOVED":
+        if group is None or group.cluster != name or group.term >= before_term:
+            continue
+        if table["state"] == "PENDING" or not (pending or table["state"] == "REMOVED"):
             id = PlacementGroupID(bytes.fromhex(table["placement_group_id"]))
             if own is None or own.id != id:
                 remove_placement_group(PlacementGroup(id))
-    if own is not None:
+    if own is not None and not pending:
         remove_placement_group(own)
 
 

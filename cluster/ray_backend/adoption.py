@@ -58,7 +58,7 @@ class Adoption:
     """One driver's part. For the supervisor's thread.
 
     Attributes:
-        lease: once ``begin`` has returned.
+        lease: the driver's.
         groups: placement groups of the last driver, each with its number of bundles, in their order.
         lasting: what a new rank is told, as msgpack.
     """
@@ -66,7 +66,7 @@ class Adoption:
     def __init__(self, outliving: Outliving) -> None:
         self.name = outliving.name
         self._outliving = outliving
-        self.lease: DriverLease | None = None
+        self.lease = DriverLease(outliving.name)
         self.groups: Sequence[tuple[PlacementGroup, int]] = ()
         self.lasting = b""
         self._survivors: dict[int, RayWorkerHandle] = {}
@@ -80,30 +80,26 @@ class Adoption:
         """
         users = str(users_file(self.name)) if own_ray else ""
         self.lasting = msgspec.msgpack.encode(Lasting(self.name, self._outliving.orphan_s, users))
-        where = str(ActorProcess.of_this(ray.util.get_node_ip_address()))
-        self.lease = DriverLease(self.name, where=where, worker=ray_registry.own_id(), after=self._term)
+        where, worker = str(ActorProcess.of_this(ray.util.get_node_ip_address())), ray_registry.own_id()
         while True:
             sight = await self.lease.wait_until_free()
             ending = sight.claim is not None and sight.claim.ends
-            survivors, rest = {}, []
+            survivors: dict[int, RayWorkerHandle] = {}
+            rest: list[RayWorkerHandle] = []
             if not ending and not self._outliving.replace:
                 survivors, rest = await self._find()
-            if await self.lease.claim(sight.term):
+            if await self.lease.claim(sight.term, where, worker):
                 break
         self._survivors = survivors
         for handle in rest:
             handle.kill()
         if survivors:
+            await ask(lambda: ray_registry.remove_groups(self.name, self.lease.term, pending=True))
             self.groups = [(group, bundles) for _, group, bundles in await ask(ray_registry.groups_of, self.name)]
             logger.warning("%d ranks of the cluster %r were adopted, with their model", len(survivors), self.name)
         else:
             self.groups = ()
             await self._remove_all()
-
-    @property
-    def _term(self) -> int:
-        """The last term of this driver, if its Ray was lost."""
-        return 0 if self.lease is None else self.lease.term
 
     async def _find(self) -> tuple[dict[int, RayWorkerHandle], list[RayWorkerHandle]]:
         """The ranks that can be adopted, by bundle; and the others.
@@ -114,7 +110,8 @@ class Adoption:
         actors = await ask(ray_registry.actors_of, self.name)
         handles = [(name, RayWorkerHandle(name.bundle, actor, self.lease)) for name, actor in actors]
         loads = await asyncio.gather(*(self._describe(handle) for _, handle in handles))
-        found, rest = {}, []
+        found: dict[int, tuple[RayWorkerHandle, Load]] = {}
+        rest = []
         for (name, handle), load in zip(handles, loads, strict=True):
             if load is None:
                 rest.append(handle)
@@ -147,7 +144,6 @@ class Adoption:
 
     async def _remove_all(self) -> None:
         """End what the last driver has left, and wait until its places are free."""
-        assert self.lease is not None
         await ask(ray_registry.remove_groups, self.name, self.lease.term)
         ends_s = asyncio.get_running_loop().time() + _ENDED_S
         while await ask(ray_registry.actors_of, self.name):
@@ -171,7 +167,6 @@ class Adoption:
 
     def name_group(self) -> str:
         """Ray's name of the next placement group."""
-        assert self.lease is not None
         self._serial += 1
         return str(GroupName(self.lease.term, self._serial, self.name))
 
@@ -181,7 +176,6 @@ class Adoption:
         Raises:
             ClusterError: it isn't certain that the ranks are still this driver's.
         """
-        assert self.lease is not None
         if not self.lease.held:
             raise ClusterError(f"no rank is started while Ray's head hasn't heard of this driver for {LEASE_S / 2:g} s")
         self._serial += 1
@@ -194,13 +188,13 @@ class Adoption:
         Raises:
             Superseded: another driver has taken over.
         """
-        assert self.lease is not None
         await self.lease.keep()
 
     async def end(self, leave_ranks: bool) -> bool:
         """Give the lease up; returns whether the ranks are to be ended, because they are this driver's and don't stay."""
-        if self.lease is None or not await self.lease.confirm():
+        if not await self.lease.confirm():
             return False
         if leave_ranks:
             await self.lease.release()
-        return not leave_ranks
+            return False
+        return await self.lease.end()

@@ -115,6 +115,8 @@ class RayBackend:
     async def lost(self) -> str:
         assert self._life is not None, "it is open"
         reason = await asyncio.wrap_future(self._life.lost)
+        if self._adoption is not None:
+            self._adoption.lease.forget()
         for handle in self._actors:
             handle.forget()
         self._actors.clear()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn, Protocol
 
+import msgspec
+
 from cluster.errors import ClusterError, Superseded
 from cluster.lasting import ray_registry
 from cluster.lasting.lease import BEAT_S, HELD_S, RELEASED, Claim, Holder, LeaseWatch, Sight
@@ -32,29 +34,17 @@ class DriverLease:
 
     Args:
         name: of the cluster.
-        where: this process, for people.
-        worker: Ray's id of it.
-        after: the claim's term is greater than this.
         clock: seconds, from any origin.
 
     Attributes:
-        term: of the claim; 0 before it.
+        term: of the newest claim; 0 before the first.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        where: str,
-        worker: str,
-        after: int = 0,
-        registry: Registry = ray_registry,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._name, self._where, self._worker = name, where, worker
-        self._registry, self._clock = registry, clock
+    def __init__(self, name: str, registry: Registry = ray_registry, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._registry, self._clock = name, registry, clock
         self.term = 0
-        self._after = after
+        self._claim: Claim | None = None
+        """The newest; None if there is none, or if it was lost with all of Ray."""
         self._beats = 0
         self._beaten_s = 0.0
         self._lost = ""
@@ -76,25 +66,29 @@ class DriverLease:
                     return sight
                 case Holder.LIVES:
                     assert sight.claim is not None
-                    raise ClusterError(self._refusal(sight.claim))
+                    raise ClusterError(
+                        f"the cluster {self._name!r} has a driver, which lives ({sight.claim.where}): send requests to that "
+                        f"one, or end it first, or give another name"
+                    )
             await asyncio.sleep(_LOOK_EVERY_S)
 
-    def _refusal(self, claim: Claim) -> str:
-        if claim.ends:
-            return f"the ranks of the cluster {self._name!r} are ending; try again in a few seconds"
-        return (
-            f"the cluster {self._name!r} has a driver, which lives ({claim.where}): end that one first, or give another name; "
-            f"to use its ranks, send requests to it"
-        )
+    async def claim(self, after: int, where: str, worker: str) -> bool:
+        """Claim the term after this one; returns False if another process was first.
 
-    async def claim(self, after: int) -> bool:
-        """Claim the term after this one; returns False if another process was first."""
-        term = max(after, self._after) + 1
-        if not await ask(self._registry.put_claim, self._name, Claim(term, self._where, self._worker)):
+        Args:
+            where: this process, for people.
+            worker: Ray's id of it.
+        """
+        claim = Claim(max(after, self.term) + 1, where, worker)
+        if not await ask(self._registry.put_claim, self._name, claim):
             return False
-        self.term, self._lost = term, ""
+        self._claim, self.term = claim, claim.term
         await self._beat()
         return True
+
+    def forget(self) -> None:
+        """Ray was lost, and the claim with it."""
+        self._claim = None
 
     async def keep(self) -> NoReturn:
         """Beat once a second.
@@ -113,10 +107,15 @@ class DriverLease:
                 raise Superseded(self._lost)
 
     async def _beat(self) -> None:
-        began_s = self._clock()
+        """Look at the newest claim, and show that this process lives if it is its own."""
+        began_s, claim = self._clock(), self._claim
+        if claim is None:
+            return
         self._beats += 1
         sight = await ask(lambda: self._registry.look(self._name, at_holder=False))
-        if sight.claim is None or (sight.term, sight.claim.worker) != (self.term, self._worker):
+        if claim is not self._claim:
+            return
+        if sight.claim != claim:
             by = "another process" if sight.claim is None else sight.claim.where
             self.lose(f"the ranks of the cluster {self._name!r} are another driver's now ({by}); this one has left them to it")
             return
@@ -135,12 +134,7 @@ class DriverLease:
     @property
     def held(self) -> bool:
         """Whether no other driver can be there."""
-        return bool(self.term) and not self._lost and self._clock() - self._beaten_s < HELD_S
-
-    @property
-    def lost(self) -> bool:
-        """Whether another driver is there."""
-        return bool(self._lost)
+        return self._claim is not None and not self._lost and self._clock() - self._beaten_s < HELD_S
 
     def guard(self, effect: Callable[[], None]) -> None:
         """Have an effect on ranks, once it is certain that they are this driver's; never if they aren't.
@@ -154,13 +148,21 @@ class DriverLease:
 
     async def confirm(self) -> bool:
         """Make sure, as far as possible, that the lease is this driver's; returns whether it is."""
-        if self.term and not self.lost:
+        if not self._lost:
             with suppress(ClusterError):
                 await self._beat()
         return self.held
 
     async def release(self) -> None:
-        """Leave the ranks to the next driver, which needn't wait; nothing is to be done with them after that."""
+        """Leave the ranks to the next driver, which needn't wait; this one has no effect on them any more."""
         with suppress(ClusterError):
             await ask(self._registry.put_beat, self._name, self.term, RELEASED)
         self.lose("the ranks were left to the next driver")
+
+    async def end(self) -> bool:
+        """Have no driver adopt the ranks any more, which are to end; returns False if one was faster."""
+        assert self._claim is not None
+        claim = msgspec.structs.replace(self._claim, term=self.term + 1, ends=True)
+        with suppress(ClusterError):
+            return await ask(self._registry.put_claim, self._name, claim)
+        return True

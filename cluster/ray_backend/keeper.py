@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-import ray
+from ray._common.usage import usage_lib
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
@@ -53,7 +53,7 @@ def main() -> NoReturn:
 def _start(folder: Path, ranks: int) -> Node:
     protect_token()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    ray._private.usage.usage_lib.set_usage_stats_enabled_via_env_var(False)
+    usage_lib.set_usage_stats_enabled_via_env_var(False)
     parameters = RayParams(temp_dir=str(folder / "r"), include_log_monitor=False, **node_settings(ranks))
     return Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
 

@@ -14,7 +14,7 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
@@ -84,6 +84,7 @@ class FakeWorker:
 
     def __init__(self, backend: FakeBackend, bundle: int) -> None:
         self.bundle = bundle
+        self.adopted = False
         self.number = backend.started
         self.dead = False
         self.loop = RankLoop(self._form)
@@ -175,6 +176,7 @@ class FakeWorker:
             with self.loop._news:
                 self.loop._news.wait_for(lambda: self.dead, 0.04 if self.bundle % 2 else 0.01)
             batch = self.loop.events()
+            assert batch is not None
             if self.dead or self._asyncio.is_closed():
                 return
             self._asyncio.call_soon_threadsafe(self._batches.put_nowait, batch)
@@ -283,6 +285,14 @@ class FakeBackend:
         self.controllers.append(FakeController(self))
         return self.controllers[-1]
 
+    @property
+    def survivors(self) -> frozenset[int]:
+        return frozenset()
+
+    async def keep_lease(self) -> NoReturn:
+        await asyncio.Event().wait()
+        raise AssertionError("it is never set")
+
     async def open(self, ranks: int | None) -> int:
         self._loop = asyncio.get_running_loop()
         await self.resize(ranks or 1)
@@ -326,7 +336,7 @@ class FakeBackend:
         self.reopened.append(ranks)
         await self.resize(ranks)
 
-    async def close(self) -> None:
+    async def close(self, *, leave_ranks: bool = False) -> None:
         """No thread is left, and so none that loads while the next test does."""
         self.closed = True
         for worker in self._all:
