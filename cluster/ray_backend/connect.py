@@ -55,6 +55,16 @@ def node_settings(ranks: int) -> dict[str, Any]:
     }
 
 
+def use_token() -> None:
+    """Have this process show Ray's token, unless the user forbids it; and outlive a head of our own.
+
+    Before Ray does the same: it would read its settings again. The patience isn't in the environment, which Ray's helpers would
+    inherit: those whose driver was killed would never end.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    Config.initialize(json.dumps({_PATIENCE_NAME: _PATIENCE_S}))
+
+
 @contextmanager
 def start_ray(ranks: int) -> Iterator[FindEnded]:
     """Start a Ray of this process alone, and end it on exit.
@@ -68,10 +78,7 @@ def start_ray(ranks: int) -> Iterator[FindEnded]:
     with own_folder() as folder:
         protect_token()
         before = psutil.Process().children()
-        # Before Ray does the same: it would read its settings again. Not by the environment, which its helpers would inherit:
-        # those whose driver was killed would never end.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        Config.initialize(json.dumps({_PATIENCE_NAME: _PATIENCE_S}))
+        use_token()
         try:
             ray.init(
                 address="local",

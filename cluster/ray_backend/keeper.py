@@ -21,8 +21,8 @@ from ray._common.usage import usage_lib
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
-from cluster.ray_backend.connect import node_settings
-from cluster.ray_backend.processes import end, protect_token, started_since, users_of, watch_own
+from cluster.ray_backend.connect import node_settings, use_token
+from cluster.ray_backend.processes import end, is_of_ray, protect_token, started_since, users_of, watch_own
 
 USERS, ADDRESS = "users", "address"
 _LOOK_EVERY_S = 0.3
@@ -45,14 +45,14 @@ def main() -> NoReturn:
         if node is not None:
             with suppress(Exception):  # whatever it is, they are ended below
                 node.kill_all_processes(check_alive=False, allow_graceful=True)
-        end(started + users_of(folder))
+        end(started + [process for process in users_of(folder) if is_of_ray(process)])  # and no driver
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)
 
 
 def _start(folder: Path, ranks: int) -> Node:
     protect_token()
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    use_token()
     usage_lib.set_usage_stats_enabled_via_env_var(False)
     parameters = RayParams(temp_dir=str(folder / "r"), include_log_monitor=False, **node_settings(ranks))
     return Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)

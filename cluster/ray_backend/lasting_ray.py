@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.errors import ClusterError
-from cluster.ray_backend.connect import FindEnded, join_ray
+from cluster.ray_backend.connect import FindEnded, join_ray, use_token
 from cluster.ray_backend.imports import HOME
 from cluster.ray_backend.keeper import ADDRESS, USERS
 from cluster.ray_backend.processes import FOLDER_PREFIX, opened, protect_token, short_root
@@ -59,7 +59,7 @@ def lasting_ray(name: str, ranks: int, ranks_stay: Callable[[], bool]) -> Iterat
         ClusterError: it can't be started or joined.
     """
     protect_token()
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # or Ray would send no token to an address that was spelled out
+    use_token()
     users, address = _find_or_start(_folder(name), ranks, name)
     try:
         with join_ray(address, own=True) as find_ended:

@@ -81,7 +81,7 @@ def _name(process: psutil.Process) -> str:
 
 def started_since(before: list[psutil.Process]) -> list[psutil.Process]:
     """The processes that Ray has started in this process since then, with their descendants."""
-    started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
+    started = [child for child in psutil.Process().children() if child not in before and is_of_ray(child)]
     return started + [process for child in started for process in _descendants(child)]
 
 
@@ -106,9 +106,11 @@ def end(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(alive, _END_S)
 
 
-def _is_of_ray(process: psutil.Process) -> bool:
+def is_of_ray(process: psutil.Process) -> bool:
+    """Whether a process runs a program of Ray's, or is one of its workers."""
     with suppress(psutil.Error):
-        return str(Path(ray.__file__).parent) in " ".join(process.cmdline())
+        command = " ".join(process.cmdline())
+        return command.startswith("ray::") or str(Path(ray.__file__).parent) in command
     return False
 
 
