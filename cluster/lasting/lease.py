@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import msgspec
 
@@ -58,6 +59,15 @@ class Sight:
     def term(self) -> int:
         """The claim's; 0 without one."""
         return 0 if self.claim is None else self.claim.term
+
+
+class LeaseRegistry(Protocol):
+    """Where claims and beats are kept; ``ray_registry.py`` has the meaning of each call."""
+
+    def look(self, name: str, *, at_holder: bool = True) -> Sight: ...
+    def put_claim(self, name: str, claim: Claim) -> bool: ...
+    def put_beat(self, name: str, term: int, beat: bytes) -> None: ...
+    def remove_groups(self, name: str, before_term: int) -> None: ...
 
 
 class Holder(Enum):

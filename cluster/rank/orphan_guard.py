@@ -7,9 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
-from cluster.lasting.lease import Claim, Fate, OrphanWatch, Sight
+from cluster.lasting.lease import Claim, Fate, LeaseRegistry, OrphanWatch, Sight
 from cluster.lasting.records import Lasting
 
 logger = logging.getLogger("epslots.cluster")
@@ -17,14 +16,6 @@ logger = logging.getLogger("epslots.cluster")
 _LOOK_EVERY_S = 2.0
 _LOOKS = 4  # at least, while an orphan waits
 _END_S = 10.0  # for Ray to end this process, before it ends itself
-
-
-class Registry(Protocol):
-    """The part of ``ray_registry.py`` that a rank uses."""
-
-    def look(self, name: str, *, at_holder: bool = True) -> Sight: ...
-    def put_claim(self, name: str, claim: Claim) -> bool: ...
-    def remove_groups(self, name: str, before_term: int) -> None: ...
 
 
 class OrphanGuard:
@@ -42,7 +33,7 @@ class OrphanGuard:
     def __init__(
         self,
         lasting: Lasting,
-        registry: Registry,
+        registry: LeaseRegistry,
         *,
         where: str,
         worker: str,

@@ -58,8 +58,8 @@ def node_settings(ranks: int) -> dict[str, Any]:
 def use_token() -> None:
     """Have this process show Ray's token, unless the user forbids it; and outlive a head of our own.
 
-    Before Ray does the same: it would read its settings again. The patience isn't in the environment, which Ray's helpers would
-    inherit: those whose driver was killed would never end.
+    Before Ray does the same: it would read its settings again. The patience isn't in the environment, which Ray's helpers
+    would inherit: those whose driver was killed would never end.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     Config.initialize(json.dumps({_PATIENCE_NAME: _PATIENCE_S}))

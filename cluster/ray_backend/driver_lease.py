@@ -7,26 +7,18 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import msgspec
 
 from cluster.errors import ClusterError, Superseded
 from cluster.lasting import ray_registry
-from cluster.lasting.lease import BEAT_S, HELD_S, RELEASED, Claim, Holder, LeaseWatch, Sight
+from cluster.lasting.lease import BEAT_S, HELD_S, RELEASED, Claim, Holder, LeaseRegistry, LeaseWatch, Sight
 from cluster.ray_backend.calls import ask
 
 logger = logging.getLogger("epslots.cluster")
 
 _LOOK_EVERY_S = 0.3
-
-
-class Registry(Protocol):
-    """The part of ``ray_registry.py`` that a driver's lease uses."""
-
-    def look(self, name: str, *, at_holder: bool = True) -> Sight: ...
-    def put_claim(self, name: str, claim: Claim) -> bool: ...
-    def put_beat(self, name: str, term: int, beat: bytes) -> None: ...
 
 
 class DriverLease:
@@ -40,7 +32,7 @@ class DriverLease:
         term: of the newest claim; 0 before the first.
     """
 
-    def __init__(self, name: str, registry: Registry = ray_registry, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, name: str, registry: LeaseRegistry = ray_registry, clock: Callable[[], float] = time.monotonic) -> None:
         self._name, self._registry, self._clock = name, registry, clock
         self.term = 0
         self._claim: Claim | None = None

@@ -14,6 +14,7 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal, NoReturn
 
 import pytest
@@ -85,6 +86,7 @@ class FakeWorker:
     def __init__(self, backend: FakeBackend, bundle: int) -> None:
         self.bundle = bundle
         self.adopted = False
+        self.term = 0
         self.number = backend.started
         self.dead = False
         self.loop = RankLoop(self._form)
@@ -123,6 +125,12 @@ class FakeWorker:
     def kill(self) -> None:
         self._die(known=True)
 
+    def take_over(self, term: int) -> None:
+        """Serve another driver, on the running loop."""
+        self._asyncio, self._batches = asyncio.get_running_loop(), asyncio.Queue()
+        self.term = term
+        self.loop.begin_term(term)
+
     def at(self, operation: int, do: Fault) -> None:
         self._fault = self._exchanges + operation, do
 
@@ -158,7 +166,7 @@ class FakeWorker:
         if self.loop._transport is not None:
             self.loop._transport.abort("a rank's connections are closed")
         if known:
-            self._asyncio.call_soon_threadsafe(self._batches.put_nowait, None)
+            self._tell(None)
 
     def _form(self, form: Form, device: torch.device, _contacts: ContactStore) -> LocalTransport:
         assert device.type == "cpu"
@@ -175,10 +183,14 @@ class FakeWorker:
         while True:
             with self.loop._news:
                 self.loop._news.wait_for(lambda: self.dead, 0.04 if self.bundle % 2 else 0.01)
-            batch = self.loop.events()
-            assert batch is not None
-            if self.dead or self._asyncio.is_closed():
+            batch = self.loop.events(self.term)
+            if self.dead:
                 return
+            if batch is not None:
+                self._tell(batch)
+
+    def _tell(self, batch: bytes | None) -> None:
+        with suppress(RuntimeError):  # the driver's loop is closed
             self._asyncio.call_soon_threadsafe(self._batches.put_nowait, batch)
 
 
