@@ -18,8 +18,10 @@ from cluster.errors import Superseded
 from cluster.lasting.records import SUPERSEDED, RankDescription, with_term
 from cluster.ray_backend.driver_lease import DriverLease
 
-_CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray: a thread each
-CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: 1}
+_CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray
+_MOST_DRIVERS = 4  # at a time: all but the last are paused, and each holds a thread in which Ray waits for its answer
+CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: _MOST_DRIVERS}
+"""Threads of each."""
 RAY_ERRORS = (RayError, RuntimeError, AttributeError, ConnectionError)
 """Errors of a call: RayError, or any of the others while another thread disconnects Ray."""
 _COLORS = re.compile(r"\x1b\[\d+m")

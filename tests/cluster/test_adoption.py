@@ -42,8 +42,8 @@ def drive(folder: Path, cache_dir: Path) -> Iterator[Drive]:
         return cluster, backend
 
     yield make
-    for cluster, _ in opened:
-        cluster.close()
+    for each, _ in opened:
+        each.close()
     for worker in opened[-1][1]._all if opened else ():
         worker.kill()
         worker.loop._thread.join(PATIENCE_S)
@@ -147,7 +147,7 @@ def test_an_adopted_rank_that_dies_is_replaced(drive: Drive, folder: Path):
 def test_the_next_driver_may_want_more_or_fewer_ranks(drive: Drive, folder: Path, loads: list[str], ranks: int):
     first, backend = drive()
     abandon(first)
-    second, adopting = drive(backend, ranks=ranks)
+    second, _ = drive(backend, ranks=ranks)
     serve_again(second, ranks)
     assert tokens_of(second.generate(PROMPTS, max_new_tokens=10, **GREEDY)) == expected(folder, PROMPTS, 10)
     assert len(loads) == max(2, ranks)
@@ -271,7 +271,12 @@ def test_a_driver_may_be_killed_while_a_group_forms(
 def test_a_driver_may_be_killed_while_it_scales(drive: Drive, folder: Path, loads: list[str]):
     """The new rank is there, and the group without it is the last that stood."""
     first, backend = drive()
-    scaling = threading.Thread(target=lambda: pytest.raises(ClusterError, first.scale, 3), daemon=True)
+
+    def scale() -> None:
+        with pytest.raises(ClusterError):
+            first.scale(3)
+
+    scaling = threading.Thread(target=scale, daemon=True)
     scaling.start()
     until(first, lambda: 2 in backend.workers and backend.workers[2].loop._load_order is not None)
     abandon(first)
@@ -333,7 +338,7 @@ def test_the_last_drivers_wait_for_events_ends_with_its_term():
 
 def order(folder: Path, **changes: Any) -> Load:
     config = load_config(**changes.pop("model", {"slots": 4}))
-    origin = changes.pop("origin", Origin(content="c", version="1", user=1000))
+    origin = changes.pop("origin", Origin("c", "1", 1000))
     return Load(path=str(folder), config=config, neighbours=1, threads=0, window_steps=64, origin=origin, **changes)
 
 
@@ -344,11 +349,11 @@ def order(folder: Path, **changes: Any) -> Load:
         ({"model": {"slots": 8}}, ["slots: 4, and 8 is wanted"]),
         ({"model": {"slots": 4, "dtype": "float32"}}, ["dtype: 'auto', and 'float32' is wanted"]),
         (
-            {"origin": Origin(content="d", version="1", user=1000)},
+            {"origin": Origin("d", "1", 1000)},
             ["the checkpoint's files were changed ('c', and 'd' is wanted)"],
         ),
-        ({"origin": Origin(content="c", version="2", user=1000)}, ["epslots is another version ('1', and '2' is wanted)"]),
-        ({"origin": Origin(content="c", version="1", user=1)}, ["another user started them (1000, and 1 is wanted)"]),
+        ({"origin": Origin("c", "2", 1000)}, ["epslots is another version ('1', and '2' is wanted)"]),
+        ({"origin": Origin("c", "1", 1)}, ["another user started them (1000, and 1 is wanted)"]),
     ],
 )
 def test_differing_settings_are_named(tmp_path: Path, wanted: dict[str, Any], said: list[str]):
