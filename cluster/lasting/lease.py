@@ -32,12 +32,14 @@ class Claim(msgspec.Struct, frozen=True):
     Attributes:
         where: the process, for people.
         worker: Ray's id of the process, in hexadecimal.
+        orphan_s: seconds that ranks wait for another driver when this one is gone.
         ends: the ranks are ending, and may not be adopted any more.
     """
 
     term: int
     where: str
     worker: str
+    orphan_s: float = 0.0
     ends: bool = False
 
 
@@ -116,14 +118,10 @@ class Fate(Enum):
 
 
 class OrphanWatch:
-    """Decides when a rank is an orphan, and when it ends.
+    """Decides when a rank is an orphan, and when it ends: after the time that its last driver has set."""
 
-    Args:
-        orphan_s: seconds that an orphan waits for a driver.
-    """
-
-    def __init__(self, orphan_s: float, lease_s: float = LEASE_S) -> None:
-        self._orphan_s, self._lease = orphan_s, LeaseWatch(lease_s)
+    def __init__(self, lease_s: float = LEASE_S) -> None:
+        self._lease = LeaseWatch(lease_s)
         self._waited_s: float | None = None
         self._looked_s: float | None = None
 
@@ -147,7 +145,8 @@ class OrphanWatch:
             self._waited_s = 0.0
         if self._waited_s is None:
             return Fate.SERVED
-        return Fate.END if self._waited_s >= self._orphan_s else Fate.ORPHAN
+        orphan_s = 0.0 if sight.claim is None else sight.claim.orphan_s
+        return Fate.END if self._waited_s >= orphan_s else Fate.ORPHAN
 
     def miss(self) -> None:
         """A look has failed: the time until the next one doesn't count."""

@@ -23,12 +23,10 @@ class Lasting(msgspec.Struct, frozen=True):
 
     Attributes:
         name: of the cluster.
-        orphan_s: seconds that it waits for the next driver.
         users: file that a process locks while it uses a Ray of our own, which ends with the last of them; "" for other Rays.
     """
 
     name: str
-    orphan_s: float
     users: str = ""
 
 

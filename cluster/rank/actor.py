@@ -23,7 +23,7 @@ RANK_LOOP = "cluster.rank.rank_loop:RankLoop"
 
 
 class WorkerActor:
-    """The actor. Ray calls ``events`` in a thread for each driver, and the other methods in another; the rank's loop has its own.
+    """The actor. Ray calls ``events`` in a thread for each driver, other methods in another; the rank's loop has its own.
 
     Args:
         host: this node's address for the ranks' connections; None for the one by which Ray knows it.

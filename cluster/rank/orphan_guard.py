@@ -15,6 +15,7 @@ logger = logging.getLogger("epslots.cluster")
 
 _LOOK_EVERY_S = 2.0
 _LOOKS = 4  # at least, while an orphan waits
+_LEAST_S = 0.1
 _END_S = 10.0  # for Ray to end this process, before it ends itself
 
 
@@ -42,7 +43,8 @@ class OrphanGuard:
     ) -> None:
         self._lasting, self._registry, self._clock = lasting, registry, clock
         self._where, self._worker, self._on_orphan = where, worker, on_orphan
-        self._watch = OrphanWatch(lasting.orphan_s)
+        self._watch = OrphanWatch()
+        self._every_s = _LOOK_EVERY_S
         self._fate = Fate.SERVED
 
     def start(self) -> None:
@@ -51,9 +53,8 @@ class OrphanGuard:
 
     def _run(self) -> None:
         never = threading.Event()
-        every_s = min(_LOOK_EVERY_S, self._lasting.orphan_s / _LOOKS)
         while not self.look():
-            never.wait(every_s)
+            never.wait(self._every_s)
         never.wait(_END_S)
         os._exit(0)
 
@@ -61,6 +62,8 @@ class OrphanGuard:
         """Look once; returns True when the rank is to end, and its placement group is removed."""
         try:
             sight = self._registry.look(self._lasting.name, at_holder=self._watch.doubts or self._fate is Fate.ORPHAN)
+            if sight.claim is not None:
+                self._every_s = min(_LOOK_EVERY_S, max(_LEAST_S, sight.claim.orphan_s / _LOOKS))
             before, self._fate = self._fate, self._watch.see(self._clock(), sight)
             if self._fate is Fate.ORPHAN and before is Fate.SERVED:
                 self._on_orphan()

@@ -66,7 +66,7 @@ class Adoption:
     def __init__(self, outliving: Outliving) -> None:
         self.name = outliving.name
         self._outliving = outliving
-        self.lease = DriverLease(outliving.name)
+        self.lease = DriverLease(outliving.name, outliving.orphan_s)
         self.groups: Sequence[tuple[PlacementGroup, int]] = ()
         self.lasting = b""
         self._survivors: dict[int, RayWorkerHandle] = {}
@@ -79,7 +79,7 @@ class Adoption:
             ClusterError: its driver lives, or its ranks were loaded with other settings.
         """
         users = str(users_file(self.name)) if own_ray else ""
-        self.lasting = msgspec.msgpack.encode(Lasting(self.name, self._outliving.orphan_s, users))
+        self.lasting = msgspec.msgpack.encode(Lasting(self.name, users))
         where, worker = str(ActorProcess.of_this(ray.util.get_node_ip_address())), ray_registry.own_id()
         while True:
             sight = await self.lease.wait_until_free()

@@ -26,14 +26,21 @@ class DriverLease:
 
     Args:
         name: of the cluster.
+        orphan_s: seconds that ranks wait for the next driver.
         clock: seconds, from any origin.
 
     Attributes:
         term: of the newest claim; 0 before the first.
     """
 
-    def __init__(self, name: str, registry: LeaseRegistry = ray_registry, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name, self._registry, self._clock = name, registry, clock
+    def __init__(
+        self,
+        name: str,
+        orphan_s: float,
+        registry: LeaseRegistry = ray_registry,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._orphan_s, self._registry, self._clock = name, orphan_s, registry, clock
         self.term = 0
         self._claim: Claim | None = None
         """The newest; None if there is none, or if it was lost with all of Ray."""
@@ -71,7 +78,7 @@ class DriverLease:
             where: this process, for people.
             worker: Ray's id of it.
         """
-        claim = Claim(max(after, self.term) + 1, where, worker)
+        claim = Claim(max(after, self.term) + 1, where, worker, self._orphan_s)
         if not await ask(self._registry.put_claim, self._name, claim):
             return False
         self._claim, self.term = claim, claim.term

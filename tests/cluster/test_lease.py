@@ -20,7 +20,7 @@ from cluster.ray_backend.driver_lease import DriverLease
 from tests.support.lease_registry import MemoryRegistry
 
 NAME = "x"
-CLAIM = Claim(3, "node a, pid 1", "w1")
+CLAIM = Claim(3, "node a, pid 1", "w1", 5.0)
 
 
 def beat(number: int) -> bytes:
@@ -67,13 +67,14 @@ def test_time_without_a_look_is_no_silence():
 
 @given(st.lists(st.tuples(st.floats(0.01, 3), st.booleans()), max_size=60), st.floats(0.1, 20))
 def test_an_orphan_ends_after_its_time_and_no_other(steps: list[tuple[float, bool]], orphan_s: float):
-    watch, now_s, number, silent_s = OrphanWatch(orphan_s), 0.0, 0, 0.0
-    watch.see(now_s, Sight(CLAIM, beat(number)))
+    watch, now_s, number, silent_s = OrphanWatch(), 0.0, 0, 0.0
+    claim = Claim(3, "node a, pid 1", "w1", orphan_s)
+    watch.see(now_s, Sight(claim, beat(number)))
     for pause_s, beats in steps:
         now_s += pause_s
         number += beats
         silent_s = 0.0 if beats else silent_s + pause_s
-        fate = watch.see(now_s, Sight(CLAIM, beat(number)))
+        fate = watch.see(now_s, Sight(claim, beat(number)))
         if fate is Fate.SERVED:
             assert silent_s < LEASE_S
         else:
@@ -85,7 +86,7 @@ def test_an_orphan_ends_after_its_time_and_no_other(steps: list[tuple[float, boo
 
 
 def test_another_driver_ends_the_wait():
-    watch = OrphanWatch(5.0)
+    watch = OrphanWatch()
     assert watch.see(0.0, Sight(CLAIM, beat(1), dead=True)) is Fate.ORPHAN
     assert watch.see(4.0, Sight(CLAIM, beat(1), dead=True)) is Fate.ORPHAN
     assert watch.see(6.0, Sight(Claim(4, "node b, pid 2", "w2"), beat(1))) is Fate.SERVED
@@ -138,7 +139,7 @@ def run(work: Awaitable[Any]) -> Any:
 
 def make(registry: MemoryRegistry, clock: Clock, worker: str) -> DriverLease:
     async def body() -> DriverLease:
-        lease = DriverLease(NAME, registry, clock)
+        lease = DriverLease(NAME, 30.0, registry, clock)
         sight = await lease.wait_until_free()
         assert await lease.claim(sight.term, f"node a, {worker}", worker)
         return lease
@@ -155,7 +156,7 @@ def test_the_second_driver_is_refused_while_the_first_lives(registry: MemoryRegi
 
     monkeypatch.setattr(driver_lease.asyncio, "sleep", sleep)
     with pytest.raises(ClusterError, match=r"the cluster 'x' has a driver, which lives \(node a, w1\)"):
-        run(DriverLease(NAME, registry, clock).wait_until_free())
+        run(DriverLease(NAME, 30.0, registry, clock).wait_until_free())
     assert first.term == 1 and first.held
 
 
@@ -167,7 +168,7 @@ def test_a_dead_driver_is_followed_at_once(registry: MemoryRegistry):
 
 def test_one_of_two_that_claim_at_once_has_it(registry: MemoryRegistry):
     async def body() -> list[bool]:
-        leases = [DriverLease(NAME, registry, Clock()) for _ in range(2)]
+        leases = [DriverLease(NAME, 30.0, registry, Clock()) for _ in range(2)]
         return [await lease.claim(0, "node a", f"w{number}") for number, lease in enumerate(leases)]
 
     assert asyncio.run(body()) == [True, False]
@@ -214,14 +215,14 @@ def test_a_lost_registry_is_claimed_anew_with_a_greater_term(registry: MemoryReg
 def test_a_lease_that_is_given_up_is_free_at_once(registry: MemoryRegistry, ends: bool):
     lease = make(registry, Clock(), "w1")
     run(lease.end() if ends else lease.release())
-    found = run(DriverLease(NAME, registry, Clock()).wait_until_free())
+    found = run(DriverLease(NAME, 30.0, registry, Clock()).wait_until_free())
     assert found.claim.ends is ends
     assert ends or not lease.held
 
 
 def guard(registry: MemoryRegistry, clock: Clock, orphaned: list[str], worker: str = "r0") -> OrphanGuard:
     return OrphanGuard(
-        Lasting(NAME, 30.0), registry, where="node c", worker=worker, on_orphan=lambda: orphaned.append(worker), clock=clock
+        Lasting(NAME), registry, where="node c", worker=worker, on_orphan=lambda: orphaned.append(worker), clock=clock
     )
 
 
@@ -289,7 +290,7 @@ class Drivers(RuleBasedStateMachine):
         self.clock, self.registry = Clock(), MemoryRegistry()
         self.drivers: dict[str, DriverLease] = {}
         self.watches: dict[str, LeaseWatch] = {}
-        self.rank = OrphanWatch(20.0)
+        self.rank = OrphanWatch()
         self.started = 0
 
     def teardown(self) -> None:
@@ -310,7 +311,7 @@ class Drivers(RuleBasedStateMachine):
             case Holder.LIVES:
                 del self.watches[worker]
             case Holder.GONE:
-                lease = DriverLease(NAME, self.registry, self.clock)
+                lease = DriverLease(NAME, 20.0, self.registry, self.clock)
                 del self.watches[worker]
                 if asyncio.run(lease.claim(sight.term, worker, worker)):
                     self.drivers[worker] = lease

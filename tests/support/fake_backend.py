@@ -116,9 +116,10 @@ class FakeWorker:
         return self.loop.command(message)
 
     async def events(self) -> bytes:
-        batch = await self._batches.get()
+        batches = self._batches
+        batch = await batches.get()
         if batch is None:
-            self._batches.put_nowait(None)
+            batches.put_nowait(None)
             raise WorkerDied("it was killed")
         return batch
 
@@ -127,6 +128,7 @@ class FakeWorker:
 
     def take_over(self, term: int) -> None:
         """Serve another driver, on the running loop."""
+        self._tell(None)  # the last driver's wait ends
         self._asyncio, self._batches = asyncio.get_running_loop(), asyncio.Queue()
         self.term = term
         self.loop.begin_term(term)

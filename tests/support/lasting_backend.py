@@ -35,9 +35,10 @@ class AdoptedWorker:
 
     async def events(self) -> bytes:
         self._check()
-        batch = await self._worker.events()
-        self._check()
-        return batch
+        try:
+            return await self._worker.events()
+        finally:
+            self._check()
 
     def kill(self) -> None:
         if self._worker.term == self._term:
