@@ -11,6 +11,7 @@ A paused driver is silent as a dead one is. It finds the newer claim when it goe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -122,6 +123,7 @@ class OrphanWatch:
 
     def __init__(self, lease_s: float = LEASE_S) -> None:
         self._lease = LeaseWatch(lease_s)
+        self._orphan_s = math.inf
         self._waited_s: float | None = None
         self._looked_s: float | None = None
 
@@ -135,8 +137,10 @@ class OrphanWatch:
         passed_s = 0.0 if self._looked_s is None else now_s - self._looked_s
         self._looked_s = now_s
         holder = self._lease.see(now_s, sight)
-        if sight.claim is not None and sight.claim.ends:
-            return Fate.END
+        if sight.claim is not None:
+            self._orphan_s = sight.claim.orphan_s
+            if sight.claim.ends:
+                return Fate.END
         if holder is Holder.LIVES:
             self._waited_s = None
         elif self._waited_s is not None:
@@ -145,8 +149,7 @@ class OrphanWatch:
             self._waited_s = 0.0
         if self._waited_s is None:
             return Fate.SERVED
-        orphan_s = 0.0 if sight.claim is None else sight.claim.orphan_s
-        return Fate.END if self._waited_s >= orphan_s else Fate.ORPHAN
+        return Fate.END if self._waited_s >= self._orphan_s else Fate.ORPHAN
 
     def miss(self) -> None:
         """A look has failed: the time until the next one doesn't count."""
