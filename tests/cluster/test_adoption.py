@@ -346,13 +346,14 @@ def order(folder: Path, **changes: Any) -> Load:
     ("wanted", "said"),
     [
         ({}, []),
+        ({"model": {"slots": "4"}}, []),
         ({"model": {"slots": 8}}, ["slots: 4, and 8 is wanted"]),
-        ({"model": {"slots": 4, "dtype": "float32"}}, ["dtype: 'auto', and 'float32' is wanted"]),
+        ({"model": {"slots": 4, "dtype": "float32"}}, ["dtype: auto, and float32 is wanted"]),
         (
             {"origin": Origin("d", "1", 1000)},
-            ["the checkpoint's files were changed ('c', and 'd' is wanted)"],
+            ["the checkpoint's files were changed (c, and d is wanted)"],
         ),
-        ({"origin": Origin("c", "2", 1000)}, ["epslots is another version ('1', and '2' is wanted)"]),
+        ({"origin": Origin("c", "2", 1000)}, ["epslots is another version (1, and 2 is wanted)"]),
         ({"origin": Origin("c", "1", 1)}, ["another user started them (1000, and 1 is wanted)"]),
     ],
 )
@@ -362,11 +363,10 @@ def test_differing_settings_are_named(tmp_path: Path, wanted: dict[str, Any], sa
 
 @pytest.mark.parametrize("name", LoadConfig.__struct_fields__)
 def test_every_setting_of_a_model_is_compared(tmp_path: Path, name: str):
-    theirs, ours = order(tmp_path), order(tmp_path)
-    object.__setattr__(ours, "config", msgspec.structs.replace(ours.config))
+    ours = order(tmp_path)
     msgspec.structs.force_setattr(ours.config, name, "another")
-    (found,) = differences(theirs, ours)
-    assert found.startswith(f"{name}: ")
+    (found,) = differences(order(tmp_path), ours)
+    assert found.startswith(f"{name}: ") and found.endswith(" another is wanted")
 
 
 def test_a_checkpoint_that_was_changed_is_another(checkpoint: Callable[[str], Path], tmp_path: Path):
