@@ -18,23 +18,21 @@ from typing import Any, Self, Unpack
 from transformers import PreTrainedTokenizerBase
 
 from cluster.config import ClusterConfig, ClusterSettings, cluster_config
+from cluster.control import ClusterControl
 from cluster.driver.backend import Backend
-from cluster.driver.controller_client import ControllerClient
-from cluster.driver.loop_thread import CLOSED, LoopThread
+from cluster.driver.loop_thread import LoopThread
 from cluster.driver.request_router import RequestRouter
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.workers import Deadlines
-from cluster.errors import ClusterError, Overloaded, raised_anew
+from cluster.errors import Overloaded
 from cluster.generation import Generation, PromptChoice, Result
-from cluster.messages.controller import Explanation
+from cluster.lasting.settings import origin_of
 from cluster.messages.rank import Load
 from cluster.queue_room import QueueRoom
-from cluster.reports import ClusterState, ClusterStats, PlacementReport, rank_stats
 from cluster.token_stream import TokenStream
-from epslots.config import LoadConfig, check_count, with_keywords
+from epslots.config import LoadConfig, with_keywords
 from epslots.errors import ConfigError
 from epslots.generation.chat_template import Chat
-from epslots.generation.engine_stats import sum_engines
 from epslots.generation.request_checker import ModelLimits, RequestChecker
 from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
@@ -43,15 +41,18 @@ from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
 from epslots.progress import StartDisplay
-from epslots.telemetry import sum_over_ranks
 
 
 @with_keywords(ClusterSettings, ClusterConfig, LoadConfig)
-class Cluster:
+class Cluster(ClusterControl):
     """A model on many ranks; any number of threads send it requests.
 
     The constructor returns when the ranks serve. A rank that is lost later is replaced while the others go on and take over
     its requests; callers notice the delay alone.
+
+    With a ``name`` and an ``orphan_s``, the ranks outlive this process if it is killed or calls ``detach``. They keep their
+    model and wait, and the next ``Cluster`` of that name, model and settings adopts them: it serves in seconds, and loads
+    nothing. Requests that were running fail with the process. ``close`` and the end of the script end the ranks.
 
     Args:
         path_or_id: a checkpoint folder with safetensors, at the same path on all nodes; or a hub id.
@@ -62,7 +63,8 @@ class Cluster:
         ConfigError: a setting is not one of those allowed.
         CheckpointError: there is no such checkpoint here.
         UnsupportedModelError: the model predicts no tokens.
-        ClusterError: the ranks don't come up: too few devices, a node without the model, a model that doesn't fit, ...
+        ClusterError: the ranks don't come up: too few devices, a node without the model, a model that doesn't fit, ...; or a
+            driver of this ``name`` lives, or its ranks were loaded with other settings.
 
     Attributes:
         tokenizer: the checkpoint's; None if none can be loaded from it: prompts are token ids then.
@@ -78,29 +80,24 @@ class Cluster:
         read_language_config(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
-        backend = _ray_backend(config, path) if backend is None else backend
+        origin = origin_of(folder) if config.outlives_driver else None
+        load = Load(path=path, config=config.model, neighbours=1, threads=0, window_steps=config.window_steps, origin=origin)
+        backend = _ray_backend(config, load) if backend is None else backend
         self._config = config
-        self._room = QueueRoom(config.max_queue)
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._thread = LoopThread("epslots-supervisor")
-        self._supervisor = Supervisor(
-            self._thread,
+        thread = LoopThread("epslots-supervisor")
+        supervisor = Supervisor(
+            thread,
             backend,
-            Load(
-                path=path,
-                config=config.model,
-                neighbours=1,
-                threads=0,
-                window_steps=config.window_steps,
-            ),
+            load,
             costs=config.costs,
             deadlines=Deadlines(operation_s=config.deadline_s, silence_s=config.silence_s, give_up_s=config.give_up_after_s),
             display=StartDisplay(config.progress),
             make_router=lambda send: RequestRouter(send, lambda: self.tokenizer),
             placement=placement,
         )
-        self.timeline = self._supervisor.timeline
-        self._closed = False
+        super().__init__(thread, supervisor, QueueRoom(config.max_queue))
+        self.timeline = supervisor.timeline
         atexit.register(self._close_at_exit)
         try:
             starting = self._thread.begin(self._supervisor.start(config.ranks))
@@ -244,12 +241,6 @@ class Cluster:
         )
 
     @property
-    def ranks(self) -> int:
-        """Ranks that serve now."""
-        self._thread.check_process()
-        return self._supervisor.group.serving
-
-    @property
     def limits(self) -> ModelLimits:
         """The requests that the model and a rank's cache can serve."""
         return self._checker.limits
@@ -263,136 +254,39 @@ class Cluster:
         """A prompt's tokens, for any thread. Arguments and errors as ``RequestChecker.encode``."""
         return self._checker.encode(prompt, special_tokens=special_tokens, most_tokens=most_tokens)
 
-    def state(self) -> ClusterState:
-        """What the driver knows without asking a rank: ranks, requests and room now. Never waits."""
-        self._thread.check_process()
-        supervisor, room = self._supervisor, self._room
-        queued, unfinished = supervisor.router.queued, supervisor.router.unfinished
-        return ClusterState(
-            ranks=supervisor.group.serving,
-            epoch=supervisor.group.epoch,
-            queued=queued,
-            running=max(0, unfinished - queued),
-            free=room.free,
-            places=room.places,
-            failure=CLOSED if self._closed else None if supervisor.failure is None else str(supervisor.failure),
-        )
-
-    def stats(self) -> ClusterStats:
-        """Counters of all ranks since each was loaded, at the end of the current step."""
-        self._check_open()
-
-        async def ask() -> ClusterStats:
-            router, reports = self._supervisor.router, await self._supervisor.reports()
-            ranks = tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports)
-            total, engine = sum_over_ranks([rank.stats for rank in ranks]), sum_engines([rank.engine for rank in ranks])
-            controller_client = self._supervisor.controller_client
-            controller = None if controller_client is None else controller_client.stats()
-            return ClusterStats(
-                epoch=self._supervisor.group.epoch,
-                queued=router.queued,
-                ranks=ranks,
-                total=total,
-                engine=engine,
-                controller=controller,
-                missing=self._supervisor.pool.missing(),
-                longest_wait_s=router.longest_wait_s,
-            )
-
-        return self._thread.call(ask())
-
-    def placement(self) -> PlacementReport:
-        """Ranks that hold each expert, and those that should, at the end of the current step."""
-        self._check_open()
-        reports = self._thread.call(self._supervisor.reports())
-        newest = max((report for _, report in reports), key=lambda report: report.epoch, default=None)
-        ranks = tuple(worker.handle.where for worker, _ in reports)
-        return PlacementReport(
-            epoch=self._supervisor.group.epoch,
-            ranks=ranks,
-            layers=() if newest is None else newest.layers,
-            placement_version=-1 if newest is None else newest.placement,
-            pending_migrations=0 if newest is None else newest.pending_migrations,
-        )
-
-    def explain(self) -> Explanation:
-        """The controller's reasons for the placement, in numbers; ``str`` of it is text for people.
-
-        Raises:
-            ConfigError: the cluster has no controller (``window_steps=0``).
-            ClusterError: no controller answers.
-        """
-        return self._thread.call(self._need_controller().explain())
-
-    def rebalance(self) -> Explanation:
-        """Plan a placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
-
-        Returns:
-            The controller's reasons; ``latest`` is this decision. Ranks know the placement then, and migrate step by step.
-
-        Raises:
-            ConfigError: the cluster has no controller (``window_steps=0``).
-            ClusterError: no controller answers.
-        """
-        return self._thread.call(self._need_controller().rebalance())
-
-    def freeze(self) -> None:
-        """Keep the placement under any traffic until ``unfreeze``. Pending migrations towards it go on.
-
-        Raises:
-            ConfigError: the cluster has no controller (``window_steps=0``).
-        """
-        self._thread.call(self._need_controller().freeze(True))
-
-    def unfreeze(self) -> None:
-        """Let the placement follow the traffic again.
-
-        Raises:
-            ConfigError: the cluster has no controller (``window_steps=0``).
-        """
-        self._thread.call(self._need_controller().freeze(False))
-
-    def _need_controller(self) -> ControllerClient:
-        self._check_open()
-        if self._supervisor.controller_client is None:
-            raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")
-        return self._supervisor.controller_client
-
-    def scale(self, ranks: int) -> None:
-        """Change the number of ranks while requests go on; returns when that many serve.
-
-        Raises:
-            ConfigError: ``ranks`` is less than 1.
-            ClusterError: the new ranks find no devices, or don't come up; the others go on.
-        """
-        check_count("ranks", ranks)
-        self._check_open()
-        self._thread.call(self._supervisor.scale(ranks))
-
     def close(self) -> None:
         """End all ranks, and Ray if it was started here. Unfinished requests fail. A second call does nothing.
 
         Raises:
             ClusterError: this process is a forked child of the cluster's, which may call no method of it.
         """
+        self._end(leave_ranks=False)
+
+    def detach(self) -> None:
+        """Leave the ranks, with their model, to the next driver of this name. Unfinished requests fail.
+
+        It is for a driver that is to be replaced. The ranks end if no driver adopts them within ``orphan_s``.
+
+        Raises:
+            ConfigError: the ranks can't outlive this driver: it has no ``name``, or ``orphan_s`` is 0.
+            ClusterError: this process is a forked child of the cluster's, which may call no method of it.
+        """
+        if not self._config.outlives_driver:
+            raise ConfigError("detach() needs a cluster with a name and orphan_s > 0: no other driver would find its ranks")
+        self._end(leave_ranks=True)
+
+    def _end(self, *, leave_ranks: bool) -> None:
         self._thread.check_process()
         self._closed = True
         if self._thread.ended:
             return
-        self._thread.call(self._supervisor.close())
+        self._thread.call(self._supervisor.close(leave_ranks=leave_ranks))
         self._thread.end()
         atexit.unregister(self._close_at_exit)
 
     def _close_at_exit(self) -> None:
         if not self._thread.forked:  # a child runs its parent's exit handlers
             self.close()
-
-    def _check_open(self) -> None:
-        self._thread.check_process()
-        if self._closed:
-            raise ClusterError(CLOSED)
-        if self._supervisor.failure is not None:
-            raise raised_anew(self._supervisor.failure)
 
     def __enter__(self) -> Self:
         return self
@@ -402,10 +296,21 @@ class Cluster:
             self.close()
 
 
-def _ray_backend(config: ClusterConfig, path: str) -> Backend:
+def _ray_backend(config: ClusterConfig, load: Load) -> Backend:
+    from cluster.ray_backend.adoption import Outliving
     from cluster.ray_backend.backend import RayBackend
 
-    return RayBackend(address=config.address, strategy=config.strategy, device=config.model.device, path=path)
+    outliving = None
+    if config.outlives_driver:
+        assert config.name is not None
+        outliving = Outliving(config.name, config.orphan_s, config.replace, load)
+    return RayBackend(
+        address=config.address,
+        strategy=config.strategy,
+        device=config.model.device,
+        path=load.path,
+        outliving=outliving,
+    )
 
 
 def _first_placement(file: str, ranks: int | None) -> bytes:

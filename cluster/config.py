@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Unpack
 
 import msgspec
@@ -17,11 +18,12 @@ from epslots.config import (
     load_config,
     refuse_unknown,
 )
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, shown
 from epslots.planner.cost_model import Costs
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 _MAX_SECONDS = 7 * 24 * 3600
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +33,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
         address: the Ray cluster to run in: ``"auto"`` for the running one, ``"host:port"``, or None to start Ray on this
             machine.
+        name: of the cluster, by which another driver finds ranks that outlive theirs; None = none can.
+        orphan_s: seconds that ranks wait, with their model, for another driver of this name when theirs is gone; 0 = they end
+            with their driver.
+        replace: end the ranks of this name that wait for a driver, and start new ones, in place of adopting them.
         strategy: how ranks are placed: ``"PACK"`` (on few nodes), ``"SPREAD"`` (over many), or the same strictly:
             ``"STRICT_PACK"`` (one node), ``"STRICT_SPREAD"`` (a node each).
         placement: file of ``epslots placement plan``: the experts' first placement, for as many ranks and slots.
@@ -48,6 +54,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     ranks: int | None = None
     address: str | None = None
+    name: str | None = None
+    orphan_s: float = 0.0
+    replace: bool = False
     strategy: str = "PACK"
     placement: str | None = None
     max_queue: int = 1024
@@ -63,6 +72,18 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         if not isinstance(self.model.policy, str):
             raise ConfigError(f"policy={self.model.policy!r}: allowed in a cluster: a policy's name")
         self.model.check_costs(self.costs)
+        if self.name is not None and not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
+            raise ConfigError(
+                f"name={shown(self.name)}; allowed: up to 64 letters, digits, dots, dashes and underscores, no sign first"
+            )
+        if self.orphan_s != 0:
+            _check_seconds("orphan_s", self.orphan_s)
+            if self.name is None:
+                raise ConfigError(f"orphan_s={self.orphan_s:g} needs a name, by which the next driver finds the ranks")
+        if not isinstance(self.replace, bool):
+            raise ConfigError(f"replace={shown(self.replace)}; allowed: True, False")
+        if self.replace and not self.outlives_driver:
+            raise ConfigError("replace=True; allowed with a name and orphan_s > 0: other ranks end with their driver")
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy={self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
         check_count("kv_tokens", self.model.kv_tokens)
@@ -76,12 +97,20 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.window_steps != 0:
             check_count("window_steps", self.window_steps)
 
+    @property
+    def outlives_driver(self) -> bool:
+        """Whether the ranks outlive their driver."""
+        return self.name is not None and self.orphan_s > 0
+
 
 class ClusterSettings(LoadSettings, total=False):
     """The fields of ``ClusterConfig`` and of its model, as users may write them."""
 
     ranks: int | None
     address: str | None
+    name: str | None
+    orphan_s: float
+    replace: bool
     strategy: str
     placement: str | os.PathLike[str] | None
     max_queue: int

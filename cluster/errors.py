@@ -4,7 +4,8 @@
     └── ClusterError       the cluster can't start, or can't go on
         ├── Overloaded     too many requests wait already
         ├── RequestFailed  one request ended with an error; the cluster goes on
-        └── RankFailed     a rank failed with an error of its own, on a node that the message names
+        ├── RankFailed     a rank failed with an error of its own, on a node that the message names
+        └── Superseded     another driver has adopted the ranks of this cluster
 
 A request with a wrong prompt or setting is refused with ``epslots.ConfigError``.
 """
@@ -31,6 +32,10 @@ class Overloaded(ClusterError):
 
 class RequestFailed(ClusterError, RequestError):
     """A request ended with an error: its computation failed, or it was lost too often. The cluster goes on."""
+
+
+class Superseded(ClusterError):
+    """Another driver has adopted the ranks of this cluster, which stood still for too long. The ranks go on without it."""
 
 
 class RankFailed(ClusterError):

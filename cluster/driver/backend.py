@@ -7,7 +7,7 @@ controller   a process without a bundle, which plans placements; after its death
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 
 class WorkerDied(Exception):
@@ -15,9 +15,14 @@ class WorkerDied(Exception):
 
 
 class WorkerHandle(Protocol):
-    """One worker's process. Its messages are those of ``messages/rank.py``."""
+    """One worker's process. Its messages are those of ``messages/rank.py``.
+
+    Attributes:
+        adopted: the last driver started it.
+    """
 
     bundle: int
+    adopted: bool
 
     @property
     def where(self) -> str:
@@ -28,6 +33,7 @@ class WorkerHandle(Protocol):
 
         Raises:
             WorkerDied: there is no answer.
+            Superseded: the worker obeys another driver now.
         """
 
     async def events(self) -> bytes:
@@ -35,6 +41,7 @@ class WorkerHandle(Protocol):
 
         Raises:
             WorkerDied: there will be none.
+            Superseded: the worker obeys another driver now.
         """
 
     def kill(self) -> None:
@@ -61,6 +68,17 @@ class ControllerHandle(Protocol):
 
 class Backend(Protocol):
     """Bundles on the nodes of a cluster, and the processes on them."""
+
+    @property
+    def survivors(self) -> frozenset[int]:
+        """Bundles on which the last driver has left workers, once it is open; ``start_worker`` returns each of them once."""
+
+    async def keep_lease(self) -> NoReturn:
+        """Show that this driver lives, until it is closed.
+
+        Raises:
+            Superseded: another driver has adopted the workers.
+        """
 
     async def open(self, ranks: int | None) -> int:
         """Reserve the bundles 0 to ``ranks`` - 1; returns their number.
@@ -111,5 +129,5 @@ class Backend(Protocol):
             ClusterError: that failed; it can be called again.
         """
 
-    async def close(self) -> None:
-        """End all processes and release all bundles. Never raises."""
+    async def close(self, *, leave_ranks: bool = False) -> None:
+        """End all processes and release all bundles; or leave the workers' to the next driver. Never raises."""

@@ -6,7 +6,8 @@
                -> RequestRouter       requests and their outputs
     all of them -> Workers            records of the workers; send and lose
 
-Everything runs in one thread, on one asyncio loop. A worker's life: started -> loads -> ready -> member -> lost -> replaced.
+Everything runs in one thread, on one asyncio loop. A worker's life: started -> loads (or is
+adopted) -> ready -> member -> lost -> replaced.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from cluster.driver.request_router import Caller, RequestRouter
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.worker_pool import WorkerPool
 from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
-from cluster.errors import ClusterError, RankFailed
+from cluster.errors import ClusterError, RankFailed, Superseded
 from cluster.messages.placement import GroupState, LoadReport, PlacementRejected
 from cluster.messages.rank import (
+    Adopt,
+    Adopted,
     Asleep,
     Broken,
     Command,
@@ -55,6 +58,8 @@ logger = logging.getLogger("epslots.cluster")
 
 _GAP_S = 5.0  # without a rank that serves, until the first warning
 _GAP_AGAIN_S = 60.0  # until the next
+_LAST_STAGE = "group formed"
+DETACHED = "the cluster's ranks were left to the next driver; send the request again, to that one"
 
 MakeRouter = Callable[[Callable[[Hashable, Command], None]], RequestRouter]
 
@@ -129,9 +134,11 @@ class Supervisor:
             ClusterError: the first failure of the start, which ends it.
         """
         self._display.stage("reserving places")
+        self._spawn(self._backend.keep_lease)
         ranks = await self._backend.open(ranks)
         self._mark("places reserved")
-        self.group.require(ranks)
+        survivors = len(self._backend.survivors)
+        self.group.require(survivors or ranks)
         self._spawn(self.group.keep_formed)
         self._spawn(self._watch_health)
         self._spawn(self.pool.keep_backend)
@@ -139,7 +146,7 @@ class Supervisor:
         if self.controller_client is not None:
             self._spawn(self.controller_client.keep_controller)
         self._display.stage("starting workers")
-        await self.pool.start(ranks)
+        await self.pool.start(ranks, adopting=survivors > 0)
         self.group.require(1)
         self._display.close()
         loaded = self.group.members[0].loaded
@@ -187,17 +194,22 @@ class Supervisor:
             found = [(worker, self._reports.pop(number)) for worker, number in asked]
         return [(worker, report) for worker, report in found if report is not None]
 
-    async def close(self) -> None:
-        """End everything; unfinished requests fail. After an interrupt, call it again to wait for the rest."""
+    async def close(self, *, leave_ranks: bool = False) -> None:
+        """End everything; unfinished requests fail. After an interrupt, call it again to wait for the rest.
+
+        Args:
+            leave_ranks: to the next driver.
+        """
         if self._closing is None:
             self.pool.stop()
-            self._closing = asyncio.create_task(self._close())
+            leave_ranks |= isinstance(self.failure, Superseded)  # they are another's
+            self._closing = asyncio.create_task(self._close(leave_ranks))
         await asyncio.shield(self._closing)
 
-    async def _close(self) -> None:
+    async def _close(self, leave_ranks: bool) -> None:
         self.router.pause()
-        self.router.fail(self.failure or ClusterError(CLOSED))
-        workers = list(self.workers)
+        self.router.fail(self.failure or ClusterError(DETACHED if leave_ranks else CLOSED))
+        workers = [] if leave_ranks else list(self.workers)
         loaded = [worker for worker in workers if worker.state in (WorkerState.READY, WorkerState.MEMBER)]
         for worker in loaded:
             self.workers.send(worker, Stop())
@@ -207,20 +219,26 @@ class Supervisor:
         await self._thread.cancel_all()
         for worker in workers:
             worker.handle.kill()
-        await self._backend.close()
+        await self._backend.close(leave_ranks=leave_ranks)
         self._display.close()
 
     # Events of the workers.
 
     async def _listen(self, worker: WorkerRecord) -> None:
-        """Have a new worker load the model, and take its events until it is lost."""
+        """Have a new worker load the model, or adopt one; and take its events until it is lost."""
         self._mark("workers started")
         try:
-            neighbours = await self._backend.neighbours(worker.bundle)
-            await worker.handle.command(encode(msgspec.structs.replace(self._load, neighbours=neighbours)))
+            if worker.handle.adopted:
+                await worker.handle.command(encode(Adopt()))
+            else:
+                neighbours = await self._backend.neighbours(worker.bundle)
+                await worker.handle.command(encode(msgspec.structs.replace(self._load, neighbours=neighbours)))
             while True:
                 for event in decode_events(await worker.handle.events()):
                     self._take(worker, event)
+        except Superseded as error:
+            self._give_up(error)
+            self.workers.lose(worker, error, retire=True)
         except (WorkerDied, ClusterError) as error:
             self.workers.lose(worker, error)
 
@@ -254,9 +272,14 @@ class Supervisor:
             case Loaded():
                 worker.loaded, worker.state = event, WorkerState.READY
                 self._mark("model loaded")
+            case Adopted(loaded, epoch, grouped):
+                worker.loaded, worker.state = loaded, WorkerState.READY
+                worker.formed = epoch if grouped else -1
+                self.group.follow(epoch, grouped=grouped)
+                self._mark("ranks adopted")
             case Formed(epoch):
                 worker.formed = epoch
-            case Broken(epoch, cause, stood) if epoch == self.group.epoch:
+            case Broken(epoch, cause, stood) if epoch == self.group.epoch and worker.state is WorkerState.MEMBER:
                 self.group.break_up(f"{worker.name} reports: {cause}", in_step=stood)
             case Failed():
                 raise _failure_of(worker, event)
@@ -280,7 +303,7 @@ class Supervisor:
 
     def _take_formed_group(self) -> None:
         """The group has formed."""
-        self._mark("group formed")
+        self._mark(_LAST_STAGE)
         self.pool.mark_grouped(self.group.members)
         if self.pool.started:
             self.group.require(1)
@@ -290,6 +313,8 @@ class Supervisor:
     def _give_up(self, error: ClusterError) -> None:
         """End all requests and calls with an error: the cluster can't go on."""
         self.failure = self.failure or error
+        if isinstance(error, Superseded):
+            self.pool.stop()  # the ranks are another's
         self.router.pause()
         self.router.fail(self.failure)
         self.group.stop()
@@ -338,7 +363,7 @@ class Supervisor:
 
     def _mark(self, stage: str) -> None:
         """Note the end of a stage of the start."""
-        if not self.pool.started:
+        if _LAST_STAGE not in self.timeline:
             self.timeline[stage] = time.monotonic() - self._began_s
 
 

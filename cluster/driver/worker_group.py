@@ -20,7 +20,7 @@ from cluster.driver.request_router import RequestRouter
 from cluster.driver.retries import Pace, Retries
 from cluster.driver.scheduler import RankCapacity
 from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Superseded
 from cluster.messages.rank import Contact, Contacts, Form, Ping, decode_pong, encode
 from epslots.loading import LOAD_DEADLINE_S
 from epslots.placement.placement import unpack
@@ -113,6 +113,16 @@ class WorkerGroup:
         self._breaks = 0
         self.break_up(cause)
 
+    def follow(self, epoch: int, *, grouped: bool) -> None:
+        """Go on after the epochs of a rank that was adopted.
+
+        Args:
+            epoch: the newest that it knows of.
+            grouped: it has been in a group, and brings that one's placement.
+        """
+        self.epoch = max(self.epoch, epoch)
+        self.stood |= grouped
+
     def keep_placement(self, placement: bytes) -> None:
         """Begin with this placement if all ranks are replaced at once."""
         self.placement = placement
@@ -178,7 +188,7 @@ class WorkerGroup:
         self.formed, self._broken_by, self._broken_in_step = False, None, False
         self._contacts = {}
         self._router.begin(self.epoch)
-        fresh = all(worker.state is WorkerState.READY for worker in members)
+        fresh = all(worker.state is WorkerState.READY and worker.formed < 0 for worker in members)
         self._send_forms(members, fresh)
         await self._wait_until_formed(members, fresh)
         if self._broken_by is not None:
@@ -278,6 +288,8 @@ class WorkerGroup:
             if not decode_pong(asking.result()).running:  # its last event, which says why, is on the way
                 await self._workers.changes.wait_for(lambda: worker.state is WorkerState.LOST, deadline_s)
                 raise WorkerDied("it has ended its work")
+        except Superseded:
+            pass  # the lease says so, too, and that ends this cluster
         except WorkerDied as error:
             self._workers.lose(worker, error)
         finally:

@@ -84,14 +84,24 @@ class WorkerPool:
         self._stopped = False
         self._failure: ClusterError | None = None
 
-    async def start(self, ranks: int) -> None:
+    async def start(self, ranks: int, *, adopting: bool) -> None:
         """Start the first workers; returns when all of them serve.
 
+        Args:
+            adopting: some are there already. It returns when those serve, and others are started meanwhile.
+
         Raises:
-            ClusterError: the first failure of one.
+            ClusterError: the first failure of one; when adopting, the cluster can't go on.
         """
-        await self.grow(ranks)
-        self.started = True
+        self.started = adopting
+        if not adopting:
+            await self.grow(ranks)
+            self.started = True
+            return
+        self._place(ranks)
+        await self._workers.changes.wait_for(lambda: self._failure is not None or self._group.formed)
+        if self._failure is not None:
+            raise self._failure
 
     async def grow(self, ranks: int) -> None:
         """Have a place for each of ``ranks`` ranks; returns when all of them serve.
@@ -99,6 +109,10 @@ class WorkerPool:
         Raises:
             ClusterError: some don't come up.
         """
+        self._place(ranks)
+        await self.wait_until_serving(range(ranks))
+
+    def _place(self, ranks: int) -> None:
         self.size = ranks
         for bundle in range(ranks):
             self._given_up.pop(bundle, None)
@@ -109,7 +123,6 @@ class WorkerPool:
                 if not self._lost:
                     self._keep(bundle)
         self._workers.changes.notify()
-        await self.wait_until_serving(range(ranks))
 
     def shrink(self, ranks: int) -> None:
         """End the workers and places from number ``ranks`` on."""

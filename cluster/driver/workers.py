@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.driver.backend import WorkerDied, WorkerHandle
 from cluster.driver.loop_thread import Notifier
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Superseded
 from cluster.messages.rank import Command, Loaded, encode
 
 _PROVEN_S = 60.0
@@ -131,6 +131,8 @@ class Workers:
     async def _deliver(self, worker: WorkerRecord, message: bytes) -> None:
         try:
             await worker.handle.command(message)
+        except Superseded:
+            pass  # the lease says so, too, and that ends this cluster
         except WorkerDied as error:
             self.lose(worker, error)
 

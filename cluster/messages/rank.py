@@ -6,6 +6,7 @@
                        Submit, Cancel   Outputs
                        Wake             Asleep, when no rank has work any more
                        GetReport        RankReport
+                       Adopt            Adopted: the worker serves another driver from now on
                        Stop             RankStopped
 
 A command's call returns at once, even from a busy worker (``Ping`` returns a ``Pong``); events follow in batches. Unasked
@@ -27,6 +28,20 @@ from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """Where the ranks of a cluster that outlives its driver come from.
+
+    Attributes:
+        content: digest of the checkpoint's files.
+        version: of epslots.
+        user: number of the driver's user.
+    """
+
+    content: str
+    version: str
+    user: int
+
+
 class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Load the model, without a group.
 
@@ -36,6 +51,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         neighbours: ranks that share the node's RAM, this one included.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
+        origin: None for a rank that ends with its driver.
     """
 
     path: str
@@ -43,6 +59,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     neighbours: int
     threads: int
     window_steps: int
+    origin: Origin | None = None
 
 
 class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -105,11 +122,21 @@ class Ping(msgspec.Struct, tag=True, frozen=True):
     """Answer with a ``Pong`` at once, even while busy."""
 
 
+class GiveUp(msgspec.Struct, tag=True, frozen=True):
+    """Give up all requests, since no driver waits for them any more."""
+
+
+class Adopt(msgspec.Struct, tag=True, frozen=True):
+    """Give up all requests, leave the group, and answer ``Adopted``: the next commands are another driver's."""
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """Release everything, and answer ``RankStopped``."""
 
 
-Command = Load | Form | Contacts | Submit | Cancel | Wake | GetReport | GetGroupState | SetPlacement | Ping | Stop
+Command = (
+    Load | Form | Contacts | Submit | Cancel | Wake | GetReport | GetGroupState | SetPlacement | Ping | GiveUp | Adopt | Stop
+)
 
 
 class Pong(msgspec.Struct, frozen=True):
@@ -142,6 +169,20 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     limits: ModelLimits
     max_requests: int
     seconds: dict[str, float]
+
+
+class Adopted(msgspec.Struct, tag=True, frozen=True):
+    """The worker has given up all requests, and waits for a ``Form``.
+
+    Attributes:
+        loaded: as after loading.
+        epoch: the newest that the worker knows of; the next one must be greater.
+        grouped: the worker has been in a group, and holds experts for it.
+    """
+
+    loaded: Loaded
+    epoch: int
+    grouped: bool
 
 
 class Contact(msgspec.Struct, tag=True, frozen=True):
@@ -252,6 +293,7 @@ class RankStopped(msgspec.Struct, tag=True, frozen=True):
 Event = (
     LoadProgress
     | Loaded
+    | Adopted
     | Contact
     | Formed
     | Outputs

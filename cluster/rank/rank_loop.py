@@ -4,7 +4,7 @@ Three threads meet here, and none waits for another's work:
 
     stepping   ``_main``: loads, forms groups, steps the engine; sleeps when no rank has work
     commands   calls ``command``: queues it for the stepping thread, or aborts a group whose operation is stuck
-    events     calls ``events``: waits for the next batch (``event_pace.py``)
+    events     calls ``events``: waits for the next batch (``event_queue.py``)
 
 A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
 request whose computation raises ends with an error (``generation/batcher.py``), and the rank sends ``Broken`` if that broke
@@ -15,27 +15,28 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from cluster.messages.placement import GetGroupState, LoadReport, PlacementRejected, SetPlacement
+from cluster.lasting.records import RankDescription
+from cluster.messages.placement import GetGroupState, PlacementRejected, SetPlacement
 from cluster.messages.rank import (
+    Adopt,
+    Adopted,
     Asleep,
     Broken,
     Cancel,
     Command,
     Contacts,
     Event,
-    Failed,
     Form,
     Formed,
     GetReport,
+    GiveUp,
     Load,
     Loaded,
-    LoadProgress,
     Outputs,
     Ping,
     Pong,
@@ -47,10 +48,10 @@ from cluster.messages.rank import (
     encode,
 )
 from cluster.rank.contact_store import ContactStore
-from cluster.rank.event_pace import EventPace
-from cluster.rank.rank_reports import WindowCutter, group_state, rank_report
+from cluster.rank.event_queue import EventQueue
+from cluster.rank.rank_reports import WindowCutter, failure_of, group_state, rank_report
 from epslots.devices import cpu_share, make_current, resolve_device, wait_for_freed_memory
-from epslots.errors import ConfigError, EpslotsError, GroupError, RankMismatchError
+from epslots.errors import ConfigError, GroupError, RankMismatchError
 from epslots.generation.engine import Engine
 from epslots.generation.request_checker import model_limits
 from epslots.generation.requests import Output, Request
@@ -65,8 +66,6 @@ from epslots.transport.transport import Transport
 
 FormTransport = Callable[[Form, torch.device, ContactStore], Transport]
 """Connects the ranks of an epoch; raises PeerLost if some don't come in time."""
-
-_PROGRESS_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -98,17 +97,18 @@ class RankLoop:
     """
 
     def __init__(self, form: FormTransport, clock: Callable[[], float] = time.monotonic) -> None:
-        self._form_transport, self._clock = form, clock
+        self._form_transport = form
         self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
         self._news = threading.Condition()
-        """Guards the lists below and the pace, and is notified of their entries."""
+        """Guards the commands and events, and is notified of them."""
         self._commands: list[_Queued] = []
-        self._events: list[Event] = []
-        self._pace = EventPace()
+        self._events = EventQueue(self._news, clock)
         self._contacts: ContactStore | None = None
         """Of the newest epoch; only the commands' thread uses it."""
         self._newest = -1
         """The newest epoch that is to form; written by the commands' thread."""
+        self._load_order: Load | None = None
+        self._loaded: Loaded | None = None
         # The stepping thread alone uses the rest, but for the transport, which the commands' thread reads and aborts.
         self._engine: Engine | None = None
         self._windows: WindowCutter | None = None
@@ -121,7 +121,6 @@ class RankLoop:
         self._steps = 0
         """Steps in this epoch; the same on all its ranks."""
         self._wake_through = 0
-        self._progress_s = 0.0
         self._reports_due: list[int] = []
 
     def start(self) -> None:
@@ -172,6 +171,10 @@ class RankLoop:
         match command:
             case Load():
                 self._load(command)
+            case Adopt():
+                self._adopt()
+            case GiveUp():
+                self._give_up_requests()
             case _Forming(form, contacts):
                 self._form(form, contacts)
             case Submit(requests):
@@ -202,24 +205,31 @@ class RankLoop:
             CheckpointSource(load.path),
             load.config,
             neighbours=load.neighbours,
-            display=ProgressDisplay(listener=self._tell_progress),
+            display=ProgressDisplay(listener=self._events.send_progress),
         )
         loaded = time.monotonic()
         self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
-        self._send(
-            Loaded(
-                limits=model_limits(model, self._engine.batcher.capacity),
-                max_requests=self._engine.batcher.max_requests,
-                seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
-            )
+        self._loaded = Loaded(
+            limits=model_limits(model, self._engine.batcher.capacity),
+            max_requests=self._engine.batcher.max_requests,
+            seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
         )
+        self._send(self._loaded)
 
-    def _tell_progress(self, title: str, done_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if done_bytes in (0, total_bytes) or now - self._progress_s >= _PROGRESS_EVERY_S:
-            self._progress_s = now
-            self._send(LoadProgress(title, done_bytes, total_bytes))
+    def _adopt(self) -> None:
+        """Drop all that the last driver has asked for, and report to the new one; the model and its slots stay."""
+        self._give_up_requests()
+        self._reports_due.clear()
+        self._serving = False
+        self._events.clear()
+        assert self._loaded is not None, "Load comes first"
+        self._send(Adopted(self._loaded, self._newest, grouped=group_of(self._loaded_engine.model) is not None))
+
+    def _give_up_requests(self) -> None:
+        if self._engine is not None:
+            self._engine.batcher.cancel_all()
+            self._engine.batcher.outputs()
 
     def _form(self, form: Form, contacts: ContactStore) -> None:
         """Form a group with the other ranks. Until then, and if that fails, this rank makes no step."""
@@ -251,7 +261,7 @@ class RankLoop:
         shared = runtime_of(model).rank_settings
         if form.fresh:
             transport.deadline_s = LOAD_DEADLINE_S  # the ranks fill their slots, some from a slow disk
-            display = ProgressDisplay(listener=self._tell_progress)
+            display = ProgressDisplay(listener=self._events.send_progress)
             start_rank(model, transport, settings=shared, costs=form.costs, display=display, placement=placement)
         else:
             join(model, transport, settings=shared, costs=form.costs, placement=placement)
@@ -259,8 +269,7 @@ class RankLoop:
 
     def _add(self, request: Request) -> None:
         if not request.resumed:  # else its reader has tokens already
-            with self._news:
-                self._pace.expect(request.id)
+            self._events.expect(request.id)
         try:
             self._loaded_engine.batcher.add(request)
         except ConfigError as error:
@@ -295,9 +304,7 @@ class RankLoop:
     def _end_window(self, seconds: float) -> None:
         """Note a step of this duration. If a window ends with it, send its load report, unless the last one still waits."""
         assert self._windows is not None
-        with self._news:
-            waits = any(isinstance(event, LoadReport) for event in self._events)
-        load_report = self._windows.step(self._steps, seconds, waits=waits)
+        load_report = self._windows.step(self._steps, seconds, waits=self._events.holds_load_report)
         if load_report is not None:
             self._send(load_report)
 
@@ -322,15 +329,7 @@ class RankLoop:
     def _fail(self, error: BaseException, doing: str) -> None:
         if self._transport is not None:
             self._transport.abort(f"rank {self._transport.rank} failed: {type(error).__name__}: {error}")
-        self._send(
-            Failed(
-                doing=doing,  # type: ignore[arg-type]
-                kind=type(error).__name__,
-                message=str(error),
-                deliberate=isinstance(error, EpslotsError),
-                traceback="".join(traceback.format_exception(error)),
-            )
-        )
+        self._send(failure_of(error, doing))
 
     # The other threads.
 
@@ -339,6 +338,9 @@ class RankLoop:
         match decode_command(message):
             case Ping():
                 return encode(Pong(self._thread.is_alive() and not self._ended))
+            case Load() as load:
+                self._load_order = load
+                self._queue(load)
             case Form() as form:
                 self._prepare_to_form(form)
             case Contacts(epoch, entries):
@@ -352,6 +354,21 @@ class RankLoop:
             case command:
                 self._queue(command)
         return b""
+
+    def begin_term(self, term: int) -> None:
+        """Another driver takes over. What the last one is waited with ends: its group, its rendezvous, its ``events``."""
+        reason = "another driver has come"
+        if self._transport is not None or self._contacts is not None:
+            self._newest += 1
+        if self._contacts is not None:
+            self._contacts.end(reason)
+        self._leave_old(self._transport)
+        self._events.begin_term(term)
+
+    def describe(self) -> RankDescription:
+        """The rank's state, for a driver that may adopt it; from any thread."""
+        running = self._thread.is_alive() and not self._ended
+        return RankDescription(load=self._load_order, loaded=self._loaded is not None, running=running)
 
     def _prepare_to_form(self, form: Form) -> None:
         """Abort the last group, which frees a step that waits for a lost rank, and the others that wait for this one."""
@@ -376,18 +393,9 @@ class RankLoop:
             self._news.notify_all()
 
     def _send(self, event: Event) -> None:
-        """Add an event to the next batch; from any thread."""
-        with self._news:
-            self._events.append(event)
-            self._pace.note(event)
-            self._news.notify_all()
+        """Send an event to the driver; from any thread."""
+        self._events.send(event)
 
-    def events(self) -> bytes:
-        """Wait for events, and take all of them when it is time."""
-        with self._news:
-            self._news.wait_for(lambda: self._events)
-            while (wait_s := self._pace.wait_s(self._clock())) > 0:
-                self._news.wait(wait_s)
-            self._pace.sent(self._clock())
-            events, self._events = self._events, []
-        return encode(events)
+    def events(self, term: int = 0) -> bytes | None:
+        """Wait for events, and take all of them when it is time; returns None once a newer driver's term has begun."""
+        return self._events.take(term)

@@ -1,6 +1,8 @@
-"""A rank's reports: its load window by window, all its counters, and the state of its group."""
+"""A rank's reports: its load window by window, all its counters, the state of its group, and its failure."""
 
 from __future__ import annotations
+
+import traceback
 
 import msgspec
 import numpy as np
@@ -8,8 +10,9 @@ import psutil
 from torch import nn
 
 from cluster.messages.placement import GroupState, LoadReport
-from cluster.messages.rank import LayerPlacement, RankReport
+from cluster.messages.rank import Failed, LayerPlacement, RankReport
 from epslots.arrays import BoolArray
+from epslots.errors import EpslotsError
 from epslots.generation.engine import Engine
 from epslots.group.cost_probe import largest
 from epslots.group.rank_group import group_of
@@ -114,6 +117,17 @@ def rank_report(engine: Engine, number: int, epoch: int, steps: int) -> RankRepo
         memory_bytes=process.memory_info().rss,
         descriptors=process.num_fds(),
         threads=process.num_threads(),
+    )
+
+
+def failure_of(error: BaseException, doing: str) -> Failed:
+    """The last event of a rank that raised this."""
+    return Failed(
+        doing=doing,  # type: ignore[arg-type]
+        kind=type(error).__name__,
+        message=str(error),
+        deliberate=isinstance(error, EpslotsError),
+        traceback="".join(traceback.format_exception(error)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import NoReturn
 from weakref import WeakSet
 
 import ray
@@ -12,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError
 from cluster.rank.actor import RANK_LOOP
+from cluster.ray_backend.adoption import Adoption, Outliving
 from cluster.ray_backend.bundles import Bundles
 from cluster.ray_backend.calls import ask, refusals
 from cluster.ray_backend.connect import RANK_RESOURCE
@@ -48,6 +50,7 @@ class RayBackend:
         path: the model's folder, which all nodes must have; a hub id is each node's to find.
         loop: class that runs a rank, as "module:name".
         place_s: seconds that Ray has to find another node for a bundle whose node is lost.
+        outliving: if the ranks are to outlive this driver.
     """
 
     def __init__(
@@ -59,9 +62,11 @@ class RayBackend:
         path: str,
         loop: str = RANK_LOOP,
         place_s: float = 30.0,
+        outliving: Outliving | None = None,
     ) -> None:
         self._address, self._strategy, self._device, self._path = address, strategy, device, path
         self._loop, self._place_s = loop, place_s
+        self._adoption = None if outliving is None else Adoption(outliving)
         self._use: RayUse | None = None
         self._connection: Connection | None = None
         self._life: Life | None = None
@@ -70,7 +75,7 @@ class RayBackend:
         self._actors: WeakSet[RayActorHandle] = WeakSet()
 
     async def open(self, ranks: int | None) -> int:
-        self._use = RayUse(self._address, ranks or 1)
+        self._use = RayUse(self._address, ranks or 1, None if self._adoption is None else self._adoption.name)
         self._connection = await self._use.joined()
         self._life = self._connection.life
         return await self._reserve(ranks)
@@ -78,19 +83,40 @@ class RayBackend:
     async def _reserve(self, ranks: int | None) -> int:
         """Reserve all bundles, on the present nodes; returns their number."""
         assert self._connection is not None
+        if self._adoption is not None:
+            await self._adoption.begin(own_ray=self._connection.own)
         nodes = await ask(read_nodes)
         self._need = need_of_bundle(nodes, self._device)
+        if ranks is None and self.survivors:
+            ranks = max(self.survivors) + 1
         if ranks is None:
             ranks = int(sum(node.total.get("GPU", 0) for node in nodes)) if "GPU" in self._need else 1
         elsewhere = not self._connection.own and Path(self._path).is_dir()  # a hub id is the nodes' own to find
         folder = str(Path(self._path).absolute()) if elsewhere else None
-        self._bundles = Bundles(self._need, self._strategy, folder, self._place_s)
-        await self._bundles.add(ranks)
+        name_group = None if self._adoption is None else self._adoption.name_group
+        self._bundles = Bundles(self._need, self._strategy, folder, self._place_s, name_group)
+        if self._adoption is not None:
+            self._adoption.drop_survivors(ranks)
+            self._bundles.inherit(self._adoption.groups, ranks)
+        if ranks > len(self._bundles):
+            await self._bundles.add(ranks - len(self._bundles))
         return ranks
+
+    @property
+    def survivors(self) -> frozenset[int]:
+        return frozenset() if self._adoption is None else self._adoption.bundles
+
+    async def keep_lease(self) -> NoReturn:
+        if self._adoption is None:
+            await asyncio.Event().wait()
+            raise AssertionError("it is never set")
+        await self._adoption.keep()
 
     async def lost(self) -> str:
         assert self._life is not None, "it is open"
         reason = await asyncio.wrap_future(self._life.lost)
+        if self._adoption is not None:
+            self._adoption.lease.forget()
         for handle in self._actors:
             handle.forget()
         self._actors.clear()
@@ -113,6 +139,9 @@ class RayBackend:
         return nodes.count(nodes[bundle]) if nodes[bundle] else 1
 
     async def start_worker(self, bundle: int) -> RayWorkerHandle:
+        if self._adoption is not None and (survivor := self._adoption.take_survivor(bundle)) is not None:
+            self._actors.add(survivor)
+            return survivor
         await self._bundles.placed(bundle)
         threads = await self._threads(bundle)
         self._check()
@@ -122,8 +151,9 @@ class RayBackend:
                 num_gpus=self._need.get("GPU", 0),
                 resources={RANK_RESOURCE: 1} if RANK_RESOURCE in self._need else None,
                 scheduling_strategy=self._bundles.strategy(bundle),
-            ).remote(self._host, threads, self._loop)
-        worker = RayWorkerHandle(bundle, actor)
+                **({} if self._adoption is None else self._adoption.actor_options(bundle)),
+            ).remote(self._host, threads, self._loop, b"" if self._adoption is None else self._adoption.lasting)
+        worker = RayWorkerHandle(bundle, actor, None if self._adoption is None else self._adoption.lease)
         self._actors.add(worker)
         starting = asyncio.ensure_future(worker.wait_until_up(_START_WORKER_S))
         # Read its error even if this call ends before; or asyncio would complain.
@@ -152,14 +182,19 @@ class RayBackend:
             raise
         return controller
 
-    async def close(self) -> None:
+    async def close(self, *, leave_ranks: bool = False) -> None:
         """End all actors, and leave Ray, even one that is still being started. After an interrupt, call it again."""
+        leave_ranks = await self._end_adoption(leave_ranks)
         for handle in self._actors:
-            handle.kill()
+            if not (leave_ranks and isinstance(handle, RayWorkerHandle)):
+                handle.kill()
         self._actors.clear()
-        self._bundles.keep(0)
+        if not leave_ranks:
+            self._bundles.keep(0)
         if self._use is None:
             return
+        if leave_ranks and self._connection is not None:
+            self._connection.ranks_stay.set()
         left = self._use.leave()
         starting = self._life is None or self._life.lost.done()
         wait_s = _START_RAY_S + _END_RAY_S if starting else _END_RAY_S
@@ -171,6 +206,12 @@ class RayBackend:
         except Exception:
             logger.exception("Ray ended with an error")
         self._use = self._connection = self._life = None
+
+    async def _end_adoption(self, leave_ranks: bool) -> bool:
+        """Give the lease up; returns whether the ranks stay, because they are to or aren't this driver's."""
+        if self._adoption is None or self._life is None or self._life.lost.done():
+            return leave_ranks
+        return not await self._adoption.end(leave_ranks)
 
     @property
     def _host(self) -> str | None:

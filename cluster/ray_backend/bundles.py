@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,14 +48,23 @@ class Bundles:
         strategy: Ray's placement strategy.
         folder: the model's folder, which every node must have; None = don't look.
         place_s: seconds that Ray has to find another node for a bundle whose node is lost.
+        name_group: names the next placement group, which then outlives this process; None = none does.
     """
 
-    def __init__(self, need: dict[str, float], strategy: str, folder: str | None, place_s: float) -> None:
+    def __init__(
+        self,
+        need: dict[str, float],
+        strategy: str,
+        folder: str | None,
+        place_s: float,
+        name_group: Callable[[], str] | None = None,
+    ) -> None:
         self._need, self._strategy, self._place_s = need, strategy, place_s
+        self._name_group = name_group
         self._folder = folder
         self._bundles: list[_Bundle] = []
         self._unused: list[_Bundle] = []
-        """Bundles of placement groups with others in use."""
+        """Bundles of placement groups with others in use: those that follow in the groups' order."""
         self._checked: set[str] = set()
         """Nodes that have the model's folder."""
         self._name = f"{_NAME}process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
@@ -66,6 +75,15 @@ class Bundles:
     def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
         """Ray's scheduling strategy for an actor on a bundle."""
         return PlacementGroupSchedulingStrategy(self._bundles[bundle].group, self._bundles[bundle].index)
+
+    def inherit(self, groups: Sequence[tuple[PlacementGroup, int]], count: int) -> None:
+        """Take over the last driver's placement groups, each with its number of bundles, in their order.
+
+        Args:
+            count: bundles that are needed; groups without one are removed, and missing ones aren't reserved.
+        """
+        self._bundles = [_Bundle(group, index) for group, bundles in groups for index in range(bundles)]
+        self.keep(min(count, len(self._bundles)))
 
     async def add(self, count: int) -> None:
         """Reserve further bundles.
@@ -81,7 +99,7 @@ class Bundles:
 
     def keep(self, count: int) -> None:
         """Release the bundles from number ``count`` on. One that shares a placement group with a kept one is reused later."""
-        self._unused += self._bundles[count:]
+        self._unused = self._bundles[count:] + self._unused
         del self._bundles[count:]
         kept = {bundle.group.id for bundle in self._bundles}
         for group in {bundle.group.id: bundle.group for bundle in self._unused if bundle.group.id not in kept}.values():
@@ -120,7 +138,8 @@ class Bundles:
             lambda: placement_group(
                 [self._need] * count,
                 strategy=self._strategy,
-                name=f"{self._name} {uuid.uuid4().hex[:8]}",
+                name=f"{self._name} {uuid.uuid4().hex[:8]}" if self._name_group is None else self._name_group(),
+                lifetime=None if self._name_group is None else "detached",
                 bundle_label_selector=None if selector is None else [{NODE_LABEL: selector}] * count,
             )
         )

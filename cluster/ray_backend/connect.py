@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import ray
@@ -43,6 +44,27 @@ _SETTINGS = {
 _SHUTDOWN_S = 20.0
 
 
+def node_settings(ranks: int) -> dict[str, Any]:
+    """Ray's settings of a node of our own, which starts processes for so many ranks beforehand."""
+    return {
+        "num_cpus": ranks + 1,  # one is for the controller
+        "resources": {RANK_RESOURCE: _PLENTY_OF_RANKS},
+        "object_store_memory": _STORE_BYTES,
+        "include_dashboard": False,
+        "_system_config": _SETTINGS,
+    }
+
+
+def use_token() -> None:
+    """Have this process show Ray's token, unless the user forbids it; and outlive a head of our own.
+
+    Before Ray does the same: it would read its settings again. The patience isn't in the environment, which Ray's helpers
+    would inherit: those whose driver was killed would never end.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    Config.initialize(json.dumps({_PATIENCE_NAME: _PATIENCE_S}))
+
+
 @contextmanager
 def start_ray(ranks: int) -> Iterator[FindEnded]:
     """Start a Ray of this process alone, and end it on exit.
@@ -56,21 +78,14 @@ def start_ray(ranks: int) -> Iterator[FindEnded]:
     with own_folder() as folder:
         protect_token()
         before = psutil.Process().children()
-        # Before Ray does the same: it would read its settings again. Not by the environment, which its helpers would inherit:
-        # those whose driver was killed would never end.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        Config.initialize(json.dumps({_PATIENCE_NAME: _PATIENCE_S}))
+        use_token()
         try:
             ray.init(
                 address="local",
-                num_cpus=ranks + 1,  # processes that are started beforehand; one is for the controller
-                resources={RANK_RESOURCE: _PLENTY_OF_RANKS},
-                object_store_memory=_STORE_BYTES,
-                include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
-                _system_config=_SETTINGS,
+                **node_settings(ranks),
             )
         except BaseException as error:
             ray.shutdown()
@@ -92,8 +107,11 @@ def start_ray(ranks: int) -> Iterator[FindEnded]:
 
 
 @contextmanager
-def join_ray(address: str) -> Iterator[FindEnded]:
+def join_ray(address: str, *, own: bool = False) -> Iterator[FindEnded]:
     """Join a running Ray, and leave it on exit.
+
+    Args:
+        own: it is one of ours that outlives its driver.
 
     Raises:
         ClusterError: no Ray answers there, or it refuses this process; the message says what to do.
@@ -110,7 +128,7 @@ def join_ray(address: str) -> Iterator[FindEnded]:
         ) from error
     with _silence():
         try:
-            if RANK_RESOURCE in ray.cluster_resources():
+            if not own and RANK_RESOURCE in ray.cluster_resources():
                 raise ClusterError(f"the Ray at {found} is another process's own, and will end with it; {START_HINT}")
             watch, head = watch_joined(), HeadWatch(found)
 

@@ -14,9 +14,14 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.actor_process import ActorProcess
 from cluster.driver.backend import WorkerDied
+from cluster.errors import Superseded
+from cluster.lasting.records import SUPERSEDED, RankDescription, with_term
+from cluster.ray_backend.driver_lease import DriverLease
 
-_CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray: a thread each
-CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: 1}
+_CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray
+_MOST_DRIVERS = 4  # at a time: all but the last are paused, and each holds a thread in which Ray waits for its answer
+CONCURRENCY_GROUPS = {_CONTROL: 1, _EVENTS: _MOST_DRIVERS}
+"""Threads of each."""
 RAY_ERRORS = (RayError, RuntimeError, AttributeError, ConnectionError)
 """Errors of a call: RayError, or any of the others while another thread disconnects Ray."""
 _RAY_ENDED = "its Ray has ended"
@@ -99,23 +104,57 @@ class RayActorHandle:
 
 
 class RayWorkerHandle(RayActorHandle):
-    """A rank's worker (``WorkerActor``)."""
+    """A rank's worker (``WorkerActor``).
 
-    def __init__(self, bundle: int, actor: ActorHandle) -> None:
+    Args:
+        lease: of the driver; None for a worker that ends with it.
+
+    Attributes:
+        adopted: the last driver started it.
+    """
+
+    def __init__(self, bundle: int, actor: ActorHandle, lease: DriverLease | None = None) -> None:
         super().__init__(actor, concurrency_group=_CONTROL)
         self.bundle = bundle
+        self.adopted = False
+        self._lease = lease
         self._events: Any = None
 
+    @property
+    def _term(self) -> int:
+        return 0 if self._lease is None else self._lease.term
+
+    async def describe(self) -> RankDescription:
+        """The worker's state, whoever its driver is.
+
+        Raises:
+            WorkerDied: there is no answer.
+        """
+        return msgspec.msgpack.decode(await self._ask("describe"), type=RankDescription)
+
     async def command(self, message: bytes) -> bytes:
-        return await self._ask("command", message)
+        return self._checked(await self._ask("command", with_term(self._term, message)))
+
+    def _checked(self, answer: bytes) -> bytes:
+        if answer == SUPERSEDED and self._lease is not None:
+            self._lease.lose()
+            raise Superseded("another driver has adopted this rank")
+        return answer
+
+    def kill(self) -> None:
+        if self._lease is None:
+            super().kill()
+        else:
+            self._lease.guard(super().kill)
 
     async def events(self) -> bytes:
         actor = self._actor_there()
         try:
             if self._events is None:
                 # One streaming call for a worker's whole life: a third cheaper than a call for each batch.
-                self._events = actor.events.options(num_returns="streaming", concurrency_group=_EVENTS).remote()
-            return await (await anext(self._events))
+                calling = actor.events.options(num_returns="streaming", concurrency_group=_EVENTS)
+                self._events = calling.remote(with_term(self._term, b""))
+            return self._checked(await (await anext(self._events)))
         except StopAsyncIteration:
             raise WorkerDied("its events have ended") from None
         except RAY_ERRORS as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import cluster
 
-_HOME = str(Path(cluster.__file__).parent.parent)
+HOME = str(Path(cluster.__file__).parent.parent)
 
 
 def _made_importer(home: str) -> Callable[[str, str], Any]:
@@ -37,7 +37,7 @@ def _made_importer(home: str) -> Callable[[str, str], Any]:
 
 def function(module: str, name: str) -> Callable[..., Any]:
     """A function for ``ray.remote`` that imports another and calls it."""
-    load = _made_importer(_HOME)
+    load = _made_importer(HOME)
 
     def call(*arguments: Any) -> Any:
         return load(module, name)(*arguments)
@@ -51,7 +51,7 @@ def actor(module: str, name: str) -> type:
 
     It has the methods of both of our actors; each of them has only some.
     """
-    load = _made_importer(_HOME)
+    load = _made_importer(HOME)
 
     class Actor:
         def __init__(self, *arguments: Any) -> None:
@@ -60,11 +60,14 @@ def actor(module: str, name: str) -> type:
         def process(self) -> bytes:
             return self._there.process()
 
+        def describe(self) -> bytes:
+            return self._there.describe()
+
         def command(self, message: bytes) -> bytes:
             return self._there.command(message)
 
-        def events(self) -> Iterator[bytes]:
-            yield from self._there.events()
+        def events(self, message: bytes) -> Iterator[bytes]:
+            yield from self._there.events(message)
 
         def call(self, message: bytes) -> bytes:
             return self._there.call(message)

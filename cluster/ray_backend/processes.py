@@ -81,7 +81,7 @@ def _name(process: psutil.Process) -> str:
 
 def started_since(before: list[psutil.Process]) -> list[psutil.Process]:
     """The processes that Ray has started in this process since then, with their descendants."""
-    started = [child for child in psutil.Process().children() if child not in before and _is_of_ray(child)]
+    started = [child for child in psutil.Process().children() if child not in before and is_of_ray(child)]
     return started + [process for child in started for process in _descendants(child)]
 
 
@@ -106,9 +106,11 @@ def end(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(alive, _END_S)
 
 
-def _is_of_ray(process: psutil.Process) -> bool:
+def is_of_ray(process: psutil.Process) -> bool:
+    """Whether a process runs a program of Ray's, or is one of its workers."""
     with suppress(psutil.Error):
-        return str(Path(ray.__file__).parent) in " ".join(process.cmdline())
+        command = " ".join(process.cmdline())
+        return command.startswith("ray::") or str(Path(ray.__file__).parent) in command
     return False
 
 
@@ -118,6 +120,12 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
+def short_root() -> Path:
+    """The folder for temporary files, or a shorter one: the paths of Ray's sockets are limited."""
+    root = Path(tempfile.gettempdir())
+    return root if len(str(root)) <= _LONGEST_ROOT else Path("/tmp")
+
+
 @contextmanager
 def own_folder() -> Iterator[Path]:
     """A folder for Ray's sockets and logs, removed at the end. Folders of killed processes are removed here, too.
@@ -125,9 +133,7 @@ def own_folder() -> Iterator[Path]:
     Raises:
         ClusterError: no folder can be made.
     """
-    root = Path(tempfile.gettempdir())
-    if len(str(root)) > _LONGEST_ROOT:
-        root = Path("/tmp")
+    root = short_root()
     _remove_old(root)
     try:
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
@@ -151,15 +157,15 @@ def _remove_old(root: Path) -> None:
             if entry.name.startswith(FOLDER_PREFIX):
                 with (
                     suppress(OSError),
-                    _opened(entry.path, os.O_DIRECTORY, stat.S_ISDIR) as folder,
-                    _opened("lock", 0, stat.S_ISREG, within=folder) as lock,
+                    opened(entry.path, os.O_DIRECTORY, stat.S_ISDIR) as folder,
+                    opened("lock", 0, stat.S_ISREG, within=folder) as lock,
                 ):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(entry.path, ignore_errors=True)
 
 
 @contextmanager
-def _opened(path: str, flags: int, is_kind: Callable[[int], bool], *, within: int | None = None) -> Iterator[int]:
+def opened(path: str, flags: int, is_kind: Callable[[int], bool], *, within: int | None = None) -> Iterator[int]:
     """An open descriptor of this user's file or folder.
 
     Args:
@@ -191,7 +197,7 @@ def protect_token() -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.path.lexists(path):
             _make_token(path)
-        with _opened(str(path), 0, stat.S_ISREG) as there:
+        with opened(str(path), 0, stat.S_ISREG) as there:
             if os.fstat(there).st_mode & 0o077:
                 os.fchmod(there, 0o600)
 

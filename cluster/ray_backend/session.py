@@ -24,6 +24,7 @@ from cluster.errors import ClusterError
 from cluster.ray_backend.address import check_address
 from cluster.ray_backend.connect import FindEnded, join_ray, start_ray
 from cluster.ray_backend.fork import guard_forks, is_forked
+from cluster.ray_backend.lasting_ray import lasting_ray
 
 logger = logging.getLogger("epslots.cluster")
 
@@ -68,18 +69,22 @@ class Connection:
 
     Attributes:
         address: as given by the first user.
-        own: it is a Ray of this process alone, on this machine.
+        own: it is a Ray that epslots has started, on this machine.
+        name: of the cluster whose Ray it is, and which it may outlive this process with; None for another Ray.
         life: the newest.
         users: backends that use it.
         end: set when the last user has left.
+        ranks_stay: set before that if ranks are left to the next driver.
         ended: done when nothing of it is left.
     """
 
     address: str | None
     own: bool
+    name: str | None = None
     life: Life = field(default_factory=Life)
     users: int = 1
     end: threading.Event = field(default_factory=threading.Event)
+    ranks_stay: threading.Event = field(default_factory=threading.Event)
     ended: Future[None] = field(default_factory=Future)
 
 
@@ -92,13 +97,14 @@ class RayUse:
     Args:
         address: None for the present connection, or else a Ray of this process alone; "auto" or "host:port" for a running one.
         ranks: expected ranks; a Ray of our own starts that many processes beforehand.
+        name: of a cluster whose ranks outlive this process; a Ray of our own then does so, too. None for another.
 
     Raises:
         ConfigError: the address has another form.
         ClusterError: this process was forked from one that uses Ray.
     """
 
-    def __init__(self, address: str | None, ranks: int) -> None:
+    def __init__(self, address: str | None, ranks: int, name: str | None = None) -> None:
         check_address(address)
         if is_forked():
             raise ClusterError(
@@ -111,7 +117,8 @@ class RayUse:
             future.set_running_or_notify_cancel()  # or one waiter's cancellation would cancel it for all
         self._leaving = False
         # Not a thread of a pool: the system ends Ray's processes together with the thread that started them.
-        threading.Thread(target=_keep, args=(address, ranks, self._ready), name="epslots-ray", daemon=True).start()
+        wanted = _Wanted(address, ranks, name if address is None else None)
+        threading.Thread(target=_keep, args=(wanted, self._ready), name="epslots-ray", daemon=True).start()
 
     async def joined(self) -> Connection:
         """Wait for the connection. If the wait is cancelled, the connection is left as soon as it is made.
@@ -179,14 +186,29 @@ class _Entered(NamedTuple):
 _Connect = Callable[[], AbstractContextManager[FindEnded]]
 
 
-def _keep(address: str | None, ranks: int, ready: Future[Connection]) -> None:
+class _Wanted(NamedTuple):
+    """The Ray that a backend wants: as the arguments of ``RayUse``."""
+
+    address: str | None
+    ranks: int
+    name: str | None
+
+
+def _keep(wanted: _Wanted, ready: Future[Connection]) -> None:
     """The connection's thread: connect, restart Ray whenever it ends, disconnect after the last user."""
+    ranks_stay = threading.Event()
 
     def connect() -> AbstractContextManager[FindEnded]:
-        return start_ray(ranks) if address is None else join_ray(address)
+        if wanted.address is not None:
+            return join_ray(wanted.address)
+        if wanted.name is not None:
+            return lasting_ray(wanted.name, wanted.ranks, ranks_stay.is_set)
+        return start_ray(wanted.ranks)
 
     try:
-        connection, entered = _enter(address, connect)
+        connection, entered = _enter(wanted, connect)
+        if entered is not None:
+            connection.ranks_stay = ranks_stay
     except BaseException as error:
         ready.set_exception(error)
         return
@@ -239,14 +261,20 @@ def _enter_again(connection: Connection, connect: _Connect) -> _Entered | None:
     return None
 
 
-def _enter(address: str | None, connect: _Connect) -> tuple[Connection, _Entered | None]:
+def _enter(wanted: _Wanted, connect: _Connect) -> tuple[Connection, _Entered | None]:
     """The connection, and the Ray that it has entered; None if another thread or the user's code will end that Ray."""
     global _connection
+    address, name = wanted.address, wanted.name
     with _entering:
         there = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
         with _counting:
             shared = _connection if _connection is not None and _connection.users else None
             if shared is not None and there is not None and address in (None, shared.address, there):
+                if name is not None and shared.own and shared.name != name:
+                    raise ClusterError(
+                        f"name={name!r}: ranks that outlive this process need a Ray that does, and this process has another "
+                        f"of its own already; make this cluster first, or in a process of its own, or give both an address"
+                    )
                 shared.users += 1
                 return shared, None
         if shared is not None and there is None:
@@ -269,5 +297,5 @@ def _enter(address: str | None, connect: _Connect) -> tuple[Connection, _Entered
             _connection.ended.set_result(None)
             return _connection, None
         entered = _Entered.by(connect())
-        _connection = Connection(address, own=address is None)
+        _connection = Connection(address, own=address is None, name=name)
         return _connection, entered

@@ -8,9 +8,10 @@ ray_app.py     the same application under Ray Serve
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Optional
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import typer
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 _DEFAULTS = ServeConfig(names=("model",))
 _MOST_TEMPLATE_BYTES = 1024**2
+ORPHAN_S = 600.0
+"""A service's ranks wait this long for its next process."""
+_LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,33 @@ class ServiceOptions:
 
 @dataclass(frozen=True)
 class ServeRanks(RayOptions):
-    """The ranks of a service; by default, they run in a Ray of its own."""
+    """The ranks of a service; by default, they run in a Ray of its own, and outlive its process when that is killed."""
 
+    name: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Name by which the next process finds the ranks when this one was killed. Default: the model's, and the port."
+        ),
+    ] = None
+    orphan_s: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that ranks wait, with their model, for the next process of this --name; 0 = they end with this one."
+        ),
+    ] = ORPHAN_S
+    replace: Annotated[
+        bool, typer.Option("--replace", help="End ranks of this --name that wait, and load anew, in place of adopting them.")
+    ] = False
     address: Annotated[
         str,
         typer.Option(help='Ray cluster: "local" (a Ray of its own on this machine), "auto" (the running one), "host:port".'),
     ] = "local"
+
+    def lasting(self, model: str, port: int) -> dict[str, Any]:
+        """The settings of ranks that outlive this process. A port that changes with each start is no name for the next one."""
+        if self.name is None and port == 0:
+            return {"name": None, "orphan_s": 0.0}
+        return {"name": self.name or name_of(model, str(port)), "orphan_s": self.orphan_s}
 
 
 @takes_groups
@@ -128,7 +153,9 @@ def serve(
     """Serve a model over HTTP, with OpenAI's API.
 
     It listens on this machine alone unless --host says otherwise, and takes requests when its ranks have loaded the model.
-    SIGTERM and Ctrl-C let running requests end first. Needs the libraries of the extra "serve" (pip install).
+    SIGTERM and Ctrl-C let running requests end first, and then end the ranks. If the process is killed, the ranks keep their
+    model and wait for --orphan-s: the same command, started again, adopts them and serves within seconds. Requests that ran at
+    that moment are cut off, and can be sent again. Needs the libraries of the extra "serve" (pip install).
 
         epslots serve --model ./Qwen3-30B-A3B --ranks 4 --slots 25%
         epslots serve --model ./Qwen3-30B-A3B --host 0.0.0.0 --api-key-file keys.txt
@@ -152,12 +179,13 @@ def serve(
     config = service.config(source)
     keys = read_keys(service.api_key or (), None if service.api_key_file is None else str(service.api_key_file))
     config.check_exposure(bool(keys))
+    lasting = ranks.lasting(default_name(source), service.port)
     model_type = str(read_language_config(find_checkpoint(source)).model_type)
 
     def open_cluster() -> Cluster:
         from cluster.api import Cluster
 
-        where = {**asdict(ranks), "address": ray_address(ranks.address)}
+        where = {**asdict(ranks), "address": ray_address(ranks.address), **lasting}
         return Cluster(source, **where, max_queue=service.max_queue, **loading.keywords())
 
     raise typer.Exit(run_service(config, keys, open_cluster, model_type))
@@ -186,6 +214,11 @@ def default_name(source: str) -> str:
         return source
     name = folder.resolve().name
     return folder.resolve().parent.name.replace("_", "-") if name in ("model", "example_model") else name
+
+
+def name_of(*parts: str) -> str:
+    """A cluster's name, made of other names."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))[-_LONGEST_NAME:].lstrip("._-") or "service"
 
 
 def _read_template(file: Path) -> str:

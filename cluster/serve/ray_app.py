@@ -7,8 +7,10 @@
         import_path: cluster.serve.ray_app:build
         args: {model: /models/Qwen3-30B-A3B, ranks: 8, slots: 25%, service: {names: [qwen]}}
 
-A replica holds the driver of a cluster of its own in the Ray that it runs in; its ranks take the devices. The same application
-as ``epslots serve``, behind Serve's proxy: that costs more for each token, and Ray's tools deploy and restart it.
+A replica holds the driver of a cluster of its own in the Ray that it runs in; its ranks take the devices. They outlive a
+replica that is killed, and the one that Serve starts in its place adopts them (``orphan_s``: within 10 minutes by default).
+The same application as ``epslots serve``, behind Serve's proxy: that costs more for each token, and Ray's tools deploy and
+restart it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ray import serve
 
 from cluster.config import ClusterSettings
 from cluster.serve.auth import ApiKeys, read_keys
-from cluster.serve.command import check_libraries, default_name
+from cluster.serve.command import ORPHAN_S, check_libraries, default_name, name_of
 from cluster.serve.config import ServeConfig, read_serve_config
 from epslots.errors import ConfigError
 
@@ -58,6 +60,14 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     return application
 
 
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ranks' name, which Serve's next replica in this one's place has, too."""
+    if settings.get("orphan_s") == 0:
+        return {}
+    replica = serve.get_replica_context()
+    return {"name": name_of(replica.app_name, replica.deployment, str(replica.rank.rank)), "orphan_s": ORPHAN_S}
+
+
 @serve.deployment(
     num_replicas=1,
     max_ongoing_requests=_MOST_REQUESTS,
@@ -88,7 +98,7 @@ class EpslotsService:
         self._keys: ApiKeys = read_keys((), key_file)
         self._service = Service(self._config, AccessLog() if self._config.log_requests else None)
         self._cluster: Cluster = await asyncio.to_thread(
-            lambda: Cluster(model, **{"address": "auto", "progress": False, **settings})
+            lambda: Cluster(model, **{"address": "auto", "progress": False, **_lasting(settings), **settings})
         )
         model_type = str(read_language_config(find_checkpoint(model)).model_type)
         await asyncio.to_thread(self._service.attach, self._cluster, model_type)

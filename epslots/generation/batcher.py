@@ -171,6 +171,11 @@ class Batcher(ABC):
             if not entry.waits_for_grammar:
                 self._withdraw(entry)
 
+    def cancel_all(self) -> None:
+        """End all requests."""
+        for id in list(self._entries):
+            self.cancel(id)
+
     def _open(self) -> list[TrackedRequest]:
         """Unfinished requests that were queued, oldest first."""
         return [entry for entry in self._entries.values() if entry.reason is None and not entry.waits_for_grammar]

@@ -161,6 +161,7 @@ def test_the_commands_and_their_options():
         "--execute-predicted", "--host-compute", "--batch-invariant",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
         "--ranks", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
+            "--name", "--orphan-s", "--replace",
         "--host", "--port", "--served-model-name", "--api-key", "--api-key-file", "--no-auth", "--cors-origin",
         "--chat-template", "--response-template", "--max-queue", "--request-timeout-s", "--drain-s", "--max-body-bytes",
         "--log-requests", "--log-prompts",

@@ -15,17 +15,18 @@ PACKAGE = Path(cluster.__file__).parent
 # From the bottom up, as in epslots: a room imports from layers below its own.
 LAYERS = (
     ("config", "errors", "messages", "actor_process", "queue_room"),
-    ("token_stream",),
+    ("lasting", "token_stream"),
     ("generation",),
     ("rank", "controller"),
     ("driver",),
     ("ray_backend", "reports"),
+    ("control",),
     ("api",),
     ("job",),
     ("serve",),
     ("bench",),
 )
-KNOW_RAY = {"rank.actor", "controller.actor", "serve.ray_app"}
+KNOW_RAY = {"lasting.ray_registry", "rank.actor", "controller.actor", "serve.ray_app"}
 PURE = (
     "driver.scheduler",
     "driver.retries",
@@ -34,6 +35,8 @@ PURE = (
     "messages.controller",
     "controller.controller",
     "rank.event_pace",
+    "lasting.lease",
+    "lasting.records",
     "serve.schema",
     "serve.answer_schema",
     "serve.request_settings",

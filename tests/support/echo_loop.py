@@ -60,7 +60,10 @@ class EchoLoop:
                     self._contacts.take(entries)
         return message
 
-    def events(self) -> bytes:
+    def begin_term(self, term: int) -> None:
+        pass
+
+    def events(self, term: int = 0) -> bytes:
         return self._told.get()
 
     def _publish(self, contact: Contact) -> None:

@@ -14,7 +14,8 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
@@ -84,6 +85,8 @@ class FakeWorker:
 
     def __init__(self, backend: FakeBackend, bundle: int) -> None:
         self.bundle = bundle
+        self.adopted = False
+        self.term = 0
         self.number = backend.started
         self.dead = False
         self.loop = RankLoop(self._form)
@@ -113,14 +116,22 @@ class FakeWorker:
         return self.loop.command(message)
 
     async def events(self) -> bytes:
-        batch = await self._batches.get()
+        batches = self._batches
+        batch = await batches.get()
         if batch is None:
-            self._batches.put_nowait(None)
+            batches.put_nowait(None)
             raise WorkerDied("it was killed")
         return batch
 
     def kill(self) -> None:
         self._die(known=True)
+
+    def take_over(self, term: int) -> None:
+        """Serve another driver, on the running loop."""
+        self._tell(None)  # the last driver's wait ends
+        self._asyncio, self._batches = asyncio.get_running_loop(), asyncio.Queue()
+        self.term = term
+        self.loop.begin_term(term)
 
     def at(self, operation: int, do: Fault) -> None:
         self._fault = self._exchanges + operation, do
@@ -157,7 +168,7 @@ class FakeWorker:
         if self.loop._transport is not None:
             self.loop._transport.abort("a rank's connections are closed")
         if known:
-            self._asyncio.call_soon_threadsafe(self._batches.put_nowait, None)
+            self._tell(None)
 
     def _form(self, form: Form, device: torch.device, _contacts: ContactStore) -> LocalTransport:
         assert device.type == "cpu"
@@ -174,9 +185,14 @@ class FakeWorker:
         while True:
             with self.loop._news:
                 self.loop._news.wait_for(lambda: self.dead, 0.04 if self.bundle % 2 else 0.01)
-            batch = self.loop.events()
-            if self.dead or self._asyncio.is_closed():
+            batch = self.loop.events(self.term)
+            if self.dead:
                 return
+            if batch is not None:
+                self._tell(batch)
+
+    def _tell(self, batch: bytes | None) -> None:
+        with suppress(RuntimeError):  # the driver's loop is closed
             self._asyncio.call_soon_threadsafe(self._batches.put_nowait, batch)
 
 
@@ -283,6 +299,14 @@ class FakeBackend:
         self.controllers.append(FakeController(self))
         return self.controllers[-1]
 
+    @property
+    def survivors(self) -> frozenset[int]:
+        return frozenset()
+
+    async def keep_lease(self) -> NoReturn:
+        await asyncio.Event().wait()
+        raise AssertionError("it is never set")
+
     async def open(self, ranks: int | None) -> int:
         self._loop = asyncio.get_running_loop()
         await self.resize(ranks or 1)
@@ -326,7 +350,7 @@ class FakeBackend:
         self.reopened.append(ranks)
         await self.resize(ranks)
 
-    async def close(self) -> None:
+    async def close(self, *, leave_ranks: bool = False) -> None:
         """No thread is left, and so none that loads while the next test does."""
         self.closed = True
         for worker in self._all:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections import deque
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 
@@ -26,7 +27,9 @@ def _worker(commands: Connection, events: Connection) -> None:
 
     def pump() -> None:
         while True:
-            events.send_bytes(loop.events())
+            batch = loop.events()
+            assert batch is not None
+            events.send_bytes(batch)
 
     threading.Thread(target=pump, daemon=True).start()
     try:
@@ -41,6 +44,7 @@ class ProcessWorker:
 
     def __init__(self, bundle: int) -> None:
         self.bundle = bundle
+        self.adopted = False
         self._asyncio = asyncio.get_running_loop()
         self._commands, theirs_c = FORKED.Pipe()
         self._events, theirs_e = FORKED.Pipe()
@@ -123,6 +127,14 @@ class ProcessBackend:
         self.workers: dict[int, ProcessWorker] = {}
         self.started: list[ProcessWorker] = []
 
+    @property
+    def survivors(self) -> frozenset[int]:
+        return frozenset()
+
+    async def keep_lease(self) -> NoReturn:
+        await asyncio.Event().wait()
+        raise AssertionError("it is never set")
+
     async def open(self, ranks: int | None) -> int:
         return ranks or 1
 
@@ -147,7 +159,7 @@ class ProcessBackend:
     async def reopen(self, ranks: int) -> None:
         raise AssertionError("it never is lost")
 
-    async def close(self) -> None:
+    async def close(self, *, leave_ranks: bool = False) -> None:
         for worker in self.started:
             worker.kill()
             worker.process.join()

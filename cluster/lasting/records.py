@@ -1,0 +1,94 @@
+"""Records of ranks that outlive their driver: what each is told, what each was loaded with, and the names that Ray keeps."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+import msgspec
+
+from cluster.messages.rank import Load
+
+SUPERSEDED = b"superseded"
+"""A rank's answer to a driver whose term is over."""
+TERM_BYTES = 8
+"""Each command begins with the driver's term."""
+
+_RANK = re.compile(r"(.+)/term (\d+)\.(\d+)/rank (\d+)")
+_GROUP = re.compile(r"epslots, (.+), term (\d+)\.(\d+)")
+
+
+class Lasting(msgspec.Struct, frozen=True):
+    """What a rank needs to outlive its driver.
+
+    Attributes:
+        name: of the cluster.
+        users: file that a process locks while it uses a Ray of our own, which ends with the last of them; "" for other Rays.
+    """
+
+    name: str
+    users: str = ""
+
+
+class RankDescription(msgspec.Struct, frozen=True):
+    """A rank's answer to a driver that may adopt it.
+
+    Attributes:
+        load: its order to load; None if none has come.
+        loaded: the model is loaded.
+        running: it can go on.
+    """
+
+    load: Load | None
+    loaded: bool
+    running: bool
+
+
+class RankName(msgspec.Struct, frozen=True, order=True):
+    """Ray's name of a rank's actor.
+
+    Attributes:
+        term, serial: of the driver that started it, and its number among those that this driver started. Of two ranks on one
+            bundle, the greater is the newer one.
+    """
+
+    term: int
+    serial: int
+    bundle: int
+    cluster: str
+
+    def __str__(self) -> str:
+        return f"{self.cluster}/term {self.term}.{self.serial}/rank {self.bundle}"
+
+    @classmethod
+    def of(cls, text: str) -> Self | None:
+        """A name as Ray has it; None if it is something else's."""
+        found = _RANK.fullmatch(text)
+        return None if found is None else cls(int(found[2]), int(found[3]), int(found[4]), found[1])
+
+
+class GroupName(msgspec.Struct, frozen=True, order=True):
+    """Ray's name of a placement group; groups in this order hold the bundles in theirs."""
+
+    term: int
+    serial: int
+    cluster: str
+
+    def __str__(self) -> str:
+        return f"epslots, {self.cluster}, term {self.term}.{self.serial}"
+
+    @classmethod
+    def of(cls, text: str) -> Self | None:
+        """A name as Ray has it; None if it is something else's."""
+        found = _GROUP.fullmatch(text)
+        return None if found is None else cls(int(found[2]), int(found[3]), found[1])
+
+
+def with_term(term: int, message: bytes) -> bytes:
+    """A command, with the driver's term before it."""
+    return term.to_bytes(TERM_BYTES, "big") + message
+
+
+def split_term(message: bytes) -> tuple[int, bytes]:
+    """The term, and the command."""
+    return int.from_bytes(message[:TERM_BYTES], "big"), message[TERM_BYTES:]
