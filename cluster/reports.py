@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.driver.controller_client import ControllerStats
@@ -48,6 +49,7 @@ class ClusterStats:
         engine: sums of the ranks' ``engine``; ``steps`` is the largest.
         controller: None without a controller (``window_steps=0``).
         missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
+        placement: of the layers that were asked for.
     """
 
     epoch: int
@@ -57,6 +59,7 @@ class ClusterStats:
     engine: EngineStats
     controller: ControllerStats | None
     missing: tuple[str, ...] = ()
+    placement: PlacementReport | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class PlacementReport:
     Attributes:
         epoch: number of the group.
         ranks: node and process of each rank.
-        layers: holders and placement of each MoE layer's experts.
+        layers: holders and placement of the experts of each MoE layer, or of those that were asked for.
         placement_version: version of the placement that the ranks follow; 0 = the default one.
         pending_migrations: copies and slots that have yet to be moved for it, over all ranks.
     """
@@ -99,6 +102,18 @@ class PlacementReport:
     layers: tuple[LayerPlacement, ...]
     placement_version: int
     pending_migrations: int
+
+
+def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankReport]]) -> PlacementReport:
+    """The placement, from the newest of the ranks' reports that tell slots."""
+    newest = max((report for _, report in reports), key=lambda report: (bool(report.layers), report.epoch), default=None)
+    return PlacementReport(
+        epoch=epoch,
+        ranks=tuple(worker.handle.where for worker, _ in reports),
+        layers=() if newest is None else newest.layers,
+        placement_version=-1 if newest is None else newest.placement,
+        pending_migrations=0 if newest is None else newest.pending_migrations,
+    )
 
 
 def rank_stats(worker: WorkerRecord, report: RankReport, requests: int) -> RankStats:
