@@ -85,9 +85,18 @@ def _hit_rate(hits: int, misses: int) -> float:
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """The counters of every MoE layer, and their sums."""
+    """The counters of every MoE layer, their sums, and a rank's steps as a whole.
+
+    Of several ranks, ``steps`` and ``zero_miss_steps`` are sums: a group's step counts once for each rank, as a zero-miss step
+    for those that missed in no layer. Steps in which no rank missed at all are fewer: as many as the smallest
+    ``zero_miss_steps`` of a rank at most.
+    """
 
     layers: tuple[LayerStats, ...]
+    steps: int = 0
+    """Forward passes, those included in which only other ranks had tokens."""
+    zero_miss_steps: int = 0
+    """Those in which the rank missed in no layer."""
 
     def total(self, counter: str) -> Any:
         """The sum over layers of a number of ``LayerStats``, by its name."""
@@ -105,6 +114,11 @@ class Stats(msgspec.Struct, frozen=True):
     def hit_rate(self) -> float:
         """Hits per use over all layers; 1.0 before the first use."""
         return _hit_rate(self.hits, self.misses)
+
+    @property
+    def zero_miss_share(self) -> float:
+        """Zero-miss steps per step; 1.0 before the first step."""
+        return self.zero_miss_steps / self.steps if self.steps else 1.0
 
     @property
     def bytes_fetched(self) -> int:
@@ -127,8 +141,12 @@ _SAME_ON_RANKS = {"layer", "num_experts"}
 
 
 def sum_over_ranks(stats: Sequence[Stats]) -> Stats:
-    """The sums of all ranks' counters, layer by layer; of ``steps`` and ``passes`` the largest."""
-    return Stats(tuple(map(_sum_layer, zip(*(rank.layers for rank in stats), strict=True))))
+    """The sums of all ranks' counters, layer by layer; of a layer's ``steps`` and ``passes`` the largest."""
+    return Stats(
+        tuple(map(_sum_layer, zip(*(rank.layers for rank in stats), strict=True))),
+        steps=sum(rank.steps for rank in stats),
+        zero_miss_steps=sum(rank.zero_miss_steps for rank in stats),
+    )
 
 
 def _sum_layer(ranks: tuple[LayerStats, ...]) -> LayerStats:
@@ -151,6 +169,9 @@ class Telemetry:
         self._layers = tuple(layers)
         self._slots = list(slots)
         count, experts = len(self._layers), max(layer.num_experts for layer in layers)
+        self._steps = self._missed_steps = 0
+        self._missed = False
+        """Whether a layer has missed in the step under way."""
         # The table [counter][layer]; lists, because adding to a numpy item takes twice as long.
         self._counts = {name: [zero] * count for name, zero in COUNTERS.items()}
         self._uses_LE = np.zeros((count, experts), np.int64)
@@ -171,11 +192,36 @@ class Telemetry:
 
     def count_resident(self, layer: int, counts: torch.Tensor) -> None:
         """Count a step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
+        if layer == 0:
+            self._begin_step()
         tokens_X, hits = self._device_views[layer]
         tokens_X.add_(counts)
         hits.add_(torch.count_nonzero(counts[:-1]))
         self._counts["steps"][layer] += 1
         self._counts["passes"][layer] += 1
+
+    def count_planned(self, layer: int, *, hits: int, misses: int, passes: int) -> None:
+        """Count a step of a layer that may miss. The steps of the first layer are the rank's."""
+        if layer == 0:
+            self._begin_step()
+        if misses and not self._missed:
+            self._missed = True
+            self._missed_steps += 1
+        self.count(layer, steps=1, hits=hits, misses=misses, passes=passes)
+
+    def _begin_step(self) -> None:
+        self._steps += 1
+        self._missed = False
+
+    def count_steps(self, *, steps: int, missed: int) -> None:
+        """Count steps of the rank that no layer has counted.
+
+        Args:
+            steps: their number.
+            missed: steps, these or others, in which a layer missed, and which no layer has counted as such.
+        """
+        self._steps += steps
+        self._missed_steps += missed
 
     def count_uses(self, layer: int, counts: IntArray, used_E: BoolArray) -> None:
         """Count pairs and used experts of a step, in a layer that may miss.
@@ -207,7 +253,9 @@ class Telemetry:
                     **{name: values[i] for name, values in counts.items()},  # type: ignore[arg-type]
                 )
                 for i, spec in enumerate(self._layers)
-            )
+            ),
+            steps=self._steps,
+            zero_miss_steps=self._steps - self._missed_steps,
         )
 
     def totals(self) -> dict[str, np.ndarray]:

@@ -70,11 +70,16 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
         "",
     )
     table.caption = (
-        "hit rate: uses of an expert that found it in a slot; hottest: the expert with the most tokens, and its share"
+        "hit rate: uses of an expert that found it in a slot; hottest: the expert with the most tokens, and its share\n"
+        f"zero-miss steps, in which a rank missed in no layer: {_zero_miss(stats)}"
     )
     if link is not None:
         table.caption += f"\nthe link was emulated: {link}"
     return table
+
+
+def _zero_miss(stats: Stats) -> str:
+    return f"{stats.zero_miss_steps:,} of {stats.steps:,} ({stats.zero_miss_share:.1%})"
 
 
 def _hottest(layer: LayerStats) -> str:
@@ -90,7 +95,17 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
     table = Table(title="ranks", title_justify="left", caption_justify="left")
     table.add_column("rank")
     table.add_column("where")
-    for heading in ("slots", "hit rate", "misses", "from host", "from peers", "pairs sent", "received", "stall"):
+    for heading in (
+        "slots",
+        "hit rate",
+        "misses",
+        "zero-miss steps",
+        "from host",
+        "from peers",
+        "pairs sent",
+        "received",
+        "stall",
+    ):
         table.add_column(heading, justify="right")
     for one in ranks:
         total = one.stats.total
@@ -100,6 +115,7 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
             f"{total('slots')}/{total('num_experts')}",
             f"{one.stats.hit_rate:.1%}",
             f"{one.stats.misses:,}",
+            _zero_miss(one.stats),
             format_bytes(total("host_bytes")),
             format_bytes(total("peer_bytes")),
             f"{total('pairs_sent'):,}",

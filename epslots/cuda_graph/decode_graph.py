@@ -31,6 +31,7 @@ from epslots.cuda_graph.device_slots import (
     TorchKernels,
     slots_obstacle,
 )
+from epslots.cuda_graph.missed_steps import MissedSteps
 from epslots.cuda_graph.static_cache import make_static_cache, tensor_addresses
 from epslots.errors import ConfigError
 from epslots.generation.absorbed_attention import AbsorbedAttention
@@ -106,6 +107,7 @@ class DecodeGraph:
         self._in_charge = False
         self._windows: list[tuple[int, ...]] = []
         self._slots: list[DeviceSlots | None] = []
+        self._missed_steps: MissedSteps | None = None
         self._experts: list[DeviceExperts] = []
 
     def _check_room(self, runtime: Runtime) -> None:
@@ -254,6 +256,8 @@ class DecodeGraph:
         self._logits.copy_(output.logits[:, -1])
         self._ids.copy_(self._logits.argmax(-1, keepdim=True))
         self._positions.add_(1)
+        if self._in_charge and self._missed_steps is not None:
+            self._missed_steps.end_step()
 
     def _forward_on_side_stream(self) -> None:
         """Make a step on another stream than the default one: CUDA requires it before a capture."""
@@ -317,6 +321,8 @@ class DecodeGraph:
                 inner = self._runtime.runners[index].experts
                 stand_ins[index] = DeviceExperts(inner, slots if layer in misses else None, layer)
         self._experts = [stand_ins[index] for index in range(len(stand_ins))]
+        misses = [slots.misses_L for slots in self._slots if slots is not None]
+        self._missed_steps = MissedSteps(misses) if misses else None
 
     def close(self) -> None:
         """Give the slots back to the usual path; a no-op if they are there. The sequences can continue afterwards."""
@@ -327,6 +333,8 @@ class DecodeGraph:
         for runner in runners:
             runner.take_slots_back()
         replays, self._counted = self.replays - self._counted, self.replays
+        missed = 0 if self._missed_steps is None else self._missed_steps.take()
+        self._runtime.telemetry.count_steps(steps=replays, missed=missed)
         for runner, experts in zip(runners, self._experts, strict=True):
             if experts.calls:
                 self._runtime.telemetry.count(runner.index, steps=replays, passes=replays)

@@ -232,6 +232,7 @@ class DeviceSlots:
 
     Attributes:
         layers: each layer's state.
+        misses_L: int64 [L], misses of each layer since ``enter``.
     """
 
     def __init__(self, loader: ExpertLoader, kernels: Kernels, pairs: int, *, policy: str = DEFAULT_DEVICE_POLICY) -> None:
@@ -245,6 +246,7 @@ class DeviceSlots:
         self._factors = torch.zeros((count, ROWS), dtype=torch.int64, device=pool.device)
         self._steps = torch.zeros((count, 1), dtype=torch.int64, device=pool.device)
         self._tallies = torch.zeros((count, 3), dtype=torch.int64, device=pool.device)
+        self.misses_L = self._tallies[:, 1]
         self._missing = Missing(*(torch.zeros(size, dtype=torch.int64, device=pool.device) for size in (pairs, pairs, 1)))
         self._entered = np.zeros(count, np.int64)
         self.layers = tuple(self._view(layer) for layer in range(count))

@@ -116,7 +116,7 @@ class ExpertCache:
         uses = needed + len(plan.cpu_experts)
         passes = max(1, len(plan.passes)) if uses > self.slots else 1
         misses = absent + len(plan.cpu_experts)
-        self._telemetry.count(self._index, steps=1, hits=uses - misses, misses=misses, passes=passes)
+        self._telemetry.count_planned(self._index, hits=uses - misses, misses=misses, passes=passes)
 
     def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
         """Begin the fetches that need not wait for anything computed, and send peers their copies.

@@ -75,6 +75,12 @@ def test_tokens_and_logits_equal(name: str, checkpoint: Callable[[str], Path], c
     runtime_of(model).check_integrity()
 
 
+def steps_of(model: Any) -> tuple[int, int]:
+    """A model's steps, and those without a miss."""
+    stats = epslots.stats(model)
+    return stats.steps, stats.zero_miss_steps
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "longcat_flash"])
 def test_the_device_leaves_behind_what_the_host_would(name: str, checkpoint: Callable[[str], Path], tmp_path: Path):
     """The same text by the usual path and by the device, twice: the same counters, tables and histories."""
@@ -88,6 +94,7 @@ def test_the_device_leaves_behind_what_the_host_would(name: str, checkpoint: Cal
             for field in ("steps", "hits", "misses", "passes", "evictions", "host_bytes", "tokens_per_expert"):
                 assert getattr(mine, field) == getattr(yours, field), field
             assert mine.misses > 0 or not mine.steps
+        assert steps_of(other) == steps_of(usual)
         for one, two in zip(runtime_of(other).loaders, runtime_of(usual).loaders, strict=True):
             assert np.array_equal(one.pool.slot_of, two.pool.slot_of)
             assert np.array_equal(one.pool.expert_of, two.pool.expert_of)
@@ -129,6 +136,7 @@ class Replayed:
         for runner, experts in zip(graph._runtime.runners, graph._experts, strict=True):
             graph._runtime.telemetry.count(runner.index, steps=1, passes=1)  # capturing does
             experts.calls += 1
+        graph._runtime.telemetry.count_steps(steps=1, missed=0)
 
     def replay(self) -> None:
         calls = [experts.calls for experts in self.graph._experts]
@@ -136,6 +144,7 @@ class Replayed:
         for runner, experts, before in zip(self.graph._runtime.runners, self.graph._experts, calls, strict=True):
             self.graph._runtime.telemetry.count(runner.index, steps=before - experts.calls, passes=before - experts.calls)
             experts.calls = before
+        self.graph._runtime.telemetry.count_steps(steps=-1, missed=0)
 
 
 def test_replayed_steps_on_tables_of_their_own(
@@ -156,6 +165,8 @@ def test_replayed_steps_on_tables_of_their_own(
         for mine, yours in zip(epslots.stats(model).layers, epslots.stats(usual).layers, strict=True):
             for field in ("steps", "hits", "misses", "passes", "evictions", "host_bytes", "tokens_per_expert"):
                 assert getattr(mine, field) == getattr(yours, field), field
+        assert steps_of(model) == steps_of(usual)
+        assert 0 < epslots.stats(model).zero_miss_steps < epslots.stats(model).steps
         runtime_of(model).check_integrity()
         assert np.array_equal(runtime_of(model).loaders[0].pool.slot_of, runtime_of(usual).loaders[0].pool.slot_of)
 

@@ -46,6 +46,34 @@ def test_counters_agree_with_the_routing(checkpoint: Callable[[str], Path], cach
     assert stats.misses == sum(layer.misses for layer in stats.layers) > 0
 
 
+def test_zero_miss_steps_have_no_miss_in_any_layer(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Against the layers' own counters, step by step: every token comes twice; a prompt is one step, in however many passes."""
+    model = epslots.load(checkpoint("qwen3_moe"), slots=6, device="cpu", cache_dir=cache_dir, progress=False)
+    ids, last, without = zoo.random_ids(1, 60)[0], epslots.stats(model), 0
+    assert last.zero_miss_share == 1.0
+    with torch.no_grad():
+        for step, tokens in enumerate([ids[:20], *ids[20:].repeat_interleave(2).split(1)], start=1):
+            model(tokens[None])
+            now = epslots.stats(model)
+            without += now.misses == last.misses
+            assert (now.steps, now.zero_miss_steps) == (step, without)
+            last = now
+    assert 40 <= without < 81
+    assert last.zero_miss_share == without / 81
+
+
+def test_a_layer_of_any_place_makes_a_step_miss():
+    """Once, however many layers miss; resident layers never do."""
+    layer = LayerSpec("layer", 4, RecordLayout.of([("scale", (2,), "float32")]))
+    telemetry = Telemetry([layer] * 4, [4, 2, 2, 4], torch.device("cpu"))
+    for misses in ((0, 0), (0, 1), (2, 1), (0, 0), (1, 0)):
+        telemetry.count_resident(0, torch.tensor([1, 0, 0, 0, 0]))
+        for number, missed in enumerate(misses, start=1):
+            telemetry.count_planned(number, hits=1, misses=missed, passes=1)
+        telemetry.count_resident(3, torch.tensor([1, 0, 0, 0, 0]))
+    assert (telemetry.snapshot().steps, telemetry.snapshot().zero_miss_steps) == (5, 2)
+
+
 def test_a_resident_layer_counts_the_same(checkpoint: Callable[[str], Path], cache_dir: Path):
     folder = checkpoint("longcat_flash")
     ids = zoo.random_ids(2, 20)
@@ -71,6 +99,7 @@ def test_the_table_shows_every_layer(checkpoint: Callable[[str], Path], cache_di
     table = stats_table(epslots.stats(model))
     assert table.row_count == 4
     assert "emulated" not in str(table.caption)
+    assert "missed in no layer: 0 of 1 (0.0%)" in str(table.caption)
     assert "emulated: 8GB/s" in str(stats_table(epslots.stats(model), link="8GB/s").caption)
 
 
@@ -98,6 +127,8 @@ class MoreStats(LayerStats, frozen=True):
 def test_every_counter_is_summed_over_ranks():
     ranks = [Stats((layer_stats(number, MoreStats),)) for number in (1, 3, 2)]
     (total,) = sum_over_ranks(ranks).layers
+    both = sum_over_ranks([Stats((), steps=10, zero_miss_steps=7), Stats((), steps=10, zero_miss_steps=3)])
+    assert (both.steps, both.zero_miss_steps, both.zero_miss_share) == (20, 10, 0.5)
     for name in MoreStats.__struct_fields__:
         each = [getattr(rank.layers[0], name) for rank in ranks]
         expected: Any = sum(each) if name not in ("layer", "num_experts", "tokens_per_expert") else None
