@@ -27,8 +27,10 @@ from cluster.serve.auth import ApiKeys, Authentication
 from cluster.serve.chat import chat_of
 from cluster.serve.endpoints import answer_chat, complete
 from cluster.serve.errors import INTERNAL, TYPES, ApiError, of_problems
+from cluster.serve.live_feed import LiveFeed
 from cluster.serve.metrics import CONTENT_TYPE
 from cluster.serve.middleware import JsonBodies, Records
+from cluster.serve.page import add_page
 from cluster.serve.record import record_of
 from cluster.serve.responses import error_response, json_response
 from cluster.serve.schema import FIELDS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -94,6 +96,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
     _add_errors(app, config.max_body_bytes)
     _add_endpoints(app, service)
     _add_plain_routes(app, service)
+    add_page(app, LiveFeed(service), config.stalled_s)
     _describe(app, has_keys=bool(keys))
     wrapped: Any = JsonBodies(app, config.max_body_bytes)
     if config.cors_origins:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.serve.access_log import AccessLog, line_of
-from cluster.serve.cluster_metrics import _balance
+from cluster.serve.cluster_metrics import balance as balance_of
 from cluster.serve.record import RequestRecord
 from epslots.telemetry import COUNTERS, LayerStats, Stats
 from tests.support import ROOT
@@ -90,7 +90,7 @@ def layer(name: str, **counts: Any) -> LayerStats:
 
 def test_layers_have_metrics_on_demand():
     class Layered(ScriptedCluster):
-        def stats(self) -> Any:
+        def stats(self, layers: Any = ()) -> Any:
             from dataclasses import replace
 
             total = Stats((layer("a", hits=5, misses=1, host_bytes=7), layer("b", hits=1, misses=2, peer_bytes=9)))
@@ -118,7 +118,7 @@ def test_balance_is_mean_load_over_largest(sent: Any, received: Any, balance: fl
         ranks = (Rank(0), Rank(1))
 
     stats: Any = Ranks()
-    assert _balance(stats) == pytest.approx(balance)
+    assert balance_of(stats) == pytest.approx(balance)
 
 
 def logged(**settings: Any) -> list[dict[str, Any]]:
