@@ -67,6 +67,12 @@ class BusyCluster(ScriptedCluster):
                 if room[rank]:
                     room[rank] -= 1
                     found[expert].add(rank)
+        for rank in range(self.ranks):  # what is left, with what is hot
+            for expert in (expert for expert in order if rank not in found[expert]):
+                if not room[rank]:
+                    break
+                room[rank] -= 1
+                found[expert].add(rank)
         return [tuple(sorted(ranks)) for ranks in found]
 
     def work(self) -> None:

@@ -4,9 +4,9 @@ import { bytes, count, speed } from './format.js';
 import { colour, onTheme } from './theme.js';
 
 const LEFT = 30; // CSS pixels beside and below the cells
-const RIGHT = 92;
+const RIGHT = 84;
 const BELOW = 18;
-const HEIGHT = 264; // that the cells share
+const HEIGHT = 232; // that the cells share
 const LEAST_WIDTH = 3;
 const STOPS = 6;
 const SHADES = 256;
@@ -195,7 +195,8 @@ function drawBars(pen) {
   pen.fillStyle = colour('first');
   pen.globalAlpha = 0.75;
   computed.forEach((value, rank) => {
-    pen.fillRect(from, rank * cell.high, (value / largest) * room, cell.high - Math.max(gap, scale));
+    const high = Math.max(Math.round(2 * scale), Math.round((cell.high - gap) * 0.5));
+    pen.fillRect(from, rank * cell.high + Math.round((cell.high - gap - high) / 2), (value / largest) * room, high);
   });
   pen.globalAlpha = 1;
   const mean = computed.reduce((a, b) => a + b, 0) / rows;
