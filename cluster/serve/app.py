@@ -37,6 +37,8 @@ from cluster.serve.schema import FIELDS, ChatRequest, CompletionRequest, Detoken
 from cluster.serve.service import Service
 
 logger = logging.getLogger("epslots.serve")
+_QUERY = {"layer", "layers"}
+"""Names of parameters in URLs."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": answers.ErrorAnswer} for status in (400, 401, 403, 404, 413, 415, 429, 500, 503, 504)
 }
@@ -123,7 +125,7 @@ def _add_errors(app: FastAPI, most_bytes: int) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(request, of_problems(error.errors(), FIELDS))
+        return answer(request, of_problems(error.errors(), FIELDS | _QUERY))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

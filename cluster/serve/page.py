@@ -36,9 +36,7 @@ def add_page(app: FastAPI, feed: LiveFeed, stalled_s: float) -> None:
     async def live(request: Request, layer: Annotated[int, Query(ge=0, lt=MOST_LAYERS)] = 0) -> Response:
         viewer = feed.join(layer)
         record_of(request.scope).stream = True
-        return EventStream(
-            viewer.frames(), on_left=viewer.leave, on_end=lambda: feed.part(viewer), stalled_s=stalled_s
-        )
+        return EventStream(viewer.frames(), on_left=viewer.leave, on_end=lambda: feed.part(viewer), stalled_s=stalled_s)
 
 
 def _file(path: str) -> Response:

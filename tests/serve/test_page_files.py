@@ -53,7 +53,9 @@ def test_files_come_without_a_key(client: Client):
         assert reply.headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("path", ["/page/", "/page/none.js", "/page/../auth.py", "/page/%2e%2e/auth.py", "/page/vendor/uPlot.LICENSE"])
+@pytest.mark.parametrize(
+    "path", ["/page/", "/page/none.js", "/page/../auth.py", "/page/%2e%2e/auth.py", "/page/vendor/uPlot.LICENSE"]
+)
 def test_other_files_arent_there(client: Client, path: str):
     assert client.get(path).status == 401
     assert client.get(path, Authorization="Bearer first-key-1").status == 404
@@ -96,9 +98,7 @@ def test_scripts_name_what_there_is():
 
 
 def test_scripts_read_fields_that_frames_have():
-    fields = {
-        kind: set(kind.__struct_fields__) for kind in (LiveFrame, LiveRates, LiveTotals, LiveRank, LiveLayer)
-    }
+    fields = {kind: set(kind.__struct_fields__) for kind in (LiveFrame, LiveRates, LiveTotals, LiveRank, LiveLayer)}
     code = "\n".join(file.read_text() for file in SCRIPTS)
     assert set(re.findall(r"\b(?:frame|f)\.(\w+)", code)) <= fields[LiveFrame]
     assert set(re.findall(r"\.rates\??\.(\w+)", code)) <= fields[LiveRates]

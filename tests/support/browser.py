@@ -95,7 +95,9 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         page.resize(width, height, scale)
-        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        page.call(
+            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        )
         try:
             yield page
         finally:
@@ -196,11 +198,7 @@ class Page:
     def requested(self) -> set[str]:
         """Addresses that the page asked."""
         self.run("0")
-        return {
-            event["params"]["request"]["url"]
-            for event in self._events
-            if event["method"] == "Network.requestWillBeSent"
-        }
+        return {event["params"]["request"]["url"] for event in self._events if event["method"] == "Network.requestWillBeSent"}
 
 
 _CODES = {"Enter": 13, "ArrowRight": 39, "ArrowDown": 40, "ArrowLeft": 37, "ArrowUp": 38, "Home": 36, "End": 35, "Tab": 9}
