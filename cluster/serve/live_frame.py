@@ -93,7 +93,7 @@ class LiveRank(msgspec.Struct, frozen=True, kw_only=True):
         rank: its number.
         where: node and process.
         requests: that it serves.
-        computed: pairs that it computed a second; None until there are two samples.
+        computed: pairs that it computed a second; None before two samples.
         memory_bytes: resident memory of its process.
     """
 
@@ -152,7 +152,7 @@ class LiveLayer(msgspec.Struct, frozen=True, kw_only=True):
         name: the experts module's path in the model.
         experts: how many it has.
         seconds: that ``pairs`` are of.
-        pairs: by rank and expert, pairs of the rank's own tokens, wherever they were computed; None until there are two samples.
+        pairs: by rank and expert, pairs of the rank's own tokens, wherever they were computed; None before two samples.
         holders: the ranks that hold the expert in a slot, by expert; None if no rank told.
         slots: number of slots, by rank.
     """

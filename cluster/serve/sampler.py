@@ -19,7 +19,7 @@ Answer = TypeVar("Answer")
 
 
 class Sampler(Generic[Answer]):
-    """Asks in a thread, because every rank answers at the end of its step. For one loop; any number of callers share an answer.
+    """Asks in a thread, because every rank answers at the end of its step. For one loop; callers share an answer.
 
     Args:
         ask: returns the answer; may wait.

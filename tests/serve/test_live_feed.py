@@ -286,17 +286,16 @@ def test_the_pages_values_are_the_metrics(busy: BusyCluster):
 
 def test_the_page_follows_the_services_life():
     """Loading, serving, failed; then its stream ends with the service."""
-    with ScriptedCluster() as cluster, serving(None, drain_s=0) as client:
-        with watching(client) as following:
-            shown = following()
-            assert (shown["frame"]["phase"], shown["frame"]["serving"], shown["layer"]) == ("starting", 0, None)
-            client.service.attach(cluster)
-            while (shown := following())["frame"]["phase"] == "starting":
-                pass
-            assert (shown["frame"]["phase"], shown["frame"]["serving"]) == ("ready", 2)
-            client.server.call(client.service.drain())
-            while (shown := following()) is not None:
-                assert shown["frame"]["phase"] in ("ready", "draining")
+    with ScriptedCluster() as cluster, serving(None, drain_s=0) as client, watching(client) as following:
+        shown = following()
+        assert (shown["frame"]["phase"], shown["frame"]["serving"], shown["layer"]) == ("starting", 0, None)
+        client.service.attach(cluster)
+        while (shown := following())["frame"]["phase"] == "starting":
+            pass
+        assert (shown["frame"]["phase"], shown["frame"]["serving"]) == ("ready", 2)
+        client.server.call(client.service.drain())
+        while (shown := following()) is not None:
+            assert shown["frame"]["phase"] in ("ready", "draining")
 
 
 def test_layers_that_there_cant_be_are_refused(busy: BusyCluster):
