@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.supervisor import Supervisor
 from cluster.errors import ClusterError, raised_anew
 from cluster.messages.controller import Explanation
 from cluster.queue_room import QueueRoom
-from cluster.reports import ClusterState, ClusterStats, PlacementReport, rank_stats
+from cluster.reports import ClusterState, ClusterStats, PlacementReport, placement_report, rank_stats
 from epslots.config import check_count
 from epslots.errors import ConfigError
 from epslots.generation.engine_stats import sum_engines
-from epslots.telemetry import sum_over_ranks
+from epslots.telemetry import Stats, sum_over_ranks
 
 
 class ClusterControl:
@@ -55,42 +58,39 @@ class ClusterControl:
             failure=CLOSED if self._closed else None if supervisor.failure is None else str(supervisor.failure),
         )
 
-    def stats(self) -> ClusterStats:
-        """Counters of all ranks since each was loaded, at the end of the current step."""
+    def stats(self, layers: Sequence[int] = ()) -> ClusterStats:
+        """Counters of all ranks since each was loaded, at the end of the current step.
+
+        Args:
+            layers: numbers of MoE layers, from 0, whose slots ``placement`` is to tell; those that the model hasn't count for
+                nothing.
+        """
         self._check_open()
 
         async def ask() -> ClusterStats:
-            router, reports = self._supervisor.router, await self._supervisor.reports()
-            ranks = tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports)
-            total, engine = sum_over_ranks([rank.stats for rank in ranks]), sum_engines([rank.engine for rank in ranks])
-            controller_client = self._supervisor.controller_client
-            controller = None if controller_client is None else controller_client.stats()
+            supervisor, reports = self._supervisor, await self._supervisor.reports(tuple(layers))
+            router, client = supervisor.router, supervisor.controller_client
             return ClusterStats(
-                epoch=self._supervisor.group.epoch,
+                epoch=supervisor.group.epoch,
                 queued=router.queued,
-                ranks=ranks,
-                total=total,
-                engine=engine,
-                controller=controller,
-                missing=self._supervisor.pool.missing(),
+                ranks=tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports),
+                total=Stats(()),
+                engine=sum_engines(()),
+                controller=None if client is None else client.stats(),
+                missing=supervisor.pool.missing(),
                 longest_wait_s=router.longest_wait_s,
+                placement=placement_report(supervisor.group.epoch, reports),
             )
 
-        return self._thread.call(ask())
+        found = self._thread.call(ask())
+        # Sums over many ranks and layers take a while, in which the supervisor's thread has tokens to pass on.
+        total, engine = [rank.stats for rank in found.ranks], [rank.engine for rank in found.ranks]
+        return replace(found, total=sum_over_ranks(total), engine=sum_engines(engine))
 
     def placement(self) -> PlacementReport:
         """Ranks that hold each expert, and those that should, at the end of the current step."""
         self._check_open()
-        reports = self._thread.call(self._supervisor.reports())
-        newest = max((report for _, report in reports), key=lambda report: report.epoch, default=None)
-        ranks = tuple(worker.handle.where for worker, _ in reports)
-        return PlacementReport(
-            epoch=self._supervisor.group.epoch,
-            ranks=ranks,
-            layers=() if newest is None else newest.layers,
-            placement_version=-1 if newest is None else newest.placement,
-            pending_migrations=0 if newest is None else newest.pending_migrations,
-        )
+        return placement_report(self._supervisor.group.epoch, self._thread.call(self._supervisor.reports()))
 
     def explain(self) -> Explanation:
         """The controller's reasons for the placement, in numbers; ``str`` of it is text for people.

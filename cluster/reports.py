@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.driver.controller_client import ControllerStats
@@ -49,6 +50,7 @@ class ClusterStats:
         controller: None without a controller (``window_steps=0``).
         missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
         longest_wait_s: the longest time that a request is without its first token: it grows where lower priorities starve.
+        placement: of the layers that were asked for.
     """
 
     epoch: int
@@ -59,6 +61,7 @@ class ClusterStats:
     controller: ControllerStats | None
     missing: tuple[str, ...] = ()
     longest_wait_s: float = 0.0
+    placement: PlacementReport | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class PlacementReport:
     Attributes:
         epoch: number of the group.
         ranks: node and process of each rank.
-        layers: holders and placement of each MoE layer's experts.
+        layers: holders and placement of the experts of each MoE layer, or of those that were asked for.
         placement_version: version of the placement that the ranks follow; 0 = the default one.
         pending_migrations: copies and slots that have yet to be moved for it, over all ranks.
     """
@@ -101,6 +104,18 @@ class PlacementReport:
     layers: tuple[LayerPlacement, ...]
     placement_version: int
     pending_migrations: int
+
+
+def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankReport]]) -> PlacementReport:
+    """The placement, from the newest of the ranks' reports that tell slots."""
+    newest = max((report for _, report in reports), key=lambda report: (bool(report.layers), report.epoch), default=None)
+    return PlacementReport(
+        epoch=epoch,
+        ranks=tuple(worker.handle.where for worker, _ in reports),
+        layers=() if newest is None else newest.layers,
+        placement_version=-1 if newest is None else newest.placement,
+        pending_migrations=0 if newest is None else newest.pending_migrations,
+    )
 
 
 def rank_stats(worker: WorkerRecord, report: RankReport, requests: int) -> RankStats:

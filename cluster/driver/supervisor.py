@@ -177,13 +177,18 @@ class Supervisor:
             await self.pool.wait_until_serving(range(ranks))
             await self.pool.reserve(ranks)
 
-    async def reports(self) -> list[tuple[WorkerRecord, RankReport]]:
-        """The reports of all ranks, but for ranks that are lost meanwhile."""
-        asked = []
+    async def reports(self, layers: tuple[int, ...] | None = None) -> list[tuple[WorkerRecord, RankReport]]:
+        """The reports of all ranks, but for ranks that are lost meanwhile.
+
+        Args:
+            layers: numbers of the MoE layers whose slots the first rank's report is to have; all ranks know the same of them.
+                None = all layers, in every report.
+        """
+        asked: list[tuple[WorkerRecord, int]] = []
         for worker in self.group.members:
             self._reports_asked += 1
             self._reports[self._reports_asked] = None
-            self.workers.send(worker, GetReport(self._reports_asked))
+            self.workers.send(worker, GetReport(self._reports_asked, () if asked and layers is not None else layers))
             asked.append((worker, self._reports_asked))
         self._changes.notify()
         try:

@@ -113,9 +113,14 @@ class Wake(msgspec.Struct, tag=True, frozen=True):
 
 
 class GetReport(msgspec.Struct, tag=True, frozen=True):
-    """Ask for a ``RankReport`` with this number, when the current step is done."""
+    """Ask for a ``RankReport`` with this number, when the current step is done.
+
+    Attributes:
+        layers: numbers of the MoE layers whose slots the report has; None = all. There may be fewer layers than that.
+    """
 
     number: int
+    layers: tuple[int, ...] | None = None
 
 
 class Ping(msgspec.Struct, tag=True, frozen=True):
@@ -268,6 +273,7 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         steps: made in this epoch.
         stats: counters of its layers.
         engine: counters of its requests.
+        layers: those that were asked for, in their order in the model.
         placement: version of the placement that the ranks follow.
         pending_migrations: copies of it that have yet to be fetched, over all ranks.
         memory_bytes, descriptors, threads: of the process.

@@ -121,7 +121,7 @@ class RankLoop:
         self._steps = 0
         """Steps in this epoch; the same on all its ranks."""
         self._wake_through = 0
-        self._reports_due: list[int] = []
+        self._reports_due: list[GetReport] = []
 
     def start(self) -> None:
         """Start the stepping thread."""
@@ -186,8 +186,8 @@ class RankLoop:
             case Wake(epoch, step):
                 if self._transport is not None and epoch == self._transport.epoch:
                     self._wake_through = max(self._wake_through, step)
-            case GetReport(number):
-                self._reports_due.append(number)
+            case GetReport():
+                self._reports_due.append(command)
             case GetGroupState(number):
                 if (state := group_state(self._loaded_engine.model, number)) is not None:
                     self._send(state)
@@ -315,9 +315,9 @@ class RankLoop:
     def _send_reports(self) -> None:
         """After the current step, so that counters stand still once there is no work."""
         due, self._reports_due = self._reports_due, []
-        for number in due:
+        for asked in due:
             epoch = -1 if self._transport is None else self._transport.epoch
-            self._send(rank_report(self._loaded_engine, number, epoch, self._steps))
+            self._send(rank_report(self._loaded_engine, asked, epoch, self._steps))
 
     def _release(self) -> None:
         if self._transport is not None:

@@ -10,7 +10,7 @@ import psutil
 from torch import nn
 
 from cluster.messages.placement import GroupState, LoadReport
-from cluster.messages.rank import Failed, LayerPlacement, RankReport
+from cluster.messages.rank import Failed, GetReport, LayerPlacement, RankReport
 from epslots.arrays import BoolArray
 from epslots.errors import EpslotsError
 from epslots.generation.engine import Engine
@@ -83,12 +83,12 @@ def group_state(model: nn.Module, number: int) -> GroupState | None:
     )
 
 
-def rank_report(engine: Engine, number: int, epoch: int, steps: int) -> RankReport:
-    """The answer to a ``GetReport`` of this number: the rank's counters, and the slots of all ranks.
+def rank_report(engine: Engine, asked: GetReport, epoch: int, steps: int) -> RankReport:
+    """The answer to a ``GetReport``: the rank's counters, and the slots of all ranks.
 
     Args:
         engine: of the rank.
-        number: of the answered message.
+        asked: the answered message.
         epoch: of the group that the rank is in, or forms; -1 before the first.
         steps: made in that epoch.
     """
@@ -97,7 +97,7 @@ def rank_report(engine: Engine, number: int, epoch: int, steps: int) -> RankRepo
     process = psutil.Process()
     layers = () if group is None else zip(runtime.layers, group.shared.layers, group.placement.wanted_LRE, strict=True)
     return RankReport(
-        number=number,
+        number=asked.number,
         epoch=epoch,
         steps=steps,
         stats=stats(model),
@@ -110,7 +110,8 @@ def rank_report(engine: Engine, number: int, epoch: int, steps: int) -> RankRepo
                 holders=_ranks_of(shared.state.holds_RE),
                 wanted=_ranks_of(wanted_RE[:, : spec.num_experts]),
             )
-            for spec, shared, wanted_RE in layers
+            for number, (spec, shared, wanted_RE) in enumerate(layers)
+            if asked.layers is None or number in asked.layers
         ),
         placement=-1 if group is None else group.placement.version,
         pending_migrations=0 if group is None else group.pending_migrations,

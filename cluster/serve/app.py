@@ -27,14 +27,18 @@ from cluster.serve.auth import ApiKeys, Authentication
 from cluster.serve.chat import chat_of
 from cluster.serve.endpoints import answer_chat, complete
 from cluster.serve.errors import INTERNAL, TYPES, ApiError, of_problems
+from cluster.serve.live_feed import LiveFeed
 from cluster.serve.metrics import CONTENT_TYPE
 from cluster.serve.middleware import JsonBodies, Records
+from cluster.serve.page import add_page
 from cluster.serve.record import record_of
 from cluster.serve.responses import error_response, json_response
 from cluster.serve.schema import FIELDS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.serve.service import Service
 
 logger = logging.getLogger("epslots.serve")
+_QUERY = {"layer", "layers"}
+"""Names of parameters in URLs."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": answers.ErrorAnswer} for status in (400, 401, 403, 404, 413, 415, 429, 500, 503, 504)
 }
@@ -95,6 +99,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
     _add_errors(app, config.max_body_bytes)
     _add_endpoints(app, service)
     _add_plain_routes(app, service)
+    add_page(app, LiveFeed(service), config.stalled_s)
     _describe(app, has_keys=bool(keys))
     wrapped: Any = Authentication(JsonBodies(app, config.max_body_bytes), keys, local)
     if config.cors_origins:
@@ -121,7 +126,7 @@ def _add_errors(app: FastAPI, most_bytes: int) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(request, of_problems(error.errors(), FIELDS))
+        return answer(request, of_problems(error.errors(), FIELDS | _QUERY))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

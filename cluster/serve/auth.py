@@ -11,14 +11,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.serve.config import is_loopback
 from cluster.serve.errors import ApiError
+from cluster.serve.page_files import PAGE_FILES
 from cluster.serve.responses import send_error
 from epslots.errors import ConfigError
 from epslots.given_files import read_given
 
 ENVIRONMENT = "EPSLOTS_API_KEY"
 """Variable with API keys, separated by commas."""
-OPEN_PATHS = frozenset(("/health", "/ready"))
-"""Paths that orchestrators ask without a key: they say no more than whether the service lives and serves."""
+OPEN_PATHS = frozenset(("/health", "/ready", *PAGE_FILES))
+"""Paths without a key: orchestrators ask the first two, which say no more than whether the service lives and serves; a browser
+can't send a key before it has the live page's files."""
 _MOST_FILE_BYTES = 1024**2
 _LEAST_CHARS = 8
 

@@ -11,6 +11,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from cluster.reports import ClusterState, ClusterStats
+from cluster.serve.live_window import computed_pairs
 from epslots.telemetry import LayerStats
 
 
@@ -110,7 +111,7 @@ class ClusterCollector(Collector):
         yield self._counter("rank_steps", total.steps, "Forward passes, each counted once for every rank.")
         yield self._counter("zero_miss_steps", total.zero_miss_steps, "Those of rank_steps without a miss in any layer.")
         yield self._gauge("expert_slots", total.total("slots"), "Expert slots of all ranks and layers.")
-        yield self._gauge("expert_balance", _balance(stats), "Mean load of the ranks over the largest one's; 1 = level.")
+        yield self._gauge("expert_balance", balance(stats), "Mean load of the ranks over the largest one's; 1 = level.")
         if stats.controller is not None:
             yield self._gauge("placement_version", stats.controller.placement, "Version of the newest placement.")
             yield self._counter("controllers_started", stats.controller.started, "Controllers that were started.")
@@ -149,11 +150,11 @@ class _LayerCollector(Collector):
             yield family
 
 
-def _balance(stats: ClusterStats) -> float:
+def balance(stats: ClusterStats) -> float:
     """Mean of the ranks' computed pairs over the largest, averaged over layers; 1.0 without any."""
     found = []
     for rows in zip(*(rank.stats.layers for rank in stats.ranks), strict=False):
-        loads = [sum(row.tokens_per_expert) - row.pairs_sent + row.pairs_received for row in rows]
+        loads = [computed_pairs(row) for row in rows]
         if max(loads, default=0) > 0:
             found.append(sum(loads) / len(loads) / max(loads))
     return sum(found) / len(found) if found else 1.0

@@ -1,4 +1,4 @@
-"""``Sampler``: the ranks' counters, asked for while somebody looks at them, and at most once a second."""
+"""``Sampler``: an answer that takes a while, asked for while somebody looks at it, and not too often."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-from cluster.reports import ClusterStats
 from epslots.errors import EpslotsError
 
-FRESH_S = 1.0
+FRESH_S = 0.9
+"""A little less than the live page's second: each of its looks finds new numbers."""
 ANSWER_S = 2.0
 logger = logging.getLogger("epslots.serve")
+Answer = TypeVar("Answer")
 
 
-class Sampler:
-    """Asks for the counters in a thread, because every rank answers at the end of its step. For one loop.
+class Sampler(Generic[Answer]):
+    """Asks in a thread, because every rank answers at the end of its step. For one loop; callers share an answer.
 
     Args:
-        ask: returns the counters; may wait.
+        ask: returns the answer; may wait.
         fresh_s: seconds in which an answer counts as new.
         answer_s: seconds after which the last answer is returned instead.
         clock: seconds.
+
+    Attributes:
+        latest: the last answer; None before the first.
+        latest_s: when it came, by the clock.
     """
 
     def __init__(
         self,
-        ask: Callable[[], ClusterStats],
+        ask: Callable[[], Answer],
         *,
         fresh_s: float = FRESH_S,
         answer_s: float = ANSWER_S,
@@ -36,29 +42,43 @@ class Sampler:
     ) -> None:
         self._ask, self._fresh_s, self._answer_s, self._clock = ask, fresh_s, answer_s, clock
         self._thread = ThreadPoolExecutor(1, "epslots-sampler")
-        self._asking: asyncio.Future[ClusterStats] | None = None
+        self._asking: asyncio.Future[Answer] | None = None
         self._asked_s = float("-inf")
-        self.latest: ClusterStats | None = None
+        self.latest: Answer | None = None
+        self.latest_s = float("-inf")
 
-    async def sample(self) -> ClusterStats | None:
-        """The counters, new if the ranks answer in time; None before their first answer."""
+    async def sample(self, answer_s: float | None = None) -> Answer | None:
+        """The answer, new if it comes in time; None before the first.
+
+        Args:
+            answer_s: seconds to wait for it instead of the usual ones.
+        """
+        self.refresh()
+        if self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=self._answer_s if answer_s is None else answer_s)
+        return self.latest
+
+    def refresh(self) -> None:
+        """Ask, unless the answer is new or awaited already; ``latest`` has it when it comes."""
         if self._asking is None and self._clock() - self._asked_s >= self._fresh_s:
             self._asked_s = self._clock()
             self._asking = asyncio.get_running_loop().run_in_executor(self._thread, self._ask)
             self._asking.add_done_callback(self._take)
-        if self._asking is not None:
-            await asyncio.wait({self._asking}, timeout=self._answer_s)
-        return self.latest
 
-    def _take(self, asked: asyncio.Future[ClusterStats]) -> None:
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the last answer came; None before the first."""
+        return None if self.latest is None else self._clock() - self.latest_s
+
+    def _take(self, asked: asyncio.Future[Answer]) -> None:
         self._asking = None
         if asked.cancelled():
             return
         error = asked.exception()
         if error is None:
-            self.latest = asked.result()
+            self.latest, self.latest_s = asked.result(), self._clock()
         elif not isinstance(error, EpslotsError):
-            logger.error("the ranks' counters can't be read", exc_info=error)
+            logger.error("the cluster can't be asked", exc_info=error)
 
     def close(self) -> None:
         """Ask no more."""

@@ -19,12 +19,15 @@ from weakref import WeakSet
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
+from cluster.messages.controller import Explanation
 from cluster.reports import ClusterState, ClusterStats
 from cluster.serve.access_log import AccessLog
 from cluster.serve.bridge import ChoiceReader, NewsRelay, PolledGeneration
 from cluster.serve.cluster_metrics import ServiceSample
 from cluster.serve.config import ServeConfig
 from cluster.serve.errors import ApiError, of_cluster, overloaded, refused, unavailable, without_paths
+from cluster.serve.latencies import RecentLatencies
+from cluster.serve.live_frame import Known
 from cluster.serve.metrics import Metrics
 from cluster.serve.record import RequestRecord
 from cluster.serve.request_settings import API_NAMES, Room
@@ -37,6 +40,7 @@ from epslots.generation.request_checker import ModelLimits
 
 logger = logging.getLogger("epslots.serve")
 Phase = Literal["starting", "ready", "draining", "failed"]
+_EXPLAIN_EVERY_S = 5.0
 _GOODBYE_S = 2.0  # for errors to requests that are cut off
 _PROMPT_THREADS = 2
 """They tokenize prompts and render templates: processor time, most of it without Python's lock."""
@@ -59,7 +63,8 @@ class ServedCluster(Protocol):
     def encode(self, prompt: str | Chat, *, special_tokens: bool = True, most_tokens: int | None = None) -> list[int]: ...
     def submit_choices(self, prompt: Sequence[int], **settings: Any) -> Sequence[PolledGeneration]: ...
     def state(self) -> ClusterState: ...
-    def stats(self) -> ClusterStats: ...
+    def stats(self, layers: Sequence[int] = ()) -> ClusterStats: ...
+    def explain(self) -> Explanation: ...
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,14 @@ class Service:
         self._readers: WeakSet[ChoiceReader] = WeakSet()
         self._idle = asyncio.Event()
         self._threads = ThreadPoolExecutor(_PROMPT_THREADS, "epslots-prompts")
-        self._sampler: Sampler | None = None
+        self.sampler: Sampler[ClusterStats] | None = None
+        """The ranks' numbers."""
+        self._explanations: Sampler[Explanation] | None = None
+        self.latencies = RecentLatencies()
+        self.viewed: frozenset[int] = frozenset()
+        """Numbers of the MoE layers that open pages show."""
+        self.ended = asyncio.Event()
+        """The service has drained, or closed."""
         self._relay: NewsRelay | None = None
 
     # Phases.
@@ -135,7 +147,8 @@ class Service:
         """
         model = ServedModel.of(cluster, self.config, model_type)
         self._first_epoch = cluster.state().epoch
-        self._sampler = Sampler(cluster.stats)
+        self.sampler = Sampler(lambda: cluster.stats(sorted(self.viewed)))
+        self._explanations = Sampler(cluster.explain, fresh_s=_EXPLAIN_EVERY_S)
         self._model = model
         if self._phase == "starting":
             self._phase = "ready"
@@ -186,6 +199,7 @@ class Service:
         for reader in list(self._readers):
             reader.fail(unavailable("the service is shutting down; try again"))
         await self._until_idle(_GOODBYE_S)  # each tells its client
+        self.ended.set()
         return cut
 
     async def _until_idle(self, seconds: float) -> None:
@@ -199,8 +213,10 @@ class Service:
     def close(self) -> None:
         """End the service's own threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._sampler is not None:
-            self._sampler.close()
+        self.ended.set()
+        for sampler in (self.sampler, self._explanations):
+            if sampler is not None:
+                sampler.close()
         if self._log is not None:
             self._log.close()
 
@@ -336,6 +352,7 @@ class Service:
     def done(self, record: RequestRecord) -> None:
         """Count and log a request that has ended."""
         self.metrics.note(record)
+        self.latencies.note(record)
         if self._log is not None and self.config.log_requests:
             self._log.log(record)
 
@@ -343,17 +360,37 @@ class Service:
 
     async def sampled(self) -> ServiceSample:
         """The numbers of now, as far as the ranks answer."""
-        if self._sampler is not None:
-            await self._sampler.sample()
+        if self.sampler is not None:
+            await self.sampler.sample()
         return self._sample()
 
     def _sample(self) -> ServiceSample:
         state = None if self._model is None else self._model.cluster.state()
         return ServiceSample(
             state=state,
-            stats=None if self._sampler is None else self._sampler.latest,
+            stats=None if self.sampler is None else self.sampler.latest,
             recoveries=0 if state is None else max(0, state.epoch - self._first_epoch),
             log_lines_lost=0 if self._log is None else self._log.lost,
+        )
+
+    def known(self) -> Known:
+        """What the live page shows, as far as it is known; the controller is asked for its reasons meanwhile."""
+        sample, model = self._sample(), self._model
+        explanations = self._explanations
+        if explanations is not None and sample.stats is not None and sample.stats.controller is not None:
+            explanations.refresh()
+        ttft_s, per_token_s = self.latencies.quantiles()
+        return Known(
+            phase=self.phase,
+            model=self.config.names[0],
+            chat=model is not None and model.chat,
+            state=sample.state,
+            stats=sample.stats,
+            stats_age_s=None if self.sampler is None else self.sampler.age_s,
+            recoveries=sample.recoveries,
+            explanation=None if explanations is None else explanations.latest,
+            ttft_s=ttft_s,
+            per_token_s=per_token_s,
         )
 
 

@@ -8,28 +8,14 @@ import re
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.serve.access_log import AccessLog, line_of
-from cluster.serve.cluster_metrics import _balance
+from cluster.serve.cluster_metrics import balance as balance_of
 from cluster.serve.record import RequestRecord
 from epslots.telemetry import COUNTERS, LayerStats, Stats
 from tests.support import ROOT
-from tests.support.http_service import CHAT, COMPLETIONS, Client, serving
+from tests.support.http_service import CHAT, COMPLETIONS, samples, serving
 from tests.support.scripted_cluster import ScriptedCluster
-
-
-def samples(client: Client, path: str = "/metrics") -> dict[str, float]:
-    """The metrics by name and labels, without the model's."""
-    reply = client.get(path)
-    assert reply.headers["content-type"].startswith("text/plain")
-    found = {}
-    for family in text_string_to_metric_families(reply.body.decode()):
-        for sample in family.samples:
-            labels = {name: value for name, value in sample.labels.items() if name not in ("model_name", "le")}
-            if "le" not in sample.labels:
-                found[sample.name + "".join(f" {name}={value}" for name, value in sorted(labels.items()))] = sample.value
-    return found
 
 
 def test_requests_are_counted():
@@ -97,7 +83,7 @@ def layer(name: str, **counts: Any) -> LayerStats:
 
 def test_layers_have_metrics_on_demand():
     class Layered(ScriptedCluster):
-        def stats(self) -> Any:
+        def stats(self, layers: Any = ()) -> Any:
             from dataclasses import replace
 
             total = Stats((layer("a", hits=5, misses=1, host_bytes=7), layer("b", hits=1, misses=2, peer_bytes=9)))
@@ -125,7 +111,7 @@ def test_balance_is_mean_load_over_largest(sent: Any, received: Any, balance: fl
         ranks = (Rank(0), Rank(1))
 
     stats: Any = Ranks()
-    assert _balance(stats) == pytest.approx(balance)
+    assert balance_of(stats) == pytest.approx(balance)
 
 
 def logged(**settings: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from cluster.serve.app import create_app
 from cluster.serve.auth import ApiKeys
 from cluster.serve.config import ServeConfig
@@ -127,6 +129,19 @@ def serving(
         if cluster is not None:
             service.attach(cluster)
         yield Client(server.url, service, server)
+
+
+def samples(client: Client, path: str = "/metrics") -> dict[str, float]:
+    """The metrics by name and labels, without the model's."""
+    reply = client.get(path)
+    assert reply.headers["content-type"].startswith("text/plain")
+    found = {}
+    for family in text_string_to_metric_families(reply.body.decode()):
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name not in ("model_name", "le")}
+            if "le" not in sample.labels:
+                found[sample.name + "".join(f" {name}={value}" for name, value in sorted(labels.items()))] = sample.value
+    return found
 
 
 def read_until(connection: socket.socket, end: bytes) -> bytes:

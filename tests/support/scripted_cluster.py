@@ -13,6 +13,7 @@ from cluster.driver.request_router import RequestRouter
 from cluster.driver.scheduler import RankCapacity
 from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Generation, PromptChoice
+from cluster.messages.controller import Explanation
 from cluster.messages.rank import Cancel, Command, Submit
 from cluster.reports import ClusterState, ClusterStats
 from cluster.token_stream import TokenStream
@@ -176,7 +177,10 @@ class ScriptedCluster:
             failure=self.failure,
         )
 
-    def stats(self) -> ClusterStats:
+    def explain(self) -> Explanation:
+        raise ConfigError("window_steps=0, says the test")
+
+    def stats(self, layers: Sequence[int] = ()) -> ClusterStats:
         self.asked_stats += 1
         if self.failure is not None:
             raise ConfigError(self.failure)
