@@ -1,0 +1,38 @@
+"""What the memory plan promises against what is then asked for, counted by a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
+from epslots.generation.sampling import Sampling
+from epslots.runtime import runtime_of
+from epslots.simulated_gpu.cuda_api import simulated_gpus
+from tests.support import zoo
+from tests.support.simulated import load_gpu
+
+REQUESTS, PROMPT = 8, 60
+
+
+@pytest.mark.parametrize(("name", "cache"), [("qwen3_moe", "pages"), ("deepseek_v3", "pages"), ("deepseek_v3", "rows")])
+def test_an_engine_asks_for_what_is_planned(name: str, cache: str, checkpoint: Callable[[str], Path], shared_stores: Path):
+    """Its cache to the byte; and no more for a step full of prompts, and for drawing tokens, than the plan's workspace."""
+    settings = {"kv_tokens": 1024, "max_requests": REQUESTS, "max_batch_tokens": 256, "cache": cache}
+    with simulated_gpus() as gpu:
+        model = load_gpu(checkpoint(name), shared_stores, slots="50%", dtype="bfloat16", **settings)
+        plan, loaded = runtime_of(model).plan, gpu.allocated[0]
+        assert loaded <= plan.shape.dense_bytes + plan.slot_bytes + plan.predictor_bytes + 2**15, "tables are small"
+        engine = Engine(model)
+        opened = gpu.allocated[0]
+        assert opened - loaded == plan.kv_bytes
+        gpu.peak[0] = opened
+        for number in range(REQUESTS):
+            prompt = tuple(zoo.random_ids(1, PROMPT, seed=number)[0].tolist())
+            engine.batcher.add(Request(str(number), prompt, max_new_tokens=2, sampling=Sampling(temperature=0.8, top_p=0.9)))
+        list(engine.run())
+        assert plan.workspace_bytes // 4 < gpu.peak[0] - opened <= plan.workspace_bytes
+        engine.batcher.close()
