@@ -26,9 +26,9 @@ from tests.support.grouped_ranks import TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads
 
 Checkpoints = Callable[[str], Path]
-ATTENTION = {"gpt_oss": "eager", "deepseek_v4": "eager"}
+ATTENTION = dict.fromkeys(("gpt_oss", "deepseek_v4", "mimo_v2_flash", "hy_v4", "inkling2"), "eager")
 SERVED = ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4", "qwen3_next", "nemotron_h", "longcat_flash"]
-SERVED += ["kimi_linear", "deepseek_v4"]
+SERVED += ["kimi_linear", "deepseek_v4", "mimo_v2_flash", "hy_v4", "inkling2", "jamba", "minimax"]
 DRAWN = Sampling(0.9, top_k=200, top_p=0.95, seed=12)
 
 
