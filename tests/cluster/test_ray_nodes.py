@@ -13,7 +13,7 @@ from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.ray_backend.connect import RANK_RESOURCE
 from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_bundles, need_of_bundle
-from tests.support.rank_helpers import PATIENCE_S
+from tests.support.rank_helpers import PATIENCE_S, until
 from tests.support.ray_helpers import PatientDriver, RayNodes, drive, node_hosts
 
 CPU = {"CPU": 1.0}
@@ -137,10 +137,12 @@ def test_a_lost_nodes_rank_moves_to_a_node_that_joins(ray_nodes: RayNodes):
 
 
 def test_pack_and_spread(ray_nodes: RayNodes):
-    with ray_nodes.further():
+    with ray_nodes.further(), drive(ranks=0, address=ray_nodes.address):
         for strategy, counts in (("PACK", [2]), ("STRICT_PACK", [2]), ("SPREAD", [1, 1])):
+            until(lambda: ray.available_resources().get("CPU") == 4)  # what was there before is gone
             with drive(ranks=2, address=ray_nodes.address, strategy=strategy) as driver:
                 assert list(Counter(hosts_of(driver, 2)).values()) == counts
+        until(lambda: ray.available_resources().get("CPU") == 4)
         with drive(ranks=1, address=ray_nodes.address, strategy="SPREAD") as driver:
             driver.call(driver.backend.resize(2))
             assert len(set(hosts_of(driver, 2))) == 2
