@@ -51,10 +51,10 @@ def ask_again():
         except OSError:  # nobody listens, or not for long
             threading.Event().wait(0.05)
 
-replica, ranks = pids("EpslotsService"), pids("WorkerActor")
+replica, ranks = pids("ServeReplica"), pids("WorkerActor")
 (proxy,) = pids("ProxyActor")
 os.kill(proxy, signal.SIGKILL)
-found += [ask_again(), [pids("EpslotsService") == replica, pids("WorkerActor") == ranks, len(replica), len(ranks)]]
+found += [ask_again(), [pids("ServeReplica") == replica, pids("WorkerActor") == ranks, len(replica), len(ranks)]]
 serve.shutdown()
 ray.shutdown()
 print("FOUND" + json.dumps(found))
