@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from cluster.config import ClusterConfig
 from cluster.serve.auth import ApiKeys
-from cluster.serve.command import default_name
+from cluster.serve.command import ORPHAN_S, ServeRanks, default_name, name_of
 from cluster.serve.config import ServeConfig, read_serve_config
 from cluster.serve.run import FAILED, STOPPED, run_service
 from epslots.errors import ConfigError
@@ -167,3 +168,22 @@ def test_a_second_signal_cuts_requests_off(capsys: pytest.CaptureFixture[str]):
 def test_a_cluster_that_fails_ends_it(capsys: pytest.CaptureFixture[str]):
     assert Served(lambda there: there.cluster.break_down("all ranks are lost")).code == FAILED
     assert "error: all ranks are lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "port", "name", "orphan_s"),
+    [
+        ({}, 8000, "org-model-8000", ORPHAN_S),
+        ({}, 0, None, 0.0),
+        ({"name": "mine"}, 0, "mine", ORPHAN_S),
+        ({"orphan_s": 0.0}, 8000, "org-model-8000", 0.0),
+    ],
+)
+def test_ranks_outlive_a_service_that_can_come_again(given: dict[str, Any], port: int, name: str | None, orphan_s: float):
+    """Under the same name: a port that the system chooses is another one each time."""
+    assert ServeRanks(**given).lasting("org/model", port) == {"name": name, "orphan_s": orphan_s}
+
+
+@pytest.mark.parametrize("parts", [("/models/a b",), ("x" * 100, "8000"), ("-._",), ("", "")])
+def test_any_names_make_an_allowed_one(parts: tuple[str, ...]):
+    assert ClusterConfig(name=name_of(*parts)).name
