@@ -14,7 +14,7 @@ import cluster.rank.rank_loop
 from cluster.api import Cluster
 from cluster.errors import ClusterError, RequestFailed, Superseded
 from cluster.lasting.settings import differences, origin_of
-from cluster.messages.rank import Adopted, GiveUp, Load, Loaded, Origin, decode_events, encode
+from cluster.messages.rank import Adopted, Form, GiveUp, Load, Loaded, Origin, decode_events, encode
 from cluster.rank.rank_loop import RankLoop
 from epslots.config import LoadConfig, load_config
 from epslots.errors import ConfigError
@@ -82,8 +82,16 @@ def test_the_next_driver_serves_and_loads_nothing(drive: Drive, folder: Path, lo
     assert len(loads) == 2
 
 
-def test_drivers_follow_each_other(drive: Drive, folder: Path, loads: list[str]):
-    """Requests' numbers begin anew with each, while the last one's run."""
+def test_drivers_follow_each_other(drive: Drive, folder: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Requests' numbers begin anew with each, while the last one's run; slots are filled once."""
+    fresh: list[bool] = []
+    join = RankLoop._join
+
+    def noted(loop: RankLoop, form: Form, transport: Any) -> None:
+        fresh.append(form.fresh)
+        join(loop, form, transport)
+
+    monkeypatch.setattr(RankLoop, "_join", noted)
     driver, backend = drive()
     for _ in range(3):
         running = [driver.submit(prompt, max_new_tokens=100, **GREEDY) for prompt in PROMPTS[:3]]
@@ -91,6 +99,7 @@ def test_drivers_follow_each_other(drive: Drive, folder: Path, loads: list[str])
         abandon(driver)
         driver, backend = drive(backend)
         assert tokens_of(driver.generate(PROMPTS, max_new_tokens=15, **GREEDY)) == expected(folder, PROMPTS, 15)
+    assert fresh == [True] * 2 + [False] * 6
     assert len(loads) == 2
 
 
