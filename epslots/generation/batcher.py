@@ -116,7 +116,7 @@ class Batcher(ABC):
                 of the vocabulary; the grammar is faulty, or none can be compiled; the id is taken.
         """
         self._check(request)
-        entry = self._entries[request.id] = TrackedRequest(request, next(self._numbers))
+        entry = self._entries[request.id] = TrackedRequest(request, number=next(self._numbers))
         if request.grammar is None:
             self._queue(entry)
         else:

@@ -61,8 +61,6 @@ class TrackedRequest:
     """A request and its results."""
 
     request: Request
-    number: int = 0
-    """In the order of arrival."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of each of ``tokens``, if the request asked for them."""
@@ -74,6 +72,8 @@ class TrackedRequest:
     error: str | None = None
     grammar_state: GrammarProgress | None = None
     """Of the text so far, if the request has a grammar; None until it is compiled."""
+    number: int = 0
+    """In the order of arrival."""
 
     def __post_init__(self) -> None:
         self._prompt_logprobs_known = self.request.prompt_logprobs_delivered

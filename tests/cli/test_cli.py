@@ -218,7 +218,7 @@ def test_a_text_that_fails_ends_no_other(run: Callable[..., Run], cache_dir: Pat
     assert got.out == f"{alone.out}\n{alone.out}"
     errors = [line for line in got.err.splitlines() if line.startswith("error: ")]
     assert errors == [
-        "error: no token of the vocabulary continues the text as its grammar wants it",
+        "error: regex: no token of the vocabulary continues the text as its grammar wants it",
         "error: 1 of 3 texts ended with an error",
     ]
     assert "hit rate" in got.err, "statistics come all the same"

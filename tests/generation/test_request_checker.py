@@ -263,6 +263,7 @@ OTHER: dict[str, Any] = {
     "grammar": "start: /a/",
     "logprobs": 0,
     "prompt_logprobs": 0,
+    "priority": 1,
 }
 """A value for each setting that is none of the defaults."""
 

@@ -52,5 +52,5 @@ def test_a_replayed_step_waits_and_uploads_nothing(checkpoint: Callable[[str], P
                 token = graph.step(token).argmax(-1)
             host_s = gpu.now_s - began
             assert not gpu.syncs and not gpu.copies
-            assert kernels_of(gpu)["epslots"] <= 4 * (19 * 3 + 2) + 4 * 3
+            assert kernels_of(gpu)["epslots"] <= 4 * (19 * 3 + 2) + 4 * 3 + 4 * 5  # the last: a step without a miss is counted
         assert host_s / 4 < 50e-6, "one call for the whole step"
