@@ -222,7 +222,7 @@ def test_a_text_that_fails_ends_no_other(run: Callable[..., Run], cache_dir: Pat
         "error: 1 of 3 texts ended with an error",
     ]
     assert "hit rate" in got.err, "statistics come all the same"
-    assert "error: no token" in run(*common, "--regex", "[a-z&&[0-9]]", "x").err
+    assert "error: regex: no token" in run(*common, "--regex", "[a-z&&[0-9]]", "x").err
 
 
 def test_ranks_without_a_launcher_are_told_what_to_install(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
