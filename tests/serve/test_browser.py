@@ -78,10 +78,10 @@ def test_the_page_shows_the_metrics_and_chats(browser: Browser):
 
 SHOTS = os.environ.get("EPSLOTS_SCREENSHOTS")
 VIEWS = {  # of a service: ranks, layers, experts; then pages: width, height, dark, device pixels
-    (8, 24, 128): {"light": (1440, 985, False, 1.0), "dark": (1440, 985, True, 1.0), "phone": (390, 1010, False, 1.5)},
+    (8, 24, 128): {"light": (1440, 948, False, 1.0), "dark": (1440, 948, True, 1.0), "phone": (390, 1000, False, 1.5)},
     (64, 8, 384): {"large": (1440, 985, False, 1.0)},
 }
-FRAMES_IN_A_SHOT = 50
+FRAMES_IN_A_SHOT = 40
 ANSWER = "As many experts as it has slots. Those that are asked for most stay; the others come when a token needs them."
 
 
@@ -89,7 +89,7 @@ ANSWER = "As many experts as it has slots. Those that are asked for most stay; t
 def test_screenshots_can_be_made_again(browser: Browser):
     """``EPSLOTS_SCREENSHOTS=examples/serve pytest tests/serve/test_browser.py``: ranks are scripted, all else is real."""
     for shape, views in VIEWS.items():
-        with BusyCluster(shape, says=ANSWER, held=True) as cluster, serving(cluster, names=("Qwen3-30B-A3B",)) as client:
+        with BusyCluster(shape, says=ANSWER, held=True) as cluster, serving(cluster, names=("scripted-ranks",)) as client:
             with traffic(cluster, client), ExitStack() as pages:
                 opened = {}
                 for name, (width, height, dark, scale) in views.items():

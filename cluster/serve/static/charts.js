@@ -92,7 +92,7 @@ function options(chart, keys, figure) {
     },
     axes: [
       { ...axis, size: 20, space: 90, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, ticks.some((one) => one % 60) ? 8 : 5)) },
-      { ...axis, size: 40, space: 28, values: (_, ticks) => ticks.map((value) => tick(value)) },
+      { ...axis, size: 48, space: 28, values: (_, ticks) => ticks.map((value) => tick(value)) },
     ],
     series: [{}, ...chart.series.map(([label], which) => ({ label, ...styles[which], points: { show: false } }))],
     hooks: { setCursor: [(plot) => say(chart, keys, plot.cursor.idx ?? times.length - 1, plot.data)] },

@@ -177,7 +177,7 @@ function drawLabels(pen) {
   pen.textBaseline = 'middle';
   const everyRow = step(rows, cell.high, 12 * scale);
   for (let rank = 0; rank < rows; rank += everyRow) {
-    pen.fillText(String(shown.ranks[rank].rank), left - 7 * scale, rank * cell.high + Math.min(cell.high, 12 * scale) / 2);
+    pen.fillText(String(shown.ranks[rank].rank), left - 7 * scale, Math.max(6 * scale, (rank + 0.5) * cell.high));
   }
   pen.textAlign = 'center';
   pen.textBaseline = 'bottom';
