@@ -91,7 +91,7 @@ function options(chart, keys, figure) {
       y: { range: chart.range ?? ((_, from, to) => [0, Math.max(chart.least ?? 0, (to ?? 0) * 1.15) || 1]) },
     },
     axes: [
-      { ...axis, size: 20, space: 90, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, ticks.some((one) => one % 60) ? 8 : 5)) },
+      { ...axis, size: 20, space: 64, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, ticks.some((one) => one % 60) ? 8 : 5)) },
       { ...axis, size: 48, space: 28, values: (_, ticks) => ticks.map((value) => tick(value)) },
     ],
     series: [{}, ...chart.series.map(([label], which) => ({ label, ...styles[which], points: { show: false } }))],
