@@ -89,21 +89,25 @@ ANSWER = "As many experts as it has slots. Those that are asked for most stay; t
 def test_screenshots_can_be_made_again(browser: Browser):
     """``EPSLOTS_SCREENSHOTS=examples/serve pytest tests/serve/test_browser.py``: ranks are scripted, all else is real."""
     for shape, views in VIEWS.items():
-        with BusyCluster(shape, says=ANSWER, held=True) as cluster, serving(cluster, names=("scripted-ranks",)) as client:
-            with traffic(cluster, client), ExitStack() as pages:
-                opened = {}
-                for name, (width, height, dark, scale) in views.items():
-                    opened[name] = page = pages.enter_context(browser.page(width, height, dark=dark, scale=scale))
-                    page.open(client.url + "/")
-                for name, page in opened.items():
-                    page.wait_for(f"{FRAMES} >= {FRAMES_IN_A_SHOT}")
-                    page.type("chat-text", "What does a slot pool hold?")
-                    page.run("document.getElementById('chat-form').requestSubmit()")
-                    page.wait_for("document.querySelector('.said.model .facts')?.textContent")
-                    page.run("document.activeElement.blur()")
-                    page.run("window.scrollTo(0, 0)")
-                    page.shoot(Path(str(SHOTS)) / f"page-{name}.png")
-                    assert page.complaints == []
+        with (
+            BusyCluster(shape, says=ANSWER, held=True) as cluster,
+            serving(cluster, names=("scripted-ranks",)) as client,
+            traffic(cluster, client),
+            ExitStack() as pages,
+        ):
+            opened = {}
+            for name, (width, height, dark, scale) in views.items():
+                opened[name] = page = pages.enter_context(browser.page(width, height, dark=dark, scale=scale))
+                page.open(client.url + "/")
+            for name, page in opened.items():
+                page.wait_for(f"{FRAMES} >= {FRAMES_IN_A_SHOT}")
+                page.type("chat-text", "What does a slot pool hold?")
+                page.run("document.getElementById('chat-form').requestSubmit()")
+                page.wait_for("document.querySelector('.said.model .facts')?.textContent")
+                page.run("document.activeElement.blur()")
+                page.run("window.scrollTo(0, 0)")
+                page.shoot(Path(str(SHOTS)) / f"page-{name}.png")
+                assert page.complaints == []
 
 
 @contextmanager
