@@ -42,6 +42,9 @@ PURE = (
     "serve.request_settings",
     "serve.completions",
     "serve.chat",
+    "serve.live_frame",
+    "serve.live_window",
+    "serve.placement_words",
 )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
-from tests.support.browser import CHROMIUM, Browser
+from tests.support.browser import CHROMIUM, Browser, BrowserError
 from tests.support.busy_cluster import BusyCluster
-from tests.support.http_service import COMPLETIONS, samples, serving
+from tests.support.http_service import CHAT, COMPLETIONS, Client, samples, serving
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium is installed (apt-get install chromium): the page's data is tested without one"
@@ -19,7 +24,11 @@ HOSTILE = "<img src=x onerror=alert(1)> says the model"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    found = Browser(tmp_path_factory.mktemp("profile"))
+    try:
+        found = Browser(tmp_path_factory.mktemp("profile"))
+        found.call("Browser.getVersion")
+    except (BrowserError, OSError) as error:
+        pytest.skip(f"chromium can't start here: {error}")
     yield found
     found.close()
 
@@ -65,3 +74,61 @@ def test_the_page_shows_the_metrics_and_chats(browser: Browser):
             assert complaints == []
             page.resize(390, 844)
             assert page.run("document.documentElement.scrollWidth") <= 390
+
+
+SHOTS = os.environ.get("EPSLOTS_SCREENSHOTS")
+VIEWS = {  # of a service: ranks, layers, experts; then pages: width, height, dark, device pixels
+    (8, 24, 128): {"light": (1440, 948, False, 1.0), "dark": (1440, 948, True, 1.0), "phone": (390, 1000, False, 1.5)},
+    (64, 8, 384): {"large": (1440, 985, False, 1.0)},
+}
+FRAMES_IN_A_SHOT = 40
+ANSWER = "As many experts as it has slots. Those that are asked for most stay; the others come when a token needs them."
+
+
+@pytest.mark.skipif(SHOTS is None, reason="EPSLOTS_SCREENSHOTS names no folder for the pictures of examples/serve")
+def test_screenshots_can_be_made_again(browser: Browser):
+    """``EPSLOTS_SCREENSHOTS=examples/serve pytest tests/serve/test_browser.py``: ranks are scripted, all else is real."""
+    for shape, views in VIEWS.items():
+        with (
+            BusyCluster(shape, says=ANSWER, held=True) as cluster,
+            serving(cluster, names=("scripted-ranks",)) as client,
+            traffic(cluster, client),
+            ExitStack() as pages,
+        ):
+            opened = {}
+            for name, (width, height, dark, scale) in views.items():
+                opened[name] = page = pages.enter_context(browser.page(width, height, dark=dark, scale=scale))
+                page.open(client.url + "/")
+            for name, page in opened.items():
+                page.wait_for(f"{FRAMES} >= {FRAMES_IN_A_SHOT}")
+                page.type("chat-text", "What does a slot pool hold?")
+                page.run("document.getElementById('chat-form').requestSubmit()")
+                page.wait_for("document.querySelector('.said.model .facts')?.textContent")
+                page.run("document.activeElement.blur()")
+                page.run("window.scrollTo(0, 0)")
+                page.shoot(Path(str(SHOTS)) / f"page-{name}.png")
+                assert page.complaints == []
+
+
+@contextmanager
+def traffic(cluster: BusyCluster, client: Client) -> Iterator[None]:
+    """A dozen users who ask again and again, of ranks that take 25 ms for a step."""
+    over = threading.Event()
+
+    def steps() -> None:
+        while not over.wait(0.025):
+            cluster.go_on(1)
+        cluster.held = False
+        cluster.go_on()
+
+    def ask(user: int) -> None:
+        while not over.wait(0.3 + 0.1 * user):
+            client.post(CHAT, {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 20 + 7 * user})
+
+    with ThreadPoolExecutor(13) as threads:
+        threads.submit(steps)
+        threads.map(ask, range(12))
+        try:
+            yield
+        finally:
+            over.set()

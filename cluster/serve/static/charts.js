@@ -85,14 +85,14 @@ function options(chart, keys, figure) {
     height: HEIGHT,
     legend: { show: false },
     cursor: { y: false, sync: { key: 'epslots' }, drag: { setScale: false, x: false } },
-    padding: [8, 6, 0, 0],
+    padding: [8, 26, 0, 0], // half a time's width to the right
     scales: {
       x: { time: true, range: (_, from, to) => [Math.min(from ?? 0, (to ?? 0) - LEAST_SPAN_S), to ?? 1] },
       y: { range: chart.range ?? ((_, from, to) => [0, Math.max(chart.least ?? 0, (to ?? 0) * 1.15) || 1]) },
     },
     axes: [
-      { ...axis, size: 20, space: 90, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, at % 60 ? 8 : 5)) },
-      { ...axis, size: 40, space: 28, values: (_, ticks) => ticks.map((value) => tick(value)) },
+      { ...axis, size: 20, space: 64, values: (_, ticks) => ticks.map((at) => clock(at).slice(0, ticks.some((one) => one % 60) ? 8 : 5)) },
+      { ...axis, size: 48, space: 28, values: (_, ticks) => ticks.map((value) => tick(value)) },
     ],
     series: [{}, ...chart.series.map(([label], which) => ({ label, ...styles[which], points: { show: false } }))],
     hooks: { setCursor: [(plot) => say(chart, keys, plot.cursor.idx ?? times.length - 1, plot.data)] },

@@ -3,11 +3,12 @@
 import { bytes, count, speed } from './format.js';
 import { colour, onTheme } from './theme.js';
 
-const LEFT = 30; // CSS pixels beside and below the cells
-const RIGHT = 84;
+const LEFT = 46; // CSS pixels beside and below the cells
+const RIGHT = 84; // for the bars, where there is room for them
+const BARS_FROM = 560;
 const BELOW = 18;
 const HEIGHT = 232; // that the cells share
-const LEAST_WIDTH = 3;
+const LEAST_WIDTH = 2;
 const STOPS = 6;
 const SHADES = 256;
 
@@ -113,19 +114,21 @@ function layOut() {
   const scale = window.devicePixelRatio || 1;
   const experts = shown.layer.experts;
   const rows = shown.ranks.length;
-  const free = scroll.clientWidth - LEFT - RIGHT;
-  const wide = Math.max(LEAST_WIDTH, Math.floor((free * scale) / experts) / scale);
+  const right = scroll.clientWidth < BARS_FROM ? 0 : RIGHT;
+  const wide = Math.max(LEAST_WIDTH, (scroll.clientWidth - LEFT - right) / experts);
   const high = Math.min(30, Math.max(4, Math.floor(HEIGHT / rows)));
-  const cell = { wide: Math.round(wide * scale), high: Math.round(high * scale) };
+  const cell = { wide: wide * scale, high: Math.round(high * scale) };
   const gap = wide >= 5 && high >= 5 ? Math.max(1, Math.round(scale)) : 0;
-  return { scale, experts, rows, cell, gap, left: Math.round(LEFT * scale) };
+  const left = Math.round(LEFT * scale);
+  const edge = (expert) => left + Math.round(expert * cell.wide); // whole pixels, and the whole width
+  return { scale, experts, rows, cell, gap, left, edge, right: Math.round(right * scale) };
 }
 
 function draw() {
   if (shown === null) return;
   grid = layOut();
-  const { scale, experts, rows, cell, gap, left } = grid;
-  canvas.width = left + experts * cell.wide + Math.round(RIGHT * scale);
+  const { scale, experts, rows, cell, edge, right } = grid;
+  canvas.width = edge(experts) + right;
   canvas.height = rows * cell.high + Math.round(BELOW * scale);
   canvas.style.width = `${canvas.width / scale}px`;
   canvas.style.height = `${canvas.height / scale}px`;
@@ -134,16 +137,16 @@ function draw() {
   pen.fillRect(0, 0, canvas.width, canvas.height);
   drawCells(pen);
   drawLabels(pen);
-  drawBars(pen);
+  if (right) drawBars(pen);
   if (cursor !== null && cursor.rank < rows && cursor.expert < experts) {
     pen.strokeStyle = colour('ink');
     pen.lineWidth = Math.max(2, 2 * scale);
-    pen.strokeRect(left + cursor.expert * cell.wide - scale, cursor.rank * cell.high, cell.wide + scale, cell.high);
+    pen.strokeRect(edge(cursor.expert) - scale, cursor.rank * cell.high, cell.wide + scale, cell.high);
   }
 }
 
 function drawCells(pen) {
-  const { experts, rows, cell, gap, left, scale } = grid;
+  const { experts, rows, cell, gap, edge, scale } = grid;
   const mark = colour('mark');
   const markHigh = Math.max(Math.round(scale), Math.round((cell.high - gap) * 0.16));
   for (let rank = 0; rank < rows; rank += 1) {
@@ -152,11 +155,11 @@ function drawCells(pen) {
     for (let expert = 0; expert < experts; expert += 1) {
       const share = peak && loads ? Math.sqrt(Math.min(1, loads[expert] / peak)) : 0; // small loads can be told apart
       pen.fillStyle = shades[Math.round(share * (SHADES - 1))];
-      pen.fillRect(left + expert * cell.wide, y, cell.wide - gap, cell.high - gap);
+      pen.fillRect(edge(expert), y, edge(expert + 1) - edge(expert) - gap, cell.high - gap);
     }
     pen.fillStyle = mark;
     for (const expert of shown.held[rank]) {
-      pen.fillRect(left + expert * cell.wide, y + cell.high - gap - markHigh, cell.wide - gap, markHigh);
+      pen.fillRect(edge(expert), y + cell.high - gap - markHigh, edge(expert + 1) - edge(expert) - gap, markHigh);
     }
   }
 }
@@ -174,7 +177,7 @@ function drawLabels(pen) {
   pen.textBaseline = 'middle';
   const everyRow = step(rows, cell.high, 12 * scale);
   for (let rank = 0; rank < rows; rank += everyRow) {
-    pen.fillText(String(shown.ranks[rank].rank), left - 7 * scale, rank * cell.high + Math.min(cell.high, 12 * scale) / 2);
+    pen.fillText(String(shown.ranks[rank].rank), left - 7 * scale, Math.max(6 * scale, (rank + 0.5) * cell.high));
   }
   pen.textAlign = 'center';
   pen.textBaseline = 'bottom';
@@ -182,16 +185,25 @@ function drawLabels(pen) {
   for (let expert = 0; expert < experts; expert += everyColumn) {
     pen.fillText(String(expert), left + (expert + 0.5) * cell.wide, canvas.height - scale);
   }
+  pen.textAlign = 'left';
+  pen.fillText('expert', 0, canvas.height - scale);
+  pen.save();
+  pen.translate(0, (rows * cell.high) / 2);
+  pen.rotate(-Math.PI / 2);
+  pen.textAlign = 'center';
+  pen.textBaseline = 'top';
+  pen.fillText('rank', 0, 0);
+  pen.restore();
 }
 
-/** The load that each rank computes, beside its row; the line is their mean. */
+/** The load that each rank computes, beside its row; the line is their mean, and the number below the longest bar's. */
 function drawBars(pen) {
-  const { experts, rows, cell, gap, left, scale } = grid;
+  const { experts, rows, cell, gap, edge, scale } = grid;
   const computed = shown.ranks.map((rank) => rank.computed ?? 0);
   const largest = Math.max(...computed);
   if (!largest) return;
-  const from = left + experts * cell.wide + 10 * scale;
-  const room = (RIGHT - 16) * scale;
+  const from = edge(experts) + 10 * scale;
+  const room = (RIGHT - 14) * scale;
   pen.fillStyle = colour('first');
   pen.globalAlpha = 0.75;
   computed.forEach((value, rank) => {
@@ -202,6 +214,10 @@ function drawBars(pen) {
   const mean = computed.reduce((a, b) => a + b, 0) / rows;
   pen.fillStyle = colour('ink');
   pen.fillRect(Math.round(from + (mean / largest) * room), 0, Math.max(1, Math.round(scale)), rows * cell.high - gap);
+  pen.fillStyle = colour('dim');
+  pen.textAlign = 'right';
+  pen.textBaseline = 'bottom';
+  pen.fillText(`${speed(largest)}/s`, from + room, canvas.height - scale);
 }
 
 function cellAt(event) {

@@ -12,8 +12,8 @@ function pair(times) {
 // Key, label, meaning, value, unit, note.
 const TILES = [
   ['tokens', 'Tokens/s', 'New tokens that ranks returned, a second', (f) => (f.rates ? speed(f.rates.new_tokens) : NONE), '', (f) => f.totals && `${count(f.totals.new_tokens)} since the start`],
-  ['ttft', 'TTFT P50 / P99', 'From a request to its first token; requests that ended in the last minute', (f) => pair(f.ttft_s), 'ms', () => 'last minute'],
-  ['tpot', 'TPOT P50 / P99', 'From a token to the next, a request’s average; requests that ended in the last minute', (f) => pair(f.per_token_s), 'ms', () => 'last minute'],
+  ['ttft', 'TTFT P50 / P99, ms', 'From a request to its first token; requests that ended in the last minute', (f) => pair(f.ttft_s), '', () => 'last minute'],
+  ['tpot', 'TPOT P50 / P99, ms', 'From a token to the next, a request’s average; requests that ended in the last minute', (f) => pair(f.per_token_s), '', () => 'last minute'],
   ['requests', 'Running / waiting', 'Requests that a rank has, and that wait for a rank with room', (f) => `${count(f.running)} / ${count(f.waiting)}`, '', (f) => (f.places ? `room for ${count(f.places)}` : '')],
   ['kv', 'KV cache', 'Share of the caches in use', (f) => (f.totals ? percent(f.totals.kv_usage) : NONE), '%', (f) => f.totals && `${count(f.totals.preempted)} preempted`],
   ['hits', 'Hit rate', 'Uses of an expert that found it in a slot', (f) => share(f.rates?.hit_rate), '%', (f) => f.totals && `${percent(f.totals.hit_rate)} % since the start`],
