@@ -88,6 +88,7 @@ def test_ranks_are_asked_only_while_a_page_is_open(busy: BusyCluster):
                 assert task is not None
                 for viewer in viewers:
                     feed.part(viewer)
+                assert feed._making is None
                 await asyncio.wait({task})
                 assert feed.viewers == 0
                 # A question that was under way may still reach the ranks: the sampler's thread answers it before this one.
