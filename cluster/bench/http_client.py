@@ -26,7 +26,7 @@ class HttpAnswer(msgspec.Struct):
         text: of the completion, as far as it came.
         tokens: that the service counted.
         parts_s: when each part of the body came; the first one has the first text.
-        error: the error's message, in whatever form it came.
+        error: the error's message.
     """
 
     status: int

@@ -1,4 +1,4 @@
-"""``epslots serve`` as a process of its own: what SIGKILLs of it cost, and its processor time while nobody asks."""
+"""``epslots serve`` as a process of its own: what SIGKILLs of it cost, and its processor time without requests."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def measure_driver_kills(report: BenchReport, cache_dir: Path) -> None:
 
 
 def measure_idle(report: BenchReport, cache_dir: Path) -> None:
-    """Processor time of a service that nobody asks, with its page closed and open."""
+    """Processor time of a service without requests, with its page closed and open."""
     with _serve(cache_dir) as service:
         service.seconds_to_an_answer()
         closed = _spent(service)

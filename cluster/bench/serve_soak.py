@@ -74,7 +74,7 @@ def _asked(cluster: Cluster) -> list[AskedText]:
 
 
 def _held_when_idle(cluster: Cluster, service: Service) -> dict[str, int]:
-    """Places and cells that are held although nobody asks."""
+    """Places and cells that are held although no request runs."""
 
     def held() -> dict[str, int]:
         state, engine = cluster.state(), cluster.stats().engine

@@ -1,4 +1,4 @@
-"""Records of ranks that outlive their driver: what each is told, what each was loaded with, and the names that Ray keeps."""
+"""Records of ranks that outlive their driver: what each gets, what each was loaded with, and the names that Ray keeps."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RankName(msgspec.Struct, frozen=True, order=True):
 
     @classmethod
     def of(cls, text: str) -> Self | None:
-        """A name as Ray has it; None if it is something else's."""
+        """The name that Ray gives as text; None if it is something else's."""
         found = _RANK.fullmatch(text)
         return None if found is None else cls(int(found[2]), int(found[3]), int(found[4]), found[1])
 
@@ -79,7 +79,7 @@ class GroupName(msgspec.Struct, frozen=True, order=True):
 
     @classmethod
     def of(cls, text: str) -> Self | None:
-        """A name as Ray has it; None if it is something else's."""
+        """The name that Ray gives as text; None if it is something else's."""
         found = _GROUP.fullmatch(text)
         return None if found is None else cls(int(found[2]), int(found[3]), found[1])
 

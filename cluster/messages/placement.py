@@ -21,7 +21,7 @@ class GetGroupState(msgspec.Struct, tag=True, frozen=True):
 
 
 class SetPlacement(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Follow a placement, step by step. All ranks of the group get it; a rank of another epoch ignores it.
+    """Adopt a placement as soon as all ranks of the group have it. A rank of another epoch ignores it.
 
     Attributes:
         epoch: of the group that the placement is for.

@@ -276,7 +276,7 @@ class RankLoop:
             self._send(Outputs((Output(request.id, (), True, "error", str(error)),)))
 
     def _set_placement(self, placing: _Placing) -> None:
-        """Follow a placement from now on, together with the other ranks; all reject an impossible one alike."""
+        """Offer a placement to the group, which adopts it once all ranks have it; all reject an impossible one alike."""
         group = group_of(self._loaded_engine.model)
         if group is None or not self._serving or group.transport.epoch != placing.epoch:
             return

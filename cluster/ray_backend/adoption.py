@@ -60,7 +60,7 @@ class Adoption:
     Attributes:
         lease: the driver's.
         groups: placement groups of the last driver, each with its number of bundles, in their order.
-        lasting: what a new rank is told, as msgpack.
+        lasting: a new rank's ``Lasting``, as msgpack.
     """
 
     def __init__(self, outliving: Outliving) -> None:

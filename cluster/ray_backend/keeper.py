@@ -1,7 +1,7 @@
 """The process that keeps a Ray of our own while its driver may come and go. It ends with the last process that uses that Ray.
 
 ``lasting_ray.py`` starts it. Each user of the Ray, a driver or a rank, holds a shared lock of the file ``users``, which the
-system releases with the process; when the keeper gets that file for itself, nobody is left.
+system releases with the process; when the keeper gets that file for itself, no process is left.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> NoReturn:
     finally:
         started = started_since([])
         if node is not None:
-            with suppress(Exception):  # whatever it is, they are ended below
+            with suppress(Exception):  # after any error, they are ended below
                 node.kill_all_processes(check_alive=False, allow_graceful=True)
         end(started + [process for process in users_of(folder) if is_of_ray(process)])  # and no driver
         shutil.rmtree(folder, ignore_errors=True)
@@ -59,13 +59,13 @@ def _start(folder: Path, ranks: int) -> Node:
 
 
 def _wait_for_end(folder: Path) -> None:
-    """Wait until nobody uses the Ray any more, or a part of it has ended."""
+    """Wait until no process uses the Ray any more, or a part of it has ended."""
     never, watch = threading.Event(), watch_own()
     users = os.open(folder / USERS, os.O_RDWR | os.O_CLOEXEC)
     while not watch.ended():
         with suppress(OSError):
             fcntl.lockf(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return  # and keeps the lock: whoever comes now has to wait for the next Ray
+            return  # and keeps the lock: a newcomer has to wait for the next Ray
         never.wait(_LOOK_EVERY_S)
 
 

@@ -154,7 +154,7 @@ def _start(folder: Path, lock: int, ranks: int, name: str) -> tuple[int, str] | 
             elif path.name != "lock":
                 path.unlink()
         users = _use(folder)
-        assert users is not None, "nobody else has the lock"
+        assert users is not None, "no other process has the lock"
         told = _spawn(folder, lock, ranks, name)
         if "address" not in told:
             raise ClusterError(f"a local Ray could not be started: {told.get('error', 'its keeper ended')}")

@@ -112,7 +112,7 @@ class ChoiceReader:
         relay: of this loop.
         generations: the choices.
         special_tokens: texts have special tokens, too.
-        whole: nobody reads portions before the end: choices bring their first one, and then the rest as one.
+        whole: no portion is read before the end: choices bring their first one, and then the rest as one.
         timeout_s: seconds from now in which all must be done; None = any.
     """
 

@@ -56,7 +56,7 @@ def chat_of(body: ChatRequest | TokenizeRequest, template: str | None) -> Chat:
 
 
 def offered_tools(body: ChatRequest | TokenizeRequest) -> list[Tool]:
-    """The tools that the model is told about; none with tool_choice "none"."""
+    """The tools in the model's prompt; none with tool_choice "none"."""
     if getattr(body, "tool_choice", None) == "none":
         return []
     return list(body.tools or ())

@@ -148,7 +148,13 @@ def serve(
     load: LoadConfigOptions,
     ranks: ServeRanks,
     service: ServiceOptions,
-    kv_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each rank's KV cache keeps.")] = LoadConfig().kv_tokens,
+    kv_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens that a rank keeps of all its requests together, prompts and new text; no request may have more.",
+        ),
+    ] = LoadConfig().kv_tokens,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API.
 
@@ -204,7 +210,7 @@ def check_libraries() -> None:
         import uvicorn  # noqa: F401
         import uvloop  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f'a service needs {error.name}: pip install "epslots[serve]"') from error
+        raise ConfigError(f'a service needs {error.name}: pip install "epslots[serve]", or ".[serve]" in a clone') from error
 
 
 def default_name(source: str) -> str:

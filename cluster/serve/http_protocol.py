@@ -8,7 +8,8 @@ left unread: uvicorn would stop looking whether their client has left.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -16,103 +17,113 @@ from cluster.serve.errors import refused
 from cluster.serve.sse import ABORT, encode_json
 
 
-def limited_protocol(*, header_bytes: int, request_s: float, stalled_s: float, connections: int) -> type[HttpToolsProtocol]:
-    """The protocol's class, with its limits.
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Of each connection, and of their number.
 
-    Args:
+    Attributes:
         header_bytes: of a request's line and headers.
         request_s: seconds from a connection's first byte of a request to its last one.
         stalled_s: seconds in which the client may take nothing of an answer that is done.
         connections: at a time; further ones are closed at once.
     """
 
-    class LimitedProtocol(HttpToolsProtocol):
-        """One connection."""
+    header_bytes: int
+    request_s: float
+    stalled_s: float
+    connections: int
 
-        _head_bytes = 0
-        _in_head = True
-        _pipelined = False
-        _timer: asyncio.TimerHandle | None = None
-        _reading: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > connections:
-                transport.abort()
-                return
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. uvicorn makes it, so its limits are its class's: see ``limited_protocol``."""
+
+    limits: ClassVar[ConnectionLimits]
+
+    _head_bytes = 0
+    _in_head = True
+    _pipelined = False
+    _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            transport.abort()
+            return
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        if self._reading is not None:
+            self._reading.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._pipelined:
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self.limits.header_bytes and not self.transport.is_closing():
+            self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._pipelined = True
+            self.cycle.keep_alive = False
+            raise BlockingIOError("a request before the last one's answer")  # ends the reading of this data
+        super().on_message_begin()
+        if self._timer is None:
             self._await_request()
+        extensions: dict[str, Any] = {ABORT: self.transport.abort}
+        self.scope["extensions"] = extensions
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            if self._reading is not None:
-                self._reading.cancel()
-            super().connection_lost(exc)
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        sizes = sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url)
+        if sizes > self.limits.header_bytes:
+            self._refuse_head()
+            return
+        super().on_headers_complete()
 
-        def data_received(self, data: bytes) -> None:
-            if self._pipelined:
-                return
-            if self._in_head:
-                self._head_bytes += len(data)
-            super().data_received(data)
-            if self._in_head and self._head_bytes > header_bytes and not self.transport.is_closing():
-                self._refuse_head()
+    def on_message_complete(self) -> None:
+        self._stop_timer()
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_complete()
 
-        def on_message_begin(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._pipelined = True
-                self.cycle.keep_alive = False
-                raise BlockingIOError("a request before the last one's answer")  # ends the reading of this data
-            super().on_message_begin()
-            if self._timer is None:
-                self._await_request()
-            extensions: dict[str, Any] = {ABORT: self.transport.abort}
-            self.scope["extensions"] = extensions
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_reader()
 
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            sizes = sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url)
-            if sizes > header_bytes:
-                self._refuse_head()
-                return
-            super().on_headers_complete()
+    def send_400_response(self, msg: str) -> None:
+        if self._pipelined:
+            return
+        body = encode_json(refused("the connection's bytes are no HTTP request").body)
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
+        self.transport.write(head + b"%d\r\n\r\n" % len(body) + body)
+        self.transport.close()
 
-        def on_message_complete(self) -> None:
-            self._stop_timer()
-            self._in_head, self._head_bytes = True, 0
-            super().on_message_complete()
+    def _watch_reader(self, before: int | None = None) -> None:
+        """Drop the client if it takes nothing of what it has asked for."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and waiting == before:
+            self.transport.abort()
+        elif waiting:
+            self._reading = self.loop.call_later(self.limits.stalled_s, self._watch_reader, waiting)
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch_reader()
+    def _await_request(self) -> None:
+        self._timer = self.loop.call_later(self.limits.request_s, self.transport.abort)
 
-        def send_400_response(self, msg: str) -> None:
-            if self._pipelined:
-                return
-            body = encode_json(refused("the connection's bytes are no HTTP request").body)
-            head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
-            self.transport.write(head + b"%d\r\n\r\n" % len(body) + body)
-            self.transport.close()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-        def _watch_reader(self, before: int | None = None) -> None:
-            """Drop the client if it takes nothing of what it has asked for."""
-            waiting = self.transport.get_write_buffer_size()
-            if waiting and waiting == before:
-                self.transport.abort()
-            elif waiting:
-                self._reading = self.loop.call_later(stalled_s, self._watch_reader, waiting)
+    def _refuse_head(self) -> None:
+        self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        self.transport.close()
 
-        def _await_request(self) -> None:
-            self._timer = self.loop.call_later(request_s, self.transport.abort)
 
-        def _stop_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _refuse_head(self) -> None:
-            self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.close()
-
-    return LimitedProtocol
+def limited_protocol(limits: ConnectionLimits) -> type[LimitedProtocol]:
+    """The protocol's class, with its limits."""
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})

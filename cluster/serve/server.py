@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import uvicorn
 
 from cluster.serve.config import ServeConfig
-from cluster.serve.http_protocol import limited_protocol
+from cluster.serve.http_protocol import ConnectionLimits, limited_protocol
 from epslots.errors import ConfigError
 
 _BACKLOG = 2048
@@ -63,10 +63,12 @@ class HttpServer:
     def __init__(self, app: Any, bound: socket.socket, config: ServeConfig) -> None:
         self.url = url_of(bound)
         protocol = limited_protocol(
-            header_bytes=config.max_header_bytes,
-            request_s=config.header_s,
-            stalled_s=config.stalled_s,
-            connections=config.max_connections,
+            ConnectionLimits(
+                header_bytes=config.max_header_bytes,
+                request_s=config.header_s,
+                stalled_s=config.stalled_s,
+                connections=config.max_connections,
+            )
         )
         self._server = uvicorn.Server(
             uvicorn.Config(

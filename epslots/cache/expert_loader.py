@@ -1,4 +1,4 @@
-"""The expert loader: the only code that fills slots.
+"""The expert loader: the only code that fills slots, but for captured decoding, to which slots are lent (``cuda_graph``).
 
 A fetch moves one expert's record into one slot as one contiguous copy: from the node's host store through a copy engine
 (``copy_engine.py``), or from a peer's slot. The pool's tables name an expert from the start of its fetch. Until its record has

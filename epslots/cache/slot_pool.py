@@ -5,7 +5,7 @@
 
 A layer owns a window of neighbouring slots, so that its experts are one strided tensor, which grouped matrix multiplication
 reads in place. The tables exist on the host, for plans, and on the device, where tokens are sorted by them; on the CPU these
-are the same memory. Only ``ExpertLoader`` fills slots. A fetch first empties its slot in both tables, and enters the expert
+are the same memory. ``ExpertLoader`` fills slots. A fetch first empties its slot in both tables, and enters the expert
 once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone knows which slots are in
 flight; readers of a slot call its ``wait`` first. A layer's row reaches the device with ``publish``, once before it is read.
 """

@@ -1,6 +1,6 @@
 """One rank's steps. The life of a request, in reading order:
 
-1. queue       ``add`` checks the request (requests.py), which then waits for room in the cache (batcher.py)
+1. queue       ``add`` checks the request, which then waits for room in the cache (batcher.py)
 2. grammar     compiled beside the steps, if there is one (grammar.py, grammar_queue.py); meanwhile others go on
 3. admission   ``prepare`` takes requests into the next batch (page_scheduler.py; row_batcher.py for rows)
 4. prompt      computed in chunks (chunk_size.py); what layers keep of it stays in pages or rows (paged_cache.py, row_cache.py)

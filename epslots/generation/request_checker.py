@@ -139,8 +139,7 @@ class RequestChecker:
             raise ConfigError(f"{size}, but the model's context holds {limits.context}")
         if length + new - 1 > limits.capacity:
             raise ConfigError(
-                f"{size}, but a rank's cache holds {limits.capacity}; shorten one of them, or give the cluster a larger "
-                f"kv_tokens"
+                f"{size}, but a rank's cache holds {limits.capacity}; shorten one of them, or raise kv_tokens (--kv-tokens)"
             )
 
     def _encode(self, text: str, settings: GenerationSettings) -> Sequence[int]:

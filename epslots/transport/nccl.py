@@ -37,7 +37,7 @@ GROUP_TIMEOUT = timedelta(days=1)
 
 
 def set_environment() -> None:
-    """Set torch's variables for NCCL groups that are made from now on, whatever they were."""
+    """Set torch's variables for NCCL groups that are made from now on."""
     os.environ.update(ENVIRONMENT)
 
 

@@ -7,8 +7,11 @@ import inspect
 import ray
 import ray._private.state as ray_state
 import ray._private.worker as ray_worker
+from ray._common.usage import usage_lib
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
+from ray._private.node import Node
+from ray._private.parameter import RayParams
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
@@ -16,6 +19,7 @@ from ray.core.generated.common_pb2 import JobConfig
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import ActorDiedError
+from ray.experimental import internal_kv
 
 from cluster.ray_backend.handles import reason_of
 from cluster.ray_backend.nodes import NODE_LABEL
@@ -65,6 +69,22 @@ def test_what_is_free_is_known_by_node():
 
 def test_nodes_have_a_label_for_themselves():
     assert ray._raylet.RAY_NODE_ID_KEY == NODE_LABEL
+
+
+def test_a_claim_is_put_only_if_there_is_none():
+    """Drivers of one name are told apart by it; no public store of Ray's is asked before it writes."""
+    parameters = list(inspect.signature(internal_kv._internal_kv_put).parameters)
+    assert parameters[:3] == ["key", "value", "overwrite"]
+    for function in (internal_kv._internal_kv_get, internal_kv._internal_kv_del, internal_kv._internal_kv_list):
+        assert "namespace" in inspect.signature(function).parameters
+
+
+def test_a_ray_can_be_started_by_another_process_than_its_driver():
+    """``ray.init`` would end it with the driver, and ``ray start`` can't leave out the log monitor."""
+    assert {"temp_dir", "include_log_monitor"} <= inspect.signature(RayParams).parameters.keys()
+    assert {"head", "shutdown_at_exit", "spawn_reaper"} <= inspect.signature(Node).parameters.keys()
+    assert callable(usage_lib.set_usage_stats_enabled_via_env_var)
+    assert hasattr(ray_state.state, "_connect_and_get_accessor")
 
 
 def died(text: str, **state: bool) -> ActorDiedError:

@@ -85,7 +85,11 @@ def test_probabilities_are_those_that_the_router_chose_by(loaded: Any, tmp_path:
     trace = recorder.trace()
     assert trace.probs is not None and trace.probs.dtype == np.float16 and trace.probs.shape == (11 + 7, 3, 16)
     assert np.allclose(trace.probs.astype(np.float32).sum(-1), 1, atol=2e-3)
-    assert np.array_equal(np.sort(np.argsort(-trace.probs, -1)[..., :4]), np.sort(trace.expert_ids))
+    # Rounded to float16, an expert that wasn't chosen may be equal to one that was, and is never above it.
+    chosen = np.zeros(trace.probs.shape, bool)
+    np.put_along_axis(chosen, trace.expert_ids.astype(np.int64), True, -1)
+    assert np.array_equal(chosen.sum(-1), np.full(chosen.shape[:-1], 4))
+    assert np.all(np.where(chosen, trace.probs, 1).min(-1) >= np.where(chosen, 0, trace.probs).max(-1))
     with torch.no_grad():
         logits = reference(prompt[:1, :5], output_router_logits=True).router_logits
     expected = torch.stack([layer.softmax(-1) for layer in logits], 1).numpy()

@@ -47,18 +47,6 @@ def there() -> Iterator[tuple[Client, ScriptedCluster]]:
         yield client, cluster
 
 
-@pytest.fixture
-def client(there: tuple[Client, ScriptedCluster]) -> Client:
-    return there[0]
-
-
-@pytest.fixture
-def cluster(there: tuple[Client, ScriptedCluster]) -> ScriptedCluster:
-    there[1].requests.clear()
-    there[1].says = SAYS
-    return there[1]
-
-
 def prompts(cluster: ScriptedCluster) -> list[str]:
     return [TOKENIZER.decode(request.prompt) for request in cluster.requests]
 

@@ -48,12 +48,6 @@ def there() -> Iterator[tuple[Client, ScriptedCluster]]:
 
 
 @pytest.fixture
-def cluster(there: tuple[Client, ScriptedCluster]) -> ScriptedCluster:
-    there[1].says = SAYS
-    return there[1]
-
-
-@pytest.fixture
 def client(there: tuple[Client, ScriptedCluster]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{there[0].url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE_S) as found:
         yield found

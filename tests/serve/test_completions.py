@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.support.http_service import COMPLETIONS, Client, serving
+from tests.support.http_service import COMPLETIONS, Client
 from tests.support.scripted_cluster import SAYS, ScriptedCluster, scored
 from tests.support.tokenizers import TOKENIZERS
 
 TOKENIZER = TOKENIZERS["bytes"]
 TOKENS = TOKENIZER.encode(SAYS, add_special_tokens=False)
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[tuple[Client, ScriptedCluster]]:
-    with ScriptedCluster() as cluster, serving(cluster) as client:
-        yield client, cluster
-
-
-@pytest.fixture
-def client(there: tuple[Client, ScriptedCluster]) -> Client:
-    return there[0]
-
-
-@pytest.fixture
-def cluster(there: tuple[Client, ScriptedCluster]) -> ScriptedCluster:
-    there[1].requests.clear()
-    return there[1]
 
 
 def both_ways(client: Client, body: dict[str, Any]) -> tuple[Any, list[Any]]:

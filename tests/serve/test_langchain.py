@@ -36,13 +36,6 @@ def there() -> Iterator[tuple[Client, ScriptedCluster]]:
 
 
 @pytest.fixture
-def cluster(there: tuple[Client, ScriptedCluster]) -> ScriptedCluster:
-    there[1].says = SAYS
-    there[1].requests.clear()
-    return there[1]
-
-
-@pytest.fixture
 def chat(there: tuple[Client, ScriptedCluster]) -> Any:
     return langchain.ChatOpenAI(
         model="scripted", base_url=f"{there[0].url}/v1", api_key=SecretStr(KEY), max_retries=0, timeout=PATIENCE_S

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,17 +19,6 @@ from tests.support.scripted_cluster import ScriptedCluster
 
 HELLO = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
-
-
-@pytest.fixture(scope="module")
-def there() -> Iterator[tuple[Client, ScriptedCluster]]:
-    with ScriptedCluster() as cluster, serving(cluster) as client:
-        yield client, cluster
-
-
-@pytest.fixture
-def client(there: tuple[Client, ScriptedCluster]) -> Client:
-    return there[0]
 
 
 COMPLETION_CASES: list[tuple[dict[str, Any], str, str]] = [
