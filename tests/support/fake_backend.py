@@ -128,9 +128,9 @@ class FakeWorker:
 
     def take_over(self, term: int) -> None:
         """Serve another driver, on the running loop."""
-        self._tell(None)  # the last driver's wait ends
+        self.term = term  # before the last driver's wait ends: it then looks whose the worker is
+        self._tell(None)
         self._asyncio, self._batches = asyncio.get_running_loop(), asyncio.Queue()
-        self.term = term
         self.loop.begin_term(term)
 
     def at(self, operation: int, do: Fault) -> None:
