@@ -33,7 +33,8 @@ from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, with_keywords
 from epslots.errors import ConfigError
 from epslots.generation.chat_template import Chat
-from epslots.generation.request_checker import ModelLimits, RequestChecker
+from epslots.generation.request_checker import RequestChecker
+from epslots.generation.request_limits import ModelLimits
 from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
 from epslots.models.checkpoint import find_checkpoint

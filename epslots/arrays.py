@@ -9,3 +9,5 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Float32Array = NDArray[np.float32]
+
+NO_EXPERTS: IntArray = np.zeros(0, np.int64)

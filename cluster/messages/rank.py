@@ -22,7 +22,7 @@ import msgspec
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
 from epslots.generation.engine_stats import EngineStats
-from epslots.generation.request_checker import ModelLimits
+from epslots.generation.request_limits import ModelLimits
 from epslots.generation.requests import Output, Request
 from epslots.planner.cost_model import Costs
 from epslots.telemetry import Stats

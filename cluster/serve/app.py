@@ -26,7 +26,7 @@ from cluster.serve import answer_schema as answers
 from cluster.serve.auth import ApiKeys, Authentication
 from cluster.serve.chat import chat_of
 from cluster.serve.endpoints import answer_chat, complete
-from cluster.serve.errors import INTERNAL, TYPES, ApiError, of_problems
+from cluster.serve.errors import INTERNAL, TYPES, ApiError, of_problems, refused
 from cluster.serve.live_feed import LiveFeed
 from cluster.serve.metrics import CONTENT_TYPE
 from cluster.serve.middleware import JsonBodies, Records
@@ -35,6 +35,7 @@ from cluster.serve.record import record_of
 from cluster.serve.responses import error_response, json_response
 from cluster.serve.schema import FIELDS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.serve.service import Service
+from epslots.generation.request_limits import foreign_token
 
 logger = logging.getLogger("epslots.serve")
 _QUERY = {"layer", "layers"}
@@ -189,9 +190,8 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         """The text of tokens."""
         service.name_of(body.model)
         model = service.model
-        vocabulary = model.cluster.limits.vocabulary
-        if body.tokens and max(body.tokens) >= vocabulary:
-            raise ApiError(400, f"tokens: {max(body.tokens)}; allowed: 0 to {vocabulary - 1}", param="tokens")
+        if wrong := foreign_token(body.tokens, model.cluster.limits.vocabulary):
+            raise refused(f"tokens: {wrong}", "tokens")
         text = await service.in_thread(lambda: model.tokenizer.decode(body.tokens))
         return json_response({"prompt": text})
 

@@ -18,6 +18,7 @@ from cluster.serve.request_settings import api_names, check_min_tokens, common_s
 from cluster.serve.schema import ChatRequest, CommonRequest, CompletionRequest, NamedTool
 from cluster.serve.service import ServedModel, Service
 from epslots.generation.chat_template import Chat
+from epslots.generation.request_limits import foreign_token
 
 
 def _note(service: Service, body: CommonRequest, request: Request, prompt: Any, choices: int) -> RequestRecord:
@@ -88,10 +89,8 @@ async def _tokens(
     """A prompt's tokens, cut as the request allows."""
     if isinstance(prompt, str):
         prompt = await service.encode(prompt, "prompt", fits=body.truncate_prompt_tokens is None)
-    else:
-        vocabulary = model.cluster.limits.vocabulary
-        if max(prompt) >= vocabulary:
-            raise refused(f"prompt: token {max(prompt)}; allowed: 0 to {vocabulary - 1}", "prompt")
+    elif wrong := foreign_token(prompt, model.cluster.limits.vocabulary):
+        raise refused(f"prompt: {wrong}", "prompt")
     return _truncated(prompt, body, model.room.most - (wanted or 1))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.serve.errors import refused, too_long
 from cluster.serve.schema import CommonRequest
 from epslots.errors import shown
-from epslots.generation.request_checker import ModelLimits
+from epslots.generation.request_limits import ModelLimits
 
 MOST_GRAMMAR_CHARS = 64 * 1024
 API_NAMES = {
@@ -37,10 +37,8 @@ class Room:
 
     @classmethod
     def of(cls, limits: ModelLimits) -> Room:
-        cache = limits.capacity + 1  # the last new token is never computed with
-        if limits.context is not None and limits.context <= cache:
-            return cls(limits.context, "the model's context")
-        return cls(cache, "a rank's cache")
+        most = limits.most_tokens
+        return cls(most, "the model's context" if most == limits.context else "a rank's cache")
 
     def new_tokens(self, prompt: int, wanted: int | None, *, name: str, clamp: bool, field: str) -> int:
         """New tokens that a prompt may have.

@@ -36,7 +36,7 @@ from cluster.serve.sampler import Sampler
 from cluster.serve.token_text import TokenTexts
 from epslots.errors import ConfigError, EpslotsError
 from epslots.generation.chat_template import Chat, find_template
-from epslots.generation.request_checker import ModelLimits
+from epslots.generation.request_limits import ModelLimits
 
 logger = logging.getLogger("epslots.serve")
 Phase = Literal["starting", "ready", "draining", "failed"]

@@ -37,7 +37,6 @@ class ExpertLoader:
         telemetry: counts bytes and evictions under the model's layer indices.
 
     Attributes:
-        transport: to peers; None without a group. Set by ``join``.
         in_flight: bool [S], whether each slot's record is in flight, as far as ``poll`` and ``wait`` have found out.
     """
 
@@ -49,16 +48,21 @@ class ExpertLoader:
         self.link = link
         self.store_layers = store_layers
         self.telemetry = telemetry
-        self.transport: Transport | None = None
+        self._transport: Transport | None = None
         self.in_flight: BoolArray = np.zeros(pool.num_slots, bool)
         self._transfers: dict[int, Any] = {}  # by slot
         self._unconfirmed: list[tuple[int, IntArray]] = []
         self._writers = [SlotWriter(spec) for spec in pool.layers]
         self._rows = pool.memory.unbind(0)  # taking a row out of a tensor takes microseconds
 
+    @property
+    def grouped(self) -> bool:
+        """Whether ``join`` was called: peers may ask for experts."""
+        return self._transport is not None
+
     def join(self, transport: Transport) -> None:
         """Serve a group's fetches from now on, and wait on the host as its transport does."""
-        self.transport = transport
+        self._transport = transport
         self.link.host_wait = transport.wait_until
 
     def fetch(
@@ -185,13 +189,13 @@ class ExpertLoader:
 
     def _exchange(self, layer: int, experts_F: IntArray, slots_F: IntArray, copies: PeerCopies, agreed: bool) -> None:
         """Copy experts between ranks, from slot to slot; both sides order them by expert."""
-        assert self.transport is not None
+        assert self._transport is not None
         order = np.argsort(experts_F)
         memory, slot_of_E = self.pool.memory, self.pool.slot_of[layer]
         sent = slot_of_E[[expert for _, expert in copies.sends]]
         assert (sent >= 0).all(), "a peer was promised an expert that isn't here"
         self.wait(sent)
-        self.transport.exchange(
+        self._transport.exchange(
             [(rank, memory[slot_of_E[expert]]) for rank, expert in copies.sends],
             [
                 (copies.sources[expert], memory[slot])

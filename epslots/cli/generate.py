@@ -24,6 +24,7 @@ from epslots.cli.text_options import TextOptions
 from epslots.config import DEFAULT_KV_TOKENS, LoadConfig
 from epslots.errors import ConfigError, RequestError
 from epslots.generation.prompt_line import PromptLine, decode_prompt
+from epslots.generation.request_limits import cached_tokens, check_context, tokens_that_fit
 from epslots.generation.settings import GenerationSettings, with_own_settings
 from epslots.json_lines import MOST_LINE_BYTES, decode_text, read_lines
 from epslots.streams import is_terminal, read_input, say
@@ -124,7 +125,7 @@ def generate(
     folder = find_checkpoint(source)
     context = context_of(folder)
     tokenizer = load_tokenizer(folder)
-    most_tokens = min((limit for limit in (context, kv_tokens and kv_tokens + 1) if limit is not None), default=None)
+    most_tokens = tokens_that_fit(context, kv_tokens)
     encoded = []
     for number, line in enumerate(lines, start=1):
         with _naming(number, len(lines)):
@@ -224,9 +225,8 @@ def room_for(prompts: Sequence[_EncodedPrompt], *, context: int | None, kv_token
     longest = max(prompts, key=lambda prompt: len(prompt.tokens) + prompt.settings.max_new_tokens)
     new = longest.settings.max_new_tokens
     size = f"the prompt has {len(longest.tokens)} tokens and --max-new-tokens is {new}"
-    if context is not None and len(longest.tokens) + new > context:
-        raise ConfigError(f"{size}, but the model's context holds {context}")
-    needed = len(longest.tokens) + new - 1  # the last new token is never computed with, so it has no keys and values
+    check_context(len(longest.tokens), new, context, size)
+    needed = cached_tokens(len(longest.tokens), new)
     if kv_tokens is None:
         together = sum((len(prompt.tokens) + prompt.settings.max_new_tokens) * prompt.settings.n for prompt in prompts)
         return max(needed, min(DEFAULT_KV_TOKENS, together))

@@ -206,7 +206,7 @@ def slots_obstacle(loader: ExpertLoader, pairs: int) -> str | None:
     """
     pool = loader.pool
     misses = [layer for layer in range(len(pool.layers)) if not pool.holds_all_of(layer)]
-    if loader.transport is not None:
+    if loader.grouped:
         return "ranks learn from each other's counts what to fetch, and that is the host's part"
     for layer in misses:
         if pool.quotas[layer] < pairs:

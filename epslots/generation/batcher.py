@@ -24,6 +24,7 @@ from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
 from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
+from epslots.generation.request_limits import cached_tokens, foreign_token
 from epslots.generation.requests import Output, Request
 from epslots.generation.tracked_request import TrackedRequest
 from epslots.runtime import predictor_of
@@ -144,17 +145,16 @@ class Batcher(ABC):
             raise ConfigError(f"{name}: this id is taken by a request whose end has not been returned")
         if not prompt:
             raise ConfigError(f"{name} has an empty prompt; at least one token is needed")
-        if (wrong := next((t for t in prompt if not 0 <= t < self._vocabulary), None)) is not None:
-            raise ConfigError(f"{name} has token {wrong} in its prompt; allowed: 0 to {self._vocabulary - 1}")
+        if wrong := foreign_token(prompt, self._vocabulary):
+            raise ConfigError(f"{name}: the prompt has {wrong}")
         if request.max_new_tokens < 1:
             raise ConfigError(f"{name} asks for max_new_tokens={request.max_new_tokens}; at least 1 is needed")
         sampling = request.sampling
         if sampling.min_tokens > (most := request.max_new_tokens + request.resumed):
             raise ConfigError(f"{name} asks for min_tokens={sampling.min_tokens}; allowed: up to max_new_tokens={most}")
-        if (wrong := next((t for t, _ in sampling.logit_bias if t >= self._vocabulary), None)) is not None:
-            raise ConfigError(f"{name} has token {wrong} in its logit_bias; allowed: 0 to {self._vocabulary - 1}")
-        # The last token is returned and never computed with.
-        if (needed := len(prompt) + request.max_new_tokens - 1) > self.capacity:
+        if wrong := foreign_token([token for token, _ in sampling.logit_bias], self._vocabulary):
+            raise ConfigError(f"{name}: logit_bias has {wrong}")
+        if (needed := cached_tokens(len(prompt), request.max_new_tokens)) > self.capacity:
             raise ConfigError(
                 f"{name} needs {needed} tokens of KV cache ({len(prompt)} of prompt, {request.max_new_tokens} new ones less "
                 f"the last), but the cache holds {self.capacity}; shorten it or raise kv_tokens"

@@ -1,6 +1,6 @@
 """``RequestChecker``: from a prompt and its settings to an engine's requests, or a ConfigError.
 
-Python, jobs and the command line all make their requests here, on one rank and on many.
+Python, jobs, the command line and the service all make their requests here, on one rank and on many.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from epslots.errors import ConfigError, shown
 from epslots.generation.chat_template import Chat
 from epslots.generation.end_tokens import end_tokens, tokenizer_end_tokens
+from epslots.generation.request_limits import ModelLimits, cached_tokens, check_context, foreign_token
 from epslots.generation.requests import Request
 from epslots.generation.sampling import choice_seed
 from epslots.generation.settings import GenerationSettings
@@ -25,22 +24,6 @@ from epslots.generation.text import encode_chat, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """The requests that a model and its cache can serve.
-
-    Attributes:
-        capacity: tokens that the cache can hold of one request.
-        vocabulary: number of token ids.
-        context: tokens of the model's context; None if the model states none.
-        end_tokens: end tokens of the generation configuration.
-    """
-
-    capacity: int
-    vocabulary: int
-    context: int | None
-    end_tokens: tuple[int, ...]
 
 
 def model_limits(model: PreTrainedModel, capacity: int) -> ModelLimits:
@@ -113,9 +96,8 @@ class RequestChecker:
                     f"json_schema, regex and grammar need the tokens' text, but the checkpoint has no tokenizer{self._problem}"
                 )
         for name in ("stop_tokens", "logit_bias"):
-            for token in getattr(settings, name) or ():
-                if not 0 <= token < self.limits.vocabulary:
-                    raise ConfigError(f"{name} has token {shown(token)}; allowed: 0 to {self.limits.vocabulary - 1}")
+            if wrong := foreign_token(getattr(settings, name) or (), self.limits.vocabulary):
+                raise ConfigError(f"{name} has {wrong}")
 
     def _tokens(self, prompt: str | Sequence[int], settings: GenerationSettings) -> Sequence[int]:
         if isinstance(prompt, str):
@@ -126,29 +108,26 @@ class RequestChecker:
             if settings.chat:
                 raise ConfigError("chat=True with a prompt of token ids; allowed: False or None, or a prompt of text")
         self._check_length(tokens, settings.max_new_tokens)
-        wrong = next((token for token in tokens if not 0 <= token < self.limits.vocabulary), None)
-        if wrong is not None:
-            raise ConfigError(f"the prompt has token {shown(wrong)}; allowed: 0 to {self.limits.vocabulary - 1}")
+        if wrong := foreign_token(tokens, self.limits.vocabulary):
+            raise ConfigError(f"the prompt has {wrong}")
         return tokens
 
     def _check_length(self, prompt: object, new: int) -> None:
         length = len(prompt) if isinstance(prompt, Sequence) else 0
         size = f"the prompt has {length} tokens and max_new_tokens is {new}"
-        limits = self.limits
-        if limits.context is not None and length + new > limits.context:
-            raise ConfigError(f"{size}, but the model's context holds {limits.context}")
-        if length + new - 1 > limits.capacity:
+        check_context(length, new, self.limits.context, size)
+        if cached_tokens(length, new) > self.limits.capacity:
             raise ConfigError(
-                f"{size}, but a rank's cache holds {limits.capacity}; shorten one of them, or raise kv_tokens (--kv-tokens)"
+                f"{size}, but a rank's cache holds {self.limits.capacity}; shorten one of them, or raise kv_tokens "
+                f"(--kv-tokens)"
             )
 
     def _encode(self, text: str, settings: GenerationSettings) -> Sequence[int]:
         if self._tokenizer is None:
             raise ConfigError(f"the checkpoint has no tokenizer; give prompts as token ids{self._problem}")
-        limits = self.limits
-        limit = limits.capacity + 1 if limits.context is None else min(limits.context, limits.capacity + 1)
+        most = self.limits.most_tokens - settings.max_new_tokens
         with self._tokenizing:
-            return encode_prompt(self._tokenizer, text, chat=settings.chat, most_tokens=limit - settings.max_new_tokens)
+            return encode_prompt(self._tokenizer, text, chat=settings.chat, most_tokens=most)
 
     def encode(self, prompt: str | Chat, *, special_tokens: bool = True, most_tokens: int | None = None) -> list[int]:
         """A prompt's tokens.

@@ -61,16 +61,17 @@ class RankGroup:
         self.shared = self._planners(handshakes)
         if followed is not None:
             self.shared.adopt(*followed)
+        self._newest = self.shared.placement.version
         self.lockstep = LockStep(
             transport,
             model=xxhash.xxh3_64_intdigest(handshakes[0].settings["checkpoint"].encode()) & 0x7FFFFFFF,
             most_experts=max(layer.num_experts for layer in runtime.layers),
             idle_layers=[runner.idle for runner in runtime.runners],
+            offered=lambda: self._newest,
             digest=self._digest,
             explain_divergence=self._explain_divergence,
             on_header=self._begin_step,
         )
-        self.lockstep.placement = self.shared.placement.version
         for loader in runtime.loaders:
             loader.join(transport)
         for runner, planner in zip(runtime.runners, self.shared.layers, strict=True):
@@ -130,10 +131,10 @@ class RankGroup:
         if not 0 < bytes_per_step < MOST_STEP_BYTES:
             most = format_bytes(MOST_STEP_BYTES)
             raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0 and less than {most}")
-        if placement.version > self.lockstep.placement:
+        if placement.version > self._newest:
             check_fits(placement, self.placement, [loader.store_layers for loader in self._runtime.loaders])
             self._offered[placement.version] = placement, bytes_per_step
-            self.lockstep.placement = placement.version
+            self._newest = placement.version
 
     def _begin_step(self, header: Header) -> None:
         """Adopt the newest placement that all ranks have, and pass the slots of this step for it."""

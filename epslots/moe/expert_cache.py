@@ -12,11 +12,11 @@ import time
 
 import numpy as np
 
-from epslots.arrays import BoolArray, IntArray
+from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.compiled import compiled
 from epslots.planner.expert_passes import NO_PASS, ExpertPass, plan_passes
-from epslots.planner.plan import NO_EXPERTS, PeerCopies, RankPlan
+from epslots.planner.plan import PeerCopies, RankPlan
 from epslots.telemetry import Telemetry
 
 # What a pass costs besides reading its experts' weights, as bytes that are read meanwhile. On the CPU measured (90 us, most of

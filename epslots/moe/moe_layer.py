@@ -38,9 +38,7 @@ from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.peers import Alone, Peers
 from epslots.moe.prefetcher import Prefetcher, PrefetchTarget
 from epslots.moe.token_dispatcher import Dispatch, LocalDispatch, dispatch
-from epslots.planner.assignment import own_only
 from epslots.planner.cache_policy import Policy, learns
-from epslots.planner.cost_model import Costs
 from epslots.planner.cpu_offload import CpuShare
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
@@ -252,7 +250,7 @@ class MoELayer:
     def gather(self, batch: Batch) -> Gathered:
         """All ranks' counts and predictions, on the host."""
         peers, began = self._peers, time.perf_counter()
-        peers.exchanging = True
+        peers.note(exchanging=True)
         top_k = batch.weights_TK.shape[1] if batch.ids_N.numel() else 0
         guard = 0 if peers.alone else self.planner.state.digest
         gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy)
@@ -292,15 +290,15 @@ class MoELayer:
 
     def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """The results of the pairs that are here, [M, H]."""
-        self._peers.computing = True
+        self._peers.note(exchanging=True, computing=True)
         results_MH = self.experts.execute(routed, plan)
-        self._peers.computing = False
+        self._peers.note(exchanging=True)
         return results_MH
 
     def migrate(self, plan: RankPlan) -> None:
         """Begin what is fetched for the placement's sake; the step's last exchange."""
         self.cache.migrate(plan, agreed=self._peers.agreed)
-        self._peers.exchanging = False
+        self._peers.note(exchanging=False)
 
     def combine(self, results_NH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The weighted sum of each token's results, [T, H]; ids without weights return their input."""
@@ -335,17 +333,14 @@ class MoELayer:
 
 
 def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_share: CpuShare | None = None) -> LayerPlanner:
-    """The planner of a layer on a rank alone, whose work has one place to go: so costs play no part in it.
+    """The planner of a layer on a rank alone, whose work has one place to go: it needs no costs.
 
     Args:
         cpu_share: decides which missing experts the CPU computes, by costs of its own.
     """
     state = LayerState(cache.resident_E[None], np.array([cache.slots]), np.zeros(cache.num_experts, np.int64))
     sizes = {"expert_bytes": cache.expert_bytes, "record_bytes": cache.record_bytes}
-    return LayerPlanner(0, state, _ANY_COSTS, own_only, **sizes, budgets=budgets, cpu_share=cpu_share)
-
-
-_ANY_COSTS = Costs(1, 1, 1, 1, 1, 1, 1)
+    return LayerPlanner(0, state, None, **sizes, budgets=budgets, cpu_share=cpu_share)
 
 
 def weighted_sum(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -20,13 +20,9 @@ class Peers(Protocol):
 
     Attributes:
         alone: whether there is one rank, and no step to keep. A layer without tokens then has nothing to do.
-        exchanging: set by the layer from its first exchange to its last.
-        computing: set by the layer while it computes in between.
     """
 
     alone: bool
-    exchanging: bool
-    computing: bool
 
     @property
     def transport(self) -> Transport | None:
@@ -44,6 +40,15 @@ class Peers(Protocol):
 
     def take_part(self, layer: int) -> None:
         """The layer begins to deal with all ranks."""
+        ...
+
+    def note(self, *, exchanging: bool, computing: bool = False) -> None:
+        """Note where this rank is in a layer: it says what the others wait for if it fails there.
+
+        Args:
+            exchanging: between the layer's first exchange and its last.
+            computing: computing in between.
+        """
         ...
 
     def gather_counts(
@@ -81,13 +86,15 @@ class Alone:
 
     def __init__(self, begin_step: Callable[[], object] = lambda: None) -> None:
         self._begin_step = begin_step
-        self.exchanging = self.computing = False
 
     def arrive(self, layer: int) -> None:
         if layer == 0:
             self._begin_step()
 
     def take_part(self, layer: int) -> None:
+        pass
+
+    def note(self, *, exchanging: bool, computing: bool = False) -> None:
         pass
 
     def gather_counts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,17 +17,31 @@ from epslots.arrays import IntArray
 from epslots.errors import ConfigError
 from epslots.planner.use_history import STEP_BITS, UseHistory, expected_use
 
+Policy = Callable[[UseHistory], IntArray]
+Scores = Callable[[], IntArray]
+"""A policy's scores of a layer's experts as they are now, int64 [E]; called only where something is evicted."""
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
+
+def without_learning(policy: AnyPolicy) -> AnyPolicy:
+    """Mark a policy that reads only the fields that each use enters: ``record_use`` then learns nothing for it."""
+    setattr(policy, "learns", False)  # noqa: B010 - a function to mypy
+    return policy
+
+
+@without_learning
 def lru(history: UseHistory) -> IntArray:
     """Evict the least recently used expert first."""
     return history.last_use
 
 
+@without_learning
 def lfu(history: UseHistory) -> IntArray:
     """Evict the least frequently used expert first; uses age by 1/128 a step (decay 0.992)."""
     return (history.frequent << STEP_BITS) + history.last_use
 
 
+@without_learning
 def lrfu(history: UseHistory) -> IntArray:
     """Evict by frequency, lifted by a burst of recent uses: two decay rates summed.
 
@@ -40,16 +55,13 @@ def adaptive(history: UseHistory) -> IntArray:
     return expected_use(history)
 
 
-Policy = Callable[[UseHistory], IntArray]
-Scores = Callable[[], IntArray]
-"""A policy's scores of a layer's experts as they are now, int64 [E]; called only where something is evicted."""
 POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "lrfu": lrfu, "adaptive": adaptive}
 DEFAULT_POLICY = "adaptive"
 
 
 def learns(policy: Policy) -> bool:
-    """Whether a policy may read the fields that ``record_use`` learns from the number of slots."""
-    return policy not in (lru, lfu, lrfu)
+    """Whether a policy may read the fields that ``record_use`` learns from the number of slots: unless it is marked."""
+    return getattr(policy, "learns", True) is True
 
 
 def policy_name(policy: str | Policy) -> str:

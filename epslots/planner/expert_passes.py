@@ -16,7 +16,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from epslots.arrays import BoolArray, IntArray
+from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
 from epslots.compiled import compiled, inlined
 
 # Fetched experts are computed in at most so many passes where all have slots: more would cost more than they hide.
@@ -45,8 +45,7 @@ class ExpertPass(msgspec.Struct, frozen=True):
     after: int = 0
 
 
-_NO_EXPERTS = np.zeros(0, np.int64)
-NO_PASS = ExpertPass(_NO_EXPERTS, _NO_EXPERTS, _NO_EXPERTS, _NO_EXPERTS, _NO_EXPERTS)
+NO_PASS = ExpertPass(NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS)
 
 # Rows of the kernel's results. Schedule: of what is computed, in order, expert and slot; of what is fetched, in order,
 # expert, slot and the expert displaced. Ends: of each pass, in the first two rows and in the last three; and ``after``.

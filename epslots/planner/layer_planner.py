@@ -15,7 +15,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from epslots.arrays import BoolArray, IntArray
+from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.planner.assignment import Assign, assign
 from epslots.planner.cache_policy import Scores
@@ -24,7 +24,7 @@ from epslots.planner.cpu_offload import CpuShare, displaces_better
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, Migrations, choose_migrations
-from epslots.planner.plan import NO_EXPERTS, Assignment, LayerPlan, PeerCopies, RankPlan
+from epslots.planner.plan import Assignment, LayerPlan, PeerCopies, RankPlan
 from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
 from epslots.planner.remote_costs import RemoteCosts
 from epslots.planner.token_splits import token_splits
@@ -49,7 +49,7 @@ class LayerPlanner:
     Args:
         rank: this rank.
         state: which rank holds what; kept, and changed in place.
-        costs: the same on all ranks.
+        costs: the same on all ranks; None = a rank alone, which weighs nothing.
         rule: assigns the work; another rule than ``assign`` only to compare it.
         expert_bytes: of one of the layer's experts in its slot.
         record_bytes: of one of them on its way from the host; ``expert_bytes`` if not given.
@@ -61,7 +61,7 @@ class LayerPlanner:
         self,
         rank: int,
         state: LayerState,
-        costs: Costs,
+        costs: Costs | None,
         rule: Assign = assign,
         *,
         expert_bytes: int = 1,
@@ -71,7 +71,7 @@ class LayerPlanner:
     ) -> None:
         self.rank = rank
         self.state = state
-        self.costs = costs
+        self._costs = costs
         self.expert_bytes = expert_bytes
         self.cpu_share = cpu_share
         self.alone = state.ranks == 1
@@ -82,6 +82,12 @@ class LayerPlanner:
         self._prefetch_policy = PrefetchPolicy()
         self._steps = self._steps_with_fetches = 0
         self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
+
+    @property
+    def costs(self) -> Costs:
+        """What a group's planners weigh by."""
+        assert self._costs is not None, "a rank alone weighs nothing"
+        return self._costs
 
     @cached_property
     def no_work(self) -> RankPlan:
@@ -298,7 +304,7 @@ class LayerPlanner:
             state.quota_R,
             scores(),
             able_R,
-            from_peers=self.costs.peer_fetch < self.costs.host_fetch,
+            from_peers=not self.alone and self.costs.peer_fetch < self.costs.host_fetch,
             node_R=state.node_R,
         )
         if len(migrations):

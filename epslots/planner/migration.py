@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from epslots.arrays import BoolArray, IntArray
+from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
 
 # The largest key: sorts an impossible choice behind all possible ones.
 _IMPOSSIBLE = np.iinfo(np.int64).max
@@ -75,7 +75,7 @@ class MigrationBudget:
         self._kept_R = np.minimum(self._kept_R, self.left_R * KEPT_SHARE)
 
 
-NO_MIGRATIONS = Migrations(*(np.zeros(0, np.int64) for _ in range(4)))
+NO_MIGRATIONS = Migrations(NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS)
 
 
 def choose_migrations(

@@ -15,14 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import numpy as np
 
 from epslots.arrays import BoolArray, IntArray
 from epslots.planner.expert_passes import ExpertPass
 from epslots.planner.migration import Migrations
 from epslots.planner.token_splits import TokenSplits
-
-NO_EXPERTS: IntArray = np.zeros(0, np.int64)
 
 
 class Assignment(msgspec.Struct, frozen=True):

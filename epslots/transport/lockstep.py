@@ -74,17 +74,17 @@ class LockStep:
     Attributes:
         header: all ranks' headers of the latest step.
         stopping: whether this rank wants to stop; set by the caller, sent with the next step's header.
-        placement: version of the newest placement that has arrived at this rank; set by the caller, sent likewise.
         steps: steps that this rank has begun.
         exchanging: whether this rank is in the header's exchange, or between a layer's first and last exchange: the others
-            wait for it. Stays set after a failure there.
-        computing: whether it computes between a layer's exchanges. Stays set after a failure there.
+            wait for it. Stays so after a failure there; ``note`` changes it.
+        computing: whether it computes between a layer's exchanges. Stays so after a failure there; ``note`` changes it.
         completes: whether a step in which this rank fails elsewhere is completed without its tokens (``completing``).
 
     Args:
         model: 31 bits that identify the model.
         most_experts: experts of the largest layer.
         idle_layers: one function per layer, in order, which takes part in it with zero tokens.
+        offered: makes the version of the newest placement that was offered to this rank.
         digest: makes 63 bits that are equal on ranks that agree about which rank holds which expert.
         explain_divergence: called on all ranks where they disagree; returns the differences in words.
         on_header: called with all ranks' headers before a step in which any rank has work.
@@ -99,13 +99,14 @@ class LockStep:
         model: int,
         most_experts: int,
         idle_layers: Sequence[Callable[[], object]],
+        offered: Callable[[], int],
         digest: Callable[[], int],
         explain_divergence: Callable[[], str],
         on_header: Callable[[Header], object],
     ) -> None:
         self.transport = transport
         self._idle_layers = tuple(idle_layers)
-        self._digest = digest
+        self._offered, self._digest = offered, digest
         self._explain_divergence = explain_divergence
         self._on_header = on_header
         self._model = model
@@ -121,7 +122,6 @@ class LockStep:
         self.exchanging = self.computing = self.completes = False
         self._layer: int | None = None
         self.stopping = False
-        self.placement = 0
         self.header = Header(work=False, stop=False)
 
     @property
@@ -139,7 +139,7 @@ class LockStep:
         """
         self.steps += 1
         self._layer, self.exchanging, self.computing = 0, True, False
-        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self.placement
+        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self._offered()
         mine = np.array(words, np.int64)
         self._words_of_head[_PREFIX_WORDS:] = mine.view(np.int32)
         rows = self._gather(_HEADER_KIND, 0, 0, len(self._head))
@@ -175,6 +175,10 @@ class LockStep:
     def take_part(self, layer: int) -> None:
         """Note that this rank is in ``layer``; called before the layer's first exchange, with tokens or without."""
         self._layer = layer + 1
+
+    def note(self, *, exchanging: bool, computing: bool = False) -> None:
+        """Note where this rank is in a layer; called by the layer."""
+        self.exchanging, self.computing = exchanging, computing
 
     def end(self) -> None:
         """Take part in the layers that are left; called after the model's forward pass."""

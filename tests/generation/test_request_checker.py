@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from cluster.api import _tokenizer_of
 from epslots.errors import ConfigError
 from epslots.example import example_model
-from epslots.generation.request_checker import ModelLimits, RequestChecker
+from epslots.generation.request_checker import RequestChecker
+from epslots.generation.request_limits import ModelLimits
 from epslots.generation.requests import Grammar, Request
 from epslots.generation.sampling import Sampling, choice_seed, uniform_numbers
 from epslots.generation.settings import MOST_STOP_TOKENS, GenerationSettings, Prompt, read_settings, with_own_settings

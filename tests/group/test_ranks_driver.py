@@ -103,7 +103,7 @@ class OneRank:
         self.pool = SlotPool(specs, [quota] * LAYERS, CPU)
         link = SynchronousEngine() if episode.predictions is None else LateLink()
         self.loader = ExpertLoader(self.pool, Store(episode.experts), link, tuple(range(LAYERS)), self.telemetry)  # type: ignore[arg-type]
-        self.loader.transport = transport
+        self.loader.join(transport)
         history = UseHistory.empty(LAYERS, episode.experts)
         self.layers, shared = [], []
         bound = None if episode.predictions is None else PrefetchBudget(transport.size, 5 * BYTES)
@@ -133,6 +133,7 @@ class OneRank:
             most_experts=episode.experts,
             idle_layers=[layer.idle for layer in self.layers],
             digest=lambda: self.shared.digest,
+            offered=lambda: 0,
             explain_divergence=lambda: "the driver found it",
             on_header=self.begin_step,
         )

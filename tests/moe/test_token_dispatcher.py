@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from epslots.arrays import NO_EXPERTS
 from epslots.moe.token_dispatcher import AllGatherDispatch, AllToAllDispatch, Dispatch
-from epslots.planner.plan import NO_EXPERTS, Assignment
+from epslots.planner.plan import Assignment
 from epslots.planner.token_splits import token_splits
 from epslots.transport.local_transport import LocalTransport
 from tests.support.rank_helpers import run_threads

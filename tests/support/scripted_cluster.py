@@ -20,7 +20,8 @@ from cluster.token_stream import TokenStream
 from epslots.errors import ConfigError
 from epslots.generation.chat_template import Chat
 from epslots.generation.engine_stats import EngineStats
-from epslots.generation.request_checker import ModelLimits, RequestChecker
+from epslots.generation.request_checker import RequestChecker
+from epslots.generation.request_limits import ModelLimits
 from epslots.generation.requests import Output, Request, TokenLogprobs
 from epslots.generation.settings import read_settings
 from epslots.telemetry import Stats

@@ -152,6 +152,7 @@ def test_digests_that_differ_are_refused_at_the_header(work: bool):
             model=1,
             most_experts=2,
             idle_layers=[],
+            offered=lambda: 0,
             digest=lambda: 2**40 + transport.rank,
             explain_divergence=lambda: "expert 3 on rank 0",
             on_header=begun.append,

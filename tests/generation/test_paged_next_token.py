@@ -321,7 +321,7 @@ def test_min_tokens_keep_transformers_from_ending(plain: Plain):
 @pytest.mark.parametrize(
     ("given_", "message"),
     [
-        ({"sampling": Sampling(logit_bias=((319, 1.0), (320, 1.0)))}, r"token 320 in its logit_bias; allowed: 0 to 319"),
+        ({"sampling": Sampling(logit_bias=((319, 1.0), (320, 1.0)))}, r"logit_bias has token 320; allowed: 0 to 319"),
         ({"sampling": Sampling(min_tokens=4)}, r"min_tokens=4; allowed: up to max_new_tokens=3"),
     ],
 )
