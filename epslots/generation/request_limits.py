@@ -1,7 +1,7 @@
 """The limits of a request: the ids of the vocabulary, and the tokens that the model's context and a rank's cache hold. Pure.
 
-``RequestChecker`` and the service check prompts by them, and ``Batcher`` the requests that reach its rank. ``epslots generate``
-chooses the size of its cache by them.
+``RequestChecker`` and the service check prompts by them, and ``Batcher`` the requests that reach its rank. ``epslots
+generate`` chooses the size of its cache by them.
 """
 
 from __future__ import annotations

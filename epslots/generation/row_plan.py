@@ -1,7 +1,7 @@
-"""Which rows make the next forward pass, and how many tokens of each: pure decisions of ``RowBatcher``.
+"""Which rows make the next batch, and how many tokens of each: pure decisions of ``RowBatcher``.
 
-A row *decodes* when one token of its sequence is left to compute; else it has a *prompt* to compute, in chunks. A forward pass
-does either. All rows of a pass get equally many new tokens, so that none is padded: a padded token would be routed to experts,
+A row *decodes* when one token of its sequence is left to compute; else it has a *prompt* to compute, in chunks. A batch is one
+forward pass, and does either. All its rows get equally many new tokens, so that none is padded: a padded token would be routed to experts,
 and would change recurrent states. The two kinds take turns, so that decoding waits for one chunk at most.
 """
 
@@ -18,9 +18,9 @@ class RowState:
     Attributes:
         known: tokens of its sequence: the prompt, and the new tokens so far.
         computed: those that the cache holds.
-        first: tokens that have to be computed in its first pass together; 0 = any.
-        most: new tokens of a pass, at most; 0 = as many as the pass takes. Such a row is computed alone.
-        stop: a length at which a pass has to end, because another request continues from there; 0 = none.
+        first: tokens that have to be computed in its first batch together; 0 = any.
+        most: new tokens of a batch, at most; 0 = as many as the batch takes. Such a row is computed alone.
+        stop: a length at which a batch has to end, because another request continues from there; 0 = none.
     """
 
     known: int
@@ -34,7 +34,7 @@ class RowState:
         return self.known - self.computed
 
     def prompt_tokens(self, room: int) -> int:
-        """The tokens of its next pass, where that has room for so many."""
+        """The tokens of its next batch, where that has room for so many."""
         if not self.computed and self.first:
             return self.first
         tokens = min(self.left, room, self.most or room)
@@ -43,7 +43,7 @@ class RowState:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """One forward pass.
+    """The rows of one forward pass.
 
     Attributes:
         rows: indices into the running rows, in their order.
@@ -57,18 +57,18 @@ class RowBatch:
 
 
 def decodes(row: RowState) -> bool:
-    """Whether one token of the row is computed in its next pass, beside other rows' single tokens."""
+    """Whether one token of the row is computed in its next batch, beside other rows' single tokens."""
     return row.computed > 0 and (row.left == 1 or row.first > 0)
 
 
 def next_batch(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, together: bool = True) -> RowBatch | None:
-    """The next forward pass; None without rows.
+    """The next batch; None without rows.
 
     Args:
         rows: those first that are served first; each has a token left to compute.
-        room: new tokens of a pass over prompts, at most. The first prompt is computed even if ``first`` exceeds it.
-        prompt_was_last: the pass before was one over prompts.
-        together: several rows may share a pass.
+        room: new tokens of a batch of prompts, at most. The first prompt is computed even if ``first`` exceeds it.
+        prompt_was_last: the batch before was one of prompts.
+        together: several rows may share a batch.
     """
     decoding = tuple(i for i, row in enumerate(rows) if decodes(row))
     prompts = [i for i, row in enumerate(rows) if not decodes(row)]

@@ -143,7 +143,7 @@ def test_rows_of_their_own_stay_below_the_plan():
     while batcher.prepare():
         batcher.step()
         batcher.outputs()
-        found.append(allocated(batcher._cache, batcher._running))
+        found.append(allocated(batcher._cache, batcher._admission.running))
     assert batcher._cache.nbytes < max(found) <= shape.kv_bytes(ENGINE)
     batcher.close()
 

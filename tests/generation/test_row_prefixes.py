@@ -41,7 +41,7 @@ def test_shared_beginnings_change_no_token(name: str):
     assert stats.reused_tokens >= 5 * len(COMMON), "all but the first share, with states, too"
     assert stats.prompt_tokens <= prompt_tokens - stats.reused_tokens
     assert sum(computed) <= prompt_tokens - stats.reused_tokens
-    assert batcher._make_room(512, 8), "nothing but rows of finished requests is left"
+    assert batcher._admission.make_room(512, 8), "nothing but rows of finished requests is left"
     batcher._cache.check()
     batcher.close()
 
@@ -128,7 +128,7 @@ def test_kept_rows_give_way_to_requests():
     for request in requests:
         batcher.add(request)
     assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
-    assert batcher._kept, "the last ones are still there"
+    assert batcher._admission.kept, "the last ones are still there"
     batcher.close()
 
 
@@ -138,7 +138,9 @@ def test_the_longest_unused_row_gives_way_first():
     for id, prompt in prompts.items():
         finish(batcher, [Request(id, prompt, 2)])
     assert batcher.stats().reused_tokens == len(COMMON)
-    assert [running.entry.request.id for running in batcher._kept] == ["a", "like a", "d", "e"], "there are four rows"
+    assert [running.entry.request.id for running in batcher._admission.kept] == ["a", "like a", "d", "e"], (
+        "there are four rows"
+    )
     batcher.close()
 
 

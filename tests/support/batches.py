@@ -99,7 +99,7 @@ def is_empty(batcher: Batcher) -> bool:
     if isinstance(batcher, PagedBatcher):
         return pages_are_free(batcher)
     assert isinstance(batcher, RowBatcher)
-    batcher._make_room(batcher.capacity, batcher.max_requests)  # rows are kept for prompts that begin alike
+    batcher._admission.make_room(batcher.capacity, batcher.max_requests)  # rows are kept for prompts that begin alike
     batcher._cache.check()
     return batcher._cache.free_rows == batcher.max_requests and batcher._cache.free_tokens == batcher.capacity
 

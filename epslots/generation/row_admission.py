@@ -1,0 +1,174 @@
+"""Which requests of a ``RowBatcher`` have rows, and which wait: admission, shared beginnings, preemption.
+
+Requests wait, in the order of priority and arrival, while rows or tokens are short. A prompt that begins like another one
+continues from a copy of its row; so rows of finished requests are kept until their room is needed. ``row_plan.py`` decides
+which of the running rows make a batch.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from epslots.config import EngineConfig
+from epslots.generation.engine_stats import EngineCounters
+from epslots.generation.row_cache import Row, RowCache
+from epslots.generation.row_support import RowSupport
+from epslots.generation.tracked_request import TrackedRequest
+
+LEAST_SHARED_TOKENS = 16
+"""A shorter common beginning of two prompts isn't worth a batch that ends there."""
+
+
+@dataclass(eq=False)
+class RunningRow:
+    """A request that has a row.
+
+    Attributes:
+        stop: a length at which another request is to continue from this row; 0 = none.
+    """
+
+    entry: TrackedRequest
+    row: Row
+    stop: int = 0
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        return self.entry.turn
+
+    @property
+    def left(self) -> int:
+        return self.entry.length - self.row.length
+
+
+class RowAdmission:
+    """Gives the rows of a cache to requests.
+
+    Args:
+        cache: the rows, and cells for their tokens.
+        support: what the model's layers allow.
+        counters: of the batcher.
+
+    Attributes:
+        running: requests with rows, in the order of turns.
+        kept: rows of requests that have ended, for prompts that begin alike; the longest unused first.
+    """
+
+    def __init__(self, cache: RowCache, config: EngineConfig, support: RowSupport, counters: EngineCounters) -> None:
+        self._cache, self._config, self._support, self._counters = cache, config, support, counters
+        self._waiting: list[TrackedRequest] = []  # in the order of turns
+        self.running: list[RunningRow] = []
+        self.kept: deque[RunningRow] = deque()
+
+    def queue(self, entry: TrackedRequest) -> None:
+        """Let a request wait for a row."""
+        insort(self._waiting, entry, key=_turn)
+
+    def withdraw(self, entry: TrackedRequest) -> bool:
+        """Forget a request that waits; returns whether it does."""
+        if entry not in self._waiting:
+            return False
+        self._waiting.remove(entry)
+        return True
+
+    def leave(self, entry: TrackedRequest) -> None:
+        """Free the row of a request that has ended. If others may begin with it, it is kept until its room is needed."""
+        (running,) = [running for running in self.running if running.entry is entry]
+        self.running.remove(running)
+        if self._config.prefix_cache and self._support.shares_prefixes and entry.reason != "error" and running.row.length:
+            self.kept.append(running)
+        else:
+            self._cache.close(running.row)
+
+    def make_room(self, tokens: int, rows: int) -> bool:
+        """Give up kept rows until so many rows, and cells for so many tokens, are free; whether they are."""
+        while self.kept and (self._cache.free_rows < rows or self._cache.free_tokens < tokens):
+            self._cache.close(self.kept.popleft().row)
+        return self._cache.free_rows >= rows and self._cache.free_tokens >= tokens
+
+    def restart_outgrown(self) -> None:
+        """Empty the rows of sequences that have to be computed anew, because the angles of their tokens have changed."""
+        limit = self._support.restart
+        if limit is None:
+            return
+        for running in self.running:
+            if 0 < running.row.length <= limit < running.entry.length:
+                self._cache.close(running.row)
+                running.row = self._cache.open()
+
+    def admit(self) -> None:
+        """Give rows to waiting requests, in order, as far as rows and tokens suffice."""
+        held: list[TrackedRequest] = []
+        while self._waiting and len(self.running) < self._config.max_requests:
+            entry = self._waiting.pop(0)
+            source, shared = self._shared_beginning(entry)
+            if source is not None and source.row.length < shared:
+                source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
+                held.append(entry)  # it goes on from there, soon
+                continue
+            if source is not None and source in self.kept:
+                self.kept.remove(source)
+                self.kept.append(source)  # the last to be given up
+            # Every running row needs room for a token, or none of them could go on.
+            needed = self._uncomputed() + entry.length - shared + len(self.running) + 1
+            if not self.make_room(needed, rows=1) and self.running:
+                held.append(entry)
+                break
+            if source is not None and source not in self.kept and source not in self.running:
+                self.queue(entry)  # the source had to be given up
+                continue
+            row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
+            self._counters.reused_tokens += shared
+            insort(self.running, RunningRow(entry, row), key=_turn)
+        for entry in held:
+            self.queue(entry)
+
+    def _uncomputed(self) -> int:
+        """Tokens of running requests' prompts that have no cell yet."""
+        return sum(running.left for running in self.running)
+
+    def _shared_beginning(self, entry: TrackedRequest) -> tuple[RunningRow | None, int]:
+        """The running request whose row a new one can begin with, and the tokens that they share; (None, 0) without one."""
+        if not self._config.prefix_cache or not self._support.shares_prefixes:
+            return None, 0
+        if entry.prompt_rows(0, entry.prompt_length):
+            return None, 0  # the logits of all of its prompt are needed
+        beginning = entry.ids(0, LEAST_SHARED_TOKENS)
+        own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
+        best: tuple[RunningRow | None, int] = (None, 0)
+        for running in (*self.running, *self.kept):
+            if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
+                continue
+            shared = _common(own, running.entry.ids(0, len(own)))
+            if running in self.kept:
+                shared = min(shared, running.row.length)  # it doesn't go on
+            # A state is of one length: the row's present one, or one that it hasn't reached.
+            if self._cache.keeps_states and shared < running.row.length:
+                continue
+            if shared >= LEAST_SHARED_TOKENS and shared > best[1]:
+                best = running, shared
+        return best
+
+    def preempt(self, running: RunningRow) -> None:
+        """Give up a row; its request waits again."""
+        self.running.remove(running)
+        self._cache.close(running.row)
+        self.queue(running.entry)
+        self._counters.preempted += 1
+
+
+def _turn(waiting: TrackedRequest | RunningRow) -> tuple[int, int]:
+    return waiting.turn
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    count = min(len(one), len(other))
+    if one[:count] == other[:count]:
+        return count
+    differs = np.array(one[:count]) != np.array(other[:count])
+    return int(differs.argmax())
