@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import ClassVar, Self
 
 import msgspec
 
@@ -13,9 +13,6 @@ SUPERSEDED = b"superseded"
 """A rank's answer to a driver whose term is over."""
 TERM_BYTES = 8
 """Each command begins with the driver's term."""
-
-_RANK = re.compile(r"(.+)/term (\d+)\.(\d+)/rank (\d+)")
-_GROUP = re.compile(r"epslots, (.+), term (\d+)\.(\d+)")
 
 
 class Lasting(msgspec.Struct, frozen=True):
@@ -44,44 +41,48 @@ class RankDescription(msgspec.Struct, frozen=True):
     running: bool
 
 
-class RankName(msgspec.Struct, frozen=True, order=True):
-    """Ray's name of a rank's actor.
+class RayName(msgspec.Struct, frozen=True, order=True):
+    """A name that Ray keeps of a driver's term. Names are compared by their fields, in order.
 
     Attributes:
-        term, serial: of the driver that started it, and its number among those that this driver started. Of two ranks on one
-            bundle, the greater is the newer one.
+        term: of the driver.
+        serial: number of the thing among those that this driver started.
     """
+
+    pattern: ClassVar[re.Pattern[str]]
+    """Has the fields as groups."""
 
     term: int
     serial: int
+
+    @classmethod
+    def of(cls, text: str) -> Self | None:
+        """The name that Ray gives as text; None if it is something else's."""
+        found = cls.pattern.fullmatch(text)
+        return None if found is None else msgspec.convert(found.groupdict(), cls, strict=False)
+
+
+class RankName(RayName, frozen=True, order=True):
+    """Ray's name of a rank's actor. Of two ranks on one bundle, the greater is the newer one."""
+
+    pattern = re.compile(r"(?P<cluster>.+)/term (?P<term>\d+)\.(?P<serial>\d+)/rank (?P<bundle>\d+)")
+
     bundle: int
     cluster: str
 
     def __str__(self) -> str:
         return f"{self.cluster}/term {self.term}.{self.serial}/rank {self.bundle}"
 
-    @classmethod
-    def of(cls, text: str) -> Self | None:
-        """The name that Ray gives as text; None if it is something else's."""
-        found = _RANK.fullmatch(text)
-        return None if found is None else cls(int(found[2]), int(found[3]), int(found[4]), found[1])
 
-
-class GroupName(msgspec.Struct, frozen=True, order=True):
+class GroupName(RayName, frozen=True, order=True):
     """Ray's name of a placement group; groups in this order hold the bundles in theirs."""
 
-    term: int
-    serial: int
+    pattern = re.compile(r"epslots, (?P<cluster>.+), term (?P<term>\d+)\.(?P<serial>\d+)")
+
     cluster: str
 
     def __str__(self) -> str:
         return f"epslots, {self.cluster}, term {self.term}.{self.serial}"
-
-    @classmethod
-    def of(cls, text: str) -> Self | None:
-        """The name that Ray gives as text; None if it is something else's."""
-        found = _GROUP.fullmatch(text)
-        return None if found is None else cls(int(found[2]), int(found[3]), found[1])
 
 
 def with_term(term: int, message: bytes) -> bytes:

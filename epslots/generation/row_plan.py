@@ -1,8 +1,8 @@
 """Which rows make the next batch, and how many tokens of each: pure decisions of ``RowBatcher``.
 
 A row *decodes* when one token of its sequence is left to compute; else it has a *prompt* to compute, in chunks. A batch is one
-forward pass, and does either. All its rows get equally many new tokens, so that none is padded: a padded token would be routed to experts,
-and would change recurrent states. The two kinds take turns, so that decoding waits for one chunk at most.
+forward pass, and does either. All its rows get equally many new tokens, so that none is padded: a padded token would be routed
+to experts, and would change recurrent states. The two kinds take turns, so that decoding waits for one chunk at most.
 """
 
 from __future__ import annotations
