@@ -1,6 +1,7 @@
 """The settings of a cluster: declared, explained and checked here, once. Those of each rank's model are ``LoadConfig``'s.
 
-``Cluster`` and ``python -m cluster.job`` take them as keywords or options and make one frozen ``ClusterConfig`` of them.
+``Cluster`` takes them as keywords, ``python -m cluster.job`` and ``epslots serve`` as options; all make one frozen
+``ClusterConfig`` of them.
 """
 
 from __future__ import annotations

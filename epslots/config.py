@@ -1,7 +1,7 @@
 """The settings of a model: declared, explained and checked here, once.
 
-``epslots.load``, ``Cluster``, ``epslots generate`` and ``python -m cluster.job`` take them as keywords or options, make one
-frozen ``LoadConfig`` of them, and hand that down; a cluster sends it to its ranks.
+``epslots.load`` and ``Cluster`` take them as keywords; ``epslots generate``, ``epslots serve`` and ``python -m cluster.job``
+take them as options. All make one frozen ``LoadConfig`` of them, and hand that down; a cluster sends it to its ranks.
 
 To add a setting, touch three files: this one (a field of ``LoadConfig``, and its type as a keyword in ``LoadSettings``), the
 module that uses it, and ``cli/options.py`` (a field of ``LoadConfigOptions``).
@@ -99,7 +99,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             that recurrent layers keep of it.
         max_batch_tokens: tokens of one step of an ``Engine``, at most; longer prompts take several steps. The memory plan
             reserves their activations.
-        cache: how an ``Engine`` keeps requests: ``"pages"`` (keys and values of plain attention), ``"rows"`` (whatever the
+        cache: how an ``Engine`` keeps requests: ``"pages"`` (keys and values of plain attention), ``"rows"`` (all that the
             model's layers keep: latents, windows, recurrent states) or ``"auto"``, the faster one that the model allows.
         prefix_cache: prompts that begin alike share what was computed for their common beginning.
         step_target_ms: choose the prompt tokens of a step so that it takes about this long, because decoding waits for it;

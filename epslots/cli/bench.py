@@ -20,7 +20,9 @@ FURTHER_BENCHES = {entry.name: entry for entry in entry_points(group="epslots.be
 NAMES = (*BENCHES, *FURTHER_BENCHES)
 
 _OWN_BENCHES = "\n\n".join(one.help_line for one in BENCHES.values())
-HELP = f"""Measure one thing, as ratios within one run: on the CPU, but for benches that take --device.
+HELP = f"""Run a benchmark: ratios measured within one run.
+
+On the CPU, but for those that take --device.
 
 {_OWN_BENCHES}
 

@@ -70,7 +70,7 @@ class LoadConfigOptions:
         typer.Option(
             "--host-store",
             help="Where the node keeps all experts: file (mapped, kept for the next start) or memory (shared memory, freed "
-            "with its last user).",
+            "with its last user). Default: memory with a GPU, where it fits; else file.",
         ),
     ] = _DEFAULTS.host_store
     cache_dir: CacheDirOption = None
@@ -134,7 +134,7 @@ class LoadConfigOptions:
         str,
         typer.Option(
             "--cache",
-            help="How a rank keeps its requests: pages (keys and values of plain attention), rows (whatever the model's "
+            help="How a rank keeps its requests: pages (keys and values of plain attention), rows (all that the model's "
             "layers keep), or auto, the faster one that the model allows.",
         ),
     ] = _DEFAULTS.cache

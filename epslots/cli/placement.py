@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from epslots.simulation.placement_replay import Scores
     from epslots.trace import Trace
 
-placement_app = typer.Typer(help="Placements: where experts should live.", no_args_is_help=True)
+placement_app = typer.Typer(help="Plan where experts live; show and score such placements.", no_args_is_help=True)
 
 # A proposal makes a bounded number of moves; offline there is time for more.
 OFFLINE_ROUNDS = 8
@@ -81,7 +81,7 @@ def replay(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Plan after each window and score on the next: our planner beside EPLB, replanned on each window.
+    """Score the planner beside EPLB on recorded loads: plan after each window, score on the next.
 
     epslots placement replay LOADS.npz --ranks 8 --slots 17 --json
     """
@@ -141,7 +141,7 @@ def plan(
         ),
     ] = False,
 ) -> None:
-    """Make a placement once, from a routing trace or recorded loads, to be loaded at the start.
+    """Plan a placement from a routing trace or recorded loads, for ranks to begin with.
 
     epslots placement plan trace.npz --ranks 8 --slots 17 --output all.placement
     """
@@ -204,7 +204,7 @@ def show(
     layer: Annotated[int, typer.Option("--layer", "-l", min=0, help="The layer to show.")] = 0,
     plot: Annotated[Optional[Path], typer.Option("--plot", help="A .png to draw into as well.")] = None,
 ) -> None:
-    """Show which ranks hold which experts of a layer, and the ranks' loads before and after.
+    """Show which ranks hold the experts of a layer, and the ranks' loads before and after.
 
     epslots placement show all.placement --loads LOADS.npz --layer 3 --plot layer3.png
     """

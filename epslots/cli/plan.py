@@ -78,11 +78,12 @@ def plan(
     dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Plan one rank's memory, without loading a model: of a checkpoint, only configuration and headers are read.
+    """Plan one rank's memory, without loading a model.
 
         epslots plan --model deepseek-v3 --ranks 8 --slots 8 --memory 80GiB
         epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --max-requests 64 --device cuda
 
+    Of a checkpoint, only configuration and headers are read.
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
     With --memory, --device may be one that this machine lacks. It decides more than the memory:

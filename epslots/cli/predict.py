@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from epslots.prefetch.fit import FitSettings
     from epslots.prefetch.predictor_file import PredictorMetadata
 
-predict_app = typer.Typer(help="Estimators of the experts that the next layer will use.", no_args_is_help=True)
+predict_app = typer.Typer(help="Fit the predictor of a model's next experts, and show it.", no_args_is_help=True)
 
 # Bytes of text that are read for each token of the fit.
 _BYTES_PER_TOKEN = 8
@@ -71,7 +71,7 @@ def fit(
         typer.Option("--output", "-o", help="File to write. Default: epslots.predictor beside the weights."),
     ] = None,
 ) -> None:
-    """Fit a predictor to a model: run text through it, and learn each layer's choice from the layer before.
+    """Fit a predictor to a model, by running text through it.
 
         epslots predict fit --model ./Qwen3-30B-A3B texts/
 
@@ -116,7 +116,7 @@ def show(
     file: Annotated[Path, typer.Argument(help="A predictor, from `epslots predict fit`.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Show a predictor: the model it was fitted to, and its recall on held-out text beside the next layer's router.
+    """Show a predictor's model, and its recall on held-out text.
 
     epslots predict show ./Qwen3-30B-A3B/epslots.predictor
     """

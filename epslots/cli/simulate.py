@@ -123,10 +123,11 @@ def simulate_command(
     time: TimeOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Simulate a cluster of 1 to 1,024 ranks on a routing trace: step times, balance, hit rates and bytes.
+    """Simulate a cluster of 1 to 1,024 ranks on a routing trace.
 
         epslots simulate trace.npz --ranks 4 --nodes 2 --slots 10 --batch 1,16,64
 
+    Shown are step times, balance, hit rates and bytes.
     Planner, caches and placements are those that ranks run; only time is a model.
     Each rank decodes a batch of the trace's sequences, a token of each in a step.
     Bandwidths of data sheets rank choices; to predict a machine, give --timing.

@@ -28,7 +28,7 @@ from epslots.units import parse_slots
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-trace_app = typer.Typer(help="Routing traces, on which policies and placements are judged.", no_args_is_help=True)
+trace_app = typer.Typer(help="Record a routing trace, and replay it through caches.", no_args_is_help=True)
 
 
 @trace_app.command()
@@ -43,7 +43,7 @@ def record(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 128,
     probs: Annotated[bool, typer.Option("--probs", help="Record the routers' probabilities as well.")] = False,
 ) -> None:
-    """Record the experts that each token of the prompts, and of their continuations, chooses.
+    """Record the experts that each token of prompts and continuations chooses.
 
         epslots trace record trace.npz "def f(" "import os"
 
@@ -97,10 +97,11 @@ def replay_command(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time; each takes a token a step.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Replay a trace through caches: each policy's hit rates beside Belady's optimum, and how soon experts are used again.
+    """Replay a trace through caches: each policy's hit rates beside Belady's optimum.
 
         epslots trace replay trace.npz --slots 8,25%
 
+    Also shown: how soon experts are used again.
     A hit is an expert that a step uses and finds in a slot, however many of the step's tokens chose it.
     """
     from epslots.trace import Trace

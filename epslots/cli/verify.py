@@ -18,11 +18,12 @@ def verify(
         bool, typer.Option("--checkpoint", help="Also convert every expert again and compare it with the store.")
     ] = False,
 ) -> None:
-    """Check that no expert in the host store has changed since the store was built.
+    """Check every expert in the host store against its digest.
 
         epslots verify --model ./Qwen3-30B-A3B --checkpoint
 
-    With --checkpoint, also that the checkpoint still yields the same experts:
+    That finds experts that changed since the store was built.
+    With --checkpoint, also those that the checkpoint no longer yields:
     a bit of a weight file that flipped since is found, and the expert named.
     One that flipped before can't be told: safetensors has no digests.
     The store is built if there is none yet. Exit code 2 if anything differs.

@@ -1,9 +1,11 @@
 """``GenerationSettings``: how a prompt is continued. Declared, explained and checked here, once.
 
 Python's keywords (``Cluster.generate``), a job's lines (``prompt_line.py``) and the command line's options
-(``cli/text_options.py``) are made of its fields. ``request_checker.py`` makes requests of a prompt and its settings.
+(``cli/text_options.py``) are made of its fields. The service has OpenAI's fields, which its ``request_settings.py`` turns into
+these. ``request_checker.py`` makes requests of a prompt and its settings.
 
-To add a setting, touch two files: this one, and the module that uses it.
+To add a setting, touch two files: this one, and the module that uses it. For the service, also touch its ``schema.py`` and
+``request_settings.py``.
 """
 
 from __future__ import annotations

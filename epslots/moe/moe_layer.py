@@ -1,12 +1,14 @@
 """The life of a token batch in one MoE layer. transformers' experts module calls ``MoELayer`` with its router's choice.
 
     prepare    count the tokens of each expert; predict the next layer's experts (prefetcher.py)
-    plan       gather all ranks' counts (peers.py); decide who computes what, what is fetched and what evicted
-               (planner/layer_planner.py); order this rank's fetches and passes (expert_cache.py)
+    gather     all ranks' counts and predictions, on the host: the step's one synchronisation (peers.py)
+    plan       decide who computes what, what is fetched and what evicted (planner/layer_planner.py); order this rank's
+               fetches and passes (expert_cache.py)
     fetch      missing experts into slots, from the host store or a peer's slot; behind them the next layer's (prefetcher.py)
     dispatch   tokens to the ranks that compute them (token_dispatcher.py)
     execute    sort the pairs by slot; one grouped product for each pass (expert_compute.py)
     combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
+    migrate    behind all that, fetches for the placement's sake (expert_cache.py)
 
 One rank and many go the same way. Where no expert can be missing on any rank, a step takes no plan and no host
 synchronisation. No Python loop runs over tokens or experts.
