@@ -27,7 +27,7 @@ class QueueRoom:
         return self._free
 
     def take(self, count: int, *, wait: bool) -> bool:
-        """Take places; returns whether there were as many. Nobody gets ahead of callers that wait.
+        """Take places; returns whether there were as many. Callers that wait come first.
 
         Args:
             count: at most ``places``.

@@ -74,7 +74,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"step_target_ms={target!r}: allowed: None, or milliseconds, more than 0")
 
     def step_tokens(self, whole_prompts: bool) -> int:
-        """Tokens of one step, at most; ``whole_prompts``: a prompt is computed in one step, whatever its length."""
+        """Tokens of one step, at most; ``whole_prompts``: a prompt of any length is computed in one step."""
         return self.kv_tokens if whole_prompts else max(self.max_batch_tokens, self.max_requests)
 
 

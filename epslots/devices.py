@@ -52,7 +52,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def make_current(device: torch.device) -> None:
     """Make a GPU this thread's current one; a no-op for the CPU.
 
-    Triton launches on the current GPU, whatever device its arguments are on; pinned memory and transformers' continuous
+    Triton launches on the current GPU, and not on that of its arguments; pinned memory and transformers' continuous
     batching take it, too, and each GPU that is touched loses some hundred MB to a context.
     """
     if device.type == "cuda":

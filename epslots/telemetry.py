@@ -31,9 +31,9 @@ class LayerStats(msgspec.Struct, frozen=True):
     slots: int
     """Slots that the layer has, of ``num_experts``."""
     tokens_per_expert: tuple[int, ...]
-    """(token, k) pairs of this rank's tokens routed to each expert, on whichever rank they are computed."""
+    """(token, k) pairs of this rank's tokens routed to each expert, computed on any rank."""
     steps: int
-    """Forward passes with at least one token, on whichever rank."""
+    """Forward passes with at least one token on any rank."""
     hits: int
     """Uses that found the expert in a slot."""
     misses: int

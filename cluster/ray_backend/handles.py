@@ -125,7 +125,7 @@ class RayWorkerHandle(RayActorHandle):
         return 0 if self._lease is None else self._lease.term
 
     async def describe(self) -> RankDescription:
-        """The worker's state, whoever its driver is.
+        """The worker's state, under any driver.
 
         Raises:
             WorkerDied: there is no answer.

@@ -30,7 +30,7 @@ class ErrorAnswer(_Answer):
 
 
 class TokenUsage(_Answer):
-    """Tokens of a request; each prompt counts once, whatever n is."""
+    """Tokens of a request; each prompt counts once, for any n."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -151,7 +151,7 @@ class TemplateReader:
         self._unpassed += text
         try:
             events = self._parser.feed(text)
-        except Exception as error:  # the template's patterns and parsers meet whatever a model writes
+        except Exception as error:  # the template's patterns and parsers meet any text of a model
             return self._give_up(error)
         return self._deltas(events)
 

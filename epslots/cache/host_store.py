@@ -109,7 +109,7 @@ class HostStore:
     """An open store. Records are read-only; many processes may hold one store open.
 
     Args:
-        fd: an open file descriptor of the file or shared memory; the store's own from here on, whatever happens.
+        fd: an open file descriptor of the file or shared memory; the store's own from here on, also after an error.
         where: the store's name in messages.
         shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms this process alone.
         on_close: called once when the store is closed or dropped, or the process exits.

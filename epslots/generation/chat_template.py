@@ -42,7 +42,7 @@ class Chat:
     """A conversation, and how a template writes it.
 
     Attributes:
-        messages: mappings with "role", "content" and whatever else the template reads.
+        messages: mappings with "role", "content" and all else that the template reads.
         tools: JSON schemas of functions, in OpenAI's form; None = none.
         template: in place of the tokenizer's.
         add_generation_prompt: end with the beginning of the assistant's next message.

@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 def check_grammar(kind: GrammarKind, text: str) -> None:
-    """Refuse a grammar that can't be compiled, whatever the vocabulary. Takes about a millisecond.
+    """Refuse a grammar that can't be compiled for any vocabulary. Takes about a millisecond.
 
     Raises:
         ConfigError: says why.

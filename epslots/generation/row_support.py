@@ -31,7 +31,7 @@ class RowSupport:
     Attributes:
         modules: of attention that run row by row.
         rotaries: rotary embeddings that are computed row by row, because their angles depend on a row's length.
-        whole_prompts: a prompt is computed in one pass, whatever its length.
+        whole_prompts: a prompt is computed in one batch, at any length.
         replays: text that is computed again comes token by token, as it did the first time: in one pass it would get other
             angles, or other bits. Prompts of such models are whole, too.
         together: several rows share a pass.

@@ -88,7 +88,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         hidden_size: H, the width of a token between layers.
         vocab_size: V, the width of the logits.
         pages: the sizes of the paged cache, if the engine keeps requests in pages; None = in rows of the model's own cache.
-        whole_prompts: a prompt is computed in one step, whatever its length.
+        whole_prompts: a prompt of any length is computed in one step.
     """
 
     name: str

@@ -17,7 +17,7 @@ from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
 
 # The largest key: sorts an impossible choice behind all possible ones.
 _IMPOSSIBLE = np.iinfo(np.int64).max
-# One part in so many of the granted bytes is kept for migrations, whatever demand takes.
+# One part in so many of the granted bytes is kept for migrations, however much demand takes.
 KEPT_SHARE = 8
 
 

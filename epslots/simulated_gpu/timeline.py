@@ -1,7 +1,7 @@
 """The clock: when each queued operation starts and ends.
 
 Streams serve their operations in order. Each engine (the multiprocessors, and one copy engine a direction) serves one
-operation at a time, in the order in which they become ready, whatever the priority of their stream: so does CUDA with copies.
+operation at a time, in the order in which they become ready; priorities of streams don't count. So does CUDA with copies.
 Kernels of several streams share the multiprocessors one after the other, which is so for kernels that fill them.
 
 ``SimulatedMachine`` queues operations; nothing here knows torch. Times are seconds from the start.

@@ -223,7 +223,7 @@ def test_a_gpu_has_its_own():
 
 
 class FakeCuda:
-    """Streams whose work is done when it must be, or by chance: whatever an order of events leaves open may happen."""
+    """Streams whose work is done when it must be, or by chance: all that an order of events leaves open may happen."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -292,7 +292,7 @@ class FakeStream:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_copies_on_streams_are_in_order_with_what_computes(seed: int):
-    """Random fetches, reads and evictions of six slots: each read finds what was last fetched there, whatever runs when."""
+    """Random fetches, reads and evictions of six slots: each read finds the record last fetched there."""
     cuda = FakeCuda(seed)
     link = CudaEngine(CPU, cuda=cuda)
     choose = random.Random(seed)

@@ -141,13 +141,13 @@ def broken(change: str) -> SlotPool:
         pool.slot_of[0, 3] = 2
     elif change == "a slot that forgot":
         pool.expert_of[0] = -1
-    elif change == "a slot nobody knows":
+    elif change == "an unknown slot":
         pool.expert_of[1] = 1
     return pool
 
 
 @pytest.mark.parametrize(
-    "change", ["two experts in one slot", "a slot of another layer", "a slot that forgot", "a slot nobody knows"]
+    "change", ["two experts in one slot", "a slot of another layer", "a slot that forgot", "an unknown slot"]
 )
 def test_check_integrity_finds(change: str):
     with pytest.raises(AssertionError, match="layer 0"):

@@ -1,4 +1,4 @@
-"""Ranks outlive their driver: the next one adopts them as they are, whatever they were doing. The ranks are threads."""
+"""Ranks outlive their driver: the next one adopts them as they are, in the middle of anything. The ranks are threads."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def assert_logprobs(found: tuple[TokenLogprobs, ...], right: torch.Tensor, token
 
 @pytest.mark.parametrize("operation", [2, 14])
 def test_logprobs_come_once_whatever_is_lost(open_cluster: Any, folder: Path, operation: int):
-    """A rank is lost while prompts are computed, and among new tokens. They are the model's own whatever is sampled."""
+    """A rank is lost while prompts are computed, and among new tokens. They are the model's own, with any sampling."""
     cluster, backend = open_cluster(2, max_batch_tokens=16)
     backend.at(0, operation, "crash")
     settings = {"logprobs": 2, "prompt_logprobs": 1, "temperature": 0.9, "max_new_tokens": 12, "stop_tokens": (), "n": 2}

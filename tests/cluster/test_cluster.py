@@ -290,7 +290,7 @@ def test_starts_that_fail(open_cluster: Any, settings: dict[str, Any], error: ty
 def test_ranks_that_can_not_reach_each_other(open_cluster: Any):
     backend = FakeBackend()
     backend.unreachable |= {0, 1}
-    with pytest.raises(ClusterError, match=r"could not form a group, 5 times in a row.*nobody is there.*firewalls"):
+    with pytest.raises(ClusterError, match=r"could not form a group, 5 times in a row.*no rank is there.*firewalls"):
         open_cluster(2, backend)
 
 
@@ -542,7 +542,7 @@ def test_close_ends_everything(open_cluster: Any):
 
 
 def test_an_idle_cluster_sleeps(open_cluster: Any, folder: Path):
-    """Once all have said that they sleep, no exchange is made until a request comes; to whichever rank, and however often."""
+    """Once all have said that they sleep, no exchange is made until a request comes; to any rank, and however often."""
     cluster, backend = open_cluster(3)
     for _ in range(5):
         assert tokens_of(cluster.generate(PROMPTS[:1], max_new_tokens=3, stop_tokens=())) == expected(folder, PROMPTS[:1], 3)
@@ -571,7 +571,7 @@ def test_an_idle_cluster_without_requests_is_left_alone(open_cluster: Any):
         return awaited
 
     assert cluster._thread.call(give_up()) == 2
-    assert len(cluster.stats().ranks) == 2  # whoever asks later is answered after all that was asked before
+    assert len(cluster.stats().ranks) == 2  # a later question is answered after all earlier ones
     assert not supervisor._reports
 
 

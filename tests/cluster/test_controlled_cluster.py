@@ -1,4 +1,4 @@
-"""A cluster whose controller moves experts about, and is lost: every token is the model's own, and nobody waits."""
+"""A cluster whose controller moves experts about, and is lost: every token is the model's own, and no request waits."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def folder(checkpoint: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def open_cluster(folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Windows of two steps, fetches that cost next to nothing, and nobody waits before another controller is hired."""
+    """Windows of two steps, fetches that cost next to nothing, and another controller is started at once."""
     monkeypatch.setattr(controller_client, "_BACKOFF_S", 0.001)
     before, opened = set(threading.enumerate()), []
 

@@ -256,7 +256,7 @@ def test_a_group_that_has_carried_its_placement_over():
     planner = Planner(moves=True)
     there = controller(planner)
     there.answer(meeting(placement_of(2)))
-    assert there.answer(told(1, 2)).set_placement is not None  # 1, which reaches nobody: the group breaks
+    assert there.answer(told(1, 2)).set_placement is not None  # 1, which reaches no rank: the group breaks
     carried = carry_over(placement_of(2), [0, -1, 1][:2], placement_of(3).quota_LR)
     reply = there.answer(meeting(carried, epoch=1))
     assert carried.version == 1

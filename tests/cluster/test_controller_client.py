@@ -1,4 +1,4 @@
-"""The driver's side of the controller, without ranks: it is kept alive, told, and obeyed; and nobody waits for it."""
+"""The driver's side of the controller, without ranks: it is kept alive, told, and obeyed; and no rank waits for it."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
             assert sorted(controller_client._waiting) == [2, 3]
             assert all(len(heard) == 2 for heard in controller_client._waiting.values())
             assert controller_client.stats().windows_dropped == 2 * 46
-            ranks.tell(2)  # whoever repeats itself takes no more room
+            ranks.tell(2)  # a rank that repeats itself takes no more room
             assert all(len(heard) == 2 for heard in controller_client._waiting.values())
             backend.gate.set()
             await until(lambda: len(backend.orders) == 3)
@@ -320,7 +320,7 @@ def test_what_comes_too_late_for_a_group_does_not_reach_the_next(run: Run):
             assert not ranks.places
             met = backend.orders[-1]
             assert isinstance(met, Attach)
-            assert met.published == 1  # nobody follows it, and its number is never used again
+            assert met.published == 1  # no rank follows it, and its number is never used again
             ranks.tell(1)
             await until(lambda: ranks.places)
             assert ranks.places == [(0, 2), (1, 2), (2, 2)]

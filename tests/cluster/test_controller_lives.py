@@ -1,4 +1,4 @@
-"""A controller's lives, by hypothesis: whatever is lost and whoever lies, versions grow, and what is kept is bounded."""
+"""A controller's lives, by hypothesis: after any loss and any lie, versions grow, and the memory is bounded."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(bad=st.sampled_from(sorted(BAD)), data=st.data())
     def nonsense(self, bad: str, data: st.DataObject) -> None:
-        if bad == "a placement that nobody published":
+        if bad == "a placement that was never published":
             return
         self.number += 1
         self.planner.moves = True

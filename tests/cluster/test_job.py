@@ -191,7 +191,7 @@ def test_a_refused_line_keeps_its_names(job: JobSettings):
     ]
     job.prompts.write_bytes(b"\n".join(row for row, _ in rows) + b"\n" + GOOD)
     assert run(job, FakeCluster(fail_after=7)) == 3
-    assert run(job, FakeCluster()) == 1, "the output is read again, whatever the names"
+    assert run(job, FakeCluster()) == 1, "the output is read again, by other names, too"
     found = results(job)
     assert sorted(found) == list(range(1, len(rows) + 21))
     for number, (_, names) in enumerate(rows, start=1):

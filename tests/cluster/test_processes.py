@@ -77,7 +77,7 @@ def test_killed_in_the_middle_of_a_step(open_cluster: Any, folder: Path, ranks: 
 
 
 def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nobody may kill the stopped process here, so that it really goes on; whatever it says then isn't heard."""
+    """The stopped process isn't killed here, so that it really goes on; its messages are no longer heard."""
     cluster, backend = open_cluster(2)
     stopped, given_up = backend.workers[1], threading.Event()
     monkeypatch.setattr(stopped, "kill", given_up.set)
@@ -93,7 +93,7 @@ def test_stopped_and_continued_when_it_is_too_late(open_cluster: Any, folder: Pa
     stopped.said.clear()
     again = running(cluster, 40)
     os.kill(stopped.pid, signal.SIGCONT)
-    assert stopped.said.wait(PATIENCE_S)  # that its group is broken; and nobody listens
+    assert stopped.said.wait(PATIENCE_S)  # that its group is broken; and no driver listens
     assert [one.result(PATIENCE_S).tokens for one in again] == [tokens[:40] for tokens in right]
     assert cluster.stats().epoch == generation
     assert cluster.ranks == 2

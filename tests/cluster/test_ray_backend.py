@@ -39,7 +39,7 @@ def local(ray_tokens: None) -> Iterator[PatientDriver]:
 
 @pytest.fixture(scope="module")
 def workers(local: PatientDriver) -> list[RayWorkerHandle]:
-    """One on each bundle. Whoever ends one puts another in its place."""
+    """One on each bundle. A test that ends one puts another in its place."""
     return [local.start_worker(bundle) for bundle in range(2)]
 
 

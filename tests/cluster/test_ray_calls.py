@@ -68,7 +68,7 @@ class Silent:
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_call_to_a_ray_that_has_ended_is_over(cancelled: bool):
-    """Or the next controller would be a minute late. Whoever cancels the call as well sees that it is cancelled."""
+    """Or the next controller would be a minute late. A caller that cancels it as well sees that it is cancelled."""
 
     async def ask_and_forget() -> None:
         controller = RayControllerHandle(Silent())
@@ -125,6 +125,6 @@ def test_a_process_that_has_ended_is_found_also_as_a_zombie(tmp_path: Path):
         process.suspend()
         assert watch.ended() == ""
         child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # its exit status hasn't been read
         assert process.status() == psutil.STATUS_ZOMBIE
         assert watch.ended() == f"its raylet (pid {child.pid}) has ended"

@@ -48,7 +48,7 @@ def ask_again():
     while True:
         try:
             return ask(texts, prompt)
-        except OSError:  # nobody listens, or not for long
+        except OSError:  # no service listens, or not for long
             threading.Event().wait(0.05)
 
 replica, ranks = pids("ServeReplica"), pids("WorkerActor")

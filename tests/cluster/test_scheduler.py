@@ -302,7 +302,7 @@ class Books(RuleBasedStateMachine):
 
 
 class Sleepers(RuleBasedStateMachine):
-    """Ranks that sleep when nobody has work, messages that take any time: a rank is never left waiting for sleeping ones."""
+    """Ranks that sleep when none has work, messages that take any time: a rank is never left waiting for sleeping ones."""
 
     @initialize(ranks=st.integers(1, 4))
     def begin(self, ranks: int) -> None:

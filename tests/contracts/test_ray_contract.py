@@ -36,7 +36,7 @@ def test_messages_of_ray_can_be_switched_off():
 
 
 def test_a_running_ray_can_be_asked_before_it_is_joined():
-    """``ray.init`` takes two minutes to find that nobody is there, and 20 s for a wrong token."""
+    """``ray.init`` takes two minutes to find that no Ray is there, and 20 s for a wrong token."""
     assert next(iter(inspect.signature(canonicalize_bootstrap_address).parameters)) == "addr"
     assert next(iter(inspect.signature(init_grpc_channel).parameters)) == "address"
     assert "warn_if_disabled" in inspect.signature(maybe_enable_token_auth_if_token_available).parameters

@@ -89,7 +89,7 @@ def test_triton_equals_torch_in_any_state(state: dict[str, Any]):
 @interpreted
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_what_is_copied_and_what_is_not(count: int, monkeypatch: pytest.MonkeyPatch):
-    """Entries past the count are left alone, whatever the number of programs; so are slots that nothing goes to."""
+    """Entries past the count are left alone, by any number of programs; so are slots that nothing goes to."""
     import epslots.cuda_graph.triton_kernels as module
 
     for programs in (1, 5, 64):
@@ -125,7 +125,7 @@ def compiled(name: str, constants: dict[str, int], capability: int, warps: int) 
 @outside
 @pytest.mark.parametrize("capability", [80, 90])
 def test_copies_are_of_16_bytes(capability: int):
-    """On a link each request costs the same, whatever it brings."""
+    """On a link each request costs the same, for any number of bytes."""
     assert LAYOUT.nbytes % 16 == 0
     from epslots.cuda_graph.triton_kernels import GATHER_WARPS, GATHER_WORDS
 

@@ -160,7 +160,7 @@ def test_no_tokens_at_all(checkpoint: Callable[[str], Path], cache_dir: Path):
 
 
 def test_nan_spoils_its_own_token_alone(checkpoint: Callable[[str], Path], cache_dir: Path):
-    """Whatever a NaN makes the router choose, other tokens of the batch are not touched."""
+    """A NaN makes the router choose anything; other tokens of the batch are not touched."""
     folder = checkpoint("qwen3_moe")
     model = load(folder, cache_dir)
     embeds = model.get_input_embeddings()(zoo.random_ids(2, 12))

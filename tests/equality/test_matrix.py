@@ -1,4 +1,4 @@
-"""Invariant 1 as a matrix, architecture x mode: whatever the mode, a loaded model answers as plain transformers does.
+"""Invariant 1 as a matrix, architecture x mode: in any mode, a loaded model answers as plain transformers does.
 
 What an architecture decides is how its experts are stored and called; what a mode decides is where they are computed and when
 they come. So the modes of one rank that differ in slots alone run with every architecture, all others with one architecture

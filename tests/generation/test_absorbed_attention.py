@@ -1,4 +1,4 @@
-"""Attention on latents equals plain transformers, whichever way it is computed, and leaves the model as it was."""
+"""Attention on latents equals plain transformers, computed either way, and leaves the model as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests advanced step by step give what generate gives, whatever the cache, the batch and the failures."""
+"""Requests advanced step by step give generate's tokens, with any cache, batch and failure."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_cancelling(batcher_class: type, built: Callable[[str], PreTrainedModel]
         batcher.add(request)
     collected = Collected(batcher).run(3)
     batcher.cancel("r2")
-    batcher.cancel("nobody")
+    batcher.cancel("unknown")
     assert [output.id for output in collected.take()] == ["r2"]
     # Between a step's preparation and its run: the step is run, and what it says of the request doesn't count.
     assert batcher.prepare()

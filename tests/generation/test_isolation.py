@@ -94,7 +94,7 @@ def test_guilty_requests_come_out_and_others_pass_once(size: int, guilty: set[in
     ],
 )
 def test_mates_get_the_tokens_they_would_get_without_it(name: str, way: str):
-    """Prompts in one chunk and in several, guilty ones among them; and whoever gets the guilty one's pages."""
+    """Prompts in one chunk and in several, guilty ones among them; and requests that get the guilty one's pages."""
     model = zoo.ZOO[name].build()
     mates = requests_of(((3, 12), (70, 8), (17, 5), (40, 1), (33, 3), (1, 10)))
     mates[2] = replace(mates[2], sampling=Sampling(0.9, seed=3))

@@ -194,7 +194,7 @@ def test_a_rank_that_breaks_every_group_gives_up(checkpoint: Checkpoints, cache_
 
 
 def test_callers_of_the_model_itself_end_the_step_of_all(checkpoint: Checkpoints, cache_dir: Path):
-    """They may make no further step, so nobody must wait for one."""
+    """They may make no further step, so no rank may wait for one."""
     grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, [3, 2])
     Guilt(grouped.models[0], 20, 0, ZeroDivisionError("x"))
 

@@ -269,7 +269,7 @@ def test_biases_force_and_forbid():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("vocabulary", [31, 32, 33, 64, 100])
 def test_a_mask_of_one_token_leaves_it(vocabulary: int, temperature: float):
-    """Whatever the other settings; at each bit of a word, the sign among them."""
+    """With any other settings; at each bit of a word, the sign among them."""
     sampling = Sampling(temperature, 3, 0.5, min_p=0.9, repetition_penalty=9.0, logit_bias=((5, 100.0),), min_tokens=3)
     for only in range(vocabulary):
         entry = entry_of(sampling, [only], [only], stops=[only])

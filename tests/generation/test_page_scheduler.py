@@ -1,4 +1,4 @@
-"""Who computes, who is admitted and who gives way in steps over pages: nobody waits for ever, and nothing is lost."""
+"""Computing, admission and preemption in steps over pages: no request waits for ever, and none is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request asks for, it gets in pages, too: among any others, and after whatever happens to a step."""
+"""A request gets all that it asks for in pages, too: among any others, and after any failure of a step."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_a_cancelled_request_is_chosen_for_without_effect(plain: Plain):
 @settings(max_examples=5, deadline=None)
 @given(steps=st.lists(st.integers(1, 8), max_size=6), lost=st.booleans())
 def test_a_moved_request_continues_where_it_was(steps: list[int], lost: bool, plain: Plain):
-    """In its text, its grammar and its prompt's log-probabilities, and whatever its last batcher didn't return."""
+    """In its text, its grammar and its prompt's log-probabilities, and all that its last batcher didn't return."""
     requests, got = list(plain.requests.values()), Got()
     for count in (*steps, 10_000):
         batcher = opened(plain.model, chunk=16, rows=6)

@@ -1,4 +1,4 @@
-"""Models whose positions depend on a sequence's length give the tokens of generate, whatever was served before or beside."""
+"""Models whose positions depend on a sequence's length give the tokens of generate, after and beside any other requests."""
 
 from __future__ import annotations
 

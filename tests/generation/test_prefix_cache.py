@@ -117,7 +117,7 @@ def test_a_prompts_last_token_is_always_computed(built: Callable[[str], PreTrain
 
 
 def test_each_model_has_pages_of_its_own(built: Callable[[str], PreTrainedModel]):
-    """Two batchers share nothing, whatever their prompts."""
+    """Two batchers share nothing, not even of the same prompt."""
     request = Request("a", COMMON, 4)
     for name in ("mixtral", "deepseek_v3"):
         batcher = PagedBatcher(built(name), kv_tokens=256)
@@ -195,7 +195,7 @@ def test_of_one_request_the_last_pages_give_way_first(built: Callable[[str], Pre
 
 
 def test_pages_of_a_preempted_request_are_used_again(built: Callable[[str], PreTrainedModel]):
-    """As far as nobody took them meanwhile: it goes on from there, with its random numbers, and loses nothing."""
+    """As far as no other request took them meanwhile: it goes on from there, with its random numbers, and loses nothing."""
     model = built("mixtral")
     requests = [Request(str(n), prompt_of(30, seed=n), 30, sampling=Sampling(1.0, seed=n)) for n in range(3)]
     expected = {request.id: drawn(model, request) for request in requests}

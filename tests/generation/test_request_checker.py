@@ -41,7 +41,7 @@ def request(one: RequestChecker, prompt: Prompt, settings: GenerationSettings = 
 
 
 class Untouched(Sequence[int]):
-    """A prompt that says how long it is, and that nobody may read."""
+    """A prompt that says how long it is, and refuses to be read."""
 
     def __len__(self) -> int:
         return 10**8

@@ -161,7 +161,7 @@ def test_a_prompt_given_up_halfway_is_computed_again():
 
 
 def test_a_row_that_failed_is_no_beginning_of_others():
-    """Whatever made its numbers NaN for a moment is gone; what it left in the row isn't."""
+    """The cause of its NaNs is gone; the numbers that it left in the row are not."""
     model = MODELS["deepseek_v3"].build()
     batcher = RowBatcher(model, kv_tokens=256, max_requests=2, max_batch_tokens=64)
     handle = model.model.layers[0].register_forward_hook(lambda _module, _inputs, output: output.fill_(torch.nan))

@@ -41,7 +41,7 @@ def test_only_these_models_are_computed_otherwise(name: str):
 
 
 class KeepsMore(DynamicLayer):
-    """A layer of a class that nobody knows."""
+    """A layer of an unknown class."""
 
 
 def test_a_subclass_is_not_taken_for_its_parent():

@@ -1,4 +1,4 @@
-"""Whoever looks ahead knows which token precedes which, in batches whose requests come, go and are cut in pieces."""
+"""Predictors know which token precedes which, in batches whose requests come, go and are cut in pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that are kept in rows get what plain generate gives each of them alone, whatever the model's layers keep."""
+"""Requests that are kept in rows get plain generate's tokens of each alone, for all that a model's layers may keep."""
 
 from __future__ import annotations
 

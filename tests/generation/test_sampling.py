@@ -80,7 +80,7 @@ def test_numbers_are_those_of_splitmix64(pairs: list[tuple[int, int]]):
 
 
 def test_known_numbers():
-    """Whoever changes them changes the tokens of every request there is."""
+    """Other numbers would change the tokens of every request there is."""
     assert splitmix64(0) == 0xE220A8397B1DCDAF, "the generator's first number from 0, as published"
     assert uniform_numbers([0, 1, 2**63 - 1], [0, 1, 7]).tolist() == [
         0.28176129772258496,

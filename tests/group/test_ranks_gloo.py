@@ -89,7 +89,7 @@ def generate_synced(rank: Rank, folder: Path, cache_dir: Path) -> list[int]:
 
 
 def test_generate_with_synced_gpus(checkpoint: Checkpoints, cache_dir: Path):
-    """transformers' own way to keep ranks in step: those that are done go on with tokens that nobody wants."""
+    """transformers' own way to keep ranks in step: those that are done go on with tokens that are thrown away."""
     folder = checkpoint("qwen3_moe")
     reference = zoo.reference(folder)
     for rank, tokens in enumerate(run_ranks(generate_synced, 2, folder, cache_dir)):

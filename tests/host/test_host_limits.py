@@ -29,7 +29,7 @@ V1 = "32 31 0:29 {root} {at} rw,relatime - cgroup cgroup rw,{controller}"
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of 64 GiB with 16 cores, whatever runs the tests; without limits of the process itself."""
+    """A machine of 64 GiB with 16 cores, on any real machine; without limits of the process itself."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=48 * GIB))
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)

@@ -333,7 +333,7 @@ def test_copies_have_the_same_content(folder: Path, tmp_path: Path):
 
 
 def test_content_differs_with_any_tensor(other: Path):
-    """Each is sampled: copies that differ in one expert are told apart, whatever their dates."""
+    """Each is sampled: copies that differ in one expert are told apart, also with equal dates."""
     path = other / SINGLE_NAME
     before = open_checkpoint(other).content
     tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}

@@ -186,7 +186,7 @@ def test_end_tokens_are_tokens_of_the_model(folder: Path):
 
 
 def test_a_skeleton_is_stopped_where_it_outgrows_the_files(checkpoint: Checkpoints):
-    """The parameters made are counted, whatever the configuration calls its layers."""
+    """The parameters made are counted, by any name of its layers."""
     config = AutoConfig.from_pretrained(checkpoint(NAME))
     config.num_hidden_layers = 500
     config.layer_types = ["full_attention"] * 500

@@ -189,7 +189,7 @@ def test_the_shape_carries_name_and_dtype_and_halves_with_it() -> None:
     full, half = shape_of(ZOO["mixtral"]), shape_of(ZOO["mixtral"], "bfloat16")
     assert (full.name, full.dtype, half.dtype) == ("mixtral", "float32", "bfloat16")
     assert half.expert_bytes * 2 == full.expert_bytes
-    # Rotary frequencies stay in fp32, whatever the model's dtype: 2 buffers of 8.
+    # Rotary frequencies stay in fp32, for any dtype of the model: 2 buffers of 8.
     assert half.dense_bytes * 2 == full.dense_bytes + 2 * 8 * FP32
     assert full.parameters - half.parameters in range(-100, 100)
 

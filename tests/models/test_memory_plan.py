@@ -159,7 +159,7 @@ def test_shares_are_as_equal_as_slots_of_one_size_allow(experts: list[int], slot
     layers = moe_layers(*((e, 256) for e in experts))
     quotas = resolve_quotas(SlotsSetting(total_bytes=256 * (len(layers) + slots)), layers, None)
     assert sum(quotas) == min(len(layers) + slots, sum(experts))
-    # Nobody was given a slot that left it above what another, which still lacks slots, would have had with it.
+    # No layer was given a slot that left it above what another, which still lacks slots, would have had with it.
     for a, ea in zip(quotas, experts, strict=True):
         for b, eb in zip(quotas, experts, strict=True):
             if a > 1 and b < eb:
@@ -494,7 +494,7 @@ def test_the_command_plans_from_configuration_and_headers(tmp_path: Path) -> Non
     assert 0 < given["checkpoint_bytes"] - given["dense_bytes"] - given["host_store_bytes"] < 50_000
     half = json.loads(run("--model", str(folder), "--memory", "4GiB", "--dtype", "bfloat16", "--json").stdout)
     assert half["host_store_bytes"] * 2 == given["host_store_bytes"]
-    # Without --memory it is this machine's: whatever it has, the plan compares with it.
+    # Without --memory it is this machine's, with which the plan compares.
     assert json.loads(run("--model", str(folder), "--json").stdout)["memory_bytes"] > 0
 
 

@@ -1,4 +1,4 @@
-"""batch_invariant=True: a token's logits have the same bits whatever its batch, its prompt's chunks, slots and ranks are."""
+"""batch_invariant=True: a token's logits have the same bits in any batch, with any chunks, slots and ranks."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_activations_by_element(function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype):
-    """Whatever the tensor's size and strides, as torch's to rounding."""
+    """For any size and strides of the tensor, as torch's to rounding."""
     numbers = (torch.randn(9900) * 4).to(dtype)
     with batch_invariant_functions():
         whole = function(numbers)

@@ -1,4 +1,4 @@
-"""Looking ahead changes no result, on one rank or several, however late what is fetched comes and whatever was predicted."""
+"""Looking ahead changes no result, on one rank or several, however late fetches come and however wrong predictions are."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_prefetches_count_where_their_bytes_do(checkpoint: Checkpoints, cache_di
 
 
 class HurriedLink(LateLink):
-    """Counts what is waited for, and what of it nobody had said is needed: it would come behind the step's misses."""
+    """Counts awaited transfers, and those of them that were never made urgent: it would come behind the step's misses."""
 
     def __init__(self) -> None:
         super().__init__()

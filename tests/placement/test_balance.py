@@ -48,7 +48,7 @@ def test_a_live_split_is_level_per_speed():
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_live_split_is_the_best_there_is(data: st.DataObject):
-    """By Hall's condition for fractions: no set of ranks must do more than all experts held by nobody outside of it."""
+    """By Hall's condition for fractions: no set of ranks must do more than all experts that no rank outside of it holds."""
     ranks, experts = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     bits = data.draw(st.lists(st.integers(1, 2**ranks - 1), min_size=experts, max_size=experts))
     loads = np.array([data.draw(st.lists(st.integers(0, 50), min_size=experts, max_size=experts))])

@@ -161,17 +161,17 @@ def test_moves_stand_behind_the_demand_of_the_step():
 
 
 def test_prefetches_and_migrations_share_one_budget():
-    nobody = np.zeros(4, np.int64)
+    zeros = np.zeros(4, np.int64)
     for ahead in (False, True):
-        state, migration = LayerState(np.zeros((1, 4), bool), np.array([4]), nobody), MigrationBudget(1, BYTES, BYTES)
+        state, migration = LayerState(np.zeros((1, 4), bool), np.array([4]), zeros), MigrationBudget(1, BYTES, BYTES)
         budgets = FetchBudgets(PrefetchBudget(1, 2 * BYTES), migration)
         layer = LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=budgets)
-        state.adopt(nobody, np.array([[True, False, False, False]]))
+        state.adopt(zeros, np.array([[True, False, False, False]]))
         migration.renew()
         if ahead:
-            found = layer.prefetch(np.array([[0, 0, 255, 0]]), lambda: nobody, np.array([False]))
+            found = layer.prefetch(np.array([[0, 0, 255, 0]]), lambda: zeros, np.array([False]))
             assert found is not None and found.experts.tolist() == [2]
-        moves = layer.decide(np.zeros((1, 4), np.int64), lambda: nobody).migrations
+        moves = layer.decide(np.zeros((1, 4), np.int64), lambda: zeros).migrations
         assert len(moves) == (not ahead)
         assert budgets.prefetch.experts(BYTES).tolist() == [1], "an expert of two has been fetched, one way or the other"
 

@@ -323,7 +323,7 @@ def test_ranks_are_renumbered_so_that_copies_stay():
     assert np.array_equal(renumber(held[:, order], held, quota, np.ones(5)), held)
     speeds = np.array([1.0, 1, 1, 1, 2])
     kept = renumber(held[:, order], held, quota, speeds)
-    assert np.array_equal(kept[:, 4], held[:, order][:, 4])  # the fast rank has nobody to trade places with
+    assert np.array_equal(kept[:, 4], held[:, order][:, 4])  # the fast rank has no other to trade places with
 
 
 def test_the_spread_of_normal_numbers():

@@ -28,7 +28,7 @@ def test_a_plan_computes_every_pair_once_and_keeps_its_word(situation: Situation
     assert found.experts_U.tolist() == np.flatnonzero(situation.counts_RE.any(0)).tolist()
     assert (found.computed_RU >= 0).all()
     assert found.computed_RU.sum(0).tolist() == counts_RU.sum(0).tolist()
-    # Whoever computes an expert holds it or fetches it, once.
+    # A rank that computes an expert holds it or fetches it, once.
     missing = (found.computed_RU > 0) & ~situation.holds_RE[:, found.experts_U]
     fetches = list(zip(found.fetch_ranks.tolist(), found.fetch_experts.tolist(), strict=True))
     columns = {e: u for u, e in enumerate(found.experts_U.tolist())}

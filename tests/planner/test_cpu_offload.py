@@ -60,16 +60,16 @@ def test_experts_the_policy_would_not_keep_are_not_fetched():
     assert served(costs(), [500], displaces=[True]) == [False], "unless it is the cheaper way"
 
 
-def test_tolls_are_forgotten():
+def test_old_costs_are_forgotten():
     share = CpuShare(2, 3, costs(), concurrent=False)
     ranks, experts, pairs = np.array([0, 1]), np.array([2, 2]), np.array([1, 9])
     share.choose(1, ranks, experts, pairs, np.zeros(2, bool))
     first = share.cpu_ns_RE.copy()
     assert (first[:, 2] == [308, 300 + 90 - 10]).all() and first.sum() == 308 + 380
-    nobody = np.zeros(0, np.int64)
-    share.choose(HALVING_STEPS, nobody, nobody, nobody, np.zeros(0, bool))
+    none = np.zeros(0, np.int64)
+    share.choose(HALVING_STEPS, none, none, none, np.zeros(0, bool))
     assert (share.cpu_ns_RE == first // 2).all()
-    share.choose(10**9, nobody, nobody, nobody, np.zeros(0, bool))
+    share.choose(10**9, none, none, none, np.zeros(0, bool))
     assert not share.cpu_ns_RE.any()
 
 

@@ -27,7 +27,7 @@ def window(holds_E: np.ndarray, quota: int, random: np.random.Generator) -> tupl
 @settings(max_examples=300)
 @given(situations())
 def test_every_rank_foresees_what_every_other_rank_does(situation: Situation):
-    """Each rank, from its own window, ends with just the residents that all ranks expect; whatever the plan."""
+    """Each rank, from its own slots, ends with just the residents that all ranks expect, by any plan."""
     found = assign(*situation.arguments)
     needed_RE = np.zeros_like(situation.holds_RE)
     needed_RE[:, found.experts_U] = found.computed_RU > 0

@@ -58,7 +58,7 @@ def test_the_curve_by_scores_is_close_to_the_policys_misses(policy: str, seed: i
     error_C, error_by_recency_C = (np.abs(misses_by_slots(h)[1:] - misses_C) / ids.size for h in (histogram_D, by_recency_D))
     assert error_C[3:].max() <= 0.03, "up to what a step uses it runs in passes"
     assert error_C.mean() < 0.5 * error_by_recency_C.mean()
-    assert histogram_D[24] == misses_C[-1] == 24, "first uses miss, whatever the slots"
+    assert histogram_D[24] == misses_C[-1] == 24, "first uses miss, with any slots"
 
 
 def test_what_the_last_step_used_stands_above_all():

@@ -265,7 +265,7 @@ def test_a_caller_says_what_follows_what():
 
 @pytest.mark.parametrize("tokens", [3, 700])
 def test_rows_that_were_not_kept_are_nobody_s(tokens: int):
-    """Whatever a caller says of a step that the layer wasn't asked about, or of which there is no more."""
+    """A step that the layer wasn't asked about, or of which there is no more, changes nothing."""
     estimator = fitted(history=True)
     found, second = predictor(estimator), torch.randn(2, 5)
     found.set_previous_rows(torch.tensor([-tokens, -1]))
@@ -521,7 +521,7 @@ def test_layers_that_text_passes_by_are_not_told_of(checkpoint: Callable[[str], 
 
 
 def test_layers_that_see_some_of_the_tokens_are_not_told_of(checkpoint: Callable[[str], Path], cache_dir: Path):
-    """Every other token counts as an image's: nobody could say whose hidden state is whose."""
+    """Every other token counts as an image's: hidden states and tokens would no longer match."""
     model: Any = epslots.load(checkpoint("ernie4_5_vl_moe"), slots="100%", device="cpu", cache_dir=cache_dir, progress=False)
     decoder = model.get_decoder()
 

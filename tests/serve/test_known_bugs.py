@@ -49,7 +49,7 @@ def test_characters_are_whole_in_streams(client: Client):
 
 
 def test_bytes_of_partial_characters_are_exact(client: Client):
-    """All of them together are the text's, whatever a token's own text looks like."""
+    """All of them together are the text's, for any text of a single token."""
     body: Any = {"messages": HELLO, "logprobs": True}
     content = client.post(CHAT, body).json["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(each["bytes"]) for each in content).removesuffix(b"<eos>").decode().startswith(TEXT)

@@ -117,7 +117,7 @@ def test_many_pages_share_one_look(busy: BusyCluster):
 
 
 def test_a_slow_page_misses_frames(busy: BusyCluster):
-    """It gets the newest when it is back, and holds up nobody."""
+    """It gets the newest when it is back, and holds up no other viewer."""
 
     async def look() -> None:
         async with feeding(busy.stats) as (_, feed):

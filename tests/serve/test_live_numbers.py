@@ -59,7 +59,7 @@ def test_one_sample_has_no_changes():
 
 
 def test_a_replaced_rank_begins_anew():
-    """Its counters are another process's: what it has counted before its first sample is nobody's traffic."""
+    """Its counters are another process's: what it has counted before its first sample isn't this service's traffic."""
     window = window_of(sample(0, {"a": 10, "b": 20}), sample(1, {"a": 12, "c": 1_000}))
     assert window.changes() == [{"new_tokens": 2, "hits": 4}, {"new_tokens": 0, "hits": 0}]
     window.add(sample(2, {"a": 12, "c": 1_003}))

@@ -58,7 +58,7 @@ def test_the_clusters_numbers_are_there():
 
 
 def test_ranks_are_asked_once_a_second_at_most():
-    """However many look; and not at all while nobody does."""
+    """However many look; and not at all without a viewer."""
     with ScriptedCluster() as cluster, serving(cluster) as client:
         client.post(COMPLETIONS, {"prompt": "a"})
         assert cluster.asked_stats == 0

@@ -219,7 +219,7 @@ def test_answers_say_what_they_are():
 
 
 def test_nothing_is_fetched_from_urls():
-    """Of images, files, schemas: what would be read from elsewhere is refused by its name, and nobody is asked."""
+    """Of images, files, schemas: what would be read from elsewhere is refused by its name, without a request."""
     with ScriptedCluster() as cluster, serving(cluster) as client, socket.create_server(("127.0.0.1", 0)) as bait:
         url = f"http://127.0.0.1:{bait.getsockname()[1]}/x"
         parts = [

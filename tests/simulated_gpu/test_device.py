@@ -179,7 +179,7 @@ def test_memory_is_bounded_and_freed():
 
 
 def test_a_copy_engine_serves_in_order_of_readiness(gpu: SimulatedMachine):
-    """A small copy behind a large one waits for it, whatever the priority of its stream; kernels go on."""
+    """A small copy behind a large one waits for it, at any priority of its stream; kernels go on."""
     large, small, urgent = pinned(5 * MB), pinned(1), torch.cuda.Stream(priority=-1)
     targets = torch.empty(5 * MB, dtype=torch.uint8, device="cuda"), torch.empty(1, dtype=torch.uint8, device="cuda")
     gpu.reset()

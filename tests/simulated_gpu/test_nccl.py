@@ -234,7 +234,7 @@ def test_connecting_happens_on_the_ranks_gpu(gpus: SimulatedMachine):
 
 
 def test_a_users_group_gets_a_twin_for_epslots(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
-    """Whatever its backend, and made after the environment is set; the user's own group is left alone."""
+    """With any backend, and made after the environment is set; the user's own group is left alone."""
     for name in nccl.ENVIRONMENT:
         monkeypatch.setenv(name, "1")
     made: list[dict[str, Any]] = []

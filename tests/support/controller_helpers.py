@@ -137,7 +137,7 @@ BAD: dict[str, bytes] = {
     "reuse of another size": window(reuse=b""),
     "hits of another model": window(hits=(1,) * (LAYERS + 1)),
     "misses negative": window(misses=(-1,) * LAYERS),
-    "a placement that nobody published": window(placement=1),
+    "a placement that was never published": window(placement=1),
     "pending_migrations negative": window(pending_migrations=-5),
     "steps negative": window(steps=-1),
 }

@@ -34,7 +34,7 @@ from tests.support.clock_loop import ClockLoop
 from tests.support.rank_helpers import PATIENCE_S
 
 Fault = Literal["crash", "vanish", "freeze", "raise"]
-"""crash: the process dies and that is known at once; vanish: nobody says so; freeze: it stops; raise: an error of its own."""
+"""crash: the process dies and that is known at once; vanish: without notice; freeze: it stops; raise: an error of its own."""
 
 
 ControllerFault = Literal["crash", "hang", "stall", "garbage", "bug"]
@@ -52,7 +52,7 @@ class _Killed(BaseException):
     """Ends a dead worker's thread."""
 
 
-# transformers' loading changes globals, and two at once would leave them changed: whoever loads in this process holds it.
+# transformers' loading changes globals, and two at once would leave them changed: a load in this process holds it.
 LOADING = threading.Lock()
 
 
@@ -177,7 +177,7 @@ class FakeWorker:
         if self._backend.refuse_forming:
             raise PeerLost(self._backend.refuse_forming.pop())
         if self.bundle in self._backend.unreachable:
-            raise PeerLost("nobody is there, says the test")
+            raise PeerLost("no rank is there, says the test")
         return _Transport(self._backend.hub(form), form.rank, self)
 
     def _pump(self) -> None:

@@ -1,4 +1,4 @@
-"""A link that is as late as it may be, and predictions that are as wrong: whoever reads too early reads garbage."""
+"""A link that is as late as it may be, and predictions that are as wrong: a read that comes too early reads garbage."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Rank:
 
     def end_after(self, seconds: float) -> None:
         """Have this process end, and leave its stacks behind, unless it has returned by then. The last call counts."""
-        # Ends the process even if nobody is left to kill it. The file stays open for that.
+        # Ends the process even if its parent is gone. The file stays open for that.
         faulthandler.dump_traceback_later(seconds, exit=True, file=(self.folder / f"stack{self.rank}").open("w"))
 
 

@@ -66,10 +66,10 @@ class RayNodes:
             temp_dir=self._folder,
             object_store_memory=80 * 2**20,
             include_dashboard=first and self._dashboard,
-            include_log_monitor=False,  # nobody reads what it sends to drivers, nor asks for other nodes
+            include_log_monitor=False,  # its lines for drivers are never read, and there are no other nodes
             no_monitor=True,
             dashboard_port=0,  # a free one
-            dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes, whatever their addresses
+            dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes and addresses
             **({"_system_config": _CHECKS} if first else {}),
         )
 

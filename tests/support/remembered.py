@@ -1,4 +1,4 @@
-"""What is the same for every test is computed once a session, by whichever of its processes needs it first."""
+"""Answers that are the same for every test: computed once a session, by the first process that needs them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def remembered(key: object, make: Callable[[], Value]) -> Value:
 
 
 class Reference:
-    """Answers of a checkpoint in plain transformers; it is loaded for the first that nobody has asked for."""
+    """Answers of a checkpoint in plain transformers; it is loaded for the first new answer."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

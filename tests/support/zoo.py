@@ -98,7 +98,7 @@ def _spread_weights(model: PreTrainedModel, tied: bool) -> None:
                 # Signs at random: else each token's logit for itself, a square, wins and generation only repeats.
                 tensor.normal_(std=0.3)
             elif name.endswith("balancing_biases"):
-                # The last is zaya's bias against its skip expert; transformers sets it to -1, whatever it loaded.
+                # The last is zaya's bias against its skip expert; transformers sets it to -1, after loading another value.
                 tensor[:-1].normal_(std=0.02)
             elif name.endswith(("slope_rate", "_decay")):
                 pass  # minimax's buffers, which follow from its configuration

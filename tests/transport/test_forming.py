@@ -80,7 +80,7 @@ class Foreign(dist.Store):
     "value", [b"", b"\xff" * 16, b"\xff" * 170, bytes(170), b"\x00\x00\x00\x00\x00\x01\x00\x00" + b"x" * 200]
 )
 def test_a_foreign_value_is_a_lost_peer(value: bytes):
-    """Without a seal, an empty value would end the process, and others raise whatever parsing them does."""
+    """Without a seal, an empty value would end the process, and others raise any error of parsing."""
     with pytest.raises(PeerLost, match="a value that none of the ranks has written"):
         form_group(Foreign(value), epoch=0, rank=0, size=2, backend="gloo", deadline_s=FAR_S, secret=SECRET)
 

@@ -165,7 +165,7 @@ def test_digests_that_differ_are_refused_at_the_header(work: bool):
 
 
 def test_a_rank_that_fails_in_a_step_ends_it_for_all(pair: Grouped):
-    """Rank 0's model fails in the middle of a step; nobody waits for it, and it can't go on as if nothing were."""
+    """Rank 0's model fails in the middle of a step; no rank waits for it, and it can't go on as before."""
     model = pair.models[0]
 
     def fail(*_: object) -> None:
@@ -287,7 +287,7 @@ def test_the_only_survivor_goes_on_alone(pair: Grouped):
 
 
 def test_copies_that_may_not_have_arrived_are_given_up(checkpoint: Checkpoints, cache_dir: Path, monkeypatch: Any):
-    """On CUDA an exchange is only queued: if the group breaks before the next counts, its slots hold nobody knows what."""
+    """On CUDA an exchange is only queued: if the group breaks before the next counts, its slots hold anything."""
     grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, slots=["75%", "75%"], costs=COPIES_TRAVEL)
     spoiled = []
 

@@ -337,7 +337,7 @@ def stopped(rank: Rank) -> tuple[str, int]:
         store.set("pid", str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
         cause = loss(lambda: transport.gather_bytes(b"late"))
-        # The old addresses are still in the store: this may even connect, but nobody answers.
+        # The old addresses are still in the store: this may even connect, but gets no answer.
         loss(lambda: rank.transport(epoch=0, form_deadline_s=0.1, deadline_s=0.1).gather_bytes(b"anyone?"))
         store.set("the late one is done", "")
         return cause, 0
