@@ -14,6 +14,7 @@ from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled, inlined
 from epslots.planner.assignment_candidates import Prices, Step, all_at_home, shed, to_holders, with_copies
 from epslots.planner.cost_model import layer_times
+from epslots.planner.nearest_source import enter_nearest
 
 # The ways to divide work; and the rule that takes the cheapest of them.
 HOLDERS, HOME, OWN, COPIES, SHED, CHEAPEST = range(6)
@@ -62,20 +63,17 @@ def _find_sources(
     """Enter the rank whose slot each rank could copy each of these experts from; -1 = none.
 
     The source's slot must keep its expert throughout the step, and the target must not have to wait for a pass. So both have
-    slots for all they compute, and the source needs the expert itself or evicts nothing. Of the possible sources the next one
-    in cyclic order from the target is taken, on the target's own node if there is one: so several copies of one expert spread
-    over its holders.
+    slots for all they compute, and the source needs the expert itself or evicts nothing.
     """
-    holds_RU, node_R, ranks = step.holds_RU, step.node_R, len(step.quota_R)
-    nearest_N = np.zeros(step.nodes, np.int64)
+    holds_RU, ranks = step.holds_RU, len(step.quota_R)
+    nearest_N, possible_R, source_R = np.zeros(step.nodes, np.int64), np.zeros(ranks, np.bool_), np.zeros(ranks, np.int64)
     for column in columns:
-        nearest, nearest_N[:] = -1, -1  # walking down twice: the last possible source that was passed, in all and per node
-        for number in range(2 * ranks - 1, -1, -1):
-            rank = number - ranks if number >= ranks else number
-            on_node, stays = nearest_N[node_R[rank]], computed_RU[rank, column] > 0 or misses_R[rank] == 0
-            source_RU[rank, column] = (on_node if on_node >= 0 else nearest) if one_pass_R[rank] else -1
-            if holds_RU[rank, column] and one_pass_R[rank] and stays:
-                nearest = nearest_N[node_R[rank]] = rank
+        for rank in range(ranks):
+            stays = computed_RU[rank, column] > 0 or misses_R[rank] == 0
+            possible_R[rank] = holds_RU[rank, column] and one_pass_R[rank] and stays
+        enter_nearest(possible_R, step.node_R, nearest_N, source_R)
+        for rank in range(ranks):
+            source_RU[rank, column] = source_R[rank] if one_pass_R[rank] else -1
 
 
 @compiled(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
+from epslots.planner.nearest_source import nearest_sources
 
 # The largest key: sorts an impossible choice behind all possible ones.
 _IMPOSSIBLE = np.iinfo(np.int64).max
@@ -128,20 +129,8 @@ def choose_migrations(
     evicted = np.where(full_M, victim_ME.argmin(1), -1)
     possible_M = ~full_M | evictable_ME.any(1)
     ranks, experts, evicted = ranks[possible_M], experts[possible_M], evicted[possible_M]
-    sources = _sources(holds_RE, ranks, experts, evicted, node_R) if from_peers else np.full(len(ranks), -1)
-    return Migrations(ranks, experts, evicted, sources)
-
-
-def _sources(holds_RE: BoolArray, ranks: IntArray, experts: IntArray, evicted: IntArray, node_R: IntArray | None) -> IntArray:
-    """The rank to copy from, int64 [M], -1 = none: the next in cyclic order that keeps the expert."""
-    keeps_RE = holds_RE.copy()
-    evicts = evicted >= 0
+    if not from_peers:
+        return Migrations(ranks, experts, evicted, np.full(len(ranks), -1))
+    keeps_RE, evicts = holds_RE.copy(), evicted >= 0
     keeps_RE[ranks[evicts], evicted[evicts]] = False
-    keeps_RM = keeps_RE[:, experts]
-    size = len(holds_RE)
-    distance_RM = (np.arange(size)[:, None] - ranks) % size
-    if node_R is not None:
-        distance_RM = distance_RM + size * (node_R[:, None] != node_R[ranks])
-    nearest_M = np.where(keeps_RM, distance_RM, _IMPOSSIBLE).argmin(0)
-    found: IntArray = np.where(keeps_RM[nearest_M, np.arange(len(ranks))], nearest_M, -1)
-    return found
+    return Migrations(ranks, experts, evicted, nearest_sources(keeps_RE, ranks, experts, node_R))
