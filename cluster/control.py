@@ -44,7 +44,7 @@ class ClusterControl:
         return self._supervisor.group.serving
 
     def state(self) -> ClusterState:
-        """What the driver knows without asking a rank: ranks, requests and room now. Never waits."""
+        """The driver's knowledge, without asking a rank: ranks, requests and room now. Never waits."""
         self._thread.check_process()
         supervisor, room = self._supervisor, self._room
         queued, unfinished = supervisor.router.queued, supervisor.router.unfinished

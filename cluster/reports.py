@@ -66,7 +66,7 @@ class ClusterStats:
 
 @dataclass(frozen=True)
 class ClusterState:
-    """What the driver knows without asking a rank.
+    """The driver's knowledge, without asking a rank.
 
     Attributes:
         ranks: number of ranks that serve now.

@@ -1,4 +1,4 @@
-"""What one rank's layers did: counters since loading, counted beside the hot path, and windows cut from them.
+"""Counters of one rank's layers since loading, counted beside the hot path, and windows cut from them.
 
 To add a counter, add a field to ``LayerStats`` and count it with ``Telemetry.count``. The table, sums over ranks, messages and
 JSON follow from the field. Controllers receive the counters that are fields of ``LoadWindow``, too.

@@ -46,7 +46,7 @@ class Users(msgspec.Struct, tag=True):
 
 
 class UserTally(msgspec.Struct, tag=True):
-    """What users have seen.
+    """The answers that users have seen.
 
     Attributes:
         requests: by their ends: "whole", "left", "busy" (told to come again), "lost" (any other error).

@@ -47,7 +47,7 @@ def soak_over_http(
         tally: filled.
 
     Returns:
-        What an idle service still holds, by name: nothing, if all is well.
+        The things that an idle service still holds, by name: nothing, if all is well.
     """
     users.asked = _asked(cluster)
     load.tell(users)
@@ -89,7 +89,7 @@ def _held_when_idle(cluster: Cluster, service: Service) -> dict[str, int]:
 
 
 def _until_nothing(held: Callable[[], dict[str, int]]) -> dict[str, int]:
-    """What is held; asked until it is nothing, or for half a minute."""
+    """The things that are held; asked until there are none, or for half a minute."""
     pause, ends_s = threading.Event(), time.monotonic() + _IDLE_WITHIN_S
     while any((found := held()).values()) and time.monotonic() < ends_s:
         pause.wait(0.2)

@@ -59,7 +59,7 @@ class SoakTally:
 
 
 class SoakLeft:
-    """What a soak leaves behind. Made before anything is started."""
+    """Things that a soak leaves behind. Made before anything is started."""
 
     def __init__(self) -> None:
         self._memory = _shared_memory()
@@ -71,7 +71,7 @@ class SoakLeft:
         self._seen |= set(psutil.Process().children(recursive=True)) - self._children
 
     def found(self) -> dict[str, int]:
-        """What is left at the end, by name."""
+        """The things that are left at the end, by name."""
         _, alive = psutil.wait_procs(self._seen, timeout=10)
         return {
             "processes": len(alive),

@@ -14,7 +14,7 @@ MOST_WARNINGS = 10
 
 @dataclass
 class Counts:
-    """What a job has done: in this run, and before it."""
+    """The lines that a job has done: in this run, and before it."""
 
     total: int
     before: int

@@ -74,7 +74,7 @@ class LeaseRegistry(Protocol):
 
 
 class Holder(Enum):
-    """What is known of a claim's holder."""
+    """The state of a claim's holder, as far as it is known."""
 
     UNKNOWN = "unknown"
     LIVES = "lives"

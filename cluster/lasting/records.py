@@ -16,7 +16,7 @@ TERM_BYTES = 8
 
 
 class Lasting(msgspec.Struct, frozen=True):
-    """What a rank needs to outlive its driver.
+    """All that a rank needs to outlive its driver.
 
     Attributes:
         name: of the cluster.

@@ -356,7 +356,7 @@ class RankLoop:
         return b""
 
     def begin_term(self, term: int) -> None:
-        """Another driver takes over. What the last one is waited with ends: its group, its rendezvous, its ``events``."""
+        """Another driver takes over. All that waits for the last one ends: its group, its rendezvous, its ``events``."""
         reason = "another driver has come"
         if self._transport is not None or self._contacts is not None:
             self._newest += 1

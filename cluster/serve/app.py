@@ -215,7 +215,7 @@ def _model_card(service: Service, name: str, began: int) -> dict[str, Any]:
 
 
 def _add_plain_routes(app: FastAPI, service: Service) -> None:
-    """What operators ask."""
+    """The endpoints for operators."""
 
     def readiness() -> dict[str, Any]:
         return {"status": service.phase, "ranks": service.ranks}

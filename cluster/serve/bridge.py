@@ -1,6 +1,6 @@
 """From the cluster's threads to asyncio: one reader for all choices of an API request, without a thread of its own.
 
-A reader keeps no queue. What has come waits in the generation, which holds a request's tokens anyway, and as many as the
+A reader keeps no queue. New tokens wait in the generation, which holds a request's tokens anyway, and as many as the
 request may have; a reader that is late finds them as one larger portion.
 """
 
@@ -140,7 +140,7 @@ class ChoiceReader:
         }
 
     async def portions(self, keepalive_s: float | None = None) -> AsyncIterator[list[tuple[int, Portion]]]:
-        """What has come, until all choices are done: pairs of a choice and its next portion.
+        """The new portions, until all choices are done: pairs of a choice and its next portion.
 
         Args:
             keepalive_s: seconds without news after which an empty list is returned.

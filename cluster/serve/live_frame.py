@@ -20,7 +20,7 @@ from cluster.serve.placement_words import placement_words
 
 @dataclass(frozen=True)
 class Known:
-    """What the service knows at one moment.
+    """The service's knowledge at one moment.
 
     Attributes:
         phase: of the service's life.
@@ -105,7 +105,7 @@ class LiveRank(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveFrame(msgspec.Struct, frozen=True, kw_only=True):
-    """What the page shows of the service as a whole.
+    """The page's figures of the service as a whole.
 
     Attributes:
         at: seconds since 1970.
@@ -145,7 +145,7 @@ class LiveFrame(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveLayer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the page shows of one MoE layer.
+    """The page's figures of one MoE layer.
 
     Attributes:
         number: of the layer, from 0.
@@ -244,7 +244,7 @@ def _ranks(stats: ClusterStats, changes: list[dict[str, float]] | None, seconds:
 
 
 def layer_of(known: Known, window: LiveWindow, number: int) -> LiveLayer | None:
-    """What there is to show of a layer; None if the ranks haven't answered, or there is no such layer."""
+    """The page's figures of a layer; None if the ranks haven't answered, or there is no such layer."""
     stats = known.stats
     if stats is None or number >= len(stats.total.layers):
         return None

@@ -26,7 +26,7 @@ _COUNTERS: Mapping[str, Callable[[RankStats], float]] = {
     "peer_bytes": lambda rank: rank.stats.total("peer_bytes"),
     "computed": lambda rank: sum(map(computed_pairs, rank.stats.layers)),
 }
-"""What is compared, by name; "computed" are pairs that the rank computed, its own and other ranks'."""
+"""The counters that are compared, by name; "computed" are pairs that the rank computed, its own and other ranks'."""
 
 
 def computed_pairs(layer: LayerStats) -> int:
@@ -52,7 +52,7 @@ class LiveSample:
 
     @classmethod
     def of(cls, stats: ClusterStats, at_s: float, layers: Iterable[int]) -> LiveSample:
-        """What is kept of the ranks' counters.
+        """The part of the ranks' counters that is kept.
 
         Args:
             layers: numbers of the MoE layers whose loads are kept.

@@ -15,7 +15,7 @@ _STATES = {
 
 
 def placement_words(stats: ClusterStats, explanation: Explanation | None) -> tuple[str, ...]:
-    """What there is to say, the most important first.
+    """The controller's reasons in sentences, the most important first.
 
     Args:
         stats: the ranks' latest numbers.

@@ -52,7 +52,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream has beside the text."""
+    """Parts of a stream beside the text."""
 
     include_usage: bool | None = False
     """A last chunk with the usage."""

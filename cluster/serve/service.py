@@ -374,7 +374,7 @@ class Service:
         )
 
     def known(self) -> Known:
-        """What the live page shows, as far as it is known; the controller is asked for its reasons meanwhile."""
+        """The live page's figures, as far as they are known; the controller is asked for its reasons meanwhile."""
         sample, model = self._sample(), self._model
         explanations = self._explanations
         if explanations is not None and sample.stats is not None and sample.stats.controller is not None:

@@ -102,7 +102,7 @@ class Batcher(ABC):
 
     @abstractmethod
     def _usage(self) -> Usage:
-        """What the cache holds now."""
+        """The content of the cache now."""
 
     @abstractmethod
     def close(self) -> None:

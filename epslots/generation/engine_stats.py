@@ -25,7 +25,7 @@ class EngineCounters:
 
 
 class Usage(NamedTuple):
-    """What an engine's cache holds now. The fields are those of ``EngineStats``."""
+    """The content of an engine's cache now. The fields are those of ``EngineStats``."""
 
     running: int
     kv_used: int
@@ -33,7 +33,7 @@ class Usage(NamedTuple):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine has done since it was made, and its requests now.
+    """An engine's counters since it was made, and its requests now.
 
     The counters beside which a name stands mean what vLLM's metric of this name means.
 

@@ -1,4 +1,4 @@
-"""The requests of a step over pages: which compute, which are admitted, which give way. Bookkeeping; no tensor is touched.
+"""The requests of a step over pages: which compute, are admitted, are preempted. Bookkeeping; no tensor is touched.
 
 transformers' own schedulers may let a request wait for ever while others come: where its prompt finds no room, smaller ones
 pass it; a request that gives up its pages goes behind all that wait; and the one that needs a page gives up its own, the
@@ -12,7 +12,7 @@ for the third, which is SGLang's:
 3. A request whose prompt begins like one that is being computed is admitted when that is done: it finds the pages then.
 4. A request without room for its next tokens gets the pages of the last one in turn, which waits again, at its place, to be
    computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
-5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused give way one by one, and of one
+5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused are freed one by one, and of one
    request the last pages first, because they are of no use without those before.
 """
 

@@ -92,7 +92,7 @@ class RowStep:
         pool.write(self._new_cells[pool.window], new)
 
     def past_of(self, pool: TokenPool) -> torch.Tensor:
-        """What the layer kept before this step."""
+        """The layer's entries from before this step."""
         cells_BS = self._read_cells(pool.window).view(len(self.row_B), -1)[:, : -self.width]
         return pool.read(cells_BS.flatten(), len(self.row_B))
 

@@ -1,4 +1,4 @@
-"""What rows of a model's cache can do, decided by its classes: the tables that ``RowBatcher`` follows.
+"""The abilities of the rows of a model's cache, decided by its classes: the tables that ``RowBatcher`` follows.
 
 Suits every model of transformers 5.23 whose experts can be run from slots; ``tests/generation/test_row_support.py`` names the
 models that need one of the tables, with the reason.

@@ -107,7 +107,7 @@ def _dense_bytes(model: PreTrainedModel, experts: Sequence[nn.Module]) -> int:
 
 
 def measure_cache(model: PreTrainedModel) -> tuple[CacheTensor, ...]:
-    """What a model's own cache keeps of a sequence.
+    """The tensors that a model's own cache keeps of a sequence.
 
     Args:
         model: on any device, with or without experts. A skeleton of its class is run; or the model itself, if that can't be

@@ -19,7 +19,7 @@ from epslots.planner.expert_passes import NO_PASS, ExpertPass, plan_passes
 from epslots.planner.plan import PeerCopies, RankPlan
 from epslots.telemetry import Telemetry
 
-# What a pass costs besides reading its experts' weights, as bytes that are read meanwhile. On the CPU measured (90 us, most of
+# A pass's cost besides reading its experts' weights, as bytes that are read meanwhile. On the CPU measured (90 us, most of
 # them torch's); on CUDA reckoned from launches of some microseconds each: nothing else there is short enough to matter.
 _PASS_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
 

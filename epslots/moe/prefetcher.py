@@ -52,7 +52,7 @@ class UsagePredictor(Protocol):
 
 @dataclass(frozen=True)
 class PrefetchConfig:
-    """What a model does with predictions.
+    """A model's use of predictions.
 
     Attributes:
         settings: in words; the same on all ranks of a group.

@@ -1,4 +1,4 @@
-"""What a model's traffic is like, learned window by window; and the placement and the slots that follow from it.
+"""A model's traffic, learned window by window, and the placement and slots that follow from it.
 
 The cluster's controller and the simulator call ``learn`` for each window of load, and ``weigh`` for the placement to follow.
 

@@ -1,4 +1,4 @@
-"""Who computes what: the plan of one layer's step for all ranks.
+"""The division of one layer's work among all ranks.
 
 Pure: integer arrays in, integer arrays out. Every rank knows all ranks' counts and residents, so each works out the whole
 plan, and all come to the same one without a coordinator. A miss is served in the way that is cheapest by the cost model

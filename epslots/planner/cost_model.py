@@ -1,4 +1,4 @@
-"""What a layer's step costs, in integer nanoseconds: the arithmetic by which ranks choose how to serve it.
+"""The cost of a layer's step, in integer nanoseconds: the arithmetic by which ranks choose how to serve it.
 
 Read ``Costs`` first, then ``layer_times``, by which ``assignment_kernels.py`` compares plans. The figures are
 measured at the start and agreed between ranks (``group/cost_probe.py``), or given by the user. Decisions compare integers, so

@@ -32,7 +32,7 @@ from epslots.planner.token_splits import token_splits
 
 @dataclass
 class FetchBudgets:
-    """What each rank may still fetch in this step; one object for all layers of a model, renewed by ``ModelPlanner``.
+    """Bytes that each rank may still fetch in this step; one object for all layers of a model, renewed by ``ModelPlanner``.
 
     Attributes:
         prefetch: for the next layer; None = no bound.
@@ -85,7 +85,7 @@ class LayerPlanner:
 
     @property
     def costs(self) -> Costs:
-        """What a group's planners weigh by."""
+        """The costs that a group's planners weigh by."""
         assert self._costs is not None, "a rank alone weighs nothing"
         return self._costs
 
@@ -315,7 +315,7 @@ class LayerPlanner:
         return migrations
 
     def _own_migration(self, migrations: Migrations) -> tuple[int, int, PeerCopies | None]:
-        """What this rank fetches for the placement, what it evicts for it, and its part of the copies between ranks."""
+        """This rank's fetch for the placement, its eviction for that, and its part of the copies between ranks."""
         copies = self._copies(migrations.ranks, migrations.experts, migrations.sources)
         mine = np.flatnonzero(migrations.ranks == self.rank)
         if not len(mine):

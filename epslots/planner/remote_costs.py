@@ -1,4 +1,4 @@
-"""What ranks have paid for experts that others computed for them: when it exceeds a fetch, a copy is worth it.
+"""Costs of experts that other ranks computed for a rank: when they exceed a fetch, a copy is worth it.
 
 This is the rule of ski rental: rent until the rent has cost as much as the skis. ``assignment.py`` compares the figures.
 

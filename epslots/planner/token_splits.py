@@ -22,7 +22,7 @@ from epslots.compiled import compiled
 
 @dataclass(frozen=True)
 class TokenSplits:
-    """What one rank sends and receives, itself included; all int64.
+    """The pairs that one rank sends and receives, itself included; all int64.
 
     Attributes:
         own_columns_O: the columns of the experts that its tokens chose.

@@ -1,4 +1,4 @@
-"""What a layer's expert uses have been, and how likely each expert is to be used next. Integers only.
+"""A layer's past uses of experts, and how likely each expert is used next. Integers only.
 
 ``MoELayer`` and the simulator call ``record_use`` once a step and layer; eviction policies (``cache_policy.py``) read the
 ``UseHistory``. Read the record first, then ``record_use``, then ``expected_use``, the score of the ``adaptive`` policy.

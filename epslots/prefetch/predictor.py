@@ -163,7 +163,7 @@ def _column_major(matrix_ND: torch.Tensor) -> torch.Tensor:
 
 
 class _ThreadState(threading.local):
-    """What a thread's steps leave for its next ones.
+    """The rows that a thread's steps leave for its next ones.
 
     Attributes:
         rows: of each layer with history, those of its latest step.

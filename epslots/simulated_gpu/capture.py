@@ -31,7 +31,7 @@ class _Node:
 
 
 class StepCapture:
-    """What one thread captures.
+    """The capture of one thread.
 
     Attributes:
         nodes: the operations so far.

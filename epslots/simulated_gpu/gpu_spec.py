@@ -1,4 +1,4 @@
-"""What a simulated GPU costs and can do: figures of data sheets, and of launches as they are commonly measured."""
+"""The speeds and costs of a simulated GPU: figures of data sheets, and of launches as they are commonly measured."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def kernel_work(
     flops: float = 0.0,
     link_bytes: int = 0,
 ) -> DeviceWork:
-    """What a kernel does, and for how long: the longer of its bytes' and its flops' time."""
+    """A kernel's work and duration: the longer of its bytes' and its flops' time."""
     spec, nbytes = machine.spec, sum(t.nbytes for t in (*reads, *writes))
     seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops, link_bytes / spec.link_rate)
     return DeviceWork(name, f"SM:{number}", seconds, reads, writes, nbytes)

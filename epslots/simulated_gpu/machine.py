@@ -47,7 +47,7 @@ class MemoryBlock:
 
 @dataclass(frozen=True, eq=False)
 class DeviceWork:
-    """What one kernel or copy does.
+    """The work of one kernel or copy.
 
     Attributes:
         name: of the kernel, or "H2D", "D2H", "P2P".

@@ -230,7 +230,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
 
 
 def _grouped_reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """What a grouped product reads: the weights of groups that have rows."""
+    """The reads of a grouped product: the weights of groups that have rows."""
     ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
     if ends is None:
         return [args[0], args[1]]
@@ -239,7 +239,7 @@ def _grouped_reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.
 
 
 def _rows_read(name: str, args: tuple[Any, ...], reads: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What a gathering of rows reads: the rows, where they are few and not the whole tensor's."""
+    """The reads of a gathering of rows: the rows, where they are few and not the whole tensor's."""
     indices = args[1] if name == "index" else [args[2]] if args[1] == 0 else []
     index = indices[0] if len(indices) == 1 else None
     if index is None or index.dtype == torch.bool:

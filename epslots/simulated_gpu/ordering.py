@@ -1,4 +1,4 @@
-"""What is ordered before what: vector clocks of streams and the host, and the accesses to memory that nothing orders.
+"""The order of operations: vector clocks of streams and the host, and the accesses to memory that nothing orders.
 
 Times play no part here: a race is reported although the device happens to be fast enough. The algorithm is that of
 ``torch.cuda._sanitizer``, with the host as one more stream, and with ranges of bytes instead of whole tensors.
@@ -64,7 +64,7 @@ class Ordering:
         return step
 
     def snapshot(self, stream: int) -> dict[int, int]:
-        """What is done when everything queued on a stream so far is."""
+        """The operations that are done when everything queued on a stream so far is."""
         return dict(self._clocks.setdefault(stream, {}))
 
     def wait(self, stream: int, clock: dict[int, int]) -> None:
@@ -85,7 +85,7 @@ class Ordering:
                 kind = "two writes" if old.writes and new.writes else "read and write"
                 races.append(Race(kind, old.what, new.what))
             covered = new.start <= old.start and old.stop <= new.stop
-            # What comes after the new access comes after these, too.
+            # Operations after the new access come after these, too.
             if not (covered and ((ordered and new.writes) or (old.stream == new.stream and old.writes == new.writes))):
                 kept.append(old)
         kept.append(new)

@@ -1,4 +1,4 @@
-"""What ranks exchange: the ``Transport`` protocol, and the checks that its implementations share.
+"""Exchanges between ranks: the ``Transport`` protocol, and the checks that its implementations share.
 
 ``TorchTransport`` (``torch_transport.py``) joins processes; ``LocalTransport`` (``local_transport.py``) joins threads of one
 process, for tests. Both check sizes with the functions below: they refuse the same calls with the same messages.

@@ -1,4 +1,4 @@
-"""Priorities: of the requests that wait, the lowest number is served first; where the cache is full, the highest gives way."""
+"""Priorities: of the requests that wait, the lowest number is served first; in a full cache, the highest is preempted."""
 
 from __future__ import annotations
 

@@ -397,7 +397,7 @@ class TestMemory:
         assert sum(kept.nbytes for kept in told._state.rows if kept is not None) == rows
         assert ("predictor", plan.predictor_bytes) in [item[:2] for item in plan_items(plan)]
         greedy(model, zoo.random_ids(1, 9, seed=2), 4)
-        # On a GPU half of it, in the model's type; and one of another checkpoint gives way to the routers, which are there.
+        # On a GPU half of it, in the model's type. Another checkpoint's isn't used: the routers are there already.
         nbytes, _ = file_bytes(tmp_path / "p.safetensors", torch.device("cuda"), torch.bfloat16)
         of_unlikely = 4 * sum(experts)
         assert 2 * (nbytes - of_unlikely) == plan.predictor_bytes - of_unlikely

@@ -83,7 +83,7 @@ class World:
             assert len(set(moves.ranks.tolist())) == len(moves), "one of each rank"
             assert layer.wanted_RE[moves.ranks, moves.experts].all(), "only what is wanted"
             gone = moves.evicted >= 0
-            assert not layer.wanted_RE[moves.ranks[gone], moves.evicted[gone]].any(), "nothing wanted gives way"
+            assert not layer.wanted_RE[moves.ranks[gone], moves.evicted[gone]].any(), "a wanted copy is evicted"
             assert (layer.holds_RE.sum(1) <= layer.quota_R).all()
             computed_RE = np.zeros((ranks, experts), bool)
             computed_RE[:, work.experts_U] = work.computed_RU > 0

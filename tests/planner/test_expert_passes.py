@@ -139,7 +139,7 @@ def test_over_a_link_residents_run_first_and_small_passes_join(situation, data):
     assert fits or all(len(w.fetch_experts) <= max(1, quota // 2) for w in passes[1:])
     computed = 0
     for number, expert_pass in enumerate(passes):
-        # What gives way was computed in the passes that the fetch waits for, or isn't needed.
+        # An evicted expert was computed in the passes that the fetch waits for, or isn't needed.
         assert expert_pass.evicted.tolist() == expert_Q[expert_pass.fetch_slots - start].tolist()
         before = {e for w in passes[: expert_pass.after] for e in w.experts.tolist()}
         assert all(e < 0 or e not in needed or e in before for e in expert_pass.evicted.tolist())

@@ -64,7 +64,7 @@ def test_the_likely_come_and_the_likely_stay(predicted: tuple[Situation, np.ndar
         assert (found.after_RE[rank] == expected_E).all()
     assert (found.after_RE.sum(1) <= quota_R).all()
     assert not (found.evicted_RE & (~holds_RE | likely_RE)).any()
-    # Only where there is no empty slot left does anything give way, and then the lowest score does.
+    # Only where no empty slot is left is an expert evicted: the one with the lowest score.
     assert (found.evicted_RE.sum(1) == np.maximum(holds_RE.sum(1) + expected_R - quota_R, 0)).all()
     for rank in np.flatnonzero(found.evicted_RE.any(1)):
         stays = holds_RE[rank] & ~found.evicted_RE[rank] & ~likely_RE[rank]

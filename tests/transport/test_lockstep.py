@@ -261,7 +261,7 @@ def test_sync_ranks_on_one_rank_does_nothing(checkpoint: Checkpoints, cache_dir:
 
 
 def test_a_rank_that_is_new_takes_over_the_past_of_the_others(checkpoint: Checkpoints, cache_dir: Path):
-    """A survivor and a replacement: whose uses decide what gives way must be the same, or their tables part."""
+    """A survivor and a replacement: the uses that evictions follow must be the same, or their tables part."""
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=[3, 4])
     for seed in range(4):
