@@ -22,7 +22,6 @@ from epslots.cuda_graph.device_slots import (
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.layout import PackedLayout, RecordLayout
 from epslots.planner.use_history import UseHistory
-from epslots.transport.local_transport import LocalHub
 from tests.support.device_slot_helpers import (
     LAYERS,
     NoValues,
@@ -114,7 +113,7 @@ def test_obstacles():
     assert slots_obstacle(make_loader((12, 9, 16)), 100) is None, "what never misses takes any step"
     loader.pool.device = torch.device("cuda")
     assert "isn't pinned" in str(slots_obstacle(loader, 4))
-    loader.join(LocalHub(1).transport(0))
+    loader.grouped = True
     assert "each other's counts" in str(slots_obstacle(loader, 4))
 
 

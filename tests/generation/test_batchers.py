@@ -487,7 +487,7 @@ def test_a_sampling_is_one():
     [
         (Request("a", (), 1), r"'a' has an empty prompt"),
         (Request("a", (20, 320), 1), r"the prompt has token 320; allowed: 0 to 319"),
-        (Request("a", (-1,), 1), r"token -1 in its prompt"),
+        (Request("a", (-1,), 1), r"the prompt has token -1; allowed: 0 to 319"),
         (Request("a", (20,), 0), r"max_new_tokens=0; at least 1"),
         (Request("a", (20,) * 40, 10), r"49 tokens of KV cache \(40 of prompt, 10 new.*holds 48"),
         (Request("b", (20,), 1), r"'b': this id is taken"),

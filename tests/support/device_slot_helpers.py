@@ -65,7 +65,7 @@ def make_loader(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
         pool=pool,
         store=store(),
         store_layers=STORE_LAYERS,
-        transport=None,
+        grouped=False,
         waited=waited,
         wait_all=lambda: waited.append(True),
     )
