@@ -23,8 +23,8 @@ class Costly(Protocol):
         """Tokens that its rank's cache holds now."""
 
     @property
-    def needed_tokens(self) -> int:
-        """Tokens that its rank may have to hold, and to compute."""
+    def due_tokens(self) -> int:
+        """Tokens that its rank has yet to compute, at most."""
 
     @property
     def alone(self) -> bool:
@@ -68,7 +68,7 @@ class _RankLoad:
     serves: bool = True
     requests: int = 0
     held_tokens: int = 0
-    needed_tokens: int = 0
+    due_tokens: int = 0
     reserved: int = 0
 
     @property
@@ -82,8 +82,8 @@ class _RankLoad:
 
     @property
     def cost(self) -> float:
-        """Tokens that it has to compute and hold, in tokens of a usual rank."""
-        return self.needed_tokens / self.capacity.speed
+        """Tokens that it has yet to compute, in tokens of a usual rank: their time."""
+        return self.due_tokens / self.capacity.speed
 
     def fits(self, request: Costly) -> bool:
         """Whether it has room for one more request; an idle rank has room for any."""
@@ -94,7 +94,7 @@ class _RankLoad:
     def change(self, request: Costly, sign: int) -> None:
         self.requests += sign
         self.held_tokens += sign * request.held_tokens
-        self.needed_tokens += sign * request.needed_tokens
+        self.due_tokens += sign * request.due_tokens
         self.reserved += sign * request.alone
 
 
@@ -186,11 +186,6 @@ class RankLoads:
             self._loads[worker].change(request, -1)
             self._push(worker)
 
-    def grow(self, worker: Hashable, tokens: int) -> None:
-        """A rank's requests hold so many more tokens."""
-        if worker in self._loads:
-            self._loads[worker].held_tokens += tokens
-
     def _push(self, worker: Hashable) -> None:
         self._by_cost.push(worker)
         self._by_free.push(worker)
@@ -203,10 +198,10 @@ class RankLoads:
         """Whether a rank serves and has room for a request."""
         return worker in self._loads and self._loads[worker].fits(request)
 
-    def cost(self, worker: Hashable, request: Costly, reused: int = 0) -> float:
-        """What the rank would have to compute and hold with a request of which it has ``reused`` tokens."""
+    def cost(self, worker: Hashable, further: int = 0) -> float:
+        """Tokens that a rank has yet to compute, and ``further`` ones, in tokens of a usual rank."""
         load = self._loads[worker]
-        return load.cost + (request.needed_tokens - reused) / load.capacity.speed
+        return load.cost + further / load.capacity.speed
 
     def least_loaded(self, request: Costly) -> Hashable | None:
         """A rank with room for a request; None if there is none.

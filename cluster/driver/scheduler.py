@@ -45,6 +45,8 @@ class ScheduledRequest:
         losses: ranks in a row that were lost while they had it, without a token in between.
         ending: its user needs no more of it.
         blocks: hashes of its prompt's blocks (``block_hashes``).
+        reused: tokens of its prompt that its rank needn't compute, as far as is known.
+        began: its rank has sent a token.
     """
 
     request: Request
@@ -57,6 +59,8 @@ class ScheduledRequest:
     losses: int = 0
     ending: bool = False
     blocks: tuple[int, ...] = ()
+    reused: int = 0
+    began: bool = False
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -69,9 +73,10 @@ class ScheduledRequest:
         return len(self.request.prompt) + len(self.tokens)
 
     @property
-    def needed_tokens(self) -> int:
-        """Tokens that its rank may have to hold, and to compute."""
-        return len(self.request.prompt) + self.request.max_new_tokens
+    def due_tokens(self) -> int:
+        """Tokens that its rank has yet to compute, at most. Its first token says that its prompt is done."""
+        prompt = 0 if self.began else len(self.request.prompt) + len(self.tokens) - self.reused
+        return prompt + self.request.max_new_tokens - len(self.tokens)
 
     @property
     def alone(self) -> bool:
@@ -80,6 +85,8 @@ class ScheduledRequest:
 
     def rest(self) -> Request:
         """The request for the tokens that are missing."""
+        if not self.tokens and not self.prompt_logprobs:
+            return self.request
         return self.request.after(self.tokens, self.prompt_logprobs)
 
 
@@ -211,22 +218,21 @@ class Scheduler:
         return assigned
 
     def _choose(self, entry: ScheduledRequest) -> Hashable | None:
-        """The rank for a request, among those with room; None if there is none."""
-        for sibling in self._choices.get(entry.siblings, {}).values():
-            if sibling.worker is not None and self._loads.fits(sibling.worker, entry):
-                return sibling.worker
-        best = self._loads.least_loaded(entry)
-        if best is None:
-            return None
+        """The rank for a request, among those with room; None if there is none. Notes what that rank needn't compute."""
         reused, holders = self._prefixes.longest(entry.blocks)
-        cost = self._loads.cost(best, entry, reused if best in holders else 0)
-        for holder in holders:
-            if self._loads.fits(holder, entry) and (its_cost := self._loads.cost(holder, entry, reused)) < cost:
-                best, cost = holder, its_cost
-        return best
+
+        def cost(worker: Hashable) -> float:
+            return self._loads.cost(worker, -reused if worker in holders else 0)
+
+        siblings = (sibling.worker for sibling in self._choices.get(entry.siblings, {}).values())
+        chosen = next((worker for worker in siblings if worker is not None and self._loads.fits(worker, entry)), None)
+        if chosen is None and (least_loaded := self._loads.least_loaded(entry)) is not None:
+            chosen = min((*(holder for holder in holders if self._loads.fits(holder, entry)), least_loaded), key=cost)
+        entry.reused = reused if chosen in holders else 0
+        return chosen
 
     def _give(self, worker: Hashable, entry: ScheduledRequest) -> None:
-        entry.worker = worker
+        entry.worker, entry.began = worker, False
         self._queued -= 1
         self._loads.add(worker, entry)
         self._served.setdefault(worker, {})[entry.request.id] = entry
@@ -248,16 +254,15 @@ class Scheduler:
             self._forget(entry)
         if entry.ending:
             return None
-        if output.tokens and entry.alone and not output.finished:
+        if not output.finished:
             self._loads.drop(worker, entry)
-            entry.losses = 0
-            self._loads.add(worker, entry)
         entry.tokens += output.tokens
         entry.prompt_logprobs += len(output.prompt_logprobs)
         if output.tokens:
+            entry.began = True
             entry.losses = 0  # it isn't the reason: that would end every rank at the same token
         if not output.finished:
-            self._loads.grow(worker, len(output.tokens))
+            self._loads.add(worker, entry)
         return entry
 
     def end(self, id: str) -> Hashable | None:

@@ -33,10 +33,15 @@ def test_a_prompt_goes_where_its_beginning_was_computed():
     scheduler.add([Request("b", (9,) * 40, 5)])
     assert [worker for worker, _ in scheduler.assign()] == ["x"], "of equal ranks the first"
     scheduler.add([Request("c", (*SYSTEM, 2), 5)])
-    scheduler.add([Request("d", (8,) * 40, 5)])
-    assert [worker for worker, _ in scheduler.assign()] == ["x", "y"], "there is more to save than x has to do"
-    scheduler.add([Request("e", (*SYSTEM[: 2 * BLOCK], 3), 5)])
-    assert [worker for worker, _ in scheduler.assign()] == ["y"], "and less than that here"
+    assert [worker for worker, _ in scheduler.assign()] == ["x"], "there is more to save than x has to do"
+    scheduler.add([Request("d", (9,) * 40, 400)])
+    scheduler.add([Request("e", (9,) * 40, 500)])
+    assert [worker for worker, _ in scheduler.assign()] == ["y", "x"], "a block saves less than that"
+    scheduler.add([Request("f", (*SYSTEM, 3), 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["x"]
+    scheduler.count("y", Output("d", (1,) * 300))
+    scheduler.add([Request("g", (*SYSTEM, 3), 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["y"], "x has more to do than it would save"
 
 
 def test_a_rank_that_keeps_no_prefix_draws_nothing():
