@@ -203,7 +203,7 @@ class WorkerGroup:
         logger.info("epoch %d: %d ranks serve", self.epoch, len(members))
         self._router.serve(
             {
-                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests)
+                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests, worker.loaded.shares_prefixes)
                 for worker in members
                 if worker.loaded is not None
             }
