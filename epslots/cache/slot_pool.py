@@ -78,10 +78,10 @@ class SlotPool:
 
     def weights(self, layer: int) -> dict[str, torch.Tensor]:
         """The layer's slots as tensors [quota, *shape] by name, which share the slots' memory."""
-        memory = self.memory[self.slot_range(layer)]
+        slot_range = self.memory[self.slot_range(layer)]
         views = {}
         for spec in self.layout.tensors:
-            typed = memory[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+            typed = slot_range[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
             views[spec.name] = typed.view(typed.shape[0], *spec.shape)
         return views
 

@@ -54,12 +54,14 @@ class RowAdmission:
         counters: of the batcher.
 
     Attributes:
+        shares_prefixes: whether prompts that begin alike share their rows.
         running: requests with rows, in the order of turns.
         kept: rows of requests that have ended, for prompts that begin alike; the longest unused first.
     """
 
     def __init__(self, cache: RowCache, config: EngineConfig, support: RowSupport, counters: EngineCounters) -> None:
         self._cache, self._config, self._support, self._counters = cache, config, support, counters
+        self.shares_prefixes = config.prefix_cache and support.shares_prefixes
         self._waiting: list[TrackedRequest] = []  # in the order of turns
         self.running: list[RunningRow] = []
         self.kept: deque[RunningRow] = deque()
@@ -79,7 +81,7 @@ class RowAdmission:
         """Free the row of a request that has ended. If others may begin with it, it is kept until its room is needed."""
         (running,) = [running for running in self.running if running.entry is entry]
         self.running.remove(running)
-        if self._config.prefix_cache and self._support.shares_prefixes and entry.reason != "error" and running.row.length:
+        if self.shares_prefixes and entry.reason != "error" and running.row.length:
             self.kept.append(running)
         else:
             self._cache.close(running.row)
@@ -133,7 +135,7 @@ class RowAdmission:
 
     def _shared_beginning(self, entry: TrackedRequest) -> tuple[RunningRow | None, int]:
         """The running request whose row a new one can begin with, and the tokens that they share; (None, 0) without one."""
-        if not self._config.prefix_cache or not self._support.shares_prefixes:
+        if not self.shares_prefixes:
             return None, 0
         if entry.prompt_rows(0, entry.prompt_length):
             return None, 0  # the logits of all of its prompt are needed

@@ -85,6 +85,10 @@ class RowBatcher(Batcher):
         self._prompt_was_last = False
         self._order = RowTracker()
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return self._admission.shares_prefixes
+
     def _open_cache(self) -> RowCache:
         config, support = self._config, self._support
         try:
