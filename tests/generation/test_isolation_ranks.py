@@ -131,7 +131,7 @@ def test_it_may_fail_anywhere_between_exchanges(where: str, checkpoint: Checkpoi
     grouped.check()
 
 
-@pytest.mark.parametrize("where", ["schedule", "fetch", "compute"])
+@pytest.mark.parametrize("where", ["schedule", "fetch", "execute"])
 def test_a_failure_between_two_exchanges_breaks_groups_twice(where: str, checkpoint: Checkpoints, cache_dir: Path):
     """The others wait for a result that never comes. Once for each guilty request's batch, and once for itself alone.
 
@@ -143,7 +143,7 @@ def test_a_failure_between_two_exchanges_breaks_groups_twice(where: str, checkpo
     model = grouped.models[0]
     guilt = Guilt(model, job.token, 0, 1.0)
     runner = runtime_of(model).runners[1]
-    experts = runner.experts if where == "compute" else runner.cache
+    experts = runner.experts if where == "execute" else runner.cache
     work_there = getattr(experts, where)
 
     def fail(*arguments: Any, **settings: Any) -> Any:
@@ -180,7 +180,7 @@ def test_a_rank_that_breaks_every_group_gives_up(checkpoint: Checkpoints, cache_
     def fail(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory is left")
 
-    experts.compute = fail  # type: ignore[method-assign]
+    experts.execute = fail  # type: ignore[method-assign]
     engine = Engine(model, kv_tokens=512)
     for request in requests_of(((3, 4),) * 6):
         engine.batcher.add(request)

@@ -97,8 +97,8 @@ def hidden_alone(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
 def positions(batcher: Batcher) -> list[tuple[str, int]]:
     """Whose the rows of the prepared batch are: (request, place in its sequence)."""
     if isinstance(batcher, RowBatcher):
-        assert batcher._isolation is not None and batcher._pass is not None
-        width = batcher._pass.width
+        assert batcher._isolation is not None and batcher._batch is not None
+        width = batcher._batch.width
         return [
             (running.entry.request.id, running.row.length + place)
             for running in batcher._isolation.part
