@@ -24,6 +24,7 @@ import msgspec
 from cluster.driver.backend import Backend, WorkerDied
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.epochs import Epochs
+from cluster.driver.gap_log import log_gaps
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.request_router import Caller, RequestRouter
 from cluster.driver.shared_controller import SharedController
@@ -60,8 +61,6 @@ from epslots.progress import StartDisplay
 
 logger = logging.getLogger("epslots.cluster")
 
-_GAP_S = 5.0  # without a rank that serves, until the first warning
-_GAP_AGAIN_S = 60.0  # until the next
 _LAST_STAGE = "group formed"
 DETACHED = "the cluster's ranks were left to the next driver; send the request again, to that one"
 
@@ -145,7 +144,7 @@ class Supervisor:
             group.require(len(survivors.intersection(bundles)) or len(bundles))
         self._spawn(self._watch_health)
         self._spawn(self.pool.keep_backend)
-        self._spawn(self._log_gaps)
+        self._spawn(lambda: log_gaps(self.groups, self.pool, self.router, self._changes))
         self._display.stage("starting workers")
         await self.pool.start(ranks, adopting=bool(survivors))
         for group in self.groups:
@@ -381,24 +380,6 @@ class Supervisor:
             await self._changes.wait_for(lambda: bool(self.router.unfinished or self._reports) or not self.groups.formed)
             await asyncio.sleep(self._deadlines.silence_s / 2)  # more often would tell no more
             await self.workers.check_health(list(self.workers), self._deadlines.silence_s)
-
-    async def _log_gaps(self) -> None:
-        """Warn when no rank has served for some seconds: callers only see that no token comes."""
-        groups = self.groups
-        while True:
-            await self._changes.wait_for(lambda: self.pool.started and not groups.any_formed)
-            began_s = time.monotonic()
-            warned = False
-            while not await self._changes.wait_for(lambda: groups.any_formed, _GAP_AGAIN_S if warned else _GAP_S):
-                warned = True
-                logger.warning(
-                    "no rank has served for %.0f s, and %d requests wait: %s",
-                    time.monotonic() - began_s,
-                    self.router.unfinished,
-                    "; ".join(self.pool.missing()),
-                )
-            if warned:
-                logger.warning("%d ranks serve again after %.0f s", groups.serving, time.monotonic() - began_s)
 
     def _mark(self, stage: str) -> None:
         """Note the end of a stage of the start."""
