@@ -65,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[SHARED] = tempfile.mkdtemp(prefix="epslots-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED)))
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()  # until all is imported: half a million objects would be looked through again and again
         import torch
 
         import epslots.loading  # noqa: F401 - and with it all that is compiled
@@ -72,6 +73,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         prepare()  # other types than it was made for are an error from now on
         torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
