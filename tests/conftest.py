@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,28 +116,43 @@ def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-FORKING = (
-    "tests/cache/test_host_store.py",
-    "tests/cluster/test_processes.py",
-    "tests/generation/test_isolation_ranks.py",
-    "tests/group/test_ranks_gloo.py",
-    "tests/transport/",
-)
-"""Modules that run ranks as processes, forked from a server that has to import everything first (support/rank_helpers.py)."""
+GROUPS = {
+    "ray nodes": (
+        "tests/cluster/test_ray_cluster.py",
+        "tests/cluster/test_ray_job.py",
+        "tests/cluster/test_ray_nodes.py",
+        "tests/cluster/test_ray_session.py",
+    ),
+    "ray": ("tests/cluster/test_ray_",),
+    "forking": (
+        "tests/cache/test_host_store.py",
+        "tests/cluster/test_processes.py",
+        "tests/generation/test_isolation_ranks.py",
+        "tests/group/test_ranks_gloo.py",
+        "tests/transport/",
+    ),
+}
+"""Modules, or what their names begin with, whose tests run one after another in one process of pytest-xdist.
+
+What starts Ray takes long and mostly waits, so it begins first; more than two Rays at once would be slow. What runs ranks as
+processes shares a server that forks them, and has to import everything first (support/rank_helpers.py). A module belongs to
+the first group that names it.
+"""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> LoadScopeScheduling:
-    """All that start Ray go to one process: two at once would be slow, and could find each other's.
-
-    So do all that fork ranks, which share a server then. Ray's take longest and begin first; they mostly wait.
-    """
+    """Groups first, in their order; then modules, those with the most tests first."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith("tests/cluster/test_ray_"):
-                return "ray"
-            return "forking" if nodeid.startswith(FORKING) else nodeid
+            return next((name for name, modules in GROUPS.items() if nodeid.startswith(modules)), nodeid.partition("::")[0])
+
+        def _assign_work_unit(self, node: WorkerController) -> None:
+            for name in reversed(GROUPS):
+                if name in self.workqueue:
+                    self.workqueue.move_to_end(name, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)
 
