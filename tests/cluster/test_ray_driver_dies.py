@@ -104,7 +104,7 @@ def test_ranks_outlive_their_service_and_end_without_another(tmp_path: Path):
         ranks = ours("ray::WorkerActor")
         assert len(ranks) == 2 and len(right) > 0
         with first.connect() as stream:
-            stream.sendall(raw_request(COMPLETIONS, BODY | {"stream": True, "max_tokens": 1500}))
+            stream.sendall(raw_request(COMPLETIONS, BODY | {"stream": True, "max_tokens": 300}))
             read_until(stream, b"data: {")
             first.process.kill()
             with suppress(ConnectionError):  # the request fails at once, and doesn't hang
