@@ -140,16 +140,29 @@ the first group that names it.
 """
 
 
+LONG = (
+    "tests/generation/test_batchers.py",
+    "tests/group/test_ranks_driver.py",
+    "tests/cluster/test_cluster.py",
+    "tests/equality/test_matrix.py",
+    "tests/cuda_graph/test_decode_graph.py",
+    "tests/placement/test_adopting_placements.py",
+    "tests/simulated_gpu/test_models.py",
+    "tests/cluster/test_controlled_cluster.py",
+)
+"""Modules that take more than 15 seconds: one that began last would keep a core idle."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> LoadScopeScheduling:
-    """Groups first, in their order; then modules, those with the most tests first."""
+    """Groups first, then long modules, each in their order; then modules, those with the most tests first."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return next((name for name, modules in GROUPS.items() if nodeid.startswith(modules)), nodeid.partition("::")[0])
 
         def _assign_work_unit(self, node: WorkerController) -> None:
-            for name in reversed(GROUPS):
+            for name in reversed((*GROUPS, *LONG)):
                 if name in self.workqueue:
                     self.workqueue.move_to_end(name, last=False)
             super()._assign_work_unit(node)
