@@ -142,6 +142,8 @@ the first group that names it.
 
 LONG = (
     "tests/generation/test_batchers.py",
+    "tests/generation/test_rows.py",
+    "tests/moe/test_batch_invariance.py",
     "tests/group/test_ranks_driver.py",
     "tests/cluster/test_cluster.py",
     "tests/equality/test_matrix.py",
