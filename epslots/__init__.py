@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from epslots._version import __version__ as __version__
 from epslots.cpu_threads import limit_spinning
+from epslots.importing import without_collections
 
 if TYPE_CHECKING:
     from epslots.errors import (
@@ -81,4 +82,5 @@ def __getattr__(name: str) -> Any:
     """Import a public name on its first use: torch and transformers take seconds, which ``epslots --help`` doesn't need."""
     if name not in __all__:
         raise AttributeError(f"module 'epslots' has no attribute {name!r}")
-    return getattr(import_module(f"epslots.{_MODULES.get(name, 'errors')}"), name)
+    with without_collections():
+        return getattr(import_module(f"epslots.{_MODULES.get(name, 'errors')}"), name)

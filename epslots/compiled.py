@@ -4,9 +4,10 @@ A step's decisions about a few hundred experts are a few thousand integer operat
 for each rule took a millisecond. A compiled function takes C-contiguous arrays and integers, writes into its arguments or
 returns new arrays, and calls compiled functions of its own package only (numba itself sees no changes in other modules).
 
-Compiling takes half a minute, once on a machine. The code is kept in ``compiled/`` of the user's cache, a folder for each
-state of a module; where that isn't writable, in the module's folder; else nowhere. NUMBA_CACHE_DIR isn't read. numba pickles
-the code: trust it as far as the ``.pyc`` files beside it. ``load`` calls ``prepare``, so that no step waits for it.
+Compiling takes half a minute, once on a machine: processes that start together leave it to one of them. The code is kept in
+``compiled/`` of the user's cache, a folder for each state of a module; where that isn't writable, in the module's folder; else
+nowhere. NUMBA_CACHE_DIR isn't read. numba pickles the code: trust it as far as the ``.pyc`` files beside it. ``load`` calls
+``prepare``, so that no step waits for it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
 from epslots.errors import StoreError
-from epslots.private_files import default_cache_dir, make_private_folder
+from epslots.private_files import default_cache_dir, locked, make_private_folder
 from epslots.progress import counting
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,10 @@ def prepare(*, shown: bool | None = None) -> None:
             return
         title = "compiling the planner, once on this machine"
         logger.info("%s", title)
-        with counting(title, len(_waiting), shown) as advance:
+        with counting(title, len(_waiting), shown) as advance, contextlib.ExitStack() as others:
+            with contextlib.suppress(OSError, StoreError):  # where no lock can be, each process compiles
+                make_private_folder(default_cache_dir() / "compiled")
+                others.enter_context(locked(default_cache_dir() / "compiled" / "lock"))
             while _waiting:
                 _compile_next()
                 advance(1)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
@@ -74,6 +76,21 @@ def open_private_file(path: Path, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on a file, which the kernel releases with the process. Waiting can be interrupted.
+
+    Raises:
+        StoreError, OSError: as ``open_private_file``.
+    """
+    fd = open_private_file(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def check_owner(found: os.stat_result, path: Path) -> None:

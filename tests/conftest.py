@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[SHARED] = tempfile.mkdtemp(prefix="epslots-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED)))
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()  # until all is imported: half a million objects would be looked through again and again
         import torch
 
         import epslots.loading  # noqa: F401 - and with it all that is compiled
@@ -72,6 +74,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         prepare()  # other types than it was made for are an error from now on
         torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -109,28 +116,58 @@ def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-FORKING = (
-    "tests/cache/test_host_store.py",
-    "tests/cluster/test_processes.py",
-    "tests/generation/test_isolation_ranks.py",
-    "tests/group/test_ranks_gloo.py",
-    "tests/transport/",
+GROUPS = {
+    "ray nodes": (
+        "tests/cluster/test_ray_cluster.py",
+        "tests/cluster/test_ray_job.py",
+        "tests/cluster/test_ray_nodes.py",
+        "tests/cluster/test_ray_session.py",
+    ),
+    "ray": ("tests/cluster/test_ray_",),
+    "forking": (
+        "tests/cache/test_host_store.py",
+        "tests/cluster/test_processes.py",
+        "tests/generation/test_isolation_ranks.py",
+        "tests/group/test_ranks_gloo.py",
+        "tests/transport/",
+    ),
+}
+"""Modules, or what their names begin with, whose tests run one after another in one process of pytest-xdist.
+
+What starts Ray takes long and mostly waits, so it begins first; more than two Rays at once would be slow. What runs ranks as
+processes shares a server that forks them, and has to import everything first (support/rank_helpers.py). A module belongs to
+the first group that names it.
+"""
+
+
+LONG = (
+    "tests/generation/test_batchers.py",
+    "tests/generation/test_rows.py",
+    "tests/moe/test_batch_invariance.py",
+    "tests/group/test_ranks_driver.py",
+    "tests/cluster/test_cluster.py",
+    "tests/equality/test_matrix.py",
+    "tests/cuda_graph/test_decode_graph.py",
+    "tests/placement/test_adopting_placements.py",
+    "tests/simulated_gpu/test_models.py",
+    "tests/cluster/test_controlled_cluster.py",
 )
-"""Modules that run ranks as processes, forked from a server that has to import everything first (support/rank_helpers.py)."""
+"""Modules that take more than 15 seconds: one that began last would keep a core idle."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> LoadScopeScheduling:
-    """All that start Ray go to one process: two at once would be slow, and could find each other's.
-
-    So do all that fork ranks, which share a server then. Ray's take longest and begin first; they mostly wait.
-    """
+    """Groups first, then long modules, each in their order; then modules, those with the most tests first."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith("tests/cluster/test_ray_"):
-                return "ray"
-            return "forking" if nodeid.startswith(FORKING) else nodeid
+            return next((name for name, modules in GROUPS.items() if nodeid.startswith(modules)), nodeid.partition("::")[0])
+
+        def _assign_work_unit(self, node: WorkerController) -> None:
+            for name in reversed((*GROUPS, *LONG)):
+                if name in self.workqueue:
+                    self.workqueue.move_to_end(name, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib
 import ipaddress
 import os
@@ -18,6 +19,7 @@ from cluster.lasting import ray_registry
 from cluster.lasting.records import SUPERSEDED, Lasting, split_term
 from cluster.messages.rank import GiveUp, encode
 from cluster.rank.orphan_guard import OrphanGuard
+from epslots.importing import without_collections
 
 if TYPE_CHECKING:  # torch is the loop's to import: it reads the settings below when it is
     import torch
@@ -46,7 +48,10 @@ class WorkerActor:
         self._node = ray.util.get_node_ip_address()
         module, _, name = loop.partition(":")
         _use_interface(host or self._node)
-        self._loop = getattr(importlib.import_module(module), name)(_form_transport)
+        with without_collections():
+            make_loop = getattr(importlib.import_module(module), name)
+            gc.freeze()  # no later collection looks through it either: transformers makes one whenever a cache goes
+        self._loop = make_loop(_form_transport)
         self._loop.start()
         self._term = 0
         self._users = -1

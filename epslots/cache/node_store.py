@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from epslots.cache.store_build import (
 )
 from epslots.cache.unpacking import record_views
 from epslots.errors import ConfigError, StoreError
-from epslots.private_files import check_owner, make_private_folder, open_private_file
+from epslots.private_files import check_owner, locked, make_private_folder, open_private_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def open_node_store(
             store = _open_memory_read_only(path, manifest)
         if store is not None:
             return store
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             store = _open_file(path, manifest) if kind == "file" else join_memory_store(path, manifest)
             if store is not None:
                 return store
@@ -151,17 +150,6 @@ def _open_memory_read_only(path: Path, manifest: Manifest) -> HostStore | None:
     if store is not None:
         logger.warning("%s can't be written to: the host store is served from its file there, not from memory", path.parent)
     return store
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the kernel releases with the process. Waiting can be interrupted."""
-    fd = open_private_file(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _build_file(path: Path, manifest: Manifest, source: OpenSource, start_progress: StartProgress) -> HostStore:

@@ -294,8 +294,6 @@ class LayerPlanner:
         able_R = budget.left_R >= self.expert_bytes
         if not state.pending_migrations or not able_R.any():
             return NO_MIGRATIONS
-        # A rank that computes in one pass knows what is in its slots when the layer has computed.
-        able_R &= np.count_nonzero(work.computed_RU, axis=1) <= state.quota_R
         migrations = choose_migrations(
             state.pending_RE,
             state.holds_RE,

@@ -492,8 +492,8 @@ def test_ranks_that_can_not_meet_for_a_while_meet_later(open_cluster: Any, folde
 def test_callers_are_told_when_no_rank_serves(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr("cluster.driver.supervisor._GAP_S", 0.001)
-    monkeypatch.setattr("cluster.driver.supervisor._GAP_AGAIN_S", 0.05)
+    monkeypatch.setattr("cluster.driver.gap_log._GAP_S", 0.001)
+    monkeypatch.setattr("cluster.driver.gap_log._GAP_AGAIN_S", 0.05)
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
     cluster, backend = open_cluster(1)
     backend.refuse[0] = ["the disk is full"]

@@ -151,7 +151,7 @@ def test_pack_and_spread(ray_nodes: RayNodes):
 def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes):
     with (
         drive(address=ray_nodes.address) as driver,
-        pytest.raises(ClusterError, match=r"no room for 3 ranks: .*\n  node 127.0.0.\d+ .*: 2 of 2 CPUs free\n.*--num-cpus"),
+        pytest.raises(ClusterError, match=r"no room for 3 ranks: .*\n  node 127.\d+.0.\d+ .*: 2 of 2 CPUs free\n.*--num-cpus"),
     ):
         driver.open(3)
     with (

@@ -18,7 +18,7 @@ PACKAGE = Path(epslots.__file__).parent
 # From the bottom up: a package, or a module that stands alone, imports from layers below its own.
 LAYERS = (
     # records and errors
-    ("_version", "arrays", "errors", "layout", "streams", "cpu_threads"),
+    ("_version", "arrays", "errors", "layout", "streams", "cpu_threads", "importing"),
     ("private_files", "units"),
     ("host_limits", "given_files", "progress"),
     ("compiled", "npz", "device_copy", "example"),

@@ -76,8 +76,9 @@ def test_decisions_do_no_io():
         assert not roots & {"asyncio", "threading", "os", "time", "random", "pathlib", "torch"}, name
 
 
-def test_the_controllers_process_needs_no_torch():
-    code = "import sys; import cluster.controller.actor; sys.exit('torch' in sys.modules)"
+def test_actors_processes_import_no_torch_yet():
+    """The controller needs none, and a rank sets first how many threads torch has."""
+    code = "import sys; import cluster.controller.actor, cluster.rank.actor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 
 

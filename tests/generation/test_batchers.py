@@ -39,7 +39,7 @@ PAGED |= {"olmoe_unaligned", "glm4_moe", "phimoe", "granitemoe", "ernie4_5_moe",
 PAGED |= {"step3p7", "ernie4_5_vl_moe", "llama", "dbrx", "deepseek_v2", "deepseek_v3", "kimi", "longcat_flash"}
 BATCHERS = [PagedBatcher, RowBatcher]
 # One longer than any step, one of a single token; requests of one new token and of several.
-LENGTHS_AND_NEW = ((3, 12), (200, 8), (17, 5), (64, 1), (33, 3), (1, 10))
+LENGTHS_AND_NEW = ((3, 8), (200, 5), (17, 4), (64, 1), (33, 3), (1, 6))
 
 
 @pytest.fixture(autouse=True)
@@ -113,14 +113,15 @@ def test_every_architecture_equals_generate(name: str, cache: str, checkpoint: C
             assert batcher.prepare()
         batcher.step()
 
-    for request in requests[:3]:
+    few = [replace(request, max_new_tokens=3) for request in requests[:3]]  # each step is three
+    for request in few:
         batcher.add(request)
     retried.run(step=step_in_spite_of_faults)
     faults.remove()
-    assert retried.tokens == {request.id: expected[request.id] for request in requests[:3]}
+    assert retried.tokens == {request.id: expected[request.id][:3] for request in few}
     assert faults.raised == 2 * retried.steps
     batcher.close()
-    assert generated(model, requests[0]) == expected["r0"], "the model is as it was"
+    assert generated(model, few[0]) == expected["r0"][:3], "the model is as it was"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4"])

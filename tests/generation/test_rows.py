@@ -23,8 +23,8 @@ from tests.support.batches import Collected, generated, prompt_of, requests_of
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 # Of a single token to several chunks. They join beside others' prompts, beside others' decoding, and after all have left.
-SIZES = ((3, 10), (70, 8), (1, 12), (23, 10), (40, 8), (9, 6))
-JOINS = (0, 0, 5, 8, 21, 30)
+SIZES = ((3, 7), (70, 5), (1, 8), (23, 7), (40, 5), (9, 4))
+JOINS = (0, 0, 4, 6, 14, 25)
 # States, states and latents, windows, an indexer; and one whose layers are computed row by row.
 KINDS = ("qwen3_next", "kimi_linear", "mimo_v2_flash", "glm_moe_dsa", "deepseek_v4")
 LENGTHS, MOST_NEW = (1, 2, 5, 9, 16, 17, 31, 40), 8

@@ -101,6 +101,22 @@ def main():
     assert run(tmp_path / "code", tmp_path / "cache", module) == [0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is Linux's")
+def test_processes_that_start_together_compile_once(tmp_path: Path):
+    """While this one waits for the lock, another compiles."""
+    waiting = MODULE.replace("from epslots", "import epslots.compiled as compiled_code\nfrom epslots", 1).replace(
+        "    prepare()\n",
+        """    import fcntl, subprocess, sys
+    if len(sys.argv) < 2:
+        compiled_code._SEARCH_S = 0.0  # it finds that there is much to compile
+        flock, other = fcntl.flock, [sys.executable, "-c", "import summing; summing.main()", "other"]
+        fcntl.flock = lambda *lock: (subprocess.run(other, check=True, stdout=subprocess.DEVNULL), flock(*lock))
+    prepare()
+""",
+    )
+    assert run(tmp_path / "code", tmp_path / "cache", waiting) == [10, 1, 0]
+
+
 def test_other_types_are_an_error():
     with pytest.raises(TypeError):
         plan_evictions(np.zeros((1, 4), np.int32), np.zeros((1, 4), bool), np.array([2]), np.zeros(4, np.int64))  # type: ignore[arg-type]

@@ -305,14 +305,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("function", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_activations_by_element(function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype):
     """For any size and strides of the tensor, as torch's to rounding."""
-    numbers = (torch.randn(9900) * 4).to(dtype)
+    numbers = (torch.randn(1980) * 4).to(dtype)
     with batch_invariant_functions():
         whole = function(numbers)
         assert not obstacles(lambda: function(numbers))
-        for size in (2, 6, 14, 18, 50, 198, 4950):
+        for size in (2, 6, 14, 18, 50, 198, 990):
             parts = torch.cat([function(part.clone()).flatten() for part in numbers.split(size)])
             assert equal_bits(parts, whole.flatten())
-        strided = torch.zeros(99, 170, dtype=dtype)[:, :100].copy_(numbers.view(99, 100))
+        strided = torch.zeros(99, 34, dtype=dtype)[:, :20].copy_(numbers.view(99, 20))
         assert equal_bits(function(strided).flatten(), whole.flatten())
     torch.testing.assert_close(whole, function(numbers))
 

@@ -100,6 +100,7 @@ class World:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from([BYTES, 2 * BYTES, 5 * BYTES]))
 def test_a_placement_is_reached_within_the_budget(seed: int, bytes_per_step: int):
+    """Under demand in every step, also of more experts than a rank has slots."""
     world = World.random(seed)
     for _ in range(3):
         world.step(4)
@@ -111,10 +112,11 @@ def test_a_placement_is_reached_within_the_budget(seed: int, bytes_per_step: int
     steps = 0
     wanted = sum(np.count_nonzero(layer.state.wanted_RE & ~layer.state.holds_RE) for layer in world.models[0].layers)
     assert world.models[0].pending_migrations >= wanted
+    pending = world.models[0].pending_migrations
     while world.models[0].budgets.migration is not None:
-        assert world.step(0 if steps % 2 else 3) <= bytes_per_step
+        assert world.step(30) <= bytes_per_step
         steps += 1
-        assert steps < 2000, f"{world.models[0].pending_migrations} are left"
+        assert steps <= 16 * (pending + 1), f"{world.models[0].pending_migrations} are left"  # an eighth is kept; two hops
     for index, layer in enumerate(world.models[0].layers):
         assert layer.state.quota_R.tolist() == target.quota_LR[index].tolist()
         assert layer.state.pending_migrations == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import shutil
 import tempfile
@@ -41,11 +42,13 @@ logger = logging.getLogger(__name__)
 # No node that is only slow is taken for dead. Of one that is killed, Ray is told (``RayNodes.kill``).
 _CHECKS = {"health_check_timeout_ms": 1000 * int(PATIENCE_S)}
 
-_NUMBERS = count(2)  # of all nodes: each has an address of its own, where Ray's agents listen on fixed ports
+# Each node has an address of its own, where Ray's agents listen on fixed ports: with pytest-xdist's process, and a number.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_NUMBERS = count(2)
 
 
 class RayNodes:
-    """Ray nodes on this machine, each with an address of its own: 127.0.0.2, 127.0.0.3, ... Token authentication is on.
+    """Ray nodes on this machine, each with an address of its own. Token authentication is on.
 
     Attributes:
         address: of the head, for ``RayBackend``.
@@ -62,7 +65,7 @@ class RayNodes:
         first = self._cluster.head_node is None
         return self._cluster.add_node(
             num_cpus=num_cpus,
-            node_ip_address=f"127.0.0.{next(_NUMBERS)}",
+            node_ip_address=f"127.{_PROCESS}.0.{next(_NUMBERS)}",
             temp_dir=self._folder,
             object_store_memory=80 * 2**20,
             include_dashboard=first and self._dashboard,
@@ -128,6 +131,8 @@ def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
         # and without it the agent would give a job the address of any Ray on this machine.
         note = Path(get_ray_address_file(folder))
         patch.setattr(ray_utils, "write_ray_address", lambda address, *_: note.write_text(address))
+        if not dashboard:  # each node's agent is up with half the work if it can't serve jobs and figures
+            patch.setattr(ray_utils, "get_dashboard_dependency_error", lambda: ImportError("left out"))
         try:
             nodes = RayNodes(folder, dashboard=dashboard)
             try:

@@ -16,6 +16,7 @@ from tests.support.equality import greedy_rows
 from tests.support.fake_backend import LOADING, FakeBackend
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.rank_helpers import PATIENCE_S
+from tests.support.remembered import Reference
 
 Checkpoints = Callable[[str], Path]
 
@@ -54,11 +55,11 @@ _AT_ONCE = 80  # what most tests need at most
 def expected(folder: Path, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
     known = [_EXPECTED.get((folder, tuple(prompt)), ()) for prompt in prompts]
     if any(len(tokens) < new for tokens in known):
-        with LOADING:
-            reference = zoo.reference(folder)
+        reference = Reference(folder)
         lengths = {len(prompt) for prompt in prompts}
         for alike in [[prompt for prompt in prompts if len(prompt) == length] for length in sorted(lengths)]:
-            found = greedy_rows(reference, torch.tensor(alike), max(new, _AT_ONCE))
+            with LOADING:
+                found = greedy_rows(reference, torch.tensor(alike), max(new, _AT_ONCE))
             for prompt, ids in zip(alike, found, strict=True):
                 _EXPECTED[folder, tuple(prompt)] = tuple(ids[len(prompt) :])
         known = [_EXPECTED[folder, tuple(prompt)] for prompt in prompts]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gc
+from importlib import import_module
 
-import transformers.generation.utils
-import transformers.models.deepseek_v3.modeling_deepseek_v3
-import transformers.models.gpt_oss.modeling_gpt_oss
-import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+from epslots.importing import without_collections
 
-import epslots.loading  # noqa: F401 - and with it all that is compiled
-from epslots.compiled import prepare
+MODULES = (
+    "transformers.generation.utils",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "transformers.models.gpt_oss.modeling_gpt_oss",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "epslots.loading",
+)
 
-prepare()
-gc.collect()
-gc.freeze()  # transformers collects garbage whenever a cache goes
+with without_collections():
+    for module in MODULES:
+        import_module(module)
+    import_module("epslots.compiled").prepare()
+    gc.freeze()  # transformers collects garbage whenever a cache goes
