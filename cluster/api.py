@@ -28,7 +28,7 @@ from cluster.errors import Overloaded
 from cluster.generation import Generation, PromptChoice, Result
 from cluster.lasting.settings import origin_of
 from cluster.messages.rank import Load
-from cluster.queue_room import QueueRoom
+from cluster.queue_room import HeldPlaces, QueueRoom
 from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, with_keywords
 from epslots.errors import ConfigError
@@ -169,22 +169,40 @@ class Cluster(ClusterControl):
         (generation,) = self._submit(prompt, read)
         return generation
 
-    def submit_choices(self, prompt: Prompt, **settings: Any) -> list[Generation]:
+    def submit_choices(self, prompt: Prompt, *, places: HeldPlaces | None = None, **settings: Any) -> list[Generation]:
         """Start to continue one prompt ``n`` times; returns the generations, in the order of their choices.
 
         All are started, or none. Each is cancelled by itself, as that of ``submit``.
 
+        Args:
+            places: of ``hold``, for these requests; None = they get places now.
+
         Raises:
             ConfigError: the prompt or a setting is not allowed.
-            Overloaded: with these, more than ``max_queue`` requests would wait or run.
+            Overloaded: with these, more than ``max_queue`` requests would wait or run, or more than there are ``places``.
             ClusterError: the cluster can't go on.
         """
         self._thread.check_process()
-        return self._submit(prompt, read_settings(settings))
+        return self._submit(prompt, read_settings(settings), places)
 
-    def _submit(self, prompt: Prompt, settings: GenerationSettings) -> list[Generation]:
-        sent = self._send(0, prompt, settings)
-        if not sent:
+    def hold(self, requests: int) -> HeldPlaces | None:
+        """Take places in the queue for requests that are yet to be made: a service does so before it reads a long prompt.
+
+        Returns:
+            The places, which are to be closed in the end; None if there aren't as many now.
+
+        Raises:
+            ConfigError: there never are.
+            ClusterError: the cluster can't go on.
+        """
+        self._check_open()
+        if requests > self._room.places:
+            raise ConfigError(f"requests={requests}; allowed: up to max_queue, which is {self._room.places}")
+        return self._room.hold(requests)
+
+    def _submit(self, prompt: Prompt, settings: GenerationSettings, places: HeldPlaces | None = None) -> list[Generation]:
+        sent = self._send(0, prompt, settings, places=places)
+        if not sent and places is None:
             self._thread.flush()  # requests that were cancelled before this call leave room
             sent = self._send(0, prompt, settings)
         if not sent:
@@ -202,6 +220,7 @@ class Cluster(ClusterControl):
         *,
         on_done: Callable[[tuple[int, int]], None] = lambda _: None,
         wait: bool = False,
+        places: HeldPlaces | None = None,
     ) -> list[Generation]:
         """Send a prompt's choices; none if the queue has no room for all. The room of each is free again when it is done.
 
@@ -209,11 +228,12 @@ class Cluster(ClusterControl):
             settings: for what the prompt says nothing about.
             on_done: gets the index and the number of each choice that is done.
             wait: until the queue has room.
+            places: held for them; None = of the queue.
         """
         bare, settings = with_own_settings(prompt, settings)
         if settings.n > self._room.places:
             raise ConfigError(f"n={settings.n}; allowed: up to max_queue, which is {self._room.places}")
-        if not self._room.take(settings.n, wait=wait):
+        if not (self._room.take(settings.n, wait=wait) if places is None else places.use(settings.n)):
             return []
         try:
             self._check_open()

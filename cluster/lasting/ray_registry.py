@@ -5,6 +5,7 @@ All calls ask the cluster's head, and wait for it. The names are those of ``reco
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +45,23 @@ def put_claim(name: str, claim: Claim) -> bool:
 def put_beat(name: str, term: int, beat: bytes) -> None:
     """Show that the holder of this term's claim lives."""
     internal_kv._internal_kv_put(_beat_key(name, term), beat, True, namespace=NAMESPACE)
+
+
+def doom(name: str, id: str) -> None:
+    """Put a rank or a placement group on record as one that is to be ended, by its id: from now on no driver adopts it."""
+    internal_kv._internal_kv_put(_doom_key(name) + id, b"", True, namespace=NAMESPACE)
+
+
+def doomed(name: str) -> frozenset[str]:
+    """Ids of the ranks and placement groups that are to be ended, and of those that have been."""
+    prefix = _doom_key(name)
+    return frozenset(key.decode().removeprefix(prefix) for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE))
+
+
+def forget_doomed(name: str, ids: Iterable[str]) -> None:
+    """Forget ids of ranks and placement groups that are no more."""
+    for id in ids:
+        internal_kv._internal_kv_del(_doom_key(name) + id, namespace=NAMESPACE)
 
 
 def look(name: str, *, at_holder: bool = True) -> Sight:
@@ -118,6 +136,10 @@ def _terms(name: str) -> list[int]:
 
 def _key(name: str, term: int | None = None) -> str:
     return f"claim of {name}/" + ("" if term is None else f"{term:0{_DIGITS}d}")
+
+
+def _doom_key(name: str) -> str:
+    return f"doom of {name}/"
 
 
 def _beat_key(name: str, term: int) -> str:

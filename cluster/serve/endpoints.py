@@ -16,7 +16,8 @@ from cluster.serve.message_reader import MessageReader, NamedToolReader, PlainRe
 from cluster.serve.record import RequestRecord, record_of
 from cluster.serve.request_settings import api_names, check_min_tokens, common_settings
 from cluster.serve.schema import ChatRequest, CommonRequest, CompletionRequest, NamedTool
-from cluster.serve.service import ServedModel, Service
+from cluster.serve.served_model import ServedModel
+from cluster.serve.service import Service
 from epslots.generation.chat_template import Chat
 
 
@@ -51,7 +52,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
     if len(prompts) > service.config.max_prompts:
         raise refused(f"prompt: {len(prompts)} prompts; allowed: up to {service.config.max_prompts}", "prompt")
     record = _note(service, body, request, given, len(prompts) * body.choices)
-    with service.admitted(record.choices) as model:
+    with service.admitted(record.choices) as (model, places):
         settings = common_settings(body, model.cluster.end_tokens, service.drawn_seed())
         wanted = 1 if body.max_tokens == 0 else body.max_tokens
         tokens = [await _tokens(service, model, body, prompt, wanted) for prompt in prompts]
@@ -66,7 +67,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
                 for prompt, ids in zip(prompts, tokens, strict=True)
             ]
         answer = completions.CompletionAnswer(body, tokens, echoes, model.texts)
-        reader = await service.start(asked, api_names(body), whole=not body.stream)
+        reader = await service.start(asked, api_names(body), places, whole=not body.stream)
     head = _head(record, completions.ID_PREFIX, completions.OBJECT)
     answering = Answering(
         service=service,
@@ -110,7 +111,7 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
     """Answer the chat of a request."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages] if service.config.log_prompts else None
     record = _note(service, body, request, messages, body.choices)
-    with service.admitted(body.choices) as model:
+    with service.admitted(body.choices) as (model, places):
         made = chat.chat_of(body, service.config.chat_template)
         _check_chat(model, body)
         settings = common_settings(body, model.cluster.end_tokens, service.drawn_seed())
@@ -127,7 +128,9 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         reads = _reads_template(model, body)
         prompt = str(model.tokenizer.decode(tokens)) if reads else ""
         readers = [_message_reader(model, body, made, prompt) for _ in range(body.choices)]
-        reader = await service.start([(tokens, settings)], api_names(body), special_tokens=reads, whole=not body.stream)
+        reader = await service.start(
+            [(tokens, settings)], api_names(body), places, special_tokens=reads, whole=not body.stream
+        )
     answering = Answering(
         service=service,
         record=record,

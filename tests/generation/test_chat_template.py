@@ -34,7 +34,7 @@ def renderer() -> Iterator[Renderer]:
     """With less time: the limit is the same."""
     with pytest.MonkeyPatch.context() as patch:
         one = Renderer(cpu_s=0.5, memory_bytes=128 * 1024**2)
-        patch.setattr(chat_template, "_renderer", lambda _: one)
+        patch.setattr(chat_template, "_renderers", lambda _: one)
         yield one
         one._end()
 
