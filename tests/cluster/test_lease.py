@@ -218,6 +218,7 @@ def test_no_driver_ends_a_rank_that_another_adopts(registry: MemoryRegistry, mon
         adopting = asyncio.create_task(adopt())
         for who in order:
             await turns.give(who)
+        await turns.give("nobody")
         await adopting
 
     run(body())
