@@ -13,9 +13,7 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, Unpack
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from cluster.config import ClusterConfig, ClusterSettings, cluster_config
 from cluster.control import ClusterControl
@@ -37,10 +35,12 @@ from epslots.generation.request_checker import ModelLimits, RequestChecker
 from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
 from epslots.models.checkpoint import find_checkpoint
-from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
 from epslots.progress import StartDisplay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @with_keywords(ClusterSettings, ClusterConfig, LoadConfig)
@@ -77,7 +77,8 @@ class Cluster(ClusterControl):
         config = cluster_config(**settings)
         placement = None if config.placement is None else _first_placement(config.placement, config.ranks)
         folder = find_checkpoint(path_or_id)
-        read_language_config(folder)
+        if not config.outlives_driver:
+            _check_model(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         origin = origin_of(folder) if config.outlives_driver else None
@@ -100,7 +101,9 @@ class Cluster(ClusterControl):
         self.timeline = supervisor.timeline
         atexit.register(self._close_at_exit)
         try:
-            starting = self._thread.begin(self._supervisor.start(config.ranks))
+            # Ranks that may be adopted have been checked, and a check takes a second or two.
+            check = partial(_check_model, folder) if config.outlives_driver else None
+            starting = self._thread.begin(self._supervisor.start(config.ranks, check))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
             self._checker = RequestChecker(self._thread.wait(starting).limits, self.tokenizer, problem)
         except BaseException:
@@ -314,6 +317,18 @@ class Cluster(ClusterControl):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not self._thread.forked:  # a forked child that exits within the block leaves the cluster alone
             self.close()
+
+
+def _check_model(folder: Path) -> None:
+    """Refuse a checkpoint of a model that can't be served.
+
+    Raises:
+        CheckpointError: its configuration can't be read, or is impossible.
+        UnsupportedModelError: transformers doesn't know the model, or it predicts no tokens.
+    """
+    from epslots.models.pretrained import read_language_config  # here: it imports torch, which a driver doesn't need
+
+    read_language_config(folder)
 
 
 def _ray_backend(config: ClusterConfig, load: Load) -> Backend:

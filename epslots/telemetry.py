@@ -9,17 +9,19 @@ Legend of shape suffixes: L MoE layers, E experts of the largest layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import torch
 
 from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.layout import LayerSpec
 from epslots.load_window import LoadWindow
 from epslots.planner.reuse_distance import count_distances
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LayerStats(msgspec.Struct, frozen=True):
@@ -166,6 +168,8 @@ class Telemetry:
     """Counters of all layers of one rank. Layers that never miss count on the device and cost no synchronisation."""
 
     def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:
+        import torch  # here: a driver reads counters, and needs no torch
+
         self._layers = tuple(layers)
         self._slots = list(slots)
         count, experts = len(self._layers), max(layer.num_experts for layer in layers)
@@ -196,7 +200,7 @@ class Telemetry:
             self._begin_step()
         tokens_X, hits = self._device_views[layer]
         tokens_X.add_(counts)
-        hits.add_(torch.count_nonzero(counts[:-1]))
+        hits.add_(counts[:-1].count_nonzero())
         self._counts["steps"][layer] += 1
         self._counts["passes"][layer] += 1
 

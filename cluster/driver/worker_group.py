@@ -22,7 +22,7 @@ from cluster.driver.scheduler import RankCapacity
 from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, Superseded
 from cluster.messages.rank import Contact, Contacts, Form, Ping, decode_pong, encode
-from epslots.loading import LOAD_DEADLINE_S
+from epslots.config import LOAD_DEADLINE_S
 from epslots.placement.placement import unpack
 from epslots.planner.cost_model import Costs
 

@@ -14,10 +14,10 @@ from cluster.serve.answering import Answering
 from cluster.serve.errors import refused
 from cluster.serve.message_reader import MessageReader, NamedToolReader, PlainReader, TemplateReader, ToolListReader
 from cluster.serve.record import RequestRecord, record_of
-from cluster.serve.request_settings import api_names, check_min_tokens, common_settings
+from cluster.serve.request_settings import GRAMMARS, api_names, check_min_tokens, common_settings
 from cluster.serve.schema import ChatRequest, CommonRequest, CompletionRequest, NamedTool
 from cluster.serve.served_model import ServedModel
-from cluster.serve.service import Service
+from cluster.serve.service import QUICK, Service
 from epslots.generation.chat_template import Chat
 
 
@@ -55,7 +55,8 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
     with service.admitted(record.choices) as (model, places):
         settings = common_settings(body, model.cluster.end_tokens, service.drawn_seed())
         wanted = 1 if body.max_tokens == 0 else body.max_tokens
-        tokens = [await _tokens(service, model, body, prompt, wanted) for prompt in prompts]
+        quick = sum(map(len, prompts)) <= QUICK
+        tokens = [await _tokens(service, model, body, prompt, wanted, quick=quick) for prompt in prompts]
         record.prompt_tokens = sum(map(len, tokens))
         asked = [(each, settings | _limits(model, body, len(each), wanted)) for each in tokens]
         for _, own in asked:
@@ -84,11 +85,17 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
 
 
 async def _tokens(
-    service: Service, model: ServedModel, body: CompletionRequest, prompt: str | Sequence[int], wanted: int | None
+    service: Service,
+    model: ServedModel,
+    body: CompletionRequest,
+    prompt: str | Sequence[int],
+    wanted: int | None,
+    *,
+    quick: bool,
 ) -> Sequence[int]:
     """A prompt's tokens, cut as the request allows."""
     if isinstance(prompt, str):
-        prompt = await service.encode(prompt, "prompt", fits=body.truncate_prompt_tokens is None)
+        prompt = await service.encode(prompt, "prompt", fits=body.truncate_prompt_tokens is None, quick=quick)
     else:
         vocabulary = model.cluster.limits.vocabulary
         if max(prompt) >= vocabulary:
@@ -164,7 +171,7 @@ def _check_chat(model: ServedModel, body: ChatRequest) -> None:
 def _one_grammar(settings: Mapping[str, Any], body: ChatRequest) -> dict[str, Any]:
     """The setting that makes the model call a tool."""
     forced = chat.tool_grammar(body)
-    if forced and any(name in settings for name in ("json_schema", "regex", "grammar")):
+    if forced and any(name in settings for name in GRAMMARS):
         raise refused("tool_choice: a text that has to call a tool has no other grammar", "tool_choice")
     return forced
 

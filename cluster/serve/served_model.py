@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_parsing.response_templates import ResponseTemplate
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.messages.controller import Explanation
 from cluster.queue_room import HeldPlaces
@@ -20,6 +17,10 @@ from cluster.serve.token_text import TokenTexts
 from epslots.errors import ConfigError
 from epslots.generation.chat_template import Chat, find_template
 from epslots.generation.request_checker import ModelLimits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 
 class ServedCluster(Protocol):

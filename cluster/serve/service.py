@@ -27,7 +27,7 @@ from cluster.serve.latencies import RecentLatencies
 from cluster.serve.live_frame import Known
 from cluster.serve.metrics import Metrics
 from cluster.serve.record import RequestRecord
-from cluster.serve.request_settings import API_NAMES
+from cluster.serve.request_settings import API_NAMES, GRAMMARS
 from cluster.serve.sampler import Sampler
 from cluster.serve.served_model import ServedCluster, ServedModel
 from epslots.errors import ConfigError, EpslotsError
@@ -39,6 +39,12 @@ _EXPLAIN_EVERY_S = 5.0
 _GOODBYE_S = 2.0  # for errors to requests that are cut off
 _PROMPT_THREADS = 2
 """They tokenize prompts and check requests: processor time, most of it without Python's lock."""
+
+QUICK = 2048
+"""Characters or tokens of a request's prompts that are read in some hundred microseconds, without a thread."""
+
+_CHOICE_COSTS = 16
+"""A choice takes as long to start as so many tokens to check."""
 
 _MOST_CHARS = 2**20
 """Characters of a prompt that needn't fit, or more where contexts are long: half a second."""
@@ -212,29 +218,35 @@ class Service:
             self._idle.set()
 
     async def in_thread(
-        self, function: Callable[[], Value], names: Mapping[str, str] = API_NAMES, *, chat: bool = False
+        self, function: Callable[[], Value], names: Mapping[str, str] = API_NAMES, *, chat: bool = False, quick: bool = False
     ) -> Value:
         """Run a function that takes processor time, in a thread.
 
         Args:
             names: the API's names of settings, for errors.
             chat: it renders a chat template.
+            quick: it takes less time than the ways to a thread and back, and is run in this one.
 
         Raises:
             ApiError: for the errors of epslots that it raises.
         """
         try:
+            if quick:
+                return function()
             threads = self._chat_threads if chat else self._threads
             return await asyncio.get_running_loop().run_in_executor(threads, function)
         except EpslotsError as error:
             raise of_cluster(error, names) from error
 
-    async def encode(self, prompt: str | Chat, field: str, *, special_tokens: bool = True, fits: bool = True) -> list[int]:
+    async def encode(
+        self, prompt: str | Chat, field: str, *, special_tokens: bool = True, fits: bool = True, quick: bool = False
+    ) -> list[int]:
         """A prompt's tokens.
 
         Args:
             prompt: text or a chat.
             field: of the request, for errors.
+            quick: a text that is short, as are all others of the request together.
             special_tokens: as ``Cluster.encode``.
             fits: refuse one that certainly doesn't fit. Else it may be longer than a model's context, within limits.
 
@@ -242,6 +254,7 @@ class Service:
             ApiError: it isn't allowed.
         """
         model = self.model
+        quick = quick and model.tokenizer.is_fast  # others have a lock, and it may be another thread's for long
         most = model.room.most if fits else None
         chars, most_chars = _chars_of(prompt), max(_MOST_CHARS, 16 * model.room.most)
         if not fits and chars > most_chars:  # reading it would hold up others' prompts for seconds
@@ -255,7 +268,7 @@ class Service:
                 why = without_paths(str(error)).partition("; allowed without it")[0]
                 raise refused(f"{field}: {why}", field, code) from error
 
-        return await self.in_thread(encode, chat=isinstance(prompt, Chat))
+        return await self.in_thread(encode, chat=isinstance(prompt, Chat), quick=quick)
 
     async def start(
         self,
@@ -286,7 +299,9 @@ class Service:
                 found += model.cluster.submit_choices(tokens, places=places, **settings)
             return found
 
-        generations = await self.in_thread(submit, names)
+        size = sum(len(tokens) + _CHOICE_COSTS * own["n"] for tokens, own in prompts)
+        quick = size <= QUICK and not any(name in own for _, own in prompts for name in GRAMMARS)
+        generations = await self.in_thread(submit, names, quick=quick)
         if self._relay is None:
             self._relay = NewsRelay(asyncio.get_running_loop())
         reader = ChoiceReader(

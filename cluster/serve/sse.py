@@ -51,7 +51,7 @@ class EventFrame:
 class _StallWatch:
     """Ends an ``asyncio.timeout`` when a client has taken nothing for too long.
 
-    A timer for each part would cost as much as the part. Here one looks now and then whether the same part is still on its way.
+    A timer for each part would cost as much as the part. Here one looks now and then whether a part is the same as before.
 
     Args:
         patience: of the task that sends.
