@@ -47,20 +47,26 @@ def loaded(driver: PatientDriver, bundle: int) -> RayWorkerHandle:
 def test_ranks_are_adopted_unless_they_were_to_be_ended(ray_nodes: RayNodes):
     with drive(ray_nodes, 2) as first:
         stays, doomed = (loaded(first, bundle) for bundle in range(2))
+        ending, lasting = process(doomed), process(stays)
         first.call(ask(ray_registry.doom, NAME, doomed.name))  # and it is paused before it ends the rank
     with drive(ray_nodes, 2) as second:
         assert second.backend.survivors == {0}
         adopted = second.start_worker(0)
-        assert adopted.adopted and process(adopted) == process(stays)
-        process(doomed).wait(PATIENCE_S)
+        assert adopted.adopted and process(adopted) == lasting
+        ending.wait(PATIENCE_S)
         new = loaded(second, 1)
         assert second.command(new, b"here") == second.command(adopted, b"here") == b"here"
-        new.kill()  # it is this driver's, and ends though no task keeps the lease
-        process(new).wait(PATIENCE_S)
+        ending = process(new)
+        second.call(kill(new))  # it is this driver's
+        ending.wait(PATIENCE_S)
     with drive(ray_nodes, 1, replace=True, leave=False) as third:
         assert third.backend.survivors == frozenset()
-        process(stays).wait(PATIENCE_S)
+        lasting.wait(PATIENCE_S)
         anew = third.start_worker(0)
         assert third.command(anew, b"anew") == b"anew"
         last = process(anew)
     last.wait(PATIENCE_S)
+
+
+async def kill(worker: RayWorkerHandle) -> None:
+    worker.kill()
