@@ -81,16 +81,16 @@ FAMILIES = {
     "qwen3_moe": (
         "<|im_start|>assistant\n",
         "<think>\nhm</think>\n\nI look.\n"
-        + "".join(
-            f'<tool_call>\n{{"name": "look", "arguments": {{"x": {x}, "at": "a <b> {{c}}"}}}}\n</tool_call>\n' for x in (1, 2)
+        + "\n".join(
+            f'<tool_call>\n{{"name": "look", "arguments": {{"x": {x}, "at": "a <b> {{c}}"}}}}\n</tool_call>' for x in (1, 2)
         ),
     ),
     "qwen3_5_moe": (
         "<|im_start|>assistant\n",
         "<think>\nhm</think>\n\nI look.\n\n"
-        + "".join(
+        + "\n".join(
             f"<tool_call>\n<function=look>\n<parameter=x>\n{x}\n</parameter>\n<parameter=at>\na <b> {{c}}\n</parameter>\n"
-            "</function>\n</tool_call>\n"
+            "</function>\n</tool_call>"
             for x in (1, 2)
         ),
     ),
