@@ -76,8 +76,11 @@ def test_decisions_do_no_io():
         assert not roots & {"asyncio", "threading", "os", "time", "random", "pathlib", "torch"}, name
 
 
-def test_the_controllers_process_needs_no_torch():
-    code = "import sys; import cluster.controller.actor; sys.exit('torch' in sys.modules)"
+def test_drivers_and_controllers_come_up_without_torch():
+    """It takes seconds to import, and a driver that is started again is waited for."""
+    parts = "controller.actor", "serve.command", "serve.run", "api", "ray_backend.backend"
+    names = ", ".join(f"cluster.{part}" for part in parts)
+    code = f"import sys; import {names}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 
 
