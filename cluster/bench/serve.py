@@ -33,15 +33,13 @@ def bench_serve(
     cache_dir: Path,
     *,
     rounds: int = 5,
-    kills: int = 10,
     parts: str = "throughput,first,ranks,driver,idle,gcs",
     redis: str = "",
 ) -> None:
     """The figures of the service on two ranks, in parts.
 
     Args:
-        rounds: of the throughput.
-        kills: of ranks; of the driver half as many.
+        rounds: of the throughput; and as many kills of the driver, and twice as many of ranks.
         parts: "throughput" (tokens/s over HTTP, and in Python), "first" (time to the first token), "ranks" (SIGKILLs of ranks
             under load), "driver" (SIGKILLs of the driver), "idle" (processor time without requests), "gcs" (restarts of Ray's
             GCS under load, with its fault tolerance).
@@ -54,10 +52,10 @@ def bench_serve(
     here: dict[str, Callable[[BenchReport, Cluster, HttpLoad], None]] = {
         "throughput": lambda *given: _throughput(*given, rounds=rounds),
         "first": _first_token,
-        "ranks": lambda *given: _kill_ranks(*given, kills=kills),
+        "ranks": lambda *given: _kill_ranks(*given, kills=2 * rounds),
     }
     alone: dict[str, Callable[[BenchReport, Path], None]] = {
-        "driver": lambda *given: measure_driver_kills(*given, kills=max(1, kills // 2)),
+        "driver": lambda *given: measure_driver_kills(*given, kills=rounds),
         "idle": measure_idle,
         "gcs": lambda *given: measure_gcs_restarts(*given, redis),
     }
