@@ -99,15 +99,20 @@ def groups_of(name: str) -> list[tuple[GroupName, PlacementGroup, int]]:
     return sorted(found, key=lambda each: each[0])
 
 
+def ranks_of(name: str) -> list[RankName]:
+    """The names of a cluster's ranks, the older one of a bundle first."""
+    named = (each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE)
+    return sorted(rank for rank in map(RankName.of, named) if rank is not None and rank.cluster == name)
+
+
 def actors_of(name: str) -> list[tuple[RankName, ActorHandle[Any]]]:
     """A cluster's ranks, the older one of a bundle first."""
     found = []
-    for each in list_named_actors(all_namespaces=True):
-        rank = RankName.of(each["name"]) if each["namespace"] == NAMESPACE else None
-        if rank is not None and rank.cluster == name:
-            with suppress(ValueError):  # it has just ended
-                found.append((rank, ray.get_actor(each["name"], namespace=NAMESPACE)))
-    return sorted(found, key=lambda each: each[0])
+    for rank in ranks_of(name):
+        # It may have just ended: Ray then knows no such actor, or not even its class.
+        with suppress(ValueError, AssertionError):
+            found.append((rank, ray.get_actor(str(rank), namespace=NAMESPACE)))
+    return found
 
 
 def remove_groups(name: str, before_term: int, *, pending: bool = False) -> None:

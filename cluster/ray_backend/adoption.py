@@ -171,7 +171,7 @@ class Adoption:
         """End what the last driver has left, and wait until its places are free."""
         await ask(ray_registry.remove_groups, self.name, self.lease.term)
         ends_s = asyncio.get_running_loop().time() + _ENDED_S
-        while await ask(ray_registry.actors_of, self.name):
+        while await ask(ray_registry.ranks_of, self.name):
             if asyncio.get_running_loop().time() > ends_s:
                 raise ClusterError(f"the last ranks of the cluster {self.name!r} did not end within {_ENDED_S:g} s; try again")
             await asyncio.sleep(_POLL_S)
