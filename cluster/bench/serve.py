@@ -57,7 +57,7 @@ def bench_serve(
     alone: dict[str, Callable[[BenchReport, Path], None]] = {
         "driver": lambda *given: measure_driver_kills(*given, kills=rounds),
         "idle": measure_idle,
-        "gcs": lambda *given: measure_gcs_restarts(*given, redis),
+        "gcs": lambda *given: measure_gcs_restarts(*given, redis=redis),
     }
     chosen = parts.split(",")
     if unknown := sorted(set(chosen) - {*here, *alone}):

@@ -34,7 +34,7 @@ _ENDS_WITHIN_S = 10.0
 _LOOK_EVERY_S = 0.05
 
 
-def measure_gcs_restarts(report: BenchReport, cache_dir: Path, redis: str = "") -> None:
+def measure_gcs_restarts(report: BenchReport, cache_dir: Path, *, redis: str = "") -> None:
     """The GCS is killed amid streams, stays away for a moment or for seconds, and comes back; then a rank is killed.
 
     In a process of its own, because a process has one Ray token for its life.

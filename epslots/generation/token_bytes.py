@@ -80,7 +80,7 @@ def byte_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ByteVocabulary | None
         found = token_bytes(tokenizer, len(tokenizer))
     except ConfigError:
         return None
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     if [step["type"] for step in _decoder_steps(backend)] != ["ByteLevel"] or found.first:
         return None
     words = list(found.words)
