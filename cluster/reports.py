@@ -17,7 +17,8 @@ class RankStats:
     """One rank's counters since it loaded the model.
 
     Attributes:
-        rank: its number in the current epoch.
+        group: number of its group.
+        rank: its number in its group's current epoch.
         where: node and process.
         stats: counters of its layers.
         engine: counters of its requests.
@@ -26,6 +27,7 @@ class RankStats:
         memory_bytes, descriptors, threads: resident memory, open file descriptors and threads of its process.
     """
 
+    group: int
     rank: int
     where: str
     stats: Stats
@@ -42,12 +44,12 @@ class ClusterStats:
     """All ranks' counters, and their sums.
 
     Attributes:
-        epoch: number of the group; it grows with every rank that is lost or joins.
+        epoch: number of the newest process group; it grows with every rank that is lost or joins.
         queued: number of requests that wait for a rank with room.
         ranks: each rank's counters.
         total: sums over ranks (``slots`` too; ``steps`` and ``passes`` are the largest).
         engine: sums of the ranks' ``engine``; ``steps`` is the largest.
-        controller: None without a controller (``window_steps=0``).
+        controllers: of each group; empty without a controller (``window_steps=0``).
         missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
         longest_wait_s: the longest time that a request is without its first token: it grows where lower priorities starve.
         placement: of the layers that were asked for.
@@ -58,10 +60,15 @@ class ClusterStats:
     ranks: tuple[RankStats, ...]
     total: Stats
     engine: EngineStats
-    controller: ControllerStats | None
+    controllers: tuple[ControllerStats, ...]
     missing: tuple[str, ...] = ()
     longest_wait_s: float = 0.0
     placement: PlacementReport | None = None
+
+    @property
+    def controller(self) -> ControllerStats | None:
+        """The first group's controller; None without one."""
+        return self.controllers[0] if self.controllers else None
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class ClusterState:
 
     Attributes:
         ranks: number of ranks that serve now.
-        epoch: number of the group.
+        epoch: number of the newest process group.
         queued: number of requests that wait for a rank with room.
         running: number of requests that a rank has.
         free: requests that the queue has room for.
@@ -121,6 +128,7 @@ def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankRepor
 def rank_stats(worker: WorkerRecord, report: RankReport, requests: int) -> RankStats:
     """One rank's counters, from its report."""
     return RankStats(
+        group=worker.group,
         rank=worker.rank,
         where=worker.handle.where,
         stats=report.stats,
