@@ -74,7 +74,10 @@ class ClusterControl:
             return ClusterStats(
                 epoch=supervisor.groups.epoch,
                 queued=router.queued,
-                ranks=tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports),
+                ranks=tuple(
+                    rank_stats(worker, report, router.count_served(worker), supervisor.groups.first_of(worker.group))
+                    for worker, report in reports
+                ),
                 total=Stats(()),
                 engine=sum_engines(()),
                 controllers=tuple(client.stats() for client in supervisor.controllers),

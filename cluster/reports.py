@@ -18,7 +18,7 @@ class RankStats:
 
     Attributes:
         group: number of its group.
-        rank: its number in its group's current epoch.
+        rank: its number in its group's current epoch, after those of the groups before it.
         where: node and process.
         stats: counters of its layers.
         engine: counters of its requests.
@@ -64,6 +64,11 @@ class ClusterStats:
     missing: tuple[str, ...] = ()
     longest_wait_s: float = 0.0
     placement: PlacementReport | None = None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, as far as their ranks answered."""
+        return 1 + max((rank.group for rank in self.ranks), default=0)
 
     @property
     def controller(self) -> ControllerStats | None:
@@ -125,11 +130,11 @@ def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankRepor
     )
 
 
-def rank_stats(worker: WorkerRecord, report: RankReport, requests: int) -> RankStats:
-    """One rank's counters, from its report."""
+def rank_stats(worker: WorkerRecord, report: RankReport, requests: int, before: int) -> RankStats:
+    """One rank's counters, from its report; ``before``: ranks of the groups before its own."""
     return RankStats(
         group=worker.group,
-        rank=worker.rank,
+        rank=before + worker.rank,
         where=worker.handle.where,
         stats=report.stats,
         engine=report.engine,

@@ -68,8 +68,13 @@ class WorkerGroups:
         return self._groups[self.number_of(bundle)]
 
     def bundles_of(self, number: int, bundles: int) -> range:
-        """A group's bundles, of so many."""
-        return range(bundles) if self.group_size is None else range(number * self.group_size, (number + 1) * self.group_size)
+        """A group's bundles, where there are so many in all."""
+        first = self.first_of(number)
+        return range(first, bundles if self.group_size is None else first + self.group_size)
+
+    def first_of(self, number: int) -> int:
+        """A group's first bundle."""
+        return 0 if self.group_size is None else number * self.group_size
 
     @property
     def formed(self) -> bool:

@@ -77,7 +77,8 @@ class WorkerRecord:
     @property
     def name(self) -> str:
         """For people."""
-        return f"rank {self.bundle if self.rank < 0 else self.rank} ({self.handle.where})"
+        of = f" of group {self.group}" if self.group and self.rank >= 0 else ""
+        return f"rank {self.bundle if self.rank < 0 else self.rank}{of} ({self.handle.where})"
 
     @property
     def proven(self) -> bool:
