@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.generation.text import TextStream, encode_prompt, load_tokenizer, stop_strings
-from tests.support.tokenizers import TOKENIZERS
+from tests.support.tokenizers import TOKENIZERS, byte_level
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one picture of five code points
@@ -67,6 +67,18 @@ def test_all_pieces_are_the_whole(name: str, data: st.DataObject, at: list[int])
     assert "".join(pieces) == decode(tokenizer, tokens), "so no piece has half a character"
     assert not stream.stopped
     assert stream.stopped_after is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.lists(st.integers(95, 105) | st.integers(255, 262), max_size=12))
+def test_special_tokens_are_text_where_they_are_asked_for(tokens: list[int]):
+    """Also those whose names no byte-level vocabulary could write."""
+    tokenizer = byte_level(["the", "\u00e9"], special=("<end>", "<\uff5cbegin\u2581of\uff5c>"), plain=("<think>",))
+    for special in (True, False):
+        stream = TextStream(tokenizer, special_tokens=special)
+        assert stream._words is not None
+        whole = tokenizer.decode(tokens, skip_special_tokens=not special)
+        assert "".join(pieces_of(stream, [[token] for token in tokens])) == whole
 
 
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece"])
