@@ -13,9 +13,7 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, Unpack
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from cluster.config import ClusterConfig, ClusterSettings, cluster_config
 from cluster.control import ClusterControl
@@ -28,7 +26,7 @@ from cluster.errors import Overloaded
 from cluster.generation import Generation, PromptChoice, Result
 from cluster.lasting.settings import origin_of
 from cluster.messages.rank import Load
-from cluster.queue_room import QueueRoom
+from cluster.queue_room import HeldPlaces, QueueRoom
 from cluster.token_stream import TokenStream
 from epslots.config import LoadConfig, with_keywords
 from epslots.errors import ConfigError
@@ -38,10 +36,12 @@ from epslots.generation.request_limits import ModelLimits
 from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
 from epslots.models.checkpoint import find_checkpoint
-from epslots.models.pretrained import read_language_config
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
 from epslots.progress import StartDisplay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @with_keywords(ClusterSettings, ClusterConfig, LoadConfig)
@@ -78,7 +78,8 @@ class Cluster(ClusterControl):
         config = cluster_config(**settings)
         placement = None if config.placement is None else _first_placement(config.placement, config.ranks, config.groups)
         folder = find_checkpoint(path_or_id)
-        read_language_config(folder)
+        if not config.outlives_driver:
+            _check_model(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         origin = origin_of(folder) if config.outlives_driver else None
@@ -109,7 +110,9 @@ class Cluster(ClusterControl):
         self.timeline = supervisor.timeline
         atexit.register(self._close_at_exit)
         try:
-            starting = self._thread.begin(self._supervisor.start(config.ranks, config.groups))
+            # Ranks that may be adopted have been checked, and a check takes a second or two.
+            check = partial(_check_model, folder) if config.outlives_driver else None
+            starting = self._thread.begin(self._supervisor.start(config.ranks, config.groups, check))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
             self._checker = RequestChecker(self._thread.wait(starting).limits, self.tokenizer, problem)
         except BaseException:
@@ -178,22 +181,40 @@ class Cluster(ClusterControl):
         (generation,) = self._submit(prompt, read)
         return generation
 
-    def submit_choices(self, prompt: Prompt, **settings: Any) -> list[Generation]:
+    def submit_choices(self, prompt: Prompt, *, places: HeldPlaces | None = None, **settings: Any) -> list[Generation]:
         """Start to continue one prompt ``n`` times; returns the generations, in the order of their choices.
 
         All are started, or none. Each is cancelled by itself, as that of ``submit``.
 
+        Args:
+            places: of ``hold``, for these requests; None = they get places now.
+
         Raises:
             ConfigError: the prompt or a setting is not allowed.
-            Overloaded: with these, more than ``max_queue`` requests would wait or run.
+            Overloaded: with these, more than ``max_queue`` requests would wait or run, or more than there are ``places``.
             ClusterError: the cluster can't go on.
         """
         self._thread.check_process()
-        return self._submit(prompt, read_settings(settings))
+        return self._submit(prompt, read_settings(settings), places)
 
-    def _submit(self, prompt: Prompt, settings: GenerationSettings) -> list[Generation]:
-        sent = self._send(0, prompt, settings)
-        if not sent:
+    def hold(self, requests: int) -> HeldPlaces | None:
+        """Take places in the queue for requests that are yet to be made: a service does so before it reads a long prompt.
+
+        Returns:
+            The places, which are to be closed in the end; None if there aren't as many now.
+
+        Raises:
+            ConfigError: there never are.
+            ClusterError: the cluster can't go on.
+        """
+        self._check_open()
+        if requests > self._room.places:
+            raise ConfigError(f"requests={requests}; allowed: up to max_queue, which is {self._room.places}")
+        return self._room.hold(requests)
+
+    def _submit(self, prompt: Prompt, settings: GenerationSettings, places: HeldPlaces | None = None) -> list[Generation]:
+        sent = self._send(0, prompt, settings, places=places)
+        if not sent and places is None:
             self._thread.flush()  # requests that were cancelled before this call leave room
             sent = self._send(0, prompt, settings)
         if not sent:
@@ -211,6 +232,7 @@ class Cluster(ClusterControl):
         *,
         on_done: Callable[[tuple[int, int]], None] = lambda _: None,
         wait: bool = False,
+        places: HeldPlaces | None = None,
     ) -> list[Generation]:
         """Send a prompt's choices; none if the queue has no room for all. The room of each is free again when it is done.
 
@@ -218,11 +240,12 @@ class Cluster(ClusterControl):
             settings: for what the prompt says nothing about.
             on_done: gets the index and the number of each choice that is done.
             wait: until the queue has room.
+            places: held for them; None = of the queue.
         """
         bare, settings = with_own_settings(prompt, settings)
         if settings.n > self._room.places:
             raise ConfigError(f"n={settings.n}; allowed: up to max_queue, which is {self._room.places}")
-        if not self._room.take(settings.n, wait=wait):
+        if not (self._room.take(settings.n, wait=wait) if places is None else places.use(settings.n)):
             return []
         try:
             self._check_open()
@@ -303,6 +326,18 @@ class Cluster(ClusterControl):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not self._thread.forked:  # a forked child that exits within the block leaves the cluster alone
             self.close()
+
+
+def _check_model(folder: Path) -> None:
+    """Refuse a checkpoint of a model that can't be served.
+
+    Raises:
+        CheckpointError: its configuration can't be read, or is impossible.
+        UnsupportedModelError: transformers doesn't know the model, or it predicts no tokens.
+    """
+    from epslots.models.pretrained import read_language_config  # here: it imports torch, which a driver doesn't need
+
+    read_language_config(folder)
 
 
 def _ray_backend(config: ClusterConfig, load: Load) -> Backend:

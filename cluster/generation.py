@@ -8,9 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Self
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Self
 
 from cluster.errors import RequestFailed, raised_anew
 from cluster.token_stream import StreamReader, TokenStream
@@ -19,6 +17,9 @@ from epslots.generation.portions import Portion, PortionMaker
 from epslots.generation.requests import Reason, Request, TokenLogprobs
 from epslots.generation.settings import GenerationSettings, Prompt
 from epslots.generation.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

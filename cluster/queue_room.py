@@ -1,4 +1,4 @@
-"""``QueueRoom``: how many requests may wait or run at once."""
+"""``QueueRoom``: how many requests may wait or run at once; ``HeldPlaces``: places of requests that are yet to be made."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ class QueueRoom:
                 self._waiting.remove(this_call)
                 self._changed.notify_all()
 
+    def hold(self, count: int) -> HeldPlaces | None:
+        """Places for a caller that doesn't have its requests yet; None if there aren't as many now."""
+        return HeldPlaces(self, count) if self.take(count, wait=False) else None
+
     def _take(self, count: int) -> bool:
         if count > self._free:
             return False
@@ -57,3 +61,32 @@ class QueueRoom:
             self._free += count
             assert self._free <= self.places
             self._changed.notify_all()
+
+
+class HeldPlaces:
+    """Places that one caller has taken, and that its requests then use. For any thread.
+
+    A used place goes back to the room when its request is done; the others go back with ``close``.
+
+    Args:
+        room: the places are its.
+        count: of them.
+    """
+
+    def __init__(self, room: QueueRoom, count: int) -> None:
+        self._room, self._unused = room, count
+        self._lock = threading.Lock()
+
+    def use(self, count: int) -> bool:
+        """Use some; returns whether as many are left."""
+        with self._lock:
+            if count > self._unused:
+                return False
+            self._unused -= count
+            return True
+
+    def close(self) -> None:
+        """Give the unused ones back. A second call does nothing."""
+        with self._lock:
+            unused, self._unused = self._unused, 0
+        self._room.give(unused)

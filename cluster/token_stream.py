@@ -78,13 +78,11 @@ class TokenStream:
         Args:
             wait: for more than these, or the end; else None is returned where there is nothing more.
         """
-
-        def more() -> bool:
-            return len(self.tokens) > tokens or len(self.prompt_logprobs) > prompt_logprobs or self.done
-
         with self.news:
-            if not (self.news.wait_for(more) if wait else more()):
-                return None
+            while not (len(self.tokens) > tokens or len(self.prompt_logprobs) > prompt_logprobs or self.done):
+                if not wait:
+                    return None
+                self.news.wait()
             return Output(
                 id="",
                 tokens=tuple(self.tokens[tokens:]),

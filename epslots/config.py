@@ -35,6 +35,8 @@ DEFAULT_BATCH_TOKENS = 512
 """Tokens of one step of an engine."""
 DEFAULT_REQUESTS = 16
 """Requests of one step of an engine."""
+LOAD_DEADLINE_S = 3600.0
+"""Seconds that ranks wait for each other while they load: one may build the store that another has."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from epslots.cache.node_store import open_node_store
 from epslots.cache.pinning import pin_store
 from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_in_background
-from epslots.config import LoadConfig, LoadSettings, load_config, refuse_unknown, with_keywords
+from epslots.config import LOAD_DEADLINE_S, LoadConfig, LoadSettings, load_config, refuse_unknown, with_keywords
 from epslots.devices import make_current, resolve_device
 from epslots.errors import ConfigError
 from epslots.group.join import announce_failure, ranks_here, start_rank
@@ -56,9 +56,6 @@ from epslots.telemetry import Telemetry
 from epslots.transport.rendezvous import find_transport
 from epslots.transport.transport import Transport
 from epslots.units import parse_prefetch
-
-# Seconds that ranks wait for each other while they load: one may build the store that another has.
-LOAD_DEADLINE_S = 3600.0
 
 
 @with_keywords(LoadSettings, LoadConfig)

@@ -20,7 +20,7 @@ from epslots.layout import LayerSpec
 from epslots.load_window import LoadWindow
 from epslots.planner.reuse_distance import count_distances
 
-if TYPE_CHECKING:  # messages have these counters, and processes that import no torch
+if TYPE_CHECKING:
     import torch
 
 

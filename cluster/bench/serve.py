@@ -23,22 +23,27 @@ _PROMPTS = 64
 _NEW_TOKENS = 64
 _CONCURRENCIES = (16, 64)
 _FIRST_TOKENS = 40
-_KILLS = 10
 _KILLED_REQUESTS, _KILLED_TOKENS = 16, 200
 _PARTS_BEFORE = 10  # of every stream, when a rank is killed
 _NO_STOP: dict[str, Any] = {"stop_tokens": ()}
 
 
 def bench_serve(
-    report: BenchReport, cache_dir: Path, *, rounds: int = 7, parts: str = "throughput,first,ranks,driver,idle,gcs"
+    report: BenchReport,
+    cache_dir: Path,
+    *,
+    rounds: int = 5,
+    parts: str = "throughput,first,ranks,driver,idle,gcs",
+    redis: str = "",
 ) -> None:
     """The figures of the service on two ranks, in parts.
 
     Args:
-        rounds: of the throughput.
+        rounds: of the throughput; and as many kills of the driver, and twice as many of ranks.
         parts: "throughput" (tokens/s over HTTP, and in Python), "first" (time to the first token), "ranks" (SIGKILLs of ranks
             under load), "driver" (SIGKILLs of the driver), "idle" (processor time without requests), "gcs" (restarts of Ray's
             GCS under load, with its fault tolerance).
+        redis: program of a Redis server, for the part "gcs": the GCS keeps its state there, and not in RocksDB.
 
     Raises:
         AssertionError: a request was lost, or has another text than in Python.
@@ -47,9 +52,13 @@ def bench_serve(
     here: dict[str, Callable[[BenchReport, Cluster, HttpLoad], None]] = {
         "throughput": lambda *given: _throughput(*given, rounds=rounds),
         "first": _first_token,
-        "ranks": _kill_ranks,
+        "ranks": lambda *given: _kill_ranks(*given, kills=2 * rounds),
     }
-    alone = {"driver": measure_driver_kills, "idle": measure_idle, "gcs": measure_gcs_restarts}
+    alone: dict[str, Callable[[BenchReport, Path], None]] = {
+        "driver": lambda *given: measure_driver_kills(*given, kills=rounds),
+        "idle": measure_idle,
+        "gcs": lambda *given: measure_gcs_restarts(*given, redis=redis),
+    }
     chosen = parts.split(",")
     if unknown := sorted(set(chosen) - {*here, *alone}):
         raise ConfigError(f"parts={','.join(unknown)}; allowed: {', '.join([*here, *alone])}")
@@ -155,13 +164,13 @@ def _in_ms(seconds: Sequence[float]) -> dict[str, float]:
     return {name: value * MS for name, value in spread(seconds).items()}
 
 
-def _kill_ranks(report: BenchReport, cluster: Cluster, load: HttpLoad) -> None:
+def _kill_ranks(report: BenchReport, cluster: Cluster, load: HttpLoad, *, kills: int) -> None:
     """SIGKILLs of the ranks in turn, each amid streams; before each, the one that was killed last has been replaced."""
     asked = prompts(_KILLED_REQUESTS)
     right = _texts_of(cluster, asked, _KILLED_TOKENS)
     gaps_s, usual_s, lost, different = [], [], 0, 0
     wave = wave_of(bodies_of(asked, _KILLED_TOKENS, stream=True), tell_at=_PARTS_BEFORE)
-    for number in range(_KILLS):
+    for number in range(kills):
         usual_s.append(_longest_gap_s(load.ask(bodies_of(asked, _NEW_TOKENS, stream=True))))
         load.tell(wave)
         assert isinstance(load.hear(), Reached)
@@ -172,11 +181,11 @@ def _kill_ranks(report: BenchReport, cluster: Cluster, load: HttpLoad) -> None:
         lost += sum(not answer.whole for answer in found.answers)
         different += sum(answer.text != text for answer, text in zip(found.answers, right, strict=True))
         cluster.scale(RANKS)
-        print(f"kill {number + 1} of {_KILLS}: longest gap {gaps_s[-1]:.2f} s", flush=True)
+        print(f"kill {number + 1} of {kills}: longest gap {gaps_s[-1]:.2f} s", flush=True)
     gaps = {"longest gap in any stream, without a kill": usual_s, "with one": gaps_s}
-    title = f"{_KILLS} SIGKILLs of one of {RANKS} ranks amid {_KILLED_REQUESTS} streams of {_KILLED_TOKENS} tokens, seconds"
+    title = f"{kills} SIGKILLs of one of {RANKS} ranks amid {_KILLED_REQUESTS} streams of {_KILLED_TOKENS} tokens, seconds"
     report.table(title, [{"": name, **spread(times), "most": max(times)} for name, times in gaps.items()])
-    report.table("requests", [{"requests": _KILLS * _KILLED_REQUESTS, "lost": lost, "texts different": different}])
+    report.table("requests", [{"requests": kills * _KILLED_REQUESTS, "lost": lost, "texts different": different}])
     assert not lost and not different, f"{lost} requests lost, {different} texts different"
 
 

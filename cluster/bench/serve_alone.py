@@ -23,8 +23,7 @@ from cluster.bench.common import RANKS, SETTINGS, prompts
 from cluster.bench.serve_here import bodies_of
 from epslots.bench.report import BenchReport, spread
 
-_KILLS = 5
-_IDLE_S = 20.0
+_IDLE_S = 15.0
 _ANSWERS_WITHIN_S = 300.0
 _ENDS_WITHIN_S = 60.0
 _ASK_EVERY_S = 0.02
@@ -125,38 +124,29 @@ def _serve(cache_dir: Path, *options: str) -> Iterator[ServeProcess]:
         process.end()
 
 
-def _takes(option: str) -> bool:
-    """Whether ``epslots serve`` has an option."""
-    shown = subprocess.run([sys.executable, "-m", "epslots", "serve", "--help"], capture_output=True, text=True, check=True)
-    return option in shown.stdout
-
-
-def measure_driver_kills(report: BenchReport, cache_dir: Path) -> None:
+def measure_driver_kills(report: BenchReport, cache_dir: Path, *, kills: int) -> None:
     """SIGKILLs of ``epslots serve``, which is started again at once with the same name; ranks that stay keep their model.
 
     Raises:
         AssertionError: a rank was started anew, which loads the model.
     """
-    if not _takes("--orphan-s"):
-        print("part driver: left out, because ranks don't outlive their driver in this version", flush=True)
-        return
     seconds, loads = [], 0
     name = f"bench-{secrets.token_hex(4)}"
     with _serve(cache_dir, "--name", name, "--orphan-s", "600") as service:
         first_s = service.seconds_to_an_answer()
-        for number in range(_KILLS):
+        for number in range(kills):
             before = set(service.processes()["ranks"])
             assert len(before) == RANKS, f"{len(before)} ranks are found; there should be {RANKS}"
             service.kill()
             service.start()
             seconds.append(service.seconds_to_an_answer())
             loads += len(set(service.processes()["ranks"]) - before)
-            print(f"kill {number + 1} of {_KILLS}: answered after {seconds[-1]:.2f} s", flush=True)
+            print(f"kill {number + 1} of {kills}: answered after {seconds[-1]:.2f} s", flush=True)
     rows: list[dict[str, Any]] = [
         {"": "from SIGKILL and start to an answer", **spread(seconds), "most": max(seconds)},
         {"": "(from the first start)", **spread([first_s]), "most": first_s},
     ]
-    report.table(f"{_KILLS} SIGKILLs of the driver, seconds", rows)
+    report.table(f"{kills} SIGKILLs of the driver, seconds", rows)
     report.table("loads of the model by these", [{"loads": loads}])
     assert not loads, f"{loads} ranks were started anew"
 

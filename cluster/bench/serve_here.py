@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cluster.api import Cluster
@@ -15,7 +16,7 @@ from cluster.serve.config import ServeConfig
 from cluster.serve.server import HttpServer, bind
 from cluster.serve.service import Service
 from epslots.example import example_model
-from epslots.models.pretrained import read_language_config
+from epslots.models.json_file import model_type_of
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def serving_here(cluster: Cluster, **settings: Any) -> Iterator[tuple[str, Servi
         service = Service(config, AccessLog(nowhere))
         app = create_app(service, ApiKeys(()), local=True)
         with HttpServer(app, bind(config.host, config.port), config) as server:
-            service.attach(cluster, str(read_language_config(example_model()).model_type))
+            service.attach(cluster, model_type_of(Path(example_model())))
             yield server.url, service
 
 

@@ -170,6 +170,7 @@ class LoopThread:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.sleep(0)  # calls that have ended just now tell their callers first
         self._loop.stop()
 
     def _handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

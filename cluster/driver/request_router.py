@@ -10,9 +10,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.driver.idle_tracker import IdleTracker
 from cluster.driver.rank_loads import RankCapacity
@@ -22,6 +20,9 @@ from cluster.messages.rank import Cancel, Command, Submit, Wake
 from epslots.generation.portions import push_until_stop
 from epslots.generation.requests import Output, Request
 from epslots.generation.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A request waits this long for others: ranks that get many in one message need fewer steps than if each began one more.
 _TOGETHER_S = 0.005

@@ -122,21 +122,25 @@ class Supervisor:
 
     # Calls of the cluster.
 
-    async def start(self, ranks: int | None, groups: int = 1) -> Loaded:
+    async def start(self, ranks: int | None, groups: int = 1, check: Callable[[], object] | None = None) -> Loaded:
         """Start the ranks; returns when they serve, with the first one's report of the model.
 
         Args:
             ranks: None for one on every GPU.
             groups: into which they are divided.
+            check: raises an error if the model can't be served; called, in a thread, unless ranks are adopted that have it.
 
         Raises:
             ClusterError: the first failure of the start, which ends it.
+            EpslotsError: that of ``check``.
         """
         self._display.stage("reserving places")
         self._spawn(self._backend.keep_lease)
         ranks = await self._backend.open(ranks)
         self._mark("places reserved")
         survivors = self._backend.survivors
+        if check is not None and not survivors:
+            await asyncio.to_thread(check)
         self.groups.divide(ranks, groups)
         self.groups.resize(ranks)
         for number, group in enumerate(self.groups):

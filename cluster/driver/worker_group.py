@@ -23,7 +23,7 @@ from cluster.driver.retries import Pace, Retries
 from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, WorkerState
 from cluster.errors import ClusterError
 from cluster.messages.rank import Contact, Contacts, Form
-from epslots.loading import LOAD_DEADLINE_S
+from epslots.config import LOAD_DEADLINE_S
 from epslots.placement.placement import unpack
 from epslots.planner.cost_model import Costs
 

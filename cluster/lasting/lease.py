@@ -5,8 +5,12 @@ term      the claim's number. Each driver that takes over claims the next one, a
 beat      what the claim's holder writes every second; while it changes, the holder lives
 orphan    a rank whose driver is gone: dead, silent for as long as a lease lasts, or detached
 adopt     claim the next term, and serve on with the ranks as they are
+doom      a rank or placement group that a driver is about to end is on record as doomed; the next driver doesn't adopt it
 
-A paused driver is silent as a dead one is. It finds the newer claim when it goes on, and leaves the ranks alone.
+A paused driver is silent as a dead one is. It finds the newer claim when it goes on, and leaves the ranks alone. It may be
+paused at any place, also after it has looked at the claims and before it ends a rank. So it dooms the rank, then looks, then
+ends the rank; and the next driver claims, then reads what is doomed, then adopts. Whichever comes first is seen by the other
+(Dekker's rule): the first finds the claim, or the second finds the rank doomed.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ BEAT_S = 1.0
 LEASE_S = 10.0
 """Silence after which another driver may claim the next term. Of a driver whose process has ended, Ray knows at once."""
 HELD_S = LEASE_S / 2
-"""A driver ends nothing if its last beat is older than this: another one may be there."""
+"""A driver starts nothing if its last beat is older than this: another one may be there."""
 RELEASED = b"released"
 """The last beat of a driver that has left the ranks to the next one."""
 
@@ -70,6 +74,7 @@ class LeaseRegistry(Protocol):
     def look(self, name: str, *, at_holder: bool = True) -> Sight: ...
     def put_claim(self, name: str, claim: Claim) -> bool: ...
     def put_beat(self, name: str, term: int, beat: bytes) -> None: ...
+    def doom(self, name: str, id: str) -> None: ...
     def remove_groups(self, name: str, before_term: int) -> None: ...
 
 

@@ -5,6 +5,7 @@ All calls ask the cluster's head, and wait for it. The names are those of ``reco
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -46,6 +47,23 @@ def put_beat(name: str, term: int, beat: bytes) -> None:
     internal_kv._internal_kv_put(_beat_key(name, term), beat, True, namespace=NAMESPACE)
 
 
+def doom(name: str, id: str) -> None:
+    """Put a rank or a placement group on record as one that is to be ended, by its id: from now on no driver adopts it."""
+    internal_kv._internal_kv_put(_doom_key(name) + id, b"", True, namespace=NAMESPACE)
+
+
+def doomed(name: str) -> frozenset[str]:
+    """Ids of the ranks and placement groups that are to be ended, and of those that have been."""
+    prefix = _doom_key(name)
+    return frozenset(key.decode().removeprefix(prefix) for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE))
+
+
+def forget_doomed(name: str, ids: Iterable[str]) -> None:
+    """Forget ids of ranks and placement groups that are no more."""
+    for id in ids:
+        internal_kv._internal_kv_del(_doom_key(name) + id, namespace=NAMESPACE)
+
+
 def look(name: str, *, at_holder: bool = True) -> Sight:
     """The newest claim.
 
@@ -81,15 +99,20 @@ def groups_of(name: str) -> list[tuple[GroupName, PlacementGroup, int]]:
     return sorted(found, key=lambda each: each[0])
 
 
+def ranks_of(name: str) -> list[RankName]:
+    """The names of a cluster's ranks, the older one of a bundle first."""
+    named = (each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE)
+    return sorted(rank for rank in map(RankName.of, named) if rank is not None and rank.cluster == name)
+
+
 def actors_of(name: str) -> list[tuple[RankName, ActorHandle[Any]]]:
     """A cluster's ranks, the older one of a bundle first."""
     found = []
-    for each in list_named_actors(all_namespaces=True):
-        rank = RankName.of(each["name"]) if each["namespace"] == NAMESPACE else None
-        if rank is not None and rank.cluster == name:
-            with suppress(ValueError):  # it has just ended
-                found.append((rank, ray.get_actor(each["name"], namespace=NAMESPACE)))
-    return sorted(found, key=lambda each: each[0])
+    for rank in ranks_of(name):
+        # It may have just ended: Ray then knows no such actor, or not even its class.
+        with suppress(ValueError, AssertionError):
+            found.append((rank, ray.get_actor(str(rank), namespace=NAMESPACE)))
+    return found
 
 
 def remove_groups(name: str, before_term: int, *, pending: bool = False) -> None:
@@ -118,6 +141,10 @@ def _terms(name: str) -> list[int]:
 
 def _key(name: str, term: int | None = None) -> str:
     return f"claim of {name}/" + ("" if term is None else f"{term:0{_DIGITS}d}")
+
+
+def _doom_key(name: str) -> str:
+    return f"doom of {name}/"
 
 
 def _beat_key(name: str, term: int) -> str:

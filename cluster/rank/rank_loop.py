@@ -50,13 +50,14 @@ from cluster.messages.rank import (
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.event_queue import EventQueue
 from cluster.rank.rank_reports import WindowCutter, failure_of, group_state, loaded_report, rank_report
+from epslots.config import LOAD_DEADLINE_S
 from epslots.devices import cpu_share, make_current, resolve_device, wait_for_freed_memory
 from epslots.errors import ConfigError, GroupError, RankMismatchError
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Output, Request
 from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
-from epslots.loading import LOAD_DEADLINE_S, load_alone
+from epslots.loading import load_alone
 from epslots.models.checkpoint import CheckpointSource
 from epslots.placement.placement import Placement, unpack
 from epslots.progress import ProgressDisplay

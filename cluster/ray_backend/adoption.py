@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any, NoReturn
 
 import msgspec
@@ -25,6 +27,7 @@ from cluster.lasting.lease import LEASE_S
 from cluster.lasting.records import GroupName, Lasting, RankName
 from cluster.lasting.settings import differences
 from cluster.messages.rank import Load
+from cluster.ray_backend.bundles import remove_group
 from cluster.ray_backend.calls import ask
 from cluster.ray_backend.driver_lease import DriverLease
 from cluster.ray_backend.handles import RayWorkerHandle
@@ -90,16 +93,38 @@ class Adoption:
                 survivors, rest = await self._find()
             if await self.lease.claim(sight.term, where, worker):
                 break
+        if survivors:
+            await ask(lambda: ray_registry.remove_groups(self.name, self.lease.term, pending=True))
+            survivors = await self._keep_undoomed(survivors, rest)
         self._survivors = survivors
         for handle in rest:
             handle.kill()
         if survivors:
-            await ask(lambda: ray_registry.remove_groups(self.name, self.lease.term, pending=True))
-            self.groups = [(group, bundles) for _, group, bundles in await ask(ray_registry.groups_of, self.name)]
             logger.warning("%d ranks of the cluster %r were adopted, with their model", len(survivors), self.name)
         else:
             self.groups = ()
             await self._remove_all()
+
+    async def _keep_undoomed(
+        self, survivors: dict[int, RayWorkerHandle], rest: list[RayWorkerHandle]
+    ) -> dict[int, RayWorkerHandle]:
+        """The survivors that no earlier driver is about to end, and the placement groups likewise. After the claim.
+
+        Args:
+            rest: gets the other ranks.
+        """
+        doomed = await ask(ray_registry.doomed, self.name)
+        found = await ask(ray_registry.groups_of, self.name)
+        there = {group.id.hex() for _, group, _ in found} | {handle.name for handle in (*survivors.values(), *rest)}
+        await ask(ray_registry.forget_doomed, self.name, doomed - there)
+        kept = list(takewhile(lambda each: each[1].id.hex() not in doomed, found))  # a driver removes the last ones
+        for _, group, _ in found[len(kept) :]:
+            self.end_group(group, partial(remove_group, group))
+        self.groups = [(group, bundles) for _, group, bundles in kept]
+        places = sum(bundles for _, bundles in self.groups)
+        stay = {bundle for bundle, handle in survivors.items() if bundle < places and handle.name not in doomed}
+        rest += [handle for bundle, handle in survivors.items() if bundle not in stay]
+        return {bundle: handle for bundle, handle in survivors.items() if bundle in stay}
 
     async def _find(self) -> tuple[dict[int, RayWorkerHandle], list[RayWorkerHandle]]:
         """The ranks that can be adopted, by bundle; and the others.
@@ -108,7 +133,7 @@ class Adoption:
             ClusterError: they were loaded with other settings.
         """
         actors = await ask(ray_registry.actors_of, self.name)
-        handles = [(name, RayWorkerHandle(name.bundle, actor, self.lease)) for name, actor in actors]
+        handles = [(name, RayWorkerHandle(name.bundle, actor, self.lease, str(name))) for name, actor in actors]
         loads = await asyncio.gather(*(self._describe(handle) for _, handle in handles))
         found: dict[int, tuple[RayWorkerHandle, Load]] = {}
         rest = []
@@ -146,7 +171,7 @@ class Adoption:
         """End what the last driver has left, and wait until its places are free."""
         await ask(ray_registry.remove_groups, self.name, self.lease.term)
         ends_s = asyncio.get_running_loop().time() + _ENDED_S
-        while await ask(ray_registry.actors_of, self.name):
+        while await ask(ray_registry.ranks_of, self.name):
             if asyncio.get_running_loop().time() > ends_s:
                 raise ClusterError(f"the last ranks of the cluster {self.name!r} did not end within {_ENDED_S:g} s; try again")
             await asyncio.sleep(_POLL_S)
@@ -164,6 +189,10 @@ class Adoption:
         """End the ranks on bundles from this number on: fewer are wanted."""
         for bundle in [bundle for bundle in self._survivors if bundle >= count]:
             self._survivors.pop(bundle).kill()
+
+    def end_group(self, group: PlacementGroup, effect: Callable[[], None]) -> None:
+        """Have a placement group removed, if it is certainly this driver's."""
+        self.lease.guard(group.id.hex(), effect)
 
     def name_group(self) -> str:
         """Ray's name of the next placement group."""

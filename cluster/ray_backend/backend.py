@@ -93,8 +93,7 @@ class RayBackend:
             ranks = int(sum(node.total.get("GPU", 0) for node in nodes)) if "GPU" in self._need else 1
         elsewhere = not self._connection.own and Path(self._path).is_dir()  # a hub id is the nodes' own to find
         folder = str(Path(self._path).absolute()) if elsewhere else None
-        name_group = None if self._adoption is None else self._adoption.name_group
-        self._bundles = Bundles(self._need, self._strategy, folder, self._place_s, name_group)
+        self._bundles = Bundles(self._need, self._strategy, folder, self._place_s, self._adoption)
         if self._adoption is not None:
             self._adoption.drop_survivors(ranks)
             self._bundles.inherit(self._adoption.groups, ranks)
@@ -145,15 +144,18 @@ class RayBackend:
         await self._bundles.placed(bundle)
         threads = await self._threads(bundle)
         self._check()
+        options, lasting, lease = {}, b"", None
+        if self._adoption is not None:
+            options, lasting, lease = self._adoption.actor_options(bundle), self._adoption.lasting, self._adoption.lease
         with refusals():
             actor = _worker_class.options(
                 num_cpus=self._need.get("CPU", 0),
                 num_gpus=self._need.get("GPU", 0),
                 resources={RANK_RESOURCE: 1} if RANK_RESOURCE in self._need else None,
                 scheduling_strategy=self._bundles.strategy(bundle),
-                **({} if self._adoption is None else self._adoption.actor_options(bundle)),
-            ).remote(self._host, threads, self._loop, b"" if self._adoption is None else self._adoption.lasting)
-        worker = RayWorkerHandle(bundle, actor, None if self._adoption is None else self._adoption.lease)
+                **options,
+            ).remote(self._host, threads, self._loop, lasting)
+        worker = RayWorkerHandle(bundle, actor, lease, options.get("name", ""))
         self._actors.add(worker)
         starting = asyncio.ensure_future(worker.wait_until_up(_START_WORKER_S))
         # Read its error even if this call ends before; or asyncio would complain.
@@ -163,7 +165,7 @@ class RayBackend:
                 await self._bundles.placed(bundle)  # Ray may learn only now that the node is gone
             await starting
         except BaseException:
-            worker.kill()
+            worker.kill(unused=True)
             starting.cancel()
             await asyncio.wait({starting})
             raise

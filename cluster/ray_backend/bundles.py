@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import msgspec
 import ray
@@ -40,6 +42,16 @@ class _Bundle:
     index: int
 
 
+class LastingGroups(Protocol):
+    """A cluster whose placement groups may be another driver's one day."""
+
+    def name_group(self) -> str:
+        """A name for the next placement group."""
+
+    def end_group(self, group: PlacementGroup, effect: Callable[[], None]) -> None:
+        """Have a placement group removed by ``effect``, if it is certainly this driver's."""
+
+
 class Bundles:
     """Reserved bundles, numbered from 0. Placement groups have a fixed size, so each growth makes another group.
 
@@ -48,7 +60,7 @@ class Bundles:
         strategy: Ray's placement strategy.
         folder: the model's folder, which every node must have; None = don't look.
         place_s: seconds that Ray has to find another node for a bundle whose node is lost.
-        name_group: names the next placement group, which then outlives this process; None = none does.
+        lasting: the cluster that the placement groups outlive this process with; None = they don't.
     """
 
     def __init__(
@@ -57,10 +69,10 @@ class Bundles:
         strategy: str,
         folder: str | None,
         place_s: float,
-        name_group: Callable[[], str] | None = None,
+        lasting: LastingGroups | None = None,
     ) -> None:
         self._need, self._strategy, self._place_s = need, strategy, place_s
-        self._name_group = name_group
+        self._lasting = lasting
         self._folder = folder
         self._bundles: list[_Bundle] = []
         self._unused: list[_Bundle] = []
@@ -103,8 +115,14 @@ class Bundles:
         del self._bundles[count:]
         kept = {bundle.group.id for bundle in self._bundles}
         for group in {bundle.group.id: bundle.group for bundle in self._unused if bundle.group.id not in kept}.values():
-            _remove(group)
+            self._remove(group)
         self._unused = [bundle for bundle in self._unused if bundle.group.id in kept]
+
+    def _remove(self, group: PlacementGroup) -> None:
+        if self._lasting is None:
+            remove_group(group)
+        else:
+            self._lasting.end_group(group, partial(remove_group, group))
 
     async def nodes(self) -> list[str]:
         """Ray's id of each bundle's node; "" while Ray looks for another node."""
@@ -138,14 +156,14 @@ class Bundles:
             lambda: placement_group(
                 [self._need] * count,
                 strategy=self._strategy,
-                name=f"{self._name} {uuid.uuid4().hex[:8]}" if self._name_group is None else self._name_group(),
-                lifetime=None if self._name_group is None else "detached",
+                name=f"{self._name} {uuid.uuid4().hex[:8]}" if self._lasting is None else self._lasting.name_group(),
+                lifetime=None if self._lasting is None else "detached",
                 bundle_label_selector=None if selector is None else [{NODE_LABEL: selector}] * count,
             )
         )
         try:
             if not await ask(group.wait, _RESERVE_S, deadline_s=_RESERVE_S + ANSWER_S):
-                _remove(group)
+                self._remove(group)
                 await self._find_room(count)  # raises if a node was lost meanwhile
                 raise ClusterError(
                     f"Ray did not reserve places for {count} ranks within {_RESERVE_S:g} s, though there was room; others may "
@@ -154,7 +172,7 @@ class Bundles:
             table = await ask(placement_group_table, group)
             await self._check(table["bundles_to_node_id"].values())
         except BaseException:
-            _remove(group)
+            self._remove(group)
             raise
         return [_Bundle(group, index) for index in range(count)]
 
@@ -210,7 +228,8 @@ class Bundles:
         return msgspec.msgpack.decode(answer, type=str) if answer else ""
 
 
-def _remove(group: PlacementGroup) -> None:
+def remove_group(group: PlacementGroup) -> None:
+    """Remove a placement group, and end the actors on it; does nothing without a Ray that answers."""
     with suppress(ClusterError):
         if ray.is_initialized():  # or Ray would be started for it
             wait([begin(remove_placement_group, group)], _REMOVE_S)

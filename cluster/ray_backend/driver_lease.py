@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
 import msgspec
@@ -19,6 +20,14 @@ from cluster.ray_backend.calls import ask
 logger = logging.getLogger("epslots.cluster")
 
 _LOOK_EVERY_S = 0.3
+
+
+@dataclass(frozen=True)
+class _Deed:
+    """The end of a rank or a placement group, which waits until it is certain that it is this driver's."""
+
+    id: str
+    effect: Callable[[], None]
 
 
 class DriverLease:
@@ -49,7 +58,11 @@ class DriverLease:
         self._lost = ""
         """Why the lease is another's, if so."""
         self._news = asyncio.Event()
-        self._waiting: list[Callable[[], None]] = []
+        self._ends = False
+        """No driver can adopt the ranks any more."""
+        self._beating = asyncio.Lock()
+        self._waiting: list[_Deed] = []
+        self._doing: asyncio.Task[None] | None = None
 
     async def wait_until_free(self) -> Sight:
         """Wait until no other driver holds the lease; returns the newest claim.
@@ -86,8 +99,9 @@ class DriverLease:
         return True
 
     def forget(self) -> None:
-        """Ray was lost, and the claim with it."""
+        """Ray was lost, and the claim with it, and all ranks."""
         self._claim = None
+        self._waiting.clear()
 
     async def keep(self) -> NoReturn:
         """Beat once a second.
@@ -106,23 +120,34 @@ class DriverLease:
                 raise Superseded(self._lost)
 
     async def _beat(self) -> None:
-        """Look at the newest claim, and show that this process lives if it is its own."""
-        began_s, claim = self._clock(), self._claim
-        if claim is None:
-            return
-        self._beats += 1
-        sight = await ask(lambda: self._registry.look(self._name, at_holder=False))
-        if claim is not self._claim:
-            return
-        if sight.claim != claim:
-            by = "another process" if sight.claim is None else sight.claim.where
-            self.lose(f"the ranks of the cluster {self._name!r} are another driver's now ({by}); this one has left them to it")
-            return
-        await ask(self._registry.put_beat, self._name, self.term, self._beats.to_bytes(8, "big"))
-        self._beaten_s = began_s
-        waiting, self._waiting = self._waiting, []
-        for effect in waiting:
-            effect()
+        """Look at the newest claim; if it is this process's, show that it lives, and do what waits for that.
+
+        The order keeps a process from harm that is paused anywhere in between: see ``lease.py``.
+        """
+        async with self._beating:
+            began_s, claim = self._clock(), self._claim
+            if claim is None:
+                return
+            self._beats += 1
+            deeds, self._waiting = self._waiting, []
+            try:
+                for deed in deeds:
+                    await ask(self._registry.doom, self._name, deed.id)
+                sight = await ask(lambda: self._registry.look(self._name, at_holder=False))
+                if claim is not self._claim:
+                    return
+                if sight.claim != claim:
+                    by = "another process" if sight.claim is None else sight.claim.where
+                    whose = f"the ranks of the cluster {self._name!r} are another driver's now ({by})"
+                    self.lose(f"{whose}; this one has left them to it")
+                    return
+                await ask(self._registry.put_beat, self._name, self.term, self._beats.to_bytes(8, "big"))
+            except ClusterError:
+                self._waiting = deeds + self._waiting
+                raise
+            self._beaten_s = began_s
+            for deed in deeds:
+                deed.effect()
 
     def lose(self, reason: str = "") -> None:
         """The lease is another driver's: a rank or the registry says so."""
@@ -132,18 +157,30 @@ class DriverLease:
 
     @property
     def held(self) -> bool:
-        """Whether no other driver can be there."""
+        """Whether no other driver can be there now."""
         return self._claim is not None and not self._lost and self._clock() - self._beaten_s < HELD_S
 
-    def guard(self, effect: Callable[[], None]) -> None:
-        """Have an effect on ranks, once it is certain that they are this driver's; never if they aren't.
+    def guard(self, id: str, effect: Callable[[], None]) -> None:
+        """End a rank or a placement group soon, if it is certainly this driver's; never if it isn't.
 
-        A process that stood still for long may not end ranks for the deadlines that have passed meanwhile.
+        A process that stood still for long may not end ranks for the deadlines that have passed meanwhile. Without an answer
+        from Ray's head, it is tried again with the next beat.
+
+        Args:
+            id: of the rank or the group, by which the next driver knows that it is ended.
+            effect: ends it.
         """
-        if self.held:
+        if self._ends:
             effect()
         elif not self._lost:
-            self._waiting.append(effect)
+            self._waiting.append(_Deed(id, effect))
+            if self._doing is None or self._doing.done():
+                self._doing = asyncio.get_running_loop().create_task(self._do())
+
+    async def _do(self) -> None:
+        with suppress(ClusterError):
+            while self._waiting and self._claim is not None and not self._lost:
+                await self._beat()
 
     async def confirm(self) -> bool:
         """Make sure, as far as possible, that the lease is this driver's; returns whether it is."""
@@ -162,6 +199,9 @@ class DriverLease:
         """Have no driver adopt the ranks any more, which are to end; returns False if one was faster."""
         assert self._claim is not None
         claim = msgspec.structs.replace(self._claim, term=self.term + 1, ends=True)
-        with suppress(ClusterError):
-            return await ask(self._registry.put_claim, self._name, claim)
-        return True
+        async with self._beating:
+            ends = True
+            with suppress(ClusterError):
+                ends = await ask(self._registry.put_claim, self._name, claim)
+            self._ends = ends
+        return ends

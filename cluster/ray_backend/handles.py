@@ -108,14 +108,15 @@ class RayWorkerHandle(RayActorHandle):
 
     Args:
         lease: of the driver; None for a worker that ends with it.
+        name: by which Ray knows a worker that outlives its driver.
 
     Attributes:
         adopted: the last driver started it.
     """
 
-    def __init__(self, bundle: int, actor: ActorHandle, lease: DriverLease | None = None) -> None:
+    def __init__(self, bundle: int, actor: ActorHandle, lease: DriverLease | None = None, name: str = "") -> None:
         super().__init__(actor, concurrency_group=_CONTROL)
-        self.bundle = bundle
+        self.bundle, self.name = bundle, name
         self.adopted = False
         self._lease = lease
         self._events: Any = None
@@ -141,11 +142,16 @@ class RayWorkerHandle(RayActorHandle):
             raise Superseded("another driver has adopted this rank")
         return answer
 
-    def kill(self) -> None:
-        if self._lease is None:
+    def kill(self, *, unused: bool = False) -> None:
+        """End the process soon; with a lease only if the worker is certainly this driver's.
+
+        Args:
+            unused: no order to load was sent, so that no driver adopts it.
+        """
+        if self._lease is None or unused:
             super().kill()
         else:
-            self._lease.guard(super().kill)
+            self._lease.guard(self.name, super().kill)
 
     async def events(self) -> bytes:
         actor = self._actor_there()

@@ -21,7 +21,7 @@ from cluster.serve.request_settings import api_names
 from cluster.serve.responses import NoAnswer, error_response, json_response
 from cluster.serve.schema import CommonRequest
 from cluster.serve.service import Service
-from cluster.serve.sse import DONE, KEEP_ALIVE, EventStream, event, until_left
+from cluster.serve.sse import DONE, KEEP_ALIVE, EventFrame, EventStream, event, until_left
 from epslots.errors import EpslotsError
 from epslots.generation.portions import Portion
 
@@ -98,13 +98,14 @@ class Answering:
 
     async def _parts(self) -> AsyncIterator[bytes]:
         """The stream's events, together as they come together."""
+        make = self._maker()
         try:
             if opening := self.answer.opening():
-                yield b"".join(map(self._event, opening))
+                yield b"".join(map(make, opening))
             async for news in self.reader.portions(self.service.config.keepalive_s):
                 if not news:
                     yield KEEP_ALIVE
-                found = [self._event(chunk) for choice, portion in news for chunk in self._take(choice, portion)]
+                found = [make(chunk) for choice, portion in news for chunk in self._take(choice, portion)]
                 if found:
                     yield b"".join(found)
             if self.body.wants_usage:
@@ -115,11 +116,12 @@ class Answering:
         except Exception as error:
             yield event(self._failed(error).body) + DONE
 
-    def _event(self, chunk: Chunk) -> bytes:
-        made = {**self.chunk_head, "choices": [chunk]}
-        if self.body.wants_usage:
-            made["usage"] = self._usage() if self.body.wants_all_usage else None
-        return event(made)
+    def _maker(self) -> Callable[[Chunk], bytes]:
+        """Makes the event of a chunk."""
+        if self.body.wants_all_usage:
+            return lambda chunk: event({**self.chunk_head, "choices": [chunk], "usage": self._usage()})
+        frame = EventFrame(self.chunk_head, "choices", {"usage": None} if self.body.wants_usage else {})
+        return lambda chunk: frame.event((chunk,))
 
     def _take(self, choice: int, portion: Portion) -> list[Chunk]:
         record = self.record

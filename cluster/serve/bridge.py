@@ -171,11 +171,14 @@ class ChoiceReader:
         poll, found = self._polls[choice], []
         try:
             while (portion := next(poll)) is not None:
-                ended = portion.reason in ("stop", "length")
-                found.append(portion if ended else replace(portion, reason=None))  # other ends are errors
-                if ended:
+                if portion.reason is None:
+                    found.append(portion)
+                elif portion.reason in ("stop", "length"):
+                    found.append(portion)
                     self._polls.pop(choice).close()
                     break
+                else:  # an error follows
+                    found.append(replace(portion, reason=None))
         except StopIteration:  # somebody cancelled the request, and not through this reader
             self.fail(unavailable("the request was cancelled"))
         except EpslotsError as error:

@@ -178,7 +178,7 @@ def serve(
     from cluster.serve.run import run_service
     from epslots.example import example_model
     from epslots.models.checkpoint import find_checkpoint
-    from epslots.models.pretrained import read_language_config
+    from epslots.models.json_file import model_type_of
 
     source = str(example_model()) if model is None else model
     loading = load.config(kv_tokens)
@@ -186,7 +186,7 @@ def serve(
     keys = read_keys(service.api_key or (), None if service.api_key_file is None else str(service.api_key_file))
     config.check_exposure(bool(keys))
     lasting = ranks.lasting(default_name(source), service.port)
-    model_type = str(read_language_config(find_checkpoint(source)).model_type)
+    model_type = model_type_of(find_checkpoint(source))
 
     def open_cluster() -> Cluster:
         from cluster.api import Cluster

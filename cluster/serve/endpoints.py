@@ -14,9 +14,10 @@ from cluster.serve.answering import Answering
 from cluster.serve.errors import refused
 from cluster.serve.message_reader import MessageReader, NamedToolReader, PlainReader, TemplateReader, ToolListReader
 from cluster.serve.record import RequestRecord, record_of
-from cluster.serve.request_settings import api_names, check_min_tokens, common_settings
+from cluster.serve.request_settings import GRAMMARS, api_names, check_min_tokens, common_settings
 from cluster.serve.schema import ChatRequest, CommonRequest, CompletionRequest, NamedTool
-from cluster.serve.service import ServedModel, Service
+from cluster.serve.served_model import ServedModel
+from cluster.serve.service import QUICK, Service
 from epslots.generation.chat_template import Chat
 from epslots.generation.request_limits import foreign_token
 
@@ -52,10 +53,11 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
     if len(prompts) > service.config.max_prompts:
         raise refused(f"prompt: {len(prompts)} prompts; allowed: up to {service.config.max_prompts}", "prompt")
     record = _note(service, body, request, given, len(prompts) * body.choices)
-    with service.admitted(record.choices) as model:
+    with service.admitted(record.choices) as (model, places):
         settings = common_settings(body, model.cluster.end_tokens, service.drawn_seed())
         wanted = 1 if body.max_tokens == 0 else body.max_tokens
-        tokens = [await _tokens(service, model, body, prompt, wanted) for prompt in prompts]
+        quick = sum(map(len, prompts)) <= QUICK
+        tokens = [await _tokens(service, model, body, prompt, wanted, quick=quick) for prompt in prompts]
         record.prompt_tokens = sum(map(len, tokens))
         asked = [(each, settings | _limits(model, body, len(each), wanted)) for each in tokens]
         for _, own in asked:
@@ -67,7 +69,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
                 for prompt, ids in zip(prompts, tokens, strict=True)
             ]
         answer = completions.CompletionAnswer(body, tokens, echoes, model.texts)
-        reader = await service.start(asked, api_names(body), whole=not body.stream)
+        reader = await service.start(asked, api_names(body), places, whole=not body.stream)
     head = _head(record, completions.ID_PREFIX, completions.OBJECT)
     answering = Answering(
         service=service,
@@ -84,11 +86,17 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
 
 
 async def _tokens(
-    service: Service, model: ServedModel, body: CompletionRequest, prompt: str | Sequence[int], wanted: int | None
+    service: Service,
+    model: ServedModel,
+    body: CompletionRequest,
+    prompt: str | Sequence[int],
+    wanted: int | None,
+    *,
+    quick: bool,
 ) -> Sequence[int]:
     """A prompt's tokens, cut as the request allows."""
     if isinstance(prompt, str):
-        prompt = await service.encode(prompt, "prompt", fits=body.truncate_prompt_tokens is None)
+        prompt = await service.encode(prompt, "prompt", fits=body.truncate_prompt_tokens is None, quick=quick)
     elif wrong := foreign_token(prompt, model.cluster.limits.vocabulary):
         raise refused(f"prompt: {wrong}", "prompt")
     return _truncated(prompt, body, model.room.most - (wanted or 1))
@@ -109,7 +117,7 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
     """Answer the chat of a request."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages] if service.config.log_prompts else None
     record = _note(service, body, request, messages, body.choices)
-    with service.admitted(body.choices) as model:
+    with service.admitted(body.choices) as (model, places):
         made = chat.chat_of(body, service.config.chat_template)
         _check_chat(model, body)
         settings = common_settings(body, model.cluster.end_tokens, service.drawn_seed())
@@ -126,7 +134,9 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         reads = _reads_template(model, body)
         prompt = str(model.tokenizer.decode(tokens)) if reads else ""
         readers = [_message_reader(model, body, made, prompt) for _ in range(body.choices)]
-        reader = await service.start([(tokens, settings)], api_names(body), special_tokens=reads, whole=not body.stream)
+        reader = await service.start(
+            [(tokens, settings)], api_names(body), places, special_tokens=reads, whole=not body.stream
+        )
     answering = Answering(
         service=service,
         record=record,
@@ -160,7 +170,7 @@ def _check_chat(model: ServedModel, body: ChatRequest) -> None:
 def _one_grammar(settings: Mapping[str, Any], body: ChatRequest) -> dict[str, Any]:
     """The setting that makes the model call a tool."""
     forced = chat.tool_grammar(body)
-    if forced and any(name in settings for name in ("json_schema", "regex", "grammar")):
+    if forced and any(name in settings for name in GRAMMARS):
         raise refused("tool_choice: a text that has to call a tool has no other grammar", "tool_choice")
     return forced
 

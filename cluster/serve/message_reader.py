@@ -14,10 +14,11 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers.utils.chat_parsing import ResponseParser
-from transformers.utils.chat_parsing.response_templates import ResponseTemplate
+if TYPE_CHECKING:
+    from transformers.utils.chat_parsing import ResponseParser
+    from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 Delta = dict[str, Any]
 logger = logging.getLogger("epslots.serve")
@@ -135,6 +136,8 @@ class TemplateReader:
         new_id: Callable[[], str] = new_call_id,
     ) -> None:
         self._parallel, self._reasoning, self._new_id = parallel, reasoning, new_id
+        from transformers.utils.chat_parsing import ResponseParser  # here: it takes a moment that the service's start hasn't
+
         self._parser: ResponseParser | None = ResponseParser(template, prefix=prompt, tools=list(tools))
         self._calls = 0
         self._unpassed = ""

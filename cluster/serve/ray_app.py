@@ -92,7 +92,7 @@ class EpslotsService:
         from cluster.serve.access_log import AccessLog
         from cluster.serve.service import Service
         from epslots.models.checkpoint import find_checkpoint
-        from epslots.models.pretrained import read_language_config
+        from epslots.models.json_file import model_type_of
 
         self._config: ServeConfig = read_serve_config(service)
         self._keys: ApiKeys = read_keys((), key_file)
@@ -100,8 +100,7 @@ class EpslotsService:
         self._cluster: Cluster = await asyncio.to_thread(
             lambda: Cluster(model, **{"address": "auto", "progress": False, **_lasting(settings), **settings})
         )
-        model_type = str(read_language_config(find_checkpoint(model)).model_type)
-        await asyncio.to_thread(self._service.attach, self._cluster, model_type)
+        await asyncio.to_thread(self._service.attach, self._cluster, model_type_of(find_checkpoint(model)))
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve calls it, after the constructor."""

@@ -21,6 +21,8 @@ API_NAMES = {
     "n": "n",
 }
 """The API's names of settings, by those that the cluster's messages begin with."""
+GRAMMARS = ("json_schema", "regex", "grammar")
+"""The settings that are a grammar."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
 def api_names(body: CommonRequest) -> dict[str, str]:
     """``API_NAMES``, and those of a request's grammar: the field that has it."""
     fields = list(_grammars(body)) or ["tools"]
-    return API_NAMES | dict.fromkeys(("json_schema", "regex", "grammar"), fields[0])
+    return API_NAMES | dict.fromkeys(GRAMMARS, fields[0])
 
 
 def grammar_of(body: CommonRequest) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_parsing.response_templates import ResponseTemplate, load_response_template
 
 from epslots.errors import ConfigError
 from epslots.given_files import read_given
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
 logger = logging.getLogger("epslots.serve")
 _FILE = Path(__file__).with_name("response_templates.json")
@@ -56,6 +58,8 @@ def check_response_template(given: Mapping[str, Any]) -> ResponseTemplate:
     Raises:
         ConfigError: it isn't one.
     """
+    from transformers.utils.chat_parsing.response_templates import load_response_template
+
     try:
         return load_response_template(dict(given))
     except Exception as error:  # transformers checks by many kinds of errors

@@ -14,8 +14,9 @@ from cluster.serve.access_log import AccessLog
 from cluster.serve.app import create_app
 from cluster.serve.auth import ApiKeys
 from cluster.serve.config import ServeConfig
+from cluster.serve.served_model import ServedCluster
 from cluster.serve.server import HttpServer, bind
-from cluster.serve.service import ServedCluster, Service
+from cluster.serve.service import Service
 from epslots.streams import say
 
 _LOOK_EVERY_S = 1.0  # at the cluster's failure
@@ -51,12 +52,12 @@ def run_service(config: ServeConfig, keys: ApiKeys, open_cluster: OpenCluster, m
         with StopSignals() as signals, HttpServer(app, bound, config) as server:
             say(f"listening at {server.url}; requests are taken when the model is loaded")
             with open_cluster() as cluster:
-                signals.take_back()
-                service.attach(cluster, model_type)
-                say(_ready_line(service, server.url, time.monotonic() - began_s, has_keys=bool(keys)))
                 try:
+                    signals.take_back()
+                    service.attach(cluster, model_type)
+                    say(_ready_line(service, server.url, time.monotonic() - began_s, has_keys=bool(keys)))
                     reason = _wait_for_failure(cluster)
-                except JobStopped as stopped:
+                except JobStopped as stopped:  # also at the ready line: requests are taken since ``attach``
                     _drain(service, server, str(stopped))
                     signals.ignore()
                     return STOPPED
@@ -97,7 +98,7 @@ def _requests(count: int) -> str:
 def _ready_line(service: Service, url: str, seconds: float, *, has_keys: bool) -> str:
     name = service.config.names[0]
     key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
-    if service.model.chat:
+    if service.chats:
         path, body = "chat/completions", {"model": name, "messages": [{"role": "user", "content": "Hello"}]}
     else:
         path, body = "completions", {"model": name, "prompt": "import os\n"}

@@ -12,15 +12,12 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_parsing.response_templates import ResponseTemplate
-
 from cluster.messages.controller import Explanation
-from cluster.reports import ClusterState, ClusterStats
+from cluster.queue_room import HeldPlaces
+from cluster.reports import ClusterStats
 from cluster.serve.access_log import AccessLog
 from cluster.serve.bridge import ChoiceReader, NewsRelay, PolledGeneration
 from cluster.serve.cluster_metrics import ServiceSample
@@ -30,79 +27,29 @@ from cluster.serve.latencies import RecentLatencies
 from cluster.serve.live_frame import Known
 from cluster.serve.metrics import Metrics
 from cluster.serve.record import RequestRecord
-from cluster.serve.request_settings import API_NAMES, Room
-from cluster.serve.response_template import response_template_of
+from cluster.serve.request_settings import API_NAMES, GRAMMARS
 from cluster.serve.sampler import Sampler
-from cluster.serve.token_text import TokenTexts
+from cluster.serve.served_model import ServedCluster, ServedModel
 from epslots.errors import ConfigError, EpslotsError
-from epslots.generation.chat_template import Chat, find_template
-from epslots.generation.request_limits import ModelLimits
+from epslots.generation.chat_template import RENDERERS, Chat
 
 logger = logging.getLogger("epslots.serve")
 Phase = Literal["starting", "ready", "draining", "failed"]
 _EXPLAIN_EVERY_S = 5.0
 _GOODBYE_S = 2.0  # for errors to requests that are cut off
 _PROMPT_THREADS = 2
-"""They tokenize prompts and render templates: processor time, most of it without Python's lock."""
+"""They tokenize prompts and check requests: processor time, most of it without Python's lock."""
+
+QUICK = 2048
+"""Characters or tokens of a request's prompts that are read in some hundred microseconds, without a thread."""
+
+_CHOICE_COSTS = 16
+"""A choice takes as long to start as so many tokens to check."""
 
 _MOST_CHARS = 2**20
 """Characters of a prompt that needn't fit, or more where contexts are long: half a second."""
 
 Value = TypeVar("Value")
-
-
-class ServedCluster(Protocol):
-    """The part of a ``Cluster`` that a service uses."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-
-    @property
-    def limits(self) -> ModelLimits: ...
-    @property
-    def end_tokens(self) -> frozenset[int]: ...
-    def encode(self, prompt: str | Chat, *, special_tokens: bool = True, most_tokens: int | None = None) -> list[int]: ...
-    def submit_choices(self, prompt: Sequence[int], **settings: Any) -> Sequence[PolledGeneration]: ...
-    def state(self) -> ClusterState: ...
-    def stats(self, layers: Sequence[int] = ()) -> ClusterStats: ...
-    def explain(self) -> Explanation: ...
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model that serves, and what is made of it once.
-
-    Attributes:
-        room: tokens that a request may have.
-        texts: of tokens.
-        chat: whether there is a chat template.
-        response_template: finds tool calls and reasoning; None = there is none.
-    """
-
-    cluster: ServedCluster
-    tokenizer: PreTrainedTokenizerBase
-    room: Room
-    texts: TokenTexts
-    chat: bool
-    response_template: ResponseTemplate | None
-
-    @classmethod
-    def of(cls, cluster: ServedCluster, config: ServeConfig, model_type: str) -> ServedModel:
-        """Make it; takes a moment.
-
-        Raises:
-            ConfigError: the checkpoint has no tokenizer, or the given response template is none.
-        """
-        tokenizer = cluster.tokenizer
-        if tokenizer is None:
-            raise ConfigError("the checkpoint has no tokenizer, and a service needs one: it answers in text")
-        return cls(
-            cluster=cluster,
-            tokenizer=tokenizer,
-            room=Room.of(cluster.limits),
-            texts=TokenTexts(tokenizer, cluster.limits.vocabulary),
-            chat=config.chat_template is not None or find_template(tokenizer) is not None,
-            response_template=response_template_of(tokenizer, model_type, config.response_template),
-        )
 
 
 class Service:
@@ -123,6 +70,8 @@ class Service:
         self._readers: WeakSet[ChoiceReader] = WeakSet()
         self._idle = asyncio.Event()
         self._threads = ThreadPoolExecutor(_PROMPT_THREADS, "epslots-prompts")
+        # Of their own: they wait for templates, which may take seconds, and no other request is to wait with them.
+        self._chat_threads = ThreadPoolExecutor(RENDERERS, "epslots-chats")
         self.sampler: Sampler[ClusterStats] | None = None
         """The ranks' numbers."""
         self._explanations: Sampler[Explanation] | None = None
@@ -183,6 +132,11 @@ class Service:
         return self._model
 
     @property
+    def chats(self) -> bool:
+        """Whether there is a model, with a chat template."""
+        return self._model is not None and self._model.chat
+
+    @property
     def running(self) -> int:
         """API requests that run now."""
         return len(self._readers)
@@ -212,7 +166,8 @@ class Service:
 
     def close(self) -> None:
         """End the service's own threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._chat_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.ended.set()
         for sampler in (self.sampler, self._explanations):
             if sampler is not None:
@@ -238,7 +193,7 @@ class Service:
         )
 
     @contextmanager
-    def admitted(self, choices: int) -> Iterator[ServedModel]:
+    def admitted(self, choices: int) -> Iterator[tuple[ServedModel, HeldPlaces]]:
         """Take a request, if there is room for its choices: before its prompts are read, which costs more than to refuse it.
 
         Raises:
@@ -248,35 +203,50 @@ class Service:
         state = model.cluster.state()
         if choices > state.places:
             raise refused(f"n: prompts x n is {choices}; allowed: up to {state.places}, which run or wait at once", "n")
-        if self._preparing + choices > state.free:
-            raise overloaded(f"{state.running + state.queued} requests run or wait, and there is no room for {choices} more")
-        self._preparing += choices
         try:
-            yield model
+            places = model.cluster.hold(choices)
+        except EpslotsError as error:  # it has failed just now
+            raise of_cluster(error, API_NAMES) from error
+        if places is None:
+            raise overloaded(f"{state.places - state.free} requests run or wait, and there is no room for {choices} more")
+        self._preparing += 1
+        try:
+            yield model, places
         finally:
-            self._preparing -= choices
+            places.close()
+            self._preparing -= 1
             self._idle.set()
 
-    async def in_thread(self, function: Callable[[], Value], names: Mapping[str, str] = API_NAMES) -> Value:
+    async def in_thread(
+        self, function: Callable[[], Value], names: Mapping[str, str] = API_NAMES, *, chat: bool = False, quick: bool = False
+    ) -> Value:
         """Run a function that takes processor time, in a thread.
 
         Args:
             names: the API's names of settings, for errors.
+            chat: it renders a chat template.
+            quick: it takes less time than the ways to a thread and back, and is run in this one.
 
         Raises:
             ApiError: for the errors of epslots that it raises.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+            if quick:
+                return function()
+            threads = self._chat_threads if chat else self._threads
+            return await asyncio.get_running_loop().run_in_executor(threads, function)
         except EpslotsError as error:
             raise of_cluster(error, names) from error
 
-    async def encode(self, prompt: str | Chat, field: str, *, special_tokens: bool = True, fits: bool = True) -> list[int]:
+    async def encode(
+        self, prompt: str | Chat, field: str, *, special_tokens: bool = True, fits: bool = True, quick: bool = False
+    ) -> list[int]:
         """A prompt's tokens.
 
         Args:
             prompt: text or a chat.
             field: of the request, for errors.
+            quick: a text that is short, as are all others of the request together.
             special_tokens: as ``Cluster.encode``.
             fits: refuse one that certainly doesn't fit. Else it may be longer than a model's context, within limits.
 
@@ -284,6 +254,7 @@ class Service:
             ApiError: it isn't allowed.
         """
         model = self.model
+        quick = quick and model.tokenizer.is_fast  # others have a lock, and it may be another thread's for long
         most = model.room.most if fits else None
         chars, most_chars = _chars_of(prompt), max(_MOST_CHARS, 16 * model.room.most)
         if not fits and chars > most_chars:  # reading it would hold up others' prompts for seconds
@@ -297,12 +268,13 @@ class Service:
                 why = without_paths(str(error)).partition("; allowed without it")[0]
                 raise refused(f"{field}: {why}", field, code) from error
 
-        return await self.in_thread(encode)
+        return await self.in_thread(encode, chat=isinstance(prompt, Chat), quick=quick)
 
     async def start(
         self,
         prompts: Sequence[tuple[Sequence[int], Mapping[str, Any]]],
         names: Mapping[str, str],
+        places: HeldPlaces,
         *,
         special_tokens: bool = False,
         whole: bool = False,
@@ -312,6 +284,7 @@ class Service:
         Args:
             prompts: their tokens, and the settings of each.
             names: the API's names of settings, for errors.
+            places: of ``admitted``.
             special_tokens: texts have special tokens, too.
             whole: the answer isn't a stream.
 
@@ -323,10 +296,12 @@ class Service:
         def submit() -> list[PolledGeneration]:
             found: list[PolledGeneration] = []
             for tokens, settings in prompts:  # an error drops the earlier ones, which cancels them
-                found += model.cluster.submit_choices(tokens, **settings)
+                found += model.cluster.submit_choices(tokens, places=places, **settings)
             return found
 
-        generations = await self.in_thread(submit, names)
+        size = sum(len(tokens) + _CHOICE_COSTS * own["n"] for tokens, own in prompts)
+        quick = size <= QUICK and not any(name in own for _, own in prompts for name in GRAMMARS)
+        generations = await self.in_thread(submit, names, quick=quick)
         if self._relay is None:
             self._relay = NewsRelay(asyncio.get_running_loop())
         reader = ChoiceReader(
@@ -375,7 +350,7 @@ class Service:
 
     def known(self) -> Known:
         """The live page's figures, as far as they are known; the controller is asked for its reasons meanwhile."""
-        sample, model = self._sample(), self._model
+        sample = self._sample()
         explanations = self._explanations
         if explanations is not None and sample.stats is not None and sample.stats.controller is not None:
             explanations.refresh()
@@ -383,7 +358,7 @@ class Service:
         return Known(
             phase=self.phase,
             model=self.config.names[0],
-            chat=model is not None and model.chat,
+            chat=self.chats,
             state=sample.state,
             stats=sample.stats,
             stats_age_s=None if self.sampler is None else self.sampler.age_s,

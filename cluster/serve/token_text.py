@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from epslots.errors import ConfigError
 from epslots.generation.requests import TokenLogprobs
 from epslots.generation.token_bytes import token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LEAST = -9999.0
 """In place of minus infinity, which JSON has no number for."""

@@ -39,7 +39,7 @@ soak: Requests, kills, stops, joins and leaves at random, for minutes; requests 
 groups: Requests over 1,024 ranks, nothing computed: decisions a second; tokens of prompts reused, against routing at random.
 
 serve: The service: tokens/s over HTTP against Cluster.generate, time to the first token, SIGKILLs of ranks and of the driver,
-processor time when idle. Takes --parts.
+restarts of Ray's GCS, processor time when idle. Takes --parts and --redis.
 
 serve-soak: Users over HTTP who ask, leave and read slowly, while ranks are killed, for minutes; requests lost, and leaks.
 
@@ -57,6 +57,9 @@ def bench(
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     parts: Annotated[
         Optional[str], typer.Option(help="batch, serve: names of their parts, with commas between them; default: all.")
+    ] = None,
+    redis: Annotated[
+        Optional[str], typer.Option(help="serve: program of a Redis server, for the state of Ray's GCS; default: RocksDB.")
     ] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -77,7 +80,7 @@ def bench(
     target = resolve_device(device if takes_device else "cpu")
     report = BenchReport(name, target, output)
     run = FURTHER_BENCHES[name].load() if one is None else resolve_name(f"epslots.bench.{one.module}:bench_{name}")
-    given = {"rounds": rounds, "minutes": minutes, "parts": parts}
+    given = {"rounds": rounds, "minutes": minutes, "parts": parts, "redis": redis}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if unknown := [key for key in settings if key not in signature(run).parameters]:
         raise ConfigError(f"--{unknown[0]}: benchmark {name} takes none")

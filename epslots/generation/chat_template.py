@@ -1,9 +1,9 @@
 """A chat in the tokenizer's chat template, within limits of time and memory.
 
 A template is a program that came with the checkpoint. transformers' sandbox shields the machine from it, but doesn't stop
-endless loops or gigabytes of text, and Python can't end a thread. So templates are rendered in a process of their own
+endless loops or gigabytes of text, and Python can't end a thread. So templates are rendered in processes of their own
 (``template_process.py``), which the kernel ends at a limit, also in the middle of one long operation. The first prompt starts
-it, and it serves all later ones.
+one, which serves all later ones; a prompt that comes while it is busy starts another, up to ``RENDERERS``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -32,6 +33,8 @@ TEMPLATE_CPU_S = 2.0
 """Seconds of CPU time that a template may take for a prompt."""
 TEMPLATE_MEMORY_BYTES = 512 * 1024**2
 """Memory that a template may take."""
+RENDERERS = 2
+"""Processes that render at a time: one that takes its time doesn't hold up the other."""
 # Limit for a process that gets no CPU, or is stopped: its own limit counts CPU time alone.
 _WALL_S = 120.0
 _WITHOUT = "allowed without it: chat=False (--no-chat)"
@@ -102,7 +105,7 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, chat: Chat, *, mos
         "variables": {**tokenizer.special_tokens_map, **chat.variables},
         "most_chars": most_chars,
     }
-    answer = _renderer(os.getpid()).ask(request)
+    answer = _renderers(os.getpid()).ask(request)
     if "refused" in answer:
         raise ConfigError(f"the chat template refuses the prompt: {answer['refused']}")
     if "broken" in answer:
@@ -197,10 +200,32 @@ class Renderer:
         self._end()
 
 
+class Renderers:
+    """Several renderers, as many as render at once. For any thread.
+
+    Args:
+        all: the renderers.
+    """
+
+    def __init__(self, all: Sequence[Renderer]) -> None:
+        # The last one used is the next: others needn't be started as long as one is enough.
+        self._free: queue.LifoQueue[Renderer] = queue.LifoQueue()
+        for renderer in all:
+            self._free.put(renderer)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of a renderer that is free, as that of ``Renderer.ask``; waits for one."""
+        renderer = self._free.get()
+        try:
+            return renderer.ask(request)
+        finally:
+            self._free.put(renderer)
+
+
 @functools.cache
-def _renderer(process_id: int) -> Renderer:
-    """This process's renderer: a forked process can't share another's."""
-    return Renderer()
+def _renderers(process_id: int) -> Renderers:
+    """This process's renderers: a forked process can't share another's."""
+    return Renderers([Renderer() for _ in range(RENDERERS)])
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:

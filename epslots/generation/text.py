@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import re
 from bisect import bisect_left
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from epslots.errors import ConfigError, shown
 from epslots.generation.chat_template import Chat, find_template, render
+from epslots.generation.token_bytes import byte_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 # SentencePiece's token for a single byte of a character that has no token.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Tokens that uncertain text waits for, at most. Whole characters come much earlier; bytes that form none never do.
@@ -182,8 +185,9 @@ class TextStream:
     certain: no later token changes it. So incomplete characters and possible beginnings of stop strings are held back. (Text
     that a tokenizer's ``clean_up_tokenization_spaces`` would remove later can't be known, and stays.)
 
-    Only the last few tokens are decoded, twice: alone, and with the new ones. The difference is the new text: spaces and
-    characters that span tokens come out right. As in text-generation-inference, ``Model.decode_token``:
+    Without stop strings, tokens of a byte-level vocabulary are looked up, and their bytes read as UTF-8. Else only the last
+    few tokens are decoded, twice: alone, and with the new ones. The difference is the new text: spaces and characters that
+    span tokens come out right. As in text-generation-inference, ``Model.decode_token``:
     https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/models/model.py
 
     Args:
@@ -210,6 +214,11 @@ class TextStream:
         self._min_tokens = min_tokens
         self._tokenizer = tokenizer
         self._stops = sorted(stop_strings(stop))
+        self._words: tuple[bytes, ...] | None = None
+        """Bytes by token id, where texts are their tokens' bytes in a row."""
+        if not self._stops and (vocabulary := byte_vocabulary(tokenizer)) is not None:
+            self._words = vocabulary.all if special_tokens else vocabulary.said
+            self._utf8 = _Utf8("replace")
         self._first_characters = {stop[0] for stop in self._stops}
         self._longest_stop = max(map(len, self._stops), default=0)
         self._skips_special = not special_tokens
@@ -230,12 +239,17 @@ class TextStream:
     def push(self, tokens: Iterable[int]) -> str:
         """Add the next tokens; returns the text that has become certain."""
         new = list(tokens)
+        if (words := self._words) is not None:
+            self.tokens += len(new)
+            return self._utf8.decode(b"".join([words[token] for token in new if token < len(words)]))
         if not self._stops and len(new) > 1 and (text := self._push_together(new)) is not None:
             return text
         return "".join([self._push(token) for token in new])
 
     def finish(self) -> str:
         """The text that was held back; no token follows."""
+        if self._words is not None:
+            return self._utf8.decode(b"", final=True)
         rest = self._held + self._waiting()
         self._held, self._context = "", self._decode(self._recent)
         return rest

@@ -1,4 +1,4 @@
-"""The bytes that each token adds to a text: a grammar is matched against them.
+"""The bytes that each token adds to a text: a grammar is matched against them, and texts are streamed by them.
 
 A token's name isn't its text. Byte-level vocabularies (GPT-2's, and most since) write each byte as a character.
 SentencePiece's write a space as U+2581, and a byte that is no whole character as ``<0x0A>``. The rules are those of the
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from epslots.errors import ConfigError
@@ -57,10 +58,48 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> TokenByt
     return TokenBytes(words, _first_words(backend, names, words))
 
 
+@dataclass(frozen=True)
+class ByteVocabulary:
+    """A vocabulary whose texts are their tokens' bytes in a row, as UTF-8 with U+FFFD for what is none.
+
+    Attributes:
+        said: bytes by token id, of texts without special tokens.
+        all: bytes by token id, of texts with them.
+    """
+
+    said: tuple[bytes, ...]
+    all: tuple[bytes, ...]
+
+
+@lru_cache(maxsize=4)
+def byte_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ByteVocabulary | None:
+    """A tokenizer's vocabulary if it is byte-level and nothing else; None for another. Takes a moment, once a tokenizer."""
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return None
+    try:
+        found = token_bytes(tokenizer, len(tokenizer))
+    except ConfigError:
+        return None
+    backend: Any = tokenizer.backend_tokenizer
+    if [step["type"] for step in _decoder_steps(backend)] != ["ByteLevel"] or found.first:
+        return None
+    words = list(found.words)
+    for id in backend.get_added_tokens_decoder():
+        if id < len(words) and not words[id]:
+            words[id] = _byte_level(backend.id_to_token(id))
+            if tokenizer.decode([id], skip_special_tokens=False) != _text(words[id]):
+                return None
+    return ByteVocabulary(found.words, tuple(words))
+
+
+def _decoder_steps(backend: Any) -> list[dict[str, Any]]:
+    decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    return decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder] if decoder else []
+
+
 def _decoder_rule(backend: Any) -> Callable[[str], bytes]:
     """The bytes of a token by its name, by the type of the tokenizer's decoder."""
-    decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
-    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder] if decoder else []
+    steps = _decoder_steps(backend)
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
         return _byte_level

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a checkpoint; crafted and damaged ones are refused by name."""
+"""Reads the JSON files of a checkpoint; crafted and damaged ones are refused by name. Imports no library."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def model_type_of(folder: Path) -> str:
+    """The name of a checkpoint's kind of model, as transformers knows it; "" if its configuration has none.
+
+    Raises:
+        CheckpointError: there is no configuration that can be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no config.json: it is not a checkpoint folder")
+    return str(read_json_object(path).get("model_type") or "")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

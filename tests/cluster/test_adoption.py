@@ -63,7 +63,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_the_next_driver_serves_and_loads_nothing(drive: Drive, folder: Path, loads: list[str]):
+def test_the_next_driver_serves_and_loads_nothing(
+    drive: Drive, folder: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """And doesn't check again whether the model can be served: that takes longer than the rest."""
+    checks = list[Path]()
+    monkeypatch.setattr(cluster.api, "_check_model", checks.append)
     first, backend = drive(window_steps=4)
     assert tokens_of(first.generate(PROMPTS, max_new_tokens=20, **GREEDY)) == expected(folder, PROMPTS, 20)
     first.rebalance()
@@ -80,6 +85,7 @@ def test_the_next_driver_serves_and_loads_nothing(drive: Drive, folder: Path, lo
     assert tokens_of(second.generate(PROMPTS, max_new_tokens=40, **GREEDY)) == expected(folder, PROMPTS, 40)
     assert second.explain().placement >= version
     assert len(loads) == 2
+    assert checks == [folder]
 
 
 def test_drivers_follow_each_other(drive: Drive, folder: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -174,33 +175,95 @@ def test_one_of_two_that_claim_at_once_has_it(registry: MemoryRegistry):
     assert asyncio.run(body()) == [True, False]
 
 
-def test_a_paused_driver_ends_nothing_and_learns_why(registry: MemoryRegistry):
-    """Its deadlines have passed while it stood still, and it would kill ranks for that."""
-    clock, done = Clock(), []
-    paused = make(registry, clock, "w1")
-    paused.guard(lambda: done.append("held"))
-    clock.now_s += HELD_S
-    paused.guard(lambda: done.append("late"))
-    assert done == ["held"] and not paused.held
-    assert run(paused.confirm()) and done == ["held", "late"]
-    clock.now_s += LEASE_S
-    paused.guard(lambda: done.append("never"))
-    registry.put_claim(NAME, Claim(2, "node b, pid 2", "w2"))
-    with pytest.raises(Superseded, match=r"are another driver's now \(node b, pid 2\)"):
-        run(paused.keep())
-    paused.guard(lambda: done.append("never"))
-    assert done == ["held", "late"] and not run(paused.confirm())
+def test_a_driver_ends_its_own_ranks_alone(registry: MemoryRegistry):
+    """It was paused, its deadlines have passed meanwhile, and it would kill ranks for that."""
+    lease, done = make(registry, Clock(), "w1"), list[str]()
+
+    async def body() -> None:
+        lease.guard("rank 0", lambda: done.append("its own"))
+        assert await lease.confirm() and done == ["its own"]
+        registry.put_claim(NAME, Claim(2, "node b, pid 2", "w2"))
+        lease.guard("rank 1", lambda: done.append("another's"))
+        with pytest.raises(Superseded, match=r"are another driver's now \(node b, pid 2\)"):
+            await lease.keep()
+        lease.guard("rank 2", lambda: done.append("another's"))
+        assert not await lease.confirm()
+
+    run(body())
+    assert done == ["its own"] and registry.dooms[NAME] == {"rank 0", "rank 1"}
+
+
+@pytest.mark.parametrize("order", sorted(set(map("".join, permutations("ooonnn")))))
+def test_no_driver_ends_a_rank_that_another_adopts(registry: MemoryRegistry, monkeypatch: pytest.MonkeyPatch, order: str):
+    """Wherever either is paused: "o" is a step of the old driver, which ends a rank, and "n" one of the new driver."""
+    old, turns = make(registry, Clock(), "w1"), Turns()
+    ended, adopted = list[str](), set[str]()
+
+    async def ask(function: Any, *arguments: Any) -> Any:  # it dooms the rank, looks at the claims, and beats
+        await turns.mine("o")
+        return function(*arguments)
+
+    monkeypatch.setattr(driver_lease, "ask", ask)
+
+    async def adopt() -> None:
+        await turns.mine("n")
+        registry.put_claim(NAME, Claim(2, "node b, pid 2", "w2"))
+        await turns.mine("n")
+        doomed = registry.dooms.get(NAME, set()).copy()
+        await turns.mine("n")
+        adopted.update({"rank 0"} - doomed)
+
+    async def body() -> None:
+        old.guard("rank 0", lambda: ended.append("rank 0"))
+        adopting = asyncio.create_task(adopt())
+        for who in order:
+            await turns.give(who)
+        await turns.give("nobody")
+        await adopting
+
+    run(body())
+    assert bool(ended) == (order.index("n") > order.index("o", order.index("o") + 1)), "it looks in its second step"
+    assert not (ended and adopted)
+
+
+class Turns:
+    """Lets tasks make their steps in an order that a test gives."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+
+    async def mine(self, who: str) -> None:
+        self._waiting[who] = asyncio.get_running_loop().create_future()
+        await self._waiting[who]
+
+    async def give(self, who: str) -> None:
+        for _ in range(10):  # rounds of the loop, until it waits for its turn; it may have ended
+            await asyncio.sleep(0)
+        if who in self._waiting:
+            self._waiting.pop(who).set_result(None)
 
 
 def test_a_head_that_is_away_loses_no_lease(registry: MemoryRegistry):
-    clock, done = Clock(), []
+    clock, done = Clock(), list[str]()
     lease = make(registry, clock, "w1")
-    registry.away = True
-    clock.now_s += HELD_S
-    assert not run(lease.confirm())
-    lease.guard(lambda: done.append("later"))
-    registry.away = False
-    assert run(lease.confirm()) and done == ["later"]
+
+    async def body() -> None:
+        registry.away = True
+        clock.now_s += HELD_S
+        assert not await lease.confirm()
+        lease.guard("rank 0", lambda: done.append("later"))
+        assert not await lease.confirm() and not done
+        registry.away = False
+        assert await lease.confirm() and done == ["later"]
+
+    run(body())
+
+
+def test_ranks_that_no_driver_adopts_any_more_end_at_once(registry: MemoryRegistry):
+    lease, done = make(registry, Clock(), "w1"), list[str]()
+    assert run(lease.end())
+    lease.guard("rank 0", lambda: done.append("ended"))
+    assert done == ["ended"]
 
 
 def test_a_lost_registry_is_claimed_anew_with_a_greater_term(registry: MemoryRegistry):

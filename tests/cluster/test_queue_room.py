@@ -62,3 +62,16 @@ def test_taken_places_never_exceed_those_there_are(steps: list[tuple[bool, int]]
             taken += [count] if sum(taken) + count <= 5 else []
         elif taken:
             room.give(taken.pop())
+
+
+def test_held_places_are_used_once_or_go_back():
+    room = QueueRoom(5)
+    held = room.hold(3)
+    assert held is not None and room.free == 2 and room.hold(3) is None
+    assert held.use(2) and not held.use(2)
+    held.close()
+    assert room.free == 3, "the two that are used go back when their requests are done"
+    held.close()
+    assert not held.use(1) and room.free == 3
+    room.give(2)
+    assert room.free == 5

@@ -167,7 +167,7 @@ def test_the_commands_and_their_options():
         "--log-requests", "--log-prompts",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
-    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--device"}
+    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--redis", "--device"}
     assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.generation import chat_template
-from epslots.generation.chat_template import Chat, Renderer, find_template, render
+from epslots.generation.chat_template import Chat, Renderer, Renderers, find_template, render
 from epslots.generation.text import encode_chat, encode_prompt, load_tokenizer
 
 GOOD = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<A>' * add_generation_prompt }}"
@@ -34,7 +35,7 @@ def renderer() -> Iterator[Renderer]:
     """With less time: the limit is the same."""
     with pytest.MonkeyPatch.context() as patch:
         one = Renderer(cpu_s=0.5, memory_bytes=128 * 1024**2)
-        patch.setattr(chat_template, "_renderer", lambda _: one)
+        patch.setattr(chat_template, "_renderers", lambda _: one)
         yield one
         one._end()
 
@@ -131,6 +132,34 @@ def test_without_a_process_the_text_alone_can_be_served(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(ConfigError, match=r"can't be started \(.*No such file.*\); allowed without it: chat=False"):
         Renderer().ask({})
+
+
+def test_a_busy_renderer_holds_up_no_other():
+    """And the second is used only while the first is busy."""
+
+    class Held:
+        def __init__(self) -> None:
+            self.asked = 0
+            self.busy, self.may_go_on = threading.Event(), threading.Event()
+
+        def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+            self.asked += 1
+            if request.get("slow"):
+                self.busy.set()
+                assert self.may_go_on.wait(60)
+            return {"text": "x"}
+
+    second, first = Held(), Held()
+    both = Renderers([second, first])  # type: ignore[list-item]
+    for _ in range(3):
+        both.ask({})
+    assert (first.asked, second.asked) == (3, 0)
+    slow = threading.Thread(target=both.ask, args=({"slow": True},))
+    slow.start()
+    assert first.busy.wait(60)
+    assert both.ask({}) == {"text": "x"} and second.asked == 1
+    first.may_go_on.set()
+    slow.join()
 
 
 def test_a_whole_chat_is_encoded(tokenizer: PreTrainedTokenizerBase):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from epslots.errors import ConfigError
 from epslots.example import example_model
 from epslots.generation.text import TextStream, encode_prompt, load_tokenizer, stop_strings
-from tests.support.tokenizers import TOKENIZERS
+from tests.support.tokenizers import TOKENIZERS, byte_level
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one picture of five code points
@@ -64,10 +64,21 @@ def test_all_pieces_are_the_whole(name: str, data: st.DataObject, at: list[int])
     tokens = tokens_of(data, tokenizer)
     stream = TextStream(tokenizer)
     pieces = pieces_of(stream, split(tokens, at))
-    assert "".join(pieces) == decode(tokenizer, tokens)
-    assert not any(piece.endswith(UNFINISHED) for piece in pieces[:-1]), "half a character"
+    assert "".join(pieces) == decode(tokenizer, tokens), "so no piece has half a character"
     assert not stream.stopped
     assert stream.stopped_after is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.lists(st.integers(95, 105) | st.integers(255, 262), max_size=12))
+def test_special_tokens_are_text_where_they_are_asked_for(tokens: list[int]):
+    """Also those whose names no byte-level vocabulary could write."""
+    tokenizer = byte_level(["the", "\u00e9"], special=("<end>", "<\uff5cbegin\u2581of\uff5c>"), plain=("<think>",))
+    for special in (True, False):
+        stream = TextStream(tokenizer, special_tokens=special)
+        assert stream._words is not None
+        whole = tokenizer.decode(tokens, skip_special_tokens=not special)
+        assert "".join(pieces_of(stream, [[token] for token in tokens])) == whole
 
 
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece"])
@@ -170,7 +181,7 @@ def test_the_text_ends_before_a_stop_string(name: str, data: st.DataObject, at: 
 @given(data=st.data(), stops=st.lists(st.text("abe. tnd", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_no_more_is_held_back_than_may_be_a_stop_string(name: str, data: st.DataObject, stops: list[str]):
     tokenizer = TOKENIZERS[name]
-    plain, stream = TextStream(tokenizer), TextStream(tokenizer, stops)
+    plain, stream = TextStream(tokenizer, ["\U0010ffff"]), TextStream(tokenizer, stops)  # the first one holds nothing back
     certain = given_out = ""
     for token in tokens_of(data, tokenizer):
         certain += plain.push([token])

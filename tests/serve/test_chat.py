@@ -280,7 +280,7 @@ def test_a_chats_prompt_has_log_probabilities(client: Client, cluster: ScriptedC
 def test_a_template_has_its_time(monkeypatch: pytest.MonkeyPatch):
     """A checkpoint's template that never ends is ended, and other requests are served."""
     renderer = Renderer(cpu_s=0.1)
-    monkeypatch.setattr(chat_template, "_renderer", lambda _: renderer)
+    monkeypatch.setattr(chat_template, "_renderers", lambda _: renderer)
     loop = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
     endless = "{% if messages[0].content == 'x' %}" + loop + "{% endif %}a"
     with ScriptedCluster() as cluster, serving(cluster, chat_template=endless) as client:

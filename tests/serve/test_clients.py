@@ -107,6 +107,18 @@ def test_the_parse_helper_says_when_a_text_was_cut(client: openai.OpenAI, cluste
         client.chat.completions.parse(model="scripted", messages=HELLO, response_format=Person, max_tokens=2)
 
 
+def test_the_parse_helpers_stream_and_call_tools(client: openai.OpenAI, cluster: ScriptedCluster):
+    cluster.says = '{"name": "Ada", "age": 36}'
+    with client.chat.completions.stream(model="scripted", messages=HELLO, response_format=Person) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == Person(name="Ada", age=36)
+    cluster.says = '[{"name": "Person", "parameters": {"name": "Ada", "age": 36}}]'
+    tools: Any = [openai.pydantic_function_tool(Person)]
+    found = client.chat.completions.parse(model="scripted", messages=HELLO, tools=tools, tool_choice="required")
+    assert found.choices[0].finish_reason == "tool_calls"
+    (call,) = found.choices[0].message.tool_calls or ()
+    assert call.function.parsed_arguments == Person(name="Ada", age=36)
+
+
 def test_tools_are_called_and_answered(client: openai.OpenAI, cluster: ScriptedCluster):
     cluster.says = '{"x": 5}'
     choice: Any = {"type": "function", "function": {"name": "look"}}

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cluster.config import ClusterConfig
+from cluster.serve import run as run_module
 from cluster.serve.auth import ApiKeys
 from cluster.serve.command import ORPHAN_S, ServeRanks, default_name, name_of
 from cluster.serve.config import ServeConfig, read_serve_config
@@ -89,7 +90,7 @@ def test_settings_of_a_serve_file_are_checked():
 class Served:
     """A service in this thread; a second one does things to it."""
 
-    def __init__(self, act: Callable[[Served], None], **settings: Any) -> None:
+    def __init__(self, act: Callable[[Served], None] | None, **settings: Any) -> None:
         self.cluster = ScriptedCluster("one two three " * 100, held=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
@@ -98,8 +99,9 @@ class Served:
 
         def acting() -> None:
             try:
-                self.wait_for("ready")
-                act(self)
+                if act is not None:
+                    self.wait_for("ready")
+                    act(self)
             except BaseException as error:
                 self.failure = error
                 self.cluster.break_down("the test failed")
@@ -149,6 +151,20 @@ def test_a_signal_ends_it_after_its_requests(capsys: pytest.CaptureFixture[str])
         r"ready: scripted on 2 ranks at http://\S+/v1, after \d+\.\d s; try: curl http://\S+/v1/completions", said
     )
     assert "stopped by SIGTERM; up to 30 s for 1 request; once more to cut them off" in said
+
+
+def test_a_signal_at_the_ready_line_drains(monkeypatch: pytest.MonkeyPatch):
+    """Requests may have come by then, and nothing is wrong: the exit code says so."""
+    said = list[str]()
+
+    def say(text: str) -> None:
+        said.append(text)
+        if text.startswith("ready: "):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_module, "say", say)
+    assert Served(None).code == STOPPED
+    assert said[-1] == "stopped by SIGTERM"
 
 
 def test_a_second_signal_cuts_requests_off(capsys: pytest.CaptureFixture[str]):

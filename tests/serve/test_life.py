@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from cluster.serve.errors import ApiError
+from epslots.generation import text
+from epslots.generation.chat_template import Chat
 from tests.support.http_service import CHAT, COMPLETIONS, PATIENCE_S, raw_request, read_until, serving
 from tests.support.scripted_cluster import ScriptedCluster
 
@@ -98,6 +101,52 @@ def test_overload_is_said_at_once():
         until(lambda: cluster.state().free == 2)
         cluster.held = False
         assert client.post(COMPLETIONS, {"prompt": "a"}).status == 200
+
+
+def test_a_place_counts_once_at_every_moment():
+    """Also between the start of a request's choices and the end of its admission: another one isn't refused early."""
+    with ScriptedCluster(held=True, places=3) as cluster, serving(cluster) as client:
+
+        async def admit() -> None:
+            service = client.service
+            with service.admitted(2) as (model, places):
+                assert cluster.state().free == 1
+                first = model.cluster.submit_choices([5], n=2, places=places, max_new_tokens=5)
+                with service.admitted(1), pytest.raises(ApiError, match="3 requests run or wait"), service.admitted(1):
+                    pass
+                assert cluster.state().free == 1
+                del first
+            with pytest.raises(ApiError, match="allowed: up to 3"), service.admitted(4):
+                pass
+
+        client.server.call(admit())
+        until(lambda: cluster.state().free == 3)
+
+
+def test_slow_templates_hold_up_no_other_prompts(monkeypatch: pytest.MonkeyPatch):
+    """Nor a chat, as long as one of the threads for them is free."""
+    may_go_on, waiting = threading.Event(), threading.Semaphore(0)
+    render = text.render
+
+    def slowly(tokenizer: Any, template: str, chat: Chat, **limits: Any) -> str:
+        if chat.messages[0]["content"] == "slow":
+            waiting.release()
+            assert may_go_on.wait(PATIENCE_S)
+        return render(tokenizer, template, chat, **limits)
+
+    def body(content: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+
+    monkeypatch.setattr(text, "render", slowly)
+    with ScriptedCluster() as cluster, serving(cluster) as client, client.asking(CHAT, body("slow")) as first:
+        assert waiting.acquire(timeout=PATIENCE_S)
+        assert client.post(CHAT, body("quick")).status == 200
+        with client.asking(CHAT, body("slow")) as second:
+            assert waiting.acquire(timeout=PATIENCE_S)
+            assert client.post("/tokenize", {"prompt": "a " * 3000}).status == 200  # too long to be read without a thread
+            may_go_on.set()
+            for stream in (first, second):
+                assert b"HTTP/1.1 200" in read_until(stream, b"}}")
 
 
 def test_a_request_has_its_time():

@@ -269,6 +269,7 @@ def test_the_pages_values_are_the_metrics(busy: BusyCluster):
     frame, totals = shown["frame"], shown["frame"]["totals"]
     hits, misses = found["epslots:expert_hits_total"], found["epslots:expert_misses_total"]
     assert totals["hit_rate"] == hits / (hits + misses)
+    assert totals["zero_miss"] == found["epslots:zero_miss_steps_total"] / found["epslots:rank_steps_total"]
     assert totals["kv_usage"] == found["epslots:kv_cache_usage_perc"]
     assert totals["preempted"] == found["epslots:num_preemptions_total"]
     assert totals["balance"] == found["epslots:expert_balance"]

@@ -70,6 +70,53 @@ def test_pieces_make_no_difference(name: str, data: st.DataObject):
     assert read(reader(), pieces) == message
 
 
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"x": {"type": "integer"}, "at": {"type": "string"}}},
+    },
+}
+FAMILIES = {
+    "qwen3_moe": (
+        "<|im_start|>assistant\n",
+        "<think>\nhm</think>\n\nI look.\n"
+        + "\n".join(
+            f'<tool_call>\n{{"name": "look", "arguments": {{"x": {x}, "at": "a <b> {{c}}"}}}}\n</tool_call>' for x in (1, 2)
+        ),
+    ),
+    "qwen3_5_moe": (
+        "<|im_start|>assistant\n",
+        "<think>\nhm</think>\n\nI look.\n\n"
+        + "\n".join(
+            f"<tool_call>\n<function=look>\n<parameter=x>\n{x}\n</parameter>\n<parameter=at>\na <b> {{c}}\n</parameter>\n"
+            "</function>\n</tool_call>"
+            for x in (1, 2)
+        ),
+    ),
+    "gemma4": (
+        "<|turn>model\n",
+        "<|channel>thought\nhm<channel|>I look."
+        + "".join(f'<|tool_call>call:look{{x:{x},at:<|"|>a <b> {{c}}<|"|>}}<tool_call|>' for x in (1, 2)),
+    ),
+}
+"""By the kind of model: the end of a prompt, and one message in the family's notation."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+def test_families_write_the_same_message_their_way(family: str, data: st.DataObject):
+    template, (prompt, text) = response_template_of(TOKENIZERS["bytes"], family), FAMILIES[family]
+    assert template is not None
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+    assert read(TemplateReader(template, prompt, [TOOL], new_id=ids()), pieces) == {
+        "reasoning": "hm",
+        "content": "I look.",
+        "calls": [("look", {"x": 1, "at": "a <b> {c}"}), ("look", {"x": 2, "at": "a <b> {c}"})],
+    }
+
+
 def test_a_message_that_the_prompt_has_begun():
     """Templates of models that always think end with the beginning of the thought."""
     assert QWEN is not None

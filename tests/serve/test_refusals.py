@@ -269,7 +269,7 @@ def test_an_error_has_no_paths(monkeypatch: pytest.MonkeyPatch):
         raise OSError(2, "No such file or directory", "/opt/secret/place/python")
 
     monkeypatch.setattr(chat_template.subprocess, "Popen", broken)
-    monkeypatch.setattr(chat_template, "_renderer", lambda _: Renderer())
+    monkeypatch.setattr(chat_template, "_renderers", lambda _: Renderer())
     with ScriptedCluster() as cluster, serving(cluster) as client:
         error = assert_refused(client, CHAT, {"messages": HELLO}, "messages", "can't be started")
         assert "secret" not in error["message"]

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 import epslots
 from epslots.cache.cuda_engine import CudaEngine
+from epslots.config import LOAD_DEADLINE_S
 from epslots.errors import PeerLost, RankUnusable
 from epslots.group.join import join
-from epslots.loading import LOAD_DEADLINE_S
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.machine import DeviceHangsError, SimulatedMachine

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from cluster.messages.rank import Contact, Form
+    from cluster.lasting.records import RankDescription
+    from cluster.messages.rank import Contact, Form, Load
     from cluster.rank.contact_store import ContactStore
     from cluster.rank.rank_loop import FormTransport
 
@@ -27,6 +28,7 @@ class EchoLoop:
     def __init__(self, form: FormTransport) -> None:
         self._form = form
         self._contacts: ContactStore | None = None
+        self._load: Load | None = None
         self._told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -49,19 +51,26 @@ class EchoLoop:
         if message == FAIL:
             raise ValueError("told to fail")
         if len(message) > 10:
-            from cluster.messages.rank import Contacts, Form, decode_command
+            from cluster.messages.rank import Contacts, Form, Load, decode_command
             from cluster.rank.contact_store import ContactStore
 
             match decode_command(message):
                 case Form() as form:
                     self._contacts = ContactStore(form.epoch, self._publish, form.form_s)
                     threading.Thread(target=self._meet, args=(form, self._contacts)).start()
+                case Load() as load:
+                    self._load = load
                 case Contacts(_, entries) if self._contacts is not None:
                     self._contacts.take(entries)
         return message
 
     def begin_term(self, term: int) -> None:
         pass
+
+    def describe(self) -> RankDescription:
+        from cluster.lasting.records import RankDescription
+
+        return RankDescription(load=self._load, loaded=self._load is not None, running=True)
 
     def events(self, term: int = 0) -> bytes:
         return self._told.get()

@@ -16,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.serve.app import create_app
 from cluster.serve.auth import ApiKeys
 from cluster.serve.config import ServeConfig
+from cluster.serve.served_model import ServedCluster
 from cluster.serve.server import HttpServer, bind
-from cluster.serve.service import ServedCluster, Service
+from cluster.serve.service import Service
 
 PATIENCE_S = 60.0
 TEMPLATE = (

@@ -12,6 +12,7 @@ class MemoryRegistry:
     Attributes:
         away: every call fails, as while the head is away.
         removed: clusters whose groups were removed, with the term before which.
+        dooms: ids of ranks and groups that are to be ended, by cluster.
     """
 
     def __init__(self) -> None:
@@ -20,6 +21,7 @@ class MemoryRegistry:
         self.ended: set[str] = set()
         self.away = False
         self.removed: list[tuple[str, int]] = []
+        self.dooms: dict[str, set[str]] = {}
 
     def _check(self) -> None:
         if self.away:
@@ -44,6 +46,10 @@ class MemoryRegistry:
     def put_beat(self, name: str, term: int, beat: bytes) -> None:
         self._check()
         self.beats[name, term] = beat
+
+    def doom(self, name: str, id: str) -> None:
+        self._check()
+        self.dooms.setdefault(name, set()).add(id)
 
     def remove_groups(self, name: str, before_term: int) -> None:
         self._check()

@@ -15,6 +15,7 @@ from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Generation, PromptChoice
 from cluster.messages.controller import Explanation
 from cluster.messages.rank import Cancel, Command, Submit
+from cluster.queue_room import HeldPlaces, QueueRoom
 from cluster.reports import ClusterState, ClusterStats
 from cluster.token_stream import TokenStream
 from epslots.errors import ConfigError
@@ -54,7 +55,8 @@ class ScriptedCluster:
 
     def __init__(self, says: str | Callable[[Request], str] = SAYS, *, held: bool = False, places: int = 64) -> None:
         self.tokenizer: Any = TOKENIZERS["bytes"]
-        self.says, self.held, self.places = says, held, places
+        self.says, self.held = says, held
+        self._room = QueueRoom(places)
         self.limits = LIMITS
         self.timeline = {"model loaded": 1.0}
         self.failure: str | None = None
@@ -146,14 +148,17 @@ class ScriptedCluster:
     def encode(self, prompt: str | Chat, *, special_tokens: bool = True, most_tokens: int | None = None) -> list[int]:
         return self._checker.encode(prompt, special_tokens=special_tokens, most_tokens=most_tokens)
 
-    def submit_choices(self, prompt: Sequence[int], **settings: Any) -> list[Generation]:
+    def hold(self, requests: int) -> HeldPlaces | None:
+        return self._room.hold(requests)
+
+    def submit_choices(self, prompt: Sequence[int], *, places: HeldPlaces | None = None, **settings: Any) -> list[Generation]:
         if self.failure is not None:
             raise ClusterError(self.failure)
         read = read_settings(settings)
-        if read.n > self.places - self._router.unfinished:
-            raise Overloaded("full, says the test")
         requests = self._checker.requests(prompt, read)
-        streams = [TokenStream(lambda: None) for _ in requests]
+        if not (self._room.take(read.n, wait=False) if places is None else places.use(read.n)):
+            raise Overloaded("full, says the test")
+        streams = [TokenStream(self._room.give) for _ in requests]
         made = [
             Generation(
                 PromptChoice(0, prompt, read, number, request),
@@ -168,14 +173,13 @@ class ScriptedCluster:
         return made
 
     def state(self) -> ClusterState:
-        unfinished = self._router.unfinished
         return ClusterState(
             ranks=0 if self.failure else 2,
             epoch=3,
             queued=0,
-            running=unfinished,
-            free=self.places - unfinished,
-            places=self.places,
+            running=self._router.unfinished,
+            free=self._room.free,
+            places=self._room.places,
             failure=self.failure,
         )
 
