@@ -1,4 +1,7 @@
-"""``SharedController``: the one controller process of a cluster, which plans for each of its groups."""
+"""``SharedController``: the one controller process of a cluster, which plans for each of its groups.
+
+The client of each group watches it and may end it, as when the group itself is ended: the others then start another one.
+"""
 
 from __future__ import annotations
 

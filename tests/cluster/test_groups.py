@@ -74,6 +74,13 @@ def test_a_group_that_cant_form_is_started_anew(open_cluster: Open, folder: Path
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
 
 
+def test_a_start_with_a_group_that_cant_form_fails(open_cluster: Open):
+    backend = FakeBackend()
+    backend.unreachable.add(1)
+    with pytest.raises(ClusterError, match="could not form a group, 5 times in a row"):
+        open_cluster(ranks=2, groups=2, backend=backend)
+
+
 def test_whole_groups_come_and_go(open_cluster: Open, folder: Path):
     cluster, backend = open_cluster(ranks=2, groups=2, window_steps=4)
     running = cluster.submit(PROMPTS[0], max_new_tokens=60)
