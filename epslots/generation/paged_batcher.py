@@ -17,7 +17,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.paged_cache import open_processor, paging_obstacle
 from epslots.generation.paged_choice import PagedChoice
+from epslots.generation.paged_decoding import PagedDecoding
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
 from epslots.generation.row_tracker import RowTracker
@@ -75,6 +76,7 @@ class PagedBatcher(Batcher):
         self._implementation = model.config._attn_implementation
         self._manager, self._processor = open_processor(model, config)
         self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
+        self._decoding = PagedDecoding(model, self._processor)
         self._choice = PagedChoice(self._processor)
         cache, scheduler = self._processor.cache, self._processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
@@ -150,6 +152,7 @@ class PagedBatcher(Batcher):
         self._part = part
         runs = [self._running.get(future.state.request_id) for future in part]
         self._choice.prepare(part, [None if run is None else run[0] for run in runs])
+        self._decoding.prepare(part)
         self._previous_T = self._order.next([(future.state.request_id, future.query_length) for future in part])
         if self._attention is not None:  # the position is the one after the batch
             self._attention.prepare([Span(future.query_length, future.state.position_offset) for future in part])
@@ -185,7 +188,11 @@ class PagedBatcher(Batcher):
         assert part is not None and isolation is not None and windows is not None, "prepare() comes first"
         windows.restore(part)
         try:
-            with self._following(self._previous_T), self._plain_outputs.off(), _between(self._processor, self._model.device):
+            with ExitStack() as stack:
+                stack.enter_context(self._following(self._previous_T))
+                stack.enter_context(self._plain_outputs.off())
+                stack.enter_context(_between(self._processor, self._model.device))
+                stack.enter_context(self._decoding.active())
                 self._processor._generation_step(self._model)
             self._processor.update_batch()
         except Exception as failure:
@@ -262,7 +269,7 @@ class PagedBatcher(Batcher):
     def close(self) -> None:
         self.grammars.close()
         self._manager.destroy()
-        del self._choice  # it holds the cache
+        del self._choice, self._decoding  # they hold the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)

@@ -19,7 +19,7 @@ from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from tests.support import zoo
-from tests.support.batches import Collected, generated, prompt_of, requests_of
+from tests.support.batches import Collected, RowsModelFree, StepClock, generated, prompt_of, requests_of
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 # Of a single token to several chunks. They join beside others' prompts, beside others' decoding, and after all have left.
@@ -141,6 +141,25 @@ def test_decoding_waits_for_one_chunk_at_most():
     had = [len(collected.run(1).tokens["decodes"]) for _ in range(14)]
     assert "comes" in collected.tokens, "seven chunks"
     assert all(after > before for before, after in zip(had, had[2:], strict=False))
+    batcher.close()
+
+
+@pytest.mark.parametrize("target_ms", [None, 30.0])
+def test_prompts_take_the_time_that_a_pass_may_take(target_ms: float | None):
+    """Of a simulated clock: passes are timed, and no model is run."""
+    clock = StepClock()
+    batcher = RowBatcher(model_of("kimi_linear"), kv_tokens=4096, step_target_ms=target_ms, clock=clock)
+    RowsModelFree(batcher, clock.step)
+    for number in range(8):
+        batcher.add(Request(f"d{number}", prompt_of(4, seed=number), 200))
+    Collected(batcher).run(10)
+    for number in range(3):
+        batcher.add(Request(f"p{number}", prompt_of(400, seed=10 + number), 2))
+    clock.steps.clear()
+    collected = Collected(batcher).run(120)
+    assert {f"p{number}" for number in range(3)} <= collected.reasons.keys()
+    longest = max(clock.steps)
+    assert longest == pytest.approx(0.010 + 0.0002 * 504) if target_ms is None else 0.025 < longest < 0.033
     batcher.close()
 
 

@@ -1,0 +1,77 @@
+"""Which requests have rows, and which wait: in turn, none passes another, and none is admitted to be given up at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from transformers import PreTrainedModel
+
+from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
+from tests.support.batches import Collected, RowsModelFree, prompt_of
+
+Built = Callable[[str], PreTrainedModel]
+# Prompts of these lengths have nothing in common.
+SIZES = {"a": (20, 8), "large": (50, 2), "small": (3, 2), "b": (9, 30)}
+
+
+def asked(id: str) -> Request:
+    length, new = SIZES[id]
+    return Request(id, prompt_of(length, seed=length), new)
+
+
+def opened(built: Built, **settings: int) -> tuple[RowBatcher, RowsModelFree, Collected]:
+    batcher = RowBatcher(built("mixtral"), **{"kv_tokens": 64, "max_requests": 4, "max_batch_tokens": 64} | settings)
+    return batcher, RowsModelFree(batcher), Collected(batcher)
+
+
+def test_a_small_request_passes_no_large_one(built: Built):
+    """It would fit beside the first, and so would any that come after it: the large one would wait for ever."""
+    batcher, free, collected = opened(built)
+    batcher.add(asked("a"))
+    collected.run(2)
+    batcher.add(asked("large"))
+    batcher.add(asked("small"))
+    collected.run()
+    assert list(dict.fromkeys(id for ids, _ in free.passes for id in ids)) == ["a", "large", "small"]
+    assert list(collected.reasons) == ["a", "large", "small"]
+    batcher.close()
+
+
+@pytest.mark.parametrize(("length", "beside"), [(41, True), (42, False)])
+def test_every_running_row_has_room_for_a_token(length: int, beside: bool, built: Built):
+    """Else the newcomer would be given up in the next step, and its prompt computed again."""
+    batcher, free, collected = opened(built)
+    batcher.add(asked("a"))
+    collected.run(1)
+    # The row of "a" holds 20 tokens, its 21st is to be computed, and each of two rows needs room for one more.
+    batcher.add(Request("new", prompt_of(length, seed=7), 1))
+    collected.run(1)
+    assert ("new" in free.passes[-1][0]) == beside
+    collected.run()
+    assert batcher.stats().preempted == 0
+    batcher.close()
+
+
+def test_uncomputed_prompts_keep_their_room(built: Built):
+    """Of two prompts in chunks, the second finds no room beside what is left of the first."""
+    batcher, free, collected = opened(built, max_batch_tokens=8)
+    batcher.add(asked("large"))
+    collected.run(1)
+    batcher.add(asked("a"))
+    collected.run()
+    assert batcher.stats().preempted == 0
+    order = [ids for ids, _ in free.passes]
+    assert order == sorted(order, reverse=True), "one after the other"
+    batcher.close()
+
+
+def test_rows_stand_in_the_order_of_turns(built: Built):
+    """Whatever order they came in: the first is computed first, and the last gives way."""
+    batcher, free, collected = opened(built, kv_tokens=256)
+    for number, priority in enumerate((2, 0, 1, 0)):
+        batcher.add(Request(str(number), prompt_of(5, seed=number), 6, priority=priority))
+    collected.run(3)
+    assert {ids for ids, _ in free.passes} == {("1", "3", "2", "0")}
+    batcher.close()
