@@ -166,7 +166,8 @@ class RowBatcher(Batcher):
             planned = self._plan()
             if planned is not None:
                 self._pass = planned
-                self._isolation = Isolation([self._running[i] for i in planned.rows])
+                # In the order of their places: states of neighbours are written at once.
+                self._isolation = Isolation(sorted((self._running[i] for i in planned.rows), key=lambda each: each.row.number))
         return self._isolation is not None
 
     def _restart_outgrown(self) -> None:

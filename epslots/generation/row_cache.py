@@ -23,6 +23,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,8 @@ class RowCache:
         self._by_row = by_row
         self._cache = empty_cache(model)
         self._pooled = {i for i, layer in enumerate(self._cache.layers) if can_be_pooled(layer)}
-        self._numbers = list(range(max_requests))[::-1]
+        self._numbers = list(range(max_requests))
+        """Free ones, a heap: the lowest is taken first, so that rows are neighbours."""
         self._tables: dict[int | None, CellTable] = {}
         self._states: list[torch.Tensor] = []
         pools: dict[int, Pools] = {index: {} for index in (OF_THE_CACHE, *self._pooled)}
@@ -180,7 +182,7 @@ class RowCache:
 
     def open(self) -> Row:
         """An empty row; there must be a free one."""
-        return Row(self._numbers.pop())
+        return Row(heappop(self._numbers))
 
     def copy(self, source: Row, length: int) -> Row:
         """A new row with the first ``length`` tokens of another one, whose cells it shares; there must be a free one."""
@@ -196,7 +198,7 @@ class RowCache:
         """Free a row and its cells."""
         for table in self._tables.values():
             table.release(row.number)
-        self._numbers.append(row.number)
+        heappush(self._numbers, row.number)
         row.own.clear()
 
     @contextmanager
@@ -247,7 +249,9 @@ class RowCache:
         def read_cells(window: int | None) -> torch.Tensor:
             return self._tables[window].read(row_B, width)
 
-        return RowStep(to_device(row_B, self.device), past, width, new_cells, read_cells, left_states)
+        first, end = int(row_B[0]), int(row_B[0]) + len(row_B)
+        neighbours = slice(first, end) if np.array_equal(row_B, np.arange(first, end)) else None
+        return RowStep(to_device(row_B, self.device), neighbours, past, width, new_cells, read_cells, left_states)
 
     def _commit(self, rows: Sequence[Row], row_B: IntArray, width: int) -> None:
         for index, layer in enumerate(self._cache.layers):

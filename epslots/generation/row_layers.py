@@ -63,6 +63,7 @@ class RowStep:
 
     Args:
         row_B: numbers of the rows, int64 on the device.
+        neighbours: the same as a slice, if they follow one another: on the CPU, it is written in a third of the time.
         past: tokens that the longest of them has in the cache.
         width: new tokens of each row.
         new_cells: cells of the new tokens, int64 [B * W], by window.
@@ -73,6 +74,7 @@ class RowStep:
     def __init__(
         self,
         row_B: torch.Tensor,
+        neighbours: slice | None,
         past: int,
         width: int,
         new_cells: Mapping[int | None, torch.Tensor],
@@ -80,6 +82,7 @@ class RowStep:
         left_states: States,
     ) -> None:
         self.row_B, self.past, self.width = row_B, past, width
+        self._neighbours = neighbours
         self._left_states = left_states
         self._new_cells = new_cells
         self._make_cells = read_cells
@@ -96,8 +99,11 @@ class RowStep:
         """Put the rows' new states into their pools; returns them as the next step of the same rows may take them."""
         found: States = {}
         for pool, state in self.new_states:
-            found[id(pool)] = state.to(pool.dtype)
-            pool.index_copy_(0, self.row_B, found[id(pool)])
+            found[id(pool)] = new = state.to(pool.dtype)
+            if self._neighbours is None:
+                pool.index_copy_(0, self.row_B, new)
+            else:
+                pool[self._neighbours].copy_(new)
         return found
 
     def append(self, pool: TokenPool, new: torch.Tensor) -> torch.Tensor:

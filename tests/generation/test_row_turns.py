@@ -67,11 +67,14 @@ def test_uncomputed_prompts_keep_their_room(built: Built):
     batcher.close()
 
 
-def test_rows_stand_in_the_order_of_turns(built: Built):
-    """Whatever order they came in: the first is computed first, and the last gives way."""
+def test_rows_of_a_pass_stand_in_the_order_of_their_places(built: Built):
+    """The lowest free place is taken first: those of a full batch are neighbours, whoever left before."""
     batcher, free, collected = opened(built, kv_tokens=256)
-    for number, priority in enumerate((2, 0, 1, 0)):
-        batcher.add(Request(str(number), prompt_of(5, seed=number), 6, priority=priority))
-    collected.run(3)
-    assert {ids for ids, _ in free.passes} == {("1", "3", "2", "0")}
+    for id, new in (("a", 9), ("b", 2), ("c", 3), ("d", 9)):
+        batcher.add(Request(id, prompt_of(5, seed=ord(id)), new))
+    collected.run(2)
+    assert free.passes == [(("a", "b", "c", "d"), 5), (("a", "b", "c", "d"), 1)]
+    batcher.add(Request("e", prompt_of(5, seed=9), 9))
+    collected.run(2)
+    assert free.passes[2:] == [(("e",), 5), (("a", "e", "c", "d"), 1)]
     batcher.close()
