@@ -152,7 +152,6 @@ class PagedBatcher(Batcher):
         self._part = part
         runs = [self._running.get(future.state.request_id) for future in part]
         self._choice.prepare(part, [None if run is None else run[0] for run in runs])
-        self._decoding.prepare(part)
         self._previous_T = self._order.next([(future.state.request_id, future.query_length) for future in part])
         if self._attention is not None:  # the position is the one after the batch
             self._attention.prepare([Span(future.query_length, future.state.position_offset) for future in part])
@@ -191,7 +190,7 @@ class PagedBatcher(Batcher):
             with ExitStack() as stack:
                 stack.enter_context(self._following(self._previous_T))
                 stack.enter_context(self._plain_outputs.off())
-                stack.enter_context(_between(self._processor, self._model.device))
+                stack.enter_context(_between(self._processor.inputs_and_outputs))
                 stack.enter_context(self._decoding.active())
                 self._processor._generation_step(self._model)
             self._processor.update_batch()
@@ -276,18 +275,17 @@ class PagedBatcher(Batcher):
 
 
 @contextmanager
-def _between(processor: Any, device: torch.device) -> Iterator[None]:
+def _between(batch: Any) -> Iterator[None]:
     """Within the context, transformers' own stream comes after what is queued on the current one, and before what follows.
 
     It computes there, and nothing else would order its reads of the batch's indices, our uploads, and fetches into slots.
     """
-    stream = processor.inputs_and_outputs.compute_stream
-    if stream is None:
+    if batch.compute_stream is None:
         yield
         return
-    here = torch.cuda.current_stream(device)
-    stream.wait_stream(here)
+    here = torch.cuda.current_stream(batch.device)
+    batch.compute_stream.wait_stream(here)
     try:
         yield
     finally:
-        here.wait_stream(stream)
+        here.wait_stream(batch.compute_stream)

@@ -55,25 +55,34 @@ class PagedDecoding:
         )
         self._suits = self._switch.implementations == {"sdpa"}
         self._reads: list[_Reads] = []
-        """Of each kind of attention, in the order of the cache's allocators; empty if the step doesn't only decode."""
+        """Of each kind of attention, in the order of the cache's allocators; empty if the prepared batch is packed."""
+        self._prepare_packed = self._batch.prepare_batch_tensors
+        self._batch.prepare_batch_tensors = self._prepare
 
-    def prepare(self, part: Sequence[FutureRequestState]) -> None:
-        """Lay out the reads of the prepared batch, if it only decodes, and fits in the room that packed reads have.
-
-        Args:
-            part: its requests.
-        """
-        self._reads = []
-        if not self._suits or not self._batch.max_kv_read or any(future.query_length > 1 for future in part):
+    def _prepare(self, requests_in_batch: Sequence[FutureRequestState], **sizes: Any) -> None:
+        """Prepare a batch as transformers does; and its reads, and no masks, if it only decodes."""
+        self._reads, masks = [], self._batch.attention_mask
+        lengths = self._lengths(requests_in_batch) if sizes["max_kv_read"] else []
+        if not lengths:
+            self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
             return
-        storage, reads = self._batch.read_index_storage, []
-        for index, allocator in zip(storage, self._cache.cache_allocators.values(), strict=True):
-            # A request's position is the one after the batch.
-            length_R = np.array([allocator.get_seqlen_k(future.state.position_offset - 1, 1) for future in part], np.int64)
-            if len(part) * int(length_R.max()) > len(index):
-                return
-            reads.append(_aligned(index, length_R))
-        self._reads = reads
+        try:
+            self._batch.attention_mask = None  # to be made for packed keys would take about as long as the attention
+            self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
+        finally:
+            self._batch.attention_mask = masks
+        self._reads = [_aligned(*each) for each in zip(self._batch.read_index_storage, lengths, strict=True)]
+
+    def _lengths(self, requests: Sequence[FutureRequestState]) -> list[IntArray]:
+        """Tokens that each request reads, by kind of attention; none if these don't all decode, or would take more room."""
+        found: list[IntArray] = []
+        if not self._suits or any(future.query_length > 1 for future in requests):
+            return found
+        for allocator in self._cache.cache_allocators.values():
+            found.append(np.array([allocator.get_seqlen_k(future.state.position_offset, 1) for future in requests], np.int64))
+        longest = max(int(length_R.max()) for length_R in found)
+        # Packed reads have room for all tokens of the cache.
+        return found if len(requests) * longest <= self._batch.read_index_storage.shape[1] else []
 
     @contextmanager
     def active(self) -> Iterator[None]:

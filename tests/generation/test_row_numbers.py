@@ -13,7 +13,7 @@ from tests.support.batches import generated, prompt_of, requests_of
 from tests.support.guilty_requests import Guilt, unused
 
 # Layers of glm_moe_dsa: two choose the tokens that they attend to, and the last one attends to the choice of the second.
-CASES = [*(("glm_moe_dsa", layer) for layer in range(3)), ("hy_v4", 0), ("qwen3_next", 0), ("mimo_v2_flash", 0), ("zaya", 0)]
+CASES = [("glm_moe_dsa", 0), ("glm_moe_dsa", 2), ("qwen3_next", 0), ("mimo_v2_flash", 0)]
 
 
 def collected(batcher: RowBatcher, requests: list[Request]) -> tuple[dict[str, list[int]], dict[str, str | None]]:
@@ -34,7 +34,7 @@ class Case:
 
     def __init__(self, name: str, layer: int, place: int) -> None:
         self.model, self._layer = zoo.ZOO[name].build(), layer
-        self.mates = requests_of(((3, 6), (20, 6), (9, 6)))
+        self.mates = requests_of(((3, 6), (20, 4)))
         self.expected = {request.id: generated(self.model, request) for request in self.mates}
         prompt = list(prompt_of(33))
         self._token = unused([*self.mates, Request("all", tuple(prompt), 6)], {**self.expected, "all": []})
@@ -57,7 +57,7 @@ class Case:
         """The request's text, and its error, with NaN. Nobody else meets it, neither beside it nor in its cells."""
         batcher = RowBatcher(self.model, kv_tokens=128, max_requests=4, max_batch_tokens=16)
         guilt = self.guilt(math.nan)
-        tokens, errors = collected(batcher, [self.mates[0], self.guilty, *self.mates[1:]])
+        tokens, errors = collected(batcher, [self.guilty, *self.mates])
         guilt.remove()
         assert guilt.fell
         text = tokens.pop("guilty")
@@ -82,14 +82,9 @@ def test_nan_is_an_error_or_is_never_read(name: str, layer: int):
 def test_a_token_that_is_never_chosen_may_be_nan():
     """An indexer chose before the token's numbers broke. The text is the one that any number in their place gives.
 
-    Where a layer chooses anew, NaN is the largest of its scores: no text leaves it out by chance.
+    Where a layer chooses anew, NaN is the largest of its scores: no text leaves it out by chance. And a chunk of several
+    tokens multiplies all earlier ones, with zeros if they aren't chosen: there, too, NaN stays NaN.
     """
-    found = []
-    for place in range(1, 16):
-        case = Case("glm_moe_dsa", 1, place)
-        text, error = case.outcome()
-        found.append(error is None)
-        assert error is not None or text == case.text(0.0) == case.text(3.0) == case.text(-1e9)
-        if any(found):
-            break
-    assert any(found), "the last layer attends to 8 of 33 tokens"
+    case = Case("glm_moe_dsa", 1, place=5)
+    text, error = case.outcome()
+    assert error is None and text == case.text(0.0) == case.text(-1e9)

@@ -159,7 +159,7 @@ def test_prompts_take_the_time_that_a_pass_may_take(target_ms: float | None):
     collected = Collected(batcher).run(120)
     assert {f"p{number}" for number in range(3)} <= collected.reasons.keys()
     longest = max(clock.steps)
-    assert longest == pytest.approx(0.010 + 0.0002 * 504) if target_ms is None else 0.025 < longest < 0.033
+    assert longest == pytest.approx(0.010 + 0.0002 * 400) if target_ms is None else 0.025 < longest < 0.033
     batcher.close()
 
 
