@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
@@ -36,6 +37,31 @@ def test_a_small_request_passes_no_large_one(built: Built):
     collected.run()
     assert list(dict.fromkeys(id for ids, _ in free.passes for id in ids)) == ["a", "large", "small"]
     assert list(collected.reasons) == ["a", "large", "small"]
+    batcher.close()
+
+
+def test_a_prepared_pass_stays_as_it_is(built: Built):
+    """Ranks have told each other of it. A newcomer waits for the next one, also if this one fails and is made in parts."""
+    batcher, free, collected = opened(built)
+    forward, parts = batcher._forward, []
+
+    def fail(part: Sequence[Any], *of: Any) -> Any:
+        parts.append(tuple(running.entry.request.id for running in part))
+        if len(parts) == 1:
+            raise RuntimeError("once")
+        return forward(part, *of)
+
+    batcher._forward = fail  # type: ignore[method-assign]
+    batcher.add(Request("a", prompt_of(5), 2))
+    batcher.add(Request("b", prompt_of(5, seed=1), 2))
+    assert batcher.prepare()
+    batcher.add(Request("c", prompt_of(5, seed=3), 2))
+    for _ in range(3):
+        assert batcher.prepare() and batcher.stats().running == 2
+        batcher.step()
+    assert parts == [("a", "b"), ("a",), ("b",)]
+    collected.run()
+    assert free.passes[2][0] == ("a", "b") and ("c",) in [ids for ids, _ in free.passes]
     batcher.close()
 
 

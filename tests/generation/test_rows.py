@@ -19,7 +19,7 @@ from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from tests.support import zoo
-from tests.support.batches import Collected, RowsModelFree, StepClock, generated, prompt_of, requests_of
+from tests.support.batches import Collected, RowsModelFree, StepClock, generated, is_empty, prompt_of, requests_of
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 # Of a single token to several chunks. They join beside others' prompts, beside others' decoding, and after all have left.
@@ -176,9 +176,11 @@ def test_requests_that_outgrow_the_cache_lose_nothing(name: str):
     batcher.close()
 
 
-def test_cancelled_requests_leave_a_prepared_step():
+@pytest.mark.parametrize("shares", [True, False])
+def test_cancelled_requests_leave_a_prepared_step(shares: bool):
+    """It is made all the same: their rows are freed after it."""
     model = model_of("qwen3_next")
-    batcher = open_rows(model)
+    batcher = open_rows(model, prefix_cache=shares)
     requests = requests_of(((5, 9), (20, 9), (9, 9)))
     for request in requests:
         batcher.add(request)
@@ -192,6 +194,7 @@ def test_cancelled_requests_leave_a_prepared_step():
     collected.run()
     for request in requests:
         assert collected.tokens[request.id] == generated(model, request)[: before if request.id == "r0" else None]
+    assert is_empty(batcher)
     batcher.close()
 
 
