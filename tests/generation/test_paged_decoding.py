@@ -67,21 +67,23 @@ def test_logits_are_those_of_packed_steps(name: str):
 def test_a_step_that_decodes_has_a_row_for_each_request(monkeypatch: pytest.MonkeyPatch):
     """And none for a token of another one. Equal lengths need no mask; a step with a prompt is packed."""
     model = zoo.ZOO["mixtral"].build()
+    requests, late = requests_of(SIZES), Request("late", prompt_of(5), 2)
+    expected = {request.id: generated(model, request) for request in (*requests, late)}
     attention = Attention(monkeypatch)
-    batcher, collected = decoding(model, requests_of(SIZES))
+    batcher, collected = decoding(model, requests)
     attention.calls.clear()
-    ends = max(len(prompt_of(length)) + len(collected.tokens[f"r{i}"]) for i, (length, _) in enumerate(SIZES))
+    longest = max(len(request.prompt) + len(collected.tokens[request.id]) for request in requests)
     collected.run(1)
-    assert {call[1:] for call in attention.calls} == {((3, ends), True)}
-    assert {call[0] for call in attention.calls} == {(3, 1)} or {call[0][0] for call in attention.calls} == {3}
-    batcher.add(Request("late", prompt_of(5), 2))
+    assert {call[1:] for call in attention.calls} == {((3, longest), True)}
+    assert {call[0][0] for call in attention.calls} == {3}
+    batcher.add(late)
     attention.calls.clear()
     collected.run(1)
     assert {call[0] for call in attention.calls} == {(1, 8)}
+    assert batcher._isolation is None, "no part of it was repeated: masks are made where they are needed"
+    assert collected.run().tokens == expected
     batcher.close()
-    batcher, collected = decoding(
-        model, [replace(request, prompt=prompt_of(9, seed=i)) for i, request in enumerate(requests_of(SIZES))]
-    )
+    batcher, collected = decoding(model, [replace(request, prompt=prompt_of(9)) for request in requests], prefix_cache=False)
     attention.calls.clear()
     collected.run(1)
     assert {call[1:] for call in attention.calls} == {((3, 10), False)}

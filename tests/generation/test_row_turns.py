@@ -96,11 +96,11 @@ def test_uncomputed_prompts_keep_their_room(built: Built):
 def test_rows_of_a_pass_stand_in_the_order_of_their_places(built: Built):
     """The lowest free place is taken first: those of a full batch are neighbours, whoever left before."""
     batcher, free, collected = opened(built, kv_tokens=256)
-    for id, new in (("a", 9), ("b", 2), ("c", 3), ("d", 9)):
+    for id, new in (("a", 9), ("b", 3), ("c", 9), ("d", 2)):
         batcher.add(Request(id, prompt_of(5, seed=ord(id)), new))
-    collected.run(2)
-    assert free.passes == [(("a", "b", "c", "d"), 5), (("a", "b", "c", "d"), 1)]
+    collected.run(3)
+    assert free.passes == [(("a", "b", "c", "d"), 5), (("a", "b", "c", "d"), 1), (("a", "b", "c"), 1)]
     batcher.add(Request("e", prompt_of(5, seed=9), 9))
     collected.run(2)
-    assert free.passes[2:] == [(("e",), 5), (("a", "e", "c", "d"), 1)]
+    assert free.passes[3:] == [(("e",), 5), (("a", "e", "c"), 1)]
     batcher.close()
