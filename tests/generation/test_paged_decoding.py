@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -128,3 +129,33 @@ def test_reads_end_with_each_requests_last_position(lengths: list[int]):
     else:
         assert found.mask_R11S is not None
         assert found.mask_R11S[:, 0, 0].tolist() == [[place > 0 for place in row] for row in rows]
+
+
+def test_contract_place_0_of_a_cache_is_empty_and_read_as_nothing():
+    """Shorter requests read it before their first position. No request gets it, and nothing is written there."""
+    model = zoo.ZOO["gemma4"].build()
+    batcher, collected = decoding(model, requests_of(SIZES))
+    collected.run()
+    for layer, allocator in batcher._processor.cache.layer_to_allocator.items():
+        keys, values = allocator._kv_token_views[layer]
+        assert allocator.read_trash_index == 0 and not keys[0].any() and not values[0].any()
+    batcher.close()
+
+
+def test_contract_a_batch_is_prepared_with_masks_of_its_own():
+    """Masks of one batch are made from nothing in the next: those that were left out are missed by none."""
+    model = zoo.ZOO["mixtral"].build()
+    batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=16)
+    batch = batcher._processor.inputs_and_outputs
+    assert list(inspect.signature(type(batch).prepare_batch_tensors).parameters) == [
+        *("self", "requests_in_batch", "logits_processors", "use_decode_fast_path"),
+        *("num_q_tokens", "max_kv_read", "use_padding"),
+    ]
+    batch.attention_mask["full_attention"].fill_(7)
+    batch.num_q_tokens, batch.max_kv_read = 5, 9
+    batch._reset_static_tensors()
+    mask = batch.attention_mask["full_attention"][0, 0]
+    assert (mask[:5, :14] == torch.finfo(torch.float32).min).all() and (mask[5:] == 7).all()
+    batch.attention_mask = None
+    batch._reset_static_tensors()
+    batcher.close()
