@@ -131,7 +131,7 @@ def test_reads_end_with_each_requests_last_position(lengths: list[int]):
         assert found.mask_R11S[:, 0, 0].tolist() == [[place > 0 for place in row] for row in rows]
 
 
-def test_contract_place_0_of_a_cache_is_empty_and_read_as_nothing():
+def test_contract_place_0_of_a_cache_stays_empty():
     """Shorter requests read it before their first position. No request gets it, and nothing is written there."""
     model = zoo.ZOO["gemma4"].build()
     batcher, collected = decoding(model, requests_of(SIZES))
