@@ -36,9 +36,10 @@ class Attention:
         return self._attend(query, key, *args, **settings)
 
 
-def decoding(model: PreTrainedModel, requests: list[Request], **settings: Any) -> tuple[PagedBatcher, Collected]:
+def decoding(model: PreTrainedModel, requests: list[Request], **given: Any) -> tuple[PagedBatcher, Collected]:
     """A batcher whose requests have all got their first token."""
-    batcher = PagedBatcher(model, **{"kv_tokens": 256, "max_requests": 4, **settings})
+    settings: dict[str, Any] = {"kv_tokens": 256, "max_requests": 4} | given
+    batcher = PagedBatcher(model, **settings)
     for request in requests:
         batcher.add(request)
     collected = Collected(batcher)

@@ -22,8 +22,9 @@ def asked(id: str) -> Request:
     return Request(id, prompt_of(length, seed=length), new)
 
 
-def opened(built: Built, **settings: int) -> tuple[RowBatcher, RowsModelFree, Collected]:
-    batcher = RowBatcher(built("mixtral"), **{"kv_tokens": 64, "max_requests": 4, "max_batch_tokens": 64} | settings)
+def opened(built: Built, **given: Any) -> tuple[RowBatcher, RowsModelFree, Collected]:
+    settings: dict[str, Any] = {"kv_tokens": 64, "max_requests": 4, "max_batch_tokens": 64} | given
+    batcher = RowBatcher(built("mixtral"), **settings)
     return batcher, RowsModelFree(batcher), Collected(batcher)
 
 
@@ -43,7 +44,7 @@ def test_a_small_request_passes_no_large_one(built: Built):
 def test_a_prepared_pass_stays_as_it_is(built: Built):
     """Ranks have told each other of it. A newcomer waits for the next one, also if this one fails and is made in parts."""
     batcher, free, collected = opened(built)
-    forward, parts = batcher._forward, []
+    forward, parts = batcher._forward, list[tuple[str, ...]]()
 
     def fail(part: Sequence[Any], *of: Any) -> Any:
         parts.append(tuple(running.entry.request.id for running in part))
