@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from epslots.generation.attention_switch import AttentionSwitch
+
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATION = "epslots_latents"
@@ -59,8 +61,7 @@ class AbsorbedAttention:
         if self._modules and (obstacle := _obstacle(model, self._modules)):
             logger.info("%s: latents are expanded in every step, because %s", type(model).__name__, obstacle)
             self._modules = []
-        configs = [model.get_decoder().config, *(module.config for module in self._modules)]
-        self._configs: list[Any] = list({id(config): config for config in configs}.values())
+        self._switch = AttentionSwitch(model, self._modules)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -68,17 +69,13 @@ class AbsorbedAttention:
         if not self._modules:
             yield
             return
-        implementations = [config._attn_implementation for config in self._configs]
         own = [vars(module).get("expand_kv") for module in self._modules]
         try:
-            for config in self._configs:
-                config._attn_implementation = IMPLEMENTATION
             for module in self._modules:
                 vars(module)["expand_kv"] = _not_expanded
-            yield
+            with self._switch.to(IMPLEMENTATION):
+                yield
         finally:
-            for config, implementation in zip(self._configs, implementations, strict=True):
-                config._attn_implementation = implementation
             for module, expand in zip(self._modules, own, strict=True):
                 del vars(module)["expand_kv"]
                 if expand is not None:

@@ -43,8 +43,8 @@ def batcher_for(model: PreTrainedModel, **settings: Any) -> Batcher:
 def choose_cache(model: PreTrainedModel, cache: str = "auto") -> tuple[str, str]:
     """The cache that serves a model, "pages" or "rows"; and why, as the end of a sentence.
 
-    Flash attention reads pages in place. Without it, transformers masks one product over the queries and keys of all requests,
-    which takes up to six times as long as rows (``epslots bench batch --parts caches``).
+    Flash attention reads pages in place. Without it, a step that computes prompts masks one product over the queries and keys
+    of all requests; steps that only decode take about as long with both (``epslots bench batch --parts caches``).
 
     Args:
         model: may be on the meta device.
@@ -68,4 +68,4 @@ def choose_cache(model: PreTrainedModel, cache: str = "auto") -> tuple[str, str]
         return "rows", "they keep latents as they are, and pages would expand them"
     if is_flash_attention_requested(requested_attention_implementation=model.config._attn_implementation):
         return "pages", "flash attention reads them in place"
-    return "rows", "without flash attention they are faster than pages"
+    return "rows", "without flash attention pages need masks over all requests"

@@ -17,7 +17,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.paged_cache import open_processor, paging_obstacle
+from epslots.generation.paged_decoding import PagedDecoding
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.generation.paged_next_token import PagedNextToken
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
@@ -75,6 +76,7 @@ class PagedBatcher(Batcher):
         self._implementation = model.config._attn_implementation
         self._manager, self._processor = open_processor(model, config)
         self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
+        self._decoding = PagedDecoding(model, self._processor)
         self._choice = PagedNextToken(self._processor)
         cache, scheduler = self._processor.cache, self._processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
@@ -189,7 +191,11 @@ class PagedBatcher(Batcher):
         assert part is not None and isolation is not None and windows is not None, "prepare() comes first"
         windows.restore(part)
         try:
-            with self._following(self._previous_T), self._plain_outputs.off(), _between(self._processor, self._model.device):
+            with ExitStack() as stack:
+                stack.enter_context(self._following(self._previous_T))
+                stack.enter_context(self._plain_outputs.off())
+                stack.enter_context(_between(self._processor.inputs_and_outputs))
+                stack.enter_context(self._decoding.active())
                 self._processor._generation_step(self._model)
             self._processor.update_batch()
         except Exception as failure:
@@ -266,25 +272,24 @@ class PagedBatcher(Batcher):
     def close(self) -> None:
         self.grammars.close()
         self._manager.destroy()
-        del self._choice  # it holds the cache
+        del self._choice, self._decoding  # they hold the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
 
 
 @contextmanager
-def _between(processor: Any, device: torch.device) -> Iterator[None]:
+def _between(batch: Any) -> Iterator[None]:
     """Within the context, transformers' own stream comes after what is queued on the current one, and before what follows.
 
     It computes there, and nothing else would order its reads of the batch's indices, our uploads, and fetches into slots.
     """
-    stream = processor.inputs_and_outputs.compute_stream
-    if stream is None:
+    if batch.compute_stream is None:
         yield
         return
-    here = torch.cuda.current_stream(device)
-    stream.wait_stream(here)
+    here = torch.cuda.current_stream(batch.device)
+    batch.compute_stream.wait_stream(here)
     try:
         yield
     finally:
-        here.wait_stream(stream)
+        here.wait_stream(batch.compute_stream)

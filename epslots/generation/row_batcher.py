@@ -123,7 +123,10 @@ class RowBatcher(Batcher):
             planned = self._plan()
             if planned is not None:
                 self._batch = planned
-                self._isolation = Isolation([self._admission.running[i] for i in planned.rows])
+                # In the order of their places: states of neighbours are written at once.
+                self._isolation = Isolation(
+                    sorted((self._admission.running[i] for i in planned.rows), key=lambda each: each.row.number)
+                )
         return self._isolation is not None
 
     def _plan(self) -> RowBatch | None:
@@ -199,11 +202,10 @@ class RowBatcher(Batcher):
     @torch.no_grad()
     def _forward(self, part: Sequence[RunningRow], width: int, step: StepOfRows) -> torch.Tensor:
         """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
-        device = self._model.device
         ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
         keep = width if self._prompt_rows(part[0], width) else 1
         inputs = {
-            "input_ids": to_device(np.array(ids, np.int64), device),
+            "input_ids": to_device(np.array(ids, np.int64), self._cache.device),
             "position_ids": step.position_ids,
             "attention_mask": step.attention_mask,
             "past_key_values": step.cache,

@@ -23,6 +23,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.generation.cell_table import CellTable
 from epslots.generation.row_attention import LayerOfRows
-from epslots.generation.row_layers import Pools, RowStep, TokenPool, can_be_pooled, pool_layer
+from epslots.generation.row_layers import Pools, RowStep, States, TokenPool, can_be_pooled, pool_layer
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor
 
 
@@ -128,7 +129,8 @@ class RowCache:
         self._by_row = by_row
         self._cache = empty_cache(model)
         self._pooled = {i for i, layer in enumerate(self._cache.layers) if can_be_pooled(layer)}
-        self._numbers = list(range(max_requests))[::-1]
+        self._numbers = list(range(max_requests))
+        """Free ones, a heap: the lowest is taken first, so that rows are neighbours."""
         self._tables: dict[int | None, CellTable] = {}
         self._states: list[torch.Tensor] = []
         pools: dict[int, Pools] = {index: {} for index in (OF_THE_CACHE, *self._pooled)}
@@ -150,6 +152,8 @@ class RowCache:
         self._tables.setdefault(None, CellTable(kv_tokens, max_requests, kv_tokens, None, self.device))
         self._templates: list[Any] = list(self._cache.layers)
         self._steps: list[RowStep] = []
+        self._left: tuple[list[Row], States] = [], {}
+        """The rows that decoded in the latest step, if it was committed, and their states as they stand in the pools."""
         for index in self._pooled:
             self._templates[index] = pool_layer(self._templates[index], pools[index])
         self._linear = {int(path[1]): pool for path, pool in pools[OF_THE_CACHE].items()}
@@ -178,7 +182,7 @@ class RowCache:
 
     def open(self) -> Row:
         """An empty row; there must be a free one."""
-        return Row(self._numbers.pop())
+        return Row(heappop(self._numbers))
 
     def copy(self, source: Row, length: int) -> Row:
         """A new row with the first ``length`` tokens of another one, whose cells it shares; there must be a free one."""
@@ -194,7 +198,7 @@ class RowCache:
         """Free a row and its cells."""
         for table in self._tables.values():
             table.release(row.number)
-        self._numbers.append(row.number)
+        heappush(self._numbers, row.number)
         row.own.clear()
 
     @contextmanager
@@ -218,9 +222,10 @@ class RowCache:
         """The model's cache as the pass over these rows is to find it."""
         new_cells = {window: table.lay_out(row_B, width) for window, table in self._tables.items()}
         past = max(row.length for row in rows)
-        step = self._row_step(row_B, past, width, new_cells)
+        (left_rows, left_states), self._left = self._left, ([], {})
+        step = self._row_step(row_B, past, width, new_cells, left_states if left_rows == rows else {})
         single = [
-            self._row_step(row_B[r : r + 1], row.length, width, {w: c[r * width :][:width] for w, c in new_cells.items()})
+            self._row_step(row_B[r : r + 1], row.length, width, {w: c[r * width :][:width] for w, c in new_cells.items()}, {})
             for r, row in enumerate(rows)
             if self._by_row
         ]
@@ -234,15 +239,19 @@ class RowCache:
             layers.append(_begun(template, step))
         self._steps, self._cache.layers = [step, *single], layers
         if self._linear:
-            known = {i: pool.index_select(0, step.row_B) if past else None for i, pool in self._linear.items()}
+            known = {i: step.states_of(pool) if past else None for i, pool in self._linear.items()}
             setattr(self._cache, "linear_cache", [known.get(i, []) for i in range(len(layers))])  # noqa: B010
         return self._cache
 
-    def _row_step(self, row_B: IntArray, past: int, width: int, new_cells: dict[int | None, torch.Tensor]) -> RowStep:
+    def _row_step(
+        self, row_B: IntArray, past: int, width: int, new_cells: dict[int | None, torch.Tensor], left_states: States
+    ) -> RowStep:
         def read_cells(window: int | None) -> torch.Tensor:
             return self._tables[window].read(row_B, width)
 
-        return RowStep(to_device(row_B, self.device), past, width, new_cells, read_cells)
+        first, end = int(row_B[0]), int(row_B[0]) + len(row_B)
+        neighbours = slice(first, end) if np.array_equal(row_B, np.arange(first, end)) else None
+        return RowStep(to_device(row_B, self.device), neighbours, past, width, new_cells, read_cells, left_states)
 
     def _commit(self, rows: Sequence[Row], row_B: IntArray, width: int) -> None:
         for index, layer in enumerate(self._cache.layers):
@@ -252,11 +261,13 @@ class RowCache:
                 continue
             for part in (layer, *layer.rows):
                 part.end()
-        whole = self._steps[0]
+        whole, *single = self._steps
         whole.new_states += [(pool, getattr(self._cache, "linear_cache")[i]) for i, pool in self._linear.items()]  # noqa: B009
-        for step in self._steps:
-            for pool, state in step.new_states:
-                pool.index_copy_(0, step.row_B, state.to(pool.dtype))
+        left_states = whole.commit_states()
+        for step in single:
+            step.commit_states()
+        if width == 1 and not single:  # the same rows most likely decode next
+            self._left = list(rows), left_states
         for table in self._tables.values():
             table.take(row_B, width)
         for row in rows:

@@ -30,6 +30,8 @@ from transformers.cache_utils import (
 
 Pools = dict[tuple[str | int, ...], Any]
 """A ``TokenPool``, or a tensor of states, by its path in a layer."""
+States = dict[int, torch.Tensor]
+"""States [B, ...] of a step's rows, by the ``id`` of their pool."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,48 @@ class RowStep:
 
     Args:
         row_B: numbers of the rows, int64 on the device.
+        neighbours: the same as a slice, if they follow one another: on the CPU, it is written in a third of the time.
         past: tokens that the longest of them has in the cache.
         width: new tokens of each row.
         new_cells: cells of the new tokens, int64 [B * W], by window.
         read_cells: makes the cells that a layer reads, [B * S], for a window.
+        left_states: what pools hold of these rows' states, if the step before left it; the layers may change it.
     """
 
     def __init__(
         self,
         row_B: torch.Tensor,
+        neighbours: slice | None,
         past: int,
         width: int,
         new_cells: Mapping[int | None, torch.Tensor],
         read_cells: Callable[[int | None], torch.Tensor],
+        left_states: States,
     ) -> None:
         self.row_B, self.past, self.width = row_B, past, width
+        self._neighbours = neighbours
+        self._left_states = left_states
         self._new_cells = new_cells
         self._make_cells = read_cells
         self._cells: dict[int | None, torch.Tensor] = {}
         self.new_states: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Pools of states, with the states that the step leaves of its rows; filled when it ends."""
+
+    def states_of(self, pool: torch.Tensor) -> torch.Tensor:
+        """The rows' states [B, ...], for one layer to change; pools themselves change when the step is committed."""
+        left = self._left_states.pop(id(pool), None)
+        return pool.index_select(0, self.row_B) if left is None else left
+
+    def commit_states(self) -> States:
+        """Put the rows' new states into their pools; returns them as the next step of the same rows may take them."""
+        found: States = {}
+        for pool, state in self.new_states:
+            found[id(pool)] = new = state.to(pool.dtype)
+            if self._neighbours is None:
+                pool.index_copy_(0, self.row_B, new)
+            else:
+                pool[self._neighbours].copy_(new)
+        return found
 
     def append(self, pool: TokenPool, new: torch.Tensor) -> torch.Tensor:
         """Put new tokens into their cells; returns all that the layer reads, these included."""
@@ -108,18 +132,18 @@ class LazyStates(dict[int, Any]):
     Args:
         pools: [R, ...] of each state.
         count: numbers that the layer has.
-        row_B: the rows; None = they have no states yet.
+        step: of the rows; None = they have no states yet.
     """
 
-    def __init__(self, pools: Mapping[int, torch.Tensor], count: int, row_B: torch.Tensor | None) -> None:
+    def __init__(self, pools: Mapping[int, torch.Tensor], count: int, step: RowStep | None) -> None:
         super().__init__(dict.fromkeys(range(count)))
-        self._pools, self._row_B = pools, row_B
-        self._unread = set() if row_B is None else set(pools)
+        self._pools, self._step = pools, step
+        self._unread = set() if step is None else set(pools)
 
     def __getitem__(self, number: int) -> Any:
         if number in self._unread:
-            assert self._row_B is not None
-            self[number] = self._pools[number].index_select(0, self._row_B)
+            assert self._step is not None
+            self[number] = self._step.states_of(self._pools[number])
         return super().__getitem__(number)
 
     def __setitem__(self, number: int, value: Any) -> None:
@@ -238,15 +262,19 @@ class _PooledStates(PooledLayer):
 
     def begin(self, step: RowStep) -> None:
         super().begin(step)
-        count, row_B = self.number_of_states, step.row_B if step.past else None
+        count, known = self.number_of_states, step.past > 0
         conv_pools, recurrent_pools = self._state_pools
-        self.conv_states = LazyStates(conv_pools, count, row_B)
-        self.recurrent_states = LazyStates(recurrent_pools, count, row_B)
-        known = step.past > 0
+        self.conv_states = LazyStates(conv_pools, count, step if known else None)
+        self.recurrent_states = LazyStates(recurrent_pools, count, step if known else None)
         self.is_conv_states_initialized = {n: known and n in conv_pools for n in range(count)}
         self.is_recurrent_states_initialized = {n: known and n in recurrent_pools for n in range(count)}
         self.has_previous_state = dict(self.is_conv_states_initialized)  # set where convolutions are updated
         self.conv_kernel_size = {n: conv_pools[n].shape[-1] if n in conv_pools else None for n in range(count)}
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
+        self.recurrent_states[state_idx] = recurrent_states  # transformers copies: its states stay where they are
+        self.is_recurrent_states_initialized[state_idx] = True
+        return recurrent_states
 
     def end(self) -> None:
         super().end()

@@ -22,7 +22,16 @@ from epslots.generation.page_scheduler import SCHEDULER, PageScheduler
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
 from tests.support import zoo
-from tests.support.batches import Collected, ModelFree, finish, generated, pages_are_free, prompt_of, requests_of
+from tests.support.batches import (
+    Collected,
+    ModelFree,
+    StepClock,
+    finish,
+    generated,
+    pages_are_free,
+    prompt_of,
+    requests_of,
+)
 
 PAGE = 16
 
@@ -246,26 +255,11 @@ def test_decoding_goes_on_beside_a_long_prompt(built: Callable[[str], PreTrained
     watched.batcher.close()
 
 
-class Clock:
-    """Time that passes with the tokens of a step."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.steps: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def step(self, batch: list[FutureRequestState]) -> None:
-        self.steps.append(0.010 + 0.0002 * sum(entry.query_length for entry in batch))
-        self.now += self.steps[-1]
-
-
 @pytest.mark.parametrize("target_ms", [None, 30.0])
 def test_prompts_take_the_time_that_a_step_may_take(target_ms: float | None, built: Callable[[str], PreTrainedModel]):
-    clock = Clock()
+    clock = StepClock()
     batcher = PagedBatcher(built("mixtral"), kv_tokens=4096, step_target_ms=target_ms, clock=clock)
-    ModelFree(batcher, clock.step)
+    ModelFree(batcher, lambda batch: clock.step(sum(entry.query_length for entry in batch)))
     for number in range(8):
         batcher.add(Request(f"d{number}", prompt_of(4, seed=number), 200))
     Collected(batcher).run(5)
@@ -281,7 +275,7 @@ def test_prompts_take_the_time_that_a_step_may_take(target_ms: float | None, bui
 
 def test_steps_that_were_repeated_are_not_timed(built: Callable[[str], PreTrainedModel]):
     """Forming a group anew takes seconds; that isn't what a prompt's tokens cost."""
-    clock, model = Clock(), zoo.ZOO["mixtral"].build()
+    clock, model = StepClock(), zoo.ZOO["mixtral"].build()
     batcher = PagedBatcher(model, kv_tokens=256, step_target_ms=1.0, clock=clock)
     observed: list[tuple[int, int, float]] = []
     batcher._chunk_size.observe = lambda *step: observed.append(step)  # type: ignore[method-assign]

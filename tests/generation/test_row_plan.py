@@ -55,6 +55,7 @@ def test_a_prompt_with_logprobs_is_computed_alone():
     rows = [prompt(40, most=4), prompt(40)]
     assert next_batch(rows, 100, prompt_was_last=False) == RowBatch((0,), 4, decodes=False)
     assert next_batch(rows[::-1], 100, prompt_was_last=False) == RowBatch((0,), 40, decodes=False)
+    assert next_batch([prompt(3), rows[0]], 100, prompt_was_last=False) == RowBatch((0,), 3, decodes=False)
 
 
 def test_a_pass_ends_where_another_request_goes_on():

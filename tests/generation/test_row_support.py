@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from epslots.errors import UnsupportedModelError
 from epslots.generation.requests import Request
@@ -101,6 +101,15 @@ def test_a_step_without_commit_leaves_no_trace():
         raise ZeroDivisionError
     assert (row.length, cache.free_tokens) == (0, 64)
     cache.check()
+
+
+def test_contract_a_recurrence_gives_its_whole_new_state():
+    """A pooled layer keeps what it is given, where transformers copies it into the tensor that it has."""
+    layer, state = LinearAttentionLayer(), torch.ones(2, 3)
+    kept = layer.update_recurrent_state(state, 0)
+    assert torch.equal(kept, state) and kept is not state
+    assert layer.update_recurrent_state(2 * state) is kept and torch.equal(layer.recurrent_states[0], 2 * state)
+    assert layer.is_recurrent_states_initialized == {0: True}
 
 
 def test_masks_are_made_for_the_longest_of_apart_rows():

@@ -19,7 +19,7 @@ from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from tests.support import zoo
-from tests.support.batches import Collected, generated, prompt_of, requests_of
+from tests.support.batches import Collected, RowsModelFree, StepClock, generated, is_empty, prompt_of, requests_of
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 # Of a single token to several chunks. They join beside others' prompts, beside others' decoding, and after all have left.
@@ -144,6 +144,25 @@ def test_decoding_waits_for_one_chunk_at_most():
     batcher.close()
 
 
+@pytest.mark.parametrize("target_ms", [None, 30.0])
+def test_prompts_take_the_time_that_a_pass_may_take(target_ms: float | None):
+    """Of a simulated clock: passes are timed, and no model is run."""
+    clock = StepClock()
+    batcher = RowBatcher(model_of("kimi_linear"), kv_tokens=4096, step_target_ms=target_ms, clock=clock)
+    RowsModelFree(batcher, clock.step)
+    for number in range(8):
+        batcher.add(Request(f"d{number}", prompt_of(4, seed=number), 200))
+    Collected(batcher).run(10)
+    for number in range(3):
+        batcher.add(Request(f"p{number}", prompt_of(400, seed=10 + number), 2))
+    clock.steps.clear()
+    collected = Collected(batcher).run(120)
+    assert {f"p{number}" for number in range(3)} <= collected.reasons.keys()
+    longest = max(clock.steps)
+    assert longest == pytest.approx(0.010 + 0.0002 * 400) if target_ms is None else 0.025 < longest < 0.033
+    batcher.close()
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_requests_that_outgrow_the_cache_lose_nothing(name: str):
     model = model_of(name)
@@ -157,9 +176,11 @@ def test_requests_that_outgrow_the_cache_lose_nothing(name: str):
     batcher.close()
 
 
-def test_cancelled_requests_leave_a_prepared_step():
+@pytest.mark.parametrize("shares", [True, False])
+def test_cancelled_requests_leave_a_prepared_step(shares: bool):
+    """It is made all the same: their rows are freed after it."""
     model = model_of("qwen3_next")
-    batcher = open_rows(model)
+    batcher = open_rows(model, prefix_cache=shares)
     requests = requests_of(((5, 9), (20, 9), (9, 9)))
     for request in requests:
         batcher.add(request)
@@ -173,6 +194,7 @@ def test_cancelled_requests_leave_a_prepared_step():
     collected.run()
     for request in requests:
         assert collected.tokens[request.id] == generated(model, request)[: before if request.id == "r0" else None]
+    assert is_empty(batcher)
     batcher.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,40 @@ class ModelFree:
         self._step(batch.requests_in_batch)
         rows = len(batch.get_model_kwargs()["logits_indices"])
         self._processor.model_runner._sample(torch.zeros(1, rows, zoo.VOCAB), batch.output_ids)
+
+
+class RowsModelFree:
+    """The same for rows.
+
+    Attributes:
+        passes: of each pass, its requests in the order of their rows, and the new tokens of each.
+    """
+
+    def __init__(self, batcher: RowBatcher, step: Callable[[int], None] = lambda _: None) -> None:
+        self.passes: list[tuple[tuple[str, ...], int]] = []
+        self._batcher, self._step = batcher, step
+        batcher._forward = self._forward  # type: ignore[method-assign]
+
+    def _forward(self, part: Sequence[Any], width: int, _step: Any) -> torch.Tensor:
+        self.passes.append((tuple(running.entry.request.id for running in part), width))
+        self._step(len(part) * width)
+        rows = width if self._batcher._prompt_rows(part[0], width) else 1
+        return torch.zeros(len(part), rows, zoo.VOCAB)
+
+
+class StepClock:
+    """Time that passes with the tokens of a step: 10 ms, and 0.2 ms for each."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.steps: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, tokens: int) -> None:
+        self.steps.append(0.010 + 0.0002 * tokens)
+        self.now += self.steps[-1]
 
 
 class Faults:

@@ -1,0 +1,137 @@
+"""Attention of a step over pages in which every request decodes: each query meets its own request's keys alone.
+
+transformers packs a step into one sequence. Its attention is one product over the queries and the keys of all requests, of
+which a mask leaves each query its own, and without flash attention each head gets a copy of the keys. For R requests that is R
+times the multiplications. Where all of them have one token, their keys are read as R rows here, aligned at their last tokens:
+the shape that ``generate`` has for a batch.
+
+Suffixes: R requests, S positions of the longest, H heads, G heads of keys, D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from epslots.arrays import IntArray
+from epslots.device_copy import to_device
+from epslots.generation.attention_switch import AttentionSwitch
+
+IMPLEMENTATION = "epslots_paged_decoding"
+
+
+class _Reads(NamedTuple):
+    """What the layers of one kind of attention read of the cache in a step.
+
+    Attributes:
+        index: int64 [R * S]; zeros, which stand for empty keys, before the first position of a shorter request.
+        mask_R11S: False there; None if all are equally long.
+    """
+
+    index: torch.Tensor
+    mask_R11S: torch.Tensor | None
+
+
+class PagedDecoding:
+    """The attention of one batcher's model in steps that only decode.
+
+    Args:
+        model: with transformers' "sdpa" attention; with another one, nothing changes.
+        processor: transformers' batch processor.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self._batch, self._cache = processor.inputs_and_outputs, processor.cache
+        self._switch = AttentionSwitch(
+            model, (module for module in model.get_decoder().modules() if hasattr(module, "layer_idx"))
+        )
+        self._suits = self._switch.implementations == {"sdpa"}
+        self._reads: list[_Reads] = []
+        """Of each kind of attention, in the order of the cache's allocators; empty if the prepared batch is packed."""
+        self._prepare_packed = self._batch.prepare_batch_tensors
+        self._batch.prepare_batch_tensors = self._prepare
+
+    def _prepare(self, requests_in_batch: Sequence[FutureRequestState], **sizes: Any) -> None:
+        """Prepare a batch as transformers does; and its reads, and no masks, if it only decodes."""
+        self._reads, masks = [], self._batch.attention_mask
+        lengths = self._lengths(requests_in_batch) if sizes["max_kv_read"] else []
+        if not lengths:
+            self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
+            return
+        try:
+            self._batch.attention_mask = None  # to be made for packed keys would take about as long as the attention
+            self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
+        finally:
+            self._batch.attention_mask = masks
+        self._reads = [_aligned(*each) for each in zip(self._batch.read_index_storage, lengths, strict=True)]
+
+    def _lengths(self, requests: Sequence[FutureRequestState]) -> list[IntArray]:
+        """Tokens that each request reads, by kind of attention; none if these don't all decode, or would take more room."""
+        found: list[IntArray] = []
+        if not self._suits or any(future.query_length > 1 for future in requests):
+            return found
+        for allocator in self._cache.cache_allocators.values():
+            found.append(np.array([allocator.get_seqlen_k(future.state.position_offset, 1) for future in requests], np.int64))
+        longest = max(int(length_R.max()) for length_R in found)
+        # Packed reads have room for all tokens of the cache.
+        return found if len(requests) * longest <= self._batch.read_index_storage.shape[1] else []
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context, the model computes the prepared batch. Not for several threads at once."""
+        if not self._reads:
+            yield
+            return
+        inputs, reads = self._batch.get_model_kwargs, self._reads
+        self._cache.epslots_reads = reads
+        self._batch.get_model_kwargs = lambda use_padding=False: (
+            inputs(use_padding) | {"read_index": [read.index for read in reads]}
+        )
+        try:
+            with self._switch.to(IMPLEMENTATION):
+                yield
+        finally:
+            del self._cache.epslots_reads
+            self._batch.get_model_kwargs = inputs
+
+
+def _aligned(index: torch.Tensor, length_R: IntArray) -> _Reads:
+    """The reads of requests whose positions stand one after another in ``index``, aligned at their last positions."""
+    longest = int(length_R.max())
+    if int(length_R.min()) == longest:
+        return _Reads(index[: len(length_R) * longest], None)
+    end_R1, length_R1 = to_device(np.stack([length_R.cumsum(), length_R]), index.device)[:, :, None]
+    back_S = torch.arange(longest, 0, -1, device=index.device)
+    present_RS = back_S <= length_R1
+    place_RS = (end_R1 - back_S).clamp_(min=0)
+    return _Reads(index[place_RS].mul_(present_RS).flatten(), present_RS[:, None, None])
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function for such steps: [1, R, H, D] for queries [1, H, R, D]; the packed mask isn't used."""
+    requests, layer = query.shape[2], module.layer_idx
+    keys, values = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
+    key_RGSD, value_RGSD = (states[0].unflatten(1, (requests, -1)).transpose(0, 1) for states in (keys, values))
+    query_RH1D = query[0].transpose(0, 1).unsqueeze(2)
+    mask_R11S = cache.epslots_reads[cache.layer_to_allocator[layer].index].mask_R11S
+    found_R1HD, _ = sdpa_attention_forward(module, query_RH1D, key_RGSD, value_RGSD, mask_R11S, **kwargs)
+    return found_R1HD.transpose(0, 1), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)
