@@ -32,11 +32,11 @@ class _Reads(NamedTuple):
     """What the layers of one kind of attention read of the cache in a step.
 
     Attributes:
-        index: int64 [R * S]; zeros, which stand for empty keys, before the first position of a shorter request.
+        cells: int64 [R * S]; zeros, which stand for empty keys, before the first position of a shorter request.
         mask_R11S: False there; None if all are equally long.
     """
 
-    index: torch.Tensor
+    cells: torch.Tensor
     mask_R11S: torch.Tensor | None
 
 
@@ -93,7 +93,7 @@ class PagedDecoding:
         inputs, reads = self._batch.get_model_kwargs, self._reads
         self._cache.epslots_reads = reads
         self._batch.get_model_kwargs = lambda use_padding=False: (
-            inputs(use_padding) | {"read_index": [read.index for read in reads]}
+            inputs(use_padding) | {"read_index": [read.cells for read in reads]}
         )
         try:
             with self._switch.to(IMPLEMENTATION):

@@ -124,7 +124,7 @@ def test_reads_end_with_each_requests_last_position(lengths: list[int]):
     for length in lengths:
         rows.append([0] * (longest - length) + [next(taken) for _ in range(length)])
     found = _aligned(index, torch.tensor(lengths).numpy())
-    assert found.index.view(len(lengths), -1).tolist() == rows
+    assert found.cells.view(len(lengths), -1).tolist() == rows
     if len(set(lengths)) == 1:
         assert found.mask_R11S is None
     else:
