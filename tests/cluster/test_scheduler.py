@@ -289,9 +289,9 @@ class Books(RuleBasedStateMachine):
         self.has.pop(worker)
         self.numbers += 1
         self.paused.discard(worker)
-        self.workers[f"w{self.numbers}"] = capacity
-        self.has[f"w{self.numbers}"] = {}
-        self.scheduler.serve({f"w{self.numbers}": capacity})
+        self.workers[f"later{self.numbers}"] = capacity
+        self.has[f"later{self.numbers}"] = {}
+        self.scheduler.serve({f"later{self.numbers}": capacity})
 
     @rule(data=st.data())
     def pause_or_serve(self, data: st.DataObject) -> None:
