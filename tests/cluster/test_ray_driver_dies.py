@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -83,8 +84,9 @@ def ours(part: str = "") -> list[psutil.Process]:
 
 def refusal(folder: Path, slots: int) -> str:
     """Why this process can't drive the ranks."""
-    with pytest.raises(ClusterError) as caught:
-        Cluster(example_model(), name=NAME, ranks=2, slots=slots, cache_dir=folder / "stores", progress=False)
+    settings: Any = {"name": NAME, "orphan_s": 600, "ranks": 2, "slots": slots, "cache_dir": folder / "stores"}
+    with pytest.raises(ClusterError) as caught, Cluster(example_model(), progress=False, **settings):
+        pass
     return str(caught.value)
 
 
