@@ -272,7 +272,7 @@ def _build_runtime(
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
-    largest = 0 if store.pinned or device.type != "cuda" else max(layer.record.nbytes for layer in layers)
+    largest = 0 if store.pinned or device.type != "cuda" else max(layer.layout.nbytes for layer in layers)
     link = make_copy_engine(link_setting, device, staging_bytes=largest)
     loaders, runners = [], {}
     for indices in members.values():
@@ -282,7 +282,7 @@ def _build_runtime(
         loaders.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
-            kernel = gemm(modules[index], pool.weights(position))
+            kernel = gemm(modules[index], pool.weights(position), layers[index])
             compute = ExpertCompute(
                 index,
                 ExpertCache(index, position, experts, loader, telemetry),

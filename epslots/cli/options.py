@@ -39,6 +39,14 @@ DtypeOption = Annotated[
 CacheDirOption = Annotated[
     Optional[Path], typer.Option("--cache-dir", help="Folder of the host store. Default: the user's cache folder.")
 ]
+SlotFormatOption = Annotated[
+    str,
+    typer.Option(
+        "--slot-format",
+        help="How slots hold a quantised checkpoint's experts: packed (as stored), unpacked (in --dtype), or auto: packed "
+        "where a kernel of the device computes with them.",
+    ),
+]
 PlacementOption = Annotated[
     Optional[Path],
     typer.Option(
@@ -73,6 +81,7 @@ class LoadConfigOptions:
             "with its last user).",
         ),
     ] = _DEFAULTS.host_store
+    slot_format: SlotFormatOption = _DEFAULTS.slot_format
     cache_dir: CacheDirOption = None
     link: Annotated[
         Optional[str],

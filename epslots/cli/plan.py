@@ -11,9 +11,9 @@ import msgspec
 import typer
 
 from epslots.cli.option_groups import takes_groups
-from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
+from epslots.cli.options import DeviceOption, DtypeOption, SlotFormatOption, SlotsOption
 from epslots.cli.record_table import Columns, record_table
-from epslots.config import CACHE_SETTINGS, DEFAULT_BATCH_TOKENS, DEFAULT_KV_TOKENS, DEFAULT_REQUESTS, EngineConfig
+from epslots.config import CACHE_SETTINGS, DEFAULT_BATCH_TOKENS, DEFAULT_KV_TOKENS, DEFAULT_REQUESTS, EngineConfig, LoadConfig
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.models.known_shapes import KNOWN_SHAPES, known_model
 from epslots.models.memory_plan import MemoryPlan, plan_memory
@@ -76,6 +76,7 @@ def plan(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    slot_format: SlotFormatOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Plan one rank's memory, without loading a model: of a checkpoint, only configuration and headers are read.
@@ -86,8 +87,8 @@ def plan(
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
     With --memory, --device may be one that this machine lacks. It decides more than the memory:
-    for a GPU, the host store keeps FP8 and MXFP4 experts as the checkpoint has them,
-    and the next layer's experts are predicted.
+    whether a kernel there computes from packed slots,
+    and for a GPU the next layer's experts are predicted.
     """
     setting, engine = parse_slots(slots), work.engine
     if memory is None:
@@ -95,7 +96,7 @@ def plan(
     else:
         memory_bytes, memory_note = parse_bytes(memory, "memory"), "--memory"
     kind = _device_kind(device, here=memory is None)
-    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind, engine.cache)
+    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind, engine.cache, slot_format)
     try:
         result = plan_memory(
             shape,
@@ -118,7 +119,9 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") -> tuple[ModelShape, int | None, int]:
+def find_shape(
+    model: str | None, dtype: str, device: str, cache: str = "auto", slot_format: str = "auto"
+) -> tuple[ModelShape, int | None, int]:
     """The shape of a model, the bytes of its weight files (None for a known model), and the bytes of its predictor.
 
     If ``model`` is both, the folder is taken and not the known model.
@@ -126,9 +129,10 @@ def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") 
     Args:
         device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
         cache: the setting of its engine.
+        slot_format: how slots hold a quantised checkpoint's experts; a setting of ``LoadConfig``.
 
     Raises:
-        ConfigError: neither a folder nor a known name, or no such dtype.
+        ConfigError: neither a folder nor a known name, no such dtype or slot format.
         CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
         UnsupportedModelError: the model's experts can't be run from slots, or its requests can't be kept so.
     """
@@ -151,28 +155,28 @@ def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") 
 
     from epslots.example import example_model
     from epslots.load_plan import measure
-    from epslots.models.expert_reader import pack_layers
     from epslots.models.opening import open_model
+    from epslots.models.slot_format import choose_slot_format
     from epslots.prefetch.setup import planned_bytes
 
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
     opened = open_model(example_model() if model is None else model, dtype)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     weight_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files.names)
-    linked = device == "cuda"
-    if linked:
-        opened = replace(opened, layers=pack_layers(checkpoint, skeleton, opened.layers))
+    LoadConfig(slot_format=slot_format)  # checks its value
+    slots = choose_slot_format(slot_format, checkpoint, skeleton, opened.layers, device)
+    opened = replace(opened, layers=slots.layers)
     predictor_bytes = planned_bytes(
         skeleton,
         checkpoint.content,
         checkpoint.folder,
         device=torch.device(device),
         dtype=opened.dtype,
-        fetches=linked,
+        fetches=device == "cuda",
         predictor=None,
         execute_predicted=False,
     )
-    return measure(opened, cache=cache, batch_invariant=False), weight_bytes, predictor_bytes
+    return measure(opened, cache=cache, batch_invariant=False, slot_note=slots.note), weight_bytes, predictor_bytes
 
 
 def _device_kind(device: str | None, *, here: bool) -> str:
@@ -218,6 +222,7 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         **{name: getattr(result.shape, field) for name, field in _SHAPE_FIELDS.items()},
         "moe_layers": len(result.shape.layers),
         "slots": str(result.setting),
+        "slot_note": result.shape.slot_note,
         "quotas": list(result.quotas),
         "dense_bytes": result.shape.dense_bytes,
         **{name: getattr(result, name) for name in _PLAN_FIELDS},

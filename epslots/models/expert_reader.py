@@ -2,7 +2,7 @@
 
 transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused one,
 transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a single
-expert, so that a fused parameter never exists. Experts of a quantised checkpoint that stay packed (``quantised_formats.py``)
+expert, so that a fused parameter never exists. Experts of a quantised checkpoint that stay packed (``packing.py``)
 are read as they are stored.
 """
 
@@ -17,13 +17,14 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from epslots.cache.unpacking import Unpacker, assert_consistent, record_views
+from epslots.cache.unpacking import assert_consistent, record_views, unpack_record
 from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec, TensorSpec
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, match_keys
 from epslots.models.experts import parameter_shapes
-from epslots.models.quantised_formats import OPTIONAL, PackedTensor, check_packing, find_packing, packed_layout
+from epslots.models.packing import Packing, check_packing, find_packing, packed_layout
+from epslots.models.quantiser import Dequantise, by_matrix
 
 
 class ExpertReader:
@@ -51,7 +52,7 @@ class ExpertReader:
         self._specs = tuple(layers)
         self._conversions = model._weight_conversions if conversions is None else conversions
         self._layers = [
-            {tensor.name: TensorSource(f"{layer.name}.{tensor.name}") for tensor in layer.layout.tensors} for layer in layers
+            {tensor.name: TensorSource(f"{layer.name}.{tensor.name}") for tensor in layer.weights.tensors} for layer in layers
         ]
         self._find_keys({source.target: source for sources in self._layers for source in sources.values()})
         for layer, sources in zip(layers, self._layers, strict=True):
@@ -60,12 +61,13 @@ class ExpertReader:
                 _check_complete(source, checkpoint, shapes[name][0])
         self._packings = [self.packings(i) if layer.packed is not None else {} for i, layer in enumerate(layers)]
         for layer, packings in zip(layers, self._packings, strict=True):
-            assert layer.packed == packed_layout(layer.layout, packings), f"{layer.name}: packed in another way than planned"
+            planned = (layer.layout, layer.packed)
+            assert planned == packed_layout(layer.weights, packings), f"{layer.name}: packed in another way than planned"
 
-    def packings(self, layer: int) -> dict[str, PackedTensor]:
-        """How the tensors of a layer's slots can stay packed, by name."""
+    def packings(self, layer: int) -> dict[str, Packing]:
+        """How the tensors of a layer's experts can stay packed, by name."""
         spec, headers, found = self._specs[layer], self._checkpoint.tensors, {}
-        for tensor in spec.layout.tensors:
+        for tensor in spec.weights.tensors:
             packing = find_packing(tensor, self._layers[layer][tensor.name], headers, spec.num_experts)
             if packing is not None:
                 found[tensor.name] = packing
@@ -76,7 +78,7 @@ class ExpertReader:
         for found in match_keys(self._checkpoint.tensors, self._conversions, prefix, dict.fromkeys(sources, True)):
             for part, target in enumerate(found.targets):
                 if (source := sources.get(target)) is not None:
-                    source.keys[found.pattern].append(found.key)
+                    source.add(found)
                     source.converter, source.part, source.parts = found.converter, part, len(found.targets)
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
@@ -86,7 +88,7 @@ class ExpertReader:
             CheckpointError: a tensor's shape is not the model's.
         """
         sources, packings, tensors = self._layers[layer], self._packings[layer], {}
-        for tensor in self._specs[layer].layout.tensors:
+        for tensor in self._specs[layer].weights.tensors:
             if tensor.name not in packings:
                 tensors[tensor.name] = self._read(layer, tensor, expert)
         for name, packing in packings.items():
@@ -99,27 +101,20 @@ class ExpertReader:
         return self._tensor(source.keys[pattern], expert, merged="*" in pattern)
 
     def _check_packed(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Compare a layer's first expert, unpacked by us, with transformers' own result.
+        """Compare a layer's first expert, unpacked from its record, with the result of the model's conversions.
 
         Raises:
-            CheckpointError: they differ: the checkpoint's format only resembles a known one.
+            CheckpointError: they differ: the conversions do more than joining rows.
         """
         spec = self._specs[layer]
-        record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
-        for name, view in record_views(record, spec.record).items():
+        record = torch.zeros(spec.layout.nbytes, dtype=torch.uint8)
+        for name, view in record_views(record, spec.layout).items():
             view.copy_(tensors[name])
-        slot = torch.empty(spec.layout.nbytes, dtype=torch.uint8)
-        Unpacker(spec)(slot, record)
-        unpacked = record_views(slot, spec.layout)
-        for tensor in spec.layout.tensors:
-            if tensor.name not in self._packings[layer]:
-                continue
+        unpacked = unpack_record(spec, record)
+        for tensor in spec.weights.tensors:
             expected, found = self._read(layer, tensor, 0), unpacked[tensor.name]
             if not torch.equal(found.nan_to_num(), expected.to(found.dtype).nan_to_num()):
-                raise CheckpointError(
-                    f"{spec.name}.{tensor.name}: its stored form resembles a known quantised format, but unpacks to other "
-                    f"weights"
-                )
+                raise CheckpointError(f"{spec.name}.{tensor.name}: its packed form stands for other weights than the model's")
 
     def _read(self, layer: int, tensor: TensorSpec, expert: int) -> torch.Tensor:
         """One expert's tensor, converted by transformers' operations."""
@@ -173,13 +168,12 @@ def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seque
     if getattr(skeleton.config, "quantization_config", None) is None:
         return tuple(layers)
     reader = ExpertReader(checkpoint, skeleton, layers, conversions_of(skeleton))
-    packed = tuple(
-        msgspec.structs.replace(layer, packed=packed_layout(layer.layout, reader.packings(index)))
-        for index, layer in enumerate(layers)
-    )
-    for layer in packed:
-        assert_consistent(layer)
-    return packed
+    packed = []
+    for index, layer in enumerate(layers):
+        layout, of_weights = packed_layout(layer.layout, reader.packings(index))
+        packed.append(msgspec.structs.replace(layer, layout=layout, packed=of_weights))
+        assert_consistent(packed[-1])
+    return tuple(packed)
 
 
 def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int) -> None:
@@ -192,7 +186,10 @@ def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int)
         raise CheckpointError(f"the checkpoint has no tensor for {source.target}")
     check_packing(source, checkpoint.tensors)
     if source.converter is not None:
-        absent = [p for p in source.converter.source_patterns if p not in source.keys and not p.endswith(OPTIONAL)]
+        absent = [p for p in source.converter.source_patterns if p not in source.keys]
+        if isinstance(source.converter.operations[0], Dequantise):  # any of a matrix's parts will do: check_packing saw to it
+            held = by_matrix(source.keys)
+            absent = [p for p in absent if p.rpartition(".")[0] not in held]
         if absent:
             raise CheckpointError(f"{source.target}: the checkpoint has no tensor like {absent[0]}")
     experts = source.parts * declared
@@ -203,7 +200,7 @@ def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int)
                 raise CheckpointError(f"{keys[0]} holds {sum(held)} experts, the model has {declared}")
             continue
         place = re.compile(pattern.replace("*", r"(\d+)"))
-        matches = (place.search(key) for key in keys)
+        matches = (place.search(key) for key in source.renamed[pattern])
         found = {int(m[1]) for m in matches if m}
         missing = sorted(set(range(experts)) - found)
         if missing:

@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from epslots.errors import CheckpointError, ConfigError, UnsupportedModelError
+from epslots.formats.known_formats import find_format
 from epslots.layout import ITEM_BYTES
 from epslots.models.config_check import check_numbers, refusing
 from epslots.models.experts import IMPLEMENTATION, dense_class
 from epslots.models.json_file import read_json_object
-from epslots.models.quantised_formats import FORMATS
+from epslots.models.quantiser import stated
 
 # Tensors of a model made from one of its checkpoint, at most: one that holds queries, keys and values makes three.
 MAX_TENSORS_FROM_ONE = 8
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         CheckpointError: config.json is missing or unreadable, has impossible settings, or names other weight files.
         UnsupportedModelError: transformers doesn't know the model without running code from the checkpoint, or the
-            quantisation is not one of ``quantised_formats.FORMATS``.
+            quantisation is not one of ``known_formats.FORMATS``.
     """
     path = folder / "config.json"
     with refusing(str(folder)):  # this user may not be allowed to read it
@@ -64,13 +65,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     if quantisation is not None:
         if not isinstance(quantisation, dict):
             raise CheckpointError(f"{path}: quantization_config is {quantisation!r}, not an object")
-        method = quantisation.get("quant_method")
-        known = [format.method for format in FORMATS]
-        if method not in known:
-            raise UnsupportedModelError(
-                f"{folder} is quantised with {method!r}; epslots reads {', '.join(known)} and unquantised checkpoints"
-            )
-        config.quantization_config = quantisation | {"dequantize": True}
+        find_format(quantisation, folder)
+        config.quantization_config = stated(quantisation)
     return config
 
 

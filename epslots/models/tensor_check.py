@@ -23,7 +23,7 @@ from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec
 from epslots.models.checkpoint import FLOATS, Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, match_keys
-from epslots.models.quantised_formats import check_packing
+from epslots.models.packing import check_packing
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
     for found in match_keys(checkpoint.tensors, conversions_of(skeleton), skeleton.base_model_prefix, wanted):
         used = [target for target in found.targets if target in wanted]
         for target in used:
-            made.setdefault(target, TensorSource(target, found.converter)).keys[found.pattern].append(found.key)
+            made.setdefault(target, TensorSource(target, found.converter)).add(found)
         if not used:
             left[found.key] = found.targets[0]
         elsewhere.update(target for target in found.targets if target not in dense)

@@ -341,7 +341,7 @@ def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_shar
         cpu_share: decides which missing experts the CPU computes, by costs of its own.
     """
     state = LayerState(cache.resident_E[None], np.array([cache.slots]), np.zeros(cache.num_experts, np.int64))
-    sizes = {"expert_bytes": cache.expert_bytes, "record_bytes": cache.record_bytes}
+    sizes = {"expert_bytes": cache.expert_bytes}
     return LayerPlanner(0, state, _ANY_COSTS, own_only, **sizes, budgets=budgets, cpu_share=cpu_share)
 
 

@@ -96,7 +96,7 @@ def test_settings_that_no_model_has(settings: dict[str, Any], message: str, fold
         ({"architectures": ["os.system"]}, "which transformers"),
         ({"num_local_experts": 0}, "has no experts"),
         ({"quantization_config": {"quant_method": ["fp8"]}}, "quantised with"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised with None"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised with 'bitsandbytes'"),
     ],
 )
 def test_settings_that_slots_cannot_serve(settings: dict[str, Any], message: str, folder: Path):

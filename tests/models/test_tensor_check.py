@@ -253,12 +253,12 @@ def quantised_text(checkpoint: Checkpoints, folder: Path, **quantisation: object
 def test_quantisation_is_found_in_text_config(checkpoint: Checkpoints, tmp_path: Path):
     opened = open_model(quantised_text(checkpoint, tmp_path / "fp8"), "auto")
     assert opened.dtype == torch.bfloat16
-    assert opened.config.quantization_config["dequantize"]
+    assert opened.config.quantization_config["stated"]["quant_method"] == "fp8"
 
 
 def test_unsupported_quantisation_in_text_config(checkpoint: Checkpoints, tmp_path: Path):
-    with pytest.raises(UnsupportedModelError, match="quantised with 'gptq'"):
-        open_model(quantised_text(checkpoint, tmp_path / "gptq", quant_method="gptq"), "auto")
+    with pytest.raises(UnsupportedModelError, match="quantised with 'hqq'"):
+        open_model(quantised_text(checkpoint, tmp_path / "hqq", quant_method="hqq"), "auto")
 
 
 def test_which_models_predict_tokens(checkpoint: Checkpoints, variant: Callable[..., Path]):
