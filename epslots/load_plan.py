@@ -75,9 +75,9 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
         StoreError: there is no room or no permission for the host store.
     """
     opened = open_model(source, config.dtype)
-    slots = choose_slot_format(config.slot_format, opened.checkpoint, opened.skeleton, opened.layers, device.type)
+    slots = choose_slot_format(config, opened.checkpoint, opened.skeleton, opened.layers, device.type)
     opened = replace(opened, layers=slots.layers)
-    manifest = Manifest(_store_key(opened), opened.checkpoint.name, opened.layers)
+    manifest = Manifest(_store_key(opened, config.expert_format), opened.checkpoint.name, opened.layers)
     store_bytes = StoreShape(manifest).nbytes
     store_kind = resolve_store_kind(config.host_store or default_store_kind(device, store_bytes))
     store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
@@ -89,7 +89,7 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
     return LoadPlan(opened, manifest, store_kind, store_dir, memory)
 
 
-def _store_key(opened: OpenModel) -> str:
+def _store_key(opened: OpenModel, expert_format: str | None) -> str:
     """Hex digest of everything that the records depend on."""
     parts = (
         RECORDS_VERSION,
@@ -97,6 +97,7 @@ def _store_key(opened: OpenModel) -> str:
         opened.checkpoint.fingerprint,
         opened.layers,
         str(getattr(opened.config, "quantization_config", None)),
+        expert_format,
     )
     return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(parts))[:16]
 

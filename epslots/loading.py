@@ -207,7 +207,7 @@ def load_alone(
     model = load_dense(opened, device=device, show_progress=display.shown, attn_implementation=attn_implementation)
     store = open_node_store(
         plan.manifest,
-        lambda: ExpertReader(checkpoint, model, opened.layers),
+        lambda: ExpertReader(checkpoint, model, opened.layers, quantise=config.expert_format),
         kind=plan.store_kind,
         cache_dir=plan.store_dir,
         start_progress=display,
@@ -243,6 +243,7 @@ def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, 
         "dtype": str(model.dtype),
         "predictions": prefetch_config.settings,
         "host_compute": str(computes_on_host),
+        "slot_format": "packed" if any(layer.packed is not None for layer in runtime.layers) else "unpacked",
         "fetches": "meanwhile" if any(loader.link.concurrent for loader in runtime.loaders) else "at once",
     }
     return replace(
@@ -282,7 +283,7 @@ def _build_runtime(
         loaders.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
-            kernel = gemm(modules[index], pool.weights(position), layers[index])
+            kernel = gemm(modules[index], pool.weights(position))
             compute = ExpertCompute(
                 index,
                 ExpertCache(index, position, experts, loader, telemetry),

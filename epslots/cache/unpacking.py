@@ -43,6 +43,7 @@ class PackedWeight:
         matrix: name, forms and orientation.
         parts: of each form, tensors [Q, ...] by part.
         dtype: to compute in.
+        device: of the slots.
         shape: [Q, inputs, outputs].
     """
 
@@ -59,6 +60,10 @@ class PackedWeight:
         return cls(matrix, parts, dtype)
 
     @property
+    def device(self) -> torch.device:
+        return self.parts[0]["codes"].device
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         forms = self.matrix.forms
         return len(self.parts[0]["codes"]), forms[0].columns, sum(form.rows for form in forms)
@@ -66,7 +71,7 @@ class PackedWeight:
     def unpack(self, slot: int) -> torch.Tensor:
         """One slot's weights [inputs, outputs], in memory of this thread that the next call overwrites."""
         _, columns, rows = self.shape
-        out = _kept("weights", rows * columns, self.dtype, self.parts[0]["codes"].device).view(rows, columns)
+        out = _kept("weights", rows * columns, self.dtype, self.device).view(rows, columns)
         self.unpack_into(slot, out)
         return out.t()
 
@@ -76,6 +81,21 @@ class PackedWeight:
         for form, parts in zip(self.matrix.forms, self.parts, strict=True):
             unpack(form, {name: tensor[slot] for name, tensor in parts.items()}, out[first : first + form.rows])
             first += form.rows
+
+
+Weight = torch.Tensor | PackedWeight
+"""[Q, inputs, outputs], or transposed as the module has it."""
+
+
+def weights_of(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Weight]:
+    """What experts are computed with, by the module's parameter names, from the tensors [Q, ...] of Q slots by name."""
+    packed = {} if layer.packed is None else {matrix.name: matrix for matrix in layer.packed.matrices}
+    return {
+        spec.name: PackedWeight.of(packed[spec.name], tensors, getattr(torch, spec.dtype))
+        if spec.name in packed
+        else tensors[spec.name]
+        for spec in layer.weights.tensors
+    }
 
 
 def unpack(form: Form, parts: Parts, out: torch.Tensor) -> None:
@@ -102,20 +122,18 @@ def unpack(form: Form, parts: Parts, out: torch.Tensor) -> None:
 
 
 def unpack_record(layer: LayerSpec, record: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The weights of one expert, by the module's names, from its record, uint8 [layout.nbytes]."""
-    tensors = record_views(record, layer.layout)
-    if layer.packed is None:
-        return tensors
-    found, packed = {}, {matrix.name: matrix for matrix in layer.packed.matrices}
-    for spec in layer.weights.tensors:
-        matrix = packed.get(spec.name)
-        if matrix is None:
-            found[spec.name] = tensors[spec.name]
+    """The weights of one expert, by the module's names and in its orientation, from its record, uint8 [layout.nbytes]."""
+    one, found = {name: tensor[None] for name, tensor in record_views(record, layer.layout).items()}, {}
+    for name, weight in weights_of(layer, one).items():
+        if isinstance(weight, torch.Tensor):
+            found[name] = weight[0]
             continue
-        whole = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=record.device)
-        one = {name: tensor[None] for name, tensor in tensors.items()}
-        PackedWeight.of(matrix, one, whole.dtype).unpack_into(0, whole.t() if matrix.transposed else whole)
-        found[spec.name] = whole
+        _, columns, rows = weight.shape
+        whole = torch.empty(
+            (columns, rows) if weight.matrix.transposed else (rows, columns), dtype=weight.dtype, device=record.device
+        )
+        weight.unpack_into(0, whole.t() if weight.matrix.transposed else whole)
+        found[name] = whole
     return found
 
 

@@ -47,6 +47,14 @@ SlotFormatOption = Annotated[
         "where a kernel of the device computes with them.",
     ),
 ]
+ExpertFormatOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--expert-format",
+        help="APPROXIMATE: quantise the experts of a checkpoint that isn't quantised, to int8 or int4. The text is no longer "
+        "the model's own.",
+    ),
+]
 PlacementOption = Annotated[
     Optional[Path],
     typer.Option(
@@ -82,6 +90,7 @@ class LoadConfigOptions:
         ),
     ] = _DEFAULTS.host_store
     slot_format: SlotFormatOption = _DEFAULTS.slot_format
+    expert_format: ExpertFormatOption = _DEFAULTS.expert_format
     cache_dir: CacheDirOption = None
     link: Annotated[
         Optional[str],

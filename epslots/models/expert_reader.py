@@ -9,7 +9,7 @@ are read as they are stored.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from epslots.cache.unpacking import assert_consistent, record_views, unpack_record
 from epslots.errors import CheckpointError
-from epslots.layout import LayerSpec, TensorSpec
+from epslots.formats.quantise import QUANTISED
+from epslots.layout import LayerSpec, PackedMatrix, TensorSpec
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, match_keys
 from epslots.models.experts import parameter_shapes
-from epslots.models.packing import Packing, check_packing, find_packing, packed_layout
+from epslots.models.packing import Packing, check_packing, find_packing, packed_layout, quantised_matrices, record_tensors
 from epslots.models.quantiser import Dequantise, by_matrix
 
 
@@ -35,6 +36,7 @@ class ExpertReader:
         model: the model, whose experts' parameters may be absent; it knows how its checkpoint is converted.
         layers: the MoE layers, from the model; packed ones from ``pack_layers``.
         conversions: the model's conversions; by default those that it was loaded by.
+        quantise: how matrices are quantised (``quantise.QUANTISED``); None = they stay as they are stored.
 
     Raises:
         CheckpointError: keys of some expert are missing, by name.
@@ -46,6 +48,8 @@ class ExpertReader:
         model: PreTrainedModel,
         layers: Sequence[LayerSpec],
         conversions: Sequence[Any] | None = None,
+        *,
+        quantise: str | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._model = model
@@ -59,10 +63,14 @@ class ExpertReader:
             shapes = parameter_shapes(model.get_submodule(layer.name))
             for name, source in sources.items():
                 _check_complete(source, checkpoint, shapes[name][0])
-        self._packings = [self.packings(i) if layer.packed is not None else {} for i, layer in enumerate(layers)]
-        for layer, packings in zip(layers, self._packings, strict=True):
-            planned = (layer.layout, layer.packed)
-            assert planned == packed_layout(layer.weights, packings), f"{layer.name}: packed in another way than planned"
+        self._quantise = None if quantise is None else QUANTISED[quantise]
+        self._packings = [
+            self.packings(i) if layer.packed is not None and quantise is None else {} for i, layer in enumerate(layers)
+        ]
+        self._quantised = [
+            {matrix.name: matrix for matrix in layer.packed.matrices} if layer.packed is not None and quantise else {}
+            for layer in layers
+        ]
 
     def packings(self, layer: int) -> dict[str, Packing]:
         """How the tensors of a layer's experts can stay packed, by name."""
@@ -89,8 +97,15 @@ class ExpertReader:
         """
         sources, packings, tensors = self._layers[layer], self._packings[layer], {}
         for tensor in self._specs[layer].weights.tensors:
-            if tensor.name not in packings:
-                tensors[tensor.name] = self._read(layer, tensor, expert)
+            if tensor.name in packings:
+                continue
+            value = self._read(layer, tensor, expert)
+            matrix = self._quantised[layer].get(tensor.name)
+            if matrix is None:
+                tensors[tensor.name] = value
+            else:
+                assert self._quantise is not None
+                tensors |= record_tensors(matrix, [self._quantise(value.t() if matrix.transposed else value)])
         for name, packing in packings.items():
             tensors |= packing.read(partial(self._read_pattern, sources[name], expert))
         if packings and expert == 0:
@@ -168,12 +183,26 @@ def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seque
     if getattr(skeleton.config, "quantization_config", None) is None:
         return tuple(layers)
     reader = ExpertReader(checkpoint, skeleton, layers, conversions_of(skeleton))
-    packed = []
-    for index, layer in enumerate(layers):
-        layout, of_weights = packed_layout(layer.layout, reader.packings(index))
-        packed.append(msgspec.structs.replace(layer, layout=layout, packed=of_weights))
-        assert_consistent(packed[-1])
-    return tuple(packed)
+    return tuple(
+        _packed(layer, {name: packing.matrix for name, packing in reader.packings(index).items()})
+        for index, layer in enumerate(layers)
+    )
+
+
+def quantise_layers(skeleton: PreTrainedModel, layers: Sequence[LayerSpec], name: str) -> tuple[LayerSpec, ...]:
+    """The layers with their matrices packed as ``quantise.QUANTISED[name]`` makes them; arguments as of ``pack_layers``."""
+    transposed = [bool(skeleton.get_submodule(layer.name).is_transposed) for layer in layers]
+    return tuple(
+        _packed(layer, quantised_matrices(layer.layout, name, transposed=turned))
+        for layer, turned in zip(layers, transposed, strict=True)
+    )
+
+
+def _packed(layer: LayerSpec, matrices: Mapping[str, PackedMatrix]) -> LayerSpec:
+    layout, of_weights = packed_layout(layer.layout, matrices)
+    packed = msgspec.structs.replace(layer, layout=layout, packed=of_weights)
+    assert_consistent(packed)
+    return packed
 
 
 def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int) -> None:

@@ -16,6 +16,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from epslots.errors import CheckpointError
 from epslots.formats.matrix import Matrix, MissingPart, join
+from epslots.formats.quantise import quantised_form
 from epslots.layout import PackedLayout, PackedMatrix, RecordLayout, TensorSpec
 from epslots.models.checkpoint import FLOATS, TensorHeader
 from epslots.models.conversions import TensorSource
@@ -91,13 +92,17 @@ def find_packing(
 
     def read_expert(read: ReadPattern) -> dict[str, torch.Tensor]:
         try:
-            found = matrices(read)
+            return record_tensors(matrix, matrices(read))
         except ValueError as error:
             raise CheckpointError(f"{source.target}: {error}") from error
-        assert tuple(one.form for one in found) == forms, f"{source.target}: the headers described another form"
-        return {matrix.tensor(i, part): tensor for i, one in enumerate(found) for part, tensor in one.parts.items()}
 
     return Packing(matrix, read_expert)
+
+
+def record_tensors(matrix: PackedMatrix, found: Sequence[Matrix]) -> dict[str, torch.Tensor]:
+    """An expert's tensors of a matrix by their names in the record."""
+    assert tuple(one.form for one in found) == matrix.forms, f"{matrix.name}: another form was planned"
+    return {matrix.tensor(number, part): t for number, one in enumerate(found) for part, t in one.parts.items()}
 
 
 def check_packing(source: TensorSource, headers: Mapping[str, TensorHeader]) -> None:
@@ -153,15 +158,31 @@ def _check_matrix(operation: Dequantise, target: str, head: str, parts: Mapping[
         raise CheckpointError(f"{target} can't be unpacked from {key} and its scales: {error}") from error
 
 
-def packed_layout(layout: RecordLayout, packings: Mapping[str, Packing]) -> tuple[RecordLayout, PackedLayout | None]:
+def packed_layout(layout: RecordLayout, matrices: Mapping[str, PackedMatrix]) -> tuple[RecordLayout, PackedLayout | None]:
     """The layout of records in which these tensors are packed, and what it stands for; as it was if none is."""
-    if not packings:
+    if not matrices:
         return layout, None
     tensors: list[tuple[str, tuple[int, ...], str]] = []
     for spec in layout.tensors:
-        packing = packings.get(spec.name)
-        tensors += [(spec.name, spec.shape, spec.dtype)] if packing is None else packing.matrix.tensors
-    return RecordLayout.of(tensors), PackedLayout(layout, tuple(packing.matrix for packing in packings.values()))
+        matrix = matrices.get(spec.name)
+        tensors += [(spec.name, spec.shape, spec.dtype)] if matrix is None else matrix.tensors
+    return RecordLayout.of(tensors), PackedLayout(layout, tuple(matrices.values()))
+
+
+def quantised_matrices(layout: RecordLayout, name: str, *, transposed: bool) -> dict[str, PackedMatrix]:
+    """The matrices of experts that are quantised while the store is built.
+
+    Args:
+        layout: of the weights.
+        name: of ``quantise.QUANTISED``.
+        transposed: whether the module has matrices as [inputs, outputs].
+    """
+    found = {}
+    for spec in layout.tensors:
+        if len(spec.shape) == 2 and spec.dtype in _COMPUTED:
+            rows, columns = spec.shape[::-1] if transposed else spec.shape
+            found[spec.name] = PackedMatrix(spec.name, (quantised_form(name, rows, columns),), transposed)
+    return found
 
 
 def _joins_rows(operations: Sequence[Any]) -> bool:

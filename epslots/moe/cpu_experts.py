@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from epslots.cache.host_store import HostStore
-from epslots.cache.unpacking import record_views
+from epslots.cache.unpacking import Weight, record_views, weights_of
 from epslots.device_copy import to_device, to_host
 from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.transport.host_wait import HostWait, wait_until
@@ -72,11 +72,11 @@ class CpuExperts:
     ) -> None:
         spec = store.manifest.layers[layer]
         self._store, self._layer, self._device = store, layer, device
-        self._layout = spec.layout
+        self._spec = spec
         self.num_experts = spec.num_experts
         shapes = torch.empty(spec.layout.nbytes, dtype=torch.uint8, device="meta")
         module = module if device.type == "cpu" else on_cpu(module)
-        self._kernel = gemm(module, self._one_of(shapes), spec)
+        self._kernel = gemm(module, self._one_of(shapes))
         self.dtype, self.hidden_size = self._kernel.dtype, self._kernel.hidden_size
 
     def begin(self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]) -> CpuRows:
@@ -132,9 +132,9 @@ class CpuExperts:
         ends = torch.full((1,), len(rows_NH), dtype=torch.int32)
         return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64))
 
-    def _one_of(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of a record, as a pool of one slot."""
-        return {name: tensor[None] for name, tensor in record_views(record, self._layout).items()}
+    def _one_of(self, record: torch.Tensor) -> dict[str, Weight]:
+        """The weights of a record, as a pool of one slot."""
+        return weights_of(self._spec, {name: t[None] for name, t in record_views(record, self._spec.layout).items()})
 
 
 def on_cpu(module: nn.Module) -> nn.Module:

@@ -149,7 +149,7 @@ def test_the_commands_and_their_options():
     assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate", "serve"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--echo", "--stats", "--policy", "--device", "--host-store", "--kv-tokens",
-        "--slot-format",
+        "--slot-format", "--expert-format",
         "--max-new-tokens", "--min-tokens", "--n", "--stop", "--stop-tokens", "--ignore-eos", "--ignore-tokenizer-eos",
         "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
         "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
@@ -159,7 +159,7 @@ def test_the_commands_and_their_options():
     }  # fmt: skip
     assert found["serve"] == common | {
         "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
-        "--slot-format",
+        "--slot-format", "--expert-format",
         "--execute-predicted", "--host-compute", "--batch-invariant",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
         "--ranks", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",

@@ -58,5 +58,5 @@ class Layer:
             pool.memory[expert].copy_(self.store.record(0, expert))
         key, order = torch.sort(ids, stable=True)
         ends = torch.searchsorted(key, torch.arange(self.spec.num_experts), right=True, out_int32=True)
-        result = GroupedGemm(self.module, pool.weights(0), self.spec)(rows[order // TOP_K], ends, key)
+        result = GroupedGemm(self.module, pool.weights(0))(rows[order // TOP_K], ends, key)
         return torch.empty_like(result).index_copy_(0, order, result)
