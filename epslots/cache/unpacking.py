@@ -4,19 +4,20 @@
 
 ``layout.Form`` says which of them a matrix has. ``unpack`` writes one matrix; ``PackedWeight`` is a packed matrix of several
 slots, whose tensors are views of the slots' memory. On the CPU, rows are unpacked in runs that fit its cache, into memory that
-each thread keeps.
+each thread keeps, by compiled loops (``unpack_loops.py``).
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from epslots.layout import NIBBLE_COLUMNS, NIBBLES, UNPACK_RUN, Form, LayerSpec, PackedMatrix, RecordLayout
+from epslots.cache.unpack_loops import LANES, SCALE
+from epslots.layout import NIBBLE_COLUMNS, NIBBLES, UNPACK_RUN, Form, LayerSpec, PackedMatrix, RecordLayout, align
 
 _THREAD = threading.local()
 # Half of the columns that share bytes.
@@ -98,23 +99,22 @@ def weights_of(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> dict[st
     }
 
 
-def unpack(form: Form, parts: Parts, out: torch.Tensor) -> None:
-    """Write a matrix's weights to ``out`` [rows, columns], a float of up to 32 bits; all tensors on one device."""
+def unpack(form: Form, parts: Parts, out: torch.Tensor, *, loops: bool = True) -> None:
+    """Write a matrix's weights to ``out`` [rows, columns], a float of up to 32 bits; all tensors on one device.
+
+    Args:
+        loops: whether to use the compiled loops where they can be used: to the same bits.
+    """
     codes, factors = parts["codes"], _factors(form, parts)
+    loops = loops and codes.device.type == "cpu" and _suits_loops(form)
     for rows in _runs(codes, form):
-        values = _values(form.kind, codes[rows])
-        grid = _block_rows(form, rows, codes.device)
-        if form.zero:
-            _by_block(torch.Tensor.sub_, values, parts["zero"].index_select(0, grid).float(), form)
-        elif form.kind == "int4":
-            values -= _MIDDLE
-        scale = None if factors is None else factors.index_select(0, grid)
+        block_row = torch.arange(rows.start, rows.stop, device=codes.device) // form.block[0]
+        scale = None if factors is None else factors.index_select(0, block_row)
         if form.row:
             row = parts["row"][rows, None]
             scale = row if scale is None else scale.mul_(row)
-        if scale is not None:
-            _by_block(torch.Tensor.mul_, values, scale, form)
-        values = values[:, : form.columns]
+        zero = parts["zero"].index_select(0, block_row).float() if form.zero else None
+        values = (_by_loops if loops else _by_operations)(form, codes[rows], scale, zero)[:, : form.columns]
         if form.perm:
             out[rows].index_copy_(1, parts["perm"].long(), values.to(out.dtype))
         else:
@@ -144,14 +144,43 @@ def _runs(codes: torch.Tensor, form: Form) -> Iterator[slice]:
         yield slice(first, min(first + step, form.rows))
 
 
-def _block_rows(form: Form, rows: slice, device: torch.device) -> torch.Tensor:
-    """The row of blocks of each row, int64."""
-    return torch.arange(rows.start, rows.stop, device=device) // form.block[0]
+def _suits_loops(form: Form) -> bool:
+    """Whether the loops know the blocks: the whole row, or a multiple of their lanes that covers padded columns as well."""
+    width, blocks = form.block[1], -(-form.columns // form.block[1])
+    return blocks == 1 or (width % LANES == 0 and blocks * width >= _stored_columns(form))
 
 
-def _by_block(operation: object, values: torch.Tensor, grid: torch.Tensor, form: Form) -> None:
+def _stored_columns(form: Form) -> int:
+    return align(form.columns, NIBBLE_COLUMNS) if form.kind in NIBBLES else form.columns
+
+
+def _by_loops(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+    """The weights of some rows, float32 [rows, >= columns] in memory of this thread; scale and zero are [rows, blocks]."""
+    rows, columns = len(codes), _stored_columns(form)
+    values = _kept("values", rows * columns, torch.float32, codes.device).view(rows, columns)
+    blocks = max([1, *(grid.shape[1] for grid in (scale, zero) if grid is not None)])
+    scale = torch.ones(rows, 1) if scale is None else scale
+    zero = torch.full((rows, 1), _MIDDLE) if zero is None else zero
+    grids = (grid.expand(rows, blocks).contiguous().numpy() for grid in (scale, zero))
+    width = columns if blocks == 1 else form.block[1]
+    SCALE[form.kind](codes.contiguous().view(torch.uint8).numpy(), *grids, width, values.numpy())
+    return values
+
+
+def _by_operations(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+    """The same by torch's operations, on any device and for any blocks."""
+    values = _values(form, codes)
+    if zero is not None:
+        _by_block(torch.Tensor.sub_, values, zero, form)
+    elif form.kind == "int4":
+        values -= _MIDDLE
+    if scale is not None:
+        _by_block(torch.Tensor.mul_, values, scale, form)
+    return values
+
+
+def _by_block(operation: Callable[..., object], values: torch.Tensor, grid: torch.Tensor, form: Form) -> None:
     """Apply an in-place operation to values [rows, >= columns] and their blocks' numbers [rows, blocks, or 1]."""
-    assert callable(operation)
     width = form.columns if grid.shape[1] == 1 else form.block[1]
     whole = form.columns // width * width
     if whole:
@@ -170,20 +199,15 @@ def _factors(form: Form, parts: Parts) -> torch.Tensor | None:
     return _exponents(scales.device).index_select(0, scales.reshape(-1).int()).view(scales.shape)
 
 
-def _values(kind: str, codes: torch.Tensor) -> torch.Tensor:
-    """Codes of some rows as float32 [rows, columns], in memory of this thread; columns of nibbles are padded."""
-    rows, stored = codes.shape
-    columns = 2 * stored if kind in NIBBLES else stored
+def _values(form: Form, codes: torch.Tensor) -> torch.Tensor:
+    """Codes of some rows as float32, in memory of this thread; columns of nibbles are padded."""
+    rows, columns = len(codes), _stored_columns(form)
     values = _kept("values", rows * columns, torch.float32, codes.device).view(rows, columns)
-    if kind not in NIBBLES:
-        if kind == "e4m3" and codes.device.type == "cpu" and not columns % 2:
-            _look_up(codes, values)
-        else:
-            values.copy_(codes)
-        return values
+    if form.kind not in NIBBLES:
+        return values.copy_(codes)
     halves = values.view(rows, columns // NIBBLE_COLUMNS, 2, _HALF)
     pairs = codes.view(rows, columns // NIBBLE_COLUMNS, _HALF)
-    if kind == "int4":
+    if form.kind == "int4":
         halves[:, :, 0].copy_(pairs & 15)
         halves[:, :, 1].copy_(pairs >> 4)
         return values
@@ -193,21 +217,6 @@ def _values(kind: str, codes: torch.Tensor) -> torch.Tensor:
         moved = ((code & 8) << 12) | ((code & 7) << 9)
         halves[:, :, half].copy_(moved.view(torch.float16))
     return values.mul_(_E2M1_SCALE)
-
-
-def _look_up(codes: torch.Tensor, values: torch.Tensor) -> None:
-    """8-bit floats as float32, two at a time: the CPU converts them one by one."""
-    pairs = codes.reshape(-1).view(torch.uint16)
-    index = _kept("index", len(pairs), torch.int32, codes.device).copy_(pairs)
-    torch.index_select(_pair_table(), 0, index, out=values.view(-1).view(torch.int64))
-
-
-@functools.cache
-def _pair_table() -> torch.Tensor:
-    """The float32 values of every two neighbouring codes, side by side as int64 [65536]."""
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    both = torch.arange(1 << 16)
-    return torch.stack([values[both & 255], values[both >> 8]], dim=1).view(torch.int64).view(-1)
 
 
 @functools.cache

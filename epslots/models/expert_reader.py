@@ -64,13 +64,12 @@ class ExpertReader:
             for name, source in sources.items():
                 _check_complete(source, checkpoint, shapes[name][0])
         self._quantise = None if quantise is None else QUANTISED[quantise]
-        self._packings = [
-            self.packings(i) if layer.packed is not None and quantise is None else {} for i, layer in enumerate(layers)
-        ]
-        self._quantised = [
-            {matrix.name: matrix for matrix in layer.packed.matrices} if layer.packed is not None and quantise else {}
-            for layer in layers
-        ]
+        planned = [() if layer.packed is None else layer.packed.matrices for layer in layers]
+        self._quantised = [{matrix.name: matrix for matrix in matrices if quantise is not None} for matrices in planned]
+        self._packings = [self.packings(i) if quantise is None and matrices else {} for i, matrices in enumerate(planned)]
+        for packings, quantised, matrices in zip(self._packings, self._quantised, planned, strict=True):
+            found = (*(packing.matrix for packing in packings.values()), *quantised.values())
+            assert found == matrices, "packed in another way than planned"
 
     def packings(self, layer: int) -> dict[str, Packing]:
         """How the tensors of a layer's experts can stay packed, by name."""

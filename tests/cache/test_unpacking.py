@@ -86,11 +86,12 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @given(
     kind=st.sampled_from(["e4m3", "int8", "int4", "e2m1"]),
     shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
-    block=st.tuples(st.integers(1, 5), st.integers(1, 40)),
+    block=st.tuples(st.integers(1, 5), st.one_of(st.integers(1, 40), st.sampled_from([16, 32, 48, 64]))),
     group=st.sampled_from([None, "float32", "bfloat16", "float16", "float8_e4m3fn", "uint8"]),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     run=st.sampled_from([1, 150, 1 << 18]),
+    loops=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_form_unpacks_as_it_is_defined(
@@ -101,16 +102,17 @@ def test_any_form_unpacks_as_it_is_defined(
     flags: tuple[bool, bool, bool],
     dtype: torch.dtype,
     run: int,
+    loops: bool,
     seed: int,
 ):
-    """To the bit: blocks cut short, columns that don't fill their bytes, runs of many sizes."""
+    """To the bit, by loops and by operations: blocks cut short, columns that don't fill their bytes, runs of many sizes."""
     zero, row, perm = flags
     form = Form(kind, *shape, group, block, zero and kind == "int4" and group is not None, row, perm)
     parts = random_parts(form, torch.Generator().manual_seed(seed))
     out = torch.full((shape[1], shape[0]), 7.0, dtype=dtype).t()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unpacking, "UNPACK_RUN", run)
-        unpack(form, parts, out)
+        unpack(form, parts, out, loops=loops)
     assert torch.equal(bits(out), bits(by_definition(form, parts).to(dtype)))
 
 

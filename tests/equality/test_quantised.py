@@ -102,6 +102,43 @@ def test_deepseek_v4_as_published(checkpoint: Checkpoints, tmp_path: Path, cache
     assert form == "e2m1"
 
 
-def test_slots_formats_that_do_not_exist_are_refused(checkpoint: Checkpoints, cache_dir: Path):
-    with pytest.raises(ConfigError, match="slot_format='bf16': allowed: auto, packed, unpacked"):
-        load(checkpoint(BASE), cache_dir, slot_format="bf16")
+def eight_bits(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [..., outputs, inputs] rounded to 255 steps of each output's largest."""
+    step = weight.abs().amax(-1, keepdim=True) / 127
+    return (weight / step).round() * step
+
+
+@pytest.mark.parametrize("name", [BASE, "gpt_oss"])
+def test_experts_are_quantised_while_loading(name: str, checkpoint: Checkpoints, tmp_path: Path, cache_dir: Path):
+    """As nothing but the rounding of experts' weights would change them; gpt_oss keeps them as [inputs, outputs]."""
+    source, twin = checkpoint(name), {}
+    for key, weight in zoo.read_tensors(source).items():
+        is_matrix = ".experts." in key and "bias" not in key
+        turned = weight.transpose(-1, -2) if name == "gpt_oss" else weight
+        rounded = eight_bits(turned) if is_matrix else turned
+        twin[key] = (rounded.transpose(-1, -2) if name == "gpt_oss" else rounded) if is_matrix else weight
+    folder = zoo.write_checkpoint(source, tmp_path / "twin", twin)
+    model = load(source, cache_dir, expert_format="int8")
+    assert_equal(model, Reference(folder))
+    runtime = runtime_of(model)
+    assert runtime.plan.shape.slot_note == "quantised while loading, which changes outputs: int8"
+    assert runtime.layers[0].layout.nbytes < runtime.layers[0].weights.nbytes / 3
+    assert_equal(load(source, cache_dir), Reference(source))  # another store: its key knows
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"slot_format": "bf16"}, "slot_format='bf16': allowed: auto, packed, unpacked"),
+        ({"expert_format": "nf4"}, "expert_format='nf4': allowed: None, int8, int4"),
+        ({"expert_format": "int4", "slot_format": "unpacked"}, "leave one out"),
+    ],
+)
+def test_formats_that_do_not_exist_are_refused(settings: dict[str, str], said: str, checkpoint: Checkpoints, cache_dir: Path):
+    with pytest.raises(ConfigError, match=said):
+        load(checkpoint(BASE), cache_dir, **settings)
+
+
+def test_what_is_quantised_is_not_quantised_again(made: Callable[[str], Made], cache_dir: Path):
+    with pytest.raises(ConfigError, match="is quantised already; allowed for it: None"):
+        load(made("ct int8").folder, cache_dir, expert_format="int4")

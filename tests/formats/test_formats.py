@@ -20,6 +20,7 @@ from epslots.errors import UnsupportedModelError
 from epslots.formats.fp8 import block_of
 from epslots.formats.known_formats import FORMATS, find_format
 from epslots.formats.matrix import Matrix, MissingPart, StoredParts, join, make_matrix, pack_nibbles
+from epslots.formats.quantise import quantise_int4, quantise_int8
 from epslots.layout import PackedMatrix
 from tests.support import zoo
 from tests.support.quantised import E2M1, SCHEMES, Tensors, ct, ct_mxfp4, pack_bytes, pack_words
@@ -189,6 +190,34 @@ def test_parts_that_do_not_fit_are_refused():
         make_matrix(torch.zeros(4, 4, dtype=torch.int8), group=torch.ones(1, 1, dtype=torch.int32), block=(4, 4))
     with pytest.raises(ValueError, match="not that of a matrix"):
         make_matrix(torch.zeros(4, dtype=torch.int8))
+
+
+# --- quantising -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [96, 40])
+def test_int4_has_the_scale_of_least_error(columns: int):
+    """No worse than 16 steps over each group's whole span, and better on the whole; what is zero stays zero."""
+    weight = random_weight(48, columns)
+    weight[3] = 0
+    found = quantise_int4(weight).weights()
+    padded = torch.nn.functional.pad(weight, (0, -columns % 32)).unflatten(1, (-1, 32))
+    low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 15).clamp(min=1e-20).bfloat16().float()
+    zero = (-low / scale).round()
+    plain = (((padded / scale + zero).round().clamp(0, 15) - zero) * scale).flatten(1)[:, :columns]
+    errors = [(each - weight).square() for each in (found, plain)]
+    by_group = [torch.nn.functional.pad(e, (0, -columns % 32)).unflatten(1, (-1, 32)).sum(-1) for e in errors]
+    assert (by_group[0] <= by_group[1] + 1e-6).all() and errors[0].sum() < 0.98 * errors[1].sum()
+    assert not found[3].any()
+
+
+def test_int8_rounds_to_steps_of_the_rows_largest():
+    weight = random_weight()
+    weight[5] = 0
+    found = quantise_int8(weight).weights()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((found - weight).abs() <= 0.5001 * step).all() and not found[5].any()
 
 
 # --- what the tools wrote ---------------------------------------------------------------------------------------------------
