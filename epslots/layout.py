@@ -3,7 +3,7 @@
 expert      one FFN of one MoE layer, named by (layer, expert id)
 record      an expert in the host store: its tensors as one contiguous, aligned run of bytes
 slot        fixed device memory that holds one expert's record, byte for byte
-packed      of a record: its matrices are stored as codes and scales, as a quantised checkpoint has them (``Form``)
+packed      of a record: its matrices are stored as codes and scales, as a quantised checkpoint has them (``PackedForm``)
 quota       number of slots that a layer has of its pool
 """
 
@@ -68,7 +68,7 @@ class RecordLayout(msgspec.Struct, frozen=True):
         return sum(math.prod(t.shape) for t in self.tensors)
 
 
-class Form(msgspec.Struct, frozen=True):
+class PackedForm(msgspec.Struct, frozen=True):
     """How the weights [rows, columns] of a matrix are stored; rows are its outputs, columns its inputs.
 
         weight = row * group * (code - zero), all in float32
@@ -127,7 +127,7 @@ class PackedMatrix(msgspec.Struct, frozen=True):
     """
 
     name: str
-    forms: tuple[Form, ...]
+    forms: tuple[PackedForm, ...]
     transposed: bool = False
 
     def tensor(self, form: int, part: str) -> str:

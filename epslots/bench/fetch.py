@@ -14,7 +14,7 @@ from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import US, BenchReport, alternate, compare, median
 from epslots.cache.copy_engine import put_record
 from epslots.cache.unpacking import unpack_record
-from epslots.layout import Form, LayerSpec, PackedLayout, PackedMatrix, RecordLayout
+from epslots.layout import LayerSpec, PackedForm, PackedLayout, PackedMatrix, RecordLayout
 from epslots.models.experts import experts_modules
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.runtime import Runtime, runtime_of
@@ -73,7 +73,7 @@ def forms() -> dict[str, LayerSpec]:
 
     def packed(kind: str, group: str | None, block: tuple[int, int], *, row: bool = False) -> LayerSpec:
         found = tuple(
-            PackedMatrix(name, (Form(kind, rows, columns, group, block, row=row),)) for name, rows, columns in matrices
+            PackedMatrix(name, (PackedForm(kind, rows, columns, group, block, row=row),)) for name, rows, columns in matrices
         )
         record = RecordLayout.of(tensor for matrix in found for tensor in matrix.tensors)
         return LayerSpec("experts", 1, record, PackedLayout(weights, found))

@@ -2,8 +2,8 @@
 
     weight = round((row * group) * (code - zero)), all factors and products in float32
 
-``layout.Form`` says which of them a matrix has. ``unpack`` writes one matrix; ``PackedWeight`` is a packed matrix of several
-slots, whose tensors are views of the slots' memory. On the CPU, rows are unpacked in runs that fit its cache, into memory that
+``layout.PackedForm`` says which of them a matrix has. ``unpack`` writes one matrix; ``PackedWeight`` is a packed matrix of
+several slots, whose tensors are views of the slots' memory. On the CPU, rows are unpacked in runs that fit its cache, into memory that
 each thread keeps, by compiled loops (``unpack_loops.py``).
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from epslots.cache.unpack_loops import LANES, SCALE
-from epslots.layout import NIBBLE_COLUMNS, NIBBLES, UNPACK_RUN, Form, LayerSpec, PackedMatrix, RecordLayout, align
+from epslots.layout import NIBBLE_COLUMNS, NIBBLES, UNPACK_RUN, LayerSpec, PackedForm, PackedMatrix, RecordLayout, align
 
 _THREAD = threading.local()
 # Half of the columns that share bytes.
@@ -99,7 +99,7 @@ def weights_of(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> dict[st
     }
 
 
-def unpack(form: Form, parts: Parts, out: torch.Tensor, *, loops: bool = True) -> None:
+def unpack(form: PackedForm, parts: Parts, out: torch.Tensor, *, loops: bool = True) -> None:
     """Write a matrix's weights to ``out`` [rows, columns], a float of up to 32 bits; all tensors on one device.
 
     Args:
@@ -137,37 +137,39 @@ def unpack_record(layer: LayerSpec, record: torch.Tensor) -> dict[str, torch.Ten
     return found
 
 
-def _runs(codes: torch.Tensor, form: Form) -> Iterator[slice]:
+def _runs(codes: torch.Tensor, form: PackedForm) -> Iterator[slice]:
     """Runs of rows: one run on a GPU, runs that fit the cache on the CPU."""
     step = max(1, UNPACK_RUN // form.columns) if codes.device.type == "cpu" else form.rows
     for first in range(0, form.rows, step):
         yield slice(first, min(first + step, form.rows))
 
 
-def _suits_loops(form: Form) -> bool:
+def _suits_loops(form: PackedForm) -> bool:
     """Whether the loops know the blocks: the whole row, or a multiple of their lanes that covers padded columns as well."""
     width, blocks = form.block[1], -(-form.columns // form.block[1])
     return blocks == 1 or (width % LANES == 0 and blocks * width >= _stored_columns(form))
 
 
-def _stored_columns(form: Form) -> int:
+def _stored_columns(form: PackedForm) -> int:
     return align(form.columns, NIBBLE_COLUMNS) if form.kind in NIBBLES else form.columns
 
 
-def _by_loops(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+def _by_loops(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
     """The weights of some rows, float32 [rows, >= columns] in memory of this thread; scale and zero are [rows, blocks]."""
     rows, columns = len(codes), _stored_columns(form)
     values = _kept("values", rows * columns, torch.float32, codes.device).view(rows, columns)
     blocks = max([1, *(grid.shape[1] for grid in (scale, zero) if grid is not None)])
     scale = torch.ones(rows, 1) if scale is None else scale
     zero = torch.full((rows, 1), _MIDDLE) if zero is None else zero
-    grids = (grid.expand(rows, blocks).contiguous().numpy() for grid in (scale, zero))
+    scales, zeros = (grid.expand(rows, blocks).contiguous().numpy() for grid in (scale, zero))
     width = columns if blocks == 1 else form.block[1]
-    SCALE[form.kind](codes.contiguous().view(torch.uint8).numpy(), *grids, width, values.numpy())
+    SCALE[form.kind](codes.contiguous().view(torch.uint8).numpy(), scales, zeros, width, values.numpy())
     return values
 
 
-def _by_operations(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+def _by_operations(
+    form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None
+) -> torch.Tensor:
     """The same by torch's operations, on any device and for any blocks."""
     values = _values(form, codes)
     if zero is not None:
@@ -179,7 +181,7 @@ def _by_operations(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, 
     return values
 
 
-def _by_block(operation: Callable[..., object], values: torch.Tensor, grid: torch.Tensor, form: Form) -> None:
+def _by_block(operation: Callable[..., object], values: torch.Tensor, grid: torch.Tensor, form: PackedForm) -> None:
     """Apply an in-place operation to values [rows, >= columns] and their blocks' numbers [rows, blocks, or 1]."""
     width = form.columns if grid.shape[1] == 1 else form.block[1]
     whole = form.columns // width * width
@@ -189,7 +191,7 @@ def _by_block(operation: Callable[..., object], values: torch.Tensor, grid: torc
         operation(values[:, whole : form.columns], grid[:, -1:])
 
 
-def _factors(form: Form, parts: Parts) -> torch.Tensor | None:
+def _factors(form: PackedForm, parts: Parts) -> torch.Tensor | None:
     """The blocks' scales as float32; None if there are none."""
     if form.group is None:
         return None
@@ -199,7 +201,7 @@ def _factors(form: Form, parts: Parts) -> torch.Tensor | None:
     return _exponents(scales.device).index_select(0, scales.reshape(-1).int()).view(scales.shape)
 
 
-def _values(form: Form, codes: torch.Tensor) -> torch.Tensor:
+def _values(form: PackedForm, codes: torch.Tensor) -> torch.Tensor:
     """Codes of some rows as float32, in memory of this thread; columns of nibbles are padded."""
     rows, columns = len(codes), _stored_columns(form)
     values = _kept("values", rows * columns, torch.float32, codes.device).view(rows, columns)

@@ -9,10 +9,24 @@ activation_scale   of activations in 8 bits; not used
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
+from epslots.errors import CheckpointError
 from epslots.formats.matrix import Matrix, StoredParts, make_matrix, split_bytes
 from epslots.formats.stored_format import Settings, StoredFormat
+
+
+def check(settings: Settings) -> None:
+    """Refuse blocks of no size."""
+    block = settings.get("weight_block_size")
+    if block is not None and not _is_block(block):
+        raise CheckpointError(f"weight_block_size is {block!r}: allowed: rows and columns of a block, 1 and more")
+
+
+def _is_block(stated: object) -> bool:
+    return isinstance(stated, list | tuple) and len(stated) == 2 and all(isinstance(size, int) and size > 0 for size in stated)
 
 
 def read(parts: StoredParts, settings: Settings) -> Matrix:
@@ -35,8 +49,8 @@ def block_of(shape: torch.Size, grid: torch.Size, stated: object) -> tuple[int, 
     if len(shape) != 2 or len(grid) != 2 or 0 in grid:
         raise ValueError(f"scales have shape {list(grid)} for weights of shape {list(shape)}")
     rows, columns = shape
-    if isinstance(stated, list | tuple) and len(stated) == 2 and all(isinstance(n, int) and n > 0 for n in stated):
-        height, width = stated
+    if _is_block(stated):
+        height, width = cast(tuple[int, int], stated)
         if tuple(grid) == (-(-rows // height), -(-columns // width)):
             return height, width
     if rows % grid[0] or columns % grid[1]:
@@ -49,5 +63,7 @@ FORMAT = StoredFormat(
     {"weight": ("weight", "weight_scale_inv", "activation_scale")},
     ("weight_scale_inv",),
     read,
-    renames=((r"^(.+)\.scale", r"\1.weight_scale_inv"), (r"\.qscale_weight", ".weight_scale_inv")),
+    check,
+    # DeepSeek-V4's scales, but not Inkling2's parameters of that name; and Mistral's.
+    renames=((r"^(.+)(?<!_l2_clip)\.scale", r"\1.weight_scale_inv"), (r"\.qscale_weight", ".weight_scale_inv")),
 )

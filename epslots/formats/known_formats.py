@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epslots.errors import UnsupportedModelError
+from epslots.errors import CheckpointError, UnsupportedModelError
 from epslots.formats import awq, compressed_tensors, fp8, gptq, modelopt, mxfp4
 from epslots.formats.stored_format import Settings, StoredFormat
 
@@ -28,6 +28,7 @@ def find_format(settings: Settings, where: object) -> StoredFormat:
 
     Raises:
         UnsupportedModelError: it isn't known, by name and with what to do.
+        CheckpointError: the settings contradict themselves.
     """
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
@@ -40,6 +41,6 @@ def find_format(settings: Settings, where: object) -> StoredFormat:
         )
     try:
         found.check(settings)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{where}: {error}") from error
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise type(error)(f"{where}: {error}") from error
     return found

@@ -1,4 +1,4 @@
-"""A quantised matrix in the one layout that all formats map to (``layout.Form``), and the packing of its codes.
+"""A quantised matrix in the one layout that all formats map to (``layout.PackedForm``), and the packing of its codes.
 
 The functions take tensors on the meta device as well, so that shapes and dtypes follow from a checkpoint's headers alone.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from epslots.cache.unpacking import Parts, unpack
-from epslots.layout import NIBBLE_COLUMNS, NIBBLES, Form
+from epslots.layout import NIBBLE_COLUMNS, NIBBLES, PackedForm
 
 # Dtypes of groups' scales; float8_e8m0fnu is kept as the bytes that it is.
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8)
@@ -57,7 +57,7 @@ class Matrix:
         parts: the form's tensors.
     """
 
-    form: Form
+    form: PackedForm
     parts: Parts
 
     def weights(self) -> torch.Tensor:
@@ -111,7 +111,7 @@ def make_matrix(
     if perm is not None:
         parts["perm"] = perm.int()
     dtype = None if group is None else _name(group.dtype)
-    form = Form(kind, rows, columns, dtype, block, zero is not None, row is not None, perm is not None)
+    form = PackedForm(kind, rows, columns, dtype, block, zero is not None, row is not None, perm is not None)
     for name, (shape, _) in form.tensors.items():
         if parts[name].shape != shape:
             raise ValueError(
@@ -133,13 +133,13 @@ def join(matrices: Iterable[Matrix]) -> list[Matrix]:
     return joined
 
 
-def _alike(first: Form, second: Form) -> bool:
+def _alike(first: PackedForm, second: PackedForm) -> bool:
     """Whether the rows of the second can follow those of the first in one form."""
     return not first.perm and _with_rows(first, second.rows) == second and not first.rows % first.block[0]
 
 
-def _with_rows(form: Form, rows: int) -> Form:
-    return Form(form.kind, rows, form.columns, form.group, form.block, form.zero, form.row, form.perm)
+def _with_rows(form: PackedForm, rows: int) -> PackedForm:
+    return PackedForm(form.kind, rows, form.columns, form.group, form.block, form.zero, form.row, form.perm)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from epslots.formats.matrix import Matrix, make_matrix
-from epslots.layout import Form
+from epslots.layout import PackedForm
 
 GROUP = 32
 # Parts of a group's span that its 16 steps cover, from all of it downwards.
@@ -55,6 +55,6 @@ QUANTISED: dict[str, Callable[[torch.Tensor], Matrix]] = {"int8": quantise_int8,
 """By name, how the weights of a matrix are quantised."""
 
 
-def quantised_form(name: str, rows: int, columns: int) -> Form:
+def quantised_form(name: str, rows: int, columns: int) -> PackedForm:
     """The form of matrices that are quantised so."""
     return QUANTISED[name](torch.zeros(rows, columns, device="meta")).form

@@ -216,8 +216,8 @@ def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int)
     if source.converter is not None:
         absent = [p for p in source.converter.source_patterns if p not in source.keys]
         if isinstance(source.converter.operations[0], Dequantise):  # any of a matrix's parts will do: check_packing saw to it
-            held = by_matrix(source.keys)
-            absent = [p for p in absent if p.rpartition(".")[0] not in held]
+            begun = by_matrix(source.keys)
+            absent = [p for p in absent if p.rpartition(".")[0] not in begun]
         if absent:
             raise CheckpointError(f"{source.target}: the checkpoint has no tensor like {absent[0]}")
     experts = source.parts * declared

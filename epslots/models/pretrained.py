@@ -7,6 +7,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -38,6 +39,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     with refusing(str(folder)):  # this user may not be allowed to read it
         has_adapter, has_config = (folder / "adapter_config.json").exists(), path.is_file()
+        if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+            find_format({"quant_method": "gguf"}, folder)  # refuses it
     if has_adapter:
         raise CheckpointError(
             f"{folder} holds an adapter (adapter_config.json), which epslots doesn't apply: merge it into the weights, or "
@@ -62,12 +65,21 @@ def read_config(folder: Path) -> PretrainedConfig:
         # Where transformers looks for it. From here on it applies to the whole model of a composite configuration.
         text = config.get_text_config(decoder=True)
         quantisation = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+        quantisation = quantisation or _modelopt_settings(folder)
     if quantisation is not None:
         if not isinstance(quantisation, dict):
             raise CheckpointError(f"{path}: quantization_config is {quantisation!r}, not an object")
-        find_format(quantisation, folder)
+        with refusing(f"{path}, quantization_config"):
+            find_format(quantisation, folder)
         config.quantization_config = stated(quantisation)
     return config
+
+
+def _modelopt_settings(folder: Path) -> dict[str, Any] | None:
+    """The quantisation that older versions of modelopt state in a file of its own; None if there is none."""
+    path = folder / "hf_quant_config.json"
+    settings = read_json_object(path).get("quantization") if path.is_file() else None
+    return {"quant_method": "modelopt", **settings} if isinstance(settings, dict) else None
 
 
 def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -7,7 +7,6 @@ gives the model the matrix's weights. ``expert_reader.py`` runs the same operati
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,7 +33,7 @@ def stated(settings: Settings) -> dict[str, Any]:
 
 
 @register_quantization_config(METHOD)
-class StoredQuantisation(QuantizationConfigMixin):  # type: ignore[misc]
+class StoredQuantisation(QuantizationConfigMixin):
     """The settings of a quantised checkpoint, as transformers carries them."""
 
     def __init__(self, stated: dict[str, Any], **_: Any) -> None:
@@ -48,7 +47,7 @@ class StoredQuantisation(QuantizationConfigMixin):  # type: ignore[misc]
         return FORMATS[self.stated["quant_method"]]
 
 
-class Dequantise(ConversionOps):  # type: ignore[misc]
+class Dequantise(ConversionOps):
     """The first operation of a conversion: the stored tensors of matrices in, their weights out.
 
     Attributes:
@@ -105,7 +104,7 @@ class Dequantise(ConversionOps):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class StoredQuantiser(HfQuantizer):  # type: ignore[misc]
+class StoredQuantiser(HfQuantizer):
     """Dequantises while loading; modules stay as they are."""
 
     requires_calibration = True
@@ -119,11 +118,9 @@ class StoredQuantiser(HfQuantizer):  # type: ignore[misc]
         return {"dequantize": Dequantise}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        own = [name for name, _ in model.named_parameters()]
         renamings = [
             WeightRenaming(source_patterns=pattern, target_patterns=replacement)
             for pattern, replacement in self.quantization_config.format.renames
-            if not any(re.search(pattern, name) for name in own)  # a parameter of the model itself
         ]
         return renamings + list(super().update_weight_conversions(weight_conversions, model))
 

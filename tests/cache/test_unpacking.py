@@ -20,7 +20,7 @@ from epslots.cache import unpacking
 from epslots.cache.host_store import HostStore, Manifest, StoreShape
 from epslots.cache.node_store import open_node_store
 from epslots.cache.unpacking import assert_consistent, record_views, unpack, unpack_record
-from epslots.layout import Form, LayerSpec, PackedLayout, PackedMatrix, RecordLayout, unpacking_bytes
+from epslots.layout import LayerSpec, PackedForm, PackedLayout, PackedMatrix, RecordLayout, unpacking_bytes
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import conversions_of
 from epslots.models.expert_reader import ExpertReader, pack_layers
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 Checkpoints = Callable[[str], Path]
 
 
-def random_parts(form: Form, random: torch.Generator) -> dict[str, torch.Tensor]:
+def random_parts(form: PackedForm, random: torch.Generator) -> dict[str, torch.Tensor]:
     """Any codes at all, also NaN; scales of moderate size."""
     parts = {}
     for name, (shape, dtype) in form.tensors.items():
@@ -53,27 +53,26 @@ def random_parts(form: Form, random: torch.Generator) -> dict[str, torch.Tensor]
     return parts
 
 
-def by_definition(form: Form, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Weight by weight, in Python's floats; products are rounded to float32 where the form's definition has one."""
-    weights = torch.empty(form.rows, form.columns, dtype=torch.float32)
-    f32 = lambda value: torch.tensor(value, dtype=torch.float64).float()  # noqa: E731
-    for n in range(form.rows):
-        for k in range(form.columns):
-            at = n // form.block[0], k // form.block[1]
-            if form.kind in ("int4", "e2m1"):
-                byte = int(parts["codes"][n, k // 32 * 16 + k % 16])
-                code = byte >> 4 if k % 32 >= 16 else byte & 15
-                value = float(code) if form.kind == "int4" else float(E2M1[code])
-            else:
-                value = float(parts["codes"][n, k])
-            value -= int(parts["zero"][at]) if form.zero else 8 if form.kind == "int4" else 0
-            scale = torch.tensor(1.0)
-            if form.group is not None:
-                raw = parts["group"][at]
-                scale = torch.tensor(2.0 ** (int(raw) - 127)) if form.group == "uint8" else raw.float()
-            if form.row:
-                scale = scale * parts["row"][n]
-            weights[n, int(parts["perm"][k]) if form.perm else k] = f32(value) * scale
+def by_definition(form: PackedForm, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Weight by weight, from its own code, scale and zero."""
+    n, k = torch.meshgrid(torch.arange(form.rows), torch.arange(form.columns), indexing="ij")
+    block = n // form.block[0], k // form.block[1]
+    if form.kind in ("int4", "e2m1"):
+        byte = parts["codes"].long()[n, k // 32 * 16 + k % 16]
+        code = torch.where(k % 32 >= 16, byte // 16, byte % 16)
+        value = code.float() if form.kind == "int4" else E2M1[code]
+    else:
+        value = parts["codes"].float()[n, k]
+    if form.zero or form.kind == "int4":
+        value = value - (parts["zero"].float()[block] if form.zero else 8)
+    scale = torch.ones(())
+    if form.group is not None:
+        raw = parts["group"][block]
+        scale = torch.pow(2.0, raw.double() - 127).float() if form.group == "uint8" else raw.float()
+    if form.row:
+        scale = scale * parts["row"][n]
+    weights = torch.empty(form.rows, form.columns)
+    weights[n, parts["perm"].long()[k] if form.perm else k] = value * scale
     return weights
 
 
@@ -107,7 +106,7 @@ def test_any_form_unpacks_as_it_is_defined(
 ):
     """To the bit, by loops and by operations: blocks cut short, columns that don't fill their bytes, runs of many sizes."""
     zero, row, perm = flags
-    form = Form(kind, *shape, group, block, zero and kind == "int4" and group is not None, row, perm)
+    form = PackedForm(kind, *shape, group, block, zero and kind == "int4" and group is not None, row, perm)
     parts = random_parts(form, torch.Generator().manual_seed(seed))
     out = torch.full((shape[1], shape[0]), 7.0, dtype=dtype).t()
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +116,7 @@ def test_any_form_unpacks_as_it_is_defined(
 
 
 def test_every_exponent_is_a_power_of_two():
-    form = Form("int8", 256, 1, "uint8")
+    form = PackedForm("int8", 256, 1, "uint8")
     parts = {"codes": torch.ones(256, 1, dtype=torch.int8), "group": torch.arange(256).to(torch.uint8).view(256, 1)}
     out = torch.empty(256, 1)
     unpack(form, parts, out)
@@ -126,7 +125,7 @@ def test_every_exponent_is_a_power_of_two():
 
 def packed_layer() -> LayerSpec:
     weights = RecordLayout.of([("bias", (32,), "bfloat16"), ("matrix", (64, 32), "bfloat16")])
-    matrix = PackedMatrix("matrix", (Form("e2m1", 64, 32, "uint8", (1, 32)),))
+    matrix = PackedMatrix("matrix", (PackedForm("e2m1", 64, 32, "uint8", (1, 32)),))
     record = RecordLayout.of([("bias", (32,), "bfloat16"), *matrix.tensors])
     return LayerSpec("l", 1, record, PackedLayout(weights, (matrix,)))
 
@@ -141,10 +140,10 @@ def test_a_record_that_is_not_packed_holds_its_weights():
 @pytest.mark.parametrize(
     "matrix",
     [
-        PackedMatrix("matrix", (Form("e2m1", 62, 32, "uint8", (1, 32)),)),
-        PackedMatrix("matrix", (Form("e2m1", 64, 32, "uint8", (1, 16)),)),
-        PackedMatrix("matrix", (Form("e2m1", 64, 32, "uint8", (1, 32), row=True),)),
-        PackedMatrix("bias", (Form("e2m1", 64, 32, "uint8", (1, 32)),)),
+        PackedMatrix("matrix", (PackedForm("e2m1", 62, 32, "uint8", (1, 32)),)),
+        PackedMatrix("matrix", (PackedForm("e2m1", 64, 32, "uint8", (1, 16)),)),
+        PackedMatrix("matrix", (PackedForm("e2m1", 64, 32, "uint8", (1, 32), row=True),)),
+        PackedMatrix("bias", (PackedForm("e2m1", 64, 32, "uint8", (1, 32)),)),
     ],
 )
 def test_layouts_that_leave_something_out_are_mistakes(matrix: PackedMatrix):

@@ -340,6 +340,12 @@ def test_an_unknown_quantisation(folder: Path, tmp_path: Path):
     refused(folder, tmp_path, UnsupportedModelError, "quantised with 'exl3'; epslots reads fp8, mxfp4")
 
 
+def test_gguf_files_are_refused_by_name(folder: Path, tmp_path: Path):
+    for path in folder.glob("*.safetensors"):
+        path.rename(path.with_suffix(".gguf"))
+    refused(folder, tmp_path, UnsupportedModelError, "'gguf'; epslots reads .* GGUF files are llama.cpp's")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -112,7 +112,7 @@ def test_a_subclass_with_the_same_name_finds_the_conversions(checkpoint: Callabl
     assert model._weight_conversions
 
 
-def test_quantisers_are_registered_and_add_names_and_an_operation():
+def test_a_quantiser_adds_names_and_an_operation():
     assert parameters(HfQuantizer.update_weight_conversions) == ["self", "weight_conversions", "model"]
     assert HfQuantizer.serialized_names == {} and HfQuantizer.get_load_operations(object()) == {}  # type: ignore[arg-type]
     assert isinstance(AUTO_QUANTIZER_MAPPING["epslots"], type) and "epslots" in AUTO_QUANTIZATION_CONFIG_MAPPING

@@ -114,9 +114,12 @@ def test_experts_are_quantised_while_loading(name: str, checkpoint: Checkpoints,
     source, twin = checkpoint(name), {}
     for key, weight in zoo.read_tensors(source).items():
         is_matrix = ".experts." in key and "bias" not in key
-        turned = weight.transpose(-1, -2) if name == "gpt_oss" else weight
-        rounded = eight_bits(turned) if is_matrix else turned
-        twin[key] = (rounded.transpose(-1, -2) if name == "gpt_oss" else rounded) if is_matrix else weight
+        if not is_matrix:
+            twin[key] = weight
+        elif name == "gpt_oss":
+            twin[key] = eight_bits(weight.transpose(-1, -2)).transpose(-1, -2)
+        else:
+            twin[key] = eight_bits(weight)
     folder = zoo.write_checkpoint(source, tmp_path / "twin", twin)
     model = load(source, cache_dir, expert_format="int8")
     assert_equal(model, Reference(folder))

@@ -80,7 +80,7 @@ def refused(folder: Path, message: str, error: type[EpslotsError] = CheckpointEr
         ({"architectures": [5]}, "architectures is"),
         ({"architectures": ["MixtralForCausalLM"]}, "none of model_type qwen3_moe"),
         ({"quantization_config": 5}, "config.json"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}}, "quantization_config: ValueError"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}}, "weight_block_size is"),
         ({"hidden_act": "none such"}, "none such"),
         ({"extra": json.loads("[" * 900 + "]" * 900)}, "RecursionError"),
     ],
