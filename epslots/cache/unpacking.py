@@ -3,8 +3,8 @@
     weight = round((row * group) * (code - zero)), all factors and products in float32
 
 ``layout.PackedForm`` says which of them a matrix has. ``unpack`` writes one matrix; ``PackedWeight`` is a packed matrix of
-several slots, whose tensors are views of the slots' memory. On the CPU, rows are unpacked in runs that fit its cache, into memory that
-each thread keeps, by compiled loops (``unpack_loops.py``).
+several slots, whose tensors are views of the slots' memory. On the CPU, rows are unpacked in runs that fit its cache, into
+memory that each thread keeps, by compiled loops (``unpack_loops.py``).
 """
 
 from __future__ import annotations
