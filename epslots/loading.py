@@ -203,7 +203,10 @@ def load_alone(
     plan = plan_load(source, config, device, neighbours)
     opened, checkpoint = plan.opened, plan.opened.checkpoint
 
-    prepare_in_background()
+    if getattr(opened.config, "quantization_config", None) is None:
+        prepare_in_background()
+    else:  # compiled loops unpack its weights
+        prepare(shown=display.shown)
     model = load_dense(opened, device=device, show_progress=display.shown, attn_implementation=attn_implementation)
     store = open_node_store(
         plan.manifest,
