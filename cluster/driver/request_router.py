@@ -14,7 +14,9 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.driver.scheduler import IdleTracker, RankCapacity, Scheduler
+from cluster.driver.idle_tracker import IdleTracker
+from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.scheduler import Scheduler
 from cluster.errors import ClusterError
 from cluster.messages.rank import Cancel, Command, Submit, Wake
 from epslots.generation.portions import push_until_stop
@@ -59,7 +61,6 @@ class RequestRouter:
         self._scheduler = Scheduler()
         self._idle = IdleTracker()
         self._calls: dict[str, _Call] = {}
-        self._capacities: dict[Hashable, RankCapacity] = {}
         self._paused = True
         self._assignment_due = False
 
@@ -123,7 +124,7 @@ class RequestRouter:
 
     def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
         """The group has formed: assign requests to these ranks, given in the order of their numbers."""
-        self._capacities = dict(capacities)
+        self._scheduler.serve(capacities)
         self._paused = False
         self._assign_soon()
 
@@ -138,7 +139,6 @@ class RequestRouter:
             blame: its requests may be the reason.
             cause: why it is lost, for people.
         """
-        self._capacities.pop(worker, None)
         moved, given_up = self._scheduler.release(worker, blame=blame)
         for entry in given_up:
             call = self._calls.pop(entry.request.id)
@@ -192,7 +192,7 @@ class RequestRouter:
         if self._paused:
             return
         assigned = defaultdict(list)
-        for worker, request in self._scheduler.assign(self._capacities):
+        for worker, request in self._scheduler.assign():
             assigned[worker].append(request)
         for worker, requests in assigned.items():
             self._send(worker, Submit(tuple(requests)))

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.driver.backend import WorkerDied
+from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import RequestRouter
 from cluster.driver.retries import Pace, Retries
-from cluster.driver.scheduler import RankCapacity
 from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, Superseded
 from cluster.messages.rank import Contact, Contacts, Form, Ping, decode_pong, encode
@@ -203,7 +203,7 @@ class WorkerGroup:
         logger.info("epoch %d: %d ranks serve", self.epoch, len(members))
         self._router.serve(
             {
-                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests)
+                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests, worker.loaded.shares_prefixes)
                 for worker in members
                 if worker.loaded is not None
             }

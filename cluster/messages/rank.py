@@ -168,11 +168,13 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     Attributes:
         limits: the requests that can be served.
         max_requests: requests that run at a time.
+        shares_prefixes: what was computed of a prompt is kept for others that begin alike.
         seconds: duration of each stage of loading, by name.
     """
 
     limits: ModelLimits
     max_requests: int
+    shares_prefixes: bool
     seconds: dict[str, float]
 
 

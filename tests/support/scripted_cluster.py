@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from cluster.driver.loop_thread import LoopThread
+from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import RequestRouter
-from cluster.driver.scheduler import RankCapacity
 from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Generation, PromptChoice
 from cluster.messages.controller import Explanation
