@@ -25,7 +25,7 @@ PACKED_ITEM_BYTES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "int32": 4}
 NIBBLES = ("int4", "e2m1")
 NIBBLE_COLUMNS = 32
 # Weights that are unpacked at a time on the CPU: their codes and values stay in its second-level cache.
-UNPACK_RUN = 1 << 18
+UNPACK_RUN = 1 << 17
 
 
 def align(size: int, alignment: int) -> int:

@@ -105,20 +105,29 @@ def unpack(form: PackedForm, parts: Parts, out: torch.Tensor, *, loops: bool = T
     Args:
         loops: whether to use the compiled loops where they can be used: to the same bits.
     """
-    codes, factors = parts["codes"], _factors(form, parts)
-    loops = loops and codes.device.type == "cpu" and _suits_loops(form)
-    for rows in _runs(codes, form):
-        block_row = torch.arange(rows.start, rows.stop, device=codes.device) // form.block[0]
-        scale = None if factors is None else factors.index_select(0, block_row)
-        if form.row:
-            row = parts["row"][rows, None]
-            scale = row if scale is None else scale.mul_(row)
-        zero = parts["zero"].index_select(0, block_row).float() if form.zero else None
-        values = (_by_loops if loops else _by_operations)(form, codes[rows], scale, zero)[:, : form.columns]
+    loops = loops and parts["codes"].device.type == "cpu" and _suits_loops(form)
+    scale, zero = _grids(form, parts)
+    for rows, values in (_by_loops if loops else _by_operations)(form, parts["codes"], scale, zero):
+        values = values[:, : form.columns]
         if form.perm:
             out[rows].index_copy_(1, parts["perm"].long(), values.to(out.dtype))
         else:
             out[rows].copy_(values)
+
+
+def _grids(form: PackedForm, parts: Parts) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scales, all factors in one, and zeros of each row's blocks: float32 [rows, blocks] each; None if there are none."""
+    rows_of = functools.partial(_rows_of_blocks, form)
+    scale = None if form.group is None else rows_of(_factors(parts["group"]))
+    if form.row:
+        row = parts["row"][:, None]
+        scale = row if scale is None else scale * row
+    return scale, rows_of(parts["zero"].float()) if form.zero else None
+
+
+def _rows_of_blocks(form: PackedForm, grid: torch.Tensor) -> torch.Tensor:
+    """A grid of blocks [row blocks, blocks] for each row of the matrix."""
+    return grid if form.block[0] == 1 else grid.repeat_interleave(form.block[0], 0)[: form.rows]
 
 
 def unpack_record(layer: LayerSpec, record: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -144,6 +153,10 @@ def _runs(codes: torch.Tensor, form: PackedForm) -> Iterator[slice]:
         yield slice(first, min(first + step, form.rows))
 
 
+Runs = Iterator[tuple[slice, torch.Tensor]]
+"""Rows of a matrix, and their weights: float32 [rows, >= columns], in memory of this thread that the next run overwrites."""
+
+
 def _suits_loops(form: PackedForm) -> bool:
     """Whether the loops know the blocks: the whole row, or a multiple of their lanes that covers padded columns as well."""
     width, blocks = form.block[1], -(-form.columns // form.block[1])
@@ -154,31 +167,31 @@ def _stored_columns(form: PackedForm) -> int:
     return align(form.columns, NIBBLE_COLUMNS) if form.kind in NIBBLES else form.columns
 
 
-def _by_loops(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
-    """The weights of some rows, float32 [rows, >= columns] in memory of this thread; scale and zero are [rows, blocks]."""
-    rows, columns = len(codes), _stored_columns(form)
-    values = _kept("values", rows * columns, torch.float32, codes.device).view(rows, columns)
+def _by_loops(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> Runs:
+    columns = _stored_columns(form)
     blocks = max([1, *(grid.shape[1] for grid in (scale, zero) if grid is not None)])
-    scale = torch.ones(rows, 1) if scale is None else scale
-    zero = torch.full((rows, 1), _MIDDLE) if zero is None else zero
-    scales, zeros = (grid.expand(rows, blocks).contiguous().numpy() for grid in (scale, zero))
+    scale = torch.ones(form.rows, 1) if scale is None else scale
+    zero = torch.full((form.rows, 1), _MIDDLE) if zero is None else zero
+    scales, zeros = (grid.expand(form.rows, blocks).contiguous().numpy() for grid in (scale, zero))
     width = columns if blocks == 1 else form.block[1]
-    SCALE[form.kind](codes.contiguous().view(torch.uint8).numpy(), scales, zeros, width, values.numpy())
-    return values
+    stored, scale_rows = codes.contiguous().view(torch.uint8).numpy(), SCALE[form.kind]
+    for rows in _runs(codes, form):
+        values = _kept("values", (rows.stop - rows.start) * columns, torch.float32, codes.device).view(-1, columns)
+        scale_rows(stored[rows], scales[rows], zeros[rows], width, values.numpy())
+        yield rows, values
 
 
-def _by_operations(
-    form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None
-) -> torch.Tensor:
+def _by_operations(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> Runs:
     """The same by torch's operations, on any device and for any blocks."""
-    values = _values(form, codes)
-    if zero is not None:
-        _by_block(torch.Tensor.sub_, values, zero, form)
-    elif form.kind == "int4":
-        values -= _MIDDLE
-    if scale is not None:
-        _by_block(torch.Tensor.mul_, values, scale, form)
-    return values
+    for rows in _runs(codes, form):
+        values = _values(form, codes[rows])
+        if zero is not None:
+            _by_block(torch.Tensor.sub_, values, zero[rows], form)
+        elif form.kind == "int4":
+            values -= _MIDDLE
+        if scale is not None:
+            _by_block(torch.Tensor.mul_, values, scale[rows], form)
+        yield rows, values
 
 
 def _by_block(operation: Callable[..., object], values: torch.Tensor, grid: torch.Tensor, form: PackedForm) -> None:
@@ -191,11 +204,8 @@ def _by_block(operation: Callable[..., object], values: torch.Tensor, grid: torc
         operation(values[:, whole : form.columns], grid[:, -1:])
 
 
-def _factors(form: PackedForm, parts: Parts) -> torch.Tensor | None:
-    """The blocks' scales as float32; None if there are none."""
-    if form.group is None:
-        return None
-    scales = parts["group"]
+def _factors(scales: torch.Tensor) -> torch.Tensor:
+    """Blocks' scales as float32."""
     if scales.dtype != torch.uint8:
         return scales.float()
     return _exponents(scales.device).index_select(0, scales.reshape(-1).int()).view(scales.shape)
