@@ -62,7 +62,8 @@ def choose_slot_format(
         return SlotFormat(plain, "unpacked, as asked for")
     missing = without_kernel(packed, device)
     if missing and config.slot_format == "auto":
-        return SlotFormat(plain, f"unpacked: {_no_kernel(missing, device)}")
+        otherwise = "; slot_format packed unpacks them at each use" if device in REFERENCE else ""
+        return SlotFormat(plain, f"unpacked: {_no_kernel(missing, device)}{otherwise}")
     if missing and device not in REFERENCE:
         raise ConfigError(f"slot_format='packed': {_no_kernel(missing, device)}; allowed there: auto, unpacked")
     return SlotFormat(packed, f"packed as stored: {forms}")
