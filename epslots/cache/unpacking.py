@@ -159,6 +159,8 @@ Runs = Iterator[tuple[slice, torch.Tensor]]
 
 def _suits_loops(form: PackedForm) -> bool:
     """Whether the loops know the blocks: the whole row, or a multiple of their lanes that covers padded columns as well."""
+    if form.group is None and not form.zero:
+        return True
     width, blocks = form.block[1], -(-form.columns // form.block[1])
     return blocks == 1 or (width % LANES == 0 and blocks * width >= _stored_columns(form))
 
