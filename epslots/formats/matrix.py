@@ -193,7 +193,7 @@ def check_columns(groups: torch.Tensor, width: int) -> None:
     Raises:
         ValueError: they don't. Unknown for headers alone.
     """
-    if not groups.is_meta and not torch.equal(groups.long(), torch.arange(len(groups)) // width):
+    if not groups.is_meta and not torch.equal(groups.long(), torch.arange(len(groups), device=groups.device) // width):
         raise ValueError(f"g_idx mixes groups, which needs desc_act=true; or its groups aren't of {width} inputs each")
 
 

@@ -67,10 +67,8 @@ class Dequantise(ConversionOps):
             full_layer_name: the model's tensor that is made.
         """
         assert model is not None
-        dtype, listed = (
-            _dtype_of(model, full_layer_name),
-            {k: v if isinstance(v, list) else [v] for k, v in input_dict.items()},
-        )
+        dtype = _dtype_of(model, full_layer_name)
+        listed = {pattern: given if isinstance(given, list) else [given] for pattern, given in input_dict.items()}
         result: Values = {}
         for head, names in by_matrix(listed).items():
             where = module_path(full_layer_name, head)
