@@ -115,6 +115,20 @@ def test_any_form_unpacks_as_it_is_defined(
     assert torch.equal(bits(out), bits(by_definition(form, parts).to(dtype)))
 
 
+@pytest.mark.parametrize("kind", ["e4m3", "int8", "int4", "e2m1"])
+@pytest.mark.parametrize("width", [16, 32, 48, 64, 96])
+def test_loops_know_blocks_of_any_lanes(kind: str, width: int):
+    """Halves of a byte in one block or in two, blocks cut short, and one block of all."""
+    form = PackedForm(kind, 5, 96, "float32", (2, width), zero=kind == "int4", row=True)
+    parts = random_parts(form, torch.Generator().manual_seed(width))
+    for columns in (96, 90):
+        form = msgspec.structs.replace(form, columns=columns)
+        parts["codes"] = parts["codes"][:, : form.tensors["codes"][0][1]].contiguous()
+        out = torch.empty(5, columns)
+        unpack(form, parts, out)
+        assert torch.equal(bits(out), bits(by_definition(form, parts)))
+
+
 def test_every_exponent_is_a_power_of_two():
     form = PackedForm("int8", 256, 1, "uint8")
     parts = {"codes": torch.ones(256, 1, dtype=torch.int8), "group": torch.arange(256).to(torch.uint8).view(256, 1)}
