@@ -45,6 +45,7 @@ class DecodeGraph:
     """Decodes with one model, a fixed number of sequences at a time.
 
     Greedy, or with the tokens that ``step`` is given; on one rank, without prefetching or stop strings, outside of the engine.
+    Experts that stay packed (FP8 and MXFP4 on a GPU) take the usual path.
 
     While it steps, it owns the model's slots: other use of the model is refused until ``close``, which also updates the host's
     tables, histories and counters. ``generate`` closes by itself; around ``step`` use ``with``.
