@@ -52,7 +52,7 @@ def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, A
     def fetch() -> None:
         number = next(turn)
         layer, expert = number % LAYERS, np.array([number // LAYERS % EXPERTS])
-        slot = np.array([pool.window(layer).start + number // LAYERS % SLOTS])
+        slot = np.array([pool.slot_range(layer).start + number // LAYERS % SLOTS])
         if pool.slot_of[layer, expert[0]] < 0:
             loader.fetch(layer, expert, slot, pool.expert_of[slot].copy())
 
@@ -117,7 +117,7 @@ def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> 
     loader, runner = runtime.loaders[0], runtime.runners[0]
     pool, kernel = loader.pool, runner.experts.kernel
     host = CpuExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
-    window = pool.window(0)
+    slot_range = pool.slot_range(0)
 
     def row(tokens: int) -> dict[str, Any]:
         hidden = torch.randn(tokens, HIDDEN, device=device).to(kernel.dtype)
@@ -127,7 +127,7 @@ def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> 
         turn, host_turn = itertools.cycle(range(EXPERTS)), itertools.cycle(range(EXPERTS))
 
         def fetched() -> None:
-            put_record(pool.memory[window.start], runtime.store.record(0, next(turn)))
+            put_record(pool.memory[slot_range.start], runtime.store.record(0, next(turn)))
             kernel(hidden, ends, first)
 
         def on_the_host() -> None:

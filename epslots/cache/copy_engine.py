@@ -31,12 +31,12 @@ _INLINE_COPY_BYTES = 256 << 10
 _SPIN_S = 100e-6
 
 Tensors = Sequence[torch.Tensor]
-SlotWriter = Callable[[torch.Tensor, torch.Tensor], object]
+WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 """Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 
 
 def put_record(slot: torch.Tensor, record: torch.Tensor) -> None:
-    """Copy a record into a slot, byte for byte: the ``SlotWriter`` of all fetches."""
+    """Copy a record into a slot, byte for byte: the ``WriteSlot`` of all fetches."""
     slot.copy_(record, non_blocking=True)
 
 
@@ -55,7 +55,7 @@ class CopyEngine(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
         """Start one transfer per slot, in order; returns them. An empty list: all slots are complete.
 
         The slots may be written at any time from now on: no read of their old content may be started after this call.
@@ -99,7 +99,7 @@ class SynchronousEngine:
     busy = False
     host_wait: HostWait = staticmethod(wait_until)
 
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
             write(slot, record)
         return []
@@ -160,7 +160,7 @@ class EmulatedEngine:
             now = self._advance()
             return bool(self._urgent or self._background) or now < self._free_from
 
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
         with self._lock:
             now = self._advance()
             transfers = []

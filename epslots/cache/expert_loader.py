@@ -209,8 +209,8 @@ class ExpertLoader:
         slot = pool.boundary_slot(giver, taker)
         expert = int(pool.expert_of[slot])
         if expert >= 0:
-            window = pool.window(giver)
-            empty = window.start + int(np.flatnonzero(pool.expert_of[window] < 0)[0])
+            slot_range = pool.slot_range(giver)
+            empty = slot_range.start + int(np.flatnonzero(pool.expert_of[slot_range] < 0)[0])
             pool.vacate(giver, np.array([expert]))
             pool.memory[empty].copy_(pool.memory[slot], non_blocking=True)
             pool.occupy(giver, np.array([expert]), np.array([empty]))
@@ -219,7 +219,7 @@ class ExpertLoader:
 
     def fill(self, layer: int, experts_F: IntArray) -> None:
         """Load experts, int64 [F], into the layer's first F slots, which are empty."""
-        slots_F = self.pool.window(layer).start + np.arange(len(experts_F))
+        slots_F = self.pool.slot_range(layer).start + np.arange(len(experts_F))
         self.fetch(layer, experts_F, slots_F, np.full(len(experts_F), -1))
         self.wait(slots_F)
 
@@ -231,8 +231,8 @@ class ExpertLoader:
         """
         self.wait_all()
         for layer in range(len(self.pool.layers)):
-            window = self.pool.window(layer)
-            for slot, expert in enumerate(self.pool.expert_of[window].tolist(), window.start):
+            slot_range = self.pool.slot_range(layer)
+            for slot, expert in enumerate(self.pool.expert_of[slot_range].tolist(), slot_range.start):
                 if expert >= 0:
                     record = self.store.record(self.store_layers[layer], expert)
                     assert torch.equal(self.pool.memory[slot].cpu(), record), f"slot {slot} isn't expert {expert}"

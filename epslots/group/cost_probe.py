@@ -106,7 +106,7 @@ def measure_alone(loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool)
 def _slots_in_turn(pool: SlotPool, slots: int) -> Iterator[int]:
     """The first layer's slots one after the other: experts come from memory, and not from a cache."""
     some = min(slots, _SLOTS)
-    for slot in range(pool.window(0).start, pool.window(0).start + some):
+    for slot in range(pool.slot_range(0).start, pool.slot_range(0).start + some):
         if pool.expert_of[slot] < 0:
             pool.memory[slot].zero_()  # or it may be no memory yet
     return itertools.cycle(range(some))
