@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from epslots.planner.cache_policy import Policy
 
 HOST_COMPUTE_SETTINGS = ("auto", "on", "off")
+EXPERT_FORMATS = ("int8", "int4")
+SLOT_FORMATS = ("auto", "packed", "unpacked")
 CACHE_SETTINGS = ("auto", "pages", "rows")
 DEFAULT_KV_TOKENS = 4096
 DEFAULT_BATCH_TOKENS = 512
@@ -92,7 +94,12 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         policy: eviction policy: a name (``cache_policy.POLICIES``), or a function of a ``UseHistory`` in this process.
         host_store: ``"file"`` (a mapped file in ``cache_dir``, kept for the next start) or ``"memory"`` (shared memory of the
             node, freed with its last user). Default: memory on a GPU where it fits, because it can be pinned; else file.
-            FP8 and MXFP4 experts stay packed in it on a GPU or with ``link``.
+        slot_format: of a quantised checkpoint's experts in slots and host store: ``"packed"``, as they are stored, in a half
+            to a quarter of bf16's bytes; ``"unpacked"``, in ``dtype``; or ``"auto"``, packed where a kernel of the device
+            computes with their form. ``epslots plan`` says which.
+        expert_format: quantise the experts of a checkpoint that isn't quantised: ``"int8"`` (a scale for each row) or
+            ``"int4"`` (a scale and a zero for 32 weights), and keep them packed. **The outputs are no longer the model's
+            own.**
         cache_dir: folder of the host store; by default the user's cache folder. A store is as large as the experts, one for
             each checkpoint and dtype, and built anew when a weight file or its mode changes. None is ever pruned: delete
             files there when no process uses them.
@@ -128,6 +135,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     policy: Annotated[Any, ComparedAs("policy")] = DEFAULT_POLICY
     """str | Policy: a union that msgspec can't decode. A message carries names alone."""
     host_store: str | None = None
+    slot_format: Annotated[str, ComparedAs("slot_format")] = "auto"
+    expert_format: Annotated[str | None, ComparedAs("expert_format"), ChangesOutputs()] = None
     cache_dir: str | None = None
     kv_tokens: int = DEFAULT_KV_TOKENS
     max_requests: int = DEFAULT_REQUESTS
@@ -152,6 +161,14 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("execute_predicted", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
+        if self.slot_format not in SLOT_FORMATS:
+            raise ConfigError(f"slot_format={self.slot_format!r}: allowed: {', '.join(SLOT_FORMATS)}")
+        if self.expert_format is not None and self.expert_format not in EXPERT_FORMATS:
+            raise ConfigError(f"expert_format={self.expert_format!r}: allowed: None, {', '.join(EXPERT_FORMATS)}")
+        if self.expert_format is not None and self.slot_format == "unpacked":
+            raise ConfigError(
+                "expert_format with slot_format='unpacked': quantised experts would take whole slots; leave one out"
+            )
         if self.host_compute not in HOST_COMPUTE_SETTINGS:
             raise ConfigError(f"host_compute={self.host_compute!r}: allowed: {', '.join(HOST_COMPUTE_SETTINGS)}")
         if self.batch_invariant and self.execute_predicted:
@@ -190,8 +207,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             return device == "cuda" and not self.batch_invariant
         return self.host_compute == "on"
 
-    def packs_records(self, device: str) -> bool:
-        """Whether the host store keeps experts packed: where a link carries them, and fewer bytes cross it."""
+    def has_link(self, device: str) -> bool:
+        """Whether a link carries experts from the host to this kind of device."""
         return device == "cuda" or self.link is not None
 
     def compared(self, effects: Mapping[str, str]) -> dict[str, str]:
@@ -235,6 +252,8 @@ class LoadSettings(TypedDict, total=False):
     dtype: str | torch.dtype
     policy: str | Policy
     host_store: str | None
+    slot_format: str
+    expert_format: str | None
     cache_dir: str | os.PathLike[str] | None
     kv_tokens: int
     max_requests: int

@@ -25,12 +25,12 @@ from epslots.generation.planned_cache import with_cache
 from epslots.host_limits import total_memory
 from epslots.models.batch_invariance import record_unknown_functions
 from epslots.models.checkpoint import CheckpointSource
-from epslots.models.expert_reader import pack_layers
 from epslots.models.measure_shape import shape_of_model
 from epslots.models.memory_plan import MemoryPlan, plan_memory
 from epslots.models.memory_report import check_fits
 from epslots.models.model_shape import ModelShape
 from epslots.models.opening import OpenModel, open_model
+from epslots.models.slot_format import choose_slot_format
 from epslots.prefetch.setup import planned_bytes
 from epslots.private_files import default_cache_dir
 from epslots.units import format_bytes, parse_prefetch, parse_slots
@@ -38,7 +38,7 @@ from epslots.units import format_bytes, parse_prefetch, parse_slots
 logger = logging.getLogger(__name__)
 
 # Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
-RECORDS_VERSION = 2
+RECORDS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LoadPlan:
     """Everything that is decided before a weight is read.
 
     Attributes:
-        opened: the checkpoint and its model; the layers' records are packed where the host store keeps them so.
+        opened: the checkpoint and its model; its layers have the layouts of slots and records, packed or not.
         manifest: contents of the host store.
         store_kind: "file" or "memory".
         store_dir: folder of the store's files.
@@ -75,20 +75,21 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
         StoreError: there is no room or no permission for the host store.
     """
     opened = open_model(source, config.dtype)
-    if config.packs_records(device.type):  # fewer bytes cross the link; without one, a CPU would unpack for nothing
-        opened = replace(opened, layers=pack_layers(opened.checkpoint, opened.skeleton, opened.layers))
-    manifest = Manifest(_store_key(opened), opened.checkpoint.name, opened.layers)
+    slots = choose_slot_format(config, opened.checkpoint, opened.skeleton, opened.layers, device.type)
+    opened = replace(opened, layers=slots.layers)
+    manifest = Manifest(_store_key(opened, config.expert_format), opened.checkpoint.name, opened.layers)
     store_bytes = StoreShape(manifest).nbytes
     store_kind = resolve_store_kind(config.host_store or default_store_kind(device, store_bytes))
     store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     memory_bytes, memory_note = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
-    memory = _plan_memory(opened, config, device, memory_bytes, memory_note)
+    shape = measure(opened, cache=config.cache, batch_invariant=config.batch_invariant, slot_note=slots.note)
+    memory = _plan_memory(opened, shape, config, device, (memory_bytes, memory_note))
     check_fits(memory)
     check_room(manifest, kind=store_kind, cache_dir=store_dir)
     return LoadPlan(opened, manifest, store_kind, store_dir, memory)
 
 
-def _store_key(opened: OpenModel) -> str:
+def _store_key(opened: OpenModel, expert_format: str | None) -> str:
     """Hex digest of everything that the records depend on."""
     parts = (
         RECORDS_VERSION,
@@ -96,6 +97,7 @@ def _store_key(opened: OpenModel) -> str:
         opened.checkpoint.fingerprint,
         opened.layers,
         str(getattr(opened.config, "quantization_config", None)),
+        expert_format,
     )
     return xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(parts))[:16]
 
@@ -125,9 +127,9 @@ def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tu
 
 
 def _plan_memory(
-    opened: OpenModel, config: LoadConfig, device: torch.device, memory_bytes: int, memory_note: str
+    opened: OpenModel, shape: ModelShape, config: LoadConfig, device: torch.device, memory: tuple[int, str]
 ) -> MemoryPlan:
-    """The plan of this rank's device memory, before a weight is read."""
+    """The plan of this rank's device memory, before a weight is read; ``memory``: its bytes, and their origin."""
     checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
     predictor_bytes = planned_bytes(
         opened.skeleton,
@@ -135,26 +137,27 @@ def _plan_memory(
         checkpoint.folder,
         device=device,
         dtype=opened.dtype,
-        fetches=prefetch.on and config.packs_records(device.type),
+        fetches=prefetch.on and config.has_link(device.type),
         predictor=config.predictor,
         execute_predicted=config.execute_predicted,
     )
     return plan_memory(
-        measure(opened, cache=config.cache, batch_invariant=config.batch_invariant),
+        shape,
         parse_slots(config.slots),
-        memory_bytes=memory_bytes,
+        memory_bytes=memory[0],
         engine=config.engine,
         predictor_bytes=predictor_bytes,
-        memory_note=memory_note,
+        memory_note=memory[1],
     )
 
 
-def measure(opened: OpenModel, *, cache: str, batch_invariant: bool) -> ModelShape:
+def measure(opened: OpenModel, *, cache: str, batch_invariant: bool, slot_note: str = "") -> ModelShape:
     """The model's sizes. A model whose cache can't be measured without weights is loaded all the same, with a warning.
 
     Args:
         opened: its skeleton is of no further use.
         cache, batch_invariant: settings of ``LoadConfig``, which decide about the engine's cache.
+        slot_note: how quantised experts are kept in slots (``slot_format.py``).
 
     Raises:
         UnsupportedModelError: the model can't be served from that cache.
@@ -167,4 +170,4 @@ def measure(opened: OpenModel, *, cache: str, batch_invariant: bool) -> ModelSha
         shape = shape_of_model(skeleton, name, dtype, opened.layers, run=False)
     if batch_invariant:
         record_unknown_functions(skeleton)
-    return with_cache(shape, skeleton, cache)
+    return with_cache(msgspec.structs.replace(shape, slot_note=slot_note), skeleton, cache)

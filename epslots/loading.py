@@ -200,11 +200,14 @@ def load_alone(
     plan = plan_load(source, config, device, neighbours)
     opened, checkpoint = plan.opened, plan.opened.checkpoint
 
-    prepare_in_background()
+    if getattr(opened.config, "quantization_config", None) is None:
+        prepare_in_background()
+    else:  # compiled loops unpack its weights
+        prepare(shown=display.shown)
     model = load_dense(opened, device=device, show_progress=display.shown, attn_implementation=attn_implementation)
     store = open_node_store(
         plan.manifest,
-        lambda: ExpertReader(checkpoint, model, opened.layers),
+        lambda: ExpertReader(checkpoint, model, opened.layers, quantise=config.expert_format),
         kind=plan.store_kind,
         cache_dir=plan.store_dir,
         start_progress=display,
@@ -240,6 +243,7 @@ def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, 
         "dtype": str(model.dtype),
         "predictions": prefetch_config.settings,
         "host_compute": str(computes_on_host),
+        "slot_format": "packed" if any(layer.packed is not None for layer in runtime.layers) else "unpacked",
         "fetches": "meanwhile" if any(loader.link.concurrent for loader in runtime.loaders) else "at once",
     }
     return replace(
@@ -269,7 +273,7 @@ def _build_runtime(
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
-    largest = 0 if store.pinned or device.type != "cuda" else max(layer.record.nbytes for layer in layers)
+    largest = 0 if store.pinned or device.type != "cuda" else max(layer.layout.nbytes for layer in layers)
     link = make_copy_engine(link_setting, device, staging_bytes=largest)
     loaders, runners = [], {}
     for indices in members.values():

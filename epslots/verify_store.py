@@ -23,6 +23,7 @@ def check_store(
     path_or_id: str | os.PathLike[str],
     *,
     dtype: str = "auto",
+    slot_format: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     against_checkpoint: bool = False,
     progress: bool | None = None,
@@ -32,6 +33,7 @@ def check_store(
     Args:
         path_or_id: a checkpoint's folder, or its id on the Hugging Face hub.
         dtype: of the weights, by name; "auto" = the checkpoint's.
+        slot_format: of the store: packed, unpacked, or auto, the one that a CPU uses.
         cache_dir: the folder of stores; the user's cache folder by default.
         against_checkpoint: also convert each expert from the checkpoint again, and compare; finds checkpoints that changed.
         progress: show progress bars; by default when standard error is a terminal.
@@ -42,8 +44,6 @@ def check_store(
     Raises:
         EpslotsError: the model can't be loaded.
     """
-    # The store that a GPU uses keeps quantised experts packed; on the CPU, so does that of an emulated link.
-    link = "1000GB/s" if torch.cuda.is_available() else None
     model = load(
         path_or_id,
         slots=1,
@@ -52,7 +52,7 @@ def check_store(
         host_store="file",
         cache_dir=cache_dir,
         progress=progress,
-        link=link,
+        slot_format=slot_format,
         prefetch="off",
     )
     runtime = runtime_of(model)
@@ -68,8 +68,8 @@ def _compare(runtime: Runtime, reader: ExpertReader, display: ProgressDisplay) -
     with display("comparing with the checkpoint", runtime.store.nbytes) as advance:
         for layer, expert in runtime.store.shape.experts():
             spec = runtime.layers[layer]
-            record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
-            pack_record(record, spec.record, reader.read_expert(layer, expert))
+            record = torch.zeros(spec.layout.nbytes, dtype=torch.uint8)
+            pack_record(record, spec.layout, reader.read_expert(layer, expert))
             if record_digest(record) != runtime.store.digest(layer, expert):
                 problems.append(f"expert {expert} of {spec.name}: the checkpoint differs from the host store")
             advance(record.nbytes)

@@ -12,15 +12,15 @@ import torch
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import US, BenchReport, alternate, compare, median
-from epslots.cache.unpacking import SlotWriter
-from epslots.layout import LayerSpec, PackedLayout, PackedPart, RecordLayout
+from epslots.cache.copy_engine import put_record
+from epslots.cache.unpacking import unpack_record
+from epslots.layout import LayerSpec, PackedForm, PackedLayout, PackedMatrix, RecordLayout
 from epslots.models.experts import experts_modules
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.runtime import Runtime, runtime_of
 
 LAYERS, EXPERTS, SLOTS, TOP_K = 4, 64, 8, 4
 HIDDEN, WIDTH = 1024, 768
-FP8_BLOCK, MX_BLOCK = 128, 32  # of DeepSeek's FP8, and of MXFP4
 TOKENS = (1, 4, 16, 64, 256)
 # More than a cache holds of any form: records are read from memory, as misses are.
 COLD_RECORDS = 16
@@ -67,45 +67,45 @@ def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, A
 
 
 def forms() -> dict[str, LayerSpec]:
-    """One expert of the bench's shape in bf16 slots, with records in bf16, FP8 and MXFP4."""
+    """One expert of the bench's shape, in bf16 and packed in four forms."""
     matrices = (("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH))
-    layout = RecordLayout.of((name, (rows, columns), "bfloat16") for name, rows, columns in matrices)
-    fp8, mx = [], []
-    for name, rows, columns in matrices:
-        fp8 += [(f"{name}.c", (rows, columns), "float8_e4m3fn")]
-        fp8 += [(f"{name}.s", (rows // FP8_BLOCK, columns // FP8_BLOCK), "float32")]
-        mx += [(f"{name}.c", (rows // 2, columns), "uint8"), (f"{name}.s", (rows // MX_BLOCK, columns), "uint8")]
+    weights = RecordLayout.of((name, (rows, columns), "bfloat16") for name, rows, columns in matrices)
 
-    def parts(block: tuple[int, int]) -> tuple[PackedPart, ...]:
-        return tuple(PackedPart(name, 0, rows, f"{name}.c", f"{name}.s", block) for name, rows, _ in matrices)
+    def packed(kind: str, group: str | None, block: tuple[int, int], *, row: bool = False) -> LayerSpec:
+        found = tuple(
+            PackedMatrix(name, (PackedForm(kind, rows, columns, group, block, row=row),)) for name, rows, columns in matrices
+        )
+        record = RecordLayout.of(tensor for matrix in found for tensor in matrix.tensors)
+        return LayerSpec("experts", 1, record, PackedLayout(weights, found))
 
     return {
-        "bf16": LayerSpec("experts", 1, layout),
-        "FP8": LayerSpec("experts", 1, layout, PackedLayout(RecordLayout.of(fp8), parts((FP8_BLOCK, FP8_BLOCK)))),
-        "MXFP4": LayerSpec("experts", 1, layout, PackedLayout(RecordLayout.of(mx), parts((MX_BLOCK, 1)))),
+        "bf16": LayerSpec("experts", 1, weights),
+        "FP8 blocks": packed("e4m3", "float32", (128, 128)),
+        "INT8 rows": packed("int8", None, (1, 1), row=True),
+        "MXFP4": packed("e2m1", "uint8", (1, 32)),
+        "INT4 of 32": packed("int4", "bfloat16", (1, 32)),
     }
 
 
 def _forms(device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """On CUDA the way over the link is included; on the CPU there is none, and unpacking is all that shows."""
+    """A fetch of one expert, and the reference that unpacks it."""
     layers = forms()
-    slot = torch.empty(layers["bf16"].layout.nbytes, dtype=torch.uint8, device=device)
-    puts = {}
+    fetches, unpacks = {}, {}
     for name, layer in layers.items():
-        records = torch.empty(COLD_RECORDS, layer.record.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        records = torch.empty(COLD_RECORDS, layer.layout.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         # Any bytes will do, as long as they are no NaN.
         turn = itertools.cycle(records.random_(0, 100))
-        write = SlotWriter(layer)
-        puts[name] = lambda write=write, turn=turn: write(slot, next(turn))
-    seconds = alternate(puts, rounds, device=device)
-    weights = layers["bf16"].layout.elements
+        slot = torch.empty(layer.layout.nbytes, dtype=torch.uint8, device=device)
+        fetches[name] = lambda slot=slot, turn=turn: put_record(slot, next(turn))
+        unpacks[name] = lambda layer=layer, slot=slot: unpack_record(layer, slot)
+    fetched, unpacked = (alternate(each, rounds, device=device) for each in (fetches, unpacks))
     return [
         {
             "form": name,
-            "record MiB": layer.record.nbytes / 2**20,
-            "of bf16": layer.record.nbytes / layer.layout.nbytes,
-            "to slot us": median(seconds[name]) * US,
-            "weights/ns": weights / median(seconds[name]) / 1e9,
+            "record MiB": layer.layout.nbytes / 2**20,
+            "of bf16": layer.layout.nbytes / layer.weights.nbytes,
+            "to slot us": median(fetched[name]) * US,
+            "unpacked us": median(unpacked[name]) * US,
         }
         for name, layer in layers.items()
     ]
@@ -117,7 +117,7 @@ def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> 
     loader, runner = runtime.loaders[0], runtime.runners[0]
     pool, kernel = loader.pool, runner.experts.kernel
     host = CpuExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
-    put, slot_range = SlotWriter(runtime.layers[0]), pool.slot_range(0)
+    slot_range = pool.slot_range(0)
 
     def row(tokens: int) -> dict[str, Any]:
         hidden = torch.randn(tokens, HIDDEN, device=device).to(kernel.dtype)
@@ -127,7 +127,7 @@ def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> 
         turn, host_turn = itertools.cycle(range(EXPERTS)), itertools.cycle(range(EXPERTS))
 
         def fetched() -> None:
-            put(pool.memory[slot_range.start], runtime.store.record(0, next(turn)))
+            put_record(pool.memory[slot_range.start], runtime.store.record(0, next(turn)))
             kernel(hidden, ends, first)
 
         def on_the_host() -> None:

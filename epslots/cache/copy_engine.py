@@ -35,6 +35,11 @@ WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 """Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 
 
+def put_record(slot: torch.Tensor, record: torch.Tensor) -> None:
+    """Copy a record into a slot, byte for byte: the ``WriteSlot`` of all fetches."""
+    slot.copy_(record, non_blocking=True)
+
+
 class CopyEngine(Protocol):
     """Fills slots from host memory.
 
@@ -56,7 +61,7 @@ class CopyEngine(Protocol):
         The slots may be written at any time from now on: no read of their old content may be started after this call.
 
         Args:
-            slots: uint8 [slot bytes] each, on the device.
+            slots: uint8 [record bytes] each, on the device.
             records: uint8 [record bytes] each, on the host; as many as slots.
             urgent: whether the running step needs them.
         """

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.cache.copy_engine import CopyEngine
+from epslots.cache.copy_engine import CopyEngine, put_record
 from epslots.cache.host_store import HostStore
 from epslots.cache.slot_pool import SlotPool
-from epslots.cache.unpacking import SlotWriter
 from epslots.planner.plan import PeerCopies
 from epslots.telemetry import Telemetry
 from epslots.transport.transport import Transport
@@ -52,7 +51,6 @@ class ExpertLoader:
         self.in_flight: BoolArray = np.zeros(pool.num_slots, bool)
         self._transfers: dict[int, Any] = {}  # by slot
         self._unconfirmed: list[tuple[int, IntArray]] = []
-        self._writers = [SlotWriter(spec) for spec in pool.layers]
         self._rows = pool.memory.unbind(0)  # taking a row out of a tensor takes microseconds
 
     @property
@@ -110,7 +108,7 @@ class ExpertLoader:
             self.pool.occupy(layer, experts_F[: len(started)], slots_F[: len(started)])
             self.telemetry.count(
                 self.store_layers[layer],
-                host_bytes=max(0, len(started) - from_peers) * self.pool.layers[layer].record.nbytes,
+                host_bytes=max(0, len(started) - from_peers) * self.pool.layout.nbytes,
                 peer_bytes=min(len(started), from_peers) * self.pool.layout.nbytes,
                 evictions=evictions,
             )
@@ -125,7 +123,7 @@ class ExpertLoader:
         finally:
             slots_F = slots_F[: len(records)]  # of sound records
             slots = slots_F.tolist()
-            transfers = self.link.start([self._rows[slot] for slot in slots], records, self._writers[layer], urgent=urgent)
+            transfers = self.link.start([self._rows[slot] for slot in slots], records, put_record, urgent=urgent)
             if transfers:
                 self._transfers.update(zip(slots, transfers, strict=True))
                 self.in_flight[slots_F] = True
@@ -172,8 +170,7 @@ class ExpertLoader:
         for slot in slots[self.in_flight[slots]].tolist():
             crosses = self.link.cancel(self._transfers[slot])
             if not crosses and self.in_flight[slot]:
-                record = self.pool.layers[layer].record.nbytes
-                self.telemetry.count(self.store_layers[layer], host_bytes=-record)
+                self.telemetry.count(self.store_layers[layer], host_bytes=-self.pool.layout.nbytes)
             self.in_flight[slot] = False
             del self._transfers[slot]
 
@@ -242,8 +239,7 @@ class ExpertLoader:
             for slot, expert in enumerate(self.pool.expert_of[slot_range].tolist(), slot_range.start):
                 if expert >= 0:
                     record = self.store.record(self.store_layers[layer], expert)
-                    same = self._writers[layer].same(self.pool.memory[slot], record)
-                    assert same, f"slot {slot} isn't expert {expert}"
+                    assert torch.equal(self.pool.memory[slot].cpu(), record), f"slot {slot} isn't expert {expert}"
 
 
 def _peers_first(experts_F: IntArray, slots_F: IntArray, copies: PeerCopies) -> tuple[IntArray, IntArray, int]:

@@ -65,7 +65,7 @@ class StoreShape:
     @staticmethod
     def stride(layer: LayerSpec) -> int:
         """Bytes from one record of a layer to the next."""
-        return align(layer.record.nbytes, PAGE)
+        return align(layer.layout.nbytes, PAGE)
 
     def header(self) -> bytes:
         return _HEADER.pack(MAGIC, len(self.encoded), xxhash.xxh3_128_digest(self.encoded)) + self.encoded
@@ -151,7 +151,7 @@ class HostStore:
         layer = self.manifest.layers[index]
         stride = self.shape.stride(layer)
         block = self._bytes[self.shape.layer_offset[index] :][: layer.num_experts * stride]
-        return block.view(layer.num_experts, stride)[:, : layer.record.nbytes]
+        return block.view(layer.num_experts, stride)[:, : layer.layout.nbytes]
 
     def checked(self, manifest: Manifest) -> HostStore:
         """This store, or StoreError if it holds something else than ``manifest``; it is closed then."""
@@ -175,7 +175,7 @@ class HostStore:
         return self._bytes
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
-        """One expert's bytes, uint8 [record.nbytes of its layer], in the store's memory.
+        """One expert's bytes, uint8 [layout.nbytes of its layer], in the store's memory.
 
         Raises:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.

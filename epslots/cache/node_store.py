@@ -181,5 +181,5 @@ class _StoredExperts:
         self._store = store
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        layout = self._store.manifest.layers[layer].record
+        layout = self._store.manifest.layers[layer].layout
         return record_views(self._store.record(layer, expert), layout)

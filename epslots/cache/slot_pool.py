@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from epslots.arrays import IntArray
+from epslots.cache.unpacking import Weight, weights_of
 from epslots.compiled import compiled
 from epslots.device_copy import copy_to_device
 from epslots.layout import LayerSpec
@@ -76,14 +77,14 @@ class SlotPool:
         """The layer's slots."""
         return slice(self.starts[layer], self.starts[layer + 1])
 
-    def weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """The layer's slots as tensors [quota, *shape] by name, which share the slots' memory."""
+    def weights(self, layer: int) -> dict[str, Weight]:
+        """The layer's slots as weights [quota, ...] by the module's parameter names, which share the slots' memory."""
         slot_range = self.memory[self.slot_range(layer)]
         views = {}
         for spec in self.layout.tensors:
             typed = slot_range[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
             views[spec.name] = typed.view(typed.shape[0], *spec.shape)
-        return views
+        return weights_of(self.layers[layer], views)
 
     def vacate(self, layer: int, experts: IntArray) -> int:
         """Empty the slots of these resident experts, int64 [any number]; -1 is skipped. Returns how many these are.

@@ -137,7 +137,7 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
     stop = threading.Event()
 
     def write(layer: int, expert: int) -> None:
-        layout = manifest.layers[layer].record
+        layout = manifest.layers[layer].layout
         buffers = of_thread.__dict__.setdefault("buffers", {})
         if layout not in buffers:  # zeros, so that the padding between tensors is defined
             buffers[layout] = torch.zeros(layout.nbytes, dtype=torch.uint8), torch.empty(layout.nbytes, dtype=torch.uint8)

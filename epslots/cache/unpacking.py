@@ -1,29 +1,34 @@
-"""Unpacking: records that cross the link as a quantised checkpoint stores them, and their slots' weights.
+"""Unpacking: the weights that a packed record stands for. The reference of every kernel that computes from packed slots.
 
-A packed record (``layout.PackedLayout``) is half to a quarter of its slot: 8-bit floats with a scale per block of them
-(DeepSeek's FP8 checkpoints), or 4-bit floats, E2M1 (gpt-oss' MXFP4). It is unpacked on the slot's device, to the same bits as
-transformers' own dequantisation:
+    weight = round((row * group) * (code - zero)), all factors and products in float32
 
-    weight = round(float32(code) * float32(scale))
-
-(A scale with exponent 255, which is no number in the MX formats, makes its block infinite.) On CUDA the bytes cross as they
-are, and a few kernels on the copy's stream write the slot. The CPU converts 8-bit floats one by one; so it looks up two of
-them at a time instead, and works on parts that fit its cache.
+``layout.PackedForm`` says which of them a matrix has. ``unpack`` writes one matrix; ``PackedWeight`` is a packed matrix of
+several slots, whose tensors are views of the slots' memory. On the CPU, rows are unpacked in runs that fit its cache, into
+memory that each thread keeps, by compiled loops (``unpack_loops.py``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from epslots.layout import ITEM_BYTES, LayerSpec, PackedPart, RecordLayout
+from epslots.cache.unpack_loops import LANES, SCALE
+from epslots.layout import NIBBLE_COLUMNS, NIBBLES, UNPACK_RUN, LayerSpec, PackedForm, PackedMatrix, RecordLayout, align
 
-# Weights that the CPU unpacks at a time: their codes, indices and values stay in its second-level cache.
-CPU_RUN = 1 << 18
-# E2M1, by code: sign, two bits of exponent, one of mantissa.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_THREAD = threading.local()
+# Half of the columns that share bytes.
+_HALF = NIBBLE_COLUMNS // 2
+# What int4 subtracts without zeros.
+_MIDDLE = 8.0
+# E2M1's bits, moved into those of a float16, stand for the value over this.
+_E2M1_SCALE = 2.0**14
+
+Parts = Mapping[str, torch.Tensor]
+"""The tensors of a form by the name of their part: codes, group, zero, row, perm."""
 
 
 def record_views(record: torch.Tensor, layout: RecordLayout) -> dict[str, torch.Tensor]:
@@ -31,157 +36,240 @@ def record_views(record: torch.Tensor, layout: RecordLayout) -> dict[str, torch.
     return {t.name: record[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape) for t in layout.tensors}
 
 
-class SlotWriter:
-    """Writes a layer's records to slots: a ``WriteSlot``. Safe to use from several threads.
+@dataclass(frozen=True)
+class PackedWeight:
+    """A packed matrix of Q slots: its forms, and their tensors in the slots' memory.
+
+    Attributes:
+        matrix: name, forms and orientation.
+        parts: of each form, tensors [Q, ...] by part.
+        dtype: to compute in.
+        device: of the slots.
+        shape: [Q, inputs, outputs].
+    """
+
+    matrix: PackedMatrix
+    parts: tuple[Parts, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, matrix: PackedMatrix, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PackedWeight:
+        """The matrix in a record's tensors, [Q, ...] each, by name."""
+        parts = tuple(
+            {part: tensors[matrix.tensor(number, part)] for part in form.tensors} for number, form in enumerate(matrix.forms)
+        )
+        return cls(matrix, parts, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0]["codes"].device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        forms = self.matrix.forms
+        return len(self.parts[0]["codes"]), forms[0].columns, sum(form.rows for form in forms)
+
+    def unpack(self, slot: int) -> torch.Tensor:
+        """One slot's weights [inputs, outputs], in memory of this thread that the next call overwrites."""
+        _, columns, rows = self.shape
+        out = _kept("weights", rows * columns, self.dtype, self.device).view(rows, columns)
+        self.unpack_into(slot, out)
+        return out.t()
+
+    def unpack_into(self, slot: int, out: torch.Tensor) -> None:
+        """Write one slot's weights to ``out`` [outputs, inputs], of any strides."""
+        first = 0
+        for form, parts in zip(self.matrix.forms, self.parts, strict=True):
+            unpack(form, {name: tensor[slot] for name, tensor in parts.items()}, out[first : first + form.rows])
+            first += form.rows
+
+
+Weight = torch.Tensor | PackedWeight
+"""[Q, inputs, outputs], or transposed as the module has it."""
+
+
+def weights_of(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Weight]:
+    """What experts are computed with, by the module's parameter names, from the tensors [Q, ...] of Q slots by name."""
+    packed = {} if layer.packed is None else {matrix.name: matrix for matrix in layer.packed.matrices}
+    return {
+        spec.name: PackedWeight.of(packed[spec.name], tensors, getattr(torch, spec.dtype))
+        if spec.name in packed
+        else tensors[spec.name]
+        for spec in layer.weights.tensors
+    }
+
+
+def unpack(form: PackedForm, parts: Parts, out: torch.Tensor, *, loops: bool = True) -> None:
+    """Write a matrix's weights to ``out`` [rows, columns], a float of up to 32 bits; all tensors on one device.
 
     Args:
-        layer: has the layouts of its records and slots.
-        by_table: whether codes are looked up instead of converted; by default on the CPU.
+        loops: whether to use the compiled loops where they can be used: to the same bits.
     """
-
-    def __init__(self, layer: LayerSpec, *, by_table: bool | None = None) -> None:
-        self.layout = layer.layout
-        self.packed = layer.packed
-        self._by_table = by_table
-
-    def __call__(self, slot: torch.Tensor, record: torch.Tensor) -> None:
-        """Write a slot. On a GPU, kernels and temporary memory belong to the current stream.
-
-        Args:
-            slot: uint8 [layout.nbytes] on any device. Unpacked records overwrite the padding between its tensors.
-            record: uint8 [record bytes], on the same device or on the host. For a GPU it must be pinned, and stay unchanged
-                until the copy has ended.
-        """
-        if self.packed is None:
-            slot.copy_(record, non_blocking=True)
-            return
-        record = record.to(slot.device, non_blocking=True)
-        into, out_of = record_views(slot, self.layout), record_views(record, self.packed.record)
-        for name in into.keys() & out_of.keys():
-            into[name].copy_(out_of[name])
-        for part in self.packed.parts:
-            target = into[part.target][part.first_row : part.first_row + part.rows]
-            self._unpack(target, out_of[part.codes], _factors(out_of[part.scales]), part)
-
-    def _unpack(self, target: torch.Tensor, codes: torch.Tensor, factors: torch.Tensor, part: PackedPart) -> None:
-        by_table = codes.device.type == "cpu" if self._by_table is None else self._by_table
-        block_rows, block_columns = part.block
-        if codes.dtype == torch.uint8:
-            # Even and odd rows apart: each has half of a block's rows, and the same scales.
-            for turn, table in enumerate(_half_tables(codes.device)):
-                for rows in _runs(codes, block_rows // 2):
-                    values = table.index_select(0, codes[rows].int().view(-1)).view(codes[rows].shape)
-                    _scale(target[turn::2], rows, values, factors, (block_rows // 2, block_columns))
-            return
-        for rows in _runs(codes, block_rows):
-            values = _look_up(codes[rows]) if by_table else target[rows].copy_(codes[rows])
-            _scale(target, rows, values, factors, part.block)
-
-    def same(self, slot: torch.Tensor, record: torch.Tensor) -> bool:
-        """Whether a slot holds the weights of a record on the host, bit for bit."""
-        if self.packed is None:
-            return torch.equal(slot.cpu(), record)
-        expected = torch.empty(self.layout.nbytes, dtype=torch.uint8)
-        self(expected, record)
-        held = slot.cpu()
-        return all(torch.equal(*(x[t.offset : t.offset + t.nbytes] for x in (held, expected))) for t in self.layout.tensors)
+    loops = loops and parts["codes"].device.type == "cpu" and _suits_loops(form)
+    scale, zero = _grids(form, parts)
+    for rows, values in (_by_loops if loops else _by_operations)(form, parts["codes"], scale, zero):
+        values = values[:, : form.columns]
+        if form.perm:
+            out[rows].index_copy_(1, parts["perm"].long(), values.to(out.dtype))
+        else:
+            out[rows].copy_(values)
 
 
-def _runs(codes: torch.Tensor, block_rows: int) -> Iterator[slice]:
-    """Runs of whole blocks of rows: one run on a GPU, runs that fit the cache on the CPU."""
-    rows, columns = codes.shape
-    step = rows if codes.device.type != "cpu" else max(1, CPU_RUN // (columns * block_rows)) * block_rows
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
+def _grids(form: PackedForm, parts: Parts) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scales, all factors in one, and zeros of each row's blocks: float32 [rows, blocks] each; None if there are none."""
+    rows_of = functools.partial(_rows_of_blocks, form)
+    scale = None if form.group is None else rows_of(_factors(parts["group"]))
+    if form.row:
+        row = parts["row"][:, None]
+        scale = row if scale is None else scale * row
+    return scale, rows_of(parts["zero"].float()) if form.zero else None
 
 
-def _scale(target: torch.Tensor, rows: slice, values: torch.Tensor, factors: torch.Tensor, block: tuple[int, int]) -> None:
-    """Write ``values`` times their blocks' factors to these rows of ``target``. Rows begin with a block.
-
-    The product is in float32: the factors are, and narrower values are promoted.
-    """
-    block_rows, block_columns = block
-    for row_span, height in _spans(rows.start, rows.stop, block_rows):
-        inner = slice(row_span.start - rows.start, row_span.stop - rows.start)
-        grid_rows = slice(row_span.start // block_rows, -(-row_span.stop // block_rows))
-        for column_span, width in _spans(0, target.shape[1], block_columns):
-            grid_columns = slice(column_span.start // block_columns, -(-column_span.stop // block_columns))
-            blocks, sizes = ((-1, height), (-1, width)), (row_span, column_span)
-            torch.mul(
-                values[inner, column_span].unflatten(1, blocks[1]).unflatten(0, blocks[0]),
-                factors[grid_rows, grid_columns][:, None, :, None],
-                out=target[sizes].unflatten(1, blocks[1]).unflatten(0, blocks[0]),
-            )
+def _rows_of_blocks(form: PackedForm, grid: torch.Tensor) -> torch.Tensor:
+    """A grid of blocks [row blocks, blocks] for each row of the matrix."""
+    return grid if form.block[0] == 1 else grid.repeat_interleave(form.block[0], 0)[: form.rows]
 
 
-def _spans(start: int, stop: int, size: int) -> Iterator[tuple[slice, int]]:
-    """(span, block size) of a range's whole blocks, and of a shorter last one."""
-    whole = start + (stop - start) // size * size
-    if whole > start:
-        yield slice(start, whole), size
-    if stop > whole:
-        yield slice(whole, stop), stop - whole
+def unpack_record(layer: LayerSpec, record: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights of one expert, by the module's names and in its orientation, from its record, uint8 [layout.nbytes]."""
+    one, found = {name: tensor[None] for name, tensor in record_views(record, layer.layout).items()}, {}
+    for name, weight in weights_of(layer, one).items():
+        if isinstance(weight, torch.Tensor):
+            found[name] = weight[0]
+            continue
+        _, columns, rows = weight.shape
+        whole = torch.empty(
+            (columns, rows) if weight.matrix.transposed else (rows, columns), dtype=weight.dtype, device=record.device
+        )
+        weight.unpack_into(0, whole.t() if weight.matrix.transposed else whole)
+        found[name] = whole
+    return found
+
+
+def _runs(codes: torch.Tensor, form: PackedForm) -> Iterator[slice]:
+    """Runs of rows: one run on a GPU, runs that fit the cache on the CPU."""
+    step = max(1, UNPACK_RUN // form.columns) if codes.device.type == "cpu" else form.rows
+    for first in range(0, form.rows, step):
+        yield slice(first, min(first + step, form.rows))
+
+
+Runs = Iterator[tuple[slice, torch.Tensor]]
+"""Rows of a matrix, and their weights: float32 [rows, >= columns], in memory of this thread that the next run overwrites."""
+
+
+def _suits_loops(form: PackedForm) -> bool:
+    """Whether the loops know the blocks: the whole row, or a multiple of their lanes that covers padded columns as well."""
+    if form.group is None and not form.zero:
+        return True
+    width, blocks = form.block[1], -(-form.columns // form.block[1])
+    return blocks == 1 or (width % LANES == 0 and blocks * width >= _stored_columns(form))
+
+
+def _stored_columns(form: PackedForm) -> int:
+    return align(form.columns, NIBBLE_COLUMNS) if form.kind in NIBBLES else form.columns
+
+
+def _by_loops(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> Runs:
+    columns = _stored_columns(form)
+    blocks = max([1, *(grid.shape[1] for grid in (scale, zero) if grid is not None)])
+    scale = torch.ones(form.rows, 1) if scale is None else scale
+    zero = torch.full((form.rows, 1), _MIDDLE) if zero is None else zero
+    scales, zeros = (grid.expand(form.rows, blocks).contiguous().numpy() for grid in (scale, zero))
+    width = columns if blocks == 1 else form.block[1]
+    stored, scale_rows = codes.contiguous().view(torch.uint8).numpy(), SCALE[form.kind]
+    for rows in _runs(codes, form):
+        values = _kept("values", (rows.stop - rows.start) * columns, torch.float32, codes.device).view(-1, columns)
+        scale_rows(stored[rows], scales[rows], zeros[rows], width, values.numpy())
+        yield rows, values
+
+
+def _by_operations(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> Runs:
+    """The same by torch's operations, on any device and for any blocks."""
+    for rows in _runs(codes, form):
+        values = _values(form, codes[rows])
+        if zero is not None:
+            _by_block(torch.Tensor.sub_, values, zero[rows], form)
+        elif form.kind == "int4":
+            values -= _MIDDLE
+        if scale is not None:
+            _by_block(torch.Tensor.mul_, values, scale[rows], form)
+        yield rows, values
+
+
+def _by_block(operation: Callable[..., object], values: torch.Tensor, grid: torch.Tensor, form: PackedForm) -> None:
+    """Apply an in-place operation to values [rows, >= columns] and their blocks' numbers [rows, blocks, or 1]."""
+    width = form.columns if grid.shape[1] == 1 else form.block[1]
+    whole = form.columns // width * width
+    if whole:
+        operation(values[:, :whole].unflatten(1, (-1, width)), grid[:, : whole // width, None])
+    if whole < form.columns:
+        operation(values[:, whole : form.columns], grid[:, -1:])
 
 
 def _factors(scales: torch.Tensor) -> torch.Tensor:
-    """Scales as float32."""
-    if scales.element_size() > 1:
+    """Blocks' scales as float32."""
+    if scales.dtype != torch.uint8:
         return scales.float()
-    table = _exponents(scales.dtype, scales.device)
-    return table.index_select(0, scales.view(torch.uint8).int().view(-1)).view(scales.shape)
+    return _exponents(scales.device).index_select(0, scales.reshape(-1).int()).view(scales.shape)
 
 
-def _look_up(codes: torch.Tensor) -> torch.Tensor:
-    """8-bit floats [rows, columns] as float32: two at a time, if the rows are even."""
-    if codes.shape[1] % 2:
-        return codes.float()
-    pairs = codes.view(torch.uint16).int().view(-1)
-    return _pair_table(codes.dtype, codes.device).index_select(0, pairs).view(torch.float32).view(codes.shape)
-
-
-@functools.cache
-def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The float32 values of every two neighbouring codes, side by side as int64 [65536]."""
-    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    both = torch.arange(1 << 16)
-    return torch.stack([values[both & 255], values[both >> 8]], dim=1).view(torch.int64).view(-1).to(device)
-
-
-@functools.cache
-def _half_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The E2M1 values of each byte's low half and high half, float32 [256] each."""
-    values, byte = torch.tensor(_E2M1), torch.arange(256)
-    return values[byte & 15].to(device), values[byte >> 4].to(device)
+def _values(form: PackedForm, codes: torch.Tensor) -> torch.Tensor:
+    """Codes of some rows as float32, in memory of this thread; columns of nibbles are padded."""
+    rows, columns = len(codes), _stored_columns(form)
+    values = _kept("values", rows * columns, torch.float32, codes.device).view(rows, columns)
+    if form.kind not in NIBBLES:
+        return values.copy_(codes)
+    halves = values.view(rows, columns // NIBBLE_COLUMNS, 2, _HALF)
+    pairs = codes.view(rows, columns // NIBBLE_COLUMNS, _HALF)
+    if form.kind == "int4":
+        halves[:, :, 0].copy_(pairs & 15)
+        halves[:, :, 1].copy_(pairs >> 4)
+        return values
+    bits = pairs.short()
+    for half, shift in enumerate((0, 4)):
+        code = bits >> shift
+        moved = ((code & 8) << 12) | ((code & 7) << 9)
+        halves[:, :, half].copy_(moved.view(torch.float16))
+    return values.mul_(_E2M1_SCALE)
 
 
 @functools.cache
-def _exponents(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The value of each 8-bit scale, float32 [256]."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    if dtype == torch.uint8:
-        return torch.pow(2.0, codes.int() - 127).to(device)
-    return codes.view(dtype).float().to(device)
+def _exponents(device: torch.device) -> torch.Tensor:
+    """The value of each exponent of two, float32 [256]; the last is NaN (OCP's microscaling formats)."""
+    values = torch.exp2(torch.arange(256, dtype=torch.float64) - 127).float()
+    values[255] = torch.nan
+    return values.to(device)
+
+
+def _kept(name: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """This thread's memory for ``size`` elements: new memory each time would cost as much as unpacking."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    kept: dict[tuple[str, torch.dtype], torch.Tensor] = _THREAD.__dict__.setdefault("kept", {})
+    held = kept.get((name, dtype))
+    if held is None or len(held) < size:
+        held = kept[name, dtype] = torch.empty(size, dtype=dtype)
+    return held[:size]
 
 
 def assert_consistent(layer: LayerSpec) -> None:
-    """Assert that a packed record yields every tensor of the layer's slots exactly once.
+    """Assert that a packed record yields every tensor that is computed with exactly once.
 
     Raises:
         AssertionError: the layout is wrong. It is a bug of ours.
     """
     if layer.packed is None:
         return
-    tensors = {t.name: t for t in layer.packed.record.tensors}
-    for spec in layer.layout.tensors:
-        parts = sorted((p for p in layer.packed.parts if p.target == spec.name), key=lambda p: p.first_row)
-        if not parts:
-            assert tensors[spec.name].shape == spec.shape and tensors[spec.name].dtype == spec.dtype, spec.name
+    held = {t.name: (t.shape, t.dtype) for t in layer.layout.tensors}
+    matrices = {matrix.name: matrix for matrix in layer.packed.matrices}
+    for spec in layer.weights.tensors:
+        matrix = matrices.pop(spec.name, None)
+        if matrix is None:
+            assert held.pop(spec.name, None) == (spec.shape, spec.dtype), spec.name
             continue
-        assert spec.name not in tensors and ITEM_BYTES[spec.dtype] <= 4, f"{spec.name}: products are rounded to float32"
-        ends = [0, *(p.first_row + p.rows for p in parts)]
-        assert ends[-1] == spec.shape[0] and [p.first_row for p in parts] == ends[:-1], f"{spec.name}: rows are missing"
-        for part in parts:
-            codes, (rows, columns) = tensors[part.codes], part.block
-            halves = 2 if codes.dtype == "uint8" else 1
-            assert codes.shape == (part.rows // halves, spec.shape[1]) and part.rows % halves == rows % halves == 0, part
-            assert tensors[part.scales].shape == (-(-part.rows // rows), -(-spec.shape[1] // columns)), part
+        shape = spec.shape[::-1] if matrix.transposed else spec.shape
+        assert shape == (sum(form.rows for form in matrix.forms), matrix.forms[0].columns), spec.name
+        assert len({form.columns for form in matrix.forms}) == 1, spec.name
+        for name, *tensor in matrix.tensors:
+            assert held.pop(name, None) == tuple(tensor), name
+    assert not held and not matrices, f"{layer.name}: {held} {matrices}"

@@ -39,6 +39,22 @@ DtypeOption = Annotated[
 CacheDirOption = Annotated[
     Optional[Path], typer.Option("--cache-dir", help="Folder of the host store. Default: the user's cache folder.")
 ]
+SlotFormatOption = Annotated[
+    str,
+    typer.Option(
+        "--slot-format",
+        help="How slots hold a quantised checkpoint's experts: packed (as stored), unpacked (in --dtype), or auto: packed "
+        "where a kernel of the device computes with them.",
+    ),
+]
+ExpertFormatOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--expert-format",
+        help="APPROXIMATE: quantise the experts of a checkpoint that isn't quantised, to int8 or int4. The text is no longer "
+        "the model's own.",
+    ),
+]
 PlacementOption = Annotated[
     Optional[Path],
     typer.Option(
@@ -81,6 +97,8 @@ class LoadConfigOptions:
             "with its last user). Default: memory with a GPU, where it fits; else file.",
         ),
     ] = _DEFAULTS.host_store
+    slot_format: SlotFormatOption = _DEFAULTS.slot_format
+    expert_format: ExpertFormatOption = _DEFAULTS.expert_format
     cache_dir: CacheDirOption = None
     link: Annotated[
         Optional[str],

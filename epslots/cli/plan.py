@@ -11,9 +11,17 @@ import msgspec
 import typer
 
 from epslots.cli.option_groups import takes_groups
-from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
+from epslots.cli.options import DeviceOption, DtypeOption, ExpertFormatOption, SlotFormatOption, SlotsOption
 from epslots.cli.record_table import Columns, record_table
-from epslots.config import CACHE_SETTINGS, DEFAULT_BATCH_TOKENS, DEFAULT_KV_TOKENS, DEFAULT_REQUESTS, EngineConfig
+from epslots.config import (
+    CACHE_SETTINGS,
+    DEFAULT_BATCH_TOKENS,
+    DEFAULT_KV_TOKENS,
+    DEFAULT_REQUESTS,
+    EngineConfig,
+    LoadConfig,
+    load_config,
+)
 from epslots.errors import ConfigError, DoesNotFitError
 from epslots.models.known_shapes import KNOWN_SHAPES, known_model
 from epslots.models.memory_plan import MemoryPlan, plan_memory
@@ -76,6 +84,8 @@ def plan(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    slot_format: SlotFormatOption = "auto",
+    expert_format: ExpertFormatOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Plan one rank's memory, without loading a model.
@@ -87,16 +97,17 @@ def plan(
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
     With --memory, --device may be one that this machine lacks. It decides more than the memory:
-    for a GPU, the host store keeps FP8 and MXFP4 experts as the checkpoint has them,
-    and the next layer's experts are predicted.
+    whether a kernel there computes from packed slots,
+    and for a GPU the next layer's experts are predicted.
     """
     setting, engine = parse_slots(slots), work.engine
+    config = load_config(dtype=dtype, cache=engine.cache, slot_format=slot_format, expert_format=expert_format)
     if memory is None:
         memory_bytes, memory_note = _device_memory(device)
     else:
         memory_bytes, memory_note = parse_bytes(memory, "memory"), "--memory"
     kind = _device_kind(device, here=memory is None)
-    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind, engine.cache)
+    shape, checkpoint_bytes, predictor_bytes = find_shape(model, kind, config)
     try:
         result = plan_memory(
             shape,
@@ -119,61 +130,68 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") -> tuple[ModelShape, int | None, int]:
+def find_shape(model: str | None, device: str, config: LoadConfig) -> tuple[ModelShape, int | None, int]:
     """The shape of a model, the bytes of its weight files (None for a known model), and the bytes of its predictor.
 
     If ``model`` is both, the folder is taken and not the known model.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
-        cache: the setting of its engine.
+        config: dtype, cache and formats of slots and experts.
 
     Raises:
-        ConfigError: neither a folder nor a known name, or no such dtype.
+        ConfigError: neither a folder nor a known name, no such dtype, or formats that the device can't compute with.
         CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
         UnsupportedModelError: the model's experts can't be run from slots, or its requests can't be kept so.
     """
     if model is not None and not Path(model).is_dir():
-        if model not in KNOWN_SHAPES:
-            raise ConfigError(
-                f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
-                f"of the hub is planned once it is downloaded"
-            )
-        shape, known = known_model(model) if dtype == "auto" else known_model(model, dtype)
-        if known is not None:
-            from epslots.generation.planned_cache import with_cache
-
-            shape = with_cache(shape, known, cache)
-        elif cache == "rows":
-            shape = msgspec.structs.replace(shape, pages=None)
         # Without a fitted predictor, the next layer's router predicts; on a GPU it is the model's own, so it takes no memory.
-        return shape, None, 0
+        return _known_shape(model, config), None, 0
     import torch
 
     from epslots.example import example_model
     from epslots.load_plan import measure
-    from epslots.models.expert_reader import pack_layers
     from epslots.models.opening import open_model
+    from epslots.models.slot_format import choose_slot_format
     from epslots.prefetch.setup import planned_bytes
 
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
-    opened = open_model(example_model() if model is None else model, dtype)
+    opened = open_model(example_model() if model is None else model, config.dtype)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     weight_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files.names)
-    linked = device == "cuda"
-    if linked:
-        opened = replace(opened, layers=pack_layers(checkpoint, skeleton, opened.layers))
+    slots = choose_slot_format(config, checkpoint, skeleton, opened.layers, device)
+    opened = replace(opened, layers=slots.layers)
     predictor_bytes = planned_bytes(
         skeleton,
         checkpoint.content,
         checkpoint.folder,
         device=torch.device(device),
         dtype=opened.dtype,
-        fetches=linked,
+        fetches=device == "cuda",
         predictor=None,
         execute_predicted=False,
     )
-    return measure(opened, cache=cache, batch_invariant=False), weight_bytes, predictor_bytes
+    return measure(opened, cache=config.cache, batch_invariant=False, slot_note=slots.note), weight_bytes, predictor_bytes
+
+
+def _known_shape(model: str, config: LoadConfig) -> ModelShape:
+    if model not in KNOWN_SHAPES:
+        raise ConfigError(
+            f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
+            f"of the hub is planned once it is downloaded"
+        )
+    shape, skeleton = known_model(model) if config.dtype == "auto" else known_model(model, config.dtype)
+    if skeleton is not None:
+        from epslots.generation.planned_cache import with_cache
+        from epslots.models.slot_format import quantised_slots
+
+        if config.expert_format is not None:
+            slots = quantised_slots(config.expert_format, skeleton, shape.layers)
+            shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
+        return with_cache(shape, skeleton, config.cache)
+    if config.expert_format is not None:
+        raise ConfigError(f"expert_format={config.expert_format!r}: {model} is planned in its own dtype alone; allowed: None")
+    return msgspec.structs.replace(shape, pages=None) if config.cache == "rows" else shape
 
 
 def _device_kind(device: str | None, *, here: bool) -> str:
@@ -219,6 +237,7 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         **{name: getattr(result.shape, field) for name, field in _SHAPE_FIELDS.items()},
         "moe_layers": len(result.shape.layers),
         "slots": str(result.setting),
+        "slot_note": result.shape.slot_note,
         "quotas": list(result.quotas),
         "dense_bytes": result.shape.dense_bytes,
         **{name: getattr(result, name) for name in _PLAN_FIELDS},

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from epslots.cli.options import CacheDirOption, DtypeOption, ModelOption
+from epslots.cli.options import CacheDirOption, DtypeOption, ModelOption, SlotFormatOption
 from epslots.errors import StoreError
 
 
 def verify(
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
+    slot_format: SlotFormatOption = "auto",
     cache_dir: CacheDirOption = None,
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Also convert every expert again and compare it with the store.")
@@ -32,7 +33,11 @@ def verify(
     from epslots.verify_store import check_store
 
     count, problems = check_store(
-        example_model() if model is None else model, dtype=dtype, cache_dir=cache_dir, against_checkpoint=checkpoint
+        example_model() if model is None else model,
+        dtype=dtype,
+        slot_format=slot_format,
+        cache_dir=cache_dir,
+        against_checkpoint=checkpoint,
     )
     for problem in problems:
         typer.echo(problem, err=True)

@@ -211,8 +211,6 @@ def slots_obstacle(loader: ExpertLoader, pairs: int) -> str | None:
     for layer in misses:
         if pool.quotas[layer] < pairs:
             return f"{pool.layers[layer].name} has {pool.quotas[layer]} slots, and a step may need {pairs} experts"
-        if loader.store.manifest.layers[loader.store_layers[layer]].record != pool.layout:
-            return f"the records of {pool.layers[layer].name} are kept in another form than their slots'"
     if misses and pool.device.type == "cuda":
         if not loader.store.pinned:
             return "the host store isn't pinned, so the GPU can't read it"

@@ -14,9 +14,9 @@ from functools import partial
 import msgspec
 import torch
 
+from epslots.cache.copy_engine import put_record
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
-from epslots.cache.unpacking import SlotWriter
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.moe.expert_compute import ExpertCompute
 from epslots.planner.cost_model import HOST_COMPUTE, Costs
@@ -71,14 +71,13 @@ def measure_alone(loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool)
     kernel, slots, cpu = experts.kernel, experts.cache.slots, experts.cpu if on_cpu else None
     device, spec = loader.pool.device, loader.pool.layers[0]
     here = torch.zeros(loader.pool.layout.nbytes, dtype=torch.uint8, device=device)
-    put = SlotWriter(spec)
     # One after the other, as misses come: from memory, and not from a cache.
     records = (loader.store.record(loader.store_layers[0], number % spec.num_experts) for number in itertools.count())
     rows = torch.zeros(_ROWS, kernel.hidden_size, dtype=kernel.dtype, device=device)
     wait = _wait_for(device)
 
     def fetch() -> None:
-        for transfer in loader.link.start([here], [next(records)], put, urgent=True):
+        for transfer in loader.link.start([here], [next(records)], put_record, urgent=True):
             loader.link.wait(transfer)
 
     turns = _slots_in_turn(loader.pool, slots)

@@ -100,7 +100,6 @@ class RankGroup:
                     ),
                     costs,
                     expert_bytes=loader.pool.layout.nbytes,
-                    record_bytes=runtime.layers[index].record.nbytes,
                     budgets=budgets,
                     cpu_share=CpuShare(size, experts, costs, concurrent=loader.link.concurrent) if offloads else None,
                 )

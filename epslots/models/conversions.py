@@ -6,7 +6,6 @@ transformers' own loading, the reading of single experts (``expert_reader.py``) 
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from epslots.models.config_check import refusing
+from epslots.models.quantiser import StoredQuantisation, StoredQuantiser
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,14 @@ class MatchedKey:
 
     Attributes:
         key: its name in the checkpoint.
+        renamed: that name after the model's renamings, in which converters' patterns are written.
         pattern: the converter's source pattern that it matches; the key itself without a converter.
         converter: makes the model's tensors from it and others; None where it is taken as it is.
         targets: names of these in the model; most converters make one.
     """
 
     key: str
+    renamed: str
     pattern: str
     converter: WeightConverter | None
     targets: tuple[str, ...]
@@ -45,6 +52,7 @@ class TensorSource:
         target: the tensor's name in the model.
         converter: transformers' conversion; None = the checkpoint's tensor is taken as it is.
         keys: by the converter's source pattern, in expert order; a single key where the checkpoint is fused.
+        renamed: the same keys after the model's renamings.
         part, parts: a converter may deal one list of experts out to several tensors, in equal runs (ernie4_5_vl_moe: first the
             text experts, then the vision experts); this one takes run ``part`` of ``parts``.
     """
@@ -52,25 +60,25 @@ class TensorSource:
     target: str
     converter: WeightConverter | None = None
     keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    renamed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     part: int = 0
     parts: int = 1
+
+    def add(self, found: MatchedKey) -> None:
+        """Enter one more key."""
+        self.keys[found.pattern].append(found.key)
+        self.renamed[found.pattern].append(found.renamed)
 
 
 def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
     """The conversions by which transformers would load a checkpoint into a model.
 
     Args:
-        skeleton: the model's structure; its configuration states the checkpoint's quantisation, and that it is to be
-            dequantised (``pretrained.read_config`` sets this).
-
-    Raises:
-        CheckpointError: the configuration's ``quantization_config`` is none.
+        skeleton: the model's structure; its configuration states the checkpoint's quantisation (``pretrained.read_config``).
     """
     quantisation = getattr(skeleton.config, "quantization_config", None)
-    with refusing("config.json, quantization_config"):
-        quantizer = None
-        if quantisation is not None:
-            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantisation), pre_quantized=True)
+    quantizer = None if quantisation is None else StoredQuantiser(StoredQuantisation(**quantisation))
+    with refusing("config.json"):
         return list(get_model_conversion_mapping(skeleton, None, quantizer))
 
 
@@ -89,11 +97,11 @@ def match_keys(
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     for key in sorted(keys, key=dot_natural_key):
+        renamed = apply_renamings(key, renamings)
         target, pattern = rename_source_key(key, renamings, converters, base_model_prefix, wanted)
         if target not in wanted and key in wanted:
             target, pattern = rename_source_key(key, [], [], base_model_prefix, wanted)
         converter = by_pattern[pattern] if pattern else None
         fragments = converter.target_patterns if converter else [target]
-        yield MatchedKey(
-            key, pattern or key, converter, tuple(target.replace(fragments[0], fragment) for fragment in fragments)
-        )
+        targets = tuple(target.replace(fragments[0], fragment) for fragment in fragments)
+        yield MatchedKey(key, renamed, pattern or key, converter, targets)

@@ -2,14 +2,14 @@
 
 transformers describes each model's checkpoint by conversions: rename these keys, merge one tensor per expert into a fused one,
 transpose, dequantise. They are written for whole fused parameters. Here the same operations run on the tensors of a single
-expert, so that a fused parameter never exists. Experts of a quantised checkpoint that stay packed (``quantised_formats.py``)
+expert, so that a fused parameter never exists. Experts of a quantised checkpoint that stay packed (``packing.py``)
 are read as they are stored.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,15 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from epslots.cache.unpacking import SlotWriter, assert_consistent, record_views
+from epslots.cache.unpacking import assert_consistent, record_views, unpack_record
 from epslots.errors import CheckpointError
-from epslots.layout import LayerSpec, TensorSpec
+from epslots.formats.quantise import QUANTISED
+from epslots.layout import LayerSpec, PackedMatrix, TensorSpec
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, match_keys
 from epslots.models.experts import parameter_shapes
-from epslots.models.quantised_formats import OPTIONAL, PackedTensor, check_packing, find_packing, packed_layout
+from epslots.models.packing import Packing, check_packing, find_packing, packed_layout, quantised_matrices, record_tensors
+from epslots.models.quantiser import Dequantise, by_matrix
 
 
 class ExpertReader:
@@ -34,6 +36,7 @@ class ExpertReader:
         model: the model, whose experts' parameters may be absent; it knows how its checkpoint is converted.
         layers: the MoE layers, from the model; packed ones from ``pack_layers``.
         conversions: the model's conversions; by default those that it was loaded by.
+        quantise: how matrices are quantised (``quantise.QUANTISED``); None = they stay as they are stored.
 
     Raises:
         CheckpointError: keys of some expert are missing, by name.
@@ -45,27 +48,33 @@ class ExpertReader:
         model: PreTrainedModel,
         layers: Sequence[LayerSpec],
         conversions: Sequence[Any] | None = None,
+        *,
+        quantise: str | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._model = model
         self._specs = tuple(layers)
         self._conversions = model._weight_conversions if conversions is None else conversions
         self._layers = [
-            {tensor.name: TensorSource(f"{layer.name}.{tensor.name}") for tensor in layer.layout.tensors} for layer in layers
+            {tensor.name: TensorSource(f"{layer.name}.{tensor.name}") for tensor in layer.weights.tensors} for layer in layers
         ]
         self._find_keys({source.target: source for sources in self._layers for source in sources.values()})
         for layer, sources in zip(layers, self._layers, strict=True):
             shapes = parameter_shapes(model.get_submodule(layer.name))
             for name, source in sources.items():
                 _check_complete(source, checkpoint, shapes[name][0])
-        self._packings = [self.packings(i) if layer.packed is not None else {} for i, layer in enumerate(layers)]
-        for layer, packings in zip(layers, self._packings, strict=True):
-            assert layer.packed == packed_layout(layer.layout, packings), f"{layer.name}: packed in another way than planned"
+        self._quantise = None if quantise is None else QUANTISED[quantise]
+        planned = [() if layer.packed is None else layer.packed.matrices for layer in layers]
+        self._quantised = [{matrix.name: matrix for matrix in matrices if quantise is not None} for matrices in planned]
+        self._packings = [self.packings(i) if quantise is None and matrices else {} for i, matrices in enumerate(planned)]
+        for packings, quantised, matrices in zip(self._packings, self._quantised, planned, strict=True):
+            found = (*(packing.matrix for packing in packings.values()), *quantised.values())
+            assert found == matrices, "packed in another way than planned"
 
-    def packings(self, layer: int) -> dict[str, PackedTensor]:
-        """How the tensors of a layer's slots can stay packed, by name."""
+    def packings(self, layer: int) -> dict[str, Packing]:
+        """How the tensors of a layer's experts can stay packed, by name."""
         spec, headers, found = self._specs[layer], self._checkpoint.tensors, {}
-        for tensor in spec.layout.tensors:
+        for tensor in spec.weights.tensors:
             packing = find_packing(tensor, self._layers[layer][tensor.name], headers, spec.num_experts)
             if packing is not None:
                 found[tensor.name] = packing
@@ -76,7 +85,7 @@ class ExpertReader:
         for found in match_keys(self._checkpoint.tensors, self._conversions, prefix, dict.fromkeys(sources, True)):
             for part, target in enumerate(found.targets):
                 if (source := sources.get(target)) is not None:
-                    source.keys[found.pattern].append(found.key)
+                    source.add(found)
                     source.converter, source.part, source.parts = found.converter, part, len(found.targets)
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
@@ -86,9 +95,16 @@ class ExpertReader:
             CheckpointError: a tensor's shape is not the model's.
         """
         sources, packings, tensors = self._layers[layer], self._packings[layer], {}
-        for tensor in self._specs[layer].layout.tensors:
-            if tensor.name not in packings:
-                tensors[tensor.name] = self._read(layer, tensor, expert)
+        for tensor in self._specs[layer].weights.tensors:
+            if tensor.name in packings:
+                continue
+            value = self._read(layer, tensor, expert)
+            matrix = self._quantised[layer].get(tensor.name)
+            if matrix is None:
+                tensors[tensor.name] = value
+            else:
+                assert self._quantise is not None
+                tensors |= record_tensors(matrix, [self._quantise(value.t() if matrix.transposed else value)])
         for name, packing in packings.items():
             tensors |= packing.read(partial(self._read_pattern, sources[name], expert))
         if packings and expert == 0:
@@ -99,27 +115,20 @@ class ExpertReader:
         return self._tensor(source.keys[pattern], expert, merged="*" in pattern)
 
     def _check_packed(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Compare a layer's first expert, unpacked by us, with transformers' own result.
+        """Compare a layer's first expert, unpacked from its record, with the result of the model's conversions.
 
         Raises:
-            CheckpointError: they differ: the checkpoint's format only resembles a known one.
+            CheckpointError: they differ: the conversions do more than joining rows.
         """
         spec = self._specs[layer]
-        record = torch.zeros(spec.record.nbytes, dtype=torch.uint8)
-        for name, view in record_views(record, spec.record).items():
+        record = torch.zeros(spec.layout.nbytes, dtype=torch.uint8)
+        for name, view in record_views(record, spec.layout).items():
             view.copy_(tensors[name])
-        slot = torch.empty(spec.layout.nbytes, dtype=torch.uint8)
-        SlotWriter(spec)(slot, record)
-        unpacked = record_views(slot, spec.layout)
-        for tensor in spec.layout.tensors:
-            if tensor.name not in self._packings[layer]:
-                continue
+        unpacked = unpack_record(spec, record)
+        for tensor in spec.weights.tensors:
             expected, found = self._read(layer, tensor, 0), unpacked[tensor.name]
             if not torch.equal(found.nan_to_num(), expected.to(found.dtype).nan_to_num()):
-                raise CheckpointError(
-                    f"{spec.name}.{tensor.name}: its stored form resembles a known quantised format, but unpacks to other "
-                    f"weights"
-                )
+                raise CheckpointError(f"{spec.name}.{tensor.name}: its packed form stands for other weights than the model's")
 
     def _read(self, layer: int, tensor: TensorSpec, expert: int) -> torch.Tensor:
         """One expert's tensor, converted by transformers' operations."""
@@ -173,12 +182,25 @@ def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seque
     if getattr(skeleton.config, "quantization_config", None) is None:
         return tuple(layers)
     reader = ExpertReader(checkpoint, skeleton, layers, conversions_of(skeleton))
-    packed = tuple(
-        msgspec.structs.replace(layer, packed=packed_layout(layer.layout, reader.packings(index)))
+    return tuple(
+        _packed(layer, {name: packing.matrix for name, packing in reader.packings(index).items()})
         for index, layer in enumerate(layers)
     )
-    for layer in packed:
-        assert_consistent(layer)
+
+
+def quantise_layers(skeleton: PreTrainedModel, layers: Sequence[LayerSpec], name: str) -> tuple[LayerSpec, ...]:
+    """The layers with their matrices packed as ``quantise.QUANTISED[name]`` makes them; arguments as of ``pack_layers``."""
+    transposed = [bool(skeleton.get_submodule(layer.name).is_transposed) for layer in layers]
+    return tuple(
+        _packed(layer, quantised_matrices(layer.layout, name, transposed=turned))
+        for layer, turned in zip(layers, transposed, strict=True)
+    )
+
+
+def _packed(layer: LayerSpec, matrices: Mapping[str, PackedMatrix]) -> LayerSpec:
+    layout, of_weights = packed_layout(layer.layout, matrices)
+    packed = msgspec.structs.replace(layer, layout=layout, packed=of_weights)
+    assert_consistent(packed)
     return packed
 
 
@@ -192,7 +214,10 @@ def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int)
         raise CheckpointError(f"the checkpoint has no tensor for {source.target}")
     check_packing(source, checkpoint.tensors)
     if source.converter is not None:
-        absent = [p for p in source.converter.source_patterns if p not in source.keys and not p.endswith(OPTIONAL)]
+        absent = [p for p in source.converter.source_patterns if p not in source.keys]
+        if isinstance(source.converter.operations[0], Dequantise):  # any of a matrix's parts will do: check_packing saw to it
+            begun = by_matrix(source.keys)
+            absent = [p for p in absent if p.rpartition(".")[0] not in begun]
         if absent:
             raise CheckpointError(f"{source.target}: the checkpoint has no tensor like {absent[0]}")
     experts = source.parts * declared
@@ -203,7 +228,7 @@ def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int)
                 raise CheckpointError(f"{keys[0]} holds {sum(held)} experts, the model has {declared}")
             continue
         place = re.compile(pattern.replace("*", r"(\d+)"))
-        matches = (place.search(key) for key in keys)
+        matches = (place.search(key) for key in source.renamed[pattern])
         found = {int(m[1]) for m in matches if m}
         missing = sorted(set(range(experts)) - found)
         if missing:

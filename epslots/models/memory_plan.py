@@ -4,7 +4,7 @@
     slots            the pool: quota of each MoE layer x bytes of one of its slots
     KV cache         keys, values, latents and states of all requests, as the engine allocates them (``model_shape.py``)
     workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
-    unpacking        packed records (FP8, MXFP4) on their way into slots
+    unpacking        one matrix at a time, where slots hold experts packed
     predictor        its weights, and the rows that it remembers
     reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
 
@@ -24,8 +24,6 @@ from epslots.units import SlotsSetting
 
 MIN_RESERVE_BYTES = 512 * 1024**2
 RESERVE_PERCENT = 5
-# Records that are unpacked at a time: one on each stream of copies (copy_engine.py).
-UNPACKED_AT_A_TIME = 2
 # Choosing tokens takes up to so many bytes for each logit, for so many logits at a time, or one row (next_token.py).
 CHOICE_LOGIT_BYTES = 50
 CHOICE_LOGITS = 2**22
@@ -84,8 +82,8 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     @property
     def unpacking_bytes(self) -> int:
-        """Memory of the packed records that are on their way into slots."""
-        return UNPACKED_AT_A_TIME * max(map(unpacking_bytes, self.shape.layers), default=0)
+        """Memory in which packed matrices are unpacked, one at a time."""
+        return max(map(unpacking_bytes, self.shape.layers), default=0)
 
     @property
     def fixed_bytes(self) -> int:
@@ -190,7 +188,7 @@ def moe_workspace_bytes(shape: ModelShape, batch_tokens: int, ranks: int) -> int
     the activation [T*K, I], the output [T*K, H], and twice [T*K, H] in fp32 when the rows are weighted and summed over k. With
     several ranks, two more [T*K, H]: rows travel out and back. Ranks are assumed to receive as many rows as they send.
     """
-    layouts = {layer.layout for layer in shape.layers}
+    layouts = {layer.weights for layer in shape.layers}
     row = max(map(_row_bytes, layouts), default=0) + 2 * shape.hidden_size * _FP32_BYTES
     if ranks > 1:
         row += 2 * shape.hidden_size * ITEM_BYTES[shape.dtype]

@@ -17,8 +17,9 @@ ALTERNATIVE_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
     """The items that add up to ``total_bytes``: (name, bytes, origin)."""
     pool = f"{describe_pool(plan.shape.layers, plan.quotas)}: {describe_quotas(plan.quotas)}"
+    pool += f"; {plan.shape.slot_note}" if plan.shape.slot_note else ""
     step = f"{plan.shape.step_tokens(plan.engine):,} tokens x {plan.shape.top_k} experts in one MoE layer, and choosing tokens"
-    unpacking = ("unpacking", plan.unpacking_bytes, "packed records on their way into slots")
+    unpacking = ("unpacking", plan.unpacking_bytes, "one matrix at a time, of packed slots")
     predictor = ("predictor", plan.predictor_bytes, "predicts the next layer's experts")
     return (
         ("dense weights", plan.shape.dense_bytes, "every rank holds all of them"),

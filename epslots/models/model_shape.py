@@ -89,6 +89,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         vocab_size: V, the width of the logits.
         pages: the sizes of the paged cache, if the engine keeps requests in pages; None = in rows of the model's own cache.
         whole_prompts: a prompt of any length is computed in one step.
+        slot_note: of a quantised checkpoint, how slots hold its experts and why; else empty.
     """
 
     name: str
@@ -101,6 +102,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     vocab_size: int
     pages: PageSizes | None = None
     whole_prompts: bool = False
+    slot_note: str = ""
 
     @property
     def num_experts(self) -> int:
@@ -110,12 +112,12 @@ class ModelShape(msgspec.Struct, frozen=True):
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts' records."""
-        return sum(layer.num_experts * layer.record.nbytes for layer in self.layers)
+        return sum(layer.num_experts * layer.layout.nbytes for layer in self.layers)
 
     @property
     def parameters(self) -> int:
         """Weights of the whole model, counting the dense ones as if all were of ``dtype``."""
-        experts = sum(layer.num_experts * layer.layout.elements for layer in self.layers)
+        experts = sum(layer.num_experts * layer.weights.elements for layer in self.layers)
         return experts + self.dense_bytes // ITEM_BYTES[self.dtype]
 
     @property

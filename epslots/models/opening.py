@@ -15,7 +15,6 @@ from epslots.layout import LayerSpec
 from epslots.models.checkpoint import Checkpoint, CheckpointSource, find_checkpoint, open_checkpoint
 from epslots.models.config_check import check_numbers, check_top_k, refusing
 from epslots.models.experts import IMPLEMENTATION, expert_layers, experts_modules
-from epslots.models.fp8 import ragged_blocks
 from epslots.models.json_file import read_json_object
 from epslots.models.pretrained import build_skeleton, has_language_head, quiet, read_config, resolve_class, resolve_dtype
 from epslots.models.tensor_check import check_tensors
@@ -93,7 +92,7 @@ def load_dense(
     generation_config = read_generation_config(folder) if has_language_head(opened.model_class) else None
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        with quiet(progress=show_progress), ragged_blocks():
+        with quiet(progress=show_progress):
             model, report = opened.model_class.from_pretrained(
                 None,
                 state_dict={key: checkpoint.handles[header.file].get_slice(key) for key, header in checkpoint.tensors.items()},

@@ -7,6 +7,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from epslots.errors import CheckpointError, ConfigError, UnsupportedModelError
+from epslots.formats.known_formats import find_format
 from epslots.layout import ITEM_BYTES
 from epslots.models.config_check import check_numbers, refusing
 from epslots.models.experts import IMPLEMENTATION, dense_class
 from epslots.models.json_file import read_json_object
-from epslots.models.quantised_formats import FORMATS
+from epslots.models.quantiser import stated
 
 # Tensors of a model made from one of its checkpoint, at most: one that holds queries, keys and values makes three.
 MAX_TENSORS_FROM_ONE = 8
@@ -32,11 +34,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         CheckpointError: config.json is missing or unreadable, has impossible settings, or names other weight files.
         UnsupportedModelError: transformers doesn't know the model without running code from the checkpoint, or the
-            quantisation is not one of ``quantised_formats.FORMATS``.
+            quantisation is not one of ``known_formats.FORMATS``.
     """
     path = folder / "config.json"
     with refusing(str(folder)):  # this user may not be allowed to read it
         has_adapter, has_config = (folder / "adapter_config.json").exists(), path.is_file()
+        if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+            find_format({"quant_method": "gguf"}, folder)  # refuses it
     if has_adapter:
         raise CheckpointError(
             f"{folder} holds an adapter (adapter_config.json), which epslots doesn't apply: merge it into the weights, or "
@@ -61,17 +65,21 @@ def read_config(folder: Path) -> PretrainedConfig:
         # Where transformers looks for it. From here on it applies to the whole model of a composite configuration.
         text = config.get_text_config(decoder=True)
         quantisation = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+        quantisation = quantisation or _modelopt_settings(folder)
     if quantisation is not None:
         if not isinstance(quantisation, dict):
             raise CheckpointError(f"{path}: quantization_config is {quantisation!r}, not an object")
-        method = quantisation.get("quant_method")
-        known = [format.method for format in FORMATS]
-        if method not in known:
-            raise UnsupportedModelError(
-                f"{folder} is quantised with {method!r}; epslots reads {', '.join(known)} and unquantised checkpoints"
-            )
-        config.quantization_config = quantisation | {"dequantize": True}
+        with refusing(f"{path}, quantization_config"):
+            find_format(quantisation, folder)
+        config.quantization_config = stated(quantisation)
     return config
+
+
+def _modelopt_settings(folder: Path) -> dict[str, Any] | None:
+    """The quantisation that older versions of modelopt state in a file of its own; None if there is none."""
+    path = folder / "hf_quant_config.json"
+    settings = read_json_object(path).get("quantization") if path.is_file() else None
+    return {"quant_method": "modelopt", **settings} if isinstance(settings, dict) else None
 
 
 def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:

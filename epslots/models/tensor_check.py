@@ -7,6 +7,7 @@ before a weight is read, and each unused tensor is judged:
     one more layer like the model's own   refused: the configuration leaves out a part of the model
     of a module that the model lacks      left out with a warning, as in transformers: vision towers, multi-token prediction
     named by the class as ignorable, or recomputed from the configuration    left out
+    scales of keys and values, in a quantised checkpoint                     left out
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec
 from epslots.models.checkpoint import FLOATS, Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, match_keys
-from epslots.models.quantised_formats import check_packing
+from epslots.models.packing import check_packing
 
 logger = logging.getLogger(__name__)
 
 # Buffers of older checkpoints that models now compute from their configuration.
 _RECOMPUTED = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)position_ids$")
+# Scales for keys and values in 8 bits, beside a quantised checkpoint's weights: caches here keep them as they are.
+_OF_CACHES = re.compile(r"\.[kv]_scale$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -57,7 +60,7 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
     for found in match_keys(checkpoint.tensors, conversions_of(skeleton), skeleton.base_model_prefix, wanted):
         used = [target for target in found.targets if target in wanted]
         for target in used:
-            made.setdefault(target, TensorSource(target, found.converter)).keys[found.pattern].append(found.key)
+            made.setdefault(target, TensorSource(target, found.converter)).add(found)
         if not used:
             left[found.key] = found.targets[0]
         elsewhere.update(target for target in found.targets if target not in dense)
@@ -97,7 +100,10 @@ def _judge_unused(checkpoint: Checkpoint, skeleton: PreTrainedModel, left: dict[
     modules = dict(skeleton.named_modules())
     ignorable = re.compile("|".join(f"({p})" for p in (*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_RECOMPUTED)))
     without_module: dict[str, list[str]] = defaultdict(list)
+    is_quantised = getattr(skeleton.config, "quantization_config", None) is not None
     for key, target in left.items():
+        if is_quantised and _OF_CACHES.search(target):
+            continue
         owner, rest = _owner(target, modules, skeleton.base_model_prefix)
         inside = not isinstance(modules[owner], PreTrainedModel | nn.ModuleList | nn.ModuleDict)
         quantised = checkpoint.tensors[key].dtype not in FLOATS or "scale" in rest

@@ -15,7 +15,6 @@ Legend of shape suffixes: M pairs of a step, J rows given, P pairs computed on t
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -24,12 +23,10 @@ import torch
 from torch import nn
 
 from epslots.cache.host_store import HostStore
-from epslots.cache.unpacking import SlotWriter, record_views
+from epslots.cache.unpacking import Weight, record_views, weights_of
 from epslots.device_copy import to_device, to_host
 from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.transport.host_wait import HostWait, wait_until
-
-_THREAD = threading.local()
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class CpuExperts:
     ) -> None:
         spec = store.manifest.layers[layer]
         self._store, self._layer, self._device = store, layer, device
-        self._layout, self._writer = spec.layout, None if spec.packed is None else SlotWriter(spec)
+        self._spec = spec
         self.num_experts = spec.num_experts
         shapes = torch.empty(spec.layout.nbytes, dtype=torch.uint8, device="meta")
         module = module if device.type == "cpu" else on_cpu(module)
@@ -131,30 +128,13 @@ class CpuExperts:
 
     def _compute(self, expert: int, rows_NH: torch.Tensor) -> torch.Tensor:
         """One expert's results [N, H] for its rows, on the CPU."""
-        self._kernel.use(self._weights(expert))
+        self._kernel.use(self._one_of(self._store.record(self._layer, expert)))
         ends = torch.full((1,), len(rows_NH), dtype=torch.int32)
         return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64))
 
-    def _weights(self, expert: int) -> dict[str, torch.Tensor]:
-        """An expert's tensors [1, ...] on the host: its record in place, or unpacked from there."""
-        record = self._store.record(self._layer, expert)
-        if self._writer is not None:
-            unpacked = _scratch(self._layout.nbytes)
-            self._writer(unpacked, record)
-            record = unpacked
-        return self._one_of(record)
-
-    def _one_of(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors in the memory of a slot, as a pool of one."""
-        return {name: tensor[None] for name, tensor in record_views(slot, self._layout).items()}
-
-
-def _scratch(nbytes: int) -> torch.Tensor:
-    """This thread's memory for one unpacked expert of a size: new memory each time would cost as much as unpacking."""
-    kept: dict[int, torch.Tensor] = _THREAD.__dict__.setdefault("scratch", {})
-    if nbytes not in kept:
-        kept[nbytes] = torch.empty(nbytes, dtype=torch.uint8)
-    return kept[nbytes]
+    def _one_of(self, record: torch.Tensor) -> dict[str, Weight]:
+        """The weights of a record, as a pool of one slot."""
+        return weights_of(self._spec, {name: t[None] for name, t in record_views(record, self._spec.layout).items()})
 
 
 def on_cpu(module: nn.Module) -> nn.Module:

@@ -70,13 +70,8 @@ class ExpertCache:
         return resident
 
     @property
-    def record_bytes(self) -> int:
-        """Bytes of one expert on its way from the host."""
-        return self.pool.layers[self.pool_layer].record.nbytes
-
-    @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert in its slot."""
+        """Bytes of one expert: its record, and its slot."""
         return self.pool.layout.nbytes
 
     @property

@@ -7,12 +7,15 @@ class for models that are loaded with ``batch_invariant=True``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from epslots.cache.unpacking import PackedWeight, Weight
 from epslots.moe.batch_invariant import batch_invariant_functions
+from epslots.moe.packed_gemm import packed_matmul
 from epslots.moe.row_blocks import product
 
 # F.grouped_mm takes strides in multiples of this many bytes, and these dtypes.
@@ -20,7 +23,7 @@ STRIDE_BYTES = 16
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Matmul = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [Q, in, out], ends int32 [Q]) to [N, out]: where the rows of each slot end."""
 
 
@@ -32,7 +35,7 @@ class GroupedGemm:
 
     Args:
         module: the experts module; its flags, ``_apply_gate``, ``act_fn`` and ``post_expert_norm`` are used.
-        weights: tensors [Q, ...] by the module's parameter names, in the slots' memory.
+        weights: [Q, ...] by the module's parameter names, in the slots' memory.
 
     Attributes:
         dtype: of the weights and the results.
@@ -42,22 +45,22 @@ class GroupedGemm:
 
     batch_invariant: ClassVar[bool] = False
 
-    def __init__(self, module: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, module: Any, weights: Mapping[str, Weight]) -> None:
         self._first_name = "gate_up_proj" if module.has_gate else "up_proj"
         self._transposed, self._has_bias = bool(module.is_transposed), bool(module.has_bias)
         self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
-        self._matmul = self._choose_matmul()
+        self._first_matmul, self._down_matmul = self._choose_matmul(self._first), self._choose_matmul(self._down)
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
 
-    def use(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def use(self, weights: Mapping[str, Weight]) -> None:
         """Read other weights from now on; their number of slots may differ."""
         self._first = _oriented(weights[self._first_name], transposed=self._transposed)
         self._down = _oriented(weights["down_proj"], transposed=self._transposed)
-        self._first_bias = weights[f"{self._first_name}_bias"] if self._has_bias else None
-        self._down_bias = weights["down_proj_bias"] if self._has_bias else None
+        self._first_bias: Any = weights[f"{self._first_name}_bias"] if self._has_bias else None
+        self._down_bias: Any = weights["down_proj_bias"] if self._has_bias else None
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
@@ -70,21 +73,21 @@ class GroupedGemm:
         Returns:
             [N, H] in the weights' dtype.
         """
-        result = self._matmul(rows_NH.to(self.dtype), self._first, ends_Q)
+        result = self._first_matmul(rows_NH.to(self.dtype), self._first, ends_Q)
         if self._first_bias is not None:
             result += self._first_bias[key_N - first_key]
-        result = self._matmul(self._activate(result), self._down, ends_Q)
+        result = self._down_matmul(self._activate(result), self._down, ends_Q)
         if self._down_bias is not None:
             result += self._down_bias[key_N - first_key]
         return result if self._post_norm is None else self._post_norm(result)
 
-    def _choose_matmul(self) -> Matmul:
+    def _choose_matmul(self, weight: Weight) -> Matmul:
         """torch's grouped matrix multiplication; transformers' loop of plain ones where dtype or strides don't suit it."""
+        if isinstance(weight, PackedWeight):
+            return packed_matmul
         # The strides of the weights [Q, in, out], and of the rows [N, in] that they are multiplied with.
-        weights = (self._first, self._down)
-        strides = [(w, stride) for w in weights for stride in (*w.stride(), w.shape[1]) if stride != 1]
-        aligned = all(stride * w.element_size() % STRIDE_BYTES == 0 for w, stride in strides)
-        if aligned and self._first.dtype in GROUPED_DTYPES:
+        strides = [stride for stride in (*weight.stride(), weight.shape[1]) if stride != 1]
+        if weight.dtype in GROUPED_DTYPES and all(stride * weight.element_size() % STRIDE_BYTES == 0 for stride in strides):
             return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
         return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
@@ -101,13 +104,13 @@ class BatchInvariantGemm(GroupedGemm):
         with batch_invariant_functions():
             return super().__call__(rows_NH, ends_Q, key_N, first_key)
 
-    def _choose_matmul(self) -> Matmul:
-        return _matmul_by_row
+    def _choose_matmul(self, weight: Weight) -> Matmul:
+        return partial(packed_matmul, multiply=product) if isinstance(weight, PackedWeight) else _matmul_by_row
 
 
-def _oriented(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """The weights as [Q, in, out], from either orientation of the checkpoint's layout."""
-    return weight if transposed else weight.transpose(-2, -1)
+def _oriented(weight: Weight, *, transposed: bool) -> Weight:
+    """The weights as [Q, in, out], from either orientation of the checkpoint's layout. Packed ones are so in any case."""
+    return weight if transposed or isinstance(weight, PackedWeight) else weight.transpose(-2, -1)
 
 
 def _matmul_by_row(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

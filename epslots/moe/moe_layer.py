@@ -341,10 +341,7 @@ def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_shar
         cpu_share: decides which missing experts the CPU computes, by costs of its own.
     """
     state = LayerState(cache.resident_E[None], np.array([cache.slots]), np.zeros(cache.num_experts, np.int64))
-    expert_bytes, record_bytes = cache.expert_bytes, cache.record_bytes
-    return LayerPlanner(
-        0, state, None, expert_bytes=expert_bytes, record_bytes=record_bytes, budgets=budgets, cpu_share=cpu_share
-    )
+    return LayerPlanner(0, state, None, expert_bytes=cache.expert_bytes, budgets=budgets, cpu_share=cpu_share)
 
 
 def weighted_sum(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

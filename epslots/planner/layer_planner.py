@@ -51,8 +51,7 @@ class LayerPlanner:
         state: which rank holds what; kept, and changed in place.
         costs: the same on all ranks; None = a rank alone, which weighs nothing.
         rule: assigns the work; another rule than ``assign`` only to compare it.
-        expert_bytes: of one of the layer's experts in its slot.
-        record_bytes: of one of them on its way from the host; ``expert_bytes`` if not given.
+        expert_bytes: of one of the layer's experts.
         budgets: shared by all layers.
         cpu_share: decides which missing experts are computed on the ranks' CPUs; None = none.
     """
@@ -65,7 +64,6 @@ class LayerPlanner:
         rule: Assign = assign,
         *,
         expert_bytes: int = 1,
-        record_bytes: int | None = None,
         budgets: FetchBudgets | None = None,
         cpu_share: CpuShare | None = None,
     ) -> None:
@@ -76,7 +74,6 @@ class LayerPlanner:
         self.cpu_share = cpu_share
         self.alone = state.ranks == 1
         self._rule = rule
-        self._record_bytes = expert_bytes if record_bytes is None else record_bytes
         self._budgets = FetchBudgets() if budgets is None else budgets
         self._remote = RemoteCosts(*state.holds_RE.shape)
         self._prefetch_policy = PrefetchPolicy()
@@ -144,7 +141,7 @@ class LayerPlanner:
         change = plan_evictions(state.holds_RE, needed_1E, state.quota_R, score_E)
         state.replace(change.after_RE)
         if self._budgets.prefetch is not None:
-            self._budgets.prefetch.spend(np.zeros(misses, np.int64), self._record_bytes)
+            self._budgets.prefetch.spend(np.zeros(misses, np.int64), self.expert_bytes)
         return self._of_own_pairs(counts_1E[0], score_E, change.evicted_RE[0])
 
     @staticmethod
@@ -172,7 +169,7 @@ class LayerPlanner:
             if len(work.fetch_ranks):
                 evicted_RE = self._evict(work, score_E, cpu_ranks, cpu_experts)
             if self._budgets.prefetch is not None:
-                self._budgets.prefetch.spend(work.fetch_ranks, self._record_bytes)
+                self._budgets.prefetch.spend(work.fetch_ranks, self.expert_bytes)
         if idle_slots:
             self._remote.add(work, state, self.costs)
         if not self.alone:
@@ -219,7 +216,7 @@ class LayerPlanner:
             scores,
             busy_R,
             budgets.prefetch,
-            self._record_bytes,
+            self.expert_bytes,
             None if self.alone else state.spare_RE,
         )
         if found is not None:
@@ -308,7 +305,7 @@ class LayerPlanner:
         if len(migrations):
             budget.spend(migrations.ranks, self.expert_bytes)
             if self._budgets.prefetch is not None:
-                self._budgets.prefetch.spend(migrations.ranks, self._record_bytes)
+                self._budgets.prefetch.spend(migrations.ranks, self.expert_bytes)
             state.migrate(migrations)
         return migrations
 

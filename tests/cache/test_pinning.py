@@ -67,7 +67,7 @@ def test_pieces_end_where_records_end(cache_dir: Path, monkeypatch: pytest.Monke
     for layer, spec in enumerate(store.manifest.layers):
         for expert in range(spec.num_experts):
             first = store.shape.offset(layer, expert)
-            assert any(start <= first and first + spec.record.nbytes <= stop for start, stop in bounds)
+            assert any(start <= first and first + spec.layout.nbytes <= stop for start, stop in bounds)
     monkeypatch.setattr(pinning, "PIECE_BYTES", 3 * 4096)
     assert not pin_store(store, QUIET, CPU, runtime)
     assert store.pinned_bytes == bounds[1][1]

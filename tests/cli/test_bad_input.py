@@ -336,8 +336,14 @@ def test_an_unknown_architecture(folder: Path, tmp_path: Path):
 
 
 def test_an_unknown_quantisation(folder: Path, tmp_path: Path):
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(folder, tmp_path, UnsupportedModelError, "quantised with 'gptq'; epslots reads fp8, mxfp4")
+    change_config(folder, quantization_config={"quant_method": "exl3", "bits": 4})
+    refused(folder, tmp_path, UnsupportedModelError, "quantised with 'exl3'; epslots reads fp8, mxfp4")
+
+
+def test_gguf_files_are_refused_by_name(folder: Path, tmp_path: Path):
+    for path in folder.glob("*.safetensors"):
+        path.rename(path.with_suffix(".gguf"))
+    refused(folder, tmp_path, UnsupportedModelError, "'gguf'; epslots reads .* GGUF files are llama.cpp's")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ LAYERS = (
     # effects
     ("transport",),
     ("cache", "devices"),
-    ("moe",),
+    ("moe", "formats"),
     # the model integration
     ("models",),
     ("runtime",),
@@ -149,6 +149,7 @@ def test_the_commands_and_their_options():
     assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate", "serve"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--echo", "--stats", "--policy", "--device", "--host-store", "--kv-tokens",
+        "--slot-format", "--expert-format",
         "--max-new-tokens", "--min-tokens", "--n", "--stop", "--stop-tokens", "--ignore-eos", "--ignore-tokenizer-eos",
         "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
         "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
@@ -158,6 +159,7 @@ def test_the_commands_and_their_options():
     }  # fmt: skip
     assert found["serve"] == common | {
         "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
+        "--slot-format", "--expert-format",
         "--execute-predicted", "--host-compute", "--batch-invariant",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
         "--ranks", "--groups", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
@@ -166,9 +168,9 @@ def test_the_commands_and_their_options():
         "--chat-template", "--response-template", "--max-queue", "--request-timeout-s", "--drain-s", "--max-body-bytes",
         "--log-requests", "--log-prompts",
     }  # fmt: skip
-    assert found["verify"] == common | {"--checkpoint"}
+    assert found["verify"] == common | {"--checkpoint", "--slot-format"}
     assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--redis", "--device"}
-    assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
+    assert {"--model", "--slots", "--slot-format", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {
         name: {o for p in c.params for o in p.opts}

@@ -57,6 +57,8 @@ OTHER: dict[str, Any] = {
     "dtype": "float32",
     "policy": "lru",
     "host_store": "memory",
+    "slot_format": "packed",
+    "expert_format": "int8",
     "cache_dir": "/somewhere",
     "kv_tokens": 17,
     "max_requests": 3,
@@ -251,6 +253,8 @@ def test_ranks_compare_every_setting_that_shapes_a_step():
         "device": "None",
         "dtype": "auto",
         "policy": "a name",
+        "slot_format": "auto",
+        "expert_format": "None",
         "cache": "auto",
         "fetches": "meanwhile",
         "predictions": "none",
@@ -262,7 +266,7 @@ def test_ranks_compare_every_setting_that_shapes_a_step():
 def test_the_settings_of_a_digest_are_those_that_change_outputs():
     base = LoadConfig().output_settings
     changing = {name for name in LOAD_FIELDS if LoadConfig(**{name: OTHER[name]}).output_settings != base}
-    assert changing == {"dtype", "execute_predicted", "batch_invariant"}
+    assert changing == {"dtype", "expert_format", "execute_predicted", "batch_invariant"}
     predicted = [LoadConfig(execute_predicted=True, predictor=path).output_settings for path in (None, "/a", "/b")]
     assert len({str(settings) for settings in predicted}) == 3
 

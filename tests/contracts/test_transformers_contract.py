@@ -12,11 +12,19 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 
+import epslots.models.quantiser  # noqa: F401 - registers it
 from tests.support import zoo
 
 FLAGS = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel"}
@@ -104,11 +112,14 @@ def test_a_subclass_with_the_same_name_finds_the_conversions(checkpoint: Callabl
     assert model._weight_conversions
 
 
-def test_fp8_dequantises_each_weight_by_a_replaceable_operation():
-    assert parameters(Fp8Dequantize._dequantize_one) == ["self", "quantized", "scales", "output_dtype"]
-    quantizer = FineGrainedFP8HfQuantizer(transformers.FineGrainedFP8Config(dequantize=True))
-    assert quantizer.get_load_operations() == {"dequantize": Fp8Dequantize}
-    assert Fp8Dequantize(quantizer).hf_quantizer is quantizer
+def test_a_quantiser_adds_names_and_an_operation():
+    assert parameters(HfQuantizer.update_weight_conversions) == ["self", "weight_conversions", "model"]
+    assert HfQuantizer.serialized_names == {} and HfQuantizer.get_load_operations(object()) == {}  # type: ignore[arg-type]
+    assert isinstance(AUTO_QUANTIZER_MAPPING["epslots"], type) and "epslots" in AUTO_QUANTIZATION_CONFIG_MAPPING
+    alternatives, _, _ = build_glob_alternation(["norm", "router.*.bias"])
+    assert alternatives.search("model.norm.weight") and not alternatives.search("lm_head.weight")
+    assert parameters(PreTrainedModel._get_dtype_plan) == ["self", "dtype"]
+    assert apply_renamings("a.scale", [WeightRenaming(r"\.scale", ".weight_scale_inv")]) == "a.weight_scale_inv"
 
 
 def test_a_fallback_of_grouped_matmul_exists():

@@ -9,9 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import structs
 
-from epslots.cache.host_store import Manifest
 from epslots.cuda_graph.device_slots import (
     DeviceSlots,
     Missing,
@@ -20,10 +18,8 @@ from epslots.cuda_graph.device_slots import (
     slots_obstacle,
 )
 from epslots.errors import ConfigError, CorruptExpertError
-from epslots.layout import PackedLayout, RecordLayout
 from epslots.planner.use_history import UseHistory
 from tests.support.device_slot_helpers import (
-    LAYERS,
     NoValues,
     assert_as_the_host_decides,
     assert_slots_hold_what_tables_say,
@@ -115,10 +111,3 @@ def test_obstacles():
     assert "isn't pinned" in str(slots_obstacle(loader, 4))
     loader.grouped = True
     assert "each other's counts" in str(slots_obstacle(loader, 4))
-
-
-def test_packed_records_are_an_obstacle(monkeypatch: pytest.MonkeyPatch):
-    loader = make_loader((4, 9, 6))
-    packed = PackedLayout(RecordLayout.of([("codes", (9,), "uint8")]), ())
-    monkeypatch.setattr(loader.store, "manifest", Manifest("", "", tuple(structs.replace(s, packed=packed) for s in LAYERS)))
-    assert "another form" in str(slots_obstacle(loader, 4))

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import epslots
-from epslots.models.fp8 import ragged_blocks
 from epslots.models.pretrained import quiet
 from epslots.runtime import runtime_of
 from tests.support import zoo
@@ -52,10 +50,11 @@ def test_quantised_checkpoints_are_dequantised_per_expert(
     name: str, make: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path
 ):
     folder = make(checkpoint(name), tmp_path / "quantised")
-    reference, model = zoo.reference_dequantised(folder), load(folder, cache_dir)
-    assert_equal(model, reference)
-    prompt = zoo.random_ids(1, 9, seed=2)
-    assert greedy(model, prompt) == greedy(reference, prompt)
+    reference, prompt = zoo.reference_dequantised(folder), zoo.random_ids(1, 9, seed=2)
+    for slot_format in ("packed", "unpacked"):
+        model = load(folder, cache_dir, slot_format=slot_format)
+        assert_equal(model, reference)
+        assert greedy(model, prompt) == greedy(reference, prompt)
 
 
 def test_fp8_weights_of_ragged_blocks_like_deepseek_v3s(checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path):
@@ -77,7 +76,7 @@ def test_fp8_weights_of_ragged_blocks_like_deepseek_v3s(checkpoint: Callable[[st
             plain[key] = tensor
     assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape[0] % 16
     by_hand = zoo.write_checkpoint(source, tmp_path / "plain", plain)
-    assert_equal(load(folder, cache_dir), zoo.reference(by_hand))
+    assert_equal(load(folder, cache_dir, slot_format="packed"), zoo.reference(by_hand))
 
 
 def test_auto_dtype_is_the_checkpoints_own_and_bf16_is_close(
@@ -192,20 +191,18 @@ def test_save_pretrained_refuses(checkpoint: Callable[[str], Path], cache_dir: P
 
 def test_threads_that_load_leave_transformers_as_it_was():
     """Each puts back what it found, so one must not find what another one set."""
-    before = FineGrainedFP8HfQuantizer.get_load_operations
     verbosity = transformers.logging.get_verbosity()
     entered, second_entered = threading.Event(), threading.Event()
 
     def second() -> None:
         entered.wait()
-        with quiet(), ragged_blocks():
+        with quiet():
             second_entered.set()
 
     with ThreadPoolExecutor(1) as threads:
-        with quiet(), ragged_blocks():
+        with quiet():
             waiting = threads.submit(second)
             entered.set()
             assert not second_entered.wait(0.2)
         waiting.result()
-    assert FineGrainedFP8HfQuantizer.get_load_operations is before
     assert transformers.logging.get_verbosity() == verbosity

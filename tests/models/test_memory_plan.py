@@ -520,24 +520,32 @@ def test_slots_leave_room_for_the_predictor() -> None:
 
 @pytest.mark.parametrize(("name", "quantise"), [("gpt_oss", make_mxfp4), ("qwen3_moe", make_fp8)])
 def test_the_command_plans_quantised_checkpoints_per_device(name: str, quantise: Any, tmp_path: Path) -> None:
-    """A GPU's host store has the experts as the checkpoint has them; a CPU's, as they are computed with."""
+    """Where no kernel computes from packed slots, they are unpacked, and the plan says so; unless they are asked for."""
     folder = quantise(make_checkpoint(name, tmp_path / "whole"), tmp_path / "quantised")
     arguments = ("--model", str(folder), "--memory", "4GiB", "--dtype", "bfloat16")
-    on_cpu, on_gpu = (json.loads(run(*arguments, "--device", kind, "--json").stdout) for kind in ("cpu", "cuda:1"))
+    settings = (("--device", "cpu", "--slot-format", "packed"), ("--device", "cuda:1"))
+    on_cpu, on_gpu = (json.loads(run(*arguments, *setting, "--json").stdout) for setting in settings)
     config = read_config(folder)
     skeleton = build_skeleton(resolve_class(config), config, torch.bfloat16)
     layers = expert_layers(skeleton)
     packed = pack_layers(open_checkpoint(folder), skeleton, layers)
-    assert on_cpu["host_store_bytes"] == sum(layer.num_experts * layer.layout.nbytes for layer in layers)
-    assert on_gpu["host_store_bytes"] == sum(layer.num_experts * layer.record.nbytes for layer in packed)
-    assert on_gpu["host_store_bytes"] < 0.7 * on_cpu["host_store_bytes"]
-    assert on_cpu["unpacking_bytes"] == on_cpu["predictor_bytes"] == 0 < on_gpu["unpacking_bytes"]
-    assert on_cpu["slot_bytes"] == on_gpu["slot_bytes"], "a slot holds what is computed with"
+    assert on_gpu["host_store_bytes"] == sum(layer.num_experts * layer.layout.nbytes for layer in layers)
+    assert on_cpu["host_store_bytes"] == sum(layer.num_experts * layer.layout.nbytes for layer in packed)
+    assert on_cpu["host_store_bytes"] < 0.7 * on_gpu["host_store_bytes"]
+    assert on_gpu["unpacking_bytes"] == on_cpu["predictor_bytes"] == 0 < on_cpu["unpacking_bytes"]
+    for planned in (on_cpu, on_gpu):  # 4 GiB hold all experts
+        assert planned["slot_bytes"] == planned["host_store_bytes"], "a slot holds its record"
+        assert planned["parameters"] == on_cpu["parameters"]
     parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "reserve")
     for planned in (on_cpu, on_gpu):
         assert sum(planned[f"{part}_bytes"] for part in parts) == planned["total_bytes"]
-    assert "packed as in the checkpoint" in run(*arguments, "--device", "cuda").stdout
-    assert "packed as in the checkpoint" not in run(*arguments, "--device", "cpu").stdout
+    kind = {"gpt_oss": "e2m1", "qwen3_moe": "e4m3"}[name]
+    assert on_cpu["slot_note"].startswith(f"packed as stored: {kind} in blocks")
+    assert on_gpu["slot_note"] == f"unpacked: no kernel computes from {kind} slots on cuda"
+    assert on_gpu["slot_note"] in run(*arguments, "--device", "cuda").stdout.replace("\n", " ")
+    refusal = run(*arguments, "--device", "cuda", "--slot-format", "packed")
+    assert isinstance(refusal.exception, ConfigError)
+    assert f"no kernel computes from {kind} slots on cuda; allowed there: auto, unpacked" in str(refusal.exception)
 
 
 def test_the_command_counts_the_predictor_that_a_gpu_would_have() -> None:

@@ -18,6 +18,7 @@ from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.opening import load_dense, open_model
 from epslots.models.pretrained import has_language_head
 from tests.support import zoo
+from tests.support.quantised import make_quantised
 
 CPU = torch.device("cpu")
 Checkpoints = Callable[[str], Path]
@@ -112,10 +113,8 @@ def test_a_scale_of_what_is_not_packed(variant: Callable[..., Path], checkpoint:
 def test_scales_of_another_shape(rows: slice | int, variant: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path):
     packed = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "mxfp4")
     key = "model.layers.1.mlp.experts.gate_up_proj_scales"
-    opened = open_model(variant(packed, lambda tensors: tensors.update({key: tensors[key][:, rows].clone()})), "float32")
-    reader = ExpertReader(opened.checkpoint, opened.skeleton, opened.layers, conversions_of(opened.skeleton))
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj, expert 2: can't be converted"):
-        reader.read_expert(1, 2)
+    folder = variant(packed, lambda tensors: tensors.update({key: tensors[key][:, rows].clone()}))
+    refused(folder, rf"layers\.1\.mlp\.experts\.gate_up_proj can't be unpacked from {key.replace('scales', 'blocks')} and its")
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
@@ -253,12 +252,26 @@ def quantised_text(checkpoint: Checkpoints, folder: Path, **quantisation: object
 def test_quantisation_is_found_in_text_config(checkpoint: Checkpoints, tmp_path: Path):
     opened = open_model(quantised_text(checkpoint, tmp_path / "fp8"), "auto")
     assert opened.dtype == torch.bfloat16
-    assert opened.config.quantization_config["dequantize"]
+    assert opened.config.quantization_config["stated"]["quant_method"] == "fp8"
 
 
 def test_unsupported_quantisation_in_text_config(checkpoint: Checkpoints, tmp_path: Path):
-    with pytest.raises(UnsupportedModelError, match="quantised with 'gptq'"):
-        open_model(quantised_text(checkpoint, tmp_path / "gptq", quant_method="gptq"), "auto")
+    with pytest.raises(UnsupportedModelError, match="quantised with 'hqq'"):
+        open_model(quantised_text(checkpoint, tmp_path / "hqq", quant_method="hqq"), "auto")
+
+
+def test_older_modelopt_checkpoints(checkpoint: Checkpoints, tmp_path: Path):
+    """They state the quantisation in a file of its own, and have scales for a cache in 8 bits."""
+    made = make_quantised(checkpoint("qwen3_moe"), "modelopt nvfp4", tmp_path)
+    tensors = zoo.read_tensors(made.folder) | {"model.layers.0.self_attn.k_proj.k_scale": torch.tensor(0.5)}
+    folder = zoo.write_checkpoint(made.folder, tmp_path / "older", tensors, quantization_config=None)
+    refused(folder, "is stored as U8, and config.json has no quantization_config")
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    opened = open_model(folder, "float32")
+    assert opened.config.quantization_config["stated"]["quant_algo"] == "NVFP4"
+    model, plain = (load_dense(open_model(x, "float32"), device=CPU, show_progress=False) for x in (folder, made.twin))
+    for name, expected in plain.state_dict().items():
+        assert (model.get_parameter(name) - expected).abs().max() <= 1e-6 * expected.abs().max(), name
 
 
 def test_which_models_predict_tokens(checkpoint: Checkpoints, variant: Callable[..., Path]):

@@ -62,12 +62,12 @@ def test_many_ranks(base: str, slots: list[int], checkpoint: Checkpoints, cache_
 @pytest.mark.parametrize(("name", "make"), [("deepseek_v3", zoo.make_fp8), ("gpt_oss", zoo.make_mxfp4)])
 def test_packed_records(name: str, make: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path, cache_dir: Path):
     folder = make(checkpoint(name), tmp_path / "quantised")
-    model, reference = load(folder, cache_dir, link="1000GB/s", prefetch="off"), zoo.reference_dequantised(folder)
+    model, reference = load(folder, cache_dir, slot_format="packed"), zoo.reference_dequantised(folder)
     assert_equal(model, reference)
     layer = runtime_of(model).layers[0]
     stats = epslots.stats(model)
-    assert layer.record.nbytes * 3 < layer.layout.nbytes
-    assert fetched_bytes(model) == stats.misses * layer.record.nbytes
+    assert layer.layout.nbytes * 2 < layer.weights.nbytes
+    assert fetched_bytes(model) == stats.misses * layer.layout.nbytes
     assert_equal(hosting(model, OFTEN, concurrent=False), reference)
     runtime_of(model).check_integrity()
 

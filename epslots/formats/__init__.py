@@ -1,0 +1,1 @@
+"""Quantised formats of checkpoints, one module each: the names on disk, and the matrix that they stand for."""
