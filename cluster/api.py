@@ -81,7 +81,9 @@ class Cluster(ClusterControl):
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         origin = origin_of(folder) if config.outlives_driver else None
-        load = Load(path=path, config=config.model, neighbours=1, threads=0, window_steps=config.window_steps, origin=origin)
+        load = Load(
+            path=path, config=config.model, neighbours=1, ranks=1, threads=0, window_steps=config.window_steps, origin=origin
+        )
         backend = _ray_backend(config, load) if backend is None else backend
         self._config = config
         self.tokenizer: PreTrainedTokenizerBase | None = None

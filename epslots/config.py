@@ -115,6 +115,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             the first. **The outputs are no longer the model's own.**
         host_compute: let the host's CPU compute a missing expert, from the host store, where that costs less than fetching it:
             ``"auto"`` (with a GPU), ``"on"`` or ``"off"``. ``costs``, if given, must include its cost.
+        attn_implementation: transformers' attention, by its name: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``. Flash
+            attention is a package of its own, and reads the pages of an ``Engine`` in place. Default: the model's own choice.
         batch_invariant: compute each token in the same bits for any batch, slots, and number of ranks. Slower.
             Experts and dense layers hold it in every forward pass; attention holds it in an ``Engine``. The bits are those of
             one machine type, torch build and number of threads.
@@ -138,6 +140,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     predictor: Annotated[str | None, ComparedAs("predictions"), ChangesOutputs(only_with="execute_predicted")] = None
     execute_predicted: Annotated[bool, ComparedAs("predictions"), ChangesOutputs()] = False
     host_compute: Annotated[str, ComparedAs("host_compute")] = "auto"
+    attn_implementation: Annotated[str | None, ComparedAs("attention"), ChangesOutputs()] = None
     batch_invariant: Annotated[bool, ComparedAs("batch_invariant"), ChangesOutputs()] = False
 
     def __post_init__(self) -> None:
@@ -147,6 +150,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.link is not None:
             parse_link(self.link)
         _ = self.engine  # checks its own values
+        if not isinstance(self.attn_implementation, str | None):
+            raise ConfigError(f"attn_implementation={self.attn_implementation!r}: allowed: None, or a name, such as 'sdpa'")
         for name in ("execute_predicted", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
@@ -245,6 +250,7 @@ class LoadSettings(TypedDict, total=False):
     predictor: str | os.PathLike[str] | None
     execute_predicted: bool
     host_compute: str
+    attn_implementation: str | None
     batch_invariant: bool
 
 

@@ -60,12 +60,13 @@ class LoadPlan:
     memory: MemoryPlan
 
 
-def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device, neighbours: int) -> LoadPlan:
+def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device, *, neighbours: int, ranks: int) -> LoadPlan:
     """Open a checkpoint, and plan how one rank loads it.
 
     Args:
         device: device of the model, resolved.
         neighbours: ranks that share the node's RAM, this one included.
+        ranks: ranks of the group, this one included.
 
     Raises:
         ConfigError: a setting is not one of those allowed.
@@ -74,15 +75,15 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
         DoesNotFitError: the memory plan exceeds the device.
         StoreError: there is no room or no permission for the host store.
     """
-    opened = open_model(source, config.dtype)
+    opened = open_model(source, config.dtype, config.attn_implementation)
     if config.packs_records(device.type):  # fewer bytes cross the link; without one, a CPU would unpack for nothing
         opened = replace(opened, layers=pack_layers(opened.checkpoint, opened.skeleton, opened.layers))
     manifest = Manifest(_store_key(opened), opened.checkpoint.name, opened.layers)
     store_bytes = StoreShape(manifest).nbytes
     store_kind = resolve_store_kind(config.host_store or default_store_kind(device, store_bytes))
     store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
-    memory_bytes, memory_note = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
-    memory = _plan_memory(opened, config, device, memory_bytes, memory_note)
+    free = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
+    memory = _plan_memory(opened, config, device, ranks, free)
     check_fits(memory)
     check_room(manifest, kind=store_kind, cache_dir=store_dir)
     return LoadPlan(opened, manifest, store_kind, store_dir, memory)
@@ -124,10 +125,13 @@ def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tu
     return (limit.free_bytes - shared_bytes) // neighbours, note
 
 
-def _plan_memory(
-    opened: OpenModel, config: LoadConfig, device: torch.device, memory_bytes: int, memory_note: str
-) -> MemoryPlan:
-    """The plan of this rank's device memory, before a weight is read."""
+def _plan_memory(opened: OpenModel, config: LoadConfig, device: torch.device, ranks: int, free: tuple[int, str]) -> MemoryPlan:
+    """The plan of this rank's device memory, before a weight is read.
+
+    Args:
+        free: from ``_free_memory``.
+    """
+    memory_bytes, memory_note = free
     checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
     predictor_bytes = planned_bytes(
         opened.skeleton,
@@ -143,6 +147,8 @@ def _plan_memory(
         measure(opened, cache=config.cache, batch_invariant=config.batch_invariant),
         parse_slots(config.slots),
         memory_bytes=memory_bytes,
+        ranks=ranks,
+        device=device.type,
         engine=config.engine,
         predictor_bytes=predictor_bytes,
         memory_note=memory_note,

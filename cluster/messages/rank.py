@@ -49,6 +49,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         path: the checkpoint's folder on every node, or a hub id.
         config: the model's settings.
         neighbours: ranks that share the node's RAM, this one included.
+        ranks: ranks of the cluster, this one included.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
         origin: None for a rank that ends with its driver.
@@ -57,6 +58,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     path: str
     config: LoadConfig
     neighbours: int
+    ranks: int
     threads: int
     window_steps: int
     origin: Origin | None = None

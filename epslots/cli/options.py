@@ -33,6 +33,14 @@ SlotsOption = Annotated[
 DeviceOption = Annotated[
     Optional[str], typer.Option("--device", help="cpu, cuda or cuda:N. Default: the GPU if there is one.")
 ]
+AttentionOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--attn-implementation",
+        help="transformers' attention: sdpa, eager, or flash_attention_2 where that package is installed. Default: the "
+        "model's own choice.",
+    ),
+]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64.")
 ]
@@ -114,6 +122,7 @@ class LoadConfigOptions:
             "off.",
         ),
     ] = _DEFAULTS.host_compute
+    attn_implementation: AttentionOption = _DEFAULTS.attn_implementation
     batch_invariant: Annotated[
         bool,
         typer.Option(

@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from epslots.cli.option_groups import takes_groups
-from epslots.cli.options import DeviceOption, DtypeOption, SlotsOption
+from epslots.cli.options import AttentionOption, DeviceOption, DtypeOption, SlotsOption
 from epslots.cli.record_table import Columns, record_table
 from epslots.config import CACHE_SETTINGS, DEFAULT_BATCH_TOKENS, DEFAULT_KV_TOKENS, DEFAULT_REQUESTS, EngineConfig
 from epslots.errors import ConfigError, DoesNotFitError
@@ -76,6 +76,7 @@ def plan(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    attn_implementation: AttentionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Plan one rank's memory, without loading a model: of a checkpoint, only configuration and headers are read.
@@ -95,13 +96,14 @@ def plan(
     else:
         memory_bytes, memory_note = parse_bytes(memory, "memory"), "--memory"
     kind = _device_kind(device, here=memory is None)
-    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind, engine.cache)
+    shape, checkpoint_bytes, predictor_bytes = find_shape(model, dtype, kind, engine.cache, attn_implementation)
     try:
         result = plan_memory(
             shape,
             setting,
             memory_bytes=memory_bytes,
             ranks=work.ranks,
+            device=kind,
             engine=engine,
             predictor_bytes=predictor_bytes,
             memory_note=memory_note,
@@ -118,7 +120,9 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") -> tuple[ModelShape, int | None, int]:
+def find_shape(
+    model: str | None, dtype: str, device: str, cache: str = "auto", attention: str | None = None
+) -> tuple[ModelShape, int | None, int]:
     """The shape of a model, the bytes of its weight files (None for a known model), and the bytes of its predictor.
 
     If ``model`` is both, the folder is taken and not the known model.
@@ -126,9 +130,10 @@ def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") 
     Args:
         device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
         cache: the setting of its engine.
+        attention: transformers' implementation, by its name; None = the model's own choice.
 
     Raises:
-        ConfigError: neither a folder nor a known name, or no such dtype.
+        ConfigError: neither a folder nor a known name, or no such dtype or attention.
         CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
         UnsupportedModelError: the model's experts can't be run from slots, or its requests can't be kept so.
     """
@@ -138,7 +143,7 @@ def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") 
                 f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
                 f"of the hub is planned once it is downloaded"
             )
-        shape, known = known_model(model) if dtype == "auto" else known_model(model, dtype)
+        shape, known = known_model(model, **({} if dtype == "auto" else {"dtype": dtype}), attention=attention)
         if known is not None:
             from epslots.generation.planned_cache import with_cache
 
@@ -156,7 +161,7 @@ def find_shape(model: str | None, dtype: str, device: str, cache: str = "auto") 
     from epslots.prefetch.setup import planned_bytes
 
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
-    opened = open_model(example_model() if model is None else model, dtype)
+    opened = open_model(example_model() if model is None else model, dtype, attention)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     weight_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files.names)
     linked = device == "cuda"
@@ -203,7 +208,8 @@ def _device_memory(device: str | None) -> tuple[int, str]:
 _SHAPE_FIELDS = {"model": "name", "dtype": "dtype", "parameters": "parameters", "experts": "num_experts", "top_k": "top_k"}
 _PLAN_FIELDS = (
     "ranks",
-    *("slot_bytes", "kv_bytes", "workspace_bytes", "unpacking_bytes", "predictor_bytes", "reserve_bytes", "total_bytes"),
+    *("slot_bytes", "kv_bytes", "workspace_bytes", "unpacking_bytes", "predictor_bytes"),
+    *("communication_bytes", "reserve_bytes", "total_bytes"),
     *("memory_bytes", "memory_note", "free_bytes", "fits", "host_store_bytes"),
     *("resident_share", "slots_per_expert", "all_resident"),
 )

@@ -145,11 +145,14 @@ def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
 
 
 @functools.cache
-def known_model(name: str, dtype: str = "bfloat16") -> tuple[ModelShape, PreTrainedModel | None]:
+def known_model(name: str, dtype: str = "bfloat16", attention: str | None = None) -> tuple[ModelShape, PreTrainedModel | None]:
     """The shape of a well-known model, and its skeleton; None for grok-1, which has no class in transformers.
 
+    Args:
+        attention: transformers' implementation, by its name; None = the model's own choice.
+
     Raises:
-        ConfigError: no model of that name is known, or no such dtype.
+        ConfigError: no model of that name is known, or no such dtype or attention.
     """
     if name not in KNOWN_SHAPES:
         raise ConfigError(f"model={name!r} is not known; the known ones: {', '.join(sorted(KNOWN_SHAPES))}")
@@ -167,7 +170,7 @@ def known_model(name: str, dtype: str = "bfloat16") -> tuple[ModelShape, PreTrai
     published = _PUBLISHED[name]
     model_class = getattr(transformers, published.architecture)
     config = model_class.config_class(**published.settings, architectures=[published.architecture])
-    skeleton = build_skeleton(resolve_class(config), config, resolve_dtype(dtype, config))
+    skeleton = build_skeleton(resolve_class(config), config, resolve_dtype(dtype, config), attention=attention)
     return shape_of_model(skeleton, name, dtype, expert_layers(skeleton)), skeleton
 
 

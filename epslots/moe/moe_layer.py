@@ -38,6 +38,7 @@ from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.peers import Alone, Peers
 from epslots.moe.prefetcher import Prefetcher, PrefetchTarget
 from epslots.moe.token_dispatcher import Dispatch, LocalDispatch, dispatch
+from epslots.moe.token_room import TokenRoom
 from epslots.planner.assignment import own_only
 from epslots.planner.cache_policy import Policy, learns
 from epslots.planner.cost_model import Costs
@@ -99,6 +100,7 @@ class MoELayer:
         steps: steps that ``history`` counts; the same on all ranks of a group, as ``history`` is.
         prefetch_target: this layer as the one before sees it.
         prefetcher: predicts for the next layer; None where nothing is predicted.
+        room: divides steps that there is no memory for; None = there always is.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class MoELayer:
         self.history, self.steps = history, 0
         self._observer: RouteObserver | None = None
         self.prefetcher: Prefetcher | None = None
+        self.room: TokenRoom | None = None
         self._policy, self._learns = policy, learns(policy)
         self._telemetry = telemetry
         self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
@@ -198,6 +201,17 @@ class MoELayer:
             self._observer(self.index, index_TK)
         if self._peers.alone and not index_TK.numel():
             return torch.zeros_like(hidden_TH)
+        if (parts := self._parts(len(hidden_TH))) > 1:
+            pieces = (tensor.chunk(parts) for tensor in (hidden_TH, index_TK, weights_TK))
+            return torch.cat([self._step(*piece) for piece in zip(*pieces, strict=True)])
+        return self._step(hidden_TH, index_TK, weights_TK)
+
+    def _parts(self, tokens: int) -> int:
+        """Steps to make of so many tokens. In a group ranks would have to agree; predicted experts are those of all rows."""
+        approximate = self.prefetcher is not None and self.prefetcher.approximate
+        return 1 if self.room is None or approximate or not self._peers.alone else self.room.parts(tokens)
+
+    def _step(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         self._peers.arrive(self.index)
         began = time.perf_counter()
         batch = self.prepare(hidden_TH, index_TK, weights_TK)

@@ -41,6 +41,17 @@ def set_environment() -> None:
     os.environ.update(ENVIRONMENT)
 
 
+def error_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """An error that the watchdog has seen on a group's connections; empty if there is none. Nothing waits for it."""
+    if device.type != "cuda":
+        return ""
+    try:
+        found = group._get_backend(device).get_error()
+    except RuntimeError as error:
+        return f"NCCL reports {str(error).partition(chr(10))[0]}"
+    return "" if found.name == "SUCCESS" else f"NCCL reports {found.name}"
+
+
 def own_group(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
     """A further NCCL group of the same ranks, for epslots alone. All of them call this together.
 

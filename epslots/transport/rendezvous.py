@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from epslots.errors import ConfigError, PeerLost
 from epslots.transport import nccl
+from epslots.transport.forming import form_group
 from epslots.transport.torch_transport import TorchTransport
 from epslots.transport.transport import Transport
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+FORM_DEADLINE_S = 1800.0
+"""Seconds that ``torchrun``'s ranks wait for each other to begin: one may download what the others have."""
 
 
 def started_by_torchrun() -> bool:
@@ -38,7 +42,8 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
 
     Raises:
         ConfigError: this process isn't in ``group``, or its backend isn't the device's.
-        PeerLost: ``torchrun``'s ranks didn't find each other.
+        PeerLost: ``torchrun``'s ranks didn't find each other within ``FORM_DEADLINE_S``.
+        RankUnusable: they did, but NCCL doesn't return from connecting them. The process must end.
     """
     if group is None:
         if not dist.is_available():
@@ -61,10 +66,12 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
 
 
 def _form_default_group(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        nccl.set_environment()
+    """Make ``torchrun``'s ranks torch's default group."""
+    deadline = timedelta(seconds=FORM_DEADLINE_S)
     try:
-        dist.init_process_group(BACKENDS[device.type], device_id=device if device.type == "cuda" else None)
+        store, rank, size = next(dist.rendezvous("env://", timeout=deadline))
     except (RuntimeError, ValueError) as error:
         raise PeerLost(f"the ranks of torchrun could not form a group: {error}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    form_group(store, epoch=0, rank=rank, size=size, backend=BACKENDS[device.type], deadline_s=FORM_DEADLINE_S)

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.cache.cuda_engine import CudaEngine
-from epslots.device_copy import copy_to_device, to_device
+from epslots.device_copy import copy_to_device, prepare_uploads, to_device
 from epslots.runtime import runtime_of
+from epslots.simulated_gpu import cuda_api
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.machine import SimulatedMachine
@@ -141,3 +142,26 @@ def test_other_writers_come_after_a_dropped_guess(gpu: SimulatedMachine):
     slot.fill_(3)
     assert gpu.races == []
     assert int(slot[0]) == 3
+
+
+@pytest.mark.parametrize("fault", ["torch refuses the address", "the device reads other memory"])
+def test_an_upload_by_a_kernel_is_tried_before_it_is_used(fault: str, gpu: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
+    """Where the first one fails, the copy engine serves them: from pinned memory, so the host still waits for nothing."""
+
+    def refuse(interface: dict[str, object], number: int) -> torch.Tensor:
+        if fault.startswith("torch"):
+            raise RuntimeError("The specified pointer resides on host memory")
+        return torch.zeros(interface["shape"], dtype=torch.int64, device="cuda")  # type: ignore[call-overload]
+
+    monkeypatch.setattr(cuda_api, "mapped", refuse)
+    device, row = torch.device("cuda:0"), torch.zeros(16, dtype=torch.int64, device="cuda")
+    prepare_uploads(device)
+    gpu.reset()
+    numbers = torch.arange(16).numpy()
+    copy_to_device(numbers, row)
+    sent = [to_device(torch.full((7,), number).numpy(), device) for number in range(20)]
+    numbers[:] = 0
+    assert not gpu.syncs and len(uploads_of(gpu)) == 1
+    assert row.tolist() == list(range(16))
+    assert [one.tolist() for one in sent] == [[number] * 7 for number in range(20)]
+    assert gpu.races == []

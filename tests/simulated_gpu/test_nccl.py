@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from epslots.loading import LOAD_DEADLINE_S
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.machine import DeviceHangsError, SimulatedMachine
-from epslots.transport import nccl, rendezvous, torch_transport
+from epslots.transport import forming, nccl, rendezvous, torch_transport
 from epslots.transport.torch_transport import TorchTransport
 from tests.support import zoo
 from tests.support.fake_nccl import FakeNcclGroup, NcclHub, OutOfOrderError, fake_dist
@@ -128,6 +129,23 @@ def test_a_lost_peer_is_raised_at_the_deadline(gpus: SimulatedMachine):
     assert "the device didn't finish what was queued within 0.2 s" in on_ranks(hub, work, deadline_s=0.2)[0]
 
 
+def test_a_broken_connection_is_raised_at_once(gpus: SimulatedMachine):
+    """The watchdog sees it; the device itself never ends the operation."""
+    hub = NcclHub(2)
+
+    def work(transport: TorchTransport) -> str:
+        if transport.rank == 1:
+            hub.lose(1)
+            return ""
+        result = transport.all_gather(torch.zeros(2, device=transport.device))
+        transport._group.broken = True  # type: ignore[attr-defined]
+        with pytest.raises(PeerLost) as caught:
+            transport.to_host(result)
+        return str(caught.value)
+
+    assert re.match(r"a peer is gone or silent: NCCL reports COMM_ERROR, \S+ s into a wait", on_ranks(hub, work)[0])
+
+
 def test_no_wait_outlives_an_abort(gpus: SimulatedMachine):
     """That of the staging thread's caller, as an example: its copy waits for a stream that never ends."""
     hub, aborted = NcclHub(2), threading.Event()
@@ -213,6 +231,23 @@ def test_a_hanging_connect_makes_the_rank_unusable(gpus: SimulatedMachine):
     ended.set_result("rank 2 is gone")
     with pytest.raises(PeerLost, match="rank 2 is gone"):
         form(dist.HashStore(), hangs.wait, stop=ended)
+    hangs.set()
+
+
+def test_torchruns_ranks_form_within_a_deadline(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
+    """As a cluster's do: torch's own call would wait in NCCL for ever."""
+    hangs, store = threading.Event(), dist.HashStore()
+    monkeypatch.setattr(rendezvous, "FORM_DEADLINE_S", 0.2)
+    monkeypatch.setattr(rendezvous.dist, "rendezvous", lambda url, timeout: iter([(store, 0, 1)]))
+    monkeypatch.setattr(forming.dist, "init_process_group", lambda *_, **__: hangs.wait())
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankUnusable, match="did not connect 1 ranks in time"):
+        rendezvous.find_transport(None, torch.device("cuda:1"))
+    assert torch.cuda.current_device() == 1
+    monkeypatch.setattr(rendezvous.dist, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
+    with pytest.raises(PeerLost, match=r"ranks \[1\] of 2 didn't come within 0.2 s"):
+        rendezvous.find_transport(None, CUDA)
     hangs.set()
 
 
