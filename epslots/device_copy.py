@@ -102,13 +102,13 @@ class _Uploads:
         self._free: dict[int, list[_PinnedBuffer]] = defaultdict(list)
         self._used: deque[tuple[int, _PinnedBuffer]] = deque()
         self._lock = threading.Lock()
-        self._mapped = True
+        self.mapped = True
         try:
-            self._mapped = self._arrives(torch.arange(_LEAST_WORDS) * 0x0101_0101_0101)
+            self.mapped = self._arrives(torch.arange(_LEAST_WORDS) * 0x0101_0101_0101)
             why = "it read other numbers"
         except (RuntimeError, TypeError, ValueError) as error:  # torch refuses the address, or the interface
-            self._mapped, why = False, str(error).partition("\n")[0]
-        if not self._mapped:
+            self.mapped, why = False, str(error).partition("\n")[0]
+        if not self.mapped:
             logger.warning("%s can't read pinned memory by a kernel (%s): small uploads wait for expert copies", device, why)
 
     def _arrives(self, numbers: torch.Tensor) -> bool:
@@ -130,7 +130,7 @@ class _Uploads:
         buffer, size = self._buffer(count)
         buffer.numbers[: tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
         result = torch.empty(count, dtype=torch.int64, device=self._device) if target is None else _words_of(target)
-        if self._mapped:
+        if self.mapped:
             torch.bitwise_or(buffer.words[:count], 0, out=result)  # a kernel; a copy would go to the copy engine
         else:
             result.copy_(buffer.words[:count], non_blocking=True)
@@ -148,7 +148,7 @@ class _Uploads:
                 self._free[freed].append(buffer)
             if self._free[size]:
                 return self._free[size].pop(), size
-        return _PinnedBuffer(size, self._device, mapped=self._mapped), size
+        return _PinnedBuffer(size, self._device, mapped=self.mapped), size
 
 
 def _words_of(target: torch.Tensor) -> torch.Tensor:
@@ -162,6 +162,11 @@ def prepare_uploads(device: torch.device) -> None:
     """Find out how a GPU takes small uploads, once a process; waits for it. A no-op for the CPU."""
     if device.type == "cuda":
         _uploads(device)
+
+
+def kernels_read_uploads(device: torch.device) -> bool:
+    """Whether small uploads to a GPU are read by a kernel; else by the copy engine, behind expert copies."""
+    return _uploads(device).mapped
 
 
 def _uploads(device: torch.device) -> _Uploads:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -31,9 +30,14 @@ def kernel_work(
     writes: Sequence[torch.Tensor],
     flops: float = 0.0,
     link_bytes: int = 0,
+    moves: Sequence[torch.Tensor] | None = None,
 ) -> DeviceWork:
-    """What a kernel does, and for how long: the longer of its bytes' and its flops' time."""
-    spec, nbytes = machine.spec, sum(t.nbytes for t in (*reads, *writes))
+    """What a kernel does, and for how long: the longer of its bytes' and its flops' time.
+
+    Args:
+        moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``: rows of a table.
+    """
+    spec, nbytes = machine.spec, sum(map(machine.sizes.nbytes, (*reads, *writes) if moves is None else moves))
     seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops, link_bytes / spec.link_rate)
     return DeviceWork(name, f"SM:{number}", seconds, reads, writes, nbytes)
 
@@ -69,7 +73,7 @@ def transfer(
     if hidden:
         machine.refuse_in_capture(f"{kind} of pageable memory, or blocking")
     stream = current_stream(number).stream_id
-    nbytes = max(sum(t.nbytes for t in reads), sum(t.nbytes for t in writes))
+    nbytes = max(sum(map(machine.sizes.nbytes, tensors)) for tensors in (reads, writes))
     seconds = machine.spec.copy_s + nbytes / machine.spec.link_rate
     work = DeviceWork(kind, f"{kind}:{number}", seconds, reads, writes, nbytes)
     if machine.capture is not None:
@@ -123,7 +127,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args
     gpus = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
     refuse_mixed("scaled_dot_product_attention", gpus, tensors)
     compute = partial(torch.nn.functional.scaled_dot_product_attention, **memory_of(kwargs))
-    flops = 4.0 * math.prod(query.shape) * key.shape[-2]
+    flops = 4.0 * current_machine().sizes.numel(query.shape) * key.shape[-2]
     return launch_kernel("scaled_dot_product_attention", compute, query, key, value, *args, reads=gpus, flops=flops)
 
 

@@ -34,6 +34,7 @@ MOST_PARAMETERS = 8
 # Users or typer call these by keyword.
 KEYWORD_SURFACES = {
     "epslots.loading.load",
+    "epslots.cli.bench.bench",
     "epslots.cli.generate.generate",
     "epslots.cli.placement.plan",
     "epslots.cli.placement.replay",

@@ -1,0 +1,184 @@
+"""Predicted decoding steps: an engine's real operations on a tiny twin of a model, timed by a simulated GPU's clock.
+
+    with predicted_steps(GPUS["h100"], config, cache_dir) as run:
+        run(0.5, hit_rate=0.9).token_s
+
+Kernels and copies take the time of the true widths. The host takes ``launch_s`` for each operation, and the recorded time of a
+plan for each layer's step that is planned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from epslots.bench.engines import Decoding, open_engine, random_requests
+from epslots.bench.models import random_checkpoint, release, use_sums
+from epslots.bench.scripted_routing import ScriptedRouting
+from epslots.models.measure_shape import shape_of_config
+from epslots.moe.moe_layer import MoELayer
+from epslots.planner.plan import RankPlan
+from epslots.runtime import runtime_of
+from epslots.simulated_gpu.bounds import Bounds, bounds_of
+from epslots.simulated_gpu.cuda_api import simulated_gpus
+from epslots.simulated_gpu.gpu_spec import GpuSpec
+from epslots.simulated_gpu.loading import load_simulated, simulated_kernels
+from epslots.simulated_gpu.machine import SimulatedMachine
+from epslots.simulated_gpu.tiny_twin import tiny_twin
+from epslots.transport.lockstep import Gathered
+
+RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict``)
+# The host's time to plan a layer's step, with nothing and with something missing (``bench exchange``).
+PLAN_S, PLAN_MISSES_S = 77e-6, 121e-6
+PROMPT, WARM_UP = 500, 6  # tokens; no number of tokens on the way is one of the tiny widths
+_KV_TOKENS = 1024
+
+
+class StepTimes(msgspec.Struct, frozen=True):
+    """One run, by step; a step gives each request a token.
+
+    Attributes:
+        step_s: seconds.
+        by_reason: seconds by what bounds them; they add up to ``step_s``.
+        host_s: of these, the host's in launching and planning; ``our_host_s``: in code of ours, and its operations.
+        link_busy_s: seconds in which a copy to the device was in progress.
+        kernels: launched by owner ("epslots", "transformers", "other").
+        syncs: of the host.
+        hit_rate: share of uses whose expert was in a slot, or on its way there.
+        fetches: experts over the link.
+        layers: MoE layers; ``expert_bytes``: of the true model.
+    """
+
+    step_s: float
+    by_reason: dict[str, float]
+    host_s: float
+    our_host_s: float
+    link_busy_s: float
+    kernels: dict[str, float]
+    syncs: float
+    hit_rate: float
+    fetches: float
+    layers: int
+    expert_bytes: int
+
+    @property
+    def bound_by(self) -> str:
+        """The reason with the most seconds."""
+        return max(self.by_reason, key=self.by_reason.__getitem__)
+
+
+Run = Callable[..., StepTimes]
+"""Called with a share of slots, and ``hit_rate`` and ``requests`` as keywords."""
+
+
+@contextmanager
+def predicted_steps(
+    spec: GpuSpec, config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8
+) -> Iterator[Run]:
+    """Runs of one model on one kind of GPU.
+
+    Args:
+        config: of one of ``tiny_twin.ARCHITECTURES``.
+        cache_dir: of the tiny twin's host store.
+        layers: of the model that is run; None = as many as it has.
+        steps: timed in a run.
+
+    Raises:
+        ConfigError: the model is of another architecture.
+    """
+    twin, sizes = tiny_twin(config, layers)
+    true = shape_of_config(config, "the model", "bfloat16")
+
+    def run(share: float, *, hit_rate: float = 1.0, requests: int = 1) -> StepTimes:
+        with simulated_gpus(spec) as gpu, simulated_kernels():
+            gpu.sizes = sizes
+            model = load_simulated(
+                folder,
+                slots=f"{100 * share:g}%",
+                dtype="bfloat16",
+                host_compute="off",
+                host_store="memory",
+                cache_dir=cache_dir,
+                kv_tokens=_KV_TOKENS * requests,
+                max_requests=requests,
+            )
+            for layer in runtime_of(model).layers:
+                sizes.add(layer.layout.nbytes, true.layers[0].layout.nbytes)
+            script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
+            found = _time(gpu, model, script, requests, steps, true.layers[0].layout.nbytes)
+            del model, script
+        release()
+        return found
+
+    with random_checkpoint(twin, torch.bfloat16) as folder:
+        yield run
+
+
+def _time(
+    gpu: SimulatedMachine, model: PreTrainedModel, script: ScriptedRouting, requests: int, steps: int, expert_bytes: int
+) -> StepTimes:
+    runners = runtime_of(model).runners
+    plan_s = _charge_plans(gpu, runners)
+    engine = open_engine(model)
+    decoding = Decoding(engine, random_requests(model, requests, PROMPT, 10 * (steps + WARM_UP)))
+    for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            gpu.reset()
+            before, planned_s, began_s = use_sums(model), plan_s(), gpu.now_s
+        script.next_step()
+        decoding.step()
+    ended_s, planned_s, uses = gpu.now_s, plan_s() - planned_s, use_sums(model, since=before)
+    engine.batcher.close()
+    gpu.timeline.run(float("inf"))
+    bounds = bounds_of(gpu.timeline.operations, gpu.waits, gpu.spec, began_s, ended_s)
+    return _step_times(gpu, bounds, uses, planned_s, steps, (len(runners), expert_bytes))
+
+
+def _step_times(
+    gpu: SimulatedMachine, bounds: Bounds, uses: dict[str, float], planned_s: float, steps: int, model: tuple[int, int]
+) -> StepTimes:
+    launched = Counter(operation.owner for operation in gpu.timeline.operations if operation.engine)
+    kernels: Counter[str] = Counter()
+    for (owner, _), count in gpu.kernels.items():
+        kernels[owner] += count
+    launch_s = gpu.spec.launch_s
+    return StepTimes(
+        step_s=bounds.total / steps,
+        by_reason={name: seconds / steps for name, seconds in bounds.by_reason.items()},
+        host_s=(launched.total() * launch_s + planned_s) / steps,
+        our_host_s=(launched["epslots"] * launch_s + planned_s) / steps,
+        link_busy_s=bounds.link_busy / steps,
+        kernels={owner: count / steps for owner, count in kernels.items()},
+        syncs=sum(gpu.syncs.values()) / steps,
+        hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
+        fetches=(uses["misses"] + uses["prefetches"]) / steps,
+        layers=model[0],
+        expert_bytes=model[1],
+    )
+
+
+def _charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callable[[], float]:
+    """Let plans take the host's time; returns the seconds that they have taken so far."""
+    taken = [0.0]
+
+    def charged(plan: Callable[[Gathered], RankPlan]) -> Callable[[Gathered], RankPlan]:
+        def run(gathered: Gathered) -> RankPlan:
+            found = plan(gathered)
+            seconds = PLAN_MISSES_S if any(len(one.fetch_experts) for one in found.passes) else PLAN_S
+            gpu.spend(seconds)
+            taken[0] += seconds
+            return found
+
+        return run
+
+    for runner in runners:
+        replaced: Any = runner
+        replaced.plan = charged(runner.plan)
+    return lambda: taken[0]
