@@ -109,6 +109,7 @@ class _Uploads:
         except (RuntimeError, TypeError, ValueError) as error:  # torch refuses the address, or the interface
             self.mapped, why = False, str(error).partition("\n")[0]
         if not self.mapped:
+            self._used.clear()  # the buffer that was tried is of no use
             logger.warning("%s can't read pinned memory by a kernel (%s): small uploads wait for expert copies", device, why)
 
     def _arrives(self, numbers: torch.Tensor) -> bool:

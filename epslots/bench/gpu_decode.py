@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 from epslots.bench.decode import random_tokens, skew_routers
 from epslots.bench.engines import Decoding, open_engine, random_prompt
 from epslots.bench.gpu_kit import GpuKit
-from epslots.bench.models import quick_checkpoint, use_sums
+from epslots.bench.models import LARGE_EXPERTS, quick_checkpoint, use_sums
 from epslots.bench.report import MS, US, Tables, median, synchronise
 from epslots.generation.requests import Request
 from epslots.generation.sampling import Sampling
@@ -38,7 +38,7 @@ def measure_decoding(kit: GpuKit) -> None:
 
 
 def _all(kit: GpuKit) -> Tables:
-    where = kit.device if kit.on_gpu and kit.sizes.steps > 2 else torch.device("cpu")
+    where = kit.device if kit.sizes.drawn_on_device else torch.device("cpu")
     with quick_checkpoint(kit.sizes.model, where) as folder, torch.no_grad():
         for share in SHARES:
             kit.step(f"decoding, {share:.0%} slots", 40 if kit.on_gpu else 1, lambda share=share: _own(kit, folder, share))
@@ -62,7 +62,7 @@ def _own(kit: GpuKit, folder: Path, share: float) -> Tables:
         device=kit.device,
         dtype="bfloat16",
         cache_dir=kit.cache_dir,
-        host_compute="off",
+        costs=LARGE_EXPERTS,  # without those of the host's CPU: it computes nothing
         kv_tokens=4096,
         max_requests=max(BATCHES),
         progress=False,

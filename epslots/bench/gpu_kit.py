@@ -31,6 +31,7 @@ class KitSizes:
         repeats: of a short measurement.
         copy_bytes: of a large copy.
         rows: of a large matrix product.
+        drawn_on_device: whether the device draws random weights: a CPU takes minutes for many.
     """
 
     model: Qwen3MoeConfig
@@ -38,6 +39,7 @@ class KitSizes:
     repeats: int
     copy_bytes: int
     rows: int
+    drawn_on_device: bool = False
 
 
 def sizes_for(device: torch.device, free_bytes: int) -> KitSizes:
@@ -46,7 +48,9 @@ def sizes_for(device: torch.device, free_bytes: int) -> KitSizes:
         return tiny_sizes()
     layers = max(2, min(_MOST_LAYERS, (free_bytes - _SPARE_BYTES) // _LAYER_BYTES))
     shape = {"hidden": 2048, "experts": 128, "top_k": 8, "width": 768, "vocab": 151_936, "heads": 16}
-    return KitSizes(random_config(layers=layers, **shape), steps=32, repeats=20, copy_bytes=1 << 28, rows=8192)
+    return KitSizes(
+        random_config(layers=layers, **shape), steps=32, repeats=20, copy_bytes=1 << 28, rows=8192, drawn_on_device=True
+    )
 
 
 def tiny_sizes() -> KitSizes:

@@ -15,7 +15,7 @@ def page(result: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         result: of the bench's report: date, versions, machine.
     """
     machine = result["machine"]
-    where = machine.get("gpu", f"no GPU: {machine['cpu']}")
+    where = machine["gpu"] if "gpu" in machine else f"no GPU: {machine['cpu']}"
     parts = [
         f"# epslots on {where}",
         f"{result['date']}, `{result['command']}`. "

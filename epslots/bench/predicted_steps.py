@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from epslots.bench.engines import Decoding, open_engine, random_requests
-from epslots.bench.models import random_checkpoint, release, use_sums
+from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_sums
 from epslots.bench.scripted_routing import ScriptedRouting
 from epslots.models.measure_shape import shape_of_config
 from epslots.moe.moe_layer import MoELayer
@@ -103,7 +103,7 @@ def predicted_steps(
                 folder,
                 slots=f"{100 * share:g}%",
                 dtype="bfloat16",
-                host_compute="off",
+                costs=LARGE_EXPERTS,  # without those of the host's CPU: it computes nothing
                 host_store="memory",
                 cache_dir=cache_dir,
                 kv_tokens=_KV_TOKENS * requests,

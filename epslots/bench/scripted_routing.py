@@ -90,7 +90,8 @@ class ScriptedRouting:
     def _predict(self, ids: torch.Tensor, experts: int) -> IntArray:
         true = np.unique(_read(self._gpu, ids))
         kept = self._random.random(len(true)) < self._recall
-        wrong = self._random.choice(np.setdiff1d(np.arange(experts), true), int((~kept).sum()), replace=False)
+        others = np.setdiff1d(np.arange(experts), true)
+        wrong = self._random.choice(others, min(int((~kept).sum()), len(others)), replace=False)
         usage = np.zeros(experts, np.int32)
         usage[true[kept]], usage[wrong] = _SURE, _GUESSED
         return usage

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,7 +30,6 @@ def kernel_work(
     reads: Sequence[torch.Tensor],
     writes: Sequence[torch.Tensor],
     flops: float = 0.0,
-    link_bytes: int = 0,
     moves: Sequence[torch.Tensor] | None = None,
 ) -> DeviceWork:
     """What a kernel does, and for how long: the longer of its bytes' and its flops' time.
@@ -38,7 +38,7 @@ def kernel_work(
         moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``: rows of a table.
     """
     spec, nbytes = machine.spec, sum(map(machine.sizes.nbytes, (*reads, *writes) if moves is None else moves))
-    seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops, link_bytes / spec.link_rate)
+    seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops)
     return DeviceWork(name, f"SM:{number}", seconds, reads, writes, nbytes)
 
 
@@ -90,7 +90,8 @@ def launch_kernel(
     *arguments: Any,
     reads: Sequence[torch.Tensor] = (),
     writes: Sequence[torch.Tensor] = (),
-    link_bytes: int = 0,
+    moves: Sequence[torch.Tensor] | None = None,
+    link_bytes: Callable[[], float] = lambda: 0,
     flops: float = 0.0,
 ) -> T:
     """Simulate one kernel of our own, which would be Triton's, by a function that computes its values.
@@ -98,7 +99,8 @@ def launch_kernel(
     Args:
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
-        link_bytes: bytes that it reads from pinned memory.
+        moves: as in ``kernel_work``.
+        link_bytes: after it is computed, the bytes that it has read from pinned memory.
         flops: multiplications and additions.
 
     Returns:
@@ -116,8 +118,15 @@ def launch_kernel(
     made = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in given]
     for memory in made:
         machine.allocate(memory, number, current_stream(number).stream_id)
-    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, link_bytes)
-    launch(machine, work, number, compute, made)
+    moved = None if moves is None else memory_of(list(moves))
+    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, moves=moved)
+
+    def seconds() -> float:
+        return max(work.seconds, link_bytes() / machine.spec.link_rate)
+
+    with machine.computing_kernel():
+        first_s = seconds()
+    launch(machine, replace(work, seconds=first_s, again=seconds), number, compute, made)
     return replace_tensors(result, lambda tensor: GpuTensor(tensor, number))
 
 

@@ -22,6 +22,8 @@ from epslots.cuda_graph.device_slots import DeviceLayer, Missing, TorchKernels
 from epslots.models import opening
 from epslots.simulated_gpu.cuda_api import replaced
 from epslots.simulated_gpu.launching import launch_kernel
+from epslots.simulated_gpu.machine import current_machine
+from epslots.simulated_gpu.tensors import memory_of
 
 _load_dense = opening.load_dense
 
@@ -83,7 +85,13 @@ class SimulatedKernels:
                 memory[slot - layer.start].copy_(store.record(store_layer, expert))
 
         arguments = missing.expert_M, missing.slot_M, missing.count, window
-        launch_kernel("copy_missing", copy_records, *arguments, reads=arguments[:3], writes=[window])
+        sizes, slot, count = current_machine().sizes, memory_of(window[0]), memory_of(missing.count)
+
+        def link_bytes() -> int:
+            return int(count) * sizes.nbytes(slot)
+
+        some = {"reads": arguments[:3], "writes": [window], "moves": arguments[:3], "link_bytes": link_bytes}
+        launch_kernel("copy_missing", copy_records, *arguments, **some)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +56,7 @@ class DeviceWork:
         seconds: on its engine.
         reads, writes: device and pinned memory that it accesses.
         nbytes: bytes that it moves.
+        again: its seconds when a graph runs it once more, after it is computed; None = the same.
     """
 
     name: str
@@ -64,6 +65,7 @@ class DeviceWork:
     reads: Sequence[torch.Tensor] = ()
     writes: Sequence[torch.Tensor] = ()
     nbytes: int = 0
+    again: Callable[[], float] | None = None
 
 
 class SimulatedMachine:
