@@ -19,7 +19,7 @@ from epslots.transport.transport import Transport
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 FORM_DEADLINE_S = 1800.0
-"""Seconds that ``torchrun``'s ranks wait for each other to begin: one may download what the others have."""
+"""Seconds that ranks wait for each other to begin: one may download what the others have."""
 
 
 def started_by_torchrun() -> bool:
@@ -42,7 +42,7 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
 
     Raises:
         ConfigError: this process isn't in ``group``, or its backend isn't the device's.
-        PeerLost: ``torchrun``'s ranks didn't find each other within ``FORM_DEADLINE_S``.
+        PeerLost: the ranks didn't find each other within ``FORM_DEADLINE_S``.
         RankUnusable: they did, but NCCL doesn't return from connecting them. The process must end.
     """
     if group is None:
@@ -59,7 +59,9 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
     if isinstance(group, dist.ProcessGroup):
         if group.size() == 1:
             return None
-        return TorchTransport(nccl.own_group(group, device) if device.type == "cuda" else group, device=device)
+        if device.type == "cuda":
+            group = nccl.own_group(group, device, FORM_DEADLINE_S)
+        return TorchTransport(group, device=device)
     if not hasattr(group, "all_to_all"):  # torch gives processes outside of a group a number in its place
         raise ConfigError(f"group={group!r}: allowed: None, or a torch.distributed process group that this process is in")
     return group if group.size > 1 else None

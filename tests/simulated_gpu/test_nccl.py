@@ -285,6 +285,13 @@ def test_a_users_group_gets_a_twin_for_epslots(gpus: SimulatedMachine, monkeypat
     twin = Users(0, 2)
     monkeypatch.setattr(nccl.dist, "new_group", new_group)
     monkeypatch.setattr(nccl.dist, "get_process_group_ranks", lambda group: [3, 5])
+    store, number = dist.HashStore(), next(nccl._own_groups) + 1
+    monkeypatch.setattr(nccl, "_default_store", lambda: store)
+    monkeypatch.setattr(rendezvous, "FORM_DEADLINE_S", 0.2)
+    with pytest.raises(PeerLost, match=r"ranks \[1\] of 2 didn't come"):  # the other one hasn't got there yet
+        rendezvous.find_transport(Users(0, 2), CUDA)
+    assert not made
+    store.set(f"epslots/3-5/{number + 1}/here/1", "here")
     monkeypatch.setattr(rendezvous, "TorchTransport", lambda group, device: (group, device))
     found, device = rendezvous.find_transport(Users(0, 2), CUDA)  # type: ignore[misc]
     assert found is twin and device == CUDA
