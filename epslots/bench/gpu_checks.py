@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +66,15 @@ def _row(check: str, found: object, allowed: str, right: bool) -> dict[str, Any]
     return {"check": check, "found": found, "allowed": allowed, "right": right}
 
 
-class _exact_products:  # noqa: N801 - a context, read like a function
-    """fp32 products without TF32."""
-
-    def __enter__(self) -> None:
-        self._before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self._before)
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Within the context fp32 products are made without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _requests(model: PreTrainedModel) -> list[Request]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def _all(kit: GpuKit) -> Tables:
     where = kit.device if kit.sizes.drawn_on_device else torch.device("cpu")
     with quick_checkpoint(kit.sizes.model, where) as folder, torch.no_grad():
         for share in SHARES:
-            kit.step(f"decoding, {share:.0%} slots", 40 if kit.on_gpu else 1, lambda share=share: _own(kit, folder, share))
+            kit.step(f"decoding, {share:.0%} slots", 40 if kit.on_gpu else 1, partial(_own, kit, folder, share))
         kit.step("decoding, transformers", 30 if kit.on_gpu else 1, lambda: _plain(kit, folder))
         kit.step("decoding, accelerate", 60 if kit.on_gpu else 1, lambda: _offloaded(kit, folder))
     resident = {row["batch"]: row["ms a step"] for row in _rows(kit) if row["what"] == "transformers"}
@@ -152,7 +153,7 @@ def _kernel_rows(kit: GpuKit, model: PreTrainedModel) -> list[dict[str, Any]]:
         hidden = torch.randn(tokens, config.hidden_size, device=kit.device).to(torch.bfloat16)
         index = torch.rand(tokens, config.num_experts).topk(config.num_experts_per_tok).indices
         ids = index.view(-1).to(kit.device)
-        seconds = _median_seconds(kit, lambda hidden=hidden, ids=ids: runner.experts.execute(hidden, ids))
+        seconds = _median_seconds(kit, partial(runner.experts.execute, hidden, ids))
         used = len(index.unique())
         flops = 2.0 * index.numel() * expert_bytes / 2
         rows.append(

@@ -90,7 +90,7 @@ class SimulatedKernels:
         def link_bytes() -> int:
             return int(count) * sizes.nbytes(slot)
 
-        some = {"reads": arguments[:3], "writes": [window], "moves": arguments[:3], "link_bytes": link_bytes}
+        some: dict[str, Any] = {"reads": arguments[:3], "writes": [window], "moves": arguments[:3], "link_bytes": link_bytes}
         launch_kernel("copy_missing", copy_records, *arguments, **some)
 
 

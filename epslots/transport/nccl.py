@@ -75,8 +75,8 @@ def own_group(group: dist.ProcessGroup, device: torch.device, deadline_s: float)
         group_desc="epslots",
         device_id=device,
     )
-    place = {"rank": group.rank(), "size": group.size(), "device": device}
-    made = form_within(make, meeting, **place, deadline_s=deadline_s, stop=None)
+    rank, size = group.rank(), group.size()
+    made = form_within(make, meeting, rank=rank, size=size, device=device, deadline_s=deadline_s, stop=None)
     assert isinstance(made, dist.ProcessGroup)
     return made
 
