@@ -139,7 +139,8 @@ def _live(orders: _Orders) -> None:
     transport, form_s = _form(orders, device, epoch=0, size=orders.size)
     _say(orders, "loading")
     settings: dict[str, Any] = {"slots": "50%", "device": device, "dtype": "float32", "cache_dir": orders.cache_dir}
-    model = epslots.load(orders.checkpoint, progress=False, **settings, **({"group": transport} if orders.size > 1 else {}))
+    group = transport if orders.size > 1 else None
+    model = epslots.load(orders.checkpoint, progress=False, group=group, **settings)
     if orders.size == 1:
         join(model, transport, settings={})
     _say(orders, "generating")

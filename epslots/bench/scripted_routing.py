@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from epslots.arrays import IntArray
@@ -87,7 +88,7 @@ class ScriptedRouting:
             found.append(np.concatenate([*chosen, others[: top_k - hits - misses]]))
         return np.array(found, np.int64)
 
-    def _predict(self, ids: torch.Tensor, experts: int) -> IntArray:
+    def _predict(self, ids: torch.Tensor, experts: int) -> NDArray[np.int32]:
         true = np.unique(_read(self._gpu, ids))
         kept = self._random.random(len(true)) < self._recall
         others = np.setdiff1d(np.arange(experts), true)
@@ -130,7 +131,7 @@ class _ScriptedPredictor:
         return getattr(self._predictor, name)
 
 
-def _write(gpu: SimulatedMachine, tensor: torch.Tensor, values: IntArray) -> None:
+def _write(gpu: SimulatedMachine, tensor: torch.Tensor, values: NDArray[Any]) -> None:
     """Change a tensor's memory from outside of the simulation: no copy, and no time."""
     with gpu.computing_kernel():
         memory_of(tensor).copy_(torch.from_numpy(values))

@@ -61,7 +61,7 @@ def bench_timeline(
             resident = run(1.0)
             for share, source, hit_rate in _runs(shares):
                 found = resident if share == 1 else run(share, hit_rate=hit_rate)
-                name = {"slots": f"{100 * share:g}%", "routing of": source}
+                name: dict[str, Any] = {"slots": f"{100 * share:g}%", "routing of": source}
                 rows.append(name | _row(found, resident))
                 reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
         report.table(f"PREDICTED: one request of {model} on one {spec.name}", rows)

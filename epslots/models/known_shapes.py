@@ -86,6 +86,25 @@ _PUBLISHED = {
         },
         "Qwen/Qwen3-235B-A22B, config.json",
     ),
+    "qwen3-30b-a3b": _Published(
+        "Qwen3MoeForCausalLM",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "tie_word_embeddings": False,
+        },
+        "Qwen/Qwen3-30B-A3B, config.json",
+    ),
     "mixtral-8x7b": _Published(
         "MixtralForCausalLM",
         {

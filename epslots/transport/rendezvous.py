@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from epslots.errors import ConfigError, PeerLost
 from epslots.transport import nccl
@@ -71,7 +72,7 @@ def _form_default_group(device: torch.device) -> None:
     """Make ``torchrun``'s ranks torch's default group."""
     deadline = timedelta(seconds=FORM_DEADLINE_S)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=deadline))
+        store, rank, size = next(rendezvous("env://", timeout=deadline))
     except (RuntimeError, ValueError) as error:
         raise PeerLost(f"the ranks of torchrun could not form a group: {error}") from error
     if device.type == "cuda":

@@ -238,14 +238,14 @@ def test_torchruns_ranks_form_within_a_deadline(gpus: SimulatedMachine, monkeypa
     """As a cluster's do: torch's own call would wait in NCCL for ever."""
     hangs, store = threading.Event(), dist.HashStore()
     monkeypatch.setattr(rendezvous, "FORM_DEADLINE_S", 0.2)
-    monkeypatch.setattr(rendezvous.dist, "rendezvous", lambda url, timeout: iter([(store, 0, 1)]))
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, 0, 1)]))
     monkeypatch.setattr(forming.dist, "init_process_group", lambda *_, **__: hangs.wait())
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RankUnusable, match="did not connect 1 ranks in time"):
         rendezvous.find_transport(None, torch.device("cuda:1"))
     assert torch.cuda.current_device() == 1
-    monkeypatch.setattr(rendezvous.dist, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
     with pytest.raises(PeerLost, match=r"ranks \[1\] of 2 didn't come within 0.2 s"):
         rendezvous.find_transport(None, CUDA)
     hangs.set()
