@@ -1,7 +1,7 @@
 """Predicted decoding steps: an engine's real operations on a tiny twin of a model, timed by a simulated GPU's clock.
 
-    with predicted_steps(GPUS["h100"], config, cache_dir) as run:
-        run(0.5, hit_rate=0.9).token_s
+    with predicted_steps(config, cache_dir) as run:
+        run(GPUS["h100"], 0.5, hit_rate=0.9).step_s
 
 Kernels and copies take the time of the true widths. The host takes ``launch_s`` for each operation, and the recorded time of a
 plan for each layer's step that is planned.
@@ -75,14 +75,12 @@ class StepTimes(msgspec.Struct, frozen=True):
 
 
 Run = Callable[..., StepTimes]
-"""Called with a share of slots, and ``hit_rate`` and ``requests`` as keywords."""
+"""Called with a kind of GPU and a share of slots, and ``hit_rate`` and ``requests`` as keywords."""
 
 
 @contextmanager
-def predicted_steps(
-    spec: GpuSpec, config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8
-) -> Iterator[Run]:
-    """Runs of one model on one kind of GPU.
+def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8) -> Iterator[Run]:
+    """Runs of one model.
 
     Args:
         config: of one of ``tiny_twin.ARCHITECTURES``.
@@ -96,7 +94,7 @@ def predicted_steps(
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
 
-    def run(share: float, *, hit_rate: float = 1.0, requests: int = 1) -> StepTimes:
+    def run(spec: GpuSpec, share: float, *, hit_rate: float = 1.0, requests: int = 1) -> StepTimes:
         with simulated_gpus(spec) as gpu, simulated_kernels():
             gpu.sizes = sizes
             model = load_simulated(

@@ -7,12 +7,13 @@ less than the data sheet's rates, and a slower or faster host, change it.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, StepTimes, predicted_steps
+from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, Run, StepTimes, predicted_steps
 from epslots.bench.report import MS, BenchReport
 from epslots.errors import ConfigError
 from epslots.models.known_shapes import known_model
@@ -24,6 +25,8 @@ HIT_RATES = {
     "shipped model": {0.125: 0.308, 0.25: 0.701, 0.5: 0.924, 0.75: 0.967},
     "DeepSeek-V2-Lite": {0.125: 0.335, 0.25: 0.512, 0.5: 0.741, 0.75: 0.902},
 }
+
+Rows = list[dict[str, Any]]
 
 
 def bench_timeline(
@@ -55,17 +58,26 @@ def bench_timeline(
         raise ConfigError(f"model={model!r}: transformers has no such model to run")
     report.result |= {"predicted": True, "model": model}
     report.table("costs, by data sheets and estimates", [_costs_row(spec) for spec in specs])
-    for spec in specs:
-        rows, reasons = [], []
-        with predicted_steps(spec, skeleton.config, cache_dir, layers=layers, steps=rounds) as run:
-            resident = run(1.0)
-            for share, source, hit_rate in _runs(shares):
-                found = resident if share == 1 else run(share, hit_rate=hit_rate)
-                name: dict[str, Any] = {"slots": f"{100 * share:g}%", "routing of": source}
-                rows.append(name | _row(found, resident))
-                reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
-        report.table(f"PREDICTED: one request of {model} on one {spec.name}", rows)
-        report.table(f"PREDICTED: ms a token on {spec.name}, by what bounds them", reasons)
+    found: dict[str, tuple[Rows, Rows]] = {}
+    with predicted_steps(skeleton.config, cache_dir, layers=layers, steps=rounds) as run:
+        for spec in specs:
+            found[spec.name] = _predict(partial(run, spec), shares)
+    for name, (rows, reasons) in found.items():
+        report.table(f"PREDICTED: one request of {model} on one {name}", rows)
+        report.table(f"PREDICTED: ms a token on {name}, by what bounds them", reasons)
+
+
+def _predict(run: Run, shares: list[float]) -> tuple[Rows, Rows]:
+    """Rows of both tables of one kind of GPU."""
+    rows: Rows = []
+    reasons: Rows = []
+    resident = run(1.0)
+    for share, source, hit_rate in _runs(shares):
+        found = resident if share == 1 else run(share, hit_rate=hit_rate)
+        name: dict[str, Any] = {"slots": f"{100 * share:g}%", "routing of": source}
+        rows.append(name | _row(found, resident))
+        reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
+    return rows, reasons
 
 
 def _runs(shares: list[float]) -> list[tuple[float, str, float]]:

@@ -24,14 +24,14 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
     spec = msgspec.structs.replace(GPUS["h100"], kernel_s=0.0, copy_s=0.0, launch_s=0.0, wake_s=0.0, query_s=1e-12)
     attention = HIDDEN * HEAD * (2 * HEADS + 2 * KV_HEADS)
     weights = LAYERS * (attention + 3 * TOP_K * HIDDEN * WIDTH + 16 * HIDDEN) + CONFIG.vocab_size * HIDDEN
-    with predicted_steps(spec, CONFIG, cache_dir, steps=2) as run:
-        resident = run(1.0)
+    with predicted_steps(CONFIG, cache_dir, steps=2) as run:
+        resident = run(spec, 1.0)
         assert 1.0 < resident.by_reason["HBM"] * spec.memory_rate / (2 * weights) < 1.05
         assert sum(resident.by_reason.values()) == pytest.approx(resident.step_s)
         assert resident.by_reason["link"] == resident.fetches == 0 and resident.hit_rate == 1
         assert resident.bound_by == "HBM"
 
-        missing = run(0.5, hit_rate=0.5)
+        missing = run(spec, 0.5, hit_rate=0.5)
         assert missing.syncs == resident.syncs + LAYERS and missing.by_reason["link"] > 0
         assert 0.3 < missing.hit_rate < 0.95
         assert missing.expert_bytes == 3 * HIDDEN * WIDTH * 2
