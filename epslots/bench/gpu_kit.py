@@ -60,7 +60,7 @@ def tiny_sizes() -> KitSizes:
 
 
 @dataclass
-class Outcome:
+class StepOutcome:
     """How one step went.
 
     Attributes:
@@ -104,7 +104,7 @@ class GpuKit:
     plain: Callable[[Path, torch.device], PreTrainedModel] = load_plain
     clock: Callable[[], float] = time.monotonic
     facts: dict[str, Any] = field(default_factory=dict)
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[StepOutcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._began_s = self.clock()
@@ -129,7 +129,7 @@ class GpuKit:
         if needs_s > self.left_s:
             return self._skip(name, f"{max(0.0, self.left_s):.0f} s are left, and it may take {needs_s:.0f}")
         began_s = self.clock()
-        outcome = Outcome(name, "done")
+        outcome = StepOutcome(name, "done")
         try:
             outcome.tables = run()
         except Exception as error:
@@ -144,5 +144,5 @@ class GpuKit:
         return outcome.state == "done"
 
     def _skip(self, name: str, why: str) -> bool:
-        self.outcomes.append(Outcome(name, "skipped", why))
+        self.outcomes.append(StepOutcome(name, "skipped", why))
         return False

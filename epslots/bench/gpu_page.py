@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from epslots.bench.gpu_kit import Outcome
+from epslots.bench.gpu_kit import StepOutcome
 
 
-def page(result: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
+def page(result: Mapping[str, Any], outcomes: Sequence[StepOutcome]) -> str:
     """The page: what was run where, how the steps went, and every table.
 
     Args:

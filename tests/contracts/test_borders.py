@@ -154,11 +154,12 @@ def test_the_commands_and_their_options():
         "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
         "--ranks", "--address", "--strategy", "--placement",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms", "--priority",
-        "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
+        "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--attn-implementation",
+        "--batch-invariant",
     }  # fmt: skip
     assert found["serve"] == common | {
         "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
-        "--execute-predicted", "--host-compute", "--batch-invariant",
+        "--execute-predicted", "--host-compute", "--attn-implementation", "--batch-invariant",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
         "--ranks", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
             "--name", "--orphan-s", "--replace",
@@ -167,8 +168,10 @@ def test_the_commands_and_their_options():
         "--log-requests", "--log-prompts",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint"}
-    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--device"}
-    assert {"--model", "--slots", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
+    assert found["bench"] == {
+        "name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--gpu", "--model", "--slots", "--device",
+    }  # fmt: skip
+    assert {"--model", "--slots", "--attn-implementation", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {
         name: {o for p in c.params for o in p.opts}
