@@ -110,7 +110,7 @@ def to_next_token(seen: dict[int, LayerRecording], predictor: Predictor) -> list
         rows_WH = hidden_WH.float()
         if estimator.history:
             rows_WH = torch.cat([rows_WH, functional.pad(rows_WH, (0, 0, 1, 0))[:-1]], 1)
-        found += count_recalled(estimator.logits(rows_WH[:-1]), index_WK[1:])
+        found += count_recalled(estimator.scores(rows_WH[:-1]), index_WK[1:])
     at_k, at_2k = (found / index_SWK[:, 1:].numel()).tolist()
     return [{"layer": "0, next token", "fitted at k": at_k, "fitted at 2k": at_2k, "token before": str(estimator.history)}]
 

@@ -19,8 +19,9 @@ from epslots.cache import pinning
 from epslots.cuda_graph import lent_slots
 from epslots.models import opening
 from epslots.moe import expert_compute, product_choice
+from epslots.prefetch import predictor
 from epslots.simulated_gpu.cuda_api import replaced
-from epslots.simulated_gpu.own_kernels import SimulatedKernels, SimulatedPairKernels, SimulatedProducts
+from epslots.simulated_gpu.own_kernels import SimulatedKernels, SimulatedPairKernels, SimulatedProducts, simulated_usage
 
 _load_dense = opening.load_dense
 
@@ -32,6 +33,7 @@ def load_simulated(path: Any, **settings: Any) -> PreTrainedModel:
         replaced(pinning, "_unpin", _unpin),
         replaced(product_choice, "kernel_products", SimulatedProducts),
         replaced(expert_compute, "pair_kernels_for", SimulatedPairKernels),
+        replaced(predictor, "usage_kernel_for", lambda device: simulated_usage),
     ):
         given: dict[str, Any] = {"device": "cuda", "progress": False} | settings
         return loading.load(path, **given)

@@ -10,6 +10,7 @@ from epslots.cache.expert_loader import ExpertLoader
 from epslots.cuda_graph.device_slots import DeviceLayer, Missing, TorchKernels
 from epslots.moe.kernel_gemm import Gate, Tiles, TorchProducts, tile_rows, tiles_at_most
 from epslots.moe.pair_kernels import Keys, SortedPairs, TorchPairKernels
+from epslots.prefetch.usage import usage_by_torch
 from epslots.simulated_gpu.launching import launch_kernel
 from epslots.simulated_gpu.tensors import memory_of
 
@@ -77,6 +78,11 @@ class SimulatedPairKernels:
     def weighted_sum(self, results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         arguments = results_NH, weights_TK
         return launch_kernel("weighted_sum", self._torch.weighted_sum, *arguments, dtype, reads=arguments)
+
+
+def simulated_usage(score_TE: torch.Tensor, top_k: int, experts: int) -> torch.Tensor:
+    """``UsageKernel`` in one launch."""
+    return launch_kernel("usage", usage_by_torch, score_TE, top_k, experts, reads=[score_TE])
 
 
 class SimulatedKernels:

@@ -31,8 +31,8 @@ pytestmark = needs_triton
 
 @outside
 def test_under_the_interpreter():
-    modules = "cuda_graph/test_triton_kernels.py", "moe/test_grouped_kernel.py", "moe/test_pair_kernels.py"
-    pass_under_the_interpreter(*(f"tests/{module}" for module in modules), tests=5 + 6 + 14)
+    modules = "cuda_graph/test_triton_kernels", "moe/test_grouped_kernel", "moe/test_pair_kernels", "prefetch/test_usage"
+    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=5 + 6 + 14 + 6)
 
 
 def kernels(loader: Any) -> Kernels:
