@@ -22,7 +22,6 @@ from epslots.cuda_graph.device_slots import (
 from epslots.cuda_graph.missed_steps import MissedSteps
 from epslots.errors import ConfigError
 from epslots.moe.moe_layer import MoELayer
-from epslots.moe.product_choice import waits_for_host
 from epslots.runtime import Runtime
 
 
@@ -36,7 +35,7 @@ def device_obstacle(runtime: Runtime, pairs: int) -> str | None:
         return "predicted experts are executed"
     if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
         return "batch-invariant products are laid out on the host"
-    if any(waits_for_host(runner.experts.kernel) for runner in runtime.runners):
+    if any(runner.experts.kernel.waits_for_host for runner in runtime.runners):
         return "grouped products wait for the host: torch has no kernel for this GPU and dtype, and triton isn't installed"
     return next((why for loader in runtime.loaders if (why := slots_obstacle(loader, pairs)) is not None), None)
 

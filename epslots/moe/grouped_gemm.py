@@ -39,9 +39,11 @@ class GroupedGemm:
         dtype: of the weights and the results.
         hidden_size: H.
         batch_invariant: whether each row's bits are independent of the other rows.
+        waits_for_host: whether each call waits for the host, so that no step can be captured (``product_choice.py``).
     """
 
     batch_invariant: ClassVar[bool] = False
+    waits_for_host: bool = False
 
     def __init__(self, module: Any, weights: Mapping[str, torch.Tensor]) -> None:
         self._module = module

@@ -54,15 +54,13 @@ def choose_product(weights: Sequence[torch.Tensor], *, batch_invariant: bool = F
 def make_gemm(module: Any, weights: Mapping[str, torch.Tensor], *, batch_invariant: bool = False) -> GroupedGemm:
     """Computes the experts of a layer's window of slots; arguments as of ``GroupedGemm``."""
     product = choose_product(matrices(module, weights), batch_invariant=batch_invariant)
+    gemm: GroupedGemm
     if product is Product.KERNEL:
-        return KernelGemm(module, weights, kernel_products())
-    return (BatchInvariantGemm if batch_invariant else GroupedGemm)(module, weights)
-
-
-def waits_for_host(gemm: GroupedGemm) -> bool:
-    """Whether each product of a layer waits for the host, so that no step can be captured."""
-    product = choose_product(gemm.matrices, batch_invariant=gemm.batch_invariant)
-    return gemm.matrices[0].device.type == "cuda" and product is Product.BY_SLOT
+        gemm = KernelGemm(module, weights, kernel_products())
+    else:
+        gemm = (BatchInvariantGemm if batch_invariant else GroupedGemm)(module, weights)
+    gemm.waits_for_host = product is Product.BY_SLOT and gemm.matrices[0].device.type == "cuda"
+    return gemm
 
 
 def kernel_products() -> Products:

@@ -12,6 +12,7 @@ from epslots.moe.kernel_gemm import Gate, Tiles, TorchProducts, tile_rows, tiles
 from epslots.moe.pair_kernels import Keys, SortedPairs, TorchPairKernels
 from epslots.prefetch.usage import usage_by_torch
 from epslots.simulated_gpu.launching import launch_kernel
+from epslots.simulated_gpu.machine import current_machine
 from epslots.simulated_gpu.tensors import memory_of
 
 

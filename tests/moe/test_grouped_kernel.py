@@ -20,7 +20,7 @@ from transformers.integrations.moe import _default_apply_gate
 from epslots.moe import product_choice
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
 from epslots.moe.kernel_gemm import Gate, KernelGemm, Products, TorchProducts, known_gate, tile_rows, tiles_at_most
-from epslots.moe.product_choice import Product, choose_product, make_gemm, waits_for_host
+from epslots.moe.product_choice import Product, choose_product, make_gemm
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GPUS
 from tests.support.interpreter import assembled, compiled, interpreted, needs_triton, outside
@@ -190,13 +190,13 @@ def test_each_gpu_has_its_product(gpu: str, dtype: torch.dtype, product: Product
         assert choose_product(list(weights.values())) is product
         gemm = make_gemm(experts(), weights)
         assert isinstance(gemm, KernelGemm) is (product is Product.KERNEL)
-        assert waits_for_host(gemm) is (product is Product.BY_SLOT)
+        assert gemm.waits_for_host is (product is Product.BY_SLOT)
         assert (product is Product.TORCH) is (GPUS[gpu].fast_grouped_mm and dtype == torch.bfloat16)
         odd = {name: torch.zeros(2, 16, 15, dtype=dtype, device="cuda") for name in weights}
         assert choose_product(list(odd.values())) is (Product.BY_SLOT if dtype == torch.float64 else Product.KERNEL)
         assert isinstance(make_gemm(experts(), weights, batch_invariant=True), BatchInvariantGemm)
         monkeypatch.setattr(product_choice.importlib.util, "find_spec", lambda name: None)
-        assert waits_for_host(make_gemm(experts(), weights)) is (product is not Product.TORCH)
+        assert make_gemm(experts(), weights).waits_for_host is (product is not Product.TORCH)
 
 
 @outside
@@ -205,7 +205,7 @@ def test_a_cpu_never_waits_for_itself():
     for batch_invariant in (False, True):
         gemm = make_gemm(experts(), weights, batch_invariant=batch_invariant)
         assert type(gemm) is (BatchInvariantGemm if batch_invariant else GroupedGemm)
-        assert not waits_for_host(gemm)
+        assert not gemm.waits_for_host
 
 
 @needs_triton

@@ -67,9 +67,10 @@ def assembled(binary: Any, capability: int, folder: Path) -> str:
 
     code = folder / "kernel.ptx"
     code.write_text(binary.asm["ptx"])
+    ptxas = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
     suffix = "a" if capability >= 90 else ""
     command = [
-        triton.knobs.nvidia.ptxas.path,
+        ptxas.path,
         "-v",
         f"--gpu-name=sm_{capability}{suffix}",
         "-o",
