@@ -43,17 +43,13 @@ class SimulatedProducts:
         tiles: Tiles,
         gate: Gate | None = None,
     ) -> torch.Tensor:
-        def product(
-            rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *listed: torch.Tensor
-        ) -> torch.Tensor:
-            return self._torch.multiply(rows, weight, bias, Tiles(listed[0], tiles.size, *listed[1:]), gate)
-
+        with current_machine().computing_kernel():  # the weights that it reads depend on the tiles
+            used = memory_of(tiles.slot_T)[: int(memory_of(tiles.count))].unique().tolist()
         listed = tiles.ends_Q, tiles.slot_T, tiles.row_T, tiles.count
-        count = int(memory_of(tiles.count))
-        used = [weight_QIO[slot] for slot in set(memory_of(tiles.slot_T)[:count].tolist())]
+        reads = [rows_NI, *listed, *(weight_QIO[slot] for slot in used)]
+        arguments = rows_NI, weight_QIO, bias_QO, tiles, gate
         flops = 2.0 * rows_NI.numel() * weight_QIO.shape[2]
-        reads = [rows_NI, *listed, *used]
-        return launch_kernel("multiply", product, rows_NI, weight_QIO, bias_QO, *listed, reads=reads, flops=flops)
+        return launch_kernel("multiply", self._torch.multiply, *arguments, reads=reads, flops=flops)
 
 
 class SimulatedPairKernels:
