@@ -41,6 +41,13 @@ def capture_obstacle(model: PreTrainedModel, cache: RowCache, support: RowSuppor
     """Why no decoding pass of a model can be captured, as a sentence's end; None if nothing is known to be in the way."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
+    found = _obstacle(model, cache, support)
+    if found is not None:
+        logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
+    return found
+
+
+def _obstacle(model: PreTrainedModel, cache: RowCache, support: RowSupport) -> str | None:
     if plan_of(model) is None:
         return "epslots.load didn't return it"
     if support.rotaries or not support.together or not cache.all_pooled:
@@ -70,8 +77,6 @@ class CapturedDecoding:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool: Any = None
         self.obstacle, self.replays = obstacle, 0
-        if obstacle is not None and model.device.type == "cuda":
-            logger.warning("%s decodes uncaptured: %s", type(model).__name__, obstacle)
 
     def takes(self, rows: int) -> bool:
         """Whether the next pass, of so many rows, can be made here."""
