@@ -98,7 +98,6 @@ def _multiply(  # type: ignore[no-untyped-def]
     inputs,
     outputs,
     row_stride,
-    result_stride,
     slot_stride,
     in_stride,
     out_stride,
@@ -116,8 +115,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         rows: [N, inputs], by row_stride.
         weight: [Q, inputs, outputs], by three strides; if gated, the gate's outputs and behind them as many others.
         bias: [Q, as many], by bias_stride.
-        result: [N, outputs].
-        ends, tile_slot, tile_row, count: of the tiles.
+        result: [N, outputs]; ends, tile_slot, tile_row, count: of the tiles.
     """
     tile = tl.program_id(1)
     if tile >= tl.load(count):
@@ -128,7 +126,6 @@ def _multiply(  # type: ignore[no-untyped-def]
     real_M, real_C = row_M < tl.load(ends + slot), output_C < outputs
     rows += row_M[:, None].to(tl.int64) * row_stride
     dtype = result.dtype.element_ty
-
     sum_MC = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     other_MC = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for first in range(0, inputs, BLOCK_K):
@@ -149,8 +146,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     if ACTIVATION != "":  # rounded where torch would round
         gated_MC = _activated(sum_MC.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
         sum_MC = gated_MC * other_MC.to(dtype).to(tl.float32)
-    result += row_M[:, None].to(tl.int64) * result_stride
-    tl.store(result + output_C[None, :], sum_MC.to(dtype), mask=real_M[:, None] & real_C[None, :])
+    place_MC = row_M[:, None].to(tl.int64) * outputs + output_C[None, :]
+    tl.store(result + place_MC, sum_MC.to(dtype), mask=real_M[:, None] & real_C[None, :])
 
 
 class TritonProducts:
@@ -189,7 +186,6 @@ class TritonProducts:
             inputs,
             outputs,
             rows_NI.stride(0),
-            result_NO.stride(0),
             *weight_QIO.stride(),
             0 if bias_QO is None else bias_QO.stride(0),
             ACTIVATION="" if gate is None else gate.activation,

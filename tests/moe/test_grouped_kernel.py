@@ -223,7 +223,7 @@ def test_blocks_fit_into_every_gpu(capability: int, rows: int, activation: str, 
     constants |= {"BLOCK_M": rows, "BLOCK_C": columns, "BLOCK_K": block.input_bytes // 2, "in_stride": 1}
     types = dict.fromkeys(("rows", "weight", "bias", "result"), "*bf16:16")
     types |= dict.fromkeys(("ends", "tile_slot", "tile_row", "count"), "*i32:16")
-    types |= dict.fromkeys(("inputs", "outputs", "row_stride", "result_stride", "slot_stride", "out_stride"), "i32:16")
+    types |= dict.fromkeys(("inputs", "outputs", "row_stride", "slot_stride", "out_stride"), "i32:16")
     types |= {"bias_stride": "i32"}
     kernel = grouped_kernel._multiply
     binary = compiled(kernel, types, constants, capability, num_warps=block.warps, num_stages=block.stages)
