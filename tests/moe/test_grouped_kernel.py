@@ -26,7 +26,7 @@ from epslots.simulated_gpu.gpu_spec import GPUS
 from tests.support.interpreter import assembled, compiled, interpreted, needs_triton, outside
 
 GATES = [None, Gate("silu"), Gate("gelu"), Gate("gelu_tanh")]
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def triton_products() -> Products:
@@ -97,7 +97,7 @@ def exact_bfloat16() -> Any:
 
 @needs_triton
 @interpreted
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=12)
 @given(
     counts=st.lists(st.sampled_from([0, 0, 1, 2, 17, 33]), min_size=1, max_size=5),
     inputs=st.sampled_from([8, 40, 72]),

@@ -49,7 +49,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=20 if INTERPRETER else 40)
+@settings(deadline=None, max_examples=12 if INTERPRETER else 40)
 @given(problem=problems())
 def test_pairs_are_counted_and_sorted(problem: dict[str, Any]):
     """Stably, by key; pairs without a slot go last."""
