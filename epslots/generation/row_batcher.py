@@ -91,9 +91,12 @@ class RowBatcher(Batcher):
         self._pass: RowPass | None = None
         self._kept: deque[RunningRow] = deque()
         """Rows of requests that have ended, for prompts that begin alike; the longest unused first."""
-        self._shares = config.prefix_cache and self._support.shares_prefixes
         self._prompt_was_last = False
         self._order = RowTracker()
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self._config.prefix_cache and self._support.shares_prefixes
 
     def _open_cache(self) -> RowCache:
         config, support = self._config, self._support
@@ -127,7 +130,7 @@ class RowBatcher(Batcher):
         """Free the row of a request that has ended. If others may begin with it, it is kept until its room is needed."""
         (running,) = [running for running in self._running if running.entry is entry]
         self._running.remove(running)
-        if self._shares and entry.reason != "error" and running.row.length:
+        if self.shares_prefixes and entry.reason != "error" and running.row.length:
             self._kept.append(running)
         else:
             self._cache.close(running.row)
@@ -169,7 +172,7 @@ class RowBatcher(Batcher):
         while self._waiting and len(self._running) < self._config.max_requests:
             entry = self._waiting.pop(0)
             source, shared = None, 0
-            if self._shares:
+            if self.shares_prefixes:
                 source, shared = shared_beginning(entry, self._running, self._kept, states=self._cache.keeps_states)
             if source is not None and source.row.length < shared:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
