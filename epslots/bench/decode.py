@@ -173,9 +173,9 @@ def _by_batcher(batcher: RowBatcher, tokens: torch.Tensor) -> Callable[[], float
 
     def run() -> float:
         # The last token of a request is computed from, and not with.
-        settings = {"max_new_tokens": _new_tokens(tokens) // len(tokens) + 1}
+        new_tokens = _new_tokens(tokens) // len(tokens) + 1
         for number, prompt in enumerate(tokens[:, :PROMPT].tolist()):
-            batcher.add(Request(str(number), tuple(prompt), sampling=Sampling(temperature=1.0, seed=number), **settings))
+            batcher.add(Request(str(number), tuple(prompt), new_tokens, sampling=Sampling(temperature=1.0, seed=number)))
         started: set[str] = set()
         while len(started) < len(tokens):
             batcher.prepare()

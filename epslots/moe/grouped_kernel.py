@@ -72,7 +72,7 @@ def _weight_tile(weight, slot, input_K, output_C, inside, slot_stride, in_stride
     return tl.load(weight + slot * slot_stride + place_KC, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _activated(gate, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The activation of float32 values; ``Gate.activation`` names it."""
     if ACTIVATION == "silu":

@@ -8,7 +8,7 @@ Legend of shape suffixes: N rows, I inputs, O outputs, Q slots of the layer's wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,7 +140,7 @@ class TorchProducts:
         return _ACTIVATED[gate.activation](first_NO) * other_NO
 
 
-_ACTIVATED = {
+_ACTIVATED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),

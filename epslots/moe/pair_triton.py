@@ -71,7 +71,7 @@ def _key_of(ids, key_of, pair, pairs, experts, stop, beyond):  # type: ignore[no
     return tl.where(real, tl.where(key < 0, stop, key), beyond)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _place_pairs(  # type: ignore[no-untyped-def]
     ids,
     key_of,
@@ -103,7 +103,7 @@ def _place_pairs(  # type: ignore[no-untyped-def]
     tl.store(sorted_keys + row_B, key_B, mask=real_B)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _find_ends(  # type: ignore[no-untyped-def]
     ids, key_of, ends, pairs, experts, first_key, stop, turn, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -151,7 +151,7 @@ def _sort_pairs(  # type: ignore[no-untyped-def]
         _find_ends(ids, key_of, ends, pairs, experts, first_key, stop, turn - programs, BLOCK_B, BLOCK_C)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _weighted_sum(  # type: ignore[no-untyped-def]
     results, weights, sums, columns, token_stride, k_stride, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr
 ):
@@ -205,7 +205,7 @@ class TritonPairKernels(TorchPairKernels):
         if pairs > MOST_PAIRS:
             return super().sort(ids_N, key_E, keys, top_k, absent=absent)
         rows = torch.empty((3, pairs), dtype=torch.int64, device=ids_N.device)
-        found = SortedPairs(*rows.unbind(0), torch.empty(ends, dtype=torch.int32, device=ids_N.device))
+        found = SortedPairs(rows[0], rows[1], rows[2], torch.empty(ends, dtype=torch.int32, device=ids_N.device))
         programs = triton.cdiv(pairs, _OWN)
         sizes = {"TOP_K": top_k, "BLOCK_B": _OWN, "BLOCK_C": _READ}
         numbers = pairs, key_E.shape[0], keys.first, keys.stop, programs
