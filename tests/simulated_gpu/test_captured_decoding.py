@@ -67,6 +67,7 @@ def test_replays_give_the_usual_tokens(name: str, checkpoint: Callable[[str], Pa
         for mine, theirs in zip(epslots.stats(model).layers, epslots.stats(usual).layers, strict=True):
             assert mine.steps == theirs.steps
             assert mine.hits + mine.misses == theirs.hits + theirs.misses
+            assert mine.tokens_per_expert == theirs.tokens_per_expert, "rows that fill a size don't count"
         batcher.close()
 
 
