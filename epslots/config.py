@@ -60,6 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache: str = "auto"
     prefix_cache: bool = True
     step_target_ms: float | None = None
+    capture: bool = True
 
     def __post_init__(self) -> None:
         check_count("kv_tokens", self.kv_tokens, least=0)
@@ -67,8 +68,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             check_count(name, getattr(self, name))
         if self.cache not in CACHE_SETTINGS:
             raise ConfigError(f"cache={self.cache!r}: allowed: {', '.join(CACHE_SETTINGS)}")
-        if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache={self.prefix_cache!r}: allowed: True, False")
+        for name in ("prefix_cache", "capture"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
         target = self.step_target_ms
         if target is not None and (not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1e6):
             raise ConfigError(f"step_target_ms={target!r}: allowed: None, or milliseconds, more than 0")
@@ -104,6 +106,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         prefix_cache: prompts that begin alike share what was computed for their common beginning.
         step_target_ms: choose the prompt tokens of a step so that it takes about this long, because decoding waits for it;
             None = ``max_batch_tokens`` alone limits them.
+        capture: on a GPU, let an ``Engine`` of one rank that keeps rows decode by CUDA graphs, where the model allows it.
         link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
             compute. Default: the device's own link; on a CPU, fetches take no time of their own.
         prefetch: fetch the experts that the next layer is expected to need while this one computes: ``"auto"`` (where a link
@@ -135,6 +138,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache: Annotated[str, ComparedAs("cache")] = "auto"
     prefix_cache: bool = True
     step_target_ms: float | None = None
+    capture: bool = True
     link: Annotated[str | None, ComparedAs("fetches")] = None
     prefetch: Annotated[str | bool | PrefetchSetting, ComparedAs("predictions")] = "auto"
     predictor: Annotated[str | None, ComparedAs("predictions"), ChangesOutputs(only_with="execute_predicted")] = None
@@ -245,6 +249,7 @@ class LoadSettings(TypedDict, total=False):
     cache: str
     prefix_cache: bool
     step_target_ms: float | None
+    capture: bool
     link: str | None
     prefetch: str | bool | PrefetchSetting
     predictor: str | os.PathLike[str] | None

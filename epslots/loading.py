@@ -45,6 +45,7 @@ from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
 from epslots.moe.moe_layer import MoELayer
+from epslots.moe.product_choice import make_gemm
 from epslots.moe.token_room import TokenRoom
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
@@ -272,7 +273,8 @@ def _build_runtime(
 ) -> Runtime:
     """Slots for every layer, one pool for each layout, and a runner on every experts module."""
     telemetry = Telemetry(layers, plan.quotas, device)
-    gemm = BatchInvariantGemm if is_batch_invariant(model) else GroupedGemm
+    batch_invariant = is_batch_invariant(model)
+    on_host = BatchInvariantGemm if batch_invariant else GroupedGemm
     modules: list[nn.Module] = list(experts_modules(model).values())
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
@@ -287,13 +289,13 @@ def _build_runtime(
         loaders.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
-            kernel = gemm(modules[index], pool.weights(position))
+            kernel = make_gemm(modules[index], pool.weights(position), batch_invariant=batch_invariant)
             compute = ExpertCompute(
                 index,
                 ExpertCache(index, position, experts, loader, telemetry),
                 kernel,
                 telemetry,
-                cpu=CpuExperts(modules[index], store, index, device, gemm=gemm),
+                cpu=CpuExperts(modules[index], store, index, device, gemm=on_host),
                 identity=bool(getattr(modules[index], "zero_expert_num", 0)),
             )
             past = history.layer(position, experts)

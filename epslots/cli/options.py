@@ -169,6 +169,12 @@ class LoadConfigOptions:
             "Default: --max-batch-tokens alone cuts them.",
         ),
     ] = _DEFAULTS.step_target_ms
+    capture: Annotated[
+        bool,
+        typer.Option(
+            "--capture/--no-capture", help="On a GPU, let a rank alone that keeps rows decode by CUDA graphs, where it can."
+        ),
+    ] = _DEFAULTS.capture
 
     def config(self, kv_tokens: int = _DEFAULTS.kv_tokens) -> LoadConfig:
         """The options as the configuration that is handed down.

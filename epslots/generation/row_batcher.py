@@ -18,9 +18,7 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,39 +32,20 @@ from epslots.errors import DoesNotFitError, StepFailed
 from epslots.generation.absorbed_attention import AbsorbedAttention
 from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, check_servable, describe_failure
 from epslots.generation.cache_tensors import tensors_of
+from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.row_attention import RowByRow
-from epslots.generation.row_cache import Row, RowCache, StepOfRows
+from epslots.generation.row_cache import RowCache, StepOfRows
 from epslots.generation.row_plan import RowPass, RowState, decodes, next_pass
+from epslots.generation.row_prefixes import RunningRow, shared_beginning
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.token_choice import choose, prompt_logprobs
 from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
 
 logger = logging.getLogger(__name__)
-
-LEAST_SHARED_TOKENS = 16
-"""A shorter common beginning of two prompts isn't worth a pass that ends there."""
-
-
-@dataclass(eq=False)
-class _RunningRow:
-    """A request that has a row."""
-
-    entry: TrackedRequest
-    row: Row
-    stop: int = 0
-    """A length at which another request is to continue from this row."""
-
-    @property
-    def turn(self) -> tuple[int, int]:
-        return self.entry.turn
-
-    @property
-    def left(self) -> int:
-        return self.entry.length - self.row.length
 
 
 class RowBatcher(Batcher):
@@ -102,13 +81,15 @@ class RowBatcher(Batcher):
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
         self._chunk = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
+        obstacle = capture_obstacle(model, self._cache, self._support) if config.capture else "it was asked for"
+        self._captured = CapturedDecoding(model, self._cache, self._call, most=config.max_requests, obstacle=obstacle)
         self._waiting: list[TrackedRequest] = []
-        self._running: list[_RunningRow] = []
+        self._running: list[RunningRow] = []
         """Both are in the order of turns."""
-        self._isolation: Isolation[_RunningRow] | None = None
+        self._isolation: Isolation[RunningRow] | None = None
         """Of the pass under way; None between passes."""
         self._pass: RowPass | None = None
-        self._kept: deque[_RunningRow] = deque()
+        self._kept: deque[RunningRow] = deque()
         """Rows of requests that have ended, for prompts that begin alike; the longest unused first."""
         self._prompt_was_last = False
         self._order = RowTracker()
@@ -171,6 +152,8 @@ class RowBatcher(Batcher):
             if planned is not None:
                 self._pass = planned
                 self._isolation = Isolation([self._running[i] for i in planned.rows])
+            else:
+                self._captured.give_back()  # the model may be used otherwise now
         return self._isolation is not None
 
     def _restart_outgrown(self) -> None:
@@ -188,7 +171,9 @@ class RowBatcher(Batcher):
         held: list[TrackedRequest] = []
         while self._waiting and len(self._running) < self._config.max_requests:
             entry = self._waiting.pop(0)
-            source, shared = self._shared_beginning(entry)
+            source, shared = None, 0
+            if self.shares_prefixes:
+                source, shared = shared_beginning(entry, self._running, self._kept, states=self._cache.keeps_states)
             if source is not None and source.row.length < shared:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
                 held.append(entry)  # it goes on from there, soon
@@ -206,35 +191,13 @@ class RowBatcher(Batcher):
                 continue
             row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
             self._counters.reused_tokens += shared
-            insort(self._running, _RunningRow(entry, row), key=_turn)
+            insort(self._running, RunningRow(entry, row), key=_turn)
         for entry in held:
             self._queue(entry)
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""
         return sum(running.left for running in self._running)
-
-    def _shared_beginning(self, entry: TrackedRequest) -> tuple[_RunningRow | None, int]:
-        """The running request whose row a new one can begin with, and the tokens that they share; (None, 0) without one."""
-        if not self.shares_prefixes:
-            return None, 0
-        if entry.prompt_rows(0, entry.prompt_length):
-            return None, 0  # the logits of all of its prompt are needed
-        beginning = entry.ids(0, LEAST_SHARED_TOKENS)
-        own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
-        best: tuple[_RunningRow | None, int] = (None, 0)
-        for running in (*self._running, *self._kept):
-            if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
-                continue
-            shared = _common(own, running.entry.ids(0, len(own)))
-            if running in self._kept:
-                shared = min(shared, running.row.length)  # it doesn't go on
-            # A state is of one length: the row's present one, or one that it hasn't reached.
-            if self._cache.keeps_states and shared < running.row.length:
-                continue
-            if shared >= LEAST_SHARED_TOKENS and shared > best[1]:
-                best = running, shared
-        return best
 
     def _plan(self) -> RowPass | None:
         """The next pass, with room for its tokens: where the cache is full, the last rows are given up."""
@@ -248,7 +211,7 @@ class RowBatcher(Batcher):
             self._preempt(self._running[-1])  # the first alone always fits
         return None
 
-    def _state(self, running: _RunningRow) -> RowState:
+    def _state(self, running: RunningRow) -> RowState:
         entry, support = running.entry, self._support
         first = 0
         if support.replays:  # a moved request's own tokens come one by one, as they did the first time
@@ -260,7 +223,7 @@ class RowBatcher(Batcher):
         most = self._config.max_requests if entry.prompt_rows(running.row.length, entry.prompt_length) else 0
         return RowState(known=entry.length, computed=running.row.length, first=first, most=most, stop=running.stop)
 
-    def _preempt(self, running: _RunningRow) -> None:
+    def _preempt(self, running: RunningRow) -> None:
         """Give up a row; its request waits again."""
         self._running.remove(running)
         self._cache.close(running.row)
@@ -273,14 +236,12 @@ class RowBatcher(Batcher):
         isolation, planned = self._isolation, self._pass
         assert isolation is not None and planned is not None, "prepare() comes first"
         part, width = isolation.part, planned.width
-        rows = [running.row for running in part]
         began = self._clock()
         try:
-            previous = self._order.next([(running.entry.request.id, width) for running in part])
-            with self._following(previous), self._plain_outputs.off(), self._cache.step(rows, width) as step:
-                logits_BLV = self._forward(part, width, step)
-                chosen = self._choose(part, width, logits_BLV)
-                step.commit()
+            with self._plain_outputs.off():
+                chosen = self._make_captured(part)
+                if chosen is None:
+                    chosen = self._make(part, width)
         except Exception as failure:
             self._order = RowTracker()  # only some layers have seen the failed pass's rows
             found = self._split_or_raise(isolation, failure)
@@ -298,16 +259,17 @@ class RowBatcher(Batcher):
             deliver()
         self._finish_part(isolation)
 
-    def _count(self, planned: RowPass, part: Sequence[_RunningRow], seconds: float | None) -> None:
+    def _count(self, planned: RowPass, part: Sequence[RunningRow], seconds: float | None) -> None:
         """Count a pass that was committed."""
         starts = [(running.row.length - planned.width, running.entry.request) for running in part]
         self._counters.steps += 1
+        self._counters.replayed_steps = self._captured.replays
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
             computed = len(part) * planned.width
             self._chunk.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
 
-    def _finish_part(self, isolation: Isolation[_RunningRow]) -> None:
+    def _finish_part(self, isolation: Isolation[RunningRow]) -> None:
         if isolation.done:
             assert self._pass is not None
             self._prompt_was_last = not self._pass.decodes
@@ -315,28 +277,53 @@ class RowBatcher(Batcher):
             for running in [running for running in self._running if running.entry.reason]:
                 self._leave(running.entry)
 
-    @torch.no_grad()
-    def _forward(self, part: Sequence[_RunningRow], width: int, step: StepOfRows) -> torch.Tensor:
+    def _make(self, part: Sequence[RunningRow], width: int) -> list[Callable[[], None]]:
+        """Make a pass; returns calls that enter its tokens, for after the commit."""
+        self._captured.give_back()
+        rows = [running.row for running in part]
+        previous = self._order.next([(running.entry.request.id, width) for running in part])
+        with self._following(previous), self._cache.step(rows, width) as step:
+            chosen = self._choose(part, width, self._forward(part, width, step))
+            step.commit()
+        return chosen
+
+    def _make_captured(self, part: Sequence[RunningRow]) -> list[Callable[[], None]] | None:
+        """The same by a captured pass; None where it can't be, or while some requests have prompts to compute."""
+        assert self._pass is not None
+        if not self._pass.decodes or len(part) < len(self._running) or not self._captured.takes(len(part)):
+            return None
+        rows = [running.row for running in part]
+        logits_BLV = self._captured.logits(
+            rows, [running.entry.ids(running.row.length, running.row.length + 1)[0] for running in part]
+        )
+        if logits_BLV is None:
+            return None
+        chosen = self._choose(part, 1, logits_BLV)
+        self._captured.commit(rows)
+        self._order = RowTracker()  # the predictor has seen no row
+        return chosen
+
+    def _forward(self, part: Sequence[RunningRow], width: int, step: StepOfRows) -> torch.Tensor:
         """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
-        device = self._model.device
         ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
-        keep = width if self._prompt_rows(part[0], width) else 1
         inputs = {
-            "input_ids": to_device(np.array(ids, np.int64), device),
+            "input_ids": to_device(np.array(ids, np.int64), self._model.device),
             "position_ids": step.position_ids,
             "attention_mask": step.attention_mask,
             "past_key_values": step.cache,
-            "use_cache": True,
-            "logits_to_keep": keep,
         }
-        with ExitStack() as stack:
-            stack.enter_context(self._by_row.active())
-            stack.enter_context(self._latents.active())
-            found = self._model(**{name: value for name, value in inputs.items() if name in self._takes}, return_dict=True)
+        return self._call(inputs, keep=width if self._prompt_rows(part[0], width) else 1)
+
+    @torch.no_grad()
+    def _call(self, inputs: Mapping[str, Any], keep: int = 1) -> torch.Tensor:
+        """Run the model; returns the logits of each row's last ``keep`` tokens, [B, keep, V]."""
+        given = {**inputs, "use_cache": True, "logits_to_keep": keep}
+        with self._by_row.active(), self._latents.active():
+            found = self._model(**{name: value for name, value in given.items() if name in self._takes}, return_dict=True)
         logits: torch.Tensor = found.logits[:, -keep:]
         return logits
 
-    def _choose(self, part: Sequence[_RunningRow], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
+    def _choose(self, part: Sequence[RunningRow], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
         """Choose tokens, and compute log-probabilities; returns calls that enter them, for after the commit."""
         deliver: list[Callable[[], None]] = []
         if rows := self._prompt_rows(part[0], width):
@@ -355,7 +342,7 @@ class RowBatcher(Batcher):
         return deliver
 
     @staticmethod
-    def _prompt_rows(running: _RunningRow, width: int) -> range:
+    def _prompt_rows(running: RunningRow, width: int) -> range:
         """Positions of a pass whose log-probabilities are asked for; it has one row then."""
         return running.entry.prompt_rows(running.row.length, running.row.length + width)
 
@@ -378,17 +365,9 @@ class RowBatcher(Batcher):
         self._running.clear()
         self._kept.clear()
         self._isolation = self._pass = None
-        del self._cache
+        self._captured.close()
+        del self._captured, self._cache
 
 
-def _turn(waiting: TrackedRequest | _RunningRow) -> tuple[int, int]:
+def _turn(waiting: TrackedRequest | RunningRow) -> tuple[int, int]:
     return waiting.turn
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    count = min(len(one), len(other))
-    if one[:count] == other[:count]:
-        return count
-    differs = np.array(one[:count]) != np.array(other[:count])
-    return int(differs.argmax())

@@ -168,6 +168,16 @@ class RowCache:
         return bool(self._states) or len(self._tables) > 1 or len(self._pooled) < len(self._templates)
 
     @property
+    def tables(self) -> dict[int | None, CellTable]:
+        """The cells of tensors that grow with tokens, by the window of those that keep one."""
+        return self._tables
+
+    @property
+    def all_pooled(self) -> bool:
+        """Whether every layer keeps its rows in pools, and attention computes all of them at once."""
+        return len(self._pooled) == len(self._templates) and not self._by_row and not self._linear
+
+    @property
     def free_tokens(self) -> int:
         """Tokens for which there are free cells."""
         return self._tables[None].free
@@ -208,11 +218,30 @@ class RowCache:
         try:
             yield StepOfRows(self, rows, width)
         finally:
-            self._steps, self._cache.layers = [], []
-            if self._linear:
-                setattr(self._cache, "linear_cache", [])  # noqa: B010
-            for index in self._pooled:
-                self._templates[index].let_go()
+            self._let_go()
+
+    @contextmanager
+    def in_place(self, step: RowStep) -> Iterator[Cache]:
+        """The model's cache for a step of rows that all have a past; its states are in ``step.new_states`` afterwards.
+
+        Only if ``all_pooled``.
+        """
+        layers = [_begun(self._templates[index], step) for index in range(len(self._templates))]
+        self._cache.layers = layers
+        try:
+            yield self._cache
+            for layer in layers:
+                layer.end()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop a step's tensors."""
+        self._steps, self._cache.layers = [], []
+        if self._linear:
+            setattr(self._cache, "linear_cache", [])  # noqa: B010
+        for index in self._pooled:
+            self._templates[index].let_go()
 
     def _fill_cache(self, rows: Sequence[Row], row_B: IntArray, width: int) -> Cache:
         """The model's cache as the pass over these rows is to find it."""
@@ -257,6 +286,11 @@ class RowCache:
         for step in self._steps:
             for pool, state in step.new_states:
                 pool.index_copy_(0, step.row_B, state.to(pool.dtype))
+        self.take(rows, width)
+
+    def take(self, rows: Sequence[Row], width: int) -> None:
+        """Give the cells of a step's tokens to their rows."""
+        row_B = np.array([row.number for row in rows], np.int64)
         for table in self._tables.values():
             table.take(row_B, width)
         for row in rows:

@@ -1,12 +1,13 @@
 """The arithmetic of experts: rows sorted by slot in, rows through their experts out.
 
-``expert_compute.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``BatchInvariantGemm`` is the
-class for models that are loaded with ``batch_invariant=True``.
+``expert_compute.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``product_choice.py`` chooses
+the class: ``BatchInvariantGemm`` for models that are loaded with ``batch_invariant=True``, ``KernelGemm`` (``kernel_gemm.py``)
+on GPUs where torch's grouped product is slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,13 +39,14 @@ class GroupedGemm:
         dtype: of the weights and the results.
         hidden_size: H.
         batch_invariant: whether each row's bits are independent of the other rows.
+        waits_for_host: whether each call waits for the host, so that no step can be captured (``product_choice.py``).
     """
 
     batch_invariant: ClassVar[bool] = False
+    waits_for_host: bool = False
 
     def __init__(self, module: Any, weights: Mapping[str, torch.Tensor]) -> None:
-        self._first_name = "gate_up_proj" if module.has_gate else "up_proj"
-        self._transposed, self._has_bias = bool(module.is_transposed), bool(module.has_bias)
+        self._module = module
         self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
@@ -54,10 +56,9 @@ class GroupedGemm:
 
     def use(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Read other weights from now on; their number of slots may differ."""
-        self._first = _oriented(weights[self._first_name], transposed=self._transposed)
-        self._down = _oriented(weights["down_proj"], transposed=self._transposed)
-        self._first_bias = weights[f"{self._first_name}_bias"] if self._has_bias else None
-        self._down_bias = weights["down_proj_bias"] if self._has_bias else None
+        self._first, self._down = matrices(self._module, weights)
+        names = (f"{_first_name(self._module)}_bias", "down_proj_bias")
+        self._first_bias, self._down_bias = (weights[name] if self._module.has_bias else None for name in names)
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
@@ -78,15 +79,13 @@ class GroupedGemm:
             result += self._down_bias[key_N - first_key]
         return result if self._post_norm is None else self._post_norm(result)
 
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of both products, [Q, in, out]."""
+        return self._first, self._down
+
     def _choose_matmul(self) -> Matmul:
-        """torch's grouped matrix multiplication; transformers' loop of plain ones where dtype or strides don't suit it."""
-        # The strides of the weights [Q, in, out], and of the rows [N, in] that they are multiplied with.
-        weights = (self._first, self._down)
-        strides = [(w, stride) for w in weights for stride in (*w.stride(), w.shape[1]) if stride != 1]
-        aligned = all(stride * w.element_size() % STRIDE_BYTES == 0 for w, stride in strides)
-        if aligned and self._first.dtype in GROUPED_DTYPES:
-            return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
-        return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+        return torch_matmul(self.matrices)
 
 
 class BatchInvariantGemm(GroupedGemm):
@@ -105,9 +104,28 @@ class BatchInvariantGemm(GroupedGemm):
         return _matmul_by_row
 
 
-def _oriented(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """The weights as [Q, in, out], from either orientation of the checkpoint's layout."""
-    return weight if transposed else weight.transpose(-2, -1)
+def _first_name(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def matrices(module: Any, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of both products, [Q, in, out], from either orientation of the checkpoint's layout."""
+    first, down = weights[_first_name(module)], weights["down_proj"]
+    return (first, down) if module.is_transposed else (first.transpose(-2, -1), down.transpose(-2, -1))
+
+
+def suits_torch(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether ``F.grouped_mm`` takes weights [Q, in, out] of this dtype and these strides, and the rows of their products."""
+    strides = [(w, stride) for w in weights for stride in (*w.stride(), w.shape[1]) if stride != 1]
+    aligned = all(stride * w.element_size() % STRIDE_BYTES == 0 for w, stride in strides)
+    return aligned and weights[0].dtype in GROUPED_DTYPES
+
+
+def torch_matmul(weights: Sequence[torch.Tensor]) -> Matmul:
+    """torch's grouped matrix multiplication; transformers' loop of plain ones where dtype or strides don't suit it."""
+    if suits_torch(weights):
+        return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
+    return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
 
 def _matmul_by_row(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Models on simulated GPUs: ``load_simulated`` is ``epslots.load`` there.
 
 transformers fills the dense weights in threads of its own, where no device is simulated: so they are loaded on the CPU, and
-moved. The kernels of captured decoding, which are Triton's, are one launch each, with torch's results.
+moved. Our own kernels, which are Triton's, are those of ``own_kernels.py``.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from transformers import PreTrainedModel
 
 from epslots import loading
 from epslots.cache import pinning
-from epslots.cache.expert_loader import ExpertLoader
-from epslots.cuda_graph import decode_graph
-from epslots.cuda_graph.device_slots import DeviceLayer, Missing, TorchKernels
+from epslots.cuda_graph import lent_slots
 from epslots.models import opening
+from epslots.moe import expert_compute, product_choice
+from epslots.prefetch import predictor
 from epslots.simulated_gpu.cuda_api import replaced
-from epslots.simulated_gpu.launching import launch_kernel
-from epslots.simulated_gpu.machine import current_machine
-from epslots.simulated_gpu.tensors import memory_of
+from epslots.simulated_gpu.own_kernels import SimulatedKernels, SimulatedPairKernels, SimulatedProducts, simulated_usage
 
 _load_dense = opening.load_dense
 
 
 def load_simulated(path: Any, **settings: Any) -> PreTrainedModel:
     """``epslots.load`` onto a simulated GPU: arguments and errors are the same. For use within ``simulated_gpus``."""
-    with replaced(loading, "load_dense", _load_dense_simulated), replaced(pinning, "_unpin", _unpin):
+    with (
+        replaced(loading, "load_dense", _load_dense_simulated),
+        replaced(pinning, "_unpin", _unpin),
+        replaced(product_choice, "kernel_products", SimulatedProducts),
+        replaced(expert_compute, "pair_kernels_for", SimulatedPairKernels),
+        replaced(predictor, "usage_kernel_for", lambda device: simulated_usage),
+    ):
         given: dict[str, Any] = {"device": "cuda", "progress": False} | settings
         return loading.load(path, **given)
 
@@ -62,40 +66,8 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-class SimulatedKernels:
-    """``Kernels`` whose decision and copy are one launch each, as Triton's are."""
-
-    def __init__(self, loader: ExpertLoader) -> None:
-        self._loader, self._torch = loader, TorchKernels(loader)
-
-    def decide(self, layer: DeviceLayer, ids_N: torch.Tensor, missing: Missing) -> None:
-        state = [layer.slot_of_E, layer.expert_of_Q, layer.last_use_E, layer.decayed_DE, layer.step, layer.tally_3]
-        writes = [*state, missing.expert_M, missing.slot_M, missing.count]
-        twin = self._torch
-        reads = [ids_N, layer.factors_D]
-        launch_kernel("decide", twin.decide, layer, ids_N, missing, reads=reads, writes=writes)
-
-    def copy(self, layer: DeviceLayer, missing: Missing) -> None:
-        pool, store = self._loader.pool, self._loader.store
-        window = pool.memory[pool.window(layer.number)]
-        store_layer = self._loader.store_layers[layer.number]
-
-        def copy_records(experts_M: torch.Tensor, slots_M: torch.Tensor, count: torch.Tensor, memory: torch.Tensor) -> None:
-            for expert, slot in list(zip(experts_M.tolist(), slots_M.tolist(), strict=True))[: int(count)]:
-                memory[slot - layer.start].copy_(store.record(store_layer, expert))
-
-        arguments = missing.expert_M, missing.slot_M, missing.count, window
-        sizes, slot, count = current_machine().sizes, memory_of(window[0]), memory_of(missing.count)
-
-        def link_bytes() -> int:
-            return int(count) * sizes.nbytes(slot)
-
-        some: dict[str, Any] = {"reads": arguments[:3], "writes": [window], "moves": arguments[:3], "link_bytes": link_bytes}
-        launch_kernel("copy_missing", copy_records, *arguments, **some)
-
-
 @contextmanager
 def simulated_kernels() -> Iterator[None]:
     """Let captured decoding use ``SimulatedKernels``."""
-    with replaced(decode_graph, "kernels_for", SimulatedKernels):
+    with replaced(lent_slots, "kernels_for", SimulatedKernels):
         yield

@@ -65,6 +65,7 @@ OTHER: dict[str, Any] = {
     "cache": "rows",
     "prefix_cache": False,
     "step_target_ms": 25.0,
+    "capture": False,
     "link": "8GB/s,20us",
     "prefetch": "64MiB",
     "predictor": "/somewhere/else",
