@@ -61,6 +61,6 @@ def predicted_ms(spec: GpuSpec, config: PreTrainedConfig, runs: Runs) -> list[fl
     """Milliseconds of a step in each run."""
     with TemporaryDirectory(prefix="epslots-predicted-") as folder, predicted_steps(config, Path(folder)) as run:
         return [
-            run(spec, share, hit_rate=hit_rate if share < 1 else 1.0, requests=requests).step_s * MS
+            run(spec, share, hit_rate=hit_rate if share < 1 else 1.0, requests=requests, captured=True).step_s * MS
             for share, hit_rate, requests in runs
         ]

@@ -1,7 +1,7 @@
 """Predicted decoding steps: an engine's real operations on a tiny twin of a model, timed by a simulated GPU's clock.
 
     with predicted_steps(config, cache_dir) as run:
-        run(GPUS["h100"], 0.5, hit_rate=0.9).step_s
+        run(GPUS["h100"], 0.5, hit_rate=0.9, captured=True).step_s
 
 Kernels and copies take the time of the true widths. The host takes ``launch_s`` for each operation, and the recorded time of a
 plan for each layer's step that is planned.
@@ -37,7 +37,7 @@ from epslots.transport.lockstep import Gathered
 RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict``)
 # The host's time to plan a layer's step, with nothing and with something missing (``bench exchange``).
 PLAN_S, PLAN_MISSES_S = 77e-6, 121e-6
-PROMPT, WARM_UP = 500, 6  # tokens; no number of tokens on the way is one of the tiny widths
+PROMPT, WARM_UP = 520, 6  # tokens; no number of tokens on the way is one of the tiny widths
 _KV_TOKENS = 1024
 
 
@@ -75,7 +75,7 @@ class StepTimes(msgspec.Struct, frozen=True):
 
 
 Run = Callable[..., StepTimes]
-"""Called with a kind of GPU and a share of slots, and ``hit_rate`` and ``requests`` as keywords."""
+"""Called with a kind of GPU and a share of slots, and ``hit_rate``, ``requests`` and ``captured`` as keywords."""
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
 
-    def run(spec: GpuSpec, share: float, *, hit_rate: float = 1.0, requests: int = 1) -> StepTimes:
+    def run(spec: GpuSpec, share: float, *, hit_rate: float = 1.0, requests: int = 1, captured: bool = False) -> StepTimes:
         with simulated_gpus(spec) as gpu, simulated_kernels():
             gpu.sizes = sizes
             model = load_simulated(
@@ -106,6 +106,7 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
                 cache_dir=cache_dir,
                 kv_tokens=_KV_TOKENS * requests,
                 max_requests=requests,
+                capture=captured,
             )
             for layer in runtime_of(model).layers:
                 sizes.add(layer.layout.nbytes, true.layers[0].layout.nbytes)
@@ -126,13 +127,15 @@ def _time(
     plan_s = _charge_plans(gpu, runners)
     engine = open_engine(model)
     decoding = Decoding(engine, random_requests(model, requests, PROMPT, 10 * (steps + WARM_UP)))
+    before = use_sums(model)  # not in between: reading ends captured decoding, for a step
     for number in range(WARM_UP + steps):
         if number == WARM_UP:
             gpu.reset()
-            before, planned_s, began_s = use_sums(model), plan_s(), gpu.now_s
+            planned_s, began_s = plan_s(), gpu.now_s
         script.next_step()
         decoding.step()
-    ended_s, planned_s, uses = gpu.now_s, plan_s() - planned_s, use_sums(model, since=before)
+    ended_s, planned_s = gpu.now_s, plan_s() - planned_s
+    uses = {name: count / (WARM_UP + steps) for name, count in use_sums(model, since=before).items()}
     engine.batcher.close()
     gpu.timeline.run(float("inf"))
     bounds = bounds_of(gpu.timeline.operations, gpu.waits, gpu.spec, began_s, ended_s)
@@ -142,7 +145,7 @@ def _time(
 def _step_times(
     gpu: SimulatedMachine, bounds: Bounds, uses: dict[str, float], planned_s: float, steps: int, model: tuple[int, int]
 ) -> StepTimes:
-    launched = Counter(operation.owner for operation in gpu.timeline.operations if operation.engine)
+    launched = _launches(gpu)
     kernels: Counter[str] = Counter()
     for (owner, _), count in gpu.kernels.items():
         kernels[owner] += count
@@ -156,10 +159,21 @@ def _step_times(
         kernels={owner: count / steps for owner, count in kernels.items()},
         syncs=sum(gpu.syncs.values()) / steps,
         hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
-        fetches=(uses["misses"] + uses["prefetches"]) / steps,
+        fetches=uses["misses"] + uses["prefetches"],
         layers=model[0],
         expert_bytes=model[1],
     )
+
+
+def _launches(gpu: SimulatedMachine) -> Counter[str]:
+    """The host's launches by owner; a graph's operations, which are queued at one moment, are one."""
+    found: Counter[str] = Counter()
+    last_s = -1.0
+    for operation in gpu.timeline.operations:
+        if operation.engine and operation.queued_s > last_s:
+            found[operation.owner] += 1
+            last_s = operation.queued_s
+    return found
 
 
 def _charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callable[[], float]:

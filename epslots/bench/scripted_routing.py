@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from epslots.arrays import IntArray
+from epslots.arrays import BoolArray, IntArray
 from epslots.models.experts import RUNNER, experts_modules
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import Prefetcher, UsagePredictor
@@ -74,10 +74,10 @@ class ScriptedRouting:
             _write(self._gpu, usage, self._predict(ids, len(usage)))
 
     def _choose(self, runner: MoELayer, shape: Sequence[int]) -> IntArray:
-        resident = np.flatnonzero(runner.cache.resident_E)
-        last_use = runner.history.last_use[resident]
-        recent = resident[np.argsort(last_use)[int(len(resident) * _MAY_GIVE_WAY) :]]
-        missing = np.flatnonzero(~runner.cache.resident_E)
+        resident_E = self._resident(runner)
+        recent, missing = np.flatnonzero(resident_E), np.flatnonzero(~resident_E)
+        if not runner.slots_are_lent:  # while the device decides, nothing is fetched ahead
+            recent = recent[np.argsort(runner.history.last_use[recent])[int(len(recent) * _MAY_GIVE_WAY) :]]
         tokens, top_k = shape
         found = []
         for _ in range(tokens):
@@ -87,6 +87,13 @@ class ScriptedRouting:
             others = np.setdiff1d(np.arange(runner.cache.num_experts), np.concatenate(chosen))
             found.append(np.concatenate([*chosen, others[: top_k - hits - misses]]))
         return np.array(found, np.int64)
+
+    def _resident(self, runner: MoELayer) -> BoolArray:
+        """The experts in slots, or on their way there: by the host's table, or by the device's where that decides."""
+        if not runner.slots_are_lent:
+            return runner.cache.resident_E
+        pool, layer = self._runtime.place_of(runner.index)
+        return _read(self._gpu, pool.slot_of_device[layer])[: runner.cache.num_experts] >= 0
 
     def _predict(self, ids: torch.Tensor, experts: int) -> NDArray[np.int32]:
         true = np.unique(_read(self._gpu, ids))

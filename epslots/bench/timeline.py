@@ -71,12 +71,13 @@ def _predict(run: Run, shares: list[float]) -> tuple[Rows, Rows]:
     """Rows of both tables of one kind of GPU."""
     rows: Rows = []
     reasons: Rows = []
-    resident = run(1.0)
-    for share, source, hit_rate in _runs(shares):
-        found = resident if share == 1 else run(share, hit_rate=hit_rate)
-        name: dict[str, Any] = {"slots": f"{100 * share:g}%", "routing of": source}
-        rows.append(name | _row(found, resident))
-        reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
+    for path, captured in (("captured", True), ("usual", False)):
+        resident = run(1.0, captured=captured)
+        for share, source, hit_rate in _runs(shares):
+            found = resident if share == 1 else run(share, hit_rate=hit_rate, captured=captured)
+            name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source}
+            rows.append(name | _row(found, resident))
+            reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
     return rows, reasons
 
 
@@ -132,6 +133,7 @@ def _row(found: StepTimes, resident: StepTimes) -> dict[str, Any]:
         "tokens/s": 1 / found.step_s,
         "over all resident": resident.step_s / found.step_s,
         "bound by": found.bound_by,
+        "host-bound": (found.by_reason["host"] + found.by_reason["sync"]) / found.step_s,
         "our share of host": found.our_host_s / found.host_s,
         "our kernels a layer": found.kernels.get("epslots", 0.0) / found.layers,
         "syncs a layer": found.syncs / found.layers,

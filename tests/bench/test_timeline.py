@@ -39,6 +39,10 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
         assert missing.link_busy_s == pytest.approx(link_s, rel=0.5), "some fetches of the steps before and after"
         assert missing.step_s > resident.step_s
 
+        captured = run(spec, 0.5, hit_rate=0.5, captured=True)
+        assert captured.syncs < LAYERS and captured.bound_by == "HBM", "a kernel copies, so the link's time is its own"
+        assert captured.fetches > 0 and captured.step_s > captured.fetches * captured.expert_bytes / spec.link_rate
+
 
 def test_hit_rates_are_read_between_recorded_shares():
     rates = HIT_RATES["shipped model"]
