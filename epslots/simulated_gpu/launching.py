@@ -91,7 +91,7 @@ def launch_kernel(
     reads: Sequence[torch.Tensor] = (),
     writes: Sequence[torch.Tensor] = (),
     moves: Sequence[torch.Tensor] | None = None,
-    link_bytes: Callable[[], float] = lambda: 0,
+    link_bytes: Callable[[], float] | None = None,
     flops: float = 0.0,
 ) -> T:
     """Simulate one kernel of our own, which would be Triton's, by a function that computes its values.
@@ -100,7 +100,7 @@ def launch_kernel(
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
         moves: as in ``kernel_work``.
-        link_bytes: after it is computed, the bytes that it has read from pinned memory.
+        link_bytes: after it is computed, the bytes that it has read from pinned memory; None = it reads none.
         flops: multiplications and additions.
 
     Returns:
@@ -121,12 +121,14 @@ def launch_kernel(
     moved = None if moves is None else memory_of(list(moves))
     work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, moves=moved)
 
-    def seconds() -> float:
-        return max(work.seconds, link_bytes() / machine.spec.link_rate)
+    if link_bytes is not None:
 
-    with machine.computing_kernel():
-        first_s = seconds()
-    launch(machine, replace(work, seconds=first_s, again=seconds), number, compute, made)
+        def seconds(read: Callable[[], float] = link_bytes, least: float = work.seconds) -> float:
+            return max(least, read() / machine.spec.link_rate)
+
+        with machine.computing_kernel():
+            work = replace(work, seconds=seconds(), again=seconds, over_link=True)
+    launch(machine, work, number, compute, made)
     return replace_tensors(result, lambda tensor: GpuTensor(tensor, number))
 
 

@@ -56,6 +56,7 @@ class DeviceWork:
         seconds: on its engine.
         reads, writes: device and pinned memory that it accesses.
         nbytes: bytes that it moves.
+        over_link: whether a kernel reads pinned memory by the link.
         again: its seconds when a graph runs it once more, after it is computed; None = the same.
     """
 
@@ -65,6 +66,7 @@ class DeviceWork:
     reads: Sequence[torch.Tensor] = ()
     writes: Sequence[torch.Tensor] = ()
     nbytes: int = 0
+    over_link: bool = False
     again: Callable[[], float] | None = None
 
 
@@ -269,7 +271,16 @@ class SimulatedMachine:
             site = call_site()
             self.spend(self.spec.launch_s if launch_s is None else launch_s)
             operation = Operation(
-                work.name, stream, work.engine, self.now_s, work.seconds, work.nbytes, site.line, site.owner, tuple(after)
+                work.name,
+                stream,
+                work.engine,
+                self.now_s,
+                work.seconds,
+                work.nbytes,
+                site.line,
+                site.owner,
+                tuple(after),
+                work.over_link,
             )
             self.timeline.queue(operation)
             self.access(stream, f"{work.name} on stream {stream} at {site.line}", work.reads, work.writes)

@@ -21,7 +21,7 @@ LAYERS, TOP_K, HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD = 2, 4, 2048, 768, 16, 4, 12
 
 def test_a_step_takes_the_true_models_time(cache_dir: Path):
     """On a GPU without floors and a host without cost, the bytes of the active weights and of the cache are all."""
-    spec = msgspec.structs.replace(GPUS["h100"], kernel_s=0.0, copy_s=0.0, launch_s=0.0, wake_s=0.0, query_s=1e-12)
+    spec = msgspec.structs.replace(GPUS["h100"], kernel_s=0.0, node_s=0.0, copy_s=0.0, launch_s=0.0, wake_s=0.0, query_s=1e-12)
     attention = HIDDEN * HEAD * (2 * HEADS + 2 * KV_HEADS)
     weights = LAYERS * (attention + 3 * TOP_K * HIDDEN * WIDTH + 16 * HIDDEN) + CONFIG.vocab_size * HIDDEN
     with predicted_steps(CONFIG, cache_dir, steps=2) as run:
@@ -40,7 +40,7 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
         assert missing.step_s > resident.step_s
 
         captured = run(spec, 0.5, hit_rate=0.5, captured=True)
-        assert captured.syncs < LAYERS and captured.bound_by == "HBM", "a kernel copies, so the link's time is its own"
+        assert captured.syncs < LAYERS and captured.by_reason["link"] > 0.3 * captured.step_s, "a kernel copies"
         assert captured.fetches > 0 and captured.step_s > captured.fetches * captured.expert_bytes / spec.link_rate
 
 

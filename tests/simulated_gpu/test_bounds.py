@@ -11,7 +11,7 @@ from epslots.simulated_gpu.timeline import Operation, Timeline
 from epslots.simulated_gpu.true_sizes import TrueSizes
 
 # Bytes and products at one a second; a kernel takes at least a second.
-SPEC = GpuSpec("round", (9, 0), 1 << 30, 1.0, 1.0, 1.0, kernel_s=1.0)
+SPEC = GpuSpec("round", (9, 0), 1 << 30, 1.0, 1.0, 1.0, kernel_s=1.0, node_s=0.0)
 
 
 def kernel(queued_s: float, seconds: float, nbytes: int = 0, stream: int = 1, after: tuple[Operation, ...] = ()) -> Operation:
@@ -43,6 +43,14 @@ def test_a_kernel_behind_a_copy_waits_for_the_link():
     found = bounds_of(run(copy, kernel(0, 2, 2), kernel(3, 1, after=(copy,))), [], SPEC, 0, 7)
     assert (found.hbm, found.host, found.link, found.floor) == (2, 1, 3, 1)
     assert found.link_busy == 6 and found.total == 7
+
+
+def test_a_kernel_that_reads_the_host_is_the_links():
+    """Captured decoding copies missing experts by a kernel; where nothing is missing it is as short as any."""
+    some, nothing = kernel(0, 4), kernel(0, 1)
+    some.over_link = nothing.over_link = True
+    found = bounds_of(run(some, nothing), [], SPEC, 0, 5)
+    assert (found.link, found.floor, found.link_busy) == (4, 1, 4)
 
 
 @pytest.mark.parametrize(("began_s", "ended_s"), [(0, 9), (1, 4), (2.5, 6)])
