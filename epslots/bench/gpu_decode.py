@@ -43,6 +43,7 @@ def _all(kit: GpuKit) -> Tables:
     with quick_checkpoint(kit.sizes.model, where) as folder, torch.no_grad():
         for share in SHARES:
             kit.step(f"decoding, {share:.0%} slots", 40 if kit.on_gpu else 1, partial(_own, kit, folder, share))
+        kit.facts.pop("store", None)
         kit.step("decoding, transformers", 30 if kit.on_gpu else 1, lambda: _plain(kit, folder))
         kit.step("decoding, accelerate", 60 if kit.on_gpu else 1, lambda: _offloaded(kit, folder))
     resident = {row["batch"]: row["ms a step"] for row in _rows(kit) if row["what"] == "transformers"}
@@ -68,6 +69,7 @@ def _own(kit: GpuKit, folder: Path, share: float) -> Tables:
         max_requests=max(BATCHES),
         progress=False,
     )
+    kit.facts.setdefault("store", runtime_of(model).store)  # in memory it lives as long as somebody holds it
     skew_routers(model)
     rows = [_own_row(kit, model, share, batch) for batch in BATCHES]
     _rows(kit).extend(rows)
