@@ -9,6 +9,7 @@ Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q s
 
 from __future__ import annotations
 
+import importlib.util
 import time
 
 import numpy as np
@@ -18,7 +19,7 @@ from epslots.device_copy import to_device
 from epslots.moe.cpu_experts import CpuExperts, CpuRows
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.grouped_gemm import GroupedGemm
-from epslots.moe.pair_kernels import Keys, SortedPairs, pair_kernels_for
+from epslots.moe.pair_kernels import Keys, PairKernels, SortedPairs, TorchPairKernels
 from epslots.moe.token_dispatcher import Dispatch
 from epslots.planner.plan import RankPlan
 from epslots.telemetry import Telemetry
@@ -159,3 +160,12 @@ class ExpertCompute:
 def _unsort(result_NH: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
     """Results in the order of the pairs."""
     return torch.empty_like(result_NH).index_copy_(0, order_N, result_NH)
+
+
+def pair_kernels_for(experts: int, device: torch.device) -> PairKernels:
+    """The kernels for a layer of so many experts on a device: Triton's on a GPU, if it is installed."""
+    if device.type == "cpu" or importlib.util.find_spec("triton") is None:
+        return TorchPairKernels(experts, device)
+    from epslots.moe.pair_triton import TritonPairKernels  # optional, and used on GPUs alone
+
+    return TritonPairKernels(experts, device)

@@ -8,7 +8,6 @@ Legend of shape suffixes: T tokens, K experts per token, N = T * K pairs, E expe
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple, Protocol
 
 import torch
@@ -123,12 +122,3 @@ class TorchPairKernels:
         exact = torch.promote_types(results_NH.dtype, torch.float32)
         results_TKH = results_NH.view(tokens, top_k, results_NH.shape[-1]).to(exact)
         return (results_TKH * weights_TK.to(exact).unsqueeze(-1)).sum(dim=1).to(dtype)
-
-
-def pair_kernels_for(experts: int, device: torch.device) -> PairKernels:
-    """The kernels for a layer of so many experts on a device: Triton's on a GPU, if it is installed."""
-    if device.type == "cpu" or importlib.util.find_spec("triton") is None:
-        return TorchPairKernels(experts, device)
-    from epslots.moe.pair_triton import TritonPairKernels  # optional, and used on GPUs alone
-
-    return TritonPairKernels(experts, device)

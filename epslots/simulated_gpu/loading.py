@@ -1,13 +1,11 @@
 """Models on simulated GPUs: ``load_simulated`` is ``epslots.load`` there.
 
 transformers fills the dense weights in threads of its own, where no device is simulated: so they are loaded on the CPU, and
-moved. Our own kernels, which are Triton's, are those of ``own_kernels.py``.
+moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,25 +14,15 @@ from transformers import PreTrainedModel
 
 from epslots import loading
 from epslots.cache import pinning
-from epslots.cuda_graph import lent_slots
 from epslots.models import opening
-from epslots.moe import expert_compute, product_choice
-from epslots.prefetch import predictor
 from epslots.simulated_gpu.cuda_api import replaced
-from epslots.simulated_gpu.own_kernels import SimulatedKernels, SimulatedPairKernels, SimulatedProducts, simulated_usage
 
 _load_dense = opening.load_dense
 
 
 def load_simulated(path: Any, **settings: Any) -> PreTrainedModel:
     """``epslots.load`` onto a simulated GPU: arguments and errors are the same. For use within ``simulated_gpus``."""
-    with (
-        replaced(loading, "load_dense", _load_dense_simulated),
-        replaced(pinning, "_unpin", _unpin),
-        replaced(product_choice, "kernel_products", SimulatedProducts),
-        replaced(expert_compute, "pair_kernels_for", SimulatedPairKernels),
-        replaced(predictor, "usage_kernel_for", lambda device: simulated_usage),
-    ):
+    with replaced(loading, "load_dense", _load_dense_simulated), replaced(pinning, "_unpin", _unpin):
         given: dict[str, Any] = {"device": "cuda", "progress": False} | settings
         return loading.load(path, **given)
 
@@ -64,10 +52,3 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
             if buffer is not None and buffer.device.type == "cpu":
                 module._buffers[name] = buffer.to(device)
     return model
-
-
-@contextmanager
-def simulated_kernels() -> Iterator[None]:
-    """Let captured decoding use ``SimulatedKernels``."""
-    with replaced(lent_slots, "kernels_for", SimulatedKernels):
-        yield

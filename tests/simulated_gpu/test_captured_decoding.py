@@ -18,7 +18,6 @@ from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
-from epslots.simulated_gpu.loading import simulated_kernels
 from tests.support import zoo
 from tests.support.equality import SERVED
 from tests.support.simulated import kernels_of, load_gpu, serve
@@ -52,7 +51,7 @@ def test_replays_give_the_usual_tokens(name: str, checkpoint: Callable[[str], Pa
     settings = rows_of(zoo.ZOO[name])
     usual = epslots.load(checkpoint(name), cache_dir=shared_stores, device="cpu", progress=False, **settings)
     expected = serve(usual, REQUESTS, cache="rows")
-    with simulated_gpus("h100") as gpu, simulated_kernels():
+    with simulated_gpus("h100") as gpu:
         model = load_gpu(checkpoint(name), shared_stores, **settings)
         batcher = RowBatcher(model, kv_tokens=512, max_requests=4)
         captured = batcher._captured
@@ -90,7 +89,7 @@ def qwen(folder: Path, store_dir: Path, **settings: Any) -> PreTrainedModel:
 @pytest.mark.parametrize("gpu_name", ["h100", "a100"])
 def test_a_replayed_pass_waits_and_uploads_nothing(gpu_name: str, checkpoint: Callable[[str], Path], shared_stores: Path):
     """But for its numbers, which a kernel reads, and the tokens that come out. On every GPU."""
-    with simulated_gpus(gpu_name) as gpu, simulated_kernels():
+    with simulated_gpus(gpu_name) as gpu:
         engine = Engine(qwen(checkpoint("qwen3_moe"), shared_stores), cache="rows", kv_tokens=256)
         engine.batcher.add(request(0, 12))
         for _ in range(4):
@@ -115,7 +114,7 @@ def test_prompts_and_many_rows_take_the_usual_path(checkpoint: Callable[[str], P
         folder, cache_dir=shared_stores, device="cpu", progress=False, slots=8, dtype="float32", host_compute="off"
     )
     expected = serve(usual, [*REQUESTS, *later], cache="rows")
-    with simulated_gpus("h100") as gpu, simulated_kernels():
+    with simulated_gpus("h100") as gpu:
         batcher = RowBatcher(qwen(folder, shared_stores, dtype="float32"), kv_tokens=512, max_requests=8)
         waiting, tokens, passes = [*REQUESTS[2:], *REQUESTS[:2], *later], {}, []
         while waiting or batcher.has_work:
@@ -139,7 +138,7 @@ def test_prompts_and_many_rows_take_the_usual_path(checkpoint: Callable[[str], P
 
 def test_observed_routes_take_the_usual_path(checkpoint: Callable[[str], Path], shared_stores: Path):
     """An observer is called from Python."""
-    with simulated_gpus("h100"), simulated_kernels():
+    with simulated_gpus("h100"):
         model = qwen(checkpoint("qwen3_moe"), shared_stores)
         seen: list[int] = []
         runtime_of(model).runners[0].observe(lambda layer, index_TK: seen.append(len(index_TK)))
@@ -153,7 +152,7 @@ def test_a_failed_capture_is_named_and_not_tried_again(
     checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The pass is made in the usual way, as are all later ones."""
-    with simulated_gpus("h100"), simulated_kernels():
+    with simulated_gpus("h100"):
         model = qwen(checkpoint("qwen3_moe"), shared_stores)
         expected = run(RowBatcher(model, kv_tokens=256, max_requests=2, capture=False), REQUESTS[:1])
         tried: list[int] = []
@@ -173,7 +172,7 @@ def test_a_failed_capture_is_named_and_not_tried_again(
 
 def test_a_broken_pass_is_repeated(checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch):
     """Nothing of it counts: neither its tokens, nor the states that it left."""
-    with simulated_gpus("h100"), simulated_kernels():
+    with simulated_gpus("h100"):
         model = load_gpu(checkpoint("qwen3_next"), shared_stores, **rows_of(zoo.ZOO["qwen3_next"]))
         expected = run(RowBatcher(model, kv_tokens=256, max_requests=2, capture=False), REQUESTS[:2])
         batcher, choose, turns = RowBatcher(model, kv_tokens=256, max_requests=2), RowBatcher._choose, []
@@ -192,7 +191,7 @@ def test_a_broken_pass_is_repeated(checkpoint: Callable[[str], Path], shared_sto
 
 def test_an_idle_engine_gives_the_slots_back(checkpoint: Callable[[str], Path], shared_stores: Path):
     """And before, whoever reads the statistics gets those of the device, too."""
-    with simulated_gpus("h100"), simulated_kernels():
+    with simulated_gpus("h100"):
         model = qwen(checkpoint("qwen3_moe"), shared_stores)
         engine = Engine(model, cache="rows", kv_tokens=256)
         engine.batcher.add(request(0, 12))
@@ -212,7 +211,7 @@ def test_nothing_is_captured_where_it_cannot_be(checkpoint: Callable[[str], Path
     folder = checkpoint("qwen3_moe")
     on_cpu = epslots.load(folder, cache_dir=shared_stores, device="cpu", progress=False, slots=8)
     assert RowBatcher(on_cpu, kv_tokens=64)._captured.obstacle == "the model is on cpu"
-    with simulated_gpus("h100"), simulated_kernels():
+    with simulated_gpus("h100"):
         few = RowBatcher(qwen(folder, shared_stores, slots=2), kv_tokens=64)._captured.obstacle
         assert few is not None and few.endswith("has 2 slots, and a step may need 4 experts")
         unwanted = RowBatcher(qwen(folder, shared_stores), kv_tokens=64, capture=False)
