@@ -29,7 +29,7 @@ from epslots.runtime import runtime_of
 from epslots.simulated_gpu.bounds import Bounds, bounds_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
-from epslots.simulated_gpu.loading import load_simulated, simulated_kernels
+from epslots.simulated_gpu.loading import load_simulated
 from epslots.simulated_gpu.machine import SimulatedMachine
 from epslots.simulated_gpu.tiny_twin import tiny_twin
 from epslots.transport.lockstep import Gathered
@@ -95,7 +95,7 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
     true = shape_of_config(config, "the model", "bfloat16")
 
     def run(spec: GpuSpec, share: float, *, hit_rate: float = 1.0, requests: int = 1, captured: bool = False) -> StepTimes:
-        with simulated_gpus(spec) as gpu, simulated_kernels():
+        with simulated_gpus(spec) as gpu:
             gpu.sizes = sizes
             model = load_simulated(
                 folder,

@@ -21,7 +21,7 @@ from epslots.bench.gpu_predictions import predict
 from epslots.bench.gpu_ranks import measure_ranks
 from epslots.bench.report import BenchReport
 from epslots.simulated_gpu.cuda_api import simulated_gpus
-from epslots.simulated_gpu.loading import load_simulated, move, simulated_kernels
+from epslots.simulated_gpu.loading import load_simulated, move
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -35,7 +35,7 @@ def plain_simulated(folder: Path, device: torch.device) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> GpuKit:
     """The kit after all steps on a simulated GPU. accelerate moves weights in ways that the simulation doesn't know."""
-    with pytest.MonkeyPatch.context() as patch, simulated_gpus("h100"), simulated_kernels():
+    with pytest.MonkeyPatch.context() as patch, simulated_gpus("h100"):
         patch.setattr(gpu_decode, "SHARES", (1.0, 0.5))
         patch.setattr(gpu_decode, "BATCHES", (1, 2))
         patch.setattr(gpu_checks, "_TESTS", Path("/nowhere"))
