@@ -26,7 +26,7 @@ from epslots.models.measure_shape import shape_of_config
 from epslots.moe.moe_layer import MoELayer
 from epslots.planner.plan import RankPlan
 from epslots.runtime import runtime_of
-from epslots.simulated_gpu.bounds import Bounds, bounds_of
+from epslots.simulated_gpu.bounds import bounds_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.loading import load_simulated
@@ -134,35 +134,36 @@ def _time(
             planned_s, began_s = plan_s(), gpu.now_s
         script.next_step()
         decoding.step()
-    ended_s, planned_s = gpu.now_s, plan_s() - planned_s
+    timed = _timed(gpu, steps, began_s, plan_s() - planned_s)
     uses = {name: count / (WARM_UP + steps) for name, count in use_sums(model, since=before).items()}
     engine.batcher.close()
-    gpu.timeline.run(float("inf"))
-    bounds = bounds_of(gpu.timeline.operations, gpu.waits, gpu.spec, began_s, ended_s)
-    return _step_times(gpu, bounds, uses, planned_s, steps, (len(runners), expert_bytes))
+    return StepTimes(
+        **timed,
+        hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
+        fetches=uses["misses"] + uses["prefetches"],
+        layers=len(runners),
+        expert_bytes=expert_bytes,
+    )
 
 
-def _step_times(
-    gpu: SimulatedMachine, bounds: Bounds, uses: dict[str, float], planned_s: float, steps: int, model: tuple[int, int]
-) -> StepTimes:
-    launched = _launches(gpu)
+def _timed(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float) -> dict[str, Any]:
+    """What the device has seen until now, by step."""
+    ended_s, syncs, launched = gpu.now_s, sum(gpu.syncs.values()), _launches(gpu)
     kernels: Counter[str] = Counter()
     for (owner, _), count in gpu.kernels.items():
         kernels[owner] += count
+    gpu.timeline.run(float("inf"))
+    bounds = bounds_of(gpu.timeline.operations, gpu.waits, gpu.spec, began_s, ended_s)
     launch_s = gpu.spec.launch_s
-    return StepTimes(
-        step_s=bounds.total / steps,
-        by_reason={name: seconds / steps for name, seconds in bounds.by_reason.items()},
-        host_s=(launched.total() * launch_s + planned_s) / steps,
-        our_host_s=(launched["epslots"] * launch_s + planned_s) / steps,
-        link_busy_s=bounds.link_busy / steps,
-        kernels={owner: count / steps for owner, count in kernels.items()},
-        syncs=sum(gpu.syncs.values()) / steps,
-        hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
-        fetches=uses["misses"] + uses["prefetches"],
-        layers=model[0],
-        expert_bytes=model[1],
-    )
+    return {
+        "step_s": bounds.total / steps,
+        "by_reason": {name: seconds / steps for name, seconds in bounds.by_reason.items()},
+        "host_s": (launched.total() * launch_s + planned_s) / steps,
+        "our_host_s": (launched["epslots"] * launch_s + planned_s) / steps,
+        "link_busy_s": bounds.link_busy / steps,
+        "kernels": {owner: count / steps for owner, count in kernels.items()},
+        "syncs": syncs / steps,
+    }
 
 
 def _launches(gpu: SimulatedMachine) -> Counter[str]:

@@ -40,7 +40,9 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
         assert missing.step_s > resident.step_s
 
         captured = run(spec, 0.5, hit_rate=0.5, captured=True)
-        assert captured.syncs < LAYERS and captured.by_reason["link"] > 0.3 * captured.step_s, "a kernel copies"
+        assert captured.syncs == 1 and captured.by_reason["link"] > 0.3 * captured.step_s, (
+            "the tokens alone are waited for; a kernel copies"
+        )
         assert captured.fetches > 0 and captured.step_s > captured.fetches * captured.expert_bytes / spec.link_rate
 
 
