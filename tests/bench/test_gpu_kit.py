@@ -24,6 +24,7 @@ from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.loading import load_simulated, move
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+whole = pytest.mark.skipif("EPSLOTS_GPU_KIT" not in os.environ, reason="takes half a minute: EPSLOTS_GPU_KIT=1")
 
 
 def plain_simulated(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -48,6 +49,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> GpuKit:
     return kit
 
 
+@whole
 def test_every_step_runs(kit: GpuKit):
     states = {outcome.step: (outcome.state, outcome.why) for outcome in kit.outcomes}
     states.pop("decoding, accelerate")
@@ -56,12 +58,14 @@ def test_every_step_runs(kit: GpuKit):
     assert [step for step in states if step in steps] == steps
 
 
+@whole
 def test_the_checks_hold_and_say_what_is_allowed(kit: GpuKit):
     assert kit.facts["checks right"]
     (checks,) = (outcome.tables["checks"] for outcome in kit.outcomes if outcome.step == "checks")
     assert len(checks) == 3 * 3 + 1 and all(row["right"] for row in checks)
 
 
+@whole
 def test_decoding_is_compared_with_every_prediction(kit: GpuKit):
     (rows,) = (outcome.tables["measured and predicted"] for outcome in kit.outcomes if outcome.step == "predictions")
     assert [(row["what"], row["batch"]) for row in rows[:3]] == [
@@ -73,6 +77,7 @@ def test_decoding_is_compared_with_every_prediction(kit: GpuKit):
     assert kit.facts["decoding"][0]["of transformers"] > 0
 
 
+@whole
 def test_measured_costs_are_those_of_the_device(kit: GpuKit):
     """The simulated clock's own bandwidths come out again; the host's times are this machine's."""
     (rows,) = (outcome.tables["costs"] for outcome in kit.outcomes if outcome.step == "costs")
@@ -81,6 +86,7 @@ def test_measured_costs_are_those_of_the_device(kit: GpuKit):
     assert found["launch us"] > 0
 
 
+@whole
 def test_the_page_has_every_table(kit: GpuKit):
     result = {
         "machine": {"gpu": "one", "cores": 2, "memory_GiB": 4},
@@ -123,7 +129,7 @@ def test_json_and_page_are_written_whatever_fits(cache_dir: Path, tmp_path: Path
     assert "| decoding | skipped |" in (tmp_path / PAGE_NAME).read_text()
 
 
-@pytest.mark.skipif("EPSLOTS_GPU_KIT" not in os.environ, reason="starts two processes: EPSLOTS_GPU_KIT=1")
+@whole
 def test_a_killed_rank_is_noticed_and_left_behind(cache_dir: Path):
     kit = GpuKit(CPU, cache_dir, tiny_sizes(), 600.0)
     measure_ranks(kit)
