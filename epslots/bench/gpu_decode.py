@@ -185,7 +185,7 @@ def _fetch_rows(kit: GpuKit, model: PreTrainedModel) -> list[dict[str, Any]]:
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=kit.on_gpu)
     target = torch.empty(nbytes, dtype=torch.uint8, device=kit.device)
     loader.wait_all()
-    slots = np.arange(pool.window(0).start, pool.window(0).start + count)
+    slots = np.arange(pool.slot_range(0).start, pool.slot_range(0).start + count)
 
     def fetch() -> None:
         absent = np.flatnonzero(pool.slot_of[0] < 0)[:count]

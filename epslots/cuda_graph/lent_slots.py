@@ -74,7 +74,7 @@ class LentSlots:
         self._runtime, self._pairs, self._policy = runtime, pairs, policy
         self.taken = False
         self.lock = threading.RLock()
-        self._windows: list[tuple[int, ...]] = []
+        self._starts: list[tuple[int, ...]] = []
         self._slots: list[DeviceSlots | None] = []
         self._experts: list[DeviceExperts] = []
         self._missed_steps: MissedSteps | None = None
@@ -95,10 +95,10 @@ class LentSlots:
         runners, loaders = self._runtime.runners, self._runtime.loaders
         if any(runner.slots_are_lent for runner in runners):
             raise ConfigError("another engine decodes with this model's slots; end its requests before")
-        windows = [loader.pool.starts for loader in loaders]
-        changed = windows != self._windows
+        starts = [loader.pool.starts for loader in loaders]
+        changed = windows != self._starts
         if changed:
-            self._windows = windows
+            self._starts = starts
             self._build()
         for slots, loader in zip(self._slots, loaders, strict=True):
             if slots is not None:
@@ -111,7 +111,7 @@ class LentSlots:
         return changed
 
     def _build(self) -> None:
-        """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present windows."""
+        """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present slots."""
         self._slots, stand_ins = [], {}
         for loader in self._runtime.loaders:
             pool = loader.pool

@@ -4,7 +4,7 @@ Rows are sorted by the slot of their expert, so one grouped product goes through
 ``execute`` where every expert is in a slot, else ``compute``. A row's *key* is its expert's slot, in a step of several passes
 plus (pass * Q).
 
-Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer's window, H hidden size.
+Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer, H hidden size.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class ExpertCompute:
         self._telemetry = telemetry
         self._slot_of_device_E = cache.pool.slot_of_device[cache.pool_layer][: cache.num_experts]
         self.pairs = pair_kernels_for(cache.num_experts, cache.pool.device)
-        # Read by captured steps, which are made anew when the window changes: so it stays where it is until then.
-        self._keys = Keys.between(cache.window.start, cache.window.stop, cache.pool.device)
+        # Read by captured steps, which are made anew when the layer's slots change: so it stays where it is until then.
+        self._keys = Keys.between(cache.slot_range.start, cache.slot_range.stop, cache.pool.device)
 
-    def use_window(self) -> None:
+    def use_slot_range(self) -> None:
         """Follow a change of the layer's slots."""
-        self.cache.use_window()
+        self.cache.use_slot_range()
         self.kernel.use(self.cache.pool.weights(self.cache.pool_layer))
-        self._keys = Keys.between(self.cache.window.start, self.cache.window.stop, self.cache.pool.device)
+        self._keys = Keys.between(self.cache.slot_range.start, self.cache.slot_range.stop, self.cache.pool.device)
 
     def no_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The arguments of a layer's call for no token: hidden states [0, H], ids and weights [0, 1]."""
@@ -73,7 +73,7 @@ class ExpertCompute:
         hidden_TH = torch.zeros(0, hidden_size, dtype=self.dtype, device=device)
         return hidden_TH, torch.zeros(0, 1, dtype=torch.int64, device=device), torch.zeros(0, 1, device=device)
 
-    def compute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
+    def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """Execute a plan: experts on the CPU beside those in slots.
 
         Args:
@@ -93,7 +93,7 @@ class ExpertCompute:
             if plan.passes:
                 self.cache.begin_pass(plan, 0)
             in_slots = None if cpu_rows is None else int(plan.slots_E.sum())
-            results_MH = self.execute(rows_MH, ids_M, in_slots)
+            results_MH = self.execute_resident(rows_MH, ids_M, in_slots)
         if cpu_rows is not None:
             self._finish_on_cpu(cpu_rows, results_MH)
         return results_MH
@@ -108,7 +108,7 @@ class ExpertCompute:
         """Add a step's pairs to totals on the device (``PairKernels.add_counts``)."""
         self.pairs.add_counts(ids_N, tokens_X, uses)
 
-    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, in_slots: int | None = None) -> torch.Tensor:
+    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, in_slots: int | None = None) -> torch.Tensor:
         """All pairs in one pass.
 
         Args:
@@ -131,7 +131,7 @@ class ExpertCompute:
 
     def _execute_passes(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, plan: RankPlan) -> torch.Tensor:
         """Pass after pass: sorted by key, the pairs of each pass lie together. Returns [N, H], pair by pair."""
-        slots, passes, first_slot = self.cache.slots, plan.passes, self.cache.window.start
+        slots, passes, first_slot = self.cache.slots, plan.passes, self.cache.slot_range.start
         keys_end = first_slot + len(passes) * slots
         key_host = np.full(self.cache.num_experts + 1, keys_end, np.int64)
         for number, one in enumerate(passes):

@@ -3,7 +3,7 @@
 ``KernelGemm`` is the ``GroupedGemm`` that ``product_choice.py`` chooses there. Its kernels are ``Products``: Triton's on a GPU
 (``grouped_kernel.py``), torch's as their reference.
 
-Legend of shape suffixes: N rows, I inputs, O outputs, Q slots of the layer's window, T tiles at most.
+Legend of shape suffixes: N rows, I inputs, O outputs, Q slots of the layer, T tiles at most.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class ResidentExperts(Protocol):
         """Add a step's pairs to totals on the device (``PairKernels.add_counts``)."""
         ...
 
-    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """Each pair's result, [N, H]."""
         ...
 
@@ -177,12 +177,12 @@ class MoELayer:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
         self.cache.pass_slot(taker.cache, evicted)
-        self.use_window()
-        taker.use_window()
+        self.use_slot_range()
+        taker.use_slot_range()
 
-    def use_window(self) -> None:
+    def use_slot_range(self) -> None:
         """Follow a change of the layer's slots in the pool. The plans of a group have entered it before."""
-        self.experts.use_window()
+        self.experts.use_slot_range()
         if self._peers.alone:
             self.planner.state.quota_R[0] = self.cache.slots
             self.form(self._peers, self.planner, complete=self.cache.holds_all)
@@ -228,7 +228,7 @@ class MoELayer:
                 self.fetch(plan, batch, gathered)
                 routed = self.dispatch(batch, plan, gathered)
                 results_MH = self.execute(routed, plan)
-                results_NH = routed.combine(results_MH)
+                results_NH = routed.send_back(results_MH)
                 self.migrate(plan)
         self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
         return self.combine(results_NH, batch)
@@ -253,11 +253,11 @@ class MoELayer:
         if not self._peers.alone:  # fetches that began before the group formed may be in flight
             self.cache.wait_for_all()
         if batch.usage is None or self.prefetcher is None:
-            return experts.execute(batch.hidden_TH, batch.ids_N)
+            return experts.execute_resident(batch.hidden_TH, batch.ids_N)
         usage, arrived = to_host(batch.usage)  # the next layer may miss
         if arrived is None:
             self._prefetch_alone(self.prefetcher, usage)
-        results_NH = experts.execute(batch.hidden_TH, batch.ids_N)
+        results_NH = experts.execute_resident(batch.hidden_TH, batch.ids_N)
         # Mostly they have arrived while the layer's kernels were queued. A guess isn't worth a wait.
         if arrived is not None and arrived.query():
             self._prefetch_alone(self.prefetcher, usage)
@@ -311,7 +311,7 @@ class MoELayer:
     def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """The results of the pairs that are here, [M, H]."""
         self._peers.computing = True
-        results_MH = self.experts.compute(routed, plan)
+        results_MH = self.experts.execute(routed, plan)
         self._peers.computing = False
         return results_MH
 

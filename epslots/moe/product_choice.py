@@ -35,7 +35,7 @@ def choose_product(weights: Sequence[torch.Tensor], *, batch_invariant: bool = F
     """The implementation for an experts module, by its weights' device, dtype and strides.
 
     Args:
-        weights: its matrices [Q, in, out] in a layer's window of slots.
+        weights: its matrices [Q, in, out] in a layer's range of slots.
         batch_invariant: whether each row's bits must be independent of the others.
     """
     first = weights[0]
@@ -52,7 +52,7 @@ def choose_product(weights: Sequence[torch.Tensor], *, batch_invariant: bool = F
 
 
 def make_gemm(module: Any, weights: Mapping[str, torch.Tensor], *, batch_invariant: bool = False) -> GroupedGemm:
-    """Computes the experts of a layer's window of slots; arguments as of ``GroupedGemm``."""
+    """Computes the experts of a layer's range of slots; arguments as of ``GroupedGemm``."""
     product = choose_product(matrices(module, weights), batch_invariant=batch_invariant)
     gemm: GroupedGemm
     if product is Product.KERNEL:

@@ -98,7 +98,7 @@ class SimulatedKernels:
 
     def copy(self, layer: DeviceLayer, missing: Missing) -> None:
         pool, store = self._loader.pool, self._loader.store
-        window = pool.memory[pool.window(layer.number)]
+        window = pool.memory[pool.slot_range(layer.number)]
         store_layer = self._loader.store_layers[layer.number]
 
         def copy_records(experts_M: torch.Tensor, slots_M: torch.Tensor, count: torch.Tensor, memory: torch.Tensor) -> None:

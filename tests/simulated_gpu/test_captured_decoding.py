@@ -99,7 +99,7 @@ def test_a_replayed_pass_waits_and_uploads_nothing(gpu_name: str, checkpoint: Ca
         for _ in range(5):
             engine.step()
         assert engine.batcher.stats().replayed_steps == 6
-        assert sum(gpu.syncs.values()) == 5 and all("token_choice.py" in line for _, line in gpu.syncs)
+        assert sum(gpu.syncs.values()) == 5 and all("next_token.py" in line for _, line in gpu.syncs)
         assert not [line for kind, line in gpu.copies if kind == "H2D"]
         assert gpu.kernels["epslots", "bitwise_or"] == 5, "one upload"
         assert gpu.races == []
