@@ -87,6 +87,7 @@ class Cluster(ClusterControl):
             path=path,
             config=config.model,
             neighbours=1,
+            ranks=1,
             threads=0,
             window_steps=config.window_steps,
             groups=config.groups,

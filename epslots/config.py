@@ -64,6 +64,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache: str = "auto"
     prefix_cache: bool = True
     step_target_ms: float | None = None
+    capture: bool = True
 
     def __post_init__(self) -> None:
         check_count("kv_tokens", self.kv_tokens, least=0)
@@ -71,8 +72,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             check_count(name, getattr(self, name))
         if self.cache not in CACHE_SETTINGS:
             raise ConfigError(f"cache={self.cache!r}: allowed: {', '.join(CACHE_SETTINGS)}")
-        if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache={self.prefix_cache!r}: allowed: True, False")
+        for name in ("prefix_cache", "capture"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
         target = self.step_target_ms
         if target is not None and (not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1e6):
             raise ConfigError(f"step_target_ms={target!r}: allowed: None, or milliseconds, more than 0")
@@ -113,6 +115,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         prefix_cache: prompts that begin alike share what was computed for their common beginning.
         step_target_ms: choose the prompt tokens of a step so that it takes about this long, because decoding waits for it;
             None = ``max_batch_tokens`` alone limits them.
+        capture: on a GPU, let an ``Engine`` of one rank that keeps rows decode by CUDA graphs, where the model allows it.
         link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
             compute. Default: the device's own link; on a CPU, fetches take no time of their own.
         prefetch: fetch the experts that the next layer is expected to need while this one computes: ``"auto"`` (where a link
@@ -124,6 +127,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             the first. **The outputs are no longer the model's own.**
         host_compute: let the host's CPU compute a missing expert, from the host store, where that costs less than fetching it:
             ``"auto"`` (with a GPU), ``"on"`` or ``"off"``. ``costs``, if given, must include its cost.
+        attn_implementation: transformers' attention, by its name: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``. Flash
+            attention is a package of its own, and reads the pages of an ``Engine`` in place. Default: the model's own choice.
         batch_invariant: compute each token in the same bits for any batch, slots, and number of ranks. Slower.
             Experts and dense layers hold it in every forward pass; attention holds it in an ``Engine``. The bits are those of
             one machine type, torch build and number of threads.
@@ -144,11 +149,13 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache: Annotated[str, ComparedAs("cache")] = "auto"
     prefix_cache: bool = True
     step_target_ms: float | None = None
+    capture: bool = True
     link: Annotated[str | None, ComparedAs("fetches")] = None
     prefetch: Annotated[str | bool | PrefetchSetting, ComparedAs("predictions")] = "auto"
     predictor: Annotated[str | None, ComparedAs("predictions"), ChangesOutputs(only_with="execute_predicted")] = None
     execute_predicted: Annotated[bool, ComparedAs("predictions"), ChangesOutputs()] = False
     host_compute: Annotated[str, ComparedAs("host_compute")] = "auto"
+    attn_implementation: Annotated[str | None, ComparedAs("attention"), ChangesOutputs()] = None
     batch_invariant: Annotated[bool, ComparedAs("batch_invariant"), ChangesOutputs()] = False
 
     def __post_init__(self) -> None:
@@ -158,6 +165,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.link is not None:
             parse_link(self.link)
         _ = self.engine  # checks its own values
+        if not isinstance(self.attn_implementation, str | None):
+            raise ConfigError(f"attn_implementation={self.attn_implementation!r}: allowed: None, or a name, such as 'sdpa'")
         for name in ("execute_predicted", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
@@ -261,11 +270,13 @@ class LoadSettings(TypedDict, total=False):
     cache: str
     prefix_cache: bool
     step_target_ms: float | None
+    capture: bool
     link: str | None
     prefetch: str | bool | PrefetchSetting
     predictor: str | os.PathLike[str] | None
     execute_predicted: bool
     host_compute: str
+    attn_implementation: str | None
     batch_invariant: bool
 
 

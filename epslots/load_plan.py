@@ -60,12 +60,13 @@ class LoadPlan:
     memory: MemoryPlan
 
 
-def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device, neighbours: int) -> LoadPlan:
+def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device, *, neighbours: int, ranks: int) -> LoadPlan:
     """Open a checkpoint, and plan how one rank loads it.
 
     Args:
         device: device of the model, resolved.
         neighbours: ranks that share the node's RAM, this one included.
+        ranks: ranks of the group, this one included.
 
     Raises:
         ConfigError: a setting is not one of those allowed.
@@ -74,16 +75,16 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
         DoesNotFitError: the memory plan exceeds the device.
         StoreError: there is no room or no permission for the host store.
     """
-    opened = open_model(source, config.dtype)
+    opened = open_model(source, config.dtype, config.attn_implementation)
     slots = choose_slot_format(config, opened.checkpoint, opened.skeleton, opened.layers, device.type)
     opened = replace(opened, layers=slots.layers)
     manifest = Manifest(_store_key(opened, config.expert_format), opened.checkpoint.name, opened.layers)
     store_bytes = StoreShape(manifest).nbytes
     store_kind = resolve_store_kind(config.host_store or default_store_kind(device, store_bytes))
     store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
-    memory_bytes, memory_note = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
+    free = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
     shape = measure(opened, cache=config.cache, batch_invariant=config.batch_invariant, slot_note=slots.note)
-    memory = _plan_memory(opened, shape, config, device, (memory_bytes, memory_note))
+    memory = _plan_memory(opened, shape, config, device, ranks, free)
     check_fits(memory)
     check_room(manifest, kind=store_kind, cache_dir=store_dir)
     return LoadPlan(opened, manifest, store_kind, store_dir, memory)
@@ -127,9 +128,13 @@ def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tu
 
 
 def _plan_memory(
-    opened: OpenModel, shape: ModelShape, config: LoadConfig, device: torch.device, memory: tuple[int, str]
+    opened: OpenModel, shape: ModelShape, config: LoadConfig, device: torch.device, ranks: int, free: tuple[int, str]
 ) -> MemoryPlan:
-    """The plan of this rank's device memory, before a weight is read; ``memory``: its bytes, and their origin."""
+    """The plan of this rank's device memory, before a weight is read.
+
+    Args:
+        free: from ``_free_memory``.
+    """
     checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
     predictor_bytes = planned_bytes(
         opened.skeleton,
@@ -144,10 +149,12 @@ def _plan_memory(
     return plan_memory(
         shape,
         parse_slots(config.slots),
-        memory_bytes=memory[0],
+        memory_bytes=free[0],
+        ranks=ranks,
+        device=device.type,
         engine=config.engine,
         predictor_bytes=predictor_bytes,
-        memory_note=memory[1],
+        memory_note=free[1],
     )
 
 

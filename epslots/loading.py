@@ -28,7 +28,8 @@ from epslots.cache.pinning import pin_store
 from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_in_background
 from epslots.config import LOAD_DEADLINE_S, LoadConfig, LoadSettings, load_config, refuse_unknown, with_keywords
-from epslots.devices import make_current, resolve_device
+from epslots.device_copy import prepare_uploads
+from epslots.devices import make_current, memory_limit, resolve_device
 from epslots.errors import ConfigError
 from epslots.group.join import announce_failure, ranks_here, start_rank
 from epslots.layout import LayerSpec, RecordLayout
@@ -37,13 +38,15 @@ from epslots.models.batch_invariance import is_batch_invariant, make_batch_invar
 from epslots.models.checkpoint import CheckpointSource
 from epslots.models.expert_reader import ExpertReader
 from epslots.models.experts import RUNNER, experts_modules
-from epslots.models.memory_plan import MemoryPlan
+from epslots.models.memory_plan import MemoryPlan, moe_workspace_bytes
 from epslots.models.opening import load_dense
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
 from epslots.moe.moe_layer import MoELayer
+from epslots.moe.product_choice import make_gemm
+from epslots.moe.token_room import TokenRoom
 from epslots.placement.placement import Placement
 from epslots.placement.placement_file import read_placement
 from epslots.planner.cache_policy import Policy, policy_name, resolve_policy
@@ -71,7 +74,6 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    attn_implementation: str | None = None,
     **settings: Unpack[LoadSettings],
 ) -> PreTrainedModel:
     """Load a Mixture-of-Experts checkpoint with a bounded number of expert slots.
@@ -100,7 +102,6 @@ def load(
         variant: of the weight files: ``"fp16"`` reads ``model.fp16.safetensors`` or ``model.safetensors.index.fp16.json``.
         revision: branch, tag or commit of a hub id.
         token: of the hub, for a hub id.
-        attn_implementation: as in transformers, such as ``"sdpa"``.
 
     Returns:
         The transformers model, in evaluation mode: ``generate``, ``forward`` and all else as usual.
@@ -117,8 +118,6 @@ def load(
     if given.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code: epslots never runs code from a checkpoint")
     refuse_unknown(given, tuple(inspect.signature(load).parameters))
-    if not isinstance(attn_implementation, str | None):
-        raise ConfigError(f"attn_implementation={attn_implementation!r}: allowed: a name, such as 'sdpa'")
     if deadline_s is not None and not deadline_s > 0:
         raise ConfigError(f"deadline_s={deadline_s!r}: allowed: seconds, more than 0")
     source = CheckpointSource(path_or_id, subfolder, variant, revision, token)
@@ -129,21 +128,21 @@ def load(
     # Of several ranks the first shows progress.
     display = ProgressDisplay(False if progress is None and transport is not None and transport.rank else progress)
 
-    def load_here(neighbours: int) -> PreTrainedModel:
+    def load_here(neighbours: int, ranks: int) -> PreTrainedModel:
         config = load_config(**given)  # here, so that the other ranks are told if a setting is refused
         config.check_costs(costs)
-        return load_alone(source, config, neighbours=neighbours, display=display, attn_implementation=attn_implementation)
+        return load_alone(source, config, neighbours=neighbours, ranks=ranks, display=display)
 
     if transport is not None:
         return _load_together(transport, load_here, costs, first, display, deadline_s)
-    model = load_here(1)
+    model = load_here(1, 1)
     start_rank(model, None, settings={}, costs=costs, display=display, placement=first)
     return model
 
 
 def _load_together(
     transport: Transport,
-    load_here: Callable[[int], PreTrainedModel],
+    load_here: Callable[[int, int], PreTrainedModel],
     costs: Costs | None,
     placement: Placement | None,
     display: ProgressDisplay,
@@ -152,7 +151,7 @@ def _load_together(
     """This rank's model, made one with those of the other ranks. All ranks call it together.
 
     Args:
-        load_here: loads this rank's model, given the number of ranks on this node.
+        load_here: loads this rank's model, given the numbers of ranks on this node and in all.
         deadline_s: seconds that one operation may take after loading; None = the transport's.
     """
     deadline_s = transport.deadline_s if deadline_s is None else deadline_s
@@ -160,7 +159,7 @@ def _load_together(
     try:
         neighbours = ranks_here(transport)
         try:
-            model = load_here(neighbours)
+            model = load_here(neighbours, transport.size)
         except Exception as error:
             announce_failure(transport, error)
             raise
@@ -174,18 +173,13 @@ def _load_together(
 
 
 def load_alone(
-    source: CheckpointSource,
-    config: LoadConfig,
-    *,
-    neighbours: int,
-    display: ProgressDisplay,
-    attn_implementation: str | None = None,
+    source: CheckpointSource, config: LoadConfig, *, neighbours: int, ranks: int, display: ProgressDisplay
 ) -> PreTrainedModel:
     """One rank's model, before it belongs to a group; ``load`` and the ranks of a cluster call it.
 
     Args:
         neighbours: ranks that share the node's RAM, this one included.
-        attn_implementation: of transformers; None = its default.
+        ranks: ranks of the group that it will belong to, this one included.
 
     Raises:
         ConfigError: a setting is not one of those allowed.
@@ -197,14 +191,15 @@ def load_alone(
     device = resolve_device(config.device)
     config.check_device(device.type)
     make_current(device)
-    plan = plan_load(source, config, device, neighbours)
+    prepare_uploads(device)
+    plan = plan_load(source, config, device, neighbours=neighbours, ranks=ranks)
     opened, checkpoint = plan.opened, plan.opened.checkpoint
 
     if getattr(opened.config, "quantization_config", None) is None:
         prepare_in_background()
     else:  # compiled loops unpack its weights
         prepare(shown=display.shown)
-    model = load_dense(opened, device=device, show_progress=display.shown, attn_implementation=attn_implementation)
+    model = load_dense(opened, device=device, show_progress=display.shown)
     store = open_node_store(
         plan.manifest,
         lambda: ExpertReader(checkpoint, model, opened.layers, quantise=config.expert_format),
@@ -222,8 +217,18 @@ def load_alone(
     runtime = _build_runtime(model, checkpoint.content, opened.layers, plan.memory, store, policy, device, config.link)
     runtime = _apply_config(model, runtime, config, checkpoint.folder)
     attach(model, runtime)
+    if device.type == "cuda":
+        _divide_long_steps(runtime, device)
     runtime.fill(runtime.complete_layers(), display)
     return model
+
+
+def _divide_long_steps(runtime: Runtime, device: torch.device) -> None:
+    """Let a layer compute a longer prompt than planned in parts, where the GPU has no memory for the whole."""
+    shape = runtime.plan.shape
+    planned, token_bytes = shape.step_tokens(runtime.engine), moe_workspace_bytes(shape, 1, ranks=1)
+    for runner in runtime.runners:
+        runner.room = TokenRoom(planned, token_bytes, lambda: memory_limit(device).free_bytes)
 
 
 def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, folder: Path) -> Runtime:
@@ -244,6 +249,7 @@ def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, 
         "predictions": prefetch_config.settings,
         "host_compute": str(computes_on_host),
         "slot_format": "packed" if any(layer.packed is not None for layer in runtime.layers) else "unpacked",
+        "attention": str(model.config._attn_implementation),
         "fetches": "meanwhile" if any(loader.link.concurrent for loader in runtime.loaders) else "at once",
     }
     return replace(
@@ -268,7 +274,8 @@ def _build_runtime(
 ) -> Runtime:
     """Slots for every layer, one pool for each layout, and a runner on every experts module."""
     telemetry = Telemetry(layers, plan.quotas, device)
-    gemm = BatchInvariantGemm if is_batch_invariant(model) else GroupedGemm
+    batch_invariant = is_batch_invariant(model)
+    on_host = BatchInvariantGemm if batch_invariant else GroupedGemm
     modules: list[nn.Module] = list(experts_modules(model).values())
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
@@ -283,13 +290,13 @@ def _build_runtime(
         loaders.append(loader)
         for position, index in enumerate(indices):
             experts = layers[index].num_experts
-            kernel = gemm(modules[index], pool.weights(position))
+            kernel = make_gemm(modules[index], pool.weights(position), batch_invariant=batch_invariant)
             compute = ExpertCompute(
                 index,
                 ExpertCache(index, position, experts, loader, telemetry),
                 kernel,
                 telemetry,
-                cpu=CpuExperts(modules[index], store, index, device, gemm=gemm),
+                cpu=CpuExperts(modules[index], store, index, device, gemm=on_host),
                 identity=bool(getattr(modules[index], "zero_expert_num", 0)),
             )
             past = history.layer(position, experts)

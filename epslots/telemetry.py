@@ -8,7 +8,7 @@ Legend of shape suffixes: L MoE layers, E experts of the largest layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -165,7 +165,12 @@ def _sum_layer(ranks: tuple[LayerStats, ...]) -> LayerStats:
 
 
 class Telemetry:
-    """Counters of all layers of one rank. Layers that never miss count on the device and cost no synchronisation."""
+    """Counters of all layers of one rank. Layers that never miss count on the device and cost no synchronisation.
+
+    Attributes:
+        device: of the counters there.
+        settle: called before counters are read, by whoever counts elsewhere meanwhile; None = nobody does.
+    """
 
     def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:
         import torch
@@ -173,6 +178,8 @@ class Telemetry:
         self._layers = tuple(layers)
         self._slots = list(slots)
         count, experts = len(self._layers), max(layer.num_experts for layer in layers)
+        self.device = device
+        self.settle: Callable[[], None] | None = None
         self._steps = self._missed_steps = 0
         self._missed = False
         """Whether a layer has missed in the step under way."""
@@ -194,15 +201,18 @@ class Telemetry:
         for name, amount in amounts.items():
             counts[name][layer] += amount
 
-    def count_resident(self, layer: int, counts: torch.Tensor) -> None:
-        """Count a step of a layer with every expert resident: ``counts`` int64 [experts + 1] on the device."""
+    def count_resident(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count a step of a layer with every expert resident.
+
+        Returns:
+            Counters on the device that the step is to be added to: pairs of each expert, int64 [experts + 1], and hits, int64
+            [], experts that have any.
+        """
         if layer == 0:
             self._begin_step()
-        tokens_X, hits = self._device_views[layer]
-        tokens_X.add_(counts)
-        hits.add_(counts[:-1].count_nonzero())
         self._counts["steps"][layer] += 1
         self._counts["passes"][layer] += 1
+        return self._device_views[layer]
 
     def count_planned(self, layer: int, *, hits: int, misses: int, passes: int) -> None:
         """Count a step of a layer that may miss. The steps of the first layer are the rank's."""
@@ -246,6 +256,7 @@ class Telemetry:
 
     def snapshot(self) -> Stats:
         """All counters as they are now. Synchronises with the device."""
+        self._settle()
         counts, tokens_LX = self._all_counts(), self._all_tokens()
         return Stats(
             tuple(
@@ -268,9 +279,14 @@ class Telemetry:
         Returns:
             [L] of each number, int64 or float64; int64 [L, E] of tokens and uses, [L, E + 1] of stack distances.
         """
+        self._settle()
         counts = self._all_counts()
         arrays = {"tokens": self._all_tokens()[:, :-1], "uses": self._uses_LE.copy(), "reuse": self._reuse_LD.copy()}
         return arrays | {name: np.array(counts[name]) for name in _WINDOW_COUNTERS}
+
+    def _settle(self) -> None:
+        if self.settle is not None:
+            self.settle()
 
     def _all_counts(self) -> dict[str, list[float]]:
         """The table, with the hits that were counted on the device."""

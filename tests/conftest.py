@@ -37,6 +37,7 @@ FAST = (
     "cluster/test_controller.py",
     "cluster/test_controller_lives.py",
     "cluster/test_job_prompts.py",
+    "cluster/test_network_interface.py",
     "cluster/test_queue_room.py",
     "cluster/test_retries.py",
     "cluster/test_scheduler.py",

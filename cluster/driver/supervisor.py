@@ -72,7 +72,7 @@ class Supervisor:
 
     Args:
         backend: runs the processes.
-        load: the workers' first command; ``neighbours`` is filled in for each.
+        load: the workers' first command; ``neighbours`` and ``ranks`` are filled in for each.
         costs: the costs to plan with; None = measured ones.
         make_router: called with the function that sends commands.
         placement: of each group's first ranks (``placement.pack``); None = the default one.
@@ -245,7 +245,9 @@ class Supervisor:
                 await worker.handle.command(encode(Adopt()))
             else:
                 neighbours = await self._backend.neighbours(worker.bundle)
-                await worker.handle.command(encode(msgspec.structs.replace(self._load, neighbours=neighbours)))
+                ranks = -(-self.pool.size // self._load.groups)
+                load = msgspec.structs.replace(self._load, neighbours=neighbours, ranks=ranks)
+                await worker.handle.command(encode(load))
             while True:
                 for event in decode_events(await worker.handle.events()):
                     self._take(worker, event)

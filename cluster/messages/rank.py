@@ -49,6 +49,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         path: the checkpoint's folder on every node, or a hub id.
         config: the model's settings.
         neighbours: ranks that share the node's RAM, this one included.
+        ranks: ranks of its group, this one included.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
         groups: into which the cluster's ranks are divided; a driver that divides them otherwise can't adopt this one.
@@ -58,6 +59,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     path: str
     config: LoadConfig
     neighbours: int
+    ranks: int
     threads: int
     window_steps: int
     groups: int = 1

@@ -5,19 +5,18 @@ from __future__ import annotations
 import fcntl
 import gc
 import importlib
-import ipaddress
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
-import psutil
 import ray
 
 from cluster.actor_process import ActorProcess, die_with_parent
 from cluster.lasting import ray_registry
 from cluster.lasting.records import SUPERSEDED, Lasting, split_term
 from cluster.messages.rank import GiveUp, encode
+from cluster.rank.network_interface import use_interface
 from cluster.rank.orphan_guard import OrphanGuard
 from epslots.importing import without_collections
 
@@ -47,7 +46,7 @@ class WorkerActor:
             os.environ["OMP_NUM_THREADS"] = str(threads)
         self._node = ray.util.get_node_ip_address()
         module, _, name = loop.partition(":")
-        _use_interface(host or self._node)
+        use_interface(host or self._node)
         with without_collections():
             make_loop = getattr(importlib.import_module(module), name)
             gc.freeze()  # no later collection looks through it either: transformers makes one whenever a cache goes
@@ -100,16 +99,3 @@ def _form_transport(form: Form, device: torch.device, contacts: ContactStore) ->
     from cluster.rank.contact_store import form_transport
 
     return form_transport(form, device, contacts)
-
-
-def _use_interface(host: str) -> None:
-    """Have gloo and NCCL bind to an address, as far as the user has not chosen.
-
-    By default gloo takes the address of the host's name, on many systems a loopback, and NCCL an interface of its own choice,
-    of several perhaps one that leads nowhere.
-    """
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address.partition("%")[0] == host for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # both read it from the environment alone
-            if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this one, and not all that begin so

@@ -205,6 +205,7 @@ class RankLoop:
             CheckpointSource(load.path),
             load.config,
             neighbours=load.neighbours,
+            ranks=load.ranks,
             display=ProgressDisplay(listener=self._events.send_progress),
         )
         loaded = time.monotonic()

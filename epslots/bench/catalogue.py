@@ -52,6 +52,19 @@ _BENCHES = (
     Bench(
         "batch", "Requests together over one at a time, generate's steps, pages; latents, arrivals. Takes --parts.", "batch"
     ),
+    Bench(
+        "gpu",
+        "For a GPU, in 8 minutes or --minutes: checks, costs, fetches, kernels, decoding against transformers and "
+        "accelerate, two ranks and a kill, all beside what the timeline predicts. One JSON and one page.",
+        "gpu",
+        True,
+    ),
+    Bench(
+        "timeline",
+        "PREDICTED time a token on a GPU that isn't here, by the data sheets' costs of the real operations. Takes --gpu, "
+        "--model, --slots.",
+        "timeline",
+    ),
     Bench("invariant", "Step times with batch_invariant, over those without.", "invariant"),
 )
 BENCHES = {bench.name: bench for bench in _BENCHES}

@@ -1,8 +1,8 @@
 """Decoding from few slots, captured and on the usual path, against transformers resident and accelerate's CPU offload.
 
 Random weights have no routing that could be learned, so synthetic routers of known skew (``SkewedRouter``) replace the
-model's, the same for all candidates. All decode the same random tokens: greedy decoding of random weights soon repeats itself,
-and with it its routing.
+model's, the same for all candidates. All decode random tokens, given or drawn: greedy decoding of random weights soon repeats
+itself, and with it its routing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ import epslots
 from epslots.bench.models import quick_checkpoint, random_config, release, use_sums
 from epslots.bench.report import BenchReport, Candidates, alternate, median, synchronise
 from epslots.cache.host_store import HostStore
-from epslots.cuda_graph.decode_graph import DecodeGraph, kernels_for
 from epslots.cuda_graph.device_slots import DeviceSlots, Missing
+from epslots.cuda_graph.lent_slots import kernels_for
+from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
+from epslots.generation.sampling import Sampling
 from epslots.runtime import runtime_of
 
 SHARES = ("25%", "50%", "75%", "100%")
@@ -32,6 +35,7 @@ PROMPT = 32
 SKEW = 1.0
 TIMED_RECORDS = 8  # copied at a time
 RESIDENT = "transformers, resident"
+CAPTURED = "engine, captured"
 
 
 def shape_for(device: torch.device, layers: int = 48) -> Qwen3MoeConfig:
@@ -120,13 +124,18 @@ def random_tokens(config: Qwen3MoeConfig, batch: int, length: int, device: torch
 
 
 def _own_rows(share: str, model: PreTrainedModel, tokens: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
-    """A model from slots, captured and on the usual path; hits and bytes of prompts and output together."""
-    graph = DecodeGraph(model, *tokens.shape)
-    how = graph.obstacle or ("replayed" if graph.replays else "step by step, no GPU")
-    ways = {"DecodeGraph": (_by_graph(graph, tokens), how), "usual path": (_by_model(model, tokens), "step by step")}
+    """An engine's rows from slots, captured and on the usual path; hits and bytes of prompts and output together."""
+    batchers = {
+        what: RowBatcher(
+            model, kv_tokens=tokens.numel(), max_requests=len(tokens), capture=what == CAPTURED, prefix_cache=False
+        )
+        for what in (CAPTURED, "engine, usual path")
+    }
     rows = []
-    for what, (run, how) in ways.items():
+    for what, batcher in batchers.items():
+        run = _by_batcher(batcher, tokens)
         run()
+        how = "replayed" if batcher.stats().replayed_steps else "step by step"
         before = use_sums(model)
         rate = _tokens_per_s(run, tokens, rounds)
         used = use_sums(model, since=before)
@@ -136,6 +145,7 @@ def _own_rows(share: str, model: PreTrainedModel, tokens: torch.Tensor, rounds: 
             "MB/token": used["bytes_fetched"] / (rounds * _new_tokens(tokens)) / 1e6,
         }
         rows.append({"what": what, "slots": share, "batch": len(tokens), **measured, "how": how})
+        batcher.close()
     return rows
 
 
@@ -158,13 +168,26 @@ def _tokens_per_s(run: Callable[[], float], tokens: torch.Tensor, rounds: int) -
     return median([_new_tokens(tokens) / run() for _ in range(rounds)])
 
 
-def _by_graph(graph: DecodeGraph, tokens: torch.Tensor) -> Callable[[], float]:
-    """Seconds of decoding the tokens after the prompt."""
+def _by_batcher(batcher: RowBatcher, tokens: torch.Tensor) -> Callable[[], float]:
+    """Seconds of decoding as many tokens after the same prompts, drawn by each request's seed."""
 
     def run() -> float:
-        graph.prefill(tokens[:, :PROMPT])
-        with graph:
-            return _seconds(graph.step, tokens)
+        # The last token of a request is computed from, and not with.
+        new_tokens = _new_tokens(tokens) // len(tokens) + 1
+        for number, prompt in enumerate(tokens[:, :PROMPT].tolist()):
+            batcher.add(Request(str(number), tuple(prompt), new_tokens, sampling=Sampling(temperature=1.0, seed=number)))
+        started: set[str] = set()
+        while len(started) < len(tokens):
+            batcher.prepare()
+            batcher.step()
+            started |= {output.id for output in batcher.outputs()}
+        synchronise(tokens.device)
+        began = time.perf_counter()
+        while batcher.prepare():
+            batcher.step()
+            batcher.outputs()
+        synchronise(tokens.device)
+        return time.perf_counter() - began
 
     return run
 

@@ -93,7 +93,7 @@ def recalls(
         estimator, target_NK = fits[layer], seen[layer + distance].index_NK
         assert estimator is not None, "text reaches all layers of the example model"
         naive = recall(seen[layer], target_NK, routers[layer + distance].scores, history=False)
-        fitted = recall(seen[layer], target_NK, estimator.logits, history=estimator.history)
+        fitted = recall(seen[layer], target_NK, estimator.scores, history=estimator.history)
         rates = {"naive at k": naive[0], "at 2k": naive[1], "fitted at k": fitted[0], "fitted at 2k": fitted[1]}
         rows.append({"layer": str(layer + distance), **rates, "token before": str(estimator.history)})
     mean = {key: float(np.mean([row[key] for row in rows])) for key, value in rows[0].items() if isinstance(value, float)}
@@ -110,7 +110,7 @@ def to_next_token(seen: dict[int, LayerRecording], predictor: Predictor) -> list
         rows_WH = hidden_WH.float()
         if estimator.history:
             rows_WH = torch.cat([rows_WH, functional.pad(rows_WH, (0, 0, 1, 0))[:-1]], 1)
-        found += count_recalled(estimator.logits(rows_WH[:-1]), index_WK[1:])
+        found += count_recalled(estimator.scores(rows_WH[:-1]), index_WK[1:])
     at_k, at_2k = (found / index_SWK[:, 1:].numel()).tolist()
     return [{"layer": "0, next token", "fitted at k": at_k, "fitted at 2k": at_2k, "token before": str(estimator.history)}]
 

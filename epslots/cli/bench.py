@@ -53,7 +53,9 @@ def bench(
         Optional[Path], typer.Option("--output", "-o", help="Folder to save the result (JSON) and its plot (PNG) in.")
     ] = None,
     rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed rounds; default: the benchmark's own.")] = None,
-    minutes: Annotated[Optional[float], typer.Option(min=0.0, help="soak, serve-soak: how long; default: 10.")] = None,
+    minutes: Annotated[
+        Optional[float], typer.Option(min=0.0, help="gpu, soak, serve-soak: how long; default: 8, 10, 10.")
+    ] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     parts: Annotated[
         Optional[str], typer.Option(help="batch, serve: names of their parts, with commas between them; default: all.")
@@ -61,6 +63,9 @@ def bench(
     redis: Annotated[
         Optional[str], typer.Option(help="serve: program of a Redis server, for the state of Ray's GCS; default: RocksDB.")
     ] = None,
+    gpu: Annotated[Optional[str], typer.Option(help="timeline: h100 (default), a100, b200, 4090 or 5090.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="timeline: a known model; default: qwen3-30b-a3b.")] = None,
+    slots: Annotated[Optional[str], typer.Option(help="timeline: shares of slots; default: 25%,50%,100%.")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Run the bench ``name``; ``HELP`` is the command's help."""
@@ -80,7 +85,7 @@ def bench(
     target = resolve_device(device if takes_device else "cpu")
     report = BenchReport(name, target, output)
     run = FURTHER_BENCHES[name].load() if one is None else resolve_name(f"epslots.bench.{one.module}:bench_{name}")
-    given = {"rounds": rounds, "minutes": minutes, "parts": parts, "redis": redis}
+    given = {"rounds": rounds, "minutes": minutes, "parts": parts, "redis": redis, "gpu": gpu, "model": model, "slots": slots}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if unknown := [key for key in settings if key not in signature(run).parameters]:
         raise ConfigError(f"--{unknown[0]}: benchmark {name} takes none")

@@ -33,6 +33,14 @@ SlotsOption = Annotated[
 DeviceOption = Annotated[
     Optional[str], typer.Option("--device", help="cpu, cuda or cuda:N. Default: the GPU if there is one.")
 ]
+AttentionOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--attn-implementation",
+        help="transformers' attention: sdpa, eager, or flash_attention_2 where that package is installed. Default: the "
+        "model's own choice.",
+    ),
+]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64.")
 ]
@@ -140,6 +148,7 @@ class LoadConfigOptions:
             "off.",
         ),
     ] = _DEFAULTS.host_compute
+    attn_implementation: AttentionOption = _DEFAULTS.attn_implementation
     batch_invariant: Annotated[
         bool,
         typer.Option(
@@ -178,6 +187,12 @@ class LoadConfigOptions:
             "Default: --max-batch-tokens alone cuts them.",
         ),
     ] = _DEFAULTS.step_target_ms
+    capture: Annotated[
+        bool,
+        typer.Option(
+            "--capture/--no-capture", help="On a GPU, let a rank alone that keeps rows decode by CUDA graphs, where it can."
+        ),
+    ] = _DEFAULTS.capture
 
     def config(self, kv_tokens: int = _DEFAULTS.kv_tokens) -> LoadConfig:
         """The options as the configuration that is handed down.

@@ -11,7 +11,14 @@ import msgspec
 import typer
 
 from epslots.cli.option_groups import takes_groups
-from epslots.cli.options import DeviceOption, DtypeOption, ExpertFormatOption, SlotFormatOption, SlotsOption
+from epslots.cli.options import (
+    AttentionOption,
+    DeviceOption,
+    DtypeOption,
+    ExpertFormatOption,
+    SlotFormatOption,
+    SlotsOption,
+)
 from epslots.cli.record_table import Columns, record_table
 from epslots.config import (
     CACHE_SETTINGS,
@@ -86,6 +93,7 @@ def plan(
     dtype: DtypeOption = "auto",
     slot_format: SlotFormatOption = "auto",
     expert_format: ExpertFormatOption = None,
+    attn_implementation: AttentionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Plan one rank's memory, without loading a model.
@@ -101,7 +109,13 @@ def plan(
     and for a GPU the next layer's experts are predicted.
     """
     setting, engine = parse_slots(slots), work.engine
-    config = load_config(dtype=dtype, cache=engine.cache, slot_format=slot_format, expert_format=expert_format)
+    config = load_config(
+        dtype=dtype,
+        cache=engine.cache,
+        slot_format=slot_format,
+        expert_format=expert_format,
+        attn_implementation=attn_implementation,
+    )
     if memory is None:
         memory_bytes, memory_note = _device_memory(device)
     else:
@@ -114,6 +128,7 @@ def plan(
             setting,
             memory_bytes=memory_bytes,
             ranks=work.ranks,
+            device=kind,
             engine=engine,
             predictor_bytes=predictor_bytes,
             memory_note=memory_note,
@@ -137,10 +152,11 @@ def find_shape(model: str | None, device: str, config: LoadConfig) -> tuple[Mode
 
     Args:
         device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
-        config: dtype, cache and formats of slots and experts.
+        config: dtype, attention, cache and formats of slots and experts.
 
     Raises:
-        ConfigError: neither a folder nor a known name, no such dtype, or formats that the device can't compute with.
+        ConfigError: neither a folder nor a known name, no such dtype or attention, or formats that the device can't compute
+            with.
         CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
         UnsupportedModelError: the model's experts can't be run from slots, or its requests can't be kept so.
     """
@@ -156,7 +172,7 @@ def find_shape(model: str | None, device: str, config: LoadConfig) -> tuple[Mode
     from epslots.prefetch.setup import planned_bytes
 
     # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
-    opened = open_model(example_model() if model is None else model, config.dtype)
+    opened = open_model(example_model() if model is None else model, config.dtype, config.attn_implementation)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     weight_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files.names)
     slots = choose_slot_format(config, checkpoint, skeleton, opened.layers, device)
@@ -180,7 +196,8 @@ def _known_shape(model: str, config: LoadConfig) -> ModelShape:
             f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
             f"of the hub is planned once it is downloaded"
         )
-    shape, skeleton = known_model(model) if config.dtype == "auto" else known_model(model, config.dtype)
+    dtype = {} if config.dtype == "auto" else {"dtype": config.dtype}
+    shape, skeleton = known_model(model, **dtype, attention=config.attn_implementation)
     if skeleton is not None:
         from epslots.generation.planned_cache import with_cache
         from epslots.models.slot_format import quantised_slots
@@ -222,7 +239,8 @@ def _device_memory(device: str | None) -> tuple[int, str]:
 _SHAPE_FIELDS = {"model": "name", "dtype": "dtype", "parameters": "parameters", "experts": "num_experts", "top_k": "top_k"}
 _PLAN_FIELDS = (
     "ranks",
-    *("slot_bytes", "kv_bytes", "workspace_bytes", "unpacking_bytes", "predictor_bytes", "reserve_bytes", "total_bytes"),
+    *("slot_bytes", "kv_bytes", "workspace_bytes", "unpacking_bytes", "predictor_bytes"),
+    *("communication_bytes", "reserve_bytes", "total_bytes"),
     *("memory_bytes", "memory_note", "free_bytes", "fits", "host_store_bytes"),
     *("resident_share", "slots_per_expert", "all_resident"),
 )

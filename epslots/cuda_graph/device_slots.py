@@ -293,13 +293,13 @@ class DeviceSlots:
             ids_N: int64, on the device; ids from E on need no slot.
 
         Raises:
-            ConfigError: there are more pairs than the device can decide about.
+            ConfigError: there are more pairs than the device can decide about: the step isn't the engine's.
             CorruptExpertError: a record differs from its digest (on CUDA all were verified before). It entered no slot.
         """
         if ids_N.shape[0] > self._pairs:
             raise ConfigError(
                 f"a step of {ids_N.shape[0]} (token, expert) pairs, and the device decides about slots in steps of "
-                f"{self._pairs} at most; close the DecodeGraph before the model is used otherwise"
+                f"{self._pairs} at most; end the engine's requests before the model is used otherwise"
             )
         state = self.layers[layer]
         self._kernels.decide(state, ids_N, self._missing)
@@ -342,19 +342,25 @@ class DeviceExperts:
         inner: computes from the slots.
         slots: decides about them; None for a layer with a slot for every expert.
         layer: the layer's number in the pool.
+        real: int64 [1] on the device, the pairs of a step that count: others repeat them.
 
     Attributes:
         calls: steps that went through Python. A captured step is repeated without.
     """
 
-    def __init__(self, inner: ExpertCompute, slots: DeviceSlots | None, layer: int) -> None:
+    def __init__(self, inner: ExpertCompute, slots: DeviceSlots | None, layer: int, real: torch.Tensor) -> None:
         self._inner = inner
         self._slots = slots
         self._layer = layer
+        self._real = real
         self.calls = 0
 
+    def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
+        """Add the step's pairs to totals, less those that repeat others."""
+        self._inner.pairs.add_counts(ids_N, tokens_X, uses, self._real)
+
     def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """Fetch missing experts, then ``ExpertCompute.execute``."""
+        """Fetch missing experts, then ``ExpertCompute.execute_resident``."""
         self.calls += 1
         if self._slots is not None:
             self._slots.prepare(self._layer, ids_N)

@@ -57,6 +57,26 @@ class CellTable:
         self._table_RP.view(-1).index_copy_(0, to_device(place_BW.flatten(), device), new_BW)
         return new_BW.long()
 
+    def next_cells(self, rows: int) -> IntArray:
+        """Free cells for a token of each of so many rows, int64 [B]. They stay free until ``take``."""
+        return self._next_cells(rows, 1)[:, 0].astype(np.int64)
+
+    def lay_out_there(self, row_B: torch.Tensor, length_B: torch.Tensor, cell_B: torch.Tensor) -> None:
+        """``lay_out`` of one token for each row, by numbers on the device: rows, their lengths, and ``next_cells``."""
+        place_B = row_B * self._table_RP.shape[1] + length_B
+        self._table_RP.view(-1).index_copy_(0, place_B, cell_B.to(torch.int32))
+
+    def read_there(self, row_B: torch.Tensor, length_B: torch.Tensor, span: int) -> torch.Tensor:
+        """``read`` after ``lay_out_there``: cells of ``span`` positions of each row, or of a window, int32 [B * S].
+
+        Args:
+            span: at least as many as any row has.
+        """
+        span = span if self.window is None else min(span, self.window)
+        place_BS = (length_B + 1 - span)[:, None] + torch.arange(span, device=row_B.device)
+        cells_BS = self._table_RP[row_B[:, None], place_BS.clamp(min=0)]
+        return cells_BS.masked_fill_(place_BS < 0, NO_TOKEN_CELL).flatten()
+
     def _next_cells(self, rows: int, width: int) -> NDArray[np.int32]:
         count = rows * width
         assert count <= self.free, "the batcher makes room first"

@@ -18,6 +18,7 @@ class EngineCounters:
     """Counts since an engine was made, which its batcher increases. The fields are those of ``EngineStats``."""
 
     steps: int = 0
+    replayed_steps: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     reused_tokens: int = 0
@@ -39,6 +40,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         steps: forward passes over requests; several parts of a step that failed as a whole count one by one.
+        replayed_steps: those of them that were replayed from a CUDA graph.
         prompt_tokens: tokens of prompts that were computed, those computed again after a preemption included.
         new_tokens: tokens that were returned (``generation_tokens``).
         reused_tokens: tokens of prompts that weren't computed, because the cache held them (``prefix_cache_hits``).
@@ -50,6 +52,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     steps: int
+    replayed_steps: int
     prompt_tokens: int
     new_tokens: int
     reused_tokens: int

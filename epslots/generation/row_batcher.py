@@ -16,8 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +30,7 @@ from epslots.errors import DoesNotFitError, StepFailed
 from epslots.generation.absorbed_attention import AbsorbedAttention
 from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, check_servable, describe_failure
 from epslots.generation.cache_tensors import tensors_of
+from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
@@ -78,6 +78,8 @@ class RowBatcher(Batcher):
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
         self._chunk = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
+        obstacle = capture_obstacle(model, self._cache, self._support) if config.capture else "it was asked for"
+        self._captured = CapturedDecoding(model, self._cache, self._call, most=config.max_requests, obstacle=obstacle)
         self._admission = RowAdmission(self._cache, config, self._support, self._counters)
         self._isolation: Isolation[RunningRow] | None = None
         """Of the batch under way; None between batches."""
@@ -127,6 +129,8 @@ class RowBatcher(Batcher):
                 self._isolation = Isolation(
                     sorted((self._admission.running[i] for i in planned.rows), key=lambda each: each.row.number)
                 )
+            else:
+                self._captured.give_back()  # the model may be used otherwise now
         return self._isolation is not None
 
     def _plan(self) -> RowBatch | None:
@@ -157,14 +161,12 @@ class RowBatcher(Batcher):
         isolation, planned = self._isolation, self._batch
         assert isolation is not None and planned is not None, "prepare() comes first"
         part, width = isolation.part, planned.width
-        rows = [running.row for running in part]
         began = self._clock()
         try:
-            previous = self._order.next([(running.entry.request.id, width) for running in part])
-            with self._following(previous), self._plain_outputs.off(), self._cache.step(rows, width) as step:
-                logits_BLV = self._forward(part, width, step)
-                chosen = self._choose(part, width, logits_BLV)
-                step.commit()
+            with self._plain_outputs.off():
+                chosen = self._make_captured(part)
+                if chosen is None:
+                    chosen = self._make(part, width)
         except Exception as failure:
             self._order = RowTracker()  # only some layers have seen the failed batch's rows
             found = self._split_or_raise(isolation, failure)
@@ -186,6 +188,7 @@ class RowBatcher(Batcher):
         """Count a batch that was committed."""
         starts = [(running.row.length - planned.width, running.entry.request) for running in part]
         self._counters.steps += 1
+        self._counters.replayed_steps = self._captured.replays
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
             computed = len(part) * planned.width
@@ -199,23 +202,48 @@ class RowBatcher(Batcher):
             for running in [running for running in self._admission.running if running.entry.reason]:
                 self._admission.leave(running.entry)
 
-    @torch.no_grad()
+    def _make(self, part: Sequence[RunningRow], width: int) -> list[Callable[[], None]]:
+        """Make a batch; returns calls that enter its tokens, for after the commit."""
+        self._captured.give_back()
+        rows = [running.row for running in part]
+        previous = self._order.next([(running.entry.request.id, width) for running in part])
+        with self._following(previous), self._cache.step(rows, width) as step:
+            chosen = self._choose(part, width, self._forward(part, width, step))
+            step.commit()
+        return chosen
+
+    def _make_captured(self, part: Sequence[RunningRow]) -> list[Callable[[], None]] | None:
+        """The same by a captured step; None where it can't be, or while some requests have prompts to compute."""
+        assert self._batch is not None
+        running = self._admission.running
+        if not self._batch.decodes or len(part) < len(running) or not self._captured.takes(len(part)):
+            return None
+        rows = [one.row for one in part]
+        logits_BLV = self._captured.logits(rows, [one.entry.ids(one.row.length, one.row.length + 1)[0] for one in part])
+        if logits_BLV is None:
+            return None
+        chosen = self._choose(part, 1, logits_BLV)
+        self._captured.commit(rows)
+        self._order = RowTracker()  # the predictor has seen no row
+        return chosen
+
     def _forward(self, part: Sequence[RunningRow], width: int, step: StepOfRows) -> torch.Tensor:
         """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
         ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
-        keep = width if self._prompt_rows(part[0], width) else 1
         inputs = {
             "input_ids": to_device(np.array(ids, np.int64), self._cache.device),
             "position_ids": step.position_ids,
             "attention_mask": step.attention_mask,
             "past_key_values": step.cache,
-            "use_cache": True,
-            "logits_to_keep": keep,
         }
-        with ExitStack() as stack:
-            stack.enter_context(self._by_row.active())
-            stack.enter_context(self._latents.active())
-            found = self._model(**{name: value for name, value in inputs.items() if name in self._takes}, return_dict=True)
+        return self._call(inputs, keep=width if self._prompt_rows(part[0], width) else 1)
+
+    @torch.no_grad()
+    def _call(self, inputs: Mapping[str, Any], keep: int = 1) -> torch.Tensor:
+        """Run the model; returns the logits of each row's last ``keep`` tokens, [B, keep, V]."""
+        given = {**inputs, "use_cache": True, "logits_to_keep": keep}
+        with self._by_row.active(), self._latents.active():
+            found = self._model(**{name: value for name, value in given.items() if name in self._takes}, return_dict=True)
         logits: torch.Tensor = found.logits[:, -keep:]
         return logits
 
@@ -258,4 +286,5 @@ class RowBatcher(Batcher):
     def close(self) -> None:
         self.grammars.close()
         self._isolation = self._batch = None
-        del self._admission, self._cache
+        self._captured.close()
+        del self._admission, self._captured, self._cache

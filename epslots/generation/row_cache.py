@@ -92,12 +92,11 @@ class StepOfRows:
         if min(lengths) < past:
             columns = torch.arange(past + width, device=device)
             self.attention_mask = (columns >= past - length_B1).long()
-        self._row_B: IntArray = np.array([row.number for row in rows], np.int64)
-        self.cache = owner._fill_cache(rows, self._row_B, width)
+        self.cache = owner._fill_cache(rows, np.array([row.number for row in rows], np.int64), width)
 
     def commit(self) -> None:
         """The pass has ended well: its tokens and states are the rows' own."""
-        self._owner._commit(self._rows, self._row_B, self._width)
+        self._owner._commit(self._rows, self._width)
 
 
 class RowCache:
@@ -172,6 +171,16 @@ class RowCache:
         return bool(self._states) or len(self._tables) > 1 or len(self._pooled) < len(self._templates)
 
     @property
+    def tables(self) -> dict[int | None, CellTable]:
+        """The cells of tensors that grow with tokens, by the window of those that keep one."""
+        return self._tables
+
+    @property
+    def all_pooled(self) -> bool:
+        """Whether every layer keeps its rows in pools, and attention computes all of them at once."""
+        return len(self._pooled) == len(self._templates) and not self._by_row and not self._linear
+
+    @property
     def free_tokens(self) -> int:
         """Tokens for which there are free cells."""
         return self._tables[None].free
@@ -212,11 +221,30 @@ class RowCache:
         try:
             yield StepOfRows(self, rows, width)
         finally:
-            self._steps, self._cache.layers = [], []
-            if self._linear:
-                setattr(self._cache, "linear_cache", [])  # noqa: B010
-            for index in self._pooled:
-                self._templates[index].let_go()
+            self._let_go()
+
+    @contextmanager
+    def in_place(self, step: RowStep) -> Iterator[Cache]:
+        """The model's cache for a step of rows that all have a past; its states are in ``step.new_states`` afterwards.
+
+        Only if ``all_pooled``.
+        """
+        layers = [_begun(self._templates[index], step) for index in range(len(self._templates))]
+        self._cache.layers = layers
+        try:
+            yield self._cache
+            for layer in layers:
+                layer.end()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop a step's tensors."""
+        self._steps, self._cache.layers = [], []
+        if self._linear:
+            setattr(self._cache, "linear_cache", [])  # noqa: B010
+        for index in self._pooled:
+            self._templates[index].let_go()
 
     def _fill_cache(self, rows: Sequence[Row], row_B: IntArray, width: int) -> Cache:
         """The model's cache as the pass over these rows is to find it."""
@@ -253,7 +281,7 @@ class RowCache:
         neighbours = slice(first, end) if np.array_equal(row_B, np.arange(first, end)) else None
         return RowStep(to_device(row_B, self.device), neighbours, past, width, new_cells, read_cells, left_states)
 
-    def _commit(self, rows: Sequence[Row], row_B: IntArray, width: int) -> None:
+    def _commit(self, rows: Sequence[Row], width: int) -> None:
         for index, layer in enumerate(self._cache.layers):
             if isinstance(layer, LayerOfRows):
                 for row, own in zip(rows, layer.rows, strict=True):
@@ -266,8 +294,14 @@ class RowCache:
         left_states = whole.commit_states()
         for step in single:
             step.commit_states()
+        self.take(rows, width)
         if width == 1 and not single:  # the same rows most likely decode next
             self._left = list(rows), left_states
+
+    def take(self, rows: Sequence[Row], width: int) -> None:
+        """Give the cells of a step's tokens to their rows, whose states are in the pools."""
+        self._left = [], {}
+        row_B = np.array([row.number for row in rows], np.int64)
         for table in self._tables.values():
             table.take(row_B, width)
         for row in rows:

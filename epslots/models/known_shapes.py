@@ -86,6 +86,25 @@ _PUBLISHED = {
         },
         "Qwen/Qwen3-235B-A22B, config.json",
     ),
+    "qwen3-30b-a3b": _Published(
+        "Qwen3MoeForCausalLM",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "tie_word_embeddings": False,
+        },
+        "Qwen/Qwen3-30B-A3B, config.json",
+    ),
     "mixtral-8x7b": _Published(
         "MixtralForCausalLM",
         {
@@ -145,11 +164,14 @@ def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
 
 
 @functools.cache
-def known_model(name: str, dtype: str = "bfloat16") -> tuple[ModelShape, PreTrainedModel | None]:
+def known_model(name: str, dtype: str = "bfloat16", attention: str | None = None) -> tuple[ModelShape, PreTrainedModel | None]:
     """The shape of a well-known model, and its skeleton; None for grok-1, which has no class in transformers.
 
+    Args:
+        attention: transformers' implementation, by its name; None = the model's own choice.
+
     Raises:
-        ConfigError: no model of that name is known, or no such dtype.
+        ConfigError: no model of that name is known, or no such dtype or attention.
     """
     if name not in KNOWN_SHAPES:
         raise ConfigError(f"model={name!r} is not known; the known ones: {', '.join(sorted(KNOWN_SHAPES))}")
@@ -167,7 +189,7 @@ def known_model(name: str, dtype: str = "bfloat16") -> tuple[ModelShape, PreTrai
     published = _PUBLISHED[name]
     model_class = getattr(transformers, published.architecture)
     config = model_class.config_class(**published.settings, architectures=[published.architecture])
-    skeleton = build_skeleton(resolve_class(config), config, resolve_dtype(dtype, config))
+    skeleton = build_skeleton(resolve_class(config), config, resolve_dtype(dtype, config), attention=attention)
     return shape_of_model(skeleton, name, dtype, expert_layers(skeleton)), skeleton
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -138,8 +139,9 @@ def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tupl
 
     short_tokens, long_tokens = _dry_run_lengths(model)
     try:
-        short = run_without_experts(model, short_tokens, experts, stand_in)
-        long = run_without_experts(model, long_tokens, experts, stand_in)
+        with _attention_without_values(model):
+            short = run_without_experts(model, short_tokens, experts, stand_in)
+            long = run_without_experts(model, long_tokens, experts, stand_in)
         pairs = zip(_parts(short), _parts(long), strict=True)
         cache = tuple(tensor for pair in pairs for tensor in _cache_tensors(*pair, long_tokens - short_tokens))
     except Exception as error:  # an architecture that needs values may raise anything
@@ -148,6 +150,20 @@ def _dry_run(model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[tupl
             f"{type(error).__name__}: {error}"
         ) from error
     return cache, max(top_ks)
+
+
+@contextmanager
+def _attention_without_values(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context attention is one that runs on meta tensors: flash attention's kernels don't."""
+    implementation = model.config._attn_implementation
+    if implementation in ("eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
 
 
 def _dry_run_lengths(model: PreTrainedModel) -> tuple[int, int]:

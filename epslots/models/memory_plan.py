@@ -6,6 +6,7 @@
     workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
     unpacking        one matrix at a time, where slots hold experts packed
     predictor        its weights, and the rows that it remembers
+    communication    NCCL's buffers, on GPUs of several ranks
     reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
 
 ``memory_report.py`` puts a plan into words, and refuses one that doesn't fit.
@@ -27,6 +28,8 @@ RESERVE_PERCENT = 5
 # Choosing tokens takes up to so many bytes for each logit, for so many logits at a time, or one row (next_token.py).
 CHOICE_LOGIT_BYTES = 50
 CHOICE_LOGITS = 2**22
+# NCCL's buffers, for all channels and peers, and its kernels: users report 0.3 to 1.5 GB. Not measured here.
+NCCL_BYTES = 1024**3
 _FP32_BYTES = ITEM_BYTES["float32"]
 
 
@@ -39,6 +42,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         quotas: slots of each MoE layer by that setting.
         memory_bytes: memory of the rank; None = unknown, and everything fits.
         ranks: ranks that share the experts among them.
+        device: the kind of device, "cpu" or "cuda".
         engine: requests and tokens that there is room for.
         reserve_bytes: kept free.
         predictor_bytes: of the prefetchers' predictor (``prefetch.setup.planned_bytes``).
@@ -50,6 +54,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     quotas: tuple[int, ...]
     memory_bytes: int | None
     ranks: int
+    device: str
     engine: EngineConfig
     reserve_bytes: int
     predictor_bytes: int = 0
@@ -86,10 +91,16 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return max(map(unpacking_bytes, self.shape.layers), default=0)
 
     @property
+    def communication_bytes(self) -> int:
+        """What NCCL takes after the plan is made, when ranks connect and first exchange."""
+        return NCCL_BYTES if self.device == "cuda" and self.ranks > 1 else 0
+
+    @property
     def fixed_bytes(self) -> int:
         """Everything but the slots."""
         weights = self.shape.dense_bytes + self.predictor_bytes
-        return weights + self.kv_bytes + self.workspace_bytes + self.unpacking_bytes + self.reserve_bytes
+        work = self.workspace_bytes + self.unpacking_bytes + self.communication_bytes
+        return weights + self.kv_bytes + work + self.reserve_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -135,6 +146,7 @@ def plan_memory(
     *,
     memory_bytes: int | None,
     ranks: int = 1,
+    device: str = "cpu",
     engine: EngineConfig | None = None,
     reserve_bytes: int | None = None,
     predictor_bytes: int = 0,
@@ -147,6 +159,7 @@ def plan_memory(
         setting: the slots asked for; auto takes the memory that is left, up to all experts, and at least one per layer.
         memory_bytes: memory of a rank; None = unknown.
         ranks: ranks that share the experts; each has the memory above and holds the same number of slots.
+        device: the kind of device, "cpu" or "cuda".
         engine: requests and tokens to have room for; by default those of ``EngineConfig``.
         reserve_bytes: memory to keep free; None = ``default_reserve``.
         predictor_bytes: of the prefetchers' predictor.
@@ -165,6 +178,7 @@ def plan_memory(
         quotas=(1,) * len(shape.layers),
         memory_bytes=memory_bytes,
         ranks=ranks,
+        device=device,
         engine=engine or EngineConfig(),
         reserve_bytes=default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes,
         predictor_bytes=predictor_bytes,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from epslots.errors import CheckpointError, ConfigError
+from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec
 from epslots.models.checkpoint import Checkpoint, CheckpointSource, find_checkpoint, open_checkpoint
 from epslots.models.config_check import check_numbers, check_top_k, refusing
@@ -29,6 +29,7 @@ class OpenModel:
         config: its configuration, from ``read_config``.
         model_class: the transformers class, made to load without expert weights.
         dtype: to compute in.
+        attention: transformers' implementation, by its name; None = the model's own choice.
         skeleton: the model on the meta device.
         layers: its MoE layers.
         left_out: names that transformers will report as unexpected; from ``check_tensors``.
@@ -38,20 +39,25 @@ class OpenModel:
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     dtype: torch.dtype
+    attention: str | None
     skeleton: PreTrainedModel
     layers: tuple[LayerSpec, ...]
     left_out: frozenset[str]
 
 
-def open_model(source: CheckpointSource | str | os.PathLike[str], dtype: str | torch.dtype) -> OpenModel:
+def open_model(
+    source: CheckpointSource | str | os.PathLike[str], dtype: str | torch.dtype, attention: str | None = None
+) -> OpenModel:
     """Find a checkpoint's files and check them against the model that its configuration describes.
 
     Args:
         source: the checkpoint; a plain path or hub id will do.
         dtype: to compute in; ``"auto"`` = the checkpoint's own, bfloat16 for a quantised one.
+        attention: transformers' implementation, by its name; None = the model's own choice.
 
     Raises:
-        ConfigError: experts can't be kept in ``dtype``, or ``source`` contradicts itself.
+        ConfigError: experts can't be kept in ``dtype``, the model has no such ``attention`` here, or ``source`` is
+            contradictory.
         CheckpointError: files are missing, damaged, or don't fit together or the model.
         UnsupportedModelError: the model's experts can't be run from slots.
     """
@@ -62,16 +68,14 @@ def open_model(source: CheckpointSource | str | os.PathLike[str], dtype: str | t
     checkpoint = open_checkpoint(folder, source.variant)
     resolved = resolve_dtype(dtype, config, checkpoint.dtype)
     model_class = resolve_class(config)
-    skeleton = build_skeleton(model_class, config, resolved, tensors=len(checkpoint.tensors))
+    skeleton = build_skeleton(model_class, config, resolved, tensors=len(checkpoint.tensors), attention=attention)
     layers = expert_layers(skeleton)
     check_top_k(config, layers, list(experts_modules(skeleton).values()))
     left_out = check_tensors(checkpoint, skeleton, layers)
-    return OpenModel(checkpoint, config, model_class, resolved, skeleton, layers, left_out)
+    return OpenModel(checkpoint, config, model_class, resolved, attention, skeleton, layers, left_out)
 
 
-def load_dense(
-    opened: OpenModel, *, device: torch.device, show_progress: bool, attn_implementation: str | None = None
-) -> PreTrainedModel:
+def load_dense(opened: OpenModel, *, device: torch.device, show_progress: bool) -> PreTrainedModel:
     """The model without its experts, loaded by transformers onto ``device``, in evaluation mode.
 
     transformers is given the checkpoint's tensors and searches for no files: dense weights and experts come from the same
@@ -81,16 +85,14 @@ def load_dense(
         opened: from ``open_model``.
         device: holds the dense weights.
         show_progress: whether transformers shows its bar.
-        attn_implementation: transformers' setting; None = its default.
 
     Raises:
-        ConfigError: there is no such ``attn_implementation`` here.
         CheckpointError: a dense tensor is missing, has another shape than the model's, or was left out.
     """
     checkpoint = opened.checkpoint
     folder = checkpoint.folder
     generation_config = read_generation_config(folder) if has_language_head(opened.model_class) else None
-    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    attention = {} if opened.attention is None else {"attn_implementation": opened.attention}
     try:
         with quiet(progress=show_progress):
             model, report = opened.model_class.from_pretrained(
@@ -108,8 +110,6 @@ def load_dense(
             )
     except Exception as error:  # a crafted checkpoint can make any line of transformers fail
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-        if attn_implementation is not None and isinstance(error, ValueError | ImportError):
-            raise ConfigError(f"attn_implementation={attn_implementation!r}: {reason}") from error
         raise CheckpointError(f"{folder}: {reason}") from error
     _check_report(folder, report, opened)
     for parameter in model.parameters():

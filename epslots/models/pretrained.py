@@ -164,7 +164,12 @@ def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig, of_weights
 
 
 def build_skeleton(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, *, tensors: int | None = None
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    tensors: int | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The model's structure on the meta device: no memory, no weights.
 
@@ -174,14 +179,30 @@ def build_skeleton(
         dtype: of the parameters.
         tensors: number of the checkpoint's tensors; a configuration that describes a much larger model is refused.
 
+        attention: transformers' implementation, by its name; None = the model's own choice.
+
     Raises:
+        ConfigError: the model has no such attention, or a package that it needs isn't installed.
         CheckpointError: the class can't be made from the configuration.
     """
     what = f"{config.name_or_path or 'config.json'} describes no {model_class.__name__} that transformers can build"
     with torch.device("meta"), quiet(), refusing(what), _at_most(None if tensors is None else MAX_TENSORS_FROM_ONE * tensors):
-        skeleton: PreTrainedModel = model_class._from_config(
-            copy.deepcopy(config), dtype=dtype, experts_implementation=IMPLEMENTATION
-        )
+        try:
+            return _build(model_class, config, dtype, {} if attention is None else {"attn_implementation": attention})
+        except (ValueError, ImportError) as error:
+            if attention is not None:
+                _build(model_class, config, dtype, {})  # raises where the configuration is at fault
+                reason = " ".join(str(error).split())[:600]
+                raise ConfigError(f"attn_implementation={attention!r}: {model_class.__name__}: {reason}") from error
+            raise
+
+
+def _build(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, attention: dict[str, str]
+) -> PreTrainedModel:
+    skeleton: PreTrainedModel = model_class._from_config(
+        copy.deepcopy(config), dtype=dtype, experts_implementation=IMPLEMENTATION, **attention
+    )
     return skeleton.eval()
 
 

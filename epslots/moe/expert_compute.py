@@ -9,6 +9,7 @@ Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q s
 
 from __future__ import annotations
 
+import importlib.util
 import time
 
 import numpy as np
@@ -18,6 +19,7 @@ from epslots.device_copy import to_device
 from epslots.moe.cpu_experts import CpuExperts, CpuRows
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.grouped_gemm import GroupedGemm
+from epslots.moe.pair_kernels import Keys, PairKernels, SortedPairs, TorchPairKernels
 from epslots.moe.token_dispatcher import Dispatch
 from epslots.planner.plan import RankPlan
 from epslots.telemetry import Telemetry
@@ -32,6 +34,9 @@ class ExpertCompute:
         kernel: computes rows sorted by slot.
         cpu: computes experts on the CPU; None = plans have none there.
         identity: whether ids >= E stand for experts that return their input.
+
+    Attributes:
+        pairs: counts, sorts and sums pairs.
     """
 
     def __init__(
@@ -52,14 +57,15 @@ class ExpertCompute:
         self._index = index
         self._telemetry = telemetry
         self._slot_of_device_E = cache.pool.slot_of_device[cache.pool_layer][: cache.num_experts]
+        self.pairs = pair_kernels_for(cache.num_experts, cache.pool.device)
         # Read by captured steps, which are made anew when the layer's slots change: so it stays where it is until then.
-        self._keys = torch.arange(cache.slot_range.start, cache.slot_range.stop, device=cache.pool.device)
+        self._keys = Keys.between(cache.slot_range.start, cache.slot_range.stop, cache.pool.device)
 
     def use_slot_range(self) -> None:
         """Follow a change of the layer's slots."""
         self.cache.use_slot_range()
         self.kernel.use(self.cache.pool.weights(self.cache.pool_layer))
-        self._keys = torch.arange(self.cache.slot_range.start, self.cache.slot_range.stop, device=self.cache.pool.device)
+        self._keys = Keys.between(self.cache.slot_range.start, self.cache.slot_range.stop, self.cache.pool.device)
 
     def no_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The arguments of a layer's call for no token: hidden states [0, H], ids and weights [0, 1]."""
@@ -98,6 +104,10 @@ class ExpertCompute:
         self.cpu.finish(cpu_rows, results_MH)
         self._telemetry.count(self._index, hosted=len(cpu_rows.experts), hosted_s=time.perf_counter() - began)
 
+    def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
+        """Add a step's pairs to totals on the device (``PairKernels.add_counts``)."""
+        self.pairs.add_counts(ids_N, tokens_X, uses)
+
     def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, in_slots: int | None = None) -> torch.Tensor:
         """All pairs in one pass.
 
@@ -111,17 +121,13 @@ class ExpertCompute:
         if not ids_N.numel():
             return torch.zeros(0, self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
         self.cache.pool.publish(self.cache.pool_layer)
-        key_E, slot_range = self._slot_of_device_E, self.cache.slot_range
-        if self.identity:
-            key_E = torch.nn.functional.pad(key_E, (0, 1), value=slot_range.stop)
-        if in_slots is not None:
-            key_E = torch.where(key_E < 0, slot_range.stop, key_E)  # absent experts go last
-        order_N, key_N, ends_Q, rows_NH = self._sort(hidden_TH, ids_N, key_E, self._keys)
+        absent = self.identity or in_slots is not None
+        found, rows_NH = self._sort(hidden_TH, ids_N, self._slot_of_device_E, self._keys, absent=absent)
         if in_slots is not None:
             result_NH = torch.empty(len(ids_N), self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
-            computed_NH = self.kernel(rows_NH[:in_slots], ends_Q, key_N[:in_slots], slot_range.start)
-            return result_NH.index_copy_(0, order_N[:in_slots], computed_NH)
-        return _unsort(self.kernel(rows_NH, ends_Q, key_N, slot_range.start), order_N)
+            computed_NH = self.kernel(rows_NH[:in_slots], found.ends_Q, found.key_N[:in_slots], self._keys.first)
+            return result_NH.index_copy_(0, found.pair_N[:in_slots], computed_NH)
+        return _unsort(self.kernel(rows_NH, found.ends_Q, found.key_N, self._keys.first), found.pair_N)
 
     def _execute_passes(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, plan: RankPlan) -> torch.Tensor:
         """Pass after pass: sorted by key, the pairs of each pass lie together. Returns [N, H], pair by pair."""
@@ -130,37 +136,36 @@ class ExpertCompute:
         key_host = np.full(self.cache.num_experts + 1, keys_end, np.int64)
         for number, one in enumerate(passes):
             key_host[one.experts] = number * slots + one.slots
-        key_E, all_keys = to_device(key_host, ids_N.device), torch.arange(first_slot, keys_end, device=ids_N.device)
-        order_N, key_N, ends, rows_NH = self._sort(hidden_TH, ids_N, key_E, all_keys)
+        keys = Keys.between(first_slot, keys_end, ids_N.device)
+        found, rows_NH = self._sort(hidden_TH, ids_N, to_device(key_host, ids_N.device), keys)
         result_NH = torch.empty_like(rows_NH)
         start = 0
         for number, one in enumerate(passes):
             self.cache.begin_pass(plan, number)
             rows = slice(start, start + int(plan.slots_E[one.experts].sum()))
             first = number * slots
-            ends_Q = ends[first : first + slots] - start
-            result_NH[rows] = self.kernel(rows_NH[rows], ends_Q, key_N[rows], first_slot + first)
+            ends_Q = found.ends_Q[first : first + slots] - start
+            result_NH[rows] = self.kernel(rows_NH[rows], ends_Q, found.key_N[rows], first_slot + first)
             start = rows.stop
-        return _unsort(result_NH, order_N)
+        return _unsort(result_NH, found.pair_N)
 
     def _sort(
-        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, key_E: torch.Tensor, keys: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sort the pairs by their expert's key.
-
-        Args:
-            keys: int64, all keys in order.
-
-        Returns:
-            order_N (the pair in each sorted row), key_N (sorted), ends int32 (where each key's rows end), and the sorted rows'
-            hidden states [N, H].
-        """
-        top_k = ids_N.shape[0] // hidden_TH.shape[0]
-        key_N, order_N = torch.sort(key_E.index_select(0, ids_N), stable=True)
-        ends = torch.searchsorted(key_N, keys, right=True, out_int32=True)
-        return order_N, key_N, ends, hidden_TH.index_select(0, order_N // top_k)
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, key_E: torch.Tensor, keys: Keys, *, absent: bool = False
+    ) -> tuple[SortedPairs, torch.Tensor]:
+        """The pairs sorted by their expert's key (``PairKernels.sort``), and the sorted rows' hidden states [N, H]."""
+        found = self.pairs.sort(ids_N, key_E, keys, ids_N.shape[0] // hidden_TH.shape[0], absent=absent)
+        return found, hidden_TH.index_select(0, found.token_N)
 
 
 def _unsort(result_NH: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
     """Results in the order of the pairs."""
     return torch.empty_like(result_NH).index_copy_(0, order_N, result_NH)
+
+
+def pair_kernels_for(experts: int, device: torch.device) -> PairKernels:
+    """The kernels for a layer of so many experts on a device: Triton's on a GPU, if it is installed."""
+    if device.type == "cpu" or importlib.util.find_spec("triton") is None:
+        return TorchPairKernels(experts, device)
+    from epslots.moe.pair_triton import TritonPairKernels  # optional, and used on GPUs alone
+
+    return TritonPairKernels(experts, device)

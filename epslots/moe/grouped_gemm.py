@@ -1,7 +1,8 @@
 """The arithmetic of experts: rows sorted by slot in, rows through their experts out.
 
-``expert_compute.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``BatchInvariantGemm`` is the
-class for models that are loaded with ``batch_invariant=True``.
+``expert_compute.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``product_choice.py`` chooses
+the class: ``BatchInvariantGemm`` for models that are loaded with ``batch_invariant=True``, ``KernelGemm`` (``kernel_gemm.py``)
+on GPUs where torch's grouped product is slow.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ class GroupedGemm:
         dtype: of the weights and the results.
         hidden_size: H.
         batch_invariant: whether each row's bits are independent of the other rows.
+        waits_for_host: whether each call waits for the host, so that no step can be captured (``product_choice.py``).
     """
 
     batch_invariant: ClassVar[bool] = False
+    waits_for_host: bool = False
 
     def __init__(self, module: Any, weights: Mapping[str, Weight]) -> None:
-        self._first_name = "gate_up_proj" if module.has_gate else "up_proj"
-        self._transposed, self._has_bias = bool(module.is_transposed), bool(module.has_bias)
+        self._module = module
         self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
@@ -57,10 +59,10 @@ class GroupedGemm:
 
     def use(self, weights: Mapping[str, Weight]) -> None:
         """Read other weights from now on; their number of slots may differ."""
-        self._first = _oriented(weights[self._first_name], transposed=self._transposed)
-        self._down = _oriented(weights["down_proj"], transposed=self._transposed)
-        self._first_bias: Any = weights[f"{self._first_name}_bias"] if self._has_bias else None
-        self._down_bias: Any = weights["down_proj_bias"] if self._has_bias else None
+        self._first, self._down = matrices(self._module, weights)
+        names = (f"{_first_name(self._module)}_bias", "down_proj_bias")
+        biases: tuple[Any, ...] = tuple(weights[name] if self._module.has_bias else None for name in names)
+        self._first_bias, self._down_bias = biases
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
@@ -81,15 +83,13 @@ class GroupedGemm:
             result += self._down_bias[key_N - first_key]
         return result if self._post_norm is None else self._post_norm(result)
 
+    @property
+    def matrices(self) -> tuple[Weight, Weight]:
+        """The weights of both products, [Q, in, out]."""
+        return self._first, self._down
+
     def _choose_matmul(self, weight: Weight) -> Matmul:
-        """torch's grouped matrix multiplication; transformers' loop of plain ones where dtype or strides don't suit it."""
-        if isinstance(weight, PackedWeight):
-            return packed_matmul
-        # The strides of the weights [Q, in, out], and of the rows [N, in] that they are multiplied with.
-        strides = [stride for stride in (*weight.stride(), weight.shape[1]) if stride != 1]
-        if weight.dtype in GROUPED_DTYPES and all(stride * weight.element_size() % STRIDE_BYTES == 0 for stride in strides):
-            return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
-        return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+        return torch_matmul(weight)
 
 
 class BatchInvariantGemm(GroupedGemm):
@@ -108,9 +108,34 @@ class BatchInvariantGemm(GroupedGemm):
         return partial(packed_matmul, multiply=product) if isinstance(weight, PackedWeight) else _matmul_by_row
 
 
+def _first_name(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def matrices(module: Any, weights: Mapping[str, Weight]) -> tuple[Weight, Weight]:
+    """The weights of both products, [Q, in, out]."""
+    first, down = (_oriented(weights[name], transposed=module.is_transposed) for name in (_first_name(module), "down_proj"))
+    return first, down
+
+
 def _oriented(weight: Weight, *, transposed: bool) -> Weight:
     """The weights as [Q, in, out], from either orientation of the checkpoint's layout. Packed ones are so in any case."""
     return weight if transposed or isinstance(weight, PackedWeight) else weight.transpose(-2, -1)
+
+
+def suits_torch(weight: torch.Tensor) -> bool:
+    """Whether ``F.grouped_mm`` takes weights [Q, in, out] of this dtype and these strides, and the rows of their products."""
+    strides = [stride for stride in (*weight.stride(), weight.shape[1]) if stride != 1]
+    return weight.dtype in GROUPED_DTYPES and all(stride * weight.element_size() % STRIDE_BYTES == 0 for stride in strides)
+
+
+def torch_matmul(weight: Weight) -> Matmul:
+    """torch's grouped matrix multiplication; transformers' loop of plain ones where dtype or strides don't suit it."""
+    if isinstance(weight, PackedWeight):
+        return packed_matmul
+    if suits_torch(weight):
+        return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
+    return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
 
 def _matmul_by_row(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

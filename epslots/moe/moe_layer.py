@@ -40,6 +40,7 @@ from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.peers import Alone, Peers
 from epslots.moe.prefetcher import Prefetcher, PrefetchTarget
 from epslots.moe.token_dispatcher import Dispatch, LocalDispatch, dispatch
+from epslots.moe.token_room import TokenRoom
 from epslots.planner.cache_policy import Policy, learns
 from epslots.planner.cpu_offload import CpuShare
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
@@ -60,6 +61,10 @@ RouteObserver = Callable[[int, torch.Tensor], None]
 class ResidentExperts(Protocol):
     """Computes pairs whose experts are all in slots when they are computed."""
 
+    def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
+        """Add a step's pairs to totals on the device (``PairKernels.add_counts``)."""
+        ...
+
     def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """Each pair's result, [N, H]."""
         ...
@@ -71,14 +76,15 @@ class Batch(msgspec.Struct, frozen=True):
     Attributes:
         hidden_TH, weights_TK: the hidden states, and the router's weights.
         ids_N: int64, the expert of each pair; those without weights are E.
-        counts: int64 [E + 1] on the device, pairs of each expert; the last entry counts those without weights.
+        counts: int64 [E + 1] on the device, pairs of each expert; the last entry counts those without weights. None where
+            no expert can be missing: nobody plans with them.
         usage: int32 on the device, how likely the next layer uses each expert, 0 to 255; None = not predicted.
     """
 
     hidden_TH: torch.Tensor
     ids_N: torch.Tensor
     weights_TK: torch.Tensor
-    counts: torch.Tensor
+    counts: torch.Tensor | None
     usage: torch.Tensor | None
 
 
@@ -99,6 +105,7 @@ class MoELayer:
         steps: steps that ``history`` counts; the same on all ranks of a group, as ``history`` is.
         prefetch_target: this layer as the one before sees it.
         prefetcher: predicts for the next layer; None where nothing is predicted.
+        room: divides steps that there is no memory for; None = there always is.
     """
 
     def __init__(
@@ -109,11 +116,10 @@ class MoELayer:
         self.history, self.steps = history, 0
         self._observer: RouteObserver | None = None
         self.prefetcher: Prefetcher | None = None
+        self.room: TokenRoom | None = None
         self._policy, self._learns = policy, learns(policy)
         self._telemetry = telemetry
         self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
-        self._no_counts = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=self._device)
-        self._one = torch.ones(1, dtype=torch.int64, device=self._device)
         self._no_tokens = experts.no_tokens()
         self._peers: Peers = Alone()
         self.planner = plan_alone(self.cache)
@@ -198,6 +204,17 @@ class MoELayer:
             self._observer(self.index, index_TK)
         if self._peers.alone and not index_TK.numel():
             return torch.zeros_like(hidden_TH)
+        if (parts := self._parts(len(hidden_TH))) > 1:
+            pieces = (tensor.chunk(parts) for tensor in (hidden_TH, index_TK, weights_TK))
+            return torch.cat([self._step(*piece) for piece in zip(*pieces, strict=True)])
+        return self._step(hidden_TH, index_TK, weights_TK)
+
+    def _parts(self, tokens: int) -> int:
+        """Steps to make of so many tokens. In a group ranks would have to agree; predicted experts are those of all rows."""
+        approximate = self.prefetcher is not None and self.prefetcher.approximate
+        return 1 if self.room is None or approximate or not self._peers.alone else self.room.parts(tokens)
+
+    def _step(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         self._peers.arrive(self.index)
         began = time.perf_counter()
         batch = self.prepare(hidden_TH, index_TK, weights_TK)
@@ -221,18 +238,18 @@ class MoELayer:
         self(*self._no_tokens)
 
     def prepare(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> Batch:
-        """Count the tokens of each expert, and predict those of the next layer."""
+        """Count the tokens of each expert where one may be missing, and predict those of the next layer."""
         index_TK, weights_TK = self.prefetch_target.take_predicted(index_TK, weights_TK)
         ids_N = index_TK.reshape(-1)
         if self.experts.identity:
             ids_N = ids_N.clamp(max=self._num_experts)
-        counts = self._no_counts.scatter_add(0, ids_N, self._one.expand(ids_N.shape))
+        counts = self.experts.pairs.count(ids_N) if self._resident is None else None
         usage = None if self.prefetcher is None else self.prefetcher.predict(hidden_TH, index_TK)
         return Batch(hidden_TH, ids_N, weights_TK, counts, usage)
 
     def execute_resident(self, batch: Batch, experts: ResidentExperts) -> torch.Tensor:
         """A step of a layer whose experts are all in slots: each pair's result, [N, H]."""
-        self._telemetry.count_resident(self.index, batch.counts)
+        experts.count(batch.ids_N, *self._telemetry.count_resident(self.index))
         if not self._peers.alone:  # fetches that began before the group formed may be in flight
             self.cache.wait_for_all()
         if batch.usage is None or self.prefetcher is None:
@@ -251,6 +268,7 @@ class MoELayer:
 
     def gather(self, batch: Batch) -> Gathered:
         """All ranks' counts and predictions, on the host."""
+        assert batch.counts is not None
         peers, began = self._peers, time.perf_counter()
         peers.note(exchanging=True)
         top_k = batch.weights_TK.shape[1] if batch.ids_N.numel() else 0
@@ -308,7 +326,7 @@ class MoELayer:
             weightless_N = batch.ids_N >= self._num_experts
             inputs_NH = batch.hidden_TH.repeat_interleave(batch.weights_TK.shape[1], 0)
             results_NH = torch.where(weightless_N[:, None], inputs_NH, results_NH)
-        return weighted_sum(results_NH, batch.weights_TK, batch.hidden_TH.dtype)
+        return self.experts.pairs.weighted_sum(results_NH, batch.weights_TK, batch.hidden_TH.dtype)
 
     def _check_device(self, hidden_TH: torch.Tensor) -> None:
         if hidden_TH.device != self._device:
@@ -342,11 +360,3 @@ def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_shar
     """
     state = LayerState(cache.resident_E[None], np.array([cache.slots]), np.zeros(cache.num_experts, np.int64))
     return LayerPlanner(0, state, None, expert_bytes=cache.expert_bytes, budgets=budgets, cpu_share=cpu_share)
-
-
-def weighted_sum(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weight each pair's result and sum over k, in the order of k and at least in fp32: [T, H] in ``dtype``."""
-    tokens, top_k = weights_TK.shape
-    exact = torch.promote_types(results_NH.dtype, torch.float32)
-    results_TKH = results_NH.view(tokens, top_k, results_NH.shape[-1]).to(exact)
-    return (results_TKH * weights_TK.to(exact).unsqueeze(-1)).sum(dim=1).to(dtype)

@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from epslots.arrays import Float32Array
 from epslots.errors import ConfigError
-from epslots.prefetch.predictor_kernel import KERNEL_MULTIPLICATIONS, ROUTER_LOGIT_STEP, USAGE_MAX, USAGE_SCALE, predict_usage
+from epslots.prefetch.predictor_kernel import KERNEL_MULTIPLICATIONS, predict_usage
 from epslots.prefetch.routers import Router
+from epslots.prefetch.usage import quantised, usage_kernel_for
 
 # Choices of a step per expert from which on nearly all experts are used: their usual shares then predict as well as tokens do.
 SATURATING_CHOICES = 8
@@ -46,7 +47,12 @@ class Estimator(Protocol):
         """log(1 - the share of tokens that choose each expert), float32."""
         ...
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+    @property
+    def top_k(self) -> int:
+        """K where scores are a router's, and logits are relative to a token's k-th; 0 where they are logits."""
+        ...
+
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """Float [T, E] of rows [T, H], or [T, 2 H] with history."""
         ...
 
@@ -103,8 +109,9 @@ class FittedEstimator:
     second: torch.Tensor
     unlikely_E: torch.Tensor
     history: bool = False
+    top_k = 0
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
         both = functional.linear(rows, self.first, self.first_bias)
         hidden = len(self.second)
         if not hidden:
@@ -138,12 +145,10 @@ class RouterEstimator:
         experts = len(self.router.weight_EH)
         return torch.log1p(torch.full((experts,), -self.top_k / experts, device=self.router.weight_EH.device))
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        score_TE = self.router.logits(rows)
-        if self.router.correction_E is not None:
-            score_TE = self.router.scores(rows).clamp(min=-1)  # groups that can't be chosen have -inf
-        least_T1 = score_TE.topk(self.top_k, -1).values[:, -1:]
-        return (score_TE - least_T1) / (score_TE.std(-1, correction=0, keepdim=True) * ROUTER_LOGIT_STEP + 1e-9)
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.router.correction_E is None:
+            return self.router.logits(rows)
+        return self.router.scores(rows).clamp(min=-1)  # groups that can't be chosen have -inf
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RouterEstimator:
         weight_EH, bias_E = (t.to(device, dtype) for t in (self.router.weight_EH, self.router.bias_E))
@@ -168,13 +173,13 @@ class _ThreadState(threading.local):
     Attributes:
         rows: of each layer with history, those of its latest step.
         previous_rows: the argument of ``Predictor.set_previous_rows``.
-        last_logits: ``Predictor.ids``'s last argument and the logits that it computed, for a ``usage`` of the same rows.
+        last_scores: ``Predictor.ids``'s last argument and the scores that it computed, for a ``usage`` of the same rows.
     """
 
     def __init__(self, layers: int) -> None:
         self.rows: list[torch.Tensor | None] = [None] * layers
         self.previous_rows: torch.Tensor | None = None
-        self.last_logits: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.last_scores: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Predictor:
@@ -201,6 +206,7 @@ class Predictor:
         on_cpu = device.type == "cpu"
         self._kernel_weights = [e.kernel_weights if on_cpu and e is not None else None for e in self.estimators]
         self._experts = list(experts)
+        self._usage = usage_kernel_for(device)
         self._state = _ThreadState(len(self.estimators))
 
     def predicts(self, layer: int) -> bool:
@@ -234,19 +240,20 @@ class Predictor:
         if estimator is None:
             return None
         tokens, top_k = index_TK.shape
-        last_logits, self._state.last_logits = self._state.last_logits, None
+        last_scores, self._state.last_scores = self._state.last_scores, None
         experts = self._experts[(layer + self.lookahead) % len(self._experts)]
         if tokens * top_k > SATURATING_CHOICES * experts:
             self._keep(layer, estimator, hidden_TH)
             used_E = (estimator.unlikely_E * tokens).exp_().neg_().add_(1)
-        elif last_logits is not None and last_logits[0] is hidden_TH:
-            used_E = _used(last_logits[1])
+            return quantised(used_E)[:experts]
+        weights = self._kernel_weights[layer]
+        if last_scores is not None and last_scores[0] is hidden_TH:
+            score_TE = last_scores[1]
+        elif weights is not None and tokens <= weights.most_rows:
+            return self._usage_by_kernel(layer, estimator, weights, hidden_TH, experts)
         else:
-            weights = self._kernel_weights[layer]
-            if weights is not None and tokens <= weights.most_rows:
-                return self._usage_by_kernel(layer, estimator, weights, hidden_TH, experts)
-            used_E = _used(self._logits(layer, estimator, hidden_TH))
-        return used_E.mul_(USAGE_SCALE).add_(0.5).clamp_(max=USAGE_MAX).to(torch.int32)[:experts]
+            score_TE = self._scores(layer, estimator, hidden_TH)
+        return self._usage(score_TE, estimator.top_k, experts)
 
     def _usage_by_kernel(
         self, layer: int, estimator: Estimator, weights: KernelWeights, hidden_TH: torch.Tensor, experts: int
@@ -278,17 +285,17 @@ class Predictor:
         estimator = self.estimators[layer]
         if estimator is None:
             raise ConfigError(f"no estimator predicts the layer after MoE layer {layer}; fit one with `epslots predict fit`")
-        logits_TE = self._logits(layer, estimator, hidden_TH)
-        self._state.last_logits = hidden_TH, logits_TE
-        return logits_TE.topk(k, -1).indices
+        score_TE = self._scores(layer, estimator, hidden_TH)
+        self._state.last_scores = hidden_TH, score_TE
+        return score_TE.topk(k, -1).indices
 
-    def _logits(self, layer: int, estimator: Estimator, hidden_TH: torch.Tensor) -> torch.Tensor:
+    def _scores(self, layer: int, estimator: Estimator, hidden_TH: torch.Tensor) -> torch.Tensor:
         """[T, E]; keeps the rows for the next step."""
         rows = hidden_TH.to(self._dtype)
         if estimator.history:
             rows = torch.cat([rows, self._previous(layer, rows)], 1)
             self._keep(layer, estimator, hidden_TH)
-        return estimator.logits(rows)
+        return estimator.scores(rows)
 
     def _keep(self, layer: int, estimator: Estimator, hidden_TH: torch.Tensor) -> None:
         if estimator.history and len(hidden_TH):
@@ -308,13 +315,6 @@ class Predictor:
 def estimator_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of estimators for a model of ``dtype``. On a CPU, products of a few rows are faster in float32."""
     return torch.float32 if device.type == "cpu" else dtype
-
-
-def _used(logits_TE: torch.Tensor) -> torch.Tensor:
-    """How probably any of the tokens chooses each expert, float32 [E]."""
-    if len(logits_TE) == 1:
-        return logits_TE[0].float().sigmoid()
-    return functional.softplus(logits_TE.float()).sum(0).neg_().exp_().neg_().add_(1)
 
 
 def guess_previous(last_SH: torch.Tensor, rows_TH: torch.Tensor) -> torch.Tensor:

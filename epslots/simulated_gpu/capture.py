@@ -113,14 +113,16 @@ class SimulatedGraph:
         machine = current_machine()
         stream = current_stream().stream_id
         machine.spend(machine.spec.replay_s)
+        seconds = []
         with machine.computing_kernel():
             for node in self.nodes:
                 computed = node.compute()
+                seconds.append(node.work.seconds if node.work.again is None else node.work.again())
                 if node.results:
                     for target, value in zip(node.results, tensors_in(computed), strict=True):
                         target.copy_(value)
-        for node in self.nodes:
-            work = replace(node.work, seconds=node.work.seconds + machine.spec.node_s)
+        for node, node_s in zip(self.nodes, seconds, strict=True):
+            work = replace(node.work, seconds=node_s + machine.spec.node_s)
             machine.operate(work, stream, launch_s=0.0)
             if work.engine.startswith("SM"):
                 machine.kernels[node.owner, work.name] += 1

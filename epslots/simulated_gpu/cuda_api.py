@@ -16,12 +16,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epslots import device_copy
+from epslots.cuda_graph import lent_slots
+from epslots.cuda_graph.device_slots import TorchKernels
+from epslots.moe import expert_compute, product_choice
+from epslots.moe.pair_kernels import TorchPairKernels
+from epslots.prefetch import predictor
+from epslots.prefetch.usage import usage_by_torch
 from epslots.simulated_gpu import machine as machine_module
 from epslots.simulated_gpu.capture import CapturingStep, SimulatedGraph
 from epslots.simulated_gpu.gpu_spec import GPUS, GpuSpec
 from epslots.simulated_gpu.launching import attention, mapped
 from epslots.simulated_gpu.machine import SimulatedMachine, current_machine
 from epslots.simulated_gpu.operators import execute
+from epslots.simulated_gpu.own_kernels import SimulatedKernels, SimulatedPairKernels, SimulatedProducts, simulated_usage
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream, device_number
 from epslots.simulated_gpu.tensors import GpuTensor
 
@@ -239,6 +246,7 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
         "cudart": _Runtime,
         "CUDAGraph": SimulatedGraph,
         "graph": CapturingStep,
+        "graph_pool_handle": lambda: (0, 1),
         "is_current_stream_capturing": lambda: machine.capture is not None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
@@ -249,6 +257,10 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
     found += [
         (threading.Thread, "run", _run_thread),
         (device_copy, "_by_device", {}),
+        (lent_slots, "kernels_for", lambda loader: _own(loader.pool.device, SimulatedKernels, TorchKernels)(loader)),
+        (product_choice, "kernel_products", SimulatedProducts),
+        (expert_compute, "pair_kernels_for", _pair_kernels_for),
+        (predictor, "usage_kernel_for", lambda device: _own(device, simulated_usage, usage_by_torch)),
         (accelerator, "is_available", lambda: True),
         (accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
         # ``Module.to`` puts new parameters in the place of a device's, whose Python objects can't become plain.
@@ -258,6 +270,15 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
         (torch.Tensor, "is_pinned", lambda tensor, *_: machine.is_pinned(tensor)),
     ]
     return found
+
+
+def _own(device: torch.device, on_gpu: Any, on_cpu: Any) -> Any:
+    """What stands for our kernels on a device."""
+    return on_cpu if device.type == "cpu" else on_gpu
+
+
+def _pair_kernels_for(experts: int, device: torch.device) -> Any:
+    return _own(device, SimulatedPairKernels, TorchPairKernels)(experts, device)
 
 
 @contextmanager

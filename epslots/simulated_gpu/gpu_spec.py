@@ -46,11 +46,15 @@ class GpuSpec(msgspec.Struct, frozen=True):
         return self.capability[0] in (9, 10)
 
 
-# Rates by the vendor's data sheets; links at what a large pinned copy reaches, about 4/5 of the nominal rate.
+# Memory and dense bf16 products (fp32 sums, no sparsity) by NVIDIA's data sheets of A100 80GB SXM (2,039 GB/s, 312 TFLOPS),
+# H100 SXM (3.35 TB/s, 1,979 with sparsity), H200 SXM (4.8 TB/s, the same) and B200 (8 TB/s, 2.25 PFLOPS), and its whitepapers
+# of Ada (4090: 1,008 GB/s, 165.2) and Blackwell (5090: 1,792 GB/s, 209.5). Links: PCIe 4.0 and 5.0 x16 have 31.5 and 63 GB/s
+# each way, of which a large pinned copy reaches about 4/5.
 GPUS = {
     "a100": GpuSpec("A100-SXM4-80GB", (8, 0), 80 << 30, 2.04e12, 312e12, 25e9),
     "4090": GpuSpec("GeForce RTX 4090", (8, 9), 24 << 30, 1.01e12, 165e12, 25e9),
     "h100": GpuSpec("H100-SXM5-80GB", (9, 0), 80 << 30, 3.35e12, 989e12, 50e9),
+    "h200": GpuSpec("H200-SXM5-141GB", (9, 0), 141 << 30, 4.8e12, 989e12, 50e9),
     "b200": GpuSpec("B200", (10, 0), 180 << 30, 8.0e12, 2250e12, 50e9),
     "5090": GpuSpec("GeForce RTX 5090", (12, 0), 32 << 30, 1.79e12, 209e12, 50e9),
 }

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,11 +30,15 @@ def kernel_work(
     reads: Sequence[torch.Tensor],
     writes: Sequence[torch.Tensor],
     flops: float = 0.0,
-    link_bytes: int = 0,
+    moves: Sequence[torch.Tensor] | None = None,
 ) -> DeviceWork:
-    """A kernel's work and duration: the longer of its bytes' and its flops' time."""
-    spec, nbytes = machine.spec, sum(t.nbytes for t in (*reads, *writes))
-    seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops, link_bytes / spec.link_rate)
+    """What a kernel does, and for how long: the longer of its bytes' and its flops' time.
+
+    Args:
+        moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``: rows of a table.
+    """
+    spec, nbytes = machine.spec, sum(map(machine.sizes.nbytes, (*reads, *writes) if moves is None else moves))
+    seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops)
     return DeviceWork(name, f"SM:{number}", seconds, reads, writes, nbytes)
 
 
@@ -69,7 +73,7 @@ def transfer(
     if hidden:
         machine.refuse_in_capture(f"{kind} of pageable memory, or blocking")
     stream = current_stream(number).stream_id
-    nbytes = max(sum(t.nbytes for t in reads), sum(t.nbytes for t in writes))
+    nbytes = max(sum(map(machine.sizes.nbytes, tensors)) for tensors in (reads, writes))
     seconds = machine.spec.copy_s + nbytes / machine.spec.link_rate
     work = DeviceWork(kind, f"{kind}:{number}", seconds, reads, writes, nbytes)
     if machine.capture is not None:
@@ -86,7 +90,8 @@ def launch_kernel(
     *arguments: Any,
     reads: Sequence[torch.Tensor] = (),
     writes: Sequence[torch.Tensor] = (),
-    link_bytes: int = 0,
+    moves: Sequence[torch.Tensor] | None = None,
+    link_bytes: Callable[[], float] | None = None,
     flops: float = 0.0,
 ) -> T:
     """Simulate one kernel of our own, which would be Triton's, by a function that computes its values.
@@ -94,7 +99,8 @@ def launch_kernel(
     Args:
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
-        link_bytes: bytes that it reads from pinned memory.
+        moves: as in ``kernel_work``.
+        link_bytes: after it is computed, the bytes that it has read from pinned memory; None = it reads none.
         flops: multiplications and additions.
 
     Returns:
@@ -112,7 +118,16 @@ def launch_kernel(
     made = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in given]
     for memory in made:
         machine.allocate(memory, number, current_stream(number).stream_id)
-    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, link_bytes)
+    moved = None if moves is None else memory_of(list(moves))
+    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, moves=moved)
+
+    if link_bytes is not None:
+
+        def seconds(read: Callable[[], float] = link_bytes, least: float = work.seconds) -> float:
+            return max(least, read() / machine.spec.link_rate)
+
+        with machine.computing_kernel():
+            work = replace(work, seconds=seconds(), again=seconds, over_link=True)
     launch(machine, work, number, compute, made)
     return replace_tensors(result, lambda tensor: GpuTensor(tensor, number))
 
@@ -123,7 +138,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args
     gpus = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
     refuse_mixed("scaled_dot_product_attention", gpus, tensors)
     compute = partial(torch.nn.functional.scaled_dot_product_attention, **memory_of(kwargs))
-    flops = 4.0 * math.prod(query.shape) * key.shape[-2]
+    flops = 4.0 * current_machine().sizes.numel(query.shape) * key.shape[-2]
     return launch_kernel("scaled_dot_product_attention", compute, query, key, value, *args, reads=gpus, flops=flops)
 
 

@@ -1,13 +1,11 @@
 """Models on simulated GPUs: ``load_simulated`` is ``epslots.load`` there.
 
 transformers fills the dense weights in threads of its own, where no device is simulated: so they are loaded on the CPU, and
-moved. The kernels of captured decoding, which are Triton's, are one launch each, with torch's results.
+moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +14,8 @@ from transformers import PreTrainedModel
 
 from epslots import loading
 from epslots.cache import pinning
-from epslots.cache.expert_loader import ExpertLoader
-from epslots.cuda_graph import decode_graph
-from epslots.cuda_graph.device_slots import DeviceLayer, Missing, TorchKernels
 from epslots.models import opening
 from epslots.simulated_gpu.cuda_api import replaced
-from epslots.simulated_gpu.launching import launch_kernel
 
 _load_dense = opening.load_dense
 
@@ -58,36 +52,3 @@ def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
             if buffer is not None and buffer.device.type == "cpu":
                 module._buffers[name] = buffer.to(device)
     return model
-
-
-class SimulatedKernels:
-    """``Kernels`` whose decision and copy are one launch each, as Triton's are."""
-
-    def __init__(self, loader: ExpertLoader) -> None:
-        self._loader, self._torch = loader, TorchKernels(loader)
-
-    def decide(self, layer: DeviceLayer, ids_N: torch.Tensor, missing: Missing) -> None:
-        state = [layer.slot_of_E, layer.expert_of_Q, layer.last_use_E, layer.decayed_DE, layer.step, layer.tally_3]
-        writes = [*state, missing.expert_M, missing.slot_M, missing.count]
-        twin = self._torch
-        reads = [ids_N, layer.factors_D]
-        launch_kernel("decide", twin.decide, layer, ids_N, missing, reads=reads, writes=writes)
-
-    def copy(self, layer: DeviceLayer, missing: Missing) -> None:
-        pool, store = self._loader.pool, self._loader.store
-        slot_range = pool.memory[pool.slot_range(layer.number)]
-        store_layer = self._loader.store_layers[layer.number]
-
-        def copy_records(experts_M: torch.Tensor, slots_M: torch.Tensor, count: torch.Tensor, memory: torch.Tensor) -> None:
-            for expert, slot in list(zip(experts_M.tolist(), slots_M.tolist(), strict=True))[: int(count)]:
-                memory[slot - layer.start].copy_(store.record(store_layer, expert))
-
-        arguments = missing.expert_M, missing.slot_M, missing.count, slot_range
-        launch_kernel("copy_missing", copy_records, *arguments, reads=arguments[:3], writes=[slot_range])
-
-
-@contextmanager
-def simulated_kernels() -> Iterator[None]:
-    """Let captured decoding use ``SimulatedKernels``."""
-    with replaced(decode_graph, "kernels_for", SimulatedKernels):
-        yield

@@ -10,7 +10,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from epslots.simulated_gpu.call_site import CallSite, call_site
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.ordering import HOST, Access, Ordering, Race
 from epslots.simulated_gpu.timeline import Operation, Timeline
+from epslots.simulated_gpu.true_sizes import AS_THEY_ARE
 
 _MOST_RACES = 50
 
@@ -55,6 +56,8 @@ class DeviceWork:
         seconds: on its engine.
         reads, writes: device and pinned memory that it accesses.
         nbytes: bytes that it moves.
+        over_link: whether a kernel reads pinned memory by the link.
+        again: its seconds when a graph runs it once more, after it is computed; None = the same.
     """
 
     name: str
@@ -63,6 +66,8 @@ class DeviceWork:
     reads: Sequence[torch.Tensor] = ()
     writes: Sequence[torch.Tensor] = ()
     nbytes: int = 0
+    over_link: bool = False
+    again: Callable[[], float] | None = None
 
 
 class SimulatedMachine:
@@ -75,6 +80,8 @@ class SimulatedMachine:
         races: accesses that nothing orders, each pair of lines once.
         contexts: devices on which the process has a context, of some hundred MB.
         allocated: bytes of each device's live tensors; ``peak``: the most there were.
+        waits: when the host waited in the driver, in seconds: begin and end.
+        sizes: what tensors weigh in the kernels' and copies' times.
     """
 
     def __init__(self, spec: GpuSpec, count: int = 1, memory_bytes: int | None = None) -> None:
@@ -91,6 +98,7 @@ class SimulatedMachine:
         self.default_streams: dict[int, Any] = {}
         self._here = threading.local()
         self._latest_s = 0.0
+        self.sizes = AS_THEY_ARE
         self.reset()
 
     def reset(self) -> None:
@@ -99,6 +107,7 @@ class SimulatedMachine:
         self.kernels: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
         self.races: list[Race] = []
+        self.waits: list[tuple[float, float]] = []
         self._known_races: set[tuple[str, str]] = set()
         self.timeline.clear()
 
@@ -262,7 +271,16 @@ class SimulatedMachine:
             site = call_site()
             self.spend(self.spec.launch_s if launch_s is None else launch_s)
             operation = Operation(
-                work.name, stream, work.engine, self.now_s, work.seconds, work.nbytes, site.line, site.owner, tuple(after)
+                work.name,
+                stream,
+                work.engine,
+                self.now_s,
+                work.seconds,
+                work.nbytes,
+                site.line,
+                site.owner,
+                tuple(after),
+                work.over_link,
             )
             self.timeline.queue(operation)
             self.access(stream, f"{work.name} on stream {stream} at {site.line}", work.reads, work.writes)
@@ -308,12 +326,14 @@ class SimulatedMachine:
         self.refuse_in_capture(what, site)
         with self.lock:
             self.syncs[what, site.line] += 1
+            began_s = self.now_s
             for operation in operations:
                 end_s = 0.0 if operation is None else self.timeline.end_of(operation)
                 if math.isinf(end_s):
                     raise DeviceHangsError(f"{what} at {site.line} waits for ever: {operation.name if operation else ''}")
                 self._here.now_s = max(self.now_s, end_s)
             self.spend(self.spec.wake_s)
+            self.waits.append((began_s, self.now_s))
             for clock in clocks:
                 self.ordering.wait(HOST, clock)
 

@@ -22,6 +22,9 @@ _WAITING = {
     "unique_consecutive", "bincount", "histc",
 }  # fmt: skip
 _MOST_ROWS = 64  # that a gathering is taken apart into
+# Operations that read or write some rows of a table, of which they needn't move the others.
+_GATHERS = {"index", "index_select", "embedding", "gather"}
+_SCATTERS = {"index_copy_", "index_put_", "_index_put_impl_", "scatter_"}
 _MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 
 
@@ -166,7 +169,8 @@ def _on_device(
         elif name in ("index", "index_select") and inner_args[0].dim():
             reads = _rows_read(name, inner_args, reads)
         compute = partial(func, *inner_args, **inner)
-        work = kernel_work(machine, name, number, reads, [*made, *writes], _flops(name, inner_args, inner, made))
+        flops, moves = _flops(machine, name, inner_args, made), _rows_moved(name, inner_args, made)
+        work = kernel_work(machine, name, number, reads, [*made, *writes], flops, moves=moves)
         launch(machine, work, number, compute, made)
     if hidden:
         machine.wait_for_stream(hidden, stream.stream_id)
@@ -248,14 +252,22 @@ def _rows_read(name: str, args: tuple[Any, ...], reads: list[torch.Tensor]) -> l
     return reads if len(rows) > _MOST_ROWS else [index, *(args[0][row] for row in rows)]
 
 
-def _flops(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], made: Sequence[torch.Tensor]) -> float:
+def _rows_moved(name: str, args: tuple[Any, ...], made: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """What an operation on some rows of a table moves: rows in, and the same rows out; None if it moves all of its tensors."""
+    if name in _GATHERS and made:
+        return [*made, *made, *(t for t in tensors_in(args[1:]) if not t.is_floating_point())]
+    if name in _SCATTERS:
+        rows = tensors_in(args[1:])
+        return [*rows, *(t for t in rows if t.is_floating_point())]
+    return None
+
+
+def _flops(machine: SimulatedMachine, name: str, args: tuple[Any, ...], made: Sequence[torch.Tensor]) -> float:
     """Multiplications and additions of a matrix product, or of attention; 0 for all else."""
-    if name in _MATMULS and made:
-        left = args[_MATMULS[name][0]]
-        return 2.0 * made[0].numel() * left.shape[-1]
-    if name == "_grouped_mm" and made:
-        return 2.0 * made[0].numel() * args[0].shape[-1]
-    return 0.0
+    if not made or (name not in _MATMULS and name != "_grouped_mm"):
+        return 0.0
+    left = args[_MATMULS.get(name, (0, 1))[0]]
+    return 2.0 * machine.sizes.numel(made[0].shape) * machine.sizes.numel(left.shape[-1:])
 
 
 GpuTensor.execute, GpuTensor.copy_to_host = staticmethod(execute), staticmethod(to_host)

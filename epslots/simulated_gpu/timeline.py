@@ -28,6 +28,7 @@ class Operation:
         site: the source line that queued it.
         owner: whose line that is: "epslots", "transformers" or "other".
         after: operations of other streams that it waits for.
+        over_link: whether a kernel reads the host's memory by the link.
         ready_s, start_s, end_s: its times; None until the clock has come there.
     """
 
@@ -40,6 +41,7 @@ class Operation:
     site: str = ""
     owner: str = ""
     after: tuple[Operation, ...] = ()
+    over_link: bool = False
     ready_s: float | None = None
     start_s: float | None = None
     end_s: float | None = None

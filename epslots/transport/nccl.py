@@ -6,16 +6,18 @@ and epslots' own deadlines and aborts notice a loss: so the watchdog may look, b
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.errors import PeerLost, RankUnusable
 from epslots.transport import background
@@ -41,19 +43,51 @@ def set_environment() -> None:
     os.environ.update(ENVIRONMENT)
 
 
-def own_group(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+def error_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """An error that the watchdog has seen on a group's connections; empty if there is none. Nothing waits for it."""
+    if device.type != "cuda":
+        return ""
+    try:
+        found = group._get_backend(device).get_error()
+    except RuntimeError as error:
+        return f"NCCL reports {str(error).partition(chr(10))[0]}"
+    return "" if found.name == "SUCCESS" else f"NCCL reports {found.name}"
+
+
+def own_group(group: dist.ProcessGroup, device: torch.device, deadline_s: float) -> dist.ProcessGroup:
     """A further NCCL group of the same ranks, for epslots alone. All of them call this together.
 
     The watchdog of the user's group reads the environment that it was made in, its timeouts are the user's, and aborting the
     default group would abort all of his.
+
+    Raises:
+        PeerLost, RankUnusable: as ``form_within``.
     """
     set_environment()
     ranks = dist.get_process_group_ranks(group)
-    made = dist.new_group(
-        ranks, timeout=GROUP_TIMEOUT, backend="nccl", use_local_synchronization=True, group_desc="epslots", device_id=device
+    meeting = PrefixStore(f"epslots/{'-'.join(map(str, ranks))}/{next(_own_groups)}", _default_store())
+    make = partial(
+        dist.new_group,
+        ranks,
+        timeout=GROUP_TIMEOUT,
+        backend="nccl",
+        use_local_synchronization=True,
+        group_desc="epslots",
+        device_id=device,
     )
+    rank, size = group.rank(), group.size()
+    made = form_within(make, meeting, rank=rank, size=size, device=device, deadline_s=deadline_s, stop=None)
     assert isinstance(made, dist.ProcessGroup)
     return made
+
+
+_own_groups = itertools.count()  # the same on all ranks, which make their groups together
+
+
+def _default_store() -> Store:
+    """The store of torch's default group."""
+    found: Store = dist.distributed_c10d._get_default_store()
+    return found
 
 
 def form_within(
@@ -65,7 +99,7 @@ def form_within(
     device: torch.device,
     deadline_s: float,
     stop: Future[str] | None,
-) -> None:
+) -> Any:
     """Form a group by ``init``, which has no deadline of its own once ranks connect.
 
     First the ranks meet in the store: one that is missing is noticed there. Then ``init`` runs in a thread. If that doesn't
@@ -74,6 +108,9 @@ def form_within(
     Args:
         store: this epoch's.
         stop: ends the attempt when it is done; its result is the reason.
+
+    Returns:
+        What ``init`` returns.
 
     Raises:
         PeerLost: not all ranks met. A further attempt is safe.
@@ -94,7 +131,7 @@ def form_within(
     if not made.done():
         why = "in time" if stop is None or not stop.done() else f"before the attempt was ended: {stop.result()}"
         raise RankUnusable(f"NCCL did not connect {size} ranks {why}. Its call can't be ended, so this process must be")
-    made.result()
+    return made.result()
 
 
 def _meet(store: Store, rank: int, size: int, deadline_s: float, stop: Future[str] | None) -> None:

@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from epslots.errors import ConfigError, PeerLost
 from epslots.transport import nccl
+from epslots.transport.forming import form_group
 from epslots.transport.torch_transport import TorchTransport
 from epslots.transport.transport import Transport
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+FORM_DEADLINE_S = 1800.0
+"""Seconds that ranks wait for each other to begin: one may download what the others have."""
 
 
 def started_by_torchrun() -> bool:
@@ -38,7 +43,8 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
 
     Raises:
         ConfigError: this process isn't in ``group``, or its backend isn't the device's.
-        PeerLost: ``torchrun``'s ranks didn't find each other.
+        PeerLost: the ranks didn't find each other within ``FORM_DEADLINE_S``.
+        RankUnusable: they did, but NCCL doesn't return from connecting them. The process must end.
     """
     if group is None:
         if not dist.is_available():
@@ -54,17 +60,21 @@ def find_transport(group: dist.ProcessGroup | Transport | None, device: torch.de
     if isinstance(group, dist.ProcessGroup):
         if group.size() == 1:
             return None
-        return TorchTransport(nccl.own_group(group, device) if device.type == "cuda" else group, device=device)
+        if device.type == "cuda":
+            group = nccl.own_group(group, device, FORM_DEADLINE_S)
+        return TorchTransport(group, device=device)
     if not hasattr(group, "all_to_all"):  # torch gives processes outside of a group a number in its place
         raise ConfigError(f"group={group!r}: allowed: None, or a torch.distributed process group that this process is in")
     return group if group.size > 1 else None
 
 
 def _form_default_group(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        nccl.set_environment()
+    """Make ``torchrun``'s ranks torch's default group."""
+    deadline = timedelta(seconds=FORM_DEADLINE_S)
     try:
-        dist.init_process_group(BACKENDS[device.type], device_id=device if device.type == "cuda" else None)
+        store, rank, size = next(rendezvous("env://", timeout=deadline))
     except (RuntimeError, ValueError) as error:
         raise PeerLost(f"the ranks of torchrun could not form a group: {error}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    form_group(store, epoch=0, rank=rank, size=size, backend=BACKENDS[device.type], deadline_s=FORM_DEADLINE_S)

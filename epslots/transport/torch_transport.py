@@ -8,7 +8,8 @@ behind (``gloo_operations.py``).
 
 On NCCL an operation is queued on the device, and a lost peer stops the device instead of the host. The host waits in
 ``wait_until`` alone, which obeys the deadline and ``abort``: a loss is raised there, not by the call that queued the
-operation.
+operation. It asks NCCL now and then: a connection over the network that breaks is known long before the deadline. Ranks of one
+node connect by shared memory, which doesn't break; there the launcher, or the cluster's driver, ends the wait.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from epslots.device_copy import to_device, to_host
 from epslots.errors import ConfigError, PeerLost, RankUnusable
 from epslots.transport.gloo_operations import CollectiveOperation, GlooOperation, WaitingThread
 from epslots.transport.host_wait import wait_until
+from epslots.transport.nccl import error_of
 from epslots.transport.transport import (
     PeerTensors,
     all_to_all_header,
@@ -49,6 +51,7 @@ GLOO = "epslots_gloo"  # torch's name for a gloo group that ``forming.py`` has m
 _EXCHANGE_BATCH = 8
 
 _BROKEN_POLL_S = 0.1  # between looks whether another thread broke the transport
+_NCCL_LOOK_S = 0.1  # between looks whether NCCL knows of a loss
 _FIRST_PROBE_S, _MOST_PROBE_GAP_S = 0.5, 2.0  # probes of gloo's connections: each wait twice as long as before, up to the gap
 _CUT_TAG, _PROBE_TAG = 1, 2  # tags that no message has
 
@@ -161,11 +164,17 @@ class TorchTransport:
 
     def wait_until(self, done: Callable[[], bool]) -> None:
         """Wait on the host until ``done()``: the one place where it waits for a CUDA device."""
+        look_s = _NCCL_LOOK_S
 
         def check(waited_s: float) -> None:
+            nonlocal look_s
             self._check()
             if waited_s > self.deadline_s:
                 raise self._break(f"the device didn't finish what was queued within {self.deadline_s:g} s")
+            if waited_s > look_s:
+                look_s = waited_s + _NCCL_LOOK_S
+                if found := error_of(self._group, self.device):
+                    raise self._break(f"a peer is gone or silent: {found}, {waited_s:.1f} s into a wait")
 
         wait_until(done, check)
         self._check()  # aborted kernels end too, with undefined results

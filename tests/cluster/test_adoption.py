@@ -354,7 +354,7 @@ def test_the_last_drivers_wait_for_events_ends_with_its_term():
 def order(folder: Path, **changes: Any) -> Load:
     config = load_config(**changes.pop("model", {"slots": 4}))
     origin = changes.pop("origin", Origin("c", "1", 1000))
-    return Load(path=str(folder), config=config, neighbours=1, threads=0, window_steps=64, origin=origin, **changes)
+    return Load(path=str(folder), config=config, neighbours=1, ranks=1, threads=0, window_steps=64, origin=origin, **changes)
 
 
 @pytest.mark.parametrize(

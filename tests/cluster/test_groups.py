@@ -118,8 +118,8 @@ def test_groups_have_one_size(open_cluster: Open):
 
 
 def test_a_driver_with_other_groups_adopts_no_ranks():
-    load = Load(path="x", config=LoadConfig(), neighbours=1, threads=0, window_steps=0, groups=2)
-    wanted = Load(path="x", config=LoadConfig(), neighbours=1, threads=0, window_steps=0, groups=4)
+    load = Load(path="x", config=LoadConfig(), neighbours=1, ranks=1, threads=0, window_steps=0, groups=2)
+    wanted = Load(path="x", config=LoadConfig(), neighbours=1, ranks=1, threads=0, window_steps=0, groups=4)
     assert differences(load, wanted) == ["groups: 2, and 4 is wanted"]
 
 

@@ -33,13 +33,12 @@ LAYERS = (
     # the model integration
     ("models",),
     ("runtime",),
-    ("group", "prefetch"),
+    ("group", "prefetch", "cuda_graph"),
     ("generation",),
     # the public surface
     ("load_plan",),
     ("trace", "loading"),
     ("verify_store",),
-    ("cuda_graph",),
     ("simulated_gpu",),
     ("bench",),
     ("cli",),
@@ -154,14 +153,15 @@ def test_the_commands_and_their_options():
         "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
         "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
         "--ranks", "--groups", "--address", "--strategy", "--placement",
-        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms", "--priority",
-        "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
+        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms", "--capture", "--priority",
+        "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--attn-implementation",
+        "--batch-invariant",
     }  # fmt: skip
     assert found["serve"] == common | {
         "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
         "--slot-format", "--expert-format",
-        "--execute-predicted", "--host-compute", "--batch-invariant",
-        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
+        "--execute-predicted", "--host-compute", "--attn-implementation", "--batch-invariant",
+        "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms", "--capture",
         "--ranks", "--groups", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
             "--name", "--orphan-s", "--replace",
         "--host", "--port", "--served-model-name", "--api-key", "--api-key-file", "--no-auth", "--cors-origin",
@@ -169,8 +169,13 @@ def test_the_commands_and_their_options():
         "--log-requests", "--log-prompts",
     }  # fmt: skip
     assert found["verify"] == common | {"--checkpoint", "--slot-format"}
-    assert found["bench"] == {"name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--redis", "--device"}
-    assert {"--model", "--slots", "--slot-format", "--memory", "--ranks", "--kv-tokens", "--json"} <= found["plan"]
+    assert found["bench"] == {
+        "name", "--output", "-o", "--rounds", "--minutes", "--threads", "--parts", "--redis", "--gpu", "--model", "--slots",
+        "--device",
+    }  # fmt: skip
+    assert {
+        "--model", "--slots", "--slot-format", "--attn-implementation", "--memory", "--ranks", "--kv-tokens", "--json",
+    } <= found["plan"]  # fmt: skip
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {
         name: {o for p in c.params for o in p.opts}

@@ -34,6 +34,7 @@ MOST_PARAMETERS = 8
 # Users or typer call these by keyword.
 KEYWORD_SURFACES = {
     "epslots.loading.load",
+    "epslots.cli.bench.bench",
     "epslots.cli.generate.generate",
     "epslots.cli.placement.plan",
     "epslots.cli.placement.replay",
@@ -66,11 +67,13 @@ OTHER: dict[str, Any] = {
     "cache": "rows",
     "prefix_cache": False,
     "step_target_ms": 25.0,
+    "capture": False,
     "link": "8GB/s,20us",
     "prefetch": "64MiB",
     "predictor": "/somewhere/else",
     "execute_predicted": True,
     "host_compute": "on",
+    "attn_implementation": "eager",
     "batch_invariant": True,
 }
 
@@ -136,7 +139,7 @@ def test_the_help_of_load_and_cluster_explains_each_setting():
 def test_every_field_reaches_a_rank(name: str):
     config = LoadConfig(**{name: OTHER[name]})
     assert config != LoadConfig()
-    load = Load(path="a/model", config=config, neighbours=1, threads=0, window_steps=0)
+    load = Load(path="a/model", config=config, neighbours=1, ranks=1, threads=0, window_steps=0)
     assert decode_command(encode(load)) == load
 
 
@@ -166,6 +169,7 @@ def test_paths_and_torchs_types_become_plain(monkeypatch: pytest.MonkeyPatch, tm
         ({"execute_predicted": "off"}, "execute_predicted='off': allowed: True, False"),
         ({"batch_invariant": 1}, "batch_invariant=1: allowed: True, False"),
         ({"host_compute": "gpu"}, "host_compute='gpu': allowed: auto, on, off"),
+        ({"attn_implementation": 5}, "attn_implementation=5: allowed: None, or a name"),
         ({"batch_invariant": True, "execute_predicted": True}, "leave one out"),
         ({"slot": 3}, "slot: epslots sets this itself, or has no such setting; allowed: slots, device"),
     ],
@@ -248,7 +252,7 @@ def test_the_host_of_a_gpu_computes_nothing_batch_invariant():
 
 
 def test_ranks_compare_every_setting_that_shapes_a_step():
-    effects = {"policy": "a name", "fetches": "meanwhile", "predictions": "none"}
+    effects = {"policy": "a name", "fetches": "meanwhile", "predictions": "none", "attention": "sdpa"}
     assert LoadConfig(batch_invariant=True).compared(effects) == {
         "device": "None",
         "dtype": "auto",
@@ -259,6 +263,7 @@ def test_ranks_compare_every_setting_that_shapes_a_step():
         "fetches": "meanwhile",
         "predictions": "none",
         "host_compute": "auto",
+        "attention": "sdpa",
         "batch_invariant": "True",
     }
 
@@ -266,7 +271,7 @@ def test_ranks_compare_every_setting_that_shapes_a_step():
 def test_the_settings_of_a_digest_are_those_that_change_outputs():
     base = LoadConfig().output_settings
     changing = {name for name in LOAD_FIELDS if LoadConfig(**{name: OTHER[name]}).output_settings != base}
-    assert changing == {"dtype", "expert_format", "execute_predicted", "batch_invariant"}
+    assert changing == {"dtype", "expert_format", "attn_implementation", "execute_predicted", "batch_invariant"}
     predicted = [LoadConfig(execute_predicted=True, predictor=path).output_settings for path in (None, "/a", "/b")]
     assert len({str(settings) for settings in predicted}) == 3
 

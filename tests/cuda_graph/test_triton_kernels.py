@@ -1,16 +1,11 @@
 """The Triton kernels: held to the torch operations by Triton's interpreter, and compiled for GPUs that aren't here.
 
-Triton reads ``TRITON_INTERPRET`` when it is imported. So this file runs itself in a process of its own, where the variable is
-set and the tests marked ``interpreted`` run.
+``support/interpreter.py`` says how; this module's process also runs the other kernels' tests.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +14,6 @@ import torch
 from hypothesis import given, settings
 
 from epslots.cuda_graph.device_slots import DeviceSlots, Kernels, Missing, TorchKernels
-from tests.support import ROOT
 from tests.support.device_slot_helpers import (
     LAYOUT,
     STORE_LAYERS,
@@ -30,27 +24,15 @@ from tests.support.device_slot_helpers import (
     states,
     store,
 )
+from tests.support.interpreter import assembled, compiled, interpreted, needs_triton, outside, pass_under_the_interpreter
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-# Triton warns of its default's change.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETER, reason="runs in the interpreter's process")
-outside = pytest.mark.skipif(INTERPRETER, reason="runs outside of the interpreter's process")
+pytestmark = needs_triton
 
 
 @outside
 def test_under_the_interpreter():
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
-    assert re.search(r"\b5 passed, 6 skipped", found.stdout), found.stdout[-2000:]
+    modules = "cuda_graph/test_triton_kernels", "moe/test_grouped_kernel", "moe/test_pair_kernels", "prefetch/test_usage"
+    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=5 + 6 + 14 + 6)
 
 
 def kernels(loader: Any) -> Kernels:
@@ -105,21 +87,15 @@ def test_what_is_copied_and_what_is_not(count: int, monkeypatch: pytest.MonkeyPa
         assert torch.equal(loader.pool.memory, expected)
 
 
-def compiled(name: str, constants: dict[str, int], capability: int, warps: int) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compiled_kernel(name: str, constants: dict[str, int], capability: int, warps: int) -> Any:
     from epslots.cuda_graph import triton_kernels
 
     kernel = getattr(triton_kernels, name)
     unaligned = ("pairs", "experts", "slots", "start", "row", "page")
-    scalars = (*unaligned, "page_words", "stride", "record_words")
-    signature = {n: "constexpr" if n in constants else "i32" if n in scalars else "*i64" for n in kernel.arg_names}
-    # As the launcher finds them: tensors, strides and sizes that are multiples of 16.
-    aligned = [i for i, n in enumerate(kernel.arg_names) if n not in constants and n not in unaligned]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    aligned = ("page_words", "stride", "record_words")
+    types = dict.fromkeys(kernel.arg_names, "*i64:16") | dict.fromkeys(unaligned, "i32") | dict.fromkeys(aligned, "i32:16")
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    return compiled(kernel, types, constants, capability, num_warps=warps)
 
 
 @outside
@@ -129,7 +105,7 @@ def test_copies_are_of_16_bytes(capability: int):
     assert LAYOUT.nbytes % 16 == 0
     from epslots.cuda_graph.triton_kernels import GATHER_WARPS, GATHER_WORDS
 
-    code = compiled("_gather", {"BLOCK": GATHER_WORDS}, capability, GATHER_WARPS).asm["ptx"]
+    code = compiled_kernel("_gather", {"BLOCK": GATHER_WORDS}, capability, GATHER_WARPS).asm["ptx"]
     assert set(re.findall(r"st\.global[.\w]*", code)) == {"st.global.v2.b64"}
     assert len(re.findall(r"ld\.global[.\w]*v2\.b64", code)) == GATHER_WORDS // (32 * GATHER_WARPS) // 2
 
@@ -138,10 +114,6 @@ def test_copies_are_of_16_bytes(capability: int):
 @pytest.mark.parametrize(("experts", "warps"), [(8, 1), (128, 1), (512, 4)])
 def test_the_decision_stays_in_registers(experts: int, warps: int, tmp_path: Path):
     """As the assembler reports it."""
-    import triton
-
-    code = tmp_path / "decide.ptx"
-    code.write_text(compiled("_decide", {"BLOCK_E": experts, "BLOCK_Q": experts // 2}, 90, warps).asm["ptx"])
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", tmp_path / "decide.cubin", code]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    binary = compiled_kernel("_decide", {"BLOCK_E": experts, "BLOCK_Q": experts // 2}, 90, warps)
+    told = assembled(binary, 90, tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in told, told

@@ -53,6 +53,7 @@ class Watched:
     """An estimator with history that keeps what it is given, rows [T, 2 H] of each step."""
 
     history = True
+    top_k = 0
     kernel_weights: KernelWeights | None = None
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class Watched:
     def unlikely_E(self) -> torch.Tensor:
         return torch.full((8,), -0.1)
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
         self.steps.append(rows.clone())
         return torch.zeros(len(rows), 8)
 

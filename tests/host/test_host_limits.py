@@ -244,6 +244,7 @@ def test_a_refusal_names_the_limit_and_the_ranks_that_share_it(
             CheckpointSource(checkpoint("qwen3_moe")),
             load_config(slots=1, device="cpu", policy="lru", host_store="file", cache_dir=cache_dir, kv_tokens=16),
             neighbours=64,
+            ranks=64,
             display=ProgressDisplay(shown=False),
         )
 

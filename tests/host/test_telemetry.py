@@ -67,10 +67,10 @@ def test_a_layer_of_any_place_makes_a_step_miss():
     layer = LayerSpec("layer", 4, RecordLayout.of([("scale", (2,), "float32")]))
     telemetry = Telemetry([layer] * 4, [4, 2, 2, 4], torch.device("cpu"))
     for misses in ((0, 0), (0, 1), (2, 1), (0, 0), (1, 0)):
-        telemetry.count_resident(0, torch.tensor([1, 0, 0, 0, 0]))
+        telemetry.count_resident(0)
         for number, missed in enumerate(misses, start=1):
             telemetry.count_planned(number, hits=1, misses=missed, passes=1)
-        telemetry.count_resident(3, torch.tensor([1, 0, 0, 0, 0]))
+        telemetry.count_resident(3)
     assert (telemetry.snapshot().steps, telemetry.snapshot().zero_miss_steps) == (5, 2)
 
 

@@ -20,6 +20,7 @@ EXPECTED = {
     # Published as 1.04 T; the published configuration adds up to 1.026 T, which is checked by hand below.
     "kimi-k2": (1040 * BILLION, 0.015, 60, 384, 8, 7168, 2048, 61 * (512 + 64) * BF16),
     "qwen3-235b-a22b": (235 * BILLION, 0.01, 94, 128, 8, 4096, 1536, 94 * 2 * 4 * 128 * BF16),
+    "qwen3-30b-a3b": (30.5 * BILLION, 0.01, 48, 128, 8, 2048, 768, 48 * 2 * 4 * 128 * BF16),
     "mixtral-8x7b": (46.7 * BILLION, 0.01, 32, 8, 2, 4096, 14336, 32 * 2 * 8 * 128 * BF16),
     "grok-1": (314 * BILLION, 0.01, 64, 8, 2, 6144, 32768, 64 * 2 * 8 * 128 * BF16),
     # 25.2 billion in the model card, of which the name makes 26.
@@ -29,6 +30,7 @@ VOCABULARY = {
     "deepseek-v3": 129280,
     "kimi-k2": 163840,
     "qwen3-235b-a22b": 151936,
+    "qwen3-30b-a3b": 151936,
     "mixtral-8x7b": 32000,
     "grok-1": 131072,
     "gemma-4-26b-a4b": 262144,

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.errors import ConfigError, UnsupportedModelError
 from epslots.models.experts import expert_layers
@@ -146,6 +147,22 @@ def test_a_models_cache_is_measured_whatever_its_experts(name: str) -> None:
         cache = model(input_ids=random_ids(length=9), use_cache=True).past_key_values
     assert all(kept(cache, record).numel() for record in records)
     assert {id(tensor) for tensor in tensors_in(cache)} == {id(kept(cache, record)) for record in records}
+
+
+def test_attention_that_needs_values_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention's kernels take no meta tensors; what they keep is what any attention keeps."""
+
+    def kernel(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("no kernel for meta tensors")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "needs_values", kernel)
+    config = config_of(ZOO["mixtral"])
+    skeleton = build_skeleton(resolve_class(config), config, torch.float32, attention="needs_values")
+    shape = shape_of_model(skeleton, "mixtral", "float32", expert_layers(skeleton))
+    assert shape.cache == shape_of(ZOO["mixtral"]).cache
+    assert skeleton.config._attn_implementation == "needs_values"
+    with pytest.raises(ConfigError, match="attn_implementation='needs_value': MixtralForCausalLM: "):
+        build_skeleton(resolve_class(config), config, torch.float32, attention="needs_value")
 
 
 def test_tensors_of_unknown_dimensions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,14 @@ from epslots.models.checkpoint import open_checkpoint
 from epslots.models.expert_reader import pack_layers
 from epslots.models.experts import expert_layers
 from epslots.models.known_shapes import KNOWN_SHAPES
-from epslots.models.memory_plan import CHOICE_LOGITS, MemoryPlan, default_reserve, moe_workspace_bytes, plan_memory
+from epslots.models.memory_plan import (
+    CHOICE_LOGITS,
+    NCCL_BYTES,
+    MemoryPlan,
+    default_reserve,
+    moe_workspace_bytes,
+    plan_memory,
+)
 from epslots.models.memory_report import alternatives, check_fits, largest_fit, plan_items
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
 from epslots.models.page_sizes import PageSizes
@@ -221,6 +228,20 @@ def test_every_term_is_what_its_definition_says() -> None:
     assert result.free_bytes == 100 * MIB - result.total_bytes
     assert sum(size for _, size, _ in plan_items(result)) == result.total_bytes
     assert result.host_store_bytes == 16 * 36_864
+
+
+def test_ranks_on_gpus_need_room_for_communication() -> None:
+    plans = {
+        (ranks, device): plan_memory(tiny_shape(), AUTO, memory_bytes=8 * 1024 * MIB, ranks=ranks, device=device)
+        for ranks in (1, 2)
+        for device in ("cpu", "cuda")
+    }
+    assert {key: plan.communication_bytes for key, plan in plans.items() if plan.communication_bytes} == {
+        (2, "cuda"): NCCL_BYTES
+    }
+    assert "communication" in [name for name, *_ in plan_items(plans[2, "cuda"])]
+    for plan in plans.values():
+        assert sum(size for _, size, _ in plan_items(plan)) == plan.total_bytes
 
 
 def test_a_step_has_a_token_of_every_request() -> None:
@@ -574,6 +595,7 @@ def test_the_command_refuses_a_checkpoint_that_is_cut_short(tmp_path: Path) -> N
         (["--model", "grok-1", "--memory", "80"], "memory='80'"),
         (["--model", "grok-1", "--dtype", "int4"], "dtype='int4'"),
         (["--model", "grok-1", "--cache", "books"], "cache='books'"),
+        (["--attn-implementation", "flash_attention_9"], "attn_implementation='flash_attention_9': Qwen3MoeForCausalLM: "),
         (["--model", "grok-1", "--memory", "80GiB", "--device", "tpu"], "device='tpu'"),
         (["--model", "grok-1", "--device", "cuda:99"], "device='cuda:99'"),
     ],

@@ -25,7 +25,7 @@ from epslots.generation.sampling import Sampling
 from epslots.generation.tracked_request import TrackedRequest
 from epslots.moe import row_blocks
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
-from epslots.moe.moe_layer import weighted_sum
+from epslots.moe.pair_kernels import TorchPairKernels
 from epslots.moe.row_blocks import MAX_ROWS, ROWS, product
 from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.support import zoo
@@ -345,7 +345,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "rms norm": lambda x: F.rms_norm(x, x.shape[-1:]),
     "topk": lambda x: x.topk(4, dim=-1).values,
     "topk's ids": lambda x: x.topk(4, dim=-1).indices,
-    "combine": lambda x: weighted_sum(x.repeat_interleave(4, 0), x[:, :4], x.dtype),
+    "combine": lambda x: TorchPairKernels(1, x.device).weighted_sum(x.repeat_interleave(4, 0), x[:, :4], x.dtype),
 }
 
 

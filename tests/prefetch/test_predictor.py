@@ -501,9 +501,9 @@ def test_an_estimator_that_learned_nothing_yields_to_the_router(checkpoint: Call
     assert first is not None and router is not None and quality[0] is not None
     assert quality[0].fitted == quality[0].naive and not first.history and len(first.second) == 0
     rows = torch.randn(50, zoo.HIDDEN)
-    assert first.logits(rows).topk(4).indices.tolist() == router.top(rows, 4).tolist()
+    assert first.scores(rows).topk(4).indices.tolist() == router.top(rows, 4).tolist()
     seen = record(model, windows, range(1), lambda done: None)[0]
-    assert torch.sigmoid(first.logits(seen.hidden_NH.float())).sum(-1).mean() == pytest.approx(4, abs=0.2)
+    assert torch.sigmoid(first.scores(seen.hidden_NH.float())).sum(-1).mean() == pytest.approx(4, abs=0.2)
 
 
 def test_a_layer_without_a_router_is_learned_from_nothing(checkpoint: Callable[[str], Path], cache_dir: Path):
@@ -557,7 +557,7 @@ def test_a_predictor_comes_back_from_its_file(trained: dict[str, Any], written: 
     rows = torch.cat([rows, torch.randn(50, zoo.HIDDEN)], 1) if first.history else rows
     loaded = found.estimators[0]
     assert loaded is not None and found.predicts(0) and found.predicts(1)
-    assert torch.allclose(loaded.logits(rows), first.logits(rows), atol=0.1), "weights are kept in bfloat16"
+    assert torch.allclose(loaded.scores(rows), first.scores(rows), atol=0.1), "weights are kept in bfloat16"
     _, about = read_predictor(written)
     assert about.quality == trained["quality"] and about.settings == trained["settings"]
     assert [path.name for path in written.parent.iterdir()] == [written.name]

@@ -257,6 +257,31 @@ def test_a_capture_changes_nothing_and_a_replay_repeats(gpu: SimulatedMachine):
     assert not gpu.races
 
 
+def test_a_replayed_kernel_takes_the_time_of_its_values(gpu: SimulatedMachine):
+    """A copy of missing experts by a kernel: as long as what is missing, in each replay anew."""
+    count = torch.ones(1, device="cuda")
+
+    def step() -> None:
+        count.mul_(2)
+        launch_kernel("ours", lambda _: None, count, reads=[count], link_bytes=lambda: 5 * MB * float(count.memory))  # type: ignore[attr-defined]
+
+    graph = captured(step)
+    graph.replay()
+    graph.replay()
+    gpu.timeline.run(float("inf"))
+    ours = [operation for operation in gpu.timeline.operations if operation.name == "ours"]
+    assert [round(operation.duration_s * 1e3) for operation in ours] == [10, 20]
+
+
+def test_rows_of_a_table_cost_what_they_are(gpu: SimulatedMachine):
+    """An embedding reads its rows, and a scatter writes its own: not the whole table."""
+    table, rows = torch.zeros(1000, 8, device="cuda"), torch.tensor([3, 5]).to("cuda")
+    torch.nn.functional.embedding(rows, table)
+    table.index_copy_(0, rows, torch.ones(2, 8, device="cuda"))
+    moved = {operation.name: operation.nbytes for operation in gpu.timeline.operations}
+    assert moved["embedding"] == 2 * 64 + rows.nbytes and moved["index_copy_"] == 2 * 64 + rows.nbytes
+
+
 @pytest.mark.parametrize(
     "illegal",
     [

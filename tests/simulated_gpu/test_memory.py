@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from epslots.generation.sampling import Sampling
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from tests.support import zoo
-from tests.support.simulated import load_gpu
+from tests.support.simulated import greedy_on, load_gpu
 
 REQUESTS, PROMPT = 8, 60
 
@@ -36,3 +37,24 @@ def test_an_engine_asks_for_what_is_planned(name: str, cache: str, checkpoint: C
         list(engine.run())
         assert plan.workspace_bytes // 4 < gpu.peak[0] - opened <= plan.workspace_bytes
         engine.batcher.close()
+
+
+def test_a_long_prompt_is_computed_in_parts(checkpoint: Callable[[str], Path], shared_stores: Path):
+    """``generate`` computes prompts at once, longer ones than a plan has room for: the layers divide them."""
+    folder, ids = checkpoint("qwen3_moe"), zoo.random_ids(1, 300, seed=1)
+    expected = greedy_on(zoo.reference(folder), ids, 2)
+    settings: dict[str, Any] = {"slots": "50%", "max_batch_tokens": 32, "max_requests": 4, "prefetch": "off"}
+    peaks, steps = [], []
+    for share in (None, 0.7):
+        with simulated_gpus() as gpu:
+            model = load_gpu(folder, shared_stores, **settings)
+            if share is not None:
+                gpu.memory_bytes = gpu.allocated[0] + int(share * peaks[0])
+            gpu.peak[0] = loaded = gpu.allocated[0]
+            before = runtime_of(model).runners[0].steps
+            assert greedy_on(model, ids, 2) == expected
+            peaks.append(gpu.peak[0] - loaded)
+            steps.append(runtime_of(model).runners[0].steps - before)
+            assert gpu.races == []
+    assert steps[0] == 2 < steps[1], "the prompt and one more token; divided where memory is scarce"
+    assert peaks[1] <= 0.7 * peaks[0]

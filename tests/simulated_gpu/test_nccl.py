@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from epslots.group.join import join
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.machine import DeviceHangsError, SimulatedMachine
-from epslots.transport import nccl, rendezvous, torch_transport
+from epslots.transport import forming, nccl, rendezvous, torch_transport
 from epslots.transport.torch_transport import TorchTransport
 from tests.support import zoo
 from tests.support.fake_nccl import FakeNcclGroup, NcclHub, OutOfOrderError, fake_dist
@@ -102,7 +103,7 @@ def test_two_ranks_answer_as_plain_transformers(costs: Any, checkpoint: Callable
 
         assert on_ranks(NcclHub(2), work) == [expected] * 2
         assert gpu.races == []
-        blocking = {line for what, line in gpu.syncs if "epslots/" in line and not what.startswith("_grouped_mm")}
+        blocking = {line for _, line in gpu.syncs if "epslots/" in line}
         assert not blocking, "the one place where a rank waits looks at an event"
         for model in models:
             runtime_of(model).check_integrity()
@@ -126,6 +127,23 @@ def test_a_lost_peer_is_raised_at_the_deadline(gpus: SimulatedMachine):
         return str(caught.value)
 
     assert "the device didn't finish what was queued within 0.2 s" in on_ranks(hub, work, deadline_s=0.2)[0]
+
+
+def test_a_broken_connection_is_raised_at_once(gpus: SimulatedMachine):
+    """The watchdog sees it; the device itself never ends the operation."""
+    hub = NcclHub(2)
+
+    def work(transport: TorchTransport) -> str:
+        if transport.rank == 1:
+            hub.lose(1)
+            return ""
+        result = transport.all_gather(torch.zeros(2, device=transport.device))
+        transport._group.broken = True  # type: ignore[attr-defined]
+        with pytest.raises(PeerLost) as caught:
+            transport.to_host(result)
+        return str(caught.value)
+
+    assert re.match(r"a peer is gone or silent: NCCL reports COMM_ERROR, \S+ s into a wait", on_ranks(hub, work)[0])
 
 
 def test_no_wait_outlives_an_abort(gpus: SimulatedMachine):
@@ -216,6 +234,23 @@ def test_a_hanging_connect_makes_the_rank_unusable(gpus: SimulatedMachine):
     hangs.set()
 
 
+def test_torchruns_ranks_form_within_a_deadline(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
+    """As a cluster's do: torch's own call would wait in NCCL for ever."""
+    hangs, store = threading.Event(), dist.HashStore()
+    monkeypatch.setattr(rendezvous, "FORM_DEADLINE_S", 0.2)
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, 0, 1)]))
+    monkeypatch.setattr(forming.dist, "init_process_group", lambda *_, **__: hangs.wait())
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankUnusable, match="did not connect 1 ranks in time"):
+        rendezvous.find_transport(None, torch.device("cuda:1"))
+    assert torch.cuda.current_device() == 1
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
+    with pytest.raises(PeerLost, match=r"ranks \[1\] of 2 didn't come within 0.2 s"):
+        rendezvous.find_transport(None, CUDA)
+    hangs.set()
+
+
 def test_connecting_happens_on_the_ranks_gpu(gpus: SimulatedMachine):
     """In a thread of its own, whose current GPU is another by default."""
     found: list[int] = []
@@ -250,6 +285,13 @@ def test_a_users_group_gets_a_twin_for_epslots(gpus: SimulatedMachine, monkeypat
     twin = Users(0, 2)
     monkeypatch.setattr(nccl.dist, "new_group", new_group)
     monkeypatch.setattr(nccl.dist, "get_process_group_ranks", lambda group: [3, 5])
+    store, number = dist.HashStore(), next(nccl._own_groups) + 1
+    monkeypatch.setattr(nccl, "_default_store", lambda: store)
+    monkeypatch.setattr(rendezvous, "FORM_DEADLINE_S", 0.2)
+    with pytest.raises(PeerLost, match=r"ranks \[1\] of 2 didn't come"):  # the other one hasn't got there yet
+        rendezvous.find_transport(Users(0, 2), CUDA)
+    assert not made
+    store.set(f"epslots/3-5/{number + 1}/here/1", "here")
     monkeypatch.setattr(rendezvous, "TorchTransport", lambda group, device: (group, device))
     found, device = rendezvous.find_transport(Users(0, 2), CUDA)  # type: ignore[misc]
     assert found is twin and device == CUDA

@@ -109,6 +109,7 @@ class BusyCluster(ScriptedCluster):
         own = self._random.randint(90, 120)
         engine = EngineStats(
             steps=40 * looks,
+            replayed_steps=0,
             prompt_tokens=700 * looks,
             new_tokens=own * looks,
             reused_tokens=0,

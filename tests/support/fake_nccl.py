@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import ErrorType
 
 from epslots.simulated_gpu.machine import DeviceWork, current_machine
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream
@@ -75,6 +76,7 @@ class FakeNcclGroup:
 
     Attributes:
         fails: called with each operation's name as it is queued; may raise what NCCL would.
+        broken: whether the watchdog has seen a connection break.
     """
 
     def __init__(self, hub: NcclHub, rank: int, device: torch.device) -> None:
@@ -83,7 +85,7 @@ class FakeNcclGroup:
         assert not getattr(_open_calls, "count", 0), "a group call is open on this thread: nothing would ever be launched"
         self.hub, self._rank, self.device = hub, rank, device
         self.fails: Callable[[str], object] = lambda name: None
-        self.aborted = False
+        self.aborted = self.broken = False
         self._stream = SimulatedStream(device)
         self._number = 0
         self._pairs: dict[tuple[int, int], int] = {}
@@ -97,6 +99,12 @@ class FakeNcclGroup:
 
     def name(self) -> str:
         return "nccl"
+
+    def _get_backend(self, _: torch.device) -> FakeNcclGroup:
+        return self
+
+    def get_error(self) -> Any:
+        return ErrorType.COMM_ERROR if self.broken else ErrorType.SUCCESS
 
     def set_timeout(self, _: Any) -> None:
         raise AssertionError("the watchdog's timeout stays longer than every deadline")

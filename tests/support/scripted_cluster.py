@@ -192,6 +192,7 @@ class ScriptedCluster:
             raise ConfigError(self.failure)
         engine = EngineStats(
             steps=5,
+            replayed_steps=0,
             prompt_tokens=30,
             new_tokens=9,
             reused_tokens=10,

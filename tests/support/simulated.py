@@ -57,6 +57,12 @@ def kernels_of(gpu: SimulatedMachine) -> Counter[str]:
     return found
 
 
+def kernels_by_line(gpu: SimulatedMachine) -> Counter[str]:
+    """Kernels of our own code, by name and source line; those of replayed graphs stand at the replay."""
+    operations = [one for one in gpu.timeline.operations if one.engine.startswith("SM") and one.owner == "epslots"]
+    return Counter(f"{one.name} {one.site}" for one in operations)
+
+
 def waits_of(gpu: SimulatedMachine) -> Counter[str]:
     """Host synchronisations of our own code, by source file."""
     found: Counter[str] = Counter()

@@ -1,0 +1,69 @@
+"""The kit for a GPU: one command that checks, measures and compares with the predictions, in eight minutes at most.
+
+Steps run in the order of their worth, each if the time that is left covers it; those that don't fit are named in the result.
+What a step raises is named, too, and the next one begins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epslots.bench.gpu_checks import check
+from epslots.bench.gpu_costs import measure_costs
+from epslots.bench.gpu_decode import measure_decoding
+from epslots.bench.gpu_kit import GpuKit, sizes_for
+from epslots.bench.gpu_page import page
+from epslots.bench.gpu_predictions import predict
+from epslots.bench.gpu_ranks import measure_ranks
+from epslots.bench.report import BenchReport
+from epslots.devices import memory_limit
+
+PAGE_NAME = "gpu.md"
+
+
+def bench_gpu(report: BenchReport, cache_dir: Path, device: torch.device, *, minutes: float = 8.0) -> None:
+    """All steps on a GPU; on the CPU, at tiny sizes, those that need none.
+
+    Args:
+        minutes: for all of them.
+    """
+    kit = GpuKit(device, cache_dir, sizes_for(device, memory_limit(device).free_bytes), 60 * minutes)
+    run_kit(kit, report)
+
+
+def run_kit(kit: GpuKit, report: BenchReport, *, apart: bool = True) -> None:
+    """Make the kit's steps, and report them; the page is beside the JSON.
+
+    Args:
+        apart: whether predictions and ranks run in processes of their own; tests leave ranks out.
+    """
+    check(kit)
+    measure_costs(kit)
+    measure_decoding(kit)
+    if apart:
+        measure_ranks(kit)
+    predict(kit, apart=apart)
+    report.result["minutes"] = round(kit.budget_s / 60, 1)
+    if kit.on_gpu:
+        report.result["gpu"] = _gpu_facts(kit.device)
+    report.table("steps", [{"step": o.step, "state": o.state, "seconds": o.seconds, "why": o.why} for o in kit.outcomes])
+    for outcome in kit.outcomes:
+        for title, rows in outcome.tables.items():
+            report.table(title, rows)
+    if report.output is not None:
+        report.output.mkdir(parents=True, exist_ok=True)
+        (report.output / PAGE_NAME).write_text(page(report.result, kit.outcomes), encoding="utf-8")
+
+
+def _gpu_facts(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_GiB": round(properties.total_memory / 2**30, 1),
+        "count": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
+    }

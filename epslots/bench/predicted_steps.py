@@ -1,0 +1,197 @@
+"""Predicted decoding steps: an engine's real operations on a tiny twin of a model, timed by a simulated GPU's clock.
+
+    with predicted_steps(config, cache_dir) as run:
+        run(GPUS["h100"], 0.5, hit_rate=0.9, captured=True).step_s
+
+Kernels and copies take the time of the true widths. The host takes ``launch_s`` for each operation, and the recorded time of a
+plan for each layer's step that is planned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from epslots.bench.engines import Decoding, open_engine, random_requests
+from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_sums
+from epslots.bench.scripted_routing import ScriptedRouting
+from epslots.models.measure_shape import shape_of_config
+from epslots.moe.moe_layer import MoELayer
+from epslots.planner.plan import RankPlan
+from epslots.runtime import runtime_of
+from epslots.simulated_gpu.bounds import bounds_of
+from epslots.simulated_gpu.cuda_api import simulated_gpus
+from epslots.simulated_gpu.gpu_spec import GpuSpec
+from epslots.simulated_gpu.loading import load_simulated
+from epslots.simulated_gpu.machine import SimulatedMachine
+from epslots.simulated_gpu.tiny_twin import tiny_twin
+from epslots.transport.lockstep import Gathered
+
+RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict``)
+# The host's time to plan a layer's step, with nothing and with something missing (``bench exchange``).
+PLAN_S, PLAN_MISSES_S = 77e-6, 121e-6
+PROMPT, WARM_UP = 520, 6  # tokens; no number of tokens on the way is one of the tiny widths
+_KV_TOKENS = 1024
+
+
+class StepTimes(msgspec.Struct, frozen=True):
+    """One run, by step; a step gives each request a token.
+
+    Attributes:
+        step_s: seconds.
+        by_reason: seconds by what bounds them; they add up to ``step_s``.
+        host_s: of these, the host's in launching and planning; ``our_host_s``: in code of ours, and its operations.
+        link_busy_s: seconds in which a copy to the device was in progress.
+        kernels: launched by owner ("epslots", "transformers", "other").
+        syncs: of the host.
+        hit_rate: share of uses whose expert was in a slot, or on its way there.
+        fetches: experts over the link.
+        layers: MoE layers; ``expert_bytes``: of the true model.
+    """
+
+    step_s: float
+    by_reason: dict[str, float]
+    host_s: float
+    our_host_s: float
+    link_busy_s: float
+    kernels: dict[str, float]
+    syncs: float
+    hit_rate: float
+    fetches: float
+    layers: int
+    expert_bytes: int
+
+    @property
+    def bound_by(self) -> str:
+        """The reason with the most seconds."""
+        return max(self.by_reason, key=self.by_reason.__getitem__)
+
+
+Run = Callable[..., StepTimes]
+"""Called with a kind of GPU and a share of slots, and ``hit_rate``, ``requests`` and ``captured`` as keywords."""
+
+
+@contextmanager
+def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8) -> Iterator[Run]:
+    """Runs of one model.
+
+    Args:
+        config: of one of ``tiny_twin.ARCHITECTURES``.
+        cache_dir: of the tiny twin's host store.
+        layers: of the model that is run; None = as many as it has.
+        steps: timed in a run.
+
+    Raises:
+        ConfigError: the model is of another architecture.
+    """
+    twin, sizes = tiny_twin(config, layers)
+    true = shape_of_config(config, "the model", "bfloat16")
+
+    def run(spec: GpuSpec, share: float, *, hit_rate: float = 1.0, requests: int = 1, captured: bool = False) -> StepTimes:
+        with simulated_gpus(spec) as gpu:
+            gpu.sizes = sizes
+            model = load_simulated(
+                folder,
+                slots=f"{100 * share:g}%",
+                dtype="bfloat16",
+                costs=LARGE_EXPERTS,  # without those of the host's CPU: it computes nothing
+                host_store="memory",
+                cache_dir=cache_dir,
+                kv_tokens=_KV_TOKENS * requests,
+                max_requests=requests,
+                capture=captured,
+            )
+            for layer in runtime_of(model).layers:
+                sizes.add(layer.layout.nbytes, true.layers[0].layout.nbytes)
+            script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
+            found = _time(gpu, model, script, requests, steps, true.layers[0].layout.nbytes)
+            del model, script
+        release()
+        return found
+
+    with random_checkpoint(twin, torch.bfloat16) as folder:
+        yield run
+
+
+def _time(
+    gpu: SimulatedMachine, model: PreTrainedModel, script: ScriptedRouting, requests: int, steps: int, expert_bytes: int
+) -> StepTimes:
+    runners = runtime_of(model).runners
+    plan_s = _charge_plans(gpu, runners)
+    engine = open_engine(model)
+    decoding = Decoding(engine, random_requests(model, requests, PROMPT, 10 * (steps + WARM_UP)))
+    before = use_sums(model)  # not in between: reading ends captured decoding, for a step
+    for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            gpu.reset()
+            planned_s, began_s = plan_s(), gpu.now_s
+        script.next_step()
+        decoding.step()
+    timed = _timed(gpu, steps, began_s, plan_s() - planned_s)
+    uses = {name: count / (WARM_UP + steps) for name, count in use_sums(model, since=before).items()}
+    engine.batcher.close()
+    return StepTimes(
+        **timed,
+        hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
+        fetches=uses["misses"] + uses["prefetches"],
+        layers=len(runners),
+        expert_bytes=expert_bytes,
+    )
+
+
+def _timed(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float) -> dict[str, Any]:
+    """What the device has seen until now, by step."""
+    ended_s, syncs, launched = gpu.now_s, sum(gpu.syncs.values()), _launches(gpu)
+    kernels: Counter[str] = Counter()
+    for (owner, _), count in gpu.kernels.items():
+        kernels[owner] += count
+    gpu.timeline.run(float("inf"))
+    bounds = bounds_of(gpu.timeline.operations, gpu.waits, gpu.spec, began_s, ended_s)
+    launch_s = gpu.spec.launch_s
+    return {
+        "step_s": bounds.total / steps,
+        "by_reason": {name: seconds / steps for name, seconds in bounds.by_reason.items()},
+        "host_s": (launched.total() * launch_s + planned_s) / steps,
+        "our_host_s": (launched["epslots"] * launch_s + planned_s) / steps,
+        "link_busy_s": bounds.link_busy / steps,
+        "kernels": {owner: count / steps for owner, count in kernels.items()},
+        "syncs": syncs / steps,
+    }
+
+
+def _launches(gpu: SimulatedMachine) -> Counter[str]:
+    """The host's launches by owner; a graph's operations, which are queued at one moment, are one."""
+    found: Counter[str] = Counter()
+    last_s = -1.0
+    for operation in gpu.timeline.operations:
+        if operation.engine and operation.queued_s > last_s:
+            found[operation.owner] += 1
+            last_s = operation.queued_s
+    return found
+
+
+def _charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callable[[], float]:
+    """Let plans take the host's time; returns the seconds that they have taken so far."""
+    taken = [0.0]
+
+    def charged(plan: Callable[[Gathered], RankPlan]) -> Callable[[Gathered], RankPlan]:
+        def run(gathered: Gathered) -> RankPlan:
+            found = plan(gathered)
+            seconds = PLAN_MISSES_S if any(len(one.fetch_experts) for one in found.passes) else PLAN_S
+            gpu.spend(seconds)
+            taken[0] += seconds
+            return found
+
+        return run
+
+    for runner in runners:
+        replaced: Any = runner
+        replaced.plan = charged(runner.plan)
+    return lambda: taken[0]

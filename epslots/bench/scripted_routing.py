@@ -1,0 +1,150 @@
+"""Routing with a given hit rate, and predictions with a given recall, on a model whose weights are random.
+
+Before each step a script chooses, for every layer, which of a token's experts are in slots and which are missing. The routers
+and the predictor compute as ever; what they find is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from epslots.arrays import BoolArray, IntArray
+from epslots.models.experts import RUNNER, experts_modules
+from epslots.moe.moe_layer import MoELayer
+from epslots.moe.prefetcher import Prefetcher, UsagePredictor
+from epslots.runtime import runtime_of
+from epslots.simulated_gpu.machine import SimulatedMachine
+from epslots.simulated_gpu.tensors import memory_of
+
+# Experts that were used longest ago may be evicted within the step, for guesses: no hit is chosen among this share of them.
+_MAY_GIVE_WAY = 0.25
+_SURE, _GUESSED = 255, 220  # of 255: how likely an expert is used
+
+
+class ScriptedRouting:
+    """Chooses the experts of steps with so many tokens; in steps of other lengths the routers do.
+
+    Args:
+        model: on a simulated GPU.
+        tokens: of a step.
+        hit_rate: share of a token's experts that are in slots, or on their way there, when a step begins.
+        recall: share of a layer's experts that are predicted in the layer before.
+    """
+
+    def __init__(
+        self,
+        gpu: SimulatedMachine,
+        model: PreTrainedModel,
+        *,
+        tokens: int,
+        top_k: int,
+        hit_rate: float,
+        recall: float,
+        seed: int = 0,
+    ) -> None:
+        runtime = runtime_of(model)
+        self._gpu, self._runtime = gpu, runtime
+        self._hit_rate, self._recall = hit_rate, recall
+        self._random = np.random.default_rng(seed)
+        self.active = False
+        device = runtime.runners[0].cache.pool.device
+        layers = [runner.cache.num_experts for runner in runtime.runners]
+        self.ids = [torch.zeros(tokens, top_k, dtype=torch.int64, device=device) for _ in layers]
+        self._usage = [torch.zeros(count, dtype=torch.int32, device=device) for count in layers]
+        for number, module in enumerate(experts_modules(model).values()):
+            setattr(module, RUNNER, _ScriptedLayer(self, runtime.runners[number]))
+        for runner, following in zip(runtime.runners, [*runtime.runners[1:], runtime.runners[0]], strict=True):
+            if runner.prefetcher is not None and runtime.predictor is not None:
+                predictor = _ScriptedPredictor(runtime.predictor, self)
+                runner.prefetch_by(Prefetcher(runner.index, following.prefetch_target, predictor))
+
+    def next_step(self) -> None:
+        """Choose the experts of a step."""
+        self.active = True
+        for number, runner in enumerate(self._runtime.runners):
+            _write(self._gpu, self.ids[number], self._choose(runner, self.ids[number].shape))
+        following = [*self.ids[1:], self.ids[0]]  # the last layer predicts the first of a step to come
+        for usage, ids in zip(self._usage, following, strict=True):
+            _write(self._gpu, usage, self._predict(ids, len(usage)))
+
+    def _choose(self, runner: MoELayer, shape: Sequence[int]) -> IntArray:
+        resident_E = self._resident(runner)
+        recent, missing = np.flatnonzero(resident_E), np.flatnonzero(~resident_E)
+        if not runner.slots_are_lent:  # while the device decides, nothing is fetched ahead
+            recent = recent[np.argsort(runner.history.last_use[recent])[int(len(recent) * _MAY_GIVE_WAY) :]]
+        tokens, top_k = shape
+        found = []
+        for _ in range(tokens):
+            misses = min(int(self._random.binomial(top_k, 1 - self._hit_rate)), len(missing))
+            hits = min(top_k - misses, len(recent))
+            chosen = [self._random.choice(recent, hits, replace=False), self._random.choice(missing, misses, replace=False)]
+            others = np.setdiff1d(np.arange(runner.cache.num_experts), np.concatenate(chosen))
+            found.append(np.concatenate([*chosen, others[: top_k - hits - misses]]))
+        return np.array(found, np.int64)
+
+    def _resident(self, runner: MoELayer) -> BoolArray:
+        """The experts in slots, or on their way there: by the host's table, or by the device's where that decides."""
+        if not runner.slots_are_lent:
+            return runner.cache.resident_E
+        pool, layer = self._runtime.place_of(runner.index)
+        return _read(self._gpu, pool.slot_of_device[layer])[: runner.cache.num_experts] >= 0
+
+    def _predict(self, ids: torch.Tensor, experts: int) -> NDArray[np.int32]:
+        true = np.unique(_read(self._gpu, ids))
+        kept = self._random.random(len(true)) < self._recall
+        others = np.setdiff1d(np.arange(experts), true)
+        wrong = self._random.choice(others, min(int((~kept).sum()), len(others)), replace=False)
+        usage = np.zeros(experts, np.int32)
+        usage[true[kept]], usage[wrong] = _SURE, _GUESSED
+        return usage
+
+    def usage_after(self, layer: int) -> torch.Tensor:
+        """How likely the next layer uses each expert, as the script has it."""
+        return self._usage[layer]
+
+
+class _ScriptedLayer:
+    """A layer's runner, given the script's experts."""
+
+    def __init__(self, script: ScriptedRouting, runner: MoELayer) -> None:
+        self._script, self._runner = script, runner
+
+    def __call__(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        ids = self._script.ids[self._runner.index]
+        scripted = self._script.active and index_TK.shape == ids.shape
+        return self._runner(hidden_TH, ids if scripted else index_TK, weights_TK)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
+class _ScriptedPredictor:
+    """A predictor that computes as ever, and then tells what the script has."""
+
+    def __init__(self, predictor: UsagePredictor, script: ScriptedRouting) -> None:
+        self._predictor, self._script = predictor, script
+
+    def usage(self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
+        found = self._predictor.usage(layer, hidden_TH, index_TK)
+        return self._script.usage_after(layer) if self._script.active and found is not None else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._predictor, name)
+
+
+def _write(gpu: SimulatedMachine, tensor: torch.Tensor, values: NDArray[Any]) -> None:
+    """Change a tensor's memory from outside of the simulation: no copy, and no time."""
+    with gpu.computing_kernel():
+        memory_of(tensor).copy_(torch.from_numpy(values))
+
+
+def _read(gpu: SimulatedMachine, tensor: torch.Tensor) -> IntArray:
+    with gpu.computing_kernel():
+        found: IntArray = memory_of(tensor).numpy().copy()
+    return found

@@ -1,0 +1,146 @@
+"""Predicted time a token on GPUs that aren't here: the real sequence of operations, timed by a simulated device's clock.
+
+The model has the true layers, experts and choices, and tiny widths; kernels and copies take the time of the true widths by
+data sheets (``gpu_spec.py``). Routing has the hit rates of recorded traces. A prediction is no measurement: kernels that reach
+less than the data sheet's rates, and a slower or faster host, change it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, Run, StepTimes, predicted_steps
+from epslots.bench.report import MS, BenchReport
+from epslots.errors import ConfigError
+from epslots.models.known_shapes import known_model
+from epslots.simulated_gpu.gpu_spec import GPUS, GpuSpec
+
+# Hit rates of the default policy, without prefetching, by share of slots: the shipped model on text (``bench sweep``), and
+# DeepSeek-V2-Lite's 64 experts, top-6, on a recorded routing trace.
+HIT_RATES = {
+    "shipped model": {0.125: 0.308, 0.25: 0.701, 0.5: 0.924, 0.75: 0.967},
+    "DeepSeek-V2-Lite": {0.125: 0.335, 0.25: 0.512, 0.5: 0.741, 0.75: 0.902},
+}
+
+Rows = list[dict[str, Any]]
+
+
+def bench_timeline(
+    report: BenchReport,
+    cache_dir: Path,
+    *,
+    gpu: str = "h100",
+    model: str = "qwen3-30b-a3b",
+    slots: str = "25%,50%,100%",
+    rounds: int = 8,
+    layers: int | None = None,
+) -> None:
+    """Decoding of one request with each share of slots, on simulated GPUs.
+
+    Args:
+        gpu: of ``GPUS``; several with commas between them.
+        model: a known model of one of ``tiny_twin.ARCHITECTURES``.
+        slots: shares of the experts, with commas between them.
+        rounds: steps that are timed.
+        layers: of the model that is run; None = as many as it has.
+
+    Raises:
+        ConfigError: an argument is not one of those allowed.
+    """
+    specs = [_spec(name.strip()) for name in gpu.split(",")]
+    shares = [_share(part) for part in slots.split(",")]
+    _, skeleton = known_model(model)
+    if skeleton is None:
+        raise ConfigError(f"model={model!r}: transformers has no such model to run")
+    report.result |= {"predicted": True, "model": model}
+    report.table("costs, by data sheets and estimates", [_costs_row(spec) for spec in specs])
+    found: dict[str, tuple[Rows, Rows]] = {}
+    with predicted_steps(skeleton.config, cache_dir, layers=layers, steps=rounds) as run:
+        for spec in specs:
+            found[spec.name] = _predict(partial(run, spec), shares)
+    for name, (rows, reasons) in found.items():
+        report.table(f"PREDICTED: one request of {model} on one {name}", rows)
+        report.table(f"PREDICTED: ms a token on {name}, by what bounds them", reasons)
+
+
+def _predict(run: Run, shares: list[float]) -> tuple[Rows, Rows]:
+    """Rows of both tables of one kind of GPU."""
+    rows: Rows = []
+    reasons: Rows = []
+    for path, captured in (("captured", True), ("usual", False)):
+        resident = run(1.0, captured=captured)
+        for share, source, hit_rate in _runs(shares):
+            found = resident if share == 1 else run(share, hit_rate=hit_rate, captured=captured)
+            name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source}
+            rows.append(name | _row(found, resident))
+            reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
+    return rows, reasons
+
+
+def _runs(shares: list[float]) -> list[tuple[float, str, float]]:
+    """Share of slots, origin of the hit rate, and hit rate of each run."""
+    return [
+        (share, source, _hit_rate(rates, share))
+        for share in shares
+        for source, rates in (HIT_RATES.items() if share < 1 else [("any", {})])
+    ]
+
+
+def _spec(name: str) -> GpuSpec:
+    if name not in GPUS:
+        raise ConfigError(f"gpu={name!r}: allowed: {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def _share(text: str) -> float:
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = 0.0
+    if not percent or rest or not 0 < share <= 1:
+        raise ConfigError(f"slots={text!r}: allowed: shares of the experts, such as 25%,50%,100%")
+    return share
+
+
+def _hit_rate(rates: dict[float, float], share: float) -> float:
+    """Between the recorded shares, on a straight line; 0 without slots, 1 with all."""
+    return float(np.interp(share, [0, *rates, 1], [0, *rates.values(), 1]))
+
+
+def _costs_row(spec: GpuSpec) -> dict[str, Any]:
+    return {
+        "GPU": spec.name,
+        "HBM GB/s": spec.memory_rate / 1e9,
+        "bf16 TFLOPS": spec.flops / 1e12,
+        "link GB/s": spec.link_rate / 1e9,
+        "launch us": spec.launch_s * 1e6,
+        "shortest kernel us": spec.kernel_s * 1e6,
+        "wake us": spec.wake_s * 1e6,
+        "plan us": PLAN_S * 1e6,
+        "plan with misses us": PLAN_MISSES_S * 1e6,
+    }
+
+
+def _row(found: StepTimes, resident: StepTimes) -> dict[str, Any]:
+    return {
+        "hit rate": found.hit_rate,
+        "ms a token": found.step_s * MS,
+        "tokens/s": 1 / found.step_s,
+        "over all resident": resident.step_s / found.step_s,
+        "bound by": found.bound_by,
+        "host-bound": (found.by_reason["host"] + found.by_reason["sync"]) / found.step_s,
+        "our share of host": found.our_host_s / found.host_s,
+        "our kernels a layer": found.kernels.get("epslots", 0.0) / found.layers,
+        "syncs a layer": found.syncs / found.layers,
+        "MB over the link": found.fetches * found.expert_bytes / 1e6,
+        "link busy": found.link_busy_s / found.step_s,
+    }
+
+
+def _reasons(found: StepTimes) -> dict[str, float]:
+    return {name: seconds * MS for name, seconds in found.by_reason.items()}

@@ -1,0 +1,176 @@
+"""A model's slots while the device decides about them, instead of the host's plans.
+
+An engine takes them for a row of captured steps (``generation/captured_decoding.py``), and gives them back before any other
+step. ``device_slots.py`` has the decision itself.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from epslots.cache.expert_loader import ExpertLoader
+from epslots.cuda_graph.device_slots import (
+    DEFAULT_DEVICE_POLICY,
+    DeviceExperts,
+    DeviceSlots,
+    Kernels,
+    TorchKernels,
+    slots_obstacle,
+)
+from epslots.cuda_graph.missed_steps import MissedSteps
+from epslots.errors import ConfigError
+from epslots.moe.moe_layer import MoELayer
+from epslots.runtime import Runtime
+
+
+def device_obstacle(runtime: Runtime, pairs: int) -> str | None:
+    """Why the device can't decide about some slots, as a sentence's end; None if it can about all.
+
+    Args:
+        pairs: the most (token, k) pairs of a step.
+    """
+    if any(runner.prefetcher is not None and runner.prefetcher.approximate for runner in runtime.runners):
+        return "predicted experts are executed"
+    if any(runner.experts.kernel.batch_invariant for runner in runtime.runners):
+        return "batch-invariant products are laid out on the host"
+    if any(runner.experts.kernel.waits_for_host for runner in runtime.runners):
+        return "grouped products wait for the host: torch has no kernel for this GPU and dtype, and triton isn't installed"
+    return next((why for loader in runtime.loaders if (why := slots_obstacle(loader, pairs)) is not None), None)
+
+
+def most_rows(runtime: Runtime) -> int | None:
+    """Tokens of a step that can't need more experts than any layer has slots; None = any number."""
+    pools = [loader.pool for loader in runtime.loaders]
+    fewest = [pool.quotas[layer] for pool in pools for layer in range(len(pool.layers)) if not pool.holds_all_of(layer)]
+    return min(fewest) // runtime.plan.shape.top_k if fewest else None
+
+
+def kernels_for(loader: ExpertLoader) -> Kernels:
+    """The kernels that decide about a pool's slots on its device."""
+    if loader.pool.device.type == "cpu":
+        return TorchKernels(loader)
+    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and used on GPUs alone
+
+    return TritonKernels(loader)
+
+
+class LentSlots:
+    """All slots of a model, taken from the host's plans and given back to them.
+
+    While they are taken, nothing is prefetched, and readers of the model's statistics have them given back first.
+
+    Args:
+        pairs: the most (token, k) pairs of a step. There must be no ``device_obstacle`` to them.
+        policy: the eviction policy on the device. No output depends on it.
+
+    Attributes:
+        taken: whether the device decides.
+        lock: held by a thread from ``take`` to the end of its step, and by one that gives the slots back.
+    """
+
+    def __init__(self, runtime: Runtime, pairs: int, *, policy: str = DEFAULT_DEVICE_POLICY) -> None:
+        self._runtime, self._pairs, self._policy = runtime, pairs, policy
+        self.taken = False
+        self.lock = threading.RLock()
+        self._starts: list[tuple[int, ...]] = []
+        self._slots: list[DeviceSlots | None] = []
+        self._experts: list[DeviceExperts] = []
+        self._missed_steps: MissedSteps | None = None
+        self._replays = 0
+        self._real = torch.full((1,), pairs, dtype=torch.int64, device=runtime.telemetry.device)
+
+    def take(self) -> bool:
+        """Let the device decide from now on; a no-op if it does.
+
+        Returns:
+            Whether the layers' ranges have changed since the last time, or were unknown: what was captured is then void.
+
+        Raises:
+            ConfigError: somebody else has taken them.
+        """
+        if self.taken:
+            return False
+        runners, loaders = self._runtime.runners, self._runtime.loaders
+        if any(runner.slots_are_lent for runner in runners):
+            raise ConfigError("another engine decodes with this model's slots; end its requests before")
+        starts = [loader.pool.starts for loader in loaders]
+        changed = starts != self._starts
+        if changed:
+            self._starts = starts
+            self._build()
+        for slots, loader in zip(self._slots, loaders, strict=True):
+            if slots is not None:
+                rows = [runners[index] for index in loader.store_layers]
+                slots.enter([row.history for row in rows], [row.steps for row in rows])
+        for runner, experts in zip(runners, self._experts, strict=True):
+            runner.lend_slots(experts)
+        self._runtime.telemetry.settle = self.give_back
+        self.taken = True
+        return changed
+
+    def _build(self) -> None:
+        """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present slots."""
+        self._slots, stand_ins = [], {}
+        for loader in self._runtime.loaders:
+            pool = loader.pool
+            misses = [layer for layer in range(len(pool.layers)) if not pool.holds_all_of(layer)]
+            slots = DeviceSlots(loader, kernels_for(loader), self._pairs, policy=self._policy) if misses else None
+            self._slots.append(slots)
+            for layer, index in enumerate(loader.store_layers):
+                inner = self._runtime.runners[index].experts
+                stand_ins[index] = DeviceExperts(inner, slots if layer in misses else None, layer, self._real)
+        self._experts = [stand_ins[index] for index in range(len(stand_ins))]
+        counters = [slots.misses_L for slots in self._slots if slots is not None]
+        self._missed_steps = MissedSteps(counters) if counters else None
+
+    def begin_step(self, rows_1: torch.Tensor) -> None:
+        """Begin a step in which only the first rows count, int64 [1] on the device: others repeat them. May be captured."""
+        torch.mul(rows_1, self._runtime.plan.shape.top_k, out=self._real)
+
+    def end_step(self) -> None:
+        """Count a step on the device; may be captured."""
+        if self._missed_steps is not None:
+            self._missed_steps.end_step()
+
+    def count_replay(self) -> None:
+        """Count a step that went through no Python."""
+        self._replays += 1
+
+    def give_back(self) -> None:
+        """Let the host's plans decide again, by tables and histories as the device leaves them; a no-op if they do.
+
+        Synchronises with the device.
+        """
+        with self.lock:
+            if self.taken:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        self.taken = False
+        runners, telemetry = self._runtime.runners, self._runtime.telemetry
+        telemetry.settle = None
+        for runner in runners:
+            runner.take_slots_back()
+        replays, self._replays = self._replays, 0
+        missed = 0 if self._missed_steps is None else self._missed_steps.take()
+        telemetry.count_steps(steps=replays, missed=missed)
+        for runner, experts in zip(runners, self._experts, strict=True):
+            if experts.calls:
+                telemetry.count(runner.index, steps=replays, passes=replays)
+        for slots, loader in zip(self._slots, self._runtime.loaders, strict=True):
+            if slots is not None:
+                self._hand_back(slots, loader, [runners[index] for index in loader.store_layers])
+
+    def _hand_back(self, slots: DeviceSlots, loader: ExpertLoader, rows: list[MoELayer]) -> None:
+        """Copy the histories and counters of a pool's layers from the device."""
+        telemetry = self._runtime.telemetry
+        steps, tallies = slots.leave([row.history for row in rows])
+        for row, step, tally in zip(rows, steps, tallies, strict=True):
+            if not tally.steps:
+                continue
+            row.steps = step
+            # While a graph replays, every use counts as a hit.
+            telemetry.count(row.index, hits=-tally.misses, misses=tally.misses)
+            telemetry.count(row.index, host_bytes=tally.misses * loader.pool.layout.nbytes, evictions=tally.evictions)

@@ -1,0 +1,212 @@
+"""Captured decoding: a batcher's decoding passes as CUDA graphs, one for each padded size, replayed by one call.
+
+A forward pass launches some thousand small kernels, and waits for the host once a layer where experts may be missing. A
+captured one reads and writes tensors that stay in place (``static_step.py``), and lets the device decide about slots
+(``cuda_graph/lent_slots.py``). The 1st pass of a size runs uncaptured, which compiles kernels; the 2nd is captured, and
+replayed like all later ones. Choosing tokens, delivering and stopping stay the batcher's, after the replay.
+
+Only for one rank on CUDA, and while every running request decodes: prompts have no fixed shape. A pass of more rows than slots
+could serve, or while routes are observed, takes the usual path; so do all passes where ``CapturedDecoding.obstacle`` is set.
+Capturing follows PyTorch's notes on CUDA graphs; decisions and copies within the graph are an idea of FreeToken's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from epslots.cuda_graph.lent_slots import LentSlots, device_obstacle, most_rows
+from epslots.generation.row_cache import Row, RowCache
+from epslots.generation.row_support import RowSupport
+from epslots.generation.static_step import StaticStep
+from epslots.runtime import plan_of, runtime_of
+
+logger = logging.getLogger(__name__)
+
+# Positions that the smallest graph reads of a row; the others read twice as many each.
+LEAST_SPAN = 64
+# By the model type of the text model: some of its layers ask the host for values in each step.
+_ASKS_THE_HOST = {"qwen4_exp_text"}
+
+Call = Callable[[Mapping[str, Any]], torch.Tensor]
+"""Calls the model by its inputs' names; returns the last tokens' logits [B, 1, V]."""
+
+
+def capture_obstacle(model: PreTrainedModel, cache: RowCache, support: RowSupport) -> str | None:
+    """Why no decoding pass of a model can be captured, as a sentence's end; None if nothing is known to be in the way."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
+    found = _obstacle(model, cache, support)
+    if found is not None:
+        logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
+    return found
+
+
+def _obstacle(model: PreTrainedModel, cache: RowCache, support: RowSupport) -> str | None:
+    if plan_of(model) is None:
+        return "epslots.load didn't return it"
+    if support.rotaries or not support.together or not cache.all_pooled:
+        return "some of its layers are computed row by row"
+    if model.config.get_text_config().model_type in _ASKS_THE_HOST:
+        return "some of its layers ask the host for values"
+    return device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
+
+
+class CapturedDecoding:
+    """The decoding passes of one batcher.
+
+    Args:
+        call: runs the model.
+        most: rows of a pass, at most.
+        obstacle: why nothing is captured; None if it may be.
+
+    Attributes:
+        obstacle: as given; or found out by a capture that failed.
+        replays: passes that were replayed so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: RowCache, call: Call, *, most: int, obstacle: str | None) -> None:
+        self._model, self._cache, self._call = model, cache, call
+        self._requests = self._most = most
+        self._lent: LentSlots | None = None
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._pool: Any = None
+        self.obstacle, self.replays = obstacle, 0
+
+    def takes(self, rows: int) -> bool:
+        """Whether the next pass, of so many rows, can be made here."""
+        if self.obstacle is not None or any(runner.observed for runner in runtime_of(self._model).runners):
+            return False
+        if self._lent is None or not self._lent.taken:
+            self._open()
+        return self._lent is not None and rows <= self._most
+
+    def _open(self) -> None:
+        """Look at the layers' slots as they are now: layers may have passed some, and a group may have formed."""
+        runtime = runtime_of(self._model)
+        limit = most_rows(runtime)
+        most = self._requests if limit is None else min(self._requests, limit)
+        pairs = most * runtime.plan.shape.top_k
+        if not most or device_obstacle(runtime, pairs) is not None:
+            self._lent = None
+        elif self._lent is None or most != self._most:
+            self._lent, self._most = LentSlots(runtime, pairs), most
+            self._graphs.clear()
+
+    def logits(self, rows: Sequence[Row], tokens: Sequence[int]) -> torch.Tensor | None:
+        """The logits after one new token of each row, [B, 1, V]; overwritten by the next pass. Nothing is kept yet.
+
+        Returns:
+            None if the pass can't be captured: it has to be made in the usual way.
+        """
+        assert self._lent is not None, "takes() comes first"
+        with self._lent.lock:
+            if self._lent.take():
+                self._graphs.clear()
+            try:
+                found = self._graph(rows).run(rows, tokens)
+            except _CaptureError as error:
+                self.obstacle = str(error)
+                logger.warning("%s decodes uncaptured: %s", type(self._model).__name__, error)
+                self.give_back()
+                return None
+        return found[: len(rows)]
+
+    def _graph(self, rows: Sequence[Row]) -> _Graph:
+        size = min(1 << (len(rows) - 1).bit_length(), self._most)
+        longest = max(row.length for row in rows) + 1
+        span = max(LEAST_SPAN, 1 << (longest - 1).bit_length())
+        if (size, span) not in self._graphs:
+            assert self._lent is not None
+            self._graphs[size, span] = _Graph(self, StaticStep(self._cache, size, span), self._lent)
+        return self._graphs[size, span]
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        """Keep the tokens and states of the pass that was made last."""
+        self._graph(rows).keep_states()
+        self._cache.take(rows, 1)
+
+    def give_back(self) -> None:
+        """Let the host's plans decide about slots again, for a pass of the usual kind; a no-op if they do."""
+        if self._lent is not None:
+            self._lent.give_back()
+
+    def close(self) -> None:
+        """Free the graphs, and give the slots back."""
+        self.give_back()
+        self._graphs.clear()
+
+
+class _CaptureError(Exception):
+    """A pass can't be captured."""
+
+
+class _Graph:
+    """The passes of one padded size."""
+
+    def __init__(self, owner: CapturedDecoding, step: StaticStep, lent: LentSlots) -> None:
+        self._owner, self._step, self._lent = owner, step, lent
+        self._warm = False
+        self._pass: torch.cuda.CUDAGraph | None = None
+        self._states: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+
+    def run(self, rows: Sequence[Row], tokens: Sequence[int]) -> torch.Tensor:
+        self._step.begin(rows, tokens)
+        if not self._warm:
+            self._warm = True
+            return self._forward()
+        if self._pass is None:
+            self._capture()
+        else:
+            self._lent.count_replay()
+            self._owner.replays += 1
+        assert self._pass is not None and self._logits is not None
+        self._pass.replay()
+        return self._logits
+
+    @torch.no_grad()
+    def _forward(self) -> torch.Tensor:
+        self._lent.begin_step(self._step.count_1)
+        with self._step.inputs() as inputs:
+            logits = self._owner._call(inputs)
+        self._lent.end_step()
+        return logits
+
+    def _capture(self) -> None:
+        """Capturing runs nothing: cache and slots stay unchanged."""
+        try:
+            whole = torch.cuda.CUDAGraph()
+            with self._capturing(whole):
+                self._logits = self._forward()
+            if self._step.new_states:
+                self._states = torch.cuda.CUDAGraph()
+                with self._capturing(self._states):
+                    self._step.keep_states()
+        except RuntimeError as error:
+            raise _CaptureError(f"a decoding pass can't be captured ({error})") from error
+        self._pass = whole
+
+    @contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """All graphs share their memory: one is replayed at a time. Other threads may go on using the GPU."""
+        owner = self._owner
+        if owner._pool is None:
+            owner._pool = torch.cuda.graph_pool_handle()
+        with (
+            torch.cuda.device(owner._model.device),
+            torch.cuda.graph(graph, pool=owner._pool, capture_error_mode="thread_local"),
+        ):
+            yield
+
+    def keep_states(self) -> None:
+        """Make the states of the pass those of the rows."""
+        if self._states is None:
+            self._step.keep_states()
+        else:
+            self._states.replay()

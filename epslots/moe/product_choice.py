@@ -1,0 +1,72 @@
+"""Which implementation multiplies experts: the one predicate that layers, captured decoding and plans ask.
+
+torch's grouped product (``F.grouped_mm``) is a kernel for bf16 on compute capabilities 9 and 10 alone, with aligned strides
+and less than 1,024 groups (``_grouped_mm_cuda`` in torch 2.13). Elsewhere on CUDA it reads the groups on the host, waits for
+that, and loops over all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+
+from epslots.cache.unpacking import PackedWeight, Weight
+from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm, matrices, suits_torch
+from epslots.moe.kernel_gemm import KernelGemm, Products
+
+_TORCH_MAJORS = (9, 10)
+_TORCH_GROUPS = 1024
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Product(Enum):
+    """An implementation of grouped products."""
+
+    TORCH = "torch's"
+    KERNEL = "our kernel"
+    BY_SLOT = "a loop on the host"
+    """Slot by slot: batch-invariant, packed, or where neither of the others can; on CUDA it waits for the device."""
+
+
+def choose_product(weights: Sequence[Weight], *, batch_invariant: bool = False) -> Product:
+    """The implementation for an experts module, by its weights' device, dtype and strides.
+
+    Args:
+        weights: its matrices [Q, in, out] in a layer's range of slots.
+        batch_invariant: whether each row's bits must be independent of the others.
+    """
+    first, down = weights
+    if batch_invariant or isinstance(first, PackedWeight) or isinstance(down, PackedWeight):
+        return Product.BY_SLOT
+    if first.device.type != "cuda":
+        return Product.TORCH
+    major = torch.cuda.get_device_capability(first.device)[0]
+    has_kernel = major in _TORCH_MAJORS and first.dtype == torch.bfloat16 and len(first) < _TORCH_GROUPS
+    if has_kernel and suits_torch(first) and suits_torch(down):
+        return Product.TORCH
+    if first.dtype in _KERNEL_DTYPES and importlib.util.find_spec("triton") is not None:
+        return Product.KERNEL
+    return Product.BY_SLOT
+
+
+def make_gemm(module: Any, weights: Mapping[str, Weight], *, batch_invariant: bool = False) -> GroupedGemm:
+    """Computes the experts of a layer's range of slots; arguments as of ``GroupedGemm``."""
+    product = choose_product(matrices(module, weights), batch_invariant=batch_invariant)
+    gemm: GroupedGemm
+    if product is Product.KERNEL:
+        gemm = KernelGemm(module, weights, kernel_products())
+    else:
+        gemm = (BatchInvariantGemm if batch_invariant else GroupedGemm)(module, weights)
+    gemm.waits_for_host = product is Product.BY_SLOT and gemm.matrices[0].device.type == "cuda"
+    return gemm
+
+
+def kernel_products() -> Products:
+    """Our kernels for GPUs."""
+    from epslots.moe.grouped_kernel import TritonProducts  # optional, and used on GPUs alone
+
+    return TritonProducts()
