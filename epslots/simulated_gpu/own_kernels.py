@@ -98,18 +98,18 @@ class SimulatedKernels:
 
     def copy(self, layer: DeviceLayer, missing: Missing) -> None:
         pool, store = self._loader.pool, self._loader.store
-        window = pool.memory[pool.slot_range(layer.number)]
+        slot_range = pool.memory[pool.slot_range(layer.number)]
         store_layer = self._loader.store_layers[layer.number]
 
         def copy_records(experts_M: torch.Tensor, slots_M: torch.Tensor, count: torch.Tensor, memory: torch.Tensor) -> None:
             for expert, slot in list(zip(experts_M.tolist(), slots_M.tolist(), strict=True))[: int(count)]:
                 memory[slot - layer.start].copy_(store.record(store_layer, expert))
 
-        sizes, slot, count = current_machine().sizes, memory_of(window[0]), memory_of(missing.count)
+        sizes, slot, count = current_machine().sizes, memory_of(slot_range[0]), memory_of(missing.count)
 
         def link_bytes() -> int:
             return int(count) * sizes.nbytes(slot)
 
-        arguments = missing.expert_M, missing.slot_M, missing.count, window
+        arguments = missing.expert_M, missing.slot_M, missing.count, slot_range
         read = arguments[:3]
-        launch_kernel("copy_missing", copy_records, *arguments, reads=read, writes=[window], moves=read, link_bytes=link_bytes)
+        launch_kernel("copy_missing", copy_records, *arguments, reads=read, writes=[slot_range], moves=read, link_bytes=link_bytes)

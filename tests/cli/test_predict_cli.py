@@ -134,7 +134,7 @@ def test_recall_of_the_shipped_predictor(example: Any, held_out: torch.Tensor):
         if fitted.history:
             before = torch.nn.functional.pad(rows.unflatten(0, (-1, 128)), (0, 0, 1, 0))[:, :-1].flatten(0, 1)
             rows = torch.cat([rows, before], 1)
-        logits = fitted.to(torch.device("cpu"), torch.float32).logits(rows)
+        logits = fitted.to(torch.device("cpu"), torch.float32).scores(rows)
         recall.append(count_recalled(logits, seen[layer + 1].index_NK) / seen[layer + 1].index_NK.numel())
     at_k, at_2k = torch.stack(recall).mean(0).tolist()
     assert at_k >= 0.82 and at_2k >= 0.96

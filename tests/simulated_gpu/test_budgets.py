@@ -62,7 +62,7 @@ def test_misses_wait_for_the_counts_alone(checkpoint: Callable[[str], Path], sha
         decode(gpu, model, STEPS)
         assert kernels_of(gpu)["epslots"] <= 12 * STEPS * LAYERS, kernels_by_line(gpu)
         assert waits_of(gpu) == {"peers.py": STEPS * LAYERS}
-        assert {line.rpartition(":")[0] for line in uploads_of(gpu)} == {"epslots/cache/unpacking.py"}
+        assert {line.rpartition(":")[0] for line in uploads_of(gpu)} == {"epslots/cache/copy_engine.py"}
         assert gpu.kernels["epslots", "bitwise_or"] <= STEPS * LAYERS, "one upload"
         assert gpu.races == []
 

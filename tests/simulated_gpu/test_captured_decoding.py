@@ -121,8 +121,8 @@ def test_prompts_and_many_rows_take_the_usual_path(checkpoint: Callable[[str], P
             if len(passes) in (0, 6, 8, 10, 12):
                 batcher.add(waiting.pop(0))
             before = batcher.stats().replayed_steps
-            assert batcher.prepare() and batcher._pass is not None
-            rows, decodes = len(batcher._pass.rows), batcher._pass.decodes
+            assert batcher.prepare() and batcher._batch is not None
+            rows, decodes = len(batcher._batch.rows), batcher._batch.decodes
             batcher.step()
             passes.append((rows, decodes, batcher.stats().replayed_steps - before))
             for output in batcher.outputs():
