@@ -27,6 +27,7 @@ import llvmlite
 import llvmlite.binding
 import numba
 from numba.core import config
+from numba.core.ccallback import CFunc
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator, UserWideCacheLocator
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
@@ -129,6 +130,20 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
     return keep
 
 
+def callback(signature: str) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function as ``compiled`` does, for callers in C: its ``address`` is valid after ``prepare``.
+
+    It must raise nothing: such an error is printed and goes no further.
+    """
+
+    def keep(function: Callable[..., None]) -> Any:
+        called = CFunc(function, normalize_signature(signature), locals={}, options={})
+        _waiting.append((called, signature))
+        return called
+
+    return keep
+
+
 def inlined(function: _Function) -> _Function:
     """Compile a function into each compiled function that calls it, as if its body stood there."""
     return cast(_Function, register_jitable(inline="always")(function))
@@ -173,7 +188,11 @@ def _load_kept() -> None:
 
 def _compile_next() -> None:
     dispatcher, signature = _waiting[0]
-    if getattr(dispatcher, "_can_compile", False):  # not interrupted here before; and NUMBA_DISABLE_JIT isn't set
+    if isinstance(dispatcher, CFunc):
+        with contextlib.suppress(RuntimeError, OSError):
+            dispatcher._cache = _Cache(dispatcher._pyfunc)
+        dispatcher.compile()
+    elif getattr(dispatcher, "_can_compile", False):  # not interrupted here before; and NUMBA_DISABLE_JIT isn't set
         # Without a place to keep the code, it is compiled all the same.
         with contextlib.suppress(RuntimeError, OSError):
             dispatcher._cache = _Cache(dispatcher.py_func)

@@ -1,5 +1,6 @@
 """The arithmetic of experts: rows sorted by slot in, rows through their experts out.
 
+On a CPU, ``vector_gemm.py`` computes the products where it can, and where that is faster; otherwise torch does.
 ``expert_compute.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``BatchInvariantGemm`` is the
 class for models that are loaded with ``batch_invariant=True``.
 """
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from epslots.moe import vector_gemm
 from epslots.moe.batch_invariant import batch_invariant_functions
 from epslots.moe.row_blocks import product
 
@@ -19,6 +21,8 @@ from epslots.moe.row_blocks import product
 STRIDE_BYTES = 16
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Activations that vector_gemm.py computes within the product, by the names of torch's and transformers' classes.
+_FUSED = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 
 Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [Q, in, out], ends int32 [Q]) to [N, out]: where the rows of each slot end."""
@@ -48,6 +52,10 @@ class GroupedGemm:
         self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
+        self._fused = _fused_activation(module)
+        self._has_vectors = not self._transposed and all(
+            vector_gemm.fits(weights[name]) for name in (self._first_name, "down_proj")
+        )
         self._matmul = self._choose_matmul()
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
@@ -70,12 +78,27 @@ class GroupedGemm:
         Returns:
             [N, H] in the weights' dtype.
         """
-        result = self._matmul(rows_NH.to(self.dtype), self._first, ends_Q)
+        rows_NH = rows_NH.to(self.dtype)
+        if self._has_vectors and self._prefers_vectors(rows_NH):
+            return self._by_vectors(rows_NH, ends_Q)
+        result = self._matmul(rows_NH, self._first, ends_Q)
         if self._first_bias is not None:
             result += self._first_bias[key_N - first_key]
         result = self._matmul(self._activate(result), self._down, ends_Q)
         if self._down_bias is not None:
             result += self._down_bias[key_N - first_key]
+        return result if self._post_norm is None else self._post_norm(result)
+
+    def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
+        wants_gradient = rows_NH.requires_grad and torch.is_grad_enabled()
+        return not wants_gradient and vector_gemm.is_faster(rows_NH, len(self._first))
+
+    def _by_vectors(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor) -> torch.Tensor:
+        first, down = self._first.transpose(-2, -1), self._down.transpose(-2, -1)
+        result = vector_gemm.product(rows_NH, first, ends_Q, self._first_bias, self._fused)
+        if self._fused is None:
+            result = self._activate(result)
+        result = vector_gemm.product(result, down, ends_Q, self._down_bias)
         return result if self._post_norm is None else self._post_norm(result)
 
     def _choose_matmul(self) -> Matmul:
@@ -92,7 +115,7 @@ class GroupedGemm:
 class BatchInvariantGemm(GroupedGemm):
     """Computes each row in bits that don't depend on the other rows.
 
-    It loops in Python over the slots that have rows; on CUDA that synchronises with the host.
+    Without ``vector_gemm.py``, it loops in Python over the slots that have rows; on CUDA that synchronises with the host.
     """
 
     batch_invariant: ClassVar[bool] = True
@@ -101,8 +124,19 @@ class BatchInvariantGemm(GroupedGemm):
         with batch_invariant_functions():
             return super().__call__(rows_NH, ends_Q, key_N, first_key)
 
+    def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
+        return rows_NH.device.type == "cpu"  # whatever their number: a batch must not choose
+
     def _choose_matmul(self) -> Matmul:
         return _matmul_by_row
+
+
+def _fused_activation(module: Any) -> str | None:
+    """vector_gemm.py's name of ``activation(gate) * up``, if the module computes that, as transformers' default gate does."""
+    gate = getattr(module, "_apply_gate", None) if module.has_gate else None
+    if getattr(getattr(gate, "__func__", None), "__name__", None) != "_default_apply_gate":
+        return None
+    return _FUSED.get(type(module.act_fn).__name__)
 
 
 def _oriented(weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:

@@ -1,0 +1,118 @@
+"""Grouped products on the CPU by compiled loops (``grouped_rows.py``), over torch's tensors.
+
+torch's own product hands each matrix to oneDNN, which copies it into another order at every call: with few rows that takes
+longer than the product. Here a matrix is read once, where it lies. ``fits`` says which weights can be computed so, and
+``is_faster`` for how many rows that pays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from epslots.moe import grouped_rows as loops
+from epslots.moe.vector_code import LANES, host_has
+from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS
+
+_FORMS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
+_ACTIVATIONS = {None: loops.NO_ACTIVATION, "silu": loops.SILU, "gelu_tanh": loops.GELU_TANH}
+_ALIGNMENT = 64
+# Rows of a slot from which a processor with a matrix unit (AMX), which oneDNN uses, is expected to win by its arithmetic: a
+# guess, without such a processor. Others don't win at any number (Zen 4, 1 to 128 rows of a slot, bf16 and fp32).
+_MATRIX_UNIT_ROWS = 16
+
+
+def fits(weight: torch.Tensor) -> bool:
+    """Whether products with these weights [Q, out, in] can be computed here, by their dtype, shape and strides."""
+    if weight.dtype not in _FORMS or weight.device.type not in ("cpu", "meta"):
+        return False
+    outer, inner = weight.shape[1:]
+    whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= FORMS[_FORMS[weight.dtype]].run
+    return whole and weight.stride()[1:] == (inner, 1)
+
+
+def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
+    """Whether these rows of so many slots are multiplied here sooner than by torch."""
+    return rows_NK.device.type == "cpu" and (len(rows_NK) <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16"))
+
+
+def product(
+    rows_NK: torch.Tensor,
+    weight: torch.Tensor,
+    ends_Q: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Each slot's rows times its matrix; each row has the same bits in any batch.
+
+    Args:
+        rows_NK: of the weights' dtype, sorted by slot.
+        weight: [Q, M, K] for which ``fits``.
+        ends_Q: int32 [Q], where the rows of each slot end. Results of rows past the last end are undefined.
+        bias: [Q, M] in the weights' dtype, added to the results.
+        activation: "silu" or "gelu_tanh": the first half of a row's results are gates then, which scale the second half,
+            ``activation(gate) * up``, and all is rounded where torch's operations would round. None: results stay as they are.
+
+    Returns:
+        [N, M], or [N, M / 2] after an activation, in the weights' dtype.
+    """
+    slots, outer, inner = weight.shape
+    rows_NK, ends_Q = rows_NK.contiguous(), ends_Q.contiguous()
+    out = torch.empty(len(rows_NK), outer if activation is None else outer // 2, dtype=weight.dtype)
+    size, threads = weight.element_size(), torch.get_num_threads() if _fork_join() else 1
+    here = _workspace()
+    spans, scratch = here.reserve(slots, threads)
+    here.job[loops.WORK :] = (
+        *(loops.work.address, _fork_join(), threads),
+        *(len(rows_NK), rows_NK.data_ptr(), inner * size, out.data_ptr(), out.shape[1] * size, slots, ends_Q.data_ptr()),
+        *(weight.data_ptr(), weight.stride(0) * size, inner * size),
+        *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
+        *(outer // 2, inner, _ACTIVATIONS[activation], _FORMS[weight.dtype], size, spans, scratch),
+    )
+    loops.launch(here.job_address)
+    return out
+
+
+class _Workspace:
+    """One thread's memory for a job: its fields, spans, and each worker's scratch."""
+
+    def __init__(self) -> None:
+        memory = np.zeros(loops.JOB_FIELDS + _ALIGNMENT, np.int64)
+        skipped = -memory.ctypes.data % _ALIGNMENT // memory.itemsize
+        self.job = memory[skipped : skipped + loops.JOB_FIELDS]
+        self.job_address = self.job.ctypes.data
+        self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, slots: int, threads: int) -> tuple[int, int]:
+        """Addresses of memory for so many slots' spans, and for so many threads' scratch."""
+        spans, scratch = slots * 8 * loops.SPAN, threads * loops.SCRATCH_BYTES
+        if len(self._spans) < spans:
+            self._spans = torch.empty(spans, dtype=torch.uint8)
+        if len(self._scratch) < scratch:
+            self._scratch = torch.empty(scratch, dtype=torch.uint8)
+        return self._spans.data_ptr(), self._scratch.data_ptr()
+
+
+_THREAD = threading.local()
+
+
+def _workspace() -> _Workspace:
+    here: _Workspace | None = getattr(_THREAD, "workspace", None)
+    if here is None:
+        here = _THREAD.workspace = _Workspace()
+    return here
+
+
+@functools.cache
+def _fork_join() -> int:
+    """The address of ``GOMP_parallel`` in torch's own OpenMP, whose threads are awake between torch's operations; 0 = none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):  # another system, or a torch without OpenMP: one thread
+        return 0
