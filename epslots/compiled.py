@@ -27,8 +27,8 @@ import llvmlite
 import llvmlite.binding
 import numba
 from numba.core import config
-from numba.core.ccallback import CFunc
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator, UserWideCacheLocator
+from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import ACTIVATIONS, F32, I32, I64, LANES, Value
+from epslots.moe.vector_code import ACTIVATIONS, F32, I32, I64, Value
 from epslots.moe.weight_forms import FORMS, WeightForm
 
 _Emit = Callable[..., Value | None]

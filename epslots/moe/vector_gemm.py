@@ -25,6 +25,8 @@ _ALIGNMENT = 64
 # Rows of a slot from which a processor with a matrix unit (AMX), which oneDNN uses, is expected to win by its arithmetic: a
 # guess, without such a processor. Others don't win at any number (Zen 4, 1 to 128 rows of a slot, bf16 and fp32).
 _MATRIX_UNIT_ROWS = 16
+# Rows up to which one matrix is multiplied sooner (Zen 4, 1024 x 1024).
+_ALONE_ROWS = 64
 
 
 def fits(weight: torch.Tensor) -> bool:
@@ -41,10 +43,15 @@ def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
     return rows_NK.device.type == "cpu" and (len(rows_NK) <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16"))
 
 
+def is_faster_alone(rows: int) -> bool:
+    """The same for one matrix with many columns, for which torch has no loop of its own to pay for."""
+    return rows <= (_MATRIX_UNIT_ROWS if host_has("amx-bf16") else _ALONE_ROWS)
+
+
 def product(
     rows_NK: torch.Tensor,
     weight: torch.Tensor,
-    ends_Q: torch.Tensor,
+    ends_Q: torch.Tensor | None,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
@@ -53,7 +60,8 @@ def product(
     Args:
         rows_NK: of the weights' dtype, sorted by slot.
         weight: [Q, M, K] for which ``fits``.
-        ends_Q: int32 [Q], where the rows of each slot end. Results of rows past the last end are undefined.
+        ends_Q: int32 [Q], where the rows of each slot end; None: all rows are the only slot's. Results of rows past the last end
+            are undefined.
         bias: [Q, M] in the weights' dtype, added to the results.
         activation: "silu" or "gelu_tanh": the first half of a row's results are gates then, which scale the second half,
             ``activation(gate) * up``, and all is rounded where torch's operations would round. None: results stay as they are.
@@ -62,14 +70,15 @@ def product(
         [N, M], or [N, M / 2] after an activation, in the weights' dtype.
     """
     slots, outer, inner = weight.shape
-    rows_NK, ends_Q = rows_NK.contiguous(), ends_Q.contiguous()
+    rows_NK = rows_NK.contiguous()
     out = torch.empty(len(rows_NK), outer if activation is None else outer // 2, dtype=weight.dtype)
     size, threads = weight.element_size(), torch.get_num_threads() if _fork_join() else 1
     here = _workspace()
     spans, scratch = here.reserve(slots, threads)
+    ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
     here.job[loops.WORK :] = (
         *(loops.work.address, _fork_join(), threads),
-        *(len(rows_NK), rows_NK.data_ptr(), inner * size, out.data_ptr(), out.shape[1] * size, slots, ends_Q.data_ptr()),
+        *(len(rows_NK), rows_NK.data_ptr(), inner * size, out.data_ptr(), out.shape[1] * size, slots, ends),
         *(weight.data_ptr(), weight.stride(0) * size, inner * size),
         *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
         *(outer // 2, inner, _ACTIVATIONS[activation], _FORMS[weight.dtype], size, spans, scratch),
@@ -86,6 +95,8 @@ class _Workspace:
         skipped = -memory.ctypes.data % _ALIGNMENT // memory.itemsize
         self.job = memory[skipped : skipped + loops.JOB_FIELDS]
         self.job_address = self.job.ctypes.data
+        # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
+        self.num_rows_address = self.job_address + self.job.itemsize * loops.NUM_ROWS
         self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, slots: int, threads: int) -> tuple[int, int]:
