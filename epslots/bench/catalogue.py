@@ -52,6 +52,7 @@ _BENCHES = (
     Bench(
         "batch", "Requests together over one at a time, generate's steps, pages; latents, arrivals. Takes --parts.", "batch"
     ),
+    Bench("packed", "Experts on the CPU: products over torch's; requests over vLLM's backend. Takes --parts.", "packed"),
     Bench("invariant", "Step times with batch_invariant, over those without.", "invariant"),
 )
 BENCHES = {bench.name: bench for bench in _BENCHES}

@@ -1,6 +1,7 @@
 """vLLM's CPU backend as a peer of ``packed.py``: a script for another Python, in whose environment vLLM is installed.
 
-It shares nothing with epslots but pipes: a question is a line of JSON on standard input, an answer one on the descriptor ``--fd``.
+It shares nothing with epslots but pipes: a question is a line of JSON on standard input, an answer one on the descriptor
+``--fd``.
 """
 
 from __future__ import annotations

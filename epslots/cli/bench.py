@@ -52,7 +52,7 @@ def bench(
     minutes: Annotated[Optional[float], typer.Option(min=0.0, help="soak, serve-soak: how long; default: 10.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     parts: Annotated[
-        Optional[str], typer.Option(help="batch, serve: names of their parts, with commas between them; default: all.")
+        Optional[str], typer.Option(help="batch, packed, serve: names of their parts, with commas between them; default: all.")
     ] = None,
     device: DeviceOption = None,
 ) -> None:

@@ -3,8 +3,8 @@
     launch    lists the slots that have rows (*spans*), cuts their products into tasks, and starts the threads
     work      of each thread: takes tasks until none is left, so a thread that other processes slow down does less
 
-The terms of a row's sums are added in an order that depends neither on the number of rows, nor on threads or tasks: so each row
-has the same bits in any batch.
+The terms of a row's sums are added in an order that depends neither on the number of rows, nor on threads or tasks: so each
+row has the same bits in any batch.
 
 A *job* is an array of integers, whose fields are named below. It and everything it points to belong to the calling thread.
 """

@@ -1,8 +1,8 @@
 """Emits vectors of 16 numbers as LLVM code: loads, rounding, sums across lanes, transposition, activations.
 
-numba compiles loops over integers well, but decides by itself which loops become vectors. ``product_tiles.py`` therefore writes
-the inner loops of matrix products with the functions here. LLVM maps 16 lanes to whatever the processor has: one register with
-AVX-512, two with AVX2, four with NEON.
+numba compiles loops over integers well, but decides by itself which loops become vectors. ``product_tiles.py`` therefore
+writes the inner loops of matrix products with the functions here. LLVM maps 16 lanes to whatever the processor has: one
+register with AVX-512, two with AVX2, four with NEON.
 
 Addresses are integers of 64 bits. In what follows, ``b`` is llvmlite's builder at the place where code goes.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
+from numba.core import config
 
 LANES = 16
 
@@ -41,7 +42,12 @@ def vector(element: Any, lanes: int = LANES) -> Any:
 
 @functools.cache
 def host_has(feature: str) -> bool:
-    """Whether the processor that code is compiled for has a feature, by LLVM's name of it."""
+    """Whether the processor that code is compiled for has a feature, by LLVM's name of it.
+
+    That is this machine's, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name another.
+    """
+    if config.CPU_NAME is not None:
+        return f"+{feature}" in (config.CPU_FEATURES or "").split(",")
     return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
 
 

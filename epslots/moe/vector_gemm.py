@@ -60,8 +60,8 @@ def product(
     Args:
         rows_NK: of the weights' dtype, sorted by slot.
         weight: [Q, M, K] for which ``fits``.
-        ends_Q: int32 [Q], where the rows of each slot end; None: all rows are the only slot's. Results of rows past the last end
-            are undefined.
+        ends_Q: int32 [Q], where the rows of each slot end; None: all rows are the only slot's. Results of rows past
+            the last end are undefined.
         bias: [Q, M] in the weights' dtype, added to the results.
         activation: "silu" or "gelu_tanh": the first half of a row's results are gates then, which scale the second half,
             ``activation(gate) * up``, and all is rounded where torch's operations would round. None: results stay as they are.
