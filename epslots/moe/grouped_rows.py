@@ -12,6 +12,7 @@ A *job* is an array of integers, whose fields are named below. It and everything
 from __future__ import annotations
 
 from epslots.compiled import callback, compiled
+from epslots.moe.packed_tiles import codes_tile, write_scales
 from epslots.moe.product_tiles import finish, finish_gated, multiply_tile, read, read_int32, run_threads, take_next, write
 from epslots.moe.vector_code import LANES, host_has
 
@@ -25,9 +26,18 @@ NUM_ROWS, ROWS, ROW_STRIDE, OUT, OUT_STRIDE, SLOTS, ENDS = 21, 22, 23, 24, 25, 2
 WEIGHTS, SLOT_STRIDE, WEIGHT_STRIDE, BIAS, BIAS_STRIDE, PAIRS, INNER = 28, 29, 30, 31, 32, 33, 34
 # What becomes of a pair of results, by the numbers below; the form of the weights; bytes of an output.
 ACTIVATION, FORM, OUT_BYTES = 35, 36, 37
-# Memory: SPAN integers for each slot, and SCRATCH_BYTES for each thread.
-SPANS, SCRATCH = 38, 39
-JOB_FIELDS = 40
+# Memory: SPAN integers for each slot, and THREAD_BYTES for each thread.
+SPANS, SCRATCH, THREAD_BYTES = 38, 39, 40
+# Bytes from a row of the first half of the matrix to its fellow in the second.
+FAR = 41
+# Codes in the weights' stead (-1 = none); columns with padding; blocks of a row, and columns of a block.
+KIND, COLUMNS, BLOCKS, WIDTH, HALVED = 42, 43, 44, 45, 46
+# Rows of a block; the kind of scales, their bytes, and two floats (packed_tiles.py).
+BLOCK_ROWS, SCALE_KIND, SCALE_BYTES, CONSTANTS = 47, 48, 49, 50
+# Of each half of the matrix: scales and zeros [Q, block rows, BLOCKS], row scales [Q, rows], the half's first row in these.
+SCALES, ZEROS, ROW_SCALES, FIRST_ROW = 51, 53, 55, 57
+SCALES_STRIDE, ZEROS_STRIDE, ROW_SCALES_STRIDE = 59, 60, 61
+JOB_FIELDS = 62
 
 NO_ACTIVATION, SILU, GELU_TANH = 0, 1, 2
 
@@ -41,14 +51,14 @@ ROW_BLOCK = 4 if host_has("avx512f") else 2
 _ROW = 4 * CHUNK
 _HALF = ROW_BLOCK * _ROW
 SCRATCH_BYTES = 2 * _HALF
+NO_CODES = -1
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64)")
 def _multiply_rows(job: int, inputs: int, rows: int, weights: int, width: int, scratch: int) -> None:
     """Results of at most ``ROW_BLOCK`` rows with a chunk of weights."""
     form, inner, stride = read(job, FORM), read(job, INNER), read(job, ROW_STRIDE)
-    weight_stride = read(job, WEIGHT_STRIDE)
-    far = read(job, PAIRS) * weight_stride
+    weight_stride, far = read(job, WEIGHT_STRIDE), read(job, FAR)
     for column in range(width):
         at, out = weights + column * weight_stride, scratch + 4 * column
         if rows == 1:
@@ -59,6 +69,86 @@ def _multiply_rows(job: int, inputs: int, rows: int, weights: int, width: int, s
             multiply_tile(3, form, at, far, inputs, stride, out, _ROW, _HALF, inner)
         elif ROW_BLOCK > 2:
             multiply_tile(4, form, at, far, inputs, stride, out, _ROW, _HALF, inner)
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64)")
+def _write_row_scales(job: int, slot: int, column: int, half: int, out: int, shifts: int) -> None:
+    """Scales and shifts of the blocks of one row of a half of a matrix of codes."""
+    row, blocks, kind, size = (
+        column + read(job, FIRST_ROW + half),
+        read(job, BLOCKS),
+        read(job, SCALE_KIND),
+        read(job, SCALE_BYTES),
+    )
+    block_row, constants = row // read(job, BLOCK_ROWS) * blocks, read(job, CONSTANTS)
+    scales = read(job, SCALES + half) + slot * read(job, SCALES_STRIDE) + block_row * size
+    zeros = read(job, ZEROS + half)
+    if zeros:
+        zeros += slot * read(job, ZEROS_STRIDE) + block_row
+    row_scale = read(job, ROW_SCALES + half) + slot * read(job, ROW_SCALES_STRIDE)
+    if read(job, ROW_SCALES_STRIDE):
+        row_scale += 4 * row
+    block = 0
+    while block < blocks:
+        at, to, to_shift = scales + block * size, out + 4 * block, out + shifts + 4 * block
+        if blocks - block >= LANES:
+            if zeros:
+                write_scales(LANES, 1, kind, at, zeros + block, row_scale, constants, to, to_shift)
+            else:
+                write_scales(LANES, 0, kind, at, 0, row_scale, constants, to, to_shift)
+            block += LANES
+        else:
+            if zeros:
+                write_scales(1, 1, kind, at, zeros + block, row_scale, constants, to, to_shift)
+            else:
+                write_scales(1, 0, kind, at, 0, row_scale, constants, to, to_shift)
+            block += 1
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64)")
+def _multiply_codes(job: int, inputs: int, rows: int, slot: int, column: int, width: int, scratch: int) -> None:
+    """The same, from codes."""
+    kind, inner, stride, columns = read(job, KIND), read(job, COLUMNS), read(job, ROW_STRIDE), read(job, WIDTH)
+    codes = read(job, WEIGHTS) + slot * read(job, SLOT_STRIDE)
+    scales, shifts, halved = scratch + SCRATCH_BYTES, 4 * read(job, BLOCKS), read(job, HALVED)
+    for number in range(width):
+        for half in range(2):
+            _write_row_scales(job, slot, column + number, half, scales + 2 * half * shifts, shifts)
+        at, out = codes + (column + number) * read(job, WEIGHT_STRIDE), scratch + 4 * number
+        other = at + read(job, FAR)
+        row = 0
+        while row < rows:
+            x, place, left = inputs + row * stride, out + row * _ROW, rows - row
+            if ROW_BLOCK > 2 and left >= 4:
+                if halved:
+                    codes_tile(
+                        4, 1, kind, at, other, scales, 2 * shifts, shifts, columns, x, stride, place, _ROW, _HALF, inner
+                    )
+                else:
+                    codes_tile(
+                        4, 0, kind, at, other, scales, 2 * shifts, shifts, columns, x, stride, place, _ROW, _HALF, inner
+                    )
+                row += 4
+            elif left >= 2:
+                if halved:
+                    codes_tile(
+                        2, 1, kind, at, other, scales, 2 * shifts, shifts, columns, x, stride, place, _ROW, _HALF, inner
+                    )
+                else:
+                    codes_tile(
+                        2, 0, kind, at, other, scales, 2 * shifts, shifts, columns, x, stride, place, _ROW, _HALF, inner
+                    )
+                row += 2
+            else:
+                if halved:
+                    codes_tile(
+                        1, 1, kind, at, other, scales, 2 * shifts, shifts, columns, x, stride, place, _ROW, _HALF, inner
+                    )
+                else:
+                    codes_tile(
+                        1, 0, kind, at, other, scales, 2 * shifts, shifts, columns, x, stride, place, _ROW, _HALF, inner
+                    )
+                row += 1
 
 
 @compiled("void(int64, int64, int64, int64, int64)")
@@ -102,7 +192,11 @@ def _multiply_chunk(job: int, task: int, scratch: int) -> None:
         bias += slot * read(job, BIAS_STRIDE) + column * size
     for row in range(first, first + rows, ROW_BLOCK):
         some = min(ROW_BLOCK, first + rows - row)
-        _multiply_rows(job, read(job, ROWS) + row * read(job, ROW_STRIDE), some, weights, width, scratch)
+        inputs = read(job, ROWS) + row * read(job, ROW_STRIDE)
+        if read(job, KIND) == NO_CODES:
+            _multiply_rows(job, inputs, some, weights, width, scratch)
+        else:
+            _multiply_codes(job, inputs, some, slot, column, width, scratch)
         for number in range(some):
             out = read(job, OUT) + (row + number) * read(job, OUT_STRIDE) + column * size
             _write_row(job, scratch + number * _ROW, bias, width, out)
@@ -111,7 +205,7 @@ def _multiply_chunk(job: int, task: int, scratch: int) -> None:
 @callback("void(int64)")
 def work(job: int) -> None:
     """Take part in a job."""
-    scratch = read(job, SCRATCH) + take_next(job, NEXT_THREAD) * SCRATCH_BYTES
+    scratch = read(job, SCRATCH) + take_next(job, NEXT_THREAD) * read(job, THREAD_BYTES)
     tasks, task = read(job, TASKS), take_next(job, NEXT_TASK)
     while task < tasks:
         _multiply_chunk(job, task, scratch)

@@ -10,7 +10,7 @@ All arguments are addresses, and strides in bytes, unless it says otherwise. ``f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llvmlite import ir
@@ -24,7 +24,7 @@ from epslots.moe.weight_forms import FORMS, WeightForm
 _Emit = Callable[..., Value | None]
 
 
-def _emits(emit: _Emit, *given: Any, constants: int = 0, returns: Any = types.void) -> Any:
+def emits(emit: _Emit, *given: Any, constants: int = 0, returns: Any = types.void) -> Any:
     """What numba wants of an intrinsic: its signature, and a function that emits its body.
 
     Args:
@@ -43,26 +43,38 @@ def _emits(emit: _Emit, *given: Any, constants: int = 0, returns: Any = types.vo
     return signature, generate
 
 
-def _for_each_form(emit: _Emit) -> _Emit:
-    """Code for every form, and a switch between these by the first integer; ``emit`` is called with the form in its place."""
+def for_each(forms: Mapping[int, Any]) -> Callable[[_Emit], _Emit]:
+    """Code for each of the forms, and a switch between these by the first integer; the form is given in its place."""
 
-    def emit_all(b: Any, *args: Any) -> None:
-        place = next(i for i, arg in enumerate(args) if isinstance(arg, ir.Value))
-        end = b.function.append_basic_block("end")
-        switch = b.switch(args[place], end)
-        for number, form in FORMS.items():
-            block = b.function.append_basic_block("form")
-            switch.add_case(I64(number), block)
-            b.position_at_end(block)
-            emit(b, *args[:place], form, *args[place + 1 :])
-            b.branch(end)
-        b.position_at_end(end)
+    def decorate(emit: _Emit) -> _Emit:
+        def emit_all(b: Any, *args: Any) -> None:
+            place = next(i for i, arg in enumerate(args) if isinstance(arg, ir.Value))
+            end = b.function.append_basic_block("end")
+            switch = b.switch(args[place], end)
+            for number, form in forms.items():
+                block = b.function.append_basic_block("form")
+                switch.add_case(I64(number), block)
+                b.position_at_end(block)
+                emit(b, *args[:place], form, *args[place + 1 :])
+                b.branch(end)
+            b.position_at_end(end)
 
-    return emit_all
+        return emit_all
+
+    return decorate
 
 
-def _loop(b: Any, start: Value, step: int, end: Value, carried: list[Value], body: Callable[..., list[Value]]) -> list[Value]:
-    """At least one turn of ``body(position, *carried)``, as long as another whole step fits before ``end``."""
+def looped(
+    b: Any,
+    start: Value,
+    step: Value,
+    end: Value,
+    carried: list[Value],
+    body: Callable[..., list[Value]],
+    *,
+    whole: bool = True,
+) -> list[Value]:
+    """Turns of ``body(position, *carried)``: one, and more while another step begins before ``end``; ``whole``: ends."""
     before, function = b.block, b.function
     turn, after = function.append_basic_block("turn"), function.append_basic_block("after")
     b.branch(turn)
@@ -73,16 +85,17 @@ def _loop(b: Any, start: Value, step: int, end: Value, carried: list[Value], bod
     for phi, value in zip(totals, carried, strict=True):
         phi.add_incoming(value, before)
     results = body(position, *totals)
-    following = b.add(position, I64(step))
+    following = b.add(position, step)
     position.add_incoming(following, b.block)
     for phi, value in zip(totals, results, strict=True):
         phi.add_incoming(value, b.block)
-    b.cbranch(b.icmp_signed("<=", b.add(following, I64(step)), end), turn, after)
+    goes_on = b.icmp_signed("<=", b.add(following, step), end) if whole else b.icmp_signed("<", following, end)
+    b.cbranch(goes_on, turn, after)
     b.position_at_end(after)
     return results
 
 
-@_for_each_form
+@for_each(FORMS)
 def _multiply_tile(b: Any, rows: int, form: WeightForm, *args: Value) -> None:
     weights, far, inputs, row_stride, out, out_stride, out_far, inner = args
     starts_w = [weights, b.add(weights, far)]
@@ -96,7 +109,7 @@ def _multiply_tile(b: Any, rows: int, form: WeightForm, *args: Value) -> None:
         return [form.multiply(b, w[i % 2], x[i // 2], total) for i, total in enumerate(totals)]
 
     zeros = [code.constant(F32, 0.0)] * (2 * rows)
-    totals = _loop(b, I64(0), form.run, inner, zeros, lambda position, *sums: run(position, list(sums), None))
+    totals = looped(b, I64(0), I64(form.run), inner, zeros, lambda position, *sums: run(position, list(sums), None))
     # The last run ends with the row; what it shares with the run before counts as zeros.
     rest = b.urem(inner, I64(form.run))
     before = b.block
@@ -125,10 +138,10 @@ def multiply_tile(context, rows, form, weights, far, inputs, row_stride, out, ou
         inner: K, in numbers; at least a run of the form.
     """
     given = rows, form, weights, far, inputs, row_stride, out, out_stride, out_far, inner
-    return _emits(_multiply_tile, *given, constants=1)
+    return emits(_multiply_tile, *given, constants=1)
 
 
-@_for_each_form
+@for_each(FORMS)
 def _finish(b: Any, biased: int, form: WeightForm, results: Value, bias: Value, out: Value) -> None:
     form.store(b, _with_bias(b, form, biased, results, bias), out)
 
@@ -141,10 +154,10 @@ def _with_bias(b: Any, form: Any, biased: int, results: Value, bias: Value) -> V
 @intrinsic(prefer_literal=True)
 def finish(context, biased, form, results, bias, out):  # type: ignore[no-untyped-def]
     """Sixteen neighbouring outputs, from float32 results, with their biases where ``biased`` is 1."""
-    return _emits(_finish, biased, form, results, bias, out, constants=1)
+    return emits(_finish, biased, form, results, bias, out, constants=1)
 
 
-@_for_each_form
+@for_each(FORMS)
 def _finish_gated(b: Any, activation: str, biased: int, form: WeightForm, *args: Value) -> None:
     gates, ups, gate_bias, up_bias, out = args
     gate, up = (
@@ -158,7 +171,7 @@ def _finish_gated(b: Any, activation: str, biased: int, form: WeightForm, *args:
 def finish_gated(context, activation, biased, form, gates, ups, gate_bias, up_bias, out):  # type: ignore[no-untyped-def]
     """Sixteen neighbouring values of ``activation(gate) * up``, rounded where torch's operations round."""
     given = activation, biased, form, gates, ups, gate_bias, up_bias, out
-    return _emits(_finish_gated, *given, constants=2)
+    return emits(_finish_gated, *given, constants=2)
 
 
 def _read(b: Any, address: Value, index: Value) -> Value:
@@ -168,13 +181,13 @@ def _read(b: Any, address: Value, index: Value) -> Value:
 @intrinsic(prefer_literal=True)
 def read(context, address, index):  # type: ignore[no-untyped-def]
     """An integer of 64 bits, by the address of an array and the index."""
-    return _emits(_read, address, index, returns=types.int64)
+    return emits(_read, address, index, returns=types.int64)
 
 
 @intrinsic(prefer_literal=True)
 def read_int32(context, address):  # type: ignore[no-untyped-def]
     """The integer of 32 bits at an address."""
-    return _emits(lambda b, at: b.sext(code.load(b, at, I32, 4), I64), address, returns=types.int64)
+    return emits(lambda b, at: b.sext(code.load(b, at, I32, 4), I64), address, returns=types.int64)
 
 
 def _write(b: Any, address: Value, index: Value, value: Value) -> None:
@@ -184,7 +197,7 @@ def _write(b: Any, address: Value, index: Value, value: Value) -> None:
 @intrinsic(prefer_literal=True)
 def write(context, address, index, value):  # type: ignore[no-untyped-def]
     """Change an integer of 64 bits, by the address of an array and the index."""
-    return _emits(_write, address, index, value)
+    return emits(_write, address, index, value)
 
 
 def _take_next(b: Any, address: Value, index: Value) -> Value:
@@ -195,7 +208,7 @@ def _take_next(b: Any, address: Value, index: Value) -> Value:
 @intrinsic(prefer_literal=True)
 def take_next(context, address, index):  # type: ignore[no-untyped-def]
     """A counter, which is raised by one: threads never get the same number."""
-    return _emits(_take_next, address, index, returns=types.int64)
+    return emits(_take_next, address, index, returns=types.int64)
 
 
 def _run_threads(b: Any, fork_join: Value, work: Value, job: Value, threads: Value) -> None:
@@ -219,4 +232,4 @@ def run_threads(context, fork_join, work, job, threads):  # type: ignore[no-unty
         work: a function of one address.
         threads: how many run it; the caller is one of them.
     """
-    return _emits(_run_threads, fork_join, work, job, threads)
+    return emits(_run_threads, fork_join, work, job, threads)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,19 +71,59 @@ def product(
         [N, M], or [N, M / 2] after an activation, in the weights' dtype.
     """
     slots, outer, inner = weight.shape
+    size = weight.element_size()
+    matrix = Matrix(slots, outer, inner, weight.data_ptr(), weight.stride(0) * size, inner * size, outer // 2 * inner * size)
+    return compute(rows_NK, matrix, ends_Q, bias, activation, weight.dtype)
+
+
+class Matrix(NamedTuple):
+    """Where the matrices of Q slots lie, in bytes.
+
+    Attributes:
+        slots, outer, inner: Q, M and K.
+        address: of the first slot's first row.
+        slot_stride, row_stride: from slot to slot, and from row to row.
+        far: from a row of the first half of a matrix to its fellow in the second.
+        codes: the job's fields from ``KIND`` on; (``NO_CODES``,) = weights.
+        scale_bytes: that each thread needs for the scales of a row.
+    """
+
+    slots: int
+    outer: int
+    inner: int
+    address: int
+    slot_stride: int
+    row_stride: int
+    far: int
+    codes: tuple[int, ...] = (loops.NO_CODES,)
+    scale_bytes: int = 0
+
+
+def compute(
+    rows_NK: torch.Tensor,
+    matrix: Matrix,
+    ends_Q: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``product`` in ``dtype``, by addresses."""
     rows_NK = rows_NK.contiguous()
-    out = torch.empty(len(rows_NK), outer if activation is None else outer // 2, dtype=weight.dtype)
-    size, threads = weight.element_size(), torch.get_num_threads() if _fork_join() else 1
+    out = torch.empty(len(rows_NK), matrix.outer if activation is None else matrix.outer // 2, dtype=dtype)
+    threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES + matrix.scale_bytes
     here = _workspace()
-    spans, scratch = here.reserve(slots, threads)
+    spans, scratch = here.reserve(matrix.slots, threads * thread_bytes)
     ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
-    here.job[loops.WORK :] = (
+    size = out.element_size()
+    here.job[loops.WORK : loops.KIND] = (
         *(loops.work.address, _fork_join(), threads),
-        *(len(rows_NK), rows_NK.data_ptr(), inner * size, out.data_ptr(), out.shape[1] * size, slots, ends),
-        *(weight.data_ptr(), weight.stride(0) * size, inner * size),
+        *(len(rows_NK), rows_NK.data_ptr(), rows_NK.shape[1] * rows_NK.element_size(), out.data_ptr(), out.shape[1] * size),
+        *(matrix.slots, ends, matrix.address, matrix.slot_stride, matrix.row_stride),
         *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
-        *(outer // 2, inner, _ACTIVATIONS[activation], _FORMS[weight.dtype], size, spans, scratch),
+        *(matrix.outer // 2, matrix.inner, _ACTIVATIONS[activation], _FORMS[dtype], size, spans, scratch, thread_bytes),
+        matrix.far,
     )
+    here.job[loops.KIND : loops.KIND + len(matrix.codes)] = matrix.codes
     loops.launch(here.job_address)
     return out
 
@@ -99,9 +140,9 @@ class _Workspace:
         self.num_rows_address = self.job_address + self.job.itemsize * loops.NUM_ROWS
         self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, slots: int, threads: int) -> tuple[int, int]:
-        """Addresses of memory for so many slots' spans, and for so many threads' scratch."""
-        spans, scratch = slots * 8 * loops.SPAN, threads * loops.SCRATCH_BYTES
+    def reserve(self, slots: int, scratch: int) -> tuple[int, int]:
+        """Addresses of memory for so many slots' spans, and of so many bytes."""
+        spans = slots * 8 * loops.SPAN
         if len(self._spans) < spans:
             self._spans = torch.empty(spans, dtype=torch.uint8)
         if len(self._scratch) < scratch:
