@@ -189,9 +189,10 @@ def _load_kept() -> None:
 def _compile_next() -> None:
     dispatcher, signature = _waiting[0]
     if isinstance(dispatcher, CFunc):
+        called: Any = dispatcher
         with contextlib.suppress(RuntimeError, OSError):
-            dispatcher._cache = _Cache(dispatcher._pyfunc)
-        dispatcher.compile()
+            called._cache = _Cache(called._pyfunc)
+        called.compile()
     elif getattr(dispatcher, "_can_compile", False):  # not interrupted here before; and NUMBA_DISABLE_JIT isn't set
         # Without a place to keep the code, it is compiled all the same.
         with contextlib.suppress(RuntimeError, OSError):

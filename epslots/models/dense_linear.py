@@ -43,6 +43,6 @@ def _multiply(module: nn.Linear, inputs: torch.Tensor, chosen: Callable[[int], b
     wants_gradient = torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)
     if not suits or wants_gradient or not vector_gemm.fits(weight[None]):
         return F.linear(inputs, weight, bias)
-    bias = None if bias is None else bias[None]
-    results = vector_gemm.product(inputs.reshape(rows, weight.shape[1]), weight[None], None, bias)
+    biases = None if bias is None else bias[None]
+    results = vector_gemm.product(inputs.reshape(rows, weight.shape[1]), weight[None], None, biases)
     return results.view(*inputs.shape[:-1], weight.shape[0])

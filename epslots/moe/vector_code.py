@@ -24,7 +24,7 @@ F32 = ir.FloatType()
 Value = Any  # llvmlite's, which has no type hints
 
 
-class BFloatType(ir.HalfType):  # type: ignore[misc]
+class BFloatType(ir.HalfType):
     """LLVM's ``bfloat``, which llvmlite lacks."""
 
     def __str__(self) -> str:

@@ -197,7 +197,7 @@ for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8)):
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names a processor of x86")
 def test_a_processor_with_avx2_alone_has_the_same_results():
-    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2"}
+    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2"}
     done = subprocess.run([sys.executable, "-c", _ELSEWHERE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "BFloat16Form"]
