@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import F32, I8, I16, I32, LANES, Value
+from epslots.moe.vector_code import F32, I8, I16, I32, I64, LANES, Value
 
 _HALF = ir.HalfType()
+# Columns whose codes are read at once.
+RUN = 2 * LANES
 
 
 class CodeKind(NamedTuple):
@@ -34,26 +36,23 @@ class CodeKind(NamedTuple):
     middle: float
     values: Callable[[Any, Value, int], Value]
 
-    @property
-    def run(self) -> int:
-        """Codes that are read at once, from sixteen bytes."""
-        return 2 * LANES if self.nibbles else LANES
-
     def read(self, b: Any, address: Value) -> list[Value]:
-        """A run of codes as vectors of floats, in the order of columns."""
+        """A run of codes as two vectors of floats, in the order of columns."""
         stored = b.zext(code.load(b, address, code.vector(I8)), code.vector(I16))
-        if not self.nibbles:
-            return [self.values(b, stored, LANES)]
-        low = b.and_(stored, code.constant(I16, 15))
-        return [self.values(b, half, LANES) for half in (low, b.lshr(stored, code.constant(I16, 4)))]
+        if self.nibbles:
+            halves = b.and_(stored, code.constant(I16, 15)), b.lshr(stored, code.constant(I16, 4))
+        else:
+            further = code.load(b, b.add(address, I64(LANES)), code.vector(I8))
+            halves = stored, b.zext(further, code.vector(I16))
+        return [self.values(b, half, LANES) for half in halves]
 
 
 def _e4m3(b: Any, codes: Value, lanes: int) -> Value:
     """The value over 256; a NaN stays one."""
-    magnitude = b.and_(codes, code.constant(I16, 127, lanes))
-    sign = b.shl(b.and_(codes, code.constant(I16, 128, lanes)), code.constant(I16, 8, lanes))
-    bits = b.or_(sign, b.shl(magnitude, code.constant(I16, 7, lanes)))
-    is_nan = b.icmp_unsigned("==", magnitude, code.constant(I16, 127, lanes))
+    twice = b.ashr(b.shl(codes, code.constant(I16, 8, lanes)), code.constant(I16, 1, lanes))  # the sign, again, magnitude
+    bits = b.and_(twice, code.constant(I16, 0xBFFF, lanes))
+    magnitude = b.and_(bits, code.constant(I16, 127 << 7, lanes))
+    is_nan = b.icmp_unsigned("==", magnitude, code.constant(I16, 127 << 7, lanes))
     bits = b.select(is_nan, code.constant(I16, 0x7E00, lanes), bits)
     return b.fpext(b.bitcast(bits, code.vector(_HALF, lanes)), code.vector(F32, lanes))
 

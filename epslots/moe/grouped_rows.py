@@ -113,7 +113,9 @@ def _multiply_codes(job: int, inputs: int, rows: int, slot: int, column: int, wi
     scales, shifts, halved = scratch + SCRATCH_BYTES, 4 * read(job, BLOCKS), read(job, HALVED)
     for number in range(width):
         for half in range(2):
-            _write_row_scales(job, slot, column + number, half, scales + 2 * half * shifts, shifts)
+            begins = (column + number + read(job, FIRST_ROW + half)) % read(job, BLOCK_ROWS) == 0
+            if number == 0 or begins or read(job, ROW_SCALES_STRIDE):
+                _write_row_scales(job, slot, column + number, half, scales + 2 * half * shifts, shifts)
         at, out = codes + (column + number) * read(job, WEIGHT_STRIDE), scratch + 4 * number
         other = at + read(job, FAR)
         row = 0

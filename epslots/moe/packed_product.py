@@ -20,6 +20,7 @@ from epslots.moe.code_kinds import (
     INT8,
     KINDS,
     NO_SCALE,
+    RUN,
     SCALE_BFLOAT16,
     SCALE_E4M3,
     SCALE_E8M0,
@@ -117,11 +118,10 @@ def fits(matrices: Sequence[Codes]) -> bool:
     """Whether products with a matrix, or with two that are joined by their rows, can be computed here."""
     if len(matrices) not in (1, 2) or any(one.codes.device.type != "cpu" or one.kind not in _KINDS for one in matrices):
         return False
-    first, kind = matrices[0], KINDS[_KINDS[matrices[0].kind]]
+    first = matrices[0]
     width, blocks = first.blocks
     outer = sum(one.codes.shape[1] for one in matrices)
-    halved = kind.nibbles and width == LANES
-    whole = outer % 2 == 0 and outer >= 2 * LANES and first.padded % kind.run == 0 and (width % kind.run == 0 or halved)
+    whole = outer % 2 == 0 and outer >= 2 * LANES and first.padded % RUN == 0 and (width % RUN == 0 or width == LANES)
     covered = blocks * width >= first.padded  # the padding too belongs to a block
     return whole and covered and all(_is_like(one, first) and _lies_well(one) for one in matrices)
 
@@ -180,10 +180,9 @@ def _matrix(matrices: Sequence[Codes]) -> Matrix:
     slots, rows, stored = first.codes.shape
     joined, kind = len(matrices) == 2, _KINDS[first.kind]
     pairs = rows if joined else rows // 2
-    (width, blocks), run = first.blocks, KINDS[kind].run
-    halved = KINDS[kind].nibbles and width == LANES
+    width, blocks = first.blocks
     fields = (
-        *(kind, first.padded, blocks, run if halved else width, int(halved)),
+        *(kind, first.padded, blocks, max(RUN, width), int(width == LANES)),
         *(
             first.block[0],
             *((NO_SCALE, 0) if first.group is None else (_SCALES[first.group.dtype], first.group.element_size())),

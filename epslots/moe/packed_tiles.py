@@ -11,7 +11,7 @@ from typing import Any
 from numba.extending import intrinsic
 
 from epslots.moe import vector_code as code
-from epslots.moe.code_kinds import KINDS, SCALES, CodeKind
+from epslots.moe.code_kinds import KINDS, RUN, SCALES, CodeKind
 from epslots.moe.product_tiles import emits, for_each, looped
 from epslots.moe.vector_code import F32, I8, I64, LANES, Value
 
@@ -48,40 +48,44 @@ def _codes_tile(b: Any, rows: int, halved: int, kind: CodeKind, *args: Value) ->
     first, second, scales, scales_far, shifts, width, inputs, row_stride, out, out_stride, out_far, inner = args
     codes = [first, second]
     starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
-    parts = 2 if kind.nibbles else 1
 
     def block(position: Value, *totals: Value) -> list[Value]:
         number = b.udiv(position, width)
-        factors = []  # of each half of the matrix and each part of a run, a scale and a shift
-        for far in (I64(0), scales_far):
-            for part in range(parts):
-                which = b.add(b.mul(number, I64(2)), I64(part)) if halved else number
-                at = b.add(code.offset(b, scales, which, 4), far)
-                pair = code.load(b, at, F32, 4), code.load(b, b.add(at, shifts), F32, 4)
-                factors.append([code.splat(b, value) for value in pair])
+        factors = [
+            [_factors(b, b.add(scales, far), shifts, number, part if halved else None) for part in range(2)]
+            for far in (I64(0), scales_far)
+        ]
 
         def run(column: Value, *sums: Value) -> list[Value]:
-            results = list(sums)
+            results = list(sums)  # of each row, half of the matrix, and half of a run: so that no sum waits for another
             place = b.lshr(column, I64(1)) if kind.nibbles else column
             numbers = [kind.read(b, b.add(start, place)) for start in codes]
-            for part in range(parts):
+            for part in range(2):
                 at = b.add(column, I64(part * LANES))
                 x = [code.load(b, code.offset(b, start, at, 4), code.vector(F32)) for start in starts_x]
                 for side in range(2):
-                    scale, shift = factors[side * parts + part]
-                    weight = code.fma(b, numbers[side][part], scale, shift)
+                    weight = code.fma(b, numbers[side][part], *factors[side][part])
                     for row in range(rows):
-                        results[2 * row + side] = code.fma(b, weight, x[row], results[2 * row + side])
+                        which = 4 * row + 2 * side + part
+                        results[which] = code.fma(b, weight, x[row], results[which])
             return results
 
         end = b.add(position, width)
         last = b.select(b.icmp_unsigned("<", end, inner), end, inner)
-        return looped(b, position, I64(kind.run), last, list(totals), run)
+        return looped(b, position, I64(RUN), last, list(totals), run)
 
-    totals = looped(b, I64(0), width, inner, [code.constant(F32, 0.0)] * (2 * rows), block, whole=False)
-    for i, total in enumerate(code.sums_across(b, totals)):
+    totals = looped(b, I64(0), width, inner, [code.constant(F32, 0.0)] * (4 * rows), block, whole=False)
+    merged = [b.fadd(totals[i], totals[i + 1]) for i in range(0, len(totals), 2)]
+    for i, total in enumerate(code.sums_across(b, merged)):
         place = code.offset(b, out, I64(i // 2), out_stride)
         code.store(b, total, b.add(place, out_far) if i % 2 else place, 4)
+
+
+def _factors(b: Any, scales: Value, shifts: Value, number: Value, half: int | None) -> list[Value]:
+    """Scale and shift of a block; ``half``: of one of the two blocks in a run."""
+    which = number if half is None else b.add(b.mul(number, I64(2)), I64(half))
+    at = code.offset(b, scales, which, 4)
+    return [code.splat(b, code.load(b, place, F32, 4)) for place in (at, b.add(at, shifts))]
 
 
 @intrinsic(prefer_literal=True)
@@ -106,7 +110,7 @@ def codes_tile(
     """Products of ``rows`` inputs, a constant, with one row of codes of each half of a matrix.
 
     Args:
-        halved: 1 = blocks are 16 columns of nibbles, two in a run; ``width`` is that of a run then. A constant.
+        halved: 1 = blocks have 16 columns, two are in a run; ``width`` is that of a run then. A constant.
         kind: of the codes, a number of ``KINDS``.
         first, second: the rows of codes.
         scales: of the first row's blocks, float32; the second row's lie ``scales_far`` behind, shifts ``shifts`` bytes.
