@@ -188,7 +188,7 @@ def _load_kept() -> None:
 
 def _compile_next() -> None:
     dispatcher, signature = _waiting[0]
-    if isinstance(dispatcher, CFunc):
+    if isinstance(dispatcher, CFunc) and not config.DISABLE_JIT:
         called: Any = dispatcher
         with contextlib.suppress(RuntimeError, OSError):
             called._cache = _Cache(called._pyfunc)

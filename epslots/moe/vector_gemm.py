@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numba.core import config
 
+from epslots.compiled import prepare
 from epslots.moe import grouped_rows as loops
 from epslots.moe.vector_code import LANES, host_has
 from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS
@@ -32,7 +34,7 @@ _ALONE_ROWS = 64
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether products with these weights [Q, out, in] can be computed here, by their dtype, shape and strides."""
-    if weight.dtype not in _FORMS or weight.device.type not in ("cpu", "meta"):
+    if weight.dtype not in _FORMS or weight.device.type not in ("cpu", "meta") or config.DISABLE_JIT:
         return False
     outer, inner = weight.shape[1:]
     whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= FORMS[_FORMS[weight.dtype]].run
@@ -41,12 +43,18 @@ def fits(weight: torch.Tensor) -> bool:
 
 def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
     """Whether these rows of so many slots are multiplied here sooner than by torch."""
-    return rows_NK.device.type == "cpu" and (len(rows_NK) <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16"))
+    few = len(rows_NK) <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16")
+    return rows_NK.device.type == "cpu" and few and _has_threads()
 
 
 def is_faster_alone(rows: int) -> bool:
     """The same for one matrix with many columns, for which torch has no loop of its own to pay for."""
-    return rows <= (_MATRIX_UNIT_ROWS if host_has("amx-bf16") else _ALONE_ROWS)
+    return rows <= (_MATRIX_UNIT_ROWS if host_has("amx-bf16") else _ALONE_ROWS) and _has_threads()
+
+
+def _has_threads() -> bool:
+    """Whether as many threads as torch has can take part."""
+    return bool(_fork_join()) or torch.get_num_threads() == 1
 
 
 def product(
@@ -111,6 +119,8 @@ def compute(
     rows_NK = rows_NK.contiguous()
     out = torch.empty(len(rows_NK), matrix.outer if activation is None else matrix.outer // 2, dtype=dtype)
     threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES + matrix.scale_bytes
+    if loops.work.address is None:
+        prepare()
     here = _workspace()
     spans, scratch = here.reserve(matrix.slots, threads * thread_bytes)
     ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
