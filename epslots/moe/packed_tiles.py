@@ -89,7 +89,7 @@ def _factors(b: Any, scales: Value, shifts: Value, number: Value, half: int | No
 
 
 @intrinsic(prefer_literal=True)
-def codes_tile(
+def codes_tile(  # type: ignore[no-untyped-def]
     context,
     rows,
     halved,
@@ -106,7 +106,7 @@ def codes_tile(
     out_stride,
     out_far,
     inner,
-):  # type: ignore[no-untyped-def]
+):
     """Products of ``rows`` inputs, a constant, with one row of codes of each half of a matrix.
 
     Args:
