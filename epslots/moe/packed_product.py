@@ -188,9 +188,9 @@ def _matrix(matrices: Sequence[Codes]) -> Matrix:
             *((NO_SCALE, 0) if first.group is None else (_SCALES[first.group.dtype], first.group.element_size())),
         ),
         _CONSTANTS[kind].data_ptr(),
-        *((0, 0) if first.group is None else (first.group.data_ptr(), last.group.data_ptr())),
-        *((0, 0) if first.zero is None else (first.zero.data_ptr(), last.zero.data_ptr())),
-        *((_ONE.data_ptr(),) * 2 if first.row is None else (first.row.data_ptr(), last.row.data_ptr())),
+        *(_address(one.group) for one in (first, last)),
+        *(_address(one.zero) for one in (first, last)),
+        *(_address(_ONE if one.row is None else one.row) for one in (first, last)),
         *(0, 0 if joined else pairs),
         *(_slot_bytes(tensor) for tensor in (first.group, first.zero, first.row)),
     )
@@ -198,6 +198,10 @@ def _matrix(matrices: Sequence[Codes]) -> Matrix:
     return Matrix(
         slots, 2 * pairs, first.padded, first.codes.data_ptr(), first.codes.stride(0), stored, far, fields, 4 * 4 * blocks
     )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _slot_bytes(tensor: torch.Tensor | None) -> int:
