@@ -75,13 +75,21 @@ class Cluster(ClusterControl):
         self, path_or_id: str | os.PathLike[str], *, backend: Backend | None = None, **settings: Unpack[ClusterSettings]
     ) -> None:
         config = cluster_config(**settings)
-        placement = None if config.placement is None else _first_placement(config.placement, config.ranks)
+        placement = None if config.placement is None else _first_placement(config.placement, config.ranks, config.groups)
         folder = find_checkpoint(path_or_id)
         read_language_config(folder)
         # Workers have working folders of their own.
         path = str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else os.fspath(path_or_id)
         origin = origin_of(folder) if config.outlives_driver else None
-        load = Load(path=path, config=config.model, neighbours=1, threads=0, window_steps=config.window_steps, origin=origin)
+        load = Load(
+            path=path,
+            config=config.model,
+            neighbours=1,
+            threads=0,
+            window_steps=config.window_steps,
+            groups=config.groups,
+            origin=origin,
+        )
         backend = _ray_backend(config, load) if backend is None else backend
         self._config = config
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -100,7 +108,7 @@ class Cluster(ClusterControl):
         self.timeline = supervisor.timeline
         atexit.register(self._close_at_exit)
         try:
-            starting = self._thread.begin(self._supervisor.start(config.ranks))
+            starting = self._thread.begin(self._supervisor.start(config.ranks, config.groups))
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
             self._checker = RequestChecker(self._thread.wait(starting).limits, self.tokenizer, problem)
         except BaseException:
@@ -313,15 +321,16 @@ def _ray_backend(config: ClusterConfig, load: Load) -> Backend:
     )
 
 
-def _first_placement(file: str, ranks: int | None) -> bytes:
-    """The placement in a file, packed for the ranks.
+def _first_placement(file: str, ranks: int | None, groups: int) -> bytes:
+    """The placement in a file, packed for the ranks of a group.
 
     Raises:
         ConfigError: the file holds no placement, or one for another number of ranks.
     """
     placement = read_placement(file)
-    if ranks is not None and placement.ranks != ranks:
-        raise ConfigError(f"placement={file!r} is for {placement.ranks} ranks, and ranks={ranks}")
+    if ranks is not None and placement.ranks * groups != ranks:
+        divided = f" are divided into groups={groups}" if groups > 1 else ""
+        raise ConfigError(f"placement={file!r} is for {placement.ranks} ranks, and ranks={ranks}{divided}")
     return pack(placement)
 
 

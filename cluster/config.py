@@ -31,6 +31,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
+        groups: into which the ranks are divided, equally. Each is a whole model with expert parallelism of its own: it forms,
+            breaks and moves its experts without the others, which go on.
         address: the Ray cluster to run in: ``"auto"`` for the running one, ``"host:port"``, or None to start Ray on this
             machine.
         name: of the cluster, by which another driver finds ranks that outlive theirs; None = none can.
@@ -53,6 +55,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     ranks: int | None = None
+    groups: int = 1
     address: str | None = None
     name: str | None = None
     orphan_s: float = 0.0
@@ -94,6 +97,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             _check_seconds("give_up_after_s", self.give_up_after_s)
         if self.ranks is not None:
             check_count("ranks", self.ranks)
+        check_count("groups", self.groups)
+        if self.ranks is not None and self.ranks % self.groups:
+            raise ConfigError(f"groups={self.groups} with ranks={self.ranks}; allowed: a number that divides the ranks")
         if self.window_steps != 0:
             check_count("window_steps", self.window_steps)
 
@@ -107,6 +113,7 @@ class ClusterSettings(LoadSettings, total=False):
     """The fields of ``ClusterConfig`` and of its model, as users may write them."""
 
     ranks: int | None
+    groups: int
     address: str | None
     name: str | None
     orphan_s: float

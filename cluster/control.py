@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -41,7 +42,7 @@ class ClusterControl:
     def ranks(self) -> int:
         """Ranks that serve now."""
         self._thread.check_process()
-        return self._supervisor.group.serving
+        return self._supervisor.groups.serving
 
     def state(self) -> ClusterState:
         """What the driver knows without asking a rank: ranks, requests and room now. Never waits."""
@@ -49,8 +50,8 @@ class ClusterControl:
         supervisor, room = self._supervisor, self._room
         queued, unfinished = supervisor.router.queued, supervisor.router.unfinished
         return ClusterState(
-            ranks=supervisor.group.serving,
-            epoch=supervisor.group.epoch,
+            ranks=supervisor.groups.serving,
+            epoch=supervisor.groups.epoch,
             queued=queued,
             running=max(0, unfinished - queued),
             free=room.free,
@@ -69,17 +70,20 @@ class ClusterControl:
 
         async def ask() -> ClusterStats:
             supervisor, reports = self._supervisor, await self._supervisor.reports(tuple(layers))
-            router, client = supervisor.router, supervisor.controller_client
+            router = supervisor.router
             return ClusterStats(
-                epoch=supervisor.group.epoch,
+                epoch=supervisor.groups.epoch,
                 queued=router.queued,
-                ranks=tuple(rank_stats(worker, report, router.count_served(worker)) for worker, report in reports),
+                ranks=tuple(
+                    rank_stats(worker, report, router.count_served(worker), supervisor.groups.first_of(worker.group))
+                    for worker, report in reports
+                ),
                 total=Stats(()),
                 engine=sum_engines(()),
-                controller=None if client is None else client.stats(),
+                controllers=tuple(client.stats() for client in supervisor.controllers),
                 missing=supervisor.pool.missing(),
                 longest_wait_s=router.longest_wait_s,
-                placement=placement_report(supervisor.group.epoch, reports),
+                placement=placement_report(supervisor.groups.epoch, reports),
             )
 
         found = self._thread.call(ask())
@@ -87,61 +91,99 @@ class ClusterControl:
         total, engine = [rank.stats for rank in found.ranks], [rank.engine for rank in found.ranks]
         return replace(found, total=sum_over_ranks(total), engine=sum_engines(engine))
 
-    def placement(self) -> PlacementReport:
-        """Ranks that hold each expert, and those that should, at the end of the current step."""
-        self._check_open()
-        return placement_report(self._supervisor.group.epoch, self._thread.call(self._supervisor.reports()))
-
-    def explain(self) -> Explanation:
-        """The controller's reasons for the placement, in numbers; ``str`` of it is text for people.
+    def placement(self, group: int = 0) -> PlacementReport:
+        """Ranks of a group that hold each expert, and those that should, at the end of the current step.
 
         Raises:
-            ConfigError: the cluster has no controller (``window_steps=0``).
+            ConfigError: there is no such group.
+        """
+        self._check_open()
+        self._check_group(group)
+        reports = self._thread.call(self._supervisor.reports(group=group))
+        return placement_report(self._supervisor.groups[group].epoch, reports)
+
+    def explain(self, group: int = 0) -> Explanation:
+        """The controller's reasons for a group's placement, in numbers; ``str`` of it is text for people.
+
+        Raises:
+            ConfigError: there is no such group, or the cluster has no controller (``window_steps=0``).
             ClusterError: no controller answers.
         """
-        return self._thread.call(self._need_controller().explain())
+        return self._thread.call(self._controller_of(group).explain())
 
-    def rebalance(self) -> Explanation:
-        """Plan a placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
+    def rebalance(self, group: int = 0) -> Explanation:
+        """Plan a group's placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
 
         Returns:
             The controller's reasons; ``latest`` is this decision. Ranks know the placement then, and migrate step by step.
 
         Raises:
-            ConfigError: the cluster has no controller (``window_steps=0``).
+            ConfigError: there is no such group, or the cluster has no controller (``window_steps=0``).
             ClusterError: no controller answers.
         """
-        return self._thread.call(self._need_controller().rebalance())
+        return self._thread.call(self._controller_of(group).rebalance())
 
     def freeze(self) -> None:
-        """Keep the placement under any traffic until ``unfreeze``. Pending migrations towards it go on.
+        """Keep all groups' placements under any traffic until ``unfreeze``. Pending migrations towards them go on.
 
         Raises:
             ConfigError: the cluster has no controller (``window_steps=0``).
         """
-        self._thread.call(self._need_controller().freeze(True))
+        self._freeze(True)
 
     def unfreeze(self) -> None:
-        """Let the placement follow the traffic again.
+        """Let the placements follow the traffic again.
 
         Raises:
             ConfigError: the cluster has no controller (``window_steps=0``).
         """
-        self._thread.call(self._need_controller().freeze(False))
+        self._freeze(False)
 
-    def _need_controller(self) -> ControllerClient:
+    def _freeze(self, frozen: bool) -> None:
+        self._controller_of(0)
+
+        async def freeze_all() -> None:
+            await asyncio.gather(*(client.freeze(frozen) for client in self._supervisor.controllers))
+
+        self._thread.call(freeze_all())
+
+    def _check_group(self, group: int) -> None:
+        if type(group) is not int or not 0 <= group < (count := len(self._supervisor.groups)):
+            raise ConfigError(f"group={group!r}; allowed: 0 to {count - 1}")
+
+    def _controller_of(self, group: int) -> ControllerClient:
         self._check_open()
-        if self._supervisor.controller_client is None:
+        self._check_group(group)
+        if not self._supervisor.controllers:
             raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")
-        return self._supervisor.controller_client
+        return self._supervisor.controllers[group]
 
-    def scale(self, ranks: int) -> None:
-        """Change the number of ranks while requests go on; returns when that many serve.
+    def scale(self, ranks: int | None = None, *, groups: int | None = None) -> None:
+        """Change the number of ranks, or of whole groups, while requests go on; returns when that many serve.
+
+        A cluster of several groups keeps their size: groups come and go as wholes.
+
+        Args:
+            ranks: that there are to be.
+            groups: that there are to be, of as many ranks as each has now.
 
         Raises:
-            ConfigError: ``ranks`` is less than 1.
+            ConfigError: a number is less than 1; or the ranks make no whole groups.
             ClusterError: the new ranks find no devices, or don't come up; the others go on.
         """
-        check_count("ranks", ranks)
         self._check_open()
+        size = self._supervisor.groups.group_size
+        if groups is not None:
+            check_count("groups", groups)
+            if size is None and groups != 1:
+                raise ConfigError(f"groups={groups}; allowed for a cluster that was started as one group: 1")
+            if size is not None:
+                if ranks not in (None, groups * size):
+                    raise ConfigError(f"ranks={ranks}, groups={groups}; allowed: groups alone, each of {size} ranks")
+                ranks = groups * size
+        if ranks is None:
+            raise ConfigError("scale() needs ranks or groups")
+        check_count("ranks", ranks)
+        if size is not None and ranks % size:
+            raise ConfigError(f"ranks={ranks}; allowed: multiples of {size}, the size of a group")
         self._thread.call(self._supervisor.scale(ranks))

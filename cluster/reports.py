@@ -17,7 +17,8 @@ class RankStats:
     """One rank's counters since it loaded the model.
 
     Attributes:
-        rank: its number in the current epoch.
+        group: number of its group.
+        rank: its number in its group's current epoch, after those of the groups before it.
         where: node and process.
         stats: counters of its layers.
         engine: counters of its requests.
@@ -26,6 +27,7 @@ class RankStats:
         memory_bytes, descriptors, threads: resident memory, open file descriptors and threads of its process.
     """
 
+    group: int
     rank: int
     where: str
     stats: Stats
@@ -42,12 +44,12 @@ class ClusterStats:
     """All ranks' counters, and their sums.
 
     Attributes:
-        epoch: number of the group; it grows with every rank that is lost or joins.
+        epoch: number of the newest process group; it grows with every rank that is lost or joins.
         queued: number of requests that wait for a rank with room.
         ranks: each rank's counters.
         total: sums over ranks (``slots`` too; ``steps`` and ``passes`` are the largest).
         engine: sums of the ranks' ``engine``; ``steps`` is the largest.
-        controller: None without a controller (``window_steps=0``).
+        controllers: of each group; empty without a controller (``window_steps=0``).
         missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
         longest_wait_s: the longest time that a request is without its first token: it grows where lower priorities starve.
         placement: of the layers that were asked for.
@@ -58,10 +60,20 @@ class ClusterStats:
     ranks: tuple[RankStats, ...]
     total: Stats
     engine: EngineStats
-    controller: ControllerStats | None
+    controllers: tuple[ControllerStats, ...]
     missing: tuple[str, ...] = ()
     longest_wait_s: float = 0.0
     placement: PlacementReport | None = None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, as far as their ranks answered."""
+        return 1 + max((rank.group for rank in self.ranks), default=0)
+
+    @property
+    def controller(self) -> ControllerStats | None:
+        """The first group's controller; None without one."""
+        return self.controllers[0] if self.controllers else None
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class ClusterState:
 
     Attributes:
         ranks: number of ranks that serve now.
-        epoch: number of the group.
+        epoch: number of the newest process group.
         queued: number of requests that wait for a rank with room.
         running: number of requests that a rank has.
         free: requests that the queue has room for.
@@ -118,10 +130,11 @@ def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankRepor
     )
 
 
-def rank_stats(worker: WorkerRecord, report: RankReport, requests: int) -> RankStats:
-    """One rank's counters, from its report."""
+def rank_stats(worker: WorkerRecord, report: RankReport, requests: int, before: int) -> RankStats:
+    """One rank's counters, from its report; ``before``: ranks of the groups before its own."""
     return RankStats(
-        rank=worker.rank,
+        group=worker.group,
+        rank=before + worker.rank,
         where=worker.handle.where,
         stats=report.stats,
         engine=report.engine,

@@ -1,4 +1,4 @@
-"""``ControllerClient``: the driver's side of the controller. Keeps one alive, and carries messages between it and the ranks.
+"""``ControllerClient``: the driver's side of the controller, for one group. Keeps one alive, and carries its messages.
 
 It runs in the supervisor's thread, and no request waits for it. While there is no controller, the ranks keep their placement:
 
@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 import msgspec
 
-from cluster.driver.backend import Backend, ControllerHandle, WorkerDied
+from cluster.driver.backend import ControllerHandle, WorkerDied
 from cluster.driver.loop_thread import Notifier
 from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
@@ -99,6 +99,7 @@ class ControllerClient:
     """Keeps a controller that plans the ranks' placement.
 
     Args:
+        start: starts the controller, or finds it.
         ranks: the group.
         send: sends a command to a rank, in the background and in order.
 
@@ -106,8 +107,13 @@ class ControllerClient:
         frozen: the controller is to publish nothing unasked.
     """
 
-    def __init__(self, backend: Backend, ranks: Ranks, send: Callable[[Hashable, Command], None]) -> None:
-        self._backend, self._ranks, self._send = backend, ranks, send
+    def __init__(
+        self,
+        start: Callable[[], Awaitable[ControllerHandle]],
+        ranks: Ranks,
+        send: Callable[[Hashable, Command], None],
+    ) -> None:
+        self._start, self._ranks, self._send = start, ranks, send
         self._changes = Notifier()
         self._controller: ControllerHandle | None = None
         self._state = ABSENT
@@ -249,7 +255,7 @@ class ControllerClient:
         """Run one controller from its start to its end; returns the reason of its end. No error leaves this."""
         handle = None
         try:
-            handle = await self._backend.start_controller()
+            handle = await self._start()
             self._started += 1
             self._controller = handle
             await self._serve(handle)

@@ -14,7 +14,9 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.driver.scheduler import IdleTracker, RankCapacity, Scheduler
+from cluster.driver.idle_tracker import IdleTracker
+from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.scheduler import Scheduler
 from cluster.errors import ClusterError
 from cluster.messages.rank import Cancel, Command, Submit, Wake
 from epslots.generation.portions import push_until_stop
@@ -57,10 +59,8 @@ class RequestRouter:
         self._send = send
         self._tokenizer = tokenizer
         self._scheduler = Scheduler()
-        self._idle = IdleTracker()
+        self._groups: list[GroupRouter] = []
         self._calls: dict[str, _Call] = {}
-        self._capacities: dict[Hashable, RankCapacity] = {}
-        self._paused = True
         self._assignment_due = False
 
     @property
@@ -115,21 +115,21 @@ class RequestRouter:
         for call in calls.values():
             call.caller.fail(error)
 
-    # The group.
+    # Groups of ranks.
 
-    def begin(self, epoch: int) -> None:
-        """A new epoch is about to form. Its ranks may fall asleep before all of them have reported ``Formed``."""
-        self._idle.begin(epoch)
+    def open_group(self) -> GroupRouter:
+        """A further group of ranks; it serves none yet."""
+        self._groups.append(group := GroupRouter(self._scheduler, self._send, self._assign_soon))
+        return group
 
-    def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
-        """The group has formed: assign requests to these ranks, given in the order of their numbers."""
-        self._capacities = dict(capacities)
-        self._paused = False
-        self._assign_soon()
+    def close_group(self, group: GroupRouter) -> None:
+        """A group is no more; its ranks are lost already."""
+        self._groups.remove(group)
 
     def pause(self) -> None:
-        """The group is broken: assign no request until ``serve``."""
-        self._paused = True
+        """Assign no request to any rank until its group serves again."""
+        for group in self._groups:
+            group.pause()
 
     def lose(self, worker: Hashable, *, blame: bool, cause: str) -> int:
         """A rank is lost; returns the number of its requests that move to others.
@@ -138,7 +138,6 @@ class RequestRouter:
             blame: its requests may be the reason.
             cause: why it is lost, for people.
         """
-        self._capacities.pop(worker, None)
         moved, given_up = self._scheduler.release(worker, blame=blame)
         for entry in given_up:
             call = self._calls.pop(entry.request.id)
@@ -174,31 +173,66 @@ class RequestRouter:
             return
         call.caller.arrive(told)
 
-    def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
-        """A rank reports that no rank had work in this step."""
-        self._idle.fell_asleep(worker, epoch, step)
-        self._wake()
-
     # Assignment.
 
     def _assign_soon(self) -> None:
         """Assign waiting requests soon, once for all that come in together."""
-        if not self._assignment_due and not self._paused:
+        if not self._assignment_due and any(group.serves for group in self._groups):
             self._assignment_due = True
             asyncio.get_running_loop().call_later(_TOGETHER_S, self._assign)
 
     def _assign(self) -> None:
         self._assignment_due = False
-        if self._paused:
-            return
         assigned = defaultdict(list)
-        for worker, request in self._scheduler.assign(self._capacities):
+        for worker, request in self._scheduler.assign():
             assigned[worker].append(request)
         for worker, requests in assigned.items():
             self._send(worker, Submit(tuple(requests)))
-        self._wake()
+        for group in self._groups:
+            group.wake()
 
-    def _wake(self) -> None:
-        step, sleepers = self._idle.wake(self._scheduler.outstanding)
+
+class GroupRouter:
+    """One group's side of the router: its ranks serve, pause, fall asleep and are woken together.
+
+    Args:
+        scheduler: of all groups.
+        assign_soon: assigns waiting requests.
+
+    Attributes:
+        serves: the group takes requests.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, send: Callable[[Hashable, Command], None], assign_soon: Callable[[], None]
+    ) -> None:
+        self._scheduler, self._send, self._assign_soon = scheduler, send, assign_soon
+        self._idle = IdleTracker()
+        self._ranks: tuple[Hashable, ...] = ()
+        self.serves = False
+
+    def begin(self, epoch: int) -> None:
+        """A new epoch is about to form. Its ranks may fall asleep before all of them have reported ``Formed``."""
+        self._idle.begin(epoch)
+
+    def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
+        """The group has formed: assign requests to these ranks, given in the order of their numbers."""
+        self._ranks, self.serves = tuple(capacities), True
+        self._scheduler.serve(capacities)
+        self._assign_soon()
+
+    def pause(self) -> None:
+        """The group is broken: assign no request to its ranks until ``serve``. They keep those that they have."""
+        self.serves = False
+        self._scheduler.pause(self._ranks)
+
+    def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
+        """A rank reports that no rank of its group had work in this step."""
+        self._idle.fell_asleep(worker, epoch, step)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake the ranks that sleep while another one of the group has work."""
+        step, sleepers = self._idle.wake(self._scheduler.busy(self._ranks))
         for worker in sleepers:
             self._send(worker, Wake(self._idle.epoch, step))

@@ -4,9 +4,12 @@
     assigned   a rank has it; its tokens until now are recorded here
     ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
 
-A request goes to the least loaded rank as soon as one has room, and not before: a queued request can still go to a rank that
-comes later. The choices of one prompt go to one rank, as long as that has room, because it computes their prompt once. The
-requests of a lost rank return to their place in the queue, and start again from their prompt and the tokens that had arrived.
+A request goes to a rank as soon as one has room, and not before: a queued request can still go to a rank that comes later.
+It goes to the rank that would have the least to compute and hold with it: a rank that computed a prompt which begins alike
+counts that beginning as done, the others by their load (``rank_loads.py``, ``prefix_index.py``). The choices of one prompt
+stay together, as long as their rank has room, because it computes their prompt once. All ranks of all groups are one set:
+a group that forms anew pauses its own, and what they have stays theirs. A decision costs log(ranks). The requests of a lost
+rank return to their place in the queue, and start again from their prompt and the tokens that had arrived.
 A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in
 the end is given up.
 """
@@ -14,18 +17,18 @@ the end is given up.
 from __future__ import annotations
 
 import itertools
-from bisect import insort
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
+from cluster.driver.prefix_index import BLOCK, PrefixIndex, block_hashes
+from cluster.driver.rank_loads import RankCapacity, RankLoads
 from epslots.generation.requests import Output, Request
 
 MOST_SHARED_LOSSES = 2
 """Losses in a row, without a token, after which a request gets a rank to itself: others aren't blamed if it is the reason."""
 MOST_LOSSES = 5
 """Losses in a row, without a token, after which a request is given up: it doesn't go on ending ranks."""
-BACKLOG_PART = 4
-"""A rank is given a fourth more requests than it runs, and at least one more: one of them starts when another ends."""
 
 
 @dataclass(eq=False)
@@ -41,6 +44,9 @@ class ScheduledRequest:
         worker: the rank that serves it; None while it is queued.
         losses: ranks in a row that were lost while they had it, without a token in between.
         ending: its user needs no more of it.
+        blocks: hashes of its prompt's blocks (``block_hashes``).
+        reused: tokens of its prompt that its rank needn't compute, as far as is known.
+        began: its rank has sent a token.
     """
 
     request: Request
@@ -52,6 +58,9 @@ class ScheduledRequest:
     worker: Hashable | None = None
     losses: int = 0
     ending: bool = False
+    blocks: tuple[int, ...] = ()
+    reused: int = 0
+    began: bool = False
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -64,9 +73,10 @@ class ScheduledRequest:
         return len(self.request.prompt) + len(self.tokens)
 
     @property
-    def needed_tokens(self) -> int:
-        """Tokens that its rank may have to hold, and to compute."""
-        return len(self.request.prompt) + self.request.max_new_tokens
+    def due_tokens(self) -> int:
+        """Tokens that its rank has yet to compute, at most. Its first token says that its prompt is done."""
+        prompt = 0 if self.began else len(self.request.prompt) + len(self.tokens) - self.reused
+        return prompt + self.request.max_new_tokens - len(self.tokens)
 
     @property
     def alone(self) -> bool:
@@ -75,56 +85,9 @@ class ScheduledRequest:
 
     def rest(self) -> Request:
         """The request for the tokens that are missing."""
+        if not self.tokens and not self.prompt_logprobs:
+            return self.request
         return self.request.after(self.tokens, self.prompt_logprobs)
-
-
-@dataclass(frozen=True)
-class RankCapacity:
-    """The capacity of a rank.
-
-    Attributes:
-        kv_tokens: tokens that its cache holds.
-        max_requests: requests that it runs at a time.
-    """
-
-    kv_tokens: int
-    max_requests: int
-
-    @property
-    def most_requests(self) -> int:
-        """Requests that it is given, those that wait there included."""
-        return self.max_requests + max(1, self.max_requests // BACKLOG_PART)
-
-
-@dataclass(eq=False)
-class _RankLoad:
-    """The requests of a rank, in numbers."""
-
-    capacity: RankCapacity
-    requests: int = 0
-    held_tokens: int = 0
-    needed_tokens: int = 0
-    siblings: set[str] = field(default_factory=set)
-    """Of its requests."""
-    reserved: bool = False
-    """One of them gets the rank to itself."""
-
-    def add(self, entry: ScheduledRequest) -> None:
-        self.requests += 1
-        self.siblings.add(entry.siblings)
-        self.held_tokens += entry.held_tokens
-        self.needed_tokens += entry.needed_tokens
-        self.reserved |= entry.alone
-
-    def fits(self, entry: ScheduledRequest) -> bool:
-        """Whether the rank has room for one more request; an idle rank has room for any."""
-        if not self.requests:
-            return True
-        if self.reserved or entry.alone:
-            return False
-        if self.requests >= self.capacity.most_requests:
-            return False
-        return self.held_tokens + entry.held_tokens <= self.capacity.kv_tokens
 
 
 class Scheduler:
@@ -132,9 +95,16 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._entries: dict[str, ScheduledRequest] = {}
-        self._queue: list[ScheduledRequest] = []
-        """In the order of turns."""
+        self._queue: list[tuple[tuple[int, int], ScheduledRequest]] = []
+        """A heap by turns; requests that were ended while they waited are still in it."""
+        self._queued = 0
         self._numbers = itertools.count()
+        self._loads = RankLoads()
+        self._prefixes = PrefixIndex()
+        self._served: dict[Hashable, dict[str, ScheduledRequest]] = {}
+        """By rank: its requests, in the order in which it got them."""
+        self._choices: dict[str, dict[str, ScheduledRequest]] = {}
+        """By ``siblings``: the choices of a prompt that has several."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -145,87 +115,37 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """Requests that wait for a rank."""
-        return len(self._queue)
+        return self._queued
 
     @property
     def outstanding(self) -> bool:
         """Whether any rank has a request."""
-        return len(self._entries) > len(self._queue)
+        return len(self._entries) > self._queued
 
     def served_by(self, worker: Hashable) -> list[ScheduledRequest]:
-        """A rank's requests, oldest first."""
-        return [entry for entry in self._entries.values() if entry.worker == worker]
+        """A rank's requests."""
+        return list(self._served.get(worker, {}).values())
+
+    def busy(self, workers: Iterable[Hashable]) -> bool:
+        """Whether any of these ranks has a request."""
+        return any(self._served.get(worker) for worker in workers)
 
     def longest_wait_s(self, now_s: float) -> float:
         """The longest time that a request is without its first token, wherever it waits; 0 if all have one."""
         without = [entry.arrived_s for entry in self._entries.values() if not entry.tokens and not entry.ending]
         return now_s - min(without, default=now_s)
 
-    def add(self, choices: Sequence[Request], now_s: float = 0.0) -> None:
-        """Queue the choices of one prompt, whose ids must be new."""
-        for request in choices:
-            assert request.id not in self._entries
-            entry = ScheduledRequest(request, siblings=choices[0].id, number=next(self._numbers), arrived_s=now_s)
-            self._entries[request.id] = entry
-            self._enqueue(entry)
+    # Ranks.
 
-    def _enqueue(self, entry: ScheduledRequest) -> None:
-        insort(self._queue, entry, key=lambda queued: queued.turn)
+    def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
+        """These ranks take requests from now on; of equal ones, the one given first."""
+        for worker, capacity in capacities.items():
+            self._loads.serve(worker, capacity)
 
-    def assign(self, capacities: Mapping[Hashable, RankCapacity]) -> list[tuple[Hashable, Request]]:
-        """Assign queued requests, in order, to ranks with room; returns pairs of rank and request.
-
-        Args:
-            capacities: of all ranks that serve, in the order of their numbers.
-        """
-        if not self._queue or not capacities:
-            return []
-        loads = {worker: _RankLoad(capacity) for worker, capacity in capacities.items()}
-        for entry in self._entries.values():
-            if entry.worker in loads:
-                loads[entry.worker].add(entry)
-        assigned = []
-        while self._queue:
-            entry = self._queue[0]
-            fitting = [worker for worker, load in loads.items() if load.fits(entry)]
-            if not fitting:
-                break
-            beside_siblings = [worker for worker in fitting if entry.siblings in loads[worker].siblings]
-            entry.worker = min(beside_siblings or fitting, key=lambda worker: loads[worker].needed_tokens)
-            loads[entry.worker].add(entry)
-            del self._queue[0]
-            assigned.append((entry.worker, entry.rest()))
-        return assigned
-
-    def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
-        """Record a rank's output; returns its request, or None if no caller needs the output.
-
-        Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
-        """
-        entry = self._entries.get(output.id)
-        if entry is None or entry.worker != worker:
-            return None
-        if output.finished:
-            del self._entries[output.id]
-        if entry.ending:
-            return None
-        entry.tokens += output.tokens
-        entry.prompt_logprobs += len(output.prompt_logprobs)
-        if output.tokens:
-            entry.losses = 0  # it isn't the reason: that would end every rank at the same token
-        return entry
-
-    def end(self, id: str) -> Hashable | None:
-        """End a request for its user; returns the rank that has to cancel it, or None."""
-        entry = self._entries.get(id)
-        if entry is None or entry.ending:
-            return None
-        if entry.worker is None:
-            self._queue.remove(entry)
-            del self._entries[id]
-            return None
-        entry.ending = True
-        return entry.worker
+    def pause(self, workers: Iterable[Hashable]) -> None:
+        """These ranks take no further requests until they serve again."""
+        for worker in workers:
+            self._loads.pause(worker)
 
     def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
         """A rank is lost: move its requests to the queue.
@@ -237,65 +157,148 @@ class Scheduler:
             The requests that moved; and those that are given up, after too many losses.
         """
         moved, given_up = [], []
-        for entry in self.served_by(worker):
+        for entry in self._served.pop(worker, {}).values():
             if entry.ending:
-                del self._entries[entry.request.id]
+                self._forget(entry)
                 continue
             entry.losses += blame
             if entry.losses >= MOST_LOSSES:
-                del self._entries[entry.request.id]
+                self._forget(entry)
                 given_up.append(entry)
             else:
                 entry.worker = None
                 moved.append(entry)
                 self._enqueue(entry)
+        self._loads.remove(worker)
+        self._prefixes.forget(worker)
         return moved, given_up
+
+    # Requests.
+
+    def add(self, choices: Sequence[Request], now_s: float = 0.0) -> None:
+        """Queue the choices of one prompt, whose ids must be new."""
+        blocks = block_hashes(choices[0].prompt)
+        for request in choices:
+            assert request.id not in self._entries
+            entry = ScheduledRequest(request, choices[0].id, next(self._numbers), now_s, blocks=blocks)
+            self._entries[request.id] = entry
+            if len(choices) > 1:
+                self._choices.setdefault(entry.siblings, {})[request.id] = entry
+            self._enqueue(entry)
+
+    def _enqueue(self, entry: ScheduledRequest) -> None:
+        if len(self._queue) > 2 * self._queued + 64:  # of those that were ended
+            self._queue = [(waiting.turn, waiting) for _, waiting in self._queue if self._waits(waiting)]
+            heapify(self._queue)
+        heappush(self._queue, (entry.turn, entry))
+        self._queued += 1
+
+    def _waits(self, entry: ScheduledRequest) -> bool:
+        return entry.worker is None and self._entries.get(entry.request.id) is entry
+
+    def _forget(self, entry: ScheduledRequest) -> None:
+        del self._entries[entry.request.id]
+        if (choices := self._choices.get(entry.siblings)) is not None:
+            del choices[entry.request.id]
+            if not choices:
+                del self._choices[entry.siblings]
+
+    def assign(self) -> list[tuple[Hashable, Request]]:
+        """Assign queued requests, in order, to ranks with room; returns pairs of rank and request."""
+        assigned = []
+        while self._queue:
+            _, entry = self._queue[0]
+            if self._waits(entry):
+                worker = self._choose(entry)
+                if worker is None:
+                    break  # it is the next, or those that need little room would pass it for ever
+                self._give(worker, entry)
+                assigned.append((worker, entry.rest()))
+            heappop(self._queue)
+        return assigned
+
+    def _choose(self, entry: ScheduledRequest) -> Hashable | None:
+        """The rank for a request, among those with room; None if there is none. Notes what that rank needn't compute."""
+        reused, holders = self._prefixes.longest(entry.blocks)
+
+        def cost(worker: Hashable) -> float:
+            return self._loads.cost(worker, -reused if worker in holders else 0)
+
+        siblings = (sibling.worker for sibling in self._choices.get(entry.siblings, {}).values())
+        chosen = next((worker for worker in siblings if worker is not None and self._loads.fits(worker, entry)), None)
+        if chosen is None and (least_loaded := self._loads.least_loaded(entry)) is not None:
+            chosen = min((*(holder for holder in holders if self._loads.fits(holder, entry)), least_loaded), key=cost)
+        entry.reused = reused if chosen in holders else 0
+        return chosen
+
+    def _give(self, worker: Hashable, entry: ScheduledRequest) -> None:
+        entry.worker, entry.began = worker, False
+        self._queued -= 1
+        self._loads.add(worker, entry)
+        self._served.setdefault(worker, {})[entry.request.id] = entry
+        capacity = self._loads.capacity(worker)
+        if capacity.shares_prefixes:
+            self._prefixes.enter(worker, entry.blocks, capacity.kv_tokens // BLOCK)
+
+    def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
+        """Record a rank's output; returns its request, or None if no caller needs the output.
+
+        Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
+        """
+        entry = self._entries.get(output.id)
+        if entry is None or entry.worker != worker:
+            return None
+        if output.finished:
+            self._loads.drop(worker, entry)
+            del self._served[worker][output.id]
+            self._forget(entry)
+        if entry.ending:
+            return None
+        if not output.finished:
+            self._loads.drop(worker, entry)
+        entry.tokens += output.tokens
+        entry.prompt_logprobs += len(output.prompt_logprobs)
+        if output.tokens:
+            entry.began = True
+            entry.losses = 0  # it isn't the reason: that would end every rank at the same token
+        if not output.finished:
+            self._loads.add(worker, entry)
+        return entry
+
+    def end(self, id: str) -> Hashable | None:
+        """End a request for its user; returns the rank that has to cancel it, or None."""
+        entry = self._entries.get(id)
+        if entry is None or entry.ending:
+            return None
+        if entry.worker is None:
+            self._forget(entry)
+            self._queued -= 1
+            return None
+        entry.ending = True
+        return entry.worker
 
     def clear(self) -> list[ScheduledRequest]:
         """Drop all requests; returns those that users still wait for."""
         entries = [entry for entry in self._entries.values() if not entry.ending]
-        self._entries.clear()
+        for entry in list(self._entries.values()):
+            if entry.worker is not None:
+                self._loads.drop(entry.worker, entry)
+            self._forget(entry)
+        self._served.clear()
         self._queue.clear()
+        self._queued = 0
         return entries
 
     def check(self) -> None:
-        """Assert that the queue and the entries agree."""
+        """Assert that the queue, the ranks' loads and the entries agree."""
         waiting = [entry for entry in self._entries.values() if entry.worker is None]
-        assert self._queue == sorted(waiting, key=lambda entry: entry.turn)
+        in_queue = [entry for _, entry in self._queue if self._waits(entry)]
+        assert len(waiting) == self._queued == len(in_queue)
+        assert {entry.request.id for entry in waiting} == {entry.request.id for entry in in_queue}
         assert not any(entry.ending for entry in waiting)
-
-
-class IdleTracker:
-    """Decides which ranks to wake.
-
-    A rank falls asleep by itself when a step's header says that no rank has work. A rank that gets a request then begins the
-    next step, and waits in it for the others.
-
-    All ranks of an epoch fall asleep at the same step. So it is enough to remember the step up to which they were woken: a
-    rank that sleeps before that step, or reports so later, is woken as well.
-    """
-
-    def __init__(self) -> None:
-        self.epoch = -1
-        self._asleep: dict[Hashable, int] = {}
-        self._woken_to = 0
-
-    def begin(self, epoch: int) -> None:
-        """A new epoch: all its ranks are awake."""
-        self.epoch = epoch
-        self._asleep.clear()
-        self._woken_to = 0
-
-    def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
-        """A rank reports that no rank had work in ``step``."""
-        if epoch == self.epoch:
-            self._asleep[worker] = step
-
-    def wake(self, outstanding: bool) -> tuple[int, Sequence[Hashable]]:
-        """The step to make ranks run to, and the ranks to wake for it; ``outstanding``: some rank has requests."""
-        if outstanding and self._asleep:
-            self._woken_to = max(self._woken_to, max(self._asleep.values()) + 1)
-        late = [worker for worker, step in self._asleep.items() if step < self._woken_to]
-        for worker in late:
-            del self._asleep[worker]
-        return self._woken_to, late
+        served = [(worker, entry) for worker, has in self._served.items() for entry in has.values()]
+        assert {entry.request.id for _, entry in served} == {
+            id for id, entry in self._entries.items() if entry.worker is not None
+        }
+        assert all(entry.worker == worker for worker, entry in served)
+        self._loads.check(served)

@@ -1,8 +1,8 @@
 """``Supervisor``: the driver's center. Starts and ends the cluster, takes the workers' events, and reacts when one is lost.
 
     Supervisor -> WorkerPool          a worker on every place, replaced when it is lost
-               -> WorkerGroup         the process group of the workers that have loaded the model
-               -> ControllerClient    the controller, its windows and its placements
+               -> WorkerGroups        the process groups of the workers that have loaded the model
+               -> ControllerClient    for each group: the controller, its windows and its placements
                -> RequestRouter       requests and their outputs
     all of them -> Workers            records of the workers; send and lose
 
@@ -16,17 +16,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from cluster.driver.backend import Backend, WorkerDied
 from cluster.driver.controller_client import ControllerClient
+from cluster.driver.epochs import Epochs
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.request_router import Caller, RequestRouter
+from cluster.driver.shared_controller import SharedController
 from cluster.driver.worker_group import WorkerGroup
+from cluster.driver.worker_groups import WorkerGroups
 from cluster.driver.worker_pool import WorkerPool
-from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
+from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed, Superseded
 from cluster.messages.placement import GroupState, LoadReport, PlacementRejected
 from cluster.messages.rank import (
@@ -72,13 +76,13 @@ class Supervisor:
         load: the workers' first command; ``neighbours`` is filled in for each.
         costs: the costs to plan with; None = measured ones.
         make_router: called with the function that sends commands.
-        placement: of the first group (``placement.pack``); None = the default one.
+        placement: of each group's first ranks (``placement.pack``); None = the default one.
 
     Attributes:
         pool: the places for workers.
-        group: the ranks that serve.
+        groups: the ranks that serve.
         router: the requests.
-        controller_client: None if there is no controller, because no windows are reported.
+        controllers: of each group; none if there is no controller, because no windows are reported.
         failure: why the cluster can't go on, if so.
         timeline: seconds from the beginning to the end of each stage of the start, by name.
     """
@@ -107,28 +111,24 @@ class Supervisor:
         self.workers = Workers(thread.spawn, self._take_loss)
         self._changes = self.workers.changes
         self.router = make_router(self.workers.send)
-        self.group = WorkerGroup(
-            self.workers,
-            self.router,
-            kv_tokens=load.config.kv_tokens,
-            costs=costs,
-            deadlines=deadlines,
-            placement=placement,
-            on_formed=self._take_formed_group,
-        )
+        self._costs, self._placement, self._epochs = costs, placement, Epochs()
+        self._controller = SharedController(backend)
+        self.controllers: list[ControllerClient] = []
+        self._controller_tasks: list[asyncio.Task[None]] = []
+        self.groups = WorkerGroups(self._make_group, self._end_group, self._spawn)
         self.pool = WorkerPool(
-            backend, self.workers, self.group, listen=self._listen, spawn=self._spawn, give_up_s=deadlines.give_up_s
+            backend, self.workers, self.groups, listen=self._listen, spawn=self._spawn, give_up_s=deadlines.give_up_s
         )
-        self.controller_client = ControllerClient(backend, self.group, self.workers.send) if load.window_steps else None
         thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
 
     # Calls of the cluster.
 
-    async def start(self, ranks: int | None) -> Loaded:
+    async def start(self, ranks: int | None, groups: int = 1) -> Loaded:
         """Start the ranks; returns when they serve, with the first one's report of the model.
 
         Args:
             ranks: None for one on every GPU.
+            groups: into which they are divided.
 
         Raises:
             ClusterError: the first failure of the start, which ends it.
@@ -137,19 +137,21 @@ class Supervisor:
         self._spawn(self._backend.keep_lease)
         ranks = await self._backend.open(ranks)
         self._mark("places reserved")
-        survivors = len(self._backend.survivors)
-        self.group.require(survivors or ranks)
-        self._spawn(self.group.keep_formed)
+        survivors = self._backend.survivors
+        self.groups.divide(ranks, groups)
+        self.groups.resize(ranks)
+        for number, group in enumerate(self.groups):
+            bundles = self.groups.bundles_of(number, ranks)
+            group.require(len(survivors.intersection(bundles)) or len(bundles))
         self._spawn(self._watch_health)
         self._spawn(self.pool.keep_backend)
         self._spawn(self._log_gaps)
-        if self.controller_client is not None:
-            self._spawn(self.controller_client.keep_controller)
         self._display.stage("starting workers")
-        await self.pool.start(ranks, adopting=survivors > 0)
-        self.group.require(1)
+        await self.pool.start(ranks, adopting=bool(survivors))
+        for group in self.groups:
+            group.require(1)
         self._display.close()
-        loaded = self.group.members[0].loaded
+        loaded = self.groups.members[0].loaded
         assert loaded is not None
         return loaded
 
@@ -163,7 +165,7 @@ class Supervisor:
         self._changes.notify()
 
     async def scale(self, ranks: int) -> None:
-        """Change the number of ranks; returns when that many serve.
+        """Change the number of ranks; returns when that many serve. If there are several groups, whole ones come and go.
 
         Raises:
             ClusterError: there is no room for them, or they don't come up; the others go on.
@@ -177,15 +179,18 @@ class Supervisor:
             await self.pool.wait_until_serving(range(ranks))
             await self.pool.reserve(ranks)
 
-    async def reports(self, layers: tuple[int, ...] | None = None) -> list[tuple[WorkerRecord, RankReport]]:
+    async def reports(
+        self, layers: tuple[int, ...] | None = None, group: int | None = None
+    ) -> list[tuple[WorkerRecord, RankReport]]:
         """The reports of all ranks, but for ranks that are lost meanwhile.
 
         Args:
-            layers: numbers of the MoE layers whose slots the first rank's report is to have; all ranks know the same of them.
-                None = all layers, in every report.
+            layers: numbers of the MoE layers whose slots the first rank's report is to have; all ranks of its group know the
+                same of them. None = all layers, in every report.
+            group: of this group's ranks alone.
         """
         asked: list[tuple[WorkerRecord, int]] = []
-        for worker in self.group.members:
+        for worker in self.groups.members if group is None else self.groups[group].members:
             self._reports_asked += 1
             self._reports[self._reports_asked] = None
             self.workers.send(worker, GetReport(self._reports_asked, () if asked and layers is not None else layers))
@@ -252,15 +257,15 @@ class Supervisor:
         match event:
             case Outputs(outputs):
                 worker.served = True
-                self.group.forget_breaks()
+                self.groups[worker.group].forget_breaks()
                 self.router.take(worker, outputs)
             case Asleep(epoch, step):
-                self.router.fell_asleep(worker, epoch, step)
+                self.groups[worker.group].router.fell_asleep(worker, epoch, step)
             case Contact():
-                self.group.pass_on(event)
+                self.groups[worker.group].pass_on(event)
             case LoadReport() | GroupState() | PlacementRejected():
-                if self.controller_client is not None:
-                    self.controller_client.take(worker, event)
+                if self.controllers:
+                    self.controllers[worker.group].take(worker, event)
             case _:
                 self._take_change(worker, event)
                 self._changes.notify()
@@ -280,12 +285,14 @@ class Supervisor:
             case Adopted(loaded, epoch, grouped):
                 worker.loaded, worker.state = loaded, WorkerState.READY
                 worker.formed = epoch if grouped else -1
-                self.group.follow(epoch, grouped=grouped)
+                self.groups[worker.group].follow(epoch, grouped=grouped)
                 self._mark("ranks adopted")
             case Formed(epoch):
                 worker.formed = epoch
-            case Broken(epoch, cause, stood) if epoch == self.group.epoch and worker.state is WorkerState.MEMBER:
-                self.group.break_up(f"{worker.name} reports: {cause}", in_step=stood)
+            case Broken(epoch, cause, stood) if worker.state is WorkerState.MEMBER:
+                group = self.groups[worker.group]
+                if epoch == group.epoch:
+                    group.break_up(f"{worker.name} reports: {cause}", in_step=stood)
             case Failed():
                 raise _failure_of(worker, event)
             case RankReport(number=number) if number in self._reports:  # else its caller gave up
@@ -299,21 +306,48 @@ class Supervisor:
         """A worker was lost: break its group up, and move its requests."""
         cause = worker.cause
         if was_member:
-            self.group.lose_member(f"{worker.name} is lost: {cause}")
+            self.groups[worker.group].lose_member(f"{worker.name} is lost: {cause}")
         moved = self.router.lose(worker, blame=not retire, cause=str(cause))
         if self.pool.started and not retire and self._closing is None:
             message = cause if isinstance(cause, RankFailed) else f"{worker.name} is lost: {cause}"
             notes = "".join(f"\n{note}" for note in getattr(cause, "__notes__", ()))
             logger.warning("%s%s%s", message, f"; its {moved} requests move" if moved else "", notes)
 
-    def _take_formed_group(self) -> None:
-        """The group has formed."""
+    def _make_group(self, number: int) -> WorkerGroup:
+        """A further group, and its controller client."""
+        group = WorkerGroup(
+            GroupWorkers(self.workers, number),
+            self.router.open_group(),
+            epochs=self._epochs,
+            kv_tokens=self._load.config.kv_tokens,
+            costs=self._costs,
+            deadlines=self._deadlines,
+            placement=self._placement,
+            on_formed=lambda: self._take_formed_group(number),
+        )
+        if self._load.window_steps:
+            client = ControllerClient(partial(self._controller.start, number), group, self.workers.send)
+            client.frozen = any(other.frozen for other in self.controllers)
+            self.controllers.append(client)
+            self._controller_tasks.append(self._spawn(client.keep_controller))
+        return group
+
+    def _end_group(self, group: WorkerGroup) -> None:
+        """The last group is no more."""
+        self.router.close_group(group.router)
+        if self.controllers:
+            self.controllers.pop().fail(ClusterError("its group was ended"))
+            self._controller_tasks.pop().cancel()
+
+    def _take_formed_group(self, number: int) -> None:
+        """A group has formed."""
         self._mark(_LAST_STAGE)
-        self.pool.mark_grouped(self.group.members)
+        group = self.groups[number]
+        self.pool.mark_grouped(group.members)
         if self.pool.started:
-            self.group.require(1)
-        if self.controller_client is not None:
-            self.controller_client.begin()
+            group.require(1)
+        if self.controllers:
+            self.controllers[number].begin()
 
     def _give_up(self, error: ClusterError) -> None:
         """End all requests and calls with an error: the cluster can't go on."""
@@ -322,10 +356,10 @@ class Supervisor:
             self.pool.stop()  # the ranks are another's
         self.router.pause()
         self.router.fail(self.failure)
-        self.group.stop()
+        self.groups.stop()
         self.pool.fail(self.failure)
-        if self.controller_client is not None:
-            self.controller_client.fail(self.failure)
+        for client in self.controllers:
+            client.fail(self.failure)
         self._changes.notify()
 
     # In the background.
@@ -344,18 +378,18 @@ class Supervisor:
     async def _watch_health(self) -> None:
         """Check the workers' health while a request, a report or a group is waited for, but not in an idle cluster."""
         while True:
-            await self._changes.wait_for(lambda: bool(self.router.unfinished or self._reports) or not self.group.formed)
+            await self._changes.wait_for(lambda: bool(self.router.unfinished or self._reports) or not self.groups.formed)
             await asyncio.sleep(self._deadlines.silence_s / 2)  # more often would tell no more
-            await self.group.check_health(list(self.workers), self._deadlines.silence_s)
+            await self.workers.check_health(list(self.workers), self._deadlines.silence_s)
 
     async def _log_gaps(self) -> None:
         """Warn when no rank has served for some seconds: callers only see that no token comes."""
-        group = self.group
+        groups = self.groups
         while True:
-            await self._changes.wait_for(lambda: self.pool.started and not group.formed)
+            await self._changes.wait_for(lambda: self.pool.started and not groups.any_formed)
             began_s = time.monotonic()
             warned = False
-            while not await self._changes.wait_for(lambda: group.formed, _GAP_AGAIN_S if warned else _GAP_S):
+            while not await self._changes.wait_for(lambda: groups.any_formed, _GAP_AGAIN_S if warned else _GAP_S):
                 warned = True
                 logger.warning(
                     "no rank has served for %.0f s, and %d requests wait: %s",
@@ -364,7 +398,7 @@ class Supervisor:
                     "; ".join(self.pool.missing()),
                 )
             if warned:
-                logger.warning("%d ranks serve again after %.0f s", group.serving, time.monotonic() - began_s)
+                logger.warning("%d ranks serve again after %.0f s", groups.serving, time.monotonic() - began_s)
 
     def _mark(self, stage: str) -> None:
         """Note the end of a stage of the start."""

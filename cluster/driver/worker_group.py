@@ -1,4 +1,4 @@
-"""``WorkerGroup``: the ranks that are one model now. A new epoch of it forms whenever a rank is lost or ready.
+"""``WorkerGroup``: ranks that are one model now. A new epoch of the group forms whenever a rank is lost or ready.
 
     health check -> next epoch, of all workers that answered -> Form to each -> each publishes a Contact, which all get ->
     all report Formed -> requests flow again
@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.driver.backend import WorkerDied
-from cluster.driver.request_router import RequestRouter
+from cluster.driver.epochs import Epochs
+from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.request_router import GroupRouter
 from cluster.driver.retries import Pace, Retries
-from cluster.driver.scheduler import RankCapacity
-from cluster.driver.workers import Deadlines, WorkerRecord, Workers, WorkerState
-from cluster.errors import ClusterError, Superseded
-from cluster.messages.rank import Contact, Contacts, Form, Ping, decode_pong, encode
+from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, WorkerState
+from cluster.errors import ClusterError
+from cluster.messages.rank import Contact, Contacts, Form
 from epslots.loading import LOAD_DEADLINE_S
 from epslots.placement.placement import unpack
 from epslots.planner.cost_model import Costs
@@ -29,7 +30,6 @@ from epslots.planner.cost_model import Costs
 logger = logging.getLogger("epslots.cluster")
 
 MOST_FAILURES = 5  # in a row
-_SECOND_LOOK_S = 0.1
 _PACE = Pace(first_s=0.2, most_s=5.0)
 _SECRET_BYTES = 16
 _TOGETHER_S = 0.01  # a rank's contact waits this long for the others': R messages are sent in place of R x R
@@ -39,8 +39,9 @@ class WorkerGroup:
     """Keeps the group formed. For the supervisor's thread.
 
     Args:
-        workers: all workers of the cluster.
-        router: paused while the group is broken.
+        workers: of this group.
+        router: the requests' way to them; paused while the group is broken.
+        epochs: numbers of groups, of all of the cluster.
         kv_tokens: capacity of each rank's cache.
         costs: the costs to plan with; None = measured ones.
         placement: of the first group (``placement.pack``); None = the default one.
@@ -56,16 +57,17 @@ class WorkerGroup:
 
     def __init__(
         self,
-        workers: Workers,
-        router: RequestRouter,
+        workers: GroupWorkers,
+        router: GroupRouter,
         *,
+        epochs: Epochs,
         kv_tokens: int,
         costs: Costs | None,
         deadlines: Deadlines,
         placement: bytes | None,
         on_formed: Callable[[], None],
     ) -> None:
-        self._workers, self._router, self._on_formed = workers, router, on_formed
+        self._workers, self.router, self._epochs, self._on_formed = workers, router, epochs, on_formed
         self._kv_tokens, self._costs, self._deadlines = kv_tokens, costs, deadlines
         self.placement = placement
         self.epoch = -1
@@ -105,7 +107,7 @@ class WorkerGroup:
             self._broken_by = cause
             self._broken_in_step = in_step
             self._breaks += in_step
-        self._router.pause()
+        self.router.pause()
         self._workers.changes.notify()
 
     def lose_member(self, cause: str) -> None:
@@ -120,6 +122,7 @@ class WorkerGroup:
             epoch: the newest that it knows of.
             grouped: it has been in a group, and brings that one's placement.
         """
+        self._epochs.follow(epoch)
         self.epoch = max(self.epoch, epoch)
         self.stood |= grouped
 
@@ -127,9 +130,16 @@ class WorkerGroup:
         """Begin with this placement if all ranks are replaced at once."""
         self.placement = placement
 
+    def lose_all(self, cause: WorkerDied) -> None:
+        """Lose all workers: they are started anew, and form a group as if it were the first."""
+        for worker in self._workers:
+            self._workers.lose(worker, cause, retire=True)
+        self._breaks, self.stood, self.placement = 0, False, None
+
     def stop(self) -> None:
         """Form no further group."""
         self._stopped = True
+        self._workers.changes.notify()
 
     # Forming.
 
@@ -142,12 +152,14 @@ class WorkerGroup:
         """
         retries = Retries(_PACE, self._deadlines.give_up_s)
         while not self._stopped:
-            await self._workers.changes.wait_for(self._should_form)
+            await self._workers.changes.wait_for(lambda: self._stopped or self._should_form())
+            if self._stopped:
+                return
             if self._breaks > 1:
                 logger.warning("the group broke %d times without a token; the last time: %s", self._breaks, self._broken_by)
             if self._breaks >= MOST_FAILURES:
                 raise ClusterError(f"the group broke {self._breaks} times without a token: {self._broken_by}")
-            await self.check_health(self._workers.candidates, self._deadlines.health_check_s)
+            await self._workers.check_health(self._workers.candidates, self._deadlines.health_check_s)
             if not self._should_form():
                 continue
             cause = await self._form()
@@ -182,12 +194,12 @@ class WorkerGroup:
 
     async def _form(self) -> str | None:
         """Form the next epoch, of all candidates; returns the reason if it failed."""
-        logger.debug("forming epoch %d after: %s", self.epoch + 1, self._broken_by)
+        logger.debug("forming epoch %d after: %s", self._epochs.newest + 1, self._broken_by)
         members = self._workers.candidates
-        self.epoch += 1
+        self.epoch = self._epochs.next()
         self.formed, self._broken_by, self._broken_in_step = False, None, False
         self._contacts = {}
-        self._router.begin(self.epoch)
+        self.router.begin(self.epoch)
         fresh = all(worker.state is WorkerState.READY and worker.formed < 0 for worker in members)
         self._send_forms(members, fresh)
         await self._wait_until_formed(members, fresh)
@@ -201,9 +213,9 @@ class WorkerGroup:
         self.formed = self.stood = True
         self.serving = len(members)
         logger.info("epoch %d: %d ranks serve", self.epoch, len(members))
-        self._router.serve(
+        self.router.serve(
             {
-                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests)
+                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests, worker.loaded.shares_prefixes)
                 for worker in members
                 if worker.loaded is not None
             }
@@ -270,27 +282,3 @@ class WorkerGroup:
         contacts, self._contacts = self._contacts, {}
         for worker in self.members if contacts else ():
             self._workers.send(worker, Contacts(self.epoch, contacts))
-
-    # Health.
-
-    async def check_health(self, workers: Sequence[WorkerRecord], deadline_s: float) -> None:
-        """Ping workers, and lose those that don't answer in time."""
-        await asyncio.gather(*(self._ping(worker, deadline_s) for worker in workers))
-
-    async def _ping(self, worker: WorkerRecord, deadline_s: float) -> None:
-        asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
-        try:
-            await asyncio.wait({asking}, timeout=deadline_s)
-            if not asking.done():  # this process may have stood still, and the answer be waiting here
-                await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
-            if not asking.done():
-                raise WorkerDied(f"it did not answer within {deadline_s:g} s")
-            if not decode_pong(asking.result()).running:  # its last event, which says why, is on the way
-                await self._workers.changes.wait_for(lambda: worker.state is WorkerState.LOST, deadline_s)
-                raise WorkerDied("it has ended its work")
-        except Superseded:
-            pass  # the lease says so, too, and that ends this cluster
-        except WorkerDied as error:
-            self._workers.lose(worker, error)
-        finally:
-            asking.cancel()

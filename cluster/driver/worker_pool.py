@@ -15,7 +15,8 @@ from typing import Any
 
 from cluster.driver.backend import Backend, WorkerDied
 from cluster.driver.retries import Pace, Retries
-from cluster.driver.worker_group import MOST_FAILURES, WorkerGroup
+from cluster.driver.worker_group import MOST_FAILURES
+from cluster.driver.worker_groups import WorkerGroups
 from cluster.driver.workers import WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed
 
@@ -50,7 +51,7 @@ class WorkerPool:
     Its background coroutines raise ClusterError when the cluster can't go on; ``spawn`` sees to that.
 
     Args:
-        group: the group that the workers form.
+        groups: the groups that the workers form.
         listen: takes the events of a new worker until that is lost, with its ``cause`` set.
         spawn: runs a coroutine in the background.
         give_up_s: seconds after which a failing place, or a lost backend, is given up; None = never.
@@ -65,14 +66,14 @@ class WorkerPool:
         self,
         backend: Backend,
         workers: Workers,
-        group: WorkerGroup,
+        groups: WorkerGroups,
         *,
         listen: Callable[[WorkerRecord], Coroutine[Any, Any, None]],
         spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], asyncio.Task[None]],
         give_up_s: float | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._backend, self._workers, self._group = backend, workers, group
+        self._backend, self._workers, self._groups = backend, workers, groups
         self._listen, self._spawn, self._give_up_s, self._clock = listen, spawn, give_up_s, clock
         self.size = 0
         self.started = False
@@ -99,7 +100,7 @@ class WorkerPool:
             self.started = True
             return
         self._place(ranks)
-        await self._workers.changes.wait_for(lambda: self._failure is not None or self._group.formed)
+        await self._workers.changes.wait_for(lambda: self._failure is not None or self._groups.any_formed)
         if self._failure is not None:
             raise self._failure
 
@@ -114,6 +115,7 @@ class WorkerPool:
 
     def _place(self, ranks: int) -> None:
         self.size = ranks
+        self._groups.resize(ranks)
         for bundle in range(ranks):
             self._given_up.pop(bundle, None)
             if bundle in self._places:
@@ -127,7 +129,8 @@ class WorkerPool:
     def shrink(self, ranks: int) -> None:
         """End the workers and places from number ``ranks`` on."""
         self.size = ranks
-        self._group.require(ranks, at_most=True)
+        for number, group in enumerate(self._groups):
+            group.require(max(1, len(set(self._groups.bundles_of(number, ranks)) & set(range(ranks)))), at_most=True)
         self._given_up = {bundle: error for bundle, error in self._given_up.items() if bundle < ranks}
         for bundle in [bundle for bundle in self._places if bundle >= ranks]:
             task = self._places.pop(bundle).task
@@ -135,6 +138,7 @@ class WorkerPool:
                 task.cancel()
             if (worker := self._workers.on(bundle)) is not None:
                 self._workers.lose(worker, ClusterError("it is no longer needed"), retire=True)
+        self._groups.resize(ranks)
 
     async def reserve(self, ranks: int) -> None:
         """Resize the backend, even if it is lost meanwhile.
@@ -164,11 +168,11 @@ class WorkerPool:
             return sorted(often | (set(bundles) & self._given_up.keys()))
 
         def settled() -> bool:
-            serving = {worker.bundle for worker in self._group.members}
+            serving = {worker.bundle for worker in self._groups.members}
             return (
                 self._failure is not None
                 or bool(failing())
-                or (self._group.formed and serving >= set(bundles) and max(serving, default=0) < self.size)
+                or (self._groups.formed and serving >= set(bundles) and max(serving, default=0) < self.size)
             )
 
         await self._workers.changes.wait_for(settled)
@@ -211,7 +215,7 @@ class WorkerPool:
                 return
             if not self.started:
                 raise error
-            self._group.require(1)  # after a lost backend, too: the other ranks needn't wait for this one
+            self._groups.of(bundle).require(1)  # after a lost backend, too: the other ranks needn't wait for this one
             place.error = error
             if worker is not None and worker.proven:
                 place.retries.reset()
@@ -222,7 +226,7 @@ class WorkerPool:
         """Start a worker, and wait for its end; returns it, or None if it didn't start, and the reason."""
         worker = None
         try:
-            worker = WorkerRecord(bundle, await self._backend.start_worker(bundle))
+            worker = WorkerRecord(bundle, await self._backend.start_worker(bundle), self._groups.number_of(bundle))
             self._workers.add(worker)
             worker.listening = self._spawn(lambda: self._listen(worker))
             await asyncio.wait({worker.listening})
@@ -280,7 +284,8 @@ class WorkerPool:
                 self._workers.lose(worker, WorkerDied(reason), retire=True)
             await self._reopen()
             self._lost = ""
-            self._group.require(max(1, len(self._places)))  # together they can go on with their placement
+            for number, group in enumerate(self._groups):  # together they can go on with their placement
+                group.require(max(1, len(self._places.keys() & set(self._groups.bundles_of(number, self.size)))))
             for bundle, place in self._places.items():
                 place.retries.reset()
                 self._keep(bundle)
@@ -323,6 +328,6 @@ class WorkerPool:
                 lines.append(f"{worker.name} loads the model")
             elif worker.state is WorkerState.READY:
                 lines.append(f"{worker.name} waits for the other ranks")
-        if not lines and not self._group.formed:
+        if not lines and not self._groups.formed:
             lines.append("the ranks are forming a group")
         return tuple(lines)

@@ -1,10 +1,10 @@
-"""The workers of a cluster as the driver knows them: their records, and how they are reached and lost."""
+"""The workers of a cluster as the driver knows them: their records, and how they are reached, watched and lost."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from cluster.driver.backend import WorkerDied, WorkerHandle
 from cluster.driver.loop_thread import Notifier
 from cluster.errors import ClusterError, Superseded
-from cluster.messages.rank import Command, Loaded, encode
+from cluster.messages.rank import Command, Loaded, Ping, decode_pong, encode
 
 _PROVEN_S = 60.0
+_SECOND_LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class WorkerRecord:
     """A worker's process, and the driver's knowledge of it.
 
     Attributes:
+        group: number of its group.
         rank: in the current epoch, or in the worker's last; -1 before its first.
         formed: the last epoch that the worker reported as formed.
         served: it has sent outputs.
@@ -61,6 +63,7 @@ class WorkerRecord:
 
     bundle: int
     handle: WorkerHandle
+    group: int = 0
     state: WorkerState = WorkerState.LOADING
     rank: int = -1
     formed: int = -1
@@ -74,7 +77,8 @@ class WorkerRecord:
     @property
     def name(self) -> str:
         """For people."""
-        return f"rank {self.bundle if self.rank < 0 else self.rank} ({self.handle.where})"
+        of = f" of group {self.group}" if self.group and self.rank >= 0 else ""
+        return f"rank {self.bundle if self.rank < 0 else self.rank}{of} ({self.handle.where})"
 
     @property
     def proven(self) -> bool:
@@ -109,16 +113,6 @@ class Workers:
         """The worker on a bundle."""
         return self._by_bundle.get(bundle)
 
-    @property
-    def members(self) -> list[WorkerRecord]:
-        """The ranks of the current epoch, in order."""
-        return sorted((worker for worker in self if worker.state is WorkerState.MEMBER), key=lambda worker: worker.rank)
-
-    @property
-    def candidates(self) -> list[WorkerRecord]:
-        """The possible members of the next epoch: first those of the current one, then the ready ones."""
-        return self.members + [worker for worker in self if worker.state is WorkerState.READY]
-
     def add(self, worker: WorkerRecord) -> None:
         """Add a new worker, whose bundle is free."""
         self._by_bundle[worker.bundle] = worker
@@ -152,3 +146,53 @@ class Workers:
             worker.listening.cancel()
         self._on_lost(worker, was_member, retire)
         self.changes.notify()
+
+    # Health.
+
+    async def check_health(self, workers: Iterable[WorkerRecord], deadline_s: float) -> None:
+        """Ping workers, and lose those that don't answer in time."""
+        await asyncio.gather(*(self._ping(worker, deadline_s) for worker in workers))
+
+    async def _ping(self, worker: WorkerRecord, deadline_s: float) -> None:
+        asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
+        try:
+            await asyncio.wait({asking}, timeout=deadline_s)
+            if not asking.done():  # this process may have stood still, and the answer be waiting here
+                await asyncio.wait({asking}, timeout=_SECOND_LOOK_S)
+            if not asking.done():
+                raise WorkerDied(f"it did not answer within {deadline_s:g} s")
+            if not decode_pong(asking.result()).running:  # its last event, which says why, is on the way
+                await self.changes.wait_for(lambda: worker.state is WorkerState.LOST, deadline_s)
+                raise WorkerDied("it has ended its work")
+        except Superseded:
+            pass  # the lease says so, too, and that ends this cluster
+        except WorkerDied as error:
+            self.lose(worker, error)
+        finally:
+            asking.cancel()
+
+
+class GroupWorkers:
+    """The workers of one group."""
+
+    def __init__(self, workers: Workers, group: int) -> None:
+        self._workers, self._group = workers, group
+        self.changes, self.send, self.lose, self.check_health = (
+            workers.changes,
+            workers.send,
+            workers.lose,
+            workers.check_health,
+        )
+
+    def __iter__(self) -> Iterator[WorkerRecord]:
+        return (worker for worker in self._workers if worker.group == self._group)
+
+    @property
+    def members(self) -> list[WorkerRecord]:
+        """The ranks of the current epoch, in order."""
+        return sorted((worker for worker in self if worker.state is WorkerState.MEMBER), key=lambda worker: worker.rank)
+
+    @property
+    def candidates(self) -> list[WorkerRecord]:
+        """The possible members of the next epoch: first those of the current one, then the ready ones."""
+        return self.members + [worker for worker in self if worker.state is WorkerState.READY]

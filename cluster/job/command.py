@@ -19,6 +19,7 @@ from cluster.config import ClusterConfig
 from epslots.cli import VersionOption
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
+    GroupsOption,
     LoadConfigOptions,
     ModelOption,
     PlacementOption,
@@ -43,6 +44,7 @@ class RayOptions:
     PANEL: ClassVar[str] = "The ranks"
 
     ranks: Annotated[Optional[int], typer.Option(min=1, help="Ranks. Default: one for each GPU, or 1.")] = _DEFAULTS.ranks
+    groups: GroupsOption = _DEFAULTS.groups
     address: Annotated[
         str,
         typer.Option(help='Ray cluster: "auto" (the running one), "host:port", or "local" (start Ray on this machine).'),

@@ -55,6 +55,7 @@ def _pairs(found: Load, wanted: Load) -> Iterator[tuple[str, tuple[Any, Any]]]:
     for name in theirs:
         yield name, (theirs[name], ours[name])
     yield "window_steps", (found.window_steps, wanted.window_steps)
+    yield "groups", (found.groups, wanted.groups)
 
 
 def _shown(value: object) -> str:

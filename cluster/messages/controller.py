@@ -7,7 +7,8 @@
                            Freeze      the state
                            Explain     an Explanation
 
-The controller gets one order at a time, and sends nothing unasked. It can't reach the ranks: the driver passes their load
+The controller's process serves all groups; an order is about one of them (``address``). It gets one order of a group at a
+time, and sends nothing unasked. It can't reach the ranks: the driver passes their load
 reports on, and sends them its placements.
 """
 
@@ -194,7 +195,20 @@ class Reply(msgspec.Struct, frozen=True):
     explanation: Explanation | None = None
 
 
+class Addressed(msgspec.Struct, frozen=True):
+    """An order about one of the cluster's groups.
+
+    Attributes:
+        group: its number.
+        order: an ``Order``.
+    """
+
+    group: int
+    order: msgspec.Raw
+
+
 _encoder = msgspec.msgpack.Encoder()
+_addressed = msgspec.msgpack.Decoder(Addressed)
 _orders = msgspec.msgpack.Decoder(Order)
 _replies = msgspec.msgpack.Decoder(Reply)
 
@@ -202,6 +216,17 @@ _replies = msgspec.msgpack.Decoder(Reply)
 def encode(message: Order | Reply) -> bytes:
     """A message as bytes."""
     return _encoder.encode(message)
+
+
+def address(group: int, order: bytes) -> bytes:
+    """An encoded order, addressed to the controller of a group."""
+    return _encoder.encode(Addressed(group, msgspec.Raw(order)))
+
+
+def decode_addressed(message: bytes) -> tuple[int, bytes]:
+    """The group that an order is about, and the order, for ``decode_order``."""
+    addressed = _addressed.decode(message)
+    return addressed.group, bytes(addressed.order)
 
 
 def decode_order(message: bytes) -> Order:

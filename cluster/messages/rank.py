@@ -51,6 +51,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         neighbours: ranks that share the node's RAM, this one included.
         threads: CPU threads for computing; 0 leaves torch's choice.
         window_steps: steps of one window of telemetry; 0 = none is sent.
+        groups: into which the cluster's ranks are divided; a driver that divides them otherwise can't adopt this one.
         origin: None for a rank that ends with its driver.
     """
 
@@ -59,6 +60,7 @@ class Load(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     neighbours: int
     threads: int
     window_steps: int
+    groups: int = 1
     origin: Origin | None = None
 
 
@@ -168,11 +170,13 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     Attributes:
         limits: the requests that can be served.
         max_requests: requests that run at a time.
+        shares_prefixes: what was computed of a prompt is kept for others that begin alike.
         seconds: duration of each stage of loading, by name.
     """
 
     limits: ModelLimits
     max_requests: int
+    shares_prefixes: bool
     seconds: dict[str, float]
 
 

@@ -49,11 +49,10 @@ from cluster.messages.rank import (
 )
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.event_queue import EventQueue
-from cluster.rank.rank_reports import WindowCutter, failure_of, group_state, rank_report
+from cluster.rank.rank_reports import WindowCutter, failure_of, group_state, loaded_report, rank_report
 from epslots.devices import cpu_share, make_current, resolve_device, wait_for_freed_memory
 from epslots.errors import ConfigError, GroupError, RankMismatchError
 from epslots.generation.engine import Engine
-from epslots.generation.request_checker import model_limits
 from epslots.generation.requests import Output, Request
 from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
@@ -210,11 +209,8 @@ class RankLoop:
         loaded = time.monotonic()
         self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
-        self._loaded = Loaded(
-            limits=model_limits(model, self._engine.batcher.capacity),
-            max_requests=self._engine.batcher.max_requests,
-            seconds={"model": loaded - began, "cache for requests": time.monotonic() - loaded},
-        )
+        seconds = {"model": loaded - began, "cache for requests": time.monotonic() - loaded}
+        self._loaded = loaded_report(self._engine, seconds)
         self._send(self._loaded)
 
     def _adopt(self) -> None:

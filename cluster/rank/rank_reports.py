@@ -1,4 +1,4 @@
-"""A rank's reports: its load window by window, all its counters, the state of its group, and its failure."""
+"""A rank's reports: what it loaded, its load window by window, all its counters, the state of its group, and its failure."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ import psutil
 from torch import nn
 
 from cluster.messages.placement import GroupState, LoadReport
-from cluster.messages.rank import Failed, GetReport, LayerPlacement, RankReport
+from cluster.messages.rank import Failed, GetReport, LayerPlacement, Loaded, RankReport
 from epslots.arrays import BoolArray
 from epslots.errors import EpslotsError
 from epslots.generation.engine import Engine
+from epslots.generation.request_checker import model_limits
 from epslots.group.cost_probe import largest
 from epslots.group.rank_group import group_of
 from epslots.placement.placement import pack
 from epslots.runtime import runtime_of, stats
 from epslots.telemetry import WindowMeter
+
+
+def loaded_report(engine: Engine, seconds: dict[str, float]) -> Loaded:
+    """What a rank that has loaded its model can serve; ``seconds``: duration of each stage of loading."""
+    batcher = engine.batcher
+    return Loaded(
+        limits=model_limits(engine.model, batcher.capacity),
+        max_requests=batcher.max_requests,
+        shares_prefixes=batcher.shares_prefixes,
+        seconds=seconds,
+    )
 
 
 class WindowCutter:

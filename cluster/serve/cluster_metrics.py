@@ -93,6 +93,7 @@ class ClusterCollector(Collector):
         longest = "Longest time that a request is without its first token; it grows where lower priorities starve."
         yield self._gauge("longest_wait_seconds", stats.longest_wait_s, longest)
         yield self._gauge("ranks_missing", len(stats.missing), "Ranks that should serve, and don't now.")
+        yield self._gauge("groups", stats.groups, "Groups of ranks: each is a whole model.")
         memory = GaugeMetricFamily(f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank"])
         for rank in stats.ranks:
             memory.add_metric([self._model, str(rank.rank)], rank.memory_bytes)

@@ -152,7 +152,7 @@ class LiveLayer(msgspec.Struct, frozen=True, kw_only=True):
         name: the experts module's path in the model.
         experts: how many it has.
         seconds: that ``pairs`` are of.
-        pairs: by rank and expert, pairs of the rank's own tokens, wherever they were computed; None before two samples.
+        pairs: by rank of the first group and expert, pairs of its own tokens, wherever computed; None before two samples.
         holders: the ranks that hold the expert in a slot, by expert; None if no rank told.
         slots: number of slots, by rank.
     """
@@ -250,12 +250,13 @@ def layer_of(known: Known, window: LiveWindow, number: int) -> LiveLayer | None:
         return None
     layer, loads = stats.total.layers[number], window.loads(number)
     slots = _slots(stats, layer.layer)
+    shown = None if slots is None else len(slots.slots)  # ranks of the first group, whose slots were asked for
     return LiveLayer(
         number=number,
         name=layer.layer,
         experts=layer.num_experts,
         seconds=0.0 if loads is None else loads.seconds,
-        pairs=None if loads is None else loads.pairs,
+        pairs=None if loads is None else loads.pairs[:shown],
         holders=None if slots is None else slots.holders,
         slots=None if slots is None else slots.slots,
     )

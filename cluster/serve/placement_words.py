@@ -22,6 +22,8 @@ def placement_words(stats: ClusterStats, explanation: Explanation | None) -> tup
         explanation: the controller's; None if it has told none.
     """
     found = []
+    if stats.groups > 1:
+        found.append(f"There are {stats.groups} groups of ranks, each with a placement of its own; this is the first one's.")
     report, controller = stats.placement, stats.controller
     if report is not None and report.placement_version >= 0:
         name = f"placement {report.placement_version}" if report.placement_version else "the default placement"

@@ -34,6 +34,8 @@ recovery: Seconds from the SIGKILL of a busy rank to the next token; requests lo
 
 soak: Requests, kills, stops, joins and leaves at random, for minutes; requests lost or different, and leaks.
 
+groups: Requests over 1,024 ranks, nothing computed: decisions a second; tokens of prompts reused, against routing at random.
+
 serve: The service: tokens/s over HTTP against Cluster.generate, time to the first token, SIGKILLs of ranks and of the driver,
 processor time when idle. Takes --parts.
 

@@ -14,6 +14,7 @@ import typer
 
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
+    GroupsOption,
     LoadConfigOptions,
     ModelOption,
     PlacementOption,
@@ -46,6 +47,7 @@ class RankOptions:
         int,
         typer.Option("--ranks", min=1, help="Ranks; their slots are one cache of the experts. Several run under Ray."),
     ] = 1
+    groups: GroupsOption = 1
     address: Annotated[
         Optional[str],
         typer.Option(
@@ -60,7 +62,7 @@ class RankOptions:
     @property
     def many(self) -> bool:
         """Whether a launcher starts the ranks; else the one rank is this process."""
-        return self.ranks > 1 or self.address is not None
+        return self.ranks > 1 or self.groups > 1 or self.address is not None
 
 
 @takes_groups

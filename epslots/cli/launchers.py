@@ -64,6 +64,7 @@ class Launcher(Protocol):
         path_or_id: str,
         *,
         ranks: int,
+        groups: int,
         address: str | None,
         strategy: str,
         placement: Path | None,
@@ -74,6 +75,7 @@ class Launcher(Protocol):
 
         Args:
             path_or_id: a checkpoint folder, or a hub id.
+            groups: into which the ranks are divided.
             address: of a running system; None starts one on this machine.
             strategy: how ranks are placed on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
             placement: file of the experts' first placement.

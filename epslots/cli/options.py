@@ -45,6 +45,14 @@ PlacementOption = Annotated[
         "--placement", help="File of `epslots placement plan`: where experts live at first. For as many ranks and slots."
     ),
 ]
+GroupsOption = Annotated[
+    int,
+    typer.Option(
+        "--groups",
+        min=1,
+        help="Groups into which the ranks are divided: each is a whole model, and goes on when another one breaks.",
+    ),
+]
 StrategyOption = Annotated[
     str,
     typer.Option(

@@ -70,6 +70,11 @@ class Batcher(ABC):
         self._logged = ""
         """The failure that was logged last."""
 
+    @property
+    @abstractmethod
+    def shares_prefixes(self) -> bool:
+        """Whether what was computed of a prompt is kept for others that begin alike."""
+
     @abstractmethod
     def _queue(self, entry: TrackedRequest) -> None:
         """Queue a new request."""

@@ -98,6 +98,10 @@ class PagedBatcher(Batcher):
         self._order = RowTracker()
         self._previous_T: IntArray | None = None
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return bool(self._processor.cache.use_prefix_sharing)
+
     def _queue(self, entry: TrackedRequest) -> None:
         """Queue a request in transformers, to continue after its tokens so far."""
         rest = entry.request.after(entry.tokens)

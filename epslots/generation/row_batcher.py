@@ -113,6 +113,10 @@ class RowBatcher(Batcher):
         self._prompt_was_last = False
         self._order = RowTracker()
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return self._config.prefix_cache and self._support.shares_prefixes
+
     def _open_cache(self) -> RowCache:
         config, support = self._config, self._support
         try:
@@ -145,7 +149,7 @@ class RowBatcher(Batcher):
         """Free the row of a request that has ended. If others may begin with it, it is kept until its room is needed."""
         (running,) = [running for running in self._running if running.entry is entry]
         self._running.remove(running)
-        if self._config.prefix_cache and self._support.shares_prefixes and entry.reason != "error" and running.row.length:
+        if self.shares_prefixes and entry.reason != "error" and running.row.length:
             self._kept.append(running)
         else:
             self._cache.close(running.row)
@@ -212,7 +216,7 @@ class RowBatcher(Batcher):
 
     def _shared_beginning(self, entry: TrackedRequest) -> tuple[_RunningRow | None, int]:
         """The running request whose row a new one can begin with, and the tokens that they share; (None, 0) without one."""
-        if not self._config.prefix_cache or not self._support.shares_prefixes:
+        if not self.shares_prefixes:
             return None, 0
         if entry.prompt_rows(0, entry.prompt_length):
             return None, 0  # the logits of all of its prompt are needed

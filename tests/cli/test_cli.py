@@ -192,9 +192,9 @@ def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
 ):
     prompts = ("import os\n", "class A:", "def read(self):\n")
     common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 16, "--slots", 8)
-    for sampling in ((), ("--temperature", 1.2, "--top-p", 0.9, "--top-k", 40, "--seed", 7, "--n", 2)):
+    for groups, sampling in ((1, ()), (2, ("--temperature", 1.2, "--top-p", 0.9, "--top-k", 40, "--seed", 7, "--n", 2))):
         one = run(*common, *sampling, *prompts)
-        two = run(*common, *sampling, "--ranks", 2, "--stats", *prompts)
+        two = run(*common, *sampling, "--ranks", 2, "--groups", groups, "--stats", *prompts)
         assert (two.code, two.out) == (0, one.out), two.err
     assert run(*common, "--address", "auto", "--strategy", "SPREAD", *prompts[:1]).code == 0
     (_, two_ranks, elsewhere) = launcher

@@ -334,7 +334,7 @@ def test_the_last_drivers_wait_for_events_ends_with_its_term():
     waiting.join(PATIENCE_S)
     assert found == [None]
     assert loop.events(1) is None
-    loaded = Loaded(limits=None, max_requests=1, seconds={})  # type: ignore[arg-type]
+    loaded = Loaded(limits=None, max_requests=1, shares_prefixes=True, seconds={})  # type: ignore[arg-type]
     loop._send(Adopted(loaded, 3, grouped=True))
     batch = loop.events(2)
     assert batch is not None and msgspec.msgpack.decode(batch)[0]["epoch"] == 3

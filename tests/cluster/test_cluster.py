@@ -584,7 +584,7 @@ def test_a_roll_call_that_is_broken_off_leaves_nothing_behind(open_cluster: Any)
 
     async def break_off() -> int:
         supervisor = cluster._supervisor
-        calling = asyncio.create_task(supervisor.group.check_health(list(supervisor.workers), PATIENCE_S))
+        calling = asyncio.create_task(supervisor.workers.check_health(list(supervisor.workers), PATIENCE_S))
         while not asked():
             await asyncio.sleep(0)
         calling.cancel()

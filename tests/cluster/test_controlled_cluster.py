@@ -132,7 +132,7 @@ def test_a_controller_that_never_answers_keeps_nobody(open_cluster: Open, folder
     assert stats is not None
     assert stats.started == 1
     assert stats.windows_dropped > 0
-    waiting = cluster._supervisor.controller_client
+    waiting = cluster._supervisor.controllers[0]
     assert waiting is not None
     assert len(waiting._waiting) <= 2
 
@@ -274,12 +274,12 @@ def test_a_placement_that_no_longer_fits_is_dropped(open_cluster: Open, folder: 
     cluster, backend = open_cluster(ranks, window_steps=0)
     layers = cluster.placement().layers
     slots_LR = np.array([[min(slots + 1, len(layer.home)) for slots in layer.slots[:1] * 2] for layer in layers])
-    cluster._supervisor.group.placement = pack(default_placement([len(layer.home) for layer in layers], slots_LR))
+    cluster._supervisor.groups[0].placement = pack(default_placement([len(layer.home) for layer in layers], slots_LR))
     lose_backend(cluster, backend, ranks)
     assert cluster.placement().placement_version == 0
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=9, **GREEDY)) == expected(folder, PROMPTS, 9)
     assert ("is lost" in caplog.text or "failed while" in caplog.text) == (ranks == 2)
-    assert (cluster._supervisor.group.placement is None) == (ranks == 2)  # it was tried, once
+    assert (cluster._supervisor.groups[0].placement is None) == (ranks == 2)  # it was tried, once
 
 
 def test_placements_that_do_not_fit(open_cluster: Open, tmp_path: Path):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from cluster.controller.controller import Controller
 from cluster.driver import controller_client as steering_module
 from cluster.driver.backend import Backend, WorkerHandle
 from cluster.driver.controller_client import ControllerClient
+from cluster.driver.shared_controller import SharedController
 from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
 from cluster.messages.controller import Attach, ControllerState, Learn, Order, Rebalance, Reply
@@ -91,7 +93,9 @@ async def steered(
     before = asyncio.all_tasks()
     backend = backend or FakeBackend(make_controller=lambda: controller(Planner(moves=True)))
     ranks = FakeRankCalls()
-    ranks.controller_client = controller_client = ControllerClient(cast(Backend, backend), ranks, ranks.send)
+    ranks.controller_client = controller_client = ControllerClient(
+        partial(SharedController(cast(Backend, backend)).start, 0), ranks, ranks.send
+    )
     task = asyncio.create_task(controller_client.keep_controller())
     try:
         if formed:

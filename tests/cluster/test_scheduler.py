@@ -10,7 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, IdleTracker, RankCapacity, Scheduler
+from cluster.driver.idle_tracker import IdleTracker
+from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, Scheduler
 from epslots.generation.requests import Output, Request, TokenLogprobs
 
 
@@ -19,7 +21,8 @@ def request(id: str, prompt: int = 3, new: int = 5, priority: int = 0) -> Reques
 
 
 def assigned(scheduler: Scheduler, **capacities: RankCapacity) -> list[tuple[object, str]]:
-    return [(worker, request.id) for worker, request in scheduler.assign(dict(capacities))]
+    scheduler.serve(capacities)
+    return [(worker, request.id) for worker, request in scheduler.assign()]
 
 
 WIDE = RankCapacity(1000, max_requests=16)
@@ -92,7 +95,8 @@ def test_a_long_wait_is_seen():
     assert scheduler.longest_wait_s(5.0) == 0
     for now_s, id in enumerate("abc", start=10):
         scheduler.add([request(id)], now_s)
-    scheduler.assign({"x": RankCapacity(1000, max_requests=1)})
+    scheduler.serve({"x": RankCapacity(1000, max_requests=1)})
+    scheduler.assign()
     assert scheduler.longest_wait_s(20.0) == 10
     scheduler.count("x", Output("a", (1,)))
     assert scheduler.longest_wait_s(20.0) == 9
@@ -109,14 +113,17 @@ def test_a_moved_request_goes_on_in_its_prompt():
     scheduler = Scheduler()
     scheduler.add([replace(request("a", 9), prompt_logprobs=0)])
     for arrived in ((), LOGPROBS[:2], LOGPROBS[2:5]):
-        scheduler.assign({"x": WIDE})
+        scheduler.serve({"x": WIDE})
+        scheduler.assign()
         assert scheduler.count("x", Output("a", (), prompt_logprobs=arrived)) is not None
         scheduler.release("x", blame=False)
-    ((_, moved),) = scheduler.assign({"x": WIDE})
+    scheduler.serve({"x": WIDE})
+    ((_, moved),) = scheduler.assign()
     assert (moved.prompt_logprobs, moved.prompt_logprobs_delivered) == (0, 5)
     scheduler.count("x", Output("a", (7,), prompt_logprobs=LOGPROBS[5:8]))
     scheduler.release("x")
-    ((_, moved),) = scheduler.assign({"x": WIDE})
+    scheduler.serve({"x": WIDE})
+    ((_, moved),) = scheduler.assign()
     assert (moved.prompt_logprobs, moved.resumed) == (None, 1)
 
 
@@ -130,7 +137,8 @@ def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
     assert [entry.request.id for entry in moved] == ["a", "b"]
     assert not given_up
     assert scheduler.count("x", Output("a", (9,))) is None  # it isn't listened to any more
-    again = scheduler.assign({"y": WIDE})
+    scheduler.serve({"y": WIDE})
+    again = scheduler.assign()
     assert [r.id for _, r in again] == list("abcd")
     assert again[0][1] == Request("a", (0, 1, 2, 7, 8), 3, resumed=2)
 
@@ -168,7 +176,8 @@ def test_an_ended_request_is_awaited_but_not_told_of():
     assert scheduler.end("a") is None  # queued: simply gone
     assert "a" not in scheduler
     scheduler.add([request("b")])
-    scheduler.assign({"x": WIDE})
+    scheduler.serve({"x": WIDE})
+    scheduler.assign()
     assert scheduler.end("b") == "x"
     assert scheduler.end("b") is None
     assert scheduler.outstanding
@@ -186,6 +195,8 @@ class Books(RuleBasedStateMachine):
         self.scheduler = Scheduler()
         self.numbers = 0
         self.workers = {f"w{number}": RankCapacity(40, 1 + 3 * (number % 2)) for number in range(3)}
+        self.scheduler.serve(self.workers)
+        self.paused: set[str] = set()
         self.has: dict[str, dict[str, Request]] = {worker: {} for worker in self.workers}
         self.waiting: dict[str, list[int]] = {}
         """What the user has, of requests that aren't done for him."""
@@ -214,17 +225,20 @@ class Books(RuleBasedStateMachine):
     @rule()
     def assign(self) -> None:
         last: Request | None = None
-        for worker, given in self.scheduler.assign(dict(self.workers)):
+        for worker, given in self.scheduler.assign():
             assert isinstance(worker, str)
             assert given.id in self.waiting
             assert not any(given.id in has for has in self.has.values())
+            assert worker not in self.paused
             asked, tokens = self.asked[given.id], self.waiting[given.id]
             assert given.prompt == (*asked.prompt, *tokens)
             assert given.prompt_logprobs == (None if tokens else asked.prompt_logprobs)
             assert given.prompt_logprobs_delivered == (0 if tokens else self.logprobs[given.id])
             self.has[worker][given.id] = given
             last = given if last is None or given.priority >= last.priority else pytest.fail("a worse priority came first")
-        assert not self.scheduler.queued or all(self.has[worker] for worker in self.workers), "an idle rank takes the next"
+        assert not self.scheduler.queued or all(self.has[worker] for worker in self.workers.keys() - self.paused), (
+            "an idle rank takes the next"
+        )
 
     @precondition(lambda self: any(self.has.values()))
     @rule(data=st.data(), many=st.integers(1, 3))
@@ -274,8 +288,20 @@ class Books(RuleBasedStateMachine):
         capacity = self.workers.pop(worker)
         self.has.pop(worker)
         self.numbers += 1
+        self.paused.discard(worker)
         self.workers[f"w{self.numbers}"] = capacity
         self.has[f"w{self.numbers}"] = {}
+        self.scheduler.serve({f"w{self.numbers}": capacity})
+
+    @rule(data=st.data())
+    def pause_or_serve(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.workers)))
+        if worker in self.paused:
+            self.paused.remove(worker)
+            self.scheduler.serve({worker: self.workers[worker]})
+        else:
+            self.paused.add(worker)
+            self.scheduler.pause([worker])
 
     @invariant()
     def books_agree(self) -> None:
@@ -290,8 +316,9 @@ class Books(RuleBasedStateMachine):
         """Everything ends."""
         if not hasattr(self, "scheduler"):
             return
+        self.scheduler.serve(self.workers)
         for _ in range(3 * len(self.waiting) + 3):
-            for worker, given in self.scheduler.assign(dict(self.workers)):
+            for worker, given in self.scheduler.assign():
                 assert isinstance(worker, str)
                 self.has[worker][given.id] = given
             for worker, has in self.has.items():

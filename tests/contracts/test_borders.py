@@ -152,7 +152,7 @@ def test_the_commands_and_their_options():
         "--max-new-tokens", "--min-tokens", "--n", "--stop", "--stop-tokens", "--ignore-eos", "--ignore-tokenizer-eos",
         "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
         "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
-        "--ranks", "--address", "--strategy", "--placement",
+        "--ranks", "--groups", "--address", "--strategy", "--placement",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms", "--priority",
         "--link", "--prefetch", "--predictor", "--execute-predicted", "--host-compute", "--batch-invariant",
     }  # fmt: skip
@@ -160,7 +160,7 @@ def test_the_commands_and_their_options():
         "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
         "--execute-predicted", "--host-compute", "--batch-invariant",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms",
-        "--ranks", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
+        "--ranks", "--groups", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
             "--name", "--orphan-s", "--replace",
         "--host", "--port", "--served-model-name", "--api-key", "--api-key-file", "--no-auth", "--cors-origin",
         "--chat-template", "--response-template", "--max-queue", "--request-timeout-s", "--drain-s", "--max-body-bytes",

@@ -190,4 +190,4 @@ def test_decisions_in_words(busy: BusyCluster):
     assert "on request" in text
     assert "for 1 copy; expected to save 2.0 s and to cost 5 us" in text
     assert "No decision yet, after 1 window of load." in text
-    assert placement_words(replace(stats, controller=None), None)[-1].startswith("There is no controller")
+    assert placement_words(replace(stats, controllers=()), None)[-1].startswith("There is no controller")

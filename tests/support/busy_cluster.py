@@ -119,6 +119,7 @@ class BusyCluster(ScriptedCluster):
             kv_tokens=8192,
         )
         return RankStats(
+            group=0,
             rank=rank,
             where=f"node-{rank // 8:02d}, process {4100 + rank}",
             stats=Stats(
@@ -156,7 +157,7 @@ class BusyCluster(ScriptedCluster):
             ranks=ranks,
             total=sum_over_ranks([rank.stats for rank in ranks]),
             engine=sum_engines([rank.engine for rank in ranks]),
-            controller=ControllerStats("watching", "node-00", 7, 1, 0, 0),
+            controllers=(ControllerStats("watching", "node-00", 7, 1, 0, 0),),
             missing=self.missing,
             placement=PlacementReport(3, tuple(rank.where for rank in ranks), placed, 7, 0),
         )

@@ -22,9 +22,10 @@ import torch
 
 import cluster.rank.rank_loop
 from cluster.controller.controller import Controller
+from cluster.controller.group_controllers import GroupControllers
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
-from cluster.messages.controller import Order, decode_order, encode
+from cluster.messages.controller import Order, decode_addressed, decode_order
 from cluster.messages.rank import Form
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.rank_loop import RankLoop
@@ -201,10 +202,15 @@ class FakeController:
 
     def __init__(self, backend: FakeBackend) -> None:
         self.dead = False
-        self.controller = backend.make_controller()
+        self._controllers = GroupControllers(backend.make_controller)
         self.number = backend.controllers_started
         self._backend = backend
         self._ended = asyncio.Event()
+
+    @property
+    def controller(self) -> Controller:
+        """The first group's."""
+        return self._controllers.by_group[0]
 
     @property
     def where(self) -> str:
@@ -225,9 +231,8 @@ class FakeController:
             raise WorkerDied("ValueError: a bug, says the test")
         if self.dead:
             raise WorkerDied("it was killed")
-        order = decode_order(message)
-        self._backend.orders.append(order)
-        return encode(self.controller.answer(order))
+        self._backend.orders.append(decode_order(decode_addressed(message)[1]))
+        return self._controllers.answer(message)
 
     def kill(self) -> None:
         self.dead = True

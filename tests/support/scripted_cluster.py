@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from cluster.driver.loop_thread import LoopThread
+from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import RequestRouter
-from cluster.driver.scheduler import RankCapacity
 from cluster.errors import ClusterError, Overloaded
 from cluster.generation import Generation, PromptChoice
 from cluster.messages.controller import Explanation
@@ -70,8 +70,9 @@ class ScriptedCluster:
         self._thread.call(self._begin())
 
     async def _begin(self) -> None:
-        self._router.begin(1)
-        self._router.serve({"rank": RankCapacity(kv_tokens=10**9, max_requests=10**6)})
+        group = self._router.open_group()
+        group.begin(1)
+        group.serve({"rank": RankCapacity(kv_tokens=10**9, max_requests=10**6)})
 
     def __enter__(self) -> ScriptedCluster:
         return self
@@ -201,7 +202,7 @@ class ScriptedCluster:
             ranks=(),
             total=Stats((), steps=8, zero_miss_steps=6),
             engine=engine,
-            controller=None,
+            controllers=(),
             missing=("rank 2 is being replaced",),
             longest_wait_s=2.5,
         )

@@ -72,8 +72,8 @@ def until(cluster: Cluster, condition: Callable[[], bool]) -> None:
 
 def serve_again(cluster: Cluster, ranks: int) -> None:
     """Wait until so many ranks serve, without asking for them."""
-    group = cluster._supervisor.group
-    until(cluster, lambda: group.formed and len(group.members) == ranks)
+    groups = cluster._supervisor.groups
+    until(cluster, lambda: groups.formed and len(groups.members) == ranks)
 
 
 def tokens_of(results: Iterator[Result]) -> list[tuple[int, ...]]:

@@ -1,0 +1,133 @@
+"""``WorkerGroups``: all groups of a cluster. Each is a whole model, and forms, breaks and serves without the others.
+
+Bundles are dealt to groups in order: the first group has bundles 0 to ``group_size`` - 1, and so on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from cluster.driver.backend import WorkerDied
+from cluster.driver.worker_group import WorkerGroup
+from cluster.driver.workers import WorkerRecord
+from cluster.errors import ClusterError
+
+logger = logging.getLogger("epslots.cluster")
+
+
+class WorkerGroups:
+    """The groups, by their numbers. For the supervisor's thread.
+
+    Args:
+        make: makes the group with a number.
+        end: called with a group that is no more.
+        spawn: runs a coroutine in the background; its ClusterError ends the cluster.
+
+    Attributes:
+        group_size: bundles of a group; None = all are one group.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], WorkerGroup],
+        end: Callable[[WorkerGroup], None],
+        spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], object],
+    ) -> None:
+        self._make, self._end, self._spawn = make, end, spawn
+        self.group_size: int | None = None
+        self._groups: list[WorkerGroup] = []
+
+    def __iter__(self) -> Iterator[WorkerGroup]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, number: int) -> WorkerGroup:
+        return self._groups[number]
+
+    def divide(self, ranks: int, groups: int) -> None:
+        """Divide so many ranks into groups of one size, which stays.
+
+        Raises:
+            ClusterError: it can't be done.
+        """
+        if ranks % groups:
+            raise ClusterError(f"groups={groups} with {ranks} ranks; allowed: a number that divides the ranks")
+        self.group_size = None if groups == 1 else ranks // groups
+
+    def number_of(self, bundle: int) -> int:
+        """The number of a bundle's group."""
+        return 0 if self.group_size is None else bundle // self.group_size
+
+    def of(self, bundle: int) -> WorkerGroup:
+        """The group of a bundle."""
+        return self._groups[self.number_of(bundle)]
+
+    def bundles_of(self, number: int, bundles: int) -> range:
+        """A group's bundles, where there are so many in all."""
+        first = self.first_of(number)
+        return range(first, bundles if self.group_size is None else first + self.group_size)
+
+    def first_of(self, number: int) -> int:
+        """A group's first bundle."""
+        return 0 if self.group_size is None else number * self.group_size
+
+    @property
+    def formed(self) -> bool:
+        """Whether all groups are formed now."""
+        return bool(self._groups) and all(group.formed for group in self._groups)
+
+    @property
+    def any_formed(self) -> bool:
+        """Whether some group is formed now."""
+        return any(group.formed for group in self._groups)
+
+    @property
+    def serving(self) -> int:
+        """Number of ranks that serve; any thread may read it."""
+        return sum(group.serving for group in self._groups)
+
+    @property
+    def epoch(self) -> int:
+        """The newest group's number; any thread may read it."""
+        return max((group.epoch for group in self._groups), default=-1)
+
+    @property
+    def members(self) -> list[WorkerRecord]:
+        """The ranks of all groups, group by group."""
+        return list(itertools.chain.from_iterable(group.members for group in self._groups))
+
+    def resize(self, bundles: int) -> None:
+        """Have as many groups as so many bundles make. Groups beyond are stopped; their workers must be lost already."""
+        count = 1 if self.group_size is None else bundles // self.group_size
+        while len(self._groups) > count:
+            self._groups[-1].stop()
+            self._end(self._groups.pop())
+        for number in range(len(self._groups), count):
+            self._groups.append(group := self._make(number))
+            self._spawn(lambda group=group: self._keep_formed(group))  # type: ignore[misc]
+
+    async def _keep_formed(self, group: WorkerGroup) -> None:
+        """Keep a group formed. If it can't, its workers are started anew, as long as another group serves meanwhile.
+
+        Raises:
+            ClusterError: it can't, and no other group serves.
+        """
+        while True:
+            try:
+                await group.keep_formed()
+                return
+            except ClusterError as error:
+                if not any(other.formed for other in self._groups if other is not group):
+                    raise
+                logger.error("%s. Its ranks are started anew; other groups serve meanwhile", error)
+                group.lose_all(WorkerDied(str(error)))
+
+    def stop(self) -> None:
+        """Form no further group."""
+        for group in self._groups:
+            group.stop()

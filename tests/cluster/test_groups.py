@@ -1,0 +1,124 @@
+"""Several groups in one cluster: each is a whole model, and goes on while another one breaks, comes or goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.api import Cluster
+from cluster.driver.epochs import Epochs
+from cluster.errors import ClusterError
+from cluster.lasting.settings import differences
+from cluster.messages.controller import Attach
+from cluster.messages.rank import Load
+from epslots.config import LoadConfig
+from epslots.errors import ConfigError
+from tests.support.fake_backend import FakeBackend
+from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
+
+pytestmark = pytest.mark.usefixtures("one_load_at_a_time")
+
+Open = Callable[..., tuple[Cluster, FakeBackend]]
+
+
+def epochs(cluster: Cluster) -> list[int]:
+    return [group.epoch for group in cluster._supervisor.groups]
+
+
+def test_each_group_is_a_whole_model(open_cluster: Open, folder: Path):
+    cluster, backend = open_cluster(ranks=4, groups=2, window_steps=4)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+    stats = cluster.stats()
+    assert [(rank.group, rank.rank) for rank in stats.ranks] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert all(rank.engine.new_tokens for rank in stats.ranks), "both groups serve"
+    assert sorted(epochs(cluster)) == [0, 1], "no two process groups have one number"
+    assert cluster.ranks == 4
+    until(cluster, lambda: sum(isinstance(order, Attach) for order in backend.orders) == 2)
+    assert backend.controllers_started == 1, "one controller plans for both"
+    assert [cluster.explain(group).group for group in (0, 1)] == epochs(cluster)
+    assert len(cluster.placement(1).ranks) == 2
+    with pytest.raises(ConfigError, match="group=2; allowed: 0 to 1"):
+        cluster.explain(2)
+
+
+@pytest.mark.parametrize("bundle", [0, 3])
+def test_a_lost_rank_breaks_its_group_alone(bundle: int, open_cluster: Open, folder: Path):
+    cluster, backend = open_cluster(ranks=4, groups=2)
+    before = epochs(cluster)
+    backend.at(bundle, operation=40, do="crash")
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=24)) == expected(folder, PROMPTS, 24)
+    assert backend.faults_done == [(bundle, "crash")]
+    serve_again(cluster, 4)
+    after, broken = epochs(cluster), bundle // 2
+    assert after[1 - broken] == before[1 - broken], "the other group formed no new one"
+    assert after[broken] > max(before)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+
+
+def test_a_group_that_cant_form_is_started_anew(open_cluster: Open, folder: Path):
+    """While the other one serves."""
+    cluster, backend = open_cluster(ranks=4, groups=2)
+    group = cluster._supervisor.groups[1]
+    workers = [backend.workers[2], backend.workers[3]]
+
+    async def break_often() -> None:
+        for number in range(5):
+            group.break_up(f"says the test, {number}", in_step=True)
+            group._broken_by = None
+
+    cluster._thread.call(break_often())
+    serve_again(cluster, 4)
+    assert [backend.workers[2] is workers[0], backend.workers[3] is workers[1]] == [False, False]
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+
+
+def test_whole_groups_come_and_go(open_cluster: Open, folder: Path):
+    cluster, backend = open_cluster(ranks=2, groups=2, window_steps=4)
+    running = cluster.submit(PROMPTS[0], max_new_tokens=60)
+    cluster.freeze()
+    cluster.scale(groups=3)
+    assert cluster.ranks == 3
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+    assert [client.frozen for client in cluster._supervisor.controllers] == [True] * 3
+    cluster.scale(ranks=1)
+    assert cluster.ranks == len(epochs(cluster)) == len(cluster._supervisor.controllers) == 1
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+    assert running.result().tokens == expected(folder, [PROMPTS[0]], 60)[0], "its rank was no longer needed, or stayed"
+    cluster.scale(2)
+    assert cluster.explain(1).state == "frozen"
+    assert backend.bundles == 2
+
+
+def test_groups_have_one_size(open_cluster: Open):
+    with pytest.raises(ConfigError, match="groups=2 with ranks=3; allowed: a number that divides the ranks"):
+        open_cluster(ranks=3, groups=2)
+    with pytest.raises(ClusterError, match="groups=3 with 1 ranks"):
+        open_cluster(ranks=None, groups=3)
+    cluster, _ = open_cluster(ranks=4, groups=2)
+    for wrong, message in (
+        ({"ranks": 3}, "ranks=3; allowed: multiples of 2"),
+        ({"ranks": 4, "groups": 1}, "allowed: groups alone, each of 2 ranks"),
+        ({"groups": 0}, "groups=0"),
+        ({}, "ranks or groups"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cluster.scale(**wrong)
+    alone, _ = open_cluster(ranks=2)
+    with pytest.raises(ConfigError, match="groups=2; allowed for a cluster that was started as one group: 1"):
+        alone.scale(groups=2)
+
+
+def test_a_driver_with_other_groups_adopts_no_ranks():
+    load = Load(path="x", config=LoadConfig(), neighbours=1, threads=0, window_steps=0, groups=2)
+    wanted = Load(path="x", config=LoadConfig(), neighbours=1, threads=0, window_steps=0, groups=4)
+    assert differences(load, wanted) == ["groups: 2, and 4 is wanted"]
+
+
+def test_epochs_go_on_after_those_of_adopted_ranks():
+    numbers = Epochs()
+    assert numbers.next() == 0
+    numbers.follow(7)
+    numbers.follow(3)
+    assert (numbers.next(), numbers.next()) == (8, 9)
