@@ -1,8 +1,8 @@
 """How weights and rows become vectors, by the form of the weights. ``product_tiles.py`` emits its loops with these.
 
-A form says how to read a run of a row's weights, a run of the inputs beside them, and how to multiply and add both. Forms
-differ by how weights are stored; where the processor multiplies pairs of bf16 numbers (AVX512-BF16), a bf16 form takes runs
-twice as long. To add a form, add a class here, an entry in ``FORMS``, and a callback in ``grouped_rows.py``.
+A form says how to read a run of a row's weights, a run of the inputs beside them, and how to multiply and add both. Where the
+processor multiplies pairs of bf16 numbers (AVX512-BF16), runs of bf16 are twice as long. To add a form, add a class here, an
+entry in ``FORMS``, and its dtype in ``vector_gemm.py``. Codes with scales have loops of their own (``packed_tiles.py``).
 """
 
 from __future__ import annotations
