@@ -53,9 +53,8 @@ class GroupedGemm:
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
         self._fused = _fused_activation(module)
-        self._has_vectors = not self._transposed and all(
-            vector_gemm.fits(weights[name]) for name in (self._first_name, "down_proj")
-        )
+        # Where the checkpoint has [in, out], rows of the turned matrix aren't contiguous, and don't fit.
+        self._has_vectors = all(vector_gemm.fits(weight.transpose(-2, -1)) for weight in (self._first, self._down))
         self._matmul = self._choose_matmul()
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
