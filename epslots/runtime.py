@@ -72,7 +72,7 @@ class Runtime:
                 loader.wait_all()
                 loader.pool.divide(of_pool)
                 for index in loader.store_layers:
-                    self.runners[index].use_window()
+                    self.runners[index].use_slot_range()
 
     def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
         """Load these experts of each layer into its first slots, which are empty."""

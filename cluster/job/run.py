@@ -216,8 +216,8 @@ class _JobRun:
                 asked.results.append(result)
                 if len(asked.results) == result.choices:
                     self._answer(self.asked.pop(result.index))
-        if missing := self.index.total - self.index.done:
-            raise ClusterError(f"{missing:,} prompts got no answer; is their file shorter now?")
+        if pending := self.index.total - self.index.done:
+            raise ClusterError(f"{pending:,} prompts got no answer; is their file shorter now?")
 
     def _answer(self, asked: _AskedLine) -> None:
         """Write the result of a prompt whose choices are all done."""

@@ -41,7 +41,7 @@ class CompletionAnswer:
             self._writers = [CompletionLogprobsWriter(texts, top) for _ in range(len(prompts) * self._choices)]
         scored = echoes is not None and top is not None
         # Log-probabilities of each prompt: those that its echo waits for, those that have come, and the portions until then.
-        self._missing = [len(prompt) - 1 if scored else 0 for prompt in prompts]
+        self._unscored = [len(prompt) - 1 if scored else 0 for prompt in prompts]
         self._of_prompt: list[list[TokenLogprobs]] = [[] for _ in prompts]
         self._held: list[list[tuple[int, Portion]]] = [[] for _ in prompts]
         self.new_tokens = 0
@@ -51,19 +51,19 @@ class CompletionAnswer:
         """The chunks before the first portion."""
         if self._echoes is None:
             return []
-        return [chunk for prompt, missing in enumerate(self._missing) if not missing for chunk in self._echo(prompt)]
+        return [chunk for prompt, unscored in enumerate(self._unscored) if not unscored for chunk in self._echo(prompt)]
 
     def take(self, choice: int, portion: Portion) -> list[Chunk]:
         """The chunks for a choice's next portion."""
         prompt, number = divmod(choice, self._choices)
         if number == 0:  # which brings the prompt's log-probabilities for all
             self._of_prompt[prompt] += portion.prompt_logprobs
-        if not self._missing[prompt]:
+        if not self._unscored[prompt]:
             return self._continue(choice, portion)
         if number == 0:
-            self._missing[prompt] -= len(portion.prompt_logprobs)
+            self._unscored[prompt] -= len(portion.prompt_logprobs)
         self._held[prompt].append((choice, portion))
-        if self._missing[prompt]:
+        if self._unscored[prompt]:
             return []
         held, self._held[prompt] = self._held[prompt], []
         return self._echo(prompt) + [chunk for each in held for chunk in self._continue(*each)]

@@ -194,7 +194,7 @@ def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -
     pool = loader.pool
     count = min(TIMED_RECORDS, pool.quotas[0])
     loader.wait_all()
-    pool.vacate(0, pool.expert_of[pool.window(0)].copy())
+    pool.vacate(0, pool.expert_of[pool.slot_range(0)].copy())
     kernels = kernels_for(loader)
     layer = DeviceSlots(loader, kernels, count).layers[0]
     number = torch.arange(count, device=device)

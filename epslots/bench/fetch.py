@@ -12,7 +12,7 @@ import torch
 import epslots
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.report import US, BenchReport, alternate, compare, median
-from epslots.cache.unpacking import Unpacker
+from epslots.cache.unpacking import SlotWriter
 from epslots.layout import LayerSpec, PackedLayout, PackedPart, RecordLayout
 from epslots.models.experts import experts_modules
 from epslots.moe.cpu_experts import CpuExperts
@@ -52,7 +52,7 @@ def _fetches(runtime: Runtime, device: torch.device, rounds: int) -> dict[str, A
     def fetch() -> None:
         number = next(turn)
         layer, expert = number % LAYERS, np.array([number // LAYERS % EXPERTS])
-        slot = np.array([pool.window(layer).start + number // LAYERS % SLOTS])
+        slot = np.array([pool.slot_range(layer).start + number // LAYERS % SLOTS])
         if pool.slot_of[layer, expert[0]] < 0:
             loader.fetch(layer, expert, slot, pool.expert_of[slot].copy())
 
@@ -95,8 +95,8 @@ def _forms(device: torch.device, rounds: int) -> list[dict[str, Any]]:
         records = torch.empty(COLD_RECORDS, layer.record.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         # Any bytes will do, as long as they are no NaN.
         turn = itertools.cycle(records.random_(0, 100))
-        unpacker = Unpacker(layer)
-        puts[name] = lambda unpacker=unpacker, turn=turn: unpacker(slot, next(turn))
+        write = SlotWriter(layer)
+        puts[name] = lambda write=write, turn=turn: write(slot, next(turn))
     seconds = alternate(puts, rounds, device=device)
     weights = layers["bf16"].layout.elements
     return [
@@ -117,7 +117,7 @@ def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> 
     loader, runner = runtime.loaders[0], runtime.runners[0]
     pool, kernel = loader.pool, runner.experts.kernel
     host = CpuExperts(experts_modules(model)[runtime.layers[0].name], runtime.store, 0, device)
-    put, window = Unpacker(runtime.layers[0]), pool.window(0)
+    put, slot_range = SlotWriter(runtime.layers[0]), pool.slot_range(0)
 
     def row(tokens: int) -> dict[str, Any]:
         hidden = torch.randn(tokens, HIDDEN, device=device).to(kernel.dtype)
@@ -127,7 +127,7 @@ def _misses(model: Any, runtime: Runtime, device: torch.device, rounds: int) -> 
         turn, host_turn = itertools.cycle(range(EXPERTS)), itertools.cycle(range(EXPERTS))
 
         def fetched() -> None:
-            put(pool.memory[window.start], runtime.store.record(0, next(turn)))
+            put(pool.memory[slot_range.start], runtime.store.record(0, next(turn)))
             kernel(hidden, ends, first)
 
         def on_the_host() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from epslots.bench.models import load_fp32, random_checkpoint, random_config, use_sums
 from epslots.bench.report import MS, BenchReport, median, ratio_of_rounds
-from epslots.cache.copy_engine import CopyEngine, SlotWriter, SynchronousEngine
+from epslots.cache.copy_engine import CopyEngine, SynchronousEngine, WriteSlot
 from epslots.example import example_model
 from epslots.models.experts import RUNNER, experts_modules
 from epslots.planner.cache_policy import DEFAULT_POLICY
@@ -45,7 +45,7 @@ class Waiting(SynchronousEngine):
         self._link = link
 
     def start(
-        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
+        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: WriteSlot, *, urgent: bool
     ) -> list[Any]:
         for transfer in self._link.start(slots, records, write, urgent=True):
             self._link.wait(transfer)

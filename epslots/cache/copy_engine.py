@@ -31,7 +31,7 @@ _INLINE_COPY_BYTES = 256 << 10
 _SPIN_S = 100e-6
 
 Tensors = Sequence[torch.Tensor]
-SlotWriter = Callable[[torch.Tensor, torch.Tensor], object]
+WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 """Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 
 
@@ -50,7 +50,7 @@ class CopyEngine(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
         """Start one transfer per slot, in order; returns them. An empty list: all slots are complete.
 
         The slots may be written at any time from now on: no read of their old content may be started after this call.
@@ -94,7 +94,7 @@ class SynchronousEngine:
     busy = False
     host_wait: HostWait = staticmethod(wait_until)
 
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
             write(slot, record)
         return []
@@ -155,7 +155,7 @@ class EmulatedEngine:
             now = self._advance()
             return bool(self._urgent or self._background) or now < self._free_from
 
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
         with self._lock:
             now = self._advance()
             transfers = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from epslots.cache.copy_engine import CopyEngine, EmulatedEngine, SlotWriter, SynchronousEngine, Tensors
+from epslots.cache.copy_engine import CopyEngine, EmulatedEngine, SynchronousEngine, Tensors, WriteSlot
 from epslots.cache.staging import Staging
 from epslots.errors import ConfigError
 from epslots.transport.host_wait import HostWait, wait_until
@@ -32,7 +32,7 @@ class _CudaTransfer:
 
     __slots__ = ("event", "queued", "record", "slot", "staged", "write")
 
-    def __init__(self, slot: torch.Tensor, record: torch.Tensor, write: SlotWriter) -> None:
+    def __init__(self, slot: torch.Tensor, record: torch.Tensor, write: WriteSlot) -> None:
         self.slot, self.record, self.write = slot, record, write
         self.queued = False
         self.staged: Future[Any] | None = None
@@ -78,7 +78,7 @@ class CudaEngine:
             self._advance()
         return bool(self._on_background_stream) or (self._last is not None and not _arrived(self._last))
 
-    def start(self, slots: Tensors, records: Tensors, write: SlotWriter, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
         transfers = [_CudaTransfer(slot, record, write) for slot, record in zip(slots, records, strict=True)]
         with self._lock:
             if urgent:

@@ -18,7 +18,7 @@ from epslots.arrays import BoolArray, IntArray
 from epslots.cache.copy_engine import CopyEngine
 from epslots.cache.host_store import HostStore
 from epslots.cache.slot_pool import SlotPool
-from epslots.cache.unpacking import Unpacker
+from epslots.cache.unpacking import SlotWriter
 from epslots.planner.plan import PeerCopies
 from epslots.telemetry import Telemetry
 from epslots.transport.transport import Transport
@@ -53,7 +53,7 @@ class ExpertLoader:
         self.in_flight: BoolArray = np.zeros(pool.num_slots, bool)
         self._transfers: dict[int, Any] = {}  # by slot
         self._unconfirmed: list[tuple[int, IntArray]] = []
-        self._unpackers = [Unpacker(spec) for spec in pool.layers]
+        self._writers = [SlotWriter(spec) for spec in pool.layers]
         self._rows = pool.memory.unbind(0)  # taking a row out of a tensor takes microseconds
 
     def join(self, transport: Transport) -> None:
@@ -121,7 +121,7 @@ class ExpertLoader:
         finally:
             slots_F = slots_F[: len(records)]  # of sound records
             slots = slots_F.tolist()
-            transfers = self.link.start([self._rows[slot] for slot in slots], records, self._unpackers[layer], urgent=urgent)
+            transfers = self.link.start([self._rows[slot] for slot in slots], records, self._writers[layer], urgent=urgent)
             if transfers:
                 self._transfers.update(zip(slots, transfers, strict=True))
                 self.in_flight[slots_F] = True
@@ -212,8 +212,8 @@ class ExpertLoader:
         slot = pool.boundary_slot(giver, taker)
         expert = int(pool.expert_of[slot])
         if expert >= 0:
-            window = pool.window(giver)
-            empty = window.start + int(np.flatnonzero(pool.expert_of[window] < 0)[0])
+            slot_range = pool.slot_range(giver)
+            empty = slot_range.start + int(np.flatnonzero(pool.expert_of[slot_range] < 0)[0])
             pool.vacate(giver, np.array([expert]))
             pool.memory[empty].copy_(pool.memory[slot], non_blocking=True)
             pool.occupy(giver, np.array([expert]), np.array([empty]))
@@ -222,7 +222,7 @@ class ExpertLoader:
 
     def fill(self, layer: int, experts_F: IntArray) -> None:
         """Load experts, int64 [F], into the layer's first F slots, which are empty."""
-        slots_F = self.pool.window(layer).start + np.arange(len(experts_F))
+        slots_F = self.pool.slot_range(layer).start + np.arange(len(experts_F))
         self.fetch(layer, experts_F, slots_F, np.full(len(experts_F), -1))
         self.wait(slots_F)
 
@@ -234,11 +234,11 @@ class ExpertLoader:
         """
         self.wait_all()
         for layer in range(len(self.pool.layers)):
-            window = self.pool.window(layer)
-            for slot, expert in enumerate(self.pool.expert_of[window].tolist(), window.start):
+            slot_range = self.pool.slot_range(layer)
+            for slot, expert in enumerate(self.pool.expert_of[slot_range].tolist(), slot_range.start):
                 if expert >= 0:
                     record = self.store.record(self.store_layers[layer], expert)
-                    same = self._unpackers[layer].same(self.pool.memory[slot], record)
+                    same = self._writers[layer].same(self.pool.memory[slot], record)
                     assert same, f"slot {slot} isn't expert {expert}"
 
 

@@ -3,7 +3,7 @@
     slot_of[layer, expert]   the slot that holds an expert, -1 = absent
     expert_of[slot]          the expert id in a slot, -1 = empty
 
-A layer owns a window of neighbouring slots, so that its experts are one strided tensor, which grouped matrix multiplication
+A layer owns a range of neighbouring slots, so that its experts are one strided tensor, which grouped matrix multiplication
 reads in place. The tables exist on the host, for plans, and on the device, where tokens are sorted by them; on the CPU these
 are the same memory. ``ExpertLoader`` fills slots. A fetch first empties its slot in both tables, and enters the expert
 once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone knows which slots are in
@@ -72,16 +72,16 @@ class SlotPool:
         """Whether every expert of the layer has a slot of its own. Nothing is evicted there then."""
         return self.quotas[layer] == self.layers[layer].num_experts
 
-    def window(self, layer: int) -> slice:
+    def slot_range(self, layer: int) -> slice:
         """The layer's slots."""
         return slice(self.starts[layer], self.starts[layer + 1])
 
     def weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """The layer's window as tensors [quota, *shape] by name, which share the slots' memory."""
-        window = self.memory[self.window(layer)]
+        """The layer's slots as tensors [quota, *shape] by name, which share the slots' memory."""
+        slot_range = self.memory[self.slot_range(layer)]
         views = {}
         for spec in self.layout.tensors:
-            typed = window[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+            typed = slot_range[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
             views[spec.name] = typed.view(typed.shape[0], *spec.shape)
         return views
 
@@ -103,8 +103,8 @@ class SlotPool:
 
     def boundary_slot(self, giver: int, taker: int) -> int:
         """The giver's slot that is next to the taker's."""
-        window = self.window(giver)
-        return window.stop - 1 if taker > giver else window.start
+        slot_range = self.slot_range(giver)
+        return slot_range.stop - 1 if taker > giver else slot_range.start
 
     def divide(self, quotas: Sequence[int]) -> None:
         """Give each layer another number of slots, with the same sum. All slots are empty afterwards."""
@@ -149,12 +149,12 @@ class SlotPool:
             AssertionError: naming the layer and slot that break the rule. It is a bug of ours.
         """
         for layer, spec in enumerate(self.layers):
-            window = self.window(layer)
-            row, inside = self.slot_of[layer], self.expert_of[window]
+            slot_range = self.slot_range(layer)
+            row, inside = self.slot_of[layer], self.expert_of[slot_range]
             resident = np.flatnonzero(row >= 0)
             assert (resident < spec.num_experts).all(), f"layer {layer}: an expert beyond {spec.num_experts}"
             slots = row[resident]
-            assert ((slots >= window.start) & (slots < window.stop)).all(), f"layer {layer}: a slot outside its window"
+            assert ((slots >= slot_range.start) & (slots < slot_range.stop)).all(), f"layer {layer}: a slot outside its layer"
             wrong = resident[self.expert_of[slots] != resident]
             assert not len(wrong), f"layer {layer}: slot {row[wrong[:1]]} doesn't hold expert {wrong[:1]}"
             used = int((inside >= 0).sum())

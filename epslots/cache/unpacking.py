@@ -31,8 +31,8 @@ def record_views(record: torch.Tensor, layout: RecordLayout) -> dict[str, torch.
     return {t.name: record[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape) for t in layout.tensors}
 
 
-class Unpacker:
-    """Writes a layer's records to slots: a ``SlotWriter``. Safe to use from several threads.
+class SlotWriter:
+    """Writes a layer's records to slots: a ``WriteSlot``. Safe to use from several threads.
 
     Args:
         layer: has the layouts of its records and slots.

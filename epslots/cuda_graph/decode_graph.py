@@ -105,7 +105,7 @@ class DecodeGraph:
         self.replays = 0
         self._counted = 0
         self._in_charge = False
-        self._windows: list[tuple[int, ...]] = []
+        self._starts: list[tuple[int, ...]] = []
         self._slots: list[DeviceSlots | None] = []
         self._missed_steps: MissedSteps | None = None
         self._experts: list[DeviceExperts] = []
@@ -295,9 +295,9 @@ class DecodeGraph:
         self.obstacle = _device_obstacle(self._runtime, self.batch)  # layers may have passed slots, or a group been joined
         if self.obstacle is not None:
             return
-        windows = [loader.pool.starts for loader in loaders]
-        if windows != self._windows:
-            self._windows = windows
+        starts = [loader.pool.starts for loader in loaders]
+        if starts != self._starts:
+            self._starts = starts
             self._graph, self._warm = None, False
             self._build()
         for slots, loader in zip(self._slots, loaders, strict=True):
@@ -309,7 +309,7 @@ class DecodeGraph:
             runner.lend_slots(experts)
 
     def _build(self) -> None:
-        """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present windows."""
+        """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present slots."""
         self._slots, stand_ins = [], {}
         for loader in self._runtime.loaders:
             pool = loader.pool

@@ -7,7 +7,7 @@ the same as the host's (``planner/evictions.py``, ``planner/expert_passes.py``),
 Between ``enter`` and ``leave`` the pool's device tables are valid and the host's are stale (on the CPU they are the same
 memory).
 
-Legend of shape suffixes: L layers of the pool, E experts, Q slots of a layer's window, N (token, k) pairs, M misses at most (=
+Legend of shape suffixes: L layers of the pool, E experts, Q slots of a layer, N (token, k) pairs, M misses at most (=
 N), D rows of ``UseHistory.decayed``.
 """
 
@@ -57,7 +57,7 @@ class DeviceLayer:
 
     Attributes:
         number: the layer's number in its pool.
-        start: its window's first slot.
+        start: its first slot.
         slot_of_E: int64 [E], the pool's table on the device.
         expert_of_Q: int64 [Q], the pool's table on the device.
         last_use_E: int64 [E], the device's copy of ``UseHistory.last_use``.
@@ -254,12 +254,12 @@ class DeviceSlots:
 
     def _view(self, layer: int) -> DeviceLayer:
         pool = self._pool
-        experts, window = pool.layers[layer].num_experts, pool.window(layer)
+        experts, slot_range = pool.layers[layer].num_experts, pool.slot_range(layer)
         return DeviceLayer(
             number=layer,
-            start=window.start,
+            start=slot_range.start,
             slot_of_E=pool.slot_of_device[layer, :experts],
-            expert_of_Q=pool.expert_of_device[window],
+            expert_of_Q=pool.expert_of_device[slot_range],
             last_use_E=self._last_use[layer, :experts],
             decayed_DE=self._decayed[layer, :, :experts],
             step=self._steps[layer],
@@ -355,9 +355,9 @@ class DeviceExperts:
         self._layer = layer
         self.calls = 0
 
-    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """Fetch missing experts, then ``ExpertCompute.execute``."""
         self.calls += 1
         if self._slots is not None:
             self._slots.prepare(self._layer, ids_N)
-        return self._inner.execute(hidden_TH, ids_N)
+        return self._inner.execute_resident(hidden_TH, ids_N)

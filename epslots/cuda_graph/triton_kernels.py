@@ -96,7 +96,7 @@ def _decide(  # type: ignore[no-untyped-def]
         slot_of .. missing_count: the tensors of ``DeviceLayer`` and ``Missing``, all int64.
         shifts: int64 [D], the decay of each row of ``decayed``.
         experts, slots: E and Q.
-        start: the first slot of the window.
+        start: the layer's first slot.
         row: words from one row of ``decayed`` to the next.
         BLOCK_E, BLOCK_Q: powers of two, at least E and Q.
     """

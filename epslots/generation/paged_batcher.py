@@ -33,8 +33,8 @@ from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.paged_cache import open_processor, paging_obstacle
-from epslots.generation.paged_choice import PagedChoice
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
+from epslots.generation.paged_next_token import PagedNextToken
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.tracked_request import TrackedRequest
@@ -75,7 +75,7 @@ class PagedBatcher(Batcher):
         self._implementation = model.config._attn_implementation
         self._manager, self._processor = open_processor(model, config)
         self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
-        self._choice = PagedChoice(self._processor)
+        self._choice = PagedNextToken(self._processor)
         cache, scheduler = self._processor.cache, self._processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
@@ -206,7 +206,7 @@ class PagedBatcher(Batcher):
         self._choice.commit()
         results = self._manager.output_router.output_queue
         while not results.empty():
-            self._count(results.get())
+            self._enter(results.get())
 
     def _count_step(self, part: list[FutureRequestState]) -> None:
         """Count a forward pass that succeeded."""
@@ -238,7 +238,7 @@ class PagedBatcher(Batcher):
             logger.warning("request %r ends: %s", entry.request.id, error)
             entry.end("error", error)
 
-    def _count(self, result: Any) -> None:
+    def _enter(self, result: Any) -> None:
         """Enter transformers' result of a request; it repeats all tokens since the request was queued there."""
         if result.request_id not in self._running:
             return  # cancelled since the step was prepared

@@ -37,13 +37,13 @@ from epslots.generation.cache_tensors import tensors_of
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
+from epslots.generation.next_token import choose, prompt_logprobs
 from epslots.generation.row_attention import RowByRow
 from epslots.generation.row_cache import Row, RowCache, StepOfRows
-from epslots.generation.row_plan import RowPass, RowState, decodes, next_pass
+from epslots.generation.row_plan import RowBatch, RowState, decodes, next_batch
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
-from epslots.generation.token_choice import choose, prompt_logprobs
-from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
+from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class RowBatcher(Batcher):
         """Both are in the order of turns."""
         self._isolation: Isolation[_RunningRow] | None = None
         """Of the pass under way; None between passes."""
-        self._pass: RowPass | None = None
+        self._batch: RowBatch | None = None
         self._kept: deque[_RunningRow] = deque()
         """Rows of requests that have ended, for prompts that begin alike; the longest unused first."""
         self._prompt_was_last = False
@@ -169,7 +169,7 @@ class RowBatcher(Batcher):
             self._admit()
             planned = self._plan()
             if planned is not None:
-                self._pass = planned
+                self._batch = planned
                 self._isolation = Isolation([self._running[i] for i in planned.rows])
         return self._isolation is not None
 
@@ -236,12 +236,12 @@ class RowBatcher(Batcher):
                 best = running, shared
         return best
 
-    def _plan(self) -> RowPass | None:
+    def _plan(self) -> RowBatch | None:
         """The next pass, with room for its tokens: where the cache is full, the last rows are given up."""
         while self._running:
             states = [self._state(running) for running in self._running]
             room = self._chunk.prompt_tokens(sum(map(decodes, states)))
-            planned = next_pass(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
+            planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every running row has a token left to compute"
             if self._make_room(len(planned.rows) * planned.width, rows=0):
                 return planned
@@ -270,7 +270,7 @@ class RowBatcher(Batcher):
     # The forward pass.
 
     def step(self) -> None:
-        isolation, planned = self._isolation, self._pass
+        isolation, planned = self._isolation, self._batch
         assert isolation is not None and planned is not None, "prepare() comes first"
         part, width = isolation.part, planned.width
         rows = [running.row for running in part]
@@ -293,12 +293,12 @@ class RowBatcher(Batcher):
             return
         isolation.passed()
         self._breaks = 0
-        self._count(planned, part, None if isolation.split else self._clock() - began)
+        self._count_step(planned, part, None if isolation.split else self._clock() - began)
         for deliver in chosen:
             deliver()
         self._finish_part(isolation)
 
-    def _count(self, planned: RowPass, part: Sequence[_RunningRow], seconds: float | None) -> None:
+    def _count_step(self, planned: RowBatch, part: Sequence[_RunningRow], seconds: float | None) -> None:
         """Count a pass that was committed."""
         starts = [(running.row.length - planned.width, running.entry.request) for running in part]
         self._counters.steps += 1
@@ -309,9 +309,9 @@ class RowBatcher(Batcher):
 
     def _finish_part(self, isolation: Isolation[_RunningRow]) -> None:
         if isolation.done:
-            assert self._pass is not None
-            self._prompt_was_last = not self._pass.decodes
-            self._isolation = self._pass = None
+            assert self._batch is not None
+            self._prompt_was_last = not self._batch.decodes
+            self._isolation = self._batch = None
             for running in [running for running in self._running if running.entry.reason]:
                 self._leave(running.entry)
 
@@ -359,7 +359,7 @@ class RowBatcher(Batcher):
         """Positions of a pass whose log-probabilities are asked for; it has one row then."""
         return running.entry.prompt_rows(running.row.length, running.row.length + width)
 
-    def _take(self, entry: TrackedRequest, choice: Choice) -> None:
+    def _take(self, entry: TrackedRequest, choice: NextToken) -> None:
         """Enter a request's next token; one without a token ends, and no other row has met its numbers."""
         if entry.reason is not None:
             return  # cancelled since the pass was prepared
@@ -377,7 +377,7 @@ class RowBatcher(Batcher):
         self._waiting.clear()
         self._running.clear()
         self._kept.clear()
-        self._isolation = self._pass = None
+        self._isolation = self._batch = None
         del self._cache
 
 

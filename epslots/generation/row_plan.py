@@ -42,7 +42,7 @@ class RowState:
 
 
 @dataclass(frozen=True)
-class RowPass:
+class RowBatch:
     """One forward pass.
 
     Attributes:
@@ -61,7 +61,7 @@ def decodes(row: RowState) -> bool:
     return row.computed > 0 and (row.left == 1 or row.first > 0)
 
 
-def next_pass(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, together: bool = True) -> RowPass | None:
+def next_batch(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, together: bool = True) -> RowBatch | None:
     """The next forward pass; None without rows.
 
     Args:
@@ -73,7 +73,7 @@ def next_pass(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, tog
     decoding = tuple(i for i, row in enumerate(rows) if decodes(row))
     prompts = [i for i, row in enumerate(rows) if not decodes(row)]
     if decoding and (prompt_was_last or not prompts):
-        return RowPass(decoding if together else decoding[:1], 1, decodes=True)
+        return RowBatch(decoding if together else decoding[:1], 1, decodes=True)
     if not prompts:
         return None
     oldest = rows[prompts[0]]
@@ -85,4 +85,4 @@ def next_pass(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, tog
         alike = (row.computed > 0) == (oldest.computed > 0) and not row.most and row.prompt_tokens(width) == width
         if alike and (len(chosen) + 1) * width <= room:
             chosen.append(i)
-    return RowPass(tuple(chosen), width, decodes=False)
+    return RowBatch(tuple(chosen), width, decodes=False)

@@ -215,7 +215,7 @@ class TextStream:
         self._skips_special = not special_tokens
         self._special = frozenset(tokenizer.all_special_ids)
         # Tokens whose text is returned (the context), then those that wait; and the context's text.
-        self._window: list[int] = []
+        self._recent: list[int] = []
         self._read = 0
         self._context = ""
         # Certain text that may be the beginning of a stop string.
@@ -237,7 +237,7 @@ class TextStream:
     def finish(self) -> str:
         """The text that was held back; no token follows."""
         rest = self._held + self._waiting()
-        self._held, self._context = "", self._decode(self._window)
+        self._held, self._context = "", self._decode(self._recent)
         return rest
 
     def _push_together(self, tokens: list[int]) -> str | None:
@@ -246,13 +246,13 @@ class TextStream:
         said = [(token, name) for token, name in zip(tokens, names, strict=True) if self._is_said(token, name)]
         if not said or _BYTE.fullmatch(said[-1][1]):
             return None
-        window = self._window + [token for token, _ in said]
-        text = self._decode(window)[len(self._context) :]
+        recent = self._recent + [token for token, _ in said]
+        text = self._decode(recent)[len(self._context) :]
         if not text or text.endswith(_UNFINISHED):
             return None
         self.tokens += len(tokens)
-        self._window = window[self._read :]
-        self._read, self._context = len(self._window), self._decode(self._window)
+        self._recent = recent[self._read :]
+        self._read, self._context = len(self._recent), self._decode(self._recent)
         return text
 
     def _is_said(self, token: int, name: str | None) -> bool:
@@ -266,21 +266,21 @@ class TextStream:
         name = self._tokenizer.convert_ids_to_tokens(token)
         if not self._is_said(token, name):
             return ""
-        self._window.append(token)
+        self._recent.append(token)
         waiting = self._waiting()
         # A stop string may lie in uncertain text: nothing follows then.
         text = self._held + waiting.rstrip(_UNFINISHED)
         if self.tokens <= self._min_tokens:
             self._exempt = len(text)
         elif (start := self._stop_starts(text)) is not None:
-            self.stopped_after, self._held, self._window, self._context = self.tokens, "", [], ""
+            self.stopped_after, self._held, self._recent, self._context = self.tokens, "", [], ""
             return text[:start]
         # Bytes become characters together when the last one is there, and not before.
         certain = waiting and not waiting.endswith(_UNFINISHED) and not _BYTE.fullmatch(name)
-        if not certain and len(self._window) - self._read <= _WAIT_TOKENS:
+        if not certain and len(self._recent) - self._read <= _WAIT_TOKENS:
             return ""
-        del self._window[: self._read]
-        self._read, self._context = len(self._window), self._decode(self._window)
+        del self._recent[: self._read]
+        self._read, self._context = len(self._recent), self._decode(self._recent)
         text = self._held + waiting
         begins = self._stop_begins(text)
         self._held, self._exempt = text[begins:], max(0, self._exempt - begins)
@@ -293,7 +293,7 @@ class TextStream:
 
     def _waiting(self) -> str:
         """Text of the tokens after the context."""
-        return self._decode(self._window)[len(self._context) :]
+        return self._decode(self._recent)[len(self._context) :]
 
     def _stop_starts(self, text: str) -> int | None:
         """The start of the stop string that ends first, behind the exempt characters; None without one."""

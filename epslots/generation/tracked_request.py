@@ -1,6 +1,6 @@
-"""``TrackedRequest``: a request of a batcher with its results, and ``Choice``: its next token.
+"""``TrackedRequest``: a request of a batcher with its results, and ``NextToken``: its next token.
 
-A step chooses tokens (token_choice.py) and changes no request. When it is committed, ``append`` and ``add_prompt_logprobs``
+A step chooses tokens (next_token.py) and changes no request. When it is committed, ``append`` and ``add_prompt_logprobs``
 enter its results; until then it can be repeated.
 """
 
@@ -22,7 +22,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Choice:
+class NextToken:
     """The next token of a request.
 
     Attributes:
@@ -158,7 +158,7 @@ class TrackedRequest:
 
         Args:
             rows: from ``prompt_rows``.
-            found: of the token behind each of them (``token_choice.prompt_logprobs``).
+            found: of the token behind each of them (``next_token.prompt_logprobs``).
         """
         if not rows:
             return
@@ -168,7 +168,7 @@ class TrackedRequest:
         self.prompt_logprobs += new
         self._prompt_logprobs_known += len(new)
 
-    def append(self, choice: Choice) -> None:
+    def append(self, choice: NextToken) -> None:
         """Add the next token, and end the request if it is its last.
 
         A stop token before ``min_tokens`` ends it, too: it is chosen where no other token is left.

@@ -16,7 +16,7 @@ import torch
 
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
-from epslots.cache.unpacking import Unpacker
+from epslots.cache.unpacking import SlotWriter
 from epslots.moe.cpu_experts import CpuExperts
 from epslots.moe.expert_compute import ExpertCompute
 from epslots.planner.cost_model import HOST_COMPUTE, Costs
@@ -71,7 +71,7 @@ def measure_alone(loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool)
     kernel, slots, cpu = experts.kernel, experts.cache.slots, experts.cpu if on_cpu else None
     device, spec = loader.pool.device, loader.pool.layers[0]
     here = torch.zeros(loader.pool.layout.nbytes, dtype=torch.uint8, device=device)
-    put = Unpacker(spec)
+    put = SlotWriter(spec)
     # One after the other, as misses come: from memory, and not from a cache.
     records = (loader.store.record(loader.store_layers[0], number % spec.num_experts) for number in itertools.count())
     rows = torch.zeros(_ROWS, kernel.hidden_size, dtype=kernel.dtype, device=device)
@@ -107,7 +107,7 @@ def measure_alone(loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool)
 def _slots_in_turn(pool: SlotPool, slots: int) -> Iterator[int]:
     """The first layer's slots one after the other: experts come from memory, and not from a cache."""
     some = min(slots, _SLOTS)
-    for slot in range(pool.window(0).start, pool.window(0).start + some):
+    for slot in range(pool.slot_range(0).start, pool.slot_range(0).start + some):
         if pool.expert_of[slot] < 0:
             pool.memory[slot].zero_()  # or it may be no memory yet
     return itertools.cycle(range(some))

@@ -17,7 +17,7 @@ import msgspec
 import torch
 from transformers import PreTrainedModel
 
-from epslots.cache.unpacking import Unpacker, assert_consistent, record_views
+from epslots.cache.unpacking import SlotWriter, assert_consistent, record_views
 from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec, TensorSpec
 from epslots.models.checkpoint import Checkpoint
@@ -109,7 +109,7 @@ class ExpertReader:
         for name, view in record_views(record, spec.record).items():
             view.copy_(tensors[name])
         slot = torch.empty(spec.layout.nbytes, dtype=torch.uint8)
-        Unpacker(spec)(slot, record)
+        SlotWriter(spec)(slot, record)
         unpacked = record_views(slot, spec.layout)
         for tensor in spec.layout.tensors:
             if tensor.name not in self._packings[layer]:

@@ -26,7 +26,7 @@ MIN_RESERVE_BYTES = 512 * 1024**2
 RESERVE_PERCENT = 5
 # Records that are unpacked at a time: one on each stream of copies (copy_engine.py).
 UNPACKED_AT_A_TIME = 2
-# Choosing tokens takes up to so many bytes for each logit, for so many logits at a time, or one row (token_choice.py).
+# Choosing tokens takes up to so many bytes for each logit, for so many logits at a time, or one row (next_token.py).
 CHOICE_LOGIT_BYTES = 50
 CHOICE_LOGITS = 2**22
 _FP32_BYTES = ITEM_BYTES["float32"]

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from epslots.cache.host_store import HostStore
-from epslots.cache.unpacking import Unpacker, record_views
+from epslots.cache.unpacking import SlotWriter, record_views
 from epslots.device_copy import to_device, to_host
 from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.transport.host_wait import HostWait, wait_until
@@ -75,7 +75,7 @@ class CpuExperts:
     ) -> None:
         spec = store.manifest.layers[layer]
         self._store, self._layer, self._device = store, layer, device
-        self._layout, self._unpacker = spec.layout, None if spec.packed is None else Unpacker(spec)
+        self._layout, self._writer = spec.layout, None if spec.packed is None else SlotWriter(spec)
         self.num_experts = spec.num_experts
         shapes = torch.empty(spec.layout.nbytes, dtype=torch.uint8, device="meta")
         module = module if device.type == "cpu" else on_cpu(module)
@@ -138,9 +138,9 @@ class CpuExperts:
     def _weights(self, expert: int) -> dict[str, torch.Tensor]:
         """An expert's tensors [1, ...] on the host: its record in place, or unpacked from there."""
         record = self._store.record(self._layer, expert)
-        if self._unpacker is not None:
+        if self._writer is not None:
             unpacked = _scratch(self._layout.nbytes)
-            self._unpacker(unpacked, record)
+            self._writer(unpacked, record)
             record = unpacked
         return self._one_of(record)
 

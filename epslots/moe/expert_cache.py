@@ -3,7 +3,7 @@
 ``MoELayer`` calls ``schedule``, ``fetch`` and ``migrate``, ``ExpertCompute`` calls ``begin_pass``, and the layer before calls
 ``prefetch``. All fetches go through the pool's ``ExpertLoader``.
 
-Legend of shape suffixes: E experts, Q slots of the layer's window, S slots of the pool, F fetches.
+Legend of shape suffixes: E experts, Q slots of the layer, S slots of the pool, F fetches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PASS_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
 
 
 class ExpertCache:
-    """One layer's window of a slot pool.
+    """One layer's range of a slot pool.
 
     Args:
         index: the layer's number among the model's MoE layers.
@@ -33,7 +33,7 @@ class ExpertCache:
         num_experts: E, experts that have weights.
 
     Attributes:
-        window: the layer's slots in the pool.
+        slot_range: the layer's slots in the pool.
         slots: Q.
         slot_of_E: int64, the slot of each expert, or the one that it is on its way to; -1 = absent.
         holds_all: whether the layer has a slot for every expert, so that none is ever missing.
@@ -49,18 +49,18 @@ class ExpertCache:
         self.slot_of_E = pool.slot_of[pool_layer][:num_experts]
         self._reads_a_pass = -(-_PASS_BYTES[pool.device.type] // pool.layout.nbytes)
         self._late_E = np.empty(num_experts, bool)
-        self._read_window()
+        self._read_slot_range()
 
-    def _read_window(self) -> None:
-        self.window = self.pool.window(self.pool_layer)
-        self.slots = self.window.stop - self.window.start
-        self._expert_of_Q = self.pool.expert_of[self.window]
+    def _read_slot_range(self) -> None:
+        self.slot_range = self.pool.slot_range(self.pool_layer)
+        self.slots = self.slot_range.stop - self.slot_range.start
+        self._expert_of_Q = self.pool.expert_of[self.slot_range]
         self._awaited_Q = np.empty(self.slots, np.int64)
         self.holds_all = self.pool.holds_all_of(self.pool_layer)
 
-    def use_window(self) -> None:
+    def use_slot_range(self) -> None:
         """Follow a change of the layer's slots."""
-        self._read_window()
+        self._read_slot_range()
         self._telemetry.set_slots(self._index, self.slots)
 
     @property
@@ -109,7 +109,7 @@ class ExpertCache:
                 plan.score_E,
                 plan.evicted_E,
                 late_E,
-                start=self.window.start,
+                start=self.slot_range.start,
                 concurrent=self._loader.link.concurrent,
                 worth=self._reads_a_pass,
             )
@@ -156,7 +156,7 @@ class ExpertCache:
             CorruptExpertError: a record differs from its digest. It entered no slot.
         """
         slots, displaced = np.empty((2, len(experts)), np.int64)
-        found = _place(self.slot_of_E, evicted_E, self._expert_of_Q, self.window.start, slots, displaced)
+        found = _place(self.slot_of_E, evicted_E, self._expert_of_Q, self.slot_range.start, slots, displaced)
         assert found == len(experts), "more prefetches than slots for them"
         self._loader.fetch(self.pool_layer, experts, slots, displaced, urgent=False)
         self._telemetry.count(self._index, prefetches=len(experts))
@@ -172,14 +172,14 @@ class ExpertCache:
         experts, slots, evicted = NO_EXPERTS, NO_EXPERTS, NO_EXPERTS
         if plan.migrated >= 0:
             experts, evicted = np.array([plan.migrated]), np.array([plan.displaced])
-            empty = self.window.start + np.flatnonzero(self._expert_of_Q < 0)[:1]
+            empty = self.slot_range.start + np.flatnonzero(self._expert_of_Q < 0)[:1]
             slots = self.slot_of_E[evicted] if plan.displaced >= 0 else empty
         began = time.perf_counter()
         self._loader.fetch(self.pool_layer, experts, slots, evicted, plan.migration_copies, agreed=agreed, urgent=False)
         self._telemetry.count(self._index, moves=len(experts), move_s=time.perf_counter() - began)
 
     def pass_slot(self, taker: ExpertCache, evicted: int) -> None:
-        """Pass a slot to a neighbouring layer of the pool; both layers' windows change.
+        """Pass a slot to a neighbouring layer of the pool; both layers' ranges change.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
@@ -189,7 +189,7 @@ class ExpertCache:
     def wait_for_all(self) -> None:
         """Wait for all fetches into the layer's slots."""
         if self._loader.any_in_flight:
-            self._loader.wait(np.arange(self.window.start, self.window.stop))
+            self._loader.wait(np.arange(self.slot_range.start, self.slot_range.stop))
 
     def confirm_copies(self) -> None:
         """Copies from peers, in any layer, have arrived: counts that were queued behind them have come to the host."""
@@ -222,7 +222,7 @@ def _look_up(
 def _place(
     slot_of_E: IntArray, evicted_E: BoolArray, expert_of_Q: IntArray, start: int, slot_F: IntArray, displaced_F: IntArray
 ) -> int:
-    """Enter slots of the window for fetches: empty ones, then those of ``evicted_E``; returns how many were found."""
+    """Enter slots of the layer for fetches: empty ones, then those of ``evicted_E``; returns how many were found."""
     found = 0
     for position in range(len(expert_of_Q)):
         if expert_of_Q[position] < 0 and found < len(slot_F):

@@ -4,7 +4,7 @@ Rows are sorted by the slot of their expert, so one grouped product goes through
 ``execute`` where every expert is in a slot, else ``compute``. A row's *key* is its expert's slot, in a step of several passes
 plus (pass * Q).
 
-Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer's window, H hidden size.
+Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer, H hidden size.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class ExpertCompute:
         self._index = index
         self._telemetry = telemetry
         self._slot_of_device_E = cache.pool.slot_of_device[cache.pool_layer][: cache.num_experts]
-        # Read by captured steps, which are made anew when the window changes: so it stays where it is until then.
-        self._keys = torch.arange(cache.window.start, cache.window.stop, device=cache.pool.device)
+        # Read by captured steps, which are made anew when the layer's slots change: so it stays where it is until then.
+        self._keys = torch.arange(cache.slot_range.start, cache.slot_range.stop, device=cache.pool.device)
 
-    def use_window(self) -> None:
+    def use_slot_range(self) -> None:
         """Follow a change of the layer's slots."""
-        self.cache.use_window()
+        self.cache.use_slot_range()
         self.kernel.use(self.cache.pool.weights(self.cache.pool_layer))
-        self._keys = torch.arange(self.cache.window.start, self.cache.window.stop, device=self.cache.pool.device)
+        self._keys = torch.arange(self.cache.slot_range.start, self.cache.slot_range.stop, device=self.cache.pool.device)
 
     def no_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The arguments of a layer's call for no token: hidden states [0, H], ids and weights [0, 1]."""
@@ -67,7 +67,7 @@ class ExpertCompute:
         hidden_TH = torch.zeros(0, hidden_size, dtype=self.dtype, device=device)
         return hidden_TH, torch.zeros(0, 1, dtype=torch.int64, device=device), torch.zeros(0, 1, device=device)
 
-    def compute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
+    def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """Execute a plan: experts on the CPU beside those in slots.
 
         Args:
@@ -87,7 +87,7 @@ class ExpertCompute:
             if plan.passes:
                 self.cache.begin_pass(plan, 0)
             in_slots = None if cpu_rows is None else int(plan.slots_E.sum())
-            results_MH = self.execute(rows_MH, ids_M, in_slots)
+            results_MH = self.execute_resident(rows_MH, ids_M, in_slots)
         if cpu_rows is not None:
             self._finish_on_cpu(cpu_rows, results_MH)
         return results_MH
@@ -98,7 +98,7 @@ class ExpertCompute:
         self.cpu.finish(cpu_rows, results_MH)
         self._telemetry.count(self._index, hosted=len(cpu_rows.experts), hosted_s=time.perf_counter() - began)
 
-    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, in_slots: int | None = None) -> torch.Tensor:
+    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, in_slots: int | None = None) -> torch.Tensor:
         """All pairs in one pass.
 
         Args:
@@ -111,21 +111,21 @@ class ExpertCompute:
         if not ids_N.numel():
             return torch.zeros(0, self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
         self.cache.pool.publish(self.cache.pool_layer)
-        key_E, window = self._slot_of_device_E, self.cache.window
+        key_E, slot_range = self._slot_of_device_E, self.cache.slot_range
         if self.identity:
-            key_E = torch.nn.functional.pad(key_E, (0, 1), value=window.stop)
+            key_E = torch.nn.functional.pad(key_E, (0, 1), value=slot_range.stop)
         if in_slots is not None:
-            key_E = torch.where(key_E < 0, window.stop, key_E)  # absent experts go last
+            key_E = torch.where(key_E < 0, slot_range.stop, key_E)  # absent experts go last
         order_N, key_N, ends_Q, rows_NH = self._sort(hidden_TH, ids_N, key_E, self._keys)
         if in_slots is not None:
             result_NH = torch.empty(len(ids_N), self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
-            computed_NH = self.kernel(rows_NH[:in_slots], ends_Q, key_N[:in_slots], window.start)
+            computed_NH = self.kernel(rows_NH[:in_slots], ends_Q, key_N[:in_slots], slot_range.start)
             return result_NH.index_copy_(0, order_N[:in_slots], computed_NH)
-        return _unsort(self.kernel(rows_NH, ends_Q, key_N, window.start), order_N)
+        return _unsort(self.kernel(rows_NH, ends_Q, key_N, slot_range.start), order_N)
 
     def _execute_passes(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, plan: RankPlan) -> torch.Tensor:
         """Pass after pass: sorted by key, the pairs of each pass lie together. Returns [N, H], pair by pair."""
-        slots, passes, first_slot = self.cache.slots, plan.passes, self.cache.window.start
+        slots, passes, first_slot = self.cache.slots, plan.passes, self.cache.slot_range.start
         keys_end = first_slot + len(passes) * slots
         key_host = np.full(self.cache.num_experts + 1, keys_end, np.int64)
         for number, one in enumerate(passes):

@@ -29,7 +29,7 @@ Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class GroupedGemm:
-    """Applies the experts of one layer's window of slots.
+    """Applies the experts of one layer's range of slots.
 
     The weights are read in place. The gate, the activation and the norm after the experts are the module's own methods, as
     transformers defines them for its experts interface.
@@ -72,7 +72,7 @@ class GroupedGemm:
         Args:
             rows_NH: float [N, H], sorted by slot. Results of rows past ``ends_Q[-1]`` are undefined.
             ends_Q: int32 [Q], where the rows of each slot end.
-            key_N: int64 [N], ``first_key`` + the slot of each row, counted from the window's start.
+            key_N: int64 [N], ``first_key`` + the slot of each row, counted from the layer's first.
 
         Returns:
             [N, H] in the weights' dtype.

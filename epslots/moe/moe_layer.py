@@ -60,7 +60,7 @@ RouteObserver = Callable[[int, torch.Tensor], None]
 class ResidentExperts(Protocol):
     """Computes pairs whose experts are all in slots when they are computed."""
 
-    def execute(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """Each pair's result, [N, H]."""
         ...
 
@@ -171,12 +171,12 @@ class MoELayer:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
         self.cache.pass_slot(taker.cache, evicted)
-        self.use_window()
-        taker.use_window()
+        self.use_slot_range()
+        taker.use_slot_range()
 
-    def use_window(self) -> None:
+    def use_slot_range(self) -> None:
         """Follow a change of the layer's slots in the pool. The plans of a group have entered it before."""
-        self.experts.use_window()
+        self.experts.use_slot_range()
         if self._peers.alone:
             self.planner.state.quota_R[0] = self.cache.slots
             self.form(self._peers, self.planner, complete=self.cache.holds_all)
@@ -211,7 +211,7 @@ class MoELayer:
                 self.fetch(plan, batch, gathered)
                 routed = self.dispatch(batch, plan, gathered)
                 results_MH = self.execute(routed, plan)
-                results_NH = routed.combine(results_MH)
+                results_NH = routed.send_back(results_MH)
                 self.migrate(plan)
         self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
         return self.combine(results_NH, batch)
@@ -236,11 +236,11 @@ class MoELayer:
         if not self._peers.alone:  # fetches that began before the group formed may be in flight
             self.cache.wait_for_all()
         if batch.usage is None or self.prefetcher is None:
-            return experts.execute(batch.hidden_TH, batch.ids_N)
+            return experts.execute_resident(batch.hidden_TH, batch.ids_N)
         usage, arrived = to_host(batch.usage)  # the next layer may miss
         if arrived is None:
             self._prefetch_alone(self.prefetcher, usage)
-        results_NH = experts.execute(batch.hidden_TH, batch.ids_N)
+        results_NH = experts.execute_resident(batch.hidden_TH, batch.ids_N)
         # Mostly they have arrived while the layer's kernels were queued. A guess isn't worth a wait.
         if arrived is not None and arrived.query():
             self._prefetch_alone(self.prefetcher, usage)
@@ -293,7 +293,7 @@ class MoELayer:
     def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """The results of the pairs that are here, [M, H]."""
         self._peers.computing = True
-        results_MH = self.experts.compute(routed, plan)
+        results_MH = self.experts.execute(routed, plan)
         self._peers.computing = False
         return results_MH
 
@@ -308,7 +308,7 @@ class MoELayer:
             weightless_N = batch.ids_N >= self._num_experts
             inputs_NH = batch.hidden_TH.repeat_interleave(batch.weights_TK.shape[1], 0)
             results_NH = torch.where(weightless_N[:, None], inputs_NH, results_NH)
-        return combine(results_NH, batch.weights_TK, batch.hidden_TH.dtype)
+        return weighted_sum(results_NH, batch.weights_TK, batch.hidden_TH.dtype)
 
     def _check_device(self, hidden_TH: torch.Tensor) -> None:
         if hidden_TH.device != self._device:
@@ -348,7 +348,7 @@ def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_shar
 _ANY_COSTS = Costs(1, 1, 1, 1, 1, 1, 1)
 
 
-def combine(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def weighted_sum(results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Weight each pair's result and sum over k, in the order of k and at least in fp32: [T, H] in ``dtype``."""
     tokens, top_k = weights_TK.shape
     exact = torch.promote_types(results_NH.dtype, torch.float32)

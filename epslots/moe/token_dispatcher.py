@@ -42,7 +42,7 @@ class Dispatch(Protocol):
     rows_MH: torch.Tensor
     ids_M: torch.Tensor
 
-    def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
+    def send_back(self, result_MH: torch.Tensor) -> torch.Tensor:
         """Return each pair's result to the rank whose token it is: [N, H] in the order of that rank's pairs.
 
         Results of pairs of ids without weights are undefined.
@@ -82,7 +82,7 @@ class LocalDispatch(msgspec.Struct):
     rows_MH: torch.Tensor
     ids_M: torch.Tensor
 
-    def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
+    def send_back(self, result_MH: torch.Tensor) -> torch.Tensor:
         return result_MH
 
 
@@ -120,7 +120,7 @@ class AllToAllDispatch:
         self.rows_MH = transport.all_to_all(rows, self._send, self._receive, agreed=agreed)
         self.ids_M = to_device(_arriving_ids(work, splits), hidden_TH.device)
 
-    def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
+    def send_back(self, result_MH: torch.Tensor) -> torch.Tensor:
         rows = self._transport.all_to_all(result_MH, self._receive, self._send, agreed=self._agreed)
         return rows.new_empty(self._pairs, rows.shape[1]).index_copy_(0, self._order, rows)
 
@@ -163,7 +163,7 @@ class AllGatherDispatch:
         self.rows_MH = states[self._order // top_k]
         self.ids_M = to_device(_arriving_ids(work, splits), hidden_TH.device)
 
-    def combine(self, result_MH: torch.Tensor) -> torch.Tensor:
+    def send_back(self, result_MH: torch.Tensor) -> torch.Tensor:
         ranks = self._transport.size
         blocks = result_MH.new_zeros(ranks * self._block, result_MH.shape[1]).index_copy_(0, self._order, result_MH)
         return self._transport.reduce_scatter(blocks.view(ranks, self._block, -1))[: self._pairs]

@@ -1,6 +1,6 @@
 """One rank's way through one layer's step: which experts are computed in which pass, and which are fetched into which slot.
 
-``evictions.py`` decides which experts are evicted; ``ExpertCache`` carries the passes out. A layer owns a *window* of
+``evictions.py`` decides which experts are evicted; ``ExpertCache`` carries the passes out. A layer owns a *range* of
 ``quota`` neighbouring slots of a pool.
 
     slots for all       every fetch begins at once. Over a link that runs during compute, ready experts are computed first, and
@@ -8,7 +8,7 @@
     fewer slots         misses rotate through some of the slots. Over such a link these have two halves: one is computed while
                         the other is filled
 
-Pure. Legend of shape suffixes: E experts of the layer, Q slots of the window, F fetches, S sections.
+Pure. Legend of shape suffixes: E experts of the layer, Q slots of the layer, F fetches, S sections.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ def plan_passes(
 ) -> tuple[ExpertPass, ...]:
     """The passes of one rank's part of a layer's step, in order; none if no expert is needed.
 
-    Every needed expert is computed in exactly one pass and isn't evicted before it. Only slots of the window are used.
+    Every needed expert is computed in exactly one pass and isn't evicted before it. Only slots of the layer are used.
     ``after`` never falls from pass to pass.
 
     Args:
         counts_E: int64, pairs that this rank computes.
         slot_of_E: int64, the slot that holds each expert, -1 = absent.
-        expert_Q: int64, the expert in each slot of the window, -1 = empty; the inverse of ``slot_of_E``.
+        expert_Q: int64, the expert in each slot of the layer, -1 = empty; the inverse of ``slot_of_E``.
         score_E: int64, the eviction policy's scores.
         evicted_E: the experts evicted in this step, by ``plan_evictions``.
         late_E: experts whose records are waited for: residents whose fetch is in flight, and missing ones, unless they are
             there at once (copies from peers), which is allowed only if all needed experts have slots.
-        start: the window's first slot.
+        start: the layer's first slot.
         concurrent: whether fetches run while experts are computed.
         worth: the fewest reads of an expert's weights for which a pass of its own pays.
     """

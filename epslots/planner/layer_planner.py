@@ -170,7 +170,7 @@ class LayerPlanner:
         if idle_slots:
             self._remote.add(work, state, self.costs)
         if not self.alone:
-            state.record(work.fetch_ranks, work.fetch_experts, work.computed_RU, cpu_ranks, cpu_experts)
+            state.add_to_digest(work.fetch_ranks, work.fetch_experts, work.computed_RU, cpu_ranks, cpu_experts)
         migrations = NO_MIGRATIONS
         if self._budgets.migration is not None:
             migrations = self._migrate(work, scores, self._budgets.migration)
@@ -218,7 +218,7 @@ class LayerPlanner:
         )
         if found is not None:
             state.replace(found.after_RE)
-            state.record(found.ranks, found.experts, found.evicted_RE)
+            state.add_to_digest(found.ranks, found.experts, found.evicted_RE)
             if budgets.migration is not None:  # migrations would share the link with them
                 budgets.migration.charge(found.ranks, self.expert_bytes)
         return found
@@ -291,7 +291,7 @@ class LayerPlanner:
         # A rank that computes in one pass knows what is in its slots when the layer has computed.
         able_R &= np.count_nonzero(work.computed_RU, axis=1) <= state.quota_R
         migrations = choose_migrations(
-            state.missing_RE,
+            state.pending_RE,
             state.holds_RE,
             state.wanted_RE,
             state.spare_RE,

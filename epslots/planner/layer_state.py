@@ -27,7 +27,7 @@ class LayerState:
 
     Attributes:
         wanted_RE: the copies that the placement wants.
-        missing_RE: those of them that have yet to be migrated; each is migrated once.
+        pending_RE: those of them that have yet to be migrated; each is migrated once.
         pending_migrations: how many these are.
     """
 
@@ -36,7 +36,7 @@ class LayerState:
         self.quota_R = quota_R
         self.home_E = home_E
         self.node_R = node_R
-        self.wanted_RE = self.missing_RE = np.zeros(holds_RE.shape, bool)
+        self.wanted_RE = self.pending_RE = np.zeros(holds_RE.shape, bool)
         self.pending_migrations = 0
         self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
         self._holds_digest: int | None = None
@@ -82,15 +82,15 @@ class LayerState:
     def adopt(self, home_E: IntArray, wanted_RE: BoolArray) -> None:
         """Follow another placement from the next step on."""
         self.home_E, self.wanted_RE = home_E, wanted_RE
-        self.missing_RE = wanted_RE
+        self.pending_RE = wanted_RE
         self.update_pending()
         self._spare_RE = self._idle_slots = None
-        self.record(home_E, wanted_RE)
+        self.add_to_digest(home_E, wanted_RE)
 
     def update_pending(self) -> None:
         """Strike off the wanted copies that are there by now, whether migrated or fetched on demand."""
-        self.missing_RE = self.missing_RE & ~self.holds_RE
-        self.pending_migrations = int(np.count_nonzero(self.missing_RE))
+        self.pending_RE = self.pending_RE & ~self.holds_RE
+        self.pending_migrations = int(np.count_nonzero(self.pending_RE))
 
     def resize(self, rank: int, change: int, score_E: IntArray) -> int:
         """Add a slot to a rank, or take one from it (``change`` is 1 or -1).
@@ -107,7 +107,7 @@ class LayerState:
             evicted = int(order[self.holds_RE[rank, order]][0])
             self.holds_RE[rank, evicted] = False
         self.holds_changed()
-        self.record(np.array([rank, change, evicted]))
+        self.add_to_digest(np.array([rank, change, evicted]))
         return evicted
 
     def replace(self, holds_RE: BoolArray) -> None:
@@ -121,10 +121,10 @@ class LayerState:
         self.holds_RE[ranks[full], migrations.evicted[full]] = False
         self.holds_RE[ranks, migrations.experts] = True
         self.holds_changed()
-        self.record(ranks, migrations.experts, migrations.evicted, migrations.sources)
+        self.add_to_digest(ranks, migrations.experts, migrations.evicted, migrations.sources)
         self.update_pending()
 
-    def record(self, *decided: IntArray | BoolArray) -> None:
+    def add_to_digest(self, *decided: IntArray | BoolArray) -> None:
         """Let the digest depend on what was decided. A rank alone has none to compare it with, and saves the time."""
         if len(self.quota_R) > 1:
             self._past = xxhash.xxh3_64_intdigest(b"".join(array.tobytes() for array in decided), seed=self._past)

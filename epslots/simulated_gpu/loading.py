@@ -75,15 +75,15 @@ class SimulatedKernels:
 
     def copy(self, layer: DeviceLayer, missing: Missing) -> None:
         pool, store = self._loader.pool, self._loader.store
-        window = pool.memory[pool.window(layer.number)]
+        slot_range = pool.memory[pool.slot_range(layer.number)]
         store_layer = self._loader.store_layers[layer.number]
 
         def copy_records(experts_M: torch.Tensor, slots_M: torch.Tensor, count: torch.Tensor, memory: torch.Tensor) -> None:
             for expert, slot in list(zip(experts_M.tolist(), slots_M.tolist(), strict=True))[: int(count)]:
                 memory[slot - layer.start].copy_(store.record(store_layer, expert))
 
-        arguments = missing.expert_M, missing.slot_M, missing.count, window
-        launch_kernel("copy_missing", copy_records, *arguments, reads=arguments[:3], writes=[window])
+        arguments = missing.expert_M, missing.slot_M, missing.count, slot_range
+        launch_kernel("copy_missing", copy_records, *arguments, reads=arguments[:3], writes=[slot_range])
 
 
 @contextmanager

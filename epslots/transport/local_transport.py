@@ -77,13 +77,13 @@ class LocalHub:
         if self._cause is not None:
             raise PeerLost(self._cause)
 
-    def run(self, rank: int, name: str, given: Any, combine: Callable[[list[Any]], list[Any]]) -> Any:
+    def run(self, rank: int, name: str, given: Any, merge: Callable[[list[Any]], list[Any]]) -> Any:
         """Take part in one operation; returns this rank's result.
 
         Args:
             name: of the operation; the same on all ranks.
             given: this rank's input.
-            combine: makes all ranks' results of all their inputs, both in the order of ranks. The last rank's is called.
+            merge: makes all ranks' results of all their inputs, both in the order of ranks. The last rank's is called.
         """
         with self._changed:
             self.check()
@@ -92,7 +92,7 @@ class LocalHub:
             operation.inputs[rank] = name, given
             if len(operation.inputs) == self.size:
                 self._operation = _LocalOperation()
-                self._conclude(operation, combine)
+                self._conclude(operation, merge)
                 self._changed.notify_all()
             elif not self._changed.wait_for(lambda: operation.over or self._cause is not None, self.deadline_s):
                 absent = sorted(set(range(self.size)) - set(operation.inputs))
@@ -104,12 +104,12 @@ class LocalHub:
         assert operation.results is not None
         return operation.results[rank]
 
-    def _conclude(self, operation: _LocalOperation, combine: Callable[[list[Any]], list[Any]]) -> None:
+    def _conclude(self, operation: _LocalOperation, merge: Callable[[list[Any]], list[Any]]) -> None:
         names, inputs = zip(*(operation.inputs[rank] for rank in range(self.size)), strict=True)
         try:
             if len(set(names)) > 1:
                 raise ExchangeError(f"ranks are in different operations: {', '.join(names)}")
-            operation.results = combine(list(inputs))
+            operation.results = merge(list(inputs))
         except ExchangeError as error:
             operation.refusal = str(error)
         except BaseException as error:
@@ -145,40 +145,40 @@ class LocalTransport:
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         """[R, *S] of all ranks' ``mine`` [*S]."""
 
-        def combine(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        def merge(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             _check_alike("all_gather", inputs)
             return [torch.stack(inputs) for _ in inputs]
 
-        return self.hub.run(self.rank, "all_gather", mine, combine)
+        return self.hub.run(self.rank, "all_gather", mine, merge)
 
     def all_to_all(
         self, rows: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], *, agreed: bool = False
     ) -> torch.Tensor:
         """All ranks' rows for this one, [M, ...]; ``rows`` [N, ...] and R sizes each way."""
 
-        def combine(inputs: list[tuple[torch.Tensor, IntArray, list[int]]]) -> list[torch.Tensor]:
+        def merge(inputs: list[tuple[torch.Tensor, IntArray, list[int]]]) -> list[torch.Tensor]:
             check_all_to_all(np.stack([header for _, header, _ in inputs]))
             parts = [given.split(sizes) for given, _, sizes in inputs]
             return [torch.cat([part[target] for part in parts]) for target in range(self.size)]
 
         header = all_to_all_header(rows, send_sizes, receive_sizes, self.size)
-        return self.hub.run(self.rank, "all_to_all", (rows, header, list(send_sizes)), combine)
+        return self.hub.run(self.rank, "all_to_all", (rows, header, list(send_sizes)), merge)
 
     def reduce_scatter(self, blocks: torch.Tensor) -> torch.Tensor:
         """[*S], the sum over ranks of ``blocks[rank]``; ``blocks`` [R, *S]."""
 
-        def combine(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        def merge(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
             _check_alike("reduce_scatter", inputs)
             if inputs[0].ndim < 1 or inputs[0].shape[0] != self.size:
                 raise ExchangeError(f"reduce_scatter: {self.size} blocks are needed, not shape {tuple(inputs[0].shape)}")
             return [reduce(torch.add, [blocks[target] for blocks in inputs]).clone() for target in range(self.size)]
 
-        return self.hub.run(self.rank, "reduce_scatter", blocks, combine)
+        return self.hub.run(self.rank, "reduce_scatter", blocks, merge)
 
     def exchange(self, sends: PeerTensors, receives: PeerTensors, *, agreed: bool = False) -> None:
         """Copy (peer, uint8 [bytes]) tensors from rank to rank in place."""
 
-        def combine(inputs: list[tuple[bytes, PeerTensors, PeerTensors]]) -> list[None]:
+        def merge(inputs: list[tuple[bytes, PeerTensors, PeerTensors]]) -> list[None]:
             check_exchange([header for header, _, _ in inputs])
             queues = defaultdict(list)
             for source, (_, outgoing, _) in enumerate(inputs):
@@ -191,7 +191,7 @@ class LocalTransport:
             return [None] * self.size
 
         header = exchange_header(self.rank, self.size, sends, receives)
-        self.hub.run(self.rank, "exchange", (header, sends, receives), combine)
+        self.hub.run(self.rank, "exchange", (header, sends, receives), merge)
 
     def gather_bytes(self, message: bytes) -> list[bytes]:
         return self.hub.run(self.rank, "gather_bytes", message, lambda inputs: [list(inputs) for _ in inputs])

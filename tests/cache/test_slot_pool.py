@@ -66,12 +66,12 @@ class PoolMachine(RuleBasedStateMachine):
         history = self.history.layer(layer, self.experts)
         self.steps += 1
         record_use(history, counts > 0, self.steps)
-        window = self.pool.window(layer)
+        slot_range = self.pool.slot_range(layer)
         row = self.pool.slot_of[layer, : self.experts]
         score_E = self.policy(history)
         change = plan_evictions((row >= 0)[None], (counts > 0)[None], np.array([self.pool.quotas[layer]]), score_E)
-        expert_Q, evicted_E = self.pool.expert_of[window], change.evicted_RE[0]
-        passes = plan_passes(counts, row, expert_Q, score_E, evicted_E, row < 0, start=window.start)
+        expert_Q, evicted_E = self.pool.expert_of[slot_range], change.evicted_RE[0]
+        passes = plan_passes(counts, row, expert_Q, score_E, evicted_E, row < 0, start=slot_range.start)
         computed: set[int] = set()
         for one in passes:
             if len(one.fetch_experts):
@@ -86,11 +86,11 @@ class PoolMachine(RuleBasedStateMachine):
     def hit_a_corrupt_record(self, data: st.DataObject) -> None:
         """The fetch fails by name; what it displaced is gone, nothing wrong came in, and serving goes on."""
         layer = data.draw(st.integers(0, len(self.pool.quotas) - 1))
-        window = self.pool.window(layer)
+        slot_range = self.pool.slot_range(layer)
         absent = np.flatnonzero(self.pool.slot_of[layer, : self.experts] < 0)
         if not len(absent):
             return
-        victim_slot = data.draw(st.integers(window.start, window.stop - 1))
+        victim_slot = data.draw(st.integers(slot_range.start, slot_range.stop - 1))
         expert = data.draw(st.sampled_from(absent.tolist()))
         self.store.corrupt.add((layer, expert))
         evicted = self.pool.expert_of[[victim_slot]].copy()

@@ -23,7 +23,7 @@ import epslots
 from epslots.cache import unpacking
 from epslots.cache.host_store import HostStore, Manifest, StoreShape
 from epslots.cache.node_store import open_node_store
-from epslots.cache.unpacking import Unpacker, assert_consistent, record_views
+from epslots.cache.unpacking import SlotWriter, assert_consistent, record_views
 from epslots.layout import LayerSpec, PackedLayout, PackedPart, RecordLayout, unpacking_bytes
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import conversions_of
@@ -64,13 +64,13 @@ def unpack(layer: LayerSpec, *, by_table: bool | None = None, **tensors: torch.T
     for name, view in record_views(record, layer.record).items():
         view.copy_(tensors[name])
     slot = torch.full((layer.layout.nbytes,), 0xAB, dtype=torch.uint8)
-    unpacker = Unpacker(layer, by_table=by_table)
-    unpacker(slot, record)
-    assert unpacker.same(slot, record)
+    write = SlotWriter(layer, by_table=by_table)
+    write(slot, record)
+    assert write.same(slot, record)
     for spec in layer.layout.tensors:
         spoilt = slot.clone()
         spoilt[spec.offset + spec.nbytes - 1] ^= 1
-        assert not unpacker.same(spoilt, record)
+        assert not write.same(spoilt, record)
     return record_views(slot, layer.layout)
 
 
@@ -139,8 +139,8 @@ def test_a_record_that_is_not_packed_is_its_slot():
     layer = LayerSpec("l", 1, RecordLayout.of([("matrix", (3, 5), "float32")]))
     record = torch.arange(layer.record.nbytes, dtype=torch.uint8)
     slot = torch.zeros_like(record)
-    Unpacker(layer)(slot, record)
-    assert torch.equal(slot, record) and Unpacker(layer).same(slot, record) and not Unpacker(layer).same(slot + 1, record)
+    SlotWriter(layer)(slot, record)
+    assert torch.equal(slot, record) and SlotWriter(layer).same(slot, record) and not SlotWriter(layer).same(slot + 1, record)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_device_decides_as_the_host_does_in_any_state(state: dict[str, Any])
     assert steps == host.steps
     assert list(tallies[layer])[1:] == host.tallies[layer].tolist()[1:]
     assert np.array_equal(pool.slot_of[layer, : host.experts[layer]], host.slot_of[layer])
-    assert np.array_equal(pool.expert_of[pool.window(layer)], host.expert_of[layer])
+    assert np.array_equal(pool.expert_of[pool.slot_range(layer)], host.expert_of[layer])
     assert np.array_equal(found[layer].last_use, host.rows[layer].last_use)
     assert np.array_equal(found[layer].decayed, host.rows[layer].decayed)
     pool.check_integrity()

@@ -90,7 +90,7 @@ def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Check
     for rank in range(2):
         for loader in grouped.runtime(rank).loaders:
             loader.link = LateLink()
-            first = loader.pool.expert_of[loader.pool.window(0)][:2].copy()
+            first = loader.pool.expert_of[loader.pool.slot_range(0)][:2].copy()
             slots = loader.pool.slot_of[0, first].copy()
             loader.fetch(0, first, slots, first, urgent=False)
             assert loader.in_flight[slots].all()

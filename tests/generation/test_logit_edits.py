@@ -23,12 +23,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from epslots.generation import logit_edits, token_choice
+from epslots.generation import logit_edits, next_token
 from epslots.generation.logit_edits import edit_logits, edits_logits
+from epslots.generation.next_token import choose
 from epslots.generation.requests import Grammar, Request
 from epslots.generation.sampling import Sampling, uniform_numbers
-from epslots.generation.token_choice import choose
-from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
+from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
 from tests.support.choices import FakeGrammar, bits_of
 
 V = 12
@@ -186,7 +186,7 @@ def test_batch_mates_with_any_settings_change_nothing(rows: list[Any], part: int
     alone = [choose(logits[[row]], [entry]).read()[0] for row, entry in enumerate(entries)]
     order = shuffle.sample(range(len(rows)), len(rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_choice, "PART_LOGITS", part)
+        patch.setattr(next_token, "PART_LOGITS", part)
         together = choose(logits[order], [entries[row] for row in order]).read()
     assert together == [alone[row] for row in order]
 
@@ -332,8 +332,8 @@ def test_a_complete_text_ends_before_min_tokens():
 
 def test_only_rows_with_settings_are_edited(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    edit = token_choice.edit_logits
-    monkeypatch.setattr(token_choice, "edit_logits", lambda logits, entries: (seen.append(entries), edit(logits, entries)))
+    edit = next_token.edit_logits
+    monkeypatch.setattr(next_token, "edit_logits", lambda logits, entries: (seen.append(entries), edit(logits, entries)))
     plain, biased = entry_of(Sampling()), entry_of(Sampling(logit_bias=((1, 2.0),)))
     choose(torch.zeros(4, V), [plain, biased, None, plain])
     assert seen == [[biased]]
@@ -351,4 +351,4 @@ def test_a_grammar_is_asked_once_a_token():
     mate = replace(request, id="b", grammar=None, sampling=Sampling(1.0))
     choices = choose(torch.zeros(2, V), [entry, TrackedRequest(mate)]).read()
     assert len(asked) == 1
-    assert choices[0] == Choice(0)
+    assert choices[0] == NextToken(0)

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.generation import token_choice
+from epslots.generation import next_token
+from epslots.generation.next_token import choose, prompt_logprobs
 from epslots.generation.requests import MOST_LOGPROBS, Request, TokenLogprobs
 from epslots.generation.sampling import Sampling
-from epslots.generation.token_choice import choose, prompt_logprobs
 from epslots.generation.tracked_request import TrackedRequest
 
 
@@ -73,14 +73,14 @@ def test_no_setting_changes_them():
 
 
 def test_only_rows_that_ask_are_scored(monkeypatch: pytest.MonkeyPatch):
-    shapes, score = [], token_choice.score
-    monkeypatch.setattr(token_choice, "score", lambda logits, *rest: (shapes.append(logits.shape[0]), score(logits, *rest))[1])
+    shapes, score = [], next_token.score
+    monkeypatch.setattr(next_token, "score", lambda logits, *rest: (shapes.append(logits.shape[0]), score(logits, *rest))[1])
     logits = torch.randn(9, 30)
     choose(logits, [entry_of(None)] * 9)
     assert shapes == []
     choose(logits, [None, *[entry_of(2), entry_of(None)] * 4])
     assert shapes == [4]
-    monkeypatch.setattr(token_choice, "PART_LOGITS", 60)
+    monkeypatch.setattr(next_token, "PART_LOGITS", 60)
     choose(logits, [None, *[entry_of(2), entry_of(None)] * 4])
     assert shapes == [4, 2, 2]
 
@@ -98,7 +98,7 @@ def test_a_row_without_a_token_has_no_score():
 @pytest.mark.parametrize("part", [1, 70, 10**6])
 @pytest.mark.parametrize("top", [0, 3, MOST_LOGPROBS])
 def test_logprobs_of_given_tokens(part: int, top: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(token_choice, "PART_LOGITS", part)
+    monkeypatch.setattr(next_token, "PART_LOGITS", part)
     logits = 3 * torch.randn(11, 35, generator=torch.Generator().manual_seed(1))
     tokens = [5, 34, 0, 7, 7, 7, 1, 2, 3, 4, 33]
     found = prompt_logprobs(logits, tokens, top)

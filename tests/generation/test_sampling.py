@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
-from epslots.generation import token_choice
+from epslots.generation import next_token
 from epslots.generation.sampling import GREEDY, SEEDS, Sampling, uniform_numbers
 from epslots.generation.tracked_request import NO_TOKEN
 from tests.support.choices import next_tokens
@@ -116,7 +116,7 @@ def test_temperature_0_is_argmax():
 
 def test_greedy_rows_cost_argmax_alone(monkeypatch: pytest.MonkeyPatch):
     for name in ("to_device", "_draw", "edit_logits", "score"):
-        monkeypatch.setattr(token_choice, name, None)
+        monkeypatch.setattr(next_token, name, None)
     assert next_tokens(logits_of(1, 3), [Sampling()] * 3, [0, 1, 2]).dtype == torch.int64
 
 
@@ -204,7 +204,7 @@ def test_sums_rounded_apart_choose_no_dropped_token(jitter: float, monkeypatch: 
 def drawn_with(logits: torch.Tensor, number: float, sampling: Sampling = PLAIN) -> int:
     """The token that a random number falls to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_choice, "uniform_numbers", lambda seeds, positions: np.array([number]))
+        patch.setattr(next_token, "uniform_numbers", lambda seeds, positions: np.array([number]))
         return int(next_tokens(logits, [sampling], [0])[0])
 
 
@@ -308,7 +308,7 @@ def test_batch_mates_and_their_order_change_nothing(samplings: list[Sampling], p
     alone = [next_tokens(logits[[row]], [samplings[row]], [positions[row]]).item() for row in range(count)]
     order = shuffle.sample(range(count), count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_choice, "PART_LOGITS", part)
+        patch.setattr(next_token, "PART_LOGITS", part)
         together = next_tokens(logits[order], [samplings[row] for row in order], [positions[row] for row in order])
     assert together.tolist() == [alone[row] for row in order]
 

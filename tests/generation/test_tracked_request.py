@@ -13,7 +13,7 @@ from epslots.errors import ConfigError
 from epslots.generation.requests import Request, TokenLogprobs
 from epslots.generation.sampling import Sampling
 from epslots.generation.token_counts import TokenCounts
-from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
+from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
 from tests.support.choices import FakeGrammar
 
 token = st.integers(0, 9)
@@ -24,32 +24,32 @@ token = st.integers(0, 9)
 
 def test_a_stop_token_or_the_length_ends_a_request():
     entry = TrackedRequest(Request("a", (1, 2), 3, frozenset({7})))
-    entry.append(Choice(5))
+    entry.append(NextToken(5))
     assert (entry.tokens, entry.reason, entry.length, entry.text_length) == ([5], None, 3, 1)
-    entry.append(Choice(7))
+    entry.append(NextToken(7))
     assert (entry.tokens, entry.reason) == ([5, 7], "stop")
     entry = TrackedRequest(Request("a", (1, 2), 2, frozenset({7})))
     for _ in range(2):
-        entry.append(Choice(5))
+        entry.append(NextToken(5))
     assert entry.reason == "length"
     entry = TrackedRequest(Request("a", (1, 2), 1, frozenset({7})))
-    entry.append(Choice(7))
+    entry.append(NextToken(7))
     assert entry.reason == "stop", "at the last token, too"
 
 
 def test_no_token_is_never_entered():
     entry = TrackedRequest(Request("a", (1, 2), 3))
     with pytest.raises(AssertionError, match="committed"):
-        entry.append(Choice(NO_TOKEN))
+        entry.append(NextToken(NO_TOKEN))
     assert not entry.tokens
 
 
 def test_a_grammar_follows_the_tokens_and_ends_the_text():
     grammar = FakeGrammar(10, length=2)
     entry = TrackedRequest(Request("a", (1, 2), 9), grammar_state=grammar)
-    entry.append(Choice(3))
+    entry.append(NextToken(3))
     assert (grammar.text, entry.reason) == ([3], None)
-    entry.append(Choice(4))
+    entry.append(NextToken(4))
     assert (grammar.text, entry.reason) == ([3, 4], "stop")
 
 
@@ -58,7 +58,7 @@ def test_a_stop_token_is_no_part_of_the_grammar_s_text():
     entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9})), grammar_state=grammar)
     for number in (3, 4, 9):
         assert entry.reason is None
-        entry.append(Choice(number))
+        entry.append(NextToken(number))
     assert (grammar.text, entry.tokens, entry.reason) == ([3, 4], [3, 4, 9], "stop")
 
 
@@ -67,9 +67,9 @@ def test_an_end_that_a_mask_shows_leaves_out_its_token(stop: int, tokens: list[i
     """But for a stop token, which ends every text."""
     grammar = FakeGrammar(10, length=2)
     entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9}), logprobs=0), grammar_state=grammar)
-    entry.append(Choice(3, TokenLogprobs(3, -1.0)))
+    entry.append(NextToken(3, TokenLogprobs(3, -1.0)))
     grammar.length = 1
-    entry.append(Choice(stop, TokenLogprobs(stop, -1.0)))
+    entry.append(NextToken(stop, TokenLogprobs(stop, -1.0)))
     assert (entry.tokens, entry.reason, grammar.text) == (tokens, "stop", [3])
     assert [found.token for found in entry.logprobs] == tokens
 
@@ -79,7 +79,7 @@ def test_a_grammar_that_fails_ends_its_request_with_its_words(token: int):
     grammar = FakeGrammar(10)
     entry = TrackedRequest(Request("a", (1, 2), 9, frozenset({9})), grammar_state=grammar)
     grammar.error = "too much work"
-    entry.append(Choice(token))
+    entry.append(NextToken(token))
     assert (entry.tokens, entry.reason, entry.error) == ([], "error", "too much work")
 
 
@@ -90,7 +90,7 @@ def test_counts_are_those_of_prompt_and_text(prompt: list[int], text: list[int],
     sampling = Sampling(repetition_penalty=2.0)
     entry = TrackedRequest(Request("a", tuple(prompt), 99, sampling=sampling).after(text[:resumed]))
     for number, new in enumerate(text[resumed:]):
-        entry.append(Choice(new))
+        entry.append(NextToken(new))
         if number in reads:
             _ = entry.counts
     found = dict(zip(entry.counts.tokens_U.tolist(), entry.counts.counts_U.tolist(), strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epslots.bench.fetch import forms
-from epslots.cache.unpacking import Unpacker, record_views
+from epslots.cache.unpacking import SlotWriter, record_views
 from epslots.moe.cpu_experts import CpuExperts
 from tests.support.experts_layer import Layer
 
@@ -22,16 +22,16 @@ def test_unpacked_on_a_stream_of_copies_as_on_the_cpu(form: str):
     record = torch.empty(layer.record.nbytes, dtype=torch.uint8, pin_memory=True).random_(0, 100)
     expected = torch.zeros(layer.layout.nbytes, dtype=torch.uint8)
     slot = torch.zeros(layer.layout.nbytes, dtype=torch.uint8, device="cuda")
-    unpacker = Unpacker(layer)
-    unpacker(expected, record)
+    write = SlotWriter(layer)
+    write(expected, record)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        unpacker(slot, record)
+        write(slot, record)
     stream.synchronize()
     mine, theirs = record_views(slot.cpu(), layer.layout), record_views(expected, layer.layout)
     assert all(torch.equal(mine[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
-    assert unpacker.same(slot, record)
+    assert write.same(slot, record)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "muse_spark"])

@@ -21,7 +21,7 @@ from epslots.cli.plan import plan as plan_command
 from epslots.config import EngineConfig
 from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
 from epslots.example import example_model
-from epslots.generation.token_choice import PART_LOGITS
+from epslots.generation.next_token import PART_LOGITS
 from epslots.layout import LayerSpec, RecordLayout, TensorSpec
 from epslots.models.checkpoint import open_checkpoint
 from epslots.models.expert_reader import pack_layers

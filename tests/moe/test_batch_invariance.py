@@ -14,18 +14,18 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.errors import ConfigError, GroupError
-from epslots.generation import paged_choice, row_batcher
+from epslots.generation import paged_next_token, row_batcher
 from epslots.generation.engine import Engine
 from epslots.generation.engine_stats import EngineStats
+from epslots.generation.next_token import Chosen
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
-from epslots.generation.token_choice import Chosen
 from epslots.generation.tracked_request import TrackedRequest
 from epslots.moe import row_blocks
 from epslots.moe.batch_invariant import batch_invariant_functions, obstacles
-from epslots.moe.moe_layer import combine
+from epslots.moe.moe_layer import weighted_sum
 from epslots.moe.row_blocks import MAX_ROWS, ROWS, product
 from epslots.transport.local_transport import LocalHub, LocalTransport
 from tests.support import zoo
@@ -63,7 +63,7 @@ class Texts:
 @pytest.fixture
 def texts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Texts]:
     """Makes ``Texts`` that gather the logits of all engines from now on."""
-    choose, current = paged_choice.choose, [Texts()]
+    choose, current = paged_next_token.choose, [Texts()]
 
     def watched(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None]) -> Chosen:
         for logits_V, entry in zip(logits_NV, rows, strict=True):
@@ -71,7 +71,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Texts]:
                 current[0].logits[entry.request.sampling.seed, entry.length] = logits_V.clone()
         return choose(logits_NV, rows)
 
-    monkeypatch.setattr(paged_choice, "choose", watched)
+    monkeypatch.setattr(paged_next_token, "choose", watched)
     monkeypatch.setattr(row_batcher, "choose", watched)
 
     def start() -> Texts:
@@ -345,7 +345,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "rms norm": lambda x: F.rms_norm(x, x.shape[-1:]),
     "topk": lambda x: x.topk(4, dim=-1).values,
     "topk's ids": lambda x: x.topk(4, dim=-1).indices,
-    "combine": lambda x: combine(x.repeat_interleave(4, 0), x[:, :4], x.dtype),
+    "combine": lambda x: weighted_sum(x.repeat_interleave(4, 0), x[:, :4], x.dtype),
 }
 
 

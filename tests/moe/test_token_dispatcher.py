@@ -35,7 +35,7 @@ def test_pairs_of_one_expert_spread_over_ranks_and_back(gathers: bool, seed: int
         else:
             routed = AllToAllDispatch(transport, hidden_TH, ids_N, work, splits, TOP_K, agreed=False)
         assert routed.ids_M.bincount(minlength=4).tolist() == parts_RU[transport.rank].tolist()
-        results_NH = routed.combine(routed.rows_MH * (1 + routed.ids_M[:, None]))
+        results_NH = routed.send_back(routed.rows_MH * (1 + routed.ids_M[:, None]))
         assert torch.equal(results_NH, hidden_TH.repeat_interleave(TOP_K, 0) * (1 + ids_N[:, None]))
         return int(splits.receive_start_SC[splits.receive_SC > 0].max(initial=0))
 

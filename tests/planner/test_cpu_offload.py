@@ -52,7 +52,7 @@ def test_a_fetch_comes_when_cpu_work_cost_as_much_as_two():
     hosted = [bool(share.choose(step, one * 0, one, one, np.array([False]))[0]) for step in range(9)]
     times = (2 * FETCH - 1) // rent
     assert hosted == [True] * times + [False] + [True] * (8 - times)
-    assert share.remote_ns_RE.tolist() == [[0, (8 - times) * rent, 0, 0]]
+    assert share.cpu_ns_RE.tolist() == [[0, (8 - times) * rent, 0, 0]]
 
 
 def test_experts_the_policy_would_not_keep_are_not_fetched():
@@ -64,13 +64,13 @@ def test_tolls_are_forgotten():
     share = CpuShare(2, 3, costs(), concurrent=False)
     ranks, experts, pairs = np.array([0, 1]), np.array([2, 2]), np.array([1, 9])
     share.choose(1, ranks, experts, pairs, np.zeros(2, bool))
-    first = share.remote_ns_RE.copy()
+    first = share.cpu_ns_RE.copy()
     assert (first[:, 2] == [308, 300 + 90 - 10]).all() and first.sum() == 308 + 380
     nobody = np.zeros(0, np.int64)
     share.choose(HALVING_STEPS, nobody, nobody, nobody, np.zeros(0, bool))
-    assert (share.remote_ns_RE == first // 2).all()
+    assert (share.cpu_ns_RE == first // 2).all()
     share.choose(10**9, nobody, nobody, nobody, np.zeros(0, bool))
-    assert not share.remote_ns_RE.any()
+    assert not share.cpu_ns_RE.any()
 
 
 def brute_force(cost: Costs, pairs: list[int], may: list[bool]) -> int:

@@ -79,7 +79,7 @@ def test_steps_of_hits_halve_cpu_costs_of_a_lone_rank_alone(ranks: int, halved: 
         counts = np.zeros((ranks, 2), np.int64)
         counts[0, expert] = 1
         layer.plan(counts, lambda: score)
-        return int(share.remote_ns_RE[0, 0])
+        return int(share.cpu_ns_RE[0, 0])
 
     once = step(0)
     for _ in range(HALVING_STEPS):

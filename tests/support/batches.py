@@ -13,10 +13,10 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from epslots.errors import PeerLost
 from epslots.generation.batcher import Batcher
 from epslots.generation.engine import Engine
+from epslots.generation.next_token import choose
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
 from epslots.generation.row_batcher import RowBatcher
-from epslots.generation.token_choice import choose
 from epslots.generation.tracked_request import GrammarProgress, TrackedRequest
 from tests.support import zoo
 from tests.support.remembered import Reference

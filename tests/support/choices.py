@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from epslots.generation.next_token import choose
 from epslots.generation.requests import Request
 from epslots.generation.sampling import Sampling
-from epslots.generation.token_choice import choose
 from epslots.generation.tracked_request import TrackedRequest
 
 

@@ -127,8 +127,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 def assert_slots_hold_what_tables_say(loader: Any) -> None:
     pool = loader.pool
     for layer in range(len(STORE_LAYERS)):
-        window = pool.window(layer)
-        for slot, expert in enumerate(pool.expert_of_device[window].tolist(), window.start):
+        slot_range = pool.slot_range(layer)
+        for slot, expert in enumerate(pool.expert_of_device[slot_range].tolist(), slot_range.start):
             if expert >= 0:
                 assert torch.equal(pool.memory[slot], loader.store.record(STORE_LAYERS[layer], expert)), (slot, expert)
 
@@ -153,7 +153,7 @@ def assert_as_the_host_decides(problem: dict[str, Any], loader: Any, kernels: An
             assert np.array_equal(tallies, host.tallies)
             for layer, quota in enumerate(host.quotas):
                 assert np.array_equal(loader.pool.slot_of[layer, : host.experts[layer]], host.slot_of[layer])
-                assert np.array_equal(loader.pool.expert_of[loader.pool.window(layer)], host.expert_of[layer]), quota
+                assert np.array_equal(loader.pool.expert_of[loader.pool.slot_range(layer)], host.expert_of[layer]), quota
                 for name in ("last_use", "decayed"):
                     assert np.array_equal(getattr(rows[layer], name), getattr(host.rows[layer], name)), name
             loader.pool.check_integrity()
@@ -188,7 +188,7 @@ def put_in_state(state: dict[str, Any], make: Any) -> tuple[Any, DeviceSlots, Ho
     layer, quota = state["layer"], state["quota"]
     loader = make_loader(tuple(quota if number == layer else 1 for number in range(len(STORE_LAYERS))))
     host = HostRule(loader.pool.quotas, state["policy"])
-    start = loader.pool.window(layer).start
+    start = loader.pool.slot_range(layer).start
     for position, expert in enumerate(state["expert_of_Q"]):
         if expert >= 0:
             loader.pool.occupy(layer, np.array([expert]), np.array([start + position]))

@@ -9,7 +9,7 @@ import torch
 from epslots.cache.host_store import HostStore, Manifest
 from epslots.cache.node_store import open_node_store
 from epslots.cache.slot_pool import SlotPool
-from epslots.cache.unpacking import Unpacker
+from epslots.cache.unpacking import SlotWriter
 from epslots.models.expert_reader import ExpertReader, pack_layers
 from epslots.models.experts import experts_modules
 from epslots.models.opening import load_dense, open_model
@@ -56,7 +56,7 @@ class Layer:
         """Every pair's result by the slots' own kernel."""
         pool = SlotPool([self.spec], [self.spec.num_experts], CPU)
         for expert in range(self.spec.num_experts):
-            Unpacker(self.spec)(pool.memory[expert], self.store.record(0, expert))
+            SlotWriter(self.spec)(pool.memory[expert], self.store.record(0, expert))
         key, order = torch.sort(ids, stable=True)
         ends = torch.searchsorted(key, torch.arange(self.spec.num_experts), right=True, out_int32=True)
         result = GroupedGemm(self.module, pool.weights(0))(rows[order // TOP_K], ends, key)

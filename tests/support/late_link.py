@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from epslots.cache.copy_engine import SlotWriter
+from epslots.cache.copy_engine import WriteSlot
 from epslots.moe.prefetcher import Prefetcher
 from epslots.runtime import Runtime
 
@@ -17,7 +17,7 @@ from epslots.runtime import Runtime
 class Late:
     slot: torch.Tensor
     record: torch.Tensor
-    write: SlotWriter
+    write: WriteSlot
 
 
 class LateLink:
@@ -35,7 +35,7 @@ class LateLink:
         return self._looks % 3 == 0
 
     def start(
-        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: SlotWriter, *, urgent: bool
+        self, slots: Sequence[torch.Tensor], records: Sequence[torch.Tensor], write: WriteSlot, *, urgent: bool
     ) -> list[Late]:
         for slot in slots:
             slot.fill_(0x7E)  # about 1e38 as a float

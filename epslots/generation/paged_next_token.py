@@ -1,4 +1,4 @@
-"""``PagedChoice``: the choice of tokens in transformers' continuous batching, in place of its own.
+"""``PagedNextToken``: the choice of tokens in transformers' continuous batching, in place of its own.
 
 transformers computes one row of logits for each request of a step, and takes a token from it. Here a prompt whose
 log-probabilities are asked for has a row for each of its tokens, and a prompt that continues in a later step has one that
@@ -18,9 +18,9 @@ from transformers.generation.continuous_batching.utils import stream_context
 
 from epslots.device_copy import to_device
 from epslots.generation.batcher import NotFiniteError
+from epslots.generation.next_token import Chosen, choose, prompt_logprobs
 from epslots.generation.requests import TokenLogprobs
-from epslots.generation.token_choice import Chosen, choose, prompt_logprobs
-from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
+from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class _PromptRows:
         return prompt_logprobs(logits_NV[self.first : self.first + len(positions)], tokens, request.prompt_logprobs)
 
 
-class PagedChoice:
+class PagedNextToken:
     """The choices of one batcher's steps. A repeated step chooses the same again, and so does one with a cancelled request.
 
     Args:
@@ -54,7 +54,7 @@ class PagedChoice:
     """
 
     def __init__(self, processor: Any) -> None:
-        self.choices: dict[str, Choice] = {}
+        self.choices: dict[str, NextToken] = {}
         self._batch = processor.inputs_and_outputs
         self._inputs = self._batch.get_model_kwargs
         self._numbers: list[str] = []

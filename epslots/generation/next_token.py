@@ -21,7 +21,7 @@ from epslots.generation.logit_edits import edit_logits, edits_logits
 from epslots.generation.logprobs import read_scores, score
 from epslots.generation.requests import TokenLogprobs
 from epslots.generation.sampling import Sampling, uniform_numbers
-from epslots.generation.tracked_request import NO_TOKEN, Choice, TrackedRequest
+from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
 
 # Choosing takes up to 50 bytes for each logit, so 200 MB for this many at a time; a single row may take more.
 PART_LOGITS = 2**22
@@ -45,18 +45,18 @@ class Chosen:
     tops: dict[int, int]
     scores: list[torch.Tensor]
 
-    def read(self) -> list[Choice]:
+    def read(self) -> list[NextToken]:
         """Copy the choices to the host, all at once."""
         if not self.tops:
-            return [Choice(token) for token in self.tokens_N.tolist()]
+            return [NextToken(token) for token in self.tokens_N.tolist()]
         # float64 holds tokens exactly.
         numbers = torch.cat([self.tokens_N.double(), *(part.flatten() for part in self.scores)]).cpu().numpy()
         count = len(self.tokens_N)
-        choices = [Choice(int(token)) for token in numbers[:count]]
+        choices = [NextToken(int(token)) for token in numbers[:count]]
         rows = numbers[count:].reshape(len(self.tops), -1).tolist()
         for (row, top), scores in zip(self.tops.items(), rows, strict=True):
             token = choices[row].token
-            choices[row] = Choice(token, read_scores(token, scores, top))
+            choices[row] = NextToken(token, read_scores(token, scores, top))
         return choices
 
 
