@@ -29,6 +29,7 @@ import llvmlite.binding
 import numba
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator, UserWideCacheLocator
+from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
@@ -130,6 +131,20 @@ def compiled(signature: str) -> Callable[[_Function], _Function]:
     return keep
 
 
+def callback(signature: str) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function as ``compiled`` does, for callers in C: its ``address`` is valid after ``prepare``.
+
+    It must raise nothing: such an error is printed and goes no further.
+    """
+
+    def keep(function: Callable[..., None]) -> Any:
+        called = CFunc(function, normalize_signature(signature), locals={}, options={})
+        _waiting.append((called, signature))
+        return called
+
+    return keep
+
+
 def inlined(function: _Function) -> _Function:
     """Compile a function into each compiled function that calls it, as if its body stood there."""
     return cast(_Function, register_jitable(inline="always")(function))
@@ -177,7 +192,12 @@ def _load_kept() -> None:
 
 def _compile_next() -> None:
     dispatcher, signature = _waiting[0]
-    if getattr(dispatcher, "_can_compile", False):  # not interrupted here before; and NUMBA_DISABLE_JIT isn't set
+    if isinstance(dispatcher, CFunc) and not config.DISABLE_JIT:
+        called: Any = dispatcher
+        with contextlib.suppress(RuntimeError, OSError):
+            called._cache = _Cache(called._pyfunc)
+        called.compile()
+    elif getattr(dispatcher, "_can_compile", False):  # not interrupted here before; and NUMBA_DISABLE_JIT isn't set
         # Without a place to keep the code, it is compiled all the same.
         with contextlib.suppress(RuntimeError, OSError):
             dispatcher._cache = _Cache(dispatcher.py_func)

@@ -58,7 +58,7 @@ def bench(
     ] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     parts: Annotated[
-        Optional[str], typer.Option(help="batch, serve: names of their parts, with commas between them; default: all.")
+        Optional[str], typer.Option(help="batch, packed, serve: names of their parts, with commas between them; default: all.")
     ] = None,
     redis: Annotated[
         Optional[str], typer.Option(help="serve: program of a Redis server, for the state of Ray's GCS; default: RocksDB.")

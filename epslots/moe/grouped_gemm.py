@@ -2,7 +2,8 @@
 
 ``expert_compute.py`` computes with it from slots, ``cpu_experts.py`` from records on the host. ``product_choice.py`` chooses
 the class: ``BatchInvariantGemm`` for models that are loaded with ``batch_invariant=True``, ``KernelGemm`` (``kernel_gemm.py``)
-on GPUs where torch's grouped product is slow.
+on GPUs where torch's grouped product is slow. On a CPU, ``vector_gemm.py`` computes the products where it can, and where that
+is faster; otherwise torch does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from epslots.cache.unpacking import PackedWeight, Weight
+from epslots.moe import vector_gemm
 from epslots.moe.batch_invariant import batch_invariant_functions
 from epslots.moe.packed_gemm import packed_matmul
 from epslots.moe.row_blocks import product
@@ -23,6 +25,8 @@ from epslots.moe.row_blocks import product
 STRIDE_BYTES = 16
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Activations that vector_gemm.py computes within the product, by the names of torch's and transformers' classes.
+_FUSED = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 
 Matmul = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [Q, in, out], ends int32 [Q]) to [N, out]: where the rows of each slot end."""
@@ -54,6 +58,8 @@ class GroupedGemm:
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
         self._first_matmul, self._down_matmul = self._choose_matmul(self._first), self._choose_matmul(self._down)
+        self._fused = _fused_activation(module)
+        self._has_vectors = all(map(_fits_vectors, self.matrices))
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
 
@@ -75,7 +81,10 @@ class GroupedGemm:
         Returns:
             [N, H] in the weights' dtype.
         """
-        result = self._first_matmul(rows_NH.to(self.dtype), self._first, ends_Q)
+        rows_NH = rows_NH.to(self.dtype)
+        if self._has_vectors and self._prefers_vectors(rows_NH):
+            return self._by_vectors(rows_NH, ends_Q)
+        result = self._first_matmul(rows_NH, self._first, ends_Q)
         if self._first_bias is not None:
             result += self._first_bias[key_N - first_key]
         result = self._down_matmul(self._activate(result), self._down, ends_Q)
@@ -91,11 +100,23 @@ class GroupedGemm:
     def _choose_matmul(self, weight: Weight) -> Matmul:
         return torch_matmul(weight)
 
+    def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
+        wants_gradient = rows_NH.requires_grad and torch.is_grad_enabled()
+        return not wants_gradient and vector_gemm.is_faster(rows_NH, len(self._first))
+
+    def _by_vectors(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor) -> torch.Tensor:
+        first, down = self._first.transpose(-2, -1), self._down.transpose(-2, -1)
+        result = vector_gemm.product(rows_NH, first, ends_Q, self._first_bias, self._fused)
+        if self._fused is None:
+            result = self._activate(result)
+        result = vector_gemm.product(result, down, ends_Q, self._down_bias)
+        return result if self._post_norm is None else self._post_norm(result)
+
 
 class BatchInvariantGemm(GroupedGemm):
     """Computes each row in bits that don't depend on the other rows.
 
-    It loops in Python over the slots that have rows; on CUDA that synchronises with the host.
+    Without ``vector_gemm.py``, it loops in Python over the slots that have rows; on CUDA that synchronises with the host.
     """
 
     batch_invariant: ClassVar[bool] = True
@@ -103,6 +124,9 @@ class BatchInvariantGemm(GroupedGemm):
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         with batch_invariant_functions():
             return super().__call__(rows_NH, ends_Q, key_N, first_key)
+
+    def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
+        return rows_NH.device.type == "cpu"  # whatever their number: a batch must not choose
 
     def _choose_matmul(self, weight: Weight) -> Matmul:
         return partial(packed_matmul, multiply=product) if isinstance(weight, PackedWeight) else _matmul_by_row
@@ -136,6 +160,19 @@ def torch_matmul(weight: Weight) -> Matmul:
     if suits_torch(weight):
         return lambda rows, weight, ends: F.grouped_mm(rows, weight, offs=ends)
     return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+
+
+def _fits_vectors(weight: Weight) -> bool:
+    """Where the checkpoint has [in, out], rows of the turned matrix aren't contiguous, and don't fit."""
+    return not isinstance(weight, PackedWeight) and vector_gemm.fits(weight.transpose(-2, -1))
+
+
+def _fused_activation(module: Any) -> str | None:
+    """vector_gemm.py's name of ``activation(gate) * up``, if the module computes that, as transformers' default gate does."""
+    gate = getattr(module, "_apply_gate", None) if module.has_gate else None
+    if getattr(getattr(gate, "__func__", None), "__name__", None) != "_default_apply_gate":
+        return None
+    return _FUSED.get(type(module.act_fn).__name__)
 
 
 def _matmul_by_row(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -112,4 +112,6 @@ class SimulatedKernels:
 
         arguments = missing.expert_M, missing.slot_M, missing.count, slot_range
         read = arguments[:3]
-        launch_kernel("copy_missing", copy_records, *arguments, reads=read, writes=[slot_range], moves=read, link_bytes=link_bytes)
+        launch_kernel(
+            "copy_missing", copy_records, *arguments, reads=read, writes=[slot_range], moves=read, link_bytes=link_bytes
+        )

@@ -1,0 +1,69 @@
+"""Linear layers of a loaded model multiply few rows in place, and are torch's otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from epslots.models.dense_linear import read_in_place
+from epslots.moe import vector_gemm
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each product that was computed in place."""
+    rows: list[int] = []
+    original = vector_gemm.product
+
+    def count(inputs: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows.append(len(inputs))
+        return original(inputs, *args)
+
+    monkeypatch.setattr(vector_gemm, "product", count)
+    return rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_are_multiplied_in_place(dtype: torch.dtype, bias: bool, products: list[int]):
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 64, bias=bias, dtype=dtype)
+    inputs = torch.randn(2, 3, 48).to(dtype)
+    with torch.no_grad():
+        wanted = layer(inputs)
+        read_in_place(layer, batch_invariant=False)
+        result = layer(inputs)
+        assert result.shape == wanted.shape and result.dtype is dtype
+        torch.testing.assert_close(result, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
+        assert products == [6]
+        layer(torch.randn(1, vector_gemm._ALONE_ROWS + 1, 48).to(dtype))
+        assert products == [6], "torch is faster"
+
+
+def test_a_batch_invariant_model_does_not_choose_by_rows(products: list[int]):
+    layer = nn.Linear(48, 64)
+    read_in_place(layer, batch_invariant=True)
+    with torch.no_grad():
+        inputs = torch.randn(200, 48)
+        assert torch.equal(layer(inputs)[:1], layer(inputs[:1]))
+    assert products == [200, 1]
+
+
+def test_what_does_not_suit_is_torchs(products: list[int]):
+    """Gradients, no rows, other devices, mixed dtypes (an error in torch), matrices of another kind."""
+    layer = nn.Linear(48, 64)
+    read_in_place(layer, batch_invariant=False)
+    layer(torch.randn(2, 48)).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        assert layer(torch.randn(0, 48)).shape == (0, 64)
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(torch.randn(2, 48).bfloat16())
+        assert layer.to("meta")(torch.randn(2, 48, device="meta")).shape == (2, 64)
+        narrow = nn.Linear(48, 3)
+        read_in_place(narrow, batch_invariant=False)
+        assert narrow(torch.randn(2, 48)).shape == (2, 3)
+    assert products == []
