@@ -102,9 +102,10 @@ class GroupedGemm:
 
     def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
         wants_gradient = rows_NH.requires_grad and torch.is_grad_enabled()
-        return not wants_gradient and vector_gemm.is_faster(rows_NH, len(self._first))
+        return not wants_gradient and vector_gemm.is_faster(rows_NH, self._first.shape[0])
 
     def _by_vectors(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self._first, torch.Tensor) and isinstance(self._down, torch.Tensor), "packed weights have no vectors"
         first, down = self._first.transpose(-2, -1), self._down.transpose(-2, -1)
         result = vector_gemm.product(rows_NH, first, ends_Q, self._first_bias, self._fused)
         if self._fused is None:
