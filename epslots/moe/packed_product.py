@@ -28,7 +28,7 @@ from epslots.moe.code_kinds import (
     SCALE_FLOAT32,
 )
 from epslots.moe.vector_code import LANES
-from epslots.moe.vector_gemm import Matrix, compute
+from epslots.moe.vector_gemm import SlotMatrices, compute
 
 _KINDS = {"e4m3": E4M3, "int8": INT8, "int4": INT4, "e2m1": E2M1}
 _SCALES = {
@@ -175,7 +175,7 @@ def _slots(ends_Q: torch.Tensor | None, rows: int, slots: int) -> torch.Tensor:
     return torch.searchsorted(ends_Q, torch.arange(rows, dtype=torch.int32), right=True).clamp_(max=slots - 1)
 
 
-def _matrix(matrices: Sequence[Codes]) -> Matrix:
+def _matrix(matrices: Sequence[Codes]) -> SlotMatrices:
     first, last = matrices[0], matrices[-1]
     slots, rows, stored = first.codes.shape
     joined, kind = len(matrices) == 2, _KINDS[first.kind]
@@ -195,7 +195,7 @@ def _matrix(matrices: Sequence[Codes]) -> Matrix:
         *(_slot_bytes(tensor) for tensor in (first.group, first.zero, first.row)),
     )
     far = last.codes.data_ptr() - first.codes.data_ptr() if joined else pairs * stored
-    return Matrix(
+    return SlotMatrices(
         slots, 2 * pairs, first.padded, first.codes.data_ptr(), first.codes.stride(0), stored, far, fields, 4 * 4 * blocks
     )
 

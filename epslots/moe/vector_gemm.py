@@ -80,11 +80,13 @@ def product(
     """
     slots, outer, inner = weight.shape
     size = weight.element_size()
-    matrix = Matrix(slots, outer, inner, weight.data_ptr(), weight.stride(0) * size, inner * size, outer // 2 * inner * size)
+    matrix = SlotMatrices(
+        slots, outer, inner, weight.data_ptr(), weight.stride(0) * size, inner * size, outer // 2 * inner * size
+    )
     return compute(rows_NK, matrix, ends_Q, bias, activation, weight.dtype)
 
 
-class Matrix(NamedTuple):
+class SlotMatrices(NamedTuple):
     """Where the matrices of Q slots lie, in bytes.
 
     Attributes:
@@ -109,7 +111,7 @@ class Matrix(NamedTuple):
 
 def compute(
     rows_NK: torch.Tensor,
-    matrix: Matrix,
+    matrix: SlotMatrices,
     ends_Q: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str | None,

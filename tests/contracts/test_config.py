@@ -283,7 +283,9 @@ def test_no_function_has_more_than_eight_parameters():
         for name, tree in modules().items()
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and _parameters(function) > MOST_PARAMETERS
-        if not any(ast.unparse(decorator).startswith(("compiled", "intrinsic", "triton.jit")) for decorator in function.decorator_list)
+        if not any(
+            ast.unparse(decorator).startswith(("compiled", "intrinsic", "triton.jit")) for decorator in function.decorator_list
+        )
     }
     allowed = KEYWORD_SURFACES | ARRAYS_IN
     assert found <= allowed, found - allowed
