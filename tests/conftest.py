@@ -148,7 +148,7 @@ LONG = (
     "tests/group/test_ranks_driver.py",
     "tests/cluster/test_cluster.py",
     "tests/equality/test_matrix.py",
-    "tests/cuda_graph/test_decode_graph.py",
+    "tests/simulated_gpu/test_captured_decoding.py",
     "tests/placement/test_adopting_placements.py",
     "tests/simulated_gpu/test_models.py",
     "tests/cluster/test_controlled_cluster.py",

@@ -1,1 +1,1 @@
-"""Captured decoding: a step whose slot decisions are made on the device, in a CUDA graph."""
+"""Slot decisions made on the device, for decoding steps in a CUDA graph."""

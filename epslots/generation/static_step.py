@@ -84,7 +84,3 @@ class StaticStep:
         """Make the new states those of the rows; may be captured."""
         for pool, state in self.new_states:
             pool.index_copy_(0, self.row_B, state.to(pool.dtype))
-
-    def commit(self, rows: Sequence[Row]) -> None:
-        """Make the new tokens those of the rows, on the host."""
-        self._cache.take(rows, 1)

@@ -189,6 +189,21 @@ def test_a_broken_pass_is_repeated(checkpoint: Callable[[str], Path], shared_sto
         batcher.close()
 
 
+def test_captured_and_usual_passes_take_turns(checkpoint: Callable[[str], Path], shared_stores: Path):
+    """Each goes on from the states that the other kind left."""
+    with simulated_gpus("h100"):
+        model = load_gpu(checkpoint("qwen3_next"), shared_stores, **rows_of(zoo.ZOO["qwen3_next"]))
+        expected = run(RowBatcher(model, kv_tokens=256, max_requests=2, capture=False), REQUESTS[2:])
+        batcher, tokens = RowBatcher(model, kv_tokens=256, max_requests=2), []
+        batcher.add(REQUESTS[2])
+        while batcher.prepare():
+            batcher._captured.obstacle = "not now" if batcher.stats().steps % 6 in (1, 2) else None
+            batcher.step()
+            tokens += [token for output in batcher.outputs() for token in output.tokens]
+        assert tokens == expected["2"] and batcher.stats().replayed_steps > 3
+        batcher.close()
+
+
 def test_an_idle_engine_gives_the_slots_back(checkpoint: Callable[[str], Path], shared_stores: Path):
     """And before, whoever reads the statistics gets those of the device, too."""
     with simulated_gpus("h100"):
