@@ -111,5 +111,7 @@ class SimulatedKernels:
             return int(count) * sizes.nbytes(slot)
 
         arguments = missing.expert_M, missing.slot_M, missing.count, slot_range
-        costs = {"reads": arguments[:3], "moves": arguments[:3], "link_bytes": link_bytes}
-        launch_kernel("copy_missing", copy_records, *arguments, writes=[slot_range], **costs)
+        read = arguments[:3]
+        launch_kernel(
+            "copy_missing", copy_records, *arguments, reads=read, writes=[slot_range], moves=read, link_bytes=link_bytes
+        )
