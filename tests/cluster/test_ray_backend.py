@@ -238,9 +238,9 @@ def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(ray_backend, "_worker_class", MagicMock())
     monkeypatch.setattr(ray_backend, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(RayWorkerHandle, "wait_until_up", wait_until_up)
-    monkeypatch.setattr(RayWorkerHandle, "kill", lambda worker: killed.append(worker))
+    monkeypatch.setattr(RayWorkerHandle, "kill", lambda worker, **_: killed.append(worker))
     monkeypatch.setattr(Bundles, "placed", placed)
-    monkeypatch.setattr(Bundles, "strategy", lambda _bundles, _bundle: None)
+    monkeypatch.setattr(Bundles, "strategy", lambda *_, **__: None)
     asyncio.run(start_worker())
     gc.collect()
     assert len(killed) == 1
