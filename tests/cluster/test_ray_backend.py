@@ -16,7 +16,7 @@ import pytest
 
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
-from cluster.messages.controller import Explain, decode_reply, encode
+from cluster.messages.controller import Explain, address, decode_reply, encode
 from cluster.ray_backend import backend as ray_backend
 from cluster.ray_backend.backend import RayBackend
 from cluster.ray_backend.bundles import Bundles
@@ -137,22 +137,22 @@ def test_a_controller_takes_no_seat_and_another_can_be_had(local: PatientDriver,
     controller = local.call(local.backend.start_controller())
     process = psutil.Process(int(controller.where.rpartition("pid ")[2]))
     assert "ControllerActor" in process.name()
-    assert decode_reply(local.call(controller.call(encode(Explain())))).state == "waiting"
+    assert decode_reply(local.call(controller.call(address(0, encode(Explain()))))).state == "waiting"
     with pytest.raises(WorkerDied, match="ValidationError: Expected `object`"):
         local.call(controller.call(b"no order"))
     process.suspend()
     controller.kill()
     controller.kill()
     with pytest.raises(WorkerDied):
-        local.call(controller.call(encode(Explain())))
+        local.call(controller.call(address(0, encode(Explain()))))
     process.wait(PATIENCE_S)
     another = local.call(local.backend.start_controller())
-    assert decode_reply(local.call(another.call(encode(Explain())))).state == "waiting"
+    assert decode_reply(local.call(another.call(address(0, encode(Explain()))))).state == "waiting"
     process = psutil.Process(int(another.where.rpartition("pid ")[2]))
     process.kill()
     process.wait(PATIENCE_S)
     with pytest.raises(WorkerDied, match="its process has ended"):
-        local.call(another.call(encode(Explain())))
+        local.call(another.call(address(0, encode(Explain()))))
     assert local.command(workers[0], b"still here") == b"still here"
 
 
@@ -174,7 +174,7 @@ def test_a_controller_that_is_no_longer_wanted_leaves_no_process(local: PatientD
     monkeypatch.setattr(RayControllerHandle, "wait_until_up", told)
     controller = local.call(cancel())
     with pytest.raises(WorkerDied):
-        local.call(controller.call(encode(Explain())))
+        local.call(controller.call(address(0, encode(Explain()))))
 
 
 def test_fleets_of_one_process_share_its_ray(local: PatientDriver, workers: list[RayWorkerHandle]):
@@ -238,9 +238,9 @@ def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(ray_backend, "_worker_class", MagicMock())
     monkeypatch.setattr(ray_backend, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(RayWorkerHandle, "wait_until_up", wait_until_up)
-    monkeypatch.setattr(RayWorkerHandle, "kill", lambda worker: killed.append(worker))
+    monkeypatch.setattr(RayWorkerHandle, "kill", lambda worker, **_: killed.append(worker))
     monkeypatch.setattr(Bundles, "placed", placed)
-    monkeypatch.setattr(Bundles, "strategy", lambda _bundles, _bundle: None)
+    monkeypatch.setattr(Bundles, "strategy", lambda *_, **__: None)
     asyncio.run(start_worker())
     gc.collect()
     assert len(killed) == 1

@@ -47,6 +47,13 @@ _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _NUMBERS = count(2)
 
 
+_dashboard_error = ray_utils.get_dashboard_dependency_error
+
+
+def _no_dashboard() -> ImportError:
+    return ImportError("left out")
+
+
 class RayNodes:
     """Ray nodes on this machine, each with an address of its own. Token authentication is on.
 
@@ -131,8 +138,8 @@ def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
         # and without it the agent would give a job the address of any Ray on this machine.
         note = Path(get_ray_address_file(folder))
         patch.setattr(ray_utils, "write_ray_address", lambda address, *_: note.write_text(address))
-        if not dashboard:  # each node's agent is up with half the work if it can't serve jobs and figures
-            patch.setattr(ray_utils, "get_dashboard_dependency_error", lambda: ImportError("left out"))
+        # Each node's agent is up with half the work if it can't serve jobs and figures. Other nodes may be there already.
+        patch.setattr(ray_utils, "get_dashboard_dependency_error", _dashboard_error if dashboard else _no_dashboard)
         try:
             nodes = RayNodes(folder, dashboard=dashboard)
             try:
