@@ -101,7 +101,7 @@ class SimulatedKernels:
         slot_range = pool.memory[pool.slot_range(layer.number)]
         store_layer = self._loader.store_layers[layer.number]
 
-        def copy_records(experts_M: torch.Tensor, slots_M: torch.Tensor, count: torch.Tensor, memory: torch.Tensor) -> None:
+        def enter(experts_M: torch.Tensor, slots_M: torch.Tensor, count: torch.Tensor, memory: torch.Tensor) -> None:
             for expert, slot in list(zip(experts_M.tolist(), slots_M.tolist(), strict=True))[: int(count)]:
                 memory[slot - layer.start].copy_(store.record(store_layer, expert))
 
@@ -110,8 +110,7 @@ class SimulatedKernels:
         def link_bytes() -> int:
             return int(count) * sizes.nbytes(slot)
 
-        arguments = missing.expert_M, missing.slot_M, missing.count, slot_range
-        read = arguments[:3]
+        reads = missing.expert_M, missing.slot_M, missing.count
         launch_kernel(
-            "copy_missing", copy_records, *arguments, reads=read, writes=[slot_range], moves=read, link_bytes=link_bytes
+            "copy_missing", enter, *reads, slot_range, reads=reads, writes=[slot_range], moves=reads, link_bytes=link_bytes
         )
