@@ -18,7 +18,9 @@ from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_helpers import PatientDriver, RayNodes
 
 NAME = f"adoption-{os.getpid()}"
-LOAD = Load(path="no/folder", config=load_config(slots=4), neighbours=1, threads=0, window_steps=0, origin=Origin("c", "1", 1))
+LOAD = Load(
+    path="no/folder", config=load_config(slots=4), neighbours=1, ranks=2, threads=0, window_steps=0, origin=Origin("c", "1", 1)
+)
 
 
 @contextmanager
