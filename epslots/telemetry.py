@@ -169,7 +169,7 @@ class Telemetry:
 
     Attributes:
         device: of the counters there.
-        settle: called before counters are read, by whoever counts elsewhere meanwhile; None = nobody does.
+        settle: called before counters are read, by a part that counts elsewhere meanwhile; None = there is none.
     """
 
     def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:

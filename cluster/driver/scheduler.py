@@ -117,11 +117,6 @@ class Scheduler:
         """Requests that wait for a rank."""
         return self._queued
 
-    @property
-    def outstanding(self) -> bool:
-        """Whether any rank has a request."""
-        return len(self._entries) > self._queued
-
     def served_by(self, worker: Hashable) -> list[ScheduledRequest]:
         """A rank's requests."""
         return list(self._served.get(worker, {}).values())

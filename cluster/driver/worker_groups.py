@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 from cluster.driver.backend import WorkerDied
@@ -109,7 +110,7 @@ class WorkerGroups:
             self._end(self._groups.pop())
         for number in range(len(self._groups), count):
             self._groups.append(group := self._make(number))
-            self._spawn(lambda group=group: self._keep_formed(group))  # type: ignore[misc]
+            self._spawn(partial(self._keep_formed, group))
 
     async def _keep_formed(self, group: WorkerGroup) -> None:
         """Keep a group formed. If it can't, its workers are started anew, as long as another group serves meanwhile.

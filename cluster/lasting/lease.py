@@ -9,7 +9,7 @@ doom      a rank or placement group that a driver is about to end is on record a
 
 A paused driver is silent as a dead one is. It finds the newer claim when it goes on, and leaves the ranks alone. It may be
 paused at any place, also after it has looked at the claims and before it ends a rank. So it dooms the rank, then looks, then
-ends the rank; and the next driver claims, then reads what is doomed, then adopts. Whichever comes first is seen by the other
+ends the rank; and the next driver claims, then reads what is doomed, then adopts. In either order one sees the other
 (Dekker's rule): the first finds the claim, or the second finds the rank doomed.
 """
 

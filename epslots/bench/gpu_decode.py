@@ -172,7 +172,7 @@ def _kernel_rows(kit: GpuKit, model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def _limit_seconds(kit: GpuKit, nbytes: float, flops: float) -> float:
-    """By the measured rates of this GPU, whichever takes longer."""
+    """By the measured rates of this GPU: the longer of the two."""
     spec = kit.facts.get("spec")
     return 0.0 if spec is None else max(nbytes / spec.memory_rate, flops / spec.flops)
 

@@ -40,7 +40,7 @@ FORM_S, OPERATION_S, LIMIT_S = 40.0, 5.0, 100.0
 
 
 class _Orders(msgspec.Struct):
-    """What a rank's process is told.
+    """The settings of a rank's process.
 
     Attributes:
         checkpoint: its folder.

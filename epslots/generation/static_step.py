@@ -2,7 +2,7 @@
 
 Everything that differs from step to step is in one tensor of numbers, which the host overwrites before the step: tokens, rows,
 lengths, and cells for the new tokens. The rest follows from them on the device. Rows read as many positions as ``span``
-allows, whatever their lengths: what a step with a longer row would read, which changes no result.
+allows, for any lengths: what a step with a longer row would read, which changes no result.
 
 Legend of shape suffixes: B rows of the step, S positions that they read.
 """

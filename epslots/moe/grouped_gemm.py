@@ -127,7 +127,7 @@ class BatchInvariantGemm(GroupedGemm):
             return super().__call__(rows_NH, ends_Q, key_N, first_key)
 
     def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
-        return rows_NH.device.type == "cpu"  # whatever their number: a batch must not choose
+        return rows_NH.device.type == "cpu"  # for any number of rows: a batch must not choose
 
     def _choose_matmul(self, weight: Weight) -> Matmul:
         return partial(packed_matmul, multiply=product) if isinstance(weight, PackedWeight) else _matmul_by_row

@@ -2,7 +2,7 @@
 
 torch's own is fast for bf16 on some GPUs alone (``product_choice.py``); elsewhere it waits for the host and loops over all
 slots. Here ``list_tiles`` lists the blocks of rows of the slots that have any, and ``multiply`` computes the listed blocks,
-reading the slots in place. Both launch the same grids whatever the routing, and never ask the host: they can be captured.
+reading the slots in place. Both launch the same grids for any routing, and never ask the host: they can be captured.
 
 ``_weight_tile`` is the one place that reads weights. Tests hold the kernels to ``TorchProducts`` by Triton's interpreter, and
 compile them for GPUs; no test of the project runs them on one.

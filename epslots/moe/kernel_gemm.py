@@ -149,7 +149,7 @@ _ACTIVATED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class KernelGemm(GroupedGemm):
-    """``GroupedGemm`` by ``Products``: three launches for a pass whose gate they know, whatever the routing.
+    """``GroupedGemm`` by ``Products``: three launches for a pass whose gate they know, for any routing.
 
     Args:
         products: the kernels.

@@ -77,7 +77,7 @@ class Batch(msgspec.Struct, frozen=True):
         hidden_TH, weights_TK: the hidden states, and the router's weights.
         ids_N: int64, the expert of each pair; those without weights are E.
         counts: int64 [E + 1] on the device, pairs of each expert; the last entry counts those without weights. None where
-            no expert can be missing: nobody plans with them.
+            no expert can be missing: no plan uses them.
         usage: int32 on the device, how likely the next layer uses each expert, 0 to 255; None = not predicted.
     """
 

@@ -1,7 +1,7 @@
 """Emits vectors of 16 numbers as LLVM code: loads, rounding, sums across lanes, transposition, activations.
 
 numba compiles loops over integers well, but decides by itself which loops become vectors. ``product_tiles.py`` therefore
-writes the inner loops of matrix products with the functions here. LLVM maps 16 lanes to whatever the processor has: one
+writes the inner loops of matrix products with the functions here. LLVM maps 16 lanes to the processor's registers: one
 register with AVX-512, two with AVX2, four with NEON.
 
 Addresses are integers of 64 bits. In what follows, ``b`` is llvmlite's builder at the place where code goes.

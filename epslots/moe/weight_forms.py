@@ -90,8 +90,8 @@ class Float32Form:
         code.store(b, x, address)
 
 
-class BFloat16Form:
-    """Bfloat16 weights and rows; products are added in float32."""
+class BFloat16Form(Float32Form):
+    """Bfloat16 weights and rows, which are computed with as float32."""
 
     run, weight_bytes, row_bytes = LANES, 2, 2
 
@@ -99,13 +99,6 @@ class BFloat16Form:
         return code.bf16_to_f32(b, code.load(b, address, code.vector(I16)))
 
     inputs = load = weights
-
-    def first_zeroed(self, b: Any, run: Value, count: Value) -> Value:
-        bits = _zero_first(b, b.bitcast(run, code.vector(I32)), count, I32, LANES)
-        return b.bitcast(bits, code.vector(F32))
-
-    def multiply(self, b: Any, weights: Value, inputs: Value, total: Value) -> Value:
-        return code.fma(b, weights, inputs, total)
 
     def rounded(self, b: Any, x: Value) -> Value:
         return code.round_to_bf16(b, x)

@@ -23,7 +23,7 @@ class Bounds:
     """Seconds by reason; their sum is the time from the first moment to the last.
 
     Attributes:
-        link_busy: seconds in which a copy to the device was in progress, whatever else was.
+        link_busy: seconds in which a copy to the device was in progress, alone or beside other work.
     """
 
     hbm: float

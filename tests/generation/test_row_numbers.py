@@ -54,7 +54,7 @@ class Case:
             guilt.remove()
 
     def outcome(self) -> tuple[list[int], str | None]:
-        """The request's text, and its error, with NaN. Nobody else meets it, neither beside it nor in its cells."""
+        """The request's text, and its error, with NaN. No other request meets it, neither beside it nor in its cells."""
         batcher = RowBatcher(self.model, kv_tokens=128, max_requests=4, max_batch_tokens=16)
         guilt = self.guilt(math.nan)
         tokens, errors = collected(batcher, [self.guilty, *self.mates])
@@ -73,7 +73,7 @@ def test_nan_is_an_error_or_is_never_read(name: str, layer: int):
     """The prompt's first chunk has the token, and its last chunk is a single one."""
     case = Case(name, layer, place=3)
     text, error = case.outcome()
-    if layer == case.model.config.num_hidden_layers - 1:  # nothing is made of it but logits that nobody asks for
+    if layer == case.model.config.num_hidden_layers - 1:  # nothing is made of it but logits that are asked for by none
         assert error is None and text == case.text(0.0)
     else:
         assert "NaN" in str(error) and not text

@@ -95,7 +95,7 @@ def test_uncomputed_prompts_keep_their_room(built: Built):
 
 
 def test_rows_of_a_pass_stand_in_the_order_of_their_places(built: Built):
-    """The lowest free place is taken first: those of a full batch are neighbours, whoever left before."""
+    """The lowest free place is taken first: those of a full batch are neighbours, also after others left."""
     batcher, free, collected = opened(built, kv_tokens=256, prefix_cache=False)
     for id, new in (("a", 9), ("b", 3), ("c", 9), ("d", 2)):
         batcher.add(Request(id, prompt_of(5, seed=ord(id)), new))

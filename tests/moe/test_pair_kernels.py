@@ -84,7 +84,7 @@ def test_pairs_are_counted_and_sorted(problem: dict[str, Any]):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("tokens", "top_k", "columns"), [(1, 1, 1), (3, 2, 40), (2, 8, 1300)])
 def test_results_are_weighted_and_summed(dtype: torch.dtype, tokens: int, top_k: int, columns: int):
-    """At least in fp32, whatever the strides of the weights; the sum is rounded once."""
+    """At least in fp32, for any strides of the weights; the sum is rounded once."""
     random = torch.Generator().manual_seed(tokens)
     results = torch.randn(tokens * top_k, columns, generator=random).to(dtype)
     weights = torch.rand(top_k, tokens, generator=random).t()

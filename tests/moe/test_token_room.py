@@ -10,7 +10,7 @@ from epslots.moe.token_room import TokenRoom
 @pytest.mark.parametrize(
     ("tokens", "free_bytes", "parts"),
     [
-        (512, 0, 1),  # planned, whatever is left
+        (512, 0, 1),  # planned, with any room left
         (513, 0, 2),
         (5120, 0, 10),
         (5120, 2 * 5120 * 100, 1),  # half of what is free

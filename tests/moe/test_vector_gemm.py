@@ -78,7 +78,7 @@ def test_an_infinite_gate_or_nan_spoils_its_row_alone():
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype):
-    """Whatever the rows beside it, the slots that have rows, and the number of threads."""
+    """For any rows beside it, slots with rows, and number of threads."""
     weight, rows = numbers(4, 192, 330, dtype=dtype), numbers(24, 330, dtype=dtype, seed=1)
     alone = torch.cat([product(row[None], weight[2:3], None, activation="silu") for row in rows])
     try:

@@ -205,7 +205,7 @@ def test_captured_and_usual_passes_take_turns(checkpoint: Callable[[str], Path],
 
 
 def test_an_idle_engine_gives_the_slots_back(checkpoint: Callable[[str], Path], shared_stores: Path):
-    """And before, whoever reads the statistics gets those of the device, too."""
+    """And before, a reader of the statistics gets those of the device, too."""
     with simulated_gpus("h100"):
         model = qwen(checkpoint("qwen3_moe"), shared_stores)
         engine = Engine(model, cache="rows", kv_tokens=256)
