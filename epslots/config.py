@@ -21,7 +21,7 @@ import msgspec
 from epslots.errors import ConfigError
 from epslots.planner.cache_policy import DEFAULT_POLICY, resolve_policy
 from epslots.planner.cost_model import Costs
-from epslots.units import PrefetchSetting, SlotsSetting, parse_link, parse_prefetch, parse_slots
+from epslots.units import PrefetchSetting, SlotsSetting, parse_bytes, parse_link, parse_prefetch, parse_slots
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,9 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         policy: eviction policy: a name (``cache_policy.POLICIES``), or a function of a ``UseHistory`` in this process.
         host_store: ``"file"`` (a mapped file in ``cache_dir``, kept for the next start) or ``"memory"`` (shared memory of the
             node, freed with its last user). Default: memory on a GPU where it fits, because it can be pinned; else file.
+        host_memory: RAM of each node for the host store, such as ``"64GiB"``, in equal shares for its ranks: it keeps the
+            experts that are fetched most, and the others are read from the store's file ahead of their use. The rest of the
+            RAM stays free of them. Default: as much as the operating system gives.
         slot_format: of a quantised checkpoint's experts in slots and host store: ``"packed"``, as they are stored, in a half
             to a quarter of bf16's bytes; ``"unpacked"``, in ``dtype``; or ``"auto"``, packed where a kernel of the device
             computes with their form. ``epslots plan`` says which.
@@ -140,6 +143,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     policy: Annotated[Any, ComparedAs("policy")] = DEFAULT_POLICY
     """str | Policy: a union that msgspec can't decode. A message carries names alone."""
     host_store: str | None = None
+    host_memory: str | None = None
     slot_format: Annotated[str, ComparedAs("slot_format")] = "auto"
     expert_format: Annotated[str | None, ComparedAs("expert_format"), ChangesOutputs()] = None
     cache_dir: str | None = None
@@ -170,6 +174,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("execute_predicted", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed: True, False")
+        if self.host_memory is not None:
+            self._check_host_memory()
         if self.slot_format not in SLOT_FORMATS:
             raise ConfigError(f"slot_format={self.slot_format!r}: allowed: {', '.join(SLOT_FORMATS)}")
         if self.expert_format is not None and self.expert_format not in EXPERT_FORMATS:
@@ -184,6 +190,20 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 "batch_invariant with execute_predicted: the predicted experts may depend on the batch; leave one out"
             )
+
+    def _check_host_memory(self) -> None:
+        if not isinstance(self.host_memory, str):
+            raise ConfigError(f"host_memory={self.host_memory!r}: allowed: None, or bytes such as '64GiB'")
+        parse_bytes(self.host_memory, "host_memory")
+        if self.host_store == "memory":
+            raise ConfigError(
+                f"host_memory={self.host_memory!r} with host_store='memory': that keeps all experts in RAM; leave one out"
+            )
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        """RAM of a node for the host store; None = not bounded."""
+        return None if self.host_memory is None else parse_bytes(self.host_memory, "host_memory")
 
     @property
     def engine(self) -> EngineConfig:
@@ -217,8 +237,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.host_compute == "on"
 
     def has_link(self, device: str) -> bool:
-        """Whether a link carries experts from the host to this kind of device."""
-        return device == "cuda" or self.link is not None
+        """Whether experts come to this kind of device by a link from the host, or from the disk, while it computes."""
+        return device == "cuda" or self.link is not None or self.host_memory is not None
 
     def compared(self, effects: Mapping[str, str]) -> dict[str, str]:
         """The settings that all ranks must have alike, by the names of their ``ComparedAs``.
@@ -261,6 +281,7 @@ class LoadSettings(TypedDict, total=False):
     dtype: str | torch.dtype
     policy: str | Policy
     host_store: str | None
+    host_memory: str | None
     slot_format: str
     expert_format: str | None
     cache_dir: str | os.PathLike[str] | None

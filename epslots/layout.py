@@ -14,6 +14,8 @@ from collections.abc import Iterable
 
 import msgspec
 
+# Records begin on pages of the host store's file.
+PAGE = 4096
 # Tensors inside a record start on this boundary: good for vector loads and DMA, and a multiple of the 16 bytes that grouped
 # matrix multiplication requires of every stride.
 TENSOR_ALIGNMENT = 256
@@ -61,6 +63,11 @@ class RecordLayout(msgspec.Struct, frozen=True):
             specs.append(spec)
             offset = align(offset + spec.nbytes, TENSOR_ALIGNMENT)
         return cls(tuple(specs), offset)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one record of a layer to the next in the host store: whole pages."""
+        return align(self.nbytes, PAGE)
 
     @property
     def elements(self) -> int:

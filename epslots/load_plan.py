@@ -20,11 +20,12 @@ from epslots.cache.host_store import Manifest, StoreShape
 from epslots.cache.node_store import check_room, resolve_store_kind
 from epslots.config import LoadConfig
 from epslots.devices import memory_limit
-from epslots.errors import UnsupportedModelError
+from epslots.errors import StoreError, UnsupportedModelError
 from epslots.generation.planned_cache import with_cache
-from epslots.host_limits import total_memory
+from epslots.host_limits import tightest_memory_limit, total_memory
 from epslots.models.batch_invariance import record_unknown_functions
 from epslots.models.checkpoint import CheckpointSource
+from epslots.models.host_memory import HostMemoryPlan, plan_host_memory
 from epslots.models.measure_shape import shape_of_model
 from epslots.models.memory_plan import MemoryPlan, plan_memory
 from epslots.models.memory_report import check_fits
@@ -51,6 +52,7 @@ class LoadPlan:
         store_kind: "file" or "memory".
         store_dir: folder of the store's files.
         memory: the device's memory.
+        host_memory: the node's RAM, where it holds a part of the store; None = no such bound.
     """
 
     opened: OpenModel
@@ -58,6 +60,7 @@ class LoadPlan:
     store_kind: str
     store_dir: Path
     memory: MemoryPlan
+    host_memory: HostMemoryPlan | None
 
 
 def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device, *, neighbours: int, ranks: int) -> LoadPlan:
@@ -80,14 +83,34 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
     opened = replace(opened, layers=slots.layers)
     manifest = Manifest(_store_key(opened, config.expert_format), opened.checkpoint.name, opened.layers)
     store_bytes = StoreShape(manifest).nbytes
-    store_kind = resolve_store_kind(config.host_store or default_store_kind(device, store_bytes))
+    kind = "file" if config.host_memory is not None else default_store_kind(device, store_bytes)
+    store_kind = resolve_store_kind(config.host_store or kind)
     store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
-    free = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
+    ram_bytes = store_bytes if store_kind == "memory" else min(store_bytes, config.host_memory_bytes or 0)
+    free = _free_memory(device, ram_bytes, neighbours)
     shape = measure(opened, cache=config.cache, batch_invariant=config.batch_invariant, slot_note=slots.note)
     memory = _plan_memory(opened, shape, config, device, ranks, free)
     check_fits(memory)
     check_room(manifest, kind=store_kind, cache_dir=store_dir)
-    return LoadPlan(opened, manifest, store_kind, store_dir, memory)
+    return LoadPlan(opened, manifest, store_kind, store_dir, memory, _plan_ram(memory, config, neighbours))
+
+
+def _plan_ram(memory: MemoryPlan, config: LoadConfig, neighbours: int) -> HostMemoryPlan | None:
+    """The plan of the node's RAM, where ``host_memory`` bounds it.
+
+    Raises:
+        ConfigError: the share of a rank doesn't hold the experts of one token in one layer.
+        StoreError: this rank's share isn't free.
+    """
+    if config.host_memory_bytes is None:
+        return None
+    plan, limit = plan_host_memory(memory, config.host_memory_bytes, neighbours), tightest_memory_limit()
+    if limit.free_bytes < plan.cell_bytes:
+        raise StoreError(
+            f"host_memory={config.host_memory!r}: this rank's share takes {format_bytes(plan.cell_bytes)}, but only {limit}; "
+            f"give less"
+        )
+    return plan
 
 
 def _store_key(opened: OpenModel, expert_format: str | None) -> str:

@@ -8,10 +8,12 @@ have a slot for every expert. ``load`` then makes the ranks one model.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,9 +23,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from epslots.cache.cuda_engine import make_copy_engine
+from epslots.cache.disk_link import DiskLink
+from epslots.cache.disk_store import DiskStore
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.host_store import HostStore
-from epslots.cache.node_store import open_node_store
+from epslots.cache.node_store import OpenFile, open_node_store
 from epslots.cache.pinning import pin_store
 from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_in_background
@@ -39,6 +43,7 @@ from epslots.models.checkpoint import CheckpointSource
 from epslots.models.dense_linear import read_in_place
 from epslots.models.expert_reader import ExpertReader
 from epslots.models.experts import RUNNER, experts_modules
+from epslots.models.host_memory import HostMemoryPlan
 from epslots.models.memory_plan import MemoryPlan, moe_workspace_bytes
 from epslots.models.opening import load_dense
 from epslots.moe.cpu_experts import CpuExperts
@@ -59,7 +64,9 @@ from epslots.runtime import Runtime, attach, runtime_of
 from epslots.telemetry import Telemetry
 from epslots.transport.rendezvous import find_transport
 from epslots.transport.transport import Transport
-from epslots.units import parse_prefetch
+from epslots.units import format_bytes, parse_prefetch
+
+logger = logging.getLogger(__name__)
 
 
 @with_keywords(LoadSettings, LoadConfig)
@@ -207,8 +214,9 @@ def load_alone(
         kind=plan.store_kind,
         cache_dir=plan.store_dir,
         start_progress=display,
+        open_as=HostStore if plan.host_memory is None else _part_in_ram(plan.host_memory, device),
     )
-    if device.type == "cuda":
+    if device.type == "cuda" and plan.host_memory is None:
         pin_store(store, display, device)
     prepare(shown=display.shown)  # here, and not in the first step
 
@@ -224,6 +232,15 @@ def load_alone(
         _divide_long_steps(runtime, device)
     runtime.fill(runtime.complete_layers(), display)
     return model
+
+
+def _part_in_ram(plan: HostMemoryPlan, device: torch.device) -> OpenFile:
+    """Opens a store of which RAM holds a part. The rest costs time at every miss, so the log says how much."""
+    logger.info(
+        "host_memory: RAM holds %s of the experts, the disk %s more; up to %s are read for a token",
+        *map(format_bytes, (plan.ram_bytes, plan.disk_bytes, plan.read_bytes_per_token)),
+    )
+    return partial(DiskStore, cells=plan.cells, pin=device.type == "cuda")
 
 
 def _divide_long_steps(runtime: Runtime, device: torch.device) -> None:
@@ -283,12 +300,17 @@ def _build_runtime(
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
-    largest = 0 if store.pinned or device.type != "cuda" else max(layer.layout.nbytes for layer in layers)
+    largest = 0 if store.hands_out_pinned or device.type != "cuda" else max(layer.layout.nbytes for layer in layers)
     link = make_copy_engine(link_setting, device, staging_bytes=largest)
+    if isinstance(store, DiskStore):
+        link = DiskLink(link, store)
+        store.on_read = lambda layer, nbytes: telemetry.count(layer, disk_bytes=nbytes)
     loaders, runners = [], {}
     for indices in members.values():
         pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device)
         loader = ExpertLoader(pool, store, link, tuple(indices), telemetry)
+        if isinstance(store, DiskStore):
+            store.watch(pool.layout, pool.slot_of)
         history = UseHistory.empty(len(indices), max(layers[i].num_experts for i in indices))
         loaders.append(loader)
         for position, index in enumerate(indices):

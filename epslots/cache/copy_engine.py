@@ -7,6 +7,7 @@ goes first: a guess that has waited for long is probably out of date.
     SynchronousEngine   the CPU copies; the slot is complete on return
     CudaEngine          CUDA copies beside the kernels; events order the two (cuda_engine.py)
     EmulatedEngine      as slow as a link of a given speed: measures without a GPU what would overlap on one
+    DiskLink            before one of these: records come from the disk first (disk_link.py)
 
 ``ExpertLoader`` is the caller.
 """
@@ -31,6 +32,8 @@ _INLINE_COPY_BYTES = 256 << 10
 _SPIN_S = 100e-6
 
 Tensors = Sequence[torch.Tensor]
+Records = Sequence[Any]
+"""From ``HostStore.request``: uint8 [record bytes] each, on the host; a ``DiskStore``'s are for ``DiskLink`` alone."""
 WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 """Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 
@@ -55,24 +58,28 @@ class CopyEngine(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         """Start one transfer per slot, in order; returns them. An empty list: all slots are complete.
 
         The slots may be written at any time from now on: no read of their old content may be started after this call.
 
         Args:
             slots: uint8 [record bytes] each, on the device.
-            records: uint8 [record bytes] each, on the host; as many as slots.
+            records: as many as slots, from the store that the engine belongs to.
             urgent: whether the running step needs them.
         """
         ...
 
     def wait(self, transfer: Any) -> None:
-        """Make the slot complete for all that this thread computes from now on. The transfer becomes urgent."""
+        """Make the slot complete for all that this thread computes from now on. The transfer becomes urgent.
+
+        Raises:
+            StoreError: the record can't be read, or differs from its digest. The slot wasn't written.
+        """
         ...
 
     def poll(self, transfer: Any) -> bool:
-        """Whether the record has arrived, so that ``wait`` takes no time."""
+        """Whether the record has arrived, or can't be read, so that ``wait`` takes no time."""
         ...
 
     def set_urgent(self, transfer: Any) -> None:
@@ -99,7 +106,7 @@ class SynchronousEngine:
     busy = False
     host_wait: HostWait = staticmethod(wait_until)
 
-    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
             write(slot, record)
         return []
@@ -160,7 +167,7 @@ class EmulatedEngine:
             now = self._advance()
             return bool(self._urgent or self._background) or now < self._free_from
 
-    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         with self._lock:
             now = self._advance()
             transfers = []

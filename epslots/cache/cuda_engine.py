@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from epslots.cache.copy_engine import CopyEngine, EmulatedEngine, SynchronousEngine, Tensors, WriteSlot
+from epslots.cache.copy_engine import CopyEngine, EmulatedEngine, Records, SynchronousEngine, Tensors, WriteSlot
 from epslots.cache.staging import Staging
 from epslots.errors import ConfigError
 from epslots.transport.host_wait import HostWait, wait_until
@@ -78,7 +78,7 @@ class CudaEngine:
             self._advance()
         return bool(self._on_background_stream) or (self._last is not None and not _arrived(self._last))
 
-    def start(self, slots: Tensors, records: Tensors, write: WriteSlot, *, urgent: bool) -> list[Any]:
+    def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         transfers = [_CudaTransfer(slot, record, write) for slot, record in zip(slots, records, strict=True)]
         with self._lock:
             if urgent:

@@ -18,6 +18,7 @@ from epslots.arrays import BoolArray, IntArray
 from epslots.cache.copy_engine import CopyEngine, put_record
 from epslots.cache.host_store import HostStore
 from epslots.cache.slot_pool import SlotPool
+from epslots.errors import StoreError
 from epslots.planner.plan import PeerCopies
 from epslots.telemetry import Telemetry
 from epslots.transport.transport import Transport
@@ -115,11 +116,11 @@ class ExpertLoader:
 
     def _start(self, layer: int, experts_F: IntArray, slots_F: IntArray, started: list[int], *, urgent: bool) -> None:
         """Start fetches from the host, and append to ``started`` the slots of those that did."""
-        records: list[torch.Tensor] = []
-        store_layer, record = self.store_layers[layer], self.store.record
+        records: list[Any] = []
+        store_layer, request = self.store_layers[layer], self.store.request
         try:
             for expert in experts_F.tolist():
-                records.append(record(store_layer, expert))
+                records.append(request(store_layer, expert))
         finally:
             slots_F = slots_F[: len(records)]  # of sound records
             slots = slots_F.tolist()
@@ -135,7 +136,11 @@ class ExpertLoader:
         return bool(self._transfers)
 
     def wait(self, slots: IntArray) -> None:
-        """Make these slots, int64 [any number], complete for what is computed next. Duplicates are allowed."""
+        """Make these slots, int64 [any number], complete for what is computed next. Duplicates are allowed.
+
+        Raises:
+            StoreError: a record can't be read, or differs from its digest. Its slot is empty again.
+        """
         if not self._transfers:
             return
         for slot in set(slots[self.in_flight[slots]].tolist()):
@@ -154,7 +159,21 @@ class ExpertLoader:
                 self._finish(slot, transfer)
 
     def _finish(self, slot: int, transfer: Any) -> None:
-        self.link.wait(transfer)  # may be interrupted, and is called again then
+        """Wait for a transfer.
+
+        Raises:
+            CorruptExpertError: its record differs from its digest. The slot is empty again.
+            StoreError: its record can't be read. The slot is empty again.
+        """
+        try:
+            self.link.wait(transfer)  # may be interrupted, and is called again then
+        except StoreError:
+            layer = int(np.searchsorted(self.pool.starts, slot, side="right")) - 1
+            self.pool.vacate(layer, self.pool.expert_of[[slot]])
+            self.telemetry.count(self.store_layers[layer], host_bytes=-self.pool.layout.nbytes)
+            self.in_flight[slot] = False
+            del self._transfers[slot]
+            raise
         self.in_flight[slot] = False
         del self._transfers[slot]
 
@@ -238,8 +257,8 @@ class ExpertLoader:
             slot_range = self.pool.slot_range(layer)
             for slot, expert in enumerate(self.pool.expert_of[slot_range].tolist(), slot_range.start):
                 if expert >= 0:
-                    record = self.store.record(self.store_layers[layer], expert)
-                    assert torch.equal(self.pool.memory[slot].cpu(), record), f"slot {slot} isn't expert {expert}"
+                    with self.store.lend(self.store_layers[layer], expert) as record:
+                        assert torch.equal(self.pool.memory[slot].cpu(), record), f"slot {slot} isn't expert {expert}"
 
 
 def _peers_first(experts_F: IntArray, slots_F: IntArray, copies: PeerCopies) -> tuple[IntArray, IntArray, int]:

@@ -14,11 +14,15 @@ finds or builds a store; ``ExpertLoader`` copies its records.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import struct
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,13 +31,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from epslots.errors import CorruptExpertError, StoreError
-from epslots.layout import LayerSpec, align
+from epslots.layout import PAGE, LayerSpec, align
 from epslots.progress import Advance
 
 MAGIC = b"EPSLOTS\x01"
-PAGE = 4096
 DIGEST_BYTES = 16
 _HEADER = struct.Struct("<8sQ16s")
+# Of Linux; Python 3.11 doesn't name it.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -59,20 +64,15 @@ class StoreShape:
             self.first_record.append(record)
             self.layer_offset.append(offset)
             record += layer.num_experts
-            offset += layer.num_experts * self.stride(layer)
+            offset += layer.num_experts * layer.layout.stride
         self.nbytes = offset
-
-    @staticmethod
-    def stride(layer: LayerSpec) -> int:
-        """Bytes from one record of a layer to the next."""
-        return align(layer.layout.nbytes, PAGE)
 
     def header(self) -> bytes:
         return _HEADER.pack(MAGIC, len(self.encoded), xxhash.xxh3_128_digest(self.encoded)) + self.encoded
 
     def offset(self, layer: int, expert: int) -> int:
         """Where a record begins in the file."""
-        return self.layer_offset[layer] + expert * self.stride(self.manifest.layers[layer])
+        return self.layer_offset[layer] + expert * self.manifest.layers[layer].layout.stride
 
     def digest_offset(self, layer: int, expert: int) -> int:
         return self.digests_offset + (self.first_record[layer] + expert) * DIGEST_BYTES
@@ -140,7 +140,7 @@ class HostStore:
         size = os.fstat(fd).st_size
         if size < self.shape.nbytes:
             raise StoreError(f"{where} holds {size:,} of {self.shape.nbytes:,} bytes; delete it and load again to rebuild it")
-        self._bytes = torch.from_file(f"/dev/fd/{fd}", shared=shared, size=self.shape.nbytes, dtype=torch.uint8)
+        self._bytes = _map(fd, self.shape.nbytes, shared)
         # Taking a row out of a tensor takes microseconds.
         self._records = [self._layer_records(index).unbind(0) for index in range(len(self.manifest.layers))]
         table = self._bytes[self.shape.digests_offset :][: self.shape.num_records * DIGEST_BYTES]
@@ -149,7 +149,7 @@ class HostStore:
 
     def _layer_records(self, index: int) -> torch.Tensor:
         layer = self.manifest.layers[index]
-        stride = self.shape.stride(layer)
+        stride = layer.layout.stride
         block = self._bytes[self.shape.layer_offset[index] :][: layer.num_experts * stride]
         return block.view(layer.num_experts, stride)[:, : layer.layout.nbytes]
 
@@ -170,6 +170,11 @@ class HostStore:
         return self.pinned_bytes >= self.nbytes
 
     @property
+    def hands_out_pinned(self) -> bool:
+        """Whether every record that is copied to a device is page-locked for CUDA."""
+        return self.pinned
+
+    @property
     def memory(self) -> torch.Tensor:
         """The whole mapping, uint8 [nbytes]; for pinning."""
         return self._bytes
@@ -187,6 +192,23 @@ class HostStore:
                 raise CorruptExpertError(self.manifest.layers[layer].name, expert, self.where)
             self._trusted[index] = 1
         return record
+
+    def request(self, layer: int, expert: int) -> Any:
+        """A record for the copy engine that belongs to the store: here its bytes, as of ``record``.
+
+        Raises:
+            CorruptExpertError: the bytes differ from the digest taken when the store was built.
+        """
+        return self.record(layer, expert)
+
+    def lend(self, layer: int, expert: int) -> contextlib.AbstractContextManager[torch.Tensor]:
+        """A record's bytes, as of ``record``, until the block ends.
+
+        Raises:
+            CorruptExpertError: the bytes differ from the digest taken when the store was built.
+            StoreError: they can't be read.
+        """
+        return contextlib.nullcontext(self.record(layer, expert))
 
     def digest(self, layer: int, expert: int) -> bytes:
         """The digest taken of a record when the store was built."""
@@ -215,6 +237,12 @@ class HostStore:
         with ThreadPoolExecutor(workers) as pool:
             found = pool.map(lambda key: check(*key), list(self.shape.experts()))
             return [error for error in found if error is not None]
+
+
+def _map(fd: int, nbytes: int, shared: bool) -> torch.Tensor:
+    """A file's bytes, uint8 [nbytes]. A private mapping reserves no memory: it may be larger than RAM and swap together."""
+    flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8)
 
 
 def _release(fd: int, on_close: Callable[[], None] | None) -> None:

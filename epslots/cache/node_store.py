@@ -1,7 +1,8 @@
 """The host store of a node: the first process that asks for it builds it, as a file or in shared memory; all others open it.
 
     file     ``<cache>/<model>-<key>.experts``, mapped. It outlives its processes, so the second start is quick. Where RAM is
-             smaller than the model, the operating system keeps the hot part in memory, and the disk is the tier below.
+             smaller than the model, the operating system keeps in memory what it will; with ``host_memory`` each rank keeps
+             a given part, and reads the rest itself (``disk_store.py``).
              On a CPU, slots are a second copy of what its page cache holds.
     memory   shared memory, which the kernel frees with its last process (``memory_store.py``). Pinning wants this kind.
 
@@ -16,7 +17,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from epslots.private_files import check_owner, locked, make_private_folder, open
 logger = logging.getLogger(__name__)
 
 STORE_KINDS = ("file", "memory")
+OpenFile = Callable[[int, str], HostStore]
 
 
 def resolve_store_kind(kind: str) -> str:
@@ -79,7 +81,13 @@ def check_room(manifest: Manifest, *, kind: str, cache_dir: Path) -> None:
 
 
 def open_node_store(
-    manifest: Manifest, source: OpenSource, *, kind: str, cache_dir: Path, start_progress: StartProgress
+    manifest: Manifest,
+    source: OpenSource,
+    *,
+    kind: str,
+    cache_dir: Path,
+    start_progress: StartProgress,
+    open_as: OpenFile = HostStore,
 ) -> HostStore:
     """The node's store for ``manifest``, built from ``source`` if there is none.
 
@@ -89,6 +97,7 @@ def open_node_store(
         kind: ``"file"`` or ``"memory"``.
         cache_dir: a folder for the file, the lock and the holders; created if missing.
         start_progress: opens a progress display for (title, total bytes).
+        open_as: makes a store of (its file, its name in messages): mapped, or a ``DiskStore``.
 
     Raises:
         StoreError: no room, no permission, or an existing store that is damaged.
@@ -99,17 +108,17 @@ def open_node_store(
         writable = _prepare_folder(cache_dir)
         store = None
         if kind == "file":
-            store = _open_file(path, manifest)
+            store = _open_file(path, manifest, open_as)
         elif not writable:
             store = _open_memory_read_only(path, manifest)
         if store is not None:
             return store
         with locked(path.with_suffix(".lock")):
-            store = _open_file(path, manifest) if kind == "file" else join_memory_store(path, manifest)
+            store = _open_file(path, manifest, open_as) if kind == "file" else join_memory_store(path, manifest)
             if store is not None:
                 return store
             if kind == "file":
-                return _build_file(path, manifest, source, start_progress)
+                return _build_file(path, manifest, source, start_progress, open_as)
             return _build_memory(path, manifest, source, start_progress)
 
 
@@ -132,13 +141,13 @@ def _prepare_folder(cache_dir: Path) -> bool:
     return True
 
 
-def _open_file(path: Path, manifest: Manifest) -> HostStore | None:
+def _open_file(path: Path, manifest: Manifest, open_as: OpenFile = HostStore) -> HostStore | None:
     """The store's file; None if there is none."""
     try:
         fd = open_private_file(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    return HostStore(fd, str(path)).checked(manifest)
+    return open_as(fd, str(path)).checked(manifest)
 
 
 def _open_memory_read_only(path: Path, manifest: Manifest) -> HostStore | None:
@@ -152,14 +161,16 @@ def _open_memory_read_only(path: Path, manifest: Manifest) -> HostStore | None:
     return store
 
 
-def _build_file(path: Path, manifest: Manifest, source: OpenSource, start_progress: StartProgress) -> HostStore:
+def _build_file(
+    path: Path, manifest: Manifest, source: OpenSource, start_progress: StartProgress, open_as: OpenFile
+) -> HostStore:
     """Build the store's file and open it. The caller holds the lock."""
     total = StoreShape(manifest).nbytes
     sweep(path)
     check_free_space(path.parent, total)
     with start_progress("building the host store", total) as advance, appearing_whole(path) as fd:
         fill_store(fd, manifest, source(), str(path), advance)
-    store = _open_file(path, manifest)
+    store = _open_file(path, manifest, open_as)
     assert store is not None
     return store
 

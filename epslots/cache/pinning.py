@@ -86,7 +86,7 @@ def pieces(shape: StoreShape, most_bytes: int) -> Iterator[tuple[int, int]]:
     start = end = 0
     for layer, spec in enumerate(shape.manifest.layers):
         for expert in range(spec.num_experts):
-            after = shape.offset(layer, expert) + shape.stride(spec)
+            after = shape.offset(layer, expert) + spec.layout.stride
             if after - start > most_bytes and end > start:
                 yield start, end
                 start = end

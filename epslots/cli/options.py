@@ -47,6 +47,14 @@ DtypeOption = Annotated[
 CacheDirOption = Annotated[
     Optional[Path], typer.Option("--cache-dir", help="Folder of the host store. Default: the user's cache folder.")
 ]
+HostMemoryOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--host-memory",
+        help="RAM of each node for the experts, such as 64GiB: those that are fetched most stay in it, the others are read "
+        "from the disk ahead of their use. Default: as much as the operating system gives.",
+    ),
+]
 SlotFormatOption = Annotated[
     str,
     typer.Option(
@@ -105,6 +113,7 @@ class LoadConfigOptions:
             "with its last user). Default: memory with a GPU, where it fits; else file.",
         ),
     ] = _DEFAULTS.host_store
+    host_memory: HostMemoryOption = _DEFAULTS.host_memory
     slot_format: SlotFormatOption = _DEFAULTS.slot_format
     expert_format: ExpertFormatOption = _DEFAULTS.expert_format
     cache_dir: CacheDirOption = None

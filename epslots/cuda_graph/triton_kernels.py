@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 
 from epslots.cache.expert_loader import ExpertLoader
-from epslots.cache.host_store import PAGE
 from epslots.cuda_graph.device_slots import SLOWEST, STILL, DeviceLayer, Missing
-from epslots.layout import TENSOR_ALIGNMENT
+from epslots.layout import PAGE, TENSOR_ALIGNMENT
 from epslots.planner.use_history import ROWS, SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STEP_BITS, USE
 
 # Programs that copy, and 8-byte words that each copies at a time. They are enough for a link of 64 GB/s with 2 us of latency
@@ -195,10 +194,8 @@ class TritonKernels:
         pool, shape = loader.pool, loader.store.shape
         # Copies of 16 bytes are never split, and every record begins on a page.
         assert pool.layout.nbytes % TENSOR_ALIGNMENT == 0
-        strides = {shape.stride(loader.store.manifest.layers[index]) for index in loader.store_layers}
-        assert len(strides) == 1 and not strides.pop() % PAGE
         self._pages = [shape.layer_offset[index] // PAGE for index in loader.store_layers]
-        self._stride = shape.stride(loader.store.manifest.layers[loader.store_layers[0]]) // WORD_BYTES
+        self._stride = pool.layout.stride // WORD_BYTES
         self._store = loader.store.memory.view(torch.int64)
         self._memory = pool.memory.view(torch.int64)
         self._shifts = torch.tensor([*SHIFTS, 63], device=pool.device)  # nothing is lost by a shift of 63

@@ -72,7 +72,7 @@ def measure_alone(loader: ExpertLoader, experts: ExpertCompute, *, on_cpu: bool)
     device, spec = loader.pool.device, loader.pool.layers[0]
     here = torch.zeros(loader.pool.layout.nbytes, dtype=torch.uint8, device=device)
     # One after the other, as misses come: from memory, and not from a cache.
-    records = (loader.store.record(loader.store_layers[0], number % spec.num_experts) for number in itertools.count())
+    records = (loader.store.request(loader.store_layers[0], number % spec.num_experts) for number in itertools.count())
     rows = torch.zeros(_ROWS, kernel.hidden_size, dtype=kernel.dtype, device=device)
     wait = _wait_for(device)
 

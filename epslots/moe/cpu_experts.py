@@ -128,9 +128,10 @@ class CpuExperts:
 
     def _compute(self, expert: int, rows_NH: torch.Tensor) -> torch.Tensor:
         """One expert's results [N, H] for its rows, on the CPU."""
-        self._kernel.use(self._one_of(self._store.record(self._layer, expert)))
         ends = torch.full((1,), len(rows_NH), dtype=torch.int32)
-        return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64))
+        with self._store.lend(self._layer, expert) as record:
+            self._kernel.use(self._one_of(record))
+            return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64))
 
     def _one_of(self, record: torch.Tensor) -> dict[str, Weight]:
         """The weights of a record, as a pool of one slot."""

@@ -1,0 +1,78 @@
+"""Reading records from a store's file into memory, past the operating system's page cache: RAM holds what we keep, once."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from epslots.cache.host_store import HostStore, record_digest
+from epslots.errors import CorruptExpertError, StoreError
+from epslots.layout import PAGE
+
+
+class RecordReader:
+    """Reads a store's records; any thread may call it.
+
+    Where the file system takes ``O_DIRECT``, the device writes into our memory. Elsewhere the page cache is told to drop what
+    was read.
+
+    Args:
+        fd: of the store's file; it stays the caller's.
+        store: has the records' places and digests.
+
+    Attributes:
+        direct: whether reads bypass the page cache.
+    """
+
+    def __init__(self, fd: int, store: HostStore) -> None:
+        self._store = store
+        self._fd, self.direct = _open_again(fd)
+        os.fdatasync(self._fd)  # only clean pages are dropped: those that building or an earlier start left
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the file. No read may be under way."""
+        os.close(self._fd)
+
+    def read(self, layer: int, expert: int, cell: torch.Tensor) -> None:
+        """Read a record, and compare it with its digest.
+
+        Args:
+            cell: uint8 [stride of the layer's layout], on a page boundary; the record's bytes come first.
+
+        Raises:
+            CorruptExpertError: the bytes differ from the digest taken when the store was built.
+            StoreError: the file ended early, or can't be read. The cell's content is undefined.
+        """
+        store = self._store
+        layout, offset = store.manifest.layers[layer].layout, store.shape.offset(layer, expert)
+        self._fill(offset, cell[: layout.stride], f"expert {expert} of {store.manifest.layers[layer].name}")
+        if record_digest(cell[: layout.nbytes]) != store.digest(layer, expert):
+            raise CorruptExpertError(store.manifest.layers[layer].name, expert, store.where)
+
+    def _fill(self, offset: int, cell: torch.Tensor, what: str) -> None:
+        view, done = cell.numpy().data, 0
+        while done < len(view):
+            try:
+                moved = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise StoreError(f"{what} can't be read from the host store ({self._store.where}): {error}") from error
+            reached = (done + moved) // PAGE * PAGE  # direct reads begin on pages
+            if reached == done:
+                raise StoreError(
+                    f"{what} can't be read from the host store ({self._store.where}): the file ends at byte "
+                    f"{offset + done + moved:,} of {self._store.nbytes:,}. Delete it and load again to rebuild it"
+                )
+            done = reached
+        if not self.direct:
+            os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+
+def _open_again(fd: int) -> tuple[int, bool]:
+    """Another descriptor of an open file, and whether it bypasses the page cache."""
+    path, flags = f"/dev/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT), True
+    except (OSError, AttributeError):  # some file systems, and some systems, have none
+        return os.open(path, flags), False
