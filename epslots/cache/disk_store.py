@@ -78,6 +78,7 @@ class DiskStore(HostStore):
     def __init__(self, fd: int, where: str, *, cells: Mapping[RecordLayout, int], pin: bool) -> None:
         closing = contextlib.ExitStack()
         super().__init__(fd, where, on_close=closing.close)
+        self._digests = self._digests.copy()  # a look at the mapping would read pages around it into the page cache
         self._pin = pin
         self._lock = threading.Lock()
         self._place: list[tuple[_Cells, int]] = []

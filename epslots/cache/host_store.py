@@ -140,7 +140,7 @@ class HostStore:
         size = os.fstat(fd).st_size
         if size < self.shape.nbytes:
             raise StoreError(f"{where} holds {size:,} of {self.shape.nbytes:,} bytes; delete it and load again to rebuild it")
-        self._bytes = _map(fd, self.shape.nbytes, shared)
+        self._bytes = map_file(fd, self.shape.nbytes, shared=shared)
         # Taking a row out of a tensor takes microseconds.
         self._records = [self._layer_records(index).unbind(0) for index in range(len(self.manifest.layers))]
         table = self._bytes[self.shape.digests_offset :][: self.shape.num_records * DIGEST_BYTES]
@@ -239,7 +239,7 @@ class HostStore:
             return [error for error in found if error is not None]
 
 
-def _map(fd: int, nbytes: int, shared: bool) -> torch.Tensor:
+def map_file(fd: int, nbytes: int, *, shared: bool) -> torch.Tensor:
     """A file's bytes, uint8 [nbytes]. A private mapping reserves no memory: it may be larger than RAM and swap together."""
     flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _MAP_NORESERVE
     return torch.frombuffer(mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8)
