@@ -81,7 +81,7 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
     opened = open_model(source, config.dtype, config.attn_implementation)
     slots = choose_slot_format(config, opened.checkpoint, opened.skeleton, opened.layers, device.type)
     opened = replace(opened, layers=slots.layers)
-    manifest = Manifest(_store_key(opened, config.expert_format), opened.checkpoint.name, opened.layers)
+    manifest = store_manifest(opened, config.expert_format)
     store_bytes = StoreShape(manifest).nbytes
     kind = "file" if config.host_memory is not None else default_store_kind(device, store_bytes)
     store_kind = resolve_store_kind(config.host_store or kind)
@@ -111,6 +111,16 @@ def _plan_ram(memory: MemoryPlan, config: LoadConfig, neighbours: int) -> HostMe
             f"give less"
         )
     return plan
+
+
+def store_manifest(opened: OpenModel, expert_format: str | None) -> Manifest:
+    """What the model's host store holds.
+
+    Args:
+        opened: its layers have the layouts of slots and records.
+        expert_format: the setting of ``LoadConfig``.
+    """
+    return Manifest(_store_key(opened, expert_format), opened.checkpoint.name, opened.layers)
 
 
 def _store_key(opened: OpenModel, expert_format: str | None) -> str:

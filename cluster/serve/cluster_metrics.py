@@ -41,6 +41,7 @@ _LAYER_COUNTERS = {
     "expert_prefetches": ("prefetches", "Experts fetched before the layer's router had asked for them."),
     "expert_prefetches_late": ("late", "Hits on prefetched experts whose fetch was still in flight."),
     "expert_migrations": ("moves", "Experts fetched by migrations."),
+    "expert_disk_bytes": ("disk_bytes", "Bytes of experts read from the disk, where host_memory bounds RAM."),
     "expert_stall_seconds": ("stall_s", "Seconds that hosts spent on demand fetches."),
     "expert_wait_seconds": ("wait_s", "Seconds that ranks waited for other ranks' counts."),
     "expert_pairs_sent": ("pairs_sent", "Pairs of token and expert that another rank computed."),

@@ -65,6 +65,7 @@ _BENCHES = (
         "--model, --slots.",
         "timeline",
     ),
+    Bench("disk", "Decoding with RAM for half of the experts, over all in RAM; bytes read, against a plain read.", "disk"),
     Bench("packed", "Experts on the CPU: products over torch's; requests over vLLM's backend. Takes --parts.", "packed"),
     Bench("invariant", "Step times with batch_invariant, over those without.", "invariant"),
 )

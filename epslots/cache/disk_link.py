@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from epslots.cache.copy_engine import CopyEngine, Records, Tensors, WriteSlot
-from epslots.cache.disk_store import READERS, DiskStore, RecordKey, RecordLease
+from epslots.cache.disk_store import DiskStore, RecordKey, RecordLease
+from epslots.cache.record_reader import READERS
 from epslots.transport.host_wait import HostWait
 
 # Reads of records that nothing waits for, at a time: a miss finds a thread, and half of the disk, free.

@@ -21,13 +21,10 @@ import torch
 from epslots.arrays import IntArray
 from epslots.cache.host_store import HostStore, record_digest
 from epslots.cache.ram_tier import NO_CELL, RamTier
-from epslots.cache.record_reader import RecordReader
+from epslots.cache.record_reader import READERS, RecordReader, on_pages
 from epslots.errors import CorruptExpertError
-from epslots.layout import PAGE, RecordLayout
+from epslots.layout import RecordLayout
 from epslots.progress import Advance
-
-# Reads under way at a time: enough to keep a fast disk busy with records of a MiB.
-READERS = 8
 
 
 class RecordKey(NamedTuple):
@@ -58,7 +55,7 @@ class _Cells:
     def __init__(self, layout: RecordLayout, cells: int, slot_of: IntArray, pin: bool) -> None:
         self.layout, self.width = layout, slot_of.shape[1]
         self.tier = RamTier(cells, slot_of)
-        self.memory = _on_pages(cells * layout.stride, pin).view(cells, layout.stride)
+        self.memory = on_pages(cells * layout.stride, pin=pin).view(cells, layout.stride)
         self.reads: dict[int, Future[None]] = {}
 
 
@@ -140,7 +137,7 @@ class DiskStore(HostStore):
         lease = self.lease(RecordKey(layer, expert))
         if lease is None:  # fetches in flight have every cell
             layout = self.manifest.layers[layer].layout
-            cell = _on_pages(layout.stride, pin=False)
+            cell = on_pages(layout.stride)
             self.on_read(layer, layout.nbytes)
             self._reader.read(layer, expert, cell)
             yield cell[: layout.nbytes]
@@ -192,7 +189,7 @@ class DiskStore(HostStore):
 
         def check(key: tuple[int, int]) -> CorruptExpertError | None:
             if not hasattr(of_thread, "cell"):
-                of_thread.cell = _on_pages(widest, pin=False)
+                of_thread.cell = on_pages(widest)
             try:
                 self._reader.read(*key, of_thread.cell)
             except CorruptExpertError as error:
@@ -217,9 +214,3 @@ class DiskStore(HostStore):
                 if cell != NO_CELL and cell not in cells.reads:
                     held = record_digest(cells.memory[cell, : cells.layout.nbytes])
                     assert held == self.digest(index, expert), f"cell {cell} isn't expert {expert} of layer {index}"
-
-
-def _on_pages(nbytes: int, pin: bool) -> torch.Tensor:
-    """Memory that begins on a page, as direct reads need it: uint8 [nbytes]. Unpinned, it takes RAM as it is written."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=pin)
-    return memory[-memory.data_ptr() % PAGE :][:nbytes]

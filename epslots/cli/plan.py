@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
-import msgspec
 import typer
 
+from epslots.cli.find_model import FoundModel, find_model
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
     AttentionOption,
     DeviceOption,
     DtypeOption,
     ExpertFormatOption,
+    HostMemoryOption,
     SlotFormatOption,
     SlotsOption,
 )
@@ -26,11 +26,11 @@ from epslots.config import (
     DEFAULT_KV_TOKENS,
     DEFAULT_REQUESTS,
     EngineConfig,
-    LoadConfig,
     load_config,
 )
-from epslots.errors import ConfigError, DoesNotFitError
-from epslots.models.known_shapes import KNOWN_SHAPES, known_model
+from epslots.errors import DoesNotFitError
+from epslots.models.host_memory import HostMemoryPlan, plan_host_memory
+from epslots.models.known_shapes import KNOWN_SHAPES
 from epslots.models.memory_plan import MemoryPlan, plan_memory
 from epslots.models.memory_report import advice, alternatives, largest_fit, plan_items
 from epslots.models.model_shape import ModelShape
@@ -91,6 +91,7 @@ def plan(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    host_memory: HostMemoryOption = None,
     slot_format: SlotFormatOption = "auto",
     expert_format: ExpertFormatOption = None,
     attn_implementation: AttentionOption = None,
@@ -104,6 +105,8 @@ def plan(
     Of a checkpoint, only configuration and headers are read.
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
+    --host-memory bounds the RAM of a node that has all the ranks: the plan then says how much is read from the disk.
+
     With --memory, --device may be one that this machine lacks. It decides more than the memory:
     whether a kernel there computes from packed slots,
     and for a GPU the next layer's experts are predicted.
@@ -112,6 +115,7 @@ def plan(
     config = load_config(
         dtype=dtype,
         cache=engine.cache,
+        host_memory=host_memory,
         slot_format=slot_format,
         expert_format=expert_format,
         attn_implementation=attn_implementation,
@@ -121,94 +125,32 @@ def plan(
     else:
         memory_bytes, memory_note = parse_bytes(memory, "memory"), "--memory"
     kind = _device_kind(device, here=memory is None)
-    shape, checkpoint_bytes, predictor_bytes = find_shape(model, kind, config)
+    found = find_model(model, kind, config)
+    if memory is None and kind == "cpu" and config.host_memory_bytes is not None:
+        memory_bytes -= min(found.shape.expert_bytes, config.host_memory_bytes)
+        memory_note += ", less --host-memory"
     try:
         result = plan_memory(
-            shape,
+            found.shape,
             setting,
             memory_bytes=memory_bytes,
             ranks=work.ranks,
             device=kind,
             engine=engine,
-            predictor_bytes=predictor_bytes,
+            predictor_bytes=found.predictor_bytes,
             memory_note=memory_note,
         )
     except DoesNotFitError as error:
         typer.echo(f"doesn't fit: {error}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT) from error
+    host = None if config.host_memory_bytes is None else plan_host_memory(result, config.host_memory_bytes, work.ranks)
     if as_json:
-        typer.echo(json.dumps(_as_json(result, checkpoint_bytes), indent=2))
+        typer.echo(json.dumps(_as_json(result, found, host), indent=2))
     else:
-        _print_tables(result, checkpoint_bytes)
+        _print_tables(result, found, host)
     if result.free_bytes is not None and not result.fits:
         typer.echo(f"doesn't fit: short of {format_bytes(-result.free_bytes)}. {advice(result)}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT)
-
-
-def find_shape(model: str | None, device: str, config: LoadConfig) -> tuple[ModelShape, int | None, int]:
-    """The shape of a model, the bytes of its weight files (None for a known model), and the bytes of its predictor.
-
-    If ``model`` is both, the folder is taken and not the known model.
-
-    Args:
-        device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
-        config: dtype, attention, cache and formats of slots and experts.
-
-    Raises:
-        ConfigError: neither a folder nor a known name, no such dtype or attention, or formats that the device can't compute
-            with.
-        CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
-        UnsupportedModelError: the model's experts can't be run from slots, or its requests can't be kept so.
-    """
-    if model is not None and not Path(model).is_dir():
-        # Without a fitted predictor, the next layer's router predicts; on a GPU it is the model's own, so it takes no memory.
-        return _known_shape(model, config), None, 0
-    import torch
-
-    from epslots.example import example_model
-    from epslots.load_plan import measure
-    from epslots.models.opening import open_model
-    from epslots.models.slot_format import choose_slot_format
-    from epslots.prefetch.setup import planned_bytes
-
-    # Opening a safetensors file checks that its header accounts for every byte of it. No tensor is read.
-    opened = open_model(example_model() if model is None else model, config.dtype, config.attn_implementation)
-    checkpoint, skeleton = opened.checkpoint, opened.skeleton
-    weight_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files.names)
-    slots = choose_slot_format(config, checkpoint, skeleton, opened.layers, device)
-    opened = replace(opened, layers=slots.layers)
-    predictor_bytes = planned_bytes(
-        skeleton,
-        checkpoint.content,
-        checkpoint.folder,
-        device=torch.device(device),
-        dtype=opened.dtype,
-        fetches=device == "cuda",
-        predictor=None,
-        execute_predicted=False,
-    )
-    return measure(opened, cache=config.cache, batch_invariant=False, slot_note=slots.note), weight_bytes, predictor_bytes
-
-
-def _known_shape(model: str, config: LoadConfig) -> ModelShape:
-    if model not in KNOWN_SHAPES:
-        raise ConfigError(
-            f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
-            f"of the hub is planned once it is downloaded"
-        )
-    dtype = {} if config.dtype == "auto" else {"dtype": config.dtype}
-    shape, skeleton = known_model(model, **dtype, attention=config.attn_implementation)
-    if skeleton is not None:
-        from epslots.generation.planned_cache import with_cache
-        from epslots.models.slot_format import quantised_slots
-
-        if config.expert_format is not None:
-            slots = quantised_slots(config.expert_format, skeleton, shape.layers)
-            shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
-        return with_cache(shape, skeleton, config.cache)
-    if config.expert_format is not None:
-        raise ConfigError(f"expert_format={config.expert_format!r}: {model} is planned in its own dtype alone; allowed: None")
-    return msgspec.structs.replace(shape, pages=None) if config.cache == "rows" else shape
 
 
 def _device_kind(device: str | None, *, here: bool) -> str:
@@ -244,11 +186,12 @@ _PLAN_FIELDS = (
     *("memory_bytes", "memory_note", "free_bytes", "fits", "host_store_bytes"),
     *("resident_share", "slots_per_expert", "all_resident"),
 )
+_HOST_FIELDS = ("host_memory_bytes", "ram_bytes", "disk_bytes", "read_bytes_per_token")
 _ENGINE_FIELDS = ("kv_tokens", "max_requests", "max_batch_tokens")
 _ALTERNATIVE_FIELDS = ("slot_bytes", "total_bytes", "resident_share", "fits")
 
 
-def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]:
+def _as_json(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | None) -> dict[str, Any]:
     """Everything in the tables, in bytes and as numbers."""
     largest = largest_fit(result)
     return {
@@ -263,7 +206,9 @@ def _as_json(result: MemoryPlan, checkpoint_bytes: int | None) -> dict[str, Any]
         "cache": result.shape.cache_kind,
         "token_bytes": result.shape.token_bytes,
         "request_bytes": result.shape.request_bytes,
-        "checkpoint_bytes": checkpoint_bytes,
+        "checkpoint_bytes": found.checkpoint_bytes,
+        **{name: None if host is None else getattr(host, name) for name in _HOST_FIELDS},
+        "read_bytes_per_s": found.read_speed,
         "alternatives": [_alternative_as_json(other) for other in alternatives(result)],
         "largest_fit": None if largest is None else _alternative_as_json(largest),
     }
@@ -273,14 +218,14 @@ def _alternative_as_json(other: MemoryPlan) -> dict[str, Any]:
     return {"slots": str(other.setting), **{name: getattr(other, name) for name in _ALTERNATIVE_FIELDS}}
 
 
-def _print_tables(result: MemoryPlan, checkpoint_bytes: int | None) -> None:
+def _print_tables(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | None) -> None:
     console = table_console(_PLAIN_WIDTH)
-    console.print(_plan_table(result, checkpoint_bytes))
+    console.print(_plan_table(result, found, host))
     console.print()
     console.print(_alternatives_table(result))
 
 
-def _plan_table(result: MemoryPlan, checkpoint_bytes: int | None) -> Table:
+def _plan_table(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | None) -> Table:
     from rich.table import Table
 
     shape = result.shape
@@ -308,11 +253,24 @@ def _plan_table(result: MemoryPlan, checkpoint_bytes: int | None) -> Table:
         row("free" if result.fits else "short of", abs(result.free_bytes))
     table.add_section()
     packed = ", packed as in the checkpoint" if any(layer.packed is not None for layer in shape.layers) else ""
-    note = f"all {shape.num_experts:,} experts{packed}, once for each node, in RAM or a mapped file"
+    where = "in RAM or a mapped file" if host is None else "in a file"
+    note = f"all {shape.num_experts:,} experts{packed}, once for each node, {where}"
     table.add_row("host store", format_bytes(result.host_store_bytes), "", note)
-    if checkpoint_bytes is not None:
-        table.add_row("checkpoint", format_bytes(checkpoint_bytes), "", "its weight files")
+    if host is not None:
+        table.add_row("  in RAM", format_bytes(host.ram_bytes), "", "those that are fetched most, by --host-memory")
+        table.add_row("  on disk", format_bytes(host.disk_bytes), "", _describe_reads(host, found.read_speed))
+    if found.checkpoint_bytes is not None:
+        table.add_row("checkpoint", format_bytes(found.checkpoint_bytes), "", "its weight files")
     return table
+
+
+def _describe_reads(host: HostMemoryPlan, read_speed: float | None) -> str:
+    """What the disk costs a token, were all experts used equally often."""
+    text = f"{format_bytes(host.read_bytes_per_token)} read for a token if experts are used evenly, less if not"
+    if read_speed is None:
+        return f"{text}; the disk's speed is measured once the store is built"
+    seconds = host.read_bytes_per_token / read_speed
+    return f"{text}: {1000 * seconds:.3g} ms at the {format_bytes(read_speed)}/s measured now"
 
 
 def _describe_model(shape: ModelShape) -> str:

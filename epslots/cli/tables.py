@@ -73,6 +73,8 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
         "hit rate: uses of an expert that found it in a slot; hottest: the expert with the most tokens, and its share\n"
         f"zero-miss steps, in which a rank missed in no layer: {_zero_miss(stats)}"
     )
+    if read := stats.total("disk_bytes"):
+        table.caption += f"\nread from the disk, for fetches and guesses: {format_bytes(read)}"
     if link is not None:
         table.caption += f"\nthe link was emulated: {link}"
     return table
@@ -123,6 +125,8 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
             f"{one.stats.stall_s:.3f} s",
         )
     table.caption = "pairs: (token, k) that a rank had others compute, and computed for others"
+    if any(read := [one.stats.total("disk_bytes") for one in ranks]):
+        table.caption += f"\nread from the disk by each rank: {', '.join(map(format_bytes, read))}"
     return table
 
 

@@ -74,6 +74,19 @@ def test_an_engine_serves_without_a_race(name: str, cache: str, checkpoint: Call
         assert gpu.races == []
 
 
+def test_records_from_the_disk_cross_without_a_race(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """A cell of pinned RAM is read into again only when the copy from it has ended."""
+    folder, ids = checkpoint("qwen3_moe"), zoo.random_ids(2, 12, seed=1)
+    expected = greedy_on(zoo.reference(folder), ids, 5)
+    with simulated_gpus() as gpu:
+        model = load_gpu(folder, cache_dir, host_memory="150KB")
+        gpu.reset()
+        assert greedy_on(model, ids, 5) == expected
+        assert gpu.races == []
+        runtime_of(model).check_integrity()
+        assert epslots.stats(model).total("disk_bytes") > 0
+
+
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4", "on the host"])
 def test_packed_records_and_experts_on_the_host(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path):
     """No kernel of a GPU computes from packed slots, so they are unpacked; or rows cross instead of records."""
