@@ -28,7 +28,7 @@ from epslots.cache.disk_store import DiskStore
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.host_store import HostStore
 from epslots.cache.node_store import OpenFile, open_node_store
-from epslots.cache.pinning import pin_store
+from epslots.cache.pinning import pin_cells, pin_store
 from epslots.cache.slot_pool import SlotPool
 from epslots.compiled import prepare, prepare_in_background
 from epslots.config import LOAD_DEADLINE_S, LoadConfig, LoadSettings, load_config, refuse_unknown, with_keywords
@@ -214,10 +214,10 @@ def load_alone(
         kind=plan.store_kind,
         cache_dir=plan.store_dir,
         start_progress=display,
-        open_as=HostStore if plan.host_memory is None else _part_in_ram(plan.host_memory, device),
+        open_as=HostStore if plan.host_memory is None else _part_in_ram(plan.host_memory),
     )
-    if device.type == "cuda" and plan.host_memory is None:
-        pin_store(store, display, device)
+    if device.type == "cuda":
+        pin_cells(store, device) if isinstance(store, DiskStore) else pin_store(store, display, device)
     prepare(shown=display.shown)  # here, and not in the first step
 
     if config.batch_invariant:
@@ -234,13 +234,13 @@ def load_alone(
     return model
 
 
-def _part_in_ram(plan: HostMemoryPlan, device: torch.device) -> OpenFile:
+def _part_in_ram(plan: HostMemoryPlan) -> OpenFile:
     """Opens a store of which RAM holds a part. The rest costs time at every miss, so the log says how much."""
     logger.info(
         "host_memory: RAM holds %s of the experts, the disk %s more; up to %s are read for a token",
         *map(format_bytes, (plan.ram_bytes, plan.disk_bytes, plan.read_bytes_per_token)),
     )
-    return partial(DiskStore, cells=plan.cells, pin=device.type == "cuda")
+    return partial(DiskStore, cells=plan.cells)
 
 
 def _divide_long_steps(runtime: Runtime, device: torch.device) -> None:
@@ -300,7 +300,8 @@ def _build_runtime(
     members: dict[RecordLayout, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         members[layer.layout].append(index)
-    largest = 0 if store.hands_out_pinned or device.type != "cuda" else max(layer.layout.nbytes for layer in layers)
+    pinned = store.cells_pinned if isinstance(store, DiskStore) else store.pinned
+    largest = 0 if pinned or device.type != "cuda" else max(layer.layout.nbytes for layer in layers)
     link = make_copy_engine(link_setting, device, staging_bytes=largest)
     if isinstance(store, DiskStore):
         link = DiskLink(link, store)

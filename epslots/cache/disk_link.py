@@ -147,6 +147,7 @@ class DiskLink:
 
     def _has_cell(self, transfer: _DiskTransfer) -> bool:
         with self._lock:
+            _ = self._device_link.busy  # its own queue moves on
             self._advance()
             return transfer.state is not _State.WAITING
 

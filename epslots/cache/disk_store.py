@@ -45,17 +45,17 @@ class RecordLease:
 
     record: torch.Tensor
     read: Future[None] | None
-    tier: _Cells
+    cells: _Cells
     cell: int
 
 
 class _Cells:
     """The cells of one layout: their memory, who is in them, and the reads under way."""
 
-    def __init__(self, layout: RecordLayout, cells: int, slot_of: IntArray, pin: bool) -> None:
+    def __init__(self, layout: RecordLayout, cells: int, slot_of: IntArray) -> None:
         self.layout, self.width = layout, slot_of.shape[1]
         self.tier = RamTier(cells, slot_of)
-        self.memory = on_pages(cells * layout.stride, pin=pin).view(cells, layout.stride)
+        self.memory = on_pages(cells * layout.stride).view(cells, layout.stride)
         self.reads: dict[int, Future[None]] = {}
 
 
@@ -66,23 +66,23 @@ class DiskStore(HostStore):
         fd: of the file; the store's own from here on.
         where: the store's name in messages.
         cells: of each layout (``ram_cells.deal_cells``).
-        pin: whether cells are page-locked for CUDA.
 
     Attributes:
+        cells_pinned: whether all cells are page-locked for CUDA; set by ``pinning.pin_cells``.
         on_read: called with (layer, bytes) when a record begins to be read, in the thread that asked for it.
     """
 
-    def __init__(self, fd: int, where: str, *, cells: Mapping[RecordLayout, int], pin: bool) -> None:
+    def __init__(self, fd: int, where: str, *, cells: Mapping[RecordLayout, int]) -> None:
         closing = contextlib.ExitStack()
         super().__init__(fd, where, on_close=closing.close)
         self._digests = self._digests.copy()  # a look at the mapping would read pages around it into the page cache
-        self._pin = pin
+        self.cells_pinned = False
         self._lock = threading.Lock()
         self._place: list[tuple[_Cells, int]] = []
         """Of each layer: its cells, and its number among their layers."""
         self._cells: dict[RecordLayout, _Cells] = {}
         try:
-            self._reader = RecordReader(fd, self)
+            self._reader = RecordReader(fd, where, self.shape, self._digests)  # not self, which it would keep alive
             closing.callback(self._reader.close)
             self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="epslots-disk")
             closing.callback(self._threads.shutdown)
@@ -96,7 +96,7 @@ class DiskStore(HostStore):
         layers = self.manifest.layers
         for layout, count in cells.items():
             of_layout = [layer.num_experts for layer in layers if layer.layout == layout]
-            self._cells[layout] = _Cells(layout, count, np.full((len(of_layout), max(of_layout)), -1), self._pin)
+            self._cells[layout] = _Cells(layout, count, np.full((len(of_layout), max(of_layout)), -1))
         seen = dict.fromkeys(cells, 0)
         for layer in layers:
             self._place.append((self._cells[layer.layout], seen[layer.layout]))
@@ -111,13 +111,14 @@ class DiskStore(HostStore):
         self._cells[layout].tier.watch(slot_of)
 
     @property
-    def hands_out_pinned(self) -> bool:
-        return self._pin
+    def cell_memory(self) -> list[torch.Tensor]:
+        """The cells of each layout, uint8 [C, bytes of a cell], from the start of a page; for pinning."""
+        return [cells.memory for cells in self._cells.values()]
 
     @property
     def ram_bytes(self) -> int:
         """Memory of all cells."""
-        return sum(cells.memory.nbytes for cells in self._cells.values())
+        return sum(memory.nbytes for memory in self.cell_memory)
 
     def request(self, layer: int, expert: int) -> RecordKey:
         return RecordKey(layer, expert)
@@ -168,7 +169,7 @@ class DiskStore(HostStore):
         """End a lease. Its read, if any, is done."""
         assert lease.read is None or lease.read.done()
         with self._lock:
-            lease.tier.tier.release(lease.cell)
+            lease.cells.tier.release(lease.cell)
 
     def _read(self, cells: _Cells, cell: int, key: RecordKey) -> None:
         """Read a record into its cell; in a thread."""

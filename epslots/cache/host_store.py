@@ -170,11 +170,6 @@ class HostStore:
         return self.pinned_bytes >= self.nbytes
 
     @property
-    def hands_out_pinned(self) -> bool:
-        """Whether every record that is copied to a device is page-locked for CUDA."""
-        return self.pinned
-
-    @property
     def memory(self) -> torch.Tensor:
         """The whole mapping, uint8 [nbytes]; for pinning."""
         return self._bytes

@@ -1,4 +1,4 @@
-"""Pinning the host store: copies from pinned memory to a GPU need no staging buffer.
+"""Pinning the host store, or its part in RAM: copies from pinned memory to a GPU need no staging buffer.
 
 The calls are the CUDA runtime's (``torch.cuda.cudart()``); the project's own tests run them against a fake.
 """
@@ -9,11 +9,12 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
+from epslots.cache.disk_store import DiskStore
 from epslots.cache.host_store import HostStore, StoreShape
 from epslots.progress import ProgressDisplay
 from epslots.units import format_bytes
@@ -43,24 +44,51 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
         logger.warning(
             "The host store is a mapped file, which can't be pinned: every fetch takes an extra copy through a pinned "
             "buffer, at the speed of one core's memory copy instead of the GPU link's. Use host_store='memory' if %s of "
-            "RAM can be spared.",
+            "RAM can be spared, else host_memory with as much as can.",
             format_bytes(store.nbytes),
         )
         return False
     with display("verifying the host store", store.nbytes) as advance:
         for error in store.verify(advance):
             raise error
+    store.pinned_bytes = _pin(store, store.memory, pieces(store.shape, PIECE_BYTES), device, cudart)
+    return store.pinned
+
+
+def pin_cells(store: DiskStore, device: torch.device, cudart: Any = None) -> None:
+    """Page-lock the RAM of a store on disk; where that fails, a warning says what it costs.
+
+    Torch's own pinned memory comes in powers of two, which would take up to twice the bytes.
+
+    Args:
+        device, cudart: as of ``pin_store``.
+    """
+    pinned = 0
+    for memory in store.cell_memory:
+        step = max(1, PIECE_BYTES // memory.shape[1]) * memory.shape[1]
+        ends = ((start, min(start + step, memory.nbytes)) for start in range(0, memory.nbytes, step))
+        pinned += _pin(store, memory.view(-1), ends, device, cudart)
+    store.cells_pinned = pinned == store.ram_bytes
+
+
+def _pin(store: HostStore, memory: torch.Tensor, ends: Iterable[tuple[int, int]], device: torch.device, cudart: Any) -> int:
+    """Page-lock memory until the store is gone; returns how many bytes from the start are.
+
+    Args:
+        memory: uint8 [any number].
+        ends: (start, stop) of each piece.
+    """
     runtime = cudart or torch.cuda.cudart()
-    memory, pinned = store.memory, list[int]()
-    weakref.finalize(store, _unpin, runtime, memory, pinned, device, os.getpid())
-    code = 0
+    addresses = list[int]()
+    weakref.finalize(store, _unpin, runtime, memory, addresses, device, os.getpid())
+    pinned = code = 0
     with torch.cuda.device(device if device.type == "cuda" else -1):  # the current GPU may be another one
-        for start, stop in pieces(store.shape, PIECE_BYTES):
+        for start, stop in ends:
             code = int(runtime.cudaHostRegister(memory.data_ptr() + start, stop - start, 0))
             if code != 0:
                 break
-            pinned.append(memory.data_ptr() + start)
-            store.pinned_bytes = stop
+            addresses.append(memory.data_ptr() + start)
+            pinned = stop
     if code != 0:
         _forget_last_error(device)
         logger.warning(
@@ -68,10 +96,10 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
             "through a pinned buffer, at the speed of one core's memory copy instead of the GPU link's. Raise the "
             "locked-memory limit (ulimit -l), or free RAM.",
             code,
-            format_bytes(store.pinned_bytes),
-            format_bytes(store.nbytes),
+            format_bytes(pinned),
+            format_bytes(memory.nbytes),
         )
-    return store.pinned
+    return pinned
 
 
 def pieces(shape: StoreShape, most_bytes: int) -> Iterator[tuple[int, int]]:

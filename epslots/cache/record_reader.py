@@ -7,9 +7,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from epslots.cache.host_store import HostStore, record_digest
+from epslots.cache.host_store import StoreShape, record_digest
 from epslots.errors import CorruptExpertError, StoreError
 from epslots.layout import PAGE
 
@@ -25,14 +27,16 @@ class RecordReader:
 
     Args:
         fd: of the store's file; it stays the caller's.
-        store: has the records' places and digests.
+        where: the store's name in messages.
+        shape: the records' places.
+        digests: uint8 [records, 16], of each record.
 
     Attributes:
         direct: whether reads bypass the page cache.
     """
 
-    def __init__(self, fd: int, store: HostStore) -> None:
-        self._store = store
+    def __init__(self, fd: int, where: str, shape: StoreShape, digests: NDArray[np.uint8]) -> None:
+        self._where, self._shape, self._digests = where, shape, digests
         self._fd, self.direct = _open_again(fd)
         os.fdatasync(self._fd)  # only clean pages are dropped: those that building or an earlier start left
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -51,11 +55,11 @@ class RecordReader:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.
             StoreError: the file ended early, or can't be read. The cell's content is undefined.
         """
-        store = self._store
-        layout, offset = store.manifest.layers[layer].layout, store.shape.offset(layer, expert)
-        self._fill(offset, cell[: layout.stride], f"expert {expert} of {store.manifest.layers[layer].name}")
-        if record_digest(cell[: layout.nbytes]) != store.digest(layer, expert):
-            raise CorruptExpertError(store.manifest.layers[layer].name, expert, store.where)
+        spec = self._shape.manifest.layers[layer]
+        self._fill(self._shape.offset(layer, expert), cell[: spec.layout.stride], f"expert {expert} of {spec.name}")
+        digest = self._digests[self._shape.first_record[layer] + expert].tobytes()
+        if record_digest(cell[: spec.layout.nbytes]) != digest:
+            raise CorruptExpertError(spec.name, expert, self._where)
 
     def _fill(self, offset: int, cell: torch.Tensor, what: str) -> None:
         view, done = cell.numpy().data, 0
@@ -63,12 +67,12 @@ class RecordReader:
             try:
                 moved = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
-                raise StoreError(f"{what} can't be read from the host store ({self._store.where}): {error}") from error
+                raise StoreError(f"{what} can't be read from the host store ({self._where}): {error}") from error
             reached = (done + moved) // PAGE * PAGE  # direct reads begin on pages
             if reached == done:
                 raise StoreError(
-                    f"{what} can't be read from the host store ({self._store.where}): the file ends at byte "
-                    f"{offset + done + moved:,} of {self._store.nbytes:,}. Delete it and load again to rebuild it"
+                    f"{what} can't be read from the host store ({self._where}): the file ends at byte "
+                    f"{offset + done + moved:,} of {self._shape.nbytes:,}. Delete it and load again to rebuild it"
                 )
             done = reached
         if not self.direct:
@@ -115,9 +119,9 @@ def measure_read_speed(path: Path, nbytes: int = 64 << 20, piece: int = 1 << 20)
         os.close(again)
 
 
-def on_pages(nbytes: int, *, pin: bool = False) -> torch.Tensor:
-    """Memory that begins on a page, as direct reads need it: uint8 [nbytes]. Unpinned, it takes RAM as it is written."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=pin)
+def on_pages(nbytes: int) -> torch.Tensor:
+    """Memory that begins on a page, as direct reads need it: uint8 [nbytes]. It takes RAM as it is written."""
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     return memory[-memory.data_ptr() % PAGE :][:nbytes]
 
 

@@ -70,7 +70,7 @@ def find_model(model: str | None, device: str, config: LoadConfig) -> FoundModel
         checkpoint.folder,
         device=torch.device(device),
         dtype=opened.dtype,
-        fetches=device == "cuda",
+        fetches=config.has_link(device),
         predictor=None,
         execute_predicted=False,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,7 +36,7 @@ from epslots.telemetry import Telemetry
 from epslots.units import LinkSpeed
 from tests.support.fake_cuda import FakeCuda
 from tests.support.rank_helpers import PATIENCE_S
-from tests.support.store_helpers import MANIFEST, NARROW, WIDE, NamedExperts
+from tests.support.store_helpers import MANIFEST, NARROW, WIDE, NamedExperts, open_store
 
 CPU = torch.device("cpu")
 EXPERTS = 6
@@ -41,14 +44,7 @@ CELLS = {WIDE: 2, NARROW: 1}
 
 
 def open_disk_store(cache_dir: Path, cells: dict[RecordLayout, int] = CELLS) -> DiskStore:
-    store = open_node_store(
-        MANIFEST,
-        NamedExperts,
-        kind="file",
-        cache_dir=cache_dir,
-        start_progress=ProgressDisplay(shown=False),
-        open_as=partial(DiskStore, cells=cells, pin=False),
-    )
+    store = open_store(cache_dir, NamedExperts(), open_as=partial(DiskStore, cells=cells))
     assert isinstance(store, DiskStore)
     return store
 
@@ -113,7 +109,7 @@ def links() -> dict[str, Callable[[int], tuple[CopyEngine, FakeCuda | None]]]:
     }
 
 
-@pytest.mark.parametrize("cells", [1, 2, 4])
+@pytest.mark.parametrize("cells", [1, 2, 5])
 @pytest.mark.parametrize("device", links())
 def test_every_fetch_brings_its_record(device: str, cells: int, cache_dir: Path):
     """Random fetches, waits and cancellations of six slots: a cell that was taken too early would bring another record."""
@@ -345,7 +341,7 @@ def test_ram_stays_bounded_and_is_not_doubled(direct: bool, cache_dir: Path, mon
     open_large(cache_dir, HostStore).close()
     if not direct:
         monkeypatch.delattr(os, "O_DIRECT")
-    store = open_large(cache_dir, partial(DiskStore, cells={LARGE: 6}, pin=False))
+    store = open_large(cache_dir, partial(DiskStore, cells={LARGE: 6}))
     assert isinstance(store, DiskStore)
     if pages_in_ram(file_of(store)) > 8 * MIB:
         pytest.skip("the test's file system keeps files in RAM")
@@ -371,6 +367,27 @@ def test_a_store_larger_than_ram_can_be_opened(tmp_path: Path):
     os.truncate(file, layer.num_experts * LARGE.stride)
     with open(file, "rb") as opened:
         assert map_file(opened.fileno(), file.stat().st_size, shared=False)[-1] == 0
+
+
+def test_a_dropped_store_leaves_nothing(cache_dir: Path):
+    """Neither its RAM nor its threads and files."""
+    store = open_disk_store(cache_dir)
+    store.record(0, 1)
+    name, gone = store.where, weakref.ref(store)
+    assert [fd for fd in open_files() if fd == name]
+    del store
+    gc.collect()
+    assert gone() is None and not [fd for fd in open_files() if fd == name]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("epslots-disk")]
+
+
+def open_files() -> list[str]:
+    """Where this process's descriptors lead to."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
 
 
 def test_a_corrupt_expert_is_found_by_verify(store: DiskStore):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 
 from epslots import CorruptExpertError
 from epslots.cache import pinning
-from epslots.cache.pinning import pieces, pin_store
+from epslots.cache.disk_store import DiskStore
+from epslots.cache.pinning import pieces, pin_cells, pin_store
 from epslots.progress import ProgressDisplay
-from tests.support.store_helpers import NamedExperts, open_store
+from tests.support.store_helpers import NARROW, WIDE, NamedExperts, open_store
 
 QUIET = ProgressDisplay(shown=False)
 CPU = torch.device("cpu")
@@ -83,6 +85,25 @@ def test_a_mapped_file_is_not_pinned_and_that_is_told(cache_dir: Path, caplog: p
         assert not pin_store(store, QUIET, CPU, runtime)
     assert runtime.registered == []
     assert "host_store='memory'" in caplog.text
+
+
+def test_the_ram_of_a_store_on_disk_is_pinned(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """In pieces of whole cells; where a piece is refused, records from the rest pass through a buffer."""
+    open_store(cache_dir, NamedExperts()).close()
+    monkeypatch.setattr(pinning, "PIECE_BYTES", 2 * WIDE.stride)
+    for refused_after in (0, 2):
+        runtime = FakeRuntime(code=2 if refused_after else 0, after=refused_after)
+        store = open_store(cache_dir, NamedExperts(), open_as=partial(DiskStore, cells={WIDE: 5, NARROW: 2}))
+        assert isinstance(store, DiskStore)
+        pin_cells(store, CPU, runtime)
+        wide, narrow = (memory.data_ptr() for memory in store.cell_memory)
+        step = 2 * WIDE.stride
+        pieces_of_wide = [(wide, step), (wide + step, step), (wide + 2 * step, WIDE.stride)]
+        assert runtime.registered == (pieces_of_wide[:2] if refused_after else [*pieces_of_wide, (narrow, 2 * NARROW.stride)])
+        assert store.cells_pinned is not bool(refused_after) and not store.pinned
+        del store
+        gc.collect()
+        assert sorted(runtime.released) == sorted(address for address, _ in runtime.registered)
 
 
 def test_a_corrupt_record_is_found_on_the_way(cache_dir: Path):

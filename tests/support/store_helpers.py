@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from epslots.cache.host_store import HostStore, Manifest
-from epslots.cache.node_store import open_node_store
+from epslots.cache.node_store import OpenFile, open_node_store
 from epslots.layout import LayerSpec, RecordLayout
 from epslots.progress import ProgressDisplay
 
@@ -33,10 +33,9 @@ class NamedExperts:
         return {t.name: torch.full(t.shape, 100.0 * layer + expert) for t in layout.tensors}
 
 
-def open_store(cache_dir: Path, source: NamedExperts, kind: str = "file") -> HostStore:
-    return open_node_store(
-        MANIFEST, lambda: source, kind=kind, cache_dir=cache_dir, start_progress=ProgressDisplay(shown=False)
-    )
+def open_store(cache_dir: Path, source: NamedExperts, kind: str = "file", open_as: OpenFile = HostStore) -> HostStore:
+    display = ProgressDisplay(shown=False)
+    return open_node_store(MANIFEST, lambda: source, kind=kind, cache_dir=cache_dir, start_progress=display, open_as=open_as)
 
 
 class TellingExperts(NamedExperts):
