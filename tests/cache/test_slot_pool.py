@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,11 @@ class FakeStore:
             raise CorruptExpertError(f"layer {layer}", expert, "a test")
         canary = torch.tensor([layer, expert, 255 - expert, layer ^ expert], dtype=torch.uint8)
         return canary.repeat(LAYOUT.nbytes // 4)
+
+    request = record
+
+    def lend(self, layer: int, expert: int) -> contextlib.AbstractContextManager[torch.Tensor]:
+        return contextlib.nullcontext(self.record(layer, expert))
 
 
 def make(quotas: list[int], experts: int) -> tuple[SlotPool, ExpertLoader, FakeStore, Telemetry]:

@@ -151,7 +151,7 @@ def test_the_commands_and_their_options():
     assert found.keys() == {"generate", "plan", "verify", "bench", "trace", "predict", "placement", "simulate", "serve"}
     assert found["generate"] == common | {
         "prompts", "--slots", "-s", "--file", "-f", "--echo", "--stats", "--policy", "--device", "--host-store", "--kv-tokens",
-        "--slot-format", "--expert-format",
+        "--host-memory", "--slot-format", "--expert-format",
         "--max-new-tokens", "--min-tokens", "--n", "--stop", "--stop-tokens", "--ignore-eos", "--ignore-tokenizer-eos",
         "--chat", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--presence-penalty", "--frequency-penalty",
         "--repetition-penalty", "--logit-bias", "--json-schema", "--regex", "--grammar", "--logprobs", "--prompt-logprobs",
@@ -162,7 +162,7 @@ def test_the_commands_and_their_options():
     }  # fmt: skip
     assert found["serve"] == common | {
         "--slots", "-s", "--policy", "--device", "--host-store", "--kv-tokens", "--link", "--prefetch", "--predictor",
-        "--slot-format", "--expert-format",
+        "--host-memory", "--slot-format", "--expert-format",
         "--execute-predicted", "--host-compute", "--attn-implementation", "--batch-invariant",
         "--max-requests", "--max-batch-tokens", "--cache", "--prefix-cache", "--step-target-ms", "--capture",
         "--ranks", "--groups", "--address", "--strategy", "--placement", "--window-steps", "--deadline-s", "--give-up-after-s",
@@ -177,7 +177,8 @@ def test_the_commands_and_their_options():
         "--device",
     }  # fmt: skip
     assert {
-        "--model", "--slots", "--slot-format", "--attn-implementation", "--memory", "--ranks", "--kv-tokens", "--json",
+        "--model", "--slots", "--slot-format", "--attn-implementation", "--memory", "--host-memory", "--ranks", "--kv-tokens",
+        "--json",
     } <= found["plan"]  # fmt: skip
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
     inner = {

@@ -84,7 +84,7 @@ def test_the_ranks_of_a_node_share_its_ram(checkpoint: Checkpoints, cache_dir: P
 def test_experts_travel_between_ranks_with_little_ram(checkpoint: Checkpoints, cache_dir: Path):
     """Copies from slot to slot, and records from the disk, in the same step."""
     folder = checkpoint("qwen3_moe")
-    grouped = Grouped(folder, cache_dir, ["75%", 3], COPIES_TRAVEL, host_memory=few_cells(folder, cache_dir, 4))
+    grouped = Grouped(folder, cache_dir, ["75%", "75%"], COPIES_TRAVEL, host_memory=few_cells(folder, cache_dir, 4))
     compare(grouped, Reference(folder))
     assert sum(total(model, "peer_bytes") for model in grouped.models) > 0
 
