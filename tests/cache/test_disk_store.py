@@ -254,8 +254,14 @@ class Gate:
         monkeypatch.setattr(RecordReader, "read", wait_and_read)
 
 
-def test_a_miss_is_read_before_guesses(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+def test_a_miss_is_read_before_guesses(cache_dir: Path, gate: Gate):
     store = open_disk_store(cache_dir, {WIDE: EXPERTS, NARROW: 1})
     link = DiskLink(SynchronousEngine(), store)
     there = [torch.zeros(WIDE.nbytes, dtype=torch.uint8) for _ in range(EXPERTS)]
@@ -272,8 +278,7 @@ def test_a_miss_is_read_before_guesses(cache_dir: Path, monkeypatch: pytest.Monk
         assert torch.equal(there[number], WHOLE[number])
 
 
-def test_two_fetches_of_a_record_read_it_once(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    gate = Gate(monkeypatch)
+def test_two_fetches_of_a_record_read_it_once(cache_dir: Path, gate: Gate):
     store = open_disk_store(cache_dir)
     link = DiskLink(SynchronousEngine(), store)
     there = [torch.zeros(WIDE.nbytes, dtype=torch.uint8) for _ in range(2)]

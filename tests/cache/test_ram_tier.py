@@ -118,9 +118,9 @@ def test_a_resident_gives_way_before_what_must_be_fetched():
 
 def test_what_was_hot_long_ago_gives_way():
     tier = RamTier(2, np.full(3, -1))
-    for _ in range(12):
+    for _ in range(40):
         fetch(tier, 0)
-    for _ in range(60):
+    for _ in range(24):  # less often than the first in all
         fetch(tier, 1), fetch(tier, 2)
     assert tier.cell_of[0] == NO_CELL
 
