@@ -28,6 +28,14 @@ def read_in_place(model: nn.Module, *, batch_invariant: bool) -> None:
             setattr(module, "forward", MethodType(forward, module))  # noqa: B010 - a method to mypy
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its ``weight`` and adds its ``bias``, and does nothing else: read in place or not."""
+    if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
+        return False
+    forward = vars(module).get("forward")
+    return forward is None or getattr(forward, "__func__", None) in (_in_place, _in_place_if_faster)
+
+
 def _in_place(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     return _multiply(module, inputs, lambda rows: True)
 
