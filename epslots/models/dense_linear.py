@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def read_in_place(model: nn.Module, *, batch_invariant: bool) -> None:
             setattr(module, "forward", MethodType(forward, module))  # noqa: B010 - a method to mypy
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     """Whether a module multiplies by its ``weight`` and adds its ``bias``, and does nothing else: read in place or not."""
     if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
         return False
