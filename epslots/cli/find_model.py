@@ -77,7 +77,7 @@ def find_model(model: str | None, device: str, config: LoadConfig) -> FoundModel
     read_speed = None
     if config.host_memory is not None:
         read_speed = measure_read_speed(store_path(store_manifest(opened, config.expert_format), default_cache_dir()))
-    shape = measure(opened, cache=config.cache, batch_invariant=False, slot_note=slots.note)
+    shape = measure(opened, engine=config.engine, batch_invariant=False, slot_note=slots.note)
     return FoundModel(shape, weight_bytes, predictor_bytes, read_speed)
 
 
@@ -96,7 +96,7 @@ def _known_shape(model: str, config: LoadConfig) -> ModelShape:
         if config.expert_format is not None:
             slots = quantised_slots(config.expert_format, skeleton, shape.layers)
             shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
-        return with_cache(shape, skeleton, config.cache)
+        return with_cache(shape, skeleton, config.engine)
     if config.expert_format is not None:
         raise ConfigError(f"expert_format={config.expert_format!r}: {model} is planned in its own dtype alone; allowed: None")
     return msgspec.structs.replace(shape, pages=None) if config.cache == "rows" else shape
