@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from epslots.bench.decode import skew_routers
 from epslots.bench.models import load_fp32, random_checkpoint, random_config, use_sums
 from epslots.bench.overlap import Variant
 from epslots.bench.report import MS, BenchReport, median, ratio_columns, ratio_of_rounds
@@ -27,14 +26,16 @@ IN_RAM, HALF, UNPREDICTED = "all in RAM", "half in RAM", "half in RAM, nothing p
 
 @torch.no_grad()
 def bench_disk(report: BenchReport, cache_dir: Path, *, rounds: int = 12, tokens: int = 32) -> None:
-    """The trained example model, and a larger random one whose routers prefer some experts (Zipf); both in float32."""
+    """The trained example model, and a larger random one, both in float32."""
     tokenizer = AutoTokenizer.from_pretrained(example_model())
     text = tokenizer(Path(torch.__file__).with_name("functional.py").read_text(encoding="utf-8"), return_tensors="pt")
-    _bench(report, "trained example model", example_model(), text["input_ids"][:, 200:1000], cache_dir, (rounds, tokens))
+    ids = text["input_ids"][:, 200:1000]
+    _bench(report, "trained example model", example_model(), ids, cache_dir, (rounds, tokens))
     config = random_config(layers=6, hidden=1024, experts=32, top_k=4, width=512)
     with random_checkpoint(config, torch.float32, embedding=1.0) as folder:
-        ids = torch.randint(config.vocab_size, (1, 800), generator=torch.Generator().manual_seed(5))
-        _bench(report, "larger random model, skewed", folder, ids, cache_dir, (rounds, tokens), skewed=True)
+        often = 1 / torch.arange(1.0, config.vocab_size + 1)  # Zipf, as words are
+        ids = torch.multinomial(often, 800, replacement=True, generator=torch.Generator().manual_seed(5))[None]
+        _bench(report, "larger random model", folder, ids, cache_dir, (rounds, tokens))
 
 
 def _bench(
@@ -44,14 +45,11 @@ def _bench(
     ids: torch.Tensor,
     cache_dir: Path,
     size: tuple[int, int],
-    *,
-    skewed: bool = False,
 ) -> None:
     """One table: the variants in turn.
 
     Args:
         size: rounds, and tokens of each.
-        skewed: whether synthetic routers replace the model's.
     """
     rounds, tokens = size
     in_ram = load_fp32(folder, cache_dir, slots=SLOTS)
@@ -63,8 +61,6 @@ def _bench(
         UNPREDICTED: Variant(load_fp32(folder, cache_dir, slots=SLOTS, host_memory=half, prefetch="off")),
     }
     for variant in variants.values():
-        if skewed:
-            skew_routers(variant.model)
         variant.decode(ids, 8 * tokens)
     seconds: dict[str, list[float]] = {one: [] for one in variants}
     plain_s: dict[str, list[float]] = {one: [] for one in variants}

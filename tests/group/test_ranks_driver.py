@@ -6,10 +6,10 @@ a row by its own numbers, so that a result tells which expert made it.
 
 from __future__ import annotations
 
-from dataclasses import contextlib
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
-import dataclass
 import numpy as np
 import pytest
 import torch
