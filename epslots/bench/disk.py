@@ -52,7 +52,7 @@ def _bench(
         size: rounds, and tokens of each.
     """
     rounds, tokens = size
-    in_ram = load_fp32(folder, cache_dir, slots=SLOTS)
+    in_ram = load_fp32(folder, cache_dir, slots=SLOTS, host_store="memory")
     store_bytes = runtime_of(in_ram).store.nbytes
     half = f"{store_bytes // 2}B"
     variants = {
