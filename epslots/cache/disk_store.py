@@ -41,6 +41,7 @@ class RecordLease:
     Attributes:
         record: uint8 [layout.nbytes], the record's bytes once ``read`` is done; valid until the lease is released.
         read: the read that brings them; None = they are there.
+        cells, cell: for ``release``.
     """
 
     record: torch.Tensor
@@ -94,10 +95,11 @@ class DiskStore(HostStore):
 
     def _make_cells(self, cells: Mapping[RecordLayout, int]) -> None:
         layers = self.manifest.layers
-        for layout, count in cells.items():
+        seen = dict.fromkeys((layer.layout for layer in layers), 0)
+        for layout in seen:
             of_layout = [layer.num_experts for layer in layers if layer.layout == layout]
+            count = cells.get(layout, 1)  # a store of something else, which ``checked`` refuses, has other layouts
             self._cells[layout] = _Cells(layout, count, np.full((len(of_layout), max(of_layout)), -1))
-        seen = dict.fromkeys(cells, 0)
         for layer in layers:
             self._place.append((self._cells[layer.layout], seen[layer.layout]))
             seen[layer.layout] += 1

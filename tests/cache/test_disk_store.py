@@ -397,6 +397,14 @@ def open_files() -> list[str]:
     return found
 
 
+def test_a_store_of_something_else_is_refused(cache_dir: Path):
+    """Before its layouts are looked for among ours."""
+    open_large(cache_dir, HostStore).close()
+    (cache_dir / "large-l4rge.experts").rename(cache_dir / "model-k3y.experts")
+    with pytest.raises(StoreError, match="was built for something else"):
+        open_disk_store(cache_dir)
+
+
 def test_a_corrupt_expert_is_found_by_verify(store: DiskStore):
     flip(store, 1, 1)
     (error,) = store.verify()
