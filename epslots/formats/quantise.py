@@ -8,6 +8,7 @@ The larger the error of a weight, the more of an expert's outputs change; the fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -55,6 +56,7 @@ QUANTISED: dict[str, Callable[[torch.Tensor], Matrix]] = {"int8": quantise_int8,
 """By name, how the weights of a matrix are quantised."""
 
 
+@functools.cache
 def quantised_form(name: str, rows: int, columns: int) -> PackedForm:
     """The form of matrices that are quantised so."""
     return QUANTISED[name](torch.zeros(rows, columns, device="meta")).form

@@ -86,6 +86,23 @@ _PUBLISHED = {
         },
         "Qwen/Qwen3-235B-A22B, config.json",
     ),
+    "gpt-oss-120b": _Published(
+        "GptOssForCausalLM",
+        {
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "tie_word_embeddings": False,
+        },
+        "openai/gpt-oss-120b, config.json; planned in bf16, its experts are published in MXFP4",
+    ),
     "qwen3-30b-a3b": _Published(
         "Qwen3MoeForCausalLM",
         {

@@ -25,7 +25,11 @@ EXPECTED = {
     "grok-1": (314 * BILLION, 0.01, 64, 8, 2, 6144, 32768, 64 * 2 * 8 * 128 * BF16),
     # 25.2 billion in the model card, of which the name makes 26.
     "gemma-4-26b-a4b": (25.2 * BILLION, 0.01, 30, 128, 8, 2816, 704, (25 * 8 * 256 + 5 * 2 * 512) * 2 * BF16),
+    # The name makes 120 of 116.8 billion.
+    "gpt-oss-120b": (116.8 * BILLION, 0.01, 36, 128, 4, 2880, 2880, 36 * 2 * 8 * 64 * BF16),
 }
+# Beside its matrices, an expert has biases: so many bytes, aligned.
+BIASES = {"gpt-oss-120b": 2 * 2880 * BF16 + 2880 * BF16 + 128}
 VOCABULARY = {
     "deepseek-v3": 129280,
     "kimi-k2": 163840,
@@ -34,6 +38,7 @@ VOCABULARY = {
     "mixtral-8x7b": 32000,
     "grok-1": 131072,
     "gemma-4-26b-a4b": 262144,
+    "gpt-oss-120b": 201088,
 }
 
 
@@ -54,7 +59,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
     assert shape.parameters == pytest.approx(total, rel=tolerance)
     assert (shape.name, shape.dtype, len(shape.layers), shape.top_k) == (name, "bfloat16", layers, top_k)
     assert {layer.num_experts for layer in shape.layers} == {experts}
-    assert {layer.layout.nbytes for layer in shape.layers} == {3 * hidden * width * BF16}
+    assert {layer.layout.nbytes for layer in shape.layers} == {3 * hidden * width * BF16 + BIASES.get(name, 0)}
     assert (shape.hidden_size, shape.vocab_size) == (hidden, VOCABULARY[name])
     assert row_bytes(shape, 100) == 101 * kv_per_token
 
