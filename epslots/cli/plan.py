@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
+import msgspec
 import typer
 
 from epslots.cli.find_model import FoundModel, find_model
@@ -114,7 +115,7 @@ def plan(
     setting, engine = parse_slots(slots), work.engine
     config = load_config(
         dtype=dtype,
-        cache=engine.cache,
+        **msgspec.structs.asdict(engine),
         host_memory=host_memory,
         slot_format=slot_format,
         expert_format=expert_format,

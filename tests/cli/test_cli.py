@@ -26,9 +26,12 @@ from cluster.api import Cluster
 from cluster.job.command import app as job_app
 from epslots import UnsupportedModelError, cli
 from epslots.cli import launchers, main
+from epslots.cli.find_model import FoundModel
 from epslots.cli.generate import read_prompts
+from epslots.config import EngineConfig, LoadConfig
 from epslots.example import example_model
 from epslots.generation.end_tokens import end_tokens
+from epslots.models.known_shapes import known_shape
 from tests.support import ROOT, zoo
 from tests.support.fake_backend import FakeBackend, one_load_at_a_time
 from tests.support.grouped_ranks import TOKENS_TRAVEL
@@ -411,6 +414,19 @@ def test_plan_of_the_example(run: Callable[..., Run]):
     plan = json.loads(got.out)
     assert plan["fits"] is True
     assert "8" in str(plan)
+
+
+def test_plan_chooses_the_cache_by_the_given_sizes(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
+    seen: list[LoadConfig] = []
+
+    def find_model(model: str, device: str, config: LoadConfig) -> FoundModel:
+        seen.append(config)
+        return FoundModel(known_shape("mixtral-8x7b"))
+
+    monkeypatch.setattr(sys.modules["epslots.cli.plan"], "find_model", find_model)
+    sizes = ("--kv-tokens", "77", "--max-requests", "5", "--max-batch-tokens", "9", "--cache", "rows")
+    run("plan", "--model", "mixtral-8x7b", "--slots", "1", "--memory", "900GiB", *sizes, "--json")
+    assert seen[0].engine == EngineConfig(kv_tokens=77, max_requests=5, max_batch_tokens=9, cache="rows")
 
 
 def test_help_teaches(run: Callable[..., Run]):
