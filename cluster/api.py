@@ -354,6 +354,7 @@ def _ray_backend(config: ClusterConfig, load: Load) -> Backend:
         strategy=config.strategy,
         device=config.model.device,
         path=load.path,
+        groups=config.groups,
         outliving=outliving,
     )
 

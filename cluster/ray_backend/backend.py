@@ -50,6 +50,7 @@ class RayBackend:
         path: the model's folder, which all nodes must have; a hub id is each node's to find.
         loop: class that runs a rank, as "module:name".
         place_s: seconds that Ray has to find another node for a bundle whose node is lost.
+        groups: into which the ranks are divided; one's ranks are near each other.
         outliving: if the ranks are to outlive this driver.
     """
 
@@ -62,10 +63,11 @@ class RayBackend:
         path: str,
         loop: str = RANK_LOOP,
         place_s: float = 30.0,
+        groups: int = 1,
         outliving: Outliving | None = None,
     ) -> None:
         self._address, self._strategy, self._device, self._path = address, strategy, device, path
-        self._loop, self._place_s = loop, place_s
+        self._loop, self._place_s, self._groups = loop, place_s, groups
         self._adoption = None if outliving is None else Adoption(outliving)
         self._use: RayUse | None = None
         self._connection: Connection | None = None
@@ -93,7 +95,8 @@ class RayBackend:
             ranks = int(sum(node.total.get("GPU", 0) for node in nodes)) if "GPU" in self._need else 1
         elsewhere = not self._connection.own and Path(self._path).is_dir()  # a hub id is the nodes' own to find
         folder = str(Path(self._path).absolute()) if elsewhere else None
-        self._bundles = Bundles(self._need, self._strategy, folder, self._place_s, self._adoption)
+        size = None if self._groups == 1 else max(1, ranks // self._groups)
+        self._bundles = Bundles(self._need, self._strategy, folder, self._place_s, size, self._adoption)
         if self._adoption is not None:
             self._adoption.drop_survivors(ranks)
             self._bundles.inherit(self._adoption.groups, ranks)

@@ -11,6 +11,7 @@ from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import msgspec
@@ -52,14 +53,26 @@ class LastingGroups(Protocol):
         """Have a placement group removed by ``effect``, if it is certainly this driver's."""
 
 
+def by_groups(first: int, count: int, size: int | None) -> list[int]:
+    """``count`` bundles from number ``first`` on, divided where an expert-parallel group of ``size`` bundles ends."""
+    if size is None:
+        return [count]
+    ends = [*range(first - first % size + size, first + count, size), first + count]
+    return [end - begin for begin, end in pairwise([first, *ends])]
+
+
 class Bundles:
     """Reserved bundles, numbered from 0. Placement groups have a fixed size, so each growth makes another group.
+
+    Ray packs the bundles of one placement group onto few nodes, not runs of them: so every expert-parallel group, whose ranks
+    exchange tokens in each layer, has a placement group of its own.
 
     Args:
         need: resources of one bundle.
         strategy: Ray's placement strategy.
         folder: the model's folder, which every node must have; None = don't look.
         place_s: seconds that Ray has to find another node for a bundle whose node is lost.
+        group_size: ranks of an expert-parallel group, which "PACK" packs by itself; None = all ranks are one.
         lasting: the cluster that the placement groups outlive this process with; None = they don't.
     """
 
@@ -69,9 +82,11 @@ class Bundles:
         strategy: str,
         folder: str | None,
         place_s: float,
+        group_size: int | None = None,
         lasting: LastingGroups | None = None,
     ) -> None:
         self._need, self._strategy, self._place_s = need, strategy, place_s
+        self._group_size = group_size if strategy == "PACK" else None
         self._lasting = lasting
         self._folder = folder
         self._bundles: list[_Bundle] = []
@@ -105,7 +120,7 @@ class Bundles:
         """
         bundles = self._unused[:count]
         if len(bundles) < count:
-            bundles += await self._make(count - len(bundles))
+            bundles += await self._make(len(self._bundles) + len(bundles), count - len(bundles))
         self._unused = self._unused[count:]
         self._bundles += bundles
 
@@ -150,8 +165,21 @@ class Bundles:
                 )
             await asyncio.sleep(_POLL_S)
 
-    async def _make(self, count: int) -> list[_Bundle]:
+    async def _make(self, first: int, count: int) -> list[_Bundle]:
+        """Reserve bundles from number ``first`` on: a placement group for each expert-parallel group."""
         selector = await self._find_room(count)
+        made: list[_Bundle] = []
+        try:
+            for part in by_groups(first, count, self._group_size):
+                made += await self._reserve(part, selector)
+        except BaseException:
+            for group in {bundle.group.id: bundle.group for bundle in made}.values():
+                self._remove(group)
+            raise
+        return made
+
+    async def _reserve(self, count: int, selector: str | None) -> list[_Bundle]:
+        """One placement group."""
         group = await ask(
             lambda: placement_group(
                 [self._need] * count,

@@ -11,6 +11,7 @@ import ray
 
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
+from cluster.ray_backend.bundles import by_groups
 from cluster.ray_backend.connect import RANK_RESOURCE
 from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_bundles, need_of_bundle
 from tests.support.rank_helpers import PATIENCE_S, until
@@ -137,15 +138,27 @@ def test_a_lost_nodes_rank_moves_to_a_node_that_joins(ray_nodes: RayNodes):
 
 
 def test_pack_and_spread(ray_nodes: RayNodes):
-    with ray_nodes.further(), drive(ranks=0, address=ray_nodes.address):
+    with ray_nodes.further(3), drive(ranks=0, address=ray_nodes.address):
         for strategy, counts in (("PACK", [2]), ("STRICT_PACK", [2]), ("SPREAD", [1, 1])):
-            until(lambda: ray.available_resources().get("CPU") == 4)  # what was there before is gone
+            until(lambda: ray.available_resources().get("CPU") == 5)  # what was there before is gone
             with drive(ranks=2, address=ray_nodes.address, strategy=strategy) as driver:
                 assert list(Counter(hosts_of(driver, 2)).values()) == counts
-        until(lambda: ray.available_resources().get("CPU") == 4)
+        until(lambda: ray.available_resources().get("CPU") == 5)
         with drive(ranks=1, address=ray_nodes.address, strategy="SPREAD") as driver:
             driver.call(driver.backend.resize(2))
             assert len(set(hosts_of(driver, 2))) == 2
+        until(lambda: ray.available_resources().get("CPU") == 5)
+        with drive(ranks=4, address=ray_nodes.address, groups=2) as driver:  # three together would divide the second group
+            first, second, third, fourth = hosts_of(driver, 4)
+            assert first == second != third == fourth
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "size", "parts"),
+    [(0, 6, None, [6]), (0, 6, 2, [2, 2, 2]), (3, 5, 4, [1, 4]), (4, 2, 4, [2]), (5, 1, 2, [1]), (0, 3, 4, [3])],
+)
+def test_each_group_is_packed_by_itself(first: int, count: int, size: int | None, parts: list[int]):
+    assert by_groups(first, count, size) == parts
 
 
 def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes):
