@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from epslots.models.adoption import adopted_conversions
 from epslots.models.config_check import refusing
 from epslots.models.quantiser import StoredQuantisation, StoredQuantiser
 
@@ -79,7 +80,19 @@ def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
     quantisation = getattr(skeleton.config, "quantization_config", None)
     quantizer = None if quantisation is None else StoredQuantiser(StoredQuantisation(**quantisation))
     with refusing("config.json"):
-        return list(get_model_conversion_mapping(skeleton, None, quantizer))
+        return _of_adopted(skeleton, quantizer) + list(get_model_conversion_mapping(skeleton, None, quantizer))
+
+
+def loaded_conversions(model: PreTrainedModel) -> list[Any]:
+    """The conversions of a loaded model; transformers itself knows none of adopted experts (``adoption.py``)."""
+    return _of_adopted(model, getattr(model, "hf_quantizer", None)) + list(model._weight_conversions)
+
+
+def _of_adopted(model: PreTrainedModel, quantizer: StoredQuantiser | None) -> list[Any]:
+    found = adopted_conversions(model)
+    if quantizer is None or not found:
+        return list(found)
+    return [c for c in quantizer.update_weight_conversions(found, model) if isinstance(c, WeightConverter)]
 
 
 def match_keys(

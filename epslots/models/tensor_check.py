@@ -63,7 +63,8 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
             made.setdefault(target, TensorSource(target, found.converter)).add(found)
         if not used:
             left[found.key] = found.targets[0]
-        elsewhere.update(target for target in found.targets if target not in dense)
+        outside = [target for target in found.targets if target not in dense]
+        elsewhere.update((*outside, found.renamed) if outside else ())  # by its own name, where only epslots converts it
     for target, source in made.items():
         if target not in dense or dense[target].is_floating_point():
             check_packing(source, checkpoint.tensors)

@@ -25,7 +25,7 @@ MEASURES_EVERY_MODEL = True
 TOKENS = 40  # longer than every sliding window of the zoo, 16
 FP32 = 4
 
-MODELS = {name: tiny for name, tiny in ZOO.items() if tiny.interface or tiny.decorate} | UNUSUAL
+MODELS = {name: tiny for name, tiny in ZOO.items() if tiny.served} | UNUSUAL
 
 
 def config_of(tiny: Tiny) -> transformers.PretrainedConfig:

@@ -48,7 +48,7 @@ from tests.support import zoo
 
 # Layers whose routers are no linear maps of what the experts are given.
 WITHOUT = {"zaya": 3, "muse_spark": 2, "deepseek_v4": 1}
-NAMES = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
+NAMES = [name for name, tiny in zoo.ZOO.items() if tiny.served]
 
 
 def silent(title: str, total: int) -> nullcontext[Callable[[int], None]]:
