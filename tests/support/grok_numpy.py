@@ -33,10 +33,7 @@ _COMMON = {
 # The keys of the released configurations, with small sizes, and multipliers that make caps bend the logits.
 GROK_1 = _COMMON | {
     "architectures": ["Grok1ModelForCausalLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_grok1.Grok1Config",
-        "AutoModelForCausalLM": "modeling_grok1.Grok1ModelForCausalLM",
-    },
+    "auto_map": {"AutoModelForCausalLM": "modeling_grok1.Grok1ModelForCausalLM"},
     "intermediate_size": 96,
     "attn_output_multiplier": 0.25,
     "embedding_multiplier_scale": 8.0,
@@ -88,7 +85,9 @@ def make_weights(settings: Mapping[str, Any], seed: int = 0) -> Weights:
     def norm() -> Any:
         return 1 + matrix(1, HIDDEN)[0]
 
-    found = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN, 0.3), "model.norm.weight": norm()}
+    # Signs at random: where the output is the embedding, each token's own logit, a square, would win.
+    last = matrix(1, HIDDEN, 1.0)[0] if tied else norm()
+    found = {"model.embed_tokens.weight": matrix(VOCAB, HIDDEN, 0.3), "model.norm.weight": last}
     if not tied:
         found["lm_head.weight"] = matrix(VOCAB, HIDDEN)
     for layer in (f"model.layers.{number}" for number in range(LAYERS)):
