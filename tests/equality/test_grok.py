@@ -128,7 +128,7 @@ def test_every_released_name_becomes_a_tensor(name: str, conversion: str):
         key: tensor for key, tensor in skeleton.state_dict().items() if not (key == "lm_head.weight" and name == "grok-1")
     }
     experts = [
-        (f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight")
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
         for layer in range(64)
         for expert in range(8)
         for matrix in ("w1", "w2", "w3")
@@ -167,7 +167,7 @@ def test_unequal_pieces_are_refused(tmp_path: Path):
     name = min(tensors)
     tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="rank 0 and rank 2 differ in model.layers.0.*equal pieces"):
+    with pytest.raises(CheckpointError, match=r"rank 0 and rank 2 differ in model\.layers\.0.*equal pieces"):
         load(folder, tmp_path)
 
 
