@@ -157,8 +157,8 @@ _HEADER = """# Models with experts
 
 Every model of transformers {version} that defines experts, made at a tiny random size, and run from slots for a quarter of its
 experts: *runs* = its logits are plain transformers' (fp32, within 2e-5 of their scale). Written by
-`.venv/bin/python -m tests.support.model_table`, held by `tests/models/test_model_table.py`. *suite* = the tests run it with one
-slot, a quarter and all. Models that wrap another one's text model (kimi_k25 has deepseek_v3's) have no row of their own.
+`.venv/bin/python -m tests.support.model_table`, held by `tests/models/test_model_table.py`. *suite* = the tests run it with
+one slot, a quarter and all. Models that wrap another one's text model (kimi_k25 has deepseek_v3's) have no row of their own.
 
 | folder in transformers | class | interface | suite | outcome |
 | --- | --- | --- | --- | --- |"""
