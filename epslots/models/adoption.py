@@ -104,7 +104,7 @@ class SplitRows(ConversionOps):
 
 
 @dataclass(frozen=True)
-class Adoption:
+class Rebuilding:
     """How the experts of one class of modules are brought to the interface.
 
     Attributes:
@@ -122,7 +122,7 @@ def adopt(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: it is set up in a way that no released model is.
     """
-    known = ADOPTIONS.get(type(module).__name__)
+    known = REBUILT.get(type(module).__name__)
     if type(module).__name__ == "JetMoeMoA":
         _rebuild_jetmoe_attention(module)
     elif known is not None and not isinstance(getattr(module, "experts", None), FusedExperts):
@@ -138,8 +138,8 @@ def mixes_tokens(model: PreTrainedModel) -> bool:
 
 def adopted_conversions(model: PreTrainedModel) -> list[WeightConverter]:
     """The conversions of a model's adopted experts; none for experts that transformers has at its interface."""
-    found = {type(module).__name__: module for module in model.modules() if type(module).__name__ in ADOPTIONS}
-    return [converter for name, module in found.items() for converter in ADOPTIONS[name].conversions(module.experts)]
+    found = {type(module).__name__: module for module in model.modules() if type(module).__name__ in REBUILT}
+    return [converter for name, module in found.items() for converter in REBUILT[name].conversions(module.experts)]
 
 
 def expert_rows(operations: Sequence[ConversionOps]) -> int:
@@ -176,7 +176,7 @@ def _rebuild_dbrx(block: Any) -> None:
     block.experts = FusedExperts(own.num_experts, own.ffn_hidden_size, own.hidden_size, own.mlp.w1, own.mlp.activation_fn)
 
 
-def _convert_dbrx(experts: FusedExperts) -> list[WeightConverter]:
+def _convert_dbrx(experts: Any) -> list[WeightConverter]:
     split = SplitRows(experts.down_proj.shape[-1])
     return [
         WeightConverter(["experts.mlp.w1", "experts.mlp.v1"], "experts.gate_up_proj", [split, Concatenate(dim=1)]),
@@ -293,9 +293,9 @@ def _convert_doge(_: FusedExperts) -> list[WeightConverter]:
     ]
 
 
-ADOPTIONS = {
-    "DbrxFFN": Adoption(_rebuild_dbrx, _convert_dbrx),
-    "DogeCDMoE": Adoption(_rebuild_doge, _convert_doge),
-    "JetMoeMoE": Adoption(_rebuild_jetmoe, _convert_jetmoe),
-    "Llama4TextMoe": Adoption(_rebuild_llama4, _convert_llama4),
+REBUILT = {
+    "DbrxFFN": Rebuilding(_rebuild_dbrx, _convert_dbrx),
+    "DogeCDMoE": Rebuilding(_rebuild_doge, _convert_doge),
+    "JetMoeMoE": Rebuilding(_rebuild_jetmoe, _convert_jetmoe),
+    "Llama4TextMoe": Rebuilding(_rebuild_llama4, _convert_llama4),
 }

@@ -71,20 +71,22 @@ class TensorSource:
         self.renamed[found.pattern].append(found.renamed)
 
 
-def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
-    """The conversions by which transformers would load a checkpoint into a model.
+def conversions_of(skeleton: PreTrainedModel, *, adopted: bool = True) -> list[Any]:
+    """The conversions of a checkpoint into a model.
 
     Args:
         skeleton: the model's structure; its configuration states the checkpoint's quantisation (``pretrained.read_config``).
+        adopted: those of adopted experts too, which transformers itself doesn't load by (``adoption.py``).
     """
     quantisation = getattr(skeleton.config, "quantization_config", None)
     quantizer = None if quantisation is None else StoredQuantiser(StoredQuantisation(**quantisation))
     with refusing("config.json"):
-        return _of_adopted(skeleton, quantizer) + list(get_model_conversion_mapping(skeleton, None, quantizer))
+        found = _of_adopted(skeleton, quantizer) if adopted else []
+        return found + list(get_model_conversion_mapping(skeleton, None, quantizer))
 
 
 def loaded_conversions(model: PreTrainedModel) -> list[Any]:
-    """The conversions of a loaded model; transformers itself knows none of adopted experts (``adoption.py``)."""
+    """The conversions of a loaded model."""
     return _of_adopted(model, getattr(model, "hf_quantizer", None)) + list(model._weight_conversions)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ from epslots.errors import UnsupportedModelError
 _ACTIVATION = "gelu_pytorch_tanh"
 
 
-class GrokConfig(PretrainedConfig):  # type: ignore[misc]
+class GrokConfig(PretrainedConfig):
     """The settings of both models, under the names of all released configurations.
 
     Raises:
@@ -117,7 +117,7 @@ class GrokAttention(nn.Module):
 
     def __init__(self, config: GrokConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, cast(int, config.head_dim)
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -167,12 +167,12 @@ class GrokMLP(nn.Module):
         return result
 
 
-class GrokExperts(MixtralExperts):  # type: ignore[misc]
+class GrokExperts(MixtralExperts):
     """The experts, at transformers' interface."""
 
     def __init__(self, config: GrokConfig) -> None:
         sizes = copy.copy(config)
-        sizes.intermediate_size, sizes.hidden_act = config.moe_intermediate_size, _ACTIVATION
+        sizes.intermediate_size, sizes.hidden_act = cast(int, config.moe_intermediate_size), _ACTIVATION
         super().__init__(sizes)
         self.config = config
 
@@ -207,7 +207,7 @@ class GrokMoE(nn.Module):
         return result
 
 
-class GrokDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class GrokDecoderLayer(GradientCheckpointingLayer):
     """Attention, then experts, each between two norms."""
 
     def __init__(self, config: GrokConfig, layer_idx: int) -> None:
@@ -229,7 +229,7 @@ class GrokDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         return result
 
 
-class GrokPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class GrokPreTrainedModel(PreTrainedModel):
     """What transformers asks of a model; of its implementations of attention none caps logits as Grok does."""
 
     config_class = GrokConfig
@@ -303,7 +303,7 @@ class GrokModel(GrokPreTrainedModel):
         return torch.where(position_BW > base, growth_BW, 1.0)[:, None, :, None]
 
 
-class GrokForCausalLM(GrokPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class GrokForCausalLM(GrokPreTrainedModel, GenerationMixin):
     """Grok with its language-model head."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -314,9 +314,19 @@ class GrokForCausalLM(GrokPreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, *args: Any, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any) -> MoeCausalLMOutputWithPast:
-        """Logits; arguments as of ``GrokModel``."""
-        outputs = self.model(*args, **kwargs)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **_: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits of tokens, or of their embeddings before these are multiplied."""
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         logits = softcap(logits * self.config.output_multiplier_scale, self.config.final_logit_softcapping)
         return MoeCausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 
 from epslots.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch  # it takes seconds, and the names of files are asked for without it
 
 _RANK = re.compile(r"-TP-(\d{3})(?=\.safetensors$)")
 _COMMON = "-TP-common.safetensors"
@@ -43,6 +45,8 @@ class JoinedFile:
 
     def get_tensor(self, key: str) -> torch.Tensor:
         """A whole tensor."""
+        import torch
+
         return torch.cat([part.get_tensor(key) for part in self._parts], _dimension(key))
 
     def get_slice(self, key: str) -> JoinedSlice:

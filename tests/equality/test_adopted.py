@@ -49,7 +49,7 @@ def test_llama_4s_experts_stay_packed(checkpoint: Checkpoints, tmp_path: Path, c
         plain[key] = torch.cat([torch.stack(found) for found in of_part if found], -1)
     source = checkpoint("llama4")
     folder = zoo.write_checkpoint(source, tmp_path / "int4", tensors, quantization_config=scheme.settings)
-    model = load(folder, cache_dir, slots="50%")
+    model = load(folder, cache_dir, slots="50%", slot_format="packed")
     assert_equal(model, Reference(zoo.write_checkpoint(source, tmp_path / "twin", plain)))
     layer = runtime_of(model).layers[0]
     codes = sum(spec.nbytes for spec in layer.layout.tensors if spec.name.endswith("codes"))

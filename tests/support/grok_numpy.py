@@ -241,7 +241,7 @@ def write_for_ranks(folder: Path, weights: Weights, settings: Mapping[str, Any],
     files: dict[str, dict[str, torch.Tensor]] = {}
     kinds: dict[str, int] = {}
     for name, weight in weights.items():
-        kind = kinds.setdefault(re.sub(r"\d+\.", "", name), len(kinds))
+        kind = kinds.setdefault(re.sub(r"(?<=\.)\d+\.", "", name), len(kinds))
         tensor = torch.from_numpy(weight).float()
         if ".experts." not in name:
             files.setdefault(f"pytorch_model-{kind:05}-TP-common.safetensors", {})[name] = tensor

@@ -24,13 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 import epslots
 from epslots.errors import EpslotsError
-from epslots.models.adoption import ADOPTIONS
+from epslots.models.adoption import REBUILT
 from tests.support import zoo
 from tests.support.equality import TOLERANCE
 from tests.support.more_models import LATENTS, UNUSUAL
 
 FILE = Path(__file__).parents[2] / "examples/benchmarks/MODELS.md"
-_CLASS = rf"class (\w+(Experts|NaiveMoe)\(nn\.Module\)|({'|'.join(ADOPTIONS)})\()"
+_CLASS = rf"class (\w+(Experts|NaiveMoe)\(nn\.Module\)|({'|'.join(REBUILT)})\()"
 _EXPERTS = re.compile(rf"^(@use_experts_implementation|{_CLASS})", re.M)
 _HEADS = ("ForCausalLM", "ForConditionalGeneration")
 # Sizes by the names that configurations have for them; each configuration is given those that it knows.
