@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import epslots
@@ -32,6 +32,7 @@ from tests.support.more_models import LATENTS, UNUSUAL
 FILE = Path(__file__).parents[2] / "examples/benchmarks/MODELS.md"
 _CLASS = rf"class (\w+(Experts|NaiveMoe)\(nn\.Module\)|({'|'.join(REBUILT)})\()"
 _EXPERTS = re.compile(rf"^(@use_experts_implementation|{_CLASS})", re.M)
+_MOST_WEIGHTS = 20_000_000
 _HEADS = ("ForCausalLM", "ForConditionalGeneration")
 # Sizes by the names that configurations have for them; each configuration is given those that it knows.
 _SIZES: dict[str, Any] = {
@@ -46,6 +47,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
     **{"kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    **{"depth": 1, "num_heads": 2, "image_size": 32},
     **{"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16, "sliding_window": 16},
 }
 
@@ -87,8 +89,12 @@ def tiny_of(architecture: type[PreTrainedModel]) -> zoo.Tiny:
 def _settings(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     names = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
     given = {name: value for name, value in _SIZES.items() if name in names}
-    text = {name: spec.config_class for name, spec in config_class.sub_configs_defaults.items() if name == "text_config"}
-    return given | {name: _settings(kind) for name, kind in text.items()}
+    for name, spec in config_class.sub_configs_defaults.items():
+        if spec.config_class is AutoConfig:
+            given[name] = _settings(CONFIG_MAPPING[spec.model_type]) | {"model_type": spec.model_type}
+        else:
+            given[name] = _settings(spec.config_class)
+    return given
 
 
 def outcome(module: str) -> tuple[str, str]:
@@ -98,6 +104,10 @@ def outcome(module: str) -> tuple[str, str]:
         return "", "refused: it predicts no tokens"
     tiny = tiny_of(architecture)
     try:
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in architecture(architecture.config_class(**tiny.settings)).parameters())
+        if weights > _MOST_WEIGHTS:
+            return tiny.architecture, f"not tried: its tiny model would have {weights:,} weights"
         built = tiny.build()
     except Exception as error:
         return tiny.architecture, f"not tried: no tiny model of it could be made ({_first(error)})"
@@ -107,6 +117,8 @@ def outcome(module: str) -> tuple[str, str]:
             return tiny.architecture, _compare(Path(folder), built)
         except EpslotsError as error:
             return tiny.architecture, f"refused: {_first(error)}".replace(f"{folder}/model", "it")
+        except Exception as error:
+            return tiny.architecture, f"fails: {type(error).__name__}: {_first(error)}"
 
 
 @torch.no_grad()
@@ -138,6 +150,8 @@ def rows() -> Iterator[tuple[str, str, str, str, str]]:
     """Folder, class, way to the interface, whether the suite runs it too, outcome."""
     suite = {tiny.architecture for tiny in zoo.ZOO.values() if tiny.served}
     for folder, module in folders().items():
+        if sys.argv[1:] and folder not in sys.argv[1:]:
+            continue
         print(folder, file=sys.stderr)
         architecture, found = outcome(module)
         yield folder, architecture, way(module, architecture), "yes" if architecture in suite else "", found
