@@ -47,6 +47,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
     **{"kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
     **{"depth": 1, "num_heads": 2, "image_size": 32},
     **{"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16, "sliding_window": 16},
 }
