@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 
 from epslots.models.adoption import adopted_conversions
 from epslots.models.config_check import refusing
-from epslots.models.quantiser import StoredQuantisation, StoredQuantiser
+from epslots.models.quantiser import Dequantise, StoredQuantisation, StoredQuantiser
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ def conversions_of(skeleton: PreTrainedModel, *, adopted: bool = True) -> list[A
 
 def loaded_conversions(model: PreTrainedModel) -> list[Any]:
     """The conversions of a loaded model."""
-    return _of_adopted(model, getattr(model, "hf_quantizer", None)) + list(model._weight_conversions)
+    own = list(model._weight_conversions)
+    operations = [operation for converter in own for operation in getattr(converter, "operations", ())]
+    quantizers = (operation.hf_quantizer for operation in operations if isinstance(operation, Dequantise))
+    return _of_adopted(model, next(quantizers, None)) + own
 
 
 def _of_adopted(model: PreTrainedModel, quantizer: StoredQuantiser | None) -> list[Any]:
