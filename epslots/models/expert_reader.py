@@ -148,7 +148,7 @@ class ExpertReader:
                     source_patterns=converter.source_patterns,  # type: ignore[union-attr]
                     target_patterns=converter.target_patterns,  # type: ignore[union-attr]
                     full_layer_name=source.target,
-                    model=self._model,
+                    model=_OfOneExpert(self._model, tensor.shape),
                     config=self._model.config,
                     missing_keys=None,
                 )
@@ -169,6 +169,19 @@ class ExpertReader:
         header = self._checkpoint.tensors[key]
         handle = self._checkpoint.handles[header.file]
         return handle.get_tensor(key) if merged else handle.get_slice(key)[expert * rows : (expert + 1) * rows]
+
+
+class _OfOneExpert:
+    """A model whose experts' tensors have one expert: qwen3_vl_moe's conversion turns what isn't of the model's shape."""
+
+    def __init__(self, model: PreTrainedModel, shape: tuple[int, ...]) -> None:
+        self._model, self._shape = model, shape
+
+    def get_parameter(self, _: str) -> torch.Tensor:
+        return torch.empty(1, *self._shape, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
