@@ -87,9 +87,22 @@ def tiny_of(architecture: type[PreTrainedModel]) -> zoo.Tiny:
     return known().get(name) or zoo.Tiny(name, name, _settings(architecture.config_class))
 
 
+# What the sizes above don't suit, by the name of the configuration.
+_OTHERWISE: dict[str, dict[str, Any]] = {
+    "Glm4vMoeTextConfig": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 2],
+        }
+    }
+}
+
+
 def _settings(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     names = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
-    given = {name: value for name, value in _SIZES.items() if name in names}
+    given = {name: value for name, value in _SIZES.items() if name in names} | _OTHERWISE.get(config_class.__name__, {})
     for name, spec in config_class.sub_configs_defaults.items():
         if spec.config_class is AutoConfig:
             given[name] = _settings(CONFIG_MAPPING[spec.model_type]) | {"model_type": spec.model_type}
