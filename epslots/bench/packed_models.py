@@ -41,7 +41,6 @@ def measure_memory(rounds: int, advance: Advance) -> Tables:
         experts = None
         for label, expert_format in FORMATS.items():
             shape, skeleton = known_model(name)
-            assert skeleton is not None
             if expert_format is not None:
                 shape = msgspec.structs.replace(shape, layers=quantised_slots(expert_format, skeleton, shape.layers).layers)
             plan = plan_memory(

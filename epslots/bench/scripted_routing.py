@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.models.experts import RUNNER, experts_modules
+from epslots.models.adoption import RUNNER
+from epslots.models.experts import experts_modules
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import Prefetcher, UsagePredictor
 from epslots.runtime import runtime_of

@@ -89,14 +89,11 @@ def _known_shape(model: str, config: LoadConfig) -> ModelShape:
         )
     dtype = {} if config.dtype == "auto" else {"dtype": config.dtype}
     shape, skeleton = known_model(model, **dtype, attention=config.attn_implementation)
-    if skeleton is not None:
-        from epslots.generation.planned_cache import with_cache
-        from epslots.models.slot_format import quantised_slots
+    # Torch's imports take seconds; other commands do without them.
+    from epslots.generation.planned_cache import with_cache
+    from epslots.models.slot_format import quantised_slots
 
-        if config.expert_format is not None:
-            slots = quantised_slots(config.expert_format, skeleton, shape.layers)
-            shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
-        return with_cache(shape, skeleton, config.engine)
     if config.expert_format is not None:
-        raise ConfigError(f"expert_format={config.expert_format!r}: {model} is planned in its own dtype alone; allowed: None")
-    return msgspec.structs.replace(shape, pages=None) if config.cache == "rows" else shape
+        slots = quantised_slots(config.expert_format, skeleton, shape.layers)
+        shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
+    return with_cache(shape, skeleton, config.engine)

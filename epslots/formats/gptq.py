@@ -1,7 +1,7 @@
 """GPTQ, as AutoGPTQ and GPTQModel store it.
 
-qweight   I32 [columns / 8, rows], eight codes of four bits a word, lowest bits first
-qzeros    I32 [groups, rows / 8]: zero - 1 in checkpoints of the first version, zero in ``gptq_v2``
+qweight   I32 [columns / 8, rows], eight codes of four bits a word, lowest bits first; of eight bits, four codes
+qzeros    I32 [groups, rows / 8], likewise: zero - 1 in checkpoints of the first version, zero in ``gptq_v2``
 scales    F16 [groups, rows]
 g_idx     I32 [columns], each column's group. With act order (``desc_act``) the groups are mixed: columns are kept sorted by
           group then, with the input that each reads
@@ -9,26 +9,32 @@ g_idx     I32 [columns], each column's group. With act order (``desc_act``) the 
 
 from __future__ import annotations
 
+import torch
+
 from epslots.errors import UnsupportedModelError
 from epslots.formats.fp8 import block_of
 from epslots.formats.matrix import Matrix, StoredParts, check_columns, make_matrix, sort_columns, split_words
 from epslots.formats.stored_format import Settings, StoredFormat
 
+# The zero of symmetric codes of eight bits.
+_MIDDLE = 128
+
 
 def check(settings: Settings) -> None:
     """Refuse other numbers of bits, and layouts of other kernels."""
     bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
-    if bits != 4 or layout not in ("gptq", "gptq_v2"):
+    if bits not in (4, 8) or layout not in ("gptq", "gptq_v2"):
         raise UnsupportedModelError(
-            f"GPTQ stored it with {bits} bits in the layout {layout!r}; epslots reads 4 bits in gptq's and gptq_v2's"
+            f"GPTQ stored it with {bits} bits in the layout {layout!r}; epslots reads 4 and 8 bits in gptq's and gptq_v2's"
         )
 
 
 def read(parts: StoredParts, settings: Settings) -> Matrix:
     """The matrix of ``qweight``, ``qzeros``, ``scales`` and ``g_idx``."""
-    codes = split_words(parts["qweight"].t().contiguous())
+    bits = settings["bits"]
+    codes = split_words(parts["qweight"].t().contiguous(), bits)
     group = parts["scales"].t().contiguous()
-    zero = split_words(parts["qzeros"]).t().contiguous()
+    zero = split_words(parts["qzeros"], bits).t().contiguous()
     if settings.get("checkpoint_format", "gptq") == "gptq":
         zero = zero + 1
     block, perm = block_of(codes.shape, group.shape, None), None
@@ -36,7 +42,11 @@ def read(parts: StoredParts, settings: Settings) -> Matrix:
         codes, perm = sort_columns(codes, parts["g_idx"], block[1])
     elif "g_idx" in parts:
         check_columns(parts["g_idx"], block[1])
-    return make_matrix(codes, "int4", group=group, zero=zero, perm=perm, block=block)
+    if bits == 4:
+        return make_matrix(codes, "int4", group=group, zero=zero, perm=perm, block=block)
+    if not zero.is_meta and not bool((zero == _MIDDLE).all()):
+        raise ValueError("asymmetric codes of 8 bits aren't known; symmetric ones are")
+    return make_matrix((codes.to(torch.int16) - _MIDDLE).to(torch.int8), group=group, perm=perm, block=block)
 
 
 FORMAT = StoredFormat(

@@ -30,6 +30,7 @@ from epslots.errors import DoesNotFitError
 from epslots.generation.page_scheduler import SCHEDULER
 from epslots.generation.paged_invariance import IMPLEMENTATION
 from epslots.generation.positions import depends_on_length
+from epslots.models.adoption import mixes_tokens
 from epslots.models.batch_invariance import is_batch_invariant
 from epslots.models.page_sizes import PageSizes, cache_blocks
 
@@ -60,6 +61,8 @@ def paging_obstacle(model: PreTrainedModel) -> str | None:
     kept = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if kept:
         return f"its layers keep more than keys and values ({', '.join(sorted(kind.__name__ for kind in kept))})"
+    if mixes_tokens(model):
+        return "its tokens choose experts for one another"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "paged attention has no soft cap"
     if not config.is_heterogeneous:

@@ -28,12 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
+from epslots.errors import UnsupportedModelError
 from epslots.generation.cell_table import CellTable
 from epslots.generation.row_attention import LayerOfRows
 from epslots.generation.row_layers import Pools, RowStep, States, TokenPool, can_be_pooled, pool_layer
@@ -56,9 +57,18 @@ class Row:
 
 
 def empty_cache(model: PreTrainedModel) -> Cache:
-    """An empty cache of the model's own kind."""
+    """An empty cache of the model's own kind.
+
+    Raises:
+        UnsupportedModelError: it has a cache for another kind of generation than token by token.
+    """
     found: dict[str, Any] = {}
-    model._prepare_cache_for_generation(GenerationConfig(), found, GenerationMode.GREEDY_SEARCH, 1, 1)
+    prepare = model._prepare_cache_for_generation
+    if getattr(prepare, "__func__", None) is not GenerationMixin._prepare_cache_for_generation:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} prepares its cache in a way of its own: it doesn't generate token by token (diffusion)"
+        )
+    prepare(GenerationConfig(), found, GenerationMode.GREEDY_SEARCH, 1, 1)
     cache = found.get("past_key_values")
     if cache is None:  # minimax makes its own, in which layers of linear attention would pass for empty ones of full attention
         cache = _minimax_cache(model)

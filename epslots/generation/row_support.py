@@ -15,6 +15,7 @@ from epslots.generation.positions import depends_on_length
 from epslots.generation.row_attention import attentions_by_row, layer_of
 from epslots.generation.row_cache import empty_cache
 from epslots.generation.row_layers import can_be_pooled
+from epslots.models.adoption import mixes_tokens
 from epslots.models.batch_invariance import is_batch_invariant
 
 # Mixers whose scan begins anew with every chunk of more than one token.
@@ -33,7 +34,7 @@ class RowSupport:
         rotaries: rotary embeddings that are computed row by row, because their angles depend on a row's length.
         whole_prompts: a prompt is computed in one batch, at any length.
         replays: text that is computed again comes token by token, as it did the first time: in one pass it would get other
-            angles, or other bits. Prompts of such models are whole, too.
+            angles, other bits or other experts. Prompts of such models are whole, too.
         together: several rows share a pass.
         restart: tokens of a sequence after which it is computed anew, once; None = never.
     """
@@ -65,13 +66,14 @@ def row_support(model: PreTrainedModel) -> RowSupport:
     unknown = frozenset(i for i, layer in enumerate(empty_cache(model).layers) if not can_be_pooled(layer))
     rotaries = tuple(depends_on_length(model))
     invariant = is_batch_invariant(model)
-    replays = bool(rotaries) or invariant
+    mixes = mixes_tokens(model)
+    replays = bool(rotaries) or invariant or mixes
     restarts = rotaries and type(model).__name__ in RESTARTING
     return RowSupport(
         modules=attentions_by_row(model, unknown),
         rotaries=rotaries,
         whole_prompts=replays or any(type(module).__name__ in WHOLE_PROMPT_MIXERS for module in model.modules()),
         replays=replays,
-        together=not invariant,
+        together=not invariant and not mixes,
         restart=getattr(model.config, "original_max_position_embeddings", None) if restarts else None,
     )

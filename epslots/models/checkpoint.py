@@ -19,6 +19,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from epslots.errors import CheckpointError, ConfigError
+from epslots.models.parallel_shards import JoinedFile, join_ranks
 from epslots.models.weight_files import WeightFiles, find_weight_files
 
 _WHAT_TO_GIVE = "give a checkpoint folder or a hub id such as 'Qwen/Qwen3-30B-A3B'"
@@ -87,14 +88,15 @@ class Checkpoint:
         name: its name in messages.
         files: its weight files.
         tensors: header of every tensor, by key, file by file.
-        handles: the open files, by name; safetensors maps them and reads nothing until a tensor is read.
+        handles: the open files, by name; safetensors maps them and reads nothing until a tensor is read. Files that hold
+            pieces of the same tensors are one (``parallel_shards.py``).
     """
 
     folder: Path
     name: str
     files: WeightFiles
     tensors: dict[str, TensorHeader]
-    handles: dict[str, safe_open] = field(repr=False)
+    handles: dict[str, safe_open | JoinedFile] = field(repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -105,7 +107,7 @@ class Checkpoint:
         noticed.
         """
         digest = xxhash.xxh3_128(os.fsencode(self.folder.resolve()))
-        for file in sorted(self.handles):
+        for file in sorted(self.files.names):
             status = (self.folder / file).stat()
             digest.update(f"{file}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
         digest.update(self.content.encode())
@@ -114,7 +116,7 @@ class Checkpoint:
     @cached_property
     def content(self) -> str:
         """Hex digest of all headers and samples of every tensor: equal for copies of a checkpoint in any place."""
-        names = sorted(self.handles)
+        names = sorted(self.files.names)
         with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
             digests = pool.map(_digest_samples, [self.folder / name for name in names])
             parts = (f"{name}\0{digest}\0" for name, digest in zip(names, digests, strict=True))
@@ -212,7 +214,7 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     """
     with _reported_as_ours(folder):
         files = find_weight_files(folder, variant)
-        handles = {name: _open_file(folder / name) for name in files.names}
+        handles = join_ranks({name: _open_file(folder / name) for name in files.names})
     tensors: dict[str, TensorHeader] = {}
     for file, handle in handles.items():
         for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping

@@ -18,11 +18,12 @@ from epslots.layout import LayerSpec
 # Configuration classes make lists of this length before a weight file is opened, and check given ones entry by entry.
 # Published models have up to some hundreds of layers.
 MAX_LAYERS = 10_000
-_LAYERS = re.compile(r"(layers?|depth|first_k_dense_replace)$")
+_LAYERS = re.compile(r"((?<!feature_)layers?|depth|first_k_dense_replace)$")
 # Every configuration has a table of this many names. Published classifiers have up to some ten thousand classes.
 MAX_LABELS = 100_000
 _POSITIVE = re.compile(r"max_position_embeddings$")
-_NOT_NEGATIVE = re.compile(r"(layers?|depth|eps|epsilon)$")
+# A feature layer is counted from the end (mistral_large4's -1).
+_NOT_NEGATIVE = re.compile(r"((?<!feature_)layers?|depth|eps|epsilon)$")
 # Names of the number of experts per token in configurations.
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 

@@ -21,8 +21,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from epslots.models.adoption import adopted_conversions
 from epslots.models.config_check import refusing
-from epslots.models.quantiser import StoredQuantisation, StoredQuantiser
+from epslots.models.quantiser import Dequantise, StoredQuantisation, StoredQuantiser
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,33 @@ class TensorSource:
         self.renamed[found.pattern].append(found.renamed)
 
 
-def conversions_of(skeleton: PreTrainedModel) -> list[Any]:
-    """The conversions by which transformers would load a checkpoint into a model.
+def conversions_of(skeleton: PreTrainedModel, *, adopted: bool = True) -> list[Any]:
+    """The conversions of a checkpoint into a model.
 
     Args:
         skeleton: the model's structure; its configuration states the checkpoint's quantisation (``pretrained.read_config``).
+        adopted: those of adopted experts too, which transformers itself doesn't load by (``adoption.py``).
     """
     quantisation = getattr(skeleton.config, "quantization_config", None)
     quantizer = None if quantisation is None else StoredQuantiser(StoredQuantisation(**quantisation))
     with refusing("config.json"):
-        return list(get_model_conversion_mapping(skeleton, None, quantizer))
+        found = _of_adopted(skeleton, quantizer) if adopted else []
+        return found + list(get_model_conversion_mapping(skeleton, None, quantizer))
+
+
+def loaded_conversions(model: PreTrainedModel) -> list[Any]:
+    """The conversions of a loaded model."""
+    own = list(model._weight_conversions)
+    operations = [operation for converter in own for operation in getattr(converter, "operations", ())]
+    quantizers = (operation.hf_quantizer for operation in operations if isinstance(operation, Dequantise))
+    return _of_adopted(model, next(quantizers, None)) + own
+
+
+def _of_adopted(model: PreTrainedModel, quantizer: StoredQuantiser | None) -> list[Any]:
+    found = adopted_conversions(model)
+    if quantizer is None or not found:
+        return list(found)
+    return [c for c in quantizer.update_weight_conversions(found, model) if isinstance(c, WeightConverter)]
 
 
 def match_keys(

@@ -21,8 +21,9 @@ from epslots.cache.unpacking import assert_consistent, record_views, unpack_reco
 from epslots.errors import CheckpointError
 from epslots.formats.quantise import QUANTISED
 from epslots.layout import LayerSpec, PackedMatrix, TensorSpec
+from epslots.models.adoption import expert_rows
 from epslots.models.checkpoint import Checkpoint
-from epslots.models.conversions import TensorSource, conversions_of, match_keys
+from epslots.models.conversions import TensorSource, conversions_of, loaded_conversions, match_keys
 from epslots.models.experts import parameter_shapes
 from epslots.models.packing import Packing, check_packing, find_packing, packed_layout, quantised_matrices, record_tensors
 from epslots.models.quantiser import Dequantise, by_matrix
@@ -54,7 +55,7 @@ class ExpertReader:
         self._checkpoint = checkpoint
         self._model = model
         self._specs = tuple(layers)
-        self._conversions = model._weight_conversions if conversions is None else conversions
+        self._conversions = loaded_conversions(model) if conversions is None else conversions
         self._layers = [
             {tensor.name: TensorSource(f"{layer.name}.{tensor.name}") for tensor in layer.weights.tensors} for layer in layers
         ]
@@ -134,10 +135,12 @@ class ExpertReader:
         """One expert's tensor, converted by transformers' operations."""
         source, num_experts = self._layers[layer][tensor.name], self._specs[layer].num_experts
         experts = [part * num_experts + expert for part in range(source.parts)]
-        values: Any = {
-            pattern: [self._tensor(keys, e, merged="*" in pattern) for e in experts] for pattern, keys in source.keys.items()
-        }
         converter = source.converter
+        rows = 1 if converter is None else expert_rows(converter.operations)
+        values: Any = {
+            pattern: [self._tensor(keys, e, merged="*" in pattern, rows=rows) for e in experts]
+            for pattern, keys in source.keys.items()
+        }
         try:
             for operation in converter.operations if converter else ():
                 values = operation.convert(
@@ -145,7 +148,7 @@ class ExpertReader:
                     source_patterns=converter.source_patterns,  # type: ignore[union-attr]
                     target_patterns=converter.target_patterns,  # type: ignore[union-attr]
                     full_layer_name=source.target,
-                    model=self._model,
+                    model=_OfOneExpert(self._model, tensor.shape),
                     config=self._model.config,
                     missing_keys=None,
                 )
@@ -160,12 +163,25 @@ class ExpertReader:
             )
         return value[0]
 
-    def _tensor(self, keys: list[str], expert: int, *, merged: bool) -> torch.Tensor:
-        """One expert's own tensor, or its slice [1, ...] of a fused one."""
+    def _tensor(self, keys: list[str], expert: int, *, merged: bool, rows: int = 1) -> torch.Tensor:
+        """One expert's own tensor, or its slice [rows, ...] of a fused one."""
         key = keys[expert] if merged else keys[0]
         header = self._checkpoint.tensors[key]
         handle = self._checkpoint.handles[header.file]
-        return handle.get_tensor(key) if merged else handle.get_slice(key)[expert : expert + 1]
+        return handle.get_tensor(key) if merged else handle.get_slice(key)[expert * rows : (expert + 1) * rows]
+
+
+class _OfOneExpert:
+    """A model whose experts' tensors have one expert: qwen3_vl_moe's conversion turns what isn't of the model's shape."""
+
+    def __init__(self, model: PreTrainedModel, shape: tuple[int, ...]) -> None:
+        self._model, self._shape = model, shape
+
+    def get_parameter(self, _: str) -> torch.Tensor:
+        return torch.empty(1, *self._shape, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
@@ -223,9 +239,10 @@ def _check_complete(source: TensorSource, checkpoint: Checkpoint, declared: int)
     experts = source.parts * declared
     for pattern, keys in source.keys.items():
         if "*" not in pattern:
-            held = checkpoint.tensors[keys[0]].shape[:1]
-            if held != (declared,):
-                raise CheckpointError(f"{keys[0]} holds {sum(held)} experts, the model has {declared}")
+            rows = 1 if source.converter is None else expert_rows(source.converter.operations)
+            held = sum(checkpoint.tensors[keys[0]].shape[:1])
+            if held != declared * rows:
+                raise CheckpointError(f"{keys[0]} holds {held / rows:g} experts, the model has {declared}")
             continue
         place = re.compile(pattern.replace("*", r"(\d+)"))
         matches = (place.search(key) for key in source.renamed[pattern])

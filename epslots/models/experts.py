@@ -7,59 +7,21 @@ subclass made on the fly removes them before anything is loaded, so that transfo
 
 from __future__ import annotations
 
-import inspect
-from types import MethodType
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from epslots.errors import UnsupportedModelError
 from epslots.layout import LayerSpec, RecordLayout
+from epslots.models.adoption import adopt, is_experts
 
-IMPLEMENTATION = "epslots"
-# Attributes of an experts module: its layer's runner (moe_layer.py), and its tensors' shapes.
-RUNNER = "epslots_runner"
+# Attribute of an experts module: its tensors' shapes.
 SPEC = "epslots_spec"
-_FORWARD_PARAMETERS = ["self", "hidden_states", "top_k_index", "top_k_weights"]
-
-
-def _run_from_slots(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    output: torch.Tensor = getattr(module, RUNNER)(hidden_states, top_k_index, top_k_weights)
-    return output
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run_from_slots)
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether transformers routes this module through its experts interface."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
-
-
-def _adopt(module: nn.Module) -> None:
-    """Route a module of the interface's signature through it, if its class isn't decorated.
-
-    In transformers 5.23 these are the experts of longcat_flash and step3p7: fused ``gate_up_proj`` and ``down_proj``, and the
-    forward signature of the decorated classes. Only this instance changes; other models of the class stay as they are.
-    """
-    if (
-        is_experts(module)
-        or not {"gate_up_proj", "down_proj"} <= module._parameters.keys()
-        or list(inspect.signature(type(module).forward).parameters) != _FORWARD_PARAMETERS
-    ):
-        return
-    plain = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False}
-    plain |= {"is_transposed": False, "is_concatenated": True, "_is_expert_parallel": False}
-    for flag, value in plain.items():
-        setattr(module, flag, value)
-    if not hasattr(module, "_apply_gate"):
-        setattr(module, "_apply_gate", MethodType(_default_apply_gate, module))  # noqa: B010 - attributes are annotated
-    setattr(module, "forward", MethodType(_run_from_slots, module))  # noqa: B010
+# Classes that are called experts and stay dense: every token uses them, or they belong to attention (jetmoe).
+_STAYS = re.compile("Shared|^JetMoeParallelExperts$")
 
 
 def num_weighted_experts(module: nn.Module) -> int:
@@ -94,8 +56,9 @@ def dense_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
+        for module in list(self.modules()):
+            adopt(module)
         for module in self.modules():
-            _adopt(module)
             if is_experts(module):
                 _remove_weights(module)
 
@@ -134,7 +97,7 @@ def _is_outside_interface(module: nn.Module) -> bool:
     """Whether routed experts, by transformers' names for them, don't go through the interface."""
     name = type(module).__name__
     has_weights = any(True for _ in module.parameters())
-    return name.endswith("Experts") and "Shared" not in name and has_weights and not is_experts(module)
+    return name.endswith("Experts") and not _STAYS.search(name) and has_weights and not is_experts(module)
 
 
 def expert_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:

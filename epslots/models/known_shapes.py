@@ -1,8 +1,7 @@
 """Shapes of well-known models, for memory plans without a checkpoint.
 
 The settings below are those of the published configurations that decide a size; the others are left out. As for a checkpoint,
-the model's skeleton is built and measured (``measure_shape.py``). grok-1 has no class in transformers: its sizes are added up
-here. A further model needs one entry in ``_PUBLISHED``.
+the model's skeleton is built and measured (``measure_shape.py``). A further model needs one entry in ``_PUBLISHED``.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from epslots.errors import ConfigError
-from epslots.layout import ITEM_BYTES, LayerSpec, RecordLayout
-from epslots.models.model_shape import CacheTensor, ModelShape
-from epslots.models.page_sizes import PageSizes
+from epslots.layout import ITEM_BYTES
+from epslots.models.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,6 +136,39 @@ _PUBLISHED = {
         },
         "mistralai/Mixtral-8x7B-v0.1, config.json",
     ),
+    "grok-1": _Published(
+        "Grok1ModelForCausalLM",
+        {
+            "vocab_size": 131072,
+            "hidden_size": 6144,
+            "intermediate_size": 32768,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": True,
+        },
+        "xai-org/grok-1, run.py and model.py; hpcai-tech/grok-1, config.json",
+    ),
+    "grok-2": _Published(
+        "Grok1ForCausalLM",
+        {
+            "vocab_size": 131072,
+            "hidden_size": 8192,
+            "intermediate_size": 32768,
+            "moe_intermediate_size": 16384,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "residual_moe": True,
+            "max_position_embeddings": 131072,
+        },
+        "xai-org/grok-2, config.json",
+    ),
     "gemma-4-26b-a4b": _Published(
         "Gemma4ForCausalLM",
         {
@@ -163,11 +194,8 @@ _PUBLISHED = {
         "google/gemma-4-26B-A4B, text_config of config.json; without the vision tower",
     ),
 }
-_GROK_1 = "grok-1"
 
-KNOWN_SHAPES: dict[str, str] = {name: published.source for name, published in _PUBLISHED.items()} | {
-    _GROK_1: "xai-org/grok-1, run.py and model.py"
-}
+KNOWN_SHAPES: dict[str, str] = {name: published.source for name, published in _PUBLISHED.items()}
 """The names that ``known_shape`` takes, each with the source of its numbers."""
 
 
@@ -181,8 +209,8 @@ def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
 
 
 @functools.cache
-def known_model(name: str, dtype: str = "bfloat16", attention: str | None = None) -> tuple[ModelShape, PreTrainedModel | None]:
-    """The shape of a well-known model, and its skeleton; None for grok-1, which has no class in transformers.
+def known_model(name: str, dtype: str = "bfloat16", attention: str | None = None) -> tuple[ModelShape, PreTrainedModel]:
+    """The shape of a well-known model, and its skeleton.
 
     Args:
         attention: transformers' implementation, by its name; None = the model's own choice.
@@ -194,51 +222,16 @@ def known_model(name: str, dtype: str = "bfloat16", attention: str | None = None
         raise ConfigError(f"model={name!r} is not known; the known ones: {', '.join(sorted(KNOWN_SHAPES))}")
     if dtype not in ITEM_BYTES:
         raise ConfigError(f"dtype={dtype!r}: allowed: {', '.join(ITEM_BYTES)}")
-    if name == _GROK_1:
-        return _grok_1(dtype), None
     # Both take seconds to import; the names above are needed without them.
     import transformers
 
     from epslots.models.experts import expert_layers
     from epslots.models.measure_shape import shape_of_model
+    from epslots.models.own_models import own_class
     from epslots.models.pretrained import build_skeleton, resolve_class, resolve_dtype
 
     published = _PUBLISHED[name]
-    model_class = getattr(transformers, published.architecture)
+    model_class = own_class(published.architecture) or getattr(transformers, published.architecture)
     config = model_class.config_class(**published.settings, architectures=[published.architecture])
     skeleton = build_skeleton(resolve_class(config), config, resolve_dtype(dtype, config), attention=attention)
     return shape_of_model(skeleton, name, dtype, expert_layers(skeleton)), skeleton
-
-
-def _grok_1(dtype: str) -> ModelShape:
-    item = ITEM_BYTES[dtype]
-    num_layers, num_experts, top_k = 64, 8, 2
-    heads, kv_heads, head_dim = 48, 8, 128
-    hidden = heads * head_dim
-    # The feed-forward width is two thirds of the widening factor, 8, times the hidden size.
-    intermediate = 8 * hidden * 2 // 3
-    vocab = 128 * 1024
-
-    attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim  # query and output, key and value
-    norms = 4 * hidden  # before and after attention, before and after the experts
-    router = hidden * num_experts
-    # Embedding and output are one matrix; one more norm comes before the output.
-    dense = num_layers * (attention + norms + router) + vocab * hidden + hidden
-    layout = RecordLayout.of(
-        [("gate_up_proj", (2 * intermediate, hidden), dtype), ("down_proj", (hidden, intermediate), dtype)]
-    )
-    return ModelShape(
-        name=_GROK_1,
-        dtype=dtype,
-        layers=tuple(LayerSpec(f"decoder_layer_{i}.moe", num_experts, layout) for i in range(num_layers)),
-        top_k=top_k,
-        dense_bytes=dense * item,
-        cache=tuple(
-            CacheTensor(layer, (name,), "token", (kv_heads, head_dim), dtype, (0, 2))
-            for layer in range(num_layers)
-            for name in ("keys", "values")
-        ),
-        hidden_size=hidden,
-        vocab_size=vocab,
-        pages=PageSizes((num_layers,), 2 * kv_heads * head_dim * item, page_tokens=16, mask_bytes=item),
-    )

@@ -16,12 +16,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from epslots.errors import CheckpointError, ConfigError, UnsupportedModelError
+from epslots.errors import CheckpointError, ConfigError, EpslotsError, UnsupportedModelError
 from epslots.formats.known_formats import find_format
 from epslots.layout import ITEM_BYTES
+from epslots.models.adoption import IMPLEMENTATION
 from epslots.models.config_check import check_numbers, refusing
-from epslots.models.experts import IMPLEMENTATION, dense_class
+from epslots.models.experts import dense_class
 from epslots.models.json_file import read_json_object
+from epslots.models.own_models import own_class, own_config
 from epslots.models.quantiser import stated
 
 # Tensors of a model made from one of its checkpoint, at most: one that holds queries, keys and values makes three.
@@ -54,7 +56,11 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{path} names its weight files (transformers_weights); epslots reads those of the usual names")
     with refusing(str(path)):
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            config = own_config(settings, str(folder)) or AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except EpslotsError:
+            raise
         except Exception as error:
             if "trust_remote_code" in str(error) or "auto_map" in settings:
                 raise UnsupportedModelError(
@@ -92,7 +98,7 @@ def resolve_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{config.name_or_path}: architectures is {names!r}, not a list of names")
-    known = [getattr(transformers, name, None) for name in names]
+    known = [getattr(transformers, name, None) or own_class(name) for name in names]
     if not names:  # a configuration made by hand: its language model
         known = [AutoModelForCausalLM._model_mapping.get(type(config), None)]
     classes = [c for c in known if isinstance(c, type) and issubclass(c, PreTrainedModel)]

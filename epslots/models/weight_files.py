@@ -3,7 +3,8 @@
 transformers' rule: ``model.safetensors`` if there is one, else the files that ``model.safetensors.index.json`` names; with a
 variant, ``model.VARIANT.safetensors`` and ``model.safetensors.index.VARIANT.json``. Other ``*.safetensors`` are no part of the
 checkpoint (``consolidated.safetensors``, other variants, adapters), unless they are named like shards of this one: then the
-folder holds two sets of weights, and is refused.
+folder holds two sets of weights, and is refused. A folder with neither may hold files cut for tensor parallelism, all of which
+are read (``parallel_shards.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from epslots.errors import CheckpointError
 from epslots.models.json_file import read_json_object
+from epslots.models.parallel_shards import parallel_files
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -52,6 +54,8 @@ def find_weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
         missing = [name for name in files.names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder / index} names files that aren't there: {', '.join(missing[:4])}")
+    elif cut := parallel_files(path.name for path in folder.glob("*.safetensors")):
+        files = WeightFiles(cut)
     else:
         raise _no_weights(folder, single, index)
     _refuse_second_set(folder, files, single)

@@ -150,7 +150,7 @@ def _oriented(weight: Weight, *, transposed: bool) -> Weight:
 
 def suits_torch(weight: torch.Tensor) -> bool:
     """Whether ``F.grouped_mm`` takes weights [Q, in, out] of this dtype and these strides, and the rows of their products."""
-    strides = [stride for stride in (*weight.stride(), weight.shape[1]) if stride != 1]
+    strides = [*(stride for stride in weight.stride() if stride != 1), weight.shape[1]]
     return weight.dtype in GROUPED_DTYPES and all(stride * weight.element_size() % STRIDE_BYTES == 0 for stride in strides)
 
 

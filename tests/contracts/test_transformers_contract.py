@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    _IdentityOp,
     apply_renamings,
     build_glob_alternation,
     dot_natural_key,
@@ -110,6 +112,27 @@ def test_a_subclass_with_the_same_name_finds_the_conversions(checkpoint: Callabl
     model, report = twin.from_pretrained(checkpoint("qwen3_moe"), output_loading_info=True)
     assert not report["missing_keys"]
     assert model._weight_conversions
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "parts"),
+    [
+        ("dbrx", "DbrxFFN", {"router", "experts", "experts.mlp"}),
+        ("jetmoe", "JetMoeMoE", {"router.layer", "input_linear", "output_linear"}),
+        ("jetmoe", "JetMoeMoA", {"router.layer", "input_linear", "output_linear"}),
+        ("llama4", "Llama4TextMoe", {"router", "experts", "shared_expert"}),
+        ("doge", "DogeCDMoE", {"router_gate", "down_embed", "up_embed", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_blocks_that_are_rebuilt_have_these_parts(name: str, block: str, parts: set[str]):
+    """Their computation is held by tests/equality; their attributes, by its running at all."""
+    (found, *_) = [module for module in zoo.ZOO[name].build().modules() if type(module).__name__ == block]
+    assert parts <= dict(found.named_modules()).keys()
+
+
+def test_a_conversion_may_leave_tensors_as_they_are():
+    assert _IdentityOp().convert({"a": [1]}) == {"a": [1]}
+    assert parameters(register_checkpoint_conversion_mapping) == ["model_type_or_class_name", "mapping", "overwrite"]
 
 
 def test_a_quantiser_adds_names_and_an_operation():

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 import epslots
+from epslots.models.experts import dense_class, experts_modules, parameter_shapes
 from epslots.runtime import runtime_of
 from tests.support import zoo
 from tests.support.cpu_hosting import OFTEN, fetched_bytes, hosting
@@ -118,9 +120,10 @@ def test_equal(name: str, mode: str, checkpoint: Callable[[str], Path], shared_s
 def layout_of(name: str) -> object:
     """What the code that runs experts tells architectures apart by."""
     tiny, flags = zoo.ZOO[name], ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    architecture = getattr(transformers, tiny.architecture)
     with torch.device("meta"):
-        modules = zoo.experts_modules(tiny.build()).values()
-    kinds = {(*sorted(module._parameters), *(getattr(module, flag, None) for flag in flags)) for module in modules}
+        modules = experts_modules(dense_class(architecture)(architecture.config_class(**tiny.settings))).values()
+    kinds = {(*sorted(parameter_shapes(module)), *(getattr(module, flag) for flag in flags)) for module in modules}
     return frozenset(kinds), tiny.decorate, tiny.zero_experts > 0, tiny.idle_layers > 0, tiny.aligned
 
 

@@ -181,6 +181,9 @@ def test_parts_that_do_not_fit_are_refused():
         read(changed(mixed, g_idx=torch.zeros(96, dtype=torch.int32)), ordered)
     with pytest.raises(ValueError, match="g_idx has shape"):
         read(changed(mixed, g_idx=mixed["g_idx"][:5]), ordered)
+    eight, of_eight = SCHEMES["gptq int8"].quantise(random_weight())[0], SCHEMES["gptq int8"].settings
+    with pytest.raises(ValueError, match="asymmetric codes of 8 bits aren't known"):
+        read(changed(eight, qzeros=eight["qzeros"] + 1), of_eight)
     with pytest.raises(ValueError, match="zero has shape"):
         read(changed(gptq, qzeros=gptq["qzeros"][:, :4]), settings)
     e5m2 = torch.zeros(4, 4).to(torch.float8_e5m2)

@@ -67,8 +67,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 @pytest.mark.parametrize(("name", "cache"), [(name, "auto") for name in zoo.ZOO] + [(name, "pages") for name in sorted(PAGED)])
 def test_every_architecture_equals_generate(name: str, cache: str, checkpoint: Callable[[str], Path], cache_dir: Path):
     tiny, folder = zoo.ZOO[name], checkpoint(name)
-    served = tiny.interface or tiny.decorate
-    if served and tiny.num_experts:
+    if tiny.served and tiny.num_experts:
         model = epslots.load(folder, slots="50%", device="cpu", dtype="float32", progress=False, cache_dir=cache_dir)
     else:
         model = zoo.reference(folder)
@@ -536,6 +535,7 @@ def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture, built: Callable[
     [
         ("llama4", "keeps no pages for its layers .*chunked_attention"),
         ("jetmoe", "repeats keys and values"),
+        ("doge", "choose experts for one another"),
         ("zaya", "recurrent state"),
     ],
 )

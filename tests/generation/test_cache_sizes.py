@@ -35,7 +35,7 @@ from tests.support.batches import requests_of
 from tests.support.more_models import LATENTS, UNUSUAL
 from tests.support.zoo import STRESSED, ZOO
 
-MODELS = {name: tiny for name, tiny in (ZOO | STRESSED | LATENTS | UNUSUAL).items() if tiny.interface or tiny.decorate}
+MODELS = {name: tiny for name, tiny in (ZOO | STRESSED | LATENTS | UNUSUAL).items() if tiny.served}
 MODELS = {name: tiny for name, tiny in MODELS.items() if tiny.top_k}
 # Windows of 16 tokens are full, and don't fill the cache.
 SIZES = {"kv_tokens": 200, "max_requests": 3, "max_batch_tokens": 24}

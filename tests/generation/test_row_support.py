@@ -27,7 +27,8 @@ BY_ROW = {
     "llama4_nope": "a temperature follows the cache's length",
     "inkling": "queries are scaled by the cache's length",
 }
-WHOLE_PROMPTS = {"jamba": "a scan begins anew with every chunk"}
+MIXED = {"doge": "the tokens of a pass choose experts for one another"}
+WHOLE_PROMPTS = {"jamba": "a scan begins anew with every chunk"} | MIXED
 """And models with rotary embeddings that depend on the longest position; the zoo has none, ``test_positions.py`` some."""
 
 
@@ -36,7 +37,8 @@ def test_only_these_models_are_computed_otherwise(name: str):
     support = row_support(MODELS[name].build())
     assert bool(support.by_row) == (name in BY_ROW)
     assert support.whole_prompts == (name in WHOLE_PROMPTS)
-    assert not support.replays and not support.rotaries and support.together
+    assert support.replays == (not support.together) == (name in MIXED)
+    assert not support.rotaries
     assert support.shares_prefixes == (name not in WHOLE_PROMPTS)
 
 

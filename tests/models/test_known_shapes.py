@@ -23,6 +23,7 @@ EXPECTED = {
     "qwen3-30b-a3b": (30.5 * BILLION, 0.01, 48, 128, 8, 2048, 768, 48 * 2 * 4 * 128 * BF16),
     "mixtral-8x7b": (46.7 * BILLION, 0.01, 32, 8, 2, 4096, 14336, 32 * 2 * 8 * 128 * BF16),
     "grok-1": (314 * BILLION, 0.01, 64, 8, 2, 6144, 32768, 64 * 2 * 8 * 128 * BF16),
+    "grok-2": (270 * BILLION, 0.01, 64, 8, 2, 8192, 16384, 64 * 2 * 8 * 128 * BF16),
     # 25.2 billion in the model card, of which the name makes 26.
     "gemma-4-26b-a4b": (25.2 * BILLION, 0.01, 30, 128, 8, 2816, 704, (25 * 8 * 256 + 5 * 2 * 512) * 2 * BF16),
     # The name makes 120 of 116.8 billion.
@@ -37,6 +38,7 @@ VOCABULARY = {
     "qwen3-30b-a3b": 151936,
     "mixtral-8x7b": 32000,
     "grok-1": 131072,
+    "grok-2": 131072,
     "gemma-4-26b-a4b": 262144,
     "gpt-oss-120b": 201088,
 }
@@ -76,7 +78,6 @@ def test_gemmas_windows_stop_growing() -> None:
 def test_deepseeks_engine_keeps_70_kilobytes_a_token() -> None:
     """Latents as they are: expanded, in pages, they would take 85 times as much."""
     shape, skeleton = known_model("deepseek-v3")
-    assert skeleton is not None
     rows, pages = (with_cache(shape, skeleton, EngineConfig(cache=kind)) for kind in ("auto", "pages"))
     assert (rows.cache_kind, rows.token_bytes) == ("rows", 70_272)
     assert (pages.cache_kind, pages.token_bytes) == ("pages", 5_996_544)
@@ -100,7 +101,12 @@ def test_groks_weights_add_up_by_hand() -> None:
     hidden = 6144
     attention = 2 * hidden * hidden + 2 * hidden * 1024
     total = 64 * (8 * 3 * hidden * 32768 + attention + 8 * hidden + 4 * hidden) + 131072 * hidden + hidden
-    assert known_shape("grok-1").parameters == total
+    # And the angles of its rotary embedding.
+    assert known_shape("grok-1").parameters == pytest.approx(total, rel=1e-8)
+    hidden = 8192
+    attention = 2 * hidden * hidden + 2 * hidden * 1024
+    layer = 8 * 3 * hidden * 16384 + 3 * hidden * 32768 + attention + 8 * hidden + 4 * hidden
+    assert known_shape("grok-2").parameters == pytest.approx(64 * layer + 2 * 131072 * hidden + hidden, rel=1e-8)
 
 
 def test_the_dtype_scales_everything() -> None:
@@ -108,7 +114,7 @@ def test_the_dtype_scales_everything() -> None:
     assert full.expert_bytes == 2 * half.expert_bytes
     assert row_bytes(full, 10) == 2 * row_bytes(half, 10)
     assert full.dense_bytes == pytest.approx(2 * half.dense_bytes, rel=1e-6)
-    assert known_shape("grok-1", "float32").dense_bytes == 2 * known_shape("grok-1").dense_bytes
+    assert known_shape("grok-1", "float32").dense_bytes == pytest.approx(2 * known_shape("grok-1").dense_bytes, rel=1e-6)
 
 
 def test_unknown_names_and_dtypes_are_refused_with_what_there_is() -> None:

@@ -439,7 +439,7 @@ def test_quotas_are_described_by_their_range() -> None:
 
 def test_planning_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, epslots.models.memory_plan; from epslots.models.known_shapes import known_shape; known_shape('grok-1');"
+        "import sys, epslots.models.memory_plan, epslots.models.known_shapes;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -463,7 +463,7 @@ def test_the_command_prints_the_plan_and_the_alternatives() -> None:
         "grok-1 in bfloat16, slots=2 per layer",
         "dense weights",
         "128 x 1.12 GiB: 2 per layer",
-        "pages: 4,096 tokens of up to 3 requests, 262,144 bytes a token",
+        "rows: 4,096 tokens of up to 3 requests, 262,144 bytes a token",
         "315.7 billion weights; 64 MoE layers of 8 experts, 2 for each token",
         "hold 25.0% of the experts; 4 ranks have 1 slots for each expert: every expert can be in a slot somewhere",
         "100% (all resident)",
@@ -491,10 +491,9 @@ def test_the_command_gives_json() -> None:
     parts = ("dense_bytes", "slot_bytes", "kv_bytes", "workspace_bytes", "reserve_bytes")
     assert sum(given[part] for part in parts) == given["total_bytes"]
     assert given["free_bytes"] == 200 * 1024**3 - given["total_bytes"]
-    # One page of 16 tokens, and two that stay empty; a step's inputs, and two lists of places and a mask over what it reads.
-    inputs, reads = 4 * (7 * 544 + 513), 16 + 512
-    assert given["kv_bytes"] == 3 * 16 * 64 * 4096 + inputs + 8 * (512 + reads) + 2 * 512 * reads
-    assert (given["cache"], given["token_bytes"]) == ("pages", 64 * 4096)
+    # A cell for each token and one that stays empty; the cells of 16 requests.
+    assert given["kv_bytes"] == (10 + 1) * 64 * 4096 + 16 * 10 * 4
+    assert (given["cache"], given["token_bytes"]) == ("rows", 64 * 4096)
     assert (given["kv_tokens"], given["max_requests"], given["max_batch_tokens"]) == (10, 16, 512)
     assert given["fits"] is True
     assert given["checkpoint_bytes"] is None

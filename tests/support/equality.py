@@ -20,7 +20,7 @@ LAYOUTS = ["qwen3_moe", "gpt_oss", "olmoe_unaligned", "nemotron_h"]
 LAYOUTS += ["muse_spark", "longcat_flash", "step3p7", "ernie4_5_vl_moe"]
 """One architecture for each way to store and call experts; tests/equality holds that none is missing."""
 
-SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.interface or tiny.decorate]
+SERVED = [name for name, tiny in zoo.ZOO.items() if tiny.served]
 
 
 def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:

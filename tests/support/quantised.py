@@ -54,10 +54,10 @@ def groups(weight: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def pack_words(codes: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Codes of 4 bits [N, K] as int32 words [N, K / 8]: the code of column ``order[i]`` in bits 4 i and up."""
-    words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int64)
+    """Codes [N, K] as int32 words [N, K / n], n = len(order): the code of column ``order[i]`` in bits 32 / n * i and up."""
+    words = torch.zeros(codes.shape[0], codes.shape[1] // len(order), dtype=torch.int64)
     for place, column in enumerate(order):
-        words |= codes[:, column::8].long() << 4 * place
+        words |= codes[:, column :: len(order)].long() << 32 // len(order) * place
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
@@ -208,6 +208,20 @@ def gptq(*, first_version: bool = True, permuted: bool = False) -> Callable[[tor
     return quantise
 
 
+def gptq_int8(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    parts, bytes_ = groups(weight, GROUP), tuple(range(4))
+    scale = (parts.abs().amax(-1) / 127).half()
+    codes = integers(parts, scale.float(), 128, most=255).flatten(1)
+    zeros = torch.full((scale.shape[1], scale.shape[0]), 127)
+    tensors = {
+        "qweight": pack_words(codes, bytes_).t(),
+        "qzeros": pack_words(zeros, bytes_),
+        "scales": scale.t().contiguous(),
+        "g_idx": (torch.arange(weight.shape[1]) // GROUP).int(),
+    }
+    return tensors, (codes - 128) * scale.float().repeat_interleave(GROUP, 1)
+
+
 def modelopt_fp8(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     scale = weight.abs().max().float() / 448
     codes = (weight / scale).to(torch.float8_e4m3fn)
@@ -247,6 +261,7 @@ SCHEMES: dict[str, Scheme] = {
     "awq": Scheme({"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": GROUP, "zero_point": True}, awq, 4),
     "gptq": Scheme(_GPTQ, gptq(), 4),
     "gptq v2": Scheme(_GPTQ | {"checkpoint_format": "gptq_v2"}, gptq(first_version=False), 4),
+    "gptq int8": Scheme(_GPTQ | {"bits": 8, "sym": True}, gptq_int8, 8),
     "gptq act order": Scheme(_GPTQ | {"desc_act": True}, gptq(permuted=True), 4),
 }
 

@@ -55,6 +55,8 @@ class Tiny:
     """The experts go through transformers' experts interface."""
     decorate: bool = False
     """They don't, but have its signature: decorating their class at run time brings them to it."""
+    rebuilt: bool = False
+    """They don't; epslots rebuilds the block around them, which brings them to it (``models/adoption.py``)."""
     zero_experts: int = 0
     """Identity experts, without weights, that the router can choose by the ids from ``num_experts`` on."""
     hybrid: bool = False
@@ -63,6 +65,11 @@ class Tiny:
     """The output layer shares the embedding's weights and is not in the checkpoint."""
     aligned: bool = True
     """All strides of the experts' weights are multiples of 16 bytes in bf16 and fp32, as grouped matmul wants them."""
+
+    @property
+    def served(self) -> bool:
+        """Whether its experts can be run from slots."""
+        return self.interface or self.decorate or self.rebuilt
 
     def build(self) -> PreTrainedModel:
         """The model on the CPU in fp32, in evaluation mode, the same at every call."""
@@ -249,15 +256,17 @@ _ALL = [
           rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
           beside_text={"vision_config": _ERNIE_VISION, **_ERNIE_VL_TOKENS, "tie_word_embeddings": False}),
     Tiny("llama", "LlamaForCausalLM", _COMMON | {"intermediate_size": 96}, interface=False),
-    _tiny("llama4", "Llama4ForCausalLM", _LOCAL, 8, 1, interface=False, **_NARROW, intermediate_size_mlp=96, head_dim=16,
-          attention_chunk_size=64),
-    Tiny("dbrx", "DbrxForCausalLM", num_experts=8, top_k=2, moe_layers=3, interface=False, settings={
+    _tiny("llama4", "Llama4ForCausalLM", _LOCAL, 8, 1, interface=False, rebuilt=True, **_NARROW, intermediate_size_mlp=96,
+          head_dim=16, attention_chunk_size=64),
+    Tiny("dbrx", "DbrxForCausalLM", num_experts=8, top_k=2, moe_layers=3, interface=False, rebuilt=True, settings={
         "d_model": HIDDEN, "n_heads": 4, "n_layers": 3, "max_seq_len": 512, "vocab_size": VOCAB,
         "attn_config": _DBRX_ATTENTION,
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": HIDDEN},
         "pad_token_id": 0, "bos_token_id": 1}),
-    _tiny("jetmoe", "JetMoeForCausalLM", _LOCAL, 8, 2, interface=False, without={"num_attention_heads"}, **_NARROW,
-          kv_channels=16),
+    _tiny("jetmoe", "JetMoeForCausalLM", _LOCAL, 8, 2, interface=False, rebuilt=True, without={"num_attention_heads"},
+          **_NARROW, kv_channels=16),
+    _tiny("doge", "DogeForCausalLM", _NUM, 16, 4, interface=False, rebuilt=True, is_moe=True, intermediate_size=96,
+          keep_window_size=16),
     # The layers of those below keep various things of a sequence, and prompts of some tens of tokens show which: windows hold
     # 16 tokens, an index chooses 8, blocks have 4 to 16. Their experts are stored and called as qwen3_moe's are.
     _tiny("qwen3_5_moe", "Qwen3_5MoeForCausalLM", _NUM, 16, 4, hybrid=True, **_LINEAR, moe_intermediate_size=32,
@@ -304,8 +313,8 @@ _ALL = [
 _STRESSED = [
     _tiny("zaya_sliding", "ZayaForCausalLM", _NUM, 8, 1, hybrid=True, moe_intermediate_size=32, head_dim=16,
           router_hidden_size=16, layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=16),
-    _tiny("llama4_nope", "Llama4ForCausalLM", _LOCAL, 8, 1, interface=False, **_NARROW, intermediate_size_mlp=96, head_dim=16,
-          attention_chunk_size=16, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+    _tiny("llama4_nope", "Llama4ForCausalLM", _LOCAL, 8, 1, interface=False, rebuilt=True, **_NARROW, intermediate_size_mlp=96,
+          head_dim=16, attention_chunk_size=16, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
           no_rope_layers=[1, 0, 1], floor_scale=8, attn_scale=0.5),
     _tiny("minimax_m3", "MiniMaxM3VLForCausalLM", _LOCAL, 8, 2, 3, **_NARROW, head_dim=16, rotary_dim=8,
           dense_intermediate_size=64, shared_intermediate_size=32,
