@@ -18,8 +18,9 @@ KEEP_ALIVE = b": keep-alive\n\n"
 ABORT = "epslots.abort"
 """Name of the ASGI extension that ends a connection at once (``http_protocol.py``)."""
 _LOOKS = 4  # at a client that takes nothing, before it is dropped
+EVENTS_TYPE = b"text/event-stream; charset=utf-8"
 HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"content-type", EVENTS_TYPE),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
