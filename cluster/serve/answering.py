@@ -102,15 +102,18 @@ class Answering:
         try:
             if opening := self.answer.opening():
                 yield b"".join(map(make, opening))
+            last = b""
             async for news in self.reader.portions(self.service.config.keepalive_s):
                 if not news:
                     yield KEEP_ALIVE
-                found = [make(chunk) for choice, portion in news for chunk in self._take(choice, portion)]
-                if found:
-                    yield b"".join(found)
+                found = b"".join([make(chunk) for choice, portion in news for chunk in self._take(choice, portion)])
+                if self.reader.done:
+                    last = found
+                elif found:
+                    yield found
             if self.body.wants_usage:
-                yield event({**self.chunk_head, "choices": [], "usage": self._usage()})
-            yield DONE
+                last += event({**self.chunk_head, "choices": [], "usage": self._usage()})
+            yield last + DONE
         except ClientLeft:
             self.record.problem = "left"
         except Exception as error:
