@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from cluster.serve.auth import ApiKeys, read_keys
 from cluster.serve.config import ServeConfig
+from cluster.serve.server import allow_connections
 from epslots.errors import ConfigError
 from tests.support.http_service import CHAT, COMPLETIONS, PATIENCE_S, read_until, serving
 from tests.support.scripted_cluster import ScriptedCluster
@@ -193,6 +195,26 @@ def test_connections_have_a_limit():
             assert closed(fourth)
         for one in first:
             one.close()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "now", "allowed"),
+    [
+        (1024, 20_000, 2512, 2000),
+        (1024, -1, 2512, 2000),
+        (20_000, 20_000, 20_000, 2000),
+        (-1, -1, -1, 2000),
+        (256, 1024, 1024, 512),
+        (256, 256, 256, 1),
+    ],
+)
+def test_connections_are_no_more_than_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, now: int, allowed: int):
+    """A process may open 1,024 by default. Without one left, it could neither accept a connection nor reach its ranks."""
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, given: limits.append(given))
+    assert allow_connections(2000) == allowed
+    assert limits[-1] == (now, hard)
 
 
 @pytest.mark.parametrize(
