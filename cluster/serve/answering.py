@@ -26,6 +26,8 @@ from epslots.errors import EpslotsError
 from epslots.generation.portions import Portion
 
 logger = logging.getLogger("epslots.serve")
+_PART_BYTES = 2**16
+"""Of events that are sent together, or little more: none of the rest is made before the client takes these."""
 
 
 class Answer(Protocol):
@@ -97,7 +99,7 @@ class Answering:
         return whole
 
     async def _parts(self) -> AsyncIterator[bytes]:
-        """The stream's events, together as they come together."""
+        """The stream's events, together as they come together; the last ones with its end."""
         make = self._maker()
         try:
             if opening := self.answer.opening():
@@ -106,11 +108,17 @@ class Answering:
             async for news in self.reader.portions(self.service.config.keepalive_s):
                 if not news:
                     yield KEEP_ALIVE
-                found = b"".join([make(chunk) for choice, portion in news for chunk in self._take(choice, portion)])
+                part = b""
+                for choice, portion in news:
+                    for chunk in self._take(choice, portion):
+                        part += make(chunk)
+                        if len(part) > _PART_BYTES:
+                            yield part
+                            part = b""
                 if self.reader.done:
-                    last = found
-                elif found:
-                    yield found
+                    last = part
+                elif part:
+                    yield part
             if self.body.wants_usage:
                 last += event({**self.chunk_head, "choices": [], "usage": self._usage()})
             yield last + DONE
