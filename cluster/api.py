@@ -35,7 +35,6 @@ from epslots.generation.request_checker import RequestChecker
 from epslots.generation.request_limits import ModelLimits
 from epslots.generation.settings import GenerationSettings, Prompt, read_settings, with_own_settings
 from epslots.generation.text import load_tokenizer
-from epslots.importing import defer_import
 from epslots.models.checkpoint import find_checkpoint
 from epslots.placement.placement import pack
 from epslots.placement.placement_file import read_placement
@@ -374,8 +373,6 @@ def _first_placement(file: str, ranks: int | None, groups: int) -> bytes:
 
 def _tokenizer_of(folder: os.PathLike[str]) -> tuple[PreTrainedTokenizerBase | None, str]:
     """A checkpoint's tokenizer, or the reason why there is none: token ids are served without."""
-    # transformers imports torch with its tokenizers, which do without: that would be most of a driver's start.
-    defer_import("torch")
     try:
         return load_tokenizer(os.fspath(folder)), ""
     except ConfigError as error:

@@ -12,7 +12,7 @@ import xxhash
 
 from cluster.messages.rank import Load, Origin
 from epslots import __version__
-from epslots.models.checkpoint import content_of
+from epslots.models.checkpoint import open_checkpoint
 
 _SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _MEANING = {
@@ -28,7 +28,7 @@ def origin_of(folder: Path) -> Origin:
     Raises:
         CheckpointError: the checkpoint is broken.
     """
-    digest = xxhash.xxh3_128(content_of(folder).encode())
+    digest = xxhash.xxh3_128(open_checkpoint(folder).content.encode())
     for name in _SMALL_FILES:
         if (folder / name).is_file():
             digest.update(f"{name}\0".encode())

@@ -6,19 +6,18 @@ import codecs
 import contextlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from epslots.errors import CheckpointError, ConfigError, shown
+from epslots.errors import ConfigError, shown
 from epslots.generation.chat_template import Chat, find_template, render
 from epslots.generation.token_bytes import byte_vocabulary
-from epslots.models.json_file import read_json_object
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _Utf8 = codecs.getincrementaldecoder("utf-8")
@@ -46,36 +45,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     with _refusing(f"{path} has no tokenizer that transformers can load"):
-        tokenizer = AutoTokenizer.from_pretrained(path, config=_config_without_dtypes(Path(path)), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         no_words = tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if no_words:  # transformers returns such a tokenizer for a folder without files
         raise ConfigError(f"{path} has no tokenizer: there is no vocabulary")
     return tokenizer
-
-
-def _config_without_dtypes(folder: Path) -> PreTrainedConfig | None:
-    """The model's configuration, which transformers chooses the tokenizer's class by; None = transformers is to read it.
-
-    With its dtypes, which have no effect here, transformers would import torch: most of a driver's start.
-    """
-    from transformers import AutoConfig
-
-    try:
-        read = read_json_object(folder / "config.json")
-    except (CheckpointError, OSError):
-        return None
-    if "auto_map" in read or not isinstance(read.get("model_type"), str):
-        return None
-    try:
-        return AutoConfig.for_model(**_without_dtypes(read), name_or_path=str(folder))
-    except Exception:  # of a model that transformers doesn't know, or whose configuration is broken: that isn't said here
-        return None
-
-
-def _without_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    return {name: _without_dtypes(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def encode_prompt(

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,7 +114,11 @@ class Checkpoint:
     @cached_property
     def content(self) -> str:
         """Hex digest of all headers and samples of every tensor: equal for copies of a checkpoint in any place."""
-        return _digest_files(self.folder, self.handles)
+        names = sorted(self.handles)
+        with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+            digests = pool.map(_digest_samples, [self.folder / name for name in names])
+            parts = (f"{name}\0{digest}\0" for name, digest in zip(names, digests, strict=True))
+            return xxhash.xxh3_64_hexdigest("".join(parts).encode())
 
     @property
     def dtype(self) -> str:
@@ -124,27 +128,6 @@ class Checkpoint:
         listed = [header.dtype for header in self.tensors.values() if header.file == self.files.names[0]]
         floats = [dtype for dtype in listed if dtype in FLOATS]
         return FLOATS[floats[0]] if floats else listed[0] if listed else "float32"
-
-
-def content_of(folder: Path) -> str:
-    """The ``Checkpoint.content`` of a folder, for a process without torch.
-
-    Raises:
-        CheckpointError: a weight file is missing or damaged.
-    """
-    with _reported_as_ours(folder):
-        names = find_weight_files(folder).names
-        for name in names:
-            _open_file(folder / name, "np")
-        return _digest_files(folder, names)
-
-
-def _digest_files(folder: Path, names: Iterable[str]) -> str:
-    names = sorted(names)
-    with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
-        digests = pool.map(_digest_samples, [folder / name for name in names])
-        parts = (f"{name}\0{digest}\0" for name, digest in zip(names, digests, strict=True))
-        return xxhash.xxh3_64_hexdigest("".join(parts).encode())
 
 
 def _digest_samples(path: Path) -> str:
@@ -243,11 +226,10 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
     return Checkpoint(folder, folder.resolve().name, files, tensors, handles)
 
 
-def _open_file(path: Path, framework: str = "pt") -> safe_open:
-    """A weight file whose header is sound; to be read as tensors of torch ("pt"), or of numpy ("np")."""
+def _open_file(path: Path) -> safe_open:
     try:
         path.open("rb").close()  # safetensors reports a missing permission as damage
-        return safe_open(path, framework)
+        return safe_open(path, "pt")
     except PermissionError:
         raise
     except (SafetensorError, OSError) as error:

@@ -85,21 +85,6 @@ def test_processes_come_up_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
 
 
-def test_a_driver_adopts_ranks_without_torch():
-    """What it reads of the checkpoint, and its tokenizer, do without."""
-    code = """
-import sys
-from cluster.api import _tokenizer_of
-from cluster.lasting.settings import origin_of
-from epslots.example import example_model
-origin_of(example_model())
-tokenizer, problem = _tokenizer_of(example_model())
-assert tokenizer.decode(tokenizer.encode("def f(")) == "def f(", problem
-sys.exit("torch._C" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
-
-
 def test_cancelling_is_never_swallowed():
     """In Python 3.11 ``asyncio.wait_for`` forgets that it is cancelled where its answer has just come; ``timeout`` doesn't."""
     for name, path in modules().items():

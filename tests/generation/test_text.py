@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from epslots.errors import ConfigError
 from epslots.example import example_model
@@ -326,18 +324,3 @@ def test_a_long_text_in_random_parts():
     tokens = BYTE_LEVEL("".join(rng.choice("ab \n\u00e9\u6587\U0001f642") for _ in range(2000)))["input_ids"]
     parts = split(tokens, [rng.randrange(len(tokens)) for _ in range(300)])
     assert "".join(pieces_of(TextStream(BYTE_LEVEL), parts)) == decode(BYTE_LEVEL, tokens)
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "llama4", "deepseek_v3", "no_such_model", None])
-@pytest.mark.parametrize("name", ["bytes", "sentencepiece"])
-def test_a_checkpoints_tokenizer_is_transformers(tmp_path: Path, name: str, model_type: str | None):
-    """Its class follows from the model's configuration, which is read without what would bring torch."""
-    TOKENIZERS[name].save_pretrained(tmp_path)
-    if model_type is not None:
-        nested = {"text_config": {"dtype": "bfloat16"}} if model_type == "llama4" else {}
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "dtype": "bfloat16", **nested}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    ours = load_tokenizer(tmp_path)
-    assert type(ours) is type(theirs)
-    assert ours.encode("the end of a tokenizer") == theirs.encode("the end of a tokenizer")
-    assert ours.all_special_tokens == theirs.all_special_tokens
