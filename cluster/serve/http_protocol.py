@@ -40,6 +40,7 @@ class LimitedProtocol(HttpToolsProtocol):
     limits: ClassVar[ConnectionLimits]
 
     _head_bytes = 0
+    """Since the last request, or the last piece of this one's body."""
     _in_head = True
     _pipelined = False
     _timer: asyncio.TimerHandle | None = None
@@ -61,11 +62,21 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._pipelined:
             return
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > self.limits.header_bytes and not self.transport.is_closing():
-            self._refuse_head()
+        if self._head_bytes > self.limits.header_bytes and not self.transport.is_closing():
+            if self._in_head:
+                self._refuse_head()
+            else:  # fields behind the body, without an end
+                self.transport.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # no application reads fields behind the body
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_begin(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

@@ -159,6 +159,21 @@ def test_headers_have_a_limit():
         assert client.post(COMPLETIONS, {"prompt": "a" * 300, "max_tokens": 1}).status == 200, "a body isn't a header"
 
 
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 2000, b"a: " + b"b" * 10_000], ids=["many", "long"])
+def test_fields_behind_a_body_have_a_limit(trailers: bytes):
+    """They would be kept for as long as they come, also of a request without a key."""
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with ScriptedCluster() as cluster, serving(cluster, max_header_bytes=2000) as client:
+        for fields, answered in ((b"a: b\r\n" * 50 + b"\r\n", True), (trailers, False)):
+            with socket.create_connection(client.address, timeout=PATIENCE_S) as one:
+                one.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b'e\r\n{"prompt":"a"}\r\n0\r\n')
+                one.sendall(fields)
+                if answered:
+                    assert b" 200 " in read_until(one, b"\r\n\r\n")
+                else:
+                    assert closed(one)
+
+
 def test_a_request_must_come_in_time():
     """A connection that sends nothing, or half of a request, is closed."""
     with ScriptedCluster() as cluster, serving(cluster, header_s=0.2) as client:
@@ -271,6 +286,14 @@ def test_a_page_that_is_named_can_read_refusals():
     with ScriptedCluster() as cluster, serving(cluster, cors_origins=("https://chat.example",), keys=KEYS) as client:
         reply = client.post(COMPLETIONS, {"prompt": "a"}, origin | bearer("not-a-key"))
         assert (reply.status, reply.headers["access-control-allow-origin"]) == (401, "https://chat.example")
+
+
+def test_a_balancer_may_ask_without_a_body():
+    with ScriptedCluster() as cluster, serving(cluster, keys=KEYS) as client:
+        for path in ("/health", "/ready"):
+            reply = client.ask("HEAD", path)
+            assert (reply.status, reply.body) == (200, b"")
+            assert int(reply.headers["content-length"]) == len(client.get(path).body)
 
 
 def test_no_answer_leads_elsewhere():
