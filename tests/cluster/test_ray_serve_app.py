@@ -49,9 +49,12 @@ def pids(name):
 def ask_again():
     while True:
         try:
-            return ask(texts, prompt)
+            answer = ask(texts, prompt)
+            if answer[0] != 404:  # as long as the new proxy knows no route
+                return answer
         except OSError:  # no service listens, or not for long
-            threading.Event().wait(0.05)
+            pass
+        threading.Event().wait(0.05)
 
 replica, ranks = pids("ServeReplica"), pids("WorkerActor")
 (proxy,) = pids("ProxyActor")
@@ -67,10 +70,13 @@ def read_whole():
 def read_stream():
     data = json.dumps(long | {"stream": True}).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{texts}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        head = answer.read(100)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            head = answer.read(100)
+            begun.set()
+            answers[1] = [answer.status, (head + answer.read()).decode()]
+    finally:
         begun.set()
-        answers[1] = [answer.status, (head + answer.read()).decode()]
 
 threads = [threading.Thread(target=read) for read in (read_whole, read_stream)]
 for thread in threads:
