@@ -201,15 +201,38 @@ def test_a_long_answer_isnt_cut_by_the_time_of_its_request():
 
 
 def test_connections_have_a_limit():
+    with (
+        ScriptedCluster(held=True) as cluster,
+        serving(cluster, max_connections=2) as client,
+        client.asking(COMPLETIONS, {"prompt": "a"}),
+        client.asking(COMPLETIONS, {"prompt": "a", "stream": True}),
+    ):
+        cluster.wait_for(lambda: len(cluster.requests) == 2)
+        with socket.create_connection(client.address, timeout=PATIENCE_S) as third:
+            assert closed(third)
+        assert client.service.running == 2
+        cluster.go_on()
+
+
+HELLO = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", HELLO])
+def test_a_connection_that_waits_gives_way(sent: bytes):
+    """The one that has waited longest: a peer that opens many and asks nothing doesn't keep others out."""
     with ScriptedCluster() as cluster, serving(cluster, max_connections=3) as client:
         first = [socket.create_connection(client.address, timeout=PATIENCE_S) for _ in range(3)]
         for one in first:
-            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            read_until(one, b"}")
-        with socket.create_connection(client.address, timeout=PATIENCE_S) as fourth:
-            assert closed(fourth)
-        for one in first:
+            one.sendall(sent)
+            if sent == HELLO:
+                read_until(one, b"}")
+        assert client.get("/health").status == 200
+        assert closed(first[0])
+        for one in first[1:]:
+            one.sendall(HELLO if sent in (b"", HELLO) else b"lth HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in read_until(one, b"}")
             one.close()
+        first[0].close()
 
 
 @pytest.mark.parametrize(
