@@ -30,6 +30,11 @@ def closed(connection: socket.socket) -> bool:
         return True
 
 
+def send_until_refused(connection: socket.socket, data: bytes) -> None:
+    while True:
+        connection.sendall(data)
+
+
 GARBAGE = [b"\x16\x03\x01\x02\x00\x01", b"\0" * 100, b"GET / HTTP/9.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
 
 
@@ -171,8 +176,7 @@ def test_fields_behind_a_body_have_a_limit(trailers: bytes):
         with socket.create_connection(client.address, timeout=PATIENCE_S) as one:
             one.sendall(request)
             with pytest.raises(ConnectionError):
-                while True:
-                    one.sendall(trailers)
+                send_until_refused(one, trailers)
 
 
 def test_a_request_must_come_in_time():
