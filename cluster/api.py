@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,10 @@ from epslots.progress import StartDisplay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_importing = threading.Lock()
+"""transformers' modules import one another: of two threads that do so at once, one may find half of a module."""
 
 
 @with_keywords(ClusterSettings, ClusterConfig, LoadConfig)
@@ -336,9 +341,10 @@ def _check_model(folder: Path) -> None:
         CheckpointError: its configuration can't be read, or is impossible.
         UnsupportedModelError: transformers doesn't know the model, or it predicts no tokens.
     """
-    from epslots.models.pretrained import read_language_config  # here: it imports torch, which a driver doesn't need
+    with _importing:
+        from epslots.models.pretrained import read_language_config  # here: it imports torch, which a driver doesn't need
 
-    read_language_config(folder)
+        read_language_config(folder)
 
 
 def _ray_backend(config: ClusterConfig, load: Load) -> Backend:
@@ -375,6 +381,7 @@ def _first_placement(file: str, ranks: int | None, groups: int) -> bytes:
 def _tokenizer_of(folder: os.PathLike[str]) -> tuple[PreTrainedTokenizerBase | None, str]:
     """A checkpoint's tokenizer, or the reason why there is none: token ids are served without."""
     try:
-        return load_tokenizer(os.fspath(folder)), ""
+        with _importing:
+            return load_tokenizer(os.fspath(folder)), ""
     except ConfigError as error:
         return None, str(error)

@@ -210,12 +210,13 @@ class Generation:
         return StreamReader(self, _only(self._portions()), self._stream, self._cancel)
 
     def poll(
-        self, on_news: Callable[[], None], *, special_tokens: bool = False, whole: bool = False
+        self, on_news: Callable[[bool], None], *, special_tokens: bool = False, whole: bool = False
     ) -> StreamReader[Portion | None]:
         """The continuation without waiting, for one thread that reads many: an iterator over portions, None = no news.
 
         Args:
-            on_news: called from another thread when there is news. It returns at once.
+            on_news: called from another thread when there is news, with True if these are the first or the last, which
+                readers wait for. It returns at once.
             special_tokens: the text has special tokens, too, but for the one that ends it.
             whole: ``on_news`` is called for the first news and for the end alone.
 
@@ -223,7 +224,7 @@ class Generation:
             RequestFailed: the request ended with an error.
             ClusterError: the cluster can't go on; or this is a forked child.
         """
-        self._stream.watch(_first_and_last(on_news, self._stream) if whole else on_news)
+        self._stream.watch(_teller(on_news, self._stream, whole))
         return StreamReader(self, self._portions(wait=False, special_tokens=special_tokens), self._stream, self._cancel)
 
     def _pieces(self) -> Iterator[str]:
@@ -260,15 +261,16 @@ class Generation:
             raise RequestFailed(stream.error)
 
 
-def _first_and_last(on_news: Callable[[], None], stream: TokenStream) -> Callable[[], None]:
-    """A function that passes on the first call, and those when the stream is done."""
+def _teller(on_news: Callable[[bool], None], stream: TokenStream, whole: bool) -> Callable[[], None]:
+    """A function that tells a stream's news as ``poll`` says."""
     first = True
 
     def tell() -> None:
         nonlocal first
-        if first or stream.done:
-            first = False
-            on_news()
+        waited_for = first or stream.done
+        first = False
+        if waited_for or not whole:
+            on_news(waited_for)
 
     return tell
 

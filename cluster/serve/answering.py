@@ -26,6 +26,8 @@ from epslots.errors import EpslotsError
 from epslots.generation.portions import Portion
 
 logger = logging.getLogger("epslots.serve")
+_PART_BYTES = 2**16
+"""Of events that are sent together, or little more: none of the rest is made before the client takes these."""
 
 
 class Answer(Protocol):
@@ -97,20 +99,29 @@ class Answering:
         return whole
 
     async def _parts(self) -> AsyncIterator[bytes]:
-        """The stream's events, together as they come together."""
+        """The stream's events, together as they come together; the last ones with its end."""
         make = self._maker()
         try:
             if opening := self.answer.opening():
                 yield b"".join(map(make, opening))
+            last = b""
             async for news in self.reader.portions(self.service.config.keepalive_s):
                 if not news:
                     yield KEEP_ALIVE
-                found = [make(chunk) for choice, portion in news for chunk in self._take(choice, portion)]
-                if found:
-                    yield b"".join(found)
+                part = b""
+                for choice, portion in news:
+                    for chunk in self._take(choice, portion):
+                        part += make(chunk)
+                        if len(part) > _PART_BYTES:
+                            yield part
+                            part = b""
+                if self.reader.done:
+                    last = part
+                elif part:
+                    yield part
             if self.body.wants_usage:
-                yield event({**self.chunk_head, "choices": [], "usage": self._usage()})
-            yield DONE
+                last += event({**self.chunk_head, "choices": [], "usage": self._usage()})
+            yield last + DONE
         except ClientLeft:
             self.record.problem = "left"
         except Exception as error:

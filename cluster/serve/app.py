@@ -220,11 +220,13 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
     def readiness() -> dict[str, Any]:
         return {"status": service.phase, "ranks": service.ranks}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"model": answers.Readiness}}, response_model=answers.Readiness)
     async def health() -> Response:
         """Whether the service lives: also while it starts and drains."""
         return json_response(readiness(), 503 if service.phase == "failed" else 200)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"model": answers.Readiness}}, response_model=answers.Readiness)
     async def ready() -> Response:
         """Whether ranks serve, and requests are taken."""

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from cluster.serve.errors import ApiError, unavailable
+from cluster.serve.part_pace import PartPace
 from epslots.errors import EpslotsError
 from epslots.generation.portions import Portion
 
@@ -30,7 +31,7 @@ class Poll(Protocol):
 class PolledGeneration(Protocol):
     """One choice of a prompt that is being continued."""
 
-    def poll(self, on_news: Callable[[], None], *, special_tokens: bool = False, whole: bool = False) -> Poll: ...
+    def poll(self, on_news: Callable[[bool], None], *, special_tokens: bool = False, whole: bool = False) -> Poll: ...
 
 
 class ClientLeft(Exception):
@@ -38,7 +39,7 @@ class ClientLeft(Exception):
 
 
 class NewsRelay:
-    """Calls functions in an asyncio loop's thread for other threads; once for all news that come together.
+    """Wakes readers in an asyncio loop's thread for other threads: at once for all news that come together.
 
     Args:
         loop: the loop.
@@ -47,20 +48,37 @@ class NewsRelay:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._due: dict[Callable[[], None], None] = {}
+        self._waited_for: dict[Callable[[], None], None] = {}
+        self._others: dict[Callable[[], None], None] = {}
+        self._pace = PartPace()
 
-    def tell(self, wake: Callable[[], None]) -> None:
-        """From any thread: have a function called soon, once."""
+    def tell(self, wake: Callable[[], None], waited_for: bool) -> None:
+        """From any thread: have a function called, once.
+
+        Args:
+            waited_for: soon; else when the pace of streams' parts allows it.
+        """
+        due, deliver = (self._waited_for, self._deliver) if waited_for else (self._others, self._deliver_at_pace)
         with self._lock:
-            first = not self._due
-            self._due[wake] = None
+            first = not due
+            due[wake] = None
         if first:
             with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._deliver)
+                self._loop.call_soon_threadsafe(deliver)
 
     def _deliver(self) -> None:
         with self._lock:
-            due, self._due = self._due, {}
+            due, self._waited_for = self._waited_for, {}
+        for wake in due:
+            wake()
+
+    def _deliver_at_pace(self) -> None:
+        if (wait_s := self._pace.wait_s(self._loop.time())) > 0:
+            self._loop.call_later(wait_s, self._deliver_at_pace)
+            return
+        with self._lock:
+            due, self._others = self._others, {}
+        self._pace.delivered(self._loop.time(), len(due))
         for wake in due:
             wake()
 
@@ -165,6 +183,11 @@ class ChoiceReader:
         finally:
             alarms.stop()
             self.close()
+
+    @property
+    def done(self) -> bool:
+        """Whether no portion follows those that were returned."""
+        return not self._polls
 
     def _take(self, choice: int) -> list[Portion]:
         """A choice's new portions; an error that follows them ends the reading after them."""

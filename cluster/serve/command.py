@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import typer
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, cluster_config
 from cluster.job.command import RayOptions
 from cluster.serve.config import ServeConfig
 from epslots.cli.option_groups import takes_groups
@@ -186,13 +186,15 @@ def serve(
     keys = read_keys(service.api_key or (), None if service.api_key_file is None else str(service.api_key_file))
     config.check_exposure(bool(keys))
     lasting = ranks.lasting(default_name(source), service.port)
+    settings = {**asdict(ranks), "address": ray_address(ranks.address), **lasting, **loading.keywords()}
+    settings["max_queue"] = service.max_queue
+    cluster_config(**settings)  # what isn't allowed is said before anything listens
     model_type = model_type_of(find_checkpoint(source))
 
     def open_cluster() -> Cluster:
         from cluster.api import Cluster
 
-        where = {**asdict(ranks), "address": ray_address(ranks.address), **lasting}
-        return Cluster(source, **where, max_queue=service.max_queue, **loading.keywords())
+        return Cluster(source, **settings)
 
     raise typer.Exit(run_service(config, keys, open_cluster, model_type))
 

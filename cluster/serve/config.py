@@ -35,7 +35,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         header_s: seconds in which a connection must send a request's headers, and then its body.
         max_body_bytes: bytes of a request's body.
         max_header_bytes: bytes of a request's line and headers.
-        max_connections: connections at a time.
+        max_connections: connections at a time; fewer if this process may open fewer files.
         max_prompts: prompts of one request.
         log_requests: write a line for each request.
         log_prompts: the line has the request's prompt and text, too.

@@ -25,7 +25,8 @@ class ConnectionLimits:
         header_bytes: of a request's line and headers.
         request_s: seconds from a connection's first byte of a request to its last one.
         stalled_s: seconds in which the client may take nothing of an answer that is done.
-        connections: at a time; further ones are closed at once.
+        connections: at a time. A further one takes the place of the one that has been without a whole request for longest: a
+            peer that holds connections keeps no other out. It is closed at once if all have one.
     """
 
     header_bytes: int
@@ -38,8 +39,11 @@ class LimitedProtocol(HttpToolsProtocol):
     """One connection. uvicorn makes it, so its limits are its class's: see ``limited_protocol``."""
 
     limits: ClassVar[ConnectionLimits]
+    waiting: ClassVar[dict[LimitedProtocol, None]]
+    """Connections without a whole request, in the order of their waiting."""
 
     _head_bytes = 0
+    """Since the last request, or the last piece of this one's body."""
     _in_head = True
     _pipelined = False
     _timer: asyncio.TimerHandle | None = None
@@ -48,12 +52,17 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            transport.abort()
-            return
+            if (longest := next(iter(self.waiting), None)) is None:
+                transport.abort()
+                return
+            del self.waiting[longest]
+            longest.transport.abort()
+        self.waiting[self] = None
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.waiting.pop(self, None)
         if self._reading is not None:
             self._reading.cancel()
         super().connection_lost(exc)
@@ -61,11 +70,21 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._pipelined:
             return
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > self.limits.header_bytes and not self.transport.is_closing():
-            self._refuse_head()
+        if self._head_bytes > self.limits.header_bytes and not self.transport.is_closing():
+            if self._in_head:
+                self._refuse_head()
+            else:  # fields behind the body, without an end
+                self.transport.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # no application reads fields behind the body
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_begin(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -88,11 +107,14 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._stop_timer()
+        self.waiting.pop(self, None)
         self._in_head, self._head_bytes = True, 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if not self.transport.is_closing():
+            self.waiting[self] = None
         self._watch_reader()
 
     def send_400_response(self, msg: str) -> None:
@@ -126,4 +148,4 @@ class LimitedProtocol(HttpToolsProtocol):
 
 def limited_protocol(limits: ConnectionLimits) -> type[LimitedProtocol]:
     """The protocol's class, with its limits."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "waiting": {}})

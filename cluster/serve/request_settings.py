@@ -168,7 +168,9 @@ def _grammar(kind: str, value: Any) -> dict[str, Any]:
         case "json_object":
             return {"json_schema": True} if value else {}
         case "choice":
-            return {"grammar": "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)}
+            # One terminal: as a rule for each, a few hundred would be too many.
+            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+            return {"grammar": f"start: CHOICE\nCHOICE: {choices}"}
         case _:
             return {kind: value}
 

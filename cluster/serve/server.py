@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import threading
 from collections.abc import Coroutine
@@ -22,6 +23,7 @@ from epslots.errors import ConfigError
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the minute in which load balancers reuse connections
+_OTHER_FILES = 512  # that the process has open beside the connections of clients: Ray's, most of all
 Value = TypeVar("Value")
 
 
@@ -51,6 +53,17 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def allow_connections(wanted: int) -> int:
+    """Raise this process's limit of open files so that connections fit, as far as it may; returns how many do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    needed = wanted + _OTHER_FILES
+    if unlimited != soft < needed:
+        soft = needed if hard == unlimited else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == unlimited else max(1, min(wanted, soft - _OTHER_FILES))
+
+
 class HttpServer:
     """Serves an application from its start to ``stop``. As a context manager, it is stopped at the end of the block.
 
@@ -67,7 +80,7 @@ class HttpServer:
                 header_bytes=config.max_header_bytes,
                 request_s=config.header_s,
                 stalled_s=config.stalled_s,
-                connections=config.max_connections,
+                connections=allow_connections(config.max_connections),
             )
         )
         self._server = uvicorn.Server(

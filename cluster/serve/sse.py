@@ -18,8 +18,9 @@ KEEP_ALIVE = b": keep-alive\n\n"
 ABORT = "epslots.abort"
 """Name of the ASGI extension that ends a connection at once (``http_protocol.py``)."""
 _LOOKS = 4  # at a client that takes nothing, before it is dropped
+EVENTS_TYPE = b"text/event-stream; charset=utf-8"
 HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"content-type", EVENTS_TYPE),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
@@ -90,7 +91,7 @@ class EventStream(Response):
     """Sends parts of a stream as they come.
 
     Args:
-        parts: the bytes.
+        parts: the bytes; one that ends with ``DONE`` is the last.
         on_left: called when the client has left, or takes nothing for too long. ``parts`` ends soon after it.
         on_end: called at the end, however that comes.
         stalled_s: seconds in which the client may take nothing, at least.
@@ -112,16 +113,18 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             async with asyncio.timeout(None) as patience:
-                stall = _StallWatch(patience, self._stalled_s)
+                stall, more = _StallWatch(patience, self._stalled_s), True
                 try:
                     async for part in self._parts:
+                        more = not part.endswith(DONE)
                         # Waits while the client's socket is full: nothing more is made for it meanwhile.
                         stall.begin()
-                        await send({"type": "http.response.body", "body": part, "more_body": True})
+                        await send({"type": "http.response.body", "body": part, "more_body": more})
                         stall.end()
                 finally:
                     stall.stop()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if more:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             self._on_left()
             scope.get("extensions", {}).get(ABORT, lambda: None)()  # closing would wait for the client to take the rest

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import cluster.rank.rank_loop
-from cluster.api import Cluster
+from cluster.api import Cluster, _check_model, _tokenizer_of
 from cluster.errors import ClusterError, RequestFailed, Superseded
 from cluster.lasting.settings import differences, origin_of
 from cluster.messages.rank import Adopted, Form, GiveUp, Load, Loaded, Origin, decode_events, encode
@@ -394,3 +394,24 @@ def test_a_checkpoint_that_was_changed_is_another(checkpoint: Callable[[str], Pa
     config = folder / "config.json"
     config.write_text(config.read_text() + "\n")
     assert origin_of(folder).content != before.content
+
+
+def test_transformers_is_imported_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """A model is checked beside the tokenizer's import: one of the two could find half of a module of transformers."""
+    inside, both = list[int](), threading.Event()
+
+    def look(*_: object) -> None:
+        inside.append(1)
+        if len(inside) == 2:
+            both.set()
+        both.wait(0.2)
+        inside.pop()
+
+    monkeypatch.setattr("cluster.api.load_tokenizer", look)
+    monkeypatch.setattr("epslots.models.pretrained.read_language_config", look)
+    threads = [threading.Thread(target=each, args=(Path("no/folder"),)) for each in (_check_model, _tokenizer_of)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not both.is_set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -21,13 +22,18 @@ from cluster.driver.controller_client import ControllerStats
 from cluster.errors import ClusterError
 from cluster.generation import Generation
 from cluster.ray_backend.handles import RayWorkerHandle
+from tests.support import zoo
 from tests.support.clock_loop import ClockLoop, use_clock_loops
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL
+from tests.support.http_service import COMPLETIONS, read_until, serving
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_helpers import RayNodes
 from tests.support.thread_cluster import PROMPTS, expected, tokens_of
+from tests.support.tokenizers import byte_level
 
 NEW = 80
+HTTP_SETTINGS = {"max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+WORDS = [f"word {number} " for number in range(zoo.VOCAB - 256)]
 
 
 OWING: Counter[RayWorkerHandle] = Counter()
@@ -74,9 +80,9 @@ def clusters(ray_nodes: RayNodes, folder: Path, cache_dir: Path) -> Iterator[Cal
             cluster.close()
 
 
-def running(cluster: Cluster) -> list[Generation]:
-    """All prompts, each with some of its tokens there and more to come."""
-    found = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
+def running(cluster: Cluster, prompts: list[list[int]] = PROMPTS) -> list[Generation]:
+    """Prompts, each with some of its tokens there and more to come."""
+    found = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in prompts]
     for generation in found:
         next(generation._portions())
     return found
@@ -84,6 +90,17 @@ def running(cluster: Cluster) -> list[Generation]:
 
 def tokens(generations: list[Generation]) -> list[tuple[int, ...]]:
     return [generation.result(PATIENCE_S).tokens for generation in generations]
+
+
+def token_texts(answer: bytes) -> list[str]:
+    """The texts of the tokens in an answer over HTTP."""
+    lists = re.findall(rb'"logprobs":\{"tokens":(\[.*?\]),"token_logprobs"', answer)
+    return [text for texts in lists for text in json.loads(texts)]
+
+
+def token_text(token: int) -> str:
+    """A token's text, as ``byte_level`` and OpenAI's API have it: token b is byte b, and others are words."""
+    return WORDS[token - 256] if token >= 256 else chr(token) if token < 128 else f"bytes:\\x{token:02x}"
 
 
 def skip_silence(cluster: Cluster, stopped: int) -> None:
@@ -165,16 +182,33 @@ class TestThreeNodes:
         assert not psutil.pid_exists(lost)
 
     def test_a_node_dies_and_others_join(
-        self, ray_nodes: RayNodes, second: Node, joining: ExitStack, cluster: Cluster, folder: Path
+        self,
+        ray_nodes: RayNodes,
+        second: Node,
+        joining: ExitStack,
+        cluster: Cluster,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ):
+        """Requests of Python and over HTTP, streamed and whole, go on where they were."""
         right = expected(folder, PROMPTS, NEW)
         lost = second.node_ip_address
         assert lost in hosts(cluster)
         assert len(set(hosts(cluster))) == 3
-        going = running(cluster)
-        ray_nodes.kill(second)
-        assert not any(generation.done for generation in going)
-        assert tokens(going) == right
+        monkeypatch.setattr(cluster, "tokenizer", byte_level(WORDS))  # the checkpoint has none, and a service answers in text
+        with serving(cluster) as client, ExitStack() as connections:
+            bodies = [{"prompt": prompt, "logprobs": 0} | HTTP_SETTINGS for prompt in PROMPTS[:4]]
+            whole = connections.enter_context(client.asking(COMPLETIONS, bodies[0]))
+            streams = [connections.enter_context(client.asking(COMPLETIONS, body | {"stream": True})) for body in bodies[1:]]
+            begun = [read_until(stream, b"data: {") for stream in streams]
+            going = running(cluster, PROMPTS[4:])
+            assert client.service.running == 4
+            ray_nodes.kill(second)
+            assert not any(generation.done for generation in going)
+            assert tokens(going) == right[4:]
+            streamed = [begin + read_until(stream, b"data: [DONE]") for begin, stream in zip(begun, streams, strict=True)]
+            found = [read_until(whole, b"usage"), *streamed]
+        assert [token_texts(answer) for answer in found] == [[token_text(token) for token in own] for own in right[:4]]
         assert lost not in hosts(cluster)
         joined = joining.enter_context(ray_nodes.further(1))
         cluster.scale(3)

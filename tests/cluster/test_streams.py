@@ -347,15 +347,16 @@ def test_polling_never_waits():
     """It tells when there is news, and returns what has come since the last time."""
     there, news = Submitted(first=2), []
     assert there.generation is not None
-    poll = there.generation.poll(lambda: news.append(len(there.arrivals.tokens)))
+    poll = there.generation.poll(lambda waited_for: news.append((len(there.arrivals.tokens), waited_for)))
     assert joined(polled(poll)).tokens == tuple(TOKENS[:2])
     assert polled(poll) == []
     assert news == []
     there.arrivals.arrive(output(TOKENS[2:5]))
     there.arrivals.arrive(output(TOKENS[5:]))
-    assert news == [5, len(TOKENS)]
+    assert news == [(5, True), (len(TOKENS), False)]
     assert joined(polled(poll)).tokens == tuple(TOKENS[2:])
     there.arrivals.arrive(output([], "length"))
+    assert news[-1] == (len(TOKENS), True)
     assert polled(poll)[-1].reason == "length"
     assert next(poll, "over") == "over"
     assert not there.cancelled
@@ -364,7 +365,7 @@ def test_polling_never_waits():
 def test_a_poll_that_is_closed_cancels():
     there = Submitted()
     assert there.generation is not None
-    poll = there.generation.poll(lambda: None)
+    poll = there.generation.poll(lambda waited_for: None)
     assert polled(poll)
     poll.close()
     assert there.cancelled == 1
@@ -375,7 +376,7 @@ def test_a_poll_raises_what_ended_it():
     for reason, kind in (("error", RequestFailed), (None, ClusterError)):
         there, news = Submitted(first=0), []
         assert there.generation is not None
-        poll = there.generation.poll(lambda news=news: news.append(1))
+        poll = there.generation.poll(lambda waited_for, news=news: news.append(1))
         if reason:
             there.arrivals.arrive(output([], reason, error="NaN, says the test"))
         else:
@@ -392,12 +393,12 @@ def test_text_with_special_tokens_lacks_the_one_that_ends_it():
     assert there.generation is not None
     there.generation._choice.request.__dict__["stop_tokens"] = frozenset((special,))
     there.arrivals.arrive(output([*TOKENS, special], "stop"))
-    shown = joined(polled(there.generation.poll(lambda: None, special_tokens=True)))
+    shown = joined(polled(there.generation.poll(lambda waited_for: None, special_tokens=True)))
     assert (shown.text, shown.tokens) == (tokenizer.decode(TOKENS), (*TOKENS, special))
     there = Submitted(first=0)
     assert there.generation is not None
     there.arrivals.arrive(output([*TOKENS[:2], special, *TOKENS[2:]], "length"))
-    shown = joined(polled(there.generation.poll(lambda: None, special_tokens=True)))
+    shown = joined(polled(there.generation.poll(lambda waited_for: None, special_tokens=True)))
     assert shown.text == tokenizer.decode(TOKENS[:2]) + tokenizer.eos_token + tokenizer.decode(TOKENS[2:])
 
 

@@ -44,6 +44,7 @@ PURE = (
     "serve.chat",
     "serve.live_frame",
     "serve.live_window",
+    "serve.part_pace",
     "serve.placement_words",
 )
 

@@ -45,6 +45,9 @@ Run = Callable[..., tuple[int, str, str]]
         (["--served-model-name", ""], "allowed: printable names"),
         (["--model", "/nowhere/model"], "/nowhere/model"),
         (["--slots", "nonsense"], "slots='nonsense'"),
+        (["--name", "../x"], "name='../x'; allowed"),
+        (["--orphan-s", "nan"], "orphan_s=nan; allowed: seconds"),
+        (["--ranks", "3", "--groups", "2"], "groups=2 with ranks=3"),
     ],
 )
 def test_what_cant_work_is_said_first(run: Run, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str):
@@ -58,6 +61,7 @@ def test_what_cant_work_is_said_first(run: Run, monkeypatch: pytest.MonkeyPatch,
     assert code == 2, errors
     assert message in errors
     assert "Traceback" not in errors
+    assert "listening" not in errors
     assert output == ""
 
 

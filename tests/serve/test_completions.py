@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from cluster.serve.request_settings import grammar_of
+from cluster.serve.schema import CompletionRequest
+from epslots.generation.grammar import GrammarCompiler
+from epslots.generation.requests import Grammar
 from tests.support.http_service import COMPLETIONS, Client
 from tests.support.scripted_cluster import SAYS, ScriptedCluster, scored
-from tests.support.tokenizers import TOKENIZERS
+from tests.support.tokenizers import TOKENIZERS, byte_level
 
 TOKENIZER = TOKENIZERS["bytes"]
 TOKENS = TOKENIZER.encode(SAYS, add_special_tokens=False)
@@ -202,11 +206,11 @@ def test_a_prompt_is_truncated_from_its_beginning(client: Client, cluster: Scrip
     [
         ({"guided_json": {"type": "object"}}, ("json_schema", '{"type":"object"}')),
         ({"guided_regex": "a+"}, ("regex", "a+")),
-        ({"guided_choice": ["yes", 'n"o']}, ("lark", 'start: "yes" | "n\\"o"')),
+        ({"guided_choice": ["yes", 'n"o']}, ("lark", 'start: CHOICE\nCHOICE: "yes" | "n\\"o"')),
         ({"guided_grammar": 'start: "a"'}, ("lark", 'start: "a"')),
         ({"structured_outputs": {"json": {"type": "object"}}}, ("json_schema", '{"type":"object"}')),
         ({"structured_outputs": {"json_object": True}}, ("json_object", "")),
-        ({"structured_outputs": {"choice": ["a"]}}, ("lark", 'start: "a"')),
+        ({"structured_outputs": {"choice": ["a"]}}, ("lark", 'start: CHOICE\nCHOICE: "a"')),
     ],
 )
 def test_grammars_of_vllms_names(client: Client, cluster: ScriptedCluster, given: Any, setting: tuple[str, str]):
@@ -214,6 +218,18 @@ def test_grammars_of_vllms_names(client: Client, cluster: ScriptedCluster, given
     grammar = cluster.requests[0].grammar
     assert grammar is not None
     assert (grammar.kind, grammar.text) == setting
+
+
+def test_all_choices_that_are_allowed_fit_a_grammar():
+    choices = [f'{number} "of\n" é' for number in range(1024)]
+    (text,) = grammar_of(CompletionRequest(prompt="a", guided_choice=choices)).values()
+    compiler, grammar = GrammarCompiler(byte_level(), 257, (256,)), Grammar("lark", text)
+    ends = {}
+    for choice in ("1023", choices[1023], choices[0]):
+        state = compiler.start(grammar, frozenset((256,)), choice.encode())
+        assert state.error is None
+        ends[choice] = bool(state.allowed()[256 // 32] & 1)
+    assert ends == {"1023": False, choices[1023]: True, choices[0]: True}
 
 
 def test_a_prompts_log_probabilities(client: Client):

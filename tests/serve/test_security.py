@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from cluster.serve.auth import ApiKeys, read_keys
 from cluster.serve.config import ServeConfig
+from cluster.serve.server import allow_connections
 from epslots.errors import ConfigError
 from tests.support.http_service import CHAT, COMPLETIONS, PATIENCE_S, read_until, serving
 from tests.support.scripted_cluster import ScriptedCluster
@@ -26,6 +28,11 @@ def closed(connection: socket.socket) -> bool:
         return connection.recv(100) == b""
     except ConnectionResetError:
         return True
+
+
+def send_until_refused(connection: socket.socket, data: bytes) -> None:
+    while True:
+        connection.sendall(data)
 
 
 GARBAGE = [b"\x16\x03\x01\x02\x00\x01", b"\0" * 100, b"GET / HTTP/9.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
@@ -157,6 +164,21 @@ def test_headers_have_a_limit():
         assert client.post(COMPLETIONS, {"prompt": "a" * 300, "max_tokens": 1}).status == 200, "a body isn't a header"
 
 
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 2000, b"a: " + b"b" * 10_000], ids=["many", "long"])
+def test_fields_behind_a_body_have_a_limit(trailers: bytes):
+    """They would be kept for as long as they come, also of a request without a key."""
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b'e\r\n{"prompt":"a"}\r\n0\r\n'
+    with ScriptedCluster() as cluster, serving(cluster, max_header_bytes=2000) as client:
+        with socket.create_connection(client.address, timeout=PATIENCE_S) as one:
+            one.sendall(request + b"a: b\r\n" * 50 + b"\r\n")
+            assert b" 200 " in read_until(one, b"\r\n\r\n")
+        with socket.create_connection(client.address, timeout=PATIENCE_S) as one:
+            one.sendall(request)
+            with pytest.raises(ConnectionError):
+                send_until_refused(one, trailers)
+
+
 def test_a_request_must_come_in_time():
     """A connection that sends nothing, or half of a request, is closed."""
     with ScriptedCluster() as cluster, serving(cluster, header_s=0.2) as client:
@@ -184,15 +206,58 @@ def test_a_long_answer_isnt_cut_by_the_time_of_its_request():
 
 
 def test_connections_have_a_limit():
+    with (
+        ScriptedCluster(held=True) as cluster,
+        serving(cluster, max_connections=2) as client,
+        client.asking(COMPLETIONS, {"prompt": "a"}),
+        client.asking(COMPLETIONS, {"prompt": "a", "stream": True}),
+    ):
+        cluster.wait_for(lambda: len(cluster.requests) == 2)
+        with socket.create_connection(client.address, timeout=PATIENCE_S) as third:
+            assert closed(third)
+        assert client.service.running == 2
+        cluster.go_on()
+
+
+HELLO = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", HELLO])
+def test_a_connection_that_waits_gives_way(sent: bytes):
+    """The one that has waited longest: a peer that opens many and asks nothing doesn't keep others out."""
     with ScriptedCluster() as cluster, serving(cluster, max_connections=3) as client:
         first = [socket.create_connection(client.address, timeout=PATIENCE_S) for _ in range(3)]
         for one in first:
-            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            read_until(one, b"}")
-        with socket.create_connection(client.address, timeout=PATIENCE_S) as fourth:
-            assert closed(fourth)
-        for one in first:
+            one.sendall(sent)
+            if sent == HELLO:
+                read_until(one, b"}")
+        assert client.get("/health").status == 200
+        assert closed(first[0])
+        for one in first[1:]:
+            one.sendall(HELLO if sent in (b"", HELLO) else b"lth HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in read_until(one, b"}")
             one.close()
+        first[0].close()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "now", "allowed"),
+    [
+        (1024, 20_000, 2512, 2000),
+        (1024, -1, 2512, 2000),
+        (20_000, 20_000, 20_000, 2000),
+        (-1, -1, -1, 2000),
+        (256, 1024, 1024, 512),
+        (256, 256, 256, 1),
+    ],
+)
+def test_connections_are_no_more_than_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, now: int, allowed: int):
+    """A process may open 1,024 by default. Without one left, it could neither accept a connection nor reach its ranks."""
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, given: limits.append(given))
+    assert allow_connections(2000) == allowed
+    assert limits[-1] == (now, hard)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +314,14 @@ def test_a_page_that_is_named_can_read_refusals():
     with ScriptedCluster() as cluster, serving(cluster, cors_origins=("https://chat.example",), keys=KEYS) as client:
         reply = client.post(COMPLETIONS, {"prompt": "a"}, origin | bearer("not-a-key"))
         assert (reply.status, reply.headers["access-control-allow-origin"]) == (401, "https://chat.example")
+
+
+def test_a_balancer_may_ask_without_a_body():
+    with ScriptedCluster() as cluster, serving(cluster, keys=KEYS) as client:
+        for path in ("/health", "/ready"):
+            reply = client.ask("HEAD", path)
+            assert (reply.status, reply.body) == (200, b"")
+            assert int(reply.headers["content-length"]) == len(client.get(path).body)
 
 
 def test_no_answer_leads_elsewhere():
