@@ -226,11 +226,20 @@ def test_a_missing_rank_is_noticed_before_nccl_begins(gpus: SimulatedMachine):
 
 def test_a_hanging_connect_makes_the_rank_unusable(gpus: SimulatedMachine):
     hangs, ended = threading.Event(), Future[str]()
-    with pytest.raises(RankUnusable, match="did not connect 1 ranks in time"):
+    with pytest.raises(RankUnusable, match="did not connect 1 ranks within"):
         form(dist.HashStore(), hangs.wait)
     ended.set_result("rank 2 is gone")
     with pytest.raises(PeerLost, match="rank 2 is gone"):
         form(dist.HashStore(), hangs.wait, stop=ended)
+    hangs.set()
+
+
+def test_ranks_that_met_connect_soon_or_never(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
+    """Under torchrun they may take half an hour to begin; one that ends while they connect holds up the others no longer than that takes."""
+    hangs = threading.Event()
+    monkeypatch.setattr(nccl, "CONNECT_DEADLINE_S", 0.1)
+    with pytest.raises(RankUnusable, match=r"did not connect 1 ranks within 0.1 s after they met"):
+        form(dist.HashStore(), hangs.wait, deadline_s=rendezvous.FORM_DEADLINE_S)
     hangs.set()
 
 
@@ -242,7 +251,7 @@ def test_torchruns_ranks_form_within_a_deadline(gpus: SimulatedMachine, monkeypa
     monkeypatch.setattr(forming.dist, "init_process_group", lambda *_, **__: hangs.wait())
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RankUnusable, match="did not connect 1 ranks in time"):
+    with pytest.raises(RankUnusable, match="did not connect 1 ranks within"):
         rendezvous.find_transport(None, torch.device("cuda:1"))
     assert torch.cuda.current_device() == 1
     monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
