@@ -235,7 +235,7 @@ def test_a_hanging_connect_makes_the_rank_unusable(gpus: SimulatedMachine):
 
 
 def test_ranks_that_met_connect_soon_or_never(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
-    """Under torchrun they may take half an hour to begin; one that ends while they connect holds up the others no longer than that takes."""
+    """Under torchrun they may take half an hour to begin, but one that ends while they connect mustn't cost as much."""
     hangs = threading.Event()
     monkeypatch.setattr(nccl, "CONNECT_DEADLINE_S", 0.1)
     with pytest.raises(RankUnusable, match=r"did not connect 1 ranks within 0.1 s after they met"):
