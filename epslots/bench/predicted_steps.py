@@ -52,8 +52,8 @@ class StepTimes(msgspec.Struct, frozen=True):
         kernels: launched by owner ("epslots", "transformers", "other").
         syncs: of the host.
         hit_rate: share of uses whose expert was in a slot, or on its way there.
-        fetches: experts over the link.
-        layers: MoE layers; ``expert_bytes``: of the true model.
+        uses: of experts, over all layers; ``fetches``: experts over the link.
+        layers: MoE layers; ``expert_bytes``: of one record of the true model.
     """
 
     step_s: float
@@ -64,6 +64,7 @@ class StepTimes(msgspec.Struct, frozen=True):
     kernels: dict[str, float]
     syncs: float
     hit_rate: float
+    uses: int
     fetches: float
     layers: int
     expert_bytes: int
@@ -75,7 +76,7 @@ class StepTimes(msgspec.Struct, frozen=True):
 
 
 Run = Callable[..., StepTimes]
-"""Called with a kind of GPU and a share of slots, and ``hit_rate``, ``requests`` and ``captured`` as keywords."""
+"""Called with a kind of GPU and a share of slots; ``hit_rate``, ``requests``, ``captured`` and ``record_bits`` are keywords."""
 
 
 @contextmanager
@@ -88,13 +89,24 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
         layers: of the model that is run; None = as many as it has.
         steps: timed in a run.
 
+    A run's ``record_bits`` are those of a weight in the records that cross the link; kernels read 16 in any case.
+
     Raises:
         ConfigError: the model is of another architecture.
     """
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
 
-    def run(spec: GpuSpec, share: float, *, hit_rate: float = 1.0, requests: int = 1, captured: bool = False) -> StepTimes:
+    def run(
+        spec: GpuSpec,
+        share: float,
+        *,
+        hit_rate: float = 1.0,
+        requests: int = 1,
+        captured: bool = False,
+        record_bits: float = 16,
+    ) -> StepTimes:
+        record_bytes = int(true.layers[0].layout.nbytes * record_bits / 16)
         with simulated_gpus(spec) as gpu:
             gpu.sizes = sizes
             model = load_simulated(
@@ -108,10 +120,9 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
                 max_requests=requests,
                 capture=captured,
             )
-            for layer in runtime_of(model).layers:
-                sizes.add(layer.layout.nbytes, true.layers[0].layout.nbytes)
+            gpu.sizes = sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes)
             script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
-            found = _time(gpu, model, script, requests, steps, true.layers[0].layout.nbytes)
+            found = _time(gpu, model, script, requests, steps, record_bytes)
             del model, script
         release()
         return found
@@ -140,6 +151,7 @@ def _time(
     return StepTimes(
         **timed,
         hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
+        uses=len(runners) * script.ids[0].numel(),
         fetches=uses["misses"] + uses["prefetches"],
         layers=len(runners),
         expert_bytes=expert_bytes,

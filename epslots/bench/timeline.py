@@ -3,19 +3,26 @@
 The model has the true layers, experts and choices, and tiny widths; kernels and copies take the time of the true widths by
 data sheets (``gpu_spec.py``). Routing has the hit rates of recorded traces. A prediction is no measurement: kernels that reach
 less than the data sheet's rates, and a slower or faster host, change it.
+
+Each kind of GPU has a process of its own.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, Run, StepTimes, predicted_steps
+from epslots.bench.needed_hits import TokenTimes
+from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, RECALL, Run, StepTimes, predicted_steps
 from epslots.bench.report import MS, BenchReport
 from epslots.errors import ConfigError
+from epslots.host_limits import usable_cores
 from epslots.models.known_shapes import known_model
 from epslots.simulated_gpu.gpu_spec import GPUS, GpuSpec
 
@@ -26,7 +33,13 @@ HIT_RATES = {
     "DeepSeek-V2-Lite": {0.125: 0.335, 0.25: 0.512, 0.5: 0.741, 0.75: 0.902},
 }
 
+# Tokens/s with half of the slots, over those with all of them.
+AIM_SLOTS, AIM = 0.5, 0.85
+# Bits of a weight in a record, with its share of scales: bf16, and 4 bits with a scale for each 32.
+BF16_BITS, PACKED_BITS = 16.0, 4.5
+
 Rows = list[dict[str, Any]]
+Tables = dict[str, Rows]
 
 
 def bench_timeline(
@@ -36,7 +49,7 @@ def bench_timeline(
     gpu: str = "h100",
     model: str = "qwen3-30b-a3b",
     slots: str = "25%,50%,100%",
-    rounds: int = 8,
+    rounds: int = 4,
     layers: int | None = None,
 ) -> None:
     """Decoding of one request with each share of slots, on simulated GPUs.
@@ -53,41 +66,76 @@ def bench_timeline(
     """
     specs = [_spec(name.strip()) for name in gpu.split(",")]
     shares = [_share(part) for part in slots.split(",")]
-    _, skeleton = known_model(model)
-    if skeleton is None:
+    if known_model(model)[1] is None:
         raise ConfigError(f"model={model!r}: transformers has no such model to run")
     report.result |= {"predicted": True, "model": model}
     report.table("costs, by data sheets and estimates", [_costs_row(spec) for spec in specs])
-    found: dict[str, tuple[Rows, Rows]] = {}
-    with predicted_steps(skeleton.config, cache_dir, layers=layers, steps=rounds) as run:
-        for spec in specs:
-            found[spec.name] = _predict(partial(run, spec), shares)
-    for name, (rows, reasons) in found.items():
-        report.table(f"PREDICTED: one request of {model} on one {name}", rows)
-        report.table(f"PREDICTED: ms a token on {name}, by what bounds them", reasons)
+    predict = partial(_predict, model=model, shares=shares, cache_dir=cache_dir, steps=rounds, layers=layers)
+    if len(specs) == 1:
+        found = [predict(specs[0])]
+    else:
+        workers = min(len(specs), usable_cores())
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(predict, specs))
+    for tables in found:
+        for title, rows in tables.items():
+            report.table(title, rows)
 
 
-def _predict(run: Run, shares: list[float]) -> tuple[Rows, Rows]:
-    """Rows of both tables of one kind of GPU."""
+def _predict(spec: GpuSpec, *, model: str, shares: list[float], cache_dir: Path, steps: int, layers: int | None) -> Tables:
+    """The tables of one kind of GPU."""
+    torch.set_num_threads(1)  # of a process of its own: tiny tensors gain nothing by more
+    _, skeleton = known_model(model)
+    assert skeleton is not None
+    with predicted_steps(skeleton.config, cache_dir / spec.name, layers=layers, steps=steps) as run:
+        return _tables(spec, model, partial(run, spec), shares)
+
+
+def _tables(spec: GpuSpec, model: str, run: Run, shares: list[float]) -> Tables:
     rows: Rows = []
     reasons: Rows = []
+    captured_resident = run(1.0, captured=True)
     for path, captured in (("captured", True), ("usual", False)):
-        resident = run(1.0, captured=captured)
-        for share, source, hit_rate in _runs(shares):
-            found = resident if share == 1 else run(share, hit_rate=hit_rate, captured=captured)
-            name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source}
+        resident = captured_resident if captured else run(1.0)
+        for share, source, hit_rate, bits in _runs(shares, packed=captured):
+            found = resident if share == 1 else run(share, hit_rate=hit_rate, captured=captured, record_bits=bits)
+            name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source, "record bits": bits}
             rows.append(name | _row(found, resident))
             reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
-    return rows, reasons
+    return {
+        f"PREDICTED: one request of {model} on one {spec.name}": rows,
+        f"PREDICTED: ms a token on {spec.name}, by what bounds them": reasons,
+        f"PREDICTED: hit rate that {AIM:g} of the resident rate needs on {spec.name}, captured": _needed(
+            spec, captured_resident
+        ),
+    }
 
 
-def _runs(shares: list[float]) -> list[tuple[float, str, float]]:
-    """Share of slots, origin of the hit rate, and hit rate of each run."""
-    return [
-        (share, source, _hit_rate(rates, share))
-        for share in shares
-        for source, rates in (HIT_RATES.items() if share < 1 else [("any", {})])
-    ]
+def _runs(shares: list[float], *, packed: bool) -> list[tuple[float, str, float, float]]:
+    """Share of slots, origin of the hit rate, hit rate, and bits of a weight in the records of each run."""
+    found: list[tuple[float, str, float, float]] = []
+    for share in shares:
+        if share == 1:
+            found.append((share, "any", 1.0, BF16_BITS))
+            continue
+        for bits in (BF16_BITS, PACKED_BITS) if packed and share == AIM_SLOTS else (BF16_BITS,):
+            found += [(share, source, _hit_rate(rates, share), bits) for source, rates in HIT_RATES.items()]
+    return found
+
+
+def _needed(spec: GpuSpec, resident: StepTimes) -> Rows:
+    """For each way to fetch, the hit rate that the aim takes, and what the recorded ones come to."""
+    rows: Rows = []
+    for bits in (BF16_BITS, PACKED_BITS):
+        record_s = resident.expert_bytes * bits / BF16_BITS / spec.link_rate
+        for way, recall in (("on demand", None), (f"ahead, {RECALL:.1%} predicted", RECALL)):
+            times = TokenTimes(resident.step_s, resident.uses, record_s, recall)
+            row: dict[str, Any] = {"record bits": bits, "missing experts come": way, "needed": times.needed_hit_rate(AIM)}
+            for source, rates in HIT_RATES.items():
+                hit_rate = _hit_rate(rates, AIM_SLOTS)
+                row[f"over all resident at {hit_rate:.1%}: {source}"] = resident.step_s / times.seconds(hit_rate)
+            rows.append(row)
+    return rows
 
 
 def _spec(name: str) -> GpuSpec:

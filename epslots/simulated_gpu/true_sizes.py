@@ -23,12 +23,18 @@ class TrueSizes:
         self._true_of = dict(true_of)
 
     def add(self, tiny: int, true: int) -> None:
-        """Enter a further width: a slot's or a record's bytes.
+        """Enter a further width.
 
         Raises:
             AssertionError: the tiny width stands for another one.
         """
         assert self._true_of.setdefault(tiny, true) == true, f"{tiny} stands for {self._true_of[tiny]} and {true}"
+
+    def with_width(self, tiny: int, true: int) -> TrueSizes:
+        """These sizes, and one more: a slot's and a record's bytes, which each run of a model may choose."""
+        found = TrueSizes(self._true_of)
+        found.add(tiny, true)
+        return found
 
     def numel(self, shape: Sequence[int]) -> int:
         """Numbers of a tensor of this shape."""
