@@ -76,7 +76,7 @@ class StepTimes(msgspec.Struct, frozen=True):
 
 
 Run = Callable[..., StepTimes]
-"""Called with a kind of GPU and a share of slots; ``hit_rate``, ``requests``, ``captured`` and ``record_bits`` are keywords."""
+"""Called with a kind of GPU and a share of slots; keywords: ``hit_rate``, ``requests``, ``captured``, ``record_bits``."""
 
 
 @contextmanager
