@@ -10,7 +10,7 @@ plan for each layer's step that is planned.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.loading import load_simulated
 from epslots.simulated_gpu.machine import SimulatedMachine
+from epslots.simulated_gpu.timeline import Operation
 from epslots.simulated_gpu.tiny_twin import tiny_twin
+from epslots.simulated_gpu.true_sizes import TrueSizes
 from epslots.transport.lockstep import Gathered
 
 RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict``)
@@ -96,6 +98,7 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
     """
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
+    record_bytes = true.layers[0].layout.nbytes
 
     def run(
         spec: GpuSpec,
@@ -106,23 +109,21 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
         captured: bool = False,
         record_bits: float = 16,
     ) -> StepTimes:
-        record_bytes = int(true.layers[0].layout.nbytes * record_bits / 16)
+        nbytes = int(record_bytes * record_bits / 16)
         with simulated_gpus(spec) as gpu:
-            gpu.sizes = sizes
-            model = load_simulated(
+            model = load_twin(
+                gpu,
                 folder,
-                slots=f"{100 * share:g}%",
-                dtype="bfloat16",
-                costs=LARGE_EXPERTS,  # without those of the host's CPU: it computes nothing
-                host_store="memory",
-                cache_dir=cache_dir,
+                cache_dir,
+                sizes,
+                nbytes,
+                share,
                 kv_tokens=_KV_TOKENS * requests,
                 max_requests=requests,
                 capture=captured,
             )
-            gpu.sizes = sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes)
             script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
-            found = _time(gpu, model, script, requests, steps, record_bytes)
+            found = _time(gpu, model, script, requests, steps, nbytes)
             del model, script
         release()
         return found
@@ -131,11 +132,35 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
         yield run
 
 
+def load_twin(
+    gpu: SimulatedMachine,
+    folder: Path,
+    cache_dir: Path,
+    sizes: TrueSizes,
+    record_bytes: int,
+    share: float,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A tiny twin on a simulated GPU, whose kernels and copies take the time of the true model's from then on.
+
+    Args:
+        sizes: of ``tiny_twin``.
+        record_bytes: of an expert over the link.
+        share: of the experts in slots.
+    """
+    gpu.sizes = sizes
+    costs = LARGE_EXPERTS  # without those of the host's CPU: it computes nothing
+    fixed: dict[str, Any] = {"dtype": "bfloat16", "costs": costs, "host_store": "memory", "cache_dir": cache_dir}
+    model = load_simulated(folder, slots=f"{100 * share:g}%", **fixed, **settings)
+    gpu.sizes = sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes)
+    return model
+
+
 def _time(
     gpu: SimulatedMachine, model: PreTrainedModel, script: ScriptedRouting, requests: int, steps: int, expert_bytes: int
 ) -> StepTimes:
     runners = runtime_of(model).runners
-    plan_s = _charge_plans(gpu, runners)
+    plan_s = charge_plans(gpu, runners)
     engine = open_engine(model)
     decoding = Decoding(engine, random_requests(model, requests, PROMPT, 10 * (steps + WARM_UP)))
     before = use_sums(model)  # not in between: reading ends captured decoding, for a step
@@ -145,51 +170,64 @@ def _time(
             planned_s, began_s = plan_s(), gpu.now_s
         script.next_step()
         decoding.step()
-    timed = _timed(gpu, steps, began_s, plan_s() - planned_s)
+    timed = times_of(gpu, steps, began_s, plan_s() - planned_s)
     uses = {name: count / (WARM_UP + steps) for name, count in use_sums(model, since=before).items()}
     engine.batcher.close()
     return StepTimes(
         **timed,
-        hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
+        **hits_of(uses),
         uses=len(runners) * script.ids[0].numel(),
-        fetches=uses["misses"] + uses["prefetches"],
         layers=len(runners),
         expert_bytes=expert_bytes,
     )
 
 
-def _timed(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float) -> dict[str, Any]:
-    """What the device has seen until now, by step."""
-    ended_s, syncs, launched = gpu.now_s, sum(gpu.syncs.values()), _launches(gpu)
+def hits_of(uses: Mapping[str, float]) -> dict[str, float]:
+    """``use_sums`` of a step as fields of ``StepTimes``."""
+    return {
+        "hit_rate": uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
+        "fetches": uses["misses"] + uses["prefetches"],
+    }
+
+
+def times_of(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float) -> dict[str, Any]:
+    """What the first device has seen until now, by step, as fields of ``StepTimes``; all devices do the same.
+
+    Args:
+        began_s, planned_s: when it began, and for how long this thread has planned since.
+    """
+    streams, ended_s = set(gpu.streams_of(0)), gpu.now_s
+    operations = [operation for operation in gpu.timeline.operations if operation.stream in streams]
+    syncs, launched = sum(gpu.syncs.values()) / gpu.count, _launches(operations)
     kernels: Counter[str] = Counter()
     for (owner, _), count in gpu.kernels.items():
         kernels[owner] += count
     gpu.timeline.run(float("inf"))
-    bounds = bounds_of(gpu.timeline.operations, gpu.waits, gpu.spec, began_s, ended_s)
-    launch_s = gpu.spec.launch_s
+    bounds = bounds_of(operations, gpu.waits[0], gpu.spec, began_s, ended_s)
+    launch_s, steps_of_all = gpu.spec.launch_s, steps * gpu.count
     return {
         "step_s": bounds.total / steps,
         "by_reason": {name: seconds / steps for name, seconds in bounds.by_reason.items()},
         "host_s": (launched.total() * launch_s + planned_s) / steps,
         "our_host_s": (launched["epslots"] * launch_s + planned_s) / steps,
         "link_busy_s": bounds.link_busy / steps,
-        "kernels": {owner: count / steps for owner, count in kernels.items()},
+        "kernels": {owner: count / steps_of_all for owner, count in kernels.items()},
         "syncs": syncs / steps,
     }
 
 
-def _launches(gpu: SimulatedMachine) -> Counter[str]:
+def _launches(operations: Sequence[Operation]) -> Counter[str]:
     """The host's launches by owner; a graph's operations, which are queued at one moment, are one."""
     found: Counter[str] = Counter()
     last_s = -1.0
-    for operation in gpu.timeline.operations:
+    for operation in operations:
         if operation.engine and operation.queued_s > last_s:
             found[operation.owner] += 1
             last_s = operation.queued_s
     return found
 
 
-def _charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callable[[], float]:
+def charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callable[[], float]:
     """Let plans take the host's time; returns the seconds that they have taken so far."""
     taken = [0.0]
 

@@ -89,7 +89,9 @@ class ScriptedRouting:
         return np.array(found, np.int64)
 
     def _resident(self, runner: MoELayer) -> BoolArray:
-        """The experts in slots, or on their way there: by the host's table, or by the device's where that decides."""
+        """The experts in a slot of any rank, or on their way: by the host's table, or by the device's where that decides."""
+        if not runner.planner.alone:
+            return runner.planner.state.holds_RE.any(0)
         if not runner.slots_are_lent:
             return runner.cache.resident_E
         pool, layer = self._runtime.place_of(runner.index)

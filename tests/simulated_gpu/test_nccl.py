@@ -22,10 +22,10 @@ from epslots.group.join import join
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.machine import DeviceHangsError, SimulatedMachine
+from epslots.simulated_gpu.nccl_group import NcclHub, OutOfOrderError, SimulatedNcclGroup, simulated_dist
 from epslots.transport import forming, nccl, rendezvous, torch_transport
 from epslots.transport.torch_transport import TorchTransport
 from tests.support import zoo
-from tests.support.fake_nccl import FakeNcclGroup, NcclHub, OutOfOrderError, fake_dist
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL
 from tests.support.rank_helpers import PATIENCE_S, run_threads
 from tests.support.simulated import greedy_on, load_gpu
@@ -38,7 +38,7 @@ def nccl_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in nccl.ENVIRONMENT:
         monkeypatch.setenv(name, "another")
     nccl.set_environment()
-    monkeypatch.setattr(torch_transport, "dist", fake_dist(dist))
+    monkeypatch.setattr(torch_transport, "dist", simulated_dist(dist))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def on_ranks(hub: NcclHub, work: Callable[[TorchTransport], Any], deadline_s: fl
     def one(local: Any) -> Any:
         device = torch.device("cuda", local.rank)
         torch.cuda.set_device(device)
-        transport = TorchTransport(FakeNcclGroup(hub, local.rank, device), device=device, deadline_s=deadline_s)  # type: ignore[arg-type]
+        transport = TorchTransport(SimulatedNcclGroup(hub, local.rank, device), device=device, deadline_s=deadline_s)  # type: ignore[arg-type]
         return work(transport)
 
     return run_threads(one, hub.size)
@@ -186,7 +186,7 @@ def test_a_broken_batch_makes_the_rank_unusable(gpus: SimulatedMachine):
         with pytest.raises(PeerLost):
             transport.all_gather(ours)
         with pytest.raises(AssertionError, match="a group call is open"):
-            FakeNcclGroup(NcclHub(2), 0, CUDA)
+            SimulatedNcclGroup(NcclHub(2), 0, CUDA)
 
     on_ranks(NcclHub(2), work)
 
@@ -206,7 +206,7 @@ def test_a_broken_collective_is_a_lost_peer(gpus: SimulatedMachine):
 def test_a_group_needs_the_environment(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
     with pytest.raises(AssertionError, match="TORCH_NCCL_ENABLE_MONITORING"):
-        FakeNcclGroup(NcclHub(1), 0, CUDA)
+        SimulatedNcclGroup(NcclHub(1), 0, CUDA)
 
 
 # ---------------------------------------------------------------------- forming
