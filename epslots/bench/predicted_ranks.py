@@ -33,13 +33,15 @@ from epslots.bench.scripted_routing import ScriptedRouting
 from epslots.group.join import join
 from epslots.models.measure_shape import shape_of_config
 from epslots.runtime import runtime_of
-from epslots.simulated_gpu.cuda_api import on_this_thread, replaced, simulated_gpus
+from epslots.simulated_gpu.cuda_api import replaced, simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.machine import SimulatedMachine
 from epslots.simulated_gpu.nccl_group import NcclHub, SimulatedNcclGroup, simulated_dist
 from epslots.simulated_gpu.tiny_twin import tiny_twin
 from epslots.transport import nccl, torch_transport
 from epslots.transport.torch_transport import TorchTransport
+
+_DEADLINE_S = 600.0
 
 RankRun = Callable[..., StepTimes]
 """Called with a kind of GPU and a share of slots; keywords: ``ranks`` and ``hit_rate``. Returns the first rank's times."""
@@ -78,20 +80,22 @@ class _Steps:
 
     def __init__(self, gpu: SimulatedMachine, hub: NcclHub, steps: int, top_k: int, hit_rate: float) -> None:
         self._gpu, self._hub, self._steps, self._top_k, self._hit_rate = gpu, hub, steps, top_k, hit_rate
-        self._warm = threading.Barrier(hub.size, action=gpu.reset)
+        self._warm, self._done = threading.Barrier(hub.size, action=gpu.reset), threading.Barrier(hub.size)
 
     @torch.no_grad()
     def __call__(self, rank: int, model: PreTrainedModel) -> dict[str, Any]:
-        with on_this_thread():
-            device = torch.device("cuda", rank)
-            torch.cuda.set_device(device)
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        try:
             group: Any = SimulatedNcclGroup(self._hub, rank, device)
-            transport = TorchTransport(group, device=device, deadline_s=600.0)
-            join(model, transport, settings={}, costs=LARGE_EXPERTS)
-            script = ScriptedRouting(
-                self._gpu, model, tokens=1, top_k=self._top_k, hit_rate=self._hit_rate, recall=RECALL, seed=rank
-            )
-            return self._decode(model, script, rank)
+            join(model, TorchTransport(group, device=device, deadline_s=_DEADLINE_S), settings={}, costs=LARGE_EXPERTS)
+            routing: dict[str, Any] = {"hit_rate": self._hit_rate, "recall": RECALL, "seed": rank}
+            return self._decode(model, ScriptedRouting(self._gpu, model, tokens=1, top_k=self._top_k, **routing), rank)
+        except BaseException:  # the other ranks wait for this one
+            self._hub.lose(rank)
+            self._warm.abort()
+            self._done.abort()
+            raise
 
     def _decode(self, model: PreTrainedModel, script: ScriptedRouting, rank: int) -> dict[str, Any]:
         gpu, plan_s = self._gpu, charge_plans(self._gpu, runtime_of(model).runners)
@@ -105,6 +109,7 @@ class _Steps:
                 script.next_step()
                 token = output.logits[:, -1:].argmax(-1)
                 output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        self._done.wait()
         times = times_of(gpu, self._steps, began_s, plan_s() - planned_s) if rank == 0 else {}
         uses = {name: count / self._steps for name, count in use_sums(model, since=before).items()}
         return times | hits_of(uses)

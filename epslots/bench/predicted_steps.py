@@ -111,17 +111,8 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
     ) -> StepTimes:
         nbytes = int(record_bytes * record_bits / 16)
         with simulated_gpus(spec) as gpu:
-            model = load_twin(
-                gpu,
-                folder,
-                cache_dir,
-                sizes,
-                nbytes,
-                share,
-                kv_tokens=_KV_TOKENS * requests,
-                max_requests=requests,
-                capture=captured,
-            )
+            room: dict[str, Any] = {"kv_tokens": _KV_TOKENS * requests, "max_requests": requests}
+            model = load_twin(gpu, folder, cache_dir, sizes, nbytes, share, capture=captured, **room)
             script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
             found = _time(gpu, model, script, requests, steps, nbytes)
             del model, script
