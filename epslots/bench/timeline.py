@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from epslots.bench.needed_hits import TokenTimes
+from epslots.bench.predicted_ranks import predicted_ranks
 from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, RECALL, Run, StepTimes, predicted_steps
 from epslots.bench.report import MS, BenchReport
 from epslots.errors import ConfigError
@@ -87,8 +88,11 @@ def _predict(spec: GpuSpec, *, model: str, shares: list[float], cache_dir: Path,
     torch.set_num_threads(1)  # of a process of its own: tiny tensors gain nothing by more
     _, skeleton = known_model(model)
     assert skeleton is not None
-    with predicted_steps(skeleton.config, cache_dir / spec.name, layers=layers, steps=steps) as run:
-        return _tables(spec, model, partial(run, spec), shares)
+    settings: dict[str, Any] = {"layers": layers, "steps": steps}
+    with predicted_steps(skeleton.config, cache_dir / spec.name, **settings) as run:
+        tables = _tables(spec, model, partial(run, spec), shares)
+    with predicted_ranks(skeleton.config, cache_dir / f"{spec.name}-ranks", **settings) as run:
+        return tables | _tables_of_ranks(spec, model, partial(run, spec))
 
 
 def _tables(spec: GpuSpec, model: str, run: Run, shares: list[float]) -> Tables:
@@ -109,6 +113,18 @@ def _tables(spec: GpuSpec, model: str, run: Run, shares: list[float]) -> Tables:
             spec, captured_resident
         ),
     }
+
+
+def _tables_of_ranks(spec: GpuSpec, model: str, run: Run) -> Tables:
+    """Two ranks that hold everything each, everything together, and as much as one rank with half of the slots."""
+    rows: Rows = []
+    resident = run(1.0)
+    runs = [(1.0, "any", 1.0), (0.5, "any", 1.0), *((0.25, name, _hit_rate(rates, 0.5)) for name, rates in HIT_RATES.items())]
+    for share, source, hit_rate in runs:
+        found = resident if share == 1 else run(share, hit_rate=hit_rate)
+        name: dict[str, Any] = {"path": "usual", "slots of each": f"{100 * share:g}%", "routing of": source}
+        rows.append(name | _row(found, resident) | {name: found.by_reason[name] * MS for name in found.by_reason})
+    return {f"PREDICTED: two ranks with a request of {model} each, on two {spec.name}": rows}
 
 
 def _runs(shares: list[float], *, packed: bool) -> list[tuple[float, str, float, float]]:

@@ -209,6 +209,15 @@ def test_a_group_needs_the_environment(gpus: SimulatedMachine, monkeypatch: pyte
         SimulatedNcclGroup(NcclHub(1), 0, CUDA)
 
 
+def test_torch_reads_the_variables_that_are_set():
+    """Each by its name in torch's headers; and none is left out by which the watchdog would act, wait or take traces."""
+    headers = (Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d").glob("*.hpp")
+    read = {name for path in headers for name in re.findall(r'"(TORCH_(?:NCCL|FR)_[A-Z_]+)"', path.read_text())}
+    assert nccl.ENVIRONMENT.keys() <= read
+    acting = ("ASYNC_ERROR", "MONITORING", "DUMP_ON_TIMEOUT", "PROPAGATE", "RETHROW", "TIMEOUT_DUMP", "BUFFER_SIZE")
+    assert {name for name in read if any(word in name for word in acting)} <= nccl.ENVIRONMENT.keys()
+
+
 # ---------------------------------------------------------------------- forming
 
 
