@@ -76,10 +76,11 @@ def test_a_quantised_checkpoint_decodes_captured(checkpoint: Callable[[str], Pat
     usual = epslots.load(folder, cache_dir=tmp_path, device="cpu", progress=False, **settings | {"slot_format": "unpacked"})
     expected = serve(usual, REQUESTS[:2], cache="rows")
     with simulated_gpus("h100") as gpu:
-        batcher = RowBatcher(load_gpu(folder, tmp_path, **settings), kv_tokens=512, max_requests=4)
+        model = load_gpu(folder, tmp_path, **settings)
+        batcher = RowBatcher(model, kv_tokens=512, max_requests=4)
         assert run(batcher, REQUESTS[:2]) == expected
         assert batcher.stats().replayed_steps > 5 and gpu.races == []
-        runtime_of(batcher.model).check_integrity()
+        runtime_of(model).check_integrity()
         batcher.close()
 
 
