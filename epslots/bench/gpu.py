@@ -1,8 +1,8 @@
 """The kit for a GPU: one command that checks, measures and compares with the predictions, in eight minutes at most.
 
 Steps run in the order of their worth, each if the time that is left covers it; those that don't fit are named in the result.
-What a step raises is named, too, and the next one begins. One that never ends is ended with the process, and all that was found
-before is written.
+What a step raises is named, too, and the next one begins. One that never ends is ended with the process, after all that was
+found before is written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def bench_gpu(report: BenchReport, cache_dir: Path, device: torch.device, *, min
 
 @contextmanager
 def ended_in_time(kit: GpuKit, report: BenchReport, end: Callable[[int], object] = os._exit) -> Iterator[None]:
-    """Within the context the process ends ``_GRACE_S`` after the kit's time, with a report: a GPU that hangs can't be waited for.
+    """Within the context the process ends ``_GRACE_S`` after the kit's time, with a report: a hanging GPU would keep it.
 
     Args:
         end: ends the process with an exit code.
