@@ -7,6 +7,7 @@ found before is written.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -27,8 +28,6 @@ from epslots.bench.report import BenchReport
 from epslots.devices import memory_limit
 
 PAGE_NAME = "gpu.md"
-# A step may take longer than it was thought to; one that takes so much longer hangs.
-_GRACE_S = 45.0
 
 
 def bench_gpu(report: BenchReport, cache_dir: Path, device: torch.device, *, minutes: float = 8.0) -> None:
@@ -44,7 +43,7 @@ def bench_gpu(report: BenchReport, cache_dir: Path, device: torch.device, *, min
 
 @contextmanager
 def ended_in_time(kit: GpuKit, report: BenchReport, end: Callable[[int], object] = os._exit) -> Iterator[None]:
-    """Within the context the process ends ``_GRACE_S`` after the kit's time, with a report: a hanging GPU would keep it.
+    """Within the context the process ends when the kit's time is over, with a report: a hanging GPU would keep it.
 
     Args:
         end: ends the process with an exit code.
@@ -54,9 +53,11 @@ def ended_in_time(kit: GpuKit, report: BenchReport, end: Callable[[int], object]
         kit.outcomes.append(StepOutcome(kit.running, "failed", "it didn't end in time, and the process was ended"))
         _report(kit, report)
         report.save()
+        for child in multiprocessing.active_children():
+            child.kill()
         end(1)
 
-    timer = threading.Timer(kit.budget_s + _GRACE_S, give_up)
+    timer = threading.Timer(kit.budget_s, give_up)
     timer.daemon = True
     timer.start()
     try:
