@@ -109,6 +109,41 @@ def test_two_ranks_answer_as_plain_transformers(costs: Any, checkpoint: Callable
             runtime_of(model).check_integrity()
 
 
+def test_a_groups_layer_waits_for_the_counts_alone(
+    checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And a step for its header: nothing else makes the host of a rank wait, though tokens travel and experts are fetched."""
+    waits, wait_until, steps = [0, 0], TorchTransport.wait_until, 3
+
+    def counted(transport: TorchTransport, done: Callable[[], bool]) -> None:
+        waits[transport.rank] += 1
+        wait_until(transport, done)
+
+    monkeypatch.setattr(TorchTransport, "wait_until", counted)
+    with simulated_gpus("h100", count=2) as gpu:
+        settings: dict[str, Any] = {"slots": "25%", "dtype": "bfloat16", "host_compute": "off"}
+        models = [load_gpu(checkpoint("qwen3_moe"), shared_stores, device=f"cuda:{rank}", **settings) for rank in range(2)]
+
+        @torch.no_grad()
+        def work(transport: TorchTransport) -> tuple[int, int]:
+            model, rank = models[transport.rank], transport.rank
+            join(model, transport, settings={}, costs=TOKENS_TRAVEL)
+            before = 0
+            with epslots.sync_ranks(model):
+                for step in range(2 + steps):  # in the first one, sizes are checked
+                    before = waits[rank] if step == 2 else before
+                    model(zoo.random_ids(1, 3, seed=10 * rank + step).to(model.device), use_cache=False)
+                counted_waits = waits[rank] - before
+            return counted_waits, epslots.stats(model).total("misses")
+
+        found = on_ranks(NcclHub(2), work)
+        layers = len(runtime_of(models[0]).runners)
+        assert [count for count, _ in found] == [steps * (layers + 1)] * 2
+        assert sum(misses for _, misses in found) > 0
+        assert not {line for _, line in gpu.syncs if "epslots/moe" in line or "epslots/transport" in line}
+        assert gpu.races == []
+
+
 def test_a_lost_peer_is_raised_at_the_deadline(gpus: SimulatedMachine):
     """The device never ends the operation; only a look at an event finds out."""
     hub = NcclHub(2)
