@@ -30,6 +30,7 @@ from epslots.bench.predicted_steps import (
     times_of,
 )
 from epslots.bench.scripted_routing import ScriptedRouting
+from epslots.cache.host_store import HostStore
 from epslots.group.join import join
 from epslots.models.measure_shape import shape_of_config
 from epslots.runtime import runtime_of
@@ -57,6 +58,7 @@ def predicted_ranks(
     """
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
+    kept: list[HostStore] = []  # in memory it lives as long as somebody holds it
 
     def run(spec: GpuSpec, share: float, *, ranks: int = 2, hit_rate: float = 1.0) -> StepTimes:
         with simulated_gpus(spec, count=ranks) as gpu, replaced(torch_transport, "dist", simulated_dist(dist)):
@@ -66,6 +68,7 @@ def predicted_ranks(
             steps_of = _Steps(gpu, NcclHub(ranks), steps, true.top_k, hit_rate)
             with ThreadPoolExecutor(ranks) as threads:
                 found = list(threads.map(steps_of, range(ranks), models))
+            kept[1:] = [runtime_of(models[0]).store]
             del models
         release()
         uses = len(true.layers) if layers is None else layers

@@ -23,6 +23,7 @@ from epslots.bench.engines import Decoding, open_engine, random_requests
 from epslots.bench.fetched_ahead import saved_seconds
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_sums
 from epslots.bench.scripted_routing import ScriptedRouting
+from epslots.cache.host_store import HostStore
 from epslots.models.measure_shape import shape_of_config
 from epslots.moe.moe_layer import MoELayer
 from epslots.planner.plan import RankPlan
@@ -102,6 +103,7 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
     record_bytes = true.layers[0].layout.nbytes
+    kept: list[HostStore] = []  # in memory it lives as long as somebody holds it
 
     def run(
         spec: GpuSpec,
@@ -118,6 +120,7 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
             model = load_twin(gpu, folder, cache_dir, sizes, nbytes, share, capture=captured, **room)
             script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
             found = _time(gpu, model, script, requests, steps, nbytes)
+            kept[1:] = [runtime_of(model).store]
             del model, script
         release()
         return found
@@ -142,7 +145,7 @@ def load_twin(
         record_bytes: of an expert over the link.
         share: of the experts in slots.
     """
-    gpu.sizes = sizes
+    gpu.sizes, gpu.finds_races = sizes, False
     costs = LARGE_EXPERTS  # without those of the host's CPU: it computes nothing
     fixed: dict[str, Any] = {"dtype": "bfloat16", "costs": costs, "host_store": "memory", "cache_dir": cache_dir}
     model = load_simulated(folder, slots=f"{100 * share:g}%", **fixed, **settings)

@@ -101,7 +101,7 @@ def _tables(spec: GpuSpec, model: str, run: Run, shares: list[float]) -> Tables:
     captured_resident = run(1.0, captured=True)
     for path, captured in (("captured", True), ("usual", False)):
         resident = captured_resident if captured else run(1.0)
-        for share, source, hit_rate, bits in _runs(shares, packed=captured):
+        for share, source, hit_rate, bits in _runs(shares, captured=captured):
             found = resident if share == 1 else run(share, hit_rate=hit_rate, captured=captured, record_bits=bits)
             name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source, "record bits": bits}
             rows.append(name | _row(found, resident))
@@ -127,15 +127,19 @@ def _tables_of_ranks(spec: GpuSpec, model: str, run: Run) -> Tables:
     return {f"PREDICTED: two ranks with a request of {model} each, on two {spec.name}": rows}
 
 
-def _runs(shares: list[float], *, packed: bool) -> list[tuple[float, str, float, float]]:
-    """Share of slots, origin of the hit rate, hit rate, and bits of a weight in the records of each run."""
+def _runs(shares: list[float], *, captured: bool) -> list[tuple[float, str, float, float]]:
+    """Share of slots, origin of the hit rate, hit rate, and bits of a weight in the records of each run.
+
+    The usual path is run by one of the hit rates, and with records as they are.
+    """
     found: list[tuple[float, str, float, float]] = []
+    sources = list(HIT_RATES.items())[: None if captured else 1]
     for share in shares:
         if share == 1:
             found.append((share, "any", 1.0, BF16_BITS))
             continue
-        for bits in (BF16_BITS, PACKED_BITS) if packed and share == AIM_SLOTS else (BF16_BITS,):
-            found += [(share, source, _hit_rate(rates, share), bits) for source, rates in HIT_RATES.items()]
+        for bits in (BF16_BITS, PACKED_BITS) if captured and share == AIM_SLOTS else (BF16_BITS,):
+            found += [(share, source, _hit_rate(rates, share), bits) for source, rates in sources]
     return found
 
 
