@@ -20,7 +20,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from epslots.bench.engines import Decoding, open_engine, random_requests
-from epslots.bench.fetched_ahead import saved_seconds
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_sums
 from epslots.bench.scripted_routing import ScriptedRouting
 from epslots.cache.host_store import HostStore
@@ -57,7 +56,6 @@ class StepTimes(msgspec.Struct, frozen=True):
         syncs: of the host.
         hit_rate: share of uses whose expert was in a slot, or on its way there.
         uses: of experts, over all layers; ``fetches``: experts over the link.
-        saved_s: of ``step_s``, what a captured step would save by fetching ahead (``fetched_ahead.py``).
         layers: MoE layers; ``expert_bytes``: of one record of the true model.
     """
 
@@ -68,7 +66,6 @@ class StepTimes(msgspec.Struct, frozen=True):
     link_busy_s: float
     kernels: dict[str, float]
     syncs: float
-    saved_s: float
     hit_rate: float
     uses: int
     fetches: float
@@ -210,7 +207,6 @@ def times_of(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float
         "link_busy_s": bounds.link_busy / steps,
         "kernels": {owner: count / steps_of_all for owner, count in kernels.items()},
         "syncs": syncs / steps,
-        "saved_s": saved_seconds(operations, gpu.spec, RECALL) / steps,
     }
 
 

@@ -200,7 +200,6 @@ def _row(found: StepTimes, resident: StepTimes) -> dict[str, Any]:
         "ms a token": found.step_s * MS,
         "tokens/s": 1 / found.step_s,
         "over all resident": resident.step_s / found.step_s,
-        "the same, fetched ahead": resident.step_s / (found.step_s - found.saved_s) if found.saved_s else None,
         "bound by": found.bound_by,
         "host-bound": (found.by_reason["host"] + found.by_reason["sync"]) / found.step_s,
         "our share of host": found.our_host_s / found.host_s,

@@ -4,7 +4,7 @@
 
     HBM, compute   a kernel runs, and as long as its bytes, or its products, take
     floor          a kernel runs, and is over sooner than any kernel can be
-    link           the next kernel waits for a copy, or for a kernel that reads the host's memory
+    link           a kernel reads the host's memory, or the next one waits for a copy
     sync           the host waited for the device, and so has queued nothing yet
     host           the host was busy, and has queued nothing yet
 """
@@ -23,7 +23,7 @@ class Bounds:
     """Seconds by reason; their sum is the time from the first moment to the last.
 
     Attributes:
-        link_busy: seconds in which the host's memory crossed to the device, alone or beside other work.
+        link_busy: seconds in which a copy to the device was in progress, alone or beside other work.
     """
 
     hbm: float
@@ -72,7 +72,7 @@ def bounds_of(
             seconds[_kind(kernel, spec)] += end_s - start_s
             free_s = end_s
     _add_wait(seconds, free_s, ended_s, waits)  # the host's last words
-    copies = [o for o in operations if o.engine.startswith("H2D")]
+    copies = [o for o in operations if o.engine.startswith("H2D") or (o.over_link and _kind(o, spec) == "link")]
     busy = sum(max(0.0, min(o.end_s or 0.0, ended_s) - max(o.start_s or 0.0, began_s)) for o in copies)
     return Bounds(**seconds, link_busy=busy)
 
@@ -98,6 +98,9 @@ def _add_wait(seconds: dict[str, float], begin_s: float, end_s: float, waits: Se
 
 
 def _kind(kernel: Operation, spec: GpuSpec) -> str:
+    reads_link = kernel.over_link and kernel.duration_s > spec.kernel_s + spec.node_s
+    if reads_link and kernel.duration_s > kernel.nbytes / spec.memory_rate:
+        return "link"
     if kernel.duration_s <= (spec.kernel_s + spec.node_s) * (1 + 1e-9):  # of a graph or not
         return "floor"
     by_bytes_s = kernel.nbytes / spec.memory_rate + spec.node_s

@@ -1,7 +1,7 @@
 """Captured graphs: operations are recorded instead of run, and run again by ``replay`` at the same addresses.
 
 While a thread captures, operations compute their values all the same, since Python needs shapes; what they overwrite is put
-back at the end. A replay computes them anew, in order. On the clock, streams that were forked run beside each other again.
+back at the end. A replay computes them anew, in order, on one stream.
 """
 
 from __future__ import annotations
@@ -22,20 +22,12 @@ from epslots.simulated_gpu.tensors import tensors_in
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """One operation of a graph.
-
-    Attributes:
-        compute: does it once more; returns ``results`` in new memory.
-        stream: on which it was captured; None = the one that the capture began on.
-        after: places in the graph of operations of other streams that it waits for.
-    """
+    """One operation of a graph; ``compute`` returns ``results`` in new memory."""
 
     work: DeviceWork
     compute: Callable[[], Any]
     results: tuple[torch.Tensor, ...]
     owner: str
-    stream: int | None
-    after: frozenset[int]
 
 
 class StepCapture:
@@ -50,8 +42,7 @@ class StepCapture:
         self.nodes: list[_Node] = []
         self.streams = {stream.stream_id}
         self._origin = stream.stream_id
-        self._reached: dict[int, frozenset[int]] = {}  # by stream: what an event that is recorded now comes after
-        self._awaited: dict[int, frozenset[int]] = {}  # by stream: what its next operation waits for
+        self._joined: dict[int, int] = {}  # nodes of a forked stream that the first one comes after
         self._last: dict[int, int] = {}
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._made: set[int] = set()
@@ -71,11 +62,8 @@ class StepCapture:
             why = "" if compute is None else " on another stream"
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {work.name}{why}")
         self._made.update(t.untyped_storage()._cdata for t in results)
-        forked = None if stream == self._origin else stream
-        after = self._awaited.pop(stream, frozenset())
-        self._last[stream] = number = len(self.nodes)
-        self._reached[stream] = frozenset([number])
-        self.nodes.append(_Node(work, compute, tuple(results), call_site().owner, forked, after))
+        self.nodes.append(_Node(work, compute, tuple(results), call_site().owner))
+        self._last[stream] = len(self.nodes)
 
     def protect(self, written: Sequence[torch.Tensor]) -> None:
         """Keep what these tensors hold, to put it back at the end."""
@@ -85,10 +73,6 @@ class StepCapture:
                 with current_machine().computing_kernel():
                     whole = torch.empty(0, dtype=torch.uint8).set_(storage)
                     self._before[storage._cdata] = whole, whole.clone()
-
-    def reached(self, stream: int) -> frozenset[int]:
-        """The operations that an event comes after, which is recorded on a stream now."""
-        return self._reached.get(stream, frozenset())
 
     def join(self, stream: int, event: SimulatedEvent) -> None:
         """A stream waits for an event: so it comes into the capture, or back.
@@ -101,8 +85,8 @@ class StepCapture:
                 raise RuntimeError("CUDA error: dependency created on uncaptured work in another stream")
             return
         self.streams.add(stream)
-        self._awaited[stream] = self._awaited.get(stream, frozenset()) | event.nodes
-        self._reached[stream] = self.reached(stream) | event.nodes
+        if stream == self._origin:
+            self._joined.update(self._last)
 
     def end(self) -> None:
         """Put back what was overwritten.
@@ -113,23 +97,9 @@ class StepCapture:
         with current_machine().computing_kernel():
             for whole, before in self._before.values():
                 whole.copy_(before)
-        joined = self._before_the_end()
-        unjoined = [stream for stream, last in self._last.items() if stream != self._origin and last not in joined]
+        unjoined = [s for s, last in self._last.items() if s != self._origin and self._joined.get(s, 0) < last]
         if unjoined:
             raise RuntimeError(f"CUDA error: capturing stream has unjoined work (streams {unjoined})")
-
-    def _before_the_end(self) -> set[int]:
-        """The operations that the first stream comes after, by its own order and by waits."""
-        found: set[int] = set()
-        ahead = list(self.reached(self._origin))
-        while ahead:
-            number = ahead.pop()
-            if number not in found:
-                found.add(number)
-                node = self.nodes[number]
-                earlier = [other for other in range(number) if self.nodes[other].stream == node.stream]
-                ahead += [*node.after, *earlier[-1:]]
-        return found
 
 
 class SimulatedGraph:
@@ -137,11 +107,11 @@ class SimulatedGraph:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.nodes: list[_Node] = []
-        self._forked: dict[int | None, SimulatedStream] = {}  # by the captured stream, one that its operations run on
 
     def replay(self) -> None:
-        """Queue all operations at once: on the current stream, and on one for each that was forked."""
+        """Queue all operations on the current stream at once."""
         machine = current_machine()
+        stream = current_stream().stream_id
         machine.spend(machine.spec.replay_s)
         seconds = []
         with machine.computing_kernel():
@@ -151,33 +121,15 @@ class SimulatedGraph:
                 if node.results:
                     for target, value in zip(node.results, tensors_in(computed), strict=True):
                         target.copy_(value)
-        self._queue(seconds)
-
-    def _queue(self, seconds: Sequence[float]) -> None:
-        machine, here = current_machine(), current_stream()
-        awaited = {number for node in self.nodes for number in node.after}
-        ends: dict[int, SimulatedEvent] = {}
-        for captured in {node.stream for node in self.nodes} - {None} - self._forked.keys():
-            self._forked[captured] = SimulatedStream(here.device_index)
-        for stream in self._forked.values():
-            stream.wait_stream(here)
-        for number, (node, node_s) in enumerate(zip(self.nodes, seconds, strict=True)):
-            stream = here if node.stream is None else self._forked[node.stream]
-            for other in node.after:
-                stream.wait_event(ends[other])
+        for node, node_s in zip(self.nodes, seconds, strict=True):
             work = replace(node.work, seconds=node_s + machine.spec.node_s)
-            machine.operate(work, stream.stream_id, launch_s=0.0)
+            machine.operate(work, stream, launch_s=0.0)
             if work.engine.startswith("SM"):
                 machine.kernels[node.owner, work.name] += 1
-            if number in awaited:
-                ends[number] = stream.record_event()
-        for stream in self._forked.values():
-            here.wait_stream(stream)
 
     def reset(self) -> None:
         """Forget the operations."""
         self.nodes = []
-        self._forked = {}
 
 
 class CapturingStep:

@@ -127,7 +127,7 @@ def launch_kernel(
             return max(least, read() / machine.spec.link_rate)
 
         with machine.computing_kernel():
-            work = replace(work, seconds=seconds(), again=seconds, link=f"H2D:{number}")
+            work = replace(work, seconds=seconds(), again=seconds, over_link=True)
     launch(machine, work, number, compute, made)
     return replace_tensors(result, lambda tensor: GpuTensor(tensor, number))
 

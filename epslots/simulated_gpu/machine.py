@@ -56,8 +56,7 @@ class DeviceWork:
         seconds: on its engine.
         reads, writes: device and pinned memory that it accesses.
         nbytes: bytes that it moves.
-        link: the engine that serves a kernel instead while it reads pinned memory: the link, which such a kernel waits for on
-            few multiprocessors.
+        over_link: whether a kernel reads pinned memory by the link.
         again: its seconds when a graph runs it once more, after it is computed; None = the same.
     """
 
@@ -67,7 +66,7 @@ class DeviceWork:
     reads: Sequence[torch.Tensor] = ()
     writes: Sequence[torch.Tensor] = ()
     nbytes: int = 0
-    link: str = ""
+    over_link: bool = False
     again: Callable[[], float] | None = None
 
 
@@ -272,17 +271,17 @@ class SimulatedMachine:
         with self.lock:
             site = call_site()
             self.spend(self.spec.launch_s if launch_s is None else launch_s)
-            reads_link = work.link and work.seconds > self.spec.kernel_s + self.spec.node_s
             operation = Operation(
                 work.name,
                 stream,
-                work.link if reads_link else work.engine,
+                work.engine,
                 self.now_s,
                 work.seconds,
                 work.nbytes,
                 site.line,
                 site.owner,
                 tuple(after),
+                work.over_link,
             )
             self.timeline.queue(operation)
             self.access(stream, f"{work.name} on stream {stream} at {site.line}", work.reads, work.writes)

@@ -90,7 +90,6 @@ class SimulatedEvent:
         self.clock: dict[int, int] | None = None
         self.operation: Operation | None = None
         self.capture: Any = None
-        self.nodes: frozenset[int] = frozenset()  # of the capture, which it comes after
 
     def record(self, stream: SimulatedStream | None = None) -> None:
         """Move the event behind all that a stream has; by default the current stream. The device gets a context."""
@@ -100,7 +99,6 @@ class SimulatedEvent:
             self.clock = machine.ordering.snapshot(stream.stream_id)
             self.operation = machine.timeline.last(stream.stream_id)
             self.capture = machine.capture
-            self.nodes = frozenset() if self.capture is None else self.capture.reached(stream.stream_id)
             machine.contexts.add(stream.device_index)
 
     def query(self) -> bool:

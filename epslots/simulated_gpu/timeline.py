@@ -2,8 +2,7 @@
 
 Streams serve their operations in order. Each engine (the multiprocessors, and one copy engine a direction) serves one
 operation at a time, in the order in which they become ready; priorities of streams don't count. So does CUDA with copies.
-Kernels of several streams share the multiprocessors one after the other, which is so for kernels that fill them; one that
-reads the host's memory shares the link with copies instead.
+Kernels of several streams share the multiprocessors one after the other, which is so for kernels that fill them.
 
 ``SimulatedMachine`` queues operations; nothing here knows torch. Times are seconds from the start.
 """
@@ -29,6 +28,7 @@ class Operation:
         site: the source line that queued it.
         owner: whose line that is: "epslots", "transformers" or "other".
         after: operations of other streams that it waits for.
+        over_link: whether a kernel reads the host's memory by the link.
         ready_s, start_s, end_s: its times; None until the clock has come there.
     """
 
@@ -41,6 +41,7 @@ class Operation:
     site: str = ""
     owner: str = ""
     after: tuple[Operation, ...] = ()
+    over_link: bool = False
     ready_s: float | None = None
     start_s: float | None = None
     end_s: float | None = None

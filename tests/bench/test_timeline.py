@@ -7,14 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from epslots.bench.fetched_ahead import saved_seconds
 from epslots.bench.models import random_config
 from epslots.bench.needed_hits import TokenTimes
 from epslots.bench.predicted_steps import predicted_steps
 from epslots.bench.timeline import HIT_RATES, _hit_rate, _share
 from epslots.errors import ConfigError
-from epslots.simulated_gpu.gpu_spec import GPUS, GpuSpec
-from epslots.simulated_gpu.timeline import Operation
+from epslots.simulated_gpu.gpu_spec import GPUS
 from epslots.simulated_gpu.tiny_twin import tiny_twin
 
 # The widths of Qwen3-30B-A3B.
@@ -65,18 +63,6 @@ def test_fetching_ahead_hides_copies_but_not_their_number():
     assert demand.seconds(0.5) == pytest.approx(1 + 0.4)
     assert ahead.seconds(0.5) == pytest.approx(1 + 0.04), "a tenth is waited for"
     assert TokenTimes(1.0, 80, 0.02, 0.9).seconds(0.0) == pytest.approx(1.6 + 0.16), "the link is full"
-
-
-@pytest.mark.parametrize(
-    ("recall", "kernel_s", "saved"), [(1.0, 10, 2 * 4), (0.75, 10, 2 * 3), (0.75, 2, 2 * 3 - 2 - 1), (0.0, 10, 0)]
-)
-def test_a_step_saves_the_copies_that_were_predicted(recall: float, kernel_s: float, saved: float):
-    """Two layers with copies of 4 s. Beside short kernels, the rest of guesses, and wrong ones, are waited for."""
-    spec = GpuSpec("round", (9, 0), 1 << 30, 1.0, 1.0, 1.0, kernel_s=1.0, node_s=0.0)
-    kernel = Operation("kernel", 1, "SM:0", 7.0, kernel_s)
-    step = [kernel, *[Operation("copy_missing", 1, "H2D:0", 7.0, 4.0), kernel] * 2]
-    assert saved_seconds(step, spec, recall) == pytest.approx(saved)
-    assert saved_seconds([kernel], spec, recall) == 0
 
 
 def test_hit_rates_are_read_between_recorded_shares():

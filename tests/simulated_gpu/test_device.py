@@ -275,33 +275,6 @@ def test_a_replayed_kernel_takes_the_time_of_its_values(gpu: SimulatedMachine):
     assert [round(operation.duration_s * 1e3) for operation in ours] == [10, 20]
 
 
-def test_what_is_forked_runs_beside_in_each_replay(gpu: SimulatedMachine):
-    """A kernel that copies over the link, on a stream of its own: what waits for it comes after, and the rest doesn't."""
-    x, guess, side = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda"), torch.cuda.Stream()
-
-    def step(joins: bool = True) -> None:
-        x.add_(1)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            launch_kernel("copies", lambda t: t.add_(2), guess, writes=[guess], link_bytes=lambda: 5 * MB)
-            done = side.record_event()
-        x.add_(1)
-        torch.cuda.current_stream().wait_event(done)
-        if joins:
-            x.add_(guess)
-
-    for joins in (True, False):
-        graph = captured(lambda joins=joins: step(joins))
-        gpu.reset()
-        for _ in range(2):
-            before = gpu.now_s
-            graph.replay()
-            torch.cuda.synchronize()
-            assert gpu.now_s - before == pytest.approx(1e-3 + 5e-3 + 1e-3 * joins, rel=0.01)
-        assert not gpu.races
-    assert x.tolist() == [2 + 2 + 2 + 4 + 2 + 2] * 4 and guess.tolist() == [8] * 4
-
-
 def test_rows_of_a_table_cost_what_they_are(gpu: SimulatedMachine):
     """An embedding reads its rows, and a scatter writes its own: not the whole table."""
     table, rows = torch.zeros(1000, 8, device="cuda"), torch.tensor([3, 5]).to("cuda")
