@@ -70,20 +70,6 @@ def test_replays_give_the_usual_tokens(name: str, checkpoint: Callable[[str], Pa
         batcher.close()
 
 
-def test_a_quantised_checkpoint_decodes_captured(checkpoint: Callable[[str], Path], tmp_path: Path):
-    """Its records are unpacked into the host store, and copied from there by a kernel like any others."""
-    folder, settings = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "packed"), rows_of(zoo.ZOO["gpt_oss"])
-    usual = epslots.load(folder, cache_dir=tmp_path, device="cpu", progress=False, **settings | {"slot_format": "unpacked"})
-    expected = serve(usual, REQUESTS[:2], cache="rows")
-    with simulated_gpus("h100") as gpu:
-        model = load_gpu(folder, tmp_path, **settings)
-        batcher = RowBatcher(model, kv_tokens=512, max_requests=4)
-        assert run(batcher, REQUESTS[:2]) == expected
-        assert batcher.stats().replayed_steps > 5 and gpu.races == []
-        runtime_of(model).check_integrity()
-        batcher.close()
-
-
 def run(batcher: RowBatcher, requests: list[Request]) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {}
     for one in requests:
