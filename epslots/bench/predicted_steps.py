@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from epslots.transport.lockstep import Gathered
 RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict``)
 # The host's time to plan a layer's step, with nothing and with something missing (``bench exchange``).
 PLAN_S, PLAN_MISSES_S = 77e-6, 121e-6
-PROMPT, WARM_UP = 520, 6  # tokens; no number of tokens on the way is one of the tiny widths
+PROMPT, WARM_UP = 520, 4  # tokens; no number of tokens on the way is one of the tiny widths
 _KV_TOKENS = 1024
 
 
@@ -82,8 +83,91 @@ Run = Callable[..., StepTimes]
 """Called with a kind of GPU and a share of slots; keywords: ``hit_rate``, ``requests``, ``captured``, ``record_bits``."""
 
 
+@dataclass
+class PredictedSteps:
+    """Runs of one model; made by ``predicted_steps``.
+
+    Attributes:
+        folder, cache_dir: of the tiny twin, and of its host store.
+        sizes: of the true model; ``record_bytes``: of one of its experts.
+        top_k: experts of a token.
+        steps: timed in a run.
+    """
+
+    folder: Path
+    cache_dir: Path
+    sizes: TrueSizes
+    record_bytes: int
+    top_k: int
+    steps: int
+    _kept: list[HostStore] = field(default_factory=list)  # in memory it lives as long as somebody holds it
+
+    def __call__(
+        self, spec: GpuSpec, share: float, *, hit_rate: float = 1.0, record_bits: float = 16, **settings: Any
+    ) -> StepTimes:
+        """``each`` of one case."""
+        return self.each(spec, share, [(hit_rate, record_bits)], **settings)[0]
+
+    def each(
+        self, spec: GpuSpec, share: float, cases: Sequence[tuple[float, float]], *, requests: int = 1, captured: bool = False
+    ) -> list[StepTimes]:
+        """Steps of one model on one GPU, one case after the other.
+
+        Args:
+            share: of the experts in slots.
+            cases: hit rates, and bits of a weight in the records that cross the link; kernels read 16 in any case.
+            requests: that decode together.
+            captured: whether steps are.
+        """
+        room: dict[str, Any] = {"kv_tokens": _KV_TOKENS * requests, "max_requests": requests, "max_batch_tokens": PROMPT}
+        with simulated_gpus(spec) as gpu:
+            model = load_twin(gpu, self.folder, self.cache_dir, self.sizes, self.record_bytes, share, capture=captured, **room)
+            found = self._each(gpu, model, cases, requests)
+            self._kept[1:] = [runtime_of(model).store]
+            del model
+        release()
+        return found
+
+    def _each(
+        self, gpu: SimulatedMachine, model: PreTrainedModel, cases: Sequence[tuple[float, float]], requests: int
+    ) -> list[StepTimes]:
+        script = ScriptedRouting(gpu, model, tokens=requests, top_k=self.top_k, recall=RECALL)
+        plan_s, engine = charge_plans(gpu, runtime_of(model).runners), open_engine(model)
+        tokens = (self.steps + WARM_UP) * (len(cases) + 1)
+        decoding, found = Decoding(engine, random_requests(model, requests, PROMPT, tokens)), []
+        for hit_rate, record_bits in cases:
+            script.hit_rate, nbytes = hit_rate, int(self.record_bytes * record_bits / 16)
+            gpu.sizes.change(runtime_of(model).layers[0].layout.nbytes, nbytes)
+            found.append(self._time(gpu, model, script, plan_s, decoding.step, nbytes))
+        engine.batcher.close()
+        return found
+
+    def _time(
+        self,
+        gpu: SimulatedMachine,
+        model: PreTrainedModel,
+        script: ScriptedRouting,
+        plan_s: Callable[[], float],
+        step: Callable[[], None],
+        nbytes: int,
+    ) -> StepTimes:
+        before = use_sums(model)  # not in between: reading ends captured decoding, for a step
+        for number in range(WARM_UP + self.steps):
+            if number == WARM_UP:
+                gpu.reset()
+                planned_s, began_s = plan_s(), gpu.now_s
+            script.next_step()
+            step()
+        times = times_of(gpu, self.steps, began_s, plan_s() - planned_s)
+        uses = {name: count / (WARM_UP + self.steps) for name, count in use_sums(model, since=before).items()}
+        layers = len(script.ids)
+        return StepTimes(**times, **hits_of(uses), uses=layers * script.ids[0].numel(), layers=layers, expert_bytes=nbytes)
+
+
 @contextmanager
-def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8) -> Iterator[Run]:
+def predicted_steps(
+    config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8
+) -> Iterator[PredictedSteps]:
     """Runs of one model.
 
     Args:
@@ -92,38 +176,13 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
         layers: of the model that is run; None = as many as it has.
         steps: timed in a run.
 
-    A run's ``record_bits`` are those of a weight in the records that cross the link; kernels read 16 in any case.
-
     Raises:
         ConfigError: the model is of another architecture.
     """
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
-    record_bytes = true.layers[0].layout.nbytes
-    kept: list[HostStore] = []  # in memory it lives as long as somebody holds it
-
-    def run(
-        spec: GpuSpec,
-        share: float,
-        *,
-        hit_rate: float = 1.0,
-        requests: int = 1,
-        captured: bool = False,
-        record_bits: float = 16,
-    ) -> StepTimes:
-        nbytes = int(record_bytes * record_bits / 16)
-        with simulated_gpus(spec) as gpu:
-            room: dict[str, Any] = {"kv_tokens": _KV_TOKENS * requests, "max_requests": requests}
-            model = load_twin(gpu, folder, cache_dir, sizes, nbytes, share, capture=captured, **room)
-            script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
-            found = _time(gpu, model, script, requests, steps, nbytes)
-            kept[1:] = [runtime_of(model).store]
-            del model, script
-        release()
-        return found
-
     with random_checkpoint(twin, torch.bfloat16) as folder:
-        yield run
+        yield PredictedSteps(folder, cache_dir, sizes, true.layers[0].layout.nbytes, true.top_k, steps)
 
 
 def load_twin(
@@ -148,32 +207,6 @@ def load_twin(
     model = load_simulated(folder, slots=f"{100 * share:g}%", **fixed, **settings)
     gpu.sizes = sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes)
     return model
-
-
-def _time(
-    gpu: SimulatedMachine, model: PreTrainedModel, script: ScriptedRouting, requests: int, steps: int, expert_bytes: int
-) -> StepTimes:
-    runners = runtime_of(model).runners
-    plan_s = charge_plans(gpu, runners)
-    engine = open_engine(model)
-    decoding = Decoding(engine, random_requests(model, requests, PROMPT, 10 * (steps + WARM_UP)))
-    before = use_sums(model)  # not in between: reading ends captured decoding, for a step
-    for number in range(WARM_UP + steps):
-        if number == WARM_UP:
-            gpu.reset()
-            planned_s, began_s = plan_s(), gpu.now_s
-        script.next_step()
-        decoding.step()
-    timed = times_of(gpu, steps, began_s, plan_s() - planned_s)
-    uses = {name: count / (WARM_UP + steps) for name, count in use_sums(model, since=before).items()}
-    engine.batcher.close()
-    return StepTimes(
-        **timed,
-        **hits_of(uses),
-        uses=len(runners) * script.ids[0].numel(),
-        layers=len(runners),
-        expert_bytes=expert_bytes,
-    )
 
 
 def hits_of(uses: Mapping[str, float]) -> dict[str, float]:

@@ -30,10 +30,12 @@ _SURE, _GUESSED = 255, 220  # of 255: how likely an expert is used
 class ScriptedRouting:
     """Chooses the experts of steps with so many tokens; in steps of other lengths the routers do.
 
+    Attributes:
+        hit_rate: share of a token's experts that are in slots, or on their way there, when a step begins.
+
     Args:
         model: on a simulated GPU.
         tokens: of a step.
-        hit_rate: share of a token's experts that are in slots, or on their way there, when a step begins.
         recall: share of a layer's experts that are predicted in the layer before.
     """
 
@@ -44,13 +46,13 @@ class ScriptedRouting:
         *,
         tokens: int,
         top_k: int,
-        hit_rate: float,
         recall: float,
         seed: int = 0,
+        hit_rate: float = 1.0,
     ) -> None:
         runtime = runtime_of(model)
         self._gpu, self._runtime = gpu, runtime
-        self._hit_rate, self._recall = hit_rate, recall
+        self.hit_rate, self._recall = hit_rate, recall
         self._random = np.random.default_rng(seed)
         self.active = False
         device = runtime.runners[0].cache.pool.device
@@ -81,7 +83,7 @@ class ScriptedRouting:
         tokens, top_k = shape
         found = []
         for _ in range(tokens):
-            misses = min(int(self._random.binomial(top_k, 1 - self._hit_rate)), len(missing))
+            misses = min(int(self._random.binomial(top_k, 1 - self.hit_rate)), len(missing))
             hits = min(top_k - misses, len(recent))
             chosen = [self._random.choice(recent, hits, replace=False), self._random.choice(missing, misses, replace=False)]
             others = np.setdiff1d(np.arange(runner.cache.num_experts), np.concatenate(chosen))

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from epslots.bench.needed_hits import TokenTimes
-from epslots.bench.predicted_ranks import predicted_ranks
-from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, RECALL, Run, StepTimes, predicted_steps
+from epslots.bench.predicted_ranks import RankRun, predicted_ranks
+from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, RECALL, PredictedSteps, StepTimes, predicted_steps
 from epslots.bench.report import MS, BenchReport
 from epslots.errors import ConfigError
 from epslots.host_limits import usable_cores
@@ -38,6 +38,8 @@ HIT_RATES = {
 AIM_SLOTS, AIM = 0.5, 0.85
 # Bits of a weight in a record, with its share of scales: bf16, and 4 bits with a scale for each 32.
 BF16_BITS, PACKED_BITS = 16.0, 4.5
+# Layers that two ranks run: all of them would take minutes.
+RANKS_LAYERS = 8
 
 Rows = list[dict[str, Any]]
 Tables = dict[str, Rows]
@@ -50,7 +52,7 @@ def bench_timeline(
     gpu: str = "h100",
     model: str = "qwen3-30b-a3b",
     slots: str = "25%,50%,100%",
-    rounds: int = 4,
+    rounds: int = 3,
     layers: int | None = None,
 ) -> None:
     """Decoding of one request with each share of slots, on simulated GPUs.
@@ -88,59 +90,54 @@ def _predict(spec: GpuSpec, *, model: str, shares: list[float], cache_dir: Path,
     torch.set_num_threads(1)  # of a process of its own: tiny tensors gain nothing by more
     _, skeleton = known_model(model)
     assert skeleton is not None
-    settings: dict[str, Any] = {"layers": layers, "steps": steps}
-    with predicted_steps(skeleton.config, cache_dir / spec.name, **settings) as run:
-        tables = _tables(spec, model, partial(run, spec), shares)
-    with predicted_ranks(skeleton.config, cache_dir / f"{spec.name}-ranks", **settings) as run:
-        return tables | _tables_of_ranks(spec, model, partial(run, spec))
+    with predicted_steps(skeleton.config, cache_dir / spec.name, layers=layers, steps=steps) as run:
+        tables = _tables(spec, model, run, shares)
+    few = min(RANKS_LAYERS, layers or skeleton.config.num_hidden_layers)
+    with predicted_ranks(skeleton.config, cache_dir / f"{spec.name}-ranks", layers=few, steps=steps) as run_ranks:
+        return tables | _tables_of_ranks(spec, model, run_ranks)
 
 
-def _tables(spec: GpuSpec, model: str, run: Run, shares: list[float]) -> Tables:
+def _tables(spec: GpuSpec, model: str, run: PredictedSteps, shares: list[float]) -> Tables:
     rows: Rows = []
     reasons: Rows = []
-    captured_resident = run(1.0, captured=True)
+    captured_resident = run(spec, 1.0, captured=True)
     for path, captured in (("captured", True), ("usual", False)):
-        resident = captured_resident if captured else run(1.0)
-        for share, source, hit_rate, bits in _runs(shares, captured=captured):
-            found = resident if share == 1 else run(share, hit_rate=hit_rate, captured=captured, record_bits=bits)
-            name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source, "record bits": bits}
-            rows.append(name | _row(found, resident))
-            reasons.append(name | {"ms a token": found.step_s * MS} | _reasons(found))
+        resident = captured_resident if captured else run(spec, 1.0)
+        for share in shares:
+            cases = _cases(share, captured=captured)
+            found = [resident] if share == 1 else run.each(spec, share, [case for _, case in cases], captured=captured)
+            for (source, (_, bits)), times in zip(cases, found, strict=True):
+                name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source, "record bits": bits}
+                rows.append(name | _row(times, resident))
+                reasons.append(name | {"ms a token": times.step_s * MS} | _reasons(times))
     return {
         f"PREDICTED: one request of {model} on one {spec.name}": rows,
         f"PREDICTED: ms a token on {spec.name}, by what bounds them": reasons,
-        f"PREDICTED: hit rate that {AIM:g} of the resident rate needs on {spec.name}, captured": _needed(
-            spec, captured_resident
-        ),
+        f"PREDICTED: hit rate that {AIM:g} of all resident needs on {spec.name}": _needed(spec, captured_resident),
     }
 
 
-def _tables_of_ranks(spec: GpuSpec, model: str, run: Run) -> Tables:
+def _tables_of_ranks(spec: GpuSpec, model: str, run: RankRun) -> Tables:
     """Two ranks that hold everything each, everything together, and as much as one rank with half of the slots."""
     rows: Rows = []
-    resident = run(1.0)
-    runs = [(1.0, "any", 1.0), (0.5, "any", 1.0), *((0.25, name, _hit_rate(rates, 0.5)) for name, rates in HIT_RATES.items())]
-    for share, source, hit_rate in runs:
-        found = resident if share == 1 else run(share, hit_rate=hit_rate)
-        name: dict[str, Any] = {"path": "usual", "slots of each": f"{100 * share:g}%", "routing of": source}
-        rows.append(name | _row(found, resident) | {name: found.by_reason[name] * MS for name in found.by_reason})
+    resident, (source, rates) = run(spec, 1.0), next(iter(HIT_RATES.items()))
+    for share, routing, hit_rate in ((1.0, "any", 1.0), (0.5, "any", 1.0), (0.25, source, _hit_rate(rates, 0.5))):
+        found = resident if share == 1 else run(spec, share, hit_rate=hit_rate)
+        name: dict[str, Any] = {"path": "usual", "slots of each": f"{100 * share:g}%", "routing of": routing}
+        rows.append(name | {"layers": found.layers} | _row(found, resident) | _reasons(found))
     return {f"PREDICTED: two ranks with a request of {model} each, on two {spec.name}": rows}
 
 
-def _runs(shares: list[float], *, captured: bool) -> list[tuple[float, str, float, float]]:
-    """Share of slots, origin of the hit rate, hit rate, and bits of a weight in the records of each run.
+def _cases(share: float, *, captured: bool) -> list[tuple[str, tuple[float, float]]]:
+    """Origin of the hit rate, and hit rate and bits of a weight in the records, of each run with a share of slots.
 
     The usual path is run by one of the hit rates, and with records as they are.
     """
-    found: list[tuple[float, str, float, float]] = []
+    if share == 1:
+        return [("any", (1.0, BF16_BITS))]
     sources = list(HIT_RATES.items())[: None if captured else 1]
-    for share in shares:
-        if share == 1:
-            found.append((share, "any", 1.0, BF16_BITS))
-            continue
-        for bits in (BF16_BITS, PACKED_BITS) if captured and share == AIM_SLOTS else (BF16_BITS,):
-            found += [(share, source, _hit_rate(rates, share), bits) for source, rates in sources]
-    return found
+    bits_of_runs = (BF16_BITS, PACKED_BITS) if captured and share == AIM_SLOTS else (BF16_BITS,)
+    return [(source, (_hit_rate(rates, share), bits)) for bits in bits_of_runs for source, rates in sources]
 
 
 def _needed(spec: GpuSpec, resident: StepTimes) -> Rows:

@@ -36,6 +36,11 @@ class TrueSizes:
         found.add(tiny, true)
         return found
 
+    def change(self, tiny: int, true: int) -> None:
+        """Let a width stand for another one from now on: for operations of captured graphs, too."""
+        assert tiny in self._true_of
+        self._true_of[tiny] = true
+
     def numel(self, shape: Sequence[int]) -> int:
         """Numbers of a tensor of this shape."""
         return math.prod(self._true_of.get(size, size) for size in shape)
