@@ -209,7 +209,7 @@ def load_twin(
     return model
 
 
-def hits_of(uses: Mapping[str, float]) -> dict[str, float]:
+def hits_of(uses: Mapping[str, float]) -> dict[str, Any]:
     """``use_sums`` of a step as fields of ``StepTimes``."""
     return {
         "hit_rate": uses["hits"] / uses["uses"] if uses["uses"] else 1.0,

@@ -93,7 +93,8 @@ class ScriptedRouting:
     def _resident(self, runner: MoELayer) -> BoolArray:
         """The experts in a slot of any rank, or on their way: by the host's table, or by the device's where that decides."""
         if not runner.planner.alone:
-            return runner.planner.state.holds_RE.any(0)
+            held_E: BoolArray = np.any(runner.planner.state.holds_RE, axis=0)
+            return held_E
         if not runner.slots_are_lent:
             return runner.cache.resident_E
         pool, layer = self._runtime.place_of(runner.index)

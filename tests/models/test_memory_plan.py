@@ -578,7 +578,7 @@ def test_the_command_plans_quantised_checkpoints_per_device(name: str, quantise:
     for planned in (on_cpu, on_gpu):  # 4 GiB hold all experts
         assert planned["slot_bytes"] == planned["host_store_bytes"], "a slot holds its record"
         assert planned["parameters"] == on_cpu["parameters"]
-    parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "reserve")
+    parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "captured", "reserve")
     for planned in (on_cpu, on_gpu):
         assert sum(planned[f"{part}_bytes"] for part in parts) == planned["total_bytes"]
     kind = {"gpt_oss": "e2m1", "qwen3_moe": "e4m3"}[name]
