@@ -22,6 +22,7 @@ from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_
 from epslots.bench.predicted_steps import (
     PROMPT,
     RECALL,
+    REST_S,
     WARM_UP,
     StepTimes,
     charge_plans,
@@ -112,6 +113,8 @@ class _Steps:
                 script.next_step()
                 token = output.logits[:, -1:].argmax(-1)
                 output = model(token, past_key_values=output.past_key_values, use_cache=True)
+                if number < WARM_UP:
+                    gpu.spend(REST_S)
         self._done.wait()
         times = times_of(gpu, self._steps, began_s, plan_s() - planned_s) if rank == 0 else {}
         uses = {name: count / self._steps for name, count in use_sums(model, since=before).items()}

@@ -43,6 +43,8 @@ RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict`
 PLAN_S, PLAN_MISSES_S = 77e-6, 121e-6
 PROMPT, WARM_UP = 520, 4  # tokens; no number of tokens on the way is one of the tiny widths
 _KV_TOKENS = 1024
+# After a step of the warm-up, so that what was fetched ahead for the prompt has arrived.
+REST_S = 0.1
 
 
 class StepTimes(msgspec.Struct, frozen=True):
@@ -158,6 +160,8 @@ class PredictedSteps:
                 planned_s, began_s = plan_s(), gpu.now_s
             script.next_step()
             step()
+            if number < WARM_UP:
+                gpu.spend(REST_S)
         times = times_of(gpu, self.steps, began_s, plan_s() - planned_s)
         uses = {name: count / (WARM_UP + self.steps) for name, count in use_sums(model, since=before).items()}
         layers = len(script.ids)

@@ -54,7 +54,7 @@ class ScriptedRouting:
         self._gpu, self._runtime = gpu, runtime
         self.hit_rate, self._recall = hit_rate, recall
         self._random = np.random.default_rng(seed)
-        self.active = False
+        self.active, self._owed = False, 0.0
         device = runtime.runners[0].cache.pool.device
         layers = [runner.cache.num_experts for runner in runtime.runners]
         self.ids = [torch.zeros(tokens, top_k, dtype=torch.int64, device=device) for _ in layers]
@@ -83,12 +83,19 @@ class ScriptedRouting:
         tokens, top_k = shape
         found = []
         for _ in range(tokens):
-            misses = min(int(self._random.binomial(top_k, 1 - self.hit_rate)), len(missing))
+            misses = self._misses(top_k, len(missing))
             hits = min(top_k - misses, len(recent))
             chosen = [self._random.choice(recent, hits, replace=False), self._random.choice(missing, misses, replace=False)]
             others = np.setdiff1d(np.arange(runner.cache.num_experts), np.concatenate(chosen))
             found.append(np.concatenate([*chosen, others[: top_k - hits - misses]]))
         return np.array(found, np.int64)
+
+    def _misses(self, top_k: int, most: int) -> int:
+        """Misses of one token in a layer: by chance, but of all of them together the given share, so that few steps suffice."""
+        self._owed += top_k * (1 - self.hit_rate)
+        misses = min(max(0, int(np.floor(self._owed + self._random.random()))), top_k, most)
+        self._owed -= misses
+        return misses
 
     def _resident(self, runner: MoELayer) -> BoolArray:
         """The experts in a slot of any rank, or on their way: by the host's table, or by the device's where that decides."""

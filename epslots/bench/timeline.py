@@ -4,19 +4,20 @@ The model has the true layers, experts and choices, and tiny widths; kernels and
 data sheets (``gpu_spec.py``). Routing has the hit rates of recorded traces. A prediction is no measurement: kernels that reach
 less than the data sheet's rates, and a slower or faster host, change it.
 
-Each kind of GPU has a process of its own.
+One rank and two ranks of each kind of GPU have processes of their own.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from epslots.bench.needed_hits import TokenTimes
 from epslots.bench.predicted_ranks import RankRun, predicted_ranks
@@ -73,28 +74,37 @@ def bench_timeline(
         raise ConfigError(f"model={model!r}: transformers has no such model to run")
     report.result |= {"predicted": True, "model": model}
     report.table("costs, by data sheets and estimates", [_costs_row(spec) for spec in specs])
-    predict = partial(_predict, model=model, shares=shares, cache_dir=cache_dir, steps=rounds, layers=layers)
-    if len(specs) == 1:
-        found = [predict(specs[0])]
-    else:
-        workers = min(len(specs), usable_cores())
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(predict, specs))
-    for tables in found:
-        for title, rows in tables.items():
+    arguments: dict[str, Any] = {"model": model, "shares": shares, "cache_dir": cache_dir, "steps": rounds, "layers": layers}
+    tasks = [(part, spec) for part in (_one_rank, _two_ranks) for spec in specs]  # the long ones first
+    with ProcessPoolExecutor(min(len(tasks), usable_cores()), mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = [pool.submit(part, spec, **arguments) for part, spec in tasks]
+        tables = [one.result() for one in found]
+    for number in range(len(specs)):
+        for title, rows in [table for one in tables[number :: len(specs)] for table in one.items()]:
             report.table(title, rows)
 
 
-def _predict(spec: GpuSpec, *, model: str, shares: list[float], cache_dir: Path, steps: int, layers: int | None) -> Tables:
-    """The tables of one kind of GPU."""
-    torch.set_num_threads(1)  # of a process of its own: tiny tensors gain nothing by more
+def _one_rank(spec: GpuSpec, *, model: str, shares: list[float], cache_dir: Path, steps: int, layers: int | None) -> Tables:
+    """The tables of one kind of GPU; in a process of its own."""
+    config, folder = _begin(model, cache_dir)
+    with predicted_steps(config, folder, layers=layers, steps=steps) as run:
+        return _tables(spec, model, run, shares)
+
+
+def _two_ranks(spec: GpuSpec, *, model: str, cache_dir: Path, steps: int, layers: int | None, **_: Any) -> Tables:
+    """The table of two GPUs of one kind; in a process of its own."""
+    config, folder = _begin(model, cache_dir)
+    few = min(RANKS_LAYERS, layers or config.num_hidden_layers)
+    with predicted_ranks(config, folder, layers=few, steps=steps) as run:
+        return _tables_of_ranks(spec, model, run)
+
+
+def _begin(model: str, cache_dir: Path) -> tuple[PreTrainedConfig, Path]:
+    """The model's configuration, and a folder for this process."""
+    torch.set_num_threads(1)  # tiny tensors gain nothing by more
     _, skeleton = known_model(model)
     assert skeleton is not None
-    with predicted_steps(skeleton.config, cache_dir / spec.name, layers=layers, steps=steps) as run:
-        tables = _tables(spec, model, run, shares)
-    few = min(RANKS_LAYERS, layers or skeleton.config.num_hidden_layers)
-    with predicted_ranks(skeleton.config, cache_dir / f"{spec.name}-ranks", layers=few, steps=steps) as run_ranks:
-        return tables | _tables_of_ranks(spec, model, run_ranks)
+    return skeleton.config, cache_dir / str(os.getpid())
 
 
 def _tables(spec: GpuSpec, model: str, run: PredictedSteps, shares: list[float]) -> Tables:
