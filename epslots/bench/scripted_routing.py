@@ -91,7 +91,7 @@ class ScriptedRouting:
         return np.array(found, np.int64)
 
     def _misses(self, top_k: int, most: int) -> int:
-        """Misses of one token in a layer: by chance, but of all of them together the given share, so that few steps suffice."""
+        """Misses of one token in a layer: by chance, and yet soon the given share of all, so that few steps suffice."""
         self._owed += top_k * (1 - self.hit_rate)
         misses = min(max(0, int(np.floor(self._owed + self._random.random()))), top_k, most)
         self._owed -= misses
