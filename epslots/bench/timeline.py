@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from epslots.bench.needed_hits import TokenTimes
 from epslots.bench.predicted_ranks import RankRun, predicted_ranks
 from epslots.bench.predicted_steps import PLAN_MISSES_S, PLAN_S, RECALL, PredictedSteps, StepTimes, predicted_steps
-from epslots.bench.report import MS, BenchReport
+from epslots.bench.report import MS, BenchReport, Tables
 from epslots.errors import ConfigError
 from epslots.host_limits import usable_cores
 from epslots.models.known_shapes import known_model
@@ -43,7 +43,6 @@ BF16_BITS, PACKED_BITS = 16.0, 4.5
 RANKS_LAYERS = 8
 
 Rows = list[dict[str, Any]]
-Tables = dict[str, Rows]
 
 
 def bench_timeline(
