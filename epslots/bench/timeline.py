@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def bench_timeline(
     report.result |= {"predicted": True, "model": model}
     report.table("costs, by data sheets and estimates", [_costs_row(spec) for spec in specs])
     arguments: dict[str, Any] = {"model": model, "shares": shares, "cache_dir": cache_dir, "steps": rounds, "layers": layers}
-    tasks = [(part, spec) for part in (_one_rank, _two_ranks) for spec in specs]  # the long ones first
+    parts: tuple[Callable[..., Tables], ...] = _one_rank, _two_ranks
+    tasks = [(part, spec) for part in parts for spec in specs]  # the long ones first
     with ProcessPoolExecutor(min(len(tasks), usable_cores()), mp_context=multiprocessing.get_context("spawn")) as pool:
         found = [pool.submit(part, spec, **arguments) for part, spec in tasks]
         tables = [one.result() for one in found]
