@@ -25,6 +25,7 @@ from epslots.generation.planned_cache import with_cache
 from epslots.host_limits import tightest_memory_limit, total_memory
 from epslots.models.batch_invariance import record_unknown_functions
 from epslots.models.checkpoint import CheckpointSource
+from epslots.models.experts import experts_modules
 from epslots.models.host_memory import HostMemoryPlan, plan_host_memory
 from epslots.models.measure_shape import shape_of_model
 from epslots.models.memory_plan import MemoryPlan, plan_memory
@@ -32,6 +33,7 @@ from epslots.models.memory_report import check_fits
 from epslots.models.model_shape import ModelShape
 from epslots.models.opening import OpenModel, open_model
 from epslots.models.slot_format import choose_slot_format
+from epslots.moe.product_choice import Product, planned_products
 from epslots.prefetch.setup import planned_bytes
 from epslots.private_files import default_cache_dir
 from epslots.units import format_bytes, parse_prefetch, parse_slots
@@ -179,6 +181,8 @@ def _plan_memory(
         predictor=config.predictor,
         execute_predicted=config.execute_predicted,
     )
+    modules = experts_modules(opened.skeleton).values()
+    products = planned_products(modules, opened.layers, device, batch_invariant=config.batch_invariant)
     return plan_memory(
         shape,
         parse_slots(config.slots),
@@ -187,6 +191,7 @@ def _plan_memory(
         device=device.type,
         engine=config.engine,
         predictor_bytes=predictor_bytes,
+        capturable=Product.BY_SLOT not in products,
         memory_note=free[1],
     )
 

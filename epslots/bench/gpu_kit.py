@@ -94,6 +94,7 @@ class GpuKit:
         load, plain: load a checkpoint by ``epslots.load``, and by transformers; tests replace them.
         facts: numbers that later steps read: the measured costs, hit rates, seconds a step.
         outcomes: of the steps so far.
+        running: the name of the step that runs; of several, the innermost.
     """
 
     device: torch.device
@@ -105,6 +106,7 @@ class GpuKit:
     clock: Callable[[], float] = time.monotonic
     facts: dict[str, Any] = field(default_factory=dict)
     outcomes: list[StepOutcome] = field(default_factory=list)
+    running: str = ""
 
     def __post_init__(self) -> None:
         self._began_s = self.clock()
@@ -130,6 +132,7 @@ class GpuKit:
             return self._skip(name, f"{max(0.0, self.left_s):.0f} s are left, and it may take {needs_s:.0f}")
         began_s = self.clock()
         outcome = StepOutcome(name, "done")
+        around, self.running = self.running, name
         try:
             outcome.tables = run()
         except Exception as error:
@@ -137,6 +140,7 @@ class GpuKit:
             why = " ".join(str(error).split())[:300]
             outcome.state = "failed"
             outcome.why = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {why}"
+        self.running = around
         release()
         outcome.seconds = self.clock() - began_s
         self.outcomes.append(outcome)

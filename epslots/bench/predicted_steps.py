@@ -10,8 +10,9 @@ plan for each layer's step that is planned.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from epslots.bench.engines import Decoding, open_engine, random_requests
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_sums
 from epslots.bench.scripted_routing import ScriptedRouting
+from epslots.cache.host_store import HostStore
 from epslots.models.measure_shape import shape_of_config
 from epslots.moe.moe_layer import MoELayer
 from epslots.planner.plan import RankPlan
@@ -31,14 +33,18 @@ from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.loading import load_simulated
 from epslots.simulated_gpu.machine import SimulatedMachine
+from epslots.simulated_gpu.timeline import Operation
 from epslots.simulated_gpu.tiny_twin import tiny_twin
+from epslots.simulated_gpu.true_sizes import TrueSizes
 from epslots.transport.lockstep import Gathered
 
 RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict``)
 # The host's time to plan a layer's step, with nothing and with something missing (``bench exchange``).
 PLAN_S, PLAN_MISSES_S = 77e-6, 121e-6
-PROMPT, WARM_UP = 520, 6  # tokens; no number of tokens on the way is one of the tiny widths
+PROMPT, WARM_UP = 520, 4  # tokens; no number of tokens on the way is one of the tiny widths
 _KV_TOKENS = 1024
+# After a step of the warm-up, so that what was fetched ahead for the prompt has arrived.
+REST_S = 0.1
 
 
 class StepTimes(msgspec.Struct, frozen=True):
@@ -52,8 +58,8 @@ class StepTimes(msgspec.Struct, frozen=True):
         kernels: launched by owner ("epslots", "transformers", "other").
         syncs: of the host.
         hit_rate: share of uses whose expert was in a slot, or on its way there.
-        fetches: experts over the link.
-        layers: MoE layers; ``expert_bytes``: of the true model.
+        uses: of experts, over all layers; ``fetches``: experts over the link.
+        layers: MoE layers; ``expert_bytes``: of one record of the true model.
     """
 
     step_s: float
@@ -64,6 +70,7 @@ class StepTimes(msgspec.Struct, frozen=True):
     kernels: dict[str, float]
     syncs: float
     hit_rate: float
+    uses: int
     fetches: float
     layers: int
     expert_bytes: int
@@ -75,11 +82,96 @@ class StepTimes(msgspec.Struct, frozen=True):
 
 
 Run = Callable[..., StepTimes]
-"""Called with a kind of GPU and a share of slots, and ``hit_rate``, ``requests`` and ``captured`` as keywords."""
+"""Called with a kind of GPU and a share of slots; keywords: ``hit_rate``, ``requests``, ``captured``, ``record_bits``."""
+
+
+@dataclass
+class PredictedSteps:
+    """Runs of one model; made by ``predicted_steps``.
+
+    Attributes:
+        folder, cache_dir: of the tiny twin, and of its host store.
+        sizes: of the true model; ``record_bytes``: of one of its experts.
+        top_k: experts of a token.
+        steps: timed in a run.
+    """
+
+    folder: Path
+    cache_dir: Path
+    sizes: TrueSizes
+    record_bytes: int
+    top_k: int
+    steps: int
+    _kept: list[HostStore] = field(default_factory=list)  # in memory it lives as long as somebody holds it
+
+    def __call__(
+        self, spec: GpuSpec, share: float, *, hit_rate: float = 1.0, record_bits: float = 16, **settings: Any
+    ) -> StepTimes:
+        """``each`` of one case."""
+        return self.each(spec, share, [(hit_rate, record_bits)], **settings)[0]
+
+    def each(
+        self, spec: GpuSpec, share: float, cases: Sequence[tuple[float, float]], *, requests: int = 1, captured: bool = False
+    ) -> list[StepTimes]:
+        """Steps of one model on one GPU, one case after the other.
+
+        Args:
+            share: of the experts in slots.
+            cases: hit rates, and bits of a weight in the records that cross the link; kernels read 16 in any case.
+            requests: that decode together.
+            captured: whether steps are.
+        """
+        room: dict[str, Any] = {"kv_tokens": _KV_TOKENS * requests, "max_requests": requests, "max_batch_tokens": PROMPT}
+        with simulated_gpus(spec) as gpu:
+            model = load_twin(gpu, self.folder, self.cache_dir, self.sizes, self.record_bytes, share, capture=captured, **room)
+            found = self._each(gpu, model, cases, requests)
+            self._kept[1:] = [runtime_of(model).store]
+            del model
+        release()
+        return found
+
+    def _each(
+        self, gpu: SimulatedMachine, model: PreTrainedModel, cases: Sequence[tuple[float, float]], requests: int
+    ) -> list[StepTimes]:
+        script = ScriptedRouting(gpu, model, tokens=requests, top_k=self.top_k, recall=RECALL)
+        plan_s, engine = charge_plans(gpu, runtime_of(model).runners), open_engine(model)
+        tokens = (self.steps + WARM_UP) * (len(cases) + 1)
+        decoding, found = Decoding(engine, random_requests(model, requests, PROMPT, tokens)), []
+        for hit_rate, record_bits in cases:
+            script.hit_rate, nbytes = hit_rate, int(self.record_bytes * record_bits / 16)
+            gpu.sizes.change(runtime_of(model).layers[0].layout.nbytes, nbytes)
+            found.append(self._time(gpu, model, script, plan_s, decoding.step, nbytes))
+        engine.batcher.close()
+        return found
+
+    def _time(
+        self,
+        gpu: SimulatedMachine,
+        model: PreTrainedModel,
+        script: ScriptedRouting,
+        plan_s: Callable[[], float],
+        step: Callable[[], None],
+        nbytes: int,
+    ) -> StepTimes:
+        before = use_sums(model)  # not in between: reading ends captured decoding, for a step
+        for number in range(WARM_UP + self.steps):
+            if number == WARM_UP:
+                gpu.reset()
+                planned_s, began_s = plan_s(), gpu.now_s
+            script.next_step()
+            step()
+            if number < WARM_UP:
+                gpu.spend(REST_S)
+        times = times_of(gpu, self.steps, began_s, plan_s() - planned_s)
+        uses = {name: count / (WARM_UP + self.steps) for name, count in use_sums(model, since=before).items()}
+        layers = len(script.ids)
+        return StepTimes(**times, **hits_of(uses), uses=layers * script.ids[0].numel(), layers=layers, expert_bytes=nbytes)
 
 
 @contextmanager
-def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8) -> Iterator[Run]:
+def predicted_steps(
+    config: PreTrainedConfig, cache_dir: Path, *, layers: int | None = None, steps: int = 8
+) -> Iterator[PredictedSteps]:
     """Runs of one model.
 
     Args:
@@ -93,91 +185,80 @@ def predicted_steps(config: PreTrainedConfig, cache_dir: Path, *, layers: int | 
     """
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
-
-    def run(spec: GpuSpec, share: float, *, hit_rate: float = 1.0, requests: int = 1, captured: bool = False) -> StepTimes:
-        with simulated_gpus(spec) as gpu:
-            gpu.sizes = sizes
-            model = load_simulated(
-                folder,
-                slots=f"{100 * share:g}%",
-                dtype="bfloat16",
-                costs=LARGE_EXPERTS,  # without those of the host's CPU: it computes nothing
-                host_store="memory",
-                cache_dir=cache_dir,
-                kv_tokens=_KV_TOKENS * requests,
-                max_requests=requests,
-                capture=captured,
-            )
-            for layer in runtime_of(model).layers:
-                sizes.add(layer.layout.nbytes, true.layers[0].layout.nbytes)
-            script = ScriptedRouting(gpu, model, tokens=requests, top_k=true.top_k, hit_rate=hit_rate, recall=RECALL)
-            found = _time(gpu, model, script, requests, steps, true.layers[0].layout.nbytes)
-            del model, script
-        release()
-        return found
-
     with random_checkpoint(twin, torch.bfloat16) as folder:
-        yield run
+        yield PredictedSteps(folder, cache_dir, sizes, true.layers[0].layout.nbytes, true.top_k, steps)
 
 
-def _time(
-    gpu: SimulatedMachine, model: PreTrainedModel, script: ScriptedRouting, requests: int, steps: int, expert_bytes: int
-) -> StepTimes:
-    runners = runtime_of(model).runners
-    plan_s = _charge_plans(gpu, runners)
-    engine = open_engine(model)
-    decoding = Decoding(engine, random_requests(model, requests, PROMPT, 10 * (steps + WARM_UP)))
-    before = use_sums(model)  # not in between: reading ends captured decoding, for a step
-    for number in range(WARM_UP + steps):
-        if number == WARM_UP:
-            gpu.reset()
-            planned_s, began_s = plan_s(), gpu.now_s
-        script.next_step()
-        decoding.step()
-    timed = _timed(gpu, steps, began_s, plan_s() - planned_s)
-    uses = {name: count / (WARM_UP + steps) for name, count in use_sums(model, since=before).items()}
-    engine.batcher.close()
-    return StepTimes(
-        **timed,
-        hit_rate=uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
-        fetches=uses["misses"] + uses["prefetches"],
-        layers=len(runners),
-        expert_bytes=expert_bytes,
-    )
+def load_twin(
+    gpu: SimulatedMachine,
+    folder: Path,
+    cache_dir: Path,
+    sizes: TrueSizes,
+    record_bytes: int,
+    share: float,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A tiny twin on a simulated GPU, whose kernels and copies take the time of the true model's from then on.
+
+    Args:
+        sizes: of ``tiny_twin``.
+        record_bytes: of an expert over the link.
+        share: of the experts in slots.
+    """
+    gpu.sizes, gpu.finds_races = sizes, False
+    costs = LARGE_EXPERTS  # without those of the host's CPU: it computes nothing
+    fixed: dict[str, Any] = {"dtype": "bfloat16", "costs": costs, "host_store": "memory", "cache_dir": cache_dir}
+    model = load_simulated(folder, slots=f"{100 * share:g}%", **fixed, **settings)
+    gpu.sizes = sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes)
+    return model
 
 
-def _timed(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float) -> dict[str, Any]:
-    """What the device has seen until now, by step."""
-    ended_s, syncs, launched = gpu.now_s, sum(gpu.syncs.values()), _launches(gpu)
+def hits_of(uses: Mapping[str, float]) -> dict[str, Any]:
+    """``use_sums`` of a step as fields of ``StepTimes``."""
+    return {
+        "hit_rate": uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
+        "fetches": uses["misses"] + uses["prefetches"],
+    }
+
+
+def times_of(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float) -> dict[str, Any]:
+    """What the first device has seen until now, by step, as fields of ``StepTimes``; all devices do the same.
+
+    Args:
+        began_s, planned_s: when it began, and for how long this thread has planned since.
+    """
+    streams, ended_s = set(gpu.streams_of(0)), gpu.now_s
+    operations = [operation for operation in gpu.timeline.operations if operation.stream in streams]
+    syncs, launched = sum(gpu.syncs.values()) / gpu.count, _launches(operations)
     kernels: Counter[str] = Counter()
     for (owner, _), count in gpu.kernels.items():
         kernels[owner] += count
     gpu.timeline.run(float("inf"))
-    bounds = bounds_of(gpu.timeline.operations, gpu.waits, gpu.spec, began_s, ended_s)
-    launch_s = gpu.spec.launch_s
+    bounds = bounds_of(operations, gpu.waits[0], gpu.spec, began_s, ended_s)
+    launch_s, steps_of_all = gpu.spec.launch_s, steps * gpu.count
     return {
         "step_s": bounds.total / steps,
         "by_reason": {name: seconds / steps for name, seconds in bounds.by_reason.items()},
         "host_s": (launched.total() * launch_s + planned_s) / steps,
         "our_host_s": (launched["epslots"] * launch_s + planned_s) / steps,
         "link_busy_s": bounds.link_busy / steps,
-        "kernels": {owner: count / steps for owner, count in kernels.items()},
+        "kernels": {owner: count / steps_of_all for owner, count in kernels.items()},
         "syncs": syncs / steps,
     }
 
 
-def _launches(gpu: SimulatedMachine) -> Counter[str]:
+def _launches(operations: Sequence[Operation]) -> Counter[str]:
     """The host's launches by owner; a graph's operations, which are queued at one moment, are one."""
     found: Counter[str] = Counter()
     last_s = -1.0
-    for operation in gpu.timeline.operations:
+    for operation in operations:
         if operation.engine and operation.queued_s > last_s:
             found[operation.owner] += 1
             last_s = operation.queued_s
     return found
 
 
-def _charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callable[[], float]:
+def charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callable[[], float]:
     """Let plans take the host's time; returns the seconds that they have taken so far."""
     taken = [0.0]
 

@@ -31,10 +31,12 @@ _SURE, _GUESSED = 255, 220  # of 255: how likely an expert is used
 class ScriptedRouting:
     """Chooses the experts of steps with so many tokens; in steps of other lengths the routers do.
 
+    Attributes:
+        hit_rate: share of a token's experts that are in slots, or on their way there, when a step begins.
+
     Args:
         model: on a simulated GPU.
         tokens: of a step.
-        hit_rate: share of a token's experts that are in slots, or on their way there, when a step begins.
         recall: share of a layer's experts that are predicted in the layer before.
     """
 
@@ -45,15 +47,15 @@ class ScriptedRouting:
         *,
         tokens: int,
         top_k: int,
-        hit_rate: float,
         recall: float,
         seed: int = 0,
+        hit_rate: float = 1.0,
     ) -> None:
         runtime = runtime_of(model)
         self._gpu, self._runtime = gpu, runtime
-        self._hit_rate, self._recall = hit_rate, recall
+        self.hit_rate, self._recall = hit_rate, recall
         self._random = np.random.default_rng(seed)
-        self.active = False
+        self.active, self._owed = False, 0.0
         device = runtime.runners[0].cache.pool.device
         layers = [runner.cache.num_experts for runner in runtime.runners]
         self.ids = [torch.zeros(tokens, top_k, dtype=torch.int64, device=device) for _ in layers]
@@ -82,15 +84,25 @@ class ScriptedRouting:
         tokens, top_k = shape
         found = []
         for _ in range(tokens):
-            misses = min(int(self._random.binomial(top_k, 1 - self._hit_rate)), len(missing))
+            misses = self._misses(top_k, len(missing))
             hits = min(top_k - misses, len(recent))
             chosen = [self._random.choice(recent, hits, replace=False), self._random.choice(missing, misses, replace=False)]
             others = np.setdiff1d(np.arange(runner.cache.num_experts), np.concatenate(chosen))
             found.append(np.concatenate([*chosen, others[: top_k - hits - misses]]))
         return np.array(found, np.int64)
 
+    def _misses(self, top_k: int, most: int) -> int:
+        """Misses of one token in a layer: by chance, and yet soon the given share of all, so that few steps suffice."""
+        self._owed += top_k * (1 - self.hit_rate)
+        misses = min(max(0, int(np.floor(self._owed + self._random.random()))), top_k, most)
+        self._owed -= misses
+        return misses
+
     def _resident(self, runner: MoELayer) -> BoolArray:
-        """The experts in slots, or on their way there: by the host's table, or by the device's where that decides."""
+        """The experts in a slot of any rank, or on their way: by the host's table, or by the device's where that decides."""
+        if not runner.planner.alone:
+            held_E: BoolArray = np.any(runner.planner.state.holds_RE, axis=0)
+            return held_E
         if not runner.slots_are_lent:
             return runner.cache.resident_E
         pool, layer = self._runtime.place_of(runner.index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import mmap
 import os
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from epslots.units import format_bytes
 
 # Left free in RAM beside the store.
 MEMORY_MARGIN_BYTES = 512 << 20
+# The system's setting: whether shared memory has pages of 2 MiB never, always, or where a process advises it.
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14
 
 
 def join_memory_store(path: Path, manifest: Manifest, *, announce: bool = True) -> HostStore | None:
@@ -67,12 +71,32 @@ def build_memory_store(path: Path, manifest: Manifest, source: OpenSource, start
     fd = os.memfd_create(_memory_name(path), os.MFD_CLOEXEC)
     try:
         experts = source()
+        ask_for_huge_pages(fd, total)
         with start_progress("filling shared memory", total) as advance:
             fill_store(fd, manifest, experts, "shared memory", advance)
     except BaseException:
         os.close(fd)
         raise
     return _hold(fd, path)
+
+
+def ask_for_huge_pages(fd: int, nbytes: int) -> bool:
+    """Back empty shared memory by pages of 2 MiB, if the system lets a process ask for them.
+
+    A GPU's driver pins a store page by page, anew for each process: with pages of 4 KiB that takes many seconds for a large
+    one. Where the system gives huge pages always or never, there is nothing to ask for.
+
+    Returns:
+        Whether it was asked for, and granted.
+    """
+    with contextlib.suppress(OSError):
+        if "[advise]" in _HUGE_PAGES.read_text():
+            os.ftruncate(fd, nbytes)
+            with mmap.mmap(fd, nbytes) as memory:
+                memory.madvise(mmap.MADV_HUGEPAGE)
+                memory.madvise(_POPULATE_WRITE)  # while it is advised: reserving space knows of no advice
+            return True
+    return False
 
 
 def holder_files(path: Path) -> list[Path]:

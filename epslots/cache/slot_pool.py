@@ -26,6 +26,15 @@ from epslots.device_copy import copy_to_device
 from epslots.layout import LayerSpec
 
 
+def slot_weights(layer: LayerSpec, slots: torch.Tensor) -> dict[str, Weight]:
+    """Slots, uint8 [Q, layout.nbytes], as weights [Q, ...] by the module's parameter names, which share their memory."""
+    views = {}
+    for spec in layer.layout.tensors:
+        typed = slots[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
+        views[spec.name] = typed.view(typed.shape[0], *spec.shape)
+    return weights_of(layer, views)
+
+
 class SlotPool:
     """Slots of equal size for the MoE layers whose experts have equal layouts.
 
@@ -79,12 +88,7 @@ class SlotPool:
 
     def weights(self, layer: int) -> dict[str, Weight]:
         """The layer's slots as weights [quota, ...] by the module's parameter names, which share the slots' memory."""
-        slot_range = self.memory[self.slot_range(layer)]
-        views = {}
-        for spec in self.layout.tensors:
-            typed = slot_range[:, spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
-            views[spec.name] = typed.view(typed.shape[0], *spec.shape)
-        return weights_of(self.layers[layer], views)
+        return slot_weights(self.layers[layer], self.memory[self.slot_range(layer)])
 
     def vacate(self, layer: int, experts: IntArray) -> int:
         """Empty the slots of these resident experts, int64 [any number]; -1 is skipped. Returns how many these are.

@@ -183,7 +183,7 @@ _SHAPE_FIELDS = {"model": "name", "dtype": "dtype", "parameters": "parameters", 
 _PLAN_FIELDS = (
     "ranks",
     *("slot_bytes", "kv_bytes", "workspace_bytes", "unpacking_bytes", "predictor_bytes"),
-    *("communication_bytes", "reserve_bytes", "total_bytes"),
+    *("captured_bytes", "communication_bytes", "reserve_bytes", "total_bytes"),
     *("memory_bytes", "memory_note", "free_bytes", "fits", "host_store_bytes"),
     *("resident_share", "slots_per_expert", "all_resident"),
 )

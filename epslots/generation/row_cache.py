@@ -160,6 +160,8 @@ class RowCache:
         self._pools = pools
         self._tables.setdefault(None, CellTable(kv_tokens, max_requests, kv_tokens, None, self.device))
         self._templates: list[Any] = list(self._cache.layers)
+        self._apart: dict[int, torch.Tensor] = {}
+        """By the ``id`` of a pool of states: those that a captured step leaves."""
         self._steps: list[RowStep] = []
         self._left: tuple[list[Row], States] = [], {}
         """The rows that decoded in the latest step, if it was committed, and their states as they stand in the pools."""
@@ -247,6 +249,20 @@ class RowCache:
                 layer.end()
         finally:
             self._let_go()
+
+    def set_apart(self, new_states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A step's new states, copied to memory that all steps share: a graph needn't keep some of its own.
+
+        Args:
+            new_states: pools, and the states [B, ...] of the step's rows.
+        """
+        for pool, _ in new_states:
+            if id(pool) not in self._apart:
+                self._apart[id(pool)] = torch.empty_like(pool)
+        apart = [self._apart[id(pool)][: len(state)] for pool, state in new_states]
+        if apart:
+            torch._foreach_copy_(apart, [state for _, state in new_states])
+        return [(pool, copied) for (pool, _), copied in zip(new_states, apart, strict=True)]
 
     def _let_go(self) -> None:
         """Drop a step's tensors."""

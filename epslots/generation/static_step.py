@@ -78,7 +78,7 @@ class StaticStep:
                 "attention_mask": (columns >= span - 1 - length_B[:, None]).long(),
                 "past_key_values": cache,
             }
-            self.new_states = step.new_states
+        self.new_states = self._cache.set_apart(step.new_states)  # filled by the end of the context
 
     def keep_states(self) -> None:
         """Make the new states those of the rows; may be captured."""

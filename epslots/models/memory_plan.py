@@ -6,6 +6,7 @@
     workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
     unpacking        one matrix at a time, where slots hold experts packed
     predictor        its weights, and the rows that it remembers
+    captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (generation/static_step.py)
     communication    NCCL's buffers, on GPUs of several ranks
     reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
 
@@ -30,6 +31,10 @@ CHOICE_LOGIT_BYTES = 50
 CHOICE_LOGITS = 2**22
 # NCCL's buffers, for all channels and peers, and its kernels: users report 0.3 to 1.5 GB. Not measured here.
 NCCL_BYTES = 1024**3
+# A CUDA graph's own memory, for its kernels' arguments. An estimate: users of other engines report 2 to 10 MB a graph.
+GRAPH_BYTES = 4 * 1024**2
+# Positions that the smallest graph reads of a row; the next one reads twice as many (captured_decoding.py).
+LEAST_POSITIONS = 64
 _FP32_BYTES = ITEM_BYTES["float32"]
 
 
@@ -46,6 +51,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         engine: requests and tokens that there is room for.
         reserve_bytes: kept free.
         predictor_bytes: of the prefetchers' predictor (``prefetch.setup.planned_bytes``).
+        capturable: whether the layers' products can be captured (``product_choice.py``).
         memory_note: the origin of ``memory_bytes``, for messages.
     """
 
@@ -58,6 +64,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     engine: EngineConfig
     reserve_bytes: int
     predictor_bytes: int = 0
+    capturable: bool = True
     memory_note: str = "memory of one rank"
 
     @property
@@ -91,6 +98,13 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return max(map(unpacking_bytes, self.shape.layers), default=0)
 
     @property
+    def captured_bytes(self) -> int:
+        """What an engine's captured decoding keeps, if it captures."""
+        on_one_gpu = self.device == "cuda" and self.ranks == 1
+        captures = on_one_gpu and self.capturable and self.engine.capture and self.shape.cache_kind == "rows"
+        return captured_bytes(self.shape, self.engine) if captures else 0
+
+    @property
     def communication_bytes(self) -> int:
         """What NCCL takes after the plan is made, when ranks connect and first exchange."""
         return NCCL_BYTES if self.device == "cuda" and self.ranks > 1 else 0
@@ -99,7 +113,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     def fixed_bytes(self) -> int:
         """Everything but the slots."""
         weights = self.shape.dense_bytes + self.predictor_bytes
-        work = self.workspace_bytes + self.unpacking_bytes + self.communication_bytes
+        work = self.workspace_bytes + self.unpacking_bytes + self.captured_bytes + self.communication_bytes
         return weights + self.kv_bytes + work + self.reserve_bytes
 
     @property
@@ -150,6 +164,7 @@ def plan_memory(
     engine: EngineConfig | None = None,
     reserve_bytes: int | None = None,
     predictor_bytes: int = 0,
+    capturable: bool = True,
     memory_note: str = "memory of one rank",
 ) -> MemoryPlan:
     """Plan one rank's memory. A plan that doesn't fit is returned: ``memory_report.check_fits`` refuses it.
@@ -163,6 +178,7 @@ def plan_memory(
         engine: requests and tokens to have room for; by default those of ``EngineConfig``.
         reserve_bytes: memory to keep free; None = ``default_reserve``.
         predictor_bytes: of the prefetchers' predictor.
+        capturable: whether the layers' products can be captured, on a GPU.
         memory_note: the origin of ``memory_bytes``, for messages.
 
     Raises:
@@ -182,6 +198,7 @@ def plan_memory(
         engine=engine or EngineConfig(),
         reserve_bytes=default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes,
         predictor_bytes=predictor_bytes,
+        capturable=capturable,
         memory_note=memory_note,
     )
     left = None if memory_bytes is None else memory_bytes - plan.fixed_bytes
@@ -207,6 +224,26 @@ def moe_workspace_bytes(shape: ModelShape, batch_tokens: int, ranks: int) -> int
     if ranks > 1:
         row += 2 * shape.hidden_size * ITEM_BYTES[shape.dtype]
     return batch_tokens * shape.top_k * row
+
+
+def captured_bytes(shape: ModelShape, engine: EngineConfig) -> int:
+    """Memory of decoding steps in CUDA graphs, if one was captured for every size.
+
+    There is a graph for each power of two of rows, and for each of the positions that they read. All share one pool for the
+    activations of a step: those of a MoE layer, and the keys and values that attention reads of all rows, in one layer. Each
+    has its own logits. The states that a step leaves of its rows stand once.
+    """
+    rows, item = engine.max_requests, ITEM_BYTES[shape.dtype]
+    longest = max(LEAST_POSITIONS, engine.kv_tokens)
+    sizes, spans = (rows - 1).bit_length() + 1, (longest - 1).bit_length() - (LEAST_POSITIONS - 1).bit_length() + 1
+    read: dict[int, int] = {}
+    for tensor in shape.cache:
+        if tensor.kind != "row":
+            read[tensor.layer] = read.get(tensor.layer, 0) + tensor.entry_bytes
+    states = sum(tensor.entry_bytes for tensor in shape.cache if tensor.kind == "row")
+    step = moe_workspace_bytes(shape, rows, ranks=1) + 2 * engine.kv_tokens * max(read.values(), default=0)
+    logits = 2 * rows * spans * shape.vocab_size * item  # 1 + 2 + 4 + ... rows
+    return step + logits + rows * states + sizes * spans * GRAPH_BYTES
 
 
 def _row_bytes(layout: RecordLayout) -> int:

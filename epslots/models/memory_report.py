@@ -21,13 +21,14 @@ def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
     step = f"{plan.shape.step_tokens(plan.engine):,} tokens x {plan.shape.top_k} experts in one MoE layer, and choosing tokens"
     unpacking = ("unpacking", plan.unpacking_bytes, "one matrix at a time, of packed slots")
     predictor = ("predictor", plan.predictor_bytes, "predicts the next layer's experts")
+    captured = ("captured steps", plan.captured_bytes, "of decoding in CUDA graphs (capture)")
     communication = ("communication", plan.communication_bytes, "NCCL's buffers")
     return (
         ("dense weights", plan.shape.dense_bytes, "every rank holds all of them"),
         ("expert slots", plan.slot_bytes, pool),
         ("KV cache", plan.kv_bytes, describe_cache(plan)),
         ("workspace", plan.workspace_bytes, step),
-        *(item for item in (unpacking, predictor, communication) if item[1]),
+        *(item for item in (unpacking, predictor, captured, communication) if item[1]),
         ("reserve", plan.reserve_bytes, "rest of the forward pass, fragmentation, device context"),
     )
 

@@ -105,7 +105,7 @@ class MoELayer:
         steps: steps that ``history`` counts; the same on all ranks of a group, as ``history`` is.
         prefetch_target: this layer as the one before sees it.
         prefetcher: predicts for the next layer; None where nothing is predicted.
-        room: divides steps that there is no memory for; None = there always is.
+        room: divides steps that there is no memory for, on all ranks alike; None = there always is.
     """
 
     def __init__(
@@ -204,26 +204,37 @@ class MoELayer:
             self._observer(self.index, index_TK)
         if self._peers.alone and not index_TK.numel():
             return torch.zeros_like(hidden_TH)
-        if (parts := self._parts(len(hidden_TH))) > 1:
-            pieces = (tensor.chunk(parts) for tensor in (hidden_TH, index_TK, weights_TK))
-            return torch.cat([self._step(*piece) for piece in zip(*pieces, strict=True)])
-        return self._step(hidden_TH, index_TK, weights_TK)
+        self._peers.arrive(self.index)
+        return self._in_parts(self._parts(len(hidden_TH)) if self._decides_alone else 1, hidden_TH, index_TK, weights_TK)
+
+    @property
+    def _decides_alone(self) -> bool:
+        """Whether no other rank takes part in the step."""
+        return self._peers.alone or self._resident is not None
 
     def _parts(self, tokens: int) -> int:
-        """Steps to make of so many tokens. In a group ranks would have to agree; predicted experts are those of all rows."""
+        """Steps to make of so many tokens; predicted experts are those of all rows."""
         approximate = self.prefetcher is not None and self.prefetcher.approximate
-        return 1 if self.room is None or approximate or not self._peers.alone else self.room.parts(tokens)
+        return 1 if self.room is None or approximate else self.room.parts(tokens)
+
+    def _in_parts(self, parts: int, *given: torch.Tensor) -> torch.Tensor:
+        """So many steps, one after the other; some may have no token."""
+        if parts == 1:
+            return self._step(*given)
+        results = []
+        for piece in zip(*(tensor.tensor_split(parts) for tensor in given), strict=True):
+            self._peers.note(exchanging=not self._decides_alone)  # the others wait for all parts
+            results.append(self._step(*piece))
+        return torch.cat(results)
 
     def _step(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        self._peers.arrive(self.index)
-        began = time.perf_counter()
+        began, parts = time.perf_counter(), 1
         batch = self.prepare(hidden_TH, index_TK, weights_TK)
         with self.cache.pool.lock:
             self._peers.take_part(self.index)
             if self._resident is not None:  # no plan, and no host synchronisation
                 results_NH = self.execute_resident(batch, self._resident)
-            else:
-                gathered = self.gather(batch)
+            elif (parts := (gathered := self.gather(batch)).parts) == 1:
                 plan = self.plan(gathered)
                 self.fetch(plan, batch, gathered)
                 routed = self.dispatch(batch, plan, gathered)
@@ -231,6 +242,8 @@ class MoELayer:
                 results_NH = routed.send_back(results_MH)
                 self.migrate(plan)
         self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
+        if parts > 1:  # some rank has no memory for so many tokens at once
+            return self._in_parts(parts, hidden_TH, index_TK, weights_TK)
         return self.combine(results_NH, batch)
 
     def idle(self) -> None:
@@ -273,7 +286,10 @@ class MoELayer:
         peers.note(exchanging=True)
         top_k = batch.weights_TK.shape[1] if batch.ids_N.numel() else 0
         guard = 0 if peers.alone else self.planner.state.digest
-        gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy)
+        parts = 1 if peers.alone else self._parts(len(batch.hidden_TH))
+        gathered = peers.gather_counts(
+            self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy, parts=parts
+        )
         if not peers.alone:
             self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
             self.cache.confirm_copies()

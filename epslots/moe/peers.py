@@ -60,6 +60,7 @@ class Peers(Protocol):
         predicted: torch.Tensor | None = None,
         *,
         busy: bool = False,
+        parts: int = 1,
     ) -> Gathered:
         """All ranks' counts on the host: the one host synchronisation of a step that may miss.
 
@@ -69,6 +70,7 @@ class Peers(Protocol):
             guard: a digest of what the layer's plan follows from, the same on all ranks.
             predicted: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
             busy: whether this rank's link has something to do.
+            parts: in how many this rank has to divide the step; all make as many as the one that needs the most.
         """
         ...
 
@@ -106,6 +108,7 @@ class Alone:
         predicted: torch.Tensor | None = None,
         *,
         busy: bool = False,
+        parts: int = 1,
     ) -> Gathered:
         if predicted is None:
             counts_host, predicted_R = counts.cpu().numpy(), _NO_PREDICTION

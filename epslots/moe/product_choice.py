@@ -8,13 +8,15 @@ that, and loops over all of them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 import torch
 
+from epslots.cache.slot_pool import slot_weights
 from epslots.cache.unpacking import PackedWeight, Weight
+from epslots.layout import LayerSpec
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm, matrices, suits_torch
 from epslots.moe.kernel_gemm import KernelGemm, Products
 
@@ -32,25 +34,45 @@ class Product(Enum):
     """Slot by slot: batch-invariant, packed, or where neither of the others can; on CUDA it waits for the device."""
 
 
-def choose_product(weights: Sequence[Weight], *, batch_invariant: bool = False) -> Product:
+def choose_product(weights: Sequence[Weight], *, batch_invariant: bool = False, device: torch.device | None = None) -> Product:
     """The implementation for an experts module, by its weights' device, dtype and strides.
 
     Args:
         weights: its matrices [Q, in, out] in a layer's range of slots.
         batch_invariant: whether each row's bits must be independent of the others.
+        device: of the weights, if they aren't there yet.
     """
     first, down = weights
+    device = device or first.device
     if batch_invariant or isinstance(first, PackedWeight) or isinstance(down, PackedWeight):
         return Product.BY_SLOT
-    if first.device.type != "cuda":
+    if device.type != "cuda":
         return Product.TORCH
-    major = torch.cuda.get_device_capability(first.device)[0]
+    major = torch.cuda.get_device_capability(device)[0]
     has_kernel = major in _TORCH_MAJORS and first.dtype == torch.bfloat16 and len(first) < _TORCH_GROUPS
     if has_kernel and suits_torch(first) and suits_torch(down):
         return Product.TORCH
     if first.dtype in _KERNEL_DTYPES and importlib.util.find_spec("triton") is not None:
         return Product.KERNEL
     return Product.BY_SLOT
+
+
+def planned_products(
+    modules: Iterable[Any], layers: Iterable[LayerSpec], device: torch.device, *, batch_invariant: bool
+) -> set[Product]:
+    """The implementations that ``make_gemm`` will choose for a model that isn't loaded.
+
+    Args:
+        modules: its experts modules, on the meta device; ``layers`` are theirs, with the layouts of their slots.
+    """
+    found, seen = set(), set()
+    for module, layer in zip(modules, layers, strict=True):
+        if layer.layout not in seen:
+            seen.add(layer.layout)
+            slots = torch.empty(layer.num_experts, layer.layout.nbytes, dtype=torch.uint8, device="meta")
+            weights = matrices(module, slot_weights(layer, slots))
+            found.add(choose_product(weights, batch_invariant=batch_invariant, device=device))
+    return found
 
 
 def make_gemm(module: Any, weights: Mapping[str, Weight], *, batch_invariant: bool = False) -> GroupedGemm:

@@ -80,8 +80,9 @@ class SimulatedMachine:
         races: accesses that nothing orders, each pair of lines once.
         contexts: devices on which the process has a context, of some hundred MB.
         allocated: bytes of each device's live tensors; ``peak``: the most there were.
-        waits: when the host waited in the driver, in seconds: begin and end.
+        waits: of each device, when the host waited for it, in the driver or by looking at events: begin and end, in seconds.
         sizes: what tensors weigh in the kernels' and copies' times.
+        finds_races: whether it looks for races, which takes most of a simulation's time.
     """
 
     def __init__(self, spec: GpuSpec, count: int = 1, memory_bytes: int | None = None) -> None:
@@ -98,7 +99,7 @@ class SimulatedMachine:
         self.default_streams: dict[int, Any] = {}
         self._here = threading.local()
         self._latest_s = 0.0
-        self.sizes = AS_THEY_ARE
+        self.sizes, self.finds_races = AS_THEY_ARE, True
         self.reset()
 
     def reset(self) -> None:
@@ -107,7 +108,7 @@ class SimulatedMachine:
         self.kernels: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
         self.races: list[Race] = []
-        self.waits: list[tuple[float, float]] = []
+        self.waits: list[list[tuple[float, float]]] = [[] for _ in range(self.count)]
         self._known_races: set[tuple[str, str]] = set()
         self.timeline.clear()
 
@@ -288,6 +289,8 @@ class SimulatedMachine:
 
     def access(self, stream: int, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """The next operation on a stream, or of the host, reads and writes this memory."""
+        if not self.finds_races:
+            return
         step = self.ordering.begin(stream)
         for tensors, writing in ((reads, False), (writes, True)):
             for tensor in tensors:
@@ -333,9 +336,16 @@ class SimulatedMachine:
                     raise DeviceHangsError(f"{what} at {site.line} waits for ever: {operation.name if operation else ''}")
                 self._here.now_s = max(self.now_s, end_s)
             self.spend(self.spec.wake_s)
-            self.waits.append((began_s, self.now_s))
+            self._waited(began_s)
             for clock in clocks:
                 self.ordering.wait(HOST, clock)
+
+    def _waited(self, began_s: float) -> None:
+        """This thread has waited until now; looks that follow one another are one wait."""
+        waits = self.waits[self.device]
+        if waits and waits[-1][1] == began_s:
+            began_s = waits.pop()[0]
+        waits.append((began_s, self.now_s))
 
     def wait_for_stream(self, what: str, stream: int) -> None:
         """The host waits for all that a stream has: a hidden or an open synchronisation."""
@@ -355,11 +365,15 @@ class SimulatedMachine:
     def done(self, operation: Operation | None) -> bool:
         """Whether an operation has ended by this thread's clock, which looking costs some of."""
         with self.lock:
+            began_s = self.now_s
             self.spend(self.spec.query_s)
             if operation is None:
                 return True
             self.timeline.run(self.now_s)
-            return operation.end_s is not None and operation.end_s <= self.now_s
+            if operation.end_s is not None and operation.end_s <= self.now_s:
+                return True
+            self._waited(began_s)
+            return False
 
 
 _machines: list[SimulatedMachine] = []

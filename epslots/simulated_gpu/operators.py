@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from epslots.simulated_gpu.launching import TAKES_HOST_INDICES, kernel_work, launch, protect, refuse_mixed, transfer
-from epslots.simulated_gpu.machine import SimulatedMachine, current_machine
+from epslots.simulated_gpu.machine import DeviceWork, SimulatedMachine, current_machine
 from epslots.simulated_gpu.streams import current_stream, device_number
 from epslots.simulated_gpu.tensors import GpuTensor, memory_of, replace_tensors, tensors_in
 
@@ -25,6 +26,7 @@ _MOST_ROWS = 64  # that a gathering is taken apart into
 # Operations that read or write some rows of a table, of which they needn't move the others.
 _GATHERS = {"index", "index_select", "embedding", "gather"}
 _SCATTERS = {"index_copy_", "index_put_", "_index_put_impl_", "scatter_"}
+_GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
 _MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 
 
@@ -164,13 +166,16 @@ def _on_device(
     creates = name.startswith(("empty", "new_empty"))
     if not creates and (made or writes or not outputs):  # else views, which cost nothing on the device
         reads = [t.memory for t in gpus if not any(t.memory is w for w in writes)]
-        if name in ("_grouped_mm", "grouped_mm_fallback"):
+        if name in _GROUPED:
             reads = _grouped_reads(inner_args, inner)
         elif name in ("index", "index_select") and inner_args[0].dim():
             reads = _rows_read(name, inner_args, reads)
         compute = partial(func, *inner_args, **inner)
         flops, moves = _flops(machine, name, inner_args, made), _rows_moved(name, inner_args, made)
         work = kernel_work(machine, name, number, reads, [*made, *writes], flops, moves=moves)
+        if hidden and name in _GROUPED:
+            machine.wait_for_stream(hidden, stream.stream_id)
+            hidden, work = "", _loop(machine, work, inner_args[1].shape[0])
         launch(machine, work, number, compute, made)
     if hidden:
         machine.wait_for_stream(hidden, stream.stream_id)
@@ -191,11 +196,17 @@ def _hidden_wait(
             return f"{name} by indices on the host"
         if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
             return f"{name} by a mask"
-    if name in ("_grouped_mm", "grouped_mm_fallback"):
+    if name in _GROUPED:
         if name == "_grouped_mm" and machine.spec.fast_grouped_mm and inner[0].dtype == torch.bfloat16:
             return ""
         return f"{name} without a fast kernel (offs.cpu())"
     return ""
+
+
+def _loop(machine: SimulatedMachine, work: DeviceWork, groups: int) -> DeviceWork:
+    """A grouped product where torch has no kernel for it: the host launches a product for each group, empty ones too."""
+    machine.spend((groups - 1) * machine.spec.launch_s)
+    return replace(work, seconds=max(work.seconds, groups * machine.spec.kernel_s))
 
 
 def _new(machine: SimulatedMachine, memory: torch.Tensor, number: int) -> GpuTensor:

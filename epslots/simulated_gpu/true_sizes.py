@@ -23,12 +23,23 @@ class TrueSizes:
         self._true_of = dict(true_of)
 
     def add(self, tiny: int, true: int) -> None:
-        """Enter a further width: a slot's or a record's bytes.
+        """Enter a further width.
 
         Raises:
             AssertionError: the tiny width stands for another one.
         """
         assert self._true_of.setdefault(tiny, true) == true, f"{tiny} stands for {self._true_of[tiny]} and {true}"
+
+    def with_width(self, tiny: int, true: int) -> TrueSizes:
+        """These sizes, and one more: a slot's and a record's bytes, which each run of a model may choose."""
+        found = TrueSizes(self._true_of)
+        found.add(tiny, true)
+        return found
+
+    def change(self, tiny: int, true: int) -> None:
+        """Let a width stand for another one from now on: for operations of captured graphs, too."""
+        assert tiny in self._true_of
+        self._true_of[tiny] = true
 
     def numel(self, shape: Sequence[int]) -> int:
         """Numbers of a tensor of this shape."""

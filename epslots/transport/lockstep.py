@@ -4,8 +4,9 @@ Before a step all ranks gather each other's header; in each layer, each other's 
 int32 of one width, and a row names its kind: ranks that are out of step find out from rows that always match in size, before a
 byte of anything else moves. ``sync_ranks`` and the engine call ``begin`` and ``end``; MoE layers call the rest.
 
-    row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy; then the words of
-              the header, or the layer's counts; then, in a layer, bytes of predicted usage of the next layer
+    row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy and the parts that
+              it needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the
+              next layer
     guard     a digest of all that the layer's plan depends on besides the counts: ranks that differ would plan differently
     header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived
 """
@@ -60,12 +61,14 @@ class Gathered(msgspec.Struct, frozen=True):
         top_k: K, the largest of all ranks.
         busy_R: whether each rank's link is busy, bool [R].
         predicted_R: predicted usage of the next layer, 0 to 255, [R, as many as given]; undefined of ranks without one.
+        parts: in how many the step is divided, the most that any rank needs.
     """
 
     counts_R: IntArray
     top_k: int
     busy_R: NDArray[np.bool_]
     predicted_R: NDArray[Any]
+    parts: int = 1
 
 
 class LockStep:
@@ -218,6 +221,7 @@ class LockStep:
         predicted: torch.Tensor | None = None,
         *,
         busy: bool = False,
+        parts: int = 1,
     ) -> Gathered:
         """All ranks' counts of a layer.
 
@@ -227,6 +231,7 @@ class LockStep:
             guard: a digest of all that the layer's plan depends on besides the counts.
             predicted: predicted usage of the next layer, 0 to 255, [at most experts of the largest layer].
             busy: whether this rank's link is busy.
+            parts: in how many this rank has to divide the step.
 
         Raises:
             ExchangeError: ranks are at different places of a step, or would plan differently.
@@ -235,12 +240,13 @@ class LockStep:
         self._row[_PREFIX_WORDS : _PREFIX_WORDS + len(counts)] = counts
         if predicted is not None:
             self._predicted[: len(predicted)] = predicted
-        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, busy=busy)
+        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, last_word=2 * parts + busy)
         if not _alike(rows, 4):
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         counts_R = rows[:, _PREFIX_WORDS : _PREFIX_WORDS + len(counts)].astype(np.int64)
         predicted_R = rows[:, self._words :].view(np.uint8)[:, : 0 if predicted is None else len(predicted)]
-        return Gathered(counts_R, int(rows[:, 4].max()), rows[:, 5] > 0, predicted_R)
+        last_R = rows[:, 5]
+        return Gathered(counts_R, int(rows[:, 4].max()), last_R % 2 > 0, predicted_R, int(last_R.max()) // 2)
 
     def fail(self, error: BaseException) -> None:
         """Abort the group, because this rank's step failed and the others would wait for it."""
@@ -253,13 +259,14 @@ class LockStep:
         self._idle_layers[layer]()
         assert self._layer == layer + 1, "an idle layer calls take_part"
 
-    def _gather(self, kind: int, top_k: int, guard: int, words: int, *, busy: bool = False) -> NDArray[np.int32]:
+    def _gather(self, kind: int, top_k: int, guard: int, words: int, *, last_word: int = 0) -> NDArray[np.int32]:
         """All ranks' rows, int32 [R, width].
 
         Args:
             words: number of the row's first words that the host has written.
+            last_word: the sixth of them.
         """
-        self._words_of_head[:_PREFIX_WORDS] = kind, self.steps % _STEP_LIMIT, self._model, guard, top_k, busy
+        self._words_of_head[:_PREFIX_WORDS] = kind, self.steps % _STEP_LIMIT, self._model, guard, top_k, last_word
         if self._row.device.type != "cpu":
             copy_to_device(self._words_of_head[:words], self._row[:words])
         rows: NDArray[np.int32] = self.transport.to_host(self.transport.all_gather(self._row))

@@ -37,6 +37,10 @@ ENVIRONMENT = {
 # The groups' own timeout: never before a deadline of ours, which would have two actors notice a loss at once.
 GROUP_TIMEOUT = timedelta(days=1)
 
+# Ranks may take long to begin: one downloads what the others have. Those that have met connect within seconds, and NCCL waits
+# for ever for one that has ended in between.
+CONNECT_DEADLINE_S = 180.0
+
 
 def set_environment() -> None:
     """Set torch's variables for NCCL groups that are made from now on."""
@@ -107,6 +111,7 @@ def form_within(
 
     Args:
         store: this epoch's.
+        deadline_s: seconds to meet; connecting has as many again, and no more than ``CONNECT_DEADLINE_S``.
         stop: ends the attempt when it is done; its result is the reason.
 
     Returns:
@@ -127,9 +132,11 @@ def form_within(
             made.set_exception(error)
 
     background.start(make, name="epslots-nccl")
-    wait([made] if stop is None else [made, stop], deadline_s, return_when=FIRST_COMPLETED)
+    connect_s = min(deadline_s, CONNECT_DEADLINE_S)
+    wait([made] if stop is None else [made, stop], connect_s, return_when=FIRST_COMPLETED)
     if not made.done():
-        why = "in time" if stop is None or not stop.done() else f"before the attempt was ended: {stop.result()}"
+        in_time = f"within {connect_s:g} s after they met"
+        why = in_time if stop is None or not stop.done() else f"before the attempt was ended: {stop.result()}"
         raise RankUnusable(f"NCCL did not connect {size} ranks {why}. Its call can't be ended, so this process must be")
     return made.result()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from epslots.bench import gpu_checks, gpu_decode
-from epslots.bench.gpu import PAGE_NAME, run_kit
+from epslots.bench import gpu, gpu_checks, gpu_decode
 from epslots.bench.gpu_checks import check
 from epslots.bench.gpu_costs import known_spec, measure_costs
 from epslots.bench.gpu_decode import measure_decoding
@@ -122,11 +123,37 @@ def test_steps_that_do_not_fit_are_named(cache_dir: Path, tmp_path: Path, capsys
 
 def test_json_and_page_are_written_whatever_fits(cache_dir: Path, tmp_path: Path):
     report = BenchReport("gpu", CPU, tmp_path)
-    run_kit(GpuKit(CPU, cache_dir, tiny_sizes(), 0.0), report)
+    gpu.run_kit(GpuKit(CPU, cache_dir, tiny_sizes(), 0.0), report)
     report.save()
     recorded = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["state"] for row in recorded["steps"]} == {"skipped"} and len(recorded["steps"]) >= 5
-    assert "| decoding | skipped |" in (tmp_path / PAGE_NAME).read_text()
+    assert "| decoding | skipped |" in (tmp_path / gpu.PAGE_NAME).read_text()
+
+
+def test_a_step_that_never_ends_costs_no_result(cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A GPU that hangs keeps the thread that waits for it: the process is ended, after what was found is written."""
+    started: list[Any] = []
+
+    class Timer:
+        def __init__(self, seconds: float, give_up: Callable[[], None]) -> None:
+            assert seconds == 60
+            started.append(give_up)
+
+        def start(self) -> None:
+            """It fires when the test says so."""
+
+        cancel = start
+
+    monkeypatch.setattr(gpu.threading, "Timer", Timer)
+    kit, report, codes = GpuKit(CPU, cache_dir, tiny_sizes(), 60.0), BenchReport("gpu", CPU, tmp_path), list[int]()
+    with gpu.ended_in_time(kit, report, codes.append):
+        kit.step("first", 0.0, lambda: {"found": [{"number": 1}]})
+        kit.step("second", 0.0, lambda: started[0]() or {})
+    assert codes == [1]
+    recorded = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(row["step"], row["state"]) for row in recorded["steps"]] == [("first", "done"), ("second", "failed")]
+    text = (tmp_path / gpu.PAGE_NAME).read_text()
+    assert "| second | failed |" in text and "## Found" in text
 
 
 @whole

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from epslots.bench.models import random_config
+from epslots.bench.needed_hits import TokenTimes
 from epslots.bench.predicted_steps import predicted_steps
 from epslots.bench.timeline import HIT_RATES, _hit_rate, _share
 from epslots.errors import ConfigError
@@ -39,11 +40,29 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
         assert missing.link_busy_s == pytest.approx(link_s, rel=0.5), "some fetches of the steps before and after"
         assert missing.step_s > resident.step_s
 
-        captured = run(spec, 0.5, hit_rate=0.5, captured=True)
+        captured, packed = (run(spec, 0.5, hit_rate=0.5, captured=True, record_bits=bits) for bits in (16, 4))
+        assert packed.fetches == captured.fetches and 4 * packed.expert_bytes == captured.expert_bytes
+        assert packed.by_reason["link"] == pytest.approx(captured.by_reason["link"] / 4, rel=0.02)
         assert captured.syncs == 1 and captured.by_reason["link"] > 0.3 * captured.step_s, (
             "the tokens alone are waited for; a kernel copies"
         )
         assert captured.fetches > 0 and captured.step_s > captured.fetches * captured.expert_bytes / spec.link_rate
+
+
+@pytest.mark.parametrize("recall", [None, 0.0, 0.9, 1.0])
+@pytest.mark.parametrize("record_s", [0.001, 0.02, 1.0])
+def test_the_needed_hit_rate_is_the_least_that_suffices(recall: float | None, record_s: float):
+    times = TokenTimes(resident_s=1.0, uses=40, record_s=record_s, recall=recall)
+    needed = times.needed_hit_rate(0.85)
+    assert times.seconds(1.0) == 1.0 and times.seconds(needed) <= 1 / 0.85 + 1e-9
+    assert needed == 0 or times.seconds(needed - 1e-6) > 1 / 0.85
+
+
+def test_fetching_ahead_hides_copies_but_not_their_number():
+    ahead, demand = (TokenTimes(1.0, 40, 0.02, recall) for recall in (0.9, None))
+    assert demand.seconds(0.5) == pytest.approx(1 + 0.4)
+    assert ahead.seconds(0.5) == pytest.approx(1 + 0.04), "a tenth is waited for"
+    assert TokenTimes(1.0, 80, 0.02, 0.9).seconds(0.0) == pytest.approx(1.6 + 0.16), "the link is full"
 
 
 def test_hit_rates_are_read_between_recorded_shares():

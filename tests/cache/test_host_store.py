@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from epslots import CorruptExpertError, StoreError
+from epslots.cache import memory_store
 from epslots.cache.host_store import HostStore, Manifest, StoreShape
 from epslots.cache.node_store import open_node_store, resolve_store_kind, store_path
 from epslots.cache.store_build import appearing_whole
@@ -306,6 +307,22 @@ def test_space_that_runs_out_is_said_too(kind: str, cache_dir: Path, monkeypatch
     with pytest.raises(StoreError, match="no room for the host store"):
         open_store(cache_dir, NamedExperts(), kind)
     assert not store_path(MANIFEST, cache_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked"), [("always [advise] never", True), ("always advise [never]", False), ("", False)]
+)
+def test_huge_pages_are_asked_for_where_that_helps(setting: str, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before the first byte is written: the pages are there then, and stay."""
+    monkeypatch.setattr(memory_store, "_HUGE_PAGES", tmp_path / "shmem_enabled")
+    if setting:
+        memory_store._HUGE_PAGES.write_text(setting)
+    fd = os.memfd_create("pages")
+    try:
+        assert memory_store.ask_for_huge_pages(fd, 1 << 20) is asked
+        assert (os.fstat(fd).st_blocks * 512 >= 1 << 20) is asked
+    finally:
+        os.close(fd)
 
 
 def test_too_little_memory_is_said_with_the_way_out(cache_dir: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
+from epslots.moe.token_room import TokenRoom
 from epslots.transport.lockstep import LockStep
 from tests.support import zoo
 from tests.support.equality import assert_close, batch_of, compare
@@ -95,6 +96,29 @@ def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Check
             loader.fetch(0, first, slots, first, urgent=False)
             assert loader.in_flight[slots].all()
     compare(grouped, Reference(folder))
+
+
+@pytest.mark.parametrize("slots", ["50%", "100%"])
+def test_ranks_divide_a_long_step_alike(slots: str, checkpoint: Checkpoints, cache_dir: Path):
+    """One has no memory for its prompt at once: all make as many parts, those without tokens, too; unless none can miss."""
+    folder = checkpoint("qwen3_moe")
+    grouped = Grouped(folder, cache_dir, slots=[slots, slots])
+    for runner in grouped.runtime(1).runners:
+        runner.room = TokenRoom(4, 1, lambda: 0)
+    reference, ids = zoo.reference(folder), [zoo.random_ids(1, length, seed=length) for length in (5, 13)]
+    before = [runner.steps for runner in grouped.runtime(0).runners]
+
+    def work(rank: int, model: PreTrainedModel) -> list[torch.Tensor]:
+        return [model(input_ids=ids[rank]).logits for _ in range(2 if rank else 1)]
+
+    with torch.no_grad():
+        for rank, found in enumerate(grouped.run(work)):
+            for logits in found:
+                assert_close(logits, reference(input_ids=ids[rank]).logits)
+    for rank in range(2):
+        taken = [runner.steps - first for runner, first in zip(grouped.runtime(rank).runners, before, strict=True)]
+        assert taken == [8 if slots == "50%" else 0] * len(taken), "13 tokens in 4 parts, twice"
+    grouped.check()
 
 
 def test_one_rank_through_all_that_ranks_do(checkpoint: Checkpoints, cache_dir: Path):

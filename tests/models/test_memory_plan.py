@@ -21,6 +21,7 @@ from epslots.cli.plan import plan as plan_command
 from epslots.config import EngineConfig
 from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
 from epslots.example import example_model
+from epslots.generation.captured_decoding import LEAST_SPAN
 from epslots.generation.next_token import PART_LOGITS
 from epslots.layout import LayerSpec, RecordLayout, TensorSpec
 from epslots.models.checkpoint import open_checkpoint
@@ -29,6 +30,8 @@ from epslots.models.experts import expert_layers
 from epslots.models.known_shapes import KNOWN_SHAPES
 from epslots.models.memory_plan import (
     CHOICE_LOGITS,
+    GRAPH_BYTES,
+    LEAST_POSITIONS,
     NCCL_BYTES,
     MemoryPlan,
     default_reserve,
@@ -242,6 +245,24 @@ def test_ranks_on_gpus_need_room_for_communication() -> None:
     assert "communication" in [name for name, *_ in plan_items(plans[2, "cuda"])]
     for plan in plans.values():
         assert sum(size for _, size, _ in plan_items(plan)) == plan.total_bytes
+
+
+def test_graphs_of_decoding_steps_need_room() -> None:
+    """One for 1, 2, 4 and 8 rows, and for 64 to 512 positions; each with its logits. States and activations stand once."""
+    assert LEAST_POSITIONS == LEAST_SPAN
+    engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
+    arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "device": "cuda", "engine": engine}
+    plan = plan_memory(tiny_shape(), AUTO, **arguments)
+    logits, positions = 2 * 5 * 4 * 320 * 2, 2 * 500 * 256
+    kept = logits + positions + 5 * 5000 + 4 * 4 * GRAPH_BYTES
+    assert plan.captured_bytes == kept + moe_workspace_bytes(tiny_shape(), 5, 1)
+    assert ("captured steps", plan.captured_bytes) in [item[:2] for item in plan_items(plan)]
+    assert sum(size for _, size, _ in plan_items(plan)) == plan.total_bytes
+    paged = tiny_shape(pages=PageSizes(layers=(2,), layer_bytes=256, page_tokens=16, mask_bytes=2))
+    unwanted = EngineConfig(capture=False)
+    for changes in ({"device": "cpu"}, {"ranks": 2}, {"capturable": False}, {"engine": unwanted}, {"shape": paged}):
+        other = plan_memory(**{"shape": tiny_shape(), "setting": AUTO} | arguments | changes)
+        assert other.captured_bytes == 0 and other.fixed_bytes > 0
 
 
 def test_a_step_has_a_token_of_every_request() -> None:
@@ -556,7 +577,7 @@ def test_the_command_plans_quantised_checkpoints_per_device(name: str, quantise:
     for planned in (on_cpu, on_gpu):  # 4 GiB hold all experts
         assert planned["slot_bytes"] == planned["host_store_bytes"], "a slot holds its record"
         assert planned["parameters"] == on_cpu["parameters"]
-    parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "reserve")
+    parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "captured", "reserve")
     for planned in (on_cpu, on_gpu):
         assert sum(planned[f"{part}_bytes"] for part in parts) == planned["total_bytes"]
     kind = {"gpt_oss": "e2m1", "qwen3_moe": "e4m3"}[name]

@@ -160,8 +160,10 @@ def test_grouped_products_are_fast_on_some_kinds(name: str, fast: bool):
         F.grouped_mm(rows.bfloat16(), weights.bfloat16(), offs=ends)
         assert (not gpu.syncs) is fast
         gpu.reset()
+        before = gpu.now_s
         F.grouped_mm(rows, weights, offs=ends)
         assert len(gpu.syncs) == 1
+        assert gpu.now_s - before >= 3 * gpu.spec.launch_s, "a loop over all groups"
 
 
 def test_memory_is_bounded_and_freed():

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
+from epslots.models.experts import experts_modules
+from epslots.moe.kernel_gemm import KernelGemm
+from epslots.moe.product_choice import Product, planned_products
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from tests.support import zoo
@@ -37,6 +42,28 @@ def test_an_engine_asks_for_what_is_planned(name: str, cache: str, checkpoint: C
         list(engine.run())
         assert plan.workspace_bytes // 4 < gpu.peak[0] - opened <= plan.workspace_bytes
         engine.batcher.close()
+
+
+@pytest.mark.parametrize(
+    ("gpu_name", "product"), [("h100", Product.TORCH), ("a100", Product.KERNEL), ("h100", Product.BY_SLOT)]
+)
+def test_plans_know_the_products_of_a_load(
+    gpu_name: str, product: Product, checkpoint: Callable[[str], Path], shared_stores: Path
+):
+    """By the predicate that chooses them afterwards: what waits for the host has no captured steps, and no room for them."""
+    loops = product is Product.BY_SLOT  # no kernel knows float64
+    with simulated_gpus(gpu_name) as gpu:
+        dtype = "float64" if loops else "bfloat16"
+        model = load_gpu(checkpoint("qwen3_moe"), shared_stores, slots="50%", dtype=dtype, cache="rows")
+        runtime, device = runtime_of(model), torch.device("cuda:0")
+        modules = experts_modules(model).values()
+        assert planned_products(modules, runtime.layers, device, batch_invariant=False) == {product}
+        for runner in runtime.runners:
+            assert isinstance(runner.experts.kernel, KernelGemm) is (product is Product.KERNEL)
+        batcher = RowBatcher(model, kv_tokens=64, max_requests=2)
+        assert (batcher._captured.obstacle is not None) is loops is (runtime.plan.captured_bytes == 0)
+        assert gpu.races == []
+        batcher.close()
 
 
 def test_a_long_prompt_is_computed_in_parts(checkpoint: Callable[[str], Path], shared_stores: Path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import epslots
+from epslots.generation.engine import Engine
 from epslots.generation.requests import Request
 from epslots.generation.sampling import Sampling
 from epslots.planner.cost_model import Costs
@@ -108,3 +109,18 @@ def test_packed_records_and_experts_on_the_host(kind: str, checkpoint: Callable[
         assert gpu.races == []
         assert (sum(layer.hosted for layer in epslots.stats(model).layers) > 0) is (kind == "on the host")
         runtime_of(model).check_integrity()
+
+
+def test_a_quantised_checkpoint_decodes_captured(checkpoint: Callable[[str], Path], tmp_path: Path):
+    """Its records are unpacked into the host store, and copied from there by a kernel like any others."""
+    folder = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "packed")
+    settings: dict[str, Any] = {"slots": "50%", "dtype": "float32", "host_compute": "off", "cache_dir": tmp_path}
+    expected = serve(epslots.load(folder, device="cpu", progress=False, **settings), REQUESTS[:1], cache="rows")
+    with simulated_gpus() as gpu:
+        model = load_gpu(folder, tmp_path, **settings)
+        engine = Engine(model, kv_tokens=512, cache="rows")
+        engine.batcher.add(REQUESTS[0])
+        assert [token for output in engine.run() for token in output.tokens] == expected[REQUESTS[0].id]
+        assert engine.batcher.stats().replayed_steps > 3 and gpu.races == []
+        runtime_of(model).check_integrity()
+        engine.batcher.close()

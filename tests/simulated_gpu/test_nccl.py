@@ -22,10 +22,10 @@ from epslots.group.join import join
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.machine import DeviceHangsError, SimulatedMachine
+from epslots.simulated_gpu.nccl_group import NcclHub, OutOfOrderError, SimulatedNcclGroup, simulated_dist
 from epslots.transport import forming, nccl, rendezvous, torch_transport
 from epslots.transport.torch_transport import TorchTransport
 from tests.support import zoo
-from tests.support.fake_nccl import FakeNcclGroup, NcclHub, OutOfOrderError, fake_dist
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL
 from tests.support.rank_helpers import PATIENCE_S, run_threads
 from tests.support.simulated import greedy_on, load_gpu
@@ -38,7 +38,7 @@ def nccl_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in nccl.ENVIRONMENT:
         monkeypatch.setenv(name, "another")
     nccl.set_environment()
-    monkeypatch.setattr(torch_transport, "dist", fake_dist(dist))
+    monkeypatch.setattr(torch_transport, "dist", simulated_dist(dist))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def on_ranks(hub: NcclHub, work: Callable[[TorchTransport], Any], deadline_s: fl
     def one(local: Any) -> Any:
         device = torch.device("cuda", local.rank)
         torch.cuda.set_device(device)
-        transport = TorchTransport(FakeNcclGroup(hub, local.rank, device), device=device, deadline_s=deadline_s)  # type: ignore[arg-type]
+        transport = TorchTransport(SimulatedNcclGroup(hub, local.rank, device), device=device, deadline_s=deadline_s)  # type: ignore[arg-type]
         return work(transport)
 
     return run_threads(one, hub.size)
@@ -107,6 +107,41 @@ def test_two_ranks_answer_as_plain_transformers(costs: Any, checkpoint: Callable
         assert not blocking, "the one place where a rank waits looks at an event"
         for model in models:
             runtime_of(model).check_integrity()
+
+
+def test_a_groups_layer_waits_for_the_counts_alone(
+    checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And a step for its header: nothing else makes the host of a rank wait, though tokens travel and experts are fetched."""
+    waits, wait_until, steps = [0, 0], TorchTransport.wait_until, 3
+
+    def counted(transport: TorchTransport, done: Callable[[], bool]) -> None:
+        waits[transport.rank] += 1
+        wait_until(transport, done)
+
+    monkeypatch.setattr(TorchTransport, "wait_until", counted)
+    with simulated_gpus("h100", count=2) as gpu:
+        settings: dict[str, Any] = {"slots": "25%", "dtype": "bfloat16", "host_compute": "off"}
+        models = [load_gpu(checkpoint("qwen3_moe"), shared_stores, device=f"cuda:{rank}", **settings) for rank in range(2)]
+
+        @torch.no_grad()
+        def work(transport: TorchTransport) -> tuple[int, int]:
+            model, rank = models[transport.rank], transport.rank
+            join(model, transport, settings={}, costs=TOKENS_TRAVEL)
+            before = 0
+            with epslots.sync_ranks(model):
+                for step in range(2 + steps):  # in the first one, sizes are checked
+                    before = waits[rank] if step == 2 else before
+                    model(zoo.random_ids(1, 3, seed=10 * rank + step).to(model.device), use_cache=False)
+                counted_waits = waits[rank] - before
+            return counted_waits, epslots.stats(model).total("misses")
+
+        found = on_ranks(NcclHub(2), work)
+        layers = len(runtime_of(models[0]).runners)
+        assert [count for count, _ in found] == [steps * (layers + 1)] * 2
+        assert sum(misses for _, misses in found) > 0
+        assert not {line for _, line in gpu.syncs if "epslots/moe" in line or "epslots/transport" in line}
+        assert gpu.races == []
 
 
 def test_a_lost_peer_is_raised_at_the_deadline(gpus: SimulatedMachine):
@@ -186,7 +221,7 @@ def test_a_broken_batch_makes_the_rank_unusable(gpus: SimulatedMachine):
         with pytest.raises(PeerLost):
             transport.all_gather(ours)
         with pytest.raises(AssertionError, match="a group call is open"):
-            FakeNcclGroup(NcclHub(2), 0, CUDA)
+            SimulatedNcclGroup(NcclHub(2), 0, CUDA)
 
     on_ranks(NcclHub(2), work)
 
@@ -206,7 +241,16 @@ def test_a_broken_collective_is_a_lost_peer(gpus: SimulatedMachine):
 def test_a_group_needs_the_environment(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
     with pytest.raises(AssertionError, match="TORCH_NCCL_ENABLE_MONITORING"):
-        FakeNcclGroup(NcclHub(1), 0, CUDA)
+        SimulatedNcclGroup(NcclHub(1), 0, CUDA)
+
+
+def test_torch_reads_the_variables_that_are_set():
+    """Each by its name in torch's headers; and none is left out by which the watchdog would act, wait or take traces."""
+    headers = (Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d").glob("*.hpp")
+    read = {name for path in headers for name in re.findall(r'"(TORCH_(?:NCCL|FR)_[A-Z_]+)"', path.read_text())}
+    assert nccl.ENVIRONMENT.keys() <= read
+    acting = ("ASYNC_ERROR", "MONITORING", "DUMP_ON_TIMEOUT", "PROPAGATE", "RETHROW", "TIMEOUT_DUMP", "BUFFER_SIZE")
+    assert {name for name in read if any(word in name for word in acting)} <= nccl.ENVIRONMENT.keys()
 
 
 # ---------------------------------------------------------------------- forming
@@ -226,11 +270,20 @@ def test_a_missing_rank_is_noticed_before_nccl_begins(gpus: SimulatedMachine):
 
 def test_a_hanging_connect_makes_the_rank_unusable(gpus: SimulatedMachine):
     hangs, ended = threading.Event(), Future[str]()
-    with pytest.raises(RankUnusable, match="did not connect 1 ranks in time"):
+    with pytest.raises(RankUnusable, match="did not connect 1 ranks within"):
         form(dist.HashStore(), hangs.wait)
     ended.set_result("rank 2 is gone")
     with pytest.raises(PeerLost, match="rank 2 is gone"):
         form(dist.HashStore(), hangs.wait, stop=ended)
+    hangs.set()
+
+
+def test_ranks_that_met_connect_soon_or_never(gpus: SimulatedMachine, monkeypatch: pytest.MonkeyPatch):
+    """Under torchrun they may take half an hour to begin, but one that ends while they connect mustn't cost as much."""
+    hangs = threading.Event()
+    monkeypatch.setattr(nccl, "CONNECT_DEADLINE_S", 0.1)
+    with pytest.raises(RankUnusable, match=r"did not connect 1 ranks within 0.1 s after they met"):
+        form(dist.HashStore(), hangs.wait, deadline_s=rendezvous.FORM_DEADLINE_S)
     hangs.set()
 
 
@@ -242,7 +295,7 @@ def test_torchruns_ranks_form_within_a_deadline(gpus: SimulatedMachine, monkeypa
     monkeypatch.setattr(forming.dist, "init_process_group", lambda *_, **__: hangs.wait())
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RankUnusable, match="did not connect 1 ranks in time"):
+    with pytest.raises(RankUnusable, match="did not connect 1 ranks within"):
         rendezvous.find_transport(None, torch.device("cuda:1"))
     assert torch.cuda.current_device() == 1
     monkeypatch.setattr(rendezvous, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))

@@ -1,8 +1,10 @@
-"""A stand-in for NCCL groups on simulated GPUs: ranks are threads, each with a GPU of its own.
+"""NCCL groups on simulated GPUs: ranks are threads, each with a GPU of its own.
 
 It holds its users to NCCL's rules. A group is made with torch's watchdog tamed; all ranks queue the same operations in the
 same order; a group call that is opened on a thread is closed there. What a lost rank takes part in never ends on the others'
 devices, until their group is aborted: then it ends with undefined results.
+
+On the clock a collective begins when all ranks have come to it, and takes ``GpuSpec.collective_s`` and its bytes' time.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, curre
 from epslots.simulated_gpu.tensors import GpuTensor
 from epslots.simulated_gpu.timeline import Operation
 from epslots.transport.nccl import ENVIRONMENT
-from tests.support.rank_helpers import PATIENCE_S
 
 _open_calls = threading.local()
+_MEETING_S = 200.0  # the longest wait, of real time, for a rank that doesn't come
 
 
 class OutOfOrderError(AssertionError):
@@ -51,7 +53,7 @@ class NcclHub:
             meeting = self._meetings.setdefault(key, {})
             meeting[rank] = name, given
             self._news.notify_all()
-            came = self._news.wait_for(lambda: ranks <= meeting.keys() or ranks & self.lost, PATIENCE_S)
+            came = self._news.wait_for(lambda: ranks <= meeting.keys() or ranks & self.lost, _MEETING_S)
             assert came, f"{name}: ranks {ranks - meeting.keys()} never came"
             if not ranks <= meeting.keys():
                 return None
@@ -61,7 +63,7 @@ class NcclHub:
             return {rank: value for rank, (_, value) in meeting.items()}
 
 
-class FakeWork:
+class NcclWork:
     """Its ``wait`` makes the current stream wait, as NCCL's does."""
 
     def __init__(self, device: torch.device, event: SimulatedEvent) -> None:
@@ -71,7 +73,7 @@ class FakeWork:
         current_stream(self._device).wait_event(self._event)
 
 
-class FakeNcclGroup:
+class SimulatedNcclGroup:
     """One rank's end of a communicator; the methods that ``TorchTransport`` calls.
 
     Attributes:
@@ -100,7 +102,7 @@ class FakeNcclGroup:
     def name(self) -> str:
         return "nccl"
 
-    def _get_backend(self, _: torch.device) -> FakeNcclGroup:
+    def _get_backend(self, _: torch.device) -> SimulatedNcclGroup:
         return self
 
     def get_error(self) -> Any:
@@ -115,13 +117,13 @@ class FakeNcclGroup:
         for operation in self._never:
             operation.end_s = current_machine().now_s
 
-    def all_gather_single(self, result: GpuTensor, mine: GpuTensor) -> FakeWork:
+    def all_gather_single(self, result: GpuTensor, mine: GpuTensor) -> NcclWork:
         def fill(all_mine: dict[int, torch.Tensor]) -> None:
             result.memory.copy_(torch.cat([all_mine[rank] for rank in range(self.size())]))
 
         return self._collective("all_gather", mine, result, fill)
 
-    def all_to_all_single(self, result: GpuTensor, rows: GpuTensor, receives: list[int], sends: list[int]) -> FakeWork:
+    def all_to_all_single(self, result: GpuTensor, rows: GpuTensor, receives: list[int], sends: list[int]) -> NcclWork:
         def fill(given: dict[int, Any]) -> None:
             parts = [given[rank][0].split(given[rank][1])[self._rank] for rank in range(self.size())]
             assert [len(part) for part in parts] == receives, "sizes differ: NCCL would hang, or write past the end"
@@ -129,7 +131,7 @@ class FakeNcclGroup:
 
         return self._collective("all_to_all", rows, result, fill, sends)
 
-    def reduce_scatter_single(self, result: GpuTensor, blocks: GpuTensor, _: Any) -> FakeWork:
+    def reduce_scatter_single(self, result: GpuTensor, blocks: GpuTensor, _: Any) -> NcclWork:
         def fill(given: dict[int, torch.Tensor]) -> None:
             count = result.memory.numel()
             mine = [given[rank][self._rank * count : (self._rank + 1) * count] for rank in range(self.size())]
@@ -143,7 +145,7 @@ class FakeNcclGroup:
         number = self._pairs[pair] = self._pairs.get(pair, 0) + 1
         return (*pair, number), tensor, outgoing
 
-    def batch(self, operations: Sequence[tuple[bool, int, GpuTensor]]) -> list[FakeWork]:
+    def batch(self, operations: Sequence[tuple[bool, int, GpuTensor]]) -> list[NcclWork]:
         """``batch_isend_irecv``: a group call, which stays open if an operation in it fails."""
         _open_calls.count = getattr(_open_calls, "count", 0) + 1
         self.fails("exchange")
@@ -152,60 +154,70 @@ class FakeNcclGroup:
         current = current_stream(self.device)
         self._stream.wait_stream(current)
         lost = False
+        begins, senders = self._begin("exchange"), list[Operation]()
         for key, tensor, outgoing in keyed:  # sends first: they wait for no one here
             if outgoing:
-                self._offer(key, tensor)
+                self._offer(key, tensor, begins)
         for key, tensor, outgoing in keyed:
             if not outgoing:
                 found = self._take(key)
                 if found is None:
                     lost = True
                 else:
+                    senders.append(found[1])
                     with current_machine().computing_kernel():
-                        tensor.memory.copy_(found)
+                        tensor.memory.copy_(found[0])
         reads = [tensor.memory for _, tensor, outgoing in keyed if outgoing]
         writes = [tensor.memory for _, tensor, outgoing in keyed if not outgoing]
-        return [self._queue("exchange", reads, writes, lost=lost)]
+        return [self._queue("exchange", reads, writes, senders, lost=lost)]
 
-    def _offer(self, key: Any, tensor: GpuTensor) -> None:
+    def _offer(self, key: Any, tensor: GpuTensor, begins: Operation) -> None:
         with self.hub._news:
             with current_machine().computing_kernel():
-                self.hub._meetings.setdefault(("pair", *key), {})[0] = "send", tensor.memory.clone()
+                self.hub._meetings.setdefault(("pair", *key), {})[0] = "send", (tensor.memory.clone(), begins)
             self.hub._news.notify_all()
 
-    def _take(self, key: Any) -> torch.Tensor | None:
+    def _take(self, key: Any) -> tuple[torch.Tensor, Operation] | None:
         found = self.hub.meet(("pair", *key), 1, {0, 1}, "send", None) if key[0] not in self.hub.lost else None
         return None if found is None else found[0]
 
     def _collective(
         self, name: str, given: GpuTensor, result: GpuTensor, fill: Callable[[Any], None], extra: Any = None
-    ) -> FakeWork:
+    ) -> NcclWork:
         if self.aborted:
             raise RuntimeError("NCCL communicator was aborted")
         self.fails(name)
         self._number += 1
         self._stream.wait_stream(current_stream(self.device))
+        begins, others = self._begin(name), list[Operation]()
         with current_machine().computing_kernel():
             value = given.memory.clone()
-            everyone = set(range(self.size()))
-            found = self.hub.meet(self._number, self._rank, everyone, name, value if extra is None else (value, extra))
+            everyone, mine = set(range(self.size())), (value if extra is None else (value, extra), begins)
+            found = self.hub.meet(self._number, self._rank, everyone, name, mine)
             if found is not None:
-                fill(found)
-        return self._queue(name, [given.memory], [result.memory], lost=found is None)
+                fill({rank: value for rank, (value, _) in found.items()})
+                others = [operation for rank, (_, operation) in found.items() if rank != self._rank]
+        return self._queue(name, [given.memory], [result.memory], others, lost=found is None)
 
-    def _queue(self, name: str, reads: Any, writes: Any, *, lost: bool) -> FakeWork:
+    def _begin(self, name: str) -> Operation:
+        """This rank has come to an operation."""
+        return current_machine().operate(DeviceWork(f"nccl {name} begins"), self._stream.stream_id, launch_s=0.0)
+
+    def _queue(self, name: str, reads: Any, writes: Any, after: list[Operation], *, lost: bool) -> NcclWork:
         machine, never = current_machine(), Operation("a lost peer", 0, "", 0.0, 0.0)
         if lost:
             self._never.append(never)
-        after = [never] if lost else []
-        machine.operate(DeviceWork(f"nccl {name}", "", 10e-6, reads, writes), self._stream.stream_id, after)
-        return FakeWork(self.device, self._stream.record_event())
+            after = [*after, never]
+        nbytes = max(sum(map(machine.sizes.nbytes, tensors)) for tensors in (reads, writes))
+        seconds = machine.spec.collective_s + nbytes / machine.spec.peer_rate
+        machine.operate(DeviceWork(f"nccl {name}", "", seconds, reads, writes, nbytes), self._stream.stream_id, after)
+        return NcclWork(self.device, self._stream.record_event())
 
 
-def fake_dist(real: Any) -> SimpleNamespace:
+def simulated_dist(real: Any) -> SimpleNamespace:
     """``torch.distributed`` as ``torch_transport.py`` uses it, for fake groups."""
 
-    def batch(operations: list[Any]) -> list[FakeWork]:
+    def batch(operations: list[Any]) -> list[NcclWork]:
         return operations[0][2].batch([(op == "isend", peer, tensor) for op, tensor, _, peer in operations])
 
     return SimpleNamespace(
