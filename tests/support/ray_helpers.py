@@ -65,13 +65,14 @@ class RayNodes:
 
     def add(self, num_cpus: int = 2) -> Node:
         first = self._cluster.head_node is None
-        with nullcontext() if self._dashboard else lean_nodes():
+        serves_jobs = first and self._dashboard
+        with nullcontext() if serves_jobs else lean_nodes():
             return self._cluster.add_node(
                 num_cpus=num_cpus,
                 node_ip_address=f"127.{_PROCESS}.0.{next(_NUMBERS)}",
                 temp_dir=self._folder,
                 object_store_memory=80 * 2**20,
-                include_dashboard=first and self._dashboard,
+                include_dashboard=serves_jobs,
                 include_log_monitor=False,  # its lines for drivers are never read, and there are no other nodes
                 no_monitor=True,
                 dashboard_port=0,  # a free one
