@@ -39,6 +39,7 @@ FAST = (
     "cluster/test_job_prompts.py",
     "cluster/test_network_interface.py",
     "cluster/test_queue_room.py",
+    "cluster/test_rank_loads.py",
     "cluster/test_retries.py",
     "cluster/test_scheduler.py",
     "contracts/",
