@@ -73,6 +73,19 @@ def test_a_faster_rank_gets_more():
     assert (given_to.count("slow"), given_to.count("fast")) == (10, 30)
 
 
+def test_what_a_slow_rank_need_not_compute_is_its_time():
+    scheduler = Scheduler()
+    scheduler.serve({"slow": RankCapacity(100_000, max_requests=100, speed=0.5)})
+    scheduler.add([Request("a", (*SYSTEM, 1), 5)])
+    scheduler.assign()
+    scheduler.count("slow", Output("a", (1,), True, "stop"))
+    scheduler.add([Request("b", (9,) * 150, 50)])  # 400 of a usual rank's tokens
+    scheduler.assign()
+    scheduler.serve({"usual": WIDE})
+    scheduler.add([Request("c", (*SYSTEM, 2), 5)])  # of whose 326 the slow rank leaves out 320
+    assert [worker for worker, _ in scheduler.assign()] == ["slow"]
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 11), st.lists(st.integers(0, 1), max_size=5), st.booleans()), max_size=60))
 def test_the_index_is_what_it_says(prompts: list[tuple[int, list[int], bool]]):

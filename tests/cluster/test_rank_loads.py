@@ -84,3 +84,14 @@ def test_the_least_loaded_rank_is_the_rules(operations: list[tuple[str, int, int
         elif worker in ranks and ranks[worker].has:
             loads.drop(worker, ranks[worker].has.pop(0))
         loads.check((worker, load) for worker, rank in ranks.items() for load in rank.has)
+
+
+def test_the_most_free_cache_is_found_beyond_the_least_loaded():
+    """Time and again: a rank that is asked stays where it was."""
+    loads = RankLoads()
+    for worker in range(_TRIES + 2):
+        loads.serve(worker, RankCapacity(100, max_requests=9))
+        loads.add(worker, Load(90 - 10 * worker, 1 + worker, alone=False))
+    asked = Load(50, 1, alone=False)  # the last two have room, and most to do
+    assert [loads.least_loaded(asked) for _ in range(3)] == [_TRIES + 1] * 3
+    assert loads.least_loaded(Load(70, 1, alone=False)) is None
