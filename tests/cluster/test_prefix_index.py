@@ -86,6 +86,14 @@ def test_what_a_slow_rank_need_not_compute_is_its_time():
     assert [worker for worker, _ in scheduler.assign()] == ["slow"]
 
 
+def test_of_a_block_that_all_ranks_have_the_latest_are_known():
+    index, hashes = PrefixIndex(), block_hashes(SYSTEM)
+    for rank in range(MOST_HOLDERS + 3):
+        index.enter(rank, hashes, 100)
+    assert index.longest(hashes)[1] == tuple(range(3, MOST_HOLDERS + 3))
+    assert len(index) == MOST_HOLDERS * len(hashes)
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 11), st.lists(st.integers(0, 1), max_size=5), st.booleans()), max_size=60))
 def test_the_index_is_what_it_says(prompts: list[tuple[int, list[int], bool]]):
