@@ -48,9 +48,13 @@ def test_a_rank_that_keeps_no_prefix_draws_nothing():
     scheduler = Scheduler()
     apart = RankCapacity(100_000, max_requests=100, shares_prefixes=False)
     scheduler.serve({"x": apart, "y": apart})
-    for id in "abc":
-        scheduler.add([Request(id, (*SYSTEM, 1), 5)])
-    assert [worker for worker, _ in scheduler.assign()] == ["x", "y", "x"]
+    scheduler.add([Request("a", (*SYSTEM, 1), 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["x"]
+    scheduler.count("x", Output("a", (1,), True, "stop"))
+    scheduler.add([Request("b", (9,) * 40, 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["x"]
+    scheduler.add([Request("c", (*SYSTEM, 2), 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["y"]
 
 
 def test_a_lost_rank_draws_nothing():
