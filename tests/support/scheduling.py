@@ -43,6 +43,7 @@ LONG = (
     "tests/placement/test_adopting_placements.py",
     "tests/simulated_gpu/test_models.py",
     "tests/cluster/test_controlled_cluster.py",
+    "tests/generation/test_engine.py",
 )
 """Modules that take more than 15 seconds: one that began last would keep a core idle."""
 
