@@ -307,6 +307,7 @@ def test_the_digest_is_that_of_settings_that_are_no_defaults():
         default = getattr(base.generation, name)
         same = GenerationSettings(**{name: default})
         assert replace(base, generation=same).digest == base.digest
+    assert replace(base, config=LoadConfig(kv_tokens=99, slots=5)).digest == base.digest, "they change no text"
     encoded = msgspec.json.encode(("a/model", base.config.output_settings, {}), order="sorted")
     assert base.digest == xxhash.xxh3_64_intdigest(encoded) >> 32
 
