@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
-from xdist.workermanage import WorkerController
+
+from tests.support.scheduling import WAITING, GroupScheduling, unit_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ FAST = (
     "cluster/test_job_prompts.py",
     "cluster/test_network_interface.py",
     "cluster/test_queue_room.py",
+    "cluster/test_rank_loads.py",
     "cluster/test_retries.py",
     "cluster/test_scheduler.py",
     "contracts/",
@@ -89,6 +91,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.fast)
 
 
+_NICENESS = os.nice(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gives_way_to_ray(request: pytest.FixtureRequest) -> None:
+    """Processes of pytest-xdist that compute leave the cores to what others wait for: Ray gives a node 30 seconds to start."""
+    waits = unit_of(request.node.nodeid) in WAITING
+    if not waits and os.nice(0) == _NICENESS and hasattr(request.config, "workerinput"):
+        os.nice(5)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> None:
     """transformers collects garbage whenever a cache goes: up to a second each, over all that was ever imported."""
@@ -108,7 +121,10 @@ def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     measure = measure_shape._dry_run
 
     def measure_once(model: PreTrainedModel, experts: Any) -> Any:
-        key = (str(type(model)), model.config.to_json_string(), str(model.dtype), str(model.config._attn_implementation))
+        config = json.loads(model.config.to_json_string())
+        for name in ("architectures", "dtype"):  # of a model that comes from a folder
+            config.pop(name, None)
+        key = (str(type(model)), sorted(config.items()), str(model.dtype), str(model.config._attn_implementation))
         return remembered(key, lambda: measure(model, experts))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -117,60 +133,9 @@ def known_dry_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-GROUPS = {
-    "ray nodes": (
-        "tests/cluster/test_ray_cluster.py",
-        "tests/cluster/test_ray_job.py",
-        "tests/cluster/test_ray_nodes.py",
-        "tests/cluster/test_ray_session.py",
-    ),
-    "ray": ("tests/cluster/test_ray_",),
-    "forking": (
-        "tests/cache/test_host_store.py",
-        "tests/cluster/test_processes.py",
-        "tests/generation/test_isolation_ranks.py",
-        "tests/group/test_ranks_gloo.py",
-        "tests/transport/",
-    ),
-}
-"""Modules, or what their names begin with, whose tests run one after another in one process of pytest-xdist.
-
-What starts Ray takes long and mostly waits, so it begins first; more than two Rays at once would be slow. What runs ranks as
-processes shares a server that forks them, and has to import everything first (support/rank_helpers.py). A module belongs to
-the first group that names it.
-"""
-
-
-LONG = (
-    "tests/generation/test_batchers.py",
-    "tests/generation/test_rows.py",
-    "tests/moe/test_batch_invariance.py",
-    "tests/group/test_ranks_driver.py",
-    "tests/cluster/test_cluster.py",
-    "tests/equality/test_matrix.py",
-    "tests/simulated_gpu/test_captured_decoding.py",
-    "tests/placement/test_adopting_placements.py",
-    "tests/simulated_gpu/test_models.py",
-    "tests/cluster/test_controlled_cluster.py",
-)
-"""Modules that take more than 15 seconds: one that began last would keep a core idle."""
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> LoadScopeScheduling:
-    """Groups first, then long modules, each in their order; then modules, those with the most tests first."""
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return next((name for name, modules in GROUPS.items() if nodeid.startswith(modules)), nodeid.partition("::")[0])
-
-        def _assign_work_unit(self, node: WorkerController) -> None:
-            for name in reversed((*GROUPS, *LONG)):
-                if name in self.workqueue:
-                    self.workqueue.move_to_end(name, last=False)
-            super()._assign_work_unit(node)
-
-    return Scheduling(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer | None) -> GroupScheduling:
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
 from cluster.errors import ClusterError
 from cluster.ray_backend.address import START_HINT, HeadWatch, find_running
+from cluster.ray_backend.lean_node import lean_nodes
 from cluster.ray_backend.processes import end, own_folder, protect_token, started_since, users_of, watch_joined, watch_own
 
 FindEnded = Callable[[], str]
@@ -80,13 +81,14 @@ def start_ray(ranks: int) -> Iterator[FindEnded]:
         before = psutil.Process().children()
         use_token()
         try:
-            ray.init(
-                address="local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder),
-                **node_settings(ranks),
-            )
+            with lean_nodes():
+                ray.init(
+                    address="local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(folder),
+                    **node_settings(ranks),
+                )
         except BaseException as error:
             ray.shutdown()
             raise ClusterError(f"a local Ray could not be started: {error}") from error

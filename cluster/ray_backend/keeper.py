@@ -22,6 +22,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 from cluster.ray_backend.connect import node_settings, use_token
+from cluster.ray_backend.lean_node import lean_nodes
 from cluster.ray_backend.processes import end, is_of_ray, protect_token, started_since, users_of, watch_own
 
 USERS, ADDRESS = "users", "address"
@@ -54,8 +55,9 @@ def _start(folder: Path, ranks: int) -> Node:
     protect_token()
     use_token()
     usage_lib.set_usage_stats_enabled_via_env_var(False)
-    parameters = RayParams(temp_dir=str(folder / "r"), include_log_monitor=False, **node_settings(ranks))
-    return Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+    parameters = RayParams(temp_dir=str(folder / "r"), **node_settings(ranks))
+    with lean_nodes():
+        return Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
 
 
 def _wait_for_end(folder: Path) -> None:

@@ -12,10 +12,11 @@ from cluster.driver.epochs import Epochs
 from cluster.errors import ClusterError
 from cluster.lasting.settings import differences
 from cluster.messages.controller import Attach
-from cluster.messages.rank import Load
+from cluster.messages.rank import Contact, Contacts, Load, decode_command
 from epslots.config import LoadConfig
 from epslots.errors import ConfigError
-from tests.support.fake_backend import FakeBackend
+from tests.support.fake_backend import FakeBackend, FakeWorker
+from tests.support.rank_helpers import PATIENCE_S
 from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
 
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time")
@@ -38,6 +39,7 @@ def test_each_group_is_a_whole_model(open_cluster: Open, folder: Path):
     until(cluster, lambda: sum(isinstance(order, Attach) for order in backend.orders) == 2)
     assert backend.controllers_started == 1, "one controller plans for both"
     assert [cluster.explain(group).group for group in (0, 1)] == epochs(cluster)
+    assert [cluster.rebalance(group).group for group in (0, 1)] == epochs(cluster)
     assert len(cluster.placement(1).ranks) == 2
     with pytest.raises(ConfigError, match="group=2; allowed: 0 to 1"):
         cluster.explain(2)
@@ -57,11 +59,60 @@ def test_a_lost_rank_breaks_its_group_alone(bundle: int, open_cluster: Open, fol
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
 
 
+def test_a_broken_group_keeps_no_request_waiting(open_cluster: Open, folder: Path):
+    """As long as it can't form: the other one is asked, and is left alone."""
+    cluster, backend = open_cluster(ranks=2, groups=2)
+    groups, stays = cluster._supervisor.groups, backend.workers[0]
+    backend.unreachable.add(1)
+
+    async def lose() -> None:
+        backend.workers[1].kill()
+
+    cluster._thread.call(lose())
+    until(cluster, lambda: not groups[1].formed)
+    served = [cluster.submit(prompt, max_new_tokens=12).result(PATIENCE_S).tokens for prompt in PROMPTS[:2]]
+    assert served == expected(folder, PROMPTS[:2], 12)
+    assert not groups[1].formed
+    backend.unreachable.clear()
+    serve_again(cluster, 2)
+    assert backend.workers[0] is stays
+
+
+def test_an_idle_group_sleeps_while_another_serves(open_cluster: Open):
+    cluster, _ = open_cluster(ranks=2, groups=2)
+    cluster.submit(PROMPTS[0], max_new_tokens=60).result(PATIENCE_S)
+    idle, busy = sorted(rank.steps for rank in cluster.stats().ranks)
+    assert busy >= 60
+    assert idle < 10, "it made some before it slept"
+
+
+def test_a_contact_reaches_its_group_alone(open_cluster: Open, monkeypatch: pytest.MonkeyPatch):
+    cluster, _ = open_cluster(ranks=4, groups=2)
+    told: list[int] = []
+    command = FakeWorker.command
+
+    async def note(worker: FakeWorker, message: bytes) -> bytes:
+        if isinstance(decode_command(message), Contacts):
+            told.append(worker.bundle)
+        return await command(worker, message)
+
+    async def publish() -> None:
+        (sender,) = [worker for worker in cluster._supervisor.workers if worker.bundle == 3]
+        cluster._supervisor._take(sender, Contact(epochs(cluster)[1], "key", b"value"))
+        for group in cluster._supervisor.groups:
+            group._send_contacts()
+
+    monkeypatch.setattr(FakeWorker, "command", note)
+    cluster._thread.call(publish())
+    cluster.stats()  # each rank is asked after that
+    assert told == [2, 3]
+
+
 def test_a_group_that_cant_form_is_started_anew(open_cluster: Open, folder: Path):
     """While the other one serves."""
     cluster, backend = open_cluster(ranks=4, groups=2)
     group = cluster._supervisor.groups[1]
-    workers = [backend.workers[2], backend.workers[3]]
+    workers = dict(backend.workers)
 
     async def break_often() -> None:
         for number in range(5):
@@ -70,7 +121,7 @@ def test_a_group_that_cant_form_is_started_anew(open_cluster: Open, folder: Path
 
     cluster._thread.call(break_often())
     serve_again(cluster, 4)
-    assert [backend.workers[2] is workers[0], backend.workers[3] is workers[1]] == [False, False]
+    assert [backend.workers[bundle] is workers[bundle] for bundle in range(4)] == [True, True, False, False]
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
 
 
@@ -91,6 +142,7 @@ def test_whole_groups_come_and_go(open_cluster: Open, folder: Path):
     assert [client.frozen for client in cluster._supervisor.controllers] == [True] * 3
     cluster.scale(ranks=1)
     assert cluster.ranks == len(epochs(cluster)) == len(cluster._supervisor.controllers) == 1
+    assert [cluster.explain().group] == epochs(cluster), "the last group's controller is gone"
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
     assert running.result().tokens == expected(folder, [PROMPTS[0]], 60)[0], "its rank was no longer needed, or stayed"
     cluster.scale(2)

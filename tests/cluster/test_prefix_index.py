@@ -48,9 +48,13 @@ def test_a_rank_that_keeps_no_prefix_draws_nothing():
     scheduler = Scheduler()
     apart = RankCapacity(100_000, max_requests=100, shares_prefixes=False)
     scheduler.serve({"x": apart, "y": apart})
-    for id in "abc":
-        scheduler.add([Request(id, (*SYSTEM, 1), 5)])
-    assert [worker for worker, _ in scheduler.assign()] == ["x", "y", "x"]
+    scheduler.add([Request("a", (*SYSTEM, 1), 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["x"]
+    scheduler.count("x", Output("a", (1,), True, "stop"))
+    scheduler.add([Request("b", (9,) * 40, 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["x"]
+    scheduler.add([Request("c", (*SYSTEM, 2), 5)])
+    assert [worker for worker, _ in scheduler.assign()] == ["y"]
 
 
 def test_a_lost_rank_draws_nothing():
@@ -71,6 +75,27 @@ def test_a_faster_rank_gets_more():
         scheduler.add([Request(str(number), (number,), 9)])
     given_to = [worker for worker, _ in scheduler.assign()]
     assert (given_to.count("slow"), given_to.count("fast")) == (10, 30)
+
+
+def test_what_a_slow_rank_need_not_compute_is_its_time():
+    scheduler = Scheduler()
+    scheduler.serve({"slow": RankCapacity(100_000, max_requests=100, speed=0.5)})
+    scheduler.add([Request("a", (*SYSTEM, 1), 5)])
+    scheduler.assign()
+    scheduler.count("slow", Output("a", (1,), True, "stop"))
+    scheduler.add([Request("b", (9,) * 150, 50)])  # 400 of a usual rank's tokens
+    scheduler.assign()
+    scheduler.serve({"usual": WIDE})
+    scheduler.add([Request("c", (*SYSTEM, 2), 5)])  # of whose 326 the slow rank leaves out 320
+    assert [worker for worker, _ in scheduler.assign()] == ["slow"]
+
+
+def test_of_a_block_that_all_ranks_have_the_latest_are_known():
+    index, hashes = PrefixIndex(), block_hashes(SYSTEM)
+    for rank in range(MOST_HOLDERS + 3):
+        index.enter(rank, hashes, 100)
+    assert index.longest(hashes)[1] == tuple(range(3, MOST_HOLDERS + 3))
+    assert len(index) == MOST_HOLDERS * len(hashes)
 
 
 @settings(max_examples=50)

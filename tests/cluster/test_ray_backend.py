@@ -25,7 +25,7 @@ from epslots.host_limits import usable_cores
 from tests.support.echo_loop import FACTS, FAIL, TELL
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_driver import pids_below
-from tests.support.ray_helpers import PatientDriver, drive
+from tests.support.ray_helpers import PatientDriver, drive, process_of_own_ray
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,19 @@ def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(
     with pytest.raises(WorkerDied):
         local.command(worker, b"")
     workers[1] = local.start_worker(1)
+
+
+def test_a_head_that_ends_is_started_again(local: PatientDriver, workers: list[RayWorkerHandle]):
+    """And all else of its Ray ends. The last test of that one."""
+    head, node = process_of_own_ray("gcs_server"), process_of_own_ray("raylet")
+    others = [node, *node.children(recursive=True)]
+    head.kill()
+    assert f"its gcs_server (pid {head.pid}) has ended" in local.call(local.backend.lost())
+    local.call(local.backend.reopen(2))
+    workers[:] = [local.start_worker(0)]
+    assert local.command(workers[0], b"here") == b"here"
+    _, alive = psutil.wait_procs(others, timeout=PATIENCE_S)
+    assert not alive
 
 
 def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -59,9 +59,10 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
         client = JobSubmissionClient(f"http://{nodes.head.webui_url}")
 
         def submit(module: str, ranks: int, attempts: int = 5) -> str:
-            command = [sys.executable, "-m", module, *arguments, "--ranks", ranks]
+            command = shlex.join(map(str, [sys.executable, "-m", module, *arguments, "--ranks", ranks]))
+            code = {"working_dir": str(ROOT), "excludes": [".git", "examples"]}
             try:
-                return client.submit_job(entrypoint=shlex.join(map(str, command)), runtime_env={"working_dir": str(ROOT)})
+                return client.submit_job(entrypoint=command, runtime_env=code)
             except RuntimeError as error:  # after ten seconds, when Ray's agent isn't up yet
                 if not attempts or "No available agent" not in str(error):
                     raise

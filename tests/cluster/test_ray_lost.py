@@ -12,11 +12,11 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
-from cluster.ray_backend.processes import FOLDER_PREFIX, watch_joined
+from cluster.ray_backend.processes import watch_joined
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.rank_helpers import PATIENCE_S, until
 from tests.support.ray_driver import pids_below
-from tests.support.ray_helpers import drive, start_nodes
+from tests.support.ray_helpers import drive, process_of_own_ray, start_nodes
 from tests.support.thread_cluster import PROMPTS, expected, serve_again
 
 NEW = 120
@@ -41,34 +41,27 @@ def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path
     assert pids_below() <= before
 
 
-def own(part: str) -> psutil.Process:
-    """A process of our own Ray; the nodes of other tests may still be there."""
-    (found,) = [process for process in pids_below() if part in process.name() and FOLDER_PREFIX in " ".join(process.cmdline())]
-    return found
-
-
 def agents() -> list[psutil.Process]:
-    return [process for process in own("raylet").children() if "Agent" in process.name()]
+    return [process for process in process_of_own_ray("raylet").children() if "Agent" in process.name()]
 
 
 def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callable[[str], Path]):
-    """Its node ends under requests, then its head, then its node again while the cluster closes."""
+    """Its node ends under requests, and again while the cluster closes."""
     folder = checkpoint("qwen3_moe")
     right = expected(folder, PROMPTS, NEW)
-    for part in ("raylet", "gcs_server"):
-        assert cluster.explain().state
-        until(agents)  # that are up
-        helpers = agents()
-        going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
-        for generation in going:
-            next(generation._portions())
-        own(part).kill()
-        assert not all(generation.done for generation in going)
-        assert [generation.result(PATIENCE_S).tokens for generation in going] == right
-        _, alive = psutil.wait_procs(helpers, timeout=PATIENCE_S)
-        assert not alive
-        serve_again(cluster, 1)
-    own("raylet").kill()  # and what is closed just then, closes
+    assert cluster.explain().state
+    until(agents)  # that are up
+    helpers = agents()
+    going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
+    for generation in going:
+        next(generation._portions())
+    process_of_own_ray("raylet").kill()
+    assert not all(generation.done for generation in going)
+    assert [generation.result(PATIENCE_S).tokens for generation in going] == right
+    _, alive = psutil.wait_procs(helpers, timeout=PATIENCE_S)
+    assert not alive
+    serve_again(cluster, 1)
+    process_of_own_ray("raylet").kill()  # and what is closed just then, closes
 
 
 def test_a_ray_of_others_is_joined_again(ray_tokens: None):

@@ -22,11 +22,13 @@ CODE = r"""
 import json, os, re, signal, socket, sys, threading, urllib.error, urllib.request
 import psutil, ray
 from ray import serve
+from cluster.ray_backend.lean_node import lean_nodes
 from cluster.serve.ray_app import build
 
 with socket.create_server(("127.0.0.1", 0)) as free:
     port = free.getsockname()[1]
-ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2])
+with lean_nodes():
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[2])
 serve.start(http_options={"host": "127.0.0.1", "port": port})
 serve.run(build(json.loads(sys.argv[1])), route_prefix="/")
 

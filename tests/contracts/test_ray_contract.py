@@ -12,7 +12,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray._private.parameter import RayParams
-from ray._private.services import canonicalize_bootstrap_address
+from ray._private.services import canonicalize_bootstrap_address, start_raylet
 from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.core.generated.common_pb2 import JobConfig
@@ -80,11 +80,19 @@ def test_a_claim_is_put_only_if_there_is_none():
 
 
 def test_a_ray_can_be_started_by_another_process_than_its_driver():
-    """``ray.init`` would end it with the driver, and ``ray start`` can't leave out the log monitor."""
-    assert {"temp_dir", "include_log_monitor"} <= inspect.signature(RayParams).parameters.keys()
+    """``ray.init`` would end it with the driver, and ``ray start`` leaves out none of Ray's helpers."""
+    assert {"temp_dir"} <= inspect.signature(RayParams).parameters.keys()
     assert {"head", "shutdown_at_exit", "spawn_reaper"} <= inspect.signature(Node).parameters.keys()
     assert callable(usage_lib.set_usage_stats_enabled_via_env_var)
     assert hasattr(ray_state.state, "_connect_and_get_accessor")
+
+
+def test_helpers_of_a_node_can_be_left_out():
+    """``ray.init`` has no settings for them; it waits for the dashboard's process, and imports half of Ray there."""
+    assert "self.start_monitor()" in inspect.getsource(Node.start_head_processes)
+    assert "self.start_api_server(" in inspect.getsource(Node.start_head_processes)
+    assert "self.start_log_monitor()" in inspect.getsource(Node.start_ray_processes)
+    assert "ray._private.utils.get_dashboard_dependency_error() is not None" in inspect.getsource(start_raylet)
 
 
 def died(text: str, **state: bool) -> ActorDiedError:

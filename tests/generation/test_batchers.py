@@ -98,8 +98,12 @@ def test_every_architecture_equals_generate(name: str, cache: str, checkpoint: C
     for handle in handles:
         handle.remove()
 
-    # Again, in a new cache, with failures in every step.
     batcher.close()
+    if cache == "auto":
+        assert generated(model, requests[2]) == expected["r2"], "the model is as it was"
+        return  # rows with failures: test_rows.py
+
+    # Again, in a new cache, with failures in every step.
     batcher = batcher_for(model, kv_tokens=512, max_batch_tokens=64, cache=cache)
     faults = Faults(model)
     retried = Collected(batcher)

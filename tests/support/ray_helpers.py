@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from cluster.messages.rank import Contact, Contacts, Form, decode_events, encode
 from cluster.ray_backend import address, bundles
 from cluster.ray_backend.calls import CALL_THREAD
 from cluster.ray_backend.handles import RayWorkerHandle
+from cluster.ray_backend.lean_node import lean_nodes
+from cluster.ray_backend.processes import FOLDER_PREFIX
 from tests.support.clock_loop import ClockLoop
 from tests.support.rank_helpers import PATIENCE_S, free_port
-from tests.support.ray_driver import Driver, driving
+from tests.support.ray_driver import Driver, driving, pids_below
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +47,6 @@ _CHECKS = {"health_check_timeout_ms": 1000 * int(PATIENCE_S)}
 # Each node has an address of its own, where Ray's agents listen on fixed ports: with pytest-xdist's process, and a number.
 _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _NUMBERS = count(2)
-
-
-_dashboard_error = ray_utils.get_dashboard_dependency_error
-
-
-def _no_dashboard() -> ImportError:
-    return ImportError("left out")
 
 
 class RayNodes:
@@ -70,18 +65,20 @@ class RayNodes:
 
     def add(self, num_cpus: int = 2) -> Node:
         first = self._cluster.head_node is None
-        return self._cluster.add_node(
-            num_cpus=num_cpus,
-            node_ip_address=f"127.{_PROCESS}.0.{next(_NUMBERS)}",
-            temp_dir=self._folder,
-            object_store_memory=80 * 2**20,
-            include_dashboard=first and self._dashboard,
-            include_log_monitor=False,  # its lines for drivers are never read, and there are no other nodes
-            no_monitor=True,
-            dashboard_port=0,  # a free one
-            dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes and addresses
-            **({"_system_config": _CHECKS} if first else {}),
-        )
+        serves_jobs = first and self._dashboard
+        with nullcontext() if serves_jobs else lean_nodes():
+            return self._cluster.add_node(
+                num_cpus=num_cpus,
+                node_ip_address=f"127.{_PROCESS}.0.{next(_NUMBERS)}",
+                temp_dir=self._folder,
+                object_store_memory=80 * 2**20,
+                include_dashboard=serves_jobs,
+                include_log_monitor=False,  # its lines for drivers are never read, and there are no other nodes
+                no_monitor=True,
+                dashboard_port=0,  # a free one
+                dashboard_agent_listen_port=free_port(),  # Ray's own is the same for all nodes and addresses
+                **({"_system_config": _CHECKS} if first else {}),
+            )
 
     def replace_lost(self) -> None:
         """Add a node for each but the head whose raylet has ended by itself, as Ray's may on a busy machine; tells why."""
@@ -138,8 +135,6 @@ def start_nodes(*, dashboard: bool = False) -> Iterator[RayNodes]:
         # and without it the agent would give a job the address of any Ray on this machine.
         note = Path(get_ray_address_file(folder))
         patch.setattr(ray_utils, "write_ray_address", lambda address, *_: note.write_text(address))
-        # Each node's agent is up with half the work if it can't serve jobs and figures. Other nodes may be there already.
-        patch.setattr(ray_utils, "get_dashboard_dependency_error", _dashboard_error if dashboard else _no_dashboard)
         try:
             nodes = RayNodes(folder, dashboard=dashboard)
             try:
@@ -218,3 +213,10 @@ def drive(ranks: int | None = None, **settings: Any) -> Iterator[PatientDriver]:
 def node_hosts() -> dict[str, str]:
     """The address of each node that is alive, by its id."""
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def process_of_own_ray(part: str) -> psutil.Process:
+    """The process of a Ray of this process alone with this in its name; the nodes of other tests may be there, too."""
+    mine = (process for process in pids_below() if part in process.name())
+    (found,) = [process for process in mine if FOLDER_PREFIX in " ".join(process.cmdline())]
+    return found
