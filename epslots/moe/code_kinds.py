@@ -1,9 +1,10 @@
 """How codes of 4 and 8 bits, and their scales, become vectors of floats. ``packed_tiles.py`` emits its loops with these.
 
-    weight = row * group * (code - zero)
+    weight = (code - zero) * (group * row)
 
-A kind of codes yields numbers that are the code's value over a power of two, ``factor``, which enters the scale: so a float of
-4 or 8 bits is moved into the bits of a float16 and converted exactly. To add a kind, add an entry in ``KINDS``.
+Codes of 4 bits are looked up in a register where the processor can (AVX-512). Others yield the code's value over a power of
+two, ``factor``, which enters the scale: the float's bits are moved into those of a float16, which is converted exactly. To add
+a kind, add an entry in ``KINDS``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from epslots.moe.vector_code import F32, I8, I16, I32, I64, LANES, Value
 _HALF = ir.HalfType()
 # Columns whose codes are read at once.
 RUN = 2 * LANES
+_LOOKS_UP = code.host_has("avx512f")
+# E2M1's magnitudes by code.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class CodeKind(NamedTuple):
@@ -28,62 +32,87 @@ class CodeKind(NamedTuple):
         nibbles: whether the codes of columns j and j + 16 of each 32 share a byte, j in the low half.
         factor: what the numbers have to be multiplied with.
         middle: the zero of blocks that have none.
-        values: the numbers of sixteen codes, given in 16 bits each.
+        read: the numbers of a run of codes less their zero (all lanes), as two vectors in the order of columns.
     """
 
     nibbles: bool
     factor: float
     middle: float
-    values: Callable[[Any, Value, int], Value]
-
-    def read(self, b: Any, address: Value) -> list[Value]:
-        """A run of codes as two vectors of floats, in the order of columns."""
-        stored = b.zext(code.load(b, address, code.vector(I8)), code.vector(I16))
-        if self.nibbles:
-            halves = b.and_(stored, code.constant(I16, 15)), b.lshr(stored, code.constant(I16, 4))
-        else:
-            further = code.load(b, b.add(address, I64(LANES)), code.vector(I8))
-            halves = stored, b.zext(further, code.vector(I16))
-        return [self.values(b, half, LANES) for half in halves]
+    read: Callable[[Any, Value, Value], list[Value]]
 
 
-def _e4m3(b: Any, codes: Value, lanes: int) -> Value:
-    """The value over 256; a NaN stays one."""
-    twice = b.ashr(b.shl(codes, code.constant(I16, 8, lanes)), code.constant(I16, 1, lanes))  # the sign, again, magnitude
-    bits = b.and_(twice, code.constant(I16, 0xBFFF, lanes))
-    magnitude = b.and_(bits, code.constant(I16, 127 << 7, lanes))
-    is_nan = b.icmp_unsigned("==", magnitude, code.constant(I16, 127 << 7, lanes))
-    bits = b.select(is_nan, code.constant(I16, 0x7E00, lanes), bits)
-    return b.fpext(b.bitcast(bits, code.vector(_HALF, lanes)), code.vector(F32, lanes))
+def _e4m3(b: Any, codes: Value, lanes: int) -> list[Value]:
+    """The values over 256 of bytes, 16 a vector at most; a NaN stays one."""
+    is_nan = b.icmp_unsigned("==", b.or_(codes, code.constant(I8, 128, lanes)), code.constant(I8, 255, lanes))
+    moved = b.shl(b.sext(codes, code.vector(I16, lanes)), code.constant(I16, 7, lanes))  # the sign, again, magnitude
+    bits = b.and_(moved, code.constant(I16, 0xBFFF, lanes))
+    halves = b.bitcast(b.select(is_nan, code.constant(I16, 0x7E00, lanes), bits), code.vector(_HALF, lanes))
+    if lanes <= LANES:
+        return [b.fpext(halves, code.vector(F32, lanes))]
+    return [b.fpext(_part(b, halves, first), code.vector(F32)) for first in range(0, lanes, LANES)]
 
 
-def _e2m1(b: Any, codes: Value, lanes: int) -> Value:
-    """The value over 2**14."""
-    sign = b.shl(b.and_(codes, code.constant(I16, 8, lanes)), code.constant(I16, 12, lanes))
-    bits = b.or_(sign, b.shl(b.and_(codes, code.constant(I16, 7, lanes)), code.constant(I16, 9, lanes)))
-    return b.fpext(b.bitcast(bits, code.vector(_HALF, lanes)), code.vector(F32, lanes))
+def _part(b: Any, run: Value, first: int) -> Value:
+    """Sixteen lanes of a run."""
+    return b.shuffle_vector(run, run, ir.Constant(code.vector(I32), list(range(first, first + LANES))))
 
 
-def _int8(b: Any, codes: Value, lanes: int) -> Value:
-    return b.sitofp(b.sext(b.trunc(codes, code.vector(I8, lanes)), code.vector(I32, lanes)), code.vector(F32, lanes))
+def _read_e4m3(b: Any, address: Value, zero: Value) -> list[Value]:
+    return _e4m3(b, code.load(b, address, code.vector(I8, RUN)), RUN)
 
 
-def _int4(b: Any, codes: Value, lanes: int) -> Value:
-    return b.sitofp(b.zext(codes, code.vector(I32, lanes)), code.vector(F32, lanes))
+def _read_int8(b: Any, address: Value, zero: Value) -> list[Value]:
+    stored = [code.load(b, b.add(address, I64(first)), code.vector(I8)) for first in (0, LANES)]
+    return [b.sitofp(b.sext(half, code.vector(I32)), code.vector(F32)) for half in stored]
+
+
+def _nibbles(b: Any, address: Value) -> list[Value]:
+    """A run's codes in the low bits of 32; above the first half's are the second half's."""
+    stored = b.zext(code.load(b, address, code.vector(I8)), code.vector(I32))
+    return [stored, b.lshr(stored, code.constant(I32, 4))]
+
+
+def _looked_up(b: Any, table: Value, codes: Value) -> Value:
+    """The table's float for the lowest four bits of each lane."""
+    kinds = [code.vector(F32), code.vector(I32)]
+    return b.call(code.intrinsic_of(b, "llvm.x86.avx512.permvar.sf.512", kinds[0], kinds), [table, codes])
+
+
+def _read_int4(b: Any, address: Value, zero: Value) -> list[Value]:
+    halves = _nibbles(b, address)
+    if _LOOKS_UP:
+        table = b.fsub(ir.Constant(code.vector(F32), [float(number) for number in range(LANES)]), zero)
+        return [_looked_up(b, table, half) for half in halves]
+    codes = [b.and_(half, code.constant(I32, 15)) for half in halves]
+    return [b.fsub(b.sitofp(each, code.vector(F32)), zero) for each in codes]
+
+
+def _read_e2m1(b: Any, address: Value, zero: Value) -> list[Value]:
+    """The values over 2**14, unless they are looked up."""
+    halves = _nibbles(b, address)
+    if _LOOKS_UP:
+        table = ir.Constant(code.vector(F32), [*_E2M1, *(-value for value in _E2M1)])
+        return [_looked_up(b, table, half) for half in halves]
+    found = []
+    for half in (b.trunc(half, code.vector(I16)) for half in halves):
+        sign = b.shl(b.and_(half, code.constant(I16, 8)), code.constant(I16, 12))
+        bits = b.or_(sign, b.shl(b.and_(half, code.constant(I16, 7)), code.constant(I16, 9)))
+        found.append(b.fpext(b.bitcast(bits, code.vector(_HALF)), code.vector(F32)))
+    return found
 
 
 E4M3, INT8, INT4, E2M1 = range(4)
 KINDS: dict[int, CodeKind] = {
-    E4M3: CodeKind(False, 2.0**8, 0.0, _e4m3),
-    INT8: CodeKind(False, 1.0, 0.0, _int8),
-    INT4: CodeKind(True, 1.0, 8.0, _int4),
-    E2M1: CodeKind(True, 2.0**14, 0.0, _e2m1),
+    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3),
+    INT8: CodeKind(False, 1.0, 0.0, _read_int8),
+    INT4: CodeKind(True, 1.0, 8.0, _read_int4),
+    E2M1: CodeKind(True, 1.0 if _LOOKS_UP else 2.0**14, 0.0, _read_e2m1),
 }
 
 
 def _scale_e4m3(b: Any, address: Value, lanes: int) -> Value:
-    codes = b.zext(code.load(b, address, code.vector(I8, lanes)), code.vector(I16, lanes))
-    return b.fmul(_e4m3(b, codes, lanes), code.constant(F32, 2.0**8, lanes))
+    (values,) = _e4m3(b, code.load(b, address, code.vector(I8, lanes)), lanes)
+    return b.fmul(values, code.constant(F32, 2.0**8, lanes))
 
 
 def _scale_e8m0(b: Any, address: Value, lanes: int) -> Value:

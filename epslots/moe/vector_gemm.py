@@ -34,11 +34,17 @@ _ALONE_ROWS = 64
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether products with these weights [Q, out, in] can be computed here, by their dtype, shape and strides."""
-    if weight.dtype not in _FORMS or weight.device.type not in ("cpu", "meta") or config.DISABLE_JIT:
+    least = least_columns(weight.dtype)
+    if least is None or weight.device.type not in ("cpu", "meta"):
         return False
     outer, inner = weight.shape[1:]
-    whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= FORMS[_FORMS[weight.dtype]].run
+    whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= least
     return whole and weight.stride()[1:] == (inner, 1)
+
+
+def least_columns(dtype: torch.dtype) -> int | None:
+    """Columns of a matrix at least that is multiplied here in a dtype; None: no matrix is."""
+    return None if dtype not in _FORMS or config.DISABLE_JIT else FORMS[_FORMS[dtype]].run
 
 
 def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
@@ -79,63 +85,76 @@ def product(
         [N, M], or [N, M / 2] after an activation, in the weights' dtype.
     """
     slots, outer, inner = weight.shape
-    size = weight.element_size()
-    matrix = SlotMatrices(
-        slots, outer, inner, weight.data_ptr(), weight.stride(0) * size, inner * size, outer // 2 * inner * size
-    )
-    return compute(rows_NK, matrix, ends_Q, bias, activation, weight.dtype)
+    row = inner * weight.element_size()
+    lies = SlotMatrices(slots, outer, inner, weight.data_ptr(), weight.stride(0) * weight.element_size())
+    return compute(rows_NK, lies, RowBytes(row, outer // 2 * row, 2 * row), ends_Q, bias, activation)
 
 
 class SlotMatrices(NamedTuple):
-    """Where the matrices of Q slots lie, in bytes.
+    """Where the matrices of Q slots lie.
 
     Attributes:
         slots, outer, inner: Q, M and K.
-        address: of the first slot's first row.
-        slot_stride, row_stride: from slot to slot, and from row to row.
-        far: from a row of the first half of a matrix to its fellow in the second.
+        address: of the first slot's first row, of weights or of codes.
+        slot_bytes: from slot to slot.
         codes: the job's fields from ``KIND`` on; (``NO_CODES``,) = weights.
-        scale_bytes: that each thread needs for the scales of a row.
+        scale_bytes: that each thread needs for the scales and zeros of a pair of rows.
     """
 
     slots: int
     outer: int
     inner: int
     address: int
-    slot_stride: int
-    row_stride: int
-    far: int
+    slot_bytes: int
     codes: tuple[int, ...] = (loops.NO_CODES,)
     scale_bytes: int = 0
 
 
+class RowBytes(NamedTuple):
+    """Distances of weights, which may be unpacked ones, in bytes.
+
+    Attributes:
+        stride: from row to row of a half of a matrix.
+        far: from a row of the first half to its fellow in the second.
+        pair: bytes of both.
+    """
+
+    stride: int
+    far: int
+    pair: int
+
+
 def compute(
     rows_NK: torch.Tensor,
-    matrix: SlotMatrices,
+    matrices: SlotMatrices,
+    weights: RowBytes,
     ends_Q: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str | None,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``product`` in ``dtype``, by addresses."""
-    rows_NK = rows_NK.contiguous()
-    out = torch.empty(len(rows_NK), matrix.outer if activation is None else matrix.outer // 2, dtype=dtype)
-    threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES + matrix.scale_bytes
+    """``product`` by addresses, in the rows' dtype."""
+    rows_NK, outer = rows_NK.contiguous(), matrices.outer
+    out = torch.empty(len(rows_NK), outer if activation is None else outer // 2, dtype=rows_NK.dtype)
+    most = max(loops.SMALLEST_CHUNK, min(loops.CHUNK, loops.CHUNK_BYTES // weights.pair))
+    threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES
+    if matrices.scale_bytes:
+        unpacked = max(most, loops.LARGEST_REST) * weights.pair + matrices.scale_bytes
+        thread_bytes += -(-unpacked // _ALIGNMENT) * _ALIGNMENT
     if loops.work.address is None:
         prepare()
     here = _workspace()
-    spans, scratch = here.reserve(matrix.slots, threads * thread_bytes)
+    spans, scratch = here.reserve(matrices.slots, threads * thread_bytes)
     ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
     size = out.element_size()
     here.job[loops.WORK : loops.KIND] = (
         *(loops.work.address, _fork_join(), threads),
-        *(len(rows_NK), rows_NK.data_ptr(), rows_NK.shape[1] * rows_NK.element_size(), out.data_ptr(), out.shape[1] * size),
-        *(matrix.slots, ends, matrix.address, matrix.slot_stride, matrix.row_stride),
+        *(len(rows_NK), rows_NK.data_ptr(), rows_NK.shape[1] * size, out.data_ptr(), out.shape[1] * size),
+        *(matrices.slots, ends, matrices.address, matrices.slot_bytes, weights.stride),
         *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
-        *(matrix.outer // 2, matrix.inner, _ACTIVATIONS[activation], _FORMS[dtype], size, spans, scratch, thread_bytes),
-        matrix.far,
+        *(outer // 2, matrices.inner, _ACTIVATIONS[activation], _FORMS[out.dtype], size, spans, scratch, thread_bytes),
+        *(weights.far, most),
     )
-    here.job[loops.KIND : loops.KIND + len(matrix.codes)] = matrix.codes
+    here.job[loops.KIND : loops.KIND + len(matrices.codes)] = matrices.codes
     loops.launch(here.job_address)
     return out
 

@@ -2,17 +2,18 @@
 
 A form says how to read a run of a row's weights, a run of the inputs beside them, and how to multiply and add both. Where the
 processor multiplies pairs of bf16 numbers (AVX512-BF16), runs of bf16 are twice as long. To add a form, add a class here, an
-entry in ``FORMS``, and its dtype in ``vector_gemm.py``. Codes with scales have loops of their own (``packed_tiles.py``).
+entry in ``FORMS``, and its dtype in ``vector_gemm.py``. Packed matrices are unpacked to a form first (``packed_tiles.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from llvmlite import ir
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import BF16_PAIRS, F32, I16, I32, LANES, Value
+from epslots.moe.vector_code import BF16_PAIRS, F32, I16, I32, I64, LANES, Value
 
 BFLOAT16, FLOAT32 = 0, 1
 
@@ -58,6 +59,10 @@ class WeightForm(Protocol):
         """Sixteen neighbouring biases, as floats."""
         ...
 
+    def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
+        """Write two vectors of floats as weights."""
+        ...
+
 
 def _zero_first(b: Any, bits: Value, count: Value, element: Any, lanes: int) -> Value:
     positions = ir.Constant(code.vector(element, lanes), list(range(lanes)))
@@ -88,6 +93,10 @@ class Float32Form:
 
     def store(self, b: Any, x: Value, address: Value) -> None:
         code.store(b, x, address)
+
+    def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
+        for number, half in enumerate(halves):
+            self.store(b, half, b.add(address, I64(number * LANES * self.weight_bytes)))
 
 
 class BFloat16Form(Float32Form):
@@ -125,6 +134,12 @@ class BFloat16PairForm(BFloat16Form):
         kinds = [code.vector(F32), BF16_PAIRS, BF16_PAIRS]
         dot = code.intrinsic_of(b, "llvm.x86.avx512bf16.dpbf16ps.512", kinds[0], kinds)
         return b.call(dot, [total, weights, inputs])
+
+    def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
+        """Denormal numbers become zeros, as which ``multiply`` takes them."""
+        kinds = [code.vector(F32)] * 2
+        rounded = code.intrinsic_of(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16_PAIRS, kinds)
+        code.store(b, b.call(rounded, [halves[1], halves[0]]), address)
 
 
 FORMS: dict[int, WeightForm] = {
