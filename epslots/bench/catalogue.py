@@ -65,7 +65,11 @@ _BENCHES = (
         "--model, --slots.",
         "timeline",
     ),
-    Bench("packed", "Experts on the CPU: products over torch's; requests over vLLM's backend. Takes --parts.", "packed"),
+    Bench(
+        "packed",
+        "Experts on the CPU: products over torch's and by slot format; requests over vLLM's backend. Takes --parts.",
+        "packed",
+    ),
     Bench("invariant", "Step times with batch_invariant, over those without.", "invariant"),
 )
 BENCHES = {bench.name: bench for bench in _BENCHES}

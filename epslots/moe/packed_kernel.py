@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,8 +25,8 @@ from epslots.layout import NIBBLES, PackedForm
 from epslots.moe.kernel_gemm import Gate, Tiles, activated
 from epslots.moe.kernel_parts import FEW_ROWS, gated
 
-# Inputs of a run whose nibbles share bytes with those of the next.
-_HALF = 16
+# Inputs of a run whose nibbles share bytes with those of the next; columns of a block that is the whole row.
+_HALF, _ALL = 16, 1 << 30
 _SCALES = {None: "", "float32": "float", "bfloat16": "float", "float16": "float", "float8_e4m3fn": "e4m3", "uint8": "e8m0"}
 
 
@@ -280,9 +280,7 @@ def _launch(
     columns = block.outputs if gate is None else block.outputs // 2
     codes = own.parts["codes"]
     grid = own.parts.get("group", own.parts.get("zero"))
-    alone = grid is None or grid.shape[2] == 1
-    width = block.inputs // 2 if form.kind in NIBBLES else block.inputs
-    shared = _HALF if form.kind in NIBBLES else width  # inputs in a row of which a run may consist
+    blocks = 1 if grid is None else grid.shape[2]
     _multiply[(triton.cdiv(outputs, columns), tiles.slot_T.shape[0])](
         rows_NI,
         *_tensors(own.parts),
@@ -297,30 +295,39 @@ def _launch(
         form.columns,
         outputs,
         0 if other is None else other.first,
-        1 if grid is None else grid.shape[2],
+        blocks,
         rows_NI.stride(0),
         codes.stride(1),
         codes.stride(0),
         *(own.parts[name].stride(0) if name in own.parts else 0 for name in ("group", "zero", "row", "perm")),
         0 if bias_QO is None else bias_QO.stride(0),
         result_NO.stride(0),
-        KIND=form.kind,
-        SCALE=_SCALES[form.group],
-        ZERO=form.zero,
-        ROW=form.row,
-        PERM=form.perm,
-        BLOCK_ROWS=form.block[0],
-        BLOCK_COLUMNS=1 << 30 if alone else form.block[1],
-        STEP=shared if alone else math.gcd(shared, form.block[1]),
+        **constants_of(form, block, blocks),
         ACTIVATION="" if gate is None else gate.activation,
         BIASED=bias_QO is not None,
         PRECISION="ieee" if rows_NI.dtype == torch.float32 else None,
         BLOCK_M=tiles.size,
         BLOCK_C=columns,
-        BLOCK_K=block.inputs,
         num_warps=block.warps,
         num_stages=block.stages,
     )
+
+
+def constants_of(form: PackedForm, block: _Block, blocks: int) -> dict[str, Any]:
+    """The kernel's constants that follow from a form whose rows have so many blocks."""
+    # Inputs in a row of which a run may consist: those of nibbles are read in halves.
+    most = _HALF if form.kind in NIBBLES else block.inputs
+    return {
+        "KIND": form.kind,
+        "SCALE": _SCALES[form.group],
+        "ZERO": form.zero,
+        "ROW": form.row,
+        "PERM": form.perm,
+        "BLOCK_ROWS": form.block[0],
+        "BLOCK_COLUMNS": _ALL if blocks == 1 else form.block[1],
+        "STEP": most if blocks == 1 else math.gcd(most, form.block[1]),
+        "BLOCK_K": block.inputs,
+    }
 
 
 def _tensors(parts: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

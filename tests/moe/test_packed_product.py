@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from epslots.bench.packed_formats import random_packed
 from epslots.cache.unpacking import PackedWeight
-from epslots.layout import PackedForm, PackedMatrix
+from epslots.layout import PackedForm
 from epslots.moe.packed_product import PackedProduct, suits
 from epslots.moe.vector_gemm import product
 
@@ -20,38 +21,14 @@ SCALES = (None, "float32", "bfloat16", "float16", "float8_e4m3fn", "uint8")
 BLOCKS = ((1, 16), (1, 32), (1, 128), (128, 128), (1, 10**6))
 
 
-def random_part(name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """A part of a form, of every slot."""
-    if name == "perm":
-        return torch.stack([torch.randperm(shape[1]) for _ in range(shape[0])]).int()
-    if name == "zero":
-        return torch.randint(0, 17, shape, dtype=torch.uint8)
-    if name == "codes" and dtype == "float8_e4m3fn":
-        return (torch.randn(shape) * 20).to(torch.float8_e4m3fn)
-    if dtype == "int8":
-        return torch.randint(-128, 128, shape, dtype=torch.int8)
-    if dtype == "uint8":
-        return torch.randint(*((0, 256) if name == "codes" else (110, 130)), shape, dtype=torch.uint8)
-    return (torch.rand(shape) + 0.1).to(getattr(torch, dtype))
-
-
-def packed(*forms: PackedForm, dtype: torch.dtype = torch.float32) -> PackedWeight:
-    """A matrix of random codes in slots that hold other tensors beside them."""
-    torch.manual_seed(0)
-    parts = []
-    for form in forms:
-        wide = {name: random_part(name, (2 * SLOTS, *shape), kind) for name, (shape, kind) in form.tensors.items()}
-        parts.append({name: part[::2] for name, part in wide.items()})
-    return PackedWeight(PackedMatrix("w", forms), tuple(parts), dtype)
-
-
 def unpacked(weight: PackedWeight) -> torch.Tensor:
     """The weights [Q, M, K] of all slots."""
     return torch.stack([weight.unpack(slot).t().clone() for slot in range(SLOTS)])
 
 
 def assert_equal_products(*forms: PackedForm, dtype: torch.dtype = torch.float32, activation: str | None = None) -> None:
-    weight = packed(*forms, dtype=dtype)
+    torch.manual_seed(0)
+    weight = random_packed(forms, SLOTS, dtype)
     assert suits(forms, dtype)
     dense, rows = unpacked(weight), torch.randn(sum(COUNTS), forms[0].columns).to(dtype) / 50
     bias = torch.randn(SLOTS, dense.shape[1]).to(dtype)
@@ -93,7 +70,7 @@ def test_many_rows_and_large_matrices():
 
 
 def test_nan_stays_nan_in_its_output():
-    weight = packed(PackedForm("e4m3", 64, 64, "float32", (1, 32)))
+    weight = random_packed([PackedForm("e4m3", 64, 64, "float32", (1, 32))], SLOTS, torch.float32)
     weight.parts[0]["codes"].view(torch.uint8)[0, 5, 7] = 0xFF
     weight.parts[0]["group"][0, 9, 0] = torch.nan
     result = PackedProduct(weight)(torch.ones(1, 64), torch.tensor([1, 1, 1], dtype=torch.int32))
