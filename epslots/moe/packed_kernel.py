@@ -218,14 +218,44 @@ def _multiply(  # type: ignore[no-untyped-def]
                 place_W = tl.load(perm + slot * perm_stride + from_W, mask=real_W, other=0)
             row_MW = tl.load(rows + place_W[None, :], mask=real_M[:, None] & real_W[None, :], other=0.0)
             weight_WC = _weights(
-                *(code_WC, group, zero, row_scale, from_G, output_C, real_C, inputs, blocks),
-                *(KIND, SCALE, ZERO, ROW, BLOCK_ROWS, BLOCK_COLUMNS, half == 1, STEP),
+                code_WC,
+                group,
+                zero,
+                row_scale,
+                from_G,
+                output_C,
+                real_C,
+                inputs,
+                blocks,
+                KIND,
+                SCALE,
+                ZERO,
+                ROW,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                half == 1,
+                STEP,
             )
             sum_MC = tl.dot(row_MW, weight_WC.to(dtype), sum_MC, input_precision=PRECISION)
             if ACTIVATION != "":
                 weight_WC = _weights(
-                    *(gated_WC, other_group, other_zero, other_row_scale, from_G, other_C, real_C, inputs, blocks),
-                    *(KIND, SCALE, ZERO, ROW, BLOCK_ROWS, BLOCK_COLUMNS, half == 1, STEP),
+                    gated_WC,
+                    other_group,
+                    other_zero,
+                    other_row_scale,
+                    from_G,
+                    other_C,
+                    real_C,
+                    inputs,
+                    blocks,
+                    KIND,
+                    SCALE,
+                    ZERO,
+                    ROW,
+                    BLOCK_ROWS,
+                    BLOCK_COLUMNS,
+                    half == 1,
+                    STEP,
                 )
                 other_MC = tl.dot(row_MW, weight_WC.to(dtype), other_MC, input_precision=PRECISION)
     if BIASED:
@@ -281,12 +311,13 @@ def _launch(
     codes = own.parts["codes"]
     grid = own.parts.get("group", own.parts.get("zero"))
     blocks = 1 if grid is None else grid.shape[2]
+    tensors = _tensors(own.parts)
     _multiply[(triton.cdiv(outputs, columns), tiles.slot_T.shape[0])](
         rows_NI,
-        *_tensors(own.parts),
+        *tensors,
         *_tensors((other or own).parts),
-        own.parts.get("perm", codes),
-        codes if bias_QO is None else bias_QO,
+        own.parts.get("perm", tensors[0]),
+        tensors[0] if bias_QO is None else bias_QO,
         result_NO,
         tiles.ends_Q,
         tiles.slot_T,
