@@ -37,6 +37,7 @@ from epslots.load_plan import plan_load
 from epslots.models.batch_invariance import is_batch_invariant, make_batch_invariant
 from epslots.models.checkpoint import CheckpointSource
 from epslots.models.dense_linear import read_in_place
+from epslots.models.dense_norm import norm_in_place
 from epslots.models.expert_reader import ExpertReader
 from epslots.models.experts import RUNNER, experts_modules
 from epslots.models.memory_plan import MemoryPlan, moe_workspace_bytes
@@ -216,6 +217,7 @@ def load_alone(
         make_batch_invariant(model)
     if device.type == "cpu":
         read_in_place(model, batch_invariant=config.batch_invariant)
+        norm_in_place(model)
     policy = resolve_policy(config.policy)
     runtime = _build_runtime(model, checkpoint.content, opened.layers, plan.memory, store, policy, device, config.link)
     runtime = _apply_config(model, runtime, config, checkpoint.folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -146,17 +147,20 @@ def compute(
     spans, scratch = here.reserve(matrices.slots, threads * thread_bytes)
     ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
     size = out.element_size()
-    here.job[loops.WORK : loops.KIND] = (
+    here.enter(
         *(loops.work.address, _fork_join(), threads),
         *(len(rows_NK), rows_NK.data_ptr(), rows_NK.shape[1] * size, out.data_ptr(), out.shape[1] * size),
         *(matrices.slots, ends, matrices.address, matrices.slot_bytes, weights.stride),
         *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
         *(outer // 2, matrices.inner, _ACTIVATIONS[activation], _FORMS[out.dtype], size, spans, scratch, thread_bytes),
-        *(weights.far, most),
+        *(weights.far, most, *matrices.codes),
     )
-    here.job[loops.KIND : loops.KIND + len(matrices.codes)] = matrices.codes
     loops.launch(here.job_address)
     return out
+
+
+# A job's fields from ``WORK`` on. Those of codes are undefined where there are weights.
+_FIELDS = {count: struct.Struct(f"{count}q") for count in (loops.KIND + 1 - loops.WORK, loops.JOB_FIELDS - loops.WORK)}
 
 
 class _Workspace:
@@ -165,11 +169,15 @@ class _Workspace:
     def __init__(self) -> None:
         memory = np.zeros(loops.JOB_FIELDS + _ALIGNMENT, np.int64)
         skipped = -memory.ctypes.data % _ALIGNMENT // memory.itemsize
-        self.job = memory[skipped : skipped + loops.JOB_FIELDS]
-        self.job_address = self.job.ctypes.data
+        self._job = memory[skipped : skipped + loops.JOB_FIELDS]
+        self.job_address = self._job.ctypes.data
         # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
-        self.num_rows_address = self.job_address + self.job.itemsize * loops.NUM_ROWS
+        self.num_rows_address = self.job_address + self._job.itemsize * loops.NUM_ROWS
         self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def enter(self, *fields: int) -> None:
+        """Fill in the job. In half of the time that numpy takes for a tuple."""
+        _FIELDS[len(fields)].pack_into(self._job, loops.WORK * 8, *fields)
 
     def reserve(self, slots: int, scratch: int) -> tuple[int, int]:
         """Addresses of memory for so many slots' spans, and of so many bytes."""
