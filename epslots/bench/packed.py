@@ -86,7 +86,7 @@ def measure_peer(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
         settings: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "progress": False, "cache_dir": cache_dir}
         model = epslots.load(folder, slots="100%", **settings)
         room = max(BATCHES) * (PROMPT + NEW + 64)
-        engine = open_engine(model, cache="pages", kv_tokens=room, max_requests=max(BATCHES))
+        engine = open_engine(model, kv_tokens=room, max_requests=max(BATCHES))
         sides: dict[str, Ask] = {"ours": lambda prompts, new: _serve(engine, prompts, new)}
         if ask_peer is not None:
             sides["vLLM"] = ask_peer

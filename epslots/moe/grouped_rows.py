@@ -13,8 +13,18 @@ from __future__ import annotations
 
 from epslots.compiled import callback, compiled
 from epslots.moe.packed_tiles import unpack_row, write_scales
-from epslots.moe.product_tiles import finish, finish_gated, multiply_tile, read, read_int32, run_threads, take_next, write
-from epslots.moe.vector_code import LANES, host_has
+from epslots.moe.product_tiles import (
+    ROW_BLOCK,
+    finish,
+    finish_gated,
+    multiply_tile,
+    read,
+    read_int32,
+    run_threads,
+    take_next,
+    write,
+)
+from epslots.moe.vector_code import LANES
 
 # Fields of a job. The first ones are launch's own; NEXT_TASK and NEXT_THREAD are alone in their cache lines.
 NEXT_TASK, NEXT_THREAD, TASKS, CHUNKS = 0, 8, 16, 17
@@ -48,8 +58,6 @@ SPAN = 3
 CHUNK, CHUNK_BYTES, SMALLEST_CHUNK, TASKS_PER_THREAD = 64, 1 << 18, LANES, 4
 # Pairs of the largest chunk where even the smallest exceeds the cache, and pairs aren't a whole number of these.
 LARGEST_REST = 2 * SMALLEST_CHUNK - 1
-# Rows that a tile computes at once. Their results fill the registers, of which AVX2 has half as many.
-ROW_BLOCK = 4 if host_has("avx512f") else 2
 # A thread's memory: results of these rows with both halves of a chunk. Behind them, of packed matrices, a chunk's unpacked
 # pairs of rows, and the scales and zeros of two rows.
 _ROW = 4 * CHUNK
@@ -65,14 +73,7 @@ def _multiply_rows(job: int, inputs: int, rows: int, weights: int, width: int, r
     weight_stride, far = read(job, WEIGHT_STRIDE), read(job, FAR)
     for column in range(width):
         at, out = weights + column * weight_stride, results + 4 * column
-        if rows == 1:
-            multiply_tile(1, form, at, far, inputs, stride, out, _ROW, _HALF, inner)
-        elif rows == 2:
-            multiply_tile(2, form, at, far, inputs, stride, out, _ROW, _HALF, inner)
-        elif ROW_BLOCK > 2 and rows == 3:
-            multiply_tile(3, form, at, far, inputs, stride, out, _ROW, _HALF, inner)
-        elif ROW_BLOCK > 2:
-            multiply_tile(4, form, at, far, inputs, stride, out, _ROW, _HALF, inner)
+        multiply_tile(rows, form, at, far, inputs, stride, out, _ROW, _HALF, inner)
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64)")
