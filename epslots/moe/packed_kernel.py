@@ -13,7 +13,6 @@ share a scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from epslots.moe.kernel_parts import FEW_ROWS, gated
 
 # Inputs of a run whose nibbles share bytes with those of the next; columns of a block that is the whole row.
 _HALF, _ALL = 16, 1 << 30
+_PARTS = ("codes", "group", "zero", "row")
 _SCALES = {None: "", "float32": "float", "bfloat16": "float", "float16": "float", "float8_e4m3fn": "e4m3", "uint8": "e8m0"}
 
 
@@ -83,75 +83,63 @@ def _scales(stored, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _in_slot(parts, strides, slot):  # type: ignore[no-untyped-def]
+    """The addresses of a slot's codes, group scales, zeros and row scales."""
+    codes, group, zero, row_scale = parts[0], parts[1], parts[2], parts[3]
+    return (codes + slot * strides[0], group + slot * strides[1], zero + slot * strides[2], row_scale + slot * strides[3])
+
+
+@triton.jit
 def _weights(  # type: ignore[no-untyped-def]
-    codes,
-    group,
-    zero,
-    row_scale,
+    code_WC,
+    parts,
     input_G,
     output_C,
-    real_C,
-    inputs,
+    inside_GC,
     blocks,
     KIND: tl.constexpr,
     SCALE: tl.constexpr,
     ZERO: tl.constexpr,
     ROW: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
     HIGH: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """The weights [W, C] of codes, float32; ``input_G`` is the first input of each run of ``STEP``."""
-    RUNS: tl.constexpr = codes.shape[0] // STEP
-    OUTPUTS: tl.constexpr = codes.shape[1]
-    values = tl.reshape(_values(codes, KIND, HIGH), [RUNS, STEP, OUTPUTS])
-    inside = (input_G < inputs)[:, None] & real_C[None, :]
-    block_GC = (output_C // BLOCK_ROWS)[None, :] * blocks + (input_G // BLOCK_COLUMNS)[:, None]
+    RUNS: tl.constexpr = code_WC.shape[0] // STEP
+    OUTPUTS: tl.constexpr = code_WC.shape[1]
+    values = tl.reshape(_values(code_WC, KIND, HIGH), [RUNS, STEP, OUTPUTS])
+    place_GC = (output_C // BLOCK[0])[None, :] * blocks + (input_G // BLOCK[1])[:, None]
     if ZERO:
-        values -= tl.load(zero + block_GC, mask=inside, other=0).to(tl.float32)[:, None, :]
+        values -= tl.load(parts[2] + place_GC, mask=inside_GC, other=0).to(tl.float32)[:, None, :]
     elif KIND == "int4":
         values -= 8.0
-    if ROW:
-        row_C = tl.load(row_scale + output_C, mask=real_C, other=0.0)
-    if SCALE != "":
-        scale_GC = _scales(tl.load(group + block_GC, mask=inside, other=0), SCALE)
+    if SCALE != "" or ROW:
+        scale_GC = tl.full([RUNS, OUTPUTS], 1.0, tl.float32)
+        if SCALE != "":
+            scale_GC = _scales(tl.load(parts[1] + place_GC, mask=inside_GC, other=0), SCALE)
         if ROW:
-            scale_GC *= row_C[None, :]
+            scale_GC *= tl.load(parts[3] + output_C[None, :] + input_G[:, None] * 0, mask=inside_GC, other=0.0)
         values *= scale_GC[:, None, :]
-    elif ROW:
-        values *= row_C[None, None, :]
     return tl.reshape(values, [RUNS * STEP, OUTPUTS])
 
 
 @triton.jit(do_not_specialize=["bias_stride", "other_first"])  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
     rows,
-    codes,
-    group,
-    zero,
-    row_scale,
-    other_codes,
-    other_group,
-    other_zero,
-    other_row_scale,
+    own,
+    other,
     perm,
     bias,
     result,
-    ends,
-    tile_slot,
-    tile_row,
-    count,
+    tiles,
     inputs,
     outputs,
     other_first,
     blocks,
+    strides,
     row_stride,
     code_stride,
-    codes_stride,
-    group_stride,
-    zero_stride,
-    row_scale_stride,
     perm_stride,
     bias_stride,
     result_stride,
@@ -160,8 +148,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     ZERO: tl.constexpr,
     ROW: tl.constexpr,
     PERM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BIASED: tl.constexpr,
@@ -174,26 +161,24 @@ def _multiply(  # type: ignore[no-untyped-def]
 
     Args:
         rows: [N, inputs], by row_stride.
-        codes: [Q, outputs, bytes], by codes_stride from slot to slot and code_stride from output to output.
-        group, zero: [Q, rows of blocks, blocks]; row_scale: [Q, outputs]; perm: int32 [Q, inputs]; by their slots' strides.
-        other_codes ...: of the outputs that are gated; their first one is the row ``other_first``.
-        bias: [Q, outputs, and behind them as many others if gated], by bias_stride.
-        result: [N, outputs], by result_stride; ends, tile_slot, tile_row, count: of the tiles.
+        own: codes [Q, outputs, bytes], by code_stride from output to output; group scales and zeros [Q, rows of blocks,
+            blocks]; row scales [Q, outputs]; from slot to slot by ``strides``.
+        other: the same, of the outputs that are gated; their first one is the row ``other_first``.
+        perm: int32 [Q, inputs]; bias: [Q, outputs, and behind them as many others if gated]; by their slots' strides.
+        result: [N, outputs], by result_stride.
+        tiles: ends, slots and first rows of tiles, and their count.
+        BLOCK: outputs and inputs of a block.
         STEP: inputs of a run that share a scale: a power of two.
     """
     tile = tl.program_id(1)
-    if tile >= tl.load(count):
+    if tile >= tl.load(tiles[3]):
         return
-    slot = tl.load(tile_slot + tile).to(tl.int64)
-    row_M = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
+    slot = tl.load(tiles[1] + tile).to(tl.int64)
+    row_M = tl.load(tiles[2] + tile) + tl.arange(0, BLOCK_M)
     output_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    other_C = output_C + other_first
-    real_M, real_C = row_M < tl.load(ends + slot), output_C < outputs
+    real_M, real_C = row_M < tl.load(tiles[0] + slot), output_C < outputs
     rows += row_M[:, None].to(tl.int64) * row_stride
-    codes, other_codes = codes + slot * codes_stride, other_codes + slot * codes_stride
-    group, other_group = group + slot * group_stride, other_group + slot * group_stride
-    zero, other_zero = zero + slot * zero_stride, other_zero + slot * zero_stride
-    row_scale, other_row_scale = row_scale + slot * row_scale_stride, other_row_scale + slot * row_scale_stride
+    own, other, other_C = _in_slot(own, strides, slot), _in_slot(other, strides, slot), output_C + other_first
     dtype = result.dtype.element_ty
     sum_MC = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     other_MC = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -204,65 +189,31 @@ def _multiply(  # type: ignore[no-untyped-def]
     if HALVES == 2:
         input_W, input_G = byte_W + byte_W // 16 * 16, run_G + run_G // 16 * 16
     for first in range(0, inputs, BLOCK_K):
-        here_W = first + input_W
-        inside = (here_W < inputs)[:, None] & real_C[None, :]
-        at_W = first // HALVES + byte_W
-        code_WC = tl.load(codes + output_C[None, :] * code_stride + at_W[:, None], mask=inside, other=0)
+        at_W, inside = first // HALVES + byte_W, (first + input_W < inputs)[:, None] & real_C[None, :]
+        code_WC = tl.load(own[0] + output_C[None, :] * code_stride + at_W[:, None], mask=inside, other=0)
         if ACTIVATION != "":
-            gated_WC = tl.load(other_codes + other_C[None, :] * code_stride + at_W[:, None], mask=inside, other=0)
+            gated_WC = tl.load(other[0] + other_C[None, :] * code_stride + at_W[:, None], mask=inside, other=0)
         for half in tl.static_range(HALVES):
-            from_W, from_G = here_W + 16 * half, first + input_G + 16 * half
-            real_W = from_W < inputs
+            from_W, from_G = first + input_W + 16 * half, first + input_G + 16 * half
+            real_W, inside_GC = from_W < inputs, (from_G < inputs)[:, None] & real_C[None, :]
             place_W = from_W
             if PERM:
                 place_W = tl.load(perm + slot * perm_stride + from_W, mask=real_W, other=0)
             row_MW = tl.load(rows + place_W[None, :], mask=real_M[:, None] & real_W[None, :], other=0.0)
             weight_WC = _weights(
-                code_WC,
-                group,
-                zero,
-                row_scale,
-                from_G,
-                output_C,
-                real_C,
-                inputs,
-                blocks,
-                KIND,
-                SCALE,
-                ZERO,
-                ROW,
-                BLOCK_ROWS,
-                BLOCK_COLUMNS,
-                half == 1,
-                STEP,
+                code_WC, own, from_G, output_C, inside_GC, blocks, KIND, SCALE, ZERO, ROW, BLOCK, half == 1, STEP
             )
             sum_MC = tl.dot(row_MW, weight_WC.to(dtype), sum_MC, input_precision=PRECISION)
             if ACTIVATION != "":
                 weight_WC = _weights(
-                    gated_WC,
-                    other_group,
-                    other_zero,
-                    other_row_scale,
-                    from_G,
-                    other_C,
-                    real_C,
-                    inputs,
-                    blocks,
-                    KIND,
-                    SCALE,
-                    ZERO,
-                    ROW,
-                    BLOCK_ROWS,
-                    BLOCK_COLUMNS,
-                    half == 1,
-                    STEP,
+                    gated_WC, other, from_G, other_C, inside_GC, blocks, KIND, SCALE, ZERO, ROW, BLOCK, half == 1, STEP
                 )
                 other_MC = tl.dot(row_MW, weight_WC.to(dtype), other_MC, input_precision=PRECISION)
     if BIASED:
-        bias += slot * bias_stride
-        sum_MC += tl.load(bias + output_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
+        bias += slot * bias_stride + output_C
+        sum_MC += tl.load(bias, mask=real_C, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION != "":
-            other_MC += tl.load(bias + outputs + output_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
+            other_MC += tl.load(bias + outputs, mask=real_C, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "":
         sum_MC = gated(sum_MC, other_MC, dtype, ACTIVATION)
     place_MC = row_M[:, None].to(tl.int64) * result_stride + output_C[None, :]
@@ -314,23 +265,20 @@ def _launch(
     tensors = _tensors(own.parts)
     _multiply[(triton.cdiv(outputs, columns), tiles.slot_T.shape[0])](
         rows_NI,
-        *tensors,
-        *_tensors((other or own).parts),
+        tensors,
+        _tensors((other or own).parts),
         own.parts.get("perm", tensors[0]),
         tensors[0] if bias_QO is None else bias_QO,
         result_NO,
-        tiles.ends_Q,
-        tiles.slot_T,
-        tiles.row_T,
-        tiles.count,
+        (tiles.ends_Q, tiles.slot_T, tiles.row_T, tiles.count),
         form.columns,
         outputs,
         0 if other is None else other.first,
         blocks,
+        tuple(own.parts[name].stride(0) if name in own.parts else 0 for name in _PARTS),
         rows_NI.stride(0),
         codes.stride(1),
-        codes.stride(0),
-        *(own.parts[name].stride(0) if name in own.parts else 0 for name in ("group", "zero", "row", "perm")),
+        own.parts["perm"].stride(0) if form.perm else 0,
         0 if bias_QO is None else bias_QO.stride(0),
         result_NO.stride(0),
         **constants_of(form, block, blocks),
@@ -354,14 +302,13 @@ def constants_of(form: PackedForm, block: _Block, blocks: int) -> dict[str, Any]
         "ZERO": form.zero,
         "ROW": form.row,
         "PERM": form.perm,
-        "BLOCK_ROWS": form.block[0],
-        "BLOCK_COLUMNS": _ALL if blocks == 1 else form.block[1],
+        "BLOCK": (form.block[0], _ALL if blocks == 1 else form.block[1]),
         "STEP": most if blocks == 1 else math.gcd(most, form.block[1]),
         "BLOCK_K": block.inputs,
     }
 
 
-def _tensors(parts: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def _tensors(parts: Parts) -> tuple[torch.Tensor, ...]:
     """What the kernel reads of a form: 8-bit floats as bytes; codes in the place of what it doesn't have."""
-    found = [parts.get(name, parts["codes"]) for name in ("codes", "group", "zero", "row")]
-    return [tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor for tensor in found]
+    found = [parts.get(name, parts["codes"]) for name in _PARTS]
+    return tuple(tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor for tensor in found)

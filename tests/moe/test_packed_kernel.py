@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from epslots.bench.packed_formats import FORMATS, random_packed
 from epslots.layout import NIBBLES, PackedForm
 from epslots.moe.kernel_gemm import Gate, TorchProducts
-from tests.support.interpreter import assembled, compiled, interpreted, needs_triton, outside
+from tests.support.interpreter import Types, assembled, compiled, interpreted, needs_triton, outside
 
 # One rounding of weights and of sums.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3}
@@ -98,16 +98,12 @@ def test_packed_blocks_fit_into_every_gpu(name: str, capability: int, rows: int,
     constants = packed_kernel.constants_of(form, block, blocks=-(-2048 // form.block[1]))
     constants |= {"ACTIVATION": activation, "BIASED": False, "PRECISION": None, "BLOCK_M": rows}
     constants["BLOCK_C"] = block.outputs // 2 if activation else block.outputs
-    types: dict[str, str] = dict.fromkeys(("rows", "bias", "result"), "*bf16:16")
-    types |= dict.fromkeys(("ends", "tile_slot", "tile_row", "count", "perm"), "*i32:16")
-    kinds = {part: POINTERS[dtype] for part, (_, dtype) in form.tensors.items()}
-    for prefix in ("", "other_"):
-        types[f"{prefix}codes"] = f"{kinds['codes']}:16"
-        for part, argument in (("group", "group"), ("zero", "zero"), ("row", "row_scale")):
-            types[f"{prefix}{argument}"] = f"{kinds.get(part, kinds['codes'])}:16"
-    strides = ("row", "code", "codes", "group", "zero", "row_scale", "perm", "result")
-    types |= dict.fromkeys(("inputs", "outputs", "blocks", *(f"{stride}_stride" for stride in strides)), "i32:16")
-    types |= {"bias_stride": "i32", "other_first": "i32"}
+    kinds = {part: f"{POINTERS[dtype]}:16" for part, (_, dtype) in form.tensors.items()}
+    parts = tuple(kinds.get(part, kinds["codes"]) for part in ("codes", "group", "zero", "row"))
+    types: Types = {"own": parts, "other": parts, "tiles": ("*i32:16",) * 4, "strides": ("i32:16",) * 4}
+    types |= dict.fromkeys(("rows", "bias", "result"), "*bf16:16") | {"perm": "*i32:16"}
+    integers = ("inputs", "outputs", "blocks", "row_stride", "code_stride", "perm_stride", "result_stride")
+    types |= dict.fromkeys(integers, "i32:16") | dict.fromkeys(("bias_stride", "other_first"), "i32")
     binary = compiled(packed_kernel._multiply, types, constants, capability, num_warps=block.warps, num_stages=block.stages)
     assert binary.metadata.shared <= 99 << 10
     told = assembled(binary, capability, tmp_path)
