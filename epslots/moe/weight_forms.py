@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from llvmlite import ir
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import BF16_PAIRS, F32, I16, I32, I64, LANES, Value
+from epslots.moe.vector_code import BF16, BF16_PAIRS, F32, I16, I32, I64, LANES, Value
 
 BFLOAT16, FLOAT32 = 0, 1
 
@@ -136,10 +136,9 @@ class BFloat16PairForm(BFloat16Form):
         return b.call(dot, [total, weights, inputs])
 
     def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
-        """Denormal numbers become zeros, as which ``multiply`` takes them."""
-        kinds = [code.vector(F32)] * 2
-        rounded = code.intrinsic_of(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16_PAIRS, kinds)
-        code.store(b, b.call(rounded, [halves[1], halves[0]]), address)
+        """In an instruction for each. Denormal numbers become zeros, as which ``multiply`` takes them."""
+        for number, half in enumerate(halves):
+            code.store(b, b.fptrunc(half, code.vector(BF16)), b.add(address, I64(2 * LANES * number)))
 
 
 FORMS: dict[int, WeightForm] = {
