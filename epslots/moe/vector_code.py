@@ -24,11 +24,17 @@ F32 = ir.FloatType()
 Value = Any  # llvmlite's, which has no type hints
 
 
-class BFloatType(ir.HalfType):
+class BFloatType(ir.Type):
     """LLVM's ``bfloat``, which llvmlite lacks."""
 
-    def __str__(self) -> str:
+    def _to_string(self) -> str:
         return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(BFloatType)
 
 
 BF16 = BFloatType()
