@@ -48,32 +48,23 @@ def write_scales(context, lanes, zeroed, kind, scales, zeros, row_scale, constan
 def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Value) -> None:
     codes, scales, zeros, width, columns, out = args
 
-    def block(position: Value) -> list[Value]:
-        number = b.udiv(position, width)
-        factors = [_factors(b, scales, zeros, number, half if halved else None) for half in range(2)]
+    def block(position: Value, scale: Value) -> list[Value]:
+        places = [b.add(scale, I64(4 * half * halved)) for half in range(2)]
+        factors = [code.splat(b, code.load(b, place, F32, 4)) for place in places]
+        middles = [code.splat(b, code.load(b, b.add(place, zeros), F32, 4)) for place in places]
 
         def run(column: Value) -> list[Value]:
             stored = b.add(codes, b.lshr(column, I64(1)) if kind.nibbles else column)
-            zero = factors[0][1]
-            numbers = kind.read(b, stored, zero)
-            if halved:
-                numbers = [numbers[0], kind.read(b, stored, factors[1][1])[1]]
-            values = [b.fmul(each, scale) for each, (scale, _) in zip(numbers, factors, strict=True)]
+            numbers = [kind.read(b, stored, middles[half * halved])[half] for half in range(2)]
+            values = [b.fmul(*each) for each in zip(numbers, factors, strict=True)]
             form.store_weights(b, values, code.offset(b, out, column, form.weight_bytes))
             return []
 
         end = b.add(position, width)
         looped(b, position, I64(RUN), b.select(b.icmp_unsigned("<", end, columns), end, columns), [], run)
-        return []
+        return [b.add(scale, I64(4 << halved))]
 
-    looped(b, I64(0), width, columns, [], block, whole=False)
-
-
-def _factors(b: Any, scales: Value, zeros: Value, number: Value, half: int | None) -> list[Value]:
-    """Scale and zero of a block; ``half``: of one of the two blocks in a run."""
-    which = number if half is None else b.add(b.mul(number, I64(2)), I64(half))
-    at = code.offset(b, scales, which, 4)
-    return [code.splat(b, code.load(b, place, F32, 4)) for place in (at, b.add(at, zeros))]
+    looped(b, I64(0), width, columns, [scales], block, whole=False)
 
 
 @intrinsic(prefer_literal=True)
