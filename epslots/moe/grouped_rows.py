@@ -110,7 +110,7 @@ def _write_row_scales(job: int, slot: int, column: int, half: int, out: int, out
 def _unpack(job: int, slot: int, column: int, width: int, scratch: int) -> None:
     """Unpack ``width`` pairs of rows into a thread's memory."""
     kind, form, columns, block = read(job, KIND), read(job, FORM), read(job, COLUMNS), read(job, WIDTH)
-    zeros, rows = 4 * read(job, BLOCKS), read(job, BLOCK_ROWS)
+    zeros, rows, stride = 4 * read(job, BLOCKS), read(job, BLOCK_ROWS), read(job, CODES_STRIDE)
     unpacked, scales = scratch + SCRATCH_BYTES, scratch + read(job, THREAD_BYTES) - 4 * zeros
     codes = read(job, WEIGHTS) + slot * read(job, SLOT_STRIDE)
     for number in range(width):
@@ -118,12 +118,12 @@ def _unpack(job: int, slot: int, column: int, width: int, scratch: int) -> None:
             row, at = column + number, scales + 2 * half * zeros
             if number == 0 or read(job, ROW_SCALES_STRIDE) or (row + read(job, FIRST_ROW + half)) % rows == 0:
                 _write_row_scales(job, slot, row, half, at, zeros)
-            stored = codes + row * read(job, CODES_STRIDE) + half * read(job, CODES_FAR)
+            stored = codes + row * stride + half * read(job, CODES_FAR)
             out = unpacked + number * read(job, WEIGHT_STRIDE) + half * read(job, FAR)
             if read(job, HALVED):
-                unpack_row(1, kind, form, stored, at, zeros, block, columns, out)
+                unpack_row(1, kind, form, stored, stride, at, zeros, block, columns, out)
             else:
-                unpack_row(0, kind, form, stored, at, zeros, block, columns, out)
+                unpack_row(0, kind, form, stored, stride, at, zeros, block, columns, out)
 
 
 @compiled("void(int64, int64, int64, int64, int64)")

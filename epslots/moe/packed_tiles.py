@@ -46,7 +46,7 @@ def write_scales(context, lanes, zeroed, kind, scales, zeros, row_scale, constan
 @for_each(KINDS)
 @for_each(FORMS)
 def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Value) -> None:
-    codes, scales, zeros, width, columns, out = args
+    codes, ahead, scales, zeros, width, columns, out = args
 
     def block(position: Value, scale: Value) -> list[Value]:
         places = [b.add(scale, I64(4 * half * halved)) for half in range(2)]
@@ -55,6 +55,7 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
 
         def run(column: Value) -> list[Value]:
             stored = b.add(codes, b.lshr(column, I64(1)) if kind.nibbles else column)
+            code.prefetch(b, b.add(stored, ahead))
             numbers = [kind.read(b, stored, middles[half * halved])[half] for half in range(2)]
             values = [b.fmul(*each) for each in zip(numbers, factors, strict=True)]
             form.store_weights(b, values, code.offset(b, out, column, form.weight_bytes))
@@ -68,8 +69,8 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
 
 
 @intrinsic(prefer_literal=True)
-def unpack_row(context, halved, kind, form, codes, scales, zeros, width, columns, out):  # type: ignore[no-untyped-def]
-    """Write the weights of a row of codes.
+def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, columns, out):  # type: ignore[no-untyped-def]
+    """Write the weights of a row of codes, while the codes ``ahead`` bytes further on come from memory.
 
     Args:
         halved: 1 = blocks have 16 columns, two are in a run; ``width`` is that of a run then. A constant.
@@ -79,4 +80,4 @@ def unpack_row(context, halved, kind, form, codes, scales, zeros, width, columns
         width: columns of a block, a multiple of a run.
         columns: of the row with its padding, a multiple of a run.
     """
-    return emits(_unpack_row, halved, kind, form, codes, scales, zeros, width, columns, out, constants=1)
+    return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, out, constants=1)

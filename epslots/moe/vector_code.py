@@ -83,6 +83,13 @@ def store(b: Any, value: Value, address: Value, align: int = 1) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def prefetch(b: Any, address: Value) -> None:
+    """Let what lies at an address, if anything does, come into the caches."""
+    kinds = [I8.as_pointer(), I32, I32, I32]
+    function = intrinsic_of(b, "llvm.prefetch.p0", ir.VoidType(), kinds)
+    b.call(function, [b.inttoptr(address, kinds[0]), I32(0), I32(3), I32(1)])
+
+
 def offset(b: Any, address: Value, index: Value, size: int | Value) -> Value:
     """``address + index * size``."""
     return b.add(address, b.mul(index, I64(size) if isinstance(size, int) else size))
