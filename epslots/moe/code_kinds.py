@@ -2,9 +2,9 @@
 
     weight = (code - zero) * (group * row)
 
-Codes of 4 bits are looked up in a register where the processor can (AVX-512). Others yield the code's value over a power of
-two, ``factor``, which enters the scale: the float's bits are moved into those of a float16, which is converted exactly. To add
-a kind, add an entry in ``KINDS``.
+Codes of 4 bits are looked up in a register where the processor can (AVX-512): in a table of a block's sixteen weights. Others
+yield the code's value over a power of two, ``factor``, which enters the scale: the float's bits are moved into those of a
+float16, which is converted exactly. To add a kind, add an entry in ``KINDS``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ class CodeKind(NamedTuple):
         factor: what the numbers have to be multiplied with.
         middle: the zero of blocks that have none.
         read: the numbers of a run of codes less their zero (all lanes), as two vectors in the order of columns.
+        table: the numbers of all codes less a zero; None if they aren't looked up.
     """
 
     nibbles: bool
     factor: float
     middle: float
     read: Callable[[Any, Value, Value], list[Value]]
+    table: Callable[[Any, Value], Value] | None = None
 
 
 def _e4m3(b: Any, codes: Value, lanes: int) -> list[Value]:
@@ -67,46 +69,39 @@ def _read_int8(b: Any, address: Value, zero: Value) -> list[Value]:
 
 
 def _nibbles(b: Any, address: Value) -> list[Value]:
-    """A run's codes in the low bits of 32; above the first half's are the second half's."""
+    """A run's codes, 32 bits each."""
     stored = b.zext(code.load(b, address, code.vector(I8)), code.vector(I32))
-    return [stored, b.lshr(stored, code.constant(I32, 4))]
-
-
-def _looked_up(b: Any, table: Value, codes: Value) -> Value:
-    """The table's float for the lowest four bits of each lane."""
-    kinds = [code.vector(F32), code.vector(I32)]
-    return b.call(code.intrinsic_of(b, "llvm.x86.avx512.permvar.sf.512", kinds[0], kinds), [table, codes])
+    return [b.and_(stored, code.constant(I32, 15)), b.lshr(stored, code.constant(I32, 4))]
 
 
 def _read_int4(b: Any, address: Value, zero: Value) -> list[Value]:
-    halves = _nibbles(b, address)
-    if _LOOKS_UP:
-        table = b.fsub(ir.Constant(code.vector(F32), [float(number) for number in range(LANES)]), zero)
-        return [_looked_up(b, table, half) for half in halves]
-    codes = [b.and_(half, code.constant(I32, 15)) for half in halves]
-    return [b.fsub(b.sitofp(each, code.vector(F32)), zero) for each in codes]
+    return [b.fsub(b.sitofp(codes, code.vector(F32)), zero) for codes in _nibbles(b, address)]
+
+
+def _table_int4(b: Any, zero: Value) -> Value:
+    return b.fsub(ir.Constant(code.vector(F32), [float(number) for number in range(LANES)]), zero)
 
 
 def _read_e2m1(b: Any, address: Value, zero: Value) -> list[Value]:
-    """The values over 2**14, unless they are looked up."""
-    halves = _nibbles(b, address)
-    if _LOOKS_UP:
-        table = ir.Constant(code.vector(F32), [*_E2M1, *(-value for value in _E2M1)])
-        return [_looked_up(b, table, half) for half in halves]
+    """The values over 2**14."""
     found = []
-    for half in (b.trunc(half, code.vector(I16)) for half in halves):
-        sign = b.shl(b.and_(half, code.constant(I16, 8)), code.constant(I16, 12))
-        bits = b.or_(sign, b.shl(b.and_(half, code.constant(I16, 7)), code.constant(I16, 9)))
+    for codes in (b.trunc(half, code.vector(I16)) for half in _nibbles(b, address)):
+        sign = b.shl(b.and_(codes, code.constant(I16, 8)), code.constant(I16, 12))
+        bits = b.or_(sign, b.shl(b.and_(codes, code.constant(I16, 7)), code.constant(I16, 9)))
         found.append(b.fpext(b.bitcast(bits, code.vector(_HALF)), code.vector(F32)))
     return found
+
+
+def _table_e2m1(b: Any, zero: Value) -> Value:
+    return ir.Constant(code.vector(F32), [*_E2M1, *(-value for value in _E2M1)])
 
 
 E4M3, INT8, INT4, E2M1 = range(4)
 KINDS: dict[int, CodeKind] = {
     E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3),
     INT8: CodeKind(False, 1.0, 0.0, _read_int8),
-    INT4: CodeKind(True, 1.0, 8.0, _read_int4),
-    E2M1: CodeKind(True, 1.0 if _LOOKS_UP else 2.0**14, 0.0, _read_e2m1),
+    INT4: CodeKind(True, 1.0, 8.0, _read_int4, _table_int4 if _LOOKS_UP else None),
+    E2M1: CodeKind(True, 1.0 if _LOOKS_UP else 2.0**14, 0.0, _read_e2m1, _table_e2m1 if _LOOKS_UP else None),
 }
 
 

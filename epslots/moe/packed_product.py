@@ -2,8 +2,8 @@
 
     weight = round((code - zero) * (group * row))
 
-Each result has the bits that it has with unpacked slots (``vector_gemm.product``), for any number of rows: the same loops
-multiply, and what they read is in a core's cache. With few rows, that takes no longer than reading unpacked slots, which are
+Each result has the bits that it has with unpacked slots (``vector_gemm.product``), for any number of rows, unless columns are
+permuted: the same loops multiply, and what they read is in a core's cache. With few rows, that takes no longer than reading unpacked slots, which are
 two to four times as large. ``cache/unpacking.py`` is the twin that the unpacking is held to.
 """
 

@@ -52,10 +52,16 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
         places = [b.add(scale, I64(4 * half * halved)) for half in range(2)]
         factors = [code.splat(b, code.load(b, place, F32, 4)) for place in places]
         middles = [code.splat(b, code.load(b, b.add(place, zeros), F32, 4)) for place in places]
+        table: Any = None
+        if kind.table is not None:
+            table = form.make_table(b, [b.fmul(kind.table(b, middles[half]), factors[half]) for half in range(2)])
 
         def run(column: Value) -> list[Value]:
             stored = b.add(codes, b.lshr(column, I64(1)) if kind.nibbles else column)
             code.prefetch(b, b.add(stored, ahead))
+            if table is not None:
+                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.weight_bytes))
+                return []
             numbers = [kind.read(b, stored, middles[half * halved])[half] for half in range(2)]
             values = [b.fmul(*each) for each in zip(numbers, factors, strict=True)]
             form.store_weights(b, values, code.offset(b, out, column, form.weight_bytes))

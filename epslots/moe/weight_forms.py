@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from llvmlite import ir
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import BF16, BF16_PAIRS, F32, I16, I32, I64, LANES, Value
+from epslots.moe.vector_code import BF16, BF16_PAIRS, F32, I8, I16, I32, I64, LANES, Value
 
 BFLOAT16, FLOAT32 = 0, 1
 
@@ -63,6 +63,14 @@ class WeightForm(Protocol):
         """Write two vectors of floats as weights."""
         ...
 
+    def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
+        """What ``store_looked_up`` takes of the sixteen weights that codes stand for, in the first and in the second half."""
+        ...
+
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+        """Write the 32 weights whose codes of 4 bits lie at an address: the first half's in the low bits of 16 bytes."""
+        ...
+
 
 def _zero_first(b: Any, bits: Value, count: Value, element: Any, lanes: int) -> Value:
     positions = ir.Constant(code.vector(element, lanes), list(range(lanes)))
@@ -97,6 +105,16 @@ class Float32Form:
     def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
         for number, half in enumerate(halves):
             self.store(b, half, b.add(address, I64(number * LANES * self.weight_bytes)))
+
+    def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
+        return halves
+
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I32))
+        indices = stored, b.lshr(stored, code.constant(I32, 4))  # of which four bits count
+        kinds = [code.vector(F32), code.vector(I32)]
+        look_up = code.intrinsic_of(b, "llvm.x86.avx512.permvar.sf.512", kinds[0], kinds)
+        self.store_weights(b, [b.call(look_up, list(each)) for each in zip(table, indices, strict=True)], address)
 
 
 class BFloat16Form(Float32Form):
@@ -139,6 +157,24 @@ class BFloat16PairForm(BFloat16Form):
         """In an instruction for each. Denormal numbers become zeros, as which ``multiply`` takes them."""
         for number, half in enumerate(halves):
             code.store(b, b.fptrunc(half, code.vector(BF16)), b.add(address, I64(2 * LANES * number)))
+
+    def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
+        """The weights of both halves, rounded, in one vector."""
+        rounded = [b.bitcast(b.fptrunc(half, code.vector(BF16)), code.vector(I16)) for half in halves]
+        return _joined(b, *rounded)
+
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I16))
+        both = _joined(b, stored, b.lshr(stored, code.constant(I16, 4)))
+        second = ir.Constant(code.vector(I16, 2 * LANES), [0] * LANES + [LANES] * LANES)
+        index = b.or_(b.and_(both, code.constant(I16, 15, 2 * LANES)), second)
+        kinds = [code.vector(I16, 2 * LANES)] * 2
+        code.store(b, b.call(code.intrinsic_of(b, "llvm.x86.avx512.permvar.hi.512", kinds[0], kinds), [table, index]), address)
+
+
+def _joined(b: Any, first: Value, second: Value) -> Value:
+    """Two vectors of sixteen lanes as one."""
+    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32, 2 * LANES), list(range(2 * LANES))))
 
 
 FORMS: dict[int, WeightForm] = {
