@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import F32, I8, I16, I32, I64, LANES, Value
+from epslots.moe.vector_code import BF16_PAIRS, F32, I8, I16, I32, I64, LANES, Value
 
 _HALF = ir.HalfType()
 # Columns whose codes are read at once.
@@ -34,6 +35,7 @@ class CodeKind(NamedTuple):
         middle: the zero of blocks that have none.
         read: the numbers of a run of codes less their zero (all lanes), as two vectors in the order of columns.
         table: the numbers of all codes less a zero; None if they aren't looked up.
+        words: bfloat16 numbers, two vectors' width each, whose sums are those of a run; None if they are looked up.
     """
 
     nibbles: bool
@@ -41,6 +43,7 @@ class CodeKind(NamedTuple):
     middle: float
     read: Callable[[Any, Value, Value], list[Value]]
     table: Callable[[Any, Value], Value] | None = None
+    words: Callable[[Any, Value], list[Value]] | None = None
 
 
 def _e4m3(b: Any, codes: Value, lanes: int) -> list[Value]:
@@ -66,6 +69,36 @@ def _read_e4m3(b: Any, address: Value, zero: Value) -> list[Value]:
 def _read_int8(b: Any, address: Value, zero: Value) -> list[Value]:
     stored = [code.load(b, b.add(address, I64(first)), code.vector(I8)) for first in (0, LANES)]
     return [b.sitofp(b.sext(half, code.vector(I32)), code.vector(F32)) for half in stored]
+
+
+def _words_e4m3(b: Any, address: Value) -> list[Value]:
+    """The exponent of a bfloat16 is larger by 120, and ``factor`` takes 8; denormal numbers are looked up, by three bits."""
+    codes = code.load(b, address, code.vector(I8, RUN))
+    is_nan = b.icmp_unsigned("==", b.or_(codes, code.constant(I8, 128, RUN)), code.constant(I8, 255, RUN))
+    wide = b.sext(codes, code.vector(I16, RUN))
+    bits = b.add(b.and_(b.shl(wide, _word(4)), _word(0x7F0)), _word(112 << 7))
+    table = ir.Constant(code.vector(I16, RUN), [_bfloat16_bits(2.0**-17 * (number % 8)) for number in range(RUN)])
+    is_denormal = b.icmp_unsigned("==", b.and_(wide, _word(0x78)), _word(0))
+    bits = b.select(is_denormal, code.look_up_words(b, table, wide), bits)
+    bits = b.select(is_nan, _word(0x7FC0), b.or_(bits, b.and_(wide, _word(0x8000))))
+    return [b.bitcast(bits, BF16_PAIRS)]
+
+
+def _words_int8(b: Any, address: Value) -> list[Value]:
+    """128 plus the lower seven bits, and less 128 or 256: the spacing of bfloat16 numbers is one there."""
+    wide = b.zext(code.load(b, address, code.vector(I8, RUN)), code.vector(I16, RUN))
+    low = b.or_(b.and_(wide, _word(0x7F)), _word(0x4300))
+    high = b.or_(b.and_(wide, _word(0x80)), _word(0xC300))
+    return [b.bitcast(low, BF16_PAIRS), b.bitcast(high, BF16_PAIRS)]
+
+
+def _word(value: int) -> Value:
+    return code.constant(I16, value, RUN)
+
+
+def _bfloat16_bits(value: float) -> int:
+    """Of a number that is one."""
+    return int(np.float32(value).view(np.uint32)) >> 16
 
 
 def _nibbles(b: Any, address: Value) -> list[Value]:
@@ -98,8 +131,8 @@ def _table_e2m1(b: Any, zero: Value) -> Value:
 
 E4M3, INT8, INT4, E2M1 = range(4)
 KINDS: dict[int, CodeKind] = {
-    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3),
-    INT8: CodeKind(False, 1.0, 0.0, _read_int8),
+    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3, words=_words_e4m3),
+    INT8: CodeKind(False, 1.0, 0.0, _read_int8, words=_words_int8),
     INT4: CodeKind(True, 1.0, 8.0, _read_int4, _table_int4 if _LOOKS_UP else None),
     E2M1: CodeKind(True, 1.0 if _LOOKS_UP else 2.0**14, 0.0, _read_e2m1, _table_e2m1 if _LOOKS_UP else None),
 }

@@ -72,7 +72,7 @@ class GroupedGemm:
         names = (f"{_first_name(self._module)}_bias", "down_proj_bias")
         biases: tuple[Any, ...] = tuple(weights[name] if self._module.has_bias else None for name in names)
         self._first_bias, self._down_bias = biases
-        self._first_product, self._down_product = map(_vector_product, self.matrices)
+        self._first_product, self._down_product = (_vector_product(one, self.batch_invariant) for one in self.matrices)
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
@@ -162,11 +162,12 @@ def torch_matmul(weight: Weight) -> Matmul:
     return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
 
-def _vector_product(weight: Weight) -> VectorProduct | None:
+def _vector_product(weight: Weight, batch_invariant: bool) -> VectorProduct | None:
     """The product with a weight by compiled loops; None if they don't take it."""
     if isinstance(weight, PackedWeight):
         on_host = weight.device.type in ("cpu", "meta")
-        return PackedProduct(weight) if on_host and suits(weight.matrix.forms, weight.dtype) else None
+        suited = on_host and suits(weight.matrix.forms, weight.dtype)
+        return PackedProduct(weight, exact=batch_invariant) if suited else None
     turned = weight.transpose(-2, -1)  # where the checkpoint has [in, out], its rows aren't contiguous, and don't fit
     if not vector_gemm.fits(turned):
         return None

@@ -12,7 +12,7 @@ A *job* is an array of integers, whose fields are named below. It and everything
 from __future__ import annotations
 
 from epslots.compiled import callback, compiled
-from epslots.moe.packed_tiles import unpack_row, write_scales
+from epslots.moe.packed_tiles import codes_tile, unpack_row, write_scales
 from epslots.moe.product_tiles import (
     ROW_BLOCK,
     finish,
@@ -41,14 +41,15 @@ SPANS, SCRATCH, THREAD_BYTES = 38, 39, 40
 # Bytes from a row of the first half of the matrix to its fellow in the second; pairs of a chunk at most.
 FAR, MOST = 41, 42
 # Codes in the weights' stead, of a kind (-1 = none), which are unpacked a pair of rows after another: then WEIGHT_STRIDE and
-# FAR are those of unpacked rows. Bytes from row to row and from half to half of codes; columns with padding.
-KIND, CODES_STRIDE, CODES_FAR, COLUMNS = 43, 44, 45, 46
+# FAR are those of unpacked rows. Rows of a slot up to which codes are multiplied as they are. Bytes from row to row and from
+# half to half of codes; columns with padding.
+KIND, TILED, CODES_STRIDE, CODES_FAR, COLUMNS = 43, 44, 45, 46, 47
 # Blocks of a row, columns and rows of a block (packed_tiles.py); the kind of scales, their bytes, and two floats.
-BLOCKS, WIDTH, HALVED, BLOCK_ROWS, SCALE_KIND, SCALE_BYTES, CONSTANTS = 47, 48, 49, 50, 51, 52, 53
+BLOCKS, WIDTH, HALVED, BLOCK_ROWS, SCALE_KIND, SCALE_BYTES, CONSTANTS = 48, 49, 50, 51, 52, 53, 54
 # Of each half of the matrix: scales and zeros [Q, block rows, BLOCKS], row scales [Q, rows], the half's first row in these.
-SCALES, ZEROS, ROW_SCALES, FIRST_ROW = 54, 56, 58, 60
-SCALES_STRIDE, ZEROS_STRIDE, ROW_SCALES_STRIDE = 62, 63, 64
-JOB_FIELDS = 65
+SCALES, ZEROS, ROW_SCALES, FIRST_ROW = 55, 57, 59, 61
+SCALES_STRIDE, ZEROS_STRIDE, ROW_SCALES_STRIDE = 63, 64, 65
+JOB_FIELDS = 66
 
 NO_ACTIVATION, SILU, GELU_TANH = 0, 1, 2
 
@@ -104,6 +105,25 @@ def _write_row_scales(job: int, slot: int, column: int, half: int, out: int, out
             else:
                 write_scales(1, 0, kind, at, 0, row_scale, constants, to, to_zero)
             block += 1
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64)")
+def _multiply_codes(job: int, inputs: int, rows: int, slot: int, column: int, width: int, scratch: int) -> None:
+    """Results of a few rows with ``width`` pairs of rows of codes."""
+    kind, stride, columns, block = read(job, KIND), read(job, CODES_STRIDE), read(job, COLUMNS), read(job, WIDTH)
+    zeros, block_rows, far = 4 * read(job, BLOCKS), read(job, BLOCK_ROWS), read(job, CODES_FAR)
+    scales, row_stride = scratch + read(job, THREAD_BYTES) - 4 * zeros, read(job, ROW_STRIDE)
+    codes = read(job, WEIGHTS) + slot * read(job, SLOT_STRIDE)
+    for number in range(width):
+        row, out = column + number, scratch + 4 * number
+        for half in range(2):
+            if number == 0 or read(job, ROW_SCALES_STRIDE) or (row + read(job, FIRST_ROW + half)) % block_rows == 0:
+                _write_row_scales(job, slot, row, half, scales + 2 * half * zeros, zeros)
+        at = codes + row * stride
+        if read(job, HALVED):
+            codes_tile(1, rows, kind, at, far, stride, scales, zeros, block, columns, inputs, row_stride, out, _ROW, _HALF)
+        else:
+            codes_tile(0, rows, kind, at, far, stride, scales, zeros, block, columns, inputs, row_stride, out, _ROW, _HALF)
 
 
 @compiled("void(int64, int64, int64, int64, int64)")
@@ -172,7 +192,9 @@ def _multiply_chunk(job: int, task: int, scratch: int) -> None:
     for row in range(first, first + rows, ROW_BLOCK):
         some = min(ROW_BLOCK, first + rows - row)
         inputs = read(job, ROWS) + row * read(job, ROW_STRIDE)
-        if packed and few:  # while a pair is in the first cache
+        if packed and rows <= read(job, TILED):
+            _multiply_codes(job, inputs, some, slot, column, width, scratch)
+        elif packed and few:  # while a pair is in the first cache
             for number in range(width):
                 _unpack(job, slot, column + number, 1, scratch)
                 _multiply_rows(job, inputs, some, weights, 1, scratch + 4 * number)

@@ -18,8 +18,8 @@ Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [in, out]) to [N, out]."""
 
 _KINDS = frozenset({"e4m3", "int8", "int4", "e2m1"})
-# By kind of device, the kinds of codes that a kernel computes with about as fast as with unpacked slots. On a CPU none does for
-# a single row: it takes 1.4 to 1.7 times as long (8 rows: 1.0 to 1.3; Zen 4, ``epslots bench packed --parts formats``).
+# By kind of device, the kinds of codes that a kernel computes with about as fast as with unpacked slots. On a CPU none does
+# for a single row: it takes 1.4 to 1.7 times as long (8 rows: 1.0 to 1.3; Zen 4, ``epslots bench packed --parts formats``).
 KERNELS: dict[str, frozenset[str]] = {"cpu": frozenset(), "cuda": _KINDS}
 # Devices on which the reference runs: it waits for the host's copy of the rows' ends.
 REFERENCE = frozenset({"cpu"})

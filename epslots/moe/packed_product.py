@@ -20,6 +20,7 @@ from epslots.cache.unpacking import PackedWeight, Parts
 from epslots.layout import ITEM_BYTES, NIBBLES, PACKED_ITEM_BYTES, PackedForm
 from epslots.moe import code_kinds as kinds
 from epslots.moe.code_kinds import KINDS, RUN
+from epslots.moe.packed_tiles import FEW
 from epslots.moe.vector_code import LANES
 from epslots.moe.vector_gemm import RowBytes, SlotMatrices, compute, least_columns
 
@@ -82,11 +83,12 @@ class PackedProduct:
 
     Args:
         weight: on the CPU, or without memory; its forms ``suits`` its dtype.
+        exact: whether a slot's few rows, too, are multiplied with rounded weights, as many are.
     """
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight, *, exact: bool = False) -> None:
         self._weight = weight
-        self._pieces = list(_pieces(weight))
+        self._pieces = list(_pieces(weight, 0 if exact else FEW))
 
     def __call__(
         self,
@@ -125,16 +127,16 @@ def _slots(ends_Q: torch.Tensor | None, rows: int, slots: int) -> torch.Tensor:
     return torch.searchsorted(ends_Q, torch.arange(rows, dtype=torch.int32), right=True).clamp_(max=slots - 1)
 
 
-def _pieces(weight: PackedWeight) -> Iterator[_Piece]:
+def _pieces(weight: PackedWeight, tiled: int) -> Iterator[_Piece]:
     forms, parts = weight.matrix.forms, weight.parts
     if len(forms) == 2 and forms[0] == forms[1] and not forms[0].perm:
-        yield _piece(forms[0], parts, weight.dtype)
+        yield _piece(forms[0], parts, weight.dtype, tiled)
         return
     for form, own in zip(forms, parts, strict=True):
-        yield _piece(form, [own], weight.dtype)
+        yield _piece(form, [own], weight.dtype, tiled)
 
 
-def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype) -> _Piece:
+def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, tiled: int) -> _Piece:
     """The halves of a matrix: two forms that are alike, or both halves of one form's rows."""
     first, last = parts[0], parts[-1]
     codes, kind, joined = first["codes"], _KINDS[form.kind], len(parts) == 2
@@ -143,8 +145,9 @@ def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype) -> _Pie
     (width, blocks), stored = _blocks(form), _stored_columns(form)
     row_bytes = codes.shape[2]
     far = last["codes"].data_ptr() - codes.data_ptr() if joined else pairs * row_bytes
+    tiled = tiled if dtype is torch.bfloat16 and stored == form.columns else 0
     fields = (
-        *(kind, row_bytes, far, stored, blocks, max(RUN, width), int(width == LANES), form.block[0]),
+        *(kind, tiled, row_bytes, far, stored, blocks, max(RUN, width), int(width == LANES), form.block[0]),
         *(_SCALES[form.group], 0 if form.group is None else _item_bytes(form.group), _CONSTANTS[kind].data_ptr()),
         *(_address(own.get("group")) for own in (first, last)),
         *(_address(own.get("zero")) for own in (first, last)),

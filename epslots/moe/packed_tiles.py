@@ -1,4 +1,7 @@
-"""The inner loops that unpack a packed matrix, row by row, for products that read it then (``code_kinds.py``).
+"""The inner loops of products with packed matrices (``code_kinds.py``): one unpacks a row, for products that read it then.
+
+Another multiplies bfloat16 inputs with codes, and the sums of a block with its scale: for a row or two that takes half of the
+time, on processors that multiply pairs of bfloat16 numbers. Weights aren't rounded there.
 
 A row's scales and zeros are written down first, as two floats a block of columns.
 """
@@ -7,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba.extending import intrinsic
 
 from epslots.moe import vector_code as code
 from epslots.moe.code_kinds import KINDS, RUN, SCALES, CodeKind
 from epslots.moe.product_tiles import emits, for_each, looped
-from epslots.moe.vector_code import F32, I8, I64, Value
-from epslots.moe.weight_forms import FORMS, WeightForm
+from epslots.moe.vector_code import F32, I8, I32, I64, LANES, Value
+from epslots.moe.weight_forms import FORMS, BFloat16PairForm, WeightForm
 
 
 @for_each(SCALES)
@@ -87,3 +91,74 @@ def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, 
         columns: of the row with its padding, a multiple of a run.
     """
     return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, out, constants=1)
+
+
+# Inputs that are multiplied with codes: as few as one reads codes for.
+FEW = 2 if code.host_has("avx512bf16") else 0
+
+
+@for_each({rows: rows for rows in range(1, FEW + 1)})
+@for_each(KINDS)
+def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) -> None:
+    codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far = args
+    form, starts = BFloat16PairForm(), [codes, b.add(codes, far)]
+    starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
+    scales_far = b.mul(zeros, I64(2))
+
+    def block(position: Value, scale: Value, *totals: Value) -> list[Value]:
+        places = [[b.add(b.add(scale, far), I64(4 * half * halved)) for half in range(2)] for far in (I64(0), scales_far)]
+        tables = [_table_of(b, form, kind, [b.add(place, zeros) for place in side]) for side in places]
+
+        def run(column: Value, *sums: Value) -> list[Value]:
+            results = list(sums)
+            x = [form.inputs(b, code.offset(b, start, column, form.row_bytes)) for start in starts_x]
+            for side in range(2):
+                stored = b.add(starts[side], b.lshr(column, I64(1)) if kind.nibbles else column)
+                code.prefetch(b, b.add(stored, ahead))
+                words = [form.looked_up(b, tables[side], stored)] if kind.words is None else kind.words(b, stored)
+                for row in range(rows):
+                    for word in words:
+                        results[2 * row + side] = form.multiply(b, word, x[row], results[2 * row + side])
+            return results
+
+        end, nothing = b.add(position, width), [code.constant(F32, 0.0)] * (2 * rows)
+        last = b.select(b.icmp_unsigned("<", end, columns), end, columns)
+        sums = looped(b, position, I64(RUN), last, nothing, run)
+        factors = [_factor_of(b, side) for side in places]
+        return [b.add(scale, I64(4 << halved)), *(code.fma(b, one, factors[i % 2], totals[i]) for i, one in enumerate(sums))]
+
+    _, *sums = looped(b, I64(0), width, columns, [scales, *[code.constant(F32, 0.0)] * (2 * rows)], block, whole=False)
+    for i, total in enumerate(code.sums_across(b, sums)):
+        place = code.offset(b, out, I64(i // 2), out_stride)
+        code.store(b, total, b.add(place, out_far) if i % 2 else place, 4)
+
+
+def _table_of(b: Any, form: BFloat16PairForm, kind: CodeKind, zeros: list[Value]) -> Any:
+    """What codes of both halves of a run are looked up in; None if they aren't."""
+    if kind.table is None:
+        return None
+    return form.make_table(b, [kind.table(b, code.splat(b, code.load(b, zero, F32, 4))) for zero in zeros])
+
+
+def _factor_of(b: Any, scales: list[Value]) -> Value:
+    """The scale of each lane of a run's sums: the first half's lanes hold the first half of its columns."""
+    first, second = (code.splat(b, code.load(b, scale, F32, 4)) for scale in scales)
+    half = LANES // 2
+    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(half), *range(LANES + half, 2 * LANES)]))
+
+
+@intrinsic(prefer_literal=True)
+def codes_tile(  # type: ignore[no-untyped-def]
+    context, halved, rows, kind, codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far
+):
+    """Products of bfloat16 inputs with one row of codes of each half of a matrix.
+
+    Args:
+        halved, kind, ahead, zeros, width, columns: as of ``unpack_row``.
+        rows: inputs, up to ``FEW``.
+        codes: the first half's row; the second's lies ``far`` behind.
+        scales: of the first row's blocks; the second's lie behind the zeros.
+        out: as ``multiply_tile`` has it.
+    """
+    given = halved, rows, kind, codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far
+    return emits(_codes_tile, *given, constants=1)

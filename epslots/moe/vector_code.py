@@ -83,6 +83,12 @@ def store(b: Any, value: Value, address: Value, align: int = 1) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def look_up_words(b: Any, table: Value, indices: Value) -> Value:
+    """Of 32 words the one whose number the lowest five bits of each of 32 indices are (AVX512-BW)."""
+    kinds = [vector(I16, 2 * LANES)] * 2
+    return b.call(intrinsic_of(b, "llvm.x86.avx512.permvar.hi.512", kinds[0], kinds), [table, indices])
+
+
 def prefetch(b: Any, address: Value) -> None:
     """Let what lies at an address, if anything does, come into the caches."""
     kinds = [I8.as_pointer(), I32, I32, I32]

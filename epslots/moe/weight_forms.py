@@ -164,12 +164,15 @@ class BFloat16PairForm(BFloat16Form):
         return _joined(b, *rounded)
 
     def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+        code.store(b, self.looked_up(b, table, codes), address)
+
+    def looked_up(self, b: Any, table: Any, codes: Value) -> Value:
+        """The same 32 weights in a vector."""
         stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I16))
         both = _joined(b, stored, b.lshr(stored, code.constant(I16, 4)))
         second = ir.Constant(code.vector(I16, 2 * LANES), [0] * LANES + [LANES] * LANES)
         index = b.or_(b.and_(both, code.constant(I16, 15, 2 * LANES)), second)
-        kinds = [code.vector(I16, 2 * LANES)] * 2
-        code.store(b, b.call(code.intrinsic_of(b, "llvm.x86.avx512.permvar.hi.512", kinds[0], kinds), [table, index]), address)
+        return b.bitcast(code.look_up_words(b, table, index), BF16_PAIRS)
 
 
 def _joined(b: Any, first: Value, second: Value) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,9 +33,15 @@ def assert_equal_products(*forms: PackedForm, dtype: torch.dtype = torch.float32
     assert suits(forms, dtype)
     dense, rows = unpacked(weight), torch.randn(sum(COUNTS), forms[0].columns).to(dtype) / 50
     bias = torch.randn(SLOTS, dense.shape[1]).to(dtype)
-    result = PackedProduct(weight)(rows, ENDS, bias, activation)
+    result = PackedProduct(weight, exact=True)(rows, ENDS, bias, activation)
     assert result.dtype is dtype and torch.isfinite(result).all() and result.any()
     wanted = product(rows, dense, ENDS, bias, activation)
+    if activation is None and dtype is torch.bfloat16:
+        few, exact = PackedProduct(weight)(rows, ENDS, bias), unpacked(replace(weight, dtype=torch.float32)).double()
+        assert torch.equal(few[2:], result[2:]), "many rows have the bits of unpacked slots"
+        sums = torch.einsum("nk,mk->nm", rows[:2].double(), exact[0]) + bias[0]
+        assert (few[:2] - sums).abs().max() <= 2**-8 * sums.abs().max()
+        assert (few[:2] == sums.bfloat16()).float().mean() > 0.95, "a few rows are multiplied with weights that aren't rounded"
     if forms[0].perm:  # a row's products are summed in another order
         torch.testing.assert_close(result, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-6, atol=1e-3)
     else:
@@ -44,7 +51,7 @@ def assert_equal_products(*forms: PackedForm, dtype: torch.dtype = torch.float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["e4m3", "int8", "int4", "e2m1"])
 def test_packed_slots_have_the_bits_of_unpacked_ones(kind: str, dtype: torch.dtype):
-    """In every form of scales and blocks; one matrix, or a gate and its up whose codes lie apart."""
+    """In every form of scales and blocks; one matrix, or a gate and its up whose codes lie apart. A row or two are exact."""
     for scales, block, row in itertools.product(SCALES, BLOCKS, (False, True)):
         zero = kind == "int4" and scales is not None and row
         block = (1, 1) if scales is None else block
@@ -77,8 +84,9 @@ def test_nan_stays_nan_in_its_output():
     weight = random_packed([PackedForm("e4m3", 64, 64, "float32", (1, 32))], SLOTS, torch.float32)
     weight.parts[0]["codes"].view(torch.uint8)[0, 5, 7] = 0xFF
     weight.parts[0]["group"][0, 9, 0] = torch.nan
-    result = PackedProduct(weight)(torch.ones(1, 64), torch.tensor([1, 1, 1], dtype=torch.int32))
-    assert torch.isnan(result[0]).nonzero().flatten().tolist() == [5, 9]
+    for dtype in (torch.float32, torch.bfloat16):
+        result = PackedProduct(replace(weight, dtype=dtype))(torch.ones(1, 64, dtype=dtype), torch.ones(3, dtype=torch.int32))
+        assert torch.isnan(result[0]).nonzero().flatten().tolist() == [5, 9]
 
 
 @pytest.mark.parametrize(
