@@ -36,6 +36,7 @@ class CodeKind(NamedTuple):
         read: the numbers of a run of codes less their zero (all lanes), as two vectors in the order of columns.
         table: the numbers of all codes less a zero; None if they aren't looked up.
         words: bfloat16 numbers, two vectors' width each, whose sums are those of a run; None if they are looked up.
+        few: rows up to which it takes less time to multiply with codes than to unpack them (Zen 4).
     """
 
     nibbles: bool
@@ -44,6 +45,7 @@ class CodeKind(NamedTuple):
     read: Callable[[Any, Value, Value], list[Value]]
     table: Callable[[Any, Value], Value] | None = None
     words: Callable[[Any, Value], list[Value]] | None = None
+    few: int = 2
 
 
 def _e4m3(b: Any, codes: Value, lanes: int) -> list[Value]:
@@ -131,7 +133,7 @@ def _table_e2m1(b: Any, zero: Value) -> Value:
 
 E4M3, INT8, INT4, E2M1 = range(4)
 KINDS: dict[int, CodeKind] = {
-    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3, words=_words_e4m3),
+    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3, words=_words_e4m3, few=8),
     INT8: CodeKind(False, 1.0, 0.0, _read_int8, words=_words_int8),
     INT4: CodeKind(True, 1.0, 8.0, _read_int4, _table_int4 if _LOOKS_UP else None),
     E2M1: CodeKind(True, 1.0 if _LOOKS_UP else 2.0**14, 0.0, _read_e2m1, _table_e2m1 if _LOOKS_UP else None),

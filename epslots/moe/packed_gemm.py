@@ -13,14 +13,16 @@ import torch
 from epslots.cache.unpacking import PackedWeight
 from epslots.layout import LayerSpec, PackedMatrix
 from epslots.moe import packed_product
+from epslots.moe.vector_code import host_has
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [in, out]) to [N, out]."""
 
 _KINDS = frozenset({"e4m3", "int8", "int4", "e2m1"})
-# By kind of device, the kinds of codes that a kernel computes with about as fast as with unpacked slots. On a CPU none does
-# for a single row: it takes 1.4 to 1.7 times as long (8 rows: 1.0 to 1.3; Zen 4, ``epslots bench packed --parts formats``).
-KERNELS: dict[str, frozenset[str]] = {"cpu": frozenset(), "cuda": _KINDS}
+# By kind of device, the kinds of codes that a kernel computes with about as fast as with unpacked slots. On a CPU that
+# multiplies pairs of bfloat16 numbers, that is within a tenth (Zen 4, ``epslots bench packed --parts formats``). On others, and
+# with permuted columns, it takes longer or hasn't been measured.
+KERNELS: dict[str, frozenset[str]] = {"cpu": _KINDS if host_has("avx512bf16") else frozenset(), "cuda": _KINDS}
 # Devices on which the reference runs: it waits for the host's copy of the rows' ends.
 REFERENCE = frozenset({"cpu"})
 
@@ -47,7 +49,9 @@ def packed_matmul(rows: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, 
 def has_packed_kernel(matrix: PackedMatrix, dtype: torch.dtype, device: str) -> bool:
     """Whether a kernel of a kind of device computes with a packed matrix, in ``dtype``."""
     known = all(form.kind in KERNELS[device] for form in matrix.forms)
-    return known and (device != "cpu" or packed_product.suits(matrix.forms, dtype))
+    if device != "cpu":
+        return known
+    return known and not any(form.perm for form in matrix.forms) and packed_product.suits(matrix.forms, dtype)
 
 
 def without_kernel(layers: Iterable[LayerSpec], device: str) -> list[str]:

@@ -2,10 +2,9 @@
 
     weight = round((code - zero) * (group * row))
 
-Each result has the bits that it has with unpacked slots (``vector_gemm.product``), for any number of rows, unless columns are
-permuted: the same loops multiply, and what they read is in a core's cache. ``cache/unpacking.py`` is the twin that the
-unpacking is held to. Steps to unpack are what few rows wait for: one row takes 1.4 times as long as from bfloat16 slots, eight
-take about as long.
+Many rows have the bits that they have with unpacked slots (``vector_gemm.product``), unless columns are permuted: the same
+loops multiply, and what they read is in a core's cache. For a few rows, codes are multiplied as they are, in pairs of bfloat16
+numbers, and the sums of blocks scaled: only results are rounded. ``cache/unpacking.py`` is the twin.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from epslots.cache.unpacking import PackedWeight, Parts
 from epslots.layout import ITEM_BYTES, NIBBLES, PACKED_ITEM_BYTES, PackedForm
 from epslots.moe import code_kinds as kinds
 from epslots.moe.code_kinds import KINDS, RUN
-from epslots.moe.packed_tiles import FEW
+from epslots.moe.packed_tiles import tiled_rows
 from epslots.moe.vector_code import LANES
 from epslots.moe.vector_gemm import RowBytes, SlotMatrices, compute, least_columns
 
@@ -88,7 +87,7 @@ class PackedProduct:
 
     def __init__(self, weight: PackedWeight, *, exact: bool = False) -> None:
         self._weight = weight
-        self._pieces = list(_pieces(weight, 0 if exact else FEW))
+        self._pieces = list(_pieces(weight, exact=exact))
 
     def __call__(
         self,
@@ -127,16 +126,16 @@ def _slots(ends_Q: torch.Tensor | None, rows: int, slots: int) -> torch.Tensor:
     return torch.searchsorted(ends_Q, torch.arange(rows, dtype=torch.int32), right=True).clamp_(max=slots - 1)
 
 
-def _pieces(weight: PackedWeight, tiled: int) -> Iterator[_Piece]:
+def _pieces(weight: PackedWeight, *, exact: bool) -> Iterator[_Piece]:
     forms, parts = weight.matrix.forms, weight.parts
     if len(forms) == 2 and forms[0] == forms[1] and not forms[0].perm:
-        yield _piece(forms[0], parts, weight.dtype, tiled)
+        yield _piece(forms[0], parts, weight.dtype, exact=exact)
         return
     for form, own in zip(forms, parts, strict=True):
-        yield _piece(form, [own], weight.dtype, tiled)
+        yield _piece(form, [own], weight.dtype, exact=exact)
 
 
-def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, tiled: int) -> _Piece:
+def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, *, exact: bool) -> _Piece:
     """The halves of a matrix: two forms that are alike, or both halves of one form's rows."""
     first, last = parts[0], parts[-1]
     codes, kind, joined = first["codes"], _KINDS[form.kind], len(parts) == 2
@@ -145,9 +144,19 @@ def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, tiled: 
     (width, blocks), stored = _blocks(form), _stored_columns(form)
     row_bytes = codes.shape[2]
     far = last["codes"].data_ptr() - codes.data_ptr() if joined else pairs * row_bytes
-    tiled = tiled if dtype is torch.bfloat16 and stored == form.columns else 0
+    tiles = dtype is torch.bfloat16 and stored == form.columns and not exact
     fields = (
-        *(kind, tiled, row_bytes, far, stored, blocks, max(RUN, width), int(width == LANES), form.block[0]),
+        *(
+            kind,
+            tiled_rows(kind) if tiles else 0,
+            row_bytes,
+            far,
+            stored,
+            blocks,
+            max(RUN, width),
+            int(width == LANES),
+            form.block[0],
+        ),
         *(_SCALES[form.group], 0 if form.group is None else _item_bytes(form.group), _CONSTANTS[kind].data_ptr()),
         *(_address(own.get("group")) for own in (first, last)),
         *(_address(own.get("zero")) for own in (first, last)),

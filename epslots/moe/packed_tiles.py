@@ -93,13 +93,19 @@ def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, 
     return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, out, constants=1)
 
 
-# Inputs that are multiplied with codes: as few as one reads codes for.
-FEW = 2 if code.host_has("avx512bf16") else 0
+_MOST_ROWS = max(kind.few for kind in KINDS.values()) if code.host_has("avx512bf16") else 0
 
 
-@for_each({rows: rows for rows in range(1, FEW + 1)})
+def tiled_rows(kind: int) -> int:
+    """Inputs up to which ``codes_tile`` multiplies them with codes of a kind; 0 = none."""
+    return min(_MOST_ROWS, KINDS[kind].few)
+
+
+@for_each({rows: rows for rows in range(1, _MOST_ROWS + 1)})
 @for_each(KINDS)
 def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) -> None:
+    if rows > kind.few:
+        return
     codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far = args
     form, starts = BFloat16PairForm(), [codes, b.add(codes, far)]
     starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
@@ -155,7 +161,7 @@ def codes_tile(  # type: ignore[no-untyped-def]
 
     Args:
         halved, kind, ahead, zeros, width, columns: as of ``unpack_row``.
-        rows: inputs, up to ``FEW``.
+        rows: inputs, up to ``tiled_rows`` of the kind.
         codes: the first half's row; the second's lies ``far`` behind.
         scales: of the first row's blocks; the second's lie behind the zeros.
         out: as ``multiply_tile`` has it.
