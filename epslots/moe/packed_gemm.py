@@ -20,7 +20,7 @@ Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _KINDS = frozenset({"e4m3", "int8", "int4", "e2m1"})
 # By kind of device, the kinds of codes that a kernel computes with about as fast as with unpacked slots. On a CPU that
-# multiplies pairs of bfloat16 numbers, that is within a tenth (Zen 4, ``epslots bench packed --parts formats``). On others, and
+# multiplies pairs of bfloat16 numbers, that is within a tenth (Zen 4, ``epslots bench packed --parts formats``). On others and
 # with permuted columns, it takes longer or hasn't been measured.
 KERNELS: dict[str, frozenset[str]] = {"cpu": _KINDS if host_has("avx512bf16") else frozenset(), "cuda": _KINDS}
 # Devices on which the reference runs: it waits for the host's copy of the rows' ends.
