@@ -30,7 +30,7 @@ _PARTS = ("codes", "group", "zero", "row")
 _SCALES = {None: "", "float32": "float", "bfloat16": "float", "float16": "float", "float8_e4m3fn": "e4m3", "uint8": "e8m0"}
 
 
-class _Block(NamedTuple):
+class _PackedBlock(NamedTuple):
     """How a block is computed: inputs at a time, outputs, stages of the loop, warps."""
 
     inputs: int
@@ -39,7 +39,7 @@ class _Block(NamedTuple):
     warps: int
 
 
-_FEW, _MANY = _Block(128, 64, 4, 4), _Block(64, 128, 3, 4)
+_FEW, _MANY = _PackedBlock(128, 64, 4, 4), _PackedBlock(64, 128, 3, 4)
 
 
 @triton.jit
@@ -292,7 +292,7 @@ def _launch(
     )
 
 
-def constants_of(form: PackedForm, block: _Block, blocks: int) -> dict[str, Any]:
+def constants_of(form: PackedForm, block: _PackedBlock, blocks: int) -> dict[str, Any]:
     """The kernel's constants that follow from a form whose rows have so many blocks."""
     # Inputs in a row of which a run may consist: those of nibbles are read in halves.
     most = _HALF if form.kind in NIBBLES else block.inputs

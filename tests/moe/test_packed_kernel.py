@@ -86,7 +86,7 @@ def test_any_form_is_multiplied_as_torch_would(
         (name, *launch)
         for number, name in enumerate(FORMATS)
         for launch in ((80, 16, "silu"), (90, 64, ""), (90, 16, "silu"), (120, 64, "silu"))
-        if MANY or (number, launch[:2]) in ((0, (80, 16)), (7, (90, 64)))
+        if MANY or (number, launch[:2]) == (7, (90, 64))
     ],
 )
 def test_packed_blocks_fit_into_every_gpu(name: str, capability: int, rows: int, activation: str, tmp_path: Path):
