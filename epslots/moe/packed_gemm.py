@@ -56,7 +56,7 @@ def has_packed_kernel(matrix: PackedMatrix, dtype: torch.dtype, device: str) -> 
 
 def without_kernel(layers: Iterable[LayerSpec], device: str) -> list[str]:
     """The forms of packed layers that no kernel of a kind of device takes, in words."""
-    missing = set()
+    missing: set[str] = set()
     for layer in layers:
         dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in layer.weights.tensors}
         for matrix in () if layer.packed is None else layer.packed.matrices:

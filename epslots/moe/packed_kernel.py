@@ -50,7 +50,7 @@ def _from_e4m3(codes):  # type: ignore[no-untyped-def]
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _values(codes, KIND: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes as float32; ``HIGH``: of the upper halves of bytes."""
     if KIND == "e4m3":
@@ -68,7 +68,7 @@ def _values(codes, KIND: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-u
     return found
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _scales(stored, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scales as float32."""
     if SCALE == "e8m0":  # exponents of two, biased by 127: 255 is NaN, and 0 a denormal number
@@ -89,7 +89,7 @@ def _in_slot(parts, strides, slot):  # type: ignore[no-untyped-def]
     return (codes + slot * strides[0], group + slot * strides[1], zero + slot * strides[2], row_scale + slot * strides[3])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _weights(  # type: ignore[no-untyped-def]
     code_WC,
     parts,

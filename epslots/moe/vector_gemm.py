@@ -169,10 +169,10 @@ class _Workspace:
     def __init__(self) -> None:
         memory = np.zeros(loops.JOB_FIELDS + _ALIGNMENT, np.int64)
         skipped = -memory.ctypes.data % _ALIGNMENT // memory.itemsize
-        self._job = memory[skipped : skipped + loops.JOB_FIELDS]
-        self.job_address = self._job.ctypes.data
+        job = memory[skipped : skipped + loops.JOB_FIELDS]
+        self._job, self.job_address = job.data, job.ctypes.data
         # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
-        self.num_rows_address = self.job_address + self._job.itemsize * loops.NUM_ROWS
+        self.num_rows_address = self.job_address + memory.itemsize * loops.NUM_ROWS
         self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def enter(self, *fields: int) -> None:

@@ -47,8 +47,7 @@ class SimulatedProducts:
         with current_machine().computing_kernel():  # the weights that it reads depend on the tiles
             used = memory_of(tiles.slot_T)[: int(memory_of(tiles.count))].unique().tolist()
         listed = tiles.ends_Q, tiles.slot_T, tiles.row_T, tiles.count
-        dense = isinstance(weight_QIO, torch.Tensor)
-        tensors = [weight_QIO] if dense else [part for own in weight_QIO.parts for part in own.values()]
+        tensors = [weight_QIO] if isinstance(weight_QIO, torch.Tensor) else weight_QIO.tensors
         reads = [rows_NI, *listed, *(tensor[slot] for tensor in tensors for slot in used)]
         arguments = rows_NI, weight_QIO, bias_QO, tiles, gate
         sizes = current_machine().sizes
