@@ -4,7 +4,8 @@
     work      of each thread: takes tasks until none is left, so a thread that other processes slow down does less
 
 The terms of a row's sums are added in an order that depends neither on the number of rows, nor on threads or tasks: so each
-row has the same bits in any batch.
+row has the same bits in any batch. With codes, that needs ``TILED`` = 0: a few rows are multiplied with weights that aren't
+rounded otherwise.
 
 A *job* is an array of integers, whose fields are named below. It and everything it points to belong to the calling thread.
 """

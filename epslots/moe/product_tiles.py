@@ -2,8 +2,8 @@
 
 A matrix [N, K] is read row by row, where it lies, with lanes along K. A tile multiplies some rows of inputs with two rows
 of the matrix that lie far apart: a gate's and that of its ``up``, or those of two distant columns of the output. Two streams
-of reads are what a core's prefetcher follows at the speed of memory; four neighbouring rows took three times as long, and
-larger tiles gained nothing for many rows either (measured on Zen 4).
+of reads are what a core's prefetcher follows at the speed of memory; four neighbouring rows took three times as long (measured
+on Zen 4).
 
 All arguments are addresses, and strides in bytes, unless it says otherwise. ``form`` is a number of ``weight_forms.py``.
 """
