@@ -42,6 +42,7 @@ from epslots.models.adoption import RUNNER
 from epslots.models.batch_invariance import is_batch_invariant, make_batch_invariant
 from epslots.models.checkpoint import CheckpointSource
 from epslots.models.dense_linear import read_in_place
+from epslots.models.dense_norm import norm_in_place
 from epslots.models.expert_reader import ExpertReader
 from epslots.models.experts import experts_modules
 from epslots.models.host_memory import HostMemoryPlan
@@ -225,6 +226,7 @@ def load_alone(
         make_batch_invariant(model)
     if device.type == "cpu":
         read_in_place(model, batch_invariant=config.batch_invariant)
+        norm_in_place(model)
     policy = resolve_policy(config.policy)
     runtime = _build_runtime(model, checkpoint.content, opened.layers, plan.memory, store, policy, device, config.link)
     runtime = _apply_config(model, runtime, config, checkpoint.folder)

@@ -66,7 +66,12 @@ _BENCHES = (
         "timeline",
     ),
     Bench("disk", "Decoding with RAM for half of the experts, over all in RAM; bytes read, against a plain read.", "disk"),
-    Bench("packed", "Experts on the CPU: products over torch's; requests over vLLM's backend. Takes --parts.", "packed"),
+    Bench(
+        "packed",
+        "Packed experts: products over torch's and by slot format, requests over vLLM's backend, slots and losses by format. "
+        "Takes --parts.",
+        "packed",
+    ),
     Bench("invariant", "Step times with batch_invariant, over those without.", "invariant"),
 )
 BENCHES = {bench.name: bench for bench in _BENCHES}

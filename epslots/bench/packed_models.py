@@ -27,19 +27,19 @@ from epslots.runtime import runtime_of
 from epslots.units import parse_slots
 
 LARGE_MODELS = ("qwen3-235b-a22b", "deepseek-v3", "kimi-k2", "gpt-oss-120b")
-FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}
+EXPERT_FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}
 POOL = "24GiB"
 LINKS = (None, "1GB/s,20us")
 HELD_TOKENS, NEW_TOKENS = 16_384, 64
 _UNBOUNDED = 2**50
 
 
-def measure_memory(rounds: int, advance: Advance) -> Tables:
+def measure_memory(advance: Advance) -> Tables:
     """Bytes of a slot, and the experts of all layers that 24 GiB of slots hold, by model and format, as planned."""
     rows = []
     for name in LARGE_MODELS:
         experts = None
-        for label, expert_format in FORMATS.items():
+        for label, expert_format in EXPERT_FORMATS.items():
             shape, skeleton = known_model(name)
             if expert_format is not None:
                 shape = msgspec.structs.replace(shape, layers=quantised_slots(expert_format, skeleton, shape.layers).layers)
@@ -66,7 +66,7 @@ def measure_quality(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
     pool = f"{runtime_of(quarter).plan.slot_bytes}B"
     held_SW = windows_of(quarter, library_texts(held_out=True), HELD_TOKENS)
     rows = []
-    for label, expert_format in FORMATS.items():
+    for label, expert_format in EXPERT_FORMATS.items():
         settings = {} if expert_format is None else {"expert_format": expert_format}
         for link in LINKS:
             model = _load(cache_dir, pool, link=link, **settings)

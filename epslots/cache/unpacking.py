@@ -69,6 +69,11 @@ class PackedWeight:
         forms = self.matrix.forms
         return len(self.parts[0]["codes"]), forms[0].columns, sum(form.rows for form in forms)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All parts, [Q, ...] each."""
+        return [tensor for own in self.parts for tensor in own.values()]
+
     def unpack(self, slot: int) -> torch.Tensor:
         """One slot's weights [inputs, outputs], in memory of this thread that the next call overwrites."""
         _, columns, rows = self.shape

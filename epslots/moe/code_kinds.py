@@ -1,9 +1,10 @@
 """How codes of 4 and 8 bits, and their scales, become vectors of floats. ``packed_tiles.py`` emits its loops with these.
 
-    weight = row * group * (code - zero)
+    weight = (code - zero) * (group * row)
 
-A kind of codes yields numbers that are the code's value over a power of two, ``factor``, which enters the scale: so a float of
-4 or 8 bits is moved into the bits of a float16 and converted exactly. To add a kind, add an entry in ``KINDS``.
+Codes of 4 bits are looked up in a register where the processor can (AVX-512): in a table of a block's sixteen weights. Others
+yield the code's value over a power of two, ``factor``, which enters the scale: the float's bits are moved into those of a
+float16, which is converted exactly. To add a kind, add an entry in ``KINDS``.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import F32, I8, I16, I32, I64, LANES, Value
+from epslots.moe.vector_code import BF16_PAIRS, F32, I8, I16, I32, I64, LANES, Value
 
 _HALF = ir.HalfType()
 # Columns whose codes are read at once.
 RUN = 2 * LANES
+_LOOKS_UP = code.host_has("avx512f")
+# E2M1's magnitudes by code.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class CodeKind(NamedTuple):
@@ -28,62 +33,116 @@ class CodeKind(NamedTuple):
         nibbles: whether the codes of columns j and j + 16 of each 32 share a byte, j in the low half.
         factor: what the numbers have to be multiplied with.
         middle: the zero of blocks that have none.
-        values: the numbers of sixteen codes, given in 16 bits each.
+        read: the numbers of a run of codes less their zero (all lanes), as two vectors in the order of columns.
+        table: the numbers of all codes less a zero; None if they aren't looked up.
+        words: bfloat16 numbers, two vectors' width each, whose sums are those of a run; None if they are looked up.
+        few: rows up to which it takes less time to multiply with codes than to unpack them (Zen 4).
     """
 
     nibbles: bool
     factor: float
     middle: float
-    values: Callable[[Any, Value, int], Value]
-
-    def read(self, b: Any, address: Value) -> list[Value]:
-        """A run of codes as two vectors of floats, in the order of columns."""
-        stored = b.zext(code.load(b, address, code.vector(I8)), code.vector(I16))
-        if self.nibbles:
-            halves = b.and_(stored, code.constant(I16, 15)), b.lshr(stored, code.constant(I16, 4))
-        else:
-            further = code.load(b, b.add(address, I64(LANES)), code.vector(I8))
-            halves = stored, b.zext(further, code.vector(I16))
-        return [self.values(b, half, LANES) for half in halves]
+    read: Callable[[Any, Value, Value], list[Value]]
+    table: Callable[[Any, Value], Value] | None = None
+    words: Callable[[Any, Value], list[Value]] | None = None
+    few: int = 2
 
 
-def _e4m3(b: Any, codes: Value, lanes: int) -> Value:
-    """The value over 256; a NaN stays one."""
-    twice = b.ashr(b.shl(codes, code.constant(I16, 8, lanes)), code.constant(I16, 1, lanes))  # the sign, again, magnitude
-    bits = b.and_(twice, code.constant(I16, 0xBFFF, lanes))
-    magnitude = b.and_(bits, code.constant(I16, 127 << 7, lanes))
-    is_nan = b.icmp_unsigned("==", magnitude, code.constant(I16, 127 << 7, lanes))
-    bits = b.select(is_nan, code.constant(I16, 0x7E00, lanes), bits)
-    return b.fpext(b.bitcast(bits, code.vector(_HALF, lanes)), code.vector(F32, lanes))
+def _e4m3(b: Any, codes: Value, lanes: int) -> list[Value]:
+    """The values over 256 of bytes, 16 a vector at most; a NaN stays one."""
+    is_nan = b.icmp_unsigned("==", b.or_(codes, code.constant(I8, 128, lanes)), code.constant(I8, 255, lanes))
+    moved = b.shl(b.sext(codes, code.vector(I16, lanes)), code.constant(I16, 7, lanes))  # the sign, again, magnitude
+    bits = b.and_(moved, code.constant(I16, 0xBFFF, lanes))
+    halves = b.bitcast(b.select(is_nan, code.constant(I16, 0x7E00, lanes), bits), code.vector(_HALF, lanes))
+    if lanes <= LANES:
+        return [b.fpext(halves, code.vector(F32, lanes))]
+    return [b.fpext(_part(b, halves, first), code.vector(F32)) for first in range(0, lanes, LANES)]
 
 
-def _e2m1(b: Any, codes: Value, lanes: int) -> Value:
-    """The value over 2**14."""
-    sign = b.shl(b.and_(codes, code.constant(I16, 8, lanes)), code.constant(I16, 12, lanes))
-    bits = b.or_(sign, b.shl(b.and_(codes, code.constant(I16, 7, lanes)), code.constant(I16, 9, lanes)))
-    return b.fpext(b.bitcast(bits, code.vector(_HALF, lanes)), code.vector(F32, lanes))
+def _part(b: Any, run: Value, first: int) -> Value:
+    """Sixteen lanes of a run."""
+    return b.shuffle_vector(run, run, ir.Constant(code.vector(I32), list(range(first, first + LANES))))
 
 
-def _int8(b: Any, codes: Value, lanes: int) -> Value:
-    return b.sitofp(b.sext(b.trunc(codes, code.vector(I8, lanes)), code.vector(I32, lanes)), code.vector(F32, lanes))
+def _read_e4m3(b: Any, address: Value, zero: Value) -> list[Value]:
+    return _e4m3(b, code.load(b, address, code.vector(I8, RUN)), RUN)
 
 
-def _int4(b: Any, codes: Value, lanes: int) -> Value:
-    return b.sitofp(b.zext(codes, code.vector(I32, lanes)), code.vector(F32, lanes))
+def _read_int8(b: Any, address: Value, zero: Value) -> list[Value]:
+    stored = [code.load(b, b.add(address, I64(first)), code.vector(I8)) for first in (0, LANES)]
+    return [b.sitofp(b.sext(half, code.vector(I32)), code.vector(F32)) for half in stored]
+
+
+def _words_e4m3(b: Any, address: Value) -> list[Value]:
+    """The exponent of a bfloat16 is larger by 120, and ``factor`` takes 8; denormal numbers are looked up, by three bits."""
+    codes = code.load(b, address, code.vector(I8, RUN))
+    is_nan = b.icmp_unsigned("==", b.or_(codes, code.constant(I8, 128, RUN)), code.constant(I8, 255, RUN))
+    wide = b.sext(codes, code.vector(I16, RUN))
+    bits = b.add(b.and_(b.shl(wide, _word(4)), _word(0x7F0)), _word(112 << 7))
+    table = ir.Constant(code.vector(I16, RUN), [_bfloat16_bits(2.0**-17 * (number % 8)) for number in range(RUN)])
+    is_denormal = b.icmp_unsigned("==", b.and_(wide, _word(0x78)), _word(0))
+    bits = b.select(is_denormal, code.look_up_words(b, table, wide), bits)
+    bits = b.select(is_nan, _word(0x7FC0), b.or_(bits, b.and_(wide, _word(0x8000))))
+    return [b.bitcast(bits, BF16_PAIRS)]
+
+
+def _words_int8(b: Any, address: Value) -> list[Value]:
+    """128 plus the lower seven bits, and less 128 or 256: the spacing of bfloat16 numbers is one there."""
+    wide = b.zext(code.load(b, address, code.vector(I8, RUN)), code.vector(I16, RUN))
+    low = b.or_(b.and_(wide, _word(0x7F)), _word(0x4300))
+    high = b.or_(b.and_(wide, _word(0x80)), _word(0xC300))
+    return [b.bitcast(low, BF16_PAIRS), b.bitcast(high, BF16_PAIRS)]
+
+
+def _word(value: int) -> Value:
+    return code.constant(I16, value, RUN)
+
+
+def _bfloat16_bits(value: float) -> int:
+    """Of a number that is one."""
+    return int(np.float32(value).view(np.uint32)) >> 16
+
+
+def _nibbles(b: Any, address: Value) -> list[Value]:
+    """A run's codes, 32 bits each."""
+    stored = b.zext(code.load(b, address, code.vector(I8)), code.vector(I32))
+    return [b.and_(stored, code.constant(I32, 15)), b.lshr(stored, code.constant(I32, 4))]
+
+
+def _read_int4(b: Any, address: Value, zero: Value) -> list[Value]:
+    return [b.fsub(b.sitofp(codes, code.vector(F32)), zero) for codes in _nibbles(b, address)]
+
+
+def _table_int4(b: Any, zero: Value) -> Value:
+    return b.fsub(ir.Constant(code.vector(F32), [float(number) for number in range(LANES)]), zero)
+
+
+def _read_e2m1(b: Any, address: Value, zero: Value) -> list[Value]:
+    """The values over 2**14."""
+    found = []
+    for codes in (b.trunc(half, code.vector(I16)) for half in _nibbles(b, address)):
+        sign = b.shl(b.and_(codes, code.constant(I16, 8)), code.constant(I16, 12))
+        bits = b.or_(sign, b.shl(b.and_(codes, code.constant(I16, 7)), code.constant(I16, 9)))
+        found.append(b.fpext(b.bitcast(bits, code.vector(_HALF)), code.vector(F32)))
+    return found
+
+
+def _table_e2m1(b: Any, zero: Value) -> Value:
+    return ir.Constant(code.vector(F32), [*_E2M1, *(-value for value in _E2M1)])
 
 
 E4M3, INT8, INT4, E2M1 = range(4)
 KINDS: dict[int, CodeKind] = {
-    E4M3: CodeKind(False, 2.0**8, 0.0, _e4m3),
-    INT8: CodeKind(False, 1.0, 0.0, _int8),
-    INT4: CodeKind(True, 1.0, 8.0, _int4),
-    E2M1: CodeKind(True, 2.0**14, 0.0, _e2m1),
+    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3, words=_words_e4m3, few=8),
+    INT8: CodeKind(False, 1.0, 0.0, _read_int8, words=_words_int8),
+    INT4: CodeKind(True, 1.0, 8.0, _read_int4, _table_int4 if _LOOKS_UP else None),
+    E2M1: CodeKind(True, 1.0 if _LOOKS_UP else 2.0**14, 0.0, _read_e2m1, _table_e2m1 if _LOOKS_UP else None),
 }
 
 
 def _scale_e4m3(b: Any, address: Value, lanes: int) -> Value:
-    codes = b.zext(code.load(b, address, code.vector(I8, lanes)), code.vector(I16, lanes))
-    return b.fmul(_e4m3(b, codes, lanes), code.constant(F32, 2.0**8, lanes))
+    (values,) = _e4m3(b, code.load(b, address, code.vector(I8, lanes)), lanes)
+    return b.fmul(values, code.constant(F32, 2.0**8, lanes))
 
 
 def _scale_e8m0(b: Any, address: Value, lanes: int) -> Value:

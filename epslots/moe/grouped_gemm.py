@@ -19,6 +19,7 @@ from epslots.cache.unpacking import PackedWeight, Weight
 from epslots.moe import vector_gemm
 from epslots.moe.batch_invariant import batch_invariant_functions
 from epslots.moe.packed_gemm import packed_matmul
+from epslots.moe.packed_product import PackedProduct, suits
 from epslots.moe.row_blocks import product
 
 # F.grouped_mm takes strides in multiples of this many bytes, and these dtypes.
@@ -30,6 +31,9 @@ _FUSED = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 
 Matmul = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [Q, in, out], ends int32 [Q]) to [N, out]: where the rows of each slot end."""
+
+VectorProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, str | None], torch.Tensor]
+"""(rows, ends, biases, activation) as of ``vector_gemm.product``, to its result, with a weight of its own."""
 
 
 class GroupedGemm:
@@ -59,7 +63,6 @@ class GroupedGemm:
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
         self._first_matmul, self._down_matmul = self._choose_matmul(self._first), self._choose_matmul(self._down)
         self._fused = _fused_activation(module)
-        self._has_vectors = all(map(_fits_vectors, self.matrices))
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
 
@@ -69,6 +72,7 @@ class GroupedGemm:
         names = (f"{_first_name(self._module)}_bias", "down_proj_bias")
         biases: tuple[Any, ...] = tuple(weights[name] if self._module.has_bias else None for name in names)
         self._first_bias, self._down_bias = biases
+        self._first_product, self._down_product = (_vector_product(one, self.batch_invariant) for one in self.matrices)
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
@@ -82,8 +86,12 @@ class GroupedGemm:
             [N, H] in the weights' dtype.
         """
         rows_NH = rows_NH.to(self.dtype)
-        if self._has_vectors and self._prefers_vectors(rows_NH):
-            return self._by_vectors(rows_NH, ends_Q)
+        if self._first_product and self._down_product and self._prefers_vectors(rows_NH):
+            result = self._first_product(rows_NH, ends_Q, self._first_bias, self._fused)
+            if self._fused is None:
+                result = self._activate(result)
+            result = self._down_product(result, ends_Q, self._down_bias, None)
+            return result if self._post_norm is None else self._post_norm(result)
         result = self._first_matmul(rows_NH, self._first, ends_Q)
         if self._first_bias is not None:
             result += self._first_bias[key_N - first_key]
@@ -103,15 +111,6 @@ class GroupedGemm:
     def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
         wants_gradient = rows_NH.requires_grad and torch.is_grad_enabled()
         return not wants_gradient and vector_gemm.is_faster(rows_NH, self._first.shape[0])
-
-    def _by_vectors(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self._first, torch.Tensor) and isinstance(self._down, torch.Tensor), "packed weights have no vectors"
-        first, down = self._first.transpose(-2, -1), self._down.transpose(-2, -1)
-        result = vector_gemm.product(rows_NH, first, ends_Q, self._first_bias, self._fused)
-        if self._fused is None:
-            result = self._activate(result)
-        result = vector_gemm.product(result, down, ends_Q, self._down_bias)
-        return result if self._post_norm is None else self._post_norm(result)
 
 
 class BatchInvariantGemm(GroupedGemm):
@@ -163,9 +162,16 @@ def torch_matmul(weight: Weight) -> Matmul:
     return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
 
-def _fits_vectors(weight: Weight) -> bool:
-    """Where the checkpoint has [in, out], rows of the turned matrix aren't contiguous, and don't fit."""
-    return not isinstance(weight, PackedWeight) and vector_gemm.fits(weight.transpose(-2, -1))
+def _vector_product(weight: Weight, batch_invariant: bool) -> VectorProduct | None:
+    """The product with a weight by compiled loops; None if they don't take it."""
+    if isinstance(weight, PackedWeight):
+        on_host = weight.device.type in ("cpu", "meta")
+        suited = on_host and suits(weight.matrix.forms, weight.dtype)
+        return PackedProduct(weight, exact=batch_invariant) if suited else None
+    turned = weight.transpose(-2, -1)  # where the checkpoint has [in, out], its rows aren't contiguous, and don't fit
+    if not vector_gemm.fits(turned):
+        return None
+    return lambda rows, ends, bias, activation: vector_gemm.product(rows, turned, ends, bias, activation)
 
 
 def _fused_activation(module: Any) -> str | None:

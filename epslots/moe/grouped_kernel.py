@@ -4,7 +4,7 @@ torch's own is fast for bf16 on some GPUs alone (``product_choice.py``); elsewhe
 slots. Here ``list_tiles`` lists the blocks of rows of the slots that have any, and ``multiply`` computes the listed blocks,
 reading the slots in place. Both launch the same grids for any routing, and never ask the host: they can be captured.
 
-``_weight_tile`` is the one place that reads weights. Tests hold the kernels to ``TorchProducts`` by Triton's interpreter, and
+``packed_kernel.py`` does the same with packed slots. Tests hold the kernels to ``TorchProducts`` by Triton's interpreter, and
 compile them for GPUs; no test of the project runs them on one.
 
 Legend of shape suffixes: N rows, I inputs, O outputs, Q slots, T tiles at most; M, K, C: rows, inputs and outputs of a block.
@@ -18,13 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from epslots.cache.unpacking import Weight
 from epslots.moe.kernel_gemm import Gate, Tiles, tile_rows, tiles_at_most
+from epslots.moe.kernel_parts import FEW_ROWS, gated
+from epslots.moe.packed_kernel import multiply_packed
+
 
 # Bytes of inputs that a block takes at a time, and outputs of a block for few rows (bound by memory) and for many. A gated
 # block has as many outputs again. All stages of a loop together fit into the 99 KiB of shared memory of consumers' GPUs.
-_FEW_ROWS = 16
-
-
 class _Block(NamedTuple):
     """How a block is computed: bytes of a row at a time, outputs, stages of the loop."""
 
@@ -67,22 +68,9 @@ def _list_tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _weight_tile(weight, slot, input_K, output_C, inside, slot_stride, in_stride, out_stride):  # type: ignore[no-untyped-def]
-    """A slot's weights [K, C] as the product takes them, zeros outside. Weights in another form are unpacked here."""
+    """A slot's weights [K, C], zeros outside."""
     place_KC = input_K[:, None] * in_stride + output_C[None, :] * out_stride
     return tl.load(weight + slot * slot_stride + place_KC, mask=inside, other=0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _activated(gate, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The activation of float32 values; ``Gate.activation`` names it."""
-    if ACTIVATION == "silu":
-        value = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:  # gelu_tanh, by tanh(x) = 2 sigmoid(2 x) - 1
-        cubic = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        value = gate / (1.0 + tl.exp(-2.0 * cubic))
-    return value
 
 
 @triton.jit(do_not_specialize=["bias_stride"])  # type: ignore[untyped-decorator]
@@ -143,9 +131,8 @@ def _multiply(  # type: ignore[no-untyped-def]
         sum_MC += tl.load(bias + output_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION != "":
             other_MC += tl.load(bias + outputs + output_C, mask=real_C, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "":  # rounded where torch would round
-        gated_MC = _activated(sum_MC.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
-        sum_MC = gated_MC * other_MC.to(dtype).to(tl.float32)
+    if ACTIVATION != "":
+        sum_MC = gated(sum_MC, other_MC, dtype, ACTIVATION)
     place_MC = row_M[:, None].to(tl.int64) * outputs + output_C[None, :]
     tl.store(result + place_MC, sum_MC.to(dtype), mask=real_M[:, None] & real_C[None, :])
 
@@ -164,14 +151,16 @@ class TritonProducts:
     def multiply(
         self,
         rows_NI: torch.Tensor,
-        weight_QIO: torch.Tensor,
+        weight_QIO: Weight,
         bias_QO: torch.Tensor | None,
         tiles: Tiles,
         gate: Gate | None = None,
     ) -> torch.Tensor:
+        if not isinstance(weight_QIO, torch.Tensor):
+            return multiply_packed(rows_NI, weight_QIO, bias_QO, tiles, gate)
         _, inputs, outputs = weight_QIO.shape
         outputs = outputs if gate is None else outputs // 2
-        block = _FEW if tiles.size <= _FEW_ROWS else _MANY
+        block = _FEW if tiles.size <= FEW_ROWS else _MANY
         columns = block.outputs if gate is None else block.outputs // 2
         result_NO = rows_NI.new_empty(rows_NI.shape[0], outputs)
         _multiply[(triton.cdiv(outputs, columns), tiles.slot_T.shape[0])](

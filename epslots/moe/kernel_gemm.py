@@ -93,7 +93,7 @@ class Products(Protocol):
     def multiply(
         self,
         rows_NI: torch.Tensor,
-        weight_QIO: torch.Tensor,
+        weight_QIO: Weight,
         bias_QO: torch.Tensor | None,
         tiles: Tiles,
         gate: Gate | None = None,
@@ -102,7 +102,7 @@ class Products(Protocol):
 
         Args:
             rows_NI: in the weights' dtype (fp32, bf16 or fp16); each row contiguous.
-            weight_QIO: in place, by any strides.
+            weight_QIO: in place, by any strides; or packed.
         """
         ...
 
@@ -126,7 +126,7 @@ class TorchProducts:
     def multiply(
         self,
         rows_NI: torch.Tensor,
-        weight_QIO: torch.Tensor,
+        weight_QIO: Weight,
         bias_QO: torch.Tensor | None,
         tiles: Tiles,
         gate: Gate | None = None,
@@ -135,10 +135,13 @@ class TorchProducts:
         if bias_QO is not None:
             slot_N = torch.searchsorted(tiles.ends_Q, torch.arange(len(rows_NI), dtype=torch.int32), right=True)
             result_NO += bias_QO[slot_N.clamp(max=len(bias_QO) - 1)]
-        if gate is None:
-            return result_NO
-        first_NO, other_NO = result_NO.chunk(2, -1)
-        return _ACTIVATED[gate.activation](first_NO) * other_NO
+        return result_NO if gate is None else activated(result_NO, gate)
+
+
+def activated(result_NO: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """The gated half of a product's results, by torch's operations."""
+    first_NO, other_NO = result_NO.chunk(2, -1)
+    return _ACTIVATED[gate.activation](first_NO) * other_NO
 
 
 _ACTIVATED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -161,7 +164,6 @@ class KernelGemm(GroupedGemm):
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         multiply, tiles = self._products.multiply, self._products.list_tiles(ends_Q, rows_NH.shape[0])
-        assert isinstance(self._first, torch.Tensor) and isinstance(self._down, torch.Tensor), "none is packed"
         inner_NI = multiply(rows_NH.to(self.dtype).contiguous(), self._first, self._first_bias, tiles, self._gate)
         if self._gate is None:
             inner_NI = self._activate(inner_NI).contiguous()

@@ -1,203 +1,179 @@
-"""Grouped products with packed matrices on the CPU: codes are read where they lie, at most a few bytes for a weight.
+"""Grouped products with packed matrices on the CPU: codes are read where they lie, and unpacked a pair of rows after another.
 
-    weight = row * group * (code - zero), in float32
+    weight = round((code - zero) * (group * row))
 
-Products with one row or a few are as fast as codes are read and turned into floats; with more, unpack first (``is_faster``).
-``unpacked`` is the twin in torch.
+Many rows have the bits that they have with unpacked slots (``vector_gemm.product``), unless columns are permuted: the same
+loops multiply, and what they read is in a core's cache. For a few rows, codes are multiplied as they are, in pairs of bfloat16
+numbers, and the sums of blocks scaled: only results are rounded. ``cache/unpacking.py`` is the twin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from epslots.moe.code_kinds import (
-    E2M1,
-    E4M3,
-    INT4,
-    INT8,
-    KINDS,
-    NO_SCALE,
-    RUN,
-    SCALE_BFLOAT16,
-    SCALE_E4M3,
-    SCALE_E8M0,
-    SCALE_FLOAT16,
-    SCALE_FLOAT32,
-)
+from epslots.cache.unpacking import PackedWeight, Parts
+from epslots.layout import ITEM_BYTES, NIBBLES, PACKED_ITEM_BYTES, PackedForm
+from epslots.moe import code_kinds as kinds
+from epslots.moe.code_kinds import KINDS, RUN
+from epslots.moe.packed_tiles import tiled_rows
 from epslots.moe.vector_code import LANES
-from epslots.moe.vector_gemm import SlotMatrices, compute
+from epslots.moe.vector_gemm import RowBytes, SlotMatrices, compute, least_columns
 
-_KINDS = {"e4m3": E4M3, "int8": INT8, "int4": INT4, "e2m1": E2M1}
+_KINDS = {"e4m3": kinds.E4M3, "int8": kinds.INT8, "int4": kinds.INT4, "e2m1": kinds.E2M1}
 _SCALES = {
-    torch.float32: SCALE_FLOAT32,
-    torch.bfloat16: SCALE_BFLOAT16,
-    torch.float16: SCALE_FLOAT16,
-    torch.float8_e4m3fn: SCALE_E4M3,
-    torch.uint8: SCALE_E8M0,
+    None: kinds.NO_SCALE,
+    "float32": kinds.SCALE_FLOAT32,
+    "bfloat16": kinds.SCALE_BFLOAT16,
+    "float16": kinds.SCALE_FLOAT16,
+    "float8_e4m3fn": kinds.SCALE_E4M3,
+    "uint8": kinds.SCALE_E8M0,
 }
-# Rows of a slot up to which codes are multiplied sooner than unpacked.
-_MOST_ROWS = 4
 # What every job of a kind points to: its factor and its middle; and the row scale of matrices that have none.
 _CONSTANTS = {number: torch.tensor([kind.factor, kind.middle]) for number, kind in KINDS.items()}
 _ONE = torch.ones(1)
-# E2M1's numbers by code.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_ACTIVATED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+}
 
 
-class Codes(NamedTuple):
-    """A packed matrix [M, K] of each of Q slots, as the tensors of a record hold it; slots may lie any bytes apart.
-
-    Attributes:
-        kind: "e4m3", "int8", "int4" (0 to 15) or "e2m1".
-        codes: [Q, M, K], one byte each; nibbles: uint8 [Q, M, K' / 2], K' = K padded to 32, where columns j and j + 16 of
-            each 32 share a byte, j in the low half.
-        columns: K.
-        group: [Q, block rows, block columns] float32, bfloat16, float16, float8_e4m3fn, or uint8: exponents of two, biased
-            by 127.
-        block: rows and columns that share a scale and a zero; the last block of each may be cut short.
-        zero: uint8, in the shape of ``group``; int4 without it has 8.
-        row: float32 [Q, M].
-        perm: int32 [Q, K]: column j reads input ``perm[j]``.
-    """
-
-    kind: str
-    codes: torch.Tensor
-    columns: int
-    group: torch.Tensor | None = None
-    block: tuple[int, int] = (1, 1)
-    zero: torch.Tensor | None = None
-    row: torch.Tensor | None = None
-    perm: torch.Tensor | None = None
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Columns of a block, and how many blocks a row has."""
-        if self.group is None and self.zero is None:
-            return self.padded, 1
-        width = min(self.block[1], self.padded) if self.block[1] >= self.columns else self.block[1]
-        return (self.padded, 1) if width >= self.columns else (width, -(-self.columns // width))
-
-    @property
-    def padded(self) -> int:
-        """Columns of the codes with their padding."""
-        return 2 * self.codes.shape[2] if KINDS[_KINDS[self.kind]].nibbles else self.codes.shape[2]
+def suits(forms: Sequence[PackedForm], dtype: torch.dtype) -> bool:
+    """Whether products with a matrix of these forms can be computed here, in ``dtype``."""
+    least = least_columns(dtype)
+    return least is not None and all(form.columns >= least and _suits(form) for form in forms)
 
 
-def unpacked(matrix: Codes) -> torch.Tensor:
-    """The weights, float32 [Q, M, K] in the order of the inputs."""
-    codes = matrix.codes
-    if matrix.kind in ("int4", "e2m1"):
-        pairs = codes.unflatten(2, (-1, LANES))
-        values = torch.stack((pairs & 15, pairs >> 4), 3).flatten(2).int()
-        values = torch.tensor([*_E2M1, *(-v for v in _E2M1)])[values] if matrix.kind == "e2m1" else values.float()
-    else:
-        values = codes.float()
-    values = values[:, :, : matrix.columns]
-    rows = torch.arange(codes.shape[1]) // matrix.block[0]
-    columns = torch.arange(matrix.columns) // matrix.block[1]
-    if matrix.zero is not None:
-        values = values - matrix.zero.float()[:, rows][:, :, columns]
-    elif matrix.kind == "int4":
-        values = values - KINDS[INT4].middle
-    if matrix.group is not None:
-        scales = matrix.group
-        scales = torch.exp2(scales.double() - 127).float() if scales.dtype is torch.uint8 else scales.float()
-        scales = scales[:, rows][:, :, columns]
-        values = values * (scales if matrix.row is None else scales * matrix.row[:, :, None])
-    elif matrix.row is not None:
-        values = values * matrix.row[:, :, None]
-    if matrix.perm is None:
-        return values
-    return torch.empty_like(values).scatter_(2, matrix.perm.long()[:, None].expand_as(values), values)
+def _suits(form: PackedForm) -> bool:
+    width, blocks = _blocks(form)
+    stored = _stored_columns(form)
+    whole = form.rows % 2 == 0 and form.rows >= 2 * LANES and stored % RUN == 0 and (width % RUN == 0 or width == LANES)
+    known = form.kind in _KINDS and form.group in _SCALES
+    return known and whole and blocks * width >= stored  # the padding, too, belongs to a block
 
 
-def fits(matrices: Sequence[Codes]) -> bool:
-    """Whether products with a matrix, or with two that are joined by their rows, can be computed here."""
-    if len(matrices) not in (1, 2) or any(one.codes.device.type != "cpu" or one.kind not in _KINDS for one in matrices):
-        return False
-    first = matrices[0]
-    width, blocks = first.blocks
-    outer = sum(one.codes.shape[1] for one in matrices)
-    whole = outer % 2 == 0 and outer >= 2 * LANES and first.padded % RUN == 0 and (width % RUN == 0 or width == LANES)
-    covered = blocks * width >= first.padded  # the padding too belongs to a block
-    return whole and covered and all(_is_like(one, first) and _lies_well(one) for one in matrices)
+def _stored_columns(form: PackedForm) -> int:
+    """Columns of the codes with their padding."""
+    codes, _ = form.tensors["codes"]
+    return codes[1] * (2 if form.kind in NIBBLES else 1)
 
 
-def _is_like(one: Codes, other: Codes) -> bool:
-    """Whether two matrices differ in nothing but numbers."""
-    if (one.kind, one.block, one.columns) != (other.kind, other.block, other.columns) or one.perm is not other.perm:
-        return False
-    pairs = zip((one.codes, one.group, one.zero, one.row), (other.codes, other.group, other.zero, other.row), strict=True)
-    return all(_facts(a) == _facts(b) for a, b in pairs)
+def _blocks(form: PackedForm) -> tuple[int, int]:
+    """Columns of a block, and how many blocks a row has."""
+    stored = _stored_columns(form)
+    if (form.group is None and not form.zero) or form.block[1] >= form.columns:
+        return stored, 1
+    return form.block[1], -(-form.columns // form.block[1])
 
 
-def _facts(tensor: torch.Tensor | None) -> object:
-    return tensor if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
+class _Piece(NamedTuple):
+    """A form of a matrix, or two that are joined by their rows."""
+
+    matrices: SlotMatrices
+    weights: RowBytes
+    perm: torch.Tensor | None
 
 
-def _lies_well(one: Codes) -> bool:
-    tensors = [tensor for tensor in (one.codes, one.group, one.zero, one.row) if tensor is not None]
-    return all(tensor[0].is_contiguous() for tensor in tensors) and (one.group is None or one.group.dtype in _SCALES)
-
-
-def is_faster(rows: int, slots: int) -> bool:
-    """Whether so many rows of so many slots are multiplied with codes sooner than with what they are unpacked to."""
-    return rows <= _MOST_ROWS * slots
-
-
-def product_of_codes(
-    rows_NK: torch.Tensor,
-    matrices: Sequence[Codes],
-    ends_Q: torch.Tensor | None,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-) -> torch.Tensor:
-    """``vector_gemm.product`` with packed matrices, in the rows' dtype.
+class PackedProduct:
+    """``vector_gemm.product`` with one packed matrix of several slots.
 
     Args:
-        rows_NK: bfloat16 or float32.
-        matrices: one, or two that are joined by their rows, for which ``fits``; with a permutation, both have the same.
+        weight: on the CPU, or without memory; its forms ``suits`` its dtype.
+        exact: whether a slot's few rows, too, are multiplied with rounded weights, as many are.
     """
-    one = matrices[0]
-    if one.perm is not None:
-        rows_NK = rows_NK.gather(1, one.perm[_slots(ends_Q, len(rows_NK), len(one.codes))].long())
-    inputs = torch.zeros(len(rows_NK), one.padded)
-    inputs[:, : one.columns] = rows_NK
-    return compute(inputs, _matrix(matrices), ends_Q, bias, activation, rows_NK.dtype)
+
+    def __init__(self, weight: PackedWeight, *, exact: bool = False) -> None:
+        self._weight = weight
+        self._pieces = list(_pieces(weight, exact=exact))
+
+    def __call__(
+        self,
+        rows_NK: torch.Tensor,
+        ends_Q: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """As of ``vector_gemm.product``; the rows are of the weight's dtype."""
+        if len(self._pieces) == 1:
+            return _multiply(self._pieces[0], rows_NK, ends_Q, bias, activation)
+        results, first = [], 0
+        for piece in self._pieces:
+            end = first + piece.matrices.outer
+            results.append(_multiply(piece, rows_NK, ends_Q, None if bias is None else bias[:, first:end], None))
+            first = end
+        result = torch.cat(results, 1)
+        if activation is None:
+            return result
+        gate, up = result.chunk(2, 1)
+        return _ACTIVATED[activation](gate) * up
+
+
+def _multiply(
+    piece: _Piece, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None
+) -> torch.Tensor:
+    if piece.perm is not None:
+        rows_NK = rows_NK.gather(1, piece.perm[_slots(ends_Q, len(rows_NK), piece.matrices.slots)].long())
+    return compute(rows_NK, piece.matrices, piece.weights, ends_Q, bias, activation)
 
 
 def _slots(ends_Q: torch.Tensor | None, rows: int, slots: int) -> torch.Tensor:
+    """The slot of each row; of rows past the last end, any."""
     if ends_Q is None:
         return torch.zeros(rows, dtype=torch.int64)
     return torch.searchsorted(ends_Q, torch.arange(rows, dtype=torch.int32), right=True).clamp_(max=slots - 1)
 
 
-def _matrix(matrices: Sequence[Codes]) -> SlotMatrices:
-    first, last = matrices[0], matrices[-1]
-    slots, rows, stored = first.codes.shape
-    joined, kind = len(matrices) == 2, _KINDS[first.kind]
-    pairs = rows if joined else rows // 2
-    width, blocks = first.blocks
+def _pieces(weight: PackedWeight, *, exact: bool) -> Iterator[_Piece]:
+    forms, parts = weight.matrix.forms, weight.parts
+    if len(forms) == 2 and forms[0] == forms[1] and not forms[0].perm:
+        yield _piece(forms[0], parts, weight.dtype, exact=exact)
+        return
+    for form, own in zip(forms, parts, strict=True):
+        yield _piece(form, [own], weight.dtype, exact=exact)
+
+
+def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, *, exact: bool) -> _Piece:
+    """The halves of a matrix: two forms that are alike, or both halves of one form's rows."""
+    first, last = parts[0], parts[-1]
+    codes, kind, joined = first["codes"], _KINDS[form.kind], len(parts) == 2
+    assert all(part[0].is_contiguous() for own in parts for part in own.values()), "tensors of a record"
+    pairs = form.rows if joined else form.rows // 2
+    (width, blocks), stored = _blocks(form), _stored_columns(form)
+    row_bytes = codes.shape[2]
+    far = last["codes"].data_ptr() - codes.data_ptr() if joined else pairs * row_bytes
+    tiles = dtype is torch.bfloat16 and stored == form.columns and not exact
     fields = (
-        *(kind, first.padded, blocks, max(RUN, width), int(width == LANES)),
         *(
-            first.block[0],
-            *((NO_SCALE, 0) if first.group is None else (_SCALES[first.group.dtype], first.group.element_size())),
+            kind,
+            tiled_rows(kind) if tiles else 0,
+            row_bytes,
+            far,
+            stored,
+            blocks,
+            max(RUN, width),
+            int(width == LANES),
+            form.block[0],
         ),
-        _CONSTANTS[kind].data_ptr(),
-        *(_address(one.group) for one in (first, last)),
-        *(_address(one.zero) for one in (first, last)),
-        *(_address(_ONE if one.row is None else one.row) for one in (first, last)),
+        *(_SCALES[form.group], 0 if form.group is None else _item_bytes(form.group), _CONSTANTS[kind].data_ptr()),
+        *(_address(own.get("group")) for own in (first, last)),
+        *(_address(own.get("zero")) for own in (first, last)),
+        *(_address(own.get("row", _ONE)) for own in (first, last)),
         *(0, 0 if joined else pairs),
-        *(_slot_bytes(tensor) for tensor in (first.group, first.zero, first.row)),
+        *(_slot_bytes(first.get(name)) for name in ("group", "zero", "row")),
     )
-    far = last.codes.data_ptr() - first.codes.data_ptr() if joined else pairs * stored
-    return SlotMatrices(
-        slots, 2 * pairs, first.padded, first.codes.data_ptr(), first.codes.stride(0), stored, far, fields, 4 * 4 * blocks
+    unpacked = stored * dtype.itemsize
+    return _Piece(
+        SlotMatrices(len(codes), 2 * pairs, form.columns, codes.data_ptr(), codes.stride(0), fields, 4 * 4 * blocks),
+        RowBytes(2 * unpacked, unpacked, 2 * unpacked),
+        first.get("perm"),
     )
+
+
+def _item_bytes(dtype: str) -> int:
+    return ITEM_BYTES.get(dtype) or PACKED_ITEM_BYTES[dtype]
 
 
 def _address(tensor: torch.Tensor | None) -> int:

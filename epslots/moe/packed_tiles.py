@@ -1,126 +1,170 @@
-"""The inner loops of products with packed matrices: ``product_tiles.py`` for codes and scales (``code_kinds.py``).
+"""The inner loops of products with packed matrices (``code_kinds.py``): one unpacks a row, for products that read it then.
 
-A row's scales and zeros are written down first, as two floats a block of columns: ``weight = code * scale + shift``. Then a
-tile multiplies inputs in float32 with one row of codes of each half of a matrix.
+Another multiplies bfloat16 inputs with codes, and the sums of a block with its scale: for a row or two that takes half of the
+time, on processors that multiply pairs of bfloat16 numbers. Weights aren't rounded there.
+
+A row's scales and zeros are written down first, as two floats a block of columns.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba.extending import intrinsic
 
 from epslots.moe import vector_code as code
 from epslots.moe.code_kinds import KINDS, RUN, SCALES, CodeKind
 from epslots.moe.product_tiles import emits, for_each, looped
-from epslots.moe.vector_code import F32, I8, I64, LANES, Value
+from epslots.moe.vector_code import F32, I8, I32, I64, LANES, Value
+from epslots.moe.weight_forms import FORMS, BFloat16PairForm, WeightForm
 
 
 @for_each(SCALES)
 def _write_scales(b: Any, lanes: int, zeroed: int, read_scales: Any, *args: Value) -> None:
-    scales, zeros, row_scale, constants, out, out_shifts = args
+    scales, zeros, row_scale, constants, out, out_zeros = args
     factor, middle = (code.splat(b, code.load(b, b.add(constants, I64(4 * i)), F32), lanes) for i in range(2))
     scale = b.fmul(read_scales(b, scales, lanes), code.splat(b, code.load(b, row_scale, F32), lanes))
     zero = middle
     if zeroed:
         zero = b.uitofp(code.load(b, zeros, code.vector(I8, lanes)), code.vector(F32, lanes))
     code.store(b, b.fmul(scale, factor), out, 4)
-    code.store(b, b.fneg(b.fmul(zero, scale)), out_shifts, 4)
+    code.store(b, zero, out_zeros, 4)
 
 
 @intrinsic(prefer_literal=True)
-def write_scales(context, lanes, zeroed, kind, scales, zeros, row_scale, constants, out, out_shifts):  # type: ignore[no-untyped-def]
-    """The scales and shifts of ``lanes`` neighbouring blocks of a row.
+def write_scales(context, lanes, zeroed, kind, scales, zeros, row_scale, constants, out, out_zeros):  # type: ignore[no-untyped-def]
+    """The scales and zeros of ``lanes`` neighbouring blocks of a row.
 
     Args:
         zeroed: whether blocks have zeros, uint8; a constant, as ``lanes`` is.
         kind: of the scales, a number of ``SCALES``.
         row_scale: a float32 that all scales are multiplied with.
         constants: two float32, the kind of codes' factor and its middle.
-        out, out_shifts: float32.
+        out, out_zeros: float32.
     """
-    given = lanes, zeroed, kind, scales, zeros, row_scale, constants, out, out_shifts
+    given = lanes, zeroed, kind, scales, zeros, row_scale, constants, out, out_zeros
     return emits(_write_scales, *given, constants=2)
 
 
 @for_each(KINDS)
-def _codes_tile(b: Any, rows: int, halved: int, kind: CodeKind, *args: Value) -> None:
-    first, second, scales, scales_far, shifts, width, inputs, row_stride, out, out_stride, out_far, inner = args
-    codes = [first, second]
-    starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
+@for_each(FORMS)
+def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Value) -> None:
+    codes, ahead, scales, zeros, width, columns, out = args
 
-    def block(position: Value, *totals: Value) -> list[Value]:
-        number = b.udiv(position, width)
-        factors = [
-            [_factors(b, b.add(scales, far), shifts, number, part if halved else None) for part in range(2)]
-            for far in (I64(0), scales_far)
-        ]
+    def block(position: Value, scale: Value) -> list[Value]:
+        places = [b.add(scale, I64(4 * half * halved)) for half in range(2)]
+        factors = [code.splat(b, code.load(b, place, F32, 4)) for place in places]
+        middles = [code.splat(b, code.load(b, b.add(place, zeros), F32, 4)) for place in places]
+        table: Any = None
+        if kind.table is not None:
+            table = form.make_table(b, [b.fmul(kind.table(b, middles[half]), factors[half]) for half in range(2)])
 
-        def run(column: Value, *sums: Value) -> list[Value]:
-            results = list(sums)  # of each row, half of the matrix, and half of a run: so that no sum waits for another
-            place = b.lshr(column, I64(1)) if kind.nibbles else column
-            numbers = [kind.read(b, b.add(start, place)) for start in codes]
-            for part in range(2):
-                at = b.add(column, I64(part * LANES))
-                x = [code.load(b, code.offset(b, start, at, 4), code.vector(F32)) for start in starts_x]
-                for side in range(2):
-                    weight = code.fma(b, numbers[side][part], *factors[side][part])
-                    for row in range(rows):
-                        which = 4 * row + 2 * side + part
-                        results[which] = code.fma(b, weight, x[row], results[which])
-            return results
+        def run(column: Value) -> list[Value]:
+            stored = b.add(codes, b.lshr(column, I64(1)) if kind.nibbles else column)
+            code.prefetch(b, b.add(stored, ahead))
+            if table is not None:
+                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.weight_bytes))
+                return []
+            numbers = [kind.read(b, stored, middles[half * halved])[half] for half in range(2)]
+            values = [b.fmul(*each) for each in zip(numbers, factors, strict=True)]
+            form.store_weights(b, values, code.offset(b, out, column, form.weight_bytes))
+            return []
 
         end = b.add(position, width)
-        last = b.select(b.icmp_unsigned("<", end, inner), end, inner)
-        return looped(b, position, I64(RUN), last, list(totals), run)
+        looped(b, position, I64(RUN), b.select(b.icmp_unsigned("<", end, columns), end, columns), [], run)
+        return [b.add(scale, I64(4 << halved))]
 
-    totals = looped(b, I64(0), width, inner, [code.constant(F32, 0.0)] * (4 * rows), block, whole=False)
-    merged = [b.fadd(totals[i], totals[i + 1]) for i in range(0, len(totals), 2)]
-    for i, total in enumerate(code.sums_across(b, merged)):
-        place = code.offset(b, out, I64(i // 2), out_stride)
-        code.store(b, total, b.add(place, out_far) if i % 2 else place, 4)
-
-
-def _factors(b: Any, scales: Value, shifts: Value, number: Value, half: int | None) -> list[Value]:
-    """Scale and shift of a block; ``half``: of one of the two blocks in a run."""
-    which = number if half is None else b.add(b.mul(number, I64(2)), I64(half))
-    at = code.offset(b, scales, which, 4)
-    return [code.splat(b, code.load(b, place, F32, 4)) for place in (at, b.add(at, shifts))]
+    looped(b, I64(0), width, columns, [scales], block, whole=False)
 
 
 @intrinsic(prefer_literal=True)
-def codes_tile(  # type: ignore[no-untyped-def]
-    context,
-    rows,
-    halved,
-    kind,
-    first,
-    second,
-    scales,
-    scales_far,
-    shifts,
-    width,
-    inputs,
-    row_stride,
-    out,
-    out_stride,
-    out_far,
-    inner,
-):
-    """Products of ``rows`` inputs, a constant, with one row of codes of each half of a matrix.
+def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, columns, out):  # type: ignore[no-untyped-def]
+    """Write the weights of a row of codes, while the codes ``ahead`` bytes further on come from memory.
 
     Args:
         halved: 1 = blocks have 16 columns, two are in a run; ``width`` is that of a run then. A constant.
         kind: of the codes, a number of ``KINDS``.
-        first, second: the rows of codes.
-        scales: of the first row's blocks, float32; the second row's lie ``scales_far`` behind, shifts ``shifts`` bytes.
+        form: of the weights, a number of ``FORMS``.
+        scales: of the row's blocks, float32; their zeros lie ``zeros`` bytes behind.
         width: columns of a block, a multiple of a run.
-        inputs: float32, zeros beyond the matrix's columns.
-        inner: columns, a multiple of a run.
+        columns: of the row with its padding, a multiple of a run.
+    """
+    return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, out, constants=1)
+
+
+_MOST_ROWS = max(kind.few for kind in KINDS.values()) if code.host_has("avx512bf16") else 0
+
+
+def tiled_rows(kind: int) -> int:
+    """Inputs up to which ``codes_tile`` multiplies them with codes of a kind; 0 = none."""
+    return min(_MOST_ROWS, KINDS[kind].few)
+
+
+@for_each({rows: rows for rows in range(1, _MOST_ROWS + 1)})
+@for_each(KINDS)
+def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) -> None:
+    if rows > kind.few:
+        return
+    codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far = args
+    form, starts = BFloat16PairForm(), [codes, b.add(codes, far)]
+    starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
+    scales_far = b.mul(zeros, I64(2))
+
+    def block(position: Value, scale: Value, *totals: Value) -> list[Value]:
+        places = [[b.add(b.add(scale, far), I64(4 * half * halved)) for half in range(2)] for far in (I64(0), scales_far)]
+        tables = [_table_of(b, form, kind, [b.add(place, zeros) for place in side]) for side in places]
+
+        def run(column: Value, *sums: Value) -> list[Value]:
+            results = list(sums)
+            x = [form.inputs(b, code.offset(b, start, column, form.row_bytes)) for start in starts_x]
+            for side in range(2):
+                stored = b.add(starts[side], b.lshr(column, I64(1)) if kind.nibbles else column)
+                code.prefetch(b, b.add(stored, ahead))
+                words = [form.looked_up(b, tables[side], stored)] if kind.words is None else kind.words(b, stored)
+                for row in range(rows):
+                    for word in words:
+                        results[2 * row + side] = form.multiply(b, word, x[row], results[2 * row + side])
+            return results
+
+        end, nothing = b.add(position, width), [code.constant(F32, 0.0)] * (2 * rows)
+        last = b.select(b.icmp_unsigned("<", end, columns), end, columns)
+        sums = looped(b, position, I64(RUN), last, nothing, run)
+        factors = [_factor_of(b, side) for side in places]
+        return [b.add(scale, I64(4 << halved)), *(code.fma(b, one, factors[i % 2], totals[i]) for i, one in enumerate(sums))]
+
+    _, *sums = looped(b, I64(0), width, columns, [scales, *[code.constant(F32, 0.0)] * (2 * rows)], block, whole=False)
+    for i, total in enumerate(code.sums_across(b, sums)):
+        place = code.offset(b, out, I64(i // 2), out_stride)
+        code.store(b, total, b.add(place, out_far) if i % 2 else place, 4)
+
+
+def _table_of(b: Any, form: BFloat16PairForm, kind: CodeKind, zeros: list[Value]) -> Any:
+    """What codes of both halves of a run are looked up in; None if they aren't."""
+    if kind.table is None:
+        return None
+    return form.make_table(b, [kind.table(b, code.splat(b, code.load(b, zero, F32, 4))) for zero in zeros])
+
+
+def _factor_of(b: Any, scales: list[Value]) -> Value:
+    """The scale of each lane of a run's sums: the first half's lanes hold the first half of its columns."""
+    first, second = (code.splat(b, code.load(b, scale, F32, 4)) for scale in scales)
+    half = LANES // 2
+    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(half), *range(LANES + half, 2 * LANES)]))
+
+
+@intrinsic(prefer_literal=True)
+def codes_tile(  # type: ignore[no-untyped-def]
+    context, halved, rows, kind, codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far
+):
+    """Products of bfloat16 inputs with one row of codes of each half of a matrix.
+
+    Args:
+        halved, kind, ahead, zeros, width, columns: as of ``unpack_row``.
+        rows: inputs, up to ``tiled_rows`` of the kind.
+        codes: the first half's row; the second's lies ``far`` behind.
+        scales: of the first row's blocks; the second's lie behind the zeros.
         out: as ``multiply_tile`` has it.
     """
-    given = (
-        *(rows, halved, kind, first, second, scales, scales_far, shifts, width, inputs, row_stride),
-        *(out, out_stride, out_far, inner),
-    )
-    return emits(_codes_tile, *given, constants=2)
+    given = halved, rows, kind, codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far
+    return emits(_codes_tile, *given, constants=1)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from epslots.cache.slot_pool import slot_weights
-from epslots.cache.unpacking import PackedWeight, Weight
+from epslots.cache.unpacking import Weight
 from epslots.layout import LayerSpec
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm, matrices, suits_torch
 from epslots.moe.kernel_gemm import KernelGemm, Products
+from epslots.moe.packed_gemm import has_packed_kernel
 
 _TORCH_MAJORS = (9, 10)
 _TORCH_GROUPS = 1024
@@ -29,9 +30,10 @@ class Product(Enum):
     """An implementation of grouped products."""
 
     TORCH = "torch's"
+    """Or on a CPU, where ``GroupedGemm`` prefers them, compiled loops."""
     KERNEL = "our kernel"
     BY_SLOT = "a loop on the host"
-    """Slot by slot: batch-invariant, packed, or where neither of the others can; on CUDA it waits for the device."""
+    """Slot by slot: batch-invariant, or where neither of the others can; on CUDA it waits for the device."""
 
 
 def choose_product(weights: Sequence[Weight], *, batch_invariant: bool = False, device: torch.device | None = None) -> Product:
@@ -42,17 +44,20 @@ def choose_product(weights: Sequence[Weight], *, batch_invariant: bool = False, 
         batch_invariant: whether each row's bits must be independent of the others.
         device: of the weights, if they aren't there yet.
     """
-    first, down = weights
+    first = weights[0]
     device = device or first.device
-    if batch_invariant or isinstance(first, PackedWeight) or isinstance(down, PackedWeight):
+    if batch_invariant:
         return Product.BY_SLOT
     if device.type != "cuda":
         return Product.TORCH
     major = torch.cuda.get_device_capability(device)[0]
-    has_kernel = major in _TORCH_MAJORS and first.dtype == torch.bfloat16 and len(first) < _TORCH_GROUPS
-    if has_kernel and suits_torch(first) and suits_torch(down):
+    has_kernel = major in _TORCH_MAJORS and first.dtype == torch.bfloat16 and first.shape[0] < _TORCH_GROUPS
+    if has_kernel and all(isinstance(weight, torch.Tensor) and suits_torch(weight) for weight in weights):
         return Product.TORCH
-    if first.dtype in _KERNEL_DTYPES and importlib.util.find_spec("triton") is not None:
+    known = all(
+        isinstance(weight, torch.Tensor) or has_packed_kernel(weight.matrix, weight.dtype, "cuda") for weight in weights
+    )
+    if known and first.dtype in _KERNEL_DTYPES and importlib.util.find_spec("triton") is not None:
         return Product.KERNEL
     return Product.BY_SLOT
 

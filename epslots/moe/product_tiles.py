@@ -1,9 +1,9 @@
 """The inner loops of products of a few rows with a matrix, as functions that compiled code calls.
 
-A matrix [N, K] is read row by row, where it lies, with lanes along K. A tile multiplies up to 4 rows of inputs with two rows
+A matrix [N, K] is read row by row, where it lies, with lanes along K. A tile multiplies some rows of inputs with two rows
 of the matrix that lie far apart: a gate's and that of its ``up``, or those of two distant columns of the output. Two streams
-of reads are what a core's prefetcher follows at the speed of memory; four neighbouring rows took three times as long, and
-larger tiles gained nothing for many rows either (measured on Zen 4).
+of reads are what a core's prefetcher follows at the speed of memory; four neighbouring rows took three times as long (measured
+on Zen 4).
 
 All arguments are addresses, and strides in bytes, unless it says otherwise. ``form`` is a number of ``weight_forms.py``.
 """
@@ -95,6 +95,11 @@ def looped(
     return results
 
 
+# Rows that a tile computes at once. Their sums fill the registers, of which AVX2 has half as many, of half the size.
+ROW_BLOCK = 8 if code.host_has("avx512f") else 2
+
+
+@for_each({rows: rows for rows in range(1, ROW_BLOCK + 1)})
 @for_each(FORMS)
 def _multiply_tile(b: Any, rows: int, form: WeightForm, *args: Value) -> None:
     weights, far, inputs, row_stride, out, out_stride, out_far, inner = args
@@ -129,16 +134,16 @@ def _multiply_tile(b: Any, rows: int, form: WeightForm, *args: Value) -> None:
 
 @intrinsic(prefer_literal=True)
 def multiply_tile(context, rows, form, weights, far, inputs, row_stride, out, out_stride, out_far, inner):  # type: ignore[no-untyped-def]
-    """Products of ``rows`` inputs, a constant, with one row of each half of a matrix.
+    """Products of inputs with one row of each half of a matrix.
 
     Args:
+        rows: inputs, up to ``ROW_BLOCK``.
         weights: the first half's row; the second's lies ``far`` behind.
         inputs: the first input.
         out: float32, the first input's result with the first half; with the second half ``out_far`` behind.
         inner: K, in numbers; at least a run of the form.
     """
-    given = rows, form, weights, far, inputs, row_stride, out, out_stride, out_far, inner
-    return emits(_multiply_tile, *given, constants=1)
+    return emits(_multiply_tile, rows, form, weights, far, inputs, row_stride, out, out_stride, out_far, inner)
 
 
 @for_each(FORMS)

@@ -24,11 +24,17 @@ F32 = ir.FloatType()
 Value = Any  # llvmlite's, which has no type hints
 
 
-class BFloatType(ir.HalfType):
+class BFloatType(ir.Type):
     """LLVM's ``bfloat``, which llvmlite lacks."""
 
-    def __str__(self) -> str:
+    def _to_string(self) -> str:
         return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(BFloatType)
 
 
 BF16 = BFloatType()
@@ -75,6 +81,19 @@ def load(b: Any, address: Value, kind: Any, align: int = 1) -> Value:
 def store(b: Any, value: Value, address: Value, align: int = 1) -> None:
     """Write to an address."""
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def look_up_words(b: Any, table: Value, indices: Value) -> Value:
+    """Of 32 words the one whose number the lowest five bits of each of 32 indices are (AVX512-BW)."""
+    kinds = [vector(I16, 2 * LANES)] * 2
+    return b.call(intrinsic_of(b, "llvm.x86.avx512.permvar.hi.512", kinds[0], kinds), [table, indices])
+
+
+def prefetch(b: Any, address: Value) -> None:
+    """Let what lies at an address, if anything does, come into the caches."""
+    kinds = [I8.as_pointer(), I32, I32, I32]
+    function = intrinsic_of(b, "llvm.prefetch.p0", ir.VoidType(), kinds)
+    b.call(function, [b.inttoptr(address, kinds[0]), I32(0), I32(3), I32(1)])
 
 
 def offset(b: Any, address: Value, index: Value, size: int | Value) -> Value:

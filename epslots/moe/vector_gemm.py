@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +35,17 @@ _ALONE_ROWS = 64
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether products with these weights [Q, out, in] can be computed here, by their dtype, shape and strides."""
-    if weight.dtype not in _FORMS or weight.device.type not in ("cpu", "meta") or config.DISABLE_JIT:
+    least = least_columns(weight.dtype)
+    if least is None or weight.device.type not in ("cpu", "meta"):
         return False
     outer, inner = weight.shape[1:]
-    whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= FORMS[_FORMS[weight.dtype]].run
+    whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= least
     return whole and weight.stride()[1:] == (inner, 1)
+
+
+def least_columns(dtype: torch.dtype) -> int | None:
+    """Columns of a matrix at least that is multiplied here in a dtype; None: no matrix is."""
+    return None if dtype not in _FORMS or config.DISABLE_JIT else FORMS[_FORMS[dtype]].run
 
 
 def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
@@ -79,65 +86,81 @@ def product(
         [N, M], or [N, M / 2] after an activation, in the weights' dtype.
     """
     slots, outer, inner = weight.shape
-    size = weight.element_size()
-    matrix = SlotMatrices(
-        slots, outer, inner, weight.data_ptr(), weight.stride(0) * size, inner * size, outer // 2 * inner * size
-    )
-    return compute(rows_NK, matrix, ends_Q, bias, activation, weight.dtype)
+    row = inner * weight.element_size()
+    lies = SlotMatrices(slots, outer, inner, weight.data_ptr(), weight.stride(0) * weight.element_size())
+    return compute(rows_NK, lies, RowBytes(row, outer // 2 * row, 2 * row), ends_Q, bias, activation)
 
 
 class SlotMatrices(NamedTuple):
-    """Where the matrices of Q slots lie, in bytes.
+    """Where the matrices of Q slots lie.
 
     Attributes:
         slots, outer, inner: Q, M and K.
-        address: of the first slot's first row.
-        slot_stride, row_stride: from slot to slot, and from row to row.
-        far: from a row of the first half of a matrix to its fellow in the second.
+        address: of the first slot's first row, of weights or of codes.
+        slot_bytes: from slot to slot.
         codes: the job's fields from ``KIND`` on; (``NO_CODES``,) = weights.
-        scale_bytes: that each thread needs for the scales of a row.
+        scale_bytes: that each thread needs for the scales and zeros of a pair of rows.
     """
 
     slots: int
     outer: int
     inner: int
     address: int
-    slot_stride: int
-    row_stride: int
-    far: int
+    slot_bytes: int
     codes: tuple[int, ...] = (loops.NO_CODES,)
     scale_bytes: int = 0
 
 
+class RowBytes(NamedTuple):
+    """Distances of weights, which may be unpacked ones, in bytes.
+
+    Attributes:
+        stride: from row to row of a half of a matrix.
+        far: from a row of the first half to its fellow in the second.
+        pair: bytes of both.
+    """
+
+    stride: int
+    far: int
+    pair: int
+
+
 def compute(
     rows_NK: torch.Tensor,
-    matrix: SlotMatrices,
+    matrices: SlotMatrices,
+    weights: RowBytes,
     ends_Q: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str | None,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``product`` in ``dtype``, by addresses."""
-    rows_NK = rows_NK.contiguous()
-    out = torch.empty(len(rows_NK), matrix.outer if activation is None else matrix.outer // 2, dtype=dtype)
-    threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES + matrix.scale_bytes
+    """``product`` by addresses, in the rows' dtype."""
+    rows_NK, outer = rows_NK.contiguous(), matrices.outer
+    out = torch.empty(len(rows_NK), outer if activation is None else outer // 2, dtype=rows_NK.dtype)
+    most = max(loops.SMALLEST_CHUNK, min(loops.CHUNK, loops.CHUNK_BYTES // weights.pair))
+    threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES
+    if matrices.scale_bytes:
+        unpacked = max(most, loops.LARGEST_REST) * weights.pair + matrices.scale_bytes
+        thread_bytes += -(-unpacked // _ALIGNMENT) * _ALIGNMENT
     if loops.work.address is None:
         prepare()
     here = _workspace()
-    spans, scratch = here.reserve(matrix.slots, threads * thread_bytes)
+    spans, scratch = here.reserve(matrices.slots, threads * thread_bytes)
     ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
     size = out.element_size()
-    here.job[loops.WORK : loops.KIND] = (
+    here.enter(
         *(loops.work.address, _fork_join(), threads),
-        *(len(rows_NK), rows_NK.data_ptr(), rows_NK.shape[1] * rows_NK.element_size(), out.data_ptr(), out.shape[1] * size),
-        *(matrix.slots, ends, matrix.address, matrix.slot_stride, matrix.row_stride),
+        *(len(rows_NK), rows_NK.data_ptr(), rows_NK.shape[1] * size, out.data_ptr(), out.shape[1] * size),
+        *(matrices.slots, ends, matrices.address, matrices.slot_bytes, weights.stride),
         *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
-        *(matrix.outer // 2, matrix.inner, _ACTIVATIONS[activation], _FORMS[dtype], size, spans, scratch, thread_bytes),
-        matrix.far,
+        *(outer // 2, matrices.inner, _ACTIVATIONS[activation], _FORMS[out.dtype], size, spans, scratch, thread_bytes),
+        *(weights.far, most, *matrices.codes),
     )
-    here.job[loops.KIND : loops.KIND + len(matrix.codes)] = matrix.codes
     loops.launch(here.job_address)
     return out
+
+
+# A job's fields from ``WORK`` on. Those of codes are undefined where there are weights.
+_FIELDS = {count: struct.Struct(f"{count}q") for count in (loops.KIND + 1 - loops.WORK, loops.JOB_FIELDS - loops.WORK)}
 
 
 class _Workspace:
@@ -146,11 +169,15 @@ class _Workspace:
     def __init__(self) -> None:
         memory = np.zeros(loops.JOB_FIELDS + _ALIGNMENT, np.int64)
         skipped = -memory.ctypes.data % _ALIGNMENT // memory.itemsize
-        self.job = memory[skipped : skipped + loops.JOB_FIELDS]
-        self.job_address = self.job.ctypes.data
+        job = memory[skipped : skipped + loops.JOB_FIELDS]
+        self._job, self.job_address = job.data, job.ctypes.data
         # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
-        self.num_rows_address = self.job_address + self.job.itemsize * loops.NUM_ROWS
+        self.num_rows_address = self.job_address + memory.itemsize * loops.NUM_ROWS
         self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def enter(self, *fields: int) -> None:
+        """Fill in the job. In half of the time that numpy takes for a tuple."""
+        _FIELDS[len(fields)].pack_into(self._job, loops.WORK * 8, *fields)
 
     def reserve(self, slots: int, scratch: int) -> tuple[int, int]:
         """Addresses of memory for so many slots' spans, and of so many bytes."""

@@ -2,17 +2,18 @@
 
 A form says how to read a run of a row's weights, a run of the inputs beside them, and how to multiply and add both. Where the
 processor multiplies pairs of bf16 numbers (AVX512-BF16), runs of bf16 are twice as long. To add a form, add a class here, an
-entry in ``FORMS``, and its dtype in ``vector_gemm.py``. Codes with scales have loops of their own (``packed_tiles.py``).
+entry in ``FORMS``, and its dtype in ``vector_gemm.py``. Packed matrices are unpacked to a form first (``packed_tiles.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from llvmlite import ir
 
 from epslots.moe import vector_code as code
-from epslots.moe.vector_code import BF16_PAIRS, F32, I16, I32, LANES, Value
+from epslots.moe.vector_code import BF16, BF16_PAIRS, F32, I8, I16, I32, I64, LANES, Value
 
 BFLOAT16, FLOAT32 = 0, 1
 
@@ -58,6 +59,18 @@ class WeightForm(Protocol):
         """Sixteen neighbouring biases, as floats."""
         ...
 
+    def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
+        """Write two vectors of floats as weights."""
+        ...
+
+    def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
+        """What ``store_looked_up`` takes of the sixteen weights that codes stand for, in the first and in the second half."""
+        ...
+
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+        """Write the 32 weights whose codes of 4 bits lie at an address: the first half's in the low bits of 16 bytes."""
+        ...
+
 
 def _zero_first(b: Any, bits: Value, count: Value, element: Any, lanes: int) -> Value:
     positions = ir.Constant(code.vector(element, lanes), list(range(lanes)))
@@ -88,6 +101,20 @@ class Float32Form:
 
     def store(self, b: Any, x: Value, address: Value) -> None:
         code.store(b, x, address)
+
+    def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
+        for number, half in enumerate(halves):
+            self.store(b, half, b.add(address, I64(number * LANES * self.weight_bytes)))
+
+    def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
+        return halves
+
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I32))
+        indices = stored, b.lshr(stored, code.constant(I32, 4))  # of which four bits count
+        kinds = [code.vector(F32), code.vector(I32)]
+        look_up = code.intrinsic_of(b, "llvm.x86.avx512.permvar.sf.512", kinds[0], kinds)
+        self.store_weights(b, [b.call(look_up, list(each)) for each in zip(table, indices, strict=True)], address)
 
 
 class BFloat16Form(Float32Form):
@@ -125,6 +152,32 @@ class BFloat16PairForm(BFloat16Form):
         kinds = [code.vector(F32), BF16_PAIRS, BF16_PAIRS]
         dot = code.intrinsic_of(b, "llvm.x86.avx512bf16.dpbf16ps.512", kinds[0], kinds)
         return b.call(dot, [total, weights, inputs])
+
+    def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
+        """In an instruction for each. Denormal numbers become zeros, as which ``multiply`` takes them."""
+        for number, half in enumerate(halves):
+            code.store(b, b.fptrunc(half, code.vector(BF16)), b.add(address, I64(2 * LANES * number)))
+
+    def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
+        """The weights of both halves, rounded, in one vector."""
+        rounded = [b.bitcast(b.fptrunc(half, code.vector(BF16)), code.vector(I16)) for half in halves]
+        return _joined(b, *rounded)
+
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+        code.store(b, self.looked_up(b, table, codes), address)
+
+    def looked_up(self, b: Any, table: Any, codes: Value) -> Value:
+        """The same 32 weights in a vector."""
+        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I16))
+        both = _joined(b, stored, b.lshr(stored, code.constant(I16, 4)))
+        second = ir.Constant(code.vector(I16, 2 * LANES), [0] * LANES + [LANES] * LANES)
+        index = b.or_(b.and_(both, code.constant(I16, 15, 2 * LANES)), second)
+        return b.bitcast(code.look_up_words(b, table, index), BF16_PAIRS)
+
+
+def _joined(b: Any, first: Value, second: Value) -> Value:
+    """Two vectors of sixteen lanes as one."""
+    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32, 2 * LANES), list(range(2 * LANES))))
 
 
 FORMS: dict[int, WeightForm] = {

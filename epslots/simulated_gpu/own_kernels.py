@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from epslots.cache.expert_loader import ExpertLoader
+from epslots.cache.unpacking import Weight
 from epslots.cuda_graph.device_slots import DeviceLayer, Missing, TorchKernels
 from epslots.moe.kernel_gemm import Gate, Tiles, TorchProducts, tile_rows, tiles_at_most
 from epslots.moe.pair_kernels import Keys, SortedPairs, TorchPairKernels
@@ -38,7 +39,7 @@ class SimulatedProducts:
     def multiply(
         self,
         rows_NI: torch.Tensor,
-        weight_QIO: torch.Tensor,
+        weight_QIO: Weight,
         bias_QO: torch.Tensor | None,
         tiles: Tiles,
         gate: Gate | None = None,
@@ -46,7 +47,8 @@ class SimulatedProducts:
         with current_machine().computing_kernel():  # the weights that it reads depend on the tiles
             used = memory_of(tiles.slot_T)[: int(memory_of(tiles.count))].unique().tolist()
         listed = tiles.ends_Q, tiles.slot_T, tiles.row_T, tiles.count
-        reads = [rows_NI, *listed, *(weight_QIO[slot] for slot in used)]
+        tensors = [weight_QIO] if isinstance(weight_QIO, torch.Tensor) else weight_QIO.tensors
+        reads = [rows_NI, *listed, *(tensor[slot] for tensor in tensors for slot in used)]
         arguments = rows_NI, weight_QIO, bias_QO, tiles, gate
         sizes = current_machine().sizes
         flops = 2.0 * sizes.numel(rows_NI.shape) * sizes.numel(weight_QIO.shape[2:])

@@ -31,8 +31,9 @@ pytestmark = needs_triton
 
 @outside
 def test_under_the_interpreter():
-    modules = "cuda_graph/test_triton_kernels", "moe/test_grouped_kernel", "moe/test_pair_kernels", "prefetch/test_usage"
-    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=5 + 6 + 14 + 6)
+    in_moe = [f"moe/test_{name}" for name in ("grouped_kernel", "packed_kernel", "pair_kernels")]
+    modules = "cuda_graph/test_triton_kernels", *in_moe, "prefetch/test_usage"
+    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=5 + 6 + 9 + 14 + 6)
 
 
 def kernels(loader: Any) -> Kernels:

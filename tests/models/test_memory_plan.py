@@ -43,6 +43,7 @@ from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
 from epslots.models.page_sizes import PageSizes
 from epslots.models.pretrained import build_skeleton, read_config, resolve_class
 from epslots.models.quotas import describe_quotas, pool_bytes, resolve_quotas
+from epslots.moe.packed_gemm import KERNELS
 from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, file_bytes
 from epslots.units import SlotsSetting, format_bytes, parse_slots
 from tests.support.zoo import make_checkpoint, make_fp8, make_mxfp4
@@ -560,10 +561,14 @@ def test_slots_leave_room_for_the_predictor() -> None:
 
 
 @pytest.mark.parametrize(("name", "quantise"), [("gpt_oss", make_mxfp4), ("qwen3_moe", make_fp8)])
-def test_the_command_plans_quantised_checkpoints_per_device(name: str, quantise: Any, tmp_path: Path) -> None:
+def test_the_command_plans_quantised_checkpoints_per_device(
+    name: str, quantise: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where no kernel computes from packed slots, they are unpacked, and the plan says so; unless they are asked for."""
     folder = quantise(make_checkpoint(name, tmp_path / "whole"), tmp_path / "quantised")
     arguments = ("--model", str(folder), "--memory", "4GiB", "--dtype", "bfloat16")
+    kind = {"gpt_oss": "e2m1", "qwen3_moe": "e4m3"}[name]
+    monkeypatch.setitem(KERNELS, "cuda", KERNELS["cuda"] - {kind})
     settings = (("--device", "cpu", "--slot-format", "packed"), ("--device", "cuda:1"))
     on_cpu, on_gpu = (json.loads(run(*arguments, *setting, "--json").stdout) for setting in settings)
     config = read_config(folder)
@@ -580,13 +585,17 @@ def test_the_command_plans_quantised_checkpoints_per_device(name: str, quantise:
     parts = ("dense", "slot", "kv", "workspace", "unpacking", "predictor", "captured", "reserve")
     for planned in (on_cpu, on_gpu):
         assert sum(planned[f"{part}_bytes"] for part in parts) == planned["total_bytes"]
-    kind = {"gpt_oss": "e2m1", "qwen3_moe": "e4m3"}[name]
     assert on_cpu["slot_note"].startswith(f"packed as stored: {kind} in blocks")
-    assert on_gpu["slot_note"] == f"unpacked: no kernel computes from {kind} slots on cuda"
-    assert on_gpu["slot_note"] in run(*arguments, "--device", "cuda").stdout.replace("\n", " ")
+    assert on_gpu["slot_note"].startswith(f"unpacked: no kernel computes from {kind} in blocks of")
+    told = run(*arguments, "--device", "cuda").stdout  # in lines of a table
+    assert all(word in told for word in on_gpu["slot_note"].split())
     refusal = run(*arguments, "--device", "cuda", "--slot-format", "packed")
     assert isinstance(refusal.exception, ConfigError)
-    assert f"no kernel computes from {kind} slots on cuda; allowed there: auto, unpacked" in str(refusal.exception)
+    assert f"no kernel computes from {kind} in blocks of" in str(refusal.exception)
+    assert "slots on cuda; allowed there: auto, unpacked" in str(refusal.exception)
+    monkeypatch.undo()
+    with_kernel = json.loads(run(*arguments, "--device", "cuda", "--json").stdout)
+    assert with_kernel["slot_note"] == on_cpu["slot_note"]
 
 
 def test_the_command_counts_the_predictor_that_a_gpu_would_have() -> None:

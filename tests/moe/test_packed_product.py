@@ -1,91 +1,108 @@
-"""Products with codes are products with what they stand for."""
+"""Products with packed matrices have the bits of products with what they stand for."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
-from epslots.moe.packed_product import Codes, fits, product_of_codes, unpacked
+from epslots.bench.packed_formats import random_packed
+from epslots.cache.unpacking import PackedWeight
+from epslots.layout import PackedForm
+from epslots.moe.packed_product import PackedProduct, suits
+from epslots.moe.vector_gemm import product
 
-SLOTS, COUNTS = 3, [2, 0, 5]
-SCALES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8)
+# Rows of each slot: none, a few, and many, for which whole chunks are unpacked.
+COUNTS = [2, 0, 9]
+SLOTS, ENDS = len(COUNTS), torch.tensor(COUNTS).cumsum(0).int()
+SCALES = (None, "float32", "bfloat16", "float16", "float8_e4m3fn", "uint8")
 # Blocks of formats: NVFP4's, MXFP4's, GPTQ's, DeepSeek's FP8 (cut short), and a row.
 BLOCKS = ((1, 16), (1, 32), (1, 128), (128, 128), (1, 10**6))
 
 
-def matrix(kind: str, rows: int, columns: int, scales: torch.dtype | None, block: tuple[int, int], **parts: Any) -> Codes:
-    """Random codes, with ``zero``, ``row`` or ``perm`` where that is asked for."""
-    if kind in ("int4", "e2m1"):
-        codes = torch.randint(0, 256, (SLOTS, rows, -(-columns // 32) * 16), dtype=torch.uint8)
-    elif kind == "int8":
-        codes = torch.randint(-128, 128, (SLOTS, rows, columns), dtype=torch.int8)
-    else:
-        codes = (torch.randn(SLOTS, rows, columns) * 20).to(torch.float8_e4m3fn)
-    grid = (SLOTS, -(-rows // block[0]), -(-columns // block[1]))
-    group = None
-    if scales is torch.uint8:
-        group = torch.randint(110, 130, grid, dtype=torch.uint8)
-    elif scales is not None:
-        group = (torch.rand(grid) + 0.1).to(scales)
-    zero = torch.randint(0, 16, grid, dtype=torch.uint8) if parts.get("zero") else None
-    row = torch.rand(SLOTS, rows) if parts.get("row") else None
-    perm = torch.stack([torch.randperm(columns) for _ in range(SLOTS)]).int() if parts.get("perm") else None
-    return Codes(kind, codes, columns, group, block, zero, row, perm)
+def unpacked(weight: PackedWeight) -> torch.Tensor:
+    """The weights [Q, M, K] of all slots."""
+    return torch.stack([weight.unpack(slot).t().clone() for slot in range(SLOTS)])
 
 
-def assert_equal_products(matrices: list[Codes], dtype: torch.dtype = torch.float32) -> None:
-    assert fits(matrices)
-    weight = torch.cat([unpacked(one) for one in matrices], 1).double()
-    rows = torch.randn(sum(COUNTS), matrices[0].columns).to(dtype)
-    slot = torch.arange(SLOTS).repeat_interleave(torch.tensor(COUNTS))
-    wanted = torch.einsum("nk,nmk->nm", rows.double(), weight[slot])
-    result = product_of_codes(rows, matrices, torch.tensor(COUNTS).cumsum(0).int())
-    bound = 1e-6 if dtype is torch.float32 else 2**-8
-    assert result.dtype is dtype and (result - wanted).abs().max() <= bound * wanted.abs().max()
-    alone = product_of_codes(rows[3:4], [_slot(one, 2) for one in matrices], None)
-    assert torch.equal(alone[0], result[3]), "a row has the same bits in any batch"
-
-
-def _slot(matrix: Codes, slot: int) -> Codes:
-    parts = {name: part[slot : slot + 1] for name, part in matrix._asdict().items() if isinstance(part, torch.Tensor)}
-    return matrix._replace(**parts)
-
-
-@pytest.mark.parametrize("kind", ["e4m3", "int8", "int4", "e2m1"])
-def test_codes_are_multiplied_as_what_they_stand_for(kind: str):
-    """In every form of scales and blocks; one matrix, or a gate and its up whose codes lie apart."""
+def assert_equal_products(*forms: PackedForm, dtype: torch.dtype = torch.float32, activation: str | None = None) -> None:
     torch.manual_seed(0)
+    weight = random_packed(forms, SLOTS, dtype)
+    assert suits(forms, dtype)
+    dense, rows = unpacked(weight), torch.randn(sum(COUNTS), forms[0].columns).to(dtype) / 50
+    bias = torch.randn(SLOTS, dense.shape[1]).to(dtype)
+    result = PackedProduct(weight, exact=True)(rows, ENDS, bias, activation)
+    assert result.dtype is dtype and torch.isfinite(result).all() and result.any()
+    wanted = product(rows, dense, ENDS, bias, activation)
+    if activation is None and dtype is torch.bfloat16 and forms[0].columns % 32 == 0:
+        few, exact = PackedProduct(weight)(rows, ENDS, bias), unpacked(replace(weight, dtype=torch.float32)).double()
+        assert torch.equal(few[-9:], result[-9:]), "many rows have the bits of unpacked slots"
+        sums = torch.einsum("nk,mk->nm", rows[:2].double(), exact[0]) + bias[0]
+        assert (few[:2] - sums).abs().max() <= 2**-8 * sums.abs().max()
+        assert (few[:2] == sums.bfloat16()).float().mean() > 0.95, "a few rows are multiplied with weights that aren't rounded"
+    if forms[0].perm:  # a row's products are summed in another order
+        torch.testing.assert_close(result, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-6, atol=1e-3)
+    else:
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["e4m3", "int8", "int4", "e2m1"])
+def test_packed_slots_have_the_bits_of_unpacked_ones(kind: str, dtype: torch.dtype):
+    """In every form of scales and blocks; one matrix, or a gate and its up whose codes lie apart. A row or two are exact."""
     for scales, block, row in itertools.product(SCALES, BLOCKS, (False, True)):
         zero = kind == "int4" and scales is not None and row
-        matrices = [matrix(kind, 48, 288, scales, block, row=row, zero=zero) for _ in range(2)]
-        if block[1] == 128 and scales is not None:  # 288 columns: the last block is cut short, of 32
-            assert fits(matrices)
-        assert_equal_products(matrices[: 1 + row])
+        block = (1, 1) if scales is None else block
+        form = PackedForm(kind, 48, 288, scales, block, zero=zero, row=row)  # 288: the last block of 128 is cut short
+        assert_equal_products(*[form] * (1 + row), dtype=dtype, activation="silu" if row else None)
 
 
-def test_columns_may_be_padded_and_permuted():
-    torch.manual_seed(0)
-    assert_equal_products([matrix("int4", 64, 40, torch.float32, (1, 32), perm=True)], torch.bfloat16)
-    assert_equal_products([matrix("e2m1", 64, 40, torch.uint8, (1, 32))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_columns_may_be_padded_and_permuted(dtype: torch.dtype):
+    """A gate and its up may be permuted differently: they are multiplied one after the other then."""
+    permuted = PackedForm("int4", 64, 40, "float32", (1, 32), zero=True, perm=True)
+    assert_equal_products(permuted, dtype=dtype)
+    assert_equal_products(permuted, permuted, dtype=dtype)
+    assert_equal_products(permuted, permuted, dtype=dtype, activation="silu")
+    assert_equal_products(permuted, permuted, dtype=dtype, activation="gelu_tanh")
+    assert_equal_products(PackedForm("e2m1", 64, 40, "uint8", (1, 32)), dtype=dtype)
 
 
-def test_gates_are_activated():
-    torch.manual_seed(0)
-    matrices = [matrix("int8", 32, 64, None, (1, 1), row=True) for _ in range(2)]
-    rows = torch.randn(1, 64) / 100
-    gate, up = (rows @ unpacked(_slot(one, 1))[0].T for one in matrices)
-    result = product_of_codes(rows, [_slot(one, 1) for one in matrices], None, activation="silu")
-    torch.testing.assert_close(result, torch.nn.functional.silu(gate) * up)
+def test_forms_may_differ():
+    int8, int4 = PackedForm("int8", 32, 64, row=True), PackedForm("int4", 64, 64, "bfloat16", (1, 32))
+    assert_equal_products(int8, int4, int8)
 
 
-def test_what_no_loop_knows_does_not_fit():
-    plain = matrix("e4m3", 64, 64, torch.float32, (128, 128))
-    assert fits([plain]) and fits([plain, plain])
-    assert not fits([plain, plain._replace(kind="int8")])
-    assert not fits([matrix("e4m3", 64, 40, torch.float32, (1, 40))]), "rows aren't whole vectors"
-    assert not fits([matrix("int8", 64, 64, torch.float32, (1, 24))]), "blocks aren't whole vectors"
-    assert not fits([matrix("int8", 63, 64, None, (1, 1))]), "no two halves"
-    assert not fits([plain._replace(codes=plain.codes.transpose(1, 2))])
+def test_many_rows_and_large_matrices():
+    """Several chunks of rows that don't fit a core's cache, and pairs that are no whole number of the smallest chunk."""
+    assert_equal_products(PackedForm("int4", 2 * 95, 4096, "bfloat16", (1, 128), zero=True), dtype=torch.bfloat16)
+
+
+def test_nan_stays_nan_in_its_output():
+    weight = random_packed([PackedForm("e4m3", 64, 64, "float32", (1, 32))], SLOTS, torch.float32)
+    weight.parts[0]["codes"].view(torch.uint8)[0, 5, 7] = 0xFF
+    weight.parts[0]["group"][0, 9, 0] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        result = PackedProduct(replace(weight, dtype=dtype))(torch.ones(1, 64, dtype=dtype), torch.ones(3, dtype=torch.int32))
+        assert torch.isnan(result[0]).nonzero().flatten().tolist() == [5, 9]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        PackedForm("e4m3", 64, 40, "float32", (1, 40)),
+        PackedForm("int8", 64, 64, "float32", (1, 24)),
+        PackedForm("int4", 64, 40, "float32", (1, 16)),
+        PackedForm("int8", 63, 64, row=True),
+        PackedForm("int8", 30, 64, row=True),
+        PackedForm("int4", 64, 16, "float32", (1, 16)),
+    ],
+    ids=["rows", "blocks", "padding", "odd", "narrow", "short"],
+)
+def test_forms_that_no_loop_knows(form: PackedForm):
+    """Rows or blocks that aren't whole vectors, padding that no block covers, matrices that don't halve or are too small."""
+    assert not suits([form], torch.bfloat16)
+    good = PackedForm("int8", 64, 64, row=True)
+    assert suits([good], torch.bfloat16) and not suits([good, form], torch.bfloat16) and not suits([good], torch.float16)

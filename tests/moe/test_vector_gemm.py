@@ -44,6 +44,10 @@ def differs(result: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((result.double() - wanted).abs().max() / wanted.abs().max())
 
 
+def equal_share(result: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((result == wanted).float().mean())
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("outer", "inner"), [(32, 32), (40, 40), (96, 66), (160, 97), (34, 1024)])
 @pytest.mark.parametrize("biased", [False, True])
@@ -51,9 +55,12 @@ def test_products_are_exact_but_for_rounding(dtype: torch.dtype, outer: int, inn
     """Also where a row isn't a whole number of vectors, and chunks aren't either; with rows that belong to no slot."""
     weight, rows = numbers(len(COUNTS), outer, inner, dtype=dtype), numbers(sum(COUNTS) + 2, inner, dtype=dtype, seed=1)
     bias = numbers(len(COUNTS), outer, dtype=dtype, seed=2) if biased else None
-    result = product(rows, weight, ends_of(COUNTS), bias)
+    result, wanted = product(rows, weight, ends_of(COUNTS), bias), exact(rows, weight, COUNTS, bias)
     assert result.dtype is dtype and result.shape == (len(rows), outer)
-    assert differs(result[:-2], exact(rows, weight, COUNTS, bias)) <= TOLERANCE[dtype]
+    assert differs(result[:-2], wanted) <= TOLERANCE[dtype]
+    assert dtype is torch.float32 or equal_share(result[:-2], wanted.to(dtype)) > 0.99, "sums are rounded once"
+    part = product(rows[:3], weight, ends_of(COUNTS), bias)  # the ends lie beyond these rows
+    assert torch.equal(part, result[:3])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -67,6 +74,8 @@ def test_gates_are_activated_as_torch_would(dtype: torch.dtype, activation: str,
     wanted = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
     result = product(rows, weight, ends_of(COUNTS), bias, activation)
     assert differs(result, wanted.double()) <= 2 * TOLERANCE[dtype]
+    if dtype is torch.bfloat16 and activation == "silu" and not biased:  # torch loses small results of its formula of GELU
+        assert equal_share(result, wanted) > 0.98, "rounded where torch rounds"
 
 
 def test_an_infinite_gate_or_nan_spoils_its_row_alone():
@@ -111,10 +120,15 @@ def test_threads_that_share_slots_have_jobs_of_their_own():
         found[number] = max(differs(result, exact(rows, weight, [number, 6 - number], None)) for result in results)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # between any two lines
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     assert len(found) == 4 and max(found.values()) <= TOLERANCE[torch.float32]
 
 

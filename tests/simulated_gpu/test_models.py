@@ -90,7 +90,7 @@ def test_records_from_the_disk_cross_without_a_race(checkpoint: Callable[[str], 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4", "on the host"])
 def test_packed_records_and_experts_on_the_host(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path):
-    """No kernel of a GPU computes from packed slots, so they are unpacked; or rows cross instead of records."""
+    """A kernel computes from packed slots, without waiting for the host; or rows cross instead of records."""
     base = checkpoint({"fp8": "deepseek_v3", "mxfp4": "gpt_oss"}.get(kind, "qwen3_moe"))
     folder = {"fp8": zoo.make_fp8, "mxfp4": zoo.make_mxfp4}.get(kind, lambda source, _: source)(base, tmp_path / "packed")
     ids = zoo.random_ids(1, 12, seed=1)
@@ -108,6 +108,8 @@ def test_packed_records_and_experts_on_the_host(kind: str, checkpoint: Callable[
         assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
         assert gpu.races == []
         assert (sum(layer.hosted for layer in epslots.stats(model).layers) > 0) is (kind == "on the host")
+        assert all((layer.packed is None) is (kind == "on the host") for layer in runtime_of(model).layers)
+        assert not any(runner.experts.kernel.waits_for_host for runner in runtime_of(model).runners)
         runtime_of(model).check_integrity()
 
 

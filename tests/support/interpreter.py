@@ -40,12 +40,15 @@ def pass_under_the_interpreter(*modules: str, tests: int) -> None:
     assert re.search(rf"\b{tests} passed", found.stdout), found.stdout[-2000:]
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, **options: int) -> Any:
+Types = dict[str, str | tuple[str, ...]]
+
+
+def compiled(kernel: Any, types: Types, constants: dict[str, Any], capability: int, **options: int) -> Any:
     """A kernel as Triton compiles it for a GPU that needn't be here.
 
     Args:
-        types: of each argument by its name, such as "*bf16" or "i32"; a trailing "16" marks one that is a multiple of 16,
-            as "i32:16", which the launcher finds out by itself.
+        types: of each argument by its name, such as "*bf16" or "i32", or of a tuple of them; a trailing "16" marks one that
+            is a multiple of 16, as "i32:16", which the launcher finds out by itself.
         constants: the ``constexpr`` arguments.
         capability: major and minor as one number, such as 90.
         options: ``num_warps`` and ``num_stages``.
@@ -54,10 +57,14 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    named = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [place for place, name in enumerate(kernel.arg_names) if named[name].endswith(":16")]
-    signature = {name: kind.removesuffix(":16") for name, kind in named.items()}
-    source = ASTSource(kernel, signature, constants, {(place,): [["tt.divisibility", 16]] for place in aligned})
+    aligned, signature = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        kinds = types.get(name, "constexpr")
+        paths = {(place,): kinds} if isinstance(kinds, str) else {(place, i): kind for i, kind in enumerate(kinds)}
+        aligned |= {path: [["tt.divisibility", 16]] for path, kind in paths.items() if kind.endswith(":16")}
+        plain = tuple(kind.removesuffix(":16") for kind in paths.values())
+        signature[name] = plain[0] if isinstance(kinds, str) else plain
+    source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
