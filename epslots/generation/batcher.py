@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
+from epslots.generation.cache_image import CacheImage
+from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
 from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.isolation import Isolation
@@ -173,13 +175,61 @@ class Batcher(ABC):
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
+            entry.resume()
             if not entry.waits_for_grammar:
                 self._withdraw(entry)
 
     def cancel_all(self) -> None:
-        """End all requests."""
+        """End all requests, and give up all reserved places."""
         for id in list(self._entries):
             self.cancel(id)
+        self.release_all()
+
+    # --- hand-overs ---
+
+    @abstractmethod
+    def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
+        """The image of an unfinished request's cache, if its next step is to compute a single token."""
+
+    @abstractmethod
+    def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
+        """Reserve a place for the cache of a request that comes from another rank, and is added later under this id.
+
+        The request begins there, if the image is complete by then and holds the beginning of its tokens; else with its prompt.
+
+        Returns:
+            The place, to be written; None if there is no room now.
+
+        Raises:
+            RankMismatchError: the layout is that of another model, or of other settings.
+        """
+
+    @abstractmethod
+    def release(self, id: str) -> None:
+        """Give up a place that is reserved; a no-op if none is."""
+
+    @abstractmethod
+    def release_all(self) -> None:
+        """Give up all places that are reserved."""
+
+    def hold(self, id: str) -> CacheImage | None:
+        """Let a decoding request make no step, so that its cache can be read: until ``resume``, ``cancel``, or until other
+        requests need its place.
+
+        Returns:
+            Its cache; None if it isn't decoding, or a step has to be repeated first.
+        """
+        entry = self._entries.get(id)
+        if entry is None or entry.reason is not None:
+            return None
+        if not entry.held:
+            entry.image = self._image_of(entry)
+        return entry.image
+
+    def resume(self, id: str) -> None:
+        """Let a request that is held go on here; a no-op if it isn't held."""
+        if id in self._entries:
+            self._entries[id].resume()
 
     def _open(self) -> list[TrackedRequest]:
         """Unfinished requests that were queued, oldest first."""
@@ -187,8 +237,8 @@ class Batcher(ABC):
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is unfinished."""
-        return any(entry.reason is None for entry in self._entries.values())
+        """Whether a request is unfinished, and not held."""
+        return any(entry.reason is None and not entry.held for entry in self._entries.values())
 
     def outputs(self) -> list[Output]:
         """The results since the last call: at most one output for each request, in the order of ``add``."""
