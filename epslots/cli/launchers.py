@@ -63,8 +63,10 @@ class Launcher(Protocol):
         self,
         path_or_id: str,
         *,
-        ranks: int,
+        ranks: int | None,
         groups: int,
+        prefill_ranks: int,
+        decode_ranks: int,
         address: str | None,
         strategy: str,
         placement: Path | None,
@@ -75,7 +77,9 @@ class Launcher(Protocol):
 
         Args:
             path_or_id: a checkpoint folder, or a hub id.
+            ranks: None = as many as both roles have.
             groups: into which the ranks are divided.
+            prefill_ranks, decode_ranks: ranks that compute prompts, and those that go on with them; 0 = each does both.
             address: of a running system; None starts one on this machine.
             strategy: how ranks are placed on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
             placement: file of the experts' first placement.

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Steps in a row with which a rank may break its group; after more, the fault is the rank's and not a request's.
 MAX_BREAKS_IN_A_ROW = 3
+_TIMED_TOKENS = 16  # of a step's prompts, at least: its fixed costs would pass for theirs
+_TIME_KEPT = 0.8  # weight of earlier steps
 _ERROR_CHARACTERS = 500  # of an exception's text, in a request's error
 
 T = TypeVar("T")
@@ -57,6 +59,7 @@ class Batcher(ABC):
 
     Attributes:
         grammars: requests whose grammars are being compiled: they are queued when these are ready.
+        prompt_token_s: seconds of a prompt's token, lately; 0 = none was timed.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
@@ -68,6 +71,7 @@ class Batcher(ABC):
         self._entries: dict[str, TrackedRequest] = {}
         self._numbers = itertools.count()
         self._plain_outputs = PlainOutputs(model)
+        self.prompt_token_s = 0.0
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
         self._logged = ""
@@ -254,6 +258,12 @@ class Batcher(ABC):
             if entry.reason:
                 del self._entries[id]
         return found
+
+    def _time_prompt(self, tokens: int, seconds: float) -> None:
+        """Note a step that computed so many tokens of prompts."""
+        if tokens >= _TIMED_TOKENS:
+            now_s, before_s = seconds / tokens, self.prompt_token_s
+            self.prompt_token_s = now_s + _TIME_KEPT * (before_s - now_s) if before_s else now_s
 
     def stats(self) -> EngineStats:
         """Counters since the batcher was made, and its requests now."""

@@ -277,7 +277,9 @@ class PagedBatcher(Batcher):
         self._counters.steps += 1
         self._counters.prompt_tokens += prompt_tokens
         if self._began_s is not None:
-            self._chunk_size.observe(prompt_tokens, len(part) - len(prompts), self._clock() - self._began_s)
+            seconds = self._clock() - self._began_s
+            self._chunk_size.observe(prompt_tokens, len(part) - len(prompts), seconds)
+            self._time_prompt(prompt_tokens, seconds)
 
     def _finish_part(self, isolation: Isolation[FutureRequestState]) -> None:
         """Finish the part under way: the next one is prepared, or the next batch scheduled."""

@@ -206,6 +206,7 @@ class RowBatcher(Batcher):
         if seconds is not None:
             computed = len(part) * planned.width
             self._chunk.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
+            self._time_prompt(0 if planned.decodes else computed, seconds)
 
     def _finish_part(self, isolation: Isolation[RunningRow]) -> None:
         if isolation.done:
