@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.driver.scheduler import Move, Scheduler
 from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, Release, TakeOver
@@ -18,7 +18,7 @@ from cluster.messages.rank import Cancel, Command, Submit
 _SECRET_BYTES = 16
 
 
-@dataclass
+@dataclass(frozen=True)
 class HandOverCounts:
     """Hand-overs that have ended.
 
@@ -100,18 +100,20 @@ class HandOvers:
     def _count(self, event: HandedOver, *, moved: bool) -> None:
         if event.failure is None:
             self._scheduler.observe_move(event.tokens, event.seconds, event.prompt_token_s)
-        self.counts.done += moved
-        self.counts.failed += not moved
+        old = self.counts
         if moved:
-            self.counts.nbytes += event.nbytes
-            self.counts.seconds += event.seconds
+            self.counts = replace(
+                old, done=old.done + 1, nbytes=old.nbytes + event.nbytes, seconds=old.seconds + event.seconds
+            )
+        else:
+            self.counts = replace(old, failed=old.failed + 1)
 
     def lose(self, worker: Hashable) -> None:
         """A rank is lost: those that it was the source of have ended; the scheduler has moved their requests."""
         for number, move in list(self._moves.items()):
             if move.source == worker:
                 del self._moves[number]
-                self.counts.failed += 1
+                self.counts = replace(self.counts, failed=self.counts.failed + 1)
                 self._send(move.target, Release(move.entry.request.id))
 
     def clear(self) -> None:

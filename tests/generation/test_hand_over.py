@@ -68,6 +68,7 @@ def test_tokens_go_on_as_they_were(name: str, kind: str):
     model = model_of(name)
     here, there = decode(source, [GREEDY, DRAWN, MATES[0]], 2), decode(target, [MATES[1]], 1)
     rests = {DRAWN.id: hand_over(DRAWN, here, target, 1000), GREEDY.id: hand_over(GREEDY, here, target, 1 << 20)}
+    here.take()
     there.run(2)
     target.cancel("late")
     rest = rests[GREEDY.id]
