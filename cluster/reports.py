@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.driver.controller_client import ControllerStats
-from cluster.driver.hand_overs import HandOverCounts
+from cluster.driver.hand_overs import NO_HAND_OVERS, HandOverCounts
 from cluster.driver.rank_loads import Role
 from cluster.driver.workers import WorkerRecord
 from cluster.messages.rank import LayerPlacement, RankReport
@@ -69,7 +69,7 @@ class ClusterStats:
     missing: tuple[str, ...] = ()
     longest_wait_s: float = 0.0
     placement: PlacementReport | None = None
-    hand_overs: HandOverCounts = HandOverCounts()
+    hand_overs: HandOverCounts = NO_HAND_OVERS
 
     @property
     def groups(self) -> int:

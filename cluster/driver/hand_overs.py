@@ -34,6 +34,9 @@ class HandOverCounts:
     seconds: float = 0.0
 
 
+NO_HAND_OVERS = HandOverCounts()
+
+
 class HandOvers:
     """Hand-overs of one cluster. For the supervisor's thread.
 
@@ -53,7 +56,7 @@ class HandOvers:
         self._form_s, self._deadline_s = form_s, deadline_s
         self._numbers = itertools.count()
         self._moves: dict[int, Move] = {}
-        self.counts = HandOverCounts()
+        self.counts = NO_HAND_OVERS
 
     def __len__(self) -> int:
         """Those under way."""

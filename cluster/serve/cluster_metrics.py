@@ -100,11 +100,9 @@ class ClusterCollector(Collector):
         yield self._counter("hand_overs_failed", hand_overs.failed, failed)
         yield self._counter("hand_over_bytes", hand_overs.nbytes, "Bytes of the caches that were handed over.")
         yield self._counter("hand_over_seconds", hand_overs.seconds, "Time in which requests stood still for hand-overs.")
-        memory = GaugeMetricFamily(
-            f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank", "role"]
-        )
+        memory = GaugeMetricFamily(f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank"])
         for rank in stats.ranks:
-            memory.add_metric([self._model, str(rank.rank), rank.role], rank.memory_bytes)
+            memory.add_metric([self._model, str(rank.rank)], rank.memory_bytes)
         yield memory
 
     def _of_experts(self, stats: ClusterStats) -> Iterator[Metric]:
