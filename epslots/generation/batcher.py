@@ -23,6 +23,7 @@ from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedMod
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
+from epslots.generation.grammar import GrammarState
 from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
@@ -137,18 +138,23 @@ class Batcher(ABC):
     def _queue_prepared(self) -> None:
         """Queue the requests whose grammars are ready; the first thing that ``prepare`` does."""
         for entry, state in self.grammars.take():
-            if entry.reason is not None:  # cancelled meanwhile
-                continue
-            if isinstance(state, ConfigError):
-                entry.end("error", str(state))
-                continue
-            entry.grammar_state = state
-            if state.error is not None:
-                entry.end("error", state.error)
-            elif state.finished:
-                entry.end("stop")
-            else:
+            if entry.reason is None:  # else it was cancelled meanwhile
+                self._begin_grammar(entry, state)
+            if entry.reason is None:
                 self._queue(entry)
+            else:
+                self.release(entry.request.id)
+
+    def _begin_grammar(self, entry: TrackedRequest, state: GrammarState | ConfigError) -> None:
+        """Enter a request's grammar, which may end it at once."""
+        if isinstance(state, ConfigError):
+            entry.end("error", str(state))
+            return
+        entry.grammar_state = state
+        if state.error is not None:
+            entry.end("error", state.error)
+        elif state.finished:
+            entry.end("stop")
 
     def _check(self, request: Request) -> None:
         name, prompt = f"request {request.id!r}", request.prompt
