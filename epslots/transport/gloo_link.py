@@ -7,19 +7,23 @@ host's memory, as they do in ``MemoryLink``.
 from __future__ import annotations
 
 import atexit
+import time
 from concurrent.futures import Future
 from datetime import timedelta
 from weakref import WeakSet
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.errors import PeerLost
 from epslots.transport.forming import connect_gloo
+from epslots.transport.gloo_operations import WaitingThread
 from epslots.transport.pair_link import MOST_MESSAGE_BYTES, PIECE_BYTES, prove
 from epslots.transport.torch_transport import cut
+
+_PROBE_EVERY_S = 0.1
+_PROBE_TAG = 2  # no message has it
 
 _open: WeakSet[GlooLink] = WeakSet()
 
@@ -34,16 +38,19 @@ class GlooLink:
 
     def __init__(self, group: dist.distributed_c10d.ProcessGroupGloo, deadline_s: float) -> None:
         self._group, self._peer = group, 1 - group.rank()
-        self._deadline = timedelta(seconds=deadline_s)
+        self._deadline_s = deadline_s
         self._sending: tuple[dist.Work, torch.Tensor] | None = None
         """The last piece, which may still be on its way."""
         self._aborted = False
+        self._waiting = WaitingThread(group)
+        self._probe = torch.zeros(1, dtype=torch.uint8)
         _open.add(self)
 
     def send(self, message: bytes) -> None:
         self._wait_for_piece()
-        for part in (np.array([len(message)], np.int64), np.frombuffer(message, np.uint8)):
-            self._wait(self._start(torch.from_numpy(part.copy()), outgoing=True))
+        self._wait(self._start(torch.tensor([len(message)]), outgoing=True))
+        if message:  # gloo never ends with an empty one
+            self._wait(self._start(torch.frombuffer(bytearray(message), dtype=torch.uint8), outgoing=True))
 
     def receive(self) -> bytes:
         size = torch.zeros(1, dtype=torch.int64)
@@ -52,7 +59,8 @@ class GlooLink:
             self.abort()
             raise PeerLost(f"the other end of a link announces a message of {int(size)} bytes")
         message = torch.zeros(int(size), dtype=torch.uint8)
-        self._wait(self._start(message, outgoing=False))
+        if len(message):
+            self._wait(self._start(message, outgoing=False))
         return message.numpy().tobytes()
 
     def send_piece(self, data: torch.Tensor) -> None:
@@ -69,6 +77,7 @@ class GlooLink:
     def abort(self) -> None:
         if not self._aborted:
             self._aborted = True
+            self._waiting.end()
             cut(self._group)
 
     def _wait_for_piece(self) -> None:
@@ -85,8 +94,13 @@ class GlooLink:
             raise self._lost(error) from error
 
     def _wait(self, work: dist.Work) -> None:
+        """Wait for a send or receive, and look now and then whether the connection stands: gloo itself doesn't."""
+        operation = self._waiting.start([work], time.monotonic() + self._deadline_s)
         try:
-            work.wait(self._deadline)
+            while not operation.ends_within(_PROBE_EVERY_S):
+                if self._aborted:
+                    raise PeerLost("the link was aborted")
+                self._group.send([self._probe], self._peer, _PROBE_TAG)  # raises if the connection is closed
         except RuntimeError as error:
             raise self._lost(error) from error
 

@@ -25,7 +25,7 @@ MOST_MESSAGE_BYTES = 16 << 20
 
 
 class PairLink(Protocol):
-    """One end of a link, for one thread. Both ends agree about the order of messages and pieces.
+    """One end of a link, for one thread. Both ends agree about the order of messages and pieces, and never both send.
 
     Raises:
         PeerLost: from every method but ``abort``: the other end is gone, silent for longer than the deadline, not the one
@@ -63,8 +63,12 @@ def prove(link: PairLink, secret: bytes, number: int, *, source: bool) -> None:
     Raises:
         PeerLost: another process has come in its place. Nothing else was exchanged with it.
     """
-    link.send(seal(secret, "link", number, source))
-    if not hmac.compare_digest(link.receive(), seal(secret, "link", number, not source)):
+    if source:  # gloo's send ends with the other's receive
+        link.send(seal(secret, "link", number, source))
+    answer = link.receive()
+    if not source:
+        link.send(seal(secret, "link", number, source))
+    if not hmac.compare_digest(answer, seal(secret, "link", number, not source)):
         link.abort()
         raise PeerLost(f"the process at the other end of hand-over {number} doesn't know its secret")
 
