@@ -106,5 +106,5 @@ class CommandQueue:
             self._ended = True
             left, self._commands = self._commands, []
         for command in left:
-            if isinstance(command, Errand):
+            if type(command) is Errand:
                 command.result.set_exception(PeerLost("the rank has ended"))
