@@ -82,7 +82,7 @@ class ScheduledRequest:
 
 
 @dataclass(frozen=True)
-class Claim:
+class MoveClaim:
     """The room that a request in a hand-over has at its target, as ``rank_loads.Costly``."""
 
     held_tokens: int
@@ -101,4 +101,4 @@ class Move:
     entry: ScheduledRequest
     source: Hashable
     target: Hashable
-    claim: Claim
+    claim: MoveClaim

@@ -28,7 +28,7 @@ from cluster.driver.hand_over_costs import is_worth_a_hand_over
 from cluster.driver.prefix_index import BLOCK, PrefixIndex, block_hashes
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.role_loads import RoleLoads
-from cluster.driver.scheduled_request import Claim, Move, ScheduledRequest
+from cluster.driver.scheduled_request import MoveClaim, Move, ScheduledRequest
 from epslots.generation.requests import Output, Request
 
 RETRY_TOKENS = 8
@@ -242,7 +242,7 @@ class Scheduler:
             return None
         if not self._ranks.hands_over(entry.worker):
             return None
-        claim = Claim(entry.held_tokens + BLOCK, entry.left_tokens)
+        claim = MoveClaim(entry.held_tokens + BLOCK, entry.left_tokens)
         if (target := self._ranks.for_decoding(claim)) is None:
             return None
         move = self._moves[id] = Move(entry, entry.worker, target, claim)
