@@ -116,6 +116,7 @@ class HandOvers:
         for number, move in list(self._moves.items()):
             if move.source == worker:
                 del self._moves[number]
+                self._scheduler.end_move(move, done=False)
                 self.counts = replace(self.counts, failed=self.counts.failed + 1)
                 self._send(move.target, Release(move.entry.request.id))
 

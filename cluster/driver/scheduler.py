@@ -20,6 +20,7 @@ prompt to the decode rank with the most free cache. Until the move has ended wel
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Literal
@@ -28,9 +29,11 @@ from cluster.driver.hand_over_costs import is_worth_a_hand_over
 from cluster.driver.prefix_index import BLOCK, PrefixIndex, block_hashes
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.role_loads import RoleLoads
-from cluster.driver.scheduled_request import MoveClaim, Move, ScheduledRequest
+from cluster.driver.scheduled_request import Move, MoveClaim, ScheduledRequest
 from epslots.generation.requests import Output, Request
 
+MOST_MOVES = 2
+"""Hand-overs of one rank at a time: each takes memory and time between its steps. Others go on where they are meanwhile."""
 RETRY_TOKENS = 8
 """After a hand-over that failed, a request goes on for so many tokens before it tries again; twice as many after the next."""
 MOST_LOSSES = 5
@@ -49,6 +52,8 @@ class Scheduler:
         self._ranks = RoleLoads()
         self._moves: dict[str, Move] = {}
         """By request: hand-overs under way."""
+        self._moving: Counter[Hashable] = Counter()
+        """By rank: those that it is the source or the target of."""
         self._prefixes = PrefixIndex()
         self._served: dict[Hashable, dict[str, ScheduledRequest]] = {}
         """By rank: its requests, in the order in which it got them."""
@@ -240,13 +245,14 @@ class Scheduler:
             return None
         if len(entry.tokens) < entry.move_at or not is_worth_a_hand_over(entry.left_tokens):
             return None
-        if not self._ranks.hands_over(entry.worker):
+        if not self._ranks.hands_over(entry.worker) or self._moving[entry.worker] >= MOST_MOVES:
             return None
         claim = MoveClaim(entry.held_tokens + BLOCK, entry.left_tokens)
-        if (target := self._ranks.for_decoding(claim)) is None:
+        if (target := self._ranks.for_decoding(claim)) is None or self._moving[target] >= MOST_MOVES:
             return None
         move = self._moves[id] = Move(entry, entry.worker, target, claim)
         self._ranks.of(target).add(target, claim)
+        self._moving.update((entry.worker, target))
         return move
 
     def end_move(self, move: Move, *, done: bool) -> Literal["moved", "stays", "gone"]:
@@ -273,6 +279,10 @@ class Scheduler:
     def _drop_move(self, id: str) -> None:
         if (move := self._moves.pop(id, None)) is not None:
             self._ranks.of(move.target).drop(move.target, move.claim)
+            for worker in (move.source, move.target):
+                self._moving[worker] -= 1
+                if not self._moving[worker]:
+                    del self._moving[worker]
 
     def share_memory(self, one: Hashable, other: Hashable) -> bool:
         """Whether two ranks can share memory."""
@@ -288,9 +298,10 @@ class Scheduler:
         entries = [entry for entry in self._entries.values() if not entry.ending]
         for entry in list(self._entries.values()):
             if entry.worker is not None:
-                self._drop_move(entry.request.id)
                 self._ranks.of(entry.worker).drop(entry.worker, entry)
             self._forget(entry)
+        for id in list(self._moves):
+            self._drop_move(id)
         self._served.clear()
         self._queue.clear()
         self._queued = 0
@@ -309,5 +320,6 @@ class Scheduler:
         }
         assert all(entry.worker == worker for worker, entry in served)
         assert all(move.entry.worker == move.source for move in self._moves.values())
+        assert self._moving == Counter(worker for move in self._moves.values() for worker in (move.source, move.target))
         claims = [(move.target, move.claim) for move in self._moves.values() if move.target in self._ranks]
         self._ranks.check([*served, *claims])

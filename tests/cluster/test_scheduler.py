@@ -149,6 +149,20 @@ def test_a_full_cache_or_little_left_moves_nothing():
     assert scheduler.begin_move("short") is None, "7 tokens are left"
 
 
+def test_a_rank_hands_few_requests_over_at_a_time():
+    scheduler = with_roles(p=PREFILL, x=DECODE, y=DECODE)
+    for id in "abc":
+        scheduler.add([request(id, 9, 20)])
+    scheduler.assign()
+    for id in "abc":
+        scheduler.count("p", Output(id, (7,)))
+    first, second, third = (scheduler.begin_move(id) for id in "abc")
+    assert first is not None and second is not None and third is None
+    scheduler.end_move(first, done=False)
+    assert scheduler.begin_move("c") is not None
+    scheduler.check()
+
+
 def test_a_failed_hand_over_is_tried_again_later():
     """After some tokens, and then after more."""
     scheduler = with_roles(p=PREFILL, x=DECODE)
