@@ -98,11 +98,14 @@ def test_a_lost_source_begins_anew():
     driver.end()
 
 
+@pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("event", [DONE, FAILED])
-def test_a_cancelled_request_goes_nowhere(event: HandedOver):
+def test_a_cancelled_request_goes_nowhere(event: HandedOver, ended: bool):
+    """Whether or not its rank has told its end."""
     driver = Driver()
     assert driver.scheduler.end("a") == "p"
-    driver.scheduler.count("p", Output("a", (), True, "cancelled"))
+    if ended:
+        driver.scheduler.count("p", Output("a", (), True, "cancelled"))
     driver.hand_overs.take("p", event)
     assert driver.sent == [("d", Release("a"))]
     driver.end()

@@ -378,6 +378,10 @@ class Books(RuleBasedStateMachine):
             self.waiting.pop(id, None)
         else:
             self.has[worker][id] = given.after(tokens, len(portion))
+        self.after_outputs()
+
+    def after_outputs(self) -> None:
+        """What the router does with each output."""
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -466,8 +470,7 @@ class BooksOfRoles(Books):
     def moving(self) -> set[str]:
         return {move.entry.request.id for move in self.moves if self.scheduler._moves.get(move.entry.request.id) is move}
 
-    @rule()
-    def begin_moves(self) -> None:
+    def after_outputs(self) -> None:
         for worker, has in self.has.items():
             for id in [id for id in has if id in self.waiting]:
                 move = self.scheduler.begin_move(id)
