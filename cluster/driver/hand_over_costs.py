@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 LEAST_LEFT_TOKENS = 8
-"""A request with fewer tokens to come ends where it is."""
 FIRST_SECONDS = 0.02
 """A hand-over, before one was measured: some messages."""
 FIRST_SHORT_TOKENS = 32
@@ -17,11 +16,13 @@ class HandOverCosts:
     Attributes:
         fixed_s, token_s: of a hand-over; by least squares over the latest, each non-negative.
         prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
+        least_left_tokens: a request with fewer tokens to come isn't handed over.
     """
 
     def __init__(self) -> None:
         self.fixed_s, self.token_s = FIRST_SECONDS, 0.0
         self.prompt_token_s: float | None = None
+        self.least_left_tokens = LEAST_LEFT_TOKENS
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         """Weighted: 1, tokens, tokens squared, seconds, tokens x seconds."""
 
@@ -55,7 +56,6 @@ class HandOverCosts:
             return to_compute <= FIRST_SHORT_TOKENS
         return to_compute * self.prompt_token_s * (1 + streams) <= self.fixed_s + held * self.token_s
 
-
-def is_worth_a_hand_over(left: int) -> bool:
-    """Whether a request with so many tokens to come is handed over at all."""
-    return left >= LEAST_LEFT_TOKENS
+    def is_worth(self, left: int) -> bool:
+        """Whether a request with so many tokens to come is handed over at all."""
+        return left >= self.least_left_tokens

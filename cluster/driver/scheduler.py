@@ -25,7 +25,6 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Literal
 
-from cluster.driver.hand_over_costs import is_worth_a_hand_over
 from cluster.driver.prefix_index import BLOCK, PrefixIndex, block_hashes
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.role_loads import RoleLoads
@@ -243,7 +242,7 @@ class Scheduler:
         entry = self._entries[id]
         if entry.worker is None or entry.ending or not entry.began or entry.alone or id in self._moves:
             return None
-        if len(entry.tokens) < entry.move_at or not is_worth_a_hand_over(entry.left_tokens):
+        if len(entry.tokens) < entry.move_at or not self._ranks.costs.is_worth(entry.left_tokens):
             return None
         if not self._ranks.hands_over(entry.worker) or self._moving[entry.worker] >= MOST_MOVES:
             return None

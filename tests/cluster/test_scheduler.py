@@ -318,7 +318,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(
         prompt=st.integers(1, 30),
-        new=st.integers(1, 16),
+        new=st.integers(1, 8),
         choices=st.integers(1, 3),
         logprobs=st.booleans(),
         priority=st.integers(-1, 1),
@@ -458,8 +458,9 @@ class BooksOfRoles(Books):
         super().begin()
         self.scheduler = Scheduler()
         self.scheduler._ranks.costs.prompt_token_s = 1.0  # no prompt is short
+        self.scheduler._ranks.costs.least_left_tokens = 1
         roles = zip(self.workers.items(), ("prefill", "decode", "decode"), strict=True)
-        self.workers = {worker: replace(capacity, role=role) for (worker, capacity), role in roles}
+        self.workers = {worker: RankCapacity(200, 8, role=role) for (worker, _), role in roles}  # type: ignore[arg-type]
         self.scheduler.serve(self.workers)
         self.moves: list[Move] = []
 
@@ -469,6 +470,22 @@ class BooksOfRoles(Books):
     @property
     def moving(self) -> set[str]:
         return {move.entry.request.id for move in self.moves if self.scheduler._moves.get(move.entry.request.id) is move}
+
+    @rule(prompt=st.integers(1, 30), new=st.integers(2, 8), end=st.sampled_from([None, True, False]))
+    def compute_a_prompt(self, prompt: int, new: int, end: bool | None) -> None:
+        """The rules that lead to a move, in a row: by chance alone they seldom come so."""
+        self.add(prompt, new, 1, False, -1)
+        self.assign()
+        id = f"{self.numbers}.0"
+        for has in self.has.values():
+            if id in has:
+                worker = self.scheduler._entries[id].worker
+                assert self.scheduler.count(worker, Output(id, (100,))) is not None
+                self.waiting[id] += (100,)
+                has[id] = has[id].after((100,))
+        self.after_outputs()
+        if end is not None and self.moves:
+            self.end_move(0, end)
 
     def after_outputs(self) -> None:
         for worker, has in self.has.items():
@@ -483,7 +500,10 @@ class BooksOfRoles(Books):
     @precondition(lambda self: self.moves)
     @rule(data=st.data(), done=st.booleans())
     def end_a_move(self, data: st.DataObject, done: bool) -> None:
-        move = self.moves.pop(data.draw(st.integers(0, len(self.moves) - 1)))
+        self.end_move(data.draw(st.integers(0, len(self.moves) - 1)), done)
+
+    def end_move(self, number: int, done: bool) -> None:
+        move = self.moves.pop(number)
         id, source, target = move.entry.request.id, str(move.source), str(move.target)
         was_moving = self.scheduler._moves.get(id) is move
         outcome = self.scheduler.end_move(move, done=done)
