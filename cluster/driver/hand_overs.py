@@ -11,7 +11,8 @@ import secrets
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
-from cluster.driver.scheduler import Move, Scheduler
+from cluster.driver.scheduled_request import Move
+from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, Release, TakeOver
 from cluster.messages.rank import Cancel, Command, Submit
 

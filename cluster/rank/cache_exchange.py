@@ -50,7 +50,7 @@ def send_cache(link: PairLink, image: CacheImage, between_steps: Callable[[Calla
     digest = xxhash.xxh3_128()
     for piece in image.layout.pieces(PIECE_BYTES):
         data = between_steps(lambda piece=piece: image.read(piece)).cpu()  # type: ignore[misc]
-        digest.update(data.numpy())
+        digest.update(memoryview(data.numpy()))
         link.send_piece(data)
     _send(link, CacheSent(digest.digest()))
     _check(_receive(link, CacheAnswer))
@@ -82,8 +82,8 @@ def take_cache(
     digest = xxhash.xxh3_128()
     for piece in layout.pieces(PIECE_BYTES):
         data = link.receive_piece(layout.piece_bytes(piece))
-        digest.update(data.numpy())
-        between_steps(lambda piece=piece, data=data: image.write(piece, data))  # type: ignore[misc]
+        digest.update(memoryview(data.numpy()))
+        between_steps(lambda piece=piece, data=data: image.write(piece, data))
     if _receive(link, CacheSent).digest != digest.digest():
         raise _refused(link, "the bytes that arrived have another digest than those that were sent")
     between_steps(image.complete)  # type: ignore[arg-type]

@@ -143,7 +143,9 @@ class PagedBatcher(Batcher):
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
         cache, active = self._processor.cache, self._processor.scheduler.active_requests
         number = next((number for number, (running, _) in self._running.items() if running is entry), None)
-        if self._isolation is not None or number not in active or active[number].current_len() != entry.length - 1:
+        if self._isolation is not None or number is None or number not in active:
+            return None
+        if active[number].current_len() != entry.length - 1:
             return None
         return image_of_pages(cache, number, entry.ids(0, entry.length - 1))
 

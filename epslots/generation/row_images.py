@@ -47,7 +47,7 @@ def room_for_row(cache: RowCache, layout: CacheLayout) -> tuple[Row, CacheImage]
     places += [TensorPlace(memory[part.name]) for part in others]
 
     def complete() -> None:
-        values: dict[str, Any] = layout.facts | {part.name: memory[part.name].view(part.whole) for part in others}
+        values: dict[str, Any] = layout.facts | {part.name: memory[part.name].view(part.whole or ()) for part in others}
         for name, value in values.items():
             _set_own(cache, row, name, value)
 

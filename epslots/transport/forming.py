@@ -167,8 +167,8 @@ class _SealedStore(Store):
     def get(self, key: str) -> bytes:
         """A value, without its seal."""
         sealed = self._store.get(key)
-        seal, value = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
-        if not hmac.compare_digest(seal, seal(self._secret, "value", key, value)):
+        found, value = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
+        if not hmac.compare_digest(found, seal(self._secret, "value", key, value)):
             raise ValueError("the store has a value that none of the ranks has written")
         return value
 

@@ -10,6 +10,7 @@ import atexit
 import time
 from concurrent.futures import Future
 from datetime import timedelta
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -32,11 +33,11 @@ class GlooLink:
     """One end of a link. Make it with ``open_gloo_link``.
 
     Args:
-        group: of two ranks; the source is rank 0.
+        group: torch's gloo group of two ranks; the source is rank 0.
         deadline_s: seconds that each call may take.
     """
 
-    def __init__(self, group: dist.distributed_c10d.ProcessGroupGloo, deadline_s: float) -> None:
+    def __init__(self, group: Any, deadline_s: float) -> None:
         self._group, self._peer = group, 1 - group.rank()
         self._deadline_s = deadline_s
         self._sending: tuple[dist.Work, torch.Tensor] | None = None
@@ -89,9 +90,11 @@ class GlooLink:
         if self._aborted:
             raise PeerLost("the link was aborted")
         try:
-            return self._group.send([data], self._peer, 0) if outgoing else self._group.recv([data], self._peer, 0)
+            started = self._group.send if outgoing else self._group.recv
+            work: dist.Work = started([data], self._peer, 0)
         except RuntimeError as error:
             raise self._lost(error) from error
+        return work
 
     def _wait(self, work: dist.Work) -> None:
         """Wait for a send or receive, and look now and then whether the connection stands: gloo itself doesn't."""
