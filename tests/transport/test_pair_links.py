@@ -150,10 +150,10 @@ def test_a_silent_end_is_given_up(kind: str):
 
 
 def test_an_end_that_doesnt_come_is_given_up(kind: str):
-    for number, end in enumerate(ends_of(kind, 6, form_s=0.05)):
+    for end in (0, 1):
+        alone = ends_of(kind, 6, form_s=0.05)[end]
         with pytest.raises(PeerLost, match="hand-over 6"):
-            end()
-        assert number < 2
+            alone()
 
 
 def test_strangers_are_refused():
