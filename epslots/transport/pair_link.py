@@ -16,11 +16,12 @@ import torch
 from epslots.errors import PeerLost
 from epslots.transport.forming import seal
 
-PIECE_BYTES = 4 << 20
-"""Bytes of a piece, at most."""
+PIECE_BYTES = 16 << 20
+"""Bytes of a piece, at most. Each is read between two steps of its source, and written between two of its target: some
+milliseconds; smaller ones would wait for more steps."""
 BYTES_IN_FLIGHT = 2 * PIECE_BYTES
 """Bytes of pieces that are on the way: one is written while another is read."""
-MOST_MESSAGE_BYTES = 16 << 20
+MOST_MESSAGE_BYTES = 4 << 20
 """A longer message is no message of ours."""
 
 
