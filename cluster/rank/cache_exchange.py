@@ -9,9 +9,9 @@ Waiting for the other rank is the exchange's own. Layouts are agreed before the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
-import torch
 import xxhash
 
 from cluster.messages.hand_over import (
@@ -29,15 +29,19 @@ from epslots.transport.pair_link import PIECE_BYTES, PairLink
 
 T = TypeVar("T")
 M = TypeVar("M", bound=LinkMessage)
-BetweenSteps = Callable[[Callable[[], T]], T]
-"""Has the stepping thread call a function between two steps; returns its result, or raises its exception."""
+
+
+class BetweenSteps(Protocol):
+    """Has the stepping thread call a function between two steps; returns its result, or raises its exception."""
+
+    def __call__(self, function: Callable[[], T]) -> T: ...
 
 
 class HandOverRefused(EpslotsError):
     """One of the two ranks can't or won't go on with a hand-over; its request goes on where it is."""
 
 
-def send_cache(link: PairLink, image: CacheImage, between_steps: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> None:
+def send_cache(link: PairLink, image: CacheImage, between_steps: BetweenSteps) -> None:
     """Send a held request's cache; returns when the target has all of it.
 
     Raises:
@@ -49,18 +53,14 @@ def send_cache(link: PairLink, image: CacheImage, between_steps: Callable[[Calla
     _check(_receive(link, CacheAnswer))
     digest = xxhash.xxh3_128()
     for piece in image.layout.pieces(PIECE_BYTES):
-        data = between_steps(lambda piece=piece: image.read(piece)).cpu()  # type: ignore[misc]
-        digest.update(memoryview(data.numpy()))
+        data = between_steps(partial(image.read, piece)).cpu()
+        digest.update(data.numpy().data)
         link.send_piece(data)
     _send(link, CacheSent(digest.digest()))
     _check(_receive(link, CacheAnswer))
 
 
-def take_cache(
-    link: PairLink,
-    reserve: Callable[[CacheLayout], CacheImage | None],
-    between_steps: Callable[[Callable[[], CacheImage | None]], CacheImage | None],
-) -> CacheImage:
+def take_cache(link: PairLink, reserve: Callable[[CacheLayout], CacheImage | None], between_steps: BetweenSteps) -> CacheImage:
     """Take a request's cache; returns its place, when all of it is there and the source was told so.
 
     Args:
@@ -82,11 +82,11 @@ def take_cache(
     digest = xxhash.xxh3_128()
     for piece in layout.pieces(PIECE_BYTES):
         data = link.receive_piece(layout.piece_bytes(piece))
-        digest.update(memoryview(data.numpy()))
-        between_steps(lambda piece=piece, data=data: image.write(piece, data))
+        digest.update(data.numpy().data)
+        between_steps(partial(image.write, piece, data))
     if _receive(link, CacheSent).digest != digest.digest():
         raise _refused(link, "the bytes that arrived have another digest than those that were sent")
-    between_steps(image.complete)  # type: ignore[arg-type]
+    between_steps(image.complete)
     _send(link, CacheAnswer())
     return image
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from cluster.messages.hand_over import HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, TakeOver
 from cluster.messages.rank import Contact
@@ -60,7 +60,7 @@ class HandOverThreads:
     def __init__(
         self,
         batcher: Callable[[], Batcher],
-        between_steps: BetweenSteps[Any],
+        between_steps: BetweenSteps,
         send: Callable[[HandedOver | LinkContact], None],
         open_link: OpenLink = open_link,
     ) -> None:
