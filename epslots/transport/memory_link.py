@@ -89,7 +89,7 @@ class MemoryLink:
             if found == _READ and kind == _MESSAGE:
                 self._read += 1
                 continue
-            if found != kind or size > MOST_MESSAGE_BYTES or (nbytes is not None and size != nbytes):
+            if found != kind or (size > MOST_MESSAGE_BYTES if nbytes is None else size != nbytes):
                 self.abort()
                 raise PeerLost(f"the other end of a link sent {found!r} of {size} bytes, and {kind!r} was due")
             return self._take(size) if kind == _MESSAGE else b""

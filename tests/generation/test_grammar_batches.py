@@ -344,7 +344,7 @@ def test_a_grammar_goes_on_in_another_batcher(kind: type[Batcher], model: PreTra
         assert request.grammar is not None
         assert list(found[request.id]) == drawn(model, request, COMPILER.start(request.grammar, request.stop_tokens))
     assert target.stats().prompt_tokens <= len(CONSTRAINED), "no prompt was computed again"
-    assert not source.prepare()
+    assert not source.prepare() and not target.prepare()
     assert is_empty(source) and is_empty(target)
 
 
