@@ -30,7 +30,7 @@ Open = Callable[..., tuple[Cluster, FakeBackend]]
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of these small models travel in several pieces; and no prompt is short."""
-    monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 6000)
+    monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
 
 
@@ -126,7 +126,7 @@ def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], fol
         if not trouble.done:
             break
         assert counts(cluster)[1] > before[1]
-    assert number > 7, "an offer, an answer, several pieces, and an end"
+    assert number > 6, "an offer, an answer, several pieces, and an end"
     assert counts(cluster)[0] > 0, "they moved in the end"
 
 
@@ -145,7 +145,7 @@ def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], 
         assert reason == ("cancelled" if trouble.done else "length")
         if not trouble.done:
             break
-    assert number > 7
+    assert number > 6
     assert tokens_of(cluster.generate(LONG, max_new_tokens=NEW)) == expected(folder, LONG, NEW)
 
 
@@ -153,12 +153,12 @@ def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], 
 def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bool):
     """At a few messages; the others are those of a cut connection for the rank that lives."""
     cluster, backend = open_cluster(ranks=2, prefill_ranks=1)
-    for number in (1, 4, 30):
+    for number in (1, 4):
         trouble = Trouble(backend, number, source=source, do=lambda link: link.worker._die(known=True))
         assert tokens_of(cluster.generate(LONG, max_new_tokens=24)) == expected(folder, LONG, 24)
         serve_again(cluster, 2)
         backend.on_link = lambda _: None
-        assert trouble.done == (number < 30)
+        assert trouble.done
     check_empty(cluster, backend)
 
 
@@ -186,8 +186,8 @@ def test_a_target_lost_after_the_end_gives_back(opened: tuple[Cluster, FakeBacke
 
 def test_a_full_decode_rank_takes_none(open_cluster: Open, folder: Path):
     """Requests go on where their prompts were computed, until there is room."""
-    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, kv_tokens=128)
-    assert tokens_of(cluster.generate(PROMPTS * 2, max_new_tokens=30)) == expected(folder, PROMPTS * 2, 30)
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, kv_tokens=80)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30)) == expected(folder, PROMPTS, 30)
     check_empty(cluster, backend)
 
 
