@@ -38,8 +38,6 @@ soak: Requests, kills, stops, joins and leaves at random, for minutes; requests 
 
 groups: Requests over 1,024 ranks, nothing computed: decisions a second; tokens of prompts reused, against routing at random.
 
-roles: Streams beside bursts of long prompts, with prefill and decode groups and without; a hand-over against its prompt.
-
 serve: The service: tokens/s over HTTP against Cluster.generate, time to the first token, SIGKILLs of ranks and of the driver,
 restarts of Ray's GCS, processor time when idle. Takes --parts and --redis.
 
