@@ -102,14 +102,15 @@ class Cluster(ClusterControl):
         self._config = config
         self.tokenizer: PreTrainedTokenizerBase | None = None
         thread = LoopThread("epslots-supervisor")
+        deadlines = Deadlines(operation_s=config.deadline_s, silence_s=config.silence_s, give_up_s=config.give_up_after_s)
         supervisor = Supervisor(
             thread,
             backend,
             load,
             costs=config.costs,
-            deadlines=Deadlines(operation_s=config.deadline_s, silence_s=config.silence_s, give_up_s=config.give_up_after_s),
+            deadlines=deadlines,
             display=StartDisplay(config.progress),
-            make_router=lambda send: RequestRouter(send, lambda: self.tokenizer),
+            make_router=lambda send: RequestRouter(send, lambda: self.tokenizer, deadlines),
             placement=placement,
         )
         super().__init__(thread, supervisor, QueueRoom(config.max_queue))
@@ -118,7 +119,9 @@ class Cluster(ClusterControl):
         try:
             # Ranks that may be adopted have been checked, and a check takes a second or two.
             check = partial(_check_model, folder) if config.outlives_driver else None
-            starting = self._thread.begin(self._supervisor.start(config.ranks, config.groups, check))
+            starting = self._thread.begin(
+                self._supervisor.start(config.ranks, config.groups, check, prefill_ranks=config.prefill_ranks)
+            )
             self.tokenizer, problem = _tokenizer_of(folder)  # meanwhile
             self._checker = RequestChecker(self._thread.wait(starting).limits, self.tokenizer, problem)
         except BaseException:

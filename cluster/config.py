@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Any, Unpack
@@ -34,6 +35,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
         groups: into which the ranks are divided, equally. Each is a whole model with expert parallelism of its own: it forms,
             breaks and moves its experts without the others, which go on.
+        prefill_ranks: ranks that compute prompts alone, in groups of their own; 0 = every group does all. When a prompt is
+            computed, its cache is handed over to one of the other ranks, which decode: a long prompt holds up no stream there.
+        decode_ranks: the other ranks; by default, all that there are.
         address: the Ray cluster to run in: ``"auto"`` for the running one, ``"host:port"``, or None to start Ray on this
             machine.
         name: of the cluster, by which another driver finds ranks that outlive theirs; None = none can.
@@ -57,6 +61,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     ranks: int | None = None
     groups: int = 1
+    prefill_ranks: int = 0
+    decode_ranks: int = 0
     address: str | None = None
     name: str | None = None
     orphan_s: float = 0.0
@@ -101,8 +107,28 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         check_count("groups", self.groups)
         if self.ranks is not None and self.ranks % self.groups:
             raise ConfigError(f"groups={self.groups} with ranks={self.ranks}; allowed: a number that divides the ranks")
+        self._check_roles()
         if self.window_steps != 0:
             check_count("window_steps", self.window_steps)
+
+    def _check_roles(self) -> None:
+        given = {"prefill_ranks": self.prefill_ranks, "decode_ranks": self.decode_ranks}
+        for name, ranks in given.items():
+            if ranks != 0:
+                check_count(name, ranks)
+        if self.ranks is None or not self.prefill_ranks:
+            return
+        size, decode_ranks = self.ranks // self.groups, self.ranks - self.prefill_ranks
+        if decode_ranks < 1 or (self.decode_ranks and self.decode_ranks != decode_ranks):
+            raise ConfigError(
+                f"prefill_ranks={self.prefill_ranks}, decode_ranks={self.decode_ranks} with ranks={self.ranks}; allowed: at "
+                f"least one of each, together as many as ranks"
+            )
+        if self.prefill_ranks % size:
+            raise ConfigError(
+                f"prefill_ranks={self.prefill_ranks} with ranks={self.ranks} in groups={self.groups}; allowed: multiples of "
+                f"{size}, the size of a group"
+            )
 
     @property
     def outlives_driver(self) -> bool:
@@ -115,6 +141,8 @@ class ClusterSettings(LoadSettings, total=False):
 
     ranks: int | None
     groups: int
+    prefill_ranks: int
+    decode_ranks: int
     address: str | None
     name: str | None
     orphan_s: float
@@ -141,7 +169,27 @@ def cluster_config(**settings: Unpack[ClusterSettings]) -> ClusterConfig:
     model = load_config(**{name: given.pop(name) for name in LoadConfig.__struct_fields__ if name in given})
     if given.get("placement") is not None:
         given["placement"] = os.fspath(given["placement"])
-    return ClusterConfig(**given, model=model)
+    return ClusterConfig(**_with_roles(given), model=model)
+
+
+def _with_roles(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the ranks and groups that follow from those of the roles: the largest groups that divide both.
+
+    Raises:
+        ConfigError: decode ranks are given alone.
+    """
+    prefill_ranks, decode_ranks = given.get("prefill_ranks", 0), given.get("decode_ranks", 0)
+    if not prefill_ranks:
+        if decode_ranks:
+            raise ConfigError(f"decode_ranks={decode_ranks}; allowed with prefill_ranks, which compute the prompts")
+        return given
+    ranks = given.get("ranks")
+    if ranks is None and decode_ranks:
+        ranks = prefill_ranks + decode_ranks
+    if ranks is None or given.get("groups", 1) != 1:
+        return {**given, "ranks": ranks}
+    size = math.gcd(prefill_ranks, ranks - prefill_ranks)
+    return {**given, "ranks": ranks, "groups": ranks // size}
 
 
 def _check_seconds(name: str, given: object) -> None:

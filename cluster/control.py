@@ -75,7 +75,13 @@ class ClusterControl:
                 epoch=supervisor.groups.epoch,
                 queued=router.queued,
                 ranks=tuple(
-                    rank_stats(worker, report, router.count_served(worker), supervisor.groups.first_of(worker.group))
+                    rank_stats(
+                        worker,
+                        report,
+                        router.count_served(worker),
+                        before=supervisor.groups.first_of(worker.group),
+                        role=supervisor.groups.role_of(worker.group),
+                    )
                     for worker, report in reports
                 ),
                 total=Stats(()),
@@ -84,6 +90,7 @@ class ClusterControl:
                 missing=supervisor.pool.missing(),
                 longest_wait_s=router.longest_wait_s,
                 placement=placement_report(supervisor.groups.epoch, reports),
+                hand_overs=router.hand_overs.counts,
             )
 
         found = self._thread.call(ask())

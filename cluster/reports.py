@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.driver.controller_client import ControllerStats
+from cluster.driver.hand_overs import NO_HAND_OVERS, HandOverCounts
+from cluster.driver.rank_loads import Role
 from cluster.driver.workers import WorkerRecord
 from cluster.messages.rank import LayerPlacement, RankReport
 from epslots.generation.engine_stats import EngineStats
@@ -25,6 +27,7 @@ class RankStats:
         steps: made in the current epoch.
         requests: number of requests that it serves now.
         memory_bytes, descriptors, threads: resident memory, open file descriptors and threads of its process.
+        role: what its group serves.
     """
 
     group: int
@@ -37,6 +40,7 @@ class RankStats:
     memory_bytes: int
     descriptors: int
     threads: int
+    role: Role = "mixed"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class ClusterStats:
         missing: a line for each rank that doesn't serve, with the reason and the next step; empty if all serve.
         longest_wait_s: the longest time that a request is without its first token: it grows where lower priorities starve.
         placement: of the layers that were asked for.
+        hand_overs: of requests from the ranks that computed their prompts to those that decode, since the start.
     """
 
     epoch: int
@@ -64,6 +69,7 @@ class ClusterStats:
     missing: tuple[str, ...] = ()
     longest_wait_s: float = 0.0
     placement: PlacementReport | None = None
+    hand_overs: HandOverCounts = NO_HAND_OVERS
 
     @property
     def groups(self) -> int:
@@ -130,8 +136,8 @@ def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankRepor
     )
 
 
-def rank_stats(worker: WorkerRecord, report: RankReport, requests: int, before: int) -> RankStats:
-    """One rank's counters, from its report; ``before``: ranks of the groups before its own."""
+def rank_stats(worker: WorkerRecord, report: RankReport, requests: int, before: int, role: Role) -> RankStats:
+    """One rank's counters, from its report; ``before``: ranks of the groups before its own; ``role``: of its own."""
     return RankStats(
         group=worker.group,
         rank=before + worker.rank,
@@ -143,4 +149,5 @@ def rank_stats(worker: WorkerRecord, report: RankReport, requests: int, before: 
         memory_bytes=report.memory_bytes,
         descriptors=report.descriptors,
         threads=report.threads,
+        role=role,
     )

@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import Protocol
+from typing import Literal, Protocol
 
+Role = Literal["mixed", "prefill", "decode"]
+"""What a group serves: all; prompts, which others go on with; or requests whose prompts were computed elsewhere."""
 BACKLOG_PART = 4
 """A rank is given a fourth more requests than it runs, and at least one more: one of them starts when another ends."""
 _TRIES = 4
@@ -40,12 +42,16 @@ class RankCapacity:
         max_requests: requests that it runs at a time.
         shares_prefixes: it doesn't compute what it has in its cache of another prompt that begins alike.
         speed: its tokens a second over a usual rank's.
+        role: of its group.
+        machine: equal for ranks that can share memory; "" = this one can't.
     """
 
     kv_tokens: int
     max_requests: int
     shares_prefixes: bool = True
     speed: float = 1.0
+    role: Role = "mixed"
+    machine: str = ""
 
     @property
     def most_requests(self) -> int:
@@ -148,30 +154,42 @@ class _LoadHeap:
 
 
 class RankLoads:
-    """All ranks that serve or have requests. A ``worker`` is any key that stands for a rank's process."""
+    """All ranks of one kind that serve or have requests. A ``worker`` is any key that stands for a rank's process.
+
+    Attributes:
+        serving: number of ranks that serve.
+    """
 
     def __init__(self) -> None:
+        self.serving = 0
         self._loads: dict[Hashable, _RankLoad] = {}
         self._numbers = itertools.count()
         self._by_cost = _LoadHeap(self._loads, lambda load: load.cost)
         self._by_free = _LoadHeap(self._loads, lambda load: -load.free_tokens)
 
+    def __contains__(self, worker: Hashable) -> bool:
+        return worker in self._loads
+
     def serve(self, worker: Hashable, capacity: RankCapacity) -> None:
         """A rank takes requests from now on, with this capacity."""
+        self.pause(worker)
         if worker in self._loads:
             load = self._loads[worker]
             load.capacity, load.serves = capacity, True
         else:
             self._loads[worker] = _RankLoad(next(self._numbers), capacity)
+        self.serving += 1
         self._push(worker)
 
     def pause(self, worker: Hashable) -> None:
         """A rank keeps its requests, and takes no further ones until it serves again."""
-        if worker in self._loads:
+        if worker in self._loads and self._loads[worker].serves:
             self._loads[worker].serves = False
+            self.serving -= 1
 
     def remove(self, worker: Hashable) -> None:
         """A rank is lost."""
+        self.pause(worker)
         self._loads.pop(worker, None)
         self._by_cost.forget(worker)
         self._by_free.forget(worker)
@@ -194,6 +212,10 @@ class RankLoads:
         """The capacity of a rank that is known."""
         return self._loads[worker].capacity
 
+    def requests(self, worker: Hashable) -> int:
+        """The number of a rank's requests."""
+        return self._loads[worker].requests
+
     def fits(self, worker: Hashable, request: Costly) -> bool:
         """Whether a rank serves and has room for a request."""
         return worker in self._loads and self._loads[worker].fits(request)
@@ -215,10 +237,15 @@ class RankLoads:
             found = worker if self.fits(worker, request) else None
         for worker in asked:
             self._by_cost.push(worker)
-        if found is None and (worker := self._by_free.pop()) is not None:
-            self._by_free.push(worker)
-            found = worker if self.fits(worker, request) else None
-        return found
+        return self.freest(request) if found is None else found
+
+    def freest(self, request: Costly) -> Hashable | None:
+        """The open rank with the most free cache; None if it has no room for a request."""
+        worker = self._by_free.pop()
+        if worker is None:
+            return None
+        self._by_free.push(worker)
+        return worker if self.fits(worker, request) else None
 
     def check(self, served: Iterable[tuple[Hashable, Costly]]) -> None:
         """Assert that the sums are those of the requests that ranks have."""

@@ -12,10 +12,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.driver.hand_overs import HandOvers
 from cluster.driver.idle_tracker import IdleTracker
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduler import Scheduler
+from cluster.driver.workers import Deadlines
 from cluster.errors import ClusterError
+from cluster.messages.hand_over import HandedOver, LinkContact
 from cluster.messages.rank import Cancel, Command, Submit, Wake
 from epslots.generation.portions import push_until_stop
 from epslots.generation.requests import Output, Request
@@ -52,14 +55,23 @@ class RequestRouter:
     Args:
         send: sends a command to a rank, in the background and in order.
         tokenizer: returns the tokenizer; called for requests with stop strings.
+        deadlines: of hand-overs; None = the default ones.
+
+    Attributes:
+        hand_overs: from the ranks that compute prompts to those that decode.
     """
 
     def __init__(
-        self, send: Callable[[Hashable, Command], None], tokenizer: Callable[[], PreTrainedTokenizerBase | None]
+        self,
+        send: Callable[[Hashable, Command], None],
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+        deadlines: Deadlines | None = None,
     ) -> None:
         self._send = send
         self._tokenizer = tokenizer
         self._scheduler = Scheduler()
+        times = deadlines or Deadlines()
+        self.hand_overs = HandOvers(self._scheduler, send, form_s=times.form_s, deadline_s=times.operation_s)
         self._groups: list[GroupRouter] = []
         self._calls: dict[str, _Call] = {}
         self._assignment_due = False
@@ -112,6 +124,7 @@ class RequestRouter:
     def fail(self, error: ClusterError) -> None:
         """End all requests with an error."""
         self._scheduler.clear()
+        self.hand_overs.clear()
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.caller.fail(error)
@@ -140,6 +153,7 @@ class RequestRouter:
             cause: why it is lost, for people.
         """
         moved, given_up = self._scheduler.release(worker, blame=blame)
+        self.hand_overs.lose(worker)
         for entry in given_up:
             call = self._calls.pop(entry.request.id)
             message = (
@@ -158,8 +172,18 @@ class RequestRouter:
             entry, call = self._scheduler.count(worker, output), self._calls.get(output.id)
             if entry is not None and call is not None:
                 self._deliver(call, output)
+                if not output.finished:
+                    self.hand_overs.consider(output.id)
         if any(output.finished for output in outputs):
             self._assign_soon()
+
+    def take_hand_over(self, worker: Hashable, event: HandedOver | LinkContact) -> None:
+        """Take a rank's news of a hand-over."""
+        if isinstance(event, LinkContact):
+            self.hand_overs.pass_on(worker, event)
+        else:
+            self.hand_overs.take(worker, event)
+            self._assign_soon()  # it wakes the request's group, too
 
     def _deliver(self, call: _Call, output: Output) -> None:
         """Pass an output on to the caller, up to a stop string."""

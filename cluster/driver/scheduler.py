@@ -12,82 +12,31 @@ a group that forms anew pauses its own, and what they have stays theirs. A decis
 rank return to their place in the queue, and start again from their prompt and the tokens that had arrived.
 A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in
 the end is given up.
+
+Where groups have roles (``role_loads.py``), a request moves once more: after its first token, from the rank that computed its
+prompt to the decode rank with the most free cache. Until the move has ended well it is the first rank's.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import Literal
 
 from cluster.driver.prefix_index import BLOCK, PrefixIndex, block_hashes
-from cluster.driver.rank_loads import RankCapacity, RankLoads
+from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.role_loads import RoleLoads
+from cluster.driver.scheduled_request import Move, MoveClaim, ScheduledRequest
 from epslots.generation.requests import Output, Request
 
-MOST_SHARED_LOSSES = 2
-"""Losses in a row, without a token, after which a request gets a rank to itself: others aren't blamed if it is the reason."""
+MOST_MOVES = 2
+"""Hand-overs of one rank at a time: each takes memory and time between its steps. Others go on where they are meanwhile."""
+RETRY_TOKENS = 8
+"""After a hand-over that failed, a request goes on for so many tokens before it tries again; twice as many after the next."""
 MOST_LOSSES = 5
 """Losses in a row, without a token, after which a request is given up: it doesn't go on ending ranks."""
-
-
-@dataclass(eq=False)
-class ScheduledRequest:
-    """A request of the cluster, with its progress.
-
-    Attributes:
-        siblings: id of the first choice of its prompt, which all choices of that prompt have in common.
-        number: in the order of arrival.
-        arrived_s: when it arrived.
-        tokens: generated so far.
-        prompt_logprobs: log-probabilities of the prompt that have arrived.
-        worker: the rank that serves it; None while it is queued.
-        losses: ranks in a row that were lost while they had it, without a token in between.
-        ending: its user needs no more of it.
-        blocks: hashes of its prompt's blocks (``block_hashes``).
-        reused: tokens of its prompt that its rank needn't compute, as far as is known.
-        began: its rank has sent a token.
-    """
-
-    request: Request
-    siblings: str
-    number: int
-    arrived_s: float
-    tokens: list[int] = field(default_factory=list)
-    prompt_logprobs: int = 0
-    worker: Hashable | None = None
-    losses: int = 0
-    ending: bool = False
-    blocks: tuple[int, ...] = ()
-    reused: int = 0
-    began: bool = False
-
-    @property
-    def turn(self) -> tuple[int, int]:
-        """Its place in the queue: the lowest is assigned first."""
-        return self.request.priority, self.number
-
-    @property
-    def held_tokens(self) -> int:
-        """Tokens that its rank's cache holds now."""
-        return len(self.request.prompt) + len(self.tokens)
-
-    @property
-    def due_tokens(self) -> int:
-        """Tokens that its rank has yet to compute, at most. Its first token says that its prompt is done."""
-        prompt = 0 if self.began else len(self.request.prompt) + len(self.tokens) - self.reused
-        return prompt + self.request.max_new_tokens - len(self.tokens)
-
-    @property
-    def alone(self) -> bool:
-        """Whether it gets a rank to itself."""
-        return self.losses >= MOST_SHARED_LOSSES
-
-    def rest(self) -> Request:
-        """The request for the tokens that are missing."""
-        if not self.tokens and not self.prompt_logprobs:
-            return self.request
-        return self.request.after(self.tokens, self.prompt_logprobs)
 
 
 class Scheduler:
@@ -99,7 +48,11 @@ class Scheduler:
         """A heap by turns; requests that were ended while they waited are still in it."""
         self._queued = 0
         self._numbers = itertools.count()
-        self._loads = RankLoads()
+        self._ranks = RoleLoads()
+        self._moves: dict[str, Move] = {}
+        """By request: hand-overs under way."""
+        self._moving: Counter[Hashable] = Counter()
+        """By rank: those that it is the source or the target of."""
         self._prefixes = PrefixIndex()
         self._served: dict[Hashable, dict[str, ScheduledRequest]] = {}
         """By rank: its requests, in the order in which it got them."""
@@ -122,8 +75,8 @@ class Scheduler:
         return list(self._served.get(worker, {}).values())
 
     def busy(self, workers: Iterable[Hashable]) -> bool:
-        """Whether any of these ranks has a request."""
-        return any(self._served.get(worker) for worker in workers)
+        """Whether any of these ranks has a request that makes steps: one that is handed over doesn't."""
+        return any(id not in self._moves for worker in workers for id in self._served.get(worker, ()))
 
     def longest_wait_s(self, now_s: float) -> float:
         """The longest time that a request is without its first token, wherever it waits; 0 if all have one."""
@@ -135,12 +88,12 @@ class Scheduler:
     def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
         """These ranks take requests from now on; of equal ones, the one given first."""
         for worker, capacity in capacities.items():
-            self._loads.serve(worker, capacity)
+            self._ranks.serve(worker, capacity)
 
     def pause(self, workers: Iterable[Hashable]) -> None:
         """These ranks take no further requests until they serve again."""
         for worker in workers:
-            self._loads.pause(worker)
+            self._ranks.pause(worker)
 
     def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
         """A rank is lost: move its requests to the queue.
@@ -153,6 +106,7 @@ class Scheduler:
         """
         moved, given_up = [], []
         for entry in self._served.pop(worker, {}).values():
+            self._drop_move(entry.request.id)
             if entry.ending:
                 self._forget(entry)
                 continue
@@ -164,7 +118,7 @@ class Scheduler:
                 entry.worker = None
                 moved.append(entry)
                 self._enqueue(entry)
-        self._loads.remove(worker)
+        self._ranks.remove(worker)
         self._prefixes.forget(worker)
         return moved, given_up
 
@@ -215,25 +169,30 @@ class Scheduler:
     def _choose(self, entry: ScheduledRequest) -> Hashable | None:
         """The rank for a request, among those with room; None if there is none. Notes what that rank needn't compute."""
         reused, holders = self._prefixes.longest(entry.blocks)
+        loads = self._ranks.for_prompt(entry, lambda those: reused if any(holder in those for holder in holders) else 0)
 
         def cost(worker: Hashable) -> float:
-            return self._loads.cost(worker, -reused if worker in holders else 0)
+            return loads.cost(worker, -reused if worker in holders else 0)
 
         siblings = (sibling.worker for sibling in self._choices.get(entry.siblings, {}).values())
-        chosen = next((worker for worker in siblings if worker is not None and self._loads.fits(worker, entry)), None)
-        if chosen is None and (least_loaded := self._loads.least_loaded(entry)) is not None:
-            chosen = min((*(holder for holder in holders if self._loads.fits(holder, entry)), least_loaded), key=cost)
+        chosen = next((worker for worker in siblings if worker is not None and loads.fits(worker, entry)), None)
+        if chosen is None and (least_loaded := loads.least_loaded(entry)) is not None:
+            chosen = min((*(holder for holder in holders if loads.fits(holder, entry)), least_loaded), key=cost)
         entry.reused = reused if chosen in holders else 0
         return chosen
 
     def _give(self, worker: Hashable, entry: ScheduledRequest) -> None:
-        entry.worker, entry.began = worker, False
+        entry.began = False
         self._queued -= 1
-        self._loads.add(worker, entry)
-        self._served.setdefault(worker, {})[entry.request.id] = entry
-        capacity = self._loads.capacity(worker)
+        self._place(worker, entry)
+        capacity = self._ranks.of(worker).capacity(worker)
         if capacity.shares_prefixes:
             self._prefixes.enter(worker, entry.blocks, capacity.kv_tokens // BLOCK)
+
+    def _place(self, worker: Hashable, entry: ScheduledRequest) -> None:
+        entry.worker, entry.leaves = worker, self._ranks.hands_over(worker)
+        self._ranks.of(worker).add(worker, entry)
+        self._served.setdefault(worker, {})[entry.request.id] = entry
 
     def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
         """Record a rank's output; returns its request, or None if no caller needs the output.
@@ -243,21 +202,22 @@ class Scheduler:
         entry = self._entries.get(output.id)
         if entry is None or entry.worker != worker:
             return None
+        loads = self._ranks.of(worker)
         if output.finished:
-            self._loads.drop(worker, entry)
+            loads.drop(worker, entry)
             del self._served[worker][output.id]
             self._forget(entry)
         if entry.ending:
             return None
         if not output.finished:
-            self._loads.drop(worker, entry)
+            loads.drop(worker, entry)
         entry.tokens += output.tokens
         entry.prompt_logprobs += len(output.prompt_logprobs)
         if output.tokens:
             entry.began = True
             entry.losses = 0  # it isn't the reason: that would end every rank at the same token
         if not output.finished:
-            self._loads.add(worker, entry)
+            loads.add(worker, entry)
         return entry
 
     def end(self, id: str) -> Hashable | None:
@@ -272,13 +232,75 @@ class Scheduler:
         entry.ending = True
         return entry.worker
 
+    # Hand-overs.
+
+    def begin_move(self, id: str) -> Move | None:
+        """Begin a request's hand-over to a decode rank; None if it is to go on where it is.
+
+        Its rank has just sent an output of it, after which it makes no steps until ``end_move``.
+        """
+        entry = self._entries[id]
+        if entry.worker is None or entry.ending or not entry.began or entry.alone or id in self._moves:
+            return None
+        if len(entry.tokens) < entry.move_at or not self._ranks.costs.is_worth(entry.left_tokens):
+            return None
+        if not self._ranks.hands_over(entry.worker) or self._moving[entry.worker] >= MOST_MOVES:
+            return None
+        claim = MoveClaim(entry.held_tokens + BLOCK, entry.left_tokens)
+        if (target := self._ranks.for_decoding(claim)) is None or self._moving[target] >= MOST_MOVES:
+            return None
+        move = self._moves[id] = Move(entry, entry.worker, target, claim)
+        self._ranks.of(target).add(target, claim)
+        self._moving.update((entry.worker, target))
+        return move
+
+    def end_move(self, move: Move, *, done: bool) -> Literal["moved", "stays", "gone"]:
+        """A hand-over has ended; returns whether its request is now the target's, the source's, or neither's.
+
+        Args:
+            done: the target has its cache.
+        """
+        entry, id = move.entry, move.entry.request.id
+        if self._moves.get(id) is not move:
+            return "gone"
+        self._drop_move(id)
+        if self._entries.get(id) is not entry or entry.ending:
+            return "gone"
+        if not done or move.target not in self._ranks:
+            entry.move_at = len(entry.tokens) + RETRY_TOKENS * 2**entry.failed_moves
+            entry.failed_moves += 1
+            return "stays"
+        self._ranks.of(move.source).drop(move.source, entry)
+        del self._served[move.source][id]
+        self._place(move.target, entry)
+        return "moved"
+
+    def _drop_move(self, id: str) -> None:
+        if (move := self._moves.pop(id, None)) is not None:
+            self._ranks.of(move.target).drop(move.target, move.claim)
+            for worker in (move.source, move.target):
+                self._moving[worker] -= 1
+                if not self._moving[worker]:
+                    del self._moving[worker]
+
+    def share_memory(self, one: Hashable, other: Hashable) -> bool:
+        """Whether two ranks can share memory."""
+        machines = [self._ranks.of(worker).capacity(worker).machine for worker in (one, other)]
+        return machines[0] == machines[1] != ""
+
+    def observe_move(self, tokens: int, seconds: float, prompt_token_s: float) -> None:
+        """Note the costs of a hand-over (``HandOverCosts.observe``)."""
+        self._ranks.costs.observe(tokens, seconds, prompt_token_s)
+
     def clear(self) -> list[ScheduledRequest]:
         """Drop all requests; returns those that users still wait for."""
         entries = [entry for entry in self._entries.values() if not entry.ending]
         for entry in list(self._entries.values()):
             if entry.worker is not None:
-                self._loads.drop(entry.worker, entry)
+                self._ranks.of(entry.worker).drop(entry.worker, entry)
             self._forget(entry)
+        for id in list(self._moves):
+            self._drop_move(id)
         self._served.clear()
         self._queue.clear()
         self._queued = 0
@@ -296,4 +318,7 @@ class Scheduler:
             id for id, entry in self._entries.items() if entry.worker is not None
         }
         assert all(entry.worker == worker for worker, entry in served)
-        self._loads.check(served)
+        assert all(move.entry.worker == move.source for move in self._moves.values())
+        assert self._moving == Counter(worker for move in self._moves.values() for worker in (move.source, move.target))
+        claims = [(move.target, move.claim) for move in self._moves.values() if move.target in self._ranks]
+        self._ranks.check([*served, *claims])

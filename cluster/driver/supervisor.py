@@ -33,6 +33,7 @@ from cluster.driver.worker_groups import WorkerGroups
 from cluster.driver.worker_pool import WorkerPool
 from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed, Superseded
+from cluster.messages.hand_over import HandedOver, LinkContact
 from cluster.messages.placement import GroupState, LoadReport, PlacementRejected
 from cluster.messages.rank import (
     Adopt,
@@ -122,12 +123,15 @@ class Supervisor:
 
     # Calls of the cluster.
 
-    async def start(self, ranks: int | None, groups: int = 1, check: Callable[[], object] | None = None) -> Loaded:
+    async def start(
+        self, ranks: int | None, groups: int = 1, check: Callable[[], object] | None = None, *, prefill_ranks: int = 0
+    ) -> Loaded:
         """Start the ranks; returns when they serve, with the first one's report of the model.
 
         Args:
             ranks: None for one on every GPU.
             groups: into which they are divided.
+            prefill_ranks: ranks of the groups that compute prompts for the others; 0 = each computes its own.
             check: raises an error if the model can't be served; called, in a thread, unless ranks are adopted that have it.
 
         Raises:
@@ -141,7 +145,7 @@ class Supervisor:
         survivors = self._backend.survivors
         if check is not None and not survivors:
             await asyncio.to_thread(check)
-        self.groups.divide(ranks, groups)
+        self.groups.divide(ranks, groups, prefill_ranks)
         self.groups.resize(ranks)
         for number, group in enumerate(self.groups):
             bundles = self.groups.bundles_of(number, ranks)
@@ -264,6 +268,8 @@ class Supervisor:
                 worker.served = True
                 self.groups[worker.group].forget_breaks()
                 self.router.take(worker, outputs)
+            case HandedOver() | LinkContact():
+                self.router.take_hand_over(worker, event)
             case Asleep(epoch, step):
                 self.groups[worker.group].router.fell_asleep(worker, epoch, step)
             case Contact():
@@ -324,6 +330,7 @@ class Supervisor:
             GroupWorkers(self.workers, number),
             self.router.open_group(),
             epochs=self._epochs,
+            role=self.groups.role_of(number),
             kv_tokens=self._load.config.kv_tokens,
             costs=self._costs,
             deadlines=self._deadlines,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.driver.backend import WorkerDied
 from cluster.driver.epochs import Epochs
-from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.rank_loads import RankCapacity, Role
 from cluster.driver.request_router import GroupRouter
 from cluster.driver.retries import Pace, Retries
 from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, WorkerState
@@ -42,6 +42,7 @@ class WorkerGroup:
         workers: of this group.
         router: the requests' way to them; paused while the group is broken.
         epochs: numbers of groups, of all of the cluster.
+        role: what its ranks serve.
         kv_tokens: capacity of each rank's cache.
         costs: the costs to plan with; None = measured ones.
         placement: of the first group (``placement.pack``); None = the default one.
@@ -52,6 +53,7 @@ class WorkerGroup:
         formed: the group is formed now.
         stood: some group has been formed before.
         serving: number of ranks that serve; any thread may read it.
+        role: as given.
         placement: the placement of a group whose ranks have all just started; other ranks carry theirs over.
     """
 
@@ -61,6 +63,7 @@ class WorkerGroup:
         router: GroupRouter,
         *,
         epochs: Epochs,
+        role: Role,
         kv_tokens: int,
         costs: Costs | None,
         deadlines: Deadlines,
@@ -69,7 +72,7 @@ class WorkerGroup:
     ) -> None:
         self._workers, self.router, self._epochs, self._on_formed = workers, router, epochs, on_formed
         self._kv_tokens, self._costs, self._deadlines = kv_tokens, costs, deadlines
-        self.placement = placement
+        self.placement, self.role = placement, role
         self.epoch = -1
         self.formed = False
         self.stood = False
@@ -215,7 +218,13 @@ class WorkerGroup:
         logger.info("epoch %d: %d ranks serve", self.epoch, len(members))
         self.router.serve(
             {
-                worker: RankCapacity(self._kv_tokens, worker.loaded.max_requests, worker.loaded.shares_prefixes)
+                worker: RankCapacity(
+                    self._kv_tokens,
+                    worker.loaded.max_requests,
+                    worker.loaded.shares_prefixes,
+                    role=self.role,
+                    machine=worker.loaded.machine,
+                )
                 for worker in members
                 if worker.loaded is not None
             }

@@ -1,6 +1,7 @@
 """``WorkerGroups``: all groups of a cluster. Each is a whole model, and forms, breaks and serves without the others.
 
-Bundles are dealt to groups in order: the first group has bundles 0 to ``group_size`` - 1, and so on.
+Bundles are dealt to groups in order: the first group has bundles 0 to ``group_size`` - 1, and so on. The first groups may
+compute prompts for the others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from cluster.driver.backend import WorkerDied
+from cluster.driver.rank_loads import Role
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
@@ -29,6 +31,7 @@ class WorkerGroups:
 
     Attributes:
         group_size: bundles of a group; None = all are one group.
+        prefill_groups: groups that compute prompts, the first ones; the others decode. 0 = every group does both.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class WorkerGroups:
     ) -> None:
         self._make, self._end, self._spawn = make, end, spawn
         self.group_size: int | None = None
+        self.prefill_groups = 0
         self._groups: list[WorkerGroup] = []
 
     def __iter__(self) -> Iterator[WorkerGroup]:
@@ -50,15 +54,29 @@ class WorkerGroups:
     def __getitem__(self, number: int) -> WorkerGroup:
         return self._groups[number]
 
-    def divide(self, ranks: int, groups: int) -> None:
+    def divide(self, ranks: int, groups: int, prefill_ranks: int = 0) -> None:
         """Divide so many ranks into groups of one size, which stays.
+
+        Args:
+            prefill_ranks: ranks of groups that compute prompts; 0 = every group computes its own.
 
         Raises:
             ClusterError: it can't be done.
         """
         if ranks % groups:
             raise ClusterError(f"groups={groups} with {ranks} ranks; allowed: a number that divides the ranks")
-        self.group_size = None if groups == 1 else ranks // groups
+        size = ranks // groups
+        if prefill_ranks % size or (prefill_ranks and prefill_ranks >= ranks):
+            raise ClusterError(
+                f"prefill_ranks={prefill_ranks} with {ranks} ranks in {groups} groups; allowed: multiples of {size}, and at "
+                f"least one group that decodes"
+            )
+        self.group_size = None if groups == 1 else size
+        self.prefill_groups = prefill_ranks // size
+
+    def role_of(self, number: int) -> Role:
+        """What a group serves."""
+        return "mixed" if not self.prefill_groups else "prefill" if number < self.prefill_groups else "decode"
 
     def number_of(self, bundle: int) -> int:
         """The number of a bundle's group."""

@@ -19,10 +19,12 @@ from cluster.config import ClusterConfig
 from epslots.cli import VersionOption
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
+    DecodeRanksOption,
     GroupsOption,
     LoadConfigOptions,
     ModelOption,
     PlacementOption,
+    PrefillRanksOption,
     StrategyOption,
     ray_address,
 )
@@ -45,6 +47,8 @@ class RayOptions:
 
     ranks: Annotated[Optional[int], typer.Option(min=1, help="Ranks. Default: one for each GPU, or 1.")] = _DEFAULTS.ranks
     groups: GroupsOption = _DEFAULTS.groups
+    prefill_ranks: PrefillRanksOption = _DEFAULTS.prefill_ranks
+    decode_ranks: DecodeRanksOption = _DEFAULTS.decode_ranks
     address: Annotated[
         str,
         typer.Option(help='Ray cluster: "auto" (the running one), "host:port", or "local" (start Ray on this machine).'),

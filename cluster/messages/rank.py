@@ -6,6 +6,7 @@
                        Submit, Cancel   Outputs
                        Wake             Asleep, when no rank has work any more
                        GetReport        RankReport
+                       HandOver, ...    HandedOver, ...: see ``hand_over.py``
                        Adopt            Adopted: the worker serves another driver from now on
                        Stop             RankStopped
 
@@ -19,6 +20,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, Release, TakeOver
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
 from epslots.generation.engine_stats import EngineStats
@@ -144,7 +146,24 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 
 
 Command = (
-    Load | Form | Contacts | Submit | Cancel | Wake | GetReport | GetGroupState | SetPlacement | Ping | GiveUp | Adopt | Stop
+    Load
+    | Form
+    | Contacts
+    | Submit
+    | Cancel
+    | Wake
+    | GetReport
+    | GetGroupState
+    | SetPlacement
+    | HandOver
+    | TakeOver
+    | LinkContacts
+    | GoOn
+    | Release
+    | Ping
+    | GiveUp
+    | Adopt
+    | Stop
 )
 
 
@@ -174,12 +193,14 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         max_requests: requests that run at a time.
         shares_prefixes: what was computed of a prompt is kept for others that begin alike.
         seconds: duration of each stage of loading, by name.
+        machine: equal for ranks that can share memory; "" = this one can't.
     """
 
     limits: ModelLimits
     max_requests: int
     shares_prefixes: bool
     seconds: dict[str, float]
+    machine: str = ""
 
 
 class Adopted(msgspec.Struct, tag=True, frozen=True):
@@ -316,6 +337,8 @@ Event = (
     | LoadReport
     | GroupState
     | PlacementRejected
+    | LinkContact
+    | HandedOver
     | RankStopped
 )
 

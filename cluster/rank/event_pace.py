@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.messages.hand_over import HandedOver, LinkContact
 from cluster.messages.rank import Event, Outputs
 
 EVENTS_EVERY_S = 0.02
@@ -10,7 +11,7 @@ after one another share it. Readers of a stream see its tokens at most this much
 
 
 class EventPace:
-    """Sends a request's first tokens at once, since its reader waits for them, and other events in batches.
+    """Sends at once what a reader waits for: a request's first tokens, and the news of a hand-over. Others go in batches.
 
     Args:
         every_s: from one batch to the next, unless a first token has come.
@@ -29,6 +30,7 @@ class EventPace:
 
     def note(self, event: Event) -> None:
         """Note an event that is to be sent."""
+        self._urgent |= isinstance(event, HandedOver | LinkContact)  # a stream stands still until then
         if isinstance(event, Outputs):
             for output in event.outputs:
                 if (output.tokens or output.finished) and output.id in self._silent:

@@ -6,6 +6,8 @@ Three threads meet here, and none waits for another's work:
     commands   calls ``command``: queues it for the stepping thread, or aborts a group whose operation is stuck
     events     calls ``events``: waits for the next batch (``event_queue.py``)
 
+Each hand-over has a further one (``hand_over_threads.py``), which asks the stepping thread for pieces of caches.
+
 A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
 request whose computation raises ends with an error (``generation/batcher.py``), and the rank sends ``Broken`` if that broke
 the group. Any other error ends the rank (``Failed``), because its state is unknown then.
@@ -16,11 +18,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from cluster.lasting.records import RankDescription
+from cluster.messages.hand_over import GoOn, HandOver, LinkContacts, Release, TakeOver
 from cluster.messages.placement import GetGroupState, PlacementRejected, SetPlacement
 from cluster.messages.rank import (
     Adopt,
@@ -28,7 +30,6 @@ from cluster.messages.rank import (
     Asleep,
     Broken,
     Cancel,
-    Command,
     Contacts,
     Event,
     Form,
@@ -47,8 +48,10 @@ from cluster.messages.rank import (
     decode_command,
     encode,
 )
+from cluster.rank.command_queue import CommandQueue, Errand, Forming, Placing, Queued
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.event_queue import EventQueue
+from cluster.rank.hand_over_threads import HandOverThreads, OpenLink, open_link
 from cluster.rank.rank_reports import WindowCutter, failure_of, group_state, loaded_report, rank_report
 from epslots.config import LOAD_DEADLINE_S
 from epslots.devices import cpu_share, make_current, resolve_device, wait_for_freed_memory
@@ -59,7 +62,7 @@ from epslots.group.join import join, start_rank
 from epslots.group.rank_group import group_of
 from epslots.loading import load_alone
 from epslots.models.checkpoint import CheckpointSource
-from epslots.placement.placement import Placement, unpack
+from epslots.placement.placement import unpack
 from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
 from epslots.transport.transport import Transport
@@ -68,41 +71,30 @@ FormTransport = Callable[[Form, torch.device, ContactStore], Transport]
 """Connects the ranks of an epoch; raises PeerLost if some don't come in time."""
 
 
-@dataclass(frozen=True)
-class _Forming:
-    """A ``Form``, with the store for its contacts."""
-
-    form: Form
-    contacts: ContactStore
-
-
-@dataclass(frozen=True)
-class _Placing:
-    """A ``SetPlacement``, with its placement unpacked."""
-
-    epoch: int
-    placement: Placement
-    bytes_per_step: int
-
-
-_Queued = Command | _Forming | _Placing
-
-
 class RankLoop:
     """One rank.
 
     Args:
         form: connects the ranks of an epoch.
         clock: seconds, for the pace of events.
+        open_link: connects two ranks for a hand-over.
+
+    Attributes:
+        hand_overs: those under way.
     """
 
-    def __init__(self, form: FormTransport, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, form: FormTransport, clock: Callable[[], float] = time.monotonic, open_link: OpenLink = open_link
+    ) -> None:
         self._form_transport = form
         self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
         self._news = threading.Condition()
         """Guards the commands and events, and is notified of them."""
-        self._commands: list[_Queued] = []
+        self._commands = CommandQueue(self._news)
         self._events = EventQueue(self._news, clock)
+        self.hand_overs = HandOverThreads(
+            lambda: self._loaded_engine.batcher, self._commands.between_steps, self._send, open_link
+        )
         self._contacts: ContactStore | None = None
         """Of the newest epoch; only the commands' thread uses it."""
         self._newest = -1
@@ -133,13 +125,13 @@ class RankLoop:
         doing = "loading"
         try:
             while True:
-                for command in self._next_commands():
+                for command in self._commands.take(self._has_steps_to_make):
                     if isinstance(command, Stop):
                         self._ended = True
                         self._release()
                         self._send(RankStopped())
                         return
-                    doing = "forming" if isinstance(command, _Forming) else doing
+                    doing = "forming" if isinstance(command, Forming) else doing
                     self._carry_out(command)
                 doing = "serving" if self._serving else doing
                 if self._has_steps_to_make():
@@ -149,13 +141,9 @@ class RankLoop:
         except BaseException as error:
             self._ended = True
             self._fail(error, doing)
-
-    def _next_commands(self) -> list[_Queued]:
-        """The queued commands; waits for one if there is no step to make."""
-        with self._news:
-            self._news.wait_for(lambda: self._commands or self._has_steps_to_make())
-            commands, self._commands = self._commands, []
-        return commands
+        finally:
+            self.hand_overs.abort_all("the rank has ended", end=True)
+            self._commands.end()
 
     def _has_steps_to_make(self) -> bool:
         if not self._serving:
@@ -167,7 +155,7 @@ class RankLoop:
         assert self._engine is not None, "Load comes first"
         return self._engine
 
-    def _carry_out(self, command: _Queued) -> None:
+    def _carry_out(self, command: Queued) -> None:
         match command:
             case Load():
                 self._load(command)
@@ -175,7 +163,7 @@ class RankLoop:
                 self._adopt()
             case GiveUp():
                 self._give_up_requests()
-            case _Forming(form, contacts):
+            case Forming(form, contacts):
                 self._form(form, contacts)
             case Submit(requests):
                 for request in requests:
@@ -191,8 +179,14 @@ class RankLoop:
             case GetGroupState(number):
                 if (state := group_state(self._loaded_engine.model, number)) is not None:
                     self._send(state)
-            case _Placing():
+            case Placing():
                 self._set_placement(command)
+            case GoOn(id):
+                self._loaded_engine.batcher.resume(id)
+            case Release(id):
+                self._loaded_engine.batcher.release(id)
+            case Errand():
+                command.run()
 
     def _load(self, load: Load) -> None:
         began = time.monotonic()
@@ -225,6 +219,7 @@ class RankLoop:
         self._send(Adopted(self._loaded, self._newest, grouped=group_of(self._loaded_engine.model) is not None))
 
     def _give_up_requests(self) -> None:
+        self.hand_overs.abort_all("another driver has come")
         if self._engine is not None:
             self._engine.batcher.cancel_all()
             self._engine.batcher.outputs()
@@ -273,7 +268,7 @@ class RankLoop:
         except ConfigError as error:
             self._send(Outputs((Output(request.id, (), True, "error", str(error)),)))
 
-    def _set_placement(self, placing: _Placing) -> None:
+    def _set_placement(self, placing: Placing) -> None:
         """Offer a placement to the group, which adopts it once all ranks have it; all reject an impossible one alike."""
         group = group_of(self._loaded_engine.model)
         if group is None or not self._serving or group.transport.epoch != placing.epoch:
@@ -338,7 +333,7 @@ class RankLoop:
                 return encode(Pong(self._thread.is_alive() and not self._ended))
             case Load() as load:
                 self._load_order = load
-                self._queue(load)
+                self._commands.put(load)
             case Form() as form:
                 self._prepare_to_form(form)
             case Contacts(epoch, entries):
@@ -346,11 +341,17 @@ class RankLoop:
                     self._contacts.take(entries)
             case SetPlacement() as place:
                 try:  # here and not between two steps, because a large one takes some milliseconds
-                    self._queue(_Placing(place.epoch, unpack(place.placement), place.bytes_per_step))
+                    self._commands.put(Placing(place.epoch, unpack(place.placement), place.bytes_per_step))
                 except ConfigError as error:
                     self._send(PlacementRejected(str(error)))
+            case HandOver() as order:
+                self.hand_overs.give(order)
+            case TakeOver() as order:
+                self.hand_overs.take(order)
+            case LinkContacts() as contacts:
+                self.hand_overs.meet(contacts)
             case command:
-                self._queue(command)
+                self._commands.put(command)
         return b""
 
     def begin_term(self, term: int) -> None:
@@ -375,7 +376,7 @@ class RankLoop:
         if self._contacts is not None:
             self._contacts.end(self._newer_epoch())
         self._contacts = ContactStore(form.epoch, self._send, form.form_s)
-        self._queue(_Forming(form, self._contacts))
+        self._commands.put(Forming(form, self._contacts))
 
     def _leave_old(self, transport: Transport | None) -> None:
         """Abort a group if a newer one is to form. Both threads call it, each after its own write, so that one sees both."""
@@ -384,11 +385,6 @@ class RankLoop:
 
     def _newer_epoch(self) -> str:
         return f"epoch {self._newest} is being formed"
-
-    def _queue(self, command: _Queued) -> None:
-        with self._news:
-            self._commands.append(command)
-            self._news.notify_all()
 
     def _send(self, event: Event) -> None:
         """Send an event to the driver; from any thread."""

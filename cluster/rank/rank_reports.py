@@ -20,6 +20,7 @@ from epslots.group.rank_group import group_of
 from epslots.placement.placement import pack
 from epslots.runtime import runtime_of, stats
 from epslots.telemetry import WindowMeter
+from epslots.transport.pair_link import machine_of_this
 
 
 def loaded_report(engine: Engine, seconds: dict[str, float]) -> Loaded:
@@ -30,6 +31,7 @@ def loaded_report(engine: Engine, seconds: dict[str, float]) -> Loaded:
         max_requests=batcher.max_requests,
         shares_prefixes=batcher.shares_prefixes,
         seconds=seconds,
+        machine=machine_of_this(),
     )
 
 

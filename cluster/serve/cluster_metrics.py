@@ -95,6 +95,12 @@ class ClusterCollector(Collector):
         yield self._gauge("longest_wait_seconds", stats.longest_wait_s, longest)
         yield self._gauge("ranks_missing", len(stats.missing), "Ranks that should serve, and don't now.")
         yield self._gauge("groups", stats.groups, "Groups of ranks: each is a whole model.")
+        hand_overs = stats.hand_overs
+        yield self._counter("hand_overs", hand_overs.done, "Requests that went on at a decode rank, with their cache.")
+        failed = "Hand-overs that failed, or whose request had ended: it went on where it was, or was computed again."
+        yield self._counter("hand_overs_failed", hand_overs.failed, failed)
+        yield self._counter("hand_over_bytes", hand_overs.nbytes, "Bytes of the caches that were handed over.")
+        yield self._counter("hand_over_seconds", hand_overs.seconds, "Time in which requests stood still for hand-overs.")
         memory = GaugeMetricFamily(f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank"])
         for rank in stats.ranks:
             memory.add_metric([self._model, str(rank.rank)], rank.memory_bytes)

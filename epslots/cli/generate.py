@@ -14,10 +14,12 @@ import typer
 
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
+    DecodeRanksOption,
     GroupsOption,
     LoadConfigOptions,
     ModelOption,
     PlacementOption,
+    PrefillRanksOption,
     StrategyOption,
     ray_address,
 )
@@ -49,6 +51,8 @@ class RankOptions:
         typer.Option("--ranks", min=1, help="Ranks; their slots are one cache of the experts. Several run under Ray."),
     ] = 1
     groups: GroupsOption = 1
+    prefill_ranks: PrefillRanksOption = 0
+    decode_ranks: DecodeRanksOption = 0
     address: Annotated[
         Optional[str],
         typer.Option(
@@ -63,7 +67,7 @@ class RankOptions:
     @property
     def many(self) -> bool:
         """Whether a launcher starts the ranks; else the one rank is this process."""
-        return self.ranks > 1 or self.groups > 1 or self.address is not None
+        return self.ranks > 1 or self.groups > 1 or self.prefill_ranks > 0 or self.address is not None
 
 
 @takes_groups
@@ -199,6 +203,8 @@ def _launch(launcher: Launcher, source: str, where: RankOptions, config: LoadCon
     """Load the model on the launcher's ranks, which have another working folder."""
     path = str(Path(source).resolve()) if Path(source).is_dir() else source
     ranks = {**asdict(where), "address": ray_address(where.address)}
+    if where.prefill_ranks and where.ranks == 1:
+        ranks["ranks"] = None  # as many as both roles have
     return launcher(path, **ranks, max_queue=max_queue, **config.keywords())
 
 

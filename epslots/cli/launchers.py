@@ -56,31 +56,34 @@ class Launched(Protocol):
         """Counters since the start."""
 
 
+class LaunchSettings(LoadSettings, total=False):
+    """How many ranks there are, and where; and the settings of each rank's model."""
+
+    ranks: int | None
+    """None = as many as both roles have."""
+    groups: int
+    """Into which the ranks are divided."""
+    prefill_ranks: int
+    """Ranks that compute prompts for the others; 0 = each does all."""
+    decode_ranks: int
+    """The others; 0 = as many as there are."""
+    address: str | None
+    """Of a running system; None starts one on this machine."""
+    strategy: str
+    """How ranks are placed on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
+    placement: Path | None
+    """File of the experts' first placement."""
+
+
 class Launcher(Protocol):
     """Starts a model on several ranks, and returns when it serves."""
 
-    def __call__(
-        self,
-        path_or_id: str,
-        *,
-        ranks: int,
-        groups: int,
-        address: str | None,
-        strategy: str,
-        placement: Path | None,
-        max_queue: int,
-        **settings: Unpack[LoadSettings],
-    ) -> Launched:
+    def __call__(self, path_or_id: str, *, max_queue: int, **settings: Unpack[LaunchSettings]) -> Launched:
         """Start the ranks.
 
         Args:
             path_or_id: a checkpoint folder, or a hub id.
-            groups: into which the ranks are divided.
-            address: of a running system; None starts one on this machine.
-            strategy: how ranks are placed on nodes: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
-            placement: file of the experts' first placement.
             max_queue: prompts that may be submitted at once.
-            settings: of each rank's model.
 
         Raises:
             EpslotsError: they can't be started; the message says what to do.

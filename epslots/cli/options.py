@@ -85,6 +85,18 @@ GroupsOption = Annotated[
         help="Groups into which the ranks are divided: each is a whole model, and goes on when another one breaks.",
     ),
 ]
+PrefillRanksOption = Annotated[
+    int,
+    typer.Option(
+        "--prefill-ranks",
+        min=0,
+        help="Ranks that compute prompts for the others, which decode: a long prompt holds up no stream. 0 = each does both.",
+    ),
+]
+DecodeRanksOption = Annotated[
+    int,
+    typer.Option("--decode-ranks", min=0, help="Ranks that go on after --prefill-ranks. Default: all others of --ranks."),
+]
 StrategyOption = Annotated[
     str,
     typer.Option(

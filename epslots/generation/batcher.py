@@ -20,7 +20,10 @@ from transformers import PreTrainedModel
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
+from epslots.generation.cache_image import CacheImage
+from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
+from epslots.generation.grammar import GrammarState
 from epslots.generation.grammar_queue import GrammarQueue, compiler_for
 from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
@@ -33,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Steps in a row with which a rank may break its group; after more, the fault is the rank's and not a request's.
 MAX_BREAKS_IN_A_ROW = 3
+_TIMED_TOKENS = 16  # of a step's prompts, at least: its fixed costs would pass for theirs
+_TIME_KEPT = 0.8  # weight of earlier steps
 _ERROR_CHARACTERS = 500  # of an exception's text, in a request's error
 
 T = TypeVar("T")
@@ -55,6 +60,7 @@ class Batcher(ABC):
 
     Attributes:
         grammars: requests whose grammars are being compiled: they are queued when these are ready.
+        prompt_token_s: seconds of a prompt's token, lately; 0 = none was timed.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
@@ -66,6 +72,7 @@ class Batcher(ABC):
         self._entries: dict[str, TrackedRequest] = {}
         self._numbers = itertools.count()
         self._plain_outputs = PlainOutputs(model)
+        self.prompt_token_s = 0.0
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
         self._logged = ""
@@ -131,18 +138,23 @@ class Batcher(ABC):
     def _queue_prepared(self) -> None:
         """Queue the requests whose grammars are ready; the first thing that ``prepare`` does."""
         for entry, state in self.grammars.take():
-            if entry.reason is not None:  # cancelled meanwhile
-                continue
-            if isinstance(state, ConfigError):
-                entry.end("error", str(state))
-                continue
-            entry.grammar_state = state
-            if state.error is not None:
-                entry.end("error", state.error)
-            elif state.finished:
-                entry.end("stop")
-            else:
+            if entry.reason is None:  # else it was cancelled meanwhile
+                self._begin_grammar(entry, state)
+            if entry.reason is None:
                 self._queue(entry)
+            else:
+                self.release(entry.request.id)
+
+    def _begin_grammar(self, entry: TrackedRequest, state: GrammarState | ConfigError) -> None:
+        """Enter a request's grammar, which may end it at once."""
+        if isinstance(state, ConfigError):
+            entry.end("error", str(state))
+            return
+        entry.grammar_state = state
+        if state.error is not None:
+            entry.end("error", state.error)
+        elif state.finished:
+            entry.end("stop")
 
     def _check(self, request: Request) -> None:
         name, prompt = f"request {request.id!r}", request.prompt
@@ -173,13 +185,61 @@ class Batcher(ABC):
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
+            entry.resume()
             if not entry.waits_for_grammar:
                 self._withdraw(entry)
 
     def cancel_all(self) -> None:
-        """End all requests."""
+        """End all requests, and give up all reserved places."""
         for id in list(self._entries):
             self.cancel(id)
+        self.release_all()
+
+    # --- hand-overs ---
+
+    @abstractmethod
+    def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
+        """The image of an unfinished request's cache, if its next step is to compute a single token."""
+
+    @abstractmethod
+    def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
+        """Reserve a place for the cache of a request that comes from another rank, and is added later under this id.
+
+        The request begins there, if the image is complete by then and holds the beginning of its tokens; else with its prompt.
+
+        Returns:
+            The place, to be written; None if there is no room now.
+
+        Raises:
+            RankMismatchError: the layout is that of another model, or of other settings.
+        """
+
+    @abstractmethod
+    def release(self, id: str) -> None:
+        """Give up a place that is reserved; a no-op if none is."""
+
+    @abstractmethod
+    def release_all(self) -> None:
+        """Give up all places that are reserved."""
+
+    def hold(self, id: str) -> CacheImage | None:
+        """Let a decoding request make no step, so that its cache can be read: until ``resume``, ``cancel``, or until other
+        requests need its place.
+
+        Returns:
+            Its cache; None if it isn't decoding, or a step has to be repeated first.
+        """
+        entry = self._entries.get(id)
+        if entry is None or entry.reason is not None:
+            return None
+        if not entry.held:
+            entry.image = self._image_of(entry)
+        return entry.image
+
+    def resume(self, id: str) -> None:
+        """Let a request that is held go on here; a no-op if it isn't held."""
+        if id in self._entries:
+            self._entries[id].resume()
 
     def _open(self) -> list[TrackedRequest]:
         """Unfinished requests that were queued, oldest first."""
@@ -187,8 +247,8 @@ class Batcher(ABC):
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is unfinished."""
-        return any(entry.reason is None for entry in self._entries.values())
+        """Whether a request is unfinished, and not held."""
+        return any(entry.reason is None and not entry.held for entry in self._entries.values())
 
     def outputs(self) -> list[Output]:
         """The results since the last call: at most one output for each request, in the order of ``add``."""
@@ -204,6 +264,12 @@ class Batcher(ABC):
             if entry.reason:
                 del self._entries[id]
         return found
+
+    def _time_prompt(self, tokens: int, seconds: float) -> None:
+        """Note a step that computed so many tokens of prompts."""
+        if tokens >= _TIMED_TOKENS:
+            now_s, before_s = seconds / tokens, self.prompt_token_s
+            self.prompt_token_s = now_s + _TIME_KEPT * (before_s - now_s) if before_s else now_s
 
     def stats(self) -> EngineStats:
         """Counters since the batcher was made, and its requests now."""

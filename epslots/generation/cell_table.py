@@ -123,6 +123,21 @@ class CellTable:
         self._table_RP[target, first:length] = self._table_RP[source, first:length]
         self._first_R[target], self._length_R[target] = first, length
 
+    def occupy(self, row: int, length: int) -> None:
+        """Give an empty row cells for a sequence of so many tokens, or for those that its window keeps."""
+        assert self._length_R[row] == 0
+        first = 0 if self.window is None else max(0, length - (self.window - 1))
+        cells = self._next_cells(1, length - first)[0]
+        self.free -= len(cells)
+        self._uses[cells] = 1
+        self._held_RP[row, first:length] = cells
+        self._table_RP[row, first:length] = to_device(cells, self._table_RP.device)
+        self._first_R[row], self._length_R[row] = first, length
+
+    def cells_of(self, row: int) -> torch.Tensor:
+        """The cells that a row holds, in the order of positions, int64 on the device."""
+        return self._table_RP[row, self._first_R[row] : self._length_R[row]].long()
+
     def release(self, row: int) -> None:
         """Empty a row; cells that no other row holds are free."""
         row_B = np.array([row])

@@ -14,6 +14,8 @@ for the third, which is SGLang's:
    computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
 5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused are freed one by one, and of one
    request the last pages first, because they are of no use without those before.
+6. A request whose cache is being handed over to another rank is admitted, but makes no step. Pages may be reserved for one
+   that comes from another rank: it is admitted when it comes.
 """
 
 from __future__ import annotations
@@ -96,6 +98,9 @@ class PageScheduler(Scheduler):
         wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
             its chunks are small: a step has ``max_requests`` rows of logits, one of them for each other request.
         priority_of: the priority of the request of an id.
+        is_held: whether the request of an id makes no step for now.
+        on_preempted: called with the id of a request that has given up its pages.
+        reserved: tokens for which pages are reserved, by the id of the request that is to come.
     """
 
     def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
@@ -104,8 +109,24 @@ class PageScheduler(Scheduler):
         self.counters = EngineCounters()
         self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
         self.priority_of: Callable[[str], int] = lambda _: 0
+        self.is_held: Callable[[str], bool] = lambda _: False
+        self.on_preempted: Callable[[str], None] = lambda _: None
         self._entries: dict[str, FutureRequestState] = {}
         """The latest step's."""
+
+    def reset(self) -> None:
+        """Forget all requests."""
+        super().reset()
+        self.reserved: dict[str, int] = {}
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether pages are kept for hand-overs: they will be free without a step, so that waiting for them ends."""
+        return bool(self.reserved) or self._held > 0
+
+    @property
+    def _held(self) -> int:
+        return sum(map(self.is_held, self.active_requests))
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         """The requests of the next step.
@@ -121,11 +142,12 @@ class PageScheduler(Scheduler):
         self.cache.pool.try_to_free_sectors()
         batch = _StepBatch(self.cache, cache_budget)
         for state in self._running(RequestStatus.DECODING):
-            self._add(state, 1, batch)
+            if not self.is_held(state.request_id):
+                self._add(state, 1, batch)
         if self.waiting_requests or len(batch.entries) < len(self.active_requests):
             self._add_prompts(batch, token_budget - len(batch.entries))
         if not batch.entries and self.has_pending_requests():
-            return None, False, 0, 0
+            return [] if self.hands_over else None, False, 0, 0
         self._entries, entries = batch.entries, list(batch.entries.values())
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 
@@ -155,7 +177,7 @@ class PageScheduler(Scheduler):
     def _prompts(self, batch: _StepBatch) -> Iterator[RequestState]:
         """Admitted requests whose prompt isn't computed, in turn; then waiting ones, as they can be admitted."""
         yield from self._running(RequestStatus.PREFILLING)
-        while self.waiting_requests_order and len(batch.entries) == len(self.active_requests):  # all of them go on
+        while self.waiting_requests_order and len(batch.entries) + self._held == len(self.active_requests):  # all go on
             state = self.waiting_requests[self.waiting_requests_order[0]]
             if not self._admit(state, batch):
                 return
@@ -180,7 +202,7 @@ class PageScheduler(Scheduler):
         prompt, shares = state.initial_tokens, not self.wants_prompt_logits(state.request_id)
         if self.active_requests and (
             self.block_new_requests
-            or len(self.active_requests) + batch.prompt_rows >= self.max_requests_per_batch
+            or len(self.active_requests) + len(self.reserved) + batch.prompt_rows >= self.max_requests_per_batch
             or (shares and self._is_being_computed(prompt, batch))
             or not self._can_be_read(prompt, batch)
         ):
@@ -273,6 +295,32 @@ class PageScheduler(Scheduler):
         self.add_waiting_request(again)
         self.block_new_requests = True
         self.counters.preempted += 1
+        self.on_preempted(state.request_id)
+
+    # Hand-overs.
+
+    def reserve(self, request_id: str, tokens: int) -> bool:
+        """Reserve pages for the tokens of a request that is to come; False if there is no room beside the others."""
+        state = RequestState(request_id, [0] * tokens, max_new_tokens=self._page_tokens)
+        if len(self.active_requests) + len(self.reserved) >= self.max_requests_per_batch:
+            return False
+        if not self._has_room(state) or not self.cache.can_store_request_tokens(state, tokens):
+            return False
+        self.reserved[request_id] = tokens
+        return True
+
+    def release(self, request_id: str) -> None:
+        """Free pages that are reserved. They were perhaps not written, so no other request may share them."""
+        del self.reserved[request_id]
+        self.cache.free_blocks(request_id, no_cache=True)
+
+    def _admit_reserved(self, state: RequestState) -> None:
+        """Admit the request that pages are reserved for: they hold all of its tokens but the last ones."""
+        tokens = self.reserved.pop(state.request_id)
+        state.position_offset, state.remaining_prefill_tokens = tokens, state.initial_tokens[tokens:]
+        state.status = RequestStatus.PREFILLING
+        self.active_requests[state.request_id] = state
+        self.counters.reused_tokens += tokens
 
     def finish_request(self, request_id: str) -> None:
         """Free a request's pages, its last ones first. Those that its last step has filled can be shared, too."""
@@ -286,7 +334,10 @@ class PageScheduler(Scheduler):
         super().finish_request(request_id)
 
     def add_waiting_request(self, state: RequestState) -> None:
-        """Queue a request, at its place in turn."""
+        """Queue a request, at its place in turn; one with reserved pages is admitted."""
+        if state.request_id in self.reserved:
+            self._admit_reserved(state)
+            return
         super().add_waiting_request(state)
         order: deque[str] = vars(self)["waiting_requests_order"]
         self.waiting_requests_order = deque(sorted(order, key=self._turn_of))

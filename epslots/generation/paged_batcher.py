@@ -27,11 +27,14 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from epslots.arrays import IntArray
 from epslots.config import EngineConfig
-from epslots.errors import StepFailed, UnsupportedModelError
+from epslots.errors import RankMismatchError, StepFailed, UnsupportedModelError
 from epslots.generation.batcher import Batcher, check_positive, check_servable
+from epslots.generation.cache_image import CacheImage
+from epslots.generation.cache_layout import CacheLayout, sequence_digest
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
+from epslots.generation.page_images import image_of_pages, room_in_pages
 from epslots.generation.paged_cache import open_processor, paging_obstacle
 from epslots.generation.paged_decoding import PagedDecoding
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
@@ -85,6 +88,8 @@ class PagedBatcher(Batcher):
         scheduler.counters = self._counters
         scheduler.wants_prompt_logits = self._wants_prompt_logits
         scheduler.priority_of = self._priority_of
+        scheduler.is_held = lambda number: number in self._running and self._running[number][0].held
+        scheduler.on_preempted = self._lose_pages
         self._clock = clock
         # Of the step under way; None when it has failed: its time tells nothing.
         self._began_s: float | None = None
@@ -92,6 +97,8 @@ class PagedBatcher(Batcher):
         # was queued there.
         self._ids = itertools.count()
         self._running: dict[str, tuple[TrackedRequest, int]] = {}
+        self._reserved: dict[str, tuple[str, CacheImage]] = {}
+        """By our id: transformers' id, and the image, of a request that is yet to come."""
         # Of the batch under way; None between batches.
         self._isolation: Isolation[FutureRequestState] | None = None
         self._windows: WindowBackup | None = None
@@ -107,7 +114,7 @@ class PagedBatcher(Batcher):
     def _queue(self, entry: TrackedRequest) -> None:
         """Queue a request in transformers, to continue after its tokens so far."""
         rest = entry.request.after(entry.tokens)
-        number = str(next(self._ids))
+        number = self._claim(entry) or str(next(self._ids))
         self._running[number] = (entry, len(entry.tokens))
         self._manager.add_request(
             list(rest.prompt),
@@ -128,6 +135,55 @@ class PagedBatcher(Batcher):
         # After freeing a request's pages, the scheduler admits none until one has ended; its own cancelling forgets that.
         if number in self._processor.scheduler.active_requests:
             self._processor.scheduler.block_new_requests = False
+
+    def _lose_pages(self, number: str) -> None:
+        if number in self._running:
+            self._running[number][0].resume()
+
+    def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
+        cache, active = self._processor.cache, self._processor.scheduler.active_requests
+        number = next((number for number, (running, _) in self._running.items() if running is entry), None)
+        if self._isolation is not None or number is None or number not in active:
+            return None
+        if active[number].current_len() != entry.length - 1:
+            return None
+        return image_of_pages(cache, number, entry.ids(0, entry.length - 1))
+
+    def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
+        assert id not in self._reserved
+        scheduler, number = self._processor.scheduler, str(next(self._ids))
+        if self._isolation is not None or not scheduler.reserve(number, layout.tokens):
+            return None
+        try:
+            image = room_in_pages(self._processor.cache, number, layout)
+        except RankMismatchError:
+            scheduler.release(number)
+            raise
+        self._reserved[id] = number, image
+        return image
+
+    def release(self, id: str) -> None:
+        number, image = self._reserved.pop(id, (None, None))
+        if image is not None and not image.gone:
+            image.gone = True
+            self._processor.scheduler.release(number)
+
+    def release_all(self) -> None:
+        for id in list(self._reserved):
+            self.release(id)
+
+    def _claim(self, entry: TrackedRequest) -> str | None:
+        """The id in transformers of the pages that are reserved for a request, if they hold its beginning."""
+        id, length = entry.request.id, 0
+        if id in self._reserved:
+            number, image = self._reserved[id]
+            length = image.layout.tokens
+            if image.whole and length < entry.length and image.layout.sequence == sequence_digest(entry.ids(0, length)):
+                del self._reserved[id]
+                image.gone = True
+                return number
+            self.release(id)
+        return None
 
     def _wants_prompt_logits(self, number: str) -> bool:
         entry = self._running[number][0] if number in self._running else None
@@ -167,7 +223,7 @@ class PagedBatcher(Batcher):
             if "no requests can be offloaded" not in str(error):
                 raise
             scheduled = False
-        if not scheduled and self._open():
+        if not scheduled and self._open() and not self._processor.scheduler.hands_over:
             self._start_over()
             scheduled = self._processor.prepare_next_batch()
             assert scheduled, "a lone request always fits"
@@ -180,6 +236,7 @@ class PagedBatcher(Batcher):
         kind needs, even for a last running request that fits an empty cache.
         """
         self._counters.preempted += len(self._processor.scheduler.active_requests)
+        assert not self._reserved
         self._processor.reset()
         self._running.clear()
         for entry in self._open():
@@ -222,7 +279,9 @@ class PagedBatcher(Batcher):
         self._counters.steps += 1
         self._counters.prompt_tokens += prompt_tokens
         if self._began_s is not None:
-            self._chunk_size.observe(prompt_tokens, len(part) - len(prompts), self._clock() - self._began_s)
+            seconds = self._clock() - self._began_s
+            self._chunk_size.observe(prompt_tokens, len(part) - len(prompts), seconds)
+            self._time_prompt(prompt_tokens, seconds)
 
     def _finish_part(self, isolation: Isolation[FutureRequestState]) -> None:
         """Finish the part under way: the next one is prepared, or the next batch scheduled."""

@@ -1,8 +1,9 @@
-"""Which requests of a ``RowBatcher`` have rows, and which wait: admission, shared beginnings, preemption.
+"""Which requests of a ``RowBatcher`` have rows, and which wait: admission, shared beginnings, preemption, hand-overs.
 
 Requests wait, in the order of priority and arrival, while rows or tokens are short. A prompt that begins like another one
-continues from a copy of its row; so rows of finished requests are kept until their room is needed. ``row_plan.py`` decides
-which of the running rows make a batch.
+continues from a copy of its row; so rows of finished requests are kept until their room is needed. A row is *held* while its
+cache is handed over to another rank, and *reserved* for a request that comes from one. ``row_plan.py`` decides which of the
+active rows make a batch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from epslots.config import EngineConfig
+from epslots.generation.cache_image import CacheImage
+from epslots.generation.cache_layout import CacheLayout, sequence_digest
 from epslots.generation.engine_stats import EngineCounters
 from epslots.generation.row_cache import Row, RowCache
+from epslots.generation.row_images import image_of_row, room_for_row
 from epslots.generation.row_support import RowSupport
 from epslots.generation.tracked_request import TrackedRequest
 
@@ -57,6 +61,7 @@ class RowAdmission:
         shares_prefixes: whether prompts that begin alike share their rows.
         running: requests with rows, in the order of turns.
         kept: rows of requests that have ended, for prompts that begin alike; the longest unused first.
+        reserved: rows, with their images, of requests that are yet to come, by id.
     """
 
     def __init__(self, cache: RowCache, config: EngineConfig, support: RowSupport, counters: EngineCounters) -> None:
@@ -65,10 +70,49 @@ class RowAdmission:
         self._waiting: list[TrackedRequest] = []  # in the order of turns
         self.running: list[RunningRow] = []
         self.kept: deque[RunningRow] = deque()
+        self.reserved: dict[str, tuple[Row, CacheImage]] = {}
+
+    @property
+    def active(self) -> list[RunningRow]:
+        """The running rows that make steps."""
+        return [running for running in self.running if not running.entry.held]
 
     def queue(self, entry: TrackedRequest) -> None:
-        """Let a request wait for a row."""
-        insort(self._waiting, entry, key=_turn)
+        """Let a request wait for a row; one whose row is reserved runs at once."""
+        row, image = self.reserved.pop(entry.request.id, (None, None))
+        if row is None or image is None:
+            insort(self._waiting, entry, key=_turn)
+            return
+        image.gone = True
+        if image.whole and row.length < entry.length and image.layout.sequence == sequence_digest(entry.ids(0, row.length)):
+            self._counters.reused_tokens += row.length
+            insort(self.running, RunningRow(entry, row), key=_turn)
+        else:
+            self._cache.close(row)
+            insort(self._waiting, entry, key=_turn)
+
+    def image_of(self, entry: TrackedRequest) -> CacheImage | None:
+        """The image of a request's row; None if it has none, or its prompt isn't computed."""
+        running = next((running for running in self.running if running.entry is entry), None)
+        if running is None or running.left != 1:
+            return None
+        return image_of_row(self._cache, running.row, entry.ids(0, running.row.length))
+
+    def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
+        """A row for the tokens of a request that comes from another rank; None if there is no room beside the others."""
+        assert id not in self.reserved
+        if not self.make_room(self._uncomputed() + layout.tokens + len(self.running) + len(self.reserved) + 1, rows=1):
+            return None
+        row, image = room_for_row(self._cache, layout)
+        self.reserved[id] = row, image
+        return image
+
+    def release(self, id: str) -> None:
+        """Give up a reserved row; does nothing if there is none."""
+        row, image = self.reserved.pop(id, (None, None))
+        if row is not None and image is not None:
+            image.gone = True
+            self._cache.close(row)
 
     def withdraw(self, entry: TrackedRequest) -> bool:
         """Forget a request that waits; returns whether it does."""
@@ -116,8 +160,8 @@ class RowAdmission:
                 self.kept.remove(source)
                 self.kept.append(source)  # the last to be given up
             # Every running row needs room for a token, or none of them could go on.
-            needed = self._uncomputed() + entry.length - shared + len(self.running) + 1
-            if not self.make_room(needed, rows=1) and self.running:
+            needed = self._uncomputed() + entry.length - shared + len(self.running) + len(self.reserved) + 1
+            if not self.make_room(needed, rows=1) and (self.running or self.reserved):
                 held.append(entry)
                 break
             if source is not None and source not in self.kept and source not in self.running:
@@ -158,6 +202,7 @@ class RowAdmission:
     def preempt(self, running: RunningRow) -> None:
         """Give up a row; its request waits again."""
         self.running.remove(running)
+        running.entry.resume()
         self._cache.close(running.row)
         self.queue(running.entry)
         self._counters.preempted += 1

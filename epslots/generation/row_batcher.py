@@ -29,6 +29,8 @@ from epslots.device_copy import to_device
 from epslots.errors import DoesNotFitError, StepFailed
 from epslots.generation.absorbed_attention import AbsorbedAttention
 from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, check_servable, describe_failure
+from epslots.generation.cache_image import CacheImage
+from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.cache_tensors import tensors_of
 from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
 from epslots.generation.chunk_size import ChunkSize
@@ -124,22 +126,20 @@ class RowBatcher(Batcher):
             self._admission.admit()
             planned = self._plan()
             if planned is not None:
-                self._batch = planned
+                self._batch, active = planned, self._admission.active
                 # In the order of their places: states of neighbours are written at once.
-                self._isolation = Isolation(
-                    sorted((self._admission.running[i] for i in planned.rows), key=lambda each: each.row.number)
-                )
+                self._isolation = Isolation(sorted((active[i] for i in planned.rows), key=lambda each: each.row.number))
             else:
                 self._captured.give_back()  # the model may be used otherwise now
         return self._isolation is not None
 
     def _plan(self) -> RowBatch | None:
         """The next batch, with room for its tokens: where the cache is full, the last rows are given up."""
-        while self._admission.running:
-            states = [self._state(running) for running in self._admission.running]
+        while active := self._admission.active:
+            states = [self._state(running) for running in active]
             room = self._chunk.prompt_tokens(sum(map(decodes, states)))
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
-            assert planned is not None, "every running row has a token left to compute"
+            assert planned is not None, "every active row has a token left to compute"
             if self._admission.make_room(len(planned.rows) * planned.width, rows=0):
                 return planned
             self._admission.preempt(self._admission.running[-1])  # the first alone always fits
@@ -156,6 +156,19 @@ class RowBatcher(Batcher):
             first = entry.length
         most = self._config.max_requests if entry.prompt_rows(running.row.length, entry.prompt_length) else 0
         return RowState(known=entry.length, computed=running.row.length, first=first, most=most, stop=running.stop)
+
+    def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
+        return None if self._isolation is not None else self._admission.image_of(entry)
+
+    def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
+        return None if self._isolation is not None else self._admission.reserve(id, layout)
+
+    def release(self, id: str) -> None:
+        self._admission.release(id)
+
+    def release_all(self) -> None:
+        for id in list(self._admission.reserved):
+            self._admission.release(id)
 
     def step(self) -> None:
         isolation, planned = self._isolation, self._batch
@@ -193,6 +206,7 @@ class RowBatcher(Batcher):
         if seconds is not None:
             computed = len(part) * planned.width
             self._chunk.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
+            self._time_prompt(0 if planned.decodes else computed, seconds)
 
     def _finish_part(self, isolation: Isolation[RunningRow]) -> None:
         if isolation.done:
@@ -215,8 +229,8 @@ class RowBatcher(Batcher):
     def _make_captured(self, part: Sequence[RunningRow]) -> list[Callable[[], None]] | None:
         """The same by a captured step; None where it can't be, or while some requests have prompts to compute."""
         assert self._batch is not None
-        running = self._admission.running
-        if not self._batch.decodes or len(part) < len(running) or not self._captured.takes(len(part)):
+        active = self._admission.active
+        if not self._batch.decodes or len(part) < len(active) or not self._captured.takes(len(part)):
             return None
         rows = [one.row for one in part]
         logits_BLV = self._captured.logits(rows, [one.entry.ids(one.row.length, one.row.length + 1)[0] for one in part])

@@ -35,6 +35,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import UnsupportedModelError
+from epslots.generation.cache_image import TensorPlace
 from epslots.generation.cell_table import CellTable
 from epslots.generation.row_attention import LayerOfRows
 from epslots.generation.row_layers import Pools, RowStep, States, TokenPool, can_be_pooled, pool_layer
@@ -214,6 +215,28 @@ class RowCache:
             state[row.number].copy_(state[source.number])
         row.length, row.own = length, {index: _twin(layer) for index, layer in source.own.items()}
         return row
+
+    def open_for(self, length: int) -> Row:
+        """A new row with cells for ``length`` tokens, of any content; they and a row must be free."""
+        row = self.open()
+        for table in self._tables.values():
+            table.occupy(row.number, length)
+        row.length = length
+        return row
+
+    def places(self, row: Row) -> Iterator[tuple[str, TensorPlace]]:
+        """The places of a row's tokens and states in the pools, by name, in the same order in every process."""
+        for layer, pools in sorted(self._pools.items()):
+            for path, pool in sorted(pools.items(), key=str):
+                name = ".".join(map(str, (layer, *path)))
+                if isinstance(pool, TokenPool):
+                    yield name, TensorPlace(pool.cells, self._tables[pool.window].cells_of(row.number))
+                else:
+                    yield name, TensorPlace(pool[row.number].view(-1))
+
+    def empty_layer(self, index: int) -> Any:
+        """A layer that isn't pooled, for a row to keep, without tokens."""
+        return _twin(self._templates[index])
 
     def close(self, row: Row) -> None:
         """Free a row and its cells."""

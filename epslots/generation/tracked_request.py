@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epslots.arrays import FloatArray
+from epslots.generation.cache_image import CacheImage
 from epslots.generation.requests import Reason, Request, TokenLogprobs
 from epslots.generation.token_counts import TokenCounts
 
@@ -74,6 +75,8 @@ class TrackedRequest:
     """Of the text so far, if the request has a grammar; None until it is compiled."""
     number: int = 0
     """In the order of arrival."""
+    image: CacheImage | None = None
+    """Of its cache, while it is or was held for a hand-over."""
 
     def __post_init__(self) -> None:
         self._prompt_logprobs_known = self.request.prompt_logprobs_delivered
@@ -85,6 +88,16 @@ class TrackedRequest:
     def turn(self) -> tuple[int, int]:
         """Its place among all requests: the lowest is served first, and the highest gives up its place in the cache first."""
         return self.request.priority, self.number
+
+    @property
+    def held(self) -> bool:
+        """Whether it makes no step, because its cache is being handed over."""
+        return self.image is not None and not self.image.gone
+
+    def resume(self) -> None:
+        """Hold it no longer; a no-op if it isn't held."""
+        if self.image is not None:
+            self.image.gone, self.image = True, None
 
     @property
     def waits_for_grammar(self) -> bool:

@@ -61,14 +61,14 @@ def form_group(
     _leave_group()
     place, device = f"epslots/{epoch}", None
     if secret:
-        place += f"/{_seal(secret, 'place', epoch).hex()}"
+        place += f"/{seal(secret, 'place', epoch).hex()}"
     if backend == "nccl":
         nccl.set_environment()
         # One communicator, made now by all ranks: the first exchange may be one of some ranks only.
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         store = _SealedStore(store, secret) if secret else store
-        dist.Backend.register_backend(GLOO, partial(_connect, stop, store), devices=["cpu"])
+        dist.Backend.register_backend(GLOO, partial(connect_gloo, stop, store), devices=["cpu"])
     hook, deadline = sys.excepthook, timedelta(seconds=deadline_s)
     init = partial(
         dist.init_process_group,
@@ -108,7 +108,7 @@ def _leave_group() -> None:
     dist.distributed_c10d._world.group_count = 0
 
 
-def _connect(
+def connect_gloo(
     stop: Future[str] | None, whole: Store, store: Store, rank: int, size: int, timeout: timedelta
 ) -> dist.distributed_c10d.ProcessGroupGloo:
     """Gloo's group, made in a thread: gloo itself waits five times its timeout for a rank that doesn't connect.
@@ -142,11 +142,11 @@ def _prove(transport: TorchTransport, secret: bytes) -> None:
         PeerLost: a rank doesn't know the secret. Nothing else has been exchanged with it.
     """
     me, ones = transport.rank, [1] * transport.size
-    seals = [_seal(secret, "rank", transport.epoch, me, peer) for peer in range(transport.size)]
+    seals = [seal(secret, "rank", transport.epoch, me, peer) for peer in range(transport.size)]
     mine = np.frombuffer(bytearray().join(seals), np.uint8).reshape(transport.size, _SEAL_BYTES)
     theirs = transport.to_host(transport.all_to_all(to_device(mine, transport.device), ones, ones, agreed=True))
     for peer in range(transport.size):
-        if not hmac.compare_digest(theirs[peer].tobytes(), _seal(secret, "rank", transport.epoch, peer, me)):
+        if not hmac.compare_digest(theirs[peer].tobytes(), seal(secret, "rank", transport.epoch, peer, me)):
             cause = f"the process that answers as rank {peer} doesn't know the secret of epoch {transport.epoch}"
             transport.abort(cause)
             raise PeerLost(cause)
@@ -162,13 +162,13 @@ class _SealedStore(Store):
     def set(self, key: str, value: Any) -> None:
         """Write a value with its seal."""
         value = value.encode() if isinstance(value, str) else bytes(value)
-        self._store.set(key, _seal(self._secret, "value", key, value) + value)
+        self._store.set(key, seal(self._secret, "value", key, value) + value)
 
     def get(self, key: str) -> bytes:
         """A value, without its seal."""
         sealed = self._store.get(key)
-        seal, value = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
-        if not hmac.compare_digest(seal, _seal(self._secret, "value", key, value)):
+        found, value = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
+        if not hmac.compare_digest(found, seal(self._secret, "value", key, value)):
             raise ValueError("the store has a value that none of the ranks has written")
         return value
 
@@ -177,6 +177,6 @@ class _SealedStore(Store):
         self._store.wait(keys, *timeout)
 
 
-def _seal(secret: bytes, *parts: str | int | bytes) -> bytes:
+def seal(secret: bytes, *parts: str | int | bytes) -> bytes:
     """A digest of the parts that takes the secret to compute (HMAC-SHA-256)."""
     return hmac.digest(secret, repr(parts).encode(), "sha256")

@@ -195,13 +195,15 @@ def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
 ):
     prompts = ("import os\n", "class A:", "def read(self):\n")
     common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 16, "--slots", 8)
-    for groups, sampling in ((1, ()), (2, ("--temperature", 1.2, "--top-p", 0.9, "--top-k", 40, "--seed", 7, "--n", 2))):
+    drawn = ("--temperature", 1.2, "--top-p", 0.9, "--top-k", 40, "--seed", 7, "--n", 2)
+    for ranks, sampling in ((("--ranks", 2, "--groups", 2), ()), (("--prefill-ranks", 1, "--decode-ranks", 1), drawn)):
         one = run(*common, *sampling, *prompts)
-        two = run(*common, *sampling, "--ranks", 2, "--groups", groups, "--stats", *prompts)
+        two = run(*common, *sampling, *ranks, "--stats", *prompts)
         assert (two.code, two.out) == (0, one.out), two.err
     assert run(*common, "--address", "auto", "--strategy", "SPREAD", *prompts[:1]).code == 0
-    (_, two_ranks, elsewhere) = launcher
-    assert two_ranks["ranks"] == 2
+    (in_groups, two_ranks, elsewhere) = launcher
+    assert (in_groups["ranks"], in_groups["groups"]) == (2, 2)
+    assert (two_ranks["ranks"], two_ranks["prefill_ranks"], two_ranks["decode_ranks"]) == (None, 1, 1)
     assert two_ranks["path"] == str(example_model().resolve())
     assert two_ranks["address"] is None
     assert two_ranks["max_queue"] == 6

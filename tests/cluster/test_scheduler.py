@@ -10,9 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cluster.driver.hand_over_costs import FIRST_SHORT_TOKENS, HandOverCosts
 from cluster.driver.idle_tracker import IdleTracker
 from cluster.driver.rank_loads import RankCapacity
-from cluster.driver.scheduler import MOST_LOSSES, MOST_SHARED_LOSSES, Scheduler
+from cluster.driver.scheduled_request import MOST_SHARED_LOSSES, Move
+from cluster.driver.scheduler import MOST_LOSSES, RETRY_TOKENS, Scheduler
 from epslots.generation.requests import Output, Request, TokenLogprobs
 
 
@@ -102,6 +104,115 @@ def test_a_long_wait_is_seen():
     assert scheduler.longest_wait_s(20.0) == 9
     scheduler.end("b")
     assert scheduler.longest_wait_s(20.0) == 8
+
+
+PREFILL, DECODE = replace(WIDE, role="prefill"), replace(WIDE, role="decode")
+
+
+def with_roles(**ranks: RankCapacity) -> Scheduler:
+    """A scheduler for which no prompt is short."""
+    scheduler = Scheduler()
+    scheduler._ranks.costs.prompt_token_s = 1.0
+    scheduler.serve(ranks)
+    return scheduler
+
+
+def test_a_request_decodes_where_most_cache_is_free():
+    """Chosen when its prompt has ended: until then others may have come."""
+    scheduler = with_roles(p=PREFILL, x=DECODE, y=replace(DECODE, kv_tokens=900), z=replace(DECODE, kv_tokens=100))
+    for id in "ab":
+        scheduler.add([request(id, 200, 20)])
+    assert [(worker, given.id) for worker, given in scheduler.assign()] == [("p", "a"), ("p", "b")]
+    assert scheduler.begin_move("a") is None, "its prompt isn't computed"
+    for id in "ab":
+        scheduler.count("p", Output(id, (7,)))
+    moves = [scheduler.begin_move(id) for id in "ab"]
+    assert [move.target for move in moves if move is not None] == ["x", "y"], "x's room is taken from the beginning"
+    assert not scheduler.busy(["p"]), "they make no steps meanwhile"
+    assert moves[0] is not None and scheduler.end_move(moves[0], done=True) == "moved"
+    assert [entry.request.id for entry in scheduler.served_by("x")] == ["a"]
+    assert scheduler.busy(["x"])
+    scheduler.check()
+
+
+def test_a_full_cache_or_little_left_moves_nothing():
+    scheduler = with_roles(p=PREFILL, x=replace(DECODE, kv_tokens=150))
+    scheduler.add([request("long", 200, 20)])
+    scheduler.add([request("short", 9, 8)])
+    scheduler.add([request("fits", 9, 20)])
+    scheduler.assign()
+    for id in ("long", "short", "fits"):
+        scheduler.count("p", Output(id, (7,)))
+    fits = scheduler.begin_move("fits")
+    assert fits is not None
+    assert scheduler.begin_move("long") is None, "an idle rank would take it, as an engine does; this one isn't"
+    assert scheduler.begin_move("short") is None, "7 tokens are left"
+
+
+def test_a_rank_hands_few_requests_over_at_a_time():
+    scheduler = with_roles(p=PREFILL, x=DECODE, y=DECODE)
+    for id in "abc":
+        scheduler.add([request(id, 9, 20)])
+    scheduler.assign()
+    for id in "abc":
+        scheduler.count("p", Output(id, (7,)))
+    first, second, third = (scheduler.begin_move(id) for id in "abc")
+    assert first is not None and second is not None and third is None
+    scheduler.end_move(first, done=False)
+    assert scheduler.begin_move("c") is not None
+    scheduler.check()
+
+
+def test_a_failed_hand_over_is_tried_again_later():
+    """After some tokens, and then after more."""
+    scheduler = with_roles(p=PREFILL, x=DECODE)
+    scheduler.add([request("a", 9, 200)])
+    scheduler.assign()
+    tried, made = [], 0
+    while made < 5 * RETRY_TOKENS:
+        scheduler.count("p", Output("a", (7,)))
+        made += 1
+        if (move := scheduler.begin_move("a")) is not None:
+            tried.append(made)
+            assert scheduler.end_move(move, done=False) == "stays"
+    assert tried == [1, 1 + RETRY_TOKENS, 1 + 3 * RETRY_TOKENS]
+
+
+def test_where_one_role_is_missing_the_other_does_all():
+    scheduler = with_roles(p=PREFILL, x=DECODE)
+    scheduler.pause(["p"])
+    scheduler.add([request("a", 50, 20)])
+    assert [worker for worker, _ in scheduler.assign()] == ["x"]
+    scheduler.serve({"p": PREFILL})
+    scheduler.pause(["x"])
+    scheduler.add([request("b", 50, 20)])
+    assert [worker for worker, _ in scheduler.assign()] == ["p"]
+    scheduler.count("p", Output("b", (7,)))
+    assert scheduler.begin_move("b") is None
+    scheduler.serve({"x": DECODE})
+    scheduler.count("p", Output("b", (7,)))
+    assert scheduler.begin_move("b") is not None, "now there is one that decodes"
+
+
+def test_short_prompts_stay_where_decoding_is():
+    """Short by measured costs: what a prompt holds up there, against a hand-over."""
+    costs = HandOverCosts()
+    assert costs.stays(FIRST_SHORT_TOKENS, 100, 8) and not costs.stays(FIRST_SHORT_TOKENS + 1, 100, 8)
+    for tokens, seconds in ((100, 0.03), (300, 0.05), (200, 0.04)):
+        costs.observe(tokens, seconds, prompt_token_s=0.001)
+    assert (costs.fixed_s, costs.token_s) == pytest.approx((0.02, 0.0001))
+    assert costs.stays(20, 20, 0) and not costs.stays(20, 20, 1), "a stream that waits counts as much as the request"
+    assert costs.stays(20, 400, 1), "most of it is cached there"
+    alike = HandOverCosts()
+    for _ in range(3):
+        alike.observe(100, 0.05, 0.0)
+    assert alike.fixed_s + 100 * alike.token_s == pytest.approx(0.05)
+    assert alike.prompt_token_s is None
+    scheduler = Scheduler()
+    scheduler.serve({"p": PREFILL, "x": DECODE})
+    scheduler.add([request("short", FIRST_SHORT_TOKENS, 20)])
+    scheduler.add([request("long", FIRST_SHORT_TOKENS + 1, 20)])
+    assert [worker for worker, _ in scheduler.assign()] == ["x", "p"]
 
 
 LOGPROBS = tuple(TokenLogprobs(token, -float(token)) for token in range(1, 30))
@@ -236,6 +347,9 @@ class Books(RuleBasedStateMachine):
             assert given.prompt_logprobs_delivered == (0 if tokens else self.logprobs[given.id])
             self.has[worker][given.id] = given
             last = given if last is None or given.priority >= last.priority else pytest.fail("a worse priority came first")
+        self.check_idle()
+
+    def check_idle(self) -> None:
         assert not self.scheduler.queued or all(self.has[worker] for worker in self.workers.keys() - self.paused), (
             "an idle rank takes the next"
         )
@@ -264,6 +378,10 @@ class Books(RuleBasedStateMachine):
             self.waiting.pop(id, None)
         else:
             self.has[worker][id] = given.after(tokens, len(portion))
+        self.after_outputs()
+
+    def after_outputs(self) -> None:
+        """What the router does with each output."""
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -310,7 +428,11 @@ class Books(RuleBasedStateMachine):
         self.scheduler.check()
         served = {id for has in self.has.values() for id in has}
         assert len(self.scheduler) == len(set(self.waiting) | served)
-        assert self.scheduler.busy(self.workers) == bool(served)
+        assert self.scheduler.busy(self.workers) == bool(served - self.moving)
+
+    @property
+    def moving(self) -> set[str]:
+        return set()
 
     def teardown(self) -> None:
         """Everything ends."""
@@ -326,6 +448,79 @@ class Books(RuleBasedStateMachine):
                     self.scheduler.count(worker, Output(id, (), True, "stop"))
                     del has[id]
         assert len(self.scheduler) == 0
+
+
+class BooksOfRoles(Books):
+    """The same where one rank computes prompts for two others: hand-overs begin, end well, fail, and lose either side."""
+
+    @initialize()
+    def begin(self) -> None:
+        super().begin()
+        self.scheduler = Scheduler()
+        self.scheduler._ranks.costs.prompt_token_s = 1.0  # no prompt is short
+        self.scheduler._ranks.costs.least_left_tokens = 1
+        roles = zip(self.workers.items(), ("prefill", "decode", "decode"), strict=True)
+        self.workers = {worker: RankCapacity(200, 8, role=role) for (worker, _), role in roles}  # type: ignore[arg-type]
+        self.scheduler.serve(self.workers)
+        self.moves: list[Move] = []
+
+    def check_idle(self) -> None:
+        """Decode ranks are idle until the first hand-over."""
+
+    @property
+    def moving(self) -> set[str]:
+        return {move.entry.request.id for move in self.moves if self.scheduler._moves.get(move.entry.request.id) is move}
+
+    @rule(prompt=st.integers(1, 30), new=st.integers(2, 8), end=st.sampled_from([None, True, False]))
+    def compute_a_prompt(self, prompt: int, new: int, end: bool | None) -> None:
+        """The rules that lead to a move, in a row: by chance alone they seldom come so."""
+        self.add(prompt, new, 1, False, -1)
+        self.assign()
+        id = f"{self.numbers}.0"
+        for has in self.has.values():
+            if id in has:
+                worker = self.scheduler._entries[id].worker
+                assert self.scheduler.count(worker, Output(id, (100,))) is not None
+                self.waiting[id] += (100,)
+                has[id] = has[id].after((100,))
+        self.after_outputs()
+        if end is not None and self.moves:
+            self.end_move(0, end)
+
+    def after_outputs(self) -> None:
+        for worker, has in self.has.items():
+            for id in [id for id in has if id in self.waiting]:
+                move = self.scheduler.begin_move(id)
+                if move is not None:
+                    assert self.workers[worker].role == "prefill" and len(self.waiting[id]) > 0
+                    assert move.target not in self.paused and self.workers[str(move.target)].role == "decode"
+                    self.moves.append(move)
+                assert self.scheduler.begin_move(id) is None, "one at a time"
+
+    @precondition(lambda self: self.moves)
+    @rule(data=st.data(), done=st.booleans())
+    def end_a_move(self, data: st.DataObject, done: bool) -> None:
+        self.end_move(data.draw(st.integers(0, len(self.moves) - 1)), done)
+
+    def end_move(self, number: int, done: bool) -> None:
+        move = self.moves.pop(number)
+        id, source, target = move.entry.request.id, str(move.source), str(move.target)
+        was_moving = self.scheduler._moves.get(id) is move
+        outcome = self.scheduler.end_move(move, done=done)
+        if id not in self.waiting or id not in self.has.get(source, {}) or not was_moving:
+            assert outcome == "gone"
+        elif done and target in self.workers:
+            assert outcome == "moved"
+            del self.has[source][id]
+            self.has[target][id] = move.entry.rest()
+            assert self.has[target][id].prompt == (*self.asked[id].prompt, *self.waiting[id])
+        else:
+            assert outcome == "stays"
+
+    def teardown(self) -> None:
+        while getattr(self, "moves", None):
+            self.scheduler.end_move(self.moves.pop(), done=False)
+        super().teardown()
 
 
 class Sleepers(RuleBasedStateMachine):
@@ -432,5 +627,7 @@ class Sleepers(RuleBasedStateMachine):
 
 TestBooks = Books.TestCase
 TestBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBooksOfRoles = BooksOfRoles.TestCase
+TestBooksOfRoles.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestSleepers = Sleepers.TestCase
 TestSleepers.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

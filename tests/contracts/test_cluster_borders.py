@@ -29,10 +29,15 @@ LAYERS = (
 KNOW_RAY = {"lasting.ray_registry", "rank.actor", "controller.actor", "serve.ray_app"}
 PURE = (
     "driver.scheduler",
+    "driver.scheduled_request",
+    "driver.role_loads",
+    "driver.rank_loads",
+    "driver.hand_over_costs",
     "driver.retries",
     "messages.rank",
     "messages.placement",
     "messages.controller",
+    "messages.hand_over",
     "controller.controller",
     "rank.event_pace",
     "lasting.lease",

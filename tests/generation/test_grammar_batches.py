@@ -25,9 +25,10 @@ from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
 from epslots.transport.local_transport import LocalTransport
 from tests.support import zoo
-from tests.support.batches import Faults, drawn, generated, prompt_of, requests_of, serve_all
+from tests.support.batches import Faults, drawn, generated, is_empty, prompt_of, requests_of, serve_all
 from tests.support.grouped_ranks import Grouped
 from tests.support.hand_executor import HandExecutor
+from tests.support.handed_over import copy_image
 from tests.support.rank_helpers import run_threads
 from tests.support.tokenizers import byte_level
 
@@ -313,3 +314,52 @@ def test_ends_come_by_the_end_token_where_the_text_may_go_on(model: PreTrainedMo
     found = outputs_of(batcher)["words"]
     assert (text_of(found.tokens), found.tokens[-1], found.reason) == ("ab", END, "stop")
     batcher.close()
+
+
+@pytest.mark.parametrize("kind", BATCHERS)
+def test_a_grammar_goes_on_in_another_batcher(kind: type[Batcher], model: PreTrainedModel):
+    """With the cache of its request: what it allows next follows from the text so far."""
+    source, target = opened(kind, model), opened(kind, model)
+    for request in CONSTRAINED:
+        source.add(request)
+    before: dict[str, tuple[int, ...]] = {request.id: () for request in CONSTRAINED}
+    while min(map(len, before.values())) < 3:
+        if source.prepare():
+            source.step()
+        else:
+            source.grammars.wait(10)
+        for output in source.outputs():
+            assert not output.finished
+            before[output.id] += output.tokens
+    for request in CONSTRAINED:
+        image = source.hold(request.id)
+        room = None if image is None else target.reserve(request.id, image.layout)
+        assert image is not None and room is not None
+        copy_image(image, room, 5000)
+        target.add(request.after(before[request.id]))
+        source.cancel(request.id)
+    found = {id: (*before[id], *output.tokens) for id, output in outputs_of(target).items()}
+    assert list(found["json"]) == by_hand(model, JSON)
+    for request in (DRAWN, WORDS):
+        assert request.grammar is not None
+        assert list(found[request.id]) == drawn(model, request, COMPILER.start(request.grammar, request.stop_tokens))
+    assert target.stats().prompt_tokens <= len(CONSTRAINED), "no prompt was computed again"
+    assert not source.prepare() and not target.prepare()
+    assert is_empty(source) and is_empty(target)
+
+
+def test_a_place_is_given_up_with_its_request(model: PreTrainedModel):
+    """One that is cancelled before its grammar is compiled."""
+    executor = HandExecutor()
+    source, target = opened(RowBatcher, model), opened(RowBatcher, model, executor)
+    source.add(replace(JSON, grammar=None))
+    while not source.outputs():
+        assert source.prepare()
+        source.step()
+    image = source.hold("json")
+    assert image is not None and target.reserve("json", image.layout) is not None
+    target.add(JSON)
+    target.cancel("json")
+    executor.run(0)
+    assert not target.prepare()
+    assert is_empty(target)

@@ -26,11 +26,14 @@ from cluster.controller.group_controllers import GroupControllers
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.messages.controller import Order, decode_addressed, decode_order
+from cluster.messages.hand_over import LinkOrder
 from cluster.messages.rank import Form
 from cluster.rank.contact_store import ContactStore
+from cluster.rank.hand_over_threads import open_link
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import PeerLost
 from epslots.transport.local_transport import LocalHub, LocalTransport
+from epslots.transport.pair_link import PairLink
 from tests.support.clock_loop import ClockLoop
 from tests.support.rank_helpers import PATIENCE_S
 
@@ -81,6 +84,24 @@ class _Transport(LocalTransport):
         return super().all_gather(mine)
 
 
+class WatchedLink:
+    """A real link of a hand-over, whose every message and piece may meet with something.
+
+    Attributes:
+        messages: sent and received at this end until now.
+    """
+
+    def __init__(self, link: PairLink, worker: FakeWorker, source: bool, backend: FakeBackend) -> None:
+        self.link, self.worker, self.source, self.messages = link, worker, source, 0
+        self._backend = backend
+        self.abort = link.abort
+
+    def __getattr__(self, name: str) -> Any:
+        self.messages += 1
+        self._backend.on_link(self)
+        return getattr(self.link, name)
+
+
 class FakeWorker:
     """A thread as a process."""
 
@@ -90,7 +111,7 @@ class FakeWorker:
         self.term = 0
         self.number = backend.started
         self.dead = False
-        self.loop = RankLoop(self._form)
+        self.loop = RankLoop(self._form, open_link=self._open_link)
         self._backend = backend
         self._asyncio = asyncio.get_running_loop()
         self._batches: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -163,9 +184,8 @@ class FakeWorker:
     def _die(self, *, known: bool) -> None:
         self.dead = True
         self._running.set()
-        with self.loop._news:  # wakes the stepping thread, if it sleeps
-            self.loop._commands.append(_Bomb())  # type: ignore[arg-type]
-            self.loop._news.notify_all()
+        self.loop.hand_overs.abort_all("a rank's connections are closed", end=True)
+        self.loop._commands.put(_Bomb())  # type: ignore[arg-type]  # wakes the stepping thread, if it sleeps
         if self.loop._transport is not None:
             self.loop._transport.abort("a rank's connections are closed")
         if known:
@@ -180,6 +200,11 @@ class FakeWorker:
         if self.bundle in self._backend.unreachable:
             raise PeerLost("no rank is there, says the test")
         return _Transport(self._backend.hub(form), form.rank, self)
+
+    def _open_link(self, order: LinkOrder, contacts: ContactStore, *, source: bool) -> PairLink:
+        if self.dead:
+            raise PeerLost("it was killed")
+        return WatchedLink(open_link(order, contacts, source=source), self, source, self._backend)
 
     def _pump(self) -> None:
         """Hand events over to asyncio, in batches that come late, one rank's later than another's; a dead one's are lost."""
@@ -274,6 +299,8 @@ class FakeBackend:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.workers: dict[int, FakeWorker] = {}
         self.faults_done: list[tuple[int, Fault]] = []
+        self.on_link: Callable[[WatchedLink], None] = lambda _: None
+        """Called before each message of a hand-over, in its thread."""
         self.bundles = 0
         self.closed = False
         self._all: list[FakeWorker] = []

@@ -1,0 +1,61 @@
+"""When a request changes its rank: costs of hand-overs and of prompts, as measured, and the decisions by them. Pure."""
+
+from __future__ import annotations
+
+LEAST_LEFT_TOKENS = 8
+FIRST_SECONDS = 0.02
+"""A hand-over, before one was measured: some messages."""
+FIRST_SHORT_TOKENS = 32
+"""Tokens of a short prompt, before any was measured."""
+_FADING = 0.95  # a measurement's weight over the next one's
+
+
+class HandOverCosts:
+    """Seconds of a hand-over, as ``fixed + per_token x tokens``, and of computing a token of a prompt.
+
+    Attributes:
+        fixed_s, token_s: of a hand-over; by least squares over the latest, each non-negative.
+        prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
+        least_left_tokens: a request with fewer tokens to come isn't handed over.
+    """
+
+    def __init__(self) -> None:
+        self.fixed_s, self.token_s = FIRST_SECONDS, 0.0
+        self.prompt_token_s: float | None = None
+        self.least_left_tokens = LEAST_LEFT_TOKENS
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        """Weighted: 1, tokens, tokens squared, seconds, tokens x seconds."""
+
+    def observe(self, tokens: int, seconds: float, prompt_token_s: float) -> None:
+        """Note a hand-over of so many tokens.
+
+        Args:
+            prompt_token_s: seconds of a prompt's token that its source has measured; 0 = none.
+        """
+        new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
+        self._sums = tuple(_FADING * old + now for old, now in zip(self._sums, new, strict=True))  # type: ignore[assignment]
+        weight, x, xx, y, xy = self._sums
+        spread = xx - x * x / weight
+        slope = (xy - x * y / weight) / spread if spread > 1e-6 * xx else y / x  # all of one length: no fixed part is seen
+        self.token_s = min(max(0.0, slope), y / x)
+        self.fixed_s = max(0.0, (y - self.token_s * x) / weight)
+        if prompt_token_s > 0:
+            self.prompt_token_s = prompt_token_s
+
+    def stays(self, to_compute: int, held: int, streams: int) -> bool:
+        """Whether a prompt is computed where its request decodes, since that costs less than a hand-over.
+
+        A prompt holds up all requests that decode there for as long as it takes; a hand-over its own request alone.
+
+        Args:
+            to_compute: tokens of the prompt that this rank would have to compute.
+            held: tokens that the hand-over would carry.
+            streams: requests that decode on that rank.
+        """
+        if self.prompt_token_s is None:
+            return to_compute <= FIRST_SHORT_TOKENS
+        return to_compute * self.prompt_token_s * (1 + streams) <= self.fixed_s + held * self.token_s
+
+    def is_worth(self, left: int) -> bool:
+        """Whether a request with so many tokens to come is handed over at all."""
+        return left >= self.least_left_tokens

@@ -1,0 +1,126 @@
+"""``HandOvers``: the driver's side of hand-overs: which are under way, their messages, and what follows from their ends.
+
+``scheduler.py`` decides which request moves where. The source holds the request until it has reported: whatever is lost
+before that, the request goes on at the source, or is computed again elsewhere if that is what was lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+from cluster.driver.scheduled_request import Move
+from cluster.driver.scheduler import Scheduler
+from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, Release, TakeOver
+from cluster.messages.rank import Cancel, Command, Submit
+
+_SECRET_BYTES = 16
+
+
+@dataclass(frozen=True)
+class HandOverCounts:
+    """Hand-overs that have ended.
+
+    Attributes:
+        done: the request goes on at its target.
+        failed: the request went on at its source, was computed again elsewhere, or had ended meanwhile.
+        nbytes, seconds: of those that are done, together.
+    """
+
+    done: int = 0
+    failed: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+NO_HAND_OVERS = HandOverCounts()
+
+
+class HandOvers:
+    """Hand-overs of one cluster. For the supervisor's thread.
+
+    Args:
+        scheduler: knows the requests, and decides about moves.
+        send: sends a command to a rank, in the background and in order.
+        form_s, deadline_s: of ``LinkOrder``.
+
+    Attributes:
+        counts: of those that have ended.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, send: Callable[[Hashable, Command], None], *, form_s: float, deadline_s: float
+    ) -> None:
+        self._scheduler, self._send = scheduler, send
+        self._form_s, self._deadline_s = form_s, deadline_s
+        self._numbers = itertools.count()
+        self._moves: dict[int, Move] = {}
+        self.counts = NO_HAND_OVERS
+
+    def __len__(self) -> int:
+        """Those under way."""
+        return len(self._moves)
+
+    def consider(self, id: str) -> None:
+        """Begin a request's hand-over, if it is to move now."""
+        if (move := self._scheduler.begin_move(id)) is None:
+            return
+        number = next(self._numbers)
+        self._moves[number] = move
+        link = LinkOrder(
+            number=number,
+            secret=secrets.token_bytes(_SECRET_BYTES),
+            kind="memory" if self._scheduler.share_memory(move.source, move.target) else "gloo",
+            form_s=self._form_s,
+            deadline_s=self._deadline_s,
+        )
+        self._send(move.target, TakeOver(id, link))
+        self._send(move.source, HandOver(id, link))
+
+    def pass_on(self, worker: Hashable, contact: LinkContact) -> None:
+        """Send a rank's address to the other one."""
+        if (move := self._moves.get(contact.number)) is not None:
+            other = move.target if worker == move.source else move.source
+            self._send(other, LinkContacts(contact.number, {contact.key: contact.value}))
+
+    def take(self, worker: Hashable, event: HandedOver) -> None:
+        """A source reports the end of a hand-over."""
+        if event.number not in self._moves or self._moves[event.number].source != worker:
+            return
+        move, done = self._moves.pop(event.number), event.failure is None
+        id = move.entry.request.id
+        outcome = self._scheduler.end_move(move, done=done)
+        self._count(event, moved=outcome == "moved")
+        if outcome == "moved":
+            self._send(move.target, Submit((move.entry.rest(),)))
+            self._send(move.source, Cancel((id,)))
+            return
+        self._send(move.target, Release(id))
+        if done and outcome == "stays":  # the target was lost after it had the cache
+            self._send(move.source, GoOn(id))
+
+    def _count(self, event: HandedOver, *, moved: bool) -> None:
+        if event.failure is None:
+            self._scheduler.observe_move(event.tokens, event.seconds, event.prompt_token_s)
+        old = self.counts
+        if moved:
+            self.counts = replace(
+                old, done=old.done + 1, nbytes=old.nbytes + event.nbytes, seconds=old.seconds + event.seconds
+            )
+        else:
+            self.counts = replace(old, failed=old.failed + 1)
+
+    def lose(self, worker: Hashable) -> None:
+        """A rank is lost: those that it was the source of have ended; the scheduler has moved their requests."""
+        for number, move in list(self._moves.items()):
+            if move.source == worker:
+                del self._moves[number]
+                self._scheduler.end_move(move, done=False)
+                self.counts = replace(self.counts, failed=self.counts.failed + 1)
+                self._send(move.target, Release(move.entry.request.id))
+
+    def clear(self) -> None:
+        """All requests are dropped."""
+        self._moves.clear()

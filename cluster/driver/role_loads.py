@@ -1,0 +1,79 @@
+"""``RoleLoads``: the ranks' loads by role: which ranks a prompt may go to, and which one decodes it afterwards. Pure.
+
+``mixed`` and ``prefill`` ranks compute prompts, ``decode`` ranks go on with them. A role is a preference: where no rank of the
+one kind serves, those of the other do all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING
+
+from cluster.driver.hand_over_costs import HandOverCosts
+from cluster.driver.rank_loads import Costly, RankCapacity, RankLoads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class RoleLoads:
+    """All ranks that serve or have requests.
+
+    Attributes:
+        costs: by which short prompts stay where decoding is.
+    """
+
+    def __init__(self) -> None:
+        self.costs = HandOverCosts()
+        self._prompts, self._decoding = RankLoads(), RankLoads()
+
+    def __contains__(self, worker: Hashable) -> bool:
+        return worker in self._prompts or worker in self._decoding
+
+    def of(self, worker: Hashable) -> RankLoads:
+        """The loads of the rank's kind."""
+        return self._decoding if worker in self._decoding else self._prompts
+
+    def serve(self, worker: Hashable, capacity: RankCapacity) -> None:
+        """A rank takes requests from now on, with this capacity."""
+        (self._decoding if capacity.role == "decode" else self._prompts).serve(worker, capacity)
+
+    def pause(self, worker: Hashable) -> None:
+        """A rank keeps its requests, and takes no further ones until it serves again."""
+        self.of(worker).pause(worker)
+
+    def remove(self, worker: Hashable) -> None:
+        """A rank is lost."""
+        self.of(worker).remove(worker)
+
+    def for_prompt(self, request: Costly, decoding_holds: Callable[[RankLoads], int]) -> RankLoads:
+        """The ranks that may take a request from the queue.
+
+        Args:
+            decoding_holds: tokens of its beginning that a rank of the given ones has in its cache.
+        """
+        if not self._decoding.serving:
+            return self._prompts
+        if not self._prompts.serving:
+            return self._decoding
+        worker = self._decoding.least_loaded(request)
+        if worker is None:
+            return self._prompts
+        to_compute = request.held_tokens - decoding_holds(self._decoding)
+        stays = self.costs.stays(to_compute, request.held_tokens, self._decoding.requests(worker))
+        return self._decoding if stays else self._prompts
+
+    def hands_over(self, worker: Hashable) -> bool:
+        """Whether a rank hands its requests over when their prompts are computed."""
+        known = worker in self._prompts and self._prompts.capacity(worker).role == "prefill"
+        return known and self._decoding.serving > 0
+
+    def for_decoding(self, request: Costly) -> Hashable | None:
+        """The decode rank with the most free cache; None if none has room."""
+        return self._decoding.freest(request)
+
+    def check(self, served: Iterable[tuple[Hashable, Costly]]) -> None:
+        """Assert that the sums are those of the requests that ranks have."""
+        listed = list(served)
+        for loads in (self._prompts, self._decoding):
+            loads.check((worker, request) for worker, request in listed if worker in loads)

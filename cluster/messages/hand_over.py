@@ -1,0 +1,135 @@
+"""Messages of a hand-over, as msgpack: between driver and ranks, and between the two ranks on their link.
+
+    driver -> source, target   HandOver, TakeOver
+    both -> driver -> other    LinkContact, LinkContacts, if they meet by gloo
+    source -> target           CacheOffer; pieces; CacheSent
+    target -> source           CacheAnswer; CacheAnswer once more, after the last piece
+    source -> driver           HandedOver
+
+The source holds the request from the offer on. After a failure it lets it go on by itself, before it reports. After a success
+the driver submits the request to the target, and cancels it on the source; if it doesn't need it there any more, it sends
+``GoOn`` to the source. The target drops what it has when its link breaks; after its second answer it waits for the request, or
+for ``Release``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from epslots.generation.cache_layout import CacheLayout
+
+LinkKind = Literal["memory", "gloo"]
+
+
+class LinkOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """How two ranks meet for a hand-over.
+
+    Attributes:
+        number: of the hand-over; no other one of the cluster has it.
+        secret: known to the two ranks alone; they recognise each other by it.
+        kind: "memory" for processes of one machine.
+        form_s: seconds to wait for the other rank.
+        deadline_s: seconds that each message or piece may take afterwards.
+    """
+
+    number: int
+    secret: bytes
+    kind: LinkKind
+    form_s: float
+    deadline_s: float
+
+
+class HandOver(msgspec.Struct, tag=True, frozen=True):
+    """Hand a decoding request's cache over to another rank, and answer ``HandedOver``."""
+
+    id: str
+    link: LinkOrder
+
+
+class TakeOver(msgspec.Struct, tag=True, frozen=True):
+    """Take the cache of a request that will be submitted later."""
+
+    id: str
+    link: LinkOrder
+
+
+class LinkContacts(msgspec.Struct, tag=True, frozen=True):
+    """Entries that the other rank of a hand-over has published, by key."""
+
+    number: int
+    entries: dict[str, bytes]
+
+
+class GoOn(msgspec.Struct, tag=True, frozen=True):
+    """Let a request whose cache was handed over go on here after all."""
+
+    id: str
+
+
+class Release(msgspec.Struct, tag=True, frozen=True):
+    """Drop a cache that was taken, or is being taken: its request doesn't come."""
+
+    id: str
+
+
+class LinkContact(msgspec.Struct, tag=True, frozen=True):
+    """An entry of torch's rendezvous store, which the other rank of a hand-over needs in order to connect."""
+
+    number: int
+    key: str
+    value: bytes
+
+
+class HandedOver(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """A hand-over has ended.
+
+    Attributes:
+        number: of the hand-over.
+        failure: why the target doesn't have the cache; the request goes on at the source, unless it has ended. None = it has.
+        seconds: from the offer to the target's last answer: the request made no step meanwhile.
+        nbytes: of the cache.
+        tokens: that it holds.
+        prompt_token_s: seconds in which the source computes a token of a prompt, lately; 0 = it has timed none.
+    """
+
+    number: int
+    failure: str | None
+    seconds: float = 0.0
+    nbytes: int = 0
+    tokens: int = 0
+    prompt_token_s: float = 0.0
+
+
+class CacheOffer(msgspec.Struct, tag=True, frozen=True):
+    """The layout of a cache that is about to be sent."""
+
+    layout: CacheLayout
+
+
+class CacheSent(msgspec.Struct, tag=True, frozen=True):
+    """All pieces were sent; their digest (XXH3-128), in order."""
+
+    digest: bytes
+
+
+class CacheAnswer(msgspec.Struct, tag=True, frozen=True):
+    """Whether the target has room; later, whether it has the whole cache. If not, why."""
+
+    refusal: str | None = None
+
+
+LinkMessage = CacheOffer | CacheSent | CacheAnswer
+
+_encoder = msgspec.msgpack.Encoder()
+_messages = msgspec.msgpack.Decoder(LinkMessage)
+
+
+def encode_link_message(message: LinkMessage) -> bytes:
+    """A message between the two ranks as bytes."""
+    return _encoder.encode(message)
+
+
+def decode_link_message(message: bytes) -> LinkMessage:
+    return _messages.decode(message)

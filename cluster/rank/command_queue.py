@@ -1,0 +1,110 @@
+"""``CommandQueue``: what other threads want of a rank's stepping thread, which alone touches the engine, in order.
+
+Commands are the driver's. An ``Errand`` is a function of a thread of this process, which waits for its result.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from cluster.messages.rank import Command, Form
+from cluster.rank.contact_store import ContactStore
+from epslots.errors import PeerLost
+from epslots.placement.placement import Placement
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Forming:
+    """A ``Form``, with the store for its contacts."""
+
+    form: Form
+    contacts: ContactStore
+
+
+@dataclass(frozen=True)
+class Placing:
+    """A ``SetPlacement``, with its placement unpacked."""
+
+    epoch: int
+    placement: Placement
+    bytes_per_step: int
+
+
+class Errand(Generic[T]):
+    """One call of a function by the stepping thread.
+
+    Attributes:
+        result: of the function; done when it has returned or raised, or the rank has ended.
+    """
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self.result: Future[T] = Future()
+
+    def run(self) -> None:
+        """Call the function. What it raises is the asking thread's."""
+        try:
+            self.result.set_result(self._function())
+        except Exception as error:
+            self.result.set_exception(error)
+
+
+Queued = Command | Forming | Placing | Errand[Any]
+
+
+class CommandQueue:
+    """Commands and errands of one rank.
+
+    Args:
+        news: guards them, and is notified of each.
+    """
+
+    def __init__(self, news: threading.Condition) -> None:
+        self._news = news
+        self._commands: list[Queued] = []
+        self._ended = False
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+    def put(self, command: Queued) -> None:
+        """Add a command."""
+        with self._news:
+            self._commands.append(command)
+            self._news.notify_all()
+
+    def take(self, has_steps: Callable[[], bool]) -> list[Queued]:
+        """All commands; waits for one unless there is a step to make."""
+        with self._news:
+            self._news.wait_for(lambda: self._commands or has_steps())
+            commands, self._commands = self._commands, []
+        return commands
+
+    def between_steps(self, function: Callable[[], T]) -> T:
+        """Have the stepping thread call a function; returns its result, from any other thread.
+
+        Raises:
+            PeerLost: the rank has ended.
+        """
+        errand = Errand(function)
+        with self._news:
+            if self._ended:
+                raise PeerLost("the rank has ended")
+            self._commands.append(errand)
+            self._news.notify_all()
+        return errand.result.result()
+
+    def end(self) -> None:
+        """Nothing is taken any more: errands that wait fail."""
+        with self._news:
+            self._ended = True
+            left, self._commands = self._commands, []
+        for command in left:
+            if type(command) is Errand:
+                command.result.set_exception(PeerLost("the rank has ended"))

@@ -1,0 +1,187 @@
+"""``HandOverThreads``: a rank's hand-overs under way, as source and as target, each in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from cluster.messages.hand_over import HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, TakeOver
+from cluster.messages.rank import Contact
+from cluster.rank.cache_exchange import BetweenSteps, HandOverRefused, send_cache, take_cache
+from cluster.rank.contact_store import ContactStore
+from epslots.errors import EpslotsError
+from epslots.generation.batcher import Batcher
+from epslots.generation.cache_image import CacheImage
+from epslots.generation.cache_layout import CacheLayout
+from epslots.transport import background
+from epslots.transport.gloo_link import open_gloo_link
+from epslots.transport.memory_link import open_source, open_target
+from epslots.transport.pair_link import PairLink
+
+logger = logging.getLogger("epslots.cluster")
+
+
+class OpenLink(Protocol):
+    """Connects this rank with the other one of a hand-over; raises PeerLost if that doesn't come in time."""
+
+    def __call__(self, order: LinkOrder, contacts: ContactStore, *, source: bool) -> PairLink: ...
+
+
+def open_link(order: LinkOrder, contacts: ContactStore, *, source: bool) -> PairLink:
+    """Connect this rank with the other one of a hand-over.
+
+    Args:
+        contacts: the way to the other rank's address.
+
+    Raises:
+        PeerLost: it didn't come in time, or another process did.
+    """
+    if order.kind == "memory":
+        return (open_source if source else open_target)(order.number, order.secret, order.form_s, order.deadline_s)
+    return open_gloo_link(
+        contacts, order.number, order.secret, order.form_s, order.deadline_s, source=source, stop=contacts.stop
+    )
+
+
+class HandOverThreads:
+    """The hand-overs of one rank.
+
+    Args:
+        batcher: returns the rank's batcher; it is touched between steps alone.
+        between_steps: has the stepping thread call a function.
+        send: sends an event to the driver.
+        open_link: connects two ranks.
+    """
+
+    def __init__(
+        self,
+        batcher: Callable[[], Batcher],
+        between_steps: BetweenSteps,
+        send: Callable[[HandedOver | LinkContact], None],
+        open_link: OpenLink = open_link,
+    ) -> None:
+        self._batcher, self._between_steps, self._send, self._open_link = batcher, between_steps, send, open_link
+        self._lock = threading.Lock()
+        self._contacts: dict[int, ContactStore] = {}
+        """Of hand-overs under way, by number."""
+        self._links: dict[int, PairLink] = {}
+        self._ended = ""
+
+    def give(self, order: HandOver) -> None:
+        """Begin a hand-over as its source."""
+        self._begin(order.link, lambda: self._give(order))
+
+    def take(self, order: TakeOver) -> None:
+        """Begin a hand-over as its target."""
+        self._begin(order.link, lambda: self._take(order))
+
+    def meet(self, contacts: LinkContacts) -> None:
+        """The other rank's entries have come."""
+        with self._lock:
+            store = self._contacts.get(contacts.number)
+        if store is not None:
+            store.take(contacts.entries)
+
+    def abort_all(self, reason: str, *, end: bool = False) -> None:
+        """Break all hand-overs off; requests that are handed over from here go on here. From any thread.
+
+        Args:
+            end: none begins any more.
+        """
+        with self._lock:
+            self._ended = reason if end else self._ended
+            stores, links = list(self._contacts.values()), list(self._links.values())
+        for store in stores:
+            store.end(reason)
+        for link in links:
+            link.abort()
+
+    def _begin(self, order: LinkOrder, work: Callable[[], None]) -> None:
+        def publish(contact: Contact) -> None:
+            self._send(LinkContact(contact.epoch, contact.key, contact.value))
+
+        with self._lock:
+            if self._ended:
+                return
+            self._contacts[order.number] = ContactStore(order.number, publish, order.form_s)
+        background.start(work, name="epslots-hand-over", stop=lambda: self.abort_all("the process ends", end=True))
+
+    @contextmanager
+    def _link(self, order: LinkOrder, *, source: bool) -> Iterator[PairLink]:
+        """The link of a hand-over, for as long as the context lasts."""
+        link: PairLink | None = None
+        try:
+            link = self._open_link(order, self._contacts[order.number], source=source)
+            with self._lock:
+                self._links[order.number] = link
+                stopped = self._contacts[order.number].stop
+            if stopped.done():
+                link.abort()
+            yield link
+        finally:
+            with self._lock:
+                del self._contacts[order.number]
+                self._links.pop(order.number, None)
+            if link is not None:
+                link.abort()
+
+    def _give(self, order: HandOver) -> None:
+        done = HandedOver(number=order.link.number, failure="")
+        try:
+            with self._link(order.link, source=True) as link:
+                began_s = time.monotonic()
+                image: CacheImage | None = self._between_steps(lambda: self._batcher().hold(order.id))
+                if image is None:
+                    raise HandOverRefused("the request isn't decoding now")
+                send_cache(link, image, self._between_steps)
+                seconds, layout = time.monotonic() - began_s, image.layout
+            done = HandedOver(
+                number=order.link.number,
+                failure=None,
+                seconds=seconds,
+                nbytes=layout.nbytes,
+                tokens=layout.tokens,
+                prompt_token_s=self._batcher().prompt_token_s,
+            )
+        except Exception as error:
+            done = HandedOver(number=order.link.number, failure=_in_words(error))
+            self._let_go(lambda: self._batcher().resume(order.id))
+        self._send(done)
+
+    def _take(self, order: TakeOver) -> None:
+        place: list[CacheImage] = []
+
+        def reserve(layout: CacheLayout) -> CacheImage | None:
+            self._batcher().release(order.id)  # of an earlier hand-over of this request, which has failed
+            if (image := self._batcher().reserve(order.id, layout)) is not None:
+                place.append(image)
+            return image
+
+        def drop() -> None:
+            if place and not place[0].gone:
+                self._batcher().release(order.id)
+
+        try:
+            with self._link(order.link, source=False) as link:
+                take_cache(link, reserve, self._between_steps)
+        except Exception as error:
+            logger.debug("hand-over %d isn't taken: %s", order.link.number, _in_words(error))
+            self._let_go(drop)
+
+    def _let_go(self, function: Callable[[], None]) -> None:
+        """Give a request's place back, unless the rank has ended, and all places with it."""
+        try:
+            self._between_steps(function)
+        except EpslotsError as error:
+            logger.debug("nothing to give back: %s", error)
+
+
+def _in_words(error: Exception) -> str:
+    if not isinstance(error, EpslotsError):
+        logger.warning("a hand-over failed", exc_info=error)
+        return f"{type(error).__name__}: {error}"
+    return str(error)

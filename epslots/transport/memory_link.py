@@ -1,0 +1,185 @@
+"""``MemoryLink``: a ``PairLink`` through shared memory, for two processes of one machine.
+
+Pieces are copied into an anonymous memory file, which has room for two; a socket carries messages, the file's descriptor, and
+the news that a piece is there or was read. Neither has a name on a disk: whichever process is killed, the kernel frees both,
+and the other end's next call fails at once.
+"""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import socket
+import struct
+import time
+from contextlib import suppress
+
+import torch
+
+from epslots.errors import PeerLost
+from epslots.transport.forming import seal
+from epslots.transport.pair_link import BYTES_IN_FLIGHT, MOST_MESSAGE_BYTES, PIECE_BYTES, prove
+
+_HEAD = struct.Struct("<cI")
+_MESSAGE, _PIECE, _READ = b"m", b"p", b"r"
+_RETRY_S = 0.002  # until the other end listens
+
+
+class MemoryLink:
+    """One end of a link. Make it with ``open_source`` or ``open_target``.
+
+    Args:
+        connection: to the other end.
+        memory: shared with it, ``BYTES_IN_FLIGHT`` bytes; None = there are only messages yet.
+    """
+
+    def __init__(self, connection: socket.socket, memory: mmap.mmap | None = None) -> None:
+        self._connection = connection
+        self._memory = torch.empty(0) if memory is None else torch.frombuffer(memory, dtype=torch.uint8)
+        self._sent = self._read = 0
+        """Pieces that were sent; pieces that the other end has read, or that this one has received."""
+        self._unread = False
+        """A piece was received, and is still in use."""
+
+    def send(self, message: bytes) -> None:
+        self._write(_HEAD.pack(_MESSAGE, len(message)) + message)
+
+    def receive(self) -> bytes:
+        self._release()
+        return self._await(_MESSAGE)
+
+    def send_piece(self, data: torch.Tensor) -> None:
+        assert 0 < len(data) <= PIECE_BYTES
+        while self._sent - self._read >= BYTES_IN_FLIGHT // PIECE_BYTES:
+            self._await(_READ)
+            self._read += 1
+        self._half(self._sent)[: len(data)] = data
+        self._sent += 1
+        self._write(_HEAD.pack(_PIECE, len(data)))
+
+    def receive_piece(self, nbytes: int) -> torch.Tensor:
+        self._release()
+        self._await(_PIECE, nbytes)
+        self._unread = True
+        self._read += 1
+        return self._half(self._read - 1)[:nbytes]
+
+    def abort(self) -> None:
+        with suppress(OSError):
+            self._connection.shutdown(
+                socket.SHUT_RDWR
+            )  # wakes a thread that waits; it closes the socket with the last reference
+        self._connection.close()
+
+    def _half(self, number: int) -> torch.Tensor:
+        start = number % (BYTES_IN_FLIGHT // PIECE_BYTES) * PIECE_BYTES
+        return self._memory[start : start + PIECE_BYTES]
+
+    def _release(self) -> None:
+        """Tell the other end that the last piece was read."""
+        if self._unread:
+            self._unread = False
+            self._write(_HEAD.pack(_READ, 0))
+
+    def _await(self, kind: bytes, nbytes: int | None = None) -> bytes:
+        """The next message of a kind; news of pieces that were read may come before it."""
+        while True:
+            found, size = _HEAD.unpack(self._take(_HEAD.size))
+            if found == _READ and kind == _MESSAGE:
+                self._read += 1
+                continue
+            if found != kind or (size > MOST_MESSAGE_BYTES if nbytes is None else size != nbytes):
+                self.abort()
+                raise PeerLost(f"the other end of a link sent {found!r} of {size} bytes, and {kind!r} was due")
+            return self._take(size) if kind == _MESSAGE else b""
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._connection.sendall(data)
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def _take(self, count: int) -> bytes:
+        found = bytearray()
+        try:
+            while len(found) < count:
+                part = self._connection.recv(min(count - len(found), 1 << 20))
+                if not part:
+                    raise ConnectionResetError("its process has closed the connection, or has ended")
+                found += part
+        except OSError as error:
+            raise self._lost(error) from error
+        return bytes(found)
+
+    def _lost(self, error: OSError) -> PeerLost:
+        self.abort()
+        return PeerLost(f"the other end of a link is gone or silent: {error}")
+
+
+def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryLink:
+    """The source's end of a hand-over's link; waits until the target listens.
+
+    Args:
+        number: of the hand-over.
+        secret: known to both ends alone.
+        form_s: seconds to wait for the other end.
+        deadline_s: seconds that each call may take afterwards.
+
+    Raises:
+        PeerLost: the target didn't come in time, or another process came.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    ends = time.monotonic() + form_s
+    while True:
+        try:
+            connection.connect(_address(number, secret))
+            break
+        except OSError as error:
+            if time.monotonic() > ends:
+                connection.close()
+                raise PeerLost(f"the target of hand-over {number} didn't listen within {form_s:g} s: {error}") from error
+            time.sleep(_RETRY_S)
+    connection.settimeout(deadline_s)
+    file = os.memfd_create("epslots-hand-over")
+    try:
+        os.ftruncate(file, BYTES_IN_FLIGHT)
+        link = MemoryLink(connection, mmap.mmap(file, BYTES_IN_FLIGHT))
+        prove(link, secret, number, source=True)
+        connection.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))])
+    except OSError as error:
+        connection.close()
+        raise PeerLost(f"no memory can be shared with the target of hand-over {number}: {error}") from error
+    finally:
+        os.close(file)
+    return link
+
+
+def open_target(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryLink:
+    """The target's end of a hand-over's link; waits for the source. Arguments and errors as ``open_source``."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.settimeout(form_s)
+        try:
+            listening.bind(_address(number, secret))
+            listening.listen(1)
+            connection, _ = listening.accept()
+        except OSError as error:
+            raise PeerLost(f"the source of hand-over {number} didn't connect within {form_s:g} s: {error}") from error
+    connection.settimeout(deadline_s)
+    prove(MemoryLink(connection), secret, number, source=False)
+    try:
+        _, files, _, _ = socket.recv_fds(connection, 1, 1)
+        shared = [mmap.mmap(file, BYTES_IN_FLIGHT) for file in files]
+        for file in files:
+            os.close(file)
+        if len(shared) != 1:
+            raise ConnectionResetError("it sent no memory")
+    except (OSError, ValueError) as error:
+        connection.close()
+        raise PeerLost(f"the source of hand-over {number} shared no memory: {error}") from error
+    return MemoryLink(connection, shared[0])
+
+
+def _address(number: int, secret: bytes) -> str:
+    """In the abstract namespace, so that no file is left behind; not to be guessed by others."""
+    return f"\0epslots/{number}/{seal(secret, 'address').hex()[:32]}"

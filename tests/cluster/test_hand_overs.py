@@ -1,0 +1,134 @@
+"""The driver's side of a hand-over: who is told what, whichever message comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import pytest
+
+from cluster.driver.hand_overs import HandOvers
+from cluster.driver.rank_loads import RankCapacity, Role
+from cluster.driver.scheduler import Scheduler
+from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, Release, TakeOver
+from cluster.messages.rank import Cancel, Command, Submit
+from epslots.generation.requests import Output, Request
+
+REQUEST = Request("a", tuple(range(50)), 20)
+DONE = HandedOver(number=0, failure=None, seconds=0.1, nbytes=1000, tokens=50, prompt_token_s=0.001)
+FAILED = HandedOver(number=0, failure="the link broke")
+
+
+class Driver:
+    """A request that is being handed over from ``p`` to ``d``, and all commands that are sent."""
+
+    def __init__(self, source_machine: str = "m", target_machine: str = "m") -> None:
+        self.sent: list[tuple[Hashable, Command]] = []
+        self.scheduler = Scheduler()
+        self.hand_overs = HandOvers(self.scheduler, self.send, form_s=1.0, deadline_s=2.0)
+        self.serve("p", "prefill", source_machine)
+        self.serve("d", "decode", target_machine)
+        self.scheduler.add([REQUEST])
+        assert [worker for worker, _ in self.scheduler.assign()] == ["p"]
+        self.scheduler.count("p", Output("a", (7,)))
+        self.hand_overs.consider("a")
+        self.orders, self.sent = self.sent, []
+
+    def serve(self, worker: str, role: Role, machine: str) -> None:
+        self.scheduler.serve({worker: RankCapacity(1000, 16, role=role, machine=machine)})
+
+    def send(self, worker: Hashable, command: Command) -> None:
+        self.sent.append((worker, command))
+
+    def end(self) -> None:
+        """Nothing is left of it."""
+        self.scheduler.check()
+        assert len(self.hand_overs) == 0 and not self.scheduler._moves and not self.scheduler._moving
+
+
+@pytest.mark.parametrize(("machines", "kind"), [(("m", "m"), "memory"), (("m", "n"), "gloo"), (("", ""), "gloo")])
+def test_both_ranks_get_one_secret(machines: tuple[str, str], kind: str):
+    (target, take), (source, give) = Driver(*machines).orders
+    assert (target, source) == ("d", "p")
+    assert isinstance(take, TakeOver) and isinstance(give, HandOver)
+    assert take.link == give.link and take.id == give.id == "a"
+    assert (give.link.kind, len(give.link.secret)) == (kind, 16)
+    assert give.link.secret != Driver().orders[0][1].link.secret  # type: ignore[union-attr]
+
+
+def test_after_a_success_the_target_goes_on():
+    driver = Driver()
+    driver.hand_overs.take("p", DONE)
+    assert driver.sent == [("d", Submit((REQUEST.after((7,)),))), ("p", Cancel(("a",)))]
+    assert driver.scheduler.count("p", Output("a", (), True, "cancelled")) is None, "the source's end is nobody's"
+    assert driver.scheduler.count("d", Output("a", (8,))) is not None
+    counts = driver.hand_overs.counts
+    assert (counts.done, counts.failed, counts.nbytes, counts.seconds) == (1, 0, 1000, 0.1)
+    assert driver.scheduler._ranks.costs.prompt_token_s == 0.001
+    driver.end()
+
+
+def test_after_a_failure_the_source_goes_on():
+    driver = Driver()
+    driver.hand_overs.take("p", FAILED)
+    assert driver.sent == [("d", Release("a"))]
+    assert driver.scheduler.count("p", Output("a", (8,))) is not None
+    assert (driver.hand_overs.counts.done, driver.hand_overs.counts.failed) == (0, 1)
+    driver.end()
+
+
+def test_a_target_that_is_lost_at_the_end_is_none():
+    """It had the cache, and the source was about to forget it."""
+    driver = Driver()
+    driver.scheduler.release("d")
+    driver.hand_overs.lose("d")
+    assert driver.sent == [], "the source will notice"
+    driver.hand_overs.take("p", DONE)
+    assert driver.sent == [("d", Release("a")), ("p", GoOn("a"))]
+    driver.end()
+
+
+def test_a_lost_source_begins_anew():
+    driver = Driver()
+    driver.scheduler.release("p")
+    driver.hand_overs.lose("p")
+    assert driver.sent == [("d", Release("a"))]
+    driver.hand_overs.take("p", DONE)
+    assert len(driver.sent) == 1, "what a lost rank has said counts for nothing"
+    assert [(worker, given.resumed) for worker, given in driver.scheduler.assign()] == [("d", 1)]
+    driver.end()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("event", [DONE, FAILED])
+def test_a_cancelled_request_goes_nowhere(event: HandedOver, ended: bool):
+    """Whether or not its rank has told its end."""
+    driver = Driver()
+    assert driver.scheduler.end("a") == "p"
+    if ended:
+        driver.scheduler.count("p", Output("a", (), True, "cancelled"))
+    driver.hand_overs.take("p", event)
+    assert driver.sent == [("d", Release("a"))]
+    driver.end()
+
+
+def test_a_cancelled_request_of_a_lost_source_leaves_no_claim():
+    driver = Driver()
+    driver.scheduler.end("a")
+    driver.scheduler.count("p", Output("a", (), True, "cancelled"))
+    driver.scheduler.release("p")
+    driver.hand_overs.lose("p")
+    assert len(driver.scheduler) == 0
+    driver.end()
+
+
+def test_addresses_go_to_the_other_rank():
+    driver = Driver()
+    driver.hand_overs.pass_on("p", LinkContact(0, "key", b"here"))
+    driver.hand_overs.pass_on("d", LinkContact(0, "key", b"there"))
+    driver.hand_overs.pass_on("d", LinkContact(1, "key", b"of none"))
+    assert driver.sent == [("d", LinkContacts(0, {"key": b"here"})), ("p", LinkContacts(0, {"key": b"there"}))]
+    driver.hand_overs.take("d", DONE)
+    assert len(driver.hand_overs) == 1, "the source alone knows how it ended"
+    driver.scheduler.clear()
+    driver.hand_overs.clear()
+    driver.end()

@@ -1,0 +1,234 @@
+"""Groups with roles: prompts are computed in one, decoded in another. Whatever is lost in between, tokens are the model's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cluster.rank.cache_exchange
+import cluster.rank.rank_reports
+from cluster.api import Cluster
+from cluster.config import cluster_config
+from cluster.driver.hand_over_costs import HandOverCosts
+from cluster.errors import ClusterError
+from epslots.errors import ConfigError
+from tests.support.batches import is_empty
+from tests.support.fake_backend import FakeBackend, WatchedLink
+from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
+
+pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "small_pieces")
+
+NEW = 14
+LONG = [PROMPTS[1], PROMPTS[7]]
+Open = Callable[..., tuple[Cluster, FakeBackend]]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of these small models travel in several pieces; and no prompt is short."""
+    monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
+    monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
+
+
+@pytest.fixture
+def opened(open_cluster: Open) -> Iterator[tuple[Cluster, FakeBackend]]:
+    """Rank 0 computes prompts, rank 1 decodes. In the end nothing is left over."""
+    found = open_cluster(ranks=None, prefill_ranks=1, decode_ranks=1)
+    yield found
+    check_empty(*found)
+
+
+def check_empty(opened: Cluster, backend: FakeBackend) -> None:
+    """No rank holds or reserves anything, and no hand-over is under way."""
+    opened.stats()  # after all commands
+    assert len(opened._supervisor.router.hand_overs) == 0
+    opened._supervisor.router._scheduler.check()
+    for worker in backend.workers.values():
+        engine = worker.loop._engine
+        assert engine is not None
+        until_quiet(worker.loop.hand_overs)
+        assert worker.loop._commands.between_steps(lambda engine=engine: is_empty(engine.batcher))
+
+
+def until_quiet(hand_overs: Any) -> None:
+    """Wait for the ends of links, which the driver doesn't wait for."""
+    done = threading.Event()
+    while hand_overs._contacts:
+        done.wait(0.001)
+
+
+def counts(opened: Cluster) -> tuple[int, int]:
+    found = opened._supervisor.router.hand_overs.counts
+    return found.done, found.failed
+
+
+def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], folder: Path):
+    cluster, _ = opened
+    assert [cluster._supervisor.groups[number].role for number in (0, 1)] == ["prefill", "decode"]
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW)) == expected(folder, PROMPTS, NEW)
+    done, _ = counts(cluster)
+    prefill, decode = (rank.engine for rank in cluster.stats().ranks)
+    assert prefill.prompt_tokens + prefill.reused_tokens == sum(map(len, PROMPTS)), "every prompt was computed there"
+    assert decode.prompt_tokens <= done, "no more than the last token of each that was handed over"
+    assert decode.new_tokens > 5 * done > 0
+    handed = cluster._supervisor.router.hand_overs.counts
+    assert handed.nbytes > 0 and handed.seconds > 0
+
+
+def test_drawn_and_constrained_texts_go_on(opened: tuple[Cluster, FakeBackend], open_cluster: Open):
+    """What is drawn depends on seed and position, a stop string on the text: neither on the rank."""
+    cluster, _ = opened
+    alone, _ = open_cluster(ranks=1)
+    for settings in ({"temperature": 1.3, "seed": 7, "presence_penalty": 0.5}, {"temperature": 0.9, "seed": 2, "logprobs": 2}):
+        found, wanted = (
+            [tuple(each.submit(prompt, max_new_tokens=NEW, **settings).result().tokens) for prompt in LONG]
+            for each in (cluster, alone)
+        )
+        assert found == wanted
+    assert counts(cluster)[0] > 0
+
+
+def test_short_prompts_are_computed_where_they_decode(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(HandOverCosts, "stays", lambda _self, to_compute, *_: to_compute <= 25)
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW)) == expected(folder, PROMPTS, NEW)
+    prefill = cluster.stats().ranks[0].engine
+    assert prefill.prompt_tokens + prefill.reused_tokens == sum(len(prompt) for prompt in PROMPTS if len(prompt) > 25)
+    check_empty(cluster, backend)
+
+
+class Trouble:
+    """Does something to the hand-over under way before the message with a number, at one of its ends."""
+
+    def __init__(self, backend: FakeBackend, number: int, *, source: bool, do: Callable[[WatchedLink], None]) -> None:
+        self.done = False
+        self._number, self._source, self._do = number, source, do
+        backend.on_link = self._take
+
+    def _take(self, link: WatchedLink) -> None:
+        if not self.done and link.source == self._source and link.messages == self._number:
+            self.done = True
+            self._do(link)
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], folder: Path, source: bool):
+    """At whichever message: the request goes on where it was, and moves later."""
+    cluster, backend = opened
+    for number in range(1, 40):
+        before = counts(cluster)
+        trouble = Trouble(backend, number, source=source, do=lambda link: link.link.abort())
+        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+        if not trouble.done:
+            break
+        assert counts(cluster)[1] > before[1]
+    assert number > 6, "an offer, an answer, several pieces, and an end"
+    assert counts(cluster)[0] > 0, "they moved in the end"
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], folder: Path, source: bool):
+    cluster, backend = opened
+    for number in range(1, 40):
+        running = cluster.submit(LONG[0], max_new_tokens=40)
+
+        def leave(_: WatchedLink, running: Any = running) -> None:
+            running.cancel()
+            cluster._thread.flush()  # the ranks are told
+
+        trouble = Trouble(backend, number, source=source, do=leave)
+        reason = running.result().reason
+        assert reason == ("cancelled" if trouble.done else "length")
+        if not trouble.done:
+            break
+    assert number > 6
+    assert tokens_of(cluster.generate(LONG, max_new_tokens=NEW)) == expected(folder, LONG, NEW)
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bool):
+    """At a few messages; the others are those of a cut connection for the rank that lives."""
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1)
+    for number in (1, 4):
+        trouble = Trouble(backend, number, source=source, do=lambda link: link.worker._die(known=True))
+        assert tokens_of(cluster.generate(LONG, max_new_tokens=40)) == expected(folder, LONG, 40)
+        serve_again(cluster, 2)
+        backend.on_link = lambda _: None
+        assert trouble.done
+    check_empty(cluster, backend)
+
+
+def test_a_target_lost_after_the_end_gives_back(opened: tuple[Cluster, FakeBackend], folder: Path):
+    """It had the cache, and the driver hears so, but it is gone: the source goes on."""
+    cluster, backend = opened
+
+    def die_soon(link: WatchedLink) -> None:
+        receive = link.link.receive
+
+        def received() -> bytes:
+            found = receive()
+            if link.messages >= 3 and link.messages > pieces[0]:
+                backend.workers[1]._die(known=True)
+                until(cluster, lambda: len(cluster._supervisor.groups[1].members) == 0)
+            return found
+
+        link.link.receive = received
+
+    pieces = [3]
+    Trouble(backend, 1, source=True, do=die_soon)
+    assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+    serve_again(cluster, 2)
+
+
+def test_a_full_decode_rank_takes_none(open_cluster: Open, folder: Path):
+    """Requests go on where their prompts were computed, until there is room."""
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, kv_tokens=80)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30)) == expected(folder, PROMPTS, 30)
+    check_empty(cluster, backend)
+
+
+def test_ranks_of_two_machines_meet_by_gloo(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster.rank.rank_reports, "machine_of_this", lambda: "")
+    opened, backend = open_cluster(ranks=2, prefill_ranks=1)
+    assert tokens_of(opened.generate(LONG, max_new_tokens=NEW)) == expected(folder, LONG, NEW)
+    assert counts(opened)[0] > 0
+    check_empty(opened, backend)
+
+
+def test_bytes_that_changed_are_refused(opened: tuple[Cluster, FakeBackend], folder: Path):
+    cluster, backend = opened
+
+    def spoil(link: WatchedLink) -> None:
+        send_piece = link.link.send_piece
+
+        def spoiled(data: Any) -> None:
+            data[0] ^= 1
+            send_piece(data)
+
+        link.link.send_piece = spoiled
+
+    Trouble(backend, 1, source=True, do=spoil)
+    assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+    assert counts(cluster)[1] > 0
+
+
+def test_roles_are_settings_of_a_cluster(open_cluster: Open):
+    config = cluster_config(prefill_ranks=2, decode_ranks=6)
+    assert (config.ranks, config.groups) == (8, 4), "groups of two: the largest that both can have"
+    assert cluster_config(ranks=8, prefill_ranks=4).groups == 2
+    assert cluster_config(ranks=8, prefill_ranks=2, groups=8).groups == 8
+    for wrong, message in (
+        ({"decode_ranks": 2}, "decode_ranks=2; allowed with prefill_ranks"),
+        ({"ranks": 2, "prefill_ranks": 2}, "at least one of each"),
+        ({"ranks": 8, "prefill_ranks": 2, "decode_ranks": 5}, "together as many as ranks"),
+        ({"ranks": 8, "prefill_ranks": 3, "groups": 4}, "multiples of 2, the size of a group"),
+        ({"prefill_ranks": -1}, "prefill_ranks=-1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cluster_config(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ClusterError, match="at least one group that decodes"):
+        open_cluster(ranks=None, prefill_ranks=1)
