@@ -67,6 +67,8 @@ class CapturedDecoding:
 
     Attributes:
         obstacle: as given; or found out by a capture that failed.
+        present_obstacle: why no pass could be captured when one was asked for last: layers have passed slots, or a group has
+            formed. None if one could.
         replays: passes that were replayed so far.
     """
 
@@ -77,6 +79,7 @@ class CapturedDecoding:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool: Any = None
         self.obstacle, self.replays = obstacle, 0
+        self.present_obstacle: str | None = None
 
     def takes(self, rows: int) -> bool:
         """Whether the next pass, of so many rows, can be made here."""
@@ -91,12 +94,18 @@ class CapturedDecoding:
         runtime = runtime_of(self._model)
         limit = most_rows(runtime)
         most = self._requests if limit is None else min(self._requests, limit)
-        pairs = most * runtime.plan.shape.top_k
-        if not most or device_obstacle(runtime, pairs) is not None:
+        pairs = max(most, 1) * runtime.plan.shape.top_k
+        self._note(device_obstacle(runtime, pairs))
+        if self.present_obstacle is not None:
             self._lent = None
         elif self._lent is None or most != self._most:
             self._lent, self._most = LentSlots(runtime, pairs), most
             self._graphs.clear()
+
+    def _note(self, obstacle: str | None) -> None:
+        if obstacle is not None and obstacle != self.present_obstacle:
+            logger.warning("%s decodes uncaptured for now: %s", type(self._model).__name__, obstacle)
+        self.present_obstacle = obstacle
 
     def logits(self, rows: Sequence[Row], tokens: Sequence[int]) -> torch.Tensor | None:
         """The logits after one new token of each row, [B, 1, V]; overwritten by the next pass. Nothing is kept yet.

@@ -269,6 +269,10 @@ class PagedBatcher(Batcher):
         running = sum(number in self._running for number in active)  # else it has just been cancelled
         return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens)
 
+    @property
+    def _capture_obstacle(self) -> str | None:
+        return "its requests are kept in pages"
+
     def close(self) -> None:
         self.grammars.close()
         self._manager.destroy()

@@ -283,6 +283,10 @@ class RowBatcher(Batcher):
         used = sum(running.row.length for running in self._admission.running)  # cells that several share count for each
         return Usage(len(self._admission.running), min(used, self._config.kv_tokens), self._config.kv_tokens)
 
+    @property
+    def _capture_obstacle(self) -> str | None:
+        return self._captured.obstacle or self._captured.present_obstacle
+
     def close(self) -> None:
         self.grammars.close()
         self._isolation = self._batch = None
