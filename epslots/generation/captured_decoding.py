@@ -181,11 +181,9 @@ class _Graph:
 
     @torch.no_grad()
     def _forward(self) -> torch.Tensor:
-        self._lent.begin_step(self._step.count_1)
-        with self._step.inputs() as inputs:
-            logits = self._owner._call(inputs)
-        self._lent.end_step()
-        return logits
+        step = self._step
+        with self._lent.step(step.count_1, step.row_B, self._owner._requests), step.inputs() as inputs:
+            return self._owner._call(inputs)
 
     def _capture(self) -> None:
         """Capturing runs nothing: cache and slots stay unchanged."""

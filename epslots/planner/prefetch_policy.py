@@ -12,6 +12,8 @@ Legend of shape suffixes: R ranks, E experts of the layer, F prefetches.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 import numpy as np
 
@@ -212,6 +214,14 @@ def _predicted_and_used(expected_E: IntArray, used_E: BoolArray) -> tuple[int, i
     return predicted, used
 
 
+class Verdict(NamedTuple):
+    """Whether a layer is prefetched; its predicted usage, and the used ones of the predicted experts, in 256ths."""
+
+    active: bool
+    predicted: int
+    used: int
+
+
 class PrefetchPolicy:
     """One layer's prefetches, and whether they pay, judged by earlier predictions; the same on all ranks.
 
@@ -226,6 +236,16 @@ class PrefetchPolicy:
         self.active = True
         self._predicted = self._used = 0
         self._expected_E: IntArray | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What earlier predictions came to."""
+        return Verdict(self.active, self._predicted, self._used)
+
+    def adopt(self, verdict: Verdict) -> None:
+        """Go on from the verdict of another judge, the device; a prediction that waits for its step is forgotten."""
+        self.active, self._predicted, self._used = verdict
+        self._expected_E = None
 
     def due(self, step: int) -> bool:
         """Whether to predict the layer's step of this number."""

@@ -16,6 +16,7 @@ import torch
 from epslots.simulated_gpu.machine import DeviceWork, SimulatedMachine, current_machine
 from epslots.simulated_gpu.streams import current_stream
 from epslots.simulated_gpu.tensors import GpuTensor, memory_of, replace_tensors, tensors_in
+from epslots.simulated_gpu.timeline import Operation
 
 T = TypeVar("T")
 
@@ -31,15 +32,18 @@ def kernel_work(
     writes: Sequence[torch.Tensor],
     flops: float = 0.0,
     moves: Sequence[torch.Tensor] | None = None,
+    *,
+    beside: bool = False,
 ) -> DeviceWork:
     """What a kernel does, and for how long: the longer of its bytes' and its flops' time.
 
     Args:
+        beside: whether it leaves the multiprocessors to others: it has few programs, or waits for the link most of the time.
         moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``: rows of a table.
     """
     spec, nbytes = machine.spec, sum(map(machine.sizes.nbytes, (*reads, *writes) if moves is None else moves))
     seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops)
-    return DeviceWork(name, f"SM:{number}", seconds, reads, writes, nbytes)
+    return DeviceWork(name, f"{'beside' if beside else 'SM'}:{number}", seconds, reads, writes, nbytes)
 
 
 def launch(
@@ -93,6 +97,8 @@ def launch_kernel(
     moves: Sequence[torch.Tensor] | None = None,
     link_bytes: Callable[[], float] | None = None,
     flops: float = 0.0,
+    beside: bool = False,
+    queued: Callable[[Operation], None] | None = None,
 ) -> T:
     """Simulate one kernel of our own, which would be Triton's, by a function that computes its values.
 
@@ -102,6 +108,8 @@ def launch_kernel(
         moves: as in ``kernel_work``.
         link_bytes: after it is computed, the bytes that it has read from pinned memory; None = it reads none.
         flops: multiplications and additions.
+        beside: as in ``kernel_work``.
+        queued: told of the operation, at each replay, too.
 
     Returns:
         Its result, with tensors of the device.
@@ -119,7 +127,8 @@ def launch_kernel(
     for memory in made:
         machine.allocate(memory, number, current_stream(number).stream_id)
     moved = None if moves is None else memory_of(list(moves))
-    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, moves=moved)
+    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, moves=moved, beside=beside)
+    work = replace(work, queued=queued)
 
     if link_bytes is not None:
 

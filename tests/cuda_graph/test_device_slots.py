@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from epslots.cuda_graph.device_slots import (
     DeviceSlots,
     Missing,
-    TorchKernels,
     adopt_device_tables,
     slots_obstacle,
 )
+from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.planner.use_history import UseHistory
 from tests.support.device_slot_helpers import (
@@ -46,7 +46,7 @@ def test_the_device_decides_as_the_host_does_in_any_state(state: dict[str, Any])
     slots.prepare(layer, torch.tensor(state["ids"]))
     host.step(layer, state["ids"])
     found = [UseHistory.empty(1, experts).layer(0, experts) for experts in host.experts]
-    steps, tallies = slots.leave(found)
+    steps, tallies, _ = slots.leave(found)
     assert steps == host.steps
     assert list(tallies[layer])[1:] == host.tallies[layer].tolist()[1:]
     assert np.array_equal(pool.slot_of[layer, : host.experts[layer]], host.slot_of[layer])

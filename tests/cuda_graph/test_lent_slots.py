@@ -50,8 +50,8 @@ def decode(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **setting
     with lent(model, **settings) as slots:
         for _ in range(new_tokens - 1):
             tokens = torch.cat([tokens, output.logits[:, -1:].argmax(-1)], 1)
-            output = model(tokens[:, -1:], past_key_values=output.past_key_values, use_cache=True)
-            slots.end_step()
+            with slots.step(torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1):
+                output = model(tokens[:, -1:], past_key_values=output.past_key_values, use_cache=True)
     return torch.cat([tokens, output.logits[:, -1:].argmax(-1)], 1).tolist()
 
 
