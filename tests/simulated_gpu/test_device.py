@@ -332,3 +332,31 @@ def test_a_capture_is_closed_to_other_streams(gpu: SimulatedMachine):
             captured(step)
     captured(forks_and_joins).replay()
     assert x.tolist() == [1] * 4
+
+
+def test_forked_streams_run_beside_each_other(gpu: SimulatedMachine):
+    """In a replay, too; and what nothing orders there is a race."""
+    x, y = torch.zeros(5 * MB, dtype=torch.uint8, device="cuda"), torch.zeros(4, device="cuda")
+    record = pinned(5 * MB)
+
+    def step(*, again: bool) -> None:
+        side, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        y.add_(1)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            x.copy_(record, non_blocking=True)
+        y.add_(1)
+        if again:
+            x.add_(1)
+        here.wait_stream(side)
+        x.add_(1)
+
+    graph = captured(lambda: step(again=False))
+    gpu.reset()
+    graph.replay()
+    torch.cuda.synchronize()
+    first, copy, beside, last = [one for one in gpu.timeline.operations if one.engine]
+    assert first.end_s == copy.start_s == beside.start_s < beside.end_s < copy.end_s == last.start_s
+    assert gpu.races == [] and y.tolist() == [2] * 4 and int(x[7]) == 1
+    captured(lambda: step(again=True)).replay()
+    assert [race.kind for race in gpu.races] == ["two writes"]
