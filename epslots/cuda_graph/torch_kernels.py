@@ -137,8 +137,10 @@ class TorchKernels:
         active, predicted, used = ahead.verdict_3.unbind()
         predicted, used = predicted + ahead.expected_E.sum(), used + CERTAIN * hit_E.sum()
         goes_on, begins = (used * parts >= predicted * least for parts, least in (STOP_BELOW, START_ABOVE))
-        active = torch.where(predicted >= LEAST_JUDGED, torch.where(active > 0, goes_on, begins), active > 0)
-        halved = (predicted >= HALVE_AT).long()
+        expected = ahead.expected_E.sum() > 0
+        judged = expected & (predicted >= LEAST_JUDGED)
+        active = torch.where(judged, torch.where(active > 0, goes_on, begins), active > 0)
+        halved = (expected & (predicted >= HALVE_AT)).long()
         ahead.verdict_3.copy_(torch.stack([active.long(), predicted >> halved, used >> halved]))
 
     def copy(self, layer: DeviceLayer, missing: Missing) -> None:

@@ -207,8 +207,10 @@ def _judge(verdict, expected_E, hit_E):  # type: ignore[no-untyped-def]
     used = tl.load(verdict + 2) + _CERTAIN * tl.sum(hit_E.to(tl.int64), axis=0)
     goes_on = used * _STOP_USED >= predicted * _STOP_PREDICTED
     begins = used * _START_USED >= predicted * _START_PREDICTED
-    active = tl.where(predicted >= _LEAST_JUDGED, (active & goes_on) | ((active == 0) & begins), active).to(tl.int64)
-    halved = (predicted >= _HALVE_AT).to(tl.int64)
+    expected = tl.sum(expected_E, axis=0) > 0
+    judged = expected & (predicted >= _LEAST_JUDGED)
+    active = tl.where(judged, (active & goes_on) | ((active == 0) & begins), active).to(tl.int64)
+    halved = (expected & (predicted >= _HALVE_AT)).to(tl.int64)
     return active, predicted >> halved, used >> halved
 
 

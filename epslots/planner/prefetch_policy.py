@@ -274,7 +274,10 @@ class PrefetchPolicy:
         """
         usage_E = used_by_any(usage_RE)
         self._expected_E = np.empty_like(usage_E)
-        if not _enter_expected(usage_E, holds_RE, self._expected_E) or not self.active:
+        if not _enter_expected(usage_E, holds_RE, self._expected_E):
+            self._expected_E = None
+            return None
+        if not self.active:
             return None
         left_R = None if budget is None else budget.experts(expert_bytes)
         found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, scores, busy_R, left_R, spare_RE)

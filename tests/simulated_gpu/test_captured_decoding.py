@@ -175,8 +175,8 @@ def test_nothing_waits_for_a_wrong_prefetch(
     """Its copy ends when the layer's router has chosen other experts: a slow link shows it."""
 
     def wrong(self: Prefetcher, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
-        """All are said to be used: those that are absent are fetched, and most in vain."""
-        return torch.full_like(self._unused_E, 255)
+        """The even ones are said to be used: those that are absent are fetched, and many in vain."""
+        return (torch.arange(len(self._unused_E), dtype=torch.int32, device=hidden_TH.device) + 1) % 2 * 255
 
     monkeypatch.setattr(Prefetcher, "usage", wrong)
     monkeypatch.setattr(torch_kernels, "LEAST_JUDGED", 1 << 60)
@@ -198,11 +198,10 @@ def test_nothing_waits_for_a_wrong_prefetch(
                 stats = epslots.stats(model)
                 copies = [one for one in gpu.timeline.operations if one.name == "copy_ahead"]
                 each_s = runtime_of(model).layers[0].layout.nbytes / gpu.spec.link_rate
-                assert stats.total("prefetches") > 4 * len(copies) / 2
-                dropped = sum(one.duration_s < 3.5 * each_s for one in copies)
+                dropped = stats.total("prefetches") - sum(one.duration_s for one in copies) / each_s
             batcher.close()
             assert gpu.races == []
-    assert dropped > 0
+    assert dropped > 20
     assert seconds["auto"] < 1.3 * seconds["off"], seconds
 
 
