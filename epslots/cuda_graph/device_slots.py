@@ -348,7 +348,9 @@ class DeviceSlots:
             history.last_use[:] = last_use[layer, :experts]
             history.decayed[:] = decayed[layer, :, :experts]
         counts = torch.cat([self._tallies, self._totals[1]], 1).tolist()
-        tallies = [DeviceCounts(step - before, *of) for step, before, of in zip(steps, self._entered, counts, strict=True)]
+        tallies = [
+            DeviceCounts(step - before, *of) for step, before, of in zip(steps, self._entered.tolist(), counts, strict=True)
+        ]
         verdicts = [Verdict(bool(active), *sums) for active, *sums in self._verdicts.tolist()]
         for counted in (self._tallies, self._totals):
             counted.zero_()

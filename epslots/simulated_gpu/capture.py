@@ -109,8 +109,8 @@ class StepCapture:
         with current_machine().computing_kernel():
             for whole, before in self._before.values():
                 whole.copy_(before)
-        before = self._before_the_end()
-        unjoined = [stream for stream, last in self._last.items() if last not in before]
+        joined = self._before_the_end()
+        unjoined = [stream for stream, last in self._last.items() if last not in joined]
         if unjoined:
             raise RuntimeError(f"CUDA error: capturing stream has unjoined work (streams {unjoined})")
 
