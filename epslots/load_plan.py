@@ -18,7 +18,7 @@ import xxhash
 
 from epslots.cache.host_store import Manifest, StoreShape
 from epslots.cache.node_store import check_room, resolve_store_kind
-from epslots.config import LoadConfig
+from epslots.config import EngineConfig, LoadConfig
 from epslots.devices import memory_limit
 from epslots.errors import UnsupportedModelError
 from epslots.generation.planned_cache import with_cache
@@ -83,7 +83,7 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
     store_kind = resolve_store_kind(config.host_store or default_store_kind(device, store_bytes))
     store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     free = _free_memory(device, store_bytes if store_kind == "memory" else 0, neighbours)
-    shape = measure(opened, cache=config.cache, batch_invariant=config.batch_invariant, slot_note=slots.note)
+    shape = measure(opened, engine=config.engine, batch_invariant=config.batch_invariant, slot_note=slots.note)
     memory = _plan_memory(opened, shape, config, device, ranks, free)
     check_fits(memory)
     check_room(manifest, kind=store_kind, cache_dir=store_dir)
@@ -158,12 +158,12 @@ def _plan_memory(
     )
 
 
-def measure(opened: OpenModel, *, cache: str, batch_invariant: bool, slot_note: str = "") -> ModelShape:
+def measure(opened: OpenModel, *, engine: EngineConfig, batch_invariant: bool, slot_note: str = "") -> ModelShape:
     """The model's sizes. A model whose cache can't be measured without weights is loaded all the same, with a warning.
 
     Args:
         opened: its skeleton is of no further use.
-        cache, batch_invariant: settings of ``LoadConfig``, which decide about the engine's cache.
+        engine, batch_invariant: settings of ``LoadConfig``, which decide about the engine's cache.
         slot_note: how quantised experts are kept in slots (``slot_format.py``).
 
     Raises:
@@ -177,4 +177,4 @@ def measure(opened: OpenModel, *, cache: str, batch_invariant: bool, slot_note: 
         shape = shape_of_model(skeleton, name, dtype, opened.layers, run=False)
     if batch_invariant:
         record_unknown_functions(skeleton)
-    return with_cache(msgspec.structs.replace(shape, slot_note=slot_note), skeleton, cache)
+    return with_cache(msgspec.structs.replace(shape, slot_note=slot_note), skeleton, engine)

@@ -187,7 +187,7 @@ def find_shape(model: str | None, device: str, config: LoadConfig) -> tuple[Mode
         predictor=None,
         execute_predicted=False,
     )
-    return measure(opened, cache=config.cache, batch_invariant=False, slot_note=slots.note), weight_bytes, predictor_bytes
+    return measure(opened, engine=config.engine, batch_invariant=False, slot_note=slots.note), weight_bytes, predictor_bytes
 
 
 def _known_shape(model: str, config: LoadConfig) -> ModelShape:
@@ -205,7 +205,7 @@ def _known_shape(model: str, config: LoadConfig) -> ModelShape:
         if config.expert_format is not None:
             slots = quantised_slots(config.expert_format, skeleton, shape.layers)
             shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
-        return with_cache(shape, skeleton, config.cache)
+        return with_cache(shape, skeleton, config.engine)
     if config.expert_format is not None:
         raise ConfigError(f"expert_format={config.expert_format!r}: {model} is planned in its own dtype alone; allowed: None")
     return msgspec.structs.replace(shape, pages=None) if config.cache == "rows" else shape

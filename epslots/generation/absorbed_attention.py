@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.generation.attention_switch import AttentionSwitch
+from epslots.models.dense_linear import is_plain_linear
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,8 @@ IMPLEMENTATION = "epslots_latents"
 PART_NUMBERS = 2**25
 
 
-def keeps_latents(model: PreTrainedModel) -> bool:
-    """Whether the model's own cache keeps latents in place of keys and values; it may be on the meta device."""
-    return bool(_attentions(model))
-
-
-def _attentions(model: PreTrainedModel) -> list[nn.Module]:
+def latent_attentions(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules whose cache keeps latents in place of keys and values."""
     return [module for module in model.get_decoder().modules() if hasattr(module, "expand_kv")]
 
 
@@ -57,7 +54,7 @@ class AbsorbedAttention:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._modules = _attentions(model)
+        self._modules = latent_attentions(model)
         if self._modules and (obstacle := _obstacle(model, self._modules)):
             logger.info("%s: latents are expanded in every step, because %s", type(model).__name__, obstacle)
             self._modules = []
@@ -88,8 +85,7 @@ def _obstacle(model: PreTrainedModel, modules: list[nn.Module]) -> str | None:
     if implementation not in ("sdpa", "eager"):
         return f"its attention implementation is {implementation!r} (allowed: sdpa, eager)"
     for projection in (module.kv_b_proj for module in modules):
-        hooks = (projection._forward_pre_hooks, projection._forward_hooks) if isinstance(projection, nn.Linear) else ()
-        if type(projection) is not nn.Linear or projection.bias is not None or any(hooks) or "forward" in vars(projection):
+        if not is_plain_linear(projection) or projection.bias is not None:
             return f"kv_b_proj is no plain matrix ({projection})"
     return None
 

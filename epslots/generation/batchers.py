@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,15 +11,21 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from epslots.config import EngineConfig
 from epslots.errors import UnsupportedModelError
-from epslots.generation.absorbed_attention import keeps_latents
 from epslots.generation.batcher import Batcher, check_servable
+from epslots.generation.cache_tensors import tensors_of
 from epslots.generation.paged_batcher import PagedBatcher
-from epslots.generation.paged_cache import paging_obstacle
+from epslots.generation.paged_cache import page_sizes, paging_obstacle
 from epslots.generation.paged_invariance import invariance_obstacle
 from epslots.generation.row_batcher import RowBatcher
+from epslots.generation.row_support import row_support
 from epslots.models.batch_invariance import is_batch_invariant
+from epslots.models.model_shape import CacheTensor, row_bytes
+from epslots.units import format_bytes
 
 logger = logging.getLogger(__name__)
+
+# Pages may take so many times the bytes of rows, because attention reads them faster.
+_MORE_BYTES = 1.25
 
 
 def batcher_for(model: PreTrainedModel, **settings: Any) -> Batcher:
@@ -35,37 +42,43 @@ def batcher_for(model: PreTrainedModel, **settings: Any) -> Batcher:
     """
     config = EngineConfig(**settings)
     check_servable(model)
-    kind, reason = choose_cache(model, config.cache)
+    kind, reason = choose_cache(model, config)
     logger.info("%s: requests are kept in %s, because %s", type(model).__name__, kind, reason)
     return PagedBatcher(model, **settings) if kind == "pages" else RowBatcher(model, **settings)
 
 
-def choose_cache(model: PreTrainedModel, cache: str = "auto") -> tuple[str, str]:
+def choose_cache(model: PreTrainedModel, engine: EngineConfig, kept: Sequence[CacheTensor] | None = None) -> tuple[str, str]:
     """The cache that serves a model, "pages" or "rows"; and why, as the end of a sentence.
 
     Flash attention reads pages in place. Without it, a step that computes prompts masks one product over the queries and keys
-    of all requests; steps that only decode take about as long with both (``epslots bench batch --parts caches``).
+    of all requests; steps that only decode take about as long with both (``epslots bench batch --parts caches``). Pages keep
+    keys and values alone, of one width in all layers, where rows keep latents, narrow layers and windows as they are.
 
     Args:
         model: may be on the meta device.
-        cache: the setting of ``EngineConfig``; "auto" = the cache that serves the model best.
+        engine: ``cache`` = "auto" takes the cache that serves the model best; the other sizes tell what each would take.
+        kept: the tensors that the model's own cache keeps of a sequence; None = those of its plan, or
+            measured; empty = unknown.
 
     Raises:
         UnsupportedModelError: it can't be served from the pages that are asked for.
     """
-    obstacle = None if cache == "rows" else paging_obstacle(model) or invariance_obstacle(model)
-    if cache == "pages" and obstacle is not None:
+    obstacle = None if engine.cache == "rows" else paging_obstacle(model) or invariance_obstacle(model)
+    if engine.cache == "pages" and obstacle is not None:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't be served from pages: {obstacle}; allowed: cache='rows' or 'auto'"
         )
-    if cache != "auto":
-        return cache, "it was asked for"
+    if engine.cache != "auto":
+        return engine.cache, "it was asked for"
     if obstacle is not None:
         return "rows", obstacle
     if is_batch_invariant(model):
         return "pages", "they can be batch-invariant; rows would be computed one at a time"
-    if keeps_latents(model):
-        return "rows", "they keep latents as they are, and pages would expand them"
-    if is_flash_attention_requested(requested_attention_implementation=model.config._attn_implementation):
-        return "pages", "flash attention reads them in place"
-    return "rows", "without flash attention pages need masks over all requests"
+    if not is_flash_attention_requested(requested_attention_implementation=model.config._attn_implementation):
+        return "rows", "without flash attention pages need masks over all requests"
+    kept = tensors_of(model) if kept is None else kept
+    pages = page_sizes(model).nbytes(engine.kv_tokens, engine.max_requests, engine.max_batch_tokens)
+    rows = row_bytes(kept, engine, engine.step_tokens(row_support(model).whole_prompts))
+    if kept and pages > _MORE_BYTES * rows:
+        return "rows", f"they take {format_bytes(rows)}, and pages would take {format_bytes(pages)}"
+    return "pages", "flash attention reads them in place"

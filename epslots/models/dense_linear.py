@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,14 @@ def read_in_place(model: nn.Module, *, batch_invariant: bool) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             setattr(module, "forward", MethodType(forward, module))  # noqa: B010 - a method to mypy
+
+
+def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether a module multiplies by its ``weight`` and adds its ``bias``, and does nothing else: read in place or not."""
+    if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
+        return False
+    forward = vars(module).get("forward")
+    return forward is None or getattr(forward, "__func__", None) in (_in_place, _in_place_if_faster)
 
 
 def _in_place(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:

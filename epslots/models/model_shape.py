@@ -6,6 +6,7 @@ The engine allocates a model's rows from the same records (``CacheTensor``), so 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -73,6 +74,19 @@ class CacheTensor(msgspec.Struct, frozen=True):
     def nbytes(self, kv_tokens: int, max_requests: int, in_flight: int) -> int:
         """Bytes of so many entries, at their worst."""
         return self.entries(kv_tokens, max_requests, in_flight) * self.entry_bytes * (1 if self.pooled else 2)
+
+
+def row_bytes(cache: Sequence[CacheTensor], engine: EngineConfig, step_tokens: int) -> int:
+    """Bytes of the rows that an engine allocates.
+
+    Args:
+        cache: the tensors that the model's own cache keeps of a sequence.
+        step_tokens: new tokens of one step, at most.
+    """
+    tensors = sum(tensor.nbytes(engine.kv_tokens, engine.max_requests, step_tokens) for tensor in cache)
+    # A table for each kind of window, and one for what keeps all tokens.
+    tables = len({None, *(tensor.window for tensor in cache if tensor.pooled)})
+    return tensors + tables * engine.max_requests * engine.kv_tokens * _CELL_NUMBER_BYTES
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -146,8 +160,4 @@ class ModelShape(msgspec.Struct, frozen=True):
         """Bytes of the cache that an engine allocates."""
         if self.pages is not None:
             return self.pages.nbytes(engine.kv_tokens, engine.max_requests, engine.max_batch_tokens)
-        sizes = engine.kv_tokens, engine.max_requests, self.step_tokens(engine)
-        tensors = sum(tensor.nbytes(*sizes) for tensor in self.cache)
-        # A table for each kind of window, and one for what keeps all tokens.
-        tables = len({None, *(tensor.window for tensor in self.cache if tensor.pooled)})
-        return tensors + tables * engine.max_requests * engine.kv_tokens * _CELL_NUMBER_BYTES
+        return row_bytes(self.cache, engine, self.step_tokens(engine))

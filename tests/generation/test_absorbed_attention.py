@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import epslots
 from epslots.generation import absorbed_attention
-from epslots.generation.absorbed_attention import IMPLEMENTATION, AbsorbedAttention, Sizes, keeps_latents
+from epslots.generation.absorbed_attention import IMPLEMENTATION, AbsorbedAttention, Sizes, latent_attentions
 from tests.support.more_models import LATENTS
 from tests.support.zoo import STRESSED, ZOO, random_ids
 
@@ -190,13 +191,23 @@ def test_latents_that_cannot_be_absorbed_are_expanded(kind: str, caplog: pytest.
         assert torch.equal(logits_alone(model, ids[0], 9), expected)
 
 
+def test_a_loaded_models_latents_are_absorbed(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Its projections read their weights in place on the CPU: a forward method of ours, and plain matrices all the same."""
+    model = epslots.load(
+        checkpoint("deepseek_v3"), cache_dir=cache_dir, slots=4, device="cpu", dtype="float32", progress=False
+    )
+    assert "forward" in vars(model.model.layers[1].self_attn.kv_b_proj)
+    with AbsorbedAttention(model).active():
+        assert model.config._attn_implementation == IMPLEMENTATION
+
+
 def test_the_models_with_latents_are_known():
     """Every class of transformers that expands latents is tried here, and no other model is said to keep them."""
     folder = Path(transformers.__file__).parent / "models"
     found = {path.parent.name for path in folder.glob("*/modeling_*.py") if "def expand_kv(" in path.read_text()}
     assert {re.sub("^kimi$", "deepseek_v3", name) for name in MODELS} == found
-    assert all(keeps_latents(built(name)) for name in MODELS)
-    assert not any(keeps_latents(tiny.build()) for name, tiny in ZOO.items() if name not in OF_THE_ZOO)
+    assert all(latent_attentions(built(name)) for name in MODELS)
+    assert not any(latent_attentions(tiny.build()) for name, tiny in ZOO.items() if name not in OF_THE_ZOO)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

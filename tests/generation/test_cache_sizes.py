@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from msgspec import structs
 from transformers import PreTrainedModel
 
 import epslots
@@ -58,7 +59,7 @@ def shape_of(name: str) -> ModelShape:
 
 def planned(name: str, kind: str) -> ModelShape:
     """The shape of a model that isn't loaded, with the cache of its engine."""
-    return with_cache(shape_of(name), skeleton_of(name), kind)
+    return with_cache(shape_of(name), skeleton_of(name), EngineConfig(cache=kind))
 
 
 @cache
@@ -128,7 +129,7 @@ def test_batch_invariant_pages_have_no_masks():
     found = allocated(processor.cache, processor.inputs_and_outputs)
     assert (
         found
-        == with_cache(shape_of("mixtral"), skeleton, "auto").kv_bytes(ENGINE)
+        == with_cache(shape_of("mixtral"), skeleton, EngineConfig()).kv_bytes(ENGINE)
         < planned("mixtral", "pages").kv_bytes(ENGINE)
     )
     batcher.close()
@@ -152,10 +153,23 @@ def test_rows_of_their_own_stay_below_the_plan():
 def test_a_skeletons_cache_is_chosen_as_the_models(name: str):
     """By what layers keep, and by the angles of rotary embeddings, of which a skeleton has no frequencies."""
     skeleton, model = skeleton_of(name), built(name)
-    assert choose_cache(skeleton) == choose_cache(model)
-    assert planned(name, "auto").cache_kind == choose_cache(model)[0]
+    assert choose_cache(skeleton, ENGINE) == choose_cache(model, ENGINE)
+    assert planned(name, "auto").cache_kind == choose_cache(model, ENGINE)[0]
     assert [type(module) for module in depends_on_length(skeleton)] == [type(module) for module in depends_on_length(model)]
     assert planned(name, "rows").whole_prompts == row_support(model).whole_prompts
+
+
+@pytest.mark.parametrize(("name", "cache"), [("mixtral", "pages"), ("deepseek_v3", "rows"), ("gemma4", "rows")])
+def test_flash_reads_pages_unless_they_are_larger(name: str, cache: str, monkeypatch: pytest.MonkeyPatch):
+    """Pages expand latents, and are as wide in all layers as in the widest."""
+    skeleton, engine = skeleton_of(name), EngineConfig(kv_tokens=2**16, max_requests=64, max_batch_tokens=2048)
+    for config in {id(config): config for config in (skeleton.config, skeleton.config.get_text_config())}.values():
+        monkeypatch.setattr(config, "_attn_implementation", "flash_attention_2")
+    rows, pages = (with_cache(shape_of(name), skeleton, structs.replace(engine, cache=kind)) for kind in ("rows", "pages"))
+    kind, reason = choose_cache(skeleton, engine, shape_of(name).cache)
+    assert kind == cache == ("rows" if pages.kv_bytes(engine) > 1.25 * rows.kv_bytes(engine) else "pages")
+    assert ("flash" in reason) == (kind == "pages")
+    assert choose_cache(skeleton, engine, ()) == ("pages", "flash attention reads them in place")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "kimi_linear"])

@@ -72,7 +72,7 @@ def test_deepseeks_engine_keeps_70_kilobytes_a_token() -> None:
     """Latents as they are: expanded, in pages, they would take 85 times as much."""
     shape, skeleton = known_model("deepseek-v3")
     assert skeleton is not None
-    rows, pages = with_cache(shape, skeleton, "auto"), with_cache(shape, skeleton, "pages")
+    rows, pages = (with_cache(shape, skeleton, EngineConfig(cache=kind)) for kind in ("auto", "pages"))
     assert (rows.cache_kind, rows.token_bytes) == ("rows", 70_272)
     assert (pages.cache_kind, pages.token_bytes) == ("pages", 5_996_544)
     less, more = (rows.kv_bytes(EngineConfig(kv_tokens=tokens, max_requests=1)) for tokens in (1000, 2000))
