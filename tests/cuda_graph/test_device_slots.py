@@ -68,6 +68,7 @@ def test_prefetches_are_the_hosts(state: dict[str, Any], given_: dict[str, Any])
     ids, experts, nbytes = torch.tensor(state["ids"]), len(view.slot_of_E), loader.pool.layout.nbytes
     missing = Missing(*(torch.zeros(n, dtype=torch.int64) for n in (len(ids), len(ids), 1)))
     view.left.fill_(given_["left"])
+    view.last_use_E.clamp_(max=state["step"])
     view.ahead.verdict_3.copy_(torch.tensor(given_["verdict"]))
     policy, budget = PrefetchPolicy(), PrefetchBudget(1, given_["left"])
     policy.adopt(Verdict(*given_["verdict"]))
