@@ -26,7 +26,7 @@ from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.device_copy import copy_to_device
 from epslots.errors import ConfigError
-from epslots.planner.prefetch_policy import CHANGING_SHARE, Verdict
+from epslots.planner.prefetch_policy import CHANGING_SHARE, PrefetchVerdict
 from epslots.planner.use_history import ROWS, SCALE_SHIFTS_D, SCORE_SHIFT, SHIFTS, UseHistory
 
 # A score is (sum over D of factors * decayed >> SCORE_SHIFT) << STEP_BITS, plus the step of the last use.
@@ -61,7 +61,7 @@ class DevicePrefetches:
 
     Attributes:
         expected_E: int64 [E], the predicted usage of experts that were absent when the layer was predicted last.
-        verdict_3: int64 [3], a ``Verdict``.
+        verdict_3: int64 [3], a ``PrefetchVerdict``.
         expert_F, slot_F: int64 [F], what is fetched, the likeliest first, and the slot of the pool that it goes to.
         count: int64 [1], number of valid entries.
         arrived_F: int64 [F], ``Kernels.chunks`` of them have arrived; counted while they are copied.
@@ -236,7 +236,7 @@ class DeviceSlots:
         self.misses = self._missing.count
         self._left = torch.full((1,), UNBOUNDED, dtype=torch.int64, device=pool.device) if left is None else left
         self._expected = torch.zeros_like(self._last_use)
-        self._verdicts = torch.zeros((count, len(Verdict._fields)), dtype=torch.int64, device=pool.device)
+        self._verdicts = torch.zeros((count, len(PrefetchVerdict._fields)), dtype=torch.int64, device=pool.device)
         self._lists = torch.zeros((4, count, MOST_PREFETCHES), dtype=torch.int64, device=pool.device)
         self._totals = torch.zeros((2, count, 1), dtype=torch.int64, device=pool.device)
         self._entered = np.zeros(count, np.int64)
@@ -272,7 +272,9 @@ class DeviceSlots:
             fetched=self._totals[1, layer],
         )
 
-    def enter(self, histories: Sequence[UseHistory], steps: Sequence[int], verdicts: Sequence[Verdict] | None = None) -> None:
+    def enter(
+        self, histories: Sequence[UseHistory], steps: Sequence[int], verdicts: Sequence[PrefetchVerdict] | None = None
+    ) -> None:
         """Let the device decide from now on.
 
         Args:
@@ -291,7 +293,7 @@ class DeviceSlots:
         state = (last_use, self._last_use), (decayed, self._decayed), (factors, self._factors), (self._entered, self._steps)
         for host, device in state:
             copy_to_device(host, device)
-        good = Verdict(active=True, predicted=0, used=0)
+        good = PrefetchVerdict(active=True, predicted=0, used=0)
         copy_to_device(np.array([good] * len(steps) if verdicts is None else verdicts, np.int64), self._verdicts)
         for counted in (self._tallies, self._expected, self._totals):
             counted.zero_()
@@ -334,7 +336,7 @@ class DeviceSlots:
         """Copy what ``choose`` has chosen for a layer."""
         self._kernels.copy_ahead(self.layers[layer])
 
-    def leave(self, histories: Sequence[UseHistory]) -> tuple[list[int], list[DeviceCounts], list[Verdict]]:
+    def leave(self, histories: Sequence[UseHistory]) -> tuple[list[int], list[DeviceCounts], list[PrefetchVerdict]]:
         """Let the host decide again: update its tables and the histories. Synchronises with the device.
 
         Returns:
@@ -351,7 +353,7 @@ class DeviceSlots:
         tallies = [
             DeviceCounts(step - before, *of) for step, before, of in zip(steps, self._entered.tolist(), counts, strict=True)
         ]
-        verdicts = [Verdict(bool(active), *sums) for active, *sums in self._verdicts.tolist()]
+        verdicts = [PrefetchVerdict(bool(active), *sums) for active, *sums in self._verdicts.tolist()]
         for counted in (self._tallies, self._totals):
             counted.zero_()
         self._entered[:] = steps

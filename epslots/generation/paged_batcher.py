@@ -226,8 +226,8 @@ class PagedBatcher(Batcher):
         self._captured.give_back()
         with (
             self._following(self._previous_T),
-            _between(self._processor.inputs_and_outputs),
             self._decoding.active(),
+            _between(self._processor.inputs_and_outputs),
         ):
             self._processor._generation_step(self._model)
 

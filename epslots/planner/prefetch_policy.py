@@ -214,7 +214,7 @@ def _predicted_and_used(expected_E: IntArray, used_E: BoolArray) -> tuple[int, i
     return predicted, used
 
 
-class Verdict(NamedTuple):
+class PrefetchVerdict(NamedTuple):
     """Whether a layer is prefetched; its predicted usage, and the used ones of the predicted experts, in 256ths."""
 
     active: bool
@@ -238,11 +238,11 @@ class PrefetchPolicy:
         self._expected_E: IntArray | None = None
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> PrefetchVerdict:
         """What earlier predictions came to."""
-        return Verdict(self.active, self._predicted, self._used)
+        return PrefetchVerdict(self.active, self._predicted, self._used)
 
-    def adopt(self, verdict: Verdict) -> None:
+    def adopt(self, verdict: PrefetchVerdict) -> None:
         """Go on from the verdict of another judge, the device; a prediction that waits for its step is forgotten."""
         self.active, self._predicted, self._used = verdict
         self._expected_E = None

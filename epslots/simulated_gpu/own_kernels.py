@@ -12,7 +12,7 @@ from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.moe.kernel_gemm import Gate, Tiles, TorchProducts, tile_rows, tiles_at_most
 from epslots.moe.pair_kernels import Keys, SortedPairs, TorchPairKernels
 from epslots.prefetch.usage import usage_by_torch
-from epslots.simulated_gpu.launching import launch_kernel
+from epslots.simulated_gpu.launching import LinkRead, launch_kernel
 from epslots.simulated_gpu.machine import current_machine
 from epslots.simulated_gpu.streams import current_stream
 from epslots.simulated_gpu.tensors import memory_of
@@ -141,7 +141,7 @@ class SimulatedKernels:
         lists = [ahead.expert_F, ahead.slot_F, ahead.count, ahead.expected_E, ahead.verdict_3, ahead.fetched]
         writes = [layer.slot_of_E, layer.expert_of_Q, layer.tally_3, layer.left, *lists]
         reads = [usage_E, running, layer.last_use_E, layer.decayed_DE, layer.step, layer.factors_D]
-        launch_kernel("choose", self._torch.choose, layer, usage_E, running, reads=reads, writes=writes, beside=True)
+        launch_kernel("choose", self._torch.choose, layer, usage_E, running, reads=reads, writes=writes)
 
     def copy_ahead(self, layer: DeviceLayer) -> None:
         """Copies run beside the next layer's decision, which reads ``arrived_F`` and writes ``dropped_F`` meanwhile."""
@@ -152,7 +152,7 @@ class SimulatedKernels:
         def link_bytes() -> int:
             return int(count) * sizes.nbytes(slot)
 
-        def queued(operation: Operation) -> None:
+        def begun(operation: Operation) -> None:
             self._copies[layer.number] = operation
 
         reads = [ahead.expert_F, ahead.slot_F, ahead.count]
@@ -163,9 +163,7 @@ class SimulatedKernels:
             reads=reads,
             writes=[slot_range],
             moves=reads,
-            link_bytes=link_bytes,
-            beside=True,
-            queued=queued,
+            link=LinkRead(link_bytes, begun),
         )
 
     def copy(self, layer: DeviceLayer, missing: Missing) -> None:
@@ -178,4 +176,5 @@ class SimulatedKernels:
 
         reads = missing.expert_M, missing.slot_M, missing.count
         arguments = self._torch.copy, layer, missing
-        launch_kernel("copy_missing", *arguments, reads=reads, writes=[slot_range], moves=reads, link_bytes=link_bytes)
+        link = LinkRead(link_bytes)
+        launch_kernel("copy_missing", *arguments, reads=reads, writes=[slot_range], moves=reads, link=link)

@@ -18,7 +18,7 @@ from epslots.cuda_graph.device_slots import (
 )
 from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.errors import ConfigError, CorruptExpertError
-from epslots.planner.prefetch_policy import PrefetchBudget, PrefetchPolicy, Verdict
+from epslots.planner.prefetch_policy import PrefetchBudget, PrefetchPolicy, PrefetchVerdict
 from epslots.planner.use_history import UseHistory
 from tests.support.device_slot_helpers import (
     NoValues,
@@ -71,7 +71,7 @@ def test_prefetches_are_the_hosts(state: dict[str, Any], given_: dict[str, Any])
     view.last_use_E.clamp_(max=state["step"])
     view.ahead.verdict_3.copy_(torch.tensor(given_["verdict"]))
     policy, budget = PrefetchPolicy(), PrefetchBudget(1, given_["left"])
-    policy.adopt(Verdict(*given_["verdict"]))
+    policy.adopt(PrefetchVerdict(*given_["verdict"]))
     for usage in given_["usage"]:
         row.last_use[:], row.decayed[:] = view.last_use_E, view.decayed_DE
         holds, scores, busy = view.slot_of_E.numpy() >= 0, host.policy(row), np.array([given_["running"] > 0])

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.cuda_graph import torch_kernels
 from epslots.generation.batcher import Batcher
-from epslots.generation.batchers import choose_cache
 from epslots.generation.engine import Engine
 from epslots.generation.paged_batcher import PagedBatcher
+from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
@@ -213,7 +213,7 @@ def test_steps_over_pages_are_replayed_too(name: str, checkpoint: Callable[[str]
     """With and without windows; while requests end one after the other, and one comes later."""
     settings = rows_of(zoo.ZOO[name])
     usual = epslots.load(checkpoint(name), cache_dir=shared_stores, device="cpu", progress=False, **settings)
-    if choose_cache_or_none(usual) is None:
+    if paging_obstacle(usual) is not None:
         pytest.skip("its requests can't be kept in pages")
     expected = serve(usual, REQUESTS, cache="pages")
     with simulated_gpus("h100") as gpu:
@@ -229,13 +229,6 @@ def test_steps_over_pages_are_replayed_too(name: str, checkpoint: Callable[[str]
         for mine, theirs in zip(epslots.stats(model).layers, epslots.stats(usual).layers, strict=True):
             assert mine.tokens_per_expert == theirs.tokens_per_expert
         batcher.close()
-
-
-def choose_cache_or_none(model: PreTrainedModel) -> str | None:
-    try:
-        return choose_cache(model, "pages")[0]
-    except epslots.UnsupportedModelError:
-        return None
 
 
 def test_prompts_and_many_rows_take_the_usual_path(checkpoint: Callable[[str], Path], shared_stores: Path):
