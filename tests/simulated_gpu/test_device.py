@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
-from epslots.simulated_gpu.launching import launch_kernel
+from epslots.simulated_gpu.launching import LinkRead, launch_kernel
 from epslots.simulated_gpu.machine import DeviceHangsError, DeviceWork, SimulatedMachine
 
 # Round numbers: a byte a nanosecond over the link, kernels of a millisecond, and a host that takes no time.
@@ -263,7 +263,7 @@ def test_a_replayed_kernel_takes_the_time_of_its_values(gpu: SimulatedMachine):
 
     def step() -> None:
         count.mul_(2)
-        launch_kernel("ours", lambda _: None, count, reads=[count], link_bytes=lambda: 5 * MB * float(count.memory))  # type: ignore[attr-defined]
+        launch_kernel("ours", lambda _: None, count, reads=[count], link=LinkRead(lambda: 5 * MB * float(count.memory)))  # type: ignore[attr-defined]
 
     graph = captured(step)
     graph.replay()
