@@ -31,12 +31,10 @@ class PrefetchAhead:
     def __init__(self, prefetcher: Prefetcher, slots: DeviceSlots, layer: int, beside: SideStream) -> None:
         self._prefetcher, self._slots, self._layer, self._beside = prefetcher, slots, layer, beside
         self._none = torch.zeros_like(slots.misses)
-        self._chosen: torch.cuda.Event | None = None
         self._copied: torch.cuda.Event | None = None
-        self._seen: torch.Tensor | None = None
 
     def choose(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, misses: torch.Tensor | None) -> None:
-        """Predict and choose, beside what is queued on the current stream from now on.
+        """Predict and choose, beside what is queued on the current stream from now on; promised to any layer's decision.
 
         Args:
             hidden_TH: what the running layer is given.
@@ -47,13 +45,7 @@ class PrefetchAhead:
             usage_E = self._prefetcher.usage(hidden_TH, ids_N.view(hidden_TH.shape[0], -1))
             if usage_E is not None:
                 self._slots.choose(self._layer, usage_E, self._none if misses is None else misses)
-        self._chosen = self._beside.mark()
-        self._seen = hidden_TH  # its memory isn't reused while the other stream reads it
-
-    def wait_for_choice(self) -> None:
-        """Later work on the current stream comes after ``choose``."""
-        self._beside.wait_for(self._chosen)
-        self._seen = None
+        self._beside.promise(hidden_TH)
 
     def copy(self) -> None:
         """Begin to copy, behind what is queued on the current stream so far."""
@@ -62,8 +54,9 @@ class PrefetchAhead:
         self._copied = self._beside.mark()
 
     def wait_for_copies(self) -> None:
-        """Later work on the current stream comes after ``copy``."""
+        """Later work on the current stream comes after ``copy``, if that was called in this step."""
         self._beside.wait_for(self._copied)
+        self._copied = None
 
 
 class DeviceExperts:
@@ -74,6 +67,7 @@ class DeviceExperts:
         slots: decides about them; None for a layer with a slot for every expert.
         layer: the layer's number in the pool.
         real: int64 [1] on the device, the pairs of a step that count: others repeat them.
+        beside: where prefetches are chosen and copied.
         before: the layer before, if that prefetches for this one.
         ahead: prefetches for the layer after.
 
@@ -87,6 +81,7 @@ class DeviceExperts:
         slots: DeviceSlots | None,
         layer: int,
         real: torch.Tensor,
+        beside: SideStream,
         *,
         before: PrefetchAhead | None = None,
         ahead: PrefetchAhead | None = None,
@@ -95,6 +90,7 @@ class DeviceExperts:
         self._slots = slots
         self._layer = layer
         self._real = real
+        self._beside = beside
         self._before, self._ahead = before, ahead
         self.calls = 0
 
@@ -110,8 +106,7 @@ class DeviceExperts:
     def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """Fetch missing experts, begin the next layer's prefetches, then ``ExpertCompute.execute_resident``."""
         self.calls += 1
-        if self._before is not None:
-            self._before.wait_for_choice()
+        self._beside.wait_for_promised()
         if self._slots is not None:
             self._slots.decide(self._layer, ids_N)
         if self._ahead is not None:

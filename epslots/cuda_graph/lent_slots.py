@@ -132,7 +132,8 @@ class LentSlots:
         before: PrefetchAhead | None = None
         for index, runner in enumerate(self._runtime.runners):
             ahead = self._ahead(runner, *places.get(index + 1, (None, 0)))
-            self._experts.append(DeviceExperts(runner.experts, *places[index], self._real, before=before, ahead=ahead))
+            shared = self._real, self._beside
+            self._experts.append(DeviceExperts(runner.experts, *places[index], *shared, before=before, ahead=ahead))
             before = ahead
         self._prefetches = any(experts.prefetches for experts in self._experts)
         counters = [slots.misses_L for slots in self._slots if slots is not None]

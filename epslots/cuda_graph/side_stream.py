@@ -17,6 +17,8 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._promised: torch.cuda.Event | None = None
+        self._read: torch.Tensor | None = None
 
     @contextmanager
     def after_here(self) -> Iterator[None]:
@@ -37,6 +39,20 @@ class SideStream:
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
+    def promise(self, read: torch.Tensor) -> None:
+        """Remember the work so far for ``wait_for_promised``.
+
+        Args:
+            read: a tensor of the current stream that it reads: until then its memory isn't used again.
+        """
+        self._promised, self._read = self.mark(), read
+
+    def wait_for_promised(self) -> None:
+        """What is queued on the current stream from now on comes after the work that was promised last, if any was."""
+        self.wait_for(self._promised)
+        self._promised = self._read = None
+
     def join(self) -> None:
         """What is queued on the current stream from now on comes after all of the side stream's work."""
         self.wait_for(self.mark())
+        self._promised = self._read = None
