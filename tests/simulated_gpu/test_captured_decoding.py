@@ -206,6 +206,8 @@ def test_nothing_waits_for_a_wrong_prefetch(
 
 
 PAGED = ["qwen3_moe", "gemma4"]
+# Their models ask the host for values where the batch is packed: the capture fails, and is named.
+ASK_IN_PAGES = {"phimoe", "muse_spark"}
 
 
 @pytest.mark.parametrize("name", MODELS if os.environ.get("EPSLOTS_WHOLE_ZOO") else PAGED)
@@ -219,12 +221,12 @@ def test_steps_over_pages_are_replayed_too(name: str, checkpoint: Callable[[str]
     with simulated_gpus("h100") as gpu:
         model = load_gpu(checkpoint(name), shared_stores, **settings)
         batcher = PagedBatcher(model, kv_tokens=512, max_requests=4)
-        obstacle = batcher.stats().capture_obstacle
         gpu.reset()
         assert run(batcher, REQUESTS) == expected
         assert gpu.races == []
+        obstacle = batcher.stats().capture_obstacle
         assert (batcher.stats().replayed_steps > 0) is (obstacle is None), obstacle
-        assert (obstacle is None) is (batcher._decoding.suits and name not in UNCAPTURED), obstacle
+        assert (obstacle is None) is (batcher._decoding.suits and name not in UNCAPTURED | ASK_IN_PAGES), obstacle
         runtime_of(model).check_integrity()
         for mine, theirs in zip(epslots.stats(model).layers, epslots.stats(usual).layers, strict=True):
             assert mine.tokens_per_expert == theirs.tokens_per_expert
