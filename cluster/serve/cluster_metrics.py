@@ -91,6 +91,7 @@ class ClusterCollector(Collector):
         queries = engine.prompt_tokens + engine.reused_tokens
         yield self._counter("prefix_cache_queries", queries, "Prompt tokens that were looked up in the cache.")
         yield self._counter("engine_steps", engine.steps, "Forward passes over requests.")
+        yield self._counter("engine_steps_replayed", engine.replayed_steps, "Those replayed from a CUDA graph, of all ranks.")
         longest = "Longest time that a request is without its first token; it grows where lower priorities starve."
         yield self._gauge("longest_wait_seconds", stats.longest_wait_s, longest)
         yield self._gauge("ranks_missing", len(stats.missing), "Ranks that should serve, and don't now.")
@@ -105,6 +106,15 @@ class ClusterCollector(Collector):
         for rank in stats.ranks:
             memory.add_metric([self._model, str(rank.rank)], rank.memory_bytes)
         yield memory
+        uncaptured = GaugeMetricFamily(
+            f"{self._prefix}rank_uncaptured",
+            "1 for a rank on a GPU that decodes without CUDA graphs, with the reason.",
+            labels=["model_name", "rank", "obstacle"],
+        )
+        for rank in stats.ranks:
+            if rank.engine.capture_obstacle is not None:
+                uncaptured.add_metric([self._model, str(rank.rank), rank.engine.capture_obstacle], 1)
+        yield uncaptured
 
     def _of_experts(self, stats: ClusterStats) -> Iterator[Metric]:
         total = stats.total

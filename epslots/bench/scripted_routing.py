@@ -59,6 +59,7 @@ class ScriptedRouting:
         device = runtime.runners[0].cache.pool.device
         layers = [runner.cache.num_experts for runner in runtime.runners]
         self.ids = [torch.zeros(tokens, top_k, dtype=torch.int64, device=device) for _ in layers]
+        self._steps, self._last_use = 0, [np.zeros(count, np.int64) for count in layers]
         self._usage = [torch.zeros(count, dtype=torch.int32, device=device) for count in layers]
         for number, module in enumerate(experts_modules(model).values()):
             setattr(module, RUNNER, _ScriptedLayer(self, runtime.runners[number]))
@@ -70,8 +71,11 @@ class ScriptedRouting:
     def next_step(self) -> None:
         """Choose the experts of a step."""
         self.active = True
+        self._steps += 1
         for number, runner in enumerate(self._runtime.runners):
-            _write(self._gpu, self.ids[number], self._choose(runner, self.ids[number].shape))
+            chosen = self._choose(runner, self.ids[number].shape)
+            _write(self._gpu, self.ids[number], chosen)
+            self._last_use[number][chosen] = self._steps
         following = [*self.ids[1:], self.ids[0]]  # the last layer predicts the first of a step to come
         for usage, ids in zip(self._usage, following, strict=True):
             _write(self._gpu, usage, self._predict(ids, len(usage)))
@@ -79,8 +83,7 @@ class ScriptedRouting:
     def _choose(self, runner: MoELayer, shape: Sequence[int]) -> IntArray:
         resident_E = self._resident(runner)
         recent, missing = np.flatnonzero(resident_E), np.flatnonzero(~resident_E)
-        if not runner.slots_are_lent:  # while the device decides, nothing is fetched ahead
-            recent = recent[np.argsort(runner.history.last_use[recent])[int(len(recent) * _MAY_GIVE_WAY) :]]
+        recent = recent[np.argsort(self._last_use[runner.index][recent])[int(len(recent) * _MAY_GIVE_WAY) :]]
         tokens, top_k = shape
         found = []
         for _ in range(tokens):

@@ -133,13 +133,25 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
 def requests_table(ranks: Sequence[OneRankStats]) -> Table:
     """One row for each rank: what its engine did for requests."""
     table = Table(title="requests", title_justify="left", caption_justify="left")
-    for heading in ("rank", "steps", "prompt tokens", "reused", "new tokens", "preempted", "running", "waiting", "cache used"):
+    for heading in (
+        "rank",
+        "steps",
+        "replayed",
+        "prompt tokens",
+        "reused",
+        "new tokens",
+        "preempted",
+        "running",
+        "waiting",
+        "cache used",
+    ):
         table.add_column(heading, justify="right")
     for one in ranks:
         engine = one.engine
         table.add_row(
             str(one.rank),
             f"{engine.steps:,}",
+            f"{engine.replayed_steps:,}",
             f"{engine.prompt_tokens:,}",
             f"{engine.reused_tokens:,}",
             f"{engine.new_tokens:,}",
@@ -149,6 +161,9 @@ def requests_table(ranks: Sequence[OneRankStats]) -> Table:
             f"{engine.kv_usage:.1%} of {engine.kv_tokens:,}",
         )
     table.caption = "reused: tokens of prompts that the cache held; preempted: requests that lost their place in it for a time"
+    for one in ranks:
+        if one.engine.capture_obstacle is not None:
+            table.caption += escape(f"\nrank {one.rank} decodes without CUDA graphs: {one.engine.capture_obstacle}")
     return table
 
 

@@ -3,12 +3,12 @@
 Where a step can't need more experts than its layer has slots (``slots_obstacle``), a decision needs no plan: one kernel a
 layer marks the needed experts, lists the missing ones, evicts the lowest scores among the others, and updates the pool's
 tables; a second one copies the listed records out of pinned host memory. The idea is FreeToken's; the evictions and slots are
-the same as the host's (``planner/evictions.py``, ``planner/expert_passes.py``), so that host and device can take turns.
-Between ``enter`` and ``leave`` the pool's device tables are valid and the host's are stale (on the CPU they are the same
-memory).
+the same as the host's (``planner/evictions.py``, ``planner/expert_passes.py``), so that host and device can take turns. Two
+more kernels choose prefetches, by the host's rule, too (``planner/prefetch_policy.py``), and copy them. Between ``enter`` and
+``leave`` the pool's device tables are valid and the host's are stale (on the CPU they are the same memory).
 
 Legend of shape suffixes: L layers of the pool, E experts, Q slots of a layer, N (token, k) pairs, M misses at most (=
-N), D rows of ``UseHistory.decayed``.
+N), F prefetches of a layer at most, D rows of ``UseHistory.decayed``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.device_copy import copy_to_device
 from epslots.errors import ConfigError
-from epslots.moe.expert_compute import ExpertCompute
-from epslots.planner.use_history import ROWS, SCALE_SHIFTS_D, SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STEP_BITS, USE, UseHistory
+from epslots.planner.prefetch_policy import CHANGING_SHARE, PrefetchVerdict
+from epslots.planner.use_history import ROWS, SCALE_SHIFTS_D, SCORE_SHIFT, SHIFTS, UseHistory
 
 # A score is (sum over D of factors * decayed >> SCORE_SHIFT) << STEP_BITS, plus the step of the last use.
 SLOWEST, STILL = len(SHIFTS) - 1, ROWS - 1
 DEVICE_POLICIES = ("lru", "lfu", "lrfu", "adaptive")
 DEFAULT_DEVICE_POLICY = "adaptive"
+# Prefetches of a layer, at most: in the time of a layer a link brings a few experts.
+MOST_PREFETCHES = 16
+UNBOUNDED = 1 << 62
+"""Bytes of a step's fetches where no budget bounds its prefetches."""
 
 
 def score_factors(policy: str, weights_D: IntArray) -> IntArray:
@@ -52,6 +56,30 @@ def score_factors(policy: str, weights_D: IntArray) -> IntArray:
 
 
 @dataclass(frozen=True)
+class DevicePrefetches:
+    """One layer's prefetches: views, made once.
+
+    Attributes:
+        expected_E: int64 [E], the predicted usage of experts that were absent when the layer was predicted last.
+        verdict_3: int64 [3], a ``PrefetchVerdict``.
+        expert_F, slot_F: int64 [F], what is fetched, the likeliest first, and the slot of the pool that it goes to.
+        count: int64 [1], number of valid entries.
+        arrived_F: int64 [F], ``Kernels.chunks`` of them have arrived; counted while they are copied.
+        dropped_F: int64 [F], 1 = not wanted any more: read while they are copied.
+        fetched: int64 [1], prefetches since ``DeviceSlots.enter``.
+    """
+
+    expected_E: torch.Tensor
+    verdict_3: torch.Tensor
+    expert_F: torch.Tensor
+    slot_F: torch.Tensor
+    count: torch.Tensor
+    arrived_F: torch.Tensor
+    dropped_F: torch.Tensor
+    fetched: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DeviceLayer:
     """One layer's part of the state: views, made once.
 
@@ -65,6 +93,8 @@ class DeviceLayer:
         step: int64 [1], steps that the history counts.
         factors_D: int64 [D], from ``score_factors``.
         tally_3: int64 [3], hits, misses and evictions since ``DeviceSlots.enter``.
+        left: int64 [1], bytes that the running step may still fetch ahead; of all layers.
+        ahead: the layer's prefetches.
     """
 
     number: int
@@ -76,6 +106,8 @@ class DeviceLayer:
     step: torch.Tensor
     factors_D: torch.Tensor
     tally_3: torch.Tensor
+    left: torch.Tensor
+    ahead: DevicePrefetches
 
 
 @dataclass(frozen=True)
@@ -100,13 +132,20 @@ class DeviceCounts(NamedTuple):
     hits: int
     misses: int
     evictions: int
+    prefetches: int
 
 
 class Kernels(Protocol):
-    """The two operations of a layer's step, queued on the current stream."""
+    """The operations of a layer's step, queued on the current stream.
+
+    Attributes:
+        chunks: pieces in which a record is copied ahead.
+    """
+
+    chunks: int
 
     def decide(self, layer: DeviceLayer, ids_N: torch.Tensor, missing: Missing) -> None:
-        """Enter a step in the layer's state, and list its missing experts.
+        """Enter a step in the layer's state, and list its missing experts. Prefetches that it doesn't need are dropped.
 
         Args:
             layer: its state is changed.
@@ -119,82 +158,19 @@ class Kernels(Protocol):
         """Copy the missing experts' records into their slots."""
         ...
 
+    def choose(self, layer: DeviceLayer, usage_E: torch.Tensor, running: torch.Tensor) -> None:
+        """Judge the layer's last prediction, and enter and list its prefetches by a new one.
 
-class TorchKernels:
-    """The decision as torch operations: for the CPU, and the reference of the Triton kernels.
+        Args:
+            layer: its state is changed. Its latest prefetches are copied, and its latest step is decided.
+            usage_E: int32, how likely the layer's next step uses each expert, in 256ths.
+            running: int64 [1], the misses of the layer that runs: with some, the link is busy.
+        """
+        ...
 
-    ``decide`` never reads a value on the host; ``copy`` does, which costs nothing on the CPU alone.
-    """
-
-    def __init__(self, loader: ExpertLoader) -> None:
-        self._loader = loader
-        device = loader.pool.device
-        self._shift_D1 = torch.tensor([*SHIFTS, 63], device=device)[:, None]  # nothing is lost by a shift of 63
-        self._use_D1 = torch.tensor([*[USE] * len(SHIFTS), 0], device=device)[:, None]
-
-    def decide(self, layer: DeviceLayer, ids_N: torch.Tensor, missing: Missing) -> None:
-        experts, slots = layer.slot_of_E.shape[0], layer.expert_of_Q.shape[0]
-        device, most = ids_N.device, ids_N.shape[0]
-        needed_E = torch.zeros(experts + 1, dtype=torch.bool, device=device)
-        needed_E = needed_E.index_fill_(0, ids_N.clamp(max=experts), True)[:experts]
-        score_E = self._record(layer, needed_E)
-
-        resident_E = layer.slot_of_E >= 0
-        missing_E = needed_E & ~resident_E
-        count = missing_E.sum()
-        number_E = torch.arange(experts, device=device)
-        expert_M = torch.where(missing_E, number_E, experts).sort().values[:most]
-
-        # The order in which slots are taken: empty ones by position, then residents that aren't needed by rising score.
-        order_E = score_E.sort(stable=True).indices
-        rank_E = torch.empty_like(order_E).index_copy_(0, order_E, number_E)
-        number_Q = torch.arange(slots, device=device)
-        occupant_Q = layer.expert_of_Q
-        sitting_Q = occupant_Q.clamp(min=0)
-        turn_Q = torch.where(needed_E[sitting_Q], experts, rank_E[sitting_Q])
-        turn_Q = torch.where(occupant_Q < 0, number_Q - slots, turn_Q)
-        position_M = turn_Q.sort(stable=True).indices[:most]
-        displaced_M = occupant_Q[position_M]
-
-        # Invalid entries go to one place past the end.
-        valid_M = number_Q[:most] < count
-        gone_M = torch.where(valid_M & (displaced_M >= 0), displaced_M, experts)
-        come_M = torch.where(valid_M, expert_M, experts)
-        slot_M = layer.start + position_M
-        after_E = torch.nn.functional.pad(layer.slot_of_E, (0, 1)).index_fill_(0, gone_M, -1).index_copy_(0, come_M, slot_M)
-        after_Q = torch.nn.functional.pad(occupant_Q, (0, 1))
-        after_Q = after_Q.index_copy_(0, torch.where(valid_M, position_M, slots), expert_M)
-        layer.slot_of_E.copy_(after_E[:experts])
-        layer.expert_of_Q.copy_(after_Q[:slots])
-
-        evictions = (valid_M & (displaced_M >= 0)).sum()
-        layer.tally_3.add_(torch.stack([needed_E.sum() - count, count, evictions]))
-        missing.count.copy_(count)
-        missing.expert_M[:most].copy_(expert_M)
-        missing.slot_M[:most].copy_(slot_M)
-
-    def _record(self, layer: DeviceLayer, needed_E: torch.Tensor) -> torch.Tensor:
-        """Update the history like the host's ``record_use``; returns the scores, int64 [E]."""
-        step, decayed_DE = layer.step.add_(1), layer.decayed_DE
-        decayed_DE.sub_(decayed_DE >> self._shift_D1).add_(self._use_D1 * needed_E)
-        still = (step % SNAPSHOT_EVERY == 0) | (step & (step - 1) == 0)
-        decayed_DE[STILL].copy_(torch.where(still, decayed_DE[SLOWEST], decayed_DE[STILL]))
-        layer.last_use_E.copy_(torch.where(needed_E, step, layer.last_use_E))
-        uses_E = (decayed_DE * layer.factors_D[:, None]).sum(0)
-        return ((uses_E >> SCORE_SHIFT) << STEP_BITS) + layer.last_use_E
-
-    def copy(self, layer: DeviceLayer, missing: Missing) -> None:
-        count = int(missing.count)
-        experts, slots = missing.expert_M[:count].tolist(), missing.slot_M[:count].tolist()
-        store, memory = self._loader.store, self._loader.pool.memory
-        done = 0
-        try:
-            for expert, slot in zip(experts, slots, strict=True):
-                memory[slot].copy_(store.record(self._loader.store_layers[layer.number], expert))
-                done += 1
-        finally:  # a corrupt record is in no slot, and neither are those after it
-            layer.slot_of_E[experts[done:]] = -1
-            layer.expert_of_Q[[slot - layer.start for slot in slots[done:]]] = -1
+    def copy_ahead(self, layer: DeviceLayer) -> None:
+        """Copy the listed prefetches, in order, while they aren't dropped. May run beside ``decide`` of the same layer."""
+        ...
 
 
 def slots_obstacle(loader: ExpertLoader, pairs: int) -> str | None:
@@ -228,13 +204,23 @@ class DeviceSlots:
         pairs: the most (token, k) pairs of a step.
         policy: the eviction policy, one of ``DEVICE_POLICIES``. It may be another than the host's: each continues with the
             history that the other leaves.
+        left: as in ``DeviceLayer``; None = unbounded.
 
     Attributes:
         layers: each layer's state.
         misses_L: int64 [L], misses of each layer since ``enter``.
+        misses: int64 [1], those of the layer that was decided last.
     """
 
-    def __init__(self, loader: ExpertLoader, kernels: Kernels, pairs: int, *, policy: str = DEFAULT_DEVICE_POLICY) -> None:
+    def __init__(
+        self,
+        loader: ExpertLoader,
+        kernels: Kernels,
+        pairs: int,
+        *,
+        policy: str = DEFAULT_DEVICE_POLICY,
+        left: torch.Tensor | None = None,
+    ) -> None:
         pool = loader.pool
         self._loader, self._pool, self._pairs = loader, pool, pairs
         self._kernels = kernels
@@ -247,6 +233,12 @@ class DeviceSlots:
         self._tallies = torch.zeros((count, 3), dtype=torch.int64, device=pool.device)
         self.misses_L = self._tallies[:, 1]
         self._missing = Missing(*(torch.zeros(size, dtype=torch.int64, device=pool.device) for size in (pairs, pairs, 1)))
+        self.misses = self._missing.count
+        self._left = torch.full((1,), UNBOUNDED, dtype=torch.int64, device=pool.device) if left is None else left
+        self._expected = torch.zeros_like(self._last_use)
+        self._verdicts = torch.zeros((count, len(PrefetchVerdict._fields)), dtype=torch.int64, device=pool.device)
+        self._lists = torch.zeros((4, count, MOST_PREFETCHES), dtype=torch.int64, device=pool.device)
+        self._totals = torch.zeros((2, count, 1), dtype=torch.int64, device=pool.device)
         self._entered = np.zeros(count, np.int64)
         self.layers = tuple(self._view(layer) for layer in range(count))
 
@@ -263,14 +255,32 @@ class DeviceSlots:
             step=self._steps[layer],
             factors_D=self._factors[layer],
             tally_3=self._tallies[layer],
+            left=self._left,
+            ahead=self._view_ahead(layer, experts, min(max(pool.quotas[layer] // CHANGING_SHARE, 1), MOST_PREFETCHES)),
         )
 
-    def enter(self, histories: Sequence[UseHistory], steps: Sequence[int]) -> None:
+    def _view_ahead(self, layer: int, experts: int, most: int) -> DevicePrefetches:
+        expert_F, slot_F, arrived_F, dropped_F = self._lists[:, layer, :most]
+        return DevicePrefetches(
+            expected_E=self._expected[layer, :experts],
+            verdict_3=self._verdicts[layer],
+            expert_F=expert_F,
+            slot_F=slot_F,
+            count=self._totals[0, layer],
+            arrived_F=arrived_F,
+            dropped_F=dropped_F,
+            fetched=self._totals[1, layer],
+        )
+
+    def enter(
+        self, histories: Sequence[UseHistory], steps: Sequence[int], verdicts: Sequence[PrefetchVerdict] | None = None
+    ) -> None:
         """Let the device decide from now on.
 
         Args:
             histories: each layer's row, on the host.
             steps: the steps that each of them counts.
+            verdicts: on each layer's predictions; None = they are good.
         """
         self._loader.wait_all()
         self._pool.publish_all()
@@ -283,10 +293,18 @@ class DeviceSlots:
         state = (last_use, self._last_use), (decayed, self._decayed), (factors, self._factors), (self._entered, self._steps)
         for host, device in state:
             copy_to_device(host, device)
-        self._tallies.zero_()
+        good = PrefetchVerdict(active=True, predicted=0, used=0)
+        copy_to_device(np.array([good] * len(steps) if verdicts is None else verdicts, np.int64), self._verdicts)
+        for counted in (self._tallies, self._expected, self._totals):
+            counted.zero_()
 
     def prepare(self, layer: int, ids_N: torch.Tensor) -> None:
-        """Fetch every expert that these pairs need into the layer's slots, before later queued work.
+        """Fetch every expert that these pairs need into the layer's slots, before later queued work; raises as ``decide``."""
+        self.decide(layer, ids_N)
+        self.copy(layer)
+
+    def decide(self, layer: int, ids_N: torch.Tensor) -> None:
+        """Decide where the experts that these pairs need are, and list those that are missing.
 
         Args:
             layer: its number in the pool.
@@ -294,22 +312,35 @@ class DeviceSlots:
 
         Raises:
             ConfigError: there are more pairs than the device can decide about: the step isn't the engine's.
-            CorruptExpertError: a record differs from its digest (on CUDA all were verified before). It entered no slot.
         """
         if ids_N.shape[0] > self._pairs:
             raise ConfigError(
                 f"a step of {ids_N.shape[0]} (token, expert) pairs, and the device decides about slots in steps of "
                 f"{self._pairs} at most; end the engine's requests before the model is used otherwise"
             )
-        state = self.layers[layer]
-        self._kernels.decide(state, ids_N, self._missing)
-        self._kernels.copy(state, self._missing)
+        self._kernels.decide(self.layers[layer], ids_N, self._missing)
 
-    def leave(self, histories: Sequence[UseHistory]) -> tuple[list[int], list[DeviceCounts]]:
+    def copy(self, layer: int) -> None:
+        """Copy the experts that ``decide`` found missing.
+
+        Raises:
+            CorruptExpertError: a record differs from its digest (on CUDA all were verified before). It entered no slot.
+        """
+        self._kernels.copy(self.layers[layer], self._missing)
+
+    def choose(self, layer: int, usage_E: torch.Tensor, running: torch.Tensor) -> None:
+        """Choose a layer's prefetches; arguments as for ``Kernels.choose``."""
+        self._kernels.choose(self.layers[layer], usage_E, running)
+
+    def copy_ahead(self, layer: int) -> None:
+        """Copy what ``choose`` has chosen for a layer."""
+        self._kernels.copy_ahead(self.layers[layer])
+
+    def leave(self, histories: Sequence[UseHistory]) -> tuple[list[int], list[DeviceCounts], list[PrefetchVerdict]]:
         """Let the host decide again: update its tables and the histories. Synchronises with the device.
 
         Returns:
-            The steps that each history counts now, and each layer's counters since ``enter``.
+            The steps that each history counts now, each layer's counters since ``enter``, and the verdicts on its predictions.
         """
         last_use, decayed = self._last_use.cpu().numpy(), self._decayed.cpu().numpy()
         steps: list[int] = self._steps[:, 0].tolist()
@@ -318,13 +349,15 @@ class DeviceSlots:
             experts = len(history.last_use)
             history.last_use[:] = last_use[layer, :experts]
             history.decayed[:] = decayed[layer, :, :experts]
+        counts = torch.cat([self._tallies, self._totals[1]], 1).tolist()
         tallies = [
-            DeviceCounts(step - before, *counts)
-            for step, before, counts in zip(steps, self._entered.tolist(), self._tallies.tolist(), strict=True)
+            DeviceCounts(step - before, *of) for step, before, of in zip(steps, self._entered.tolist(), counts, strict=True)
         ]
-        self._tallies.zero_()
+        verdicts = [PrefetchVerdict(bool(active), *sums) for active, *sums in self._verdicts.tolist()]
+        for counted in (self._tallies, self._totals):
+            counted.zero_()
         self._entered[:] = steps
-        return steps, tallies
+        return steps, tallies, verdicts
 
 
 def adopt_device_tables(pool: SlotPool) -> None:
@@ -333,35 +366,3 @@ def adopt_device_tables(pool: SlotPool) -> None:
         if host.ctypes.data != device.data_ptr():
             # Waits for the current stream, and so for copies to the device that are still queued there.
             host[:] = device.cpu().numpy()
-
-
-class DeviceExperts:
-    """Computes one layer while the device rules its slots; the layer takes it for one that never misses.
-
-    Args:
-        inner: computes from the slots.
-        slots: decides about them; None for a layer with a slot for every expert.
-        layer: the layer's number in the pool.
-        real: int64 [1] on the device, the pairs of a step that count: others repeat them.
-
-    Attributes:
-        calls: steps that went through Python. A captured step is repeated without.
-    """
-
-    def __init__(self, inner: ExpertCompute, slots: DeviceSlots | None, layer: int, real: torch.Tensor) -> None:
-        self._inner = inner
-        self._slots = slots
-        self._layer = layer
-        self._real = real
-        self.calls = 0
-
-    def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
-        """Add the step's pairs to totals, less those that repeat others."""
-        self._inner.pairs.add_counts(ids_N, tokens_X, uses, self._real)
-
-    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """Fetch missing experts, then ``ExpertCompute.execute_resident``."""
-        self.calls += 1
-        if self._slots is not None:
-            self._slots.prepare(self._layer, ids_N)
-        return self._inner.execute_resident(hidden_TH, ids_N)

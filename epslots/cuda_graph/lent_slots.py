@@ -7,19 +7,17 @@ step. ``device_slots.py`` has the decision itself.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from epslots.cache.expert_loader import ExpertLoader
-from epslots.cuda_graph.device_slots import (
-    DEFAULT_DEVICE_POLICY,
-    DeviceExperts,
-    DeviceSlots,
-    Kernels,
-    TorchKernels,
-    slots_obstacle,
-)
+from epslots.cuda_graph.device_experts import DeviceExperts, PrefetchAhead
+from epslots.cuda_graph.device_slots import DEFAULT_DEVICE_POLICY, UNBOUNDED, DeviceSlots, Kernels, slots_obstacle
 from epslots.cuda_graph.missed_steps import MissedSteps
+from epslots.cuda_graph.side_stream import SideStream
+from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.errors import ConfigError
 from epslots.moe.moe_layer import MoELayer
 from epslots.runtime import Runtime
@@ -59,7 +57,8 @@ def kernels_for(loader: ExpertLoader) -> Kernels:
 class LentSlots:
     """All slots of a model, taken from the host's plans and given back to them.
 
-    While they are taken, nothing is prefetched, and readers of the model's statistics have them given back first.
+    While they are taken, the device prefetches, too: for each layer but the first, which the last one would predict for the
+    next step. Readers of the model's statistics have the slots given back first.
 
     Args:
         pairs: the most (token, k) pairs of a step. There must be no ``device_obstacle`` to them.
@@ -79,7 +78,12 @@ class LentSlots:
         self._experts: list[DeviceExperts] = []
         self._missed_steps: MissedSteps | None = None
         self._replays = 0
-        self._real = torch.full((1,), pairs, dtype=torch.int64, device=runtime.telemetry.device)
+        device = runtime.telemetry.device
+        self._real = torch.full((1,), pairs, dtype=torch.int64, device=device)
+        self._budget = runtime.prefetch_config.bytes_per_step
+        self._left = torch.full((1,), UNBOUNDED, dtype=torch.int64, device=device)
+        self._beside = SideStream(device)
+        self._prefetches = False
 
     def take(self) -> bool:
         """Let the device decide from now on; a no-op if it does.
@@ -103,7 +107,8 @@ class LentSlots:
         for slots, loader in zip(self._slots, loaders, strict=True):
             if slots is not None:
                 rows = [runners[index] for index in loader.store_layers]
-                slots.enter([row.history for row in rows], [row.steps for row in rows])
+                verdicts = [row.planner.prefetch_policy.verdict for row in rows]
+                slots.enter([row.history for row in rows], [row.steps for row in rows], verdicts)
         for runner, experts in zip(runners, self._experts, strict=True):
             runner.lend_slots(experts)
         self._runtime.telemetry.settle = self.give_back
@@ -112,25 +117,55 @@ class LentSlots:
 
     def _build(self) -> None:
         """Make the device's state, and a ``DeviceExperts`` for each layer, for the layers' present slots."""
-        self._slots, stand_ins = [], {}
+        self._slots = []
+        places: dict[int, tuple[DeviceSlots | None, int]] = {}
         for loader in self._runtime.loaders:
             pool = loader.pool
             misses = [layer for layer in range(len(pool.layers)) if not pool.holds_all_of(layer)]
-            slots = DeviceSlots(loader, kernels_for(loader), self._pairs, policy=self._policy) if misses else None
+            slots = None
+            if misses:
+                slots = DeviceSlots(loader, kernels_for(loader), self._pairs, policy=self._policy, left=self._left)
             self._slots.append(slots)
             for layer, index in enumerate(loader.store_layers):
-                inner = self._runtime.runners[index].experts
-                stand_ins[index] = DeviceExperts(inner, slots if layer in misses else None, layer, self._real)
-        self._experts = [stand_ins[index] for index in range(len(stand_ins))]
+                places[index] = slots if layer in misses else None, layer
+        self._experts = []
+        before: PrefetchAhead | None = None
+        for index, runner in enumerate(self._runtime.runners):
+            ahead = self._ahead(runner, *places.get(index + 1, (None, 0)))
+            shared = self._real, self._beside
+            self._experts.append(DeviceExperts(runner.experts, *places[index], *shared, before=before, ahead=ahead))
+            before = ahead
+        self._prefetches = any(experts.prefetches for experts in self._experts)
         counters = [slots.misses_L for slots in self._slots if slots is not None]
         self._missed_steps = MissedSteps(counters) if counters else None
 
-    def begin_step(self, rows_1: torch.Tensor) -> None:
-        """Begin a step in which only the first rows count, int64 [1] on the device: others repeat them. May be captured."""
-        torch.mul(rows_1, self._runtime.plan.shape.top_k, out=self._real)
+    def _ahead(self, runner: MoELayer, slots: DeviceSlots | None, layer: int) -> PrefetchAhead | None:
+        """The prefetches from one layer for the next; None where that never misses, or isn't predicted."""
+        if slots is None or runner.prefetcher is None or not runner.prefetcher.fetches:
+            return None
+        return PrefetchAhead(runner.prefetcher, slots, layer, self._beside)
 
-    def end_step(self) -> None:
-        """Count a step on the device; may be captured."""
+    @contextmanager
+    def step(self, count_1: torch.Tensor, row_T: torch.Tensor, rows: int) -> Iterator[None]:
+        """Within the context, the model makes a step; may be captured.
+
+        Args:
+            count_1: int64 [1] on the device, tokens that count: others repeat them.
+            row_T: int64, the place of each token's row among ``rows``, where the predictor keeps it.
+        """
+        torch.mul(count_1, self._runtime.plan.shape.top_k, out=self._real)
+        predictor = self._runtime.predictor if self._prefetches else None
+        if self._budget is not None:
+            self._left.fill_(self._budget)
+        if predictor is not None:
+            predictor.keep_rows_at(row_T, rows)
+        try:
+            yield
+        finally:
+            if predictor is not None:
+                predictor.keep_rows_at(None)
+        if self._prefetches:
+            self._beside.join()
         if self._missed_steps is not None:
             self._missed_steps.end_step()
 
@@ -149,6 +184,7 @@ class LentSlots:
 
     def _give_back(self) -> None:
         self.taken = False
+        self._beside.join()  # a step may have broken off
         runners, telemetry = self._runtime.runners, self._runtime.telemetry
         telemetry.settle = None
         for runner in runners:
@@ -166,11 +202,12 @@ class LentSlots:
     def _hand_back(self, slots: DeviceSlots, loader: ExpertLoader, rows: list[MoELayer]) -> None:
         """Copy the histories and counters of a pool's layers from the device."""
         telemetry = self._runtime.telemetry
-        steps, tallies = slots.leave([row.history for row in rows])
-        for row, step, tally in zip(rows, steps, tallies, strict=True):
+        for row, step, tally, verdict in zip(rows, *slots.leave([row.history for row in rows]), strict=True):
             if not tally.steps:
                 continue
             row.steps = step
+            row.planner.prefetch_policy.adopt(verdict)
             # While a graph replays, every use counts as a hit.
-            telemetry.count(row.index, hits=-tally.misses, misses=tally.misses)
-            telemetry.count(row.index, host_bytes=tally.misses * loader.pool.layout.nbytes, evictions=tally.evictions)
+            telemetry.count(row.index, hits=-tally.misses, misses=tally.misses, prefetches=tally.prefetches)
+            fetched = (tally.misses + tally.prefetches) * loader.pool.layout.nbytes
+            telemetry.count(row.index, host_bytes=fetched, evictions=tally.evictions)

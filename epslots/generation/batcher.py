@@ -116,6 +116,11 @@ class Batcher(ABC):
     def _usage(self) -> Usage:
         """The content of the cache now."""
 
+    @property
+    @abstractmethod
+    def _capture_obstacle(self) -> str | None:
+        """Why decoding passes aren't captured, as a sentence's end; None if they may be."""
+
     @abstractmethod
     def close(self) -> None:
         """Free the cache, and leave the model as it was. Afterwards only ``unfinished`` may be called."""
@@ -274,7 +279,12 @@ class Batcher(ABC):
     def stats(self) -> EngineStats:
         """Counters since the batcher was made, and its requests now."""
         usage = self._usage()
-        return EngineStats(**asdict(self._counters), **usage._asdict(), waiting=len(self._open()) - usage.running)
+        return EngineStats(
+            **asdict(self._counters),
+            **usage._asdict(),
+            waiting=len(self._open()) - usage.running,
+            capture_obstacle=self._capture_obstacle if self._model.device.type == "cuda" else None,
+        )
 
     @contextmanager
     def _following(self, row_T: IntArray | None) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """Captured decoding: a batcher's decoding passes as CUDA graphs, one for each padded size, replayed by one call.
 
 A forward pass launches some thousand small kernels, and waits for the host once a layer where experts may be missing. A
-captured one reads and writes tensors that stay in place (``static_step.py``), and lets the device decide about slots
-(``cuda_graph/lent_slots.py``). The 1st pass of a size runs uncaptured, which compiles kernels; the 2nd is captured, and
-replayed like all later ones. Choosing tokens, delivering and stopping stay the batcher's, after the replay.
+captured one reads and writes tensors that stay in place (``static_step.py``, ``static_pages.py``), and lets the device decide
+about slots (``cuda_graph/lent_slots.py``). The 1st pass of a size runs uncaptured, which compiles kernels; the 2nd is captured
+and replayed, like all later ones. Choosing tokens, delivering and stopping stay the batcher's, after the replay.
 
 Only for one rank on CUDA, and while every running request decodes: prompts have no fixed shape. A pass of more rows than slots
 could serve, or while routes are observed, takes the usual path; so do all passes where ``CapturedDecoding.obstacle`` is set.
@@ -13,51 +13,85 @@ Capturing follows PyTorch's notes on CUDA graphs; decisions and copies within th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from epslots.cuda_graph.lent_slots import LentSlots, device_obstacle, most_rows
-from epslots.generation.row_cache import Row, RowCache
-from epslots.generation.row_support import RowSupport
-from epslots.generation.static_step import StaticStep
 from epslots.runtime import plan_of, runtime_of
 
 logger = logging.getLogger(__name__)
 
-# Positions that the smallest graph reads of a row; the others read twice as many each.
+# Positions that the smallest graph reads of a request; the others read twice as many each.
 LEAST_SPAN = 64
 # By the model type of the text model: some of its layers ask the host for values in each step.
 _ASKS_THE_HOST = {"qwen4_exp_text"}
 
 Call = Callable[[Mapping[str, Any]], torch.Tensor]
-"""Calls the model by its inputs' names; returns the last tokens' logits [B, 1, V]."""
+"""Calls the model by its inputs' names; returns the last tokens' logits, [B, 1, V] or [1, B, V]."""
 
 
-def capture_obstacle(model: PreTrainedModel, cache: RowCache, support: RowSupport) -> str | None:
-    """Why no decoding pass of a model can be captured, as a sentence's end; None if nothing is known to be in the way."""
+class DecodingStep(Protocol):
+    """One new token for each of B requests, from tensors that stay in place.
+
+    Attributes:
+        count_1: int64 [1], requests that are no repetition.
+        row_B: int64 [B], a place for each request, the same in all steps: from 0, below the most requests.
+        new_states: what the pass leaves to be kept by ``keep_states``; empty if it keeps all by itself.
+    """
+
+    @property
+    def count_1(self) -> torch.Tensor: ...
+    @property
+    def row_B(self) -> torch.Tensor: ...
+    @property
+    def new_states(self) -> list[Any]: ...
+
+    def inputs(self) -> AbstractContextManager[Mapping[str, Any]]:
+        """The model's arguments, by its own names; to be captured together with the call."""
+        ...
+
+    def keep_states(self) -> None:
+        """Make the new states those of the requests; may be captured."""
+        ...
+
+
+Step = TypeVar("Step", bound=DecodingStep)
+
+
+def span_of(longest: int) -> int:
+    """Positions that a graph reads of each request, so that it serves longer ones, too."""
+    return max(LEAST_SPAN, 1 << (longest - 1).bit_length())
+
+
+def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
+    """Why no decoding pass of a model can be captured, as a sentence's end; None if nothing is known to be in the way.
+
+    Args:
+        of_cache: what obstructs it in the cache that serves the model.
+    """
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
-    found = _obstacle(model, cache, support)
+    found = _obstacle(model, of_cache)
     if found is not None:
         logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
     return found
 
 
-def _obstacle(model: PreTrainedModel, cache: RowCache, support: RowSupport) -> str | None:
+def _obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
     if plan_of(model) is None:
         return "epslots.load didn't return it"
-    if support.rotaries or not support.together or not cache.all_pooled:
-        return "some of its layers are computed row by row"
+    if of_cache is not None:
+        return of_cache
     if model.config.get_text_config().model_type in _ASKS_THE_HOST:
         return "some of its layers ask the host for values"
     return device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
 
 
-class CapturedDecoding:
+class CapturedDecoding(Generic[Step]):
     """The decoding passes of one batcher.
 
     Args:
@@ -67,19 +101,23 @@ class CapturedDecoding:
 
     Attributes:
         obstacle: as given; or found out by a capture that failed.
+        present_obstacle: why no pass could be captured when one was asked for last: layers have passed slots, or a group has
+            formed. None if one could.
         replays: passes that were replayed so far.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: RowCache, call: Call, *, most: int, obstacle: str | None) -> None:
-        self._model, self._cache, self._call = model, cache, call
+    def __init__(self, model: PreTrainedModel, call: Call, *, most: int, obstacle: str | None) -> None:
+        self._model, self._call = model, call
         self._requests = self._most = most
         self._lent: LentSlots | None = None
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[Hashable, _Graph[Step]] = {}
+        self._latest: _Graph[Step] | None = None
         self._pool: Any = None
         self.obstacle, self.replays = obstacle, 0
+        self.present_obstacle: str | None = None
 
     def takes(self, rows: int) -> bool:
-        """Whether the next pass, of so many rows, can be made here."""
+        """Whether the next pass, of so many requests, can be made here."""
         if self.obstacle is not None or any(runner.observed for runner in runtime_of(self._model).runners):
             return False
         if self._lent is None or not self._lent.taken:
@@ -91,45 +129,59 @@ class CapturedDecoding:
         runtime = runtime_of(self._model)
         limit = most_rows(runtime)
         most = self._requests if limit is None else min(self._requests, limit)
-        pairs = most * runtime.plan.shape.top_k
-        if not most or device_obstacle(runtime, pairs) is not None:
+        pairs = max(most, 1) * runtime.plan.shape.top_k
+        self._note(device_obstacle(runtime, pairs))
+        if self.present_obstacle is not None:
             self._lent = None
         elif self._lent is None or most != self._most:
             self._lent, self._most = LentSlots(runtime, pairs), most
             self._graphs.clear()
 
-    def logits(self, rows: Sequence[Row], tokens: Sequence[int]) -> torch.Tensor | None:
-        """The logits after one new token of each row, [B, 1, V]; overwritten by the next pass. Nothing is kept yet.
+    def _note(self, obstacle: str | None) -> None:
+        if obstacle is not None and obstacle != self.present_obstacle:
+            logger.warning("%s decodes uncaptured for now: %s", type(self._model).__name__, obstacle)
+        self.present_obstacle = obstacle
+
+    def padded(self, rows: int) -> int:
+        """Requests of the graph that serves so many, B."""
+        return min(1 << (rows - 1).bit_length(), self._most)
+
+    def logits(self, size: Hashable, make: Callable[[], Step], begin: Callable[[Step], None]) -> torch.Tensor | None:
+        """The logits after one new token of each request; overwritten by the next pass. Its states aren't kept yet.
+
+        Args:
+            size: of the step: one graph serves all steps of a size.
+            make: makes the first one.
+            begin: sets its requests and their new tokens.
 
         Returns:
-            None if the pass can't be captured: it has to be made in the usual way.
+            ``Call``'s, those of repeated requests at the end; None if the pass can't be captured: it has to be made in the
+            usual way.
         """
         assert self._lent is not None, "takes() comes first"
         with self._lent.lock:
             if self._lent.take():
                 self._graphs.clear()
             try:
-                found = self._graph(rows).run(rows, tokens)
+                graph = self._latest = self._graph(size, make)
+                begin(graph.step)
+                return graph.run()
             except _CaptureError as error:
                 self.obstacle = str(error)
                 logger.warning("%s decodes uncaptured: %s", type(self._model).__name__, error)
                 self.give_back()
                 return None
-        return found[: len(rows)]
 
-    def _graph(self, rows: Sequence[Row]) -> _Graph:
-        size = min(1 << (len(rows) - 1).bit_length(), self._most)
-        longest = max(row.length for row in rows) + 1
-        span = max(LEAST_SPAN, 1 << (longest - 1).bit_length())
-        if (size, span) not in self._graphs:
+    def _graph(self, size: Hashable, make: Callable[[], Step]) -> _Graph[Step]:
+        if size not in self._graphs:
             assert self._lent is not None
-            self._graphs[size, span] = _Graph(self, StaticStep(self._cache, size, span), self._lent)
-        return self._graphs[size, span]
+            self._graphs[size] = _Graph(self, make(), self._lent)
+        return self._graphs[size]
 
-    def commit(self, rows: Sequence[Row]) -> None:
-        """Keep the tokens and states of the pass that was made last."""
-        self._graph(rows).keep_states()
-        self._cache.take(rows, 1)
+    def keep_states(self) -> None:
+        """Keep the states of the pass that was made last."""
+        assert self._latest is not None
+        self._latest.keep_states()
 
     def give_back(self) -> None:
         """Let the host's plans decide about slots again, for a pass of the usual kind; a no-op if they do."""
@@ -140,24 +192,24 @@ class CapturedDecoding:
         """Free the graphs, and give the slots back."""
         self.give_back()
         self._graphs.clear()
+        self._latest = None
 
 
 class _CaptureError(Exception):
     """A pass can't be captured."""
 
 
-class _Graph:
-    """The passes of one padded size."""
+class _Graph(Generic[Step]):
+    """The passes of one size."""
 
-    def __init__(self, owner: CapturedDecoding, step: StaticStep, lent: LentSlots) -> None:
-        self._owner, self._step, self._lent = owner, step, lent
+    def __init__(self, owner: CapturedDecoding[Step], step: Step, lent: LentSlots) -> None:
+        self._owner, self.step, self._lent = owner, step, lent
         self._warm = False
         self._pass: torch.cuda.CUDAGraph | None = None
         self._states: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
 
-    def run(self, rows: Sequence[Row], tokens: Sequence[int]) -> torch.Tensor:
-        self._step.begin(rows, tokens)
+    def run(self) -> torch.Tensor:
         if not self._warm:
             self._warm = True
             return self._forward()
@@ -172,11 +224,9 @@ class _Graph:
 
     @torch.no_grad()
     def _forward(self) -> torch.Tensor:
-        self._lent.begin_step(self._step.count_1)
-        with self._step.inputs() as inputs:
-            logits = self._owner._call(inputs)
-        self._lent.end_step()
-        return logits
+        step = self.step
+        with self._lent.step(step.count_1, step.row_B, self._owner._requests), step.inputs() as inputs:
+            return self._owner._call(inputs)
 
     def _capture(self) -> None:
         """Capturing runs nothing: cache and slots stay unchanged."""
@@ -184,10 +234,10 @@ class _Graph:
             whole = torch.cuda.CUDAGraph()
             with self._capturing(whole):
                 self._logits = self._forward()
-            if self._step.new_states:
+            if self.step.new_states:
                 self._states = torch.cuda.CUDAGraph()
                 with self._capturing(self._states):
-                    self._step.keep_states()
+                    self.step.keep_states()
         except RuntimeError as error:
             raise _CaptureError(f"a decoding pass can't be captured ({error})") from error
         self._pass = whole
@@ -205,8 +255,8 @@ class _Graph:
             yield
 
     def keep_states(self) -> None:
-        """Make the states of the pass those of the rows."""
+        """Make the states of the pass those of the requests."""
         if self._states is None:
-            self._step.keep_states()
+            self.step.keep_states()
         else:
             self._states.replay()

@@ -49,6 +49,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         waiting: requests without one (``num_requests_waiting``).
         kv_used: tokens that the cache's memory in use has room for; what finished requests left for others is free.
         kv_tokens: tokens that all of the cache has room for.
+        capture_obstacle: why a rank on a GPU doesn't replay its decoding passes, as a sentence's end; None if it may, and on a
+            CPU, which has no graphs. Of several ranks, the first one's.
     """
 
     steps: int
@@ -61,6 +63,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     kv_used: int
     kv_tokens: int
+    capture_obstacle: str | None = None
 
     @property
     def kv_usage(self) -> float:
@@ -75,4 +78,6 @@ _LARGEST_OF_RANKS = {"steps"}
 def sum_engines(ranks: Sequence[EngineStats]) -> EngineStats:
     """The sums of all ranks' numbers; of ``steps`` the largest. All are zero without a rank."""
     values = {name: [getattr(rank, name) for rank in ranks] for name in EngineStats.__struct_fields__}
-    return EngineStats(**{n: max(v, default=0) if n in _LARGEST_OF_RANKS else sum(v) for n, v in values.items()})
+    obstacles = filter(None, values.pop("capture_obstacle"))
+    sums = {name: max(v, default=0) if name in _LARGEST_OF_RANKS else sum(v) for name, v in values.items()}
+    return EngineStats(**sums, capture_obstacle=next(obstacles, None))

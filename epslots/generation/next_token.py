@@ -8,8 +8,9 @@ Suffixes: N sequences; R of them in a part; V tokens of the vocabulary; K of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +26,10 @@ from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedReque
 
 # Choosing takes up to 50 bytes for each logit, so 200 MB for this many at a time; a single row may take more.
 PART_LOGITS = 2**22
+# Likeliest tokens among which a nucleus is looked for: nearly all are within, and a bound from the logits would have to be
+# waited for.
+NUCLEUS_RANKS = 1024
+_TOO_WIDE = -2  # in the place of a token: its nucleus isn't within
 
 T = TypeVar("T")
 
@@ -39,19 +44,24 @@ class Chosen:
         tokens_N: int64 [N]; -1 = none.
         tops: for each row whose request asked for log-probabilities, the number of likeliest tokens.
         scores: of these rows, in parts, as ``logprobs.score`` returns them.
+        exactly: chooses once more, for the case that a nucleus was too wide.
     """
 
     tokens_N: torch.Tensor
     tops: dict[int, int]
     scores: list[torch.Tensor]
+    exactly: Callable[[], Chosen]
 
     def read(self) -> list[NextToken]:
-        """Copy the choices to the host, all at once."""
+        """Copy the choices to the host, all at once: the one time that the host waits for them."""
         if not self.tops:
-            return [NextToken(token) for token in self.tokens_N.tolist()]
+            tokens = self.tokens_N.tolist()
+            return self.exactly().read() if _TOO_WIDE in tokens else [NextToken(token) for token in tokens]
         # float64 holds tokens exactly.
         numbers = torch.cat([self.tokens_N.double(), *(part.flatten() for part in self.scores)]).cpu().numpy()
         count = len(self.tokens_N)
+        if (numbers[:count] == _TOO_WIDE).any():
+            return self.exactly().read()
         choices = [NextToken(int(token)) for token in numbers[:count]]
         rows = numbers[count:].reshape(len(self.tops), -1).tolist()
         for (row, top), scores in zip(self.tops.items(), rows, strict=True):
@@ -61,7 +71,7 @@ class Chosen:
 
 
 @torch.no_grad()
-def choose(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None]) -> Chosen:
+def choose(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None], *, nucleus_ranks: int = NUCLEUS_RANKS) -> Chosen:
     """The token that follows each row of logits: the one place where tokens are chosen.
 
     A row's token depends on its logits, its request and the request's tokens alone, not on the other rows. A row has none if
@@ -70,6 +80,7 @@ def choose(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None]) -> Ch
     Args:
         logits_NV: fp32 [N, V], of the last token of N sequences. They stay as they are.
         rows: their requests; None = no request any more: the likeliest token, and nothing else.
+        nucleus_ranks: likeliest tokens among which nuclei are looked for first. No choice depends on it.
     """
     vocabulary = logits_NV.shape[1]
     most_N, tokens_N = logits_NV.max(dim=-1)  # NaN if any logit is
@@ -86,11 +97,12 @@ def choose(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None]) -> Ch
         rows_R = settings_6R[0].long()
         logits_RV = logits_NV[rows_R]
         edit_logits(logits_RV, [entry for _, entry in part])
-        filters = _Filters.of([entry.request.sampling for _, entry in part], vocabulary)
+        filters = _Filters.of([entry.request.sampling for _, entry in part], vocabulary, nucleus_ranks)
         tokens_N.index_copy_(0, rows_R, _draw(logits_RV, settings_6R[1:, :, None], filters))
     tokens_N.masked_fill_(~most_N.isfinite(), NO_TOKEN)
     tops = {row: min(top, vocabulary) for row, entry in entries if (top := entry.request.logprobs) is not None}
-    return Chosen(tokens_N, tops, _scores(logits_NV, tokens_N, tops))
+    again = partial(choose, logits_NV, rows, nucleus_ranks=vocabulary)
+    return Chosen(tokens_N, tops, _scores(logits_NV, tokens_N, tops), again)
 
 
 def _scores(logits_NV: torch.Tensor, tokens_N: torch.Tensor, tops: Mapping[int, int]) -> list[torch.Tensor]:
@@ -162,23 +174,24 @@ class _Filters:
 
     ranks: int
     """The largest ``top_k``; 0 without any."""
-    nucleus: bool
-    """Whether a row has only a ``top_p``: the number of tokens that it keeps depends on the logits."""
+    nucleus_ranks: int
+    """Tokens that are sorted for rows that have only a ``top_p``, which may keep more; 0 without any."""
     min_p: bool
     """Whether a row has one."""
 
     @classmethod
-    def of(cls, samplings: Sequence[Sampling], vocabulary: int) -> _Filters:
+    def of(cls, samplings: Sequence[Sampling], vocabulary: int, nucleus_ranks: int) -> _Filters:
         kept = [_kept(sampling, vocabulary) for sampling in samplings]
+        nucleus = any(k == vocabulary and sampling.top_p < 1 for k, sampling in zip(kept, samplings, strict=True))
         return cls(
             ranks=max((k for k in kept if k < vocabulary), default=0),
-            nucleus=any(k == vocabulary and sampling.top_p < 1 for k, sampling in zip(kept, samplings, strict=True)),
+            nucleus_ranks=min(nucleus_ranks, vocabulary) if nucleus else 0,
             min_p=any(sampling.min_p for sampling in samplings),
         )
 
 
 def _draw(logits_RV: torch.Tensor, settings_5R1: torch.Tensor, filters: _Filters) -> torch.Tensor:
-    """A token of each row, int64 [R], by inverse transform sampling; -1 if none is allowed.
+    """A token of each row, int64 [R], by inverse transform sampling; -1 if none is allowed, -2 if its nucleus is too wide.
 
     The tokens share an interval in the order of their ids, each in proportion to its probability; the random number picks one.
     The logits of a sequence differ in their last bits with the shape of its batch. In this order that moves the borders by as
@@ -191,8 +204,9 @@ def _draw(logits_RV: torch.Tensor, settings_5R1: torch.Tensor, filters: _Filters
     weights_RV = (logits_RV - most_R1).div_(temperature_R1.float()).exp_()
     if filters.min_p:
         weights_RV.masked_fill_(weights_RV < min_p_R1, 0)
-    if filters.ranks or filters.nucleus:
-        floor_R1 = _floor(logits_RV, weights_RV, top_k_R1.long(), top_p_R1, filters)
+    wide_R1 = torch.zeros_like(most_R1, dtype=torch.bool)
+    if filters.ranks or filters.nucleus_ranks:
+        floor_R1, wide_R1 = _floor(logits_RV, weights_RV, top_k_R1.long(), top_p_R1, filters)
         weights_RV.masked_fill_(logits_RV < floor_R1, 0)
     # In float32 the tokens at the end of a large vocabulary would get a rounded share.
     ends_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
@@ -201,13 +215,13 @@ def _draw(logits_RV: torch.Tensor, settings_5R1: torch.Tensor, filters: _Filters
     # Below the last end: a float64 times at most 1 - 2**-53 is never rounded up to itself.
     point_R1 = number_R1 * ends_RV.amax(dim=-1, keepdim=True)
     drawn_R = (ends_RV > point_R1).byte().argmax(dim=-1)  # the first; if logits are NaN, any
-    return drawn_R.masked_fill_(most_R1[:, 0] == -torch.inf, NO_TOKEN)
+    return drawn_R.masked_fill_(wide_R1[:, 0], _TOO_WIDE).masked_fill_(most_R1[:, 0] == -torch.inf, NO_TOKEN)
 
 
 def _floor(
     logits_RV: torch.Tensor, weights_RV: torch.Tensor, top_k_R1: torch.Tensor, top_p_R1: torch.Tensor, filters: _Filters
-) -> torch.Tensor:
-    """The logit that a token needs to be kept, [R, 1].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logit that a token needs to be kept, [R, 1]; and whether that is lower than can be told, bool [R, 1].
 
     Tokens that ``min_p`` dropped weigh nothing.
 
@@ -216,9 +230,7 @@ def _floor(
     a sort's order.
     """
     vocabulary = logits_RV.shape[1]
-    ranks = filters.ranks
-    if filters.nucleus:
-        ranks = max(ranks, _most_in_a_nucleus(weights_RV, top_p_R1.masked_fill(top_k_R1 < vocabulary, 1)))
+    ranks = max(filters.ranks, filters.nucleus_ranks)
     top_RK, ids_RK = logits_RV.topk(ranks, dim=-1)
     floor_R1 = top_RK.gather(1, top_k_R1.clamp(max=ranks) - 1).masked_fill_(top_k_R1 == vocabulary, -torch.inf)
     weights_RK = weights_RV.gather(1, ids_RK).double()
@@ -226,15 +238,5 @@ def _floor(
     total_R1 = weights_RV.masked_fill(logits_RV < floor_R1, 0).sum(dim=-1, keepdim=True, dtype=torch.float64)
     count_R1 = (likelier_RK < top_p_R1 * total_R1).sum(dim=-1, keepdim=True).clamp_(min=1)  # 0 if logits are NaN
     nucleus_R1 = top_RK.gather(1, count_R1 - 1).masked_fill_(top_p_R1 == 1, -torch.inf)
-    return torch.maximum(floor_R1, nucleus_R1)
-
-
-def _most_in_a_nucleus(weights_RV: torch.Tensor, top_p_R1: torch.Tensor) -> int:
-    """An upper bound on the tokens that ``top_p`` keeps of any row; rows with ``top_p`` 1 don't count.
-
-    Sorting some thousand tokens is worth the wait for the device: sorting a vocabulary takes ten times as long. Tokens that
-    weigh less than 1 - top_p shared by all of the vocabulary are less than 1 - top_p together, so none of them is kept.
-    """
-    total_R1 = weights_RV.sum(dim=-1, keepdim=True)
-    least_R1 = ((1 - top_p_R1) * total_R1 / weights_RV.shape[1]).masked_fill_(top_p_R1 == 1, torch.inf)
-    return max(1, int((weights_RV >= least_R1).sum(dim=-1).max()))
+    wide_R1 = (count_R1 == ranks) & (top_k_R1 == vocabulary) & (top_p_R1 < 1)
+    return torch.maximum(floor_R1, nucleus_R1), wide_R1 if ranks < vocabulary else torch.zeros_like(wide_R1)

@@ -16,8 +16,9 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from epslots.errors import RankMismatchError, StepFailed, UnsupportedModelError
 from epslots.generation.batcher import Batcher, check_positive, check_servable
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, sequence_digest
+from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
@@ -41,6 +43,7 @@ from epslots.generation.paged_invariance import PackedAttention, Span, invarianc
 from epslots.generation.paged_next_token import PagedNextToken
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
 from epslots.generation.row_tracker import RowTracker
+from epslots.generation.static_pages import StaticPages
 from epslots.generation.tracked_request import TrackedRequest
 from epslots.models.batch_invariance import is_batch_invariant
 
@@ -81,6 +84,11 @@ class PagedBatcher(Batcher):
         self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
         self._decoding = PagedDecoding(model, self._processor)
         self._choice = PagedNextToken(self._processor)
+        in_pages = None if self._decoding.suits else "its pages are read by another attention than torch's"
+        obstacle = capture_obstacle(model, in_pages) if config.capture else "it was asked for"
+        self._captured = CapturedDecoding[StaticPages](model, self._call, most=config.max_requests, obstacle=obstacle)
+        # By transformers' id: where each request of the latest captured step has its row.
+        self._places: dict[str, int] = {}
         cache, scheduler = self._processor.cache, self._processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
@@ -202,6 +210,8 @@ class PagedBatcher(Batcher):
                 self._isolation = Isolation(batch)
                 self._windows = WindowBackup(self._processor)
                 self._set_part(batch)
+            else:
+                self._captured.give_back()  # the model may be used otherwise now
         elif self._part is None:
             prepare_part(self._processor, self._isolation.part)
             self._set_part(self._isolation.part)
@@ -248,12 +258,9 @@ class PagedBatcher(Batcher):
         assert part is not None and isolation is not None and windows is not None, "prepare() comes first"
         windows.restore(part)
         try:
-            with ExitStack() as stack:
-                stack.enter_context(self._following(self._previous_T))
-                stack.enter_context(self._plain_outputs.off())
-                stack.enter_context(_between(self._processor.inputs_and_outputs))
-                stack.enter_context(self._decoding.active())
-                self._processor._generation_step(self._model)
+            with self._plain_outputs.off():
+                if isolation.split or not self._make_captured(part):
+                    self._make()
             self._processor.update_batch()
         except Exception as failure:
             self._began_s = None
@@ -271,12 +278,53 @@ class PagedBatcher(Batcher):
         while not results.empty():
             self._enter(results.get())
 
+    def _make(self) -> None:
+        """Compute the prepared requests, and choose their tokens."""
+        self._captured.give_back()
+        with (
+            self._following(self._previous_T),
+            self._decoding.active(),
+            _between(self._processor.inputs_and_outputs),
+        ):
+            self._processor._generation_step(self._model)
+
+    def _make_captured(self, part: list[FutureRequestState]) -> bool:
+        """The same by a captured step, if all of them decode; False where it can't be."""
+        lengths = self._decoding.lengths
+        if not lengths or not self._captured.takes(len(part)):
+            return False
+        places = self._places_of([future.state.request_id for future in part])
+        with _between(self._processor.inputs_and_outputs):
+            pass  # pages may have been emptied, or windows restored, on transformers' stream
+        size = self._captured.padded(len(part)), tuple(span_of(int(length_R.max())) for length_R in lengths)
+        logits_1BV = self._captured.logits(
+            size, partial(StaticPages, self._processor, self._decoding, *size), lambda step: step.begin(places)
+        )
+        if logits_1BV is None:
+            return False
+        self._choice.choose(logits_1BV[0, : len(part)].float())
+        self._order = RowTracker()  # the predictor has seen no row
+        return True
+
+    def _call(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The logits of every token, [1, B, V]."""
+        logits: torch.Tensor = self._model(**inputs).logits
+        return logits
+
+    def _places_of(self, numbers: Sequence[str]) -> list[int]:
+        """A place for each request, the same as in the captured step before; lowest first."""
+        kept = {number: self._places[number] for number in numbers if number in self._places}
+        free = iter(sorted(set(range(len(numbers))) - set(kept.values())))
+        self._places = {number: kept[number] if number in kept else next(free) for number in numbers}
+        return list(self._places.values())
+
     def _count_step(self, part: list[FutureRequestState]) -> None:
         """Count a forward pass that succeeded."""
         # A request's position is the one after the batch: past its prompt, it decodes.
         prompts = [future for future in part if future.state.position_offset <= len(future.state.initial_tokens)]
         prompt_tokens = sum(future.query_length for future in prompts)
         self._counters.steps += 1
+        self._counters.replayed_steps = self._captured.replays
         self._counters.prompt_tokens += prompt_tokens
         if self._began_s is not None:
             seconds = self._clock() - self._began_s
@@ -328,10 +376,15 @@ class PagedBatcher(Batcher):
         running = sum(number in self._running for number in active)  # else it has just been cancelled
         return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens)
 
+    @property
+    def _capture_obstacle(self) -> str | None:
+        return self._captured.obstacle or self._captured.present_obstacle
+
     def close(self) -> None:
         self.grammars.close()
+        self._captured.close()
         self._manager.destroy()
-        del self._choice, self._decoding  # they hold the cache
+        del self._choice, self._captured, self._decoding  # they hold the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)

@@ -28,7 +28,7 @@ from epslots.generation.attention_switch import AttentionSwitch
 IMPLEMENTATION = "epslots_paged_decoding"
 
 
-class _Reads(NamedTuple):
+class Reads(NamedTuple):
     """What the layers of one kind of attention read of the cache in a step.
 
     Attributes:
@@ -46,6 +46,11 @@ class PagedDecoding:
     Args:
         model: with transformers' "sdpa" attention; with another one, nothing changes.
         processor: transformers' batch processor.
+
+    Attributes:
+        suits: whether the model's attention is that one.
+        lengths: of each kind of attention in the order of the cache's allocators, the tokens that each request of the prepared
+            batch reads, int64 [R]; empty if the batch is packed.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -53,17 +58,16 @@ class PagedDecoding:
         self._switch = AttentionSwitch(
             model, (module for module in model.get_decoder().modules() if hasattr(module, "layer_idx"))
         )
-        self._suits = self._switch.implementations == {"sdpa"}
-        self._reads: list[_Reads] = []
-        """Of each kind of attention, in the order of the cache's allocators; empty if the prepared batch is packed."""
+        self.suits = self._switch.implementations == {"sdpa"}
+        self.lengths: list[IntArray] = []
         self._prepare_packed = self._batch.prepare_batch_tensors
         self._batch.prepare_batch_tensors = self._prepare
 
     def _prepare(self, requests_in_batch: Sequence[FutureRequestState], **sizes: Any) -> None:
-        """Prepare a batch as transformers does; and its reads, and no masks, if it only decodes."""
-        self._reads, masks = [], self._batch.attention_mask
-        lengths = self._lengths(requests_in_batch) if sizes["max_kv_read"] else []
-        if not lengths:
+        """Prepare a batch as transformers does; without masks, if it only decodes."""
+        masks = self._batch.attention_mask
+        self.lengths = self._lengths(requests_in_batch) if sizes["max_kv_read"] else []
+        if not self.lengths:
             self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
             return
         try:
@@ -71,12 +75,11 @@ class PagedDecoding:
             self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
         finally:
             self._batch.attention_mask = masks
-        self._reads = [_aligned(*each) for each in zip(self._batch.read_index_storage, lengths, strict=True)]
 
     def _lengths(self, requests: Sequence[FutureRequestState]) -> list[IntArray]:
         """Tokens that each request reads, by kind of attention; none if these don't all decode, or would take more room."""
         found: list[IntArray] = []
-        if not self._suits or any(future.query_length > 1 for future in requests):
+        if not self.suits or any(future.query_length > 1 for future in requests):
             return found
         for allocator in self._cache.cache_allocators.values():
             found.append(np.array([allocator.get_seqlen_k(future.state.position_offset, 1) for future in requests], np.int64))
@@ -87,32 +90,53 @@ class PagedDecoding:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the context, the model computes the prepared batch. Not for several threads at once."""
-        if not self._reads:
+        if not self.lengths:
             yield
             return
-        inputs, reads = self._batch.get_model_kwargs, self._reads
-        self._cache.epslots_reads = reads
+        inputs = self._batch.get_model_kwargs
+        reads = [_aligned_here(*each) for each in zip(self._batch.read_index_storage, self.lengths, strict=True)]
         self._batch.get_model_kwargs = lambda use_padding=False: (
             inputs(use_padding) | {"read_index": [read.cells for read in reads]}
         )
+        try:
+            with self.reading(reads):
+                yield
+        finally:
+            self._batch.get_model_kwargs = inputs
+
+    @contextmanager
+    def reading(self, reads: Sequence[Reads]) -> Iterator[None]:
+        """Within the context, the model's attention reads these positions; its arguments have their cells."""
+        self._cache.epslots_reads = reads
         try:
             with self._switch.to(IMPLEMENTATION):
                 yield
         finally:
             del self._cache.epslots_reads
-            self._batch.get_model_kwargs = inputs
 
 
-def _aligned(index: torch.Tensor, length_R: IntArray) -> _Reads:
-    """The reads of requests whose positions stand one after another in ``index``, aligned at their last positions."""
+def _aligned_here(index: torch.Tensor, length_R: IntArray) -> Reads:
+    """``aligned`` for lengths on the host."""
     longest = int(length_R.max())
     if int(length_R.min()) == longest:
-        return _Reads(index[: len(length_R) * longest], None)
-    end_R1, length_R1 = to_device(np.stack([length_R.cumsum(), length_R]), index.device)[:, :, None]
-    back_S = torch.arange(longest, 0, -1, device=index.device)
-    present_RS = back_S <= length_R1
-    place_RS = (end_R1 - back_S).clamp_(min=0)
-    return _Reads(index[place_RS].mul_(present_RS).flatten(), present_RS[:, None, None])
+        return Reads(index[: len(length_R) * longest], None)
+    end_R, lengths = to_device(np.stack([length_R.cumsum(), length_R]), index.device)
+    return aligned(index, end_R, lengths, longest)
+
+
+def aligned(index: torch.Tensor, end_R: torch.Tensor, length_R: torch.Tensor, span: int) -> Reads:
+    """The reads of requests whose positions stand one after another in ``index``, aligned at their last positions.
+
+    Args:
+        index: int64, cells.
+        end_R: int64, where each request's positions end.
+        length_R: int64, their numbers.
+        span: S, at least the longest.
+    """
+    back_S = torch.arange(span, 0, -1, device=index.device)
+    present_RS = back_S <= length_R[:, None]
+    place_RS = (end_R[:, None] - back_S).clamp_(min=0)
+    return Reads(index[place_RS].mul_(present_RS).flatten(), present_RS[:, None, None])
 
 
 def _attend(

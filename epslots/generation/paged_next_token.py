@@ -105,13 +105,16 @@ class PagedNextToken:
         return inputs
 
     def _choose(self, scores: torch.Tensor, _output_ids: torch.Tensor) -> None:
-        """Choose a token for each row.
+        """``choose`` as transformers calls it.
 
         Args:
             scores: fp32 [1, N, V].
             _output_ids: not filled: ``_read`` is the only one who would look there.
         """
-        logits_NV = scores[0]
+        self.choose(scores[0])
+
+    def choose(self, logits_NV: torch.Tensor) -> None:
+        """Choose a token for each row, fp32 [N, V]."""
         self._chosen = choose(logits_NV, [*self._entries, *[None] * (len(logits_NV) - len(self._entries))])
         self._found = [(prompt, prompt.score(logits_NV)) for prompt in self._prompts]
 

@@ -32,7 +32,7 @@ from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, 
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.cache_tensors import tensors_of
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
+from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
@@ -43,6 +43,7 @@ from epslots.generation.row_cache import RowCache, StepOfRows
 from epslots.generation.row_plan import RowBatch, RowState, decodes, next_batch
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
+from epslots.generation.static_step import StaticStep
 from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,10 @@ class RowBatcher(Batcher):
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
         self._chunk = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
-        obstacle = capture_obstacle(model, self._cache, self._support) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding(model, self._cache, self._call, most=config.max_requests, obstacle=obstacle)
+        one_by_one = self._support.rotaries or not self._support.together or not self._cache.all_pooled
+        in_rows = "some of its layers are computed row by row" if one_by_one else None
+        obstacle = capture_obstacle(model, in_rows) if config.capture else "it was asked for"
+        self._captured = CapturedDecoding[StaticStep](model, self._call, most=config.max_requests, obstacle=obstacle)
         self._admission = RowAdmission(self._cache, config, self._support, self._counters)
         self._isolation: Isolation[RunningRow] | None = None
         """Of the batch under way; None between batches."""
@@ -232,12 +235,16 @@ class RowBatcher(Batcher):
         active = self._admission.active
         if not self._batch.decodes or len(part) < len(active) or not self._captured.takes(len(part)):
             return None
-        rows = [one.row for one in part]
-        logits_BLV = self._captured.logits(rows, [one.entry.ids(one.row.length, one.row.length + 1)[0] for one in part])
+        rows, tokens = [one.row for one in part], [one.entry.ids(one.row.length, one.row.length + 1)[0] for one in part]
+        size = self._captured.padded(len(rows)), span_of(1 + max(row.length for row in rows))
+        logits_BLV = self._captured.logits(
+            size, partial(StaticStep, self._cache, *size), lambda step: step.begin(rows, tokens)
+        )
         if logits_BLV is None:
             return None
-        chosen = self._choose(part, 1, logits_BLV)
-        self._captured.commit(rows)
+        chosen = self._choose(part, 1, logits_BLV[: len(rows)])
+        self._captured.keep_states()
+        self._cache.take(rows, 1)
         self._order = RowTracker()  # the predictor has seen no row
         return chosen
 
@@ -296,6 +303,10 @@ class RowBatcher(Batcher):
     def _usage(self) -> Usage:
         used = sum(running.row.length for running in self._admission.running)  # cells that several share count for each
         return Usage(len(self._admission.running), min(used, self._config.kv_tokens), self._config.kv_tokens)
+
+    @property
+    def _capture_obstacle(self) -> str | None:
+        return self._captured.obstacle or self._captured.present_obstacle
 
     def close(self) -> None:
         self.grammars.close()

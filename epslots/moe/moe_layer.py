@@ -155,7 +155,7 @@ class MoELayer:
         return self._observer is not None
 
     def lend_slots(self, experts: ResidentExperts) -> None:
-        """Let ``experts`` rule the layer's slots and compute every step, until ``take_slots_back``; nothing is prefetched."""
+        """Let ``experts`` rule the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
         assert self._lent_by is None, "the slots are lent already"
         self._lent_by = self._resident, self.prefetcher
         self._resident, self.prefetcher = experts, None

@@ -45,6 +45,16 @@ class UsagePredictor(Protocol):
         """
         ...
 
+    def keep_rows_at(self, row_T: torch.Tensor | None, rows: int = 0) -> None:
+        """Keep this thread's rows in place from now on, where captured steps find them: row t of a step at ``row_T[t]``.
+
+        Args:
+            row_T: int64 on the device, below ``rows``; repeated rows are alike. What is kept there precedes row t. None = no
+                longer.
+            rows: places.
+        """
+        ...
+
     def ids(self, layer: int, hidden_TH: torch.Tensor, k: int) -> torch.Tensor:
         """The experts that each token will most likely choose in the next layer, likeliest first: int64 [T, k]."""
         ...
@@ -143,7 +153,7 @@ class Prefetcher:
         self._index = index
         self._target = target
         self._predictor = predictor
-        self.approximate, self._fetches = approximate, fetches
+        self.approximate, self.fetches = approximate, fetches
         cache = target.cache
         self._unused_E = torch.zeros(cache.num_experts, dtype=torch.int32, device=cache.pool.device)
 
@@ -152,14 +162,18 @@ class Prefetcher:
         tokens, hidden_TH = hidden_TH.shape[0], hidden_TH.detach()  # ``no_grad`` would take longer
         if self.approximate and tokens:
             self._target.predicted.ids_TK = self._predictor.ids(self._index, hidden_TH, index_TK.shape[1])
-        if not self._fetches:
+        if not self.fetches:
             return None
         if not self._target.planner.wants_prediction:
             if tokens and not self.approximate:
                 self._predictor.skip(self._index, hidden_TH)
             return None
-        usage = self._predictor.usage(self._index, hidden_TH, index_TK) if tokens else None
+        usage = self.usage(hidden_TH, index_TK) if tokens else None
         return self._unused_E if usage is None else usage
+
+    def usage(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
+        """As ``UsagePredictor.usage``, whether or not earlier predictions were good."""
+        return self._predictor.usage(self._index, hidden_TH, index_TK)
 
     def fetch(self, usage_RE: IntArray, busy_R: BoolArray, held: SlotPool) -> None:
         """Begin to fetch what all ranks predict.

@@ -54,6 +54,9 @@ class LayerPlanner:
         expert_bytes: of one of the layer's experts.
         budgets: shared by all layers.
         cpu_share: decides which missing experts are computed on the ranks' CPUs; None = none.
+
+    Attributes:
+        prefetch_policy: of the layer's prefetches.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class LayerPlanner:
         self._rule = rule
         self._budgets = FetchBudgets() if budgets is None else budgets
         self._remote = RemoteCosts(*state.holds_RE.shape)
-        self._prefetch_policy = PrefetchPolicy()
+        self.prefetch_policy = PrefetchPolicy()
         self._steps = self._steps_with_fetches = 0
         self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
 
@@ -192,12 +195,12 @@ class LayerPlanner:
 
     def judge_predictions(self, used_E: BoolArray) -> None:
         """Compare the predictions of a step with the experts that it uses on any rank."""
-        self._prefetch_policy.judge(used_E)
+        self.prefetch_policy.judge(used_E)
 
     @property
     def wants_prediction(self) -> bool:
         """Whether a prediction of the layer's next step is of use; the same on all ranks."""
-        return self._prefetch_policy.due(self._steps + 1) and not self.state.holds_all
+        return self.prefetch_policy.due(self._steps + 1) and not self.state.holds_all
 
     def prefetch(self, usage_RE: IntArray, scores: Scores, busy_R: BoolArray) -> Prefetches | None:
         """Choose what is fetched before the layer's next step, and enter it: it counts as held from now on.
@@ -208,7 +211,7 @@ class LayerPlanner:
             busy_R: whether each rank's link has something to do.
         """
         state, budgets = self.state, self._budgets
-        found = self._prefetch_policy.plan(
+        found = self.prefetch_policy.plan(
             usage_RE,
             np.ascontiguousarray(state.holds_RE),
             state.quota_R,

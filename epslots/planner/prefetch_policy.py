@@ -12,6 +12,8 @@ Legend of shape suffixes: R ranks, E experts of the layer, F prefetches.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 import numpy as np
 
@@ -212,6 +214,14 @@ def _predicted_and_used(expected_E: IntArray, used_E: BoolArray) -> tuple[int, i
     return predicted, used
 
 
+class PrefetchVerdict(NamedTuple):
+    """Whether a layer is prefetched; its predicted usage, and the used ones of the predicted experts, in 256ths."""
+
+    active: bool
+    predicted: int
+    used: int
+
+
 class PrefetchPolicy:
     """One layer's prefetches, and whether they pay, judged by earlier predictions; the same on all ranks.
 
@@ -226,6 +236,16 @@ class PrefetchPolicy:
         self.active = True
         self._predicted = self._used = 0
         self._expected_E: IntArray | None = None
+
+    @property
+    def verdict(self) -> PrefetchVerdict:
+        """What earlier predictions came to."""
+        return PrefetchVerdict(self.active, self._predicted, self._used)
+
+    def adopt(self, verdict: PrefetchVerdict) -> None:
+        """Go on from the verdict of another judge, the device; a prediction that waits for its step is forgotten."""
+        self.active, self._predicted, self._used = verdict
+        self._expected_E = None
 
     def due(self, step: int) -> bool:
         """Whether to predict the layer's step of this number."""
@@ -254,7 +274,10 @@ class PrefetchPolicy:
         """
         usage_E = used_by_any(usage_RE)
         self._expected_E = np.empty_like(usage_E)
-        if not _enter_expected(usage_E, holds_RE, self._expected_E) or not self.active:
+        if not _enter_expected(usage_E, holds_RE, self._expected_E):
+            self._expected_E = None
+            return None
+        if not self.active:
             return None
         left_R = None if budget is None else budget.experts(expert_bytes)
         found = choose_prefetches(usage_E, holds_RE, quota_R, home_E, scores, busy_R, left_R, spare_RE)

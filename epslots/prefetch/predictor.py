@@ -174,12 +174,16 @@ class _ThreadState(threading.local):
         rows: of each layer with history, those of its latest step.
         previous_rows: the argument of ``Predictor.set_previous_rows``.
         last_scores: ``Predictor.ids``'s last argument and the scores that it computed, for a ``usage`` of the same rows.
+        places: the arguments of ``Predictor.keep_rows_at``; None = rows aren't kept in place.
+        kept: rows in place, [rows, H] of each layer with history.
     """
 
     def __init__(self, layers: int) -> None:
         self.rows: list[torch.Tensor | None] = [None] * layers
         self.previous_rows: torch.Tensor | None = None
         self.last_scores: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.places: tuple[torch.Tensor, int] | None = None
+        self.kept: dict[int, torch.Tensor] = {}
 
 
 class Predictor:
@@ -221,6 +225,16 @@ class Predictor:
                 the end of the step before. None: guess, by ``guess_previous``.
         """
         self._state.previous_rows = row_T
+
+    def keep_rows_at(self, row_T: torch.Tensor | None, rows: int = 0) -> None:
+        """Keep this thread's rows in place from now on, where captured steps find them: row t of a step at ``row_T[t]``.
+
+        Args:
+            row_T: int64 on the device, below ``rows``; repeated rows are alike. What is kept there precedes row t. None = no
+                longer.
+            rows: places.
+        """
+        self._state.places = None if row_T is None else (row_T, rows)
 
     def forget(self) -> None:
         """Begin new sequences: the next step's rows continue no earlier ones."""
@@ -298,11 +312,26 @@ class Predictor:
         return estimator.scores(rows)
 
     def _keep(self, layer: int, estimator: Estimator, hidden_TH: torch.Tensor) -> None:
-        if estimator.history and len(hidden_TH):
-            self._state.rows[layer] = hidden_TH[-HISTORY_ROWS:].detach().to(self._dtype, copy=True)
+        if not estimator.history or not len(hidden_TH):
+            return
+        if self._state.places is not None:
+            self._kept(layer, hidden_TH).index_copy_(0, self._state.places[0], hidden_TH.detach().to(self._dtype))
+            return
+        self._state.rows[layer] = hidden_TH[-HISTORY_ROWS:].detach().to(self._dtype, copy=True)
+
+    def _kept(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """The layer's rows in place."""
+        assert self._state.places is not None
+        shape = self._state.places[1], hidden_TH.shape[1]
+        found = self._state.kept.get(layer)
+        if found is None or found.shape != shape:
+            found = self._state.kept[layer] = torch.zeros(shape, dtype=self._dtype, device=hidden_TH.device)
+        return found
 
     def _previous(self, layer: int, rows_TH: torch.Tensor) -> torch.Tensor:
         """The hidden state of the token before each token, [T, H]; zeros where there is none or it is unknown."""
+        if self._state.places is not None:
+            return self._kept(layer, rows_TH).index_select(0, self._state.places[0])
         last_SH, row_T = self._state.rows[layer], self._state.previous_rows
         if last_SH is None:
             last_SH = rows_TH[:0]

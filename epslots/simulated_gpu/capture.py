@@ -1,7 +1,7 @@
 """Captured graphs: operations are recorded instead of run, and run again by ``replay`` at the same addresses.
 
 While a thread captures, operations compute their values all the same, since Python needs shapes; what they overwrite is put
-back at the end. A replay computes them anew, in order, on one stream.
+back at the end. A replay computes them anew, in order. Streams that were forked run beside the first one then, too.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ from typing import Any
 import torch
 
 from epslots.simulated_gpu.call_site import call_site
-from epslots.simulated_gpu.machine import DeviceWork, current_machine
+from epslots.simulated_gpu.machine import COPIES, DeviceWork, current_machine
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream, default_stream
 from epslots.simulated_gpu.tensors import tensors_in
 
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """One operation of a graph; ``compute`` returns ``results`` in new memory."""
+    """One operation of a graph; ``compute`` returns ``results`` in new memory.
+
+    Attributes:
+        stream: that it was captured on; 0 = the first one.
+        after: numbers of operations of other streams that it comes after.
+    """
 
     work: DeviceWork
     compute: Callable[[], Any]
     results: tuple[torch.Tensor, ...]
     owner: str
+    stream: int
+    after: tuple[int, ...]
 
 
 class StepCapture:
@@ -42,8 +49,8 @@ class StepCapture:
         self.nodes: list[_Node] = []
         self.streams = {stream.stream_id}
         self._origin = stream.stream_id
-        self._joined: dict[int, int] = {}  # nodes of a forked stream that the first one comes after
-        self._last: dict[int, int] = {}
+        self._last: dict[int, int] = {}  # by stream: the number of its last operation
+        self._waits: dict[int, set[int]] = {}  # by stream: operations of others that its next one comes after
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._made: set[int] = set()
 
@@ -62,8 +69,14 @@ class StepCapture:
             why = "" if compute is None else " on another stream"
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {work.name}{why}")
         self._made.update(t.untyped_storage()._cdata for t in results)
-        self.nodes.append(_Node(work, compute, tuple(results), call_site().owner))
-        self._last[stream] = len(self.nodes)
+        after = tuple(sorted(self._waits.pop(stream, ())))
+        number = 0 if stream == self._origin else stream
+        self.nodes.append(_Node(work, compute, tuple(results), call_site().owner, number, after))
+        self._last[stream] = len(self.nodes) - 1
+
+    def reached(self, stream: int) -> frozenset[int]:
+        """The operations that an event on a stream stands for."""
+        return frozenset(self._waits.get(stream, ())) | {self._last[s] for s in (stream,) if s in self._last}
 
     def protect(self, written: Sequence[torch.Tensor]) -> None:
         """Keep what these tensors hold, to put it back at the end."""
@@ -85,8 +98,7 @@ class StepCapture:
                 raise RuntimeError("CUDA error: dependency created on uncaptured work in another stream")
             return
         self.streams.add(stream)
-        if stream == self._origin:
-            self._joined.update(self._last)
+        self._waits.setdefault(stream, set()).update(event.reached)
 
     def end(self) -> None:
         """Put back what was overwritten.
@@ -97,9 +109,27 @@ class StepCapture:
         with current_machine().computing_kernel():
             for whole, before in self._before.values():
                 whole.copy_(before)
-        unjoined = [s for s, last in self._last.items() if s != self._origin and self._joined.get(s, 0) < last]
+        joined = self._before_the_end()
+        unjoined = [stream for stream, last in self._last.items() if last not in joined]
         if unjoined:
             raise RuntimeError(f"CUDA error: capturing stream has unjoined work (streams {unjoined})")
+
+    def _before_the_end(self) -> set[int]:
+        """The operations that are done when the first stream's are."""
+        found: set[int] = set()
+        open_ends = list(self.reached(self._origin))
+        latest: dict[int, int] = {}
+        previous: list[int | None] = []
+        for number, node in enumerate(self.nodes):
+            previous.append(latest.get(node.stream))
+            latest[node.stream] = number
+        while open_ends:
+            number = open_ends.pop()
+            if number not in found:
+                found.add(number)
+                before = previous[number]
+                open_ends += [*self.nodes[number].after, *([] if before is None else [before])]
+        return found
 
 
 class SimulatedGraph:
@@ -107,25 +137,39 @@ class SimulatedGraph:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.nodes: list[_Node] = []
+        self._forked: dict[int, SimulatedStream] = {}
 
     def replay(self) -> None:
-        """Queue all operations on the current stream at once."""
-        machine = current_machine()
-        stream = current_stream().stream_id
+        """Queue all operations at once: on the current stream, and beside it."""
+        machine, here = current_machine(), current_stream()
         machine.spend(machine.spec.replay_s)
-        seconds = []
-        with machine.computing_kernel():
-            for node in self.nodes:
-                computed = node.compute()
-                seconds.append(node.work.seconds if node.work.again is None else node.work.again())
-                if node.results:
-                    for target, value in zip(node.results, tensors_in(computed), strict=True):
-                        target.copy_(value)
-        for node, node_s in zip(self.nodes, seconds, strict=True):
-            work = replace(node.work, seconds=node_s + machine.spec.node_s)
-            machine.operate(work, stream, launch_s=0.0)
-            if work.engine.startswith("SM"):
+        marks: dict[int, SimulatedEvent] = {}
+        marked = {number for node in self.nodes for number in node.after}
+        begun = {0}
+        for number, node in enumerate(self.nodes):
+            stream = here if node.stream == 0 else self._forked.setdefault(node.stream, SimulatedStream(here.device))
+            if node.stream not in begun:
+                begun.add(node.stream)
+                stream.wait_stream(here)
+            for other in node.after:
+                if self.nodes[other].stream != node.stream:
+                    stream.wait_event(marks[other])
+            work = replace(node.work, seconds=self._compute(node) + machine.spec.node_s)
+            machine.operate(work, stream.stream_id, launch_s=0.0)
+            if number in marked:
+                marks[number] = stream.record_event()
+            if work.name not in COPIES:
                 machine.kernels[node.owner, work.name] += 1
+
+    @staticmethod
+    def _compute(node: _Node) -> float:
+        """Compute an operation's values; returns its seconds."""
+        with current_machine().computing_kernel():
+            computed = node.compute()
+            if node.results:
+                for target, value in zip(node.results, tensors_in(computed), strict=True):
+                    target.copy_(value)
+            return node.work.seconds if node.work.again is None else node.work.again()
 
     def reset(self) -> None:
         """Forget the operations."""

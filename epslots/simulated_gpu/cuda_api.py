@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from epslots import device_copy
 from epslots.cuda_graph import lent_slots
-from epslots.cuda_graph.device_slots import TorchKernels
+from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.moe import expert_compute, product_choice
 from epslots.moe.pair_kernels import TorchPairKernels
 from epslots.prefetch import predictor

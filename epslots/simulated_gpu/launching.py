@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from epslots.simulated_gpu.machine import DeviceWork, SimulatedMachine, current_machine
 from epslots.simulated_gpu.streams import current_stream
 from epslots.simulated_gpu.tensors import GpuTensor, memory_of, replace_tensors, tensors_in
+from epslots.simulated_gpu.timeline import Operation
 
 T = TypeVar("T")
 
@@ -31,15 +32,18 @@ def kernel_work(
     writes: Sequence[torch.Tensor],
     flops: float = 0.0,
     moves: Sequence[torch.Tensor] | None = None,
+    *,
+    beside: bool = False,
 ) -> DeviceWork:
     """What a kernel does, and for how long: the longer of its bytes' and its flops' time.
 
     Args:
+        beside: whether it leaves the multiprocessors to others: it waits for the link most of the time.
         moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``: rows of a table.
     """
     spec, nbytes = machine.spec, sum(map(machine.sizes.nbytes, (*reads, *writes) if moves is None else moves))
     seconds = max(spec.kernel_s, nbytes / spec.memory_rate, flops / spec.flops)
-    return DeviceWork(name, f"SM:{number}", seconds, reads, writes, nbytes)
+    return DeviceWork(name, f"{'beside' if beside else 'SM'}:{number}", seconds, reads, writes, nbytes)
 
 
 def launch(
@@ -84,6 +88,19 @@ def transfer(
         machine.wait_for_stream(f"{kind}, blocking or pageable", stream)
 
 
+@dataclass(frozen=True)
+class LinkRead:
+    """Pinned memory that a kernel reads by the link.
+
+    Attributes:
+        nbytes: after it is computed, how much that was.
+        beside: told of the operation, at each replay, too, if it runs beside other kernels; None = it doesn't.
+    """
+
+    nbytes: Callable[[], float]
+    beside: Callable[[Operation], None] | None = None
+
+
 def launch_kernel(
     name: str,
     function: Callable[..., T],
@@ -91,7 +108,7 @@ def launch_kernel(
     reads: Sequence[torch.Tensor] = (),
     writes: Sequence[torch.Tensor] = (),
     moves: Sequence[torch.Tensor] | None = None,
-    link_bytes: Callable[[], float] | None = None,
+    link: LinkRead | None = None,
     flops: float = 0.0,
 ) -> T:
     """Simulate one kernel of our own, which would be Triton's, by a function that computes its values.
@@ -100,7 +117,7 @@ def launch_kernel(
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
         moves: as in ``kernel_work``.
-        link_bytes: after it is computed, the bytes that it has read from pinned memory; None = it reads none.
+        link: what it reads of pinned memory; None = nothing.
         flops: multiplications and additions.
 
     Returns:
@@ -119,15 +136,16 @@ def launch_kernel(
     for memory in made:
         machine.allocate(memory, number, current_stream(number).stream_id)
     moved = None if moves is None else memory_of(list(moves))
-    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, moves=moved)
+    beside = link is not None and link.beside is not None
+    work = kernel_work(machine, name, number, memory_of(list(reads)), [*made, *written], flops, moved, beside=beside)
 
-    if link_bytes is not None:
+    if link is not None:
 
-        def seconds(read: Callable[[], float] = link_bytes, least: float = work.seconds) -> float:
+        def seconds(read: Callable[[], float] = link.nbytes, least: float = work.seconds) -> float:
             return max(least, read() / machine.spec.link_rate)
 
         with machine.computing_kernel():
-            work = replace(work, seconds=seconds(), again=seconds, over_link=True)
+            work = replace(work, seconds=seconds(), again=seconds, over_link=True, queued=link.beside)
     launch(machine, work, number, compute, made)
     return replace_tensors(result, lambda tensor: GpuTensor(tensor, number))
 

@@ -24,6 +24,8 @@ from epslots.simulated_gpu.timeline import Operation, Timeline
 from epslots.simulated_gpu.true_sizes import AS_THEY_ARE
 
 _MOST_RACES = 50
+COPIES = ("H2D", "D2H", "P2P")
+"""Names of operations that aren't kernels."""
 
 
 class DeviceHangsError(RuntimeError):
@@ -58,6 +60,7 @@ class DeviceWork:
         nbytes: bytes that it moves.
         over_link: whether a kernel reads pinned memory by the link.
         again: its seconds when a graph runs it once more, after it is computed; None = the same.
+        queued: told of the operation.
     """
 
     name: str
@@ -68,6 +71,7 @@ class DeviceWork:
     nbytes: int = 0
     over_link: bool = False
     again: Callable[[], float] | None = None
+    queued: Callable[[Operation], None] | None = None
 
 
 class SimulatedMachine:
@@ -285,6 +289,8 @@ class SimulatedMachine:
             )
             self.timeline.queue(operation)
             self.access(stream, f"{work.name} on stream {stream} at {site.line}", work.reads, work.writes)
+            if work.queued is not None:
+                work.queued(operation)
             return operation
 
     def access(self, stream: int, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:

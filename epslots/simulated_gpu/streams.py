@@ -48,6 +48,7 @@ class SimulatedStream:
         capture = self.machine.capture
         if capture is not None:
             capture.join(self.stream_id, event)
+            return
         with self.machine.lock:
             if event.operation is not None and event.operation.stream != self.stream_id:
                 self.machine.operate(DeviceWork("wait"), self.stream_id, [event.operation], launch_s=0.0)
@@ -90,6 +91,7 @@ class SimulatedEvent:
         self.clock: dict[int, int] | None = None
         self.operation: Operation | None = None
         self.capture: Any = None
+        self.reached: frozenset[int] = frozenset()
 
     def record(self, stream: SimulatedStream | None = None) -> None:
         """Move the event behind all that a stream has; by default the current stream. The device gets a context."""
@@ -98,7 +100,10 @@ class SimulatedEvent:
         with machine.lock:
             self.clock = machine.ordering.snapshot(stream.stream_id)
             self.operation = machine.timeline.last(stream.stream_id)
-            self.capture = machine.capture
+            captures = machine.capture is not None and stream.stream_id in machine.capture.streams
+            self.capture = machine.capture if captures else None
+            if self.capture is not None:
+                self.reached = self.capture.reached(stream.stream_id)
             machine.contexts.add(stream.device_index)
 
     def query(self) -> bool:

@@ -85,6 +85,13 @@ class Timeline:
             self._serve(*ready)
         return operation.end_s
 
+    def end_sooner(self, operation: Operation, end_s: float) -> None:
+        """Let an operation end before its time. It is the last of its stream and of its engine."""
+        assert self._last[operation.stream] is operation and operation.start_s is not None and operation.end_s is not None
+        assert operation.start_s <= end_s <= operation.end_s == self._engine_free_s[operation.engine]
+        operation.duration_s, operation.end_s = end_s - operation.start_s, end_s
+        self._stream_free_s[operation.stream] = self._engine_free_s[operation.engine] = end_s
+
     def clear(self) -> None:
         """Forget all operations that have been served."""
         self.run(math.inf)

@@ -13,19 +13,22 @@ from hypothesis import strategies as st
 from epslots.cuda_graph.device_slots import (
     DeviceSlots,
     Missing,
-    TorchKernels,
     adopt_device_tables,
     slots_obstacle,
 )
+from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.errors import ConfigError, CorruptExpertError
+from epslots.planner.prefetch_policy import PrefetchBudget, PrefetchPolicy, PrefetchVerdict
 from epslots.planner.use_history import UseHistory
 from tests.support.device_slot_helpers import (
     NoValues,
     assert_as_the_host_decides,
     assert_slots_hold_what_tables_say,
     make_loader,
+    predictions,
     problems,
     put_in_state,
+    run_predictions,
     states,
     store,
 )
@@ -46,7 +49,7 @@ def test_the_device_decides_as_the_host_does_in_any_state(state: dict[str, Any])
     slots.prepare(layer, torch.tensor(state["ids"]))
     host.step(layer, state["ids"])
     found = [UseHistory.empty(1, experts).layer(0, experts) for experts in host.experts]
-    steps, tallies = slots.leave(found)
+    steps, tallies, _ = slots.leave(found)
     assert steps == host.steps
     assert list(tallies[layer])[1:] == host.tallies[layer].tolist()[1:]
     assert np.array_equal(pool.slot_of[layer, : host.experts[layer]], host.slot_of[layer])
@@ -56,11 +59,67 @@ def test_the_device_decides_as_the_host_does_in_any_state(state: dict[str, Any])
     pool.check_integrity()
 
 
+@settings(deadline=None, max_examples=100)
+@given(state=states(), given_=predictions())
+def test_prefetches_are_the_hosts(state: dict[str, Any], given_: dict[str, Any]):
+    """In their order, with the same evictions, budget and verdict; two predictions, and a step after each."""
+    loader, slots, host = put_in_state(state, TorchKernels)
+    kernels, view, row = TorchKernels(loader), slots.layers[state["layer"]], host.rows[state["layer"]]
+    ids, experts, nbytes = torch.tensor(state["ids"]), len(view.slot_of_E), loader.pool.layout.nbytes
+    missing = Missing(*(torch.zeros(n, dtype=torch.int64) for n in (len(ids), len(ids), 1)))
+    view.left.fill_(given_["left"])
+    view.last_use_E.clamp_(max=state["step"])
+    view.ahead.verdict_3.copy_(torch.tensor(given_["verdict"]))
+    policy, budget = PrefetchPolicy(), PrefetchBudget(1, given_["left"])
+    policy.adopt(PrefetchVerdict(*given_["verdict"]))
+    for usage in given_["usage"]:
+        row.last_use[:], row.decayed[:] = view.last_use_E, view.decayed_DE
+        holds, scores, busy = view.slot_of_E.numpy() >= 0, host.policy(row), np.array([given_["running"] > 0])
+        chosen = policy.plan(
+            np.array([usage[:experts]]),
+            holds[None],
+            np.array([state["quota"]]),
+            np.zeros(experts, np.int64),
+            lambda scores=scores: scores,
+            busy,
+            budget,
+            nbytes,
+        )
+        kernels.choose(view, torch.tensor(usage[:experts], dtype=torch.int32), torch.tensor([given_["running"]]))
+        count = int(view.ahead.count)
+        assert view.ahead.expert_F[:count].tolist() == ([] if chosen is None else chosen.experts.tolist())
+        assert ((view.slot_of_E >= 0).numpy() == (holds if chosen is None else chosen.after_RE[0])).all()
+        verdict = view.ahead.verdict_3.tolist()
+        assert [bool(verdict[0]), *verdict[1:]] == list(policy.verdict)
+        view.ahead.arrived_F.fill_(kernels.chunks)
+        kernels.decide(view, ids, missing)
+        policy.judge(np.isin(np.arange(experts), state["ids"]))
+        budget.spend(np.zeros(int(missing.count), np.int64), nbytes)
+        assert max(0, int(view.left)) // nbytes == budget.experts(nbytes)[0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(state=states(), given_=predictions())
+def test_late_prefetches_are_dropped_or_needed(state: dict[str, Any], given_: dict[str, Any]):
+    """After a step each needed expert is in a slot, whole; nothing that was dropped is in the tables."""
+    loader, slots, _ = put_in_state(state, TorchKernels)
+    view = slots.layers[state["layer"]]
+    kernels = TorchKernels(loader)
+    for number, _ in enumerate(run_predictions(loader, slots, kernels, state, given_)):
+        if number % 3 == 2:
+            for expert in state["ids"]:
+                assert expert >= len(view.slot_of_E) or view.slot_of_E[expert] >= 0
+            dropped = [s for s, gone in zip(view.ahead.slot_F.tolist(), view.ahead.dropped_F.tolist(), strict=True) if gone]
+            listed = dict(zip(view.ahead.slot_F.tolist(), view.ahead.expert_F.tolist(), strict=True))
+            assert all(view.expert_of_Q[slot - view.start] != listed[slot] for slot in dropped)
+
+
 def test_the_decision_asks_for_no_value():
     loader = make_loader((4, 3, 6))
     slots = DeviceSlots(loader, TorchKernels(loader), 3)
     missing = Missing(*(torch.zeros(n, dtype=torch.int64) for n in (3, 3, 1)))
     with NoValues():
+        TorchKernels(loader).choose(slots.layers[1], torch.full((9,), 200, dtype=torch.int32), slots.misses)
         TorchKernels(loader).decide(slots.layers[1], torch.tensor([8, 2, 8]), missing)
     assert (int(missing.count), missing.expert_M[:2].tolist()) == (2, [2, 8])
     with pytest.raises(AssertionError, match="asks for values"), NoValues():

@@ -13,14 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from epslots.cuda_graph.device_slots import DeviceSlots, Kernels, Missing, TorchKernels
+from epslots.cuda_graph.device_slots import DeviceSlots, Kernels, Missing
+from epslots.cuda_graph.torch_kernels import TorchKernels
 from tests.support.device_slot_helpers import (
     LAYOUT,
     STORE_LAYERS,
     assert_as_the_host_decides,
     make_loader,
+    predictions,
     problems,
     put_in_state,
+    run_predictions,
     states,
     store,
 )
@@ -33,7 +36,7 @@ pytestmark = needs_triton
 def test_under_the_interpreter():
     in_moe = [f"moe/test_{name}" for name in ("grouped_kernel", "packed_kernel", "pair_kernels")]
     modules = "cuda_graph/test_triton_kernels", *in_moe, "prefetch/test_usage"
-    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=5 + 6 + 9 + 14 + 6)
+    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=6 + 6 + 9 + 14 + 6)
 
 
 def kernels(loader: Any) -> Kernels:
@@ -63,9 +66,22 @@ def test_triton_equals_torch_in_any_state(state: dict[str, Any]):
         missing = Missing(*(torch.zeros(n, dtype=torch.int64) for n in (quota, quota, 1)))
         make(loader).decide(view, torch.tensor(state["ids"]), missing)
         count = int(missing.count)
-        tensors = [view.slot_of_E, view.expert_of_Q, view.last_use_E, view.decayed_DE, view.step, view.tally_3]
+        tensors = [view.slot_of_E, view.expert_of_Q, view.last_use_E, view.decayed_DE, view.step, view.tally_3, view.left]
         found.append([*(t.tolist() for t in tensors), missing.expert_M[:count].tolist(), missing.slot_M[:count].tolist()])
         loader.pool.check_integrity()
+    assert found[0] == found[1]
+
+
+@interpreted
+@settings(deadline=None, max_examples=20)
+@given(state=states(), predictions=predictions())
+def test_triton_prefetches_as_torch_does(state: dict[str, Any], predictions: dict[str, Any]):
+    """Two predictions with a step in between, which finds some of the prefetches on their way."""
+    found = []
+    for make in (TorchKernels, kernels):
+        loader, slots, _ = put_in_state(state, make)
+        made = make(loader)
+        found.append(list(run_predictions(loader, slots, made, state, predictions)))
     assert found[0] == found[1]
 
 
@@ -89,32 +105,38 @@ def test_what_is_copied_and_what_is_not(count: int, monkeypatch: pytest.MonkeyPa
 
 
 def compiled_kernel(name: str, constants: dict[str, int], capability: int, warps: int) -> Any:
-    from epslots.cuda_graph import triton_kernels
+    from epslots.cuda_graph import triton_decisions, triton_kernels
 
-    kernel = getattr(triton_kernels, name)
-    unaligned = ("pairs", "experts", "slots", "start", "row", "page")
+    kernel = getattr(triton_decisions, name, None) or getattr(triton_kernels, name)
+    unaligned = ("pairs", "experts", "slots", "start", "row", "page", "chunks", "nbytes", "most")
     aligned = ("page_words", "stride", "record_words")
-    types = dict.fromkeys(kernel.arg_names, "*i64:16") | dict.fromkeys(unaligned, "i32") | dict.fromkeys(aligned, "i32:16")
+    types = (
+        dict.fromkeys(kernel.arg_names, "*i64:16")
+        | {"usage": "*i32:16"}
+        | dict.fromkeys(unaligned, "i32")
+        | dict.fromkeys(aligned, "i32:16")
+    )
     types = {name: kind for name, kind in types.items() if name not in constants}
     return compiled(kernel, types, constants, capability, num_warps=warps)
 
 
 @outside
-@pytest.mark.parametrize("capability", [80, 90])
-def test_copies_are_of_16_bytes(capability: int):
+@pytest.mark.parametrize(("capability", "ahead"), [(80, False), (90, False), (90, True)])
+def test_copies_are_of_16_bytes(capability: int, ahead: bool):
     """On a link each request costs the same, for any number of bytes."""
     assert LAYOUT.nbytes % 16 == 0
     from epslots.cuda_graph.triton_kernels import GATHER_WARPS, GATHER_WORDS
 
-    code = compiled_kernel("_gather", {"BLOCK": GATHER_WORDS}, capability, GATHER_WARPS).asm["ptx"]
+    code = compiled_kernel("_gather", {"BLOCK": GATHER_WORDS, "AHEAD": ahead}, capability, GATHER_WARPS).asm["ptx"]
     assert set(re.findall(r"st\.global[.\w]*", code)) == {"st.global.v2.b64"}
     assert len(re.findall(r"ld\.global[.\w]*v2\.b64", code)) == GATHER_WORDS // (32 * GATHER_WARPS) // 2
 
 
 @outside
+@pytest.mark.parametrize("name", ["decide", "choose"])
 @pytest.mark.parametrize(("experts", "warps"), [(8, 1), (128, 1), (512, 4)])
-def test_the_decision_stays_in_registers(experts: int, warps: int, tmp_path: Path):
+def test_decisions_stay_in_registers(name: str, experts: int, warps: int, tmp_path: Path):
     """As the assembler reports it."""
-    binary = compiled_kernel("_decide", {"BLOCK_E": experts, "BLOCK_Q": experts // 2}, 90, warps)
+    binary = compiled_kernel(name, {"BLOCK_E": experts, "BLOCK_Q": experts // 2}, 90, warps)
     told = assembled(binary, 90, tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in told, told

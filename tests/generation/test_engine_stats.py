@@ -6,16 +6,18 @@ from dataclasses import fields
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage, sum_engines
 
 
 def stats(**numbers: int) -> EngineStats:
-    return EngineStats(**{name: numbers.get(name, 0) for name in EngineStats.__struct_fields__})
+    names = [name for name in EngineStats.__struct_fields__ if name != "capture_obstacle"]
+    return EngineStats(**{name: numbers.get(name, 0) for name in names})
 
 
 def test_each_counter_is_in_the_record():
-    names = [*(field.name for field in fields(EngineCounters)), *Usage._fields, "waiting"]
+    names = [*(field.name for field in fields(EngineCounters)), *Usage._fields, "waiting", "capture_obstacle"]
     assert sorted(names) == sorted(EngineStats.__struct_fields__)
 
 
@@ -25,6 +27,8 @@ def test_sums_over_ranks():
     assert total == stats(steps=7, new_tokens=7, kv_used=60, kv_tokens=200)
     assert total.kv_usage == pytest.approx(0.3)
     assert sum_engines([]) == stats()
+    reason = replace(stats(), capture_obstacle="a reason")
+    assert sum_engines([stats(), reason, replace(reason, capture_obstacle="another")]) == reason
     assert sum_engines([]).kv_usage == 0
 
 

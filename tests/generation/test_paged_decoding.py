@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from epslots.generation.paged_batcher import PagedBatcher
-from epslots.generation.paged_decoding import _aligned
+from epslots.generation.paged_decoding import _aligned_here
 from epslots.generation.requests import Request
 from tests.support import zoo
 from tests.support.batches import Collected, generated, prompt_of, requests_of
@@ -54,7 +54,7 @@ def test_logits_are_those_of_packed_steps(name: str):
     found: list[list[torch.Tensor]] = []
     for packed in (False, True):
         batcher, collected = decoding(model, requests)
-        batcher._decoding._suits &= not packed
+        batcher._decoding.suits &= not packed
         logits: list[torch.Tensor] = []
         hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out, kept=logits: kept.append(out.clone()))
         collected.run(8)
@@ -123,7 +123,7 @@ def test_reads_end_with_each_requests_last_position(lengths: list[int]):
     rows, taken, longest = [], iter(range(100, 200)), max(lengths)
     for length in lengths:
         rows.append([0] * (longest - length) + [next(taken) for _ in range(length)])
-    found = _aligned(index, torch.tensor(lengths).numpy())
+    found = _aligned_here(index, torch.tensor(lengths).numpy())
     assert found.cells.view(len(lengths), -1).tolist() == rows
     if len(set(lengths)) == 1:
         assert found.mask_R11S is None

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
 from epslots.generation import next_token
+from epslots.generation.next_token import choose
 from epslots.generation.sampling import GREEDY, SEEDS, Sampling, uniform_numbers
 from epslots.generation.tracked_request import NO_TOKEN
-from tests.support.choices import next_tokens
+from tests.support.choices import RequestAt, next_tokens
 
 V = 40
 PLAIN = Sampling(1.0)
@@ -245,6 +246,20 @@ def test_equally_likely_tokens_are_kept_or_dropped_together():
         (Sampling(1.0, top_p=0.7), {1, 2, 3, 4, 5}),
     ):
         assert set(tokens_at(logits, sampling, range(300))) == tokens
+
+
+@pytest.mark.parametrize("logprobs", [None, 3])
+@pytest.mark.parametrize("spread", [0.1, 8.0])
+def test_a_nucleus_is_found_however_wide(spread: float, logprobs: int | None):
+    """Few of the likeliest tokens are looked through first; where these aren't enough, all are, and nothing else changes."""
+    logits = logits_of(7, rows=3, spread=spread)
+    samplings = [Sampling(1.0, top_p=0.9, seed=1), Sampling(1.0, top_k=20, seed=2), GREEDY]
+    entries = [RequestAt(sampling, 5, logprobs=logprobs) for sampling in samplings]
+    exact = choose(logits, entries, nucleus_ranks=V)
+    for ranks in (1, 4, V + 5):
+        found = choose(logits, entries, nucleus_ranks=ranks)
+        assert found.read() == exact.read()
+        assert (int(found.tokens_N[0]) == -2) is (ranks < V and spread < 1)
 
 
 def test_top_p_is_of_what_min_p_leaves():

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 import epslots
-from epslots.cuda_graph.device_slots import DeviceSlots, Missing, TorchKernels
+from epslots.cuda_graph.device_slots import DeviceSlots, Missing
 from epslots.cuda_graph.lent_slots import kernels_for
+from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling

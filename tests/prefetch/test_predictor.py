@@ -267,6 +267,27 @@ def test_a_caller_says_what_follows_what():
     assert close(told(found, third), expected(estimator, third, second[[1, 3]]))
 
 
+def test_rows_kept_in_place_follow_their_own():
+    """A captured step reads and writes the same memory, whichever requests it has; a repeated row changes nothing."""
+    estimator = fitted(history=True)
+    found, steps = predictor(estimator), torch.randn(3, 3, 5)
+    found.keep_rows_at(torch.tensor([2, 0]), 4)
+    assert close(told(found, steps[0, :2]), expected(estimator, steps[0, :2], torch.zeros(2, 5)))
+    kept = found._state.kept[0].data_ptr()
+    found.keep_rows_at(torch.tensor([0, 3, 0]), 4)
+    rows = steps[1][[0, 1, 0]]
+    before = torch.stack([steps[0, 1], torch.zeros(5), steps[0, 1]])
+    assert close(told(found, rows), expected(estimator, rows, before))
+    found.keep_rows_at(torch.tensor([0, 2, 3]), 4)
+    before = torch.stack([steps[1, 0], steps[0, 0], steps[1, 1]])
+    assert close(told(found, steps[2]), expected(estimator, steps[2], before))
+    assert found._state.kept[0].data_ptr() == kept
+    found.keep_rows_at(None)
+    found.forget()
+    told(found, steps[0])
+    assert close(told(found, steps[1]), expected(estimator, steps[1], steps[0])), "as before"
+
+
 @pytest.mark.parametrize("tokens", [3, 700])
 def test_rows_that_were_not_kept_are_nobody_s(tokens: int):
     """A step that the layer wasn't asked about, or of which there is no more, changes nothing."""

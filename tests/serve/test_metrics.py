@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
+from cluster.reports import ClusterStats, RankStats
 from cluster.serve.access_log import AccessLog, line_of
 from cluster.serve.cluster_metrics import balance as balance_of
 from cluster.serve.record import RequestRecord
@@ -55,6 +59,23 @@ def test_the_clusters_numbers_are_there():
     assert found["epslots:expert_bytes_total source=host"] == 0
     assert (found["epslots:rank_steps_total"], found["epslots:zero_miss_steps_total"]) == (8, 6)
     assert (found["epslots:longest_wait_seconds"], found["epslots:ranks_missing"]) == (2.5, 1)
+
+
+class UncapturedCluster(ScriptedCluster):
+    """A cluster of one rank, which says why it decodes without graphs."""
+
+    def stats(self, layers: Sequence[int] = ()) -> ClusterStats:
+        found = super().stats(layers)
+        engine = msgspec.structs.replace(found.engine, capture_obstacle="a layer has 2 slots")
+        zero = {"steps": 0, "requests": 0, "memory_bytes": 0, "descriptors": 0, "threads": 0}
+        return replace(found, ranks=(RankStats(group=0, rank=1, where="here", stats=found.total, engine=engine, **zero),))
+
+
+def test_ranks_without_graphs_are_named():
+    with UncapturedCluster() as cluster, serving(cluster) as client:
+        found = samples(client)
+    assert found["epslots:rank_uncaptured obstacle=a layer has 2 slots rank=1"] == 1
+    assert found["epslots:engine_steps_replayed_total"] == 0
 
 
 def test_ranks_are_asked_once_a_second_at_most():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
-from epslots.simulated_gpu.launching import launch_kernel
+from epslots.simulated_gpu.launching import LinkRead, launch_kernel
 from epslots.simulated_gpu.machine import DeviceHangsError, DeviceWork, SimulatedMachine
 
 # Round numbers: a byte a nanosecond over the link, kernels of a millisecond, and a host that takes no time.
@@ -265,7 +265,7 @@ def test_a_replayed_kernel_takes_the_time_of_its_values(gpu: SimulatedMachine):
 
     def step() -> None:
         count.mul_(2)
-        launch_kernel("ours", lambda _: None, count, reads=[count], link_bytes=lambda: 5 * MB * float(count.memory))  # type: ignore[attr-defined]
+        launch_kernel("ours", lambda _: None, count, reads=[count], link=LinkRead(lambda: 5 * MB * float(count.memory)))  # type: ignore[attr-defined]
 
     graph = captured(step)
     graph.replay()
@@ -334,3 +334,31 @@ def test_a_capture_is_closed_to_other_streams(gpu: SimulatedMachine):
             captured(step)
     captured(forks_and_joins).replay()
     assert x.tolist() == [1] * 4
+
+
+def test_forked_streams_run_beside_each_other(gpu: SimulatedMachine):
+    """In a replay, too; and what nothing orders there is a race."""
+    x, y = torch.zeros(5 * MB, dtype=torch.uint8, device="cuda"), torch.zeros(4, device="cuda")
+    record = pinned(5 * MB)
+
+    def step(*, again: bool) -> None:
+        side, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        y.add_(1)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            x.copy_(record, non_blocking=True)
+        y.add_(1)
+        if again:
+            x.add_(1)
+        here.wait_stream(side)
+        x.add_(1)
+
+    graph = captured(lambda: step(again=False))
+    gpu.reset()
+    graph.replay()
+    torch.cuda.synchronize()
+    first, copy, beside, last = [one for one in gpu.timeline.operations if one.engine]
+    assert first.end_s == copy.start_s == beside.start_s < beside.end_s < copy.end_s == last.start_s
+    assert gpu.races == [] and y.tolist() == [2] * 4 and int(x[7]) == 1
+    captured(lambda: step(again=True)).replay()
+    assert [race.kind for race in gpu.races] == ["two writes"]

@@ -18,8 +18,8 @@ from epslots.generation.tracked_request import TrackedRequest
 class RequestAt(TrackedRequest):
     """A request whose next token has any position."""
 
-    def __init__(self, sampling: Sampling, position: int) -> None:
-        super().__init__(Request("at", (0,), 1, sampling=sampling))
+    def __init__(self, sampling: Sampling, position: int, logprobs: int | None = None) -> None:
+        super().__init__(Request("at", (0,), 1, sampling=sampling, logprobs=logprobs))
         self.position = position
 
     @property
@@ -30,7 +30,7 @@ class RequestAt(TrackedRequest):
 def next_tokens(logits: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> torch.Tensor:
     """The token that each row's sampling chooses at its position."""
     entries = [RequestAt(sampling, position) for sampling, position in zip(samplings, positions, strict=True)]
-    return choose(logits, entries).tokens_N
+    return torch.tensor([choice.token for choice in choose(logits, entries).read()])
 
 
 def bits_of(tokens: Sequence[int] | set[int], vocabulary: int) -> NDArray[np.int32]:

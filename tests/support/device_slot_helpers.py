@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -16,10 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from epslots.cache.host_store import HostStore, Manifest
 from epslots.cache.node_store import open_node_store
 from epslots.cache.slot_pool import SlotPool
-from epslots.cuda_graph.device_slots import DEVICE_POLICIES, DeviceSlots
+from epslots.cuda_graph.device_slots import (
+    DEVICE_POLICIES,
+    MOST_PREFETCHES,
+    UNBOUNDED,
+    DeviceCounts,
+    DeviceLayer,
+    DeviceSlots,
+    Missing,
+)
 from epslots.layout import LayerSpec, RecordLayout
 from epslots.planner.cache_policy import POLICIES
 from epslots.planner.evictions import plan_evictions
+from epslots.planner.prefetch_policy import HALVE_AT, LEAST_JUDGED, LIKELY, WORTH_A_TRY
 from epslots.planner.use_history import UseHistory, record_use
 from epslots.progress import ProgressDisplay
 
@@ -82,7 +92,7 @@ class HostRule:
         self.slot_of = [np.full(experts, -1) for experts in self.experts]
         self.expert_of = [np.full(quota, -1) for quota in quotas]
         self.steps = [0] * len(quotas)
-        self.tallies = np.zeros((len(quotas), 4), np.int64)
+        self.tallies = np.zeros((len(quotas), len(DeviceCounts._fields)), np.int64)
 
     def step(self, layer: int, ids: list[int]) -> None:
         experts, slot_of, expert_of = self.experts[layer], self.slot_of[layer], self.expert_of[layer]
@@ -95,7 +105,7 @@ class HostRule:
         misses = np.flatnonzero(needed & (slot_of < 0))
         going = sorted(np.flatnonzero(change.evicted_RE[0]).tolist(), key=lambda expert: (score[expert], expert))
         slots = [*(self.starts[layer] + np.flatnonzero(expert_of < 0)).tolist(), *slot_of[going].tolist()][: len(misses)]
-        self.tallies[layer] += [1, needed.sum() - len(misses), len(misses), len(going)]
+        self.tallies[layer] += [1, needed.sum() - len(misses), len(misses), len(going), 0]
         expert_of[slot_of[going] - self.starts[layer]] = -1
         slot_of[going] = -1
         slot_of[misses] = slots
@@ -147,7 +157,7 @@ def assert_as_the_host_decides(problem: dict[str, Any], loader: Any, kernels: An
             slots.prepare(layer, torch.tensor(ids))
             assert_slots_hold_what_tables_say(loader)
         if layer < 0 or number in problem["turns"]:
-            steps, counted = slots.leave(rows)
+            steps, counted, _ = slots.leave(rows)
             tallies += counted
             assert steps == host.steps
             assert np.array_equal(tallies, host.tallies)
@@ -200,6 +210,60 @@ def put_in_state(state: dict[str, Any], make: Any) -> tuple[Any, DeviceSlots, Ho
     slots = DeviceSlots(loader, make(loader), quota, policy=state["policy"])
     slots.enter(host.rows, host.steps)
     return loader, slots, host
+
+
+@st.composite
+def predictions(draw: st.DrawFn) -> dict[str, Any]:
+    """Two predictions of a layer, and the circumstances in which they are made."""
+    # Few values, so that likeliest experts tie.
+    usage = st.lists(st.sampled_from([0, WORTH_A_TRY - 1, WORTH_A_TRY, LIKELY, 200, 255]), min_size=16, max_size=16)
+    return {
+        "usage": [draw(usage), draw(usage)],
+        "running": draw(st.integers(0, 1)),
+        "left": draw(st.sampled_from([UNBOUNDED, 3 * LAYOUT.nbytes + 1, LAYOUT.nbytes - 1, -LAYOUT.nbytes])),
+        "verdict": draw(
+            st.tuples(st.booleans(), st.sampled_from([0, LEAST_JUDGED - 1, HALVE_AT]), st.sampled_from([0, LEAST_JUDGED]))
+        ),
+        "arrived": draw(st.lists(st.booleans(), min_size=MOST_PREFETCHES, max_size=MOST_PREFETCHES)),
+    }
+
+
+def run_predictions(
+    loader: Any, slots: DeviceSlots, kernels: Any, state: dict[str, Any], given: dict[str, Any]
+) -> Iterator[list[Any]]:
+    """Predict, decide a step and predict again; yields all state after each.
+
+    Of the first prefetches some haven't arrived when the step is decided, and are copied to the end then.
+    """
+    view = slots.layers[state["layer"]]
+    ahead, experts = view.ahead, len(view.slot_of_E)
+    missing = Missing(*(torch.zeros(n, dtype=torch.int64) for n in (len(state["ids"]), len(state["ids"]), 1)))
+    view.left.fill_(given["left"])
+    ahead.verdict_3.copy_(torch.tensor(given["verdict"]))
+    for usage in given["usage"]:
+        running = torch.tensor([given["running"]])
+        kernels.choose(view, torch.tensor(usage[:experts], dtype=torch.int32), running)
+        count = int(ahead.count)
+        yield [*_state(view), ahead.expert_F[:count].tolist(), ahead.slot_F[:count].tolist()]
+        loader.pool.check_integrity()
+        ahead.arrived_F.copy_(torch.tensor(given["arrived"])[: len(ahead.arrived_F)] * kernels.chunks)
+        kernels.decide(view, torch.tensor(state["ids"]), missing)
+        yield [*_state(view), ahead.dropped_F[:count].tolist()]
+        loader.pool.check_integrity()
+        ahead.arrived_F.zero_()
+        kernels.copy_ahead(view)
+        kernels.copy(view, missing)
+        yield [(ahead.arrived_F == kernels.chunks).tolist()[:count], *_state(view)]
+        come = [*ahead.slot_F[:count][ahead.dropped_F[:count] == 0].tolist(), *missing.slot_M[: int(missing.count)].tolist()]
+        for slot in come:
+            expert = int(view.expert_of_Q[slot - view.start])
+            assert expert < 0 or torch.equal(loader.pool.memory[slot], store().record(STORE_LAYERS[state["layer"]], expert))
+
+
+def _state(view: DeviceLayer) -> list[Any]:
+    ahead = view.ahead
+    tensors = [view.slot_of_E, view.expert_of_Q, view.last_use_E, view.decayed_DE, view.step, view.tally_3, view.left]
+    return [t.tolist() for t in (*tensors, ahead.expected_E, ahead.verdict_3, ahead.count, ahead.fetched)]
 
 
 class NoValues(TorchDispatchMode):

@@ -1,0 +1,23 @@
+"""Tables of counters, as people read them."""
+
+from __future__ import annotations
+
+from io import StringIO
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from epslots.cli.tables import requests_table
+from epslots.generation.engine_stats import sum_engines
+
+
+def test_a_rank_without_graphs_is_named():
+    """With the reason, which may hold brackets; other ranks aren't."""
+    engines = [sum_engines(()), msgspec.structs.replace(sum_engines(()), capture_obstacle="no room [10 of 12]")]
+    ranks: list[Any] = [SimpleNamespace(rank=number, engine=engine) for number, engine in enumerate(engines)]
+    text = StringIO()
+    Console(file=text, width=160).print(requests_table(ranks))
+    assert "rank 1 decodes without CUDA graphs: no room [10 of 12]" in text.getvalue()
+    assert "rank 0 decodes" not in text.getvalue() and "replayed" in text.getvalue()
