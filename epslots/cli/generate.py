@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from epslots.cli.launchers import Continuation, Launched, Launcher
-    from epslots.generation.requests import TokenLogprobs
+    from epslots.generation.requests import Reason, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -320,31 +320,41 @@ def print_texts(
             if echo:
                 print(prompt.text or tokenizer.decode(list(prompt.tokens)), end="", flush=True)
             try:
-                _print_text(continuation, tokenizer)
+                reason = _print_text(continuation, tokenizer)
             except RequestError as error:
                 if texts == 1:
                     raise
                 failed += 1
                 print(flush=True)
                 say(f"error: {error}")
+            else:
+                if reason == "length" and prompt.settings.text_grammar is not None:
+                    say(f"cut off by max_new_tokens={prompt.settings.max_new_tokens}: it may end before its grammar does")
     if failed:
         raise RequestError(f"{failed} of {texts} texts ended with an error")
 
 
-def _print_text(continuation: Continuation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print a text as it comes; after it, log-probabilities to standard error if they were asked for."""
+def _print_text(continuation: Continuation, tokenizer: PreTrainedTokenizerBase) -> Reason | None:
+    """Print a text as it comes; after it, log-probabilities to standard error if they were asked for.
+
+    Returns:
+        Why it ended.
+    """
     from epslots.cli.tables import print_logprobs
 
     of_prompt: list[TokenLogprobs] = []
     of_text: list[TokenLogprobs] = []
+    reason: Reason | None = None
     for portion in continuation.portions():
         print(portion.text, end="", flush=True)
         of_prompt += portion.prompt_logprobs
         of_text += portion.logprobs
+        reason = portion.reason
     print(flush=True)
     for title, logprobs in (("prompt", of_prompt), ("text", of_text)):
         if logprobs:
             print_logprobs(f"log-probabilities of the {title}", logprobs, lambda token: tokenizer.decode([token]))
+    return reason
 
 
 def show_stats(launched: Launched, link: str | None) -> None:

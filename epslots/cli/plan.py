@@ -103,7 +103,8 @@ def plan(
         epslots plan --model deepseek-v3 --ranks 8 --slots 8 --memory 80GiB
         epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --max-requests 64 --device cuda
 
-    Of a checkpoint, only configuration and headers are read.
+    Of a checkpoint, only configuration and headers are read. A known model is planned unquantised:
+    for the plan of a quantised checkpoint (such as DeepSeek-V3 in FP8, gpt-oss in MXFP4) give its folder.
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
     --host-memory bounds the RAM of a node that has all the ranks: the plan then says how much is read from the disk.
@@ -149,9 +150,14 @@ def plan(
         typer.echo(json.dumps(_as_json(result, found, host), indent=2))
     else:
         _print_tables(result, found, host)
-    if result.free_bytes is not None and not result.fits:
+    if result.free_bytes is None:
+        return
+    if not result.fits:
         typer.echo(f"doesn't fit: short of {format_bytes(-result.free_bytes)}. {advice(result)}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+    each = "the rank has" if work.ranks == 1 else f"each of {work.ranks} ranks has"
+    free, store = format_bytes(result.free_bytes), format_bytes(result.host_store_bytes)
+    typer.echo(f"fits: {each} {free} to spare, and a node keeps a host store of {store}.", err=True)
 
 
 def _device_kind(device: str | None, *, here: bool) -> str:
@@ -253,7 +259,7 @@ def _plan_table(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | No
         row("available", result.memory_bytes, result.memory_note)
         row("free" if result.fits else "short of", abs(result.free_bytes))
     table.add_section()
-    packed = ", packed as in the checkpoint" if any(layer.packed is not None for layer in shape.layers) else ""
+    packed = ", packed" if any(layer.packed is not None for layer in shape.layers) else ""
     where = "in RAM or a mapped file" if host is None else "in a file"
     note = f"all {shape.num_experts:,} experts{packed}, once for each node, {where}"
     table.add_row("host store", format_bytes(result.host_store_bytes), "", note)

@@ -48,7 +48,7 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
             layer.layer,
             f"{layer.slots}/{layer.num_experts}",
             f"{layer.steps:,}",
-            f"{layer.hit_rate:.1%}",
+            _hit_rate(layer),
             f"{layer.misses:,}",
             f"{layer.passes / max(1, layer.steps):.2f}",
             f"{layer.evictions:,}",
@@ -61,7 +61,7 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
         "all layers",
         f"{stats.total('slots')}/{stats.total('num_experts')}",
         "",
-        f"{stats.hit_rate:.1%}",
+        _hit_rate(stats),
         f"{stats.misses:,}",
         "",
         f"{stats.total('evictions'):,}",
@@ -78,6 +78,11 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
     if link is not None:
         table.caption += f"\nthe link was emulated: {link}"
     return table
+
+
+def _hit_rate(counters: LayerStats | Stats) -> str:
+    """Of a rank or layer that used no expert there is none to show: the counters' own 1.0 would read as a good one."""
+    return f"{counters.hit_rate:.1%}" if counters.hits + counters.misses else "-"
 
 
 def _zero_miss(stats: Stats) -> str:
@@ -115,7 +120,7 @@ def ranks_table(ranks: Sequence[OneRankStats]) -> Table:
             str(one.rank),
             one.where,
             f"{total('slots')}/{total('num_experts')}",
-            f"{one.stats.hit_rate:.1%}",
+            _hit_rate(one.stats),
             f"{one.stats.misses:,}",
             _zero_miss(one.stats),
             format_bytes(total("host_bytes")),

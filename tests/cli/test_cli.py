@@ -214,17 +214,19 @@ def test_a_seed_gives_the_same_text_on_any_number_of_ranks(
 
 def test_a_text_that_fails_ends_no_other(run: Callable[..., Run], cache_dir: Path, tmp_path: Path):
     """Its error stands behind it; ``prompt 2`` has a grammar without any text."""
-    lines = [{"prompt": "import "}, {"prompt": "x", "regex": "[a-z&&[0-9]]"}, {"prompt": "import ", "temperature": 0}]
+    lines: list[dict[str, Any]] = [{"prompt": "import "}, {"prompt": "x", "regex": "[a-z&&[0-9]]"}]
+    lines += [{"prompt": "import ", "temperature": 0}, {"prompt": "x", "regex": "a{9}"}, {"prompt": "x", "regex": "a"}]
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     common = ("generate", "--cache-dir", cache_dir, "--dtype", "float32", "--max-new-tokens", 3, "--slots", 8)
     alone = run(*common, "import ")
     got = run(*common, "--stats", "--file", tmp_path / "lines.jsonl")
     assert (alone.code, got.code) == (0, 2)
-    assert got.out == f"{alone.out}\n{alone.out}"
+    assert got.out == f"{alone.out}\n{alone.out}aaa\na\n"
+    assert got.err.count("cut off by max_new_tokens=3") == 1, "only the text whose grammar wants more"
     errors = [line for line in got.err.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: regex: no token of the vocabulary continues the text as its grammar wants it",
-        "error: 1 of 3 texts ended with an error",
+        "error: 1 of 5 texts ended with an error",
     ]
     assert "hit rate" in got.err, "statistics come all the same"
     assert "error: regex: no token" in run(*common, "--regex", "[a-z&&[0-9]]", "x").err

@@ -492,6 +492,8 @@ def test_the_command_prints_the_plan_and_the_alternatives() -> None:
         "2 per layer (the most that fits)",
     ):
         assert wanted in text, wanted
+    assert result.stderr.startswith("fits: each of 4 ranks has ")
+    assert result.stderr.endswith(" a host store of 576 GiB.\n")
 
 
 def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
