@@ -112,22 +112,33 @@ class RowAdmission:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
                 held.append(entry)  # it goes on from there, soon
                 continue
-            if source is not None and source in self.kept:
-                self.kept.remove(source)
-                self.kept.append(source)  # the last to be given up
-            # Every running row needs room for a token, or none of them could go on.
-            needed = self._uncomputed() + entry.length - shared + len(self.running) + 1
-            if not self.make_room(needed, rows=1) and self.running:
+            row = self._row_for(entry, source, shared)
+            if row is None:
                 held.append(entry)
                 break
-            if source is not None and source not in self.kept and source not in self.running:
-                self.queue(entry)  # the source had to be given up
-                continue
-            row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
             self._counters.reused_tokens += shared
             insort(self.running, RunningRow(entry, row), key=_turn)
         for entry in held:
             self.queue(entry)
+
+    def _row_for(self, entry: TrackedRequest, source: RunningRow | None, shared: int) -> Row | None:
+        """A row with the first ``shared`` tokens of the source's; None if the request has to wait for room."""
+        # Every running row needs room for a token, or none of them could go on.
+        needed = self._uncomputed() + entry.length - shared + len(self.running) + 1
+        if source is None or source not in self.kept:
+            if not self.make_room(needed, rows=1) and self.running:
+                return None
+            return self._cache.open() if source is None else self._cache.copy(source.row, shared)
+        self.kept.remove(source)
+        row = None
+        if self.make_room(needed, rows=1):
+            row = self._cache.copy(source.row, shared)
+        else:  # where there is no room for both, it takes the place of the one that it continues
+            self._cache.cut(source.row, shared)
+            if self._cache.free_tokens >= needed or not self.running:
+                return source.row
+        self.kept.append(source)  # the last to be given up
+        return row
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""

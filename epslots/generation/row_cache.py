@@ -213,6 +213,12 @@ class RowCache:
         row.length, row.own = length, {index: _twin(layer) for index, layer in source.own.items()}
         return row
 
+    def cut(self, row: Row, length: int) -> None:
+        """Keep the first ``length`` tokens of a row alone: all of them, where it keeps more than tokens."""
+        for table in self._tables.values():
+            table.cut(row.number, length)
+        row.length = length
+
     def close(self, row: Row) -> None:
         """Free a row and its cells."""
         for table in self._tables.values():

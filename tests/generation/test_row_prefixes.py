@@ -102,11 +102,12 @@ def test_a_prompt_with_logprobs_is_computed_whole():
     batcher.close()
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
-def test_a_conversation_goes_on_from_its_own_row(name: str):
-    """Each turn's prompt is the whole conversation before it, and more."""
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "mimo_v2_flash"])
+def test_a_conversation_goes_on_from_its_own_row(name: str, rows: int):
+    """Each turn's prompt is the whole conversation before it, and more; it continues in its place if there is no other row."""
     model = MODELS[name].build()
-    batcher = RowBatcher(model, kv_tokens=256, max_requests=2, max_batch_tokens=32)
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=rows, max_batch_tokens=32)
     conversation, before, reused = COMMON, (), 0
     for turn in range(4):
         request = Request(f"turn {turn}", conversation, 6)
@@ -129,6 +130,27 @@ def test_kept_rows_give_way_to_requests():
         batcher.add(request)
     assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
     assert batcher._admission.kept, "the last ones are still there"
+    batcher.close()
+
+
+def test_a_kept_row_is_cut_where_tokens_are_short():
+    """The end of "first" gives way to "second", while "beside" holds the other row; its beginning is shared."""
+    model = MODELS["deepseek_v3"].build()
+    requests = [Request("first", (*COMMON, *prompt_of(20, seed=1)), 2), Request("beside", prompt_of(6), 30)]
+    requests.append(Request("second", (*COMMON, *prompt_of(30, seed=2)), 5))
+    batcher = RowBatcher(model, kv_tokens=112, max_requests=2, max_batch_tokens=64)
+    found = finish(batcher, requests[:1]).tokens
+    batcher.add(requests[1])
+    collected = Collected(batcher).run(3)
+    batcher.add(requests[2])
+    collected.run(1)
+    assert len(batcher._admission.running) == 2
+    assert not batcher._admission.kept
+    batcher._cache.check()
+    found |= collected.run().tokens
+    assert batcher.stats().reused_tokens == len(COMMON)
+    assert found == {request.id: generated(model, request) for request in requests}
+    batcher._cache.check()
     batcher.close()
 
 
