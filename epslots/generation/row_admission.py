@@ -157,8 +157,8 @@ class RowAdmission:
             if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
                 continue
             shared = _common(own, running.entry.ids(0, len(own)))
-            if running in self.kept:
-                shared = min(shared, running.row.length)  # it doesn't go on
+            if running in self.kept or running.turn > entry.turn:
+                shared = min(shared, running.row.length)  # it doesn't go on, or not before this one
             # A state is of one length: the row's present one, or one that it hasn't reached.
             if self._cache.keeps_states and shared < running.row.length:
                 continue

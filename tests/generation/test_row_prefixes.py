@@ -73,6 +73,24 @@ def test_choices_of_one_prompt_compute_it_once():
     batcher.close()
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_a_request_waits_for_no_beginning_of_a_later_turn(name: str):
+    """It begins with what is there: else it would be served after all others of its priority."""
+    model = MODELS[name].build()
+    low, high = Request("low", (*COMMON, 30), 2, priority=1), Request("high", (*COMMON, 31), 2)
+    others = [Request(f"other{i}", prompt_of(30, seed=i), 2) for i in range(3)]
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=8, max_batch_tokens=16)
+    batcher.add(low)
+    collected = Collected(batcher).run(2)
+    for request in (high, *others):
+        batcher.add(request)
+    collected.run()
+    assert list(collected.reasons) == ["high", "other0", "other1", "other2", "low"]
+    assert batcher.stats().reused_tokens == 32
+    assert collected.tokens == {request.id: generated(model, request) for request in (low, high, *others)}
+    batcher.close()
+
+
 def test_prefix_cache_switches_it_off():
     model = MODELS["qwen3_next"].build()
     batcher = RowBatcher(model, kv_tokens=512, max_batch_tokens=64, prefix_cache=False)
