@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from epslots.arrays import IntArray
 from epslots.config import EngineConfig
 from epslots.generation.engine_stats import EngineCounters
 from epslots.generation.row_cache import Row, RowCache
@@ -151,12 +151,12 @@ class RowAdmission:
         if entry.prompt_rows(0, entry.prompt_length):
             return None, 0  # the logits of all of its prompt are needed
         beginning = entry.ids(0, LEAST_SHARED_TOKENS)
-        own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
+        own_T = np.concatenate([entry.prompt_T, np.array(entry.tokens, np.int64)])[:-1]  # the last token's logits are needed
         best: tuple[RunningRow | None, int] = (None, 0)
         for running in (*self.running, *self.kept):
             if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
                 continue
-            shared = _common(own, running.entry.ids(0, len(own)))
+            shared = _common(own_T, running.entry)
             if running in self.kept or running.turn > entry.turn:
                 shared = min(shared, running.row.length)  # it doesn't go on, or not before this one
             # A state is of one length: the row's present one, or one that it hasn't reached.
@@ -178,10 +178,17 @@ def _turn(waiting: TrackedRequest | RunningRow) -> tuple[int, int]:
     return waiting.turn
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    count = min(len(one), len(other))
-    if one[:count] == other[:count]:
-        return count
-    differs = np.array(one[:count]) != np.array(other[:count])
-    return int(differs.argmax())
+def _common(own_T: IntArray, other: TrackedRequest) -> int:
+    """Length of the common beginning. Arrays: it is asked for each running row, in every step in which a request waits."""
+    shared = _alike(own_T, other.prompt_T)
+    if shared < len(other.prompt_T):
+        return shared
+    rest_T = own_T[shared:]
+    return shared + _alike(rest_T, np.array(other.tokens[: len(rest_T)], np.int64))
+
+
+def _alike(one_T: IntArray, other_T: IntArray) -> int:
+    """Length of the common beginning of two arrays."""
+    count = min(len(one_T), len(other_T))
+    differs_T = one_T[:count] != other_T[:count]
+    return int(differs_T.argmax()) if differs_T.any() else count

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from epslots.generation.requests import Request
+from epslots.generation.row_admission import LEAST_SHARED_TOKENS
 from epslots.generation.row_batcher import RowBatcher
+from epslots.generation.tracked_request import TrackedRequest
 from tests.support import zoo
 from tests.support.batches import Collected, finish, generated, prompt_of
 
@@ -197,6 +199,20 @@ def test_a_prompt_given_up_halfway_is_computed_again():
     collected.run()
     assert batcher.stats().preempted > 0, "the cache was really too small"
     assert collected.tokens == {request.id: generated(model, request) for request in requests}
+    batcher.close()
+
+
+def test_a_request_that_waits_costs_no_list_of_a_prompt(monkeypatch: pytest.MonkeyPatch):
+    """Its prompt is held against those of all rows in every step."""
+    batcher = RowBatcher(MODELS["deepseek_v3"].build(), kv_tokens=170, max_requests=8, max_batch_tokens=64)
+    for number in range(5):
+        batcher.add(Request(f"r{number}", (*COMMON, *prompt_of(30, seed=number)), 40))
+    collected = Collected(batcher).run(8)
+    assert batcher.stats().waiting > 0
+    ids, taken = TrackedRequest.ids, list[int]()
+    monkeypatch.setattr(TrackedRequest, "ids", lambda self, start, end: taken.append(end - start) or ids(self, start, end))
+    collected.run(3)
+    assert max(taken) == LEAST_SHARED_TOKENS
     batcher.close()
 
 
