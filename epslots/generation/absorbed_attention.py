@@ -56,7 +56,7 @@ class AbsorbedAttention:
     def __init__(self, model: PreTrainedModel) -> None:
         self._modules = latent_attentions(model)
         if self._modules and (obstacle := _obstacle(model, self._modules)):
-            logger.info("%s: latents are expanded in every step, because %s", type(model).__name__, obstacle)
+            logger.warning("%s: latents are expanded in every step, because %s", type(model).__name__, obstacle)
             self._modules = []
         self._switch = AttentionSwitch(model, self._modules)
 

@@ -138,6 +138,14 @@ class CellTable:
         """The cells that a row holds, in the order of positions, int64 on the device."""
         return self._table_RP[row, self._first_R[row] : self._length_R[row]].long()
 
+    def cut(self, row: int, length: int) -> None:
+        """Let a row hold its first ``length`` positions alone; of a window, all of them."""
+        assert length == self._length_R[row] or (self.window is None and length < self._length_R[row])
+        row_B, first = np.array([row]), int(self._first_R[row])
+        self._first_R[row] = length
+        self._give_back(row_B, self._length_R[row_B])
+        self._first_R[row], self._length_R[row] = first, length
+
     def release(self, row: int) -> None:
         """Empty a row; cells that no other row holds are free."""
         row_B = np.array([row])

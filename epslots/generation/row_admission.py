@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from epslots.arrays import IntArray
 from epslots.config import EngineConfig
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, sequence_digest
@@ -156,22 +156,34 @@ class RowAdmission:
                 source.stop = min(source.stop, shared) if source.stop > source.row.length else shared
                 held.append(entry)  # it goes on from there, soon
                 continue
-            if source is not None and source in self.kept:
-                self.kept.remove(source)
-                self.kept.append(source)  # the last to be given up
-            # Every running row needs room for a token, or none of them could go on.
-            needed = self._uncomputed() + entry.length - shared + len(self.running) + len(self.reserved) + 1
-            if not self.make_room(needed, rows=1) and (self.running or self.reserved):
+            row = self._row_for(entry, source, shared)
+            if row is None:
                 held.append(entry)
                 break
-            if source is not None and source not in self.kept and source not in self.running:
-                self.queue(entry)  # the source had to be given up
-                continue
-            row = self._cache.open() if source is None else self._cache.copy(source.row, shared)
             self._counters.reused_tokens += shared
             insort(self.running, RunningRow(entry, row), key=_turn)
         for entry in held:
             self.queue(entry)
+
+    def _row_for(self, entry: TrackedRequest, source: RunningRow | None, shared: int) -> Row | None:
+        """A row with the first ``shared`` tokens of the source's; None if the request has to wait for room."""
+        # Every running row needs room for a token, or none of them could go on.
+        needed = self._uncomputed() + entry.length - shared + len(self.running) + len(self.reserved) + 1
+        others = bool(self.running or self.reserved)
+        if source is None or source not in self.kept:
+            if not self.make_room(needed, rows=1) and others:
+                return None
+            return self._cache.open() if source is None else self._cache.copy(source.row, shared)
+        self.kept.remove(source)
+        row = None
+        if self.make_room(needed, rows=1):
+            row = self._cache.copy(source.row, shared)
+        else:  # where there is no room for both, it takes the place of the one that it continues
+            self._cache.cut(source.row, shared)
+            if self._cache.free_tokens >= needed or not others:
+                return source.row
+        self.kept.append(source)  # the last to be given up
+        return row
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""
@@ -184,14 +196,14 @@ class RowAdmission:
         if entry.prompt_rows(0, entry.prompt_length):
             return None, 0  # the logits of all of its prompt are needed
         beginning = entry.ids(0, LEAST_SHARED_TOKENS)
-        own = entry.ids(0, entry.length - 1)  # the last token's logits are needed
+        own_T = np.concatenate([entry.prompt_T, np.array(entry.tokens, np.int64)])[:-1]  # the last token's logits are needed
         best: tuple[RunningRow | None, int] = (None, 0)
         for running in (*self.running, *self.kept):
             if running.entry.ids(0, LEAST_SHARED_TOKENS) != beginning:
                 continue
-            shared = _common(own, running.entry.ids(0, len(own)))
-            if running in self.kept:
-                shared = min(shared, running.row.length)  # it doesn't go on
+            shared = _common(own_T, running.entry)
+            if running in self.kept or running.turn > entry.turn:
+                shared = min(shared, running.row.length)  # it doesn't go on, or not before this one
             # A state is of one length: the row's present one, or one that it hasn't reached.
             if self._cache.keeps_states and shared < running.row.length:
                 continue
@@ -212,10 +224,17 @@ def _turn(waiting: TrackedRequest | RunningRow) -> tuple[int, int]:
     return waiting.turn
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    count = min(len(one), len(other))
-    if one[:count] == other[:count]:
-        return count
-    differs = np.array(one[:count]) != np.array(other[:count])
-    return int(differs.argmax())
+def _common(own_T: IntArray, other: TrackedRequest) -> int:
+    """Length of the common beginning. Arrays: it is asked for each running row, in every step in which a request waits."""
+    shared = _alike(own_T, other.prompt_T)
+    if shared < len(other.prompt_T):
+        return shared
+    rest_T = own_T[shared:]
+    return shared + _alike(rest_T, np.array(other.tokens[: len(rest_T)], np.int64))
+
+
+def _alike(one_T: IntArray, other_T: IntArray) -> int:
+    """Length of the common beginning of two arrays."""
+    count = min(len(one_T), len(other_T))
+    differs_T = one_T[:count] != other_T[:count]
+    return int(differs_T.argmax()) if differs_T.any() else count

@@ -238,6 +238,12 @@ class RowCache:
         """A layer that isn't pooled, for a row to keep, without tokens."""
         return _twin(self._templates[index])
 
+    def cut(self, row: Row, length: int) -> None:
+        """Keep the first ``length`` tokens of a row alone: all of them, where it keeps more than tokens."""
+        for table in self._tables.values():
+            table.cut(row.number, length)
+        row.length = length
+
     def close(self, row: Row) -> None:
         """Free a row and its cells."""
         for table in self._tables.values():

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from epslots.arrays import FloatArray
+from epslots.arrays import FloatArray, IntArray
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.requests import Reason, Request, TokenLogprobs
 from epslots.generation.token_counts import TokenCounts
@@ -114,6 +114,11 @@ class TrackedRequest:
         if start >= count:
             return self.tokens[start - count : end - count]
         return [*self.request.prompt[start:end], *self.tokens[: max(0, end - count)]]
+
+    @cached_property
+    def prompt_T(self) -> IntArray:
+        """The tokens of the prompt, int64 [T]."""
+        return np.array(self.request.prompt, np.int64)
 
     @property
     def prompt_length(self) -> int:

@@ -181,7 +181,7 @@ def test_latents_that_cannot_be_absorbed_are_expanded(kind: str, caplog: pytest.
         projection.register_forward_hook(lambda module, args, output: 2 * output)
     else:
         model.config._attn_implementation = "flash_attention_2"
-    with caplog.at_level(logging.INFO, logger=absorbed_attention.__name__):
+    with caplog.at_level(logging.WARNING, logger=absorbed_attention.__name__):
         absorbed = AbsorbedAttention(model)
     assert "latents are expanded in every step, because" in caplog.text
     assert ("kv_b_proj" in caplog.text) == (kind != "flash attention")

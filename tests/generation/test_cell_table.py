@@ -54,6 +54,11 @@ class Rows:
         self.table.copy(source, target, length)
         self.rows[target] = self.rows[source][:length]
 
+    def cut(self, row: int, length: int) -> None:
+        length = len(self.rows[row]) if self.table.window else min(length, len(self.rows[row]))
+        self.table.cut(row, length)
+        self.rows[row] = self.rows[row][:length]
+
     def release(self, row: int) -> None:
         self.table.release(row)
         self.rows[row] = []
@@ -62,12 +67,13 @@ class Rows:
 ROW = st.integers(0, ROWS - 1)
 STEP = st.tuples(st.just("step"), st.lists(ROW, unique=True, min_size=1), st.integers(1, 9), st.booleans())
 COPY = st.tuples(st.just("copy"), ROW, ROW, st.integers(0, POSITIONS))
+CUT = st.tuples(st.just("cut"), ROW, st.integers(0, POSITIONS))
 RELEASE = st.tuples(st.just("release"), ROW)
 
 
 @pytest.mark.parametrize("window", [None, 2, 5, 100])
 @settings(max_examples=60)
-@given(events=st.lists(st.one_of(STEP, STEP, COPY, RELEASE), max_size=30))
+@given(events=st.lists(st.one_of(STEP, STEP, COPY, CUT, RELEASE), max_size=30))
 def test_every_position_is_found_and_no_cell_is_lost(window: int | None, events: list[tuple]):
     rows = Rows(window)
     for name, *arguments in events:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from epslots.generation.requests import Request
+from epslots.generation.row_admission import LEAST_SHARED_TOKENS
 from epslots.generation.row_batcher import RowBatcher
+from epslots.generation.tracked_request import TrackedRequest
 from tests.support import zoo
 from tests.support.batches import Collected, finish, generated, prompt_of
 
@@ -73,6 +75,24 @@ def test_choices_of_one_prompt_compute_it_once():
     batcher.close()
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_a_request_waits_for_no_beginning_of_a_later_turn(name: str):
+    """It begins with what is there: else it would be served after all others of its priority."""
+    model = MODELS[name].build()
+    low, high = Request("low", (*COMMON, 30), 2, priority=1), Request("high", (*COMMON, 31), 2)
+    others = [Request(f"other{i}", prompt_of(30, seed=i), 2) for i in range(3)]
+    batcher = RowBatcher(model, kv_tokens=512, max_requests=8, max_batch_tokens=16)
+    batcher.add(low)
+    collected = Collected(batcher).run(2)
+    for request in (high, *others):
+        batcher.add(request)
+    collected.run()
+    assert list(collected.reasons) == ["high", "other0", "other1", "other2", "low"]
+    assert batcher.stats().reused_tokens == 32
+    assert collected.tokens == {request.id: generated(model, request) for request in (low, high, *others)}
+    batcher.close()
+
+
 def test_prefix_cache_switches_it_off():
     model = MODELS["qwen3_next"].build()
     batcher = RowBatcher(model, kv_tokens=512, max_batch_tokens=64, prefix_cache=False)
@@ -102,11 +122,12 @@ def test_a_prompt_with_logprobs_is_computed_whole():
     batcher.close()
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
-def test_a_conversation_goes_on_from_its_own_row(name: str):
-    """Each turn's prompt is the whole conversation before it, and more."""
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "mimo_v2_flash"])
+def test_a_conversation_goes_on_from_its_own_row(name: str, rows: int):
+    """Each turn's prompt is the whole conversation before it, and more; it continues in its place if there is no other row."""
     model = MODELS[name].build()
-    batcher = RowBatcher(model, kv_tokens=256, max_requests=2, max_batch_tokens=32)
+    batcher = RowBatcher(model, kv_tokens=256, max_requests=rows, max_batch_tokens=32)
     conversation, before, reused = COMMON, (), 0
     for turn in range(4):
         request = Request(f"turn {turn}", conversation, 6)
@@ -129,6 +150,27 @@ def test_kept_rows_give_way_to_requests():
         batcher.add(request)
     assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
     assert batcher._admission.kept, "the last ones are still there"
+    batcher.close()
+
+
+def test_a_kept_row_is_cut_where_tokens_are_short():
+    """The end of "first" gives way to "second", while "beside" holds the other row; its beginning is shared."""
+    model = MODELS["deepseek_v3"].build()
+    requests = [Request("first", (*COMMON, *prompt_of(20, seed=1)), 2), Request("beside", prompt_of(6), 30)]
+    requests.append(Request("second", (*COMMON, *prompt_of(30, seed=2)), 5))
+    batcher = RowBatcher(model, kv_tokens=112, max_requests=2, max_batch_tokens=64)
+    found = finish(batcher, requests[:1]).tokens
+    batcher.add(requests[1])
+    collected = Collected(batcher).run(3)
+    batcher.add(requests[2])
+    collected.run(1)
+    assert len(batcher._admission.running) == 2
+    assert not batcher._admission.kept
+    batcher._cache.check()
+    found |= collected.run().tokens
+    assert batcher.stats().reused_tokens == len(COMMON)
+    assert found == {request.id: generated(model, request) for request in requests}
+    batcher._cache.check()
     batcher.close()
 
 
@@ -157,6 +199,20 @@ def test_a_prompt_given_up_halfway_is_computed_again():
     collected.run()
     assert batcher.stats().preempted > 0, "the cache was really too small"
     assert collected.tokens == {request.id: generated(model, request) for request in requests}
+    batcher.close()
+
+
+def test_a_request_that_waits_costs_no_list_of_a_prompt(monkeypatch: pytest.MonkeyPatch):
+    """Its prompt is held against those of all rows in every step."""
+    batcher = RowBatcher(MODELS["deepseek_v3"].build(), kv_tokens=170, max_requests=8, max_batch_tokens=64)
+    for number in range(5):
+        batcher.add(Request(f"r{number}", (*COMMON, *prompt_of(30, seed=number)), 40))
+    collected = Collected(batcher).run(8)
+    assert batcher.stats().waiting > 0
+    ids, taken = TrackedRequest.ids, list[int]()
+    monkeypatch.setattr(TrackedRequest, "ids", lambda self, start, end: taken.append(end - start) or ids(self, start, end))
+    collected.run(3)
+    assert max(taken) == LEAST_SHARED_TOKENS
     batcher.close()
 
 
