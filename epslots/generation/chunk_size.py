@@ -31,7 +31,7 @@ GROWTH = 1.5
 """Prompt tokens of a step, at most, as a multiple of the largest recent number."""
 LEAST_SHARE = 0.1
 """Share of the target that prompts get where decoding alone takes all of it, or more: else they would never be done."""
-_MEMORY_STEPS, _RECENT_STEPS = 32, 8  # of each kind
+_MEMORY_STEPS, _RECENT_STEPS = 32, 3  # of each kind; the longer ago, the less a large chunk says of a fit that failed since
 _FADING = 0.95  # a step's weight over the next one's
 _CHANGED = 1.5  # times that a step takes longer, or less long, if the machine's speed has changed
 _SLOWER_OF, _FASTER_OF = 3, 5  # latest steps, most of which have to say so: prompts shrink quickly and grow slowly

@@ -224,10 +224,15 @@ class RowBatcher(Batcher):
         self._captured.give_back()
         rows = [running.row for running in part]
         previous = self._order.next([(running.entry.request.id, width) for running in part])
+        wanted, is_last = self._prompt_rows(part[0], width)
         with self._following(previous), self._cache.step(rows, width) as step:
-            chosen = self._choose(part, width, self._forward(part, width, step))
-            step.commit()
-        return chosen
+            logits_BLV = self._forward(part, width, step, wanted, is_last=is_last)
+            if is_last:
+                chosen = self._choose(part, width, logits_BLV, wanted)
+                step.commit()
+                return chosen
+        self._order = RowTracker()  # these tokens come again
+        return self._prompt_logprobs(part[0], logits_BLV, wanted)
 
     def _make_captured(self, part: Sequence[RunningRow]) -> list[Callable[[], None]] | None:
         """The same by a captured step; None where it can't be, or while some requests have prompts to compute."""
@@ -242,14 +247,16 @@ class RowBatcher(Batcher):
         )
         if logits_BLV is None:
             return None
-        chosen = self._choose(part, 1, logits_BLV[: len(rows)])
+        chosen = self._choose(part, 1, logits_BLV[: len(rows)], range(0))
         self._captured.keep_states()
         self._cache.take(rows, 1)
         self._order = RowTracker()  # the predictor has seen no row
         return chosen
 
-    def _forward(self, part: Sequence[RunningRow], width: int, step: StepOfRows) -> torch.Tensor:
-        """Logits of the last tokens of each row, [B, L, V]: of all new ones if their log-probabilities are asked for."""
+    def _forward(
+        self, part: Sequence[RunningRow], width: int, step: StepOfRows, wanted: range, *, is_last: bool
+    ) -> torch.Tensor:
+        """Logits [B, L, V]: of wanted positions, which one row has; and of each row's last, unless its tokens come again."""
         ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
         inputs = {
             "input_ids": to_device(np.array(ids, np.int64), self._cache.device),
@@ -257,27 +264,29 @@ class RowBatcher(Batcher):
             "attention_mask": step.attention_mask,
             "past_key_values": step.cache,
         }
-        return self._call(inputs, keep=width if self._prompt_rows(part[0], width) else 1)
+        if not wanted:
+            return self._call(inputs)
+        places = [position - part[0].row.length for position in wanted]
+        if is_last and places[-1] != width - 1:
+            places.append(width - 1)
+        return self._call(inputs, keep=to_device(np.array(places, np.int64), self._cache.device))
 
     @torch.no_grad()
-    def _call(self, inputs: Mapping[str, Any], keep: int = 1) -> torch.Tensor:
-        """Run the model; returns the logits of each row's last ``keep`` tokens, [B, keep, V]."""
+    def _call(self, inputs: Mapping[str, Any], keep: int | torch.Tensor = 1) -> torch.Tensor:
+        """Run the model; returns the logits of each row's last ``keep`` tokens, or of those places in it, [B, L, V]."""
         given = {**inputs, "use_cache": True, "logits_to_keep": keep}
         with self._by_row.active(), self._latents.active():
             found = self._model(**{name: value for name, value in given.items() if name in self._takes}, return_dict=True)
-        logits: torch.Tensor = found.logits[:, -keep:]
-        return logits
+        logits: torch.Tensor = found.logits
+        if isinstance(keep, int):
+            return logits[:, -keep:]
+        return logits if "logits_to_keep" in self._takes else logits[:, keep]
 
-    def _choose(self, part: Sequence[RunningRow], width: int, logits_BLV: torch.Tensor) -> list[Callable[[], None]]:
+    def _choose(
+        self, part: Sequence[RunningRow], width: int, logits_BLV: torch.Tensor, wanted: range
+    ) -> list[Callable[[], None]]:
         """Choose tokens, and compute log-probabilities; returns calls that enter them, for after the commit."""
-        deliver: list[Callable[[], None]] = []
-        if rows := self._prompt_rows(part[0], width):
-            entry, start = part[0].entry, part[0].row.length
-            following = entry.request.prompt[rows.start + 1 : rows.stop + 1]
-            logits = logits_BLV[0, rows.start - start : rows.stop - start].float()
-            found = prompt_logprobs(logits, following, entry.request.prompt_logprobs or 0)
-            if entry.reason is None:
-                deliver.append(partial(entry.add_prompt_logprobs, rows, found))
+        deliver = self._prompt_logprobs(part[0], logits_BLV, wanted)
         chosen = [i for i, running in enumerate(part) if running.left == width]
         if chosen:
             entries = [part[i].entry for i in chosen]
@@ -287,9 +296,23 @@ class RowBatcher(Batcher):
         return deliver
 
     @staticmethod
-    def _prompt_rows(running: RunningRow, width: int) -> range:
-        """Positions of a batch whose log-probabilities are asked for; it has one row then."""
-        return running.entry.prompt_rows(running.row.length, running.row.length + width)
+    def _prompt_logprobs(running: RunningRow, logits_BLV: torch.Tensor, wanted: range) -> list[Callable[[], None]]:
+        """The call that enters the log-probabilities of a prompt, of which the first logits are."""
+        entry = running.entry
+        if not wanted or entry.reason is not None:
+            return []
+        following = entry.request.prompt[wanted.start + 1 : wanted.stop + 1]
+        found = prompt_logprobs(logits_BLV[0, : len(wanted)].float(), following, entry.request.prompt_logprobs or 0)
+        return [partial(entry.add_prompt_logprobs, wanted, found)]
+
+    def _prompt_rows(self, running: RunningRow, width: int) -> tuple[range, bool]:
+        """Positions whose log-probabilities a pass gives, and whether all of the batch's are known then; it has one row.
+
+        A prompt that has to be computed whole may want more logits than are planned: it is computed again for the next ones.
+        """
+        wanted = running.entry.prompt_rows(running.row.length, running.row.length + width)
+        most = self._config.max_requests
+        return wanted[:most], len(wanted) <= most - (running.left == width)  # the next token's logits are a row, too
 
     def _take(self, entry: TrackedRequest, choice: NextToken) -> None:
         """Enter a request's next token; one without a token ends, and no other row has met its numbers."""

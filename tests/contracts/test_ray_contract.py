@@ -93,6 +93,9 @@ def test_helpers_of_a_node_can_be_left_out():
     assert "self.start_api_server(" in inspect.getsource(Node.start_head_processes)
     assert "self.start_log_monitor()" in inspect.getsource(Node.start_ray_processes)
     assert "ray._private.utils.get_dashboard_dependency_error() is not None" in inspect.getsource(start_raylet)
+    # A node that starts looks for itself until it is known, for 30 seconds.
+    assert "node_info = ray._private.services.get_node(" in inspect.getsource(Node.__init__)
+    assert "except RuntimeError" in inspect.getsource(Node.__init__)
 
 
 def died(text: str, **state: bool) -> ActorDiedError:

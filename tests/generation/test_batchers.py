@@ -31,6 +31,7 @@ from epslots.generation.sampling import GREEDY, Sampling
 from epslots.models.page_sizes import cache_blocks
 from tests.support import zoo
 from tests.support.batches import Collected, Faults, drawn, finish, generated, is_empty, pages_are_free, prompt_of, requests_of
+from tests.support.equality import LAYOUTS
 from tests.support.remembered import Reference
 
 # Plain keys and values; the others keep recurrent states, latents, indexers or compressed blocks, or attend in chunks.
@@ -64,7 +65,14 @@ def nothing_is_left_behind() -> Iterator[None]:
 # --- the same tokens ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "cache"), [(name, "auto") for name in zoo.ZOO] + [(name, "pages") for name in sorted(PAGED)])
+# Rows of every model are in test_rows.py, every loaded model in tests/equality: both together are tried for each way to store
+# experts, and for the caches of most own code.
+LOADED = (
+    zoo.ZOO if os.environ.get("EPSLOTS_WHOLE_ZOO") else [*LAYOUTS, "deepseek_v3", "deepseek_v4", "qwen3_next", "jamba", "doge"]
+)
+
+
+@pytest.mark.parametrize(("name", "cache"), [(name, "auto") for name in LOADED] + [(name, "pages") for name in sorted(PAGED)])
 def test_every_architecture_equals_generate(name: str, cache: str, checkpoint: Callable[[str], Path], cache_dir: Path):
     tiny, folder = zoo.ZOO[name], checkpoint(name)
     if tiny.served and tiny.num_experts:

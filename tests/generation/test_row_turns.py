@@ -46,11 +46,11 @@ def test_a_prepared_pass_stays_as_it_is(built: Built):
     batcher, free, collected = opened(built)
     forward, parts = batcher._forward, list[tuple[str, ...]]()
 
-    def fail(part: Sequence[Any], *of: Any) -> Any:
+    def fail(part: Sequence[Any], *of: Any, **keywords: Any) -> Any:
         parts.append(tuple(running.entry.request.id for running in part))
         if len(parts) == 1:
             raise RuntimeError("once")
-        return forward(part, *of)
+        return forward(part, *of, **keywords)
 
     batcher._forward = fail  # type: ignore[method-assign]
     batcher.add(Request("a", prompt_of(5), 2))

@@ -198,9 +198,10 @@ def test_cancelled_requests_leave_a_prepared_step(shares: bool):
     batcher.close()
 
 
-def test_a_prompts_logprobs_take_the_planned_rows_of_logits():
-    """One for each request; and after it was cancelled, none is added."""
-    model, rows = model_of("qwen3_next"), list[int]()
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
+def test_a_prompts_logprobs_take_the_planned_rows_of_logits(name: str):
+    """One for each request, also where a prompt is computed whole; and after it was cancelled, none is added."""
+    model, rows = model_of(name), list[int]()
     hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
     batcher = open_rows(model, max_batch_tokens=64)
     for request in requests_of(((23, 6), (3, 9), (40, 3))):

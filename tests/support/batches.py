@@ -134,11 +134,10 @@ class RowsModelFree:
         self._batcher, self._step = batcher, step
         batcher._forward = self._forward  # type: ignore[method-assign]
 
-    def _forward(self, part: Sequence[Any], width: int, _step: Any) -> torch.Tensor:
+    def _forward(self, part: Sequence[Any], width: int, _step: Any, wanted: range, *, is_last: bool) -> torch.Tensor:
         self.passes.append((tuple(running.entry.request.id for running in part), width))
         self._step(len(part) * width)
-        rows = width if self._batcher._prompt_rows(part[0], width) else 1
-        return torch.zeros(len(part), rows, zoo.VOCAB)
+        return torch.zeros(len(part), len(wanted) + is_last, zoo.VOCAB)
 
 
 class StepClock:
