@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 # A shell starts what runs beside it with Ctrl-C ignored, and tests' processes would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("epslots", max_examples=45, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("epslots", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("epslots")  # a busy machine fails no example
 
 SHARED = "EPSLOTS_TESTS_SHARED"

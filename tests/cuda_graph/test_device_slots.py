@@ -59,7 +59,7 @@ def test_the_device_decides_as_the_host_does_in_any_state(state: dict[str, Any])
     pool.check_integrity()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(state=states(), given_=predictions())
 def test_prefetches_are_the_hosts(state: dict[str, Any], given_: dict[str, Any]):
     """In their order, with the same evictions, budget and verdict; two predictions, and a step after each."""

@@ -119,7 +119,7 @@ def test_a_machine_that_is_fast_again_gets_full_chunks():
     assert all(seconds <= 1.5 * 0.05 for _, seconds in found[80:])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     most=st.integers(1, 600),
     target_s=st.none() | st.floats(1e-6, 10),

@@ -123,7 +123,7 @@ contexts = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(logits=rows_of_logits, sampling=editing, context=contexts, data=st.data())
 def test_logits_change_by_the_formulas(logits: list[float], sampling: Sampling, context: dict[str, Any], data: st.DataObject):
     """All settings together, wherever the request was moved."""
@@ -134,7 +134,7 @@ def test_logits_change_by_the_formulas(logits: list[float], sampling: Sampling, 
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * size)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(logits=rows_of_logits, sampling=editing, context=contexts)
 def test_the_choice_is_of_the_edited_logits(logits: list[float], sampling: Sampling, context: dict[str, Any]):
     """The likeliest one, or the token whose interval the position's number falls to."""
@@ -197,7 +197,7 @@ def test_batch_mates_with_any_settings_change_nothing(rows: list[Any], part: int
 # --- against transformers ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     penalty=st.sampled_from([1.0, 1.3, 0.7, 50.0]),

@@ -219,7 +219,7 @@ filters = st.builds(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     logits=st.lists(st.one_of(logit, st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 3.0])), min_size=1, max_size=12),
     sampling=filters,

@@ -57,7 +57,7 @@ cuts = st.lists(st.integers(0, 40), max_size=8)
 
 
 @EVERY
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), at=cuts)
 def test_all_pieces_are_the_whole(name: str, data: st.DataObject, at: list[int]):
     tokenizer = TOKENIZERS[name]
@@ -153,7 +153,7 @@ def expected_stop(
 
 
 @EVERY
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     data=st.data(),
     at=cuts,
@@ -177,7 +177,7 @@ def test_the_text_ends_before_a_stop_string(name: str, data: st.DataObject, at: 
 
 
 @EVERY
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), stops=st.lists(st.text("abe. tnd", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_no_more_is_held_back_than_may_be_a_stop_string(name: str, data: st.DataObject, stops: list[str]):
     tokenizer = TOKENIZERS[name]

@@ -146,7 +146,7 @@ sizes = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([256, 512, 1024, 
 
 
 @given(sizes=sizes, extra=st.integers(0, 60_000))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_a_pool_is_filled_and_never_overfilled(sizes: list[tuple[int, int]], extra: int) -> None:
     layers = moe_layers(*sizes)
     budget = pool_bytes(layers, [1] * len(layers)) + extra
@@ -165,7 +165,7 @@ def test_a_pool_is_filled_and_never_overfilled(sizes: list[tuple[int, int]], ext
 
 
 @given(experts=st.lists(st.integers(1, 40), min_size=1, max_size=12), slots=st.integers(0, 200))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_shares_are_as_equal_as_slots_of_one_size_allow(experts: list[int], slots: int) -> None:
     layers = moe_layers(*((e, 256) for e in experts))
     quotas = resolve_quotas(SlotsSetting(total_bytes=256 * (len(layers) + slots)), layers, None)

@@ -56,7 +56,7 @@ def test_each_format_is_multiplied_as_torch_would(name: str):
 
 @needs_triton
 @interpreted
-@settings(deadline=None, max_examples=300 if MANY else 8)
+@settings(deadline=None, max_examples=150 if MANY else 8)
 @given(
     kind=st.sampled_from(["e4m3", "int8", "int4", "e2m1"]),
     group=st.sampled_from([None, "float32", "bfloat16", "float16", "float8_e4m3fn", "uint8"]),

@@ -233,7 +233,7 @@ def test_where_a_move_comes_from():
     assert choose_migrations(*arguments, ~able, from_peers=True) == NO_MIGRATIONS
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.integers(0, 10**9))
 def test_shifts_bring_every_boundary_nearer_and_arrive(seed: int):
     generator = np.random.default_rng(seed)

@@ -61,7 +61,7 @@ def test_what_is_no_placement_is_refused(message: bytes):
 
 
 @given(placements(), st.data())
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_what_is_carried_over_is_sound_and_keeps_what_stays(placement: Placement, data: st.DataObject):
     ranks = data.draw(st.integers(1, 6))
     places = data.draw(st.permutations(range(max(ranks, placement.ranks))))

@@ -20,7 +20,7 @@ def layer_cost(costs: Costs, *arrays: np.ndarray) -> int:
     return sum(layer_times(*(np.ascontiguousarray(array, np.int64) for array in arrays), astuple(costs)[:6]))
 
 
-@settings(max_examples=400)
+@settings(max_examples=60)
 @given(situations(), st.booleans())
 def test_a_plan_computes_every_pair_once_and_keeps_its_word(situation: Situation, tolled: bool):
     found = assign(*situation.arguments, *([situation.remote_ns_RE] if tolled else []))
@@ -44,7 +44,7 @@ def test_a_plan_computes_every_pair_once_and_keeps_its_word(situation: Situation
     assert found.cost_ns == layer_cost(situation.costs, counts_RU, found.computed_RU, found.fetch_ranks, found.fetch_sources)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(situations())
 def test_a_plan_is_never_dearer_than_the_simple_ones(situation: Situation):
     found = assign(*situation.arguments)
@@ -52,7 +52,7 @@ def test_a_plan_is_never_dearer_than_the_simple_ones(situation: Situation):
     assert found.cost_ns * (WORTHWHILE - 1) <= own_only(*situation.arguments).cost_ns * WORTHWHILE
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(situations())
 def test_copies_cost_no_more_than_was_paid_for_remote_work(situation: Situation):
     found = assign(*situation.arguments, situation.remote_ns_RE)

@@ -24,7 +24,7 @@ def window(holds_E: np.ndarray, quota: int, random: np.random.Generator) -> tupl
     return slot_of_E, expert_Q
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(situations())
 def test_every_rank_foresees_what_every_other_rank_does(situation: Situation):
     """Each rank, from its own slots, ends with just the residents that all ranks expect, by any plan."""
@@ -54,7 +54,7 @@ def test_every_rank_foresees_what_every_other_rank_does(situation: Situation):
         assert set(np.flatnonzero(situation.holds_RE[rank] & ~change.after_RE[rank])) <= set(np.flatnonzero(evicted_E))
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(situations())
 def test_all_ranks_agree_and_slots_read_by_peers_stay(situation: Situation):
     layers = [
@@ -100,7 +100,7 @@ def test_homes_follow_slots_and_need_not_divide():
     assert homes.tolist() != default_homes(3, np.full(7, 2), 5).tolist(), "other ranks in the next layer"
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(situations())
 def test_homes_that_fit_fill_no_rank_beyond_its_slots(situation: Situation):
     experts = len(situation.score_E)

@@ -12,7 +12,7 @@ from epslots.planner.token_splits import TokenSplits, runs, token_splits
 from tests.support.plan_strategies import Situation, situations
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(situations(), st.data())
 def test_sent_pairs_are_expected_and_every_pair_goes_once(situation: Situation, data: st.DataObject):
     ranks = len(situation.counts_RE)

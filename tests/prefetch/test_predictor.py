@@ -437,7 +437,7 @@ def test_windows_hold_text_once_and_the_last_of_it_back():
 
 
 @given(layers=st.integers(1, 40), distance=st.integers(1, 3), fit_in=st.integers(0, 12))
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_every_pair_is_recorded_together_in_some_pass(layers: int, distance: int, fit_in: int):
     ranges = list(plan_recordings(layers, distance, 100, fit_in * 100))
     together = {n for r in ranges for n in r if n + distance in r}

@@ -231,7 +231,7 @@ FIELDS = [*CompletionRequest.model_fields, *ChatRequest.model_fields, *TokenizeR
 PATHS = {COMPLETIONS: {"prompt": "a"}, CHAT: {"messages": HELLO}, "/tokenize": {}, "/detokenize": {}}
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(list(PATHS)), extra=st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_no_body_is_answered_with_a_server_error(client: Client, path: str, extra: dict[str, Any]):
     base = PATHS[path]

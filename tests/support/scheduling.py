@@ -7,7 +7,6 @@ from xdist.workermanage import WorkerController
 
 WAITING = {
     "ray nodes": (
-        "tests/cluster/test_ray_adoption.py",
         "tests/cluster/test_ray_cluster.py",
         "tests/cluster/test_ray_job.py",
         "tests/cluster/test_ray_nodes.py",
@@ -15,7 +14,11 @@ WAITING = {
     ),
     "ray": ("tests/cluster/test_ray_",),
 }
-"""What starts Ray takes long and mostly waits, so it begins first; more than two Rays at once would be slow."""
+"""What starts Ray takes long and mostly waits, so it begins first; more than two Rays at once would be slow.
+
+Modules whose Ray outlives its driver (test_ray_adoption, test_ray_driver_dies) are in one group: beside each other, one's Ray
+didn't come up.
+"""
 
 GROUPS = WAITING | {
     "forking": (
