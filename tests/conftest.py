@@ -97,7 +97,7 @@ _NICENESS = os.nice(0)
 
 @pytest.fixture(scope="module", autouse=True)
 def gives_way_to_ray(request: pytest.FixtureRequest) -> None:
-    """Processes of pytest-xdist that compute leave the cores to what others wait for: Ray gives a node 30 seconds to start."""
+    """Processes of pytest-xdist that compute leave the cores to what others wait for: Ray's nodes have to start in time."""
     waits = unit_of(request.node.nodeid) in WAITING
     if not waits and os.nice(0) == _NICENESS and hasattr(request.config, "workerinput"):
         os.nice(5)

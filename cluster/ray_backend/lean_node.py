@@ -16,7 +16,8 @@ import ray._private.utils as ray_utils
 from ray._private.node import Node
 
 _START_S = 90.0
-"""Ray gives a node's raylet 30 seconds to come up, which a busy machine can miss."""
+"""On top of the 30 seconds that Ray gives a node's raylet to come up, which a busy machine can miss."""
+_POLL_S = 0.1  # Ray sends no message when a node is known: its own loop asks, too
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -37,7 +38,7 @@ def _patient_get_node(*args: Any, _get_node: Any = ray_services.get_node, **kwar
         except RuntimeError:
             if time.monotonic() > ends:
                 raise
-        time.sleep(0.1)
+        time.sleep(_POLL_S)
 
 
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (

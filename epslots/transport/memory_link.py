@@ -23,7 +23,7 @@ from epslots.transport.pair_link import BYTES_IN_FLIGHT, MOST_MESSAGE_BYTES, PIE
 
 _HEAD = struct.Struct("<cI")
 _MESSAGE, _PIECE, _READ = b"m", b"p", b"r"
-_RETRY_S = 0.002  # until the other end listens
+_RETRY_S = 0.002  # until the other end listens: a socket that nothing listens at has no event to wait for
 
 
 class MemoryLink:
@@ -67,9 +67,7 @@ class MemoryLink:
 
     def abort(self) -> None:
         with suppress(OSError):
-            self._connection.shutdown(
-                socket.SHUT_RDWR
-            )  # wakes a thread that waits; it closes the socket with the last reference
+            self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it
         self._connection.close()
 
     def _half(self, number: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from cluster.driver.epochs import Epochs
 from cluster.errors import ClusterError
 from cluster.lasting.settings import differences
 from cluster.messages.controller import Attach
-from cluster.messages.rank import Contact, Contacts, Load, decode_command
+from cluster.messages.rank import Contact, Contacts, Load, Wake, decode_command
 from epslots.config import LoadConfig
 from epslots.errors import ConfigError
 from tests.support.fake_backend import FakeBackend, FakeWorker
@@ -78,12 +78,22 @@ def test_a_broken_group_keeps_no_request_waiting(open_cluster: Open, folder: Pat
     assert backend.workers[0] is stays
 
 
-def test_an_idle_group_sleeps_while_another_serves(open_cluster: Open):
+def test_an_idle_group_sleeps_while_another_serves(open_cluster: Open, monkeypatch: pytest.MonkeyPatch):
     cluster, _ = open_cluster(ranks=2, groups=2)
+    until(cluster, lambda: all(group.router._idle._asleep for group in cluster._supervisor.groups))
+    woken: set[int] = set()
+    command = FakeWorker.command
+
+    async def note(worker: FakeWorker, message: bytes) -> bytes:
+        if isinstance(decode_command(message), Wake):
+            woken.add(worker.bundle)
+        return await command(worker, message)
+
+    monkeypatch.setattr(FakeWorker, "command", note)
     cluster.submit(PROMPTS[0], max_new_tokens=60).result(PATIENCE_S)
+    assert len(woken) == 1
     idle, busy = sorted(rank.steps for rank in cluster.stats().ranks)
-    assert busy >= 60
-    assert idle < 10, "it made some before it slept"
+    assert busy >= 60 and idle < 10, "it made some before it slept"
 
 
 def test_a_contact_reaches_its_group_alone(open_cluster: Open, monkeypatch: pytest.MonkeyPatch):
