@@ -9,9 +9,9 @@ Decoding requests wait for the prompts that are computed in their steps. A step 
     fixed + per_token x prompt tokens + per_request x decoding requests
 
 The three costs are fitted to the last steps, with prompts and without, by least squares of relative errors: a step that was
-held up has an error of 1 at most. When most of the latest steps are much slower than that, or faster, the machine itself is:
-all older steps are then taken to have been as much slower or faster. A step has at most 1.5 times the prompt tokens of the
-largest recent one.
+held up has an error of 1 at most. When most of the latest steps are much slower than that, or faster, and of a size that the
+fit knows, the machine itself is: all older steps are then taken to have been as much slower or faster. A step has at most 1.5
+times the prompt tokens of the largest recent one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GROWTH = 1.5
 """Prompt tokens of a step, at most, as a multiple of the largest recent number."""
 LEAST_SHARE = 0.1
 """Share of the target that prompts get where decoding alone takes all of it, or more: else they would never be done."""
-_MEMORY_STEPS, _RECENT_STEPS = 32, 3  # of each kind; the longer ago, the less a large chunk says of a fit that failed since
+_MEMORY_STEPS, _RECENT_STEPS = 32, 3  # of each kind
 _FADING = 0.95  # a step's weight over the next one's
 _CHANGED = 1.5  # times that a step takes longer, or less long, if the machine's speed has changed
 _SLOWER_OF, _FASTER_OF = 3, 5  # latest steps, most of which have to say so: prompts shrink quickly and grow slowly
@@ -96,11 +96,16 @@ class ChunkSize:
         if self._target_s is None:
             return
         step = _Step(prompt_tokens, decoding, max(seconds, _LEAST_S))
-        if step.has_prompt in self._fitted:
+        if step.has_prompt in self._fitted and self._is_like_others(step):
             step.ratio = step.seconds / self._expected(step)
         (self._prompts if step.has_prompt else self._decodes).append(step)
         self._latest.append(step)
         self._adapt()
+
+    def _is_like_others(self, step: _Step) -> bool:
+        """Whether the fit knows steps of about this size: of others, a wrong time says more of the fit than of the machine."""
+        known = [other.prompt_tokens for other in self._prompts] if step.has_prompt else [0]
+        return min(known) <= GROWTH * step.prompt_tokens and step.prompt_tokens <= GROWTH * max(known)
 
     def _expected(self, step: _Step) -> float:
         """Seconds of a step by the latest fit."""
