@@ -84,8 +84,8 @@ def test_steps_take_the_target_on_a_steady_machine(case: tuple[Machine, float], 
     assert max(seconds for _, seconds in found[12:]) >= 0.9 * min(target_s, whole_s)
 
 
-# The same machines each time: of 500 random ones, 3 are a step beyond the second bound, and none beyond the first; a longer search
-# finds one that is late in 9 % of its steps.
+# The same machines each time: of 500 random ones, 3 are a step beyond the second bound, and none beyond the first; a longer
+# search finds one that is late in 9 % of its steps.
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=machines(noise=0.1, held_up=0.01), gap=st.sampled_from([0, 3]), seed=st.integers(0, 99))
 def test_noise_makes_few_steps_late_and_costs_little(case: tuple[Machine, float], gap: int, seed: int):
