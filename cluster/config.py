@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from typing import Any, Unpack
@@ -22,6 +21,7 @@ from epslots.config import (
 )
 from epslots.errors import ConfigError, shown
 from epslots.planner.cost_model import Costs
+from epslots.rank_groups import check_division, divide_ranks
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 _MAX_SECONDS = 7 * 24 * 3600
@@ -105,8 +105,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.ranks is not None:
             check_count("ranks", self.ranks)
         check_count("groups", self.groups)
-        if self.ranks is not None and self.ranks % self.groups:
-            raise ConfigError(f"groups={self.groups} with ranks={self.ranks}; allowed: a number that divides the ranks")
         self._check_roles()
         if self.window_steps != 0:
             check_count("window_steps", self.window_steps)
@@ -116,19 +114,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name, ranks in given.items():
             if ranks != 0:
                 check_count(name, ranks)
-        if self.ranks is None or not self.prefill_ranks:
-            return
-        size, decode_ranks = self.ranks // self.groups, self.ranks - self.prefill_ranks
-        if decode_ranks < 1 or (self.decode_ranks and self.decode_ranks != decode_ranks):
-            raise ConfigError(
-                f"prefill_ranks={self.prefill_ranks}, decode_ranks={self.decode_ranks} with ranks={self.ranks}; allowed: at "
-                f"least one of each, together as many as ranks"
-            )
-        if self.prefill_ranks % size:
-            raise ConfigError(
-                f"prefill_ranks={self.prefill_ranks} with ranks={self.ranks} in groups={self.groups}; allowed: multiples of "
-                f"{size}, the size of a group"
-            )
+        if self.ranks is not None:
+            check_division(self.ranks, self.groups, self.prefill_ranks, self.decode_ranks)
 
     @property
     def outlives_driver(self) -> bool:
@@ -176,20 +163,13 @@ def _with_roles(given: dict[str, Any]) -> dict[str, Any]:
     """Settings with the ranks and groups that follow from those of the roles: the largest groups that divide both.
 
     Raises:
-        ConfigError: decode ranks are given alone.
+        ConfigError: decode ranks are given alone, or the numbers don't go together.
     """
-    prefill_ranks, decode_ranks = given.get("prefill_ranks", 0), given.get("decode_ranks", 0)
-    if not prefill_ranks:
-        if decode_ranks:
-            raise ConfigError(f"decode_ranks={decode_ranks}; allowed with prefill_ranks, which compute the prompts")
+    roles = given.get("prefill_ranks", 0), given.get("decode_ranks", 0)
+    if not any(roles) or not all(isinstance(ranks, int) and ranks >= 0 for ranks in roles):
         return given
-    ranks = given.get("ranks")
-    if ranks is None and decode_ranks:
-        ranks = prefill_ranks + decode_ranks
-    if ranks is None or given.get("groups", 1) != 1:
-        return {**given, "ranks": ranks}
-    size = math.gcd(prefill_ranks, ranks - prefill_ranks)
-    return {**given, "ranks": ranks, "groups": ranks // size}
+    division = divide_ranks(given.get("ranks"), given.get("groups", 1), *roles)
+    return given if division is None else {**given, "ranks": division.ranks, "groups": division.groups}
 
 
 def _check_seconds(name: str, given: object) -> None:

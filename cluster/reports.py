@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from cluster.driver.controller_client import ControllerStats
 from cluster.driver.hand_overs import NO_HAND_OVERS, HandOverCounts
-from cluster.driver.rank_loads import Role
 from cluster.driver.workers import WorkerRecord
 from cluster.messages.rank import LayerPlacement, RankReport
 from epslots.generation.engine_stats import EngineStats
+from epslots.rank_groups import Role
 from epslots.telemetry import Stats
 
 

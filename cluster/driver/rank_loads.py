@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import Literal, Protocol
+from typing import Protocol
 
-Role = Literal["mixed", "prefill", "decode"]
-"""What a group serves: all; prompts, which others go on with; or requests whose prompts were computed elsewhere."""
+from epslots.rank_groups import Role
+
 BACKLOG_PART = 4
 """A rank is given a fourth more requests than it runs, and at least one more: one of them starts when another ends."""
 _TRIES = 4

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # A request waits this long for others: ranks that get many in one message need fewer steps than if each began one more.
-_TOGETHER_S = 0.005
+TOGETHER_S = 0.005
 
 
 class Caller(Protocol):
@@ -204,7 +204,7 @@ class RequestRouter:
         """Assign waiting requests soon, once for all that come in together."""
         if not self._assignment_due and any(group.serves for group in self._groups):
             self._assignment_due = True
-            asyncio.get_running_loop().call_later(_TOGETHER_S, self._assign)
+            asyncio.get_running_loop().call_later(TOGETHER_S, self._assign)
 
     def _assign(self) -> None:
         self._assignment_due = False

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.driver.backend import WorkerDied
 from cluster.driver.epochs import Epochs
-from cluster.driver.rank_loads import RankCapacity, Role
+from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import GroupRouter
 from cluster.driver.retries import Pace, Retries
 from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, WorkerState
@@ -26,6 +26,7 @@ from cluster.messages.rank import Contact, Contacts, Form
 from epslots.config import LOAD_DEADLINE_S
 from epslots.placement.placement import unpack
 from epslots.planner.cost_model import Costs
+from epslots.rank_groups import Role
 
 logger = logging.getLogger("epslots.cluster")
 

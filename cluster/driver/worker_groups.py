@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 from cluster.driver.backend import WorkerDied
-from cluster.driver.rank_loads import Role
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
+from epslots.rank_groups import Role
 
 logger = logging.getLogger("epslots.cluster")
 

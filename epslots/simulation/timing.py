@@ -105,3 +105,34 @@ def timing_of(device: Device, expert_bytes: int, row_bytes: int, layer_ns: int =
     return Timing(
         costs, carry(row_bytes, device.network), carry(expert_bytes, device.network), far, int(layer_ns), int(token_ns)
     )
+
+
+@dataclass(frozen=True)
+class HandOverTiming:
+    """How long a request's cache takes from one rank to another.
+
+    Attributes:
+        fixed_s: seconds of its messages.
+        host_bytes_s, network_bytes_s: bytes a second between a device and its host's memory, and between two nodes.
+    """
+
+    fixed_s: float
+    host_bytes_s: float
+    network_bytes_s: float
+
+    def transfer_s(self, nbytes: int, *, same_node: bool) -> float:
+        """Seconds of the bytes: out of one device, and into the other; over the network in between, if they are apart.
+
+        The stages are taken to follow one another.
+        """
+        seconds = 2 * nbytes / self.host_bytes_s
+        return seconds if same_node else seconds + nbytes / self.network_bytes_s
+
+
+HAND_OVER_FIXED_S = 0.02
+"""Seconds of a hand-over's messages, before one was measured."""
+
+
+def hand_over_of(device: Device, fixed_s: float = HAND_OVER_FIXED_S) -> HandOverTiming:
+    """A device's hand-overs; they go through the host's memory."""
+    return HandOverTiming(fixed_s, device.host * LINK_SHARE * 1e9, device.network * LINK_SHARE * 1e9)

@@ -7,11 +7,12 @@ from collections.abc import Hashable
 import pytest
 
 from cluster.driver.hand_overs import HandOvers
-from cluster.driver.rank_loads import RankCapacity, Role
+from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, Release, TakeOver
 from cluster.messages.rank import Cancel, Command, Submit
 from epslots.generation.requests import Output, Request
+from epslots.rank_groups import Role
 
 REQUEST = Request("a", tuple(range(50)), 20)
 DONE = HandedOver(number=0, failure=None, seconds=0.1, nbytes=1000, tokens=50, prompt_token_s=0.001)

@@ -19,7 +19,7 @@ PACKAGE = Path(epslots.__file__).parent
 LAYERS = (
     # records and errors
     ("_version", "arrays", "errors", "layout", "streams", "cpu_threads", "importing"),
-    ("private_files", "units"),
+    ("private_files", "units", "rank_groups"),
     ("host_limits", "given_files", "progress"),
     ("compiled", "npz", "device_copy", "example"),
     # pure decisions
@@ -52,6 +52,7 @@ PURE = (
     "units",
     "layout",
     "load_window",
+    "rank_groups",
     "cache.ram_tier",
     "cache.ram_cells",
     "models.host_memory",

@@ -19,7 +19,7 @@ LAYERS = (
     ("generation",),
     ("rank", "controller"),
     ("driver",),
-    ("ray_backend", "reports"),
+    ("ray_backend", "reports", "simulation"),
     ("control",),
     ("api",),
     ("job",),

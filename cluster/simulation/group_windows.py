@@ -1,0 +1,101 @@
+"""``GroupWindows``: windows of load of simulated groups, on their way to the cluster's controller, and its placements back.
+
+The controller is the cluster's own (``controller/group_controllers.py``), and so are the messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from cluster.controller.controller import Controller
+from cluster.controller.group_controllers import GroupControllers
+from cluster.messages.controller import Attach, Learn, Order, address, decode_reply, encode
+from cluster.messages.placement import GroupState, LoadReport, SetPlacement
+from cluster.simulation.grouped_cluster import GroupedCluster
+from cluster.simulation.lockstep_group import LockstepGroup
+from epslots.load_window import LoadWindow
+from epslots.placement.placement import pack, unpack
+
+
+class GroupWindows:
+    """The controller of a simulated cluster, and what its groups have yet to tell it.
+
+    Args:
+        cluster: its settings.
+        groups: of lock-step, by number.
+
+    Attributes:
+        placements: that the controller has published.
+    """
+
+    def __init__(self, cluster: GroupedCluster, groups: Sequence[LockstepGroup]) -> None:
+        self.placements = 0
+        self._cluster, self._groups = cluster, groups
+        self._controllers = GroupControllers(lambda: Controller(lambda: 0.0))
+        self._seconds = [0.0] * len(groups)
+        for number, group in enumerate(groups):
+            self._order(number, Attach(group=self._state(number, group), offered=None, published=0, frozen=False))
+
+    def _order(self, group: int, order: Order) -> SetPlacement | None:
+        return decode_reply(self._controllers.answer(address(group, encode(order)))).set_placement
+
+    def _state(self, number: int, group: LockstepGroup) -> GroupState:
+        model, size = group.experts.model, self._cluster.group_size
+        layers = len(model.layers)
+        return GroupState(
+            number=0,
+            epoch=number,
+            nodes=tuple(f"node {self._cluster.node_of(number * size + rank)}" for rank in range(size)),
+            placement=pack(model.placement),
+            pending_migrations=model.pending_migrations,
+            costs=self._cluster.timing.costs,
+            expert_bytes=(self._cluster.expert_bytes,) * layers,
+            pools=(0,) * layers,
+        )
+
+    def step(self, number: int, seconds: float) -> None:
+        """A group has made a step: if a window ends with it, tell the controller, and follow its placement.
+
+        Args:
+            number: of the group.
+            seconds: of one layer's depth, as the group's ranks would measure them.
+        """
+        group = self._groups[number]
+        self._seconds[number] += seconds
+        every = self._cluster.window_steps
+        if group.steps % every:
+            return
+        reports = tuple(
+            LoadReport(number, rank, group.steps // every, window) for rank, window in enumerate(self._cut(number, every))
+        )
+        placed = self._order(number, Learn(reports, dropped=0))
+        if placed is not None:
+            self.placements += 1
+            group.experts.model.adopt(unpack(placed.placement), placed.bytes_per_step)
+
+    def _cut(self, number: int, steps: int) -> list[bytes]:
+        """The group's window, as its ranks report it. All tokens stand in the first rank's report: they are added up."""
+        tokens_LE, uses_LE, reuse_LD = self._groups[number].experts.take_window()
+        model, zeros = self._groups[number].experts.model, (0,) * len(tokens_LE)
+        window = LoadWindow(
+            steps=steps,
+            seconds=self._seconds[number],
+            tokens=tokens_LE.astype("<i8").tobytes(),
+            uses=uses_LE.astype("<i8").tobytes(),
+            reuse=reuse_LD.astype("<i8").tobytes(),
+            hits=zeros,
+            misses=zeros,
+            host_bytes=zeros,
+            peer_bytes=zeros,
+            layer_s=(0.0,) * len(tokens_LE),
+            wait_s=(0.0,) * len(tokens_LE),
+            placement=model.placement.version,
+            pending_migrations=model.pending_migrations,
+        )
+        self._seconds[number] = 0.0
+        others = msgspec.structs.replace(window, tokens=np.zeros_like(tokens_LE).astype("<i8").tobytes())
+        encoded = msgspec.msgpack.encode(others)
+        return [msgspec.msgpack.encode(window), *[encoded] * (self._cluster.group_size - 1)]
