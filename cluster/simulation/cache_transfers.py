@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from cluster.messages.hand_over import HandedOver
-from cluster.simulation.grouped_cluster import GroupedCluster
 from cluster.simulation.simulated_rank import SimulatedRank
 from epslots.generation.cache_image import CacheImage
+from epslots.simulation.grouped_cluster import GroupedCluster
 
 
 @dataclass(frozen=True)

@@ -1,73 +1,24 @@
-"""``LoadFigures``: the figures of a simulated cluster under a load, and ``simulate_load``, which measures them."""
+"""``simulate_load``: the figures of a simulated cluster under a load (``simulation/load.py`` of epslots)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import msgspec
 import numpy as np
 
-from cluster.simulation.arrivals import Arrival, Workload
-from cluster.simulation.grouped_cluster import GroupedCluster
+from cluster.simulation.arrivals import Arrival, arrivals_of
 from cluster.simulation.lockstep_group import GroupTally
 from cluster.simulation.request_simulation import RequestSimulation, RequestTimes
 from epslots.arrays import FloatArray, IntArray
 from epslots.errors import ConfigError
+from epslots.simulation.grouped_cluster import GroupedCluster
+from epslots.simulation.load import LoadFigures, Quartet, Workload
 from epslots.simulation.simulate import RecordedTraffic
 
 # Requests that come before and after the measured ones: the cluster fills, and is still as full at the end.
 _BEFORE, _AFTER = 0.3, 0.1
 _GROWTH = 1.5  # of the requests in the cluster while the measured ones come, above which it doesn't keep up
-
-
-class Quartet(msgspec.Struct, frozen=True):
-    """Statistics of times, in milliseconds."""
-
-    mean: float
-    p50: float
-    p99: float
-    max: float
-
-
-class LoadFigures(msgspec.Struct, frozen=True):
-    """A simulated cluster under a load. Times are those of the requests in the middle, as their readers see them.
-
-    Attributes:
-        rate: requests a second that arrived.
-        requests: that were measured.
-        ttft_ms: from a request's arrival to its first token.
-        tpot_ms: from a request's first token to its last, for each token after the first.
-        gap_ms: between two tokens of a text on its rank; hand-overs apart.
-        hand_over_ms: of a hand-over, in which its text stands still; None without one.
-        tokens_per_s: new tokens of all requests, while the measured ones came.
-        reused: share of the prompts' tokens that weren't computed, because a rank's cache held them.
-        hand_overs, failed_hand_overs, hand_over_bytes: over the whole simulation.
-        preempted: times that a request gave up its place in a cache.
-        imbalance: tokens of a step's busiest rank over the mean of its group, weighted by tokens; by role.
-        step_ms: mean of a group's steps, by role.
-        hit_rate: hits per use of an expert.
-        placements: that the controller has published.
-        kept_up: the measured requests left as fast as they came: their number at the end wasn't growing.
-    """
-
-    rate: float
-    requests: int
-    ttft_ms: Quartet
-    tpot_ms: Quartet
-    gap_ms: Quartet
-    hand_over_ms: Quartet | None
-    tokens_per_s: float
-    reused: float
-    hand_overs: int
-    failed_hand_overs: int
-    hand_over_bytes: int
-    preempted: int
-    imbalance: dict[str, float]
-    step_ms: dict[str, float]
-    hit_rate: float
-    placements: int
-    kept_up: bool
 
 
 def simulate_load(
@@ -90,7 +41,7 @@ def simulate_load(
     simulation = RequestSimulation(cluster, traffic)
     measured = range(int(_BEFORE * workload.requests), math.ceil((1 - _AFTER) * workload.requests))
     meter = _Meter(simulation, measured)
-    simulation.run(meter.watch(workload.arrivals(traffic.starts), advance), meter.is_done)
+    simulation.run(meter.watch(arrivals_of(workload, traffic.starts), advance), meter.is_done)
     return meter.figures(workload.rate)
 
 

@@ -14,10 +14,10 @@ from cluster.controller.controller import Controller
 from cluster.controller.group_controllers import GroupControllers
 from cluster.messages.controller import Attach, Learn, Order, address, decode_reply, encode
 from cluster.messages.placement import GroupState, LoadReport, SetPlacement
-from cluster.simulation.grouped_cluster import GroupedCluster
 from cluster.simulation.lockstep_group import LockstepGroup
 from epslots.load_window import LoadWindow
 from epslots.placement.placement import pack, unpack
+from epslots.simulation.grouped_cluster import GroupedCluster
 
 
 class GroupWindows:

@@ -30,12 +30,12 @@ from cluster.rank.event_pace import EVENTS_EVERY_S
 from cluster.simulation.arrivals import Arrival
 from cluster.simulation.cache_transfers import CacheTransfers
 from cluster.simulation.group_windows import GroupWindows
-from cluster.simulation.grouped_cluster import GroupedCluster
 from cluster.simulation.lockstep_group import LockstepGroup
 from cluster.simulation.simulated_rank import SimulatedRank
 from cluster.simulation.trace_counts import TraceCounts
 from epslots.generation.requests import Output
 from epslots.rank_groups import Role
+from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.simulate import RecordedTraffic
 
 _DEADLINE_S = 60.0  # of hand-overs; none passes here
