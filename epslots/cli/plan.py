@@ -20,6 +20,7 @@ from epslots.cli.options import (
     SlotFormatOption,
     SlotsOption,
 )
+from epslots.cli.plan_groups import GroupPlanOptions, groups_as_json, print_groups
 from epslots.cli.record_table import Columns, record_table
 from epslots.config import (
     CACHE_SETTINGS,
@@ -40,6 +41,7 @@ from epslots.streams import table_console
 from epslots.units import format_bytes, format_count, parse_bytes, parse_slots
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 EXIT_DOES_NOT_FIT = 1
@@ -52,7 +54,12 @@ class WorkOptions:
 
     PANEL: ClassVar[str] = "The work"
 
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts among them.")] = 1
+    ranks: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Ranks; those of a group share the experts. Default: 1, or as many as --groups and roles need."
+        ),
+    ] = None
     kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens that a rank's KV cache keeps, of all requests together.")] = (
         DEFAULT_KV_TOKENS
     )
@@ -76,6 +83,7 @@ class WorkOptions:
 @takes_groups
 def plan(
     work: WorkOptions,
+    groups: GroupPlanOptions,
     model: Annotated[
         Optional[str],
         typer.Option(
@@ -107,13 +115,19 @@ def plan(
     for the plan of a quantised checkpoint (such as DeepSeek-V3 in FP8, gpt-oss in MXFP4) give its folder.
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
+    With --groups, or with roles, the same memory of each rank is planned, and what a role has room for:
+
+        epslots plan --model qwen3-30b-a3b --prefill-ranks 2 --decode-ranks 6 --memory 80GiB --kv-tokens 65536
+
+    A hand-over's cost is shown by link, for --hand-over-tokens.
+
     --host-memory bounds the RAM of a node that has all the ranks: the plan then says how much is read from the disk.
 
     With --memory, --device may be one that this machine lacks. It decides more than the memory:
     whether a kernel there computes from packed slots,
     and for a GPU the next layer's experts are predicted.
     """
-    setting, engine = parse_slots(slots), work.engine
+    setting, engine, division = parse_slots(slots), work.engine, groups.division(work.ranks)
     config = load_config(
         dtype=dtype,
         **msgspec.structs.asdict(engine),
@@ -136,7 +150,7 @@ def plan(
             found.shape,
             setting,
             memory_bytes=memory_bytes,
-            ranks=work.ranks,
+            ranks=division.group_size,
             device=kind,
             engine=engine,
             predictor_bytes=found.predictor_bytes,
@@ -145,17 +159,20 @@ def plan(
     except DoesNotFitError as error:
         typer.echo(f"doesn't fit: {error}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT) from error
-    host = None if config.host_memory_bytes is None else plan_host_memory(result, config.host_memory_bytes, work.ranks)
+    host = None if config.host_memory_bytes is None else plan_host_memory(result, config.host_memory_bytes, division.ranks)
     if as_json:
-        typer.echo(json.dumps(_as_json(result, found, host), indent=2))
+        typer.echo(json.dumps(_as_json(result, found, host) | groups_as_json(result, division, groups), indent=2))
     else:
-        _print_tables(result, found, host)
+        console = table_console(_PLAIN_WIDTH)
+        _print_tables(console, result, found, host)
+        if division.groups > 1:
+            print_groups(console, result, division, groups)
     if result.free_bytes is None:
         return
     if not result.fits:
         typer.echo(f"doesn't fit: short of {format_bytes(-result.free_bytes)}. {advice(result)}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT)
-    each = "the rank has" if work.ranks == 1 else f"each of {work.ranks} ranks has"
+    each = "the rank has" if division.ranks == 1 else f"each of {division.ranks} ranks has"
     free, store = format_bytes(result.free_bytes), format_bytes(result.host_store_bytes)
     typer.echo(f"fits: {each} {free} to spare, and a node keeps a host store of {store}.", err=True)
 
@@ -225,8 +242,7 @@ def _alternative_as_json(other: MemoryPlan) -> dict[str, Any]:
     return {"slots": str(other.setting), **{name: getattr(other, name) for name in _ALTERNATIVE_FIELDS}}
 
 
-def _print_tables(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | None) -> None:
-    console = table_console(_PLAIN_WIDTH)
+def _print_tables(console: Console, result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | None) -> None:
     console.print(_plan_table(result, found, host))
     console.print()
     console.print(_alternatives_table(result))

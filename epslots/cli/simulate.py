@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Optional
+from typing import Annotated, ClassVar, NamedTuple, Optional
 
 import msgspec
 import typer
@@ -14,6 +14,7 @@ import typer
 from epslots.arrays import IntArray
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.record_table import Columns, record_table
+from epslots.cli.simulate_load import ArrivalOptions, DivisionOptions, EngineOptions, find_simulator, print_load
 from epslots.cli.trace import slots_of_layers
 from epslots.compiled import prepare
 from epslots.errors import ConfigError
@@ -22,8 +23,10 @@ from epslots.placement.placement import MOST_RANKS, Placement
 from epslots.placement.placement_file import read_placement
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.progress import counting
+from epslots.rank_groups import RankGroups
+from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.simulate import GROUP_SIZE, Outcome, RecordedTraffic, SimulatedCluster, simulate
-from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, Timing, timing_of
+from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, HandOverTiming, Timing, hand_over_of, timing_of
 from epslots.streams import table_console
 from epslots.units import format_bytes, parse_bytes
 
@@ -31,6 +34,14 @@ _LANES_MAX = 2**22
 _TIMING_FILE_BYTES_MAX = 1 << 20
 _NUMBER_MAX = 10**6
 _PLAIN_WIDTH = 150
+_DEFAULT_RANKS = 8
+
+
+class Times(NamedTuple):
+    """The model of time: of steps, and of hand-overs."""
+
+    steps: Timing
+    hand_over: HandOverTiming
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,9 @@ class ClusterOptions:
 
     PANEL: ClassVar[str] = "The cluster"
 
-    ranks: Annotated[int, typer.Option(min=1, max=MOST_RANKS, help="Ranks.")] = 8
+    ranks: Annotated[Optional[int], typer.Option(min=1, max=MOST_RANKS, help="Ranks. Default: those of both roles, or 8.")] = (
+        None
+    )
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks are on.")] = 1
     slots: Annotated[str, typer.Option("--slots", "-s", help="Slots of each layer on each rank: 16, or 25%.")] = "25%"
     policy: Annotated[str, typer.Option(help=f"Eviction policy: {', '.join(POLICIES)}.")] = DEFAULT_POLICY
@@ -48,17 +61,43 @@ class ClusterOptions:
     controller: Annotated[bool, typer.Option("--controller/--static", help="Decide on placements as traffic goes on.")] = False
     window_steps: Annotated[int, typer.Option(min=1, help="With --controller: steps of a window of telemetry.")] = 50
 
-    def simulated(self, quota_L: IntArray, timing: Timing, expert_bytes: int) -> SimulatedCluster:
+    def division(self, given: DivisionOptions) -> RankGroups:
+        """The ranks in groups. ConfigError: the numbers don't go together."""
+        both = given.prefill_ranks + given.decode_ranks if given.prefill_ranks and given.decode_ranks else _DEFAULT_RANKS
+        return given.division(both if self.ranks is None else self.ranks, self.group_size)
+
+    def simulated(self, division: DivisionOptions, quota_L: IntArray, timing: Timing, expert_bytes: int) -> SimulatedCluster:
         """The cluster with ``quota_L`` slots on a rank. ConfigError: the placement file is for other slots."""
+        ranks = _DEFAULT_RANKS if self.ranks is None else self.ranks
         return SimulatedCluster(
-            ranks=self.ranks,
+            ranks=ranks,
             nodes=self.nodes,
             quota_L=quota_L,
             timing=timing,
             expert_bytes=expert_bytes,
             policy=POLICIES[self.policy],
-            group_size=self.group_size,
+            group_size=self.group_size if division.groups is None else self.division(division).group_size,
             placement=self._first_placement(int(quota_L.sum())),
+            window_steps=self.window_steps if self.controller else 0,
+        )
+
+    def serving(
+        self, division: DivisionOptions, engine: EngineOptions, quota_L: IntArray, times: Times, expert_bytes: int
+    ) -> GroupedCluster:
+        """The cluster for requests that arrive. ConfigError: a setting doesn't go with these."""
+        if self.placement is not None:
+            raise ConfigError("--placement with --rate: experts are dealt by slots at first; leave one out")
+        return GroupedCluster(
+            division=self.division(division),
+            nodes=self.nodes,
+            quota_L=quota_L,
+            timing=times.steps,
+            hand_over=times.hand_over,
+            expert_bytes=expert_bytes,
+            kv_token_bytes=engine.token_bytes,
+            policy=POLICIES[self.policy],
+            engine=engine.engine,
+            depth=1.0 if engine.layers is None else engine.layers / len(quota_L),
             window_steps=self.window_steps if self.controller else 0,
         )
 
@@ -79,7 +118,7 @@ class ClusterOptions:
 class TrafficOptions:
     """The work of each rank."""
 
-    PANEL: ClassVar[str] = "The traffic"
+    PANEL: ClassVar[str] = "Full batches (without --rate)"
 
     batch: Annotated[str, typer.Option(help="Sequences of each rank at a time; several (1,8,64) give a curve.")] = "8"
     steps: Annotated[int, typer.Option(min=1, help="Steps that count.")] = 200
@@ -119,7 +158,10 @@ class TimeOptions:
 def simulate_command(
     trace: Annotated[Path, typer.Argument(help="A routing trace (.npz), from `epslots trace record`.")],
     cluster: ClusterOptions,
+    division: DivisionOptions,
     traffic: TrafficOptions,
+    arrivals: ArrivalOptions,
+    engine: EngineOptions,
     time: TimeOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -131,20 +173,30 @@ def simulate_command(
     Planner, caches and placements are those that ranks run; only time is a model.
     Each rank decodes a batch of the trace's sequences, a token of each in a step.
     Bandwidths of data sheets rank choices; to predict a machine, give --timing.
+
+    With --rate, requests arrive, and groups of ranks serve them, by roles if there are some:
+
+        epslots simulate trace.npz --prefill-ranks 4 --decode-ranks 12 --rate 50,100,200 --prompt-tokens 200-3000 --layers 48
+
+    Shown are the times to the first and to each further token, tokens/s, and hand-overs.
+    Scheduler, hand-overs, batches and controller are the cluster's own, too.
     """
     if cluster.policy not in POLICIES:
         raise ConfigError(f"--policy {cluster.policy!r}: allowed: {', '.join(POLICIES)}")
     if time.machine not in DEVICES:
         raise ConfigError(f"--machine {time.machine!r}: allowed: {', '.join(DEVICES)}")
-    batches = traffic.batches(cluster.ranks)
+    if arrivals.rate is not None:
+        _simulate_load(trace, cluster, division, arrivals, engine, time, as_json=as_json)
+        return
+    if division.prefill_ranks:
+        raise ConfigError(
+            f"--prefill-ranks {division.prefill_ranks}; allowed with --rate: roles are those of arriving requests"
+        )
+    batches = traffic.batches(_DEFAULT_RANKS if cluster.ranks is None else cluster.ranks)
     size, timing = parse_bytes(time.expert_bytes), time.model()
-
-    from epslots.trace import Trace
-
-    recorded = Trace.load(trace)
-    simulated = cluster.simulated(slots_of_layers(cluster.slots, recorded.num_experts), timing, size)
+    shape, slots = _read(trace, cluster.slots)
+    simulated = cluster.simulated(division, slots, timing, size)
     prepare()
-    shape = RecordedTraffic(recorded.expert_ids, recorded.starts, recorded.num_experts)
     with counting("simulate", len(batches) * (traffic.steps + traffic.warm_up) * len(simulated.groups())) as advance:
         outcomes = [simulate(shape, simulated, one, traffic.steps, traffic.warm_up, advance) for one in batches]
     if as_json:
@@ -152,6 +204,39 @@ def simulate_command(
         typer.echo(json.dumps(msgspec.to_builtins({**settings, "curve": outcomes}), indent=1))
     else:
         _print(outcomes)
+
+
+def _read(trace: Path, slots: str) -> tuple[RecordedTraffic, IntArray]:
+    """A trace, and the slots of its layers."""
+    from epslots.trace import Trace
+
+    found = Trace.load(trace)
+    return RecordedTraffic(found.expert_ids, found.starts, found.num_experts), slots_of_layers(slots, found.num_experts)
+
+
+def _simulate_load(
+    trace: Path,
+    cluster: ClusterOptions,
+    division: DivisionOptions,
+    arrivals: ArrivalOptions,
+    engine: EngineOptions,
+    time: TimeOptions,
+    *,
+    as_json: bool,
+) -> None:
+    workloads, size = arrivals.workloads(), parse_bytes(time.expert_bytes)
+    times = Times(time.model(), hand_over_of(DEVICES[time.machine], engine.hand_over_ms / 1e3))
+    run = find_simulator()
+    traffic, slots = _read(trace, cluster.slots)
+    served = cluster.serving(division, engine, slots, times, size)
+    prepare()
+    with counting("simulate", sum(one.requests for one in workloads)) as advance:
+        figures = [run(served, traffic, one, advance) for one in workloads]
+    if as_json:
+        settings = {"trace": str(trace), "policy": cluster.policy, "division": served.division, "timing": times._asdict()}
+        typer.echo(json.dumps(msgspec.to_builtins({**settings, "curve": figures}), indent=1))
+    else:
+        print_load(served.division, figures)
 
 
 def _positive(name: str, given: str) -> int:

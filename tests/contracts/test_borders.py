@@ -55,6 +55,7 @@ PURE = (
     "rank_groups",
     "cache.ram_tier",
     "cache.ram_cells",
+    "models.cluster_plan",
     "models.host_memory",
     "models.memory_plan",
     "models.memory_report",

@@ -1,0 +1,107 @@
+"""``epslots plan --groups``: the options, tables and JSON of a cluster whose ranks are divided into groups and roles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
+
+import msgspec
+import typer
+
+from epslots.cli.options import DecodeRanksOption, GroupsOption, PrefillRanksOption
+from epslots.cli.record_table import Columns, record_table
+from epslots.errors import ConfigError
+from epslots.models.cluster_plan import HandOverCost, RolePlan, plan_hand_overs, plan_roles
+from epslots.models.memory_plan import MemoryPlan
+from epslots.rank_groups import RankGroups, divide_ranks
+from epslots.simulation.timing import DEVICES, hand_over_of
+from epslots.units import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_MACHINES = {"cuda": "h100", "cpu": "cpu"}
+
+
+@dataclass(frozen=True)
+class GroupPlanOptions:
+    """The division of the ranks, and hand-overs between roles."""
+
+    PANEL: ClassVar[str] = "Groups and roles"
+
+    groups: GroupsOption = 1
+    prefill_ranks: PrefillRanksOption = 0
+    decode_ranks: DecodeRanksOption = 0
+    hand_over_tokens: Annotated[
+        Optional[str],
+        typer.Option(help="Tokens of hand-overs whose costs are shown; several: 500,2000. Default: half of --kv-tokens."),
+    ] = None
+    machine: Annotated[
+        Optional[str],
+        typer.Option(help=f"Links of hand-overs, by data sheet: {', '.join(DEVICES)}. Default: h100; cpu on a CPU."),
+    ] = None
+
+    def division(self, ranks: int | None) -> RankGroups:
+        """The ranks in groups; None = one, or those of both roles. ConfigError: the numbers don't go together."""
+        if self.machine is not None and self.machine not in DEVICES:
+            raise ConfigError(f"--machine {self.machine!r}: allowed: {', '.join(DEVICES)}")
+        if ranks is None and not (self.prefill_ranks and self.decode_ranks):
+            ranks = max(self.groups, 1 + self.prefill_ranks)
+        found = divide_ranks(ranks, self.groups, self.prefill_ranks, self.decode_ranks)
+        assert found is not None
+        return found
+
+    def hand_overs(self, plan: MemoryPlan) -> list[HandOverCost]:
+        """Costs of hand-overs between ranks with this plan; empty without roles."""
+        if not self.prefill_ranks:
+            return []
+        timing = hand_over_of(DEVICES[self.machine or _MACHINES[plan.device]])
+        return plan_hand_overs(plan.shape, plan.engine.kv_tokens, self._tokens(plan.engine.kv_tokens), timing)
+
+    def _tokens(self, kv_tokens: int) -> list[int]:
+        if self.hand_over_tokens is None:
+            return [max(1, kv_tokens // 2)]
+        parts = self.hand_over_tokens.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ConfigError(f"--hand-over-tokens {self.hand_over_tokens!r}; allowed: numbers of tokens, separated by commas")
+        return list(map(int, parts))
+
+
+_ROLE_COLUMNS: Columns[RolePlan] = (
+    ("role", lambda one: one.role),
+    ("groups", lambda one: str(one.groups)),
+    ("ranks of each", lambda one: str(one.group_ranks)),
+    ("slots for each expert", lambda one: f"{one.slots_per_expert:.3g}"),
+    ("KV tokens of all", lambda one: f"{one.kv_tokens:,}"),
+    ("their bytes", lambda one: format_bytes(one.kv_bytes)),
+    ("requests at a time", lambda one: f"{one.requests:,}"),
+)
+_HAND_OVER_COLUMNS: Columns[HandOverCost] = (
+    ("tokens", lambda one: f"{one.tokens:,}"),
+    ("bytes", lambda one: format_bytes(one.nbytes)),
+    ("within a node", lambda one: f"{1e3 * one.node_s:.3g} ms"),
+    ("between nodes", lambda one: f"{1e3 * one.network_s:.3g} ms"),
+)
+
+
+def print_groups(console: Console, plan: MemoryPlan, division: RankGroups, options: GroupPlanOptions) -> None:
+    """Print what each role has room for, and the costs of hand-overs."""
+    title = f"{division.ranks} ranks in {division.groups} groups, each a whole model; each rank as above"
+    console.print()
+    console.print(record_table(title, _ROLE_COLUMNS, plan_roles(plan, division)))
+    if costs := options.hand_overs(plan):
+        machine = options.machine or _MACHINES[plan.device]
+        caption = f"{machine}, by data sheet, and 20 ms of messages; a cluster measures its own"
+        console.print()
+        console.print(record_table("a hand-over from a prefill to a decode rank", _HAND_OVER_COLUMNS, costs, caption))
+
+
+def groups_as_json(plan: MemoryPlan, division: RankGroups, options: GroupPlanOptions) -> dict[str, Any]:
+    """Everything in these tables."""
+    return {
+        "groups": division.groups,
+        "group_ranks": division.group_size,
+        "prefill_ranks": division.prefill_ranks,
+        "roles": msgspec.to_builtins(plan_roles(plan, division)),
+        "hand_overs": msgspec.to_builtins(options.hand_overs(plan)),
+    }
