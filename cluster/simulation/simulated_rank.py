@@ -205,7 +205,7 @@ class SimulatedRank:
         active = self._admission.active
         unfinished = sum(entry.reason is None for entry in self._entries.values())
         may_admit = len(self._admission.running) < min(unfinished, self._most_requests)
-        if may_admit or self._times_steps or not active or any(running.left != 1 for running in active):
+        if may_admit or self._times_steps or not active or not all(map(_continues_text, active)):
             return 0
         left = min(running.entry.request.max_new_tokens - len(running.entry.tokens) for running in active) - 1
         steps = min(left, self._rows.free_tokens // len(active))
@@ -244,3 +244,8 @@ class SimulatedRank:
         self._rows.check()
         assert not self._admission.running and not self._admission.reserved
         assert all(entry.reason for entry in self._entries.values())
+
+
+def _continues_text(running: RunningRow) -> bool:
+    """Whether a row's next token is of its text, and no other one comes with it."""
+    return running.left == 1 and running.row.length >= len(running.entry.request.prompt)
