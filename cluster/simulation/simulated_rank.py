@@ -225,6 +225,7 @@ class SimulatedRank:
             self._rows.extend(running.row, steps)
             running.entry.tokens += [_TOKEN] * steps
         self.counters.steps += steps
+        self._prompt_was_last = False
 
     def outputs(self) -> list[Output]:
         """The results since the last call, as ``Batcher.outputs``."""

@@ -149,15 +149,15 @@ def test_a_controller_places_experts():
 def test_figures_tell_a_load_that_is_too_much(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
     cluster, traffic = cluster_of(prefill_ranks=2), traffic_of()
-    load = replace(LOAD, new_tokens=(20, 40), requests=400)
-    light, heavy = (simulate_load(cluster, traffic, replace(load, rate=rate)) for rate in (10.0, 2000.0))
+    load = replace(LOAD, new_tokens=(20, 40), requests=100)
+    light, heavy = (simulate_load(cluster, traffic, replace(load, rate=rate)) for rate in (20.0, 4000.0))
     assert light.kept_up and not heavy.kept_up
     assert heavy.ttft_ms.p50 > 10 * light.ttft_ms.p50 > 0
     assert light.tpot_ms.p50 <= light.tpot_ms.p99 <= light.tpot_ms.max
-    assert light.hand_overs > 300 and light.hand_over_ms is not None and light.hand_over_ms.p50 >= 20.0, "its messages alone"
+    assert light.hand_overs > 80 and light.hand_over_ms is not None and light.hand_over_ms.p50 >= 20.0, "its messages alone"
     assert light.hand_over_bytes > 0 and 0 < light.reused < 1
     assert light.imbalance.keys() == {"prefill", "decode"} and min(light.imbalance.values()) >= 1
-    assert light.tokens_per_s == pytest.approx(10 * 30, rel=0.3), "what comes in goes out"
+    assert light.tokens_per_s == pytest.approx(20 * 30, rel=0.4), "what comes in goes out"
 
 
 @pytest.mark.parametrize(
