@@ -38,6 +38,8 @@ soak: Requests, kills, stops, joins and leaves at random, for minutes; requests 
 
 groups: Requests over 1,024 ranks, nothing computed: decisions a second; tokens of prompts reused, against routing at random.
 
+simulated-groups: SIMULATED, 1,024 ranks in 16 groups: times to the first and to each token over load, with roles and without.
+
 serve: The service: tokens/s over HTTP against Cluster.generate, time to the first token, SIGKILLs of ranks and of the driver,
 restarts of Ray's GCS, processor time when idle. Takes --parts and --redis.
 
