@@ -99,6 +99,7 @@ def print_groups(console: Console, plan: MemoryPlan, division: RankGroups, optio
 def groups_as_json(plan: MemoryPlan, division: RankGroups, options: GroupPlanOptions) -> dict[str, Any]:
     """Everything in these tables."""
     return {
+        "ranks": division.ranks,
         "groups": division.groups,
         "group_ranks": division.group_size,
         "prefill_ranks": division.prefill_ranks,

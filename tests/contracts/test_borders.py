@@ -184,7 +184,13 @@ def test_the_commands_and_their_options():
         "--model", "--slots", "--slot-format", "--attn-implementation", "--memory", "--host-memory", "--ranks", "--kv-tokens",
         "--json",
     } <= found["plan"]  # fmt: skip
+    assert {"--groups", "--prefill-ranks", "--decode-ranks", "--hand-over-tokens", "--machine"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]
+    assert {
+        "--groups", "--prefill-ranks", "--decode-ranks", "--rate", "--requests", "--prompt-tokens", "--new-tokens",
+        "--shared-tokens", "--shared-prompts", "--kv-tokens", "--max-requests", "--max-batch-tokens", "--step-target-ms",
+        "--layers", "--kv-token-bytes", "--hand-over-ms",
+    } <= found["simulate"]  # fmt: skip
     inner = {
         name: {o for p in c.params for o in p.opts}
         for outer in ("trace", "predict", "placement")
