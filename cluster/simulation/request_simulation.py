@@ -132,7 +132,7 @@ class RequestSimulation:
 
         Args:
             arrivals: in the order of their times.
-            until: asked after each assignment of requests; True ends the simulation.
+            until: asked before each event; True ends the simulation.
         """
         coming = iter(arrivals)
         self._await(coming)
