@@ -224,6 +224,7 @@ class SimulatedRank:
         for running in step.rows:
             self._rows.extend(running.row, steps)
             running.entry.tokens += [_TOKEN] * steps
+            assert len(running.entry.tokens) < running.entry.request.max_new_tokens, "it would have ended"
         self.counters.steps += steps
         self._prompt_was_last = False
 

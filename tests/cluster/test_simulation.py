@@ -114,10 +114,10 @@ def test_a_trace_is_read_in_a_circle():
 @pytest.mark.parametrize("prefill_ranks", [0, 4])
 def test_steps_together_are_steps_one_by_one(prefill_ranks: int, monkeypatch: pytest.MonkeyPatch):
     """Ranks that only decode are asked for the next step when something happens to them: that changes nothing."""
-    cluster = cluster_of(prefill_ranks=prefill_ranks)
-    quick = served(cluster)
+    cluster, load = cluster_of(prefill_ranks=prefill_ranks), replace(LOAD, rate=600.0)
+    quick = served(cluster, load)
     monkeypatch.setattr(SimulatedRank, "coasts", lambda _: 0)
-    slow = served(cluster)
+    slow = served(cluster, load)
     assert [vars(one) for one in quick.times.values()] == [vars(one) for one in slow.times.values()]
     assert [vars(one.counters) for one in quick.ranks] == [vars(one.counters) for one in slow.ranks]
     gaps = [[sum(streams_R.sum() for _, streams_R in group.take().gaps) for group in one.groups] for one in (quick, slow)]
