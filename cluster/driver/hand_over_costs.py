@@ -7,6 +7,8 @@ FIRST_SECONDS = 0.02
 """A hand-over, before one was measured: some messages."""
 FIRST_SHORT_TOKENS = 32
 """Tokens of a short prompt, before any was measured."""
+LEAST_HIDDEN_S = 0.005
+"""Seconds of copying that an early hand-over has to hide behind the prompt: less isn't worth its further messages."""
 _FADING = 0.95  # a measurement's weight over the next one's
 
 
@@ -30,6 +32,7 @@ class HandOverCosts:
         """Note a hand-over of so many tokens.
 
         Args:
+            seconds: without waiting for the prompt.
             prompt_token_s: seconds of a prompt's token that its source has measured; 0 = none.
         """
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
@@ -54,7 +57,28 @@ class HandOverCosts:
         """
         if self.prompt_token_s is None:
             return to_compute <= FIRST_SHORT_TOKENS
-        return to_compute * self.prompt_token_s * (1 + streams) <= self.fixed_s + held * self.token_s
+        return to_compute * self.prompt_token_s * (1 + streams) <= self.seconds(held)
+
+    def seconds(self, tokens: int) -> float:
+        """Seconds of a hand-over."""
+        return self.fixed_s + tokens * self.token_s
+
+    def begins_early(self, computed: int, left: int, chunk: int) -> bool:
+        """Whether a hand-over begins before its prompt is computed, and now.
+
+        It keeps room at its target from then on, so it begins as late as it can: when the rest of the prompt, after another
+        step, would take less time than the hand-over.
+
+        Args:
+            computed: tokens of the prompt until now.
+            left: tokens that are to come.
+            chunk: tokens of its latest step.
+        """
+        if self.prompt_token_s is None:
+            return False
+        hidden_s = min(left * self.prompt_token_s, computed * self.token_s)
+        in_time = (left - chunk) * self.prompt_token_s > self.seconds(computed + left)
+        return hidden_s >= LEAST_HIDDEN_S and not in_time
 
     def is_worth(self, left: int) -> bool:
         """Whether a request with so many tokens to come is handed over at all."""

@@ -29,7 +29,7 @@ from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
 from epslots.generation.request_limits import cached_tokens, foreign_token
 from epslots.generation.requests import Output, Request
-from epslots.generation.tracked_request import TrackedRequest
+from epslots.generation.tracked_request import PromptState, TrackedRequest
 from epslots.runtime import predictor_of
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,6 @@ class Batcher(ABC):
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
-            entry.resume()
             if not entry.waits_for_grammar:
                 self._withdraw(entry)
 
@@ -204,7 +203,11 @@ class Batcher(ABC):
 
     @abstractmethod
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
-        """The image of an unfinished request's cache, if its next step is to compute a single token."""
+        """The image of an unfinished request's cache; None if it holds nothing, or a step has to be repeated first."""
+
+    @abstractmethod
+    def prompts(self) -> list[PromptState]:
+        """Prompts of which a part is computed, and whose caches can be read meanwhile."""
 
     @abstractmethod
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
@@ -229,15 +232,17 @@ class Batcher(ABC):
 
     def hold(self, id: str) -> CacheImage | None:
         """Let a decoding request make no step, so that its cache can be read: until ``resume``, ``cancel``, or until other
-        requests need its place.
+        requests need its place. A request whose prompt is being computed goes on until that is done.
 
         Returns:
-            Its cache; None if it isn't decoding, or a step has to be repeated first.
+            Its cache; None if it has none yet, or none that can be read before its prompt is done, or if a step has to be
+            repeated first.
         """
         entry = self._entries.get(id)
         if entry is None or entry.reason is not None:
             return None
         if not entry.held:
+            entry.resume()
             entry.image = self._image_of(entry)
         return entry.image
 

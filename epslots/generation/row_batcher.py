@@ -44,7 +44,7 @@ from epslots.generation.row_plan import RowBatch, RowState, decodes, next_batch
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.static_step import StaticStep
-from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
+from epslots.generation.tracked_request import NO_TOKEN, NextToken, PromptState, TrackedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,10 @@ class RowBatcher(Batcher):
         return RowState(known=entry.length, computed=running.row.length, first=first, most=most, stop=running.stop)
 
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
-        return None if self._isolation is not None else self._admission.image_of(entry)
+        return self._admission.image_of(entry, lambda: self._isolation is None)
+
+    def prompts(self) -> list[PromptState]:
+        return self._admission.prompts()
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
         return None if self._isolation is not None else self._admission.reserve(id, layout)
