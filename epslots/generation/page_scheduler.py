@@ -94,6 +94,7 @@ class PageScheduler(Scheduler):
 
     Attributes:
         chunk_size: decides how many prompt tokens a step has.
+        balanced: a length of chunks for the sake of other ranks; None = any.
         counters: reused tokens and preemptions are counted there.
         wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
             its chunks are small: a step has ``max_requests`` rows of logits, one of them for each other request.
@@ -106,6 +107,7 @@ class PageScheduler(Scheduler):
     def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
         super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
         self.chunk_size = ChunkSize(cache.max_batch_tokens, None)
+        self.balanced: int | None = None
         self.counters = EngineCounters()
         self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
         self.priority_of: Callable[[str], int] = lambda _: 0
@@ -123,6 +125,12 @@ class PageScheduler(Scheduler):
     def hands_over(self) -> bool:
         """Whether pages are kept for hand-overs: they will be free without a step, so that waiting for them ends."""
         return bool(self.reserved) or self._held > 0
+
+    @property
+    def uncomputed_prompts(self) -> int:
+        """Tokens that are yet to be computed of prompts, those of waiting requests included."""
+        admitted = sum(len(state.remaining_prefill_tokens) for state in self.active_requests.values())
+        return admitted + sum(len(state.initial_tokens) for state in self.waiting_requests.values())
 
     @property
     def _held(self) -> int:
@@ -152,7 +160,7 @@ class PageScheduler(Scheduler):
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 
     def _add_prompts(self, batch: _StepBatch, token_budget: int) -> None:
-        left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries)))
+        left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries), self.balanced))
         for state in self._prompts(batch):
             tokens = min(left, len(state.remaining_prefill_tokens))
             if wants_rows := self.wants_prompt_logits(state.request_id):

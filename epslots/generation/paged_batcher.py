@@ -33,6 +33,7 @@ from epslots.generation.batcher import Batcher, check_positive, check_servable
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
+from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
@@ -93,7 +94,7 @@ class PagedBatcher(Batcher):
         cache, scheduler = self._processor.cache, self._processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
-        self._chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
+        self.chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         scheduler.counters = self._counters
         scheduler.wants_prompt_logits = self._wants_prompt_logits
         scheduler.priority_of = self._priority_of
@@ -186,6 +187,7 @@ class PagedBatcher(Batcher):
 
     def prepare(self) -> bool:
         self._queue_prepared()
+        self._processor.scheduler.balanced = self.balanced
         if self._isolation is None:
             self._began_s = self._clock()
             # Also without work: cancelled requests free their pages here.
@@ -200,6 +202,10 @@ class PagedBatcher(Batcher):
             prepare_part(self._processor, self._isolation.part)
             self._set_part(self._isolation.part)
         return self._isolation is not None
+
+    @property
+    def load(self) -> StepLoad:
+        return StepLoad(sum(future.query_length for future in self._part or ()), self._processor.scheduler.uncomputed_prompts)
 
     def _set_part(self, part: list[FutureRequestState]) -> None:
         """Make these prepared requests the next forward pass's."""
@@ -314,7 +320,7 @@ class PagedBatcher(Batcher):
         self._counters.prompt_tokens += prompt_tokens
         if self._began_s is not None:
             seconds = self._clock() - self._began_s
-            self._chunk_size.observe(prompt_tokens, len(part) - len(prompts), seconds)
+            self.chunk_size.observe(prompt_tokens, len(part) - len(prompts), seconds)
             self._time_prompt(prompt_tokens, seconds)
 
     def _finish_part(self, isolation: Isolation[FutureRequestState]) -> None:
