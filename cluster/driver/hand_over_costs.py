@@ -9,6 +9,8 @@ FIRST_SHORT_TOKENS = 32
 """Tokens of a short prompt, before any was measured."""
 LEAST_HIDDEN_S = 0.005
 """Seconds of copying that an early hand-over has to hide behind the prompt: less isn't worth its further messages."""
+MEETING_S = 0.05
+"""Seconds from the news of a prompt until its two ranks have met: events and commands take a while."""
 _FADING = 0.95  # a measurement's weight over the next one's
 
 
@@ -67,7 +69,7 @@ class HandOverCosts:
         """Whether a hand-over begins before its prompt is computed, and now.
 
         It keeps room at its target from then on, so it begins as late as it can: when the rest of the prompt, after another
-        step, would take less time than the hand-over.
+        step, would take less time than the hand-over and the meeting before it.
 
         Args:
             computed: tokens of the prompt until now.
@@ -77,7 +79,7 @@ class HandOverCosts:
         if self.prompt_token_s is None:
             return False
         hidden_s = min(left * self.prompt_token_s, computed * self.token_s)
-        in_time = (left - chunk) * self.prompt_token_s > self.seconds(computed + left)
+        in_time = (left - chunk) * self.prompt_token_s > MEETING_S + self.seconds(computed + left)
         return hidden_s >= LEAST_HIDDEN_S and not in_time
 
     def is_worth(self, left: int) -> bool:

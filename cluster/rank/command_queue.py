@@ -77,6 +77,8 @@ class CommandQueue:
         self._commands: list[Queued] = []
         self._again: list[Errand[Any]] = []
         """Errands that are taken with the next commands, or before the next step."""
+        self._open: set[Errand[Any]] = set()
+        """Errands whose results are awaited."""
         self._ended = False
 
     def __len__(self) -> int:
@@ -113,16 +115,20 @@ class CommandQueue:
         with self._news:
             if self._ended:
                 raise PeerLost("the rank has ended")
+            self._open.add(errand)
             self._commands.append(errand)
             self._news.notify_all()
-        return errand.result.result()
+        try:
+            return errand.result.result()
+        finally:
+            with self._news:
+                self._open.discard(errand)
 
     def end(self) -> None:
-        """Nothing is taken any more: errands that wait fail."""
+        """Nothing is taken any more: errands that wait, or were taken and not run, fail. For the stepping thread."""
         with self._news:
             self._ended = True
-            left = [*self._commands, *self._again]
+            left = [errand for errand in self._open if not errand.result.done()]
             self._commands, self._again = [], []
-        for command in left:
-            if type(command) is Errand:
-                command.result.set_exception(PeerLost("the rank has ended"))
+        for errand in left:
+            errand.result.set_exception(PeerLost("the rank has ended"))

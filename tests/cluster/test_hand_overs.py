@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.driver.hand_over_costs import LEAST_HIDDEN_S, HandOverCosts
+from cluster.driver.hand_over_costs import LEAST_HIDDEN_S, MEETING_S, HandOverCosts
 from cluster.driver.hand_overs import HandOvers
 from cluster.driver.rank_loads import RankCapacity, Role
 from cluster.driver.scheduler import Scheduler
@@ -184,7 +184,7 @@ def test_hand_overs_begin_when_they_just_end_in_time(
     """The target's room isn't kept for longer than the copying takes, by the step. Where little is hidden, none begins."""
     costs = HandOverCosts()
     costs.fixed_s, costs.token_s, costs.prompt_token_s = fixed_s, token_s, prompt_token_s
-    seconds, begins = costs.seconds(prompt), False
+    seconds, begins = MEETING_S + costs.seconds(prompt), False
     for computed in range(chunk, prompt, chunk):
         left_s, before = (prompt - computed) * prompt_token_s, computed - chunk
         begins = costs.begins_early(computed, prompt - computed, chunk)
