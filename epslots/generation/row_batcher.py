@@ -90,7 +90,7 @@ class RowBatcher(Batcher):
         self._isolation: Isolation[RunningRow] | None = None
         """Of the batch under way; None between batches."""
         self._batch: RowBatch | None = None
-        self._following = 0
+        self._next_prompt_tokens = 0
         """Tokens of the next batch of prompts after this one."""
         self._prompt_was_last = False
         self._order = RowTracker()
@@ -148,7 +148,7 @@ class RowBatcher(Batcher):
             assert planned is not None, "every active row has a token left to compute"
             if self._admission.make_room(len(planned.rows) * planned.width, rows=0):
                 lengths = self._admission.next_lengths
-                self._following = following_prompt_tokens(states, planned, lengths, self._config.max_batch_tokens)
+                self._next_prompt_tokens = following_prompt_tokens(states, planned, lengths, self._config.max_batch_tokens)
                 return planned
             self._admission.preempt(self._admission.running[-1])  # the first alone always fits
         return None
@@ -157,7 +157,7 @@ class RowBatcher(Batcher):
     def load(self) -> StepLoad:
         if self._isolation is None or self._batch is None:
             return NO_LOAD
-        return StepLoad(len(self._isolation.part) * self._batch.width, self._following)
+        return StepLoad(len(self._isolation.part) * self._batch.width, self._next_prompt_tokens)
 
     def _state(self, running: RunningRow) -> RowState:
         entry, support = running.entry, self._support
