@@ -205,7 +205,10 @@ class PagedBatcher(Batcher):
 
     @property
     def load(self) -> StepLoad:
-        return StepLoad(sum(future.query_length for future in self._part or ()), self._processor.scheduler.uncomputed_prompts)
+        part = self._part or ()
+        # Prompts that wait while none is computed find no room: nothing is known of when they will.
+        waiting = self._processor.scheduler.uncomputed_prompts if any(map(_is_prompt, part)) else 0
+        return StepLoad(sum(future.query_length for future in part), waiting)
 
     def _set_part(self, part: list[FutureRequestState]) -> None:
         """Make these prepared requests the next forward pass's."""
@@ -312,8 +315,7 @@ class PagedBatcher(Batcher):
 
     def _count_step(self, part: list[FutureRequestState]) -> None:
         """Count a forward pass that succeeded."""
-        # A request's position is the one after the batch: past its prompt, it decodes.
-        prompts = [future for future in part if future.state.position_offset <= len(future.state.initial_tokens)]
+        prompts = list(filter(_is_prompt, part))
         prompt_tokens = sum(future.query_length for future in prompts)
         self._counters.steps += 1
         self._counters.replayed_steps = self._captured.replays
@@ -380,6 +382,11 @@ class PagedBatcher(Batcher):
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
+
+
+def _is_prompt(future: FutureRequestState) -> bool:
+    """Whether a prepared request computes its prompt: past that, it decodes. Its position is the one after the batch."""
+    return bool(future.state.position_offset <= len(future.state.initial_tokens))
 
 
 @contextmanager

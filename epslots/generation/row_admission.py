@@ -78,11 +78,6 @@ class RowAdmission:
         """The running rows that make steps."""
         return [running for running in self.running if not running.entry.held]
 
-    @property
-    def next_lengths(self) -> list[int]:
-        """Tokens of the waiting requests that get the next free rows, in turn."""
-        return [entry.length for entry in self._waiting[: max(0, self._config.max_requests - len(self.running))]]
-
     def queue(self, entry: TrackedRequest) -> None:
         """Let a request wait for a row; one whose row is reserved runs at once."""
         row, image = self.reserved.pop(entry.request.id, (None, None))

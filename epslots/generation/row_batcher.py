@@ -147,8 +147,7 @@ class RowBatcher(Batcher):
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every active row has a token left to compute"
             if self._admission.make_room(len(planned.rows) * planned.width, rows=0):
-                lengths = self._admission.next_lengths
-                self._next_prompt_tokens = following_prompt_tokens(states, planned, lengths, self._config.max_batch_tokens)
+                self._next_prompt_tokens = following_prompt_tokens(states, planned, self._config.max_batch_tokens)
                 return planned
             self._admission.preempt(self._admission.running[-1])  # the first alone always fits
         return None

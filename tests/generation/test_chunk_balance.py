@@ -68,20 +68,19 @@ def test_a_long_prompt_keeps_half_its_pace(fixed: float, per_token: float, balan
 
 @given(
     st.lists(st.tuples(st.integers(1, 90), st.integers(0, 89)), min_size=1, max_size=6),
-    st.lists(st.integers(1, 90), max_size=3),
     st.integers(1, 64),
 )
-def test_the_next_prompts_are_foreseen(rows: list[tuple[int, int]], waiting: list[int], room: int):
+def test_the_next_prompts_are_foreseen(rows: list[tuple[int, int]], room: int):
     """As the batch after this one will be, if its prompts are continued."""
     states = [RowState(known, min(computed, known - 1)) for known, computed in rows]
     batch = next_batch(states, room, prompt_was_last=False)
     assert batch is not None
-    foreseen = following_prompt_tokens(states, batch, waiting, room)
+    foreseen = following_prompt_tokens(states, batch, room)
     after = [
         RowState(state.known + (state.left == batch.width), state.computed + batch.width) if i in batch.rows else state
         for i, state in enumerate(states)
     ]
-    following = next_batch([*after, *(RowState(length, 0) for length in waiting)], room, prompt_was_last=False)
+    following = next_batch(after, room, prompt_was_last=False)
     assert following is not None
     assert foreseen == (0 if following.decodes else len(following.rows) * following.width)
 
